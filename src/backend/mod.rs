@@ -1,0 +1,261 @@
+//! Where the operations of a forward pass run: `cpu` here, `cuda` on a GPU.
+//!
+//! The trait's operations are as coarse as fusion pays (norm + quantise + several products, norm +
+//! gate/up + SwiGLU, …) and as fine as the architectures differ. Activations live in the backend
+//! under fixed names; weights are addressed where the ring has brought them. Nothing outside this
+//! room asks which backend runs.
+
+pub mod cpu;
+pub mod reference;
+
+use crate::gguf::TensorType;
+
+/// A weight matrix where the backend can read it: `rows` × `cols`, rows back to back.
+///
+/// `addr` is an address in the memory of the backend's device (host memory for `cpu`). It is valid
+/// from the ring's acquire of the unit until its release; who builds a `Weight` vouches for that
+/// and for `rows * row_bytes(cols)` readable bytes behind it. No alignment beyond the file's is
+/// promised (32 bytes in ordinary files, less with a smaller `general.alignment`).
+#[derive(Clone, Copy, Debug)]
+pub struct Weight {
+    /// Address of the first byte.
+    pub addr: u64,
+    /// Element type.
+    pub ty: TensorType,
+    /// Rows: the product's outputs.
+    pub rows: usize,
+    /// Columns: the product's inputs.
+    pub cols: usize,
+}
+
+/// A weight matrix with its optional bias (`rows` floats, F32).
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    /// The matrix.
+    pub weight: Weight,
+    /// The bias, one F32 row of `weight.rows` columns.
+    pub bias: Option<Weight>,
+}
+
+/// RMS norm: `x / sqrt(mean(x²) + eps) * weight`.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    /// One F32 row.
+    pub weight: Weight,
+    /// Added to the mean of squares.
+    pub eps: f32,
+}
+
+/// How rotary embedding pairs the elements of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Pairs (2i, 2i+1): llama.
+    Norm,
+    /// Pairs (i, i + n_rot/2): qwen2, qwen3.
+    Neox,
+}
+
+/// Rotary embedding with every scaling folded into one frequency a pair.
+#[derive(Clone, Debug)]
+pub struct Rope {
+    /// How elements pair.
+    pub kind: RopeKind,
+    /// Angle per position for each of the `n_rot / 2` pairs: `theta = position * freqs[i]`.
+    pub freqs: Vec<f32>,
+    /// Multiplies sine and cosine (YaRN's magnitude correction; 1 otherwise).
+    pub magnitude: f32,
+}
+
+/// Sizes that are fixed for a session; every workspace buffer follows from them.
+#[derive(Clone, Debug)]
+pub struct Dims {
+    /// Blocks (layers), one KV cache each.
+    pub n_layers: usize,
+    /// Width of the residual stream.
+    pub n_embd: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Largest FFN width of a dense block (0 if all blocks are mixtures of experts).
+    pub n_ff: usize,
+    /// Experts (0 for dense models).
+    pub n_experts: usize,
+    /// Experts a token is routed to.
+    pub n_experts_used: usize,
+    /// FFN width of one expert.
+    pub n_ff_expert: usize,
+    /// Rows of the output head.
+    pub n_vocab: usize,
+    /// Tokens a pass may carry.
+    pub max_batch: usize,
+    /// Rows of logits a pass may ask for.
+    pub max_outputs: usize,
+    /// Positions the KV cache holds.
+    pub n_ctx: usize,
+    /// Element type of the KV cache: F16 or F32.
+    pub kv_type: TensorType,
+    /// Rotary embedding of all layers.
+    pub rope: Rope,
+}
+
+/// Named activation buffers; each has `max_batch` rows of F32 unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// Residual stream, `n_embd` wide.
+    X,
+    /// Queries, `n_heads * head_dim`.
+    Q,
+    /// Keys, `n_kv_heads * head_dim`.
+    K,
+    /// Values, `n_kv_heads * head_dim`.
+    V,
+    /// Attention output, `n_heads * head_dim`.
+    Attn,
+    /// FFN hidden state, `n_ff`.
+    Hidden,
+}
+
+/// The three matrices of one routed expert.
+#[derive(Clone, Copy, Debug)]
+pub struct Expert {
+    /// Which expert of its block.
+    pub id: u32,
+    /// Gate, `n_ff_expert` × `n_embd`.
+    pub gate: Weight,
+    /// Up, `n_ff_expert` × `n_embd`.
+    pub up: Weight,
+    /// Down, `n_embd` × `n_ff_expert`.
+    pub down: Weight,
+}
+
+/// How a router's scores become weights.
+#[derive(Clone, Copy, Debug)]
+pub struct RouterParams {
+    /// Divide the chosen weights by their sum.
+    pub normalize: bool,
+    /// Multiply the chosen weights by this (1 for none).
+    pub scale: f32,
+}
+
+/// Why a backend could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// A tensor's type has no kernel.
+    #[error("tensor type {ty} cannot be computed on {backend}; supported are {supported}")]
+    UnsupportedType {
+        /// The type.
+        ty: TensorType,
+        /// The backend's name.
+        backend: &'static str,
+        /// The list of types with kernels.
+        supported: String,
+    },
+    /// A buffer could not be allocated.
+    #[error("{backend}: {what} of {bytes} bytes could not be allocated")]
+    OutOfMemory {
+        /// The backend's name.
+        backend: &'static str,
+        /// What it was for.
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+    },
+    /// The device or its driver reported an error.
+    #[error("{backend}: {what}")]
+    Device {
+        /// The backend's name.
+        backend: &'static str,
+        /// Its words.
+        what: String,
+    },
+}
+
+/// The operations of a forward pass. `T` is the number of tokens of the pass.
+///
+/// The order is that of `model::forward`; all sizes were fixed by [`Dims`]. Operations may be
+/// asynchronous: only `route` and `logits` wait. Shapes are checked by the model's loader, so a
+/// mismatch here is a bug and may panic.
+pub trait Backend {
+    /// `cpu`, `cuda`.
+    fn name(&self) -> &'static str;
+
+    /// Whether matrices of this type can be computed.
+    fn supports(&self, ty: TensorType) -> bool;
+
+    /// Starts a pass over `T = n_tokens` tokens at positions `first_pos..first_pos + T`.
+    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError>;
+
+    /// `X[t] = dequantised rows[t]`. `rows` is in host memory: `T` rows of `ty`, back to back.
+    fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError>;
+
+    /// `Q, K, V = W · norm(X) + bias`, then the optional per-head norms of Q and K, then rotary
+    /// embedding of both, then K and V are stored to the cache of `layer` at the pass's positions.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one fused operation with its weights"
+    )]
+    fn qkv(
+        &mut self,
+        layer: usize,
+        norm: &Norm,
+        q: &Linear,
+        k: &Linear,
+        v: &Linear,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
+    ) -> Result<(), BackendError>;
+
+    /// `Attn = softmax(Q · Kᵀ / sqrt(head_dim)) · V` over the cache of `layer`, causal.
+    fn attend(&mut self, layer: usize) -> Result<(), BackendError>;
+
+    /// Keeps only the tokens `first..first + n` of `X` and `Attn` (moved to rows `0..n`): the last
+    /// block's remainder and the head are computed for the wanted outputs alone. `T` becomes `n`.
+    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError>;
+
+    /// `X += W · Attn + bias`.
+    fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError>;
+
+    /// `X += down · (silu(gate · h) * (up · h))` with `h = norm(X)`.
+    fn ffn(
+        &mut self,
+        norm: &Norm,
+        gate: &Linear,
+        up: &Linear,
+        down: &Linear,
+    ) -> Result<(), BackendError>;
+
+    /// `h = norm(X)` is kept for the experts; softmax of `router · h`, the `n_experts_used` largest
+    /// (ties to the lower id) with their weights are kept for [`Backend::expert`]. Returns, for
+    /// each token in order, its experts' ids (`T * n_experts_used`). Waits for the device.
+    fn route(
+        &mut self,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+    ) -> Result<&[u32], BackendError>;
+
+    /// Computes one expert for the tokens that were routed to it, into a buffer a (token, choice).
+    /// Called once for each distinct id that `route` returned, in any order.
+    fn expert(&mut self, e: &Expert) -> Result<(), BackendError>;
+
+    /// `X[t] += Σ weight[t][j] * out[t][j]`, in the fixed order of `j`, after all experts.
+    fn combine_experts(&mut self) -> Result<(), BackendError>;
+
+    /// `h = norm(X)` for the head; the rows present are the outputs.
+    fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;
+
+    /// `logits[t][first_row + r] = (w · h)[r]` for one slice of the output head.
+    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError>;
+
+    /// The logits of the pass in host memory: outputs × `n_vocab`. Waits for the device.
+    fn logits(&mut self) -> Result<&[f32], BackendError>;
+
+    /// Forgets the cache beyond the first `n` positions (nothing to do where positions are given).
+    fn truncate(&mut self, n: usize);
+
+    /// Bytes this backend holds on its device, weights apart.
+    fn workspace_bytes(&self) -> u64;
+}

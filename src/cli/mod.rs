@@ -1,0 +1,8 @@
+//! One file per subcommand; parsing, dispatch and exit codes.
+
+use std::process::ExitCode;
+
+/// Entry point of the binary.
+pub fn main() -> ExitCode {
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,1 @@
+//! A session: prefill, decode, sampling, stop conditions.

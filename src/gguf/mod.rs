@@ -1,0 +1,15 @@
+//! The GGUF file format: header, metadata, tensor directory, shards, block types.
+//!
+//! Only the header is ever read here, through bounded buffered reads; weights never are. Every
+//! length, count, offset and product is checked against the file and against stated limits before
+//! anything is allocated.
+
+mod error;
+mod file;
+mod types;
+mod value;
+
+pub use error::GgufError;
+pub use file::{Gguf, Shard, TensorInfo};
+pub use types::TensorType;
+pub use value::{Array, Metadata, StringArray, Value};

@@ -1,0 +1,16 @@
+//! `nt` runs large language models that are larger than VRAM and larger than RAM on one machine.
+//!
+//! A model is a list of *units* of weights. Each has a home tier (VRAM, pinned RAM, NVMe) and is
+//! brought through one ring of buffers to where it is computed. See `docs/architecture.md`.
+
+pub mod backend;
+pub mod cli;
+pub mod engine;
+pub mod gguf;
+pub mod machine;
+pub mod memory;
+pub mod model;
+pub mod pipeline;
+pub mod plan;
+pub mod storage;
+pub mod tokenizer;

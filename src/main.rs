@@ -1,0 +1,5 @@
+//! The `nt` command: parse, dispatch, exit codes.
+
+fn main() -> std::process::ExitCode {
+    nt::cli::main()
+}

@@ -1,0 +1,1 @@
+//! The staging arena: one mapping that storage reads into and backends compute or copy from.

@@ -1,0 +1,1 @@
+//! Architectures: hyper-parameters, tensor names, units, and one forward pass over `Backend`.

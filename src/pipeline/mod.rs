@@ -1,0 +1,1 @@
+//! Units, slots, the N-buffer ring, its state machine and its timeline.

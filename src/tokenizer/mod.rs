@@ -1,0 +1,1 @@
+//! Vocabulary and merges from GGUF metadata, pre-tokenizers, chat templates.
