@@ -193,10 +193,7 @@ pub trait Backend {
 
     /// `Q, K, V = W · norm(X) + bias`, then the optional per-head norms of Q and K, then rotary
     /// embedding of both, then K and V are stored to the cache of `layer` at the pass's positions.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "one fused operation with its weights"
-    )]
+    #[allow(clippy::too_many_arguments, reason = "one fused operation with its weights")]
     fn qkv(
         &mut self,
         layer: usize,
@@ -219,23 +216,12 @@ pub trait Backend {
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError>;
 
     /// `X += down · (silu(gate · h) * (up · h))` with `h = norm(X)`.
-    fn ffn(
-        &mut self,
-        norm: &Norm,
-        gate: &Linear,
-        up: &Linear,
-        down: &Linear,
-    ) -> Result<(), BackendError>;
+    fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError>;
 
     /// `h = norm(X)` is kept for the experts; softmax of `router · h`, the `n_experts_used` largest
     /// (ties to the lower id) with their weights are kept for [`Backend::expert`]. Returns, for
     /// each token in order, its experts' ids (`T * n_experts_used`). Waits for the device.
-    fn route(
-        &mut self,
-        norm: &Norm,
-        router: &Weight,
-        params: &RouterParams,
-    ) -> Result<&[u32], BackendError>;
+    fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError>;
 
     /// Computes one expert for the tokens that were routed to it, into a buffer a (token, choice).
     /// Called once for each distinct id that `route` returned, in any order.

@@ -1,9 +1,14 @@
 //! A model's files: the header of each shard, one tensor directory over all of them.
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::header::{self, Header};
 use super::{GgufError, Metadata, TensorType};
+
+/// More shards than this are refused.
+const SHARDS_MAX: u64 = 4096;
 
 /// One file of a model.
 #[derive(Debug, Clone)]
@@ -34,28 +39,122 @@ pub struct TensorInfo {
 /// A model: metadata of the first shard, tensors of all.
 #[derive(Debug, Clone, Default)]
 pub struct Gguf {
+    /// Format version of the first shard.
+    pub version: u32,
     /// Metadata of the first shard.
     pub metadata: Metadata,
     /// All tensors in file order, shard by shard.
     pub tensors: Vec<TensorInfo>,
     /// The files.
     pub shards: Vec<Shard>,
-    /// Alignment of tensor data.
+    /// Alignment of tensor data in the first shard.
     pub alignment: u64,
     by_name: HashMap<String, usize>,
 }
 
 impl Gguf {
-    /// Reads the header of `path` and of its further shards.
+    /// Reads the header of `path` and, where it is the first shard of several, of the others.
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
-        Err(GgufError::Malformed {
-            path: path.to_path_buf(),
-            what: "not read".into(),
-        })
+        let bad = |what: String| GgufError::Malformed { path: path.to_path_buf(), what };
+        let first = header::read(path)?;
+        let count = first.metadata.uint("split.count").unwrap_or(1);
+        let no = first.metadata.uint("split.no").unwrap_or(0);
+        let total = first.metadata.uint("split.tensors.count");
+        if count > SHARDS_MAX {
+            return Err(bad(format!("split.count is {count}, more than the limit of {SHARDS_MAX}")));
+        }
+        let mut model = Gguf { version: first.version, alignment: first.alignment, ..Gguf::default() };
+        if count <= 1 {
+            model.metadata = model.add_shard(path, first)?;
+            return Ok(model);
+        }
+        let stem = shard_stem(path, no, count).ok_or_else(|| {
+            bad(format!(
+                "is shard {} of {count}, but its name does not end in -{:05}-of-{count:05}.gguf",
+                no + 1,
+                no + 1
+            ))
+        })?;
+        if no != 0 {
+            return Err(bad(format!(
+                "is shard {} of {count}; name the first one, {stem}-00001-of-{count:05}.gguf",
+                no + 1
+            )));
+        }
+        model.metadata = model.add_shard(path, first)?;
+        for i in 1..count {
+            let next = PathBuf::from(format!("{stem}-{:05}-of-{count:05}.gguf", i + 1));
+            let h = header::read(&next)?;
+            let wrong = |what: String| GgufError::Malformed { path: next.clone(), what };
+            let (its_no, its_count) = (h.metadata.uint("split.no"), h.metadata.uint("split.count"));
+            if its_no != Some(i) || its_count != Some(count) {
+                return Err(wrong(format!(
+                    "split.no {its_no:?} of split.count {its_count:?} found; {i} of {count} was expected"
+                )));
+            }
+            model.add_shard(&next, h)?;
+        }
+        if let Some(total) = total.filter(|&t| t != model.tensors.len() as u64) {
+            return Err(bad(format!(
+                "split.tensors.count is {total}, but the {count} shards hold {} tensors",
+                model.tensors.len()
+            )));
+        }
+        Ok(model)
+    }
+
+    /// Parses a single file's header from any source of `file_len` bytes; for tests and fuzzing.
+    pub fn parse(path: &Path, input: impl Read, file_len: u64) -> Result<Gguf, GgufError> {
+        let first = header::parse(path, input, file_len)?;
+        let mut model = Gguf { version: first.version, alignment: first.alignment, ..Gguf::default() };
+        model.metadata = model.add_shard(path, first)?;
+        Ok(model)
     }
 
     /// The tensor called `name`.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.by_name.get(name).map(|&i| &self.tensors[i])
     }
+
+    /// Bytes of all tensors.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.bytes).sum()
+    }
+
+    /// Adds a shard's tensors after checking that each lies within the file and over no other.
+    fn add_shard(&mut self, path: &Path, h: Header) -> Result<Metadata, GgufError> {
+        let bad = |what: String| GgufError::Malformed { path: path.to_path_buf(), what };
+        let shard = self.shards.len();
+        let mut spans = Vec::with_capacity(h.tensors.len());
+        for t in h.tensors {
+            let offset = h.data_start.checked_add(t.data_offset);
+            let end = offset.and_then(|o| o.checked_add(t.bytes));
+            let (Some(offset), Some(end)) = (offset, end.filter(|&e| e <= h.file_len)) else {
+                return Err(bad(format!(
+                    "is truncated: tensor {} of {} bytes at data offset {} (data begins at byte {}) lies beyond the end of the file at {}",
+                    t.name, t.bytes, t.data_offset, h.data_start, h.file_len
+                )));
+            };
+            spans.push((offset, end, self.tensors.len()));
+            if self.by_name.insert(t.name.clone(), self.tensors.len()).is_some() {
+                return Err(bad(format!("tensor {} occurs twice", t.name)));
+            }
+            self.tensors.push(TensorInfo { name: t.name, ty: t.ty, shape: t.shape, shard, offset, bytes: t.bytes });
+        }
+        spans.sort_unstable();
+        if let Some(w) = spans.windows(2).find(|w| w[0].1 > w[1].0) {
+            return Err(bad(format!(
+                "tensors {} (bytes {} to {}) and {} (from byte {}) overlap",
+                self.tensors[w[0].2].name, w[0].0, w[0].1, self.tensors[w[1].2].name, w[1].0
+            )));
+        }
+        self.shards.push(Shard { path: path.to_path_buf(), len: h.file_len });
+        Ok(h.metadata)
+    }
+}
+
+/// The part of a shard's path before `-00001-of-00003.gguf`.
+fn shard_stem(path: &Path, no: u64, count: u64) -> Option<String> {
+    let tail = format!("-{:05}-of-{count:05}.gguf", no + 1);
+    path.to_str()?.strip_suffix(&tail).map(str::to_owned)
 }

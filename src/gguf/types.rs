@@ -62,11 +62,7 @@ tensor_types! {
 impl TensorType {
     /// The type with ggml's `id`, if it is known.
     pub const fn from_id(id: u32) -> Option<TensorType> {
-        if facts(id).is_some() {
-            Some(TensorType(id))
-        } else {
-            None
-        }
+        if facts(id).is_some() { Some(TensorType(id)) } else { None }
     }
 
     /// ggml's id of the type, as the file stores it.

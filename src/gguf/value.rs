@@ -67,6 +67,19 @@ impl StringArray {
         self.ends.push(self.bytes.len());
     }
 
+    /// Appends one string that `write` appends to the buffer it is given.
+    pub(super) fn push_with<E>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
+        write(&mut self.bytes)?;
+        self.ends.push(self.bytes.len());
+        Ok(())
+    }
+
+    /// Gives spare capacity back.
+    pub(super) fn shrink(&mut self) {
+        self.bytes.shrink_to_fit();
+        self.ends.shrink_to_fit();
+    }
+
     /// Number of strings.
     pub fn len(&self) -> usize {
         self.ends.len()
@@ -116,6 +129,13 @@ impl Metadata {
     /// The value under `key`.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.values.get(key)
+    }
+
+    /// Removes and returns a value, for arrays that are large and read once.
+    pub fn remove(&mut self, key: &str) -> Option<Value> {
+        let value = self.values.remove(key)?;
+        self.order.retain(|k| k != key);
+        Some(value)
     }
 
     /// A string.
