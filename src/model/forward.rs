@@ -1,0 +1,177 @@
+//! One forward pass: walks the units in order, binds their tensors where they have been brought,
+//! and calls the backend. It knows nothing of tiers, files or devices.
+
+use super::layout::{Block, Ffn, LinearRef, Model, TensorRef};
+use crate::backend::{Backend, BackendError, Expert, Linear, Norm, RouterParams, Weight};
+
+/// Where a pass gets its units from: the ring, behind one call a unit.
+pub trait WeightSource {
+    /// Waits for `unit` (units come in pass order; experts in the order demanded) and returns, for
+    /// span `i` of the unit, the address of its first byte through [`WeightSource::span`].
+    fn acquire(&mut self, unit: usize) -> Result<(), String>;
+
+    /// Address of a span of a unit that is held.
+    fn span(&self, unit: usize, span: usize) -> u64;
+
+    /// Gives the unit back; its memory may be reused once the work issued so far has run.
+    fn release(&mut self, unit: usize) -> Result<(), String>;
+
+    /// Announces experts that will be acquired next; reorders them into the order in which they
+    /// come fastest.
+    fn demand(&mut self, units: &mut [usize]) -> Result<(), String>;
+}
+
+/// Why a pass failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// Weights could not be brought.
+    #[error("{0}")]
+    Weights(String),
+    /// The backend failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The run was asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Which tokens' logits a pass computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outputs {
+    /// None: the pass only fills the cache.
+    None,
+    /// The last token's.
+    Last,
+    /// All tokens'.
+    All,
+}
+
+/// A pass over tokens whose embedding rows are `rows` (raw, back to back), from position
+/// `first_pos`. `stop` is asked between units.
+#[allow(clippy::too_many_arguments, reason = "a pass has this many inputs")]
+pub fn forward(
+    model: &Model,
+    backend: &mut dyn Backend,
+    source: &mut dyn WeightSource,
+    rows: &[u8],
+    first_pos: usize,
+    n_tokens: usize,
+    outputs: Outputs,
+    stop: &dyn Fn() -> bool,
+) -> Result<(), ForwardError> {
+    backend.begin(first_pos, n_tokens)?;
+    backend.embed(rows, model.embedding.ty)?;
+    let last = model.blocks.len() - 1;
+    let mut pass = Pass { model, backend, source, demanded: Vec::new() };
+    for (i, block) in model.blocks.iter().enumerate() {
+        if stop() {
+            return Err(ForwardError::Interrupted);
+        }
+        let keep = match outputs {
+            Outputs::Last if i == last => Some((n_tokens - 1, 1)),
+            _ => None,
+        };
+        pass.block(i, block, keep)?;
+    }
+    pass.head(outputs)
+}
+
+struct Pass<'a> {
+    model: &'a Model,
+    backend: &'a mut dyn Backend,
+    source: &'a mut dyn WeightSource,
+    demanded: Vec<usize>,
+}
+
+impl Pass<'_> {
+    fn acquire(&mut self, unit: usize) -> Result<(), ForwardError> {
+        self.source.acquire(unit).map_err(ForwardError::Weights)
+    }
+
+    fn release(&mut self, unit: usize) -> Result<(), ForwardError> {
+        self.source.release(unit).map_err(ForwardError::Weights)
+    }
+
+    fn weight(&self, t: &TensorRef) -> Weight {
+        Weight { addr: self.source.span(t.unit, t.span), ty: t.ty, rows: t.rows, cols: t.cols }
+    }
+
+    fn linear(&self, l: &LinearRef) -> Linear {
+        Linear { weight: self.weight(&l.weight), bias: l.bias.as_ref().map(|b| self.weight(b)) }
+    }
+
+    fn norm(&self, t: &TensorRef) -> Norm {
+        Norm { weight: self.weight(t), eps: self.model.hparams.norm_eps }
+    }
+
+    fn block(&mut self, i: usize, b: &Block, keep: Option<(usize, usize)>) -> Result<(), ForwardError> {
+        let unit = b.attn_norm.unit;
+        self.acquire(unit)?;
+        let (q_norm, k_norm) = (b.q_norm.as_ref().map(|n| self.norm(n)), b.k_norm.as_ref().map(|n| self.norm(n)));
+        let (norm, q, k, v) = (self.norm(&b.attn_norm), self.linear(&b.q), self.linear(&b.k), self.linear(&b.v));
+        self.backend.qkv(i, &norm, &q, &k, &v, q_norm.as_ref(), k_norm.as_ref())?;
+        self.backend.attend(i)?;
+        if let Some((first, n)) = keep {
+            self.backend.keep(first, n)?;
+        }
+        let output = self.linear(&b.output);
+        self.backend.attn_output(&output)?;
+        let ffn_norm = self.norm(&b.ffn_norm);
+        match &b.ffn {
+            Ffn::Dense { gate, up, down } => {
+                let (gate, up, down) = (self.linear(gate), self.linear(up), self.linear(down));
+                self.backend.ffn(&ffn_norm, &gate, &up, &down)?;
+                self.release(unit)
+            }
+            Ffn::Experts { router, experts } => {
+                let router = self.weight(router);
+                self.experts(unit, &ffn_norm, &router, experts)
+            }
+        }
+    }
+
+    fn experts(
+        &mut self,
+        shared: usize,
+        norm: &Norm,
+        router: &Weight,
+        experts: &[[TensorRef; 3]],
+    ) -> Result<(), ForwardError> {
+        let params = RouterParams { normalize: true, scale: self.model.hparams.expert_weights_scale };
+        let ids = self.backend.route(norm, router, &params)?;
+        self.demanded.clear();
+        self.demanded.extend(ids.iter().map(|&e| experts[e as usize][0].unit));
+        self.demanded.sort_unstable();
+        self.demanded.dedup();
+        self.release(shared)?;
+        let mut demanded = std::mem::take(&mut self.demanded);
+        self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
+        let first_unit = experts[0][0].unit;
+        for &unit in &demanded {
+            self.acquire(unit)?;
+            let id = unit - first_unit;
+            let [gate, up, down] = experts[id].each_ref().map(|t| self.weight(t));
+            self.backend.expert(&Expert { id: id as u32, gate, up, down })?;
+            self.release(unit)?;
+        }
+        self.demanded = demanded;
+        Ok(self.backend.combine_experts()?)
+    }
+
+    fn head(&mut self, outputs: Outputs) -> Result<(), ForwardError> {
+        for (i, slice) in self.model.head.iter().enumerate() {
+            // Without outputs the slices are still consumed, so that the cycle stays whole.
+            self.acquire(slice.weight.unit)?;
+            if outputs != Outputs::None {
+                if i == 0 {
+                    let norm = self.norm(&self.model.output_norm);
+                    self.backend.output_norm(&norm)?;
+                }
+                let w = self.weight(&slice.weight);
+                self.backend.head(&w, slice.first_row)?;
+            }
+            self.release(slice.weight.unit)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,108 @@
+//! Rotary frequencies: every scaling comes down to one frequency a pair and one magnitude.
+//!
+//! Linear scaling divides positions. YaRN (arXiv 2309.00071) mixes the scaled and the unscaled
+//! angle by a ramp over the pairs; both angles are linear in the position, so the mix is too.
+//! `rope_freqs.weight` (Llama 3.1) divides each pair's frequency.
+
+use crate::backend::{Rope, RopeKind};
+
+/// Scaling of rotary frequencies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// As trained.
+    None,
+    /// Positions divided by `factor`.
+    Linear {
+        /// Context is this many times longer than trained.
+        factor: f32,
+    },
+    /// YaRN.
+    Yarn {
+        /// Context is this many times longer than trained.
+        factor: f32,
+        /// Positions the model was trained on before scaling.
+        original_ctx: usize,
+        /// Multiplies the magnitude.
+        attn_factor: f32,
+        /// Share of extrapolation (1: full YaRN, 0: linear).
+        ext_factor: f32,
+        /// Rotations within the original context above which a pair is not scaled.
+        beta_fast: f32,
+        /// Rotations below which it is fully scaled.
+        beta_slow: f32,
+    },
+}
+
+/// The rotary embedding of a model. `divisors` is `rope_freqs.weight`: one a pair, if present.
+pub fn rope(kind: RopeKind, n_rot: usize, base: f32, scaling: RopeScaling, divisors: Option<&[f32]>) -> Rope {
+    let plain = |i: usize| {
+        let f = f64::from(base).powf(-2.0 * i as f64 / n_rot as f64);
+        f / divisors.and_then(|d| d.get(i)).map_or(1.0, |&d| f64::from(d))
+    };
+    let mut magnitude = 1.0;
+    let scale: Box<dyn Fn(usize) -> f64> = match scaling {
+        RopeScaling::None => Box::new(|_| 1.0),
+        RopeScaling::Linear { factor } => Box::new(move |_| 1.0 / f64::from(factor)),
+        RopeScaling::Yarn { factor, original_ctx, attn_factor, ext_factor, beta_fast, beta_slow } => {
+            magnitude = attn_factor;
+            if ext_factor != 0.0 && factor > 1.0 {
+                magnitude *= 1.0 + 0.1 * factor.ln();
+            }
+            let pair = |beta: f32| {
+                let rotations = original_ctx as f64 / (f64::from(beta) * 2.0 * std::f64::consts::PI);
+                n_rot as f64 * rotations.ln() / (2.0 * f64::from(base).ln())
+            };
+            let low = pair(beta_fast).floor().max(0.0);
+            let high = pair(beta_slow).ceil().min(n_rot as f64 - 1.0);
+            Box::new(move |i| {
+                let ramp = (i as f64 - low) / (high - low).max(0.001);
+                let mix = (1.0 - ramp.clamp(0.0, 1.0)) * f64::from(ext_factor);
+                (1.0 - mix) / f64::from(factor) + mix
+            })
+        }
+    };
+    let freqs = (0..n_rot / 2).map(|i| (plain(i) * scale(i)) as f32).collect();
+    Rope { kind, freqs, magnitude }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linear_scaling_divides_every_frequency() {
+        let plain = rope(RopeKind::Norm, 8, 1e4, RopeScaling::None, None);
+        let half = rope(RopeKind::Norm, 8, 1e4, RopeScaling::Linear { factor: 2.0 }, None);
+        assert_eq!(plain.freqs[0], 1.0);
+        for (p, h) in plain.freqs.iter().zip(&half.freqs) {
+            assert_eq!(p / 2.0, *h);
+        }
+    }
+
+    #[test]
+    fn yarn_keeps_fast_pairs_and_scales_slow_ones() {
+        let yarn = RopeScaling::Yarn {
+            factor: 4.0,
+            original_ctx: 2048,
+            attn_factor: 1.0,
+            ext_factor: 1.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+        };
+        let plain = rope(RopeKind::Neox, 128, 1e4, RopeScaling::None, None);
+        let r = rope(RopeKind::Neox, 128, 1e4, yarn, None);
+        assert_eq!(r.freqs[0], plain.freqs[0]);
+        assert!((r.freqs[63] / plain.freqs[63] - 0.25).abs() < 1e-6);
+        assert!((r.magnitude - (1.0 + 0.1 * 4f32.ln())).abs() < 1e-6);
+    }
+
+    #[test]
+    fn divisors_divide() {
+        let d = [1.0, 2.0, 4.0, 8.0];
+        let plain = rope(RopeKind::Norm, 8, 1e4, RopeScaling::None, None);
+        let r = rope(RopeKind::Norm, 8, 1e4, RopeScaling::None, Some(&d));
+        for i in 0..4 {
+            assert!((r.freqs[i] * d[i] / plain.freqs[i] - 1.0).abs() < 1e-6);
+        }
+    }
+}
