@@ -1,8 +1,66 @@
 //! One file per subcommand; parsing, dispatch and exit codes.
 
+mod args;
+mod bench;
+mod chat;
+mod completions;
+mod failure;
+mod inspect;
+mod interrupt;
+mod logits;
+mod npy;
+mod perplexity;
+mod report;
+mod run;
+mod selftest;
+mod template;
+mod tokenize;
+
+pub use args::{Cli, ModelArg, Placement, Sampling};
+pub use failure::Failure;
+
 use std::process::ExitCode;
+
+use args::Command;
+use clap::Parser;
 
 /// Entry point of the binary.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let cli = Cli::parse();
+    init_log(&cli);
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Template(args) => template::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Selftest(args) => selftest::run(&args),
+        Command::Completions(args) => completions::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// Logs go to stderr: warnings by default, more with `-v`, none with `-q`; `RUST_LOG` overrides.
+fn init_log(cli: &Cli) {
+    let level = match (cli.quiet, cli.verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "info",
+        (_, 2) => "debug",
+        _ => "trace",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| format!("nt={level}").into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
 }

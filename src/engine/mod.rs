@@ -1,1 +1,19 @@
 //! A session: prefill, decode, sampling, stop conditions.
+//!
+//! `Opened` is a model's header, tokenizer and structure; `Session` adds the plan, the arena, the
+//! ring and a backend; `generate` turns a prompt into text.
+
+mod generate;
+mod links;
+mod opened;
+mod sampler;
+mod session;
+mod stop;
+mod weights;
+
+pub use generate::{Generation, StopReason, generate};
+pub use links::Links;
+pub use opened::{EngineError, Opened};
+pub use sampler::{Sampler, SamplerParams, argmax};
+pub use session::{Options, Session};
+pub use stop::StopFilter;

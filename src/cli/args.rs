@@ -1,0 +1,220 @@
+//! The command line: what `docs` and scripts rely on.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::engine::SamplerParams;
+use crate::plan::{BUFFERS_MAX, Tiers, parse_size};
+
+/// Run language models that are larger than VRAM and larger than RAM.
+#[derive(Debug, Parser)]
+#[command(name = "nt", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// More log (repeat for more).
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// No warnings, no progress, no report.
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Continue a prompt.
+    Run(super::run::RunArgs),
+    /// Talk with a model; keeps the history and the KV cache.
+    Chat(super::chat::ChatArgs),
+    /// Show hyper-parameters, tensors, types and bytes.
+    Inspect(super::inspect::InspectArgs),
+    /// Print the token ids of a text.
+    Tokenize(super::tokenize::TokenizeArgs),
+    /// Print the prompt that the model's chat template renders.
+    Template(super::template::TemplateArgs),
+    /// Write the logits of given tokens as a NumPy file.
+    Logits(super::logits::LogitsArgs),
+    /// Measure perplexity on a text, as llama.cpp does.
+    Perplexity(super::perplexity::PerplexityArgs),
+    /// Measure prefill and decode speed.
+    Bench(super::bench::BenchArgs),
+    /// Check every kernel against its reference on this machine.
+    Selftest(super::selftest::SelftestArgs),
+    /// Print a completion script for a shell.
+    Completions(super::completions::CompletionsArgs),
+}
+
+/// The model, as an argument or with `-m`.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArg {
+    /// GGUF file, or the first shard of a sharded one.
+    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
+    model: Option<PathBuf>,
+    /// The same, as an option.
+    #[arg(short = 'm', long = "model", value_name = "MODEL", id = "model_option", conflicts_with = "model")]
+    model_option: Option<PathBuf>,
+}
+
+impl ModelArg {
+    /// The path that was given either way.
+    pub fn path(&self) -> &std::path::Path {
+        self.model.as_deref().or(self.model_option.as_deref()).unwrap_or(std::path::Path::new(""))
+    }
+}
+
+/// `auto` or a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Auto<T> {
+    /// Computed.
+    Auto,
+    /// Given.
+    Given(T),
+}
+
+impl<T> Auto<T> {
+    /// The value, if given.
+    pub fn given(self) -> Option<T> {
+        match self {
+            Auto::Auto => None,
+            Auto::Given(v) => Some(v),
+        }
+    }
+}
+
+fn auto<T>(text: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<Auto<T>, String> {
+    if text == "auto" { Ok(Auto::Auto) } else { parse(text).map(Auto::Given) }
+}
+
+fn auto_size(text: &str) -> Result<Auto<u64>, String> {
+    auto(text, parse_size)
+}
+
+fn auto_count(text: &str, min: usize, max: usize) -> Result<Auto<usize>, String> {
+    auto(text, |t| match t.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("auto or a number from {min} to {max} was expected")),
+    })
+}
+
+fn auto_buffers(text: &str) -> Result<Auto<usize>, String> {
+    auto_count(text, 2, BUFFERS_MAX)
+}
+
+fn auto_ctx(text: &str) -> Result<Auto<usize>, String> {
+    auto_count(text, 1, 1 << 30)
+}
+
+fn tiers(text: &str) -> Result<Tiers, String> {
+    text.parse()
+}
+
+/// Where operations run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendArg {
+    /// The best that is there.
+    Auto,
+    /// Processors.
+    Cpu,
+}
+
+/// How tier C is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReaderArg {
+    /// io_uring, or a pread pool where it is refused.
+    Auto,
+    /// io_uring or fail.
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads that call pread.
+    Pread,
+}
+
+/// Element type of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvArg {
+    /// Half precision.
+    F16,
+    /// Single precision.
+    F32,
+}
+
+/// Where weights live and how they move.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Placement")]
+pub struct Placement {
+    /// Where operations run.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub backend: BackendArg,
+    /// Threads that compute (default: all processors).
+    #[arg(long, short = 't', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// RAM that weights may take, resident and staging together.
+    #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
+    pub ram: Auto<u64>,
+    /// Where tier C is read: none, auto (where the model lies), or a directory or file that holds a
+    /// copy of it.
+    #[arg(long, value_name = "none|auto|PATH", default_value = "auto")]
+    pub tier_c: String,
+    /// How tier C is read.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub reader: ReaderArg,
+    /// Element type of the KV cache.
+    #[arg(long, value_enum)]
+    pub kv: Option<KvArg>,
+    /// Buffers of the ring.
+    #[arg(long, value_name = "auto|N", default_value = "auto", env = "NT_PIPELINE_DEPTH", value_parser = auto_buffers)]
+    pub n_buffers: Auto<usize>,
+    /// Counts of blocks in VRAM, RAM and storage; the plan chooses which.
+    #[arg(long, value_name = "A:B:C", value_parser = tiers)]
+    pub tiers: Option<Tiers>,
+    /// Positions the KV cache holds.
+    #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
+    pub ctx: Auto<usize>,
+    /// Write a timeline of reads and computes, which ui.perfetto.dev opens.
+    #[arg(long, value_name = "FILE")]
+    pub timeline: Option<PathBuf>,
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct Sampling {
+    /// Temperature; 0 takes the most likely token.
+    #[arg(long, default_value_t = 0.8)]
+    pub temp: f32,
+    /// Keep this many of the most likely tokens; 0 keeps all.
+    #[arg(long, default_value_t = 40)]
+    pub top_k: usize,
+    /// Keep the most likely tokens up to this probability mass.
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Keep tokens at least this likely relative to the likeliest.
+    #[arg(long, default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Penalty for the last 64 tokens; 1 is off.
+    #[arg(long, default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Seed (default: from the clock).
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl Sampling {
+    /// The sampler's parameters, or what is wrong with them.
+    pub fn params(&self) -> Result<SamplerParams, super::Failure> {
+        let in_range = |name: &str, v: f32, ok: bool| {
+            if ok { Ok(v) } else { Err(super::Failure::usage(format!("{name} {v} is out of range"))) }
+        };
+        let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64);
+        Ok(SamplerParams {
+            temp: in_range("--temp", self.temp, (0.0..=100.0).contains(&self.temp))?,
+            top_k: self.top_k,
+            top_p: in_range("--top-p", self.top_p, (0.0..=1.0).contains(&self.top_p))?,
+            min_p: in_range("--min-p", self.min_p, (0.0..=1.0).contains(&self.min_p))?,
+            repeat_penalty: in_range("--repeat-penalty", self.repeat_penalty, self.repeat_penalty > 0.0 && self.repeat_penalty.is_finite())?,
+            seed: self.seed.unwrap_or_else(clock),
+            ..SamplerParams::default()
+        })
+    }
+}

@@ -1,0 +1,46 @@
+//! How a command fails: one sentence and an exit code of the contract.
+
+use std::process::ExitCode;
+
+/// A failed command.
+#[derive(Debug)]
+pub struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    /// 1: failed while running.
+    pub fn running(message: impl ToString) -> Failure {
+        Failure { code: 1, message: message.to_string() }
+    }
+
+    /// 2: wrong usage, or an unreadable or unsupported model.
+    pub fn usage(message: impl ToString) -> Failure {
+        Failure { code: 2, message: message.to_string() }
+    }
+
+    /// 4: does not fit the limits.
+    pub fn limits(message: impl ToString) -> Failure {
+        Failure { code: 4, message: message.to_string() }
+    }
+
+    /// 130: interrupted; what there was has been printed.
+    pub fn interrupted() -> Failure {
+        Failure { code: 130, message: String::new() }
+    }
+
+    /// Writing results failed. A closed pipe ends the command in silence, as `head` expects.
+    pub fn output(target: &str, e: &std::io::Error) -> Failure {
+        let message = if e.kind() == std::io::ErrorKind::BrokenPipe { String::new() } else { format!("writing to {target} failed: {e}") };
+        Failure { code: 1, message }
+    }
+
+    /// Prints the sentence and gives the exit code.
+    pub fn report(&self) -> ExitCode {
+        if !self.message.is_empty() {
+            eprintln!("nt: {}", self.message);
+        }
+        ExitCode::from(self.code)
+    }
+}

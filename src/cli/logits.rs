@@ -1,0 +1,60 @@
+//! `nt logits`: the logits of given tokens as a NumPy file, for comparison with other engines.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::args::KvArg;
+use super::{Failure, ModelArg, Placement, npy, run};
+use crate::engine::Session;
+use crate::model::Outputs;
+
+/// Arguments of `nt logits`.
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    /// Token ids, comma separated.
+    #[arg(long, value_delimiter = ',', required = true)]
+    tokens: Vec<u32>,
+    /// The file: float32, tokens × vocabulary.
+    #[arg(short, long, value_name = "OUT.npy")]
+    output: PathBuf,
+    #[command(flatten)]
+    placement: Placement,
+}
+
+/// Writes the file. The KV cache is F32 unless `--kv` says otherwise.
+pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
+    super::interrupt::install()?;
+    let opened = run::open(&args.model)?;
+    let n_vocab = opened.model.n_vocab;
+    if let Some(t) = args.tokens.iter().find(|&&t| t as usize >= n_vocab) {
+        return Err(Failure::usage(format!("--tokens: {t} is no token of this vocabulary of {n_vocab}")));
+    }
+    let mut options = run::options(&args.placement, KvArg::F32)?;
+    options.n_ctx = run::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
+    options.outputs = Session::outputs_at_once(n_vocab);
+    let batch = options.max_batch.min(options.outputs);
+    let mut session = run::start(&opened, options, false)?;
+    let name = args.output.display().to_string();
+    let failed = |e: std::io::Error| Failure::output(&name, &e);
+    let mut out = BufWriter::new(File::create(&args.output).map_err(failed)?);
+    npy::write_header(&mut out, args.tokens.len(), n_vocab).map_err(failed)?;
+    for chunk in args.tokens.chunks(batch) {
+        session.eval(chunk, Outputs::All, &super::interrupt::interrupted).map_err(run::failure)?;
+        npy::write_values(&mut out, session.logits().map_err(run::failure)?).map_err(failed)?;
+    }
+    out.flush().map_err(failed)?;
+    out.get_ref().sync_data().or_else(ignore_unsyncable).map_err(failed)
+}
+
+/// Pipes and devices cannot be synced; a full disk can say so only here.
+fn ignore_unsyncable(e: std::io::Error) -> std::io::Result<()> {
+    match e.raw_os_error() {
+        Some(libc::EINVAL | libc::EROFS | libc::ENOTSUP) => Ok(()),
+        _ => Err(e),
+    }
+}

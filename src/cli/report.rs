@@ -1,0 +1,163 @@
+//! What a run reports: on stderr for people, as JSON for programs.
+
+use std::io::Write;
+
+use serde_json::{Value as Json, json};
+
+use super::Failure;
+use crate::engine::{Generation, Links, Opened, Session};
+use crate::machine;
+use crate::plan::{Home, format_bytes};
+
+/// Figures of a session, ready to print. What was not measured is `None`.
+pub struct Report {
+    backend: &'static str,
+    reader: Option<&'static str>,
+    n_buffers: usize,
+    homes: [(usize, u64); 3],
+    links: Links,
+    notes: Vec<String>,
+    decode_tokens_per_s: Option<f64>,
+    prompt: Option<(usize, f64)>,
+    generated: usize,
+    first_token_s: Option<f64>,
+}
+
+impl Report {
+    /// Figures of the session so far.
+    pub fn new(session: &Session, opened: &Opened) -> Report {
+        let homes = [Home::A, Home::B, Home::C].map(|home| {
+            let of = session.homes().iter().zip(&opened.model.units).filter(|(h, _)| **h == home);
+            (of.clone().count(), of.map(|(_, u)| u.bytes()).sum())
+        });
+        let mut notes: Vec<String> = opened.tokenizer.warnings().iter().map(ToString::to_string).collect();
+        notes.extend(session.notes().iter().cloned());
+        Report {
+            backend: session.backend_name(),
+            reader: session.reader_name(),
+            n_buffers: session.n_slots(),
+            homes,
+            links: session.links(),
+            notes,
+            decode_tokens_per_s: None,
+            prompt: None,
+            generated: 0,
+            first_token_s: None,
+        }
+    }
+
+    /// Adds the figures of a generation.
+    pub fn generation(&mut self, g: &Generation) {
+        self.prompt = Some((g.prompt_tokens, g.prefill_s));
+        self.generated = g.tokens.len();
+        self.first_token_s = g.first_token_s;
+        self.decode_tokens_per_s = (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s);
+        if g.context_full {
+            self.notes.push("the context is full; a larger --ctx allows more tokens".into());
+        }
+    }
+
+    /// Sets the decode rate that the roofline is compared with.
+    pub fn decode_rate(&mut self, tokens_per_s: Option<f64>) {
+        self.decode_tokens_per_s = tokens_per_s;
+    }
+
+    /// `plan` of the contract's JSON.
+    pub fn plan_json(&self) -> Json {
+        let [a, b, c] = self.homes.map(|(units, bytes)| json!({ "units": units, "bytes": bytes }));
+        json!({ "a": a, "b": b, "c": c })
+    }
+
+    /// `links` of the contract's JSON.
+    pub fn links_json(&self) -> Json {
+        let l = &self.links;
+        json!({
+            "nvme": { "bytes": l.nvme_bytes, "gb_per_s": l.nvme_gb_per_s(), "ceiling_gb_per_s": l.nvme_ceiling.map(gb), "busy": l.nvme_busy() },
+            "gpu": { "bytes": 0, "gb_per_s": null, "ceiling_gb_per_s": null, "busy": null },
+            "ram": { "bytes": l.ram_bytes, "gb_per_s": l.ram_gb_per_s(), "ceiling_gb_per_s": l.ram_ceiling.map(gb), "busy": null },
+        })
+    }
+
+    /// `roofline` of the contract's JSON, for passes that yield one token.
+    pub fn roofline_json(&self) -> Json {
+        match self.links.roofline() {
+            None => json!({ "predicted_tokens_per_s": null, "bound_by": null, "achieved": null }),
+            Some((tokens_per_s, bound_by)) => json!({
+                "predicted_tokens_per_s": tokens_per_s,
+                "bound_by": bound_by,
+                "achieved": self.decode_tokens_per_s.map(|t| t / tokens_per_s),
+            }),
+        }
+    }
+
+    /// The contract's JSON of `nt run`.
+    pub fn json(&self, g: &Generation) -> Json {
+        json!({
+            "text": g.text,
+            "tokens": g.tokens,
+            "prompt_tokens": g.prompt_tokens,
+            "generated_tokens": g.tokens.len(),
+            "stop": g.stop,
+            "backend": self.backend,
+            "reader": self.reader,
+            "site": "cpu",
+            "n_buffers": self.n_buffers,
+            "prefill": { "seconds": g.prefill_s, "tokens_per_s": per_s(g.prompt_tokens, g.prefill_s), "first_token_s": g.first_token_s },
+            "decode": { "seconds": g.decode_s, "tokens_per_s": self.decode_tokens_per_s },
+            "plan": self.plan_json(),
+            "links": self.links_json(),
+            "roofline": self.roofline_json(),
+            "peak_rss_bytes": machine::peak_rss_bytes(),
+            "vram_bytes": 0,
+            "warnings": self.notes,
+        })
+    }
+
+    /// The report for people, on stderr; nothing with `-q`.
+    pub fn print(&self) {
+        if !tracing::enabled!(tracing::Level::WARN) {
+            return;
+        }
+        let mut out = std::io::stderr().lock();
+        // A closed stderr takes nothing from the result, which is printed already.
+        let _ = self.write(&mut out);
+    }
+
+    fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let [_, (b, b_bytes), (c, c_bytes)] = self.homes;
+        writeln!(out, "\nplan      {b} units in RAM ({}), {c} on storage ({}), {} buffers, {} backend", format_bytes(b_bytes), format_bytes(c_bytes), self.n_buffers, self.backend)?;
+        if let Some((n, s)) = self.prompt {
+            writeln!(out, "prefill   {n} tokens in {s:.2} s{}", per_s(n, s).map_or(String::new(), |r| format!(", {r:.1} tokens/s")))?;
+        }
+        if let Some(rate) = self.decode_tokens_per_s {
+            let first = self.first_token_s.map_or(String::new(), |s| format!(", first token after {s:.2} s"));
+            writeln!(out, "decode    {} tokens, {rate:.2} tokens/s{first}", self.generated)?;
+        }
+        if let (Some(rate), Some(reader)) = (self.links.nvme_gb_per_s(), self.reader) {
+            let busy = self.links.nvme_busy().map_or(String::new(), |b| format!(", busy {:.0} %", b * 100.0));
+            writeln!(out, "storage   {} read through {reader}, {rate:.2} GB/s{busy}", format_bytes(self.links.nvme_bytes))?;
+        }
+        if let Some((tokens_per_s, bound_by)) = self.links.roofline() {
+            let share = self.decode_tokens_per_s.map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
+            writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}")?;
+        }
+        if let Some(rss) = machine::peak_rss_bytes() {
+            writeln!(out, "memory    {} at most", format_bytes(rss))?;
+        }
+        Ok(())
+    }
+}
+
+fn gb(bytes_per_s: f64) -> f64 {
+    bytes_per_s / 1e9
+}
+
+fn per_s(n: usize, seconds: f64) -> Option<f64> {
+    (seconds > 0.0).then(|| n as f64 / seconds)
+}
+
+/// Prints a line of results on stdout.
+pub fn print_line(line: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
+}

@@ -1,0 +1,74 @@
+//! A model as far as its header tells: tokenizer and structure, no weights.
+
+use std::path::Path;
+
+use crate::backend::BackendError;
+use crate::gguf::{Gguf, GgufError};
+use crate::model::{ForwardError, Model, ModelError};
+use crate::plan::PlanError;
+use crate::storage::StorageError;
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// Why a session cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The file.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The model in it.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Its tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The limits.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Memory that the plan counted on.
+    #[error("{0}")]
+    Memory(String),
+    /// The copy that `--tier-c` names.
+    #[error("{0}")]
+    Copy(String),
+    /// The backend.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// Reading weights.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A pass.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+}
+
+/// A model's header, tokenizer and structure.
+#[derive(Debug)]
+pub struct Opened {
+    /// The header, without the tokenizer's arrays.
+    pub gguf: Gguf,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Tensors and units.
+    pub model: Model,
+}
+
+impl Opened {
+    /// Opens the model at `path`.
+    pub fn open(path: &Path) -> Result<Opened, EngineError> {
+        let mut gguf = Gguf::open(path)?;
+        let model = Model::new(&gguf)?;
+        let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
+        if tokenizer.vocab_size() > model.n_vocab {
+            return Err(ModelError::Metadata {
+                key: "tokenizer.ggml.tokens".into(),
+                what: format!("has {} tokens, but token_embd.weight only {} rows", tokenizer.vocab_size(), model.n_vocab),
+            }
+            .into());
+        }
+        // The tokenizer has its own compact copy; these arrays are tens of MiB.
+        for key in ["tokens", "merges", "scores", "token_type"] {
+            gguf.metadata.remove(&format!("tokenizer.ggml.{key}"));
+        }
+        Ok(Opened { gguf, tokenizer, model })
+    }
+}

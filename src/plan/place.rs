@@ -1,0 +1,335 @@
+//! Which tier each unit lives in.
+//!
+//! Units that do not stay resident stream through N slots, each as large as the largest streamed
+//! unit. What the budget leaves beside the slots holds resident units, spread over the depth of
+//! the model in proportion to bytes, so that every link has work all along a pass.
+
+use super::format_bytes;
+
+/// Where a unit lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum Home {
+    /// VRAM.
+    A,
+    /// RAM.
+    B,
+    /// Storage.
+    C,
+}
+
+/// What the plan needs to know of a unit, in pass order.
+#[derive(Clone, Copy, Debug)]
+pub struct UnitSize {
+    /// Bytes it takes in memory, alignment included.
+    pub slot_bytes: u64,
+    /// The block it belongs to; `None` for slices of the head.
+    pub block: Option<usize>,
+    /// Routed expert: used by some tokens only.
+    pub routed: bool,
+}
+
+/// Counts of blocks per tier, from `--tiers A:B:C`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiers {
+    /// In VRAM.
+    pub a: usize,
+    /// In RAM.
+    pub b: usize,
+    /// On storage.
+    pub c: usize,
+}
+
+impl std::str::FromStr for Tiers {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Tiers, String> {
+        let parts = s.split(':').map(|p| p.trim().parse::<usize>()).collect::<Result<Vec<_>, _>>();
+        match parts.as_deref() {
+            Ok([a, b, c]) => Ok(Tiers { a: *a, b: *b, c: *c }),
+            _ => Err(format!("{s:?} is not A:B:C, three counts of blocks such as 20:30:30")),
+        }
+    }
+}
+
+/// What the plan must keep to.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes that weights may take in RAM: resident units, slots and row buffers together.
+    pub ram: u64,
+    /// Bytes that weights may take in VRAM; `None` without a GPU.
+    pub vram: Option<u64>,
+    /// Slots; `None` to choose.
+    pub n_buffers: Option<usize>,
+    /// Counts of blocks per tier; `None` to choose.
+    pub tiers: Option<Tiers>,
+    /// Whether tier C may be used.
+    pub storage: bool,
+    /// Bytes of `ram` that are taken beforehand (row buffers).
+    pub reserved: u64,
+    /// Bytes of the embedding, kept resident if everything else is; `None` if it is the head.
+    pub embedding: Option<u64>,
+}
+
+/// Slots when nothing else is said: one computing, one complete, one filling.
+const BUFFERS_DEFAULT: usize = 3;
+/// Fewest slots that overlap reading and computing.
+const BUFFERS_MIN: usize = 2;
+/// Most slots that may be asked for.
+pub const BUFFERS_MAX: usize = 64;
+
+/// Where every unit lives, and the buffers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Home of each unit, in the order given.
+    pub homes: Vec<Home>,
+    /// Staging slots in RAM (0 if nothing streams from storage).
+    pub n_slots: usize,
+    /// Bytes of each.
+    pub slot_bytes: u64,
+    /// Whether the embedding is resident in RAM.
+    pub embedding_resident: bool,
+    /// Bytes of RAM for weights: resident units, slots, row buffers, embedding.
+    pub ram_bytes: u64,
+}
+
+/// Why no plan keeps to the limits.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The slots alone are larger than the budget.
+    #[error(
+        "--ram {} is too small: the largest unit takes {}, and {n_buffers} buffers of it with {} of row buffers need {}; give at least --ram {needed}",
+        format_bytes(*.ram), format_bytes(*.slot_bytes), format_bytes(*.reserved), format_bytes(*.needed)
+    )]
+    SlotsTooLarge {
+        /// The budget.
+        ram: u64,
+        /// Bytes of one slot.
+        slot_bytes: u64,
+        /// Slots.
+        n_buffers: usize,
+        /// Row buffers.
+        reserved: u64,
+        /// Bytes that would do.
+        needed: u64,
+    },
+    /// Resident blocks that were asked for do not fit.
+    #[error("--tiers {a}:{b}:{c} needs {} of RAM, but --ram is {}", format_bytes(*.needed), format_bytes(*.ram))]
+    TiersTooLarge {
+        /// Blocks in A.
+        a: usize,
+        /// Blocks in B.
+        b: usize,
+        /// Blocks in C.
+        c: usize,
+        /// Bytes needed.
+        needed: u64,
+        /// The budget.
+        ram: u64,
+    },
+    /// Counts that do not add up to the model's blocks.
+    #[error("--tiers {a}:{b}:{c} names {} blocks, but the model has {blocks}", a + b + c)]
+    TiersMiscounted {
+        /// Blocks in A.
+        a: usize,
+        /// Blocks in B.
+        b: usize,
+        /// Blocks in C.
+        c: usize,
+        /// Blocks of the model.
+        blocks: usize,
+    },
+    /// Tier A was asked for without a GPU.
+    #[error("--tiers asks for {a} blocks in VRAM, but the cpu backend has no tier A")]
+    NoVram {
+        /// Blocks in A.
+        a: usize,
+    },
+    /// The model is larger than RAM and storage was forbidden.
+    #[error("the model takes {}, --ram is {}, and --tier-c none forbids to read the rest from storage", format_bytes(*.needed), format_bytes(*.ram))]
+    NoStorage {
+        /// Bytes needed.
+        needed: u64,
+        /// The budget.
+        ram: u64,
+    },
+}
+
+/// Places the units for the CPU backend: homes B and C.
+pub fn place(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
+    if let Some(t) = limits.tiers {
+        return place_by_count(units, limits, t);
+    }
+    let all: u64 = units.iter().map(|u| u.slot_bytes).sum();
+    if limits.n_buffers.is_none() || !limits.storage {
+        let needed = all + limits.reserved;
+        if needed <= limits.ram {
+            return Ok(finish(units, vec![Home::B; units.len()], 0, limits));
+        }
+        if !limits.storage {
+            return Err(PlanError::NoStorage { needed, ram: limits.ram });
+        }
+    } else if all + limits.reserved <= limits.ram {
+        return Ok(finish(units, vec![Home::B; units.len()], 0, limits));
+    }
+    let (n_slots, slot_bytes) = slots(units.iter(), limits)?;
+    let room = limits.ram - limits.reserved - n_slots as u64 * slot_bytes;
+    // Every token uses the shared units, and only some experts: shared ones are resident first.
+    let mut homes = vec![Home::C; units.len()];
+    let left = spread(units, &mut homes, room, |u| !u.routed);
+    spread(units, &mut homes, left, |u| u.routed);
+    Ok(finish(units, homes, n_slots, limits))
+}
+
+fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan, PlanError> {
+    let blocks = units.iter().filter_map(|u| u.block).max().map_or(0, |b| b + 1);
+    let Tiers { a, b, c } = t;
+    if a + b + c != blocks {
+        return Err(PlanError::TiersMiscounted { a, b, c, blocks });
+    }
+    if a > 0 {
+        return Err(PlanError::NoVram { a });
+    }
+    if c > 0 && !limits.storage {
+        return Err(PlanError::NoStorage { needed: units.iter().map(|u| u.slot_bytes).sum(), ram: limits.ram });
+    }
+    // Block i is resident if the running count of resident ones steps up there.
+    let resident = |i: usize| (i + 1) * b / blocks > i * b / blocks;
+    let mut homes: Vec<Home> =
+        units.iter().map(|u| if u.block.is_some_and(resident) { Home::B } else { Home::C }).collect();
+    let bytes_b: u64 = units.iter().zip(&homes).filter(|(_, h)| **h == Home::B).map(|(u, _)| u.slot_bytes).sum();
+    let (n_slots, slot_bytes) =
+        if c == 0 { (0, 0) } else { slots(units.iter().filter(|u| u.block.is_none_or(|i| !resident(i))), limits)? };
+    let needed = bytes_b + n_slots as u64 * slot_bytes + limits.reserved;
+    if needed > limits.ram {
+        return Err(PlanError::TiersTooLarge { a, b, c, needed, ram: limits.ram });
+    }
+    let head: u64 = units.iter().filter(|u| u.block.is_none()).map(|u| u.slot_bytes).sum();
+    if head <= limits.ram - needed || c == 0 {
+        units.iter().zip(&mut homes).filter(|(u, _)| u.block.is_none()).for_each(|(_, h)| *h = Home::B);
+        if head > limits.ram - needed {
+            return Err(PlanError::TiersTooLarge { a, b, c, needed: needed + head, ram: limits.ram });
+        }
+    } else {
+        spread(units, &mut homes, limits.ram - needed, |u| u.block.is_none());
+    }
+    Ok(finish(units, homes, n_slots, limits))
+}
+
+/// Number and size of the slots that hold any of `streamed`.
+fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> Result<(usize, u64), PlanError> {
+    let slot_bytes = streamed.map(|u| u.slot_bytes).max().unwrap_or(0);
+    let needed = |n: usize| limits.reserved + n as u64 * slot_bytes;
+    let n = match limits.n_buffers {
+        Some(n) => n,
+        None if needed(BUFFERS_DEFAULT) <= limits.ram => BUFFERS_DEFAULT,
+        None => BUFFERS_MIN,
+    };
+    if needed(n) > limits.ram {
+        return Err(PlanError::SlotsTooLarge {
+            ram: limits.ram,
+            slot_bytes,
+            n_buffers: n,
+            reserved: limits.reserved,
+            needed: needed(limits.n_buffers.unwrap_or(BUFFERS_MIN)),
+        });
+    }
+    Ok((n, slot_bytes))
+}
+
+/// Makes units that `wanted` names resident, spread evenly over their bytes, within `room`.
+/// Returns the room left.
+fn spread(units: &[UnitSize], homes: &mut [Home], room: u64, wanted: impl Fn(&UnitSize) -> bool) -> u64 {
+    let total: u64 = units.iter().filter(|u| wanted(u)).map(|u| u.slot_bytes).sum();
+    let share = if total == 0 { 0.0 } else { (room as f64 / total as f64).min(1.0) };
+    let (mut left, mut credit) = (room, 0.0);
+    for (u, home) in units.iter().zip(homes).filter(|(u, _)| wanted(u)) {
+        credit += u.slot_bytes as f64 * share;
+        // Half a unit of tolerance keeps rounding from losing the last one.
+        if u.slot_bytes <= left && credit + 0.5 >= u.slot_bytes as f64 {
+            *home = Home::B;
+            credit -= u.slot_bytes as f64;
+            left -= u.slot_bytes;
+        }
+    }
+    left
+}
+
+fn finish(units: &[UnitSize], homes: Vec<Home>, n_slots: usize, limits: &Limits) -> Plan {
+    let sum =
+        |home: Home| units.iter().zip(&homes).filter(|(_, h)| **h == home).map(|(u, _)| u.slot_bytes).sum::<u64>();
+    let streamed = units.iter().zip(&homes).filter(|(_, h)| **h == Home::C);
+    let slot_bytes = streamed.map(|(u, _)| u.slot_bytes).max().unwrap_or(0);
+    let n_slots = if slot_bytes == 0 { 0 } else { n_slots };
+    let mut ram_bytes = sum(Home::B) + n_slots as u64 * slot_bytes + limits.reserved;
+    let fits = |e: &u64| n_slots == 0 && ram_bytes + e <= limits.ram;
+    let embedding = limits.embedding.filter(fits);
+    ram_bytes += embedding.unwrap_or(0);
+    Plan { homes, n_slots, slot_bytes, embedding_resident: embedding.is_some(), ram_bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(blocks: usize, block_bytes: u64, slices: usize, slice_bytes: u64) -> Vec<UnitSize> {
+        let block = |i| UnitSize { slot_bytes: block_bytes, block: Some(i), routed: false };
+        let slice = UnitSize { slot_bytes: slice_bytes, block: None, routed: false };
+        (0..blocks).map(block).chain((0..slices).map(|_| slice)).collect()
+    }
+
+    fn limits(ram: u64) -> Limits {
+        Limits { ram, vram: None, n_buffers: None, tiers: None, storage: true, reserved: 0, embedding: None }
+    }
+
+    #[test]
+    fn a_model_that_fits_is_resident_and_needs_no_slots() {
+        let p = place(&model(4, 100, 2, 50), &limits(500)).unwrap();
+        assert_eq!((p.n_slots, p.ram_bytes), (0, 500));
+        assert!(p.homes.iter().all(|&h| h == Home::B));
+    }
+
+    #[test]
+    fn resident_units_are_spread_over_the_depth() {
+        let p = place(&model(30, 100, 0, 0), &limits(300 + 1000)).unwrap();
+        let at: Vec<usize> = (0..30).filter(|&i| p.homes[i] == Home::B).collect();
+        assert_eq!(at.len(), 10);
+        assert!(at.windows(2).all(|w| w[1] - w[0] == 3), "{at:?}");
+        assert_eq!(p.ram_bytes, 1300);
+    }
+
+    #[test]
+    fn two_slots_where_three_do_not_fit_and_an_error_below() {
+        assert_eq!(place(&model(5, 100, 0, 0), &limits(250)).unwrap().n_slots, 2);
+        let e = place(&model(5, 100, 0, 0), &limits(150)).unwrap_err();
+        assert!(matches!(e, PlanError::SlotsTooLarge { needed: 200, .. }));
+        let asked = Limits { n_buffers: Some(4), ..limits(350) };
+        assert!(matches!(place(&model(5, 100, 0, 0), &asked), Err(PlanError::SlotsTooLarge { needed: 400, .. })));
+    }
+
+    #[test]
+    fn tiers_are_obeyed() {
+        let t = |b, c| Limits { tiers: Some(Tiers { a: 0, b, c }), ..limits(10_000) };
+        let p = place(&model(30, 100, 2, 50), &t(10, 20)).unwrap();
+        assert_eq!(p.homes[..30].iter().filter(|&&h| h == Home::C).count(), 20);
+        assert!(p.homes[30..].iter().all(|&h| h == Home::B));
+        assert!(matches!(place(&model(30, 100, 2, 50), &t(10, 10)), Err(PlanError::TiersMiscounted { .. })));
+        let tight = Limits { ram: 500, ..t(10, 20) };
+        assert!(matches!(place(&model(30, 100, 2, 50), &tight), Err(PlanError::TiersTooLarge { .. })));
+    }
+
+    #[test]
+    fn experts_come_after_what_every_token_uses() {
+        let mut units = model(4, 100, 1, 50);
+        units.extend((0..16).map(|i| UnitSize { slot_bytes: 20, block: Some(i / 4), routed: true }));
+        let p = place(&units, &limits(300 + 450 + 100)).unwrap();
+        assert!(p.homes[..5].iter().all(|&h| h == Home::B));
+        assert!(p.homes[5..].contains(&Home::B) && p.homes[5..].contains(&Home::C));
+        assert!(p.ram_bytes <= 850);
+    }
+
+    #[test]
+    fn without_storage_a_large_model_is_refused() {
+        let l = Limits { storage: false, ..limits(300) };
+        assert_eq!(place(&model(4, 100, 0, 0), &l), Err(PlanError::NoStorage { needed: 400, ram: 300 }));
+    }
+}

@@ -1,0 +1,57 @@
+//! Sizes on the command line: `14GiB`, `500MB`, plain bytes.
+
+/// Parses a size in bytes.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit_bytes: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        _ => return Err(format!("{text:?} is no size; write for example 14GiB, 500MB or a number of bytes")),
+    };
+    let bad = || format!("{text:?} is no size; write for example 14GiB, 500MB or a number of bytes");
+    let bytes = match number.parse::<u64>() {
+        Ok(n) => n.checked_mul(unit_bytes).ok_or_else(bad)?,
+        Err(_) => {
+            let f = number.parse::<f64>().map_err(|_| bad())? * unit_bytes as f64;
+            if !(0.0..9e18).contains(&f) {
+                return Err(bad());
+            }
+            f as u64
+        }
+    };
+    Ok(bytes)
+}
+
+/// A size for people: `1.50 GiB`.
+pub fn format_bytes(bytes: u64) -> String {
+    const UNITS: [(u64, &str); 4] = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match UNITS.iter().find(|(n, _)| bytes >= *n) {
+        Some((n, unit)) => format!("{:.2} {unit}", bytes as f64 / *n as f64),
+        None => format!("{bytes} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_as_the_contract_writes_them() {
+        assert_eq!(parse_size("14GiB"), Ok(14 << 30));
+        assert_eq!(parse_size("500MB"), Ok(500_000_000));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("1.5 g"), Ok(3 << 29));
+        for bad in ["", "GiB", "-1", "5 parsecs", "99999999999TiB", "1e9"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}
