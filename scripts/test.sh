@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Passes every test: format, lints, docs, unit and black-box tests, fidelity against llama.cpp's
+# golden results. Installs missing Debian packages when run as root; see common.sh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/common.sh
+
+need_cargo
+need_pip gguf==0.19.0 numpy==2.4.6
+need_smollm2
+export NT_TEST_MODEL=$smollm2
+
+say "format and lints"
+cargo fmt --check
+cargo clippy --locked --release --all-targets -- -D warnings
+say "docs"
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+say "tests"
+cargo test --locked --release
+say "fidelity against llama.cpp"
+cargo build --locked --release
+python3 tests/fidelity/check.py target/release/nt
