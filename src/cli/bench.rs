@@ -64,7 +64,6 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             let rate = timed(args.n_gen, || {
                 tokens[..args.n_gen].iter().try_for_each(|&t| session.eval(&[t], Outputs::Last, &interrupt::interrupted))
             })?;
-            session.stop_measuring();
             decode.extend(counted.then_some(rate));
         }
     }

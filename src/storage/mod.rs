@@ -5,6 +5,20 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+mod file;
+mod pread;
+#[cfg(test)]
+mod scripted;
+mod split;
+mod uring;
+
+pub use file::DirectFile;
+pub use pread::PreadReader;
+#[cfg(test)]
+pub use scripted::{Script, ScriptedReader};
+pub use uring::UringReader;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A file or device that a reader has opened, by index.
@@ -34,6 +48,8 @@ pub struct ReadRequest<'a> {
     pub extents: &'a [Extent],
     /// Where to: inside the arena, aligned to [`Alignment::memory`].
     pub dst: *mut u8,
+    /// Goes before requests that wait already.
+    pub urgent: bool,
     /// Bytes available behind `dst`.
     pub dst_len: usize,
 }
@@ -108,4 +124,53 @@ pub trait Reader: Send {
 
     /// Requests taken and not yet completed.
     fn outstanding(&self) -> usize;
+}
+
+/// Which reader to open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReaderKind {
+    /// io_uring, or a pread pool where it is refused.
+    Auto,
+    /// io_uring or an error.
+    IoUring,
+    /// The pread pool.
+    Pread,
+}
+
+/// Why no reader could be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// A file cannot be opened.
+    #[error("{path}: {source}", path = path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// io_uring is refused and was asked for.
+    #[error("io_uring is not available here: {0}; --reader auto falls back to pread")]
+    IoUring(std::io::Error),
+    /// A read while loading failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+/// Bytes of one read; long reads are split into these.
+pub const CHUNK_BYTES: u64 = 1 << 20;
+/// Reads in flight.
+pub const QUEUE_DEPTH: usize = 16;
+
+/// Opens `files` and a reader over them. The notes say in a line each what could not be had.
+pub fn open_reader(files: &[&Path], kind: ReaderKind) -> Result<(Box<dyn Reader>, Vec<String>), StorageError> {
+    let files = files.iter().map(|p| DirectFile::open(p)).collect::<Result<Vec<_>, _>>()?;
+    let mut notes: Vec<String> = files.iter().filter_map(DirectFile::note).collect();
+    if kind != ReaderKind::Pread {
+        match UringReader::new(&files) {
+            Ok(ring) => return Ok((Box::new(ring), notes)),
+            Err(e) if kind == ReaderKind::IoUring => return Err(StorageError::IoUring(e)),
+            Err(e) => notes.push(format!("io_uring is not available here ({e}); reading with a pool of pread threads")),
+        }
+    }
+    Ok((Box::new(PreadReader::new(files)), notes))
 }

@@ -1,0 +1,424 @@
+//! Drives the ring: a thread of its own reads units into slots while the caller computes.
+//!
+//! The caller acquires units in pass order and releases them; it sleeps while its unit is read.
+//! Errors of reads surface where the unit is acquired. Rows of the embedding go before units.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::ring::{Acquire, Ring, Step};
+use super::trace::{EventKind, Trace};
+use super::unit::UnitLayout;
+use crate::memory::Region;
+use crate::storage::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader};
+
+/// How long the reading thread sleeps before it looks for new wishes while reads are in flight.
+const POLL: Duration = Duration::from_millis(2);
+/// Tag of a request for rows; units have their slot as tag.
+const ROWS_TAG: u64 = u64::MAX;
+
+/// Why a unit or a row cannot be delivered.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StreamError {
+    /// Reading a unit failed.
+    #[error("{unit}: {source}")]
+    Unit {
+        /// The unit's name.
+        unit: String,
+        /// What went wrong.
+        source: ReadError,
+    },
+    /// Reading rows of the embedding failed.
+    #[error("token_embd.weight: {0}")]
+    Rows(ReadError),
+    /// The reading thread ended.
+    #[error("the reading thread ended unexpectedly")]
+    ThreadGone,
+}
+
+/// What a streamer is made of.
+pub struct StreamerConfig {
+    /// Reads of each unit.
+    pub layouts: Arc<[UnitLayout]>,
+    /// Name of each unit, for errors.
+    pub names: Arc<[String]>,
+    /// Streamed units of a pass, in order.
+    pub schedule: Vec<Step>,
+    /// Most units that are demanded at once.
+    pub demand_max: usize,
+    /// The slots.
+    pub slots: Vec<Region>,
+    /// Where rows are read to.
+    pub rows: Region,
+    /// Events to keep.
+    pub trace_events: usize,
+}
+
+/// Times and bytes of the link to storage.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StreamStats {
+    /// Bytes read for units and rows.
+    pub bytes: u64,
+    /// Time in which a read was in flight.
+    pub busy: Duration,
+    /// Time the caller waited for units.
+    pub stall: Duration,
+}
+
+struct Shared {
+    ring: Ring,
+    rows: Option<Vec<Extent>>,
+    rows_result: Option<Result<u64, ReadError>>,
+    failed: Option<(usize, ReadError)>,
+    /// The reading thread's end, planned or not.
+    stop: bool,
+    gone: bool,
+    stats: StreamStats,
+    trace: Trace,
+}
+
+struct Signals {
+    shared: Mutex<Shared>,
+    /// For the reading thread: there may be something to read.
+    wish: Condvar,
+    /// For the caller: something has been read.
+    news: Condvar,
+}
+
+impl Signals {
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        // A panic under the lock would be a bug of the ring; its state stays the best there is.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The ring with its thread.
+pub struct Streamer {
+    signals: Arc<Signals>,
+    thread: Option<JoinHandle<()>>,
+    slots: Vec<Region>,
+    rows: Region,
+    names: Arc<[String]>,
+    current: Option<(usize, usize, Instant)>,
+    row_extents: Vec<Extent>,
+    alignments: Vec<Alignment>,
+}
+
+/// Reads whole units into regions, several at a time, before streaming starts. `progress` gets the
+/// bytes read so far.
+pub fn load(
+    reader: &mut dyn Reader,
+    units: &[(&UnitLayout, Region, &str)],
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), StreamError> {
+    const AT_ONCE: usize = 4;
+    let (mut next, mut bytes) = (0, 0);
+    let mut done: Vec<Completion> = Vec::new();
+    while next < units.len() || reader.outstanding() > 0 {
+        while next < units.len() && reader.outstanding() < AT_ONCE {
+            let (layout, region, name) = &units[next];
+            let request = ReadRequest { tag: next as u64, extents: &layout.extents, dst: region.addr, urgent: false, dst_len: region.len };
+            // SAFETY: the region belongs to this unit alone, lives as long as the arena, which the
+            // reader does not outlive, and is not looked at before `load` has returned.
+            unsafe { reader.submit(&request) }.map_err(|source| StreamError::Unit { unit: (*name).to_owned(), source })?;
+            next += 1;
+        }
+        let fail = |source| StreamError::Unit { unit: "loading".into(), source };
+        reader.poll(&mut done, Some(POLL)).map_err(fail)?;
+        for c in done.drain(..) {
+            let name = units[c.tag as usize].2;
+            bytes += c.result.map_err(|source| StreamError::Unit { unit: name.to_owned(), source })?;
+            progress(bytes);
+        }
+    }
+    Ok(())
+}
+
+impl Streamer {
+    /// Starts the reading thread.
+    pub fn start(config: StreamerConfig, reader: Box<dyn Reader>, n_files: usize) -> std::io::Result<Streamer> {
+        let alignments = (0..n_files).map(|i| reader.alignment(FileId(i as u16))).collect();
+        let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
+        let shared = Shared {
+            ring,
+            rows: None,
+            rows_result: None,
+            failed: None,
+            stop: false,
+            gone: false,
+            stats: StreamStats::default(),
+            trace: Trace::new(config.trace_events),
+        };
+        let signals = Arc::new(Signals { shared: Mutex::new(shared), wish: Condvar::new(), news: Condvar::new() });
+        let worker = Worker {
+            signals: signals.clone(),
+            reader,
+            layouts: config.layouts,
+            slots: config.slots.clone(),
+            rows: config.rows,
+            started: vec![(0, Instant::now()); config.slots.len()],
+            busy_since: None,
+        };
+        let thread = std::thread::Builder::new().name("nt-reader".into()).spawn(move || worker.run())?;
+        Ok(Streamer {
+            signals,
+            thread: Some(thread),
+            slots: config.slots,
+            rows: config.rows,
+            names: config.names,
+            current: None,
+            row_extents: Vec::new(),
+            alignments,
+        })
+    }
+
+    /// Waits for `unit`, the next streamed one of the pass, and returns its slot's address. It stays
+    /// valid until [`Streamer::release`].
+    pub fn acquire(&mut self, unit: usize) -> Result<*const u8, StreamError> {
+        let began = Instant::now();
+        let mut shared = self.signals.lock();
+        let mut waited = false;
+        let slot = loop {
+            match shared.ring.acquire(unit) {
+                Acquire::Ready(slot) => break slot,
+                Acquire::Failed => {
+                    let source = shared.failed.as_ref().map(|f| f.1.clone());
+                    let unit = self.names[unit].clone();
+                    return Err(source.map_or(StreamError::ThreadGone, |source| StreamError::Unit { unit, source }));
+                }
+                Acquire::Wait if shared.gone => return Err(StreamError::ThreadGone),
+                Acquire::Wait => {
+                    waited = true;
+                    self.signals.wish.notify_one();
+                    shared = self.signals.news.wait(shared).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        };
+        let now = Instant::now();
+        if waited {
+            shared.stats.stall += now - began;
+            shared.trace.add(EventKind::Wait, unit, slot, began, now);
+        }
+        drop(shared);
+        self.current = Some((unit, slot, now));
+        Ok(self.slots[slot].addr)
+    }
+
+    /// Gives the unit acquired last back.
+    pub fn release(&mut self, unit: usize) {
+        let mut shared = self.signals.lock();
+        if let Some((u, slot, since)) = self.current.take() {
+            shared.trace.add(EventKind::Compute, u, slot, since, Instant::now());
+        }
+        shared.ring.release(unit);
+        drop(shared);
+        self.signals.wish.notify_one();
+    }
+
+    /// Announces the streamed units that will be acquired next (see [`Ring::demand`]).
+    pub fn demand(&mut self, units: &[usize]) {
+        self.signals.lock().ring.demand(units);
+        self.signals.wish.notify_one();
+    }
+
+    /// Gives a pass up; the next one begins with the schedule's first unit.
+    pub fn restart(&mut self) {
+        self.current = None;
+        let mut shared = self.signals.lock();
+        shared.ring.restart();
+        shared.failed = None;
+    }
+
+    /// Reads `bytes` bytes of `file` at each of `offsets` into `out`, back to back.
+    pub fn read_rows(&mut self, file: FileId, offsets: &[u64], bytes: usize, out: &mut [u8]) -> Result<(), StreamError> {
+        let align = u64::from(self.alignments[usize::from(file.0)].offset);
+        // A row touches at most this many aligned bytes.
+        let stride = ((bytes as u64).next_multiple_of(align) + align).next_multiple_of(4096);
+        let at_once = (self.rows.len as u64 / stride).max(1) as usize;
+        for (offsets, out) in offsets.chunks(at_once).zip(out.chunks_mut(at_once * bytes)) {
+            self.row_extents.clear();
+            self.row_extents.extend(offsets.iter().enumerate().map(|(i, &o)| {
+                let start = o / align * align;
+                let end = (o + bytes as u64).next_multiple_of(align);
+                Extent { file, offset: start, len: end - start, dst_offset: i as u64 * stride }
+            }));
+            self.request_rows()?;
+            for (i, (&o, out)) in offsets.iter().zip(out.chunks_mut(bytes)).enumerate() {
+                let at = i as u64 * stride + o % align;
+                // SAFETY: the extent was read to `i * stride` of the region, which is large enough
+                // for it (checked by the reader); the request is complete, so nobody writes there.
+                unsafe { std::ptr::copy_nonoverlapping(self.rows.addr.add(at as usize), out.as_mut_ptr(), out.len()) };
+            }
+        }
+        Ok(())
+    }
+
+    fn request_rows(&mut self) -> Result<(), StreamError> {
+        let mut shared = self.signals.lock();
+        shared.rows = Some(std::mem::take(&mut self.row_extents));
+        shared.rows_result = None;
+        self.signals.wish.notify_one();
+        loop {
+            if let Some(result) = shared.rows_result.take() {
+                self.row_extents = shared.rows.take().unwrap_or_default();
+                return result.map(|_| ()).map_err(StreamError::Rows);
+            }
+            if shared.gone {
+                return Err(StreamError::ThreadGone);
+            }
+            shared = self.signals.news.wait(shared).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Totals so far.
+    pub fn stats(&self) -> StreamStats {
+        self.signals.lock().stats
+    }
+
+    /// Adds the computing of a resident unit to the trace.
+    pub fn trace_resident(&self, unit: usize, from: Instant) {
+        self.signals.lock().trace.add(EventKind::Compute, unit, 0, from, Instant::now());
+    }
+
+    /// Writes the trace (see [`Trace::write`]).
+    pub fn write_trace(&self, out: &mut impl std::io::Write) -> std::io::Result<()> {
+        self.signals.lock().trace.write(out, |u| self.names[u].clone())
+    }
+}
+
+impl Drop for Streamer {
+    fn drop(&mut self) {
+        self.signals.lock().stop = true;
+        self.signals.wish.notify_one();
+        if let Some(t) = self.thread.take() {
+            // A panicked thread has ended too, and its reader with it.
+            let _ = t.join();
+        }
+    }
+}
+
+/// The reading thread.
+struct Worker {
+    signals: Arc<Signals>,
+    reader: Box<dyn Reader>,
+    layouts: Arc<[UnitLayout]>,
+    slots: Vec<Region>,
+    rows: Region,
+    /// Unit and start of the read into each slot.
+    started: Vec<(usize, Instant)>,
+    busy_since: Option<Instant>,
+}
+
+/// Marks the thread as gone however it ends, so that nobody waits for it.
+struct Farewell(Arc<Signals>);
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        self.0.lock().gone = true;
+        self.0.news.notify_all();
+    }
+}
+
+impl Worker {
+    fn run(mut self) {
+        let _farewell = Farewell(self.signals.clone());
+        let mut done = Vec::with_capacity(self.slots.len() + 1);
+        let mut rows: Vec<Extent> = Vec::new();
+        loop {
+            let signals = self.signals.clone();
+            let mut shared = signals.lock();
+            loop {
+                if shared.stop {
+                    return;
+                }
+                let wants_rows = shared.rows.as_ref().is_some_and(|r| !r.is_empty()) && shared.rows_result.is_none();
+                if wants_rows {
+                    rows.clear();
+                    rows.append(shared.rows.as_mut().unwrap_or(&mut Vec::new()));
+                }
+                let mut reads = [(0, 0); 8];
+                let mut n = 0;
+                while n < reads.len()
+                    && let Some(read) = shared.ring.next_read()
+                {
+                    reads[n] = read;
+                    n += 1;
+                }
+                if wants_rows || n > 0 {
+                    drop(shared);
+                    if wants_rows {
+                        self.submit(ROWS_TAG, &rows, self.rows, true);
+                    }
+                    for &(unit, slot) in &reads[..n] {
+                        self.started[slot] = (unit, Instant::now());
+                        let layouts = self.layouts.clone();
+                        self.submit(slot as u64, &layouts[unit].extents, self.slots[slot], false);
+                    }
+                    shared = signals.lock();
+                    continue;
+                }
+                if self.reader.outstanding() > 0 {
+                    break;
+                }
+                shared = signals.wish.wait(shared).unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(shared);
+            if let Err(e) = self.reader.poll(&mut done, Some(POLL)) {
+                self.fail_all(&e);
+                return;
+            }
+            self.settle(&mut done);
+        }
+    }
+
+    fn submit(&mut self, tag: u64, extents: &[Extent], to: Region, urgent: bool) {
+        self.busy_since.get_or_insert_with(Instant::now);
+        let request = ReadRequest { tag, extents, dst: to.addr, urgent, dst_len: to.len };
+        // SAFETY: the ring gives a slot to one read at a time and to the caller only when the read
+        // has ended; the rows' region is used for one request at a time. Both live in the arena,
+        // which is dropped after this thread has been joined.
+        if let Err(e) = unsafe { self.reader.submit(&request) } {
+            self.settle(&mut vec![Completion { tag, result: Err(e) }]);
+        }
+    }
+
+    /// Tells the ring and the caller what has ended.
+    fn settle(&mut self, done: &mut Vec<Completion>) {
+        if done.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let mut shared = self.signals.lock();
+        if let Some(since) = self.busy_since.take() {
+            shared.stats.busy += now - since;
+        }
+        if self.reader.outstanding() > 0 {
+            self.busy_since = Some(now);
+        }
+        for c in done.drain(..) {
+            shared.stats.bytes += c.result.as_ref().map_or(0, |b| *b);
+            if c.tag == ROWS_TAG {
+                shared.rows_result = Some(c.result);
+                continue;
+            }
+            let slot = c.tag as usize;
+            let (unit, since) = self.started[slot];
+            shared.trace.add(EventKind::Read, unit, slot, since, now);
+            shared.ring.read_done(slot, c.result.is_ok());
+            if let Err(e) = c.result {
+                shared.failed.get_or_insert((unit, e));
+            }
+        }
+        drop(shared);
+        self.signals.news.notify_all();
+    }
+
+    fn fail_all(&self, e: &ReadError) {
+        let mut shared = self.signals.lock();
+        shared.failed.get_or_insert((0, e.clone()));
+        if shared.rows.is_some() {
+            shared.rows_result = Some(Err(e.clone()));
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Files opened past the page cache where the file system allows it.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Alignment, StorageError};
+
+/// What is assumed where the kernel tells nothing but takes O_DIRECT.
+const DIRECT_DEFAULT: Alignment = Alignment { memory: 4096, offset: 4096 };
+const BUFFERED: Alignment = Alignment { memory: 1, offset: 1 };
+/// Alignments beyond this are not believed.
+const ALIGNMENT_MAX: u32 = 4096;
+
+/// A file that is open for reading.
+#[derive(Clone, Debug)]
+pub struct DirectFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The open file.
+    pub file: Arc<File>,
+    /// What reads must be aligned to.
+    pub alignment: Alignment,
+    /// Length when it was opened; it may shrink since.
+    pub len: u64,
+}
+
+impl DirectFile {
+    /// Opens with O_DIRECT if the file system takes it, else through the page cache.
+    pub fn open(path: &Path) -> Result<DirectFile, StorageError> {
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path);
+        if let Ok(file) = direct {
+            let alignment = dio_alignment(&file).unwrap_or(Some(DIRECT_DEFAULT));
+            if let Some(alignment) = alignment.filter(|a| a.memory <= ALIGNMENT_MAX && a.offset <= ALIGNMENT_MAX)
+                && probe(&file, alignment)
+            {
+                return DirectFile::of(path, file, alignment);
+            }
+        }
+        let file = File::open(path).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
+        DirectFile::of(path, file, BUFFERED)
+    }
+
+    fn of(path: &Path, file: File, alignment: Alignment) -> Result<DirectFile, StorageError> {
+        let len = file.metadata().map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?.len();
+        Ok(DirectFile { path: path.to_path_buf(), file: Arc::new(file), alignment, len })
+    }
+
+    /// Length now; 0 if it cannot be told.
+    pub fn current_len(&self) -> u64 {
+        self.file.metadata().map_or(0, |m| m.len())
+    }
+
+    /// Whether reads bypass the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.alignment != BUFFERED
+    }
+
+    /// What could not be had, for the user.
+    pub fn note(&self) -> Option<String> {
+        let path = self.path.display();
+        (!self.is_direct()).then(|| format!("{path}: the file system takes no O_DIRECT; reading through the page cache"))
+    }
+
+    /// Drops read bytes from the page cache, where reads go through it.
+    pub fn forget(&self, offset: u64, len: u64) {
+        if !self.is_direct() {
+            let (offset, len) = (offset as libc::off_t, len as libc::off_t);
+            // SAFETY: advice on an open descriptor touches no memory; a refusal changes nothing.
+            unsafe { libc::posix_fadvise(self.file.as_raw_fd(), offset, len, libc::POSIX_FADV_DONTNEED) };
+        }
+    }
+}
+
+/// `STATX_DIOALIGN`: `None` where the kernel does not tell, `Some(None)` where direct I/O is refused.
+fn dio_alignment(file: &File) -> Option<Option<Alignment>> {
+    // SAFETY: statx is plain data, for which zeroes are valid.
+    let mut st: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, the path is an empty C string, and `st` outlives the call.
+    let rc = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut st) };
+    if rc != 0 || st.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return None;
+    }
+    let (memory, offset) = (st.stx_dio_mem_align, st.stx_dio_offset_align);
+    Some((memory > 0 && offset > 0).then_some(Alignment { memory, offset }))
+}
+
+/// One small direct read, since some file systems take the flag and refuse the read.
+fn probe(file: &File, alignment: Alignment) -> bool {
+    let len = alignment.offset as usize;
+    let mut buffer = vec![0u8; len + ALIGNMENT_MAX as usize];
+    let skip = buffer.as_ptr().align_offset(ALIGNMENT_MAX as usize);
+    let target = &mut buffer[skip..skip + len];
+    // SAFETY: `target` is `len` writable bytes that outlive the call.
+    unsafe { libc::pread(file.as_raw_fd(), target.as_mut_ptr().cast(), len, 0) >= 0 }
+}

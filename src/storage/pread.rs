@@ -1,0 +1,133 @@
+//! Reads through a pool of threads that call pread: what works where io_uring is refused.
+
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::split::{Chunk, Requests};
+use super::{Alignment, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
+
+/// Threads, and so reads in flight.
+const THREADS: usize = 8;
+
+type Outcome = (Chunk, Result<u64, String>);
+
+/// A reader over a pool of threads.
+pub struct PreadReader {
+    files: Arc<[DirectFile]>,
+    requests: Requests,
+    jobs: Option<Sender<Chunk>>,
+    outcomes: Receiver<Outcome>,
+    threads: Vec<JoinHandle<()>>,
+    n_flying: usize,
+}
+
+impl PreadReader {
+    /// Starts the pool.
+    pub fn new(files: Vec<DirectFile>) -> PreadReader {
+        let files: Arc<[DirectFile]> = files.into();
+        let (jobs, queue) = channel::<Chunk>();
+        let queue = Arc::new(Mutex::new(queue));
+        let (report, outcomes) = channel();
+        let threads = (0..THREADS)
+            .filter_map(|i| {
+                let (files, queue, report) = (files.clone(), queue.clone(), report.clone());
+                std::thread::Builder::new().name(format!("nt-pread-{i}")).spawn(move || work(&files, &queue, &report)).ok()
+            })
+            .collect();
+        PreadReader { files, requests: Requests::default(), jobs: Some(jobs), outcomes, threads, n_flying: 0 }
+    }
+
+    fn issue(&mut self) {
+        while self.n_flying < 2 * THREADS
+            && let Some(chunk) = self.requests.next()
+        {
+            if let Some(jobs) = &self.jobs
+                && jobs.send(chunk).is_ok()
+            {
+                self.n_flying += 1;
+            }
+        }
+    }
+
+    fn take(&mut self, (chunk, result): Outcome) {
+        self.n_flying -= 1;
+        self.requests.chunk_done(chunk, result, &self.files[chunk.file]);
+    }
+}
+
+fn work(files: &[DirectFile], queue: &Mutex<Receiver<Chunk>>, report: &Sender<Outcome>) {
+    loop {
+        let job = match queue.lock() {
+            Ok(q) => q.recv(),
+            Err(_) => return,
+        };
+        let Ok(chunk) = job else { return };
+        let f = &files[chunk.file];
+        // SAFETY: the memory is valid and unshared until the completion, by `Reader::submit`'s
+        // contract; the kernel writes it before it is read.
+        let buffer = unsafe { std::slice::from_raw_parts_mut(chunk.dst, chunk.len as usize) };
+        let result = loop {
+            match f.file.read_at(buffer, chunk.offset) {
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                other => break other.map(|n| n as u64).map_err(|e| e.to_string()),
+            }
+        };
+        f.forget(chunk.offset, chunk.len);
+        if report.send((chunk, result)).is_err() {
+            return;
+        }
+    }
+}
+
+impl Reader for PreadReader {
+    fn name(&self) -> &'static str {
+        "pread"
+    }
+
+    fn alignment(&self, file: FileId) -> Alignment {
+        self.files[usize::from(file.0)].alignment
+    }
+
+    unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
+        self.requests.add(request)?;
+        self.issue();
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError> {
+        while let Ok(outcome) = self.outcomes.try_recv() {
+            self.take(outcome);
+        }
+        self.issue();
+        if let Some(wait) = wait.filter(|_| !self.requests.has_done() && self.n_flying > 0) {
+            match self.outcomes.recv_timeout(wait) {
+                Ok(outcome) => self.take(outcome),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ReadError::Failed { name: "pread".into(), offset: 0, len: 0, what: "its threads are gone".into() });
+                }
+            }
+            self.issue();
+        }
+        self.requests.drain_done(out);
+        Ok(())
+    }
+
+    fn outstanding(&self) -> usize {
+        self.requests.outstanding()
+    }
+}
+
+impl Drop for PreadReader {
+    fn drop(&mut self) {
+        // Closing the queue ends the threads, each after the read it is in.
+        self.jobs = None;
+        for t in self.threads.drain(..) {
+            // A thread that panicked has ended, which is what is waited for.
+            let _ = t.join();
+        }
+    }
+}
