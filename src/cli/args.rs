@@ -212,7 +212,11 @@ impl Sampling {
             top_k: self.top_k,
             top_p: in_range("--top-p", self.top_p, (0.0..=1.0).contains(&self.top_p))?,
             min_p: in_range("--min-p", self.min_p, (0.0..=1.0).contains(&self.min_p))?,
-            repeat_penalty: in_range("--repeat-penalty", self.repeat_penalty, self.repeat_penalty > 0.0 && self.repeat_penalty.is_finite())?,
+            repeat_penalty: in_range(
+                "--repeat-penalty",
+                self.repeat_penalty,
+                self.repeat_penalty > 0.0 && self.repeat_penalty.is_finite(),
+            )?,
             seed: self.seed.unwrap_or_else(clock),
             ..SamplerParams::default()
         })

@@ -53,7 +53,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         let counted = round > 0;
         if args.n_prompt > 0 {
             session.truncate(0);
-            let rate = timed(args.n_prompt, || session.eval(&tokens[..args.n_prompt], Outputs::Last, &interrupt::interrupted))?;
+            let rate = timed(args.n_prompt, || {
+                session.eval(&tokens[..args.n_prompt], Outputs::Last, &interrupt::interrupted)
+            })?;
             prefill.extend(counted.then_some(rate));
         }
         if args.n_gen > 0 {
@@ -62,7 +64,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
                 session.start_measuring();
             }
             let rate = timed(args.n_gen, || {
-                tokens[..args.n_gen].iter().try_for_each(|&t| session.eval(&[t], Outputs::Last, &interrupt::interrupted))
+                tokens[..args.n_gen]
+                    .iter()
+                    .try_for_each(|&t| session.eval(&[t], Outputs::Last, &interrupt::interrupted))
             })?;
             decode.extend(counted.then_some(rate));
         }
@@ -88,7 +92,13 @@ fn median(runs: &[f64]) -> Option<f64> {
     }
 }
 
-fn print(args: &BenchArgs, session: &Session, opened: &crate::engine::Opened, prefill: &[f64], decode: &[f64]) -> Result<(), Failure> {
+fn print(
+    args: &BenchArgs,
+    session: &Session,
+    opened: &crate::engine::Opened,
+    prefill: &[f64],
+    decode: &[f64],
+) -> Result<(), Failure> {
     let mut report = Report::new(session, opened);
     report.decode_rate(median(decode));
     if let Some(path) = &args.placement.timeline {
@@ -111,7 +121,8 @@ fn print(args: &BenchArgs, session: &Session, opened: &crate::engine::Opened, pr
     }
     let line = |name: &str, n: usize, runs: &[f64]| {
         let (low, high) = runs.iter().fold((f64::MAX, 0.0f64), |(l, h), &r| (l.min(r), h.max(r)));
-        median(runs).map(|m| format!("{name} {n:5} tokens  {m:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)", runs.len()))
+        median(runs)
+            .map(|m| format!("{name} {n:5} tokens  {m:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)", runs.len()))
     };
     for l in [line("prefill", args.n_prompt, prefill), line("decode ", args.n_gen, decode)].into_iter().flatten() {
         super::report::print_line(&l)?;

@@ -64,18 +64,31 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         messages.push(json!({ "role": "user", "content": line.trim_end_matches(['\n', '\r']) }));
         let prompt = run::encode_rendered(&opened, &template.render(&messages, true).map_err(Failure::usage)?);
         if prompt.len() >= session.n_ctx() {
-            return Err(Failure::limits(format!("the conversation has {} tokens, but the context holds {}; give a larger --ctx", prompt.len(), session.n_ctx())));
+            return Err(Failure::limits(format!(
+                "the conversation has {} tokens, but the context holds {}; give a larger --ctx",
+                prompt.len(),
+                session.n_ctx()
+            )));
         }
         // Earlier turns stay cached as far as the rendered text agrees; one token is left to evaluate.
         let agree = cached.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         session.truncate(agree);
         let mut written = Ok(());
-        let g = generate(&mut session, &opened.tokenizer, &mut sampler, &prompt[agree..], args.n, &args.stop, &|| interrupt::interrupted(), &mut |text| {
-            let mut out = std::io::stdout().lock();
-            if written.is_ok() {
-                written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-            }
-        })
+        let g = generate(
+            &mut session,
+            &opened.tokenizer,
+            &mut sampler,
+            &prompt[agree..],
+            args.n,
+            &args.stop,
+            &|| interrupt::interrupted(),
+            &mut |text| {
+                let mut out = std::io::stdout().lock();
+                if written.is_ok() {
+                    written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                }
+            },
+        )
         .map_err(run::failure)?;
         written.map_err(|e| Failure::output("stdout", &e))?;
         super::report::print_line("")?;
@@ -98,7 +111,10 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
 /// A line of stdin; `None` at its end.
 fn read_line() -> Result<Option<String>, Failure> {
     let mut bytes = Vec::new();
-    let n = std::io::stdin().lock().read_until(b'\n', &mut bytes).map_err(|e| Failure::running(format!("reading stdin failed: {e}")))?;
+    let n = std::io::stdin()
+        .lock()
+        .read_until(b'\n', &mut bytes)
+        .map_err(|e| Failure::running(format!("reading stdin failed: {e}")))?;
     if n == 0 {
         return Ok(None);
     }

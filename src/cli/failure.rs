@@ -32,7 +32,11 @@ impl Failure {
 
     /// Writing results failed. A closed pipe ends the command in silence, as `head` expects.
     pub fn output(target: &str, e: &std::io::Error) -> Failure {
-        let message = if e.kind() == std::io::ErrorKind::BrokenPipe { String::new() } else { format!("writing to {target} failed: {e}") };
+        let message = if e.kind() == std::io::ErrorKind::BrokenPipe {
+            String::new()
+        } else {
+            format!("writing to {target} failed: {e}")
+        };
         Failure { code: 1, message }
     }
 

@@ -72,8 +72,10 @@ fn first(a: &Array) -> Vec<Json> {
 
 fn as_json(gguf: &Gguf) -> Json {
     let metadata: Map<String, Json> = gguf.metadata.iter().map(|(k, v)| (k.to_owned(), value_json(v))).collect();
-    let types: Map<String, Json> =
-        types(gguf).into_iter().map(|(k, (n, bytes))| (k.to_owned(), json!({ "tensors": n, "bytes": bytes }))).collect();
+    let types: Map<String, Json> = types(gguf)
+        .into_iter()
+        .map(|(k, (n, bytes))| (k.to_owned(), json!({ "tensors": n, "bytes": bytes })))
+        .collect();
     let tensors: Vec<Json> = gguf
         .tensors
         .iter()
@@ -120,15 +122,29 @@ fn as_text(gguf: &Gguf, all_tensors: bool) -> String {
     for s in &gguf.shards {
         line(format!("{}  {}", s.path.display(), format_bytes(s.len)));
     }
-    line(format!("GGUF version {}, alignment {}, {} metadata, {} tensors", gguf.version, gguf.alignment, gguf.metadata.iter().count(), gguf.tensors.len()));
+    line(format!(
+        "GGUF version {}, alignment {}, {} metadata, {} tensors",
+        gguf.version,
+        gguf.alignment,
+        gguf.metadata.iter().count(),
+        gguf.tensors.len()
+    ));
     line(format!("{:.3} billion parameters in {}", parameters(gguf) as f64 / 1e9, format_bytes(gguf.tensor_bytes())));
     match Model::new(gguf) {
         Ok(m) => {
             let h = &m.hparams;
             line(format!(
                 "{}: {} blocks, width {}, {} query and {} key/value heads of {}, FFN {}, vocabulary {}{}, context {}",
-                h.arch.name(), h.n_layers, h.n_embd, h.n_heads, h.n_kv_heads, h.head_dim, h.n_ff, m.n_vocab,
-                if m.tied { " (tied head)" } else { "" }, h.n_ctx_train
+                h.arch.name(),
+                h.n_layers,
+                h.n_embd,
+                h.n_heads,
+                h.n_kv_heads,
+                h.head_dim,
+                h.n_ff,
+                m.n_vocab,
+                if m.tied { " (tied head)" } else { "" },
+                h.n_ctx_train
             ));
             if h.n_experts > 0 {
                 line(format!("{} experts of width {}, {} used", h.n_experts, h.n_ff_expert, h.n_experts_used));

@@ -12,10 +12,12 @@ extern "C" fn on_signal(_: i32) {
 
 /// Installs the handler for SIGINT and SIGTERM. The second signal finds the default action.
 pub fn install() -> Result<(), super::Failure> {
-    let action = SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART | SaFlags::SA_RESETHAND, SigSet::empty());
+    let action =
+        SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART | SaFlags::SA_RESETHAND, SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
-        unsafe { sigaction(signal, &action) }.map_err(|e| super::Failure::running(format!("installing the handler of {signal} failed: {e}")))?;
+        unsafe { sigaction(signal, &action) }
+            .map_err(|e| super::Failure::running(format!("installing the handler of {signal} failed: {e}")))?;
     }
     Ok(())
 }

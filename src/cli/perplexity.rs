@@ -47,7 +47,9 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     if n_ctx < 4 || tokens.len() < 2 * n_ctx {
         return Err(Failure::usage(format!(
             "{} has {} tokens; at least {} are needed for --ctx {n_ctx}",
-            args.file.display(), tokens.len(), 2 * n_ctx.max(4)
+            args.file.display(),
+            tokens.len(),
+            2 * n_ctx.max(4)
         )));
     }
     let mut options = run::options(&args.placement, KvArg::F16)?;

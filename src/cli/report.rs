@@ -125,9 +125,20 @@ impl Report {
 
     fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
         let [_, (b, b_bytes), (c, c_bytes)] = self.homes;
-        writeln!(out, "\nplan      {b} units in RAM ({}), {c} on storage ({}), {} buffers, {} backend", format_bytes(b_bytes), format_bytes(c_bytes), self.n_buffers, self.backend)?;
+        writeln!(
+            out,
+            "\nplan      {b} units in RAM ({}), {c} on storage ({}), {} buffers, {} backend",
+            format_bytes(b_bytes),
+            format_bytes(c_bytes),
+            self.n_buffers,
+            self.backend
+        )?;
         if let Some((n, s)) = self.prompt {
-            writeln!(out, "prefill   {n} tokens in {s:.2} s{}", per_s(n, s).map_or(String::new(), |r| format!(", {r:.1} tokens/s")))?;
+            writeln!(
+                out,
+                "prefill   {n} tokens in {s:.2} s{}",
+                per_s(n, s).map_or(String::new(), |r| format!(", {r:.1} tokens/s"))
+            )?;
         }
         if let Some(rate) = self.decode_tokens_per_s {
             let first = self.first_token_s.map_or(String::new(), |s| format!(", first token after {s:.2} s"));
@@ -135,10 +146,16 @@ impl Report {
         }
         if let (Some(rate), Some(reader)) = (self.links.nvme_gb_per_s(), self.reader) {
             let busy = self.links.nvme_busy().map_or(String::new(), |b| format!(", busy {:.0} %", b * 100.0));
-            writeln!(out, "storage   {} read through {reader}, {rate:.2} GB/s{busy}", format_bytes(self.links.nvme_bytes))?;
+            writeln!(
+                out,
+                "storage   {} read through {reader}, {rate:.2} GB/s{busy}",
+                format_bytes(self.links.nvme_bytes)
+            )?;
         }
         if let Some((tokens_per_s, bound_by)) = self.links.roofline() {
-            let share = self.decode_tokens_per_s.map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
+            let share = self
+                .decode_tokens_per_s
+                .map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
             writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}")?;
         }
         if let Some(rss) = machine::peak_rss_bytes() {

@@ -205,8 +205,10 @@ pub(super) fn context(p: &Placement, opened: &Opened, needed: usize, wished: usi
 /// Starts a session, with progress on a terminal and notes on stderr.
 pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result<Session, Failure> {
     let bar = if progress && std::io::IsTerminal::is_terminal(&std::io::stderr()) {
-        indicatif::ProgressBar::new(0)
-            .with_style(indicatif::ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}").unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()))
+        indicatif::ProgressBar::new(0).with_style(
+            indicatif::ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}")
+                .unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()),
+        )
     } else {
         indicatif::ProgressBar::hidden()
     };
@@ -225,10 +227,14 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
 /// An engine's error with its exit code.
 pub(super) fn failure(e: EngineError) -> Failure {
     match e {
-        EngineError::Gguf(_) | EngineError::Model(_) | EngineError::Tokenizer(_) | EngineError::Copy(_) => Failure::usage(e),
+        EngineError::Gguf(_) | EngineError::Model(_) | EngineError::Tokenizer(_) | EngineError::Copy(_) => {
+            Failure::usage(e)
+        }
         EngineError::Plan(_) | EngineError::Memory(_) => Failure::limits(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),
-        EngineError::Forward(ForwardError::Backend(crate::backend::BackendError::UnsupportedType { .. })) => Failure::usage(e),
+        EngineError::Forward(ForwardError::Backend(crate::backend::BackendError::UnsupportedType { .. })) => {
+            Failure::usage(e)
+        }
         EngineError::Backend(crate::backend::BackendError::UnsupportedType { .. }) => Failure::usage(e),
         EngineError::Backend(crate::backend::BackendError::OutOfMemory { .. }) => Failure::limits(e),
         EngineError::Forward(_) | EngineError::Backend(_) | EngineError::Storage(_) => Failure::running(e),

@@ -39,7 +39,8 @@ pub fn run(args: &TokenizeArgs) -> Result<(), Failure> {
     };
     let ids = tokenizer.encode(&text, !args.no_special, !args.no_special);
     let out = if args.json {
-        let pieces: Vec<_> = ids.iter().map(|&t| String::from_utf8_lossy(tokenizer.token_bytes(t)).into_owned()).collect();
+        let pieces: Vec<_> =
+            ids.iter().map(|&t| String::from_utf8_lossy(tokenizer.token_bytes(t)).into_owned()).collect();
         format!("{}\n", json!({ "ids": ids, "pieces": pieces }))
     } else {
         format!("{}\n", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))

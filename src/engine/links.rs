@@ -66,7 +66,13 @@ mod tests {
 
     #[test]
     fn the_slowest_link_binds() {
-        let l = Links { bytes_per_pass: 10, nvme_bytes_per_pass: 4, nvme_ceiling: Some(2.0), ram_ceiling: Some(14.0), ..Links::default() };
+        let l = Links {
+            bytes_per_pass: 10,
+            nvme_bytes_per_pass: 4,
+            nvme_ceiling: Some(2.0),
+            ram_ceiling: Some(14.0),
+            ..Links::default()
+        };
         assert_eq!(l.roofline(), Some((0.5, "nvme")));
         let l = Links { ram_ceiling: Some(1.0), ..l };
         assert_eq!(l.roofline(), Some((1.0 / 14.0, "ram")));

@@ -61,7 +61,11 @@ impl Opened {
         if tokenizer.vocab_size() > model.n_vocab {
             return Err(ModelError::Metadata {
                 key: "tokenizer.ggml.tokens".into(),
-                what: format!("has {} tokens, but token_embd.weight only {} rows", tokenizer.vocab_size(), model.n_vocab),
+                what: format!(
+                    "has {} tokens, but token_embd.weight only {} rows",
+                    tokenizer.vocab_size(),
+                    model.n_vocab
+                ),
             }
             .into());
         }

@@ -70,6 +70,7 @@ pub struct Session {
     notes: Vec<String>,
     embedding: Embedding,
     rows: Vec<u8>,
+    row_offsets: Vec<u64>,
     position: usize,
     links: Links,
     measuring: bool,
@@ -78,6 +79,7 @@ pub struct Session {
 }
 
 /// Where rows of the embedding come from.
+#[derive(Clone, Copy)]
 struct Embedding {
     file: FileId,
     offset: u64,
@@ -91,7 +93,8 @@ impl Session {
         let model = opened.model.clone();
         check_types(&model)?;
         let paths = weight_paths(&opened.gguf, options.copy.as_deref())?;
-        let (mut reader, mut notes) = open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
+        let (mut reader, mut notes) =
+            open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
         let layouts: Arc<[UnitLayout]> = model.units.iter().map(|u| layout(u, reader.as_ref())).collect();
         let embedding_layout = tensor_layout(&model.embedding, reader.as_ref());
         let rows_bytes = rows_region_bytes(&model, reader.alignment(FileId(model.embedding.shard as u16)));
@@ -108,8 +111,12 @@ impl Session {
         let embedding_region = if plan.embedding_resident { Some(take(embedding_layout.slot_bytes)?) } else { None };
 
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
-        let mut to_load: Vec<(&UnitLayout, Region, &str)> =
-            layouts.iter().zip(&resident).zip(names.iter()).filter_map(|((l, r), n)| r.map(|r| (l, r, n.as_str()))).collect();
+        let mut to_load: Vec<(&UnitLayout, Region, &str)> = layouts
+            .iter()
+            .zip(&resident)
+            .zip(names.iter())
+            .filter_map(|((l, r), n)| r.map(|r| (l, r, n.as_str())))
+            .collect();
         to_load.extend(embedding_region.map(|r| (&embedding_layout, r, "token_embd.weight")));
         let total: u64 = to_load.iter().map(|(l, ..)| l.read_bytes()).sum();
         load(reader.as_mut(), &to_load, &mut |done| progress(done, total)).map_err(stream_error)?;
@@ -131,7 +138,7 @@ impl Session {
             trace_events: if options.timeline { TRACE_EVENTS } else { 0 },
         };
         let streamer = Streamer::start(config, reader, paths.len()).map_err(StorageError::IoUring)?;
-        let routed = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
+        let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
         let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
         let embedding = Embedding {
             file: FileId(model.embedding.shard as u16),
@@ -144,8 +151,9 @@ impl Session {
         (links.bytes_per_pass, links.nvme_bytes_per_pass) = (per_pass(None), per_pass(Some(Home::C)));
         notes.dedup();
         Ok(Session {
-            weights: Weights::new(layouts, resident, routed, unit_bytes, streamer, options.timeline),
+            weights: Weights::new(layouts, resident, &routed, unit_bytes, streamer, options.timeline),
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
+            row_offsets: Vec::with_capacity(options.max_batch),
             model,
             backend: Box::new(backend),
             plan,
@@ -181,8 +189,17 @@ impl Session {
         let stats = self.weights.streamer.stats();
         let bytes = self.weights.bytes;
         let result = self.fetch_rows(tokens).and_then(|()| {
-            forward(&self.model, self.backend.as_mut(), &mut self.weights, &self.rows, self.position, tokens.len(), outputs, stop)
-                .map_err(EngineError::from)
+            forward(
+                &self.model,
+                self.backend.as_mut(),
+                &mut self.weights,
+                &self.rows,
+                self.position,
+                tokens.len(),
+                outputs,
+                stop,
+            )
+            .map_err(EngineError::from)
         });
         if let Err(e) = result {
             self.weights.restart();
@@ -204,7 +221,7 @@ impl Session {
 
     /// Brings the embedding rows of `tokens` to `rows`, back to back.
     fn fetch_rows(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
-        let e = &self.embedding;
+        let e = self.embedding;
         self.rows.resize(tokens.len() * e.row_bytes, 0);
         if let Some((region, at)) = e.resident {
             for (t, row) in tokens.iter().zip(self.rows.chunks_exact_mut(e.row_bytes)) {
@@ -221,8 +238,9 @@ impl Session {
         {
             return Ok(());
         }
-        let offsets: Vec<u64> = tokens.iter().map(|&t| e.offset + u64::from(t) * e.row_bytes as u64).collect();
-        self.weights.streamer.read_rows(e.file, &offsets, e.row_bytes, &mut self.rows).map_err(stream_error)
+        self.row_offsets.clear();
+        self.row_offsets.extend(tokens.iter().map(|&t| e.offset + u64::from(t) * e.row_bytes as u64));
+        self.weights.streamer.read_rows(e.file, &self.row_offsets, e.row_bytes, &mut self.rows).map_err(stream_error)
     }
 
     /// Copies a row of a tied head from a resident slice; `false` if its slice is streamed.
@@ -234,7 +252,9 @@ impl Session {
         let from = at + (token - slice.first_row) * self.embedding.row_bytes;
         // SAFETY: the slice holds rows `first_row..first_row + rows` from `at` on, and the token is one
         // of them; resident units are never written after loading.
-        unsafe { std::ptr::copy_nonoverlapping(region.addr.add(from), self.rows.as_mut_ptr(), self.embedding.row_bytes) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(region.addr.add(from), self.rows.as_mut_ptr(), self.embedding.row_bytes)
+        };
         true
     }
 
@@ -299,7 +319,11 @@ impl Session {
         if !self.measuring {
             self.measuring = true;
             let l = self.links;
-            self.links = Links { bytes_per_pass: l.bytes_per_pass, nvme_bytes_per_pass: l.nvme_bytes_per_pass, ..Links::default() };
+            self.links = Links {
+                bytes_per_pass: l.bytes_per_pass,
+                nvme_bytes_per_pass: l.nvme_bytes_per_pass,
+                ..Links::default()
+            };
         }
     }
 
@@ -379,11 +403,22 @@ fn weight_paths(gguf: &Gguf, copy: Option<&Path>) -> Result<Vec<PathBuf>, Engine
         let path = match shard.path.file_name() {
             Some(name) if copy.is_dir() => copy.join(name),
             _ if gguf.shards.len() == 1 => copy.to_path_buf(),
-            _ => return Err(EngineError::Copy(format!("{}: a directory with all {} shards was expected", copy.display(), gguf.shards.len()))),
+            _ => {
+                return Err(EngineError::Copy(format!(
+                    "{}: a directory with all {} shards was expected",
+                    copy.display(),
+                    gguf.shards.len()
+                )));
+            }
         };
         let len = std::fs::metadata(&path).map_err(|e| EngineError::Copy(format!("{}: {e}", path.display())))?.len();
         if len != shard.len {
-            return Err(EngineError::Copy(format!("{} has {len} bytes, but {} has {}; it is no copy", path.display(), shard.path.display(), shard.len)));
+            return Err(EngineError::Copy(format!(
+                "{} has {len} bytes, but {} has {}; it is no copy",
+                path.display(),
+                shard.path.display(),
+                shard.len
+            )));
         }
         paths.push(path);
     }
@@ -397,7 +432,9 @@ fn layout(unit: &UnitSpec, reader: &dyn Reader) -> UnitLayout {
 }
 
 fn tensor_layout(t: &TensorInfo, reader: &dyn Reader) -> UnitLayout {
-    UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], |f| reader.alignment(f))
+    UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], |f| {
+        reader.alignment(f)
+    })
 }
 
 fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
@@ -406,7 +443,13 @@ fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
     (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
 }
 
-fn make_plan(model: &Model, layouts: &[UnitLayout], embedding: &UnitLayout, rows_bytes: u64, options: &Options) -> Result<Plan, PlanError> {
+fn make_plan(
+    model: &Model,
+    layouts: &[UnitLayout],
+    embedding: &UnitLayout,
+    rows_bytes: u64,
+    options: &Options,
+) -> Result<Plan, PlanError> {
     let sizes: Vec<UnitSize> = model
         .units
         .iter()
@@ -455,7 +498,8 @@ fn dims(model: &Model, options: &Options, rope: crate::backend::Rope) -> Dims {
 
 /// The ring's schedule: streamed units in pass order, a hole where experts are streamed.
 fn schedule(model: &Model, homes: &[Home]) -> Vec<Step> {
-    let streamed_experts = model.units.iter().zip(homes).any(|(u, h)| *h == Home::C && matches!(u.kind, UnitKind::Expert { .. }));
+    let streamed_experts =
+        model.units.iter().zip(homes).any(|(u, h)| *h == Home::C && matches!(u.kind, UnitKind::Expert { .. }));
     let mut steps = Vec::new();
     for u in model.pass_order() {
         if homes[u] == Home::C {
@@ -472,10 +516,11 @@ fn schedule(model: &Model, homes: &[Home]) -> Vec<Step> {
 /// that is used.
 fn bytes_per_pass(model: &Model, homes: &[Home], home: Option<Home>) -> u64 {
     let h = &model.hparams;
-    let bytes = model.units.iter().zip(homes).filter(|(_, uh)| home.is_none_or(|w| w == **uh)).map(|(u, _)| match u.kind {
-        UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
-        _ => u.bytes() as f64,
-    });
+    let bytes =
+        model.units.iter().zip(homes).filter(|(_, uh)| home.is_none_or(|w| w == **uh)).map(|(u, _)| match u.kind {
+            UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
+            _ => u.bytes() as f64,
+        });
     bytes.sum::<f64>() as u64
 }
 
@@ -507,4 +552,3 @@ fn memory_rate(threads: usize) -> f64 {
     }
     best
 }
-

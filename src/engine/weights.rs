@@ -12,9 +12,7 @@ pub(super) struct Weights {
     pub layouts: Arc<[UnitLayout]>,
     /// Where resident units lie.
     pub resident: Vec<Option<Region>>,
-    /// Whether a unit's place in the schedule is a hole.
-    pub routed: Vec<bool>,
-    /// Experts that live on storage: their blocks have a hole in the schedule.
+    /// Whether any expert lives on storage: then every block has a hole in the schedule.
     pub any_streamed_expert: bool,
     pub streamer: Streamer,
     /// Address of the unit that is held, by unit.
@@ -31,7 +29,7 @@ impl Weights {
     pub fn new(
         layouts: Arc<[UnitLayout]>,
         resident: Vec<Option<Region>>,
-        routed: Vec<bool>,
+        routed: &[bool],
         unit_bytes: Vec<u64>,
         streamer: Streamer,
         traced: bool,
@@ -41,7 +39,6 @@ impl Weights {
         Weights {
             layouts,
             resident,
-            routed,
             any_streamed_expert,
             streamer,
             held: None,

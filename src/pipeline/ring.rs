@@ -60,7 +60,13 @@ pub struct Ring {
 impl Ring {
     /// A ring of `n_slots` over the steps of a pass. `demand_max`: most units that fill a hole.
     pub fn new(n_slots: usize, schedule: Vec<Step>, demand_max: usize) -> Ring {
-        Ring { schedule, cursor: 0, slots: vec![Slot::Free; n_slots], queue: VecDeque::with_capacity(2 * n_slots + demand_max + 2), computing: None }
+        Ring {
+            schedule,
+            cursor: 0,
+            slots: vec![Slot::Free; n_slots],
+            queue: VecDeque::with_capacity(2 * n_slots + demand_max + 2),
+            computing: None,
+        }
     }
 
     fn free(&self) -> usize {
@@ -216,7 +222,13 @@ mod tests {
         }
     }
 
-    fn progress(ring: &mut Ring, rng: &mut impl Rng, reading: &mut Vec<(usize, usize)>, holds: &mut [Option<usize>], computing: Option<usize>) {
+    fn progress(
+        ring: &mut Ring,
+        rng: &mut impl Rng,
+        reading: &mut Vec<(usize, usize)>,
+        holds: &mut [Option<usize>],
+        computing: Option<usize>,
+    ) {
         while rng.random_range(0..5) != 0 {
             if let Some((unit, slot)) = ring.next_read() {
                 assert!(reading.iter().all(|r| r.1 != slot), "two reads in slot {slot}");
@@ -232,7 +244,13 @@ mod tests {
         }
     }
 
-    fn deliver(ring: &mut Ring, rng: &mut impl Rng, reading: &mut Vec<(usize, usize)>, holds: &mut [Option<usize>], unit: usize) -> usize {
+    fn deliver(
+        ring: &mut Ring,
+        rng: &mut impl Rng,
+        reading: &mut Vec<(usize, usize)>,
+        holds: &mut [Option<usize>],
+        unit: usize,
+    ) -> usize {
         for _ in 0..100_000 {
             if let Acquire::Ready(slot) = ring.acquire(unit) {
                 return slot;

@@ -118,10 +118,17 @@ pub fn load(
     while next < units.len() || reader.outstanding() > 0 {
         while next < units.len() && reader.outstanding() < AT_ONCE {
             let (layout, region, name) = &units[next];
-            let request = ReadRequest { tag: next as u64, extents: &layout.extents, dst: region.addr, urgent: false, dst_len: region.len };
+            let request = ReadRequest {
+                tag: next as u64,
+                extents: &layout.extents,
+                dst: region.addr,
+                urgent: false,
+                dst_len: region.len,
+            };
             // SAFETY: the region belongs to this unit alone, lives as long as the arena, which the
             // reader does not outlive, and is not looked at before `load` has returned.
-            unsafe { reader.submit(&request) }.map_err(|source| StreamError::Unit { unit: (*name).to_owned(), source })?;
+            unsafe { reader.submit(&request) }
+                .map_err(|source| StreamError::Unit { unit: (*name).to_owned(), source })?;
             next += 1;
         }
         let fail = |source| StreamError::Unit { unit: "loading".into(), source };
@@ -231,7 +238,13 @@ impl Streamer {
     }
 
     /// Reads `bytes` bytes of `file` at each of `offsets` into `out`, back to back.
-    pub fn read_rows(&mut self, file: FileId, offsets: &[u64], bytes: usize, out: &mut [u8]) -> Result<(), StreamError> {
+    pub fn read_rows(
+        &mut self,
+        file: FileId,
+        offsets: &[u64],
+        bytes: usize,
+        out: &mut [u8],
+    ) -> Result<(), StreamError> {
         let align = u64::from(self.alignments[usize::from(file.0)].offset);
         // A row touches at most this many aligned bytes.
         let stride = ((bytes as u64).next_multiple_of(align) + align).next_multiple_of(4096);
@@ -420,5 +433,121 @@ impl Worker {
         if shared.rows.is_some() {
             shared.rows_result = Some(Err(e.clone()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Arena;
+    use crate::pipeline::SpanIn;
+    use crate::storage::{Script, ScriptedReader};
+
+    const UNIT: u64 = 5000;
+
+    /// Streams a file of `n` units of equal size through `slots` slots.
+    fn streamer(n: usize, slots: usize, holes: bool, script: Script) -> (Arena, Streamer, Vec<u8>) {
+        let data: Vec<u8> = (0..n as u64 * UNIT).map(|i| (i.wrapping_mul(0x9E37_79B9) >> 11) as u8).collect();
+        let reader = ScriptedReader::new(vec![data.clone()], script);
+        let layouts: Arc<[UnitLayout]> = (0..n as u64)
+            .map(|i| {
+                UnitLayout::new(&[SpanIn { file: FileId(0), offset: i * UNIT, bytes: UNIT }], |f| reader.alignment(f))
+            })
+            .collect();
+        let mut arena = Arena::new(1 << 20).unwrap();
+        let config = StreamerConfig {
+            names: (0..n).map(|i| format!("unit {i}")).collect(),
+            schedule: (0..n / 2)
+                .flat_map(|i| if holes { vec![Step::Unit(i), Step::Hole] } else { vec![Step::Unit(i)] })
+                .collect(),
+            demand_max: n,
+            slots: (0..slots).map(|_| arena.take(layouts[0].slot_bytes).unwrap()).collect(),
+            rows: arena.take(64 << 10).unwrap(),
+            trace_events: 100,
+            layouts,
+        };
+        (arena, Streamer::start(config, Box::new(reader), 1).unwrap(), data)
+    }
+
+    fn check(s: &mut Streamer, unit: usize, data: &[u8]) -> Result<(), StreamError> {
+        let at = s.acquire(unit)?;
+        // SAFETY: the unit is held, so its slot holds `UNIT` bytes that nobody writes.
+        let got = unsafe { std::slice::from_raw_parts(at, UNIT as usize) };
+        assert_eq!(got, &data[unit * UNIT as usize..][..UNIT as usize]);
+        s.release(unit);
+        Ok(())
+    }
+
+    #[test]
+    fn units_and_rows_arrive_whole_under_any_delay() {
+        for seed in 0..40 {
+            let script = Script { seed, delay_max: 4, ..Script::default() };
+            let (_arena, mut s, data) = streamer(12, 2 + seed as usize % 5, false, script);
+            for pass in 0..5u64 {
+                let offsets: Vec<u64> = (0..20).map(|i| (i * 977 + pass * 131) % 50_000).collect();
+                let mut rows = vec![0; 20 * 300];
+                s.read_rows(FileId(0), &offsets, 300, &mut rows).unwrap();
+                for (o, row) in offsets.iter().zip(rows.chunks(300)) {
+                    assert_eq!(row, &data[*o as usize..][..300]);
+                }
+                for unit in 0..6 {
+                    check(&mut s, unit, &data).unwrap();
+                }
+            }
+            assert!(s.stats().bytes > 0);
+        }
+    }
+
+    #[test]
+    fn demanded_units_come_before_the_next_block() {
+        for seed in 0..40 {
+            let script = Script { seed, delay_max: 3, ..Script::default() };
+            let (_arena, mut s, data) = streamer(12, 2 + seed as usize % 4, true, script);
+            for _ in 0..4 {
+                for unit in 0..6 {
+                    check(&mut s, unit, &data).unwrap();
+                    s.demand(&[11 - unit, 6, 11 - unit]);
+                    for d in [11 - unit, 6, 11 - unit] {
+                        check(&mut s, d, &data).unwrap();
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_read_is_named_and_the_next_pass_can_run() {
+        let mut failures = 0;
+        for seed in 0..60 {
+            let script = Script { seed, delay_max: 2, fail: 0.05, truncate: 0.02, ..Script::default() };
+            let (_arena, mut s, data) = streamer(12, 3, false, script);
+            for _ in 0..4 {
+                let pass = (0..6).try_for_each(|unit| check(&mut s, unit, &data));
+                if let Err(e) = pass {
+                    assert!(e.to_string().contains("unit ") && e.to_string().contains("scripted"), "{e}");
+                    failures += 1;
+                    s.restart();
+                }
+            }
+        }
+        assert!(failures > 20);
+    }
+
+    #[test]
+    fn corruption_reaches_the_slot_where_checksums_can_see_it() {
+        let script = Script { seed: 3, corrupt: 1.0, ..Script::default() };
+        let (_arena, mut s, data) = streamer(12, 2, false, script);
+        let at = s.acquire(0).unwrap();
+        // SAFETY: the unit is held.
+        let got = unsafe { std::slice::from_raw_parts(at, UNIT as usize) };
+        assert_eq!(got.iter().zip(&data).filter(|(a, b)| a != b).count(), 1);
+    }
+
+    #[test]
+    fn a_streamer_ends_in_the_middle_of_a_pass() {
+        let script = Script { seed: 1, delay_max: 50, ..Script::default() };
+        let (_arena, mut s, _) = streamer(12, 3, false, script);
+        s.acquire(0).unwrap();
+        drop(s);
     }
 }

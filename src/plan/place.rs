@@ -320,7 +320,7 @@ mod tests {
     #[test]
     fn experts_come_after_what_every_token_uses() {
         let mut units = model(4, 100, 1, 50);
-        units.extend((0..16).map(|i| UnitSize { slot_bytes: 20, block: Some(i / 4), routed: true }));
+        units.extend((0..16).map(|i| UnitSize { slot_bytes: 40, block: Some(i / 4), routed: true }));
         let p = place(&units, &limits(300 + 450 + 100)).unwrap();
         assert!(p.homes[..5].iter().all(|&h| h == Home::B));
         assert!(p.homes[5..].contains(&Home::B) && p.homes[5..].contains(&Home::C));

@@ -61,7 +61,8 @@ impl DirectFile {
     /// What could not be had, for the user.
     pub fn note(&self) -> Option<String> {
         let path = self.path.display();
-        (!self.is_direct()).then(|| format!("{path}: the file system takes no O_DIRECT; reading through the page cache"))
+        (!self.is_direct())
+            .then(|| format!("{path}: the file system takes no O_DIRECT; reading through the page cache"))
     }
 
     /// Drops read bytes from the page cache, where reads go through it.

@@ -174,3 +174,134 @@ pub fn open_reader(files: &[&Path], kind: ReaderKind) -> Result<(Box<dyn Reader>
     }
     Ok((Box::new(PreadReader::new(files)), notes))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Arena;
+    use std::io::Write;
+
+    fn file(bytes: usize) -> (tempfile::NamedTempFile, Vec<u8>) {
+        let data: Vec<u8> = (0..bytes).map(|i| (i * 2_654_435_761 >> 7) as u8).collect();
+        let mut f = tempfile::NamedTempFile::new().unwrap();
+        f.write_all(&data).unwrap();
+        f.as_file().sync_all().unwrap();
+        (f, data)
+    }
+
+    fn wait(reader: &mut dyn Reader, n: usize) -> Vec<Completion> {
+        let mut done = Vec::new();
+        while done.len() < n {
+            reader.poll(&mut done, Some(Duration::from_millis(100))).unwrap();
+        }
+        done
+    }
+
+    fn kinds() -> [ReaderKind; 2] {
+        [ReaderKind::Auto, ReaderKind::Pread]
+    }
+
+    #[test]
+    fn many_extents_arrive_where_they_belong() {
+        let (f, data) = file(9_000_001);
+        for kind in kinds() {
+            let (mut reader, _) = open_reader(&[f.path()], kind).unwrap();
+            let align = u64::from(reader.alignment(FileId(0)).offset);
+            let mut arena = Arena::new(16 << 20).unwrap();
+            let region = arena.take(12 << 20).unwrap();
+            let end = (data.len() as u64).next_multiple_of(align);
+            let extents = [
+                Extent { file: FileId(0), offset: 4096, len: 3 << 20, dst_offset: 0 },
+                Extent { file: FileId(0), offset: 8 << 20, len: end - (8 << 20), dst_offset: 4 << 20 },
+            ];
+            for tag in 0..3 {
+                let r = ReadRequest { tag, extents: &extents, dst: region.addr, urgent: tag == 2, dst_len: region.len };
+                // SAFETY: the region outlives the reads, and is looked at after they have ended. The
+                // requests write the same bytes.
+                unsafe { reader.submit(&r) }.unwrap();
+            }
+            let done = wait(reader.as_mut(), 3);
+            assert_eq!(reader.outstanding(), 0);
+            let bytes = (3 << 20) + data.len() as u64 - (8 << 20);
+            assert!(done.iter().all(|c| *c.result.as_ref().unwrap() == bytes), "{done:?}");
+            // SAFETY: all reads have ended.
+            let got = unsafe { std::slice::from_raw_parts(region.addr, region.len) };
+            assert_eq!(got[..3 << 20], data[4096..4096 + (3 << 20)]);
+            assert_eq!(got[4 << 20..][..data.len() - (8 << 20)], data[8 << 20..]);
+        }
+    }
+
+    #[test]
+    fn a_file_that_shrinks_is_reported_with_its_end() {
+        for kind in kinds() {
+            let (f, _) = file(4 << 20);
+            let (mut reader, _) = open_reader(&[f.path()], kind).unwrap();
+            f.as_file().set_len(1 << 20).unwrap();
+            let mut arena = Arena::new(8 << 20).unwrap();
+            let region = arena.take(4 << 20).unwrap();
+            let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
+            // SAFETY: the region outlives the reader's use of it.
+            unsafe {
+                reader.submit(&ReadRequest {
+                    tag: 9,
+                    extents: &extents,
+                    dst: region.addr,
+                    urgent: false,
+                    dst_len: region.len,
+                })
+            }
+            .unwrap();
+            let done = wait(reader.as_mut(), 1);
+            assert!(matches!(done[0].result, Err(ReadError::Truncated { end: 1_048_576, .. })), "{done:?}");
+        }
+    }
+
+    #[test]
+    fn an_extent_beyond_its_buffer_is_refused() {
+        let (f, _) = file(8192);
+        let (mut reader, _) = open_reader(&[f.path()], ReaderKind::Pread).unwrap();
+        let mut arena = Arena::new(4096).unwrap();
+        let region = arena.take(4096).unwrap();
+        let extents = [Extent { file: FileId(0), offset: 0, len: 8192, dst_offset: 0 }];
+        // SAFETY: nothing is read, since the request is refused.
+        let r = unsafe {
+            reader.submit(&ReadRequest {
+                tag: 0,
+                extents: &extents,
+                dst: region.addr,
+                urgent: false,
+                dst_len: region.len,
+            })
+        };
+        assert!(r.is_err());
+    }
+
+    #[test]
+    fn readers_end_with_reads_in_flight() {
+        let (f, _) = file(8 << 20);
+        for kind in kinds() {
+            let mut arena = Arena::new(8 << 20).unwrap();
+            let region = arena.take(8 << 20).unwrap();
+            let (mut reader, _) = open_reader(&[f.path()], kind).unwrap();
+            let extents = [Extent { file: FileId(0), offset: 0, len: 8 << 20, dst_offset: 0 }];
+            // SAFETY: the reader is dropped before the arena.
+            unsafe {
+                reader.submit(&ReadRequest {
+                    tag: 0,
+                    extents: &extents,
+                    dst: region.addr,
+                    urgent: false,
+                    dst_len: region.len,
+                })
+            }
+            .unwrap();
+            drop(reader);
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let e = open_reader(&[Path::new("/nonexistent/model.gguf")], ReaderKind::Auto).err().unwrap();
+        assert!(e.to_string().contains("/nonexistent/model.gguf"), "{e}");
+    }
+}

@@ -34,7 +34,10 @@ impl PreadReader {
         let threads = (0..THREADS)
             .filter_map(|i| {
                 let (files, queue, report) = (files.clone(), queue.clone(), report.clone());
-                std::thread::Builder::new().name(format!("nt-pread-{i}")).spawn(move || work(&files, &queue, &report)).ok()
+                std::thread::Builder::new()
+                    .name(format!("nt-pread-{i}"))
+                    .spawn(move || work(&files, &queue, &report))
+                    .ok()
             })
             .collect();
         PreadReader { files, requests: Requests::default(), jobs: Some(jobs), outcomes, threads, n_flying: 0 }
@@ -107,7 +110,12 @@ impl Reader for PreadReader {
                 Ok(outcome) => self.take(outcome),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(ReadError::Failed { name: "pread".into(), offset: 0, len: 0, what: "its threads are gone".into() });
+                    return Err(ReadError::Failed {
+                        name: "pread".into(),
+                        offset: 0,
+                        len: 0,
+                        what: "its threads are gone".into(),
+                    });
                 }
             }
             self.issue();

@@ -39,7 +39,13 @@ impl UringReader {
         }
         let fds: Vec<i32> = files.iter().map(|f| f.file.as_raw_fd()).collect();
         ring.submitter().register_files(&fds)?;
-        Ok(UringReader { ring, files: files.to_vec(), requests: Requests::default(), flying: vec![None; QUEUE_DEPTH], n_flying: 0 })
+        Ok(UringReader {
+            ring,
+            files: files.to_vec(),
+            requests: Requests::default(),
+            flying: vec![None; QUEUE_DEPTH],
+            n_flying: 0,
+        })
     }
 
     /// Fills the queue and hands it to the kernel, waiting for `want` completions or `timeout`.
@@ -61,7 +67,9 @@ impl UringReader {
             Ok(_) => Ok(()),
             // Time is up, a signal came, or the kernel is short of memory or has completions to be
             // reaped first: the caller comes again.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
+                Ok(())
+            }
             Err(e) => Err(ReadError::Failed { name: "io_uring".into(), offset: 0, len: 0, what: e.to_string() }),
         }
     }

@@ -1,1 +1,156 @@
 //! Vocabulary and merges from GGUF metadata, pre-tokenizers, chat templates.
+//!
+//! Two families: byte-level BPE (`tokenizer.ggml.model = gpt2`) and SentencePiece-style score
+//! merging (`llama`). Ids are those of llama.cpp; what it would guess is an error here.
+
+mod bpe;
+mod decode;
+mod load;
+mod pretokenize;
+mod special;
+mod spm;
+mod template;
+mod vocab;
+
+pub use decode::Decoder;
+pub use template::ChatTemplate;
+
+use crate::gguf::Metadata;
+use bpe::Bpe;
+use special::Piece;
+use vocab::{Kind, Vocab};
+
+/// Why a tokenizer or template cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// A metadata key is missing or unusable.
+    #[error("metadata {key}: {what}")]
+    Metadata {
+        /// The key.
+        key: String,
+        /// What was expected and found.
+        what: String,
+    },
+    /// A pre-tokenizer that is not known.
+    #[error("pre-tokenizer {found:?} (tokenizer.ggml.pre) is not supported; known are {known}")]
+    UnknownPre {
+        /// Its name.
+        found: String,
+        /// Those that are known.
+        known: String,
+    },
+    /// A tokenizer model that is not known.
+    #[error("tokenizer model {found:?} (tokenizer.ggml.model) is not supported; gpt2 and llama are")]
+    UnknownModel {
+        /// Its name.
+        found: String,
+    },
+    /// The chat template cannot be parsed or rendered.
+    #[error("the chat template failed: {0}")]
+    Template(String),
+}
+
+#[derive(Debug)]
+enum Algorithm {
+    Bpe(Bpe),
+    Spm { add_space_prefix: bool },
+}
+
+/// Text to ids and back.
+#[derive(Debug)]
+pub struct Tokenizer {
+    vocab: Vocab,
+    algorithm: Algorithm,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    add_bos: bool,
+    add_eos: bool,
+    eog: Vec<u32>,
+    /// Control, unknown and user-defined tokens, longest text first.
+    special: Vec<u32>,
+    warnings: Vec<String>,
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that the metadata describe.
+    pub fn from_metadata(metadata: &Metadata) -> Result<Tokenizer, TokenizerError> {
+        load::load(metadata)
+    }
+
+    /// Ids of `text`. `add_special` adds BOS and EOS as the model wishes; `parse_special` reads
+    /// control tokens in the text as such (user-defined ones always are).
+    pub fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<u32> {
+        let mut ids = Vec::new();
+        if add_special && self.add_bos {
+            ids.extend(self.bos);
+        }
+        let mut after_special = true;
+        for piece in special::split(&self.vocab, &self.special, text, parse_special) {
+            match piece {
+                Piece::Token(id) => {
+                    ids.push(id);
+                    after_special = true;
+                }
+                Piece::Text(t) => {
+                    match &self.algorithm {
+                        Algorithm::Bpe(bpe) => bpe.encode(&self.vocab, t, &mut ids),
+                        Algorithm::Spm { add_space_prefix } => spm::encode(&self.vocab, t, *add_space_prefix && after_special, &mut ids),
+                    }
+                    after_special = false;
+                }
+            }
+        }
+        if add_special && self.add_eos {
+            ids.extend(self.eos);
+        }
+        ids
+    }
+
+    /// The bytes that a token stands for; a control token's are its name. Empty for unknown ids.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        match self.vocab.kind(id) {
+            Some(Kind::Byte) => load::byte_of(self.vocab.bytes(id)),
+            _ => self.vocab.bytes(id),
+        }
+    }
+
+    /// Whether a token is markup that is not shown.
+    pub fn is_control(&self, id: u32) -> bool {
+        matches!(self.vocab.kind(id), Some(Kind::Control | Kind::Unknown))
+    }
+
+    /// Number of tokens.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab.len()
+    }
+
+    /// Beginning of sequence.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// End of sequence.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether a text begins with BOS.
+    pub fn adds_bos(&self) -> bool {
+        self.add_bos && self.bos.is_some()
+    }
+
+    /// Whether a token ends generation.
+    pub fn is_eog(&self, id: u32) -> bool {
+        self.eog.binary_search(&id).is_ok()
+    }
+
+    /// All tokens that end generation, ascending.
+    pub fn eog_ids(&self) -> &[u32] {
+        &self.eog
+    }
+
+    /// What was missing and had to be assumed.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
