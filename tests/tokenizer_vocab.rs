@@ -44,3 +44,35 @@ fn llama_bpe() {
 fn llama_spm() {
     check("ggml-vocab-llama-spm.gguf");
 }
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    texts: Vec<String>,
+    ids: std::collections::BTreeMap<String, Vec<Vec<u32>>>,
+}
+
+/// Every pre-tokenizer, over one vocabulary: `fixtures/make_pretokenizers.py`.
+#[test]
+fn pre_tokenizers() {
+    let path = folder().join("ggml-vocab-llama-bpe.gguf");
+    if !path.exists() {
+        eprintln!("skipped: {} is not here; set NT_VOCAB_DIR to a folder that has it", path.display());
+        return;
+    }
+    let golden: Golden = serde_json::from_str(include_str!("fixtures/pretokenizers.json")).unwrap();
+    let mut metadata = Gguf::open(&path).unwrap().metadata;
+    let mut wrong = Vec::new();
+    for (pre, ids) in &golden.ids {
+        metadata.remove("tokenizer.ggml.pre");
+        metadata.insert("tokenizer.ggml.pre".into(), nt::gguf::Value::Str(pre.clone()));
+        let tokenizer = Tokenizer::from_metadata(&metadata).unwrap();
+        for (text, expected) in golden.texts.iter().zip(ids) {
+            let got = tokenizer.encode(text, false, false);
+            if got != *expected {
+                let show = |ids: &[u32]| ids.iter().map(|&t| String::from_utf8_lossy(tokenizer.token_bytes(t)).into_owned()).collect::<Vec<_>>();
+                wrong.push(format!("{pre} {text:?}\n  {:?}\n  {:?}", show(&got), show(expected)));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} differ (ours, then llama.cpp's):\n{}", wrong.len(), wrong.join("\n"));
+}
