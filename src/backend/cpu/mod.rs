@@ -1,75 +1,532 @@
-//! stub
-#![allow(missing_docs)]
-use super::*;
-pub struct CpuBackend;
+//! The CPU backend: kernels chosen at run time for AVX-512/VNNI, AVX2 or plain Rust.
+//!
+//! Weights are computed where they lie, in the arena. Each output element is computed by one thread
+//! in an order that follows from the shapes alone, so results do not depend on the number of threads.
+
+mod attention;
+mod buf;
+mod isa;
+mod kernel;
+mod pool;
+mod selftest;
+#[allow(non_camel_case_types, reason = "the types have ggml's names")]
+mod unpack;
+
+pub use isa::Isa;
+pub use selftest::selftest;
+
+use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight, reference};
+use crate::gguf::TensorType;
+use attention::{Attend, Cache, TILE};
+use buf::Buf;
+use kernel::{Activation, Body, Dot, Job, Quantise, Rows, Then, dispatch};
+use pool::Pool;
+use unpack::PACKET;
+
+/// Rows that one thread computes before it takes the next ones.
+const ROWS_PER_TASK: usize = 32;
+
+/// The backend.
+pub struct CpuBackend {
+    dims: Dims,
+    isa: Isa,
+    pool: Pool,
+    n_tokens: usize,
+    first_pos: usize,
+    x: Buf<f32>,
+    /// The input of products: normed X, Attn or Hidden.
+    input: Buf<f32>,
+    quantised: Buf<Activation>,
+    q: Buf<f32>,
+    k: Buf<f32>,
+    v: Buf<f32>,
+    attn: Buf<f32>,
+    hidden: Buf<f32>,
+    logits: Buf<f32>,
+    /// Keys and values of all layers.
+    cache_k: Buf<u8>,
+    cache_v: Buf<u8>,
+    /// Cosines and sines of the pass: `[token][pair]`.
+    cos: Buf<f32>,
+    sin: Buf<f32>,
+    scratch: Buf<f32>,
+    scratch_each: usize,
+    experts: Experts,
+}
+
+/// What routed experts need beside the rest.
+struct Experts {
+    scores: Buf<f32>,
+    /// Ids and weights of the choices: `[token][choice]`.
+    ids: Buf<u32>,
+    weights: Buf<f32>,
+    /// Outputs: `[token][choice][n_embd]`.
+    out: Buf<f32>,
+    /// Gathered activations and hidden states of one expert's tokens.
+    gathered: Buf<f32>,
+    hidden: Buf<f32>,
+    quantised: Buf<Activation>,
+    result: Buf<f32>,
+    /// (token, choice) pairs of the expert at hand.
+    pairs: Vec<usize>,
+}
+
+/// An address that tasks write disjoint parts of.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+
+// SAFETY: who uses the address in several threads gives each a part of its own.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+fn packets(cols: usize) -> usize {
+    cols.div_ceil(PACKET)
+}
+
 impl CpuBackend {
-    pub fn new(_: Dims, _: usize) -> Result<CpuBackend, BackendError> {
-        Ok(CpuBackend)
+    /// Allocates every buffer. Pages of the cache take memory when positions are used.
+    pub fn new(dims: Dims, threads: usize) -> Result<CpuBackend, BackendError> {
+        CpuBackend::with_isa(dims, threads, Isa::choose())
     }
-    pub fn supports_type(_: TensorType) -> bool {
-        true
+
+    /// The same with a chosen instruction set, which the machine must have.
+    fn with_isa(dims: Dims, threads: usize, isa: Isa) -> Result<CpuBackend, BackendError> {
+        let d = &dims;
+        let t = d.max_batch.max(1);
+        let (q_dim, kv_dim) = (d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim);
+        let widest = d.n_embd.max(q_dim).max(d.n_ff);
+        let cache = d.n_layers * d.n_kv_heads * d.n_ctx * d.head_dim * d.kv_type.block_bytes();
+        let group = d.n_heads / d.n_kv_heads;
+        let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
+        let choices = t * d.n_experts_used;
+        let pool = Pool::new(threads).map_err(|e| BackendError::Device { backend: "cpu", what: format!("threads could not be started: {e}") })?;
+        let experts = Experts {
+            scores: Buf::new(t * d.n_experts, "router scores")?,
+            ids: Buf::new(choices, "router choices")?,
+            weights: Buf::new(choices, "router weights")?,
+            out: Buf::new(choices * d.n_embd, "outputs of experts")?,
+            gathered: Buf::new(if choices > 0 { t * d.n_embd } else { 0 }, "inputs of experts")?,
+            hidden: Buf::new(if choices > 0 { t * d.n_ff_expert } else { 0 }, "hidden states of experts")?,
+            quantised: Buf::new(if choices > 0 { t * packets(d.n_embd.max(d.n_ff_expert)) } else { 0 }, "inputs of experts")?,
+            result: Buf::new(if choices > 0 { t * d.n_embd } else { 0 }, "results of experts")?,
+            pairs: Vec::with_capacity(choices),
+        };
+        Ok(CpuBackend {
+            isa,
+            n_tokens: 0,
+            first_pos: 0,
+            x: Buf::new(t * d.n_embd, "activations")?,
+            input: Buf::new(t * d.n_embd, "activations")?,
+            quantised: Buf::new(t * packets(widest), "quantised activations")?,
+            q: Buf::new(t * q_dim, "queries")?,
+            k: Buf::new(t * kv_dim, "keys")?,
+            v: Buf::new(t * kv_dim, "values")?,
+            attn: Buf::new(t * q_dim, "attention")?,
+            hidden: Buf::new(t * d.n_ff, "hidden states")?,
+            logits: Buf::new(d.max_outputs.max(1) * d.n_vocab, "logits")?,
+            cache_k: Buf::new(cache, "KV cache")?,
+            cache_v: Buf::new(cache, "KV cache")?,
+            cos: Buf::new(t * d.rope.freqs.len(), "rotary table")?,
+            sin: Buf::new(t * d.rope.freqs.len(), "rotary table")?,
+            scratch: Buf::new(scratch_each * pool.threads(), "scratch")?,
+            scratch_each,
+            experts,
+            pool,
+            dims,
+        })
+    }
+
+    /// Whether matrices of this type can be computed.
+    pub fn supports_type(ty: TensorType) -> bool {
+        kernel::TYPES.contains(&ty)
+    }
+
+    /// Runs jobs over the same rows: each thread does all jobs for its rows, in order.
+    fn jobs(&mut self, jobs: &[(Job, usize)]) {
+        let rows = jobs.iter().map(|j| j.1).max().unwrap_or(0);
+        let tasks = rows.div_ceil(ROWS_PER_TASK);
+        let scratch = Shared(self.scratch.ptr());
+        let (each, isa) = (self.scratch_each, self.isa);
+        self.pool.run(tasks, &|thread, task| {
+            // SAFETY: each thread has its own part of the scratch.
+            let scratch = unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * each), each) };
+            for (job, rows) in jobs {
+                let (from, to) = (task * ROWS_PER_TASK, ((task + 1) * ROWS_PER_TASK).min(*rows));
+                if from < to {
+                    dispatch(isa, Rows { job, from, to, scratch });
+                }
+            }
+        });
+    }
+
+    /// Norms X to `input` and quantises it.
+    fn norm_input(&mut self, norm: &Norm) {
+        let (x, out) = (Shared(self.x.ptr()), Shared(self.input.ptr()));
+        self.prepare(x, out, self.dims.n_embd, self.n_tokens, Some(*norm));
+    }
+
+    /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
+    fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
+        let quantised = Shared(self.quantised.ptr());
+        let isa = self.isa;
+        self.pool.run(n, &|_, t| {
+            // SAFETY: task t reads and writes row t only; the buffers have `n` rows of these sizes,
+            // and a norm's weight has `cols` floats (checked when the model was opened).
+            unsafe {
+                let x = std::slice::from_raw_parts(x.get().add(t * cols), cols);
+                let packets = std::slice::from_raw_parts_mut(quantised.get().add(t * packets(cols)), packets(cols));
+                match norm {
+                    None => dispatch(isa, Quantise { x, out: packets }),
+                    Some(norm) => {
+                        let out = std::slice::from_raw_parts_mut(out.get().add(t * cols), cols);
+                        dispatch(isa, RmsNorm { x, weight: norm.weight.addr as *const f32, eps: norm.eps, out });
+                        dispatch(isa, Quantise { x: out, out: packets });
+                    }
+                }
+            }
+        });
+    }
+
+    /// A product of the prepared input.
+    fn job(&mut self, l: &Linear, xf: *const f32, out: *mut f32, then: Then) -> (Job, usize) {
+        let job = Job {
+            weights: l.weight.addr as *const u8,
+            ty: l.weight.ty,
+            cols: l.weight.cols,
+            bias: l.bias.map_or(std::ptr::null(), |b| b.addr as *const f32),
+            x: self.quantised.ptr(),
+            xf,
+            tokens: self.n_tokens,
+            out,
+            stride: l.weight.rows,
+            then,
+        };
+        (job, l.weight.rows)
+    }
+
+    fn cache(&mut self, layer: usize) -> (Shared<u8>, Shared<u8>) {
+        let d = &self.dims;
+        let at = layer * d.n_kv_heads * d.n_ctx * d.head_dim * d.kv_type.block_bytes();
+        // SAFETY: the buffers hold `n_layers` such parts.
+        unsafe { (Shared(self.cache_k.ptr().add(at)), Shared(self.cache_v.ptr().add(at))) }
+    }
+
+    /// Norms, rotates and stores: one task a token.
+    fn rotate_and_store(&mut self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) {
+        let (cache_k, cache_v) = self.cache(layer);
+        let (q, k, v) = (Shared(self.q.ptr()), Shared(self.k.ptr()), Shared(self.v.ptr()));
+        let (dims, isa, first) = (&self.dims, self.isa, self.first_pos);
+        let pairs = dims.rope.freqs.len();
+        let (cos, sin): (&[f32], &[f32]) = (&self.cos, &self.sin);
+        let (q_norm, k_norm) = (q_norm.copied(), k_norm.copied());
+        let half = dims.kv_type == TensorType::F16;
+        self.pool.run(self.n_tokens, &|_, t| {
+            let hd = dims.head_dim;
+            let (cos, sin) = (&cos[t * pairs..(t + 1) * pairs], &sin[t * pairs..(t + 1) * pairs]);
+            for (heads, base, norm) in [(dims.n_heads, q, q_norm), (dims.n_kv_heads, k, k_norm)] {
+                for h in 0..heads {
+                    // SAFETY: head h of token t belongs to this task.
+                    let x = unsafe { std::slice::from_raw_parts_mut(base.get().add((t * heads + h) * hd), hd) };
+                    if let Some(n) = norm {
+                        dispatch(isa, RmsNormInPlace { x, weight: n.weight.addr as *const f32, eps: n.eps });
+                    }
+                    rotate(x, dims.rope.kind, cos, sin);
+                }
+            }
+            for h in 0..dims.n_kv_heads {
+                let at = (h * dims.n_ctx + first + t) * hd;
+                for (from, to) in [(k, cache_k), (v, cache_v)] {
+                    // SAFETY: position `first + t` of the head belongs to this task and is below
+                    // n_ctx (checked in `begin`).
+                    unsafe {
+                        let x = std::slice::from_raw_parts(from.get().add((t * dims.n_kv_heads + h) * hd), hd);
+                        if half {
+                            let out = std::slice::from_raw_parts_mut(to.get().cast::<half::f16>().add(at), hd);
+                            out.iter_mut().zip(x).for_each(|(o, x)| *o = half::f16::from_f32(*x));
+                        } else {
+                            std::slice::from_raw_parts_mut(to.get().cast::<f32>().add(at), hd).copy_from_slice(x);
+                        }
+                    }
+                }
+            }
+        });
     }
 }
-pub fn selftest(_: &mut dyn FnMut(&str)) -> Result<(), String> {
-    Ok(())
+
+struct RmsNorm<'a> {
+    x: &'a [f32],
+    weight: *const f32,
+    eps: f32,
+    out: &'a mut [f32],
 }
+
+impl Body for RmsNorm<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        let mean = kernel::dot_f32::<D>(self.x, self.x) / self.x.len() as f32;
+        let scale = 1.0 / (mean + self.eps).sqrt();
+        for (i, (o, x)) in self.out.iter_mut().zip(self.x).enumerate() {
+            // SAFETY: the weight has as many floats as the row, at any alignment.
+            *o = x * scale * unsafe { self.weight.add(i).read_unaligned() };
+        }
+    }
+}
+
+struct RmsNormInPlace<'a> {
+    x: &'a mut [f32],
+    weight: *const f32,
+    eps: f32,
+}
+
+impl Body for RmsNormInPlace<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        let mean = kernel::dot_f32::<D>(self.x, self.x) / self.x.len() as f32;
+        let scale = 1.0 / (mean + self.eps).sqrt();
+        for (i, x) in self.x.iter_mut().enumerate() {
+            // SAFETY: as in `RmsNorm`.
+            *x *= scale * unsafe { self.weight.add(i).read_unaligned() };
+        }
+    }
+}
+
+/// Rotates the pairs of a head.
+fn rotate(x: &mut [f32], kind: RopeKind, cos: &[f32], sin: &[f32]) {
+    let n = cos.len();
+    match kind {
+        RopeKind::Norm => {
+            for ((p, c), s) in x.chunks_exact_mut(2).zip(cos).zip(sin) {
+                (p[0], p[1]) = (p[0] * c - p[1] * s, p[0] * s + p[1] * c);
+            }
+        }
+        RopeKind::Neox => {
+            let (a, b) = x.split_at_mut(n);
+            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
+            }
+        }
+    }
+}
+
 impl Backend for CpuBackend {
     fn name(&self) -> &'static str {
         "cpu"
     }
-    fn supports(&self, _: TensorType) -> bool {
-        true
+
+    fn supports(&self, ty: TensorType) -> bool {
+        CpuBackend::supports_type(ty)
     }
-    fn begin(&mut self, _: usize, _: usize) -> Result<(), BackendError> {
+
+    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
+        assert!(n_tokens <= self.dims.max_batch && first_pos + n_tokens <= self.dims.n_ctx, "a pass beyond the session's limits");
+        (self.first_pos, self.n_tokens) = (first_pos, n_tokens);
+        let rope = &self.dims.rope;
+        let n = rope.freqs.len();
+        for t in 0..n_tokens {
+            for (i, f) in rope.freqs.iter().enumerate() {
+                let (s, c) = (f64::from(*f) * (first_pos + t) as f64).sin_cos();
+                self.cos[t * n + i] = c as f32 * rope.magnitude;
+                self.sin[t * n + i] = s as f32 * rope.magnitude;
+            }
+        }
         Ok(())
     }
-    fn embed(&mut self, _: &[u8], _: TensorType) -> Result<(), BackendError> {
+
+    fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        let d = self.dims.n_embd;
+        let row_bytes = ty.row_bytes(d).unwrap_or(0);
+        for (row, x) in rows.chunks_exact(row_bytes).zip(self.x.chunks_exact_mut(d)) {
+            if !reference::dequantize(ty, row, x) {
+                let supported = kernel::TYPES.map(|t| t.name()).join(", ");
+                return Err(BackendError::UnsupportedType { ty, backend: "cpu", supported });
+            }
+        }
         Ok(())
     }
+
     fn qkv(
         &mut self,
-        _: usize,
-        _: &Norm,
-        _: &Linear,
-        _: &Linear,
-        _: &Linear,
-        _: Option<&Norm>,
-        _: Option<&Norm>,
+        layer: usize,
+        norm: &Norm,
+        q: &Linear,
+        k: &Linear,
+        v: &Linear,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
     ) -> Result<(), BackendError> {
+        self.norm_input(norm);
+        let input = self.input.ptr();
+        let (pq, pk, pv) = (self.q.ptr(), self.k.ptr(), self.v.ptr());
+        let jobs = [self.job(q, input, pq, Then::Store), self.job(k, input, pk, Then::Store), self.job(v, input, pv, Then::Store)];
+        self.jobs(&jobs);
+        self.rotate_and_store(layer, q_norm, k_norm);
         Ok(())
     }
-    fn attend(&mut self, _: usize) -> Result<(), BackendError> {
+
+    fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
+        let (k, v) = self.cache(layer);
+        let d = &self.dims;
+        let cache = Cache { k: k.get(), v: v.get(), half: d.kv_type == TensorType::F16, n_ctx: d.n_ctx, head_dim: d.head_dim };
+        let tiles = self.n_tokens.div_ceil(TILE);
+        let (q, out, scratch) = (Shared(self.q.ptr()), Shared(self.attn.ptr()), Shared(self.scratch.ptr()));
+        let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
+        let (each, isa) = (self.scratch_each, self.isa);
+        self.pool.run(tiles * n_kv, &|thread, task| {
+            let (tile, kv_head) = (task / n_kv, task % n_kv);
+            // SAFETY: each thread has its own part of the scratch.
+            let scratch = unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * each), each) };
+            let tokens = tile * TILE..((tile + 1) * TILE).min(n_tokens);
+            let (q, out) = (q.get().cast_const(), out.get());
+            dispatch(isa, Attend { cache, q, out, n_heads, group: n_heads / n_kv, kv_head, tokens, first_pos, scratch });
+        });
         Ok(())
     }
-    fn keep(&mut self, _: usize, _: usize) -> Result<(), BackendError> {
+
+    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
+        let (d, q_dim) = (self.dims.n_embd, self.dims.n_heads * self.dims.head_dim);
+        self.x.copy_within(first * d..(first + n) * d, 0);
+        self.attn.copy_within(first * q_dim..(first + n) * q_dim, 0);
+        self.n_tokens = n;
         Ok(())
     }
-    fn attn_output(&mut self, _: &Linear) -> Result<(), BackendError> {
+
+    fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
+        let attn = Shared(self.attn.ptr());
+        self.prepare(attn, attn, w.weight.cols, self.n_tokens, None);
+        let x = self.x.ptr();
+        let job = self.job(w, attn.get(), x, Then::Add);
+        self.jobs(&[job]);
         Ok(())
     }
-    fn ffn(&mut self, _: &Norm, _: &Linear, _: &Linear, _: &Linear) -> Result<(), BackendError> {
+
+    fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        self.norm_input(norm);
+        let (input, hidden, x) = (self.input.ptr(), Shared(self.hidden.ptr()), self.x.ptr());
+        let jobs = [self.job(gate, input, hidden.get(), Then::Silu), self.job(up, input, hidden.get(), Then::Mul)];
+        self.jobs(&jobs);
+        self.prepare(hidden, hidden, down.weight.cols, self.n_tokens, None);
+        let job = self.job(down, hidden.get(), x, Then::Add);
+        self.jobs(&[job]);
         Ok(())
     }
-    fn route(&mut self, _: &Norm, _: &Weight, _: &RouterParams) -> Result<&[u32], BackendError> {
-        Ok(&[])
+
+    fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
+        self.norm_input(norm);
+        let (input, scores) = (self.input.ptr(), self.experts.scores.ptr());
+        let job = self.job(&Linear { weight: *router, bias: None }, input, scores, Then::Store);
+        self.jobs(&[job]);
+        let (n, used) = (self.dims.n_experts, self.dims.n_experts_used);
+        let e = &mut self.experts;
+        for t in 0..self.n_tokens {
+            let scores = &mut e.scores[t * n..(t + 1) * n];
+            let choice = t * used..(t + 1) * used;
+            choose(scores, &mut e.ids[choice.clone()], &mut e.weights[choice], params);
+        }
+        Ok(&e.ids[..self.n_tokens * used])
     }
-    fn expert(&mut self, _: &Expert) -> Result<(), BackendError> {
+
+    fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
+        let used = self.dims.n_experts_used;
+        let d = self.dims.n_embd;
+        let x = &mut self.experts;
+        x.pairs.clear();
+        x.pairs.extend((0..self.n_tokens * used).filter(|&i| x.ids[i] == e.id));
+        let n = x.pairs.len();
+        for (i, &pair) in x.pairs.iter().enumerate() {
+            let from = pair / used * d;
+            x.gathered[i * d..(i + 1) * d].copy_from_slice(&self.input[from..from + d]);
+        }
+        let (gathered, hidden, result) = (Shared(x.gathered.ptr()), Shared(x.hidden.ptr()), x.result.ptr());
+        // The expert's tokens take the place of the pass's, beside the pass's own activations.
+        std::mem::swap(&mut self.quantised, &mut self.experts.quantised);
+        let n_tokens = std::mem::replace(&mut self.n_tokens, n);
+        self.prepare(gathered, gathered, d, n, None);
+        let linear = |weight| Linear { weight, bias: None };
+        let jobs = [
+            self.job(&linear(e.gate), gathered.get(), hidden.get(), Then::Silu),
+            self.job(&linear(e.up), gathered.get(), hidden.get(), Then::Mul),
+        ];
+        self.jobs(&jobs);
+        self.prepare(hidden, hidden, e.down.cols, n, None);
+        let job = self.job(&linear(e.down), hidden.get(), result, Then::Store);
+        self.jobs(&[job]);
+        self.n_tokens = n_tokens;
+        std::mem::swap(&mut self.quantised, &mut self.experts.quantised);
+        let x = &mut self.experts;
+        for (i, &pair) in x.pairs.iter().enumerate() {
+            x.out[pair * d..(pair + 1) * d].copy_from_slice(&x.result[i * d..(i + 1) * d]);
+        }
         Ok(())
     }
+
     fn combine_experts(&mut self) -> Result<(), BackendError> {
+        let (used, d) = (self.dims.n_experts_used, self.dims.n_embd);
+        for pair in 0..self.n_tokens * used {
+            let w = self.experts.weights[pair];
+            let x = &mut self.x[pair / used * d..(pair / used + 1) * d];
+            x.iter_mut().zip(&self.experts.out[pair * d..]).for_each(|(x, o)| *x += w * o);
+        }
         Ok(())
     }
-    fn output_norm(&mut self, _: &Norm) -> Result<(), BackendError> {
+
+    fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
+        assert!(self.n_tokens <= self.dims.max_outputs, "more outputs than the session allows");
+        self.norm_input(norm);
         Ok(())
     }
-    fn head(&mut self, _: &Weight, _: usize) -> Result<(), BackendError> {
+
+    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
+        let input = self.input.ptr();
+        // SAFETY: the slice's rows end at n_vocab at most.
+        let out = unsafe { self.logits.ptr().add(first_row) };
+        let (job, rows) = self.job(&Linear { weight: *w, bias: None }, input, out, Then::Store);
+        self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)]);
         Ok(())
     }
+
     fn logits(&mut self) -> Result<&[f32], BackendError> {
-        Ok(&[0.0; 49152])
+        Ok(&self.logits[..self.n_tokens * self.dims.n_vocab])
     }
+
     fn truncate(&mut self, _: usize) {}
+
     fn workspace_bytes(&self) -> u64 {
-        0
+        let e = &self.experts;
+        let floats = [&self.x, &self.input, &self.q, &self.k, &self.v, &self.attn, &self.hidden, &self.logits, &self.cos, &self.sin, &self.scratch];
+        let experts = [&e.scores, &e.weights, &e.out, &e.gathered, &e.hidden, &e.result];
+        floats.into_iter().chain(experts).map(Buf::bytes).sum::<u64>()
+            + self.quantised.bytes()
+            + e.quantised.bytes()
+            + e.ids.bytes()
+            + self.cache_k.bytes()
+            + self.cache_v.bytes()
     }
+}
+
+/// Softmax over all experts, then the largest ones; ties go to the lower id.
+fn choose(scores: &mut [f32], ids: &mut [u32], weights: &mut [f32], params: &RouterParams) {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    scores.iter_mut().for_each(|s| *s = (*s - max).exp());
+    let total: f32 = scores.iter().sum();
+    for (id, weight) in ids.iter_mut().zip(weights.iter_mut()) {
+        let mut best = 0;
+        for (i, s) in scores.iter().enumerate() {
+            if *s > scores[best] {
+                best = i;
+            }
+        }
+        (*id, *weight) = (best as u32, scores[best] / total);
+        // Probabilities are not negative: this one is not chosen again.
+        scores[best] = -1.0;
+    }
+    let sum: f32 = weights.iter().sum();
+    let factor = params.scale / if params.normalize { sum } else { 1.0 };
+    weights.iter_mut().for_each(|w| *w *= factor);
 }

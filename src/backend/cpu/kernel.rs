@@ -1,0 +1,450 @@
+//! Products of quantised rows with quantised activations, compiled once for each instruction set.
+//!
+//! The generic bodies are always inlined into functions that enable an instruction set; what
+//! differs between sets is the trait [`Dot`]. An output is computed by one thread in an order that
+//! follows from the shapes alone.
+
+use super::isa::Isa;
+use super::unpack::{self, PACKET, Packet, Quant, SUB, SUBS};
+use crate::gguf::TensorType;
+
+/// Activations quantised to 8 bits, 32 to a scale, in packets like the weights.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(super) struct Activation {
+    pub q: [i8; PACKET],
+    /// Scale of each 16 (pairs are equal).
+    pub scale: [f32; SUBS],
+    /// Scale times sum of each 16.
+    pub sum: [f32; SUBS],
+}
+
+// SAFETY: arrays of plain numbers without padding; all zeroes is a value.
+unsafe impl bytemuck::Zeroable for Activation {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Activation {}
+
+/// The operations that instruction sets do in their own way.
+pub(super) trait Dot {
+    /// Whether `mul_add` is one instruction.
+    const FMA: bool;
+    /// Dot product of a packet with each of `a`, added to `acc`.
+    ///
+    /// # Safety
+    /// The instruction set must be there.
+    unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32;
+
+    #[inline(always)]
+    fn fma(a: f32, b: f32, c: f32) -> f32 {
+        if Self::FMA { a.mul_add(b, c) } else { a * b + c }
+    }
+}
+
+/// Portable code.
+pub(super) struct Scalar;
+
+impl Dot for Scalar {
+    const FMA: bool = false;
+
+    #[inline(always)]
+    unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32 {
+        let mut acc = 0.0;
+        for s in 0..SUBS {
+            let mut sum = 0i32;
+            for i in SUB * s..SUB * (s + 1) {
+                sum += i32::from(w.q[i]) * i32::from(a.q[i]);
+            }
+            acc += sum as f32 * (w.scale[s] * a.scale[s]) - w.min[s] * a.sum[s];
+        }
+        acc
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Activation, Dot, Packet};
+    use std::arch::x86_64::*;
+
+    /// AVX2 with FMA.
+    pub(in super::super) struct Avx2;
+
+    impl Dot for Avx2 {
+        const FMA: bool = true;
+
+        #[inline(always)]
+        unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32 {
+            // SAFETY: the caller vouches for AVX2 and FMA; all loads lie within the two structs.
+            unsafe {
+                let ones = _mm256_set1_epi16(1);
+                let flip = _mm256_set1_epi8(-128);
+                let mut acc = _mm256_setzero_ps();
+                for g in 0..8 {
+                    let q = _mm256_loadu_si256(w.q.as_ptr().add(32 * g).cast());
+                    let x = _mm256_loadu_si256(a.q.as_ptr().add(32 * g).cast());
+                    let pairs = if WIDE {
+                        // Products of 8 by 7 bits overflow pairs of 16; signed ones do not.
+                        let s = _mm256_xor_si256(q, flip);
+                        _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s))
+                    } else {
+                        _mm256_maddubs_epi16(q, x)
+                    };
+                    let sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+                    let s = _mm_mul_ps(_mm_loadu_ps(w.scale.as_ptr().add(2 * g)), _mm_loadu_ps(a.scale.as_ptr().add(2 * g)));
+                    let scale = _mm256_set_m128(_mm_shuffle_ps::<0x55>(s, s), _mm_shuffle_ps::<0x00>(s, s));
+                    acc = _mm256_fmadd_ps(sums, scale, acc);
+                }
+                if !WIDE {
+                    for h in 0..2 {
+                        let m = _mm256_loadu_ps(w.min.as_ptr().add(8 * h));
+                        acc = _mm256_fnmadd_ps(m, _mm256_loadu_ps(a.sum.as_ptr().add(8 * h)), acc);
+                    }
+                }
+                let half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
+                let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
+            }
+        }
+    }
+
+    /// AVX-512 with VNNI.
+    pub(in super::super) struct Avx512;
+
+    impl Dot for Avx512 {
+        const FMA: bool = true;
+
+        #[inline(always)]
+        unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32 {
+            // SAFETY: the caller vouches for AVX-512 F and VNNI; all loads lie within the structs.
+            unsafe {
+                let scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale.as_ptr()), _mm512_loadu_ps(a.scale.as_ptr()));
+                let mut acc = _mm512_mul_ps(_mm512_loadu_ps(w.min.as_ptr()), _mm512_loadu_ps(a.sum.as_ptr()));
+                acc = _mm512_sub_ps(_mm512_setzero_ps(), acc);
+                let lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+                for i in 0..4 {
+                    let q = _mm512_loadu_si512(w.q.as_ptr().add(64 * i).cast());
+                    let x = _mm512_loadu_si512(a.q.as_ptr().add(64 * i).cast());
+                    let sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
+                    let at = _mm512_add_epi32(lane, _mm512_set1_epi32(4 * i as i32));
+                    acc = _mm512_fmadd_ps(sums, _mm512_permutexvar_ps(at, scale), acc);
+                }
+                _mm512_reduce_add_ps(acc)
+            }
+        }
+    }
+}
+
+/// What becomes of an output.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Then {
+    /// It is stored.
+    Store,
+    /// It is added to what is there.
+    Add,
+    /// `silu` of it is stored.
+    Silu,
+    /// What is there is multiplied by it.
+    Mul,
+}
+
+/// One product: rows of a matrix with `tokens` columns of activations.
+#[derive(Clone, Copy)]
+pub(super) struct Job {
+    /// First byte of the matrix.
+    pub weights: *const u8,
+    pub ty: TensorType,
+    pub cols: usize,
+    /// Bias of each row, or null.
+    pub bias: *const f32,
+    /// Activations: `tokens` rows of `packets` packets.
+    pub x: *const Activation,
+    /// The same activations in single precision, `cols` a token, `f32_stride` apart.
+    pub xf: *const f32,
+    pub tokens: usize,
+    /// Output of row r, token t: `out[t * stride + r]`.
+    pub out: *mut f32,
+    pub stride: usize,
+    pub then: Then,
+}
+
+// SAFETY: a job is a description; who runs it upholds the contract of `rows`.
+unsafe impl Send for Job {}
+// SAFETY: as above.
+unsafe impl Sync for Job {}
+
+/// `x / (1 + exp(-x))`.
+#[inline(always)]
+pub(super) fn silu<D: Dot>(x: f32) -> f32 {
+    x / (1.0 + exp::<D>(-x))
+}
+
+/// exp with a relative error of about 2e-7; 0 below -87, saturated above 88.
+#[inline(always)]
+pub(super) fn exp<D: Dot>(x: f32) -> f32 {
+    let x = x.clamp(-87.3, 88.3);
+    // Round by adding and taking away 1.5 * 2^23.
+    let n = D::fma(x, std::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
+    let r = D::fma(n, -0.693_359_4, x);
+    let r = D::fma(n, 2.121_944_4e-4, r);
+    let mut p = D::fma(1.987_569_1e-4, r, 1.398_199_9e-3);
+    p = D::fma(p, r, 8.333_452e-3);
+    p = D::fma(p, r, 4.166_579_6e-2);
+    p = D::fma(p, r, 0.166_666_65);
+    p = D::fma(p, r, 0.5);
+    p = D::fma(p, r * r, r + 1.0);
+    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
+/// Writes an output.
+#[inline(always)]
+unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
+    // SAFETY: `rows`' contract: bias has an entry a row, `out` one a row and token.
+    unsafe {
+        if !j.bias.is_null() {
+            v += j.bias.add(row).read_unaligned();
+        }
+        let out = j.out.add(t * j.stride + row);
+        *out = match j.then {
+            Then::Store => v,
+            Then::Add => *out + v,
+            Then::Silu => silu::<D>(v),
+            Then::Mul => *out * v,
+        };
+    }
+}
+
+/// Most tokens whose sums are held while a row is unpacked once.
+pub(super) const TOKENS_MAX: usize = 8;
+
+#[inline(always)]
+unsafe fn quantised<D: Dot, Q: Quant>(j: &Job, from: usize, to: usize) {
+    let packets = j.cols.div_ceil(PACKET);
+    let row_bytes = j.cols / Q::BLOCK * Q::BYTES;
+    let mut p = Packet::EMPTY;
+    for r in from..to {
+        // SAFETY: `rows`' contract: the matrix has `to` rows of this many bytes.
+        let row = unsafe { std::slice::from_raw_parts(j.weights.add(r * row_bytes), row_bytes) };
+        for first in (0..j.tokens).step_by(TOKENS_MAX) {
+            let n = (j.tokens - first).min(TOKENS_MAX);
+            let mut acc = [0.0f32; TOKENS_MAX];
+            for i in 0..packets {
+                unpack::packet::<Q>(row, i, j.cols, &mut p);
+                for (t, acc) in acc[..n].iter_mut().enumerate() {
+                    // SAFETY: each token has `packets` packets.
+                    let a = unsafe { &*j.x.add((first + t) * packets + i) };
+                    // SAFETY: the caller enabled the instruction set.
+                    *acc += if Q::WIDE { unsafe { D::packet::<true>(&p, a) } } else { unsafe { D::packet::<false>(&p, a) } };
+                }
+            }
+            for (t, v) in acc[..n].iter().enumerate() {
+                // SAFETY: as for the row.
+                unsafe { put::<D>(j, r, first + t, *v) };
+            }
+        }
+    }
+}
+
+/// A plain floating-point type.
+trait Float {
+    const BYTES: usize;
+    fn load(b: &[u8]) -> f32;
+}
+struct F32;
+impl Float for F32 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    fn load(b: &[u8]) -> f32 {
+        f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+}
+struct F16;
+impl Float for F16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    fn load(b: &[u8]) -> f32 {
+        unpack::f16(u16::from_le_bytes([b[0], b[1]]))
+    }
+}
+struct Bf16;
+impl Float for Bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    fn load(b: &[u8]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16)
+    }
+}
+
+/// Sums side by side, so that additions do not wait for each other.
+const LANES: usize = 32;
+
+#[inline(always)]
+pub(super) fn dot_f32<D: Dot>(a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [0.0f32; LANES];
+    let (a8, b8) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in a8.zip(b8) {
+        for l in 0..LANES {
+            acc[l] = D::fma(x[l], y[l], acc[l]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            acc[l] += acc[l + width];
+        }
+        width /= 2;
+    }
+    acc[0] + tail
+}
+
+#[inline(always)]
+unsafe fn float<D: Dot, T: Float>(j: &Job, from: usize, to: usize, scratch: &mut [f32]) {
+    for r in from..to {
+        // SAFETY: `rows`' contract.
+        let row = unsafe { std::slice::from_raw_parts(j.weights.add(r * j.cols * T::BYTES), j.cols * T::BYTES) };
+        let w = &mut scratch[..j.cols];
+        for (w, b) in w.iter_mut().zip(row.chunks_exact(T::BYTES)) {
+            *w = T::load(b);
+        }
+        for t in 0..j.tokens {
+            // SAFETY: each token has `cols` activations.
+            let x = unsafe { std::slice::from_raw_parts(j.xf.add(t * j.cols), j.cols) };
+            // SAFETY: as for the row.
+            unsafe { put::<D>(j, r, t, dot_f32::<D>(w, x)) };
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32]) {
+    use unpack::{IQ4_NL, IQ4_XS, MXFP4Block, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match j.ty {
+            TensorType::F32 => float::<D, F32>(j, from, to, scratch),
+            TensorType::F16 => float::<D, F16>(j, from, to, scratch),
+            TensorType::BF16 => float::<D, Bf16>(j, from, to, scratch),
+            TensorType::Q4_0 => quantised::<D, Q4_0>(j, from, to),
+            TensorType::Q4_1 => quantised::<D, Q4_1>(j, from, to),
+            TensorType::Q5_0 => quantised::<D, Q5_0>(j, from, to),
+            TensorType::Q5_1 => quantised::<D, Q5_1>(j, from, to),
+            TensorType::Q8_0 => quantised::<D, Q8_0>(j, from, to),
+            TensorType::Q2_K => quantised::<D, Q2_K>(j, from, to),
+            TensorType::Q3_K => quantised::<D, Q3_K>(j, from, to),
+            TensorType::Q4_K => quantised::<D, Q4_K>(j, from, to),
+            TensorType::Q5_K => quantised::<D, Q5_K>(j, from, to),
+            TensorType::Q6_K => quantised::<D, Q6_K>(j, from, to),
+            TensorType::IQ4_NL => quantised::<D, IQ4_NL>(j, from, to),
+            TensorType::IQ4_XS => quantised::<D, IQ4_XS>(j, from, to),
+            TensorType::MXFP4 => quantised::<D, MXFP4Block>(j, from, to),
+            _ => unreachable!("types are checked when the model is opened"),
+        }
+    }
+}
+
+/// Types with kernels.
+pub(super) const TYPES: [TensorType; 16] = [
+    TensorType::F32,
+    TensorType::F16,
+    TensorType::BF16,
+    TensorType::Q4_0,
+    TensorType::Q4_1,
+    TensorType::Q5_0,
+    TensorType::Q5_1,
+    TensorType::Q8_0,
+    TensorType::Q2_K,
+    TensorType::Q3_K,
+    TensorType::Q4_K,
+    TensorType::Q5_K,
+    TensorType::Q6_K,
+    TensorType::IQ4_NL,
+    TensorType::IQ4_XS,
+    TensorType::MXFP4,
+];
+
+/// A body that is compiled for each instruction set.
+pub(super) trait Body {
+    /// Runs it.
+    fn run<D: Dot>(self);
+}
+
+/// Runs a body in the given instruction set, which the machine must have.
+#[inline(always)]
+pub(super) fn dispatch<B: Body>(isa: Isa, body: B) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
+        fn avx512<B: Body>(body: B) {
+            body.run::<Avx512>();
+        }
+        #[target_feature(enable = "avx2,fma,f16c,bmi2")]
+        fn avx2<B: Body>(body: B) {
+            body.run::<Avx2>();
+        }
+        match isa {
+            // SAFETY: `Isa` values other than Scalar come from detection on this machine.
+            Isa::Avx512 => return unsafe { avx512(body) },
+            // SAFETY: as above.
+            Isa::Avx2 => return unsafe { avx2(body) },
+            Isa::Scalar => {}
+        }
+    }
+    let _ = isa;
+    body.run::<Scalar>();
+}
+
+/// Rows `from..to` of a job.
+pub(super) struct Rows<'a> {
+    pub job: &'a Job,
+    pub from: usize,
+    pub to: usize,
+    pub scratch: &'a mut [f32],
+}
+
+impl Body for Rows<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        // SAFETY: who makes the job vouches for its addresses (see `matmul`).
+        unsafe { any::<D>(self.job, self.from, self.to, self.scratch) }
+    }
+}
+
+/// Quantises `cols` values to packets; values beyond count as zero.
+pub(super) struct Quantise<'a> {
+    pub x: &'a [f32],
+    pub out: &'a mut [Activation],
+}
+
+impl Body for Quantise<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        for (x, out) in self.x.chunks(PACKET).zip(self.out) {
+            if x.len() < PACKET {
+                *out = bytemuck::Zeroable::zeroed();
+            }
+            for (g, x) in x.chunks(32).enumerate() {
+                quantise_group(x, &mut out.q[32 * g..], &mut out.scale[2 * g..2 * g + 2], &mut out.sum[2 * g..2 * g + 2]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn quantise_group(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [f32]) {
+    let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let d = max / 127.0;
+    let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+    for (h, x) in x.chunks(SUB).enumerate() {
+        let mut total = 0i32;
+        for (q, v) in q[SUB * h..].iter_mut().zip(x) {
+            // Round to nearest by adding and taking away 1.5 * 2^23.
+            let n = (v * inverse + 12_582_912.0) - 12_582_912.0;
+            *q = n as i8;
+            total += n as i32;
+        }
+        scale[h] = d;
+        sum[h] = d * total as f32;
+    }
+}

@@ -1,0 +1,114 @@
+//! Every kernel on every instruction set of this machine against the plain reference.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::isa::Isa;
+use super::kernel::{Activation, Job, Quantise, Rows, TYPES, Then, dispatch};
+use super::unpack::PACKET;
+use crate::backend::reference;
+use crate::gguf::TensorType;
+
+/// Error of a product of quantised activations, relative to the norm of the exact one.
+const QUANTISED_BOUND: f64 = 8e-3;
+/// The same where activations stay in single precision.
+const FLOAT_BOUND: f64 = 2e-6;
+
+/// Checks every type, set and a few shapes; prints a line a type and set.
+pub fn selftest(out: &mut dyn FnMut(&str)) -> Result<(), String> {
+    let mut failed = 0;
+    for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
+        for ty in TYPES {
+            let bound = if ty.block_elems() == 1 { FLOAT_BOUND } else { QUANTISED_BOUND };
+            let mut worst = 0.0f64;
+            for (rows, blocks, tokens) in [(1, 1, 1), (5, 3, 2), (33, 9, 3), (7, 2, 17)] {
+                let cols = blocks * ty.block_elems().max(32);
+                worst = worst.max(product_error(isa, ty, rows, cols, tokens));
+            }
+            let ok = worst <= bound;
+            failed += usize::from(!ok);
+            out(&format!("{} {:7} {:8} error {worst:.1e}, bound {bound:.0e}", if ok { "ok  " } else { "FAIL" }, isa.name(), ty));
+        }
+    }
+    if failed > 0 { Err(format!("{failed} kernels are out of their bounds")) } else { Ok(()) }
+}
+
+/// Random blocks with scales of a sane size: all bytes random but for the half-precision fields.
+fn random_rows(rng: &mut ChaCha8Rng, ty: TensorType, rows: usize, cols: usize) -> Vec<u8> {
+    if ty.block_elems() == 1 {
+        let values = (0..rows * cols).map(|_| rng.random_range(-1.0f32..1.0));
+        return values
+            .flat_map(|v| match ty {
+                TensorType::F32 => v.to_le_bytes().to_vec(),
+                TensorType::F16 => half::f16::from_f32(v).to_le_bytes().to_vec(),
+                _ => half::bf16::from_f32(v).to_le_bytes().to_vec(),
+            })
+            .collect();
+    }
+    let fields: &[usize] = match ty {
+        TensorType::Q4_1 | TensorType::Q5_1 | TensorType::Q4_K | TensorType::Q5_K => &[0, 2],
+        TensorType::Q2_K => &[80, 82],
+        TensorType::Q3_K => &[108],
+        TensorType::Q6_K => &[208],
+        _ => &[0],
+    };
+    let mut bytes = vec![0u8; rows * ty.row_bytes(cols).unwrap_or(0)];
+    rng.fill(&mut bytes[..]);
+    for block in bytes.chunks_exact_mut(ty.block_bytes()) {
+        if ty == TensorType::MXFP4 {
+            block[0] = rng.random_range(120..130);
+            continue;
+        }
+        for &at in fields {
+            block[at..at + 2].copy_from_slice(&half::f16::from_f32(rng.random_range(0.01f32..0.1)).to_le_bytes());
+        }
+    }
+    bytes
+}
+
+/// Norm of the error of a product over the norm of the exact product in double precision.
+fn product_error(isa: Isa, ty: TensorType, rows: usize, cols: usize, tokens: usize) -> f64 {
+    let mut rng = ChaCha8Rng::seed_from_u64((rows * 31 + cols * 7 + tokens) as u64);
+    let weights = random_rows(&mut rng, ty, rows, cols);
+    let x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-2.0f32..2.0)).collect();
+    let packets = cols.div_ceil(PACKET);
+    let mut quantised: Vec<Activation> = vec![bytemuck::Zeroable::zeroed(); tokens * packets];
+    for (x, q) in x.chunks(cols).zip(quantised.chunks_mut(packets)) {
+        dispatch(isa, Quantise { x, out: q });
+    }
+    let mut got = vec![f32::NAN; tokens * rows];
+    let job = Job {
+        weights: weights.as_ptr(),
+        ty,
+        cols,
+        bias: std::ptr::null(),
+        x: quantised.as_ptr(),
+        xf: x.as_ptr(),
+        tokens,
+        out: got.as_mut_ptr(),
+        stride: rows,
+        then: Then::Store,
+    };
+    dispatch(isa, Rows { job: &job, from: 0, to: rows, scratch: &mut vec![0.0; cols] });
+    let mut exact = vec![0.0f32; rows * cols];
+    reference::dequantize(ty, &weights, &mut exact);
+    let (mut error, mut norm) = (0.0, 0.0);
+    for t in 0..tokens {
+        for r in 0..rows {
+            let dot: f64 = (0..cols).map(|c| f64::from(exact[r * cols + c]) * f64::from(x[t * cols + c])).sum();
+            error += (f64::from(got[t * rows + r]) - dot).powi(2);
+            norm += dot * dot;
+        }
+    }
+    if error.is_nan() { f64::INFINITY } else { (error / norm).sqrt() }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_kernel_is_within_its_bound() {
+        let mut lines = Vec::new();
+        let result = super::selftest(&mut |l| lines.push(l.to_owned()));
+        assert!(result.is_ok(), "{}", lines.join("\n"));
+    }
+}
