@@ -6,7 +6,8 @@ use nt::gguf::Gguf;
 use nt::tokenizer::Tokenizer;
 
 fn folder() -> PathBuf {
-    std::env::var_os("NT_VOCAB_DIR").map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/vocab")), PathBuf::from)
+    std::env::var_os("NT_VOCAB_DIR")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/vocab")), PathBuf::from)
 }
 
 fn check(name: &str) {
@@ -69,7 +70,11 @@ fn pre_tokenizers() {
         for (text, expected) in golden.texts.iter().zip(ids) {
             let got = tokenizer.encode(text, false, false);
             if got != *expected {
-                let show = |ids: &[u32]| ids.iter().map(|&t| String::from_utf8_lossy(tokenizer.token_bytes(t)).into_owned()).collect::<Vec<_>>();
+                let show = |ids: &[u32]| {
+                    ids.iter()
+                        .map(|&t| String::from_utf8_lossy(tokenizer.token_bytes(t)).into_owned())
+                        .collect::<Vec<_>>()
+                };
                 wrong.push(format!("{pre} {text:?}\n  {:?}\n  {:?}", show(&got), show(expected)));
             }
         }

@@ -29,7 +29,12 @@ pub(super) struct BpeBuilder<'a> {
 impl<'a> BpeBuilder<'a> {
     pub fn new(vocab: &'a Vocab, n_merges: usize) -> BpeBuilder<'a> {
         // At most three texts a merge are no tokens, and the 256 bytes.
-        BpeBuilder { vocab, extra: Vec::new(), index: Index::with_capacity(3 * n_merges + 256), merges: HashMap::with_capacity(n_merges) }
+        BpeBuilder {
+            vocab,
+            extra: Vec::new(),
+            index: Index::with_capacity(3 * n_merges + 256),
+            merges: HashMap::with_capacity(n_merges),
+        }
     }
 
     fn symbol(&mut self, text: &[u8]) -> u32 {

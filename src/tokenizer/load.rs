@@ -8,10 +8,35 @@ use crate::gguf::{Metadata, StringArray, Value};
 
 /// Texts that end generation wherever they are tokens. Source: llama.cpp's `llama-vocab.cpp`.
 const EOG_TEXTS: &[&str] = &[
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>",
-    "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
-    "<｜end▁of▁sentence｜>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
-    "<REPO>", "<reponame>", "<|file_sep|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<PAD>",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<REPO>",
+    "<reponame>",
+    "<|file_sep|>",
 ];
 
 fn bad(key: &str, what: impl Into<String>) -> TokenizerError {
@@ -96,12 +121,14 @@ fn vocab(m: &Metadata, tokens: &StringArray, bpe: bool) -> Result<Vocab, Tokeniz
     vocab.shrink();
     vocab.build_index();
     if !bpe {
-        let scores = m.floats("tokenizer.ggml.scores").ok_or_else(|| bad("scores", "is missing or no list of numbers"))?;
+        let scores =
+            m.floats("tokenizer.ggml.scores").ok_or_else(|| bad("scores", "is missing or no list of numbers"))?;
         if scores.len() < n {
             return Err(bad("scores", format!("has {} entries for {n} tokens", scores.len())));
         }
         vocab.scores = scores[..n].to_vec();
-        vocab.byte_tokens = (0..=255u8).map(|b| vocab.find(format!("<0x{b:02X}>").as_bytes()).or_else(|| vocab.find(&[b]))).collect();
+        vocab.byte_tokens =
+            (0..=255u8).map(|b| vocab.find(format!("<0x{b:02X}>").as_bytes()).or_else(|| vocab.find(&[b]))).collect();
     }
     Ok(vocab)
 }

@@ -94,7 +94,9 @@ impl Tokenizer {
                 Piece::Text(t) => {
                     match &self.algorithm {
                         Algorithm::Bpe(bpe) => bpe.encode(&self.vocab, t, &mut ids),
-                        Algorithm::Spm { add_space_prefix } => spm::encode(&self.vocab, t, *add_space_prefix && after_special, &mut ids),
+                        Algorithm::Spm { add_space_prefix } => {
+                            spm::encode(&self.vocab, t, *add_space_prefix && after_special, &mut ids)
+                        }
                     }
                     after_special = false;
                 }

@@ -23,20 +23,57 @@ pub(super) struct Family {
 const PLAIN: Family = Family { names: &[], regexes: &[], ignore_merges: false, add_bos: false, no_bos: false };
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
-macro_rules! contractions { () => { "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])" }; }
-const LLAMA3: &str = concat!(contractions!(), r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+");
-const QWEN2: &str = concat!(contractions!(), r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+");
-const QWEN35: &str = concat!(contractions!(), r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+");
+macro_rules! contractions {
+    () => {
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    };
+}
+const LLAMA3: &str = concat!(
+    contractions!(),
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+const QWEN2: &str =
+    concat!(contractions!(), r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+");
+const QWEN35: &str = concat!(
+    contractions!(),
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
 const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
 /// Letters that are not lower-case (not upper-case) ASCII: how llama.cpp tells cases apart here.
-macro_rules! upper { () => { r"[\p{L}&&[^a-z]]" }; }
-macro_rules! lower { () => { r"[\p{L}&&[^A-Z]]" }; }
+macro_rules! upper {
+    () => {
+        r"[\p{L}&&[^a-z]]"
+    };
+}
+macro_rules! lower {
+    () => {
+        r"[\p{L}&&[^A-Z]]"
+    };
+}
 const TEKKEN: &str = concat!(
-    r"[^\r\n\p{L}\p{N}]?", upper!(), "*", lower!(), r"+|[^\r\n\p{L}\p{N}]?", upper!(), "+", lower!(),
+    r"[^\r\n\p{L}\p{N}]?",
+    upper!(),
+    "*",
+    lower!(),
+    r"+|[^\r\n\p{L}\p{N}]?",
+    upper!(),
+    "+",
+    lower!(),
     r"*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 const GPT4O: &str = concat!(
-    r"[^\r\n\p{L}\p{N}]?", upper!(), "*", lower!(), "+", contractions!(), r"?|[^\r\n\p{L}\p{N}]?", upper!(), "+", lower!(), "*", contractions!(),
+    r"[^\r\n\p{L}\p{N}]?",
+    upper!(),
+    "*",
+    lower!(),
+    "+",
+    contractions!(),
+    r"?|[^\r\n\p{L}\p{N}]?",
+    upper!(),
+    "+",
+    lower!(),
+    "*",
+    contractions!(),
     r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 /// Cased letters of the scripts that DeepSeek LLM's tokenizer lists.
@@ -44,15 +81,22 @@ const DEEPSEEK_LETTERS: &str = "\\s?[A-Za-z\u{b5}\u{c0}-\u{d6}\u{d8}-\u{f6}\u{f8
 const CJK: &str = "[\u{4e00}-\u{9fa5}\u{800}-\u{4e00}\u{ac00}-\u{d7ff}]+";
 
 /// What llama.cpp falls back to where a file names no pre-tokenizer.
-const DEFAULT: Family = Family {
-    names: &["default"],
-    regexes: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-    ..PLAIN
-};
+const DEFAULT: Family =
+    Family { names: &["default"], regexes: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..PLAIN };
 
 const FAMILIES: &[Family] = &[
     Family {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"],
+        names: &[
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
+        ],
         regexes: &[LLAMA3],
         ignore_merges: true,
         add_bos: true,
@@ -66,7 +110,24 @@ const FAMILIES: &[Family] = &[
     },
     Family { names: &["qwen35"], regexes: &[QWEN35], ..PLAIN },
     Family {
-        names: &["gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling"],
+        names: &[
+            "gpt-2",
+            "phi-2",
+            "jina-es",
+            "jina-de",
+            "gigachat",
+            "jina-v2-es",
+            "jina-v2-de",
+            "a.x-4.0",
+            "mellum",
+            "modern-bert",
+            "exaone4",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+        ],
         regexes: &[GPT2],
         ..PLAIN
     },
@@ -78,11 +139,22 @@ const FAMILIES: &[Family] = &[
     Family { names: &["falcon"], regexes: &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"], ..PLAIN },
     Family {
         names: &["deepseek-llm"],
-        regexes: &["[\r\n]", DEEPSEEK_LETTERS, "\\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+", r"\s+$", CJK, r"\p{N}+"],
+        regexes: &[
+            "[\r\n]",
+            DEEPSEEK_LETTERS,
+            "\\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+",
+            r"\s+$",
+            CJK,
+            r"\p{N}+",
+        ],
         ..PLAIN
     },
     Family { names: &["deepseek-coder"], regexes: &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"], ..PLAIN },
-    Family { names: &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], regexes: &[r"\p{N}{1,3}", "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+", DEEPSEEK3], ..PLAIN },
+    Family {
+        names: &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
+        regexes: &[r"\p{N}{1,3}", "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+", DEEPSEEK3],
+        ..PLAIN
+    },
     Family { names: &["tekken"], regexes: &[TEKKEN], ignore_merges: true, add_bos: true, ..PLAIN },
     Family { names: &["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], regexes: &[GPT4O], ..PLAIN },
     Family { names: &["chatglm-bpe"], regexes: &[LLAMA3], no_bos: true, ..PLAIN },
@@ -107,7 +179,10 @@ pub(super) struct PreTokenizer {
 
 impl PreTokenizer {
     pub fn new(family: &Family) -> Result<PreTokenizer, TokenizerError> {
-        let compile = |r: &&str| Regex::new(r).map_err(|e| TokenizerError::Metadata { key: "tokenizer.ggml.pre".into(), what: e.to_string() });
+        let compile = |r: &&str| {
+            Regex::new(r)
+                .map_err(|e| TokenizerError::Metadata { key: "tokenizer.ggml.pre".into(), what: e.to_string() })
+        };
         Ok(PreTokenizer { regexes: family.regexes.iter().map(compile).collect::<Result<_, _>>()? })
     }
 

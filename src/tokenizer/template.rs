@@ -28,7 +28,9 @@ impl ChatTemplate {
         if source.is_none() {
             tracing::warn!("the model has no chat template; ChatML is used");
         }
-        let text = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned()).unwrap_or_default();
+        let text = |id: Option<u32>| {
+            id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned()).unwrap_or_default()
+        };
         ChatTemplate::new(source.unwrap_or(CHATML), text(tokenizer.bos()), text(tokenizer.eos()))
     }
 
@@ -156,7 +158,8 @@ mod tests {
     #[test]
     fn chatml() {
         let m = [json!({"role": "system", "content": "Be brief."}), json!({"role": "user", "content": "Hi"})];
-        let expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+        let expected =
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(render(CHATML, &m).unwrap(), expected);
     }
 
@@ -173,7 +176,10 @@ mod tests {
     fn json_is_written_as_python_does() {
         let m = [json!({"role": "tool", "content": {"a": [1, 2.5, "<é>"], "b": null}})];
         assert_eq!(render("{{ messages[0].content | tojson }}", &m).unwrap(), r#"{"a": [1, 2.5, "<é>"], "b": null}"#);
-        assert_eq!(render("{{ messages[0].content.a | tojson(indent=2) }}", &m).unwrap(), "[\n  1,\n  2.5,\n  \"<é>\"\n]");
+        assert_eq!(
+            render("{{ messages[0].content.a | tojson(indent=2) }}", &m).unwrap(),
+            "[\n  1,\n  2.5,\n  \"<é>\"\n]"
+        );
     }
 
     #[test]

@@ -8,12 +8,14 @@ use super::isa::Isa;
 use super::unpack::{self, PACKET, Packet, Quant, SUB, SUBS};
 use crate::gguf::TensorType;
 
-/// Activations quantised to 8 bits, 32 to a scale, in packets like the weights.
+/// Activations quantised to 8 bits, 16 to a scale, in packets like the weights.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub(super) struct Activation {
     pub q: [i8; PACKET],
-    /// Scale of each 16 (pairs are equal).
+    /// What rounding left, in 1/254 of the scale; used where a router makes small errors large.
+    pub rest: [i8; PACKET],
+    /// Scale of each 16.
     pub scale: [f32; SUBS],
     /// Scale times sum of each 16.
     pub sum: [f32; SUBS],
@@ -24,15 +26,36 @@ unsafe impl bytemuck::Zeroable for Activation {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for Activation {}
 
+/// A unit of [`Activation::rest`] in units of the scale.
+const REST: f32 = 1.0 / 254.0;
+
 /// The operations that instruction sets do in their own way.
 pub(super) trait Dot {
     /// Whether `mul_add` is one instruction.
     const FMA: bool;
-    /// Dot product of a packet with each of `a`, added to `acc`.
+    /// Sums side by side.
+    type Acc: Copy;
+    /// No sum yet.
     ///
     /// # Safety
     /// The instruction set must be there.
-    unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32;
+    unsafe fn zero() -> Self::Acc;
+    /// Adds the dot product of the first `parts` quarters of a packet. `WIDE`: see [`Quant::WIDE`];
+    /// `FINE`: with what rounding left.
+    ///
+    /// # Safety
+    /// The instruction set must be there.
+    unsafe fn packet<const WIDE: bool, const FINE: bool>(
+        w: &Packet,
+        a: &Activation,
+        parts: usize,
+        acc: Self::Acc,
+    ) -> Self::Acc;
+    /// The sum.
+    ///
+    /// # Safety
+    /// The instruction set must be there.
+    unsafe fn sum(acc: Self::Acc) -> f32;
 
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
@@ -46,16 +69,35 @@ pub(super) struct Scalar;
 impl Dot for Scalar {
     const FMA: bool = false;
 
+    type Acc = f32;
+
     #[inline(always)]
-    unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32 {
-        let mut acc = 0.0;
-        for s in 0..SUBS {
-            let mut sum = 0i32;
+    unsafe fn zero() -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    unsafe fn packet<const WIDE: bool, const FINE: bool>(
+        w: &Packet,
+        a: &Activation,
+        parts: usize,
+        mut acc: f32,
+    ) -> f32 {
+        for s in 0..parts * SUBS / 4 {
+            let (mut sum, mut rest) = (0i32, 0i32);
             for i in SUB * s..SUB * (s + 1) {
                 sum += i32::from(w.q[i]) * i32::from(a.q[i]);
+                if FINE {
+                    rest += i32::from(w.q[i]) * i32::from(a.rest[i]);
+                }
             }
-            acc += sum as f32 * (w.scale[s] * a.scale[s]) - w.min[s] * a.sum[s];
+            acc += (sum as f32 + rest as f32 * REST) * (w.scale[s] * a.scale[s]) - w.min[s] * a.sum[s];
         }
+        acc
+    }
+
+    #[inline(always)]
+    unsafe fn sum(acc: f32) -> f32 {
         acc
     }
 }
@@ -65,7 +107,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Activation, Dot, Packet};
+    use super::{Activation, Dot, Packet, REST};
     use std::arch::x86_64::*;
 
     /// AVX2 with FMA.
@@ -73,17 +115,26 @@ mod x86 {
 
     impl Dot for Avx2 {
         const FMA: bool = true;
+        type Acc = __m256;
 
         #[inline(always)]
-        unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32 {
+        unsafe fn zero() -> __m256 {
+            // SAFETY: the caller vouches for AVX.
+            unsafe { _mm256_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn packet<const WIDE: bool, const FINE: bool>(
+            w: &Packet,
+            a: &Activation,
+            parts: usize,
+            mut acc: __m256,
+        ) -> __m256 {
             // SAFETY: the caller vouches for AVX2 and FMA; all loads lie within the two structs.
             unsafe {
                 let ones = _mm256_set1_epi16(1);
                 let flip = _mm256_set1_epi8(-128);
-                let mut acc = _mm256_setzero_ps();
-                for g in 0..8 {
-                    let q = _mm256_loadu_si256(w.q.as_ptr().add(32 * g).cast());
-                    let x = _mm256_loadu_si256(a.q.as_ptr().add(32 * g).cast());
+                let dot = |q: __m256i, x: __m256i| {
                     let pairs = if WIDE {
                         // Products of 8 by 7 bits overflow pairs of 16; signed ones do not.
                         let s = _mm256_xor_si256(q, flip);
@@ -91,10 +142,18 @@ mod x86 {
                     } else {
                         _mm256_maddubs_epi16(q, x)
                     };
-                    let sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
-                    let s = _mm_mul_ps(_mm_loadu_ps(w.scale.as_ptr().add(2 * g)), _mm_loadu_ps(a.scale.as_ptr().add(2 * g)));
-                    let scale = _mm256_set_m128(_mm_shuffle_ps::<0x55>(s, s), _mm_shuffle_ps::<0x00>(s, s));
-                    acc = _mm256_fmadd_ps(sums, scale, acc);
+                    _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones))
+                };
+                for g in 0..2 * parts {
+                    let q = _mm256_loadu_si256(w.q.as_ptr().add(32 * g).cast());
+                    let mut sums = dot(q, _mm256_loadu_si256(a.q.as_ptr().add(32 * g).cast()));
+                    if FINE {
+                        let rest = dot(q, _mm256_loadu_si256(a.rest.as_ptr().add(32 * g).cast()));
+                        sums = _mm256_fmadd_ps(rest, _mm256_set1_ps(REST), sums);
+                    }
+                    let lo = _mm_set1_ps(w.scale[2 * g] * a.scale[2 * g]);
+                    let hi = _mm_set1_ps(w.scale[2 * g + 1] * a.scale[2 * g + 1]);
+                    acc = _mm256_fmadd_ps(sums, _mm256_set_m128(hi, lo), acc);
                 }
                 if !WIDE {
                     for h in 0..2 {
@@ -102,6 +161,14 @@ mod x86 {
                         acc = _mm256_fnmadd_ps(m, _mm256_loadu_ps(a.sum.as_ptr().add(8 * h)), acc);
                     }
                 }
+                acc
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn sum(acc: __m256) -> f32 {
+            // SAFETY: the caller vouches for AVX2.
+            unsafe {
                 let half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
                 let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
                 _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
@@ -114,24 +181,46 @@ mod x86 {
 
     impl Dot for Avx512 {
         const FMA: bool = true;
+        type Acc = __m512;
 
         #[inline(always)]
-        unsafe fn packet<const WIDE: bool>(w: &Packet, a: &Activation) -> f32 {
+        unsafe fn zero() -> __m512 {
+            // SAFETY: the caller vouches for AVX-512.
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn packet<const WIDE: bool, const FINE: bool>(
+            w: &Packet,
+            a: &Activation,
+            parts: usize,
+            mut acc: __m512,
+        ) -> __m512 {
             // SAFETY: the caller vouches for AVX-512 F and VNNI; all loads lie within the structs.
             unsafe {
                 let scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale.as_ptr()), _mm512_loadu_ps(a.scale.as_ptr()));
-                let mut acc = _mm512_mul_ps(_mm512_loadu_ps(w.min.as_ptr()), _mm512_loadu_ps(a.sum.as_ptr()));
-                acc = _mm512_sub_ps(_mm512_setzero_ps(), acc);
-                let lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-                for i in 0..4 {
+                acc = _mm512_fnmadd_ps(_mm512_loadu_ps(w.min.as_ptr()), _mm512_loadu_ps(a.sum.as_ptr()), acc);
+                let mut at = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+                for i in 0..parts {
                     let q = _mm512_loadu_si512(w.q.as_ptr().add(64 * i).cast());
                     let x = _mm512_loadu_si512(a.q.as_ptr().add(64 * i).cast());
-                    let sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
-                    let at = _mm512_add_epi32(lane, _mm512_set1_epi32(4 * i as i32));
+                    let mut sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
+                    if FINE {
+                        let x = _mm512_loadu_si512(a.rest.as_ptr().add(64 * i).cast());
+                        let rest = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
+                        sums = _mm512_fmadd_ps(rest, _mm512_set1_ps(REST), sums);
+                    }
                     acc = _mm512_fmadd_ps(sums, _mm512_permutexvar_ps(at, scale), acc);
+                    at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
                 }
-                _mm512_reduce_add_ps(acc)
+                acc
             }
+        }
+
+        #[inline(always)]
+        unsafe fn sum(acc: __m512) -> f32 {
+            // SAFETY: the caller vouches for AVX-512 F.
+            unsafe { _mm512_reduce_add_ps(acc) }
         }
     }
 }
@@ -163,6 +252,8 @@ pub(super) struct Job {
     /// The same activations in single precision, `cols` a token, `f32_stride` apart.
     pub xf: *const f32,
     pub tokens: usize,
+    /// Whether what rounding left of the activations counts.
+    pub fine: bool,
     /// Output of row r, token t: `out[t * stride + r]`.
     pub out: *mut f32,
     pub stride: usize,
@@ -215,32 +306,62 @@ unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
     }
 }
 
-/// Most tokens whose sums are held while a row is unpacked once.
-pub(super) const TOKENS_MAX: usize = 8;
+/// Most tokens whose sums are held while packets are multiplied.
+const TOKENS: usize = 8;
+/// Packets that are unpacked before they are multiplied: a load that comes too soon after the
+/// narrower stores it spans waits for them to reach the cache.
+const AHEAD: usize = 8;
 
 #[inline(always)]
 unsafe fn quantised<D: Dot, Q: Quant>(j: &Job, from: usize, to: usize) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match (j.tokens == 1, j.fine) {
+            (true, false) => quantised_by::<D, Q, 1, false>(j, from, to),
+            (true, true) => quantised_by::<D, Q, 1, true>(j, from, to),
+            (false, false) => quantised_by::<D, Q, TOKENS, false>(j, from, to),
+            (false, true) => quantised_by::<D, Q, TOKENS, true>(j, from, to),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn quantised_by<D: Dot, Q: Quant, const T: usize, const FINE: bool>(j: &Job, from: usize, to: usize) {
     let packets = j.cols.div_ceil(PACKET);
     let row_bytes = j.cols / Q::BLOCK * Q::BYTES;
-    let mut p = Packet::EMPTY;
+    let mut unpacked = [Packet::EMPTY; AHEAD];
     for r in from..to {
         // SAFETY: `rows`' contract: the matrix has `to` rows of this many bytes.
         let row = unsafe { std::slice::from_raw_parts(j.weights.add(r * row_bytes), row_bytes) };
-        for first in (0..j.tokens).step_by(TOKENS_MAX) {
-            let n = (j.tokens - first).min(TOKENS_MAX);
-            let mut acc = [0.0f32; TOKENS_MAX];
-            for i in 0..packets {
-                unpack::packet::<Q>(row, i, j.cols, &mut p);
-                for (t, acc) in acc[..n].iter_mut().enumerate() {
-                    // SAFETY: each token has `packets` packets.
-                    let a = unsafe { &*j.x.add((first + t) * packets + i) };
-                    // SAFETY: the caller enabled the instruction set.
-                    *acc += if Q::WIDE { unsafe { D::packet::<true>(&p, a) } } else { unsafe { D::packet::<false>(&p, a) } };
+        for first in (0..j.tokens).step_by(T) {
+            let n = (j.tokens - first).min(T);
+            // SAFETY: the caller enabled the instruction set.
+            let mut acc = [unsafe { D::zero() }; T];
+            for start in (0..packets).step_by(AHEAD) {
+                let ahead = (packets - start).min(AHEAD);
+                if first == 0 || packets > AHEAD {
+                    for (i, p) in unpacked[..ahead].iter_mut().enumerate() {
+                        unpack::packet::<Q>(row, start + i, j.cols, p);
+                    }
+                }
+                for (i, p) in unpacked[..ahead].iter().enumerate() {
+                    let parts = (j.cols - (start + i) * PACKET).min(PACKET).div_ceil(64);
+                    for (t, acc) in acc[..n].iter_mut().enumerate() {
+                        // SAFETY: each token has `packets` packets; the caller enabled the set.
+                        unsafe {
+                            let a = &*j.x.add((first + t) * packets + start + i);
+                            *acc = if Q::WIDE {
+                                D::packet::<true, FINE>(p, a, parts, *acc)
+                            } else {
+                                D::packet::<false, FINE>(p, a, parts, *acc)
+                            };
+                        }
+                    }
                 }
             }
-            for (t, v) in acc[..n].iter().enumerate() {
+            for (t, acc) in acc[..n].iter().enumerate() {
                 // SAFETY: as for the row.
-                unsafe { put::<D>(j, r, first + t, *v) };
+                unsafe { put::<D>(j, r, first + t, D::sum(*acc)) };
             }
         }
     }
@@ -415,6 +536,7 @@ impl Body for Rows<'_> {
 pub(super) struct Quantise<'a> {
     pub x: &'a [f32],
     pub out: &'a mut [Activation],
+    pub fine: bool,
 }
 
 impl Body for Quantise<'_> {
@@ -424,27 +546,35 @@ impl Body for Quantise<'_> {
             if x.len() < PACKET {
                 *out = bytemuck::Zeroable::zeroed();
             }
-            for (g, x) in x.chunks(32).enumerate() {
-                quantise_group(x, &mut out.q[32 * g..], &mut out.scale[2 * g..2 * g + 2], &mut out.sum[2 * g..2 * g + 2]);
+            for (g, x) in x.chunks(SUB).enumerate() {
+                let at = SUB * g..SUB * (g + 1);
+                (out.scale[g], out.sum[g]) = quantise_group(x, &mut out.q[at.clone()], &mut out.rest[at], self.fine);
             }
         }
     }
 }
 
+/// Quantises up to 16 values; returns their scale and scaled sum.
 #[inline(always)]
-fn quantise_group(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [f32]) {
+fn quantise_group(x: &[f32], q: &mut [i8], rest: &mut [i8], fine: bool) -> (f32, f32) {
+    // Round to nearest by adding and taking away 1.5 * 2^23.
+    const ROUND: f32 = 12_582_912.0;
     let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let d = max / 127.0;
     let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
-    for (h, x) in x.chunks(SUB).enumerate() {
-        let mut total = 0i32;
-        for (q, v) in q[SUB * h..].iter_mut().zip(x) {
-            // Round to nearest by adding and taking away 1.5 * 2^23.
-            let n = (v * inverse + 12_582_912.0) - 12_582_912.0;
-            *q = n as i8;
-            total += n as i32;
-        }
-        scale[h] = d;
-        sum[h] = d * total as f32;
+    let mut total = 0i32;
+    for (q, v) in q.iter_mut().zip(x) {
+        let n = (v * inverse + ROUND) - ROUND;
+        *q = n as i8;
+        total += n as i32;
     }
+    let mut total_rest = 0i32;
+    if fine {
+        for ((rest, q), v) in rest.iter_mut().zip(q).zip(x) {
+            let n = ((v * inverse - f32::from(*q)) / REST + ROUND) - ROUND;
+            *rest = n as i8;
+            total_rest += n as i32;
+        }
+    }
+    (d, d * (total as f32 + total_rest as f32 * REST))
 }

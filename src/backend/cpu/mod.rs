@@ -106,7 +106,8 @@ impl CpuBackend {
         let group = d.n_heads / d.n_kv_heads;
         let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
         let choices = t * d.n_experts_used;
-        let pool = Pool::new(threads).map_err(|e| BackendError::Device { backend: "cpu", what: format!("threads could not be started: {e}") })?;
+        let pool = Pool::new(threads)
+            .map_err(|e| BackendError::Device { backend: "cpu", what: format!("threads could not be started: {e}") })?;
         let experts = Experts {
             scores: Buf::new(t * d.n_experts, "router scores")?,
             ids: Buf::new(choices, "router choices")?,
@@ -114,7 +115,10 @@ impl CpuBackend {
             out: Buf::new(choices * d.n_embd, "outputs of experts")?,
             gathered: Buf::new(if choices > 0 { t * d.n_embd } else { 0 }, "inputs of experts")?,
             hidden: Buf::new(if choices > 0 { t * d.n_ff_expert } else { 0 }, "hidden states of experts")?,
-            quantised: Buf::new(if choices > 0 { t * packets(d.n_embd.max(d.n_ff_expert)) } else { 0 }, "inputs of experts")?,
+            quantised: Buf::new(
+                if choices > 0 { t * packets(d.n_embd.max(d.n_ff_expert)) } else { 0 },
+                "inputs of experts",
+            )?,
             result: Buf::new(if choices > 0 { t * d.n_embd } else { 0 }, "results of experts")?,
             pairs: Vec::with_capacity(choices),
         };
@@ -148,6 +152,12 @@ impl CpuBackend {
         kernel::TYPES.contains(&ty)
     }
 
+    /// A router is a step function: where one decides, a rounding error may change an expert, so
+    /// activations keep what rounding left.
+    fn fine(&self) -> bool {
+        self.dims.n_experts > 0
+    }
+
     /// Runs jobs over the same rows: each thread does all jobs for its rows, in order.
     fn jobs(&mut self, jobs: &[(Job, usize)]) {
         let rows = jobs.iter().map(|j| j.1).max().unwrap_or(0);
@@ -175,7 +185,7 @@ impl CpuBackend {
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
     fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
         let quantised = Shared(self.quantised.ptr());
-        let isa = self.isa;
+        let (isa, fine) = (self.isa, self.fine());
         self.pool.run(n, &|_, t| {
             // SAFETY: task t reads and writes row t only; the buffers have `n` rows of these sizes,
             // and a norm's weight has `cols` floats (checked when the model was opened).
@@ -183,11 +193,11 @@ impl CpuBackend {
                 let x = std::slice::from_raw_parts(x.get().add(t * cols), cols);
                 let packets = std::slice::from_raw_parts_mut(quantised.get().add(t * packets(cols)), packets(cols));
                 match norm {
-                    None => dispatch(isa, Quantise { x, out: packets }),
+                    None => dispatch(isa, Quantise { x, out: packets, fine }),
                     Some(norm) => {
                         let out = std::slice::from_raw_parts_mut(out.get().add(t * cols), cols);
                         dispatch(isa, RmsNorm { x, weight: norm.weight.addr as *const f32, eps: norm.eps, out });
-                        dispatch(isa, Quantise { x: out, out: packets });
+                        dispatch(isa, Quantise { x: out, out: packets, fine });
                     }
                 }
             }
@@ -204,6 +214,7 @@ impl CpuBackend {
             x: self.quantised.ptr(),
             xf,
             tokens: self.n_tokens,
+            fine: self.fine(),
             out,
             stride: l.weight.rows,
             then,
@@ -325,7 +336,10 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
-        assert!(n_tokens <= self.dims.max_batch && first_pos + n_tokens <= self.dims.n_ctx, "a pass beyond the session's limits");
+        assert!(
+            n_tokens <= self.dims.max_batch && first_pos + n_tokens <= self.dims.n_ctx,
+            "a pass beyond the session's limits"
+        );
         (self.first_pos, self.n_tokens) = (first_pos, n_tokens);
         let rope = &self.dims.rope;
         let n = rope.freqs.len();
@@ -364,7 +378,11 @@ impl Backend for CpuBackend {
         self.norm_input(norm);
         let input = self.input.ptr();
         let (pq, pk, pv) = (self.q.ptr(), self.k.ptr(), self.v.ptr());
-        let jobs = [self.job(q, input, pq, Then::Store), self.job(k, input, pk, Then::Store), self.job(v, input, pv, Then::Store)];
+        let jobs = [
+            self.job(q, input, pq, Then::Store),
+            self.job(k, input, pk, Then::Store),
+            self.job(v, input, pv, Then::Store),
+        ];
         self.jobs(&jobs);
         self.rotate_and_store(layer, q_norm, k_norm);
         Ok(())
@@ -373,7 +391,8 @@ impl Backend for CpuBackend {
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
         let (k, v) = self.cache(layer);
         let d = &self.dims;
-        let cache = Cache { k: k.get(), v: v.get(), half: d.kv_type == TensorType::F16, n_ctx: d.n_ctx, head_dim: d.head_dim };
+        let cache =
+            Cache { k: k.get(), v: v.get(), half: d.kv_type == TensorType::F16, n_ctx: d.n_ctx, head_dim: d.head_dim };
         let tiles = self.n_tokens.div_ceil(TILE);
         let (q, out, scratch) = (Shared(self.q.ptr()), Shared(self.attn.ptr()), Shared(self.scratch.ptr()));
         let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
@@ -384,7 +403,10 @@ impl Backend for CpuBackend {
             let scratch = unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * each), each) };
             let tokens = tile * TILE..((tile + 1) * TILE).min(n_tokens);
             let (q, out) = (q.get().cast_const(), out.get());
-            dispatch(isa, Attend { cache, q, out, n_heads, group: n_heads / n_kv, kv_head, tokens, first_pos, scratch });
+            dispatch(
+                isa,
+                Attend { cache, q, out, n_heads, group: n_heads / n_kv, kv_head, tokens, first_pos, scratch },
+            );
         });
         Ok(())
     }
@@ -499,7 +521,19 @@ impl Backend for CpuBackend {
 
     fn workspace_bytes(&self) -> u64 {
         let e = &self.experts;
-        let floats = [&self.x, &self.input, &self.q, &self.k, &self.v, &self.attn, &self.hidden, &self.logits, &self.cos, &self.sin, &self.scratch];
+        let floats = [
+            &self.x,
+            &self.input,
+            &self.q,
+            &self.k,
+            &self.v,
+            &self.attn,
+            &self.hidden,
+            &self.logits,
+            &self.cos,
+            &self.sin,
+            &self.scratch,
+        ];
         let experts = [&e.scores, &e.weights, &e.out, &e.gathered, &e.hidden, &e.result];
         floats.into_iter().chain(experts).map(Buf::bytes).sum::<u64>()
             + self.quantised.bytes()

@@ -15,7 +15,7 @@ pub(super) const SUBS: usize = PACKET / SUB;
 
 /// 256 elements of a row.
 #[repr(C, align(64))]
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub(super) struct Packet {
     pub q: [u8; PACKET],
     pub scale: [f32; SUBS],
@@ -117,7 +117,6 @@ macro_rules! quant {
         }
     };
 }
-
 
 quant!(Q4_0, 32, 18, false, |b, p, at| {
     let d = half_at(b, 0);
