@@ -57,6 +57,15 @@ pub(super) trait Dot {
     /// The instruction set must be there.
     unsafe fn sum(acc: Self::Acc) -> f32;
 
+    /// One token with one row without unpacking it to memory; `None` where there is no such kernel.
+    ///
+    /// # Safety
+    /// The instruction set must be there; `row` is a whole row, `x` the packets that it spans.
+    #[inline(always)]
+    unsafe fn row(_ty: TensorType, _row: *const u8, _x: *const Activation, _cols: usize) -> Option<f32> {
+        None
+    }
+
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         if Self::FMA { a.mul_add(b, c) } else { a * b + c }
@@ -107,7 +116,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Activation, Dot, Packet, REST};
+    use super::{Activation, Dot, Packet, REST, TensorType};
     use std::arch::x86_64::*;
 
     /// AVX2 with FMA.
@@ -215,6 +224,12 @@ mod x86 {
                 }
                 acc
             }
+        }
+
+        #[inline(always)]
+        unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+            // SAFETY: passed on to the caller.
+            unsafe { super::super::avx512::row(ty, row, x, cols) }
         }
 
         #[inline(always)]
@@ -333,6 +348,14 @@ unsafe fn quantised_by<D: Dot, Q: Quant, const T: usize, const FINE: bool>(j: &J
     for r in from..to {
         // SAFETY: `rows`' contract: the matrix has `to` rows of this many bytes.
         let row = unsafe { std::slice::from_raw_parts(j.weights.add(r * row_bytes), row_bytes) };
+        if T == 1 && !FINE {
+            // SAFETY: the row is whole, and the one token has its packets.
+            if let Some(v) = unsafe { D::row(j.ty, row.as_ptr(), j.x, j.cols) } {
+                // SAFETY: as for the row.
+                unsafe { put::<D>(j, r, 0, v) };
+                continue;
+            }
+        }
         for first in (0..j.tokens).step_by(T) {
             let n = (j.tokens - first).min(T);
             // SAFETY: the caller enabled the instruction set.

@@ -4,6 +4,8 @@
 //! in an order that follows from the shapes alone, so results do not depend on the number of threads.
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod buf;
 mod isa;
 mod kernel;
