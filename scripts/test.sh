@@ -12,11 +12,11 @@ export NT_TEST_MODEL=$smollm2
 
 say "format and lints"
 cargo fmt --check
-cargo clippy --locked --release --all-targets -- -D warnings
+cargo clippy --locked --all-targets -- -D warnings
 say "docs"
 RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 say "tests"
-cargo test --locked --release
+cargo test --locked
 say "fidelity against llama.cpp"
 cargo build --locked --release
 python3 tests/fidelity/check.py target/release/nt
