@@ -181,7 +181,7 @@ pub struct Placement {
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
     /// Temperature; 0 takes the most likely token.
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub temp: f32,
     /// Keep this many of the most likely tokens; 0 keeps all.
     #[arg(long, default_value_t = 40)]
