@@ -56,8 +56,10 @@ const LOGITS_BYTES_MAX: usize = 32 << 20;
 const ROWS_AT_ONCE: u64 = 64;
 /// Events a timeline keeps.
 const TRACE_EVENTS: usize = 1 << 18;
-/// Bytes that the memory probe reads.
-const MEMORY_PROBE_BYTES: usize = 256 << 20;
+/// Bytes that the storage probe reads at least.
+const STORAGE_PROBE_BYTES: u64 = 1 << 30;
+/// Bytes that the memory probe reads: more than caches hold.
+const MEMORY_PROBE_BYTES: usize = 96 << 20;
 
 /// A running model.
 pub struct Session {
@@ -354,7 +356,7 @@ impl Session {
         lap(self)?;
         let began = Instant::now();
         let mut bytes = 0;
-        while bytes < MEMORY_PROBE_BYTES as u64 && began.elapsed().as_secs() < 5 {
+        while bytes < STORAGE_PROBE_BYTES && began.elapsed().as_secs() < 5 {
             bytes += lap(self)?;
         }
         self.links.nvme_ceiling = Some(bytes as f64 / began.elapsed().as_secs_f64());

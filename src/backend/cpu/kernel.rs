@@ -323,69 +323,135 @@ unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
 
 /// Most tokens whose sums are held while packets are multiplied.
 const TOKENS: usize = 8;
-/// Packets that are unpacked before they are multiplied: a load that comes too soon after the
-/// narrower stores it spans waits for them to reach the cache.
+/// Rows that are unpacked at once where several tokens share them.
+const BLOCK_ROWS: usize = 16;
+/// Packets of a row that are unpacked before they are multiplied with one token: a load that comes
+/// too soon after the narrower stores it spans waits for them to reach the cache.
 const AHEAD: usize = 8;
 
+/// Packets of scratch that products of `cols` columns need.
+pub(super) fn packet_scratch(cols: usize) -> usize {
+    (BLOCK_ROWS * cols.div_ceil(PACKET)).max(AHEAD)
+}
+
 #[inline(always)]
-unsafe fn quantised<D: Dot, Q: Quant>(j: &Job, from: usize, to: usize) {
+unsafe fn quantised<D: Dot, Q: Quant>(j: &Job, from: usize, to: usize, scratch: &mut [Packet]) {
     // SAFETY: passed on to the caller.
     unsafe {
         match (j.tokens == 1, j.fine) {
-            (true, false) => quantised_by::<D, Q, 1, false>(j, from, to),
-            (true, true) => quantised_by::<D, Q, 1, true>(j, from, to),
-            (false, false) => quantised_by::<D, Q, TOKENS, false>(j, from, to),
-            (false, true) => quantised_by::<D, Q, TOKENS, true>(j, from, to),
+            (true, false) => one_token::<D, Q, false>(j, from, to, scratch),
+            (true, true) => one_token::<D, Q, true>(j, from, to, scratch),
+            (false, false) => many_tokens::<D, Q, false>(j, from, to, scratch),
+            (false, true) => many_tokens::<D, Q, true>(j, from, to, scratch),
+        }
+    }
+}
+
+/// Row `r` of a job's matrix.
+#[inline(always)]
+unsafe fn row_of<'a, Q: Quant>(j: &Job, r: usize) -> &'a [u8] {
+    let row_bytes = j.cols / Q::BLOCK * Q::BYTES;
+    // SAFETY: `rows`' contract: the matrix has more than `r` rows of this many bytes.
+    unsafe { std::slice::from_raw_parts(j.weights.add(r * row_bytes), row_bytes) }
+}
+
+/// Quarters of packet `i` that hold elements.
+#[inline(always)]
+fn parts(cols: usize, i: usize) -> usize {
+    (cols - i * PACKET).min(PACKET).div_ceil(64)
+}
+
+#[inline(always)]
+unsafe fn one_token<D: Dot, Q: Quant, const FINE: bool>(j: &Job, from: usize, to: usize, scratch: &mut [Packet]) {
+    let packets = j.cols.div_ceil(PACKET);
+    let unpacked = &mut scratch[..AHEAD];
+    for r in from..to {
+        // SAFETY: `rows`' contract; the caller enabled the instruction set; the token has `packets`
+        // packets.
+        unsafe {
+            let row = row_of::<Q>(j, r);
+            if !FINE && let Some(v) = D::row(j.ty, row.as_ptr(), j.x, j.cols) {
+                put::<D>(j, r, 0, v);
+                continue;
+            }
+            let mut acc = D::zero();
+            for start in (0..packets).step_by(AHEAD) {
+                let ahead = (packets - start).min(AHEAD);
+                for (i, p) in unpacked[..ahead].iter_mut().enumerate() {
+                    unpack::packet::<Q>(row, start + i, j.cols, p);
+                }
+                for (i, p) in unpacked[..ahead].iter().enumerate() {
+                    acc = multiply::<D, Q, FINE>(p, &*j.x.add(start + i), parts(j.cols, start + i), acc);
+                }
+            }
+            put::<D>(j, r, 0, D::sum(acc));
         }
     }
 }
 
 #[inline(always)]
-unsafe fn quantised_by<D: Dot, Q: Quant, const T: usize, const FINE: bool>(j: &Job, from: usize, to: usize) {
+unsafe fn multiply<D: Dot, Q: Quant, const FINE: bool>(
+    p: &Packet,
+    a: &Activation,
+    parts: usize,
+    acc: D::Acc,
+) -> D::Acc {
+    // SAFETY: the caller enabled the instruction set.
+    unsafe {
+        if Q::WIDE { D::packet::<true, FINE>(p, a, parts, acc) } else { D::packet::<false, FINE>(p, a, parts, acc) }
+    }
+}
+
+/// A block of rows is unpacked once, then multiplied with the tokens, a few at a time, so that both
+/// sides stay in the cache.
+#[inline(always)]
+unsafe fn many_tokens<D: Dot, Q: Quant, const FINE: bool>(j: &Job, from: usize, to: usize, scratch: &mut [Packet]) {
     let packets = j.cols.div_ceil(PACKET);
-    let row_bytes = j.cols / Q::BLOCK * Q::BYTES;
-    let mut unpacked = [Packet::EMPTY; AHEAD];
-    for r in from..to {
-        // SAFETY: `rows`' contract: the matrix has `to` rows of this many bytes.
-        let row = unsafe { std::slice::from_raw_parts(j.weights.add(r * row_bytes), row_bytes) };
-        if T == 1 && !FINE {
-            // SAFETY: the row is whole, and the one token has its packets.
-            if let Some(v) = unsafe { D::row(j.ty, row.as_ptr(), j.x, j.cols) } {
-                // SAFETY: as for the row.
-                unsafe { put::<D>(j, r, 0, v) };
-                continue;
+    for block in (from..to).step_by(BLOCK_ROWS) {
+        let rows = block..(block + BLOCK_ROWS).min(to);
+        for (r, unpacked) in rows.clone().zip(scratch.chunks_exact_mut(packets)) {
+            // SAFETY: `rows`' contract.
+            let row = unsafe { row_of::<Q>(j, r) };
+            for (i, p) in unpacked.iter_mut().enumerate() {
+                unpack::packet::<Q>(row, i, j.cols, p);
             }
         }
-        for first in (0..j.tokens).step_by(T) {
-            let n = (j.tokens - first).min(T);
-            // SAFETY: the caller enabled the instruction set.
-            let mut acc = [unsafe { D::zero() }; T];
-            for start in (0..packets).step_by(AHEAD) {
-                let ahead = (packets - start).min(AHEAD);
-                if first == 0 || packets > AHEAD {
-                    for (i, p) in unpacked[..ahead].iter_mut().enumerate() {
-                        unpack::packet::<Q>(row, start + i, j.cols, p);
-                    }
-                }
-                for (i, p) in unpacked[..ahead].iter().enumerate() {
-                    let parts = (j.cols - (start + i) * PACKET).min(PACKET).div_ceil(64);
-                    for (t, acc) in acc[..n].iter_mut().enumerate() {
-                        // SAFETY: each token has `packets` packets; the caller enabled the set.
-                        unsafe {
-                            let a = &*j.x.add((first + t) * packets + start + i);
-                            *acc = if Q::WIDE {
-                                D::packet::<true, FINE>(p, a, parts, *acc)
-                            } else {
-                                D::packet::<false, FINE>(p, a, parts, *acc)
-                            };
-                        }
+        for first in (0..j.tokens).step_by(TOKENS) {
+            let n = (j.tokens - first).min(TOKENS);
+            for (r, unpacked) in rows.clone().zip(scratch.chunks_exact(packets)) {
+                // SAFETY: each token has `packets` packets; the caller enabled the set; `rows`'
+                // contract.
+                unsafe {
+                    if n == TOKENS {
+                        tokens::<D, Q, TOKENS, FINE>(j, r, first, unpacked);
+                    } else {
+                        (first..first + n).for_each(|t| tokens::<D, Q, 1, FINE>(j, r, t, unpacked));
                     }
                 }
             }
-            for (t, acc) in acc[..n].iter().enumerate() {
-                // SAFETY: as for the row.
-                unsafe { put::<D>(j, r, first + t, D::sum(*acc)) };
+        }
+    }
+}
+
+/// One unpacked row with `T` tokens.
+#[inline(always)]
+unsafe fn tokens<D: Dot, Q: Quant, const T: usize, const FINE: bool>(
+    j: &Job,
+    r: usize,
+    first: usize,
+    unpacked: &[Packet],
+) {
+    // SAFETY: the caller's, as above.
+    unsafe {
+        let mut acc = [D::zero(); T];
+        for (i, p) in unpacked.iter().enumerate() {
+            let parts = parts(j.cols, i);
+            for (t, acc) in acc.iter_mut().enumerate() {
+                *acc = multiply::<D, Q, FINE>(p, &*j.x.add((first + t) * unpacked.len() + i), parts, *acc);
             }
+        }
+        for (t, acc) in acc.iter().enumerate() {
+            put::<D>(j, r, first + t, D::sum(*acc));
         }
     }
 }
@@ -462,7 +528,7 @@ unsafe fn float<D: Dot, T: Float>(j: &Job, from: usize, to: usize, scratch: &mut
 }
 
 #[inline(always)]
-unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32]) {
+unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32], packets: &mut [Packet]) {
     use unpack::{IQ4_NL, IQ4_XS, MXFP4Block, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
     // SAFETY: passed on to the caller.
     unsafe {
@@ -470,19 +536,19 @@ unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32]) {
             TensorType::F32 => float::<D, F32>(j, from, to, scratch),
             TensorType::F16 => float::<D, F16>(j, from, to, scratch),
             TensorType::BF16 => float::<D, Bf16>(j, from, to, scratch),
-            TensorType::Q4_0 => quantised::<D, Q4_0>(j, from, to),
-            TensorType::Q4_1 => quantised::<D, Q4_1>(j, from, to),
-            TensorType::Q5_0 => quantised::<D, Q5_0>(j, from, to),
-            TensorType::Q5_1 => quantised::<D, Q5_1>(j, from, to),
-            TensorType::Q8_0 => quantised::<D, Q8_0>(j, from, to),
-            TensorType::Q2_K => quantised::<D, Q2_K>(j, from, to),
-            TensorType::Q3_K => quantised::<D, Q3_K>(j, from, to),
-            TensorType::Q4_K => quantised::<D, Q4_K>(j, from, to),
-            TensorType::Q5_K => quantised::<D, Q5_K>(j, from, to),
-            TensorType::Q6_K => quantised::<D, Q6_K>(j, from, to),
-            TensorType::IQ4_NL => quantised::<D, IQ4_NL>(j, from, to),
-            TensorType::IQ4_XS => quantised::<D, IQ4_XS>(j, from, to),
-            TensorType::MXFP4 => quantised::<D, MXFP4Block>(j, from, to),
+            TensorType::Q4_0 => quantised::<D, Q4_0>(j, from, to, packets),
+            TensorType::Q4_1 => quantised::<D, Q4_1>(j, from, to, packets),
+            TensorType::Q5_0 => quantised::<D, Q5_0>(j, from, to, packets),
+            TensorType::Q5_1 => quantised::<D, Q5_1>(j, from, to, packets),
+            TensorType::Q8_0 => quantised::<D, Q8_0>(j, from, to, packets),
+            TensorType::Q2_K => quantised::<D, Q2_K>(j, from, to, packets),
+            TensorType::Q3_K => quantised::<D, Q3_K>(j, from, to, packets),
+            TensorType::Q4_K => quantised::<D, Q4_K>(j, from, to, packets),
+            TensorType::Q5_K => quantised::<D, Q5_K>(j, from, to, packets),
+            TensorType::Q6_K => quantised::<D, Q6_K>(j, from, to, packets),
+            TensorType::IQ4_NL => quantised::<D, IQ4_NL>(j, from, to, packets),
+            TensorType::IQ4_XS => quantised::<D, IQ4_XS>(j, from, to, packets),
+            TensorType::MXFP4 => quantised::<D, MXFP4Block>(j, from, to, packets),
             _ => unreachable!("types are checked when the model is opened"),
         }
     }
@@ -544,14 +610,17 @@ pub(super) struct Rows<'a> {
     pub job: &'a Job,
     pub from: usize,
     pub to: usize,
+    /// `cols` floats.
     pub scratch: &'a mut [f32],
+    /// As many as [`packet_scratch`] says.
+    pub packets: &'a mut [Packet],
 }
 
 impl Body for Rows<'_> {
     #[inline(always)]
     fn run<D: Dot>(self) {
         // SAFETY: who makes the job vouches for its addresses (see `matmul`).
-        unsafe { any::<D>(self.job, self.from, self.to, self.scratch) }
+        unsafe { any::<D>(self.job, self.from, self.to, self.scratch, self.packets) }
     }
 }
 

@@ -22,9 +22,11 @@ pub(super) struct Packet {
     pub min: [f32; SUBS],
 }
 
-impl Packet {
-    pub const EMPTY: Packet = Packet { q: [0; PACKET], scale: [0.0; SUBS], min: [0.0; SUBS] };
-}
+// SAFETY: arrays of plain numbers without padding; all zeroes is a value.
+unsafe impl bytemuck::Zeroable for Packet {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Packet {}
+const _: () = assert!(size_of::<Packet>() == PACKET + 8 * SUBS);
 
 /// IEEE half to single precision, subnormals included.
 #[inline(always)]
