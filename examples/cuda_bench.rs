@@ -23,7 +23,7 @@ struct Shape {
     mixed: bool,
 }
 
-const SHAPES: [Shape; 2] = [
+const SHAPES: [Shape; 4] = [
     Shape {
         name: "8b",
         layers: 32,
@@ -42,6 +42,27 @@ const SHAPES: [Shape; 2] = [
         kv_heads: 8,
         ff: 27648,
         vocab: 152064,
+        mixed: true,
+    },
+    // For the profiler.
+    Shape {
+        name: "few8b",
+        layers: 2,
+        embd: 4096,
+        heads: 32,
+        kv_heads: 8,
+        ff: 14336,
+        vocab: 16384,
+        mixed: false,
+    },
+    Shape {
+        name: "few32b",
+        layers: 8,
+        embd: 5120,
+        heads: 40,
+        kv_heads: 8,
+        ff: 27648,
+        vocab: 16384,
         mixed: true,
     },
 ];
@@ -194,6 +215,12 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         },
     };
     let mut b = CudaBackend::new(device, &dims)?;
+    if s.name.starts_with("few") {
+        let rows = selftest::random_rows(TensorType::Q8_0, 512 * s.embd, 1.0, 5);
+        pass(&mut b, &m, &rows[..rows.len() / 512], 200, 1)?;
+        pass(&mut b, &m, &rows[..rows.len() / 64], 200, 8)?;
+        return pass(&mut b, &m, &rows, 0, 512).map(|_| ());
+    }
     println!(
         "{}: {:.2} GB of weights, workspace {} MiB, made in {:.1} s",
         s.name,

@@ -1,8 +1,8 @@
 // The quantised block types of GGUF. Each decoder turns 32 weights (a whole block, or one of the
 // eight 32-element parts `sub` of a super-block of 256) into eight words of four int8 and the
 // numbers that make values of them: w[i] = a[i / 16] * q[i] - m[i / 16].
-// Blocks are read from shared memory. Those whose size is a multiple of four start on a four-byte
-// boundary; the others lie on any byte.
+// Blocks are read from shared memory. Those whose size is a multiple of 16 start on a 16-byte
+// boundary, other multiples of four on a four-byte one, other even sizes on an even address.
 #pragma once
 #include "common.cuh"
 
@@ -12,7 +12,8 @@ struct Quants {
     float m0, m1;
 };
 
-__device__ __forceinline__ u16 ld16(const u8* p) { return (u16)(p[0] | (p[1] << 8)); }
+// A half at an even address: blocks of an even number of bytes only hold such.
+__device__ __forceinline__ u16 ld_half(const u8* p) { return *(const u16*)p; }
 
 // N words that start at any byte.
 template <int N>
@@ -58,12 +59,9 @@ struct BQ8_0 {
     static const int ELEMS = 32, BYTES = 34;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
-        u32 w[9];
-        ld_words<9>(p, w);
-        o.a0 = o.a1 = h2f((u16)w[0]);
+        ld_words<8>(p + 2, o.q);
+        o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; i++) o.q[i] = __byte_perm(w[i], w[i + 1], 0x5432);
     }
 };
 
@@ -87,7 +85,7 @@ struct BQ4_0 {
         u32 w[4];
         ld_words<4>(p + 2, w);
         nibbles(w, o);
-        o.a0 = o.a1 = h2f(ld16(p));
+        o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 8.0f * o.a0;
     }
 };
@@ -112,7 +110,7 @@ struct BQ5_0 {
         ld_words<5>(p + 2, w);
         nibbles(w + 1, o);
         fifth_bits(w[0], o);
-        o.a0 = o.a1 = h2f(ld16(p));
+        o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 16.0f * o.a0;
     }
 };
@@ -142,7 +140,7 @@ struct BIQ4_NL {
         u32 w[4];
         ld_words<4>(p + 2, w);
         values(w, o);
-        o.a0 = o.a1 = h2f(ld16(p));
+        o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 0.0f;
     }
 };
@@ -200,39 +198,39 @@ struct BQ3_K {
             q |= ((h[i] >> sub) & 0x01010101u) << 2;
             o.q[i] = sub_bytes(q, 0x04040404u);
         }
-        float d = h2f(ld16(p + 108));
+        float d = h2f(ld_half(p + 108));
         o.a0 = d * scale(p + 96, 2 * sub);
         o.a1 = d * scale(p + 96, 2 * sub + 1);
         o.m0 = o.m1 = 0.0f;
     }
 };
 
-// The 6-bit scale and minimum of part `sub` of Q4_K and Q5_K; s points to the twelve bytes.
-__device__ __forceinline__ void scale_min_k4(const u8* s, int sub, float& sc, float& mn) {
-    u32 a = ld32(s), b = ld32(s + 4), c = ld32(s + 8);
-    int sh = 8 * (sub & 3);
-    if (sub < 4) {
-        sc = (float)((a >> sh) & 63);
-        mn = (float)((b >> sh) & 63);
-    } else {
-        sc = (float)(((c >> sh) & 15) | (((a >> sh) >> 2) & 48));
-        mn = (float)(((c >> (sh + 4)) & 15) | (((b >> sh) >> 2) & 48));
-    }
+// Scale and minimum of part `sub` of Q4_K and Q5_K, times the block's factors: `head` is the first
+// 16 bytes of the block, two halves and twelve bytes of packed 6-bit numbers.
+__device__ __forceinline__ void scale_min_k4(uint4 head, int sub, Quants& o) {
+    const int sh = 8 * (sub & 3);
+    const u32 a = head.y >> sh, b = head.z >> sh, c = head.w >> sh;
+    const u32 sc = sub < 4 ? a & 63 : (c & 15) | ((a >> 2) & 48);
+    const u32 mn = sub < 4 ? b & 63 : ((c >> 4) & 15) | ((b >> 2) & 48);
+    o.a0 = o.a1 = h2f((u16)head.x) * (float)sc;
+    o.m0 = o.m1 = h2f((u16)(head.x >> 16)) * (float)mn;
+}
+
+__device__ __forceinline__ void ld_8words(const u8* p, u32* w) {
+    uint4 x = ((const uint4*)p)[0], y = ((const uint4*)p)[1];
+    w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+    w[4] = y.x, w[5] = y.y, w[6] = y.z, w[7] = y.w;
 }
 
 struct BQ4_K {
     static const int ELEMS = 256, BYTES = 144;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        const u8* qs = p + 16 + 32 * (sub >> 1);
+        ld_8words(p + 16 + 32 * (sub >> 1), o.q);
         int shift = 4 * (sub & 1);
 #pragma unroll
-        for (int i = 0; i < 8; i++) o.q[i] = (ld32(qs + 4 * i) >> shift) & 0x0f0f0f0fu;
-        u32 dm = ld32(p);
-        float sc, mn;
-        scale_min_k4(p + 4, sub, sc, mn);
-        o.a0 = o.a1 = h2f((u16)dm) * sc;
-        o.m0 = o.m1 = h2f((u16)(dm >> 16)) * mn;
+        for (int i = 0; i < 8; i++) o.q[i] = (o.q[i] >> shift) & 0x0f0f0f0fu;
+        scale_min_k4(*(const uint4*)p, sub, o);
     }
 };
 
@@ -240,18 +238,14 @@ struct BQ5_K {
     static const int ELEMS = 256, BYTES = 176;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        const u8* qs = p + 48 + 32 * (sub >> 1);
+        u32 h[8];
+        ld_8words(p + 16, h);
+        ld_8words(p + 48 + 32 * (sub >> 1), o.q);
         int shift = 4 * (sub & 1);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            u32 h = (ld32(p + 16 + 4 * i) >> sub) & 0x01010101u;
-            o.q[i] = ((ld32(qs + 4 * i) >> shift) & 0x0f0f0f0fu) | (h << 4);
-        }
-        u32 dm = ld32(p);
-        float sc, mn;
-        scale_min_k4(p + 4, sub, sc, mn);
-        o.a0 = o.a1 = h2f((u16)dm) * sc;
-        o.m0 = o.m1 = h2f((u16)(dm >> 16)) * mn;
+        for (int i = 0; i < 8; i++)
+            o.q[i] = ((o.q[i] >> shift) & 0x0f0f0f0fu) | (((h[i] >> sub) & 0x01010101u) << 4);
+        scale_min_k4(*(const uint4*)p, sub, o);
     }
 };
 
@@ -269,7 +263,7 @@ struct BQ6_K {
             u32 q = ((l[i] >> ls) & 0x0f0f0f0fu) | (((h[i] >> hs) & 0x03030303u) << 4);
             o.q[i] = sub_bytes(q, 0x20202020u);
         }
-        float d = h2f(ld16(p + 208));
+        float d = h2f(ld_half(p + 208));
         o.a0 = d * (float)(signed char)p[192 + 2 * sub];
         o.a1 = d * (float)(signed char)p[192 + 2 * sub + 1];
         o.m0 = o.m1 = 0.0f;
@@ -303,16 +297,27 @@ struct Step {
     static const int BUF = (BYTES + 30) / 16 * 16;
 };
 
-// Starts the copy of `len` bytes at src (any alignment) to a buffer of Step::BUF bytes; they will
-// lie at buf + (src & 15). Reads whole 16-byte lines: up to 15 bytes before and after the span,
-// never beyond the 16-byte lines that hold its first and last byte.
+// Where `stage` puts the first byte of src in its buffer.
+template <class B>
+__device__ __forceinline__ int staged_at(const u8* src) {
+    return B::BYTES % 16 == 0 ? 0 : (int)((size_t)src & 15);
+}
+
+// Starts the copy of `len` bytes at src to a buffer of Step::BUF bytes; they will lie at
+// buf + staged_at(src). Reads whole 16-byte lines: up to 15 bytes before and after the span, never
+// beyond the lines that hold its first and last byte. Blocks of whole lines in a file that does not
+// keep them on lines go word by word.
 template <class B>
 __device__ __forceinline__ void stage(u8* buf, const u8* src, int len, int lane) {
-    const u8* first = (const u8*)((size_t)src & ~(size_t)15);
-    int lines = (int)((src + len + 15 - first) >> 4);
-#pragma unroll
-    for (int i = 0; i < (Step<B>::BUF / 16 + 31) / 32; i++) {
-        int c = lane + 32 * i;
-        if (c < lines) cp_async16(buf + 16 * c, first + 16 * c);
+    if (B::BYTES % 16 == 0 && ((size_t)src & 15) != 0) {
+        for (int c = lane * 4; c < len; c += 128) cp_async4(buf + c, src + c);
+        return;
     }
+    const u8* first = (const u8*)((size_t)src & ~(size_t)15);
+    const int lines = (int)((src + len + 15 - first) >> 4);
+    buf += 16 * lane;
+    first += 16 * lane;
+#pragma unroll
+    for (int i = 0; i < (Step<B>::BUF / 16 + 31) / 32; i++)
+        if (lane + 32 * i < lines) cp_async16(buf + 512 * i, first + 512 * i);
 }

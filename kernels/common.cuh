@@ -57,6 +57,9 @@ __device__ __forceinline__ u32 smem_addr(const void* p) {
 __device__ __forceinline__ void cp_async16(void* dst, const void* src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(dst)), "l"(src));
 }
+__device__ __forceinline__ void cp_async4(void* dst, const void* src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(dst)), "l"(src));
+}
 // Copies 16 bytes, or writes 16 zeros if !valid.
 __device__ __forceinline__ void cp_async16_zfill(void* dst, const void* src, bool valid) {
     int n = valid ? 16 : 0;

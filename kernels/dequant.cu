@@ -1,6 +1,6 @@
 // Weights to halves, for the matrix product of a prefill (`half_*`: rows padded with zeros to
 // `pitch` elements), and to floats, for the embedding (`float_*`: rows back to back).
-// One warp converts 1024 elements of one row.
+// A warp converts 1024 elements of a row at a time, the next ones on their way meanwhile.
 #include "blocks.cuh"
 
 struct DequantArgs {
@@ -13,60 +13,72 @@ struct DequantArgs {
 template <class B, bool HALF>
 __device__ __forceinline__ void dequant(const DequantArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
-    const int WARP_BYTES = Step<B>::BUF + (HALF ? 32 * 80 : 32 * 144);
+    constexpr int BUF = Step<B>::BUF;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    u8* buf = smem + warp * WARP_BYTES;
-    u8* tmp = buf + Step<B>::BUF;
-    const int steps = (a.cols + 1023) / 1024;
-    const long item = (long)blockIdx.x * 8 + warp;
-    pdl_launch();
-    pdl_wait();
-    const int row = (int)(item / steps), s = (int)(item % steps);
-    if (row >= a.rows) return;
+    u8* ring = smem + warp * (2 * BUF + (HALF ? 32 * 80 : 32 * 144));
+    u8* tmp = ring + 2 * BUF;
+    const u32 steps = (a.cols + 1023) / 1024;
+    const u32 items = a.rows * steps, stride = gridDim.x * 8;
     const int row_bytes = a.cols / B::ELEMS * B::BYTES;
-    const u8* src = a.w + (size_t)row * row_bytes + s * Step<B>::BYTES;
-    stage<B>(buf, src, min(Step<B>::BYTES, row_bytes - s * Step<B>::BYTES), lane);
-    cp_commit();
-    cp_wait<0>();
-    __syncwarp();
-    const u8* p = buf + ((size_t)src & 15);
-    const bool valid = s * 32 + lane < a.cols / 32;
-    Quants q;
-    if (valid) {
-        if (B::ELEMS == 32) {
-            B::decode(p + lane * B::BYTES, 0, q);
-        } else {
-            B::decode(p + (lane >> 3) * B::BYTES, lane & 7, q);
+    u32 item = blockIdx.x * 8 + warp;
+    pdl_launch();
+    auto source = [&](u32 i) { return a.w + (size_t)(i / steps) * row_bytes + i % steps * Step<B>::BYTES; };
+    auto fetch = [&](u32 i, int slot) {
+        if (i < items)
+            stage<B>(ring + slot * BUF, source(i),
+                     min(Step<B>::BYTES, row_bytes - (int)(i % steps) * Step<B>::BYTES), lane);
+        cp_commit();
+    };
+    pdl_wait();
+    fetch(item, 0);
+    for (int slot = 0; item < items; item += stride, slot ^= 1) {
+        fetch(item + stride, slot ^ 1);
+        cp_wait<1>();
+        __syncwarp();
+        const u32 row = item / steps, s = item % steps;
+        const u8* p = ring + slot * BUF + staged_at<B>(source(item));
+        const bool valid = s * 32 + lane < a.cols / 32;
+        Quants q;
+        if (valid) {
+            if (B::ELEMS == 32) {
+                B::decode(p + lane * B::BYTES, 0, q);
+            } else {
+                B::decode(p + (lane >> 3) * B::BYTES, lane & 7, q);
+            }
         }
-    }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float f[4];
+        for (int i = 0; i < 8; i++) {
+            float f[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float v = (float)(signed char)(q.q[i] >> (8 * j));
-            f[j] = valid ? (i < 4 ? q.a0 : q.a1) * v - (B::MINS ? (i < 4 ? q.m0 : q.m1) : 0.0f)
-                         : 0.0f;
+            for (int j = 0; j < 4; j++) {
+                float v = (float)(signed char)(q.q[i] >> (8 * j));
+                f[j] = valid
+                    ? (i < 4 ? q.a0 : q.a1) * v - (B::MINS ? (i < 4 ? q.m0 : q.m1) : 0.0f)
+                    : 0.0f;
+            }
+            if (HALF) {
+                *(uint2*)(tmp + lane * 80 + i * 8) =
+                    make_uint2(pack_h2(f[0], f[1]), pack_h2(f[2], f[3]));
+            } else {
+                *(float4*)(tmp + lane * 144 + i * 16) = make_float4(f[0], f[1], f[2], f[3]);
+            }
         }
+        __syncwarp();
+        // Elements of this step that the output row has room for: a multiple of 32.
+        const int n = min(1024, a.pitch - (int)s * 1024);
+        const size_t at = (size_t)row * a.pitch + s * 1024;
         if (HALF) {
-            *(uint2*)(tmp + lane * 80 + i * 8) = make_uint2(pack_h2(f[0], f[1]), pack_h2(f[2], f[3]));
+            u8* out = (u8*)a.out + at * 2;
+            for (int c = lane; c < n / 8; c += 32)
+                *(uint4*)(out + c * 16) = *(const uint4*)(tmp + (c >> 2) * 80 + (c & 3) * 16);
         } else {
-            *(float4*)(tmp + lane * 144 + i * 16) = make_float4(f[0], f[1], f[2], f[3]);
+            u8* out = (u8*)a.out + at * 4;
+            for (int c = lane; c < n / 4; c += 32)
+                *(float4*)(out + c * 16) = *(const float4*)(tmp + (c >> 3) * 144 + (c & 7) * 16);
         }
+        __syncwarp();
     }
-    __syncwarp();
-    // Elements of this step that the output row has room for: a multiple of 32.
-    const int n = min(1024, a.pitch - s * 1024);
-    const size_t at = (size_t)row * a.pitch + s * 1024;
-    if (HALF) {
-        u8* out = (u8*)a.out + at * 2;
-        for (int c = lane; c < n / 8; c += 32)
-            *(uint4*)(out + c * 16) = *(const uint4*)(tmp + (c >> 2) * 80 + (c & 3) * 16);
-    } else {
-        u8* out = (u8*)a.out + at * 4;
-        for (int c = lane; c < n / 4; c += 32)
-            *(float4*)(out + c * 16) = *(const float4*)(tmp + (c >> 3) * 144 + (c & 7) * 16);
-    }
+    cp_wait<0>();
 }
 
 #define DEQUANT(T)                                                                          \

@@ -191,8 +191,8 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
             __syncwarp();
             const u8* buf = ring + slot * 2 * BUF;
             const int at = s * Step<B>::BYTES;
-            const u8* b0 = buf + ((size_t)(pr.p0 + at) & 15);
-            const u8* b1 = buf + BUF + ((size_t)(pr.p1 + at) & 15);
+            const u8* b0 = buf + staged_at<B>(pr.p0 + at);
+            const u8* b1 = buf + BUF + staged_at<B>(pr.p1 + at);
             const int kb = s * 32 + lane;
             if (pr.valid && kb < nb) {
                 Quants q0, q1;

@@ -315,11 +315,16 @@ impl DeviceBuffer {
         let len = size_of_val(src) as u64;
         assert!(offset + len <= self.bytes, "write beyond a device buffer");
         self.device.bind()?;
-        check(
-            // SAFETY: the range lies in this buffer and src is live during the call.
-            unsafe { sys::cuMemcpyHtoD_v2(self.addr + offset, src.as_ptr().cast(), len as usize) },
-            "copy to the GPU",
-        )
+        // SAFETY: the range lies in this buffer and src is live during the calls. The copy of
+        // pageable memory may return before the last bytes have arrived, and other streams do not
+        // wait for it: so this does.
+        unsafe {
+            check(
+                sys::cuMemcpyHtoD_v2(self.addr + offset, src.as_ptr().cast(), len as usize),
+                "copy to the GPU",
+            )?;
+            check(sys::cuStreamSynchronize(std::ptr::null_mut()), "copy to the GPU")
+        }
     }
 
     /// Copies from `offset` to `dst`, after everything already submitted, and waits.

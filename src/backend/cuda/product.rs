@@ -19,6 +19,18 @@ type Result<T = ()> = std::result::Result<T, BackendError>;
 /// Warps of a block of the matrix-times-vectors kernels.
 const WARPS: usize = 8;
 
+/// Most blocks a multiprocessor of the matrix-times-vectors kernels. More bytes in flight than
+/// theirs do not help, and the room left lets the next kernel start its own.
+const GEMV_BLOCKS: u32 = 2;
+
+/// Blocks a multiprocessor of the converting kernels.
+const CONVERT_BLOCKS: usize = 4;
+
+/// The blocks, `most` or fewer, among which `work` pieces are dealt out evenly.
+fn balanced(work: usize, most: usize) -> usize {
+    work.div_ceil(work.div_ceil(most).max(1)).max(1)
+}
+
 /// The form in which a product reads its activations.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Form {
@@ -335,7 +347,8 @@ impl Engine {
             let shared = ring + n * token_bytes;
             let f = self.kernels.gemv[kind][size];
             let fit = self.fit(kind, size, f, shared as u32)?;
-            let grid = (fit * self.device.info.multiprocessors).min(work as u32).max(1);
+            let most = (fit * self.device.info.multiprocessors) as usize;
+            let grid = balanced(work, most) as u32;
             // SAFETY: GemvArgs is what gemv_* declare; shapes were checked by the loader, the
             // activations hold `tokens` rows, and device buffers have room behind them for whole
             // 16-byte lines.
@@ -349,7 +362,7 @@ impl Engine {
         if let Some(n) = self.occupancy.get(&(kind, size, shared)) {
             return Ok(*n);
         }
-        let n = self.kernels.occupancy(f, 256, shared)?;
+        let n = self.kernels.occupancy(f, 256, shared)?.min(GEMV_BLOCKS);
         self.occupancy.insert((kind, size, shared), n);
         Ok(n)
     }
@@ -397,8 +410,10 @@ impl Engine {
         let f = if half { self.kernels.half[kind] } else { self.kernels.float[kind] };
         let (blocks, shared) = if kind < QUANTS.len() {
             let (_, buf) = step_bytes(w.ty);
-            let rows = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
-            (rows, 8 * (buf + 32 * if half { 80 } else { 144 }))
+            let work = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
+            let shared = 8 * (2 * buf + 32 * if half { 80 } else { 144 });
+            let fit = self.device.info.multiprocessors as usize * CONVERT_BLOCKS;
+            (balanced(work, fit), shared)
         } else {
             (w.rows, 0)
         };

@@ -103,7 +103,8 @@ struct Matrix {
 
 impl Matrix {
     fn random(device: &Arc<Device>, ty: TensorType, rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
-        let scale = 2.0 / (cols as f32).sqrt();
+        // Norms and biases (single rows) are about as large as in models.
+        let scale = if rows == 1 { 2.0 } else { 2.0 / (cols as f32).sqrt() };
         let bytes = random_rows(ty, rows * cols, scale, seed);
         let buffer = device.alloc(bytes.len() as u64 + 32, "weights")?;
         buffer.write(32, &bytes)?;
