@@ -123,7 +123,8 @@ fn compile(nvcc: &Path, kernels: &Path, job: &Job) -> Result<(), String> {
 
 /// Writes the Rust tables that `src/backend/cuda/modules.rs` includes.
 fn write_table(out: &Path, kernels: &Path, jobs: &[Job]) {
-    let mut text = String::from("/// Kernels compiled for one architecture: unit, `sm_XX`, image.\n");
+    let mut text =
+        String::from("/// Kernels compiled for one architecture: unit, `sm_XX`, image.\n");
     for (name, ptx) in [("CUBINS", false), ("PTX", true)] {
         let _ = writeln!(text, "pub static {name}: &[(&str, u32, &[u8])] = &[");
         for job in jobs.iter().filter(|j| j.ptx == ptx) {

@@ -210,7 +210,9 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         kv_type: TensorType::F16,
         rope: Rope {
             kind: RopeKind::Norm,
-            freqs: (0..64).map(|i| 500000f32.powf(-(i as f32) / 64.0)).collect(),
+            freqs: (0..64)
+                .map(|i| 500000f32.powf(-(i as f32) / 64.0))
+                .collect(),
             magnitude: 1.0,
         },
     };
@@ -239,13 +241,24 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
             runs.push(t.elapsed().as_secs_f64());
         }
     }
-    println!("{}: prefill 512: {:.0} tok/s ({:.2} ms)", s.name, 512.0 / median(&mut runs), 1e3 * median(&mut runs));
+    println!(
+        "{}: prefill 512: {:.0} tok/s ({:.2} ms)",
+        s.name,
+        512.0 / median(&mut runs),
+        1e3 * median(&mut runs)
+    );
     for n in [1, 2, 4, 8, 32, 64] {
         let mut runs = Vec::new();
         let passes = if n == 1 { 128 } else { 10 };
         for i in 0..passes + 3 {
             let t = Instant::now();
-            pass(&mut b, &m, &rows[..n * row], if n == 1 { i } else { 128 }, n)?;
+            pass(
+                &mut b,
+                &m,
+                &rows[..n * row],
+                if n == 1 { i } else { 128 },
+                n,
+            )?;
             if i >= 3 {
                 runs.push(t.elapsed().as_secs_f64());
             }
@@ -268,7 +281,11 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         b.attn_output(&l.o)?;
         b.ffn(&l.norm, &l.gate, &l.up, &l.down)?;
     }
-    println!("{}: submitting a token takes the host {:.3} ms", s.name, t.elapsed().as_secs_f64() * 1e3);
+    println!(
+        "{}: submitting a token takes the host {:.3} ms",
+        s.name,
+        t.elapsed().as_secs_f64() * 1e3
+    );
     b.synchronize()?;
     parts(device, &mut b, &m)
 }
@@ -279,7 +296,9 @@ fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
         b.begin(500 - if n == 1 { 0 } else { 500 }, n)?;
         type Op<'a> = (&'a str, fn(&mut CudaBackend, usize, &Layer) -> Result);
         let ops: [Op; 4] = [
-            ("qkv", |b, i, l| b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)),
+            ("qkv", |b, i, l| {
+                b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)
+            }),
             ("attend", |b, i, _| b.attend(i)),
             ("attn_output", |b, _, l| b.attn_output(&l.o)),
             ("ffn", |b, _, l| b.ffn(&l.norm, &l.gate, &l.up, &l.down)),
@@ -297,7 +316,10 @@ fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
             }
             e1.record(b.stream())?;
             e1.synchronize()?;
-            line += &format!(" {name} {:.1}", e1.ms_since(&e0)? * 1e3 / m.layers.len() as f32);
+            line += &format!(
+                " {name} {:.1}",
+                e1.ms_since(&e0)? * 1e3 / m.layers.len() as f32
+            );
         }
         println!("{line}");
     }
@@ -317,7 +339,10 @@ fn run() -> Result {
     if args.iter().any(|a| a == "selftest") {
         let t = Instant::now();
         let failed = selftest::selftest(&device, &mut std::io::stdout())?;
-        println!("selftest: {failed} failed, {:.1} s", t.elapsed().as_secs_f32());
+        println!(
+            "selftest: {failed} failed, {:.1} s",
+            t.elapsed().as_secs_f32()
+        );
     }
     for s in &SHAPES {
         if args.iter().any(|a| a == s.name) {

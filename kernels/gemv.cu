@@ -24,6 +24,7 @@ struct GemvArgs {
     const int* in_idx;
     const int* out_idx;
     XBlk* hidden_q;      // SWIGLU: tokens × rows / 32, or null
+    u32* counts;         // SWIGLU with hidden_q: rows / 32 zeros, left as zeros
 };
 
 #define WARPS 8
@@ -42,17 +43,14 @@ __device__ __forceinline__ Pair pair_of(const GemvArgs& a, int n, int warp, size
     r.seg = 0;
     r.r0 = r.r1 = 0;
     r.p0 = r.p1 = a.w[0];
+    int p = blockIdx.x * WARPS + warp + n * gridDim.x * WARPS;
     if (a.mode == MODE_SWIGLU) {
-        int row = (blockIdx.x + (n >> 2) * gridDim.x) * 32 + warp * 4 + (n & 3);
-        if (row < a.rows[0]) {
-            r.valid = true;
-            r.r0 = r.r1 = row;
-            r.p0 = a.w[0] + row * row_bytes;
-            r.p1 = a.w[1] + row * row_bytes;
-        }
+        r.valid = p < a.rows[0];
+        r.r0 = r.r1 = r.valid ? p : 0;
+        r.p0 = a.w[0] + r.r0 * row_bytes;
+        r.p1 = a.w[1] + r.r0 * row_bytes;
         return r;
     }
-    int p = blockIdx.x * WARPS + warp + n * gridDim.x * WARPS;
 #pragma unroll
     for (int s = 0; s < 3; s++) {
         if (s < a.segments && !r.valid) {
@@ -72,13 +70,9 @@ __device__ __forceinline__ Pair pair_of(const GemvArgs& a, int n, int warp, size
 }
 
 __device__ __forceinline__ int items_of(const GemvArgs& a, int warp) {
-    if (a.mode == MODE_SWIGLU) {
-        int groups = (a.rows[0] + 31) / 32;
-        int mine = (groups - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-        return 4 * max(mine, 0);
-    }
     int pairs = 0;
     for (int s = 0; s < a.segments; s++) pairs += (a.rows[s] + 1) >> 1;
+    if (a.mode == MODE_SWIGLU) pairs = a.rows[0];
     int first = blockIdx.x * WARPS + warp, all = gridDim.x * WARPS;
     return max((pairs - first + all - 1) / all, 0);
 }
@@ -107,32 +101,40 @@ __device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, int
     return r * d;
 }
 
-// Quantises the 32 hidden values of a group for each token; warp t does token t.
-template <int NT>
-__device__ __forceinline__ void quantise_group(const GemvArgs& a, const float (*h)[NT], int group,
-                                               int warp, int lane) {
-    if (warp >= a.tokens) return;
-    float v = h[lane][warp];
-    float amax = warp_max(fabsf(v));
-    float d = amax / 127.0f;
-    int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
-    int sum = __reduce_add_sync(0xffffffffu, q);
-    u32 b = (u32)q & 255u;
-    u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
-    u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
-    u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
-    XBlk* o = a.hidden_q + (size_t)warp * (a.rows[0] / 32) + group;
-    if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
+// Whoever finishes the last of 32 neighbouring hidden rows quantises them for every token. Which
+// warp that is changes from run to run, what it computes does not.
+__device__ __forceinline__ void quantise_hidden(const GemvArgs& a, int row, int lane) {
+    const int group = row >> 5;
+    u32 before = 0;
     if (lane == 0) {
-        o->d = d;
-        o->s = sum;
+        __threadfence();
+        before = atomicAdd(&a.counts[group], 1u);
+        __threadfence();
+    }
+    if (__shfl_sync(0xffffffffu, before, 0) != 31) return;
+    if (lane == 0) a.counts[group] = 0;
+    for (int t = 0; t < a.tokens; t++) {
+        float v = __ldcg(a.out[0] + (size_t)t * a.stride[0] + group * 32 + lane);
+        float amax = warp_max(fabsf(v));
+        int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
+        int sum = __reduce_add_sync(0xffffffffu, q);
+        u32 b = (u32)q & 255u;
+        u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
+        u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
+        u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
+        XBlk* o = a.hidden_q + (size_t)t * (a.rows[0] / 32) + group;
+        if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
+        if (lane == 0) {
+            o->d = amax / 127.0f;
+            o->s = sum;
+        }
     }
 }
 
 template <class B, int NT, int STAGES>
 __device__ __forceinline__ void gemv(const GemvArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
-    __shared__ float hidden[32][NT];
+    __shared__ __align__(8) u64 bars[WARPS][STAGES];
     const int BUF = Step<B>::BUF;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     u8* ring = smem + warp * (STAGES * 2 * BUF);
@@ -143,16 +145,37 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
     const int items = items_of(a, warp);
 
     pdl_launch();
+#if __CUDA_ARCH__ >= 900
+    // Blocks of whole lines must stay on lines in shared memory; in a file that does not keep
+    // them there they are copied word by word instead.
+    const bool bulk = B::BYTES % 16 != 0 || (((size_t)a.w[0] | (size_t)a.w[1] | (size_t)a.w[2]) & 15) == 0;
+    if (lane == 0)
+        for (int i = 0; i < STAGES; i++) bar_init(&bars[warp][i]);
+    __syncwarp();
+#else
+    const bool bulk = false;
+#endif
 
     // The fetching side runs STAGES - 1 steps ahead of the computing side.
     int fn = 0, fs = 0, slot_f = 0;
     Pair fp = pair_of(a, 0, warp, row_bytes);
     auto fetch = [&]() {
         if (fn < items) {
-            if (fp.valid) {
-                int at = fs * Step<B>::BYTES;
-                int len = min(Step<B>::BYTES, row_bytes - at);
-                u8* buf = ring + slot_f * 2 * BUF;
+            const int at = fs * Step<B>::BYTES;
+            const int len = min(Step<B>::BYTES, row_bytes - at);
+            u8* buf = ring + slot_f * 2 * BUF;
+            if (bulk) {
+                if (lane == 0) {
+                    u64* bar = &bars[warp][slot_f];
+                    const u32 off0 = (u32)(size_t)(fp.p0 + at) & 15, off1 = (u32)(size_t)(fp.p1 + at) & 15;
+                    const u32 n0 = (off0 + len + 15) & ~15u, n1 = (off1 + len + 15) & ~15u;
+                    bar_expect(bar, fp.valid ? n0 + n1 : 0);
+                    if (fp.valid) {
+                        bulk_copy(buf, fp.p0 + at - off0, n0, bar);
+                        bulk_copy(buf + BUF, fp.p1 + at - off1, n1, bar);
+                    }
+                }
+            } else if (fp.valid) {
                 stage<B>(buf, fp.p0 + at, len, lane);
                 stage<B>(buf + BUF, fp.p1 + at, len, lane);
             }
@@ -162,7 +185,7 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
                 fp = pair_of(a, fn, warp, row_bytes);
             }
         }
-        cp_commit();
+        if (!bulk) cp_commit();
         slot_f = slot_f + 1 == STAGES ? 0 : slot_f + 1;
     };
 #pragma unroll
@@ -181,14 +204,19 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
     __syncthreads();
 
     int slot = 0;
+    u32 parity = 0;
     for (int n = 0; n < items; n++) {
         Pair pr = pair_of(a, n, warp, row_bytes);
         float acc[2][NT];
 #pragma unroll
         for (int t = 0; t < NT; t++) acc[0][t] = acc[1][t] = 0.0f;
         for (int s = 0; s < steps; s++) {
-            cp_wait<STAGES - 2>();
-            __syncwarp();
+            if (bulk) {
+                bar_wait(&bars[warp][slot], parity);
+            } else {
+                cp_wait<STAGES - 2>();
+                __syncwarp();
+            }
             const u8* buf = ring + slot * 2 * BUF;
             const int at = s * Step<B>::BYTES;
             const u8* b0 = buf + staged_at<B>(pr.p0 + at);
@@ -224,7 +252,10 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
             }
             __syncwarp();
             fetch();
-            slot = slot + 1 == STAGES ? 0 : slot + 1;
+            if (++slot == STAGES) {
+                slot = 0;
+                parity ^= 1;
+            }
         }
 #pragma unroll
         for (int t = 0; t < NT; t++) {
@@ -233,11 +264,8 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
             if (a.mode == MODE_SWIGLU) {
                 if (a.bias[0] && pr.valid) v0 += a.bias[0][pr.r0];
                 if (a.bias[1] && pr.valid) v1 += a.bias[1][pr.r0];
-                float h = pr.valid ? silu(v0) * v1 : 0.0f;
-                if (lane == 0) {
-                    hidden[warp * 4 + (n & 3)][t] = h;
-                    if (a.out[0] && pr.valid) a.out[0][(size_t)t * a.stride[0] + pr.r0] = h;
-                }
+                if (lane == 0 && pr.valid)
+                    a.out[0][(size_t)t * a.stride[0] + pr.r0] = silu(v0) * v1;
             } else if (lane == 0 && pr.valid) {
                 const float* bias = a.bias[pr.seg];
                 if (bias) {
@@ -254,27 +282,21 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
                 if (pr.r1 != pr.r0) o[pr.r1] = v1;
             }
         }
-        if (a.mode == MODE_SWIGLU && (n & 3) == 3) {
-            __syncthreads();
-            if (a.hidden_q) {
-                int group = blockIdx.x + (n >> 2) * gridDim.x;
-                quantise_group<NT>(a, hidden, group, warp, lane);
-            }
-            __syncthreads();
-        }
+        if (a.mode == MODE_SWIGLU && a.hidden_q && pr.valid) quantise_hidden(a, pr.r0, lane);
     }
     cp_wait<0>();
 }
 
-// About 26 KiB of ring a block: several blocks a multiprocessor, a few KiB in flight a warp.
+// 28 to 53 KiB of ring a block: three or four blocks a multiprocessor with their activations.
 template <class B>
 struct Ring {
-    static const int FIT = 3328 / (2 * Step<B>::BUF);
-    static const int STAGES = FIT < 3 ? 3 : (FIT > 5 ? 5 : FIT);
+    static const int LEAST = B::ELEMS == 32 ? 3 : 2;
+    static const int FIT = 4500 / (2 * Step<B>::BUF);
+    static const int STAGES = FIT < LEAST ? LEAST : (FIT > 5 ? 5 : FIT);
 };
 
 #define GEMV(T, N)                                                                      \
-    extern "C" __global__ void __launch_bounds__(256, N == 8 ? 2 : 3)                   \
+    extern "C" __global__ void __launch_bounds__(256, N == 1 ? 4 : (N == 8 ? 2 : 3))    \
         gemv_##T##_##N(const __grid_constant__ GemvArgs a) {                            \
         gemv<B##T, N, Ring<B##T>::STAGES>(a);                                           \
     }

@@ -41,6 +41,10 @@ template <int MODE>
 __device__ __forceinline__ void prep(const PrepArgs& a) {
     __shared__ float shared[33];
     pdl_launch();
+    // The norm's weight is nobody's output: it may come nearer before the predecessor is done.
+    if (MODE == PREP_NORM && blockIdx.x == 0)
+        for (int i = threadIdx.x * 32; i < a.n; i += blockDim.x * 32)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(a.w + i));
     pdl_wait();
     const int row = blockIdx.x, n = a.n, tid = threadIdx.x, threads = blockDim.x;
     const float* x = a.x + (size_t)(a.idx ? a.idx[row] : row) * n;
@@ -48,6 +52,7 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
     float rs = 1.0f;
     if (MODE == PREP_NORM) {
         float s = 0.0f;
+#pragma unroll 4
         for (int i = tid; i < n; i += threads) s += x[i] * x[i];
         rs = rsqrtf(block_reduce(s, false, shared) / (float)n + a.eps);
     }
@@ -89,6 +94,7 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
     }
     if (a.h) {
         float m = 0.0f;
+#pragma unroll 4
         for (int i = tid; i < n; i += threads) m = fmaxf(m, fabsf(value(i)));
         m = block_reduce(m, true, shared);
         // A power of two that brings the largest value to 2^13..2^14: nothing overflows, and
@@ -98,6 +104,7 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
         const float inv = __uint_as_float((u32)(127 - e) << 23);
         if (tid == 0) a.scale[row] = __uint_as_float((u32)(127 + e) << 23);
         u32* h = (u32*)(a.h + (size_t)row * a.pitch);
+#pragma unroll 2
         for (int i = tid; i < a.pitch / 2; i += threads) {
             float lo = 2 * i < n ? value(2 * i) : 0.0f;
             float hi = 2 * i + 1 < n ? value(2 * i + 1) : 0.0f;

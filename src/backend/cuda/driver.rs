@@ -31,7 +31,9 @@ pub(super) fn check(r: sys::CUresult, what: &str) -> Result<(), BackendError> {
     let known = unsafe { sys::cuGetErrorString(r, &mut text) } == sys::CUresult::CUDA_SUCCESS;
     let words = if known && !text.is_null() {
         // SAFETY: the driver gave a pointer to a static, null-terminated string.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        unsafe { CStr::from_ptr(text) }
+            .to_string_lossy()
+            .into_owned()
     } else {
         format!("{r:?}")
     };
@@ -89,7 +91,10 @@ impl Device {
         check(unsafe { sys::cuInit(0) }, "the driver does not start")?;
         let mut dev = 0;
         // SAFETY: dev receives the handle.
-        check(unsafe { sys::cuDeviceGet(&mut dev, ordinal) }, "no such GPU")?;
+        check(
+            unsafe { sys::cuDeviceGet(&mut dev, ordinal) },
+            "no such GPU",
+        )?;
         let info = device_info(dev)?;
         if info.capability < (8, 0) {
             return Err(device_error(format!(
@@ -111,7 +116,10 @@ impl Device {
     /// Makes the device current in this thread; to be called in each thread that uses it.
     pub fn bind(&self) -> Result<(), BackendError> {
         // SAFETY: ctx is retained until drop.
-        check(unsafe { sys::cuCtxSetCurrent(self.ctx) }, "GPU context lost")
+        check(
+            unsafe { sys::cuCtxSetCurrent(self.ctx) },
+            "GPU context lost",
+        )
     }
 
     /// Free and total bytes of device memory, as the driver counts them.
@@ -127,7 +135,11 @@ impl Device {
     }
 
     /// Allocates `bytes` of device memory (and [`PAD_BYTES`] behind them) for `what`.
-    pub fn alloc(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<DeviceBuffer, BackendError> {
+    pub fn alloc(
+        self: &Arc<Self>,
+        bytes: u64,
+        what: &'static str,
+    ) -> Result<DeviceBuffer, BackendError> {
         self.bind()?;
         let mut addr = 0;
         // SAFETY: addr receives the address.
@@ -246,13 +258,23 @@ fn device_info(dev: sys::CUdevice) -> Result<DeviceInfo, BackendError> {
     // SAFETY: each call writes at most the length given into a live array or number; both texts
     // are null-terminated within it.
     unsafe {
-        check(sys::cuDeviceGetName(name.as_mut_ptr(), 256, dev), "GPU name")?;
-        check(sys::cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, dev), "GPU address")?;
+        check(
+            sys::cuDeviceGetName(name.as_mut_ptr(), 256, dev),
+            "GPU name",
+        )?;
+        check(
+            sys::cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, dev),
+            "GPU address",
+        )?;
         check(sys::cuDeviceTotalMem_v2(&mut total, dev), "GPU memory")?;
         check(sys::cuDriverGetVersion(&mut version), "driver version")?;
     }
     // SAFETY: the driver terminated both texts.
-    let text = |p: &[std::ffi::c_char]| unsafe { CStr::from_ptr(p.as_ptr()) }.to_string_lossy().into_owned();
+    let text = |p: &[std::ffi::c_char]| {
+        unsafe { CStr::from_ptr(p.as_ptr()) }
+            .to_string_lossy()
+            .into_owned()
+    };
     let pci_address = text(&pci).to_lowercase();
     Ok(DeviceInfo {
         name: text(&name),
@@ -275,10 +297,13 @@ fn device_info(dev: sys::CUdevice) -> Result<DeviceInfo, BackendError> {
 
 /// The link's maximum from sysfs; the current speed drops when idle, so it is not asked.
 fn pcie_link(address: &str) -> Option<(u32, u32)> {
-    let read = |what: &str| {
-        std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/{what}")).ok()
-    };
-    let speed: f32 = read("max_link_speed")?.split_whitespace().next()?.parse().ok()?;
+    let read =
+        |what: &str| std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/{what}")).ok();
+    let speed: f32 = read("max_link_speed")?
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()?;
     let width = read("max_link_width")?.trim().parse().ok()?;
     let generation = match speed {
         s if s >= 64.0 => 6,
@@ -323,7 +348,10 @@ impl DeviceBuffer {
                 sys::cuMemcpyHtoD_v2(self.addr + offset, src.as_ptr().cast(), len as usize),
                 "copy to the GPU",
             )?;
-            check(sys::cuStreamSynchronize(std::ptr::null_mut()), "copy to the GPU")
+            check(
+                sys::cuStreamSynchronize(std::ptr::null_mut()),
+                "copy to the GPU",
+            )
         }
     }
 
@@ -430,7 +458,10 @@ impl Stream {
     /// Waits until all its work is done.
     pub fn synchronize(&self) -> Result<(), BackendError> {
         // SAFETY: raw is live.
-        check(unsafe { sys::cuStreamSynchronize(self.raw) }, "GPU work failed")
+        check(
+            unsafe { sys::cuStreamSynchronize(self.raw) },
+            "GPU work failed",
+        )
     }
 
     /// Work submitted later waits for `event` (as last recorded).
@@ -447,7 +478,12 @@ impl Stream {
     /// # Safety
     /// The source stays valid and unchanged until the copy is done; `dst..dst + bytes` is device
     /// memory that nothing else uses meanwhile.
-    pub unsafe fn upload(&self, src: *const u8, dst: u64, bytes: usize) -> Result<(), BackendError> {
+    pub unsafe fn upload(
+        &self,
+        src: *const u8,
+        dst: u64,
+        bytes: usize,
+    ) -> Result<(), BackendError> {
         check(
             // SAFETY: the caller vouches for both ranges.
             unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast::<c_void>(), bytes, self.raw) },
@@ -460,7 +496,12 @@ impl Stream {
     /// # Safety
     /// `src..src + bytes` is device memory; the destination stays valid until the copy is done
     /// and is not touched before.
-    pub unsafe fn download(&self, src: u64, dst: *mut u8, bytes: usize) -> Result<(), BackendError> {
+    pub unsafe fn download(
+        &self,
+        src: u64,
+        dst: *mut u8,
+        bytes: usize,
+    ) -> Result<(), BackendError> {
         check(
             // SAFETY: the caller vouches for both ranges.
             unsafe { sys::cuMemcpyDtoHAsync_v2(dst.cast::<c_void>(), src, bytes, self.raw) },
@@ -512,13 +553,18 @@ impl Event {
     /// Waits until the marked point is reached.
     pub fn synchronize(&self) -> Result<(), BackendError> {
         // SAFETY: raw is live.
-        check(unsafe { sys::cuEventSynchronize(self.raw) }, "GPU work failed")
+        check(
+            unsafe { sys::cuEventSynchronize(self.raw) },
+            "GPU work failed",
+        )
     }
 
     /// Milliseconds from `start` to this event; both timed and reached.
     pub fn ms_since(&self, start: &Event) -> Result<f32, BackendError> {
         if self.device.info.driver_version < (12, 8) {
-            return Err(device_error("event times need a driver for CUDA 12.8 or newer"));
+            return Err(device_error(
+                "event times need a driver for CUDA 12.8 or newer",
+            ));
         }
         let mut ms = 0.0;
         check(

@@ -97,7 +97,8 @@ impl CudaBackend {
 
     fn norm(&self, norm: &Norm, to: Inputs) -> Result<(), BackendError> {
         let prep = Prep::Norm(norm.weight.addr, norm.eps);
-        self.engine.prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
+        self.engine
+            .prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
     }
 
     fn cache_offset(&self, layer: usize) -> u64 {
@@ -105,7 +106,12 @@ impl CudaBackend {
         (layer * d.n_ctx * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
     }
 
-    fn rope_store(&self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Result<(), BackendError> {
+    fn rope_store(
+        &self,
+        layer: usize,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
+    ) -> Result<(), BackendError> {
         let (d, ws) = (&self.dims, &self.engine.ws);
         let offset = self.cache_offset(layer);
         let a = RopeArgs {
@@ -134,7 +140,10 @@ impl CudaBackend {
         let f = self.engine.kernels.rope_store;
         // SAFETY: RopeArgs is what rope_store declares; `begin` checked the positions against the
         // cache.
-        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a) }
+        unsafe {
+            self.engine
+                .launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a)
+        }
     }
 
     fn attn_args(&self, layer: usize) -> AttnArgs {
@@ -195,7 +204,11 @@ impl CudaBackend {
             part: ws.partial.addr(),
             ml: ws.partial_ml.addr(),
             out: ws.attn.addr(),
-            q: if self.attn_quantised { ws.input_q.addr() } else { 0 },
+            q: if self.attn_quantised {
+                ws.input_q.addr()
+            } else {
+                0
+            },
             tokens: self.tokens as i32,
             width: width as i32,
             head_dim: d.head_dim as i32,
@@ -204,7 +217,10 @@ impl CudaBackend {
         let warps = self.tokens * width.div_ceil(32);
         let f = self.engine.kernels.attn_merge;
         // SAFETY: MergeArgs is what attn_merge declares.
-        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m) }
+        unsafe {
+            self.engine
+                .launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m)
+        }
     }
 
     fn cache_kind(&self) -> usize {
@@ -239,7 +255,11 @@ impl CudaBackend {
         let lists = moe.lists_host.as_slice().as_ptr().cast();
         // SAFETY: both hold 2 * pairs words; the host side is written again only after the next
         // routing has waited for the stream.
-        unsafe { self.engine.stream.upload(lists, moe.lists.addr(), pairs * 8) }
+        unsafe {
+            self.engine
+                .stream
+                .upload(lists, moe.lists.addr(), pairs * 8)
+        }
     }
 }
 
@@ -275,9 +295,16 @@ impl Backend for CudaBackend {
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
         self.rows_sent.synchronize()?;
         let ws = &mut self.engine.ws;
-        let host = ws.rows_host.as_mut_slice().get_mut(..rows.len()).ok_or_else(|| {
-            device_error(format!("{} bytes of embedding rows exceed the buffer", rows.len()))
-        })?;
+        let host = ws
+            .rows_host
+            .as_mut_slice()
+            .get_mut(..rows.len())
+            .ok_or_else(|| {
+                device_error(format!(
+                    "{} bytes of embedding rows exceed the buffer",
+                    rows.len()
+                ))
+            })?;
         host.copy_from_slice(rows);
         let src = host.as_ptr();
         let w = Weight {
@@ -312,7 +339,8 @@ impl Backend for CudaBackend {
             Target::new(k, ws.k.addr()),
             Target::new(v, ws.v.addr()),
         ];
-        self.engine.products(&targets, self.tokens, STORE, input, Rows::default())?;
+        self.engine
+            .products(&targets, self.tokens, STORE, input, Rows::default())?;
         self.rope_store(layer, q_norm, k_norm)
     }
 
@@ -341,10 +369,13 @@ impl Backend for CudaBackend {
         match form(w.weight.ty, self.tokens) {
             Form::Float => input.f = self.attn(),
             Form::Quant if self.attn_quantised => {}
-            _ => self.engine.prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
+            _ => self
+                .engine
+                .prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
         }
         let target = Target::new(w, self.x());
-        self.engine.products(&[target], self.tokens, ADD, input, Rows::default())
+        self.engine
+            .products(&[target], self.tokens, ADD, input, Rows::default())
     }
 
     fn ffn(
@@ -354,11 +385,16 @@ impl Backend for CudaBackend {
         up: &Linear,
         down: &Linear,
     ) -> Result<(), BackendError> {
-        let input = self.engine.forms(&[gate.weight.ty, up.weight.ty], self.tokens);
+        let input = self
+            .engine
+            .forms(&[gate.weight.ty, up.weight.ty], self.tokens);
         self.norm(norm, input)?;
-        let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
+        let hidden = self
+            .engine
+            .hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
         let target = Target::new(down, self.x());
-        self.engine.products(&[target], self.tokens, ADD, hidden, Rows::default())
+        self.engine
+            .products(&[target], self.tokens, ADD, hidden, Rows::default())
     }
 
     fn route(
@@ -390,22 +426,33 @@ impl Backend for CudaBackend {
             scale: params.scale,
         };
         let pairs = self.tokens * used;
-        let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
+        let (src, dst) = (
+            moe.ids.addr(),
+            moe.ids_host.as_slice().as_ptr().cast_mut().cast(),
+        );
         self.norm(norm, Inputs { f, q, h: 0 })?;
         if form(router.ty, 1) == Form::Float {
-            self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
+            self.engine
+                .plain(&target, self.tokens, STORE, f, Rows::default())?;
         } else {
             let h = self.engine.ws.halves.addr();
             if !few {
                 self.norm(norm, Inputs { f: 0, q: 0, h })?;
             }
-            self.engine.products(&[target], self.tokens, STORE, Inputs { f, q, h }, Rows::default())?;
+            self.engine.products(
+                &[target],
+                self.tokens,
+                STORE,
+                Inputs { f, q, h },
+                Rows::default(),
+            )?;
         }
         let kernel = self.engine.kernels.route_topk;
         // SAFETY: RouteArgs is what route_topk declares; the pinned ids are read only after the
         // wait below.
         unsafe {
-            self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args)?;
+            self.engine
+                .launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args)?;
             self.engine.stream.download(src, dst, pairs * 4)?;
         }
         self.engine.stream.synchronize()?;
@@ -440,7 +487,8 @@ impl Backend for CudaBackend {
             if to.f != 0 {
                 to.f = gathered_f;
             }
-            self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
+            self.engine
+                .prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
             (to, 0)
         };
         let (gate, up) = (linear(&e.gate), linear(&e.up));
@@ -475,8 +523,14 @@ impl Backend for CudaBackend {
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
         // The head's type is not known yet: every form that it may want.
-        let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
-        let q = if self.dims.n_embd.is_multiple_of(32) { to.q } else { 0 };
+        let to = self
+            .engine
+            .forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
+        let q = if self.dims.n_embd.is_multiple_of(32) {
+            to.q
+        } else {
+            0
+        };
         self.norm(norm, Inputs { q, ..to })
     }
 
@@ -488,7 +542,8 @@ impl Backend for CudaBackend {
             out: self.engine.ws.logits.addr() + 4 * first_row as u64,
             stride: self.dims.n_vocab,
         };
-        self.engine.products(&[target], self.tokens, STORE, input, Rows::default())
+        self.engine
+            .products(&[target], self.tokens, STORE, input, Rows::default())
     }
 
     fn logits(&mut self) -> Result<&[f32], BackendError> {

@@ -84,26 +84,32 @@ impl Kernels {
         }
         let l = &loader;
         let per_type = |types: &[TensorType], prefix: &str| -> Result<Vec<Func>, BackendError> {
-            types.iter().map(|t| l.get(&format!("{prefix}_{t}"))).collect()
+            types
+                .iter()
+                .map(|t| l.get("dequant", &format!("{prefix}_{t}")))
+                .collect()
         };
         let all: Vec<TensorType> = QUANTS.iter().chain(&PLAINS).copied().collect();
         let gemv = QUANTS
             .iter()
             .map(|t| -> Result<[Func; 4], BackendError> {
-                let get = |n: usize| l.get(&format!("gemv_{t}_{n}"));
+                let get = |n: usize| l.get("gemv", &format!("gemv_{t}_{n}"));
                 Ok([get(1)?, get(2)?, get(4)?, get(8)?])
             })
             .collect::<Result<_, _>>()?;
         let plain = PLAINS
             .iter()
             .map(|t| -> Result<[Func; 2], BackendError> {
-                Ok([l.get(&format!("plain_{t}_1"))?, l.get(&format!("plain_{t}_8"))?])
+                Ok([
+                    l.get("plain", &format!("plain_{t}_1"))?,
+                    l.get("plain", &format!("plain_{t}_8"))?,
+                ])
             })
             .collect::<Result<_, _>>()?;
         let attn = |cache: &str| -> Result<[Func; 2], BackendError> {
             Ok([
-                l.get(&format!("attn_decode_{cache}_{head_dim}"))?,
-                l.get(&format!("attn_prefill_{cache}_{head_dim}"))?,
+                l.get("attn", &format!("attn_decode_{cache}_{head_dim}"))?,
+                l.get("attn", &format!("attn_prefill_{cache}_{head_dim}"))?,
             ])
         };
         Ok(Kernels {
@@ -113,16 +119,16 @@ impl Kernels {
             plain,
             half: per_type(&all, "half")?,
             float: per_type(&all, "float")?,
-            gemm_large: l.get("gemm_128x128")?,
-            gemm_small: l.get("gemm_64x64")?,
+            gemm_large: l.get("gemm", "gemm_128x128")?,
+            gemm_small: l.get("gemm", "gemm_64x64")?,
             attn: [attn("f16")?, attn("f32")?],
-            attn_merge: l.get("attn_merge")?,
-            prep_copy: l.get("prep_copy")?,
-            prep_norm: l.get("prep_norm")?,
-            prep_swiglu: l.get("prep_swiglu")?,
-            rope_store: l.get("rope_store")?,
-            route_topk: l.get("route_topk")?,
-            combine: l.get("combine")?,
+            attn_merge: l.get("attn", "attn_merge")?,
+            prep_copy: l.get("ops", "prep_copy")?,
+            prep_norm: l.get("ops", "prep_norm")?,
+            prep_swiglu: l.get("ops", "prep_swiglu")?,
+            rope_store: l.get("ops", "rope_store")?,
+            route_topk: l.get("ops", "route_topk")?,
+            combine: l.get("ops", "combine")?,
             modules: loader.modules,
         })
     }
@@ -218,6 +224,7 @@ impl Drop for Kernels {
 
 struct Loader<'a> {
     device: &'a Device,
+    /// In the order of the embedded units.
     modules: Vec<sys::CUmodule>,
 }
 
@@ -252,7 +259,10 @@ impl<'a> Loader<'a> {
         if let Some((.., image)) = cubin {
             return Ok(image.to_vec());
         }
-        if let Some((.., text)) = embedded::PTX.iter().find(|(u, a, _)| *u == unit && *a <= arch) {
+        if let Some((.., text)) = embedded::PTX
+            .iter()
+            .find(|(u, a, _)| *u == unit && *a <= arch)
+        {
             let mut text = text.to_vec();
             text.push(0);
             return Ok(text);
@@ -260,18 +270,20 @@ impl<'a> Loader<'a> {
         compile_cached(unit, arch)
     }
 
-    fn get(&self, name: &str) -> Result<Func, BackendError> {
+    fn get(&self, unit: &str, name: &str) -> Result<Func, BackendError> {
         let text = CString::new(name).map_err(|_| device_error("kernel name"))?;
-        for m in &self.modules {
-            let mut f = std::ptr::null_mut();
+        let module = embedded::UNITS.iter().position(|(u, _)| *u == unit);
+        let module = module.and_then(|i| self.modules.get(i));
+        let module =
+            *module.ok_or_else(|| device_error(format!("kernels of {unit} are missing")))?;
+        let mut f = std::ptr::null_mut();
+        check(
             // SAFETY: the module is loaded; f receives the handle.
-            let r = unsafe { sys::cuModuleGetFunction(&mut f, *m, text.as_ptr()) };
-            if r == sys::CUresult::CUDA_SUCCESS {
-                self.allow_shared(f)?;
-                return Ok(Func(f));
-            }
-        }
-        Err(device_error(format!("kernel {name} is missing")))
+            unsafe { sys::cuModuleGetFunction(&mut f, module, text.as_ptr()) },
+            &format!("kernel {name}"),
+        )?;
+        self.allow_shared(f)?;
+        Ok(Func(f))
     }
 
     /// Lets a kernel use all the shared memory that a block may have.
@@ -299,13 +311,19 @@ impl<'a> Loader<'a> {
 /// The unit's source with its headers put in the place of their includes.
 fn whole_source(unit: &str) -> String {
     let file = |table: &[(&str, &'static str)], name: &str| {
-        table.iter().find(|(n, _)| *n == name).map_or("", |(_, text)| *text)
+        table
+            .iter()
+            .find(|(n, _)| *n == name)
+            .map_or("", |(_, text)| *text)
     };
     let mut seen = Vec::new();
     fn expand(text: &str, seen: &mut Vec<String>, file: &dyn Fn(&str) -> &'static str) -> String {
         let mut out = String::new();
         for line in text.lines() {
-            match line.strip_prefix("#include \"").and_then(|l| l.strip_suffix('"')) {
+            match line
+                .strip_prefix("#include \"")
+                .and_then(|l| l.strip_suffix('"'))
+            {
                 Some(name) if seen.iter().any(|s| s == name) => {}
                 Some(name) => {
                     seen.push(name.to_owned());
@@ -369,7 +387,10 @@ fn store(path: &std::path::Path, image: &[u8]) {
         .and_then(|()| std::fs::write(&tmp, image))
         .and_then(|()| std::fs::rename(&tmp, path));
     if let Err(e) = written {
-        tracing::warn!("compiled kernels could not be kept in {}: {e}", path.display());
+        tracing::warn!(
+            "compiled kernels could not be kept in {}: {e}",
+            path.display()
+        );
     }
 }
 
@@ -409,8 +430,12 @@ fn compile(unit: &str, source: &str, arch: u32) -> Result<Vec<u8>, BackendError>
             nvrtc::nvrtcGetProgramLogSize(program, &mut size);
             let mut log = vec![0u8; size.max(1)];
             nvrtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
-            let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
-            Err(device_error(format!("NVRTC could not compile {unit} for sm_{arch}: {r:?}\n{log}")))
+            let log = CStr::from_bytes_until_nul(&log)
+                .unwrap_or_default()
+                .to_string_lossy();
+            Err(device_error(format!(
+                "NVRTC could not compile {unit} for sm_{arch}: {r:?}\n{log}"
+            )))
         };
         nvrtc::nvrtcDestroyProgram(&mut program);
         result

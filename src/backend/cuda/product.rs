@@ -7,7 +7,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::args::{DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES};
+use super::args::{
+    DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES,
+};
 use super::driver::{Device, Stream, device_error};
 use super::modules::{Func, GEMV_BATCHES, Kernels, PLAINS, QUANTS};
 use super::workspace::{GEMV_TOKENS, Workspace, pitch};
@@ -19,17 +21,8 @@ type Result<T = ()> = std::result::Result<T, BackendError>;
 /// Warps of a block of the matrix-times-vectors kernels.
 const WARPS: usize = 8;
 
-/// Most blocks a multiprocessor of the matrix-times-vectors kernels. More bytes in flight than
-/// theirs do not help, and the room left lets the next kernel start its own.
-const GEMV_BLOCKS: u32 = 2;
-
 /// Blocks a multiprocessor of the converting kernels.
 const CONVERT_BLOCKS: usize = 4;
-
-/// The blocks, `most` or fewer, among which `work` pieces are dealt out evenly.
-fn balanced(work: usize, most: usize) -> usize {
-    work.div_ceil(work.div_ceil(most).max(1)).max(1)
-}
 
 /// The form in which a product reads its activations.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -151,12 +144,18 @@ fn step_bytes(ty: TensorType) -> (usize, usize) {
 /// Shared memory of the rings of a block, as `kernels/gemv.cu` lays them out.
 fn ring_bytes(ty: TensorType) -> usize {
     let (_, buf) = step_bytes(ty);
-    let stages = (3328 / (2 * buf)).clamp(3, 5);
+    let least = if ty.block_elems() == 32 { 3 } else { 2 };
+    let stages = (4500 / (2 * buf)).clamp(least, 5);
     WARPS * stages * 2 * buf
 }
 
 impl Engine {
-    pub fn new(device: Arc<Device>, stream: Arc<Stream>, kernels: Kernels, ws: Workspace) -> Engine {
+    pub fn new(
+        device: Arc<Device>,
+        stream: Arc<Stream>,
+        kernels: Kernels,
+        ws: Workspace,
+    ) -> Engine {
         Engine {
             device,
             stream,
@@ -179,12 +178,23 @@ impl Engine {
         args: &A,
     ) -> Result {
         // SAFETY: passed on.
-        unsafe { self.kernels.launch(&self.stream, f, grid, threads, shared as u32, args) }
+        unsafe {
+            self.kernels
+                .launch(&self.stream, f, grid, threads, shared as u32, args)
+        }
     }
 
     /// Brings `rows` rows of `n` floats at `x` (picked by `idx` if not 0) into each form that has
     /// an address in `to`.
-    pub fn prepare(&self, prep: Prep, x: u64, idx: u64, n: usize, rows: usize, to: Inputs) -> Result {
+    pub fn prepare(
+        &self,
+        prep: Prep,
+        x: u64,
+        idx: u64,
+        n: usize,
+        rows: usize,
+        to: Inputs,
+    ) -> Result {
         let mut a = PrepArgs {
             x,
             idx,
@@ -209,7 +219,11 @@ impl Engine {
             }
         };
         // Enough threads for a short row; many rows share the machine instead.
-        let threads = if rows <= GEMV_TOKENS && n > 1024 { 1024 } else { 256 };
+        let threads = if n > 8192 || (rows <= GEMV_TOKENS && n > 1024) {
+            1024
+        } else {
+            256
+        };
         // SAFETY: PrepArgs is what prep_* declare; all buffers hold `rows` rows of `n`.
         unsafe { self.launch(f, (rows as u32, 1, 1), threads, 0, &a) }
     }
@@ -229,7 +243,14 @@ impl Engine {
 
     /// `out = W · input (+ bias)`, stored or added (`mode`), for each target; all have as many
     /// columns. Targets of one quantised type that follow each other share a launch.
-    pub fn products(&mut self, targets: &[Target], tokens: usize, mode: i32, input: Inputs, rows: Rows) -> Result {
+    pub fn products(
+        &mut self,
+        targets: &[Target],
+        tokens: usize,
+        mode: i32,
+        input: Inputs,
+        rows: Rows,
+    ) -> Result {
         let mut i = 0;
         while i < targets.len() {
             let ty = targets[i].weight.ty;
@@ -243,7 +264,11 @@ impl Engine {
                     1
                 }
                 Form::Quant => {
-                    let n = targets[i..].iter().take(3).take_while(|t| t.weight.ty == ty).count();
+                    let n = targets[i..]
+                        .iter()
+                        .take(3)
+                        .take_while(|t| t.weight.ty == ty)
+                        .count();
                     self.gemv(&targets[i..i + n], tokens, mode, input.q, rows, 0)?;
                     n
                 }
@@ -275,7 +300,6 @@ impl Engine {
         let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
         let ty = gate.weight.ty;
         if ty == up.weight.ty && form(ty, tokens) == Form::Quant && (out.q == 0 || ff % 32 == 0) {
-            let targets = targets.map(|t| Target { out: out.f, ..t });
             self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
         } else {
             self.products(&targets, tokens, STORE, input, rows)?;
@@ -284,8 +308,21 @@ impl Engine {
         Ok(out)
     }
 
-    fn gemv(&mut self, targets: &[Target], tokens: usize, mode: i32, x: u64, rows: Rows, hidden_q: u64) -> Result {
-        let Weight { ty, cols, rows: out_rows, .. } = targets[0].weight;
+    fn gemv(
+        &mut self,
+        targets: &[Target],
+        tokens: usize,
+        mode: i32,
+        x: u64,
+        rows: Rows,
+        hidden_q: u64,
+    ) -> Result {
+        let Weight {
+            ty,
+            cols,
+            rows: out_rows,
+            ..
+        } = targets[0].weight;
         let kind = quant_index(ty).ok_or_else(|| unsupported(ty))?;
         if let Some(t) = targets.iter().find(|t| !t.weight.addr.is_multiple_of(4)) {
             return Err(device_error(format!(
@@ -307,15 +344,18 @@ impl Engine {
                 self.device.info.name
             )));
         }
-        let work = if mode == SWIGLU {
-            out_rows.div_ceil(32)
+        let items = if mode == SWIGLU {
+            out_rows
         } else {
-            targets.iter().map(|t| t.weight.rows.div_ceil(2)).sum::<usize>().div_ceil(WARPS)
+            targets.iter().map(|t| t.weight.rows.div_ceil(2)).sum()
         };
+        let work = items.div_ceil(WARPS) as u32;
         let mut done = 0;
         while done < tokens {
             let left = tokens - done;
-            let size = (0..=slot).find(|i| GEMV_BATCHES[*i] >= left).unwrap_or(slot);
+            let size = (0..=slot)
+                .find(|i| GEMV_BATCHES[*i] >= left)
+                .unwrap_or(slot);
             let n = left.min(GEMV_BATCHES[size]);
             let picked = rows.skip(done);
             let mut a = GemvArgs {
@@ -323,7 +363,11 @@ impl Engine {
                 cols: cols as i32,
                 tokens: n as i32,
                 mode,
-                x: if rows.from == 0 { x + (done * token_bytes) as u64 } else { x },
+                x: if rows.from == 0 {
+                    x + (done * token_bytes) as u64
+                } else {
+                    x
+                },
                 in_idx: picked.from,
                 out_idx: picked.to,
                 hidden_q: if hidden_q == 0 {
@@ -331,6 +375,7 @@ impl Engine {
                 } else {
                     hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64
                 },
+                counts: self.ws.hidden_counts.addr(),
                 ..GemvArgs::default()
             };
             for (i, t) in targets.iter().enumerate() {
@@ -347,8 +392,7 @@ impl Engine {
             let shared = ring + n * token_bytes;
             let f = self.kernels.gemv[kind][size];
             let fit = self.fit(kind, size, f, shared as u32)?;
-            let most = (fit * self.device.info.multiprocessors) as usize;
-            let grid = balanced(work, most) as u32;
+            let grid = (fit * self.device.info.multiprocessors).min(work);
             // SAFETY: GemvArgs is what gemv_* declare; shapes were checked by the loader, the
             // activations hold `tokens` rows, and device buffers have room behind them for whole
             // 16-byte lines.
@@ -362,7 +406,7 @@ impl Engine {
         if let Some(n) = self.occupancy.get(&(kind, size, shared)) {
             return Ok(*n);
         }
-        let n = self.kernels.occupancy(f, 256, shared)?.min(GEMV_BLOCKS);
+        let n = self.kernels.occupancy(f, 256, shared)?;
         self.occupancy.insert((kind, size, shared), n);
         Ok(n)
     }
@@ -378,8 +422,16 @@ impl Engine {
             let a = PlainArgs {
                 w: w.addr,
                 bias: t.bias,
-                out: if rows.to == 0 { t.out + (done * t.stride * 4) as u64 } else { t.out },
-                x: if rows.from == 0 { x + (done * w.cols * 4) as u64 } else { x },
+                out: if rows.to == 0 {
+                    t.out + (done * t.stride * 4) as u64
+                } else {
+                    t.out
+                },
+                x: if rows.from == 0 {
+                    x + (done * w.cols * 4) as u64
+                } else {
+                    x
+                },
                 in_idx: picked.from,
                 out_idx: picked.to,
                 rows: w.rows as i32,
@@ -407,13 +459,17 @@ impl Engine {
             cols: w.cols as i32,
             pitch: if half { pitch(w.cols) } else { w.cols } as i32,
         };
-        let f = if half { self.kernels.half[kind] } else { self.kernels.float[kind] };
+        let f = if half {
+            self.kernels.half[kind]
+        } else {
+            self.kernels.float[kind]
+        };
         let (blocks, shared) = if kind < QUANTS.len() {
             let (_, buf) = step_bytes(w.ty);
             let work = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
             let shared = 8 * (2 * buf + 32 * if half { 80 } else { 144 });
             let fit = self.device.info.multiprocessors as usize * CONVERT_BLOCKS;
-            (balanced(work, fit), shared)
+            (work.min(fit), shared)
         } else {
             (w.rows, 0)
         };
@@ -423,7 +479,11 @@ impl Engine {
     }
 
     fn gemm(&self, t: &Target, tokens: usize, mode: i32, x: u64, to: u64) -> Result {
-        let row_bytes = t.weight.ty.row_bytes(t.weight.cols).ok_or_else(|| unsupported(t.weight.ty))?;
+        let row_bytes = t
+            .weight
+            .ty
+            .row_bytes(t.weight.cols)
+            .ok_or_else(|| unsupported(t.weight.ty))?;
         let pitch = pitch(t.weight.cols);
         let fit = self.ws.scratch.bytes() as usize / (pitch * 2) / 128 * 128;
         let mut first = 0;
@@ -439,7 +499,11 @@ impl Engine {
                 x,
                 w: self.ws.scratch.addr(),
                 scale: self.ws.halves_scale.addr(),
-                bias: if t.bias == 0 { 0 } else { t.bias + 4 * first as u64 },
+                bias: if t.bias == 0 {
+                    0
+                } else {
+                    t.bias + 4 * first as u64
+                },
                 out: t.out + 4 * first as u64,
                 out_idx: to,
                 tokens: tokens as i32,

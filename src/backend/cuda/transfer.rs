@@ -26,7 +26,11 @@ pub struct Transfer {
 impl Transfer {
     /// For `slots` slots, beside the backend whose stream is `compute`
     /// ([`super::CudaBackend::stream`]).
-    pub fn new(device: &Arc<Device>, compute: Arc<Stream>, slots: usize) -> Result<Self, BackendError> {
+    pub fn new(
+        device: &Arc<Device>,
+        compute: Arc<Stream>,
+        slots: usize,
+    ) -> Result<Self, BackendError> {
         let slot = || -> Result<Slot, BackendError> {
             Ok(Slot {
                 copied: device.event(false)?,

@@ -17,8 +17,9 @@ pub(super) const DECODE_TOKENS: usize = 8;
 /// Rows of partial results of attention: tokens × ranges of keys.
 pub(super) const PARTIAL_ROWS: usize = 128;
 
-/// Room for weights as halves, the unit of the tensor-core products.
-const SCRATCH_BYTES: u64 = 64 << 20;
+/// Room for weights as halves, the unit of the tensor-core products: at least the first, and up to
+/// the second if the widest matrix needs it for one tile a multiprocessor.
+const SCRATCH_BYTES: (u64, u64) = (64 << 20, 256 << 20);
 
 /// Halves from row to row of a matrix with `cols` columns, as the products want it.
 pub(super) fn pitch(cols: usize) -> usize {
@@ -40,6 +41,8 @@ pub(super) struct Workspace {
     pub input_q: DeviceBuffer,
     /// Hidden state quantised.
     pub hidden_q: DeviceBuffer,
+    /// How many of each 32 hidden rows are done, while a kernel computes them; else zeros.
+    pub hidden_counts: DeviceBuffer,
     /// Inputs as halves, with a factor a row.
     pub halves: DeviceBuffer,
     pub halves_scale: DeviceBuffer,
@@ -80,10 +83,16 @@ impl Workspace {
         let floats = |n: usize, what| device.alloc(n as u64 * 4, what);
         let quants = |what| device.alloc((few * wide.div_ceil(32) * XBLK_BYTES) as u64, what);
         let cache_bytes = (d.n_layers * d.n_ctx * kv) as u64 * cache_elem_bytes(d);
-        let scratch = SCRATCH_BYTES.max(128 * 2 * pitch(wide) as u64);
+        let tiles = device.info.multiprocessors as usize;
+        let rows = tiles.div_ceil(batch.div_ceil(128)) * 128;
+        let (least, most) = SCRATCH_BYTES;
+        let scratch = ((rows * 2 * pitch(wide)) as u64).clamp(least, most);
+        let scratch = scratch.max(128 * 2 * pitch(wide) as u64);
         let freqs = floats(d.rope.freqs.len().max(1), "rotary frequencies")?;
         freqs.write(0, &d.rope.freqs)?;
         let row_bytes = batch * d.n_embd * 4;
+        let hidden_counts = device.alloc(ff.div_ceil(32) as u64 * 4, "hidden state")?;
+        hidden_counts.write(0, &vec![0u32; ff.div_ceil(32)])?;
         Ok(Workspace {
             x: floats(batch * d.n_embd, "residual stream")?,
             q: floats(batch * heads, "queries")?,
@@ -95,6 +104,7 @@ impl Workspace {
             norm_f: floats((batch * d.n_embd).max(few * wide), "normed input")?,
             input_q: quants("quantised input")?,
             hidden_q: quants("quantised hidden state")?,
+            hidden_counts,
             halves: device.alloc((batch * pitch(wide) * 2) as u64, "input as halves")?,
             halves_scale: floats(batch, "factors of the input")?,
             scratch: device.alloc(scratch, "weights as halves")?,
@@ -130,6 +140,7 @@ impl Workspace {
             &self.norm_f,
             &self.input_q,
             &self.hidden_q,
+            &self.hidden_counts,
             &self.halves,
             &self.halves_scale,
             &self.scratch,

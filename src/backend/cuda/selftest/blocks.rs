@@ -44,15 +44,25 @@ fn scale_offsets(ty: TensorType) -> &'static [usize] {
 pub fn random_rows(ty: TensorType, elems: usize, scale: f32, seed: u64) -> Vec<u8> {
     let mut rng = Rng::new(seed);
     if ty == TensorType::F32 {
-        return rng.floats(elems, scale).iter().flat_map(|v| v.to_le_bytes()).collect();
+        return rng
+            .floats(elems, scale)
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
     }
     if ty == TensorType::F16 {
         let v = rng.floats(elems, scale);
-        return v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+        return v
+            .iter()
+            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+            .collect();
     }
     if ty == TensorType::BF16 {
         let v = rng.floats(elems, scale);
-        return v.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        return v
+            .iter()
+            .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
+            .collect();
     }
     let size = ty.block_bytes();
     let mut out = vec![0u8; elems / ty.block_elems() * size];
@@ -120,21 +130,16 @@ fn value(ty: TensorType, b: &[u8], i: usize) -> f32 {
         TensorType::Q8_0 => half_at(b, 0) * f32::from(b[2 + i] as i8),
         TensorType::Q4_0 => half_at(b, 0) * (nibble(&b[2..], i) - 8) as f32,
         TensorType::Q4_1 => half_at(b, 0) * nibble(&b[4..], i) as f32 + half_at(b, 2),
-        TensorType::Q5_0 => {
-            half_at(b, 0) * ((nibble(&b[6..], i) | fifth(&b[2..])) - 16) as f32
-        }
+        TensorType::Q5_0 => half_at(b, 0) * ((nibble(&b[6..], i) | fifth(&b[2..])) - 16) as f32,
         TensorType::Q5_1 => {
             half_at(b, 0) * (nibble(&b[8..], i) | fifth(&b[4..])) as f32 + half_at(b, 2)
         }
         TensorType::IQ4_NL => half_at(b, 0) * IQ4[nibble(&b[2..], i) as usize] as f32,
-        TensorType::MXFP4 => {
-            FP4[nibble(&b[1..], i) as usize] * (f32::from(b[0]) - 127.0).exp2()
-        }
+        TensorType::MXFP4 => FP4[nibble(&b[1..], i) as usize] * (f32::from(b[0]) - 127.0).exp2(),
         TensorType::Q2_K => {
             let q = b[16 + 32 * (j / 4) + l] >> (2 * (j % 4)) & 3;
             let s = b[i / 16];
-            half_at(b, 80) * f32::from(s & 15) * f32::from(q)
-                - half_at(b, 82) * f32::from(s >> 4)
+            half_at(b, 80) * f32::from(s & 15) * f32::from(q) - half_at(b, 82) * f32::from(s >> 4)
         }
         TensorType::Q3_K => {
             let q = i32::from(b[32 + 32 * (j / 4) + l] >> (2 * (j % 4)) & 3);
@@ -148,7 +153,11 @@ fn value(ty: TensorType, b: &[u8], i: usize) -> f32 {
             let five = ty == TensorType::Q5_K;
             let qs = if five { &b[48..] } else { &b[16..] };
             let q = qs[32 * (j / 2) + l] >> (4 * (j % 2)) & 15;
-            let q = if five { q | (b[16 + l] >> j & 1) << 4 } else { q };
+            let q = if five {
+                q | (b[16 + l] >> j & 1) << 4
+            } else {
+                q
+            };
             let (sc, m) = scale_min(&b[4..16], j);
             half_at(b, 0) * sc * f32::from(q) - half_at(b, 2) * m
         }

@@ -21,7 +21,11 @@ type Result<T = ()> = std::result::Result<T, BackendError>;
 
 /// Squared error over squared reference; infinite if a value is not finite.
 fn nmse(got: &[f32], want: &[f64]) -> f64 {
-    assert_eq!(got.len(), want.len(), "results and reference differ in length");
+    assert_eq!(
+        got.len(),
+        want.len(),
+        "results and reference differ in length"
+    );
     let (mut err, mut all) = (0.0, 0.0);
     for (g, w) in got.iter().zip(want) {
         if !g.is_finite() {
@@ -49,7 +53,10 @@ impl Report<'_> {
         }
         let word = if ok { "ok" } else { "FAILED" };
         // A report that cannot be written does not change what was found.
-        let _ = writeln!(self.out, "{what:<44} NMSE {error:9.2e}  bound {bound:7.0e}  {word}");
+        let _ = writeln!(
+            self.out,
+            "{what:<44} NMSE {error:9.2e}  bound {bound:7.0e}  {word}"
+        );
     }
 }
 
@@ -66,7 +73,11 @@ pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
     }
     layer::check_layers(device, &mut report)?;
     let (checks, failed) = (report.checks, report.failed);
-    let _ = writeln!(report.out, "{checks} checks, {failed} failed, {}", device.info.name);
+    let _ = writeln!(
+        report.out,
+        "{checks} checks, {failed} failed, {}",
+        device.info.name
+    );
     Ok(failed)
 }
 
@@ -102,9 +113,19 @@ struct Matrix {
 }
 
 impl Matrix {
-    fn random(device: &Arc<Device>, ty: TensorType, rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
+    fn random(
+        device: &Arc<Device>,
+        ty: TensorType,
+        rows: usize,
+        cols: usize,
+        seed: u64,
+    ) -> Result<Matrix> {
         // Norms and biases (single rows) are about as large as in models.
-        let scale = if rows == 1 { 2.0 } else { 2.0 / (cols as f32).sqrt() };
+        let scale = if rows == 1 {
+            2.0
+        } else {
+            2.0 / (cols as f32).sqrt()
+        };
         let bytes = random_rows(ty, rows * cols, scale, seed);
         let buffer = device.alloc(bytes.len() as u64 + 32, "weights")?;
         buffer.write(32, &bytes)?;
@@ -161,9 +182,19 @@ fn seen_by(ty: TensorType, tokens: usize, x: &[f64]) -> (Vec<f64>, f64) {
     }
 }
 
-fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
+fn check_type(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    ty: TensorType,
+    report: &mut Report,
+) -> Result {
     let unit = ty.block_elems().max(32);
-    for (rows, cols) in [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit)] {
+    for (rows, cols) in [
+        (67, unit),
+        (33, 5 * unit),
+        (70, 4352 / unit * unit),
+        (130, 1024 + unit),
+    ] {
         let m = Matrix::random(device, ty, rows, cols, 7 + rows as u64)?;
         let e = &b.engine;
         e.convert(&m.weight, e.ws.gate.addr(), false)?;
@@ -171,7 +202,11 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
         if got.len() as u64 * 4 <= e.ws.gate.bytes() {
             e.ws.gate.read(0, &mut got)?;
             let want: Vec<f64> = m.values.iter().map(|v| f64::from(*v)).collect();
-            report.check(&format!("{ty} {rows}x{cols} values"), nmse(&got, &want), 1e-13);
+            report.check(
+                &format!("{ty} {rows}x{cols} values"),
+                nmse(&got, &want),
+                1e-13,
+            );
         }
         for tokens in [1, 2, 3, 8, 11, 33, 150] {
             check_product(b, &m, tokens, report)?;
@@ -187,7 +222,13 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
     check_swiglu(device, b, ty, report)
 }
 
-fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {
+fn inputs(
+    b: &CudaBackend,
+    ty: TensorType,
+    tokens: usize,
+    cols: usize,
+    x: &[f32],
+) -> Result<Inputs> {
     let e = &b.engine;
     e.ws.x.write(0, x)?;
     let to = e.forms(&[ty], tokens);
@@ -215,8 +256,10 @@ fn check_product(b: &mut CudaBackend, m: &Matrix, tokens: usize, report: &mut Re
         out,
         stride: rows,
     };
-    b.engine.products(&[target], tokens, STORE, input, Rows::default())?;
-    b.engine.products(&[target], tokens, ADD, input, Rows::default())?;
+    b.engine
+        .products(&[target], tokens, STORE, input, Rows::default())?;
+    b.engine
+        .products(&[target], tokens, ADD, input, Rows::default())?;
     let mut got = vec![0.0f32; tokens * rows];
     b.engine.ws.gate.read(0, &mut got)?;
     let (x, bound) = seen_by(ty, tokens, &widen(&x));
@@ -224,12 +267,21 @@ fn check_product(b: &mut CudaBackend, m: &Matrix, tokens: usize, report: &mut Re
     for (i, v) in want.iter_mut().enumerate() {
         *v = 2.0 * (*v + f64::from(bias[i % rows]));
     }
-    report.check(&format!("{ty} {rows}x{cols} times {tokens}"), nmse(&got, &want), bound);
+    report.check(
+        &format!("{ty} {rows}x{cols} times {tokens}"),
+        nmse(&got, &want),
+        bound,
+    );
     Ok(())
 }
 
 /// Reads picked rows and writes to picked rows.
-fn check_picked(device: &Arc<Device>, b: &mut CudaBackend, m: &Matrix, report: &mut Report) -> Result {
+fn check_picked(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    m: &Matrix,
+    report: &mut Report,
+) -> Result {
     let Weight { ty, rows, cols, .. } = m.weight;
     let x = Rng::new(9).floats(6 * cols, 1.0);
     let (from, to) = ([4u32, 0, 3], [5u32, 2, 0]);
@@ -258,7 +310,11 @@ fn check_picked(device: &Arc<Device>, b: &mut CudaBackend, m: &Matrix, report: &
         let (f, t) = (*f as usize * rows, *t as usize * rows);
         want[t..t + rows].copy_from_slice(&y[f..f + rows]);
     }
-    report.check(&format!("{ty} {rows}x{cols} picked rows"), nmse(&got, &want), bound);
+    report.check(
+        &format!("{ty} {rows}x{cols} picked rows"),
+        nmse(&got, &want),
+        bound,
+    );
     Ok(())
 }
 
@@ -267,7 +323,12 @@ fn silu(x: f64) -> f64 {
 }
 
 /// Gate, up, SwiGLU and down, in one type.
-fn check_swiglu(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
+fn check_swiglu(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    ty: TensorType,
+    report: &mut Report,
+) -> Result {
     let (n, ff) = (512, 768);
     let gate = Matrix::random(device, ty, ff, n, 21)?;
     let up = Matrix::random(device, ty, ff, n, 22)?;
@@ -275,12 +336,15 @@ fn check_swiglu(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, repor
     for tokens in [1, 5, 19, 70] {
         let x = Rng::new(31).floats(tokens * n, 2.0);
         let input = inputs(b, ty, tokens, n, &x)?;
-        let hidden = b.engine.hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
+        let hidden = b
+            .engine
+            .hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
         let target = Target::new(&down.linear(None), b.engine.ws.q.addr());
         if (tokens * n * 4) as u64 > b.engine.ws.q.bytes() {
             return Err(device_error("the test's buffers are too small"));
         }
-        b.engine.products(&[target], tokens, STORE, hidden, Rows::default())?;
+        b.engine
+            .products(&[target], tokens, STORE, hidden, Rows::default())?;
         let mut got = vec![0.0f32; tokens * n];
         b.engine.ws.q.read(0, &mut got)?;
         let (x, bound) = seen_by(ty, tokens, &widen(&x));
@@ -289,7 +353,11 @@ fn check_swiglu(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, repor
         let (h, _) = seen_by(ty, tokens, &h);
         // A hidden value near the middle of two steps may fall to either side.
         let bound = if bound == 1e-9 { 1e-5 } else { bound };
-        report.check(&format!("{ty} SwiGLU and down, {tokens}"), nmse(&got, &down.times(&h)), bound);
+        report.check(
+            &format!("{ty} SwiGLU and down, {tokens}"),
+            nmse(&got, &down.times(&h)),
+            bound,
+        );
     }
     Ok(())
 }
