@@ -112,6 +112,7 @@ __device__ __forceinline__ void quantise_hidden(const GemvArgs& a, int row, int 
         __threadfence();
     }
     if (__shfl_sync(0xffffffffu, before, 0) != 31) return;
+    __syncwarp();
     if (lane == 0) a.counts[group] = 0;
     for (int t = 0; t < a.tokens; t++) {
         float v = __ldcg(a.out[0] + (size_t)t * a.stride[0] + group * 32 + lane);
