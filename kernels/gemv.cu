@@ -24,7 +24,6 @@ struct GemvArgs {
     const int* in_idx;
     const int* out_idx;
     XBlk* hidden_q;      // SWIGLU: tokens × rows / 32, or null
-    u32* counts;         // SWIGLU with hidden_q: rows / 32 zeros, left as zeros
 };
 
 #define WARPS 8
@@ -43,14 +42,17 @@ __device__ __forceinline__ Pair pair_of(const GemvArgs& a, int n, int warp, size
     r.seg = 0;
     r.r0 = r.r1 = 0;
     r.p0 = r.p1 = a.w[0];
-    int p = blockIdx.x * WARPS + warp + n * gridDim.x * WARPS;
     if (a.mode == MODE_SWIGLU) {
-        r.valid = p < a.rows[0];
-        r.r0 = r.r1 = r.valid ? p : 0;
-        r.p0 = a.w[0] + r.r0 * row_bytes;
-        r.p1 = a.w[1] + r.r0 * row_bytes;
+        int row = (blockIdx.x + (n >> 2) * gridDim.x) * 32 + warp * 4 + (n & 3);
+        if (row < a.rows[0]) {
+            r.valid = true;
+            r.r0 = r.r1 = row;
+            r.p0 = a.w[0] + row * row_bytes;
+            r.p1 = a.w[1] + row * row_bytes;
+        }
         return r;
     }
+    int p = blockIdx.x * WARPS + warp + n * gridDim.x * WARPS;
 #pragma unroll
     for (int s = 0; s < 3; s++) {
         if (s < a.segments && !r.valid) {
@@ -70,9 +72,13 @@ __device__ __forceinline__ Pair pair_of(const GemvArgs& a, int n, int warp, size
 }
 
 __device__ __forceinline__ int items_of(const GemvArgs& a, int warp) {
+    if (a.mode == MODE_SWIGLU) {
+        int groups = (a.rows[0] + 31) / 32;
+        int mine = (groups - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+        return 4 * max(mine, 0);
+    }
     int pairs = 0;
     for (int s = 0; s < a.segments; s++) pairs += (a.rows[s] + 1) >> 1;
-    if (a.mode == MODE_SWIGLU) pairs = a.rows[0];
     int first = blockIdx.x * WARPS + warp, all = gridDim.x * WARPS;
     return max((pairs - first + all - 1) / all, 0);
 }
@@ -101,40 +107,32 @@ __device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, int
     return r * d;
 }
 
-// Whoever finishes the last of 32 neighbouring hidden rows quantises them for every token. Which
-// warp that is changes from run to run, what it computes does not.
-__device__ __forceinline__ void quantise_hidden(const GemvArgs& a, int row, int lane) {
-    const int group = row >> 5;
-    u32 before = 0;
+// Quantises the 32 hidden values of a group for each token; warp t does token t.
+template <int NT>
+__device__ __forceinline__ void quantise_group(const GemvArgs& a, const float (*h)[NT], int group,
+                                               int warp, int lane) {
+    if (warp >= a.tokens) return;
+    float v = h[lane][warp];
+    float amax = warp_max(fabsf(v));
+    float d = amax / 127.0f;
+    int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
+    int sum = __reduce_add_sync(0xffffffffu, q);
+    u32 b = (u32)q & 255u;
+    u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
+    u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
+    u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
+    XBlk* o = a.hidden_q + (size_t)warp * (a.rows[0] / 32) + group;
+    if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
     if (lane == 0) {
-        __threadfence();
-        before = atomicAdd(&a.counts[group], 1u);
-        __threadfence();
-    }
-    if (__shfl_sync(0xffffffffu, before, 0) != 31) return;
-    __syncwarp();
-    if (lane == 0) a.counts[group] = 0;
-    for (int t = 0; t < a.tokens; t++) {
-        float v = __ldcg(a.out[0] + (size_t)t * a.stride[0] + group * 32 + lane);
-        float amax = warp_max(fabsf(v));
-        int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
-        int sum = __reduce_add_sync(0xffffffffu, q);
-        u32 b = (u32)q & 255u;
-        u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
-        u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
-        u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
-        XBlk* o = a.hidden_q + (size_t)t * (a.rows[0] / 32) + group;
-        if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
-        if (lane == 0) {
-            o->d = amax / 127.0f;
-            o->s = sum;
-        }
+        o->d = d;
+        o->s = sum;
     }
 }
 
 template <class B, int NT, int STAGES>
 __device__ __forceinline__ void gemv(const GemvArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
+    __shared__ float hidden[32][NT];
     __shared__ __align__(8) u64 bars[WARPS][STAGES];
     const int BUF = Step<B>::BUF;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -265,8 +263,11 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
             if (a.mode == MODE_SWIGLU) {
                 if (a.bias[0] && pr.valid) v0 += a.bias[0][pr.r0];
                 if (a.bias[1] && pr.valid) v1 += a.bias[1][pr.r0];
-                if (lane == 0 && pr.valid)
-                    a.out[0][(size_t)t * a.stride[0] + pr.r0] = silu(v0) * v1;
+                float h = pr.valid ? silu(v0) * v1 : 0.0f;
+                if (lane == 0) {
+                    hidden[warp * 4 + (n & 3)][t] = h;
+                    if (a.out[0] && pr.valid) a.out[0][(size_t)t * a.stride[0] + pr.r0] = h;
+                }
             } else if (lane == 0 && pr.valid) {
                 const float* bias = a.bias[pr.seg];
                 if (bias) {
@@ -283,7 +284,14 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
                 if (pr.r1 != pr.r0) o[pr.r1] = v1;
             }
         }
-        if (a.mode == MODE_SWIGLU && a.hidden_q && pr.valid) quantise_hidden(a, pr.r0, lane);
+        if (a.mode == MODE_SWIGLU && (n & 3) == 3) {
+            __syncthreads();
+            if (a.hidden_q) {
+                int group = blockIdx.x + (n >> 2) * gridDim.x;
+                quantise_group<NT>(a, hidden, group, warp, lane);
+            }
+            __syncthreads();
+        }
     }
     cp_wait<0>();
 }

@@ -25,7 +25,6 @@ pub(super) struct GemvArgs {
     pub in_idx: u64,
     pub out_idx: u64,
     pub hidden_q: u64,
-    pub counts: u64,
 }
 
 #[repr(C)]

@@ -300,6 +300,7 @@ impl Engine {
         let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
         let ty = gate.weight.ty;
         if ty == up.weight.ty && form(ty, tokens) == Form::Quant && (out.q == 0 || ff % 32 == 0) {
+            let targets = targets.map(|t| Target { out: out.f, ..t });
             self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
         } else {
             self.products(&targets, tokens, STORE, input, rows)?;
@@ -344,12 +345,12 @@ impl Engine {
                 self.device.info.name
             )));
         }
-        let items = if mode == SWIGLU {
-            out_rows
+        let work = if mode == SWIGLU {
+            out_rows.div_ceil(32)
         } else {
-            targets.iter().map(|t| t.weight.rows.div_ceil(2)).sum()
-        };
-        let work = items.div_ceil(WARPS) as u32;
+            let pairs: usize = targets.iter().map(|t| t.weight.rows.div_ceil(2)).sum();
+            pairs.div_ceil(WARPS)
+        } as u32;
         let mut done = 0;
         while done < tokens {
             let left = tokens - done;
@@ -375,7 +376,6 @@ impl Engine {
                 } else {
                     hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64
                 },
-                counts: self.ws.hidden_counts.addr(),
                 ..GemvArgs::default()
             };
             for (i, t) in targets.iter().enumerate() {

@@ -41,8 +41,6 @@ pub(super) struct Workspace {
     pub input_q: DeviceBuffer,
     /// Hidden state quantised.
     pub hidden_q: DeviceBuffer,
-    /// How many of each 32 hidden rows are done, while a kernel computes them; else zeros.
-    pub hidden_counts: DeviceBuffer,
     /// Inputs as halves, with a factor a row.
     pub halves: DeviceBuffer,
     pub halves_scale: DeviceBuffer,
@@ -91,8 +89,6 @@ impl Workspace {
         let freqs = floats(d.rope.freqs.len().max(1), "rotary frequencies")?;
         freqs.write(0, &d.rope.freqs)?;
         let row_bytes = batch * d.n_embd * 4;
-        let hidden_counts = device.alloc(ff.div_ceil(32) as u64 * 4, "hidden state")?;
-        hidden_counts.write(0, &vec![0u32; ff.div_ceil(32)])?;
         Ok(Workspace {
             x: floats(batch * d.n_embd, "residual stream")?,
             q: floats(batch * heads, "queries")?,
@@ -104,7 +100,6 @@ impl Workspace {
             norm_f: floats((batch * d.n_embd).max(few * wide), "normed input")?,
             input_q: quants("quantised input")?,
             hidden_q: quants("quantised hidden state")?,
-            hidden_counts,
             halves: device.alloc((batch * pitch(wide) * 2) as u64, "input as halves")?,
             halves_scale: floats(batch, "factors of the input")?,
             scratch: device.alloc(scratch, "weights as halves")?,
@@ -140,7 +135,6 @@ impl Workspace {
             &self.norm_f,
             &self.input_q,
             &self.hidden_q,
-            &self.hidden_counts,
             &self.halves,
             &self.halves_scale,
             &self.scratch,
