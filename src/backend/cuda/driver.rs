@@ -90,8 +90,8 @@ impl Device {
         // SAFETY: the library is there; cuInit may be called any number of times.
         check(unsafe { sys::cuInit(0) }, "the driver does not start")?;
         let mut dev = 0;
-        // SAFETY: dev receives the handle.
         check(
+            // SAFETY: dev receives the handle.
             unsafe { sys::cuDeviceGet(&mut dev, ordinal) },
             "no such GPU",
         )?;
@@ -269,8 +269,8 @@ fn device_info(dev: sys::CUdevice) -> Result<DeviceInfo, BackendError> {
         check(sys::cuDeviceTotalMem_v2(&mut total, dev), "GPU memory")?;
         check(sys::cuDriverGetVersion(&mut version), "driver version")?;
     }
-    // SAFETY: the driver terminated both texts.
     let text = |p: &[std::ffi::c_char]| {
+        // SAFETY: the driver terminated both texts.
         unsafe { CStr::from_ptr(p.as_ptr()) }
             .to_string_lossy()
             .into_owned()

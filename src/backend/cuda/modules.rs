@@ -441,3 +441,37 @@ fn compile(unit: &str, source: &str, arch: u32) -> Result<Vec<u8>, BackendError>
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_whole() {
+        for (unit, _) in embedded::UNITS {
+            let text = whole_source(unit);
+            assert!(!text.contains("#include"), "{unit} keeps an include");
+            assert!(
+                text.contains("extern \"C\" __global__"),
+                "{unit} has no kernel"
+            );
+        }
+    }
+
+    /// Needs NVRTC, no GPU: `cargo test -- --ignored nvrtc`.
+    #[test]
+    #[ignore = "needs NVRTC and a minute"]
+    fn sources_compile_with_nvrtc() {
+        // SAFETY: only tries to load the library.
+        assert!(
+            unsafe { nvrtc::is_culib_present() },
+            "NVRTC is not installed"
+        );
+        for (unit, _) in embedded::UNITS {
+            for arch in [80, 120] {
+                let image = compile(unit, &whole_source(unit), arch);
+                assert!(image.is_ok_and(|i| !i.is_empty()), "{unit} for sm_{arch}");
+            }
+        }
+    }
+}

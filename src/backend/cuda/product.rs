@@ -299,7 +299,10 @@ impl Engine {
         }
         let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
         let ty = gate.weight.ty;
-        if ty == up.weight.ty && form(ty, tokens) == Form::Quant && (out.q == 0 || ff % 32 == 0) {
+        if ty == up.weight.ty
+            && form(ty, tokens) == Form::Quant
+            && (out.q == 0 || ff.is_multiple_of(32))
+        {
             let targets = targets.map(|t| Target { out: out.f, ..t });
             self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
         } else {
