@@ -6,6 +6,7 @@
 //! room asks which backend runs.
 
 pub mod cpu;
+pub mod cuda;
 pub mod reference;
 
 use crate::gguf::TensorType;

@@ -1,0 +1,286 @@
+// Attention over the KV cache on tensor cores, with a running softmax: nothing grows with the
+// context. The query heads that share one key/value head are computed together: row m of a tile
+// is token m / group, head m % group of the group.
+//
+// prefill: four warps, 16 rows each, share tiles of keys. decode: one tile of 16 rows; four warps
+// take 16 keys each of a tile, and blocks take ranges of keys; `attn_merge` adds the ranges up.
+#include "common.cuh"
+
+struct AttnArgs {
+    const float* q;   // tokens × n_heads × HD, rotated
+    const void* k;    // n_kv_heads × n_ctx × HD
+    const void* v;
+    float* out;       // prefill: tokens × n_heads × HD; decode: splits × tokens × n_heads × HD,
+                      // not divided by the sum
+    float2* ml;       // decode: splits × tokens × n_heads (largest score in base 2, sum)
+    int n_heads, n_kv_heads, n_ctx;
+    int tokens, first_pos;
+    int split;        // keys a range, a multiple of 64
+    float scale;      // log2(e) / sqrt(HD)
+};
+
+#define NEG_BIG (-1e30f)
+
+template <int HD, bool F32, int KT>
+__device__ __forceinline__ void load_keys(u8* dst, const void* cache, size_t base, int first,
+                                          int end, int tid) {
+    constexpr int PITCH = (HD + 8) * 2, CH = HD / 8;
+    for (int c = tid; c < KT * CH; c += 128) {
+        int key = c / CH, ch = c % CH;
+        bool valid = first + key < end;
+        size_t at = base + (size_t)(valid ? first + key : first) * HD + ch * 8;
+        u8* d = dst + key * PITCH + ch * 16;
+        if (F32) {
+            uint4 r = make_uint4(0, 0, 0, 0);
+            if (valid) {
+                const float4* s = (const float4*)((const float*)cache + at);
+                float4 x = s[0], y = s[1];
+                r = make_uint4(pack_h2(x.x, x.y), pack_h2(x.z, x.w), pack_h2(y.x, y.y),
+                               pack_h2(y.z, y.w));
+            }
+            *(uint4*)d = r;
+        } else {
+            cp_async16_zfill(d, (const u16*)cache + at, valid);
+        }
+    }
+    cp_commit();
+}
+
+template <int HD, bool F32, bool DECODE>
+__device__ __forceinline__ void attend(const AttnArgs& a) {
+    extern __shared__ __align__(16) u8 smem[];
+    constexpr int PITCH = (HD + 8) * 2;
+    constexpr int BM = DECODE ? 16 : 64;
+    constexpr int KT = (HD == 256 && !DECODE) ? 32 : 64;  // keys of a tile
+    constexpr int KW = DECODE ? 16 : KT;                  // keys of it that a warp takes
+    u8* sq = smem;
+    u8* sk = sq + BM * PITCH;
+    u8* sv = sk + KT * PITCH;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int group = a.n_heads / a.n_kv_heads;
+    const int rows = a.tokens * group;
+    // The last tiles see the most keys: start them first.
+    const int tile = DECODE ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int m0 = tile * BM, kvh = blockIdx.y;
+    const int last_t = (min(m0 + BM, rows) - 1) / group;
+    const int seen = a.first_pos + last_t + 1;
+    const int begin = DECODE ? blockIdx.z * a.split : 0;
+    const int end = DECODE ? min(begin + a.split, seen) : seen;
+    const size_t base = (size_t)kvh * a.n_ctx * HD;
+    const int row_w = DECODE ? 0 : warp * 16, key_w = DECODE ? warp * 16 : 0;
+    pdl_launch();
+    pdl_wait();
+
+    for (int c = tid; c < BM * (HD / 4); c += 128) {
+        int r = c / (HD / 4), d = c % (HD / 4) * 4;
+        float4 x = make_float4(0, 0, 0, 0);
+        if (m0 + r < rows) {
+            int t = (m0 + r) / group, h = kvh * group + (m0 + r) % group;
+            x = *(const float4*)(a.q + ((size_t)t * a.n_heads + h) * HD + d);
+        }
+        *(uint2*)(sq + r * PITCH + d * 2) = make_uint2(pack_h2(x.x * a.scale, x.y * a.scale),
+                                                       pack_h2(x.z * a.scale, x.w * a.scale));
+    }
+
+    float o[HD / 8][4];
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[i][e] = 0.0f;
+    float mx[2] = {NEG_BIG, NEG_BIG}, sum[2] = {0.0f, 0.0f};
+    int pos[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        pos[h] = a.first_pos + (m0 + row_w + (lane >> 2) + 8 * h) / group;
+
+    if (begin < end) load_keys<HD, F32, KT>(sk, a.k, base, begin, end, tid);
+    for (int k0 = begin; k0 < end; k0 += KT) {
+        cp_wait<0>();
+        __syncthreads();
+        load_keys<HD, F32, KT>(sv, a.v, base, k0, end, tid);
+
+        float s[KW / 8][4];
+#pragma unroll
+        for (int j = 0; j < KW / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[j][e] = 0.0f;
+#pragma unroll
+        for (int kk = 0; kk < HD / 16; kk++) {
+            u32 fq[4];
+            ldmatrix4(fq, sq + (row_w + (lane & 15)) * PITCH + kk * 32 + (lane >> 4) * 16);
+#pragma unroll
+            for (int j = 0; j < KW / 16; j++) {
+                u32 fk[4];
+                int key = key_w + j * 16 + (lane & 7) + ((lane >> 4) << 3);
+                ldmatrix4(fk, sk + key * PITCH + kk * 32 + ((lane >> 3) & 1) * 16);
+                mma_f16(s[2 * j], fq, fk[0], fk[1]);
+                mma_f16(s[2 * j + 1], fq, fk[2], fk[3]);
+            }
+        }
+        float nm[2] = {mx[0], mx[1]};
+#pragma unroll
+        for (int j = 0; j < KW / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int key = k0 + key_w + j * 8 + (lane & 3) * 2 + (e & 1);
+                if (key > pos[e >> 1] || key >= end) s[j][e] = -1e38f;
+                nm[e >> 1] = fmaxf(nm[e >> 1], s[j][e]);
+            }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            nm[h] = fmaxf(nm[h], __shfl_xor_sync(0xffffffffu, nm[h], 1));
+            nm[h] = fmaxf(nm[h], __shfl_xor_sync(0xffffffffu, nm[h], 2));
+            float f = exp2f(mx[h] - nm[h]);
+            mx[h] = nm[h];
+            sum[h] *= f;
+#pragma unroll
+            for (int i = 0; i < HD / 8; i++) {
+                o[i][2 * h] *= f;
+                o[i][2 * h + 1] *= f;
+            }
+        }
+        u32 p[KW / 8][2];
+#pragma unroll
+        for (int j = 0; j < KW / 8; j++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float e0 = exp2f(s[j][2 * h] - mx[h]), e1 = exp2f(s[j][2 * h + 1] - mx[h]);
+                sum[h] += e0 + e1;
+                p[j][h] = pack_h2(e0, e1);
+            }
+        }
+        cp_wait<0>();
+        __syncthreads();
+        if (k0 + KT < end) load_keys<HD, F32, KT>(sk, a.k, base, k0 + KT, end, tid);
+#pragma unroll
+        for (int j = 0; j < KW / 16; j++) {
+            u32 fp[4] = {p[2 * j][0], p[2 * j][1], p[2 * j + 1][0], p[2 * j + 1][1]};
+#pragma unroll
+            for (int i = 0; i < HD / 16; i++) {
+                u32 fv[4];
+                int key = key_w + j * 16 + (lane & 15);
+                ldmatrix4_trans(fv, sv + key * PITCH + i * 32 + (lane >> 4) * 16);
+                mma_f16(o[2 * i], fp, fv[0], fv[1]);
+                mma_f16(o[2 * i + 1], fp, fv[2], fv[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+    }
+
+    if (!DECODE) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int m = m0 + row_w + (lane >> 2) + 8 * h;
+            if (m >= rows) continue;
+            float inv = 1.0f / sum[h];
+            float* dst = a.out + ((size_t)(m / group) * a.n_heads + kvh * group + m % group) * HD;
+#pragma unroll
+            for (int i = 0; i < HD / 8; i++)
+                *(float2*)(dst + i * 8 + (lane & 3) * 2) =
+                    make_float2(o[i][2 * h] * inv, o[i][2 * h + 1] * inv);
+        }
+        return;
+    }
+
+    // Adds up the four warps: their results lie over the tiles, which nobody reads any more.
+    __shared__ float wm[4][16], ws[4][16];
+    cp_wait<0>();
+    __syncthreads();
+    float* so = (float*)sk;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int r = (lane >> 2) + 8 * h;
+        if ((lane & 3) == 0) {
+            wm[warp][r] = mx[h];
+            ws[warp][r] = sum[h];
+        }
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+            *(float2*)(so + (warp * 16 + r) * HD + i * 8 + (lane & 3) * 2) =
+                make_float2(o[i][2 * h], o[i][2 * h + 1]);
+    }
+    __syncthreads();
+    for (int c = tid; c < 16 * HD; c += 128) {
+        int r = c / HD, d = c % HD, m = m0 + r;
+        if (m >= rows) continue;
+        float big = fmaxf(fmaxf(wm[0][r], wm[1][r]), fmaxf(wm[2][r], wm[3][r]));
+        float acc = 0.0f, total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            float f = exp2f(wm[w][r] - big);
+            acc += f * so[(w * 16 + r) * HD + d];
+            total += f * ws[w][r];
+        }
+        size_t head = ((size_t)blockIdx.z * a.tokens + m / group) * a.n_heads + kvh * group + m % group;
+        a.out[head * HD + d] = acc;
+        if (d == 0) a.ml[head] = make_float2(big, total);
+    }
+}
+
+#define ATTN(HD)                                                                            \
+    extern "C" __global__ void __launch_bounds__(128)                                       \
+        attn_decode_f16_##HD(const __grid_constant__ AttnArgs a) { attend<HD, false, true>(a); }  \
+    extern "C" __global__ void __launch_bounds__(128)                                       \
+        attn_decode_f32_##HD(const __grid_constant__ AttnArgs a) { attend<HD, true, true>(a); }   \
+    extern "C" __global__ void __launch_bounds__(128)                                       \
+        attn_prefill_f16_##HD(const __grid_constant__ AttnArgs a) { attend<HD, false, false>(a); } \
+    extern "C" __global__ void __launch_bounds__(128)                                       \
+        attn_prefill_f32_##HD(const __grid_constant__ AttnArgs a) { attend<HD, true, false>(a); }
+ATTN(64)
+ATTN(80)
+ATTN(96)
+ATTN(128)
+ATTN(256)
+
+struct MergeArgs {
+    const float* part;   // splits × tokens × width
+    const float2* ml;    // splits × tokens × n_heads
+    float* out;          // tokens × width
+    XBlk* q;             // tokens × width / 32, or null
+    int tokens, width, head_dim, splits;
+};
+
+// Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
+extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
+    const int lane = threadIdx.x & 31;
+    const int blocks = (a.width + 31) / 32;
+    const int item = blockIdx.x * 4 + (threadIdx.x >> 5);
+    pdl_launch();
+    pdl_wait();
+    if (item >= a.tokens * blocks) return;
+    const int t = item / blocks, e = item % blocks * 32 + lane;
+    const int n_heads = a.width / a.head_dim;
+    float v = 0.0f;
+    if (e < a.width) {
+        const int h = e / a.head_dim;
+        float big = NEG_BIG, total = 0.0f;
+        for (int s = 0; s < a.splits; s++)
+            big = fmaxf(big, a.ml[((size_t)s * a.tokens + t) * n_heads + h].x);
+        for (int s = 0; s < a.splits; s++) {
+            float2 ml = a.ml[((size_t)s * a.tokens + t) * n_heads + h];
+            float f = exp2f(ml.x - big);
+            total += f * ml.y;
+            v += f * a.part[((size_t)s * a.tokens + t) * a.width + e];
+        }
+        v /= total;
+        a.out[(size_t)t * a.width + e] = v;
+    }
+    if (!a.q) return;
+    float amax = warp_max(fabsf(v));
+    int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
+    int sum = __reduce_add_sync(0xffffffffu, q);
+    u32 b = (u32)q & 255u;
+    u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
+    u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
+    u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
+    XBlk* o = a.q + item;
+    if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
+    if (lane == 0) {
+        o->d = amax / 127.0f;
+        o->s = sum;
+    }
+}

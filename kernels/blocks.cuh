@@ -1,0 +1,323 @@
+// The quantised block types of GGUF. Each decoder turns 32 weights (a whole block, or one of the
+// eight 32-element parts `sub` of a super-block of 256) into eight words of four int8 and the
+// numbers that make values of them: w[i] = a[i / 16] * q[i] - m[i / 16].
+// Blocks are read from shared memory. Those whose size is a multiple of 16 start on a 16-byte
+// boundary, other multiples of four on a four-byte one, other even sizes on an even address.
+#pragma once
+#include "common.cuh"
+
+struct Quants {
+    u32 q[8];
+    float a0, a1;
+    float m0, m1;
+};
+
+// A half at an even address: blocks of an even number of bytes only hold such.
+__device__ __forceinline__ u16 ld_half(const u8* p) { return *(const u16*)p; }
+
+// N words that start at any byte.
+template <int N>
+__device__ __forceinline__ void ld_words(const u8* p, u32* out) {
+    u32 shift = ((u32)(size_t)p & 3) * 8;
+    const u32* w = (const u32*)((size_t)p & ~(size_t)3);
+    u32 prev = w[0];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        u32 next = w[i + 1];
+        out[i] = __funnelshift_r(prev, next, shift);
+        prev = next;
+    }
+}
+
+__device__ __forceinline__ u32 ld32(const u8* p) { return *(const u32*)p; }
+
+// Bits 0..3 of b to bit 0 of each byte.
+__device__ __forceinline__ u32 spread4(u32 b) { return ((b & 0xfu) * 0x00204081u) & 0x01010101u; }
+
+// Subtracts the same small constant from four bytes that are below 128.
+__device__ __forceinline__ u32 sub_bytes(u32 v, u32 c) {
+    return ((v | 0x80808080u) - c) ^ 0x80808080u;
+}
+
+// Looks the eight nibbles of q up in a table of sixteen bytes; low nibbles to lo, high to hi.
+__device__ __forceinline__ void lookup(u32 q, const u32 (&t)[4], u32& lo, u32& hi) {
+    u32 r[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        u32 s = q >> (16 * k);
+        u32 x = __byte_perm(t[0], t[1], s & 0x7777u);
+        u32 y = __byte_perm(t[2], t[3], s & 0x7777u);
+        r[k] = __byte_perm(x, y, 0x3210u | ((s & 0x8888u) >> 1));
+    }
+    lo = __byte_perm(r[0], r[1], 0x6420u);
+    hi = __byte_perm(r[0], r[1], 0x7531u);
+}
+
+// HALVES: the two halves of 16 have their own factors. MINS: m is used.
+
+struct BQ8_0 {
+    static const int ELEMS = 32, BYTES = 34;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        ld_words<8>(p + 2, o.q);
+        o.a0 = o.a1 = h2f(ld_half(p));
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+__device__ __forceinline__ void nibbles(const u32* qs, Quants& o) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        o.q[i] = qs[i] & 0x0f0f0f0fu;
+        o.q[i + 4] = (qs[i] >> 4) & 0x0f0f0f0fu;
+    }
+}
+
+__device__ __forceinline__ void fifth_bits(u32 qh, Quants& o) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) o.q[i] |= spread4(qh >> (4 * i)) << 4;
+}
+
+struct BQ4_0 {
+    static const int ELEMS = 32, BYTES = 18;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        u32 w[4];
+        ld_words<4>(p + 2, w);
+        nibbles(w, o);
+        o.a0 = o.a1 = h2f(ld_half(p));
+        o.m0 = o.m1 = 8.0f * o.a0;
+    }
+};
+
+struct BQ4_1 {
+    static const int ELEMS = 32, BYTES = 20;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        u32 dm = ld32(p);
+        u32 w[4] = {ld32(p + 4), ld32(p + 8), ld32(p + 12), ld32(p + 16)};
+        nibbles(w, o);
+        o.a0 = o.a1 = h2f((u16)dm);
+        o.m0 = o.m1 = -h2f((u16)(dm >> 16));
+    }
+};
+
+struct BQ5_0 {
+    static const int ELEMS = 32, BYTES = 22;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        u32 w[5];
+        ld_words<5>(p + 2, w);
+        nibbles(w + 1, o);
+        fifth_bits(w[0], o);
+        o.a0 = o.a1 = h2f(ld_half(p));
+        o.m0 = o.m1 = 16.0f * o.a0;
+    }
+};
+
+struct BQ5_1 {
+    static const int ELEMS = 32, BYTES = 24;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        u32 dm = ld32(p);
+        u32 w[4] = {ld32(p + 8), ld32(p + 12), ld32(p + 16), ld32(p + 20)};
+        nibbles(w, o);
+        fifth_bits(ld32(p + 4), o);
+        o.a0 = o.a1 = h2f((u16)dm);
+        o.m0 = o.m1 = -h2f((u16)(dm >> 16));
+    }
+};
+
+struct BIQ4_NL {
+    static const int ELEMS = 32, BYTES = 18;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void values(const u32* w, Quants& o) {
+        const u32 t[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
+#pragma unroll
+        for (int i = 0; i < 4; i++) lookup(w[i], t, o.q[i], o.q[i + 4]);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        u32 w[4];
+        ld_words<4>(p + 2, w);
+        values(w, o);
+        o.a0 = o.a1 = h2f(ld_half(p));
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+struct BMXFP4 {
+    static const int ELEMS = 32, BYTES = 17;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+        const u32 t[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
+        u32 w[4];
+        ld_words<4>(p + 1, w);
+#pragma unroll
+        for (int i = 0; i < 4; i++) lookup(w[i], t, o.q[i], o.q[i + 4]);
+        // The table holds twice the values, so the scale is 2^(e - 128).
+        u32 e = p[0];
+        o.a0 = o.a1 = __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+struct BQ2_K {
+    static const int ELEMS = 256, BYTES = 84;
+    static const bool HALVES = true, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u8* qs = p + 16 + 32 * (sub >> 2);
+        int shift = 2 * (sub & 3);
+#pragma unroll
+        for (int i = 0; i < 8; i++) o.q[i] = (ld32(qs + 4 * i) >> shift) & 0x03030303u;
+        u32 dm = ld32(p + 80);
+        float d = h2f((u16)dm), dmin = h2f((u16)(dm >> 16));
+        u32 s0 = p[2 * sub], s1 = p[2 * sub + 1];
+        o.a0 = d * (float)(s0 & 15);
+        o.a1 = d * (float)(s1 & 15);
+        o.m0 = dmin * (float)(s0 >> 4);
+        o.m1 = dmin * (float)(s1 >> 4);
+    }
+};
+
+struct BQ3_K {
+    static const int ELEMS = 256, BYTES = 110;
+    static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ float scale(const u8* s, int k) {
+        int lo = k < 8 ? s[k] & 15 : s[k - 8] >> 4;
+        int hi = (s[8 + (k & 3)] >> (2 * (k >> 2))) & 3;
+        return (float)((lo | (hi << 4)) - 32);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 h[8], w[8];
+        ld_words<8>(p, h);
+        ld_words<8>(p + 32 + 32 * (sub >> 2), w);
+        int shift = 2 * (sub & 3);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 q = (w[i] >> shift) & 0x03030303u;
+            q |= ((h[i] >> sub) & 0x01010101u) << 2;
+            o.q[i] = sub_bytes(q, 0x04040404u);
+        }
+        float d = h2f(ld_half(p + 108));
+        o.a0 = d * scale(p + 96, 2 * sub);
+        o.a1 = d * scale(p + 96, 2 * sub + 1);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+// Scale and minimum of part `sub` of Q4_K and Q5_K, times the block's factors: `head` is the first
+// 16 bytes of the block, two halves and twelve bytes of packed 6-bit numbers.
+__device__ __forceinline__ void scale_min_k4(uint4 head, int sub, Quants& o) {
+    const int sh = 8 * (sub & 3);
+    const u32 a = head.y >> sh, b = head.z >> sh, c = head.w >> sh;
+    const u32 sc = sub < 4 ? a & 63 : (c & 15) | ((a >> 2) & 48);
+    const u32 mn = sub < 4 ? b & 63 : ((c >> 4) & 15) | ((b >> 2) & 48);
+    o.a0 = o.a1 = h2f((u16)head.x) * (float)sc;
+    o.m0 = o.m1 = h2f((u16)(head.x >> 16)) * (float)mn;
+}
+
+__device__ __forceinline__ void ld_8words(const u8* p, u32* w) {
+    uint4 x = ((const uint4*)p)[0], y = ((const uint4*)p)[1];
+    w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+    w[4] = y.x, w[5] = y.y, w[6] = y.z, w[7] = y.w;
+}
+
+struct BQ4_K {
+    static const int ELEMS = 256, BYTES = 144;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        ld_8words(p + 16 + 32 * (sub >> 1), o.q);
+        int shift = 4 * (sub & 1);
+#pragma unroll
+        for (int i = 0; i < 8; i++) o.q[i] = (o.q[i] >> shift) & 0x0f0f0f0fu;
+        scale_min_k4(*(const uint4*)p, sub, o);
+    }
+};
+
+struct BQ5_K {
+    static const int ELEMS = 256, BYTES = 176;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 h[8];
+        ld_8words(p + 16, h);
+        ld_8words(p + 48 + 32 * (sub >> 1), o.q);
+        int shift = 4 * (sub & 1);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            o.q[i] = ((o.q[i] >> shift) & 0x0f0f0f0fu) | (((h[i] >> sub) & 0x01010101u) << 4);
+        scale_min_k4(*(const uint4*)p, sub, o);
+    }
+};
+
+struct BQ6_K {
+    static const int ELEMS = 256, BYTES = 210;
+    static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        int n = sub >> 2, part = sub & 3;
+        u32 l[8], h[8];
+        ld_words<8>(p + 64 * n + 32 * (part & 1), l);
+        ld_words<8>(p + 128 + 32 * n, h);
+        int ls = 4 * (part >> 1), hs = 2 * part;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 q = ((l[i] >> ls) & 0x0f0f0f0fu) | (((h[i] >> hs) & 0x03030303u) << 4);
+            o.q[i] = sub_bytes(q, 0x20202020u);
+        }
+        float d = h2f(ld_half(p + 208));
+        o.a0 = d * (float)(signed char)p[192 + 2 * sub];
+        o.a1 = d * (float)(signed char)p[192 + 2 * sub + 1];
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+struct BIQ4_XS {
+    static const int ELEMS = 256, BYTES = 136;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u8* qs = p + 8 + 16 * sub;
+        u32 w[4] = {ld32(qs), ld32(qs + 4), ld32(qs + 8), ld32(qs + 12)};
+        BIQ4_NL::values(w, o);
+        u32 dh = ld32(p);
+        int lo = (p[4 + (sub >> 1)] >> (4 * (sub & 1))) & 15;
+        int hi = (dh >> (16 + 2 * sub)) & 3;
+        o.a0 = o.a1 = h2f((u16)dh) * (float)((lo | (hi << 4)) - 32);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+#define FOR_EACH_QUANT(X) \
+    X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
+    X(IQ4_NL) X(IQ4_XS) X(MXFP4)
+
+// Bytes of 1024 consecutive weights, and a buffer for them that allows for copies in whole
+// 16-byte lines from a start on any byte.
+template <class B>
+struct Step {
+    static const int BYTES = 1024 / B::ELEMS * B::BYTES;
+    static const int BUF = (BYTES + 30) / 16 * 16;
+};
+
+// Where `stage` puts the first byte of src in its buffer.
+template <class B>
+__device__ __forceinline__ int staged_at(const u8* src) {
+    return B::BYTES % 16 == 0 ? 0 : (int)((size_t)src & 15);
+}
+
+// Starts the copy of `len` bytes at src to a buffer of Step::BUF bytes; they will lie at
+// buf + staged_at(src). Reads whole 16-byte lines: up to 15 bytes before and after the span, never
+// beyond the lines that hold its first and last byte. Blocks of whole lines in a file that does not
+// keep them on lines go word by word.
+template <class B>
+__device__ __forceinline__ void stage(u8* buf, const u8* src, int len, int lane) {
+    if (B::BYTES % 16 == 0 && ((size_t)src & 15) != 0) {
+        for (int c = lane * 4; c < len; c += 128) cp_async4(buf + c, src + c);
+        return;
+    }
+    const u8* first = (const u8*)((size_t)src & ~(size_t)15);
+    const int lines = (int)((src + len + 15 - first) >> 4);
+    buf += 16 * lane;
+    first += 16 * lane;
+#pragma unroll
+    for (int i = 0; i < (Step<B>::BUF / 16 + 31) / 32; i++)
+        if (lane + 32 * i < lines) cp_async16(buf + 512 * i, first + 512 * i);
+}

@@ -1,0 +1,277 @@
+// The small operations between matrix products: norms and the conversion of activations to what
+// the products read, rotary embedding with the store to the KV cache, routing and combination of
+// experts.
+#include "common.cuh"
+
+struct PrepArgs {
+    const float* x;    // rows × n (row idx[i] instead of i if given), stride n
+    const float* up;   // the second operand of SwiGLU
+    const float* w;    // weight of the norm
+    const int* idx;
+    float* f;          // rows × n floats, or null
+    XBlk* q;           // rows × n / 32 quantised blocks, or null
+    u16* h;            // rows × pitch halves with zeros from n on, or null; times scale
+    float* scale;
+    int n, pitch;
+    float eps;
+};
+
+#define PREP_COPY 0
+#define PREP_NORM 1
+#define PREP_SWIGLU 2
+
+__device__ __forceinline__ float block_reduce(float v, bool max, float* shared) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    v = max ? warp_max(v) : warp_sum(v);
+    if (lane == 0) shared[warp] = v;
+    __syncthreads();
+    if (warp == 0) {
+        float u = lane < warps ? shared[lane] : 0.0f;
+        u = max ? warp_max(u) : warp_sum(u);
+        if (lane == 0) shared[32] = u;
+    }
+    __syncthreads();
+    v = shared[32];
+    __syncthreads();
+    return v;
+}
+
+// One block a row. Values are recomputed for each output rather than kept: rows lie in cache.
+template <int MODE>
+__device__ __forceinline__ void prep(const PrepArgs& a) {
+    __shared__ float shared[33];
+    pdl_launch();
+    // The norm's weight is nobody's output: it may come nearer before the predecessor is done.
+    if (MODE == PREP_NORM && blockIdx.x == 0)
+        for (int i = threadIdx.x * 32; i < a.n; i += blockDim.x * 32)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(a.w + i));
+    pdl_wait();
+    const int row = blockIdx.x, n = a.n, tid = threadIdx.x, threads = blockDim.x;
+    const float* x = a.x + (size_t)(a.idx ? a.idx[row] : row) * n;
+    const float* up = MODE == PREP_SWIGLU ? a.up + (size_t)row * n : nullptr;
+    float rs = 1.0f;
+    if (MODE == PREP_NORM) {
+        float s = 0.0f;
+#pragma unroll 4
+        for (int i = tid; i < n; i += threads) s += x[i] * x[i];
+        rs = rsqrtf(block_reduce(s, false, shared) / (float)n + a.eps);
+    }
+    auto value = [&](int i) -> float {
+        if (MODE == PREP_NORM) return x[i] * rs * a.w[i];
+        if (MODE == PREP_SWIGLU) return silu(x[i]) * up[i];
+        return x[i];
+    };
+    if (a.f)
+        for (int i = tid; i < n; i += threads) a.f[(size_t)row * n + i] = value(i);
+    if (a.q) {
+        // Eight threads a block of 32; n is a multiple of 32, so whole groups of eight take part.
+        for (int i0 = 0; i0 < n; i0 += threads * 4) {
+            const int i = i0 + tid * 4;
+            float v[4] = {0, 0, 0, 0};
+            if (i < n)
+#pragma unroll
+                for (int j = 0; j < 4; j++) v[j] = value(i + j);
+            float m = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+#pragma unroll
+            for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
+            float inv = m > 0.0f ? 127.0f / m : 0.0f;
+            u32 word = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                word |= ((u32)__float2int_rn(v[j] * inv) & 255u) << (8 * j);
+            int s = __dp4a(0x01010101, (int)word, 0);
+#pragma unroll
+            for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
+            if (i < n) {
+                XBlk* b = a.q + (size_t)row * (n / 32) + i / 32;
+                b->q[tid & 7] = word;
+                if ((tid & 7) == 0) {
+                    b->d = m / 127.0f;
+                    b->s = s;
+                }
+            }
+        }
+    }
+    if (a.h) {
+        float m = 0.0f;
+#pragma unroll 4
+        for (int i = tid; i < n; i += threads) m = fmaxf(m, fabsf(value(i)));
+        m = block_reduce(m, true, shared);
+        // A power of two that brings the largest value to 2^13..2^14: nothing overflows, and
+        // nothing that counts is lost to small halves.
+        int e = (int)(__float_as_uint(m) >> 23) - 127 - 13;
+        e = m > 0.0f ? max(-100, min(100, e)) : 0;
+        const float inv = __uint_as_float((u32)(127 - e) << 23);
+        if (tid == 0) a.scale[row] = __uint_as_float((u32)(127 + e) << 23);
+        u32* h = (u32*)(a.h + (size_t)row * a.pitch);
+#pragma unroll 2
+        for (int i = tid; i < a.pitch / 2; i += threads) {
+            float lo = 2 * i < n ? value(2 * i) : 0.0f;
+            float hi = 2 * i + 1 < n ? value(2 * i + 1) : 0.0f;
+            h[i] = pack_h2(lo * inv, hi * inv);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) prep_copy(const __grid_constant__ PrepArgs a) {
+    prep<PREP_COPY>(a);
+}
+extern "C" __global__ void __launch_bounds__(1024) prep_norm(const __grid_constant__ PrepArgs a) {
+    prep<PREP_NORM>(a);
+}
+extern "C" __global__ void __launch_bounds__(1024) prep_swiglu(const __grid_constant__ PrepArgs a) {
+    prep<PREP_SWIGLU>(a);
+}
+
+struct RopeArgs {
+    float* q;          // tokens × n_heads × head_dim, rotated in place
+    const float* k;    // tokens × n_kv_heads × head_dim
+    const float* v;
+    const float* q_norm;  // head_dim, or null
+    const float* k_norm;
+    const float* freqs;   // n_rot / 2
+    void* k_cache;     // n_kv_heads × n_ctx × head_dim
+    void* v_cache;
+    int n_heads, n_kv_heads, head_dim, n_rot, n_ctx;
+    int tokens, first_pos;
+    int neox;          // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
+    int cache_f32;
+    float magnitude, q_eps, k_eps;
+};
+
+__device__ __forceinline__ void cache_store(void* cache, size_t at, float v, int f32) {
+    if (f32) {
+        ((float*)cache)[at] = v;
+    } else {
+        ((u16*)cache)[at] = f2h(v);
+    }
+}
+
+// Norm of each head, rotary embedding, store to the cache: one warp a head of a token.
+extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_constant__ RopeArgs a) {
+    __shared__ float heads[4][256];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int per_token = a.n_heads + 2 * a.n_kv_heads, hd = a.head_dim;
+    const int item = blockIdx.x * 4 + warp;
+    pdl_launch();
+    pdl_wait();
+    if (item >= a.tokens * per_token) return;
+    const int t = item / per_token, pos = a.first_pos + t;
+    int h = item % per_token;
+    float* x = heads[warp];
+    if (h >= a.n_heads + a.n_kv_heads) {
+        h -= a.n_heads + a.n_kv_heads;
+        const float* v = a.v + ((size_t)t * a.n_kv_heads + h) * hd;
+        for (int i = lane; i < hd; i += 32)
+            cache_store(a.v_cache, ((size_t)h * a.n_ctx + pos) * hd + i, v[i], a.cache_f32);
+        return;
+    }
+    const bool is_q = h < a.n_heads;
+    if (!is_q) h -= a.n_heads;
+    const float* src = is_q ? a.q + ((size_t)t * a.n_heads + h) * hd
+                            : a.k + ((size_t)t * a.n_kv_heads + h) * hd;
+    const float* norm = is_q ? a.q_norm : a.k_norm;
+    float s = 0.0f;
+    for (int i = lane; i < hd; i += 32) {
+        float v = src[i];
+        x[i] = v;
+        s += v * v;
+    }
+    if (norm) {
+        float rs = rsqrtf(warp_sum(s) / (float)hd + (is_q ? a.q_eps : a.k_eps));
+        for (int i = lane; i < hd; i += 32) x[i] = x[i] * rs * norm[i];
+    }
+    __syncwarp();
+    for (int i = lane; i < a.n_rot / 2; i += 32) {
+        int i0 = a.neox ? i : 2 * i, i1 = a.neox ? i + a.n_rot / 2 : 2 * i + 1;
+        float sn, cs;
+        sincosf((float)pos * a.freqs[i], &sn, &cs);
+        sn *= a.magnitude;
+        cs *= a.magnitude;
+        float u = x[i0], v = x[i1];
+        x[i0] = u * cs - v * sn;
+        x[i1] = u * sn + v * cs;
+    }
+    __syncwarp();
+    if (is_q) {
+        float* q = a.q + ((size_t)t * a.n_heads + h) * hd;
+        for (int i = lane; i < hd; i += 32) q[i] = x[i];
+    } else {
+        for (int i = lane; i < hd; i += 32)
+            cache_store(a.k_cache, ((size_t)h * a.n_ctx + pos) * hd + i, x[i], a.cache_f32);
+    }
+}
+
+struct RouteArgs {
+    float* scores;   // tokens × experts; used up
+    u32* ids;        // tokens × used
+    float* weights;
+    int tokens, experts, used;
+    int normalize;
+    float scale;
+};
+
+// Softmax over the experts and the `used` largest, ties to the lower id: one warp a token.
+extern "C" __global__ void __launch_bounds__(32) route_topk(const __grid_constant__ RouteArgs a) {
+    pdl_launch();
+    pdl_wait();
+    const int t = blockIdx.x, lane = threadIdx.x;
+    float* s = a.scores + (size_t)t * a.experts;
+    float big = -1e38f, sum = 0.0f;
+    for (int i = lane; i < a.experts; i += 32) big = fmaxf(big, s[i]);
+    big = warp_max(big);
+    for (int i = lane; i < a.experts; i += 32) {
+        float e = expf(s[i] - big);
+        s[i] = e;
+        sum += e;
+    }
+    sum = warp_sum(sum);
+    float chosen = 0.0f;
+    for (int j = 0; j < a.used; j++) {
+        float best = -1.0f;
+        int id = 0x7fffffff;
+        for (int i = lane; i < a.experts; i += 32)
+            if (s[i] > best) best = s[i], id = i;
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) {
+            float b = __shfl_xor_sync(0xffffffffu, best, o);
+            int k = __shfl_xor_sync(0xffffffffu, id, o);
+            if (b > best || (b == best && k < id)) best = b, id = k;
+        }
+        // Scores that are not numbers are never chosen by comparison: fall back to the first ids.
+        if (id >= a.experts) id = j, best = 0.0f;
+        if (lane == (id & 31)) s[id] = -2.0f;
+        __syncwarp();
+        best /= sum;
+        chosen += best;
+        if (lane == 0) {
+            a.ids[t * a.used + j] = (u32)id;
+            a.weights[t * a.used + j] = best;
+        }
+    }
+    __syncwarp();
+    for (int j = lane; j < a.used; j += 32) {
+        float w = a.weights[t * a.used + j];
+        if (a.normalize) w /= chosen;
+        a.weights[t * a.used + j] = w * a.scale;
+    }
+}
+
+struct CombineArgs {
+    float* x;              // tokens × n
+    const float* out;      // tokens × used × n
+    const float* weights;  // tokens × used
+    int tokens, used, n;
+};
+
+extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ CombineArgs a) {
+    pdl_launch();
+    pdl_wait();
+    const long i = (long)blockIdx.x * 256 + threadIdx.x;
+    if (i >= (long)a.tokens * a.n) return;
+    const int t = (int)(i / a.n), e = (int)(i % a.n);
+    float s = 0.0f;
+    for (int j = 0; j < a.used; j++)
+        s += a.weights[t * a.used + j] * a.out[((size_t)t * a.used + j) * a.n + e];
+    a.x[i] += s;
+}

@@ -1,0 +1,112 @@
+// Matrix times up to eight vectors for weights that are not quantised (F32, F16, BF16), all in
+// F32 arithmetic. One warp a row. Also the router of a mixture of experts.
+#include "common.cuh"
+
+struct PlainArgs {
+    const u8* w;
+    const float* bias;
+    float* out;      // row of token t at out + t * stride (out_idx[t] instead of t if given)
+    const float* x;  // tokens × cols (row in_idx[t] instead of t if given)
+    const int* in_idx;
+    const int* out_idx;
+    int rows, cols, stride, tokens;
+    int mode;  // 0 store, 1 add
+    int vector;  // rows start on 16 bytes and hold whole groups of eight elements
+};
+
+struct PF32 {
+    static const int BYTES = 4;
+    static __device__ __forceinline__ float one(const u8* p) { return *(const float*)p; }
+    static __device__ __forceinline__ void eight(const u8* p, float* v) {
+        float4 a = *(const float4*)p, b = *(const float4*)(p + 16);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+        v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    }
+};
+struct PF16 {
+    static const int BYTES = 2;
+    static __device__ __forceinline__ float conv(u16 h) { return h2f(h); }
+    static __device__ __forceinline__ float one(const u8* p) { return conv(*(const u16*)p); }
+    static __device__ __forceinline__ void eight(const u8* p, float* v) {
+        uint4 a = *(const uint4*)p;
+        u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            v[2 * i] = conv((u16)w[i]);
+            v[2 * i + 1] = conv((u16)(w[i] >> 16));
+        }
+    }
+};
+struct PBF16 {
+    static const int BYTES = 2;
+    static __device__ __forceinline__ float one(const u8* p) { return bf2f(*(const u16*)p); }
+    static __device__ __forceinline__ void eight(const u8* p, float* v) {
+        uint4 a = *(const uint4*)p;
+        u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            v[2 * i] = __uint_as_float(w[i] << 16);
+            v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+        }
+    }
+};
+
+template <class P, int NT>
+__device__ __forceinline__ void plain(const PlainArgs& a) {
+    const int lane = threadIdx.x & 31;
+    const int row = blockIdx.x * 8 + (threadIdx.x >> 5);
+    pdl_launch();
+    pdl_wait();
+    if (row >= a.rows) return;
+    const u8* w = a.w + (size_t)row * a.cols * P::BYTES;
+    const float* x[NT];
+    float acc[NT];
+#pragma unroll
+    for (int t = 0; t < NT; t++) {
+        int r = t < a.tokens ? (a.in_idx ? a.in_idx[t] : t) : 0;
+        x[t] = a.x + (size_t)r * a.cols;
+        acc[t] = 0.0f;
+    }
+    if (a.vector) {
+        for (int k = lane * 8; k < a.cols; k += 256) {
+            float v[8];
+            P::eight(w + (size_t)k * P::BYTES, v);
+#pragma unroll
+            for (int t = 0; t < NT; t++) {
+                if (t >= a.tokens) continue;
+                float4 p = *(const float4*)(x[t] + k), q = *(const float4*)(x[t] + k + 4);
+                acc[t] += v[0] * p.x + v[1] * p.y + v[2] * p.z + v[3] * p.w + v[4] * q.x +
+                          v[5] * q.y + v[6] * q.z + v[7] * q.w;
+            }
+        }
+    } else {
+        for (int k = lane; k < a.cols; k += 32) {
+            float v = P::one(w + (size_t)k * P::BYTES);
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+                if (t < a.tokens) acc[t] += v * x[t][k];
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < NT; t++) {
+        if (t >= a.tokens) continue;
+        float v = warp_sum(acc[t]);
+        if (lane != 0) continue;
+        if (a.bias) v += a.bias[row];
+        int r = a.out_idx ? a.out_idx[t] : t;
+        float* o = a.out + (size_t)r * a.stride + row;
+        *o = a.mode == 1 ? *o + v : v;
+    }
+}
+
+#define PLAIN(T, N)                                                             \
+    extern "C" __global__ void __launch_bounds__(256)                           \
+        plain_##T##_##N(const __grid_constant__ PlainArgs a) {                  \
+        plain<P##T, N>(a);                                                      \
+    }
+PLAIN(F32, 1)
+PLAIN(F32, 8)
+PLAIN(F16, 1)
+PLAIN(F16, 8)
+PLAIN(BF16, 1)
+PLAIN(BF16, 8)

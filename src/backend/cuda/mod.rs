@@ -1,0 +1,564 @@
+//! The backend for NVIDIA GPUs. Operations are launched on one compute stream and return at once;
+//! weights are read where they lie in device memory, in the file's own layout, resident or brought
+//! there by [`Transfer`]. The same kernels run in the same order wherever the weights come from,
+//! so results do not depend on placement.
+
+mod args;
+mod driver;
+mod modules;
+mod product;
+pub mod selftest;
+mod transfer;
+mod workspace;
+
+use std::sync::Arc;
+
+pub use driver::{
+    Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream,
+};
+pub use transfer::Transfer;
+
+use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
+use crate::gguf::TensorType;
+use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
+use driver::device_error;
+use modules::{HEAD_DIMS, Kernels};
+use product::{Engine, Form, Inputs, Prep, Rows, Target, form};
+use workspace::{DECODE_TOKENS, GEMV_TOKENS, PARTIAL_ROWS, Workspace, cache_elem_bytes};
+
+/// Runs the operations of a forward pass on one GPU.
+pub struct CudaBackend {
+    engine: Engine,
+    dims: Dims,
+    first_pos: usize,
+    tokens: usize,
+    /// First row of X and Attn that is still wanted ([`Backend::keep`]).
+    row0: usize,
+    /// The attention output is also there quantised.
+    attn_quantised: bool,
+    rows_sent: Event,
+    /// Start of each expert's tokens in the lists of the last routing, one more than experts.
+    expert_starts: Vec<u32>,
+}
+
+impl CudaBackend {
+    /// Loads the kernels and allocates every buffer of a session with these sizes.
+    pub fn new(device: &Arc<Device>, dims: &Dims) -> Result<Self, BackendError> {
+        if !HEAD_DIMS.contains(&dims.head_dim) {
+            return Err(device_error(format!(
+                "heads of {} elements have no kernel; supported are {HEAD_DIMS:?}",
+                dims.head_dim
+            )));
+        }
+        if dims.kv_type != TensorType::F16 && dims.kv_type != TensorType::F32 {
+            return Err(product::unsupported(dims.kv_type));
+        }
+        let kernels = Kernels::load(device, dims.head_dim)?;
+        let ws = Workspace::new(device, dims)?;
+        let stream = Arc::new(device.stream()?);
+        Ok(CudaBackend {
+            engine: Engine::new(Arc::clone(device), stream, kernels, ws),
+            dims: dims.clone(),
+            first_pos: 0,
+            tokens: 0,
+            row0: 0,
+            attn_quantised: false,
+            rows_sent: device.event(false)?,
+            expert_starts: vec![0; dims.n_experts + 1],
+        })
+    }
+
+    /// The stream on which operations run.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.engine.stream
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.engine.device
+    }
+
+    /// Waits until all operations called so far are done.
+    pub fn synchronize(&self) -> Result<(), BackendError> {
+        self.engine.stream.synchronize()
+    }
+
+    fn x(&self) -> u64 {
+        self.engine.ws.x.addr() + (self.row0 * self.dims.n_embd * 4) as u64
+    }
+
+    fn attn(&self) -> u64 {
+        self.engine.ws.attn.addr() + (self.row0 * self.heads_width() * 4) as u64
+    }
+
+    fn heads_width(&self) -> usize {
+        self.dims.n_heads * self.dims.head_dim
+    }
+
+    fn norm(&self, norm: &Norm, to: Inputs) -> Result<(), BackendError> {
+        let prep = Prep::Norm(norm.weight.addr, norm.eps);
+        self.engine
+            .prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
+    }
+
+    fn cache_offset(&self, layer: usize) -> u64 {
+        let d = &self.dims;
+        (layer * d.n_ctx * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
+    }
+
+    fn rope_store(
+        &self,
+        layer: usize,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
+    ) -> Result<(), BackendError> {
+        let (d, ws) = (&self.dims, &self.engine.ws);
+        let offset = self.cache_offset(layer);
+        let a = RopeArgs {
+            q: ws.q.addr(),
+            k: ws.k.addr(),
+            v: ws.v.addr(),
+            q_norm: q_norm.map_or(0, |n| n.weight.addr),
+            k_norm: k_norm.map_or(0, |n| n.weight.addr),
+            freqs: ws.freqs.addr(),
+            k_cache: ws.k_cache.addr() + offset,
+            v_cache: ws.v_cache.addr() + offset,
+            n_heads: d.n_heads as i32,
+            n_kv_heads: d.n_kv_heads as i32,
+            head_dim: d.head_dim as i32,
+            n_rot: 2 * d.rope.freqs.len() as i32,
+            n_ctx: d.n_ctx as i32,
+            tokens: self.tokens as i32,
+            first_pos: self.first_pos as i32,
+            neox: i32::from(d.rope.kind == RopeKind::Neox),
+            cache_f32: i32::from(d.kv_type == TensorType::F32),
+            magnitude: d.rope.magnitude,
+            q_eps: q_norm.map_or(0.0, |n| n.eps),
+            k_eps: k_norm.map_or(0.0, |n| n.eps),
+        };
+        let warps = self.tokens * (d.n_heads + 2 * d.n_kv_heads);
+        let f = self.engine.kernels.rope_store;
+        // SAFETY: RopeArgs is what rope_store declares; `begin` checked the positions against the
+        // cache.
+        unsafe {
+            self.engine
+                .launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a)
+        }
+    }
+
+    fn attn_args(&self, layer: usize) -> AttnArgs {
+        let (d, ws) = (&self.dims, &self.engine.ws);
+        let offset = self.cache_offset(layer);
+        AttnArgs {
+            q: ws.q.addr(),
+            k: ws.k_cache.addr() + offset,
+            v: ws.v_cache.addr() + offset,
+            out: ws.attn.addr(),
+            ml: ws.partial_ml.addr(),
+            n_heads: d.n_heads as i32,
+            n_kv_heads: d.n_kv_heads as i32,
+            n_ctx: d.n_ctx as i32,
+            tokens: self.tokens as i32,
+            first_pos: self.first_pos as i32,
+            split: 0,
+            scale: std::f32::consts::LOG2_E / (d.head_dim as f32).sqrt(),
+        }
+    }
+
+    fn attend_prefill(&self, layer: usize) -> Result<(), BackendError> {
+        let d = &self.dims;
+        let a = self.attn_args(layer);
+        let rows = self.tokens * (d.n_heads / d.n_kv_heads);
+        let keys = if d.head_dim == 256 { 32 } else { 64 };
+        let shared = (64 + 2 * keys) * (d.head_dim + 8) * 2;
+        let f = self.engine.kernels.attn[self.cache_kind()][1];
+        let grid = (rows.div_ceil(64) as u32, d.n_kv_heads as u32, 1);
+        // SAFETY: AttnArgs is what attn_prefill_* declare; the cache holds all positions.
+        unsafe { self.engine.launch(f, grid, 128, shared, &a) }
+    }
+
+    /// Ranges of keys are chosen so that two blocks a multiprocessor have work.
+    fn attend_decode(&mut self, layer: usize) -> Result<(), BackendError> {
+        let d = &self.dims;
+        let tiles = (self.tokens * (d.n_heads / d.n_kv_heads)).div_ceil(16);
+        let keys = self.first_pos + self.tokens;
+        let blocks = 2 * self.engine.device.info.multiprocessors as usize;
+        let wanted = (blocks / (tiles * d.n_kv_heads)).clamp(1, PARTIAL_ROWS / self.tokens);
+        let split = keys.div_ceil(wanted).next_multiple_of(64);
+        let splits = keys.div_ceil(split);
+        let ws = &self.engine.ws;
+        let a = AttnArgs {
+            out: ws.partial.addr(),
+            split: split as i32,
+            ..self.attn_args(layer)
+        };
+        let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
+        let f = self.engine.kernels.attn[self.cache_kind()][0];
+        let grid = (tiles as u32, d.n_kv_heads as u32, splits as u32);
+        // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for
+        // splits * tokens <= PARTIAL_ROWS rows.
+        unsafe { self.engine.launch(f, grid, 128, shared, &a)? };
+        let width = self.heads_width();
+        self.attn_quantised = width.is_multiple_of(32);
+        let m = MergeArgs {
+            part: ws.partial.addr(),
+            ml: ws.partial_ml.addr(),
+            out: ws.attn.addr(),
+            q: if self.attn_quantised {
+                ws.input_q.addr()
+            } else {
+                0
+            },
+            tokens: self.tokens as i32,
+            width: width as i32,
+            head_dim: d.head_dim as i32,
+            splits: splits as i32,
+        };
+        let warps = self.tokens * width.div_ceil(32);
+        let f = self.engine.kernels.attn_merge;
+        // SAFETY: MergeArgs is what attn_merge declares.
+        unsafe {
+            self.engine
+                .launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m)
+        }
+    }
+
+    fn cache_kind(&self) -> usize {
+        usize::from(self.dims.kv_type == TensorType::F32)
+    }
+
+    /// Groups the (token, choice) pairs of the last routing by expert, and sends the lists.
+    fn group_by_expert(&mut self) -> Result<(), BackendError> {
+        let used = self.dims.n_experts_used;
+        let pairs = self.tokens * used;
+        let Some(moe) = self.engine.ws.moe.as_mut() else {
+            return Err(no_experts());
+        };
+        let ids = &moe.ids_host.as_slice()[..pairs];
+        self.expert_starts.fill(0);
+        for id in ids {
+            self.expert_starts[*id as usize + 1] += 1;
+        }
+        for e in 1..self.expert_starts.len() {
+            self.expert_starts[e] += self.expert_starts[e - 1];
+        }
+        let (tokens, numbers) = moe.lists_host.as_mut_slice()[..2 * pairs].split_at_mut(pairs);
+        for (pair, id) in ids.iter().enumerate() {
+            let at = self.expert_starts[*id as usize] as usize;
+            tokens[at] = (pair / used) as u32;
+            numbers[at] = pair as u32;
+            self.expert_starts[*id as usize] += 1;
+        }
+        // Each start has moved to the next expert's: move them back.
+        self.expert_starts.rotate_right(1);
+        self.expert_starts[0] = 0;
+        let lists = moe.lists_host.as_slice().as_ptr().cast();
+        // SAFETY: both hold 2 * pairs words; the host side is written again only after the next
+        // routing has waited for the stream.
+        unsafe {
+            self.engine
+                .stream
+                .upload(lists, moe.lists.addr(), pairs * 8)
+        }
+    }
+}
+
+fn no_experts() -> BackendError {
+    device_error("the model has no experts")
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn supports(&self, ty: TensorType) -> bool {
+        product::supported(ty)
+    }
+
+    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
+        let d = &self.dims;
+        if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
+            return Err(device_error(format!(
+                "a pass of {n_tokens} tokens from position {first_pos} exceeds the batch of {} or \
+                 the context of {}",
+                d.max_batch, d.n_ctx
+            )));
+        }
+        self.engine.device.bind()?;
+        self.first_pos = first_pos;
+        self.tokens = n_tokens;
+        self.row0 = 0;
+        Ok(())
+    }
+
+    fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        self.rows_sent.synchronize()?;
+        let ws = &mut self.engine.ws;
+        let host = ws
+            .rows_host
+            .as_mut_slice()
+            .get_mut(..rows.len())
+            .ok_or_else(|| {
+                device_error(format!(
+                    "{} bytes of embedding rows exceed the buffer",
+                    rows.len()
+                ))
+            })?;
+        host.copy_from_slice(rows);
+        let src = host.as_ptr();
+        let w = Weight {
+            addr: ws.rows.addr(),
+            ty,
+            rows: self.tokens,
+            cols: self.dims.n_embd,
+        };
+        // SAFETY: both buffers hold the rows (checked above for the host's, which is as large as
+        // the device's); the event keeps the host's until the copy is done.
+        unsafe { self.engine.stream.upload(src, w.addr, rows.len())? };
+        self.rows_sent.record(&self.engine.stream)?;
+        self.engine.convert(&w, self.engine.ws.x.addr(), false)
+    }
+
+    fn qkv(
+        &mut self,
+        layer: usize,
+        norm: &Norm,
+        q: &Linear,
+        k: &Linear,
+        v: &Linear,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
+    ) -> Result<(), BackendError> {
+        let types = [q.weight.ty, k.weight.ty, v.weight.ty];
+        let input = self.engine.forms(&types, self.tokens);
+        self.norm(norm, input)?;
+        let ws = &self.engine.ws;
+        let targets = [
+            Target::new(q, ws.q.addr()),
+            Target::new(k, ws.k.addr()),
+            Target::new(v, ws.v.addr()),
+        ];
+        self.engine
+            .products(&targets, self.tokens, STORE, input, Rows::default())?;
+        self.rope_store(layer, q_norm, k_norm)
+    }
+
+    fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
+        self.attn_quantised = false;
+        if self.tokens <= DECODE_TOKENS {
+            self.attend_decode(layer)
+        } else {
+            self.attend_prefill(layer)
+        }
+    }
+
+    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
+        if first != 0 {
+            self.attn_quantised = false;
+        }
+        self.row0 += first;
+        self.tokens = n;
+        Ok(())
+    }
+
+    fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
+        let types = [w.weight.ty];
+        let mut input = self.engine.forms(&types, self.tokens);
+        let width = self.heads_width();
+        match form(w.weight.ty, self.tokens) {
+            Form::Float => input.f = self.attn(),
+            Form::Quant if self.attn_quantised => {}
+            _ => self
+                .engine
+                .prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
+        }
+        let target = Target::new(w, self.x());
+        self.engine
+            .products(&[target], self.tokens, ADD, input, Rows::default())
+    }
+
+    fn ffn(
+        &mut self,
+        norm: &Norm,
+        gate: &Linear,
+        up: &Linear,
+        down: &Linear,
+    ) -> Result<(), BackendError> {
+        let input = self
+            .engine
+            .forms(&[gate.weight.ty, up.weight.ty], self.tokens);
+        self.norm(norm, input)?;
+        let hidden = self
+            .engine
+            .hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
+        let target = Target::new(down, self.x());
+        self.engine
+            .products(&[target], self.tokens, ADD, hidden, Rows::default())
+    }
+
+    fn route(
+        &mut self,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+    ) -> Result<&[u32], BackendError> {
+        let few = self.tokens <= GEMV_TOKENS;
+        let ws = &self.engine.ws;
+        let q = if few { ws.input_q.addr() } else { 0 };
+        let f = ws.norm_f.addr();
+        let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
+        let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
+        let target = Target {
+            weight: *router,
+            bias: 0,
+            out: moe.scores.addr(),
+            stride: experts,
+        };
+        let args = RouteArgs {
+            scores: moe.scores.addr(),
+            ids: moe.ids.addr(),
+            weights: moe.weights.addr(),
+            tokens: self.tokens as i32,
+            experts: experts as i32,
+            used: used as i32,
+            normalize: i32::from(params.normalize),
+            scale: params.scale,
+        };
+        let pairs = self.tokens * used;
+        let (src, dst) = (
+            moe.ids.addr(),
+            moe.ids_host.as_slice().as_ptr().cast_mut().cast(),
+        );
+        self.norm(norm, Inputs { f, q, h: 0 })?;
+        if form(router.ty, 1) == Form::Float {
+            self.engine
+                .plain(&target, self.tokens, STORE, f, Rows::default())?;
+        } else {
+            let h = self.engine.ws.halves.addr();
+            if !few {
+                self.norm(norm, Inputs { f: 0, q: 0, h })?;
+            }
+            self.engine.products(
+                &[target],
+                self.tokens,
+                STORE,
+                Inputs { f, q, h },
+                Rows::default(),
+            )?;
+        }
+        let kernel = self.engine.kernels.route_topk;
+        // SAFETY: RouteArgs is what route_topk declares; the pinned ids are read only after the
+        // wait below.
+        unsafe {
+            self.engine
+                .launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args)?;
+            self.engine.stream.download(src, dst, pairs * 4)?;
+        }
+        self.engine.stream.synchronize()?;
+        self.group_by_expert()?;
+        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
+        Ok(&moe.ids_host.as_slice()[..pairs])
+    }
+
+    fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
+        let start = self.expert_starts[e.id as usize] as usize;
+        let n = self.expert_starts[e.id as usize + 1] as usize - start;
+        if n == 0 {
+            return Ok(());
+        }
+        let ws = &self.engine.ws;
+        let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
+        let pairs = self.tokens * self.dims.n_experts_used;
+        let tokens_of = moe.lists.addr() + 4 * start as u64;
+        let numbers_of = moe.lists.addr() + 4 * (pairs + start) as u64;
+        let out = moe.out.addr();
+        let (norm_f, gathered_f) = (ws.norm_f.addr(), ws.rows.addr());
+        let linear = |w: &Weight| Linear {
+            weight: *w,
+            bias: None,
+        };
+        let (input, from) = if self.tokens <= GEMV_TOKENS {
+            // `route` left every row in both forms: the products pick theirs.
+            let q = ws.input_q.addr();
+            (Inputs { f: norm_f, q, h: 0 }, tokens_of)
+        } else {
+            let mut to = self.engine.forms(&[e.gate.ty, e.up.ty], n);
+            if to.f != 0 {
+                to.f = gathered_f;
+            }
+            self.engine
+                .prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
+            (to, 0)
+        };
+        let (gate, up) = (linear(&e.gate), linear(&e.up));
+        let hidden = self.engine.hidden(&gate, &up, e.down.ty, n, input, from)?;
+        let target = Target {
+            stride: self.dims.n_embd,
+            ..Target::new(&linear(&e.down), out)
+        };
+        let rows = Rows {
+            from: 0,
+            to: numbers_of,
+        };
+        self.engine.products(&[target], n, STORE, hidden, rows)
+    }
+
+    fn combine_experts(&mut self) -> Result<(), BackendError> {
+        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
+        let n = self.dims.n_embd;
+        let a = CombineArgs {
+            x: self.x(),
+            out: moe.out.addr(),
+            weights: moe.weights.addr(),
+            tokens: self.tokens as i32,
+            used: self.dims.n_experts_used as i32,
+            n: n as i32,
+        };
+        let f = self.engine.kernels.combine;
+        let blocks = (self.tokens * n).div_ceil(256) as u32;
+        // SAFETY: CombineArgs is what combine declares.
+        unsafe { self.engine.launch(f, (blocks, 1, 1), 256, 0, &a) }
+    }
+
+    fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
+        // The head's type is not known yet: every form that it may want.
+        let to = self
+            .engine
+            .forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
+        let q = if self.dims.n_embd.is_multiple_of(32) {
+            to.q
+        } else {
+            0
+        };
+        self.norm(norm, Inputs { q, ..to })
+    }
+
+    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
+        let input = self.engine.forms(&[w.ty], self.tokens);
+        let target = Target {
+            weight: *w,
+            bias: 0,
+            out: self.engine.ws.logits.addr() + 4 * first_row as u64,
+            stride: self.dims.n_vocab,
+        };
+        self.engine
+            .products(&[target], self.tokens, STORE, input, Rows::default())
+    }
+
+    fn logits(&mut self) -> Result<&[f32], BackendError> {
+        let n = self.tokens.min(self.dims.max_outputs) * self.dims.n_vocab;
+        let ws = &self.engine.ws;
+        let dst = ws.logits_host.as_slice().as_ptr().cast_mut().cast();
+        // SAFETY: both hold max_outputs * n_vocab floats; the host's are read after the wait.
+        unsafe { self.engine.stream.download(ws.logits.addr(), dst, n * 4)? };
+        self.engine.stream.synchronize()?;
+        Ok(&self.engine.ws.logits_host.as_slice()[..n])
+    }
+
+    fn truncate(&mut self, _n: usize) {}
+
+    fn workspace_bytes(&self) -> u64 {
+        self.engine.ws.bytes()
+    }
+}

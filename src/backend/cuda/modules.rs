@@ -1,0 +1,477 @@
+//! The compiled kernels: cubins embedded at build time where one fits the GPU, else embedded PTX,
+//! else the embedded sources compiled by NVRTC, once, into a cache in the user's directory.
+
+use std::collections::hash_map::DefaultHasher;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::hash::{Hash, Hasher};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+use cudarc::nvrtc::sys as nvrtc;
+
+use super::driver::{Device, Stream, check, device_error};
+use crate::backend::BackendError;
+use crate::gguf::TensorType;
+
+mod embedded {
+    #![allow(missing_docs, clippy::all, reason = "written by build.rs")]
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+/// Quantised types with kernels, in the order of their tables.
+pub(super) const QUANTS: [TensorType; 13] = [
+    TensorType::Q8_0,
+    TensorType::Q4_0,
+    TensorType::Q4_1,
+    TensorType::Q5_0,
+    TensorType::Q5_1,
+    TensorType::Q2_K,
+    TensorType::Q3_K,
+    TensorType::Q4_K,
+    TensorType::Q5_K,
+    TensorType::Q6_K,
+    TensorType::IQ4_NL,
+    TensorType::IQ4_XS,
+    TensorType::MXFP4,
+];
+
+/// Types that are not quantised.
+pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, TensorType::BF16];
+
+/// Head sizes with attention kernels.
+pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+
+/// Largest batch of each matrix-times-vectors kernel.
+pub(super) const GEMV_BATCHES: [usize; 4] = [1, 2, 4, 8];
+
+/// One kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Func(sys::CUfunction);
+
+/// All kernels, loaded.
+pub(super) struct Kernels {
+    device: Arc<Device>,
+    modules: Vec<sys::CUmodule>,
+    pdl: bool,
+    pub gemv: Vec<[Func; 4]>,
+    pub plain: Vec<[Func; 2]>,
+    pub half: Vec<Func>,
+    pub float: Vec<Func>,
+    pub gemm_large: Func,
+    pub gemm_small: Func,
+    /// `[f16, f32][decode, prefill]` for the session's head size.
+    pub attn: [[Func; 2]; 2],
+    pub attn_merge: Func,
+    pub prep_copy: Func,
+    pub prep_norm: Func,
+    pub prep_swiglu: Func,
+    pub rope_store: Func,
+    pub route_topk: Func,
+    pub combine: Func,
+}
+
+// SAFETY: function and module handles may be used from any thread with the context bound.
+unsafe impl Send for Kernels {}
+
+impl Kernels {
+    /// Loads the kernels for `device`; `head_dim` must be one of [`HEAD_DIMS`].
+    pub fn load(device: &Arc<Device>, head_dim: usize) -> Result<Kernels, BackendError> {
+        device.bind()?;
+        let mut loader = Loader::new(device);
+        for (unit, _) in embedded::UNITS {
+            loader.load_unit(unit)?;
+        }
+        let l = &loader;
+        let per_type = |types: &[TensorType], prefix: &str| -> Result<Vec<Func>, BackendError> {
+            types
+                .iter()
+                .map(|t| l.get("dequant", &format!("{prefix}_{t}")))
+                .collect()
+        };
+        let all: Vec<TensorType> = QUANTS.iter().chain(&PLAINS).copied().collect();
+        let gemv = QUANTS
+            .iter()
+            .map(|t| -> Result<[Func; 4], BackendError> {
+                let get = |n: usize| l.get("gemv", &format!("gemv_{t}_{n}"));
+                Ok([get(1)?, get(2)?, get(4)?, get(8)?])
+            })
+            .collect::<Result<_, _>>()?;
+        let plain = PLAINS
+            .iter()
+            .map(|t| -> Result<[Func; 2], BackendError> {
+                Ok([
+                    l.get("plain", &format!("plain_{t}_1"))?,
+                    l.get("plain", &format!("plain_{t}_8"))?,
+                ])
+            })
+            .collect::<Result<_, _>>()?;
+        let attn = |cache: &str| -> Result<[Func; 2], BackendError> {
+            Ok([
+                l.get("attn", &format!("attn_decode_{cache}_{head_dim}"))?,
+                l.get("attn", &format!("attn_prefill_{cache}_{head_dim}"))?,
+            ])
+        };
+        Ok(Kernels {
+            device: Arc::clone(device),
+            pdl: device.info.capability >= (9, 0),
+            gemv,
+            plain,
+            half: per_type(&all, "half")?,
+            float: per_type(&all, "float")?,
+            gemm_large: l.get("gemm", "gemm_128x128")?,
+            gemm_small: l.get("gemm", "gemm_64x64")?,
+            attn: [attn("f16")?, attn("f32")?],
+            attn_merge: l.get("attn", "attn_merge")?,
+            prep_copy: l.get("ops", "prep_copy")?,
+            prep_norm: l.get("ops", "prep_norm")?,
+            prep_swiglu: l.get("ops", "prep_swiglu")?,
+            rope_store: l.get("ops", "rope_store")?,
+            route_topk: l.get("ops", "route_topk")?,
+            combine: l.get("ops", "combine")?,
+            modules: loader.modules,
+        })
+    }
+
+    /// Blocks of `threads` with `shared` dynamic bytes that fit one multiprocessor at once.
+    pub fn occupancy(&self, f: Func, threads: u32, shared: u32) -> Result<u32, BackendError> {
+        let mut n = 0;
+        check(
+            // SAFETY: f is live; n receives the number.
+            unsafe {
+                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &mut n,
+                    f.0,
+                    threads as i32,
+                    shared as usize,
+                )
+            },
+            "occupancy of a kernel",
+        )?;
+        Ok(n.max(1) as u32)
+    }
+
+    /// Launches `f` with its one argument, a structure passed by value.
+    ///
+    /// # Safety
+    /// `args` has the layout that the kernel declares, its addresses are valid for what the kernel
+    /// does with them, and `shared` is what the kernel uses.
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        stream: &Stream,
+        f: Func,
+        grid: (u32, u32, u32),
+        threads: u32,
+        shared: u32,
+        args: &A,
+    ) -> Result<(), BackendError> {
+        let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let mut attr = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        // SAFETY: the handles are live, the configuration and parameters outlive the call (the
+        // driver copies them), and the caller vouches for the rest. Every kernel waits for its
+        // predecessor (`pdl_wait`) before it touches what that one writes.
+        let r = unsafe {
+            if self.pdl {
+                let config = sys::CUlaunchConfig {
+                    gridDimX: grid.0,
+                    gridDimY: grid.1,
+                    gridDimZ: grid.2,
+                    blockDimX: threads,
+                    blockDimY: 1,
+                    blockDimZ: 1,
+                    sharedMemBytes: shared,
+                    hStream: stream.raw(),
+                    attrs: &mut attr,
+                    numAttrs: 1,
+                };
+                sys::cuLaunchKernelEx(&config, f.0, params.as_mut_ptr(), std::ptr::null_mut())
+            } else {
+                sys::cuLaunchKernel(
+                    f.0,
+                    grid.0,
+                    grid.1,
+                    grid.2,
+                    threads,
+                    1,
+                    1,
+                    shared,
+                    stream.raw(),
+                    params.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            }
+        };
+        check(r, "a kernel could not be launched")
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            for m in &self.modules {
+                // SAFETY: loaded in `load_unit`, unloaded once; the functions go with self.
+                unsafe { sys::cuModuleUnload(*m) };
+            }
+        }
+    }
+}
+
+struct Loader<'a> {
+    device: &'a Device,
+    /// In the order of the embedded units.
+    modules: Vec<sys::CUmodule>,
+}
+
+impl<'a> Loader<'a> {
+    fn new(device: &'a Device) -> Self {
+        Loader {
+            device,
+            modules: Vec::new(),
+        }
+    }
+
+    fn load_unit(&mut self, unit: &str) -> Result<(), BackendError> {
+        let image = self.image(unit)?;
+        let mut module = std::ptr::null_mut();
+        check(
+            // SAFETY: image is a whole cubin, or PTX with a null behind it.
+            unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) },
+            &format!("the kernels of {unit} could not be loaded"),
+        )?;
+        self.modules.push(module);
+        Ok(())
+    }
+
+    /// The best image of a unit: a cubin runs on GPUs of its major version from its minor on.
+    fn image(&self, unit: &str) -> Result<Vec<u8>, BackendError> {
+        let (major, minor) = self.device.info.capability;
+        let arch = major * 10 + minor;
+        let cubin = embedded::CUBINS
+            .iter()
+            .filter(|(u, a, _)| *u == unit && a / 10 == major && *a <= arch)
+            .max_by_key(|(_, a, _)| *a);
+        if let Some((.., image)) = cubin {
+            return Ok(image.to_vec());
+        }
+        if let Some((.., text)) = embedded::PTX
+            .iter()
+            .find(|(u, a, _)| *u == unit && *a <= arch)
+        {
+            let mut text = text.to_vec();
+            text.push(0);
+            return Ok(text);
+        }
+        compile_cached(unit, arch)
+    }
+
+    fn get(&self, unit: &str, name: &str) -> Result<Func, BackendError> {
+        let text = CString::new(name).map_err(|_| device_error("kernel name"))?;
+        let module = embedded::UNITS.iter().position(|(u, _)| *u == unit);
+        let module = module.and_then(|i| self.modules.get(i));
+        let module =
+            *module.ok_or_else(|| device_error(format!("kernels of {unit} are missing")))?;
+        let mut f = std::ptr::null_mut();
+        check(
+            // SAFETY: the module is loaded; f receives the handle.
+            unsafe { sys::cuModuleGetFunction(&mut f, module, text.as_ptr()) },
+            &format!("kernel {name}"),
+        )?;
+        self.allow_shared(f)?;
+        Ok(Func(f))
+    }
+
+    /// Lets a kernel use all the shared memory that a block may have.
+    fn allow_shared(&self, f: sys::CUfunction) -> Result<(), BackendError> {
+        use sys::CUfunction_attribute_enum as A;
+        let mut fixed = 0;
+        // SAFETY: f is live; fixed receives the number.
+        unsafe {
+            check(
+                sys::cuFuncGetAttribute(&mut fixed, A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, f),
+                "shared memory of a kernel",
+            )?;
+            check(
+                sys::cuFuncSetAttribute(
+                    f,
+                    A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    self.device.info.shared_bytes as i32 - fixed,
+                ),
+                "shared memory of a kernel",
+            )
+        }
+    }
+}
+
+/// The unit's source with its headers put in the place of their includes.
+fn whole_source(unit: &str) -> String {
+    let file = |table: &[(&str, &'static str)], name: &str| {
+        table
+            .iter()
+            .find(|(n, _)| *n == name)
+            .map_or("", |(_, text)| *text)
+    };
+    let mut seen = Vec::new();
+    fn expand(text: &str, seen: &mut Vec<String>, file: &dyn Fn(&str) -> &'static str) -> String {
+        let mut out = String::new();
+        for line in text.lines() {
+            match line
+                .strip_prefix("#include \"")
+                .and_then(|l| l.strip_suffix('"'))
+            {
+                Some(name) if seen.iter().any(|s| s == name) => {}
+                Some(name) => {
+                    seen.push(name.to_owned());
+                    out.push_str(&expand(file(name), seen, file));
+                }
+                None if line.starts_with("#pragma once") => {}
+                None => {
+                    out.push_str(line);
+                    out.push('\n');
+                }
+            }
+        }
+        out
+    }
+    expand(file(embedded::UNITS, unit), &mut seen, &|n| {
+        file(embedded::HEADERS, n)
+    })
+}
+
+fn cache_dir() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache")))?;
+    Some(base.join("nt"))
+}
+
+/// A cubin from the cache, or compiled and put there.
+fn compile_cached(unit: &str, arch: u32) -> Result<Vec<u8>, BackendError> {
+    // SAFETY: only tries to load the library.
+    if !unsafe { nvrtc::is_culib_present() } {
+        return Err(device_error(format!(
+            "this build has no kernels for sm_{arch}, and NVRTC (libnvrtc) is not installed to \
+             compile them; build with nvcc, or install NVRTC"
+        )));
+    }
+    let source = whole_source(unit);
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both receive a number.
+    unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) };
+    let mut hash = DefaultHasher::new();
+    (&source, arch, major, minor, env!("CARGO_PKG_VERSION")).hash(&mut hash);
+    let path = cache_dir().map(|d| d.join(format!("{unit}-sm{arch}-{:016x}.cubin", hash.finish())));
+    if let Some(image) = path.as_ref().and_then(|p| std::fs::read(p).ok()) {
+        return Ok(image);
+    }
+    tracing::info!("compiling the CUDA kernels of {unit} for sm_{arch} (once)");
+    let image = compile(unit, &source, arch)?;
+    if let Some(path) = path {
+        store(&path, &image);
+    }
+    Ok(image)
+}
+
+/// Written under another name first, so that no other process reads half a file. A cache that
+/// cannot be written costs time at the next start, nothing else.
+fn store(path: &std::path::Path, image: &[u8]) {
+    let tmp = path.with_extension(format!("{}.tmp", std::process::id()));
+    let written = path
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(&tmp, image))
+        .and_then(|()| std::fs::rename(&tmp, path));
+    if let Err(e) = written {
+        tracing::warn!(
+            "compiled kernels could not be kept in {}: {e}",
+            path.display()
+        );
+    }
+}
+
+fn compile(unit: &str, source: &str, arch: u32) -> Result<Vec<u8>, BackendError> {
+    let text = CString::new(source).map_err(|_| device_error("kernel source"))?;
+    let name = CString::new(format!("{unit}.cu")).map_err(|_| device_error("kernel name"))?;
+    let options = [
+        CString::new(format!("--gpu-architecture=sm_{arch}")).map_err(|_| device_error("arch"))?,
+        CString::new("--std=c++17").map_err(|_| device_error("option"))?,
+    ];
+    let pointers: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
+    let ok = nvrtc::nvrtcResult::NVRTC_SUCCESS;
+    let mut program = std::ptr::null_mut();
+    // SAFETY: all texts outlive the calls; the program is destroyed at the end of the block; the
+    // buffers have the sizes that NVRTC asked for.
+    unsafe {
+        let r = nvrtc::nvrtcCreateProgram(
+            &mut program,
+            text.as_ptr(),
+            name.as_ptr(),
+            0,
+            std::ptr::null(),
+            std::ptr::null(),
+        );
+        if r != ok {
+            return Err(device_error(format!("NVRTC: {r:?}")));
+        }
+        let r = nvrtc::nvrtcCompileProgram(program, pointers.len() as i32, pointers.as_ptr());
+        let result = if r == ok {
+            let mut size = 0;
+            nvrtc::nvrtcGetCUBINSize(program, &mut size);
+            let mut image = vec![0u8; size];
+            nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast());
+            Ok(image)
+        } else {
+            let mut size = 0;
+            nvrtc::nvrtcGetProgramLogSize(program, &mut size);
+            let mut log = vec![0u8; size.max(1)];
+            nvrtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
+            let log = CStr::from_bytes_until_nul(&log)
+                .unwrap_or_default()
+                .to_string_lossy();
+            Err(device_error(format!(
+                "NVRTC could not compile {unit} for sm_{arch}: {r:?}\n{log}"
+            )))
+        };
+        nvrtc::nvrtcDestroyProgram(&mut program);
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_whole() {
+        for (unit, _) in embedded::UNITS {
+            let text = whole_source(unit);
+            assert!(!text.contains("#include"), "{unit} keeps an include");
+            assert!(
+                text.contains("extern \"C\" __global__"),
+                "{unit} has no kernel"
+            );
+        }
+    }
+
+    /// Needs NVRTC, no GPU: `cargo test -- --ignored nvrtc`.
+    #[test]
+    #[ignore = "needs NVRTC and a minute"]
+    fn sources_compile_with_nvrtc() {
+        // SAFETY: only tries to load the library.
+        assert!(
+            unsafe { nvrtc::is_culib_present() },
+            "NVRTC is not installed"
+        );
+        for (unit, _) in embedded::UNITS {
+            for arch in [80, 120] {
+                let image = compile(unit, &whole_source(unit), arch);
+                assert!(image.is_ok_and(|i| !i.is_empty()), "{unit} for sm_{arch}");
+            }
+        }
+    }
+}

@@ -1,0 +1,538 @@
+//! Matrix products: which kernel, in which pieces, fed with which form of the activations.
+//!
+//! Few tokens go through the matrix-times-vectors kernels, on quantised activations for quantised
+//! weights and on floats for the others. Many tokens go through tensor cores: a piece of the
+//! weights is turned to halves in a scratch buffer, then multiplied.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::args::{
+    DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES,
+};
+use super::driver::{Device, Stream, device_error};
+use super::modules::{Func, GEMV_BATCHES, Kernels, PLAINS, QUANTS};
+use super::workspace::{GEMV_TOKENS, Workspace, pitch};
+use crate::backend::{BackendError, Linear, Weight};
+use crate::gguf::TensorType;
+
+type Result<T = ()> = std::result::Result<T, BackendError>;
+
+/// Warps of a block of the matrix-times-vectors kernels.
+const WARPS: usize = 8;
+
+/// Blocks a multiprocessor of the converting kernels.
+const CONVERT_BLOCKS: usize = 4;
+
+/// The form in which a product reads its activations.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Form {
+    Float,
+    Quant,
+    Half,
+}
+
+/// The form for weights of type `ty` and `tokens` rows.
+pub(super) fn form(ty: TensorType, tokens: usize) -> Form {
+    if tokens > GEMV_TOKENS {
+        Form::Half
+    } else if quant_index(ty).is_some() {
+        Form::Quant
+    } else {
+        Form::Float
+    }
+}
+
+fn quant_index(ty: TensorType) -> Option<usize> {
+    QUANTS.iter().position(|t| *t == ty)
+}
+
+fn plain_index(ty: TensorType) -> Option<usize> {
+    PLAINS.iter().position(|t| *t == ty)
+}
+
+/// Place of a type in the tables of converting kernels.
+fn any_index(ty: TensorType) -> Option<usize> {
+    quant_index(ty).or_else(|| plain_index(ty).map(|i| i + QUANTS.len()))
+}
+
+pub(super) fn supported(ty: TensorType) -> bool {
+    any_index(ty).is_some()
+}
+
+pub(super) fn unsupported(ty: TensorType) -> BackendError {
+    let names: Vec<&str> = QUANTS.iter().chain(&PLAINS).map(|t| t.name()).collect();
+    BackendError::UnsupportedType {
+        ty,
+        backend: "cuda",
+        supported: names.join(" "),
+    }
+}
+
+/// What turns the source rows into activations.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Prep {
+    /// Nothing.
+    Copy,
+    /// RMS norm with this weight and epsilon.
+    Norm(u64, f32),
+    /// SwiGLU with the rows at this address.
+    Swiglu(u64),
+}
+
+/// Where the forms of the activations lie; 0 where they are absent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Inputs {
+    pub f: u64,
+    pub q: u64,
+    pub h: u64,
+}
+
+/// One matrix of a product and where its results go: row of token t at `out + t * stride` floats.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    pub weight: Weight,
+    /// Address of one float a row, or 0.
+    pub bias: u64,
+    pub out: u64,
+    pub stride: usize,
+}
+
+impl Target {
+    pub fn new(l: &Linear, out: u64) -> Target {
+        Target {
+            weight: l.weight,
+            bias: l.bias.map_or(0, |b| b.addr),
+            out,
+            stride: l.weight.rows,
+        }
+    }
+}
+
+/// Which rows are read and written: device addresses of one number a token, 0 for all in order.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rows {
+    pub from: u64,
+    pub to: u64,
+}
+
+impl Rows {
+    fn skip(self, n: usize) -> Rows {
+        let step = |a: u64| if a == 0 { 0 } else { a + 4 * n as u64 };
+        Rows {
+            from: step(self.from),
+            to: step(self.to),
+        }
+    }
+}
+
+/// Device, kernels and buffers: what operations are made of.
+pub(super) struct Engine {
+    pub device: Arc<Device>,
+    pub stream: Arc<Stream>,
+    pub kernels: Kernels,
+    pub ws: Workspace,
+    occupancy: HashMap<(usize, usize, u32), u32>,
+}
+
+/// Bytes of a step of 1024 weights and of the buffer it is staged in, as `kernels/blocks.cuh`.
+fn step_bytes(ty: TensorType) -> (usize, usize) {
+    let step = 1024 / ty.block_elems() * ty.block_bytes();
+    (step, (step + 30) / 16 * 16)
+}
+
+/// Shared memory of the rings of a block, as `kernels/gemv.cu` lays them out.
+fn ring_bytes(ty: TensorType) -> usize {
+    let (_, buf) = step_bytes(ty);
+    let least = if ty.block_elems() == 32 { 3 } else { 2 };
+    let stages = (4500 / (2 * buf)).clamp(least, 5);
+    WARPS * stages * 2 * buf
+}
+
+impl Engine {
+    pub fn new(
+        device: Arc<Device>,
+        stream: Arc<Stream>,
+        kernels: Kernels,
+        ws: Workspace,
+    ) -> Engine {
+        Engine {
+            device,
+            stream,
+            kernels,
+            ws,
+            occupancy: HashMap::with_capacity(256),
+        }
+    }
+
+    /// Launches a kernel on the compute stream.
+    ///
+    /// # Safety
+    /// As [`Kernels::launch`].
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        f: Func,
+        grid: (u32, u32, u32),
+        threads: u32,
+        shared: usize,
+        args: &A,
+    ) -> Result {
+        // SAFETY: passed on.
+        unsafe {
+            self.kernels
+                .launch(&self.stream, f, grid, threads, shared as u32, args)
+        }
+    }
+
+    /// Brings `rows` rows of `n` floats at `x` (picked by `idx` if not 0) into each form that has
+    /// an address in `to`.
+    pub fn prepare(
+        &self,
+        prep: Prep,
+        x: u64,
+        idx: u64,
+        n: usize,
+        rows: usize,
+        to: Inputs,
+    ) -> Result {
+        let mut a = PrepArgs {
+            x,
+            idx,
+            f: to.f,
+            q: to.q,
+            h: to.h,
+            scale: self.ws.halves_scale.addr(),
+            n: n as i32,
+            pitch: pitch(n) as i32,
+            ..PrepArgs::default()
+        };
+        let f = match prep {
+            Prep::Copy => self.kernels.prep_copy,
+            Prep::Norm(w, eps) => {
+                a.w = w;
+                a.eps = eps;
+                self.kernels.prep_norm
+            }
+            Prep::Swiglu(up) => {
+                a.up = up;
+                self.kernels.prep_swiglu
+            }
+        };
+        // Enough threads for a short row; many rows share the machine instead.
+        let threads = if n > 8192 || (rows <= GEMV_TOKENS && n > 1024) {
+            1024
+        } else {
+            256
+        };
+        // SAFETY: PrepArgs is what prep_* declare; all buffers hold `rows` rows of `n`.
+        unsafe { self.launch(f, (rows as u32, 1, 1), threads, 0, &a) }
+    }
+
+    /// The buffers for the forms that weights of these types want.
+    pub fn forms(&self, types: &[TensorType], tokens: usize) -> Inputs {
+        let mut to = Inputs::default();
+        for ty in types {
+            match form(*ty, tokens) {
+                Form::Float => to.f = self.ws.norm_f.addr(),
+                Form::Quant => to.q = self.ws.input_q.addr(),
+                Form::Half => to.h = self.ws.halves.addr(),
+            }
+        }
+        to
+    }
+
+    /// `out = W · input (+ bias)`, stored or added (`mode`), for each target; all have as many
+    /// columns. Targets of one quantised type that follow each other share a launch.
+    pub fn products(
+        &mut self,
+        targets: &[Target],
+        tokens: usize,
+        mode: i32,
+        input: Inputs,
+        rows: Rows,
+    ) -> Result {
+        let mut i = 0;
+        while i < targets.len() {
+            let ty = targets[i].weight.ty;
+            let n = match form(ty, tokens) {
+                Form::Half => {
+                    self.gemm(&targets[i], tokens, mode, input.h, rows.to)?;
+                    1
+                }
+                Form::Float => {
+                    self.plain(&targets[i], tokens, mode, input.f, rows)?;
+                    1
+                }
+                Form::Quant => {
+                    let n = targets[i..]
+                        .iter()
+                        .take(3)
+                        .take_while(|t| t.weight.ty == ty)
+                        .count();
+                    self.gemv(&targets[i..i + n], tokens, mode, input.q, rows, 0)?;
+                    n
+                }
+            };
+            i += n;
+        }
+        Ok(())
+    }
+
+    /// `silu(gate · input) * (up · input)` for `down`'s type; returns where it lies.
+    pub fn hidden(
+        &mut self,
+        gate: &Linear,
+        up: &Linear,
+        down: TensorType,
+        tokens: usize,
+        input: Inputs,
+        from: u64,
+    ) -> Result<Inputs> {
+        let ff = gate.weight.rows;
+        let rows = Rows { from, to: 0 };
+        let (gate_f, up_f) = (self.ws.gate.addr(), self.ws.up.addr());
+        let mut out = Inputs::default();
+        match form(down, tokens) {
+            Form::Float => out.f = gate_f,
+            Form::Quant => out.q = self.ws.hidden_q.addr(),
+            Form::Half => out.h = self.ws.halves.addr(),
+        }
+        let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
+        let ty = gate.weight.ty;
+        if ty == up.weight.ty
+            && form(ty, tokens) == Form::Quant
+            && (out.q == 0 || ff.is_multiple_of(32))
+        {
+            let targets = targets.map(|t| Target { out: out.f, ..t });
+            self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
+        } else {
+            self.products(&targets, tokens, STORE, input, rows)?;
+            self.prepare(Prep::Swiglu(up_f), gate_f, 0, ff, tokens, out)?;
+        }
+        Ok(out)
+    }
+
+    fn gemv(
+        &mut self,
+        targets: &[Target],
+        tokens: usize,
+        mode: i32,
+        x: u64,
+        rows: Rows,
+        hidden_q: u64,
+    ) -> Result {
+        let Weight {
+            ty,
+            cols,
+            rows: out_rows,
+            ..
+        } = targets[0].weight;
+        let kind = quant_index(ty).ok_or_else(|| unsupported(ty))?;
+        if let Some(t) = targets.iter().find(|t| !t.weight.addr.is_multiple_of(4)) {
+            return Err(device_error(format!(
+                "a {ty} tensor lies on address {:#x}, which is no multiple of 4 (a GGUF file with \
+                 general.alignment below 4?)",
+                t.weight.addr
+            )));
+        }
+        let token_bytes = cols / 32 * XBLK_BYTES;
+        let ring = ring_bytes(ty);
+        let room = (self.device.info.shared_bytes as usize).saturating_sub(ring + 2048);
+        let most = room / token_bytes;
+        let Some(slot) = GEMV_BATCHES.iter().rposition(|b| *b <= most.max(1)) else {
+            return Err(device_error("no batch fits"));
+        };
+        if most == 0 {
+            return Err(device_error(format!(
+                "a row of {cols} columns does not fit the shared memory of {}",
+                self.device.info.name
+            )));
+        }
+        let work = if mode == SWIGLU {
+            out_rows.div_ceil(32)
+        } else {
+            let pairs: usize = targets.iter().map(|t| t.weight.rows.div_ceil(2)).sum();
+            pairs.div_ceil(WARPS)
+        } as u32;
+        let mut done = 0;
+        while done < tokens {
+            let left = tokens - done;
+            let size = (0..=slot)
+                .find(|i| GEMV_BATCHES[*i] >= left)
+                .unwrap_or(slot);
+            let n = left.min(GEMV_BATCHES[size]);
+            let picked = rows.skip(done);
+            let mut a = GemvArgs {
+                segments: targets.len() as i32,
+                cols: cols as i32,
+                tokens: n as i32,
+                mode,
+                x: if rows.from == 0 {
+                    x + (done * token_bytes) as u64
+                } else {
+                    x
+                },
+                in_idx: picked.from,
+                out_idx: picked.to,
+                hidden_q: if hidden_q == 0 {
+                    0
+                } else {
+                    hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64
+                },
+                ..GemvArgs::default()
+            };
+            for (i, t) in targets.iter().enumerate() {
+                a.w[i] = t.weight.addr;
+                a.bias[i] = t.bias;
+                a.rows[i] = t.weight.rows as i32;
+                a.stride[i] = t.stride as i32;
+                a.out[i] = if t.out == 0 || rows.to != 0 {
+                    t.out
+                } else {
+                    t.out + (done * t.stride * 4) as u64
+                };
+            }
+            let shared = ring + n * token_bytes;
+            let f = self.kernels.gemv[kind][size];
+            let fit = self.fit(kind, size, f, shared as u32)?;
+            let grid = (fit * self.device.info.multiprocessors).min(work);
+            // SAFETY: GemvArgs is what gemv_* declare; shapes were checked by the loader, the
+            // activations hold `tokens` rows, and device buffers have room behind them for whole
+            // 16-byte lines.
+            unsafe { self.launch(f, (grid, 1, 1), 256, shared, &a)? };
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn fit(&mut self, kind: usize, size: usize, f: Func, shared: u32) -> Result<u32> {
+        if let Some(n) = self.occupancy.get(&(kind, size, shared)) {
+            return Ok(*n);
+        }
+        let n = self.kernels.occupancy(f, 256, shared)?;
+        self.occupancy.insert((kind, size, shared), n);
+        Ok(n)
+    }
+
+    /// The product for weights that are not quantised, in floats.
+    pub fn plain(&self, t: &Target, tokens: usize, mode: i32, x: u64, rows: Rows) -> Result {
+        let w = t.weight;
+        let kind = plain_index(w.ty).ok_or_else(|| unsupported(w.ty))?;
+        let mut done = 0;
+        while done < tokens {
+            let n = (tokens - done).min(8);
+            let picked = rows.skip(done);
+            let a = PlainArgs {
+                w: w.addr,
+                bias: t.bias,
+                out: if rows.to == 0 {
+                    t.out + (done * t.stride * 4) as u64
+                } else {
+                    t.out
+                },
+                x: if rows.from == 0 {
+                    x + (done * w.cols * 4) as u64
+                } else {
+                    x
+                },
+                in_idx: picked.from,
+                out_idx: picked.to,
+                rows: w.rows as i32,
+                cols: w.cols as i32,
+                stride: t.stride as i32,
+                tokens: n as i32,
+                mode,
+                vector: i32::from(w.cols.is_multiple_of(8) && w.addr.is_multiple_of(16)),
+            };
+            let f = self.kernels.plain[kind][usize::from(n > 1)];
+            // SAFETY: PlainArgs is what plain_* declare; shapes were checked by the loader.
+            unsafe { self.launch(f, (w.rows.div_ceil(8) as u32, 1, 1), 256, 0, &a)? };
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Weights to halves (rows padded) or floats (rows back to back).
+    pub fn convert(&self, w: &Weight, out: u64, half: bool) -> Result {
+        let kind = any_index(w.ty).ok_or_else(|| unsupported(w.ty))?;
+        let a = DequantArgs {
+            w: w.addr,
+            out,
+            rows: w.rows as i32,
+            cols: w.cols as i32,
+            pitch: if half { pitch(w.cols) } else { w.cols } as i32,
+        };
+        let f = if half {
+            self.kernels.half[kind]
+        } else {
+            self.kernels.float[kind]
+        };
+        let (blocks, shared) = if kind < QUANTS.len() {
+            let (_, buf) = step_bytes(w.ty);
+            let work = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
+            let shared = 8 * (2 * buf + 32 * if half { 80 } else { 144 });
+            let fit = self.device.info.multiprocessors as usize * CONVERT_BLOCKS;
+            (work.min(fit), shared)
+        } else {
+            (w.rows, 0)
+        };
+        // SAFETY: DequantArgs is what half_* and float_* declare; the caller gives room for all
+        // rows at `out`.
+        unsafe { self.launch(f, (blocks as u32, 1, 1), 256, shared, &a) }
+    }
+
+    fn gemm(&self, t: &Target, tokens: usize, mode: i32, x: u64, to: u64) -> Result {
+        let row_bytes = t
+            .weight
+            .ty
+            .row_bytes(t.weight.cols)
+            .ok_or_else(|| unsupported(t.weight.ty))?;
+        let pitch = pitch(t.weight.cols);
+        let fit = self.ws.scratch.bytes() as usize / (pitch * 2) / 128 * 128;
+        let mut first = 0;
+        while first < t.weight.rows {
+            let rows = (t.weight.rows - first).min(fit);
+            let piece = Weight {
+                addr: t.weight.addr + (first * row_bytes) as u64,
+                rows,
+                ..t.weight
+            };
+            self.convert(&piece, self.ws.scratch.addr(), true)?;
+            let a = GemmArgs {
+                x,
+                w: self.ws.scratch.addr(),
+                scale: self.ws.halves_scale.addr(),
+                bias: if t.bias == 0 {
+                    0
+                } else {
+                    t.bias + 4 * first as u64
+                },
+                out: t.out + 4 * first as u64,
+                out_idx: to,
+                tokens: tokens as i32,
+                rows: rows as i32,
+                pitch: pitch as i32,
+                stride: t.stride as i32,
+                mode,
+            };
+            self.launch_gemm(&a)?;
+            first += rows;
+        }
+        Ok(())
+    }
+
+    fn launch_gemm(&self, a: &GemmArgs) -> Result {
+        let (tokens, rows) = (a.tokens as u32, a.rows as u32);
+        let large = tokens.div_ceil(128) * rows.div_ceil(128);
+        // Small tiles where large ones would leave half of the multiprocessors idle.
+        let (f, tile, stages) = if large * 2 > self.device.info.multiprocessors {
+            (self.kernels.gemm_large, 128, 3)
+        } else {
+            (self.kernels.gemm_small, 64, 4)
+        };
+        let shared = 2 * tile as usize * 128 * stages;
+        let grid = (tokens.div_ceil(tile), rows.div_ceil(tile), 1);
+        // SAFETY: GemmArgs is what gemm_* declare; rows beyond the last are clamped by the kernel.
+        unsafe { self.launch(f, grid, 256, shared, a) }
+    }
+}

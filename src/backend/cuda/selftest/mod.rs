@@ -1,0 +1,363 @@
+//! Every kernel against plain scalar arithmetic on random data: what a user runs on a new card.
+
+mod blocks;
+mod layer;
+
+use std::io::Write;
+use std::sync::Arc;
+
+pub use blocks::random_rows;
+use blocks::{Rng, values};
+
+use super::args::{ADD, STORE};
+use super::driver::{Device, device_error};
+use super::modules::{PLAINS, QUANTS};
+use super::product::{Form, Inputs, Prep, Rows, Target, form};
+use super::{CudaBackend, DeviceBuffer, Dims, Linear, Weight};
+use crate::backend::{BackendError, Rope, RopeKind};
+use crate::gguf::TensorType;
+
+type Result<T = ()> = std::result::Result<T, BackendError>;
+
+/// Squared error over squared reference; infinite if a value is not finite.
+fn nmse(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(
+        got.len(),
+        want.len(),
+        "results and reference differ in length"
+    );
+    let (mut err, mut all) = (0.0, 0.0);
+    for (g, w) in got.iter().zip(want) {
+        if !g.is_finite() {
+            return f64::INFINITY;
+        }
+        err += (f64::from(*g) - w).powi(2);
+        all += w * w;
+    }
+    err / all.max(1e-300)
+}
+
+/// Collects results line by line.
+struct Report<'a> {
+    out: &'a mut dyn Write,
+    failed: usize,
+    checks: usize,
+}
+
+impl Report<'_> {
+    fn check(&mut self, what: &str, error: f64, bound: f64) {
+        self.checks += 1;
+        let ok = error <= bound;
+        if !ok {
+            self.failed += 1;
+        }
+        let word = if ok { "ok" } else { "FAILED" };
+        // A report that cannot be written does not change what was found.
+        let _ = writeln!(
+            self.out,
+            "{what:<44} NMSE {error:9.2e}  bound {bound:7.0e}  {word}"
+        );
+    }
+}
+
+/// Runs every check on `device`; writes one line each to `out`. Returns the number that failed.
+pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
+    let mut report = Report {
+        out,
+        failed: 0,
+        checks: 0,
+    };
+    let mut backend = CudaBackend::new(device, &product_dims())?;
+    for ty in QUANTS.iter().chain(&PLAINS) {
+        check_type(device, &mut backend, *ty, &mut report)?;
+    }
+    layer::check_layers(device, &mut report)?;
+    let (checks, failed) = (report.checks, report.failed);
+    let _ = writeln!(
+        report.out,
+        "{checks} checks, {failed} failed, {}",
+        device.info.name
+    );
+    Ok(failed)
+}
+
+fn product_dims() -> Dims {
+    Dims {
+        n_layers: 1,
+        n_embd: 4352,
+        n_heads: 4,
+        n_kv_heads: 1,
+        head_dim: 64,
+        n_ff: 4352,
+        n_experts: 0,
+        n_experts_used: 0,
+        n_ff_expert: 0,
+        n_vocab: 256,
+        max_batch: 200,
+        max_outputs: 1,
+        n_ctx: 64,
+        kv_type: TensorType::F16,
+        rope: Rope {
+            kind: RopeKind::Norm,
+            freqs: vec![1.0; 32],
+            magnitude: 1.0,
+        },
+    }
+}
+
+/// A matrix on the device at an address that is no multiple of 32 beyond 32 itself, and its values.
+struct Matrix {
+    _buffer: DeviceBuffer,
+    weight: Weight,
+    values: Vec<f32>,
+}
+
+impl Matrix {
+    fn random(
+        device: &Arc<Device>,
+        ty: TensorType,
+        rows: usize,
+        cols: usize,
+        seed: u64,
+    ) -> Result<Matrix> {
+        // Norms and biases (single rows) are about as large as in models.
+        let scale = if rows == 1 {
+            2.0
+        } else {
+            2.0 / (cols as f32).sqrt()
+        };
+        let bytes = random_rows(ty, rows * cols, scale, seed);
+        let buffer = device.alloc(bytes.len() as u64 + 32, "weights")?;
+        buffer.write(32, &bytes)?;
+        Ok(Matrix {
+            weight: Weight {
+                addr: buffer.addr() + 32,
+                ty,
+                rows,
+                cols,
+            },
+            _buffer: buffer,
+            values: values(ty, &bytes),
+        })
+    }
+
+    fn linear(&self, bias: Option<&Matrix>) -> Linear {
+        Linear {
+            weight: self.weight,
+            bias: bias.map(|b| b.weight),
+        }
+    }
+
+    /// `W · x` for each row of x.
+    fn times(&self, x: &[f64]) -> Vec<f64> {
+        let cols = self.weight.cols;
+        x.chunks(cols)
+            .flat_map(|x| {
+                self.values
+                    .chunks(cols)
+                    .map(move |w| w.iter().zip(x).map(|(a, b)| f64::from(*a) * b).sum::<f64>())
+            })
+            .collect()
+    }
+}
+
+/// Activations as the int8 products see them: 32 at a time, to the nearest 127th of the largest.
+fn quantised(x: &[f64]) -> Vec<f64> {
+    x.chunks(32)
+        .flat_map(|b| {
+            let big = b.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+            let inv = if big > 0.0 { 127.0 / big as f32 } else { 0.0 };
+            b.iter()
+                .map(move |v| f64::from((*v as f32 * inv).round_ties_even()) * big / 127.0)
+        })
+        .collect()
+}
+
+/// The activations that a product of this type and size works on, and the error it may add.
+fn seen_by(ty: TensorType, tokens: usize, x: &[f64]) -> (Vec<f64>, f64) {
+    match form(ty, tokens) {
+        Form::Quant => (quantised(x), 1e-9),
+        Form::Float => (x.to_vec(), 1e-10),
+        Form::Half => (x.to_vec(), 1e-6),
+    }
+}
+
+fn check_type(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    ty: TensorType,
+    report: &mut Report,
+) -> Result {
+    let unit = ty.block_elems().max(32);
+    for (rows, cols) in [
+        (67, unit),
+        (33, 5 * unit),
+        (70, 4352 / unit * unit),
+        (130, 1024 + unit),
+    ] {
+        let m = Matrix::random(device, ty, rows, cols, 7 + rows as u64)?;
+        let e = &b.engine;
+        e.convert(&m.weight, e.ws.gate.addr(), false)?;
+        let mut got = vec![0.0f32; rows * cols];
+        if got.len() as u64 * 4 <= e.ws.gate.bytes() {
+            e.ws.gate.read(0, &mut got)?;
+            let want: Vec<f64> = m.values.iter().map(|v| f64::from(*v)).collect();
+            report.check(
+                &format!("{ty} {rows}x{cols} values"),
+                nmse(&got, &want),
+                1e-13,
+            );
+        }
+        for tokens in [1, 2, 3, 8, 11, 33, 150] {
+            check_product(b, &m, tokens, report)?;
+        }
+        check_picked(device, b, &m, report)?;
+    }
+    if ty.block_elems() == 1 {
+        let m = Matrix::random(device, ty, 19, 77, 5)?;
+        check_product(b, &m, 1, report)?;
+        check_product(b, &m, 7, report)?;
+        check_product(b, &m, 40, report)?;
+    }
+    check_swiglu(device, b, ty, report)
+}
+
+fn inputs(
+    b: &CudaBackend,
+    ty: TensorType,
+    tokens: usize,
+    cols: usize,
+    x: &[f32],
+) -> Result<Inputs> {
+    let e = &b.engine;
+    e.ws.x.write(0, x)?;
+    let to = e.forms(&[ty], tokens);
+    e.prepare(Prep::Copy, e.ws.x.addr(), 0, cols, tokens, to)?;
+    Ok(to)
+}
+
+fn widen(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|v| f64::from(*v)).collect()
+}
+
+/// Stores with a bias, then adds the same again.
+fn check_product(b: &mut CudaBackend, m: &Matrix, tokens: usize, report: &mut Report) -> Result {
+    let Weight { ty, rows, cols, .. } = m.weight;
+    let mut rng = Rng::new(tokens as u64 + 100);
+    let x = rng.floats(tokens * cols, 3.0);
+    let bias = rng.floats(rows, 1.0);
+    let input = inputs(b, ty, tokens, cols, &x)?;
+    b.engine.ws.up.write(0, &bias)?;
+    let out = b.engine.ws.gate.addr();
+    b.engine.ws.gate.write(0, &vec![f32::NAN; tokens * rows])?;
+    let target = Target {
+        weight: m.weight,
+        bias: b.engine.ws.up.addr(),
+        out,
+        stride: rows,
+    };
+    b.engine
+        .products(&[target], tokens, STORE, input, Rows::default())?;
+    b.engine
+        .products(&[target], tokens, ADD, input, Rows::default())?;
+    let mut got = vec![0.0f32; tokens * rows];
+    b.engine.ws.gate.read(0, &mut got)?;
+    let (x, bound) = seen_by(ty, tokens, &widen(&x));
+    let mut want = m.times(&x);
+    for (i, v) in want.iter_mut().enumerate() {
+        *v = 2.0 * (*v + f64::from(bias[i % rows]));
+    }
+    report.check(
+        &format!("{ty} {rows}x{cols} times {tokens}"),
+        nmse(&got, &want),
+        bound,
+    );
+    Ok(())
+}
+
+/// Reads picked rows and writes to picked rows.
+fn check_picked(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    m: &Matrix,
+    report: &mut Report,
+) -> Result {
+    let Weight { ty, rows, cols, .. } = m.weight;
+    let x = Rng::new(9).floats(6 * cols, 1.0);
+    let (from, to) = ([4u32, 0, 3], [5u32, 2, 0]);
+    let lists = device.alloc(24, "lists")?;
+    lists.write(0, &from)?;
+    lists.write(12, &to)?;
+    let input = inputs(b, ty, 6, cols, &x)?;
+    b.engine.ws.gate.write(0, &vec![0.0f32; 6 * rows])?;
+    let target = Target {
+        weight: m.weight,
+        bias: 0,
+        out: b.engine.ws.gate.addr(),
+        stride: rows,
+    };
+    let picked = Rows {
+        from: lists.addr(),
+        to: lists.addr() + 12,
+    };
+    b.engine.products(&[target], 3, STORE, input, picked)?;
+    let mut got = vec![0.0f32; 6 * rows];
+    b.engine.ws.gate.read(0, &mut got)?;
+    let (x, bound) = seen_by(ty, 3, &widen(&x));
+    let y = m.times(&x);
+    let mut want = vec![0.0; 6 * rows];
+    for (f, t) in from.iter().zip(&to) {
+        let (f, t) = (*f as usize * rows, *t as usize * rows);
+        want[t..t + rows].copy_from_slice(&y[f..f + rows]);
+    }
+    report.check(
+        &format!("{ty} {rows}x{cols} picked rows"),
+        nmse(&got, &want),
+        bound,
+    );
+    Ok(())
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// Gate, up, SwiGLU and down, in one type.
+fn check_swiglu(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    ty: TensorType,
+    report: &mut Report,
+) -> Result {
+    let (n, ff) = (512, 768);
+    let gate = Matrix::random(device, ty, ff, n, 21)?;
+    let up = Matrix::random(device, ty, ff, n, 22)?;
+    let down = Matrix::random(device, ty, n, ff, 23)?;
+    for tokens in [1, 5, 19, 70] {
+        let x = Rng::new(31).floats(tokens * n, 2.0);
+        let input = inputs(b, ty, tokens, n, &x)?;
+        let hidden = b
+            .engine
+            .hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
+        let target = Target::new(&down.linear(None), b.engine.ws.q.addr());
+        if (tokens * n * 4) as u64 > b.engine.ws.q.bytes() {
+            return Err(device_error("the test's buffers are too small"));
+        }
+        b.engine
+            .products(&[target], tokens, STORE, hidden, Rows::default())?;
+        let mut got = vec![0.0f32; tokens * n];
+        b.engine.ws.q.read(0, &mut got)?;
+        let (x, bound) = seen_by(ty, tokens, &widen(&x));
+        let (g, u) = (gate.times(&x), up.times(&x));
+        let h: Vec<f64> = g.iter().zip(&u).map(|(g, u)| silu(*g) * u).collect();
+        let (h, _) = seen_by(ty, tokens, &h);
+        // A hidden value near the middle of two steps may fall to either side.
+        let bound = if bound == 1e-9 { 1e-5 } else { bound };
+        report.check(
+            &format!("{ty} SwiGLU and down, {tokens}"),
+            nmse(&got, &down.times(&h)),
+            bound,
+        );
+    }
+    Ok(())
+}
