@@ -5,6 +5,8 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+pub mod guard;
+
 use std::time::Duration;
 
 /// A file or device that a reader has opened, by index.

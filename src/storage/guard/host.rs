@@ -60,7 +60,11 @@ impl Host {
 
     /// Like [`Host::read`], `None` where the file does not exist.
     pub fn read_if_there(&self, path: &str) -> Result<Option<String>, Unreadable> {
-        if self.exists(path) { self.read(path).map(Some) } else { Ok(None) }
+        if self.exists(path) {
+            self.read(path).map(Some)
+        } else {
+            Ok(None)
+        }
     }
 
     /// Names in a directory, sorted; empty where the directory does not exist.
@@ -91,7 +95,10 @@ impl Host {
 
     /// `path` with every link followed, as components below the root.
     pub fn resolve(&self, path: &str) -> Result<PathBuf, Unreadable> {
-        let full = self.real(path).canonicalize().map_err(|e| Self::fail(path, &e))?;
+        let full = self
+            .real(path)
+            .canonicalize()
+            .map_err(|e| Self::fail(path, &e))?;
         let root = self.root.canonicalize().map_err(|e| Self::fail("/", &e))?;
         let below = full.strip_prefix(&root).map_err(|_| Unreadable {
             path: path.into(),
@@ -112,7 +119,9 @@ impl Host {
         };
         file.seek(SeekFrom::Start(start)).map_err(fail)?;
         let mut bytes = Vec::with_capacity(len);
-        file.take(len as u64).read_to_end(&mut bytes).map_err(fail)?;
+        file.take(len as u64)
+            .read_to_end(&mut bytes)
+            .map_err(fail)?;
         Ok(bytes)
     }
 }

@@ -102,15 +102,22 @@ fn controller(host: &Host, bdf: &str) -> Result<Controller, Unreadable> {
         let class = format!("{pci}/nvme/{name}");
         found.serial = host.read(&format!("{class}/serial"))?.trim().to_owned();
         found.model = host.read(&format!("{class}/model"))?.trim().to_owned();
-        found.firmware = host.read(&format!("{class}/firmware_rev"))?.trim().to_owned();
+        found.firmware = host
+            .read(&format!("{class}/firmware_rev"))?
+            .trim()
+            .to_owned();
         for entry in host.list(&class)? {
             // nvme0n1, and nvme0c0n1: a path of a multipath namespace, whose node is nvme0n1.
             if let Some(node) = namespace_node(&name, &entry) {
                 found.namespaces.push(namespace(host, &node)?);
             }
         }
-        found.namespaces.sort_by(|a, b| a.whole.name.cmp(&b.whole.name));
-        found.namespaces.dedup_by(|a, b| a.whole.name == b.whole.name);
+        found
+            .namespaces
+            .sort_by(|a, b| a.whole.name.cmp(&b.whole.name));
+        found
+            .namespaces
+            .dedup_by(|a, b| a.whole.name == b.whole.name);
     }
     Ok(found)
 }
@@ -131,7 +138,9 @@ fn namespace(host: &Host, node: &str) -> Result<Namespace, Unreadable> {
     let whole = block_device(host, node)?;
     let mut partitions = Vec::new();
     for entry in host.list(&format!("{base}/"))? {
-        if entry.starts_with(&format!("{node}p")) && host.exists(&format!("{base}/{entry}/partition")) {
+        if entry.starts_with(&format!("{node}p"))
+            && host.exists(&format!("{base}/{entry}/partition"))
+        {
             partitions.push(block_device(host, &entry)?);
         }
     }
@@ -154,7 +163,11 @@ fn block_device(host: &Host, name: &str) -> Result<BlockDevice, Unreadable> {
     Ok(BlockDevice {
         name: name.to_owned(),
         number: host.read(&format!("{base}/dev"))?,
-        start: if host.exists(&format!("{base}/start")) { sectors("start")? } else { 0 },
+        start: if host.exists(&format!("{base}/start")) {
+            sectors("start")?
+        } else {
+            0
+        },
         size: sectors("size")?,
     })
 }
