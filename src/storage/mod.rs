@@ -6,6 +6,7 @@
 //! reads; it knows nothing of layers.
 
 pub mod guard;
+pub mod vfio;
 
 use std::time::Duration;
 
