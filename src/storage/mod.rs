@@ -5,6 +5,7 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+pub mod bind;
 pub mod guard;
 pub mod vfio;
 
