@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use crate::storage::bind::{self, DeviceError};
+use crate::storage::extents;
 use crate::storage::guard::{self, Allowlist, Host, allowlist, sysfs};
 
 /// Arguments of `nt device`.
@@ -43,6 +44,11 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Print where a model's file lies on its drive, as JSON, for reading it by block later
+    Extents {
+        /// A file on ext4 or XFS on an NVMe drive
+        model: PathBuf,
+    },
 }
 
 /// Runs `nt device`. Results go to stdout, steps to stderr.
@@ -58,6 +64,11 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
         Command::Check { device } => check(&host, &device, &allowed),
         Command::Bind { device, dry_run } => bind::bind(&host, &device, &allowed, dry_run, say),
         Command::Release { device, dry_run } => bind::release(&host, &device, dry_run, say),
+        Command::Extents { model } => {
+            let manifest = extents::manifest(&host, &model)?;
+            println!("{}", serde_json::json!(manifest));
+            Ok(())
+        }
     }
 }
 

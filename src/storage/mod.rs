@@ -6,6 +6,7 @@
 //! reads; it knows nothing of layers.
 
 pub mod bind;
+pub mod extents;
 pub mod guard;
 pub mod vfio;
 

@@ -125,6 +125,7 @@ make_drives() {
   head -c 32M /dev/urandom >"$work/blk4k.img"
   head -c 32M /dev/urandom >"$work/small.img"
   truncate -s 32M "$work/meta.img" "$work/zns.img" "$work/sib.img" "$work/other.img" "$work/fs.img"
+  mke2fs -q -F -t ext4 "$work/fs.img" >/dev/null 2>&1
 }
 
 # boot iommu|noiommu CHECKS: runs the guest, prints its results, fails if any check failed.

@@ -122,12 +122,12 @@ impl VfioReader {
             let skip = offset - span.file_offset;
             let device = span.device_offset + skip;
             let bytes = len.min(span.len - skip).min(most);
-            let bytes = if bytes % block == 0 {
+            let bytes = if bytes.is_multiple_of(block) {
                 bytes
             } else {
                 bytes.next_multiple_of(block)
             };
-            if device % block != 0 || skip + bytes > span.len.next_multiple_of(block) {
+            if !device.is_multiple_of(block) || skip + bytes > span.len.next_multiple_of(block) {
                 return Err(format!(
                     "byte {device} of the drive is not at a block of {block} bytes"
                 ));
