@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use nt::storage::bind::find_bound;
+use nt::storage::extents::{CHUNK, Manifest};
 use nt::storage::guard::Host;
 use nt::storage::vfio::{VfioReader, reader::Span};
 use nt::storage::{Completion, Extent, FileId, ReadRequest, Reader};
@@ -29,6 +30,12 @@ enum Command {
     },
     /// Write the identify pages to PREFIX.ctrl and PREFIX.ns
     Identify { device: String, prefix: String },
+    /// A file by its manifest, against a copy
+    File {
+        device: String,
+        manifest: String,
+        copy: String,
+    },
     /// Time reads
     Bench { device: String },
     /// Read until killed
@@ -196,6 +203,38 @@ fn compare(name: &str, copy: &str, reads: u64) -> Result<(), Box<dyn std::error:
     Ok(())
 }
 
+fn whole_file(name: &str, manifest: &str, copy: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let truth = std::fs::read(copy)?;
+    let manifest: Manifest = serde_json::from_str(&std::fs::read_to_string(manifest)?)?;
+    let mut drive = open(name)?;
+    drive.file = drive.reader.add_file(&manifest.file, manifest.spans());
+    let (mut offset, mut out) = (0, Vec::new());
+    while offset < manifest.size {
+        let len = (manifest.size - offset).min(CHUNK as u64);
+        drive.submit(0, offset, len, 0)?;
+        while drive.reader.outstanding() > 0 {
+            drive.next(&mut out)?;
+        }
+        for completion in out.drain(..) {
+            completion.result?;
+        }
+        // SAFETY: the read is complete, and no other is in flight.
+        let data = unsafe { std::slice::from_raw_parts(drive.arena, len as usize) };
+        if !manifest.holds((offset / CHUNK as u64) as usize, data)
+            || data != &truth[offset as usize..][..len as usize]
+        {
+            return Err(format!("{}: the MiB at {offset} differs", manifest.file).into());
+        }
+        offset += len;
+    }
+    println!(
+        "{} bytes by {} extents, all equal",
+        manifest.size,
+        manifest.extents.len()
+    );
+    Ok(())
+}
+
 fn main() {
     let result: Result<(), Box<dyn std::error::Error>> = match Args::parse().command {
         Command::Device(args) => match nt::cli::device::run(args) {
@@ -221,6 +260,11 @@ fn main() {
             );
             Ok(())
         }),
+        Command::File {
+            device,
+            manifest,
+            copy,
+        } => whole_file(&device, &manifest, &copy),
         Command::Bench { device } => open(&device).and_then(|mut drive| {
             for (bytes, depth) in [
                 (4096, 1),

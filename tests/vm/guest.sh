@@ -36,7 +36,7 @@ allow
 before=$(sha256sum /dev/$dev | cut -c1-64)
 refused "boot drive" "mounted at /" $nt bind ${boot}n1
 for d in META0001 ZNS0001 SIB0001; do
-  n=$(drive $d); [ -n "$n" ] || { echo "SKIP $d: no such drive"; continue; }
+  n=$(drive $d)n1; [ -b /dev/$n ] || { echo "SKIP $d: no such drive"; continue; }
   $nt check "$n" >/tmp/out 2>&1
   code=$?
   sed "s/^/INFO $d /" /tmp/out
@@ -50,7 +50,15 @@ done
 refused "file system signature" "it holds ext4" $nt bind ${fs}n1
 mkdir -p /mnt/fs; mount -t ext4 /dev/${fs}n1 /mnt/fs
 refused "mounted" "is mounted at /mnt/fs" $nt bind ${fs}n1
+head -c 9000001 /dev/urandom >/mnt/fs/a; cp /mnt/fs/a /tmp/file.copy
+works "extents of a file" $nt extents /mnt/fs/a
+cp /tmp/out /tmp/manifest.json
 umount /mnt/fs
+sed '/FS0001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/etc/nt/fs.toml
+works "bind a drive that holds the file" $nt bind ${fs}n1 --allow /etc/nt/fs.toml
+works "the file by its extents" nvme_probe file ${fs}n1 /tmp/manifest.json /tmp/file.copy
+works "release the drive that holds the file" $nt release ${fs}n1
+fs=$(drive FS0001)
 dd if=/dev/zero of=/dev/${fs}n1 bs=1M count=32 2>/dev/null; mkswap /dev/${fs}n1 >/dev/null; swapon /dev/${fs}n1
 refused "swap" "used as swap" $nt bind ${fs}n1
 swapoff /dev/${fs}n1

@@ -29,7 +29,7 @@ enum Wrong {
     FatalOnRead,
     SilentReads,
     Gone,
-    WrongCid,
+    ForeignCid,
     OldCid,
     Metadata,
 }
@@ -210,7 +210,7 @@ impl State {
             self.reads += 1;
             let cid = (e[0] >> 16) as u16;
             let cid = match self.wrong {
-                Wrong::WrongCid => cid ^ 0x0fff,
+                Wrong::ForeignCid => cid ^ 0x0fff,
                 Wrong::OldCid => cid ^ 0x1000,
                 _ => cid,
             };
@@ -460,7 +460,7 @@ fn metadata_is_refused() {
 
 #[test]
 fn unknown_and_stale_identifiers_stop_the_controller() {
-    for wrong in [Wrong::WrongCid, Wrong::OldCid] {
+    for wrong in [Wrong::ForeignCid, Wrong::OldCid] {
         let b = bench(1, Wrong::Nothing);
         let mut c = start(&b, 8).unwrap();
         b.model.state.borrow_mut().wrong = wrong;
