@@ -56,15 +56,7 @@ fn open(name: &str) -> Result<Open, Box<dyn std::error::Error>> {
     let map = memmap2::MmapMut::map_anon(ARENA)?;
     let arena = Box::leak(Box::new(map)).as_mut_ptr();
     // SAFETY: the mapping is leaked, so it outlives the reader, and only raw pointers touch it.
-    let mut reader = unsafe { VfioReader::open(&drive.pci, namespace.nsid, arena, ARENA)? };
-    let info = &reader.drive().controller.info;
-    if info.serial != drive.serial || info.model != drive.model {
-        return Err(format!(
-            "{} {} was bound, {} {} answers",
-            drive.model, drive.serial, info.model, info.serial
-        )
-        .into());
-    }
+    let mut reader = unsafe { VfioReader::open_bound(&drive, &namespace, arena, ARENA)? };
     let file = reader.add_file(
         name,
         vec![Span {

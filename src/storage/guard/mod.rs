@@ -240,7 +240,7 @@ fn format(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(
             out.push(Reason::new(
                 Check::Format,
                 &path,
-                format!("{bytes} bytes of metadata a block"),
+                format!("{bytes} bytes of integrity metadata a block"),
             ));
         }
     }

@@ -46,6 +46,16 @@ pub enum OpenError {
         /// RLIMIT_MEMLOCK.
         limit: u64,
     },
+    /// Another drive answers than was bound.
+    #[error("{bdf}: {expected} was bound, {found} answers; it is not read")]
+    WrongDrive {
+        /// PCI address.
+        bdf: String,
+        /// Model, serial and bytes of the drive that was bound.
+        expected: String,
+        /// Those of the drive that answers.
+        found: String,
+    },
     /// The controller failed.
     #[error("{bdf}: {fault}")]
     Fault {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::device::{OpenError, VfioNvme};
 use super::io::{Read, ReadDone};
+use crate::storage::bind::{Bound, BoundNamespace};
 use crate::storage::{Alignment, Completion, FileId, ReadError, ReadRequest, Reader};
 
 /// Where bytes of a file lie on the drive.
@@ -63,6 +64,36 @@ impl VfioReader {
             waiting: VecDeque::new(),
             requests: HashMap::new(),
             finished: Vec::new(),
+        })
+    }
+
+    /// Opens a drive that [`crate::storage::bind::find_bound`] found, and makes sure that it is the
+    /// one that was bound.
+    ///
+    /// # Safety
+    /// As [`VfioReader::open`].
+    pub unsafe fn open_bound(
+        drive: &Bound,
+        namespace: &BoundNamespace,
+        arena: *mut u8,
+        len: usize,
+    ) -> Result<Self, OpenError> {
+        // SAFETY: the caller's promise.
+        let reader = unsafe { Self::open(&drive.pci, namespace.nsid, arena, len)? };
+        let controller = &reader.drive.controller;
+        let size = controller.namespace.blocks << controller.namespace.block_shift;
+        let expected = format!("{} {} {}", drive.model, drive.serial, namespace.size);
+        let found = format!(
+            "{} {} {size}",
+            controller.info.model, controller.info.serial
+        );
+        if expected == found {
+            return Ok(reader);
+        }
+        Err(OpenError::WrongDrive {
+            bdf: drive.pci.clone(),
+            expected,
+            found,
         })
     }
 
