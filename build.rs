@@ -63,20 +63,10 @@ fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> Vec<Job> {
     let mut jobs = Vec::new();
     for unit in UNITS {
         for arch in &archs {
-            jobs.push(Job {
-                unit,
-                arch: arch.clone(),
-                ptx: false,
-                out: out.join(format!("{unit}_{arch}.cubin")),
-            });
+            jobs.push(Job { unit, arch: arch.clone(), ptx: false, out: out.join(format!("{unit}_{arch}.cubin")) });
         }
         if wanted.is_none() {
-            jobs.push(Job {
-                unit,
-                arch: PTX_ARCH.to_owned(),
-                ptx: true,
-                out: out.join(format!("{unit}.ptx")),
-            });
+            jobs.push(Job { unit, arch: PTX_ARCH.to_owned(), ptx: true, out: out.join(format!("{unit}.ptx")) });
         }
     }
     let next = AtomicUsize::new(0);
@@ -112,27 +102,16 @@ fn compile(nvcc: &Path, kernels: &Path, job: &Job) -> Result<(), String> {
     if output.status.success() {
         return Ok(());
     }
-    Err(format!(
-        "{} for {}_{}:\n{}",
-        job.unit,
-        kind,
-        job.arch,
-        String::from_utf8_lossy(&output.stderr)
-    ))
+    Err(format!("{} for {}_{}:\n{}", job.unit, kind, job.arch, String::from_utf8_lossy(&output.stderr)))
 }
 
 /// Writes the Rust tables that `src/backend/cuda/modules.rs` includes.
 fn write_table(out: &Path, kernels: &Path, jobs: &[Job]) {
-    let mut text =
-        String::from("/// Kernels compiled for one architecture: unit, `sm_XX`, image.\n");
+    let mut text = String::from("/// Kernels compiled for one architecture: unit, `sm_XX`, image.\n");
     for (name, ptx) in [("CUBINS", false), ("PTX", true)] {
         let _ = writeln!(text, "pub static {name}: &[(&str, u32, &[u8])] = &[");
         for job in jobs.iter().filter(|j| j.ptx == ptx) {
-            let _ = writeln!(
-                text,
-                "    ({:?}, {}, include_bytes!({:?})),",
-                job.unit, job.arch, job.out
-            );
+            let _ = writeln!(text, "    ({:?}, {}, include_bytes!({:?})),", job.unit, job.arch, job.out);
         }
         text.push_str("];\n");
     }

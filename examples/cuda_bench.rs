@@ -24,47 +24,11 @@ struct Shape {
 }
 
 const SHAPES: [Shape; 4] = [
-    Shape {
-        name: "8b",
-        layers: 32,
-        embd: 4096,
-        heads: 32,
-        kv_heads: 8,
-        ff: 14336,
-        vocab: 128256,
-        mixed: false,
-    },
-    Shape {
-        name: "32b",
-        layers: 64,
-        embd: 5120,
-        heads: 40,
-        kv_heads: 8,
-        ff: 27648,
-        vocab: 152064,
-        mixed: true,
-    },
+    Shape { name: "8b", layers: 32, embd: 4096, heads: 32, kv_heads: 8, ff: 14336, vocab: 128256, mixed: false },
+    Shape { name: "32b", layers: 64, embd: 5120, heads: 40, kv_heads: 8, ff: 27648, vocab: 152064, mixed: true },
     // For the profiler.
-    Shape {
-        name: "few8b",
-        layers: 2,
-        embd: 4096,
-        heads: 32,
-        kv_heads: 8,
-        ff: 14336,
-        vocab: 16384,
-        mixed: false,
-    },
-    Shape {
-        name: "few32b",
-        layers: 8,
-        embd: 5120,
-        heads: 40,
-        kv_heads: 8,
-        ff: 27648,
-        vocab: 16384,
-        mixed: true,
-    },
+    Shape { name: "few8b", layers: 2, embd: 4096, heads: 32, kv_heads: 8, ff: 14336, vocab: 16384, mixed: false },
+    Shape { name: "few32b", layers: 8, embd: 5120, heads: 40, kv_heads: 8, ff: 27648, vocab: 16384, mixed: true },
 ];
 
 struct Layer {
@@ -114,38 +78,19 @@ impl Maker<'_> {
         let addr = buffer.addr();
         self.buffers.push(buffer);
         self.bytes += bytes as u64;
-        Ok(Weight {
-            addr,
-            ty,
-            rows,
-            cols,
-        })
+        Ok(Weight { addr, ty, rows, cols })
     }
 
     fn linear(&mut self, ty: TensorType, rows: usize, cols: usize) -> Result<Linear> {
-        Ok(Linear {
-            weight: self.weight(ty, rows, cols)?,
-            bias: None,
-        })
+        Ok(Linear { weight: self.weight(ty, rows, cols)?, bias: None })
     }
 }
 
 fn make(device: &Arc<Device>, s: &Shape) -> Result<Model> {
-    let mut m = Maker {
-        device,
-        buffers: Vec::new(),
-        patterns: Vec::new(),
-        bytes: 0,
-    };
-    let (base, better) = if s.mixed {
-        (TensorType::Q4_K, TensorType::Q6_K)
-    } else {
-        (TensorType::Q8_0, TensorType::Q8_0)
-    };
-    let norm = Norm {
-        weight: m.weight(TensorType::F32, 1, s.embd)?,
-        eps: 1e-5,
-    };
+    let mut m = Maker { device, buffers: Vec::new(), patterns: Vec::new(), bytes: 0 };
+    let (base, better) =
+        if s.mixed { (TensorType::Q4_K, TensorType::Q6_K) } else { (TensorType::Q8_0, TensorType::Q8_0) };
+    let norm = Norm { weight: m.weight(TensorType::F32, 1, s.embd)?, eps: 1e-5 };
     let kv = s.kv_heads * 128;
     let mut layers = Vec::new();
     for i in 0..s.layers {
@@ -163,13 +108,7 @@ fn make(device: &Arc<Device>, s: &Shape) -> Result<Model> {
         });
     }
     let head = m.weight(better, s.vocab, s.embd)?;
-    Ok(Model {
-        layers,
-        norm,
-        head,
-        bytes: m.bytes,
-        _buffers: m.buffers,
-    })
+    Ok(Model { layers, norm, head, bytes: m.bytes, _buffers: m.buffers })
 }
 
 fn pass(b: &mut CudaBackend, m: &Model, rows: &[u8], pos: usize, n: usize) -> Result<f32> {
@@ -210,9 +149,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         kv_type: TensorType::F16,
         rope: Rope {
             kind: RopeKind::Norm,
-            freqs: (0..64)
-                .map(|i| 500000f32.powf(-(i as f32) / 64.0))
-                .collect(),
+            freqs: (0..64).map(|i| 500000f32.powf(-(i as f32) / 64.0)).collect(),
             magnitude: 1.0,
         },
     };
@@ -241,24 +178,13 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
             runs.push(t.elapsed().as_secs_f64());
         }
     }
-    println!(
-        "{}: prefill 512: {:.0} tok/s ({:.2} ms)",
-        s.name,
-        512.0 / median(&mut runs),
-        1e3 * median(&mut runs)
-    );
+    println!("{}: prefill 512: {:.0} tok/s ({:.2} ms)", s.name, 512.0 / median(&mut runs), 1e3 * median(&mut runs));
     for n in [1, 2, 4, 8, 32, 64] {
         let mut runs = Vec::new();
         let passes = if n == 1 { 128 } else { 10 };
         for i in 0..passes + 3 {
             let t = Instant::now();
-            pass(
-                &mut b,
-                &m,
-                &rows[..n * row],
-                if n == 1 { i } else { 128 },
-                n,
-            )?;
+            pass(&mut b, &m, &rows[..n * row], if n == 1 { i } else { 128 }, n)?;
             if i >= 3 {
                 runs.push(t.elapsed().as_secs_f64());
             }
@@ -281,11 +207,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         b.attn_output(&l.o)?;
         b.ffn(&l.norm, &l.gate, &l.up, &l.down)?;
     }
-    println!(
-        "{}: submitting a token takes the host {:.3} ms",
-        s.name,
-        t.elapsed().as_secs_f64() * 1e3
-    );
+    println!("{}: submitting a token takes the host {:.3} ms", s.name, t.elapsed().as_secs_f64() * 1e3);
     b.synchronize()?;
     parts(device, &mut b, &m)
 }
@@ -296,9 +218,7 @@ fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
         b.begin(500 - if n == 1 { 0 } else { 500 }, n)?;
         type Op<'a> = (&'a str, fn(&mut CudaBackend, usize, &Layer) -> Result);
         let ops: [Op; 4] = [
-            ("qkv", |b, i, l| {
-                b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)
-            }),
+            ("qkv", |b, i, l| b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)),
             ("attend", |b, i, _| b.attend(i)),
             ("attn_output", |b, _, l| b.attn_output(&l.o)),
             ("ffn", |b, _, l| b.ffn(&l.norm, &l.gate, &l.up, &l.down)),
@@ -316,10 +236,7 @@ fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
             }
             e1.record(b.stream())?;
             e1.synchronize()?;
-            line += &format!(
-                " {name} {:.1}",
-                e1.ms_since(&e0)? * 1e3 / m.layers.len() as f32
-            );
+            line += &format!(" {name} {:.1}", e1.ms_since(&e0)? * 1e3 / m.layers.len() as f32);
         }
         println!("{line}");
     }
@@ -339,10 +256,7 @@ fn run() -> Result {
     if args.iter().any(|a| a == "selftest") {
         let t = Instant::now();
         let failed = selftest::selftest(&device, &mut std::io::stdout())?;
-        println!(
-            "selftest: {failed} failed, {:.1} s",
-            t.elapsed().as_secs_f32()
-        );
+        println!("selftest: {failed} failed, {:.1} s", t.elapsed().as_secs_f32());
     }
     for s in &SHAPES {
         if args.iter().any(|a| a == s.name) {

@@ -20,6 +20,11 @@ impl Failure {
         Failure { code: 2, message: message.to_string() }
     }
 
+    /// 3: refused by a safety rule of a drive.
+    pub fn refused(message: impl ToString) -> Failure {
+        Failure { code: 3, message: message.to_string() }
+    }
+
     /// 4: does not fit the limits.
     pub fn limits(message: impl ToString) -> Failure {
         Failure { code: 4, message: message.to_string() }

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod completions;
+pub mod device;
 mod failure;
 mod inspect;
 mod interrupt;
@@ -38,6 +39,9 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Selftest(args) => selftest::run(&args),
+        Command::Device(args) => {
+            device::run(args).map_err(|e| if e.is_refusal() { Failure::refused(e) } else { Failure::running(e) })
+        }
         Command::Completions(args) => completions::run(&args),
     };
     match result {

@@ -15,6 +15,7 @@ pub struct SelftestArgs {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum SelftestBackend {
     Cpu,
+    Cuda,
 }
 
 /// Prints a line a kernel; fails if one is out of its bound.
@@ -27,7 +28,16 @@ pub fn run(args: &SelftestArgs) -> Result<(), Failure> {
     };
     let result = match args.backend {
         SelftestBackend::Cpu => crate::backend::cpu::selftest(&mut line),
+        SelftestBackend::Cuda => cuda(),
     };
     printed?;
     result.map_err(Failure::running)
+}
+
+/// The kernels of the first GPU.
+fn cuda() -> Result<(), String> {
+    use crate::backend::cuda::{Device, selftest};
+    let device = Device::open(0).map_err(|e| e.to_string())?;
+    let failed = selftest::selftest(&device, &mut std::io::stdout()).map_err(|e| e.to_string())?;
+    if failed > 0 { Err(format!("{failed} kernels are out of their bounds")) } else { Ok(()) }
 }

@@ -101,8 +101,8 @@ mod tests {
         let d = [1.0, 2.0, 4.0, 8.0];
         let plain = rope(RopeKind::Norm, 8, 1e4, RopeScaling::None, None);
         let r = rope(RopeKind::Norm, 8, 1e4, RopeScaling::None, Some(&d));
-        for i in 0..4 {
-            assert!((r.freqs[i] * d[i] / plain.freqs[i] - 1.0).abs() < 1e-6);
+        for (i, d) in d.iter().enumerate() {
+            assert!((r.freqs[i] * d / plain.freqs[i] - 1.0).abs() < 1e-6);
         }
     }
 }

@@ -5,12 +5,16 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+pub mod bind;
+pub mod extents;
 mod file;
+pub mod guard;
 mod pread;
 #[cfg(test)]
 mod scripted;
 mod split;
 mod uring;
+pub mod vfio;
 
 pub use file::DirectFile;
 pub use pread::PreadReader;
@@ -182,7 +186,7 @@ mod tests {
     use std::io::Write;
 
     fn file(bytes: usize) -> (tempfile::NamedTempFile, Vec<u8>) {
-        let data: Vec<u8> = (0..bytes).map(|i| (i * 2_654_435_761 >> 7) as u8).collect();
+        let data: Vec<u8> = (0..bytes).map(|i| ((i * 2_654_435_761) >> 7) as u8).collect();
         let mut f = tempfile::NamedTempFile::new().unwrap();
         f.write_all(&data).unwrap();
         f.as_file().sync_all().unwrap();

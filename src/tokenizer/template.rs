@@ -111,12 +111,11 @@ fn tojson(value: &Value, options: minijinja::value::Kwargs) -> Result<Value, Err
 }
 
 fn write_json(v: &Json, indent: Option<usize>, depth: usize, out: &mut String) {
-    let line = |out: &mut String, depth: usize| match indent {
-        Some(n) => {
+    let line = |out: &mut String, depth: usize| {
+        if let Some(n) = indent {
             out.push('\n');
             out.push_str(&" ".repeat(n * depth));
         }
-        None => {}
     };
     let comma = if indent.is_some() { "," } else { ", " };
     match v {

@@ -4,6 +4,8 @@
 //! all block types of the list are of this form, so one dot product and one matrix product serve
 //! them all. The functions are plain loops that are compiled for each instruction set.
 
+#![allow(clippy::needless_range_loop, reason = "indices are the layouts' own")]
+
 use crate::gguf::TensorType;
 
 /// Elements of a packet.

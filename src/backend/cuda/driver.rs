@@ -15,10 +15,7 @@ use crate::backend::BackendError;
 pub const PAD_BYTES: u64 = 256;
 
 pub(super) fn device_error(what: impl Into<String>) -> BackendError {
-    BackendError::Device {
-        backend: "cuda",
-        what: what.into(),
-    }
+    BackendError::Device { backend: "cuda", what: what.into() }
 }
 
 /// Turns a driver result into an error that says what was tried.
@@ -31,9 +28,7 @@ pub(super) fn check(r: sys::CUresult, what: &str) -> Result<(), BackendError> {
     let known = unsafe { sys::cuGetErrorString(r, &mut text) } == sys::CUresult::CUDA_SUCCESS;
     let words = if known && !text.is_null() {
         // SAFETY: the driver gave a pointer to a static, null-terminated string.
-        unsafe { CStr::from_ptr(text) }
-            .to_string_lossy()
-            .into_owned()
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     } else {
         format!("{r:?}")
     };
@@ -83,9 +78,7 @@ impl Device {
     pub fn open(ordinal: i32) -> Result<Arc<Device>, BackendError> {
         // SAFETY: only tries to load the driver's library.
         if !unsafe { sys::is_culib_present() } {
-            return Err(device_error(
-                "no NVIDIA driver found (libcuda.so.1 does not load); use --backend cpu",
-            ));
+            return Err(device_error("no NVIDIA driver found (libcuda.so.1 does not load); use --backend cpu"));
         }
         // SAFETY: the library is there; cuInit may be called any number of times.
         check(unsafe { sys::cuInit(0) }, "the driver does not start")?;
@@ -116,10 +109,7 @@ impl Device {
     /// Makes the device current in this thread; to be called in each thread that uses it.
     pub fn bind(&self) -> Result<(), BackendError> {
         // SAFETY: ctx is retained until drop.
-        check(
-            unsafe { sys::cuCtxSetCurrent(self.ctx) },
-            "GPU context lost",
-        )
+        check(unsafe { sys::cuCtxSetCurrent(self.ctx) }, "GPU context lost")
     }
 
     /// Free and total bytes of device memory, as the driver counts them.
@@ -135,28 +125,16 @@ impl Device {
     }
 
     /// Allocates `bytes` of device memory (and [`PAD_BYTES`] behind them) for `what`.
-    pub fn alloc(
-        self: &Arc<Self>,
-        bytes: u64,
-        what: &'static str,
-    ) -> Result<DeviceBuffer, BackendError> {
+    pub fn alloc(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<DeviceBuffer, BackendError> {
         self.bind()?;
         let mut addr = 0;
         // SAFETY: addr receives the address.
         let r = unsafe { sys::cuMemAlloc_v2(&mut addr, (bytes + PAD_BYTES) as usize) };
         if r == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            return Err(BackendError::OutOfMemory {
-                backend: "cuda",
-                what,
-                bytes,
-            });
+            return Err(BackendError::OutOfMemory { backend: "cuda", what, bytes });
         }
         check(r, what)?;
-        Ok(DeviceBuffer {
-            addr,
-            bytes,
-            device: Arc::clone(self),
-        })
+        Ok(DeviceBuffer { addr, bytes, device: Arc::clone(self) })
     }
 
     /// Allocates `len` elements of pinned host memory, zeroed.
@@ -172,32 +150,21 @@ impl Device {
         check(unsafe { sys::cuMemAllocHost_v2(&mut ptr, bytes) }, what)?;
         // SAFETY: the driver gave `bytes` writable bytes.
         unsafe { std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes) };
-        Ok(PinnedBuffer {
-            ptr: ptr.cast(),
-            len,
-            device: Arc::clone(self),
-        })
+        Ok(PinnedBuffer { ptr: ptr.cast(), len, device: Arc::clone(self) })
     }
 
     /// Registers host memory so that copies from it run at the link's speed and asynchronously.
     ///
     /// # Safety
     /// `len` bytes at `ptr` stay mapped until the result is dropped.
-    pub unsafe fn register_host(
-        self: &Arc<Self>,
-        ptr: *mut u8,
-        len: usize,
-    ) -> Result<Registered, BackendError> {
+    pub unsafe fn register_host(self: &Arc<Self>, ptr: *mut u8, len: usize) -> Result<Registered, BackendError> {
         self.bind()?;
         check(
             // SAFETY: the caller vouches for the memory; the default flags leave it cached.
             unsafe { sys::cuMemHostRegister_v2(ptr.cast(), len, 0) },
             &format!("{len} bytes of host memory could not be pinned"),
         )?;
-        Ok(Registered {
-            ptr,
-            device: Arc::clone(self),
-        })
+        Ok(Registered { ptr, device: Arc::clone(self) })
     }
 
     /// A new stream that does not wait for the default one.
@@ -209,10 +176,7 @@ impl Device {
             unsafe { sys::cuStreamCreate(&mut raw, 1) },
             "a stream could not be made",
         )?;
-        Ok(Stream {
-            raw,
-            device: Arc::clone(self),
-        })
+        Ok(Stream { raw, device: Arc::clone(self) })
     }
 
     /// A new event; `timed` ones can be subtracted.
@@ -226,10 +190,7 @@ impl Device {
             unsafe { sys::cuEventCreate(&mut raw, flags) },
             "an event could not be made",
         )?;
-        Ok(Event {
-            raw,
-            device: Arc::clone(self),
-        })
+        Ok(Event { raw, device: Arc::clone(self) })
     }
 }
 
@@ -258,22 +219,14 @@ fn device_info(dev: sys::CUdevice) -> Result<DeviceInfo, BackendError> {
     // SAFETY: each call writes at most the length given into a live array or number; both texts
     // are null-terminated within it.
     unsafe {
-        check(
-            sys::cuDeviceGetName(name.as_mut_ptr(), 256, dev),
-            "GPU name",
-        )?;
-        check(
-            sys::cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, dev),
-            "GPU address",
-        )?;
+        check(sys::cuDeviceGetName(name.as_mut_ptr(), 256, dev), "GPU name")?;
+        check(sys::cuDeviceGetPCIBusId(pci.as_mut_ptr(), 32, dev), "GPU address")?;
         check(sys::cuDeviceTotalMem_v2(&mut total, dev), "GPU memory")?;
         check(sys::cuDriverGetVersion(&mut version), "driver version")?;
     }
     let text = |p: &[std::ffi::c_char]| {
         // SAFETY: the driver terminated both texts.
-        unsafe { CStr::from_ptr(p.as_ptr()) }
-            .to_string_lossy()
-            .into_owned()
+        unsafe { CStr::from_ptr(p.as_ptr()) }.to_string_lossy().into_owned()
     };
     let pci_address = text(&pci).to_lowercase();
     Ok(DeviceInfo {
@@ -283,10 +236,7 @@ fn device_info(dev: sys::CUdevice) -> Result<DeviceInfo, BackendError> {
             attribute(dev, Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         ),
         multiprocessors: attribute(dev, Attr::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_bytes: attribute(
-            dev,
-            Attr::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        )?,
+        shared_bytes: attribute(dev, Attr::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         l2_bytes: u64::from(attribute(dev, Attr::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
         total_bytes: total as u64,
         driver_version: (version as u32 / 1000, version as u32 % 1000 / 10),
@@ -297,13 +247,8 @@ fn device_info(dev: sys::CUdevice) -> Result<DeviceInfo, BackendError> {
 
 /// The link's maximum from sysfs; the current speed drops when idle, so it is not asked.
 fn pcie_link(address: &str) -> Option<(u32, u32)> {
-    let read =
-        |what: &str| std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/{what}")).ok();
-    let speed: f32 = read("max_link_speed")?
-        .split_whitespace()
-        .next()?
-        .parse()
-        .ok()?;
+    let read = |what: &str| std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/{what}")).ok();
+    let speed: f32 = read("max_link_speed")?.split_whitespace().next()?.parse().ok()?;
     let width = read("max_link_width")?.trim().parse().ok()?;
     let generation = match speed {
         s if s >= 64.0 => 6,
@@ -344,14 +289,8 @@ impl DeviceBuffer {
         // pageable memory may return before the last bytes have arrived, and other streams do not
         // wait for it: so this does.
         unsafe {
-            check(
-                sys::cuMemcpyHtoD_v2(self.addr + offset, src.as_ptr().cast(), len as usize),
-                "copy to the GPU",
-            )?;
-            check(
-                sys::cuStreamSynchronize(std::ptr::null_mut()),
-                "copy to the GPU",
-            )
+            check(sys::cuMemcpyHtoD_v2(self.addr + offset, src.as_ptr().cast(), len as usize), "copy to the GPU")?;
+            check(sys::cuStreamSynchronize(std::ptr::null_mut()), "copy to the GPU")
         }
     }
 
@@ -363,10 +302,7 @@ impl DeviceBuffer {
         // SAFETY: the range lies in this buffer and dst is live during the calls.
         unsafe {
             check(sys::cuCtxSynchronize(), "GPU work failed")?;
-            check(
-                sys::cuMemcpyDtoH_v2(dst.as_mut_ptr().cast(), self.addr + offset, len as usize),
-                "copy from the GPU",
-            )
+            check(sys::cuMemcpyDtoH_v2(dst.as_mut_ptr().cast(), self.addr + offset, len as usize), "copy from the GPU")
         }
     }
 }
@@ -458,10 +394,7 @@ impl Stream {
     /// Waits until all its work is done.
     pub fn synchronize(&self) -> Result<(), BackendError> {
         // SAFETY: raw is live.
-        check(
-            unsafe { sys::cuStreamSynchronize(self.raw) },
-            "GPU work failed",
-        )
+        check(unsafe { sys::cuStreamSynchronize(self.raw) }, "GPU work failed")
     }
 
     /// Work submitted later waits for `event` (as last recorded).
@@ -478,12 +411,7 @@ impl Stream {
     /// # Safety
     /// The source stays valid and unchanged until the copy is done; `dst..dst + bytes` is device
     /// memory that nothing else uses meanwhile.
-    pub unsafe fn upload(
-        &self,
-        src: *const u8,
-        dst: u64,
-        bytes: usize,
-    ) -> Result<(), BackendError> {
+    pub unsafe fn upload(&self, src: *const u8, dst: u64, bytes: usize) -> Result<(), BackendError> {
         check(
             // SAFETY: the caller vouches for both ranges.
             unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast::<c_void>(), bytes, self.raw) },
@@ -496,12 +424,7 @@ impl Stream {
     /// # Safety
     /// `src..src + bytes` is device memory; the destination stays valid until the copy is done
     /// and is not touched before.
-    pub unsafe fn download(
-        &self,
-        src: u64,
-        dst: *mut u8,
-        bytes: usize,
-    ) -> Result<(), BackendError> {
+    pub unsafe fn download(&self, src: u64, dst: *mut u8, bytes: usize) -> Result<(), BackendError> {
         check(
             // SAFETY: the caller vouches for both ranges.
             unsafe { sys::cuMemcpyDtoHAsync_v2(dst.cast::<c_void>(), src, bytes, self.raw) },
@@ -553,18 +476,13 @@ impl Event {
     /// Waits until the marked point is reached.
     pub fn synchronize(&self) -> Result<(), BackendError> {
         // SAFETY: raw is live.
-        check(
-            unsafe { sys::cuEventSynchronize(self.raw) },
-            "GPU work failed",
-        )
+        check(unsafe { sys::cuEventSynchronize(self.raw) }, "GPU work failed")
     }
 
     /// Milliseconds from `start` to this event; both timed and reached.
     pub fn ms_since(&self, start: &Event) -> Result<f32, BackendError> {
         if self.device.info.driver_version < (12, 8) {
-            return Err(device_error(
-                "event times need a driver for CUDA 12.8 or newer",
-            ));
+            return Err(device_error("event times need a driver for CUDA 12.8 or newer"));
         }
         let mut ms = 0.0;
         check(

@@ -13,9 +13,7 @@ mod workspace;
 
 use std::sync::Arc;
 
-pub use driver::{
-    Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream,
-};
+pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream};
 pub use transfer::Transfer;
 
 use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
@@ -97,8 +95,7 @@ impl CudaBackend {
 
     fn norm(&self, norm: &Norm, to: Inputs) -> Result<(), BackendError> {
         let prep = Prep::Norm(norm.weight.addr, norm.eps);
-        self.engine
-            .prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
+        self.engine.prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
     }
 
     fn cache_offset(&self, layer: usize) -> u64 {
@@ -106,12 +103,7 @@ impl CudaBackend {
         (layer * d.n_ctx * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
     }
 
-    fn rope_store(
-        &self,
-        layer: usize,
-        q_norm: Option<&Norm>,
-        k_norm: Option<&Norm>,
-    ) -> Result<(), BackendError> {
+    fn rope_store(&self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Result<(), BackendError> {
         let (d, ws) = (&self.dims, &self.engine.ws);
         let offset = self.cache_offset(layer);
         let a = RopeArgs {
@@ -140,10 +132,7 @@ impl CudaBackend {
         let f = self.engine.kernels.rope_store;
         // SAFETY: RopeArgs is what rope_store declares; `begin` checked the positions against the
         // cache.
-        unsafe {
-            self.engine
-                .launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a)
-        }
+        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a) }
     }
 
     fn attn_args(&self, layer: usize) -> AttnArgs {
@@ -187,11 +176,7 @@ impl CudaBackend {
         let split = keys.div_ceil(wanted).next_multiple_of(64);
         let splits = keys.div_ceil(split);
         let ws = &self.engine.ws;
-        let a = AttnArgs {
-            out: ws.partial.addr(),
-            split: split as i32,
-            ..self.attn_args(layer)
-        };
+        let a = AttnArgs { out: ws.partial.addr(), split: split as i32, ..self.attn_args(layer) };
         let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
         let f = self.engine.kernels.attn[self.cache_kind()][0];
         let grid = (tiles as u32, d.n_kv_heads as u32, splits as u32);
@@ -204,11 +189,7 @@ impl CudaBackend {
             part: ws.partial.addr(),
             ml: ws.partial_ml.addr(),
             out: ws.attn.addr(),
-            q: if self.attn_quantised {
-                ws.input_q.addr()
-            } else {
-                0
-            },
+            q: if self.attn_quantised { ws.input_q.addr() } else { 0 },
             tokens: self.tokens as i32,
             width: width as i32,
             head_dim: d.head_dim as i32,
@@ -217,10 +198,7 @@ impl CudaBackend {
         let warps = self.tokens * width.div_ceil(32);
         let f = self.engine.kernels.attn_merge;
         // SAFETY: MergeArgs is what attn_merge declares.
-        unsafe {
-            self.engine
-                .launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m)
-        }
+        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m) }
     }
 
     fn cache_kind(&self) -> usize {
@@ -255,11 +233,7 @@ impl CudaBackend {
         let lists = moe.lists_host.as_slice().as_ptr().cast();
         // SAFETY: both hold 2 * pairs words; the host side is written again only after the next
         // routing has waited for the stream.
-        unsafe {
-            self.engine
-                .stream
-                .upload(lists, moe.lists.addr(), pairs * 8)
-        }
+        unsafe { self.engine.stream.upload(lists, moe.lists.addr(), pairs * 8) }
     }
 }
 
@@ -299,20 +273,10 @@ impl Backend for CudaBackend {
             .rows_host
             .as_mut_slice()
             .get_mut(..rows.len())
-            .ok_or_else(|| {
-                device_error(format!(
-                    "{} bytes of embedding rows exceed the buffer",
-                    rows.len()
-                ))
-            })?;
+            .ok_or_else(|| device_error(format!("{} bytes of embedding rows exceed the buffer", rows.len())))?;
         host.copy_from_slice(rows);
         let src = host.as_ptr();
-        let w = Weight {
-            addr: ws.rows.addr(),
-            ty,
-            rows: self.tokens,
-            cols: self.dims.n_embd,
-        };
+        let w = Weight { addr: ws.rows.addr(), ty, rows: self.tokens, cols: self.dims.n_embd };
         // SAFETY: both buffers hold the rows (checked above for the host's, which is as large as
         // the device's); the event keeps the host's until the copy is done.
         unsafe { self.engine.stream.upload(src, w.addr, rows.len())? };
@@ -334,23 +298,14 @@ impl Backend for CudaBackend {
         let input = self.engine.forms(&types, self.tokens);
         self.norm(norm, input)?;
         let ws = &self.engine.ws;
-        let targets = [
-            Target::new(q, ws.q.addr()),
-            Target::new(k, ws.k.addr()),
-            Target::new(v, ws.v.addr()),
-        ];
-        self.engine
-            .products(&targets, self.tokens, STORE, input, Rows::default())?;
+        let targets = [Target::new(q, ws.q.addr()), Target::new(k, ws.k.addr()), Target::new(v, ws.v.addr())];
+        self.engine.products(&targets, self.tokens, STORE, input, Rows::default())?;
         self.rope_store(layer, q_norm, k_norm)
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
         self.attn_quantised = false;
-        if self.tokens <= DECODE_TOKENS {
-            self.attend_decode(layer)
-        } else {
-            self.attend_prefill(layer)
-        }
+        if self.tokens <= DECODE_TOKENS { self.attend_decode(layer) } else { self.attend_prefill(layer) }
     }
 
     fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
@@ -369,52 +324,28 @@ impl Backend for CudaBackend {
         match form(w.weight.ty, self.tokens) {
             Form::Float => input.f = self.attn(),
             Form::Quant if self.attn_quantised => {}
-            _ => self
-                .engine
-                .prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
+            _ => self.engine.prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
         }
         let target = Target::new(w, self.x());
-        self.engine
-            .products(&[target], self.tokens, ADD, input, Rows::default())
+        self.engine.products(&[target], self.tokens, ADD, input, Rows::default())
     }
 
-    fn ffn(
-        &mut self,
-        norm: &Norm,
-        gate: &Linear,
-        up: &Linear,
-        down: &Linear,
-    ) -> Result<(), BackendError> {
-        let input = self
-            .engine
-            .forms(&[gate.weight.ty, up.weight.ty], self.tokens);
+    fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        let input = self.engine.forms(&[gate.weight.ty, up.weight.ty], self.tokens);
         self.norm(norm, input)?;
-        let hidden = self
-            .engine
-            .hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
+        let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
         let target = Target::new(down, self.x());
-        self.engine
-            .products(&[target], self.tokens, ADD, hidden, Rows::default())
+        self.engine.products(&[target], self.tokens, ADD, hidden, Rows::default())
     }
 
-    fn route(
-        &mut self,
-        norm: &Norm,
-        router: &Weight,
-        params: &RouterParams,
-    ) -> Result<&[u32], BackendError> {
+    fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
         let few = self.tokens <= GEMV_TOKENS;
         let ws = &self.engine.ws;
         let q = if few { ws.input_q.addr() } else { 0 };
         let f = ws.norm_f.addr();
         let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
         let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
-        let target = Target {
-            weight: *router,
-            bias: 0,
-            out: moe.scores.addr(),
-            stride: experts,
-        };
+        let target = Target { weight: *router, bias: 0, out: moe.scores.addr(), stride: experts };
         let args = RouteArgs {
             scores: moe.scores.addr(),
             ids: moe.ids.addr(),
@@ -426,33 +357,22 @@ impl Backend for CudaBackend {
             scale: params.scale,
         };
         let pairs = self.tokens * used;
-        let (src, dst) = (
-            moe.ids.addr(),
-            moe.ids_host.as_slice().as_ptr().cast_mut().cast(),
-        );
+        let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
         self.norm(norm, Inputs { f, q, h: 0 })?;
         if form(router.ty, 1) == Form::Float {
-            self.engine
-                .plain(&target, self.tokens, STORE, f, Rows::default())?;
+            self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
         } else {
             let h = self.engine.ws.halves.addr();
             if !few {
                 self.norm(norm, Inputs { f: 0, q: 0, h })?;
             }
-            self.engine.products(
-                &[target],
-                self.tokens,
-                STORE,
-                Inputs { f, q, h },
-                Rows::default(),
-            )?;
+            self.engine.products(&[target], self.tokens, STORE, Inputs { f, q, h }, Rows::default())?;
         }
         let kernel = self.engine.kernels.route_topk;
         // SAFETY: RouteArgs is what route_topk declares; the pinned ids are read only after the
         // wait below.
         unsafe {
-            self.engine
-                .launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args)?;
+            self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args)?;
             self.engine.stream.download(src, dst, pairs * 4)?;
         }
         self.engine.stream.synchronize()?;
@@ -474,10 +394,7 @@ impl Backend for CudaBackend {
         let numbers_of = moe.lists.addr() + 4 * (pairs + start) as u64;
         let out = moe.out.addr();
         let (norm_f, gathered_f) = (ws.norm_f.addr(), ws.rows.addr());
-        let linear = |w: &Weight| Linear {
-            weight: *w,
-            bias: None,
-        };
+        let linear = |w: &Weight| Linear { weight: *w, bias: None };
         let (input, from) = if self.tokens <= GEMV_TOKENS {
             // `route` left every row in both forms: the products pick theirs.
             let q = ws.input_q.addr();
@@ -487,20 +404,13 @@ impl Backend for CudaBackend {
             if to.f != 0 {
                 to.f = gathered_f;
             }
-            self.engine
-                .prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
+            self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
             (to, 0)
         };
         let (gate, up) = (linear(&e.gate), linear(&e.up));
         let hidden = self.engine.hidden(&gate, &up, e.down.ty, n, input, from)?;
-        let target = Target {
-            stride: self.dims.n_embd,
-            ..Target::new(&linear(&e.down), out)
-        };
-        let rows = Rows {
-            from: 0,
-            to: numbers_of,
-        };
+        let target = Target { stride: self.dims.n_embd, ..Target::new(&linear(&e.down), out) };
+        let rows = Rows { from: 0, to: numbers_of };
         self.engine.products(&[target], n, STORE, hidden, rows)
     }
 
@@ -523,14 +433,8 @@ impl Backend for CudaBackend {
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
         // The head's type is not known yet: every form that it may want.
-        let to = self
-            .engine
-            .forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
-        let q = if self.dims.n_embd.is_multiple_of(32) {
-            to.q
-        } else {
-            0
-        };
+        let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
+        let q = if self.dims.n_embd.is_multiple_of(32) { to.q } else { 0 };
         self.norm(norm, Inputs { q, ..to })
     }
 
@@ -542,8 +446,7 @@ impl Backend for CudaBackend {
             out: self.engine.ws.logits.addr() + 4 * first_row as u64,
             stride: self.dims.n_vocab,
         };
-        self.engine
-            .products(&[target], self.tokens, STORE, input, Rows::default())
+        self.engine.products(&[target], self.tokens, STORE, input, Rows::default())
     }
 
     fn logits(&mut self) -> Result<&[f32], BackendError> {

@@ -84,10 +84,7 @@ impl Kernels {
         }
         let l = &loader;
         let per_type = |types: &[TensorType], prefix: &str| -> Result<Vec<Func>, BackendError> {
-            types
-                .iter()
-                .map(|t| l.get("dequant", &format!("{prefix}_{t}")))
-                .collect()
+            types.iter().map(|t| l.get("dequant", &format!("{prefix}_{t}"))).collect()
         };
         let all: Vec<TensorType> = QUANTS.iter().chain(&PLAINS).copied().collect();
         let gemv = QUANTS
@@ -100,10 +97,7 @@ impl Kernels {
         let plain = PLAINS
             .iter()
             .map(|t| -> Result<[Func; 2], BackendError> {
-                Ok([
-                    l.get("plain", &format!("plain_{t}_1"))?,
-                    l.get("plain", &format!("plain_{t}_8"))?,
-                ])
+                Ok([l.get("plain", &format!("plain_{t}_1"))?, l.get("plain", &format!("plain_{t}_8"))?])
             })
             .collect::<Result<_, _>>()?;
         let attn = |cache: &str| -> Result<[Func; 2], BackendError> {
@@ -138,14 +132,7 @@ impl Kernels {
         let mut n = 0;
         check(
             // SAFETY: f is live; n receives the number.
-            unsafe {
-                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    &mut n,
-                    f.0,
-                    threads as i32,
-                    shared as usize,
-                )
-            },
+            unsafe { sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut n, f.0, threads as i32, shared as usize) },
             "occupancy of a kernel",
         )?;
         Ok(n.max(1) as u32)
@@ -169,9 +156,7 @@ impl Kernels {
         let mut attr = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
-            },
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
         // SAFETY: the handles are live, the configuration and parameters outlive the call (the
         // driver copies them), and the caller vouches for the rest. Every kernel waits for its
@@ -230,10 +215,7 @@ struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     fn new(device: &'a Device) -> Self {
-        Loader {
-            device,
-            modules: Vec::new(),
-        }
+        Loader { device, modules: Vec::new() }
     }
 
     fn load_unit(&mut self, unit: &str) -> Result<(), BackendError> {
@@ -259,10 +241,7 @@ impl<'a> Loader<'a> {
         if let Some((.., image)) = cubin {
             return Ok(image.to_vec());
         }
-        if let Some((.., text)) = embedded::PTX
-            .iter()
-            .find(|(u, a, _)| *u == unit && *a <= arch)
-        {
+        if let Some((.., text)) = embedded::PTX.iter().find(|(u, a, _)| *u == unit && *a <= arch) {
             let mut text = text.to_vec();
             text.push(0);
             return Ok(text);
@@ -274,8 +253,7 @@ impl<'a> Loader<'a> {
         let text = CString::new(name).map_err(|_| device_error("kernel name"))?;
         let module = embedded::UNITS.iter().position(|(u, _)| *u == unit);
         let module = module.and_then(|i| self.modules.get(i));
-        let module =
-            *module.ok_or_else(|| device_error(format!("kernels of {unit} are missing")))?;
+        let module = *module.ok_or_else(|| device_error(format!("kernels of {unit} are missing")))?;
         let mut f = std::ptr::null_mut();
         check(
             // SAFETY: the module is loaded; f receives the handle.
@@ -311,19 +289,13 @@ impl<'a> Loader<'a> {
 /// The unit's source with its headers put in the place of their includes.
 fn whole_source(unit: &str) -> String {
     let file = |table: &[(&str, &'static str)], name: &str| {
-        table
-            .iter()
-            .find(|(n, _)| *n == name)
-            .map_or("", |(_, text)| *text)
+        table.iter().find(|(n, _)| *n == name).map_or("", |(_, text)| *text)
     };
     let mut seen = Vec::new();
     fn expand(text: &str, seen: &mut Vec<String>, file: &dyn Fn(&str) -> &'static str) -> String {
         let mut out = String::new();
         for line in text.lines() {
-            match line
-                .strip_prefix("#include \"")
-                .and_then(|l| l.strip_suffix('"'))
-            {
+            match line.strip_prefix("#include \"").and_then(|l| l.strip_suffix('"')) {
                 Some(name) if seen.iter().any(|s| s == name) => {}
                 Some(name) => {
                     seen.push(name.to_owned());
@@ -338,9 +310,7 @@ fn whole_source(unit: &str) -> String {
         }
         out
     }
-    expand(file(embedded::UNITS, unit), &mut seen, &|n| {
-        file(embedded::HEADERS, n)
-    })
+    expand(file(embedded::UNITS, unit), &mut seen, &|n| file(embedded::HEADERS, n))
 }
 
 fn cache_dir() -> Option<PathBuf> {
@@ -387,10 +357,7 @@ fn store(path: &std::path::Path, image: &[u8]) {
         .and_then(|()| std::fs::write(&tmp, image))
         .and_then(|()| std::fs::rename(&tmp, path));
     if let Err(e) = written {
-        tracing::warn!(
-            "compiled kernels could not be kept in {}: {e}",
-            path.display()
-        );
+        tracing::warn!("compiled kernels could not be kept in {}: {e}", path.display());
     }
 }
 
@@ -430,12 +397,8 @@ fn compile(unit: &str, source: &str, arch: u32) -> Result<Vec<u8>, BackendError>
             nvrtc::nvrtcGetProgramLogSize(program, &mut size);
             let mut log = vec![0u8; size.max(1)];
             nvrtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
-            let log = CStr::from_bytes_until_nul(&log)
-                .unwrap_or_default()
-                .to_string_lossy();
-            Err(device_error(format!(
-                "NVRTC could not compile {unit} for sm_{arch}: {r:?}\n{log}"
-            )))
+            let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
+            Err(device_error(format!("NVRTC could not compile {unit} for sm_{arch}: {r:?}\n{log}")))
         };
         nvrtc::nvrtcDestroyProgram(&mut program);
         result
@@ -451,10 +414,7 @@ mod tests {
         for (unit, _) in embedded::UNITS {
             let text = whole_source(unit);
             assert!(!text.contains("#include"), "{unit} keeps an include");
-            assert!(
-                text.contains("extern \"C\" __global__"),
-                "{unit} has no kernel"
-            );
+            assert!(text.contains("extern \"C\" __global__"), "{unit} has no kernel");
         }
     }
 
@@ -463,10 +423,7 @@ mod tests {
     #[ignore = "needs NVRTC and a minute"]
     fn sources_compile_with_nvrtc() {
         // SAFETY: only tries to load the library.
-        assert!(
-            unsafe { nvrtc::is_culib_present() },
-            "NVRTC is not installed"
-        );
+        assert!(unsafe { nvrtc::is_culib_present() }, "NVRTC is not installed");
         for (unit, _) in embedded::UNITS {
             for arch in [80, 120] {
                 let image = compile(unit, &whole_source(unit), arch);

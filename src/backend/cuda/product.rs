@@ -7,9 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::args::{
-    DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES,
-};
+use super::args::{DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES};
 use super::driver::{Device, Stream, device_error};
 use super::modules::{Func, GEMV_BATCHES, Kernels, PLAINS, QUANTS};
 use super::workspace::{GEMV_TOKENS, Workspace, pitch};
@@ -62,11 +60,7 @@ pub(super) fn supported(ty: TensorType) -> bool {
 
 pub(super) fn unsupported(ty: TensorType) -> BackendError {
     let names: Vec<&str> = QUANTS.iter().chain(&PLAINS).map(|t| t.name()).collect();
-    BackendError::UnsupportedType {
-        ty,
-        backend: "cuda",
-        supported: names.join(" "),
-    }
+    BackendError::UnsupportedType { ty, backend: "cuda", supported: names.join(" ") }
 }
 
 /// What turns the source rows into activations.
@@ -100,12 +94,7 @@ pub(super) struct Target {
 
 impl Target {
     pub fn new(l: &Linear, out: u64) -> Target {
-        Target {
-            weight: l.weight,
-            bias: l.bias.map_or(0, |b| b.addr),
-            out,
-            stride: l.weight.rows,
-        }
+        Target { weight: l.weight, bias: l.bias.map_or(0, |b| b.addr), out, stride: l.weight.rows }
     }
 }
 
@@ -119,10 +108,7 @@ pub(super) struct Rows {
 impl Rows {
     fn skip(self, n: usize) -> Rows {
         let step = |a: u64| if a == 0 { 0 } else { a + 4 * n as u64 };
-        Rows {
-            from: step(self.from),
-            to: step(self.to),
-        }
+        Rows { from: step(self.from), to: step(self.to) }
     }
 }
 
@@ -150,19 +136,8 @@ fn ring_bytes(ty: TensorType) -> usize {
 }
 
 impl Engine {
-    pub fn new(
-        device: Arc<Device>,
-        stream: Arc<Stream>,
-        kernels: Kernels,
-        ws: Workspace,
-    ) -> Engine {
-        Engine {
-            device,
-            stream,
-            kernels,
-            ws,
-            occupancy: HashMap::with_capacity(256),
-        }
+    pub fn new(device: Arc<Device>, stream: Arc<Stream>, kernels: Kernels, ws: Workspace) -> Engine {
+        Engine { device, stream, kernels, ws, occupancy: HashMap::with_capacity(256) }
     }
 
     /// Launches a kernel on the compute stream.
@@ -178,23 +153,12 @@ impl Engine {
         args: &A,
     ) -> Result {
         // SAFETY: passed on.
-        unsafe {
-            self.kernels
-                .launch(&self.stream, f, grid, threads, shared as u32, args)
-        }
+        unsafe { self.kernels.launch(&self.stream, f, grid, threads, shared as u32, args) }
     }
 
     /// Brings `rows` rows of `n` floats at `x` (picked by `idx` if not 0) into each form that has
     /// an address in `to`.
-    pub fn prepare(
-        &self,
-        prep: Prep,
-        x: u64,
-        idx: u64,
-        n: usize,
-        rows: usize,
-        to: Inputs,
-    ) -> Result {
+    pub fn prepare(&self, prep: Prep, x: u64, idx: u64, n: usize, rows: usize, to: Inputs) -> Result {
         let mut a = PrepArgs {
             x,
             idx,
@@ -219,11 +183,7 @@ impl Engine {
             }
         };
         // Enough threads for a short row; many rows share the machine instead.
-        let threads = if n > 8192 || (rows <= GEMV_TOKENS && n > 1024) {
-            1024
-        } else {
-            256
-        };
+        let threads = if n > 8192 || (rows <= GEMV_TOKENS && n > 1024) { 1024 } else { 256 };
         // SAFETY: PrepArgs is what prep_* declare; all buffers hold `rows` rows of `n`.
         unsafe { self.launch(f, (rows as u32, 1, 1), threads, 0, &a) }
     }
@@ -243,14 +203,7 @@ impl Engine {
 
     /// `out = W · input (+ bias)`, stored or added (`mode`), for each target; all have as many
     /// columns. Targets of one quantised type that follow each other share a launch.
-    pub fn products(
-        &mut self,
-        targets: &[Target],
-        tokens: usize,
-        mode: i32,
-        input: Inputs,
-        rows: Rows,
-    ) -> Result {
+    pub fn products(&mut self, targets: &[Target], tokens: usize, mode: i32, input: Inputs, rows: Rows) -> Result {
         let mut i = 0;
         while i < targets.len() {
             let ty = targets[i].weight.ty;
@@ -264,11 +217,7 @@ impl Engine {
                     1
                 }
                 Form::Quant => {
-                    let n = targets[i..]
-                        .iter()
-                        .take(3)
-                        .take_while(|t| t.weight.ty == ty)
-                        .count();
+                    let n = targets[i..].iter().take(3).take_while(|t| t.weight.ty == ty).count();
                     self.gemv(&targets[i..i + n], tokens, mode, input.q, rows, 0)?;
                     n
                 }
@@ -299,10 +248,7 @@ impl Engine {
         }
         let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
         let ty = gate.weight.ty;
-        if ty == up.weight.ty
-            && form(ty, tokens) == Form::Quant
-            && (out.q == 0 || ff.is_multiple_of(32))
-        {
+        if ty == up.weight.ty && form(ty, tokens) == Form::Quant && (out.q == 0 || ff.is_multiple_of(32)) {
             let targets = targets.map(|t| Target { out: out.f, ..t });
             self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
         } else {
@@ -312,21 +258,8 @@ impl Engine {
         Ok(out)
     }
 
-    fn gemv(
-        &mut self,
-        targets: &[Target],
-        tokens: usize,
-        mode: i32,
-        x: u64,
-        rows: Rows,
-        hidden_q: u64,
-    ) -> Result {
-        let Weight {
-            ty,
-            cols,
-            rows: out_rows,
-            ..
-        } = targets[0].weight;
+    fn gemv(&mut self, targets: &[Target], tokens: usize, mode: i32, x: u64, rows: Rows, hidden_q: u64) -> Result {
+        let Weight { ty, cols, rows: out_rows, .. } = targets[0].weight;
         let kind = quant_index(ty).ok_or_else(|| unsupported(ty))?;
         if let Some(t) = targets.iter().find(|t| !t.weight.addr.is_multiple_of(4)) {
             return Err(device_error(format!(
@@ -357,9 +290,7 @@ impl Engine {
         let mut done = 0;
         while done < tokens {
             let left = tokens - done;
-            let size = (0..=slot)
-                .find(|i| GEMV_BATCHES[*i] >= left)
-                .unwrap_or(slot);
+            let size = (0..=slot).find(|i| GEMV_BATCHES[*i] >= left).unwrap_or(slot);
             let n = left.min(GEMV_BATCHES[size]);
             let picked = rows.skip(done);
             let mut a = GemvArgs {
@@ -367,18 +298,10 @@ impl Engine {
                 cols: cols as i32,
                 tokens: n as i32,
                 mode,
-                x: if rows.from == 0 {
-                    x + (done * token_bytes) as u64
-                } else {
-                    x
-                },
+                x: if rows.from == 0 { x + (done * token_bytes) as u64 } else { x },
                 in_idx: picked.from,
                 out_idx: picked.to,
-                hidden_q: if hidden_q == 0 {
-                    0
-                } else {
-                    hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64
-                },
+                hidden_q: if hidden_q == 0 { 0 } else { hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64 },
                 ..GemvArgs::default()
             };
             for (i, t) in targets.iter().enumerate() {
@@ -386,11 +309,7 @@ impl Engine {
                 a.bias[i] = t.bias;
                 a.rows[i] = t.weight.rows as i32;
                 a.stride[i] = t.stride as i32;
-                a.out[i] = if t.out == 0 || rows.to != 0 {
-                    t.out
-                } else {
-                    t.out + (done * t.stride * 4) as u64
-                };
+                a.out[i] = if t.out == 0 || rows.to != 0 { t.out } else { t.out + (done * t.stride * 4) as u64 };
             }
             let shared = ring + n * token_bytes;
             let f = self.kernels.gemv[kind][size];
@@ -425,16 +344,8 @@ impl Engine {
             let a = PlainArgs {
                 w: w.addr,
                 bias: t.bias,
-                out: if rows.to == 0 {
-                    t.out + (done * t.stride * 4) as u64
-                } else {
-                    t.out
-                },
-                x: if rows.from == 0 {
-                    x + (done * w.cols * 4) as u64
-                } else {
-                    x
-                },
+                out: if rows.to == 0 { t.out + (done * t.stride * 4) as u64 } else { t.out },
+                x: if rows.from == 0 { x + (done * w.cols * 4) as u64 } else { x },
                 in_idx: picked.from,
                 out_idx: picked.to,
                 rows: w.rows as i32,
@@ -462,11 +373,7 @@ impl Engine {
             cols: w.cols as i32,
             pitch: if half { pitch(w.cols) } else { w.cols } as i32,
         };
-        let f = if half {
-            self.kernels.half[kind]
-        } else {
-            self.kernels.float[kind]
-        };
+        let f = if half { self.kernels.half[kind] } else { self.kernels.float[kind] };
         let (blocks, shared) = if kind < QUANTS.len() {
             let (_, buf) = step_bytes(w.ty);
             let work = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
@@ -482,31 +389,19 @@ impl Engine {
     }
 
     fn gemm(&self, t: &Target, tokens: usize, mode: i32, x: u64, to: u64) -> Result {
-        let row_bytes = t
-            .weight
-            .ty
-            .row_bytes(t.weight.cols)
-            .ok_or_else(|| unsupported(t.weight.ty))?;
+        let row_bytes = t.weight.ty.row_bytes(t.weight.cols).ok_or_else(|| unsupported(t.weight.ty))?;
         let pitch = pitch(t.weight.cols);
         let fit = self.ws.scratch.bytes() as usize / (pitch * 2) / 128 * 128;
         let mut first = 0;
         while first < t.weight.rows {
             let rows = (t.weight.rows - first).min(fit);
-            let piece = Weight {
-                addr: t.weight.addr + (first * row_bytes) as u64,
-                rows,
-                ..t.weight
-            };
+            let piece = Weight { addr: t.weight.addr + (first * row_bytes) as u64, rows, ..t.weight };
             self.convert(&piece, self.ws.scratch.addr(), true)?;
             let a = GemmArgs {
                 x,
                 w: self.ws.scratch.addr(),
                 scale: self.ws.halves_scale.addr(),
-                bias: if t.bias == 0 {
-                    0
-                } else {
-                    t.bias + 4 * first as u64
-                },
+                bias: if t.bias == 0 { 0 } else { t.bias + 4 * first as u64 },
                 out: t.out + 4 * first as u64,
                 out_idx: to,
                 tokens: tokens as i32,

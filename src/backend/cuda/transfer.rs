@@ -26,22 +26,11 @@ pub struct Transfer {
 impl Transfer {
     /// For `slots` slots, beside the backend whose stream is `compute`
     /// ([`super::CudaBackend::stream`]).
-    pub fn new(
-        device: &Arc<Device>,
-        compute: Arc<Stream>,
-        slots: usize,
-    ) -> Result<Self, BackendError> {
+    pub fn new(device: &Arc<Device>, compute: Arc<Stream>, slots: usize) -> Result<Self, BackendError> {
         let slot = || -> Result<Slot, BackendError> {
-            Ok(Slot {
-                copied: device.event(false)?,
-                computed: device.event(false)?,
-            })
+            Ok(Slot { copied: device.event(false)?, computed: device.event(false)? })
         };
-        Ok(Transfer {
-            copy: device.stream()?,
-            compute,
-            slots: (0..slots).map(|_| slot()).collect::<Result<_, _>>()?,
-        })
+        Ok(Transfer { copy: device.stream()?, compute, slots: (0..slots).map(|_| slot()).collect::<Result<_, _>>()? })
     }
 
     /// Starts the copies `(source, device address, bytes)` into `slot`, after the computation that
@@ -50,11 +39,7 @@ impl Transfer {
     /// # Safety
     /// Each source stays valid and unchanged until [`Transfer::copied`] says true; the device
     /// ranges belong to `slot` alone.
-    pub unsafe fn upload(
-        &self,
-        slot: usize,
-        copies: &[(*const u8, u64, usize)],
-    ) -> Result<(), BackendError> {
+    pub unsafe fn upload(&self, slot: usize, copies: &[(*const u8, u64, usize)]) -> Result<(), BackendError> {
         self.copy.device().bind()?;
         let s = &self.slots[slot];
         self.copy.wait(&s.computed)?;

@@ -112,18 +112,15 @@ impl Workspace {
             logits_host: device.alloc_pinned(d.max_outputs * d.n_vocab, "logits")?,
             rows: device.alloc(row_bytes as u64, "embedding rows")?,
             rows_host: device.alloc_pinned(row_bytes, "embedding rows")?,
-            moe: if d.n_experts > 0 {
-                Some(MoeBuffers::new(device, d)?)
-            } else {
-                None
-            },
+            moe: if d.n_experts > 0 { Some(MoeBuffers::new(device, d)?) } else { None },
         })
     }
 
     pub fn bytes(&self) -> u64 {
-        let moe = self.moe.as_ref().map_or(0, |m| {
-            m.scores.bytes() + m.ids.bytes() + m.weights.bytes() + m.lists.bytes() + m.out.bytes()
-        });
+        let moe = self
+            .moe
+            .as_ref()
+            .map_or(0, |m| m.scores.bytes() + m.ids.bytes() + m.weights.bytes() + m.lists.bytes() + m.out.bytes());
         [
             &self.x,
             &self.q,

@@ -44,25 +44,15 @@ fn scale_offsets(ty: TensorType) -> &'static [usize] {
 pub fn random_rows(ty: TensorType, elems: usize, scale: f32, seed: u64) -> Vec<u8> {
     let mut rng = Rng::new(seed);
     if ty == TensorType::F32 {
-        return rng
-            .floats(elems, scale)
-            .iter()
-            .flat_map(|v| v.to_le_bytes())
-            .collect();
+        return rng.floats(elems, scale).iter().flat_map(|v| v.to_le_bytes()).collect();
     }
     if ty == TensorType::F16 {
         let v = rng.floats(elems, scale);
-        return v
-            .iter()
-            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-            .collect();
+        return v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
     }
     if ty == TensorType::BF16 {
         let v = rng.floats(elems, scale);
-        return v
-            .iter()
-            .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-            .collect();
+        return v.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
     }
     let size = ty.block_bytes();
     let mut out = vec![0u8; elems / ty.block_elems() * size];
@@ -91,12 +81,8 @@ pub fn random_rows(ty: TensorType, elems: usize, scale: f32, seed: u64) -> Vec<u
     out
 }
 
-const IQ4: [i32; 16] = [
-    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
-];
-const FP4: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
+const IQ4: [i32; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+const FP4: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 fn half_at(b: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
@@ -111,10 +97,7 @@ fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
     let (sc, m) = if j < 4 {
         (s[j] & 63, s[j + 4] & 63)
     } else {
-        (
-            (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4),
-            (s[j + 4] >> 4) | ((s[j] >> 6) << 4),
-        )
+        ((s[j + 4] & 15) | ((s[j - 4] >> 6) << 4), (s[j + 4] >> 4) | ((s[j] >> 6) << 4))
     };
     (f32::from(sc), f32::from(m))
 }
@@ -131,9 +114,7 @@ fn value(ty: TensorType, b: &[u8], i: usize) -> f32 {
         TensorType::Q4_0 => half_at(b, 0) * (nibble(&b[2..], i) - 8) as f32,
         TensorType::Q4_1 => half_at(b, 0) * nibble(&b[4..], i) as f32 + half_at(b, 2),
         TensorType::Q5_0 => half_at(b, 0) * ((nibble(&b[6..], i) | fifth(&b[2..])) - 16) as f32,
-        TensorType::Q5_1 => {
-            half_at(b, 0) * (nibble(&b[8..], i) | fifth(&b[4..])) as f32 + half_at(b, 2)
-        }
+        TensorType::Q5_1 => half_at(b, 0) * (nibble(&b[8..], i) | fifth(&b[4..])) as f32 + half_at(b, 2),
         TensorType::IQ4_NL => half_at(b, 0) * IQ4[nibble(&b[2..], i) as usize] as f32,
         TensorType::MXFP4 => FP4[nibble(&b[1..], i) as usize] * (f32::from(b[0]) - 127.0).exp2(),
         TensorType::Q2_K => {
@@ -153,11 +134,7 @@ fn value(ty: TensorType, b: &[u8], i: usize) -> f32 {
             let five = ty == TensorType::Q5_K;
             let qs = if five { &b[48..] } else { &b[16..] };
             let q = qs[32 * (j / 2) + l] >> (4 * (j % 2)) & 15;
-            let q = if five {
-                q | (b[16 + l] >> j & 1) << 4
-            } else {
-                q
-            };
+            let q = if five { q | (b[16 + l] >> j & 1) << 4 } else { q };
             let (sc, m) = scale_min(&b[4..16], j);
             half_at(b, 0) * sc * f32::from(q) - half_at(b, 2) * m
         }
@@ -181,8 +158,5 @@ fn value(ty: TensorType, b: &[u8], i: usize) -> f32 {
 /// The values of whole blocks.
 pub fn values(ty: TensorType, bytes: &[u8]) -> Vec<f32> {
     let n = ty.block_elems();
-    bytes
-        .chunks(ty.block_bytes())
-        .flat_map(|b| (0..n).map(move |i| value(ty, b, i)))
-        .collect()
+    bytes.chunks(ty.block_bytes()).flat_map(|b| (0..n).map(move |i| value(ty, b, i))).collect()
 }

@@ -27,36 +27,9 @@ const CASES: &[Case] = &[
     case(64, 10, 5, RopeKind::Norm, F32, true, 0, &[1, 5, 1, 40, 1]).of(TensorType::Q8_0),
     case(80, 4, 2, RopeKind::Neox, F32, false, 5, &[1, 8, 40, 1]).of(TensorType::Q8_0),
     case(64, 9, 3, RopeKind::Norm, F32, false, 0, &[1, 5, 1, 40, 1]),
-    case(
-        80,
-        4,
-        4,
-        RopeKind::Neox,
-        TensorType::F16,
-        true,
-        0,
-        &[70, 1, 8, 1],
-    ),
-    case(
-        96,
-        6,
-        2,
-        RopeKind::Norm,
-        TensorType::F16,
-        false,
-        0,
-        &[9, 1, 33, 3],
-    ),
-    case(
-        128,
-        8,
-        1,
-        RopeKind::Neox,
-        TensorType::F16,
-        true,
-        0,
-        &[130, 1, 2, 200, 1],
-    ),
+    case(80, 4, 4, RopeKind::Neox, TensorType::F16, true, 0, &[70, 1, 8, 1]),
+    case(96, 6, 2, RopeKind::Norm, TensorType::F16, false, 0, &[9, 1, 33, 3]),
+    case(128, 8, 1, RopeKind::Neox, TensorType::F16, true, 0, &[130, 1, 2, 200, 1]),
     case(256, 4, 2, RopeKind::Norm, F32, false, 0, &[37, 1, 64, 1]),
     case(128, 4, 2, RopeKind::Neox, F32, true, 6, &[3, 1, 45, 1]),
 ];
@@ -72,17 +45,7 @@ const fn case(
     experts: usize,
     passes: &'static [usize],
 ) -> Case {
-    Case {
-        ty: F32,
-        head_dim,
-        heads,
-        kv_heads,
-        kind,
-        kv_type,
-        head_norms,
-        experts,
-        passes,
-    }
+    Case { ty: F32, head_dim, heads, kv_heads, kind, kv_type, head_norms, experts, passes }
 }
 
 impl Case {
@@ -121,9 +84,7 @@ fn dims(c: &Case) -> Dims {
         kv_type: c.kv_type,
         rope: Rope {
             kind: c.kind,
-            freqs: (0..c.head_dim / 2)
-                .map(|i| 10000f32.powf(-2.0 * i as f32 / c.head_dim as f32))
-                .collect(),
+            freqs: (0..c.head_dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / c.head_dim as f32)).collect(),
             magnitude: 1.0,
         },
     }
@@ -149,11 +110,7 @@ impl Block {
         let mut n = seed * 100;
         let mut m = |rows, cols| {
             n += 1;
-            let ty = if rows == 1 || rows == c.experts {
-                F32
-            } else {
-                c.ty
-            };
+            let ty = if rows == 1 || rows == c.experts { F32 } else { c.ty };
             Matrix::random(device, ty, rows, cols, n)
         };
         let mut ffn = Vec::new();
@@ -169,11 +126,7 @@ impl Block {
             norm: m(1, N_EMBD)?,
             q_norm: m(1, c.head_dim)?,
             k_norm: m(1, c.head_dim)?,
-            router: if c.experts > 0 {
-                Some(m(c.experts, N_EMBD)?)
-            } else {
-                None
-            },
+            router: if c.experts > 0 { Some(m(c.experts, N_EMBD)?) } else { None },
             ffn,
         })
     }
@@ -182,10 +135,7 @@ impl Block {
 const EPS: f32 = 1e-5;
 
 fn norm_of(m: &Matrix) -> Norm {
-    Norm {
-        weight: m.weight,
-        eps: EPS,
-    }
+    Norm { weight: m.weight, eps: EPS }
 }
 
 fn rms(x: &[f64], w: &[f32]) -> Vec<f64> {
@@ -260,14 +210,7 @@ fn feed_forward(m: &[Matrix; 3], h: &[f64]) -> Vec<f64> {
 }
 
 /// The block in F64; returns the experts of each token.
-fn reference(
-    b: &Block,
-    c: &Case,
-    d: &Dims,
-    x: &mut [f64],
-    first_pos: usize,
-    cache: &mut Cache,
-) -> Vec<u32> {
+fn reference(b: &Block, c: &Case, d: &Dims, x: &mut [f64], first_pos: usize, cache: &mut Cache) -> Vec<u32> {
     let h = rms(x, &b.norm.values);
     let mut q = b.q.times(&h);
     for (i, v) in q.iter_mut().enumerate() {
@@ -309,46 +252,25 @@ fn reference(
 
 fn run_block(g: &mut CudaBackend, b: &Block, c: &Case, layer: usize) -> Result<Vec<u32>> {
     let (qn, kn) = (norm_of(&b.q_norm), norm_of(&b.k_norm));
-    let norms = if c.head_norms {
-        (Some(&qn), Some(&kn))
-    } else {
-        (None, None)
-    };
+    let norms = if c.head_norms { (Some(&qn), Some(&kn)) } else { (None, None) };
     let norm = norm_of(&b.norm);
-    let (q, k, v) = (
-        b.q.linear(Some(&b.q_bias)),
-        b.k.linear(None),
-        b.v.linear(None),
-    );
+    let (q, k, v) = (b.q.linear(Some(&b.q_bias)), b.k.linear(None), b.v.linear(None));
     g.qkv(layer, &norm, &q, &k, &v, norms.0, norms.1)?;
     g.attend(layer)?;
     g.attn_output(&b.o.linear(None))?;
     let Some(router) = &b.router else {
         let [gate, up, down] = &b.ffn[0];
-        g.ffn(
-            &norm,
-            &gate.linear(None),
-            &up.linear(None),
-            &down.linear(None),
-        )?;
+        g.ffn(&norm, &gate.linear(None), &up.linear(None), &down.linear(None))?;
         return Ok(Vec::new());
     };
-    let params = RouterParams {
-        normalize: true,
-        scale: 1.0,
-    };
+    let params = RouterParams { normalize: true, scale: 1.0 };
     let ids = g.route(&norm, &router.weight, &params)?.to_vec();
     let mut distinct = ids.clone();
     distinct.sort_unstable();
     distinct.dedup();
     for id in distinct {
         let [gate, up, down] = &b.ffn[id as usize];
-        g.expert(&Expert {
-            id,
-            gate: gate.weight,
-            up: up.weight,
-            down: down.weight,
-        })?;
+        g.expert(&Expert { id, gate: gate.weight, up: up.weight, down: down.weight })?;
     }
     g.combine_experts()?;
     Ok(ids)

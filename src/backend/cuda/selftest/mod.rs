@@ -21,11 +21,7 @@ type Result<T = ()> = std::result::Result<T, BackendError>;
 
 /// Squared error over squared reference; infinite if a value is not finite.
 fn nmse(got: &[f32], want: &[f64]) -> f64 {
-    assert_eq!(
-        got.len(),
-        want.len(),
-        "results and reference differ in length"
-    );
+    assert_eq!(got.len(), want.len(), "results and reference differ in length");
     let (mut err, mut all) = (0.0, 0.0);
     for (g, w) in got.iter().zip(want) {
         if !g.is_finite() {
@@ -53,31 +49,20 @@ impl Report<'_> {
         }
         let word = if ok { "ok" } else { "FAILED" };
         // A report that cannot be written does not change what was found.
-        let _ = writeln!(
-            self.out,
-            "{what:<44} NMSE {error:9.2e}  bound {bound:7.0e}  {word}"
-        );
+        let _ = writeln!(self.out, "{what:<44} NMSE {error:9.2e}  bound {bound:7.0e}  {word}");
     }
 }
 
 /// Runs every check on `device`; writes one line each to `out`. Returns the number that failed.
 pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
-    let mut report = Report {
-        out,
-        failed: 0,
-        checks: 0,
-    };
+    let mut report = Report { out, failed: 0, checks: 0 };
     let mut backend = CudaBackend::new(device, &product_dims())?;
     for ty in QUANTS.iter().chain(&PLAINS) {
         check_type(device, &mut backend, *ty, &mut report)?;
     }
     layer::check_layers(device, &mut report)?;
     let (checks, failed) = (report.checks, report.failed);
-    let _ = writeln!(
-        report.out,
-        "{checks} checks, {failed} failed, {}",
-        device.info.name
-    );
+    let _ = writeln!(report.out, "{checks} checks, {failed} failed, {}", device.info.name);
     Ok(failed)
 }
 
@@ -97,11 +82,7 @@ fn product_dims() -> Dims {
         max_outputs: 1,
         n_ctx: 64,
         kv_type: TensorType::F16,
-        rope: Rope {
-            kind: RopeKind::Norm,
-            freqs: vec![1.0; 32],
-            magnitude: 1.0,
-        },
+        rope: Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 },
     }
 }
 
@@ -113,39 +94,21 @@ struct Matrix {
 }
 
 impl Matrix {
-    fn random(
-        device: &Arc<Device>,
-        ty: TensorType,
-        rows: usize,
-        cols: usize,
-        seed: u64,
-    ) -> Result<Matrix> {
+    fn random(device: &Arc<Device>, ty: TensorType, rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
         // Norms and biases (single rows) are about as large as in models.
-        let scale = if rows == 1 {
-            2.0
-        } else {
-            2.0 / (cols as f32).sqrt()
-        };
+        let scale = if rows == 1 { 2.0 } else { 2.0 / (cols as f32).sqrt() };
         let bytes = random_rows(ty, rows * cols, scale, seed);
         let buffer = device.alloc(bytes.len() as u64 + 32, "weights")?;
         buffer.write(32, &bytes)?;
         Ok(Matrix {
-            weight: Weight {
-                addr: buffer.addr() + 32,
-                ty,
-                rows,
-                cols,
-            },
+            weight: Weight { addr: buffer.addr() + 32, ty, rows, cols },
             _buffer: buffer,
             values: values(ty, &bytes),
         })
     }
 
     fn linear(&self, bias: Option<&Matrix>) -> Linear {
-        Linear {
-            weight: self.weight,
-            bias: bias.map(|b| b.weight),
-        }
+        Linear { weight: self.weight, bias: bias.map(|b| b.weight) }
     }
 
     /// `W · x` for each row of x.
@@ -153,9 +116,7 @@ impl Matrix {
         let cols = self.weight.cols;
         x.chunks(cols)
             .flat_map(|x| {
-                self.values
-                    .chunks(cols)
-                    .map(move |w| w.iter().zip(x).map(|(a, b)| f64::from(*a) * b).sum::<f64>())
+                self.values.chunks(cols).map(move |w| w.iter().zip(x).map(|(a, b)| f64::from(*a) * b).sum::<f64>())
             })
             .collect()
     }
@@ -167,8 +128,7 @@ fn quantised(x: &[f64]) -> Vec<f64> {
         .flat_map(|b| {
             let big = b.iter().fold(0.0f64, |m, v| m.max(v.abs()));
             let inv = if big > 0.0 { 127.0 / big as f32 } else { 0.0 };
-            b.iter()
-                .map(move |v| f64::from((*v as f32 * inv).round_ties_even()) * big / 127.0)
+            b.iter().map(move |v| f64::from((*v as f32 * inv).round_ties_even()) * big / 127.0)
         })
         .collect()
 }
@@ -182,19 +142,9 @@ fn seen_by(ty: TensorType, tokens: usize, x: &[f64]) -> (Vec<f64>, f64) {
     }
 }
 
-fn check_type(
-    device: &Arc<Device>,
-    b: &mut CudaBackend,
-    ty: TensorType,
-    report: &mut Report,
-) -> Result {
+fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
     let unit = ty.block_elems().max(32);
-    for (rows, cols) in [
-        (67, unit),
-        (33, 5 * unit),
-        (70, 4352 / unit * unit),
-        (130, 1024 + unit),
-    ] {
+    for (rows, cols) in [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit)] {
         let m = Matrix::random(device, ty, rows, cols, 7 + rows as u64)?;
         let e = &b.engine;
         e.convert(&m.weight, e.ws.gate.addr(), false)?;
@@ -202,11 +152,7 @@ fn check_type(
         if got.len() as u64 * 4 <= e.ws.gate.bytes() {
             e.ws.gate.read(0, &mut got)?;
             let want: Vec<f64> = m.values.iter().map(|v| f64::from(*v)).collect();
-            report.check(
-                &format!("{ty} {rows}x{cols} values"),
-                nmse(&got, &want),
-                1e-13,
-            );
+            report.check(&format!("{ty} {rows}x{cols} values"), nmse(&got, &want), 1e-13);
         }
         for tokens in [1, 2, 3, 8, 11, 33, 150] {
             check_product(b, &m, tokens, report)?;
@@ -222,13 +168,7 @@ fn check_type(
     check_swiglu(device, b, ty, report)
 }
 
-fn inputs(
-    b: &CudaBackend,
-    ty: TensorType,
-    tokens: usize,
-    cols: usize,
-    x: &[f32],
-) -> Result<Inputs> {
+fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {
     let e = &b.engine;
     e.ws.x.write(0, x)?;
     let to = e.forms(&[ty], tokens);
@@ -250,16 +190,9 @@ fn check_product(b: &mut CudaBackend, m: &Matrix, tokens: usize, report: &mut Re
     b.engine.ws.up.write(0, &bias)?;
     let out = b.engine.ws.gate.addr();
     b.engine.ws.gate.write(0, &vec![f32::NAN; tokens * rows])?;
-    let target = Target {
-        weight: m.weight,
-        bias: b.engine.ws.up.addr(),
-        out,
-        stride: rows,
-    };
-    b.engine
-        .products(&[target], tokens, STORE, input, Rows::default())?;
-    b.engine
-        .products(&[target], tokens, ADD, input, Rows::default())?;
+    let target = Target { weight: m.weight, bias: b.engine.ws.up.addr(), out, stride: rows };
+    b.engine.products(&[target], tokens, STORE, input, Rows::default())?;
+    b.engine.products(&[target], tokens, ADD, input, Rows::default())?;
     let mut got = vec![0.0f32; tokens * rows];
     b.engine.ws.gate.read(0, &mut got)?;
     let (x, bound) = seen_by(ty, tokens, &widen(&x));
@@ -267,21 +200,12 @@ fn check_product(b: &mut CudaBackend, m: &Matrix, tokens: usize, report: &mut Re
     for (i, v) in want.iter_mut().enumerate() {
         *v = 2.0 * (*v + f64::from(bias[i % rows]));
     }
-    report.check(
-        &format!("{ty} {rows}x{cols} times {tokens}"),
-        nmse(&got, &want),
-        bound,
-    );
+    report.check(&format!("{ty} {rows}x{cols} times {tokens}"), nmse(&got, &want), bound);
     Ok(())
 }
 
 /// Reads picked rows and writes to picked rows.
-fn check_picked(
-    device: &Arc<Device>,
-    b: &mut CudaBackend,
-    m: &Matrix,
-    report: &mut Report,
-) -> Result {
+fn check_picked(device: &Arc<Device>, b: &mut CudaBackend, m: &Matrix, report: &mut Report) -> Result {
     let Weight { ty, rows, cols, .. } = m.weight;
     let x = Rng::new(9).floats(6 * cols, 1.0);
     let (from, to) = ([4u32, 0, 3], [5u32, 2, 0]);
@@ -290,16 +214,8 @@ fn check_picked(
     lists.write(12, &to)?;
     let input = inputs(b, ty, 6, cols, &x)?;
     b.engine.ws.gate.write(0, &vec![0.0f32; 6 * rows])?;
-    let target = Target {
-        weight: m.weight,
-        bias: 0,
-        out: b.engine.ws.gate.addr(),
-        stride: rows,
-    };
-    let picked = Rows {
-        from: lists.addr(),
-        to: lists.addr() + 12,
-    };
+    let target = Target { weight: m.weight, bias: 0, out: b.engine.ws.gate.addr(), stride: rows };
+    let picked = Rows { from: lists.addr(), to: lists.addr() + 12 };
     b.engine.products(&[target], 3, STORE, input, picked)?;
     let mut got = vec![0.0f32; 6 * rows];
     b.engine.ws.gate.read(0, &mut got)?;
@@ -310,11 +226,7 @@ fn check_picked(
         let (f, t) = (*f as usize * rows, *t as usize * rows);
         want[t..t + rows].copy_from_slice(&y[f..f + rows]);
     }
-    report.check(
-        &format!("{ty} {rows}x{cols} picked rows"),
-        nmse(&got, &want),
-        bound,
-    );
+    report.check(&format!("{ty} {rows}x{cols} picked rows"), nmse(&got, &want), bound);
     Ok(())
 }
 
@@ -323,12 +235,7 @@ fn silu(x: f64) -> f64 {
 }
 
 /// Gate, up, SwiGLU and down, in one type.
-fn check_swiglu(
-    device: &Arc<Device>,
-    b: &mut CudaBackend,
-    ty: TensorType,
-    report: &mut Report,
-) -> Result {
+fn check_swiglu(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
     let (n, ff) = (512, 768);
     let gate = Matrix::random(device, ty, ff, n, 21)?;
     let up = Matrix::random(device, ty, ff, n, 22)?;
@@ -336,15 +243,12 @@ fn check_swiglu(
     for tokens in [1, 5, 19, 70] {
         let x = Rng::new(31).floats(tokens * n, 2.0);
         let input = inputs(b, ty, tokens, n, &x)?;
-        let hidden = b
-            .engine
-            .hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
+        let hidden = b.engine.hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
         let target = Target::new(&down.linear(None), b.engine.ws.q.addr());
         if (tokens * n * 4) as u64 > b.engine.ws.q.bytes() {
             return Err(device_error("the test's buffers are too small"));
         }
-        b.engine
-            .products(&[target], tokens, STORE, hidden, Rows::default())?;
+        b.engine.products(&[target], tokens, STORE, hidden, Rows::default())?;
         let mut got = vec![0.0f32; tokens * n];
         b.engine.ws.q.read(0, &mut got)?;
         let (x, bound) = seen_by(ty, tokens, &widen(&x));
@@ -353,11 +257,7 @@ fn check_swiglu(
         let (h, _) = seen_by(ty, tokens, &h);
         // A hidden value near the middle of two steps may fall to either side.
         let bound = if bound == 1e-9 { 1e-5 } else { bound };
-        report.check(
-            &format!("{ty} SwiGLU and down, {tokens}"),
-            nmse(&got, &down.times(&h)),
-            bound,
-        );
+        report.check(&format!("{ty} SwiGLU and down, {tokens}"), nmse(&got, &down.times(&h)), bound);
     }
     Ok(())
 }

@@ -1,0 +1,209 @@
+//! Exercises a drive bound to vfio-pci: compares what VFIO reads with a copy made through the
+//! kernel, writes the identify pages, and times reads. Used by `tests/vm`.
+
+use std::time::{Duration, Instant};
+
+use clap::{Parser, Subcommand};
+use nt::storage::bind::find_bound;
+use nt::storage::extents::{CHUNK, Manifest};
+use nt::storage::guard::Host;
+use nt::storage::vfio::{VfioReader, reader::Span};
+use nt::storage::{Completion, Extent, FileId, ReadRequest, Reader};
+use rand::{RngExt, SeedableRng};
+
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// nt device
+    Device(nt::cli::device::DeviceArgs),
+    /// Random reads against a copy
+    Compare {
+        device: String,
+        copy: String,
+        #[arg(default_value_t = 10_000)]
+        reads: u64,
+    },
+    /// Write the identify pages to PREFIX.ctrl and PREFIX.ns
+    Identify { device: String, prefix: String },
+    /// A file by its manifest, against a copy
+    File { device: String, manifest: String, copy: String },
+    /// Time reads
+    Bench { device: String },
+    /// Read until killed
+    Forever { device: String },
+}
+
+const ARENA: usize = 64 << 20;
+
+struct Open {
+    reader: VfioReader,
+    file: FileId,
+    arena: *mut u8,
+    size: u64,
+}
+
+fn open(name: &str) -> Result<Open, Box<dyn std::error::Error>> {
+    let (drive, namespace) = find_bound(&Host::default(), name)?;
+    let map = memmap2::MmapMut::map_anon(ARENA)?;
+    let arena = Box::leak(Box::new(map)).as_mut_ptr();
+    // SAFETY: the mapping is leaked, so it outlives the reader, and only raw pointers touch it.
+    let mut reader = unsafe { VfioReader::open_bound(&drive, &namespace, arena, ARENA)? };
+    let file = reader.add_file(name, vec![Span { file_offset: 0, device_offset: 0, len: namespace.size }]);
+    Ok(Open { reader, file, arena, size: namespace.size })
+}
+
+impl Open {
+    fn submit(&mut self, tag: u64, offset: u64, len: u64, at: usize) -> Result<(), Box<dyn std::error::Error>> {
+        let extents = [Extent { file: self.file, offset, len, dst_offset: 0 }];
+        let room = (len as usize).next_multiple_of(4096).min(ARENA - at);
+        let request =
+            ReadRequest { tag, extents: &extents, dst: self.arena.wrapping_add(at), urgent: false, dst_len: room };
+        // SAFETY: each tag has its own part of the arena, read only after its completion.
+        unsafe { self.reader.submit(&request)? };
+        Ok(())
+    }
+
+    fn next(&mut self, out: &mut Vec<Completion>) -> Result<(), Box<dyn std::error::Error>> {
+        self.reader.poll(out, Some(Duration::from_secs(60)))?;
+        Ok(())
+    }
+
+    fn bench(&mut self, bytes: u64, depth: u64, seconds: f64) -> Result<(f64, f64, f64), Box<dyn std::error::Error>> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        let (mut done, mut out) = (0u64, Vec::new());
+        let cpu = cpu_seconds();
+        let began = Instant::now();
+        let mut offset = || rng.random_range(0..self.size / bytes) * bytes;
+        let first: Vec<u64> = (0..depth).map(|_| offset()).collect();
+        for (tag, offset) in first.into_iter().enumerate() {
+            self.submit(tag as u64, offset, bytes, tag * bytes as usize)?;
+        }
+        while self.reader.outstanding() > 0 {
+            self.next(&mut out)?;
+            for completion in out.drain(..) {
+                completion.result?;
+                done += 1;
+                if began.elapsed().as_secs_f64() < seconds {
+                    let offset = rng.random_range(0..self.size / bytes) * bytes;
+                    self.submit(completion.tag, offset, bytes, (completion.tag * bytes) as usize)?;
+                }
+            }
+        }
+        let wall = began.elapsed().as_secs_f64();
+        Ok((done as f64 / wall, (done * bytes) as f64 / wall / 1e6, (cpu_seconds() - cpu) / done as f64 * 1e6))
+    }
+}
+
+fn cpu_seconds() -> f64 {
+    let time = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)
+        .map(|u| (u.user_time(), u.system_time()));
+    time.map_or(0.0, |(u, s)| (u.tv_sec() + s.tv_sec()) as f64 + (u.tv_usec() + s.tv_usec()) as f64 / 1e6)
+}
+
+fn compare(name: &str, copy: &str, reads: u64) -> Result<(), Box<dyn std::error::Error>> {
+    let truth = std::fs::read(copy)?;
+    let mut drive = open(name)?;
+    let block = u64::from(drive.reader.alignment(drive.file).offset);
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+    let (mut done, mut bytes, mut out) = (0, 0u64, Vec::new());
+    while done < reads {
+        let mut batch = Vec::new();
+        for tag in 0..4u64 {
+            // Mostly small, some up to 8 MiB; memory at any multiple of 4, so unaligned to pages.
+            let most = [8u64 << 10, 64 << 10, 8 << 10, if done % 100 == 0 { 8 << 20 } else { 16 << 10 }][tag as usize];
+            let len = rng.random_range(1..=most / block) * block;
+            let offset = rng.random_range(0..=(drive.size - len) / block) * block;
+            let at = tag as usize * (16 << 20) + 4 * rng.random_range(0..1024usize);
+            // SAFETY: inside the arena; nothing is in flight here. A poison shows reads that wrote nothing.
+            unsafe { drive.arena.add(at).write_bytes(0xa5, len as usize) };
+            drive.submit(tag, offset, len, at)?;
+            batch.push((offset as usize, len as usize, at));
+        }
+        while drive.reader.outstanding() > 0 {
+            drive.next(&mut out)?;
+        }
+        for completion in out.drain(..) {
+            let got = completion.result?;
+            let (offset, len, at) = batch[completion.tag as usize];
+            // SAFETY: the read is complete, and no other is in flight.
+            let data = unsafe { std::slice::from_raw_parts(drive.arena.add(at), len) };
+            if got != len as u64 || data != &truth[offset..offset + len] {
+                return Err(format!("{len} bytes at {offset} differ").into());
+            }
+            done += 1;
+            bytes += got;
+        }
+    }
+    println!("{done} reads, {bytes} bytes, all equal");
+    Ok(())
+}
+
+fn whole_file(name: &str, manifest: &str, copy: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let truth = std::fs::read(copy)?;
+    let manifest: Manifest = serde_json::from_str(&std::fs::read_to_string(manifest)?)?;
+    let mut drive = open(name)?;
+    drive.file = drive.reader.add_file(&manifest.file, manifest.spans());
+    let (mut offset, mut out) = (0, Vec::new());
+    while offset < manifest.size {
+        let len = (manifest.size - offset).min(CHUNK as u64);
+        drive.submit(0, offset, len, 0)?;
+        while drive.reader.outstanding() > 0 {
+            drive.next(&mut out)?;
+        }
+        for completion in out.drain(..) {
+            completion.result?;
+        }
+        // SAFETY: the read is complete, and no other is in flight.
+        let data = unsafe { std::slice::from_raw_parts(drive.arena, len as usize) };
+        if !manifest.holds((offset / CHUNK as u64) as usize, data) || data != &truth[offset as usize..][..len as usize]
+        {
+            return Err(format!("{}: the MiB at {offset} differs", manifest.file).into());
+        }
+        offset += len;
+    }
+    println!("{} bytes by {} extents, all equal", manifest.size, manifest.extents.len());
+    Ok(())
+}
+
+fn main() {
+    let result: Result<(), Box<dyn std::error::Error>> = match Args::parse().command {
+        Command::Device(args) => match nt::cli::device::run(args) {
+            Err(e) if e.is_refusal() => {
+                eprintln!("{e}");
+                std::process::exit(3);
+            }
+            other => other.map_err(Into::into),
+        },
+        Command::Compare { device, copy, reads } => compare(&device, &copy, reads),
+        Command::Identify { device, prefix } => open(&device).and_then(|drive| {
+            let [controller, namespace] = &drive.reader.drive().controller.raw_identify;
+            std::fs::write(format!("{prefix}.ctrl"), controller)?;
+            std::fs::write(format!("{prefix}.ns"), namespace)?;
+            println!("{:?}\n{:?}", drive.reader.drive().controller.info, drive.reader.drive().controller.namespace);
+            Ok(())
+        }),
+        Command::File { device, manifest, copy } => whole_file(&device, &manifest, &copy),
+        Command::Bench { device } => open(&device).and_then(|mut drive| {
+            for (bytes, depth) in [(4096, 1), (4096, 32), (128 << 10, 1), (128 << 10, 32), (1 << 20, 1), (1 << 20, 32)]
+            {
+                let (rate, mb, us) = drive.bench(bytes, depth, 1.5)?;
+                println!("bs={bytes} depth={depth}: {rate:.0} reads/s {mb:.1} MB/s {us:.1} us CPU a read");
+            }
+            Ok(())
+        }),
+        Command::Forever { device } => open(&device).and_then(|mut drive| {
+            loop {
+                drive.bench(128 << 10, 32, 1.0)?;
+            }
+        }),
+    };
+    if let Err(e) = result {
+        eprintln!("{e}");
+        std::process::exit(1);
+    }
+}

@@ -1,0 +1,122 @@
+//! `nt device`: which drives there are, which may be handed to nt and why not, hand one over, give
+//! it back.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::storage::bind::{self, DeviceError};
+use crate::storage::extents;
+use crate::storage::guard::{self, Allowlist, Host, allowlist, sysfs};
+
+/// Arguments of `nt device`.
+#[derive(Debug, Args)]
+pub struct DeviceArgs {
+    #[command(subcommand)]
+    command: Command,
+    /// The list of drives that may be bound
+    #[arg(long, global = true, default_value = allowlist::DEFAULT_PATH)]
+    allow: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show every NVMe drive, whether it may be bound, and the lines for the allowlist
+    List,
+    /// Say every reason against binding a drive
+    Check {
+        /// nvme1n1, a PCI address, or a path below /dev
+        device: String,
+    },
+    /// Take a drive from the kernel (as root)
+    Bind {
+        /// nvme1n1, a PCI address, or a path below /dev
+        device: String,
+        /// Print each step and write nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Give a drive back to the kernel (as root)
+    Release {
+        /// Its name before it was bound, or its PCI address
+        device: String,
+        /// Print each step and write nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Print where a model's file lies on its drive, as JSON, for reading it by block later
+    Extents {
+        /// A file on ext4 or XFS on an NVMe drive
+        model: PathBuf,
+    },
+}
+
+/// Runs `nt device`. Results go to stdout, steps to stderr.
+///
+/// # Errors
+/// See [`DeviceError`]; [`DeviceError::is_refusal`] is exit code 3.
+pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
+    let host = Host::default();
+    let allowed = Allowlist::load(&args.allow);
+    let say = |line: &str| eprintln!("{line}");
+    match args.command {
+        Command::List => list(&host, &allowed),
+        Command::Check { device } => check(&host, &device, &allowed),
+        Command::Bind { device, dry_run } => bind::bind(&host, &device, &allowed, dry_run, say),
+        Command::Release { device, dry_run } => bind::release(&host, &device, dry_run, say),
+        Command::Extents { model } => {
+            let manifest = extents::manifest(&host, &model)?;
+            println!("{}", serde_json::json!(manifest));
+            Ok(())
+        }
+    }
+}
+
+fn controllers(host: &Host) -> Result<Vec<guard::Controller>, DeviceError> {
+    sysfs::controllers(host).map_err(|e| DeviceError::Step { step: "reading the drives".into(), why: e.to_string() })
+}
+
+fn check(host: &Host, name: &str, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
+    let all = controllers(host)?;
+    let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
+    let reasons = guard::examine(host, &all, drive, allowed);
+    if !reasons.is_empty() {
+        return Err(DeviceError::Refused { name: name.into(), reasons });
+    }
+    println!("{name}: {} {} at {} may be bound", drive.model, drive.serial, drive.bdf);
+    Ok(())
+}
+
+fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
+    let all = controllers(host)?;
+    if all.is_empty() {
+        println!("no NVMe drive was found on the PCI bus");
+    }
+    let bound = bind::bound(host);
+    for drive in &all {
+        if let Some(b) = bound.iter().find(|b| b.pci == drive.bdf) {
+            println!("{} {} {} bound to vfio-pci (was {})", drive.bdf, b.model, b.serial, b.controller);
+            continue;
+        }
+        let names: Vec<_> = drive.namespaces.iter().map(|n| n.whole.name.as_str()).collect();
+        println!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial);
+        let reasons = guard::examine(host, &all, drive, allowed);
+        if reasons.is_empty() {
+            println!("  may be bound");
+        }
+        for reason in &reasons {
+            println!("  not: {reason}");
+        }
+        if reasons.iter().any(|r| r.check == guard::Check::Allowlist) {
+            println!("  its lines for {}:", allowlist::DEFAULT_PATH);
+            for namespace in &drive.namespaces {
+                let entry = allowlist::Entry::of(drive, namespace);
+                println!("    [[drive]]");
+                for line in toml::to_string(&entry).unwrap_or_default().lines() {
+                    println!("    {line}");
+                }
+            }
+        }
+    }
+    Ok(())
+}

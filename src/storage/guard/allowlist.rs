@@ -1,0 +1,110 @@
+//! `/etc/nt/drives.toml`: the drives that may be bound. A drive that no entry describes exactly is
+//! refused; the PCI address of an entry is only a hint, since it moves when a card is added.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::sysfs::{Controller, Namespace};
+
+/// Where the list lies unless `--allow` names another file.
+pub const DEFAULT_PATH: &str = "/etc/nt/drives.toml";
+
+/// One drive that may be bound.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// PCI address when the entry was written; only a hint.
+    pub pci: String,
+    /// Serial number.
+    pub serial: String,
+    /// Model.
+    pub model: String,
+    /// Namespace identifier.
+    pub namespace: u32,
+    /// Bytes of the namespace.
+    pub size: u64,
+    /// What the drive is known to hold (`ext4`, `gpt`, `unknown data`, …); nothing else is accepted.
+    #[serde(default)]
+    pub holds: Vec<String>,
+}
+
+/// The list of drives.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Allowlist {
+    /// Its entries.
+    #[serde(default)]
+    pub drive: Vec<Entry>,
+}
+
+impl Entry {
+    /// The entry that would describe this namespace.
+    pub fn of(controller: &Controller, namespace: &Namespace) -> Self {
+        Self {
+            pci: controller.bdf.clone(),
+            serial: controller.serial.clone(),
+            model: controller.model.clone(),
+            namespace: namespace.nsid,
+            size: namespace.whole.size,
+            holds: Vec::new(),
+        }
+    }
+
+    /// What differs between this entry and the drive, each as a sentence; empty if nothing does.
+    pub fn differences(&self, controller: &Controller, namespace: &Namespace) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut compare = |what: &str, listed: &dyn std::fmt::Display, real: &dyn std::fmt::Display| {
+            let (listed, real) = (listed.to_string(), real.to_string());
+            if listed != real {
+                found.push(format!("the allowlist says {what} {listed}, the drive says {real}"));
+            }
+        };
+        compare("serial", &self.serial, &controller.serial);
+        compare("model", &self.model, &controller.model);
+        compare("namespace", &self.namespace, &namespace.nsid);
+        compare("size", &self.size, &namespace.whole.size);
+        found
+    }
+}
+
+impl Allowlist {
+    /// Reads a list; it must belong to root and be writable by nobody else.
+    pub fn load(path: &Path) -> Result<Self, String> {
+        let shown = path.display();
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            format!("{shown}: the allowlist cannot be read: {e}; `nt device list` prints the lines to put there")
+        })?;
+        check_owner(path)?;
+        Self::parse(&text).map_err(|e| format!("{shown}: {e}"))
+    }
+
+    /// Parses the text of a list.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|e| e.to_string())
+    }
+
+    /// The one entry with this serial and namespace: none and several are both refusals.
+    pub fn entry(&self, serial: &str, nsid: u32) -> Result<&Entry, String> {
+        let mut same = self.drive.iter().filter(|e| e.serial == serial && e.namespace == nsid);
+        match (same.next(), same.next()) {
+            (Some(entry), None) => Ok(entry),
+            (None, _) => Err(format!("no entry names serial {serial}, namespace {nsid}")),
+            (Some(_), Some(_)) => Err(format!("two entries name serial {serial}, namespace {nsid}")),
+        }
+    }
+}
+
+fn check_owner(path: &Path) -> Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
+        return Err(format!(
+            "{}: the allowlist must belong to root and be writable by nobody else (owner {}, mode {:o}); mend it with `chown root {0} && chmod 644 {0}`",
+            path.display(),
+            meta.uid(),
+            meta.mode() & 0o777
+        ));
+    }
+    Ok(())
+}

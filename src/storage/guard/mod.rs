@@ -1,0 +1,218 @@
+//! Decides whether a drive may be taken from the kernel. Default deny: a drive passes only if the
+//! allowlist describes it and no check finds a reason against it; what cannot be read is a reason.
+//! All reasons are reported at once, each with the path it was read from. Reads only.
+
+pub mod allowlist;
+pub mod host;
+mod mounts;
+mod pci;
+mod signatures;
+mod stack;
+pub mod sysfs;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::PathBuf;
+
+pub use allowlist::Allowlist;
+pub use host::{Host, Unreadable};
+pub use sysfs::{BlockDevice, Controller, Namespace};
+
+/// What kind of reason speaks against a drive. The words are the headings of `docs/safety.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Check {
+    /// The system boots or runs from it.
+    Boot,
+    /// A file system on it is mounted.
+    Mounted,
+    /// Swap or hibernation.
+    Swap,
+    /// Another block device stands on it.
+    Stacked,
+    /// A table in `/etc` names it.
+    Configured,
+    /// A process has it open, or I/O is under way.
+    Open,
+    /// It is exported to other machines.
+    Exported,
+    /// It holds data the allowlist does not mention.
+    Contents,
+    /// No entry of the allowlist describes it.
+    Allowlist,
+    /// Two drives claim to be it.
+    Twin,
+    /// No IOMMU isolates it.
+    Iommu,
+    /// Another device shares its IOMMU group.
+    Sibling,
+    /// Its driver, transport or power state is not as expected.
+    Driver,
+    /// SR-IOV.
+    Virtual,
+    /// Behind a RAID or VMD controller.
+    Raid,
+    /// More than one controller leads to it.
+    Shared,
+    /// Its format is not supported (metadata, protection information, zones).
+    Format,
+    /// A check could not be made.
+    Unreadable,
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&format!("{self:?}").to_lowercase())
+    }
+}
+
+/// One reason against a drive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason {
+    /// Its kind.
+    pub check: Check,
+    /// Where it was read.
+    pub path: PathBuf,
+    /// What was found.
+    pub what: String,
+}
+
+impl Reason {
+    pub(crate) fn new(check: Check, path: &str, what: String) -> Self {
+        Self { check, path: path.into(), what }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} ({})", self.check, self.what, self.path.display())
+    }
+}
+
+impl From<Unreadable> for Reason {
+    fn from(e: Unreadable) -> Self {
+        Self { check: Check::Unreadable, what: e.why, path: e.path }
+    }
+}
+
+/// Every reason against binding `controller`; empty if it may be bound.
+pub fn examine(
+    host: &Host,
+    all: &[Controller],
+    controller: &Controller,
+    allowed: &Result<Allowlist, String>,
+) -> Vec<Reason> {
+    let mut out = Vec::new();
+    identity(all, controller, allowed, &mut out);
+    note(&mut out, |out| pci::function(host, controller, out));
+    note(&mut out, |out| pci::iommu(host, controller, out));
+    note(&mut out, |out| pci::hot(host, controller, out));
+    for device in controller.devices() {
+        note(&mut out, |out| mounts::mounted(host, device, out));
+        note(&mut out, |out| mounts::swap(host, device, out));
+        note(&mut out, |out| stack::holders(host, device, out));
+    }
+    note(&mut out, |out| stack::elsewhere(host, controller, out));
+    note(&mut out, |out| mounts::named(host, controller, out));
+    note(&mut out, |out| mounts::opened(host, controller, std::process::id(), out));
+    for namespace in &controller.namespaces {
+        note(&mut out, |out| contents(host, controller, namespace, allowed, out));
+        note(&mut out, |out| format(host, namespace, out));
+    }
+    out
+}
+
+/// Runs one check; if it could not be made, that is the reason.
+fn note(out: &mut Vec<Reason>, check: impl FnOnce(&mut Vec<Reason>) -> Result<(), Unreadable>) {
+    if let Err(e) = check(out) {
+        out.push(e.into());
+    }
+}
+
+fn identity(all: &[Controller], controller: &Controller, allowed: &Result<Allowlist, String>, out: &mut Vec<Reason>) {
+    let path = allowlist::DEFAULT_PATH;
+    if controller.namespaces.is_empty() {
+        out.push(Reason::new(
+            Check::Driver,
+            &controller.pci_path(),
+            "it has no namespace that the kernel shows".into(),
+        ));
+    }
+    if all.iter().any(|c| {
+        c.bdf != controller.bdf && c.serial == controller.serial && c.model == controller.model && !c.serial.is_empty()
+    }) {
+        out.push(Reason::new(
+            Check::Twin,
+            &controller.pci_path(),
+            format!("another drive has the same serial {} and model", controller.serial),
+        ));
+    }
+    let list = match allowed {
+        Ok(list) => list,
+        Err(why) => return out.push(Reason::new(Check::Allowlist, path, why.clone())),
+    };
+    for namespace in &controller.namespaces {
+        match list.entry(&controller.serial, namespace.nsid) {
+            Err(why) => out.push(Reason::new(Check::Allowlist, path, why)),
+            Ok(entry) => {
+                for what in entry.differences(controller, namespace) {
+                    out.push(Reason::new(Check::Allowlist, path, what));
+                }
+            }
+        }
+    }
+}
+
+fn contents(
+    host: &Host,
+    controller: &Controller,
+    namespace: &Namespace,
+    allowed: &Result<Allowlist, String>,
+    out: &mut Vec<Reason>,
+) -> Result<(), Unreadable> {
+    let entry = allowed.as_ref().ok().and_then(|l| l.entry(&controller.serial, namespace.nsid).ok());
+    for device in namespace.devices() {
+        for kind in signatures::found(host, &device.name)? {
+            if !entry.is_some_and(|e| e.holds.iter().any(|h| h == kind)) {
+                out.push(Reason::new(
+                    Check::Contents,
+                    &format!("/dev/{}", device.name),
+                    format!("it holds {kind}; if that may be read, add holds = [{kind:?}] to its entry"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn format(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let base = format!("/sys/class/block/{}", namespace.whole.name);
+    if !matches!(namespace.block_size, 512 | 4096) {
+        out.push(Reason::new(
+            Check::Format,
+            &format!("{base}/queue/logical_block_size"),
+            format!("blocks of {} bytes", namespace.block_size),
+        ));
+    }
+    let zoned = format!("{base}/queue/zoned");
+    if let Some(kind) = host.read_if_there(&zoned)?
+        && kind != "none"
+    {
+        out.push(Reason::new(Check::Format, &zoned, format!("a zoned namespace ({kind})")));
+    }
+    for file in ["integrity/tag_size", "metadata_bytes"] {
+        let path = format!("{base}/{file}");
+        if let Some(bytes) = host.read_if_there(&path)?
+            && bytes != "0"
+        {
+            out.push(Reason::new(Check::Format, &path, format!("{bytes} bytes of integrity metadata a block")));
+        }
+    }
+    let integrity = format!("{base}/integrity/format");
+    if let Some(kind) = host.read_if_there(&integrity)?
+        && !matches!(kind.as_str(), "none" | "nop")
+    {
+        out.push(Reason::new(Check::Format, &integrity, format!("protection information ({kind})")));
+    }
+    Ok(())
+}

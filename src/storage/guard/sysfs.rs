@@ -1,0 +1,181 @@
+//! NVMe controllers of the host with their namespaces and partitions, as sysfs tells them.
+
+use super::host::{Host, Unreadable};
+
+/// A partition or a whole namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Kernel name, `nvme0n1p2`.
+    pub name: String,
+    /// `major:minor`.
+    pub number: String,
+    /// First byte on the namespace (0 for a whole namespace).
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// One namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespace {
+    /// The whole device.
+    pub whole: BlockDevice,
+    /// Namespace identifier.
+    pub nsid: u32,
+    /// Bytes a logical block.
+    pub block_size: u32,
+    /// Its partitions.
+    pub partitions: Vec<BlockDevice>,
+}
+
+impl Namespace {
+    /// The whole device, then its partitions.
+    pub fn devices(&self) -> impl Iterator<Item = &BlockDevice> {
+        std::iter::once(&self.whole).chain(&self.partitions)
+    }
+}
+
+/// One NVMe PCI function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Controller {
+    /// PCI address, `0000:02:00.0`.
+    pub bdf: String,
+    /// Driver bound to it, `nvme`, `vfio-pci` or none.
+    pub driver: Option<String>,
+    /// Kernel name, `nvme0`; none where the kernel's driver does not hold it.
+    pub name: Option<String>,
+    /// Serial number, trimmed.
+    pub serial: String,
+    /// Model, trimmed.
+    pub model: String,
+    /// Firmware revision, trimmed.
+    pub firmware: String,
+    /// All its namespaces.
+    pub namespaces: Vec<Namespace>,
+}
+
+impl Controller {
+    /// sysfs folder of the PCI function.
+    pub fn pci_path(&self) -> String {
+        format!("/sys/bus/pci/devices/{}", self.bdf)
+    }
+
+    /// Every namespace and partition.
+    pub fn devices(&self) -> impl Iterator<Item = &BlockDevice> {
+        self.namespaces.iter().flat_map(Namespace::devices)
+    }
+
+    /// True if one of its devices has this kernel name.
+    pub fn owns(&self, name: &str) -> bool {
+        self.devices().any(|d| d.name == name)
+    }
+}
+
+/// PCI class code of NVMe controllers.
+pub const NVME_CLASS: &str = "0x010802";
+
+/// Every NVMe controller of the host, by PCI address.
+pub fn controllers(host: &Host) -> Result<Vec<Controller>, Unreadable> {
+    let base = "/sys/bus/pci/devices";
+    let mut found = Vec::new();
+    for bdf in host.list(base)? {
+        if host.read(&format!("{base}/{bdf}/class"))? == NVME_CLASS {
+            found.push(controller(host, &bdf)?);
+        }
+    }
+    Ok(found)
+}
+
+fn controller(host: &Host, bdf: &str) -> Result<Controller, Unreadable> {
+    let pci = format!("/sys/bus/pci/devices/{bdf}");
+    let name = host.list(&format!("{pci}/nvme"))?.into_iter().next();
+    let mut found = Controller {
+        bdf: bdf.to_owned(),
+        driver: host.link_name(&format!("{pci}/driver")),
+        name: name.clone(),
+        serial: String::new(),
+        model: String::new(),
+        firmware: String::new(),
+        namespaces: Vec::new(),
+    };
+    if let Some(name) = name {
+        let class = format!("{pci}/nvme/{name}");
+        found.serial = host.read(&format!("{class}/serial"))?.trim().to_owned();
+        found.model = host.read(&format!("{class}/model"))?.trim().to_owned();
+        found.firmware = host.read(&format!("{class}/firmware_rev"))?.trim().to_owned();
+        for entry in host.list(&class)? {
+            // nvme0n1, and nvme0c0n1: a path of a multipath namespace, whose node is nvme0n1.
+            if let Some(node) = namespace_node(&name, &entry) {
+                found.namespaces.push(namespace(host, &node)?);
+            }
+        }
+        found.namespaces.sort_by(|a, b| a.whole.name.cmp(&b.whole.name));
+        found.namespaces.dedup_by(|a, b| a.whole.name == b.whole.name);
+    }
+    Ok(found)
+}
+
+/// `nvme1n2` for the entries `nvme1n2` and `nvme1c3n2` of a controller's folder.
+pub fn namespace_node(controller: &str, entry: &str) -> Option<String> {
+    let rest = entry.strip_prefix(controller)?;
+    let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
+    if let Some(n) = rest.strip_prefix('n') {
+        return digits(n).then(|| entry.to_owned());
+    }
+    let (path, n) = rest.strip_prefix('c')?.split_once('n')?;
+    (digits(path) && digits(n)).then(|| format!("{controller}n{n}"))
+}
+
+fn namespace(host: &Host, node: &str) -> Result<Namespace, Unreadable> {
+    let base = format!("/sys/class/block/{node}");
+    let whole = block_device(host, node)?;
+    let mut partitions = Vec::new();
+    for entry in host.list(&format!("{base}/"))? {
+        if entry.starts_with(&format!("{node}p")) && host.exists(&format!("{base}/{entry}/partition")) {
+            partitions.push(block_device(host, &entry)?);
+        }
+    }
+    let nsid = host.read(&format!("{base}/nsid"))?;
+    let block_size = host.read(&format!("{base}/queue/logical_block_size"))?;
+    Ok(Namespace {
+        whole,
+        nsid: number(&nsid, &format!("{base}/nsid"))? as u32,
+        block_size: number(&block_size, &format!("{base}/queue/logical_block_size"))? as u32,
+        partitions,
+    })
+}
+
+fn block_device(host: &Host, name: &str) -> Result<BlockDevice, Unreadable> {
+    let base = format!("/sys/class/block/{name}");
+    let sectors = |file: &str| -> Result<u64, Unreadable> {
+        let path = format!("{base}/{file}");
+        Ok(number(&host.read(&path)?, &path)?.saturating_mul(512))
+    };
+    Ok(BlockDevice {
+        name: name.to_owned(),
+        number: host.read(&format!("{base}/dev"))?,
+        start: if host.exists(&format!("{base}/start")) { sectors("start")? } else { 0 },
+        size: sectors("size")?,
+    })
+}
+
+fn number(text: &str, path: &str) -> Result<u64, Unreadable> {
+    text.trim()
+        .parse()
+        .map_err(|_| Unreadable { path: path.into(), why: format!("a number was expected, {text:?} was found") })
+}
+
+/// The controller a user means by `nvme0`, `nvme0n1`, `nvme0n1p1`, `/dev/…`, a by-id path, or a PCI
+/// address.
+pub fn find<'a>(host: &Host, all: &'a [Controller], name: &str) -> Option<&'a Controller> {
+    let mut short = name.strip_prefix("/dev/").unwrap_or(name).to_owned();
+    if name.starts_with("/dev/") && short.contains('/') {
+        short = host.link_name(name)?;
+    }
+    all.iter().find(|c| {
+        c.bdf == short
+            || c.bdf.strip_prefix("0000:") == Some(&short)
+            || c.name.as_deref() == Some(&short)
+            || c.owns(&short)
+    })
+}

@@ -1,0 +1,310 @@
+//! Brings a controller from any state to one with a pair of I/O queues, and back. Each state has a
+//! name and a deadline. NVMe Base 2.0 §3.5.1 (initialisation), §3.6.1 (shutdown).
+
+use std::time::Duration;
+
+use super::command::Command;
+use super::identify::{self, ControllerInfo, NamespaceInfo};
+use super::io::Pending;
+use super::prp;
+use super::queue::{Dma, QueuePair, UnknownCommand};
+use super::regs::{self, Capabilities, Registers};
+use super::status::Status;
+
+/// Why a controller cannot be used (any more).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The registers read as all ones.
+    #[error("the drive is gone (its registers read as all ones)")]
+    Gone,
+    /// CSTS.CFS.
+    #[error("the controller reports a fatal error (CSTS.CFS) in state {state}")]
+    Fatal {
+        /// State of the bring-up.
+        state: &'static str,
+    },
+    /// A deadline passed.
+    #[error("the controller did not leave state {state} within {seconds} s")]
+    Late {
+        /// State of the bring-up.
+        state: &'static str,
+        /// Limit.
+        seconds: u64,
+    },
+    /// A command of the bring-up failed.
+    #[error("{state} failed: {status}")]
+    Command {
+        /// State of the bring-up.
+        state: &'static str,
+        /// What the controller said.
+        status: Status,
+    },
+    /// A completion that belongs to nothing.
+    #[error(transparent)]
+    Unknown(#[from] UnknownCommand),
+    /// A capability that is needed is missing.
+    #[error("the controller cannot be used: {0}")]
+    Unsupported(String),
+}
+
+/// Entries of the admin queues.
+const ADMIN_ENTRIES: u16 = 16;
+const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+const PAGE: usize = 4096;
+/// Number of our only I/O queue pair.
+pub(super) const IO_QUEUE: u16 = 1;
+
+/// A controller with its queues.
+#[derive(Debug)]
+pub struct Controller<R: Registers> {
+    pub(super) regs: R,
+    pub(super) caps: Capabilities,
+    admin: QueuePair,
+    pub(super) io: QueuePair,
+    pub(super) pending: Vec<Option<Pending>>,
+    pub(super) lists: Dma,
+    pub(super) nsid: u32,
+    pub(super) dead: Option<Fault>,
+    pub(super) stopped: bool,
+    scratch: Dma,
+    /// What the controller says of itself.
+    pub info: ControllerInfo,
+    /// What the namespace says of itself.
+    pub namespace: NamespaceInfo,
+    /// Bytes as they came, for comparison with other tools: controller, namespace.
+    pub raw_identify: [Vec<u8>; 2],
+    /// Critical warnings of the health log.
+    pub critical_warning: u8,
+}
+
+/// Bytes of DMA memory that a controller with `entries` I/O queue entries needs.
+pub fn memory_needed(entries: u16) -> usize {
+    let (sq, cq) = QueuePair::bytes(entries);
+    3 * PAGE + sq + cq + usize::from(entries) * PAGE
+}
+
+impl<R: Registers> Controller<R> {
+    /// Brings the controller up. `memory` is page aligned and at least [`memory_needed`] long;
+    /// `entries` is the wish for the I/O queue, cut to what the controller can.
+    ///
+    /// # Errors
+    /// On an error the controller has been disabled again if it answers at all.
+    pub fn start(regs: R, memory: Dma, nsid: u32, entries: u16) -> Result<Self, (Fault, R)> {
+        match Self::prepare(&regs, entries) {
+            Err(fault) => Err((fault, regs)),
+            Ok((caps, entries)) => {
+                let mut controller = Self::new(regs, memory, nsid, caps, entries);
+                match controller.run() {
+                    Ok(()) => Ok(controller),
+                    Err(fault) => {
+                        let _ = controller.disable();
+                        Err((fault, controller.regs))
+                    }
+                }
+            }
+        }
+    }
+
+    fn prepare(regs: &R, entries: u16) -> Result<(Capabilities, u16), Fault> {
+        if regs.read32(regs::CSTS) == regs::GONE {
+            return Err(Fault::Gone);
+        }
+        let caps = Capabilities(regs.read64(regs::CAP));
+        let lacks = |what: &str| Err(Fault::Unsupported(what.into()));
+        if !caps.has_nvm() {
+            return lacks("it has no NVM command set");
+        }
+        if caps.min_page_shift() > 12 {
+            return lacks("its smallest memory page is larger than 4096 bytes");
+        }
+        if caps.max_entries() < 2 {
+            return lacks("its queues have fewer than two entries");
+        }
+        let most = caps.max_entries().min(super::queue::MAX_ENTRIES) as u16;
+        Ok((caps, entries.clamp(2, most)))
+    }
+
+    fn new(regs: R, memory: Dma, nsid: u32, caps: Capabilities, entries: u16) -> Self {
+        let (sq, cq) = QueuePair::bytes(entries);
+        let mut at = 0;
+        let mut next = |len: usize| {
+            at += len;
+            memory.part(at - len, len)
+        };
+        let admin_entries = ADMIN_ENTRIES.min(caps.max_entries() as u16);
+        Self {
+            admin: QueuePair::new(0, admin_entries, next(PAGE), next(PAGE)),
+            scratch: next(PAGE),
+            io: QueuePair::new(IO_QUEUE, entries, next(sq), next(cq)),
+            lists: next(usize::from(entries) * PAGE),
+            pending: (0..entries).map(|_| None).collect(),
+            regs,
+            caps,
+            nsid,
+            dead: None,
+            stopped: false,
+            info: identify::controller(&[0; 4096], 12).expect("4096 bytes"),
+            namespace: identify::namespace(&[0; 4096]).expect("4096 bytes"),
+            raw_identify: [Vec::new(), Vec::new()],
+            critical_warning: 0,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), Fault> {
+        self.disable()?;
+        self.enable()?;
+        self.identify()?;
+        self.make_queues()
+    }
+
+    /// Waits until CSTS.RDY is `ready`.
+    fn wait_ready(&self, ready: bool, state: &'static str) -> Result<(), Fault> {
+        let limit = self.caps.ready_timeout();
+        let end = self.regs.now() + limit;
+        loop {
+            let csts = self.regs.read32(regs::CSTS);
+            if csts == regs::GONE {
+                return Err(Fault::Gone);
+            }
+            if csts & regs::CSTS_CFS != 0 && ready {
+                return Err(Fault::Fatal { state });
+            }
+            if (csts & regs::CSTS_RDY != 0) == ready {
+                return Ok(());
+            }
+            if self.regs.now() > end {
+                return Err(Fault::Late { state, seconds: limit.as_secs() });
+            }
+            self.regs.pause();
+        }
+    }
+
+    /// Disables the controller; afterwards it does no DMA.
+    pub(super) fn disable(&mut self) -> Result<(), Fault> {
+        let cc = self.regs.read32(regs::CC);
+        if cc == regs::GONE {
+            return Err(Fault::Gone);
+        }
+        if cc & regs::CC_EN != 0 {
+            // Clearing EN before RDY has followed an earlier EN is undefined; a controller in
+            // fatal state never gets there, so its failure here is not the end.
+            let _ = self.wait_ready(true, "waiting for an earlier enable");
+            self.regs.write32(regs::CC, cc & !(regs::CC_EN | regs::CC_SHN_MASK));
+        }
+        self.wait_ready(false, "disabling")
+    }
+
+    fn enable(&mut self) -> Result<(), Fault> {
+        let n = u32::from(self.admin.entries() - 1);
+        let (sq, cq) = self.admin.addresses();
+        self.regs.write32(regs::AQA, n << 16 | n);
+        self.regs.write64(regs::ASQ, sq);
+        self.regs.write64(regs::ACQ, cq);
+        // Entries of 2^6 and 2^4 bytes, 4096-byte pages, round robin, NVM command set.
+        self.regs.write32(regs::CC, 6 << 16 | 4 << 20 | regs::CC_EN);
+        self.wait_ready(true, "enabling")
+    }
+
+    fn identify(&mut self) -> Result<(), Fault> {
+        let to = self.scratch.iova;
+        self.admin(&Command::IdentifyController { to }, "identify controller")?;
+        let raw = self.scratch.bytes(4096);
+        let short = || Fault::Unsupported("identify is short".into());
+        self.info = identify::controller(&raw, self.caps.min_page_shift()).ok_or_else(short)?;
+        if self.info.entry_shifts.0 > 6 || self.info.entry_shifts.1 > 4 {
+            return Err(Fault::Unsupported("its queue entries are larger than 64 and 16 bytes".into()));
+        }
+        self.raw_identify[0] = raw;
+        self.scratch.clear();
+        self.admin(&Command::IdentifyNamespace { nsid: self.nsid, to }, "identify namespace")?;
+        let raw = self.scratch.bytes(4096);
+        self.namespace = identify::namespace(&raw).ok_or_else(short)?;
+        self.raw_identify[1] = raw;
+        let refusals = self.namespace.refusals();
+        if !refusals.is_empty() {
+            return Err(Fault::Unsupported(format!("namespace {}: {}", self.nsid, refusals.join("; "))));
+        }
+        self.scratch.clear();
+        self.admin(&Command::HealthLog { to }, "health log")?;
+        self.critical_warning = self.scratch.read32(0) as u8;
+        Ok(())
+    }
+
+    fn make_queues(&mut self) -> Result<(), Fault> {
+        // The answer may be more or less than asked for; one pair is the least there is.
+        self.admin(&Command::QueueCount { pairs: 1 }, "number of queues")?;
+        let (sq, cq) = self.io.addresses();
+        let entries = self.io.entries();
+        self.admin(&Command::CreateCompletionQueue { id: IO_QUEUE, entries, at: cq }, "create completion queue")?;
+        self.admin(&Command::CreateSubmissionQueue { id: IO_QUEUE, entries, at: sq }, "create submission queue")?;
+        Ok(())
+    }
+
+    pub(super) fn doorbell(&self, queue: u16, completion: bool) -> u32 {
+        regs::DOORBELLS + (2 * u32::from(queue) + u32::from(completion)) * self.caps.doorbell_stride()
+    }
+
+    /// One admin command, waited for.
+    fn admin(&mut self, command: &Command, state: &'static str) -> Result<u32, Fault> {
+        let slot = self.admin.take().ok_or(Fault::Late { state, seconds: 0 })?;
+        self.admin.push(slot, command);
+        self.regs.write32(self.doorbell(0, false), self.admin.tail().into());
+        let end = self.regs.now() + ADMIN_DEADLINE;
+        loop {
+            if let Some(done) = self.admin.pop()? {
+                self.regs.write32(self.doorbell(0, true), self.admin.head().into());
+                if !done.status.ok() {
+                    return Err(Fault::Command { state, status: done.status });
+                }
+                return Ok(done.result);
+            }
+            if self.regs.now() > end {
+                return Err(self.silence(state, ADMIN_DEADLINE));
+            }
+            self.regs.pause();
+        }
+    }
+
+    /// Why a command got no answer: asked only when a deadline has passed.
+    pub(super) fn silence(&self, state: &'static str, limit: Duration) -> Fault {
+        match self.regs.read32(regs::CSTS) {
+            regs::GONE => Fault::Gone,
+            csts if csts & regs::CSTS_CFS != 0 => Fault::Fatal { state },
+            _ => Fault::Late { state, seconds: limit.as_secs() },
+        }
+    }
+
+    /// Shuts the controller down: afterwards it does no DMA, or is gone.
+    ///
+    /// # Errors
+    /// If the controller would not stop. Its memory must then never be unmapped or reused.
+    pub fn stop(&mut self) -> Result<(), Fault> {
+        if self.stopped {
+            return Ok(());
+        }
+        if self.dead.is_none() && self.io.outstanding() == 0 {
+            let _ = self.admin(&Command::DeleteSubmissionQueue { id: IO_QUEUE }, "delete submission queue");
+            let _ = self.admin(&Command::DeleteCompletionQueue { id: IO_QUEUE }, "delete completion queue");
+            let cc = self.regs.read32(regs::CC) & !regs::CC_SHN_MASK;
+            self.regs.write32(regs::CC, cc | regs::CC_SHN_NORMAL);
+            let limit = Duration::from_micros(self.info.shutdown_us.into()).max(Duration::from_secs(10));
+            let end = self.regs.now() + limit;
+            while self.regs.read32(regs::CSTS) >> 2 & 3 != 2 && self.regs.now() < end {
+                self.regs.pause();
+            }
+        }
+        match self.disable() {
+            // A device that is gone does no DMA either.
+            Ok(()) | Err(Fault::Gone) => {
+                self.stopped = true;
+                Ok(())
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Most bytes of one read, a multiple of the block size.
+    pub fn max_transfer(&self) -> u64 {
+        self.info.max_transfer.unwrap_or(u64::MAX).min(1 << 20).min(prp::MAX_BYTES)
+    }
+}

@@ -1,0 +1,338 @@
+//! The hardware side: a drive bound to vfio-pci, its registers mapped, memory mapped for its DMA.
+
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
+};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
+
+use super::bringup::{Controller, Fault, memory_needed};
+use super::queue::Dma;
+use super::regs::Registers;
+
+const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
+const VFIO_IOMMU_GET_INFO: libc::c_ulong = 0x3b70;
+const HUGE: u64 = 2 << 20;
+
+/// Why a bound drive could not be opened or used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// VFIO would not give the device.
+    #[error(
+        "{bdf}: VFIO cannot open the drive: {why}; is it bound (`nt device bind`), is this user in the group `nt`, is interrupt remapping on?"
+    )]
+    Vfio {
+        /// PCI address.
+        bdf: String,
+        /// The system's words.
+        why: String,
+    },
+    /// Memory could not be mapped for DMA.
+    #[error(
+        "{bdf}: {len} bytes cannot be mapped for DMA: {why}; the limit of locked memory is {limit} bytes (`ulimit -l`)"
+    )]
+    Map {
+        /// PCI address.
+        bdf: String,
+        /// Bytes.
+        len: usize,
+        /// The system's words.
+        why: String,
+        /// RLIMIT_MEMLOCK.
+        limit: u64,
+    },
+    /// Another drive answers than was bound.
+    #[error("{bdf}: {expected} was bound, {found} answers; it is not read")]
+    WrongDrive {
+        /// PCI address.
+        bdf: String,
+        /// Model, serial and bytes of the drive that was bound.
+        expected: String,
+        /// Those of the drive that answers.
+        found: String,
+    },
+    /// The controller failed.
+    #[error("{bdf}: {fault}")]
+    Fault {
+        /// PCI address.
+        bdf: String,
+        /// What happened.
+        #[source]
+        fault: Fault,
+    },
+}
+
+/// BAR 0 of a drive.
+#[derive(Debug)]
+pub struct Bar {
+    base: *mut u8,
+    len: usize,
+    started: Instant,
+}
+
+// SAFETY: the mapping belongs to this value alone and has no thread affinity.
+unsafe impl Send for Bar {}
+
+impl Registers for Bar {
+    fn read32(&self, offset: u32) -> u32 {
+        let at = offset as usize;
+        if at + 4 > self.len {
+            return super::regs::GONE;
+        }
+        // SAFETY: in bounds of the mapping that lives as long as self; registers are 4-byte aligned.
+        unsafe { self.base.add(at).cast::<u32>().read_volatile() }
+    }
+
+    fn write32(&self, offset: u32, value: u32) {
+        let at = offset as usize;
+        if at + 4 <= self.len {
+            // SAFETY: as in `read32`.
+            unsafe { self.base.add(at).cast::<u32>().write_volatile(value) }
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn pause(&self) {
+        std::hint::spin_loop();
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        // SAFETY: base and len are what mmap returned, and nothing else refers to them.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// An open drive with its queues up.
+pub struct VfioNvme {
+    /// PCI address.
+    pub bdf: String,
+    /// The controller.
+    pub controller: Controller<Bar>,
+    // The kernel maps stay until the controller has stopped; see Drop.
+    vfio: ManuallyDrop<Vfio>,
+}
+
+struct Vfio {
+    device: VfioDevice,
+    container: Arc<VfioContainer>,
+    windows: Vec<(u64, u64)>,
+    next: u64,
+    queues: Anonymous,
+}
+
+/// Anonymous, page-aligned memory.
+struct Anonymous {
+    ptr: *mut u8,
+    len: usize,
+}
+
+// SAFETY: plain memory owned by this value.
+unsafe impl Send for Anonymous {}
+
+impl Anonymous {
+    fn new(len: usize) -> std::io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+        // SAFETY: a fresh anonymous mapping touches no memory of ours.
+        let ptr = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        if ptr == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the range was mapped just now; a copy-on-write after fork would leave the
+        // device writing to the other process's page.
+        unsafe { libc::madvise(ptr, len, libc::MADV_DONTFORK) };
+        Ok(Self { ptr: ptr.cast(), len })
+    }
+}
+
+impl Drop for Anonymous {
+    fn drop(&mut self) {
+        // SAFETY: what mmap returned; the owner unmaps it from the device first.
+        unsafe { libc::munmap(self.ptr.cast(), self.len) };
+    }
+}
+
+impl VfioNvme {
+    /// Opens the drive at `bdf`, which is bound to vfio-pci, and brings it up.
+    ///
+    /// # Errors
+    /// If VFIO, the memory limit or the controller say no; the controller is off then.
+    pub fn open(bdf: &str, nsid: u32, entries: u16) -> Result<Self, OpenError> {
+        let mut vfio = Vfio::open(bdf, memory_needed(entries))?;
+        let (ptr, len) = (vfio.queues.ptr, vfio.queues.len);
+        // SAFETY: the queue memory is owned by `vfio`, page aligned, and unmapped in its Drop.
+        let iova = unsafe { vfio.map(bdf, ptr, len)? };
+        // SAFETY: as above; only the driver touches it from here on.
+        let memory = unsafe { Dma::new(ptr, iova, len) };
+        let bar = vfio.bar(bdf)?;
+        match Controller::start(bar, memory, nsid, entries) {
+            Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
+            Err((fault, bar)) => {
+                let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
+                if running {
+                    // It may still write to the queues: keep them until the process ends.
+                    std::mem::forget(vfio);
+                }
+                Err(OpenError::Fault { bdf: bdf.into(), fault })
+            }
+        }
+    }
+
+    /// Lets the drive write to `ptr .. + len`; returns the address on its side.
+    ///
+    /// # Safety
+    /// The memory must be page aligned, stay mapped until this value is dropped, and not be
+    /// referenced while reads to it are outstanding.
+    pub unsafe fn map(&mut self, ptr: *mut u8, len: usize) -> Result<u64, OpenError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.vfio.map(&self.bdf, ptr, len) }
+    }
+}
+
+impl Drop for VfioNvme {
+    fn drop(&mut self) {
+        if self.controller.stop().is_ok() {
+            // SAFETY: dropped once, here; the controller is off, so nothing reaches the memory.
+            unsafe { ManuallyDrop::drop(&mut self.vfio) };
+        }
+        // Otherwise the mappings stay until the process ends, when the kernel resets the function.
+    }
+}
+
+impl Vfio {
+    fn open(bdf: &str, queue_bytes: usize) -> Result<Self, OpenError> {
+        let fail = |why: String| OpenError::Vfio { bdf: bdf.into(), why };
+        let container = Arc::new(VfioContainer::new(None).map_err(|e| fail(e.to_string()))?);
+        let path = format!("/sys/bus/pci/devices/{bdf}");
+        let ops: Arc<dyn VfioOps> = container.clone();
+        let device = VfioDevice::new(Path::new(&path), ops, false).map_err(|e| fail(format!("{e} ({e:?})")))?;
+        // SAFETY: an ioctl without argument on an open device.
+        if unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_RESET) } != 0 {
+            tracing::debug!("{bdf}: no function reset: {}", std::io::Error::last_os_error());
+        }
+        let windows =
+            windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
+        let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
+        let vfio = Self { device, container, windows, next: HUGE, queues };
+        vfio.bus_master().map_err(|e| fail(format!("its configuration space cannot be written: {e}")))?;
+        Ok(vfio)
+    }
+
+    /// Memory space and bus master on, legacy interrupt off. PCI Local Bus 3.0 §6.2.2.
+    fn bus_master(&self) -> std::io::Result<()> {
+        let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX) + 4;
+        let mut word = [0u8; 2];
+        let fd = self.device.as_raw_fd();
+        // SAFETY: a read of two bytes into two bytes.
+        if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
+            return Err(std::io::Error::last_os_error());
+        }
+        let word = (u16::from_le_bytes(word) | 0x406).to_le_bytes();
+        // SAFETY: a write of two bytes from two bytes.
+        if unsafe { libc::pwrite(fd, word.as_ptr().cast(), 2, at as libc::off_t) } != 2 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn bar(&self, bdf: &str) -> Result<Bar, OpenError> {
+        let fail = |why: String| OpenError::Vfio { bdf: bdf.into(), why };
+        let len = self.device.get_region_size(VFIO_PCI_BAR0_REGION_INDEX) as usize;
+        let flags = self.device.get_region_flags(VFIO_PCI_BAR0_REGION_INDEX);
+        if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 || len < 0x2000 {
+            return Err(fail(format!("its registers cannot be mapped (flags {flags:#x}, {len} bytes)")));
+        }
+        let offset = self.device.get_region_offset(VFIO_PCI_BAR0_REGION_INDEX) as libc::off_t;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping of the device's region; it is released by Bar.
+        // Registers and the doorbells of two queues lie in the first 8 KiB, clear of MSI-X tables.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), 0x2000, protection, libc::MAP_SHARED, self.device.as_raw_fd(), offset)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
+        }
+        Ok(Bar { base: base.cast(), len: 0x2000, started: Instant::now() })
+    }
+
+    /// # Safety
+    /// As [`VfioNvme::map`].
+    unsafe fn map(&mut self, bdf: &str, ptr: *mut u8, len: usize) -> Result<u64, OpenError> {
+        let fail = |why: String| OpenError::Map { bdf: bdf.into(), len, why, limit: memlock() };
+        let iova = place(&self.windows, self.next, len as u64)
+            .ok_or_else(|| fail("no window of the IOMMU is large enough".into()))?;
+        // SAFETY: the caller's promise: mapped, and kept until we unmap by closing the container.
+        unsafe { self.container.vfio_dma_map(iova, len, ptr) }.map_err(|e| fail(e.to_string()))?;
+        self.next = iova + len as u64;
+        Ok(iova)
+    }
+}
+
+/// The first 2 MiB-aligned address from `from` on where `len` bytes fit into a window.
+fn place(windows: &[(u64, u64)], from: u64, len: u64) -> Option<u64> {
+    windows.iter().find_map(|&(start, last)| {
+        let at = from.max(start).checked_next_multiple_of(HUGE)?;
+        (at.checked_add(len)?.checked_sub(1)? <= last.min((1 << 48) - 1)).then_some(at)
+    })
+}
+
+/// Usable I/O address windows, first and last byte. `linux/vfio.h`, `vfio_iommu_type1_info`.
+fn windows(fd: RawFd) -> std::io::Result<Vec<(u64, u64)>> {
+    let mut buffer = vec![0u64; 512];
+    let bytes = (buffer.len() * 8) as u32;
+    buffer[0] = u64::from(bytes);
+    // SAFETY: the buffer is as long as its first word (argsz) says.
+    if unsafe { libc::ioctl(fd, VFIO_IOMMU_GET_INFO, buffer.as_mut_ptr()) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    let info: Vec<u8> = buffer.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    Ok(parse_windows(&info))
+}
+
+fn parse_windows(info: &[u8]) -> Vec<(u64, u64)> {
+    let u32_at = |at: usize| info.get(at..at + 4).map_or(0, |b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+    let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+    let mut found = Vec::new();
+    let mut at = if u32_at(4) & 2 != 0 { u32_at(16) as usize } else { 0 };
+    let mut steps = 0;
+    while at != 0 && steps < 16 {
+        // Header: id and version (u16 each), offset of the next (u32); id 1 is the IOVA range list.
+        if u32_at(at) & 0xffff == 1 {
+            let count = u32_at(at + 8).min(64) as usize;
+            found = (0..count).map(|i| (u64_at(at + 16 + i * 16), u64_at(at + 24 + i * 16))).collect();
+        }
+        at = u32_at(at + 4) as usize;
+        steps += 1;
+    }
+    if found.is_empty() {
+        // Kernels before 5.4 tell no ranges: 32 bits below the MSI window are common to all.
+        found.push((0, 0xfedf_ffff));
+    }
+    found
+}
+
+fn memlock() -> u64 {
+    nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::place;
+
+    #[test]
+    fn mappings_avoid_the_hole() {
+        let windows = [(0, 0xfedf_ffff), (0xfef0_0000, 0x7f_ffff_ffff)];
+        assert_eq!(place(&windows, 2 << 20, 4096), Some(2 << 20));
+        assert_eq!(place(&windows, 2 << 20, 0x1_0000_0000), Some(0xff00_0000));
+        assert_eq!(place(&windows, 0x7f_ffff_f000, 8192), None);
+    }
+}

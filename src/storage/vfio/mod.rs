@@ -1,0 +1,24 @@
+//! NVMe from userspace through VFIO, for reading only.
+//!
+//! The driver's logic (queues, bring-up, retries, deadlines) is written against [`Registers`] and
+//! [`Dma`], so that the software controller of the tests drives the same code as hardware does.
+//! Commands come from one closed enum; there is none that writes.
+
+pub mod bringup;
+pub mod command;
+pub mod device;
+pub mod identify;
+pub mod io;
+#[cfg(test)]
+mod model;
+pub mod prp;
+pub mod queue;
+pub mod reader;
+pub mod regs;
+pub mod status;
+
+pub use bringup::{Controller, Fault};
+pub use device::VfioNvme;
+pub use queue::Dma;
+pub use reader::VfioReader;
+pub use regs::Registers;

@@ -1,0 +1,456 @@
+//! A controller in software, with faults on demand and its own clock, and the driver tested on it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::bringup::{Controller, Fault, memory_needed};
+use super::io::{Read, ReadDone};
+use super::queue::Dma;
+use super::regs::{self, Registers};
+
+const QUEUES: u64 = 0x20_0000;
+const DATA: u64 = 0x4000_0000;
+const DATA_LEN: usize = 4 << 20;
+const BLOCKS: u64 = 4096;
+
+/// What the model does wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Wrong {
+    #[default]
+    Nothing,
+    NeverReady,
+    NeverDisabled,
+    FatalOnEnable,
+    FatalOnRead,
+    SilentReads,
+    Gone,
+    ForeignCid,
+    OldCid,
+    Metadata,
+}
+
+#[derive(Default)]
+struct Ring {
+    sq: u64,
+    cq: u64,
+    entries: u32,
+    head: u32,
+    cq_tail: u32,
+    phase: bool,
+}
+
+struct State {
+    wrong: Wrong,
+    cap: u64,
+    registers: [u32; 16],
+    rings: [Ring; 2],
+    memory: Vec<Dma>,
+    rng: ChaCha8Rng,
+    /// Commands of the I/O queue not yet answered, in the order of their answers.
+    open: Vec<[u32; 16]>,
+    /// Statuses of the next reads.
+    statuses: VecDeque<u16>,
+    reads: u64,
+}
+
+struct Model {
+    state: RefCell<State>,
+    clock: Cell<u64>,
+}
+
+/// What lies at byte `at` of the modelled namespace.
+fn content(at: u64) -> u8 {
+    (at / 512).wrapping_mul(31).wrapping_add(at * 7) as u8
+}
+
+impl Model {
+    fn new(seed: u64, wrong: Wrong, memory: Vec<Dma>) -> Rc<Self> {
+        let state = State {
+            wrong,
+            cap: 15 << 24 | 1 << 37 | 63,
+            registers: [0; 16],
+            rings: Default::default(),
+            memory,
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            open: Vec::new(),
+            statuses: VecDeque::new(),
+            reads: 0,
+        };
+        Rc::new(Self { state: RefCell::new(state), clock: Cell::new(0) })
+    }
+}
+
+impl State {
+    fn at(&self, iova: u64, len: usize) -> Dma {
+        let found = self.memory.iter().find(|m| iova >= m.iova && iova + len as u64 <= m.iova + m.len as u64);
+        let memory = found.unwrap_or_else(|| panic!("DMA to {iova:#x}, which is not mapped"));
+        memory.part((iova - memory.iova) as usize, len)
+    }
+
+    fn complete(&mut self, queue: usize, cid: u16, status: u16) {
+        let ring = &self.rings[queue];
+        let entry = self.at(ring.cq + u64::from(ring.cq_tail) * 16, 16);
+        entry.write32(0, 0);
+        entry.write32(8, ring.head);
+        entry.write32(12, u32::from(cid) | u32::from(ring.phase) << 16 | u32::from(status) << 17);
+        let ring = &mut self.rings[queue];
+        ring.cq_tail += 1;
+        if ring.cq_tail == ring.entries {
+            ring.cq_tail = 0;
+            ring.phase = !ring.phase;
+        }
+    }
+
+    fn fetch(&mut self, queue: usize, tail: u32) -> Vec<[u32; 16]> {
+        let mut out = Vec::new();
+        while self.rings[queue].head != tail {
+            let ring = &self.rings[queue];
+            let entry = self.at(ring.sq + u64::from(ring.head) * 64, 64);
+            out.push(std::array::from_fn(|i| entry.read32(i * 4)));
+            let ring = &mut self.rings[queue];
+            ring.head = (ring.head + 1) % ring.entries;
+        }
+        out
+    }
+
+    fn admin(&mut self, e: [u32; 16]) {
+        let address = u64::from(e[6]) | u64::from(e[7]) << 32;
+        match e[0] & 0xff {
+            0x06 => {
+                let page = self.at(address, 4096);
+                let mut bytes = vec![0u8; 4096];
+                if e[10] == 1 {
+                    bytes[4..11].copy_from_slice(b"MODEL01");
+                    bytes[24..29].copy_from_slice(b"Model");
+                    bytes[77] = 5;
+                    bytes[512] = 0x66;
+                    bytes[513] = 0x44;
+                } else {
+                    bytes[..8].copy_from_slice(&BLOCKS.to_le_bytes());
+                    bytes[130] = 9;
+                    bytes[128] = if self.wrong == Wrong::Metadata { 8 } else { 0 };
+                }
+                for (i, word) in bytes.as_chunks::<4>().0.iter().enumerate() {
+                    page.write32(i * 4, u32::from_le_bytes(*word));
+                }
+            }
+            0x05 | 0x01 => {
+                let ring = &mut self.rings[1];
+                ring.entries = (e[10] >> 16) + 1;
+                if e[0] & 0xff == 0x05 {
+                    ring.cq = address
+                } else {
+                    ring.sq = address
+                }
+                (ring.head, ring.cq_tail, ring.phase) = (0, 0, true);
+            }
+            _ => {}
+        }
+        self.complete(0, (e[0] >> 16) as u16, 0);
+    }
+
+    /// The bytes of a read, to the pages that its PRPs name.
+    fn transfer(&self, e: &[u32; 16]) {
+        let lba = u64::from(e[10]) | u64::from(e[11]) << 32;
+        let len = (u64::from(e[12] & 0xffff) + 1) * 512;
+        let prp1 = u64::from(e[6]) | u64::from(e[7]) << 32;
+        let prp2 = u64::from(e[8]) | u64::from(e[9]) << 32;
+        let first = (4096 - prp1 % 4096).min(len);
+        let rest = len - first;
+        let mut done = 0;
+        while done < len {
+            let (to, n) = if done == 0 {
+                (prp1, first)
+            } else {
+                let i = (done - first) / 4096;
+                let page = if rest <= 4096 {
+                    prp2
+                } else {
+                    let entry = self.at(prp2 + i * 8, 8);
+                    u64::from(entry.read32(0)) | u64::from(entry.read32(4)) << 32
+                };
+                (page, (len - done).min(4096))
+            };
+            let memory = self.at(to, n as usize);
+            for at in (0..n).step_by(4) {
+                let word = std::array::from_fn(|i| content(lba * 512 + done + at + i as u64));
+                memory.write32(at as usize, u32::from_le_bytes(word));
+            }
+            done += n;
+        }
+    }
+
+    /// Answers some of the open reads, in any order.
+    fn step(&mut self) {
+        if self.wrong == Wrong::SilentReads {
+            return;
+        }
+        let answers = self.rng.random_range(0..=self.open.len());
+        for _ in 0..answers {
+            let i = self.rng.random_range(0..self.open.len());
+            let e = self.open.swap_remove(i);
+            let status = self.statuses.pop_front().unwrap_or(0);
+            if status == 0 {
+                self.transfer(&e);
+            }
+            self.reads += 1;
+            let cid = (e[0] >> 16) as u16;
+            let cid = match self.wrong {
+                Wrong::ForeignCid => cid ^ 0x0fff,
+                Wrong::OldCid => cid ^ 0x1000,
+                _ => cid,
+            };
+            self.complete(1, cid, status);
+        }
+    }
+}
+
+impl Registers for Rc<Model> {
+    fn read32(&self, offset: u32) -> u32 {
+        let state = self.state.borrow();
+        if state.wrong == Wrong::Gone {
+            return regs::GONE;
+        }
+        match offset {
+            0 => state.cap as u32,
+            4 => (state.cap >> 32) as u32,
+            regs::CSTS => {
+                let enabled = state.registers[5] & regs::CC_EN != 0;
+                let mut csts = state.registers[7] & !1;
+                if (enabled && state.wrong != Wrong::NeverReady) || state.wrong == Wrong::NeverDisabled {
+                    csts |= regs::CSTS_RDY;
+                }
+                if enabled && state.wrong == Wrong::FatalOnEnable
+                    || state.wrong == Wrong::FatalOnRead && !state.open.is_empty()
+                {
+                    csts |= regs::CSTS_CFS;
+                }
+                if state.registers[5] & regs::CC_SHN_MASK != 0 {
+                    csts |= 2 << 2;
+                }
+                csts
+            }
+            _ => state.registers[offset as usize / 4],
+        }
+    }
+
+    fn write32(&self, offset: u32, value: u32) {
+        let mut state = self.state.borrow_mut();
+        match offset {
+            0x1000 => {
+                for e in state.fetch(0, value) {
+                    state.admin(e);
+                }
+            }
+            0x1008 => {
+                let fresh = state.fetch(1, value);
+                state.open.extend(fresh);
+            }
+            0x1004 | 0x100c => {}
+            regs::CC => {
+                state.registers[5] = value;
+                if value & 1 == 1 {
+                    let base = |i: usize| u64::from(state.registers[i]) | u64::from(state.registers[i + 1]) << 32;
+                    let (sq, cq) = (base(10), base(12));
+                    let entries = (state.registers[9] & 0xfff) + 1;
+                    state.rings[0] = Ring { sq, cq, entries, phase: true, ..Ring::default() };
+                } else {
+                    state.open.clear();
+                }
+            }
+            _ => state.registers[offset as usize / 4] = value,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.clock.get())
+    }
+
+    fn pause(&self) {
+        self.clock.set(self.clock.get() + 10);
+        self.state.borrow_mut().step();
+    }
+}
+
+/// Memory that outlives the test's controller.
+struct Bench {
+    model: Rc<Model>,
+    queues: Dma,
+    data: Dma,
+}
+
+fn leak(len: usize, iova: u64) -> Dma {
+    let words: &'static mut [u64] = vec![0; len / 8].leak();
+    // SAFETY: leaked, 8-byte aligned memory that nothing else refers to.
+    unsafe { Dma::new(words.as_mut_ptr().cast(), iova, len) }
+}
+
+fn bench(seed: u64, wrong: Wrong) -> Bench {
+    let queues = leak(memory_needed(64), QUEUES);
+    let data = leak(DATA_LEN, DATA);
+    Bench { model: Model::new(seed, wrong, vec![queues, data]), queues, data }
+}
+
+fn start(b: &Bench, entries: u16) -> Result<Controller<Rc<Model>>, Fault> {
+    Controller::start(b.model.clone(), b.queues, 1, entries).map_err(|(fault, _)| fault)
+}
+
+fn until_done(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
+    let mut out = Vec::new();
+    while c.outstanding() > 0 {
+        c.poll(&mut out)?;
+        c.pause();
+    }
+    Ok(out)
+}
+
+fn one(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
+    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    c.ring();
+    until_done(c)
+}
+
+#[test]
+fn random_reads_return_the_right_bytes_over_many_wraps() {
+    for seed in 0..8 {
+        let b = bench(seed, Wrong::Nothing);
+        let mut c = start(&b, [2, 3, 5, 64][seed as usize % 4]).unwrap();
+        assert_eq!(c.info.serial, "MODEL01");
+        assert_eq!(c.max_transfer(), 128 << 10);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed + 100);
+        for _ in 0..200 {
+            let mut reads = Vec::new();
+            for i in 0..8u64 {
+                let blocks = rng.random_range(1..=256u32);
+                let lba = rng.random_range(0..=BLOCKS - u64::from(blocks));
+                let to = DATA + i * (256 << 10) + 4 * rng.random_range(0..1024u64);
+                let read = Read { tag: i, lba, blocks, to };
+                if !c.push(read).unwrap() {
+                    break;
+                }
+                reads.push(read);
+            }
+            c.ring();
+            let done = until_done(&mut c).unwrap();
+            assert_eq!(done.len(), reads.len());
+            for read in reads {
+                for at in [0, 511, u64::from(read.blocks) * 256, u64::from(read.blocks) * 512 - 1] {
+                    let byte = (read.to - DATA + at) as usize;
+                    let word = b.data.read32(byte & !3).to_le_bytes();
+                    assert_eq!(word[byte % 4], content(read.lba * 512 + at), "seed {seed}, {read:?}, byte {at}");
+                }
+            }
+        }
+        c.stop().unwrap();
+    }
+}
+
+#[test]
+fn short_queues_fill_and_empty() {
+    let b = bench(1, Wrong::Nothing);
+    b.model.state.borrow_mut().cap &= !0xffff;
+    b.model.state.borrow_mut().cap |= 1;
+    let mut c = start(&b, 64).unwrap();
+    let read = Read { tag: 0, lba: 0, blocks: 1, to: DATA };
+    assert!(c.push(read).unwrap());
+    assert!(!c.push(read).unwrap(), "two entries hold one command");
+    c.ring();
+    assert_eq!(until_done(&mut c).unwrap().len(), 1);
+}
+
+#[test]
+fn a_controller_that_never_becomes_ready_is_given_up() {
+    let b = bench(1, Wrong::NeverReady);
+    assert!(matches!(start(&b, 8), Err(Fault::Late { state: "enabling", .. })));
+    assert!(b.model.now() < Duration::from_secs(60), "deadlines hold");
+}
+
+#[test]
+fn a_controller_that_stays_ready_is_given_up() {
+    assert!(matches!(start(&bench(1, Wrong::NeverDisabled), 8), Err(Fault::Late { state: "disabling", .. })));
+}
+
+#[test]
+fn a_fatal_status_is_named() {
+    assert!(matches!(start(&bench(1, Wrong::FatalOnEnable), 8), Err(Fault::Fatal { state: "enabling" })));
+}
+
+#[test]
+fn a_missing_controller_is_named() {
+    assert_eq!(start(&bench(1, Wrong::Gone), 8).err(), Some(Fault::Gone));
+}
+
+#[test]
+fn metadata_is_refused() {
+    assert!(matches!(start(&bench(1, Wrong::Metadata), 8), Err(Fault::Unsupported(_))));
+}
+
+#[test]
+fn unknown_and_stale_identifiers_stop_the_controller() {
+    for wrong in [Wrong::ForeignCid, Wrong::OldCid] {
+        let b = bench(1, Wrong::Nothing);
+        let mut c = start(&b, 8).unwrap();
+        b.model.state.borrow_mut().wrong = wrong;
+        assert!(matches!(one(&mut c), Err(Fault::Unknown(_))));
+        assert!(c.stopped, "disabled, so that no DMA follows");
+        assert!(c.push(Read { tag: 0, lba: 0, blocks: 1, to: DATA }).is_err());
+    }
+}
+
+#[test]
+fn silence_ends_at_the_deadline() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    let began = b.model.now();
+    b.model.state.borrow_mut().wrong = Wrong::SilentReads;
+    assert!(matches!(one(&mut c), Err(Fault::Late { state: "reading", .. })));
+    assert!(b.model.now() - began < Duration::from_secs(60));
+    assert!(c.stopped);
+}
+
+#[test]
+fn removal_while_reading_is_named() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    c.ring();
+    b.model.state.borrow_mut().open.clear();
+    b.model.state.borrow_mut().wrong = Wrong::Gone;
+    assert_eq!(until_done(&mut c), Err(Fault::Gone));
+}
+
+#[test]
+fn errors_are_retried_unless_they_are_final() {
+    for (status, reads, ok) in [(0x006, 2, true), (0x4006, 1, false), (0x281, 1, false), (0x300, 2, true)] {
+        let b = bench(1, Wrong::Nothing);
+        let mut c = start(&b, 8).unwrap();
+        b.model.state.borrow_mut().statuses.push_back(status);
+        let done = one(&mut c).unwrap();
+        assert_eq!(done[0].result.is_ok(), ok, "{status:#x}");
+        assert_eq!(b.model.state.borrow().reads, reads, "{status:#x}");
+    }
+}
+
+#[test]
+fn retries_end() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    b.model.state.borrow_mut().statuses.extend([6; 10]);
+    assert!(one(&mut c).unwrap()[0].result.is_err());
+    assert_eq!(b.model.state.borrow().reads, 4);
+}
+
+#[test]
+fn reads_outside_the_namespace_are_never_sent() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    for (lba, blocks) in [(BLOCKS, 1), (BLOCKS - 1, 2), (u64::MAX, 1), (0, 0), (0, 257)] {
+        assert!(c.push(Read { tag: 0, lba, blocks, to: DATA }).is_err(), "{lba} {blocks}");
+    }
+    assert_eq!(b.model.state.borrow().reads, 0);
+}

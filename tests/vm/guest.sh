@@ -1,0 +1,107 @@
+#!/bin/sh
+# The checks, inside the guest. Prints PASS, FAIL, SKIP, INFO lines and DONE at the end.
+nt="nvme_probe device"
+list=/etc/nt/drives.toml
+
+drive() { for c in /sys/class/nvme/nvme*; do case $(cat "$c/serial") in "$1"*) basename "$c" ;; esac; done; }
+pass() { echo "PASS $1"; }
+fail() { echo "FAIL $1"; sed 's/^/     /' /tmp/out; }
+# refused NAME WORD COMMAND…: exit code 3, and WORD in what it says
+refused() {
+  name=$1 word=$2; shift 2
+  "$@" >/tmp/out 2>&1; code=$?
+  if [ $code = 3 ] && grep -q "$word" /tmp/out; then pass "$name"; else echo "exit $code, wanted 3 and: $word" >>/tmp/out; fail "$name"; fi
+}
+works() { name=$1; shift; if "$@" >/tmp/out 2>&1; then pass "$name"; else echo "exit $?" >>/tmp/out; fail "$name"; fi; }
+# allow: an entry for every drive, as `nt device list` prints them, contents accepted
+allow() {
+  mkdir -p /etc/nt
+  $nt list 2>/dev/null | sed -n '/\[\[drive\]\]/,/^    holds/p' | sed 's/^    //; s/holds = \[\]/holds = ["unknown data"]/' >/tmp/list
+  cp /tmp/list $list; chmod 644 $list
+}
+
+boot=$(drive BOOT0001) exp=$(drive EXP0001) fs=$(drive FS0001)
+dev=${exp}n1
+for c in /sys/class/nvme/nvme*; do echo "INFO $(basename $c) $(cat $c/serial) $(basename $(readlink $c/device)) group $(basename $(readlink $c/device/iommu_group))"; done
+
+if [ "$1" = no_iommu ]; then
+  allow
+  refused "no IOMMU" "behind no IOMMU" $nt bind $dev
+  echo "DONE no_iommu"; exit
+fi
+
+rm -f $list
+refused "not on the list" "allowlist" $nt bind $dev
+allow
+before=$(sha256sum /dev/$dev | cut -c1-64)
+refused "boot drive" "mounted at /" $nt bind ${boot}n1
+for d in META0001 ZNS0001 SIB0001; do
+  n=$(drive $d)n1; [ -b /dev/$n ] || { echo "SKIP $d: no such drive"; continue; }
+  $nt check "$n" >/tmp/out 2>&1
+  code=$?
+  sed "s/^/INFO $d /" /tmp/out
+  case $d:$code in
+    META*:3) grep -q format: /tmp/out && pass "metadata and PI" || fail "metadata and PI" ;;
+    ZNS*:3) grep -q format: /tmp/out && pass "zoned" || fail "zoned" ;;
+    SIB*:3) grep -q sibling: /tmp/out && pass "sibling in the group" || fail "sibling in the group" ;;
+    *) fail "$d is not refused" ;;
+  esac
+done
+refused "file system signature" "it holds ext4" $nt bind ${fs}n1
+mkdir -p /mnt/fs; mount -t ext4 /dev/${fs}n1 /mnt/fs
+refused "mounted" "is mounted at /mnt/fs" $nt bind ${fs}n1
+head -c 9000001 /dev/urandom >/mnt/fs/a; cp /mnt/fs/a /tmp/file.copy
+works "extents of a file" $nt extents /mnt/fs/a
+cp /tmp/out /tmp/manifest.json
+umount /mnt/fs
+sed '/FS0001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/etc/nt/fs.toml
+works "bind a drive that holds the file" $nt bind ${fs}n1 --allow /etc/nt/fs.toml
+works "the file by its extents" nvme_probe file ${fs}n1 /tmp/manifest.json /tmp/file.copy
+works "release the drive that holds the file" $nt release ${fs}n1
+fs=$(drive FS0001)
+dd if=/dev/zero of=/dev/${fs}n1 bs=1M count=32 2>/dev/null; mkswap /dev/${fs}n1 >/dev/null; swapon /dev/${fs}n1
+refused "swap" "used as swap" $nt bind ${fs}n1
+swapoff /dev/${fs}n1
+sleep 1000 </dev/$dev & holder=$!
+refused "open elsewhere" "has /dev/$dev open" $nt bind $dev
+kill $holder; wait $holder 2>/dev/null
+sed 's/EXP0001/EXP9999/' $list >/etc/nt/other.toml
+refused "other serial" "no entry names serial EXP0001" $nt bind $dev --allow /etc/nt/other.toml
+chmod 666 /etc/nt/other.toml
+refused "list others may write" "writable by nobody else" $nt bind $dev --allow /etc/nt/other.toml
+
+cp /dev/$dev /tmp/copy.img
+nvme id-ctrl /dev/$exp -b >/tmp/kernel.ctrl 2>/dev/null
+nvme id-ns /dev/$dev -b >/tmp/kernel.ns 2>/dev/null
+fio --name=k --filename=/dev/$dev --readonly --rw=randread --direct=1 --ioengine=io_uring --time_based --runtime=2 --bs=4k --iodepth=32 --output-format=terse --terse-version=3 2>/dev/null | awk -F';' '{print "INFO fio io_uring bs=4096 depth=32: " $8 " reads/s, TCG time"}'
+fio --name=k --filename=/dev/$dev --readonly --rw=randread --direct=1 --ioengine=io_uring --time_based --runtime=2 --bs=1M --iodepth=32 --output-format=terse --terse-version=3 2>/dev/null | awk -F';' '{print "INFO fio io_uring bs=1048576 depth=32: " $8 " reads/s, TCG time"}'
+
+works "dry run" $nt bind $dev --dry-run
+works "bind" $nt bind $dev
+[ ! -e /dev/$dev ] && pass "no kernel node while bound" || fail "no kernel node while bound"
+asuser() { su user -s /bin/sh -c "ulimit -l; $*"; }
+ulimit -l 200000
+works "a plain user identifies" asuser nvme_probe identify $dev /tmp/vfio
+cmp /tmp/kernel.ctrl /tmp/vfio.ctrl >/tmp/out 2>&1 && pass "identify controller equals nvme-cli's" || fail "identify controller equals nvme-cli's"
+cmp /tmp/kernel.ns /tmp/vfio.ns >/tmp/out 2>&1 && pass "identify namespace equals nvme-cli's" || fail "identify namespace equals nvme-cli's"
+works "a plain user reads 10000 times, all equal" asuser nvme_probe compare $dev /tmp/copy.img 10000
+sed 's/^/INFO /' /tmp/out
+asuser nvme_probe bench $dev 2>&1 | sed 's/^/INFO vfio /'
+nvme_probe forever $dev & reader=$!
+sleep 1
+refused "release while in use" "uses it" $nt release $dev
+nvme_probe identify $dev /tmp/second >/tmp/out 2>&1 && fail "two processes on one drive" || pass "two processes on one drive: $(head -c 150 /tmp/out | head -1)"
+kill -9 $reader; wait $reader 2>/dev/null
+works "reads after kill -9" nvme_probe compare $dev /tmp/copy.img 200
+works "release" $nt release $dev
+sleep 0.5
+after=$(sha256sum /dev/$(drive EXP0001)n1 | cut -c1-64)
+[ "$before" = "$after" ] && pass "data unchanged" || fail "data unchanged"
+for d in BLK4K001 SMALL001; do
+  n=$(drive $d)n1
+  cp /dev/$n /tmp/copy.img
+  works "$d bind" $nt bind $n
+  works "$d reads equal" nvme_probe compare $n /tmp/copy.img 500
+  works "$d release" $nt release $n
+done
+echo "DONE all"

@@ -1,0 +1,168 @@
+# Functions of run.sh: the kernel, the root file system, the initramfs, the drives, the boot.
+# shellcheck shell=bash
+
+modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4 dm-mod raid1)
+programs=(nvme fio mke2fs sfdisk blkid)
+
+# Installs what the harness needs when it is missing and this is root; says so otherwise.
+need_tools() {
+  local missing=()
+  command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
+  command -v nvme >/dev/null || missing+=(nvme-cli)
+  command -v fio >/dev/null || missing+=(fio)
+  command -v cpio >/dev/null || missing+=(cpio)
+  command -v depmod >/dev/null || missing+=(kmod)
+  command -v sfdisk >/dev/null || missing+=(fdisk)
+  [ -x /bin/busybox ] && ! ldd /bin/busybox >/dev/null 2>&1 || missing+=(busybox-static)
+  [ ${#missing[@]} = 0 ] && return
+  if [ "$(id -u)" != 0 ]; then
+    echo "tests/vm: missing packages: ${missing[*]}; install them with: sudo apt-get install ${missing[*]}" >&2
+    exit 77
+  fi
+  apt-get install -y --no-install-recommends "${missing[@]}" >"$work/apt.log" 2>&1
+}
+
+# Debian's kernel, unpacked and never installed.
+fetch_kernel() {
+  if [ ! -d "$work/kernel/boot" ]; then
+    local package
+    package=$(apt-cache depends linux-image-amd64 | awk '/Depends: linux-image/ {print $2; exit}')
+    (cd "$work" && apt-get download "$package" >/dev/null 2>&1)
+    dpkg-deb -x "$work"/linux-image-*.deb "$work/kernel"
+    rm -f "$work"/linux-image-*.deb
+  fi
+  kernel_version=$(basename "$work"/kernel/lib/modules/*)
+  vmlinuz=$work/kernel/boot/vmlinuz-$kernel_version
+  [ -f "$work/kernel/lib/modules/$kernel_version/modules.dep" ] || depmod -b "$work/kernel" "$kernel_version"
+}
+
+# copy_program PATH ROOT [DESTINATION]: a program and the libraries it is linked to.
+copy_program() {
+  local path=$1 root=$2 to=${3:-/usr/bin/$(basename "$1")} lib
+  install -D -m 755 "$path" "$root$to"
+  ldd "$path" 2>/dev/null | grep -o '/[^ ]*' | while read -r lib; do
+    [ -e "$root$lib" ] || install -D -m 755 "$(readlink -f "$lib")" "$root$lib"
+  done
+}
+
+copy_modules() {
+  local root=$1 file base=$work/kernel
+  for module in "${modules[@]}"; do
+    modprobe -d "$base" -S "$kernel_version" --show-depends "$module" | awk '/^insmod/ {print $2}'
+  done | sort -u | while read -r file; do
+    install -D -m 644 "$file" "$root/lib/modules/$kernel_version/${file##*/lib/modules/"$kernel_version"/}"
+  done
+  cp "$base/lib/modules/$kernel_version"/modules.{order,builtin,builtin.modinfo} "$root/lib/modules/$kernel_version/"
+  depmod -b "$root" "$kernel_version"
+}
+
+busybox_tree() {
+  local root=$1
+  mkdir -p "$root"/{bin,sbin,dev,proc,sys,run,tmp,mnt,etc,root,usr/bin}
+  cp /bin/busybox "$root/bin/busybox"
+  /bin/busybox --list | while read -r name; do
+    [ "$name" = busybox ] || ln -sf busybox "$root/bin/$name"
+  done
+}
+
+make_root() {
+  local root=$work/root
+  rm -rf "$root"
+  busybox_tree "$root"
+  copy_modules "$root"
+  for program in "${programs[@]}"; do
+    if command -v "$program" >/dev/null; then copy_program "$(command -v "$program")" "$root"; fi
+  done
+  copy_program "${CARGO_TARGET_DIR:-target}/debug/nt" "$root"
+  copy_program "${CARGO_TARGET_DIR:-target}/debug/examples/nvme_probe" "$root"
+  strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
+  install -D -m 755 tests/vm/guest.sh "$root/root/guest.sh"
+  install -D -m 755 tests/vm/init.sh "$root/sbin/init.sh"
+  mkdir -p "$root/root/scripts" "$root/root/udev"
+  cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
+  cp udev/*.rules "$root/root/udev/" 2>/dev/null || true
+  printf 'root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n' >"$root/etc/passwd"
+  printf 'root:x:0:\nuser:x:1000:\nnt:x:990:user\n' >"$root/etc/group"
+}
+
+make_initramfs() {
+  local root=$work/initramfs
+  rm -rf "$root"
+  busybox_tree "$root"
+  local keep=("${modules[@]}")
+  modules=(crc32c_generic nvme ext4)
+  copy_modules "$root"
+  modules=("${keep[@]}")
+  cat >"$root/init" <<'INIT'
+#!/bin/sh
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+modprobe crc32c_generic; modprobe nvme; modprobe ext4
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+  for c in /sys/class/nvme/nvme*; do
+    case $(cat $c/serial 2>/dev/null) in BOOT0001*) [ -b /dev/$(basename $c)n1p1 ] && root=/dev/$(basename $c)n1p1 ;; esac
+  done
+  [ -n "$root" ] && break
+  sleep 0.2
+done
+mount -t ext4 $root /mnt || poweroff -f
+mount --move /dev /mnt/dev; mount --move /proc /mnt/proc; mount --move /sys /mnt/sys
+exec switch_root /mnt /sbin/init.sh
+INIT
+  chmod +x "$root/init"
+  (cd "$root" && find . | cpio -o -H newc --quiet | gzip -1) >"$work/initramfs.gz"
+}
+
+make_drives() {
+  local mib
+  mib=$(($(du -sm "$work/root" | cut -f1) + 96))
+  rm -f "$work"/*.img
+  truncate -s "$((mib + 2))M" "$work/boot.img"
+  printf 'label: gpt\nstart=1MiB, size=%dMiB, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n' "$mib" |
+    sfdisk -q "$work/boot.img"
+  mke2fs -q -F -t ext4 -d "$work/root" -E offset=1048576,lazy_itable_init=1 "$work/boot.img" "${mib}M" >/dev/null 2>&1
+  # Unknown, random bytes: what a drive with nothing recognisable on it looks like.
+  head -c 64M /dev/urandom >"$work/exp.img"
+  head -c 32M /dev/urandom >"$work/blk4k.img"
+  head -c 32M /dev/urandom >"$work/small.img"
+  truncate -s 32M "$work/meta.img" "$work/zns.img" "$work/sib.img" "$work/other.img" "$work/fs.img"
+  mke2fs -q -F -t ext4 "$work/fs.img" >/dev/null 2>&1
+}
+
+# boot iommu|noiommu CHECKS: runs the guest, prints its results, fails if any check failed.
+boot() {
+  local kind=$1 checks=$2 log=$work/$1.log machine=(-machine q35,accel=tcg)
+  if [ "$kind" = iommu ]; then
+    machine=(-machine q35,kernel-irqchip=split,accel=tcg -device intel-iommu,intremap=on)
+  fi
+  local port=0 devices=()
+  add_port() { port=$((port + 1)); devices+=(-device "pcie-root-port,id=rp$port,chassis=$port,slot=$port,bus=pcie.0"); }
+  add_file() { devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe"); }
+  for name in boot exp meta zns blk4k small fs; do
+    add_port
+    add_file "$name"
+    case $name in
+      boot) devices+=(-device "nvme,serial=BOOT0001,drive=boot,bus=rp$port") ;;
+      exp) devices+=(-device "nvme,id=exp,serial=EXP0001,drive=exp,bus=rp$port") ;;
+      meta) devices+=(-device "nvme,id=meta,serial=META0001,bus=rp$port" -device "nvme-ns,drive=meta,bus=meta,ms=8,pi=1") ;;
+      zns) devices+=(-device "nvme,id=zns,serial=ZNS0001,bus=rp$port" -device "nvme-ns,drive=zns,bus=zns,zoned=true,zoned.zone_size=4M") ;;
+      blk4k) devices+=(-device "nvme,id=blk4k,serial=BLK4K001,bus=rp$port" -device "nvme-ns,drive=blk4k,bus=blk4k,logical_block_size=4096,physical_block_size=4096") ;;
+      small) devices+=(-device "nvme,id=small,serial=SMALL001,drive=small,mdts=1,max_ioqpairs=1,bus=rp$port") ;;
+      fs) devices+=(-device "nvme,id=fs,serial=FS0001,drive=fs,bus=rp$port") ;;
+    esac
+  done
+  add_port
+  add_file sib
+  add_file other
+  devices+=(-device "nvme,serial=SIB0001,drive=sib,bus=rp$port,addr=0x0.0x0,multifunction=on"
+    -device "nvme,serial=SIB0002,drive=other,bus=rp$port,addr=0x0.0x1")
+  local started=$SECONDS
+  timeout "${NT_VM_TIMEOUT:-300}" qemu-system-x86_64 "${machine[@]}" -cpu max -smp 2 -m 1024 -nodefaults -display none \
+    -serial "file:$log" -no-reboot -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
+    -append "console=ttyS0 quiet panic=-1 intel_iommu=on nt.checks=${checks// /,}" 2>"$work/qemu.log" || true
+  grep -a -E '^(PASS|FAIL|SKIP|INFO|DONE) ' "$log" | tr -d '\r' || true
+  echo "vm $kind: $((SECONDS - started)) s, log in $log"
+  if grep -aq '^FAIL ' "$log" || ! grep -aq '^DONE ' "$log"; then
+    echo "vm $kind: FAILED" >&2
+    return 1
+  fi
+}

@@ -1,0 +1,15 @@
+#!/bin/sh
+# First program of the guest's root: the few file systems, then the checks, then power off.
+export PATH=/usr/bin:/bin:/sbin
+mount -o remount,rw /
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+chmod 1777 /tmp
+echo 1 >/proc/sys/kernel/printk
+modprobe vfio-pci
+modprobe vfio_iommu_type1
+chmod 666 /dev/vfio/vfio
+checks=$(sed -n 's/.*nt.checks=\([^ ]*\).*/\1/p' /proc/cmdline | tr ',' ' ')
+sh /root/guest.sh $checks 2>&1
+sync
+poweroff -f
