@@ -227,6 +227,13 @@ impl<R: Registers> Controller<R> {
         self.scratch.clear();
         self.admin(&Command::HealthLog { to }, "health log")?;
         self.critical_warning = self.scratch.read32(0) as u8;
+        // Bits 2 and 3: reliability degraded, media read-only. NVMe Base 2.0 §5.16.1.3.
+        if self.critical_warning & 0x0c != 0 {
+            return Err(Fault::Unsupported(format!(
+                "its health log reports a failing drive (critical warning {:#04x})",
+                self.critical_warning
+            )));
+        }
         Ok(())
     }
 

@@ -32,6 +32,7 @@ enum Wrong {
     ForeignCid,
     OldCid,
     Metadata,
+    Unhealthy,
 }
 
 #[derive(Default)]
@@ -149,6 +150,7 @@ impl State {
                 }
                 (ring.head, ring.cq_tail, ring.phase) = (0, 0, true);
             }
+            0x02 if self.wrong == Wrong::Unhealthy => self.at(address, 512).write32(0, 0x08),
             _ => {}
         }
         self.complete(0, (e[0] >> 16) as u16, 0);
@@ -187,7 +189,7 @@ impl State {
 
     /// Answers some of the open reads, in any order.
     fn step(&mut self) {
-        if self.wrong == Wrong::SilentReads {
+        if matches!(self.wrong, Wrong::SilentReads | Wrong::FatalOnRead) {
             return;
         }
         let answers = self.rng.random_range(0..=self.open.len());
@@ -411,6 +413,25 @@ fn silence_ends_at_the_deadline() {
     assert!(matches!(one(&mut c), Err(Fault::Late { state: "reading", .. })));
     assert!(b.model.now() - began < Duration::from_secs(60));
     assert!(c.stopped);
+}
+
+#[test]
+fn a_fatal_status_while_reading_is_named() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    b.model.state.borrow_mut().wrong = Wrong::FatalOnRead;
+    assert!(matches!(
+        one(&mut c),
+        Err(Fault::Fatal { state: "reading" })
+    ));
+}
+
+#[test]
+fn a_drive_that_fails_is_refused() {
+    assert!(matches!(
+        start(&bench(1, Wrong::Unhealthy), 8),
+        Err(Fault::Unsupported(_))
+    ));
 }
 
 #[test]
