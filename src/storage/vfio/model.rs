@@ -420,18 +420,12 @@ fn a_fatal_status_while_reading_is_named() {
     let b = bench(1, Wrong::Nothing);
     let mut c = start(&b, 8).unwrap();
     b.model.state.borrow_mut().wrong = Wrong::FatalOnRead;
-    assert!(matches!(
-        one(&mut c),
-        Err(Fault::Fatal { state: "reading" })
-    ));
+    assert!(matches!(one(&mut c), Err(Fault::Fatal { state: "reading" })));
 }
 
 #[test]
 fn a_drive_that_fails_is_refused() {
-    assert!(matches!(
-        start(&bench(1, Wrong::Unhealthy), 8),
-        Err(Fault::Unsupported(_))
-    ));
+    assert!(matches!(start(&bench(1, Wrong::Unhealthy), 8), Err(Fault::Unsupported(_))));
 }
 
 #[test]
