@@ -8,7 +8,6 @@ cd "$(dirname "$0")/.."
 need_cargo
 need_pip gguf==0.19.0 numpy==2.4.6
 need_smollm2
-export NT_TEST_MODEL=$smollm2
 
 say "format and lints"
 cargo fmt --check
@@ -17,6 +16,9 @@ say "docs"
 RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 say "tests"
 cargo test --locked
-say "fidelity against llama.cpp"
 cargo build --locked --release
+say "a real model, most of it on disk"
+text=$(target/release/nt -q run "$smollm2" -p "The capital of France is" -n 8 --temp 0 --ram 40MiB --tiers 0:10:20)
+[ "${text#" Paris"}" != "$text" ] || die "SmolLM2 did not continue with \" Paris\" but with: $text"
+say "fidelity against llama.cpp"
 python3 tests/fidelity/check.py target/release/nt

@@ -7,6 +7,7 @@ use serde_json::{Value as Json, json};
 use super::Failure;
 use crate::engine::{Generation, Links, Opened, Session};
 use crate::machine;
+use crate::model::UnitKind;
 use crate::plan::{Home, format_bytes};
 
 /// Figures of a session, ready to print. What was not measured is `None`.
@@ -15,6 +16,8 @@ pub struct Report {
     reader: Option<&'static str>,
     n_buffers: usize,
     homes: [(usize, u64); 3],
+    /// Blocks on storage, and all.
+    blocks: (usize, usize),
     links: Links,
     notes: Vec<String>,
     decode_tokens_per_s: Option<f64>,
@@ -37,6 +40,7 @@ impl Report {
             reader: session.reader_name(),
             n_buffers: session.n_slots(),
             homes,
+            blocks: blocks_on_storage(session, opened),
             links: session.links(),
             notes,
             decode_tokens_per_s: None,
@@ -130,6 +134,8 @@ impl Report {
             "\nplan      {b} units in RAM ({}), {c} on storage ({}), {} buffers, {} backend",
             format_bytes(b_bytes),
             format_bytes(c_bytes),
+            self.blocks.0,
+            self.blocks.1,
             self.n_buffers,
             self.backend
         )?;
@@ -163,6 +169,13 @@ impl Report {
         }
         Ok(())
     }
+}
+
+/// Blocks (or their shared parts) that live on storage, and blocks in all.
+fn blocks_on_storage(session: &Session, opened: &Opened) -> (usize, usize) {
+    let units = opened.model.units.iter().zip(session.homes());
+    let blocks = units.filter(|(u, _)| matches!(u.kind, UnitKind::Block(_)));
+    (blocks.clone().filter(|(_, h)| **h == Home::C).count(), blocks.count())
 }
 
 fn gb(bytes_per_s: f64) -> f64 {
