@@ -131,7 +131,7 @@ impl Report {
         let [_, (b, b_bytes), (c, c_bytes)] = self.homes;
         writeln!(
             out,
-            "\nplan      {b} units in RAM ({}), {c} on storage ({}), {} buffers, {} backend",
+            "\nplan      {b} units in RAM ({}), {c} on storage ({}; {} of {} blocks), {} buffers, {} backend",
             format_bytes(b_bytes),
             format_bytes(c_bytes),
             self.blocks.0,
