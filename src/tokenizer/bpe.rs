@@ -51,11 +51,11 @@ impl<'a> BpeBuilder<'a> {
         base + i
     }
 
-    /// Adds a merge; of equal pairs the last rank counts, as in llama.cpp.
+    /// Adds a merge; of equal pairs the first rank counts, as in llama.cpp.
     pub fn merge(&mut self, left: &[u8], right: &[u8], rank: u32) {
         let merged = self.symbol(&[left, right].concat());
         let (l, r) = (self.symbol(left), self.symbol(right));
-        self.merges.insert(pair(l, r), (rank, merged));
+        self.merges.entry(pair(l, r)).or_insert((rank, merged));
     }
 
     pub fn build(mut self, pre: PreTokenizer, ignore_merges: bool) -> Bpe {

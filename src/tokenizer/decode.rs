@@ -1,5 +1,6 @@
 //! Tokens to text as they come, never splitting a character.
 
+use super::vocab::Kind;
 use super::{Algorithm, Tokenizer};
 
 /// Collects bytes until they are whole characters.
@@ -17,13 +18,7 @@ impl<'a> Decoder<'a> {
 
     /// Adds a token; returns the characters that are complete. Control tokens show nothing.
     pub fn push(&mut self, id: u32) -> String {
-        if !self.tokenizer.is_control(id) {
-            let bytes = self.tokenizer.token_bytes(id);
-            match self.tokenizer.algorithm {
-                Algorithm::Bpe(_) => self.pending.extend_from_slice(bytes),
-                Algorithm::Spm { .. } => self.pending.extend(unescape(bytes)),
-            }
-        }
+        append(self.tokenizer, id, false, &mut self.pending);
         let keep = incomplete_tail(&self.pending);
         let whole: Vec<u8> = self.pending.drain(..self.pending.len() - keep).collect();
         String::from_utf8_lossy(&whole).into_owned()
@@ -32,6 +27,18 @@ impl<'a> Decoder<'a> {
     /// Ends the text; bytes that never became a character are U+FFFD.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
+    }
+}
+
+/// Appends what a token shows: control and unknown tokens only with `render_special`, unused ones
+/// never.
+pub(super) fn append(tokenizer: &Tokenizer, id: u32, render_special: bool, out: &mut Vec<u8>) {
+    let bytes = tokenizer.token_bytes(id);
+    match tokenizer.vocab.kind(id) {
+        Some(Kind::Normal) if matches!(tokenizer.algorithm, Algorithm::Spm { .. }) => out.extend(unescape(bytes)),
+        Some(Kind::Control | Kind::Unknown) if render_special => out.extend_from_slice(bytes),
+        Some(Kind::Normal | Kind::UserDefined | Kind::Byte) => out.extend_from_slice(bytes),
+        Some(Kind::Control | Kind::Unknown | Kind::Unused) | None => {}
     }
 }
 
@@ -53,7 +60,9 @@ fn incomplete_tail(bytes: &[u8]) -> usize {
             0xe0..=0xef => 3,
             0xf0..=0xf7 => 4,
             // A continuation byte: its first byte is further back.
-            _ => continue,
+            0x80..=0xbf => continue,
+            // No byte of UTF-8.
+            _ => return 0,
         };
         return if needed > back { back } else { 0 };
     }

@@ -3,41 +3,8 @@
 use super::bpe::BpeBuilder;
 use super::pretokenize::{self, PreTokenizer};
 use super::vocab::{Kind, Vocab};
-use super::{Algorithm, Tokenizer, TokenizerError};
+use super::{Algorithm, Tokenizer, TokenizerError, eog, special};
 use crate::gguf::{Metadata, StringArray, Value};
-
-/// Texts that end generation wherever they are tokens. Source: llama.cpp's `llama-vocab.cpp`.
-const EOG_TEXTS: &[&str] = &[
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|flush|>",
-    "<|calls|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "</s>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<|end_of_text|>",
-    "<end_of_utterance>",
-    "<eos>",
-    "<｜end▁of▁sentence｜>",
-    "<|fim_pad|>",
-    "<fim-pad>",
-    "<fim_pad>",
-    "<PAD>",
-    "<|fim_repo|>",
-    "<|repo_name|>",
-    "<fim-repo>",
-    "<REPO>",
-    "<reponame>",
-    "<|file_sep|>",
-];
 
 fn bad(key: &str, what: impl Into<String>) -> TokenizerError {
     TokenizerError::Metadata { key: format!("tokenizer.ggml.{key}"), what: what.into() }
@@ -54,28 +21,27 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
     if tokens.is_empty() {
         return Err(bad("tokens", "is empty"));
     }
-    let vocab = vocab(m, tokens, bpe)?;
+    let n = tokens.len();
     let mut warnings = Vec::new();
-    let (algorithm, add_bos, default_special) = if bpe {
-        let pre = m.str("tokenizer.ggml.pre");
-        if pre.is_none() {
-            warnings.push("tokenizer.ggml.pre is missing; the default pre-tokenizer is used, and the text may be worse for it: convert the model anew".to_owned());
-        }
-        let family = pretokenize::family(pre)?;
-        let ids = if family.no_bos { (None, Some(11)) } else { (Some(11), Some(11)) };
-        (Algorithm::Bpe(merges(m, &vocab, family)?), family.add_bos, ids)
-    } else {
-        let add_space_prefix = m.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
-        (Algorithm::Spm { add_space_prefix }, true, (Some(1), Some(2)))
+    let family = if bpe { Some(family(m, &mut warnings)?) } else { None };
+    let (default_bos, default_eos) = match family {
+        Some(f) if f.no_bos => (None, Some(11)),
+        Some(_) => (Some(11), Some(11)),
+        None => (Some(1), Some(2)),
     };
-    let in_range = |id: Option<u32>| id.filter(|&id| (id as usize) < vocab.len());
-    let bos = special_id(m, "bos_token_id", vocab.len())?.or(in_range(default_special.0));
-    let eos = special_id(m, "eos_token_id", vocab.len())?.or(in_range(default_special.1));
-    let eog = eog(m, &vocab, eos)?;
-    let mut special: Vec<u32> = (0..vocab.len() as u32)
-        .filter(|&id| matches!(vocab.kind(id), Some(Kind::Control | Kind::UserDefined | Kind::Unknown)))
-        .collect();
-    special.sort_by_key(|&id| std::cmp::Reverse(vocab.bytes(id).len()));
+    let in_range = |id: Option<u32>| id.filter(|&id| (id as usize) < n);
+    let bos = special_id(m, "bos_token_id", n)?.or(in_range(default_bos));
+    let eos = special_id(m, "eos_token_id", n)?.or(in_range(default_eos));
+    let mut kinds = kinds(m, n)?;
+    let eog = eog::collect(m, tokens, eos, &mut kinds)?;
+    let vocab = vocab(m, tokens, kinds, bpe)?;
+    let (algorithm, add_bos) = match family {
+        Some(f) => (Algorithm::Bpe(merges(m, &vocab, f)?), f.add_bos),
+        None => {
+            let add_space_prefix = m.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+            (Algorithm::Spm { add_space_prefix }, true)
+        }
+    };
     Ok(Tokenizer {
         algorithm,
         bos,
@@ -83,10 +49,20 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         add_bos: m.bool("tokenizer.ggml.add_bos_token").unwrap_or(add_bos),
         add_eos: m.bool("tokenizer.ggml.add_eos_token").unwrap_or(false),
         eog,
-        special,
+        special: special::list(m, &vocab),
         warnings,
         vocab,
     })
+}
+
+/// The family of pre-tokenizer that the metadata name.
+fn family(m: &Metadata, warnings: &mut Vec<String>) -> Result<&'static pretokenize::Family, TokenizerError> {
+    // llama.cpp takes an empty name for none.
+    let pre = m.str("tokenizer.ggml.pre").filter(|p| !p.is_empty());
+    if pre.is_none() {
+        warnings.push("tokenizer.ggml.pre is missing; the default pre-tokenizer is used, and the text may be worse for it: convert the model anew".to_owned());
+    }
+    pretokenize::family(pre)
 }
 
 fn kinds(m: &Metadata, n: usize) -> Result<Vec<Kind>, TokenizerError> {
@@ -98,49 +74,52 @@ fn kinds(m: &Metadata, n: usize) -> Result<Vec<Kind>, TokenizerError> {
         2 => Kind::Unknown,
         3 => Kind::Control,
         4 => Kind::UserDefined,
-        5 => Kind::Unused,
         6 => Kind::Byte,
-        _ => Kind::Normal,
+        1 => Kind::Normal,
+        _ => Kind::Unused,
     };
     Ok(types.iter().take(n).map(kind).collect())
 }
 
-fn vocab(m: &Metadata, tokens: &StringArray, bpe: bool) -> Result<Vocab, TokenizerError> {
+fn vocab(m: &Metadata, tokens: &StringArray, kinds: Vec<Kind>, bpe: bool) -> Result<Vocab, TokenizerError> {
     let n = tokens.len();
-    let mut kinds = kinds(m, n)?;
-    mend_kinds(tokens, &mut kinds);
     let alphabet = alphabet();
     let mut vocab = Vocab::default();
-    for (token, kind) in tokens.iter().zip(kinds) {
-        if bpe && !matches!(kind, Kind::Control | Kind::UserDefined | Kind::Unknown) {
-            vocab.push(&unmap(token, &alphabet), kind);
-        } else {
+    // Texts that are not written in the alphabet are never the outcome of merging.
+    let mut out_of_reach = vec![false; n];
+    for ((token, kind), out) in tokens.iter().zip(kinds).zip(&mut out_of_reach) {
+        if !bpe {
             vocab.push(token, kind);
+        } else if matches!(kind, Kind::Control | Kind::UserDefined | Kind::Unknown) {
+            *out = !token.iter().all(u8::is_ascii_graphic);
+            vocab.push(token, kind);
+        } else {
+            let bytes = unmap(token, &alphabet);
+            *out = bytes.is_none();
+            vocab.push(bytes.as_deref().unwrap_or(token), kind);
         }
     }
     vocab.shrink();
-    vocab.build_index();
+    vocab.build_index(|id| !out_of_reach[id as usize]);
     if !bpe {
-        let scores =
-            m.floats("tokenizer.ggml.scores").ok_or_else(|| bad("scores", "is missing or no list of numbers"))?;
-        if scores.len() < n {
-            return Err(bad("scores", format!("has {} entries for {n} tokens", scores.len())));
-        }
-        vocab.scores = scores[..n].to_vec();
+        vocab.scores = scores(m, n)?;
         vocab.byte_tokens =
             (0..=255u8).map(|b| vocab.find(format!("<0x{b:02X}>").as_bytes()).or_else(|| vocab.find(&[b]))).collect();
     }
     Ok(vocab)
 }
 
-/// End-of-generation texts are control tokens even where a file calls them something else.
-fn mend_kinds(tokens: &StringArray, kinds: &mut [Kind]) {
-    for (token, kind) in tokens.iter().zip(kinds) {
-        let special = token.first().is_some_and(|b| matches!(b, b'<' | b'[' | b'_'));
-        if special && *kind == Kind::Normal && EOG_TEXTS.iter().any(|t| t.as_bytes() == token && t.len() > 5) {
-            *kind = Kind::Control;
-        }
+fn scores(m: &Metadata, n: usize) -> Result<Vec<f32>, TokenizerError> {
+    const KEY: &str = "tokenizer.ggml.scores";
+    let scores: Vec<f32> = match (m.floats(KEY), m.ints(KEY)) {
+        (Some(v), _) => v.iter().copied().take(n).collect(),
+        (None, Some(v)) => v.iter().map(|&s| s as f32).take(n).collect(),
+        (None, None) => return Err(bad("scores", "is missing or no list of numbers")),
+    };
+    if scores.len() < n {
+        return Err(bad("scores", format!("has {} entries for {n} tokens", scores.len())));
     }
+    Ok(scores)
 }
 
 fn merges(m: &Metadata, vocab: &Vocab, family: &pretokenize::Family) -> Result<super::Bpe, TokenizerError> {
@@ -153,13 +132,16 @@ fn merges(m: &Metadata, vocab: &Vocab, family: &pretokenize::Family) -> Result<s
             return Err(bad("merges", format!("entry {rank} ({:?}) is no pair", String::from_utf8_lossy(merge))));
         };
         let (left, right) = (&merge[..=at], &merge[at + 2..]);
-        builder.merge(&unmap(left, &alphabet), &unmap(right, &alphabet), rank as u32);
+        // A side that is not written in the alphabet occurs in no text.
+        if let (Some(left), Some(right)) = (unmap(left, &alphabet), unmap(right, &alphabet)) {
+            builder.merge(&left, &right, rank as u32);
+        }
     }
     Ok(builder.build(PreTokenizer::new(family)?, family.ignore_merges))
 }
 
 /// A special token's id from metadata; `None` if absent.
-fn special_id(m: &Metadata, key: &str, n: usize) -> Result<Option<u32>, TokenizerError> {
+pub(super) fn special_id(m: &Metadata, key: &str, n: usize) -> Result<Option<u32>, TokenizerError> {
     match m.get(&format!("tokenizer.ggml.{key}")) {
         None => Ok(None),
         // -1 (also as an unsigned number) says that there is none.
@@ -169,24 +151,6 @@ fn special_id(m: &Metadata, key: &str, n: usize) -> Result<Option<u32>, Tokenize
             _ => Err(bad(key, format!("is {v:?}, but there are {n} tokens"))),
         },
     }
-}
-
-fn eog(m: &Metadata, vocab: &Vocab, eos: Option<u32>) -> Result<Vec<u32>, TokenizerError> {
-    let mut eog: Vec<u32> = EOG_TEXTS.iter().filter_map(|t| vocab.find(t.as_bytes())).collect();
-    eog.extend(eos);
-    for key in ["eot_token_id", "eom_token_id"] {
-        eog.extend(special_id(m, key, vocab.len())?);
-    }
-    // Models that speak in channels (gpt-oss) end a message, not the turn, with <|end|>.
-    let has = |t: &str| vocab.find(t.as_bytes());
-    if let (Some(end), Some(_)) = (has("<|end|>"), has("<|call|>").or(has("<|calls|>")))
-        && (has("<|return|>").is_some() || has("<|flush|>").is_some())
-    {
-        eog.retain(|&id| id != end);
-    }
-    eog.sort_unstable();
-    eog.dedup();
-    Ok(eog)
 }
 
 /// The byte behind each printable stand-in of byte-level BPE, by code point (below 512).
@@ -206,17 +170,10 @@ fn alphabet() -> [Option<u8>; 512] {
     map
 }
 
-/// The bytes that a token's text stands for. Characters outside the alphabet stand for themselves.
-fn unmap(token: &[u8], alphabet: &[Option<u8>; 512]) -> Vec<u8> {
-    let Ok(text) = std::str::from_utf8(token) else { return token.to_vec() };
-    let mut out = Vec::with_capacity(token.len());
-    for c in text.chars() {
-        match alphabet.get(c as usize).copied().flatten() {
-            Some(b) => out.push(b),
-            None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
-        }
-    }
-    out
+/// The bytes that a token's text stands for; `None` if it is not written in the alphabet.
+fn unmap(token: &[u8], alphabet: &[Option<u8>; 512]) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(token).ok()?;
+    text.chars().map(|c| alphabet.get(c as usize).copied().flatten()).collect()
 }
 
 /// Every byte, so that byte tokens have something to point at.

@@ -5,6 +5,7 @@
 
 mod bpe;
 mod decode;
+mod eog;
 mod load;
 mod pretokenize;
 mod special;
@@ -17,7 +18,7 @@ pub use template::ChatTemplate;
 
 use crate::gguf::Metadata;
 use bpe::Bpe;
-use special::Piece;
+use special::{Piece, Special};
 use vocab::{Kind, Vocab};
 
 /// Why a tokenizer or template cannot be used.
@@ -66,8 +67,7 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     eog: Vec<u32>,
-    /// Control, unknown and user-defined tokens, longest text first.
-    special: Vec<u32>,
+    special: Vec<Special>,
     warnings: Vec<String>,
 }
 
@@ -119,6 +119,16 @@ impl Tokenizer {
     /// Whether a token is markup that is not shown.
     pub fn is_control(&self, id: u32) -> bool {
         matches!(self.vocab.kind(id), Some(Kind::Control | Kind::Unknown))
+    }
+
+    /// The text of `ids`, bytes that are no character replaced; control tokens show their names
+    /// with `render_special`, nothing without.
+    pub fn decode(&self, ids: &[u32], render_special: bool) -> String {
+        let mut bytes = Vec::new();
+        for &id in ids {
+            decode::append(self, id, render_special, &mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Number of tokens.

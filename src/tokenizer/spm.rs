@@ -89,7 +89,8 @@ fn propose(vocab: &Vocab, text: &str, nodes: &[Node], left: usize, heap: &mut Bi
     }
     let len = l.len + nodes[l.next].len;
     if let Some(id) = vocab.find(&text.as_bytes()[l.start..l.start + len]) {
-        let score = vocab.scores.get(id as usize).copied().unwrap_or(0.0);
+        // The sum makes the negative zero equal to the other one.
+        let score = vocab.scores.get(id as usize).copied().unwrap_or(0.0) + 0.0;
         heap.push(Candidate { score, left, right: l.next, len });
     }
 }

@@ -44,7 +44,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
-        environment.add_template_owned("chat", source.to_owned()).map_err(|e| failed(&e))?;
+        environment.add_template_owned("chat", without_generation_tags(source)).map_err(|e| failed(&e))?;
         Ok(ChatTemplate { environment, bos, eos })
     }
 
@@ -60,6 +60,28 @@ impl ChatTemplate {
         };
         template.render(context).map_err(|e| failed(&e))
     }
+}
+
+/// Hugging Face marks the assistant's words with `{% generation %}` for training; for a prompt the
+/// block is one that is always taken.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at);
+        out.push_str(before);
+        let end = tag.find("%}").map_or(tag.len(), |e| e + 2);
+        let (tag, after) = tag.split_at(end);
+        let name = tag.trim_start_matches("{%").trim_end_matches("%}").trim_matches(['-', '+']).trim();
+        match name {
+            "generation" => out.push_str(&tag.replacen(name, "if true", 1)),
+            "endgeneration" => out.push_str(&tag.replacen(name, "endif", 1)),
+            _ => out.push_str(tag),
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
 }
 
 /// An error with the line it occurred in and what it came from.
@@ -96,18 +118,34 @@ fn strftime_now(format: String) -> Result<String, Error> {
     String::from_utf8(out).map_err(|_| bad())
 }
 
-/// JSON as Python's `json.dumps(ensure_ascii=False)` writes it: a space after `,` and `:`, nothing
-/// escaped for HTML.
+/// JSON as Python's `json.dumps` writes it, with `ensure_ascii` false unless asked for: a space after
+/// `,` and `:`, nothing escaped for HTML.
 fn tojson(value: &Value, options: minijinja::value::Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    let _: Option<bool> = options.get("ensure_ascii")?;
+    let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let _: Option<bool> = options.get("sort_keys")?;
     let _: Option<Value> = options.get("separators")?;
     options.assert_all_used()?;
     let json = serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     let mut out = String::new();
     write_json(&json, indent, 0, &mut out);
+    if ensure_ascii == Some(true) {
+        out = escape_non_ascii(&out);
+    }
     Ok(Value::from_safe_string(out))
+}
+
+/// Characters outside ASCII as `\uXXXX`; they occur within JSON strings only.
+fn escape_non_ascii(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_ascii() {
+            out.push(c);
+        } else {
+            out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|u| format!("\\u{u:04x}")));
+        }
+    }
+    out
 }
 
 fn write_json(v: &Json, indent: Option<usize>, depth: usize, out: &mut String) {
@@ -179,6 +217,19 @@ mod tests {
             render("{{ messages[0].content.a | tojson(indent=2) }}", &m).unwrap(),
             "[\n  1,\n  2.5,\n  \"<é>\"\n]"
         );
+    }
+
+    #[test]
+    fn json_is_ascii_where_asked_for() {
+        let m = [json!({"role": "user", "content": "é😀"})];
+        let t = "{{ messages[0].content | tojson(ensure_ascii=true) }}";
+        assert_eq!(render(t, &m).unwrap(), r#""\u00e9\ud83d\ude00""#);
+    }
+
+    #[test]
+    fn generation_tags_are_taken_as_plain_blocks() {
+        let t = "a {%- generation -%} b {%- endgeneration %} {% if true %}c{% endif %}";
+        assert_eq!(render(t, &[]).unwrap(), "ab c");
     }
 
     #[test]

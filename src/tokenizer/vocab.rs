@@ -32,10 +32,10 @@ impl Vocab {
         self.kinds.push(kind);
     }
 
-    /// Builds the index; of equal tokens the last one is found, as in llama.cpp.
-    pub fn build_index(&mut self) {
+    /// Builds the index of the tokens that are `wanted`; of equal ones the last is found, as in llama.cpp.
+    pub fn build_index(&mut self, wanted: impl Fn(u32) -> bool) {
         let mut index = Index::with_capacity(self.len());
-        for id in 0..self.len() as u32 {
+        for id in (0..self.len() as u32).filter(|&id| wanted(id)) {
             index.insert(self.bytes(id), id, |other| self.bytes(other));
         }
         self.index = index;
