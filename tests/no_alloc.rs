@@ -44,6 +44,8 @@ fn one_token_passes_allocate_nothing() {
     let opened = Opened::open(&path).unwrap();
     for ram in [64 << 20, 900 << 10] {
         let options = Options {
+            backend: nt::backend::BackendKind::Cpu,
+            vram: None,
             threads: 2,
             ram: Some(ram),
             storage: true,
@@ -52,6 +54,7 @@ fn one_token_passes_allocate_nothing() {
             kv_type: TensorType::F16,
             n_buffers: None,
             tiers: None,
+            stacked: false,
             n_ctx: 200,
             max_batch: 16,
             outputs: 1,

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{V, nt, tiny};
+use common::{nt, tiny};
 use std::path::Path;
 
 fn logits(model: &Path, dir: &Path, more: &[&str]) -> Vec<u8> {
@@ -40,32 +40,10 @@ fn dense() {
     }
 }
 
-/// The tiny model with four experts a block, two used.
 #[test]
 fn experts() {
     let d = tempfile::tempdir().unwrap();
-    let mut f = tiny(6);
-    f.set("llama.expert_count", V::U32(4));
-    f.set("llama.expert_used_count", V::U32(2));
-    for i in 0..6 {
-        for what in ["gate", "up", "down"] {
-            let t = f.tensor(&format!("blk.{i}.ffn_{what}.weight"));
-            t.name = format!("blk.{i}.ffn_{what}_exps.weight");
-            t.shape.push(4);
-            let one = t.data.clone();
-            for e in 1..4u8 {
-                // Other experts are the first with other signs here and there.
-                t.data.extend(one.chunks(4).enumerate().flat_map(|(j, v)| {
-                    let flip = if j % (2 + e as usize) == 0 { 0x80 } else { 0 };
-                    [v[0], v[1], v[2], v[3] ^ flip]
-                }));
-            }
-        }
-        let norm = f.tensor(&format!("blk.{i}.attn_q.weight")).clone();
-        let data = norm.data[..64 * 4 * 4].to_vec();
-        f.tensors.push(common::T { name: format!("blk.{i}.ffn_gate_inp.weight"), shape: vec![64, 4], ty: 0, data });
-    }
-    let model = f.write(d.path(), "moe.gguf");
+    let model = common::tiny_moe(6).write(d.path(), "moe.gguf");
     let resident = logits(&model, d.path(), &["--threads", "1"]);
     for p in placements() {
         assert!(logits(&model, d.path(), &p) == resident, "{p:?}");

@@ -7,7 +7,10 @@
 
 pub mod cpu;
 pub mod cuda;
+mod device;
 pub mod reference;
+
+pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 
 use crate::gguf::TensorType;
 
@@ -174,6 +177,37 @@ pub enum BackendError {
     },
 }
 
+/// Which backend is wished for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// A GPU if there is one that can, else processors.
+    Auto,
+    /// Processors.
+    Cpu,
+    /// A GPU, or fail.
+    Cuda,
+}
+
+/// Makes a backend for sessions of these sizes; `threads` compute on processors. With
+/// [`BackendKind::Auto`], the second result says why there is no GPU.
+pub fn open(
+    kind: BackendKind,
+    dims: &Dims,
+    threads: usize,
+) -> Result<(Box<dyn Backend>, Option<String>), BackendError> {
+    let gpu = || cuda::Device::open(0).and_then(|device| cuda::CudaBackend::new(&device, dims));
+    let cpu = || cpu::CpuBackend::new(dims.clone(), threads);
+    match kind {
+        BackendKind::Cpu => Ok((Box::new(cpu()?), None)),
+        BackendKind::Cuda => Ok((Box::new(gpu()?), None)),
+        BackendKind::Auto => match gpu() {
+            Ok(backend) => Ok((Box::new(backend), None)),
+            Err(e @ BackendError::OutOfMemory { .. }) => Err(e),
+            Err(e) => Ok((Box::new(cpu()?), Some(format!("computing on processors: {e}")))),
+        },
+    }
+}
+
 /// The operations of a forward pass. `T` is the number of tokens of the pass.
 ///
 /// The order is that of `model::forward`; all sizes were fixed by [`Dims`]. Operations may be
@@ -185,6 +219,11 @@ pub trait Backend {
 
     /// Whether matrices of this type can be computed.
     fn supports(&self, ty: TensorType) -> bool;
+
+    /// The memory that weights must be brought to; `None` where they are computed from RAM.
+    fn device(&self) -> Option<std::sync::Arc<dyn DeviceMemory>> {
+        None
+    }
 
     /// Starts a pass over `T = n_tokens` tokens at positions `first_pos..first_pos + T`.
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError>;

@@ -118,6 +118,17 @@ pub enum BackendArg {
     Auto,
     /// Processors.
     Cpu,
+    /// A GPU.
+    Cuda,
+}
+
+/// Order of the tiers over the depth of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LayoutArg {
+    /// In proportion all along.
+    Interleaved,
+    /// One tier after the other.
+    Stacked,
 }
 
 /// How tier C is read.
@@ -154,6 +165,9 @@ pub struct Placement {
     /// RAM that weights may take, resident and staging together.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
     pub ram: Auto<u64>,
+    /// VRAM to use, weights, KV cache and the rest together.
+    #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
+    pub vram: Auto<u64>,
     /// Where tier C is read: none, auto (where the model lies), or a directory or file that holds a
     /// copy of it.
     #[arg(long, value_name = "none|auto|PATH", default_value = "auto")]
@@ -170,6 +184,10 @@ pub struct Placement {
     /// Counts of blocks in VRAM, RAM and storage; the plan chooses which.
     #[arg(long, value_name = "A:B:C", value_parser = tiers)]
     pub tiers: Option<Tiers>,
+    /// How `--tiers` lays tiers out over the depth of the model: interleaved keeps all links busy at
+    /// once, stacked is for comparison.
+    #[arg(long, value_enum, default_value = "interleaved", requires = "tiers")]
+    pub layout: LayoutArg,
     /// Positions the KV cache holds.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 use super::args::{Auto, KvArg};
 use super::report::Report;
 use super::{Failure, ModelArg, Placement, interrupt, run};
-use crate::engine::Session;
+use crate::engine::{EngineError, Session};
 use crate::model::Outputs;
 
 /// Arguments of `nt bench`.
@@ -53,9 +53,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         let counted = round > 0;
         if args.n_prompt > 0 {
             session.truncate(0);
-            let rate = timed(args.n_prompt, || {
-                session.eval(&tokens[..args.n_prompt], Outputs::Last, &interrupt::interrupted)
-            })?;
+            let rate = timed(args.n_prompt, || evaluate(&mut session, &tokens[..args.n_prompt]))?;
             prefill.extend(counted.then_some(rate));
         }
         if args.n_gen > 0 {
@@ -63,19 +61,22 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             if counted {
                 session.start_measuring();
             }
-            let rate = timed(args.n_gen, || {
-                tokens[..args.n_gen]
-                    .iter()
-                    .try_for_each(|&t| session.eval(&[t], Outputs::Last, &interrupt::interrupted))
-            })?;
+            let rate =
+                timed(args.n_gen, || tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t])))?;
             decode.extend(counted.then_some(rate));
         }
     }
-    session.measure_ceilings().map_err(run::failure)?;
+    let session = session.measure_ceilings().map_err(run::failure)?;
     print(args, &session, &opened, &prefill, &decode)
 }
 
-fn timed(n: usize, mut work: impl FnMut() -> Result<(), crate::engine::EngineError>) -> Result<f64, Failure> {
+/// Evaluates tokens and waits for the logits, as sampling does.
+fn evaluate(session: &mut Session, tokens: &[u32]) -> Result<(), EngineError> {
+    session.eval(tokens, Outputs::Last, &interrupt::interrupted)?;
+    session.logits().map(|_| ())
+}
+
+fn timed(n: usize, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, Failure> {
     let start = Instant::now();
     work().map_err(run::failure)?;
     Ok(n as f64 / start.elapsed().as_secs_f64())
@@ -106,6 +107,7 @@ fn print(
     }
     let phase = |n: usize, runs: &[f64]| -> Json { json!({ "tokens": n, "tokens_per_s": median(runs), "runs": runs }) };
     if args.json {
+        let (device, vram_bytes) = report.device_json();
         let all = json!({
             "prefill": phase(args.n_prompt, prefill),
             "decode": phase(args.n_gen, decode),
@@ -113,6 +115,9 @@ fn print(
             "links": report.links_json(),
             "roofline": report.roofline_json(),
             "n_buffers": session.n_slots(),
+            "backend": session.backend_name(),
+            "device": device,
+            "vram_bytes": vram_bytes,
             "threads": session.threads(),
             "reader": session.reader_name(),
             "peak_rss_bytes": crate::machine::peak_rss_bytes(),

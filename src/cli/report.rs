@@ -19,6 +19,8 @@ pub struct Report {
     /// Blocks on storage, and all.
     blocks: (usize, usize),
     links: Links,
+    device: Option<String>,
+    vram_bytes: Option<u64>,
     notes: Vec<String>,
     decode_tokens_per_s: Option<f64>,
     prompt: Option<(usize, f64)>,
@@ -42,6 +44,8 @@ impl Report {
             homes,
             blocks: blocks_on_storage(session, opened),
             links: session.links(),
+            device: session.device(),
+            vram_bytes: session.vram_bytes(),
             notes,
             decode_tokens_per_s: None,
             prompt: None,
@@ -66,6 +70,15 @@ impl Report {
         self.decode_tokens_per_s = tokens_per_s;
     }
 
+    /// The device, if it has memory of its own, and the bytes of it in use.
+    pub fn device_json(&self) -> (Json, Json) {
+        (json!(self.device), json!(self.vram_bytes.unwrap_or(0)))
+    }
+
+    fn site(&self) -> &'static str {
+        if self.device.is_some() { "gpu" } else { "cpu" }
+    }
+
     /// `plan` of the contract's JSON.
     pub fn plan_json(&self) -> Json {
         let [a, b, c] = self.homes.map(|(units, bytes)| json!({ "units": units, "bytes": bytes }));
@@ -77,7 +90,8 @@ impl Report {
         let l = &self.links;
         json!({
             "nvme": { "bytes": l.nvme_bytes, "gb_per_s": l.nvme_gb_per_s(), "ceiling_gb_per_s": l.nvme_ceiling.map(gb), "busy": l.nvme_busy() },
-            "gpu": { "bytes": 0, "gb_per_s": null, "ceiling_gb_per_s": null, "busy": null },
+            "gpu": { "bytes": l.gpu_bytes, "gb_per_s": l.gpu_gb_per_s(), "ceiling_gb_per_s": l.gpu_ceiling.map(gb), "busy": l.gpu_busy() },
+            "vram": { "ceiling_gb_per_s": l.vram_ceiling.map(gb) },
             "ram": { "bytes": l.ram_bytes, "gb_per_s": l.ram_gb_per_s(), "ceiling_gb_per_s": l.ram_ceiling.map(gb), "busy": null },
         })
     }
@@ -104,7 +118,8 @@ impl Report {
             "stop": g.stop,
             "backend": self.backend,
             "reader": self.reader,
-            "site": "cpu",
+            "device": self.device,
+            "site": self.site(),
             "n_buffers": self.n_buffers,
             "prefill": { "seconds": g.prefill_s, "tokens_per_s": per_s(g.prompt_tokens, g.prefill_s), "first_token_s": g.first_token_s },
             "decode": { "seconds": g.decode_s, "tokens_per_s": self.decode_tokens_per_s },
@@ -112,7 +127,7 @@ impl Report {
             "links": self.links_json(),
             "roofline": self.roofline_json(),
             "peak_rss_bytes": machine::peak_rss_bytes(),
-            "vram_bytes": 0,
+            "vram_bytes": self.vram_bytes.unwrap_or(0),
             "warnings": self.notes,
         })
     }
@@ -128,10 +143,20 @@ impl Report {
     }
 
     fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
-        let [_, (b, b_bytes), (c, c_bytes)] = self.homes;
+        let [(a, a_bytes), (b, b_bytes), (c, c_bytes)] = self.homes;
+        let in_vram = match &self.device {
+            Some(device) => {
+                writeln!(out, "\ndevice    {device}")?;
+                format!("{a} units in VRAM ({}), ", format_bytes(a_bytes))
+            }
+            None => {
+                writeln!(out)?;
+                String::new()
+            }
+        };
         writeln!(
             out,
-            "\nplan      {b} units in RAM ({}), {c} on storage ({}; {} of {} blocks), {} buffers, {} backend",
+            "plan      {in_vram}{b} units in RAM ({}), {c} on storage ({}; {} of {} blocks), {} buffers, {} backend",
             format_bytes(b_bytes),
             format_bytes(c_bytes),
             self.blocks.0,
@@ -158,6 +183,10 @@ impl Report {
                 format_bytes(self.links.nvme_bytes)
             )?;
         }
+        if let Some(rate) = self.links.gpu_gb_per_s() {
+            let busy = self.links.gpu_busy().map_or(String::new(), |b| format!(", busy {:.0} %", b * 100.0));
+            writeln!(out, "link      {} copied to VRAM, {rate:.2} GB/s{busy}", format_bytes(self.links.gpu_bytes))?;
+        }
         if let Some((tokens_per_s, bound_by)) = self.links.roofline() {
             let share = self
                 .decode_tokens_per_s
@@ -165,7 +194,8 @@ impl Report {
             writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}")?;
         }
         if let Some(rss) = machine::peak_rss_bytes() {
-            writeln!(out, "memory    {} at most", format_bytes(rss))?;
+            let vram = self.vram_bytes.map_or(String::new(), |v| format!(", {} of VRAM", format_bytes(v)));
+            writeln!(out, "memory    {} at most{vram}", format_bytes(rss))?;
         }
         Ok(())
     }

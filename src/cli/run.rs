@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::args::{Auto, BackendArg, KvArg, ReaderArg};
+use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
+use crate::backend::BackendKind;
 use crate::engine::{EngineError, Generation, Opened, Options, Sampler, Session, StopReason, generate};
 use crate::gguf::TensorType;
 use crate::model::ForwardError;
@@ -160,10 +161,13 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
     if let Some(path) = copy.as_deref().filter(|c| !c.exists()) {
         return Err(Failure::usage(format!("--tier-c {}: no such file or directory", path.display())));
     }
-    match p.backend {
-        BackendArg::Auto | BackendArg::Cpu => {}
-    }
     Ok(Options {
+        backend: match p.backend {
+            BackendArg::Auto => BackendKind::Auto,
+            BackendArg::Cpu => BackendKind::Cpu,
+            BackendArg::Cuda => BackendKind::Cuda,
+        },
+        vram: p.vram.given(),
         threads: p.threads.map_or_else(crate::machine::n_cpus, usize::from),
         ram: p.ram.given(),
         storage: p.tier_c != "none",
@@ -179,6 +183,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         },
         n_buffers: p.n_buffers.given(),
         tiers: p.tiers,
+        stacked: p.layout == LayoutArg::Stacked,
         n_ctx: 0,
         max_batch: Options::MAX_BATCH,
         outputs: 1,

@@ -13,14 +13,28 @@ pub struct Links {
     pub pass_s: f64,
     /// Passes.
     pub passes: u64,
-    /// Bytes of weights that compute read from RAM in those passes.
+    /// Bytes copied to the device in those passes.
+    pub gpu_bytes: u64,
+    /// Seconds in which the link to the device was busy, of those.
+    pub gpu_busy_s: f64,
+    /// Whether these seconds could be measured.
+    pub gpu_timed: bool,
+    /// Whether weights are computed from a device's own memory.
+    pub on_device: bool,
+    /// Bytes of weights that were read from RAM in those passes, by computing or copying.
     pub ram_bytes: u64,
     /// Bytes of weights a pass reads in all tiers.
     pub bytes_per_pass: u64,
-    /// Of those, from storage.
+    /// Of those, over the link to the device.
+    pub gpu_bytes_per_pass: u64,
+    /// Of all, from storage.
     pub nvme_bytes_per_pass: u64,
     /// Measured ceiling of storage reads.
     pub nvme_ceiling: Option<f64>,
+    /// Measured ceiling of copies to the device.
+    pub gpu_ceiling: Option<f64>,
+    /// Measured ceiling of reads of the device's own memory.
+    pub vram_ceiling: Option<f64>,
     /// Measured ceiling of memory reads.
     pub ram_ceiling: Option<f64>,
     /// Measured rate of one-token compute over resident weights, bytes a second.
@@ -38,13 +52,25 @@ impl Links {
         (self.nvme_bytes > 0 && self.pass_s > 0.0).then(|| (self.nvme_busy_s / self.pass_s).min(1.0))
     }
 
+    /// GB/s of the link to the device over the passes' time.
+    pub fn gpu_gb_per_s(&self) -> Option<f64> {
+        (self.gpu_bytes > 0 && self.pass_s > 0.0).then(|| self.gpu_bytes as f64 / self.pass_s / 1e9)
+    }
+
+    /// Share of the passes' time in which the link to the device was busy.
+    pub fn gpu_busy(&self) -> Option<f64> {
+        let known = self.gpu_bytes > 0 && self.gpu_timed && self.pass_s > 0.0;
+        known.then(|| (self.gpu_busy_s / self.pass_s).min(1.0))
+    }
+
     /// GB/s of weights through memory.
     pub fn ram_gb_per_s(&self) -> Option<f64> {
         (self.pass_s > 0.0).then(|| self.ram_bytes as f64 / self.pass_s / 1e9)
     }
 
     /// Tokens a second of one-token passes that the measured ceilings allow, and what binds:
-    /// `T = max((B + 2C) / d, C / n)`, with the time of computing where it was measured.
+    /// `T = max((A + B + C) / v, (B + C) / g, (B + 2C) / d, C / n)`, with the time of computing where it
+    /// was measured. Without a device there are no `v` and `g`.
     pub fn roofline(&self) -> Option<(f64, &'static str)> {
         let (all, c) = (self.bytes_per_pass as f64, self.nvme_bytes_per_pass as f64);
         let mut bounds = Vec::new();
@@ -53,7 +79,15 @@ impl Links {
             None if c > 0.0 => return None,
             None => {}
         }
-        bounds.extend(self.ram_ceiling.map(|d| ((all + c) / d, "ram")));
+        let streamed = self.gpu_bytes_per_pass as f64;
+        match self.gpu_ceiling {
+            Some(g) => bounds.push((streamed / g, "gpu")),
+            None if streamed > 0.0 => return None,
+            None => {}
+        }
+        bounds.extend(self.vram_ceiling.map(|v| (all / v, "vram")));
+        let through_ram = if self.on_device { streamed } else { all };
+        bounds.extend(self.ram_ceiling.map(|d| ((through_ram + c) / d, "ram")));
         bounds.extend(self.compute_ceiling.map(|r| (all / r, "flops")));
         let (seconds, name) = bounds.into_iter().max_by(|a, b| a.0.total_cmp(&b.0))?;
         (seconds > 0.0).then(|| (1.0 / seconds, name))
@@ -78,5 +112,14 @@ mod tests {
         assert_eq!(l.roofline(), Some((1.0 / 14.0, "ram")));
         assert_eq!(Links { nvme_ceiling: None, ..l }.roofline(), None);
         assert_eq!(Links::default().roofline(), None);
+        let l = Links {
+            on_device: true,
+            gpu_bytes_per_pass: 6,
+            vram_ceiling: Some(100.0),
+            gpu_ceiling: Some(1.5),
+            ram_ceiling: Some(14.0),
+            ..l
+        };
+        assert_eq!(l.roofline(), Some((0.25, "gpu")));
     }
 }

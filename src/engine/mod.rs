@@ -3,11 +3,13 @@
 //! `Opened` is a model's header, tokenizer and structure; `Session` adds the plan, the arena, the
 //! ring and a backend; `generate` turns a prompt into text.
 
+mod ceilings;
 mod generate;
 mod links;
 mod opened;
 mod sampler;
 mod session;
+mod start;
 mod stop;
 mod weights;
 
@@ -16,4 +18,5 @@ pub use links::Links;
 pub use opened::{EngineError, Opened};
 pub use sampler::{Sampler, SamplerParams, argmax};
 pub use session::{Options, Session};
+pub use start::OpenBackend;
 pub use stop::StopFilter;

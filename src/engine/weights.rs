@@ -1,37 +1,39 @@
-//! The forward pass's view of the ring: resident units at once, streamed ones when they are read.
+//! The forward pass's view of the weights: resident units at once, streamed ones when they are there.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::memory::Region;
 use crate::model::WeightSource;
-use crate::pipeline::{Streamer, UnitLayout};
+use crate::pipeline::{Feed, Streamer, UnitLayout};
 
 /// Resident and streamed units of a session.
 pub(super) struct Weights {
     pub layouts: Arc<[UnitLayout]>,
-    /// Where resident units lie.
-    pub resident: Vec<Option<Region>>,
-    /// Whether any expert lives on storage: then every block has a hole in the schedule.
-    pub any_streamed_expert: bool,
-    pub streamer: Streamer,
-    /// Address of the unit that is held, by unit.
+    /// Addresses, in the backend's memory, of resident units.
+    pub resident: Vec<Option<u64>>,
+    /// Whether any expert is streamed: then every block has a hole in the schedule.
+    any_streamed_expert: bool,
+    pub feed: Box<dyn Feed>,
+    pub streamer: Arc<Streamer>,
+    /// The unit that is held and its address.
     held: Option<(usize, u64)>,
     since: Instant,
     streamed: Vec<usize>,
     /// Bytes of weights handed to compute.
     pub bytes: u64,
-    pub traced: bool,
-    pub unit_bytes: Vec<u64>,
+    /// Keep the computing of resident units in the timeline.
+    traced: bool,
+    unit_bytes: Vec<u64>,
 }
 
 impl Weights {
     pub fn new(
         layouts: Arc<[UnitLayout]>,
-        resident: Vec<Option<Region>>,
+        resident: Vec<Option<u64>>,
         routed: &[bool],
         unit_bytes: Vec<u64>,
-        streamer: Streamer,
+        feed: Box<dyn Feed>,
+        streamer: Arc<Streamer>,
         traced: bool,
     ) -> Weights {
         let any_streamed_expert = routed.iter().zip(&resident).any(|(r, home)| *r && home.is_none());
@@ -40,6 +42,7 @@ impl Weights {
             layouts,
             resident,
             any_streamed_expert,
+            feed,
             streamer,
             held: None,
             since: Instant::now(),
@@ -53,15 +56,15 @@ impl Weights {
     /// Gives a pass up after an error.
     pub fn restart(&mut self) {
         self.held = None;
-        self.streamer.restart();
+        self.feed.restart();
     }
 }
 
 impl WeightSource for Weights {
     fn acquire(&mut self, unit: usize) -> Result<(), String> {
         let base = match self.resident[unit] {
-            Some(region) => region.addr as u64,
-            None => self.streamer.acquire(unit).map_err(|e| e.to_string())? as u64,
+            Some(addr) => addr,
+            None => self.feed.acquire(unit).map_err(|e| e.to_string())?,
         };
         self.bytes += self.unit_bytes[unit];
         if self.traced {
@@ -82,18 +85,18 @@ impl WeightSource for Weights {
         match self.resident[unit] {
             Some(_) if self.traced => self.streamer.trace_resident(unit, self.since),
             Some(_) => {}
-            None => self.streamer.release(unit),
+            None => self.feed.release().map_err(|e| e.to_string())?,
         }
         Ok(())
     }
 
     fn demand(&mut self, units: &mut [usize]) -> Result<(), String> {
-        // Resident experts first: they compute while the others are read.
+        // Resident experts first: they compute while the others are brought.
         units.sort_unstable_by_key(|&u| (self.resident[u].is_none(), u));
         if self.any_streamed_expert {
             self.streamed.clear();
             self.streamed.extend(units.iter().copied().filter(|&u| self.resident[u].is_none()));
-            self.streamer.demand(&self.streamed);
+            self.feed.demand(&self.streamed);
         }
         Ok(())
     }

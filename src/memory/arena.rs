@@ -111,6 +111,25 @@ impl Arena {
         Ok(Region { addr, len: bytes as usize })
     }
 
+    /// Brings every page into memory now, by `threads` threads. Where the kernel cannot (before Linux
+    /// 5.14), pages come when they are first touched.
+    pub fn populate(&self, threads: usize) {
+        let base = self.base.expose_provenance();
+        let len = self.len as usize;
+        let part = len.div_ceil(threads.max(1)).next_multiple_of(HUGE_PAGE);
+        std::thread::scope(|s| {
+            for at in (0..len).step_by(part) {
+                let bytes = part.min(len - at);
+                s.spawn(move || {
+                    let start = std::ptr::with_exposed_provenance_mut::<libc::c_void>(base + at);
+                    // SAFETY: the range is part of the mapping, which outlives this scope; populating
+                    // changes no byte. A refusal changes nothing that correctness needs.
+                    unsafe { libc::madvise(start, bytes, libc::MADV_POPULATE_WRITE) };
+                });
+            }
+        });
+    }
+
     /// First byte.
     pub fn base(&self) -> *mut u8 {
         self.base

@@ -53,8 +53,8 @@ pub struct Ring {
     slots: Vec<Slot>,
     /// What is to be consumed next, in order.
     queue: VecDeque<Item>,
-    /// The unit being computed, and its slot.
-    computing: Option<(usize, usize)>,
+    /// Whether units beyond a hole may be brought before it is filled.
+    past_holes: bool,
 }
 
 impl Ring {
@@ -65,8 +65,14 @@ impl Ring {
             cursor: 0,
             slots: vec![Slot::Free; n_slots],
             queue: VecDeque::with_capacity(2 * n_slots + demand_max + 2),
-            computing: None,
+            past_holes: true,
         }
+    }
+
+    /// Keeps to the order of consumption even where what fills a hole is not known yet: for a ring
+    /// that is fed by another one.
+    pub fn in_strict_order(self) -> Ring {
+        Ring { past_holes: false, ..self }
     }
 
     fn free(&self) -> usize {
@@ -88,7 +94,7 @@ impl Ring {
     /// Index of the first flight without a slot that may take one; extends the queue if needed.
     fn next_flight(&mut self) -> Option<usize> {
         // Past a hole, one slot is left for what will fill it.
-        let past_hole = self.slots.len() >= 3 && self.free() >= 2;
+        let past_hole = self.past_holes && self.slots.len() >= 3 && self.free() >= 2;
         let mut i = 0;
         loop {
             if i == self.queue.len() && !self.extend() {
@@ -137,7 +143,6 @@ impl Ring {
             Some(Item::Flight { unit: u, slot }) if *u == unit => match slot.map(|s| (s, self.slots[s])) {
                 Some((s, Slot::Ready)) => {
                     self.slots[s] = Slot::Computing;
-                    self.computing = Some((unit, s));
                     self.queue.pop_front();
                     Acquire::Ready(s)
                 }
@@ -148,11 +153,11 @@ impl Ring {
         }
     }
 
-    /// The consumer is done with the unit it acquired last.
-    pub fn release(&mut self, unit: usize) {
-        match self.computing.take() {
-            Some((u, slot)) if u == unit => self.slots[slot] = Slot::Free,
-            other => unreachable!("unit {unit} was released, but {other:?} is being computed"),
+    /// The consumer is done with a slot that it acquired.
+    pub fn release(&mut self, slot: usize) {
+        match self.slots[slot] {
+            Slot::Computing => self.slots[slot] = Slot::Free,
+            other => unreachable!("slot {slot} was released, but is {other:?}"),
         }
     }
 
@@ -180,7 +185,6 @@ impl Ring {
             };
         }
         self.queue.clear();
-        self.computing = None;
         self.cursor = 0;
     }
 }
@@ -213,7 +217,7 @@ mod tests {
                     let slot = deliver(&mut ring, &mut rng, &mut reading, &mut holds, unit);
                     assert_eq!(holds[slot], Some(unit), "seed {seed}");
                     progress(&mut ring, &mut rng, &mut reading, &mut holds, Some(slot));
-                    ring.release(unit);
+                    ring.release(slot);
                 }
             }
             if rng.random_range(0..4) == 0 {

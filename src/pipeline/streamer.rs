@@ -14,7 +14,7 @@ use crate::memory::Region;
 use crate::storage::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader};
 
 /// How long the reading thread sleeps before it looks for new wishes while reads are in flight.
-const POLL: Duration = Duration::from_millis(2);
+pub(super) const POLL: Duration = Duration::from_millis(2);
 /// Tag of a request for rows; units have their slot as tag.
 const ROWS_TAG: u64 = u64::MAX;
 
@@ -35,6 +35,12 @@ pub enum StreamError {
     /// The reading thread ended.
     #[error("the reading thread ended unexpectedly")]
     ThreadGone,
+    /// The pass was given up.
+    #[error("the pass was given up")]
+    Interrupted,
+    /// The copy engine failed.
+    #[error(transparent)]
+    Device(Arc<crate::backend::BackendError>),
 }
 
 /// What a streamer is made of.
@@ -68,6 +74,9 @@ pub struct StreamStats {
 
 struct Shared {
     ring: Ring,
+    /// Unit in each acquired slot, and since when.
+    taken: Vec<(usize, Instant)>,
+    interrupted: bool,
     rows: Option<Vec<Extent>>,
     rows_result: Option<Result<u64, ReadError>>,
     failed: Option<(usize, ReadError)>,
@@ -93,53 +102,24 @@ impl Signals {
     }
 }
 
-/// The ring with its thread.
+/// A unit in a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Staged {
+    /// The slot, to be released.
+    pub slot: usize,
+    /// Its first byte.
+    pub addr: *const u8,
+}
+
+/// The ring with its thread. One thread acquires and releases; others may ask for rows.
 pub struct Streamer {
     signals: Arc<Signals>,
     thread: Option<JoinHandle<()>>,
     slots: Vec<Region>,
     rows: Region,
     names: Arc<[String]>,
-    current: Option<(usize, usize, Instant)>,
-    row_extents: Vec<Extent>,
+    row_extents: Mutex<Vec<Extent>>,
     alignments: Vec<Alignment>,
-}
-
-/// Reads whole units into regions, several at a time, before streaming starts. `progress` gets the
-/// bytes read so far.
-pub fn load(
-    reader: &mut dyn Reader,
-    units: &[(&UnitLayout, Region, &str)],
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), StreamError> {
-    const AT_ONCE: usize = 4;
-    let (mut next, mut bytes) = (0, 0);
-    let mut done: Vec<Completion> = Vec::new();
-    while next < units.len() || reader.outstanding() > 0 {
-        while next < units.len() && reader.outstanding() < AT_ONCE {
-            let (layout, region, name) = &units[next];
-            let request = ReadRequest {
-                tag: next as u64,
-                extents: &layout.extents,
-                dst: region.addr,
-                urgent: false,
-                dst_len: region.len,
-            };
-            // SAFETY: the region belongs to this unit alone, lives as long as the arena, which the
-            // reader does not outlive, and is not looked at before `load` has returned.
-            unsafe { reader.submit(&request) }
-                .map_err(|source| StreamError::Unit { unit: (*name).to_owned(), source })?;
-            next += 1;
-        }
-        let fail = |source| StreamError::Unit { unit: "loading".into(), source };
-        reader.poll(&mut done, Some(POLL)).map_err(fail)?;
-        for c in done.drain(..) {
-            let name = units[c.tag as usize].2;
-            bytes += c.result.map_err(|source| StreamError::Unit { unit: name.to_owned(), source })?;
-            progress(bytes);
-        }
-    }
-    Ok(())
 }
 
 impl Streamer {
@@ -149,6 +129,8 @@ impl Streamer {
         let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
         let shared = Shared {
             ring,
+            taken: vec![(0, Instant::now()); config.slots.len()],
+            interrupted: false,
             rows: None,
             rows_result: None,
             failed: None,
@@ -174,19 +156,33 @@ impl Streamer {
             slots: config.slots,
             rows: config.rows,
             names: config.names,
-            current: None,
-            row_extents: Vec::new(),
+            row_extents: Mutex::new(Vec::new()),
             alignments,
         })
     }
 
-    /// Waits for `unit`, the next streamed one of the pass, and returns its slot's address. It stays
-    /// valid until [`Streamer::release`].
-    pub fn acquire(&mut self, unit: usize) -> Result<*const u8, StreamError> {
+    /// Waits for `unit`, the next streamed one of the pass. Its slot's bytes stay until
+    /// [`Streamer::release`].
+    pub fn acquire(&self, unit: usize) -> Result<Staged, StreamError> {
+        match self.take(unit, true)? {
+            Some(staged) => Ok(staged),
+            None => Err(StreamError::ThreadGone),
+        }
+    }
+
+    /// As [`Streamer::acquire`], but `None` if the unit's read has not ended.
+    pub fn try_acquire(&self, unit: usize) -> Result<Option<Staged>, StreamError> {
+        self.take(unit, false)
+    }
+
+    fn take(&self, unit: usize, wait: bool) -> Result<Option<Staged>, StreamError> {
         let began = Instant::now();
         let mut shared = self.signals.lock();
         let mut waited = false;
         let slot = loop {
+            if shared.interrupted {
+                return Err(StreamError::Interrupted);
+            }
             match shared.ring.acquire(unit) {
                 Acquire::Ready(slot) => break slot,
                 Acquire::Failed => {
@@ -195,6 +191,7 @@ impl Streamer {
                     return Err(source.map_or(StreamError::ThreadGone, |source| StreamError::Unit { unit, source }));
                 }
                 Acquire::Wait if shared.gone => return Err(StreamError::ThreadGone),
+                Acquire::Wait if !wait => return Ok(None),
                 Acquire::Wait => {
                     waited = true;
                     self.signals.wish.notify_one();
@@ -207,56 +204,54 @@ impl Streamer {
             shared.stats.stall += now - began;
             shared.trace.add(EventKind::Wait, unit, slot, began, now);
         }
-        drop(shared);
-        self.current = Some((unit, slot, now));
-        Ok(self.slots[slot].addr)
+        shared.taken[slot] = (unit, now);
+        Ok(Some(Staged { slot, addr: self.slots[slot].addr }))
     }
 
-    /// Gives the unit acquired last back.
-    pub fn release(&mut self, unit: usize) {
+    /// Gives a slot back, after the work `kind` was done with its unit.
+    pub fn release(&self, slot: usize, kind: EventKind) {
         let mut shared = self.signals.lock();
-        if let Some((u, slot, since)) = self.current.take() {
-            shared.trace.add(EventKind::Compute, u, slot, since, Instant::now());
-        }
-        shared.ring.release(unit);
+        let (unit, since) = shared.taken[slot];
+        shared.trace.add(kind, unit, slot, since, Instant::now());
+        shared.ring.release(slot);
         drop(shared);
         self.signals.wish.notify_one();
     }
 
     /// Announces the streamed units that will be acquired next (see [`Ring::demand`]).
-    pub fn demand(&mut self, units: &[usize]) {
+    pub fn demand(&self, units: &[usize]) {
         self.signals.lock().ring.demand(units);
         self.signals.wish.notify_one();
     }
 
-    /// Gives a pass up; the next one begins with the schedule's first unit.
-    pub fn restart(&mut self) {
-        self.current = None;
+    /// Makes acquiring fail until [`Streamer::restart`]; wakes who waits.
+    pub fn interrupt(&self) {
+        self.signals.lock().interrupted = true;
+        self.signals.news.notify_all();
+    }
+
+    /// Gives a pass up; the next one begins with the schedule's first unit. Nothing may use acquired
+    /// slots any more.
+    pub fn restart(&self) {
         let mut shared = self.signals.lock();
         shared.ring.restart();
         shared.failed = None;
+        shared.interrupted = false;
     }
 
     /// Reads `bytes` bytes of `file` at each of `offsets` into `out`, back to back.
-    pub fn read_rows(
-        &mut self,
-        file: FileId,
-        offsets: &[u64],
-        bytes: usize,
-        out: &mut [u8],
-    ) -> Result<(), StreamError> {
+    pub fn read_rows(&self, file: FileId, offsets: &[u64], bytes: usize, out: &mut [u8]) -> Result<(), StreamError> {
         let align = u64::from(self.alignments[usize::from(file.0)].offset);
         // A row touches at most this many aligned bytes.
         let stride = ((bytes as u64).next_multiple_of(align) + align).next_multiple_of(4096);
         let at_once = (self.rows.len as u64 / stride).max(1) as usize;
         for (offsets, out) in offsets.chunks(at_once).zip(out.chunks_mut(at_once * bytes)) {
-            self.row_extents.clear();
-            self.row_extents.extend(offsets.iter().enumerate().map(|(i, &o)| {
+            let extents = offsets.iter().enumerate().map(|(i, &o)| {
                 let start = o / align * align;
                 let end = (o + bytes as u64).next_multiple_of(align);
                 Extent { file, offset: start, len: end - start, dst_offset: i as u64 * stride }
-            }));
-            self.request_rows()?;
+            });
+            self.request_rows(extents)?;
             for (i, (&o, out)) in offsets.iter().zip(out.chunks_mut(bytes)).enumerate() {
                 let at = i as u64 * stride + o % align;
                 // SAFETY: the extent was read to `i * stride` of the region, which is large enough
@@ -267,14 +262,18 @@ impl Streamer {
         Ok(())
     }
 
-    fn request_rows(&mut self) -> Result<(), StreamError> {
+    fn request_rows(&self, extents: impl Iterator<Item = Extent>) -> Result<(), StreamError> {
+        // The list goes to the reading thread and back, so that no pass allocates.
+        let mut list = self.row_extents.lock().unwrap_or_else(PoisonError::into_inner);
+        list.clear();
+        list.extend(extents);
         let mut shared = self.signals.lock();
-        shared.rows = Some(std::mem::take(&mut self.row_extents));
+        shared.rows = Some(std::mem::take(&mut *list));
         shared.rows_result = None;
         self.signals.wish.notify_one();
         loop {
             if let Some(result) = shared.rows_result.take() {
-                self.row_extents = shared.rows.take().unwrap_or_default();
+                *list = shared.rows.take().unwrap_or_default();
                 return result.map(|_| ()).map_err(StreamError::Rows);
             }
             if shared.gone {
@@ -469,12 +468,12 @@ mod tests {
         (arena, Streamer::start(config, Box::new(reader), 1).unwrap(), data)
     }
 
-    fn check(s: &mut Streamer, unit: usize, data: &[u8]) -> Result<(), StreamError> {
-        let at = s.acquire(unit)?;
+    fn check(s: &Streamer, unit: usize, data: &[u8]) -> Result<(), StreamError> {
+        let Staged { slot, addr: at } = s.acquire(unit)?;
         // SAFETY: the unit is held, so its slot holds `UNIT` bytes that nobody writes.
         let got = unsafe { std::slice::from_raw_parts(at, UNIT as usize) };
         assert_eq!(got, &data[unit * UNIT as usize..][..UNIT as usize]);
-        s.release(unit);
+        s.release(slot, EventKind::Compute);
         Ok(())
     }
 
@@ -482,7 +481,7 @@ mod tests {
     fn units_and_rows_arrive_whole_under_any_delay() {
         for seed in 0..40 {
             let script = Script { seed, delay_max: 4, ..Script::default() };
-            let (_arena, mut s, data) = streamer(12, 2 + seed as usize % 5, false, script);
+            let (_arena, s, data) = streamer(12, 2 + seed as usize % 5, false, script);
             for pass in 0..5u64 {
                 let offsets: Vec<u64> = (0..20).map(|i| (i * 977 + pass * 131) % 50_000).collect();
                 let mut rows = vec![0; 20 * 300];
@@ -491,7 +490,7 @@ mod tests {
                     assert_eq!(row, &data[*o as usize..][..300]);
                 }
                 for unit in 0..6 {
-                    check(&mut s, unit, &data).unwrap();
+                    check(&s, unit, &data).unwrap();
                 }
             }
             assert!(s.stats().bytes > 0);
@@ -502,13 +501,13 @@ mod tests {
     fn demanded_units_come_before_the_next_block() {
         for seed in 0..40 {
             let script = Script { seed, delay_max: 3, ..Script::default() };
-            let (_arena, mut s, data) = streamer(12, 2 + seed as usize % 4, true, script);
+            let (_arena, s, data) = streamer(12, 2 + seed as usize % 4, true, script);
             for _ in 0..4 {
                 for unit in 0..6 {
-                    check(&mut s, unit, &data).unwrap();
+                    check(&s, unit, &data).unwrap();
                     s.demand(&[11 - unit, 6, 11 - unit]);
                     for d in [11 - unit, 6, 11 - unit] {
-                        check(&mut s, d, &data).unwrap();
+                        check(&s, d, &data).unwrap();
                     }
                 }
             }
@@ -520,9 +519,9 @@ mod tests {
         let mut failures = 0;
         for seed in 0..60 {
             let script = Script { seed, delay_max: 2, fail: 0.05, truncate: 0.02, ..Script::default() };
-            let (_arena, mut s, data) = streamer(12, 3, false, script);
+            let (_arena, s, data) = streamer(12, 3, false, script);
             for _ in 0..4 {
-                let pass = (0..6).try_for_each(|unit| check(&mut s, unit, &data));
+                let pass = (0..6).try_for_each(|unit| check(&s, unit, &data));
                 if let Err(e) = pass {
                     assert!(e.to_string().contains("unit ") && e.to_string().contains("scripted"), "{e}");
                     failures += 1;
@@ -536,8 +535,8 @@ mod tests {
     #[test]
     fn corruption_reaches_the_slot_where_checksums_can_see_it() {
         let script = Script { seed: 3, corrupt: 1.0, ..Script::default() };
-        let (_arena, mut s, data) = streamer(12, 2, false, script);
-        let at = s.acquire(0).unwrap();
+        let (_arena, s, data) = streamer(12, 2, false, script);
+        let at = s.acquire(0).unwrap().addr;
         // SAFETY: the unit is held.
         let got = unsafe { std::slice::from_raw_parts(at, UNIT as usize) };
         assert_eq!(got.iter().zip(&data).filter(|(a, b)| a != b).count(), 1);
@@ -546,7 +545,7 @@ mod tests {
     #[test]
     fn a_streamer_ends_in_the_middle_of_a_pass() {
         let script = Script { seed: 1, delay_max: 50, ..Script::default() };
-        let (_arena, mut s, _) = streamer(12, 3, false, script);
+        let (_arena, s, _) = streamer(12, 3, false, script);
         s.acquire(0).unwrap();
         drop(s);
     }

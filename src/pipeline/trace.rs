@@ -8,6 +8,8 @@ use std::time::Instant;
 pub enum EventKind {
     /// A unit was read into a slot.
     Read,
+    /// A unit was copied from a slot to the device.
+    Copy,
     /// A unit was computed.
     Compute,
     /// The consumer waited for a unit.
@@ -63,7 +65,8 @@ impl Trace {
             let (what, track) = match e.kind {
                 EventKind::Compute => ("compute", 0),
                 EventKind::Wait => ("wait", 1),
-                EventKind::Read => ("read", 2 + e.slot),
+                EventKind::Copy => ("copy", 2),
+                EventKind::Read => ("read", 3 + e.slot),
             };
             let event = serde_json::json!({
                 "name": format!("{what} {}", name(e.unit)), "cat": what, "ph": "X", "pid": 1, "tid": track,

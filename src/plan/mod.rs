@@ -1,5 +1,6 @@
 //! Machine facts and limits to homes, buffers and predicted speed; pure functions, no I/O.
 
+mod device;
 mod place;
 mod size;
 

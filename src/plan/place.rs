@@ -56,12 +56,15 @@ impl std::str::FromStr for Tiers {
 pub struct Limits {
     /// Bytes that weights may take in RAM: resident units, slots and row buffers together.
     pub ram: u64,
-    /// Bytes that weights may take in VRAM; `None` without a GPU.
+    /// Bytes that weights may take in VRAM, resident units and slots together; `None` where weights
+    /// are computed from RAM.
     pub vram: Option<u64>,
     /// Slots; `None` to choose.
     pub n_buffers: Option<usize>,
     /// Counts of blocks per tier; `None` to choose.
     pub tiers: Option<Tiers>,
+    /// Tiers one after the other instead of interleaved, where their counts are given.
+    pub stacked: bool,
     /// Whether tier C may be used.
     pub storage: bool,
     /// Bytes of `ram` that are taken beforehand (row buffers).
@@ -71,9 +74,9 @@ pub struct Limits {
 }
 
 /// Slots when nothing else is said: one computing, one complete, one filling.
-const BUFFERS_DEFAULT: usize = 3;
+pub(super) const BUFFERS_DEFAULT: usize = 3;
 /// Fewest slots that overlap reading and computing.
-const BUFFERS_MIN: usize = 2;
+pub(super) const BUFFERS_MIN: usize = 2;
 /// Most slots that may be asked for.
 pub const BUFFERS_MAX: usize = 64;
 
@@ -82,7 +85,7 @@ pub const BUFFERS_MAX: usize = 64;
 pub struct Plan {
     /// Home of each unit, in the order given.
     pub homes: Vec<Home>,
-    /// Staging slots in RAM (0 if nothing streams from storage).
+    /// Staging slots in RAM (0 if nothing is read to there).
     pub n_slots: usize,
     /// Bytes of each.
     pub slot_bytes: u64,
@@ -90,6 +93,12 @@ pub struct Plan {
     pub embedding_resident: bool,
     /// Bytes of RAM for weights: resident units, slots, row buffers, embedding.
     pub ram_bytes: u64,
+    /// Slots in VRAM (0 if nothing streams there).
+    pub device_slots: usize,
+    /// Bytes of each.
+    pub device_slot_bytes: u64,
+    /// Bytes of VRAM for weights: resident units and slots.
+    pub vram_bytes: u64,
 }
 
 /// Why no plan keeps to the limits.
@@ -126,6 +135,36 @@ pub enum PlanError {
         /// The budget.
         ram: u64,
     },
+    /// The slots in VRAM are larger than what is left there.
+    #[error(
+        "VRAM is too small: {} are left for weights, but {n_buffers} buffers of the largest unit ({}) need {}; give a larger --vram or a smaller --ctx",
+        format_bytes(*.vram), format_bytes(*.slot_bytes), format_bytes(*.n_buffers as u64 * *.slot_bytes)
+    )]
+    DeviceSlotsTooLarge {
+        /// Bytes left for weights.
+        vram: u64,
+        /// Bytes of one slot.
+        slot_bytes: u64,
+        /// Slots.
+        n_buffers: usize,
+    },
+    /// Blocks that were asked for in VRAM do not fit.
+    #[error(
+        "--tiers {a}:{b}:{c} needs {} of VRAM for weights, but {} are left for them; give a larger --vram or a smaller --ctx",
+        format_bytes(*.needed), format_bytes(*.vram)
+    )]
+    TiersTooLargeForVram {
+        /// Blocks in A.
+        a: usize,
+        /// Blocks in B.
+        b: usize,
+        /// Blocks in C.
+        c: usize,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes left for weights.
+        vram: u64,
+    },
     /// Counts that do not add up to the model's blocks.
     #[error("--tiers {a}:{b}:{c} names {} blocks, but the model has {blocks}", a + b + c)]
     TiersMiscounted {
@@ -154,8 +193,12 @@ pub enum PlanError {
     },
 }
 
-/// Places the units for the CPU backend: homes B and C.
+/// Places the units: homes B and C where weights are computed from RAM, A too where they are computed
+/// from VRAM.
 pub fn place(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
+    if let Some(vram) = limits.vram {
+        return super::device::place(units, limits, vram);
+    }
     if let Some(t) = limits.tiers {
         return place_by_count(units, limits, t);
     }
@@ -175,8 +218,8 @@ pub fn place(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
     let room = limits.ram - limits.reserved - n_slots as u64 * slot_bytes;
     // Every token uses the shared units, and only some experts: shared ones are resident first.
     let mut homes = vec![Home::C; units.len()];
-    let left = spread(units, &mut homes, room, |u| !u.routed);
-    spread(units, &mut homes, left, |u| u.routed);
+    let left = spread(units, &mut homes, Home::B, room, |u| !u.routed);
+    spread(units, &mut homes, Home::B, left, |u| u.routed);
     Ok(finish(units, homes, n_slots, limits))
 }
 
@@ -210,7 +253,7 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
             return Err(PlanError::TiersTooLarge { a, b, c, needed: needed + head, ram: limits.ram });
         }
     } else {
-        spread(units, &mut homes, limits.ram - needed, |u| u.block.is_none());
+        spread(units, &mut homes, Home::B, limits.ram - needed, |u| u.block.is_none());
     }
     Ok(finish(units, homes, n_slots, limits))
 }
@@ -236,9 +279,15 @@ fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> R
     Ok((n, slot_bytes))
 }
 
-/// Makes units that `wanted` names resident, spread evenly over their bytes, within `room`.
+/// Gives units that `wanted` names a home in `to`, spread evenly over their bytes, within `room`.
 /// Returns the room left.
-fn spread(units: &[UnitSize], homes: &mut [Home], room: u64, wanted: impl Fn(&UnitSize) -> bool) -> u64 {
+pub(super) fn spread(
+    units: &[UnitSize],
+    homes: &mut [Home],
+    to: Home,
+    room: u64,
+    wanted: impl Fn(&UnitSize) -> bool,
+) -> u64 {
     let total: u64 = units.iter().filter(|u| wanted(u)).map(|u| u.slot_bytes).sum();
     let share = if total == 0 { 0.0 } else { (room as f64 / total as f64).min(1.0) };
     let (mut left, mut credit) = (room, 0.0);
@@ -246,7 +295,7 @@ fn spread(units: &[UnitSize], homes: &mut [Home], room: u64, wanted: impl Fn(&Un
         credit += u.slot_bytes as f64 * share;
         // Half a unit of tolerance keeps rounding from losing the last one.
         if u.slot_bytes <= left && credit + 0.5 >= u.slot_bytes as f64 {
-            *home = Home::B;
+            *home = to;
             credit -= u.slot_bytes as f64;
             left -= u.slot_bytes;
         }
@@ -264,7 +313,16 @@ fn finish(units: &[UnitSize], homes: Vec<Home>, n_slots: usize, limits: &Limits)
     let fits = |e: &u64| n_slots == 0 && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
-    Plan { homes, n_slots, slot_bytes, embedding_resident: embedding.is_some(), ram_bytes }
+    Plan {
+        homes,
+        n_slots,
+        slot_bytes,
+        embedding_resident: embedding.is_some(),
+        ram_bytes,
+        device_slots: 0,
+        device_slot_bytes: 0,
+        vram_bytes: 0,
+    }
 }
 
 #[cfg(test)]
@@ -278,7 +336,16 @@ mod tests {
     }
 
     fn limits(ram: u64) -> Limits {
-        Limits { ram, vram: None, n_buffers: None, tiers: None, storage: true, reserved: 0, embedding: None }
+        Limits {
+            ram,
+            vram: None,
+            n_buffers: None,
+            tiers: None,
+            stacked: false,
+            storage: true,
+            reserved: 0,
+            embedding: None,
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Files opened past the page cache where the file system allows it.
 
 use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,9 @@ pub struct DirectFile {
     pub alignment: Alignment,
     /// Length when it was opened; it may shrink since.
     pub len: u64,
+    /// Whether a read is a copy by a processor (memory file systems, the page cache), so that reads
+    /// want several threads; a drive's reads are transfers that only want depth.
+    pub copies: bool,
 }
 
 impl DirectFile {
@@ -44,13 +48,14 @@ impl DirectFile {
     }
 
     fn of(path: &Path, file: File, alignment: Alignment) -> Result<DirectFile, StorageError> {
-        let len = file.metadata().map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?.len();
-        Ok(DirectFile { path: path.to_path_buf(), file: Arc::new(file), alignment, len })
+        let len = end_of(&file).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
+        let copies = alignment == BUFFERED || in_memory(&file);
+        Ok(DirectFile { path: path.to_path_buf(), file: Arc::new(file), alignment, len, copies })
     }
 
     /// Length now; 0 if it cannot be told.
     pub fn current_len(&self) -> u64 {
-        self.file.metadata().map_or(0, |m| m.len())
+        end_of(&self.file).unwrap_or(0)
     }
 
     /// Whether reads bypass the page cache.
@@ -73,6 +78,21 @@ impl DirectFile {
             unsafe { libc::posix_fadvise(self.file.as_raw_fd(), offset, len, libc::POSIX_FADV_DONTNEED) };
         }
     }
+}
+
+/// Where a file ends. Seeking answers for block devices too, whose metadata say 0; the position it
+/// moves is used by nobody.
+fn end_of(mut file: &File) -> std::io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+/// Whether the file lies on tmpfs.
+fn in_memory(file: &File) -> bool {
+    // SAFETY: statfs is plain data, for which zeroes are valid.
+    let mut st: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and `st` outlives the call.
+    let rc = unsafe { libc::fstatfs(file.as_raw_fd(), &mut st) };
+    rc == 0 && st.f_type == libc::TMPFS_MAGIC
 }
 
 /// `STATX_DIOALIGN`: `None` where the kernel does not tell, `Some(None)` where direct I/O is refused.

@@ -155,6 +155,9 @@ pub enum StorageError {
     /// io_uring is refused and was asked for.
     #[error("io_uring is not available here: {0}; --reader auto falls back to pread")]
     IoUring(std::io::Error),
+    /// A thread could not be started.
+    #[error("no thread could be started to read with: {0}")]
+    Threads(std::io::Error),
     /// A read while loading failed.
     #[error(transparent)]
     Read(#[from] ReadError),
@@ -176,7 +179,7 @@ pub fn open_reader(files: &[&Path], kind: ReaderKind) -> Result<(Box<dyn Reader>
             Err(e) => notes.push(format!("io_uring is not available here ({e}); reading with a pool of pread threads")),
         }
     }
-    Ok((Box::new(PreadReader::new(files)), notes))
+    Ok((Box::new(PreadReader::new(files).map_err(StorageError::Threads)?), notes))
 }
 
 #[cfg(test)]

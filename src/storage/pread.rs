@@ -25,32 +25,40 @@ pub struct PreadReader {
 }
 
 impl PreadReader {
-    /// Starts the pool.
-    pub fn new(files: Vec<DirectFile>) -> PreadReader {
+    /// Starts the pool; an error says that not one thread could be had.
+    pub fn new(files: Vec<DirectFile>) -> std::io::Result<PreadReader> {
         let files: Arc<[DirectFile]> = files.into();
         let (jobs, queue) = channel::<Chunk>();
         let queue = Arc::new(Mutex::new(queue));
         let (report, outcomes) = channel();
-        let threads = (0..THREADS)
+        let mut refused = None;
+        let threads: Vec<_> = (0..THREADS)
             .filter_map(|i| {
                 let (files, queue, report) = (files.clone(), queue.clone(), report.clone());
                 std::thread::Builder::new()
                     .name(format!("nt-pread-{i}"))
                     .spawn(move || work(&files, &queue, &report))
+                    .map_err(|e| refused = Some(e))
                     .ok()
             })
             .collect();
-        PreadReader { files, requests: Requests::default(), jobs: Some(jobs), outcomes, threads, n_flying: 0 }
+        if threads.is_empty() {
+            return Err(refused.unwrap_or_else(|| std::io::Error::other("no thread could be started")));
+        }
+        Ok(PreadReader { files, requests: Requests::default(), jobs: Some(jobs), outcomes, threads, n_flying: 0 })
     }
 
     fn issue(&mut self) {
         while self.n_flying < 2 * THREADS
             && let Some(chunk) = self.requests.next()
         {
-            if let Some(jobs) = &self.jobs
-                && jobs.send(chunk).is_ok()
-            {
-                self.n_flying += 1;
+            match self.jobs.as_ref().map(|jobs| jobs.send(chunk)) {
+                Some(Ok(())) => self.n_flying += 1,
+                // A chunk that nobody takes must not leave its request open.
+                _ => {
+                    let gone = Err("the reading threads are gone".into());
+                    self.requests.chunk_done(chunk, gone, &self.files[chunk.file]);
+                }
             }
         }
     }

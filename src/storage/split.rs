@@ -4,6 +4,9 @@ use std::collections::VecDeque;
 
 use super::{CHUNK_BYTES, Completion, DirectFile, ReadError, ReadRequest};
 
+/// Passing shortages (memory, queue space) that one chunk may meet before they count as a failure.
+const RETRIES_MAX: u8 = 64;
+
 /// One read that is to be made, or made anew from where it stopped short.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Chunk {
@@ -13,6 +16,8 @@ pub(super) struct Chunk {
     pub offset: u64,
     pub len: u64,
     pub dst: *mut u8,
+    /// Times it was put off by a passing shortage.
+    pub retries: u8,
 }
 
 // SAFETY: a chunk's address is only dereferenced by the read it describes; `Reader::submit`'s
@@ -60,7 +65,14 @@ impl Requests {
                 let len = (e.len - at).min(CHUNK_BYTES);
                 // SAFETY: the extent lies within the request's buffer, as checked above.
                 let dst = unsafe { r.dst.add((e.dst_offset + at) as usize) };
-                self.pending.push_back(Chunk { request, file: usize::from(e.file.0), offset: e.offset + at, len, dst });
+                self.pending.push_back(Chunk {
+                    request,
+                    file: usize::from(e.file.0),
+                    offset: e.offset + at,
+                    len,
+                    dst,
+                    retries: 0,
+                });
                 at += len;
                 chunks += 1;
             }
@@ -97,20 +109,34 @@ impl Requests {
         self.pending.push_front(c);
     }
 
+    /// Puts a chunk back that met a passing shortage, as long as it did not meet too many.
+    pub fn put_off(&mut self, c: Chunk, what: String, file: &DirectFile) {
+        match c.retries {
+            RETRIES_MAX.. => self.chunk_done(c, Err(what), file),
+            n => self.again(Chunk { retries: n + 1, ..c }),
+        }
+    }
+
     /// A chunk ended with `result` bytes read from `file`. A read that stopped short is put back from
     /// its last aligned byte; one that met the end of a file too early is an error.
     pub fn chunk_done(&mut self, c: Chunk, result: Result<u64, String>, file: &DirectFile) {
         let name = || file.path.display().to_string();
-        // The last aligned unit may reach beyond the end of the file.
-        let needed = c.len.min(file.len.saturating_sub(c.offset));
+        let align = u64::from(file.alignment.offset);
+        // The last aligned unit may reach beyond the end of the file; nothing else may.
+        let beyond = (c.offset + c.len).saturating_sub(file.len);
+        let needed = if beyond < align { c.len - beyond } else { c.len };
+        let truncated = |end| ReadError::Truncated { name: name(), offset: c.offset, len: needed, end };
         match result {
             Err(what) => self.fail(c.request, ReadError::Failed { name: name(), offset: c.offset, len: c.len, what }),
             Ok(n) if n >= needed => self.open[c.request].bytes += needed,
             Ok(n) => {
-                let whole = n / u64::from(file.alignment.offset) * u64::from(file.alignment.offset);
+                let whole = n / align * align;
                 let end = file.current_len();
-                if n == 0 || whole == 0 || end < c.offset + needed {
-                    self.fail(c.request, ReadError::Truncated { name: name(), offset: c.offset, len: needed, end });
+                if end < c.offset + needed {
+                    self.fail(c.request, truncated(end));
+                } else if whole == 0 {
+                    let what = format!("the read stopped after {n} bytes");
+                    self.fail(c.request, ReadError::Failed { name: name(), offset: c.offset, len: c.len, what });
                 } else {
                     // SAFETY: `whole` is at most `n`, which is less than the chunk's length.
                     let dst = unsafe { c.dst.add(whole as usize) };
@@ -155,5 +181,96 @@ impl Requests {
 
     pub fn outstanding(&self) -> usize {
         self.outstanding
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Alignment, Extent, FileId};
+    use std::sync::Arc;
+
+    fn file(len: u64, align: u32) -> DirectFile {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(len).unwrap();
+        let alignment = Alignment { memory: align, offset: align };
+        DirectFile { path: "model".into(), file: Arc::new(f.reopen().unwrap()), alignment, len, copies: false }
+    }
+
+    fn requests(offset: u64, len: u64) -> Requests {
+        let mut r = Requests::default();
+        let extents = [Extent { file: FileId(0), offset, len, dst_offset: 0 }];
+        let dst = std::ptr::without_provenance_mut(1 << 30);
+        r.add(&ReadRequest { tag: 5, extents: &extents, dst, urgent: false, dst_len: len as usize }).unwrap();
+        r
+    }
+
+    fn outcome(mut r: Requests) -> Result<u64, ReadError> {
+        let mut out = Vec::new();
+        assert!(r.next().is_none());
+        r.drain_done(&mut out);
+        assert_eq!((out.len(), r.outstanding(), out[0].tag), (1, 0, 5));
+        out.remove(0).result
+    }
+
+    #[test]
+    fn a_short_read_goes_on_from_its_last_aligned_byte() {
+        let f = file(64 << 10, 4096);
+        let mut r = requests(4096, 16 << 10);
+        let c = r.next().unwrap();
+        r.chunk_done(c, Ok(9000), &f);
+        let rest = r.next().unwrap();
+        assert_eq!((rest.offset, rest.len, rest.dst as usize - c.dst as usize), (4096 + 8192, 8192, 8192));
+        r.chunk_done(rest, Ok(8192), &f);
+        assert_eq!(outcome(r).unwrap(), 16 << 10);
+    }
+
+    #[test]
+    fn the_last_unit_may_be_partial_and_nothing_more() {
+        let f = file(10_000, 4096);
+        let mut r = requests(8192, 4096);
+        let c = r.next().unwrap();
+        r.chunk_done(c, Ok(10_000 - 8192), &f);
+        assert_eq!(outcome(r).unwrap(), 10_000 - 8192);
+
+        for (offset, len, got) in [(8192, 8192, 10_000 - 8192), (12_288, 4096, 0), (1 << 20, 4096, 0)] {
+            let mut r = requests(offset, len);
+            let c = r.next().unwrap();
+            r.chunk_done(c, Ok(got), &f);
+            assert!(matches!(outcome(r), Err(ReadError::Truncated { end: 10_000, .. })), "{offset}");
+        }
+    }
+
+    #[test]
+    fn a_read_that_stops_within_the_file_is_no_truncation() {
+        let f = file(1 << 20, 4096);
+        let mut r = requests(0, 8192);
+        let c = r.next().unwrap();
+        r.chunk_done(c, Ok(0), &f);
+        assert!(matches!(outcome(r), Err(ReadError::Failed { .. })));
+    }
+
+    #[test]
+    fn shortages_are_waited_out_but_not_for_ever() {
+        let f = file(1 << 20, 4096);
+        let mut r = requests(0, 4096);
+        let mut n = 0;
+        while let Some(c) = r.next() {
+            r.put_off(c, "no memory".into(), &f);
+            n += 1;
+        }
+        assert_eq!(n, usize::from(RETRIES_MAX) + 1);
+        assert!(outcome(r).unwrap_err().to_string().contains("no memory"));
+    }
+
+    #[test]
+    fn urgent_chunks_overtake_in_their_own_order() {
+        let mut r = requests(0, 4 * CHUNK_BYTES);
+        let extents = [0, 1].map(|i| Extent { file: FileId(0), offset: i * 4096, len: 4096, dst_offset: i * 4096 });
+        let dst = std::ptr::without_provenance_mut(1 << 40);
+        r.add(&ReadRequest { tag: 6, extents: &extents, dst, urgent: true, dst_len: 8192 }).unwrap();
+        let order: Vec<(u64, u64)> = std::iter::from_fn(|| r.next()).map(|c| (c.offset, c.len)).collect();
+        assert_eq!(order[..3], [(0, 4096), (4096, 4096), (0, CHUNK_BYTES)]);
+        assert_eq!(order.len(), 6);
     }
 }

@@ -7,10 +7,43 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use io_uring::{IoUring, opcode, types};
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, squeue, types};
 
 use super::split::{Chunk, Requests};
 use super::{Alignment, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader};
+
+/// How often, a millisecond apart, the end of reads in flight is asked for when the kernel refuses to
+/// wait for it.
+const DRAIN_TRIES: u32 = 10_000;
+
+/// A ring that is not enabled yet, with the set-up flags that this kernel takes.
+///
+/// SINGLE_ISSUER and DEFER_TASKRUN are left out: they tie the ring to one thread, and a reader loads
+/// resident units on one and streams on another.
+fn build() -> io::Result<IoUring> {
+    let depth = QUEUE_DEPTH as u32;
+    let einval = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
+    match IoUring::builder().setup_clamp().setup_coop_taskrun().setup_r_disabled().build(depth) {
+        Err(e) if einval(&e) => IoUring::builder().setup_r_disabled().build(depth),
+        other => other,
+    }
+}
+
+/// Lets the ring do nothing but read registered files, then enables it. A kernel that knows no
+/// restrictions enables it without.
+fn enable(ring: &IoUring) -> io::Result<()> {
+    let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
+    let mut allowed = [
+        Restriction::sqe_op(opcode::Read::CODE),
+        Restriction::sqe_flags_allowed(flags.bits()),
+        Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
+    ];
+    if let Err(e) = ring.submitter().register_restrictions(&mut allowed) {
+        tracing::debug!("io_uring takes no restrictions here: {e}");
+    }
+    ring.submitter().register_enable_rings()
+}
 
 /// A reader over one io_uring.
 pub struct UringReader {
@@ -25,13 +58,7 @@ pub struct UringReader {
 impl UringReader {
     /// Sets a ring up over `files`; an error says that io_uring is refused here.
     pub fn new(files: &[DirectFile]) -> io::Result<UringReader> {
-        let depth = QUEUE_DEPTH as u32;
-        // The reader is made on one thread and used on another, so SINGLE_ISSUER starts disabled.
-        let ring = IoUring::builder()
-            .setup_clamp()
-            .setup_coop_taskrun()
-            .build(depth)
-            .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { IoUring::new(depth) } else { Err(e) })?;
+        let ring = build()?;
         let mut probe = io_uring::Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         if !probe.is_supported(opcode::Read::CODE) {
@@ -39,6 +66,7 @@ impl UringReader {
         }
         let fds: Vec<i32> = files.iter().map(|f| f.file.as_raw_fd()).collect();
         ring.submitter().register_files(&fds)?;
+        enable(&ring)?;
         Ok(UringReader {
             ring,
             files: files.to_vec(),
@@ -67,9 +95,7 @@ impl UringReader {
             Ok(_) => Ok(()),
             // Time is up, a signal came, or the kernel is short of memory or has completions to be
             // reaped first: the caller comes again.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
-                Ok(())
-            }
+            Err(e) if passing(e.raw_os_error()) => Ok(()),
             Err(e) => Err(ReadError::Failed { name: "io_uring".into(), offset: 0, len: 0, what: e.to_string() }),
         }
     }
@@ -79,10 +105,15 @@ impl UringReader {
             self.requests.again(chunk);
             return;
         };
+        // A read that is a copy is made by the thread that submits it, one after the other, unless the
+        // kernel is told to hand it to its workers.
+        let copies = self.files[chunk.file].copies;
+        let flags = if copies { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = opcode::Read::new(types::Fixed(chunk.file as u32), chunk.dst, chunk.len as u32)
             .offset(chunk.offset)
             .build()
-            .user_data(slot as u64);
+            .user_data(slot as u64)
+            .flags(flags);
         // SAFETY: the buffer stays valid and unshared until this chunk completes, by the contract of
         // `Reader::submit`; `drop` waits for what is in flight.
         match unsafe { self.ring.submission().push(&entry) } {
@@ -105,8 +136,14 @@ impl UringReader {
                     file.forget(chunk.offset, chunk.len);
                     self.requests.chunk_done(chunk, Ok(n as u64), file);
                 }
-                e if matches!(-e, libc::EAGAIN | libc::EINTR) => self.requests.again(chunk),
-                e => self.requests.chunk_done(chunk, Err(io::Error::from_raw_os_error(-e).to_string()), file),
+                e => {
+                    let what = io::Error::from_raw_os_error(-e).to_string();
+                    if passing(Some(-e)) {
+                        self.requests.put_off(chunk, what, file);
+                    } else {
+                        self.requests.chunk_done(chunk, Err(what), file);
+                    }
+                }
             }
         }
     }
@@ -148,15 +185,73 @@ impl Reader for UringReader {
     }
 }
 
+/// Whether an error is one of those that pass by themselves.
+fn passing(errno: Option<i32>) -> bool {
+    matches!(errno, Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
+}
+
 impl Drop for UringReader {
     fn drop(&mut self) {
         // Reads in flight write into the arena: they must end before it does.
+        let mut tries = 0;
         while self.n_flying > 0 {
-            if self.ring.submit_and_wait(1).is_err_and(|e| e.raw_os_error() != Some(libc::EINTR)) {
-                break;
+            let waited = self.ring.submit_and_wait(1);
+            let ended = self.ring.completion().filter(|c| (c.user_data() as usize) < QUEUE_DEPTH).count();
+            self.n_flying = self.n_flying.saturating_sub(ended);
+            if waited.is_err() && ended == 0 {
+                tries += 1;
+                if tries == DRAIN_TRIES {
+                    // To return would let the drive write into memory that is given to others.
+                    tracing::error!("{} reads never ended: {waited:?}", self.n_flying);
+                    std::process::abort();
+                }
+                std::thread::sleep(Duration::from_millis(1));
             }
-            let done = self.ring.completion().filter(|c| (c.user_data() as usize) < QUEUE_DEPTH).count();
-            self.n_flying = self.n_flying.saturating_sub(done);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{ReaderKind, StorageError, open_reader};
+    use std::path::Path;
+
+    /// Refuses io_uring_setup with EPERM in the calling thread, as container run-times do.
+    fn refuse_io_uring() -> io::Result<()> {
+        const LD_NR: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+        const JEQ: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+        const RET: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+        let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+        let mut filter = [
+            op(LD_NR, 0, 0, 0),
+            op(JEQ, 0, 1, libc::SYS_io_uring_setup as u32),
+            op(RET, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+            op(RET, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: takes plain numbers.
+        let no_new = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        // SAFETY: the program and its filter outlive the call, which copies them.
+        let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
+        if no_new == 0 && set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    #[test]
+    fn where_io_uring_is_refused_a_pool_reads_and_one_line_says_so() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(1 << 20).unwrap();
+        let path = f.path().to_owned();
+        // A filter holds for the thread that sets it and those it starts, so no child is needed.
+        std::thread::spawn(move || {
+            refuse_io_uring().unwrap();
+            let files: [&Path; 1] = [&path];
+            let (reader, notes) = open_reader(&files, ReaderKind::Auto).unwrap();
+            assert_eq!(reader.name(), "pread");
+            assert!(matches!(&notes[..], [n] if n.contains("io_uring is not available")), "{notes:?}");
+            assert!(matches!(open_reader(&files, ReaderKind::IoUring), Err(StorageError::IoUring(_))));
+        })
+        .join()
+        .unwrap();
     }
 }

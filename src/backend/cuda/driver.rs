@@ -8,11 +8,14 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use sys::CUdevice_attribute_enum as Attr;
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, MemoryUse};
 
 /// Bytes behind every device buffer that kernels may read though nobody asked for them: copies to
 /// shared memory go in whole 16-byte lines.
 pub const PAD_BYTES: u64 = 256;
+
+/// Most bytes that a context is thought to take.
+const CONTEXT_BYTES_MAX: u64 = 1 << 30;
 
 pub(super) fn device_error(what: impl Into<String>) -> BackendError {
     BackendError::Device { backend: "cuda", what: what.into() }
@@ -63,6 +66,8 @@ pub struct DeviceInfo {
 pub struct Device {
     dev: sys::CUdevice,
     ctx: sys::CUcontext,
+    /// Free bytes when nothing but the context was there.
+    free_at_first: u64,
     /// Facts about it.
     pub info: DeviceInfo,
 }
@@ -78,7 +83,7 @@ impl Device {
     pub fn open(ordinal: i32) -> Result<Arc<Device>, BackendError> {
         // SAFETY: only tries to load the driver's library.
         if !unsafe { sys::is_culib_present() } {
-            return Err(device_error("no NVIDIA driver found (libcuda.so.1 does not load); use --backend cpu"));
+            return Err(device_error("no NVIDIA driver is there (libcuda.so.1 does not load)"));
         }
         // SAFETY: the library is there; cuInit may be called any number of times.
         check(unsafe { sys::cuInit(0) }, "the driver does not start")?;
@@ -101,8 +106,8 @@ impl Device {
             unsafe { sys::cuDevicePrimaryCtxRetain(&mut ctx, dev) },
             "the GPU's context could not be made",
         )?;
-        let device = Device { dev, ctx, info };
-        device.bind()?;
+        let mut device = Device { dev, ctx, free_at_first: 0, info };
+        device.free_at_first = device.mem_info()?.0;
         Ok(Arc::new(device))
     }
 
@@ -122,6 +127,14 @@ impl Device {
             "device memory cannot be read",
         )?;
         Ok((free as u64, total as u64))
+    }
+
+    /// Bytes of device memory that this process holds, and bytes free. What the driver itself takes
+    /// cannot be told from what other processes take, so it is counted up to [`CONTEXT_BYTES_MAX`].
+    pub fn memory_use(&self) -> Result<MemoryUse, BackendError> {
+        let (free, total) = self.mem_info()?;
+        let context = total.saturating_sub(self.free_at_first).min(CONTEXT_BYTES_MAX);
+        Ok(MemoryUse { used: context + self.free_at_first.saturating_sub(free), free })
     }
 
     /// Allocates `bytes` of device memory (and [`PAD_BYTES`] behind them) for `what`.
@@ -183,8 +196,9 @@ impl Device {
     pub fn event(self: &Arc<Self>, timed: bool) -> Result<Event, BackendError> {
         self.bind()?;
         let mut raw = std::ptr::null_mut();
-        // CU_EVENT_DISABLE_TIMING is 2.
-        let flags = if timed { 0 } else { 2 };
+        // CU_EVENT_DISABLE_TIMING is 2. Timed events are waited for on threads of their own, which
+        // should sleep (CU_EVENT_BLOCKING_SYNC, 1).
+        let flags = if timed { 1 } else { 2 };
         check(
             // SAFETY: raw receives the handle.
             unsafe { sys::cuEventCreate(&mut raw, flags) },
@@ -359,6 +373,8 @@ pub struct Registered {
 
 // SAFETY: the pointer is only a key for the driver.
 unsafe impl Send for Registered {}
+// SAFETY: as above.
+unsafe impl Sync for Registered {}
 
 impl Drop for Registered {
     fn drop(&mut self) {
@@ -416,6 +432,18 @@ impl Stream {
             // SAFETY: the caller vouches for both ranges.
             unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast::<c_void>(), bytes, self.raw) },
             "copy to the GPU",
+        )
+    }
+
+    /// Copies `bytes` within the device in order.
+    ///
+    /// # Safety
+    /// Both ranges are device memory, disjoint, and nothing else writes them meanwhile.
+    pub unsafe fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<(), BackendError> {
+        check(
+            // SAFETY: the caller vouches for both ranges.
+            unsafe { sys::cuMemcpyDtoDAsync_v2(dst, src, bytes, self.raw) },
+            "copy within the GPU",
         )
     }
 

@@ -5,6 +5,7 @@
 
 mod args;
 mod driver;
+mod memory;
 mod modules;
 mod product;
 pub mod selftest;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream};
 pub use transfer::Transfer;
 
-use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
+use super::{Backend, BackendError, DeviceMemory, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
 use crate::gguf::TensorType;
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::device_error;
@@ -40,6 +41,11 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
+    /// Whether matrices of this type have kernels.
+    pub fn supports_type(ty: TensorType) -> bool {
+        product::supported(ty)
+    }
+
     /// Loads the kernels and allocates every buffer of a session with these sizes.
     pub fn new(device: &Arc<Device>, dims: &Dims) -> Result<Self, BackendError> {
         if !HEAD_DIMS.contains(&dims.head_dim) {
@@ -248,6 +254,10 @@ impl Backend for CudaBackend {
 
     fn supports(&self, ty: TensorType) -> bool {
         product::supported(ty)
+    }
+
+    fn device(&self) -> Option<Arc<dyn DeviceMemory>> {
+        Some(Arc::new(memory::CudaMemory::new(&self.engine.device, &self.engine.stream)))
     }
 
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {

@@ -1,17 +1,13 @@
 //! The copy engine's side of the ring: uploads into device slots on a stream of their own, and the
-//! events that keep copies and computation off each other's slots. Nothing here waits on the host
-//! unless asked to.
-//!
-//! For one slot the order is: `upload` (waits, on the device, for the last `release`) → `acquire`
-//! (computation waits, on the device, for the upload) → operations of the backend → `release`.
-//! `copied` tells when the staging memory of an upload may be reused.
+//! events that keep copies and computation off each other's slots.
 
 use std::sync::Arc;
 
 use super::driver::{Device, Event, Stream};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, CopyEngine};
 
 struct Slot {
+    began: Event,
     copied: Event,
     computed: Event,
 }
@@ -27,57 +23,44 @@ impl Transfer {
     /// For `slots` slots, beside the backend whose stream is `compute`
     /// ([`super::CudaBackend::stream`]).
     pub fn new(device: &Arc<Device>, compute: Arc<Stream>, slots: usize) -> Result<Self, BackendError> {
-        let slot = || -> Result<Slot, BackendError> {
-            Ok(Slot { copied: device.event(false)?, computed: device.event(false)? })
+        let slot = |_| -> Result<Slot, BackendError> {
+            Ok(Slot { began: device.event(true)?, copied: device.event(true)?, computed: device.event(false)? })
         };
-        Ok(Transfer { copy: device.stream()?, compute, slots: (0..slots).map(|_| slot()).collect::<Result<_, _>>()? })
+        Ok(Transfer { copy: device.stream()?, compute, slots: (0..slots).map(slot).collect::<Result<_, _>>()? })
     }
+}
 
-    /// Starts the copies `(source, device address, bytes)` into `slot`, after the computation that
-    /// last used it.
-    ///
-    /// # Safety
-    /// Each source stays valid and unchanged until [`Transfer::copied`] says true; the device
-    /// ranges belong to `slot` alone.
-    pub unsafe fn upload(&self, slot: usize, copies: &[(*const u8, u64, usize)]) -> Result<(), BackendError> {
+impl CopyEngine for Transfer {
+    unsafe fn upload(&self, slot: usize, src: *const u8, dst: u64, bytes: usize) -> Result<(), BackendError> {
         self.copy.device().bind()?;
         let s = &self.slots[slot];
         self.copy.wait(&s.computed)?;
-        for &(src, dst, bytes) in copies {
-            // SAFETY: the caller vouches for the ranges; the wait above keeps the device range
-            // from computation.
-            unsafe { self.copy.upload(src, dst, bytes)? };
-        }
+        s.began.record(&self.copy)?;
+        // SAFETY: the caller vouches for the ranges; the wait above keeps the device range from
+        // computation.
+        unsafe { self.copy.upload(src, dst, bytes)? };
         s.copied.record(&self.copy)
     }
 
-    /// Whether the last upload into `slot` is done, so that its staging memory is free.
-    pub fn copied(&self, slot: usize) -> Result<bool, BackendError> {
-        self.slots[slot].copied.query()
+    fn wait_copied(&self, slot: usize) -> Result<Option<f64>, BackendError> {
+        let s = &self.slots[slot];
+        self.copy.device().bind()?;
+        s.copied.synchronize()?;
+        // Older drivers cannot subtract events.
+        Ok(s.copied.ms_since(&s.began).ok().map(|ms| f64::from(ms) / 1e3))
     }
 
-    /// Waits on the host for the last upload into `slot`.
-    pub fn wait_copied(&self, slot: usize) -> Result<(), BackendError> {
-        self.slots[slot].copied.synchronize()
-    }
-
-    /// Operations called from now on run after the last upload into `slot`.
-    pub fn acquire(&self, slot: usize) -> Result<(), BackendError> {
+    fn acquire(&self, slot: usize) -> Result<(), BackendError> {
         self.compute.wait(&self.slots[slot].copied)
     }
 
-    /// The operations called so far were the last to use `slot`.
-    pub fn release(&self, slot: usize) -> Result<(), BackendError> {
+    fn release(&self, slot: usize) -> Result<(), BackendError> {
         self.slots[slot].computed.record(&self.compute)
     }
 
-    /// Whether the computation that last used `slot` is done.
-    pub fn computed(&self, slot: usize) -> Result<bool, BackendError> {
-        self.slots[slot].computed.query()
-    }
-
-    /// The stream of the copies.
-    pub fn stream(&self) -> &Stream {
-        &self.copy
+    fn settle(&self) -> Result<(), BackendError> {
+        self.copy.device().bind()?;
+        self.compute.synchronize()?;
+        self.copy.synchronize()
     }
 }

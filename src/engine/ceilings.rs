@@ -1,0 +1,105 @@
+//! What the links of this machine can carry, measured at the end of a benchmark.
+
+use std::time::Instant;
+
+use super::session::stream_error;
+use super::start::schedule;
+use super::{EngineError, Session};
+use crate::backend::CopyEngine;
+use crate::memory::Region;
+use crate::pipeline::{Direct, EventKind, Step};
+use crate::plan::Home;
+
+/// Bytes that the storage probe reads at least.
+const STORAGE_PROBE_BYTES: u64 = 1 << 30;
+/// Bytes that the memory probe reads: more than caches hold.
+const MEMORY_PROBE_BYTES: usize = 96 << 20;
+/// Bytes that the link's probe copies, and most of one copy.
+const LINK_PROBE_BYTES: u64 = 4 << 30;
+const LINK_COPY_BYTES: u64 = 256 << 20;
+
+impl Session {
+    /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
+    /// without computing, copies, reads of memory by all threads. The session computes no more.
+    pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
+        self.links.ram_ceiling = Some(memory_rate(self.options.threads));
+        // The ring to a device would take the units that are read.
+        self.weights.feed = Box::new(Direct::new(self.weights.streamer.clone()));
+        self.weights.feed.restart();
+        if let Some(d) = &self.device {
+            self.links.vram_ceiling = d.memory.memory_rate()?;
+            if self.plan.device_slots > 0 {
+                let engine = d.memory.copy_engine(1)?;
+                // What was read or loaded is not needed any more.
+                let from = Region { addr: self.arena.base(), len: self.arena.len() as usize };
+                self.links.gpu_ceiling = link_rate(engine.as_ref(), from, d.slots.addr, self.plan.device_slot_bytes)?;
+            }
+        }
+        if self.plan.homes.contains(&Home::C) {
+            self.links.nvme_ceiling = self.storage_rate()?;
+        }
+        Ok(self)
+    }
+
+    /// Bytes a second; `None` where nothing but experts streams, whose order is not known.
+    fn storage_rate(&self) -> Result<Option<f64>, EngineError> {
+        let steps = schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
+        let streamer = &self.weights.streamer;
+        let lap = || -> Result<u64, EngineError> {
+            let before = streamer.stats().bytes;
+            for step in &steps {
+                match step {
+                    Step::Hole => streamer.demand(&[]),
+                    Step::Unit(u) => {
+                        let staged = streamer.acquire(*u).map_err(stream_error)?;
+                        streamer.release(staged.slot, EventKind::Compute);
+                    }
+                }
+            }
+            Ok(streamer.stats().bytes - before)
+        };
+        if steps.iter().all(|s| *s == Step::Hole) {
+            return Ok(None);
+        }
+        lap()?;
+        let began = Instant::now();
+        let mut bytes = 0;
+        while bytes < STORAGE_PROBE_BYTES && began.elapsed().as_secs() < 5 {
+            bytes += lap()?;
+        }
+        Ok(Some(bytes as f64 / began.elapsed().as_secs_f64()))
+    }
+}
+
+/// Bytes a second of copies from pinned memory to a slot; `None` where they cannot be timed.
+fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) -> Result<Option<f64>, EngineError> {
+    let bytes = LINK_COPY_BYTES.min(slot_bytes).min(from.len as u64);
+    let (mut copied, mut seconds) = (0, 0.0);
+    while copied < LINK_PROBE_BYTES {
+        // SAFETY: the source is part of the arena, which nothing frees meanwhile; the slot is no
+        // longer computed from.
+        unsafe { engine.upload(0, from.addr, to, bytes as usize)? };
+        match engine.wait_copied(0)? {
+            Some(s) => seconds += s,
+            None => return Ok(None),
+        }
+        copied += bytes;
+    }
+    Ok(Some(copied as f64 / seconds))
+}
+
+/// Bytes a second that `threads` threads read from memory together.
+fn memory_rate(threads: usize) -> f64 {
+    let data = vec![1u64; MEMORY_PROBE_BYTES / 8];
+    let mut best = 0.0f64;
+    for _ in 0..3 {
+        let began = Instant::now();
+        std::thread::scope(|s| {
+            for part in data.chunks(data.len().div_ceil(threads.max(1))) {
+                s.spawn(move || std::hint::black_box(part.iter().fold(0u64, |a, b| a.wrapping_add(*b))));
+            }
+        });
+        best = best.max(MEMORY_PROBE_BYTES as f64 / began.elapsed().as_secs_f64());
+    }
+    best
+}

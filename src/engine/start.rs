@@ -1,0 +1,450 @@
+//! How a session comes to be: plan, memory, loading, the ring.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::session::{Embedding, OnDevice, stream_error};
+use super::weights::Weights;
+use super::{EngineError, Links, Opened, Options, Session};
+use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims};
+use crate::gguf::{Gguf, TensorInfo, TensorType};
+use crate::machine;
+use crate::memory::{Arena, Region};
+use crate::model::{Model, UnitKind, UnitSpec, rope};
+use crate::pipeline::{
+    DeviceUnit, Direct, Feed, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
+    load_to_device,
+};
+use crate::plan::{Home, Limits, Plan, PlanError, UnitSize, format_bytes, place};
+use crate::storage::{Alignment, FileId, Reader, StorageError, open_reader};
+
+/// Rows of the embedding that are read at once.
+const ROWS_AT_ONCE: u64 = 64;
+/// Events a timeline keeps.
+const TRACE_EVENTS: usize = 1 << 18;
+/// Most that is left free of a GPU's memory unless `--vram` says otherwise, for other programs' needs;
+/// a sixteenth of what there is if that is less.
+const VRAM_MARGIN_MAX: u64 = 512 << 20;
+/// Steps in which the room for weights shrinks when memory is refused that the plan counted on.
+const VRAM_STEPS: u64 = 16;
+
+/// Makes a backend for the sizes given; the second result is a line on what could not be had.
+pub type OpenBackend<'a> = &'a dyn Fn(&Dims) -> Result<(Box<dyn Backend>, Option<String>), BackendError>;
+
+impl Session {
+    /// Plans, allocates and loads. `progress` gets bytes loaded and bytes to load.
+    pub fn new(opened: &Opened, options: Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Session, EngineError> {
+        let (kind, threads) = (options.backend, options.threads);
+        Session::with_backend(opened, options, &|dims| backend::open(kind, dims, threads), progress)
+    }
+
+    /// As [`Session::new`], on the backend that `open_backend` makes.
+    pub fn with_backend(
+        opened: &Opened,
+        options: Options,
+        open_backend: OpenBackend,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Session, EngineError> {
+        let model = opened.model.clone();
+        let paths = weight_paths(&opened.gguf, options.copy.as_deref())?;
+        let (mut reader, mut notes) =
+            open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
+        let divisors = model.rope_freqs.as_ref().map(|t| read_f32(reader.as_mut(), t)).transpose()?;
+        let h = &model.hparams;
+        let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());
+        let (backend, note) = open_backend(&dims(&model, &options, rope))?;
+        notes.extend(note);
+        check_types(&model, backend.as_ref())?;
+
+        let sizes = Sizes::new(&model, reader.as_ref());
+        let memory = backend.device();
+        let (plan, mut device) = match &memory {
+            None => (make_plan(&model, &sizes, None, &options)?, None),
+            Some(memory) => {
+                let (plan, on_device) = plan_on_device(&model, &sizes, memory, &options, &mut notes)?;
+                (plan, Some(on_device))
+            }
+        };
+        let mut places = Places::take(&plan, &sizes)?;
+        if let (Some(memory), Some((resident, slots))) = (&memory, device.take()) {
+            places.arena.populate(machine::n_cpus());
+            // SAFETY: the registration is dropped before the arena (see `Session`'s fields).
+            let pinned = unsafe { memory.pin(places.arena.base(), places.arena.len() as usize) }?;
+            let used = memory.memory()?.used;
+            let memory = Arc::clone(memory);
+            places.device = Some(OnDevice { memory, _resident: resident, slots, _pinned: pinned, used });
+        }
+        let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
+        let resident = load_resident(&plan, &sizes, &places, &names, reader.as_mut(), progress)?;
+        let ring = Ring { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
+        let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
+        let (streamer, feed) = ring.start(&places, reader, paths.len())?;
+
+        let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
+        let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
+        let embedding = Embedding {
+            file: FileId(model.embedding.shard as u16),
+            offset: model.embedding.offset,
+            row_bytes: (model.embedding.bytes / model.n_vocab as u64) as usize,
+            resident: places.embedding.map(|r| (r, sizes.embedding.span_offsets[0])),
+        };
+        notes.dedup();
+        // Only a device's timeline has its own clock; the host's sees when operations are called.
+        let traced = options.timeline && places.device.is_none();
+        Ok(Session {
+            links: links(&model, &plan, places.device.is_some()),
+            weights: Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, streamer, traced),
+            rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
+            row_offsets: Vec::with_capacity(options.max_batch),
+            model,
+            backend,
+            plan,
+            options,
+            reader_name,
+            notes,
+            embedding,
+            position: 0,
+            measuring: false,
+            in_ram: places.in_ram,
+            device: places.device,
+            arena: places.arena,
+        })
+    }
+}
+
+/// What the reader's alignment makes of the model's units.
+struct Sizes {
+    layouts: Arc<[UnitLayout]>,
+    embedding: UnitLayout,
+    /// Bytes of the region that rows of the embedding are read to.
+    rows: u64,
+}
+
+impl Sizes {
+    fn new(model: &Model, reader: &dyn Reader) -> Sizes {
+        Sizes {
+            layouts: model.units.iter().map(|u| layout(u, reader)).collect(),
+            embedding: tensor_layout(&model.embedding, reader),
+            rows: rows_region_bytes(model, reader.alignment(FileId(model.embedding.shard as u16))),
+        }
+    }
+}
+
+/// The arena, cut up as planned.
+struct Places {
+    arena: Arena,
+    rows: Region,
+    slots: Vec<Region>,
+    in_ram: Vec<Option<Region>>,
+    embedding: Option<Region>,
+    device: Option<OnDevice>,
+}
+
+impl Places {
+    fn take(plan: &Plan, sizes: &Sizes) -> Result<Places, EngineError> {
+        let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+        let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
+        let rows = take(sizes.rows)?;
+        let slots = (0..plan.n_slots).map(|_| take(plan.slot_bytes)).collect::<Result<Vec<_>, _>>()?;
+        let mut in_ram = Vec::with_capacity(plan.homes.len());
+        for (l, home) in sizes.layouts.iter().zip(&plan.homes) {
+            in_ram.push(if *home == Home::B { Some(take(l.slot_bytes)?) } else { None });
+        }
+        let embedding = if plan.embedding_resident { Some(take(sizes.embedding.slot_bytes)?) } else { None };
+        Ok(Places { arena, rows, slots, in_ram, embedding, device: None })
+    }
+}
+
+/// Loads tiers A and B and the embedding; returns where resident units lie in the backend's memory.
+fn load_resident(
+    plan: &Plan,
+    sizes: &Sizes,
+    places: &Places,
+    names: &[String],
+    reader: &mut dyn Reader,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Vec<Option<u64>>, EngineError> {
+    let mut to_ram: Vec<(&UnitLayout, Region, &str)> = Vec::new();
+    let mut to_device: Vec<DeviceUnit> = Vec::new();
+    let mut resident = vec![None; plan.homes.len()];
+    let mut next = places.device.as_ref().map_or(0, |d| d._resident.addr);
+    for (u, home) in plan.homes.iter().enumerate() {
+        let (layout, name) = (&sizes.layouts[u], names[u].as_str());
+        match (home, places.in_ram[u]) {
+            (Home::A, _) => {
+                to_device.push(DeviceUnit { layout, addr: next, name });
+                resident[u] = Some(next);
+                next += layout.slot_bytes;
+            }
+            (Home::B, Some(region)) => {
+                to_ram.push((layout, region, name));
+                // A device streams from RAM; processors compute there.
+                resident[u] = places.device.is_none().then_some(region.addr as u64);
+            }
+            _ => {}
+        }
+    }
+    to_ram.extend(places.embedding.map(|r| (&sizes.embedding, r, "token_embd.weight")));
+    let bytes = to_ram.iter().map(|(l, ..)| l.read_bytes()).sum::<u64>();
+    let total = bytes + to_device.iter().map(|u| u.layout.read_bytes()).sum::<u64>();
+    load(reader, &to_ram, &mut |done| progress(done, total)).map_err(stream_error)?;
+    if let (Some(device), false) = (&places.device, to_device.is_empty()) {
+        let engine = device.memory.copy_engine(places.slots.len())?;
+        load_to_device(reader, &to_device, &places.slots, engine.as_ref(), &mut |done| progress(bytes + done, total))
+            .map_err(stream_error)?;
+    }
+    Ok(resident)
+}
+
+/// What the ring is built from.
+struct Ring<'a> {
+    model: &'a Model,
+    plan: &'a Plan,
+    sizes: &'a Sizes,
+    names: Arc<[String]>,
+    options: &'a Options,
+}
+
+impl Ring<'_> {
+    fn start(
+        self,
+        places: &Places,
+        reader: Box<dyn Reader>,
+        n_files: usize,
+    ) -> Result<(Arc<Streamer>, Box<dyn Feed>), EngineError> {
+        let homes = &self.plan.homes;
+        let from_storage = |u: usize| homes[u] == Home::C;
+        let demand_max = self.model.hparams.n_experts;
+        let config = StreamerConfig {
+            layouts: Arc::clone(&self.sizes.layouts),
+            names: self.names,
+            schedule: schedule(self.model, &from_storage),
+            demand_max,
+            slots: if homes.contains(&Home::C) { places.slots.clone() } else { Vec::new() },
+            rows: places.rows,
+            trace_events: if self.options.timeline { TRACE_EVENTS } else { 0 },
+        };
+        let streamer = Arc::new(Streamer::start(config, reader, n_files).map_err(StorageError::Threads)?);
+        let Some(device) = &places.device else {
+            return Ok((Arc::clone(&streamer), Box::new(Direct::new(streamer))));
+        };
+        let slot = |i: usize| device.slots.addr + i as u64 * self.plan.device_slot_bytes;
+        let config = UploadsConfig {
+            unit_bytes: self.sizes.layouts.iter().map(|l| l.slot_bytes).collect(),
+            in_ram: places.in_ram.clone(),
+            schedule: schedule(self.model, &|u| homes[u] != Home::A),
+            demand_max,
+            experts_on_storage: streams_experts(self.model, &from_storage),
+            slots: (0..self.plan.device_slots).map(slot).collect(),
+        };
+        let engine = device.memory.copy_engine(self.plan.device_slots)?;
+        let uploads = Uploads::start(config, engine, Arc::clone(&streamer)).map_err(StorageError::Threads)?;
+        Ok((streamer, Box::new(uploads)))
+    }
+}
+
+/// Every tensor type of the model must have a kernel.
+fn check_types(model: &Model, backend: &dyn Backend) -> Result<(), EngineError> {
+    let mut types: Vec<TensorType> = vec![model.embedding.ty];
+    for b in &model.blocks {
+        types.extend([b.q, b.k, b.v, b.output].map(|l| l.weight.ty));
+        match &b.ffn {
+            crate::model::Ffn::Dense { gate, up, down } => types.extend([gate, up, down].map(|l| l.weight.ty)),
+            crate::model::Ffn::Experts { experts, .. } => types.extend(experts.iter().flatten().map(|t| t.ty)),
+        }
+    }
+    types.extend(model.head.iter().map(|s| s.weight.ty));
+    match types.into_iter().find(|&ty| !backend.supports(ty)) {
+        None => Ok(()),
+        Some(ty) => {
+            let supported = TensorType::ALL.iter().filter(|&&t| backend.supports(t));
+            let supported = supported.map(|t| t.name()).collect::<Vec<_>>().join(", ");
+            Err(BackendError::UnsupportedType { ty, backend: backend.name(), supported }.into())
+        }
+    }
+}
+
+/// The files that weights are read from: the model's own, or a copy of the same names and lengths.
+fn weight_paths(gguf: &Gguf, copy: Option<&Path>) -> Result<Vec<PathBuf>, EngineError> {
+    let own = || gguf.shards.iter().map(|s| s.path.clone()).collect();
+    let Some(copy) = copy else { return Ok(own()) };
+    let mut paths = Vec::new();
+    for shard in &gguf.shards {
+        let path = match shard.path.file_name() {
+            Some(name) if copy.is_dir() => copy.join(name),
+            _ if gguf.shards.len() == 1 => copy.to_path_buf(),
+            _ => {
+                return Err(EngineError::Copy(format!(
+                    "{}: a directory with all {} shards was expected",
+                    copy.display(),
+                    gguf.shards.len()
+                )));
+            }
+        };
+        let len = std::fs::metadata(&path).map_err(|e| EngineError::Copy(format!("{}: {e}", path.display())))?.len();
+        if len != shard.len {
+            return Err(EngineError::Copy(format!(
+                "{} has {len} bytes, but {} has {}; it is no copy",
+                path.display(),
+                shard.path.display(),
+                shard.len
+            )));
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}
+
+fn layout(unit: &UnitSpec, reader: &dyn Reader) -> UnitLayout {
+    let spans: Vec<SpanIn> =
+        unit.spans.iter().map(|s| SpanIn { file: FileId(s.shard as u16), offset: s.offset, bytes: s.bytes }).collect();
+    UnitLayout::new(&spans, |f| reader.alignment(f))
+}
+
+fn tensor_layout(t: &TensorInfo, reader: &dyn Reader) -> UnitLayout {
+    UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], |f| {
+        reader.alignment(f)
+    })
+}
+
+fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
+    let row = model.embedding.bytes / model.n_vocab as u64;
+    let align = u64::from(alignment.offset);
+    (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
+}
+
+/// The plan, for `vram` bytes of device memory if weights are computed there.
+fn make_plan(model: &Model, sizes: &Sizes, vram: Option<u64>, options: &Options) -> Result<Plan, PlanError> {
+    let unit_size = |(u, l): (&UnitSpec, &UnitLayout)| {
+        let (block, routed) = match u.kind {
+            UnitKind::Block(i) => (Some(i), false),
+            UnitKind::Expert { layer, .. } => (Some(layer), true),
+            UnitKind::Head(_) => (None, false),
+        };
+        UnitSize { slot_bytes: l.slot_bytes, block, routed }
+    };
+    let units: Vec<UnitSize> = model.units.iter().zip(sizes.layouts.iter()).map(unit_size).collect();
+    // A tied head in RAM serves the embedding's rows too.
+    let wants_embedding = !model.tied || vram.is_some();
+    let limits = Limits {
+        ram: options.ram.or_else(|| machine::memory(Path::new("/")).budget()).unwrap_or(u64::MAX / 4),
+        vram,
+        n_buffers: options.n_buffers,
+        tiers: options.tiers,
+        stacked: options.stacked,
+        storage: options.storage,
+        reserved: sizes.rows,
+        embedding: wants_embedding.then_some(sizes.embedding.slot_bytes),
+    };
+    place(&units, &limits)
+}
+
+/// The plan for a device with memory of its own, and that memory: resident units and slots. Where
+/// memory is refused that should be free, tier A shrinks.
+fn plan_on_device(
+    model: &Model,
+    sizes: &Sizes,
+    memory: &Arc<dyn DeviceMemory>,
+    options: &Options,
+    notes: &mut Vec<String>,
+) -> Result<(Plan, (backend::DeviceAlloc, backend::DeviceAlloc)), EngineError> {
+    let now = memory.memory()?;
+    let all = now.used + now.free;
+    let limit = options.vram.unwrap_or(all - VRAM_MARGIN_MAX.min(all / 16));
+    let all_room = limit.saturating_sub(now.used).min(now.free);
+    let mut step = 0;
+    loop {
+        let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
+        let plan = make_plan(model, sizes, Some(room), options)?;
+        let slots_bytes = plan.device_slots as u64 * plan.device_slot_bytes;
+        let resident = memory.alloc(plan.vram_bytes - slots_bytes, "tier A");
+        let both = resident.and_then(|r| Ok((r, memory.alloc(slots_bytes, "the ring's slots")?)));
+        match both {
+            Ok(both) => {
+                if step > 0 {
+                    notes.push(format!(
+                        "VRAM that should have been free was refused; weights got {} of it instead of {}",
+                        format_bytes(room),
+                        format_bytes(all_room)
+                    ));
+                }
+                return Ok((plan, both));
+            }
+            Err(BackendError::OutOfMemory { .. }) if step < VRAM_STEPS => step += 1,
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn dims(model: &Model, options: &Options, rope: crate::backend::Rope) -> Dims {
+    let h = &model.hparams;
+    Dims {
+        n_layers: h.n_layers,
+        n_embd: h.n_embd,
+        n_heads: h.n_heads,
+        n_kv_heads: h.n_kv_heads,
+        head_dim: h.head_dim,
+        n_ff: model.n_ff(),
+        n_experts: h.n_experts,
+        n_experts_used: h.n_experts_used,
+        n_ff_expert: h.n_ff_expert,
+        n_vocab: model.n_vocab,
+        max_batch: options.max_batch.min(options.n_ctx),
+        max_outputs: options.outputs.min(options.max_batch),
+        n_ctx: options.n_ctx,
+        kv_type: options.kv_type,
+        rope,
+    }
+}
+
+fn streams_experts(model: &Model, streamed: &dyn Fn(usize) -> bool) -> bool {
+    model.units.iter().enumerate().any(|(i, u)| streamed(i) && matches!(u.kind, UnitKind::Expert { .. }))
+}
+
+/// A ring's schedule: streamed units in pass order, a hole where experts are streamed.
+pub(super) fn schedule(model: &Model, streamed: &dyn Fn(usize) -> bool) -> Vec<Step> {
+    let holes = streams_experts(model, streamed);
+    let mut steps = Vec::new();
+    for u in model.pass_order() {
+        if streamed(u) {
+            steps.push(Step::Unit(u));
+        }
+        if holes && matches!(model.units[u].kind, UnitKind::Block(_)) {
+            steps.push(Step::Hole);
+        }
+    }
+    steps
+}
+
+/// Bytes that a one-token pass reads, by tier. Experts count by the share that is used.
+fn links(model: &Model, plan: &Plan, on_device: bool) -> Links {
+    let h = &model.hparams;
+    let bytes = |wanted: &dyn Fn(Home) -> bool| {
+        let of = model.units.iter().zip(&plan.homes).filter(|(_, home)| wanted(**home));
+        of.map(|(u, _)| match u.kind {
+            UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
+            _ => u.bytes() as f64,
+        })
+        .sum::<f64>() as u64
+    };
+    Links {
+        on_device,
+        bytes_per_pass: bytes(&|_| true),
+        gpu_bytes_per_pass: if on_device { bytes(&|home| home != Home::A) } else { 0 },
+        nvme_bytes_per_pass: bytes(&|home| home == Home::C),
+        ..Links::default()
+    }
+}
+
+/// Reads a small F32 tensor.
+fn read_f32(reader: &mut dyn Reader, t: &TensorInfo) -> Result<Vec<f32>, EngineError> {
+    let l = tensor_layout(t, reader);
+    let mut arena = Arena::new(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+    let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+    load(reader, &[(&l, region, &t.name)], &mut |_| ()).map_err(stream_error)?;
+    let at = l.span_offsets[0] as usize;
+    let n = t.bytes as usize / 4;
+    // SAFETY: the tensor's bytes were read to `at` of the region, which is complete and ours.
+    let bytes = unsafe { std::slice::from_raw_parts(region.addr.add(at), n * 4) };
+    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+}

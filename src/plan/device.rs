@@ -1,0 +1,268 @@
+//! Placement for a backend with memory of its own: homes A, B and C.
+
+use super::place::{BUFFERS_DEFAULT, BUFFERS_MIN, Home, Limits, Plan, PlanError, Tiers, UnitSize, spread};
+
+/// Staging slots that loading tier A takes where nothing streams from storage.
+const LOADING_SLOTS: usize = 2;
+
+/// Places the units where `vram` bytes of device memory are for weights: resident ones and slots.
+pub(super) fn place(units: &[UnitSize], limits: &Limits, vram: u64) -> Result<Plan, PlanError> {
+    let mut homes = vec![Home::C; units.len()];
+    let device_slots = match limits.tiers {
+        Some(t) => by_count(units, limits, vram, t, &mut homes)?,
+        None => by_room(units, limits, vram, &mut homes)?,
+    };
+    finish(units, limits, homes, device_slots)
+}
+
+/// Number of device slots that hold any unit `streamed`, and the room that they leave.
+fn device_slots(
+    units: &[UnitSize],
+    limits: &Limits,
+    vram: u64,
+    streamed: impl Fn(&UnitSize) -> bool,
+) -> Result<(usize, u64), PlanError> {
+    let slot_bytes = units.iter().filter(|u| streamed(u)).map(|u| u.slot_bytes).max().unwrap_or(0);
+    let needed = |n: usize| n as u64 * slot_bytes;
+    let n = match limits.n_buffers {
+        Some(n) => n,
+        None if needed(BUFFERS_DEFAULT) <= vram / 2 => BUFFERS_DEFAULT,
+        None => BUFFERS_MIN,
+    };
+    match vram.checked_sub(needed(n)) {
+        Some(room) => Ok((n, room)),
+        None => Err(PlanError::DeviceSlotsTooLarge { vram, slot_bytes, n_buffers: n }),
+    }
+}
+
+fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -> Result<usize, PlanError> {
+    if units.iter().map(|u| u.slot_bytes).sum::<u64>() <= vram {
+        homes.fill(Home::A);
+        return Ok(0);
+    }
+    let (n, room) = device_slots(units, limits, vram, |_| true)?;
+    // The head is read whole on every pass; every token uses the shared units, and only some experts.
+    let room = spread(units, homes, Home::A, room, |u| u.block.is_none());
+    let room = spread(units, homes, Home::A, room, |u| u.block.is_some() && !u.routed);
+    spread(units, homes, Home::A, room, |u| u.routed);
+    fill_ram(units, limits, homes)?;
+    Ok(n)
+}
+
+/// Bytes of the staging slots that `homes` want, and their number.
+fn staging(units: &[UnitSize], limits: &Limits, homes: &[Home], from_storage: bool) -> (usize, u64) {
+    let read = |home: &Home| *home == Home::A || from_storage && *home == Home::C;
+    let slot = units.iter().zip(homes).filter(|(_, h)| read(h)).map(|(u, _)| u.slot_bytes).max().unwrap_or(0);
+    let n = match limits.n_buffers {
+        _ if slot == 0 => 0,
+        _ if !from_storage => LOADING_SLOTS,
+        Some(n) => n,
+        None if limits.reserved + BUFFERS_DEFAULT as u64 * slot <= limits.ram / 2 => BUFFERS_DEFAULT,
+        None => BUFFERS_MIN,
+    };
+    (n, slot)
+}
+
+/// Gives what is not in A a home in RAM, as far as it goes.
+fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<(), PlanError> {
+    let rest: u64 = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::C).map(|(u, _)| u.slot_bytes).sum();
+    let (n, slot) = staging(units, limits, homes, false);
+    let needed = rest + limits.reserved + n as u64 * slot;
+    if needed <= limits.ram {
+        homes.iter_mut().filter(|h| **h == Home::C).for_each(|h| *h = Home::B);
+        return Ok(());
+    }
+    if !limits.storage {
+        return Err(PlanError::NoStorage { needed, ram: limits.ram });
+    }
+    let (n, slot) = staging(units, limits, homes, true);
+    let room = limits.ram.checked_sub(limits.reserved + n as u64 * slot).ok_or(PlanError::SlotsTooLarge {
+        ram: limits.ram,
+        slot_bytes: slot,
+        n_buffers: n,
+        reserved: limits.reserved,
+        needed: limits.reserved + n as u64 * slot,
+    })?;
+    let outside: Vec<bool> = homes.iter().map(|h| *h == Home::C).collect();
+    let left = spread_where(units, homes, &outside, room, |u| !u.routed);
+    spread_where(units, homes, &outside, left, |u| u.routed);
+    Ok(())
+}
+
+/// [`spread`] in RAM over those units alone that `outside` marks.
+fn spread_where(
+    units: &[UnitSize],
+    homes: &mut [Home],
+    outside: &[bool],
+    room: u64,
+    wanted: impl Fn(&UnitSize) -> bool,
+) -> u64 {
+    let at: Vec<usize> = (0..units.len()).filter(|&i| outside[i]).collect();
+    let some: Vec<UnitSize> = at.iter().map(|&i| units[i]).collect();
+    let mut some_homes: Vec<Home> = at.iter().map(|&i| homes[i]).collect();
+    let left = spread(&some, &mut some_homes, Home::B, room, wanted);
+    at.iter().zip(some_homes).for_each(|(&i, h)| homes[i] = h);
+    left
+}
+
+fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mut [Home]) -> Result<usize, PlanError> {
+    let blocks = units.iter().filter_map(|u| u.block).max().map_or(0, |b| b + 1);
+    let Tiers { a, b, c } = t;
+    if a + b + c != blocks {
+        return Err(PlanError::TiersMiscounted { a, b, c, blocks });
+    }
+    let of_block = deal(t, limits.stacked);
+    for (u, home) in units.iter().zip(&mut *homes) {
+        if let Some(block) = u.block {
+            *home = of_block[block];
+        }
+    }
+    let bytes = |homes: &[Home], home| {
+        let of = units.iter().zip(homes).filter(|(u, h)| u.block.is_some() && **h == home);
+        of.map(|(u, _)| u.slot_bytes).sum::<u64>()
+    };
+    let head: u64 = units.iter().filter(|u| u.block.is_none()).map(|u| u.slot_bytes).sum();
+    let streams = |u: &UnitSize| u.block.is_some_and(|i| of_block[i] != Home::A);
+    let too_large = |needed| PlanError::TiersTooLargeForVram { a, b, c, needed, vram };
+    let (mut n, mut room) = device_slots(units, limits, vram, streams)?;
+    let in_a = bytes(homes, Home::A);
+    room = room.checked_sub(in_a).ok_or_else(|| too_large(in_a + vram - room))?;
+    let set_head = |homes: &mut [Home], home| {
+        units.iter().zip(homes).filter(|(u, _)| u.block.is_none()).for_each(|(_, h)| *h = home);
+    };
+    if head <= room {
+        set_head(homes, Home::A);
+    } else {
+        // The head's slices stream too.
+        (n, room) = device_slots(units, limits, vram, |u| u.block.is_none() || streams(u))?;
+        room = room.checked_sub(in_a).ok_or_else(|| too_large(in_a + vram - room))?;
+        spread(units, homes, Home::A, room, |u| u.block.is_none());
+        let (slots, slot) = staging(units, limits, homes, c > 0);
+        let taken = limits.reserved + slots as u64 * slot + bytes(homes, Home::B);
+        let left: Vec<bool> = units.iter().zip(&*homes).map(|(u, h)| u.block.is_none() && *h == Home::C).collect();
+        spread_where(units, homes, &left, limits.ram.saturating_sub(taken), |_| true);
+    }
+    if c > 0 && !limits.storage {
+        return Err(PlanError::NoStorage { needed: units.iter().map(|u| u.slot_bytes).sum(), ram: limits.ram });
+    }
+    Ok(n)
+}
+
+/// The home of each block: interleaved over the depth in proportion, or one tier after the other.
+fn deal(t: Tiers, stacked: bool) -> Vec<Home> {
+    let counts = [(Home::A, t.a), (Home::B, t.b), (Home::C, t.c)];
+    if stacked {
+        return counts.iter().flat_map(|&(h, n)| std::iter::repeat_n(h, n)).collect();
+    }
+    let blocks = t.a + t.b + t.c;
+    let mut dealt = [0; 3];
+    let mut homes = Vec::with_capacity(blocks);
+    for i in 1..=blocks {
+        // The tier that is furthest behind its share of the first `i` blocks.
+        let behind = |k: usize| (i * counts[k].1) as i64 - (dealt[k] * blocks) as i64;
+        let k = (0..3).filter(|&k| dealt[k] < counts[k].1).max_by_key(|&k| (behind(k), 2 - k)).unwrap_or(0);
+        dealt[k] += 1;
+        homes.push(counts[k].0);
+    }
+    homes
+}
+
+fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, n_device: usize) -> Result<Plan, PlanError> {
+    let of = |home: Home| units.iter().zip(&homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes);
+    let device_slot_bytes = of(Home::B).chain(of(Home::C)).max().unwrap_or(0);
+    let device_slots = if device_slot_bytes == 0 { 0 } else { n_device };
+    let (n_slots, slot_bytes) = staging(units, limits, &homes, homes.contains(&Home::C));
+    let mut ram_bytes = of(Home::B).sum::<u64>() + n_slots as u64 * slot_bytes + limits.reserved;
+    if ram_bytes > limits.ram {
+        let Tiers { a, b, c } = limits.tiers.unwrap_or(Tiers { a: 0, b: 0, c: 0 });
+        return Err(PlanError::TiersTooLarge { a, b, c, needed: ram_bytes, ram: limits.ram });
+    }
+    let fits = |e: &u64| !homes.contains(&Home::C) && ram_bytes + e <= limits.ram;
+    let embedding = limits.embedding.filter(fits);
+    ram_bytes += embedding.unwrap_or(0);
+    let vram_bytes = of(Home::A).sum::<u64>() + device_slots as u64 * device_slot_bytes;
+    Ok(Plan {
+        n_slots,
+        slot_bytes,
+        embedding_resident: embedding.is_some(),
+        ram_bytes,
+        device_slots,
+        device_slot_bytes,
+        vram_bytes,
+        homes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::place::place;
+    use super::*;
+
+    fn model(blocks: usize, slices: usize) -> Vec<UnitSize> {
+        let block = |i| UnitSize { slot_bytes: 100, block: Some(i), routed: false };
+        let slice = UnitSize { slot_bytes: 50, block: None, routed: false };
+        (0..blocks).map(block).chain((0..slices).map(|_| slice)).collect()
+    }
+
+    fn limits(vram: u64, ram: u64) -> Limits {
+        Limits {
+            ram,
+            vram: Some(vram),
+            n_buffers: None,
+            tiers: None,
+            stacked: false,
+            storage: true,
+            reserved: 0,
+            embedding: None,
+        }
+    }
+
+    fn count(p: &Plan, home: Home) -> usize {
+        p.homes.iter().filter(|&&h| h == home).count()
+    }
+
+    #[test]
+    fn a_model_that_fits_vram_has_no_slots_there() {
+        let p = place(&model(4, 2), &limits(500, 1000)).unwrap();
+        assert_eq!((p.device_slots, p.vram_bytes, p.n_slots, p.ram_bytes), (0, 500, 2, 200));
+        assert!(p.homes.iter().all(|&h| h == Home::A));
+    }
+
+    #[test]
+    fn three_tiers_within_both_budgets() {
+        let p = place(&model(30, 2), &limits(1000, 1000)).unwrap();
+        // 3 slots of 100 and the head leave 600 for A; 3 staging slots leave 700 for B.
+        assert_eq!([Home::A, Home::B, Home::C].map(|h| count(&p, h)), [8, 7, 17]);
+        assert!(p.vram_bytes <= 1000 && p.ram_bytes <= 1000);
+        assert!(p.homes[30..].iter().all(|&h| h == Home::A));
+        let c: Vec<usize> = (0..30).filter(|&i| p.homes[i] == Home::C).collect();
+        assert!(c.windows(2).all(|w| w[1] - w[0] <= 4), "{c:?}");
+    }
+
+    #[test]
+    fn counts_are_dealt_over_the_depth_or_stacked() {
+        let t = Tiers { a: 20, b: 30, c: 30 };
+        let l = Limits { tiers: Some(t), ..limits(1 << 20, 1 << 20) };
+        let p = place(&model(80, 0), &l).unwrap();
+        assert_eq!([Home::A, Home::B, Home::C].map(|h| count(&p, h)), [20, 30, 30]);
+        for window in p.homes.windows(8) {
+            assert!([Home::A, Home::B, Home::C].iter().all(|h| window.contains(h)), "{window:?}");
+        }
+        let p = place(&model(80, 0), &Limits { stacked: true, ..l }).unwrap();
+        assert!(p.homes[..20].iter().all(|&h| h == Home::A) && p.homes[50..].iter().all(|&h| h == Home::C));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_numbers() {
+        let l = limits(150, 10_000);
+        assert!(matches!(place(&model(9, 0), &l), Err(PlanError::DeviceSlotsTooLarge { slot_bytes: 100, .. })));
+        let t = Limits { tiers: Some(Tiers { a: 9, b: 1, c: 0 }), ..limits(1000, 10_000) };
+        assert!(matches!(place(&model(10, 0), &t), Err(PlanError::TiersTooLargeForVram { .. })));
+        let t = Limits { tiers: Some(Tiers { a: 1, b: 9, c: 0 }), ..limits(1000, 500) };
+        assert!(matches!(place(&model(10, 0), &t), Err(PlanError::TiersTooLarge { .. })));
+        let t = Limits { tiers: Some(Tiers { a: 1, b: 1, c: 1 }), ..limits(1000, 500) };
+        assert!(matches!(place(&model(10, 0), &t), Err(PlanError::TiersMiscounted { .. })));
+        let n = Limits { storage: false, ..limits(500, 500) };
+        assert!(matches!(place(&model(30, 0), &n), Err(PlanError::NoStorage { .. })));
+    }
+}

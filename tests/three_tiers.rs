@@ -1,0 +1,355 @@
+//! The ring to a device with memory of its own, without one: processors compute from a second
+//! memory, into which a thread copies late and in order. The same bits for every placement.
+
+mod common;
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use common::tiny;
+use nt::backend::cpu::CpuBackend;
+use nt::backend::{
+    Backend, BackendError, BackendKind, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Linear, MemoryUse, Norm,
+    Pinned, RouterParams, Weight,
+};
+use nt::engine::{EngineError, Opened, Options, Session};
+use nt::gguf::TensorType;
+use nt::model::Outputs;
+use nt::plan::Tiers;
+use nt::storage::ReaderKind;
+
+/// Bytes of the memory that does not exist.
+const TOTAL: u64 = 8 << 20;
+
+#[derive(Default)]
+struct Memory {
+    used: Arc<Mutex<u64>>,
+    /// Bytes that someone else takes after the plan was made.
+    taken: u64,
+    /// Uploads that fail, counted down; 0 is none.
+    fail_at: Arc<Mutex<u64>>,
+}
+
+struct Owned {
+    _bytes: Vec<u64>,
+    used: Arc<Mutex<u64>>,
+    n: u64,
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        *self.used.lock().unwrap() -= self.n;
+    }
+}
+
+impl DeviceMemory for Memory {
+    fn describe(&self) -> String {
+        "a second memory".into()
+    }
+
+    fn memory(&self) -> Result<MemoryUse, BackendError> {
+        let used = *self.used.lock().unwrap();
+        Ok(MemoryUse { used, free: TOTAL - used })
+    }
+
+    fn alloc(&self, bytes: u64, what: &'static str) -> Result<DeviceAlloc, BackendError> {
+        let mut used = self.used.lock().unwrap();
+        if *used + bytes + self.taken > TOTAL {
+            return Err(BackendError::OutOfMemory { backend: "second", what, bytes });
+        }
+        *used += bytes;
+        let words = vec![0x7fc0_dead_7fc0_dead_u64; bytes as usize / 8 + 64];
+        let addr = (words.as_ptr() as u64).next_multiple_of(256);
+        Ok(DeviceAlloc::new(addr, bytes, Owned { _bytes: words, used: self.used.clone(), n: bytes }))
+    }
+
+    unsafe fn pin(&self, _addr: *mut u8, _len: usize) -> Result<Pinned, BackendError> {
+        Ok(Pinned::new(()))
+    }
+
+    fn copy_engine(&self, slots: usize) -> Result<Arc<dyn CopyEngine>, BackendError> {
+        let (orders, queue) = channel::<(usize, usize, usize, usize)>();
+        let state = Arc::new((Mutex::new(State { copied: vec![true; slots], held: HashSet::new() }), Condvar::new()));
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for (i, (slot, src, dst, n)) in queue.into_iter().enumerate() {
+                std::thread::sleep(Duration::from_micros([0, 300, 20, 900][i * 7 % 4]));
+                // SAFETY: by the contract of `upload` both ranges stay until the copy is waited for.
+                unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, n) };
+                shared.0.lock().unwrap().copied[slot] = true;
+                shared.1.notify_all();
+            }
+        });
+        Ok(Arc::new(Late { orders: Mutex::new(orders), state, fail_at: self.fail_at.clone() }))
+    }
+
+    fn memory_rate(&self) -> Result<Option<f64>, BackendError> {
+        Ok(None)
+    }
+}
+
+struct State {
+    copied: Vec<bool>,
+    held: HashSet<usize>,
+}
+
+/// Copies on a thread of its own, some time after they were asked for.
+struct Late {
+    orders: Mutex<Sender<(usize, usize, usize, usize)>>,
+    state: Arc<(Mutex<State>, Condvar)>,
+    fail_at: Arc<Mutex<u64>>,
+}
+
+impl CopyEngine for Late {
+    unsafe fn upload(&self, slot: usize, src: *const u8, dst: u64, bytes: usize) -> Result<(), BackendError> {
+        let mut fail = self.fail_at.lock().unwrap();
+        if *fail > 0 {
+            *fail -= 1;
+            if *fail == 0 {
+                return Err(BackendError::Device { backend: "second", what: "the copy engine is gone".into() });
+            }
+        }
+        let mut state = self.state.0.lock().unwrap();
+        assert!(!state.held.contains(&slot), "an upload into slot {slot}, which is computed from");
+        state.copied[slot] = false;
+        self.orders.lock().unwrap().send((slot, src as usize, dst as usize, bytes)).unwrap();
+        Ok(())
+    }
+
+    fn wait_copied(&self, slot: usize) -> Result<Option<f64>, BackendError> {
+        let mut state = self.state.0.lock().unwrap();
+        while !state.copied[slot] {
+            state = self.state.1.wait(state).unwrap();
+        }
+        Ok(Some(1e-6))
+    }
+
+    fn acquire(&self, slot: usize) -> Result<(), BackendError> {
+        self.wait_copied(slot)?;
+        assert!(self.state.0.lock().unwrap().held.insert(slot));
+        Ok(())
+    }
+
+    fn release(&self, slot: usize) -> Result<(), BackendError> {
+        assert!(self.state.0.lock().unwrap().held.remove(&slot));
+        Ok(())
+    }
+
+    fn settle(&self) -> Result<(), BackendError> {
+        let n = self.state.0.lock().unwrap().copied.len();
+        (0..n).try_for_each(|slot| self.wait_copied(slot).map(|_| ()))?;
+        self.state.0.lock().unwrap().held.clear();
+        Ok(())
+    }
+}
+
+/// Processors that compute from the second memory.
+struct Detached {
+    cpu: CpuBackend,
+    memory: Arc<Memory>,
+}
+
+impl Backend for Detached {
+    fn name(&self) -> &'static str {
+        "second"
+    }
+    fn supports(&self, ty: TensorType) -> bool {
+        self.cpu.supports(ty)
+    }
+    fn device(&self) -> Option<Arc<dyn DeviceMemory>> {
+        Some(self.memory.clone())
+    }
+    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
+        self.cpu.begin(first_pos, n_tokens)
+    }
+    fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        self.cpu.embed(rows, ty)
+    }
+    fn qkv(
+        &mut self,
+        layer: usize,
+        norm: &Norm,
+        q: &Linear,
+        k: &Linear,
+        v: &Linear,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
+    ) -> Result<(), BackendError> {
+        self.cpu.qkv(layer, norm, q, k, v, q_norm, k_norm)
+    }
+    fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
+        self.cpu.attend(layer)
+    }
+    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
+        self.cpu.keep(first, n)
+    }
+    fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
+        self.cpu.attn_output(w)
+    }
+    fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        self.cpu.ffn(norm, gate, up, down)
+    }
+    fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
+        self.cpu.route(norm, router, params)
+    }
+    fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
+        self.cpu.expert(e)
+    }
+    fn combine_experts(&mut self) -> Result<(), BackendError> {
+        self.cpu.combine_experts()
+    }
+    fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
+        self.cpu.output_norm(norm)
+    }
+    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
+        self.cpu.head(w, first_row)
+    }
+    fn logits(&mut self) -> Result<&[f32], BackendError> {
+        self.cpu.logits()
+    }
+    fn truncate(&mut self, n: usize) {
+        self.cpu.truncate(n);
+    }
+    fn workspace_bytes(&self) -> u64 {
+        self.cpu.workspace_bytes()
+    }
+}
+
+fn options() -> Options {
+    Options {
+        backend: BackendKind::Cpu,
+        vram: None,
+        threads: 2,
+        ram: Some(64 << 20),
+        storage: true,
+        copy: None,
+        reader: ReaderKind::Auto,
+        kv_type: TensorType::F32,
+        n_buffers: None,
+        tiers: None,
+        stacked: false,
+        n_ctx: 64,
+        max_batch: 16,
+        outputs: 16,
+        timeline: false,
+    }
+}
+
+fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Session, EngineError> {
+    let memory = memory.clone();
+    let open = move |dims: &Dims| -> Result<(Box<dyn Backend>, Option<String>), BackendError> {
+        let cpu = CpuBackend::new(dims.clone(), 2)?;
+        Ok((Box::new(Detached { cpu, memory: memory.clone() }), None))
+    };
+    Session::with_backend(opened, options, &open, &mut |_, _| ())
+}
+
+/// Logits of a prompt and of some tokens after it.
+fn logits(session: &mut Session) -> Result<Vec<f32>, EngineError> {
+    session.truncate(0);
+    let tokens: Vec<u32> = (0..12).map(|i| i * 37 % 258).collect();
+    session.eval(&tokens, Outputs::All, &|| false)?;
+    let mut all = session.logits()?.to_vec();
+    for t in [3, 99, 200, 17, 5] {
+        session.eval(&[t], Outputs::Last, &|| false)?;
+        all.extend_from_slice(session.logits()?);
+    }
+    Ok(all)
+}
+
+fn placements() -> Vec<Options> {
+    let tiers = |a, b, c, n: usize| Options { tiers: Some(Tiers { a, b, c }), n_buffers: Some(n), ..options() };
+    let mut all = vec![options()];
+    for n in 2..=6 {
+        all.extend([tiers(0, 6, 0, n), tiers(0, 0, 6, n), tiers(2, 2, 2, n), tiers(1, 0, 5, n), tiers(3, 3, 0, n)]);
+    }
+    all.push(Options { stacked: true, ..tiers(2, 2, 2, 3) });
+    all.push(Options { vram: Some(1 << 20), ram: Some(1200 << 10), ..options() });
+    all.push(Options { vram: Some(700 << 10), ram: Some(64 << 20), ..options() });
+    all.push(Options { reader: ReaderKind::Pread, ..tiers(1, 2, 3, 3) });
+    all
+}
+
+fn same_bits(path: &Path) {
+    let opened = Opened::open(path).unwrap();
+    let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
+    for o in placements() {
+        let memory = Arc::new(Memory::default());
+        let what = format!("{:?} {:?} {:?} {:?}", o.tiers, o.n_buffers, o.vram, o.ram);
+        let (vram, ram) = (o.vram, o.ram);
+        let mut session = start(&opened, o, &memory).unwrap_or_else(|e| panic!("{what}: {e}"));
+        for _ in 0..2 {
+            assert!(logits(&mut session).unwrap() == want, "{what}");
+        }
+        assert!(vram.is_none_or(|v| *memory.used.lock().unwrap() <= v), "{what}");
+        assert!(ram.is_some());
+        drop(session);
+        assert_eq!(*memory.used.lock().unwrap(), 0, "{what}");
+    }
+}
+
+#[test]
+fn dense() {
+    let d = tempfile::tempdir().unwrap();
+    same_bits(&tiny(6).write(d.path(), "m.gguf"));
+}
+
+#[test]
+fn experts() {
+    let d = tempfile::tempdir().unwrap();
+    same_bits(&common::tiny_moe(6).write(d.path(), "moe.gguf"));
+}
+
+#[test]
+fn a_pass_that_is_given_up_leaves_a_session_that_goes_on() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::tiny_moe(6).write(d.path(), "m.gguf")).unwrap();
+    let memory = Arc::new(Memory::default());
+    let o = Options { tiers: Some(Tiers { a: 1, b: 2, c: 3 }), ..options() };
+    let mut session = start(&opened, o, &memory).unwrap();
+    let want = logits(&mut session).unwrap();
+    for after in 0..6 {
+        let asked = std::cell::Cell::new(0);
+        let stop = || asked.replace(asked.get() + 1) >= after;
+        session.truncate(0);
+        assert!(session.eval(&[1, 2, 3], Outputs::Last, &stop).is_err());
+        assert!(logits(&mut session).unwrap() == want, "after {after}");
+    }
+}
+
+#[test]
+fn a_copy_that_fails_is_an_error_and_everything_is_released() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&tiny(6).write(d.path(), "m.gguf")).unwrap();
+    let memory = Arc::new(Memory::default());
+    let o = Options { tiers: Some(Tiers { a: 1, b: 2, c: 3 }), ..options() };
+    let mut session = start(&opened, o, &memory).unwrap();
+    let want = logits(&mut session).unwrap();
+    for n in 1..5 {
+        *memory.fail_at.lock().unwrap() = n;
+        let e = logits(&mut session).unwrap_err().to_string();
+        assert!(e.contains("the copy engine is gone"), "{e}");
+        assert!(logits(&mut session).unwrap() == want, "{n}");
+    }
+    drop(session);
+    assert_eq!(*memory.used.lock().unwrap(), 0);
+}
+
+#[test]
+fn memory_that_is_refused_shrinks_tier_a() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&tiny(6).write(d.path(), "m.gguf")).unwrap();
+    let memory = Arc::new(Memory { taken: TOTAL - (700 << 10), ..Memory::default() });
+    let mut session = start(&opened, options(), &memory).unwrap();
+    assert!(session.notes().iter().any(|n| n.contains("was refused")), "{:?}", session.notes());
+    assert!(session.homes().contains(&nt::plan::Home::A) && session.homes().contains(&nt::plan::Home::B));
+    let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
+    assert!(logits(&mut session).unwrap() == want);
+
+    let o = Options { vram: Some(100 << 10), ..options() };
+    let e = start(&opened, o, &memory).err().unwrap().to_string();
+    assert!(e.contains("VRAM is too small"), "{e}");
+}
