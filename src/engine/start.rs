@@ -281,8 +281,9 @@ fn weight_paths(gguf: &Gguf, copy: Option<&Path>) -> Result<Vec<PathBuf>, Engine
                 )));
             }
         };
-        let len = std::fs::metadata(&path).map_err(|e| EngineError::Copy(format!("{}: {e}", path.display())))?.len();
-        if len != shard.len {
+        let (len, is_device) = length(&path).map_err(|e| EngineError::Copy(format!("{}: {e}", path.display())))?;
+        // A device has whole sectors.
+        if len < shard.len || !is_device && len != shard.len {
             return Err(EngineError::Copy(format!(
                 "{} has {len} bytes, but {} has {}; it is no copy",
                 path.display(),
@@ -293,6 +294,14 @@ fn weight_paths(gguf: &Gguf, copy: Option<&Path>) -> Result<Vec<PathBuf>, Engine
         paths.push(path);
     }
     Ok(paths)
+}
+
+/// Bytes of a file or block device, and whether it is the latter.
+fn length(path: &Path) -> std::io::Result<(u64, bool)> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let mut file = std::fs::File::open(path)?;
+    let is_device = file.metadata()?.file_type().is_block_device();
+    Ok((std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?, is_device))
 }
 
 fn layout(unit: &UnitSpec, reader: &dyn Reader) -> UnitLayout {
