@@ -1,5 +1,6 @@
 //! What the links of this machine can carry, measured at the end of a benchmark.
 
+use std::sync::Barrier;
 use std::time::Instant;
 
 use super::session::stream_error;
@@ -7,13 +8,14 @@ use super::start::schedule;
 use super::{EngineError, Session};
 use crate::backend::CopyEngine;
 use crate::memory::Region;
-use crate::pipeline::{Direct, EventKind, Step};
+use crate::pipeline::{Direct, Step};
 use crate::plan::Home;
 
 /// Bytes that the storage probe reads at least.
 const STORAGE_PROBE_BYTES: u64 = 1 << 30;
-/// Bytes that the memory probe reads: more than caches hold.
-const MEMORY_PROBE_BYTES: usize = 96 << 20;
+/// Bytes that the memory probe reads in a round: more than caches hold.
+const MEMORY_PROBE_BYTES: usize = 512 << 20;
+const MEMORY_PROBE_ROUNDS: usize = 4;
 /// Bytes that the link's probe copies, and most of one copy.
 const LINK_PROBE_BYTES: u64 = 4 << 30;
 const LINK_COPY_BYTES: u64 = 256 << 20;
@@ -52,7 +54,7 @@ impl Session {
                     Step::Hole => streamer.demand(&[]),
                     Step::Unit(u) => {
                         let staged = streamer.acquire(*u).map_err(stream_error)?;
-                        streamer.release(staged.slot, EventKind::Compute);
+                        streamer.release(staged.slot);
                     }
                 }
             }
@@ -76,9 +78,11 @@ fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) ->
     let bytes = LINK_COPY_BYTES.min(slot_bytes).min(from.len as u64);
     let (mut copied, mut seconds) = (0, 0.0);
     while copied < LINK_PROBE_BYTES {
+        // All of the arena in turn: not all memory is equally near.
+        let at = copied % (from.len as u64 - bytes + 1);
         // SAFETY: the source is part of the arena, which nothing frees meanwhile; the slot is no
         // longer computed from.
-        unsafe { engine.upload(0, from.addr, to, bytes as usize)? };
+        unsafe { engine.upload(0, from.addr.add(at as usize), to, bytes as usize)? };
         match engine.wait_copied(0)? {
             Some(s) => seconds += s,
             None => return Ok(None),
@@ -88,18 +92,39 @@ fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) ->
     Ok(Some(copied as f64 / seconds))
 }
 
-/// Bytes a second that `threads` threads read from memory together.
+/// Bytes a second that `threads` threads read from memory together, each from a part of its own.
 fn memory_rate(threads: usize) -> f64 {
+    let threads = threads.max(1);
     let data = vec![1u64; MEMORY_PROBE_BYTES / 8];
+    let start = Barrier::new(threads + 1);
+    let end = Barrier::new(threads + 1);
     let mut best = 0.0f64;
-    for _ in 0..3 {
-        let began = Instant::now();
-        std::thread::scope(|s| {
-            for part in data.chunks(data.len().div_ceil(threads.max(1))) {
-                s.spawn(move || std::hint::black_box(part.iter().fold(0u64, |a, b| a.wrapping_add(*b))));
-            }
-        });
-        best = best.max(MEMORY_PROBE_BYTES as f64 / began.elapsed().as_secs_f64());
-    }
+    std::thread::scope(|s| {
+        for part in data.chunks(data.len().div_ceil(threads)).chain(std::iter::repeat(&[][..])).take(threads) {
+            let (start, end) = (&start, &end);
+            s.spawn(move || {
+                for _ in 0..MEMORY_PROBE_ROUNDS {
+                    start.wait();
+                    std::hint::black_box(sum(part));
+                    end.wait();
+                }
+            });
+        }
+        for _ in 0..MEMORY_PROBE_ROUNDS {
+            let began = Instant::now();
+            start.wait();
+            end.wait();
+            best = best.max(MEMORY_PROBE_BYTES as f64 / began.elapsed().as_secs_f64());
+        }
+    });
     best
+}
+
+/// Sums in several chains, so that reading is what takes time.
+fn sum(words: &[u64]) -> u64 {
+    let mut sums = [0u64; 16];
+    for chunk in words.chunks_exact(16) {
+        sums.iter_mut().zip(chunk).for_each(|(s, w)| *s = s.wrapping_add(*w));
+    }
+    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
 }

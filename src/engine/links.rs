@@ -27,6 +27,8 @@ pub struct Links {
     pub bytes_per_pass: u64,
     /// Of those, over the link to the device.
     pub gpu_bytes_per_pass: u64,
+    /// Whether reads from storage are copies by processors ([`crate::storage::Reader::copies`]).
+    pub storage_copies: bool,
     /// Of all, from storage.
     pub nvme_bytes_per_pass: u64,
     /// Measured ceiling of storage reads.
@@ -70,7 +72,7 @@ impl Links {
 
     /// Tokens a second of one-token passes that the measured ceilings allow, and what binds:
     /// `T = max((A + B + C) / v, (B + C) / g, (B + 2C) / d, C / n)`, with the time of computing where it
-    /// was measured. Without a device there are no `v` and `g`.
+    /// was measured. Without a device there are no `v` and `g`; where reads are copies, `2C` is `4C`.
     pub fn roofline(&self) -> Option<(f64, &'static str)> {
         let (all, c) = (self.bytes_per_pass as f64, self.nvme_bytes_per_pass as f64);
         let mut bounds = Vec::new();
@@ -87,7 +89,8 @@ impl Links {
         }
         bounds.extend(self.vram_ceiling.map(|v| (all / v, "vram")));
         let through_ram = if self.on_device { streamed } else { all };
-        bounds.extend(self.ram_ceiling.map(|d| ((through_ram + c) / d, "ram")));
+        let reads = if self.storage_copies { 3.0 * c } else { c };
+        bounds.extend(self.ram_ceiling.map(|d| ((through_ram + reads) / d, "ram")));
         bounds.extend(self.compute_ceiling.map(|r| (all / r, "flops")));
         let (seconds, name) = bounds.into_iter().max_by(|a, b| a.0.total_cmp(&b.0))?;
         (seconds > 0.0).then(|| (1.0 / seconds, name))

@@ -274,6 +274,7 @@ impl Session {
                 nvme_bytes_per_pass: l.nvme_bytes_per_pass,
                 gpu_bytes_per_pass: l.gpu_bytes_per_pass,
                 on_device: l.on_device,
+                storage_copies: l.storage_copies,
                 ..Links::default()
             };
         }

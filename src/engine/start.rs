@@ -78,6 +78,7 @@ impl Session {
         let resident = load_resident(&plan, &sizes, &places, &names, reader.as_mut(), progress)?;
         let ring = Ring { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
+        let links = Links { storage_copies: reader.copies(), ..links(&model, &plan, places.device.is_some()) };
         let (streamer, feed) = ring.start(&places, reader, paths.len())?;
 
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
@@ -92,7 +93,7 @@ impl Session {
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
         Ok(Session {
-            links: links(&model, &plan, places.device.is_some()),
+            links,
             weights: Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, streamer, traced),
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
             row_offsets: Vec::with_capacity(options.max_batch),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::model::WeightSource;
-use crate::pipeline::{Feed, Streamer, UnitLayout};
+use crate::pipeline::{EventKind, Feed, Streamer, UnitLayout};
 
 /// Resident and streamed units of a session.
 pub(super) struct Weights {
@@ -21,7 +21,7 @@ pub(super) struct Weights {
     streamed: Vec<usize>,
     /// Bytes of weights handed to compute.
     pub bytes: u64,
-    /// Keep the computing of resident units in the timeline.
+    /// Keep computing in the timeline.
     traced: bool,
     unit_bytes: Vec<u64>,
 }
@@ -82,12 +82,13 @@ impl WeightSource for Weights {
 
     fn release(&mut self, unit: usize) -> Result<(), String> {
         self.held = None;
-        match self.resident[unit] {
-            Some(_) if self.traced => self.streamer.trace_resident(unit, self.since),
-            Some(_) => {}
-            None => self.feed.release().map_err(|e| e.to_string())?,
+        if self.traced {
+            self.streamer.trace(EventKind::Compute, unit, 0, self.since, Instant::now());
         }
-        Ok(())
+        match self.resident[unit] {
+            Some(_) => Ok(()),
+            None => self.feed.release().map_err(|e| e.to_string()),
+        }
     }
 
     fn demand(&mut self, units: &mut [usize]) -> Result<(), String> {

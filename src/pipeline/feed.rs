@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::streamer::{StreamError, Streamer};
-use super::trace::EventKind;
 
 /// What the link to a device carried.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +64,7 @@ impl Feed for Direct {
 
     fn release(&mut self) -> Result<(), StreamError> {
         if let Some(slot) = self.held.take() {
-            self.streamer.release(slot, EventKind::Compute);
+            self.streamer.release(slot);
         }
         Ok(())
     }

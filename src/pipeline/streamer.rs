@@ -74,8 +74,6 @@ pub struct StreamStats {
 
 struct Shared {
     ring: Ring,
-    /// Unit in each acquired slot, and since when.
-    taken: Vec<(usize, Instant)>,
     interrupted: bool,
     rows: Option<Vec<Extent>>,
     rows_result: Option<Result<u64, ReadError>>,
@@ -129,7 +127,6 @@ impl Streamer {
         let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
         let shared = Shared {
             ring,
-            taken: vec![(0, Instant::now()); config.slots.len()],
             interrupted: false,
             rows: None,
             rows_result: None,
@@ -204,15 +201,12 @@ impl Streamer {
             shared.stats.stall += now - began;
             shared.trace.add(EventKind::Wait, unit, slot, began, now);
         }
-        shared.taken[slot] = (unit, now);
         Ok(Some(Staged { slot, addr: self.slots[slot].addr }))
     }
 
-    /// Gives a slot back, after the work `kind` was done with its unit.
-    pub fn release(&self, slot: usize, kind: EventKind) {
+    /// Gives a slot back.
+    pub fn release(&self, slot: usize) {
         let mut shared = self.signals.lock();
-        let (unit, since) = shared.taken[slot];
-        shared.trace.add(kind, unit, slot, since, Instant::now());
         shared.ring.release(slot);
         drop(shared);
         self.signals.wish.notify_one();
@@ -288,9 +282,9 @@ impl Streamer {
         self.signals.lock().stats
     }
 
-    /// Adds the computing of a resident unit to the trace.
-    pub fn trace_resident(&self, unit: usize, from: Instant) {
-        self.signals.lock().trace.add(EventKind::Compute, unit, 0, from, Instant::now());
+    /// Adds an event to the trace.
+    pub fn trace(&self, kind: EventKind, unit: usize, slot: usize, from: Instant, to: Instant) {
+        self.signals.lock().trace.add(kind, unit, slot, from, to);
     }
 
     /// Writes the trace (see [`Trace::write`]).
@@ -473,7 +467,7 @@ mod tests {
         // SAFETY: the unit is held, so its slot holds `UNIT` bytes that nobody writes.
         let got = unsafe { std::slice::from_raw_parts(at, UNIT as usize) };
         assert_eq!(got, &data[unit * UNIT as usize..][..UNIT as usize]);
-        s.release(slot, EventKind::Compute);
+        s.release(slot);
         Ok(())
     }
 

@@ -294,7 +294,12 @@ impl Worker {
         let Some(f) = self.flying.pop_front() else { return };
         let landed = self.engine.wait_copied(f.slot);
         if let Some(staged) = f.staged {
-            self.streamer.release(staged, EventKind::Copy);
+            self.streamer.release(staged);
+        }
+        if let Ok(Some(seconds)) = landed {
+            let now = Instant::now();
+            let began = now.checked_sub(Duration::from_secs_f64(seconds)).unwrap_or(now);
+            self.streamer.trace(EventKind::Copy, f.unit, f.slot, began, now);
         }
         let mut shared = self.signals.lock();
         match landed {

@@ -115,6 +115,12 @@ pub trait Reader: Send {
     /// Alignment of direct reads of `file`.
     fn alignment(&self, file: FileId) -> Alignment;
 
+    /// Whether reads are copies by processors, as from a memory file system: each byte then goes
+    /// through RAM twice more, to be read from there and for the line that is overwritten.
+    fn copies(&self) -> bool {
+        false
+    }
+
     /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside.
     ///
     /// # Safety

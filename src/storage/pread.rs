@@ -102,6 +102,10 @@ impl Reader for PreadReader {
         self.files[usize::from(file.0)].alignment
     }
 
+    fn copies(&self) -> bool {
+        self.files.iter().any(|f| f.copies)
+    }
+
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
         self.requests.add(request)?;
         self.issue();

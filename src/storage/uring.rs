@@ -158,6 +158,10 @@ impl Reader for UringReader {
         self.files[usize::from(file.0)].alignment
     }
 
+    fn copies(&self) -> bool {
+        self.files.iter().any(|f| f.copies)
+    }
+
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
         self.requests.add(request)?;
         self.enter(0, None)

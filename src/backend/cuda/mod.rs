@@ -273,6 +273,7 @@ impl Backend for CudaBackend {
         self.first_pos = first_pos;
         self.tokens = n_tokens;
         self.row0 = 0;
+        self.engine.many = false;
         Ok(())
     }
 
@@ -403,17 +404,15 @@ impl Backend for CudaBackend {
         let tokens_of = moe.lists.addr() + 4 * start as u64;
         let numbers_of = moe.lists.addr() + 4 * (pairs + start) as u64;
         let out = moe.out.addr();
-        let (norm_f, gathered_f) = (ws.norm_f.addr(), ws.rows.addr());
+        let norm_f = ws.norm_f.addr();
+        self.engine.many = self.tokens > GEMV_TOKENS;
         let linear = |w: &Weight| Linear { weight: *w, bias: None };
-        let (input, from) = if self.tokens <= GEMV_TOKENS {
+        let (input, from) = if !self.engine.many {
             // `route` left every row in both forms: the products pick theirs.
             let q = ws.input_q.addr();
             (Inputs { f: norm_f, q, h: 0 }, tokens_of)
         } else {
-            let mut to = self.engine.forms(&[e.gate.ty, e.up.ty], n);
-            if to.f != 0 {
-                to.f = gathered_f;
-            }
+            let to = self.engine.forms(&[e.gate.ty, e.up.ty], n);
             self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
             (to, 0)
         };
@@ -421,7 +420,9 @@ impl Backend for CudaBackend {
         let hidden = self.engine.hidden(&gate, &up, e.down.ty, n, input, from)?;
         let target = Target { stride: self.dims.n_embd, ..Target::new(&linear(&e.down), out) };
         let rows = Rows { from: 0, to: numbers_of };
-        self.engine.products(&[target], n, STORE, hidden, rows)
+        let done = self.engine.products(&[target], n, STORE, hidden, rows);
+        self.engine.many = false;
+        done
     }
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {

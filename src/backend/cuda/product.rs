@@ -119,6 +119,8 @@ pub(super) struct Engine {
     pub kernels: Kernels,
     pub ws: Workspace,
     occupancy: HashMap<(usize, usize, u32), u32>,
+    /// The pass has many tokens, though an operation may have few of them (see [`Engine::form`]).
+    pub many: bool,
 }
 
 /// Bytes of a step of 1024 weights and of the buffer it is staged in, as `kernels/blocks.cuh`.
@@ -137,7 +139,13 @@ fn ring_bytes(ty: TensorType) -> usize {
 
 impl Engine {
     pub fn new(device: Arc<Device>, stream: Arc<Stream>, kernels: Kernels, ws: Workspace) -> Engine {
-        Engine { device, stream, kernels, ws, occupancy: HashMap::with_capacity(256) }
+        Engine { device, stream, kernels, ws, occupancy: HashMap::with_capacity(256), many: false }
+    }
+
+    /// The form for weights of type `ty` and `tokens` rows. An expert's tokens take the form of their
+    /// pass, so that results do not depend on which expert other tokens chose.
+    pub fn form(&self, ty: TensorType, tokens: usize) -> Form {
+        form(ty, if self.many { tokens.max(GEMV_TOKENS + 1) } else { tokens })
     }
 
     /// Launches a kernel on the compute stream.
@@ -192,7 +200,7 @@ impl Engine {
     pub fn forms(&self, types: &[TensorType], tokens: usize) -> Inputs {
         let mut to = Inputs::default();
         for ty in types {
-            match form(*ty, tokens) {
+            match self.form(*ty, tokens) {
                 Form::Float => to.f = self.ws.norm_f.addr(),
                 Form::Quant => to.q = self.ws.input_q.addr(),
                 Form::Half => to.h = self.ws.halves.addr(),
@@ -207,7 +215,7 @@ impl Engine {
         let mut i = 0;
         while i < targets.len() {
             let ty = targets[i].weight.ty;
-            let n = match form(ty, tokens) {
+            let n = match self.form(ty, tokens) {
                 Form::Half => {
                     self.gemm(&targets[i], tokens, mode, input.h, rows.to)?;
                     1
@@ -241,14 +249,14 @@ impl Engine {
         let rows = Rows { from, to: 0 };
         let (gate_f, up_f) = (self.ws.gate.addr(), self.ws.up.addr());
         let mut out = Inputs::default();
-        match form(down, tokens) {
+        match self.form(down, tokens) {
             Form::Float => out.f = gate_f,
             Form::Quant => out.q = self.ws.hidden_q.addr(),
             Form::Half => out.h = self.ws.halves.addr(),
         }
         let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
         let ty = gate.weight.ty;
-        if ty == up.weight.ty && form(ty, tokens) == Form::Quant && (out.q == 0 || ff.is_multiple_of(32)) {
+        if ty == up.weight.ty && self.form(ty, tokens) == Form::Quant && (out.q == 0 || ff.is_multiple_of(32)) {
             let targets = targets.map(|t| Target { out: out.f, ..t });
             self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
         } else {
