@@ -291,9 +291,10 @@ struct BIQ4_XS {
 
 // Bytes of 1024 consecutive weights, and a buffer for them that allows for copies in whole
 // 16-byte lines from a start on any byte.
-template <class B>
+template <class B, int U = 1>
 struct Step {
-    static const int BYTES = 1024 / B::ELEMS * B::BYTES;
+    static const int PART = 1024 / B::ELEMS * B::BYTES;
+    static const int BYTES = U * PART;
     static const int BUF = (BYTES + 30) / 16 * 16;
 };
 
@@ -307,7 +308,7 @@ __device__ __forceinline__ int staged_at(const u8* src) {
 // buf + staged_at(src). Reads whole 16-byte lines: up to 15 bytes before and after the span, never
 // beyond the lines that hold its first and last byte. Blocks of whole lines in a file that does not
 // keep them on lines go word by word.
-template <class B>
+template <class B, int U = 1>
 __device__ __forceinline__ void stage(u8* buf, const u8* src, int len, int lane) {
     if (B::BYTES % 16 == 0 && ((size_t)src & 15) != 0) {
         for (int c = lane * 4; c < len; c += 128) cp_async4(buf + c, src + c);
@@ -318,6 +319,6 @@ __device__ __forceinline__ void stage(u8* buf, const u8* src, int len, int lane)
     buf += 16 * lane;
     first += 16 * lane;
 #pragma unroll
-    for (int i = 0; i < (Step<B>::BUF / 16 + 31) / 32; i++)
+    for (int i = 0; i < (Step<B, U>::BUF / 16 + 31) / 32; i++)
         if (lane + 32 * i < lines) cp_async16(buf + 512 * i, first + 512 * i);
 }

@@ -24,6 +24,9 @@ struct GemvArgs {
     const int* in_idx;
     const int* out_idx;
     XBlk* hidden_q;      // SWIGLU: tokens × rows / 32, or null
+    const float* raw;    // instead of x: tokens × cols floats, to be normed and quantised here
+    const float* norm;   // weight of that norm
+    float eps;
 };
 
 #define WARPS 8
@@ -129,17 +132,93 @@ __device__ __forceinline__ void quantise_group(const GemvArgs& a, const float (*
     }
 }
 
-template <class B, int NT, int STAGES>
+// RMS norm and quantisation of the input rows, by every block for itself: cheaper than a kernel of its
+// own, which would have to end before this one begins. Rows are read past L1, which may hold what lay
+// there before.
+__device__ __forceinline__ void norm_rows(const GemvArgs& a, XBlk* xs, int nb) {
+    __shared__ float part[WARPS];
+    const int tid = threadIdx.x, warp = tid >> 5;
+    for (int t = 0; t < a.tokens; t++) {
+        const float4* x = (const float4*)(a.raw + (size_t)t * a.cols);
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int i = tid; i < a.cols / 4; i += WARPS * 32) {
+            float4 v = __ldcg(x + i);
+            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        }
+        sum = warp_sum(sum);
+        if ((tid & 31) == 0) part[warp] = sum;
+        __syncthreads();
+        sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) sum += part[i];
+        const float rs = rsqrtf(sum / (float)a.cols + a.eps);
+        // Eight threads a block of 32; whole groups of eight take part.
+        for (int i0 = 0; i0 < a.cols / 4; i0 += WARPS * 32) {
+            const int i = i0 + tid;
+            float v[4] = {0, 0, 0, 0};
+            if (i < a.cols / 4) {
+                float4 r = __ldcg(x + i);
+                const float* w = a.norm + 4 * i;
+                v[0] = r.x * rs * w[0];
+                v[1] = r.y * rs * w[1];
+                v[2] = r.z * rs * w[2];
+                v[3] = r.w * rs * w[3];
+            }
+            float m = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+#pragma unroll
+            for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
+            const float inv = m > 0.0f ? 127.0f / m : 0.0f;
+            u32 word = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) word |= ((u32)__float2int_rn(v[j] * inv) & 255u) << (8 * j);
+            int s = __dp4a(0x01010101, (int)word, 0);
+#pragma unroll
+            for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
+            if (i < a.cols / 4) {
+                XBlk* b = xs + (size_t)t * nb + i / 8;
+                b->q[tid & 7] = word;
+                if ((tid & 7) == 0) {
+                    b->d = m / 127.0f;
+                    b->s = s;
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// Whether multiprocessors have shared memory to spare: data centre cards of these generations do.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define LONG_STEPS 1
+#else
+#define LONG_STEPS 0
+#endif
+
+// For one token the work on a step of small blocks is short, so a step is twice as long: what surrounds
+// it counts half.
+// 20 to 71 KiB of ring a block: two to four blocks a multiprocessor with their activations.
+template <class B, int NT>
+struct Ring {
+    static const int UNROLL = LONG_STEPS && NT == 1 && B::ELEMS == 32 ? 2 : 1;
+    static const int LEAST = B::ELEMS == 32 && UNROLL == 1 ? 3 : 2;
+    static const int FIT = 4500 * UNROLL / (2 * Step<B, UNROLL>::BUF);
+    static const int STAGES = FIT < LEAST ? LEAST : (FIT > 5 ? 5 : FIT);
+};
+
+template <class B, int NT>
 __device__ __forceinline__ void gemv(const GemvArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
     __shared__ float hidden[32][NT];
-    __shared__ __align__(8) u64 bars[WARPS][STAGES];
-    const int BUF = Step<B>::BUF;
+    __shared__ __align__(8) u64 bars[WARPS][Ring<B, NT>::STAGES];
+    const int U = Ring<B, NT>::UNROLL, STAGES = Ring<B, NT>::STAGES;
+    typedef Step<B, U> Step;
+    const int BUF = Step::BUF;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     u8* ring = smem + warp * (STAGES * 2 * BUF);
     XBlk* xs = (XBlk*)(smem + WARPS * STAGES * 2 * BUF);
     const int nb = a.cols / 32;
-    const int steps = (a.cols + 1023) / 1024;
+    const int steps = (a.cols + 1024 * U - 1) / (1024 * U);
     const int row_bytes = a.cols / B::ELEMS * B::BYTES;
     const int items = items_of(a, warp);
 
@@ -160,8 +239,8 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
     Pair fp = pair_of(a, 0, warp, row_bytes);
     auto fetch = [&]() {
         if (fn < items) {
-            const int at = fs * Step<B>::BYTES;
-            const int len = min(Step<B>::BYTES, row_bytes - at);
+            const int at = fs * Step::BYTES;
+            const int len = min(Step::BYTES, row_bytes - at);
             u8* buf = ring + slot_f * 2 * BUF;
             if (bulk) {
                 if (lane == 0) {
@@ -175,8 +254,8 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
                     }
                 }
             } else if (fp.valid) {
-                stage<B>(buf, fp.p0 + at, len, lane);
-                stage<B>(buf + BUF, fp.p1 + at, len, lane);
+                stage<B, U>(buf, fp.p0 + at, len, lane);
+                stage<B, U>(buf + BUF, fp.p1 + at, len, lane);
             }
             if (++fs == steps) {
                 fs = 0;
@@ -191,7 +270,9 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
     pdl_wait();
-    {
+    if (a.raw) {
+        norm_rows(a, xs, nb);
+    } else {
         const int words = nb * 5;
         for (int t = 0; t < a.tokens; t++) {
             int row = a.in_idx ? a.in_idx[t] : t;
@@ -217,18 +298,21 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
                 __syncwarp();
             }
             const u8* buf = ring + slot * 2 * BUF;
-            const int at = s * Step<B>::BYTES;
+            const int at = s * Step::BYTES;
             const u8* b0 = buf + staged_at<B>(pr.p0 + at);
             const u8* b1 = buf + BUF + staged_at<B>(pr.p1 + at);
-            const int kb = s * 32 + lane;
-            if (pr.valid && kb < nb) {
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int kb = (s * U + u) * 32 + lane;
+                if (!pr.valid || kb >= nb) continue;
                 Quants q0, q1;
+                const int part = u * Step::PART;
                 if (B::ELEMS == 32) {
-                    B::decode(b0 + lane * B::BYTES, 0, q0);
-                    B::decode(b1 + lane * B::BYTES, 0, q1);
+                    B::decode(b0 + part + lane * B::BYTES, 0, q0);
+                    B::decode(b1 + part + lane * B::BYTES, 0, q1);
                 } else {
-                    B::decode(b0 + (lane >> 3) * B::BYTES, lane & 7, q0);
-                    B::decode(b1 + (lane >> 3) * B::BYTES, lane & 7, q1);
+                    B::decode(b0 + part + (lane >> 3) * B::BYTES, lane & 7, q0);
+                    B::decode(b1 + part + (lane >> 3) * B::BYTES, lane & 7, q1);
                 }
 #pragma unroll
                 for (int t = 0; t < NT; t++) {
@@ -296,18 +380,10 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
     cp_wait<0>();
 }
 
-// 28 to 53 KiB of ring a block: three or four blocks a multiprocessor with their activations.
-template <class B>
-struct Ring {
-    static const int LEAST = B::ELEMS == 32 ? 3 : 2;
-    static const int FIT = 4500 / (2 * Step<B>::BUF);
-    static const int STAGES = FIT < LEAST ? LEAST : (FIT > 5 ? 5 : FIT);
-};
-
 #define GEMV(T, N)                                                                      \
-    extern "C" __global__ void __launch_bounds__(256, N == 1 ? 4 : (N == 8 ? 2 : 3))    \
+    extern "C" __global__ void __launch_bounds__(256, N == 8 ? 2 : 3)                   \
         gemv_##T##_##N(const __grid_constant__ GemvArgs a) {                            \
-        gemv<B##T, N, Ring<B##T>::STAGES>(a);                                           \
+        gemv<B##T, N>(a);                                                               \
     }
 #define GEMVS(T) \
     GEMV(T, 1)   \

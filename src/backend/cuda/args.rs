@@ -25,6 +25,9 @@ pub(super) struct GemvArgs {
     pub in_idx: u64,
     pub out_idx: u64,
     pub hidden_q: u64,
+    pub raw: u64,
+    pub norm: u64,
+    pub eps: f32,
 }
 
 #[repr(C)]

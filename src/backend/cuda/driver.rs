@@ -196,9 +196,8 @@ impl Device {
     pub fn event(self: &Arc<Self>, timed: bool) -> Result<Event, BackendError> {
         self.bind()?;
         let mut raw = std::ptr::null_mut();
-        // CU_EVENT_DISABLE_TIMING is 2. Timed events are waited for on threads of their own, which
-        // should sleep (CU_EVENT_BLOCKING_SYNC, 1).
-        let flags = if timed { 1 } else { 2 };
+        // CU_EVENT_DISABLE_TIMING is 2.
+        let flags = if timed { 0 } else { 2 };
         check(
             // SAFETY: raw receives the handle.
             unsafe { sys::cuEventCreate(&mut raw, flags) },

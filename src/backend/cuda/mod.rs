@@ -22,7 +22,7 @@ use crate::gguf::TensorType;
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::device_error;
 use modules::{HEAD_DIMS, Kernels};
-use product::{Engine, Form, Inputs, Prep, Rows, Target, form};
+use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
 use workspace::{DECODE_TOKENS, GEMV_TOKENS, PARTIAL_ROWS, Workspace, cache_elem_bytes};
 
 /// Runs the operations of a forward pass on one GPU.
@@ -102,6 +102,17 @@ impl CudaBackend {
     fn norm(&self, norm: &Norm, to: Inputs) -> Result<(), BackendError> {
         let prep = Prep::Norm(norm.weight.addr, norm.eps);
         self.engine.prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
+    }
+
+    /// `norm(X)` in the forms that weights of these types want. Where all want it quantised, their
+    /// products do both themselves.
+    fn normed(&self, norm: &Norm, types: &[TensorType]) -> Result<Inputs, BackendError> {
+        let input = self.engine.forms(types, self.tokens);
+        if input.f == 0 && input.h == 0 && self.dims.n_embd.is_multiple_of(32) {
+            return Ok(Inputs { raw: Raw { x: self.x(), norm: norm.weight.addr, eps: norm.eps }, ..input });
+        }
+        self.norm(norm, input)?;
+        Ok(input)
     }
 
     fn cache_offset(&self, layer: usize) -> u64 {
@@ -306,8 +317,7 @@ impl Backend for CudaBackend {
         k_norm: Option<&Norm>,
     ) -> Result<(), BackendError> {
         let types = [q.weight.ty, k.weight.ty, v.weight.ty];
-        let input = self.engine.forms(&types, self.tokens);
-        self.norm(norm, input)?;
+        let input = self.normed(norm, &types)?;
         let ws = &self.engine.ws;
         let targets = [Target::new(q, ws.q.addr()), Target::new(k, ws.k.addr()), Target::new(v, ws.v.addr())];
         self.engine.products(&targets, self.tokens, STORE, input, Rows::default())?;
@@ -342,8 +352,7 @@ impl Backend for CudaBackend {
     }
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
-        let input = self.engine.forms(&[gate.weight.ty, up.weight.ty], self.tokens);
-        self.norm(norm, input)?;
+        let input = self.normed(norm, &[gate.weight.ty, up.weight.ty])?;
         let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
         let target = Target::new(down, self.x());
         self.engine.products(&[target], self.tokens, ADD, hidden, Rows::default())
@@ -369,15 +378,21 @@ impl Backend for CudaBackend {
         };
         let pairs = self.tokens * used;
         let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
-        self.norm(norm, Inputs { f, q, h: 0 })?;
+        self.norm(norm, Inputs { f, q, ..Inputs::default() })?;
         if form(router.ty, 1) == Form::Float {
             self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
         } else {
             let h = self.engine.ws.halves.addr();
             if !few {
-                self.norm(norm, Inputs { f: 0, q: 0, h })?;
+                self.norm(norm, Inputs { h, ..Inputs::default() })?;
             }
-            self.engine.products(&[target], self.tokens, STORE, Inputs { f, q, h }, Rows::default())?;
+            self.engine.products(
+                &[target],
+                self.tokens,
+                STORE,
+                Inputs { f, q, h, ..Inputs::default() },
+                Rows::default(),
+            )?;
         }
         let kernel = self.engine.kernels.route_topk;
         // SAFETY: RouteArgs is what route_topk declares; the pinned ids are read only after the
@@ -410,7 +425,7 @@ impl Backend for CudaBackend {
         let (input, from) = if !self.engine.many {
             // `route` left every row in both forms: the products pick theirs.
             let q = ws.input_q.addr();
-            (Inputs { f: norm_f, q, h: 0 }, tokens_of)
+            (Inputs { f: norm_f, q, ..Inputs::default() }, tokens_of)
         } else {
             let to = self.engine.forms(&[e.gate.ty, e.up.ty], n);
             self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;

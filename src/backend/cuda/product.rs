@@ -80,6 +80,16 @@ pub(super) struct Inputs {
     pub f: u64,
     pub q: u64,
     pub h: u64,
+    /// In place of `q`: rows that the product norms and quantises itself.
+    pub raw: Raw,
+}
+
+/// Rows of floats, and the weight and epsilon of their norm.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Raw {
+    pub x: u64,
+    pub norm: u64,
+    pub eps: f32,
 }
 
 /// One matrix of a product and where its results go: row of token t at `out + t * stride` floats.
@@ -123,17 +133,22 @@ pub(super) struct Engine {
     pub many: bool,
 }
 
-/// Bytes of a step of 1024 weights and of the buffer it is staged in, as `kernels/blocks.cuh`.
-fn step_bytes(ty: TensorType) -> (usize, usize) {
-    let step = 1024 / ty.block_elems() * ty.block_bytes();
+/// Bytes of a step of 1024 weights, `unroll` times, and of the buffer it is staged in, as
+/// `kernels/blocks.cuh`.
+fn step_bytes(ty: TensorType, unroll: usize) -> (usize, usize) {
+    let step = unroll * 1024 / ty.block_elems() * ty.block_bytes();
     (step, (step + 30) / 16 * 16)
 }
 
-/// Shared memory of the rings of a block, as `kernels/gemv.cu` lays them out.
-fn ring_bytes(ty: TensorType) -> usize {
-    let (_, buf) = step_bytes(ty);
-    let least = if ty.block_elems() == 32 { 3 } else { 2 };
-    let stages = (4500 / (2 * buf)).clamp(least, 5);
+/// Shared memory of the rings of a block that computes up to `batch` tokens on a GPU of this compute
+/// capability, as `kernels/gemv.cu` lays them out.
+fn ring_bytes(ty: TensorType, batch: usize, capability: (u32, u32)) -> usize {
+    let long_steps = ((9, 0)..(12, 0)).contains(&capability);
+    let small_blocks = ty.block_elems() == 32;
+    let unroll = if long_steps && batch == 1 && small_blocks { 2 } else { 1 };
+    let (_, buf) = step_bytes(ty, unroll);
+    let least = if small_blocks && unroll == 1 { 3 } else { 2 };
+    let stages = (4500 * unroll / (2 * buf)).clamp(least, 5);
     WARPS * stages * 2 * buf
 }
 
@@ -226,7 +241,7 @@ impl Engine {
                 }
                 Form::Quant => {
                     let n = targets[i..].iter().take(3).take_while(|t| t.weight.ty == ty).count();
-                    self.gemv(&targets[i..i + n], tokens, mode, input.q, rows, 0)?;
+                    self.gemv(&targets[i..i + n], tokens, mode, input, rows, 0)?;
                     n
                 }
             };
@@ -258,7 +273,7 @@ impl Engine {
         let ty = gate.weight.ty;
         if ty == up.weight.ty && self.form(ty, tokens) == Form::Quant && (out.q == 0 || ff.is_multiple_of(32)) {
             let targets = targets.map(|t| Target { out: out.f, ..t });
-            self.gemv(&targets, tokens, SWIGLU, input.q, rows, out.q)?;
+            self.gemv(&targets, tokens, SWIGLU, input, rows, out.q)?;
         } else {
             self.products(&targets, tokens, STORE, input, rows)?;
             self.prepare(Prep::Swiglu(up_f), gate_f, 0, ff, tokens, out)?;
@@ -266,7 +281,15 @@ impl Engine {
         Ok(out)
     }
 
-    fn gemv(&mut self, targets: &[Target], tokens: usize, mode: i32, x: u64, rows: Rows, hidden_q: u64) -> Result {
+    fn gemv(
+        &mut self,
+        targets: &[Target],
+        tokens: usize,
+        mode: i32,
+        input: Inputs,
+        rows: Rows,
+        hidden_q: u64,
+    ) -> Result {
         let Weight { ty, cols, rows: out_rows, .. } = targets[0].weight;
         let kind = quant_index(ty).ok_or_else(|| unsupported(ty))?;
         if let Some(t) = targets.iter().find(|t| !t.weight.addr.is_multiple_of(4)) {
@@ -277,7 +300,7 @@ impl Engine {
             )));
         }
         let token_bytes = cols / 32 * XBLK_BYTES;
-        let ring = ring_bytes(ty);
+        let ring = GEMV_BATCHES.iter().map(|&b| ring_bytes(ty, b, self.device.info.capability)).max().unwrap_or(0);
         let room = (self.device.info.shared_bytes as usize).saturating_sub(ring + 2048);
         let most = room / token_bytes;
         let Some(slot) = GEMV_BATCHES.iter().rposition(|b| *b <= most.max(1)) else {
@@ -306,7 +329,10 @@ impl Engine {
                 cols: cols as i32,
                 tokens: n as i32,
                 mode,
-                x: if rows.from == 0 { x + (done * token_bytes) as u64 } else { x },
+                x: if rows.from == 0 { input.q + (done * token_bytes) as u64 } else { input.q },
+                raw: if input.raw.x == 0 { 0 } else { input.raw.x + (done * cols * 4) as u64 },
+                norm: input.raw.norm,
+                eps: input.raw.eps,
                 in_idx: picked.from,
                 out_idx: picked.to,
                 hidden_q: if hidden_q == 0 { 0 } else { hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64 },
@@ -319,10 +345,12 @@ impl Engine {
                 a.stride[i] = t.stride as i32;
                 a.out[i] = if t.out == 0 || rows.to != 0 { t.out } else { t.out + (done * t.stride * 4) as u64 };
             }
-            let shared = ring + n * token_bytes;
+            let shared = ring_bytes(ty, GEMV_BATCHES[size], self.device.info.capability) + n * token_bytes;
             let f = self.kernels.gemv[kind][size];
             let fit = self.fit(kind, size, f, shared as u32)?;
-            let grid = (fit * self.device.info.multiprocessors).min(work);
+            let most = fit * self.device.info.multiprocessors;
+            // As few blocks as take as many rounds: all have equal work, and the next kernel's find room.
+            let grid = work.div_ceil(work.div_ceil(most));
             // SAFETY: GemvArgs is what gemv_* declare; shapes were checked by the loader, the
             // activations hold `tokens` rows, and device buffers have room behind them for whole
             // 16-byte lines.
@@ -383,7 +411,7 @@ impl Engine {
         };
         let f = if half { self.kernels.half[kind] } else { self.kernels.float[kind] };
         let (blocks, shared) = if kind < QUANTS.len() {
-            let (_, buf) = step_bytes(w.ty);
+            let (_, buf) = step_bytes(w.ty, 1);
             let work = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
             let shared = 8 * (2 * buf + 32 * if half { 80 } else { 144 });
             let fit = self.device.info.multiprocessors as usize * CONVERT_BLOCKS;
