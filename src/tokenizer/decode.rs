@@ -1,7 +1,7 @@
 //! Tokens to text as they come, never splitting a character.
 
+use super::Tokenizer;
 use super::vocab::Kind;
-use super::{Algorithm, Tokenizer};
 
 /// Collects bytes until they are whole characters.
 #[derive(Debug)]
@@ -35,18 +35,9 @@ impl<'a> Decoder<'a> {
 pub(super) fn append(tokenizer: &Tokenizer, id: u32, render_special: bool, out: &mut Vec<u8>) {
     let bytes = tokenizer.token_bytes(id);
     match tokenizer.vocab.kind(id) {
-        Some(Kind::Normal) if matches!(tokenizer.algorithm, Algorithm::Spm { .. }) => out.extend(unescape(bytes)),
         Some(Kind::Control | Kind::Unknown) if render_special => out.extend_from_slice(bytes),
         Some(Kind::Normal | Kind::UserDefined | Kind::Byte) => out.extend_from_slice(bytes),
         Some(Kind::Control | Kind::Unknown | Kind::Unused) | None => {}
-    }
-}
-
-/// SentencePiece's visible space becomes a space.
-fn unescape(bytes: &[u8]) -> Vec<u8> {
-    match std::str::from_utf8(bytes) {
-        Ok(s) => s.replace(super::spm::SPACE, " ").into_bytes(),
-        Err(_) => bytes.to_vec(),
     }
 }
 

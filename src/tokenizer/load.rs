@@ -3,7 +3,7 @@
 use super::bpe::BpeBuilder;
 use super::pretokenize::{self, PreTokenizer};
 use super::vocab::{Kind, Vocab};
-use super::{Algorithm, Tokenizer, TokenizerError, eog, special};
+use super::{Algorithm, Tokenizer, TokenizerError, eog, special, spm};
 use crate::gguf::{Metadata, StringArray, Value};
 
 fn bad(key: &str, what: impl Into<String>) -> TokenizerError {
@@ -39,7 +39,7 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         Some(f) => (Algorithm::Bpe(merges(m, &vocab, f)?), f.add_bos),
         None => {
             let add_space_prefix = m.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
-            (Algorithm::Spm { add_space_prefix }, true)
+            (Algorithm::Spm { add_space_prefix, shown: shown(&vocab) }, true)
         }
     };
     Ok(Tokenizer {
@@ -151,6 +151,18 @@ pub(super) fn special_id(m: &Metadata, key: &str, n: usize) -> Result<Option<u32
             _ => Err(bad(key, format!("is {v:?}, but there are {n} tokens"))),
         },
     }
+}
+
+/// What SentencePiece tokens stand for: in those that are text, U+2581 is a space.
+fn shown(vocab: &Vocab) -> StringArray {
+    let mut out = StringArray::default();
+    for id in 0..vocab.len() as u32 {
+        match (vocab.kind(id), std::str::from_utf8(vocab.bytes(id))) {
+            (Some(Kind::Normal | Kind::Unused), Ok(s)) => out.push(s.replace(spm::SPACE, " ").as_bytes()),
+            _ => out.push(vocab.bytes(id)),
+        }
+    }
+    out
 }
 
 /// The byte behind each printable stand-in of byte-level BPE, by code point (below 512).

@@ -11,12 +11,14 @@ mod pretokenize;
 mod special;
 mod spm;
 mod template;
+#[cfg(test)]
+mod tests;
 mod vocab;
 
 pub use decode::Decoder;
 pub use template::ChatTemplate;
 
-use crate::gguf::Metadata;
+use crate::gguf::{Metadata, StringArray};
 use bpe::Bpe;
 use special::{Piece, Special};
 use vocab::{Kind, Vocab};
@@ -54,7 +56,11 @@ pub enum TokenizerError {
 #[derive(Debug)]
 enum Algorithm {
     Bpe(Bpe),
-    Spm { add_space_prefix: bool },
+    Spm {
+        add_space_prefix: bool,
+        /// What tokens stand for, with spaces where the vocabulary has U+2581.
+        shown: StringArray,
+    },
 }
 
 /// Text to ids and back.
@@ -94,7 +100,7 @@ impl Tokenizer {
                 Piece::Text(t) => {
                     match &self.algorithm {
                         Algorithm::Bpe(bpe) => bpe.encode(&self.vocab, t, &mut ids),
-                        Algorithm::Spm { add_space_prefix } => {
+                        Algorithm::Spm { add_space_prefix, .. } => {
                             spm::encode(&self.vocab, t, *add_space_prefix && after_special, &mut ids)
                         }
                     }
@@ -110,9 +116,10 @@ impl Tokenizer {
 
     /// The bytes that a token stands for; a control token's are its name. Empty for unknown ids.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
-        match self.vocab.kind(id) {
-            Some(Kind::Byte) => load::byte_of(self.vocab.bytes(id)),
-            _ => self.vocab.bytes(id),
+        match (self.vocab.kind(id), &self.algorithm) {
+            (Some(Kind::Byte), _) => load::byte_of(self.vocab.bytes(id)),
+            (_, Algorithm::Spm { shown, .. }) => shown.get(id as usize).unwrap_or_default(),
+            (_, Algorithm::Bpe(_)) => self.vocab.bytes(id),
         }
     }
 

@@ -104,7 +104,17 @@ const FAMILIES: &[Family] = &[
     },
     Family { names: &["dbrx", "smaug-bpe"], regexes: &[LLAMA3], ..PLAIN },
     Family {
-        names: &["qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"],
+        names: &[
+            "qwen2",
+            "deepseek-r1-qwen",
+            "kormo",
+            "f2llmv2",
+            "megrez",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+            "grok-2",
+        ],
         regexes: &[QWEN2],
         ..PLAIN
     },
@@ -121,6 +131,9 @@ const FAMILIES: &[Family] = &[
             "a.x-4.0",
             "mellum",
             "modern-bert",
+            "jina-v1-en",
+            "jina-v2-code",
+            "roberta-bpe",
             "exaone4",
             "mpt",
             "olmo",

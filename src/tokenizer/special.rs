@@ -21,7 +21,7 @@ pub(super) fn list(m: &Metadata, vocab: &Vocab) -> Vec<Special> {
     let name = m.str("general.name").unwrap_or_default().to_lowercase();
     let pre = m.str("tokenizer.ggml.pre").unwrap_or_default();
     let phi3 = name.contains("phi-3") || name.contains("phi3");
-    let mask: Option<&[u8]> = if ["jina-v2-de", "jina-v2-es"].iter().any(|p| pre.contains(p)) {
+    let mask: Option<&[u8]> = if ["jina-v2-de", "jina-v2-es", "jina-v2-code"].iter().any(|p| pre.contains(p)) {
         Some(b"<mask>")
     } else if !phi3 && name.contains("modern-bert") {
         Some(b"[MASK]")

@@ -7,7 +7,7 @@ use std::collections::BinaryHeap;
 
 use super::vocab::Vocab;
 
-/// Stands for a space in the vocabulary; bytes in [`Vocab`] hold the space itself.
+/// Stands for a space in the vocabulary.
 pub(super) const SPACE: &str = "\u{2581}";
 
 #[derive(Clone, Copy)]

@@ -1,0 +1,134 @@
+//! A byte-level and a SentencePiece vocabulary small enough to see through.
+
+use super::{Decoder, Tokenizer};
+use crate::gguf::{Array, Metadata, StringArray, Value};
+use rand::{RngExt, SeedableRng};
+
+fn strings<'a>(items: impl IntoIterator<Item = &'a str>) -> Value {
+    let mut out = StringArray::default();
+    for item in items {
+        out.push(item.as_bytes());
+    }
+    Value::Array(Array::Str(out))
+}
+
+/// The printable stand-in of each byte.
+fn stand_ins() -> Vec<String> {
+    let mut spare = 256;
+    (0..=255u32)
+        .map(|b| {
+            let printable = (33..127).contains(&b) || (161..173).contains(&b) || b >= 174;
+            let c = if printable { b } else { spare };
+            spare += u32::from(!printable);
+            char::from_u32(c).unwrap().to_string()
+        })
+        .collect()
+}
+
+/// 256 bytes, then `he`, `ll`, `hell`, `Ġa`, a control and a user-defined token.
+fn byte_level(name: &str, pre: &str) -> Metadata {
+    let mut tokens = stand_ins();
+    tokens.extend(["he", "ll", "hell", "Ġa", "<|im_end|>", "<x>"].map(String::from));
+    let mut types = vec![1; tokens.len()];
+    (types[260], types[261]) = (3, 4);
+    let mut m = Metadata::default();
+    m.insert("general.name".into(), Value::Str(name.into()));
+    m.insert("tokenizer.ggml.model".into(), Value::Str("gpt2".into()));
+    m.insert("tokenizer.ggml.pre".into(), Value::Str(pre.into()));
+    m.insert("tokenizer.ggml.tokens".into(), strings(tokens.iter().map(String::as_str)));
+    m.insert("tokenizer.ggml.token_type".into(), Value::Array(Array::Int(types)));
+    // The last merge repeats the first: its later rank does not count.
+    m.insert("tokenizer.ggml.merges".into(), strings(["h e", "l l", "he ll", "Ġ a", "h e"]));
+    m
+}
+
+fn spm() -> Metadata {
+    let bytes: Vec<String> = (0..256).map(|b| format!("<0x{b:02X}>")).collect();
+    let mut tokens = vec!["<unk>", "<s>", "</s>"];
+    tokens.extend(bytes.iter().map(String::as_str));
+    tokens.extend(["▁", "a", "b", "▁a", "ab", "▁ab"]);
+    let mut types = vec![2, 3, 3];
+    types.extend([6; 256]);
+    types.extend([1; 6]);
+    let mut scores = vec![0.0; 259];
+    scores.extend([-5.0, -5.0, -5.0, -1.0, -2.0, -3.0]);
+    let mut m = Metadata::default();
+    m.insert("tokenizer.ggml.model".into(), Value::Str("llama".into()));
+    m.insert("tokenizer.ggml.tokens".into(), strings(tokens));
+    m.insert("tokenizer.ggml.token_type".into(), Value::Array(Array::Int(types)));
+    m.insert("tokenizer.ggml.scores".into(), Value::Array(Array::Float(scores)));
+    m
+}
+
+fn decode(t: &Tokenizer, ids: &[u32]) -> String {
+    let mut decoder = Decoder::new(t);
+    let mut text: String = ids.iter().map(|&id| decoder.push(id)).collect();
+    text.push_str(&decoder.finish());
+    text
+}
+
+#[test]
+fn any_text_survives_a_round_trip() {
+    const PARTS: &[&str] =
+        &["hell", "he", " a", "  ", "\n", "é", "日本", "🦀", "e\u{301}", "<x>", "'s", "123", "\0", "<"];
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+    for pre in ["llama-bpe", "qwen2", "gpt-2", "deepseek-v3", "tekken", "default"] {
+        let t = Tokenizer::from_metadata(&byte_level("", pre)).unwrap();
+        for _ in 0..200 {
+            let n = rng.random_range(0..20);
+            let text: String = (0..n).map(|_| PARTS[rng.random_range(0..PARTS.len())]).collect();
+            let ids = t.encode(&text, false, false);
+            assert_eq!(decode(&t, &ids), text, "{pre} {ids:?}");
+            let bytes: Vec<u8> = ids.iter().flat_map(|&id| t.token_bytes(id)).copied().collect();
+            assert_eq!(bytes, text.as_bytes(), "{pre}");
+        }
+    }
+}
+
+#[test]
+fn merges_and_special_tokens() {
+    let t = Tokenizer::from_metadata(&byte_level("", "gpt-2")).unwrap();
+    assert_eq!(t.encode("hell a", false, false), [258, 259]);
+    assert_eq!(t.encode("a<x><|im_end|>", false, true), [97, 261, 260]);
+    assert_eq!(t.encode("<x><|im_end|>", false, false)[0], 261);
+    assert!(!t.encode("<|im_end|>", false, false).contains(&260));
+    assert!(t.is_control(260) && t.is_eog(260) && !t.is_control(261) && !t.is_eog(261));
+    assert_eq!(t.token_bytes(260), b"<|im_end|>");
+    assert_eq!(decode(&t, &[258, 260, 261]), "hell<x>");
+    assert_eq!((t.vocab_size(), t.token_bytes(9999)), (262, &b""[..]));
+}
+
+#[test]
+fn phi_3_swallows_white_space_after_special_tokens() {
+    let t = Tokenizer::from_metadata(&byte_level("Phi-3 mini", "gpt-2")).unwrap();
+    assert_eq!(t.encode("a<x> \n<x>  b", false, false), [97, 261, 261, 98]);
+}
+
+#[test]
+fn characters_come_whole() {
+    let t = Tokenizer::from_metadata(&byte_level("", "gpt-2")).unwrap();
+    let mut decoder = Decoder::new(&t);
+    let shown: Vec<String> = [0xf0, 0x9f, 260, 0xa6, 0x80, 0xe2].map(|id| decoder.push(id)).into();
+    assert_eq!(shown, ["", "", "", "", "🦀", ""]);
+    assert_eq!(decoder.finish(), "\u{fffd}");
+}
+
+#[test]
+fn an_unknown_pre_tokenizer_stops_and_an_absent_one_warns() {
+    let e = Tokenizer::from_metadata(&byte_level("", "xyz")).unwrap_err().to_string();
+    assert!(e.contains("\"xyz\"") && e.contains("qwen2"), "{e}");
+    assert_eq!(Tokenizer::from_metadata(&byte_level("", "")).unwrap().warnings().len(), 1);
+}
+
+#[test]
+fn sentencepiece_spaces_bytes_and_defaults() {
+    let t = Tokenizer::from_metadata(&spm()).unwrap();
+    assert_eq!((t.bos(), t.eos(), t.adds_bos(), t.eog_ids()), (Some(1), Some(2), true, &[2][..]));
+    // "▁a" has a better score than "ab", so it merges first; then "▁ab" is the only way on.
+    assert_eq!(t.encode("ab", true, false), [1, 264]);
+    assert_eq!(t.encode("b", false, false), [259, 261]);
+    assert_eq!(t.encode("é", false, false), [259, 3 + 0xc3, 3 + 0xa9]);
+    assert_eq!(t.token_bytes(264), b" ab");
+    assert_eq!(t.token_bytes(3 + 0xc3), [0xc3]);
+    assert_eq!(decode(&t, &[1, 264, 3 + 0xc3, 3 + 0xa9]), " abé");
+}
