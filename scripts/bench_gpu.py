@@ -100,14 +100,14 @@ class Bench:
             if place is None:
                 place = self.model(M8, self.a.disk)
             tier_c = f"--tier-c {place}" if place else ""
-            gen = 4 if name == "disk" else 12
+            gen, runs = {"disk": (4, 1), "loop device": (6, 1)}.get(name, (12, 2))
             for layout in ("interleaved", "stacked"):
-                self.row("tierc", f"8B, 8:12:12, tier C on {name}, {layout}", M8, f"--tiers 8:12:12 --layout {layout} {tier_c}", 0, gen, 2, None, {"roofline": 0.9} if layout == "interleaved" else {})
+                self.row("tierc", f"8B, 8:12:12, tier C on {name}, {layout}", M8, f"--tiers 8:12:12 --layout {layout} {tier_c}", 0, gen, runs, None, {"roofline": 0.9} if layout == "interleaved" else {})
+        self.row("large", "70B, --vram 12GiB --ram 12GiB", M70, "--vram 12GiB --ram 12GiB", 0, 4, 1)
         for n in (2, 3, 4, 6):
             self.row("buffers", f"8B, all blocks in RAM, {n} buffers", M8, f"--tiers 0:32:0 --n-buffers {n}", 0, 8, 1)
             self.row("buffers", f"32B, 19:45:0, {n} buffers", M32, f"--tiers 19:45:0 --n-buffers {n}", 0, 4, 1)
             self.row("buffers", f"8B, 8:12:12 on /dev/shm, {n} buffers", M8, f"--tiers 8:12:12 --n-buffers {n}", 0, 8, 1)
-        self.row("large", "70B, --vram 12GiB --ram 12GiB", M70, "--vram 12GiB --ram 12GiB", 0, 4, 1)
         self.table()
         self.plot()
 
