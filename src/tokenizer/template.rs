@@ -13,6 +13,9 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 /// Steps after which a template is stopped; real ones take a few thousand.
 const FUEL: u64 = 2_000_000;
 
+/// Stack of the thread that renders; see [`on_deep_stack`].
+const STACK_BYTES: usize = 1 << 30;
+
 /// A model's chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -79,7 +82,7 @@ impl ChatTemplate {
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        template.render(context).map_err(|e| failed(&e))
+        on_deep_stack(|| template.render(context).map_err(|e| failed(&e)))?
     }
 }
 
@@ -103,6 +106,17 @@ fn without_generation_tags(source: &str) -> String {
     }
     out.push_str(rest);
     out
+}
+
+/// Runs on a stack that is deep enough for whatever the fuel can build: dropping and printing values
+/// recurse into them, and a template can nest a list in itself with each step. Only pages that are
+/// used are taken from memory; real templates use a few.
+fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, TokenizerError> {
+    std::thread::scope(|s| {
+        let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK_BYTES);
+        let thread = thread.spawn_scoped(s, work).map_err(|e| TokenizerError::Template(e.to_string()))?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 /// An error with the line it occurred in and what it came from.
@@ -199,6 +213,14 @@ mod tests {
     fn a_template_that_never_ends_is_stopped() {
         let t = "{% for a in range(10000) %}{% for b in range(10000) %}x{% endfor %}{% endfor %}";
         assert!(render(t, &[]).is_err());
+    }
+
+    #[test]
+    fn a_value_that_holds_itself_many_times_is_dropped_and_printed() {
+        let nest = "{% set ns = namespace(x=[]) %}{% for a in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}";
+        assert_eq!(render(nest, &[]).unwrap(), "");
+        assert_eq!(render(&format!("{nest}{{{{ ns.x }}}}"), &[]).unwrap().len(), 200_000);
+        assert!(render(&format!("{nest}{{{{ ns.x | tojson }}}}"), &[]).is_err());
     }
 
     #[test]
