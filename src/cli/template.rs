@@ -1,6 +1,6 @@
 //! `nt template`: what the model's chat template makes of messages.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::Value as Json;
@@ -17,6 +17,9 @@ pub struct TemplateArgs {
     /// JSON: a list of messages with `role` and `content`; - is stdin.
     #[arg(long, value_name = "M.json")]
     messages: PathBuf,
+    /// JSON: a list of tools (schemas of functions) that the model may call.
+    #[arg(long, value_name = "T.json")]
+    tools: Option<PathBuf>,
     /// Leave out the opening of the assistant's turn.
     #[arg(long)]
     no_generation_prompt: bool,
@@ -27,12 +30,18 @@ pub fn run(args: &TemplateArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
     let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(Failure::usage)?;
     let template = ChatTemplate::from_metadata(&gguf.metadata, &tokenizer).map_err(Failure::usage)?;
-    let text = super::run::read_text(&args.messages)?;
-    let file = args.messages.display();
-    let messages = match serde_json::from_str(&text) {
-        Ok(Json::Array(m)) => m,
-        Ok(_) => return Err(Failure::usage(format!("{file}: a JSON list of messages was expected"))),
-        Err(e) => return Err(Failure::usage(format!("{file} is not JSON: {e}"))),
-    };
-    report::print_line(&template.render(&messages, !args.no_generation_prompt).map_err(Failure::usage)?)
+    let messages = list(&args.messages, "messages")?;
+    let tools = args.tools.as_deref().map(|path| list(path, "tools")).transpose()?;
+    let prompt = template.render_with_tools(&messages, tools.as_deref(), !args.no_generation_prompt);
+    report::print_line(&prompt.map_err(Failure::usage)?)
+}
+
+/// The JSON list in a file.
+fn list(path: &Path, of: &str) -> Result<Vec<Json>, Failure> {
+    let file = path.display();
+    match serde_json::from_str(&super::run::read_text(path)?) {
+        Ok(Json::Array(items)) => Ok(items),
+        Ok(_) => Err(Failure::usage(format!("{file}: a JSON list of {of} was expected"))),
+        Err(e) => Err(Failure::usage(format!("{file} is not JSON: {e}"))),
+    }
 }

@@ -6,6 +6,7 @@
 mod bpe;
 mod decode;
 mod eog;
+mod jinja;
 mod load;
 mod pretokenize;
 mod special;

@@ -5,13 +5,16 @@ use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde_json::Value as Json;
 
-use super::{Tokenizer, TokenizerError};
+use super::{Tokenizer, TokenizerError, jinja};
 use crate::gguf::Metadata;
 
 /// What a model without a template gets, as llama.cpp does.
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 /// Steps after which a template is stopped; real ones take a few thousand.
 const FUEL: u64 = 2_000_000;
+
+/// Stack of the thread that renders; see [`on_deep_stack`].
+const STACK_BYTES: usize = 1 << 30;
 
 /// A model's chat template.
 #[derive(Debug)]
@@ -40,25 +43,46 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(jinja::method);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", tojson);
+        environment.add_function("strftime_now", |format: String| strftime(now()?, format));
+        environment.add_test("sequence", jinja::is_sequence);
+        environment.add_test("iterable", jinja::is_iterable);
+        environment.add_filter("tojson", jinja::tojson);
+        environment.add_filter("indent", jinja::indent);
         environment.add_template_owned("chat", without_generation_tags(source)).map_err(|e| failed(&e))?;
         Ok(ChatTemplate { environment, bos, eos })
+    }
+
+    /// Renders as of a time (seconds since 1970), so that the same messages always give the same text.
+    pub fn set_time(&mut self, unix_s: libc::time_t) {
+        self.environment.add_function("strftime_now", move |format: String| strftime(unix_s, format));
     }
 
     /// The prompt of `messages` (objects with `role` and `content`); with `add_generation_prompt` it
     /// ends with the opening of the assistant's turn.
     pub fn render(&self, messages: &[Json], add_generation_prompt: bool) -> Result<String, TokenizerError> {
+        self.render_with_tools(messages, None, add_generation_prompt)
+    }
+
+    /// As [`render`](Self::render), with the tools that the model may call (JSON schemas of functions).
+    pub fn render_with_tools(
+        &self,
+        messages: &[Json],
+        tools: Option<&[Json]>,
+        add_generation_prompt: bool,
+    ) -> Result<String, TokenizerError> {
         let template = self.environment.get_template("chat").map_err(|e| failed(&e))?;
         let context = context! {
             messages => Value::from(Serde(messages)),
+            // Hugging Face passes these always, so templates ask whether they are none.
+            tools => Value::from(Serde(tools)),
+            documents => (),
             add_generation_prompt,
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        template.render(context).map_err(|e| failed(&e))
+        on_deep_stack(|| template.render(context).map_err(|e| failed(&e)))?
     }
 }
 
@@ -84,6 +108,17 @@ fn without_generation_tags(source: &str) -> String {
     out
 }
 
+/// Runs on a stack that is deep enough for whatever the fuel can build: dropping and printing values
+/// recurse into them, and a template can nest a list in itself with each step. Only pages that are
+/// used are taken from memory; real templates use a few.
+fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, TokenizerError> {
+    std::thread::scope(|s| {
+        let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK_BYTES);
+        let thread = thread.spawn_scoped(s, work).map_err(|e| TokenizerError::Template(e.to_string()))?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
 /// An error with the line it occurred in and what it came from.
 fn failed(e: &Error) -> TokenizerError {
     let mut text = e.to_string();
@@ -99,16 +134,23 @@ fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// Local time by a strftime format.
-fn strftime_now(format: String) -> Result<String, Error> {
+/// Seconds since 1970.
+fn now() -> Result<libc::time_t, Error> {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since
+        .ok()
+        .and_then(|d| d.as_secs().try_into().ok())
+        .ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "strftime_now: the clock stands before 1970"))
+}
+
+/// A time (seconds since 1970) as local time by a strftime format.
+fn strftime(time: libc::time_t, format: String) -> Result<String, Error> {
     let bad = || Error::new(ErrorKind::InvalidOperation, "strftime_now: the format cannot be used");
     let format = std::ffi::CString::new(format).map_err(|_| bad())?;
-    // SAFETY: a null pointer asks for the return value only.
-    let now = unsafe { libc::time(std::ptr::null_mut()) };
     // SAFETY: tm is plain data, for which zeroes are valid.
     let mut tm: libc::tm = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are to live values of the right types.
-    if unsafe { libc::localtime_r(&now, &mut tm) }.is_null() {
+    if unsafe { libc::localtime_r(&time, &mut tm) }.is_null() {
         return Err(bad());
     }
     let mut out = vec![0u8; 1024];
@@ -116,71 +158,6 @@ fn strftime_now(format: String) -> Result<String, Error> {
     let n = unsafe { libc::strftime(out.as_mut_ptr().cast(), out.len(), format.as_ptr(), &tm) };
     out.truncate(n);
     String::from_utf8(out).map_err(|_| bad())
-}
-
-/// JSON as Python's `json.dumps` writes it, with `ensure_ascii` false unless asked for: a space after
-/// `,` and `:`, nothing escaped for HTML.
-fn tojson(value: &Value, options: minijinja::value::Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
-    let _: Option<bool> = options.get("sort_keys")?;
-    let _: Option<Value> = options.get("separators")?;
-    options.assert_all_used()?;
-    let json = serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    let mut out = String::new();
-    write_json(&json, indent, 0, &mut out);
-    if ensure_ascii == Some(true) {
-        out = escape_non_ascii(&out);
-    }
-    Ok(Value::from_safe_string(out))
-}
-
-/// Characters outside ASCII as `\uXXXX`; they occur within JSON strings only.
-fn escape_non_ascii(json: &str) -> String {
-    let mut out = String::with_capacity(json.len());
-    for c in json.chars() {
-        if c.is_ascii() {
-            out.push(c);
-        } else {
-            out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|u| format!("\\u{u:04x}")));
-        }
-    }
-    out
-}
-
-fn write_json(v: &Json, indent: Option<usize>, depth: usize, out: &mut String) {
-    let line = |out: &mut String, depth: usize| {
-        if let Some(n) = indent {
-            out.push('\n');
-            out.push_str(&" ".repeat(n * depth));
-        }
-    };
-    let comma = if indent.is_some() { "," } else { ", " };
-    match v {
-        Json::Array(items) if !items.is_empty() => {
-            out.push('[');
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i > 0 { comma } else { "" });
-                line(out, depth + 1);
-                write_json(item, indent, depth + 1, out);
-            }
-            line(out, depth);
-            out.push(']');
-        }
-        Json::Object(map) if !map.is_empty() => {
-            out.push('{');
-            for (i, (k, item)) in map.iter().enumerate() {
-                out.push_str(if i > 0 { comma } else { "" });
-                line(out, depth + 1);
-                out.push_str(&Json::from(k.as_str()).to_string());
-                out.push_str(": ");
-                write_json(item, indent, depth + 1, out);
-            }
-            line(out, depth);
-            out.push('}');
-        }
-        plain => out.push_str(&plain.to_string()),
-    }
 }
 
 #[cfg(test)]
@@ -236,6 +213,14 @@ mod tests {
     fn a_template_that_never_ends_is_stopped() {
         let t = "{% for a in range(10000) %}{% for b in range(10000) %}x{% endfor %}{% endfor %}";
         assert!(render(t, &[]).is_err());
+    }
+
+    #[test]
+    fn a_value_that_holds_itself_many_times_is_dropped_and_printed() {
+        let nest = "{% set ns = namespace(x=[]) %}{% for a in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}";
+        assert_eq!(render(nest, &[]).unwrap(), "");
+        assert_eq!(render(&format!("{nest}{{{{ ns.x }}}}"), &[]).unwrap().len(), 200_000);
+        assert!(render(&format!("{nest}{{{{ ns.x | tojson }}}}"), &[]).is_err());
     }
 
     #[test]

@@ -1,0 +1,304 @@
+//! Filters, tests and methods of chat templates as Python's Jinja has them, where minijinja lacks
+//! them or differs.
+
+use minijinja::value::{Kwargs, ValueKind, from_args};
+use minijinja::{Error, ErrorKind, State, Value};
+use minijinja_contrib::pycompat;
+use serde_json::Value as Json;
+
+/// Nesting that `tojson` writes, more than any message has.
+const DEPTH_MAX: usize = 100;
+/// Widest indentation; real ones are 2, 4 or 8.
+const INDENT_MAX: usize = 256;
+
+/// JSON as Python's `json.dumps` writes it, with `ensure_ascii` false unless asked for: a space after
+/// `,` and `:`, nothing escaped for HTML.
+pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let separators: Option<Value> = options.get("separators")?;
+    let layout = Layout::new(indent, separators.as_ref(), options.get::<Option<bool>>("sort_keys")?.unwrap_or(false))?;
+    let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let mut out = String::new();
+    layout.write(value, 0, &mut out)?;
+    if ensure_ascii == Some(true) {
+        out = escape_non_ascii(&out);
+    }
+    Ok(Value::from_safe_string(out))
+}
+
+/// Characters outside ASCII as `\uXXXX`; they occur within JSON strings only.
+fn escape_non_ascii(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_ascii() {
+            out.push(c);
+        } else {
+            out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|u| format!("\\u{u:04x}")));
+        }
+    }
+    out
+}
+
+/// How `tojson` lays out what it writes.
+struct Layout {
+    indent: Option<usize>,
+    comma: String,
+    colon: String,
+    sort_keys: bool,
+}
+
+impl Layout {
+    fn new(indent: Option<usize>, separators: Option<&Value>, sort_keys: bool) -> Result<Layout, Error> {
+        checked_width(indent.unwrap_or(0))?;
+        let (mut comma, mut colon) = (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
+        if let Some(pair) = separators.filter(|p| !p.is_none() && !p.is_undefined()) {
+            let of = |i: usize| -> Result<String, Error> {
+                pair.get_item_by_index(i)?.as_str().map(str::to_owned).ok_or_else(|| {
+                    Error::new(ErrorKind::InvalidOperation, "tojson: separators must be a pair of strings")
+                })
+            };
+            (comma, colon) = (of(0)?, of(1)?);
+        }
+        Ok(Layout { indent, comma, colon, sort_keys })
+    }
+
+    fn line(&self, depth: usize, out: &mut String) {
+        if let Some(n) = self.indent {
+            out.push('\n');
+            out.push_str(&" ".repeat(n * depth));
+        }
+    }
+
+    fn write(&self, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        if depth > DEPTH_MAX {
+            return Err(Error::new(ErrorKind::BadSerialization, "tojson: the value is nested too deeply"));
+        }
+        match v.kind() {
+            ValueKind::Undefined | ValueKind::None => out.push_str("null"),
+            ValueKind::Bool => out.push_str(if v.is_true() { "true" } else { "false" }),
+            ValueKind::Number if v.is_integer() => out.push_str(&v.to_string()),
+            ValueKind::Number => out.push_str(&python_float(f64::try_from(v.clone())?)),
+            ValueKind::String => out.push_str(&Json::from(v.as_str().unwrap_or_default()).to_string()),
+            ValueKind::Seq | ValueKind::Iterable => self.list(v, depth, out)?,
+            ValueKind::Map => self.map(v, depth, out)?,
+            other => {
+                return Err(Error::new(ErrorKind::BadSerialization, format!("tojson: a {other} cannot be written")));
+            }
+        }
+        Ok(())
+    }
+
+    fn list(&self, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        out.push('[');
+        let mut empty = true;
+        for item in v.try_iter()? {
+            out.push_str(if empty { "" } else { &self.comma });
+            empty = false;
+            self.line(depth + 1, out);
+            self.write(&item, depth + 1, out)?;
+        }
+        if !empty {
+            self.line(depth, out);
+        }
+        out.push(']');
+        Ok(())
+    }
+
+    fn map(&self, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        let mut keys: Vec<Value> = v.try_iter()?.collect();
+        if self.sort_keys {
+            keys.sort();
+        }
+        out.push('{');
+        for (i, key) in keys.iter().enumerate() {
+            out.push_str(if i > 0 { &self.comma } else { "" });
+            self.line(depth + 1, out);
+            let mut name = String::new();
+            // A key that is no string is written as the string of its JSON.
+            self.write(key, depth + 1, &mut name)?;
+            out.push_str(&if key.kind() == ValueKind::String { name } else { Json::from(name).to_string() });
+            out.push_str(&self.colon);
+            self.write(&v.get_item(key)?, depth + 1, out)?;
+        }
+        if !keys.is_empty() {
+            self.line(depth, out);
+        }
+        out.push('}');
+        Ok(())
+    }
+}
+
+/// A float as Python writes it: `1.0`, `1e-05`, `1e+16`.
+fn python_float(x: f64) -> String {
+    if x.is_nan() {
+        return "NaN".to_owned();
+    }
+    if x.is_infinite() {
+        return if x > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
+    }
+    let text = format!("{x:?}");
+    let Some((digits, exponent)) = text.split_once('e') else { return text };
+    let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
+    format!("{digits}e{sign}{exponent:0>2}")
+}
+
+/// Python's methods of strings, lists and dictionaries.
+pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    match (value.kind(), value.as_str(), name) {
+        (_, Some(s), "rsplit") => rsplit(s, args),
+        (_, Some(s), "removeprefix") => {
+            let (prefix,): (&str,) = from_args(args)?;
+            Ok(Value::from(s.strip_prefix(prefix).unwrap_or(s)))
+        }
+        (_, Some(s), "removesuffix") => {
+            let (suffix,): (&str,) = from_args(args)?;
+            Ok(Value::from(s.strip_suffix(suffix).unwrap_or(s)))
+        }
+        (ValueKind::Seq, _, "index") => {
+            let (wanted,): (Value,) = from_args(args)?;
+            let at = value.try_iter()?.position(|v| v == wanted);
+            at.map(Value::from).ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "index: no such element"))
+        }
+        _ => pycompat::unknown_method_callback(state, value, name, args),
+    }
+}
+
+/// `str.rsplit(sep, maxsplit)`; white space parts the words where there is no separator.
+fn rsplit(s: &str, args: &[Value]) -> Result<Value, Error> {
+    let (sep, limit): (Option<&str>, Option<i64>) = from_args(args)?;
+    let limit = limit.and_then(|n| usize::try_from(n).ok()).map_or(usize::MAX, |n| n.saturating_add(1));
+    let mut parts: Vec<&str> = match sep {
+        Some("") => return Err(Error::new(ErrorKind::InvalidOperation, "rsplit: the separator is empty")),
+        Some(sep) => s.rsplitn(limit, sep).collect(),
+        None => rsplit_words(s, limit),
+    };
+    parts.reverse();
+    Ok(parts.into_iter().map(Value::from).collect())
+}
+
+/// At most `limit` parts, the last word first; the last part holds what is left.
+fn rsplit_words(s: &str, limit: usize) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = s.trim_end();
+    while !rest.is_empty() {
+        let cut = if parts.len() + 1 < limit { rest.rfind(char::is_whitespace) } else { None };
+        let start = cut.map_or(0, |at| at + rest[at..].chars().next().map_or(0, char::len_utf8));
+        parts.push(&rest[start..]);
+        rest = rest[..start].trim_end();
+    }
+    parts
+}
+
+/// Jinja's test `sequence`: whatever has a length and elements, so texts and dictionaries too.
+pub(super) fn is_sequence(v: &Value) -> bool {
+    matches!(v.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
+}
+
+/// Jinja's test `iterable`, for which none is not.
+pub(super) fn is_iterable(v: &Value) -> bool {
+    !v.is_none() && v.try_iter().is_ok()
+}
+
+fn checked_width(width: usize) -> Result<usize, Error> {
+    if width > INDENT_MAX {
+        let what = format!("an indentation of {width} is more than the limit of {INDENT_MAX}");
+        return Err(Error::new(ErrorKind::InvalidOperation, what));
+    }
+    Ok(width)
+}
+
+/// Jinja's `indent(width=4, first=false, blank=false)`; `width` may be the text to indent with.
+///
+/// Unlike minijinja's it keeps a newline at the end.
+pub(super) fn indent(
+    text: &str,
+    width: Option<Value>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let width = match width {
+        None => options.get::<Option<Value>>("width")?,
+        given => given,
+    };
+    let by = match &width {
+        None => " ".repeat(4),
+        Some(w) => match w.as_str() {
+            Some(s) => s.to_owned(),
+            None => " ".repeat(checked_width(usize::try_from(w.clone())?)?),
+        },
+    };
+    checked_width(by.len())?;
+    let flag = |given: Option<bool>, name: &str| -> Result<bool, Error> {
+        Ok(given.or(options.get::<Option<bool>>(name)?).unwrap_or(false))
+    };
+    let (first, blank) = (flag(first, "first")?, flag(blank, "blank")?);
+    options.assert_all_used()?;
+    let mut out = String::with_capacity(text.len());
+    for (i, line) in lines(text).into_iter().enumerate() {
+        if i > 0 {
+            out.push('\n');
+        }
+        if if i == 0 { first } else { blank || !line.is_empty() } {
+            out.push_str(&by);
+        }
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
+/// The lines of a text and a newline, as Python's `splitlines` sees them; at least one.
+fn lines(text: &str) -> Vec<&str> {
+    let is_break =
+        |c: char| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let mut lines = Vec::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(is_break) {
+        lines.push(&rest[..at]);
+        let after = &rest[at..];
+        let skip = if after.starts_with("\r\n") { 2 } else { after.chars().next().map_or(1, char::len_utf8) };
+        rest = &after[skip..];
+    }
+    // What follows the last break ends with the added newline; a lone \r before it is one break with it.
+    if !(rest.is_empty() && text.ends_with('\r')) {
+        lines.push(rest);
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_are_written_as_python_does() {
+        let cases = [
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (1e-5, "1e-05"),
+            (1e16, "1e+16"),
+            (1.5e-300, "1.5e-300"),
+            (1e15, "1000000000000000.0"),
+            (-0.0, "-0.0"),
+            (0.0001, "0.0001"),
+        ];
+        for (x, text) in cases {
+            assert_eq!(python_float(x), text);
+        }
+    }
+
+    #[test]
+    fn lines_are_those_of_splitlines_with_a_newline_added() {
+        for (text, expected) in [
+            ("", &[""][..]),
+            ("a", &["a"]),
+            ("a\n", &["a", ""]),
+            ("a\r", &["a"]),
+            ("a\r\nb\u{2028}c\x0b", &["a", "b", "c", ""]),
+            ("\n\n", &["", "", ""]),
+        ] {
+            assert_eq!(lines(text), expected, "{text:?}");
+        }
+    }
+}
