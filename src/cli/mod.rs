@@ -11,6 +11,7 @@ mod interrupt;
 mod logits;
 mod npy;
 mod perplexity;
+mod probe;
 mod report;
 mod run;
 mod selftest;
@@ -42,6 +43,7 @@ pub fn main() -> ExitCode {
         Command::Device(args) => {
             device::run(args).map_err(|e| if e.is_refusal() { Failure::refused(e) } else { Failure::running(e) })
         }
+        Command::Probe(args) => probe::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     match result {
