@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod completions;
 pub mod device;
+mod doctor;
 mod failure;
 mod inspect;
 mod interrupt;
@@ -44,6 +45,7 @@ pub fn main() -> ExitCode {
             device::run(args).map_err(|e| if e.is_refusal() { Failure::refused(e) } else { Failure::running(e) })
         }
         Command::Probe(args) => probe::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     match result {

@@ -3,7 +3,10 @@
 //! Facts are read below an injectable root, so that tests use fake trees. What cannot be read is
 //! `None`, never an error and never a guess.
 
+pub mod doctor;
+pub mod facts;
 mod memory;
+pub mod pressure;
 pub mod probe;
 
 pub use memory::{Memory, memory};

@@ -130,3 +130,16 @@ unsafe fn timed(copies: &[(&Stream, *mut u8, u64, Way)], bytes: usize) -> Result
     }
     result
 }
+
+/// Copies for a moment, so that the link runs at the speed it has under load.
+///
+/// # Errors
+/// The driver's.
+pub fn wake(device: &Arc<Device>) -> Result<(), ProbeError> {
+    let bytes = SIZES[4];
+    let (stream, gpu) = (device.stream()?, device.alloc(bytes as u64, "the probe")?);
+    let mut host = device.alloc_pinned::<u8>(bytes, "the probe")?;
+    let host = host.as_mut_slice().as_mut_ptr();
+    // SAFETY: both buffers hold `bytes` and outlive `timed`, which waits for every copy.
+    unsafe { timed(&[(&stream, host, gpu.addr(), Way::ToGpu)], bytes) }.map(drop)
+}
