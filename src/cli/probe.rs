@@ -212,11 +212,12 @@ fn probe_link(args: &ProbeArgs, asked: bool, rates: &mut Vec<Rate>) -> Result<Js
     };
     let report = link::measure(&device, &interrupt::interrupted, &mut |_| {}).map_err(failure)?;
     let identity = link::identity(&device);
-    let ways: [(&str, fn(&link::Cell) -> f64); 2] = [("h2d", |c| c.h2d_pinned), ("d2h", |c| c.d2h_pinned)];
-    for (kind, rate) in ways {
+    let mut keep = |kind: &str, rate: fn(&link::Cell) -> f64| {
         let best = report.cells.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
         rates.extend(best.map(|c| Rate::now(kind, &identity, rate(c), Some(c.bytes as u64), None)));
-    }
+    };
+    keep("h2d", |c| c.h2d_pinned);
+    keep("d2h", |c| c.d2h_pinned);
     if !args.json {
         print_link(&report)?;
     }

@@ -133,19 +133,10 @@ fn memory(facts: &Facts) -> Vec<Finding> {
     if facts.ram.transparent_huge_pages.as_deref() == Some("never") {
         add(
             "huge-pages",
-            Weight::Hint,
+            Weight::Warning,
             "transparent huge pages are off".into(),
-            "large buffers then cost more address translation while they are read",
+            "a direct read into small pages is many pieces of memory, which some drives take at half their rate",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
-        );
-    }
-    if let Some(h) = facts.ram.huge_pages.filter(|h| h.total == 0 && h.bytes > 0) {
-        add(
-            "reserved-huge-pages",
-            Weight::Hint,
-            format!("no huge pages of {} MiB are reserved", h.bytes >> 20),
-            "reserved ones never fall back to small pages; transparent ones do when memory is fragmented",
-            "sudo sysctl vm.nr_hugepages=512",
         );
     }
     if let (Some(left), Some(available)) = (facts.ram.cgroup_left, facts.ram.available)
@@ -281,7 +272,6 @@ mod tests {
             "memlock",
             "iommu",
             "huge-pages",
-            "reserved-huge-pages",
             "cgroup",
             "pressure",
             "scheduler",

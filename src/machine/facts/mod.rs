@@ -152,7 +152,7 @@ pub(crate) mod tests {
 
         assert_eq!(
             (f.cpu.model.as_deref(), f.cpu.allowed, f.cpu.features),
-            (Some("Test CPU"), Some(5), vec!["avx2".into(), "avx512f".into(), "f16c".into()])
+            (Some("Test CPU"), Some(5), vec!["avx2".into(), "f16c".into(), "avx512f".into()])
         );
         assert_eq!(f.ram.available, Some(16 << 30));
         assert_eq!(f.ram.huge_pages, Some(HugePages { total: 4, free: 3, bytes: 2 << 20 }));

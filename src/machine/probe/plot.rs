@@ -77,7 +77,7 @@ fn subtitle(report: &Report) -> String {
     let way = if report.direct { "O_DIRECT" } else { "through the page cache" };
     match report.knee {
         Some(k) => format!(
-            "{}, {way}; knee (ring): {} x {} at {:.2} GB/s",
+            "{}, {way}; knee (circled): {} x {} at {:.2} GB/s",
             report.drive,
             size(k.block_bytes),
             k.depth,
