@@ -41,8 +41,12 @@ pub(super) enum Command {
     Bench(super::bench::BenchArgs),
     /// Check every kernel against its reference on this machine.
     Selftest(super::selftest::SelftestArgs),
+    /// Measure storage, memory and the link to the GPU; never writes.
+    Probe(super::probe::ProbeArgs),
     /// Drives: which there are, which may be bound and why not, hand one over, give it back.
     Device(super::device::DeviceArgs),
+    /// Say what this machine lacks to run fast or safely, and the commands that mend it.
+    Doctor(super::doctor::DoctorArgs),
     /// Print a completion script for a shell.
     Completions(super::completions::CompletionsArgs),
 }

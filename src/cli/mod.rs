@@ -5,12 +5,14 @@ mod bench;
 mod chat;
 mod completions;
 pub mod device;
+mod doctor;
 mod failure;
 mod inspect;
 mod interrupt;
 mod logits;
 mod npy;
 mod perplexity;
+mod probe;
 mod report;
 mod run;
 mod selftest;
@@ -42,6 +44,8 @@ pub fn main() -> ExitCode {
         Command::Device(args) => {
             device::run(args).map_err(|e| if e.is_refusal() { Failure::refused(e) } else { Failure::running(e) })
         }
+        Command::Probe(args) => probe::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     match result {

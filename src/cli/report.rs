@@ -54,6 +54,11 @@ impl Report {
         }
     }
 
+    /// Adds what went wrong beside the session.
+    pub fn warnings(&mut self, more: &[String]) {
+        self.notes.extend_from_slice(more);
+    }
+
     /// Adds the figures of a generation.
     pub fn generation(&mut self, g: &Generation) {
         self.prompt = Some((g.prompt_tokens, g.prefill_s));

@@ -11,6 +11,7 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
 use crate::engine::{EngineError, Generation, Opened, Options, Sampler, Session, StopReason, generate};
 use crate::gguf::TensorType;
+use crate::machine::pressure::{self, Watch};
 use crate::model::ForwardError;
 use crate::storage::ReaderKind;
 use crate::tokenizer::ChatTemplate;
@@ -60,6 +61,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let tokens = prompt_tokens(&opened, &prompt, args.chat || args.system.is_some(), args.system.as_deref())?;
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
+    pressure::raise_oom_score(Path::new("/"));
+    let watch = Watch::start(Path::new("/"));
     let mut session = start(&opened, options, true)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut written = Ok(());
@@ -70,7 +73,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         &tokens,
         args.n,
         &args.stop,
-        &|| interrupt::interrupted(),
+        &|| interrupt::interrupted() || watch.tripped(),
         &mut |text| {
             if !args.json && written.is_ok() {
                 let mut out = std::io::stdout().lock();
@@ -80,11 +83,20 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     )
     .map_err(failure)?;
     written.map_err(|e| Failure::output("stdout", &e))?;
-    finish(args, &opened, &mut session, &generation)
+    finish(args, &opened, &mut session, &generation, watch.reason())
 }
 
-fn finish(args: &RunArgs, opened: &Opened, session: &mut Session, g: &Generation) -> Result<(), Failure> {
+/// `pressure`: why the watch of memory asked the run to stop, if it did.
+fn finish(
+    args: &RunArgs,
+    opened: &Opened,
+    session: &mut Session,
+    g: &Generation,
+    pressure: Option<String>,
+) -> Result<(), Failure> {
+    let pressure = pressure.filter(|_| g.stop == StopReason::Interrupt && !interrupt::interrupted());
     let mut report = Report::new(session, opened);
+    report.warnings(pressure.as_slice());
     report.generation(g);
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
@@ -94,6 +106,11 @@ fn finish(args: &RunArgs, opened: &Opened, session: &mut Session, g: &Generation
     } else {
         report::print_line("")?;
         report.print();
+    }
+    if let Some(reason) = pressure {
+        return Err(Failure::running(format!(
+            "stopped before memory ran out: {reason}; give a smaller --ram, or end what else takes memory"
+        )));
     }
     if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
 }

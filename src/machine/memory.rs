@@ -1,6 +1,6 @@
 //! Memory of the machine and the limits that cgroups set on this process.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Memory in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,21 +43,20 @@ pub(super) fn kib_field(text: &str, name: &str) -> Option<u64> {
 
 /// The least of `memory.max - memory.current` from this process's cgroup (v2) up to the root.
 fn cgroup_left(root: &Path) -> Option<u64> {
-    let own = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
-    let path = own.lines().find_map(|l| l.strip_prefix("0::"))?;
-    let base = root.join("sys/fs/cgroup");
-    let mut dir = base.join(path.trim_start_matches('/'));
-    let mut left: Option<u64> = None;
-    loop {
+    let left = |dir: PathBuf| {
         let number = |name: &str| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
-        if let (Some(max), Some(current)) = (number("memory.max"), number("memory.current")) {
-            let here = max.saturating_sub(current);
-            left = Some(left.map_or(here, |l| l.min(here)));
-        }
-        if dir == base || !dir.pop() || !dir.starts_with(&base) {
-            return left;
-        }
-    }
+        Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+    };
+    cgroups(root).into_iter().filter_map(left).min()
+}
+
+/// Folders of this process's cgroup (v2) and those above it, up to the root.
+pub(super) fn cgroups(root: &Path) -> Vec<PathBuf> {
+    let own = std::fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let Some(path) = own.lines().find_map(|l| l.strip_prefix("0::")) else { return Vec::new() };
+    let base = root.join("sys/fs/cgroup");
+    let own = base.join(path.trim_start_matches('/'));
+    own.ancestors().take_while(|dir| dir.starts_with(&base)).map(Path::to_path_buf).collect()
 }
 
 #[cfg(test)]

@@ -3,7 +3,11 @@
 //! Facts are read below an injectable root, so that tests use fake trees. What cannot be read is
 //! `None`, never an error and never a guess.
 
+pub mod doctor;
+pub mod facts;
 mod memory;
+pub mod pressure;
+pub mod probe;
 
 pub use memory::{Memory, memory};
 
@@ -12,6 +16,15 @@ use std::num::NonZero;
 /// Processors this process may run on.
 pub fn n_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+/// Processor and installed memory, by which a measured memory rate is known again.
+pub fn memory_identity(root: &std::path::Path) -> String {
+    let info = std::fs::read_to_string(root.join("proc/cpuinfo")).unwrap_or_default();
+    let model = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));
+    let model = model.map_or("unknown processor", |(_, name)| name.trim());
+    let gib = memory(root).total.map_or(0, |t| t.div_ceil(1 << 30));
+    format!("{model}, {gib} GiB")
 }
 
 /// Largest resident set of this process so far, in bytes (`VmHWM`).

@@ -1,0 +1,256 @@
+//! `nt probe`: what the links of this machine carry.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value as Json, json};
+
+use super::report::print_line;
+use super::{Failure, interrupt};
+use crate::backend::cuda::Device;
+use crate::machine;
+use crate::machine::probe::{self, ProbeError, Rate, Target, link, memory, plot, storage};
+use crate::plan::parse_size;
+
+/// Arguments of `nt probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// What to measure, one or more of: storage PATH, link, memory. PATH is a file, a directory
+    /// (its largest file is read) or a block device; it is never written. Without any: link and
+    /// memory.
+    #[arg(value_name = "storage PATH|link|memory")]
+    what: Vec<String>,
+    /// Block sizes of the sweep, comma separated.
+    #[arg(long, value_delimiter = ',', value_parser = block_size)]
+    block_size: Vec<u64>,
+    /// Reads in flight of the sweep, comma separated.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
+    depth: Vec<u16>,
+    /// Seconds of the sustained read at the knee; 0 skips it.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// Draw the storage sweep.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn block_size(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        b if (4096..=16 << 20).contains(&b) && b.is_multiple_of(4096) => Ok(b),
+        b => Err(format!("{b} bytes: a multiple of 4096 from 4KiB to 16MiB was expected")),
+    }
+}
+
+/// What the words ask for.
+#[derive(Debug, Default, PartialEq)]
+struct Wanted {
+    storage: Option<PathBuf>,
+    link: bool,
+    memory: bool,
+}
+
+fn wanted(words: &[String]) -> Result<Wanted, String> {
+    let mut out = Wanted::default();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "storage" => {
+                let path = words.next().ok_or("storage needs a path: nt probe storage PATH")?;
+                if out.storage.replace(path.into()).is_some() {
+                    return Err("storage is given twice; measure one path at a time".into());
+                }
+            }
+            "link" => out.link = true,
+            "memory" => out.memory = true,
+            other => return Err(format!("{other:?} is none of storage PATH, link, memory")),
+        }
+    }
+    if out == Wanted::default() {
+        (out.link, out.memory) = (true, true);
+    }
+    Ok(out)
+}
+
+/// Runs the probes that were asked for.
+pub fn run(args: &ProbeArgs) -> Result<(), Failure> {
+    let wanted = wanted(&args.what).map_err(Failure::usage)?;
+    if !(0.0..=86_400.0).contains(&args.seconds) {
+        return Err(Failure::usage(format!("--seconds {}: 0 to 86400 was expected", args.seconds)));
+    }
+    if args.plot.is_some() && wanted.storage.is_none() {
+        return Err(Failure::usage("--plot draws a storage sweep; add `storage PATH`"));
+    }
+    interrupt::install()?;
+    let mut rates = Vec::new();
+    let mut all = serde_json::Map::new();
+    if let Some(path) = &wanted.storage {
+        all.insert("storage".into(), probe_storage(args, path, &mut rates)?);
+    }
+    if wanted.memory {
+        all.insert("memory".into(), probe_memory(args, &mut rates)?);
+    }
+    if wanted.link {
+        all.insert("link".into(), probe_link(args, !args.what.is_empty(), &mut rates)?);
+    }
+    if let Err(e) = probe::record(&rates) {
+        tracing::warn!("the measured rates could not be kept: {e}");
+    }
+    if args.json { print_line(&Json::Object(all).to_string()) } else { Ok(()) }
+}
+
+fn failure(e: ProbeError) -> Failure {
+    match e {
+        ProbeError::Interrupted => Failure::interrupted(),
+        ProbeError::Target { .. } => Failure::usage(e),
+        e => Failure::running(e),
+    }
+}
+
+/// GB/s with as many digits as a measurement is worth.
+fn gb(rate: f64) -> String {
+    format!("{:.3} GB/s", rate / 1e9)
+}
+
+fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
+    let target = Target::open(path).map_err(failure)?;
+    if let Some(note) = target.file.note() {
+        tracing::warn!("{note}");
+    }
+    let or = |given: Vec<u64>, all: &[u64]| if given.is_empty() { all.to_vec() } else { given };
+    let depths: Vec<usize> = args.depth.iter().map(|d| usize::from(*d)).collect();
+    let options = storage::Options {
+        blocks: or(args.block_size.clone(), &storage::BLOCKS),
+        depths: if depths.is_empty() { storage::DEPTHS.to_vec() } else { depths },
+        sustained_s: args.seconds,
+    };
+    let bar = progress(options.blocks.len() * options.depths.len());
+    let report = storage::measure(&target, &options, &interrupt::interrupted, &mut |_| bar.inc(1)).map_err(failure)?;
+    bar.finish_and_clear();
+    if let Some(k) = report.knee {
+        let best = report.sustained.as_ref().map_or(k.bytes_per_s, |s| s.bytes_per_s);
+        rates.push(Rate::now("storage", &report.drive, best, Some(k.block_bytes), Some(k.depth)));
+    }
+    if let Some(file) = &args.plot {
+        std::fs::write(file, plot::svg(&report)).map_err(|e| Failure::output(&file.display().to_string(), &e))?;
+    }
+    if !args.json {
+        print_storage(&report, &options)?;
+    }
+    Ok(json!(report))
+}
+
+fn progress(cells: usize) -> indicatif::ProgressBar {
+    if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
+        indicatif::ProgressBar::new(cells as u64)
+    } else {
+        indicatif::ProgressBar::hidden()
+    }
+}
+
+fn print_storage(report: &storage::Report, options: &storage::Options) -> Result<(), Failure> {
+    let way = if report.direct { "O_DIRECT, io_uring" } else { "io_uring through the page cache" };
+    print_line(&format!("storage {} ({}), {way}, GB/s by block size and reads in flight", report.path, report.drive))?;
+    let head: Vec<String> = options.depths.iter().map(|d| format!("{d:>7}")).collect();
+    print_line(&format!("  {:>8} {}", "", head.join("")))?;
+    for block in &options.blocks {
+        let row = report.cells.iter().filter(|c| c.block_bytes == *block);
+        let row: String = row.map(|c| format!("{:>7.3}", c.bytes_per_s / 1e9)).collect();
+        print_line(&format!("  {:>8} {row}", plot::size(*block)))?;
+    }
+    if let (Some(b), Some(k)) = (report.best, report.knee) {
+        print_line(&format!("  best  {} x {}: {}", plot::size(b.block_bytes), b.depth, gb(b.bytes_per_s)))?;
+        print_line(&format!(
+            "  knee  {} x {}: {} (the fewest bytes in flight within 3 % of the best)",
+            plot::size(k.block_bytes),
+            k.depth,
+            gb(k.bytes_per_s)
+        ))?;
+    }
+    for (name, rate) in [("pread", report.buffered_bytes_per_s), ("mmap", report.mmap_bytes_per_s)] {
+        if let Some(rate) = rate {
+            print_line(&format!("  {name:<5} one thread, through the page cache: {}", gb(rate)))?;
+        }
+    }
+    let Some(s) = &report.sustained else { return Ok(()) };
+    let (low, high) = s.slices.iter().fold((f64::MAX, 0f64), |(l, h), r| (l.min(*r), h.max(*r)));
+    let spread = if s.slices.is_empty() { String::new() } else { format!(", slices {} to {}", gb(low), gb(high)) };
+    let slower = storage::slowdown(&s.slices).filter(|x| *x > 0.1);
+    let slower = slower.map_or_else(String::new, |x| format!("; it slowed down by {:.0} %", x * 100.0));
+    print_line(&format!("  sustained over {:.1} s at the knee: {}{spread}{slower}", s.seconds, gb(s.bytes_per_s)))
+}
+
+fn probe_memory(args: &ProbeArgs, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
+    let threads = machine::n_cpus();
+    let facts = machine::memory(Path::new("/"));
+    let cells = memory::measure(threads, facts.budget(), &mut |_| {});
+    let identity = machine::memory_identity(Path::new("/"));
+    let best = cells.iter().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
+    rates.extend(best.map(|b| Rate::now("memory", &identity, b.bytes_per_s, None, Some(b.threads))));
+    if !args.json {
+        print_line(&format!("memory ({identity}), read rate by threads"))?;
+        for c in &cells {
+            print_line(&format!("  {:>3}  {}", c.threads, gb(c.bytes_per_s)))?;
+        }
+    }
+    Ok(json!({ "identity": identity, "cells": cells }))
+}
+
+/// `asked`: without a GPU, a link that was named is an error, and null otherwise.
+fn probe_link(args: &ProbeArgs, asked: bool, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(e) if asked => return Err(Failure::running(e)),
+        Err(e) => {
+            if !args.json {
+                print_line(&format!("link: not measured ({e})"))?;
+            }
+            return Ok(Json::Null);
+        }
+    };
+    let report = link::measure(&device, &interrupt::interrupted, &mut |_| {}).map_err(failure)?;
+    let identity = link::identity(&device);
+    let mut keep = |kind: &str, rate: fn(&link::Cell) -> f64| {
+        let best = report.cells.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
+        rates.extend(best.map(|c| Rate::now(kind, &identity, rate(c), Some(c.bytes as u64), None)));
+    };
+    keep("h2d", |c| c.h2d_pinned);
+    keep("d2h", |c| c.d2h_pinned);
+    if !args.json {
+        print_link(&report)?;
+    }
+    Ok(json!(report))
+}
+
+fn print_link(report: &link::Report) -> Result<(), Failure> {
+    print_line(&format!("link to {} at {}, GB/s by bytes of a copy", report.gpu, report.pci))?;
+    print_line(&format!(
+        "  {:>8} {:>10} {:>12} {:>10} {:>12}",
+        "", "to, pinned", "to, pageable", "from, pin.", "from, page."
+    ))?;
+    for c in &report.cells {
+        let [a, b, d, e] = [c.h2d_pinned, c.h2d_pageable, c.d2h_pinned, c.d2h_pageable].map(|r| r / 1e9);
+        print_line(&format!("  {:>8} {a:>10.2} {b:>12.2} {d:>10.2} {e:>12.2}", plot::size(c.bytes as u64)))?;
+    }
+    let (to, from) = report.both_at_once;
+    print_line(&format!("  both ways at once: {} to the GPU, {} from it", gb(to), gb(from)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_say_what_is_measured() {
+        let parse = |s: &str| wanted(&s.split_whitespace().map(String::from).collect::<Vec<_>>());
+        let storage = |p: &str| Some(PathBuf::from(p));
+        assert_eq!(parse(""), Ok(Wanted { storage: None, link: true, memory: true }));
+        assert_eq!(parse("memory"), Ok(Wanted { storage: None, link: false, memory: true }));
+        assert_eq!(parse("storage /m link memory"), Ok(Wanted { storage: storage("/m"), link: true, memory: true }));
+        for bad in ["storage", "disk", "storage a storage b"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

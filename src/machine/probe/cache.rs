@@ -1,0 +1,155 @@
+//! Measured rates, kept in `$XDG_CACHE_HOME/nt/probe.toml` with the device and the day, so that a
+//! plan need not guess.
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// A measured rate of one link.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rate {
+    /// `storage`, `memory`, `h2d`, `d2h`.
+    pub kind: String,
+    /// The device, named so that it is known again.
+    pub identity: String,
+    /// Bytes a second.
+    pub bytes_per_s: f64,
+    /// Bytes of one read or copy at which it was reached.
+    pub block_bytes: Option<u64>,
+    /// Reads in flight, or threads.
+    pub depth: Option<usize>,
+    /// Day of the measurement, `2026-11-23`.
+    pub date: String,
+    /// The same in seconds since 1970.
+    pub unix_s: u64,
+}
+
+impl Rate {
+    /// A rate measured now.
+    pub fn now(kind: &str, identity: &str, bytes_per_s: f64, block_bytes: Option<u64>, depth: Option<usize>) -> Rate {
+        let unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        Rate {
+            kind: kind.into(),
+            identity: identity.into(),
+            bytes_per_s,
+            block_bytes,
+            depth,
+            date: date(unix_s),
+            unix_s,
+        }
+    }
+
+    /// Seconds since it was measured.
+    pub fn age_s(&self) -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs().saturating_sub(self.unix_s))
+    }
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Cache {
+    #[serde(default)]
+    rate: Vec<Rate>,
+}
+
+/// Where the cache lies; `None` without `XDG_CACHE_HOME` and `HOME`.
+pub fn file() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(base.join("nt/probe.toml"))
+}
+
+/// The last measured rate of this kind and device, if there is one.
+pub fn measured(kind: &str, identity: &str) -> Option<Rate> {
+    find(&file()?, kind, identity)
+}
+
+/// Keeps `rates`, each in place of an older one of the same kind and device.
+///
+/// # Errors
+/// If the cache cannot be written.
+pub fn record(rates: &[Rate]) -> std::io::Result<()> {
+    match file() {
+        Some(path) => store(&path, rates),
+        None => Err(std::io::Error::other("neither XDG_CACHE_HOME nor HOME is set")),
+    }
+}
+
+/// An unreadable cache is an empty one: it only costs another measurement.
+fn load(path: &Path) -> Cache {
+    std::fs::read_to_string(path).ok().and_then(|t| toml::from_str(&t).ok()).unwrap_or_default()
+}
+
+fn find(path: &Path, kind: &str, identity: &str) -> Option<Rate> {
+    load(path).rate.into_iter().find(|r| r.kind == kind && r.identity == identity)
+}
+
+fn store(path: &Path, rates: &[Rate]) -> std::io::Result<()> {
+    let mut cache = load(path);
+    for new in rates {
+        cache.rate.retain(|r| r.kind != new.kind || r.identity != new.identity);
+        cache.rate.push(new.clone());
+    }
+    let text = toml::to_string(&cache).map_err(std::io::Error::other)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    // Renamed into place, so that a reader never sees half of it.
+    let part = folder.join(format!("probe.toml.{}", std::process::id()));
+    std::fs::write(&part, text)?;
+    std::fs::rename(&part, path)
+}
+
+/// The day, in UTC, of a time in seconds since 1970: civil calendar from a day count, with years
+/// that begin in March (so that the leap day is the last).
+fn date(unix_s: u64) -> String {
+    let days = unix_s / 86_400 + 719_468;
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_rate_of_a_device_is_found() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("nt/probe.toml");
+        assert_eq!(find(&path, "storage", "a"), None);
+        let (a, b) = (Rate::now("storage", "a", 1e9, Some(4096), None), Rate::now("memory", "a", 2e9, None, Some(2)));
+        store(&path, &[a.clone(), b.clone()]).unwrap();
+        let newer = Rate { bytes_per_s: 3e9, ..a };
+        store(&path, std::slice::from_ref(&newer)).unwrap();
+        assert_eq!(find(&path, "storage", "a"), Some(newer));
+        assert_eq!(find(&path, "memory", "a"), Some(b));
+        assert_eq!(find(&path, "storage", "b"), None);
+    }
+
+    #[test]
+    fn a_broken_cache_is_an_empty_one() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("probe.toml");
+        std::fs::write(&path, "rate = 5").unwrap();
+        assert_eq!(find(&path, "storage", "a"), None);
+        store(&path, &[Rate::now("storage", "a", 1.0, None, None)]).unwrap();
+        assert!(find(&path, "storage", "a").is_some());
+    }
+
+    #[test]
+    fn days_follow_the_calendar() {
+        for (s, day) in [
+            (0, "1970-01-01"),
+            (951_782_400, "2000-02-29"),
+            (1_709_251_199, "2024-02-29"),
+            (1_795_392_000, "2026-11-23"),
+        ] {
+            assert_eq!(date(s), day);
+        }
+    }
+}

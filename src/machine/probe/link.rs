@@ -1,0 +1,145 @@
+//! Rates of the link between this machine's memory and a GPU, by size of a copy.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{ProbeError, rate};
+use crate::backend::cuda::{Device, Stream};
+
+/// Sizes of one copy, in bytes.
+pub const SIZES: [usize; 6] = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20];
+const TIME: Duration = Duration::from_millis(200);
+/// Copies handed over before the first is waited for.
+const BATCH: usize = 16;
+
+/// Rates of copies of one size, bytes a second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Bytes of one copy.
+    pub bytes: usize,
+    /// Pinned memory to the GPU.
+    pub h2d_pinned: f64,
+    /// Pageable memory to the GPU.
+    pub h2d_pageable: f64,
+    /// GPU to pinned memory.
+    pub d2h_pinned: f64,
+    /// GPU to pageable memory.
+    pub d2h_pageable: f64,
+}
+
+/// The outcome.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The driver's name of the GPU.
+    pub gpu: String,
+    /// Its PCI address.
+    pub pci: String,
+    /// By size.
+    pub cells: Vec<Cell>,
+    /// Both directions at once at the largest size: to the GPU, from it, bytes a second.
+    pub both_at_once: (f64, f64),
+}
+
+/// The GPU as the cache knows it.
+pub fn identity(device: &Device) -> String {
+    format!("{} {}", device.info.name, device.info.pci_address)
+}
+
+#[derive(Clone, Copy)]
+enum Way {
+    ToGpu,
+    FromGpu,
+}
+
+/// Measures the link of `device`.
+///
+/// # Errors
+/// The driver's, or `stop` said so.
+pub fn measure(device: &Arc<Device>, stop: &dyn Fn() -> bool, say: &mut dyn FnMut(Cell)) -> Result<Report, ProbeError> {
+    let largest = SIZES[SIZES.len() - 1];
+    let (here, there) = (device.stream()?, device.stream()?);
+    let on_gpu = [device.alloc(largest as u64, "the probe")?, device.alloc(largest as u64, "the probe")?];
+    let mut pinned =
+        [device.alloc_pinned::<u8>(largest, "the probe")?, device.alloc_pinned::<u8>(largest, "the probe")?];
+    let mut pageable = vec![1u8; largest];
+    let (pinned_a, pinned_b) = (pinned[0].as_mut_slice().as_mut_ptr(), pinned[1].as_mut_slice().as_mut_ptr());
+    let pageable = pageable.as_mut_ptr();
+    let mut cells = Vec::new();
+    for bytes in SIZES {
+        if stop() {
+            return Err(ProbeError::Interrupted);
+        }
+        let one = |host: *mut u8, way: Way| {
+            // SAFETY: each buffer holds `largest` bytes, outlives `timed`, which waits for every
+            // copy, and is used by this stream alone.
+            unsafe { timed(&[(&here, host, on_gpu[0].addr(), way)], bytes) }
+        };
+        let cell = Cell {
+            bytes,
+            h2d_pinned: one(pinned_a, Way::ToGpu)?,
+            h2d_pageable: one(pageable, Way::ToGpu)?,
+            d2h_pinned: one(pinned_a, Way::FromGpu)?,
+            d2h_pageable: one(pageable, Way::FromGpu)?,
+        };
+        say(cell);
+        cells.push(cell);
+    }
+    let both = [(&here, pinned_a, on_gpu[0].addr(), Way::ToGpu), (&there, pinned_b, on_gpu[1].addr(), Way::FromGpu)];
+    // SAFETY: as above; the two streams have buffers of their own.
+    let each = unsafe { timed(&both, largest)? };
+    Ok(Report {
+        gpu: device.info.name.clone(),
+        pci: device.info.pci_address.clone(),
+        cells,
+        both_at_once: (each, each),
+    })
+}
+
+/// Bytes a second of each of `copies`, which run at the same time, in batches.
+///
+/// # Safety
+/// Host and device address of each copy are good for `bytes` and used by nobody else.
+unsafe fn timed(copies: &[(&Stream, *mut u8, u64, Way)], bytes: usize) -> Result<f64, ProbeError> {
+    let batch = || -> Result<(), ProbeError> {
+        for _ in 0..BATCH {
+            for &(stream, host, gpu, way) in copies {
+                match way {
+                    // SAFETY: the caller vouches for the ranges; this function waits below.
+                    Way::ToGpu => unsafe { stream.upload(host, gpu, bytes)? },
+                    // SAFETY: as above.
+                    Way::FromGpu => unsafe { stream.download(gpu, host, bytes)? },
+                }
+            }
+        }
+        copies.iter().try_for_each(|(stream, ..)| stream.synchronize().map_err(ProbeError::from))
+    };
+    // The first copies raise the link to its speed; it sleeps when idle.
+    let result = batch().and_then(|()| {
+        let (start, mut copied) = (Instant::now(), 0u64);
+        while start.elapsed() < TIME {
+            batch()?;
+            copied += (BATCH * bytes) as u64;
+        }
+        Ok(rate(copied, start.elapsed().as_secs_f64()))
+    });
+    // After an error copies may still be under way: the buffers must outlive them.
+    for (stream, ..) in copies {
+        let _ = stream.synchronize();
+    }
+    result
+}
+
+/// Copies for a moment, so that the link runs at the speed it has under load.
+///
+/// # Errors
+/// The driver's.
+pub fn wake(device: &Arc<Device>) -> Result<(), ProbeError> {
+    let bytes = SIZES[4];
+    let (stream, gpu) = (device.stream()?, device.alloc(bytes as u64, "the probe")?);
+    let mut host = device.alloc_pinned::<u8>(bytes, "the probe")?;
+    let host = host.as_mut_slice().as_mut_ptr();
+    // SAFETY: both buffers hold `bytes` and outlive `timed`, which waits for every copy.
+    unsafe { timed(&[(&stream, host, gpu.addr(), Way::ToGpu)], bytes) }.map(drop)
+}

@@ -1,0 +1,77 @@
+//! Rate at which threads read memory that lies in no cache.
+
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::rate;
+
+/// Memory that is read; well beyond any cache of an ordinary machine.
+const BYTES: usize = 512 << 20;
+const TIME: Duration = Duration::from_millis(400);
+
+/// One count of threads.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Threads that read, each its own part.
+    pub threads: usize,
+    /// Bytes a second of all of them.
+    pub bytes_per_s: f64,
+}
+
+/// Rates by threads: all counts up to four, then powers of two, then `threads` itself.
+pub fn measure(threads: usize, available: Option<u64>, say: &mut dyn FnMut(Cell)) -> Vec<Cell> {
+    let threads = threads.max(1);
+    let bytes = available.map_or(BYTES, |a| BYTES.min((a / 4) as usize)).max(1 << 20);
+    let memory: Vec<u64> = (0..bytes as u64 / 8).collect();
+    let cell = |n: usize| Cell { threads: n, bytes_per_s: read(&memory, n) };
+    let counts = (1..=threads).filter(|&n| n <= 4 || n.is_power_of_two() || n == threads);
+    counts.map(cell).inspect(|c| say(*c)).collect()
+}
+
+fn read(memory: &[u64], threads: usize) -> f64 {
+    let part = memory.len() / threads;
+    let barrier = Barrier::new(threads);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = memory
+            .chunks_exact(part.max(1))
+            .take(threads)
+            .map(|chunk| {
+                scope.spawn(|| {
+                    barrier.wait();
+                    let (start, mut bytes) = (Instant::now(), 0u64);
+                    while start.elapsed() < TIME {
+                        std::hint::black_box(sum(std::hint::black_box(chunk)));
+                        bytes += size_of_val(chunk) as u64;
+                    }
+                    rate(bytes, start.elapsed().as_secs_f64())
+                })
+            })
+            .collect();
+        workers.into_iter().filter_map(|w| w.join().ok()).sum()
+    })
+}
+
+/// Eight sums side by side, which the compiler keeps in vector registers.
+fn sum(words: &[u64]) -> u64 {
+    let mut lanes = [0u64; 8];
+    for eight in words.chunks_exact(8) {
+        for (lane, word) in lanes.iter_mut().zip(eight) {
+            *lane = lane.wrapping_add(*word);
+        }
+    }
+    lanes.iter().fold(0, |a, b| a.wrapping_add(*b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_count_of_threads_is_measured_once() {
+        let cells = measure(2, Some(64 << 20), &mut |_| {});
+        assert_eq!(cells.iter().map(|c| c.threads).collect::<Vec<_>>(), [1, 2]);
+        assert!(cells.iter().all(|c| c.bytes_per_s > 0.0));
+    }
+}

@@ -1,0 +1,57 @@
+//! Measures the links of this machine: storage, memory, and the one to a GPU.
+//!
+//! Reads only: files and devices are opened for reading and never written. Rates are bytes a second
+//! over wall time, from the first request to the last completion.
+
+mod cache;
+pub mod link;
+pub mod memory;
+pub mod plot;
+mod queue;
+pub mod storage;
+mod target;
+
+pub use cache::{Rate, file as cache_file, measured, record};
+pub use target::Target;
+
+/// Why a link could not be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The path leads to nothing that can be read.
+    #[error("{path}: {why}")]
+    Target {
+        /// As the user named it.
+        path: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A read failed.
+    #[error("{path}: reading {len} bytes at {offset} failed: {why}")]
+    Read {
+        /// The file or device.
+        path: String,
+        /// First byte.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// The system's words.
+        why: String,
+    },
+    /// io_uring is refused.
+    #[error("io_uring is not available here ({0}); check `sysctl kernel.io_uring_disabled`")]
+    Uring(std::io::Error),
+    /// Memory for the buffers is missing.
+    #[error(transparent)]
+    Memory(#[from] crate::memory::ArenaError),
+    /// The GPU's driver refused.
+    #[error(transparent)]
+    Gpu(#[from] crate::backend::BackendError),
+    /// The probe was interrupted.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Bytes a second, 0 for no time.
+fn rate(bytes: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { bytes as f64 / seconds } else { 0.0 }
+}

@@ -1,0 +1,183 @@
+//! A plain io_uring loop: so many reads of one size in flight, in order of the file.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, types};
+
+use super::{ProbeError, Target, rate};
+use crate::memory::{Arena, Region};
+
+/// Reads in flight at most.
+pub const DEPTH_MAX: usize = 256;
+
+/// An arena this large takes huge pages. In 4 KiB pages a read of 1 MiB is 256 pieces of memory, more
+/// than some drives take at once, and reads at half its rate; weights lie in huge pages too.
+const ARENA_MIN: u64 = 64 << 20;
+
+/// A ring with buffers for `depth` reads of `block` bytes.
+pub struct Queue<'t> {
+    ring: IoUring,
+    target: &'t Target,
+    block: u64,
+    buffers: Vec<Region>,
+    /// Where each buffer's read began.
+    offsets: Vec<u64>,
+    n_flying: usize,
+    /// Next byte of the file; stays between runs, so that no run finds what the last one read in
+    /// a drive's cache.
+    cursor: u64,
+    /// Held for the buffers: dropped after the ring, which waits for reads in flight.
+    _arena: Arena,
+}
+
+/// Bytes and seconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Span {
+    /// Bytes read.
+    pub bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+impl Span {
+    /// Bytes a second.
+    pub fn rate(&self) -> f64 {
+        rate(self.bytes, self.seconds)
+    }
+}
+
+impl<'t> Queue<'t> {
+    /// Sets it up; `block` is at most the target's length, and a multiple of 4096.
+    ///
+    /// # Errors
+    /// If io_uring is refused or memory is missing.
+    pub fn new(target: &'t Target, block: u64, depth: usize, cursor: u64) -> Result<Queue<'t>, ProbeError> {
+        let depth = depth.clamp(1, DEPTH_MAX);
+        let mut arena = Arena::new((block * depth as u64).max(ARENA_MIN))?;
+        let buffers = (0..depth).map(|_| arena.take(block)).collect::<Result<Vec<_>, _>>()?;
+        for b in &buffers {
+            // The pages must exist before the clock starts.
+            // SAFETY: a region of the arena made above, which nobody else knows yet.
+            unsafe { b.addr.write_bytes(1, b.len) };
+        }
+        let ring = new_ring(depth as u32).map_err(ProbeError::Uring)?;
+        ring.submitter().register_files(&[target.file.file.as_raw_fd()]).map_err(ProbeError::Uring)?;
+        Ok(Queue { ring, target, block, offsets: vec![0; depth], buffers, n_flying: 0, cursor, _arena: arena })
+    }
+
+    /// Where the next run goes on.
+    pub fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    /// Reads until `time` is over, keeping every buffer in flight; calls `each` about every `slice`
+    /// with the bytes and seconds since the last call.
+    ///
+    /// # Errors
+    /// A failed read, or `stop` said so.
+    pub fn run(
+        &mut self,
+        time: Duration,
+        slice: Duration,
+        stop: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(Span),
+    ) -> Result<Span, ProbeError> {
+        let start = Instant::now();
+        let (mut total, mut part, mut part_start) = (0, 0, start);
+        for slot in 0..self.buffers.len() {
+            self.push(slot)?;
+        }
+        while self.n_flying > 0 {
+            let bytes = self.step(start.elapsed() < time && !stop())?;
+            total += bytes;
+            part += bytes;
+            if part_start.elapsed() >= slice && self.n_flying > 0 {
+                each(Span { bytes: part, seconds: part_start.elapsed().as_secs_f64() });
+                (part, part_start) = (0, Instant::now());
+            }
+        }
+        if stop() {
+            Err(ProbeError::Interrupted)
+        } else {
+            Ok(Span { bytes: total, seconds: start.elapsed().as_secs_f64() })
+        }
+    }
+
+    /// Waits for at least one read; begins others in their place if `more`. Gives the bytes read.
+    fn step(&mut self, more: bool) -> Result<u64, ProbeError> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e) => return Err(ProbeError::Uring(e)),
+        }
+        let mut bytes = 0;
+        while let Some(done) = self.next_done() {
+            let slot = done.user_data() as usize;
+            self.n_flying -= 1;
+            match done.result() {
+                n if n > 0 => bytes += n as u64,
+                0 => return Err(self.failed(slot, "the file ended early; was it truncated?".into())),
+                e if matches!(-e, libc::EAGAIN | libc::EINTR) => {}
+                e => return Err(self.failed(slot, io::Error::from_raw_os_error(-e).to_string())),
+            }
+            self.target.file.forget(self.offsets[slot], self.block);
+            if more {
+                self.push(slot)?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    fn next_done(&mut self) -> Option<io_uring::cqueue::Entry> {
+        self.ring.completion().next()
+    }
+
+    fn failed(&self, slot: usize, why: String) -> ProbeError {
+        ProbeError::Read {
+            path: self.target.path.display().to_string(),
+            offset: self.offsets[slot],
+            len: self.block,
+            why,
+        }
+    }
+
+    fn push(&mut self, slot: usize) -> Result<(), ProbeError> {
+        if self.cursor + self.block > self.target.len {
+            self.cursor = 0;
+        }
+        self.offsets[slot] = self.cursor;
+        self.cursor += self.block;
+        let entry = opcode::Read::new(types::Fixed(0), self.buffers[slot].addr, self.block as u32)
+            .offset(self.offsets[slot])
+            .build()
+            .user_data(slot as u64);
+        // SAFETY: the buffer belongs to this slot, whose last read has completed; the arena is
+        // dropped after `drop` has waited for what is in flight.
+        unsafe { self.ring.submission().push(&entry) }
+            .map_err(|_| self.failed(slot, "the submission queue is full".into()))?;
+        self.n_flying += 1;
+        Ok(())
+    }
+}
+
+/// A ring for one thread, with the flags that save interrupts where the kernel knows them.
+fn new_ring(depth: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .build(depth)
+        .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { IoUring::new(depth) } else { Err(e) })
+}
+
+impl Drop for Queue<'_> {
+    fn drop(&mut self) {
+        while self.n_flying > 0 {
+            if self.ring.submit_and_wait(1).is_err_and(|e| e.raw_os_error() != Some(libc::EINTR)) {
+                break;
+            }
+            self.n_flying = self.n_flying.saturating_sub(self.ring.completion().count());
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Read rates of a drive by block size and reads in flight, what the page cache and mmap make of
+//! it, and how the rate holds over time.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::queue::{Queue, Span};
+use super::{ProbeError, Target, rate};
+
+/// Block sizes of the sweep, in bytes.
+pub const BLOCKS: [u64; 7] = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20];
+/// Reads in flight of the sweep.
+pub const DEPTHS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+/// What counts as no slower than the best: 3 %.
+const KNEE_SHARE: f64 = 0.97;
+const CELL_TIME: Duration = Duration::from_millis(300);
+const SLICE: Duration = Duration::from_millis(500);
+/// Block of the reads through the page cache.
+const BUFFERED_BLOCK: u64 = 1 << 20;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Block sizes, in bytes, multiples of 4096.
+    pub blocks: Vec<u64>,
+    /// Reads in flight.
+    pub depths: Vec<usize>,
+    /// Seconds of the sustained read; 0 skips it.
+    pub sustained_s: f64,
+}
+
+/// One cell of the sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Bytes of a read.
+    pub block_bytes: u64,
+    /// Reads in flight.
+    pub depth: usize,
+    /// Bytes a second.
+    pub bytes_per_s: f64,
+}
+
+/// The outcome.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What was read.
+    pub path: String,
+    /// The drive below it.
+    pub drive: String,
+    /// Bytes of the file or device.
+    pub len_bytes: u64,
+    /// Whether reads went past the page cache.
+    pub direct: bool,
+    /// By block size, then depth.
+    pub cells: Vec<Cell>,
+    /// The fastest cell.
+    pub best: Option<Cell>,
+    /// The cell with the fewest bytes in flight within 3 % of the best.
+    pub knee: Option<Cell>,
+    /// One thread calling pread through the page cache, bytes a second.
+    pub buffered_bytes_per_s: Option<f64>,
+    /// One thread touching every page of a mapping, bytes a second.
+    pub mmap_bytes_per_s: Option<f64>,
+    /// At the knee, for the time asked for.
+    pub sustained: Option<Sustained>,
+}
+
+/// A long read in slices.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sustained {
+    /// Bytes of a read.
+    pub block_bytes: u64,
+    /// Reads in flight.
+    pub depth: usize,
+    /// Bytes a second over the whole time.
+    pub bytes_per_s: f64,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// Bytes a second of each slice of about half a second.
+    pub slices: Vec<f64>,
+}
+
+/// Measures `target`; `say` gets each cell as it is known.
+///
+/// # Errors
+/// A failed read, io_uring refused, or `stop` said so.
+pub fn measure(
+    target: &Target,
+    options: &Options,
+    stop: &dyn Fn() -> bool,
+    say: &mut dyn FnMut(Cell),
+) -> Result<Report, ProbeError> {
+    let mut cells = Vec::new();
+    let mut cursor = 0;
+    for &block_bytes in options.blocks.iter().filter(|&&b| b <= target.len) {
+        for &depth in &options.depths {
+            let mut queue = Queue::new(target, block_bytes, depth, cursor)?;
+            let span = queue.run(CELL_TIME, CELL_TIME, stop, &mut |_| {})?;
+            cursor = queue.cursor();
+            let cell = Cell { block_bytes, depth, bytes_per_s: span.rate() };
+            say(cell);
+            cells.push(cell);
+        }
+    }
+    let knee = knee(&cells);
+    let sustained = match knee {
+        Some(k) if options.sustained_s > 0.0 => Some(sustain(target, k, options.sustained_s, cursor, stop)?),
+        _ => None,
+    };
+    Ok(Report {
+        path: target.path.display().to_string(),
+        drive: target.identity.clone(),
+        len_bytes: target.len,
+        direct: target.file.is_direct(),
+        best: best(&cells),
+        knee,
+        cells,
+        buffered_bytes_per_s: Some(buffered(target, stop)?.rate()),
+        mmap_bytes_per_s: mapped(target, stop)?.map(|s| s.rate()),
+        sustained,
+    })
+}
+
+fn best(cells: &[Cell]) -> Option<Cell> {
+    cells.iter().copied().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))
+}
+
+/// The cell with the fewest bytes in flight, and of those the fewest reads, that is within 3 % of
+/// the best.
+pub fn knee(cells: &[Cell]) -> Option<Cell> {
+    let floor = best(cells)?.bytes_per_s * KNEE_SHARE;
+    let good = cells.iter().copied().filter(|c| c.bytes_per_s >= floor);
+    good.min_by_key(|c| (c.block_bytes * c.depth as u64, c.depth))
+}
+
+fn sustain(
+    target: &Target,
+    at: Cell,
+    seconds: f64,
+    cursor: u64,
+    stop: &dyn Fn() -> bool,
+) -> Result<Sustained, ProbeError> {
+    let mut slices = Vec::new();
+    let mut queue = Queue::new(target, at.block_bytes, at.depth, cursor)?;
+    let span = queue.run(Duration::from_secs_f64(seconds), SLICE, stop, &mut |s| slices.push(s.rate()))?;
+    Ok(Sustained {
+        block_bytes: at.block_bytes,
+        depth: at.depth,
+        bytes_per_s: span.rate(),
+        seconds: span.seconds,
+        slices,
+    })
+}
+
+/// The target opened through the page cache, with nothing of it cached if the kernel agrees.
+fn open_buffered(target: &Target) -> Result<std::fs::File, ProbeError> {
+    let file = std::fs::File::open(&target.path)
+        .map_err(|e| ProbeError::Target { path: target.path.display().to_string(), why: e.to_string() })?;
+    forget(&file);
+    Ok(file)
+}
+
+fn forget(file: &std::fs::File) {
+    // SAFETY: advice on an open descriptor touches no memory; a refusal changes nothing.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
+fn buffered(target: &Target, stop: &dyn Fn() -> bool) -> Result<Span, ProbeError> {
+    let file = open_buffered(target)?;
+    let mut buffer = vec![0u8; BUFFERED_BLOCK as usize];
+    let (start, mut bytes) = (Instant::now(), 0);
+    while start.elapsed() < CELL_TIME && bytes < target.len && !stop() {
+        let n = file.read_at(&mut buffer, bytes).map_err(|e| ProbeError::Read {
+            path: target.path.display().to_string(),
+            offset: bytes,
+            len: BUFFERED_BLOCK,
+            why: e.to_string(),
+        })?;
+        if n == 0 {
+            break;
+        }
+        bytes += n as u64;
+    }
+    let span = Span { bytes, seconds: start.elapsed().as_secs_f64() };
+    forget(&file);
+    Ok(span)
+}
+
+/// `None` where the target cannot be mapped.
+fn mapped(target: &Target, stop: &dyn Fn() -> bool) -> Result<Option<Span>, ProbeError> {
+    let file = open_buffered(target)?;
+    // SAFETY: mapped for reading only. Should another process truncate the file meanwhile, this one
+    // ends with SIGBUS; nothing is written and nothing is taken from the bytes.
+    let Ok(map) = (unsafe { memmap2::MmapOptions::new().len(target.len as usize).map(&file) }) else {
+        return Ok(None);
+    };
+    let (start, mut bytes, mut sum) = (Instant::now(), 0u64, 0u8);
+    for block in map.chunks(BUFFERED_BLOCK as usize) {
+        if start.elapsed() >= CELL_TIME || stop() {
+            break;
+        }
+        sum = block.iter().step_by(4096).fold(sum, |s, b| s.wrapping_add(*b));
+        bytes += block.len() as u64;
+    }
+    std::hint::black_box(sum);
+    let seconds = start.elapsed().as_secs_f64();
+    drop(map);
+    forget(&file);
+    Ok(Some(Span { bytes, seconds }))
+}
+
+/// Share by which the last quarter of the slices is slower than the first; a hot drive shows here.
+pub fn slowdown(slices: &[f64]) -> Option<f64> {
+    let n = slices.len() / 4;
+    if n == 0 {
+        return None;
+    }
+    let mean = |s: &[f64]| rate(s.iter().sum::<f64>() as u64, s.len() as f64);
+    let (first, last) = (mean(&slices[..n]), mean(&slices[slices.len() - n..]));
+    (first > 0.0).then(|| 1.0 - last / first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cell(block_bytes: u64, depth: usize, bytes_per_s: f64) -> Cell {
+        Cell { block_bytes, depth, bytes_per_s }
+    }
+
+    #[test]
+    fn the_knee_has_the_fewest_bytes_in_flight() {
+        let cells = [
+            cell(4096, 64, 1.0e9),
+            cell(1 << 20, 4, 4.95e9),
+            cell(1 << 20, 8, 5.0e9),
+            cell(2 << 20, 1, 4.0e9),
+            cell(512 << 10, 8, 4.9e9),
+        ];
+        assert_eq!(knee(&cells), Some(cell(1 << 20, 4, 4.95e9)));
+        assert_eq!(knee(&[]), None);
+    }
+
+    #[test]
+    fn a_drive_that_slows_down_is_seen() {
+        assert_eq!(slowdown(&[4.0, 4.0, 4.0, 3.0]), Some(0.25));
+        assert_eq!(slowdown(&[1.0]), None);
+    }
+
+    #[test]
+    fn a_file_is_measured_and_left_as_it_was() {
+        let mut f = tempfile::NamedTempFile::new().unwrap();
+        let data: Vec<u8> = (0..8u32 << 20).map(|i| (i >> 5) as u8).collect();
+        std::io::Write::write_all(&mut f, &data).unwrap();
+        f.as_file().sync_all().unwrap();
+        let target = Target::open(f.path()).unwrap();
+        let options = Options { blocks: vec![64 << 10, 16 << 20], depths: vec![1, 4], sustained_s: 0.2 };
+        let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
+        assert_eq!(report.cells.len(), 2, "a block larger than the file is left out");
+        assert!(report.cells.iter().all(|c| c.bytes_per_s > 0.0));
+        assert_eq!(report.sustained.unwrap().block_bytes, 64 << 10);
+        assert_eq!(std::fs::read(f.path()).unwrap(), data);
+    }
+
+    #[test]
+    fn an_interrupt_ends_it() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(8 << 20).unwrap();
+        let target = Target::open(f.path()).unwrap();
+        let options = Options { blocks: vec![64 << 10], depths: vec![4], sustained_s: 0.0 };
+        let r = measure(&target, &options, &|| true, &mut |_| {});
+        assert!(matches!(r, Err(ProbeError::Interrupted)));
+    }
+}
