@@ -4,7 +4,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::isa::Isa;
-use super::kernel::{Activation, Job, Quantise, Rows, TYPES, Then, dispatch, packet_scratch};
+use super::kernel::{Activation, Job, Quantise, Rows, TYPES, Then, dispatch, panel_scratch};
 use super::unpack::PACKET;
 use crate::backend::reference;
 use crate::gguf::TensorType;
@@ -95,8 +95,8 @@ fn product_error(isa: Isa, ty: TensorType, rows: usize, cols: usize, tokens: usi
         stride: rows,
         then: Then::Store,
     };
-    let mut unpacked = vec![bytemuck::Zeroable::zeroed(); packet_scratch(cols)];
-    dispatch(isa, Rows { job: &job, from: 0, to: rows, scratch: &mut vec![0.0; cols], packets: &mut unpacked });
+    let mut unpacked = vec![bytemuck::Zeroable::zeroed(); panel_scratch(cols)];
+    dispatch(isa, Rows { job: &job, from: 0, to: rows, scratch: &mut vec![0.0; cols], panels: &mut unpacked });
     let mut exact = vec![0.0f32; rows * cols];
     reference::dequantize(ty, &weights, &mut exact);
     let (mut error, mut norm) = (0.0, 0.0);
