@@ -4,8 +4,6 @@
 //! in an order that follows from the shapes alone, so results do not depend on the number of threads.
 
 mod attention;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 mod buf;
 mod isa;
 mod kernel;
@@ -14,6 +12,8 @@ mod pool;
 mod selftest;
 #[allow(non_camel_case_types, reason = "the types have ggml's names")]
 mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use isa::Isa;
 pub use selftest::selftest;

@@ -6,7 +6,7 @@
 //! of 16 rows. On 512-bit registers, 16 elements of 16 rows and one token take 4 multiply-add
 //! instructions of 8 bits, a conversion and 3 instructions for scale and min.
 
-use super::kernel::{Activation, Dot, Job, REST, Unpack, dispatch, put};
+use super::kernel::{Activation, Dot, Job, Unpack, dispatch, put};
 use super::unpack::{self, PACKET, Packet, SUB, SUBS};
 
 /// Rows of a panel.
@@ -79,6 +79,7 @@ unsafe fn all_tokens<D: Dot, const WIDE: bool, const FINE: bool, const PAIR: boo
             t += match j.tokens - t {
                 TOKENS.. if !FINE => tokens::<D, TOKENS, WIDE, FINE, PAIR>(j, row, rows, t, block),
                 4.. => tokens::<D, 4, WIDE, FINE, PAIR>(j, row, rows, t, block),
+                2.. => tokens::<D, 2, WIDE, FINE, PAIR>(j, row, rows, t, block),
                 _ => tokens::<D, 1, WIDE, FINE, PAIR>(j, row, rows, t, block),
             }
         }
@@ -107,52 +108,33 @@ unsafe fn tokens<D: Dot, const T: usize, const WIDE: bool, const FINE: bool, con
     T
 }
 
-/// Portable products of a panel; see [`Dot::panel`].
+/// Portable products, of a panel that holds the packets of its rows one after another; see
+/// [`Dot::panel`].
 ///
 /// # Safety
-/// Each address of `x` has as many packets as `w`.
+/// Each address of `x` has as many packets as `w`; the instruction set must be there.
 #[inline(always)]
-pub(super) unsafe fn multiply<D: Dot, const T: usize, const FINE: bool>(
+pub(super) unsafe fn multiply<D: Dot, const T: usize, const WIDE: bool, const FINE: bool>(
     w: &[Panel],
     x: [*const Activation; T],
     groups: usize,
 ) -> [[f32; ROWS]; T] {
     let mut out = [[0.0; ROWS]; T];
-    for (x, out) in x.iter().zip(&mut out) {
-        for (i, w) in w.iter().enumerate() {
-            // SAFETY: the caller's, as above.
-            let a = unsafe { &*x.add(i) };
-            for g in 0..(groups - i * SUBS).min(SUBS) {
-                let (mut sums, mut rests) = ([0i32; ROWS], [0i32; ROWS]);
-                for e in SUB * g..SUB * (g + 1) {
-                    for r in 0..ROWS {
-                        let q = i32::from(w.q[(e / 4 * ROWS + r) * 4 + e % 4]);
-                        sums[r] += q * i32::from(a.q[e]);
-                        if FINE {
-                            rests[r] += q * i32::from(a.rest[e]);
-                        }
-                    }
+    for r in 0..ROWS {
+        // SAFETY: the caller's, as above.
+        unsafe {
+            let mut acc = [D::zero(); T];
+            for (i, w) in w.iter().enumerate() {
+                let packets: &[Packet] = bytemuck::cast_slice(std::slice::from_ref(w));
+                let parts = (groups - i * SUBS).min(SUBS).div_ceil(4);
+                for (acc, x) in acc.iter_mut().zip(&x) {
+                    *acc = D::packet::<WIDE, FINE>(&packets[r], &*x.add(i), parts, *acc);
                 }
-                for r in 0..ROWS {
-                    let sum = if FINE { sums[r] as f32 + rests[r] as f32 * REST } else { sums[r] as f32 };
-                    out[r] = D::fma(sum, w.scale[g][r] * a.scale[g], D::fma(-w.min[g][r], a.sum[g], out[r]));
-                }
+            }
+            for (out, acc) in out.iter_mut().zip(acc) {
+                out[r] = D::sum(acc);
             }
         }
     }
     out
-}
-
-/// Portable interleaving; see [`Dot::interleave`].
-#[inline(always)]
-pub(super) fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
-    for (r, row) in rows.iter().enumerate() {
-        for (k, four) in row.q.chunks_exact(4).enumerate() {
-            to.q[(k * ROWS + r) * 4..][..4].copy_from_slice(four);
-        }
-        for g in 0..SUBS {
-            to.scale[g][r] = row.scale[g];
-            to.min[g][r] = row.min[g];
-        }
-    }
 }
