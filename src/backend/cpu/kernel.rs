@@ -5,7 +5,8 @@
 //! follows from the shapes alone.
 
 use super::isa::Isa;
-use super::unpack::{self, PACKET, Packet, Quant, SUB, SUBS};
+use super::panel::{self, Panel, ROWS};
+use super::unpack::{self, PACKET, Packet, SUB, SUBS};
 use crate::gguf::TensorType;
 
 /// Activations quantised to 8 bits, 16 to a scale, in packets like the weights.
@@ -27,10 +28,12 @@ unsafe impl bytemuck::Zeroable for Activation {}
 unsafe impl bytemuck::Pod for Activation {}
 
 /// A unit of [`Activation::rest`] in units of the scale.
-const REST: f32 = 1.0 / 254.0;
+pub(super) const REST: f32 = 1.0 / 254.0;
 
 /// The operations that instruction sets do in their own way.
-pub(super) trait Dot {
+pub(super) trait Dot: Sized {
+    /// The set.
+    const ISA: Isa;
     /// Whether `mul_add` is one instruction.
     const FMA: bool;
     /// Sums side by side.
@@ -40,7 +43,7 @@ pub(super) trait Dot {
     /// # Safety
     /// The instruction set must be there.
     unsafe fn zero() -> Self::Acc;
-    /// Adds the dot product of the first `parts` quarters of a packet. `WIDE`: see [`Quant::WIDE`];
+    /// Adds the dot product of the first `parts` quarters of a packet. `WIDE`: see [`unpack::is_wide`];
     /// `FINE`: with what rounding left.
     ///
     /// # Safety
@@ -66,6 +69,30 @@ pub(super) trait Dot {
         None
     }
 
+    /// Products of a block of rows with `T` tokens, `groups` groups of 16 elements each. `PAIR`: two
+    /// groups share a scale and a min.
+    ///
+    /// # Safety
+    /// The instruction set must be there; each address of `x` has as many packets as `w`.
+    #[inline(always)]
+    unsafe fn panel<const T: usize, const WIDE: bool, const FINE: bool, const PAIR: bool>(
+        w: &[Panel],
+        x: [*const Activation; T],
+        groups: usize,
+    ) -> [[f32; ROWS]; T] {
+        // SAFETY: passed on to the caller.
+        unsafe { panel::multiply::<Self, T, WIDE, FINE>(w, x, groups) }
+    }
+
+    /// Brings the packets of [`ROWS`] rows into the order that `panel` takes.
+    ///
+    /// # Safety
+    /// The instruction set must be there.
+    #[inline(always)]
+    unsafe fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
+        bytemuck::cast_slice_mut(std::slice::from_mut(to)).copy_from_slice(rows);
+    }
+
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         if Self::FMA { a.mul_add(b, c) } else { a * b + c }
@@ -76,6 +103,7 @@ pub(super) trait Dot {
 pub(super) struct Scalar;
 
 impl Dot for Scalar {
+    const ISA: Isa = Isa::Scalar;
     const FMA: bool = false;
 
     type Acc = f32;
@@ -112,133 +140,7 @@ impl Dot for Scalar {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Avx2, Avx512};
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Activation, Dot, Packet, REST, TensorType};
-    use std::arch::x86_64::*;
-
-    /// AVX2 with FMA.
-    pub(in super::super) struct Avx2;
-
-    impl Dot for Avx2 {
-        const FMA: bool = true;
-        type Acc = __m256;
-
-        #[inline(always)]
-        unsafe fn zero() -> __m256 {
-            // SAFETY: the caller vouches for AVX.
-            unsafe { _mm256_setzero_ps() }
-        }
-
-        #[inline(always)]
-        unsafe fn packet<const WIDE: bool, const FINE: bool>(
-            w: &Packet,
-            a: &Activation,
-            parts: usize,
-            mut acc: __m256,
-        ) -> __m256 {
-            // SAFETY: the caller vouches for AVX2 and FMA; all loads lie within the two structs.
-            unsafe {
-                let ones = _mm256_set1_epi16(1);
-                let flip = _mm256_set1_epi8(-128);
-                let dot = |q: __m256i, x: __m256i| {
-                    let pairs = if WIDE {
-                        // Products of 8 by 7 bits overflow pairs of 16; signed ones do not.
-                        let s = _mm256_xor_si256(q, flip);
-                        _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s))
-                    } else {
-                        _mm256_maddubs_epi16(q, x)
-                    };
-                    _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones))
-                };
-                for g in 0..2 * parts {
-                    let q = _mm256_loadu_si256(w.q.as_ptr().add(32 * g).cast());
-                    let mut sums = dot(q, _mm256_loadu_si256(a.q.as_ptr().add(32 * g).cast()));
-                    if FINE {
-                        let rest = dot(q, _mm256_loadu_si256(a.rest.as_ptr().add(32 * g).cast()));
-                        sums = _mm256_fmadd_ps(rest, _mm256_set1_ps(REST), sums);
-                    }
-                    let lo = _mm_set1_ps(w.scale[2 * g] * a.scale[2 * g]);
-                    let hi = _mm_set1_ps(w.scale[2 * g + 1] * a.scale[2 * g + 1]);
-                    acc = _mm256_fmadd_ps(sums, _mm256_set_m128(hi, lo), acc);
-                }
-                if !WIDE {
-                    for h in 0..2 {
-                        let m = _mm256_loadu_ps(w.min.as_ptr().add(8 * h));
-                        acc = _mm256_fnmadd_ps(m, _mm256_loadu_ps(a.sum.as_ptr().add(8 * h)), acc);
-                    }
-                }
-                acc
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn sum(acc: __m256) -> f32 {
-            // SAFETY: the caller vouches for AVX2.
-            unsafe {
-                let half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
-                let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-                _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
-            }
-        }
-    }
-
-    /// AVX-512 with VNNI.
-    pub(in super::super) struct Avx512;
-
-    impl Dot for Avx512 {
-        const FMA: bool = true;
-        type Acc = __m512;
-
-        #[inline(always)]
-        unsafe fn zero() -> __m512 {
-            // SAFETY: the caller vouches for AVX-512.
-            unsafe { _mm512_setzero_ps() }
-        }
-
-        #[inline(always)]
-        unsafe fn packet<const WIDE: bool, const FINE: bool>(
-            w: &Packet,
-            a: &Activation,
-            parts: usize,
-            mut acc: __m512,
-        ) -> __m512 {
-            // SAFETY: the caller vouches for AVX-512 F and VNNI; all loads lie within the structs.
-            unsafe {
-                let scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale.as_ptr()), _mm512_loadu_ps(a.scale.as_ptr()));
-                acc = _mm512_fnmadd_ps(_mm512_loadu_ps(w.min.as_ptr()), _mm512_loadu_ps(a.sum.as_ptr()), acc);
-                let mut at = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-                for i in 0..parts {
-                    let q = _mm512_loadu_si512(w.q.as_ptr().add(64 * i).cast());
-                    let x = _mm512_loadu_si512(a.q.as_ptr().add(64 * i).cast());
-                    let mut sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
-                    if FINE {
-                        let x = _mm512_loadu_si512(a.rest.as_ptr().add(64 * i).cast());
-                        let rest = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
-                        sums = _mm512_fmadd_ps(rest, _mm512_set1_ps(REST), sums);
-                    }
-                    acc = _mm512_fmadd_ps(sums, _mm512_permutexvar_ps(at, scale), acc);
-                    at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
-                }
-                acc
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
-            // SAFETY: passed on to the caller.
-            unsafe { super::super::avx512::row(ty, row, x, cols) }
-        }
-
-        #[inline(always)]
-        unsafe fn sum(acc: __m512) -> f32 {
-            // SAFETY: the caller vouches for AVX-512 F.
-            unsafe { _mm512_reduce_add_ps(acc) }
-        }
-    }
-}
+use super::x86::{Avx2, Avx512};
 
 /// What becomes of an output.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -275,6 +177,15 @@ pub(super) struct Job {
     pub then: Then,
 }
 
+impl Job {
+    /// Address of row `r` of the matrix.
+    #[inline(always)]
+    pub(super) fn row(&self, r: usize) -> *const u8 {
+        let row_bytes = self.cols / self.ty.block_elems() * self.ty.block_bytes();
+        self.weights.wrapping_add(r * row_bytes)
+    }
+}
+
 // SAFETY: a job is a description; who runs it upholds the contract of `rows`.
 unsafe impl Send for Job {}
 // SAFETY: as above.
@@ -305,7 +216,7 @@ pub(super) fn exp<D: Dot>(x: f32) -> f32 {
 
 /// Writes an output.
 #[inline(always)]
-unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
+pub(super) unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
     // SAFETY: `rows`' contract: bias has an entry a row, `out` one a row and token.
     unsafe {
         if !j.bias.is_null() {
@@ -321,38 +232,28 @@ unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
     }
 }
 
-/// Most tokens whose sums are held while packets are multiplied.
-const TOKENS: usize = 8;
-/// Rows that are unpacked at once where several tokens share them.
-const BLOCK_ROWS: usize = 16;
 /// Packets of a row that are unpacked before they are multiplied with one token: a load that comes
 /// too soon after the narrower stores it spans waits for them to reach the cache.
 const AHEAD: usize = 8;
 
-/// Packets of scratch that products of `cols` columns need.
-pub(super) fn packet_scratch(cols: usize) -> usize {
-    (BLOCK_ROWS * cols.div_ceil(PACKET)).max(AHEAD)
+/// Panels of scratch that products of `cols` columns need: a block of rows, and one for the rows
+/// that are being unpacked.
+pub(super) fn panel_scratch(cols: usize) -> usize {
+    cols.div_ceil(PACKET) + 1
 }
 
 #[inline(always)]
-unsafe fn quantised<D: Dot, Q: Quant>(j: &Job, from: usize, to: usize, scratch: &mut [Packet]) {
+unsafe fn quantised<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [Panel]) {
     // SAFETY: passed on to the caller.
     unsafe {
-        match (j.tokens == 1, j.fine) {
-            (true, false) => one_token::<D, Q, false>(j, from, to, scratch),
-            (true, true) => one_token::<D, Q, true>(j, from, to, scratch),
-            (false, false) => many_tokens::<D, Q, false>(j, from, to, scratch),
-            (false, true) => many_tokens::<D, Q, true>(j, from, to, scratch),
+        match (j.tokens == 1, j.fine, unpack::is_wide(j.ty)) {
+            (false, _, _) => panel::many_tokens::<D>(j, from, to, scratch),
+            (true, false, false) => one_token::<D, false, false>(j, from, to, scratch),
+            (true, false, true) => one_token::<D, true, false>(j, from, to, scratch),
+            (true, true, false) => one_token::<D, false, true>(j, from, to, scratch),
+            (true, true, true) => one_token::<D, true, true>(j, from, to, scratch),
         }
     }
-}
-
-/// Row `r` of a job's matrix.
-#[inline(always)]
-unsafe fn row_of<'a, Q: Quant>(j: &Job, r: usize) -> &'a [u8] {
-    let row_bytes = j.cols / Q::BLOCK * Q::BYTES;
-    // SAFETY: `rows`' contract: the matrix has more than `r` rows of this many bytes.
-    unsafe { std::slice::from_raw_parts(j.weights.add(r * row_bytes), row_bytes) }
 }
 
 /// Quarters of packet `i` that hold elements.
@@ -362,26 +263,29 @@ fn parts(cols: usize, i: usize) -> usize {
 }
 
 #[inline(always)]
-unsafe fn one_token<D: Dot, Q: Quant, const FINE: bool>(j: &Job, from: usize, to: usize, scratch: &mut [Packet]) {
+unsafe fn one_token<D: Dot, const WIDE: bool, const FINE: bool>(
+    j: &Job,
+    from: usize,
+    to: usize,
+    scratch: &mut [Panel],
+) {
     let packets = j.cols.div_ceil(PACKET);
-    let unpacked = &mut scratch[..AHEAD];
+    let unpacked = &mut bytemuck::cast_slice_mut::<Panel, Packet>(scratch)[..AHEAD];
     for r in from..to {
         // SAFETY: `rows`' contract; the caller enabled the instruction set; the token has `packets`
         // packets.
         unsafe {
-            let row = row_of::<Q>(j, r);
-            if !FINE && let Some(v) = D::row(j.ty, row.as_ptr(), j.x, j.cols) {
+            if !FINE && let Some(v) = D::row(j.ty, j.row(r), j.x, j.cols) {
                 put::<D>(j, r, 0, v);
                 continue;
             }
             let mut acc = D::zero();
             for start in (0..packets).step_by(AHEAD) {
                 let ahead = (packets - start).min(AHEAD);
-                for (i, p) in unpacked[..ahead].iter_mut().enumerate() {
-                    unpack::packet::<Q>(row, start + i, j.cols, p);
-                }
-                for (i, p) in unpacked[..ahead].iter().enumerate() {
-                    acc = multiply::<D, Q, FINE>(p, &*j.x.add(start + i), parts(j.cols, start + i), acc);
+                let unpacked = &mut unpacked[..ahead];
+                dispatch(D::ISA, Unpack { job: j, rows: r..r + 1, start, out: unpacked });
+                for (i, p) in unpacked.iter().enumerate() {
+                    acc = D::packet::<WIDE, FINE>(p, &*j.x.add(start + i), parts(j.cols, start + i), acc);
                 }
             }
             put::<D>(j, r, 0, D::sum(acc));
@@ -389,69 +293,48 @@ unsafe fn one_token<D: Dot, Q: Quant, const FINE: bool>(j: &Job, from: usize, to
     }
 }
 
-#[inline(always)]
-unsafe fn multiply<D: Dot, Q: Quant, const FINE: bool>(
-    p: &Packet,
-    a: &Activation,
-    parts: usize,
-    acc: D::Acc,
-) -> D::Acc {
-    // SAFETY: the caller enabled the instruction set.
-    unsafe {
-        if Q::WIDE { D::packet::<true, FINE>(p, a, parts, acc) } else { D::packet::<false, FINE>(p, a, parts, acc) }
-    }
+/// Unpacks the packets from `start` of some rows: as many of each row as `out` has room for.
+pub(super) struct Unpack<'a> {
+    pub job: &'a Job,
+    pub rows: std::ops::Range<usize>,
+    pub start: usize,
+    pub out: &'a mut [Packet],
 }
 
-/// A block of rows is unpacked once, then multiplied with the tokens, a few at a time, so that both
-/// sides stay in the cache.
-#[inline(always)]
-unsafe fn many_tokens<D: Dot, Q: Quant, const FINE: bool>(j: &Job, from: usize, to: usize, scratch: &mut [Packet]) {
-    let packets = j.cols.div_ceil(PACKET);
-    for block in (from..to).step_by(BLOCK_ROWS) {
-        let rows = block..(block + BLOCK_ROWS).min(to);
-        for (r, unpacked) in rows.clone().zip(scratch.chunks_exact_mut(packets)) {
-            // SAFETY: `rows`' contract.
-            let row = unsafe { row_of::<Q>(j, r) };
-            for (i, p) in unpacked.iter_mut().enumerate() {
-                unpack::packet::<Q>(row, i, j.cols, p);
-            }
-        }
-        for first in (0..j.tokens).step_by(TOKENS) {
-            let n = (j.tokens - first).min(TOKENS);
-            for (r, unpacked) in rows.clone().zip(scratch.chunks_exact(packets)) {
-                // SAFETY: each token has `packets` packets; the caller enabled the set; `rows`'
-                // contract.
-                unsafe {
-                    if n == TOKENS {
-                        tokens::<D, Q, TOKENS, FINE>(j, r, first, unpacked);
-                    } else {
-                        (first..first + n).for_each(|t| tokens::<D, Q, 1, FINE>(j, r, t, unpacked));
-                    }
-                }
+impl Unpack<'_> {
+    #[inline(always)]
+    fn unpack<Q: unpack::Quant>(self) {
+        let bytes = self.job.cols / Q::BLOCK * Q::BYTES;
+        let each = self.out.len() / self.rows.len();
+        for (r, out) in self.rows.zip(self.out.chunks_exact_mut(each)) {
+            // SAFETY: `rows`' contract: the matrix has more than `r` rows of this many bytes.
+            let row = unsafe { std::slice::from_raw_parts(self.job.row(r), bytes) };
+            for (i, p) in out.iter_mut().enumerate() {
+                unpack::packet::<Q>(row, self.start + i, self.job.cols, p);
             }
         }
     }
 }
 
-/// One unpacked row with `T` tokens.
-#[inline(always)]
-unsafe fn tokens<D: Dot, Q: Quant, const T: usize, const FINE: bool>(
-    j: &Job,
-    r: usize,
-    first: usize,
-    unpacked: &[Packet],
-) {
-    // SAFETY: the caller's, as above.
-    unsafe {
-        let mut acc = [D::zero(); T];
-        for (i, p) in unpacked.iter().enumerate() {
-            let parts = parts(j.cols, i);
-            for (t, acc) in acc.iter_mut().enumerate() {
-                *acc = multiply::<D, Q, FINE>(p, &*j.x.add((first + t) * unpacked.len() + i), parts, *acc);
-            }
-        }
-        for (t, acc) in acc.iter().enumerate() {
-            put::<D>(j, r, first + t, D::sum(*acc));
+impl Body for Unpack<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        use unpack::{IQ4_NL, IQ4_XS, MXFP4Block, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+        match self.job.ty {
+            TensorType::Q4_0 => self.unpack::<Q4_0>(),
+            TensorType::Q4_1 => self.unpack::<Q4_1>(),
+            TensorType::Q5_0 => self.unpack::<Q5_0>(),
+            TensorType::Q5_1 => self.unpack::<Q5_1>(),
+            TensorType::Q8_0 => self.unpack::<Q8_0>(),
+            TensorType::Q2_K => self.unpack::<Q2_K>(),
+            TensorType::Q3_K => self.unpack::<Q3_K>(),
+            TensorType::Q4_K => self.unpack::<Q4_K>(),
+            TensorType::Q5_K => self.unpack::<Q5_K>(),
+            TensorType::Q6_K => self.unpack::<Q6_K>(),
+            TensorType::IQ4_NL => self.unpack::<IQ4_NL>(),
+            TensorType::IQ4_XS => self.unpack::<IQ4_XS>(),
+            TensorType::MXFP4 => self.unpack::<MXFP4Block>(),
+            _ => unreachable!("types are checked when the model is opened"),
         }
     }
 }
@@ -528,28 +411,14 @@ unsafe fn float<D: Dot, T: Float>(j: &Job, from: usize, to: usize, scratch: &mut
 }
 
 #[inline(always)]
-unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32], packets: &mut [Packet]) {
-    use unpack::{IQ4_NL, IQ4_XS, MXFP4Block, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32], panels: &mut [Panel]) {
     // SAFETY: passed on to the caller.
     unsafe {
         match j.ty {
             TensorType::F32 => float::<D, F32>(j, from, to, scratch),
             TensorType::F16 => float::<D, F16>(j, from, to, scratch),
             TensorType::BF16 => float::<D, Bf16>(j, from, to, scratch),
-            TensorType::Q4_0 => quantised::<D, Q4_0>(j, from, to, packets),
-            TensorType::Q4_1 => quantised::<D, Q4_1>(j, from, to, packets),
-            TensorType::Q5_0 => quantised::<D, Q5_0>(j, from, to, packets),
-            TensorType::Q5_1 => quantised::<D, Q5_1>(j, from, to, packets),
-            TensorType::Q8_0 => quantised::<D, Q8_0>(j, from, to, packets),
-            TensorType::Q2_K => quantised::<D, Q2_K>(j, from, to, packets),
-            TensorType::Q3_K => quantised::<D, Q3_K>(j, from, to, packets),
-            TensorType::Q4_K => quantised::<D, Q4_K>(j, from, to, packets),
-            TensorType::Q5_K => quantised::<D, Q5_K>(j, from, to, packets),
-            TensorType::Q6_K => quantised::<D, Q6_K>(j, from, to, packets),
-            TensorType::IQ4_NL => quantised::<D, IQ4_NL>(j, from, to, packets),
-            TensorType::IQ4_XS => quantised::<D, IQ4_XS>(j, from, to, packets),
-            TensorType::MXFP4 => quantised::<D, MXFP4Block>(j, from, to, packets),
-            _ => unreachable!("types are checked when the model is opened"),
+            _ => quantised::<D>(j, from, to, panels),
         }
     }
 }
@@ -612,15 +481,15 @@ pub(super) struct Rows<'a> {
     pub to: usize,
     /// `cols` floats.
     pub scratch: &'a mut [f32],
-    /// As many as [`packet_scratch`] says.
-    pub packets: &'a mut [Packet],
+    /// As many as [`panel_scratch`] says.
+    pub panels: &'a mut [Panel],
 }
 
 impl Body for Rows<'_> {
     #[inline(always)]
     fn run<D: Dot>(self) {
         // SAFETY: who makes the job vouches for its addresses (see `matmul`).
-        unsafe { any::<D>(self.job, self.from, self.to, self.scratch, self.packets) }
+        unsafe { any::<D>(self.job, self.from, self.to, self.scratch, self.panels) }
     }
 }
 

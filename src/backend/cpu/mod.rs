@@ -4,15 +4,16 @@
 //! in an order that follows from the shapes alone, so results do not depend on the number of threads.
 
 mod attention;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 mod buf;
 mod isa;
 mod kernel;
+mod panel;
 mod pool;
 mod selftest;
 #[allow(non_camel_case_types, reason = "the types have ggml's names")]
 mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use isa::Isa;
 pub use selftest::selftest;
@@ -22,8 +23,9 @@ use crate::gguf::TensorType;
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Quantise, Rows, Then, dispatch};
+use panel::Panel;
 use pool::Pool;
-use unpack::{PACKET, Packet};
+use unpack::PACKET;
 
 /// Rows that one thread computes before it takes the next ones.
 const ROWS_PER_TASK: usize = 32;
@@ -53,8 +55,8 @@ pub struct CpuBackend {
     sin: Buf<f32>,
     scratch: Buf<f32>,
     scratch_each: usize,
-    packets: Buf<Packet>,
-    packets_each: usize,
+    panels: Buf<Panel>,
+    panels_each: usize,
     experts: Experts,
 }
 
@@ -109,7 +111,7 @@ impl CpuBackend {
         let cache = d.n_layers * d.n_kv_heads * d.n_ctx * d.head_dim * d.kv_type.block_bytes();
         let group = d.n_heads / d.n_kv_heads;
         let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
-        let packets_each = kernel::packet_scratch(widest.max(d.n_ff_expert));
+        let panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
         let choices = t * d.n_experts_used;
         let pool = Pool::new(threads)
             .map_err(|e| BackendError::Device { backend: "cpu", what: format!("threads could not be started: {e}") })?;
@@ -146,8 +148,8 @@ impl CpuBackend {
             sin: Buf::new(t * d.rope.freqs.len(), "rotary table")?,
             scratch: Buf::new(scratch_each * pool.threads(), "scratch")?,
             scratch_each,
-            packets: Buf::new(packets_each * pool.threads(), "scratch")?,
-            packets_each,
+            panels: Buf::new(panels_each * pool.threads(), "scratch")?,
+            panels_each,
             experts,
             pool,
             dims,
@@ -170,18 +172,17 @@ impl CpuBackend {
         let rows = jobs.iter().map(|j| j.1).max().unwrap_or(0);
         let tasks = rows.div_ceil(ROWS_PER_TASK);
         let scratch = Shared(self.scratch.ptr());
-        let packets = Shared(self.packets.ptr());
-        let (each, packets_each, isa) = (self.scratch_each, self.packets_each, self.isa);
+        let panels = Shared(self.panels.ptr());
+        let (each, panels_each, isa) = (self.scratch_each, self.panels_each, self.isa);
         self.pool.run(tasks, &|thread, task| {
             // SAFETY: each thread has its own part of the scratch.
             let scratch = unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * each), each) };
             // SAFETY: as above.
-            let packets =
-                unsafe { std::slice::from_raw_parts_mut(packets.get().add(thread * packets_each), packets_each) };
+            let panels = unsafe { std::slice::from_raw_parts_mut(panels.get().add(thread * panels_each), panels_each) };
             for (job, rows) in jobs {
                 let (from, to) = (task * ROWS_PER_TASK, ((task + 1) * ROWS_PER_TASK).min(*rows));
                 if from < to {
-                    dispatch(isa, Rows { job, from, to, scratch, packets });
+                    dispatch(isa, Rows { job, from, to, scratch, panels });
                 }
             }
         });
@@ -548,7 +549,7 @@ impl Backend for CpuBackend {
         let experts = [&e.scores, &e.weights, &e.out, &e.gathered, &e.hidden, &e.result];
         floats.into_iter().chain(experts).map(Buf::bytes).sum::<u64>()
             + self.quantised.bytes()
-            + self.packets.bytes()
+            + self.panels.bytes()
             + e.quantised.bytes()
             + e.ids.bytes()
             + self.cache_k.bytes()

@@ -54,14 +54,22 @@ pub(super) const IQ4: [u8; 16] = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153
 /// The codes of MXFP4, doubled, each plus 128. Source: OCP Microscaling v1.0, E2M1.
 pub(super) const MXFP4: [u8; 16] = [128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116];
 
+/// Whether `q` uses all 8 bits (with a bias of 128), which 16-bit sums of products cannot hold.
+pub(super) fn is_wide(ty: TensorType) -> bool {
+    matches!(ty, TensorType::Q8_0 | TensorType::IQ4_NL | TensorType::IQ4_XS | TensorType::MXFP4)
+}
+
+/// Whether 32 elements share a scale and a min: two groups of a packet.
+pub(super) fn is_paired(ty: TensorType) -> bool {
+    !matches!(ty, TensorType::Q2_K | TensorType::Q3_K | TensorType::Q6_K)
+}
+
 /// A quantised type, known when the code is compiled.
 pub(super) trait Quant {
     /// Elements of a block.
     const BLOCK: usize;
     /// Bytes of a block.
     const BYTES: usize;
-    /// Whether `q` uses all 8 bits (with a bias of 128), which 16-bit sums of products cannot hold.
-    const WIDE: bool;
     /// Unpacks the block `b` to sub-groups from `at` (in elements) of a packet.
     fn unpack(b: &[u8], p: &mut Packet, at: usize);
 }
@@ -103,13 +111,12 @@ fn codes(qs: &[u8], table: &[u8; 16], q: &mut [u8]) {
 
 macro_rules! quant {
     ($name:ident, $($rest:tt)*) => { quant!($name = $name, $($rest)*); };
-    ($name:ident = $ty:ident, $elems:literal, $bytes:literal, $wide:literal, |$b:ident, $p:ident, $at:ident| $body:block) => {
+    ($name:ident = $ty:ident, $elems:literal, $bytes:literal, |$b:ident, $p:ident, $at:ident| $body:block) => {
         pub(super) struct $name;
         const _: () = assert!(TensorType::$ty.block_bytes() == $bytes && TensorType::$ty.block_elems() == $elems);
         impl Quant for $name {
             const BLOCK: usize = $elems;
             const BYTES: usize = $bytes;
-            const WIDE: bool = $wide;
             #[inline(always)]
             fn unpack(b: &[u8], $p: &mut Packet, $at: usize) {
                 let $b: &[u8; $bytes] = match b.first_chunk() {
@@ -122,44 +129,44 @@ macro_rules! quant {
     };
 }
 
-quant!(Q4_0, 32, 18, false, |b, p, at| {
+quant!(Q4_0, 32, 18, |b, p, at| {
     let d = half_at(b, 0);
     nibbles(&b[2..18], &mut p.q[at..at + 32]);
     set32(p, at, d, 8.0 * d);
 });
-quant!(Q4_1, 32, 20, false, |b, p, at| {
+quant!(Q4_1, 32, 20, |b, p, at| {
     nibbles(&b[4..20], &mut p.q[at..at + 32]);
     set32(p, at, half_at(b, 0), -half_at(b, 2));
 });
-quant!(Q5_0, 32, 22, false, |b, p, at| {
+quant!(Q5_0, 32, 22, |b, p, at| {
     let d = half_at(b, 0);
     nibbles(&b[6..22], &mut p.q[at..at + 32]);
     fifth_bits(&b[2..6], &mut p.q[at..at + 32]);
     set32(p, at, d, 16.0 * d);
 });
-quant!(Q5_1, 32, 24, false, |b, p, at| {
+quant!(Q5_1, 32, 24, |b, p, at| {
     nibbles(&b[8..24], &mut p.q[at..at + 32]);
     fifth_bits(&b[4..8], &mut p.q[at..at + 32]);
     set32(p, at, half_at(b, 0), -half_at(b, 2));
 });
-quant!(Q8_0, 32, 34, true, |b, p, at| {
+quant!(Q8_0, 32, 34, |b, p, at| {
     let d = half_at(b, 0);
     for i in 0..32 {
         p.q[at + i] = b[2 + i] ^ 0x80;
     }
     set32(p, at, d, 128.0 * d);
 });
-quant!(IQ4_NL, 32, 18, true, |b, p, at| {
+quant!(IQ4_NL, 32, 18, |b, p, at| {
     let d = half_at(b, 0);
     codes(&b[2..18], &IQ4, &mut p.q[at..at + 32]);
     set32(p, at, d, 128.0 * d);
 });
-quant!(MXFP4Block = MXFP4, 32, 17, true, |b, p, at| {
+quant!(MXFP4Block = MXFP4, 32, 17, |b, p, at| {
     let d = e8m0_half(b[0]);
     codes(&b[1..17], &MXFP4, &mut p.q[at..at + 32]);
     set32(p, at, d, 128.0 * d);
 });
-quant!(Q2_K, 256, 84, false, |b, p, _at| {
+quant!(Q2_K, 256, 84, |b, p, _at| {
     let (d, dmin) = (half_at(b, 80), half_at(b, 82));
     for i in 0..16 {
         p.scale[i] = d * f32::from(b[i] & 15);
@@ -173,7 +180,7 @@ quant!(Q2_K, 256, 84, false, |b, p, _at| {
         }
     }
 });
-quant!(Q3_K, 256, 110, false, |b, p, _at| {
+quant!(Q3_K, 256, 110, |b, p, _at| {
     let d = half_at(b, 108);
     let s = &b[96..108];
     for i in 0..16 {
@@ -191,7 +198,7 @@ quant!(Q3_K, 256, 110, false, |b, p, _at| {
         }
     }
 });
-quant!(Q4_K, 256, 144, false, |b, p, _at| {
+quant!(Q4_K, 256, 144, |b, p, _at| {
     scales_k4(b, p);
     for j in 0..4 {
         for l in 0..32 {
@@ -200,7 +207,7 @@ quant!(Q4_K, 256, 144, false, |b, p, _at| {
         }
     }
 });
-quant!(Q5_K, 256, 176, false, |b, p, _at| {
+quant!(Q5_K, 256, 176, |b, p, _at| {
     scales_k4(b, p);
     for j in 0..4 {
         for l in 0..32 {
@@ -209,7 +216,7 @@ quant!(Q5_K, 256, 176, false, |b, p, _at| {
         }
     }
 });
-quant!(Q6_K, 256, 210, false, |b, p, _at| {
+quant!(Q6_K, 256, 210, |b, p, _at| {
     let d = half_at(b, 208);
     for i in 0..16 {
         let scale = d * f32::from(b[192 + i] as i8);
@@ -226,7 +233,7 @@ quant!(Q6_K, 256, 210, false, |b, p, _at| {
         }
     }
 });
-quant!(IQ4_XS, 256, 136, true, |b, p, _at| {
+quant!(IQ4_XS, 256, 136, |b, p, _at| {
     let d = half_at(b, 0);
     let high = u16::from_le_bytes([b[2], b[3]]);
     for i in 0..8 {
@@ -237,16 +244,20 @@ quant!(IQ4_XS, 256, 136, true, |b, p, _at| {
     }
 });
 
-/// The packed 6-bit scales and mins of Q4_K and Q5_K.
+/// The packed 6-bit scales and mins of Q4_K and Q5_K, eight at a time.
 #[inline(always)]
 fn scales_k4(b: &[u8], p: &mut Packet) {
     let (d, dmin) = (half_at(b, 0), half_at(b, 2));
-    let s = &b[4..16];
-    for j in 0..4 {
-        set32(p, 32 * j, d * f32::from(s[j] & 63), dmin * f32::from(s[j + 4] & 63));
-        let scale = s[j + 8] & 15 | (s[j] >> 6) << 4;
-        let min = s[j + 8] >> 4 | (s[j + 4] >> 6) << 4;
-        set32(p, 32 * (j + 4), d * f32::from(scale), dmin * f32::from(min));
+    let word = |i: usize| u64::from(u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]));
+    let (low, mid, high) = (word(4), word(8), word(12));
+    let scales = (low & 0x3f3f_3f3f) | ((high & 0x0f0f_0f0f) | (low >> 6 & 0x0303_0303) << 4) << 32;
+    let mins = (mid & 0x3f3f_3f3f) | ((high >> 4 & 0x0f0f_0f0f) | (mid >> 6 & 0x0303_0303) << 4) << 32;
+    let (scales, mins) = (scales.to_le_bytes(), mins.to_le_bytes());
+    let (scales, mins): ([u8; SUBS], [u8; SUBS]) =
+        (std::array::from_fn(|i| scales[i / 2]), std::array::from_fn(|i| mins[i / 2]));
+    for i in 0..SUBS {
+        p.scale[i] = d * f32::from(scales[i]);
+        p.min[i] = dmin * f32::from(mins[i]);
     }
 }
 

@@ -3,8 +3,8 @@
 
 use std::arch::x86_64::*;
 
-use super::kernel::Activation;
-use super::unpack::PACKET;
+use super::super::kernel::Activation;
+use super::super::unpack::PACKET;
 use crate::gguf::TensorType;
 
 /// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel.

@@ -1,0 +1,175 @@
+//! What the instruction sets of x86-64 do in their own way: products of packets here, products of
+//! rows (decode) and of panels (prefill) in a file each.
+
+mod avx2_panel;
+mod avx2_row;
+mod avx512_panel;
+mod avx512_row;
+
+use std::arch::x86_64::*;
+
+use super::isa::Isa;
+use super::kernel::{Activation, Dot, REST};
+use super::panel::{Panel, ROWS};
+use super::unpack::Packet;
+use crate::gguf::TensorType;
+
+/// AVX2 with FMA.
+pub(super) struct Avx2;
+
+impl Dot for Avx2 {
+    const ISA: Isa = Isa::Avx2;
+    const FMA: bool = true;
+    type Acc = __m256;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m256 {
+        // SAFETY: the caller vouches for AVX.
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn packet<const WIDE: bool, const FINE: bool>(
+        w: &Packet,
+        a: &Activation,
+        parts: usize,
+        mut acc: __m256,
+    ) -> __m256 {
+        // SAFETY: the caller vouches for AVX2 and FMA; all loads lie within the two structs.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            let flip = _mm256_set1_epi8(-128);
+            let dot = |q: __m256i, x: __m256i| {
+                let pairs = if WIDE {
+                    // Products of 8 by 7 bits overflow pairs of 16; signed ones do not.
+                    let s = _mm256_xor_si256(q, flip);
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s))
+                } else {
+                    _mm256_maddubs_epi16(q, x)
+                };
+                _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones))
+            };
+            for g in 0..2 * parts {
+                let q = _mm256_loadu_si256(w.q.as_ptr().add(32 * g).cast());
+                let mut sums = dot(q, _mm256_loadu_si256(a.q.as_ptr().add(32 * g).cast()));
+                if FINE {
+                    let rest = dot(q, _mm256_loadu_si256(a.rest.as_ptr().add(32 * g).cast()));
+                    sums = _mm256_fmadd_ps(rest, _mm256_set1_ps(REST), sums);
+                }
+                let lo = _mm_set1_ps(w.scale[2 * g] * a.scale[2 * g]);
+                let hi = _mm_set1_ps(w.scale[2 * g + 1] * a.scale[2 * g + 1]);
+                acc = _mm256_fmadd_ps(sums, _mm256_set_m128(hi, lo), acc);
+            }
+            if !WIDE {
+                for h in 0..2 {
+                    let m = _mm256_loadu_ps(w.min.as_ptr().add(8 * h));
+                    acc = _mm256_fnmadd_ps(m, _mm256_loadu_ps(a.sum.as_ptr().add(8 * h)), acc);
+                }
+            }
+            acc
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel<const T: usize, const WIDE: bool, const FINE: bool, const PAIR: bool>(
+        w: &[Panel],
+        x: [*const Activation; T],
+        groups: usize,
+    ) -> [[f32; ROWS]; T] {
+        // SAFETY: passed on to the caller.
+        unsafe { avx2_panel::panel::<T, WIDE, FINE, PAIR>(w, x, groups) }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
+        // SAFETY: passed on to the caller.
+        unsafe { avx2_panel::interleave(rows, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+        // SAFETY: passed on to the caller.
+        unsafe { avx2_row::row(ty, row, x, cols) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(acc: __m256) -> f32 {
+        // SAFETY: the caller vouches for AVX2.
+        unsafe {
+            let half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
+            let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+            _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
+        }
+    }
+}
+
+/// AVX-512 with VNNI.
+pub(super) struct Avx512;
+
+impl Dot for Avx512 {
+    const ISA: Isa = Isa::Avx512;
+    const FMA: bool = true;
+    type Acc = __m512;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn packet<const WIDE: bool, const FINE: bool>(
+        w: &Packet,
+        a: &Activation,
+        parts: usize,
+        mut acc: __m512,
+    ) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512 F and VNNI; all loads lie within the structs.
+        unsafe {
+            let scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale.as_ptr()), _mm512_loadu_ps(a.scale.as_ptr()));
+            acc = _mm512_fnmadd_ps(_mm512_loadu_ps(w.min.as_ptr()), _mm512_loadu_ps(a.sum.as_ptr()), acc);
+            let mut at = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+            for i in 0..parts {
+                let q = _mm512_loadu_si512(w.q.as_ptr().add(64 * i).cast());
+                let x = _mm512_loadu_si512(a.q.as_ptr().add(64 * i).cast());
+                let mut sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
+                if FINE {
+                    let x = _mm512_loadu_si512(a.rest.as_ptr().add(64 * i).cast());
+                    let rest = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
+                    sums = _mm512_fmadd_ps(rest, _mm512_set1_ps(REST), sums);
+                }
+                acc = _mm512_fmadd_ps(sums, _mm512_permutexvar_ps(at, scale), acc);
+                at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
+            }
+            acc
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel<const T: usize, const WIDE: bool, const FINE: bool, const PAIR: bool>(
+        w: &[Panel],
+        x: [*const Activation; T],
+        groups: usize,
+    ) -> [[f32; ROWS]; T] {
+        // SAFETY: passed on to the caller.
+        unsafe { avx512_panel::panel::<T, FINE, PAIR>(w, x, groups) }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
+        // SAFETY: passed on to the caller.
+        unsafe { avx512_panel::interleave(rows, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+        // SAFETY: passed on to the caller.
+        unsafe { avx512_row::row(ty, row, x, cols) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(acc: __m512) -> f32 {
+        // SAFETY: the caller vouches for AVX-512 F.
+        unsafe { _mm512_reduce_add_ps(acc) }
+    }
+}
