@@ -8,6 +8,7 @@ mod links;
 mod opened;
 mod sampler;
 mod session;
+mod source;
 mod stop;
 mod weights;
 

@@ -5,16 +5,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{EngineError, Links, Opened};
+use super::{EngineError, Links, Opened, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendError, Dims};
-use crate::gguf::{Gguf, TensorInfo, TensorType};
+use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
 use crate::model::{ForwardError, Model, Outputs, UnitKind, UnitSpec, forward, rope};
 use crate::pipeline::{SpanIn, Step, StreamError, Streamer, StreamerConfig, UnitLayout, load};
 use crate::plan::{Home, Limits, Plan, PlanError, Tiers, UnitSize, place};
-use crate::storage::{Alignment, FileId, Reader, ReaderKind, StorageError, open_reader};
+use crate::storage::{Alignment, FileId, Reader, ReaderKind, StorageError};
 
 /// What a session is started with.
 #[derive(Clone, Debug)]
@@ -25,10 +25,12 @@ pub struct Options {
     pub ram: Option<u64>,
     /// Whether weights may stay on storage.
     pub storage: bool,
-    /// A copy of the model (file or directory) to read weights from.
+    /// Where to read weights from: a drive, or a copy of the model (file or directory).
     pub copy: Option<PathBuf>,
     /// How storage is read.
     pub reader: ReaderKind,
+    /// Compare each read with what is recorded of the model, not only the first from a bound drive.
+    pub verify: bool,
     /// Element type of the KV cache.
     pub kv_type: TensorType,
     /// Slots of the ring; `None` to choose.
@@ -94,15 +96,17 @@ impl Session {
     pub fn new(opened: &Opened, options: Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Session, EngineError> {
         let model = opened.model.clone();
         check_types(&model)?;
-        let paths = weight_paths(&opened.gguf, options.copy.as_deref())?;
-        let (mut reader, mut notes) =
-            open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
+        let (reader, mut notes) = source::open(&opened.gguf, &options)?;
         let layouts: Arc<[UnitLayout]> = model.units.iter().map(|u| layout(u, reader.as_ref())).collect();
         let embedding_layout = tensor_layout(&model.embedding, reader.as_ref());
         let rows_bytes = rows_region_bytes(&model, reader.alignment(FileId(model.embedding.shard as u16)));
         let plan = make_plan(&model, &layouts, &embedding_layout, rows_bytes, &options)?;
 
         let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+        // Bound anew so that an early return drops it before the arena.
+        let mut reader = reader;
+        // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the streamer.
+        unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
         let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
         let rows_region = take(rows_bytes)?;
         let slots = (0..plan.n_slots).map(|_| take(plan.slot_bytes)).collect::<Result<Vec<_>, _>>()?;
@@ -122,7 +126,7 @@ impl Session {
         to_load.extend(embedding_region.map(|r| (&embedding_layout, r, "token_embd.weight")));
         let total: u64 = to_load.iter().map(|(l, ..)| l.read_bytes()).sum();
         load(reader.as_mut(), &to_load, &mut |done| progress(done, total)).map_err(stream_error)?;
-        let divisors = model.rope_freqs.as_ref().map(|t| read_f32(reader.as_mut(), t)).transpose()?;
+        let divisors = model.rope_freqs.as_ref().map(|t| read_f32(reader.as_mut(), t, rows_region)).transpose()?;
 
         let h = &model.hparams;
         let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());
@@ -139,7 +143,7 @@ impl Session {
             rows: rows_region,
             trace_events: if options.timeline { TRACE_EVENTS } else { 0 },
         };
-        let streamer = Streamer::start(config, reader, paths.len()).map_err(StorageError::IoUring)?;
+        let streamer = Streamer::start(config, reader, opened.gguf.shards.len()).map_err(StorageError::IoUring)?;
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
         let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
         let embedding = Embedding {
@@ -396,37 +400,6 @@ fn check_types(model: &Model) -> Result<(), EngineError> {
     }
 }
 
-/// The files that weights are read from: the model's own, or a copy of the same names and lengths.
-fn weight_paths(gguf: &Gguf, copy: Option<&Path>) -> Result<Vec<PathBuf>, EngineError> {
-    let own = || gguf.shards.iter().map(|s| s.path.clone()).collect();
-    let Some(copy) = copy else { return Ok(own()) };
-    let mut paths = Vec::new();
-    for shard in &gguf.shards {
-        let path = match shard.path.file_name() {
-            Some(name) if copy.is_dir() => copy.join(name),
-            _ if gguf.shards.len() == 1 => copy.to_path_buf(),
-            _ => {
-                return Err(EngineError::Copy(format!(
-                    "{}: a directory with all {} shards was expected",
-                    copy.display(),
-                    gguf.shards.len()
-                )));
-            }
-        };
-        let len = std::fs::metadata(&path).map_err(|e| EngineError::Copy(format!("{}: {e}", path.display())))?.len();
-        if len != shard.len {
-            return Err(EngineError::Copy(format!(
-                "{} has {len} bytes, but {} has {}; it is no copy",
-                path.display(),
-                shard.path.display(),
-                shard.len
-            )));
-        }
-        paths.push(path);
-    }
-    Ok(paths)
-}
-
 fn layout(unit: &UnitSpec, reader: &dyn Reader) -> UnitLayout {
     let spans: Vec<SpanIn> =
         unit.spans.iter().map(|s| SpanIn { file: FileId(s.shard as u16), offset: s.offset, bytes: s.bytes }).collect();
@@ -526,15 +499,14 @@ fn bytes_per_pass(model: &Model, homes: &[Home], home: Option<Home>) -> u64 {
     bytes.sum::<f64>() as u64
 }
 
-/// Reads a small F32 tensor.
-fn read_f32(reader: &mut dyn Reader, t: &TensorInfo) -> Result<Vec<f32>, EngineError> {
+/// Reads a small F32 tensor by way of `region`, which nobody else uses yet.
+fn read_f32(reader: &mut dyn Reader, t: &TensorInfo, region: Region) -> Result<Vec<f32>, EngineError> {
     let l = tensor_layout(t, reader);
-    let mut arena = Arena::new(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
-    let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
     load(reader, &[(&l, region, &t.name)], &mut |_| ()).map_err(stream_error)?;
     let at = l.span_offsets[0] as usize;
     let n = t.bytes as usize / 4;
-    // SAFETY: the tensor's bytes were read to `at` of the region, which is complete and ours.
+    // SAFETY: the tensor's bytes were read to `at` of the region, whose length the reader has checked,
+    // and nobody else uses it.
     let bytes = unsafe { std::slice::from_raw_parts(region.addr.add(at), n * 4) };
     Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }

@@ -75,6 +75,9 @@ pub struct Bound {
     pub model: String,
     /// IOMMU group.
     pub group: String,
+    /// Names below `/dev/disk`, which are gone while it is bound.
+    #[serde(default)]
+    pub links: Vec<String>,
     /// Its namespaces.
     pub namespace: Vec<BoundNamespace>,
 }
@@ -190,6 +193,13 @@ fn write(host: &Host, path: &str, text: &str) -> Result<(), DeviceError> {
     fs::write(host.real(path), text).map_err(|e| DeviceError::step(format!("writing {text:?} to {path}"), e))
 }
 
+/// Links below `/dev/disk/by-id` that lead to the drive.
+fn links(host: &Host, drive: &Controller) -> Vec<String> {
+    let folder = "/dev/disk/by-id";
+    let names = host.list(folder).unwrap_or_default().into_iter().map(|n| format!("{folder}/{n}"));
+    names.filter(|n| host.link_name(n).is_some_and(|target| drive.owns(&target))).collect()
+}
+
 fn take(
     host: &Host,
     drive: &Controller,
@@ -197,6 +207,7 @@ fn take(
     steps: &[(String, String)],
     say: &mut impl FnMut(&str),
 ) -> Result<(), DeviceError> {
+    let links = links(host, drive);
     for (path, text) in steps {
         write(host, path, text)?;
         say(&format!("wrote {text} to {path}"));
@@ -221,6 +232,7 @@ fn take(
         serial: drive.serial.clone(),
         model: drive.model.clone(),
         group: group.into(),
+        links,
         namespace: drive
             .namespaces
             .iter()
@@ -282,15 +294,27 @@ pub fn bound(host: &Host) -> Vec<Bound> {
 /// The bound drive, and its namespace, that a user means by its former name or its PCI address.
 ///
 /// # Errors
-/// [`DeviceError::NotBound`].
+/// [`DeviceError::NotBound`], or that the kernel has given the name to another drive since.
 pub fn find_bound(host: &Host, name: &str) -> Result<(Bound, BoundNamespace), DeviceError> {
     let short = name.strip_prefix("/dev/").unwrap_or(name);
     for drive in bound(host) {
-        let whole = drive.pci == short || drive.controller == short;
+        let exact = drive.pci == short
+            || drive.pci.strip_prefix("0000:") == Some(short)
+            || drive.links.iter().any(|link| link == name);
+        let whole = exact || drive.controller == short;
         let found = drive.namespace.iter().find(|n| {
             whole || n.name == short || short.strip_prefix(n.name.as_str()).is_some_and(|p| p.starts_with('p'))
         });
         if let Some(namespace) = found.cloned() {
+            if !exact && host.exists(&format!("/sys/class/block/{}", namespace.name)) {
+                return Err(DeviceError::step(
+                    format!("finding {name}"),
+                    format!(
+                        "the drive of that name is bound to vfio-pci, and the kernel has given the name to another one; name the bound drive by its address {}",
+                        drive.pci
+                    ),
+                ));
+            }
             return Ok((drive, namespace));
         }
     }
