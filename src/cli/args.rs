@@ -41,6 +41,8 @@ pub(super) enum Command {
     Bench(super::bench::BenchArgs),
     /// Check every kernel against its reference on this machine.
     Selftest(super::selftest::SelftestArgs),
+    /// Write a model to a spare drive, erasing what it held (as root).
+    Stage(super::stage::StageArgs),
     /// Drives: which there are, which may be bound and why not, hand one over, give it back.
     Device(super::device::DeviceArgs),
     /// Print a completion script for a shell.

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::guard::{self, Allowlist, Controller, Host, Reason, sysfs};
+use super::image::Drive;
 
 /// The group whose members may use a bound drive.
 pub const GROUP: &str = "nt";
@@ -187,6 +188,74 @@ fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, DeviceError> {
         claims.push(file);
     }
     Ok(claims)
+}
+
+/// A namespace that is ours alone to write, by the kernel's word (O_EXCL), until this is dropped.
+#[derive(Debug)]
+pub struct Writable {
+    file: File,
+    controller: Controller,
+    _lock: File,
+}
+
+impl Writable {
+    /// What an image is written to.
+    pub fn drive(&self) -> Drive<'_> {
+        let namespace = &self.controller.namespaces[0];
+        Drive {
+            file: &self.file,
+            size: namespace.whole.size,
+            block: namespace.block_size.into(),
+            serial: self.controller.serial.clone(),
+            model: self.controller.model.clone(),
+            namespace: namespace.nsid,
+        }
+    }
+
+    /// Has the kernel read the new partition table. If it cannot now, it will when the drive is next
+    /// bound and released.
+    pub fn reread_partitions(&self) {
+        const BLKRRPART: libc::c_ulong = 0x125f;
+        // SAFETY: an ioctl without argument on an open device.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKRRPART) } != 0 {
+            tracing::debug!("the kernel keeps the old partition table: {}", std::io::Error::last_os_error());
+        }
+    }
+}
+
+/// Claims a drive of one namespace for writing, if its serial is `serial` and nothing speaks against
+/// it, checked before and under the claim.
+///
+/// # Errors
+/// [`DeviceError::Refused`] with every reason, or the step that failed.
+pub fn claim_to_write(
+    host: &Host,
+    name: &str,
+    serial: &str,
+    allowed: &Result<Allowlist, String>,
+) -> Result<Writable, DeviceError> {
+    let lock = lock(host)?;
+    let check = || -> Result<Controller, DeviceError> {
+        let all = sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))?;
+        let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
+        let mut reasons = guard::examine(host, &all, drive, allowed);
+        let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
+        if drive.serial != serial {
+            add(guard::Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
+        }
+        if drive.namespaces.len() != 1 {
+            add(guard::Check::Format, format!("it has {} namespaces, one was expected", drive.namespaces.len()));
+        }
+        if reasons.is_empty() { Ok(drive.clone()) } else { Err(DeviceError::Refused { name: name.into(), reasons }) }
+    };
+    let drive = check()?;
+    let path = format!("/dev/{}", drive.namespaces[0].whole.name);
+    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(host.real(&path));
+    let file = open.map_err(|e| DeviceError::step(format!("claiming {path} for writing"), e))?;
+    if check()? != drive {
+        return Err(DeviceError::step(format!("claiming {path}"), "it changed while it was being checked"));
+    }
+    Ok(Writable { file, controller: drive, _lock: lock })
 }
 
 fn write(host: &Host, path: &str, text: &str) -> Result<(), DeviceError> {

@@ -9,7 +9,9 @@ pub mod bind;
 mod checked;
 pub mod extents;
 mod file;
+pub mod gpt;
 pub mod guard;
+pub mod image;
 pub mod library;
 mod pread;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4 dm-mod raid1)
 programs=(nvme fio mke2fs sfdisk blkid)
+bad_sector=100000
 
 # Installs what the harness needs when it is missing and this is root; else says so and exits with 77.
 need_tools() {
@@ -130,6 +131,10 @@ make_drives() {
   ln "$model" "$work/model/smol.gguf" 2>/dev/null || cp "$model" "$work/model/smol.gguf"
   truncate -s 160M "$work/model.img"
   mke2fs -q -F -t ext4 -d "$work/model" -E lazy_itable_init=1 "$work/model.img" >/dev/null 2>&1
+  # The same once more, on a drive that cannot read one sector in the middle of the model.
+  cp --sparse=always "$work/model.img" "$work/bad.img"
+  printf '[inject-error]\nevent = "read_aio"\nerrno = "5"\nsector = "%s"\n' "$bad_sector" >"$work/bad.conf"
+  truncate -s 128M "$work/stage.img"
 }
 
 # Without iommu=pt the guest's own nvme driver has been seen to panic in iommu_dma_unmap_sg before
@@ -142,11 +147,17 @@ boot() {
   fi
   local port=0 devices=()
   add_port() { port=$((port + 1)); devices+=(-device "pcie-root-port,id=rp$port,chassis=$port,slot=$port,bus=pcie.0"); }
-  add_file() { devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe"); }
-  for name in boot model exp meta zns blk4k small fs; do
+  add_file() { devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe$([ "$1" != stage ] || echo ,throttling.bps-read=40000000)"); }
+  for name in boot model exp meta zns blk4k small fs stage bad; do
     add_port
-    add_file "$name"
     case $name in
+      bad) devices+=(-drive "if=none,id=bad,file=blkdebug:$work/bad.conf:$work/bad.img,format=raw,cache=unsafe") ;;
+      *) add_file "$name" ;;
+    esac
+    case $name in
+      bad) devices+=(-device "nvme,id=bad,serial=BAD00001,drive=bad,bus=rp$port") ;;
+      # A slow drive, by the measure of today's.
+      stage) devices+=(-device "nvme,id=stage,serial=STAGE001,drive=stage,bus=rp$port") ;;
       boot) devices+=(-device "nvme,serial=BOOT0001,drive=boot,bus=rp$port") ;;
       exp) devices+=(-device "nvme,id=exp,serial=EXP0001,drive=exp,bus=rp$port") ;;
       meta) devices+=(-device "nvme,id=meta,serial=META0001,bus=rp$port" -device "nvme-ns,drive=meta,bus=meta,ms=8,pi=1") ;;
