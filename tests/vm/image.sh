@@ -137,6 +137,28 @@ make_drives() {
   truncate -s 128M "$work/stage.img"
 }
 
+# unplug LOG SOCKET: takes the drive out of the machine that the guest names in a line "UNPLUG drive".
+unplug() {
+  python3 - "$1" "$2" <<'PY'
+import json, re, socket, sys, time
+log, path = sys.argv[1:]
+while True:
+    found = re.search(rb"^UNPLUG (\w+)", open(log, "rb").read(), re.M)
+    if found:
+        break
+    time.sleep(0.3)
+qmp = socket.socket(socket.AF_UNIX)
+qmp.connect(path)
+stream = qmp.makefile("rw")
+for command in ({"execute": "qmp_capabilities"},
+                {"execute": "device_del", "arguments": {"id": found.group(1).decode()}}):
+    stream.write(json.dumps(command) + "\n")
+    stream.flush()
+    time.sleep(0.2)
+time.sleep(60)
+PY
+}
+
 # Without iommu=pt the guest's own nvme driver has been seen to panic in iommu_dma_unmap_sg before
 # any drive was bound; VFIO makes a translated domain of its own either way. NT_VM_APPEND replaces it.
 # boot iommu|noiommu CHECKS: runs the guest, prints its results, fails if any check failed.
@@ -173,10 +195,14 @@ boot() {
   add_file other
   devices+=(-device "nvme,serial=SIB0001,drive=sib,bus=rp$port,addr=0x0.0x0,multifunction=on"
     -device "nvme,serial=SIB0002,drive=other,bus=rp$port,addr=0x0.0x1")
-  local started=$SECONDS
+  local started=$SECONDS watcher
+  : >"$log"
+  unplug "$log" "$work/qmp" & watcher=$!
   timeout "${NT_VM_TIMEOUT:-600}" qemu-system-x86_64 "${machine[@]}" -cpu max -smp 2 -m 1024 -nodefaults -display none \
-    -serial "file:$log" -no-reboot -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
+    -serial "file:$log" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
     -append "console=ttyS0 quiet panic=-1 intel_iommu=on ${NT_VM_APPEND-iommu=pt} nt.checks=${checks// /,}" 2>"$work/qemu.log" || true
+  kill "$watcher" 2>/dev/null || true
+  wait "$watcher" 2>/dev/null || true
   grep -a -E '^(PASS|FAIL|SKIP|INFO|DONE) ' "$log" | tr -d '\r' || true
   echo "vm $kind: $((SECONDS - started)) s, log in $log"
   if grep -aq '^FAIL ' "$log" || ! grep -aq '^DONE ' "$log"; then

@@ -24,6 +24,7 @@ done
 # shellcheck source=tests/vm/image.sh
 . "$here/image.sh"
 need_tools
+need python3 python3
 fetch_kernel
 if [ "$build" = 1 ]; then
   cargo build --quiet --bin nt --example nvme_probe
