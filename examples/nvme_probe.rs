@@ -51,8 +51,9 @@ fn open(name: &str) -> Result<Open, Box<dyn std::error::Error>> {
     let (drive, namespace) = find_bound(&Host::default(), name)?;
     let map = memmap2::MmapMut::map_anon(ARENA)?;
     let arena = Box::leak(Box::new(map)).as_mut_ptr();
+    let mut reader = VfioReader::open_bound(&drive, &namespace)?;
     // SAFETY: the mapping is leaked, so it outlives the reader, and only raw pointers touch it.
-    let mut reader = unsafe { VfioReader::open_bound(&drive, &namespace, arena, ARENA)? };
+    unsafe { reader.attach(arena, ARENA)? };
     let file = reader.add_file(name, vec![Span { file_offset: 0, device_offset: 0, len: namespace.size }]);
     Ok(Open { reader, file, arena, size: namespace.size })
 }
@@ -162,7 +163,7 @@ fn whole_file(name: &str, manifest: &str, copy: &str) -> Result<(), Box<dyn std:
         let data = unsafe { std::slice::from_raw_parts(drive.arena, len as usize) };
         if !manifest.holds((offset / CHUNK as u64) as usize, data) || data != &truth[offset as usize..][..len as usize]
         {
-            return Err(format!("{}: the MiB at {offset} differs", manifest.file).into());
+            return Err(format!("{}: the chunk at {offset} differs", manifest.file).into());
         }
         offset += len;
     }

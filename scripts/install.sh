@@ -10,6 +10,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 [ "$(id -u)" = 0 ] || { echo "$0: must be run as root" >&2; exit 1; }
 if [ "${1:-}" = --remove ]; then
   rm -f "$rules" "$limits"
+  if [ -d /var/lib/nt ]; then rmdir /var/lib/nt 2>/dev/null || echo "kept: /var/lib/nt holds records"; fi
   if [ -f "$list" ] && ! grep -q '^\[\[drive\]\]' "$list"; then rm -f "$list"; fi
   if getent group nt >/dev/null; then groupdel nt; fi
   if command -v udevadm >/dev/null; then udevadm control --reload; fi
@@ -19,6 +20,7 @@ fi
 getent group nt >/dev/null || groupadd --system nt
 install -D -m 644 "$here/udev/70-nt-vfio.rules" "$rules"
 mkdir -p "$(dirname "$limits")" /etc/nt
+install -d -m 2775 -g nt /var/lib/nt # places of models, recorded by nt device extents
 cat >"$limits" <<LIMITS
 # Memory that a drive writes to is locked. Members of nt may lock all of it; nt keeps to its plan.
 @nt - memlock unlimited

@@ -20,5 +20,9 @@ cargo build --locked --release
 say "a real model, most of it on disk"
 text=$(target/release/nt -q run "$smollm2" -p "The capital of France is" -n 8 --temp 0 --ram 40MiB --tiers 0:10:20)
 [ "${text#" Paris"}" != "$text" ] || die "SmolLM2 did not continue with \" Paris\" but with: $text"
+say "drives, in a virtual machine"
+status=0
+NT_VM_MODEL=$smollm2 tests/vm/run.sh || status=$?
+[ "$status" = 0 ] || [ "$status" = 77 ] || die "the checks in the virtual machine failed"
 say "fidelity against llama.cpp"
 python3 tests/fidelity/check.py target/release/nt

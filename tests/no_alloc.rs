@@ -51,6 +51,7 @@ fn one_token_passes_allocate_nothing() {
             storage: true,
             copy: None,
             reader: ReaderKind::Auto,
+            verify: false,
             kv_type: TensorType::F16,
             n_buffers: None,
             tiers: None,

@@ -227,6 +227,7 @@ fn options() -> Options {
         storage: true,
         copy: None,
         reader: ReaderKind::Auto,
+        verify: false,
         kv_type: TensorType::F32,
         n_buffers: None,
         tiers: None,

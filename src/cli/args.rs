@@ -43,6 +43,8 @@ pub(super) enum Command {
     Selftest(super::selftest::SelftestArgs),
     /// Measure storage, memory and the link to the GPU; never writes.
     Probe(super::probe::ProbeArgs),
+    /// Write a model to a spare drive, erasing what it held (as root).
+    Stage(super::stage::StageArgs),
     /// Drives: which there are, which may be bound and why not, hand one over, give it back.
     Device(super::device::DeviceArgs),
     /// Say what this machine lacks to run fast or safely, and the commands that mend it.
@@ -54,7 +56,8 @@ pub(super) enum Command {
 /// The model, as an argument or with `-m`.
 #[derive(Clone, Debug, Args)]
 pub struct ModelArg {
-    /// GGUF file, or the first shard of a sharded one.
+    /// GGUF file, or the first shard of a sharded one, or the name of one that `nt device extents`
+    /// recorded.
     #[arg(value_name = "MODEL", required_unless_present = "model_option")]
     model: Option<PathBuf>,
     /// The same, as an option.
@@ -138,8 +141,10 @@ pub enum LayoutArg {
 /// How tier C is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ReaderArg {
-    /// io_uring, or a pread pool where it is refused.
+    /// VFIO for a drive that is bound; else io_uring, or a pread pool where it is refused.
     Auto,
+    /// A drive bound to vfio-pci or fail.
+    Vfio,
     /// io_uring or fail.
     #[value(name = "io_uring")]
     IoUring,
@@ -172,13 +177,16 @@ pub struct Placement {
     /// VRAM to use, weights, KV cache and the rest together.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
     pub vram: Auto<u64>,
-    /// Where tier C is read: none, auto (where the model lies), or a directory or file that holds a
-    /// copy of it.
-    #[arg(long, value_name = "none|auto|PATH", default_value = "auto")]
+    /// Where tier C is read: none, auto (where the model lies), a drive (nvme1n1, a PCI address or a
+    /// path below /dev), or a directory or file that holds a copy of the model.
+    #[arg(long, value_name = "none|auto|DEVICE|PATH", default_value = "auto")]
     pub tier_c: String,
     /// How tier C is read.
     #[arg(long, value_enum, default_value = "auto")]
     pub reader: ReaderArg,
+    /// Compare every read with the checksums that `nt device extents` recorded.
+    #[arg(long)]
+    pub verify: bool,
     /// Element type of the KV cache.
     #[arg(long, value_enum)]
     pub kv: Option<KvArg>,

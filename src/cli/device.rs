@@ -1,13 +1,16 @@
 //! `nt device`: which drives there are, which may be handed to nt and why not, hand one over, give
 //! it back.
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
+use crate::gguf::Gguf;
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::extents;
 use crate::storage::guard::{self, Allowlist, Host, allowlist, sysfs};
+use crate::storage::library::{Library, Recorded};
 
 /// Arguments of `nt device`.
 #[derive(Debug, Args)]
@@ -44,10 +47,13 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Print where a model's file lies on its drive, as JSON, for reading it by block later
+    /// Record where a model's files lie on their drive, with checksums, for reading them by block later
     Extents {
-        /// A file on ext4 or XFS on an NVMe drive
+        /// A GGUF file (or the first of several) on ext4 or XFS on an NVMe drive
         model: PathBuf,
+        /// Write the manifest of this one file there, whatever it is; - is stdout
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
     },
 }
 
@@ -64,12 +70,37 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
         Command::Check { device } => check(&host, &device, &allowed),
         Command::Bind { device, dry_run } => bind::bind(&host, &device, &allowed, dry_run, say),
         Command::Release { device, dry_run } => bind::release(&host, &device, dry_run, say),
-        Command::Extents { model } => {
+        Command::Extents { model, output: Some(output) } => {
             let manifest = extents::manifest(&host, &model)?;
-            println!("{}", serde_json::json!(manifest));
-            Ok(())
+            let text = serde_json::json!(manifest).to_string();
+            if output.as_os_str() == "-" {
+                println!("{text}");
+                return Ok(());
+            }
+            std::fs::write(&output, text).map_err(|e| step(format!("writing {}", output.display()), e))
         }
+        Command::Extents { model, output: None } => record(&host, &model),
     }
+}
+
+fn step(step: String, why: impl ToString) -> DeviceError {
+    DeviceError::Step { step, why: why.to_string() }
+}
+
+/// Records every file of a model, so that `nt run NAME --tier-c DRIVE` can read it without its file
+/// system.
+fn record(host: &Host, model: &Path) -> Result<(), DeviceError> {
+    let gguf = Gguf::open(model).map_err(|e| step("reading the model".into(), e))?;
+    for (i, shard) in gguf.shards.iter().enumerate() {
+        let manifest = extents::manifest(host, &shard.path)?;
+        let mut header = vec![0; gguf.data_start(i).min(shard.len) as usize];
+        std::fs::File::open(&shard.path)
+            .and_then(|mut f| f.read_exact(&mut header))
+            .map_err(|e| step(format!("reading {}", shard.path.display()), e))?;
+        let saved = Library::default().save(&Recorded { manifest, header });
+        println!("{}", saved.map_err(|e| step("recording the model".into(), e))?.display());
+    }
+    Ok(())
 }
 
 fn controllers(host: &Host) -> Result<Vec<guard::Controller>, DeviceError> {

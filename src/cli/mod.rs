@@ -16,6 +16,7 @@ mod probe;
 mod report;
 mod run;
 mod selftest;
+mod stage;
 mod template;
 mod tokenize;
 
@@ -41,6 +42,7 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Selftest(args) => selftest::run(&args),
+        Command::Stage(args) => stage::run(&args),
         Command::Device(args) => {
             device::run(args).map_err(|e| if e.is_refusal() { Failure::refused(e) } else { Failure::running(e) })
         }

@@ -13,7 +13,8 @@ use crate::engine::{EngineError, Generation, Opened, Options, Sampler, Session, 
 use crate::gguf::TensorType;
 use crate::machine::pressure::{self, Watch};
 use crate::model::ForwardError;
-use crate::storage::ReaderKind;
+use crate::storage::vfio::device::OpenError;
+use crate::storage::{ReaderKind, StorageError};
 use crate::tokenizer::ChatTemplate;
 
 /// Arguments of `nt run`.
@@ -175,9 +176,6 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         "none" | "auto" => None,
         path => Some(PathBuf::from(path)),
     };
-    if let Some(path) = copy.as_deref().filter(|c| !c.exists()) {
-        return Err(Failure::usage(format!("--tier-c {}: no such file or directory", path.display())));
-    }
     Ok(Options {
         backend: match p.backend {
             BackendArg::Auto => BackendKind::Auto,
@@ -193,7 +191,9 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
             ReaderArg::Auto => ReaderKind::Auto,
             ReaderArg::IoUring => ReaderKind::IoUring,
             ReaderArg::Pread => ReaderKind::Pread,
+            ReaderArg::Vfio => ReaderKind::Vfio,
         },
+        verify: p.verify,
         kv_type: match p.kv.unwrap_or(kv_default) {
             KvArg::F16 => TensorType::F16,
             KvArg::F32 => TensorType::F32,
@@ -259,6 +259,8 @@ pub(super) fn failure(e: EngineError) -> Failure {
         }
         EngineError::Backend(crate::backend::BackendError::UnsupportedType { .. }) => Failure::usage(e),
         EngineError::Backend(crate::backend::BackendError::OutOfMemory { .. }) => Failure::limits(e),
+        EngineError::Storage(StorageError::Drive(OpenError::WrongDrive { .. })) => Failure::refused(e),
+        EngineError::Storage(StorageError::NotBound(_)) => Failure::usage(e),
         EngineError::Forward(_) | EngineError::Backend(_) | EngineError::Storage(_) => Failure::running(e),
     }
 }

@@ -9,6 +9,7 @@ mod links;
 mod opened;
 mod sampler;
 mod session;
+mod source;
 mod start;
 mod stop;
 mod weights;

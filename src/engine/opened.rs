@@ -27,7 +27,7 @@ pub enum EngineError {
     /// Memory that the plan counted on.
     #[error("{0}")]
     Memory(String),
-    /// The copy that `--tier-c` names.
+    /// What `--tier-c` names.
     #[error("{0}")]
     Copy(String),
     /// The backend.
@@ -53,9 +53,9 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens the model at `path`.
+    /// Opens the model at `path`, or the one that was recorded under that path or name.
     pub fn open(path: &Path) -> Result<Opened, EngineError> {
-        let mut gguf = Gguf::open(path)?;
+        let mut gguf = super::source::open_header(path)?;
         let model = Model::new(&gguf)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         if tokenizer.vocab_size() > model.n_vocab {

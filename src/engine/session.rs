@@ -27,10 +27,12 @@ pub struct Options {
     pub ram: Option<u64>,
     /// Whether weights may stay on storage.
     pub storage: bool,
-    /// A copy of the model (file or directory) to read weights from.
+    /// Where to read weights from: a drive, or a copy of the model (file or directory).
     pub copy: Option<PathBuf>,
     /// How storage is read.
     pub reader: ReaderKind,
+    /// Compare each read with what is recorded of the model, not only the first from a bound drive.
+    pub verify: bool,
     /// Element type of the KV cache.
     pub kv_type: TensorType,
     /// Slots of the ring; `None` to choose.
@@ -75,6 +77,8 @@ pub struct Session {
     pub(super) in_ram: Vec<Option<Region>>,
     pub(super) device: Option<OnDevice>,
     pub(super) arena: Arena,
+    /// What was read before the plan was made.
+    pub(super) _small: Arena,
 }
 
 /// What a session holds on a device with memory of its own.

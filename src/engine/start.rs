@@ -1,13 +1,13 @@
 //! How a session comes to be: plan, memory, loading, the ring.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
-use super::{EngineError, Links, Opened, Options, Session};
+use super::{EngineError, Links, Opened, Options, Session, source};
 use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims};
-use crate::gguf::{Gguf, TensorInfo, TensorType};
+use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
 use crate::model::{Model, UnitKind, UnitSpec, rope};
@@ -16,7 +16,7 @@ use crate::pipeline::{
     load_to_device,
 };
 use crate::plan::{Home, Limits, Plan, PlanError, UnitSize, format_bytes, place};
-use crate::storage::{Alignment, FileId, Reader, StorageError, open_reader};
+use crate::storage::{Alignment, FileId, Reader, StorageError};
 
 /// Rows of the embedding that are read at once.
 const ROWS_AT_ONCE: u64 = 64;
@@ -46,10 +46,12 @@ impl Session {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Session, EngineError> {
         let model = opened.model.clone();
-        let paths = weight_paths(&opened.gguf, options.copy.as_deref())?;
-        let (mut reader, mut notes) =
-            open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
-        let divisors = model.rope_freqs.as_ref().map(|t| read_f32(reader.as_mut(), t)).transpose()?;
+        let (reader, mut notes) = source::open(&opened.gguf, &options)?;
+        let first = model.rope_freqs.as_ref().map(|t| tensor_layout(t, reader.as_ref()).slot_bytes);
+        let mut small = Arena::new(first.unwrap_or(0)).map_err(|e| EngineError::Memory(e.to_string()))?;
+        // Bound anew so that an early return drops it before the memory.
+        let mut reader = reader;
+        let divisors = model.rope_freqs.as_ref().map(|t| read_f32(reader.as_mut(), t, &mut small)).transpose()?;
         let h = &model.hparams;
         let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());
         let (backend, note) = open_backend(&dims(&model, &options, rope))?;
@@ -66,6 +68,9 @@ impl Session {
             }
         };
         let mut places = Places::take(&plan, &sizes)?;
+        let mut reader = reader;
+        // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the streamer.
+        unsafe { reader.attach(places.arena.base(), places.arena.len() as usize) }?;
         if let (Some(memory), Some((resident, slots))) = (&memory, device.take()) {
             places.arena.populate(machine::n_cpus());
             // SAFETY: the registration is dropped before the arena (see `Session`'s fields).
@@ -79,7 +84,7 @@ impl Session {
         let ring = Ring { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let links = Links { storage_copies: reader.copies(), ..links(&model, &plan, places.device.is_some()) };
-        let (streamer, feed) = ring.start(&places, reader, paths.len())?;
+        let (streamer, feed) = ring.start(&places, reader, opened.gguf.shards.len())?;
 
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
         let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
@@ -109,6 +114,7 @@ impl Session {
             in_ram: places.in_ram,
             device: places.device,
             arena: places.arena,
+            _small: small,
         })
     }
 }
@@ -265,46 +271,6 @@ fn check_types(model: &Model, backend: &dyn Backend) -> Result<(), EngineError> 
     }
 }
 
-/// The files that weights are read from: the model's own, or a copy of the same names and lengths.
-fn weight_paths(gguf: &Gguf, copy: Option<&Path>) -> Result<Vec<PathBuf>, EngineError> {
-    let own = || gguf.shards.iter().map(|s| s.path.clone()).collect();
-    let Some(copy) = copy else { return Ok(own()) };
-    let mut paths = Vec::new();
-    for shard in &gguf.shards {
-        let path = match shard.path.file_name() {
-            Some(name) if copy.is_dir() => copy.join(name),
-            _ if gguf.shards.len() == 1 => copy.to_path_buf(),
-            _ => {
-                return Err(EngineError::Copy(format!(
-                    "{}: a directory with all {} shards was expected",
-                    copy.display(),
-                    gguf.shards.len()
-                )));
-            }
-        };
-        let (len, is_device) = length(&path).map_err(|e| EngineError::Copy(format!("{}: {e}", path.display())))?;
-        // A device has whole sectors.
-        if len < shard.len || !is_device && len != shard.len {
-            return Err(EngineError::Copy(format!(
-                "{} has {len} bytes, but {} has {}; it is no copy",
-                path.display(),
-                shard.path.display(),
-                shard.len
-            )));
-        }
-        paths.push(path);
-    }
-    Ok(paths)
-}
-
-/// Bytes of a file or block device, and whether it is the latter.
-fn length(path: &Path) -> std::io::Result<(u64, bool)> {
-    use std::os::unix::fs::FileTypeExt as _;
-    let mut file = std::fs::File::open(path)?;
-    let is_device = file.metadata()?.file_type().is_block_device();
-    Ok((std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?, is_device))
-}
-
 fn layout(unit: &UnitSpec, reader: &dyn Reader) -> UnitLayout {
     let spans: Vec<SpanIn> =
         unit.spans.iter().map(|s| SpanIn { file: FileId(s.shard as u16), offset: s.offset, bytes: s.bytes }).collect();
@@ -446,15 +412,17 @@ fn links(model: &Model, plan: &Plan, on_device: bool) -> Links {
     }
 }
 
-/// Reads a small F32 tensor.
-fn read_f32(reader: &mut dyn Reader, t: &TensorInfo) -> Result<Vec<f32>, EngineError> {
+/// Reads a small F32 tensor by way of `arena`, which has room for it and outlives the reader.
+fn read_f32(reader: &mut dyn Reader, t: &TensorInfo, arena: &mut Arena) -> Result<Vec<f32>, EngineError> {
     let l = tensor_layout(t, reader);
-    let mut arena = Arena::new(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
     let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+    // SAFETY: the arena begins at a page; the caller drops the reader before it.
+    unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
     load(reader, &[(&l, region, &t.name)], &mut |_| ()).map_err(stream_error)?;
     let at = l.span_offsets[0] as usize;
     let n = t.bytes as usize / 4;
-    // SAFETY: the tensor's bytes were read to `at` of the region, which is complete and ours.
+    // SAFETY: the tensor's bytes were read to `at` of the region, whose length the reader has checked,
+    // and nobody else uses it.
     let bytes = unsafe { std::slice::from_raw_parts(region.addr.add(at), n * 4) };
     Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }

@@ -10,6 +10,9 @@ use super::{GgufError, Metadata, TensorType};
 /// More shards than this are refused.
 const SHARDS_MAX: u64 = 4096;
 
+/// Gives a file's first bytes, its header at least, and its length.
+pub type Source<'a> = dyn FnMut(&Path) -> Result<(Box<dyn Read>, u64), GgufError> + 'a;
+
 /// One file of a model.
 #[derive(Debug, Clone)]
 pub struct Shard {
@@ -55,8 +58,15 @@ pub struct Gguf {
 impl Gguf {
     /// Reads the header of `path` and, where it is the first shard of several, of the others.
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
+        Gguf::open_with(path, &mut header::source)
+    }
+
+    /// As [`Gguf::open`], with headers from wherever `source` has them: for each file's path, bytes
+    /// that hold its header at least, and the length of the whole file.
+    pub fn open_with(path: &Path, source: &mut Source<'_>) -> Result<Gguf, GgufError> {
+        let mut read = |path: &Path| source(path).and_then(|(input, len)| header::parse(path, input, len));
         let bad = |what: String| GgufError::Malformed { path: path.to_path_buf(), what };
-        let first = header::read(path)?;
+        let first = read(path)?;
         let count = first.metadata.uint("split.count").unwrap_or(1);
         let no = first.metadata.uint("split.no").unwrap_or(0);
         let total = first.metadata.uint("split.tensors.count");
@@ -84,7 +94,7 @@ impl Gguf {
         model.metadata = model.add_shard(path, first)?;
         for i in 1..count {
             let next = PathBuf::from(format!("{stem}-{:05}-of-{count:05}.gguf", i + 1));
-            let h = header::read(&next)?;
+            let h = read(&next)?;
             let wrong = |what: String| GgufError::Malformed { path: next.clone(), what };
             let (its_no, its_count) = (h.metadata.uint("split.no"), h.metadata.uint("split.count"));
             if its_no != Some(i) || its_count != Some(count) {
@@ -109,6 +119,12 @@ impl Gguf {
         let mut model = Gguf { version: first.version, alignment: first.alignment, ..Gguf::default() };
         model.metadata = model.add_shard(path, first)?;
         Ok(model)
+    }
+
+    /// First byte of the tensors' data in a shard: where its header has ended.
+    pub fn data_start(&self, shard: usize) -> u64 {
+        let offsets = self.tensors.iter().filter(|t| t.shard == shard).map(|t| t.offset);
+        offsets.min().unwrap_or_else(|| self.shards.get(shard).map_or(0, |s| s.len))
     }
 
     /// The tensor called `name`.

@@ -47,15 +47,15 @@ pub(super) struct Header {
     pub file_len: u64,
 }
 
-/// Reads the header of `path`.
-pub(super) fn read(path: &Path) -> Result<Header, GgufError> {
+/// A file to parse a header from, and its length.
+pub(super) fn source(path: &Path) -> Result<(Box<dyn Read>, u64), GgufError> {
     let io = |source| GgufError::Io { path: path.to_path_buf(), source };
     let file = File::open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
     if meta.is_dir() {
         return Err(GgufError::Malformed { path: path.to_path_buf(), what: "is a directory, not a GGUF file".into() });
     }
-    parse(path, BufReader::with_capacity(1 << 16, file), meta.len())
+    Ok((Box::new(BufReader::with_capacity(1 << 16, file)), meta.len()))
 }
 
 /// Parses a header from `input`, which holds `file_len` bytes.

@@ -11,6 +11,6 @@ mod types;
 mod value;
 
 pub use error::GgufError;
-pub use file::{Gguf, Shard, TensorInfo};
+pub use file::{Gguf, Shard, Source, TensorInfo};
 pub use types::TensorType;
 pub use value::{Array, Metadata, StringArray, Value};

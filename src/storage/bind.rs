@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::guard::{self, Allowlist, Controller, Host, Reason, sysfs};
+use super::image::Drive;
 
 /// The group whose members may use a bound drive.
 pub const GROUP: &str = "nt";
@@ -75,6 +76,9 @@ pub struct Bound {
     pub model: String,
     /// IOMMU group.
     pub group: String,
+    /// Names below `/dev/disk`, which are gone while it is bound.
+    #[serde(default)]
+    pub links: Vec<String>,
     /// Its namespaces.
     pub namespace: Vec<BoundNamespace>,
 }
@@ -186,8 +190,83 @@ fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, DeviceError> {
     Ok(claims)
 }
 
+/// A namespace that is ours alone to write, by the kernel's word (O_EXCL), until this is dropped.
+#[derive(Debug)]
+pub struct Writable {
+    file: File,
+    controller: Controller,
+    _lock: File,
+}
+
+impl Writable {
+    /// What an image is written to.
+    pub fn drive(&self) -> Drive<'_> {
+        let namespace = &self.controller.namespaces[0];
+        Drive {
+            file: &self.file,
+            size: namespace.whole.size,
+            block: namespace.block_size.into(),
+            serial: self.controller.serial.clone(),
+            model: self.controller.model.clone(),
+            namespace: namespace.nsid,
+        }
+    }
+
+    /// Has the kernel read the new partition table. If it cannot now, it will when the drive is next
+    /// bound and released.
+    pub fn reread_partitions(&self) {
+        const BLKRRPART: libc::c_ulong = 0x125f;
+        // SAFETY: an ioctl without argument on an open device.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKRRPART) } != 0 {
+            tracing::debug!("the kernel keeps the old partition table: {}", std::io::Error::last_os_error());
+        }
+    }
+}
+
+/// Claims a drive of one namespace for writing, if its serial is `serial` and nothing speaks against
+/// it, checked before and under the claim.
+///
+/// # Errors
+/// [`DeviceError::Refused`] with every reason, or the step that failed.
+pub fn claim_to_write(
+    host: &Host,
+    name: &str,
+    serial: &str,
+    allowed: &Result<Allowlist, String>,
+) -> Result<Writable, DeviceError> {
+    let lock = lock(host)?;
+    let check = || -> Result<Controller, DeviceError> {
+        let all = sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))?;
+        let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
+        let mut reasons = guard::examine(host, &all, drive, allowed);
+        let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
+        if drive.serial != serial {
+            add(guard::Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
+        }
+        if drive.namespaces.len() != 1 {
+            add(guard::Check::Format, format!("it has {} namespaces, one was expected", drive.namespaces.len()));
+        }
+        if reasons.is_empty() { Ok(drive.clone()) } else { Err(DeviceError::Refused { name: name.into(), reasons }) }
+    };
+    let drive = check()?;
+    let path = format!("/dev/{}", drive.namespaces[0].whole.name);
+    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(host.real(&path));
+    let file = open.map_err(|e| DeviceError::step(format!("claiming {path} for writing"), e))?;
+    if check()? != drive {
+        return Err(DeviceError::step(format!("claiming {path}"), "it changed while it was being checked"));
+    }
+    Ok(Writable { file, controller: drive, _lock: lock })
+}
+
 fn write(host: &Host, path: &str, text: &str) -> Result<(), DeviceError> {
     fs::write(host.real(path), text).map_err(|e| DeviceError::step(format!("writing {text:?} to {path}"), e))
+}
+
+/// Links below `/dev/disk/by-id` that lead to the drive.
+fn links(host: &Host, drive: &Controller) -> Vec<String> {
+    let folder = "/dev/disk/by-id";
+    let names = host.list(folder).unwrap_or_default().into_iter().map(|n| format!("{folder}/{n}"));
+    names.filter(|n| host.link_name(n).is_some_and(|target| drive.owns(&target))).collect()
 }
 
 fn take(
@@ -197,6 +276,7 @@ fn take(
     steps: &[(String, String)],
     say: &mut impl FnMut(&str),
 ) -> Result<(), DeviceError> {
+    let links = links(host, drive);
     for (path, text) in steps {
         write(host, path, text)?;
         say(&format!("wrote {text} to {path}"));
@@ -221,6 +301,7 @@ fn take(
         serial: drive.serial.clone(),
         model: drive.model.clone(),
         group: group.into(),
+        links,
         namespace: drive
             .namespaces
             .iter()
@@ -282,15 +363,27 @@ pub fn bound(host: &Host) -> Vec<Bound> {
 /// The bound drive, and its namespace, that a user means by its former name or its PCI address.
 ///
 /// # Errors
-/// [`DeviceError::NotBound`].
+/// [`DeviceError::NotBound`], or that the kernel has given the name to another drive since.
 pub fn find_bound(host: &Host, name: &str) -> Result<(Bound, BoundNamespace), DeviceError> {
     let short = name.strip_prefix("/dev/").unwrap_or(name);
     for drive in bound(host) {
-        let whole = drive.pci == short || drive.controller == short;
+        let exact = drive.pci == short
+            || drive.pci.strip_prefix("0000:") == Some(short)
+            || drive.links.iter().any(|link| link == name);
+        let whole = exact || drive.controller == short;
         let found = drive.namespace.iter().find(|n| {
             whole || n.name == short || short.strip_prefix(n.name.as_str()).is_some_and(|p| p.starts_with('p'))
         });
         if let Some(namespace) = found.cloned() {
+            if !exact && host.exists(&format!("/sys/class/block/{}", namespace.name)) {
+                return Err(DeviceError::step(
+                    format!("finding {name}"),
+                    format!(
+                        "the drive of that name is bound to vfio-pci, and the kernel has given the name to another one; name the bound drive by its address {}",
+                        drive.pci
+                    ),
+                ));
+            }
             return Ok((drive, namespace));
         }
     }

@@ -6,9 +6,13 @@
 //! reads; it knows nothing of layers.
 
 pub mod bind;
+mod checked;
 pub mod extents;
 mod file;
+pub mod gpt;
 pub mod guard;
+pub mod image;
+pub mod library;
 mod pread;
 #[cfg(test)]
 mod scripted;
@@ -16,6 +20,7 @@ mod split;
 mod uring;
 pub mod vfio;
 
+pub use checked::{Checked, Corruption, Record};
 pub use file::DirectFile;
 pub use pread::PreadReader;
 #[cfg(test)]
@@ -105,6 +110,9 @@ pub enum ReadError {
         /// Where the data ended.
         end: u64,
     },
+    /// The bytes are not those that were recorded.
+    #[error(transparent)]
+    Corrupt(Box<Corruption>),
 }
 
 /// Reads spans of files into memory. Used from one thread.
@@ -119,6 +127,15 @@ pub trait Reader: Send {
     /// through RAM twice more, to be read from there and for the line that is overwritten.
     fn copies(&self) -> bool {
         false
+    }
+
+    /// Announces a memory area that reads will go to, before the first of them. Readers that can read
+    /// to anywhere do nothing.
+    ///
+    /// # Safety
+    /// `memory .. + len` must be page aligned and stay mapped until the reader is dropped.
+    unsafe fn attach(&mut self, _memory: *mut u8, _len: usize) -> Result<(), StorageError> {
+        Ok(())
     }
 
     /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside.
@@ -145,6 +162,8 @@ pub enum ReaderKind {
     IoUring,
     /// The pread pool.
     Pread,
+    /// A drive bound to vfio-pci or an error.
+    Vfio,
 }
 
 /// Why no reader could be opened.
@@ -164,6 +183,12 @@ pub enum StorageError {
     /// A thread could not be started.
     #[error("no thread could be started to read with: {0}")]
     Threads(std::io::Error),
+    /// VFIO was asked for where no bound drive holds the weights.
+    #[error("{0} is read through the kernel; --reader vfio needs a drive bound to vfio-pci, named by --tier-c")]
+    NotBound(String),
+    /// A drive bound to vfio-pci.
+    #[error(transparent)]
+    Drive(#[from] vfio::device::OpenError),
     /// A read while loading failed.
     #[error(transparent)]
     Read(#[from] ReadError),
@@ -176,6 +201,9 @@ pub const QUEUE_DEPTH: usize = 16;
 
 /// Opens `files` and a reader over them. The notes say in a line each what could not be had.
 pub fn open_reader(files: &[&Path], kind: ReaderKind) -> Result<(Box<dyn Reader>, Vec<String>), StorageError> {
+    if let (ReaderKind::Vfio, Some(first)) = (kind, files.first()) {
+        return Err(StorageError::NotBound(first.display().to_string()));
+    }
     let files = files.iter().map(|p| DirectFile::open(p)).collect::<Result<Vec<_>, _>>()?;
     let mut notes: Vec<String> = files.iter().filter_map(DirectFile::note).collect();
     if kind != ReaderKind::Pread {

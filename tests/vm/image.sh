@@ -3,23 +3,23 @@
 
 modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4 dm-mod raid1)
 programs=(nvme fio mke2fs sfdisk blkid)
+bad_sector=100000
 
-# Installs what the harness needs when it is missing and this is root; says so otherwise.
+# Installs what the harness needs when it is missing and this is root; else says so and exits with 77.
 need_tools() {
-  local missing=()
-  command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
-  command -v nvme >/dev/null || missing+=(nvme-cli)
-  command -v fio >/dev/null || missing+=(fio)
-  command -v cpio >/dev/null || missing+=(cpio)
-  command -v depmod >/dev/null || missing+=(kmod)
-  command -v sfdisk >/dev/null || missing+=(fdisk)
+  local command missing=()
+  for command in qemu-system-x86_64:qemu-system-x86 nvme:nvme-cli fio:fio cpio:cpio depmod:kmod sfdisk:fdisk; do
+    command -v "${command%:*}" >/dev/null || missing+=("${command#*:}")
+  done
   [ -x /bin/busybox ] && ! ldd /bin/busybox >/dev/null 2>&1 || missing+=(busybox-static)
   [ ${#missing[@]} = 0 ] && return
-  if [ "$(id -u)" != 0 ]; then
-    echo "tests/vm: missing packages: ${missing[*]}; install them with: sudo apt-get install ${missing[*]}" >&2
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "tests/vm: skipped, since packages are missing: sudo apt-get install ${missing[*]}" >&2
     exit 77
   fi
-  apt-get install -y --no-install-recommends "${missing[@]}" >"$work/apt.log" 2>&1
+  say "installing ${missing[*]}"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } \
+    >"$work/apt.log" 2>&1 || { echo "tests/vm: skipped, since apt-get cannot install ${missing[*]} ($work/apt.log)" >&2; exit 77; }
 }
 
 # Debian's kernel, unpacked and never installed.
@@ -58,7 +58,7 @@ copy_modules() {
 
 busybox_tree() {
   local root=$1
-  mkdir -p "$root"/{bin,sbin,dev,proc,sys,run,tmp,mnt,etc,root,usr/bin}
+  mkdir -p "$root"/{bin,sbin,dev,proc,sys,run,tmp,mnt,etc/nt,var/lib/nt,root,usr/bin}
   cp /bin/busybox "$root/bin/busybox"
   /bin/busybox --list | while read -r name; do
     [ "$name" = busybox ] || ln -sf busybox "$root/bin/$name"
@@ -76,7 +76,7 @@ make_root() {
   copy_program "${CARGO_TARGET_DIR:-target}/debug/nt" "$root"
   copy_program "${CARGO_TARGET_DIR:-target}/debug/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
-  install -D -m 755 tests/vm/guest.sh "$root/root/guest.sh"
+  install -D -m 755 -t "$root/root" tests/vm/{guest,checks,model}.sh
   install -D -m 755 tests/vm/init.sh "$root/sbin/init.sh"
   mkdir -p "$root/root/scripts" "$root/root/udev"
   cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
@@ -104,7 +104,7 @@ for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
   [ -n "$root" ] && break
   sleep 0.2
 done
-mount -t ext4 $root /mnt || poweroff -f
+mount -t ext4 -o ro $root /mnt || poweroff -f
 mount --move /dev /mnt/dev; mount --move /proc /mnt/proc; mount --move /sys /mnt/sys
 exec switch_root /mnt /sbin/init.sh
 INIT
@@ -126,6 +126,37 @@ make_drives() {
   head -c 32M /dev/urandom >"$work/small.img"
   truncate -s 32M "$work/meta.img" "$work/zns.img" "$work/sib.img" "$work/other.img" "$work/fs.img"
   mke2fs -q -F -t ext4 "$work/fs.img" >/dev/null 2>&1
+  rm -rf "$work/model"
+  mkdir "$work/model"
+  ln "$model" "$work/model/smol.gguf" 2>/dev/null || cp "$model" "$work/model/smol.gguf"
+  truncate -s 160M "$work/model.img"
+  mke2fs -q -F -t ext4 -d "$work/model" -E lazy_itable_init=1 "$work/model.img" >/dev/null 2>&1
+  # The same once more, on a drive that cannot read one sector in the middle of the model.
+  cp --sparse=always "$work/model.img" "$work/bad.img"
+  printf '[inject-error]\nevent = "read_aio"\nerrno = "5"\nsector = "%s"\n' "$bad_sector" >"$work/bad.conf"
+  truncate -s 128M "$work/stage.img"
+}
+
+# unplug LOG SOCKET: takes the drive out of the machine that the guest names in a line "UNPLUG drive".
+unplug() {
+  python3 - "$1" "$2" <<'PY'
+import json, re, socket, sys, time
+log, path = sys.argv[1:]
+while True:
+    found = re.search(rb"^UNPLUG (\w+)", open(log, "rb").read(), re.M)
+    if found:
+        break
+    time.sleep(0.3)
+qmp = socket.socket(socket.AF_UNIX)
+qmp.connect(path)
+stream = qmp.makefile("rw")
+for command in ({"execute": "qmp_capabilities"},
+                {"execute": "device_del", "arguments": {"id": found.group(1).decode()}}):
+    stream.write(json.dumps(command) + "\n")
+    stream.flush()
+    time.sleep(0.2)
+time.sleep(60)
+PY
 }
 
 # Without iommu=pt the guest's own nvme driver has been seen to panic in iommu_dma_unmap_sg before
@@ -138,17 +169,24 @@ boot() {
   fi
   local port=0 devices=()
   add_port() { port=$((port + 1)); devices+=(-device "pcie-root-port,id=rp$port,chassis=$port,slot=$port,bus=pcie.0"); }
-  add_file() { devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe"); }
-  for name in boot exp meta zns blk4k small fs; do
+  add_file() { devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe$([ "$1" != stage ] || echo ,throttling.bps-read=40000000)"); }
+  for name in boot model exp meta zns blk4k small fs stage bad; do
     add_port
-    add_file "$name"
     case $name in
+      bad) devices+=(-drive "if=none,id=bad,file=blkdebug:$work/bad.conf:$work/bad.img,format=raw,cache=unsafe") ;;
+      *) add_file "$name" ;;
+    esac
+    case $name in
+      bad) devices+=(-device "nvme,id=bad,serial=BAD00001,drive=bad,bus=rp$port") ;;
+      # A slow drive, by the measure of today's.
+      stage) devices+=(-device "nvme,id=stage,serial=STAGE001,drive=stage,bus=rp$port") ;;
       boot) devices+=(-device "nvme,serial=BOOT0001,drive=boot,bus=rp$port") ;;
       exp) devices+=(-device "nvme,id=exp,serial=EXP0001,drive=exp,bus=rp$port") ;;
       meta) devices+=(-device "nvme,id=meta,serial=META0001,bus=rp$port" -device "nvme-ns,drive=meta,bus=meta,ms=8,pi=1") ;;
       zns) devices+=(-device "nvme,id=zns,serial=ZNS0001,bus=rp$port" -device "nvme-ns,drive=zns,bus=zns,zoned=true,zoned.zone_size=4M") ;;
       blk4k) devices+=(-device "nvme,id=blk4k,serial=BLK4K001,bus=rp$port" -device "nvme-ns,drive=blk4k,bus=blk4k,logical_block_size=4096,physical_block_size=4096") ;;
       small) devices+=(-device "nvme,id=small,serial=SMALL001,drive=small,mdts=1,max_ioqpairs=1,bus=rp$port") ;;
+      model) devices+=(-device "nvme,id=model,serial=MODEL001,drive=model,bus=rp$port") ;;
       fs) devices+=(-device "nvme,id=fs,serial=FS0001,drive=fs,bus=rp$port") ;;
     esac
   done
@@ -157,10 +195,14 @@ boot() {
   add_file other
   devices+=(-device "nvme,serial=SIB0001,drive=sib,bus=rp$port,addr=0x0.0x0,multifunction=on"
     -device "nvme,serial=SIB0002,drive=other,bus=rp$port,addr=0x0.0x1")
-  local started=$SECONDS
-  timeout "${NT_VM_TIMEOUT:-300}" qemu-system-x86_64 "${machine[@]}" -cpu max -smp 2 -m 1024 -nodefaults -display none \
-    -serial "file:$log" -no-reboot -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
+  local started=$SECONDS watcher
+  : >"$log"
+  unplug "$log" "$work/qmp" & watcher=$!
+  timeout "${NT_VM_TIMEOUT:-600}" qemu-system-x86_64 "${machine[@]}" -cpu max -smp 2 -m 1024 -nodefaults -display none \
+    -serial "file:$log" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
     -append "console=ttyS0 quiet panic=-1 intel_iommu=on ${NT_VM_APPEND-iommu=pt} nt.checks=${checks// /,}" 2>"$work/qemu.log" || true
+  kill "$watcher" 2>/dev/null || true
+  wait "$watcher" 2>/dev/null || true
   grep -a -E '^(PASS|FAIL|SKIP|INFO|DONE) ' "$log" | tr -d '\r' || true
   echo "vm $kind: $((SECONDS - started)) s, log in $log"
   if grep -aq '^FAIL ' "$log" || ! grep -aq '^DONE ' "$log"; then

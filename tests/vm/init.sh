@@ -1,9 +1,8 @@
 #!/bin/sh
 # First program of the guest's root: the few file systems, then the checks, then power off.
 export PATH=/usr/bin:/bin:/sbin
-mount -o remount,rw /
-mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /tmp
+# The root stays read-only: its drive must be the same, byte for byte, when all is done.
+for folder in /run /tmp /mnt /etc/nt /var/lib/nt; do mount -t tmpfs tmpfs $folder; done
 chmod 1777 /tmp
 echo 1 >/proc/sys/kernel/printk
 modprobe vfio-pci

@@ -23,6 +23,7 @@ const AT_START: &[(&str, usize, &[u8])] = &[
     ("md", 4096, &[0xfc, 0x4e, 0x2b, 0xa9]),
     ("btrfs", 0x10040, b"_BHRfS_M"),
     ("bcache", 0x1018, &[0xc6, 0x85, 0x73, 0xf6, 0x4e, 0x1a, 0x45, 0xca]),
+    ("nt image", 0, crate::storage::image::MAGIC),
     ("gpt", 512, b"EFI PART"),
     ("gpt", 4096, b"EFI PART"),
 ];

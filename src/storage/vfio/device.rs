@@ -24,7 +24,7 @@ const HUGE: u64 = 2 << 20;
 pub enum OpenError {
     /// VFIO would not give the device.
     #[error(
-        "{bdf}: VFIO cannot open the drive: {why}; is it bound (`nt device bind`), is this user in the group `nt`, is interrupt remapping on?"
+        "{bdf}: VFIO cannot open the drive: {why}; is it bound (`nt device bind`), is no other process using it, is this user in the group `nt`, is interrupt remapping on?"
     )]
     Vfio {
         /// PCI address.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::device::{OpenError, VfioNvme};
 use super::io::{Read, ReadDone};
 use crate::storage::bind::{Bound, BoundNamespace};
-use crate::storage::{Alignment, Completion, FileId, ReadError, ReadRequest, Reader};
+use crate::storage::{Alignment, Completion, FileId, ReadError, ReadRequest, Reader, StorageError};
 
 /// Where bytes of a file lie on the drive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,18 +44,12 @@ pub struct VfioReader {
 }
 
 impl VfioReader {
-    /// Opens a drive with one memory area, the arena, that reads may go to.
-    ///
-    /// # Safety
-    /// `arena .. + len` must be page aligned and stay mapped until the reader is dropped.
-    pub unsafe fn open(bdf: &str, nsid: u32, arena: *mut u8, len: usize) -> Result<Self, OpenError> {
-        let mut drive = VfioNvme::open(bdf, nsid, 128)?;
-        // SAFETY: the caller's promise.
-        let iova = unsafe { drive.map(arena, len)? };
+    /// Opens a drive. Reads go to memory that [`Reader::attach`] has announced.
+    pub fn open(bdf: &str, nsid: u32) -> Result<Self, OpenError> {
         Ok(Self {
-            drive,
+            drive: VfioNvme::open(bdf, nsid, 128)?,
             files: Vec::new(),
-            mapped: vec![(arena as usize, len, iova)],
+            mapped: Vec::new(),
             waiting: VecDeque::new(),
             requests: HashMap::new(),
             finished: Vec::new(),
@@ -64,17 +58,8 @@ impl VfioReader {
 
     /// Opens a drive that [`crate::storage::bind::find_bound`] found, and makes sure that it is the
     /// one that was bound.
-    ///
-    /// # Safety
-    /// As [`VfioReader::open`].
-    pub unsafe fn open_bound(
-        drive: &Bound,
-        namespace: &BoundNamespace,
-        arena: *mut u8,
-        len: usize,
-    ) -> Result<Self, OpenError> {
-        // SAFETY: the caller's promise.
-        let reader = unsafe { Self::open(&drive.pci, namespace.nsid, arena, len)? };
+    pub fn open_bound(drive: &Bound, namespace: &BoundNamespace) -> Result<Self, OpenError> {
+        let reader = Self::open(&drive.pci, namespace.nsid)?;
         let controller = &reader.drive.controller;
         let size = controller.namespace.blocks << controller.namespace.block_shift;
         let expected = format!("{} {} {}", drive.model, drive.serial, namespace.size);
@@ -211,6 +196,13 @@ impl Reader for VfioReader {
         Alignment { memory: 4, offset: self.drive.controller.namespace.block_size() }
     }
 
+    unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
+        // SAFETY: the caller's promise.
+        let iova = unsafe { self.drive.map(memory, len)? };
+        self.mapped.push((memory as usize, len, iova));
+        Ok(())
+    }
+
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
         let mut reads = Vec::new();
         let mut first: Option<(String, u64)> = None;
@@ -243,7 +235,12 @@ impl Reader for VfioReader {
             return Err(ReadError::Failed { name, offset, len: bytes, what: format!("tag {} is in use", request.tag) });
         }
         self.requests.insert(request.tag, Request { name, offset, bytes, left: reads.len(), error: None });
+        let n = reads.len();
         self.waiting.extend(reads);
+        if request.urgent {
+            // In front of what waits, in its own order.
+            self.waiting.rotate_right(n);
+        }
         self.feed();
         Ok(())
     }

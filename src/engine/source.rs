@@ -1,0 +1,270 @@
+//! Where weights are read from and through what: a drive bound to vfio-pci by the places recorded
+//! for the model's files, or files through the kernel.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::{EngineError, Options};
+use crate::gguf::{Gguf, GgufError};
+use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
+use crate::storage::guard::{Controller, Host, sysfs};
+use crate::storage::library::{Library, Recorded};
+use crate::storage::vfio::VfioReader;
+use crate::storage::{Checked, Reader, ReaderKind, Record, open_reader};
+
+/// A reader over all shards of a model, and notes.
+type Opened = (Box<dyn Reader>, Vec<String>);
+
+fn fail(what: impl Into<String>) -> EngineError {
+    EngineError::Copy(what.into())
+}
+
+/// Opens the header of `path`, or the one recorded for it if there is no such file now.
+pub(super) fn open_header(path: &Path) -> Result<Gguf, EngineError> {
+    let library = Library::default();
+    if path.exists() || library.find(path, None).map_err(fail)?.is_empty() {
+        return Ok(Gguf::open(path)?);
+    }
+    let first = recorded(&library, path, None)?;
+    Ok(Gguf::open_with(&first.manifest.path, &mut |path| {
+        let found = recorded(&library, path, Some(&first.manifest.serial));
+        let r = found.map_err(|e| GgufError::Malformed { path: path.to_path_buf(), what: e.to_string() })?;
+        Ok((Box::new(std::io::Cursor::new(r.header)) as Box<dyn Read>, r.manifest.size))
+    })?)
+}
+
+/// The one record of a file.
+fn recorded(library: &Library, path: &Path, serial: Option<&str>) -> Result<Recorded, EngineError> {
+    let found = library.find(path, serial).map_err(fail)?;
+    let on = serial.map_or(String::new(), |s| format!(" on drive {s}"));
+    found.into_iter().next().ok_or_else(|| {
+        fail(format!(
+            "{}: its place{on} is not recorded; run `nt device extents {0}` while its file system is mounted",
+            path.display()
+        ))
+    })
+}
+
+/// Opens the reader that `options` ask for. One of the notes says which it is and why, if a device
+/// was named.
+pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+    let host = Host::default();
+    let Some(target) = options.copy.as_deref() else {
+        return automatic(&host, gguf, options);
+    };
+    let name = target.to_string_lossy();
+    match bind::find_bound(&host, &name) {
+        Ok((drive, namespace)) => {
+            let why = format!("{name} is bound to vfio-pci");
+            return vfio(gguf, options, &drive, &namespace, &why);
+        }
+        Err(DeviceError::NotBound(_)) => {}
+        Err(e) => return Err(fail(e.to_string())),
+    }
+    if let Some(drive) = kernel_drive(&host, &name)? {
+        let bind = format!("{name} is not bound to vfio-pci; bind it with `sudo nt device bind {name}`");
+        if options.reader == ReaderKind::Vfio {
+            return Err(fail(format!("--reader vfio: {bind}")));
+        }
+        let paths = copy_on_drive(&host, &drive, gguf)
+            .map_err(|why| fail(format!("--tier-c {name}: {why}, and {bind} to read a model recorded there")))?;
+        let (reader, mut notes) = kernel(&paths, gguf, options)?;
+        notes.push(format!("tier C is read through {} from {}: {bind}", reader.name(), folder(&paths)));
+        return Ok((reader, notes));
+    }
+    if !target.exists() {
+        return Err(fail(format!("--tier-c {name}: no such drive, file or directory")));
+    }
+    kernel(&copy_paths(gguf, target)?, gguf, options)
+}
+
+/// Reads from wherever the model lies.
+fn automatic(host: &Host, gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+    let own: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
+    let Some(gone) = own.iter().find(|p| !p.exists()) else { return kernel(&own, gguf, options) };
+    let found = Library::default().find(gone, None).map_err(fail)?;
+    for drive in bind::bound(host) {
+        for namespace in &drive.namespace {
+            let here = |r: &Recorded| r.manifest.serial == drive.serial && r.manifest.namespace == namespace.nsid;
+            if found.iter().any(here) {
+                let why = format!("{} is not mounted and its drive is bound to vfio-pci", gone.display());
+                return vfio(gguf, options, &drive, namespace, &why);
+            }
+        }
+    }
+    let drives = found.iter().map(|r| format!("{} {}", r.manifest.model, r.manifest.serial)).collect::<Vec<_>>();
+    Err(fail(format!(
+        "{} is not there; it is recorded on {}, which is not bound: mount its file system, or bind the drive with `sudo nt device bind`",
+        gone.display(),
+        drives.join(" and ")
+    )))
+}
+
+/// Reads through the kernel, compared with the records where `--verify` asks for it.
+fn kernel(paths: &[PathBuf], gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+    let (reader, notes) = open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
+    if !options.verify {
+        return Ok((reader, notes));
+    }
+    let library = Library::default();
+    let records = paths.iter().enumerate().map(|(i, p)| Ok(record(gguf, i, recorded(&library, p, None)?)));
+    let records = records.collect::<Result<Vec<_>, EngineError>>()?;
+    Ok((Box::new(Checked::new(reader, records, true)), notes))
+}
+
+/// Reads from a bound drive by what is recorded for it.
+fn vfio(
+    gguf: &Gguf,
+    options: &Options,
+    drive: &Bound,
+    namespace: &BoundNamespace,
+    why: &str,
+) -> Result<Opened, EngineError> {
+    if let ReaderKind::IoUring | ReaderKind::Pread = options.reader {
+        return Err(fail(format!(
+            "{why}, which the kernel cannot read; leave --reader away, or give the drive back with `sudo nt device release {}`",
+            drive.pci
+        )));
+    }
+    let library = Library::default();
+    let mut records = Vec::new();
+    for (i, shard) in gguf.shards.iter().enumerate() {
+        let r = recorded(&library, &shard.path, Some(&drive.serial))?;
+        same_file(&library, gguf, i, &r)?;
+        let m = &r.manifest;
+        if (&m.model, m.namespace) != (&drive.model, namespace.nsid) {
+            return Err(fail(format!(
+                "{} is recorded on namespace {} of {} {}, but namespace {} of {} {} was named",
+                m.file, m.namespace, m.model, m.serial, namespace.nsid, drive.model, drive.serial
+            )));
+        }
+        records.push(record(gguf, i, r));
+    }
+    let mut reader = VfioReader::open_bound(drive, namespace).map_err(crate::storage::StorageError::from)?;
+    for r in &records {
+        reader.add_file(&r.manifest.file, r.manifest.spans());
+    }
+    let note = format!("tier C is read through vfio from {} {} at {}: {why}", drive.model, drive.serial, drive.pci);
+    Ok((Box::new(Checked::new(Box::new(reader), records, options.verify)), vec![note]))
+}
+
+fn record(gguf: &Gguf, shard: usize, recorded: Recorded) -> Record {
+    let tensors = gguf.tensors.iter().filter(|t| t.shard == shard);
+    Record { manifest: recorded.manifest, tensors: tensors.map(|t| (t.offset, t.bytes, t.name.clone())).collect() }
+}
+
+/// Makes sure that a record is of the same file as the model's: of its length, and with its header.
+fn same_file(library: &Library, gguf: &Gguf, shard: usize, r: &Recorded) -> Result<(), EngineError> {
+    let own = &gguf.shards[shard];
+    let other = |what: &str| {
+        fail(format!(
+            "{} as recorded on drive {} has another {what} than {}; run `nt device extents` on it again",
+            r.manifest.file,
+            r.manifest.serial,
+            own.path.display()
+        ))
+    };
+    if r.manifest.size != own.len {
+        return Err(other("length"));
+    }
+    if r.header.len() as u64 != gguf.data_start(shard) {
+        return Err(other("header"));
+    }
+    let header = match std::fs::File::open(&own.path) {
+        Ok(mut file) => {
+            let mut header = vec![0; r.header.len()];
+            file.read_exact(&mut header).map_err(|e| fail(format!("{}: {e}", own.path.display())))?;
+            header
+        }
+        Err(_) => recorded(library, &own.path, None)?.header,
+    };
+    if header == r.header { Ok(()) } else { Err(other("header")) }
+}
+
+/// The kernel's NVMe drive of that name, if it is one.
+fn kernel_drive(host: &Host, name: &str) -> Result<Option<Controller>, EngineError> {
+    let all = sysfs::controllers(host).map_err(|e| fail(e.to_string()))?;
+    Ok(sysfs::find(host, &all, name).cloned())
+}
+
+/// The model's files on a mounted file system of the drive: its own if they lie there, else files
+/// of the same names and lengths at the top of one.
+fn copy_on_drive(host: &Host, drive: &Controller, gguf: &Gguf) -> Result<Vec<PathBuf>, String> {
+    let text = host.read("/proc/self/mountinfo").map_err(|e| e.to_string())?;
+    let mut folders: Vec<PathBuf> =
+        gguf.shards.first().and_then(|s| s.path.parent()).map(Path::to_path_buf).into_iter().collect();
+    let mut mounts = Vec::new();
+    for line in text.lines() {
+        let mut words = line.split(' ').skip(2);
+        let (Some(number), _, Some(point)) = (words.next(), words.next(), words.next()) else { continue };
+        if drive.devices().any(|d| d.number == number) {
+            mounts.push(unescape(point));
+        }
+    }
+    if mounts.is_empty() {
+        return Err("no file system on it is mounted".into());
+    }
+    folders.extend(mounts.iter().cloned());
+    let here = |p: &PathBuf| {
+        use std::os::unix::fs::MetadataExt;
+        let number = |dev: u64| format!("{}:{}", libc::major(dev), libc::minor(dev));
+        std::fs::metadata(p).is_ok_and(|m| drive.devices().any(|d| d.number == number(m.dev())))
+    };
+    for folder in folders {
+        if let Ok(paths) = copy_paths(gguf, &folder)
+            && paths.iter().all(here)
+        {
+            return Ok(paths);
+        }
+    }
+    let points = mounts.iter().map(|m| m.display().to_string()).collect::<Vec<_>>().join(", ");
+    Err(format!("no copy of the model lies on it or at the top of {points}"))
+}
+
+/// A path of `mountinfo`, where white space and backslashes are octal.
+fn unescape(text: &str) -> PathBuf {
+    let pairs = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    pairs.iter().fold(text.to_owned(), |t, (from, to)| t.replace(from, to)).into()
+}
+
+fn folder(paths: &[PathBuf]) -> String {
+    paths.first().and_then(|p| p.parent()).unwrap_or(Path::new("")).display().to_string()
+}
+
+/// Bytes of a file or block device, and whether it is the latter.
+fn length(path: &Path) -> std::io::Result<(u64, bool)> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let mut file = std::fs::File::open(path)?;
+    let is_device = file.metadata()?.file_type().is_block_device();
+    Ok((std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?, is_device))
+}
+
+/// A copy of the model's files, of the same names and lengths.
+fn copy_paths(gguf: &Gguf, copy: &Path) -> Result<Vec<PathBuf>, EngineError> {
+    let mut paths = Vec::new();
+    for shard in &gguf.shards {
+        let path = match shard.path.file_name() {
+            Some(name) if copy.is_dir() => copy.join(name),
+            _ if gguf.shards.len() == 1 => copy.to_path_buf(),
+            _ => {
+                return Err(fail(format!(
+                    "{}: a directory with all {} shards was expected",
+                    copy.display(),
+                    gguf.shards.len()
+                )));
+            }
+        };
+        let (len, is_device) = length(&path).map_err(|e| fail(format!("{}: {e}", path.display())))?;
+        // A device has whole sectors.
+        if len < shard.len || !is_device && len != shard.len {
+            return Err(fail(format!(
+                "{} has {len} bytes, but {} has {}; it is no copy",
+                path.display(),
+                shard.path.display(),
+                shard.len
+            )));
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}

@@ -1,0 +1,117 @@
+//! A GUID partition table with one partition: what other programs need to see that a drive is in
+//! use. UEFI Specification 2.10 §5.3.
+
+use rand::RngExt;
+
+/// Type of the partition that holds models, as its bytes lie on the drive.
+pub const TYPE: [u8; 16] = *b"nt-gguf-weights\x01";
+/// The partition begins here, and as many bytes are left at the end of the drive.
+pub const START: u64 = 1 << 20;
+
+const ENTRY_BYTES: usize = 128;
+const ENTRIES: usize = 128;
+const HEADER_BYTES: u32 = 92;
+
+/// Bytes to write at an offset of the drive.
+pub type Write = (u64, Vec<u8>);
+
+/// The writes that make a table of one partition on a drive of `size` bytes in blocks of `block`:
+/// backup first, so that the primary is written when all else is there.
+pub fn table(size: u64, block: u64) -> Vec<Write> {
+    let blocks = size / block;
+    let entries_blocks = (ENTRY_BYTES * ENTRIES) as u64 / block;
+    let (first, last) = (START / block, (size - START) / block - 1);
+    let mut entries = vec![0u8; ENTRY_BYTES * ENTRIES];
+    entries[..16].copy_from_slice(&TYPE);
+    entries[16..32].copy_from_slice(&guid());
+    entries[32..40].copy_from_slice(&first.to_le_bytes());
+    entries[40..48].copy_from_slice(&last.to_le_bytes());
+    for (i, c) in "nt models".encode_utf16().enumerate() {
+        entries[56 + 2 * i..58 + 2 * i].copy_from_slice(&c.to_le_bytes());
+    }
+    let disk = guid();
+    let header = |own: u64, other: u64, entries_at: u64| {
+        let mut h = vec![0u8; block as usize];
+        h[..8].copy_from_slice(b"EFI PART");
+        h[8..12].copy_from_slice(&0x0001_0000u32.to_le_bytes());
+        h[12..16].copy_from_slice(&HEADER_BYTES.to_le_bytes());
+        let numbers = [own, other, 2 + entries_blocks, blocks - entries_blocks - 2];
+        for (i, n) in numbers.into_iter().enumerate() {
+            h[24 + 8 * i..32 + 8 * i].copy_from_slice(&n.to_le_bytes());
+        }
+        h[56..72].copy_from_slice(&disk);
+        h[72..80].copy_from_slice(&entries_at.to_le_bytes());
+        h[80..84].copy_from_slice(&(ENTRIES as u32).to_le_bytes());
+        h[84..88].copy_from_slice(&(ENTRY_BYTES as u32).to_le_bytes());
+        h[88..92].copy_from_slice(&crc32(&entries).to_le_bytes());
+        let sum = crc32(&h[..HEADER_BYTES as usize]);
+        h[16..20].copy_from_slice(&sum.to_le_bytes());
+        h
+    };
+    // The protective MBR: one partition of type 0xEE over everything.
+    let mut mbr = vec![0u8; block as usize];
+    mbr[446..462].copy_from_slice(&[0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+    let covered = u32::try_from(blocks - 1).unwrap_or(u32::MAX);
+    mbr[458..462].copy_from_slice(&covered.to_le_bytes());
+    mbr[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let backup = blocks - 1 - entries_blocks;
+    vec![
+        (backup * block, entries.clone()),
+        ((blocks - 1) * block, header(blocks - 1, 1, backup)),
+        (2 * block, entries.clone()),
+        (block, header(1, blocks - 1, 2)),
+        (0, mbr),
+    ]
+}
+
+/// First byte of our partition, found in the first MiB of a drive with blocks of `block` bytes.
+pub fn find(head: &[u8], block: u64) -> Option<u64> {
+    let header = head.get(block as usize..block as usize + HEADER_BYTES as usize)?;
+    let mut blank = header.to_vec();
+    blank[16..20].fill(0);
+    let entries = head.get(2 * block as usize..2 * block as usize + ENTRY_BYTES * ENTRIES)?;
+    let u32_at = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    if !header.starts_with(b"EFI PART") || u32_at(16) != crc32(&blank) || u32_at(88) != crc32(entries) {
+        return None;
+    }
+    let entry = entries.chunks(ENTRY_BYTES).find(|e| e[..16] == TYPE)?;
+    let first = entry[32..40].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    first.checked_mul(block)
+}
+
+/// A random GUID, version 4.
+fn guid() -> [u8; 16] {
+    let mut bytes = [0u8; 16];
+    rand::rng().fill(&mut bytes[..]);
+    bytes[7] = bytes[7] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    bytes
+}
+
+/// CRC-32 as GPT uses it (ISO 3309).
+fn crc32(data: &[u8]) -> u32 {
+    let step = |c: u32| if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 };
+    !data.iter().fold(!0, |c: u32, b| (0..8).fold(c ^ u32::from(*b), |c, _| step(c)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_partition_is_found_again_and_damage_is_seen() {
+        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+        for block in [512, 4096] {
+            let size = 64u64 << 20;
+            let mut drive = vec![0u8; size as usize];
+            for (at, bytes) in table(size, block) {
+                drive[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+            }
+            assert_eq!(find(&drive[..1 << 20], block), Some(START));
+            let backup = &drive[(size - block) as usize..];
+            assert!(backup.starts_with(b"EFI PART"));
+            drive[2 * block as usize + 40] ^= 1;
+            assert_eq!(find(&drive[..1 << 20], block), None);
+        }
+    }
+}

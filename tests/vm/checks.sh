@@ -1,0 +1,23 @@
+# What the checks inside the guest share. Sourced.
+nt="nt device"
+list=/etc/nt/drives.toml
+
+drive() { for c in /sys/class/nvme/nvme*; do case $(cat "$c/serial") in "$1"*) basename "$c" ;; esac; done; }
+pass() { echo "PASS $1"; }
+fail() { echo "FAIL $1"; sed 's/^/     /' /tmp/out; }
+# refused NAME WORD COMMAND…: exit code 3, and WORD in what it says
+refused() {
+  name=$1 word=$2; shift 2
+  "$@" >/tmp/out 2>&1; code=$?
+  if [ $code = 3 ] && grep -q "$word" /tmp/out; then pass "$name"; else echo "exit $code, wanted 3 and: $word" >>/tmp/out; fail "$name"; fi
+}
+works() { name=$1; shift; if "$@" >/tmp/out 2>&1; then pass "$name"; else echo "exit $?" >>/tmp/out; fail "$name"; fi; }
+# allow: an entry for every drive, as `nt device list` prints them, contents accepted
+allow() {
+  rm -f $list # drives that a list describes are printed without lines
+  $nt list 2>/dev/null | sed -n '/\[\[drive\]\]/,/^    holds/p' | sed 's/^    //; s/holds = \[\]/holds = ["unknown data"]/' >/tmp/list
+  cp /tmp/list $list; chmod 644 $list
+}
+
+asuser() { su user -s /bin/sh -c "$*"; }
+ulimit -l 400000

@@ -1,0 +1,114 @@
+# A model on the second drive: in RAM, streamed through io_uring, and through VFIO once the drive is
+# bound. Sourced by guest.sh.
+
+allow
+m=$(drive MODEL001) dev=${m}n1
+address=$(basename "$(readlink -f /sys/class/nvme/$m/device)")
+mkdir -p /mnt/model /dev/disk/by-id
+ln -s ../../$dev /dev/disk/by-id/nvme-MODEL001
+chmod 777 /var/lib/nt
+prompt='-p "The capital of France is" -n 2 --temp 0 --ctx 16 -t 2'
+tiers="--tiers 0:4:26 --n-buffers 3"
+# run NAME [OPTIONS]: as a plain user; leaves the JSON in /tmp/NAME.json
+run() { out=$1; shift; asuser "nt -q run $* $prompt --json" >/tmp/$out.json 2>/tmp/$out.err; code=$?; cat /tmp/$out.json /tmp/$out.err; return $code; }
+logits() { out=$1; shift; asuser "nt -q logits $* --tokens 504,3575,282 --ctx 16 -t 2 -o /tmp/$out.npy"; }
+field() { sed -n "s/.*\"$2\":\(\[[^]]*\]\|\"[^\"]*\"\|[0-9.]*\).*/\1/p" /tmp/$1.json; }
+same() { if [ -n "$(field $2 tokens)" ] && [ "$(field $1 tokens)" = "$(field $2 tokens)" ]; then pass "tokens: $2 as $1"; else fail "tokens: $2 as $1"; fi; }
+bits() { if cmp /tmp/$1.npy /tmp/$2.npy >/tmp/out 2>&1; then pass "logits: $2 as $1, bit for bit"; else fail "logits: $2 as $1"; fi; }
+
+mount -t ext4 -o ro /dev/$dev /mnt/model
+works "record the model" asuser nt device extents /mnt/model/smol.gguf
+works "in RAM" run ram /mnt/model/smol.gguf
+works "logits in RAM" logits ram /mnt/model/smol.gguf
+works "through io_uring" run uring /mnt/model/smol.gguf $tiers --tier-c $dev
+[ "$(field uring reader)" = '"io_uring"' ] && grep -q "not bound to vfio-pci" /tmp/uring.json && pass "io_uring, and why" || fail "io_uring, and why"
+works "logits through io_uring" logits uring /mnt/model/smol.gguf $tiers
+same ram uring
+bits ram uring
+umount /mnt/model
+sed '/MODEL001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/tmp/model.toml; cp /tmp/model.toml $list
+works "scripts/bind-vfio.sh $dev" sh /root/scripts/bind-vfio.sh $dev
+works "by name through VFIO" run vfio smol --tier-c $dev $tiers
+grep -o 'tier C is[^"]*' /tmp/vfio.json | sed 's/^/INFO /'
+[ "$(field vfio reader)" = '"vfio"' ] && grep -q "bound to vfio-pci" /tmp/vfio.json && pass "vfio, and why" || fail "vfio, and why"
+same ram vfio
+works "logits through VFIO, by address, every read compared" logits vfio smol.gguf --tier-c $address $tiers --verify
+bits ram vfio
+works "logits through VFIO, by-id and the old path" logits byid /mnt/model/smol.gguf --tier-c /dev/disk/by-id/nvme-MODEL001 --reader vfio $tiers
+bits ram byid
+run no smol --tier-c $dev --reader io_uring >/tmp/out 2>&1; [ $? = 2 ] && pass "io_uring refused on a bound drive" || fail "io_uring refused on a bound drive"
+works "scripts/release-vfio.sh $dev" sh /root/scripts/release-vfio.sh $dev
+
+# A byte that changes on the drive after it was recorded.
+manifest=/var/lib/nt/MODEL001/smol.gguf.json
+at=$(sed 's/.*"extents":\[\[//; s/\]\].*//; s/\],\[/\n/g' $manifest | awk -F, '$1 <= 50000000 && 50000000 < $1 + $3 {printf "%d", ($2 + 50000000 - $1) / 512}')
+dd if=/dev/$(drive MODEL001)n1 of=/tmp/sector bs=512 skip=$at count=1 2>/dev/null
+tr '\000-\377' '\001-\377\000' </tmp/sector | dd of=/dev/$(drive MODEL001)n1 bs=512 seek=$at count=1 conv=fsync 2>/dev/null
+dev=$(drive MODEL001)n1
+works "bind the drive with a changed sector" sh /root/scripts/bind-vfio.sh $dev
+logits corrupt smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
+sed 's/^/INFO /' /tmp/out
+[ $code = 1 ] && grep -q "\.weight: .* of drive MODEL001" /tmp/out && pass "a changed sector is named by tensor and block" || fail "a changed sector is named by tensor and block"
+works "release it" sh /root/scripts/release-vfio.sh $dev
+dev=$(drive MODEL001)n1
+dd if=/tmp/sector of=/dev/$dev bs=512 seek=$at count=1 conv=fsync 2>/dev/null
+
+# Killed in the middle of a pass, and two at once.
+works "bind it once more" sh /root/scripts/bind-vfio.sh $dev
+asuser "exec nt -q run smol --tier-c $dev $tiers -p Hello -n 200 --ctx 300 -t 1" >/tmp/killed 2>&1 & first=$!
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/killed ] && break; sleep 1; done
+logits second smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
+sed 's/^/INFO /' /tmp/out
+[ $code = 1 ] && grep -q "VFIO cannot open the drive" /tmp/out && pass "two processes on one drive" || fail "two processes on one drive"
+kill -9 $(pidof nt) $first; wait $first 2>/dev/null
+works "runs again after kill -9" logits again smol --tier-c $dev $tiers
+bits ram again
+works "release after kill -9" sh /root/scripts/release-vfio.sh $dev
+
+# A drive that cannot read a sector.
+dev=$(drive BAD00001)n1
+mkdir -p /var/lib/nt/BAD00001
+sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/BAD00001/smol.gguf.json
+cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/BAD00001/
+sed '/BAD00001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/tmp/bad.toml; cp /tmp/bad.toml $list
+works "bind a drive with a bad sector" sh /root/scripts/bind-vfio.sh $dev
+logits bad smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
+sed 's/^/INFO /' /tmp/out
+[ $code = 1 ] && grep -q "smol.gguf: reading .* failed" /tmp/out && pass "a read error is named" || fail "a read error is named"
+works "release a drive with a bad sector" sh /root/scripts/release-vfio.sh $dev
+
+# Staged on a drive of its own.
+dev=$(drive STAGE001)n1
+mount -t ext4 -o ro /dev/$(drive MODEL001)n1 /mnt/model
+refused "stage with another serial" "serial is STAGE001" nt stage /mnt/model/smol.gguf --tier-c $dev --erase --serial EXP0001
+refused "stage onto the boot drive" "mounted at /" nt stage /mnt/model/smol.gguf --tier-c ${boot}n1 --erase --serial BOOT0001
+refused "stage onto the model's own drive" "is mounted at /mnt/model" nt stage /mnt/model/smol.gguf --tier-c $(drive MODEL001)n1 --erase --serial MODEL001
+nt stage /mnt/model/smol.gguf --tier-c $dev --serial STAGE001 >/tmp/out 2>&1; [ $? = 2 ] && pass "stage without --erase" || fail "stage without --erase"
+works "stage" nt stage /mnt/model/smol.gguf --tier-c $dev --erase --serial STAGE001
+umount /mnt/model
+sfdisk --verify /dev/$dev >/tmp/out 2>&1 && sfdisk -d /dev/$dev >>/tmp/out && grep -q 'name="nt models"' /tmp/out && pass "the partition table is whole" || fail "the partition table is whole"
+refused "a staged drive not on the list" "it holds gpt" nt device bind $dev
+sed '/STAGE001/,/holds/s/holds = .*/holds = ["gpt", "nt image"]/' $list >/tmp/stage.toml; cp /tmp/stage.toml $list
+works "bind the staged drive" sh /root/scripts/bind-vfio.sh $dev
+works "logits from the staged drive" logits staged smol --tier-c $dev $tiers
+bits ram staged
+works "release the staged drive" sh /root/scripts/release-vfio.sh $dev
+
+# Taken out of the machine in the middle of a pass. The kernel asks for the drive back and waits, so
+# the run may end by itself or with an error, but it ends, and then the drive is gone.
+dev=$(drive STAGE001)n1
+address=$(basename "$(readlink -f /sys/class/nvme/${dev%n1}/device)")
+works "bind the drive that will be taken out" sh /root/scripts/bind-vfio.sh $dev
+asuser "exec timeout 60 nt -q run smol --tier-c $dev $tiers -p Hello -n 16 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/taken ] && break; sleep 1; done
+echo "UNPLUG stage"
+wait $first; code=$?
+cp /tmp/taken /tmp/out
+echo "INFO exit $code: $(tail -c 200 /tmp/taken | tail -1)"
+[ $code = 0 ] || [ $code = 1 ] && pass "the run ends" || fail "the run ends"
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -e /sys/bus/pci/devices/$address ] || break; sleep 1; done
+[ ! -e /sys/bus/pci/devices/$address ] && pass "the drive is gone" || fail "the drive is gone"
+logits gone smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
+sed 's/^/INFO /' /tmp/out
+[ $code = 2 ] && grep -q "$dev: no such drive" /tmp/out && pass "a drive that is gone is named" || fail "a drive that is gone is named"
+works "the other drives are still there" $nt list
