@@ -7,7 +7,7 @@ use super::session::stream_error;
 use super::start::schedule;
 use super::{EngineError, Session};
 use crate::backend::CopyEngine;
-use crate::memory::Region;
+use crate::memory::{Arena, Region};
 use crate::pipeline::{Direct, Step};
 use crate::plan::Home;
 
@@ -24,7 +24,7 @@ impl Session {
     /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
     /// without computing, copies, reads of memory by all threads. The session computes no more.
     pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
-        self.links.ram_ceiling = Some(memory_rate(self.options.threads));
+        self.links.ram_ceiling = Some(memory_rate(self.options.threads)).filter(|rate| *rate > 0.0);
         // The ring to a device would take the units that are read.
         self.weights.feed = Box::new(Direct::new(self.weights.streamer.clone()));
         self.weights.feed.restart();
@@ -95,7 +95,10 @@ fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) ->
 /// Bytes a second that `threads` threads read from memory together, each from a part of its own.
 fn memory_rate(threads: usize) -> f64 {
     let threads = threads.max(1);
-    let data = vec![1u64; MEMORY_PROBE_BYTES / 8];
+    // Huge pages, as weights lie in.
+    let Ok(arena) = Arena::new(MEMORY_PROBE_BYTES as u64) else { return 0.0 };
+    arena.populate(threads);
+    let data = words(&arena);
     let start = Barrier::new(threads + 1);
     let end = Barrier::new(threads + 1);
     let mut best = 0.0f64;
@@ -118,6 +121,13 @@ fn memory_rate(threads: usize) -> f64 {
         }
     });
     best
+}
+
+/// The words of an arena that has pages for all of them.
+fn words(arena: &Arena) -> &[u64] {
+    // SAFETY: the arena maps these bytes, zeroed and page aligned, as long as it is borrowed, and no
+    // region of it was given out to be written.
+    unsafe { std::slice::from_raw_parts(arena.base().cast::<u64>(), arena.len() as usize / 8) }
 }
 
 /// Sums in several chains, so that reading is what takes time.

@@ -130,7 +130,7 @@ impl Device {
     }
 
     /// Bytes of device memory that this process holds, and bytes free. What the driver itself takes
-    /// cannot be told from what other processes take, so it is counted up to [`CONTEXT_BYTES_MAX`].
+    /// cannot be told from what other processes take, so it is counted up to 1 GiB.
     pub fn memory_use(&self) -> Result<MemoryUse, BackendError> {
         let (free, total) = self.mem_info()?;
         let context = total.saturating_sub(self.free_at_first).min(CONTEXT_BYTES_MAX);
