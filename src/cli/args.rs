@@ -200,6 +200,10 @@ pub struct Placement {
     /// once, stacked is for comparison.
     #[arg(long, value_enum, default_value = "interleaved", requires = "tiers")]
     pub layout: LayoutArg,
+    /// Compute at one site only, so that results have the same bits wherever units live. That is how
+    /// every run computes so far.
+    #[arg(long)]
+    pub exact: bool,
     /// Positions the KV cache holds.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
