@@ -21,12 +21,14 @@ impl DeviceAlloc {
 }
 
 /// Host memory that copies run from at the link's speed, as long as this lives.
-pub struct Pinned(#[allow(dead_code, reason = "held for its drop")] Box<dyn Send + Sync>);
+pub struct Pinned {
+    _owner: Box<dyn Send + Sync>,
+}
 
 impl Pinned {
     /// Pinned by `owner`.
     pub fn new(owner: impl Send + Sync + 'static) -> Pinned {
-        Pinned(Box::new(owner))
+        Pinned { _owner: Box::new(owner) }
     }
 }
 

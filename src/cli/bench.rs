@@ -66,8 +66,10 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             decode.extend(counted.then_some(rate));
         }
     }
+    // The probes take memory of their own.
+    let peak_rss_bytes = crate::machine::peak_rss_bytes();
     let session = session.measure_ceilings().map_err(run::failure)?;
-    print(args, &session, &opened, &prefill, &decode)
+    print(args, &session, &opened, &prefill, &decode, peak_rss_bytes)
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
@@ -99,9 +101,11 @@ fn print(
     opened: &crate::engine::Opened,
     prefill: &[f64],
     decode: &[f64],
+    peak_rss_bytes: Option<u64>,
 ) -> Result<(), Failure> {
     let mut report = Report::new(session, opened);
     report.decode_rate(median(decode));
+    report.peak_rss(peak_rss_bytes);
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
     }
@@ -120,7 +124,7 @@ fn print(
             "vram_bytes": vram_bytes,
             "threads": session.threads(),
             "reader": session.reader_name(),
-            "peak_rss_bytes": crate::machine::peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes,
         });
         return super::report::print_line(&all.to_string());
     }

@@ -21,6 +21,7 @@ pub struct Report {
     links: Links,
     device: Option<String>,
     vram_bytes: Option<u64>,
+    peak_rss_bytes: Option<u64>,
     notes: Vec<String>,
     decode_tokens_per_s: Option<f64>,
     prompt: Option<(usize, f64)>,
@@ -46,6 +47,7 @@ impl Report {
             links: session.links(),
             device: session.device(),
             vram_bytes: session.vram_bytes(),
+            peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
             decode_tokens_per_s: None,
             prompt: None,
@@ -70,6 +72,11 @@ impl Report {
         }
     }
 
+    /// Sets the peak of memory, where something else than the run took memory since.
+    pub fn peak_rss(&mut self, bytes: Option<u64>) {
+        self.peak_rss_bytes = bytes;
+    }
+
     /// Sets the decode rate that the roofline is compared with.
     pub fn decode_rate(&mut self, tokens_per_s: Option<f64>) {
         self.decode_tokens_per_s = tokens_per_s;
@@ -77,7 +84,7 @@ impl Report {
 
     /// The device, if it has memory of its own, and the bytes of it in use.
     pub fn device_json(&self) -> (Json, Json) {
-        (json!(self.device), json!(self.vram_bytes.unwrap_or(0)))
+        (json!(self.device), json!(self.vram_bytes))
     }
 
     fn site(&self) -> &'static str {
@@ -131,8 +138,8 @@ impl Report {
             "plan": self.plan_json(),
             "links": self.links_json(),
             "roofline": self.roofline_json(),
-            "peak_rss_bytes": machine::peak_rss_bytes(),
-            "vram_bytes": self.vram_bytes.unwrap_or(0),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "vram_bytes": self.vram_bytes,
             "warnings": self.notes,
         })
     }
@@ -198,8 +205,9 @@ impl Report {
                 .map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
             writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}")?;
         }
-        if let Some(rss) = machine::peak_rss_bytes() {
-            let vram = self.vram_bytes.map_or(String::new(), |v| format!(", {} of VRAM", format_bytes(v)));
+        if let Some(rss) = self.peak_rss_bytes {
+            let vram =
+                self.vram_bytes.filter(|v| *v > 0).map_or(String::new(), |v| format!(", {} of VRAM", format_bytes(v)));
             writeln!(out, "memory    {} at most{vram}", format_bytes(rss))?;
         }
         Ok(())

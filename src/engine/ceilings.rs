@@ -1,21 +1,19 @@
 //! What the links of this machine can carry, measured at the end of a benchmark.
 
-use std::sync::Barrier;
+use std::path::Path;
 use std::time::Instant;
 
 use super::session::stream_error;
 use super::start::schedule;
 use super::{EngineError, Session};
 use crate::backend::CopyEngine;
-use crate::memory::{Arena, Region};
+use crate::machine;
+use crate::memory::Region;
 use crate::pipeline::{Direct, Step};
 use crate::plan::Home;
 
 /// Bytes that the storage probe reads at least.
 const STORAGE_PROBE_BYTES: u64 = 1 << 30;
-/// Bytes that the memory probe reads in a round: more than caches hold.
-const MEMORY_PROBE_BYTES: usize = 512 << 20;
-const MEMORY_PROBE_ROUNDS: usize = 4;
 /// Bytes that the link's probe copies, and most of one copy.
 const LINK_PROBE_BYTES: u64 = 4 << 30;
 const LINK_COPY_BYTES: u64 = 256 << 20;
@@ -24,7 +22,8 @@ impl Session {
     /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
     /// without computing, copies, reads of memory by all threads. The session computes no more.
     pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
-        self.links.ram_ceiling = Some(memory_rate(self.options.threads)).filter(|rate| *rate > 0.0);
+        self.links.ram_ceiling =
+            Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
         // The ring to a device would take the units that are read.
         self.weights.feed = Box::new(Direct::new(self.weights.streamer.clone()));
         self.weights.feed.restart();
@@ -90,51 +89,4 @@ fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) ->
         copied += bytes;
     }
     Ok(Some(copied as f64 / seconds))
-}
-
-/// Bytes a second that `threads` threads read from memory together, each from a part of its own.
-fn memory_rate(threads: usize) -> f64 {
-    let threads = threads.max(1);
-    // Huge pages, as weights lie in.
-    let Ok(arena) = Arena::new(MEMORY_PROBE_BYTES as u64) else { return 0.0 };
-    arena.populate(threads);
-    let data = words(&arena);
-    let start = Barrier::new(threads + 1);
-    let end = Barrier::new(threads + 1);
-    let mut best = 0.0f64;
-    std::thread::scope(|s| {
-        for part in data.chunks(data.len().div_ceil(threads)).chain(std::iter::repeat(&[][..])).take(threads) {
-            let (start, end) = (&start, &end);
-            s.spawn(move || {
-                for _ in 0..MEMORY_PROBE_ROUNDS {
-                    start.wait();
-                    std::hint::black_box(sum(part));
-                    end.wait();
-                }
-            });
-        }
-        for _ in 0..MEMORY_PROBE_ROUNDS {
-            let began = Instant::now();
-            start.wait();
-            end.wait();
-            best = best.max(MEMORY_PROBE_BYTES as f64 / began.elapsed().as_secs_f64());
-        }
-    });
-    best
-}
-
-/// The words of an arena that has pages for all of them.
-fn words(arena: &Arena) -> &[u64] {
-    // SAFETY: the arena maps these bytes, zeroed and page aligned, as long as it is borrowed, and no
-    // region of it was given out to be written.
-    unsafe { std::slice::from_raw_parts(arena.base().cast::<u64>(), arena.len() as usize / 8) }
-}
-
-/// Sums in several chains, so that reading is what takes time.
-fn sum(words: &[u64]) -> u64 {
-    let mut sums = [0u64; 16];
-    for chunk in words.chunks_exact(16) {
-        sums.iter_mut().zip(chunk).for_each(|(s, w)| *s = s.wrapping_add(*w));
-    }
-    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
 }

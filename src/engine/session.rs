@@ -84,12 +84,10 @@ pub struct Session {
 /// What a session holds on a device with memory of its own.
 pub(super) struct OnDevice {
     pub memory: Arc<dyn DeviceMemory>,
-    pub _resident: DeviceAlloc,
+    pub resident: DeviceAlloc,
     pub slots: DeviceAlloc,
     /// The arena's registration, given back before the arena.
     pub _pinned: Pinned,
-    /// Most bytes in use so far, as the driver counts them.
-    pub used: u64,
 }
 
 /// Where rows of the embedding come from.
@@ -237,10 +235,13 @@ impl Session {
         self.device.as_ref().map(|d| d.memory.describe())
     }
 
-    /// Bytes of device memory in use by this process, as the driver counts them.
+    /// Bytes of device memory in use by this process, as the driver counts them: 0 without a device,
+    /// `None` if the driver does not say.
     pub fn vram_bytes(&self) -> Option<u64> {
-        let d = self.device.as_ref()?;
-        Some(d.memory.memory().map_or(d.used, |m| m.used.max(d.used)))
+        match &self.device {
+            Some(d) => d.memory.memory().ok().map(|m| m.used),
+            None => Some(0),
+        }
     }
 
     /// Threads that compute.

@@ -75,9 +75,8 @@ impl Session {
             places.arena.populate(machine::n_cpus());
             // SAFETY: the registration is dropped before the arena (see `Session`'s fields).
             let pinned = unsafe { memory.pin(places.arena.base(), places.arena.len() as usize) }?;
-            let used = memory.memory()?.used;
             let memory = Arc::clone(memory);
-            places.device = Some(OnDevice { memory, _resident: resident, slots, _pinned: pinned, used });
+            places.device = Some(OnDevice { memory, resident, slots, _pinned: pinned });
         }
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
         let resident = load_resident(&plan, &sizes, &places, &names, reader.as_mut(), progress)?;
@@ -139,12 +138,13 @@ impl Sizes {
 
 /// The arena, cut up as planned.
 struct Places {
+    /// Dropped before the arena, which it has registered.
+    device: Option<OnDevice>,
     arena: Arena,
     rows: Region,
     slots: Vec<Region>,
     in_ram: Vec<Option<Region>>,
     embedding: Option<Region>,
-    device: Option<OnDevice>,
 }
 
 impl Places {
@@ -174,7 +174,7 @@ fn load_resident(
     let mut to_ram: Vec<(&UnitLayout, Region, &str)> = Vec::new();
     let mut to_device: Vec<DeviceUnit> = Vec::new();
     let mut resident = vec![None; plan.homes.len()];
-    let mut next = places.device.as_ref().map_or(0, |d| d._resident.addr);
+    let mut next = places.device.as_ref().map_or(0, |d| d.resident.addr);
     for (u, home) in plan.homes.iter().enumerate() {
         let (layout, name) = (&sizes.layouts[u], names[u].as_str());
         match (home, places.in_ram[u]) {

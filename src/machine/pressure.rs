@@ -173,11 +173,13 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Begins to watch the machine below `root`. Without a thread nothing is watched.
+    /// Begins to watch the machine below `root`. Without a thread nothing is watched, and a warning says so.
     pub fn start(root: &Path) -> Watch {
         let shared = Arc::new(Shared::default());
         let (theirs, root): (_, PathBuf) = (shared.clone(), root.into());
         let thread = std::thread::Builder::new().name("nt-pressure".into()).spawn(move || watch(&theirs, &root));
+        let thread =
+            thread.inspect_err(|e| tracing::warn!("memory pressure is not watched: no thread could be started: {e}"));
         Watch { shared, thread: thread.ok() }
     }
 

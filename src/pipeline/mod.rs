@@ -8,6 +8,7 @@
 mod feed;
 mod load;
 mod ring;
+mod signals;
 mod streamer;
 mod trace;
 mod unit;

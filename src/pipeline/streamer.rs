@@ -3,11 +3,12 @@
 //! The caller acquires units in pass order and releases them; it sleeps while its unit is read.
 //! Errors of reads surface where the unit is acquired. Rows of the embedding go before units.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::ring::{Acquire, Ring, Step};
+use super::signals::{Farewell, Leaves, Signals};
 use super::trace::{EventKind, Trace};
 use super::unit::UnitLayout;
 use crate::memory::Region;
@@ -85,18 +86,9 @@ struct Shared {
     trace: Trace,
 }
 
-struct Signals {
-    shared: Mutex<Shared>,
-    /// For the reading thread: there may be something to read.
-    wish: Condvar,
-    /// For the caller: something has been read.
-    news: Condvar,
-}
-
-impl Signals {
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        // A panic under the lock would be a bug of the ring; its state stays the best there is.
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+impl Leaves for Shared {
+    fn leave(&mut self) {
+        self.gone = true;
     }
 }
 
@@ -111,7 +103,7 @@ pub struct Staged {
 
 /// The ring with its thread. One thread acquires and releases; others may ask for rows.
 pub struct Streamer {
-    signals: Arc<Signals>,
+    signals: Arc<Signals<Shared>>,
     thread: Option<JoinHandle<()>>,
     slots: Vec<Region>,
     rows: Region,
@@ -136,7 +128,7 @@ impl Streamer {
             stats: StreamStats::default(),
             trace: Trace::new(config.trace_events),
         };
-        let signals = Arc::new(Signals { shared: Mutex::new(shared), wish: Condvar::new(), news: Condvar::new() });
+        let signals = Signals::new(shared);
         let worker = Worker {
             signals: signals.clone(),
             reader,
@@ -191,8 +183,8 @@ impl Streamer {
                 Acquire::Wait if !wait => return Ok(None),
                 Acquire::Wait => {
                     waited = true;
-                    self.signals.wish.notify_one();
-                    shared = self.signals.news.wait(shared).unwrap_or_else(PoisonError::into_inner);
+                    self.signals.wish();
+                    shared = self.signals.await_news(shared);
                 }
             }
         };
@@ -209,19 +201,19 @@ impl Streamer {
         let mut shared = self.signals.lock();
         shared.ring.release(slot);
         drop(shared);
-        self.signals.wish.notify_one();
+        self.signals.wish();
     }
 
     /// Announces the streamed units that will be acquired next (see [`Ring::demand`]).
     pub fn demand(&self, units: &[usize]) {
         self.signals.lock().ring.demand(units);
-        self.signals.wish.notify_one();
+        self.signals.wish();
     }
 
     /// Makes acquiring fail until [`Streamer::restart`]; wakes who waits.
     pub fn interrupt(&self) {
         self.signals.lock().interrupted = true;
-        self.signals.news.notify_all();
+        self.signals.tell();
     }
 
     /// Gives a pass up; the next one begins with the schedule's first unit. Nothing may use acquired
@@ -264,7 +256,7 @@ impl Streamer {
         let mut shared = self.signals.lock();
         shared.rows = Some(std::mem::take(&mut *list));
         shared.rows_result = None;
-        self.signals.wish.notify_one();
+        self.signals.wish();
         loop {
             if let Some(result) = shared.rows_result.take() {
                 *list = shared.rows.take().unwrap_or_default();
@@ -273,7 +265,7 @@ impl Streamer {
             if shared.gone {
                 return Err(StreamError::ThreadGone);
             }
-            shared = self.signals.news.wait(shared).unwrap_or_else(PoisonError::into_inner);
+            shared = self.signals.await_news(shared);
         }
     }
 
@@ -296,7 +288,7 @@ impl Streamer {
 impl Drop for Streamer {
     fn drop(&mut self) {
         self.signals.lock().stop = true;
-        self.signals.wish.notify_one();
+        self.signals.wish();
         if let Some(t) = self.thread.take() {
             // A panicked thread has ended too, and its reader with it.
             let _ = t.join();
@@ -306,7 +298,7 @@ impl Drop for Streamer {
 
 /// The reading thread.
 struct Worker {
-    signals: Arc<Signals>,
+    signals: Arc<Signals<Shared>>,
     reader: Box<dyn Reader>,
     layouts: Arc<[UnitLayout]>,
     slots: Vec<Region>,
@@ -314,16 +306,6 @@ struct Worker {
     /// Unit and start of the read into each slot.
     started: Vec<(usize, Instant)>,
     busy_since: Option<Instant>,
-}
-
-/// Marks the thread as gone however it ends, so that nobody waits for it.
-struct Farewell(Arc<Signals>);
-
-impl Drop for Farewell {
-    fn drop(&mut self) {
-        self.0.lock().gone = true;
-        self.0.news.notify_all();
-    }
 }
 
 impl Worker {
@@ -367,7 +349,7 @@ impl Worker {
                 if self.reader.outstanding() > 0 {
                     break;
                 }
-                shared = signals.wish.wait(shared).unwrap_or_else(PoisonError::into_inner);
+                shared = signals.await_wish(shared);
             }
             drop(shared);
             if let Err(e) = self.reader.poll(&mut done, Some(POLL)) {
@@ -417,7 +399,7 @@ impl Worker {
             }
         }
         drop(shared);
-        self.signals.news.notify_all();
+        self.signals.tell();
     }
 
     fn fail_all(&self, e: &ReadError) {

@@ -6,11 +6,12 @@
 //! never waits for a copy, only for its start; the device orders the rest by events.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::ring::{Acquire, Ring, Step};
+use super::signals::{Farewell, Leaves, Signals};
 use super::streamer::{StreamError, Streamer};
 use super::trace::EventKind;
 use super::{Feed, FeedStats};
@@ -45,24 +46,15 @@ struct Shared {
     stats: FeedStats,
 }
 
-struct Signals {
-    shared: Mutex<Shared>,
-    /// For the copying thread: there may be something to copy.
-    wish: Condvar,
-    /// For the caller: a copy was started, or a restart is done.
-    news: Condvar,
-}
-
-impl Signals {
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        // A panic under the lock would be a bug of the ring; its state stays the best there is.
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+impl Leaves for Shared {
+    fn leave(&mut self) {
+        self.gone = true;
     }
 }
 
 /// Device slots and the thread that fills them.
 pub struct Uploads {
-    signals: Arc<Signals>,
+    signals: Arc<Signals<Shared>>,
     thread: Option<JoinHandle<()>>,
     engine: Arc<dyn CopyEngine>,
     streamer: Arc<Streamer>,
@@ -88,7 +80,7 @@ impl Uploads {
         let ring = if reads || config.experts_on_storage { ring.in_strict_order() } else { ring };
         let shared =
             Shared { ring, failed: None, restart: false, stop: false, gone: false, stats: FeedStats::default() };
-        let signals = Arc::new(Signals { shared: Mutex::new(shared), wish: Condvar::new(), news: Condvar::new() });
+        let signals = Signals::new(shared);
         let worker = Worker {
             signals: Arc::clone(&signals),
             engine: Arc::clone(&engine),
@@ -124,11 +116,14 @@ impl Feed for Uploads {
         let slot = loop {
             match shared.ring.acquire(unit) {
                 Acquire::Ready(slot) => break slot,
-                Acquire::Failed => return Err(shared.failed.clone().unwrap_or(StreamError::ThreadGone)),
-                Acquire::Wait if shared.gone => return Err(shared.failed.clone().unwrap_or(StreamError::ThreadGone)),
+                // After a failure nothing more is brought.
+                Acquire::Failed | Acquire::Wait if shared.failed.is_some() || shared.gone => {
+                    return Err(shared.failed.clone().unwrap_or(StreamError::ThreadGone));
+                }
+                Acquire::Failed => return Err(StreamError::ThreadGone),
                 Acquire::Wait => {
-                    self.signals.wish.notify_one();
-                    shared = self.signals.news.wait(shared).unwrap_or_else(PoisonError::into_inner);
+                    self.signals.wish();
+                    shared = self.signals.await_news(shared);
                 }
             }
         };
@@ -143,7 +138,7 @@ impl Feed for Uploads {
         if let Some(slot) = self.held.take() {
             self.engine.release(slot).map_err(device)?;
             self.signals.lock().ring.release(slot);
-            self.signals.wish.notify_one();
+            self.signals.wish();
         }
         Ok(())
     }
@@ -155,7 +150,7 @@ impl Feed for Uploads {
             self.streamer.demand(&self.demanded);
         }
         self.signals.lock().ring.demand(units);
-        self.signals.wish.notify_one();
+        self.signals.wish();
     }
 
     fn restart(&mut self) {
@@ -166,9 +161,9 @@ impl Feed for Uploads {
         self.streamer.interrupt();
         let mut shared = self.signals.lock();
         shared.restart = true;
-        self.signals.wish.notify_one();
+        self.signals.wish();
         while shared.restart && !shared.gone {
-            shared = self.signals.news.wait(shared).unwrap_or_else(PoisonError::into_inner);
+            shared = self.signals.await_news(shared);
         }
     }
 
@@ -181,7 +176,7 @@ impl Drop for Uploads {
     fn drop(&mut self) {
         self.signals.lock().stop = true;
         self.streamer.interrupt();
-        self.signals.wish.notify_one();
+        self.signals.wish();
         if let Some(t) = self.thread.take() {
             // A panicked thread has ended too.
             let _ = t.join();
@@ -198,23 +193,13 @@ struct Flying {
 
 /// The copying thread.
 struct Worker {
-    signals: Arc<Signals>,
+    signals: Arc<Signals<Shared>>,
     engine: Arc<dyn CopyEngine>,
     streamer: Arc<Streamer>,
     unit_bytes: Vec<u64>,
     in_ram: Vec<Option<Region>>,
     slots: Vec<u64>,
     flying: VecDeque<Flying>,
-}
-
-/// Marks the thread as gone however it ends, so that nobody waits for it.
-struct Farewell(Arc<Signals>);
-
-impl Drop for Farewell {
-    fn drop(&mut self) {
-        self.0.lock().gone = true;
-        self.0.news.notify_all();
-    }
 }
 
 impl Worker {
@@ -242,7 +227,7 @@ impl Worker {
                     self.report(slot, result);
                 }
                 None if self.flying.is_empty() => {
-                    drop(signals.wish.wait(shared).unwrap_or_else(PoisonError::into_inner));
+                    drop(signals.await_wish(shared));
                 }
                 None => {
                     drop(shared);
@@ -286,7 +271,7 @@ impl Worker {
         if let Err(e) = result {
             shared.failed.get_or_insert(e);
         }
-        self.signals.news.notify_all();
+        self.signals.tell();
     }
 
     /// Waits for the oldest copy and gives its staging slot back.
@@ -310,6 +295,7 @@ impl Worker {
             }
             Err(e) => {
                 shared.failed.get_or_insert(device(e));
+                self.signals.tell();
             }
         }
     }
@@ -327,6 +313,6 @@ impl Worker {
         shared.ring.restart();
         shared.failed = None;
         shared.restart = false;
-        self.signals.news.notify_all();
+        self.signals.tell();
     }
 }

@@ -8,11 +8,17 @@ const LOADING_SLOTS: usize = 2;
 /// Places the units where `vram` bytes of device memory are for weights: resident ones and slots.
 pub(super) fn place(units: &[UnitSize], limits: &Limits, vram: u64) -> Result<Plan, PlanError> {
     let mut homes = vec![Home::C; units.len()];
-    let device_slots = match limits.tiers {
+    let slots = match limits.tiers {
         Some(t) => by_count(units, limits, vram, t, &mut homes)?,
         None => by_room(units, limits, vram, &mut homes)?,
     };
-    finish(units, limits, homes, device_slots)
+    Ok(finish(units, limits, homes, slots))
+}
+
+/// Numbers of slots that room was left for.
+struct Slots {
+    device: usize,
+    staging: usize,
 }
 
 /// Number of device slots that hold any unit `streamed`, and the room that they leave.
@@ -35,18 +41,17 @@ fn device_slots(
     }
 }
 
-fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -> Result<usize, PlanError> {
+fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -> Result<Slots, PlanError> {
     if units.iter().map(|u| u.slot_bytes).sum::<u64>() <= vram {
         homes.fill(Home::A);
-        return Ok(0);
+        return Ok(Slots { device: 0, staging: fill_ram(units, limits, homes)? });
     }
-    let (n, room) = device_slots(units, limits, vram, |_| true)?;
+    let (device, room) = device_slots(units, limits, vram, |_| true)?;
     // The head is read whole on every pass; every token uses the shared units, and only some experts.
     let room = spread(units, homes, Home::A, room, |u| u.block.is_none());
     let room = spread(units, homes, Home::A, room, |u| u.block.is_some() && !u.routed);
     spread(units, homes, Home::A, room, |u| u.routed);
-    fill_ram(units, limits, homes)?;
-    Ok(n)
+    Ok(Slots { device, staging: fill_ram(units, limits, homes)? })
 }
 
 /// Bytes of the staging slots that `homes` want, and their number.
@@ -63,14 +68,14 @@ fn staging(units: &[UnitSize], limits: &Limits, homes: &[Home], from_storage: bo
     (n, slot)
 }
 
-/// Gives what is not in A a home in RAM, as far as it goes.
-fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<(), PlanError> {
+/// Gives what is not in A a home in RAM, as far as it goes; returns the number of staging slots.
+fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<usize, PlanError> {
     let rest: u64 = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::C).map(|(u, _)| u.slot_bytes).sum();
     let (n, slot) = staging(units, limits, homes, false);
     let needed = rest + limits.reserved + n as u64 * slot;
     if needed <= limits.ram {
         homes.iter_mut().filter(|h| **h == Home::C).for_each(|h| *h = Home::B);
-        return Ok(());
+        return Ok(n);
     }
     if !limits.storage {
         return Err(PlanError::NoStorage { needed, ram: limits.ram });
@@ -86,7 +91,7 @@ fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<(
     let outside: Vec<bool> = homes.iter().map(|h| *h == Home::C).collect();
     let left = spread_where(units, homes, &outside, room, |u| !u.routed);
     spread_where(units, homes, &outside, left, |u| u.routed);
-    Ok(())
+    Ok(n)
 }
 
 /// [`spread`] in RAM over those units alone that `outside` marks.
@@ -105,7 +110,7 @@ fn spread_where(
     left
 }
 
-fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mut [Home]) -> Result<usize, PlanError> {
+fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mut [Home]) -> Result<Slots, PlanError> {
     let blocks = units.iter().filter_map(|u| u.block).max().map_or(0, |b| b + 1);
     let Tiers { a, b, c } = t;
     if a + b + c != blocks {
@@ -137,15 +142,22 @@ fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mu
         (n, room) = device_slots(units, limits, vram, |u| u.block.is_none() || streams(u))?;
         room = room.checked_sub(in_a).ok_or_else(|| too_large(in_a + vram - room))?;
         spread(units, homes, Home::A, room, |u| u.block.is_none());
-        let (slots, slot) = staging(units, limits, homes, c > 0);
+        let (slots, slot) = staging(units, limits, homes, true);
         let taken = limits.reserved + slots as u64 * slot + bytes(homes, Home::B);
         let left: Vec<bool> = units.iter().zip(&*homes).map(|(u, h)| u.block.is_none() && *h == Home::C).collect();
         spread_where(units, homes, &left, limits.ram.saturating_sub(taken), |_| true);
     }
-    if c > 0 && !limits.storage {
+    let from_storage = homes.contains(&Home::C);
+    if from_storage && !limits.storage {
         return Err(PlanError::NoStorage { needed: units.iter().map(|u| u.slot_bytes).sum(), ram: limits.ram });
     }
-    Ok(n)
+    let (staging, slot) = staging(units, limits, homes, from_storage);
+    let in_b = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::B).map(|(u, _)| u.slot_bytes).sum::<u64>();
+    let needed = in_b + staging as u64 * slot + limits.reserved;
+    if needed > limits.ram {
+        return Err(PlanError::TiersTooLarge { a, b, c, needed, ram: limits.ram });
+    }
+    Ok(Slots { device: n, staging })
 }
 
 /// The home of each block: interleaved over the depth in proportion, or one tier after the other.
@@ -167,21 +179,19 @@ fn deal(t: Tiers, stacked: bool) -> Vec<Home> {
     homes
 }
 
-fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, n_device: usize) -> Result<Plan, PlanError> {
+fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, slots: Slots) -> Plan {
     let of = |home: Home| units.iter().zip(&homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes);
     let device_slot_bytes = of(Home::B).chain(of(Home::C)).max().unwrap_or(0);
-    let device_slots = if device_slot_bytes == 0 { 0 } else { n_device };
-    let (n_slots, slot_bytes) = staging(units, limits, &homes, homes.contains(&Home::C));
+    let device_slots = if device_slot_bytes == 0 { 0 } else { slots.device };
+    // The largest unit that is read may have found a home in RAM since room was left for slots.
+    let (_, slot_bytes) = staging(units, limits, &homes, homes.contains(&Home::C));
+    let n_slots = slots.staging;
     let mut ram_bytes = of(Home::B).sum::<u64>() + n_slots as u64 * slot_bytes + limits.reserved;
-    if ram_bytes > limits.ram {
-        let Tiers { a, b, c } = limits.tiers.unwrap_or(Tiers { a: 0, b: 0, c: 0 });
-        return Err(PlanError::TiersTooLarge { a, b, c, needed: ram_bytes, ram: limits.ram });
-    }
     let fits = |e: &u64| !homes.contains(&Home::C) && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
     let vram_bytes = of(Home::A).sum::<u64>() + device_slots as u64 * device_slot_bytes;
-    Ok(Plan {
+    Plan {
         n_slots,
         slot_bytes,
         embedding_resident: embedding.is_some(),
@@ -190,18 +200,16 @@ fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, n_device: usize
         device_slot_bytes,
         vram_bytes,
         homes,
-    })
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::place::place;
+    use super::super::place::{self, place};
     use super::*;
 
     fn model(blocks: usize, slices: usize) -> Vec<UnitSize> {
-        let block = |i| UnitSize { slot_bytes: 100, block: Some(i), routed: false };
-        let slice = UnitSize { slot_bytes: 50, block: None, routed: false };
-        (0..blocks).map(block).chain((0..slices).map(|_| slice)).collect()
+        place::tests::model(blocks, 100, slices, 50)
     }
 
     fn limits(vram: u64, ram: u64) -> Limits {
@@ -250,6 +258,40 @@ mod tests {
         }
         let p = place(&model(80, 0), &Limits { stacked: true, ..l }).unwrap();
         assert!(p.homes[..20].iter().all(|&h| h == Home::A) && p.homes[50..].iter().all(|&h| h == Home::C));
+    }
+
+    #[test]
+    fn plans_keep_to_both_budgets_whatever_the_units_sizes() {
+        for seed in 0u64..400 {
+            let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+            let mut random = |n: u64| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state % n
+            };
+            let n = 4 + random(30) as usize;
+            let mut units: Vec<UnitSize> =
+                (0..n).map(|i| UnitSize { slot_bytes: 50 + random(200), block: Some(i), routed: false }).collect();
+            units.extend((0..3).map(|_| UnitSize { slot_bytes: 20 + random(200), block: None, routed: false }));
+            let l = Limits { storage: random(4) > 0, ..limits(random(5000), random(5000)) };
+            if let Ok(p) = place(&units, &l) {
+                assert!(p.ram_bytes <= l.ram && Some(p.vram_bytes) <= l.vram, "seed {seed}: {p:?}");
+                let of = |home: Home| {
+                    units.iter().zip(&p.homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes)
+                };
+                assert!(of(Home::C).chain(of(Home::A)).all(|b| b <= p.slot_bytes && p.n_slots > 1), "seed {seed}");
+                assert!(of(Home::B).chain(of(Home::C)).all(|b| b <= p.device_slot_bytes && p.device_slots > 1));
+                assert!(l.storage || !p.homes.contains(&Home::C), "seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_head_that_fits_nowhere_is_not_read_where_storage_is_forbidden() {
+        let t = Tiers { a: 2, b: 2, c: 0 };
+        let l = Limits { tiers: Some(t), storage: false, ..limits(500, 400) };
+        assert!(matches!(place(&model(4, 4), &l), Err(PlanError::NoStorage { .. })), "{:?}", place(&model(4, 4), &l));
     }
 
     #[test]

@@ -326,10 +326,11 @@ fn finish(units: &[UnitSize], homes: Vec<Home>, n_slots: usize, limits: &Limits)
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn model(blocks: usize, block_bytes: u64, slices: usize, slice_bytes: u64) -> Vec<UnitSize> {
+    /// Units of so many blocks and slices of the head.
+    pub fn model(blocks: usize, block_bytes: u64, slices: usize, slice_bytes: u64) -> Vec<UnitSize> {
         let block = |i| UnitSize { slot_bytes: block_bytes, block: Some(i), routed: false };
         let slice = UnitSize { slot_bytes: slice_bytes, block: None, routed: false };
         (0..blocks).map(block).chain((0..slices).map(|_| slice)).collect()

@@ -26,6 +26,7 @@ pub use pread::PreadReader;
 #[cfg(test)]
 pub use scripted::{Script, ScriptedReader};
 pub use uring::UringReader;
+pub(crate) use uring::drain;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -194,24 +194,28 @@ fn passing(errno: Option<i32>) -> bool {
     matches!(errno, Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
 }
 
+/// Waits until the `n_flying` reads of a ring have ended, whose memory may then be given back.
+pub(crate) fn drain(ring: &mut IoUring, mut n_flying: usize) {
+    let mut tries = 0;
+    while n_flying > 0 {
+        let waited = ring.submit_and_wait(1);
+        let ended = ring.completion().count();
+        n_flying = n_flying.saturating_sub(ended);
+        if waited.is_err() && ended == 0 {
+            tries += 1;
+            if tries == DRAIN_TRIES {
+                // To return would let the drive write into memory that is given to others.
+                tracing::error!("{n_flying} reads never ended: {waited:?}");
+                std::process::abort();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 impl Drop for UringReader {
     fn drop(&mut self) {
-        // Reads in flight write into the arena: they must end before it does.
-        let mut tries = 0;
-        while self.n_flying > 0 {
-            let waited = self.ring.submit_and_wait(1);
-            let ended = self.ring.completion().filter(|c| (c.user_data() as usize) < QUEUE_DEPTH).count();
-            self.n_flying = self.n_flying.saturating_sub(ended);
-            if waited.is_err() && ended == 0 {
-                tries += 1;
-                if tries == DRAIN_TRIES {
-                    // To return would let the drive write into memory that is given to others.
-                    tracing::error!("{} reads never ended: {waited:?}", self.n_flying);
-                    std::process::abort();
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
+        drain(&mut self.ring, self.n_flying);
     }
 }
 

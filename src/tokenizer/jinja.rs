@@ -27,7 +27,7 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     Ok(Value::from_safe_string(out))
 }
 
-/// Characters outside ASCII as `\uXXXX`; they occur within JSON strings only.
+/// Characters outside ASCII as JSON escapes; they occur within JSON strings only.
 fn escape_non_ascii(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {

@@ -23,11 +23,20 @@ pub struct Cell {
 /// Rates by threads: all counts up to four, then powers of two, then `threads` itself.
 pub fn measure(threads: usize, available: Option<u64>, say: &mut dyn FnMut(Cell)) -> Vec<Cell> {
     let threads = threads.max(1);
-    let bytes = available.map_or(BYTES, |a| BYTES.min((a / 4) as usize)).max(1 << 20);
-    let memory: Vec<u64> = (0..bytes as u64 / 8).collect();
+    let memory = words(available);
     let cell = |n: usize| Cell { threads: n, bytes_per_s: read(&memory, n) };
     let counts = (1..=threads).filter(|&n| n <= 4 || n.is_power_of_two() || n == threads);
     counts.map(cell).inspect(|c| say(*c)).collect()
+}
+
+/// Bytes a second that `threads` threads read together, of at most a quarter of what is available.
+pub fn rate_of(threads: usize, available: Option<u64>) -> f64 {
+    read(&words(available), threads.max(1))
+}
+
+fn words(available: Option<u64>) -> Vec<u64> {
+    let bytes = available.map_or(BYTES, |a| BYTES.min((a / 4) as usize)).max(1 << 20);
+    (0..bytes as u64 / 8).collect()
 }
 
 fn read(memory: &[u64], threads: usize) -> f64 {

@@ -8,6 +8,7 @@ use io_uring::{IoUring, opcode, types};
 
 use super::{ProbeError, Target, rate};
 use crate::memory::{Arena, Region};
+use crate::storage::drain;
 
 /// Reads in flight at most.
 pub const DEPTH_MAX: usize = 256;
@@ -173,11 +174,6 @@ fn new_ring(depth: u32) -> io::Result<IoUring> {
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        while self.n_flying > 0 {
-            if self.ring.submit_and_wait(1).is_err_and(|e| e.raw_os_error() != Some(libc::EINTR)) {
-                break;
-            }
-            self.n_flying = self.n_flying.saturating_sub(self.ring.completion().count());
-        }
+        drain(&mut self.ring, self.n_flying);
     }
 }
