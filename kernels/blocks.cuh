@@ -19,7 +19,8 @@ __device__ __forceinline__ u16 ld_half(const u8* p) { return *(const u16*)p; }
 template <int N>
 __device__ __forceinline__ void ld_words(const u8* p, u32* out) {
     u32 shift = ((u32)(size_t)p & 3) * 8;
-    const u32* w = (const u32*)((size_t)p & ~(size_t)3);
+    // By subtraction, so that the compiler still knows it for shared memory.
+    const u32* w = (const u32*)(p - ((u32)(size_t)p & 3));
     u32 prev = w[0];
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -53,10 +54,13 @@ __device__ __forceinline__ void lookup(u32 q, const u32 (&t)[4], u32& lo, u32& h
     hi = __byte_perm(r[0], r[1], 0x7531u);
 }
 
-// HALVES: the two halves of 16 have their own factors. MINS: m is used.
+// HALVES: the two halves of 16 have their own factors. MINS: m is used. SHARED: parts that lie in the same
+// bytes, APART: two from each other.
 
 struct BQ8_0 {
     static const int ELEMS = 32, BYTES = 34;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
         ld_words<8>(p + 2, o.q);
@@ -80,6 +84,8 @@ __device__ __forceinline__ void fifth_bits(u32 qh, Quants& o) {
 
 struct BQ4_0 {
     static const int ELEMS = 32, BYTES = 18;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
         u32 w[4];
@@ -92,6 +98,8 @@ struct BQ4_0 {
 
 struct BQ4_1 {
     static const int ELEMS = 32, BYTES = 20;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
         u32 dm = ld32(p);
@@ -104,6 +112,8 @@ struct BQ4_1 {
 
 struct BQ5_0 {
     static const int ELEMS = 32, BYTES = 22;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
         u32 w[5];
@@ -117,6 +127,8 @@ struct BQ5_0 {
 
 struct BQ5_1 {
     static const int ELEMS = 32, BYTES = 24;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
         u32 dm = ld32(p);
@@ -130,6 +142,8 @@ struct BQ5_1 {
 
 struct BIQ4_NL {
     static const int ELEMS = 32, BYTES = 18;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void values(const u32* w, Quants& o) {
         const u32 t[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
@@ -147,6 +161,8 @@ struct BIQ4_NL {
 
 struct BMXFP4 {
     static const int ELEMS = 32, BYTES = 17;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
         const u32 t[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
@@ -163,6 +179,8 @@ struct BMXFP4 {
 
 struct BQ2_K {
     static const int ELEMS = 256, BYTES = 84;
+    static const int SHARED = 4;
+    static const bool APART = false;
     static const bool HALVES = true, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         const u8* qs = p + 16 + 32 * (sub >> 2);
@@ -181,6 +199,8 @@ struct BQ2_K {
 
 struct BQ3_K {
     static const int ELEMS = 256, BYTES = 110;
+    static const int SHARED = 4;
+    static const bool APART = false;
     static const bool HALVES = true, MINS = false;
     static __device__ __forceinline__ float scale(const u8* s, int k) {
         int lo = k < 8 ? s[k] & 15 : s[k - 8] >> 4;
@@ -224,6 +244,8 @@ __device__ __forceinline__ void ld_8words(const u8* p, u32* w) {
 
 struct BQ4_K {
     static const int ELEMS = 256, BYTES = 144;
+    static const int SHARED = 2;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         ld_8words(p + 16 + 32 * (sub >> 1), o.q);
@@ -236,6 +258,8 @@ struct BQ4_K {
 
 struct BQ5_K {
     static const int ELEMS = 256, BYTES = 176;
+    static const int SHARED = 2;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 h[8];
@@ -251,6 +275,8 @@ struct BQ5_K {
 
 struct BQ6_K {
     static const int ELEMS = 256, BYTES = 210;
+    static const int SHARED = 2;
+    static const bool APART = true;
     static const bool HALVES = true, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         int n = sub >> 2, part = sub & 3;
@@ -272,6 +298,8 @@ struct BQ6_K {
 
 struct BIQ4_XS {
     static const int ELEMS = 256, BYTES = 136;
+    static const int SHARED = 1;
+    static const bool APART = false;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         const u8* qs = p + 8 + 16 * sub;
@@ -291,10 +319,9 @@ struct BIQ4_XS {
 
 // Bytes of 1024 consecutive weights, and a buffer for them that allows for copies in whole
 // 16-byte lines from a start on any byte.
-template <class B, int U = 1>
+template <class B>
 struct Step {
-    static const int PART = 1024 / B::ELEMS * B::BYTES;
-    static const int BYTES = U * PART;
+    static const int BYTES = 1024 / B::ELEMS * B::BYTES;
     static const int BUF = (BYTES + 30) / 16 * 16;
 };
 
@@ -308,7 +335,7 @@ __device__ __forceinline__ int staged_at(const u8* src) {
 // buf + staged_at(src). Reads whole 16-byte lines: up to 15 bytes before and after the span, never
 // beyond the lines that hold its first and last byte. Blocks of whole lines in a file that does not
 // keep them on lines go word by word.
-template <class B, int U = 1>
+template <class B>
 __device__ __forceinline__ void stage(u8* buf, const u8* src, int len, int lane) {
     if (B::BYTES % 16 == 0 && ((size_t)src & 15) != 0) {
         for (int c = lane * 4; c < len; c += 128) cp_async4(buf + c, src + c);
@@ -319,6 +346,6 @@ __device__ __forceinline__ void stage(u8* buf, const u8* src, int len, int lane)
     buf += 16 * lane;
     first += 16 * lane;
 #pragma unroll
-    for (int i = 0; i < (Step<B, U>::BUF / 16 + 31) / 32; i++)
+    for (int i = 0; i < (Step<B>::BUF / 16 + 31) / 32; i++)
         if (lane + 32 * i < lines) cp_async16(buf + 512 * i, first + 512 * i);
 }

@@ -74,9 +74,9 @@ __device__ __forceinline__ void cp_wait() {
 
 // Bulk copies (from sm_90 on): one thread moves a whole span, and a barrier in shared memory counts
 // its bytes. `bytes`, both addresses: multiples of 16.
-__device__ __forceinline__ void bar_init(u64* bar) {
+__device__ __forceinline__ void bar_init(u64* bar, u32 arrivals) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_addr(bar)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(bar)), "r"(arrivals) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -85,6 +85,11 @@ __device__ __forceinline__ void bar_expect(u64* bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(bar)),
                  "r"(bytes)
                  : "memory");
+#endif
+}
+__device__ __forceinline__ void bar_arrive(u64* bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(bar)) : "memory");
 #endif
 }
 __device__ __forceinline__ void bulk_copy(void* dst, const void* src, u32 bytes, u64* bar) {

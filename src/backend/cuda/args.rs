@@ -28,6 +28,10 @@ pub(super) struct GemvArgs {
     pub raw: u64,
     pub norm: u64,
     pub eps: f32,
+    pub row_warps: i32,
+    pub piece: i32,
+    pub stages: i32,
+    pub run_pitch: i32,
 }
 
 #[repr(C)]

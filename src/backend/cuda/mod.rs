@@ -9,6 +9,7 @@ mod memory;
 mod modules;
 mod product;
 pub mod selftest;
+mod tiling;
 mod transfer;
 mod workspace;
 
@@ -108,7 +109,8 @@ impl CudaBackend {
     /// products do both themselves.
     fn normed(&self, norm: &Norm, types: &[TensorType]) -> Result<Inputs, BackendError> {
         let input = self.engine.forms(types, self.tokens);
-        if input.f == 0 && input.h == 0 && self.dims.n_embd.is_multiple_of(32) {
+        let aligned = self.dims.n_embd.is_multiple_of(32) && norm.weight.addr.is_multiple_of(16);
+        if input.f == 0 && input.h == 0 && aligned {
             return Ok(Inputs { raw: Raw { x: self.x(), norm: norm.weight.addr, eps: norm.eps }, ..input });
         }
         self.norm(norm, input)?;

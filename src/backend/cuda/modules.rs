@@ -54,7 +54,9 @@ pub(super) struct Kernels {
     device: Arc<Device>,
     modules: Vec<sys::CUmodule>,
     pdl: bool,
+    /// Matrix times vectors, by type and [`GEMV_BATCHES`]: from `bulk.cu` or `gemv.cu`.
     pub gemv: Vec<[Func; 4]>,
+    pub bulk: bool,
     pub plain: Vec<[Func; 2]>,
     pub half: Vec<Func>,
     pub float: Vec<Func>,
@@ -87,10 +89,13 @@ impl Kernels {
             types.iter().map(|t| l.get("dequant", &format!("{prefix}_{t}"))).collect()
         };
         let all: Vec<TensorType> = QUANTS.iter().chain(&PLAINS).copied().collect();
+        // Images for 9.0 and later, PTX included, hold these; others hold those.
+        let bulk = device.info.capability >= (9, 0);
+        let form = if bulk { "bulk" } else { "gemv" };
         let gemv = QUANTS
             .iter()
             .map(|t| -> Result<[Func; 4], BackendError> {
-                let get = |n: usize| l.get("gemv", &format!("gemv_{t}_{n}"));
+                let get = |n: usize| l.get(form, &format!("{form}_{t}_{n}"));
                 Ok([get(1)?, get(2)?, get(4)?, get(8)?])
             })
             .collect::<Result<_, _>>()?;
@@ -110,6 +115,7 @@ impl Kernels {
             device: Arc::clone(device),
             pdl: device.info.capability >= (9, 0),
             gemv,
+            bulk,
             plain,
             half: per_type(&all, "half")?,
             float: per_type(&all, "float")?,

@@ -10,14 +10,12 @@ use std::sync::Arc;
 use super::args::{DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES};
 use super::driver::{Device, Stream, device_error};
 use super::modules::{Func, GEMV_BATCHES, Kernels, PLAINS, QUANTS};
+use super::tiling::{Product, THREADS, WARPS, least_ring, tiling};
 use super::workspace::{GEMV_TOKENS, Workspace, pitch};
 use crate::backend::{BackendError, Linear, Weight};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
-
-/// Warps of a block of the matrix-times-vectors kernels.
-const WARPS: usize = 8;
 
 /// Blocks a multiprocessor of the converting kernels.
 const CONVERT_BLOCKS: usize = 4;
@@ -133,22 +131,17 @@ pub(super) struct Engine {
     pub many: bool,
 }
 
-/// Bytes of a step of 1024 weights, `unroll` times, and of the buffer it is staged in, as
-/// `kernels/blocks.cuh`.
-fn step_bytes(ty: TensorType, unroll: usize) -> (usize, usize) {
-    let step = unroll * 1024 / ty.block_elems() * ty.block_bytes();
+/// Bytes of a step of 1024 weights, and of the buffer it is staged in, as `kernels/blocks.cuh`.
+fn step_bytes(ty: TensorType) -> (usize, usize) {
+    let step = 1024 / ty.block_elems() * ty.block_bytes();
     (step, (step + 30) / 16 * 16)
 }
 
-/// Shared memory of the rings of a block that computes up to `batch` tokens on a GPU of this compute
-/// capability, as `kernels/gemv.cu` lays them out.
-fn ring_bytes(ty: TensorType, batch: usize, capability: (u32, u32)) -> usize {
-    let long_steps = ((9, 0)..(12, 0)).contains(&capability);
-    let small_blocks = ty.block_elems() == 32;
-    let unroll = if long_steps && batch == 1 && small_blocks { 2 } else { 1 };
-    let (_, buf) = step_bytes(ty, unroll);
-    let least = if small_blocks && unroll == 1 { 3 } else { 2 };
-    let stages = (4500 * unroll / (2 * buf)).clamp(least, 5);
+/// Shared memory of the rings of a block, as `kernels/gemv.cu` lays them out.
+fn ring_bytes(ty: TensorType) -> usize {
+    let (_, buf) = step_bytes(ty);
+    let least = if ty.block_elems() == 32 { 3 } else { 2 };
+    let stages = (4500 / (2 * buf)).clamp(least, 5);
     WARPS * stages * 2 * buf
 }
 
@@ -264,15 +257,19 @@ impl Engine {
         let rows = Rows { from, to: 0 };
         let (gate_f, up_f) = (self.ws.gate.addr(), self.ws.up.addr());
         let mut out = Inputs::default();
+        let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
+        let ty = gate.weight.ty;
+        let fused = ty == up.weight.ty && self.form(ty, tokens) == Form::Quant;
         match self.form(down, tokens) {
             Form::Float => out.f = gate_f,
+            // The next product quantises for itself.
+            Form::Quant if self.kernels.bulk && fused => out.raw = Raw { x: gate_f, norm: 0, eps: 0.0 },
             Form::Quant => out.q = self.ws.hidden_q.addr(),
             Form::Half => out.h = self.ws.halves.addr(),
         }
-        let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
-        let ty = gate.weight.ty;
-        if ty == up.weight.ty && self.form(ty, tokens) == Form::Quant && (out.q == 0 || ff.is_multiple_of(32)) {
-            let targets = targets.map(|t| Target { out: out.f, ..t });
+        if fused && (out.q == 0 || ff.is_multiple_of(32)) {
+            let to = if out.q == 0 { gate_f } else { 0 };
+            let targets = targets.map(|t| Target { out: to, ..t });
             self.gemv(&targets, tokens, SWIGLU, input, rows, out.q)?;
         } else {
             self.products(&targets, tokens, STORE, input, rows)?;
@@ -300,24 +297,22 @@ impl Engine {
             )));
         }
         let token_bytes = cols / 32 * XBLK_BYTES;
-        let ring = GEMV_BATCHES.iter().map(|&b| ring_bytes(ty, b, self.device.info.capability)).max().unwrap_or(0);
-        let room = (self.device.info.shared_bytes as usize).saturating_sub(ring + 2048);
+        let bulk = self.kernels.bulk;
+        let ring = if bulk { least_ring(ty) } else { ring_bytes(ty) };
+        let room = (self.device.info.shared_bytes as usize).saturating_sub(ring + 2560);
         let most = room / token_bytes;
         let Some(slot) = GEMV_BATCHES.iter().rposition(|b| *b <= most.max(1)) else {
             return Err(device_error("no batch fits"));
         };
+        let device = Arc::clone(&self.device);
+        let info = &device.info;
+        let too_wide =
+            || device_error(format!("a row of {cols} columns does not fit the shared memory of {}", info.name));
         if most == 0 {
-            return Err(device_error(format!(
-                "a row of {cols} columns does not fit the shared memory of {}",
-                self.device.info.name
-            )));
+            return Err(too_wide());
         }
-        let work = if mode == SWIGLU {
-            out_rows.div_ceil(32)
-        } else {
-            let pairs: usize = targets.iter().map(|t| t.weight.rows.div_ceil(2)).sum();
-            pairs.div_ceil(WARPS)
-        } as u32;
+        let swiglu = mode == SWIGLU;
+        let matrix_rows = [0, 1, 2].map(|i| targets.get(i).map_or(0, |t| t.weight.rows));
         let mut done = 0;
         while done < tokens {
             let left = tokens - done;
@@ -345,26 +340,43 @@ impl Engine {
                 a.stride[i] = t.stride as i32;
                 a.out[i] = if t.out == 0 || rows.to != 0 { t.out } else { t.out + (done * t.stride * 4) as u64 };
             }
-            let shared = ring_bytes(ty, GEMV_BATCHES[size], self.device.info.capability) + n * token_bytes;
             let f = self.kernels.gemv[kind][size];
-            let fit = self.fit(kind, size, f, shared as u32)?;
-            let most = fit * self.device.info.multiprocessors;
-            // As few blocks as take as many rounds: all have equal work, and the next kernel's find room.
-            let grid = work.div_ceil(work.div_ceil(most));
-            // SAFETY: GemvArgs is what gemv_* declare; shapes were checked by the loader, the
-            // activations hold `tokens` rows, and device buffers have room behind them for whole
-            // 16-byte lines.
-            unsafe { self.launch(f, (grid, 1, 1), 256, shared, &a)? };
+            let (threads, shared, work) = if bulk {
+                let product = Product {
+                    ty,
+                    cols,
+                    rows: &matrix_rows[..if swiglu { 1 } else { targets.len() }],
+                    swiglu,
+                    activations: n * token_bytes,
+                };
+                let t =
+                    tiling(&product, info.multiprocessors as usize, info.shared_bytes as usize).ok_or_else(too_wide)?;
+                a.row_warps = t.row_warps as i32;
+                a.piece = t.piece as i32;
+                a.stages = t.stages as i32;
+                a.run_pitch = t.run_pitch as i32;
+                (THREADS, t.ring + n * token_bytes, t.tiles)
+            } else {
+                let pairs: usize = matrix_rows.iter().map(|r| r.div_ceil(2)).sum();
+                let work = if swiglu { out_rows.div_ceil(32) } else { pairs.div_ceil(WARPS) };
+                (256, ring_bytes(ty) + n * token_bytes, work)
+            };
+            let fit = self.fit(kind, size, f, threads, shared as u32)?;
+            let grid = (work as u32).min(fit * self.device.info.multiprocessors);
+            // SAFETY: GemvArgs is what gemv_* and bulk_* declare; shapes were checked by the loader, the
+            // activations hold `tokens` rows, and device buffers have room behind them for whole 16-byte
+            // lines.
+            unsafe { self.launch(f, (grid, 1, 1), threads, shared, &a)? };
             done += n;
         }
         Ok(())
     }
 
-    fn fit(&mut self, kind: usize, size: usize, f: Func, shared: u32) -> Result<u32> {
+    fn fit(&mut self, kind: usize, size: usize, f: Func, threads: u32, shared: u32) -> Result<u32> {
         if let Some(n) = self.occupancy.get(&(kind, size, shared)) {
             return Ok(*n);
         }
-        let n = self.kernels.occupancy(f, 256, shared)?;
+        let n = self.kernels.occupancy(f, threads, shared)?;
         self.occupancy.insert((kind, size, shared), n);
         Ok(n)
     }
@@ -411,7 +423,7 @@ impl Engine {
         };
         let f = if half { self.kernels.half[kind] } else { self.kernels.float[kind] };
         let (blocks, shared) = if kind < QUANTS.len() {
-            let (_, buf) = step_bytes(w.ty, 1);
+            let (_, buf) = step_bytes(w.ty);
             let work = (w.rows * w.cols.div_ceil(1024)).div_ceil(8);
             let shared = 8 * (2 * buf + 32 * if half { 80 } else { 144 });
             let fit = self.device.info.multiprocessors as usize * CONVERT_BLOCKS;

@@ -1,0 +1,305 @@
+// Matrix times up to eight vectors, for decoding, on GPUs of compute capability 9.0 and later: int8 dot
+// products on activations quantised per 32, bound by the bytes of the weights.
+//
+// Rows are cut into tiles of some 16 to 32 KiB that lie in one piece of memory where the shape allows,
+// since many small copies run at two thirds of the memory's rate. Tiles are dealt to the blocks in turn.
+// In a block one warp copies tiles ahead into a ring of stages, eight compute, and one adds up what they
+// found and stores it. While the ring fills for the first time, each block norms and quantises the
+// activations for itself.
+#include "gemv.cuh"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+#define STAGES_MAX 8
+#define COPIER WARPS
+#define STORER (WARPS + 1)
+#define THREADS ((WARPS + 2) * 32)
+
+// Which parts of a super-block a lane takes: those that share their bytes. Part s of lane group j.
+template <class B>
+struct Lanes {
+    static const int SUBS = B::ELEMS == 32 ? 1 : B::SHARED;
+    static const int UNITS = B::ELEMS == 32 ? 1 : 8 / SUBS;  // lanes a block
+    static __device__ __forceinline__ int sub(int j, int s) {
+        if (SUBS == 1) return j;
+        if (SUBS == 4) return 4 * j + s;
+        return B::APART ? 4 * (j >> 1) + (j & 1) + 2 * s : 2 * j + s;
+    }
+};
+
+// A tile: rows of one matrix (SWIGLU: as many of gate and of up).
+struct Tile {
+    int seg, row, rows;
+};
+
+struct Shape {
+    int row_bytes, tile_rows, steps, pieces, step_bytes;
+    bool words;  // blocks of whole lines in a file that does not keep them there: copied word by word
+};
+
+template <class B>
+__device__ __forceinline__ Shape shape_of(const GemvArgs& a) {
+    Shape s;
+    const int units = a.cols / B::ELEMS * Lanes<B>::UNITS;
+    s.row_bytes = a.cols / B::ELEMS * B::BYTES;
+    s.tile_rows = WARPS / a.row_warps * (a.mode == MODE_SWIGLU ? 1 : 2);
+    s.steps = (units + 31) / 32;
+    s.pieces = (s.steps + a.piece - 1) / a.piece;
+    s.step_bytes = 32 / Lanes<B>::UNITS * B::BYTES;
+    s.words = B::BYTES % 16 == 0 && (((size_t)a.w[0] | (size_t)a.w[1] | (size_t)a.w[2]) & 15) != 0;
+    return s;
+}
+
+__device__ __forceinline__ int tiles_of(const GemvArgs& a, int tile_rows) {
+    if (a.mode == MODE_SWIGLU) return (a.rows[0] + tile_rows - 1) / tile_rows;
+    int n = 0;
+    for (int s = 0; s < a.segments; s++) n += (a.rows[s] + tile_rows - 1) / tile_rows;
+    return n;
+}
+
+__device__ __forceinline__ Tile tile_of(const GemvArgs& a, int n, int tile_rows) {
+    Tile t;
+    t.seg = 0;
+    if (a.mode != MODE_SWIGLU) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            const int here = (a.rows[s] + tile_rows - 1) / tile_rows;
+            if (t.seg == s && s + 1 < a.segments && n >= here) {
+                n -= here;
+                t.seg = s + 1;
+            }
+        }
+    }
+    t.row = n * tile_rows;
+    t.rows = min(tile_rows, a.rows[t.seg] - t.row);
+    return t;
+}
+
+// Where in its run a copy from `src` begins: as far from a line of 128 bytes as in memory, which is what
+// copies at full rate want.
+__device__ __forceinline__ int phase(const u8* src, bool words) { return (int)(size_t)src & (words ? 112 : 127); }
+
+// The copying warp.
+template <class B>
+__device__ __forceinline__ void copy_tiles(const GemvArgs& a, const Shape& sh, int tiles, u8* ring, int stage_bytes,
+                                           u64* full, u64* empty, int lane) {
+    int stage = 0;
+    u32 parity = 0;
+    for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
+        const Tile tile = tile_of(a, n, sh.tile_rows);
+        const bool swiglu = a.mode == MODE_SWIGLU;
+        const bool whole = sh.pieces == 1;
+        const int runs = (swiglu ? 2 : 1) * (whole ? 1 : tile.rows);
+        for (int pc = 0; pc < sh.pieces; pc++) {
+            bar_wait(&empty[stage], parity ^ 1);
+            const int at = pc * a.piece * sh.step_bytes;
+            const int len = whole ? tile.rows * sh.row_bytes : min(a.piece * sh.step_bytes, sh.row_bytes - at);
+            u8* to = ring + stage * stage_bytes;
+            u32 bytes = 0;
+            // Twice over the runs: their bytes must be known before the first copy may end.
+            for (int pass = sh.words ? 1 : 0; pass < 2; pass++) {
+                if (pass == 1 && !sh.words && lane == 0) bar_expect(&full[stage], bytes);
+                for (int r = 0; r < runs; r++) {
+                    const int which = swiglu ? (whole ? r : r / tile.rows) : 0;
+                    const int row = tile.row + (whole ? 0 : r % tile.rows);
+                    // Row i of a tile in pieces is run i; those of `up` follow the full count of gate's.
+                    const int slot = whole ? r : which * sh.tile_rows + r % tile.rows;
+                    const u8* src = a.w[swiglu ? which : tile.seg] + (size_t)row * sh.row_bytes + at;
+                    u8* dst = to + slot * a.run_pitch;
+                    if (sh.words) {
+                        dst += phase(src, true);
+                        for (int i = lane * 4; i < len; i += 128) *(u32*)(dst + i) = *(const u32*)(src + i);
+                    } else {
+                        const u32 before = (u32)(size_t)src & 15, span = (before + len + 15) & ~15u;
+                        if (pass == 0) {
+                            bytes += span;
+                        } else if (lane == 0) {
+                            bulk_copy(dst + (phase(src, false) & ~15), src - before, span, &full[stage]);
+                        }
+                    }
+                }
+            }
+            if (sh.words) {
+                __syncwarp();
+                if (lane == 0) bar_arrive(&full[stage]);
+            }
+            if (++stage == a.stages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+    }
+}
+
+// The storing warp: adds up the warps of each row, in order. What results are added to is fetched before
+// they are there.
+template <int NT>
+__device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, int tiles, const float (*part)[WARPS][2 * NT],
+                                            u64* summed, u64* taken, int lane) {
+    u32 parity = 0;
+    int buf = 0;
+    const int kw = a.row_warps;
+    const bool swiglu = a.mode == MODE_SWIGLU;
+    const int width = swiglu ? tile_rows : tile_rows / 2;  // sums of a token: pairs of rows
+    for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
+        const Tile tile = tile_of(a, n, tile_rows);
+        const float* bias0 = a.bias[tile.seg];
+        const float* bias1 = swiglu ? a.bias[1] : bias0;
+        for (int i0 = 0; i0 < width * a.tokens; i0 += 32) {
+            const int i = i0 + lane, slot = i % width, t = i / width;
+            const int at0 = swiglu ? slot : 2 * slot, at1 = swiglu ? slot : at0 + 1;
+            const bool has0 = t < a.tokens && at0 < tile.rows, has1 = t < a.tokens && at1 < tile.rows;
+            const int row = t < a.tokens && a.out_idx ? a.out_idx[t] : t;
+            float* o = a.out[tile.seg] + (size_t)row * a.stride[tile.seg] + tile.row;
+            float add0 = has0 && bias0 ? bias0[tile.row + at0] : 0.0f;
+            float add1 = has1 && bias1 ? bias1[tile.row + at1] : 0.0f;
+            if (a.mode == MODE_ADD) {
+                if (has0) add0 += o[at0];
+                if (has1) add1 += o[at1];
+            }
+            if (i0 == 0) bar_wait(&summed[buf], parity);
+            float v0 = 0.0f, v1 = 0.0f;
+            if (has0) {
+                for (int k = 0; k < kw; k++) {
+                    v0 += part[buf][slot * kw + k][2 * t];
+                    v1 += part[buf][slot * kw + k][2 * t + 1];
+                }
+            }
+            v0 += add0;
+            v1 += add1;
+            if (swiglu) {
+                if (has0) o[at0] = silu(v0) * v1;
+            } else {
+                if (has0) o[at0] = v0;
+                if (has1) o[at1] = v1;
+            }
+        }
+        __syncwarp();
+        if (lane == 0) bar_arrive(&taken[buf]);
+        if ((buf ^= 1) == 0) parity ^= 1;
+    }
+}
+
+template <class B, int NT>
+__device__ __forceinline__ void bulk(const GemvArgs& a) {
+    extern __shared__ __align__(128) u8 smem[];
+    __shared__ __align__(8) u64 full[STAGES_MAX], empty[STAGES_MAX], summed[2], taken[2];
+    __shared__ float part[2][WARPS][2 * NT];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const Shape sh = shape_of<B>(a);
+    const int tiles = tiles_of(a, sh.tile_rows);
+    const int runs = (a.mode == MODE_SWIGLU ? 2 : 1) * (sh.pieces == 1 ? 1 : sh.tile_rows);
+    const int stage_bytes = runs * a.run_pitch;
+    XBlk* xs = (XBlk*)(smem + a.stages * stage_bytes);
+    const int nb = a.cols / 32;
+    pdl_launch();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < a.stages; i++) {
+            bar_init(&full[i], 1);
+            bar_init(&empty[i], WARPS);
+        }
+        for (int i = 0; i < 2; i++) {
+            bar_init(&summed[i], WARPS);
+            bar_init(&taken[i], 1);
+        }
+    }
+    __syncthreads();
+    if (warp == COPIER) {
+        copy_tiles<B>(a, sh, tiles, smem, stage_bytes, full, empty, lane);
+        return;
+    }
+    if (warp == STORER) {
+        pdl_wait();
+        store_tiles<NT>(a, sh.tile_rows, tiles, part, summed, taken, lane);
+        return;
+    }
+    load_activations(a, xs, nb);
+
+    const bool swiglu = a.mode == MODE_SWIGLU;
+    const int kw = a.row_warps, kq = warp % kw, slot = warp / kw;
+    const int units = a.cols / B::ELEMS * Lanes<B>::UNITS;
+    int stage = 0, buf = 0;
+    u32 parity = 0, part_parity = 0;
+    for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
+        const Tile tile = tile_of(a, n, sh.tile_rows);
+        // Rows that the matrix has not are computed from what lies there, and not stored.
+        const int i0 = swiglu ? slot : 2 * slot, i1 = swiglu ? slot : 2 * slot + 1;
+        const u8* w0 = a.w[swiglu ? 0 : tile.seg];
+        const u8* w1 = a.w[swiglu ? 1 : tile.seg];
+        float acc[2][NT];
+#pragma unroll
+        for (int t = 0; t < NT; t++) acc[0][t] = acc[1][t] = 0.0f;
+        for (int pc = 0; pc < sh.pieces; pc++) {
+            const u8* from = smem + stage * stage_bytes;
+            const u8 *b0, *b1;
+            if (sh.pieces == 1) {
+                const size_t at = (size_t)tile.row * sh.row_bytes;
+                b0 = from + phase(w0 + at, sh.words) + i0 * sh.row_bytes;
+                b1 = from + (swiglu ? a.run_pitch : 0) + phase(w1 + at, sh.words) + i1 * sh.row_bytes;
+            } else {
+                const size_t at = (size_t)pc * a.piece * sh.step_bytes;
+                b0 = from + i0 * a.run_pitch + phase(w0 + (size_t)(tile.row + i0) * sh.row_bytes + at, sh.words);
+                b1 = from + (i1 + (swiglu ? sh.tile_rows : 0)) * a.run_pitch +
+                     phase(w1 + (size_t)(tile.row + i1) * sh.row_bytes + at, sh.words);
+            }
+            bar_wait(&full[stage], parity);
+            const int first = pc * a.piece, last = min(first + a.piece, sh.steps);
+            for (int s = first + kq; s < last; s += kw) {
+                const int unit = s * 32 + lane;
+                if (unit >= units) continue;
+                const int j = lane % Lanes<B>::UNITS;
+                const int at = (s - first) * sh.step_bytes + lane / Lanes<B>::UNITS * B::BYTES;
+                const int kb0 = B::ELEMS == 32 ? unit : unit / Lanes<B>::UNITS * 8;
+#pragma unroll
+                for (int k = 0; k < Lanes<B>::SUBS; k++) {
+                    const int sub = Lanes<B>::sub(j, k);
+                    Quants q0, q1;
+                    B::decode(b0 + at, B::ELEMS == 32 ? 0 : sub, q0);
+                    B::decode(b1 + at, B::ELEMS == 32 ? 0 : sub, q1);
+                    const int kb = B::ELEMS == 32 ? kb0 : kb0 + sub;
+#pragma unroll
+                    for (int t = 0; t < NT; t++) {
+                        if (NT == 1 || t < a.tokens) {
+                            const Activations x(xs + (size_t)t * nb + kb);
+                            acc[0][t] += dot<B>(q0, x.q, x.d, x.s);
+                            acc[1][t] += dot<B>(q1, x.q, x.d, x.s);
+                        }
+                    }
+                }
+            }
+            __syncwarp();
+            if (lane == 0) bar_arrive(&empty[stage]);
+            if (++stage == a.stages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+        bar_wait(&taken[buf], part_parity ^ 1);
+#pragma unroll
+        for (int t = 0; t < NT; t++) {
+            // Both rows at once: the lower half of the warp ends with the first, the upper with the second.
+            const bool upper = lane >= 16;
+            float v = upper ? acc[1][t] : acc[0][t];
+            v += __shfl_xor_sync(0xffffffffu, upper ? acc[0][t] : acc[1][t], 16);
+#pragma unroll
+            for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+            if ((lane & 15) == 0) part[buf][warp][2 * t + (lane >> 4)] = v;
+        }
+        __syncwarp();
+        if (lane == 0) bar_arrive(&summed[buf]);
+        if ((buf ^= 1) == 0) part_parity ^= 1;
+    }
+}
+
+#define BULK(T, N)                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                   \
+        bulk_##T##_##N(const __grid_constant__ GemvArgs a) {                   \
+        bulk<B##T, N>(a);                                                      \
+    }
+#define BULKS(T) \
+    BULK(T, 1)   \
+    BULK(T, 2)   \
+    BULK(T, 4)   \
+    BULK(T, 8)
+FOR_EACH_QUANT(BULKS)
+#endif

@@ -1,0 +1,183 @@
+// What the two forms of the matrix-times-vectors kernels share: their arguments, the dot product of a
+// block, and how each block prepares the activations for itself.
+#pragma once
+#include "blocks.cuh"
+
+// How results leave. SWIGLU: segment 0 is gate, segment 1 is up, of equal shape.
+#define MODE_STORE 0
+#define MODE_ADD 1
+#define MODE_SWIGLU 2
+
+struct GemvArgs {
+    const u8* w[3];        // matrices of one type and one width, computed as one
+    const float* bias[3];  // one float a row, or null
+    float* out[3];         // row of token t at out + t * stride (out_idx[t] instead of t if given)
+    int rows[3];
+    int stride[3];
+    int segments;
+    int cols;
+    int tokens;
+    int mode;
+    const XBlk* x;       // tokens × cols / 32 (row in_idx[t] instead of t if given)
+    const int* in_idx;
+    const int* out_idx;
+    XBlk* hidden_q;      // SWIGLU in gemv_*: tokens × rows / 32, or null
+    const float* raw;    // instead of x: tokens × cols floats, to be normed and quantised here
+    const float* norm;   // weight of that norm; null for none
+    float eps;
+    // For bulk_*: how rows are cut into tiles; chosen by the host.
+    int row_warps;       // warps that share a row, a divisor of WARPS
+    int piece;           // steps of a row that a stage holds; all of them: whole rows, in one copy
+    int stages;
+    int run_pitch;       // bytes between copies in a stage
+};
+
+#define WARPS 8
+
+// Waits for the warps that compute; bulk_* have others besides, which never come here.
+__device__ __forceinline__ void compute_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// A block of activations, brought to registers.
+struct Activations {
+    u32 q[8];
+    float d;
+    int s;
+    __device__ __forceinline__ explicit Activations(const XBlk* from) {
+        const u64* p = (const u64*)from;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u64 v = p[i];
+            q[2 * i] = (u32)v;
+            q[2 * i + 1] = (u32)(v >> 32);
+        }
+        u64 ds = p[4];
+        d = __uint_as_float((u32)ds);
+        s = (int)(ds >> 32);
+    }
+};
+
+template <class B>
+__device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, int s) {
+    int i0 = 0, i1 = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        i0 = __dp4a((int)w.q[i], (int)x[i], i0);
+        i1 = __dp4a((int)w.q[i + 4], (int)x[i + 4], i1);
+    }
+    float r;
+    if (B::HALVES) {
+        r = w.a0 * (float)i0 + w.a1 * (float)i1;
+        if (B::MINS) {
+            int s0 = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) s0 = __dp4a(0x01010101, (int)x[i], s0);
+            r -= w.m0 * (float)s0 + w.m1 * (float)(s - s0);
+        }
+    } else {
+        r = w.a0 * (float)(i0 + i1);
+        if (B::MINS) r -= w.m0 * (float)s;
+    }
+    return r * d;
+}
+
+#define CHUNK 8  // groups of four values that a thread keeps in registers
+
+__device__ __forceinline__ void load_chunk(float4 (&v)[CHUNK], const float* row, int first, int n) {
+#pragma unroll
+    for (int k = 0; k < CHUNK; k++) {
+        const int i = first + k * WARPS * 32 + threadIdx.x;
+        // Past L1, which may hold what lay there before.
+        v[k] = i < n ? __ldcg((const float4*)row + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+}
+
+__device__ __forceinline__ float sum_squares(const float4 (&v)[CHUNK]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < CHUNK; k++) sum += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
+    return sum;
+}
+
+// Four values a thread to int8; eight threads make a block of 32, and whole groups of eight take part.
+__device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool valid) {
+    float m = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+    for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
+    const float inv = m > 0.0f ? 127.0f / m : 0.0f;
+    const float f[4] = {v.x, v.y, v.z, v.w};
+    u32 word = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) word |= ((u32)__float2int_rn(f[j] * inv) & 255u) << (8 * j);
+    int s = __dp4a(0x01010101, (int)word, 0);
+#pragma unroll
+    for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
+    if (!valid) return;
+    XBlk* b = row + i / 8;
+    b->q[i & 7] = word;
+    if ((i & 7) == 0) {
+        b->d = m / 127.0f;
+        b->s = s;
+    }
+}
+
+// RMS norm (where there is one) and quantisation of the input rows, by every block for itself: cheaper
+// than a kernel of its own, which would have to end before this one begins. All loads of a chunk are in
+// flight at once, and those of the norm's weight before the predecessor has ended.
+__device__ __forceinline__ void norm_rows(const GemvArgs& a, XBlk* xs, int nb) {
+    __shared__ float part[WARPS];
+    const int tid = threadIdx.x, warp = tid >> 5;
+    const int n = a.cols / 4, step = CHUNK * WARPS * 32;
+    float4 w[CHUNK], v[CHUNK];
+    if (a.norm) load_chunk(w, a.norm, 0, n);
+    pdl_wait();
+    for (int t = 0; t < a.tokens; t++) {
+        const float* x = a.raw + (size_t)t * a.cols;
+        float rs = 1.0f;
+        load_chunk(v, x, 0, n);
+        if (a.norm) {
+            float sum = sum_squares(v);
+            for (int first = step; first < n; first += step) {
+                load_chunk(v, x, first, n);
+                sum += sum_squares(v);
+            }
+            if (n > step) load_chunk(v, x, 0, n);
+            sum = warp_sum(sum);
+            if ((tid & 31) == 0) part[warp] = sum;
+            compute_sync();
+            sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) sum += part[i];
+            rs = rsqrtf(sum / (float)a.cols + a.eps);
+        }
+        for (int first = 0; first < n; first += step) {
+            if (first > 0) load_chunk(v, x, first, n);
+            if (a.norm && (first > 0 || (t > 0 && n > step))) load_chunk(w, a.norm, first, n);
+#pragma unroll
+            for (int k = 0; k < CHUNK; k++) {
+                const int i = first + k * WARPS * 32 + tid;
+                if (i - tid >= n) break;
+                float4 y = v[k];
+                if (a.norm) y = make_float4(y.x * rs * w[k].x, y.y * rs * w[k].y, y.z * rs * w[k].z, y.w * rs * w[k].w);
+                quantise_four(y, xs + (size_t)t * nb, i, i < n);
+            }
+        }
+        compute_sync();
+    }
+}
+
+// Brings the activations to shared memory, quantised.
+__device__ __forceinline__ void load_activations(const GemvArgs& a, XBlk* xs, int nb) {
+    if (a.raw) {
+        norm_rows(a, xs, nb);
+        return;
+    }
+    pdl_wait();
+    const int words = nb * 5;
+    for (int t = 0; t < a.tokens; t++) {
+        int row = a.in_idx ? a.in_idx[t] : t;
+        const u64* src = (const u64*)(a.x + (size_t)row * nb);
+        u64* dst = (u64*)(xs + (size_t)t * nb);
+        for (int i = threadIdx.x; i < words; i += WARPS * 32) dst[i] = src[i];
+    }
+    compute_sync();
+}
