@@ -4,7 +4,9 @@
 //! ring and a backend; `generate` turns a prompt into text.
 
 mod ceilings;
+mod forecast;
 mod generate;
+mod here;
 mod links;
 mod opened;
 mod sampler;
@@ -14,7 +16,9 @@ mod start;
 mod stop;
 mod weights;
 
+pub use forecast::{Forecast, Prediction, nearest};
 pub use generate::{Generation, StopReason, generate};
+pub use here::this_machine;
 pub use links::Links;
 pub use opened::{EngineError, Opened};
 pub use sampler::{Sampler, SamplerParams, argmax};

@@ -152,6 +152,23 @@ pub struct Model {
     pub rope_freqs: Option<TensorInfo>,
 }
 
+/// What a matrix does: mixes of tensor types choose by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Queries, keys or the output of attention.
+    Attention,
+    /// Values.
+    Value,
+    /// Gate or up of a feed-forward part.
+    Up,
+    /// Down.
+    Down,
+    /// Scores of experts.
+    Router,
+    /// The output head.
+    Head,
+}
+
 /// Head slices are no larger than this, nor than the largest other unit.
 const HEAD_SLICE_BYTES_MAX: u64 = 64 << 20;
 
@@ -187,6 +204,35 @@ impl Model {
     /// Units in the order in which a pass consumes them, routed experts apart.
     pub fn pass_order(&self) -> impl Iterator<Item = usize> {
         self.units.iter().enumerate().filter(|(_, u)| !matches!(u.kind, UnitKind::Expert { .. })).map(|(i, _)| i)
+    }
+
+    /// Every matrix that a pass multiplies with, with the block it belongs to.
+    pub fn matrices(&self) -> Vec<(Role, Option<usize>, TensorRef)> {
+        let mut all = Vec::new();
+        for (i, b) in self.blocks.iter().enumerate() {
+            let mut add = |role, t: TensorRef| all.push((role, Some(i), t));
+            for l in [&b.q, &b.k, &b.output] {
+                add(Role::Attention, l.weight);
+            }
+            add(Role::Value, b.v.weight);
+            match &b.ffn {
+                Ffn::Dense { gate, up, down } => {
+                    add(Role::Up, gate.weight);
+                    add(Role::Up, up.weight);
+                    add(Role::Down, down.weight);
+                }
+                Ffn::Experts { router, experts } => {
+                    add(Role::Router, *router);
+                    for [gate, up, down] in experts {
+                        add(Role::Up, *gate);
+                        add(Role::Up, *up);
+                        add(Role::Down, *down);
+                    }
+                }
+            }
+        }
+        all.extend(self.head.iter().map(|s| (Role::Head, None, s.weight)));
+        all
     }
 
     /// The largest feed-forward width of a dense block.

@@ -1,0 +1,279 @@
+//! What a model will do on a machine, from its header alone: the plan that a session would make, and the
+//! speed that the machine's rates allow.
+
+use super::start::{Sizes, dims, make_plan, unit_size, weights_room};
+use super::{EngineError, Options};
+use crate::backend::cuda::CudaBackend;
+use crate::backend::{BackendKind, MemoryUse};
+use crate::machine;
+use crate::model::{Model, UnitKind, rope};
+use crate::plan::{Home, Machine, Plan, PlanError, Rates, Roofline, Site, Traffic, UnitWork, pass_s, roofline};
+use crate::storage::Alignment;
+
+/// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
+/// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
+pub(super) const DRIVER_BYTES: u64 = 560 << 20;
+/// How direct reads are aligned on common drives.
+const DIRECT: Alignment = Alignment { memory: 512, offset: 4096 };
+
+/// A plan and what it will do.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    /// Where weights are computed.
+    pub site: Site,
+    /// The plan.
+    pub plan: Plan,
+    /// The units, in the order of the plan's homes.
+    pub units: Vec<UnitWork>,
+    /// Positions of the KV cache.
+    pub n_ctx: usize,
+    /// Bytes of the KV cache.
+    pub kv_bytes: u64,
+    /// Bytes of VRAM that the backend takes beside weights, KV cache included; 0 without a GPU.
+    pub workspace_bytes: u64,
+    /// Bytes of VRAM that weights may take; `None` without a GPU.
+    pub vram_room: Option<u64>,
+    /// Bytes of RAM that weights may take.
+    pub ram_room: u64,
+    /// What passes take.
+    pub prediction: Prediction,
+}
+
+/// What passes take.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// Bytes of a one-token pass.
+    pub traffic: Traffic,
+    /// The roofline of a one-token pass.
+    pub decode: Option<Roofline>,
+    /// The roofline of a prefill pass over [`Options::MAX_BATCH`] tokens, or what the prompt has if it is
+    /// shorter; `None` where the speed of products is not known.
+    pub prefill: Option<Roofline>,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Seconds from a prompt of that many tokens to the first token.
+    pub first_token_s: Option<f64>,
+    /// Seconds of loading tiers A and B.
+    pub load_s: Option<f64>,
+}
+
+impl Forecast {
+    /// Plans `model` on `machine` as a session with `options` would, and predicts its speed with a prompt
+    /// of `prompt` tokens.
+    ///
+    /// # Errors
+    /// Where nothing fits the limits, or a GPU is asked for that is not there.
+    pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
+        let sizes = Sizes::new(model, &|_| DIRECT);
+        let mut units = works(model, &sizes);
+        Forecast::of_units(model, machine, options, prompt, &sizes, &mut units)
+    }
+
+    fn of_units(
+        model: &Model,
+        machine: &Machine,
+        options: &Options,
+        prompt: usize,
+        sizes: &Sizes,
+        units: &mut Vec<UnitWork>,
+    ) -> Result<Forecast, EngineError> {
+        let site = site(machine, options.backend)?;
+        let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
+        let options =
+            Options { ram: Some(ram_room), storage: options.storage && machine.storage.is_some(), ..options.clone() };
+        let (workspace_bytes, vram_room) = match site {
+            Site::Gpu => {
+                let workspace = workspace_bytes(model, machine, &options);
+                (workspace, Some(vram_room(machine, workspace, options.vram)))
+            }
+            Site::Cpu => (0, None),
+        };
+        let plan = make_plan(model, sizes, vram_room, &options)?;
+        let prediction = Prediction::new(units, &plan, machine, site, prompt);
+        Ok(Forecast {
+            site,
+            plan,
+            units: std::mem::take(units),
+            n_ctx: options.n_ctx,
+            kv_bytes: kv_bytes(model, &options),
+            workspace_bytes,
+            vram_room,
+            ram_room,
+            prediction,
+        })
+    }
+
+    /// Units and bytes of a tier.
+    pub fn tier(&self, home: Home) -> (usize, u64) {
+        let of = self.units.iter().zip(&self.plan.homes).filter(|(_, h)| **h == home);
+        (of.clone().count(), of.map(|(u, _)| u.bytes).sum())
+    }
+
+    /// The home of each block: of its shared part, where it has experts.
+    pub fn blocks(&self) -> Vec<Home> {
+        let of = self.units.iter().zip(&self.plan.homes);
+        of.filter(|(u, _)| u.size.block.is_some() && !u.size.routed).map(|(_, h)| *h).collect()
+    }
+
+    /// Slots that computation reads from.
+    pub fn n_buffers(&self) -> usize {
+        if self.site == Site::Gpu { self.plan.device_slots } else { self.plan.n_slots }
+    }
+}
+
+impl Prediction {
+    fn new(units: &[UnitWork], plan: &Plan, machine: &Machine, site: Site, prompt: usize) -> Prediction {
+        let rates = rates(machine);
+        let on_device = site == Site::Gpu;
+        let traffic = Traffic::new(units, &plan.homes, on_device, 1);
+        let compute: f64 = units.iter().map(|u| u.decode_s(machine, site) * u.share).sum();
+        let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
+        let batch = prompt.clamp(1, Options::MAX_BATCH);
+        let pass = |tokens: usize| {
+            let compute: Option<f64> = units.iter().map(|u| u.prefill_s(machine, site, tokens)).sum();
+            roofline(&Traffic::new(units, &plan.homes, on_device, tokens), &rates, Some(compute? + pass_s(site)))
+        };
+        let (whole, rest) = (prompt / batch, prompt % batch);
+        let prefill = pass(batch);
+        let last = if rest > 0 { pass(rest).map(|r| r.seconds) } else { Some(0.0) };
+        let resident = units.iter().zip(&plan.homes).filter(|(_, h)| **h != Home::C).map(|(u, _)| u.bytes).sum::<u64>();
+        Prediction {
+            traffic,
+            decode,
+            prefill,
+            prompt,
+            first_token_s: prefill.zip(last).map(|(p, l)| whole as f64 * p.seconds + l),
+            load_s: rates.nvme.map(|n| resident as f64 / n),
+        }
+    }
+}
+
+/// The machine's rates as numbers.
+fn rates(machine: &Machine) -> Rates {
+    Rates {
+        vram: machine.gpu.as_ref().map(|g| g.memory.bytes_per_s()),
+        gpu: machine.gpu.as_ref().map(|g| g.link.bytes_per_s()),
+        ram: Some(machine.ram.read.bytes_per_s()),
+        nvme: machine.storage_bytes_per_s(),
+        copies: machine.storage.as_ref().is_some_and(|s| s.copies),
+    }
+}
+
+/// What each unit of the model asks of a pass.
+fn works(model: &Model, sizes: &Sizes) -> Vec<UnitWork> {
+    let h = &model.hparams;
+    let of = |(u, l): (&crate::model::UnitSpec, _)| UnitWork {
+        size: unit_size((u, l)),
+        bytes: u.bytes(),
+        matrices: Vec::new(),
+        share: match u.kind {
+            UnitKind::Expert { .. } => h.n_experts_used as f64 / h.n_experts as f64,
+            _ => 1.0,
+        },
+    };
+    let mut works: Vec<UnitWork> = model.units.iter().zip(sizes.layouts.iter()).map(of).collect();
+    for (_, _, t) in model.matrices() {
+        let bytes = t.rows as u64 * t.ty.row_bytes(t.cols).unwrap_or(0) as u64;
+        let elements = (t.rows * t.cols) as u64;
+        let matrices = &mut works[t.unit].matrices;
+        match matrices.iter_mut().find(|m| m.0 == t.ty) {
+            Some(m) => (m.1, m.2) = (m.1 + bytes, m.2 + elements),
+            None => matrices.push((t.ty, bytes, elements)),
+        }
+    }
+    works
+}
+
+fn site(machine: &Machine, wished: BackendKind) -> Result<Site, EngineError> {
+    match (wished, &machine.gpu) {
+        (BackendKind::Cpu, _) | (BackendKind::Auto, None) => Ok(Site::Cpu),
+        (_, Some(_)) => Ok(Site::Gpu),
+        (BackendKind::Cuda, None) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
+    }
+}
+
+fn ram_budget(machine: &Machine) -> Option<u64> {
+    let ram = &machine.ram;
+    let available = ram.available.unwrap_or(ram.size / 16 * 15);
+    machine::Memory { total: Some(ram.size), available: Some(available), cgroup_left: None }.budget()
+}
+
+/// Bytes of the KV cache.
+fn kv_bytes(model: &Model, options: &Options) -> u64 {
+    let h = &model.hparams;
+    let elements = 2 * h.n_layers * options.n_ctx * h.n_kv_heads * h.head_dim;
+    (elements * options.kv_type.block_bytes()) as u64
+}
+
+fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {
+    let h = &model.hparams;
+    let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, None);
+    let multiprocessors = machine.gpu.as_ref().map_or(0, |g| g.multiprocessors);
+    CudaBackend::workspace_bytes_of(&dims(model, options, rope), multiprocessors)
+}
+
+/// Bytes of VRAM for weights, as a session finds them once its backend has its buffers.
+fn vram_room(machine: &Machine, workspace: u64, limit: Option<u64>) -> u64 {
+    let (vram, taken) = machine.gpu.as_ref().map_or((0, 0), |g| (g.vram, g.vram_taken));
+    let used = workspace + DRIVER_BYTES;
+    weights_room(limit, MemoryUse { used, free: vram.saturating_sub(taken + used) })
+}
+
+/// What would fit in place of options that do not, as a sentence; `None` if nothing was found.
+pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<String> {
+    let fits = |o: &Options| Forecast::new(model, machine, o, 1).ok();
+    if options.tiers.is_some()
+        && let Some(f) = fits(&Options { tiers: None, ..options.clone() })
+    {
+        let count = |home| f.blocks().iter().filter(|h| **h == home).count();
+        return Some(format!("--tiers {}:{}:{} fits", count(Home::A), count(Home::B), count(Home::C)));
+    }
+    if options.n_buffers.is_some_and(|n| n > 2) && fits(&Options { n_buffers: Some(2), ..options.clone() }).is_some() {
+        return Some("--n-buffers 2 fits".into());
+    }
+    let mut n_ctx = options.n_ctx;
+    while n_ctx > 128 {
+        n_ctx /= 2;
+        if fits(&Options { n_ctx, ..options.clone() }).is_some() {
+            return Some(format!("--ctx {n_ctx} fits"));
+        }
+    }
+    let step = |given: Option<u64>, set: &dyn Fn(u64) -> Options| {
+        let from = given.unwrap_or(0).next_multiple_of(1 << 30) >> 30;
+        (from..from + 1024).find(|gib| fits(&set(gib << 30)).is_some())
+    };
+    if !options.storage && fits(&Options { storage: true, ..options.clone() }).is_some() {
+        return Some("without --tier-c none it fits, with the rest on storage".into());
+    }
+    if let Some(gib) = step(options.ram, &|ram| Options { ram: Some(ram), ..options.clone() }) {
+        return Some(format!("--ram {gib}GiB would fit"));
+    }
+    fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).map(|_| "--backend cpu fits".into())
+}
+
+impl From<&Forecast> for crate::plan::Tiers {
+    fn from(f: &Forecast) -> crate::plan::Tiers {
+        let blocks = f.blocks();
+        let count = |home| blocks.iter().filter(|h| **h == home).count();
+        crate::plan::Tiers { a: count(Home::A), b: count(Home::B), c: count(Home::C) }
+    }
+}
+
+impl Forecast {
+    /// The largest context up to what the model was trained on with which everything still fits.
+    pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
+        let fits = |n_ctx| match Forecast::new(model, machine, &Options { n_ctx, ..options.clone() }, 1) {
+            Ok(_) => true,
+            Err(EngineError::Plan(PlanError::TiersMiscounted { .. })) | Err(_) => false,
+        };
+        let (mut low, mut high) = (0, model.hparams.n_ctx_train);
+        if fits(high) {
+            return Some(high);
+        }
+        while high - low > 1 {
+            let mid = low + (high - low) / 2;
+            if fits(mid) { low = mid } else { high = mid }
+        }
+        (low > 0).then_some(low)
+    }
+}
