@@ -7,12 +7,17 @@ use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendKind, MemoryUse};
 use crate::machine;
 use crate::model::{Model, UnitKind, rope};
-use crate::plan::{Home, Machine, Plan, PlanError, Rates, Roofline, Site, Traffic, UnitWork, pass_s, roofline};
+use crate::plan::{
+    COPY_GAP_S, Home, Machine, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic, UnitWork,
+    pass_s, roofline,
+};
 use crate::storage::Alignment;
 
 /// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
 /// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
 pub(super) const DRIVER_BYTES: u64 = 560 << 20;
+/// Prefill passes that are simulated one by one.
+const PASSES_RUN: usize = 6;
 /// How direct reads are aligned on common drives.
 const DIRECT: Alignment = Alignment { memory: 512, offset: 4096 };
 
@@ -46,12 +51,16 @@ pub struct Prediction {
     pub traffic: Traffic,
     /// The roofline of a one-token pass.
     pub decode: Option<Roofline>,
+    /// A one-token pass of a settled ring, simulated; `None` where a rate that it needs is not known.
+    pub simulated: Option<Shares>,
+    /// The rates that both count with.
+    pub rates: Rates,
     /// The roofline of a prefill pass over [`Options::MAX_BATCH`] tokens, or what the prompt has if it is
     /// shorter; `None` where the speed of products is not known.
     pub prefill: Option<Roofline>,
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Seconds from a prompt of that many tokens to the first token.
+    /// Seconds from a prompt of that many tokens to the first token, simulated from an empty ring.
     pub first_token_s: Option<f64>,
     /// Seconds of loading tiers A and B.
     pub load_s: Option<f64>,
@@ -128,24 +137,70 @@ impl Prediction {
         let traffic = Traffic::new(units, &plan.homes, on_device, 1);
         let compute: f64 = units.iter().map(|u| u.decode_s(machine, site) * u.share).sum();
         let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
+        let setup = setup(units, plan, &rates, on_device);
+        let simulated = decode.map(|_| setup.settled(&decode_work(units, machine, site)));
         let batch = prompt.clamp(1, Options::MAX_BATCH);
-        let pass = |tokens: usize| {
-            let compute: Option<f64> = units.iter().map(|u| u.prefill_s(machine, site, tokens)).sum();
-            roofline(&Traffic::new(units, &plan.homes, on_device, tokens), &rates, Some(compute? + pass_s(site)))
-        };
-        let (whole, rest) = (prompt / batch, prompt % batch);
-        let prefill = pass(batch);
-        let last = if rest > 0 { pass(rest).map(|r| r.seconds) } else { Some(0.0) };
+        let prefill = prefill_work(units, machine, site, batch).and_then(|work| {
+            let compute: f64 = units.iter().zip(&work.unit_s).map(|(u, s)| s * u.used_by(batch)).sum();
+            roofline(&Traffic::new(units, &plan.homes, on_device, batch), &rates, Some(compute + pass_s(site)))
+        });
         let resident = units.iter().zip(&plan.homes).filter(|(_, h)| **h != Home::C).map(|(u, _)| u.bytes).sum::<u64>();
         Prediction {
             traffic,
             decode,
+            simulated,
             prefill,
             prompt,
-            first_token_s: prefill.zip(last).map(|(p, l)| whole as f64 * p.seconds + l),
+            first_token_s: prefill.and_then(|_| first_token(&setup, units, machine, site, prompt)),
             load_s: rates.nvme.map(|n| resident as f64 / n),
+            rates,
         }
     }
+}
+
+/// What the simulator needs to know.
+fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: bool) -> Setup {
+    Setup {
+        units: units.iter().zip(&plan.homes).map(|(u, &home)| SimUnit { size: u.size, home }).collect(),
+        on_device,
+        staging_slots: if plan.homes.contains(&Home::C) { plan.n_slots } else { 0 },
+        device_slots: plan.device_slots,
+        rates: *rates,
+        copy_gap_s: COPY_GAP_S,
+        wrap: true,
+        seed: 1,
+    }
+}
+
+/// Experts of a block that `tokens` tokens use together.
+fn experts(units: &[UnitWork], tokens: usize) -> usize {
+    let Some(e) = units.iter().find(|u| u.size.routed) else { return 0 };
+    let of_block = units.iter().filter(|u| u.size.routed && u.size.block == e.size.block).count();
+    (of_block as f64 * e.used_by(tokens)).round() as usize
+}
+
+fn decode_work(units: &[UnitWork], machine: &Machine, site: Site) -> PassWork {
+    let unit_s = units.iter().map(|u| u.decode_s(machine, site)).collect();
+    PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, 1) }
+}
+
+fn prefill_work(units: &[UnitWork], machine: &Machine, site: Site, tokens: usize) -> Option<PassWork> {
+    let unit_s = units.iter().map(|u| u.prefill_s(machine, site, tokens)).collect::<Option<_>>()?;
+    Some(PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, tokens) })
+}
+
+/// Seconds from the prompt to its last pass's end.
+fn first_token(setup: &Setup, units: &[UnitWork], machine: &Machine, site: Site, prompt: usize) -> Option<f64> {
+    let work = |tokens| prefill_work(units, machine, site, tokens);
+    let (whole, rest) = (prompt / Options::MAX_BATCH, prompt % Options::MAX_BATCH);
+    let full = if whole > 0 { Some(work(Options::MAX_BATCH)?) } else { None };
+    let last = if rest > 0 { Some(work(rest)?) } else { None };
+    // A long prompt's passes are all alike once the ring has settled.
+    let run = whole.min(PASSES_RUN);
+    let passes: Vec<&PassWork> = full.iter().cycle().take(run).chain(&last).collect();
+    let out = setup.run(&passes).passes;
+    let more = (whole - run) as f64 * out.get(run.wrapping_sub(1)).map_or(0.0, |p| p.seconds);
+    Some(out.iter().map(|p| p.seconds).sum::<f64>() + more)
 }
 
 /// The machine's rates as numbers.

@@ -68,8 +68,8 @@ impl UnitWork {
         }
     }
 
-    /// Seconds of computing it for `tokens` tokens at once, of which an expert gets its share; `None` if
-    /// the speed of products is not known. The head computes one row.
+    /// Seconds of computing it for those of `tokens` tokens that use it, if any does; `None` if the speed
+    /// of products is not known. The head computes one row.
     pub fn prefill_s(&self, machine: &Machine, site: Site, tokens: usize) -> Option<f64> {
         let speed = match site {
             Site::Gpu => machine.gpu.as_ref()?.gemm.as_ref()?,
@@ -80,8 +80,8 @@ impl UnitWork {
             return Some(once);
         }
         let weights: u64 = self.matrices.iter().map(|m| m.2).sum();
-        let products = 2.0 * weights as f64 * tokens as f64 * self.share / (speed.tflops * 1e12);
-        Some(products.max(once * self.used_by(tokens)))
+        let tokens = tokens as f64 * self.share / self.used_by(tokens);
+        Some((2.0 * weights as f64 * tokens / (speed.tflops * 1e12)).max(once))
     }
 
     /// Chance that any of `tokens` tokens uses it, each choosing by itself.
