@@ -7,15 +7,20 @@ use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendKind, MemoryUse};
 use crate::machine;
 use crate::model::{Model, UnitKind, rope};
+use crate::pipeline::{Event, UnitLayout};
 use crate::plan::{
-    COPY_GAP_S, Home, Machine, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic, UnitWork,
-    pass_s, roofline,
+    COPY_GAP_S, Home, Machine, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
+    UnitWork, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
 /// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
 /// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
 pub(super) const DRIVER_BYTES: u64 = 560 << 20;
+/// Numbers of buffers that are tried where none is given.
+const BUFFERS_TRIED: std::ops::RangeInclusive<usize> = 2..=6;
+/// One-token passes of a timeline.
+const PASSES_SHOWN: usize = 6;
 /// Prefill passes that are simulated one by one.
 const PASSES_RUN: usize = 6;
 /// How direct reads are aligned on common drives.
@@ -68,14 +73,27 @@ pub struct Prediction {
 
 impl Forecast {
     /// Plans `model` on `machine` as a session with `options` would, and predicts its speed with a prompt
-    /// of `prompt` tokens.
+    /// of `prompt` tokens. Where the number of buffers is not given, it is the smallest whose pass takes
+    /// no more than a hundredth longer than with the best.
     ///
     /// # Errors
     /// Where nothing fits the limits, or a GPU is asked for that is not there.
     pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
         let sizes = Sizes::new(model, &|_| DIRECT);
-        let mut units = works(model, &sizes);
-        Forecast::of_units(model, machine, options, prompt, &sizes, &mut units)
+        let units = works(model, &sizes.layouts);
+        let with = |n_buffers| {
+            let options = Options { n_buffers, ..options.clone() };
+            Forecast::of_units(model, machine, &options, prompt, &sizes, &units)
+        };
+        let first = with(options.n_buffers)?;
+        if options.n_buffers.is_some() || first.n_buffers() == 0 {
+            return Ok(first);
+        }
+        let seconds = |f: &Forecast| f.prediction.simulated.map(|s| s.seconds);
+        let all: Vec<Forecast> = BUFFERS_TRIED.filter_map(|n| with(Some(n)).ok()).collect();
+        let best = all.iter().filter_map(seconds).fold(f64::INFINITY, f64::min);
+        let near = all.into_iter().find(|f| seconds(f).is_some_and(|s| s <= best * 1.01));
+        Ok(near.unwrap_or(first))
     }
 
     fn of_units(
@@ -84,12 +102,12 @@ impl Forecast {
         options: &Options,
         prompt: usize,
         sizes: &Sizes,
-        units: &mut Vec<UnitWork>,
+        units: &[UnitWork],
     ) -> Result<Forecast, EngineError> {
         let site = site(machine, options.backend)?;
         let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
-        let options =
-            Options { ram: Some(ram_room), storage: options.storage && machine.storage.is_some(), ..options.clone() };
+        let storage = options.storage && machine.storage.is_some();
+        let options = Options { ram: Some(ram_room), storage, ..options.clone() };
         let (workspace_bytes, vram_room) = match site {
             Site::Gpu => {
                 let workspace = workspace_bytes(model, machine, &options);
@@ -98,18 +116,36 @@ impl Forecast {
             Site::Cpu => (0, None),
         };
         let plan = make_plan(model, sizes, vram_room, &options)?;
-        let prediction = Prediction::new(units, &plan, machine, site, prompt);
         Ok(Forecast {
+            prediction: Prediction::new(units, &plan, machine, site, prompt),
             site,
             plan,
-            units: std::mem::take(units),
+            units: units.to_vec(),
             n_ctx: options.n_ctx,
             kv_bytes: kv_bytes(model, &options),
             workspace_bytes,
             vram_room,
             ram_room,
-            prediction,
         })
+    }
+
+    /// The same plan where each pass begins with an empty ring.
+    pub fn without_wrap(mut self, machine: &Machine) -> Forecast {
+        let p = &mut self.prediction;
+        let setup = setup(&self.units, &self.plan, &p.rates, self.site == Site::Gpu);
+        let work = decode_work(&self.units, machine, self.site);
+        p.simulated = p.simulated.map(|_| Setup { wrap: false, ..setup }.settled(&work));
+        self
+    }
+
+    /// What would happen when: the prompt's first passes from an empty ring, then some one-token passes.
+    pub fn timeline(&self, machine: &Machine) -> Vec<Event> {
+        let setup = setup(&self.units, &self.plan, &self.prediction.rates, self.site == Site::Gpu);
+        let decode = decode_work(&self.units, machine, self.site);
+        let batch = self.prediction.prompt.clamp(1, Options::MAX_BATCH);
+        let prefill = prefill_work(&self.units, machine, self.site, batch);
+        let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
+        setup.run(&passes).events
     }
 
     /// Units and bytes of a tier.
@@ -215,7 +251,7 @@ fn rates(machine: &Machine) -> Rates {
 }
 
 /// What each unit of the model asks of a pass.
-fn works(model: &Model, sizes: &Sizes) -> Vec<UnitWork> {
+pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
     let h = &model.hparams;
     let of = |(u, l): (&crate::model::UnitSpec, _)| UnitWork {
         size: unit_size((u, l)),
@@ -226,7 +262,7 @@ fn works(model: &Model, sizes: &Sizes) -> Vec<UnitWork> {
             _ => 1.0,
         },
     };
-    let mut works: Vec<UnitWork> = model.units.iter().zip(sizes.layouts.iter()).map(of).collect();
+    let mut works: Vec<UnitWork> = model.units.iter().zip(layouts).map(of).collect();
     for (_, _, t) in model.matrices() {
         let bytes = t.rows as u64 * t.ty.row_bytes(t.cols).unwrap_or(0) as u64;
         let elements = (t.rows * t.cols) as u64;

@@ -167,6 +167,8 @@ pub enum Role {
     Router,
     /// The output head.
     Head,
+    /// The embedding, of which a token needs one row.
+    Embedding,
 }
 
 /// Head slices are no larger than this, nor than the largest other unit.
@@ -209,35 +211,64 @@ impl Model {
     /// Every matrix that a pass multiplies with, with the block it belongs to.
     pub fn matrices(&self) -> Vec<(Role, Option<usize>, TensorRef)> {
         let mut all = Vec::new();
-        for (i, b) in self.blocks.iter().enumerate() {
-            let mut add = |role, t: TensorRef| all.push((role, Some(i), t));
-            for l in [&b.q, &b.k, &b.output] {
-                add(Role::Attention, l.weight);
-            }
-            add(Role::Value, b.v.weight);
-            match &b.ffn {
-                Ffn::Dense { gate, up, down } => {
-                    add(Role::Up, gate.weight);
-                    add(Role::Up, up.weight);
-                    add(Role::Down, down.weight);
-                }
-                Ffn::Experts { router, experts } => {
-                    add(Role::Router, *router);
-                    for [gate, up, down] in experts {
-                        add(Role::Up, *gate);
-                        add(Role::Up, *up);
-                        add(Role::Down, *down);
-                    }
-                }
-            }
-        }
-        all.extend(self.head.iter().map(|s| (Role::Head, None, s.weight)));
+        let (mut blocks, mut head) = (self.blocks.clone(), self.head.clone());
+        visit(&mut blocks, &mut head, &mut |role, block, t| all.push((role, block, *t)));
         all
+    }
+
+    /// The same model with other types of its matrices: sizes are exact, places in the file are not. A
+    /// type whose blocks do not divide a matrix's rows is not taken.
+    pub fn retyped(&self, choose: impl Fn(Role, Option<usize>) -> TensorType) -> Model {
+        let mut model = self.clone();
+        let units = &mut model.units;
+        visit(&mut model.blocks, &mut model.head, &mut |role, block, t| {
+            let ty = choose(role, block);
+            if let (Some(row_bytes), false) = (ty.row_bytes(t.cols), role == Role::Router) {
+                units[t.unit].spans[t.span].bytes = (t.rows * row_bytes) as u64;
+                t.ty = ty;
+            }
+        });
+        let role = if self.tied { Role::Head } else { Role::Embedding };
+        let ty = choose(role, None);
+        if let Some(row_bytes) = ty.row_bytes(self.hparams.n_embd) {
+            model.embedding.bytes = (self.n_vocab * row_bytes) as u64;
+            model.embedding.ty = ty;
+        }
+        model
     }
 
     /// The largest feed-forward width of a dense block.
     pub fn n_ff(&self) -> usize {
         if self.hparams.n_experts == 0 { self.hparams.n_ff } else { 0 }
+    }
+}
+
+/// Shows every matrix that a pass multiplies with, with the block it belongs to.
+fn visit(blocks: &mut [Block], head: &mut [HeadSlice], f: &mut dyn FnMut(Role, Option<usize>, &mut TensorRef)) {
+    for (i, b) in blocks.iter_mut().enumerate() {
+        let mut show = |role, t: &mut TensorRef| f(role, Some(i), t);
+        for l in [&mut b.q, &mut b.k, &mut b.output] {
+            show(Role::Attention, &mut l.weight);
+        }
+        show(Role::Value, &mut b.v.weight);
+        match &mut b.ffn {
+            Ffn::Dense { gate, up, down } => {
+                show(Role::Up, &mut gate.weight);
+                show(Role::Up, &mut up.weight);
+                show(Role::Down, &mut down.weight);
+            }
+            Ffn::Experts { router, experts } => {
+                show(Role::Router, router);
+                for [gate, up, down] in experts {
+                    show(Role::Up, gate);
+                    show(Role::Up, up);
+                    show(Role::Down, down);
+                }
+            }
+        }
+    }
+    for slice in head {
+        f(Role::Head, None, &mut slice.weight);
     }
 }
 

@@ -81,9 +81,9 @@ fn stacked_tiers_are_never_faster_than_interleaved_ones() {
         let mixed: String = (1..=24usize)
             .map(|i| {
                 let want = [a, b, c].map(|n| n * i / 24);
-                let t = (0..3).find(|&t| dealt[t] < want[t]).unwrap_or_else(|| {
-                    (0..3).find(|&t| dealt[t] < [a, b, c][t]).unwrap()
-                });
+                let t = (0..3)
+                    .find(|&t| dealt[t] < want[t])
+                    .unwrap_or_else(|| (0..3).find(|&t| dealt[t] < [a, b, c][t]).unwrap());
                 dealt[t] += 1;
                 ['A', 'B', 'C'][t]
             })
@@ -132,7 +132,8 @@ fn random(seed: u64) -> (Setup, PassWork) {
     let mut rate = || Some(f64::from(rng.random_range(20..400u32)));
     let rates = Rates { vram: None, gpu: rate(), ram: rate().map(|r| 3.0 * r), nvme: rate(), copies: seed % 3 == 0 };
     let each = f64::from(rng.random_range(1..100u32)) / 100.0;
-    let setup = Setup { units, on_device, staging_slots: slots, device_slots: slots, rates, copy_gap_s: 0.0, wrap: true, seed };
+    let setup =
+        Setup { units, on_device, staging_slots: slots, device_slots: slots, rates, copy_gap_s: 0.0, wrap: true, seed };
     let pass = PassWork { unit_s: vec![each; setup.units.len()], beside_s: 0.01, experts: experts / 2 };
     (setup, pass)
 }
@@ -187,10 +188,7 @@ fn a_faster_link_never_makes_a_pass_slower() {
         setup.rates = Rates { ram: None, copies: false, ..setup.rates };
         let base = setup.settled(&pass).seconds;
         let r = setup.rates;
-        for rates in [
-            Rates { gpu: r.gpu.map(|x| 2.0 * x), ..r },
-            Rates { nvme: r.nvme.map(|x| 2.0 * x), ..r },
-        ] {
+        for rates in [Rates { gpu: r.gpu.map(|x| 2.0 * x), ..r }, Rates { nvme: r.nvme.map(|x| 2.0 * x), ..r }] {
             let faster = Setup { rates, ..setup.clone() }.settled(&pass).seconds;
             // The copying thread looks up only when a copy ends, which may be the worse moment.
             assert!(faster <= base * 1.02, "seed {seed}: {base} -> {faster} with {rates:?}");

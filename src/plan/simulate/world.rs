@@ -8,10 +8,18 @@ use rand_chacha::ChaCha8Rng;
 use super::share::{Demand, speeds};
 use super::{Outcome, PassWork, Setup, Shares};
 use crate::pipeline::{Acquire, Event, EventKind, Ring, Step};
+use crate::plan::COPY_TRANSFERS;
 use crate::plan::Home;
 
 /// Copies that are started beyond the one that runs (as in `pipeline::uploads`).
 const COPIES_AHEAD: usize = 1;
+
+/// Share of storage's rate that one unit alone reaches where reads are copies by processors (H100, /dev/shm:
+/// 16.6 GB/s with two buffers, of which one is being copied from, and 21.9 with both being read into).
+const COPIED_ALONE: f64 = 0.75;
+
+/// Most of RAM's rate that a drive may take.
+const READ_SHARE_MAX: f64 = 0.9;
 
 /// Something that runs, alone of its kind.
 #[derive(Clone, Copy, Debug)]
@@ -49,9 +57,15 @@ struct Compute {
 enum Copier {
     Look,
     /// Wants a unit that is read; `landing`: it waits for its copies first.
-    Take { unit: usize, slot: usize, landing: bool },
+    Take {
+        unit: usize,
+        slot: usize,
+        landing: bool,
+    },
     /// Waits for the oldest copy; then who computes is told of the last one, into `called`.
-    Land { called: Option<usize> },
+    Land {
+        called: Option<usize>,
+    },
 }
 
 /// What whoever computes does next.
@@ -405,7 +419,7 @@ impl<'a> World<'a> {
             && let Some((unit, slot)) = self.reads.pop_front()
         {
             let n = rates.nvme.unwrap_or(f64::INFINITY);
-            let demand = if rates.copies { [3.0 * n, 1.0] } else { [n, 0.0] };
+            let demand = if rates.copies { [COPY_TRANSFERS * n, 1.0] } else { [n, 0.0] };
             self.reading = running(Some(unit), slot, bytes(unit) / n, finite(demand));
             moved = true;
         }
@@ -434,8 +448,7 @@ impl<'a> World<'a> {
     /// Lets time pass until something ends; `false` if nothing runs.
     fn advance(&mut self) -> bool {
         let all = [self.reading, self.copying, self.computing];
-        let demands = all.map(|r| r.map(|r| r.demand));
-        let speeds = speeds(&demands, [self.setup.rates.ram.unwrap_or(f64::INFINITY), 1.0]);
+        let speeds = self.speeds(&all);
         let ends = |i: usize| all[i].map_or(f64::INFINITY, |r| r.left / speeds[i]);
         let step = (0..3).map(ends).fold(f64::INFINITY, f64::min);
         if !step.is_finite() {
@@ -450,6 +463,25 @@ impl<'a> World<'a> {
         }
         self.end();
         true
+    }
+
+    /// How fast the read, the copy and the compute that run go.
+    fn speeds(&self, all: &[Option<Running>; 3]) -> [f64; 3] {
+        let mut demands = all.map(|r| r.map(|r| r.demand));
+        let ram = self.setup.rates.ram.unwrap_or(f64::INFINITY);
+        if self.setup.rates.copies {
+            let mut speeds = speeds(&demands, [ram, 1.0]);
+            if self.reads.is_empty() {
+                speeds[0] = speeds[0].min(COPIED_ALONE);
+            }
+            return speeds;
+        }
+        // A drive writes to memory at its own pace, far below memory's; others share the rest.
+        let read = demands[0].take().map_or(0.0, |d| d[0]);
+        let read_speed = if read > 0.0 { (READ_SHARE_MAX * ram / read).min(1.0) } else { 1.0 };
+        let mut speeds = speeds(&demands, [ram - read * read_speed, 1.0]);
+        speeds[0] = read_speed;
+        speeds
     }
 
     /// Adds `step` seconds to what they were spent on.
