@@ -9,7 +9,7 @@ use serde_json::{Value as Json, json};
 use super::args::{Auto, KvArg};
 use super::report::print_line;
 use super::{Failure, ModelArg, Placement, run};
-use crate::engine::{Change, EngineError, Forecast, Opened, Options, nearest, sensitivity, this_machine};
+use crate::engine::{Change, Forecast, Opened, Options, sensitivity, this_machine};
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 
@@ -68,7 +68,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         Auto::Auto => CTX_DEFAULT.max(args.n_prompt).min(trained),
     };
     let forecast = Forecast::new(&opened.model, &machine, &options, args.n_prompt.max(1))
-        .map_err(|e| refusal(e, &opened, &machine, &options))?;
+        .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
     if let Some(path) = &args.placement.timeline {
         write_timeline(path, &forecast.timeline(&machine), &opened)
@@ -125,12 +125,9 @@ fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
     Machine::parse(&text).map_err(|e| Failure::usage(format!("--machine {given}: {e}")))
 }
 
-/// An error with what would fit instead.
-fn refusal(e: EngineError, opened: &Opened, machine: &Machine, options: &Options) -> Failure {
-    match (&e, nearest(&opened.model, machine, options)) {
-        (EngineError::Plan(_), Some(other)) => Failure::limits(format!("{e}; {other}")),
-        _ => run::failure(e),
-    }
+/// Tokens a second, with three digits at least.
+fn speed(tokens_per_s: f64) -> String {
+    if tokens_per_s < 1.0 { format!("{tokens_per_s:.3}") } else { format!("{tokens_per_s:.2}") }
 }
 
 /// The home of each block as a letter.
@@ -192,10 +189,10 @@ impl Shown {
             let head = if i == 0 { "changes" } else { "" };
             writeln!(
                 out,
-                "{head:<9} {:<26} {:+4.0} %, {:.2} tokens/s",
+                "{head:<9} {:<26} {:+4.0} %, {} tokens/s",
                 c.what,
                 (c.factor - 1.0) * 100.0,
-                c.tokens_per_s
+                speed(c.tokens_per_s)
             )?;
         }
         Ok(())
@@ -251,10 +248,10 @@ impl Shown {
     fn write_speed(&self, out: &mut String) -> std::fmt::Result {
         let p = &self.forecast.prediction;
         let roofline = |r: Option<Roofline>, tokens: usize| match r {
-            Some(r) => format!("at most {:.2}, bound by {}", tokens as f64 / r.seconds, r.bound_by.name()),
+            Some(r) => format!("at most {}, bound by {}", speed(tokens as f64 / r.seconds), r.bound_by.name()),
             None => "a rate that it needs is not known".into(),
         };
-        let simulated = p.simulated.map_or(String::new(), |s| format!("{:.2} tokens/s; ", 1.0 / s.seconds));
+        let simulated = p.simulated.map_or(String::new(), |s| format!("{} tokens/s; ", speed(1.0 / s.seconds)));
         writeln!(out, "decode    {simulated}{}", roofline(p.decode, 1))?;
         if let Some(s) = p.simulated {
             let busy = LINKS.iter().filter_map(|(l, name)| {

@@ -195,7 +195,7 @@ impl Prediction {
 }
 
 /// What the simulator needs to know.
-fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: bool) -> Setup {
+pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: bool) -> Setup {
     Setup {
         units: units.iter().zip(&plan.homes).map(|(u, &home)| SimUnit { size: u.size, home }).collect(),
         on_device,
@@ -342,14 +342,6 @@ pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<St
     fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).map(|_| "--backend cpu fits".into())
 }
 
-impl From<&Forecast> for crate::plan::Tiers {
-    fn from(f: &Forecast) -> crate::plan::Tiers {
-        let blocks = f.blocks();
-        let count = |home| blocks.iter().filter(|h| **h == home).count();
-        crate::plan::Tiers { a: count(Home::A), b: count(Home::B), c: count(Home::C) }
-    }
-}
-
 impl Forecast {
     /// The largest context up to what the model was trained on with which everything still fits.
     pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
@@ -367,4 +359,14 @@ impl Forecast {
         }
         (low > 0).then_some(low)
     }
+}
+
+/// The number of buffers that [`Forecast::new`] chooses, if rates that were measured say so; `None` where
+/// one that it needs is a guess or nothing streams.
+pub fn choose_buffers(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
+    let f = Forecast::new(model, machine, options, 1).ok()?;
+    let storage = machine.storage.as_ref().is_some_and(|s| s.read.measured);
+    let link = machine.gpu.as_ref().is_some_and(|g| g.link.measured && g.memory.measured);
+    let known = (f.tier(Home::C).0 == 0 || storage) && (f.site == Site::Cpu || link);
+    (known && f.n_buffers() > 0).then(|| f.n_buffers())
 }

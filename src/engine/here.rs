@@ -40,18 +40,18 @@ pub fn this_machine(opened: &Opened) -> Machine {
 }
 
 /// The last measured rate, with its day and age.
-fn cached(kind: &str, identity: &str) -> Option<Rate> {
+fn cached(kind: &str, by: &str, identity: &str) -> Option<Rate> {
     let r = probe::measured(kind, identity)?;
     let days = r.age_s() / 86_400;
     let age = if days > 0 { format!(", {days} days ago") } else { String::new() };
-    Some(Rate::measured(r.bytes_per_s, format!("nt probe on {}{age}", r.date)))
+    Some(Rate::measured(r.bytes_per_s, format!("{by} on {}{age}", r.date)))
 }
 
 fn ram() -> RamSide {
     let root = Path::new("/");
     let memory = machine::memory(root);
     let available = memory.cgroup_left.into_iter().chain(memory.available).min();
-    let read = cached("memory", &machine::memory_identity(root)).unwrap_or_else(|| {
+    let read = cached("memory", "nt probe", &machine::memory_identity(root)).unwrap_or_else(|| {
         let guess = (RAM_A_THREAD * machine::n_cpus() as f64).min(RAM_GUESS_MAX);
         Rate::guess(guess, "from the number of processors; `nt probe memory` measures it")
     });
@@ -63,7 +63,11 @@ fn cpu(facts: &Facts) -> CpuSide {
     let wide = facts.cpu.features.iter().any(|f| f == "avx512_vnni");
     let each = if wide { GEMM_A_THREAD.0 } else { GEMM_A_THREAD.1 };
     let source = "from the number and kind of processors; `nt bench` measures it".into();
-    CpuSide { threads, decode: None, gemm: Some(Speed { tflops: each * threads as f64, measured: false, source }) }
+    CpuSide {
+        threads,
+        decode: cached("decode", "nt bench", &machine::compute_identity(Path::new("/"), threads)),
+        gemm: Some(Speed { tflops: each * threads as f64, measured: false, source }),
+    }
 }
 
 fn storage(opened: &Opened, facts: &Facts) -> StorageSide {
@@ -71,7 +75,7 @@ fn storage(opened: &Opened, facts: &Facts) -> StorageSide {
     let target = Target::open(path).ok();
     let copies = target.as_ref().is_some_and(|t| t.file.copies);
     let identity = target.map(|t| t.identity);
-    let measured = identity.as_ref().and_then(|i| cached("storage", i));
+    let measured = identity.as_ref().and_then(|i| cached("storage", "nt probe", i));
     let turns = identity.as_ref().is_some_and(|i| {
         let name = i.split(' ').next().unwrap_or("");
         // Virtual disks call themselves turning, whatever lies below.
@@ -88,7 +92,7 @@ fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
     let i = &device.info;
     let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&i.pci_address));
     let (free, total) = device.mem_info().unwrap_or((i.total_bytes, i.total_bytes));
-    let link = cached("h2d", &probe::link::identity(device)).unwrap_or_else(|| {
+    let link = cached("h2d", "nt probe", &probe::link::identity(device)).unwrap_or_else(|| {
         let (rate, source) = match fact.and_then(|f| f.link.max) {
             Some(speed) => (speed.bytes_per_s() * LINK_SHARE, format!("0.8 of PCIe {speed}")),
             None => (LINK_GUESS, "of a common slot".into()),

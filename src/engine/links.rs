@@ -41,6 +41,8 @@ pub struct Links {
     pub vram_ceiling: Option<f64>,
     /// Measured ceiling of memory reads.
     pub ram_ceiling: Option<f64>,
+    /// Measured seconds of a one-token pass that brings nothing.
+    pub compute_s: Option<f64>,
     /// Measured rate of one-token compute over resident weights, bytes a second.
     pub compute_ceiling: Option<f64>,
 }

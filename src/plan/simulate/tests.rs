@@ -130,7 +130,8 @@ fn random(seed: u64) -> (Setup, PassWork) {
     units.push(unit(80, home(&mut rng), None));
     let slots = rng.random_range(2..7);
     let mut rate = || Some(f64::from(rng.random_range(20..400u32)));
-    let rates = Rates { vram: None, gpu: rate(), ram: rate().map(|r| 3.0 * r), nvme: rate(), copies: seed % 3 == 0 };
+    let rates =
+        Rates { vram: None, gpu: rate(), ram: rate().map(|r| 3.0 * r), nvme: rate(), copies: seed.is_multiple_of(3) };
     let each = f64::from(rng.random_range(1..100u32)) / 100.0;
     let setup =
         Setup { units, on_device, staging_slots: slots, device_slots: slots, rates, copy_gap_s: 0.0, wrap: true, seed };
