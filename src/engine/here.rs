@@ -88,6 +88,22 @@ fn storage(opened: &Opened, facts: &Facts) -> StorageSide {
     StorageSide { read, drives: 1, copies }
 }
 
+/// Measured once: a session leaves no room for it.
+fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
+    let identity = probe::link::identity(device);
+    if let Some(rate) = cached("vram", "copies within VRAM", &identity) {
+        return rate;
+    }
+    match crate::backend::cuda::memory_rate(device) {
+        Ok(Some(rate)) => {
+            // Without a cache it is measured again the next time.
+            let _ = probe::record(&[probe::Rate::now("vram", &identity, rate, None, None)]);
+            Rate::measured(rate, "copies within VRAM, just now")
+        }
+        _ => Rate::guess(VRAM_GUESS, "of a common GPU; it could not be measured now"),
+    }
+}
+
 fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
     let i = &device.info;
     let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&i.pci_address));
@@ -99,10 +115,7 @@ fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
         };
         Rate::guess(rate, format!("{source}; `nt probe link` measures it"))
     });
-    let memory = match crate::backend::cuda::memory_rate(device) {
-        Ok(Some(rate)) => Rate::measured(rate, "copies within VRAM, just now"),
-        _ => Rate::guess(VRAM_GUESS, "of a common GPU; it could not be measured now"),
-    };
+    let memory = vram_rate(device);
     let tflops = GEMM_A_MULTIPROCESSOR * f64::from(i.multiprocessors);
     let source = "from the number of multiprocessors; `nt bench` measures it".into();
     GpuSide {
