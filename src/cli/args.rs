@@ -37,6 +37,8 @@ pub(super) enum Command {
     Logits(super::logits::LogitsArgs),
     /// Measure perplexity on a text, as llama.cpp does.
     Perplexity(super::perplexity::PerplexityArgs),
+    /// Say where every unit would live, what speed to expect and what binds, without running.
+    Plan(super::plan::PlanArgs),
     /// Measure prefill and decode speed.
     Bench(super::bench::BenchArgs),
     /// Check every kernel against its reference on this machine.

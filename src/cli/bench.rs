@@ -1,5 +1,6 @@
 //! `nt bench`: medians of prefill and decode, the rates of the links, and the roofline.
 
+use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
@@ -9,6 +10,8 @@ use super::args::{Auto, KvArg};
 use super::report::Report;
 use super::{Failure, ModelArg, Placement, interrupt, run};
 use crate::engine::{EngineError, Session};
+use crate::machine;
+use crate::machine::probe::{self, Rate};
 use crate::model::Outputs;
 
 /// Arguments of `nt bench`.
@@ -31,6 +34,9 @@ pub struct BenchArgs {
     #[arg(long)]
     json: bool,
 }
+
+/// Bytes of a pass from which on its rate is kept.
+const COMPUTE_BYTES_MIN: u64 = 256 << 20;
 
 /// Runs the benchmark. Tokens are random ids from a fixed seed: speed does not depend on them.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
@@ -67,8 +73,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         }
     }
     // The probes take memory of their own.
-    let peak_rss_bytes = crate::machine::peak_rss_bytes();
+    let peak_rss_bytes = machine::peak_rss_bytes();
     let session = session.measure_ceilings().map_err(run::failure)?;
+    keep_compute_rate(&session);
     print(args, &session, &opened, &prefill, &decode, peak_rss_bytes)
 }
 
@@ -76,6 +83,20 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
 fn evaluate(session: &mut Session, tokens: &[u32]) -> Result<(), EngineError> {
     session.eval(tokens, Outputs::Last, &interrupt::interrupted)?;
     session.logits().map(|_| ())
+}
+
+/// Keeps how fast processors compute weights, for later plans. A small model says little of others.
+fn keep_compute_rate(session: &Session) {
+    let links = session.links();
+    if links.on_device || links.bytes_per_pass < COMPUTE_BYTES_MIN {
+        return;
+    }
+    let Some(seconds) = links.compute_s else { return };
+    let identity = machine::compute_identity(Path::new("/"), session.threads());
+    let rate = Rate::now("decode", &identity, links.bytes_per_pass as f64 / seconds, None, Some(session.threads()));
+    if let Err(e) = probe::record(&[rate]) {
+        tracing::warn!("the measured rate could not be kept: {e}");
+    }
 }
 
 fn timed(n: usize, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, Failure> {
@@ -118,6 +139,7 @@ fn print(
             "plan": report.plan_json(),
             "links": report.links_json(),
             "roofline": report.roofline_json(),
+            "prediction": report.prediction_json(),
             "n_buffers": session.n_slots(),
             "backend": session.backend_name(),
             "device": device,

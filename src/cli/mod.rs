@@ -12,6 +12,7 @@ mod interrupt;
 mod logits;
 mod npy;
 mod perplexity;
+mod plan;
 mod probe;
 mod report;
 mod run;
@@ -39,6 +40,7 @@ pub fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Template(args) => template::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Selftest(args) => selftest::run(&args),

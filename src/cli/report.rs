@@ -5,10 +5,10 @@ use std::io::Write;
 use serde_json::{Value as Json, json};
 
 use super::Failure;
-use crate::engine::{Generation, Links, Opened, Session};
+use crate::engine::{Generation, Links, Opened, Predicted, Session};
 use crate::machine;
 use crate::model::UnitKind;
-use crate::plan::{Home, format_bytes};
+use crate::plan::{Home, LinkName, format_bytes};
 
 /// Figures of a session, ready to print. What was not measured is `None`.
 pub struct Report {
@@ -19,6 +19,7 @@ pub struct Report {
     /// Blocks on storage, and all.
     blocks: (usize, usize),
     links: Links,
+    predicted: Option<Predicted>,
     device: Option<String>,
     vram_bytes: Option<u64>,
     peak_rss_bytes: Option<u64>,
@@ -45,6 +46,7 @@ impl Report {
             homes,
             blocks: blocks_on_storage(session, opened),
             links: session.links(),
+            predicted: session.predicted(),
             device: session.device(),
             vram_bytes: session.vram_bytes(),
             peak_rss_bytes: machine::peak_rss_bytes(),
@@ -54,6 +56,11 @@ impl Report {
             generated: 0,
             first_token_s: None,
         }
+    }
+
+    /// Sets the simulator's prediction.
+    pub fn predicted(&mut self, predicted: Option<Predicted>) {
+        self.predicted = predicted;
     }
 
     /// Adds what went wrong beside the session.
@@ -120,6 +127,19 @@ impl Report {
         }
     }
 
+    /// The ring's simulator beside what was reached; null where a rate that it needs was not measured.
+    pub fn prediction_json(&self) -> Json {
+        let Some(p) = &self.predicted else { return Json::Null };
+        let tokens_per_s = 1.0 / p.pass.seconds;
+        let busy = |l| p.pass.busy(l, &p.rates);
+        json!({
+            "tokens_per_s": tokens_per_s,
+            "bound_by": p.pass.bound_by(&p.rates),
+            "achieved": self.decode_tokens_per_s.map(|t| t / tokens_per_s),
+            "busy": { "nvme": busy(LinkName::Nvme), "gpu": busy(LinkName::Gpu), "ram": busy(LinkName::Ram), "flops": busy(LinkName::Flops) },
+        })
+    }
+
     /// The contract's JSON of `nt run`.
     pub fn json(&self, g: &Generation) -> Json {
         json!({
@@ -138,6 +158,7 @@ impl Report {
             "plan": self.plan_json(),
             "links": self.links_json(),
             "roofline": self.roofline_json(),
+            "prediction": self.prediction_json(),
             "peak_rss_bytes": self.peak_rss_bytes,
             "vram_bytes": self.vram_bytes,
             "warnings": self.notes,
@@ -204,6 +225,16 @@ impl Report {
                 .decode_tokens_per_s
                 .map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
             writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}")?;
+        }
+        if let Some(p) = &self.predicted {
+            let tokens_per_s = 1.0 / p.pass.seconds;
+            let reached = self.decode_tokens_per_s.map(|t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
+            writeln!(
+                out,
+                "predicted {tokens_per_s:.2} tokens/s by the ring's simulator, most busy is {}{}",
+                p.pass.bound_by(&p.rates).name(),
+                reached.unwrap_or_default()
+            )?;
         }
         if let Some(rss) = self.peak_rss_bytes {
             let vram =

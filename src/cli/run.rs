@@ -9,10 +9,14 @@ use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
-use crate::engine::{EngineError, Generation, Opened, Options, Sampler, Session, StopReason, generate};
+use crate::engine::{
+    EngineError, Generation, Opened, Options, Sampler, Session, StopReason, choose_buffers, generate, nearest,
+    this_machine,
+};
 use crate::gguf::TensorType;
 use crate::machine::pressure::{self, Watch};
 use crate::model::ForwardError;
+use crate::plan::Machine;
 use crate::storage::vfio::device::OpenError;
 use crate::storage::{ReaderKind, StorageError};
 use crate::tokenizer::ChatTemplate;
@@ -99,6 +103,7 @@ fn finish(
     let mut report = Report::new(session, opened);
     report.warnings(pressure.as_slice());
     report.generation(g);
+    report.predicted(session.predicted_on(&this_machine(opened)));
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
     }
@@ -234,16 +239,46 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
     } else {
         indicatif::ProgressBar::hidden()
     };
-    let session = Session::new(opened, options, &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    })
-    .map_err(failure)?;
+    let open = |options| {
+        Session::new(opened, options, &mut |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        })
+    };
+    let session = match buffers(opened, &options) {
+        None => open(options.clone()),
+        // What a forecast counts on may have been taken meanwhile.
+        chosen => match open(Options { n_buffers: chosen, ..options.clone() }) {
+            Err(EngineError::Plan(_)) => open(options.clone()),
+            other => other,
+        },
+    };
+    let session = session.map_err(|e| refusal(e, opened, || this_machine(opened), &options))?;
     bar.finish_and_clear();
     for note in session.notes() {
         tracing::warn!("{note}");
     }
     Ok(session)
+}
+
+/// The number of buffers by rates that were measured, if it is not given and there are any.
+fn buffers(opened: &Opened, options: &Options) -> Option<usize> {
+    let measured = crate::machine::probe::cache_file().is_some_and(|f| f.exists());
+    if options.n_buffers.is_some() || !measured {
+        return None;
+    }
+    choose_buffers(&opened.model, &this_machine(opened), options)
+}
+
+/// An error with what would fit instead, if it is one of the plan.
+pub(super) fn refusal(e: EngineError, opened: &Opened, machine: impl Fn() -> Machine, options: &Options) -> Failure {
+    match e {
+        EngineError::Plan(_) => match nearest(&opened.model, &machine(), options) {
+            Some(other) => Failure::limits(format!("{e}; {other}")),
+            None => failure(e),
+        },
+        e => failure(e),
+    }
 }
 
 /// An engine's error with its exit code.

@@ -20,7 +20,7 @@ const LINK_COPY_BYTES: u64 = 256 << 20;
 
 impl Session {
     /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
-    /// without computing, copies, reads of memory by all threads. The session computes no more.
+    /// without computing, copies, reads of memory by all threads, and one-token passes that bring nothing. The session computes no more.
     pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
         self.links.ram_ceiling =
             Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
@@ -39,6 +39,7 @@ impl Session {
         if self.plan.homes.contains(&Home::C) {
             self.links.nvme_ceiling = self.storage_rate()?;
         }
+        self.links.compute_s = self.compute_seconds()?;
         Ok(self)
     }
 

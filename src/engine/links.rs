@@ -1,5 +1,7 @@
 //! What the links carried, and the roofline they allow.
 
+use crate::plan::{Rates, Traffic, roofline};
+
 /// Bytes, times and rates of a session's links. Rates are bytes a second.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Links {
@@ -39,6 +41,8 @@ pub struct Links {
     pub vram_ceiling: Option<f64>,
     /// Measured ceiling of memory reads.
     pub ram_ceiling: Option<f64>,
+    /// Measured seconds of a one-token pass that brings nothing.
+    pub compute_s: Option<f64>,
     /// Measured rate of one-token compute over resident weights, bytes a second.
     pub compute_ceiling: Option<f64>,
 }
@@ -70,30 +74,32 @@ impl Links {
         (self.pass_s > 0.0).then(|| self.ram_bytes as f64 / self.pass_s / 1e9)
     }
 
-    /// Tokens a second of one-token passes that the measured ceilings allow, and what binds:
-    /// `T = max((A + B + C) / v, (B + C) / g, (B + 2C) / d, C / n)`, with the time of computing where it
-    /// was measured. Without a device there are no `v` and `g`; where reads are copies, `2C` is `4C`.
+    /// Bytes of a one-token pass.
+    pub fn traffic(&self) -> Traffic {
+        Traffic {
+            all: self.bytes_per_pass as f64,
+            over_link: self.gpu_bytes_per_pass as f64,
+            from_storage: self.nvme_bytes_per_pass as f64,
+            on_device: self.on_device,
+        }
+    }
+
+    /// The ceilings that were measured.
+    pub fn rates(&self) -> Rates {
+        Rates {
+            vram: self.vram_ceiling,
+            gpu: self.gpu_ceiling,
+            ram: self.ram_ceiling,
+            nvme: self.nvme_ceiling,
+            copies: self.storage_copies,
+        }
+    }
+
+    /// Tokens a second of one-token passes that the measured ceilings allow, and what binds (see
+    /// [`crate::plan::roofline`]).
     pub fn roofline(&self) -> Option<(f64, &'static str)> {
-        let (all, c) = (self.bytes_per_pass as f64, self.nvme_bytes_per_pass as f64);
-        let mut bounds = Vec::new();
-        match self.nvme_ceiling {
-            Some(n) => bounds.push((c / n, "nvme")),
-            None if c > 0.0 => return None,
-            None => {}
-        }
-        let streamed = self.gpu_bytes_per_pass as f64;
-        match self.gpu_ceiling {
-            Some(g) => bounds.push((streamed / g, "gpu")),
-            None if streamed > 0.0 => return None,
-            None => {}
-        }
-        bounds.extend(self.vram_ceiling.map(|v| (all / v, "vram")));
-        let through_ram = if self.on_device { streamed } else { all };
-        let reads = if self.storage_copies { 3.0 * c } else { c };
-        bounds.extend(self.ram_ceiling.map(|d| ((through_ram + reads) / d, "ram")));
-        bounds.extend(self.compute_ceiling.map(|r| (all / r, "flops")));
-        let (seconds, name) = bounds.into_iter().max_by(|a, b| a.0.total_cmp(&b.0))?;
-        (seconds > 0.0).then(|| (1.0 / seconds, name))
+        let compute = self.compute_ceiling.map(|r| self.bytes_per_pass as f64 / r);
+        roofline(&self.traffic(), &self.rates(), compute).map(|r| (1.0 / r.seconds, r.bound_by.name()))
     }
 }
 

@@ -4,20 +4,28 @@
 //! ring and a backend; `generate` turns a prompt into text.
 
 mod ceilings;
+mod forecast;
 mod generate;
+mod here;
 mod links;
 mod opened;
+mod predicted;
 mod sampler;
+mod sensitivity;
 mod session;
 mod source;
 mod start;
 mod stop;
 mod weights;
 
+pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
 pub use generate::{Generation, StopReason, generate};
+pub use here::this_machine;
 pub use links::Links;
 pub use opened::{EngineError, Opened};
+pub use predicted::Predicted;
 pub use sampler::{Sampler, SamplerParams, argmax};
+pub use sensitivity::{Change, sensitivity};
 pub use session::{Options, Session};
 pub use start::OpenBackend;
 pub use stop::StopFilter;

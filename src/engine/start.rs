@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
-use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims};
+use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims, MemoryUse};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
@@ -47,7 +47,7 @@ impl Session {
     ) -> Result<Session, EngineError> {
         let model = opened.model.clone();
         let (reader, mut notes) = source::open(&opened.gguf, &options)?;
-        let first = model.rope_freqs.as_ref().map(|t| tensor_layout(t, reader.as_ref()).slot_bytes);
+        let first = model.rope_freqs.as_ref().map(|t| tensor_layout(t, &|f| reader.alignment(f)).slot_bytes);
         let mut small = Arena::new(first.unwrap_or(0)).map_err(|e| EngineError::Memory(e.to_string()))?;
         // Bound anew so that an early return drops it before the memory.
         let mut reader = reader;
@@ -58,7 +58,7 @@ impl Session {
         notes.extend(note);
         check_types(&model, backend.as_ref())?;
 
-        let sizes = Sizes::new(&model, reader.as_ref());
+        let sizes = Sizes::new(&model, &|f| reader.alignment(f));
         let memory = backend.device();
         let (plan, mut device) = match &memory {
             None => (make_plan(&model, &sizes, None, &options)?, None),
@@ -118,20 +118,23 @@ impl Session {
     }
 }
 
+/// Alignment of reads of each file.
+pub(super) type Alignments<'a> = &'a dyn Fn(FileId) -> Alignment;
+
 /// What the reader's alignment makes of the model's units.
-struct Sizes {
-    layouts: Arc<[UnitLayout]>,
+pub(super) struct Sizes {
+    pub layouts: Arc<[UnitLayout]>,
     embedding: UnitLayout,
     /// Bytes of the region that rows of the embedding are read to.
     rows: u64,
 }
 
 impl Sizes {
-    fn new(model: &Model, reader: &dyn Reader) -> Sizes {
+    pub fn new(model: &Model, alignment: Alignments) -> Sizes {
         Sizes {
-            layouts: model.units.iter().map(|u| layout(u, reader)).collect(),
-            embedding: tensor_layout(&model.embedding, reader),
-            rows: rows_region_bytes(model, reader.alignment(FileId(model.embedding.shard as u16))),
+            layouts: model.units.iter().map(|u| layout(u, alignment)).collect(),
+            embedding: tensor_layout(&model.embedding, alignment),
+            rows: rows_region_bytes(model, alignment(FileId(model.embedding.shard as u16))),
         }
     }
 }
@@ -271,16 +274,14 @@ fn check_types(model: &Model, backend: &dyn Backend) -> Result<(), EngineError> 
     }
 }
 
-fn layout(unit: &UnitSpec, reader: &dyn Reader) -> UnitLayout {
+fn layout(unit: &UnitSpec, alignment: Alignments) -> UnitLayout {
     let spans: Vec<SpanIn> =
         unit.spans.iter().map(|s| SpanIn { file: FileId(s.shard as u16), offset: s.offset, bytes: s.bytes }).collect();
-    UnitLayout::new(&spans, |f| reader.alignment(f))
+    UnitLayout::new(&spans, alignment)
 }
 
-fn tensor_layout(t: &TensorInfo, reader: &dyn Reader) -> UnitLayout {
-    UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], |f| {
-        reader.alignment(f)
-    })
+fn tensor_layout(t: &TensorInfo, alignment: Alignments) -> UnitLayout {
+    UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], alignment)
 }
 
 fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
@@ -289,16 +290,17 @@ fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
     (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
 }
 
-/// The plan, for `vram` bytes of device memory if weights are computed there.
-fn make_plan(model: &Model, sizes: &Sizes, vram: Option<u64>, options: &Options) -> Result<Plan, PlanError> {
-    let unit_size = |(u, l): (&UnitSpec, &UnitLayout)| {
-        let (block, routed) = match u.kind {
-            UnitKind::Block(i) => (Some(i), false),
-            UnitKind::Expert { layer, .. } => (Some(layer), true),
-            UnitKind::Head(_) => (None, false),
-        };
-        UnitSize { slot_bytes: l.slot_bytes, block, routed }
+pub(super) fn unit_size((unit, layout): (&UnitSpec, &UnitLayout)) -> UnitSize {
+    let (block, routed) = match unit.kind {
+        UnitKind::Block(i) => (Some(i), false),
+        UnitKind::Expert { layer, .. } => (Some(layer), true),
+        UnitKind::Head(_) => (None, false),
     };
+    UnitSize { slot_bytes: layout.slot_bytes, block, routed }
+}
+
+/// The plan, for `vram` bytes of device memory if weights are computed there.
+pub(super) fn make_plan(model: &Model, sizes: &Sizes, vram: Option<u64>, options: &Options) -> Result<Plan, PlanError> {
     let units: Vec<UnitSize> = model.units.iter().zip(sizes.layouts.iter()).map(unit_size).collect();
     // A tied head in RAM serves the embedding's rows too.
     let wants_embedding = !model.tied || vram.is_some();
@@ -315,6 +317,13 @@ fn make_plan(model: &Model, sizes: &Sizes, vram: Option<u64>, options: &Options)
     place(&units, &limits)
 }
 
+/// Bytes of a device's memory that weights may take, where `vram` is the limit given.
+pub(super) fn weights_room(vram: Option<u64>, now: MemoryUse) -> u64 {
+    let all = now.used + now.free;
+    let limit = vram.unwrap_or(all - VRAM_MARGIN_MAX.min(all / 16));
+    limit.saturating_sub(now.used).min(now.free)
+}
+
 /// The plan for a device with memory of its own, and that memory: resident units and slots. Where
 /// memory is refused that should be free, tier A shrinks.
 fn plan_on_device(
@@ -325,9 +334,7 @@ fn plan_on_device(
     notes: &mut Vec<String>,
 ) -> Result<(Plan, (backend::DeviceAlloc, backend::DeviceAlloc)), EngineError> {
     let now = memory.memory()?;
-    let all = now.used + now.free;
-    let limit = options.vram.unwrap_or(all - VRAM_MARGIN_MAX.min(all / 16));
-    let all_room = limit.saturating_sub(now.used).min(now.free);
+    let all_room = weights_room(options.vram, now);
     let mut step = 0;
     loop {
         let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
@@ -352,7 +359,7 @@ fn plan_on_device(
     }
 }
 
-fn dims(model: &Model, options: &Options, rope: crate::backend::Rope) -> Dims {
+pub(super) fn dims(model: &Model, options: &Options, rope: crate::backend::Rope) -> Dims {
     let h = &model.hparams;
     Dims {
         n_layers: h.n_layers,
@@ -414,7 +421,7 @@ fn links(model: &Model, plan: &Plan, on_device: bool) -> Links {
 
 /// Reads a small F32 tensor by way of `arena`, which has room for it and outlives the reader.
 fn read_f32(reader: &mut dyn Reader, t: &TensorInfo, arena: &mut Arena) -> Result<Vec<f32>, EngineError> {
-    let l = tensor_layout(t, reader);
+    let l = tensor_layout(t, &|f| reader.alignment(f));
     let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
     // SAFETY: the arena begins at a page; the caller drops the reader before it.
     unsafe { reader.attach(arena.base(), arena.len() as usize) }?;

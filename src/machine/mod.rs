@@ -27,6 +27,11 @@ pub fn memory_identity(root: &std::path::Path) -> String {
     format!("{model}, {gib} GiB")
 }
 
+/// The same with the threads that compute, by which a measured rate of decoding is known again.
+pub fn compute_identity(root: &std::path::Path, threads: usize) -> String {
+    format!("{}, {threads} threads", memory_identity(root))
+}
+
 /// Largest resident set of this process so far, in bytes (`VmHWM`).
 pub fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;

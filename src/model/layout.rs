@@ -152,6 +152,25 @@ pub struct Model {
     pub rope_freqs: Option<TensorInfo>,
 }
 
+/// What a matrix does: mixes of tensor types choose by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Queries, keys or the output of attention.
+    Attention,
+    /// Values.
+    Value,
+    /// Gate or up of a feed-forward part.
+    Up,
+    /// Down.
+    Down,
+    /// Scores of experts.
+    Router,
+    /// The output head.
+    Head,
+    /// The embedding, of which a token needs one row.
+    Embedding,
+}
+
 /// Head slices are no larger than this, nor than the largest other unit.
 const HEAD_SLICE_BYTES_MAX: u64 = 64 << 20;
 
@@ -189,9 +208,67 @@ impl Model {
         self.units.iter().enumerate().filter(|(_, u)| !matches!(u.kind, UnitKind::Expert { .. })).map(|(i, _)| i)
     }
 
+    /// Every matrix that a pass multiplies with, with the block it belongs to.
+    pub fn matrices(&self) -> Vec<(Role, Option<usize>, TensorRef)> {
+        let mut all = Vec::new();
+        let (mut blocks, mut head) = (self.blocks.clone(), self.head.clone());
+        visit(&mut blocks, &mut head, &mut |role, block, t| all.push((role, block, *t)));
+        all
+    }
+
+    /// The same model with other types of its matrices: sizes are exact, places in the file are not. A
+    /// type whose blocks do not divide a matrix's rows is not taken.
+    pub fn retyped(&self, choose: impl Fn(Role, Option<usize>) -> TensorType) -> Model {
+        let mut model = self.clone();
+        let units = &mut model.units;
+        visit(&mut model.blocks, &mut model.head, &mut |role, block, t| {
+            let ty = choose(role, block);
+            if let (Some(row_bytes), false) = (ty.row_bytes(t.cols), role == Role::Router) {
+                units[t.unit].spans[t.span].bytes = (t.rows * row_bytes) as u64;
+                t.ty = ty;
+            }
+        });
+        let role = if self.tied { Role::Head } else { Role::Embedding };
+        let ty = choose(role, None);
+        if let Some(row_bytes) = ty.row_bytes(self.hparams.n_embd) {
+            model.embedding.bytes = (self.n_vocab * row_bytes) as u64;
+            model.embedding.ty = ty;
+        }
+        model
+    }
+
     /// The largest feed-forward width of a dense block.
     pub fn n_ff(&self) -> usize {
         if self.hparams.n_experts == 0 { self.hparams.n_ff } else { 0 }
+    }
+}
+
+/// Shows every matrix that a pass multiplies with, with the block it belongs to.
+fn visit(blocks: &mut [Block], head: &mut [HeadSlice], f: &mut dyn FnMut(Role, Option<usize>, &mut TensorRef)) {
+    for (i, b) in blocks.iter_mut().enumerate() {
+        let mut show = |role, t: &mut TensorRef| f(role, Some(i), t);
+        for l in [&mut b.q, &mut b.k, &mut b.output] {
+            show(Role::Attention, &mut l.weight);
+        }
+        show(Role::Value, &mut b.v.weight);
+        match &mut b.ffn {
+            Ffn::Dense { gate, up, down } => {
+                show(Role::Up, &mut gate.weight);
+                show(Role::Up, &mut up.weight);
+                show(Role::Down, &mut down.weight);
+            }
+            Ffn::Experts { router, experts } => {
+                show(Role::Router, router);
+                for [gate, up, down] in experts {
+                    show(Role::Up, gate);
+                    show(Role::Up, up);
+                    show(Role::Down, down);
+                }
+            }
+        }
+    }
+    for slice in head {
+        f(Role::Head, None, &mut slice.weight);
     }
 }
 

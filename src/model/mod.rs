@@ -10,7 +10,7 @@ mod rope;
 
 pub use forward::{ForwardError, Outputs, WeightSource, forward};
 pub use hparams::{Arch, HParams};
-pub use layout::{Block, Ffn, HeadSlice, LinearRef, Model, TensorRef, UnitKind, UnitSpec};
+pub use layout::{Block, Ffn, HeadSlice, LinearRef, Model, Role, TensorRef, UnitKind, UnitSpec};
 pub use rope::{RopeScaling, rope};
 
 /// Why a GGUF file holds no model that nt can run.

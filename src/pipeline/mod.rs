@@ -18,6 +18,6 @@ pub use feed::{Direct, Feed, FeedStats};
 pub use load::{DeviceUnit, load, load_to_device};
 pub use ring::{Acquire, Ring, Step};
 pub use streamer::{Staged, StreamError, StreamStats, Streamer, StreamerConfig};
-pub use trace::{Event, EventKind, Trace};
+pub use trace::{Event, EventKind, Trace, write_events};
 pub use unit::{SpanIn, UnitLayout};
 pub use uploads::{Uploads, UploadsConfig};

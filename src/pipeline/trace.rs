@@ -57,23 +57,28 @@ impl Trace {
         &self.events
     }
 
-    /// Writes Chrome's trace event format: one track a slot for reads, one each for computes and
-    /// waits. `name` names a unit.
+    /// Writes the events (see [`write_events`]).
     pub fn write(&self, out: &mut impl Write, name: impl Fn(usize) -> String) -> std::io::Result<()> {
-        writeln!(out, "{{\"traceEvents\":[")?;
-        for (i, e) in self.events.iter().enumerate() {
-            let (what, track) = match e.kind {
-                EventKind::Compute => ("compute", 0),
-                EventKind::Wait => ("wait", 1),
-                EventKind::Copy => ("copy", 2),
-                EventKind::Read => ("read", 3 + e.slot),
-            };
-            let event = serde_json::json!({
-                "name": format!("{what} {}", name(e.unit)), "cat": what, "ph": "X", "pid": 1, "tid": track,
-                "ts": e.start_ns as f64 / 1e3, "dur": (e.end_ns - e.start_ns) as f64 / 1e3,
-            });
-            writeln!(out, "{event}{}", if i + 1 < self.events.len() { "," } else { "" })?;
-        }
-        writeln!(out, "]}}")
+        write_events(&self.events, out, name)
     }
+}
+
+/// Writes Chrome's trace event format: one track a slot for reads, one each for copies, computes and waits.
+/// `name` names a unit.
+pub fn write_events(events: &[Event], out: &mut impl Write, name: impl Fn(usize) -> String) -> std::io::Result<()> {
+    writeln!(out, "{{\"traceEvents\":[")?;
+    for (i, e) in events.iter().enumerate() {
+        let (what, track) = match e.kind {
+            EventKind::Compute => ("compute", 0),
+            EventKind::Wait => ("wait", 1),
+            EventKind::Copy => ("copy", 2),
+            EventKind::Read => ("read", 3 + e.slot),
+        };
+        let event = serde_json::json!({
+            "name": format!("{what} {}", name(e.unit)), "cat": what, "ph": "X", "pid": 1, "tid": track,
+            "ts": e.start_ns as f64 / 1e3, "dur": (e.end_ns - e.start_ns) as f64 / 1e3,
+        });
+        writeln!(out, "{event}{}", if i + 1 < events.len() { "," } else { "" })?;
+    }
+    writeln!(out, "]}}")
 }

@@ -18,7 +18,7 @@ pub enum Home {
 }
 
 /// What the plan needs to know of a unit, in pass order.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct UnitSize {
     /// Bytes it takes in memory, alignment included.
     pub slot_bytes: u64,

@@ -15,6 +15,11 @@ mod workspace;
 
 use std::sync::Arc;
 
+/// Bytes a second that `device` reads from its own memory; `None` if they could not be measured.
+pub fn memory_rate(device: &Arc<Device>) -> Result<Option<f64>, BackendError> {
+    memory::CudaMemory::new(device, &Arc::new(device.stream()?)).memory_rate()
+}
+
 pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream};
 pub use transfer::Transfer;
 
@@ -45,6 +50,11 @@ impl CudaBackend {
     /// Whether matrices of this type have kernels.
     pub fn supports_type(ty: TensorType) -> bool {
         product::supported(ty)
+    }
+
+    /// Bytes of device memory that the buffers of such a session take, weights apart.
+    pub fn workspace_bytes_of(dims: &Dims, multiprocessors: usize) -> u64 {
+        workspace::bytes_needed(dims, multiprocessors)
     }
 
     /// Loads the kernels and allocates every buffer of a session with these sizes.

@@ -70,48 +70,107 @@ pub(super) struct MoeBuffers {
     pub out: DeviceBuffer,
 }
 
-impl Workspace {
-    pub fn new(device: &Arc<Device>, d: &Dims) -> Result<Workspace, BackendError> {
+/// Bytes of every buffer of a session in device memory.
+struct Sizes {
+    x: u64,
+    q: u64,
+    kv: u64,
+    ff: u64,
+    norm_f: u64,
+    quants: u64,
+    halves: u64,
+    halves_scale: u64,
+    scratch: u64,
+    partial: u64,
+    partial_ml: u64,
+    cache: u64,
+    freqs: u64,
+    logits: u64,
+    rows: u64,
+}
+
+impl Sizes {
+    fn new(d: &Dims, multiprocessors: usize) -> Sizes {
         let batch = d.max_batch;
         let heads = d.n_heads * d.head_dim;
         let kv = d.n_kv_heads * d.head_dim;
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
         let wide = d.n_embd.max(heads).max(ff);
         let few = batch.min(GEMV_TOKENS);
-        let floats = |n: usize, what| device.alloc(n as u64 * 4, what);
-        let quants = |what| device.alloc((few * wide.div_ceil(32) * XBLK_BYTES) as u64, what);
-        let cache_bytes = (d.n_layers * d.n_ctx * kv) as u64 * cache_elem_bytes(d);
-        let tiles = device.info.multiprocessors as usize;
-        let rows = tiles.div_ceil(batch.div_ceil(128)) * 128;
+        let floats = |n: usize| n as u64 * 4;
+        let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128)) * 128;
         let (least, most) = SCRATCH_BYTES;
-        let scratch = ((rows * 2 * pitch(wide)) as u64).clamp(least, most);
-        let scratch = scratch.max(128 * 2 * pitch(wide) as u64);
-        let freqs = floats(d.rope.freqs.len().max(1), "rotary frequencies")?;
+        let scratch = ((tile_rows * 2 * pitch(wide)) as u64).clamp(least, most);
+        Sizes {
+            x: floats(batch * d.n_embd),
+            q: floats(batch * heads),
+            kv: floats(batch * kv),
+            ff: floats(batch * ff),
+            norm_f: floats((batch * d.n_embd).max(few * wide)),
+            quants: (few * wide.div_ceil(32) * XBLK_BYTES) as u64,
+            halves: (batch * pitch(wide) * 2) as u64,
+            halves_scale: floats(batch),
+            scratch: scratch.max(128 * 2 * pitch(wide) as u64),
+            partial: floats(PARTIAL_ROWS * heads),
+            partial_ml: floats(PARTIAL_ROWS * d.n_heads * 2),
+            cache: (d.n_layers * d.n_ctx * kv) as u64 * cache_elem_bytes(d),
+            freqs: floats(d.rope.freqs.len().max(1)),
+            logits: floats(d.max_outputs * d.n_vocab),
+            rows: floats(batch * d.n_embd),
+        }
+    }
+
+    /// All buffers together. Queries and the attention output, keys and values, and so on come in pairs.
+    fn total(&self) -> u64 {
+        self.x
+            + 2 * (self.q + self.kv + self.ff + self.quants + self.cache)
+            + self.norm_f
+            + self.halves
+            + self.halves_scale
+            + self.scratch
+            + self.partial
+            + self.partial_ml
+            + self.freqs
+            + self.logits
+            + self.rows
+    }
+}
+
+/// Bytes of device memory that the buffers of a session with these sizes take, weights apart, on a GPU
+/// with that many multiprocessors.
+pub(super) fn bytes_needed(d: &Dims, multiprocessors: usize) -> u64 {
+    let moe = if d.n_experts > 0 { MoeBuffers::words(d).iter().sum::<usize>() as u64 * 4 } else { 0 };
+    Sizes::new(d, multiprocessors).total() + moe
+}
+
+impl Workspace {
+    pub fn new(device: &Arc<Device>, d: &Dims) -> Result<Workspace, BackendError> {
+        let s = Sizes::new(d, device.info.multiprocessors as usize);
+        let freqs = device.alloc(s.freqs, "rotary frequencies")?;
         freqs.write(0, &d.rope.freqs)?;
-        let row_bytes = batch * d.n_embd * 4;
         Ok(Workspace {
-            x: floats(batch * d.n_embd, "residual stream")?,
-            q: floats(batch * heads, "queries")?,
-            k: floats(batch * kv, "keys")?,
-            v: floats(batch * kv, "values")?,
-            attn: floats(batch * heads, "attention output")?,
-            gate: floats(batch * ff, "hidden state")?,
-            up: floats(batch * ff, "hidden state")?,
-            norm_f: floats((batch * d.n_embd).max(few * wide), "normed input")?,
-            input_q: quants("quantised input")?,
-            hidden_q: quants("quantised hidden state")?,
-            halves: device.alloc((batch * pitch(wide) * 2) as u64, "input as halves")?,
-            halves_scale: floats(batch, "factors of the input")?,
-            scratch: device.alloc(scratch, "weights as halves")?,
-            partial: floats(PARTIAL_ROWS * heads, "attention partial sums")?,
-            partial_ml: floats(PARTIAL_ROWS * d.n_heads * 2, "attention partial sums")?,
-            k_cache: device.alloc(cache_bytes, "KV cache")?,
-            v_cache: device.alloc(cache_bytes, "KV cache")?,
+            x: device.alloc(s.x, "residual stream")?,
+            q: device.alloc(s.q, "queries")?,
+            k: device.alloc(s.kv, "keys")?,
+            v: device.alloc(s.kv, "values")?,
+            attn: device.alloc(s.q, "attention output")?,
+            gate: device.alloc(s.ff, "hidden state")?,
+            up: device.alloc(s.ff, "hidden state")?,
+            norm_f: device.alloc(s.norm_f, "normed input")?,
+            input_q: device.alloc(s.quants, "quantised input")?,
+            hidden_q: device.alloc(s.quants, "quantised hidden state")?,
+            halves: device.alloc(s.halves, "input as halves")?,
+            halves_scale: device.alloc(s.halves_scale, "factors of the input")?,
+            scratch: device.alloc(s.scratch, "weights as halves")?,
+            partial: device.alloc(s.partial, "attention partial sums")?,
+            partial_ml: device.alloc(s.partial_ml, "attention partial sums")?,
+            k_cache: device.alloc(s.cache, "KV cache")?,
+            v_cache: device.alloc(s.cache, "KV cache")?,
             freqs,
-            logits: floats(d.max_outputs * d.n_vocab, "logits")?,
+            logits: device.alloc(s.logits, "logits")?,
             logits_host: device.alloc_pinned(d.max_outputs * d.n_vocab, "logits")?,
-            rows: device.alloc(row_bytes as u64, "embedding rows")?,
-            rows_host: device.alloc_pinned(row_bytes, "embedding rows")?,
+            rows: device.alloc(s.rows, "embedding rows")?,
+            rows_host: device.alloc_pinned(s.rows as usize, "embedding rows")?,
             moe: if d.n_experts > 0 { Some(MoeBuffers::new(device, d)?) } else { None },
         })
     }
@@ -156,17 +215,23 @@ pub(super) fn cache_elem_bytes(d: &Dims) -> u64 {
 }
 
 impl MoeBuffers {
-    fn new(device: &Arc<Device>, d: &Dims) -> Result<MoeBuffers, BackendError> {
+    /// Words of scores, ids, weights, lists and outputs.
+    fn words(d: &Dims) -> [usize; 5] {
         let pairs = d.max_batch * d.n_experts_used;
+        [d.max_batch * d.n_experts, pairs, pairs, 2 * pairs, pairs * d.n_embd]
+    }
+
+    fn new(device: &Arc<Device>, d: &Dims) -> Result<MoeBuffers, BackendError> {
+        let [scores, ids, weights, lists, out] = MoeBuffers::words(d);
         let words = |n: usize, what| device.alloc(n as u64 * 4, what);
         Ok(MoeBuffers {
-            scores: words(d.max_batch * d.n_experts, "router scores")?,
-            ids: words(pairs, "routed experts")?,
-            ids_host: device.alloc_pinned(pairs, "routed experts")?,
-            weights: words(pairs, "router weights")?,
-            lists: words(2 * pairs, "tokens of experts")?,
-            lists_host: device.alloc_pinned(2 * pairs, "tokens of experts")?,
-            out: words(pairs * d.n_embd, "outputs of experts")?,
+            scores: words(scores, "router scores")?,
+            ids: words(ids, "routed experts")?,
+            ids_host: device.alloc_pinned(ids, "routed experts")?,
+            weights: words(weights, "router weights")?,
+            lists: words(lists, "tokens of experts")?,
+            lists_host: device.alloc_pinned(lists, "tokens of experts")?,
+            out: words(out, "outputs of experts")?,
         })
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// A measured rate of one link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
-    /// `storage`, `memory`, `h2d`, `d2h`.
+    /// `storage`, `memory`, `h2d`, `d2h`, `vram`; `decode` for weights that processors compute in one-token passes.
     pub kind: String,
     /// The device, named so that it is known again.
     pub identity: String,

@@ -1,0 +1,279 @@
+//! `nt plan`: what a model will do on this machine or another, from its header alone.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use clap::Args;
+use serde_json::{Value as Json, json};
+
+use super::args::{Auto, KvArg};
+use super::report::print_line;
+use super::{Failure, ModelArg, Placement, run};
+use crate::engine::{Change, Forecast, Opened, Options, sensitivity, this_machine};
+use crate::pipeline::{Event, write_events};
+use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
+
+/// Arguments of `nt plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    /// Another machine than this one: a TOML file, or a profile that is shipped (rtx-5060-ti,
+    /// rtx-3090-gen3x8, rtx-4090, h100, laptop-8gb, cpu-only).
+    #[arg(long, value_name = "FILE|PROFILE")]
+    machine: Option<String>,
+    /// Tokens of the prompt.
+    #[arg(short = 'p', long, default_value_t = 512)]
+    n_prompt: usize,
+    /// Rate of the link to the GPU in GB/s, in place of the machine's.
+    #[arg(long, value_name = "GB/S", value_parser = rate)]
+    link: Option<f64>,
+    /// Rate of a drive in GB/s, in place of the machine's.
+    #[arg(long, value_name = "GB/S", value_parser = rate)]
+    drive: Option<f64>,
+    /// Begin each pass with an empty ring, as programs do that bring nothing while a token is drawn; for
+    /// comparison.
+    #[arg(long)]
+    no_wrap: bool,
+    #[command(flatten)]
+    placement: Placement,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse::<f64>().ok().filter(|r| r.is_finite() && *r > 0.0);
+    rate.ok_or_else(|| "a number of GB/s above 0 was expected".into())
+}
+
+/// Context where `--ctx` does not say.
+const CTX_DEFAULT: usize = 4096;
+
+/// Plans and prints.
+pub fn run(args: &PlanArgs) -> Result<(), Failure> {
+    let opened = run::open(&args.model)?;
+    let mut machine = machine(args.machine.as_deref(), &opened)?;
+    let given = |gb_per_s: f64| Rate { gb_per_s, measured: false, source: "as given".into() };
+    if let (Some(gpu), Some(gb)) = (&mut machine.gpu, args.link) {
+        gpu.link = given(gb);
+    }
+    if let (Some(storage), Some(gb)) = (&mut machine.storage, args.drive) {
+        storage.read = given(gb);
+    }
+    let mut options = run::options(&args.placement, KvArg::F16)?;
+    let trained = opened.model.hparams.n_ctx_train;
+    options.n_ctx = match args.placement.ctx {
+        Auto::Given(n) => n,
+        Auto::Auto => CTX_DEFAULT.max(args.n_prompt).min(trained),
+    };
+    let forecast = Forecast::new(&opened.model, &machine, &options, args.n_prompt.max(1))
+        .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
+    let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
+    if let Some(path) = &args.placement.timeline {
+        write_timeline(path, &forecast.timeline(&machine), &opened)
+            .map_err(|e| Failure::output(&path.display().to_string(), &e))?;
+    }
+    let shown = Shown {
+        ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
+        changes: sensitivity(&opened.model, &machine, &options, &forecast),
+        forecast,
+        machine,
+        opened,
+    };
+    if args.json {
+        return print_line(&shown.as_json().to_string());
+    }
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = shown.as_text(&mut out);
+    print_line(out.trim_end())
+}
+
+fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Result<()> {
+    let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
+    write_events(events, &mut out, |u| opened.model.units[u].name.clone())?;
+    std::io::Write::flush(&mut out)
+}
+
+/// What is printed.
+struct Shown {
+    forecast: Forecast,
+    machine: Machine,
+    opened: Opened,
+    ctx_max: Option<usize>,
+    changes: Vec<Change>,
+}
+
+/// Links in the order in which they are shown, with what people call them.
+const LINKS: [(LinkName, &str); 4] =
+    [(LinkName::Nvme, "storage"), (LinkName::Gpu, "link"), (LinkName::Ram, "RAM"), (LinkName::Flops, "compute")];
+
+/// Changes that are worth a line.
+const CHANGE_MIN: f64 = 0.01;
+
+/// The machine that `--machine` names, else this one.
+fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
+    let Some(given) = given else { return Ok(this_machine(opened)) };
+    if let Some(profile) = Machine::profile(given) {
+        return profile.map_err(|e| Failure::usage(format!("profile {given}: {e}")));
+    }
+    let text = std::fs::read_to_string(Path::new(given)).map_err(|e| {
+        let names = PROFILES.map(|p| p.0).join(", ");
+        Failure::usage(format!("--machine {given}: {e}; give a TOML file or one of {names}"))
+    })?;
+    Machine::parse(&text).map_err(|e| Failure::usage(format!("--machine {given}: {e}")))
+}
+
+/// Tokens a second, with three digits at least.
+fn speed(tokens_per_s: f64) -> String {
+    if tokens_per_s < 1.0 { format!("{tokens_per_s:.3}") } else { format!("{tokens_per_s:.2}") }
+}
+
+/// The home of each block as a letter.
+fn map(forecast: &Forecast) -> String {
+    let letter = |h: Home| match h {
+        Home::A => 'A',
+        Home::B => 'B',
+        Home::C => 'C',
+    };
+    forecast.blocks().into_iter().map(letter).collect()
+}
+
+impl Shown {
+    fn as_json(&self) -> Json {
+        let (f, p) = (&self.forecast, &self.forecast.prediction);
+        let [a, b, c] = [Home::A, Home::B, Home::C].map(|h| {
+            let (units, bytes) = f.tier(h);
+            json!({ "units": units, "bytes": bytes })
+        });
+        let roofline = |r: Option<Roofline>, tokens: usize| match r {
+            Some(r) => json!({ "tokens_per_s": tokens as f64 / r.seconds, "bound_by": r.bound_by }),
+            None => Json::Null,
+        };
+        let simulated = p.simulated.map(|s| {
+            let busy = |l| s.busy(l, &p.rates);
+            json!({
+                "tokens_per_s": 1.0 / s.seconds,
+                "bound_by": s.bound_by(&p.rates),
+                "busy": { "nvme": busy(LinkName::Nvme), "gpu": busy(LinkName::Gpu), "ram": busy(LinkName::Ram), "flops": busy(LinkName::Flops) },
+                "stall": { "nvme": s.wait_nvme / s.seconds, "gpu": s.wait_gpu / s.seconds, "pass": s.wait_pass / s.seconds },
+            })
+        });
+        json!({
+            "machine": self.machine,
+            "site": f.site,
+            "n_buffers": f.n_buffers(),
+            "plan": { "a": a, "b": b, "c": c, "blocks": map(f), "embedding_resident": f.plan.embedding_resident },
+            "memory": {
+                "vram_weights_bytes": f.plan.vram_bytes, "vram_room_bytes": f.vram_room,
+                "vram_session_bytes": f.workspace_bytes, "ram_weights_bytes": f.plan.ram_bytes, "ram_room_bytes": f.ram_room,
+                "kv_bytes": f.kv_bytes, "ctx": f.n_ctx, "ctx_max": self.ctx_max,
+                "ctx_trained": self.opened.model.hparams.n_ctx_train,
+            },
+            "roofline": {
+                "decode": roofline(p.decode, 1),
+                "prefill": roofline(p.prefill, p.prompt.min(Options::MAX_BATCH)),
+            },
+            "simulated": simulated,
+            "first_token": { "prompt_tokens": p.prompt, "seconds": p.first_token_s, "load_s": p.load_s },
+            "changes": self.changes,
+        })
+    }
+
+    fn as_text(&self, out: &mut String) -> std::fmt::Result {
+        self.write_machine(out)?;
+        self.write_memory(out)?;
+        self.write_speed(out)?;
+        for (i, c) in self.changes.iter().filter(|c| (c.factor - 1.0).abs() >= CHANGE_MIN).enumerate() {
+            let head = if i == 0 { "changes" } else { "" };
+            writeln!(
+                out,
+                "{head:<9} {:<26} {:+4.0} %, {} tokens/s",
+                c.what,
+                (c.factor - 1.0) * 100.0,
+                speed(c.tokens_per_s)
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_machine(&self, out: &mut String) -> std::fmt::Result {
+        writeln!(out, "machine   {}", self.machine.name)?;
+        for (what, rate) in self.machine.rates() {
+            let mark = if rate.measured { "" } else { "guess: " };
+            writeln!(out, "  {what:<22} {:>8.2} GB/s  {mark}{}", rate.gb_per_s, rate.source)?;
+        }
+        if self.machine.rates().iter().any(|(_, r)| !r.measured) {
+            writeln!(out, "  what follows is as good as these; guesses may be far off")?;
+        }
+        Ok(())
+    }
+
+    fn write_memory(&self, out: &mut String) -> std::fmt::Result {
+        let (f, plan) = (&self.forecast, &self.forecast.plan);
+        writeln!(out, "blocks    {}", map(f))?;
+        let names = [(Home::A, "A, in VRAM"), (Home::B, "B, in RAM"), (Home::C, "C, on storage")];
+        for (home, name) in names.into_iter().filter(|(h, _)| *h != Home::A || f.site == Site::Gpu) {
+            let (units, bytes) = f.tier(home);
+            writeln!(out, "  {name:<14} {units:>5} units  {:>11}", format_bytes(bytes))?;
+        }
+        let slots = |n: usize, bytes: u64| match n {
+            0 => "no slots".into(),
+            _ => format!("{n} slots of {}", format_bytes(bytes)),
+        };
+        let kv = format_bytes(f.kv_bytes);
+        if let Some(room) = f.vram_room {
+            writeln!(
+                out,
+                "vram      {} of {} for weights, {}; {} for the session, of it KV cache {kv}",
+                format_bytes(plan.vram_bytes),
+                format_bytes(room),
+                slots(plan.device_slots, plan.device_slot_bytes),
+                format_bytes(f.workspace_bytes)
+            )?;
+        }
+        writeln!(
+            out,
+            "ram       {} of {} for weights, {}{}",
+            format_bytes(plan.ram_bytes),
+            format_bytes(f.ram_room),
+            slots(plan.n_slots, plan.slot_bytes),
+            if f.site == Site::Cpu { format!("; KV cache {kv}") } else { String::new() }
+        )?;
+        let fits = self.ctx_max.map_or(String::new(), |n| format!(", at most {n} would fit"));
+        writeln!(out, "context   {} of {} trained{fits}", f.n_ctx, self.opened.model.hparams.n_ctx_train)
+    }
+
+    fn write_speed(&self, out: &mut String) -> std::fmt::Result {
+        let p = &self.forecast.prediction;
+        let roofline = |r: Option<Roofline>, tokens: usize| match r {
+            Some(r) => format!("at most {}, bound by {}", speed(tokens as f64 / r.seconds), r.bound_by.name()),
+            None => "a rate that it needs is not known".into(),
+        };
+        let simulated = p.simulated.map_or(String::new(), |s| format!("{} tokens/s; ", speed(1.0 / s.seconds)));
+        writeln!(out, "decode    {simulated}{}", roofline(p.decode, 1))?;
+        if let Some(s) = p.simulated {
+            let busy = LINKS.iter().filter_map(|(l, name)| {
+                let b = s.busy(*l, &p.rates).filter(|b| *b >= 0.005)?;
+                Some(format!("{name} {:.0} %", b * 100.0))
+            });
+            writeln!(out, "busy      {}", busy.collect::<Vec<_>>().join(", "))?;
+            let share = |t: f64| t / s.seconds * 100.0;
+            writeln!(
+                out,
+                "stall     {:.0} % for storage, {:.0} % for the link, {:.0} % between passes",
+                share(s.wait_nvme),
+                share(s.wait_gpu),
+                share(s.wait_pass)
+            )?;
+        }
+        let batch = p.prompt.min(Options::MAX_BATCH);
+        writeln!(out, "prefill   {}", roofline(p.prefill, batch).replacen("at most", "tokens/s at most", 1))?;
+        if let Some(s) = p.first_token_s {
+            let load = p.load_s.map_or(String::new(), |l| format!(", once {l:.0} s of loading are over"));
+            writeln!(out, "first     token after {s:.2} s with a prompt of {} tokens{load}", p.prompt)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,372 @@
+//! What a model will do on a machine, from its header alone: the plan that a session would make, and the
+//! speed that the machine's rates allow.
+
+use super::start::{Sizes, dims, make_plan, unit_size, weights_room};
+use super::{EngineError, Options};
+use crate::backend::cuda::CudaBackend;
+use crate::backend::{BackendKind, MemoryUse};
+use crate::machine;
+use crate::model::{Model, UnitKind, rope};
+use crate::pipeline::{Event, UnitLayout};
+use crate::plan::{
+    COPY_GAP_S, Home, Machine, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
+    UnitWork, pass_s, roofline,
+};
+use crate::storage::Alignment;
+
+/// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
+/// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
+pub(super) const DRIVER_BYTES: u64 = 560 << 20;
+/// Numbers of buffers that are tried where none is given.
+const BUFFERS_TRIED: std::ops::RangeInclusive<usize> = 2..=6;
+/// One-token passes of a timeline.
+const PASSES_SHOWN: usize = 6;
+/// Prefill passes that are simulated one by one.
+const PASSES_RUN: usize = 6;
+/// How direct reads are aligned on common drives.
+const DIRECT: Alignment = Alignment { memory: 512, offset: 4096 };
+
+/// A plan and what it will do.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    /// Where weights are computed.
+    pub site: Site,
+    /// The plan.
+    pub plan: Plan,
+    /// The units, in the order of the plan's homes.
+    pub units: Vec<UnitWork>,
+    /// Positions of the KV cache.
+    pub n_ctx: usize,
+    /// Bytes of the KV cache.
+    pub kv_bytes: u64,
+    /// Bytes of VRAM that the backend takes beside weights, KV cache included; 0 without a GPU.
+    pub workspace_bytes: u64,
+    /// Bytes of VRAM that weights may take; `None` without a GPU.
+    pub vram_room: Option<u64>,
+    /// Bytes of RAM that weights may take.
+    pub ram_room: u64,
+    /// What passes take.
+    pub prediction: Prediction,
+}
+
+/// What passes take.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// Bytes of a one-token pass.
+    pub traffic: Traffic,
+    /// The roofline of a one-token pass.
+    pub decode: Option<Roofline>,
+    /// A one-token pass of a settled ring, simulated; `None` where a rate that it needs is not known.
+    pub simulated: Option<Shares>,
+    /// The rates that both count with.
+    pub rates: Rates,
+    /// The roofline of a prefill pass over [`Options::MAX_BATCH`] tokens, or what the prompt has if it is
+    /// shorter; `None` where the speed of products is not known.
+    pub prefill: Option<Roofline>,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Seconds from a prompt of that many tokens to the first token, simulated from an empty ring.
+    pub first_token_s: Option<f64>,
+    /// Seconds of loading tiers A and B.
+    pub load_s: Option<f64>,
+}
+
+impl Forecast {
+    /// Plans `model` on `machine` as a session with `options` would, and predicts its speed with a prompt
+    /// of `prompt` tokens. Where the number of buffers is not given, it is the smallest whose pass takes
+    /// no more than a hundredth longer than with the best.
+    ///
+    /// # Errors
+    /// Where nothing fits the limits, or a GPU is asked for that is not there.
+    pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
+        let sizes = Sizes::new(model, &|_| DIRECT);
+        let units = works(model, &sizes.layouts);
+        let with = |n_buffers| {
+            let options = Options { n_buffers, ..options.clone() };
+            Forecast::of_units(model, machine, &options, prompt, &sizes, &units)
+        };
+        let first = with(options.n_buffers)?;
+        if options.n_buffers.is_some() || first.n_buffers() == 0 {
+            return Ok(first);
+        }
+        let seconds = |f: &Forecast| f.prediction.simulated.map(|s| s.seconds);
+        let all: Vec<Forecast> = BUFFERS_TRIED.filter_map(|n| with(Some(n)).ok()).collect();
+        let best = all.iter().filter_map(seconds).fold(f64::INFINITY, f64::min);
+        let near = all.into_iter().find(|f| seconds(f).is_some_and(|s| s <= best * 1.01));
+        Ok(near.unwrap_or(first))
+    }
+
+    fn of_units(
+        model: &Model,
+        machine: &Machine,
+        options: &Options,
+        prompt: usize,
+        sizes: &Sizes,
+        units: &[UnitWork],
+    ) -> Result<Forecast, EngineError> {
+        let site = site(machine, options.backend)?;
+        let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
+        let storage = options.storage && machine.storage.is_some();
+        let options = Options { ram: Some(ram_room), storage, ..options.clone() };
+        let (workspace_bytes, vram_room) = match site {
+            Site::Gpu => {
+                let workspace = workspace_bytes(model, machine, &options);
+                (workspace, Some(vram_room(machine, workspace, options.vram)))
+            }
+            Site::Cpu => (0, None),
+        };
+        let plan = make_plan(model, sizes, vram_room, &options)?;
+        Ok(Forecast {
+            prediction: Prediction::new(units, &plan, machine, site, prompt),
+            site,
+            plan,
+            units: units.to_vec(),
+            n_ctx: options.n_ctx,
+            kv_bytes: kv_bytes(model, &options),
+            workspace_bytes,
+            vram_room,
+            ram_room,
+        })
+    }
+
+    /// The same plan where each pass begins with an empty ring.
+    pub fn without_wrap(mut self, machine: &Machine) -> Forecast {
+        let p = &mut self.prediction;
+        let setup = setup(&self.units, &self.plan, &p.rates, self.site == Site::Gpu);
+        let work = decode_work(&self.units, machine, self.site);
+        p.simulated = p.simulated.map(|_| Setup { wrap: false, ..setup }.settled(&work));
+        self
+    }
+
+    /// What would happen when: the prompt's first passes from an empty ring, then some one-token passes.
+    pub fn timeline(&self, machine: &Machine) -> Vec<Event> {
+        let setup = setup(&self.units, &self.plan, &self.prediction.rates, self.site == Site::Gpu);
+        let decode = decode_work(&self.units, machine, self.site);
+        let batch = self.prediction.prompt.clamp(1, Options::MAX_BATCH);
+        let prefill = prefill_work(&self.units, machine, self.site, batch);
+        let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
+        setup.run(&passes).events
+    }
+
+    /// Units and bytes of a tier.
+    pub fn tier(&self, home: Home) -> (usize, u64) {
+        let of = self.units.iter().zip(&self.plan.homes).filter(|(_, h)| **h == home);
+        (of.clone().count(), of.map(|(u, _)| u.bytes).sum())
+    }
+
+    /// The home of each block: of its shared part, where it has experts.
+    pub fn blocks(&self) -> Vec<Home> {
+        let of = self.units.iter().zip(&self.plan.homes);
+        of.filter(|(u, _)| u.size.block.is_some() && !u.size.routed).map(|(_, h)| *h).collect()
+    }
+
+    /// Slots that computation reads from.
+    pub fn n_buffers(&self) -> usize {
+        if self.site == Site::Gpu { self.plan.device_slots } else { self.plan.n_slots }
+    }
+}
+
+impl Prediction {
+    fn new(units: &[UnitWork], plan: &Plan, machine: &Machine, site: Site, prompt: usize) -> Prediction {
+        let rates = rates(machine);
+        let on_device = site == Site::Gpu;
+        let traffic = Traffic::new(units, &plan.homes, on_device, 1);
+        let compute: f64 = units.iter().map(|u| u.decode_s(machine, site) * u.share).sum();
+        let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
+        let setup = setup(units, plan, &rates, on_device);
+        let simulated = decode.map(|_| setup.settled(&decode_work(units, machine, site)));
+        let batch = prompt.clamp(1, Options::MAX_BATCH);
+        let prefill = prefill_work(units, machine, site, batch).and_then(|work| {
+            let compute: f64 = units.iter().zip(&work.unit_s).map(|(u, s)| s * u.used_by(batch)).sum();
+            roofline(&Traffic::new(units, &plan.homes, on_device, batch), &rates, Some(compute + pass_s(site)))
+        });
+        let resident = units.iter().zip(&plan.homes).filter(|(_, h)| **h != Home::C).map(|(u, _)| u.bytes).sum::<u64>();
+        Prediction {
+            traffic,
+            decode,
+            simulated,
+            prefill,
+            prompt,
+            first_token_s: prefill.and_then(|_| first_token(&setup, units, machine, site, prompt)),
+            load_s: rates.nvme.map(|n| resident as f64 / n),
+            rates,
+        }
+    }
+}
+
+/// What the simulator needs to know.
+pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: bool) -> Setup {
+    Setup {
+        units: units.iter().zip(&plan.homes).map(|(u, &home)| SimUnit { size: u.size, home }).collect(),
+        on_device,
+        staging_slots: if plan.homes.contains(&Home::C) { plan.n_slots } else { 0 },
+        device_slots: plan.device_slots,
+        rates: *rates,
+        copy_gap_s: COPY_GAP_S,
+        wrap: true,
+        seed: 1,
+    }
+}
+
+/// Experts of a block that `tokens` tokens use together.
+fn experts(units: &[UnitWork], tokens: usize) -> usize {
+    let Some(e) = units.iter().find(|u| u.size.routed) else { return 0 };
+    let of_block = units.iter().filter(|u| u.size.routed && u.size.block == e.size.block).count();
+    (of_block as f64 * e.used_by(tokens)).round() as usize
+}
+
+fn decode_work(units: &[UnitWork], machine: &Machine, site: Site) -> PassWork {
+    let unit_s = units.iter().map(|u| u.decode_s(machine, site)).collect();
+    PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, 1) }
+}
+
+fn prefill_work(units: &[UnitWork], machine: &Machine, site: Site, tokens: usize) -> Option<PassWork> {
+    let unit_s = units.iter().map(|u| u.prefill_s(machine, site, tokens)).collect::<Option<_>>()?;
+    Some(PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, tokens) })
+}
+
+/// Seconds from the prompt to its last pass's end.
+fn first_token(setup: &Setup, units: &[UnitWork], machine: &Machine, site: Site, prompt: usize) -> Option<f64> {
+    let work = |tokens| prefill_work(units, machine, site, tokens);
+    let (whole, rest) = (prompt / Options::MAX_BATCH, prompt % Options::MAX_BATCH);
+    let full = if whole > 0 { Some(work(Options::MAX_BATCH)?) } else { None };
+    let last = if rest > 0 { Some(work(rest)?) } else { None };
+    // A long prompt's passes are all alike once the ring has settled.
+    let run = whole.min(PASSES_RUN);
+    let passes: Vec<&PassWork> = full.iter().cycle().take(run).chain(&last).collect();
+    let out = setup.run(&passes).passes;
+    let more = (whole - run) as f64 * out.get(run.wrapping_sub(1)).map_or(0.0, |p| p.seconds);
+    Some(out.iter().map(|p| p.seconds).sum::<f64>() + more)
+}
+
+/// The machine's rates as numbers.
+fn rates(machine: &Machine) -> Rates {
+    Rates {
+        vram: machine.gpu.as_ref().map(|g| g.memory.bytes_per_s()),
+        gpu: machine.gpu.as_ref().map(|g| g.link.bytes_per_s()),
+        ram: Some(machine.ram.read.bytes_per_s()),
+        nvme: machine.storage_bytes_per_s(),
+        copies: machine.storage.as_ref().is_some_and(|s| s.copies),
+    }
+}
+
+/// What each unit of the model asks of a pass.
+pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
+    let h = &model.hparams;
+    let of = |(u, l): (&crate::model::UnitSpec, _)| UnitWork {
+        size: unit_size((u, l)),
+        bytes: u.bytes(),
+        matrices: Vec::new(),
+        share: match u.kind {
+            UnitKind::Expert { .. } => h.n_experts_used as f64 / h.n_experts as f64,
+            _ => 1.0,
+        },
+    };
+    let mut works: Vec<UnitWork> = model.units.iter().zip(layouts).map(of).collect();
+    for (_, _, t) in model.matrices() {
+        let bytes = t.rows as u64 * t.ty.row_bytes(t.cols).unwrap_or(0) as u64;
+        let elements = (t.rows * t.cols) as u64;
+        let matrices = &mut works[t.unit].matrices;
+        match matrices.iter_mut().find(|m| m.0 == t.ty) {
+            Some(m) => (m.1, m.2) = (m.1 + bytes, m.2 + elements),
+            None => matrices.push((t.ty, bytes, elements)),
+        }
+    }
+    works
+}
+
+fn site(machine: &Machine, wished: BackendKind) -> Result<Site, EngineError> {
+    match (wished, &machine.gpu) {
+        (BackendKind::Cpu, _) | (BackendKind::Auto, None) => Ok(Site::Cpu),
+        (_, Some(_)) => Ok(Site::Gpu),
+        (BackendKind::Cuda, None) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
+    }
+}
+
+fn ram_budget(machine: &Machine) -> Option<u64> {
+    let ram = &machine.ram;
+    let available = ram.available.unwrap_or(ram.size / 16 * 15);
+    machine::Memory { total: Some(ram.size), available: Some(available), cgroup_left: None }.budget()
+}
+
+/// Bytes of the KV cache.
+fn kv_bytes(model: &Model, options: &Options) -> u64 {
+    let h = &model.hparams;
+    let elements = 2 * h.n_layers * options.n_ctx * h.n_kv_heads * h.head_dim;
+    (elements * options.kv_type.block_bytes()) as u64
+}
+
+fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {
+    let h = &model.hparams;
+    let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, None);
+    let multiprocessors = machine.gpu.as_ref().map_or(0, |g| g.multiprocessors);
+    CudaBackend::workspace_bytes_of(&dims(model, options, rope), multiprocessors)
+}
+
+/// Bytes of VRAM for weights, as a session finds them once its backend has its buffers.
+fn vram_room(machine: &Machine, workspace: u64, limit: Option<u64>) -> u64 {
+    let (vram, taken) = machine.gpu.as_ref().map_or((0, 0), |g| (g.vram, g.vram_taken));
+    let used = workspace + DRIVER_BYTES;
+    weights_room(limit, MemoryUse { used, free: vram.saturating_sub(taken + used) })
+}
+
+/// What would fit in place of options that do not, as a sentence; `None` if nothing was found.
+pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<String> {
+    let fits = |o: &Options| Forecast::new(model, machine, o, 1).ok();
+    if options.tiers.is_some()
+        && let Some(f) = fits(&Options { tiers: None, ..options.clone() })
+    {
+        let count = |home| f.blocks().iter().filter(|h| **h == home).count();
+        return Some(format!("--tiers {}:{}:{} fits", count(Home::A), count(Home::B), count(Home::C)));
+    }
+    if options.n_buffers.is_some_and(|n| n > 2) && fits(&Options { n_buffers: Some(2), ..options.clone() }).is_some() {
+        return Some("--n-buffers 2 fits".into());
+    }
+    let mut n_ctx = options.n_ctx;
+    while n_ctx > 128 {
+        n_ctx /= 2;
+        if fits(&Options { n_ctx, ..options.clone() }).is_some() {
+            return Some(format!("--ctx {n_ctx} fits"));
+        }
+    }
+    let step = |given: Option<u64>, set: &dyn Fn(u64) -> Options| {
+        let from = given.unwrap_or(0).next_multiple_of(1 << 30) >> 30;
+        (from..from + 1024).find(|gib| fits(&set(gib << 30)).is_some())
+    };
+    if !options.storage && fits(&Options { storage: true, ..options.clone() }).is_some() {
+        return Some("without --tier-c none it fits, with the rest on storage".into());
+    }
+    if let Some(gib) = step(options.ram, &|ram| Options { ram: Some(ram), ..options.clone() }) {
+        return Some(format!("--ram {gib}GiB would fit"));
+    }
+    fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).map(|_| "--backend cpu fits".into())
+}
+
+impl Forecast {
+    /// The largest context up to what the model was trained on with which everything still fits.
+    pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
+        let fits = |n_ctx| match Forecast::new(model, machine, &Options { n_ctx, ..options.clone() }, 1) {
+            Ok(_) => true,
+            Err(EngineError::Plan(PlanError::TiersMiscounted { .. })) | Err(_) => false,
+        };
+        let (mut low, mut high) = (0, model.hparams.n_ctx_train);
+        if fits(high) {
+            return Some(high);
+        }
+        while high - low > 1 {
+            let mid = low + (high - low) / 2;
+            if fits(mid) { low = mid } else { high = mid }
+        }
+        (low > 0).then_some(low)
+    }
+}
+
+/// The number of buffers that [`Forecast::new`] chooses, if rates that were measured say so; `None` where
+/// one that it needs is a guess or nothing streams.
+pub fn choose_buffers(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
+    let f = Forecast::new(model, machine, options, 1).ok()?;
+    let storage = machine.storage.as_ref().is_some_and(|s| s.read.measured);
+    let link = machine.gpu.as_ref().is_some_and(|g| g.link.measured && g.memory.measured);
+    let known = (f.tier(Home::C).0 == 0 || storage) && (f.site == Site::Cpu || link);
+    (known && f.n_buffers() > 0).then(|| f.n_buffers())
+}

@@ -1,0 +1,131 @@
+//! This machine as a plan sees it: facts, rates that were measured before, and guesses for the rest.
+
+use std::path::Path;
+
+use super::Opened;
+use super::forecast::DRIVER_BYTES;
+use crate::backend::cuda::Device;
+use crate::machine;
+use crate::machine::facts::{Facts, Gpu};
+use crate::machine::probe::{self, Target};
+use crate::plan::{CpuSide, GpuSide, Machine, RamSide, Rate, Speed, StorageSide};
+use crate::storage::guard::Host;
+
+/// Guessed rate of memory for each thread, up to two channels' worth.
+const RAM_A_THREAD: f64 = 10e9;
+const RAM_GUESS_MAX: f64 = 40e9;
+/// Guessed rates of storage.
+const NVME_GUESS: f64 = 3e9;
+const DISK_GUESS: f64 = 150e6;
+/// What pinned copies commonly reach of a PCIe link, and a guess where the link is not known.
+const LINK_SHARE: f64 = 0.8;
+const LINK_GUESS: f64 = 12e9;
+/// Guessed rate of VRAM.
+const VRAM_GUESS: f64 = 400e9;
+/// Guessed products in prefill: TFLOPS a multiprocessor, and a thread with and without AVX-512.
+const GEMM_A_MULTIPROCESSOR: f64 = 0.25;
+const GEMM_A_THREAD: (f64, f64) = (0.19, 0.06);
+
+/// This machine, with the storage that the model lies on.
+pub fn this_machine(opened: &Opened) -> Machine {
+    let facts = Facts::read(&Host::default());
+    let device = Device::open(0).ok();
+    Machine {
+        name: "this machine".into(),
+        ram: ram(),
+        cpu: cpu(&facts),
+        storage: Some(storage(opened, &facts)),
+        gpu: device.map(|d| gpu(&d, &facts)),
+    }
+}
+
+/// The last measured rate, with its day and age.
+fn cached(kind: &str, by: &str, identity: &str) -> Option<Rate> {
+    let r = probe::measured(kind, identity)?;
+    let days = r.age_s() / 86_400;
+    let age = if days > 0 { format!(", {days} days ago") } else { String::new() };
+    Some(Rate::measured(r.bytes_per_s, format!("{by} on {}{age}", r.date)))
+}
+
+fn ram() -> RamSide {
+    let root = Path::new("/");
+    let memory = machine::memory(root);
+    let available = memory.cgroup_left.into_iter().chain(memory.available).min();
+    let read = cached("memory", "nt probe", &machine::memory_identity(root)).unwrap_or_else(|| {
+        let guess = (RAM_A_THREAD * machine::n_cpus() as f64).min(RAM_GUESS_MAX);
+        Rate::guess(guess, "from the number of processors; `nt probe memory` measures it")
+    });
+    RamSide { size: memory.total.or(available).unwrap_or(0), available, read }
+}
+
+fn cpu(facts: &Facts) -> CpuSide {
+    let threads = machine::n_cpus();
+    let wide = facts.cpu.features.iter().any(|f| f == "avx512_vnni");
+    let each = if wide { GEMM_A_THREAD.0 } else { GEMM_A_THREAD.1 };
+    let source = "from the number and kind of processors; `nt bench` measures it".into();
+    CpuSide {
+        threads,
+        decode: cached("decode", "nt bench", &machine::compute_identity(Path::new("/"), threads)),
+        gemm: Some(Speed { tflops: each * threads as f64, measured: false, source }),
+    }
+}
+
+fn storage(opened: &Opened, facts: &Facts) -> StorageSide {
+    let path = &opened.gguf.shards[0].path;
+    let target = Target::open(path).ok();
+    let copies = target.as_ref().is_some_and(|t| t.file.copies);
+    let identity = target.map(|t| t.identity);
+    let measured = identity.as_ref().and_then(|i| cached("storage", "nt probe", i));
+    let turns = identity.as_ref().is_some_and(|i| {
+        let name = i.split(' ').next().unwrap_or("");
+        // Virtual disks call themselves turning, whatever lies below.
+        !name.starts_with("vd") && facts.drives.iter().any(|d| d.name == name && d.rotational == Some(true))
+    });
+    let read = measured.unwrap_or_else(|| {
+        let guess = if turns { DISK_GUESS } else { NVME_GUESS };
+        Rate::guess(guess, format!("of a common drive; `nt probe storage {}` measures it", path.display()))
+    });
+    StorageSide { read, drives: 1, copies }
+}
+
+/// Measured once: a session leaves no room for it.
+fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
+    let identity = probe::link::identity(device);
+    if let Some(rate) = cached("vram", "copies within VRAM", &identity) {
+        return rate;
+    }
+    match crate::backend::cuda::memory_rate(device) {
+        Ok(Some(rate)) => {
+            // Without a cache it is measured again the next time.
+            let _ = probe::record(&[probe::Rate::now("vram", &identity, rate, None, None)]);
+            Rate::measured(rate, "copies within VRAM, just now")
+        }
+        _ => Rate::guess(VRAM_GUESS, "of a common GPU; it could not be measured now"),
+    }
+}
+
+fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
+    let i = &device.info;
+    let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&i.pci_address));
+    let (free, total) = device.mem_info().unwrap_or((i.total_bytes, i.total_bytes));
+    let link = cached("h2d", "nt probe", &probe::link::identity(device)).unwrap_or_else(|| {
+        let (rate, source) = match fact.and_then(|f| f.link.max) {
+            Some(speed) => (speed.bytes_per_s() * LINK_SHARE, format!("0.8 of PCIe {speed}")),
+            None => (LINK_GUESS, "of a common slot".into()),
+        };
+        Rate::guess(rate, format!("{source}; `nt probe link` measures it"))
+    });
+    let memory = vram_rate(device);
+    let tflops = GEMM_A_MULTIPROCESSOR * f64::from(i.multiprocessors);
+    let source = "from the number of multiprocessors; `nt bench` measures it".into();
+    GpuSide {
+        name: i.name.clone(),
+        vram: total,
+        // The context that was opened for this is counted again for the session's.
+        vram_taken: total.saturating_sub(free + DRIVER_BYTES),
+        multiprocessors: i.multiprocessors as usize,
+        memory,
+        link,
+        gemm: Some(Speed { tflops, measured: false, source }),
+    }
+}

@@ -1,0 +1,148 @@
+//! What the simulator says of a session: its own plan, with rates that were measured.
+
+use std::time::Instant;
+
+use super::forecast::{setup, works};
+use super::{EngineError, Session};
+use crate::model::Outputs;
+use crate::pipeline::{Feed, FeedStats, Step, StreamError};
+use crate::plan::{Home, Machine, PassWork, Rates, Setup, Shares, Site, pass_s};
+
+/// How long computing alone is measured, and most passes of it.
+const COMPUTE_S: f64 = 0.5;
+const COMPUTE_PASSES: usize = 64;
+
+/// One-token passes as simulated, and the rates that this counts with.
+#[derive(Clone, Copy, Debug)]
+pub struct Predicted {
+    /// A pass of a settled ring.
+    pub pass: Shares,
+    /// The rates.
+    pub rates: Rates,
+}
+
+impl Session {
+    /// The prediction from the ceilings that [`Session::measure_ceilings`] measured; `None` where one that
+    /// it needs is missing.
+    pub fn predicted(&self) -> Option<Predicted> {
+        let compute_s = self.links.compute_s?;
+        let all: f64 = self.units_bytes().sum();
+        let beside_s = pass_s(self.site()).min(compute_s);
+        let unit_s = self.units_bytes().map(|b| (compute_s - beside_s) * b / all).collect();
+        self.simulate(self.links.rates(), PassWork { unit_s, beside_s, experts: 0 })
+    }
+
+    /// The prediction from a machine's rates; `None` where one that it needs is a guess.
+    pub fn predicted_on(&self, machine: &Machine) -> Option<Predicted> {
+        let site = self.site();
+        let measured = |r: &crate::plan::Rate| r.measured.then(|| r.bytes_per_s());
+        let gpu = machine.gpu.as_ref();
+        let computed = match site {
+            Site::Gpu => measured(&gpu?.memory),
+            Site::Cpu => machine.cpu.decode.as_ref().and_then(measured),
+        };
+        computed?;
+        let storage = machine.storage.as_ref();
+        let rates = Rates {
+            vram: gpu.and_then(|g| measured(&g.memory)),
+            gpu: gpu.and_then(|g| measured(&g.link)),
+            ram: measured(&machine.ram.read),
+            nvme: storage.and_then(|s| Some(measured(&s.read)? * s.drives as f64)),
+            copies: self.links.storage_copies,
+        };
+        let units = works(&self.model, &self.weights.layouts);
+        let unit_s = units.iter().map(|u| u.decode_s(machine, site)).collect();
+        let experts = self.model.hparams.n_experts_used;
+        self.simulate(rates, PassWork { unit_s, beside_s: pass_s(site), experts })
+    }
+
+    fn simulate(&self, rates: Rates, pass: PassWork) -> Option<Predicted> {
+        let streams = |home| self.plan.homes.contains(&home);
+        let needs_link = self.device.is_some() && (streams(Home::B) || streams(Home::C));
+        if streams(Home::C) && rates.nvme.is_none() || needs_link && rates.gpu.is_none() {
+            return None;
+        }
+        let units = works(&self.model, &self.weights.layouts);
+        let setup: Setup = setup(&units, &self.plan, &rates, self.device.is_some());
+        Some(Predicted { pass: setup.settled(&pass), rates })
+    }
+
+    fn site(&self) -> Site {
+        if self.device.is_some() { Site::Gpu } else { Site::Cpu }
+    }
+
+    fn units_bytes(&self) -> impl Iterator<Item = f64> {
+        self.model.units.iter().map(|u| u.bytes() as f64)
+    }
+
+    /// Seconds of a one-token pass that brings nothing: streamed units are computed from whatever their
+    /// slots hold. `None` for a mixture of experts that streams, whose router would choose by nonsense.
+    /// The session is good for nothing else after this.
+    pub(super) fn compute_seconds(&mut self) -> Result<Option<f64>, EngineError> {
+        let streams = self.plan.homes.iter().any(|h| *h == Home::C || *h == Home::B && self.device.is_some());
+        if streams {
+            if self.model.hparams.n_experts > 0 {
+                return Ok(None);
+            }
+            let slots = match &self.device {
+                Some(d) => {
+                    let at = |i: usize| d.slots.addr + i as u64 * self.plan.device_slot_bytes;
+                    (0..self.plan.device_slots).map(at).collect()
+                }
+                None => self.held_slots()?,
+            };
+            self.weights.feed = Box::new(Still { slots, next: 0 });
+        }
+        let links = self.links;
+        let mut pass = || -> Result<(), EngineError> {
+            self.truncate(0);
+            self.eval(&[0], Outputs::Last, &|| false)?;
+            self.logits().map(|_| ())
+        };
+        pass()?;
+        let began = Instant::now();
+        let mut passes = 0;
+        while passes < COMPUTE_PASSES && began.elapsed().as_secs_f64() < COMPUTE_S {
+            pass()?;
+            passes += 1;
+        }
+        let seconds = began.elapsed().as_secs_f64() / passes as f64;
+        self.links = links;
+        Ok(Some(seconds))
+    }
+
+    /// Takes every staging slot, so that nothing is read into one any more.
+    fn held_slots(&self) -> Result<Vec<u64>, EngineError> {
+        let streamer = &self.weights.streamer;
+        streamer.restart();
+        let steps = super::start::schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
+        let units = steps.iter().filter_map(|s| if let Step::Unit(u) = s { Some(*u) } else { None });
+        let first = units.cycle().take(self.plan.n_slots);
+        first.map(|u| Ok(streamer.acquire(u).map_err(super::session::stream_error)?.addr as u64)).collect()
+    }
+}
+
+/// A feed that brings nothing.
+struct Still {
+    slots: Vec<u64>,
+    next: usize,
+}
+
+impl Feed for Still {
+    fn acquire(&mut self, _: usize) -> Result<u64, StreamError> {
+        self.next = (self.next + 1) % self.slots.len();
+        Ok(self.slots[self.next])
+    }
+
+    fn release(&mut self) -> Result<(), StreamError> {
+        Ok(())
+    }
+
+    fn demand(&mut self, _: &[usize]) {}
+
+    fn restart(&mut self) {}
+
+    fn stats(&self) -> FeedStats {
+        FeedStats::default()
+    }
+}

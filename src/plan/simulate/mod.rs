@@ -1,0 +1,149 @@
+//! The ring before it runs: the state machines of [`crate::pipeline`], driven by a clock that only counts.
+//!
+//! Reads end after each other at storage's rate, copies one at a time in order, computing goes unit by
+//! unit; what runs at once shares RAM and processors. No thread, no device, no chance but a seed (which
+//! experts are chosen). The driving follows `pipeline::streamer` and `pipeline::uploads` step by step: slots
+//! on a device are given back when computing is called, and copies into them wait for its end.
+
+mod share;
+mod world;
+
+use super::{Home, LinkName, Rates, UnitSize};
+use crate::pipeline::Event;
+use world::World;
+
+/// A unit as the simulator sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct SimUnit {
+    /// Size and place in the model.
+    pub size: UnitSize,
+    /// Where it lives.
+    pub home: Home,
+}
+
+/// What is simulated.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The units, in pass order; experts follow the shared part of their block.
+    pub units: Vec<SimUnit>,
+    /// Whether a GPU computes from its own memory.
+    pub on_device: bool,
+    /// Slots in RAM.
+    pub staging_slots: usize,
+    /// Slots in VRAM.
+    pub device_slots: usize,
+    /// Rates. A link without one takes no time.
+    pub rates: Rates,
+    /// Seconds that the link rests between two copies.
+    pub copy_gap_s: f64,
+    /// Whether the next pass is brought while this one ends. A predecessor's did not.
+    pub wrap: bool,
+    /// Decides which experts are chosen.
+    pub seed: u64,
+}
+
+/// Seconds of computing in one pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PassWork {
+    /// Of each unit, when it is used.
+    pub unit_s: Vec<f64>,
+    /// Of the pass beside its units; nothing else is computed meanwhile.
+    pub beside_s: f64,
+    /// Experts that are used of each block.
+    pub experts: usize,
+}
+
+/// Where a pass's time went, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shares {
+    /// The pass.
+    pub seconds: f64,
+    /// Reads in flight.
+    pub nvme_busy: f64,
+    /// A copy running.
+    pub gpu_busy: f64,
+    /// Computing.
+    pub compute_busy: f64,
+    /// Bytes through RAM.
+    pub ram_bytes: f64,
+    /// Computing waited for a unit that was being read.
+    pub wait_nvme: f64,
+    /// Computing waited for a unit that was being copied.
+    pub wait_gpu: f64,
+    /// Nothing of the pass was left to compute: logits, and the next token's begin.
+    pub wait_pass: f64,
+}
+
+/// The outcome.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Each pass.
+    pub passes: Vec<Shares>,
+    /// What happened, in the timeline's form.
+    pub events: Vec<Event>,
+}
+
+/// How long the link rests between two copies: events and the look for the end of a copy (H100: it is
+/// busy 0.984 to 0.989 of passes that it binds, with 32 to 45 copies each; docs/benchmarks.md).
+pub const COPY_GAP_S: f64 = 65e-6;
+
+/// Passes before the ring is taken for settled, and passes that count.
+const SETTLING: usize = 4;
+const COUNTED: usize = 4;
+
+impl Setup {
+    /// Runs passes one after the other from an empty ring.
+    pub fn run(&self, passes: &[&PassWork]) -> Outcome {
+        World::new(self).run(passes)
+    }
+
+    /// A pass of a settled ring: the mean of some.
+    pub fn settled(&self, pass: &PassWork) -> Shares {
+        let all = self.run(&[pass; SETTLING + COUNTED]);
+        let mut sum = Shares::default();
+        for p in &all.passes[SETTLING..] {
+            sum.add(p);
+        }
+        sum.scaled(1.0 / COUNTED as f64)
+    }
+}
+
+impl Shares {
+    fn add(&mut self, o: &Shares) {
+        for (a, b) in self.fields().into_iter().zip({ *o }.fields()) {
+            *a += *b;
+        }
+    }
+
+    fn scaled(mut self, by: f64) -> Shares {
+        self.fields().into_iter().for_each(|f| *f *= by);
+        self
+    }
+
+    fn fields(&mut self) -> [&mut f64; 8] {
+        let Shares { seconds, nvme_busy, gpu_busy, compute_busy, ram_bytes, wait_nvme, wait_gpu, wait_pass } = self;
+        [seconds, nvme_busy, gpu_busy, compute_busy, ram_bytes, wait_nvme, wait_gpu, wait_pass]
+    }
+
+    /// Share of the pass in which a link was busy; of RAM, its bytes of what it could carry.
+    pub fn busy(&self, link: LinkName, rates: &Rates) -> Option<f64> {
+        let share = |s: f64| (s / self.seconds).min(1.0);
+        match link {
+            LinkName::Nvme => rates.nvme.map(|_| share(self.nvme_busy)),
+            LinkName::Gpu => rates.gpu.map(|_| share(self.gpu_busy)),
+            LinkName::Flops => Some(share(self.compute_busy)),
+            LinkName::Ram => rates.ram.map(|r| (self.ram_bytes / r / self.seconds).min(1.0)),
+            LinkName::Vram => None,
+        }
+    }
+
+    /// What is busy longest.
+    pub fn bound_by(&self, rates: &Rates) -> LinkName {
+        let links = [LinkName::Nvme, LinkName::Gpu, LinkName::Ram, LinkName::Flops];
+        let busy = |l: &LinkName| self.busy(*l, rates).unwrap_or(0.0);
+        links.into_iter().max_by(|a, b| busy(a).total_cmp(&busy(b))).unwrap_or(LinkName::Flops)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! What a pass asks of each unit: bytes to move and time to compute.
+
+use super::{Machine, UnitSize};
+use crate::gguf::TensorType;
+
+/// A unit and its part of a pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnitWork {
+    /// Where it belongs, and what it takes in memory.
+    pub size: UnitSize,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    /// Bytes of its matrices by type, and their elements.
+    pub matrices: Vec<(TensorType, u64, u64)>,
+    /// Share of one-token passes that use it: 1, or for a routed expert the chosen ones' part of all.
+    pub share: f64,
+}
+
+/// Share of what VRAM carries at which one-token products read weights of a type, on an H100
+/// (docs/benchmarks.md: decode of 8B Q8_0 and 32B Q4_K_M all in VRAM, less what a pass costs anyhow).
+fn gpu_share(ty: TensorType) -> f64 {
+    match ty {
+        TensorType::F32 | TensorType::F16 | TensorType::BF16 => 0.75,
+        TensorType::Q8_0 => 0.69,
+        TensorType::Q4_K | TensorType::Q5_K | TensorType::Q6_K => 0.585,
+        _ => 0.55,
+    }
+}
+
+/// Least time of a unit on a GPU: a block's kernels are launched one by one (SmolLM2, whose blocks are
+/// small, decodes at 1179 tokens/s on an H100: 30 blocks in 0.85 ms).
+const GPU_UNIT_S: f64 = 25e-6;
+/// What a pass costs on a GPU beside its units: logits to the host, and the next token's row back.
+const GPU_PASS_S: f64 = 100e-6;
+/// The same on processors, whose threads only meet.
+const CPU_PASS_S: f64 = 20e-6;
+/// Share of what memory carries that one-token products on processors reach where nothing is measured.
+const CPU_SHARE: f64 = 0.85;
+
+/// Where weights are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Site {
+    /// In VRAM.
+    Gpu,
+    /// In RAM.
+    Cpu,
+}
+
+/// Seconds that a pass takes beside its units.
+pub fn pass_s(site: Site) -> f64 {
+    match site {
+        Site::Gpu => GPU_PASS_S,
+        Site::Cpu => CPU_PASS_S,
+    }
+}
+
+impl UnitWork {
+    /// Seconds of computing it for one token.
+    pub fn decode_s(&self, machine: &Machine, site: Site) -> f64 {
+        match (site, &machine.gpu) {
+            (Site::Gpu, Some(gpu)) => {
+                let v = gpu.memory.bytes_per_s();
+                let s: f64 = self.matrices.iter().map(|&(ty, bytes, _)| bytes as f64 / (v * gpu_share(ty))).sum();
+                if self.size.routed { s } else { s.max(GPU_UNIT_S) }
+            }
+            _ => self.bytes as f64 / cpu_decode_bytes_per_s(machine),
+        }
+    }
+
+    /// Seconds of computing it for those of `tokens` tokens that use it, if any does; `None` if the speed
+    /// of products is not known. The head computes one row.
+    pub fn prefill_s(&self, machine: &Machine, site: Site, tokens: usize) -> Option<f64> {
+        let speed = match site {
+            Site::Gpu => machine.gpu.as_ref()?.gemm.as_ref()?,
+            Site::Cpu => machine.cpu.gemm.as_ref()?,
+        };
+        let once = self.decode_s(machine, site);
+        if self.size.block.is_none() {
+            return Some(once);
+        }
+        let weights: u64 = self.matrices.iter().map(|m| m.2).sum();
+        let tokens = tokens as f64 * self.share / self.used_by(tokens);
+        Some((2.0 * weights as f64 * tokens / (speed.tflops * 1e12)).max(once))
+    }
+
+    /// Chance that any of `tokens` tokens uses it, each choosing by itself.
+    pub fn used_by(&self, tokens: usize) -> f64 {
+        1.0 - (1.0 - self.share).powi(tokens.min(1 << 20) as i32)
+    }
+}
+
+/// Bytes of weights a second that processors compute in one-token passes.
+pub fn cpu_decode_bytes_per_s(machine: &Machine) -> f64 {
+    let measured = machine.cpu.decode.as_ref().map(|r| r.bytes_per_s());
+    measured.unwrap_or(machine.ram.read.bytes_per_s() * CPU_SHARE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(name: &str) -> Machine {
+        Machine::profile(name).unwrap().unwrap()
+    }
+
+    fn unit(bytes: u64, share: f64, block: Option<usize>) -> UnitWork {
+        let size = UnitSize { slot_bytes: bytes, block, routed: share < 1.0 };
+        UnitWork { size, bytes, matrices: vec![(TensorType::Q8_0, bytes, bytes * 32 / 34)], share }
+    }
+
+    #[test]
+    fn large_blocks_are_bound_by_memory_and_small_ones_by_launches() {
+        let m = machine("h100");
+        let s = unit(1 << 30, 1.0, Some(0)).decode_s(&m, Site::Gpu);
+        assert!((s - (1u64 << 30) as f64 / (2985e9 * 0.69)).abs() < 1e-9);
+        assert_eq!(unit(1000, 1.0, Some(0)).decode_s(&m, Site::Gpu), GPU_UNIT_S);
+    }
+
+    #[test]
+    fn prefill_grows_with_tokens_except_for_the_head() {
+        let m = machine("h100");
+        let block = unit(200 << 20, 1.0, Some(0));
+        assert!(block.prefill_s(&m, Site::Gpu, 512).unwrap() > 3.0 * block.prefill_s(&m, Site::Gpu, 128).unwrap());
+        let head = unit(200 << 20, 1.0, None);
+        assert_eq!(head.prefill_s(&m, Site::Gpu, 512), Some(head.decode_s(&m, Site::Gpu)));
+        let unknown = Machine { cpu: crate::plan::CpuSide { threads: 1, decode: None, gemm: None }, ..m };
+        assert_eq!(block.prefill_s(&unknown, Site::Cpu, 512), None);
+    }
+
+    #[test]
+    fn an_expert_is_used_more_surely_the_more_tokens_there_are() {
+        let e = unit(1 << 20, 0.0625, Some(0));
+        assert_eq!(e.used_by(1), 0.0625);
+        assert!(e.used_by(512) > 0.999);
+    }
+}

@@ -1,0 +1,124 @@
+//! `nt plan` as scripts rely on it: no weights are read, every machine has an answer or a refusal with what
+//! would fit.
+
+mod common;
+#[path = "common/skeleton.rs"]
+mod skeleton;
+
+use common::{fails, nt, tiny, tiny_moe};
+use serde_json::Value;
+use skeleton::{LLAMA3_70B, QWEN2_32B, skeleton};
+
+fn plan(args: &[&str]) -> Value {
+    let out = nt(&[&["plan"], args, &["--json"]].concat());
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+fn speed(v: &Value) -> f64 {
+    v["simulated"]["tokens_per_s"].as_f64().unwrap()
+}
+
+#[test]
+fn a_70b_without_its_weights_is_planned_on_every_profile() {
+    let d = tempfile::tempdir().unwrap();
+    let m = skeleton(d.path(), "70b.gguf", LLAMA3_70B, "Q6_K");
+    let m = m.to_str().unwrap();
+    for profile in ["rtx-5060-ti", "rtx-3090-gen3x8", "rtx-4090", "h100", "laptop-8gb", "cpu-only"] {
+        let v = plan(&[m, "--machine", profile]);
+        assert_eq!(v["plan"]["blocks"].as_str().unwrap().len(), 80, "{profile}");
+        assert!(speed(&v) <= v["roofline"]["decode"]["tokens_per_s"].as_f64().unwrap() * 1.01, "{profile}: {v}");
+        let memory = |key: &str| v["memory"][key].as_u64();
+        assert!(memory("ram_weights_bytes") <= memory("ram_room_bytes"), "{profile}");
+        assert!(memory("vram_weights_bytes") <= memory("vram_room_bytes").or(Some(0)), "{profile}");
+        let busy = &v["simulated"]["busy"];
+        for link in ["nvme", "gpu", "ram", "flops"] {
+            assert!(busy[link].is_null() || (0.0..=1.0).contains(&busy[link].as_f64().unwrap()), "{busy}");
+        }
+        let text = nt(&["plan", m, "--machine", profile]);
+        let text = String::from_utf8(text.stdout).unwrap();
+        assert!(["blocks ", "decode ", "busy ", "ram "].iter().all(|w| text.contains(w)), "{text}");
+    }
+}
+
+#[test]
+fn the_predecessors_cases_are_predicted() {
+    let d = tempfile::tempdir().unwrap();
+    let m = skeleton(d.path(), "70b.gguf", LLAMA3_70B, "Q6_K");
+    let case = |m: &str, args: &[&str]| speed(&plan(&[&[m, "--machine"], args].concat()));
+    let theirs = ["--layout", "stacked", "--n-buffers", "2", "--no-wrap"];
+    let m = m.to_str().unwrap();
+    let tiers = ["rtx-3090-gen3x8", "--tiers", "20:30:30"];
+    let stacked = case(m, &[&tiers[..], &theirs].concat());
+    assert!((0.1..0.12).contains(&stacked), "{stacked}, 0.11 measured");
+    assert!(case(m, &tiers) >= 0.15);
+    let all = case(m, &[&["rtx-3090-gen3x8", "--tiers", "26:54:0"][..], &theirs].concat());
+    assert!((0.16..0.2).contains(&all), "{all}, 0.18 measured");
+    let m = skeleton(d.path(), "32b.gguf", QWEN2_32B, "Q4_K_M");
+    let link = ["rtx-5060-ti", "--tiers", "19:45:0", "--link", "25.2"];
+    let s = case(m.to_str().unwrap(), &[&link[..], &theirs].concat());
+    assert!((1.5..1.95).contains(&s), "{s}, 1.7 measured");
+}
+
+#[test]
+fn more_of_anything_is_listed_with_what_it_brings() {
+    let d = tempfile::tempdir().unwrap();
+    let m = skeleton(d.path(), "70b.gguf", LLAMA3_70B, "Q6_K");
+    let v = plan(&[m.to_str().unwrap(), "--machine", "laptop-8gb"]);
+    let changes = v["changes"].as_array().unwrap();
+    let factor = |what: &str| {
+        let c = changes.iter().find(|c| c["what"].as_str().unwrap().contains(what));
+        c.unwrap_or_else(|| panic!("no {what} in {v}"))["factor"].as_f64().unwrap()
+    };
+    assert!(factor("second drive") > 1.5 && factor("Q4_K_M") > 1.3 && factor("VRAM") > 1.0 && factor("RAM") > 1.0);
+    let factors: Vec<f64> = changes.iter().map(|c| c["factor"].as_f64().unwrap()).collect();
+    assert!(factors.is_sorted_by(|a, b| a >= b));
+}
+
+#[test]
+fn what_does_not_fit_exits_with_4_and_names_what_would() {
+    let d = tempfile::tempdir().unwrap();
+    let m = skeleton(d.path(), "70b.gguf", LLAMA3_70B, "Q6_K");
+    let m = m.to_str().unwrap();
+    fails(&["plan", m, "--machine", "laptop-8gb", "--tiers", "79:1:0"], 4, &["79:1:0", "GiB", "fits"]);
+    fails(&["plan", m, "--machine", "cpu-only", "--tier-c", "none"], 4, &["--tier-c none", "fits"]);
+    fails(&["plan", m, "--machine", "cpu-only", "--ram", "1GiB"], 4, &["--ram", "would fit"]);
+    let small = tiny(4).write(d.path(), "tiny.gguf");
+    fails(&["run", small.to_str().unwrap(), "-p", "x", "--backend", "cpu", "--ram", "4096"], 4, &["would fit"]);
+}
+
+#[test]
+fn machines_are_read_from_files_and_refused_by_name() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "tiny.gguf");
+    let m = m.to_str().unwrap();
+    fails(&["plan", m, "--machine", "no-such"], 2, &["no-such", "rtx-4090"]);
+    let file = d.path().join("m.toml");
+    let text = "name = 'mine'\n[ram]\nsize = '1GiB'\nread = { gb_per_s = 10.0 }\n[cpu]\nthreads = 2\n";
+    std::fs::write(&file, text).unwrap();
+    let v = plan(&[m, "--machine", file.to_str().unwrap()]);
+    assert_eq!((v["machine"]["name"].as_str(), v["site"].as_str()), (Some("mine"), Some("cpu")));
+    // Nothing is known of products, so nothing is said of prefill.
+    assert!(v["roofline"]["prefill"].is_null() && v["first_token"]["seconds"].is_null());
+    std::fs::write(&file, text.replace("10.0", "0.0")).unwrap();
+    fails(&["plan", m, "--machine", file.to_str().unwrap()], 2, &["m.toml", "no rate"]);
+    fails(&["plan", m, "--machine", file.to_str().unwrap(), "--backend", "cuda"], 2, &["no rate"]);
+    // This machine, whatever it has.
+    assert!(plan(&[m, "--backend", "cpu"])["plan"]["blocks"].is_string());
+}
+
+#[test]
+fn the_predicted_timeline_has_the_form_of_the_measured_one() {
+    let d = tempfile::tempdir().unwrap();
+    for (name, file) in [("dense", tiny(6)), ("experts", tiny_moe(6))] {
+        let m = file.write(d.path(), name);
+        let out = d.path().join("t.json");
+        let args = ["--machine", "cpu-only", "--tiers", "0:2:4", "--timeline"];
+        plan(&[&[m.to_str().unwrap()], &args[..], &[out.to_str().unwrap()]].concat());
+        let v: Value = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
+        let events = v["traceEvents"].as_array().unwrap();
+        let of = |cat: &str| events.iter().filter(|e| e["cat"] == cat).count();
+        assert!(of("read") > 0 && of("compute") > 0, "{name}: {v}");
+        assert!(events.iter().all(|e| e["ph"] == "X" && e["dur"].as_f64() >= Some(0.0)));
+    }
+}

@@ -1,0 +1,113 @@
+//! Predictions beside what was measured on an H100 (tests/data/h100.json, the runs of docs/benchmarks.md):
+//! each row with the ceilings that its own run measured.
+
+mod common;
+#[path = "common/skeleton.rs"]
+mod skeleton;
+
+use std::path::Path;
+
+use nt::backend::BackendKind;
+use nt::engine::{Forecast, Opened, Options};
+use nt::gguf::TensorType;
+use nt::plan::{Machine, Rate, StorageSide, parse_size};
+use nt::storage::ReaderKind;
+use serde_json::Value;
+use skeleton::{LLAMA3_8B, LLAMA3_70B, QWEN2_32B, skeleton};
+
+/// What the driver took beside buffers and weights.
+const DRIVER_BYTES: u64 = 585_000_000;
+
+/// Options of `nt bench`'s words.
+fn options(args: &str, n_ctx: usize) -> Options {
+    let mut o = Options {
+        backend: BackendKind::Auto,
+        vram: None,
+        threads: 16,
+        ram: None,
+        storage: true,
+        copy: None,
+        reader: ReaderKind::Auto,
+        verify: false,
+        kv_type: TensorType::F16,
+        n_buffers: Some(3),
+        tiers: None,
+        stacked: false,
+        n_ctx,
+        max_batch: Options::MAX_BATCH,
+        outputs: 1,
+        timeline: false,
+    };
+    let mut words = args.split_whitespace();
+    while let (Some(name), Some(value)) = (words.next(), words.next()) {
+        match name {
+            "--tiers" => o.tiers = value.parse().ok(),
+            "--layout" => o.stacked = value == "stacked",
+            "--n-buffers" => o.n_buffers = value.parse().ok(),
+            "--vram" => o.vram = parse_size(value).ok(),
+            "--ram" => o.ram = parse_size(value).ok(),
+            other => panic!("{other}"),
+        }
+    }
+    o
+}
+
+/// The H100's profile with the ceilings of a row.
+fn machine(row: &Value) -> Machine {
+    let mut m = Machine::profile("h100").unwrap().unwrap();
+    let rate = |key: &str| row[key].as_f64().map(|gb| Rate::measured(gb * 1e9, "the row's own run"));
+    let gpu = m.gpu.as_mut().unwrap();
+    gpu.memory = rate("vram_gb_s").unwrap();
+    gpu.link = rate("link_gb_s").unwrap_or(gpu.link.clone());
+    if let Some(read) = rate("storage_gb_s") {
+        m.storage = Some(StorageSide { read, drives: 1, copies: row["storage"] == "shm" });
+    }
+    m
+}
+
+fn model(dir: &Path, name: &str) -> Opened {
+    let (shape, mix) = match name {
+        "llama3-8b Q8_0" => (LLAMA3_8B, "Q8_0"),
+        "qwen2.5-32b Q4_K_M" => (QWEN2_32B, "Q4_K_M"),
+        "llama3-70b Q4_K_M" => (LLAMA3_70B, "Q4_K_M"),
+        other => panic!("{other}"),
+    };
+    Opened::open(&skeleton(dir, &format!("{name}.gguf"), shape, mix)).unwrap()
+}
+
+#[test]
+fn decode_on_an_h100_is_predicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string("tests/data/h100.json").unwrap();
+    let rows: Vec<Value> = serde_json::from_str(&text).unwrap();
+    let mut near = 0;
+    for row in &rows {
+        let opened = model(dir.path(), row["model"].as_str().unwrap());
+        let tokens = row["tokens"].as_u64().unwrap() as usize;
+        let prefills = row["prefill"].is_f64();
+        let n_ctx = if prefills { 512 } else { tokens };
+        let f = Forecast::new(&opened.model, &machine(row), &options(row["args"].as_str().unwrap(), n_ctx), 512);
+        let f = f.unwrap();
+        let predicted = 1.0 / f.prediction.simulated.unwrap().seconds;
+        let measured = row["decode"].as_f64().unwrap();
+        let ratio = predicted / measured;
+        // With --nocapture: the table of docs/benchmarks.md.
+        println!(
+            "| {} | `{}` | {} | {measured:.3} | {predicted:.3} | {ratio:.2} |",
+            row["model"].as_str().unwrap(),
+            row["args"].as_str().unwrap(),
+            row["storage"].as_str().unwrap_or("")
+        );
+        near += usize::from((0.9..1.1).contains(&ratio));
+        assert!((0.85..1.2).contains(&ratio), "{row}: predicted {predicted}");
+        if let Some(measured) = row["prefill"].as_f64() {
+            let predicted = 512.0 / f.prediction.first_token_s.unwrap();
+            assert!((0.9..1.1).contains(&(predicted / measured)), "{row}: prefill predicted {predicted}");
+        }
+        // What the driver counted for the process, within 50 MB.
+        let vram = f.plan.vram_bytes + f.workspace_bytes + DRIVER_BYTES;
+        let counted = row["vram_bytes"].as_u64().unwrap();
+        assert!(vram.abs_diff(counted) < 50_000_000, "{row}: {vram} bytes of VRAM planned");
+    }
+    assert!(near >= 18, "{near} of {} rows within a tenth", rows.len());
+}
