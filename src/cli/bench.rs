@@ -1,15 +1,18 @@
 //! `nt bench`: medians of prefill and decode, the rates of the links, and the roofline.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
 use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
+use super::page::{self, Timings};
 use super::report::Report;
 use super::{Failure, ModelArg, Placement, interrupt, run};
 use crate::engine::{EngineError, Session};
 use crate::model::Outputs;
+use crate::pipeline::Event;
 
 /// Arguments of `nt bench`.
 #[derive(Debug, Args)]
@@ -27,6 +30,9 @@ pub struct BenchArgs {
     repetitions: u16,
     #[command(flatten)]
     placement: Placement,
+    /// Write a page with figures, tier map, timeline and rates, which any browser opens.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -37,6 +43,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let opened = run::open(&args.model)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
+    options.timeline |= args.html.is_some();
     let needed = args.n_prompt.max(args.n_gen).max(1);
     options.n_ctx = match args.placement.ctx {
         Auto::Given(n) if n < needed => return Err(Failure::limits(format!("--ctx {n} is smaller than {needed}"))),
@@ -68,8 +75,10 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
     // The probes take memory of their own.
     let peak_rss_bytes = crate::machine::peak_rss_bytes();
+    // Laps of the storage probe are no part of the run.
+    let events = if args.html.is_some() { session.events() } else { Vec::new() };
     let session = session.measure_ceilings().map_err(run::failure)?;
-    print(args, &session, &opened, &prefill, &decode, peak_rss_bytes)
+    print(args, &session, &opened, &prefill, &decode, peak_rss_bytes, &events)
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
@@ -102,6 +111,7 @@ fn print(
     prefill: &[f64],
     decode: &[f64],
     peak_rss_bytes: Option<u64>,
+    events: &[Event],
 ) -> Result<(), Failure> {
     let mut report = Report::new(session, opened);
     report.decode_rate(median(decode));
@@ -109,14 +119,23 @@ fn print(
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
     }
+    let prefill_rate = median(prefill);
+    let first_token_s = prefill_rate.map(|r| args.n_prompt as f64 / r);
+    if let Some(path) = &args.html {
+        let prefill = prefill_rate.map(|r| (args.n_prompt, r));
+        let timings = Timings { prefill, first_token_s, decode: median(decode), peak_rss_bytes };
+        page::write(path, session, opened, events, &timings, &report)?;
+    }
     let phase = |n: usize, runs: &[f64]| -> Json { json!({ "tokens": n, "tokens_per_s": median(runs), "runs": runs }) };
     if args.json {
         let (device, vram_bytes) = report.device_json();
         let all = json!({
             "prefill": phase(args.n_prompt, prefill),
             "decode": phase(args.n_gen, decode),
+            "first_token_s": first_token_s,
             "plan": report.plan_json(),
             "links": report.links_json(),
+            "stall": report.stall_json(),
             "roofline": report.roofline_json(),
             "n_buffers": session.n_slots(),
             "backend": session.backend_name(),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
+use super::page::{self, Timings};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
@@ -44,6 +45,9 @@ pub struct RunArgs {
     sampling: Sampling,
     #[command(flatten)]
     placement: Placement,
+    /// Write a page with figures, tier map, timeline and rates, which any browser opens.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Stdout is one JSON object.
     #[arg(long)]
     json: bool,
@@ -62,6 +66,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let tokens = prompt_tokens(&opened, &prompt, args.chat || args.system.is_some(), args.system.as_deref())?;
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
+    options.timeline |= args.html.is_some();
     pressure::raise_oom_score(Path::new("/"));
     let watch = Watch::start(Path::new("/"));
     let mut session = start(&opened, options, true)?;
@@ -96,11 +101,24 @@ fn finish(
     pressure: Option<String>,
 ) -> Result<(), Failure> {
     let pressure = pressure.filter(|_| g.stop == StopReason::Interrupt && !interrupt::interrupted());
+    if let Some(shard) = opened.gguf.shards.first() {
+        session.recall_ceilings(&shard.path);
+    }
     let mut report = Report::new(session, opened);
     report.warnings(pressure.as_slice());
     report.generation(g);
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
+    }
+    if let Some(path) = &args.html {
+        let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
+        let timings = Timings {
+            prefill: rate.map(|r| (g.prompt_tokens, r)),
+            first_token_s: g.first_token_s,
+            decode: (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s),
+            peak_rss_bytes: crate::machine::peak_rss_bytes(),
+        };
+        page::write(path, session, opened, &session.events(), &timings, &report)?;
     }
     if args.json {
         report::print_line(&report.json(g).to_string())?;

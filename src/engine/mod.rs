@@ -15,7 +15,7 @@ mod stop;
 mod weights;
 
 pub use generate::{Generation, StopReason, generate};
-pub use links::Links;
+pub use links::{Links, Stalls};
 pub use opened::{EngineError, Opened};
 pub use sampler::{Sampler, SamplerParams, argmax};
 pub use session::{Options, Session};

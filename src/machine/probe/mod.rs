@@ -11,7 +11,7 @@ mod queue;
 pub mod storage;
 mod target;
 
-pub use cache::{Rate, file as cache_file, measured, record};
+pub use cache::{Rate, file as cache_file, measured, record, today};
 pub use target::Target;
 
 /// Why a link could not be measured.
