@@ -11,7 +11,8 @@ use super::page::{self, Timings};
 use super::report::Report;
 use super::{Failure, ModelArg, Placement, interrupt, run};
 use crate::engine::{EngineError, Session};
-use crate::model::Outputs;
+use crate::machine::pressure::Watch;
+use crate::model::{ForwardError, Outputs};
 use crate::pipeline::Event;
 
 /// Arguments of `nt bench`.
@@ -50,6 +51,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => needed,
     };
+    let watch = run::watch();
     let mut session = run::start(&opened, options, true)?;
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
@@ -60,7 +62,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         let counted = round > 0;
         if args.n_prompt > 0 {
             session.truncate(0);
-            let rate = timed(args.n_prompt, || evaluate(&mut session, &tokens[..args.n_prompt]))?;
+            let rate = timed(args.n_prompt, &watch, || evaluate(&mut session, &tokens[..args.n_prompt], &watch))?;
             prefill.extend(counted.then_some(rate));
         }
         if args.n_gen > 0 {
@@ -68,8 +70,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             if counted {
                 session.start_measuring();
             }
-            let rate =
-                timed(args.n_gen, || tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t])))?;
+            let rate = timed(args.n_gen, &watch, || {
+                tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t], &watch))
+            })?;
             decode.extend(counted.then_some(rate));
         }
     }
@@ -82,14 +85,19 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
-fn evaluate(session: &mut Session, tokens: &[u32]) -> Result<(), EngineError> {
-    session.eval(tokens, Outputs::Last, &interrupt::interrupted)?;
+fn evaluate(session: &mut Session, tokens: &[u32], watch: &Watch) -> Result<(), EngineError> {
+    session.eval(tokens, Outputs::Last, &|| interrupt::interrupted() || watch.tripped())?;
     session.logits().map(|_| ())
 }
 
-fn timed(n: usize, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, Failure> {
+fn timed(n: usize, watch: &Watch, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, Failure> {
     let start = Instant::now();
-    work().map_err(run::failure)?;
+    work().map_err(|e| match (e, watch.reason()) {
+        (EngineError::Forward(ForwardError::Interrupted), Some(why)) if !interrupt::interrupted() => {
+            run::short_of_memory(&why)
+        }
+        (e, _) => run::failure(e),
+    })?;
     Ok(n as f64 / start.elapsed().as_secs_f64())
 }
 

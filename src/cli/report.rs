@@ -196,7 +196,8 @@ impl Report {
                 per_s(n, s).map_or(String::new(), |r| format!(", {r:.1} tokens/s"))
             )?;
         }
-        if let Some(rate) = self.decode_tokens_per_s {
+        // A benchmark prints its own medians.
+        if let Some(rate) = self.decode_tokens_per_s.filter(|_| self.prompt.is_some()) {
             let first = self.first_token_s.map_or(String::new(), |s| format!(", first token after {s:.2} s"));
             writeln!(out, "decode    {} tokens, {rate:.2} tokens/s{first}", self.generated)?;
         }

@@ -67,8 +67,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
     options.timeline |= args.html.is_some();
-    pressure::raise_oom_score(Path::new("/"));
-    let watch = Watch::start(Path::new("/"));
+    let watch = watch();
     let mut session = start(&opened, options, true)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut written = Ok(());
@@ -127,11 +126,22 @@ fn finish(
         report.print();
     }
     if let Some(reason) = pressure {
-        return Err(Failure::running(format!(
-            "stopped before memory ran out: {reason}; give a smaller --ram, or end what else takes memory"
-        )));
+        return Err(short_of_memory(&reason));
     }
     if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
+}
+
+/// Watches memory from here on; should the kernel have to kill, it takes this process first.
+pub(super) fn watch() -> Watch {
+    pressure::raise_oom_score(Path::new("/"));
+    Watch::start(Path::new("/"))
+}
+
+/// The failure of a run that its watch of memory has stopped.
+pub(super) fn short_of_memory(reason: &str) -> Failure {
+    Failure::running(format!(
+        "stopped before memory ran out: {reason}; give a smaller --ram, or end what else takes memory"
+    ))
 }
 
 /// The prompt's tokens, through the chat template if asked.
