@@ -10,9 +10,9 @@ use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::Report;
 use super::{Failure, ModelArg, Placement, interrupt, run};
-use crate::engine::{EngineError, Session};
+use crate::engine::Session;
 use crate::machine::pressure::Watch;
-use crate::model::{ForwardError, Outputs};
+use crate::model::Outputs;
 use crate::pipeline::Event;
 
 /// Arguments of `nt bench`.
@@ -51,7 +51,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => needed,
     };
-    let watch = run::watch();
+    let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, true)?;
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
@@ -62,7 +62,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         let counted = round > 0;
         if args.n_prompt > 0 {
             session.truncate(0);
-            let rate = timed(args.n_prompt, &watch, || evaluate(&mut session, &tokens[..args.n_prompt], &watch))?;
+            let rate = timed(args.n_prompt, || evaluate(&mut session, &tokens[..args.n_prompt], &watch))?;
             prefill.extend(counted.then_some(rate));
         }
         if args.n_gen > 0 {
@@ -70,7 +70,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             if counted {
                 session.start_measuring();
             }
-            let rate = timed(args.n_gen, &watch, || {
+            let rate = timed(args.n_gen, || {
                 tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t], &watch))
             })?;
             decode.extend(counted.then_some(rate));
@@ -85,19 +85,14 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
-fn evaluate(session: &mut Session, tokens: &[u32], watch: &Watch) -> Result<(), EngineError> {
-    session.eval(tokens, Outputs::Last, &|| interrupt::interrupted() || watch.tripped())?;
-    session.logits().map(|_| ())
+fn evaluate(session: &mut Session, tokens: &[u32], watch: &Watch) -> Result<(), Failure> {
+    run::evaluate(session, tokens, Outputs::Last, watch)?;
+    session.logits().map(|_| ()).map_err(run::failure)
 }
 
-fn timed(n: usize, watch: &Watch, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, Failure> {
+fn timed(n: usize, mut work: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
     let start = Instant::now();
-    work().map_err(|e| match (e, watch.reason()) {
-        (EngineError::Forward(ForwardError::Interrupted), Some(why)) if !interrupt::interrupted() => {
-            run::short_of_memory(&why)
-        }
-        (e, _) => run::failure(e),
-    })?;
+    work()?;
     Ok(n as f64 / start.elapsed().as_secs_f64())
 }
 

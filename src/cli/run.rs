@@ -12,8 +12,9 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
 use crate::engine::{EngineError, Generation, Opened, Options, Sampler, Session, StopReason, generate};
 use crate::gguf::TensorType;
+use crate::machine::ollama::{self, Eviction};
 use crate::machine::pressure::{self, Watch};
-use crate::model::ForwardError;
+use crate::model::{ForwardError, Outputs};
 use crate::storage::vfio::device::OpenError;
 use crate::storage::{ReaderKind, StorageError};
 use crate::tokenizer::ChatTemplate;
@@ -67,7 +68,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
     options.timeline |= args.html.is_some();
-    let watch = watch();
+    let watch = prepare(&args.placement);
     let mut session = start(&opened, options, true)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut written = Ok(());
@@ -131,10 +132,37 @@ fn finish(
     if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
 }
 
-/// Watches memory from here on; should the kernel have to kill, it takes this process first.
-pub(super) fn watch() -> Watch {
+/// What is done before memory is taken: an Ollama is asked to make room where the user wishes it, and
+/// memory is watched from here on; should the kernel have to kill, it takes this process first.
+pub(super) fn prepare(p: &Placement) -> Watch {
+    if p.evict_ollama {
+        evict_ollama();
+    }
     pressure::raise_oom_score(Path::new("/"));
     Watch::start(Path::new("/"))
+}
+
+/// Says on stderr what came of it. A run goes on either way: the plan takes what is free.
+fn evict_ollama() {
+    let host = std::env::var("OLLAMA_HOST").ok();
+    match ollama::address(host.as_deref()).and_then(ollama::evict) {
+        Ok(Eviction::Unloaded(names)) if names.is_empty() => eprintln!("Ollama has no model loaded"),
+        Ok(Eviction::Unloaded(names)) => eprintln!("Ollama has unloaded {}", names.join(", ")),
+        Ok(Eviction::NotThere(at)) => eprintln!("no Ollama answers at {at}; nothing to unload"),
+        Ok(Eviction::StillLoaded(names)) => tracing::warn!("Ollama still holds {}", names.join(", ")),
+        Err(e) => tracing::warn!("Ollama's models could not be unloaded: {e}"),
+    }
+}
+
+/// Evaluates tokens; SIGINT and a shortage of memory end it.
+pub(super) fn evaluate(s: &mut Session, tokens: &[u32], outputs: Outputs, watch: &Watch) -> Result<(), Failure> {
+    let stop = || interrupt::interrupted() || watch.tripped();
+    s.eval(tokens, outputs, &stop).map_err(|e| match (e, watch.reason()) {
+        (EngineError::Forward(ForwardError::Interrupted), Some(why)) if !interrupt::interrupted() => {
+            short_of_memory(&why)
+        }
+        (e, _) => failure(e),
+    })
 }
 
 /// The failure of a run that its watch of memory has stopped.

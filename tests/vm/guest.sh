@@ -10,6 +10,10 @@ if [ "$1" = no_iommu ]; then
   refused "no IOMMU" "behind no IOMMU" $nt bind $dev
   echo "DONE no_iommu"; exit
 fi
+if [ "$1" = memory ]; then
+  . /root/small.sh
+  echo "DONE memory"; exit
+fi
 if [ "$1" = model ]; then
   . /root/model.sh
   echo "DONE model"; exit
