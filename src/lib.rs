@@ -12,5 +12,6 @@ pub mod memory;
 pub mod model;
 pub mod pipeline;
 pub mod plan;
+pub mod report_page;
 pub mod storage;
 pub mod tokenizer;

@@ -209,6 +209,9 @@ pub struct Placement {
     /// Positions the KV cache holds.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
+    /// Ask an Ollama on this machine (OLLAMA_HOST, or 127.0.0.1:11434) to unload its models first.
+    #[arg(long)]
+    pub evict_ollama: bool,
     /// Write a timeline of reads and computes, which ui.perfetto.dev opens.
     #[arg(long, value_name = "FILE")]
     pub timeline: Option<PathBuf>,

@@ -1,18 +1,21 @@
 //! `nt bench`: medians of prefill and decode, the rates of the links, and the roofline.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
+use super::page::{self, Timings};
 use super::report::Report;
 use super::{Failure, ModelArg, Placement, interrupt, run};
-use crate::engine::{EngineError, Session};
+use crate::engine::Session;
 use crate::machine;
+use crate::machine::pressure::Watch;
 use crate::machine::probe::{self, Rate};
 use crate::model::Outputs;
+use crate::pipeline::Event;
 
 /// Arguments of `nt bench`.
 #[derive(Debug, Args)]
@@ -30,6 +33,9 @@ pub struct BenchArgs {
     repetitions: u16,
     #[command(flatten)]
     placement: Placement,
+    /// Write a page with figures, tier map, timeline and rates, which any browser opens.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -43,12 +49,14 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let opened = run::open(&args.model)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
+    options.timeline |= args.html.is_some();
     let needed = args.n_prompt.max(args.n_gen).max(1);
     options.n_ctx = match args.placement.ctx {
         Auto::Given(n) if n < needed => return Err(Failure::limits(format!("--ctx {n} is smaller than {needed}"))),
         Auto::Given(n) => n,
         Auto::Auto => needed,
     };
+    let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, true)?;
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
@@ -59,7 +67,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         let counted = round > 0;
         if args.n_prompt > 0 {
             session.truncate(0);
-            let rate = timed(args.n_prompt, || evaluate(&mut session, &tokens[..args.n_prompt]))?;
+            let rate = timed(args.n_prompt, || evaluate(&mut session, &tokens[..args.n_prompt], &watch))?;
             prefill.extend(counted.then_some(rate));
         }
         if args.n_gen > 0 {
@@ -67,22 +75,25 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
             if counted {
                 session.start_measuring();
             }
-            let rate =
-                timed(args.n_gen, || tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t])))?;
+            let rate = timed(args.n_gen, || {
+                tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t], &watch))
+            })?;
             decode.extend(counted.then_some(rate));
         }
     }
     // The probes take memory of their own.
     let peak_rss_bytes = machine::peak_rss_bytes();
+    // Laps of the storage probe are no part of the run.
+    let events = if args.html.is_some() { session.events() } else { Vec::new() };
     let session = session.measure_ceilings().map_err(run::failure)?;
     keep_compute_rate(&session);
-    print(args, &session, &opened, &prefill, &decode, peak_rss_bytes)
+    print(args, &session, &opened, &prefill, &decode, peak_rss_bytes, &events)
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
-fn evaluate(session: &mut Session, tokens: &[u32]) -> Result<(), EngineError> {
-    session.eval(tokens, Outputs::Last, &interrupt::interrupted)?;
-    session.logits().map(|_| ())
+fn evaluate(session: &mut Session, tokens: &[u32], watch: &Watch) -> Result<(), Failure> {
+    run::evaluate(session, tokens, Outputs::Last, watch)?;
+    session.logits().map(|_| ()).map_err(run::failure)
 }
 
 /// Keeps how fast processors compute weights, for later plans. A small model says little of others.
@@ -99,9 +110,9 @@ fn keep_compute_rate(session: &Session) {
     }
 }
 
-fn timed(n: usize, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, Failure> {
+fn timed(n: usize, mut work: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
     let start = Instant::now();
-    work().map_err(run::failure)?;
+    work()?;
     Ok(n as f64 / start.elapsed().as_secs_f64())
 }
 
@@ -123,6 +134,7 @@ fn print(
     prefill: &[f64],
     decode: &[f64],
     peak_rss_bytes: Option<u64>,
+    events: &[Event],
 ) -> Result<(), Failure> {
     let mut report = Report::new(session, opened);
     report.decode_rate(median(decode));
@@ -130,14 +142,23 @@ fn print(
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
     }
+    let prefill_rate = median(prefill);
+    let first_token_s = prefill_rate.map(|r| args.n_prompt as f64 / r);
+    if let Some(path) = &args.html {
+        let prefill = prefill_rate.map(|r| (args.n_prompt, r));
+        let timings = Timings { prefill, first_token_s, decode: median(decode), peak_rss_bytes };
+        page::write(path, session, opened, events, &timings, &report)?;
+    }
     let phase = |n: usize, runs: &[f64]| -> Json { json!({ "tokens": n, "tokens_per_s": median(runs), "runs": runs }) };
     if args.json {
         let (device, vram_bytes) = report.device_json();
         let all = json!({
             "prefill": phase(args.n_prompt, prefill),
             "decode": phase(args.n_gen, decode),
+            "first_token_s": first_token_s,
             "plan": report.plan_json(),
             "links": report.links_json(),
+            "stall": report.stall_json(),
             "roofline": report.roofline_json(),
             "prediction": report.prediction_json(),
             "n_buffers": session.n_slots(),

@@ -45,6 +45,7 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_train),
     };
+    let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, true)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut messages: Vec<Json> = args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
@@ -81,7 +82,7 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
             &prompt[agree..],
             args.n,
             &args.stop,
-            &|| interrupt::interrupted(),
+            &|| interrupt::interrupted() || watch.tripped(),
             &mut |text| {
                 let mut out = std::io::stdout().lock();
                 if written.is_ok() {
@@ -97,8 +98,9 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         cached.truncate(session.position());
         messages.push(json!({ "role": "assistant", "content": g.text }));
         if g.stop == StopReason::Interrupt {
+            let reason = watch.reason().filter(|_| !interrupt::interrupted());
             Report::new(&session, &opened).print();
-            return Err(Failure::interrupted());
+            return Err(reason.map_or_else(Failure::interrupted, |r| run::short_of_memory(&r)));
         }
         if g.context_full {
             tracing::warn!("the context is full; the answer was cut off (give a larger --ctx)");

@@ -10,7 +10,7 @@ use super::Failure;
 use super::report::print_line;
 use crate::backend::cuda::Device;
 use crate::machine::doctor::{self, Finding, Tried, Weight};
-use crate::machine::facts::{Facts, Gpu};
+use crate::machine::facts::{Facts, Gpu, ask_nvml};
 use crate::machine::probe::link;
 use crate::storage::bind;
 use crate::storage::guard::Host;
@@ -26,16 +26,19 @@ pub struct DoctorArgs {
 /// Prints facts and findings. Findings are no failure.
 pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
     let host = Host::default();
+    let mut facts = Facts::read(&host);
+    // Before this process takes memory there itself.
+    ask_nvml(&host, &mut facts.gpus);
     let device = Device::open(0);
     // A sleeping link is slow: copies wake it before its speed is read.
     let awake = device.as_ref().is_ok_and(|d| link::wake(d).is_ok());
-    let mut facts = Facts::read(&host);
+    refresh_links(&host, &mut facts);
     if let Ok(device) = &device {
         let free = device.mem_info().ok().map(|(free, _)| free);
         for gpu in facts.gpus.iter_mut().filter(|g| g.pci == device.info.pci_address) {
             gpu.name = Some(device.info.name.clone());
             gpu.vram_total = Some(device.info.total_bytes);
-            gpu.vram_free = free;
+            gpu.vram_free = gpu.vram_free.or(free);
         }
     }
     let bound: Vec<_> = bind::bound(&host).into_iter().map(|b| (may_open(&host, &b.group), b)).collect();
@@ -62,6 +65,15 @@ pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
     findings.iter().try_for_each(print_finding)
 }
 
+/// Takes the links' speeds anew.
+fn refresh_links(host: &Host, facts: &mut Facts) {
+    for now in Facts::read(host).gpus {
+        if let Some(gpu) = facts.gpus.iter_mut().find(|g| g.pci == now.pci) {
+            gpu.link = now.link;
+        }
+    }
+}
+
 /// Whether this user may read and write the node of a VFIO group.
 fn may_open(host: &Host, group: &str) -> bool {
     let node = host.real(&format!("/dev/vfio/{group}"));
@@ -79,12 +91,17 @@ fn print_facts(f: &Facts) -> Result<(), Failure> {
     print_line(&format!("ram     {}, {} available{limit}", gib(f.ram.total), gib(f.ram.available)))?;
     for g in &f.gpus {
         print_line(&gpu_line(g))?;
+        for u in g.users.iter().flatten() {
+            let name = u.name.as_deref().unwrap_or("?");
+            print_line(&format!("        {name} ({}) holds {}", u.pid, gib(u.vram)))?;
+        }
     }
     for d in &f.drives {
         let link = d.link.current.map_or_else(String::new, |l| format!(", {l}"));
+        let chipset = if d.behind_chipset == Some(true) { ", on the chipset" } else { "" };
         let mounts: Vec<_> = d.mounts.iter().map(|m| format!("{} ({})", m.at, m.file_system)).collect();
         print_line(&format!(
-            "drive   {} {}, {}{link}, scheduler {}, {}",
+            "drive   {} {}, {}{link}{chipset}, scheduler {}, {}",
             d.name,
             d.model.as_deref().unwrap_or("?"),
             gib(d.size),

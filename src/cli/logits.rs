@@ -38,13 +38,14 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     options.n_ctx = run::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
     options.outputs = Session::outputs_at_once(n_vocab);
     let batch = options.max_batch.min(options.outputs);
+    let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, false)?;
     let name = args.output.display().to_string();
     let failed = |e: std::io::Error| Failure::output(&name, &e);
     let mut out = BufWriter::new(File::create(&args.output).map_err(failed)?);
     npy::write_header(&mut out, args.tokens.len(), n_vocab).map_err(failed)?;
     for chunk in args.tokens.chunks(batch) {
-        session.eval(chunk, Outputs::All, &super::interrupt::interrupted).map_err(run::failure)?;
+        run::evaluate(&mut session, chunk, Outputs::All, &watch)?;
         npy::write_values(&mut out, session.logits().map_err(run::failure)?).map_err(failed)?;
     }
     out.flush().map_err(failed)?;

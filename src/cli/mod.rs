@@ -11,6 +11,7 @@ mod inspect;
 mod interrupt;
 mod logits;
 mod npy;
+mod page;
 mod perplexity;
 mod plan;
 mod probe;

@@ -56,6 +56,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     options.n_ctx = n_ctx;
     options.outputs = Session::outputs_at_once(opened.model.n_vocab);
     let batch = options.max_batch.min(options.outputs);
+    let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, false)?;
     let n_chunks = (tokens.len() / n_ctx).min(args.chunks.unwrap_or(usize::MAX));
     let (mut sum, mut squares, mut n) = (0.0f64, 0.0f64, 0usize);
@@ -67,7 +68,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
         let first_scored = n_ctx / 2;
         for (c, part) in chunk.chunks(batch).enumerate() {
             let start = c * batch;
-            session.eval(part, Outputs::All, &super::interrupt::interrupted).map_err(run::failure)?;
+            run::evaluate(&mut session, part, Outputs::All, &watch)?;
             let logits = session.logits().map_err(run::failure)?;
             for (i, row) in logits.chunks_exact(opened.model.n_vocab).enumerate() {
                 let at = start + i;

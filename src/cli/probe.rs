@@ -2,22 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value as Json, json};
 
 use super::report::print_line;
 use super::{Failure, interrupt};
 use crate::backend::cuda::Device;
 use crate::machine;
-use crate::machine::probe::{self, ProbeError, Rate, Target, link, memory, plot, storage};
+use crate::machine::probe::{self, Pages, ProbeError, Rate, Target, link, memory, plot, storage};
 use crate::plan::parse_size;
+use crate::storage::guard::Host;
 
 /// Arguments of `nt probe`.
 #[derive(Debug, Args)]
 pub struct ProbeArgs {
     /// What to measure, one or more of: storage PATH, link, memory. PATH is a file, a directory
-    /// (its largest file is read) or a block device; it is never written. Without any: link and
-    /// memory.
+    /// (its largest file is read), a block device, or a drive bound to vfio-pci; it is never written.
+    /// Storage and link together are also measured at once. Without any: link and memory.
     #[arg(value_name = "storage PATH|link|memory")]
     what: Vec<String>,
     /// Block sizes of the sweep, comma separated.
@@ -29,12 +30,32 @@ pub struct ProbeArgs {
     /// Seconds of the sustained read at the knee; 0 skips it.
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
+    /// Pages of the buffers that storage is read to: huge ones, in which weights lie, or small ones, in
+    /// which other programs read (for comparing with them).
+    #[arg(long, value_enum, default_value = "huge")]
+    pages: PagesArg,
     /// Draw the storage sweep.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// `--pages`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PagesArg {
+    Huge,
+    Small,
+}
+
+impl From<PagesArg> for Pages {
+    fn from(arg: PagesArg) -> Pages {
+        match arg {
+            PagesArg::Huge => Pages::Huge,
+            PagesArg::Small => Pages::Small,
+        }
+    }
 }
 
 fn block_size(text: &str) -> Result<u64, String> {
@@ -86,14 +107,17 @@ pub fn run(args: &ProbeArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let mut rates = Vec::new();
     let mut all = serde_json::Map::new();
+    let mut stored = None;
     if let Some(path) = &wanted.storage {
-        all.insert("storage".into(), probe_storage(args, path, &mut rates)?);
+        let report = probe_storage(args, path, &mut rates)?;
+        stored = report.knee.filter(|_| report.through == "io_uring").map(|knee| (path.as_path(), knee));
+        all.insert("storage".into(), json!(report));
     }
     if wanted.memory {
         all.insert("memory".into(), probe_memory(args, &mut rates)?);
     }
     if wanted.link {
-        all.insert("link".into(), probe_link(args, !args.what.is_empty(), &mut rates)?);
+        all.insert("link".into(), probe_link(args, !args.what.is_empty(), stored, &mut rates)?);
     }
     if let Err(e) = probe::record(&rates) {
         tracing::warn!("the measured rates could not be kept: {e}");
@@ -114,20 +138,33 @@ fn gb(rate: f64) -> String {
     format!("{:.3} GB/s", rate / 1e9)
 }
 
-fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
-    let target = Target::open(path).map_err(failure)?;
-    if let Some(note) = target.file.note() {
-        tracing::warn!("{note}");
-    }
+fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result<storage::Report, Failure> {
     let or = |given: Vec<u64>, all: &[u64]| if given.is_empty() { all.to_vec() } else { given };
     let depths: Vec<usize> = args.depth.iter().map(|d| usize::from(*d)).collect();
     let options = storage::Options {
         blocks: or(args.block_size.clone(), &storage::BLOCKS),
         depths: if depths.is_empty() { storage::DEPTHS.to_vec() } else { depths },
         sustained_s: args.seconds,
+        pages: args.pages.into(),
     };
     let bar = progress(options.blocks.len() * options.depths.len());
-    let report = storage::measure(&target, &options, &interrupt::interrupted, &mut |_| bar.inc(1)).map_err(failure)?;
+    let stop = &interrupt::interrupted;
+    let most = |v: Option<u64>| v.unwrap_or(0);
+    let flying = most(options.blocks.iter().copied().max()) * most(options.depths.iter().max().map(|d| *d as u64));
+    let bound = probe::open_bound(&Host::default(), &path.to_string_lossy(), flying).map_err(failure)?;
+    let report = match bound {
+        Some(mut drive) => {
+            let name = path.display().to_string();
+            storage::measure_bound(&name, &mut drive, &options, stop, &mut |_| bar.inc(1)).map_err(failure)?
+        }
+        None => {
+            let target = Target::open(path).map_err(failure)?;
+            if let Some(note) = target.file.note() {
+                tracing::warn!("{note}");
+            }
+            storage::measure(&target, &options, stop, &mut |_| bar.inc(1)).map_err(failure)?
+        }
+    };
     bar.finish_and_clear();
     if let Some(k) = report.knee {
         let best = report.sustained.as_ref().map_or(k.bytes_per_s, |s| s.bytes_per_s);
@@ -139,7 +176,7 @@ fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result
     if !args.json {
         print_storage(&report, &options)?;
     }
-    Ok(json!(report))
+    Ok(report)
 }
 
 fn progress(cells: usize) -> indicatif::ProgressBar {
@@ -151,7 +188,12 @@ fn progress(cells: usize) -> indicatif::ProgressBar {
 }
 
 fn print_storage(report: &storage::Report, options: &storage::Options) -> Result<(), Failure> {
-    let way = if report.direct { "O_DIRECT, io_uring" } else { "io_uring through the page cache" };
+    let way = match (report.through, report.direct, report.pages) {
+        ("vfio", ..) => "vfio, past the kernel",
+        (_, false, _) => "io_uring through the page cache",
+        (_, true, Some(Pages::Small)) => "O_DIRECT, io_uring, buffers in 4 KiB pages",
+        (_, true, _) => "O_DIRECT, io_uring",
+    };
     print_line(&format!("storage {} ({}), {way}, GB/s by block size and reads in flight", report.path, report.drive))?;
     let head: Vec<String> = options.depths.iter().map(|d| format!("{d:>7}")).collect();
     print_line(&format!("  {:>8} {}", "", head.join("")))?;
@@ -199,7 +241,13 @@ fn probe_memory(args: &ProbeArgs, rates: &mut Vec<Rate>) -> Result<Json, Failure
 }
 
 /// `asked`: without a GPU, a link that was named is an error, and null otherwise.
-fn probe_link(args: &ProbeArgs, asked: bool, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
+/// `stored` names what was read for storage, and the knee found there.
+fn probe_link(
+    args: &ProbeArgs,
+    asked: bool,
+    stored: Option<(&Path, storage::Cell)>,
+    rates: &mut Vec<Rate>,
+) -> Result<Json, Failure> {
     let device = match Device::open(0) {
         Ok(device) => device,
         Err(e) if asked => return Err(Failure::running(e)),
@@ -210,7 +258,12 @@ fn probe_link(args: &ProbeArgs, asked: bool, rates: &mut Vec<Rate>) -> Result<Js
             return Ok(Json::Null);
         }
     };
-    let report = link::measure(&device, &interrupt::interrupted, &mut |_| {}).map_err(failure)?;
+    let mut report = link::measure(&device, &interrupt::interrupted, &mut |_| {}).map_err(failure)?;
+    if let Some((path, knee)) = stored {
+        let target = Target::open(path).map_err(failure)?;
+        let together = link::with_storage(&device, &target, knee, args.pages.into(), &interrupt::interrupted);
+        report.with_storage = Some(together.map_err(failure)?);
+    }
     let identity = link::identity(&device);
     let mut keep = |kind: &str, rate: fn(&link::Cell) -> f64| {
         let best = report.cells.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
@@ -235,7 +288,14 @@ fn print_link(report: &link::Report) -> Result<(), Failure> {
         print_line(&format!("  {:>8} {a:>10.2} {b:>12.2} {d:>10.2} {e:>12.2}", plot::size(c.bytes as u64)))?;
     }
     let (to, from) = report.both_at_once;
-    print_line(&format!("  both ways at once: {} to the GPU, {} from it", gb(to), gb(from)))
+    print_line(&format!("  both ways at once: {} to the GPU, {} from it", gb(to), gb(from)))?;
+    let Some(t) = report.with_storage else { return Ok(()) };
+    let (block, depth) = (plot::size(t.block_bytes), t.depth);
+    print_line(&format!(
+        "  while storage is read ({block} x {depth}): {} to the GPU, {} from storage",
+        gb(t.h2d),
+        gb(t.storage)
+    ))
 }
 
 #[cfg(test)]

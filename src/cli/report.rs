@@ -68,6 +68,11 @@ impl Report {
         self.notes.extend_from_slice(more);
     }
 
+    /// Lines on what could not be had.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     /// Adds the figures of a generation.
     pub fn generation(&mut self, g: &Generation) {
         self.prompt = Some((g.prompt_tokens, g.prefill_s));
@@ -110,19 +115,26 @@ impl Report {
         json!({
             "nvme": { "bytes": l.nvme_bytes, "gb_per_s": l.nvme_gb_per_s(), "ceiling_gb_per_s": l.nvme_ceiling.map(gb), "busy": l.nvme_busy() },
             "gpu": { "bytes": l.gpu_bytes, "gb_per_s": l.gpu_gb_per_s(), "ceiling_gb_per_s": l.gpu_ceiling.map(gb), "busy": l.gpu_busy() },
-            "vram": { "ceiling_gb_per_s": l.vram_ceiling.map(gb) },
+            "vram": { "bytes": null, "gb_per_s": null, "busy": null, "ceiling_gb_per_s": l.vram_ceiling.map(gb) },
             "ram": { "bytes": l.ram_bytes, "gb_per_s": l.ram_gb_per_s(), "ceiling_gb_per_s": l.ram_ceiling.map(gb), "busy": null },
         })
+    }
+
+    /// Who waited for whom, in seconds of the passes, and those seconds.
+    pub fn stall_json(&self) -> Json {
+        let s = self.links.stalls();
+        json!({ "storage_s": s.storage_s, "link_s": s.link_s, "compute_s": s.compute_s, "passes_s": self.links.pass_s })
     }
 
     /// `roofline` of the contract's JSON, for passes that yield one token.
     pub fn roofline_json(&self) -> Json {
         match self.links.roofline() {
-            None => json!({ "predicted_tokens_per_s": null, "bound_by": null, "achieved": null }),
+            None => json!({ "predicted_tokens_per_s": null, "bound_by": null, "achieved": null, "ceilings": null }),
             Some((tokens_per_s, bound_by)) => json!({
                 "predicted_tokens_per_s": tokens_per_s,
                 "bound_by": bound_by,
                 "achieved": self.decode_tokens_per_s.map(|t| t / tokens_per_s),
+                "ceilings": self.links.ceilings_from,
             }),
         }
     }
@@ -157,6 +169,7 @@ impl Report {
             "decode": { "seconds": g.decode_s, "tokens_per_s": self.decode_tokens_per_s },
             "plan": self.plan_json(),
             "links": self.links_json(),
+            "stall": self.stall_json(),
             "roofline": self.roofline_json(),
             "prediction": self.prediction_json(),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -204,7 +217,8 @@ impl Report {
                 per_s(n, s).map_or(String::new(), |r| format!(", {r:.1} tokens/s"))
             )?;
         }
-        if let Some(rate) = self.decode_tokens_per_s {
+        // A benchmark prints its own medians.
+        if let Some(rate) = self.decode_tokens_per_s.filter(|_| self.prompt.is_some()) {
             let first = self.first_token_s.map_or(String::new(), |s| format!(", first token after {s:.2} s"));
             writeln!(out, "decode    {} tokens, {rate:.2} tokens/s{first}", self.generated)?;
         }
@@ -220,11 +234,13 @@ impl Report {
             let busy = self.links.gpu_busy().map_or(String::new(), |b| format!(", busy {:.0} %", b * 100.0));
             writeln!(out, "link      {} copied to VRAM, {rate:.2} GB/s{busy}", format_bytes(self.links.gpu_bytes))?;
         }
+        self.write_waits(out)?;
         if let Some((tokens_per_s, bound_by)) = self.links.roofline() {
+            let from = self.links.ceilings_from.map_or(String::new(), |f| format!(" ({f})"));
             let share = self
                 .decode_tokens_per_s
                 .map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
-            writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}")?;
+            writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}{from}")?;
         }
         if let Some(p) = &self.predicted {
             let tokens_per_s = 1.0 / p.pass.seconds;
@@ -242,6 +258,20 @@ impl Report {
             writeln!(out, "memory    {} at most{vram}", format_bytes(rss))?;
         }
         Ok(())
+    }
+}
+
+impl Report {
+    fn write_waits(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let (s, l) = (self.links.stalls(), &self.links);
+        let reader = if l.on_device { "copies for storage" } else { "computing for storage" };
+        let last = if l.on_device { "the link for computing" } else { "storage for computing" };
+        let waits = [(reader, s.storage_s), ("computing for the link", s.link_s), (last, s.compute_s)];
+        let told: Vec<String> = waits
+            .iter()
+            .filter_map(|(who, s)| s.filter(|_| l.pass_s > 0.0).map(|s| format!("{who} {:.0} %", s / l.pass_s * 100.0)))
+            .collect();
+        if told.is_empty() { Ok(()) } else { writeln!(out, "waits     {}", told.join(", ")) }
     }
 }
 

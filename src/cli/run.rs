@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
+use super::page::{self, Timings};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
@@ -14,8 +15,9 @@ use crate::engine::{
     this_machine,
 };
 use crate::gguf::TensorType;
+use crate::machine::ollama::{self, Eviction};
 use crate::machine::pressure::{self, Watch};
-use crate::model::ForwardError;
+use crate::model::{ForwardError, Outputs};
 use crate::plan::Machine;
 use crate::storage::vfio::device::OpenError;
 use crate::storage::{ReaderKind, StorageError};
@@ -48,6 +50,9 @@ pub struct RunArgs {
     sampling: Sampling,
     #[command(flatten)]
     placement: Placement,
+    /// Write a page with figures, tier map, timeline and rates, which any browser opens.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Stdout is one JSON object.
     #[arg(long)]
     json: bool,
@@ -66,8 +71,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let tokens = prompt_tokens(&opened, &prompt, args.chat || args.system.is_some(), args.system.as_deref())?;
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
-    pressure::raise_oom_score(Path::new("/"));
-    let watch = Watch::start(Path::new("/"));
+    options.timeline |= args.html.is_some();
+    let watch = prepare(&args.placement);
     let mut session = start(&opened, options, true)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut written = Ok(());
@@ -100,12 +105,25 @@ fn finish(
     pressure: Option<String>,
 ) -> Result<(), Failure> {
     let pressure = pressure.filter(|_| g.stop == StopReason::Interrupt && !interrupt::interrupted());
+    if let Some(shard) = opened.gguf.shards.first() {
+        session.recall_ceilings(&shard.path);
+    }
     let mut report = Report::new(session, opened);
     report.warnings(pressure.as_slice());
     report.generation(g);
     report.predicted(session.predicted_on(&this_machine(opened)));
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
+    }
+    if let Some(path) = &args.html {
+        let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
+        let timings = Timings {
+            prefill: rate.map(|r| (g.prompt_tokens, r)),
+            first_token_s: g.first_token_s,
+            decode: (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s),
+            peak_rss_bytes: crate::machine::peak_rss_bytes(),
+        };
+        page::write(path, session, opened, &session.events(), &timings, &report)?;
     }
     if args.json {
         report::print_line(&report.json(g).to_string())?;
@@ -114,11 +132,49 @@ fn finish(
         report.print();
     }
     if let Some(reason) = pressure {
-        return Err(Failure::running(format!(
-            "stopped before memory ran out: {reason}; give a smaller --ram, or end what else takes memory"
-        )));
+        return Err(short_of_memory(&reason));
     }
     if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
+}
+
+/// What is done before memory is taken: an Ollama is asked to make room where the user wishes it, and
+/// memory is watched from here on; should the kernel have to kill, it takes this process first.
+pub(super) fn prepare(p: &Placement) -> Watch {
+    if p.evict_ollama {
+        evict_ollama();
+    }
+    pressure::raise_oom_score(Path::new("/"));
+    Watch::start(Path::new("/"))
+}
+
+/// Says on stderr what came of it. A run goes on either way: the plan takes what is free.
+fn evict_ollama() {
+    let host = std::env::var("OLLAMA_HOST").ok();
+    match ollama::address(host.as_deref()).and_then(ollama::evict) {
+        Ok(Eviction::Unloaded(names)) if names.is_empty() => eprintln!("Ollama has no model loaded"),
+        Ok(Eviction::Unloaded(names)) => eprintln!("Ollama has unloaded {}", names.join(", ")),
+        Ok(Eviction::NotThere(at)) => eprintln!("no Ollama answers at {at}; nothing to unload"),
+        Ok(Eviction::StillLoaded(names)) => tracing::warn!("Ollama still holds {}", names.join(", ")),
+        Err(e) => tracing::warn!("Ollama's models could not be unloaded: {e}"),
+    }
+}
+
+/// Evaluates tokens; SIGINT and a shortage of memory end it.
+pub(super) fn evaluate(s: &mut Session, tokens: &[u32], outputs: Outputs, watch: &Watch) -> Result<(), Failure> {
+    let stop = || interrupt::interrupted() || watch.tripped();
+    s.eval(tokens, outputs, &stop).map_err(|e| match (e, watch.reason()) {
+        (EngineError::Forward(ForwardError::Interrupted), Some(why)) if !interrupt::interrupted() => {
+            short_of_memory(&why)
+        }
+        (e, _) => failure(e),
+    })
+}
+
+/// The failure of a run that its watch of memory has stopped.
+pub(super) fn short_of_memory(reason: &str) -> Failure {
+    Failure::running(format!(
+        "stopped before memory ran out: {reason}; give a smaller --ram, or end what else takes memory"
+    ))
 }
 
 /// The prompt's tokens, through the chat template if asked.

@@ -24,6 +24,7 @@ impl Session {
     pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
         self.links.ram_ceiling =
             Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
+        self.links.ceilings_from = Some("measured after the run");
         // The ring to a device would take the units that are read.
         self.weights.feed = Box::new(Direct::new(self.weights.streamer.clone()));
         self.weights.feed.restart();
@@ -41,6 +42,24 @@ impl Session {
         }
         self.links.compute_s = self.compute_seconds()?;
         Ok(self)
+    }
+
+    /// Takes the ceilings that `nt probe` has measured on this machine, where there are any, so that a run
+    /// need not measure. `model` is a file on the drive that is read.
+    pub fn recall_ceilings(&mut self, model: &Path) {
+        let recall = |kind: &str, identity: &str| Some(machine::probe::measured(kind, identity)?.bytes_per_s);
+        let l = &mut self.links;
+        l.ram_ceiling = recall("memory", &machine::memory_identity(Path::new("/")));
+        if self.options.copy.is_none() {
+            let drive = machine::probe::Target::open(model).ok();
+            l.nvme_ceiling = drive.and_then(|d| recall("storage", &d.identity));
+        }
+        if self.device.is_some() {
+            let device = crate::backend::cuda::Device::open(0).ok();
+            l.gpu_ceiling = device.and_then(|d| recall("h2d", &machine::probe::link::identity(&d)));
+        }
+        let any = l.ram_ceiling.or(l.nvme_ceiling).or(l.gpu_ceiling);
+        l.ceilings_from = any.map(|_| "rates that nt probe measured before");
     }
 
     /// Bytes a second; `None` where nothing but experts streams, whose order is not known.

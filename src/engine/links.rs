@@ -9,8 +9,11 @@ pub struct Links {
     pub nvme_bytes: u64,
     /// Seconds in which at least one read was in flight, of those.
     pub nvme_busy_s: f64,
-    /// Seconds that the consumer waited for units.
-    pub stall_s: f64,
+    /// Seconds that whoever takes units from storage (computing on processors, copies to a device) waited
+    /// for their reads.
+    pub storage_wait_s: f64,
+    /// Seconds that computing on a device waited for copies to be started.
+    pub link_wait_s: f64,
     /// Seconds of passes.
     pub pass_s: f64,
     /// Passes.
@@ -45,6 +48,21 @@ pub struct Links {
     pub compute_s: Option<f64>,
     /// Measured rate of one-token compute over resident weights, bytes a second.
     pub compute_ceiling: Option<f64>,
+    /// Whether only passes of one token were counted.
+    pub measured_one_token: bool,
+    /// Where the ceilings come from, in words.
+    pub ceilings_from: Option<&'static str>,
+}
+
+/// Who waited for whom, in seconds of the passes; `None` where it was not measured or nobody could wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Stalls {
+    /// Whoever takes units from storage (computing on processors, copies to a device) waited for reads.
+    pub storage_s: Option<f64>,
+    /// Computing on a device waited for copies to be started.
+    pub link_s: Option<f64>,
+    /// The link next to computing stood still with all slots full: it waited for computing.
+    pub compute_s: Option<f64>,
 }
 
 impl Links {
@@ -67,6 +85,22 @@ impl Links {
     pub fn gpu_busy(&self) -> Option<f64> {
         let known = self.gpu_bytes > 0 && self.gpu_timed && self.pass_s > 0.0;
         known.then(|| (self.gpu_busy_s / self.pass_s).min(1.0))
+    }
+
+    /// Who waited for whom.
+    pub fn stalls(&self) -> Stalls {
+        let streams = self.nvme_bytes > 0;
+        let full = match (self.gpu_bytes > 0, streams) {
+            (true, _) if !self.gpu_timed => None,
+            (true, _) => Some(self.pass_s - self.gpu_busy_s - self.storage_wait_s),
+            (false, true) if !self.on_device => Some(self.pass_s - self.nvme_busy_s),
+            (false, _) => None,
+        };
+        Stalls {
+            storage_s: streams.then_some(self.storage_wait_s),
+            link_s: (self.gpu_bytes > 0).then_some(self.link_wait_s),
+            compute_s: full.map(|s| s.max(0.0)),
+        }
     }
 
     /// GB/s of weights through memory.
@@ -106,6 +140,16 @@ impl Links {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waiting_is_told_by_its_cause() {
+        let l = Links { pass_s: 10.0, nvme_bytes: 1, nvme_busy_s: 7.0, storage_wait_s: 4.0, ..Links::default() };
+        assert_eq!(l.stalls(), Stalls { storage_s: Some(4.0), link_s: None, compute_s: Some(3.0) });
+        let l = Links { on_device: true, gpu_bytes: 1, gpu_busy_s: 5.0, gpu_timed: true, link_wait_s: 2.0, ..l };
+        assert_eq!(l.stalls(), Stalls { storage_s: Some(4.0), link_s: Some(2.0), compute_s: Some(1.0) });
+        assert_eq!(Links { gpu_timed: false, ..l }.stalls().compute_s, None);
+        assert_eq!(Links::default().stalls(), Stalls::default());
+    }
 
     #[test]
     fn the_slowest_link_binds() {

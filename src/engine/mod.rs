@@ -21,7 +21,7 @@ mod weights;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
 pub use generate::{Generation, StopReason, generate};
 pub use here::this_machine;
-pub use links::Links;
+pub use links::{Links, Stalls};
 pub use opened::{EngineError, Opened};
 pub use predicted::Predicted;
 pub use sampler::{Sampler, SamplerParams, argmax};

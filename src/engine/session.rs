@@ -10,7 +10,7 @@ use crate::backend::{Backend, BackendKind, DeviceAlloc, DeviceMemory, Pinned};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
 use crate::model::{ForwardError, Model, Outputs, forward};
-use crate::pipeline::StreamError;
+use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Home, Plan, Tiers};
 use crate::storage::{FileId, ReaderKind};
 
@@ -139,18 +139,22 @@ impl Session {
             return Err(e);
         }
         self.position += tokens.len();
-        if self.measuring || !self.options.timeline {
+        if self.options.timeline {
+            self.weights.streamer.trace(EventKind::Pass, tokens.len(), 0, began, Instant::now());
+        }
+        // What is compared with the roofline is passes of one token.
+        if !self.measuring || tokens.len() == 1 {
             let after = self.weights.streamer.stats();
             let l = &mut self.links;
             l.passes += 1;
             l.pass_s += began.elapsed().as_secs_f64();
             l.nvme_bytes += after.bytes - stats.bytes;
             l.nvme_busy_s += (after.busy - stats.busy).as_secs_f64();
-            l.stall_s += (after.stall - stats.stall).as_secs_f64();
+            l.storage_wait_s += (after.stall - stats.stall).as_secs_f64();
             let fed_after = self.weights.feed.stats();
             l.gpu_bytes += fed_after.bytes - fed.bytes;
             l.gpu_busy_s += (fed_after.busy - fed.busy).as_secs_f64();
-            l.stall_s += (fed_after.stall - fed.stall).as_secs_f64();
+            l.link_wait_s += (fed_after.stall - fed.stall).as_secs_f64();
             l.gpu_timed = fed_after.timed;
             l.ram_bytes += match self.device {
                 Some(_) => fed_after.bytes - fed.bytes,
@@ -280,9 +284,15 @@ impl Session {
                 gpu_bytes_per_pass: l.gpu_bytes_per_pass,
                 on_device: l.on_device,
                 storage_copies: l.storage_copies,
+                measured_one_token: true,
                 ..Links::default()
             };
         }
+    }
+
+    /// The timeline's events so far; none without [`Options::timeline`].
+    pub fn events(&self) -> Vec<Event> {
+        self.weights.streamer.events()
     }
 
     /// Writes the timeline.

@@ -67,6 +67,11 @@ impl Session {
                 (plan, Some(on_device))
             }
         };
+        // `--ram` may ask for more than there is; the kernel would kill, or the desktop stall.
+        let workspace = if memory.is_none() { backend.workspace_bytes() } else { 0 };
+        if let Some(why) = machine::memory(Path::new("/")).refusal(plan.ram_bytes + workspace) {
+            return Err(EngineError::Memory(why));
+        }
         let mut places = Places::take(&plan, &sizes)?;
         let mut reader = reader;
         // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the streamer.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::facts::{Drive, Facts, Gpu};
+use super::facts::{Drive, Facts, Gpu, GpuUser};
 
 /// Locked memory below which pinning weights for VFIO fails: a small ring.
 const MEMLOCK_WANTED: u64 = 4 << 30;
@@ -47,6 +47,7 @@ pub struct Tried {
 pub fn findings(facts: &Facts, tried: &Tried) -> Vec<Finding> {
     let mut out = gpu_driver(facts, tried);
     out.extend(facts.gpus.iter().filter_map(gpu_link));
+    out.extend(facts.gpus.iter().flat_map(gpu_users));
     out.extend(limits(facts));
     out.extend(memory(facts));
     out.extend(facts.drives.iter().flat_map(drive));
@@ -97,6 +98,29 @@ fn gpu_link(gpu: &Gpu) -> Option<Finding> {
         why: "units of RAM and storage cross this link on every pass; speed alone may be low because the link sleeps, width does not sleep",
         command: format!("nt probe link; sudo lspci -vv -s {} | grep LnkSta; then try the slot next to the processor", gpu.pci),
     })
+}
+
+/// Memory of other processes below which they are not worth a line: desktops hold some.
+const VRAM_OF_OTHERS_MIN: u64 = 512 << 20;
+
+fn gpu_users(gpu: &Gpu) -> Vec<Finding> {
+    let large = gpu.users.iter().flatten().filter(|u| u.vram.is_some_and(|b| b >= VRAM_OF_OTHERS_MIN));
+    let finding = |u: &GpuUser| {
+        let name = u.name.as_deref().unwrap_or("a process");
+        let ollama = name.contains("ollama");
+        Finding {
+            id: "vram-users",
+            weight: Weight::Warning,
+            found: format!("{name} ({}) holds {} MiB of the GPU at {}", u.pid, u.vram.unwrap_or(0) >> 20, gpu.pci),
+            why: "what others hold, tier A cannot have, and every byte less there crosses the link on each pass",
+            command: if ollama {
+                "nt run --evict-ollama …".into()
+            } else {
+                format!("end it, if you can do without: kill {}", u.pid)
+            },
+        }
+    };
+    large.map(finding).collect()
 }
 
 fn limits(facts: &Facts) -> Vec<Finding> {
@@ -174,6 +198,15 @@ fn drive(drive: &Drive) -> Vec<Finding> {
                 "sudo lspci -vv -s {} | grep LnkSta; then try the M.2 slot next to the processor",
                 drive.pci.as_deref().unwrap_or("")
             ),
+        });
+    }
+    if drive.behind_chipset == Some(true) && drive.name.starts_with("nvme") {
+        out.push(Finding {
+            id: "drive-chipset",
+            weight: Weight::Hint,
+            found: format!("{} hangs on the chipset", drive.name),
+            why: "all devices there share one link to the processor, and tier C shares it with them",
+            command: format!("nt probe storage {}; then try the M.2 slot next to the processor", drive.name),
         });
     }
     if drive.name.starts_with("nvme") && drive.scheduler.as_deref().is_some_and(|s| s != "none") {
@@ -282,6 +315,21 @@ mod tests {
             assert!(all.contains(&id), "{id} is missing of {all:?}");
         }
         assert!(findings(&f, &tried).iter().all(|x| !x.command.is_empty() && !x.found.is_empty()));
+    }
+
+    #[test]
+    fn others_in_vram_are_named_and_small_ones_left_alone() {
+        let mut f =
+            machine(&[("sys/bus/pci/devices/0000:01:00.0/class", "0x030000\n"), ("sys/block/nvme0n1/size", "8\n")]);
+        let user = |pid, name: &str, vram| GpuUser { pid, name: Some(name.into()), vram };
+        f.gpus[0].users =
+            Some(vec![user(5, "ollama_runner", Some(6 << 30)), user(6, "Xorg", Some(90 << 20)), user(7, "x", None)]);
+        f.drives[0].behind_chipset = Some(true);
+        let all = findings(&f, &Tried::default());
+        let users: Vec<_> = all.iter().filter(|x| x.id == "vram-users").collect();
+        assert_eq!(users.len(), 1);
+        assert!(users[0].found.contains("6144 MiB") && users[0].command.contains("--evict-ollama"));
+        assert!(all.iter().any(|x| x.id == "drive-chipset"));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod doctor;
 pub mod facts;
 mod memory;
+pub mod ollama;
 pub mod pressure;
 pub mod probe;
 

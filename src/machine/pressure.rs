@@ -25,7 +25,8 @@ pub struct Facts {
     pub total: Option<u64>,
     /// `MemAvailable`, in bytes.
     pub available: Option<u64>,
-    /// What the tightest cgroup leaves, its file cache counted as free, in bytes.
+    /// What the tightest cgroup leaves below `memory.max` and `memory.high`, its file cache counted as free,
+    /// in bytes.
     pub cgroup_free: Option<u64>,
     /// Times the cgroup ran out of memory since it was made.
     pub cgroup_oom: Option<u64>,
@@ -54,7 +55,7 @@ impl Limits {
     pub fn of(now: &Facts) -> Limits {
         let total = now.total.unwrap_or(8 << 30);
         Limits {
-            available_min: (total / 50).clamp(256 << 20, 1 << 30).min(total / 8),
+            available_min: memory::available_min(total),
             tight: total / 8,
             full_avg10_max: 10.0,
             some_avg10_max: 40.0,
@@ -123,25 +124,15 @@ pub fn facts(root: &Path) -> Facts {
     };
     for folder in memory::cgroups(root) {
         let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
-        if let (Ok(max), Ok(current)) =
-            (read("memory.max").trim().parse::<u64>(), read("memory.current").trim().parse())
-        {
-            let cache = field(&read("memory.stat"), "file").saturating_sub(field(&read("memory.stat"), "shmem"));
-            let free = max.saturating_sub(current).saturating_add(cache);
+        if let Some(free) = memory::left_in(&folder) {
             out.cgroup_free = Some(out.cgroup_free.map_or(free, |f| f.min(free)));
         }
         let events = read("memory.events");
         if !events.is_empty() {
-            out.cgroup_oom = Some(out.cgroup_oom.unwrap_or(0) + field(&events, "oom"));
+            out.cgroup_oom = Some(out.cgroup_oom.unwrap_or(0) + memory::field(&events, "oom"));
         }
     }
     out
-}
-
-/// The number behind `name` in lines of name and number; 0 where there is none.
-fn field(text: &str, name: &str) -> u64 {
-    let value = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' '));
-    value.and_then(|v| v.trim().parse().ok()).unwrap_or(0)
 }
 
 /// Raises this process's score, so that the kernel, should it have to kill, does not take the

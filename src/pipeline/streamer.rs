@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::ring::{Acquire, Ring, Step};
 use super::signals::{Farewell, Leaves, Signals};
-use super::trace::{EventKind, Trace};
+use super::trace::{Event, EventKind, Trace};
 use super::unit::UnitLayout;
 use crate::memory::Region;
 use crate::storage::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader};
@@ -277,6 +277,11 @@ impl Streamer {
     /// Adds an event to the trace.
     pub fn trace(&self, kind: EventKind, unit: usize, slot: usize, from: Instant, to: Instant) {
         self.signals.lock().trace.add(kind, unit, slot, from, to);
+    }
+
+    /// The trace's events so far.
+    pub fn events(&self) -> Vec<Event> {
+        self.signals.lock().trace.events().to_vec()
     }
 
     /// Writes the trace (see [`Trace::write`]).

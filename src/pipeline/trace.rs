@@ -14,6 +14,9 @@ pub enum EventKind {
     Compute,
     /// The consumer waited for a unit.
     Wait,
+    /// A pass, from embedding to the call of its last operation; the number of its tokens stands in place
+    /// of a unit.
+    Pass,
 }
 
 /// An event.
@@ -63,8 +66,8 @@ impl Trace {
     }
 }
 
-/// Writes Chrome's trace event format: one track a slot for reads, one each for copies, computes and waits.
-/// `name` names a unit.
+/// Writes Chrome's trace event format: one track a slot for reads, one each for computes, waits,
+/// copies and passes. `name` names a unit.
 pub fn write_events(events: &[Event], out: &mut impl Write, name: impl Fn(usize) -> String) -> std::io::Result<()> {
     writeln!(out, "{{\"traceEvents\":[")?;
     for (i, e) in events.iter().enumerate() {
@@ -72,10 +75,12 @@ pub fn write_events(events: &[Event], out: &mut impl Write, name: impl Fn(usize)
             EventKind::Compute => ("compute", 0),
             EventKind::Wait => ("wait", 1),
             EventKind::Copy => ("copy", 2),
-            EventKind::Read => ("read", 3 + e.slot),
+            EventKind::Pass => ("pass", 3),
+            EventKind::Read => ("read", 4 + e.slot),
         };
+        let of = if e.kind == EventKind::Pass { format!("of {} tokens", e.unit) } else { name(e.unit) };
         let event = serde_json::json!({
-            "name": format!("{what} {}", name(e.unit)), "cat": what, "ph": "X", "pid": 1, "tid": track,
+            "name": format!("{what} {of}"), "cat": what, "ph": "X", "pid": 1, "tid": track,
             "ts": e.start_ns as f64 / 1e3, "dur": (e.end_ns - e.start_ns) as f64 / 1e3,
         });
         writeln!(out, "{event}{}", if i + 1 < events.len() { "," } else { "" })?;

@@ -10,6 +10,10 @@ if [ "$1" = no_iommu ]; then
   refused "no IOMMU" "behind no IOMMU" $nt bind $dev
   echo "DONE no_iommu"; exit
 fi
+if [ "$1" = memory ]; then
+  . /root/small.sh
+  echo "DONE memory"; exit
+fi
 if [ "$1" = model ]; then
   . /root/model.sh
   echo "DONE model"; exit
@@ -72,6 +76,9 @@ cmp /tmp/kernel.ctrl /tmp/vfio.ctrl >/tmp/out 2>&1 && pass "identify controller 
 cmp /tmp/kernel.ns /tmp/vfio.ns >/tmp/out 2>&1 && pass "identify namespace equals nvme-cli's" || fail "identify namespace equals nvme-cli's"
 works "a plain user reads 10000 times, all equal" asuser nvme_probe compare $dev /tmp/copy.img 10000
 sed 's/^/INFO /' /tmp/out
+works "a plain user probes the bound drive" asuser nt probe storage $dev --block-size 4KiB,128KiB --depth 1,16 --seconds 0 --json
+grep -q '"through":"vfio"' /tmp/out && pass "and reads it through VFIO" || fail "and reads it through VFIO"
+sed 's/.*"knee":/INFO probe knee /; s/,"buffered.*//' /tmp/out
 asuser nvme_probe bench $dev 2>&1 | sed 's/^/INFO vfio /'
 nvme_probe forever $dev & reader=$!
 sleep 1

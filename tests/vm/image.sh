@@ -73,8 +73,9 @@ make_root() {
   for program in "${programs[@]}"; do
     if command -v "$program" >/dev/null; then copy_program "$(command -v "$program")" "$root"; fi
   done
-  copy_program "${CARGO_TARGET_DIR:-target}/debug/nt" "$root"
-  copy_program "${CARGO_TARGET_DIR:-target}/debug/examples/nvme_probe" "$root"
+  local built=${CARGO_TARGET_DIR:-target}/${NT_VM_PROFILE:-debug}
+  copy_program "$built/nt" "$root"
+  [ ! -e "$built/examples/nvme_probe" ] || copy_program "$built/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
   install -D -m 755 -t "$root/root" tests/vm/{guest,checks,model}.sh
   install -D -m 755 tests/vm/init.sh "$root/sbin/init.sh"
@@ -112,7 +113,8 @@ INIT
   (cd "$root" && find . | cpio -o -H newc --quiet | gzip -1) >"$work/initramfs.gz"
 }
 
-make_drives() {
+# The guest's root as the first partition of a drive.
+make_boot_drive() {
   local mib
   mib=$(($(du -sm "$work/root" | cut -f1) + 96))
   rm -f "$work"/*.img
@@ -120,6 +122,10 @@ make_drives() {
   printf 'label: gpt\nstart=1MiB, size=%dMiB, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n' "$mib" |
     sfdisk -q "$work/boot.img"
   mke2fs -q -F -t ext4 -d "$work/root" -E offset=1048576,lazy_itable_init=1 "$work/boot.img" "${mib}M" >/dev/null 2>&1
+}
+
+make_drives() {
+  make_boot_drive
   # Unknown, random bytes: what a drive with nothing recognisable on it looks like.
   head -c 64M /dev/urandom >"$work/exp.img"
   head -c 32M /dev/urandom >"$work/blk4k.img"

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::pci::{Link, link};
+use super::pci::{Link, behind_chipset, link};
 use super::{number, text};
 use crate::storage::guard::Host;
 
@@ -29,6 +29,9 @@ pub struct Drive {
     pub pci: Option<String>,
     /// That controller's link.
     pub link: Link,
+    /// Whether it hangs on the chipset, whose one link to the processor it shares with the other devices
+    /// there; null where that cannot be told from the bus.
+    pub behind_chipset: Option<bool>,
     /// File systems mounted from it or its partitions.
     pub mounts: Vec<Mount>,
 }
@@ -61,6 +64,7 @@ fn drive(host: &Host, name: String) -> Drive {
         max_request: queue("max_sectors_kb").and_then(|k| k.checked_mul(1024)),
         logical_block: queue("logical_block_size"),
         link: pci.as_ref().map_or(Link::default(), |p| link(host, &format!("/sys/bus/pci/devices/{p}"))),
+        behind_chipset: pci.as_ref().and_then(|p| behind_chipset(host, p)),
         pci,
         mounts: mounts(host, &name),
         name,

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::nvml::GpuUser;
 use super::pci::{Link, link};
 use super::text;
 use crate::storage::guard::Host;
@@ -25,6 +26,8 @@ pub struct Gpu {
     pub vram_total: Option<u64>,
     /// Of those, free.
     pub vram_free: Option<u64>,
+    /// Other processes that hold its memory, the largest first.
+    pub users: Option<Vec<GpuUser>>,
 }
 
 impl Gpu {
@@ -50,6 +53,7 @@ pub(super) fn gpus(host: &Host) -> Vec<Gpu> {
             name: None,
             vram_total: None,
             vram_free: None,
+            users: None,
             pci,
         })
     })

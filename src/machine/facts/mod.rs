@@ -5,11 +5,13 @@
 
 mod drive;
 mod gpu;
+mod nvml;
 mod pci;
 mod system;
 
 pub use drive::{Drive, Mount};
 pub use gpu::Gpu;
+pub use nvml::{GpuUser, ask_nvml};
 pub use pci::{Link, Speed};
 pub use system::{Cpu, HugePages, Limits, Ram};
 

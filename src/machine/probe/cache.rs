@@ -52,6 +52,11 @@ struct Cache {
     rate: Vec<Rate>,
 }
 
+/// This day in UTC, `2026-11-23`.
+pub fn today() -> String {
+    Rate::now("", "", 0.0, None, None).date
+}
+
 /// Where the cache lies; `None` without `XDG_CACHE_HOME` and `HOME`.
 pub fn file() -> Option<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);

@@ -1,16 +1,19 @@
 //! Rates of the link between this machine's memory and a GPU, by size of a copy.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{ProbeError, rate};
+use super::queue::Queue;
+use super::{Pages, ProbeError, Target, rate, storage};
 use crate::backend::cuda::{Device, Stream};
 
 /// Sizes of one copy, in bytes.
 pub const SIZES: [usize; 6] = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20];
 const TIME: Duration = Duration::from_millis(200);
+const TOGETHER_TIME: Duration = Duration::from_secs(2);
 /// Copies handed over before the first is waited for.
 const BATCH: usize = 16;
 
@@ -40,6 +43,21 @@ pub struct Report {
     pub cells: Vec<Cell>,
     /// Both directions at once at the largest size: to the GPU, from it, bytes a second.
     pub both_at_once: (f64, f64),
+    /// Copies to the GPU while storage is read, as in a run of three tiers; null without storage.
+    pub with_storage: Option<Together>,
+}
+
+/// Storage and the link at the same time, bytes a second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Together {
+    /// Pinned memory to the GPU.
+    pub h2d: f64,
+    /// Storage to memory.
+    pub storage: f64,
+    /// Bytes of a read.
+    pub block_bytes: u64,
+    /// Reads in flight.
+    pub depth: usize,
 }
 
 /// The GPU as the cache knows it.
@@ -94,6 +112,40 @@ pub fn measure(device: &Arc<Device>, stop: &dyn Fn() -> bool, say: &mut dyn FnMu
         pci: device.info.pci_address.clone(),
         cells,
         both_at_once: (each, each),
+        with_storage: None,
+    })
+}
+
+/// Copies to the GPU for as long as another thread reads `target` in blocks and depth of `at`.
+///
+/// # Errors
+/// The driver's, a failed read, or `stop` said so.
+pub fn with_storage(
+    device: &Arc<Device>,
+    target: &Target,
+    at: storage::Cell,
+    pages: Pages,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<Together, ProbeError> {
+    let bytes = SIZES[SIZES.len() - 1];
+    let (stream, gpu) = (device.stream()?, device.alloc(bytes as u64, "the probe")?);
+    let mut host = device.alloc_pinned::<u8>(bytes, "the probe")?;
+    let host = host.as_mut_slice().as_mut_ptr();
+    let over = AtomicBool::new(false);
+    let read = || {
+        let result = Queue::new(target, at.block_bytes, at.depth, 0, pages)
+            .and_then(|mut queue| queue.run(TOGETHER_TIME, TOGETHER_TIME, stop, &mut |_| {}));
+        over.store(true, Ordering::Relaxed);
+        result
+    };
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(read);
+        // SAFETY: both buffers hold `bytes` and outlive the call, which waits for every copy.
+        let copies = unsafe {
+            timed_until(&[(&stream, host, gpu.addr(), Way::ToGpu)], bytes, &|_| over.load(Ordering::Relaxed))
+        };
+        let reads = reads.join().unwrap_or(Err(ProbeError::Interrupted))?;
+        Ok(Together { h2d: copies?, storage: reads.rate(), block_bytes: at.block_bytes, depth: at.depth })
     })
 }
 
@@ -102,6 +154,19 @@ pub fn measure(device: &Arc<Device>, stop: &dyn Fn() -> bool, say: &mut dyn FnMu
 /// # Safety
 /// Host and device address of each copy are good for `bytes` and used by nobody else.
 unsafe fn timed(copies: &[(&Stream, *mut u8, u64, Way)], bytes: usize) -> Result<f64, ProbeError> {
+    // SAFETY: the caller vouches for the ranges.
+    unsafe { timed_until(copies, bytes, &|time| time >= TIME) }
+}
+
+/// As [`timed`], until `over` says so of the time gone by.
+///
+/// # Safety
+/// As for [`timed`].
+unsafe fn timed_until(
+    copies: &[(&Stream, *mut u8, u64, Way)],
+    bytes: usize,
+    over: &dyn Fn(Duration) -> bool,
+) -> Result<f64, ProbeError> {
     let batch = || -> Result<(), ProbeError> {
         for _ in 0..BATCH {
             for &(stream, host, gpu, way) in copies {
@@ -118,7 +183,7 @@ unsafe fn timed(copies: &[(&Stream, *mut u8, u64, Way)], bytes: usize) -> Result
     // The first copies raise the link to its speed; it sleeps when idle.
     let result = batch().and_then(|()| {
         let (start, mut copied) = (Instant::now(), 0u64);
-        while start.elapsed() < TIME {
+        while !over(start.elapsed()) {
             batch()?;
             copied += (BATCH * bytes) as u64;
         }

@@ -3,6 +3,7 @@
 //! Reads only: files and devices are opened for reading and never written. Rates are bytes a second
 //! over wall time, from the first request to the last completion.
 
+mod by_reader;
 mod cache;
 pub mod link;
 pub mod memory;
@@ -11,7 +12,9 @@ mod queue;
 pub mod storage;
 mod target;
 
-pub use cache::{Rate, file as cache_file, measured, record};
+pub use by_reader::{BoundDrive, open_bound};
+pub use cache::{Rate, file as cache_file, measured, record, today};
+pub use queue::{Pages, Span};
 pub use target::Target;
 
 /// Why a link could not be measured.

@@ -172,11 +172,8 @@ mod tests {
             len_bytes: 1,
             direct: true,
             cells: vec![cell(1, 1e8), cell(64, 5e9)],
-            best: None,
             knee: Some(cell(64, 5e9)),
-            buffered_bytes_per_s: None,
-            mmap_bytes_per_s: None,
-            sustained: None,
+            ..Report::default()
         };
         let axes = Axes::of(&report);
         assert!(axes.y(5e9) < axes.y(1e8) && axes.x(64.0) > axes.x(1.0));
@@ -186,18 +183,7 @@ mod tests {
 
     #[test]
     fn a_report_without_cells_is_still_a_picture() {
-        let report = Report {
-            path: "p".into(),
-            drive: "d".into(),
-            len_bytes: 1,
-            direct: false,
-            cells: Vec::new(),
-            best: None,
-            knee: None,
-            buffered_bytes_per_s: None,
-            mmap_bytes_per_s: None,
-            sustained: None,
-        };
+        let report = Report { path: "p".into(), drive: "d".into(), len_bytes: 1, direct: false, ..Report::default() };
         assert!(!svg(&report).contains("NaN"));
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
+use serde::Serialize;
 
 use super::{ProbeError, Target, rate};
 use crate::memory::{Arena, Region};
@@ -16,6 +17,16 @@ pub const DEPTH_MAX: usize = 256;
 /// An arena this large takes huge pages. In 4 KiB pages a read of 1 MiB is 256 pieces of memory, more
 /// than some drives take at once, and reads at half its rate; weights lie in huge pages too.
 const ARENA_MIN: u64 = 64 << 20;
+
+/// What pages the buffers of a probe lie in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pages {
+    /// Huge pages where the kernel has them, as for weights.
+    Huge,
+    /// 4 KiB, as other programs' buffers.
+    Small,
+}
 
 /// A ring with buffers for `depth` reads of `block` bytes.
 pub struct Queue<'t> {
@@ -54,9 +65,21 @@ impl<'t> Queue<'t> {
     ///
     /// # Errors
     /// If io_uring is refused or memory is missing.
-    pub fn new(target: &'t Target, block: u64, depth: usize, cursor: u64) -> Result<Queue<'t>, ProbeError> {
+    pub fn new(
+        target: &'t Target,
+        block: u64,
+        depth: usize,
+        cursor: u64,
+        pages: Pages,
+    ) -> Result<Queue<'t>, ProbeError> {
         let depth = depth.clamp(1, DEPTH_MAX);
-        let mut arena = Arena::new((block * depth as u64).max(ARENA_MIN))?;
+        let bytes = block * depth as u64;
+        let mut arena = Arena::new(if pages == Pages::Huge { bytes.max(ARENA_MIN) } else { bytes })?;
+        if pages == Pages::Small {
+            // SAFETY: advice on the arena's own mapping, none of which was touched; a refusal changes
+            // nothing that correctness needs.
+            unsafe { libc::madvise(arena.base().cast(), arena.len() as usize, libc::MADV_NOHUGEPAGE) };
+        }
         let buffers = (0..depth).map(|_| arena.take(block)).collect::<Result<Vec<_>, _>>()?;
         for b in &buffers {
             // The pages must exist before the clock starts.

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::by_reader::BoundDrive;
 use super::queue::{Queue, Span};
-use super::{ProbeError, Target, rate};
+use super::{Pages, ProbeError, Target, rate};
 
 /// Block sizes of the sweep, in bytes.
 pub const BLOCKS: [u64; 7] = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20];
@@ -30,6 +31,8 @@ pub struct Options {
     pub depths: Vec<usize>,
     /// Seconds of the sustained read; 0 skips it.
     pub sustained_s: f64,
+    /// Pages of the buffers.
+    pub pages: Pages,
 }
 
 /// One cell of the sweep.
@@ -44,7 +47,7 @@ pub struct Cell {
 }
 
 /// The outcome.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// What was read.
     pub path: String,
@@ -54,6 +57,10 @@ pub struct Report {
     pub len_bytes: u64,
     /// Whether reads went past the page cache.
     pub direct: bool,
+    /// `io_uring` or `vfio`.
+    pub through: &'static str,
+    /// Pages of the buffers, where they were chosen.
+    pub pages: Option<Pages>,
     /// By block size, then depth.
     pub cells: Vec<Cell>,
     /// The fastest cell.
@@ -83,6 +90,53 @@ pub struct Sustained {
     pub slices: Vec<f64>,
 }
 
+/// Something that can be read with so many reads of one size in flight.
+pub trait Reads {
+    /// Whether it has as many bytes, and room for them in flight.
+    fn fits(&self, block: u64, depth: usize) -> bool;
+
+    /// Reads for `time` in blocks and depth as given; calls `each` about every `slice` with the bytes and
+    /// seconds since the last call.
+    ///
+    /// # Errors
+    /// A failed read, io_uring refused, or `stop` said so.
+    fn run(
+        &mut self,
+        cell: (u64, usize),
+        time: Duration,
+        slice: Duration,
+        stop: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(Span),
+    ) -> Result<Span, ProbeError>;
+}
+
+/// A file or device through io_uring.
+struct ByKernel<'t> {
+    target: &'t Target,
+    pages: Pages,
+    cursor: u64,
+}
+
+impl Reads for ByKernel<'_> {
+    fn fits(&self, block: u64, _: usize) -> bool {
+        block <= self.target.len
+    }
+
+    fn run(
+        &mut self,
+        (block, depth): (u64, usize),
+        time: Duration,
+        slice: Duration,
+        stop: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(Span),
+    ) -> Result<Span, ProbeError> {
+        let mut queue = Queue::new(self.target, block, depth, self.cursor, self.pages)?;
+        let span = queue.run(time, slice, stop, each)?;
+        self.cursor = queue.cursor();
+        Ok(span)
+    }
+}
+
 /// Measures `target`; `say` gets each cell as it is known.
 ///
 /// # Errors
@@ -93,13 +147,57 @@ pub fn measure(
     stop: &dyn Fn() -> bool,
     say: &mut dyn FnMut(Cell),
 ) -> Result<Report, ProbeError> {
+    let report = Report {
+        path: target.path.display().to_string(),
+        drive: target.identity.clone(),
+        len_bytes: target.len,
+        direct: target.file.is_direct(),
+        through: "io_uring",
+        pages: Some(options.pages),
+        ..Report::default()
+    };
+    let report = sweep(&mut ByKernel { target, pages: options.pages, cursor: 0 }, report, options, stop, say)?;
+    Ok(Report {
+        buffered_bytes_per_s: Some(buffered(target, stop)?.rate()),
+        mmap_bytes_per_s: mapped(target, stop)?.map(|s| s.rate()),
+        ..report
+    })
+}
+
+/// Measures a drive bound to vfio-pci, which no page cache stands before.
+///
+/// # Errors
+/// A failed read, or `stop` said so.
+pub fn measure_bound(
+    name: &str,
+    drive: &mut BoundDrive,
+    options: &Options,
+    stop: &dyn Fn() -> bool,
+    say: &mut dyn FnMut(Cell),
+) -> Result<Report, ProbeError> {
+    let report = Report {
+        path: name.into(),
+        drive: drive.identity.clone(),
+        len_bytes: drive.len,
+        direct: true,
+        through: "vfio",
+        ..Report::default()
+    };
+    sweep(&mut drive.reads, report, options, stop, say)
+}
+
+/// Fills in cells, best, knee and the sustained rate.
+fn sweep(
+    reads: &mut dyn Reads,
+    report: Report,
+    options: &Options,
+    stop: &dyn Fn() -> bool,
+    say: &mut dyn FnMut(Cell),
+) -> Result<Report, ProbeError> {
     let mut cells = Vec::new();
-    let mut cursor = 0;
-    for &block_bytes in options.blocks.iter().filter(|&&b| b <= target.len) {
-        for &depth in &options.depths {
-            let mut queue = Queue::new(target, block_bytes, depth, cursor)?;
-            let span = queue.run(CELL_TIME, CELL_TIME, stop, &mut |_| {})?;
-            cursor = queue.cursor();
+    for &block_bytes in &options.blocks {
+        for &depth in options.depths.iter().filter(|d| reads.fits(block_bytes, **d)).collect::<Vec<_>>() {
+            let span = reads.run((block_bytes, depth), CELL_TIME, CELL_TIME, stop, &mut |_| {})?;
             let cell = Cell { block_bytes, depth, bytes_per_s: span.rate() };
             say(cell);
             cells.push(cell);
@@ -107,21 +205,10 @@ pub fn measure(
     }
     let knee = knee(&cells);
     let sustained = match knee {
-        Some(k) if options.sustained_s > 0.0 => Some(sustain(target, k, options.sustained_s, cursor, stop)?),
+        Some(k) if options.sustained_s > 0.0 => Some(sustain(reads, k, options.sustained_s, stop)?),
         _ => None,
     };
-    Ok(Report {
-        path: target.path.display().to_string(),
-        drive: target.identity.clone(),
-        len_bytes: target.len,
-        direct: target.file.is_direct(),
-        best: best(&cells),
-        knee,
-        cells,
-        buffered_bytes_per_s: Some(buffered(target, stop)?.rate()),
-        mmap_bytes_per_s: mapped(target, stop)?.map(|s| s.rate()),
-        sustained,
-    })
+    Ok(Report { best: best(&cells), knee, cells, sustained, ..report })
 }
 
 fn best(cells: &[Cell]) -> Option<Cell> {
@@ -136,16 +223,10 @@ pub fn knee(cells: &[Cell]) -> Option<Cell> {
     good.min_by_key(|c| (c.block_bytes * c.depth as u64, c.depth))
 }
 
-fn sustain(
-    target: &Target,
-    at: Cell,
-    seconds: f64,
-    cursor: u64,
-    stop: &dyn Fn() -> bool,
-) -> Result<Sustained, ProbeError> {
+fn sustain(reads: &mut dyn Reads, at: Cell, seconds: f64, stop: &dyn Fn() -> bool) -> Result<Sustained, ProbeError> {
     let mut slices = Vec::new();
-    let mut queue = Queue::new(target, at.block_bytes, at.depth, cursor)?;
-    let span = queue.run(Duration::from_secs_f64(seconds), SLICE, stop, &mut |s| slices.push(s.rate()))?;
+    let (cell, time) = ((at.block_bytes, at.depth), Duration::from_secs_f64(seconds));
+    let span = reads.run(cell, time, SLICE, stop, &mut |s| slices.push(s.rate()))?;
     Ok(Sustained {
         block_bytes: at.block_bytes,
         depth: at.depth,
@@ -257,7 +338,8 @@ mod tests {
         std::io::Write::write_all(&mut f, &data).unwrap();
         f.as_file().sync_all().unwrap();
         let target = Target::open(f.path()).unwrap();
-        let options = Options { blocks: vec![64 << 10, 16 << 20], depths: vec![1, 4], sustained_s: 0.2 };
+        let options =
+            Options { blocks: vec![64 << 10, 16 << 20], depths: vec![1, 4], sustained_s: 0.2, pages: Pages::Small };
         let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
         assert_eq!(report.cells.len(), 2, "a block larger than the file is left out");
         assert!(report.cells.iter().all(|c| c.bytes_per_s > 0.0));
@@ -270,7 +352,7 @@ mod tests {
         let f = tempfile::NamedTempFile::new().unwrap();
         f.as_file().set_len(8 << 20).unwrap();
         let target = Target::open(f.path()).unwrap();
-        let options = Options { blocks: vec![64 << 10], depths: vec![4], sustained_s: 0.0 };
+        let options = Options { blocks: vec![64 << 10], depths: vec![4], sustained_s: 0.0, pages: Pages::Huge };
         let r = measure(&target, &options, &|| true, &mut |_| {});
         assert!(matches!(r, Err(ProbeError::Interrupted)));
     }

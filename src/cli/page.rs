@@ -1,0 +1,166 @@
+//! `--html FILE`: the page about a run, filled from its session.
+
+use std::path::Path;
+
+use super::Failure;
+use super::report::Report;
+use crate::engine::{Opened, Session};
+use crate::machine;
+use crate::model::UnitKind;
+use crate::pipeline::Event;
+use crate::plan::format_bytes;
+use crate::report_page::{Link, LinkKind, Page, Predicted, Stall, Unit, measured, rates};
+
+/// What was timed, for the top of the page.
+#[derive(Debug, Default)]
+pub struct Timings {
+    /// Tokens of the prompt and tokens a second.
+    pub prefill: Option<(usize, f64)>,
+    /// Seconds to the first token.
+    pub first_token_s: Option<f64>,
+    /// Tokens a second of decoding.
+    pub decode: Option<f64>,
+    /// Largest resident set, in bytes.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// Writes the page.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write(
+    path: &Path,
+    session: &Session,
+    opened: &Opened,
+    events: &[Event],
+    timings: &Timings,
+    report: &Report,
+) -> Result<(), Failure> {
+    let page = page(session, opened, events, timings, report.notes());
+    std::fs::write(path, page.html()).map_err(|e| Failure::output(&path.display().to_string(), &e))
+}
+
+fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings, notes: &[String]) -> Page {
+    let units = units(session, opened);
+    let links = links(session);
+    let ceiling = |kind| links.iter().find(|l| l.kind == kind).and_then(|l| l.ceiling_gb_per_s);
+    let l = session.links();
+    Page {
+        title: title(opened),
+        facts: facts(session, opened),
+        achieved_tokens_per_s: timings.decode,
+        predicted: l.roofline().map(|(tokens_per_s, bound_by)| Predicted {
+            tokens_per_s,
+            bound_by: bound_by.into(),
+            source: l.ceilings_from.unwrap_or("roofline").into(),
+        }),
+        figures: figures(session, timings),
+        timelines: measured(events, &units, session.device().is_some()).into_iter().collect(),
+        rates: rates(events, &units, ceiling),
+        stalls: stalls(session),
+        links,
+        units,
+        notes: notes.to_vec(),
+    }
+}
+
+fn title(opened: &Opened) -> String {
+    let file = opened.gguf.shards.first().and_then(|s| s.path.file_name());
+    file.map_or_else(|| "model".into(), |f| f.to_string_lossy().into_owned())
+}
+
+fn facts(session: &Session, opened: &Opened) -> Vec<(String, String)> {
+    let h = &opened.model.hparams;
+    let mut out = vec![
+        ("model", format!("{}, {} blocks, {}", h.arch.name(), h.n_layers, format_bytes(opened.gguf.tensor_bytes()))),
+        ("machine", machine::memory_identity(Path::new("/"))),
+    ];
+    out.extend(session.device().map(|d| ("device", d)));
+    out.push(("buffers", session.n_slots().to_string()));
+    out.extend(session.reader_name().map(|r| ("reader", r.to_owned())));
+    out.push(("day", machine::probe::today()));
+    out.push(("command", std::env::args().collect::<Vec<_>>().join(" ")));
+    out.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+fn figures(session: &Session, t: &Timings) -> Vec<(String, String)> {
+    let mut out = Vec::new();
+    let mut add = |name: &str, value: String| out.push((name.to_owned(), value));
+    if let Some((n, rate)) = t.prefill {
+        add(&format!("prefill of {n} tokens"), format!("{rate:.1} tok/s"));
+    }
+    if let Some(s) = t.first_token_s {
+        add("first token after", format!("{s:.2} s"));
+    }
+    if let Some(bytes) = t.peak_rss_bytes {
+        add("memory at most", format_bytes(bytes));
+    }
+    if let Some(bytes) = session.vram_bytes().filter(|b| *b > 0) {
+        add("VRAM in use", format_bytes(bytes));
+    }
+    out
+}
+
+fn units(session: &Session, opened: &Opened) -> Vec<Unit> {
+    let unit = |(u, home): (&crate::model::UnitSpec, &crate::plan::Home)| Unit {
+        name: u.name.clone(),
+        home: *home,
+        bytes: u.bytes(),
+        block: match u.kind {
+            UnitKind::Block(i) | UnitKind::Expert { layer: i, .. } => Some(i),
+            UnitKind::Head(_) => None,
+        },
+    };
+    opened.model.units.iter().zip(session.homes()).map(unit).collect()
+}
+
+fn links(session: &Session) -> Vec<Link> {
+    let l = session.links();
+    let link = |kind, name: &str, bytes: u64, gb_per_s, ceiling: Option<f64>, busy| Link {
+        kind,
+        name: name.into(),
+        bytes: Some(bytes),
+        gb_per_s,
+        ceiling_gb_per_s: ceiling.map(|c| c / 1e9),
+        busy,
+    };
+    let mut out = Vec::new();
+    if l.nvme_bytes > 0 {
+        let rate = l.nvme_gb_per_s();
+        out.push(link(LinkKind::Storage, "storage to RAM", l.nvme_bytes, rate, l.nvme_ceiling, l.nvme_busy()));
+    }
+    if l.on_device {
+        out.push(link(LinkKind::Gpu, "RAM to VRAM", l.gpu_bytes, l.gpu_gb_per_s(), l.gpu_ceiling, l.gpu_busy()));
+        let vram = l.bytes_per_pass * l.passes;
+        let known = l.measured_one_token.then_some(vram).filter(|_| l.pass_s > 0.0);
+        out.push(Link {
+            bytes: known,
+            gb_per_s: known.map(|b| b as f64 / l.pass_s / 1e9),
+            ..link(LinkKind::Vram, "VRAM, read by the GPU", 0, None, l.vram_ceiling, None)
+        });
+    }
+    let who = if l.on_device { "RAM, read for the link" } else { "RAM, read by processors" };
+    out.push(link(LinkKind::Ram, who, l.ram_bytes, l.ram_gb_per_s(), l.ram_ceiling, None));
+    out
+}
+
+fn stalls(session: &Session) -> Vec<Stall> {
+    let l = session.links();
+    let s = l.stalls();
+    let (reader, link) = if l.on_device {
+        ("copies to VRAM waited for storage", "the link stood still with all slots full: it waited for computing")
+    } else {
+        ("computing waited for storage", "storage stood still with all slots full: it waited for computing")
+    };
+    let all = [
+        (reader, s.storage_s, l.nvme_bytes > 0),
+        ("computing waited for the link", s.link_s, l.on_device),
+        (link, s.compute_s, l.nvme_bytes > 0 || l.gpu_bytes > 0),
+    ];
+    let stall = |(cause, seconds, _): (&str, Option<f64>, bool)| Stall {
+        cause: cause.into(),
+        seconds,
+        share: seconds.filter(|_| l.pass_s > 0.0).map(|v| v / l.pass_s),
+    };
+    all.into_iter().filter(|(.., there)| *there).map(stall).collect()
+}

@@ -1,0 +1,170 @@
+//! The storage probe over the seam that weights are read through, for drives that have no file: those
+//! bound to vfio-pci.
+
+use std::time::{Duration, Instant};
+
+use super::storage::Reads;
+use super::{ProbeError, queue::Span};
+use crate::memory::{Arena, Region};
+use crate::storage::bind::{self, DeviceError};
+use crate::storage::guard::Host;
+use crate::storage::vfio::VfioReader;
+use crate::storage::vfio::reader::Span as Place;
+use crate::storage::{Completion, Extent, FileId, ReadRequest, Reader};
+
+/// Bytes in flight at most: all of them are pinned, and charged against the locked-memory limit.
+const FLYING_MAX: u64 = 256 << 20;
+const POLL: Duration = Duration::from_millis(2);
+
+/// Reads one file of a reader, front to back and again.
+pub struct ByReader {
+    /// Dropped before the memory that it reads to.
+    reader: Box<dyn Reader>,
+    file: FileId,
+    len: u64,
+    name: String,
+    cursor: u64,
+    buffers: Region,
+    _arena: Arena,
+}
+
+impl ByReader {
+    /// Over `file` of `reader`, which has `len` bytes; no read may have been submitted.
+    ///
+    /// # Errors
+    /// If memory is missing or may not be pinned.
+    pub fn new(
+        mut reader: Box<dyn Reader>,
+        file: FileId,
+        len: u64,
+        name: String,
+        flying: u64,
+    ) -> Result<ByReader, ProbeError> {
+        let mut arena = Arena::new(flying.min(FLYING_MAX))?;
+        let buffers = arena.take(flying.min(FLYING_MAX))?;
+        // SAFETY: a region of the arena made above, which nobody else knows yet.
+        unsafe { buffers.addr.write_bytes(1, buffers.len) };
+        // SAFETY: the arena begins at a page, and is dropped after the reader.
+        unsafe { reader.attach(arena.base(), arena.len() as usize) }
+            .map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
+        Ok(ByReader { reader, file, len, name, cursor: 0, buffers, _arena: arena })
+    }
+
+    fn submit(&mut self, slot: usize, block: u64) -> Result<(), ProbeError> {
+        if self.cursor + block > self.len {
+            self.cursor = 0;
+        }
+        let extent = Extent { file: self.file, offset: self.cursor, len: block, dst_offset: 0 };
+        self.cursor += block;
+        // SAFETY: the caller's slots lie within the buffers.
+        let dst = unsafe { self.buffers.addr.add(slot * block as usize) };
+        let request = ReadRequest { tag: slot as u64, extents: &[extent], dst, urgent: false, dst_len: block as usize };
+        // SAFETY: the slot's last read has completed; the memory is dropped after the reader.
+        unsafe { self.reader.submit(&request) }.map_err(|e| self.failed(extent, e.to_string()))
+    }
+
+    fn failed(&self, e: Extent, why: String) -> ProbeError {
+        ProbeError::Read { path: self.name.clone(), offset: e.offset, len: e.len, why }
+    }
+}
+
+impl Reads for ByReader {
+    fn fits(&self, block: u64, depth: usize) -> bool {
+        block <= self.len && block * depth as u64 <= self.buffers.len as u64
+    }
+
+    fn run(
+        &mut self,
+        (block, depth): (u64, usize),
+        time: Duration,
+        slice: Duration,
+        stop: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(Span),
+    ) -> Result<Span, ProbeError> {
+        let start = Instant::now();
+        let (mut total, mut part, mut part_start) = (0, 0, start);
+        let mut done: Vec<Completion> = Vec::with_capacity(depth);
+        for slot in 0..depth {
+            self.submit(slot, block)?;
+        }
+        while self.reader.outstanding() > 0 {
+            let whole = Extent { file: self.file, offset: 0, len: self.len, dst_offset: 0 };
+            self.reader.poll(&mut done, Some(POLL)).map_err(|e| self.failed(whole, e.to_string()))?;
+            let more = start.elapsed() < time && !stop();
+            for c in done.drain(..) {
+                let bytes = c.result.map_err(|e| self.failed(whole, e.to_string()))?;
+                total += bytes;
+                part += bytes;
+                if more {
+                    self.submit(c.tag as usize, block)?;
+                }
+            }
+            if part_start.elapsed() >= slice && self.reader.outstanding() > 0 {
+                each(Span { bytes: part, seconds: part_start.elapsed().as_secs_f64() });
+                (part, part_start) = (0, Instant::now());
+            }
+        }
+        if stop() {
+            Err(ProbeError::Interrupted)
+        } else {
+            Ok(Span { bytes: total, seconds: start.elapsed().as_secs_f64() })
+        }
+    }
+}
+
+/// A bound drive, opened by its former name or its PCI address: its reads, bytes, and how it is known.
+pub struct BoundDrive {
+    /// Its reads.
+    pub reads: ByReader,
+    /// Bytes of the namespace.
+    pub len: u64,
+    /// Former name, model and serial.
+    pub identity: String,
+}
+
+/// Opens the bound drive called `name`, for at most `flying` bytes in flight; `None` if no drive of that
+/// name is bound.
+///
+/// # Errors
+/// If it cannot be opened, or is another drive than was bound.
+pub fn open_bound(host: &Host, name: &str, flying: u64) -> Result<Option<BoundDrive>, ProbeError> {
+    let fail = |why: String| ProbeError::Target { path: name.into(), why };
+    let (drive, namespace) = match bind::find_bound(host, name) {
+        Ok(found) => found,
+        Err(DeviceError::NotBound(_)) => return Ok(None),
+        Err(e) => return Err(fail(e.to_string())),
+    };
+    let mut reader = VfioReader::open_bound(&drive, &namespace).map_err(|e| fail(e.to_string()))?;
+    let len = namespace.size;
+    let file = reader.add_file(name, vec![Place { file_offset: 0, device_offset: 0, len }]);
+    let reads = ByReader::new(Box::new(reader), file, len, name.into(), flying)?;
+    Ok(Some(BoundDrive { reads, len, identity: format!("{} {} {}", namespace.name, drive.model, drive.serial) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::PreadReader;
+
+    #[test]
+    fn a_file_is_read_round_and_round() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("f");
+        std::fs::write(&path, vec![7u8; 3 << 20]).unwrap();
+        let file = crate::storage::DirectFile::open(&path).unwrap();
+        let reader = PreadReader::new(vec![file]).unwrap();
+        let mut reads = ByReader::new(Box::new(reader), FileId(0), 3 << 20, "f".into(), 4 << 20).unwrap();
+        assert!(reads.fits(1 << 20, 4) && !reads.fits(1 << 20, 5) && !reads.fits(4 << 20, 1));
+        let (time, mut slices) = (Duration::from_millis(50), 0);
+        let span = reads.run((1 << 20, 3), time, Duration::from_millis(1), &|| false, &mut |_| slices += 1).unwrap();
+        assert!(span.bytes > 3 << 20 && span.bytes.is_multiple_of(1 << 20) && slices > 0);
+        let stopped = reads.run((1 << 20, 3), time, time, &|| true, &mut |_| {});
+        assert!(matches!(stopped, Err(ProbeError::Interrupted)));
+    }
+
+    #[test]
+    fn a_drive_that_is_not_bound_is_left_to_the_kernel() {
+        let d = tempfile::tempdir().unwrap();
+        assert!(open_bound(&Host::at(d.path()), "nvme9n1", 1 << 20).unwrap().is_none());
+    }
+}

@@ -1,0 +1,105 @@
+//! What a run reports: JSON, the page, and what is asked of others beforehand.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::process::Command;
+
+use common::{nt, tiny, tiny_moe};
+use serde_json::Value as Json;
+
+fn json(args: &[&str]) -> Json {
+    let out = nt(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+#[test]
+fn a_benchmark_tells_predicted_and_achieved_and_who_waited() {
+    let d = tempfile::tempdir().unwrap();
+    let (model, page) = (tiny(6).write(d.path(), "m.gguf"), d.path().join("page.html"));
+    let (model, page) = (model.to_str().unwrap(), page.to_str().unwrap());
+    let placement = ["--backend", "cpu", "--tiers", "0:2:4", "--html", page, "--json"];
+    let mut args = vec!["bench", model, "-p", "8", "-n", "6", "-r", "2"];
+    args.extend(placement);
+    let all = json(&args);
+    assert!(all["roofline"]["achieved"].as_f64().unwrap() > 0.0);
+    assert!(all["first_token_s"].as_f64().unwrap() > 0.0);
+    let stall = &all["stall"];
+    assert!(stall["storage_s"].is_f64() && stall["compute_s"].is_f64() && stall["link_s"].is_null(), "{stall}");
+    assert!(stall["storage_s"].as_f64().unwrap() <= stall["passes_s"].as_f64().unwrap());
+    let bytes = all["links"]["nvme"]["bytes"].as_u64().unwrap();
+    let read_a_pass = all["plan"]["c"]["bytes"].as_u64().unwrap();
+    assert!(bytes >= 12 * read_a_pass, "two rounds of six passes of one token read {bytes}");
+
+    let html = std::fs::read_to_string(page).unwrap();
+    for text in ["m.gguf", "Timeline: Measured", "resident", "RAM slot 0", "Rates over time", "3 of 18 passes"] {
+        assert!(html.contains(text), "{text}");
+    }
+    assert!(html.matches("<rect class=\"compute\"").count() >= 18, "six blocks in each of three passes");
+}
+
+#[test]
+fn a_run_writes_its_page_too_whatever_is_streamed() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny_moe(3).write(d.path(), "moe.gguf");
+    for tiers in ["0:3:0", "0:0:3"] {
+        let page = d.path().join("page.html");
+        let args = ["run", model.to_str().unwrap(), "-p", "hello", "-n", "4", "--temp", "0", "--backend", "cpu"];
+        let more = ["--tiers", tiers, "--html", page.to_str().unwrap(), "--json"];
+        let all = json(&[&args[..], &more[..]].concat());
+        assert_eq!(all["stall"]["storage_s"].is_null(), tiers == "0:3:0");
+        assert!(std::fs::read_to_string(&page).unwrap().contains("expert"), "{tiers}");
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_written_is_named() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    let args = ["run", model.to_str().unwrap(), "-p", "x", "-n", "1", "--html", "/nonexistent/page.html"];
+    common::fails(&args, 1, &["/nonexistent/page.html"]);
+}
+
+/// Answers as Ollama does, one model loaded until it is asked to go.
+fn ollama() -> std::net::SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut loaded = r#"{"models":[{"name":"big:70b","size_vram":1}]}"#;
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = [0; 2048];
+            let n = stream.read(&mut request).unwrap();
+            let request = String::from_utf8_lossy(&request[..n]).into_owned();
+            if request.starts_with("POST /api/generate") {
+                loaded = r#"{"models":[]}"#;
+            }
+            write!(stream, "HTTP/1.0 200 OK\r\n\r\n{loaded}").unwrap();
+        }
+    });
+    at
+}
+
+#[test]
+fn an_ollama_is_asked_to_make_room() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    let at = ollama().to_string();
+    let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    for (host, words) in [
+        (at.as_str(), "Ollama has unloaded big:70b"),
+        (at.as_str(), "no model loaded"),
+        (gone.as_str(), "no Ollama answers"),
+        ("10.1.2.3", "only an Ollama of this machine"),
+    ] {
+        let out = Command::new(env!("CARGO_BIN_EXE_nt"))
+            .args(["run", model.to_str().unwrap(), "-p", "x", "-n", "1", "--evict-ollama"])
+            .env("OLLAMA_HOST", host)
+            .output()
+            .unwrap();
+        let err = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && err.contains(words), "{words}: {err}");
+    }
+}
