@@ -5,6 +5,10 @@ use rand::RngExt;
 
 /// Type of the partition that holds models, as its bytes lie on the drive.
 pub const TYPE: [u8; 16] = *b"nt-gguf-weights\x01";
+/// Type of an EFI system partition, likewise.
+pub const EFI_SYSTEM: [u8; 16] = guid_bytes(0xc12a_7328, 0xf81f, 0x11d2, *b"\xba\x4b\x00\xa0\xc9\x3e\xc9\x3b");
+/// Type of a partition that a BIOS boot loader lies in, likewise.
+pub const BIOS_BOOT: [u8; 16] = guid_bytes(0x2168_6148, 0x6449, 0x6e6f, *b"\x74\x4e\x65\x65\x64\x45\x46\x49");
 /// The partition begins here, and as many bytes are left at the end of the drive.
 pub const START: u64 = 1 << 20;
 
@@ -66,17 +70,41 @@ pub fn table(size: u64, block: u64) -> Vec<Write> {
 
 /// First byte of our partition, found in the first MiB of a drive with blocks of `block` bytes.
 pub fn find(head: &[u8], block: u64) -> Option<u64> {
+    let entry = entries(head, block)?.chunks(ENTRY_BYTES).find(|e| e[..16] == TYPE)?;
+    let first = entry[32..40].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    first.checked_mul(block)
+}
+
+/// Types of the partitions in the first MiB of a drive, as their bytes lie there. A damaged table is
+/// read too, as firmware may.
+pub fn types(head: &[u8], block: u64) -> Vec<[u8; 16]> {
+    let number = |at: usize, n: usize| {
+        let bytes = head.get(block as usize + at..block as usize + at + n).unwrap_or_default();
+        bytes.iter().rev().fold(0u64, |v, b| v << 8 | u64::from(*b))
+    };
+    if number(0, 8) != u64::from_le_bytes(*b"EFI PART") {
+        return Vec::new();
+    }
+    let (first, count, size) = (number(72, 8).saturating_mul(block), number(80, 4), number(84, 4).max(16));
+    let entry = |i: u64| head.get(usize::try_from(first.checked_add(i * size)?).ok()?..)?.first_chunk::<16>().copied();
+    (0..count.min(4096)).map_while(entry).filter(|t| *t != [0; 16]).collect()
+}
+
+/// The entries of a sound table.
+fn entries(head: &[u8], block: u64) -> Option<&[u8]> {
     let header = head.get(block as usize..block as usize + HEADER_BYTES as usize)?;
     let mut blank = header.to_vec();
     blank[16..20].fill(0);
     let entries = head.get(2 * block as usize..2 * block as usize + ENTRY_BYTES * ENTRIES)?;
     let u32_at = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    if !header.starts_with(b"EFI PART") || u32_at(16) != crc32(&blank) || u32_at(88) != crc32(entries) {
-        return None;
-    }
-    let entry = entries.chunks(ENTRY_BYTES).find(|e| e[..16] == TYPE)?;
-    let first = entry[32..40].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
-    first.checked_mul(block)
+    let sound = header.starts_with(b"EFI PART") && u32_at(16) == crc32(&blank) && u32_at(88) == crc32(entries);
+    sound.then_some(entries)
+}
+
+/// A GUID as it lies on a drive: its first three fields in little-endian order.
+const fn guid_bytes(a: u32, b: u16, c: u16, rest: [u8; 8]) -> [u8; 16] {
+    let (a, b, c, r) = (a.to_le_bytes(), b.to_le_bytes(), c.to_le_bytes(), rest);
+    [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]]
 }
 
 /// A random GUID, version 4.

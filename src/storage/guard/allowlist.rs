@@ -24,6 +24,12 @@ pub struct Entry {
     pub namespace: u32,
     /// Bytes of the namespace.
     pub size: u64,
+    /// EUI-64 of the namespace, if it is to be compared: hexadecimal digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eui: Option<String>,
+    /// NGUID of the namespace, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nguid: Option<String>,
     /// What the drive is known to hold (`ext4`, `gpt`, `unknown data`, …); nothing else is accepted.
     #[serde(default)]
     pub holds: Vec<String>,
@@ -41,7 +47,10 @@ pub struct Allowlist {
 impl Entry {
     /// The entry that would describe this namespace.
     pub fn of(controller: &Controller, namespace: &Namespace) -> Self {
+        let id = |file| namespace.trusted_ids().find(|(f, _)| *f == file).map(|(_, id)| id.to_owned());
         Self {
+            eui: id("eui"),
+            nguid: id("nguid"),
             pci: controller.bdf.clone(),
             serial: controller.serial.clone(),
             model: controller.model.clone(),
@@ -64,6 +73,13 @@ impl Entry {
         compare("model", &self.model, &controller.model);
         compare("namespace", &self.namespace, &namespace.nsid);
         compare("size", &self.size, &namespace.whole.size);
+        for (file, listed) in [("eui", &self.eui), ("nguid", &self.nguid)] {
+            let Some(listed) = listed else { continue };
+            match namespace.trusted_ids().find(|(f, _)| *f == file) {
+                Some((_, real)) => compare(file, &listed.replace([' ', '-'], "").to_ascii_lowercase(), &real),
+                None => compare(file, listed, &"none that is its own"),
+            }
+        }
         found
     }
 }

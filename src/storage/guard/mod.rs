@@ -3,8 +3,11 @@
 //! All reasons are reported at once, each with the path it was read from. Reads only.
 
 pub mod allowlist;
+mod exports;
 pub mod host;
+mod identity;
 mod mounts;
+mod names;
 mod pci;
 mod signatures;
 mod stack;
@@ -14,6 +17,8 @@ mod tests;
 
 use std::fmt;
 use std::path::PathBuf;
+
+use super::gpt;
 
 pub use allowlist::Allowlist;
 pub use host::{Host, Unreadable};
@@ -40,7 +45,7 @@ pub enum Check {
     Contents,
     /// No entry of the allowlist describes it.
     Allowlist,
-    /// Two drives claim to be it.
+    /// Its identifiers are another drive's as well, or identify nothing.
     Twin,
     /// No IOMMU isolates it.
     Iommu,
@@ -103,7 +108,9 @@ pub fn examine(
     allowed: &Result<Allowlist, String>,
 ) -> Vec<Reason> {
     let mut out = Vec::new();
-    identity(all, controller, allowed, &mut out);
+    identity::unique(all, controller, &mut out);
+    identity::listed(controller, allowed, &mut out);
+    note(&mut out, |out| identity::shared(host, controller, out));
     note(&mut out, |out| pci::function(host, controller, out));
     note(&mut out, |out| pci::iommu(host, controller, out));
     note(&mut out, |out| pci::hot(host, controller, out));
@@ -113,11 +120,16 @@ pub fn examine(
         note(&mut out, |out| stack::holders(host, device, out));
     }
     note(&mut out, |out| stack::elsewhere(host, controller, out));
+    note(&mut out, |out| stack::loops(host, controller, out));
+    note(&mut out, |out| stack::zfs(host, controller, out));
+    note(&mut out, |out| exports::exported(host, controller, out));
+    note(&mut out, |out| mounts::root(host, controller, out));
     note(&mut out, |out| mounts::named(host, controller, out));
     note(&mut out, |out| mounts::opened(host, controller, std::process::id(), out));
     for namespace in &controller.namespaces {
         note(&mut out, |out| contents(host, controller, namespace, allowed, out));
         note(&mut out, |out| format(host, namespace, out));
+        note(&mut out, |out| boot_partitions(host, namespace, out));
     }
     out
 }
@@ -126,40 +138,6 @@ pub fn examine(
 fn note(out: &mut Vec<Reason>, check: impl FnOnce(&mut Vec<Reason>) -> Result<(), Unreadable>) {
     if let Err(e) = check(out) {
         out.push(e.into());
-    }
-}
-
-fn identity(all: &[Controller], controller: &Controller, allowed: &Result<Allowlist, String>, out: &mut Vec<Reason>) {
-    let path = allowlist::DEFAULT_PATH;
-    if controller.namespaces.is_empty() {
-        out.push(Reason::new(
-            Check::Driver,
-            &controller.pci_path(),
-            "it has no namespace that the kernel shows".into(),
-        ));
-    }
-    if all.iter().any(|c| {
-        c.bdf != controller.bdf && c.serial == controller.serial && c.model == controller.model && !c.serial.is_empty()
-    }) {
-        out.push(Reason::new(
-            Check::Twin,
-            &controller.pci_path(),
-            format!("another drive has the same serial {} and model", controller.serial),
-        ));
-    }
-    let list = match allowed {
-        Ok(list) => list,
-        Err(why) => return out.push(Reason::new(Check::Allowlist, path, why.clone())),
-    };
-    for namespace in &controller.namespaces {
-        match list.entry(&controller.serial, namespace.nsid) {
-            Err(why) => out.push(Reason::new(Check::Allowlist, path, why)),
-            Ok(entry) => {
-                for what in entry.differences(controller, namespace) {
-                    out.push(Reason::new(Check::Allowlist, path, what));
-                }
-            }
-        }
     }
 }
 
@@ -213,6 +191,21 @@ fn format(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(
         && !matches!(kind.as_str(), "none" | "nop")
     {
         out.push(Reason::new(Check::Format, &integrity, format!("protection information ({kind})")));
+    }
+    Ok(())
+}
+
+/// Partitions that a firmware boots from, whatever the allowlist says of the drive's contents.
+fn boot_partitions(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let path = format!("/dev/{}", namespace.whole.name);
+    let head = host.read_at(&path, 0, 1 << 20)?;
+    for kind in gpt::types(&head, namespace.block_size.into()) {
+        let what = match kind {
+            gpt::EFI_SYSTEM => "an EFI system partition",
+            gpt::BIOS_BOOT => "a BIOS boot partition",
+            _ => continue,
+        };
+        out.push(Reason::new(Check::Boot, &path, format!("{} has {what}", namespace.whole.name)));
     }
     Ok(())
 }

@@ -22,6 +22,12 @@ pub fn iommu(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Res
     if host.read_if_there(&format!("{base}/name"))?.as_deref() == Some("vfio-noiommu") {
         out.push(Reason::new(Check::Iommu, &base, "the group is one of no-IOMMU mode, which is not supported".into()));
     }
+    let kind = format!("{base}/type");
+    if let Some(found) = host.read_if_there(&kind)?
+        && !matches!(found.as_str(), "DMA" | "DMA-FQ" | "identity" | "auto")
+    {
+        out.push(Reason::new(Check::Iommu, &kind, format!("the group's domain is {found}, one of DMA was expected")));
+    }
     let members = host.list(&format!("{base}/devices"))?;
     if !members.contains(&controller.bdf) {
         out.push(Reason::new(Check::Iommu, &base, format!("group {group} does not list the drive")));
@@ -39,7 +45,7 @@ pub fn iommu(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Res
     Ok(())
 }
 
-/// The function itself: driver, transport, virtual functions, parents, other paths to it.
+/// The function itself: driver, transport, state, virtual functions, parents.
 pub fn function(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let pci = controller.pci_path();
     match controller.driver.as_deref() {
@@ -70,20 +76,15 @@ pub fn function(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> 
     if transport != "pcie" {
         out.push(Reason::new(Check::Driver, &path, format!("its transport is {transport}, not pcie")));
     }
-    for subsystem in host.list("/sys/class/nvme-subsystem")? {
-        let path = format!("/sys/class/nvme-subsystem/{subsystem}");
-        let members: Vec<String> = host
-            .list(&path)?
-            .into_iter()
-            .filter(|e| e.strip_prefix("nvme").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())))
-            .collect();
-        if members.contains(name) && members.len() > 1 {
-            out.push(Reason::new(
-                Check::Shared,
-                &path,
-                format!("the controllers {} lead to the same drive", members.join(", ")),
-            ));
-        }
+    let path = format!("/sys/class/nvme/{name}/state");
+    if let Some(state) = host.read_if_there(&path)?
+        && state != "live"
+    {
+        out.push(Reason::new(Check::Driver, &path, format!("the controller is {state}, not live")));
+    }
+    // Domains of more than four digits are made up by drivers that hide drives behind themselves.
+    if controller.bdf.split(':').next().is_some_and(|domain| domain.len() > 4) {
+        out.push(Reason::new(Check::Raid, &pci, "its PCI domain is one of a RAID or VMD controller".into()));
     }
     parents(host, &pci, out)
 }
@@ -115,6 +116,10 @@ pub fn hot(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Resul
     match host.read_if_there(&path)?.as_deref() {
         None | Some("D0" | "unknown") => {}
         Some(state) => out.push(Reason::new(Check::Driver, &path, format!("its power state is {state}, not D0"))),
+    }
+    let path = format!("{}/broken_parity_status", controller.pci_path());
+    if host.read_if_there(&path)?.is_some_and(|broken| broken != "0") {
+        out.push(Reason::new(Check::Driver, &path, "the kernel saw broken parity on it".into()));
     }
     Ok(())
 }

@@ -1,8 +1,11 @@
-//! What stands on a block device: device mapper, MD, bcache, loop files, btrfs, ZFS, exports.
+//! What stands on a block device: device mapper, MD, bcache, loop devices, btrfs, ZFS.
 
 use super::host::{Host, Unreadable};
 use super::sysfs::{BlockDevice, Controller};
-use super::{Check, Reason};
+use super::{Check, Reason, names, signatures};
+
+/// A cache of pools is a few KiB; more than this is not looked through.
+const CACHE_MAX: usize = 16 << 20;
 
 /// Holders of `device`, all the way up, each with what it is.
 pub fn holders(host: &Host, device: &BlockDevice, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
@@ -49,7 +52,7 @@ fn kind(host: &Host, holder: &str) -> Result<String, Unreadable> {
     })
 }
 
-/// Users that have no holders entry: btrfs members, loop files, ZFS pools, exported namespaces.
+/// Users that may have no holders entry: btrfs members, MD members of arrays that do not run.
 pub fn elsewhere(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     for fsid in host.list("/sys/fs/btrfs")? {
         let path = format!("/sys/fs/btrfs/{fsid}/devices");
@@ -65,17 +68,69 @@ pub fn elsewhere(host: &Host, controller: &Controller, out: &mut Vec<Reason>) ->
             }
         }
     }
-    // A pool's members cannot be told from here without trusting names, so any pool with a vdev
-    // signature on this drive is caught by the signatures; an export is caught by its path.
-    for subsystem in host.list("/sys/kernel/config/nvmet/subsystems")? {
-        let base = format!("/sys/kernel/config/nvmet/subsystems/{subsystem}/namespaces");
-        for namespace in host.list(&base)? {
-            let path = format!("{base}/{namespace}/device_path");
-            let exported = host.read_if_there(&path)?.unwrap_or_default();
-            if controller.devices().any(|d| exported == format!("/dev/{}", d.name)) {
-                out.push(Reason::new(Check::Exported, &path, format!("{exported} is exported over NVMe-oF")));
+    if let Some(text) = host.read_if_there("/proc/mdstat")? {
+        // "md127 : inactive nvme1n1p1[0](S)"
+        for line in text.lines() {
+            let Some((array, members)) = line.split_once(" : ") else { continue };
+            let members = members.split_whitespace().filter_map(|w| w.split('[').next());
+            for device in members.filter(|d| controller.owns(d)) {
+                let what = format!("{device} is a member of the MD array {array}");
+                out.push(Reason::new(Check::Stacked, "/proc/mdstat", what));
             }
         }
     }
     Ok(())
+}
+
+/// Loop devices set up over a device, or over a file that lies on one.
+pub fn loops(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for name in host.list("/sys/block")?.iter().filter(|n| n.starts_with("loop")) {
+        let path = format!("/sys/block/{name}/loop/backing_file");
+        let Some(backing) = host.read_if_there(&path)? else { continue };
+        // The kernel appends this where the file's name is gone.
+        let backing = backing.strip_suffix(" (deleted)").unwrap_or(&backing);
+        if let Some(device) = names::target(host, controller, backing)? {
+            out.push(Reason::new(Check::Stacked, &path, format!("{name} is set up over {backing} on {device}")));
+        }
+    }
+    Ok(())
+}
+
+/// ZFS: pools that the machine imports at boot, and labels of ZFS while any pool is imported, since
+/// the kernel does not tell a pool's members.
+pub fn zfs(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let cache = "/etc/zfs/zpool.cache";
+    if host.exists(cache) {
+        let bytes = host.read_at(cache, 0, CACHE_MAX)?;
+        if bytes.len() == CACHE_MAX {
+            return Err(Unreadable { path: cache.into(), why: "it is too large to be looked through".into() });
+        }
+        // XDR strings stand between their lengths and zeros; a length's last byte may look like text.
+        let strings: Vec<&[u8]> = bytes.split(|b| !b.is_ascii_graphic()).filter(|s| s.len() > 4).collect();
+        let found = names::names(host, controller)?.into_iter().filter(|n| n.word.starts_with("/dev/"));
+        let bare = found.flat_map(|n| [n.word.clone(), id(&n.word)].map(|word| (word, n.device.clone())));
+        for (word, device) in bare.filter(|(w, _)| !w.is_empty()) {
+            if strings.iter().any(|s| s.ends_with(word.as_bytes())) {
+                out.push(Reason::new(Check::Configured, cache, format!("{device} is named there as {word}")));
+            }
+        }
+    }
+    let kstat = "/proc/spl/kstat/zfs";
+    let pools: Vec<String> =
+        host.list(kstat)?.into_iter().filter(|p| host.exists(&format!("{kstat}/{p}/state"))).collect();
+    if !pools.is_empty() {
+        for device in controller.devices() {
+            if signatures::found(host, &device.name)?.contains(&"zfs") {
+                let what = format!("{} has a label of ZFS, and {} is imported", device.name, pools.join(", "));
+                out.push(Reason::new(Check::Stacked, kstat, what));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The last part of a link of `by-id` or `by-path`, as ZFS keeps it in `devid` and `phys_path`.
+fn id(word: &str) -> String {
+    let name = word.strip_prefix("/dev/disk/by-id/").or(word.strip_prefix("/dev/disk/by-path/"));
+    name.unwrap_or("").to_owned()
 }

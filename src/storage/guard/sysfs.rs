@@ -1,6 +1,7 @@
 //! NVMe controllers of the host with their namespaces and partitions, as sysfs tells them.
 
 use super::host::{Host, Unreadable};
+use super::identity::is_bogus;
 
 /// A partition or a whole namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,12 +27,19 @@ pub struct Namespace {
     pub block_size: u32,
     /// Its partitions.
     pub partitions: Vec<BlockDevice>,
+    /// Identifiers by the name of their file (`eui`, `nguid`, `uuid`), as lower-case hexadecimal digits.
+    pub ids: Vec<(&'static str, String)>,
 }
 
 impl Namespace {
     /// The whole device, then its partitions.
     pub fn devices(&self) -> impl Iterator<Item = &BlockDevice> {
         std::iter::once(&self.whole).chain(&self.partitions)
+    }
+
+    /// The identifiers that can be the drive's alone.
+    pub fn trusted_ids(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.ids.iter().filter(|(_, id)| !is_bogus(id)).map(|(file, id)| (*file, id.as_str()))
     }
 }
 
@@ -115,15 +123,16 @@ fn controller(host: &Host, bdf: &str) -> Result<Controller, Unreadable> {
     Ok(found)
 }
 
-/// `nvme1n2` for the entries `nvme1n2` and `nvme1c3n2` of a controller's folder.
+/// `nvme1n2` for the entries `nvme1n2` and `nvme1c3n2` of the folder of a controller, `nvme1` or `nvme3`.
 pub fn namespace_node(controller: &str, entry: &str) -> Option<String> {
-    let rest = entry.strip_prefix(controller)?;
     let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
-    if let Some(n) = rest.strip_prefix('n') {
+    if let Some(n) = entry.strip_prefix(controller).and_then(|rest| rest.strip_prefix('n')) {
         return digits(n).then(|| entry.to_owned());
     }
-    let (path, n) = rest.strip_prefix('c')?.split_once('n')?;
-    (digits(path) && digits(n)).then(|| format!("{controller}n{n}"))
+    // A path has the number of its subsystem first, which may be another controller's.
+    let (subsystem, rest) = entry.strip_prefix("nvme")?.split_once('c')?;
+    let (path, n) = rest.split_once('n')?;
+    (digits(subsystem) && digits(path) && digits(n)).then(|| format!("nvme{subsystem}n{n}"))
 }
 
 fn namespace(host: &Host, node: &str) -> Result<Namespace, Unreadable> {
@@ -137,7 +146,14 @@ fn namespace(host: &Host, node: &str) -> Result<Namespace, Unreadable> {
     }
     let nsid = host.read(&format!("{base}/nsid"))?;
     let block_size = host.read(&format!("{base}/queue/logical_block_size"))?;
+    let mut ids = Vec::new();
+    for file in ["eui", "nguid", "uuid"] {
+        if let Some(text) = host.read_if_there(&format!("{base}/{file}"))? {
+            ids.push((file, text.to_ascii_lowercase().chars().filter(char::is_ascii_hexdigit).collect()));
+        }
+    }
     Ok(Namespace {
+        ids,
         whole,
         nsid: number(&nsid, &format!("{base}/nsid"))? as u32,
         block_size: number(&block_size, &format!("{base}/queue/logical_block_size"))? as u32,

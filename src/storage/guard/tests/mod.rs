@@ -1,8 +1,11 @@
 //! Each row of the refusal list on a fake machine; never on this one.
 
+mod rows;
+
 use super::*;
+use rows::ROWS;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 
 const BDF: &str = "0000:02:00.0";
 
@@ -26,6 +29,15 @@ impl Fake {
         fs::create_dir_all(at.parent().unwrap()).unwrap();
         let _ = fs::remove_file(&at);
         symlink(target, at).unwrap();
+    }
+
+    /// Moves a folder below `/sys/devices` and leaves a link, as the kernel has it.
+    fn move_to(&self, path: &str, to: &str) {
+        let real = |p: &str| self.dir.path().join(p.trim_start_matches('/'));
+        fs::create_dir_all(real(to).parent().unwrap()).unwrap();
+        fs::rename(real(path), real(to)).unwrap();
+        let up = "../".repeat(path.matches('/').count() - 1);
+        symlink(format!("{up}{}", to.trim_start_matches('/')), real(path)).unwrap();
     }
 
     fn drop_file(&self, path: &str) {
@@ -64,15 +76,23 @@ impl Fake {
         self.put(&format!("{block}/queue/logical_block_size"), "512");
         self.put(&format!("{block}/queue/zoned"), "none");
         for node in [format!("/dev/nvme{n}n1"), format!("/dev/nvme{n}n1p1")] {
-            self.put(&node, &"\0".repeat(2 << 20));
+            self.put(&node, "");
+            let file = fs::OpenOptions::new().write(true).open(self.dir.path().join(&node[1..])).unwrap();
+            file.set_len(2 << 20).unwrap();
         }
     }
 
+    /// A GPT with one partition of this type.
+    fn table(&self, node: &str, kind: [u8; 16]) {
+        for (at, bytes) in gpt::table(2 << 20, 512) {
+            self.stamp(node, at as usize, &bytes);
+        }
+        self.stamp(node, 1024, &kind);
+    }
+
     fn stamp(&self, node: &str, at: usize, magic: &[u8]) {
-        let path = self.dir.path().join(node.trim_start_matches('/'));
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[at..at + magic.len()].copy_from_slice(magic);
-        fs::write(path, bytes).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(self.dir.path().join(node.trim_start_matches('/')));
+        file.unwrap().write_all_at(magic, at as u64).unwrap();
     }
 
     fn reasons(&self, allowed: &Result<Allowlist, String>) -> Vec<Reason> {
@@ -105,84 +125,6 @@ fn list() -> Result<Allowlist, String> {
 fn a_clean_listed_drive_passes() {
     assert_eq!(clean().reasons(&list()), vec![]);
 }
-
-/// One row of the refusal list.
-type Row = (&'static str, Check, fn(&Fake));
-
-const ROWS: &[Row] = &[
-    ("mounted partition", Check::Mounted, |f| {
-        f.put("/proc/self/mountinfo", "21 1 259:11 / /data rw - ext4 /dev/nvme1n1p1 rw\n")
-    }),
-    ("mounted in another namespace", Check::Mounted, |f| {
-        f.put("/proc/77/mountinfo", "21 1 259:11 / /data rw - ext4 /dev/x rw\n")
-    }),
-    ("root", Check::Boot, |f| f.put("/proc/self/mountinfo", "21 1 259:11 / / rw - ext4 /dev/nvme1n1p1 rw\n")),
-    ("efi", Check::Boot, |f| f.put("/proc/self/mountinfo", "21 1 259:11 / /boot/efi rw - vfat /dev/nvme1n1p1 rw\n")),
-    ("command line", Check::Boot, |f| f.put("/proc/cmdline", "root=/dev/nvme1n1p1")),
-    ("command line by uuid", Check::Boot, |f| {
-        f.link("/dev/disk/by-uuid/ab-12", "../../nvme1n1p1");
-        f.put("/proc/cmdline", "root=UUID=ab-12");
-    }),
-    ("fstab", Check::Configured, |f| f.put("/etc/fstab", "/dev/nvme1n1p1 /data ext4 noauto 0 0\n")),
-    ("crypttab by uuid", Check::Configured, |f| {
-        f.link("/dev/disk/by-uuid/ab-12", "../../nvme1n1p1");
-        f.put("/etc/crypttab", "data UUID=ab-12 none\n");
-    }),
-    ("swap", Check::Swap, |f| f.put("/proc/swaps", "Filename Type\n/dev/nvme1n1p1 partition 1 0 -2\n")),
-    ("hibernation", Check::Swap, |f| f.put("/sys/power/resume", "259:11\n")),
-    ("zram backing", Check::Swap, |f| f.put("/sys/block/zram0/backing_dev", "/dev/nvme1n1\n")),
-    ("LVM", Check::Stacked, |f| {
-        f.folder("/sys/class/block/nvme1n1p1/holders/dm-0");
-        f.folder("/sys/class/block/dm-0/holders");
-        f.put("/sys/class/block/dm-0/dm/uuid", "LVM-abc");
-        f.put("/sys/class/block/dm-0/dm/name", "vg-root");
-    }),
-    ("LUKS open", Check::Stacked, |f| {
-        f.folder("/sys/class/block/nvme1n1/holders/dm-1");
-        f.folder("/sys/class/block/dm-1/holders");
-        f.put("/sys/class/block/dm-1/dm/uuid", "CRYPT-LUKS2-abc");
-        f.put("/sys/class/block/dm-1/dm/name", "secret");
-    }),
-    ("MD", Check::Stacked, |f| f.put("/sys/block/md127/md/dev-nvme1n1p1/state", "in_sync")),
-    ("btrfs member", Check::Mounted, |f| f.folder("/sys/fs/btrfs/feed/devices/nvme1n1p1")),
-    ("open file", Check::Open, |f| f.link("/proc/77/fd/3", "/dev/nvme1n1")),
-    ("generic node open", Check::Open, |f| f.link("/proc/77/fd/3", "/dev/ng1n1")),
-    ("in flight", Check::Open, |f| f.put("/sys/class/block/nvme1n1/inflight", "1 0")),
-    ("nvmet export", Check::Exported, |f| {
-        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "/dev/nvme1n1")
-    }),
-    ("ext4 signature", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 0x438, &[0x53, 0xef])),
-    ("LUKS signature", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 0, b"LUKS\xba\xbe")),
-    ("LVM signature", Check::Contents, |f| f.stamp("/dev/nvme1n1", 512, b"LABELONE")),
-    ("MD 1.0 at the end", Check::Contents, |f| f.stamp("/dev/nvme1n1", (2 << 20) - 8192, &[0xfc, 0x4e, 0x2b, 0xa9])),
-    ("ZFS label", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 128 << 10, &0x00ba_b10c_u64.to_le_bytes())),
-    ("GPT", Check::Contents, |f| f.stamp("/dev/nvme1n1", 512, b"EFI PART")),
-    ("unknown data", Check::Contents, |f| f.stamp("/dev/nvme1n1", 5000, b"mine")),
-    ("other size", Check::Allowlist, |f| f.put("/sys/class/block/nvme1n1/size", "8192")),
-    ("other model", Check::Allowlist, |f| f.put(&format!("/sys/bus/pci/devices/{BDF}/nvme/nvme1/model"), "Model Y")),
-    ("twin", Check::Twin, |f| f.drive("0000:03:00.0", 2, "EXP", 16)),
-    ("no IOMMU", Check::Iommu, |f| f.drop_file(&format!("/sys/bus/pci/devices/{BDF}/iommu_group"))),
-    ("no-IOMMU group", Check::Iommu, |f| f.put("/sys/kernel/iommu_groups/15/name", "vfio-noiommu")),
-    ("sibling", Check::Sibling, |f| {
-        f.folder("/sys/kernel/iommu_groups/15/devices/0000:02:00.1");
-        f.put("/sys/bus/pci/devices/0000:02:00.1/class", "0x030000");
-    }),
-    ("vfio already", Check::Driver, |f| f.link(&format!("/sys/bus/pci/devices/{BDF}/driver"), "../drivers/vfio-pci")),
-    ("fabrics", Check::Driver, |f| f.put("/sys/class/nvme/nvme1/transport", "tcp")),
-    ("virtual functions", Check::Virtual, |f| f.put(&format!("/sys/bus/pci/devices/{BDF}/sriov_numvfs"), "2")),
-    ("virtual function", Check::Virtual, |f| f.link(&format!("/sys/bus/pci/devices/{BDF}/physfn"), "../0000:00:00.0")),
-    ("two controllers", Check::Shared, |f| {
-        f.folder("/sys/class/nvme-subsystem/nvme-subsys1/nvme1");
-        f.folder("/sys/class/nvme-subsystem/nvme-subsys1/nvme5");
-    }),
-    ("zoned", Check::Format, |f| f.put("/sys/class/block/nvme1n1/queue/zoned", "host-managed")),
-    ("protection information", Check::Format, |f| {
-        f.put("/sys/class/block/nvme1n1/integrity/format", "T10-DIF-TYPE1-CRC")
-    }),
-    ("block size", Check::Format, |f| f.put("/sys/class/block/nvme1n1/queue/logical_block_size", "1024")),
-    ("unreadable mounts", Check::Unreadable, |f| f.drop_file("/proc/self/mountinfo")),
-    ("unreadable node", Check::Unreadable, |f| f.drop_file("/dev/nvme1n1p1")),
-];
 
 #[test]
 fn each_row_refuses() {
@@ -219,8 +161,91 @@ fn contents_named_in_the_entry_are_accepted() {
 }
 
 #[test]
+fn what_never_passes_is_refused_with_its_contents_listed() {
+    let mut list = list().unwrap();
+    list.drive[0].holds.extend(["gpt", "zfs"].map(String::from));
+    let fake = clean();
+    fake.table("/dev/nvme1n1", gpt::TYPE);
+    assert_eq!(fake.reasons(&Ok(list.clone())), vec![]);
+    fake.table("/dev/nvme1n1", gpt::BIOS_BOOT);
+    assert_eq!(fake.reasons(&Ok(list.clone())).iter().map(|r| r.check).collect::<Vec<_>>(), [Check::Boot]);
+
+    let fake = clean();
+    fake.stamp("/dev/nvme1n1p1", 128 << 10, &0x00ba_b10c_u64.to_le_bytes());
+    assert_eq!(fake.reasons(&Ok(list.clone())), vec![]);
+    fake.put("/proc/spl/kstat/zfs/tank/state", "ONLINE");
+    assert_eq!(fake.reasons(&Ok(list)).iter().map(|r| r.check).collect::<Vec<_>>(), [Check::Stacked]);
+}
+
+#[test]
+fn other_drives_users_are_no_reason() {
+    let fake = clean();
+    fake.put("/sys/block/loop0/loop/backing_file", "/var/lib/x.img\n");
+    fake.put("/sys/block/ublkb0/size", "8");
+    fake.put("/run/ublksrvd/0000.pid", "{\"backing_file\": \"/dev/nvme0n1\"}");
+    fake.put("/sys/kernel/config/target/core/iblock_0/d/udev_path", "/dev/nvme0n1\n");
+    fake.put("/etc/zfs/zpool.cache", "\0\0\0\x04path\0\0\0\x0e/dev/nvme0n1p1\0\0");
+    fake.put("/proc/mdstat", "Personalities : [raid1]\nmd0 : active raid1 nvme0n1p1[0]\n");
+    fake.link("/proc/77/fd/9", "anon_inode:[io_uring]");
+    fake.put("/proc/77/fdinfo/9", "UserFiles:\t1\n    0: /dev/nvme0n1\n");
+    for (n, id) in [(0, "00000000-0000-0000-0000-000000000000"), (1, "00000000-0000-0000-0000-000000000000")] {
+        fake.put(&format!("/sys/class/block/nvme{n}n1/nguid"), id);
+        fake.put(&format!("/sys/class/block/nvme{n}n1/eui"), "01 02 03 04 05 06 07 08");
+    }
+    assert_eq!(fake.reasons(&list()), vec![]);
+}
+
+#[test]
+fn identifiers_that_many_drives_carry_are_known() {
+    for bogus in [
+        "",
+        "0",
+        "0000",
+        "00000000-0000-0000-0000-000000000000",
+        "ffffffffffffffff",
+        "0000000000000001",
+        "0100000000000000",
+        "0123456789ABCDEF",
+        "1234567890",
+        "0102030405060708",
+        "S/N",
+        "To Be Filled By O.E.M.",
+    ] {
+        assert!(identity::is_bogus(bogus), "{bogus}");
+    }
+    for real in ["S4EWNX0R123456", "EXP0001", "0025385b91d0e2f1", "01000000000000005cd2e4a1b2c35051"] {
+        assert!(!identity::is_bogus(real), "{real}");
+    }
+}
+
+#[test]
+fn an_entry_may_name_identifiers() {
+    let fake = clean();
+    fake.put("/sys/class/block/nvme1n1/eui", "00 25 38 5b 91 d0 e2 f1");
+    let mut list = list().unwrap();
+    list.drive[0].eui = Some("0025385b91d0e2f1".into());
+    assert_eq!(fake.reasons(&Ok(list.clone())), vec![]);
+    list.drive[0].eui = Some("0025385b91d0e2f2".into());
+    assert!(fake.reasons(&Ok(list.clone())).iter().any(|r| r.check == Check::Allowlist));
+    // One that proves nothing is no proof.
+    fake.put("/sys/class/block/nvme1n1/eui", "00 00 00 00 00 00 00 01");
+    list.drive[0].eui = Some("0000000000000001".into());
+    assert!(fake.reasons(&Ok(list)).iter().any(|r| r.check == Check::Allowlist));
+}
+
+#[test]
+fn a_lone_path_is_no_reason_where_all_drives_have_one() {
+    let fake = clean();
+    fake.folder(&format!("/sys/bus/pci/devices/{BDF}/nvme/nvme1/nvme1c1n1"));
+    assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Shared));
+    fake.put("/sys/module/nvme_core/parameters/multipath_always_on", "Y\n");
+    assert_eq!(fake.reasons(&list()), vec![]);
+}
+
+#[test]
 fn hidden_multipath_paths_name_their_namespace() {
     assert_eq!(sysfs::namespace_node("nvme1", "nvme1c3n2").as_deref(), Some("nvme1n2"));
+    assert_eq!(sysfs::namespace_node("nvme1", "nvme0c1n2").as_deref(), Some("nvme0n2"));
     assert_eq!(sysfs::namespace_node("nvme1", "nvme1n2p1"), None);
     assert_eq!(sysfs::namespace_node("nvme1", "power"), None);
 }

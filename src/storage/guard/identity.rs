@@ -1,0 +1,125 @@
+//! Who a drive says it is: the allowlist, twins, and identifiers that identify nothing.
+
+use super::host::Unreadable;
+use super::sysfs::Controller;
+use super::{Allowlist, Check, Host, Reason, allowlist};
+
+/// Serial numbers that vendors left in place of one.
+const PLACEHOLDERS: [&str; 13] = [
+    "s/n",
+    "sn",
+    "n/a",
+    "na",
+    "none",
+    "null",
+    "unknown",
+    "default",
+    "default string",
+    "serial",
+    "serial number",
+    "to be filled by o.e.m.",
+    "not specified",
+];
+
+/// True for an identifier that many drives may carry: a placeholder, one character throughout, at
+/// most one that is not a zero, or digits that count up.
+pub fn is_bogus(id: &str) -> bool {
+    let lower = id.trim().to_ascii_lowercase();
+    let digits: Vec<u8> = lower.bytes().filter(u8::is_ascii_alphanumeric).collect();
+    let zeros = digits.iter().filter(|b| **b == b'0').count();
+    let hex = |b: &u8| char::from(*b).to_digit(16);
+    let counts = |a: &u8, b: &u8| hex(a).zip(hex(b)).is_some_and(|(a, b)| b == (a + 1) % 16 || (a == 9 && b == 0));
+    let counted = |step: usize| {
+        digits.len() >= 8 && digits.len().is_multiple_of(step) && {
+            let parts: Vec<&[u8]> = digits.chunks(step).collect();
+            let zero_padded = step == 1 || parts.iter().all(|p| p[..step - 1].iter().all(|b| *b == b'0'));
+            zero_padded && parts.windows(2).all(|w| counts(&w[0][step - 1], &w[1][step - 1]))
+        }
+    };
+    PLACEHOLDERS.contains(&lower.as_str())
+        || digits.iter().all(|b| *b == b'0')
+        || digits.len() > 1 && digits.iter().all(|b| *b == digits[0])
+        || digits.len() >= 8 && zeros + 1 >= digits.len()
+        || counted(1)
+        || counted(2)
+}
+
+/// The serial number identifies this drive and no other one of the host.
+pub fn unique(all: &[Controller], controller: &Controller, out: &mut Vec<Reason>) {
+    let path = match &controller.name {
+        Some(name) => format!("{}/nvme/{name}/serial", controller.pci_path()),
+        None => controller.pci_path(),
+    };
+    if is_bogus(&controller.serial) {
+        let what = match controller.serial.as_str() {
+            "" => "it has no serial number".to_owned(),
+            serial => format!("its serial number {serial:?} identifies no single drive"),
+        };
+        out.push(Reason::new(Check::Twin, &path, what));
+    }
+    let others = || all.iter().filter(|c| c.bdf != controller.bdf);
+    if let Some(twin) = others().find(|c| c.serial == controller.serial && !c.serial.is_empty()) {
+        let what = format!("the drive at {} has the same serial number {}", twin.bdf, controller.serial);
+        out.push(Reason::new(Check::Twin, &path, what));
+    }
+    for namespace in &controller.namespaces {
+        for (file, id) in namespace.trusted_ids() {
+            let same = |c: &&Controller| c.namespaces.iter().any(|n| n.trusted_ids().any(|(_, other)| other == id));
+            if let Some(twin) = others().find(same) {
+                let path = format!("/sys/class/block/{}/{file}", namespace.whole.name);
+                let what = format!("the drive at {} has the same {file} {id}", twin.bdf);
+                out.push(Reason::new(Check::Twin, &path, what));
+            }
+        }
+    }
+}
+
+/// Each namespace is described by one entry of the allowlist.
+pub fn listed(controller: &Controller, allowed: &Result<Allowlist, String>, out: &mut Vec<Reason>) {
+    let path = allowlist::DEFAULT_PATH;
+    if controller.namespaces.is_empty() {
+        let what = "it has no namespace that the kernel shows".into();
+        out.push(Reason::new(Check::Driver, &controller.pci_path(), what));
+    }
+    let list = match allowed {
+        Ok(list) => list,
+        Err(why) => return out.push(Reason::new(Check::Allowlist, path, why.clone())),
+    };
+    for namespace in &controller.namespaces {
+        let found = match list.entry(&controller.serial, namespace.nsid) {
+            Err(why) => vec![why],
+            Ok(entry) => entry.differences(controller, namespace),
+        };
+        out.extend(found.into_iter().map(|what| Reason::new(Check::Allowlist, path, what)));
+    }
+}
+
+/// Several controllers or paths lead to the drive, here or, by its own word, elsewhere.
+pub fn shared(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let Some(name) = &controller.name else {
+        return Ok(());
+    };
+    for subsystem in host.list("/sys/class/nvme-subsystem")? {
+        let path = format!("/sys/class/nvme-subsystem/{subsystem}");
+        let mut members = host.list(&path)?;
+        members.retain(|e| e.strip_prefix("nvme").is_some_and(|n| n.parse::<u32>().is_ok()));
+        if members.contains(name) && members.len() > 1 {
+            let what = format!("the controllers {} lead to the same drive", members.join(", "));
+            out.push(Reason::new(Check::Shared, &path, what));
+        }
+    }
+    // The kernel makes hidden path devices for drives whose CMIC says that they may have several
+    // controllers, unless it was told to make them for all.
+    let always = "/sys/module/nvme_core/parameters/multipath_always_on";
+    if matches!(host.read_if_there(always)?.as_deref(), Some("Y" | "1")) {
+        return Ok(());
+    }
+    let folder = format!("{}/nvme/{name}", controller.pci_path());
+    for entry in host.list(&folder)? {
+        if entry.starts_with("nvme") && super::sysfs::namespace_node(name, &entry).is_some_and(|node| node != entry) {
+            let what = format!("{entry} is a path to a namespace that several controllers may lead to (CMIC)");
+            out.push(Reason::new(Check::Shared, &folder, what));
+        }
+    }
+    Ok(())
+}
