@@ -15,8 +15,11 @@ cargo clippy --locked --all-targets -- -D warnings
 say "docs"
 RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 say "tests"
+[ -d "${NT_VOCAB_DIR:-../shared/vocab}" ] || say "no vocabularies in ../shared/vocab or \$NT_VOCAB_DIR: tests/tokenizer_vocab.rs compares its own fixtures only"
 cargo test --locked
 cargo build --locked --release
+say "CUDA kernels"
+scripts/compile-kernels.sh
 say "a real model, most of it on disk"
 text=$(target/release/nt -q run "$smollm2" -p "The capital of France is" -n 8 --temp 0 --ram 40MiB --tiers 0:10:20)
 [ "${text#" Paris"}" != "$text" ] || die "SmolLM2 did not continue with \" Paris\" but with: $text"
