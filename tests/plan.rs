@@ -122,3 +122,15 @@ fn the_predicted_timeline_has_the_form_of_the_measured_one() {
         assert!(events.iter().all(|e| e["ph"] == "X" && e["dur"].as_f64() >= Some(0.0)));
     }
 }
+
+#[test]
+fn a_benchmark_says_what_the_simulator_expected() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf");
+    let args = ["--backend", "cpu", "--tiers", "0:3:3", "-p", "0", "-n", "4", "-r", "1", "--json"];
+    let out = nt(&[&["bench", m.to_str().unwrap()], &args[..]].concat());
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let v: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let p = &v["prediction"];
+    assert!(p["tokens_per_s"].as_f64() > Some(0.0) && p["achieved"].as_f64() > Some(0.0), "{v}");
+}

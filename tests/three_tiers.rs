@@ -324,6 +324,25 @@ fn experts() {
 }
 
 #[test]
+fn computing_alone_is_measured_wherever_units_live() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&tiny(6).write(d.path(), "m.gguf")).unwrap();
+    for (a, b, c) in [(6, 0, 0), (2, 4, 0)] {
+        let memory = Arc::new(Memory::default());
+        let o = Options { tiers: Some(Tiers { a, b, c }), ..options() };
+        let mut session = start(&opened, o, &memory).unwrap();
+        logits(&mut session).unwrap();
+        let links = session.links();
+        let session = session.measure_ceilings().unwrap();
+        assert!(session.links().compute_s.is_some_and(|s| s > 0.0), "{a}:{b}:{c}");
+        // Its passes are not counted as the run's.
+        assert_eq!(session.links().passes, links.passes, "{a}:{b}:{c}");
+        drop(session);
+        assert_eq!(*memory.used.lock().unwrap(), 0);
+    }
+}
+
+#[test]
 fn a_pass_that_is_given_up_leaves_a_session_that_goes_on() {
     let d = tempfile::tempdir().unwrap();
     let opened = Opened::open(&common::tiny_moe(6).write(d.path(), "m.gguf")).unwrap();

@@ -1,7 +1,7 @@
 //! What the links of this machine can carry, measured at the end of a benchmark.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::session::stream_error;
 use super::start::schedule;
@@ -17,6 +17,8 @@ const STORAGE_PROBE_BYTES: u64 = 1 << 30;
 /// Bytes that the link's probe copies, and most of one copy.
 const LINK_PROBE_BYTES: u64 = 4 << 30;
 const LINK_COPY_BYTES: u64 = 256 << 20;
+/// How long it lasts at most.
+const LINK_PROBE_TIME: Duration = Duration::from_secs(2);
 
 impl Session {
     /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
@@ -96,7 +98,8 @@ impl Session {
 fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) -> Result<Option<f64>, EngineError> {
     let bytes = LINK_COPY_BYTES.min(slot_bytes).min(from.len as u64);
     let (mut copied, mut seconds) = (0, 0.0);
-    while copied < LINK_PROBE_BYTES {
+    let began = Instant::now();
+    while copied < LINK_PROBE_BYTES && began.elapsed() < LINK_PROBE_TIME {
         // All of the arena in turn: not all memory is equally near.
         let at = copied % (from.len as u64 - bytes + 1);
         // SAFETY: the source is part of the arena, which nothing frees meanwhile; the slot is no

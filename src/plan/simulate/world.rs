@@ -14,9 +14,14 @@ use crate::plan::Home;
 /// Copies that are started beyond the one that runs (as in `pipeline::uploads`).
 const COPIES_AHEAD: usize = 1;
 
-/// Share of storage's rate that one unit alone reaches where reads are copies by processors (H100, /dev/shm:
-/// 16.6 GB/s with two buffers, of which one is being copied from, and 21.9 with both being read into).
+/// Share of storage's rate that one unit alone reaches where reads are copies by processors that have nothing
+/// else to do (H100, /dev/shm: 16.6 GB/s with two buffers, of which one is being copied from, and 21.9 with
+/// both being read into).
 const COPIED_ALONE: f64 = 0.75;
+
+/// Share of the processors that copies at storage's full rate take: two of them copy at 9.9 GB/s and compute
+/// six blocks of an 8B in 43 ms, and do both in 111 ms instead of 121 (docs/benchmarks.md).
+const COPY_PROCESSORS: f64 = 0.85;
 
 /// Most of RAM's rate that a drive may take.
 const READ_SHARE_MAX: f64 = 0.9;
@@ -419,7 +424,7 @@ impl<'a> World<'a> {
             && let Some((unit, slot)) = self.reads.pop_front()
         {
             let n = rates.nvme.unwrap_or(f64::INFINITY);
-            let demand = if rates.copies { [COPY_TRANSFERS * n, 1.0] } else { [n, 0.0] };
+            let demand = if rates.copies { [COPY_TRANSFERS * n, COPY_PROCESSORS] } else { [n, 0.0] };
             self.reading = running(Some(unit), slot, bytes(unit) / n, finite(demand));
             moved = true;
         }
@@ -471,7 +476,7 @@ impl<'a> World<'a> {
         let ram = self.setup.rates.ram.unwrap_or(f64::INFINITY);
         if self.setup.rates.copies {
             let mut speeds = speeds(&demands, [ram, 1.0]);
-            if self.reads.is_empty() {
+            if self.setup.on_device && self.reads.is_empty() {
                 speeds[0] = speeds[0].min(COPIED_ALONE);
             }
             return speeds;
