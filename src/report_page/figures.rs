@@ -103,7 +103,8 @@ fn row_name(row: Row) -> String {
 
 /// A timeline with its rows, axis and controls. Inside, a unit of length is a microsecond.
 pub fn timeline(t: &Timeline, units: &[Unit]) -> String {
-    let mut rows: BTreeMap<Row, usize> = t.spans.iter().map(|s| (s.row, 0)).collect();
+    let shown = || t.spans.iter().filter(|s| s.end_s > t.start_s && s.start_s < t.end_s);
+    let mut rows: BTreeMap<Row, usize> = shown().map(|s| (s.row, 0)).collect();
     for (i, at) in rows.values_mut().enumerate() {
         *at = i;
     }
@@ -118,7 +119,7 @@ pub fn timeline(t: &Timeline, units: &[Unit]) -> String {
         r#"</div><div class="plot"><svg viewBox="0 0 {width:.1} {height}" data-width="{width:.1}" preserveAspectRatio="none" style="height:{height}px" role="img" aria-label="Timeline: {}">"#,
         escape(&t.title)
     );
-    for s in &t.spans {
+    for s in shown() {
         let (x, end, y) = (us(s.start_s), us(s.end_s), rows[&s.row] * ROW_PX + 2);
         let name = units.get(s.unit).map_or("", |u| u.name.as_str());
         let class = kind_class(s.kind);
@@ -196,6 +197,7 @@ pub fn rate_curve(r: &Rates) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Span;
     use super::*;
 
     #[test]
@@ -204,6 +206,22 @@ mod tests {
         assert_eq!(labels(10.0), ["0", "2", "4", "6", "8"]);
         assert_eq!(labels(0.37), ["0", "0.1", "0.2", "0.3"]);
         assert!(labels(f64::NAN).is_empty() && labels(0.0).is_empty());
+    }
+
+    #[test]
+    fn only_what_touches_the_shown_time_is_drawn() {
+        let span = |row, start_s, end_s| Span { kind: SpanKind::Read, row: Row::RamSlot(row), unit: 0, start_s, end_s };
+        let t = Timeline {
+            title: "t".into(),
+            about: String::new(),
+            start_s: 1.0,
+            end_s: 2.0,
+            boundaries_s: vec![1.0, 2.0],
+            spans: vec![span(0, 0.0, 1.0), span(1, 0.5, 1.5), span(2, 2.0, 3.0)],
+        };
+        let svg = timeline(&t, &[]);
+        assert_eq!(svg.matches("<rect").count(), 1);
+        assert!(svg.contains("RAM slot 1") && svg.contains(r#"x="0.0" y="2" width="500000.0""#), "{svg}");
     }
 
     #[test]
