@@ -29,6 +29,8 @@ pub(super) enum Command {
     Chat(super::chat::ChatArgs),
     /// Show hyper-parameters, tensors, types and bytes.
     Inspect(super::inspect::InspectArgs),
+    /// Compare every tensor's bytes with the record of `nt device extents` or `nt stage`.
+    Verify(super::verify::VerifyArgs),
     /// Print the token ids of a text.
     Tokenize(super::tokenize::TokenizeArgs),
     /// Print the prompt that the model's chat template renders.

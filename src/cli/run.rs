@@ -172,10 +172,6 @@ pub(super) fn open(model: &ModelArg) -> Result<Opened, Failure> {
 
 /// The session's options from the command line; `n_ctx` and `outputs` are the caller's.
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
-    let copy = match p.tier_c.as_str() {
-        "none" | "auto" => None,
-        path => Some(PathBuf::from(path)),
-    };
     Ok(Options {
         backend: match p.backend {
             BackendArg::Auto => BackendKind::Auto,
@@ -186,13 +182,8 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         threads: p.threads.map_or_else(crate::machine::n_cpus, usize::from),
         ram: p.ram.given(),
         storage: p.tier_c != "none",
-        copy,
-        reader: match p.reader {
-            ReaderArg::Auto => ReaderKind::Auto,
-            ReaderArg::IoUring => ReaderKind::IoUring,
-            ReaderArg::Pread => ReaderKind::Pread,
-            ReaderArg::Vfio => ReaderKind::Vfio,
-        },
+        copies: if p.tier_c == "none" { Vec::new() } else { places(&p.tier_c)? },
+        reader: reader_kind(p.reader),
         verify: p.verify,
         kv_type: match p.kv.unwrap_or(kv_default) {
             KvArg::F16 => TensorType::F16,
@@ -206,6 +197,21 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         outputs: 1,
         timeline: p.timeline.is_some(),
     })
+}
+
+/// The reader that `--reader` asks for.
+pub(super) fn reader_kind(reader: ReaderArg) -> ReaderKind {
+    match reader {
+        ReaderArg::Auto => ReaderKind::Auto,
+        ReaderArg::IoUring => ReaderKind::IoUring,
+        ReaderArg::Pread => ReaderKind::Pread,
+        ReaderArg::Vfio => ReaderKind::Vfio,
+    }
+}
+
+/// The places that `--tier-c` names; none for `auto`.
+pub(super) fn places(text: &str) -> Result<Vec<PathBuf>, Failure> {
+    if text == "auto" { Ok(Vec::new()) } else { Ok(vec![PathBuf::from(text)]) }
 }
 
 /// Positions of the KV cache: `--ctx`, or what is wished up to what the model was trained on.

@@ -12,6 +12,7 @@ mod session;
 mod source;
 mod start;
 mod stop;
+mod verify;
 mod weights;
 
 pub use generate::{Generation, StopReason, generate};
@@ -21,3 +22,4 @@ pub use sampler::{Sampler, SamplerParams, argmax};
 pub use session::{Options, Session};
 pub use start::OpenBackend;
 pub use stop::StopFilter;
+pub use verify::{Verified, verify};

@@ -12,8 +12,28 @@ use crate::storage::library::{Library, Recorded};
 use crate::storage::vfio::VfioReader;
 use crate::storage::{Checked, Reader, ReaderKind, Record, open_reader};
 
-/// A reader over all shards of a model, and notes.
-type Opened = (Box<dyn Reader>, Vec<String>);
+/// What is asked of the place that a model is read from.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Drives, or copies of the model; none for where it lies.
+    pub copies: &'a [PathBuf],
+    /// How it is read.
+    pub reader: ReaderKind,
+    /// Whether records are needed.
+    pub verify: bool,
+}
+
+/// A reader over all shards of a model.
+pub(super) struct Source {
+    /// Not compared with anything.
+    pub reader: Box<dyn Reader>,
+    /// What is recorded of each shard; empty if it is read through the kernel and was not asked for.
+    pub records: Vec<Record>,
+    /// For the user.
+    pub notes: Vec<String>,
+}
+
+type Opened = Result<Source, EngineError>;
 
 fn fail(what: impl Into<String>) -> EngineError {
     EngineError::Copy(what.into())
@@ -45,11 +65,21 @@ fn recorded(library: &Library, path: &Path, serial: Option<&str>) -> Result<Reco
     })
 }
 
-/// Opens the reader that `options` ask for. One of the notes says which it is and why, if a device
-/// was named.
-pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+/// Opens the reader that `options` ask for, and what compares its bytes with what is recorded. One of
+/// the notes says which it is and why, if a device was named.
+pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<(Box<dyn Reader>, Vec<String>), EngineError> {
+    let place = Place { copies: &options.copies, reader: options.reader, verify: options.verify };
+    let Source { reader, records, notes } = open_raw(gguf, &place)?;
+    if records.is_empty() {
+        return Ok((reader, notes));
+    }
+    Ok((Box::new(Checked::new(reader, records, options.verify)), notes))
+}
+
+/// As [`open`], with the reader and the records side by side.
+pub(super) fn open_raw(gguf: &Gguf, options: &Place<'_>) -> Opened {
     let host = Host::default();
-    let Some(target) = options.copy.as_deref() else {
+    let Some(target) = options.copies.first() else {
         return automatic(&host, gguf, options);
     };
     let name = target.to_string_lossy();
@@ -68,9 +98,10 @@ pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<Opened, EngineError
         }
         let paths = copy_on_drive(&host, &drive, gguf)
             .map_err(|why| fail(format!("--tier-c {name}: {why}, and {bind} to read a model recorded there")))?;
-        let (reader, mut notes) = kernel(&paths, gguf, options)?;
-        notes.push(format!("tier C is read through {} from {}: {bind}", reader.name(), folder(&paths)));
-        return Ok((reader, notes));
+        let mut source = kernel(&paths, gguf, options)?;
+        let note = format!("tier C is read through {} from {}: {bind}", source.reader.name(), folder(&paths));
+        source.notes.push(note);
+        return Ok(source);
     }
     if !target.exists() {
         return Err(fail(format!("--tier-c {name}: no such drive, file or directory")));
@@ -79,7 +110,7 @@ pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<Opened, EngineError
 }
 
 /// Reads from wherever the model lies.
-fn automatic(host: &Host, gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+fn automatic(host: &Host, gguf: &Gguf, options: &Place<'_>) -> Opened {
     let own: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
     let Some(gone) = own.iter().find(|p| !p.exists()) else { return kernel(&own, gguf, options) };
     let found = Library::default().find(gone, None).map_err(fail)?;
@@ -100,26 +131,21 @@ fn automatic(host: &Host, gguf: &Gguf, options: &Options) -> Result<Opened, Engi
     )))
 }
 
-/// Reads through the kernel, compared with the records where `--verify` asks for it.
-fn kernel(paths: &[PathBuf], gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+/// Reads through the kernel, with the records where they are needed.
+fn kernel(paths: &[PathBuf], gguf: &Gguf, options: &Place<'_>) -> Opened {
     let (reader, notes) = open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
-    if !options.verify {
-        return Ok((reader, notes));
+    let mut records = Vec::new();
+    if options.verify {
+        let library = Library::default();
+        for (i, path) in paths.iter().enumerate() {
+            records.push(record(gguf, i, recorded(&library, path, None)?));
+        }
     }
-    let library = Library::default();
-    let records = paths.iter().enumerate().map(|(i, p)| Ok(record(gguf, i, recorded(&library, p, None)?)));
-    let records = records.collect::<Result<Vec<_>, EngineError>>()?;
-    Ok((Box::new(Checked::new(reader, records, true)), notes))
+    Ok(Source { reader, records, notes })
 }
 
 /// Reads from a bound drive by what is recorded for it.
-fn vfio(
-    gguf: &Gguf,
-    options: &Options,
-    drive: &Bound,
-    namespace: &BoundNamespace,
-    why: &str,
-) -> Result<Opened, EngineError> {
+fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamespace, why: &str) -> Opened {
     if let ReaderKind::IoUring | ReaderKind::Pread = options.reader {
         return Err(fail(format!(
             "{why}, which the kernel cannot read; leave --reader away, or give the drive back with `sudo nt device release {}`",
@@ -145,7 +171,7 @@ fn vfio(
         reader.add_file(&r.manifest.file, r.manifest.spans());
     }
     let note = format!("tier C is read through vfio from {} {} at {}: {why}", drive.model, drive.serial, drive.pci);
-    Ok((Box::new(Checked::new(Box::new(reader), records, options.verify)), vec![note]))
+    Ok(Source { reader: Box::new(reader), records, notes: vec![note] })
 }
 
 fn record(gguf: &Gguf, shard: usize, recorded: Recorded) -> Record {

@@ -18,6 +18,7 @@ mod pread;
 mod scripted;
 mod split;
 mod uring;
+mod verify;
 pub mod vfio;
 
 pub use checked::{Checked, Corruption, Record};
@@ -27,6 +28,7 @@ pub use pread::PreadReader;
 pub use scripted::{Script, ScriptedReader};
 pub use uring::UringReader;
 pub(crate) use uring::drain;
+pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
