@@ -209,9 +209,20 @@ pub(super) fn reader_kind(reader: ReaderArg) -> ReaderKind {
     }
 }
 
-/// The places that `--tier-c` names; none for `auto`.
+/// The places that `--tier-c` names, several between commas; none for `auto`.
 pub(super) fn places(text: &str) -> Result<Vec<PathBuf>, Failure> {
-    if text == "auto" { Ok(Vec::new()) } else { Ok(vec![PathBuf::from(text)]) }
+    if text == "auto" {
+        return Ok(Vec::new());
+    }
+    // A path may have commas of its own.
+    let places: Vec<&str> =
+        if Path::new(text).exists() { vec![text] } else { text.split(',').map(str::trim).collect() };
+    match places.iter().find(|p| p.is_empty() || **p == "none") {
+        Some(_) => Err(Failure::usage(format!(
+            "--tier-c {text}: none, auto, or drives, files or directories between commas were expected"
+        ))),
+        None => Ok(places.into_iter().map(PathBuf::from).collect()),
+    }
 }
 
 /// Positions of the KV cache: `--ctx`, or what is wished up to what the model was trained on.

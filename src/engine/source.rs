@@ -10,7 +10,7 @@ use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
 use crate::storage::guard::{Controller, Host, sysfs};
 use crate::storage::library::{Library, Recorded};
 use crate::storage::vfio::VfioReader;
-use crate::storage::{Checked, Reader, ReaderKind, Record, open_reader};
+use crate::storage::{Checked, Part, Reader, ReaderKind, Record, open_copies};
 
 /// What is asked of the place that a model is read from.
 #[derive(Clone, Copy, Debug)]
@@ -79,40 +79,128 @@ pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<(Box<dyn Reader>, V
 /// As [`open`], with the reader and the records side by side.
 pub(super) fn open_raw(gguf: &Gguf, options: &Place<'_>) -> Opened {
     let host = Host::default();
-    let Some(target) = options.copies.first() else {
-        return automatic(&host, gguf, options);
-    };
-    let name = target.to_string_lossy();
-    match bind::find_bound(&host, &name) {
-        Ok((drive, namespace)) => {
-            let why = format!("{name} is bound to vfio-pci");
-            return vfio(gguf, options, &drive, &namespace, &why);
-        }
-        Err(DeviceError::NotBound(_)) => {}
-        Err(e) => return Err(fail(e.to_string())),
+    match options.copies {
+        [] => automatic(&host, gguf, options),
+        [target] => one(&host, gguf, options, target),
+        targets => striped(&host, gguf, options, targets),
     }
-    if let Some(drive) = kernel_drive(&host, &name)? {
-        let bind = format!("{name} is not bound to vfio-pci; bind it with `sudo nt device bind {name}`");
-        if options.reader == ReaderKind::Vfio {
-            return Err(fail(format!("--reader vfio: {bind}")));
+}
+
+/// Reads from the one place that was named.
+fn one(host: &Host, gguf: &Gguf, options: &Place<'_>, target: &Path) -> Opened {
+    let name = target.to_string_lossy();
+    if let Some((drive, namespace)) = bound(host, &name)? {
+        return vfio(gguf, options, &drive, &namespace, &format!("{name} is bound to vfio-pci"));
+    }
+    let found = locate(host, gguf, target)?;
+    if let (true, ReaderKind::Vfio) = (found.on_drive, options.reader) {
+        return Err(fail(format!("--reader vfio: {}", not_bound(&name))));
+    }
+    let mut source = kernel(&[&found], gguf, options)?;
+    if found.on_drive {
+        let (reader, from) = (source.reader.name(), found.shown());
+        source.notes.push(format!("tier C is read through {reader} from {from}: {}", not_bound(&name)));
+    }
+    Ok(source)
+}
+
+/// Deals reads over several places, each of which holds the whole model.
+fn striped(host: &Host, gguf: &Gguf, options: &Place<'_>, targets: &[PathBuf]) -> Opened {
+    let all = targets.iter().map(|t| t.to_string_lossy()).collect::<Vec<_>>().join(",");
+    let mut found: Vec<Located> = Vec::new();
+    for target in targets {
+        let name = target.to_string_lossy();
+        if let Some((drive, _)) = bound(host, &name)? {
+            return Err(fail(format!(
+                "--tier-c {all}: {name} is bound to vfio-pci, and only places that the kernel reads can be striped; name it alone, or give it back with `sudo nt device release {}`",
+                drive.pci
+            )));
         }
-        let paths = copy_on_drive(&host, &drive, gguf)
-            .map_err(|why| fail(format!("--tier-c {name}: {why}, and {bind} to read a model recorded there")))?;
-        let mut source = kernel(&paths, gguf, options)?;
-        let note = format!("tier C is read through {} from {}: {bind}", source.reader.name(), folder(&paths));
-        source.notes.push(note);
-        return Ok(source);
+        let next = locate(host, gguf, target).map_err(|e| fail(format!("--tier-c {all}: {e}")))?;
+        if let Some(same) = found.iter().find(|f| f.same(&next)) {
+            let (a, b) = (same.shown(), next.shown());
+            return Err(fail(format!("--tier-c {all}: {a} and {b} are the same file; each place needs its own copy")));
+        }
+        found.push(next);
+    }
+    if options.reader == ReaderKind::Vfio {
+        return Err(fail(format!("--reader vfio: only places that the kernel reads can be striped, as {all} are")));
+    }
+    let mut source = kernel(&found.iter().collect::<Vec<_>>(), gguf, options)?;
+    let places = found.iter().map(Located::shown).collect::<Vec<_>>().join(" and ");
+    source.notes.push(format!("tier C is striped over {places}, read through {}", source.reader.name()));
+    Ok(source)
+}
+
+/// The bound drive of that name, if it is one.
+fn bound(host: &Host, name: &str) -> Result<Option<(Bound, BoundNamespace)>, EngineError> {
+    match bind::find_bound(host, name) {
+        Ok(found) => Ok(Some(found)),
+        Err(DeviceError::NotBound(_)) => Ok(None),
+        Err(e) => Err(fail(e.to_string())),
+    }
+}
+
+fn not_bound(name: &str) -> String {
+    format!("{name} is not bound to vfio-pci; bind it with `sudo nt device bind {name}`")
+}
+
+/// Where a copy of the model lies that the kernel reads.
+struct Located {
+    /// Each shard's place.
+    parts: Vec<Part>,
+    /// Whether a drive was named, not a file or directory.
+    on_drive: bool,
+}
+
+impl Located {
+    /// For the user: the folder of whole files, or the file.
+    fn shown(&self) -> String {
+        let Some(first) = self.parts.first() else { return String::new() };
+        let folder = first.path.parent().filter(|_| self.on_drive || self.parts.len() > 1);
+        folder.unwrap_or(&first.path).display().to_string()
+    }
+
+    fn same(&self, other: &Located) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let id = |l: &Located| {
+            let part = l.parts.first()?;
+            let meta = std::fs::metadata(&part.path).ok()?;
+            Some((meta.dev(), meta.ino(), part.within))
+        };
+        id(self).is_some() && id(self) == id(other)
+    }
+}
+
+/// Finds the model at a place that the kernel reads.
+fn locate(host: &Host, gguf: &Gguf, target: &Path) -> Result<Located, EngineError> {
+    let name = target.to_string_lossy();
+    let whole = |paths: Vec<PathBuf>| paths.into_iter().map(Part::whole).collect();
+    if name == "auto" {
+        return match gguf.shards.iter().find(|s| !s.path.exists()) {
+            None => Ok(Located { parts: gguf.shards.iter().map(|s| Part::whole(&s.path)).collect(), on_drive: false }),
+            Some(gone) => Err(fail(format!("auto: {} is not there", gone.path.display()))),
+        };
+    }
+    if let Some(drive) = kernel_drive(host, &name)? {
+        let paths = copy_on_drive(host, &drive, gguf).map_err(|why| {
+            fail(format!("--tier-c {name}: {why}, and {} to read a model recorded there", not_bound(&name)))
+        })?;
+        return Ok(Located { parts: whole(paths), on_drive: true });
     }
     if !target.exists() {
         return Err(fail(format!("--tier-c {name}: no such drive, file or directory")));
     }
-    kernel(&copy_paths(gguf, target)?, gguf, options)
+    Ok(Located { parts: whole(copy_paths(gguf, target)?), on_drive: false })
 }
 
 /// Reads from wherever the model lies.
 fn automatic(host: &Host, gguf: &Gguf, options: &Place<'_>) -> Opened {
     let own: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
-    let Some(gone) = own.iter().find(|p| !p.exists()) else { return kernel(&own, gguf, options) };
+    let Some(gone) = own.iter().find(|p| !p.exists()) else {
+        let parts = own.into_iter().map(Part::whole).collect();
+        return kernel(&[&Located { parts, on_drive: false }], gguf, options);
+    };
     let found = Library::default().find(gone, None).map_err(fail)?;
     for drive in bind::bound(host) {
         for namespace in &drive.namespace {
@@ -131,17 +219,38 @@ fn automatic(host: &Host, gguf: &Gguf, options: &Place<'_>) -> Opened {
     )))
 }
 
-/// Reads through the kernel, with the records where they are needed.
-fn kernel(paths: &[PathBuf], gguf: &Gguf, options: &Place<'_>) -> Opened {
-    let (reader, notes) = open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
+/// Reads through the kernel from one place, or striped over several, with the records where they are
+/// needed.
+fn kernel(places: &[&Located], gguf: &Gguf, options: &Place<'_>) -> Opened {
+    let copies: Vec<Vec<Part>> = places.iter().map(|l| l.parts.clone()).collect();
+    let (reader, notes) = open_copies(&copies, options.reader)?;
     let mut records = Vec::new();
     if options.verify {
-        let library = Library::default();
-        for (i, path) in paths.iter().enumerate() {
-            records.push(record(gguf, i, recorded(&library, path, None)?));
+        for i in 0..gguf.shards.len() {
+            records.push(record(gguf, i, recorded_of(places, i)?));
         }
     }
     Ok(Source { reader, records, notes })
+}
+
+/// The record of a shard: of any of its copies, since all hold the same bytes.
+fn recorded_of(places: &[&Located], shard: usize) -> Result<Recorded, EngineError> {
+    let library = Library::default();
+    let mut first = None;
+    for place in places {
+        match recorded(&library, &place.parts[shard].path, None) {
+            Ok(mut found) => {
+                if places.len() > 1 {
+                    // Which copy held a wrong byte is not told by the record of another one.
+                    let all = places.iter().map(|l| l.shown()).collect::<Vec<_>>().join(" and ");
+                    found.manifest.file = format!("{}, striped over {all}", found.manifest.file);
+                }
+                return Ok(found);
+            }
+            Err(e) => first = first.or(Some(e)),
+        }
+    }
+    Err(first.unwrap_or_else(|| fail("no place was named")))
 }
 
 /// Reads from a bound drive by what is recorded for it.
@@ -253,10 +362,6 @@ fn unescape(text: &str) -> PathBuf {
     pairs.iter().fold(text.to_owned(), |t, (from, to)| t.replace(from, to)).into()
 }
 
-fn folder(paths: &[PathBuf]) -> String {
-    paths.first().and_then(|p| p.parent()).unwrap_or(Path::new("")).display().to_string()
-}
-
 /// Bytes of a file or block device, and whether it is the latter.
 fn length(path: &Path) -> std::io::Result<(u64, bool)> {
     use std::os::unix::fs::FileTypeExt as _;
@@ -290,7 +395,24 @@ fn copy_paths(gguf: &Gguf, copy: &Path) -> Result<Vec<PathBuf>, EngineError> {
                 shard.len
             )));
         }
+        same_start(&shard.path, &path, gguf.data_start(paths.len()))?;
         paths.push(path);
     }
     Ok(paths)
+}
+
+/// Makes sure that a copy has the header of the model's own file, if that is there.
+fn same_start(own: &Path, copy: &Path, len: u64) -> Result<(), EngineError> {
+    if own == copy || !own.exists() {
+        return Ok(());
+    }
+    let start = |path: &Path| {
+        let mut bytes = Vec::new();
+        let read = std::fs::File::open(path).and_then(|f| f.take(len).read_to_end(&mut bytes));
+        read.map(|_| bytes).map_err(|e| fail(format!("{}: {e}", path.display())))
+    };
+    if start(own)? == start(copy)? {
+        return Ok(());
+    }
+    Err(fail(format!("{} has another header than {}; it is no copy", copy.display(), own.display())))
 }

@@ -25,9 +25,11 @@ impl Verified {
     pub fn corrupt_in(&self, tensor: &TensorInfo) -> impl Iterator<Item = &Corruption> {
         let name = self.gguf.shards[tensor.shard].path.file_name().map(|n| n.to_string_lossy().into_owned());
         let (from, to) = (tensor.offset, tensor.offset + tensor.bytes);
-        self.corrupt
-            .iter()
-            .filter(move |c| name.as_ref().is_none_or(|n| *n == c.file) && c.offset < to && from < c.offset + c.len)
+        self.corrupt.iter().filter(move |c| {
+            name.as_ref().is_none_or(|n| c.file.split(',').next() == Some(n))
+                && c.offset < to
+                && from < c.offset + c.len
+        })
     }
 }
 
