@@ -35,7 +35,7 @@ pub struct BenchArgs {
 /// Runs the benchmark. Tokens are random ids from a fixed seed: speed does not depend on them.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     interrupt::install()?;
-    let opened = run::open(&args.model)?;
+    let opened = run::open(&args.model, &args.placement)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
     let needed = args.n_prompt.max(args.n_gen).max(1);
     options.n_ctx = match args.placement.ctx {

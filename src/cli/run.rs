@@ -58,7 +58,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         (None, Some(f)) => read_text(f)?,
         (None, None) => String::new(),
     };
-    let opened = open(&args.model)?;
+    let opened = open(&args.model, &args.placement)?;
     let tokens = prompt_tokens(&opened, &prompt, args.chat || args.system.is_some(), args.system.as_deref())?;
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
@@ -162,8 +162,8 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
 }
 
 /// Opens a model: header, tokenizer, structure.
-pub(super) fn open(model: &ModelArg) -> Result<Opened, Failure> {
-    let opened = Opened::open(model.path()).map_err(failure)?;
+pub(super) fn open(model: &ModelArg, placement: &Placement) -> Result<Opened, Failure> {
+    let opened = Opened::open_from(model.path(), &named_places(placement)?).map_err(failure)?;
     for w in opened.tokenizer.warnings() {
         tracing::warn!("{w}");
     }
@@ -182,7 +182,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         threads: p.threads.map_or_else(crate::machine::n_cpus, usize::from),
         ram: p.ram.given(),
         storage: p.tier_c != "none",
-        copies: if p.tier_c == "none" { Vec::new() } else { places(&p.tier_c)? },
+        copies: named_places(p)?,
         reader: reader_kind(p.reader),
         verify: p.verify,
         kv_type: match p.kv.unwrap_or(kv_default) {
@@ -207,6 +207,10 @@ pub(super) fn reader_kind(reader: ReaderArg) -> ReaderKind {
         ReaderArg::Pread => ReaderKind::Pread,
         ReaderArg::Vfio => ReaderKind::Vfio,
     }
+}
+
+fn named_places(p: &Placement) -> Result<Vec<PathBuf>, Failure> {
+    if p.tier_c == "none" { Ok(Vec::new()) } else { places(&p.tier_c) }
 }
 
 /// The places that `--tier-c` names, several between commas; none for `auto`.

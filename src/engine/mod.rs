@@ -10,6 +10,7 @@ mod opened;
 mod sampler;
 mod session;
 mod source;
+mod staged;
 mod start;
 mod stop;
 mod verify;

@@ -4,9 +4,11 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::staged::{self, Image};
 use super::{EngineError, Options};
 use crate::gguf::{Gguf, GgufError};
 use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
+use crate::storage::extents::Manifest;
 use crate::storage::guard::{Controller, Host, sysfs};
 use crate::storage::library::{Library, Recorded};
 use crate::storage::vfio::VfioReader;
@@ -39,11 +41,25 @@ fn fail(what: impl Into<String>) -> EngineError {
     EngineError::Copy(what.into())
 }
 
-/// Opens the header of `path`, or the one recorded for it if there is no such file now.
-pub(super) fn open_header(path: &Path) -> Result<Gguf, EngineError> {
+/// Opens the header of `path`; or, if there is no such file now, the one recorded for it, or the one
+/// on a drive of `copies` where a model of that name was staged, by whatever machine.
+pub(super) fn open_header(path: &Path, copies: &[PathBuf]) -> Result<Gguf, EngineError> {
     let library = Library::default();
-    if path.exists() || library.find(path, None).map_err(fail)?.is_empty() {
+    if path.exists() {
         return Ok(Gguf::open(path)?);
+    }
+    if library.find(path, None).map_err(fail)?.is_empty() {
+        let mut why = Vec::new();
+        for target in copies {
+            match staged::open(&Host::default(), target).and_then(|image| image.header(path)) {
+                Ok(gguf) => return Ok(gguf),
+                Err(e) => why.push(format!("{}: {e}", target.display())),
+            }
+        }
+        return match why.first() {
+            None => Ok(Gguf::open(path)?),
+            Some(why) => Err(fail(format!("{} is neither a file nor recorded, and on {why}", path.display()))),
+        };
     }
     let first = recorded(&library, path, None)?;
     Ok(Gguf::open_with(&first.manifest.path, &mut |path| {
@@ -149,6 +165,8 @@ fn not_bound(name: &str) -> String {
 struct Located {
     /// Each shard's place.
     parts: Vec<Part>,
+    /// What an image says of each shard, if the model is staged.
+    manifests: Vec<Manifest>,
     /// Whether a drive was named, not a file or directory.
     on_drive: bool,
 }
@@ -157,7 +175,8 @@ impl Located {
     /// For the user: the folder of whole files, or the file.
     fn shown(&self) -> String {
         let Some(first) = self.parts.first() else { return String::new() };
-        let folder = first.path.parent().filter(|_| self.on_drive || self.parts.len() > 1);
+        let whole = first.within.is_none();
+        let folder = first.path.parent().filter(|_| whole && (self.on_drive || self.parts.len() > 1));
         folder.unwrap_or(&first.path).display().to_string()
     }
 
@@ -178,20 +197,72 @@ fn locate(host: &Host, gguf: &Gguf, target: &Path) -> Result<Located, EngineErro
     let whole = |paths: Vec<PathBuf>| paths.into_iter().map(Part::whole).collect();
     if name == "auto" {
         return match gguf.shards.iter().find(|s| !s.path.exists()) {
-            None => Ok(Located { parts: gguf.shards.iter().map(|s| Part::whole(&s.path)).collect(), on_drive: false }),
+            None => Ok(Located {
+                parts: gguf.shards.iter().map(|s| Part::whole(&s.path)).collect(),
+                on_drive: false,
+                manifests: Vec::new(),
+            }),
             Some(gone) => Err(fail(format!("auto: {} is not there", gone.path.display()))),
         };
     }
     if let Some(drive) = kernel_drive(host, &name)? {
-        let paths = copy_on_drive(host, &drive, gguf).map_err(|why| {
-            fail(format!("--tier-c {name}: {why}, and {} to read a model recorded there", not_bound(&name)))
-        })?;
-        return Ok(Located { parts: whole(paths), on_drive: true });
+        let nodes = drive.namespaces.iter().map(|n| PathBuf::from(format!("/dev/{}", n.whole.name)));
+        let why = match copy_on_drive(host, &drive, gguf) {
+            Ok(paths) => {
+                return Ok(Located { parts: whole(paths), on_drive: true, manifests: Vec::new() });
+            }
+            Err(why) => why,
+        };
+        let mut unstaged = Vec::new();
+        for node in nodes {
+            match Image::on_node(&node) {
+                Ok(image) => return on_node(&image, &node, gguf, true),
+                Err(e) => unstaged.push(format!("{}: {e}", node.display())),
+            }
+        }
+        return Err(fail(format!(
+            "--tier-c {name}: {why}; {}; and {} to read a model recorded there",
+            unstaged.join("; "),
+            not_bound(&name)
+        )));
     }
     if !target.exists() {
         return Err(fail(format!("--tier-c {name}: no such drive, file or directory")));
     }
-    Ok(Located { parts: whole(copy_paths(gguf, target)?), on_drive: false })
+    if !target.is_dir()
+        && let Ok(image) = Image::on_node(target)
+    {
+        return on_node(&image, target, gguf, false);
+    }
+    Ok(Located { parts: whole(copy_paths(gguf, target)?), on_drive: false, manifests: Vec::new() })
+}
+
+/// The model as staged on a drive or in an image file.
+fn on_node(image: &Image, node: &Path, gguf: &Gguf, on_drive: bool) -> Result<Located, EngineError> {
+    let mut located = Located { parts: Vec::new(), manifests: Vec::new(), on_drive };
+    for (i, shard) in gguf.shards.iter().enumerate() {
+        let found = image.recorded(&shard.path, gguf.data_start(i))?;
+        let differs = |what: &str| {
+            let (path, node) = (shard.path.display(), node.display());
+            fail(format!("{path} has another {what} than what was staged under its name on {node}; it is no copy"))
+        };
+        if found.manifest.size != shard.len {
+            return Err(differs("length"));
+        }
+        let mut own = vec![0; found.header.len()];
+        if let Ok(mut file) = std::fs::File::open(&shard.path) {
+            file.read_exact(&mut own).map_err(|e| fail(format!("{}: {e}", shard.path.display())))?;
+            if own != found.header {
+                return Err(differs("header"));
+            }
+        }
+        let &[(0, start, _)] = &found.manifest.extents[..] else {
+            return Err(fail(format!("{} lies in several pieces on {}", found.manifest.file, node.display())));
+        };
+        located.parts.push(Part { path: node.into(), within: Some((start, found.manifest.size)) });
+        located.manifests.push(found.manifest);
+    }
+    Ok(located)
 }
 
 /// Reads from wherever the model lies.
@@ -199,7 +270,7 @@ fn automatic(host: &Host, gguf: &Gguf, options: &Place<'_>) -> Opened {
     let own: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
     let Some(gone) = own.iter().find(|p| !p.exists()) else {
         let parts = own.into_iter().map(Part::whole).collect();
-        return kernel(&[&Located { parts, on_drive: false }], gguf, options);
+        return kernel(&[&Located { parts, manifests: Vec::new(), on_drive: false }], gguf, options);
     };
     let found = Library::default().find(gone, None).map_err(fail)?;
     for drive in bind::bound(host) {
@@ -238,7 +309,8 @@ fn recorded_of(places: &[&Located], shard: usize) -> Result<Recorded, EngineErro
     let library = Library::default();
     let mut first = None;
     for place in places {
-        match recorded(&library, &place.parts[shard].path, None) {
+        let staged = place.manifests.get(shard).map(|m| Recorded { manifest: m.clone(), header: Vec::new() });
+        match staged.map_or_else(|| recorded(&library, &place.parts[shard].path, None), Ok) {
             Ok(mut found) => {
                 if places.len() > 1 {
                     // Which copy held a wrong byte is not told by the record of another one.
@@ -263,8 +335,12 @@ fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamesp
     }
     let library = Library::default();
     let mut records = Vec::new();
+    let mut image = None;
     for (i, shard) in gguf.shards.iter().enumerate() {
-        let r = recorded(&library, &shard.path, Some(&drive.serial))?;
+        let r = match recorded(&library, &shard.path, Some(&drive.serial)) {
+            Ok(r) => r,
+            Err(e) => on_image(&mut image, drive, namespace, gguf, i).map_err(|why| fail(format!("{e}; {why}")))?,
+        };
         same_file(&library, gguf, i, &r)?;
         let m = &r.manifest;
         if (&m.model, m.namespace) != (&drive.model, namespace.nsid) {
@@ -281,6 +357,21 @@ fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamesp
     }
     let note = format!("tier C is read through vfio from {} {} at {}: {why}", drive.model, drive.serial, drive.pci);
     Ok(Source { reader: Box::new(reader), records, notes: vec![note] })
+}
+
+/// A shard as staged on a bound drive, whose image is read once.
+fn on_image(
+    image: &mut Option<Image>,
+    drive: &Bound,
+    namespace: &BoundNamespace,
+    gguf: &Gguf,
+    shard: usize,
+) -> Result<Recorded, EngineError> {
+    let image = match image {
+        Some(image) => image,
+        None => image.insert(Image::on_bound(drive, namespace)?),
+    };
+    image.recorded(&gguf.shards[shard].path, gguf.data_start(shard))
 }
 
 fn record(gguf: &Gguf, shard: usize, recorded: Recorded) -> Record {
@@ -311,7 +402,10 @@ fn same_file(library: &Library, gguf: &Gguf, shard: usize, r: &Recorded) -> Resu
             file.read_exact(&mut header).map_err(|e| fail(format!("{}: {e}", own.path.display())))?;
             header
         }
-        Err(_) => recorded(library, &own.path, None)?.header,
+        // Without any record, the header is the staged one itself.
+        Err(_) => {
+            library.find(&own.path, None).map_err(fail)?.into_iter().next().map_or(r.header.clone(), |o| o.header)
+        }
     };
     if header == r.header { Ok(()) } else { Err(other("header")) }
 }

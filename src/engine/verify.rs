@@ -44,7 +44,7 @@ pub fn verify(
     reader: ReaderKind,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Verified, EngineError> {
-    let gguf = source::open_header(model)?;
+    let gguf = source::open_header(model, copies)?;
     let source = source::open_raw(&gguf, &Place { copies, reader, verify: true })?;
     let differs = |(i, r): (usize, &storage::Record)| {
         let shard = &gguf.shards[i];
