@@ -510,3 +510,38 @@ fn same_start(own: &Path, copy: &Path, len: u64) -> Result<(), EngineError> {
     }
     Err(fail(format!("{} has another header than {}; it is no copy", copy.display(), own.display())))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_drive_is_not_striped() {
+        let root = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        put(
+            "run/nt/0000:02:00.0.toml",
+            "pci = '0000:02:00.0'\ncontroller = 'nvme1'\nserial = 'S'\nmodel = 'M'\ngroup = '15'\n\
+             [[namespace]]\nname = 'nvme1n1'\nnsid = 1\nsize = 4096\n",
+        );
+        put("sys/bus/pci/devices/0000:02:00.0/class", "0x010802");
+        std::os::unix::fs::symlink(
+            "../../drivers/vfio-pci",
+            root.path().join("sys/bus/pci/devices/0000:02:00.0/driver"),
+        )
+        .unwrap();
+        let targets = [PathBuf::from("nvme1n1"), root.path().to_path_buf()];
+        let place = Place { copies: &targets, reader: ReaderKind::Auto, verify: false };
+        let refused = striped(&Host::at(root.path()), &Gguf::default(), &place, &targets);
+        let text = refused.err().unwrap().to_string();
+        for words in
+            ["nvme1n1 is bound to vfio-pci", "only places that the kernel reads", "nt device release 0000:02:00.0"]
+        {
+            assert!(text.contains(words), "{text}");
+        }
+    }
+}

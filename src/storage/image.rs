@@ -184,10 +184,9 @@ impl Node {
     /// # Errors
     /// If it cannot be opened.
     pub fn open(path: &Path) -> Result<Node, ImageError> {
-        let shown = path.display().to_string();
-        let mut file = File::open(path).map_err(io(&shown))?;
+        let mut file = File::open(path).map_err(io("opening it"))?;
         // Seeking answers for block devices too.
-        let size = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(io(&shown))?;
+        let size = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(io("finding its end"))?;
         Ok(Node { file, size })
     }
 }
