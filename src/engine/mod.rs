@@ -7,6 +7,7 @@ mod ceilings;
 mod generate;
 mod links;
 mod opened;
+mod places;
 mod sampler;
 mod session;
 mod source;
