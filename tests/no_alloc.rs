@@ -49,7 +49,7 @@ fn one_token_passes_allocate_nothing() {
             threads: 2,
             ram: Some(ram),
             storage: true,
-            copy: None,
+            copies: Vec::new(),
             reader: ReaderKind::Auto,
             verify: false,
             kv_type: TensorType::F16,

@@ -49,3 +49,62 @@ fn experts() {
         assert!(logits(&model, d.path(), &p) == resident, "{p:?}");
     }
 }
+
+#[test]
+fn striped_over_copies() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(20).write(d.path(), "m.gguf");
+    let resident = logits(&model, d.path(), &["--threads", "2"]);
+    let (a, b) = (d.path().join("a"), d.path().join("b"));
+    for folder in [&a, &b] {
+        std::fs::create_dir(folder).unwrap();
+        std::fs::copy(&model, folder.join("m.gguf")).unwrap();
+    }
+    let both = format!("{},{}", a.display(), b.display());
+    let three = format!("auto,{},{}", b.display(), a.join("m.gguf").display());
+    for places in [&both, &three] {
+        for reader in ["auto", "pread"] {
+            let more = ["--tiers", "0:0:20", "--tier-c", places, "--reader", reader];
+            assert!(logits(&model, d.path(), &more) == resident, "{more:?}");
+        }
+    }
+    // Both copies are read: a byte that only the second holds is in the second stripe.
+    let mut bytes = std::fs::read(&model).unwrap();
+    assert!(bytes.len() > (1 << 20) + 8192, "the model has two stripes");
+    bytes[(1 << 20) + 4096..][..4096].fill(0x3c);
+    std::fs::write(b.join("m.gguf"), &bytes).unwrap();
+    assert!(logits(&model, d.path(), &["--tiers", "0:0:20", "--tier-c", &both]) != resident);
+    let other = format!("{},{}", b.display(), a.display());
+    assert!(logits(&model, d.path(), &["--tiers", "0:0:20", "--tier-c", &other]) == resident);
+
+    let run = nt(&["run", model.to_str().unwrap(), "-p", "x", "-n", "2", "--tier-c", &both, "--tiers", "0:0:20"]);
+    let text = String::from_utf8_lossy(&run.stderr).into_owned();
+    let named = |folder: &Path| text.contains(&format!("{}/m.gguf", folder.display()));
+    assert!(text.contains("striped over") && named(&a) && named(&b), "{text}");
+}
+
+#[test]
+fn places_that_cannot_be_striped() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(1).write(d.path(), "m.gguf");
+    let (m, short, other) = (model.display().to_string(), d.path().join("short"), d.path().join("other"));
+    let mut bytes = std::fs::read(&model).unwrap();
+    std::fs::write(&short, &bytes[..bytes.len() - 64]).unwrap();
+    let copy = d.path().join("copy");
+    std::fs::write(&copy, &bytes).unwrap();
+    bytes[30] ^= 1;
+    std::fs::write(&other, &bytes).unwrap();
+    for (places, more, words) in [
+        (format!("{m},{}", short.display()), "auto", vec!["short", "no copy", "bytes"]),
+        (format!("{m},{}", other.display()), "auto", vec!["other", "header", "no copy"]),
+        (format!("{m},{m}"), "auto", vec!["same file"]),
+        (format!("auto,{m}"), "auto", vec!["same file"]),
+        (format!("{m},{}/absent", d.path().display()), "auto", vec!["absent", "no such"]),
+        (format!("{m},"), "auto", vec!["commas"]),
+        (format!("none,{m}"), "auto", vec!["commas"]),
+        (format!("{m},{}", copy.display()), "vfio", vec!["striped", "copy"]),
+    ] {
+        let args = ["run", &m, "-p", "x", "-n", "1", "--tier-c", &places, "--reader", more];
+        common::fails(&args, 2, &words);
+    }
+}

@@ -245,7 +245,7 @@ fn options() -> Options {
         threads: 2,
         ram: Some(64 << 20),
         storage: true,
-        copy: None,
+        copies: Vec::new(),
         reader: ReaderKind::Auto,
         verify: false,
         kv_type: TensorType::F32,

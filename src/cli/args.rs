@@ -29,6 +29,8 @@ pub(super) enum Command {
     Chat(super::chat::ChatArgs),
     /// Show hyper-parameters, tensors, types and bytes.
     Inspect(super::inspect::InspectArgs),
+    /// Compare every tensor's bytes with the record of `nt device extents` or `nt stage`.
+    Verify(super::verify::VerifyArgs),
     /// Print the token ids of a text.
     Tokenize(super::tokenize::TokenizeArgs),
     /// Print the prompt that the model's chat template renders.
@@ -180,8 +182,9 @@ pub struct Placement {
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
     pub vram: Auto<u64>,
     /// Where tier C is read: none, auto (where the model lies), a drive (nvme1n1, a PCI address or a
-    /// path below /dev), or a directory or file that holds a copy of the model.
-    #[arg(long, value_name = "none|auto|DEVICE|PATH", default_value = "auto")]
+    /// path below /dev), or a directory or file that holds a copy of the model. Of several between
+    /// commas, each holds a copy, and reads are dealt over them.
+    #[arg(long, value_name = "none|auto|PLACE[,PLACE]…", default_value = "auto")]
     pub tier_c: String,
     /// How tier C is read.
     #[arg(long, value_enum, default_value = "auto")]

@@ -47,7 +47,7 @@ const COMPUTE_BYTES_MIN: u64 = 256 << 20;
 /// Runs the benchmark. Tokens are random ids from a fixed seed: speed does not depend on them.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     interrupt::install()?;
-    let opened = run::open(&args.model)?;
+    let opened = run::open(&args.model, &args.placement)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
     options.timeline |= args.html.is_some();
     let needed = args.n_prompt.max(args.n_gen).max(1);

@@ -38,7 +38,7 @@ const CTX_DEFAULT: usize = 4096;
 pub fn run(args: &ChatArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let params = args.sampling.params()?;
-    let opened = run::open(&args.model)?;
+    let opened = run::open(&args.model, &args.placement)?;
     let template = ChatTemplate::from_metadata(&opened.gguf.metadata, &opened.tokenizer).map_err(Failure::usage)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
     options.n_ctx = match args.placement.ctx {

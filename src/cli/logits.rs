@@ -29,7 +29,7 @@ pub struct LogitsArgs {
 /// Writes the file. The KV cache is F32 unless `--kv` says otherwise.
 pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     super::interrupt::install()?;
-    let opened = run::open(&args.model)?;
+    let opened = run::open(&args.model, &args.placement)?;
     let n_vocab = opened.model.n_vocab;
     if let Some(t) = args.tokens.iter().find(|&&t| t as usize >= n_vocab) {
         return Err(Failure::usage(format!("--tokens: {t} is no token of this vocabulary of {n_vocab}")));

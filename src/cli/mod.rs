@@ -21,6 +21,7 @@ mod selftest;
 mod stage;
 mod template;
 mod tokenize;
+mod verify;
 
 pub use args::{Cli, ModelArg, Placement, Sampling};
 pub use failure::Failure;
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Verify(args) => verify::run(&args, cli.verbose > 0),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Template(args) => template::run(&args),
         Command::Logits(args) => logits::run(&args),

@@ -36,7 +36,7 @@ const CTX_DEFAULT: usize = 512;
 /// Prints the perplexity with its standard error.
 pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     super::interrupt::install()?;
-    let opened = run::open(&args.model)?;
+    let opened = run::open(&args.model, &args.placement)?;
     let tokenizer = &opened.tokenizer;
     let text = run::read_text(&args.file)?;
     let mut tokens = tokenizer.encode(&text, true, false);

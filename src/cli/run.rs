@@ -67,7 +67,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         (None, Some(f)) => read_text(f)?,
         (None, None) => String::new(),
     };
-    let opened = open(&args.model)?;
+    let opened = open(&args.model, &args.placement)?;
     let tokens = prompt_tokens(&opened, &prompt, args.chat || args.system.is_some(), args.system.as_deref())?;
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
@@ -223,8 +223,8 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
 }
 
 /// Opens a model: header, tokenizer, structure.
-pub(super) fn open(model: &ModelArg) -> Result<Opened, Failure> {
-    let opened = Opened::open(model.path()).map_err(failure)?;
+pub(super) fn open(model: &ModelArg, placement: &Placement) -> Result<Opened, Failure> {
+    let opened = Opened::open_from(model.path(), &named_places(placement)?).map_err(failure)?;
     for w in opened.tokenizer.warnings() {
         tracing::warn!("{w}");
     }
@@ -233,10 +233,6 @@ pub(super) fn open(model: &ModelArg) -> Result<Opened, Failure> {
 
 /// The session's options from the command line; `n_ctx` and `outputs` are the caller's.
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
-    let copy = match p.tier_c.as_str() {
-        "none" | "auto" => None,
-        path => Some(PathBuf::from(path)),
-    };
     Ok(Options {
         backend: match p.backend {
             BackendArg::Auto => BackendKind::Auto,
@@ -247,13 +243,8 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         threads: p.threads.map_or_else(crate::machine::n_cpus, usize::from),
         ram: p.ram.given(),
         storage: p.tier_c != "none",
-        copy,
-        reader: match p.reader {
-            ReaderArg::Auto => ReaderKind::Auto,
-            ReaderArg::IoUring => ReaderKind::IoUring,
-            ReaderArg::Pread => ReaderKind::Pread,
-            ReaderArg::Vfio => ReaderKind::Vfio,
-        },
+        copies: named_places(p)?,
+        reader: reader_kind(p.reader),
         verify: p.verify,
         kv_type: match p.kv.unwrap_or(kv_default) {
             KvArg::F16 => TensorType::F16,
@@ -267,6 +258,36 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         outputs: 1,
         timeline: p.timeline.is_some(),
     })
+}
+
+/// The reader that `--reader` asks for.
+pub(super) fn reader_kind(reader: ReaderArg) -> ReaderKind {
+    match reader {
+        ReaderArg::Auto => ReaderKind::Auto,
+        ReaderArg::IoUring => ReaderKind::IoUring,
+        ReaderArg::Pread => ReaderKind::Pread,
+        ReaderArg::Vfio => ReaderKind::Vfio,
+    }
+}
+
+fn named_places(p: &Placement) -> Result<Vec<PathBuf>, Failure> {
+    if p.tier_c == "none" { Ok(Vec::new()) } else { places(&p.tier_c) }
+}
+
+/// The places that `--tier-c` names, several between commas; none for `auto`.
+pub(super) fn places(text: &str) -> Result<Vec<PathBuf>, Failure> {
+    if text == "auto" {
+        return Ok(Vec::new());
+    }
+    // A path may have commas of its own.
+    let places: Vec<&str> =
+        if Path::new(text).exists() { vec![text] } else { text.split(',').map(str::trim).collect() };
+    match places.iter().find(|p| p.is_empty() || **p == "none") {
+        Some(_) => Err(Failure::usage(format!(
+            "--tier-c {text}: none, auto, or drives, files or directories between commas were expected"
+        ))),
+        None => Ok(places.into_iter().map(PathBuf::from).collect()),
+    }
 }
 
 /// Positions of the KV cache: `--ctx`, or what is wished up to what the model was trained on.

@@ -1,6 +1,6 @@
 //! A model as far as its header tells: tokenizer and structure, no weights.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::backend::BackendError;
 use crate::gguf::{Gguf, GgufError};
@@ -55,7 +55,12 @@ pub struct Opened {
 impl Opened {
     /// Opens the model at `path`, or the one that was recorded under that path or name.
     pub fn open(path: &Path) -> Result<Opened, EngineError> {
-        let mut gguf = super::source::open_header(path)?;
+        Opened::open_from(path, &[])
+    }
+
+    /// As [`Opened::open`], or the one that was staged under that name on one of the drives `copies`.
+    pub fn open_from(path: &Path, copies: &[PathBuf]) -> Result<Opened, EngineError> {
+        let mut gguf = super::source::open_header(path, copies)?;
         let model = Model::new(&gguf)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         if tokenizer.vocab_size() > model.n_vocab {

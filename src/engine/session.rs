@@ -27,8 +27,9 @@ pub struct Options {
     pub ram: Option<u64>,
     /// Whether weights may stay on storage.
     pub storage: bool,
-    /// Where to read weights from: a drive, or a copy of the model (file or directory).
-    pub copy: Option<PathBuf>,
+    /// Where to read weights from: a drive, or copies of the model (files or directories); none for
+    /// where it lies.
+    pub copies: Vec<PathBuf>,
     /// How storage is read.
     pub reader: ReaderKind,
     /// Compare each read with what is recorded of the model, not only the first from a bound drive.

@@ -4,26 +4,62 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::places::{Located, locate};
+use super::staged::{self, Image};
 use super::{EngineError, Options};
 use crate::gguf::{Gguf, GgufError};
 use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
-use crate::storage::guard::{Controller, Host, sysfs};
+use crate::storage::guard::Host;
 use crate::storage::library::{Library, Recorded};
 use crate::storage::vfio::VfioReader;
-use crate::storage::{Checked, Reader, ReaderKind, Record, open_reader};
+use crate::storage::{Checked, Part, Reader, ReaderKind, Record, open_copies};
 
-/// A reader over all shards of a model, and notes.
-type Opened = (Box<dyn Reader>, Vec<String>);
+/// What is asked of the place that a model is read from.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Drives, or copies of the model; none for where it lies.
+    pub copies: &'a [PathBuf],
+    /// How it is read.
+    pub reader: ReaderKind,
+    /// Whether records are needed.
+    pub verify: bool,
+}
 
-fn fail(what: impl Into<String>) -> EngineError {
+/// A reader over all shards of a model.
+pub(super) struct Source {
+    /// Not compared with anything.
+    pub reader: Box<dyn Reader>,
+    /// What is recorded of each shard; empty if it is read through the kernel and was not asked for.
+    pub records: Vec<Record>,
+    /// For the user.
+    pub notes: Vec<String>,
+}
+
+type Opened = Result<Source, EngineError>;
+
+pub(super) fn fail(what: impl Into<String>) -> EngineError {
     EngineError::Copy(what.into())
 }
 
-/// Opens the header of `path`, or the one recorded for it if there is no such file now.
-pub(super) fn open_header(path: &Path) -> Result<Gguf, EngineError> {
+/// Opens the header of `path`; or, if there is no such file now, the one recorded for it, or the one
+/// on a drive of `copies` where a model of that name was staged, by whatever machine.
+pub(super) fn open_header(path: &Path, copies: &[PathBuf]) -> Result<Gguf, EngineError> {
     let library = Library::default();
-    if path.exists() || library.find(path, None).map_err(fail)?.is_empty() {
+    if path.exists() {
         return Ok(Gguf::open(path)?);
+    }
+    if library.find(path, None).map_err(fail)?.is_empty() {
+        let mut why = Vec::new();
+        for target in copies {
+            match staged::open(&Host::default(), target).and_then(|image| image.header(path)) {
+                Ok(gguf) => return Ok(gguf),
+                Err(e) => why.push(format!("{}: {e}", target.display())),
+            }
+        }
+        return match why.first() {
+            None => Ok(Gguf::open(path)?),
+            Some(why) => Err(fail(format!("{} is neither a file nor recorded, and on {why}", path.display()))),
+        };
     }
     let first = recorded(&library, path, None)?;
     Ok(Gguf::open_with(&first.manifest.path, &mut |path| {
@@ -45,43 +81,93 @@ fn recorded(library: &Library, path: &Path, serial: Option<&str>) -> Result<Reco
     })
 }
 
-/// Opens the reader that `options` ask for. One of the notes says which it is and why, if a device
-/// was named.
-pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
-    let host = Host::default();
-    let Some(target) = options.copy.as_deref() else {
-        return automatic(&host, gguf, options);
-    };
-    let name = target.to_string_lossy();
-    match bind::find_bound(&host, &name) {
-        Ok((drive, namespace)) => {
-            let why = format!("{name} is bound to vfio-pci");
-            return vfio(gguf, options, &drive, &namespace, &why);
-        }
-        Err(DeviceError::NotBound(_)) => {}
-        Err(e) => return Err(fail(e.to_string())),
-    }
-    if let Some(drive) = kernel_drive(&host, &name)? {
-        let bind = format!("{name} is not bound to vfio-pci; bind it with `sudo nt device bind {name}`");
-        if options.reader == ReaderKind::Vfio {
-            return Err(fail(format!("--reader vfio: {bind}")));
-        }
-        let paths = copy_on_drive(&host, &drive, gguf)
-            .map_err(|why| fail(format!("--tier-c {name}: {why}, and {bind} to read a model recorded there")))?;
-        let (reader, mut notes) = kernel(&paths, gguf, options)?;
-        notes.push(format!("tier C is read through {} from {}: {bind}", reader.name(), folder(&paths)));
+/// Opens the reader that `options` ask for, and what compares its bytes with what is recorded. One of
+/// the notes says which it is and why, if a device was named.
+pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<(Box<dyn Reader>, Vec<String>), EngineError> {
+    let place = Place { copies: &options.copies, reader: options.reader, verify: options.verify };
+    let Source { reader, records, notes } = open_raw(gguf, &place)?;
+    if records.is_empty() {
         return Ok((reader, notes));
     }
-    if !target.exists() {
-        return Err(fail(format!("--tier-c {name}: no such drive, file or directory")));
+    Ok((Box::new(Checked::new(reader, records, options.verify)), notes))
+}
+
+/// As [`open`], with the reader and the records side by side.
+pub(super) fn open_raw(gguf: &Gguf, options: &Place<'_>) -> Opened {
+    let host = Host::default();
+    match options.copies {
+        [] => automatic(&host, gguf, options),
+        [target] => one(&host, gguf, options, target),
+        targets => striped(&host, gguf, options, targets),
     }
-    kernel(&copy_paths(gguf, target)?, gguf, options)
+}
+
+/// Reads from the one place that was named.
+fn one(host: &Host, gguf: &Gguf, options: &Place<'_>, target: &Path) -> Opened {
+    let name = target.to_string_lossy();
+    if let Some((drive, namespace)) = bound(host, &name)? {
+        return vfio(gguf, options, &drive, &namespace, &format!("{name} is bound to vfio-pci"));
+    }
+    let found = locate(host, gguf, target)?;
+    if let (true, ReaderKind::Vfio) = (found.on_drive, options.reader) {
+        return Err(fail(format!("--reader vfio: {}", not_bound(&name))));
+    }
+    let mut source = kernel(&[&found], gguf, options)?;
+    if found.on_drive {
+        let (reader, from) = (source.reader.name(), found.shown());
+        source.notes.push(format!("tier C is read through {reader} from {from}: {}", not_bound(&name)));
+    }
+    Ok(source)
+}
+
+/// Deals reads over several places, each of which holds the whole model.
+fn striped(host: &Host, gguf: &Gguf, options: &Place<'_>, targets: &[PathBuf]) -> Opened {
+    let all = targets.iter().map(|t| t.to_string_lossy()).collect::<Vec<_>>().join(",");
+    let mut found: Vec<Located> = Vec::new();
+    for target in targets {
+        let name = target.to_string_lossy();
+        if let Some((drive, _)) = bound(host, &name)? {
+            return Err(fail(format!(
+                "--tier-c {all}: {name} is bound to vfio-pci, and only places that the kernel reads can be striped; name it alone, or give it back with `sudo nt device release {}`",
+                drive.pci
+            )));
+        }
+        let next = locate(host, gguf, target).map_err(|e| fail(format!("--tier-c {all}: {e}")))?;
+        if let Some(same) = found.iter().find(|f| f.same(&next)) {
+            let (a, b) = (same.shown(), next.shown());
+            return Err(fail(format!("--tier-c {all}: {a} and {b} are the same file; each place needs its own copy")));
+        }
+        found.push(next);
+    }
+    if options.reader == ReaderKind::Vfio {
+        return Err(fail(format!("--reader vfio: only places that the kernel reads can be striped, as {all} are")));
+    }
+    let mut source = kernel(&found.iter().collect::<Vec<_>>(), gguf, options)?;
+    let places = found.iter().map(Located::shown).collect::<Vec<_>>().join(" and ");
+    source.notes.push(format!("tier C is striped over {places}, read through {}", source.reader.name()));
+    Ok(source)
+}
+
+/// The bound drive of that name, if it is one.
+fn bound(host: &Host, name: &str) -> Result<Option<(Bound, BoundNamespace)>, EngineError> {
+    match bind::find_bound(host, name) {
+        Ok(found) => Ok(Some(found)),
+        Err(DeviceError::NotBound(_)) => Ok(None),
+        Err(e) => Err(fail(e.to_string())),
+    }
+}
+
+pub(super) fn not_bound(name: &str) -> String {
+    format!("{name} is not bound to vfio-pci; bind it with `sudo nt device bind {name}`")
 }
 
 /// Reads from wherever the model lies.
-fn automatic(host: &Host, gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
+fn automatic(host: &Host, gguf: &Gguf, options: &Place<'_>) -> Opened {
     let own: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
-    let Some(gone) = own.iter().find(|p| !p.exists()) else { return kernel(&own, gguf, options) };
+    let Some(gone) = own.iter().find(|p| !p.exists()) else {
+        let parts = own.into_iter().map(Part::whole).collect();
+        return kernel(&[&Located { parts, manifests: Vec::new(), on_drive: false }], gguf, options);
+    };
     let found = Library::default().find(gone, None).map_err(fail)?;
     for drive in bind::bound(host) {
         for namespace in &drive.namespace {
@@ -100,26 +186,43 @@ fn automatic(host: &Host, gguf: &Gguf, options: &Options) -> Result<Opened, Engi
     )))
 }
 
-/// Reads through the kernel, compared with the records where `--verify` asks for it.
-fn kernel(paths: &[PathBuf], gguf: &Gguf, options: &Options) -> Result<Opened, EngineError> {
-    let (reader, notes) = open_reader(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), options.reader)?;
-    if !options.verify {
-        return Ok((reader, notes));
+/// Reads through the kernel from one place, or striped over several, with the records where they are
+/// needed.
+fn kernel(places: &[&Located], gguf: &Gguf, options: &Place<'_>) -> Opened {
+    let copies: Vec<Vec<Part>> = places.iter().map(|l| l.parts.clone()).collect();
+    let (reader, notes) = open_copies(&copies, options.reader)?;
+    let mut records = Vec::new();
+    if options.verify {
+        for i in 0..gguf.shards.len() {
+            records.push(record(gguf, i, recorded_of(places, i)?));
+        }
     }
+    Ok(Source { reader, records, notes })
+}
+
+/// The record of a shard: of any of its copies, since all hold the same bytes.
+fn recorded_of(places: &[&Located], shard: usize) -> Result<Recorded, EngineError> {
     let library = Library::default();
-    let records = paths.iter().enumerate().map(|(i, p)| Ok(record(gguf, i, recorded(&library, p, None)?)));
-    let records = records.collect::<Result<Vec<_>, EngineError>>()?;
-    Ok((Box::new(Checked::new(reader, records, true)), notes))
+    let mut first = None;
+    for place in places {
+        let staged = place.manifests.get(shard).map(|m| Recorded { manifest: m.clone(), header: Vec::new() });
+        match staged.map_or_else(|| recorded(&library, &place.parts[shard].path, None), Ok) {
+            Ok(mut found) => {
+                if places.len() > 1 {
+                    // Which copy held a wrong byte is not told by the record of another one.
+                    let all = places.iter().map(|l| l.shown()).collect::<Vec<_>>().join(" and ");
+                    found.manifest.file = format!("{}, striped over {all}", found.manifest.file);
+                }
+                return Ok(found);
+            }
+            Err(e) => first = first.or(Some(e)),
+        }
+    }
+    Err(first.unwrap_or_else(|| fail("no place was named")))
 }
 
 /// Reads from a bound drive by what is recorded for it.
-fn vfio(
-    gguf: &Gguf,
-    options: &Options,
-    drive: &Bound,
-    namespace: &BoundNamespace,
-    why: &str,
-) -> Result<Opened, EngineError> {
+fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamespace, why: &str) -> Opened {
     if let ReaderKind::IoUring | ReaderKind::Pread = options.reader {
         return Err(fail(format!(
             "{why}, which the kernel cannot read; leave --reader away, or give the drive back with `sudo nt device release {}`",
@@ -128,8 +231,12 @@ fn vfio(
     }
     let library = Library::default();
     let mut records = Vec::new();
+    let mut image = None;
     for (i, shard) in gguf.shards.iter().enumerate() {
-        let r = recorded(&library, &shard.path, Some(&drive.serial))?;
+        let r = match recorded(&library, &shard.path, Some(&drive.serial)) {
+            Ok(r) => r,
+            Err(e) => on_image(&mut image, drive, namespace, gguf, i).map_err(|why| fail(format!("{e}; {why}")))?,
+        };
         same_file(&library, gguf, i, &r)?;
         let m = &r.manifest;
         if (&m.model, m.namespace) != (&drive.model, namespace.nsid) {
@@ -145,7 +252,22 @@ fn vfio(
         reader.add_file(&r.manifest.file, r.manifest.spans());
     }
     let note = format!("tier C is read through vfio from {} {} at {}: {why}", drive.model, drive.serial, drive.pci);
-    Ok((Box::new(Checked::new(Box::new(reader), records, options.verify)), vec![note]))
+    Ok(Source { reader: Box::new(reader), records, notes: vec![note] })
+}
+
+/// A shard as staged on a bound drive, whose image is read once.
+fn on_image(
+    image: &mut Option<Image>,
+    drive: &Bound,
+    namespace: &BoundNamespace,
+    gguf: &Gguf,
+    shard: usize,
+) -> Result<Recorded, EngineError> {
+    let image = match image {
+        Some(image) => image,
+        None => image.insert(Image::on_bound(drive, namespace)?),
+    };
+    image.recorded(&gguf.shards[shard].path, gguf.data_start(shard))
 }
 
 fn record(gguf: &Gguf, shard: usize, recorded: Recorded) -> Record {
@@ -176,95 +298,45 @@ fn same_file(library: &Library, gguf: &Gguf, shard: usize, r: &Recorded) -> Resu
             file.read_exact(&mut header).map_err(|e| fail(format!("{}: {e}", own.path.display())))?;
             header
         }
-        Err(_) => recorded(library, &own.path, None)?.header,
+        // Without any record, the header is the staged one itself.
+        Err(_) => {
+            library.find(&own.path, None).map_err(fail)?.into_iter().next().map_or(r.header.clone(), |o| o.header)
+        }
     };
     if header == r.header { Ok(()) } else { Err(other("header")) }
 }
 
-/// The kernel's NVMe drive of that name, if it is one.
-fn kernel_drive(host: &Host, name: &str) -> Result<Option<Controller>, EngineError> {
-    let all = sysfs::controllers(host).map_err(|e| fail(e.to_string()))?;
-    Ok(sysfs::find(host, &all, name).cloned())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The model's files on a mounted file system of the drive: its own if they lie there, else files
-/// of the same names and lengths at the top of one.
-fn copy_on_drive(host: &Host, drive: &Controller, gguf: &Gguf) -> Result<Vec<PathBuf>, String> {
-    let text = host.read("/proc/self/mountinfo").map_err(|e| e.to_string())?;
-    let mut folders: Vec<PathBuf> =
-        gguf.shards.first().and_then(|s| s.path.parent()).map(Path::to_path_buf).into_iter().collect();
-    let mut mounts = Vec::new();
-    for line in text.lines() {
-        let mut words = line.split(' ').skip(2);
-        let (Some(number), _, Some(point)) = (words.next(), words.next(), words.next()) else { continue };
-        if drive.devices().any(|d| d.number == number) {
-            mounts.push(unescape(point));
-        }
-    }
-    if mounts.is_empty() {
-        return Err("no file system on it is mounted".into());
-    }
-    folders.extend(mounts.iter().cloned());
-    let here = |p: &PathBuf| {
-        use std::os::unix::fs::MetadataExt;
-        let number = |dev: u64| format!("{}:{}", libc::major(dev), libc::minor(dev));
-        std::fs::metadata(p).is_ok_and(|m| drive.devices().any(|d| d.number == number(m.dev())))
-    };
-    for folder in folders {
-        if let Ok(paths) = copy_paths(gguf, &folder)
-            && paths.iter().all(here)
-        {
-            return Ok(paths);
-        }
-    }
-    let points = mounts.iter().map(|m| m.display().to_string()).collect::<Vec<_>>().join(", ");
-    Err(format!("no copy of the model lies on it or at the top of {points}"))
-}
-
-/// A path of `mountinfo`, where white space and backslashes are octal.
-fn unescape(text: &str) -> PathBuf {
-    let pairs = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    pairs.iter().fold(text.to_owned(), |t, (from, to)| t.replace(from, to)).into()
-}
-
-fn folder(paths: &[PathBuf]) -> String {
-    paths.first().and_then(|p| p.parent()).unwrap_or(Path::new("")).display().to_string()
-}
-
-/// Bytes of a file or block device, and whether it is the latter.
-fn length(path: &Path) -> std::io::Result<(u64, bool)> {
-    use std::os::unix::fs::FileTypeExt as _;
-    let mut file = std::fs::File::open(path)?;
-    let is_device = file.metadata()?.file_type().is_block_device();
-    Ok((std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?, is_device))
-}
-
-/// A copy of the model's files, of the same names and lengths.
-fn copy_paths(gguf: &Gguf, copy: &Path) -> Result<Vec<PathBuf>, EngineError> {
-    let mut paths = Vec::new();
-    for shard in &gguf.shards {
-        let path = match shard.path.file_name() {
-            Some(name) if copy.is_dir() => copy.join(name),
-            _ if gguf.shards.len() == 1 => copy.to_path_buf(),
-            _ => {
-                return Err(fail(format!(
-                    "{}: a directory with all {} shards was expected",
-                    copy.display(),
-                    gguf.shards.len()
-                )));
-            }
+    #[test]
+    fn a_bound_drive_is_not_striped() {
+        let root = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
         };
-        let (len, is_device) = length(&path).map_err(|e| fail(format!("{}: {e}", path.display())))?;
-        // A device has whole sectors.
-        if len < shard.len || !is_device && len != shard.len {
-            return Err(fail(format!(
-                "{} has {len} bytes, but {} has {}; it is no copy",
-                path.display(),
-                shard.path.display(),
-                shard.len
-            )));
+        put(
+            "run/nt/0000:02:00.0.toml",
+            "pci = '0000:02:00.0'\ncontroller = 'nvme1'\nserial = 'S'\nmodel = 'M'\ngroup = '15'\n\
+             [[namespace]]\nname = 'nvme1n1'\nnsid = 1\nsize = 4096\n",
+        );
+        put("sys/bus/pci/devices/0000:02:00.0/class", "0x010802");
+        std::os::unix::fs::symlink(
+            "../../drivers/vfio-pci",
+            root.path().join("sys/bus/pci/devices/0000:02:00.0/driver"),
+        )
+        .unwrap();
+        let targets = [PathBuf::from("nvme1n1"), root.path().to_path_buf()];
+        let place = Place { copies: &targets, reader: ReaderKind::Auto, verify: false };
+        let refused = striped(&Host::at(root.path()), &Gguf::default(), &place, &targets);
+        let text = refused.err().unwrap().to_string();
+        for words in
+            ["nvme1n1 is bound to vfio-pci", "only places that the kernel reads", "nt device release 0000:02:00.0"]
+        {
+            assert!(text.contains(words), "{text}");
         }
-        paths.push(path);
     }
-    Ok(paths)
 }

@@ -17,6 +17,29 @@ pub struct Record {
 }
 
 impl Record {
+    /// Chunk number `chunk`, which is `data`, compared with what was recorded. `block` is the bytes of a
+    /// logical block, for the error.
+    ///
+    /// # Errors
+    /// If it differs, or there is no such chunk.
+    pub fn compare(&self, chunk: usize, data: &[u8], block: u64) -> Result<(), Corruption> {
+        let (found, expected) = (crc32c(data), self.manifest.crc32c.get(chunk).copied());
+        if Some(found) == expected {
+            return Ok(());
+        }
+        let (offset, len) = ((chunk * CHUNK) as u64, data.len() as u64);
+        Err(Corruption {
+            tensor: self.tensor(offset, len),
+            file: self.manifest.file.clone(),
+            offset,
+            len,
+            block: self.manifest.place(offset).unwrap_or(offset) / block.max(1),
+            drive: self.manifest.serial.clone(),
+            found,
+            expected: expected.unwrap_or(0),
+        })
+    }
+
     /// The tensor with a byte in `offset .. + len`, for errors.
     fn tensor(&self, offset: u64, len: u64) -> String {
         let inside = |t: &&(u64, u64, String)| t.0 < offset + len && offset < t.0 + t.1;
@@ -112,7 +135,6 @@ impl Checked {
         for e in &read.extents {
             let block = u64::from(self.inner.alignment(e.file).offset);
             let Some(file) = self.files.get_mut(usize::from(e.file.0)) else { continue };
-            let Record { manifest, .. } = &file.record;
             for (i, offset, len) in Self::chunks(file, e) {
                 if file.known[i] && !self.always {
                     continue;
@@ -122,19 +144,7 @@ impl Checked {
                 // checked against its buffer and completed; nobody else touches the buffer before
                 // its completion is handed on.
                 let data = unsafe { std::slice::from_raw_parts(at as *const u8, len as usize) };
-                let (found, expected) = (crc32c(data), manifest.crc32c[i]);
-                if found != expected {
-                    return Err(ReadError::Corrupt(Box::new(Corruption {
-                        tensor: file.record.tensor(offset, len),
-                        file: manifest.file.clone(),
-                        offset,
-                        len,
-                        block: manifest.place(offset).unwrap_or(offset) / block,
-                        drive: manifest.serial.clone(),
-                        found,
-                        expected,
-                    })));
-                }
+                file.record.compare(i, data, block).map_err(|e| ReadError::Corrupt(Box::new(e)))?;
                 file.known[i] = true;
             }
         }

@@ -15,6 +15,22 @@ const BUFFERED: Alignment = Alignment { memory: 1, offset: 1 };
 /// Alignments beyond this are not believed.
 const ALIGNMENT_MAX: u32 = 4096;
 
+/// Where a file lies: by its own name, or within a drive or an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// First byte and bytes within it; `None` for all of it.
+    pub within: Option<(u64, u64)>,
+}
+
+impl Part {
+    /// All of a file.
+    pub fn whole(path: impl Into<PathBuf>) -> Part {
+        Part { path: path.into(), within: None }
+    }
+}
+
 /// A file that is open for reading.
 #[derive(Clone, Debug)]
 pub struct DirectFile {
@@ -24,6 +40,8 @@ pub struct DirectFile {
     pub file: Arc<File>,
     /// What reads must be aligned to.
     pub alignment: Alignment,
+    /// First byte of what is read, within `file`: not 0 where a drive holds the file among others.
+    pub start: u64,
     /// Length when it was opened; it may shrink since.
     pub len: u64,
     /// Whether a read is a copy by a processor (memory file systems, the page cache), so that reads
@@ -47,15 +65,29 @@ impl DirectFile {
         DirectFile::of(path, file, BUFFERED)
     }
 
+    /// As [`DirectFile::open`], of a part.
+    pub fn open_part(part: &Part) -> Result<DirectFile, StorageError> {
+        let mut file = DirectFile::open(&part.path)?;
+        let Some((start, len)) = part.within else { return Ok(file) };
+        let fits = start.checked_add(len).is_some_and(|end| end <= file.len);
+        if !fits || !start.is_multiple_of(u64::from(file.alignment.offset)) {
+            let why = format!("{len} bytes at {start} were expected within its {}", file.len);
+            let source = std::io::Error::new(std::io::ErrorKind::InvalidData, why);
+            return Err(StorageError::Open { path: part.path.clone(), source });
+        }
+        (file.start, file.len) = (start, len);
+        Ok(file)
+    }
+
     fn of(path: &Path, file: File, alignment: Alignment) -> Result<DirectFile, StorageError> {
         let len = end_of(&file).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
         let copies = alignment == BUFFERED || in_memory(&file);
-        Ok(DirectFile { path: path.to_path_buf(), file: Arc::new(file), alignment, len, copies })
+        Ok(DirectFile { path: path.to_path_buf(), file: Arc::new(file), alignment, start: 0, len, copies })
     }
 
     /// Length now; 0 if it cannot be told.
     pub fn current_len(&self) -> u64 {
-        end_of(&self.file).unwrap_or(0)
+        end_of(&self.file).unwrap_or(0).saturating_sub(self.start)
     }
 
     /// Whether reads bypass the page cache.
@@ -73,7 +105,7 @@ impl DirectFile {
     /// Drops read bytes from the page cache, where reads go through it.
     pub fn forget(&self, offset: u64, len: u64) {
         if !self.is_direct() {
-            let (offset, len) = (offset as libc::off_t, len as libc::off_t);
+            let (offset, len) = ((self.start + offset) as libc::off_t, len as libc::off_t);
             // SAFETY: advice on an open descriptor touches no memory; a refusal changes nothing.
             unsafe { libc::posix_fadvise(self.file.as_raw_fd(), offset, len, libc::POSIX_FADV_DONTNEED) };
         }

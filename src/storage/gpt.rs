@@ -9,6 +9,8 @@ pub const TYPE: [u8; 16] = *b"nt-gguf-weights\x01";
 pub const EFI_SYSTEM: [u8; 16] = guid_bytes(0xc12a_7328, 0xf81f, 0x11d2, *b"\xba\x4b\x00\xa0\xc9\x3e\xc9\x3b");
 /// Type of a partition that a BIOS boot loader lies in, likewise.
 pub const BIOS_BOOT: [u8; 16] = guid_bytes(0x2168_6148, 0x6449, 0x6e6f, *b"\x74\x4e\x65\x65\x64\x45\x46\x49");
+/// Bytes of a logical block that drives have.
+pub const BLOCKS: [u64; 2] = [512, 4096];
 /// The partition begins here, and as many bytes are left at the end of the drive.
 pub const START: u64 = 1 << 20;
 

@@ -4,10 +4,13 @@
 //! The superblock is wiped first and written last, after everything was read back and compared: a
 //! drive with a superblock holds what its table says.
 
+use std::cell::RefCell;
 use std::fs::File;
+use std::io::{Cursor, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use super::extents::{CHUNK, Manifest, crc32c};
 use super::gpt;
@@ -52,7 +55,7 @@ pub enum ImageError {
 }
 
 /// A drive, or a file of its size in tests.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Drive<'a> {
     /// Open for reading and writing.
     pub file: &'a File,
@@ -128,7 +131,7 @@ pub fn write(
     }
     put(drive, gpt::START, &superblock(&table))?;
     sync(drive)?;
-    let back = read(drive)?;
+    let back = read(&mut drive.clone())?;
     if back == manifests { Ok(back) } else { Err(ImageError::None("the table does not read back the same".into())) }
 }
 
@@ -146,15 +149,76 @@ fn superblock(table: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The manifests of the models on a drive.
+/// What an image is read from: a block device or file, or a drive bound to vfio-pci.
+pub trait Medium {
+    /// Bytes.
+    fn size(&self) -> u64;
+
+    /// `len` bytes at `at`.
+    ///
+    /// # Errors
+    /// If not all of them can be read.
+    fn get(&mut self, at: u64, len: u64) -> Result<Vec<u8>, ImageError>;
+}
+
+impl Medium for Drive<'_> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn get(&mut self, at: u64, len: u64) -> Result<Vec<u8>, ImageError> {
+        get(self, at, len)
+    }
+}
+
+/// A file or block device, whatever machine wrote its image.
+#[derive(Debug)]
+pub struct Node {
+    file: File,
+    size: u64,
+}
+
+impl Node {
+    /// Opens a file or block device for reading.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open(path: &Path) -> Result<Node, ImageError> {
+        let mut file = File::open(path).map_err(io("opening it"))?;
+        // Seeking answers for block devices too.
+        let size = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(io("finding its end"))?;
+        Ok(Node { file, size })
+    }
+}
+
+impl Medium for Node {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn get(&mut self, at: u64, len: u64) -> Result<Vec<u8>, ImageError> {
+        let mut bytes = vec![0; len as usize];
+        self.file.read_exact_at(&mut bytes, at).map_err(io(format!("reading {len} bytes at {at}")))?;
+        Ok(bytes)
+    }
+}
+
+/// The manifests of the models on a medium, which is found by its partition table and superblock.
 ///
 /// # Errors
 /// [`ImageError::None`] says what is missing or damaged.
-pub fn read(drive: &Drive<'_>) -> Result<Vec<Manifest>, ImageError> {
+pub fn read(drive: &mut dyn Medium) -> Result<Vec<Manifest>, ImageError> {
     let none = |what: &str| ImageError::None(what.into());
-    let head = get(drive, 0, gpt::START)?;
-    let start = gpt::find(&head, drive.block).ok_or_else(|| none("no partition of nt's type"))?;
-    let sb = get(drive, start, SUPERBLOCK)?;
+    if drive.size() < gpt::START + SUPERBLOCK {
+        return Err(none("it is too small"));
+    }
+    let head = drive.get(0, gpt::START)?;
+    let start = gpt::BLOCKS.iter().find_map(|block| gpt::find(&head, *block));
+    let start = start.ok_or_else(|| none("no partition of nt's type"))?;
+    if start.checked_add(SUPERBLOCK).is_none_or(|end| end > drive.size()) {
+        return Err(none("its partition lies outside the drive"));
+    }
+    let sb = drive.get(start, SUPERBLOCK)?;
     let number = |at: usize, n: usize| sb[at..at + n].iter().rev().fold(0u64, |v, b| v << 8 | u64::from(*b));
     if !sb.starts_with(MAGIC) || number(8, 4) != 1 {
         return Err(none("no superblock (was staging interrupted?)"));
@@ -164,14 +228,60 @@ pub fn read(drive: &Drive<'_>) -> Result<Vec<Manifest>, ImageError> {
         return Err(none("its superblock is damaged"));
     }
     let (at, len) = (number(16, 8), number(24, 8));
-    if len > TABLE_MAX || at.checked_add(len).is_none_or(|e| e > drive.size) {
+    if len > TABLE_MAX || at.checked_add(len).is_none_or(|e| e > drive.size()) {
         return Err(none("its table lies outside the drive"));
     }
-    let table = get(drive, at, len)?;
+    let table = drive.get(at, len)?;
     if u64::from(crc32c(&table)) != number(12, 4) {
         return Err(none("its table is damaged"));
     }
-    serde_json::from_slice(&table).map_err(|e| none(&format!("its table cannot be read: {e}")))
+    let found: Vec<Manifest> =
+        serde_json::from_slice(&table).map_err(|e| none(&format!("its table cannot be read: {e}")))?;
+    for m in &found {
+        let beyond = m.extents.iter().any(|e| e.1.checked_add(e.2).is_none_or(|end| end > drive.size()));
+        let fault = m.fault().or_else(|| beyond.then(|| "an extent lies outside the drive".to_owned()));
+        if let Some(fault) = fault {
+            return Err(none(&format!("{}: {fault}", m.file)));
+        }
+    }
+    Ok(found)
+}
+
+/// The manifest of the file that `name` means, by its file name, with or without `.gguf`.
+pub fn named<'a>(manifests: &'a [Manifest], name: &Path) -> Option<&'a Manifest> {
+    let name = name.file_name()?.to_string_lossy();
+    manifests.iter().find(|m| m.file == name || m.file.strip_suffix(".gguf") == Some(&name))
+}
+
+/// A staged file from its first byte on.
+pub struct Staged {
+    medium: Rc<RefCell<dyn Medium>>,
+    manifest: Manifest,
+    next: u64,
+    buffer: Cursor<Vec<u8>>,
+}
+
+impl Staged {
+    /// The file of `manifest` on `medium`.
+    pub fn new(medium: Rc<RefCell<dyn Medium>>, manifest: &Manifest) -> Staged {
+        Staged { medium, manifest: manifest.clone(), next: 0, buffer: Cursor::default() }
+    }
+}
+
+impl Read for Staged {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.buffer.read(to)?;
+        if n > 0 || to.is_empty() || self.next >= self.manifest.size {
+            return Ok(n);
+        }
+        let at = self.next;
+        let Some(&(first, place, len)) = self.manifest.extents.iter().rfind(|e| e.0 <= at) else { return Ok(0) };
+        let len = ALIGN.min(self.manifest.size - at).min(first + len - at);
+        let bytes = self.medium.borrow_mut().get(place + (at - first), len).map_err(std::io::Error::other)?;
+        self.next += len;
+        self.buffer = Cursor::new(bytes);
+        self.buffer.read(to)
+    }
 }
 
 fn copy(
@@ -265,11 +375,11 @@ mod tests {
             let target = tempfile::tempfile().unwrap();
             target.set_len(SIZE).unwrap();
             let drive = drive(&target, block);
-            assert!(read(&drive).unwrap_err().to_string().contains("no partition"));
+            assert!(read(&mut drive.clone()).unwrap_err().to_string().contains("no partition"));
             let mut last = (0, 0);
             let manifests = write(&drive, &files, &mut |done, total| last = (done, total)).unwrap();
             assert_eq!(last.0, last.1);
-            assert_eq!(read(&drive).unwrap(), manifests);
+            assert_eq!(read(&mut drive.clone()).unwrap(), manifests);
             for (m, path) in manifests.iter().zip(&files) {
                 assert_eq!(m.fault(), None);
                 assert_eq!(m.extents[0].1 % ALIGN, 0);
@@ -278,8 +388,45 @@ mod tests {
             // Staging again fails half way: the old table must not stand for the new bytes.
             let missing = [files[0].clone(), folder.path().into()];
             assert!(write(&drive, &missing, &mut |_, _| ()).is_err());
-            assert!(read(&drive).unwrap_err().to_string().contains("no superblock"));
+            assert!(read(&mut drive.clone()).unwrap_err().to_string().contains("no superblock"));
         }
+    }
+
+    #[test]
+    fn another_machines_image_is_found_by_its_superblock() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = files(folder.path());
+        let path = folder.path().join("drive.img");
+        let target = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        target.set_len(SIZE).unwrap();
+        assert!(read(&mut Node::open(&files[1]).unwrap()).unwrap_err().to_string().contains("too small"));
+        let manifests = write(&drive(&target, 4096), &files, &mut |_, _| ()).unwrap();
+        let mut node = Node::open(&path).unwrap();
+        assert_eq!(read(&mut node).unwrap(), manifests);
+        assert_eq!(named(&manifests, Path::new("b")), Some(&manifests[1]));
+        assert_eq!(named(&manifests, Path::new("/gone/b.gguf")), Some(&manifests[1]));
+        assert_eq!(named(&manifests, Path::new("c")), None);
+        let medium: Rc<RefCell<dyn Medium>> = Rc::new(RefCell::new(node));
+        for (m, path) in manifests.iter().zip(&files) {
+            let mut bytes = Vec::new();
+            Staged::new(Rc::clone(&medium), m).read_to_end(&mut bytes).unwrap();
+            assert!(bytes == std::fs::read(path).unwrap());
+        }
+        // A table that points elsewhere is not followed, nor a damaged one.
+        let table_at = gpt::START + SUPERBLOCK;
+        let original = get(&drive(&target, 4096), table_at, 1).unwrap();
+        target.write_all_at(b"x", table_at).unwrap();
+        assert!(read(&mut *medium.borrow_mut()).unwrap_err().to_string().contains("table is damaged"));
+        target.write_all_at(&original, table_at).unwrap();
+        let mut wrong = manifests.clone();
+        wrong[1].extents[0].1 = SIZE;
+        let table = serde_json::to_vec(&wrong).unwrap();
+        target.write_all_at(&table, table_at).unwrap();
+        target.write_all_at(&superblock(&table), gpt::START).unwrap();
+        let e = read(&mut *medium.borrow_mut()).unwrap_err().to_string();
+        assert!(e.contains("b.gguf") && e.contains("outside the drive"), "{e}");
+        target.write_all_at(&[0; 16], gpt::START).unwrap();
+        assert!(read(&mut *medium.borrow_mut()).unwrap_err().to_string().contains("no superblock"));
     }
 
     #[test]

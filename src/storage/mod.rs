@@ -18,15 +18,17 @@ mod pread;
 mod scripted;
 mod split;
 mod uring;
+mod verify;
 pub mod vfio;
 
 pub use checked::{Checked, Corruption, Record};
-pub use file::DirectFile;
+pub use file::{DirectFile, Part};
 pub use pread::PreadReader;
 #[cfg(test)]
 pub use scripted::{Script, ScriptedReader};
 pub use uring::UringReader;
 pub(crate) use uring::drain;
+pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -197,24 +199,33 @@ pub enum StorageError {
 
 /// Bytes of one read; long reads are split into these.
 pub const CHUNK_BYTES: u64 = 1 << 20;
-/// Reads in flight.
+/// Bytes that are read from one copy before the next one's turn comes, where a model is striped.
+pub const STRIPE_BYTES: u64 = 1 << 20;
+/// Reads in flight, for each copy.
 pub const QUEUE_DEPTH: usize = 16;
 
 /// Opens `files` and a reader over them. The notes say in a line each what could not be had.
 pub fn open_reader(files: &[&Path], kind: ReaderKind) -> Result<(Box<dyn Reader>, Vec<String>), StorageError> {
-    if let (ReaderKind::Vfio, Some(first)) = (kind, files.first()) {
-        return Err(StorageError::NotBound(first.display().to_string()));
+    open_copies(&[files.iter().map(|p| Part::whole(*p)).collect()], kind)
+}
+
+/// As [`open_reader`], over copies of the same files: reads are dealt over them, [`STRIPE_BYTES`] of the
+/// file's offset at a time. There is at least one copy, and all have the same number of files.
+pub fn open_copies(copies: &[Vec<Part>], kind: ReaderKind) -> Result<(Box<dyn Reader>, Vec<String>), StorageError> {
+    if let (ReaderKind::Vfio, Some(first)) = (kind, copies.iter().flatten().next()) {
+        return Err(StorageError::NotBound(first.path.display().to_string()));
     }
-    let files = files.iter().map(|p| DirectFile::open(p)).collect::<Result<Vec<_>, _>>()?;
+    let n = copies.len().max(1);
+    let files = copies.iter().flatten().map(DirectFile::open_part).collect::<Result<Vec<_>, _>>()?;
     let mut notes: Vec<String> = files.iter().filter_map(DirectFile::note).collect();
     if kind != ReaderKind::Pread {
-        match UringReader::new(&files) {
+        match UringReader::new(&files, n) {
             Ok(ring) => return Ok((Box::new(ring), notes)),
             Err(e) if kind == ReaderKind::IoUring => return Err(StorageError::IoUring(e)),
             Err(e) => notes.push(format!("io_uring is not available here ({e}); reading with a pool of pread threads")),
         }
     }
-    Ok((Box::new(PreadReader::new(files).map_err(StorageError::Threads)?), notes))
+    Ok((Box::new(PreadReader::new(files, n).map_err(StorageError::Threads)?), notes))
 }
 
 #[cfg(test)]
@@ -271,6 +282,36 @@ mod tests {
             assert_eq!(got[..3 << 20], data[4096..4096 + (3 << 20)]);
             assert_eq!(got[4 << 20..][..data.len() - (8 << 20)], data[8 << 20..]);
         }
+    }
+
+    #[test]
+    fn copies_and_parts_bring_the_same_bytes() {
+        let (whole, data) = file(9_000_001);
+        let (copy, _) = file(9_000_001);
+        let mut image = tempfile::NamedTempFile::new().unwrap();
+        image.write_all(&vec![0xee; 1 << 20]).unwrap();
+        image.write_all(&data).unwrap();
+        image.write_all(&vec![0xee; 1 << 20]).unwrap();
+        let within = Part { path: image.path().into(), within: Some((1 << 20, data.len() as u64)) };
+        for kind in kinds() {
+            let copies = [vec![Part::whole(whole.path())], vec![within.clone()], vec![Part::whole(copy.path())]];
+            let (mut reader, _) = open_copies(&copies, kind).unwrap();
+            let align = u64::from(reader.alignment(FileId(0)).offset);
+            let mut arena = Arena::new(16 << 20).unwrap();
+            let region = arena.take(12 << 20).unwrap();
+            let len = (data.len() as u64 - 8192).next_multiple_of(align);
+            let extents = [Extent { file: FileId(0), offset: 8192, len, dst_offset: 0 }];
+            let r = ReadRequest { tag: 1, extents: &extents, dst: region.addr, urgent: false, dst_len: region.len };
+            // SAFETY: the region outlives the read, and is looked at after it has ended.
+            unsafe { reader.submit(&r) }.unwrap();
+            let done = wait(reader.as_mut(), 1);
+            assert_eq!(*done[0].result.as_ref().unwrap(), data.len() as u64 - 8192);
+            // SAFETY: all reads have ended.
+            let got = unsafe { std::slice::from_raw_parts(region.addr, data.len() - 8192) };
+            assert!(got == &data[8192..]);
+        }
+        let beyond = Part { path: image.path().into(), within: Some((1 << 20, 11 << 20)) };
+        assert!(open_copies(&[vec![beyond]], ReaderKind::Auto).is_err());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::split::{Chunk, Requests};
 use super::{Alignment, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
 
-/// Threads, and so reads in flight.
+/// Threads a copy, and so reads in flight.
 const THREADS: usize = 8;
 
 type Outcome = (Chunk, Result<u64, String>);
@@ -25,14 +25,15 @@ pub struct PreadReader {
 }
 
 impl PreadReader {
-    /// Starts the pool; an error says that not one thread could be had.
-    pub fn new(files: Vec<DirectFile>) -> std::io::Result<PreadReader> {
+    /// Starts a pool over `files`, which are `copies` times the same files, copy by copy; an error says
+    /// that not one thread could be had.
+    pub fn new(files: Vec<DirectFile>, copies: usize) -> std::io::Result<PreadReader> {
         let files: Arc<[DirectFile]> = files.into();
         let (jobs, queue) = channel::<Chunk>();
         let queue = Arc::new(Mutex::new(queue));
         let (report, outcomes) = channel();
         let mut refused = None;
-        let threads: Vec<_> = (0..THREADS)
+        let threads: Vec<_> = (0..THREADS * copies)
             .filter_map(|i| {
                 let (files, queue, report) = (files.clone(), queue.clone(), report.clone());
                 std::thread::Builder::new()
@@ -45,11 +46,12 @@ impl PreadReader {
         if threads.is_empty() {
             return Err(refused.unwrap_or_else(|| std::io::Error::other("no thread could be started")));
         }
-        Ok(PreadReader { files, requests: Requests::default(), jobs: Some(jobs), outcomes, threads, n_flying: 0 })
+        let requests = Requests::over(files.len(), copies);
+        Ok(PreadReader { files, requests, jobs: Some(jobs), outcomes, threads, n_flying: 0 })
     }
 
     fn issue(&mut self) {
-        while self.n_flying < 2 * THREADS
+        while self.n_flying < 2 * self.threads.len()
             && let Some(chunk) = self.requests.next()
         {
             match self.jobs.as_ref().map(|jobs| jobs.send(chunk)) {
@@ -81,7 +83,7 @@ fn work(files: &[DirectFile], queue: &Mutex<Receiver<Chunk>>, report: &Sender<Ou
         // contract; the kernel writes it before it is read.
         let buffer = unsafe { std::slice::from_raw_parts_mut(chunk.dst, chunk.len as usize) };
         let result = loop {
-            match f.file.read_at(buffer, chunk.offset) {
+            match f.file.read_at(buffer, f.start + chunk.offset) {
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 other => break other.map(|n| n as u64).map_err(|e| e.to_string()),
             }
@@ -99,7 +101,7 @@ impl Reader for PreadReader {
     }
 
     fn alignment(&self, file: FileId) -> Alignment {
-        self.files[usize::from(file.0)].alignment
+        self.requests.alignment(&self.files, file)
     }
 
     fn copies(&self) -> bool {

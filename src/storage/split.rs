@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{CHUNK_BYTES, Completion, DirectFile, ReadError, ReadRequest};
+use super::{Alignment, CHUNK_BYTES, Completion, DirectFile, FileId, ReadError, ReadRequest, STRIPE_BYTES};
 
 /// Passing shortages (memory, queue space) that one chunk may meet before they count as a failure.
 const RETRIES_MAX: u8 = 64;
@@ -40,9 +40,37 @@ pub(super) struct Requests {
     pending: VecDeque<Chunk>,
     done: VecDeque<Completion>,
     outstanding: usize,
+    /// Copies over which reads are dealt, and the files of each.
+    stripes: Option<(usize, usize)>,
 }
 
 impl Requests {
+    /// Requests over `n_files` files, which are `copies` times the same files, copy by copy.
+    pub fn over(n_files: usize, copies: usize) -> Requests {
+        Requests { stripes: (copies > 1).then(|| (copies, n_files / copies)), ..Requests::default() }
+    }
+
+    /// The strictest alignment of a file's copies.
+    pub fn alignment(&self, files: &[DirectFile], file: FileId) -> Alignment {
+        let (copies, n) = self.stripes.unwrap_or((1, 0));
+        let of = |copy: usize| files[copy * n + usize::from(file.0)].alignment;
+        (1..copies)
+            .map(of)
+            .fold(of(0), |a, b| Alignment { memory: a.memory.max(b.memory), offset: a.offset.max(b.offset) })
+    }
+
+    /// The file that byte `offset` of `file` is read from, and the bytes up to where another's turn
+    /// comes, or the next chunk begins.
+    fn deal(&self, file: usize, offset: u64) -> (usize, u64) {
+        match self.stripes {
+            None => (file, CHUNK_BYTES),
+            Some((copies, n)) => {
+                let copy = (offset / STRIPE_BYTES) as usize % copies;
+                (copy * n + file, STRIPE_BYTES - offset % STRIPE_BYTES)
+            }
+        }
+    }
+
     /// Takes a request; returns what is wrong with it.
     pub fn add(&mut self, r: &ReadRequest<'_>) -> Result<(), ReadError> {
         for e in r.extents {
@@ -62,17 +90,11 @@ impl Requests {
         for e in r.extents {
             let mut at = 0;
             while at < e.len {
-                let len = (e.len - at).min(CHUNK_BYTES);
+                let (file, most) = self.deal(usize::from(e.file.0), e.offset + at);
+                let len = (e.len - at).min(most);
                 // SAFETY: the extent lies within the request's buffer, as checked above.
                 let dst = unsafe { r.dst.add((e.dst_offset + at) as usize) };
-                self.pending.push_back(Chunk {
-                    request,
-                    file: usize::from(e.file.0),
-                    offset: e.offset + at,
-                    len,
-                    dst,
-                    retries: 0,
-                });
+                self.pending.push_back(Chunk { request, file, offset: e.offset + at, len, dst, retries: 0 });
                 at += len;
                 chunks += 1;
             }
@@ -187,14 +209,21 @@ impl Requests {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{Alignment, Extent, FileId};
+    use crate::storage::Extent;
     use std::sync::Arc;
 
     fn file(len: u64, align: u32) -> DirectFile {
         let f = tempfile::NamedTempFile::new().unwrap();
         f.as_file().set_len(len).unwrap();
         let alignment = Alignment { memory: align, offset: align };
-        DirectFile { path: "model".into(), file: Arc::new(f.reopen().unwrap()), alignment, len, copies: false }
+        DirectFile {
+            path: "model".into(),
+            file: Arc::new(f.reopen().unwrap()),
+            alignment,
+            start: 0,
+            len,
+            copies: false,
+        }
     }
 
     fn requests(offset: u64, len: u64) -> Requests {
@@ -272,5 +301,20 @@ mod tests {
         let order: Vec<(u64, u64)> = std::iter::from_fn(|| r.next()).map(|c| (c.offset, c.len)).collect();
         assert_eq!(order[..3], [(0, 4096), (4096, 4096), (0, CHUNK_BYTES)]);
         assert_eq!(order.len(), 6);
+    }
+
+    #[test]
+    fn stripes_go_to_the_copies_in_turn() {
+        let mut r = Requests::over(6, 3);
+        let extents = [Extent { file: FileId(1), offset: STRIPE_BYTES - 4096, len: 3 * STRIPE_BYTES, dst_offset: 0 }];
+        let dst = std::ptr::without_provenance_mut(1 << 30);
+        let request = ReadRequest { tag: 1, extents: &extents, dst, urgent: false, dst_len: extents[0].len as usize };
+        r.add(&request).unwrap();
+        let got: Vec<_> = std::iter::from_fn(|| r.next()).map(|c| (c.file, c.offset, c.len)).collect();
+        let m = STRIPE_BYTES;
+        assert_eq!(got, [(1, m - 4096, 4096), (3, m, m), (5, 2 * m, m), (1, 3 * m, m - 4096)]);
+        let files: Vec<_> = (0..6).map(|i| file(10, if i == 5 { 4096 } else { 512 })).collect();
+        assert_eq!(r.alignment(&files, FileId(1)).offset, 4096);
+        assert_eq!(r.alignment(&files, FileId(0)).offset, 512);
     }
 }

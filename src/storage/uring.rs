@@ -21,8 +21,7 @@ const DRAIN_TRIES: u32 = 10_000;
 ///
 /// SINGLE_ISSUER and DEFER_TASKRUN are left out: they tie the ring to one thread, and a reader loads
 /// resident units on one and streams on another.
-fn build() -> io::Result<IoUring> {
-    let depth = QUEUE_DEPTH as u32;
+fn build(depth: u32) -> io::Result<IoUring> {
     let einval = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
     match IoUring::builder().setup_clamp().setup_coop_taskrun().setup_r_disabled().build(depth) {
         Err(e) if einval(&e) => IoUring::builder().setup_r_disabled().build(depth),
@@ -56,9 +55,11 @@ pub struct UringReader {
 }
 
 impl UringReader {
-    /// Sets a ring up over `files`; an error says that io_uring is refused here.
-    pub fn new(files: &[DirectFile]) -> io::Result<UringReader> {
-        let ring = build()?;
+    /// Sets a ring up over `files`, which are `copies` times the same files, copy by copy; an error says
+    /// that io_uring is refused here.
+    pub fn new(files: &[DirectFile], copies: usize) -> io::Result<UringReader> {
+        let depth = QUEUE_DEPTH * copies;
+        let ring = build(depth as u32)?;
         let mut probe = io_uring::Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         if !probe.is_supported(opcode::Read::CODE) {
@@ -70,15 +71,15 @@ impl UringReader {
         Ok(UringReader {
             ring,
             files: files.to_vec(),
-            requests: Requests::default(),
-            flying: vec![None; QUEUE_DEPTH],
+            requests: Requests::over(files.len(), copies),
+            flying: vec![None; depth],
             n_flying: 0,
         })
     }
 
     /// Fills the queue and hands it to the kernel, waiting for `want` completions or `timeout`.
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), ReadError> {
-        while self.n_flying < QUEUE_DEPTH
+        while self.n_flying < self.flying.len()
             && let Some(chunk) = self.requests.next()
         {
             self.push(chunk);
@@ -110,7 +111,7 @@ impl UringReader {
         let copies = self.files[chunk.file].copies;
         let flags = if copies { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = opcode::Read::new(types::Fixed(chunk.file as u32), chunk.dst, chunk.len as u32)
-            .offset(chunk.offset)
+            .offset(self.files[chunk.file].start + chunk.offset)
             .build()
             .user_data(slot as u64)
             .flags(flags);
@@ -155,7 +156,7 @@ impl Reader for UringReader {
     }
 
     fn alignment(&self, file: FileId) -> Alignment {
-        self.files[usize::from(file.0)].alignment
+        self.requests.alignment(&self.files, file)
     }
 
     fn copies(&self) -> bool {

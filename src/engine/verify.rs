@@ -1,0 +1,63 @@
+//! A model's bytes against its record.
+
+use std::path::{Path, PathBuf};
+
+use super::EngineError;
+use super::source::{self, Place};
+use crate::gguf::{Gguf, TensorInfo};
+use crate::storage::{self, Corruption, ReaderKind, VerifyError};
+
+/// What comparing a model with its record found.
+#[derive(Debug)]
+pub struct Verified {
+    /// The model's header.
+    pub gguf: Gguf,
+    /// How it was read.
+    pub reader: &'static str,
+    /// Every chunk that differs.
+    pub corrupt: Vec<Corruption>,
+    /// Files whose length differs from the recorded one: path, length and recorded length.
+    pub lengths: Vec<(PathBuf, u64, u64)>,
+}
+
+impl Verified {
+    /// The chunks that differ and hold bytes of a tensor.
+    pub fn corrupt_in(&self, tensor: &TensorInfo) -> impl Iterator<Item = &Corruption> {
+        let name = self.gguf.shards[tensor.shard].path.file_name().map(|n| n.to_string_lossy().into_owned());
+        let (from, to) = (tensor.offset, tensor.offset + tensor.bytes);
+        self.corrupt.iter().filter(move |c| {
+            name.as_ref().is_none_or(|n| c.file.split(',').next() == Some(n))
+                && c.offset < to
+                && from < c.offset + c.len
+        })
+    }
+}
+
+/// Reads the whole model from `copies` (where it lies if there are none) and compares it with what was
+/// recorded. `progress` gets bytes compared and bytes to compare.
+///
+/// # Errors
+/// If there is no record, or something cannot be read.
+pub fn verify(
+    model: &Path,
+    copies: &[PathBuf],
+    reader: ReaderKind,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Verified, EngineError> {
+    let gguf = source::open_header(model, copies)?;
+    let source = source::open_raw(&gguf, &Place { copies, reader, verify: true })?;
+    let differs = |(i, r): (usize, &storage::Record)| {
+        let shard = &gguf.shards[i];
+        (shard.len != r.manifest.size).then(|| (shard.path.clone(), shard.len, r.manifest.size))
+    };
+    let lengths: Vec<_> = source.records.iter().enumerate().filter_map(differs).collect();
+    let reader = source.reader.name();
+    if !lengths.is_empty() {
+        return Ok(Verified { gguf, reader, corrupt: Vec::new(), lengths });
+    }
+    let corrupt = storage::verify(source.reader, &source.records, progress).map_err(|e| match e {
+        VerifyError::Storage(e) => EngineError::Storage(e),
+        VerifyError::Memory(e) => EngineError::Memory(e.to_string()),
+    })?;
+    Ok(Verified { gguf, reader, corrupt, lengths })
+}
