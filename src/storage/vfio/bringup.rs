@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::command::Command;
+use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};
 use super::io::Pending;
 use super::prp;
@@ -31,6 +32,21 @@ pub enum Fault {
         /// Limit.
         seconds: u64,
     },
+    /// A read got no answer, nor did asking for its end help.
+    #[error("{blocks} blocks at block {block} were not read within {seconds} s, and {abort}")]
+    Unanswered {
+        /// First block.
+        block: u64,
+        /// Blocks.
+        blocks: u32,
+        /// Time since the read was sent last.
+        seconds: u64,
+        /// What became of the Abort command.
+        abort: &'static str,
+    },
+    /// The controller could not be switched off after a fault.
+    #[error("{0}; it cannot be switched off either, so the memory that it may write to stays locked")]
+    StillRunning(Box<Fault>),
     /// A command of the bring-up failed.
     #[error("{state} failed: {status}")]
     Command {
@@ -49,7 +65,6 @@ pub enum Fault {
 
 /// Entries of the admin queues.
 const ADMIN_ENTRIES: u16 = 16;
-const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
 const PAGE: usize = 4096;
 /// Number of our only I/O queue pair.
 pub(super) const IO_QUEUE: u16 = 1;
@@ -59,13 +74,16 @@ pub(super) const IO_QUEUE: u16 = 1;
 pub struct Controller<R: Registers> {
     pub(super) regs: R,
     pub(super) caps: Capabilities,
-    admin: QueuePair,
+    pub(super) admin: QueuePair,
     pub(super) io: QueuePair,
     pub(super) pending: Vec<Option<Pending>>,
     pub(super) lists: Dma,
     pub(super) nsid: u32,
     pub(super) dead: Option<Fault>,
     pub(super) stopped: bool,
+    pub(super) watch: Watch,
+    /// How long things may take.
+    pub limits: Limits,
     scratch: Dma,
     /// What the controller says of itself.
     pub info: ControllerInfo,
@@ -143,6 +161,8 @@ impl<R: Registers> Controller<R> {
             nsid,
             dead: None,
             stopped: false,
+            watch: Watch::default(),
+            limits: Limits::default(),
             info: identify::controller(&[0; 4096], 12).expect("4096 bytes"),
             namespace: identify::namespace(&[0; 4096]).expect("4096 bytes"),
             raw_identify: [Vec::new(), Vec::new()],
@@ -256,29 +276,32 @@ impl<R: Registers> Controller<R> {
         let slot = self.admin.take().ok_or(Fault::Late { state, seconds: 0 })?;
         self.admin.push(slot, command);
         self.regs.write32(self.doorbell(0, false), self.admin.tail().into());
-        let end = self.regs.now() + ADMIN_DEADLINE;
+        let limit = self.limits.admin;
+        let end = self.regs.now() + limit;
         loop {
             if let Some(done) = self.admin.pop()? {
                 self.regs.write32(self.doorbell(0, true), self.admin.head().into());
+                if done.slot != slot {
+                    // The late answer to an Abort whose read has long ended.
+                    continue;
+                }
                 if !done.status.ok() {
                     return Err(Fault::Command { state, status: done.status });
                 }
                 return Ok(done.result);
             }
+            self.look(state)?;
             if self.regs.now() > end {
-                return Err(self.silence(state, ADMIN_DEADLINE));
+                return Err(Fault::Late { state, seconds: limit.as_secs() });
             }
             self.regs.pause();
         }
     }
 
-    /// Why a command got no answer: asked only when a deadline has passed.
-    pub(super) fn silence(&self, state: &'static str, limit: Duration) -> Fault {
-        match self.regs.read32(regs::CSTS) {
-            regs::GONE => Fault::Gone,
-            csts if csts & regs::CSTS_CFS != 0 => Fault::Fatal { state },
-            _ => Fault::Late { state, seconds: limit.as_secs() },
-        }
+    /// CSTS.SHST says that the shutdown is complete, or the drive is gone.
+    fn shut(&self) -> bool {
+        let csts = self.regs.read32(regs::CSTS);
+        csts == regs::GONE || csts >> 2 & 3 == 2
     }
 
     /// Shuts the controller down: afterwards it does no DMA, or is gone.
@@ -290,13 +313,14 @@ impl<R: Registers> Controller<R> {
             return Ok(());
         }
         if self.dead.is_none() && self.io.outstanding() == 0 {
-            let _ = self.admin(&Command::DeleteSubmissionQueue { id: IO_QUEUE }, "delete submission queue");
-            let _ = self.admin(&Command::DeleteCompletionQueue { id: IO_QUEUE }, "delete completion queue");
+            let _ = self
+                .admin(&Command::DeleteSubmissionQueue { id: IO_QUEUE }, "delete submission queue")
+                .and_then(|_| self.admin(&Command::DeleteCompletionQueue { id: IO_QUEUE }, "delete completion queue"));
             let cc = self.regs.read32(regs::CC) & !regs::CC_SHN_MASK;
             self.regs.write32(regs::CC, cc | regs::CC_SHN_NORMAL);
             let limit = Duration::from_micros(self.info.shutdown_us.into()).max(Duration::from_secs(10));
             let end = self.regs.now() + limit;
-            while self.regs.read32(regs::CSTS) >> 2 & 3 != 2 && self.regs.now() < end {
+            while !self.shut() && self.regs.now() < end {
                 self.regs.pause();
             }
         }

@@ -178,7 +178,7 @@ impl VfioNvme {
             Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
             Err((fault, bar)) => {
                 let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
-                if running {
+                if running && !vfio.silence() {
                     // It may still write to the queues: keep them until the process ends.
                     std::mem::forget(vfio);
                 }
@@ -200,7 +200,7 @@ impl VfioNvme {
 
 impl Drop for VfioNvme {
     fn drop(&mut self) {
-        if self.controller.stop().is_ok() {
+        if self.controller.stop().is_ok() || self.vfio.silence() {
             // SAFETY: dropped once, here; the controller is off, so nothing reaches the memory.
             unsafe { ManuallyDrop::drop(&mut self.vfio) };
         }
@@ -229,6 +229,21 @@ impl Vfio {
 
     /// Memory space and bus master on, legacy interrupt off. PCI Local Bus 3.0 §6.2.2.
     fn bus_master(&self) -> std::io::Result<()> {
+        self.pci_command(|word| word | 0x406).map(|_| ())
+    }
+
+    /// The last means against a controller that will not be disabled: a reset of the function, and
+    /// no bus master any more. True if the device can write to no memory from here on.
+    fn silence(&self) -> bool {
+        // SAFETY: an ioctl without argument on an open device.
+        let reset = unsafe { libc::ioctl(self.device.as_raw_fd(), VFIO_DEVICE_RESET) } == 0;
+        let off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
+        tracing::warn!("the controller would not stop; function reset: {reset}, bus master off: {off}");
+        off
+    }
+
+    /// Changes the PCI command register; returns what it reads as afterwards.
+    fn pci_command(&self, change: impl Fn(u16) -> u16) -> std::io::Result<u16> {
         let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX) + 4;
         let mut word = [0u8; 2];
         let fd = self.device.as_raw_fd();
@@ -236,12 +251,16 @@ impl Vfio {
         if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
             return Err(std::io::Error::last_os_error());
         }
-        let word = (u16::from_le_bytes(word) | 0x406).to_le_bytes();
+        let changed = change(u16::from_le_bytes(word)).to_le_bytes();
         // SAFETY: a write of two bytes from two bytes.
-        if unsafe { libc::pwrite(fd, word.as_ptr().cast(), 2, at as libc::off_t) } != 2 {
+        if unsafe { libc::pwrite(fd, changed.as_ptr().cast(), 2, at as libc::off_t) } != 2 {
             return Err(std::io::Error::last_os_error());
         }
-        Ok(())
+        // SAFETY: as the first read.
+        if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(u16::from_le_bytes(word))
     }
 
     fn bar(&self, bdf: &str) -> Result<Bar, OpenError> {

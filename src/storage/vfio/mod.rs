@@ -6,6 +6,7 @@
 
 pub mod bringup;
 pub mod command;
+pub mod deadline;
 pub mod device;
 pub mod identify;
 pub mod io;
@@ -18,6 +19,7 @@ pub mod regs;
 pub mod status;
 
 pub use bringup::{Controller, Fault};
+pub use deadline::Limits;
 pub use device::VfioNvme;
 pub use queue::Dma;
 pub use reader::VfioReader;
