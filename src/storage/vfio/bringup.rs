@@ -9,6 +9,7 @@ use super::identify::{self, ControllerInfo, NamespaceInfo};
 use super::io::Pending;
 use super::prp;
 use super::queue::{Dma, QueuePair, UnknownCommand};
+use super::quirks::Quirks;
 use super::regs::{self, Capabilities, Registers};
 use super::status::Status;
 
@@ -82,6 +83,7 @@ pub struct Controller<R: Registers> {
     pub(super) dead: Option<Fault>,
     pub(super) stopped: bool,
     pub(super) watch: Watch,
+    pub(super) quirks: Quirks,
     /// How long things may take.
     pub limits: Limits,
     scratch: Dma,
@@ -107,11 +109,15 @@ impl<R: Registers> Controller<R> {
     ///
     /// # Errors
     /// On an error the controller has been disabled again if it answers at all.
-    pub fn start(regs: R, memory: Dma, nsid: u32, entries: u16) -> Result<Self, (Fault, R)> {
+    pub fn start(regs: R, memory: Dma, nsid: u32, entries: u16, quirks: Quirks) -> Result<Self, (Fault, R)> {
+        if let Some(why) = quirks.unsupported {
+            return Err((Fault::Unsupported(why.into()), regs));
+        }
         match Self::prepare(&regs, entries) {
             Err(fault) => Err((fault, regs)),
             Ok((caps, entries)) => {
                 let mut controller = Self::new(regs, memory, nsid, caps, entries);
+                controller.quirks = quirks;
                 match controller.run() {
                     Ok(()) => Ok(controller),
                     Err(fault) => {
@@ -162,6 +168,7 @@ impl<R: Registers> Controller<R> {
             dead: None,
             stopped: false,
             watch: Watch::default(),
+            quirks: Quirks::default(),
             limits: Limits::default(),
             info: identify::controller(&[0; 4096], 12).expect("4096 bytes"),
             namespace: identify::namespace(&[0; 4096]).expect("4096 bytes"),
@@ -210,6 +217,10 @@ impl<R: Registers> Controller<R> {
             // fatal state never gets there, so its failure here is not the end.
             let _ = self.wait_ready(true, "waiting for an earlier enable");
             self.regs.write32(regs::CC, cc & !(regs::CC_EN | regs::CC_SHN_MASK));
+            let end = self.regs.now() + self.quirks.ready_delay;
+            while self.regs.now() < end {
+                self.regs.pause();
+            }
         }
         self.wait_ready(false, "disabling")
     }
@@ -240,6 +251,9 @@ impl<R: Registers> Controller<R> {
         let raw = self.scratch.bytes(4096);
         self.namespace = identify::namespace(&raw).ok_or_else(short)?;
         self.raw_identify[1] = raw;
+        if self.quirks.bogus_ids {
+            (self.namespace.nguid, self.namespace.eui64) = ([0; 16], [0; 8]);
+        }
         let refusals = self.namespace.refusals();
         if !refusals.is_empty() {
             return Err(Fault::Unsupported(format!("namespace {}: {}", self.nsid, refusals.join("; "))));
@@ -332,6 +346,12 @@ impl<R: Registers> Controller<R> {
             }
             Err(fault) => Err(fault),
         }
+    }
+
+    /// Most bytes of one read that begins at byte `at` of the namespace, a multiple of the block size.
+    pub fn max_transfer_at(&self, at: u64) -> u64 {
+        let most = self.max_transfer();
+        if self.quirks.stripes { most - at % most } else { most }
     }
 
     /// Most bytes of one read, a multiple of the block size.

@@ -13,6 +13,7 @@ use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::bringup::{Controller, Fault, memory_needed};
 use super::queue::Dma;
+use super::quirks::Quirks;
 use super::regs::Registers;
 
 const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
@@ -128,6 +129,7 @@ struct Vfio {
     windows: Vec<(u64, u64)>,
     next: u64,
     queues: Anonymous,
+    quirks: Quirks,
 }
 
 /// Anonymous, page-aligned memory.
@@ -174,7 +176,7 @@ impl VfioNvme {
         // SAFETY: as above; only the driver touches it from here on.
         let memory = unsafe { Dma::new(ptr, iova, len) };
         let bar = vfio.bar(bdf)?;
-        match Controller::start(bar, memory, nsid, entries) {
+        match Controller::start(bar, memory, nsid, entries, vfio.quirks) {
             Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
             Err((fault, bar)) => {
                 let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
@@ -222,7 +224,10 @@ impl Vfio {
         let windows =
             windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
         let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
-        let vfio = Self { device, container, windows, next: HUGE, queues };
+        let mut vfio = Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default() };
+        let ids = vfio.pci_ids().map_err(|e| fail(format!("its configuration space cannot be read: {e}")))?;
+        vfio.quirks = Quirks::of(ids.0, ids.1);
+        std::thread::sleep(vfio.quirks.rest_after_reset);
         vfio.bus_master().map_err(|e| fail(format!("its configuration space cannot be written: {e}")))?;
         Ok(vfio)
     }
@@ -240,6 +245,17 @@ impl Vfio {
         let off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
         tracing::warn!("the controller would not stop; function reset: {reset}, bus master off: {off}");
         off
+    }
+
+    /// Vendor and device.
+    fn pci_ids(&self) -> std::io::Result<(u16, u16)> {
+        let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX);
+        let mut ids = [0u8; 4];
+        // SAFETY: a read of four bytes into four bytes.
+        if unsafe { libc::pread(self.device.as_raw_fd(), ids.as_mut_ptr().cast(), 4, at as libc::off_t) } != 4 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok((u16::from_le_bytes([ids[0], ids[1]]), u16::from_le_bytes([ids[2], ids[3]])))
     }
 
     /// Changes the PCI command register; returns what it reads as afterwards.

@@ -12,8 +12,10 @@ pub mod identify;
 pub mod io;
 #[cfg(test)]
 mod model;
+pub mod pace;
 pub mod prp;
 pub mod queue;
+pub mod quirks;
 pub mod reader;
 pub mod regs;
 pub mod status;

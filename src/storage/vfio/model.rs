@@ -11,6 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::bringup::{Controller, Fault, memory_needed};
 use super::io::{Read, ReadDone};
 use super::queue::Dma;
+use super::quirks::Quirks;
 use super::regs::{self, Registers};
 
 const QUEUES: u64 = 0x20_0000;
@@ -157,6 +158,7 @@ impl State {
                     bytes[513] = 0x44;
                 } else {
                     bytes[..8].copy_from_slice(&BLOCKS.to_le_bytes());
+                    bytes[104..128].fill(0xee);
                     bytes[130] = 9;
                     bytes[128] = if self.wrong == Wrong::Metadata { 8 } else { 0 };
                 }
@@ -351,7 +353,11 @@ fn bench(seed: u64, wrong: Wrong) -> Bench {
 }
 
 fn start(b: &Bench, entries: u16) -> Result<Controller<Rc<Model>>, Fault> {
-    Controller::start(b.model.clone(), b.queues, 1, entries).map_err(|(fault, _)| fault)
+    start_with(b, entries, Quirks::default())
+}
+
+fn start_with(b: &Bench, entries: u16, quirks: Quirks) -> Result<Controller<Rc<Model>>, Fault> {
+    Controller::start(b.model.clone(), b.queues, 1, entries, quirks).map_err(|(fault, _)| fault)
 }
 
 fn until_done(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
@@ -610,6 +616,26 @@ fn errors_are_retried_unless_they_are_final() {
         assert_eq!(done[0].result.is_ok(), ok, "{status:#x}");
         assert_eq!(b.model.state.borrow().reads, reads, "{status:#x}");
     }
+}
+
+#[test]
+fn quirks_are_followed() {
+    let b = bench(1, Wrong::Nothing);
+    let c = start(&b, 8).unwrap();
+    assert_eq!((c.namespace.nguid, c.namespace.eui64), ([0xee; 16], [0xee; 8]));
+    assert_eq!(c.max_transfer_at(100 << 10), 128 << 10);
+
+    let quirks = Quirks { bogus_ids: true, stripes: true, ready_delay: Duration::from_secs(2), ..Quirks::default() };
+    let mut c = start_with(&b, 8, quirks).unwrap();
+    assert_eq!((c.namespace.nguid, c.namespace.eui64), ([0; 16], [0; 8]));
+    assert_eq!(c.max_transfer_at(100 << 10), 28 << 10);
+    assert_eq!(c.max_transfer_at(256 << 10), 128 << 10);
+    let began = b.model.now();
+    c.stop().unwrap();
+    assert!(b.model.now() - began >= Duration::from_secs(2));
+
+    let quirks = Quirks { unsupported: Some("its submission entries have 128 bytes"), ..Quirks::default() };
+    assert!(matches!(start_with(&b, 8, quirks), Err(Fault::Unsupported(_))));
 }
 
 #[test]
