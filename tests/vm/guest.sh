@@ -10,8 +10,17 @@ if [ "$1" = no_iommu ]; then
   refused "no IOMMU" "behind no IOMMU" $nt bind $dev
   echo "DONE no_iommu"; exit
 fi
+if [ "$1" = bench ]; then
+  allow
+  bench_kernel
+  works "bind" $nt bind $dev
+  bench_vfio
+  works "release" $nt release $dev
+  echo "DONE bench"; exit
+fi
 if [ "$1" = model ]; then
   . /root/model.sh
+  . /root/variants.sh
   echo "DONE model"; exit
 fi
 
@@ -57,12 +66,7 @@ refused "list others may write" "writable by nobody else" $nt bind $dev --allow 
 cp /dev/$dev /tmp/copy.img
 nvme id-ctrl /dev/$exp -b >/tmp/kernel.ctrl 2>/dev/null
 nvme id-ns /dev/$dev -b >/tmp/kernel.ns 2>/dev/null
-# Throughput, and processor time a read as fio counts it (fields 88 and 89 of its terse form, in percent).
-for case in 4k:1 4k:32 128k:1 128k:32 1M:1 1M:32; do
-  fio --name=k --filename=/dev/$dev --readonly --rw=randread --direct=1 --ioengine=io_uring --time_based --runtime=1.5 \
-    --bs=${case%:*} --iodepth=${case#*:} --output-format=terse --terse-version=3 2>/dev/null |
-    awk -F';' -v c=$case '{printf "INFO fio io_uring %s: %d reads/s %.1f us CPU a read\n", c, $8, ($88 + $89) * 10000 / ($8 + 0.001)}'
-done
+bench_kernel
 
 works "dry run" $nt bind $dev --dry-run
 works "bind" $nt bind $dev
@@ -72,7 +76,7 @@ cmp /tmp/kernel.ctrl /tmp/vfio.ctrl >/tmp/out 2>&1 && pass "identify controller 
 cmp /tmp/kernel.ns /tmp/vfio.ns >/tmp/out 2>&1 && pass "identify namespace equals nvme-cli's" || fail "identify namespace equals nvme-cli's"
 works "a plain user reads 10000 times, all equal" asuser nvme_probe compare $dev /tmp/copy.img 10000
 sed 's/^/INFO /' /tmp/out
-asuser nvme_probe bench $dev 2>&1 | sed 's/^/INFO vfio /'
+bench_vfio
 nvme_probe forever $dev & reader=$!
 sleep 1
 refused "release while in use" "uses it" $nt release $dev
@@ -83,12 +87,7 @@ works "release" $nt release $dev
 sleep 0.5
 after=$(sha256sum /dev/$(drive EXP0001)n1 | cut -c1-64)
 [ "$before" = "$after" ] && pass "data unchanged" || fail "data unchanged"
-for d in BLK4K001 SMALL001; do
-  n=$(drive $d)n1
-  cp /dev/$n /tmp/copy.img
-  works "$d bind" $nt bind $n
-  works "$d reads equal" nvme_probe compare $n /tmp/copy.img 500
-  works "$d release" $nt release $n
-done
+rm -f /tmp/copy.img /tmp/file.copy
 . /root/model.sh
+. /root/variants.sh
 echo "DONE all"
