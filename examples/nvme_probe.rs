@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use nt::storage::bind::find_bound;
 use nt::storage::extents::{CHUNK, Manifest};
 use nt::storage::guard::Host;
-use nt::storage::vfio::{VfioReader, reader::Span};
+use nt::storage::vfio::{Limits, VfioReader, reader::Span};
 use nt::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 use rand::{RngExt, SeedableRng};
 
@@ -34,6 +34,8 @@ enum Command {
     File { device: String, manifest: String, copy: String },
     /// Time reads
     Bench { device: String },
+    /// Read 8 MiB with this many seconds for each command
+    Late { device: String, seconds: u64 },
     /// Read until killed
     Forever { device: String },
 }
@@ -196,6 +198,16 @@ fn main() {
                 println!("bs={bytes} depth={depth}: {rate:.0} reads/s {mb:.1} MB/s {us:.1} us CPU a read");
             }
             Ok(())
+        }),
+        Command::Late { device, seconds } => open(&device).and_then(|mut drive| {
+            let limit = Duration::from_secs(seconds);
+            drive.reader.set_limits(Limits { read: limit, abort: limit, ..Limits::default() });
+            drive.submit(0, 0, 8 << 20, 0)?;
+            let mut out = Vec::new();
+            while drive.reader.outstanding() > 0 {
+                drive.next(&mut out)?;
+            }
+            out.into_iter().try_for_each(|completion| completion.result.map(|_| ())).map_err(Into::into)
         }),
         Command::Forever { device } => open(&device).and_then(|mut drive| {
             loop {

@@ -14,8 +14,17 @@ if [ "$1" = memory ]; then
   . /root/small.sh
   echo "DONE memory"; exit
 fi
+if [ "$1" = bench ]; then
+  allow
+  bench_kernel
+  works "bind" $nt bind $dev
+  bench_vfio
+  works "release" $nt release $dev
+  echo "DONE bench"; exit
+fi
 if [ "$1" = model ]; then
   . /root/model.sh
+  . /root/variants.sh
   echo "DONE model"; exit
 fi
 
@@ -61,12 +70,7 @@ refused "list others may write" "writable by nobody else" $nt bind $dev --allow 
 cp /dev/$dev /tmp/copy.img
 nvme id-ctrl /dev/$exp -b >/tmp/kernel.ctrl 2>/dev/null
 nvme id-ns /dev/$dev -b >/tmp/kernel.ns 2>/dev/null
-# Throughput, and processor time a read as fio counts it (fields 88 and 89 of its terse form, in percent).
-for case in 4k:1 4k:32 128k:1 128k:32 1M:1 1M:32; do
-  fio --name=k --filename=/dev/$dev --readonly --rw=randread --direct=1 --ioengine=io_uring --time_based --runtime=1.5 \
-    --bs=${case%:*} --iodepth=${case#*:} --output-format=terse --terse-version=3 2>/dev/null |
-    awk -F';' -v c=$case '{printf "INFO fio io_uring %s: %d reads/s %.1f us CPU a read\n", c, $8, ($88 + $89) * 10000 / ($8 + 0.001)}'
-done
+bench_kernel
 
 works "dry run" $nt bind $dev --dry-run
 works "bind" $nt bind $dev
@@ -79,7 +83,7 @@ sed 's/^/INFO /' /tmp/out
 works "a plain user probes the bound drive" asuser nt probe storage $dev --block-size 4KiB,128KiB --depth 1,16 --seconds 0 --json
 grep -q '"through":"vfio"' /tmp/out && pass "and reads it through VFIO" || fail "and reads it through VFIO"
 sed 's/.*"knee":/INFO probe knee /; s/,"buffered.*//' /tmp/out
-asuser nvme_probe bench $dev 2>&1 | sed 's/^/INFO vfio /'
+bench_vfio
 nvme_probe forever $dev & reader=$!
 sleep 1
 refused "release while in use" "uses it" $nt release $dev
@@ -90,12 +94,7 @@ works "release" $nt release $dev
 sleep 0.5
 after=$(sha256sum /dev/$(drive EXP0001)n1 | cut -c1-64)
 [ "$before" = "$after" ] && pass "data unchanged" || fail "data unchanged"
-for d in BLK4K001 SMALL001; do
-  n=$(drive $d)n1
-  cp /dev/$n /tmp/copy.img
-  works "$d bind" $nt bind $n
-  works "$d reads equal" nvme_probe compare $n /tmp/copy.img 500
-  works "$d release" $nt release $n
-done
+rm -f /tmp/copy.img /tmp/file.copy
 . /root/model.sh
+. /root/variants.sh
 echo "DONE all"

@@ -2,13 +2,13 @@
 # shellcheck shell=bash
 
 modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4 dm-mod raid1)
-programs=(nvme fio mke2fs sfdisk blkid)
+programs=(nvme fio mke2fs sfdisk blkid dmsetup)
 bad_sector=100000
 
 # Installs what the harness needs when it is missing and this is root; else says so and exits with 77.
 need_tools() {
   local command missing=()
-  for command in qemu-system-x86_64:qemu-system-x86 nvme:nvme-cli fio:fio cpio:cpio depmod:kmod sfdisk:fdisk; do
+  for command in qemu-system-x86_64:qemu-system-x86 nvme:nvme-cli fio:fio cpio:cpio depmod:kmod sfdisk:fdisk dmsetup:dmsetup; do
     command -v "${command%:*}" >/dev/null || missing+=("${command#*:}")
   done
   [ -x /bin/busybox ] && ! ldd /bin/busybox >/dev/null 2>&1 || missing+=(busybox-static)
@@ -77,7 +77,7 @@ make_root() {
   copy_program "$built/nt" "$root"
   [ ! -e "$built/examples/nvme_probe" ] || copy_program "$built/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
-  install -D -m 755 -t "$root/root" tests/vm/{guest,checks,model}.sh
+  install -D -m 755 -t "$root/root" tests/vm/{guest,checks,model,variants}.sh
   install -D -m 755 tests/vm/init.sh "$root/sbin/init.sh"
   mkdir -p "$root/root/scripts" "$root/root/udev"
   cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
@@ -128,17 +128,19 @@ make_drives() {
   make_boot_drive
   # Unknown, random bytes: what a drive with nothing recognisable on it looks like.
   head -c 64M /dev/urandom >"$work/exp.img"
-  head -c 32M /dev/urandom >"$work/blk4k.img"
-  head -c 32M /dev/urandom >"$work/small.img"
+  head -c 12M /dev/urandom >"$work/slow.img"
   truncate -s 32M "$work/meta.img" "$work/zns.img" "$work/sib.img" "$work/other.img" "$work/fs.img"
   mke2fs -q -F -t ext4 "$work/fs.img" >/dev/null 2>&1
   rm -rf "$work/model"
   mkdir "$work/model"
   ln "$model" "$work/model/smol.gguf" 2>/dev/null || cp "$model" "$work/model/smol.gguf"
   truncate -s 160M "$work/model.img"
-  mke2fs -q -F -t ext4 -d "$work/model" -E lazy_itable_init=1 "$work/model.img" >/dev/null 2>&1
+  mke2fs -q -F -t ext4 -b 4096 -d "$work/model" -E lazy_itable_init=1 "$work/model.img" >/dev/null 2>&1
   # The same once more, on a drive that cannot read one sector in the middle of the model.
   cp --sparse=always "$work/model.img" "$work/bad.img"
+  # And on drives with other block and transfer sizes.
+  cp --sparse=always "$work/model.img" "$work/blk4k.img"
+  cp --sparse=always "$work/model.img" "$work/small.img"
   printf '[inject-error]\nevent = "read_aio"\nerrno = "5"\nsector = "%s"\n' "$bad_sector" >"$work/bad.conf"
   truncate -s 128M "$work/stage.img"
 }
@@ -175,8 +177,15 @@ boot() {
   fi
   local port=0 devices=()
   add_port() { port=$((port + 1)); devices+=(-device "pcie-root-port,id=rp$port,chassis=$port,slot=$port,bus=pcie.0"); }
-  add_file() { devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe$([ "$1" != stage ] || echo ,throttling.bps-read=40000000)"); }
-  for name in boot model exp meta zns blk4k small fs stage bad; do
+  add_file() {
+    local limit=
+    case $1 in
+      stage) limit=,throttling.bps-read=40000000 ;;
+      slow) limit=,throttling.bps-read=2000000 ;;
+    esac
+    devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe$limit")
+  }
+  for name in boot model exp meta zns blk4k small fs stage bad slow; do
     add_port
     case $name in
       bad) devices+=(-drive "if=none,id=bad,file=blkdebug:$work/bad.conf:$work/bad.img,format=raw,cache=unsafe") ;;
@@ -193,6 +202,7 @@ boot() {
       blk4k) devices+=(-device "nvme,id=blk4k,serial=BLK4K001,bus=rp$port" -device "nvme-ns,drive=blk4k,bus=blk4k,logical_block_size=4096,physical_block_size=4096") ;;
       small) devices+=(-device "nvme,id=small,serial=SMALL001,drive=small,mdts=1,max_ioqpairs=1,bus=rp$port") ;;
       model) devices+=(-device "nvme,id=model,serial=MODEL001,drive=model,bus=rp$port") ;;
+      slow) devices+=(-device "nvme,id=slow,serial=SLOW0001,drive=slow,bus=rp$port") ;;
       fs) devices+=(-device "nvme,id=fs,serial=FS0001,drive=fs,bus=rp$port") ;;
     esac
   done

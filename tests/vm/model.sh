@@ -99,7 +99,7 @@ works "release the staged drive" sh /root/scripts/release-vfio.sh $dev
 dev=$(drive STAGE001)n1
 address=$(basename "$(readlink -f /sys/class/nvme/${dev%n1}/device)")
 works "bind the drive that will be taken out" sh /root/scripts/bind-vfio.sh $dev
-asuser "exec timeout 150 nt -q run smol --tier-c $dev $tiers -p Hello -n 16 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
+asuser "exec timeout 150 nt -q run smol --tier-c $dev $tiers -p Hello -n 6 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
 for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/taken ] && break; sleep 1; done
 echo "UNPLUG stage"
 wait $first; code=$?

@@ -3,7 +3,7 @@
 # tests/vm/guest.sh inside it. Nothing of the host is bound, mounted or written: the guest's drives
 # are files under target/vm. Works without KVM (TCG). Exits with 77 where QEMU cannot be had.
 #
-#   tests/vm/run.sh [--no-build] [--keep] [only…]      `model` for the model's alone, default all
+#   tests/vm/run.sh [--no-build] [--keep] [only…]      `model` or `bench` for these alone, default all
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/vm

@@ -4,10 +4,12 @@
 use std::time::Duration;
 
 use super::command::Command;
+use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};
 use super::io::Pending;
 use super::prp;
 use super::queue::{Dma, QueuePair, UnknownCommand};
+use super::quirks::Quirks;
 use super::regs::{self, Capabilities, Registers};
 use super::status::Status;
 
@@ -31,6 +33,21 @@ pub enum Fault {
         /// Limit.
         seconds: u64,
     },
+    /// A read got no answer, nor did asking for its end help.
+    #[error("{blocks} blocks at block {block} were not read within {seconds} s, and {abort}")]
+    Unanswered {
+        /// First block.
+        block: u64,
+        /// Blocks.
+        blocks: u32,
+        /// Time since the read was sent last.
+        seconds: u64,
+        /// What became of the Abort command.
+        abort: &'static str,
+    },
+    /// The controller could not be switched off after a fault.
+    #[error("{0}; it cannot be switched off either, so the memory that it may write to stays locked")]
+    StillRunning(Box<Fault>),
     /// A command of the bring-up failed.
     #[error("{state} failed: {status}")]
     Command {
@@ -49,7 +66,6 @@ pub enum Fault {
 
 /// Entries of the admin queues.
 const ADMIN_ENTRIES: u16 = 16;
-const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
 const PAGE: usize = 4096;
 /// Number of our only I/O queue pair.
 pub(super) const IO_QUEUE: u16 = 1;
@@ -59,13 +75,17 @@ pub(super) const IO_QUEUE: u16 = 1;
 pub struct Controller<R: Registers> {
     pub(super) regs: R,
     pub(super) caps: Capabilities,
-    admin: QueuePair,
+    pub(super) admin: QueuePair,
     pub(super) io: QueuePair,
     pub(super) pending: Vec<Option<Pending>>,
     pub(super) lists: Dma,
     pub(super) nsid: u32,
     pub(super) dead: Option<Fault>,
     pub(super) stopped: bool,
+    pub(super) watch: Watch,
+    pub(super) quirks: Quirks,
+    /// How long things may take.
+    pub limits: Limits,
     scratch: Dma,
     /// What the controller says of itself.
     pub info: ControllerInfo,
@@ -89,11 +109,15 @@ impl<R: Registers> Controller<R> {
     ///
     /// # Errors
     /// On an error the controller has been disabled again if it answers at all.
-    pub fn start(regs: R, memory: Dma, nsid: u32, entries: u16) -> Result<Self, (Fault, R)> {
+    pub fn start(regs: R, memory: Dma, nsid: u32, entries: u16, quirks: Quirks) -> Result<Self, (Fault, R)> {
+        if let Some(why) = quirks.unsupported {
+            return Err((Fault::Unsupported(why.into()), regs));
+        }
         match Self::prepare(&regs, entries) {
             Err(fault) => Err((fault, regs)),
             Ok((caps, entries)) => {
                 let mut controller = Self::new(regs, memory, nsid, caps, entries);
+                controller.quirks = quirks;
                 match controller.run() {
                     Ok(()) => Ok(controller),
                     Err(fault) => {
@@ -143,6 +167,9 @@ impl<R: Registers> Controller<R> {
             nsid,
             dead: None,
             stopped: false,
+            watch: Watch::default(),
+            quirks: Quirks::default(),
+            limits: Limits::default(),
             info: identify::controller(&[0; 4096], 12).expect("4096 bytes"),
             namespace: identify::namespace(&[0; 4096]).expect("4096 bytes"),
             raw_identify: [Vec::new(), Vec::new()],
@@ -190,6 +217,10 @@ impl<R: Registers> Controller<R> {
             // fatal state never gets there, so its failure here is not the end.
             let _ = self.wait_ready(true, "waiting for an earlier enable");
             self.regs.write32(regs::CC, cc & !(regs::CC_EN | regs::CC_SHN_MASK));
+            let end = self.regs.now() + self.quirks.ready_delay;
+            while self.regs.now() < end {
+                self.regs.pause();
+            }
         }
         self.wait_ready(false, "disabling")
     }
@@ -220,6 +251,9 @@ impl<R: Registers> Controller<R> {
         let raw = self.scratch.bytes(4096);
         self.namespace = identify::namespace(&raw).ok_or_else(short)?;
         self.raw_identify[1] = raw;
+        if self.quirks.bogus_ids {
+            (self.namespace.nguid, self.namespace.eui64) = ([0; 16], [0; 8]);
+        }
         let refusals = self.namespace.refusals();
         if !refusals.is_empty() {
             return Err(Fault::Unsupported(format!("namespace {}: {}", self.nsid, refusals.join("; "))));
@@ -256,29 +290,32 @@ impl<R: Registers> Controller<R> {
         let slot = self.admin.take().ok_or(Fault::Late { state, seconds: 0 })?;
         self.admin.push(slot, command);
         self.regs.write32(self.doorbell(0, false), self.admin.tail().into());
-        let end = self.regs.now() + ADMIN_DEADLINE;
+        let limit = self.limits.admin;
+        let end = self.regs.now() + limit;
         loop {
             if let Some(done) = self.admin.pop()? {
                 self.regs.write32(self.doorbell(0, true), self.admin.head().into());
+                if done.slot != slot {
+                    // The late answer to an Abort whose read has long ended.
+                    continue;
+                }
                 if !done.status.ok() {
                     return Err(Fault::Command { state, status: done.status });
                 }
                 return Ok(done.result);
             }
+            self.look(state)?;
             if self.regs.now() > end {
-                return Err(self.silence(state, ADMIN_DEADLINE));
+                return Err(Fault::Late { state, seconds: limit.as_secs() });
             }
             self.regs.pause();
         }
     }
 
-    /// Why a command got no answer: asked only when a deadline has passed.
-    pub(super) fn silence(&self, state: &'static str, limit: Duration) -> Fault {
-        match self.regs.read32(regs::CSTS) {
-            regs::GONE => Fault::Gone,
-            csts if csts & regs::CSTS_CFS != 0 => Fault::Fatal { state },
-            _ => Fault::Late { state, seconds: limit.as_secs() },
-        }
+    /// CSTS.SHST says that the shutdown is complete, or the drive is gone.
+    fn shut(&self) -> bool {
+        let csts = self.regs.read32(regs::CSTS);
+        csts == regs::GONE || csts >> 2 & 3 == 2
     }
 
     /// Shuts the controller down: afterwards it does no DMA, or is gone.
@@ -290,13 +327,14 @@ impl<R: Registers> Controller<R> {
             return Ok(());
         }
         if self.dead.is_none() && self.io.outstanding() == 0 {
-            let _ = self.admin(&Command::DeleteSubmissionQueue { id: IO_QUEUE }, "delete submission queue");
-            let _ = self.admin(&Command::DeleteCompletionQueue { id: IO_QUEUE }, "delete completion queue");
+            let _ = self
+                .admin(&Command::DeleteSubmissionQueue { id: IO_QUEUE }, "delete submission queue")
+                .and_then(|_| self.admin(&Command::DeleteCompletionQueue { id: IO_QUEUE }, "delete completion queue"));
             let cc = self.regs.read32(regs::CC) & !regs::CC_SHN_MASK;
             self.regs.write32(regs::CC, cc | regs::CC_SHN_NORMAL);
             let limit = Duration::from_micros(self.info.shutdown_us.into()).max(Duration::from_secs(10));
             let end = self.regs.now() + limit;
-            while self.regs.read32(regs::CSTS) >> 2 & 3 != 2 && self.regs.now() < end {
+            while !self.shut() && self.regs.now() < end {
                 self.regs.pause();
             }
         }
@@ -308,6 +346,12 @@ impl<R: Registers> Controller<R> {
             }
             Err(fault) => Err(fault),
         }
+    }
+
+    /// Most bytes of one read that begins at byte `at` of the namespace, a multiple of the block size.
+    pub fn max_transfer_at(&self, at: u64) -> u64 {
+        let most = self.max_transfer();
+        if self.quirks.stripes { most - at % most } else { most }
     }
 
     /// Most bytes of one read, a multiple of the block size.

@@ -57,6 +57,13 @@ pub enum Command {
         /// Queue.
         id: u16,
     },
+    /// Abort: asks the controller to end one command; its answer's bit 0 is 0 if it did. §5.1.
+    Abort {
+        /// Submission queue of the command.
+        queue: u16,
+        /// The command's identifier.
+        cid: u16,
+    },
     /// Read. NVM Command Set 1.0 §3.2.4.
     Read {
         /// Namespace.
@@ -125,6 +132,10 @@ impl Command {
                 e[10] = u32::from(id);
                 0x04
             }
+            Self::Abort { queue, cid } => {
+                e[10] = u32::from(cid) << 16 | u32::from(queue);
+                0x08
+            }
             Self::Read { nsid, lba, blocks, prp1, prp2 } => {
                 data(prp1, prp2);
                 e[1] = nsid;
@@ -159,6 +170,7 @@ mod tests {
             CreateSubmissionQueue { id: 1, entries: 2, at: 4096 },
             DeleteSubmissionQueue { id: 1 },
             DeleteCompletionQueue { id: 1 },
+            Abort { queue: 1, cid: 2 },
             Read { nsid: 1, lba: 0, blocks: 1, prp1: 4096, prp2: 0 },
         ];
         for command in all {
@@ -171,6 +183,7 @@ mod tests {
                 CreateSubmissionQueue { .. } => 0x01,
                 DeleteSubmissionQueue { .. } => 0x00,
                 DeleteCompletionQueue { .. } => 0x04,
+                Abort { .. } => 0x08,
             };
             let entry = command.encode(7);
             assert_eq!(entry[0] & 0xff, opcode, "{command:?}");
@@ -179,6 +192,24 @@ mod tests {
             assert_eq!(command.is_io(), matches!(command, Read { .. }));
         }
         assert_eq!(QueueCount { pairs: 1 }.encode(0)[10], 7, "the only feature that is set");
+    }
+
+    #[test]
+    fn no_other_opcode_exists() {
+        // On the I/O queue 01h is Write, 04h Write Uncorrectable, 08h Write Zeroes, 09h Dataset
+        // Management: none of the admin commands may get there, and `push` sends only reads.
+        let text = include_str!("command.rs");
+        let body = text.split("let opcode = match").nth(1).and_then(|t| t.split("e[0] = opcode").next()).unwrap();
+        let mut opcodes: Vec<&str> =
+            body.lines().map(str::trim).filter(|l| l.starts_with("0x") && l.len() == 4).collect();
+        opcodes.sort_unstable();
+        opcodes.dedup();
+        assert_eq!(opcodes, ["0x00", "0x01", "0x02", "0x04", "0x05", "0x06", "0x08", "0x09"]);
+    }
+
+    #[test]
+    fn abort_names_queue_and_command() {
+        assert_eq!(Abort { queue: 1, cid: 0x2003 }.encode(0)[10], 0x2003_0001);
     }
 
     #[test]

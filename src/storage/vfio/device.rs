@@ -13,6 +13,7 @@ use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::bringup::{Controller, Fault, memory_needed};
 use super::queue::Dma;
+use super::quirks::Quirks;
 use super::regs::Registers;
 
 const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
@@ -128,6 +129,7 @@ struct Vfio {
     windows: Vec<(u64, u64)>,
     next: u64,
     queues: Anonymous,
+    quirks: Quirks,
 }
 
 /// Anonymous, page-aligned memory.
@@ -174,11 +176,11 @@ impl VfioNvme {
         // SAFETY: as above; only the driver touches it from here on.
         let memory = unsafe { Dma::new(ptr, iova, len) };
         let bar = vfio.bar(bdf)?;
-        match Controller::start(bar, memory, nsid, entries) {
+        match Controller::start(bar, memory, nsid, entries, vfio.quirks) {
             Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
             Err((fault, bar)) => {
                 let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
-                if running {
+                if running && !vfio.silence() {
                     // It may still write to the queues: keep them until the process ends.
                     std::mem::forget(vfio);
                 }
@@ -200,7 +202,7 @@ impl VfioNvme {
 
 impl Drop for VfioNvme {
     fn drop(&mut self) {
-        if self.controller.stop().is_ok() {
+        if self.controller.stop().is_ok() || self.vfio.silence() {
             // SAFETY: dropped once, here; the controller is off, so nothing reaches the memory.
             unsafe { ManuallyDrop::drop(&mut self.vfio) };
         }
@@ -222,13 +224,42 @@ impl Vfio {
         let windows =
             windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
         let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
-        let vfio = Self { device, container, windows, next: HUGE, queues };
+        let mut vfio = Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default() };
+        let ids = vfio.pci_ids().map_err(|e| fail(format!("its configuration space cannot be read: {e}")))?;
+        vfio.quirks = Quirks::of(ids.0, ids.1);
+        std::thread::sleep(vfio.quirks.rest_after_reset);
         vfio.bus_master().map_err(|e| fail(format!("its configuration space cannot be written: {e}")))?;
         Ok(vfio)
     }
 
     /// Memory space and bus master on, legacy interrupt off. PCI Local Bus 3.0 §6.2.2.
     fn bus_master(&self) -> std::io::Result<()> {
+        self.pci_command(|word| word | 0x406).map(|_| ())
+    }
+
+    /// The last means against a controller that will not be disabled: a reset of the function, and
+    /// no bus master any more. True if the device can write to no memory from here on.
+    fn silence(&self) -> bool {
+        // SAFETY: an ioctl without argument on an open device.
+        let reset = unsafe { libc::ioctl(self.device.as_raw_fd(), VFIO_DEVICE_RESET) } == 0;
+        let off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
+        tracing::warn!("the controller would not stop; function reset: {reset}, bus master off: {off}");
+        off
+    }
+
+    /// Vendor and device.
+    fn pci_ids(&self) -> std::io::Result<(u16, u16)> {
+        let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX);
+        let mut ids = [0u8; 4];
+        // SAFETY: a read of four bytes into four bytes.
+        if unsafe { libc::pread(self.device.as_raw_fd(), ids.as_mut_ptr().cast(), 4, at as libc::off_t) } != 4 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok((u16::from_le_bytes([ids[0], ids[1]]), u16::from_le_bytes([ids[2], ids[3]])))
+    }
+
+    /// Changes the PCI command register; returns what it reads as afterwards.
+    fn pci_command(&self, change: impl Fn(u16) -> u16) -> std::io::Result<u16> {
         let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX) + 4;
         let mut word = [0u8; 2];
         let fd = self.device.as_raw_fd();
@@ -236,12 +267,16 @@ impl Vfio {
         if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
             return Err(std::io::Error::last_os_error());
         }
-        let word = (u16::from_le_bytes(word) | 0x406).to_le_bytes();
+        let changed = change(u16::from_le_bytes(word)).to_le_bytes();
         // SAFETY: a write of two bytes from two bytes.
-        if unsafe { libc::pwrite(fd, word.as_ptr().cast(), 2, at as libc::off_t) } != 2 {
+        if unsafe { libc::pwrite(fd, changed.as_ptr().cast(), 2, at as libc::off_t) } != 2 {
             return Err(std::io::Error::last_os_error());
         }
-        Ok(())
+        // SAFETY: as the first read.
+        if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(u16::from_le_bytes(word))
     }
 
     fn bar(&self, bdf: &str) -> Result<Bar, OpenError> {

@@ -19,6 +19,8 @@ pub struct ControllerInfo {
     pub shutdown_us: u32,
     /// Number of namespaces.
     pub namespaces: u32,
+    /// Aborts that may be outstanding at once.
+    pub aborts: u16,
     /// Smallest supported entry sizes of SQ and CQ, as powers of two.
     pub entry_shifts: (u8, u8),
 }
@@ -68,6 +70,7 @@ pub fn controller(d: &[u8], min_page_shift: u32) -> Option<ControllerInfo> {
         sharing: d[76],
         shutdown_us: u32_at(d, 88),
         namespaces: u32_at(d, 516),
+        aborts: u16::from(d[258]) + 1,
         entry_shifts: (d[512] & 0xf, d[513] & 0xf),
     })
 }

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use super::bringup::{Controller, Fault, IO_QUEUE};
 use super::command::Command;
+use super::deadline::Abort;
 use super::prp;
 use super::regs::Registers;
 use super::status::Status;
 
-const DEADLINE: Duration = Duration::from_secs(30);
 const TRIES: u8 = 4;
 
 /// A read of whole blocks.
@@ -27,9 +27,10 @@ pub struct Read {
 /// A read that the controller has.
 #[derive(Debug)]
 pub(super) struct Pending {
-    read: Read,
+    pub(super) read: Read,
     tries: u8,
-    end: Duration,
+    pub(super) end: Duration,
+    pub(super) abort: Abort,
 }
 
 /// A read that is done.
@@ -59,11 +60,11 @@ impl<R: Registers> Controller<R> {
         let Some(slot) = self.io.take() else {
             return Ok(false);
         };
-        self.write(slot, read, 1)?;
+        self.write(slot, read, 1, Abort::NotSent)?;
         Ok(true)
     }
 
-    fn write(&mut self, slot: u16, read: Read, tries: u8) -> Result<(), Fault> {
+    fn write(&mut self, slot: u16, read: Read, tries: u8, abort: Abort) -> Result<(), Fault> {
         let bytes = u64::from(read.blocks) << self.namespace.block_shift;
         let list = self.lists.part(usize::from(slot) * 4096, 4096);
         let entry = |i: usize, address: u64| {
@@ -74,8 +75,9 @@ impl<R: Registers> Controller<R> {
             .ok_or_else(|| Fault::Unsupported(format!("{bytes} bytes at {:#x} fit no page list", read.to)))?;
         let blocks = (read.blocks & 0xffff) as u16;
         self.io.push(slot, &Command::Read { nsid: self.nsid, lba: read.lba, blocks, prp1, prp2 });
-        let end = self.regs.now() + DEADLINE;
-        self.pending[usize::from(slot)] = Some(Pending { read, tries, end });
+        let end = self.regs.now() + self.limits.read;
+        self.watch.end_by(end);
+        self.pending[usize::from(slot)] = Some(Pending { read, tries, end, abort });
         Ok(())
     }
 
@@ -98,9 +100,11 @@ impl<R: Registers> Controller<R> {
         let result = self.collect(out);
         if let Err(fault) = &result {
             self.dead = Some(fault.clone());
-            self.stopped = self.stop().is_ok();
+            if self.stop().is_err() {
+                self.dead = Some(Fault::StillRunning(Box::new(fault.clone())));
+            }
         }
-        result
+        self.dead.clone().map_or(Ok(()), Err)
     }
 
     fn collect(&mut self, out: &mut Vec<ReadDone>) -> Result<(), Fault> {
@@ -112,7 +116,7 @@ impl<R: Registers> Controller<R> {
             };
             if done.status.may_retry() && pending.tries < TRIES {
                 let slot = self.io.take().unwrap_or(done.slot);
-                self.write(slot, pending.read, pending.tries + 1)?;
+                self.write(slot, pending.read, pending.tries + 1, pending.abort.on_retry())?;
                 pushed = true;
                 continue;
             }
@@ -125,11 +129,8 @@ impl<R: Registers> Controller<R> {
         if pushed {
             self.ring();
         }
-        if !popped && self.io.outstanding() > 0 {
-            let now = self.regs.now();
-            if self.pending.iter().flatten().any(|p| p.end < now) {
-                return Err(self.silence("reading", DEADLINE));
-            }
+        if self.io.outstanding() > 0 {
+            self.idle()?;
         }
         Ok(())
     }

@@ -6,18 +6,22 @@
 
 pub mod bringup;
 pub mod command;
+pub mod deadline;
 pub mod device;
 pub mod identify;
 pub mod io;
 #[cfg(test)]
 mod model;
+pub mod pace;
 pub mod prp;
 pub mod queue;
+pub mod quirks;
 pub mod reader;
 pub mod regs;
 pub mod status;
 
 pub use bringup::{Controller, Fault};
+pub use deadline::Limits;
 pub use device::VfioNvme;
 pub use queue::Dma;
 pub use reader::VfioReader;

@@ -11,6 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::bringup::{Controller, Fault, memory_needed};
 use super::io::{Read, ReadDone};
 use super::queue::Dma;
+use super::quirks::Quirks;
 use super::regs::{self, Registers};
 
 const QUEUES: u64 = 0x20_0000;
@@ -35,6 +36,17 @@ enum Wrong {
     Unhealthy,
 }
 
+/// What the model does with an Abort.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum OnAbort {
+    #[default]
+    Obeys,
+    /// Says that it did, and completes nothing.
+    Pretends,
+    Refuses,
+    Silent,
+}
+
 #[derive(Default)]
 struct Ring {
     sq: u64,
@@ -57,6 +69,11 @@ struct State {
     /// Statuses of the next reads.
     statuses: VecDeque<u16>,
     reads: u64,
+    /// Next reads whose completion gets lost, and those lost so far.
+    lose: usize,
+    lost: Vec<[u32; 16]>,
+    on_abort: OnAbort,
+    aborts: u64,
 }
 
 struct Model {
@@ -81,6 +98,10 @@ impl Model {
             open: Vec::new(),
             statuses: VecDeque::new(),
             reads: 0,
+            lose: 0,
+            lost: Vec::new(),
+            on_abort: OnAbort::Obeys,
+            aborts: 0,
         };
         Rc::new(Self { state: RefCell::new(state), clock: Cell::new(0) })
     }
@@ -94,9 +115,13 @@ impl State {
     }
 
     fn complete(&mut self, queue: usize, cid: u16, status: u16) {
+        self.answer(queue, cid, status, 0);
+    }
+
+    fn answer(&mut self, queue: usize, cid: u16, status: u16, result: u32) {
         let ring = &self.rings[queue];
         let entry = self.at(ring.cq + u64::from(ring.cq_tail) * 16, 16);
-        entry.write32(0, 0);
+        entry.write32(0, result);
         entry.write32(8, ring.head);
         entry.write32(12, u32::from(cid) | u32::from(ring.phase) << 16 | u32::from(status) << 17);
         let ring = &mut self.rings[queue];
@@ -133,6 +158,7 @@ impl State {
                     bytes[513] = 0x44;
                 } else {
                     bytes[..8].copy_from_slice(&BLOCKS.to_le_bytes());
+                    bytes[104..128].fill(0xee);
                     bytes[130] = 9;
                     bytes[128] = if self.wrong == Wrong::Metadata { 8 } else { 0 };
                 }
@@ -150,10 +176,30 @@ impl State {
                 }
                 (ring.head, ring.cq_tail, ring.phase) = (0, 0, true);
             }
+            0x08 => return self.abort(e),
             0x02 if self.wrong == Wrong::Unhealthy => self.at(address, 512).write32(0, 0x08),
             _ => {}
         }
         self.complete(0, (e[0] >> 16) as u16, 0);
+    }
+
+    fn abort(&mut self, e: [u32; 16]) {
+        self.aborts += 1;
+        assert_eq!(e[10] & 0xffff, 1, "of the I/O queue");
+        let (own, cid) = ((e[0] >> 16) as u16, e[10] >> 16);
+        match self.on_abort {
+            OnAbort::Silent => {}
+            OnAbort::Refuses => self.answer(0, own, 0, 1),
+            OnAbort::Pretends => self.answer(0, own, 0, 0),
+            OnAbort::Obeys => {
+                let found = self.lost.iter().position(|lost| lost[0] >> 16 == cid);
+                self.answer(0, own, 0, u32::from(found.is_none()));
+                if let Some(i) = found {
+                    self.lost.swap_remove(i);
+                    self.complete(1, cid as u16, 7);
+                }
+            }
+        }
     }
 
     /// The bytes of a read, to the pages that its PRPs name.
@@ -196,6 +242,11 @@ impl State {
         for _ in 0..answers {
             let i = self.rng.random_range(0..self.open.len());
             let e = self.open.swap_remove(i);
+            if self.lose > 0 {
+                self.lose -= 1;
+                self.lost.push(e);
+                continue;
+            }
             let status = self.statuses.pop_front().unwrap_or(0);
             if status == 0 {
                 self.transfer(&e);
@@ -228,7 +279,7 @@ impl Registers for Rc<Model> {
                     csts |= regs::CSTS_RDY;
                 }
                 if enabled && state.wrong == Wrong::FatalOnEnable
-                    || state.wrong == Wrong::FatalOnRead && !state.open.is_empty()
+                    || enabled && state.wrong == Wrong::FatalOnRead && !state.open.is_empty()
                 {
                     csts |= regs::CSTS_CFS;
                 }
@@ -263,6 +314,9 @@ impl Registers for Rc<Model> {
                     state.rings[0] = Ring { sq, cq, entries, phase: true, ..Ring::default() };
                 } else {
                     state.open.clear();
+                    if state.wrong != Wrong::NeverDisabled {
+                        state.lost.clear();
+                    }
                 }
             }
             _ => state.registers[offset as usize / 4] = value,
@@ -299,7 +353,11 @@ fn bench(seed: u64, wrong: Wrong) -> Bench {
 }
 
 fn start(b: &Bench, entries: u16) -> Result<Controller<Rc<Model>>, Fault> {
-    Controller::start(b.model.clone(), b.queues, 1, entries).map_err(|(fault, _)| fault)
+    start_with(b, entries, Quirks::default())
+}
+
+fn start_with(b: &Bench, entries: u16, quirks: Quirks) -> Result<Controller<Rc<Model>>, Fault> {
+    Controller::start(b.model.clone(), b.queues, 1, entries, quirks).map_err(|(fault, _)| fault)
 }
 
 fn until_done(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
@@ -404,14 +462,116 @@ fn unknown_and_stale_identifiers_stop_the_controller() {
     }
 }
 
-#[test]
-fn silence_ends_at_the_deadline() {
+/// Loses the completion of one read; how it ends, and after how many seconds.
+fn lose_one(on_abort: OnAbort, lose: usize, wrong: Wrong) -> (Bench, Controller<Rc<Model>>, LostRead) {
     let b = bench(1, Wrong::Nothing);
     let mut c = start(&b, 8).unwrap();
+    {
+        let mut state = b.model.state.borrow_mut();
+        (state.on_abort, state.lose, state.wrong) = (on_abort, lose, wrong);
+    }
     let began = b.model.now();
+    let result = one(&mut c);
+    let seconds = (b.model.now() - began).as_secs();
+    (b, c, LostRead { result, seconds })
+}
+
+struct LostRead {
+    result: Result<Vec<ReadDone>, Fault>,
+    seconds: u64,
+}
+
+#[test]
+fn a_lost_completion_is_aborted_and_read_again() {
+    let (b, mut c, lost) = lose_one(OnAbort::Obeys, 1, Wrong::Nothing);
+    assert_eq!(lost.result.unwrap()[0].result, Ok(()));
+    assert!((30..40).contains(&lost.seconds), "{}", lost.seconds);
+    assert_eq!(b.model.state.borrow().aborts, 1);
+    assert_eq!(b.data.read32(0), u32::from_le_bytes(std::array::from_fn(|i| content(3 * 512 + i as u64))));
+    assert_eq!(one(&mut c).unwrap()[0].result, Ok(()), "the drive stays in use");
+    c.stop().unwrap();
+}
+
+#[test]
+fn an_abort_that_does_not_help_ends_in_a_reset() {
+    for (on_abort, words) in [
+        (OnAbort::Silent, "the Abort command got no answer"),
+        (OnAbort::Refuses, "the drive would not abort it"),
+        (OnAbort::Pretends, "it never ended although the drive says it was aborted"),
+    ] {
+        let (b, c, lost) = lose_one(on_abort, 1, Wrong::Nothing);
+        let fault = lost.result.unwrap_err();
+        assert_eq!(fault, Fault::Unanswered { block: 3, blocks: 1, seconds: 40, abort: words });
+        assert!(lost.seconds < 60, "{on_abort:?}: {} s", lost.seconds);
+        let state = b.model.state.borrow();
+        assert!(c.stopped && state.lost.is_empty() && state.registers[5] & regs::CC_EN == 0, "left quiet");
+    }
+}
+
+#[test]
+fn a_read_is_aborted_once() {
+    let (b, c, lost) = lose_one(OnAbort::Obeys, 2, Wrong::Nothing);
+    assert!(matches!(lost.result, Err(Fault::Unanswered { abort: "it had been aborted once before", .. })));
+    assert!(lost.seconds < 90);
+    assert_eq!(b.model.state.borrow().aborts, 1);
+    assert!(c.stopped);
+}
+
+#[test]
+fn aborts_keep_to_the_drives_limit() {
+    let b = bench(3, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    b.model.state.borrow_mut().lose = 5;
+    for tag in 0..5 {
+        assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096 }).unwrap());
+    }
+    c.ring();
+    let mut out = Vec::new();
+    while c.outstanding() > 0 {
+        c.poll(&mut out).unwrap();
+        assert!(c.admin.outstanding() <= 1, "ACL of the model is 0: one Abort at a time");
+        c.pause();
+    }
+    assert_eq!(out.len(), 5);
+    assert!(out.iter().all(|done| done.result.is_ok()));
+    assert_eq!(b.model.state.borrow().aborts, 5);
+}
+
+#[test]
+fn an_answer_that_comes_late_is_no_error() {
+    // The Abort is never answered, but its read is: nothing is wrong then, even at shutdown.
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
     b.model.state.borrow_mut().wrong = Wrong::SilentReads;
-    assert!(matches!(one(&mut c), Err(Fault::Late { state: "reading", .. })));
-    assert!(b.model.now() - began < Duration::from_secs(60));
+    b.model.state.borrow_mut().on_abort = OnAbort::Silent;
+    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    c.ring();
+    let mut out = Vec::new();
+    while b.model.state.borrow().aborts == 0 {
+        c.poll(&mut out).unwrap();
+        c.pause();
+    }
+    b.model.state.borrow_mut().wrong = Wrong::Nothing;
+    let done = until_done(&mut c).unwrap();
+    assert_eq!(done[0].result, Ok(()));
+    assert_eq!(c.admin.outstanding(), 1);
+    c.stop().unwrap();
+}
+
+#[test]
+fn a_reset_that_never_ends_keeps_the_memory() {
+    let (b, mut c, lost) = lose_one(OnAbort::Silent, 1, Wrong::NeverDisabled);
+    assert!(matches!(lost.result, Err(Fault::StillRunning(cause)) if matches!(*cause, Fault::Unanswered { .. })));
+    assert!(lost.seconds < 120, "{} s", lost.seconds);
+    assert!(!c.stopped && c.stop().is_err(), "whoever owns the memory must keep it");
+    assert!(!b.model.state.borrow().lost.is_empty());
+}
+
+#[test]
+fn silence_ends_at_the_deadline() {
+    let (_, c, lost) = lose_one(OnAbort::Silent, 0, Wrong::SilentReads);
+    assert!(matches!(lost.result, Err(Fault::Unanswered { .. })));
+    assert!(lost.seconds < 60);
     assert!(c.stopped);
 }
 
@@ -420,7 +580,10 @@ fn a_fatal_status_while_reading_is_named() {
     let b = bench(1, Wrong::Nothing);
     let mut c = start(&b, 8).unwrap();
     b.model.state.borrow_mut().wrong = Wrong::FatalOnRead;
+    let began = b.model.now();
     assert!(matches!(one(&mut c), Err(Fault::Fatal { state: "reading" })));
+    assert!(b.model.now() - began < Duration::from_secs(5), "long before the deadline");
+    assert!(c.stopped);
 }
 
 #[test]
@@ -436,7 +599,11 @@ fn removal_while_reading_is_named() {
     c.ring();
     b.model.state.borrow_mut().open.clear();
     b.model.state.borrow_mut().wrong = Wrong::Gone;
+    let began = b.model.now();
     assert_eq!(until_done(&mut c), Err(Fault::Gone));
+    assert!(b.model.now() - began < Duration::from_secs(1), "at once");
+    assert!(c.stopped, "a drive that is gone writes nothing");
+    assert_eq!(c.poll(&mut Vec::new()), Err(Fault::Gone));
 }
 
 #[test]
@@ -449,6 +616,26 @@ fn errors_are_retried_unless_they_are_final() {
         assert_eq!(done[0].result.is_ok(), ok, "{status:#x}");
         assert_eq!(b.model.state.borrow().reads, reads, "{status:#x}");
     }
+}
+
+#[test]
+fn quirks_are_followed() {
+    let b = bench(1, Wrong::Nothing);
+    let c = start(&b, 8).unwrap();
+    assert_eq!((c.namespace.nguid, c.namespace.eui64), ([0xee; 16], [0xee; 8]));
+    assert_eq!(c.max_transfer_at(100 << 10), 128 << 10);
+
+    let quirks = Quirks { bogus_ids: true, stripes: true, ready_delay: Duration::from_secs(2), ..Quirks::default() };
+    let mut c = start_with(&b, 8, quirks).unwrap();
+    assert_eq!((c.namespace.nguid, c.namespace.eui64), ([0; 16], [0; 8]));
+    assert_eq!(c.max_transfer_at(100 << 10), 28 << 10);
+    assert_eq!(c.max_transfer_at(256 << 10), 128 << 10);
+    let began = b.model.now();
+    c.stop().unwrap();
+    assert!(b.model.now() - began >= Duration::from_secs(2));
+
+    let quirks = Quirks { unsupported: Some("its submission entries have 128 bytes"), ..Quirks::default() };
+    assert!(matches!(start_with(&b, 8, quirks), Err(Fault::Unsupported(_))));
 }
 
 #[test]

@@ -110,6 +110,7 @@ pub struct QueuePair {
     phase: bool,
     generation: Vec<u8>,
     busy: Vec<bool>,
+    outstanding: usize,
     free: Vec<u16>,
 }
 
@@ -136,6 +137,7 @@ impl QueuePair {
             phase: true,
             generation: vec![0; slots.into()],
             busy: vec![false; slots.into()],
+            outstanding: 0,
             free: (0..slots).rev().collect(),
         }
     }
@@ -161,12 +163,18 @@ impl QueuePair {
         let s = usize::from(slot);
         self.generation[s] = (self.generation[s] + 1) & 0xf;
         self.busy[s] = true;
-        let cid = slot | u16::from(self.generation[s]) << SLOT_BITS;
+        self.outstanding += 1;
+        let cid = self.cid(slot);
         for (i, word) in command.encode(cid).into_iter().enumerate() {
             self.sq.write32(usize::from(self.tail) * 64 + i * 4, word);
         }
         self.tail = (self.tail + 1) % self.entries;
         fence(Ordering::Release);
+    }
+
+    /// Identifier of the command in a slot.
+    pub fn cid(&self, slot: u16) -> u16 {
+        slot | u16::from(self.generation[usize::from(slot)]) << SLOT_BITS
     }
 
     /// Value of the submission doorbell.
@@ -181,7 +189,7 @@ impl QueuePair {
 
     /// Commands that wait for a completion.
     pub fn outstanding(&self) -> usize {
-        self.busy.iter().filter(|b| **b).count()
+        self.outstanding
     }
 
     /// The next completion, if the controller has written one. Its slot is free afterwards.
@@ -206,6 +214,7 @@ impl QueuePair {
             self.phase = !self.phase;
         }
         self.busy[s] = false;
+        self.outstanding -= 1;
         self.free.push(slot);
         Ok(Some(Done { slot, result, status: Status((last >> 17) as u16) }))
     }

@@ -3,8 +3,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::deadline::Limits;
 use super::device::{OpenError, VfioNvme};
 use super::io::{Read, ReadDone};
+use super::pace::Pace;
 use crate::storage::bind::{Bound, BoundNamespace};
 use crate::storage::{Alignment, Completion, FileId, ReadError, ReadRequest, Reader, StorageError};
 
@@ -25,7 +27,7 @@ struct File {
 }
 
 struct Request {
-    name: String,
+    file: FileId,
     offset: u64,
     bytes: u64,
     left: usize,
@@ -41,7 +43,15 @@ pub struct VfioReader {
     waiting: VecDeque<Read>,
     requests: HashMap<u64, Request>,
     finished: Vec<Completion>,
+    // Emptied after each use, so that the reading thread allocates nothing.
+    cutting: Vec<Read>,
+    done: Vec<ReadDone>,
+    pace: Pace,
+    precise: bool,
 }
+
+/// Room for commands that wait, at the start.
+const WAITING: usize = 1024;
 
 impl VfioReader {
     /// Opens a drive. Reads go to memory that [`Reader::attach`] has announced.
@@ -50,9 +60,13 @@ impl VfioReader {
             drive: VfioNvme::open(bdf, nsid, 128)?,
             files: Vec::new(),
             mapped: Vec::new(),
-            waiting: VecDeque::new(),
-            requests: HashMap::new(),
-            finished: Vec::new(),
+            waiting: VecDeque::with_capacity(WAITING),
+            requests: HashMap::with_capacity(WAITING),
+            finished: Vec::with_capacity(WAITING),
+            cutting: Vec::with_capacity(WAITING),
+            done: Vec::with_capacity(WAITING),
+            pace: Pace::default(),
+            precise: false,
         })
     }
 
@@ -75,6 +89,11 @@ impl VfioReader {
         &self.drive
     }
 
+    /// Changes how long things may take, for reads from here on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.drive.controller.limits = limits;
+    }
+
     /// Adds a file by its spans on the drive, sorted by file offset. One span over everything makes
     /// the whole namespace a file.
     pub fn add_file(&mut self, name: &str, spans: Vec<Span>) -> FileId {
@@ -89,6 +108,32 @@ impl VfioReader {
         self.mapped.iter().find(inside).map(|(start, _, iova)| iova + (ptr - start) as u64)
     }
 
+    /// Cuts all extents of a request; returns their bytes.
+    fn cut_all(&self, request: &ReadRequest<'_>, reads: &mut Vec<Read>) -> Result<u64, ReadError> {
+        let block = u64::from(self.drive.controller.namespace.block_size());
+        let mut bytes = 0;
+        for extent in request.extents {
+            let fail = |what: String| ReadError::Failed {
+                name: self.name(extent.file),
+                offset: extent.offset,
+                len: extent.len,
+                what,
+            };
+            let file = self.files.get(usize::from(extent.file.0));
+            let file = file.ok_or_else(|| fail("it was never added".into()))?;
+            let end = extent.dst_offset.saturating_add(extent.len.next_multiple_of(block));
+            if end > request.dst_len as u64 {
+                return Err(fail(format!("the destination has {} bytes, {end} are needed", request.dst_len)));
+            }
+            let at = request.dst as usize + extent.dst_offset as usize;
+            let to = self
+                .iova(at, (end - extent.dst_offset) as usize)
+                .ok_or_else(|| fail("the destination is not mapped for the drive".into()))?;
+            bytes += self.cut(request.tag, file, extent.offset, extent.len, to, reads).map_err(fail)?;
+        }
+        Ok(bytes)
+    }
+
     /// Cuts one extent into commands.
     fn cut(
         &self,
@@ -101,7 +146,6 @@ impl VfioReader {
     ) -> Result<u64, String> {
         let shift = self.drive.controller.namespace.block_shift;
         let block = 1u64 << shift;
-        let most = self.drive.controller.max_transfer();
         let mut done = 0;
         while len > 0 {
             let i = file.spans.partition_point(|s| s.file_offset <= offset);
@@ -112,7 +156,7 @@ impl VfioReader {
             };
             let skip = offset - span.file_offset;
             let device = span.device_offset + skip;
-            let bytes = len.min(span.len - skip).min(most);
+            let bytes = len.min(span.len - skip).min(self.drive.controller.max_transfer_at(device));
             let bytes = if bytes.is_multiple_of(block) { bytes } else { bytes.next_multiple_of(block) };
             if !device.is_multiple_of(block) || skip + bytes > span.len.next_multiple_of(block) {
                 return Err(format!("byte {device} of the drive is not at a block of {block} bytes"));
@@ -124,11 +168,25 @@ impl VfioReader {
         Ok(done)
     }
 
+    fn nap(&mut self, nap: Duration) {
+        if !self.precise {
+            // Else the kernel may add 50 µs to every nap of this thread, the only one that reads.
+            // SAFETY: changes a number of the calling thread.
+            unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
+            self.precise = true;
+        }
+        std::thread::sleep(nap);
+    }
+
+    fn name(&self, file: FileId) -> String {
+        self.files.get(usize::from(file.0)).map_or("an unknown file", |f| &f.name).to_owned()
+    }
+
     fn fail(&mut self, words: &str) {
         self.waiting.clear();
-        for (tag, request) in self.requests.drain() {
+        for (tag, request) in std::mem::take(&mut self.requests) {
             let result = Err(ReadError::Failed {
-                name: request.name,
+                name: self.name(request.file),
                 offset: request.offset,
                 len: request.bytes,
                 what: words.into(),
@@ -155,9 +213,9 @@ impl VfioReader {
     }
 
     fn collect(&mut self) {
-        let mut done = Vec::new();
+        let mut done = std::mem::take(&mut self.done);
         let fault = self.drive.controller.poll(&mut done).err();
-        for ReadDone { read, result } in done {
+        for ReadDone { read, result } in done.drain(..) {
             let Some(request) = self.requests.get_mut(&read.tag) else {
                 continue;
             };
@@ -165,8 +223,9 @@ impl VfioReader {
             if let Err(status) = result {
                 let shift = self.drive.controller.namespace.block_shift;
                 let what = format!("{status}, at block {} and the {} after it", read.lba, read.blocks - 1);
-                request.error.get_or_insert(ReadError::Failed {
-                    name: request.name.clone(),
+                let name = self.files.get(usize::from(request.file.0)).map_or("", |f| &f.name);
+                request.error.get_or_insert_with(|| ReadError::Failed {
+                    name: name.to_owned(),
                     offset: read.lba << shift,
                     len: u64::from(read.blocks) << shift,
                     what,
@@ -179,6 +238,7 @@ impl VfioReader {
                 self.finished.push(Completion { tag: read.tag, result });
             }
         }
+        self.done = done;
         if let Some(fault) = fault
             && !self.requests.is_empty()
         {
@@ -204,39 +264,22 @@ impl Reader for VfioReader {
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
-        let mut reads = Vec::new();
-        let mut first: Option<(String, u64)> = None;
-        let mut bytes = 0;
-        for extent in request.extents {
-            let file = self.files.get(usize::from(extent.file.0));
-            let name = file.map_or("an unknown file", |f| &f.name).to_owned();
-            first.get_or_insert((name.clone(), extent.offset));
-            let fail =
-                |what: String| ReadError::Failed { name: name.clone(), offset: extent.offset, len: extent.len, what };
-            let file = file.ok_or_else(|| fail("it was never added".into()))?;
-            let end = extent
-                .dst_offset
-                .saturating_add(extent.len.next_multiple_of(u64::from(self.alignment(extent.file).offset)));
-            if end > request.dst_len as u64 {
-                return Err(fail(format!("the destination has {} bytes, {end} are needed", request.dst_len)));
-            }
-            let at = request.dst as usize + extent.dst_offset as usize;
-            let to = self
-                .iova(at, (end - extent.dst_offset) as usize)
-                .ok_or_else(|| fail("the destination is not mapped for the drive".into()))?;
-            bytes += self.cut(request.tag, file, extent.offset, extent.len, to, &mut reads).map_err(fail)?;
-        }
-        let (name, offset) = first.unwrap_or_default();
-        if reads.is_empty() {
+        let mut reads = std::mem::take(&mut self.cutting);
+        reads.clear();
+        let bytes = self.cut_all(request, &mut reads);
+        self.cutting = reads;
+        let bytes = bytes?;
+        let Some(first) = request.extents.first().filter(|_| !self.cutting.is_empty()) else {
             self.finished.push(Completion { tag: request.tag, result: Ok(0) });
             return Ok(());
-        }
+        };
+        let (file, offset, n) = (first.file, first.offset, self.cutting.len());
         if self.requests.contains_key(&request.tag) {
-            return Err(ReadError::Failed { name, offset, len: bytes, what: format!("tag {} is in use", request.tag) });
+            let what = format!("tag {} is in use", request.tag);
+            return Err(ReadError::Failed { name: self.name(file), offset, len: bytes, what });
         }
-        self.requests.insert(request.tag, Request { name, offset, bytes, left: reads.len(), error: None });
-        let n = reads.len();
-        self.waiting.extend(reads);
+        self.requests.insert(request.tag, Request { file, offset, bytes, left: n, error: None });
+        self.waiting.extend(self.cutting.drain(..));
         if request.urgent {
             // In front of what waits, in its own order.
             self.waiting.rotate_right(n);
@@ -246,15 +289,28 @@ impl Reader for VfioReader {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError> {
-        let end = wait.map(|w| Instant::now() + w);
+        let began = Instant::now();
+        let end = wait.map(|w| began + w);
+        let mut waits = false;
         loop {
             self.collect();
             self.feed();
             if !self.finished.is_empty() || self.requests.is_empty() || end.is_none_or(|e| Instant::now() >= e) {
+                if waits && !self.finished.is_empty() {
+                    self.pace.end(began.elapsed());
+                }
                 out.append(&mut self.finished);
                 return Ok(());
             }
-            self.drive.controller.pause();
+            if !waits {
+                waits = true;
+                self.pace.begin();
+            }
+            let waited = began.elapsed();
+            match self.pace.next(waited) {
+                Some(nap) => self.nap(end.map_or(nap, |e| nap.min(e.saturating_duration_since(Instant::now())))),
+                None => self.drive.controller.pause(),
+            }
         }
     }
 

@@ -1,0 +1,70 @@
+# Members of other storage (LVM, LUKS, MD), models on drives with other limits, a slow drive. Sourced
+# by guest.sh after model.sh.
+
+# Each as the signature alone, and then with something that stands on the drive.
+d=$(drive FS0001)n1
+blocks=$(cat /sys/block/$d/size)
+wipe() { dd if=/dev/zero of=/dev/$d bs=1M count=2 conv=fsync 2>/dev/null; }
+sign() { wipe; printf "$2" | dd of=/dev/$d bs=1 seek=$1 conv=notrunc,fsync 2>/dev/null; }
+allow
+sed '/FS0001/,/holds/s/holds = .*/holds = []/' $list >/tmp/fs.toml; cp /tmp/fs.toml $list
+sign 512 'LABELONE\001\000\000\000\000\000\000\000'
+refused "LVM member by its label" "it holds lvm" $nt bind $d
+sign 0 'LUKS\272\276\000\002'
+refused "LUKS member by its header" "it holds luks" $nt bind $d
+sign 4096 '\374\116\053\251\001\000\000\000'
+refused "MD member by its superblock" "it holds md" $nt bind $d
+wipe
+modprobe dm-mod
+if command -v dmsetup >/dev/null; then
+  for kind in LVM-abc0123:"an LVM volume" CRYPT-LUKS2-abc0123-secret:"an encrypted volume"; do
+    dmsetup create --noudevsync -u "${kind%%:*}" upper --table "0 $((blocks - 8192)) linear /dev/$d 4096" >/tmp/out 2>&1 ||
+      { fail "a volume as ${kind#*:}"; continue; }
+    refused "under ${kind#*:}" "${kind#*:}" $nt bind $d
+    dmsetup remove --noudevsync upper >/dev/null 2>&1
+  done
+else
+  echo "SKIP under device mapper: no dmsetup"
+fi
+# An array made through sysfs needs no tool and leaves no superblock.
+modprobe raid1
+echo md127 >/sys/module/md_mod/parameters/new_array
+md=/sys/block/md127/md
+if { echo raid1 >$md/level && echo none >$md/metadata_version && echo 2 >$md/raid_disks &&
+  cat /sys/block/$d/dev >$md/new_dev && echo 0 >$md/dev-$d/slot && echo $((blocks / 2)) >$md/component_size &&
+  echo readonly >$md/array_state; } 2>/tmp/out; then
+  refused "in an MD array" "MD array" $nt bind $d
+else
+  fail "an MD array through sysfs"
+fi
+echo clear >$md/array_state 2>/dev/null
+
+# The whole model on drives with 4096-byte blocks, and with commands of 8 KiB and one queue.
+for d in BLK4K001 SMALL001; do
+  n=$(drive $d)n1
+  mkdir -p /var/lib/nt/$d
+  sed "s/MODEL001/$d/" $manifest >/var/lib/nt/$d/smol.gguf.json
+  cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/$d/
+  sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list
+  cp /dev/$n /tmp/copy.img
+  works "$d bind" sh /root/scripts/bind-vfio.sh $n
+  works "$d reads equal" nvme_probe compare $n /tmp/copy.img 500
+  rm /tmp/copy.img
+  works "$d logits" logits $d smol --tier-c $n $tiers --verify
+  bits uring $d
+  works "$d run" run $d smol --tier-c $n $tiers
+  same uring $d
+  works "$d release" sh /root/scripts/release-vfio.sh $n
+done
+
+# A slow drive: 2 MB/s. Within its deadline it is only slow; past it there is an error, and an end.
+n=$(drive SLOW0001)n1
+cp /dev/$n /tmp/copy.img
+works "bind the slow drive" $nt bind $n
+works "slow reads are right" timeout 60 nvme_probe compare $n /tmp/copy.img 8
+timeout 30 nvme_probe late $n 1 >/tmp/out 2>&1; code=$?
+sed 's/^/INFO /' /tmp/out
+[ $code = 1 ] && grep -q "were not read within" /tmp/out && pass "a deadline that passes is named" || fail "a deadline that passes is named"
+works "the slow drive reads again" timeout 60 nvme_probe compare $n /tmp/copy.img 4
+works "release the slow drive" $nt release $n
+cmp /dev/$(drive SLOW0001)n1 /tmp/copy.img >/tmp/out 2>&1 && pass "the slow drive is unchanged" || fail "the slow drive is unchanged"
