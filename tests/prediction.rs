@@ -26,7 +26,7 @@ fn options(args: &str, n_ctx: usize) -> Options {
         threads: 16,
         ram: None,
         storage: true,
-        copy: None,
+        copies: Vec::new(),
         reader: ReaderKind::Auto,
         verify: false,
         kv_type: TensorType::F16,

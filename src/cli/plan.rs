@@ -52,7 +52,7 @@ const CTX_DEFAULT: usize = 4096;
 
 /// Plans and prints.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let opened = run::open(&args.model)?;
+    let opened = run::open(&args.model, &args.placement)?;
     let mut machine = machine(args.machine.as_deref(), &opened)?;
     let given = |gb_per_s: f64| Rate { gb_per_s, measured: false, source: "as given".into() };
     if let (Some(gpu), Some(gb)) = (&mut machine.gpu, args.link) {

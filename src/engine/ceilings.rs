@@ -52,7 +52,7 @@ impl Session {
         let recall = |kind: &str, identity: &str| Some(machine::probe::measured(kind, identity)?.bytes_per_s);
         let l = &mut self.links;
         l.ram_ceiling = recall("memory", &machine::memory_identity(Path::new("/")));
-        if self.options.copy.is_none() {
+        if self.options.copies.is_empty() {
             let drive = machine::probe::Target::open(model).ok();
             l.nvme_ceiling = drive.and_then(|d| recall("storage", &d.identity));
         }

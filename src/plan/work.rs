@@ -21,7 +21,7 @@ pub struct UnitWork {
 fn gpu_share(ty: TensorType) -> f64 {
     match ty {
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => 0.75,
-        TensorType::Q8_0 => 0.69,
+        TensorType::Q8_0 => 0.76,
         TensorType::Q4_K | TensorType::Q5_K | TensorType::Q6_K => 0.585,
         _ => 0.55,
     }

@@ -152,7 +152,7 @@ mod tests {
         let path = d.path().join("f");
         std::fs::write(&path, vec![7u8; 3 << 20]).unwrap();
         let file = crate::storage::DirectFile::open(&path).unwrap();
-        let reader = PreadReader::new(vec![file]).unwrap();
+        let reader = PreadReader::new(vec![file], 1).unwrap();
         let mut reads = ByReader::new(Box::new(reader), FileId(0), 3 << 20, "f".into(), 4 << 20).unwrap();
         assert!(reads.fits(1 << 20, 4) && !reads.fits(1 << 20, 5) && !reads.fits(4 << 20, 1));
         let (time, mut slices) = (Duration::from_millis(50), 0);
