@@ -1,15 +1,15 @@
-//! `--html FILE`: the page about a run, filled from its session.
+//! `--html FILE`: the page about a run, filled from its session, or about a plan, filled from its forecast.
 
 use std::path::Path;
 
 use super::Failure;
 use super::report::Report;
-use crate::engine::{Opened, Session};
+use crate::engine::{Forecast, Opened, Session};
 use crate::machine;
 use crate::model::UnitKind;
 use crate::pipeline::Event;
-use crate::plan::format_bytes;
-use crate::report_page::{Link, LinkKind, Page, Predicted, Stall, Unit, measured, rates};
+use crate::plan::{Home, LinkName, Machine, Site, format_bytes};
+use crate::report_page::{Link, LinkKind, Page, Predicted, Stall, Timeline, Unit, measured, rates};
 
 /// What was timed, for the top of the page.
 #[derive(Debug, Default)]
@@ -41,7 +41,7 @@ pub fn write(
 }
 
 fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings, notes: &[String]) -> Page {
-    let units = units(session, opened);
+    let units = units_at(opened, session.homes());
     let links = links(session);
     let ceiling = |kind| links.iter().find(|l| l.kind == kind).and_then(|l| l.ceiling_gb_per_s);
     let l = session.links();
@@ -62,6 +62,108 @@ fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings,
         units,
         notes: notes.to_vec(),
     }
+}
+
+/// Writes the page about a plan, with the simulator's timeline.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_plan(path: &Path, forecast: &Forecast, machine: &Machine, opened: &Opened) -> Result<(), Failure> {
+    let page = plan_page(forecast, machine, opened);
+    std::fs::write(path, page.html()).map_err(|e| Failure::output(&path.display().to_string(), &e))
+}
+
+fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
+    let p = &f.prediction;
+    let on_device = f.site == Site::Gpu;
+    let units = units_at(opened, &f.plan.homes);
+    let events = f.timeline(machine);
+    let seconds = p.simulated.map(|s| s.seconds);
+    let busy = |name| p.simulated.and_then(|s| s.busy(name, &p.rates));
+    let link = |kind, name: &str, bytes: f64, ceiling: Option<f64>, of| Link {
+        kind,
+        name: name.into(),
+        bytes: Some(bytes as u64),
+        gb_per_s: seconds.map(|s| bytes / s / 1e9),
+        ceiling_gb_per_s: ceiling.map(|c| c / 1e9),
+        busy: busy(of),
+    };
+    let t = &p.traffic;
+    let mut links = Vec::new();
+    if t.from_storage > 0.0 {
+        links.push(link(LinkKind::Storage, "storage to RAM", t.from_storage, p.rates.nvme, LinkName::Nvme));
+    }
+    if on_device {
+        links.push(link(LinkKind::Gpu, "RAM to VRAM", t.over_link, p.rates.gpu, LinkName::Gpu));
+        links.push(Link {
+            busy: None,
+            ..link(LinkKind::Vram, "VRAM, read by the GPU", t.all, p.rates.vram, LinkName::Vram)
+        });
+    }
+    let through_ram = t.through_ram(p.rates.copies);
+    links.push(link(LinkKind::Ram, "RAM, all that passes through it", through_ram, p.rates.ram, LinkName::Ram));
+    let ceiling = |kind| links.iter().find(|l| l.kind == kind).and_then(|l| l.ceiling_gb_per_s);
+    let stall =
+        |cause: &str, s: f64| Stall { cause: cause.into(), seconds: Some(s), share: seconds.map(|all| s / all) };
+    let stalls = p.simulated.map_or(Vec::new(), |s| {
+        vec![
+            stall("a token: computing waits for storage", s.wait_nvme),
+            stall("a token: computing waits for the link", s.wait_gpu),
+            stall("a token: between passes", s.wait_pass),
+        ]
+    });
+    let simulated = |t: Timeline| Timeline { title: "Simulated".into(), ..t };
+    Page {
+        title: format!("{}: plan", title(opened)),
+        facts: plan_facts(f, machine, opened),
+        achieved_tokens_per_s: None,
+        predicted: p.simulated.map(|s| Predicted {
+            tokens_per_s: 1.0 / s.seconds,
+            bound_by: s.bound_by(&p.rates).name().into(),
+            source: "the ring's simulator".into(),
+        }),
+        figures: plan_figures(f),
+        timelines: measured(&events, &units, on_device).map(simulated).into_iter().collect(),
+        rates: rates(&events, &units, ceiling),
+        stalls,
+        links,
+        units,
+        notes: machine
+            .rates()
+            .iter()
+            .filter(|(_, r)| !r.measured)
+            .map(|(what, r)| format!("{what} is not measured: {:.2} GB/s, {}", r.gb_per_s, r.source))
+            .collect(),
+    }
+}
+
+fn plan_facts(f: &Forecast, machine: &Machine, opened: &Opened) -> Vec<(String, String)> {
+    let h = &opened.model.hparams;
+    let out = [
+        ("model", format!("{}, {} blocks, {}", h.arch.name(), h.n_layers, format_bytes(opened.gguf.tensor_bytes()))),
+        ("machine", machine.name.clone()),
+        ("buffers", f.n_buffers().to_string()),
+        ("context", f.n_ctx.to_string()),
+        ("day", crate::machine::probe::today()),
+        ("command", std::env::args().collect::<Vec<_>>().join(" ")),
+    ];
+    out.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+fn plan_figures(f: &Forecast) -> Vec<(String, String)> {
+    let p = &f.prediction;
+    let mut out = Vec::new();
+    if let Some(r) = p.decode {
+        out.push((format!("roofline, by {}", r.bound_by.name()), format!("{:.2} tok/s", 1.0 / r.seconds)));
+    }
+    if let Some(s) = p.first_token_s {
+        out.push((format!("first token after a prompt of {}", p.prompt), format!("{s:.2} s")));
+    }
+    if f.site == Site::Gpu {
+        out.push(("VRAM for weights".into(), format_bytes(f.plan.vram_bytes)));
+    }
+    out.push(("RAM for weights".into(), format_bytes(f.plan.ram_bytes)));
+    out
 }
 
 fn title(opened: &Opened) -> String {
@@ -101,8 +203,8 @@ fn figures(session: &Session, t: &Timings) -> Vec<(String, String)> {
     out
 }
 
-fn units(session: &Session, opened: &Opened) -> Vec<Unit> {
-    let unit = |(u, home): (&crate::model::UnitSpec, &crate::plan::Home)| Unit {
+fn units_at(opened: &Opened, homes: &[Home]) -> Vec<Unit> {
+    let unit = |(u, home): (&crate::model::UnitSpec, &Home)| Unit {
         name: u.name.clone(),
         home: *home,
         bytes: u.bytes(),
@@ -111,7 +213,7 @@ fn units(session: &Session, opened: &Opened) -> Vec<Unit> {
             UnitKind::Head(_) => None,
         },
     };
-    opened.model.units.iter().zip(session.homes()).map(unit).collect()
+    opened.model.units.iter().zip(homes).map(unit).collect()
 }
 
 fn links(session: &Session) -> Vec<Link> {

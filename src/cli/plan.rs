@@ -1,12 +1,13 @@
 //! `nt plan`: what a model will do on this machine or another, from its header alone.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
+use super::page;
 use super::report::print_line;
 use super::{Failure, ModelArg, Placement, run};
 use crate::engine::{Change, Forecast, Opened, Options, sensitivity, this_machine};
@@ -37,6 +38,9 @@ pub struct PlanArgs {
     no_wrap: bool,
     #[command(flatten)]
     placement: Placement,
+    /// Write a page about the plan to FILE: what is printed, the tier map and the simulator's timeline.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -73,6 +77,9 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     if let Some(path) = &args.placement.timeline {
         write_timeline(path, &forecast.timeline(&machine), &opened)
             .map_err(|e| Failure::output(&path.display().to_string(), &e))?;
+    }
+    if let Some(path) = &args.html {
+        page::write_plan(path, &forecast, &machine, &opened)?;
     }
     let shown = Shown {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),

@@ -7,7 +7,7 @@ use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendKind, MemoryUse};
 use crate::machine;
 use crate::model::{Model, UnitKind, rope};
-use crate::pipeline::{Event, UnitLayout};
+use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
     COPY_GAP_S, Home, Machine, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
     UnitWork, pass_s, roofline,
@@ -145,7 +145,22 @@ impl Forecast {
         let batch = self.prediction.prompt.clamp(1, Options::MAX_BATCH);
         let prefill = prefill_work(&self.units, machine, self.site, batch);
         let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
-        setup.run(&passes).events
+        let mut out = setup.run(&passes);
+        let tokens = prefill.iter().map(|_| batch).chain(std::iter::repeat(1));
+        let mut start = 0.0;
+        for (pass, tokens) in out.passes.iter().zip(tokens) {
+            let end = start + pass.seconds;
+            let ns = |s: f64| (s * 1e9) as u64;
+            out.events.push(Event {
+                kind: EventKind::Pass,
+                unit: tokens,
+                slot: 0,
+                start_ns: ns(start),
+                end_ns: ns(end),
+            });
+            start = end;
+        }
+        out.events
     }
 
     /// Units and bytes of a tier.

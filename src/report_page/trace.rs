@@ -39,7 +39,7 @@ pub fn measured(events: &[Event], units: &[Unit], on_device: bool) -> Option<Tim
         boundaries_s.push(end_s);
         return Some(Timeline {
             title: "Measured".into(),
-            about: format!("{n} of {} passes of one token, from the middle of the run.", passes.len()),
+            about: format!("{n} of {} passes of one token, from the middle.", passes.len()),
             start_s,
             end_s,
             boundaries_s,

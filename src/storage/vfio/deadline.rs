@@ -1,6 +1,6 @@
 //! What becomes of a read that gets no answer, step by step: Abort, then a reset of the controller,
 //! then the end of its use. Nothing here sleeps; the steps are taken by polls.
-//! A drive that is gone or in fatal state is noticed within [`LOOK`], long before any deadline.
+//! A drive that is gone or in fatal state is noticed within `LOOK`, long before any deadline.
 
 use std::time::Duration;
 
