@@ -55,13 +55,21 @@ fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings,
             source: l.ceilings_from.unwrap_or("roofline").into(),
         }),
         figures: figures(session, timings),
-        timelines: measured(events, &units, session.device().is_some()).into_iter().collect(),
+        timelines: timelines(session, events, &units),
         rates: rates(events, &units, ceiling),
         stalls: stalls(session),
         links,
         units,
         notes: notes.to_vec(),
     }
+}
+
+/// What was measured, and beside it what the simulator makes of the same plan.
+fn timelines(session: &Session, events: &[Event], units: &[Unit]) -> Vec<Timeline> {
+    let on_device = session.device().is_some();
+    let simulated = measured(&session.simulated_events(), units, on_device);
+    let simulated = simulated.map(|t| Timeline { title: "Simulated".into(), ..t });
+    measured(events, units, on_device).into_iter().chain(simulated).collect()
 }
 
 /// Writes the page about a plan, with the simulator's timeline.
@@ -154,7 +162,7 @@ fn plan_figures(f: &Forecast) -> Vec<(String, String)> {
     let p = &f.prediction;
     let mut out = Vec::new();
     if let Some(r) = p.decode {
-        out.push((format!("roofline, by {}", r.bound_by.name()), format!("{:.2} tok/s", 1.0 / r.seconds)));
+        out.push((format!("roofline, by {}", r.bound_by.name()), format!("{:.3} tok/s", 1.0 / r.seconds)));
     }
     if let Some(s) = p.first_token_s {
         out.push((format!("first token after a prompt of {}", p.prompt), format!("{s:.2} s")));

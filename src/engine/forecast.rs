@@ -9,8 +9,8 @@ use crate::machine;
 use crate::model::{Model, UnitKind, rope};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
-    COPY_GAP_S, Home, Machine, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
-    UnitWork, pass_s, roofline,
+    COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site,
+    Traffic, UnitWork, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -20,7 +20,7 @@ pub(super) const DRIVER_BYTES: u64 = 560 << 20;
 /// Numbers of buffers that are tried where none is given.
 const BUFFERS_TRIED: std::ops::RangeInclusive<usize> = 2..=6;
 /// One-token passes of a timeline.
-const PASSES_SHOWN: usize = 6;
+pub(super) const PASSES_SHOWN: usize = 6;
 /// Prefill passes that are simulated one by one.
 const PASSES_RUN: usize = 6;
 /// How direct reads are aligned on common drives.
@@ -145,22 +145,8 @@ impl Forecast {
         let batch = self.prediction.prompt.clamp(1, Options::MAX_BATCH);
         let prefill = prefill_work(&self.units, machine, self.site, batch);
         let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
-        let mut out = setup.run(&passes);
         let tokens = prefill.iter().map(|_| batch).chain(std::iter::repeat(1));
-        let mut start = 0.0;
-        for (pass, tokens) in out.passes.iter().zip(tokens) {
-            let end = start + pass.seconds;
-            let ns = |s: f64| (s * 1e9) as u64;
-            out.events.push(Event {
-                kind: EventKind::Pass,
-                unit: tokens,
-                slot: 0,
-                start_ns: ns(start),
-                end_ns: ns(end),
-            });
-            start = end;
-        }
-        out.events
+        with_passes(setup.run(&passes), tokens)
     }
 
     /// Units and bytes of a tier.
@@ -207,6 +193,19 @@ impl Prediction {
             rates,
         }
     }
+}
+
+/// The events of simulated passes over so many tokens each, the passes themselves among them.
+pub(super) fn with_passes(outcome: Outcome, tokens: impl Iterator<Item = usize>) -> Vec<Event> {
+    let Outcome { passes, mut events } = outcome;
+    let mut start = 0.0;
+    for (pass, tokens) in passes.iter().zip(tokens) {
+        let end = start + pass.seconds;
+        let ns = |s: f64| (s * 1e9) as u64;
+        events.push(Event { kind: EventKind::Pass, unit: tokens, slot: 0, start_ns: ns(start), end_ns: ns(end) });
+        start = end;
+    }
+    events
 }
 
 /// What the simulator needs to know.

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::forecast::{setup, works};
+use super::forecast::{PASSES_SHOWN, setup, with_passes, works};
 use super::{EngineError, Session};
 use crate::model::Outputs;
-use crate::pipeline::{Feed, FeedStats, Step, StreamError};
+use crate::pipeline::{Event, Feed, FeedStats, Step, StreamError};
 use crate::plan::{Home, Machine, PassWork, Rates, Setup, Shares, Site, pass_s};
 
 /// How long computing alone is measured, and most passes of it.
@@ -25,11 +25,25 @@ impl Session {
     /// The prediction from the ceilings that [`Session::measure_ceilings`] measured; `None` where one that
     /// it needs is missing.
     pub fn predicted(&self) -> Option<Predicted> {
+        let rates = self.links.rates();
+        Some(Predicted { pass: self.simulator(&rates)?.settled(&self.measured_work()?), rates })
+    }
+
+    /// Some one-token passes as simulated with those ceilings, for a picture; empty without them.
+    pub fn simulated_events(&self) -> Vec<Event> {
+        let Some((setup, work)) = self.simulator(&self.links.rates()).zip(self.measured_work()) else {
+            return Vec::new();
+        };
+        with_passes(setup.run(&[&work; PASSES_SHOWN]), std::iter::repeat(1))
+    }
+
+    /// A one-token pass whose units take shares of the measured time by their bytes.
+    fn measured_work(&self) -> Option<PassWork> {
         let compute_s = self.links.compute_s?;
         let all: f64 = self.units_bytes().sum();
         let beside_s = pass_s(self.site()).min(compute_s);
         let unit_s = self.units_bytes().map(|b| (compute_s - beside_s) * b / all).collect();
-        self.simulate(self.links.rates(), PassWork { unit_s, beside_s, experts: 0 })
+        Some(PassWork { unit_s, beside_s, experts: 0 })
     }
 
     /// The prediction from a machine's rates; `None` where one that it needs is a guess.
@@ -53,18 +67,19 @@ impl Session {
         let units = works(&self.model, &self.weights.layouts);
         let unit_s = units.iter().map(|u| u.decode_s(machine, site)).collect();
         let experts = self.model.hparams.n_experts_used;
-        self.simulate(rates, PassWork { unit_s, beside_s: pass_s(site), experts })
+        let work = PassWork { unit_s, beside_s: pass_s(site), experts };
+        Some(Predicted { pass: self.simulator(&rates)?.settled(&work), rates })
     }
 
-    fn simulate(&self, rates: Rates, pass: PassWork) -> Option<Predicted> {
+    /// The session's own plan for the simulator; `None` where a rate that it needs is missing.
+    fn simulator(&self, rates: &Rates) -> Option<Setup> {
         let streams = |home| self.plan.homes.contains(&home);
         let needs_link = self.device.is_some() && (streams(Home::B) || streams(Home::C));
         if streams(Home::C) && rates.nvme.is_none() || needs_link && rates.gpu.is_none() {
             return None;
         }
         let units = works(&self.model, &self.weights.layouts);
-        let setup: Setup = setup(&units, &self.plan, &rates, self.device.is_some());
-        Some(Predicted { pass: setup.settled(&pass), rates })
+        Some(setup(&units, &self.plan, rates, self.device.is_some()))
     }
 
     fn site(&self) -> Site {
