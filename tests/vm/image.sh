@@ -147,7 +147,8 @@ make_drives() {
 
 # unplug LOG SOCKET: takes the drive out of the machine that the guest names in a line "UNPLUG drive".
 unplug() {
-  python3 - "$1" "$2" <<'PY'
+  # exec: else a kill of this function's shell would leave Python waiting.
+  exec python3 - "$1" "$2" <<'PY'
 import json, re, socket, sys, time
 log, path = sys.argv[1:]
 while True:
