@@ -33,6 +33,8 @@ struct Memory {
     fail_at: Arc<Mutex<u64>>,
     /// The same for copies that fail on their way.
     fail_late: Arc<Mutex<u64>>,
+    /// Calls of any kind until the device is gone for good; `None` while it stays.
+    gone_in: Arc<Mutex<Option<u64>>>,
 }
 
 struct Owned {
@@ -90,6 +92,7 @@ impl DeviceMemory for Memory {
             state,
             fail_at: self.fail_at.clone(),
             fail_late: self.fail_late.clone(),
+            gone_in: self.gone_in.clone(),
         }))
     }
 
@@ -109,6 +112,19 @@ struct Late {
     state: Arc<(Mutex<State>, Condvar)>,
     fail_at: Arc<Mutex<u64>>,
     fail_late: Arc<Mutex<u64>>,
+    gone_in: Arc<Mutex<Option<u64>>>,
+}
+
+/// An error for ever once the countdown is over.
+fn there(gone_in: &Mutex<Option<u64>>) -> Result<(), BackendError> {
+    match gone_in.lock().unwrap().as_mut() {
+        Some(0) => Err(BackendError::Device { backend: "second", what: "the device is gone".into() }),
+        Some(n) => {
+            *n -= 1;
+            Ok(())
+        }
+        None => Ok(()),
+    }
 }
 
 /// Counts down; an error when it gets to zero.
@@ -133,6 +149,7 @@ impl Late {
 
 impl CopyEngine for Late {
     unsafe fn upload(&self, slot: usize, src: *const u8, dst: u64, bytes: usize) -> Result<(), BackendError> {
+        there(&self.gone_in)?;
         due(&self.fail_at)?;
         let mut state = self.state.0.lock().unwrap();
         assert!(!state.held.contains(&slot), "an upload into slot {slot}, which is computed from");
@@ -143,26 +160,28 @@ impl CopyEngine for Late {
 
     fn wait_copied(&self, slot: usize) -> Result<Option<f64>, BackendError> {
         self.wait(slot);
+        there(&self.gone_in)?;
         due(&self.fail_late)?;
         Ok(Some(1e-6))
     }
 
     fn acquire(&self, slot: usize) -> Result<(), BackendError> {
         self.wait(slot);
+        there(&self.gone_in)?;
         assert!(self.state.0.lock().unwrap().held.insert(slot));
         Ok(())
     }
 
     fn release(&self, slot: usize) -> Result<(), BackendError> {
         assert!(self.state.0.lock().unwrap().held.remove(&slot));
-        Ok(())
+        there(&self.gone_in)
     }
 
     fn settle(&self) -> Result<(), BackendError> {
         let n = self.state.0.lock().unwrap().copied.len();
         (0..n).for_each(|slot| self.wait(slot));
         self.state.0.lock().unwrap().held.clear();
-        Ok(())
+        there(&self.gone_in)
     }
 }
 
@@ -201,6 +220,7 @@ impl Backend for Detached {
         self.cpu.qkv(layer, norm, q, k, v, q_norm, k_norm)
     }
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
         self.cpu.attend(layer)
     }
     fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
@@ -210,6 +230,7 @@ impl Backend for Detached {
         self.cpu.attn_output(w)
     }
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
         self.cpu.ffn(norm, gate, up, down)
     }
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
@@ -225,9 +246,11 @@ impl Backend for Detached {
         self.cpu.output_norm(norm)
     }
     fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
         self.cpu.head(w, first_row)
     }
     fn logits(&mut self) -> Result<&[f32], BackendError> {
+        there(&self.memory.gone_in)?;
         self.cpu.logits()
     }
     fn truncate(&mut self, n: usize) {
@@ -377,6 +400,25 @@ fn a_copy_that_fails_is_an_error_and_everything_is_released() {
     }
     drop(session);
     assert_eq!(*memory.used.lock().unwrap(), 0);
+}
+
+#[test]
+fn a_device_that_vanishes_ends_every_pass_with_an_error_and_everything_is_released() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&tiny(6).write(d.path(), "m.gguf")).unwrap();
+    for calls in 0..40 {
+        let memory = Arc::new(Memory::default());
+        let o = Options { tiers: Some(Tiers { a: 1, b: 2, c: 3 }), ..options() };
+        let mut session = start(&opened, o, &memory).unwrap();
+        logits(&mut session).unwrap();
+        *memory.gone_in.lock().unwrap() = Some(calls);
+        let mut first = (0..9).find_map(|_| logits(&mut session).err());
+        let e = first.take().unwrap_or_else(|| panic!("nine passes without a device, {calls}")).to_string();
+        assert!(e.contains("the device is gone"), "{calls}: {e}");
+        assert!(logits(&mut session).is_err(), "{calls}: a pass after the device was gone");
+        drop(session);
+        assert_eq!(*memory.used.lock().unwrap(), 0, "{calls}");
+    }
 }
 
 #[test]

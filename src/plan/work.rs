@@ -113,7 +113,7 @@ mod tests {
     fn large_blocks_are_bound_by_memory_and_small_ones_by_launches() {
         let m = machine("h100");
         let s = unit(1 << 30, 1.0, Some(0)).decode_s(&m, Site::Gpu);
-        assert!((s - (1u64 << 30) as f64 / (2985e9 * 0.69)).abs() < 1e-9);
+        assert!((s - (1u64 << 30) as f64 / (2985e9 * gpu_share(TensorType::Q8_0))).abs() < 1e-9);
         assert_eq!(unit(1000, 1.0, Some(0)).decode_s(&m, Site::Gpu), GPU_UNIT_S);
     }
 
