@@ -31,7 +31,8 @@ fn a_benchmark_tells_predicted_and_achieved_and_who_waited() {
     assert!(stall["storage_s"].as_f64().unwrap() <= stall["passes_s"].as_f64().unwrap());
     let bytes = all["links"]["nvme"]["bytes"].as_u64().unwrap();
     let read_a_pass = all["plan"]["c"]["bytes"].as_u64().unwrap();
-    assert!(bytes >= 12 * read_a_pass, "two rounds of six passes of one token read {bytes}");
+    // Twelve passes, less what the ring's slots (three of four units) may hold when a round begins.
+    assert!(bytes >= 10 * read_a_pass, "two rounds of six passes of {read_a_pass} bytes read {bytes}");
 
     let html = std::fs::read_to_string(page).unwrap();
     for text in ["m.gguf", "Timeline: Measured", "resident", "RAM slot 0", "Rates over time", "3 of 18 passes"] {
