@@ -3,8 +3,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::ProbeError;
+use super::queue::{Clock, Span};
 use super::storage::Reads;
-use super::{ProbeError, queue::Span};
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::guard::Host;
@@ -81,34 +82,23 @@ impl Reads for ByReader {
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
     ) -> Result<Span, ProbeError> {
-        let start = Instant::now();
-        let (mut total, mut part, mut part_start) = (0, 0, start);
+        let clock = Clock { start: Instant::now(), time, slice };
         let mut done: Vec<Completion> = Vec::with_capacity(depth);
         for slot in 0..depth {
             self.submit(slot, block)?;
         }
-        while self.reader.outstanding() > 0 {
+        clock.run(stop, each, depth > 0, &mut |more| {
             let whole = Extent { file: self.file, offset: 0, len: self.len, dst_offset: 0 };
             self.reader.poll(&mut done, Some(POLL)).map_err(|e| self.failed(whole, e.to_string()))?;
-            let more = start.elapsed() < time && !stop();
+            let mut bytes = 0;
             for c in done.drain(..) {
-                let bytes = c.result.map_err(|e| self.failed(whole, e.to_string()))?;
-                total += bytes;
-                part += bytes;
+                bytes += c.result.map_err(|e| self.failed(whole, e.to_string()))?;
                 if more {
                     self.submit(c.tag as usize, block)?;
                 }
             }
-            if part_start.elapsed() >= slice && self.reader.outstanding() > 0 {
-                each(Span { bytes: part, seconds: part_start.elapsed().as_secs_f64() });
-                (part, part_start) = (0, Instant::now());
-            }
-        }
-        if stop() {
-            Err(ProbeError::Interrupted)
-        } else {
-            Ok(Span { bytes: total, seconds: start.elapsed().as_secs_f64() })
-        }
+            Ok((bytes, self.reader.outstanding() > 0))
+        })
     }
 }
 

@@ -60,6 +60,46 @@ impl Span {
     }
 }
 
+/// How long reads are begun, and after how long each a part of them is told.
+pub(super) struct Clock {
+    pub start: Instant,
+    pub time: Duration,
+    pub slice: Duration,
+}
+
+impl Clock {
+    /// Calls `step` while reads are in flight (`flying` at first); it is told whether to begin others in
+    /// place of those that end, and gives the bytes that were read and whether any are in flight still. Calls
+    /// `each` with the bytes and seconds since the last call.
+    ///
+    /// # Errors
+    /// What `step` gives, or that `stop` said so.
+    pub(super) fn run(
+        &self,
+        stop: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(Span),
+        mut flying: bool,
+        step: &mut dyn FnMut(bool) -> Result<(u64, bool), ProbeError>,
+    ) -> Result<Span, ProbeError> {
+        let (mut total, mut part, mut part_start) = (0, 0, self.start);
+        while flying {
+            let bytes;
+            (bytes, flying) = step(self.start.elapsed() < self.time && !stop())?;
+            total += bytes;
+            part += bytes;
+            if part_start.elapsed() >= self.slice && flying {
+                each(Span { bytes: part, seconds: part_start.elapsed().as_secs_f64() });
+                (part, part_start) = (0, Instant::now());
+            }
+        }
+        if stop() {
+            Err(ProbeError::Interrupted)
+        } else {
+            Ok(Span { bytes: total, seconds: self.start.elapsed().as_secs_f64() })
+        }
+    }
+}
+
 impl<'t> Queue<'t> {
     /// Sets it up; `block` is at most the target's length, and a multiple of 4096.
     ///
@@ -108,25 +148,14 @@ impl<'t> Queue<'t> {
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
     ) -> Result<Span, ProbeError> {
-        let start = Instant::now();
-        let (mut total, mut part, mut part_start) = (0, 0, start);
+        let clock = Clock { start: Instant::now(), time, slice };
         for slot in 0..self.buffers.len() {
             self.push(slot)?;
         }
-        while self.n_flying > 0 {
-            let bytes = self.step(start.elapsed() < time && !stop())?;
-            total += bytes;
-            part += bytes;
-            if part_start.elapsed() >= slice && self.n_flying > 0 {
-                each(Span { bytes: part, seconds: part_start.elapsed().as_secs_f64() });
-                (part, part_start) = (0, Instant::now());
-            }
-        }
-        if stop() {
-            Err(ProbeError::Interrupted)
-        } else {
-            Ok(Span { bytes: total, seconds: start.elapsed().as_secs_f64() })
-        }
+        clock.run(stop, each, self.n_flying > 0, &mut |more| {
+            let bytes = self.step(more)?;
+            Ok((bytes, self.n_flying > 0))
+        })
     }
 
     /// Waits for at least one read; begins others in their place if `more`. Gives the bytes read.

@@ -165,7 +165,9 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
         check_product(b, &m, 7, report)?;
         check_product(b, &m, 40, report)?;
     }
-    check_swiglu(device, b, ty, report)
+    check_swiglu(device, b, ty, (512, 768), &[1, 5, 19, 70], report)?;
+    // Rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
+    check_swiglu(device, b, ty, (256, 28672), &[1, 2], report)
 }
 
 fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {
@@ -234,13 +236,19 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
-/// Gate, up, SwiGLU and down, in one type.
-fn check_swiglu(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
-    let (n, ff) = (512, 768);
+/// Gate, up, SwiGLU and down, in one type, for `n` inputs and `ff` hidden values.
+fn check_swiglu(
+    device: &Arc<Device>,
+    b: &mut CudaBackend,
+    ty: TensorType,
+    (n, ff): (usize, usize),
+    batches: &[usize],
+    report: &mut Report,
+) -> Result {
     let gate = Matrix::random(device, ty, ff, n, 21)?;
     let up = Matrix::random(device, ty, ff, n, 22)?;
     let down = Matrix::random(device, ty, n, ff, 23)?;
-    for tokens in [1, 5, 19, 70] {
+    for &tokens in batches {
         let x = Rng::new(31).floats(tokens * n, 2.0);
         let input = inputs(b, ty, tokens, n, &x)?;
         let hidden = b.engine.hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
@@ -257,7 +265,7 @@ fn check_swiglu(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, repor
         let (h, _) = seen_by(ty, tokens, &h);
         // A hidden value near the middle of two steps may fall to either side.
         let bound = if bound == 1e-9 { 1e-5 } else { bound };
-        report.check(&format!("{ty} SwiGLU and down, {tokens}"), nmse(&got, &down.times(&h)), bound);
+        report.check(&format!("{ty} SwiGLU and down {n}x{ff}, {tokens}"), nmse(&got, &down.times(&h)), bound);
     }
     Ok(())
 }
