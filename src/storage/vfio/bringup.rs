@@ -246,6 +246,10 @@ impl<R: Registers> Controller<R> {
             return Err(Fault::Unsupported("its queue entries are larger than 64 and 16 bytes".into()));
         }
         self.raw_identify[0] = raw;
+        // Bit 1: the subsystem may have several controllers, so another host may write. §5.17.2.1.
+        if self.info.sharing & 2 != 0 {
+            return Err(Fault::Unsupported("several controllers may lead to its namespaces (CMIC)".into()));
+        }
         self.scratch.clear();
         self.admin(&Command::IdentifyNamespace { nsid: self.nsid, to }, "identify namespace")?;
         let raw = self.scratch.bytes(4096);
@@ -268,7 +272,28 @@ impl<R: Registers> Controller<R> {
                 self.critical_warning
             )));
         }
-        Ok(())
+        self.sanitized()
+    }
+
+    /// Refuses a drive that is being erased, or where that failed.
+    fn sanitized(&mut self) -> Result<(), Fault> {
+        if self.info.sanitize == 0 {
+            return Ok(());
+        }
+        self.scratch.clear();
+        let to = self.scratch.iova;
+        match self.admin(&Command::SanitizeLog { to }, "sanitize log") {
+            // Type 1, code 09h: it keeps no such page after all.
+            Err(Fault::Command { status, .. }) if (status.kind(), status.code()) == (1, 0x09) => return Ok(()),
+            answer => answer?,
+        };
+        // SSTAT, bits 2:0 of bytes 3:2.
+        let refusal = match self.scratch.read32(0) >> 16 & 7 {
+            2 => "a sanitize operation is erasing it",
+            3 => "its last sanitize operation failed",
+            _ => return Ok(()),
+        };
+        Err(Fault::Unsupported(refusal.into()))
     }
 
     fn make_queues(&mut self) -> Result<(), Fault> {

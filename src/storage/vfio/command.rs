@@ -24,6 +24,11 @@ pub enum Command {
         /// Where the bytes go.
         to: u64,
     },
+    /// Get Log Page 81h: sanitize status, its first 512 bytes. §5.16.1.25.
+    SanitizeLog {
+        /// Where the bytes go.
+        to: u64,
+    },
     /// Set Features 07h: number of queues; it lasts until the next reset. §5.27.1.5.
     QueueCount {
         /// Pairs wanted.
@@ -79,6 +84,11 @@ pub enum Command {
     },
 }
 
+/// Dword 10 of Get Log Page: the page, and 512 bytes in words of four, less one.
+const fn log_page(id: u32) -> u32 {
+    id | (512 / 4 - 1) << 16
+}
+
 impl Command {
     /// The entry with its command identifier.
     pub fn encode(&self, cid: u16) -> Sqe {
@@ -102,8 +112,12 @@ impl Command {
             }
             Self::HealthLog { to } => {
                 data(to, 0);
-                e[1] = u32::MAX;
-                e[10] = 0x02 | (512 / 4 - 1) << 16;
+                (e[1], e[10]) = (u32::MAX, log_page(0x02));
+                0x02
+            }
+            Self::SanitizeLog { to } => {
+                data(to, 0);
+                (e[1], e[10]) = (u32::MAX, log_page(0x81));
                 0x02
             }
             Self::QueueCount { pairs } => {
@@ -165,6 +179,7 @@ mod tests {
             IdentifyController { to: 4096 },
             IdentifyNamespace { nsid: 1, to: 4096 },
             HealthLog { to: 4096 },
+            SanitizeLog { to: 4096 },
             QueueCount { pairs: 1 },
             CreateCompletionQueue { id: 1, entries: 2, at: 4096 },
             CreateSubmissionQueue { id: 1, entries: 2, at: 4096 },
@@ -177,7 +192,7 @@ mod tests {
             // A new variant must be added here before this compiles.
             let opcode = match command {
                 IdentifyController { .. } | IdentifyNamespace { .. } => 0x06,
-                HealthLog { .. } | Read { .. } => 0x02,
+                HealthLog { .. } | SanitizeLog { .. } | Read { .. } => 0x02,
                 QueueCount { .. } => 0x09,
                 CreateCompletionQueue { .. } => 0x05,
                 CreateSubmissionQueue { .. } => 0x01,

@@ -15,6 +15,8 @@ pub struct ControllerInfo {
     pub max_transfer: Option<u64>,
     /// Capabilities for several paths; not 0 means that others may write.
     pub sharing: u8,
+    /// Ways in which it can be sanitized; 0 if it keeps no log of that.
+    pub sanitize: u32,
     /// Shutdown time, microseconds.
     pub shutdown_us: u32,
     /// Number of namespaces.
@@ -38,6 +40,8 @@ pub struct NamespaceInfo {
     pub protection: u8,
     /// Sharing capabilities.
     pub sharing: u8,
+    /// Percent of a running format that remain; 0 if none runs.
+    pub formatting: u8,
     /// Globally unique identifier.
     pub nguid: [u8; 16],
     /// IEEE identifier.
@@ -68,6 +72,7 @@ pub fn controller(d: &[u8], min_page_shift: u32) -> Option<ControllerInfo> {
         firmware: text(&d[64..72]),
         max_transfer: (d[77] != 0).then(|| 1u64.checked_shl(u32::from(d[77]) + min_page_shift).unwrap_or(u64::MAX)),
         sharing: d[76],
+        sanitize: u32_at(d, 328),
         shutdown_us: u32_at(d, 88),
         namespaces: u32_at(d, 516),
         aborts: u16::from(d[258]) + 1,
@@ -92,6 +97,7 @@ pub fn namespace(d: &[u8]) -> Option<NamespaceInfo> {
         metadata: u16_at(d, lbaf),
         protection: d[29] & 7,
         sharing: d[30],
+        formatting: if d[32] & 0x80 != 0 { d[32] & 0x7f } else { 0 },
         nguid,
         eui64,
     })
@@ -117,6 +123,9 @@ impl NamespaceInfo {
         }
         if self.sharing & 1 != 0 {
             out.push("it is shared between controllers".into());
+        }
+        if self.formatting != 0 {
+            out.push(format!("it is being formatted, {} % remain", self.formatting));
         }
         if self.blocks == 0 {
             out.push("it has no blocks".into());

@@ -34,6 +34,10 @@ enum Wrong {
     OldCid,
     Metadata,
     Unhealthy,
+    SharedControllers,
+    Formatting,
+    Sanitizing,
+    NoSanitizeLog,
 }
 
 /// What the model does with an Abort.
@@ -153,12 +157,15 @@ impl State {
                 if e[10] == 1 {
                     bytes[4..11].copy_from_slice(b"MODEL01");
                     bytes[24..29].copy_from_slice(b"Model");
+                    bytes[76] = if self.wrong == Wrong::SharedControllers { 2 } else { 0 };
                     bytes[77] = 5;
+                    bytes[328] = u8::from(matches!(self.wrong, Wrong::Sanitizing | Wrong::NoSanitizeLog));
                     bytes[512] = 0x66;
                     bytes[513] = 0x44;
                 } else {
                     bytes[..8].copy_from_slice(&BLOCKS.to_le_bytes());
                     bytes[104..128].fill(0xee);
+                    bytes[32] = if self.wrong == Wrong::Formatting { 0x80 | 60 } else { 0x80 };
                     bytes[130] = 9;
                     bytes[128] = if self.wrong == Wrong::Metadata { 8 } else { 0 };
                 }
@@ -177,6 +184,10 @@ impl State {
                 (ring.head, ring.cq_tail, ring.phase) = (0, 0, true);
             }
             0x08 => return self.abort(e),
+            0x02 if e[10] & 0xff == 0x81 && self.wrong == Wrong::NoSanitizeLog => {
+                return self.complete(0, (e[0] >> 16) as u16, 0x109);
+            }
+            0x02 if e[10] & 0xff == 0x81 => self.at(address, 512).write32(0, 2 << 16),
             0x02 if self.wrong == Wrong::Unhealthy => self.at(address, 512).write32(0, 0x08),
             _ => {}
         }
@@ -589,6 +600,18 @@ fn a_fatal_status_while_reading_is_named() {
 #[test]
 fn a_drive_that_fails_is_refused() {
     assert!(matches!(start(&bench(1, Wrong::Unhealthy), 8), Err(Fault::Unsupported(_))));
+}
+
+#[test]
+fn shared_formatting_and_erased_drives_are_refused() {
+    let cases =
+        [(Wrong::SharedControllers, "CMIC"), (Wrong::Formatting, "60 % remain"), (Wrong::Sanitizing, "sanitize")];
+    for (wrong, word) in cases {
+        let fault = start(&bench(1, wrong), 8).err().unwrap();
+        assert!(fault.to_string().contains(word), "{wrong:?}: {fault}");
+    }
+    let b = bench(1, Wrong::NoSanitizeLog);
+    assert!(start(&b, 8).is_ok(), "a controller that keeps no such log after all");
 }
 
 #[test]
