@@ -15,6 +15,7 @@ use super::bringup::{Controller, Fault, memory_needed};
 use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::Registers;
+use super::removal::{self, Covered};
 
 const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
 const VFIO_IOMMU_GET_INFO: libc::c_ulong = 0x3b70;
@@ -74,6 +75,8 @@ pub struct Bar {
     base: *mut u8,
     len: usize,
     started: Instant,
+    /// Dropped before the mapping goes.
+    covered: Option<Covered>,
 }
 
 // SAFETY: the mapping belongs to this value alone and has no thread affinity.
@@ -108,6 +111,7 @@ impl Registers for Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
+        self.covered = None;
         // SAFETY: base and len are what mmap returned, and nothing else refers to them.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
@@ -296,7 +300,11 @@ impl Vfio {
         if base == libc::MAP_FAILED {
             return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
         }
-        Ok(Bar { base: base.cast(), len: 0x2000, started: Instant::now() })
+        let mut bar = Bar { base: base.cast(), len: 0x2000, started: Instant::now(), covered: None };
+        // SAFETY: the registers that were mapped just now; `bar` uncovers them before it unmaps them.
+        let covered = unsafe { removal::cover(bar.base, bar.len) };
+        bar.covered = Some(covered.map_err(|e| fail(format!("its removal could not be survived: {e}")))?);
+        Ok(bar)
     }
 
     /// # Safety

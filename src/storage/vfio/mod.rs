@@ -18,6 +18,7 @@ pub mod queue;
 pub mod quirks;
 pub mod reader;
 pub mod regs;
+mod removal;
 pub mod status;
 
 pub use bringup::{Controller, Fault};
