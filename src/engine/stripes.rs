@@ -29,7 +29,7 @@ impl Target {
     fn same(&self, other: &Target) -> Option<&'static str> {
         match (self, other) {
             (Target::Bound(a, n), Target::Bound(b, m)) => {
-                (&a.pci == &b.pci && n.nsid == m.nsid).then_some("the same drive")
+                (a.pci == b.pci && n.nsid == m.nsid).then_some("the same drive")
             }
             (Target::Kernel(a), Target::Kernel(b)) => a.same(b).then_some("the same file"),
             _ => None,
