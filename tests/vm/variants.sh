@@ -60,6 +60,7 @@ done
 # Striped over two bound drives, with blocks of 512 and of 4096 bytes; over a bound drive and a mounted
 # one; and over one that cannot read a sector, put where that sector's stripe is read from.
 one=$(drive MODEL001)n1 two=$(drive BLK4K001)n1 bad=$(drive BAD00001)n1
+for d in MODEL001 BAD00001; do sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list; done
 for n in $one $two $bad; do works "bind $n for striping" sh /root/scripts/bind-vfio.sh $n; done
 works "striped over bound drives" run stripes smol --tier-c $one,$two $tiers
 grep -o 'tier C is[^"]*' /tmp/stripes.json | sed 's/^/INFO /'
