@@ -18,6 +18,7 @@ mod source;
 mod staged;
 mod start;
 mod stop;
+mod stripes;
 mod verify;
 mod weights;
 

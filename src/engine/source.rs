@@ -1,18 +1,19 @@
 //! Where weights are read from and through what: a drive bound to vfio-pci by the places recorded
-//! for the model's files, or files through the kernel.
+//! for the model's files, or files through the kernel. Several places at once are `stripes`.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::places::{Located, locate};
 use super::staged::{self, Image};
+use super::stripes::striped;
 use super::{EngineError, Options};
 use crate::gguf::{Gguf, GgufError};
 use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
 use crate::storage::guard::Host;
 use crate::storage::library::{Library, Recorded};
 use crate::storage::vfio::VfioReader;
-use crate::storage::{Checked, Part, Reader, ReaderKind, Record, open_copies};
+use crate::storage::{Checked, Part, Reader, ReaderKind, Record, Striped, open_copies};
 
 /// What is asked of the place that a model is read from.
 #[derive(Clone, Copy, Debug)]
@@ -26,16 +27,22 @@ pub struct Place<'a> {
 }
 
 /// A reader over all shards of a model.
-pub(super) struct Source {
+pub(super) struct Copy {
     /// Not compared with anything.
     pub reader: Box<dyn Reader>,
     /// What is recorded of each shard; empty if it is read through the kernel and was not asked for.
     pub records: Vec<Record>,
+}
+
+/// Where a model is read from.
+pub(super) struct Source {
+    /// One reader, or several over which reads are dealt, each with the whole model.
+    pub copies: Vec<Copy>,
     /// For the user.
     pub notes: Vec<String>,
 }
 
-type Opened = Result<Source, EngineError>;
+pub(super) type Opened = Result<Source, EngineError>;
 
 pub(super) fn fail(what: impl Into<String>) -> EngineError {
     EngineError::Copy(what.into())
@@ -85,14 +92,20 @@ fn recorded(library: &Library, path: &Path, serial: Option<&str>) -> Result<Reco
 /// the notes says which it is and why, if a device was named.
 pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<(Box<dyn Reader>, Vec<String>), EngineError> {
     let place = Place { copies: &options.copies, reader: options.reader, verify: options.verify };
-    let Source { reader, records, notes } = open_raw(gguf, &place)?;
-    if records.is_empty() {
-        return Ok((reader, notes));
+    let Source { copies, notes } = open_raw(gguf, &place)?;
+    let checked = |copy: Copy| match copy.records.is_empty() {
+        true => copy.reader,
+        false => Box::new(Checked::new(copy.reader, copy.records, options.verify)),
+    };
+    let mut readers: Vec<_> = copies.into_iter().map(checked).collect();
+    if readers.len() == 1 {
+        return Ok((readers.remove(0), notes));
     }
-    Ok((Box::new(Checked::new(reader, records, options.verify)), notes))
+    let lens = gguf.shards.iter().map(|s| s.len).collect();
+    Ok((Box::new(Striped::new(readers, lens)), notes))
 }
 
-/// As [`open`], with the reader and the records side by side.
+/// As [`open`], with the readers and their records side by side.
 pub(super) fn open_raw(gguf: &Gguf, options: &Place<'_>) -> Opened {
     let host = Host::default();
     match options.copies {
@@ -114,42 +127,14 @@ fn one(host: &Host, gguf: &Gguf, options: &Place<'_>, target: &Path) -> Opened {
     }
     let mut source = kernel(&[&found], gguf, options)?;
     if found.on_drive {
-        let (reader, from) = (source.reader.name(), found.shown());
+        let (reader, from) = (source.copies[0].reader.name(), found.shown());
         source.notes.push(format!("tier C is read through {reader} from {from}: {}", not_bound(&name)));
     }
     Ok(source)
 }
 
-/// Deals reads over several places, each of which holds the whole model.
-fn striped(host: &Host, gguf: &Gguf, options: &Place<'_>, targets: &[PathBuf]) -> Opened {
-    let all = targets.iter().map(|t| t.to_string_lossy()).collect::<Vec<_>>().join(",");
-    let mut found: Vec<Located> = Vec::new();
-    for target in targets {
-        let name = target.to_string_lossy();
-        if let Some((drive, _)) = bound(host, &name)? {
-            return Err(fail(format!(
-                "--tier-c {all}: {name} is bound to vfio-pci, and only places that the kernel reads can be striped; name it alone, or give it back with `sudo nt device release {}`",
-                drive.pci
-            )));
-        }
-        let next = locate(host, gguf, target).map_err(|e| fail(format!("--tier-c {all}: {e}")))?;
-        if let Some(same) = found.iter().find(|f| f.same(&next)) {
-            let (a, b) = (same.shown(), next.shown());
-            return Err(fail(format!("--tier-c {all}: {a} and {b} are the same file; each place needs its own copy")));
-        }
-        found.push(next);
-    }
-    if options.reader == ReaderKind::Vfio {
-        return Err(fail(format!("--reader vfio: only places that the kernel reads can be striped, as {all} are")));
-    }
-    let mut source = kernel(&found.iter().collect::<Vec<_>>(), gguf, options)?;
-    let places = found.iter().map(Located::shown).collect::<Vec<_>>().join(" and ");
-    source.notes.push(format!("tier C is striped over {places}, read through {}", source.reader.name()));
-    Ok(source)
-}
-
 /// The bound drive of that name, if it is one.
-fn bound(host: &Host, name: &str) -> Result<Option<(Bound, BoundNamespace)>, EngineError> {
+pub(super) fn bound(host: &Host, name: &str) -> Result<Option<(Bound, BoundNamespace)>, EngineError> {
     match bind::find_bound(host, name) {
         Ok(found) => Ok(Some(found)),
         Err(DeviceError::NotBound(_)) => Ok(None),
@@ -188,7 +173,7 @@ fn automatic(host: &Host, gguf: &Gguf, options: &Place<'_>) -> Opened {
 
 /// Reads through the kernel from one place, or striped over several, with the records where they are
 /// needed.
-fn kernel(places: &[&Located], gguf: &Gguf, options: &Place<'_>) -> Opened {
+pub(super) fn kernel(places: &[&Located], gguf: &Gguf, options: &Place<'_>) -> Opened {
     let copies: Vec<Vec<Part>> = places.iter().map(|l| l.parts.clone()).collect();
     let (reader, notes) = open_copies(&copies, options.reader)?;
     let mut records = Vec::new();
@@ -197,7 +182,7 @@ fn kernel(places: &[&Located], gguf: &Gguf, options: &Place<'_>) -> Opened {
             records.push(record(gguf, i, recorded_of(places, i)?));
         }
     }
-    Ok(Source { reader, records, notes })
+    Ok(Source { copies: vec![Copy { reader, records }], notes })
 }
 
 /// The record of a shard: of any of its copies, since all hold the same bytes.
@@ -222,7 +207,7 @@ fn recorded_of(places: &[&Located], shard: usize) -> Result<Recorded, EngineErro
 }
 
 /// Reads from a bound drive by what is recorded for it.
-fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamespace, why: &str) -> Opened {
+pub(super) fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamespace, why: &str) -> Opened {
     if let ReaderKind::IoUring | ReaderKind::Pread = options.reader {
         return Err(fail(format!(
             "{why}, which the kernel cannot read; leave --reader away, or give the drive back with `sudo nt device release {}`",
@@ -249,10 +234,10 @@ fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &BoundNamesp
     }
     let mut reader = VfioReader::open_bound(drive, namespace).map_err(crate::storage::StorageError::from)?;
     for r in &records {
-        reader.add_file(&r.manifest.file, r.manifest.spans());
+        reader.add_file(&format!("{} on drive {}", r.manifest.file, drive.serial), r.manifest.spans());
     }
     let note = format!("tier C is read through vfio from {} {} at {}: {why}", drive.model, drive.serial, drive.pci);
-    Ok(Source { reader: Box::new(reader), records, notes: vec![note] })
+    Ok(Source { copies: vec![Copy { reader: Box::new(reader), records }], notes: vec![note] })
 }
 
 /// A shard as staged on a bound drive, whose image is read once.
@@ -304,39 +289,4 @@ fn same_file(library: &Library, gguf: &Gguf, shard: usize, r: &Recorded) -> Resu
         }
     };
     if header == r.header { Ok(()) } else { Err(other("header")) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bound_drive_is_not_striped() {
-        let root = tempfile::tempdir().unwrap();
-        let put = |path: &str, text: &str| {
-            let path = root.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
-        put(
-            "run/nt/0000:02:00.0.toml",
-            "pci = '0000:02:00.0'\ncontroller = 'nvme1'\nserial = 'S'\nmodel = 'M'\ngroup = '15'\n\
-             [[namespace]]\nname = 'nvme1n1'\nnsid = 1\nsize = 4096\n",
-        );
-        put("sys/bus/pci/devices/0000:02:00.0/class", "0x010802");
-        std::os::unix::fs::symlink(
-            "../../drivers/vfio-pci",
-            root.path().join("sys/bus/pci/devices/0000:02:00.0/driver"),
-        )
-        .unwrap();
-        let targets = [PathBuf::from("nvme1n1"), root.path().to_path_buf()];
-        let place = Place { copies: &targets, reader: ReaderKind::Auto, verify: false };
-        let refused = striped(&Host::at(root.path()), &Gguf::default(), &place, &targets);
-        let text = refused.err().unwrap().to_string();
-        for words in
-            ["nvme1n1 is bound to vfio-pci", "only places that the kernel reads", "nt device release 0000:02:00.0"]
-        {
-            assert!(text.contains(words), "{text}");
-        }
-    }
 }

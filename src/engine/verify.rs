@@ -34,7 +34,8 @@ impl Verified {
 }
 
 /// Reads the whole model from `copies` (where it lies if there are none) and compares it with what was
-/// recorded. `progress` gets bytes compared and bytes to compare.
+/// recorded. `progress` gets bytes compared and bytes to compare. Of several drives bound to vfio-pci, each is
+/// read whole.
 ///
 /// # Errors
 /// If there is no record, or something cannot be read.
@@ -50,14 +51,22 @@ pub fn verify(
         let shard = &gguf.shards[i];
         (shard.len != r.manifest.size).then(|| (shard.path.clone(), shard.len, r.manifest.size))
     };
-    let lengths: Vec<_> = source.records.iter().enumerate().filter_map(differs).collect();
-    let reader = source.reader.name();
-    if !lengths.is_empty() {
-        return Ok(Verified { gguf, reader, corrupt: Vec::new(), lengths });
+    let mut corrupt = Vec::new();
+    let n = source.copies.len() as u64;
+    let (mut reader, mut lengths) = ("", Vec::new());
+    // Several copies, each with its record, are each read whole; striped, half of each would be.
+    for (i, copy) in source.copies.into_iter().enumerate() {
+        let name = copy.reader.name();
+        reader = if i == 0 || reader == name { name } else { "mixed" };
+        lengths.extend(copy.records.iter().enumerate().filter_map(differs));
+        if !lengths.is_empty() {
+            return Ok(Verified { gguf, reader, corrupt: Vec::new(), lengths });
+        }
+        let mut all = |done, total| progress(i as u64 * total + done, n * total);
+        corrupt.extend(storage::verify(copy.reader, &copy.records, &mut all).map_err(|e| match e {
+            VerifyError::Storage(e) => EngineError::Storage(e),
+            VerifyError::Memory(e) => EngineError::Memory(e.to_string()),
+        })?);
     }
-    let corrupt = storage::verify(source.reader, &source.records, progress).map_err(|e| match e {
-        VerifyError::Storage(e) => EngineError::Storage(e),
-        VerifyError::Memory(e) => EngineError::Memory(e.to_string()),
-    })?;
     Ok(Verified { gguf, reader, corrupt, lengths })
 }

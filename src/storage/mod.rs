@@ -17,6 +17,7 @@ mod pread;
 #[cfg(test)]
 mod scripted;
 mod split;
+mod striped;
 mod uring;
 mod verify;
 pub mod vfio;
@@ -26,6 +27,7 @@ pub use file::{DirectFile, Part};
 pub use pread::PreadReader;
 #[cfg(test)]
 pub use scripted::{Script, ScriptedReader};
+pub use striped::Striped;
 pub use uring::UringReader;
 pub(crate) use uring::drain;
 pub use verify::{VerifyError, verify};

@@ -74,7 +74,7 @@ sed '/BAD00001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/tmp/bad.toml; cp 
 works "bind a drive with a bad sector" sh /root/scripts/bind-vfio.sh $dev
 logits bad smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
 sed 's/^/INFO /' /tmp/out
-[ $code = 1 ] && grep -q "smol.gguf: reading .* failed" /tmp/out && pass "a read error is named" || fail "a read error is named"
+[ $code = 1 ] && grep -q "smol.gguf on drive BAD00001: reading .* failed" /tmp/out && pass "a read error is named" || fail "a read error is named"
 works "release a drive with a bad sector" sh /root/scripts/release-vfio.sh $dev
 
 # Staged on a drive of its own.

@@ -1,4 +1,4 @@
-# Members of other storage (LVM, LUKS, MD), models on drives with other limits, a slow drive. Sourced
+# Members of other storage (LVM, LUKS, MD), models on drives with other limits, striped, a slow drive. Sourced
 # by guest.sh after model.sh.
 
 # Each as the signature alone, and then with something that stands on the drive.
@@ -56,6 +56,29 @@ for d in BLK4K001 SMALL001; do
   same uring $d
   works "$d release" sh /root/scripts/release-vfio.sh $n
 done
+
+# Striped over two bound drives, with blocks of 512 and of 4096 bytes; over a bound drive and a mounted
+# one; and over one that cannot read a sector, put where that sector's stripe is read from.
+one=$(drive MODEL001)n1 two=$(drive BLK4K001)n1 bad=$(drive BAD00001)n1
+for d in MODEL001 BAD00001; do sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list; done
+for n in $one $two $bad; do works "bind $n for striping" sh /root/scripts/bind-vfio.sh $n; done
+works "striped over bound drives" run stripes smol --tier-c $one,$two $tiers
+grep -o 'tier C is[^"]*' /tmp/stripes.json | sed 's/^/INFO /'
+[ "$(field stripes reader)" = '"vfio"' ] && grep -q "striped over .*MODEL001.* and .*BLK4K001" /tmp/stripes.json && pass "both are named" || fail "both are named"
+same ram stripes
+works "logits striped, every read compared" logits stripes smol --tier-c $two,$one $tiers --verify
+bits ram stripes
+mount -t ext4 -o ro /dev/$(drive SMALL001)n1 /mnt/model
+works "logits striped over a bound and a mounted drive" logits mixed smol --tier-c $one,/mnt/model $tiers
+umount /mnt/model
+bits ram mixed
+stripe=$(sed 's/.*"extents":\[\[//; s/\]\].*//; s/\],\[/\n/g' $manifest | awk -F, -v at=51200000 '$2 <= at && at < $2 + $3 {printf "%d", ($1 + at - $2) / 1048576}')
+[ $((stripe % 2)) = 0 ] && both=$bad,$one || both=$one,$bad
+logits bad smol --tier-c $both $tiers >/tmp/out 2>&1; code=$?
+sed 's/^/INFO /' /tmp/out
+[ $code = 1 ] && grep -q "smol.gguf on drive BAD00001: reading .* failed" /tmp/out && pass "of two drives, the one that fails is named" || fail "of two drives, the one that fails is named"
+logits late smol --tier-c $one,$one $tiers >/tmp/out 2>&1; [ $? = 2 ] && grep -q "are the same drive" /tmp/out && pass "a drive is not striped with itself" || fail "a drive is not striped with itself"
+for n in $one $two $bad; do works "release $n after striping" sh /root/scripts/release-vfio.sh $n; done
 
 # A slow drive: 2 MB/s. Within its deadline it is only slow; past it there is an error, and an end.
 n=$(drive SLOW0001)n1
