@@ -62,16 +62,14 @@ done
 one=$(drive MODEL001)n1 two=$(drive BLK4K001)n1 bad=$(drive BAD00001)n1
 for d in MODEL001 BAD00001; do sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list; done
 for n in $one $two $bad; do works "bind $n for striping" sh /root/scripts/bind-vfio.sh $n; done
-works "striped over bound drives" run stripes smol --tier-c $one,$two $tiers
-grep -o 'tier C is[^"]*' /tmp/stripes.json | sed 's/^/INFO /'
-[ "$(field stripes reader)" = '"vfio"' ] && grep -q "striped over .*MODEL001.* and .*BLK4K001" /tmp/stripes.json && pass "both are named" || fail "both are named"
-same ram stripes
-works "logits striped, every read compared" logits stripes smol --tier-c $two,$one $tiers --verify
+works "logits striped over bound drives" logits stripes smol --tier-c $two,$one $tiers --reader vfio
 bits ram stripes
 mount -t ext4 -o ro /dev/$(drive SMALL001)n1 /mnt/model
-works "logits striped over a bound and a mounted drive" logits mixed smol --tier-c $one,/mnt/model $tiers
+works "striped over a bound and a mounted drive" run mixed smol --tier-c $one,/mnt/model $tiers
 umount /mnt/model
-bits ram mixed
+grep -o 'tier C is[^"]*' /tmp/mixed.json | sed 's/^/INFO /'
+[ "$(field mixed reader)" = '"mixed"' ] && grep -q "striped over .*MODEL001.* (through vfio) and /mnt/model/smol.gguf (through io_uring)" /tmp/mixed.json && pass "both are named" || fail "both are named"
+same ram mixed
 stripe=$(sed 's/.*"extents":\[\[//; s/\]\].*//; s/\],\[/\n/g' $manifest | awk -F, -v at=51200000 '$2 <= at && at < $2 + $3 {printf "%d", ($1 + at - $2) / 1048576}')
 [ $((stripe % 2)) = 0 ] && both=$bad,$one || both=$one,$bad
 logits bad smol --tier-c $both $tiers >/tmp/out 2>&1; code=$?
