@@ -232,6 +232,8 @@ pub(super) fn vfio(gguf: &Gguf, options: &Place<'_>, drive: &Bound, namespace: &
         }
         records.push(record(gguf, i, r));
     }
+    // A drive is open once at a time.
+    drop(image);
     let mut reader = VfioReader::open_bound(drive, namespace).map_err(crate::storage::StorageError::from)?;
     for r in &records {
         reader.add_file(&format!("{} on drive {}", r.manifest.file, drive.serial), r.manifest.spans());
