@@ -22,6 +22,13 @@ need() {
   fi
 }
 
+# need_room GIB: an error that names what is missing, before an hour of building finds out.
+need_room() {
+  local free
+  free=$(($(df --output=avail -k "$root" | tail -n 1) >> 20))
+  [ "$free" -ge "$1" ] || die "$root has $free GiB free; builds, models and drives of the tests take up to $1 GiB"
+}
+
 need_cargo() {
   command -v cargo > /dev/null 2>&1 || [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$HOME/.cargo/bin:$PATH
   command -v cargo > /dev/null 2>&1 || die "cargo is missing; install Rust 1.89 or later (https://rustup.rs), then run this again"

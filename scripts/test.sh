@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
+export CARGO_INCREMENTAL=0 # one build: what serves the next one only takes room
+need_room 4
 need_cargo
 need_pip gguf==0.19.0 numpy==2.4.6
 need_smollm2
