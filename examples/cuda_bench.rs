@@ -214,8 +214,8 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
 
 /// Time of each operation of a middle block, back to back over all layers.
 fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
-    for n in [1usize, 512] {
-        b.begin(500 - if n == 1 { 0 } else { 500 }, n)?;
+    for n in [1usize, 8, 512] {
+        b.begin(if n == 512 { 0 } else { 500 }, n)?;
         type Op<'a> = (&'a str, fn(&mut CudaBackend, usize, &Layer) -> Result);
         let ops: [Op; 4] = [
             ("qkv", |b, i, l| b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)),

@@ -270,17 +270,5 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
         a.out[(size_t)t * a.width + e] = v;
     }
     if (!a.q) return;
-    float amax = warp_max(fabsf(v));
-    int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
-    int sum = __reduce_add_sync(0xffffffffu, q);
-    u32 b = (u32)q & 255u;
-    u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
-    u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
-    u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
-    XBlk* o = a.q + item;
-    if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
-    if (lane == 0) {
-        o->d = amax / 127.0f;
-        o->s = sum;
-    }
+    quantise_lanes(v, a.q + item, lane);
 }

@@ -1,6 +1,7 @@
 // The quantised block types of GGUF. Each decoder turns 32 weights (a whole block, or one of the
 // eight 32-element parts `sub` of a super-block of 256) into eight words of four int8 and the
 // numbers that make values of them: w[i] = a[i / 16] * q[i] - m[i / 16].
+// `pair` turns words i and i + 4 of a part alone (i below 4): one word of each of its halves.
 // Blocks are read from shared memory. Those whose size is a multiple of 16 start on a 16-byte
 // boundary, other multiples of four on a four-byte one, other even sizes on an even address.
 #pragma once
@@ -62,10 +63,17 @@ struct BQ8_0 {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = false;
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
-        ld_words<8>(p + 2, o.q);
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 0.0f;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        ld_words<1>(p + 2 + 4 * i, &lo);
+        ld_words<1>(p + 18 + 4 * i, &hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        ld_words<8>(p + 2, o.q);
+        scales(p, sub, o);
     }
 };
 
@@ -75,6 +83,16 @@ __device__ __forceinline__ void nibbles(const u32* qs, Quants& o) {
         o.q[i] = qs[i] & 0x0f0f0f0fu;
         o.q[i + 4] = (qs[i] >> 4) & 0x0f0f0f0fu;
     }
+}
+
+__device__ __forceinline__ void nibble_pair(u32 w, u32& lo, u32& hi) {
+    lo = w & 0x0f0f0f0fu;
+    hi = (w >> 4) & 0x0f0f0f0fu;
+}
+
+__device__ __forceinline__ void fifth_bits_pair(u32 qh, int i, u32& lo, u32& hi) {
+    lo |= spread4(qh >> (4 * i)) << 4;
+    hi |= spread4(qh >> (4 * i + 16)) << 4;
 }
 
 __device__ __forceinline__ void fifth_bits(u32 qh, Quants& o) {
@@ -87,12 +105,20 @@ struct BQ4_0 {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = true;
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
+        o.a0 = o.a1 = h2f(ld_half(p));
+        o.m0 = o.m1 = 8.0f * o.a0;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        u32 w;
+        ld_words<1>(p + 2 + 4 * i, &w);
+        nibble_pair(w, lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4];
         ld_words<4>(p + 2, w);
         nibbles(w, o);
-        o.a0 = o.a1 = h2f(ld_half(p));
-        o.m0 = o.m1 = 8.0f * o.a0;
+        scales(p, sub, o);
     }
 };
 
@@ -101,12 +127,18 @@ struct BQ4_1 {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = true;
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         u32 dm = ld32(p);
-        u32 w[4] = {ld32(p + 4), ld32(p + 8), ld32(p + 12), ld32(p + 16)};
-        nibbles(w, o);
         o.a0 = o.a1 = h2f((u16)dm);
         o.m0 = o.m1 = -h2f((u16)(dm >> 16));
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        nibble_pair(ld32(p + 4 + 4 * i), lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[4] = {ld32(p + 4), ld32(p + 8), ld32(p + 12), ld32(p + 16)};
+        nibbles(w, o);
+        scales(p, sub, o);
     }
 };
 
@@ -115,13 +147,23 @@ struct BQ5_0 {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = true;
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
+        o.a0 = o.a1 = h2f(ld_half(p));
+        o.m0 = o.m1 = 16.0f * o.a0;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        u32 qh, w;
+        ld_words<1>(p + 2, &qh);
+        ld_words<1>(p + 6 + 4 * i, &w);
+        nibble_pair(w, lo, hi);
+        fifth_bits_pair(qh, i, lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[5];
         ld_words<5>(p + 2, w);
         nibbles(w + 1, o);
         fifth_bits(w[0], o);
-        o.a0 = o.a1 = h2f(ld_half(p));
-        o.m0 = o.m1 = 16.0f * o.a0;
+        scales(p, sub, o);
     }
 };
 
@@ -130,13 +172,18 @@ struct BQ5_1 {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = true;
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
-        u32 dm = ld32(p);
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
+        BQ4_1::scales(p, 0, o);
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        nibble_pair(ld32(p + 8 + 4 * i), lo, hi);
+        fifth_bits_pair(ld32(p + 4), i, lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4] = {ld32(p + 8), ld32(p + 12), ld32(p + 16), ld32(p + 20)};
         nibbles(w, o);
         fifth_bits(ld32(p + 4), o);
-        o.a0 = o.a1 = h2f((u16)dm);
-        o.m0 = o.m1 = -h2f((u16)(dm >> 16));
+        scales(p, sub, o);
     }
 };
 
@@ -145,17 +192,27 @@ struct BIQ4_NL {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = false;
-    static __device__ __forceinline__ void values(const u32* w, Quants& o) {
+    static __device__ __forceinline__ void value(u32 w, u32& lo, u32& hi) {
         const u32 t[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
-#pragma unroll
-        for (int i = 0; i < 4; i++) lookup(w[i], t, o.q[i], o.q[i + 4]);
+        lookup(w, t, lo, hi);
     }
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+    static __device__ __forceinline__ void values(const u32* w, Quants& o) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) value(w[i], o.q[i], o.q[i + 4]);
+    }
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
+        BQ8_0::scales(p, 0, o);
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        u32 w;
+        ld_words<1>(p + 2 + 4 * i, &w);
+        value(w, lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4];
         ld_words<4>(p + 2, w);
         values(w, o);
-        o.a0 = o.a1 = h2f(ld_half(p));
-        o.m0 = o.m1 = 0.0f;
+        scales(p, sub, o);
     }
 };
 
@@ -164,16 +221,27 @@ struct BMXFP4 {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = false;
-    static __device__ __forceinline__ void decode(const u8* p, int, Quants& o) {
+    static __device__ __forceinline__ void value(u32 w, u32& lo, u32& hi) {
         const u32 t[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
-        u32 w[4];
-        ld_words<4>(p + 1, w);
-#pragma unroll
-        for (int i = 0; i < 4; i++) lookup(w[i], t, o.q[i], o.q[i + 4]);
+        lookup(w, t, lo, hi);
+    }
+    static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         // The table holds twice the values, so the scale is 2^(e - 128).
         u32 e = p[0];
         o.a0 = o.a1 = __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
         o.m0 = o.m1 = 0.0f;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
+        u32 w;
+        ld_words<1>(p + 1 + 4 * i, &w);
+        value(w, lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[4];
+        ld_words<4>(p + 1, w);
+#pragma unroll
+        for (int i = 0; i < 4; i++) value(w[i], o.q[i], o.q[i + 4]);
+        scales(p, sub, o);
     }
 };
 
@@ -182,11 +250,7 @@ struct BQ2_K {
     static const int SHARED = 4;
     static const bool APART = false;
     static const bool HALVES = true, MINS = true;
-    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        const u8* qs = p + 16 + 32 * (sub >> 2);
-        int shift = 2 * (sub & 3);
-#pragma unroll
-        for (int i = 0; i < 8; i++) o.q[i] = (ld32(qs + 4 * i) >> shift) & 0x03030303u;
+    static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
         u32 dm = ld32(p + 80);
         float d = h2f((u16)dm), dmin = h2f((u16)(dm >> 16));
         u32 s0 = p[2 * sub], s1 = p[2 * sub + 1];
@@ -194,6 +258,19 @@ struct BQ2_K {
         o.a1 = d * (float)(s1 & 15);
         o.m0 = dmin * (float)(s0 >> 4);
         o.m1 = dmin * (float)(s1 >> 4);
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
+        const u8* qs = p + 16 + 32 * (sub >> 2) + 4 * i;
+        const int shift = 2 * (sub & 3);
+        lo = (ld32(qs) >> shift) & 0x03030303u;
+        hi = (ld32(qs + 16) >> shift) & 0x03030303u;
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u8* qs = p + 16 + 32 * (sub >> 2);
+        int shift = 2 * (sub & 3);
+#pragma unroll
+        for (int i = 0; i < 8; i++) o.q[i] = (ld32(qs + 4 * i) >> shift) & 0x03030303u;
+        scales(p, sub, o);
     }
 };
 
@@ -207,21 +284,32 @@ struct BQ3_K {
         int hi = (s[8 + (k & 3)] >> (2 * (k >> 2))) & 3;
         return (float)((lo | (hi << 4)) - 32);
     }
-    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        u32 h[8], w[8];
-        ld_words<8>(p, h);
-        ld_words<8>(p + 32 + 32 * (sub >> 2), w);
-        int shift = 2 * (sub & 3);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            u32 q = (w[i] >> shift) & 0x03030303u;
-            q |= ((h[i] >> sub) & 0x01010101u) << 2;
-            o.q[i] = sub_bytes(q, 0x04040404u);
-        }
+    static __device__ __forceinline__ u32 value(u32 w, u32 h, int sub) {
+        const u32 q = (w >> (2 * (sub & 3))) & 0x03030303u;
+        return sub_bytes(q | ((h >> sub) & 0x01010101u) << 2, 0x04040404u);
+    }
+    static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
         float d = h2f(ld_half(p + 108));
         o.a0 = d * scale(p + 96, 2 * sub);
         o.a1 = d * scale(p + 96, 2 * sub + 1);
         o.m0 = o.m1 = 0.0f;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
+        u32 h, w;
+        ld_words<1>(p + 4 * i, &h);
+        ld_words<1>(p + 32 + 32 * (sub >> 2) + 4 * i, &w);
+        lo = value(w, h, sub);
+        ld_words<1>(p + 16 + 4 * i, &h);
+        ld_words<1>(p + 48 + 32 * (sub >> 2) + 4 * i, &w);
+        hi = value(w, h, sub);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 h[8], w[8];
+        ld_words<8>(p, h);
+        ld_words<8>(p + 32 + 32 * (sub >> 2), w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) o.q[i] = value(w[i], h[i], sub);
+        scales(p, sub, o);
     }
 };
 
@@ -247,12 +335,20 @@ struct BQ4_K {
     static const int SHARED = 2;
     static const bool APART = false;
     static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
+        scale_min_k4(*(const uint4*)p, sub, o);
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
+        const u8* qs = p + 16 + 32 * (sub >> 1) + 4 * i;
+        lo = (ld32(qs) >> (4 * (sub & 1))) & 0x0f0f0f0fu;
+        hi = (ld32(qs + 16) >> (4 * (sub & 1))) & 0x0f0f0f0fu;
+    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         ld_8words(p + 16 + 32 * (sub >> 1), o.q);
         int shift = 4 * (sub & 1);
 #pragma unroll
         for (int i = 0; i < 8; i++) o.q[i] = (o.q[i] >> shift) & 0x0f0f0f0fu;
-        scale_min_k4(*(const uint4*)p, sub, o);
+        scales(p, sub, o);
     }
 };
 
@@ -261,15 +357,24 @@ struct BQ5_K {
     static const int SHARED = 2;
     static const bool APART = false;
     static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ u32 value(u32 w, u32 h, int sub) {
+        return ((w >> (4 * (sub & 1))) & 0x0f0f0f0fu) | (((h >> sub) & 0x01010101u) << 4);
+    }
+    static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
+        scale_min_k4(*(const uint4*)p, sub, o);
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
+        const u8* qs = p + 48 + 32 * (sub >> 1) + 4 * i;
+        lo = value(ld32(qs), ld32(p + 16 + 4 * i), sub);
+        hi = value(ld32(qs + 16), ld32(p + 32 + 4 * i), sub);
+    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 h[8];
         ld_8words(p + 16, h);
         ld_8words(p + 48 + 32 * (sub >> 1), o.q);
-        int shift = 4 * (sub & 1);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            o.q[i] = ((o.q[i] >> shift) & 0x0f0f0f0fu) | (((h[i] >> sub) & 0x01010101u) << 4);
-        scale_min_k4(*(const uint4*)p, sub, o);
+        for (int i = 0; i < 8; i++) o.q[i] = value(o.q[i], h[i], sub);
+        scales(p, sub, o);
     }
 };
 
@@ -278,21 +383,35 @@ struct BQ6_K {
     static const int SHARED = 2;
     static const bool APART = true;
     static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ u32 value(u32 l, u32 h, int part) {
+        const u32 q = ((l >> (4 * (part >> 1))) & 0x0f0f0f0fu) | (((h >> (2 * part)) & 0x03030303u) << 4);
+        return sub_bytes(q, 0x20202020u);
+    }
+    static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
+        float d = h2f(ld_half(p + 208));
+        o.a0 = d * (float)(signed char)p[192 + 2 * sub];
+        o.a1 = d * (float)(signed char)p[192 + 2 * sub + 1];
+        o.m0 = o.m1 = 0.0f;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
+        const int n = sub >> 2, part = sub & 3;
+        const u8 *ls = p + 64 * n + 32 * (part & 1) + 4 * i, *hs = p + 128 + 32 * n + 4 * i;
+        u32 l, h;
+        ld_words<1>(ls, &l);
+        ld_words<1>(hs, &h);
+        lo = value(l, h, part);
+        ld_words<1>(ls + 16, &l);
+        ld_words<1>(hs + 16, &h);
+        hi = value(l, h, part);
+    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         int n = sub >> 2, part = sub & 3;
         u32 l[8], h[8];
         ld_words<8>(p + 64 * n + 32 * (part & 1), l);
         ld_words<8>(p + 128 + 32 * n, h);
-        int ls = 4 * (part >> 1), hs = 2 * part;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            u32 q = ((l[i] >> ls) & 0x0f0f0f0fu) | (((h[i] >> hs) & 0x03030303u) << 4);
-            o.q[i] = sub_bytes(q, 0x20202020u);
-        }
-        float d = h2f(ld_half(p + 208));
-        o.a0 = d * (float)(signed char)p[192 + 2 * sub];
-        o.a1 = d * (float)(signed char)p[192 + 2 * sub + 1];
-        o.m0 = o.m1 = 0.0f;
+        for (int i = 0; i < 8; i++) o.q[i] = value(l[i], h[i], part);
+        scales(p, sub, o);
     }
 };
 
@@ -301,15 +420,21 @@ struct BIQ4_XS {
     static const int SHARED = 1;
     static const bool APART = false;
     static const bool HALVES = false, MINS = false;
-    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        const u8* qs = p + 8 + 16 * sub;
-        u32 w[4] = {ld32(qs), ld32(qs + 4), ld32(qs + 8), ld32(qs + 12)};
-        BIQ4_NL::values(w, o);
+    static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
         u32 dh = ld32(p);
         int lo = (p[4 + (sub >> 1)] >> (4 * (sub & 1))) & 15;
         int hi = (dh >> (16 + 2 * sub)) & 3;
         o.a0 = o.a1 = h2f((u16)dh) * (float)((lo | (hi << 4)) - 32);
         o.m0 = o.m1 = 0.0f;
+    }
+    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
+        BIQ4_NL::value(ld32(p + 8 + 16 * sub + 4 * i), lo, hi);
+    }
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u8* qs = p + 8 + 16 * sub;
+        u32 w[4] = {ld32(qs), ld32(qs + 4), ld32(qs + 8), ld32(qs + 12)};
+        BIQ4_NL::values(w, o);
+        scales(p, sub, o);
     }
 };
 

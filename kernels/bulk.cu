@@ -1,36 +1,18 @@
-// Matrix times up to eight vectors, for decoding, on GPUs of compute capability 9.0 and later: int8 dot
-// products on activations quantised per 32, bound by the bytes of the weights.
+// Matrix times vector, for decoding, on GPUs of compute capability 9.0 and later (several vectors: few.cu):
+// int8 dot products on activations quantised per 32, bound by the bytes of the weights.
 //
 // Rows are cut into tiles of some 16 to 32 KiB that lie in one piece of memory where the shape allows,
 // since many small copies run at two thirds of the memory's rate. Tiles are dealt to the blocks in turn.
 // In a block one warp copies tiles ahead into a ring of stages, eight compute, and one adds up what they
 // found and stores it. While the ring fills for the first time, each block norms and quantises the
 // activations for itself.
-#include "gemv.cuh"
+#include "tiles.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-#define STAGES_MAX 8
 #define COPIER WARPS
 #define STORER (WARPS + 1)
 #define THREADS ((WARPS + 2) * 32)
-
-// Which parts of a super-block a lane takes: those that share their bytes. Part s of lane group j.
-template <class B>
-struct Lanes {
-    static const int SUBS = B::ELEMS == 32 ? 1 : B::SHARED;
-    static const int UNITS = B::ELEMS == 32 ? 1 : 8 / SUBS;  // lanes a block
-    static __device__ __forceinline__ int sub(int j, int s) {
-        if (SUBS == 1) return j;
-        if (SUBS == 4) return 4 * j + s;
-        return B::APART ? 4 * (j >> 1) + (j & 1) + 2 * s : 2 * j + s;
-    }
-};
-
-// A tile: rows of one matrix (SWIGLU: as many of gate and of up).
-struct Tile {
-    int seg, row, rows;
-};
 
 struct Shape {
     int row_bytes, tile_rows, steps, pieces, step_bytes;
@@ -48,31 +30,6 @@ __device__ __forceinline__ Shape shape_of(const GemvArgs& a) {
     s.step_bytes = 32 / Lanes<B>::UNITS * B::BYTES;
     s.words = B::BYTES % 16 == 0 && (((size_t)a.w[0] | (size_t)a.w[1] | (size_t)a.w[2]) & 15) != 0;
     return s;
-}
-
-__device__ __forceinline__ int tiles_of(const GemvArgs& a, int tile_rows) {
-    if (a.mode == MODE_SWIGLU) return (a.rows[0] + tile_rows - 1) / tile_rows;
-    int n = 0;
-    for (int s = 0; s < a.segments; s++) n += (a.rows[s] + tile_rows - 1) / tile_rows;
-    return n;
-}
-
-__device__ __forceinline__ Tile tile_of(const GemvArgs& a, int n, int tile_rows) {
-    Tile t;
-    t.seg = 0;
-    if (a.mode != MODE_SWIGLU) {
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-            const int here = (a.rows[s] + tile_rows - 1) / tile_rows;
-            if (t.seg == s && s + 1 < a.segments && n >= here) {
-                n -= here;
-                t.seg = s + 1;
-            }
-        }
-    }
-    t.row = n * tile_rows;
-    t.rows = min(tile_rows, a.rows[t.seg] - t.row);
-    return t;
 }
 
 // Where in its run a copy from `src` begins: as far from a line of 128 bytes as in memory, which is what
@@ -133,46 +90,43 @@ __device__ __forceinline__ void copy_tiles(const GemvArgs& a, const Shape& sh, i
 
 // The storing warp: adds up the warps of each row, in order. What results are added to is fetched before
 // they are there.
-template <int NT>
-__device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, int tiles, const float (*part)[WARPS][2 * NT],
+__device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, int tiles, const float (*part)[WARPS][2],
                                             u64* summed, u64* taken, int lane) {
     u32 parity = 0;
     int buf = 0;
     const int kw = a.row_warps;
     const bool swiglu = a.mode == MODE_SWIGLU;
-    const int width = swiglu ? tile_rows : tile_rows / 2;  // sums of a token: pairs of rows
+    const int width = swiglu ? tile_rows : tile_rows / 2;  // pairs of rows
+    const int out_row = a.out_idx ? a.out_idx[0] : 0;
     for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
         const Tile tile = tile_of(a, n, tile_rows);
         const float* bias0 = a.bias[tile.seg];
         const float* bias1 = swiglu ? a.bias[1] : bias0;
-        for (int i0 = 0; i0 < width * a.tokens; i0 += 32) {
-            const int i = i0 + lane, slot = i % width, t = i / width;
-            const int at0 = swiglu ? slot : 2 * slot, at1 = swiglu ? slot : at0 + 1;
-            const bool has0 = t < a.tokens && at0 < tile.rows, has1 = t < a.tokens && at1 < tile.rows;
-            const int row = t < a.tokens && a.out_idx ? a.out_idx[t] : t;
-            float* o = a.out[tile.seg] + (size_t)row * a.stride[tile.seg] + tile.row;
-            float add0 = has0 && bias0 ? bias0[tile.row + at0] : 0.0f;
-            float add1 = has1 && bias1 ? bias1[tile.row + at1] : 0.0f;
-            if (a.mode == MODE_ADD) {
-                if (has0) add0 += o[at0];
-                if (has1) add1 += o[at1];
+        const int slot = lane;
+        const int at0 = swiglu ? slot : 2 * slot, at1 = swiglu ? slot : at0 + 1;
+        const bool has0 = slot < width && at0 < tile.rows, has1 = slot < width && at1 < tile.rows;
+        float* o = a.out[tile.seg] + (size_t)out_row * a.stride[tile.seg] + tile.row;
+        float add0 = has0 && bias0 ? bias0[tile.row + at0] : 0.0f;
+        float add1 = has1 && bias1 ? bias1[tile.row + at1] : 0.0f;
+        if (a.mode == MODE_ADD) {
+            if (has0) add0 += o[at0];
+            if (has1) add1 += o[at1];
+        }
+        bar_wait(&summed[buf], parity);
+        float v0 = 0.0f, v1 = 0.0f;
+        if (has0) {
+            for (int k = 0; k < kw; k++) {
+                v0 += part[buf][slot * kw + k][0];
+                v1 += part[buf][slot * kw + k][1];
             }
-            if (i0 == 0) bar_wait(&summed[buf], parity);
-            float v0 = 0.0f, v1 = 0.0f;
-            if (has0) {
-                for (int k = 0; k < kw; k++) {
-                    v0 += part[buf][slot * kw + k][2 * t];
-                    v1 += part[buf][slot * kw + k][2 * t + 1];
-                }
-            }
-            v0 += add0;
-            v1 += add1;
-            if (swiglu) {
-                if (has0) o[at0] = silu(v0) * v1;
-            } else {
-                if (has0) o[at0] = v0;
-                if (has1) o[at1] = v1;
-            }
+        }
+        v0 += add0;
+        v1 += add1;
+        if (swiglu) {
+            if (has0) o[at0] = silu(v0) * v1;
+        } else {
+            if (has0) o[at0] = v0;
+            if (has1) o[at1] = v1;
         }
         __syncwarp();
         if (lane == 0) bar_arrive(&taken[buf]);
@@ -180,11 +134,11 @@ __device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, in
     }
 }
 
-template <class B, int NT>
+template <class B>
 __device__ __forceinline__ void bulk(const GemvArgs& a) {
     extern __shared__ __align__(128) u8 smem[];
     __shared__ __align__(8) u64 full[STAGES_MAX], empty[STAGES_MAX], summed[2], taken[2];
-    __shared__ float part[2][WARPS][2 * NT];
+    __shared__ float part[2][WARPS][2];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const Shape sh = shape_of<B>(a);
     const int tiles = tiles_of(a, sh.tile_rows);
@@ -210,7 +164,7 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
     }
     if (warp == STORER) {
         pdl_wait();
-        store_tiles<NT>(a, sh.tile_rows, tiles, part, summed, taken, lane);
+        store_tiles(a, sh.tile_rows, tiles, part, summed, taken, lane);
         return;
     }
     load_activations(a, xs, nb);
@@ -226,9 +180,7 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
         const int i0 = swiglu ? slot : 2 * slot, i1 = swiglu ? slot : 2 * slot + 1;
         const u8* w0 = a.w[swiglu ? 0 : tile.seg];
         const u8* w1 = a.w[swiglu ? 1 : tile.seg];
-        float acc[2][NT];
-#pragma unroll
-        for (int t = 0; t < NT; t++) acc[0][t] = acc[1][t] = 0.0f;
+        float acc0 = 0.0f, acc1 = 0.0f;
         for (int pc = 0; pc < sh.pieces; pc++) {
             const u8* from = smem + stage * stage_bytes;
             const u8 *b0, *b1;
@@ -257,14 +209,9 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
                     B::decode(b0 + at, B::ELEMS == 32 ? 0 : sub, q0);
                     B::decode(b1 + at, B::ELEMS == 32 ? 0 : sub, q1);
                     const int kb = B::ELEMS == 32 ? kb0 : kb0 + sub;
-#pragma unroll
-                    for (int t = 0; t < NT; t++) {
-                        if (NT == 1 || t < a.tokens) {
-                            const Activations x(xs + (size_t)t * nb + kb);
-                            acc[0][t] += dot<B>(q0, x.q, x.d, x.s);
-                            acc[1][t] += dot<B>(q1, x.q, x.d, x.s);
-                        }
-                    }
+                    const Activations x(xs + kb);
+                    acc0 += dot<B>(q0, x.q, x.d, x.s);
+                    acc1 += dot<B>(q1, x.q, x.d, x.s);
                 }
             }
             __syncwarp();
@@ -275,31 +222,22 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
             }
         }
         bar_wait(&taken[buf], part_parity ^ 1);
+        // Both rows at once: the lower half of the warp ends with the first, the upper with the second.
+        const bool upper = lane >= 16;
+        float v = upper ? acc1 : acc0;
+        v += __shfl_xor_sync(0xffffffffu, upper ? acc0 : acc1, 16);
 #pragma unroll
-        for (int t = 0; t < NT; t++) {
-            // Both rows at once: the lower half of the warp ends with the first, the upper with the second.
-            const bool upper = lane >= 16;
-            float v = upper ? acc[1][t] : acc[0][t];
-            v += __shfl_xor_sync(0xffffffffu, upper ? acc[0][t] : acc[1][t], 16);
-#pragma unroll
-            for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
-            if ((lane & 15) == 0) part[buf][warp][2 * t + (lane >> 4)] = v;
-        }
+        for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+        if ((lane & 15) == 0) part[buf][warp][lane >> 4] = v;
         __syncwarp();
         if (lane == 0) bar_arrive(&summed[buf]);
         if ((buf ^= 1) == 0) part_parity ^= 1;
     }
 }
 
-#define BULK(T, N)                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                   \
-        bulk_##T##_##N(const __grid_constant__ GemvArgs a) {                   \
-        bulk<B##T, N>(a);                                                      \
+#define BULK(T)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) bulk_##T(const __grid_constant__ GemvArgs a) { \
+        bulk<B##T>(a);                                                                                     \
     }
-#define BULKS(T) \
-    BULK(T, 1)   \
-    BULK(T, 2)   \
-    BULK(T, 4)   \
-    BULK(T, 8)
-FOR_EACH_QUANT(BULKS)
+FOR_EACH_QUANT(BULK)
 #endif

@@ -60,6 +60,9 @@ __device__ __forceinline__ void cp_async16(void* dst, const void* src) {
 __device__ __forceinline__ void cp_async4(void* dst, const void* src) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(dst)), "l"(src));
 }
+__device__ __forceinline__ void cp_async8(void* dst, const void* src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(smem_addr(dst)), "l"(src));
+}
 // Copies 16 bytes, or writes 16 zeros if !valid.
 __device__ __forceinline__ void cp_async16_zfill(void* dst, const void* src, bool valid) {
     int n = valid ? 16 : 0;
@@ -133,6 +136,21 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a · b for bytes: a 16×32 tile a (a[0], a[1]: its first 16 columns) and a 32×8 tile b.
+__device__ __forceinline__ void mma_s8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same for 16 columns: a 16×16 tile and a 16×8 tile.
+__device__ __forceinline__ void mma_s8_half(int (&c)[4], u32 a0, u32 a1, u32 b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
@@ -145,3 +163,19 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// A block of 32 values, one a lane, to int8.
+__device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
+    float amax = warp_max(fabsf(v));
+    int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
+    int sum = __reduce_add_sync(0xffffffffu, q);
+    u32 b = (u32)q & 255u;
+    u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
+    u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
+    u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
+    if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
+    if (lane == 0) {
+        o->d = amax / 127.0f;
+        o->s = sum;
+    }
+}

@@ -62,22 +62,6 @@ __device__ __forceinline__ int items_of(const GemvArgs& a, int warp) {
     return max((pairs - first + all - 1) / all, 0);
 }
 
-// A block of 32 values, one a lane, to int8.
-__device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
-    float amax = warp_max(fabsf(v));
-    int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
-    int sum = __reduce_add_sync(0xffffffffu, q);
-    u32 b = (u32)q & 255u;
-    u32 b1 = __shfl_down_sync(0xffffffffu, b, 1);
-    u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
-    u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
-    if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
-    if (lane == 0) {
-        o->d = amax / 127.0f;
-        o->s = sum;
-    }
-}
-
 // Quantises the 32 hidden values of a group for each token; warp t does token t.
 template <int NT>
 __device__ __forceinline__ void quantise_group(const GemvArgs& a, const float (*h)[NT], int group,

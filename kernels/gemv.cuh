@@ -25,11 +25,15 @@ struct GemvArgs {
     const float* raw;    // instead of x: tokens × cols floats, to be normed and quantised here
     const float* norm;   // weight of that norm; null for none
     float eps;
-    // For bulk_*: how rows are cut into tiles; chosen by the host.
-    int row_warps;       // warps that share a row, a divisor of WARPS
-    int piece;           // steps of a row that a stage holds; all of them: whole rows, in one copy
+    // For bulk_* and few_*: how rows are cut into tiles; chosen by the host.
+    int row_warps;       // bulk: warps that share a row, a divisor of WARPS
+    int piece;           // bulk: steps of a row that a stage holds; all of them: whole rows, in one copy.
+                         // few: blocks of a row that a stage holds
     int stages;
     int run_pitch;       // bytes between copies in a stage
+    // For few_*, which may multiply a part of the columns: from row to row, and from token to token.
+    int row_bytes;
+    int x_blocks;
 };
 
 #define WARPS 8

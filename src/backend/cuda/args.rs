@@ -32,6 +32,8 @@ pub(super) struct GemvArgs {
     pub piece: i32,
     pub stages: i32,
     pub run_pitch: i32,
+    pub row_bytes: i32,
+    pub x_blocks: i32,
 }
 
 #[repr(C)]

@@ -7,10 +7,12 @@ mod args;
 mod driver;
 mod memory;
 mod modules;
+mod pieces;
 mod product;
 pub mod selftest;
 mod tiling;
 mod transfer;
+mod vectors;
 mod workspace;
 
 use std::sync::Arc;
@@ -115,12 +117,12 @@ impl CudaBackend {
         self.engine.prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
     }
 
-    /// `norm(X)` in the forms that weights of these types want. Where all want it quantised, their
-    /// products do both themselves.
+    /// `norm(X)` in the forms that weights of these types want. Where all want it quantised, and there is
+    /// one token, their products do both themselves.
     fn normed(&self, norm: &Norm, types: &[TensorType]) -> Result<Inputs, BackendError> {
         let input = self.engine.forms(types, self.tokens);
         let aligned = self.dims.n_embd.is_multiple_of(32) && norm.weight.addr.is_multiple_of(16);
-        if input.f == 0 && input.h == 0 && aligned {
+        if input.f == 0 && input.h == 0 && aligned && self.engine.takes_floats(self.tokens) {
             return Ok(Inputs { raw: Raw { x: self.x(), norm: norm.weight.addr, eps: norm.eps }, ..input });
         }
         self.norm(norm, input)?;

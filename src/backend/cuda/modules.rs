@@ -42,21 +42,28 @@ pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, Te
 /// Head sizes with attention kernels.
 pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
-/// Largest batch of each matrix-times-vectors kernel.
+/// Largest batch of each matrix-times-vectors kernel of `gemv.cu`; those of `few.cu` take as many as the last.
 pub(super) const GEMV_BATCHES: [usize; 4] = [1, 2, 4, 8];
 
 /// One kernel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Func(sys::CUfunction);
 
+/// Matrix times vectors, by type in the order of [`QUANTS`].
+pub(super) enum Vectors {
+    /// Before compute capability 9.0: `gemv.cu`, by [`GEMV_BATCHES`].
+    Warps(Vec<[Func; 4]>),
+    /// From it on: `bulk.cu` for one vector, `few.cu` for up to eight.
+    Bulk { one: Vec<Func>, few: Vec<Func> },
+}
+
 /// All kernels, loaded.
 pub(super) struct Kernels {
     device: Arc<Device>,
     modules: Vec<sys::CUmodule>,
     pdl: bool,
-    /// Matrix times vectors, by type and [`GEMV_BATCHES`]: from `bulk.cu` or `gemv.cu`.
-    pub gemv: Vec<[Func; 4]>,
-    pub bulk: bool,
+    /// Matrix times vectors.
+    pub vectors: Vectors,
     pub plain: Vec<[Func; 2]>,
     pub half: Vec<Func>,
     pub float: Vec<Func>,
@@ -90,15 +97,18 @@ impl Kernels {
         };
         let all: Vec<TensorType> = QUANTS.iter().chain(&PLAINS).copied().collect();
         // Images for 9.0 and later, PTX included, hold these; others hold those.
-        let bulk = device.info.capability >= (9, 0);
-        let form = if bulk { "bulk" } else { "gemv" };
-        let gemv = QUANTS
-            .iter()
-            .map(|t| -> Result<[Func; 4], BackendError> {
-                let get = |n: usize| l.get(form, &format!("{form}_{t}_{n}"));
+        let vectors = if device.info.capability >= (9, 0) {
+            let of = |form: &str| -> Result<Vec<Func>, BackendError> {
+                QUANTS.iter().map(|t| l.get(form, &format!("{form}_{t}"))).collect()
+            };
+            Vectors::Bulk { one: of("bulk")?, few: of("few")? }
+        } else {
+            let of = |t: &TensorType| -> Result<[Func; 4], BackendError> {
+                let get = |n: usize| l.get("gemv", &format!("gemv_{t}_{n}"));
                 Ok([get(1)?, get(2)?, get(4)?, get(8)?])
-            })
-            .collect::<Result<_, _>>()?;
+            };
+            Vectors::Warps(QUANTS.iter().map(of).collect::<Result<_, _>>()?)
+        };
         let plain = PLAINS
             .iter()
             .map(|t| -> Result<[Func; 2], BackendError> {
@@ -114,8 +124,7 @@ impl Kernels {
         Ok(Kernels {
             device: Arc::clone(device),
             pdl: device.info.capability >= (9, 0),
-            gemv,
-            bulk,
+            vectors,
             plain,
             half: per_type(&all, "half")?,
             float: per_type(&all, "float")?,

@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::args::{DequantArgs, GemmArgs, GemvArgs, PlainArgs, PrepArgs, STORE, SWIGLU, XBLK_BYTES};
-use super::driver::{Device, Stream, device_error};
-use super::modules::{Func, GEMV_BATCHES, Kernels, PLAINS, QUANTS};
-use super::tiling::{Product, THREADS, WARPS, least_ring, tiling};
+use super::args::{DequantArgs, GemmArgs, PlainArgs, PrepArgs, STORE, SWIGLU};
+use super::driver::{Device, Stream};
+use super::modules::{Func, Kernels, PLAINS, QUANTS};
+use super::vectors::step_bytes;
 use super::workspace::{GEMV_TOKENS, Workspace, pitch};
 use crate::backend::{BackendError, Linear, Weight};
 use crate::gguf::TensorType;
@@ -39,7 +39,7 @@ pub(super) fn form(ty: TensorType, tokens: usize) -> Form {
     }
 }
 
-fn quant_index(ty: TensorType) -> Option<usize> {
+pub(super) fn quant_index(ty: TensorType) -> Option<usize> {
     QUANTS.iter().position(|t| *t == ty)
 }
 
@@ -114,7 +114,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    fn skip(self, n: usize) -> Rows {
+    pub fn skip(self, n: usize) -> Rows {
         let step = |a: u64| if a == 0 { 0 } else { a + 4 * n as u64 };
         Rows { from: step(self.from), to: step(self.to) }
     }
@@ -126,23 +126,9 @@ pub(super) struct Engine {
     pub stream: Arc<Stream>,
     pub kernels: Kernels,
     pub ws: Workspace,
-    occupancy: HashMap<(usize, usize, u32), u32>,
+    pub(super) occupancy: HashMap<(usize, usize, u32), u32>,
     /// The pass has many tokens, though an operation may have few of them (see [`Engine::form`]).
     pub many: bool,
-}
-
-/// Bytes of a step of 1024 weights, and of the buffer it is staged in, as `kernels/blocks.cuh`.
-fn step_bytes(ty: TensorType) -> (usize, usize) {
-    let step = 1024 / ty.block_elems() * ty.block_bytes();
-    (step, (step + 30) / 16 * 16)
-}
-
-/// Shared memory of the rings of a block, as `kernels/gemv.cu` lays them out.
-fn ring_bytes(ty: TensorType) -> usize {
-    let (_, buf) = step_bytes(ty);
-    let least = if ty.block_elems() == 32 { 3 } else { 2 };
-    let stages = (4500 / (2 * buf)).clamp(least, 5);
-    WARPS * stages * 2 * buf
 }
 
 impl Engine {
@@ -234,7 +220,7 @@ impl Engine {
                 }
                 Form::Quant => {
                     let n = targets[i..].iter().take(3).take_while(|t| t.weight.ty == ty).count();
-                    self.gemv(&targets[i..i + n], tokens, mode, input, rows, 0)?;
+                    self.vectors(&targets[i..i + n], tokens, mode, input, rows, 0)?;
                     n
                 }
             };
@@ -263,122 +249,25 @@ impl Engine {
         match self.form(down, tokens) {
             Form::Float => out.f = gate_f,
             // The next product quantises for itself.
-            Form::Quant if self.kernels.bulk && fused => out.raw = Raw { x: gate_f, norm: 0, eps: 0.0 },
+            Form::Quant if tokens == 1 && fused && self.takes_floats(1) => {
+                out.raw = Raw { x: gate_f, norm: 0, eps: 0.0 };
+            }
             Form::Quant => out.q = self.ws.hidden_q.addr(),
             Form::Half => out.h = self.ws.halves.addr(),
         }
-        if fused && (out.q == 0 || ff.is_multiple_of(32)) {
-            let to = if out.q == 0 { gate_f } else { 0 };
+        let direct = out.q != 0 && self.quantises_hidden();
+        if fused && (!direct || ff.is_multiple_of(32)) {
+            let to = if direct { 0 } else { gate_f };
             let targets = targets.map(|t| Target { out: to, ..t });
-            self.gemv(&targets, tokens, SWIGLU, input, rows, out.q)?;
+            self.vectors(&targets, tokens, SWIGLU, input, rows, if direct { out.q } else { 0 })?;
+            if out.q != 0 && !direct {
+                self.prepare(Prep::Copy, gate_f, 0, ff, tokens, Inputs { q: out.q, ..Inputs::default() })?;
+            }
         } else {
             self.products(&targets, tokens, STORE, input, rows)?;
             self.prepare(Prep::Swiglu(up_f), gate_f, 0, ff, tokens, out)?;
         }
         Ok(out)
-    }
-
-    fn gemv(
-        &mut self,
-        targets: &[Target],
-        tokens: usize,
-        mode: i32,
-        input: Inputs,
-        rows: Rows,
-        hidden_q: u64,
-    ) -> Result {
-        let Weight { ty, cols, rows: out_rows, .. } = targets[0].weight;
-        let kind = quant_index(ty).ok_or_else(|| unsupported(ty))?;
-        if let Some(t) = targets.iter().find(|t| !t.weight.addr.is_multiple_of(4)) {
-            return Err(device_error(format!(
-                "a {ty} tensor lies on address {:#x}, which is no multiple of 4 (a GGUF file with \
-                 general.alignment below 4?)",
-                t.weight.addr
-            )));
-        }
-        let token_bytes = cols / 32 * XBLK_BYTES;
-        let bulk = self.kernels.bulk;
-        let ring = if bulk { least_ring(ty) } else { ring_bytes(ty) };
-        let room = (self.device.info.shared_bytes as usize).saturating_sub(ring + 2560);
-        let most = room / token_bytes;
-        let Some(slot) = GEMV_BATCHES.iter().rposition(|b| *b <= most.max(1)) else {
-            return Err(device_error("no batch fits"));
-        };
-        let device = Arc::clone(&self.device);
-        let info = &device.info;
-        let too_wide =
-            || device_error(format!("a row of {cols} columns does not fit the shared memory of {}", info.name));
-        if most == 0 {
-            return Err(too_wide());
-        }
-        let swiglu = mode == SWIGLU;
-        let matrix_rows = [0, 1, 2].map(|i| targets.get(i).map_or(0, |t| t.weight.rows));
-        let mut done = 0;
-        while done < tokens {
-            let left = tokens - done;
-            let size = (0..=slot).find(|i| GEMV_BATCHES[*i] >= left).unwrap_or(slot);
-            let n = left.min(GEMV_BATCHES[size]);
-            let picked = rows.skip(done);
-            let mut a = GemvArgs {
-                segments: targets.len() as i32,
-                cols: cols as i32,
-                tokens: n as i32,
-                mode,
-                x: if rows.from == 0 { input.q + (done * token_bytes) as u64 } else { input.q },
-                raw: if input.raw.x == 0 { 0 } else { input.raw.x + (done * cols * 4) as u64 },
-                norm: input.raw.norm,
-                eps: input.raw.eps,
-                in_idx: picked.from,
-                out_idx: picked.to,
-                hidden_q: if hidden_q == 0 { 0 } else { hidden_q + (done * (out_rows / 32) * XBLK_BYTES) as u64 },
-                ..GemvArgs::default()
-            };
-            for (i, t) in targets.iter().enumerate() {
-                a.w[i] = t.weight.addr;
-                a.bias[i] = t.bias;
-                a.rows[i] = t.weight.rows as i32;
-                a.stride[i] = t.stride as i32;
-                a.out[i] = if t.out == 0 || rows.to != 0 { t.out } else { t.out + (done * t.stride * 4) as u64 };
-            }
-            let f = self.kernels.gemv[kind][size];
-            let (threads, shared, work) = if bulk {
-                let product = Product {
-                    ty,
-                    cols,
-                    rows: &matrix_rows[..if swiglu { 1 } else { targets.len() }],
-                    swiglu,
-                    activations: n * token_bytes,
-                };
-                let t =
-                    tiling(&product, info.multiprocessors as usize, info.shared_bytes as usize).ok_or_else(too_wide)?;
-                a.row_warps = t.row_warps as i32;
-                a.piece = t.piece as i32;
-                a.stages = t.stages as i32;
-                a.run_pitch = t.run_pitch as i32;
-                (THREADS, t.ring + n * token_bytes, t.tiles)
-            } else {
-                let pairs: usize = matrix_rows.iter().map(|r| r.div_ceil(2)).sum();
-                let work = if swiglu { out_rows.div_ceil(32) } else { pairs.div_ceil(WARPS) };
-                (256, ring_bytes(ty) + n * token_bytes, work)
-            };
-            let fit = self.fit(kind, size, f, threads, shared as u32)?;
-            let grid = (work as u32).min(fit * self.device.info.multiprocessors);
-            // SAFETY: GemvArgs is what gemv_* and bulk_* declare; shapes were checked by the loader, the
-            // activations hold `tokens` rows, and device buffers have room behind them for whole 16-byte
-            // lines.
-            unsafe { self.launch(f, (grid, 1, 1), threads, shared, &a)? };
-            done += n;
-        }
-        Ok(())
-    }
-
-    fn fit(&mut self, kind: usize, size: usize, f: Func, threads: u32, shared: u32) -> Result<u32> {
-        if let Some(n) = self.occupancy.get(&(kind, size, shared)) {
-            return Ok(*n);
-        }
-        let n = self.kernels.occupancy(f, threads, shared)?;
-        self.occupancy.insert((kind, size, shared), n);
-        Ok(n)
     }
 
     /// The product for weights that are not quantised, in floats.

@@ -65,7 +65,7 @@ fn run_bytes(bytes: usize) -> usize {
 }
 
 /// Fewest bytes of stages with which a product of this type runs.
-pub(super) fn least_ring(ty: TensorType) -> usize {
+fn least_ring(ty: TensorType) -> usize {
     2 * 2 * run_bytes(step(ty).1)
 }
 

@@ -167,7 +167,7 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
     }
     check_swiglu(device, b, ty, (512, 768), &[1, 5, 19, 70], report)?;
     // Rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
-    check_swiglu(device, b, ty, (256, 28672), &[1, 2], report)
+    check_swiglu(device, b, ty, (256, 28672), &[1, 2, 8], report)
 }
 
 fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {
