@@ -179,7 +179,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         }
     }
     println!("{}: prefill 512: {:.0} tok/s ({:.2} ms)", s.name, 512.0 / median(&mut runs), 1e3 * median(&mut runs));
-    for n in [1, 2, 4, 8, 32, 64] {
+    for n in [1, 2, 4, 8, 16, 32, 64] {
         let mut runs = Vec::new();
         let passes = if n == 1 { 128 } else { 10 };
         for i in 0..passes + 3 {

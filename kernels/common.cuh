@@ -7,12 +7,11 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// A block of 32 activations quantised to int8: x[i] = d * q[i]; s is the sum of the 32 integers.
+// A block of 32 activations quantised to int8: x[i] = d * q[i]; s is the sum of the 32 integers, as a float.
 // 40 bytes: lanes that read consecutive blocks with 8-byte loads meet no bank conflict.
 struct __align__(8) XBlk {
     u32 q[8];
-    float d;
-    int s;
+    float d, s;
 };
 
 __device__ __forceinline__ float h2f(u16 h) {
@@ -59,9 +58,6 @@ __device__ __forceinline__ void cp_async16(void* dst, const void* src) {
 }
 __device__ __forceinline__ void cp_async4(void* dst, const void* src) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(dst)), "l"(src));
-}
-__device__ __forceinline__ void cp_async8(void* dst, const void* src) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(smem_addr(dst)), "l"(src));
 }
 // Copies 16 bytes, or writes 16 zeros if !valid.
 __device__ __forceinline__ void cp_async16_zfill(void* dst, const void* src, bool valid) {
@@ -136,20 +132,27 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c += a · b for bytes: a 16×32 tile a (a[0], a[1]: its first 16 columns) and a 32×8 tile b.
+// Products of bytes on tensor cores leave sums below 2^22 in the low bits of the float 1.5 · 2^23, whose
+// value `sum_of` takes off again: converting integers would take twice the time of that subtraction.
+#define MMA_ZERO 0x4b400000
+
+// a · b for a 16×32 tile a (a[0], a[1]: its first 16 columns) and a 32×8 tile b.
 __device__ __forceinline__ void mma_s8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    const int z = MMA_ZERO;
     asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(z));
 }
 // The same for 16 columns: a 16×16 tile and a 16×8 tile.
 __device__ __forceinline__ void mma_s8_half(int (&c)[4], u32 a0, u32 a1, u32 b) {
+    const int z = MMA_ZERO;
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b), "r"(z));
 }
+__device__ __forceinline__ float sum_of(int c) { return __int_as_float(c) - __int_as_float(MMA_ZERO); }
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -176,6 +179,28 @@ __device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
     if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
     if (lane == 0) {
         o->d = amax / 127.0f;
-        o->s = sum;
+        o->s = (float)sum;
+    }
+}
+
+// Four values a thread to int8; eight threads make a block of 32, and whole groups of eight take part.
+__device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool valid) {
+    float m = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+    for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
+    const float inv = m > 0.0f ? 127.0f / m : 0.0f;
+    const float f[4] = {v.x, v.y, v.z, v.w};
+    u32 word = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) word |= ((u32)__float2int_rn(f[j] * inv) & 255u) << (8 * j);
+    int s = __dp4a(0x01010101, (int)word, 0);
+#pragma unroll
+    for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
+    if (!valid) return;
+    XBlk* b = row + i / 8;
+    b->q[i & 7] = word;
+    if ((i & 7) == 0) {
+        b->d = m / 127.0f;
+        b->s = (float)s;
     }
 }

@@ -44,35 +44,62 @@ __device__ __forceinline__ bool filled(const GemvArgs& a, const Tile& tile, int 
 
 __device__ __forceinline__ int phase(const u8* src, bool words) { return words ? 0 : (int)(size_t)src & 15; }
 
+// Where activations lie in shared memory: rows of tokens apart as those of weights are.
+struct Tokens {
+    u8* at;
+    int pitch;
+};
+
+// The copying warp. With each piece of a block's first tile come the same columns of the activations, once
+// they are there; the barrier of the stage counts the bytes of both.
 template <class B>
 __device__ __forceinline__ void copy_pieces(const GemvArgs& a, const Pieces& p, int tile_rows, int tiles, u8* ring,
-                                            u64* full, u64* empty, int lane) {
-    int stage = 0;
+                                            Tokens xs, u64* full, u64* empty, int lane) {
+    const int kb = B::ELEMS / 32;
+    auto len_of = [&](int pc) { return min(a.piece, p.blocks - pc * a.piece); };
+    auto copy_tokens = [&](int pc, int stage) {
+        if (lane >= a.tokens) return;
+        const int row = a.in_idx ? a.in_idx[lane] : lane;
+        const int at = pc * a.piece * kb * (int)sizeof(XBlk);
+        bulk_copy(xs.at + lane * xs.pitch + at, (const u8*)(a.x + (size_t)row * a.x_blocks) + at,
+                  len_of(pc) * kb * (int)sizeof(XBlk), &full[stage]);
+    };
+    // Weights are nobody's output: stages fill up while the predecessor still runs.
+    const int mine_tiles = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+    const int wait_at = min(a.stages, mine_tiles * p.count) - 1;
+    int stage = 0, fill = 0;
     u32 parity = 0;
     for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
         const Tile tile = tile_of(a, n, tile_rows);
+        const bool first = n == blockIdx.x;
         for (int pc = 0; pc < p.count; pc++) {
             bar_wait(&empty[stage], parity ^ 1);
             u8* to = ring + stage * (ROWS * a.run_pitch);
-            const int len = min(p.piece_bytes, (p.blocks - pc * a.piece) * B::BYTES);
+            const int len = len_of(pc) * B::BYTES;
+            const bool mine = !p.words && lane < ROWS && filled(a, tile, lane);
+            const u8* src = piece_at(a, tile, p, lane & (ROWS - 1), pc);
+            const u32 before = (u32)(size_t)src & 15, span = mine ? (before + len + 15) & ~15u : 0;
+            u32 bytes = __reduce_add_sync(0xffffffffu, span);
+            if (first) bytes += a.tokens * len_of(pc) * kb * (int)sizeof(XBlk);
             if (p.words) {
                 for (int slot = 0; slot < ROWS; slot++) {
                     if (!filled(a, tile, slot)) continue;
-                    const u8* src = piece_at(a, tile, p, slot, pc);
+                    const u8* from = piece_at(a, tile, p, slot, pc);
                     u8* dst = to + slot * a.run_pitch;
-                    for (int i = lane * 4; i < len; i += 128) *(u32*)(dst + i) = *(const u32*)(src + i);
+                    for (int i = lane * 4; i < len; i += 128) *(u32*)(dst + i) = *(const u32*)(from + i);
                 }
                 __syncwarp();
-                if (lane == 0) bar_arrive(&full[stage]);
-            } else {
-                const bool mine = lane < ROWS && filled(a, tile, lane);
-                const u8* src = piece_at(a, tile, p, lane & (ROWS - 1), pc);
-                const u32 before = (u32)(size_t)src & 15, span = mine ? (before + len + 15) & ~15u : 0;
-                const u32 bytes = __reduce_add_sync(0xffffffffu, span);
-                if (lane == 0) bar_expect(&full[stage], bytes);
-                __syncwarp();
-                if (mine) bulk_copy(to + lane * a.run_pitch, src - before, span, &full[stage]);
             }
+            if (lane == 0) bar_expect(&full[stage], bytes);
+            __syncwarp();
+            if (mine) bulk_copy(to + lane * a.run_pitch, src - before, span, &full[stage]);
+            if (fill == wait_at) {
+                pdl_wait();
+                for (int k = 0; k <= min(fill, p.count - 1); k++) copy_tokens(k, k);
+            } else if (first && fill > wait_at) {
+                copy_tokens(pc, stage);
+            }
+            fill++;
             if (++stage == a.stages) {
                 stage = 0;
                 parity ^= 1;
@@ -136,56 +163,66 @@ __device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, in
     }
 }
 
-// Brings the activations to shared memory, the rows of tokens apart as those of weights are.
-__device__ __forceinline__ void load_tokens(const GemvArgs& a, u8* xs, int x_pitch, int nb) {
-    pdl_wait();
-    for (int t = 0; t < a.tokens; t++) {
-        const int row = a.in_idx ? a.in_idx[t] : t;
-        const u64* src = (const u64*)(a.x + (size_t)row * a.x_blocks);
-        u64* dst = (u64*)(xs + t * x_pitch);
-        for (int i = threadIdx.x; i < nb * 5; i += FEW_WARPS * 32) cp_async8(dst + i, src + i);
+// The factors of the parts of a unit, for the lane's two rows. The four lanes that have the same rows divide
+// the work, where a block has many parts.
+template <class B>
+__device__ __forceinline__ void unit_scales(const u8* p0, const u8* p1, int j, int q, Quants (&s)[2][Lanes<B>::SUBS]) {
+    const int SUBS = Lanes<B>::SUBS;
+    if constexpr (SUBS == 1) {
+        B::scales(p0, j, s[0][0]);
+        B::scales(p1, j, s[1][0]);
+    } else {
+        Quants mine[(SUBS + 1) / 2];
+#pragma unroll
+        for (int k = 0; k < SUBS / 2; k++) {
+            const int item = q + 4 * k;
+            B::scales(item / SUBS ? p1 : p0, Lanes<B>::sub(j, item % SUBS), mine[k]);
+        }
+#pragma unroll
+        for (int item = 0; item < 2 * SUBS; item++) {
+            Quants& to = s[item / SUBS][item % SUBS];
+            const Quants& from = mine[item / 4];
+            to.a0 = __shfl_sync(0xffffffffu, from.a0, item & 3, 4);
+            if (B::HALVES) to.a1 = __shfl_sync(0xffffffffu, from.a1, item & 3, 4);
+            if (B::MINS) to.m0 = __shfl_sync(0xffffffffu, from.m0, item & 3, 4);
+            if (B::MINS && B::HALVES) to.m1 = __shfl_sync(0xffffffffu, from.m1, item & 3, 4);
+        }
     }
-    cp_commit();
-    cp_wait<0>();
-    asm volatile("bar.sync 1, %0;" ::"n"(FEW_WARPS * 32) : "memory");
 }
 
 // One block of 32 columns: the products of sixteen rows and eight tokens, added to acc. p0 and p1 are the
-// lane's two rows, b its word of its token's block; x0 and x1 are the blocks of the tokens of its results.
+// lane's two rows, s0 and s1 their factors, b its word of its token's block; x0 and x1 are the blocks of the
+// tokens of its results.
 template <class B>
-__device__ __forceinline__ void multiply(const u8* p0, const u8* p1, int sub, int q, const u32* b, const u8* x0,
-                                         const u8* x1, float (&acc)[4]) {
+__device__ __forceinline__ void multiply(const u8* p0, const u8* p1, const Quants& s0, const Quants& s1, int sub, int q,
+                                         const u32* b, const u8* x0, const u8* x1, float (&acc)[4]) {
     u32 w[4];
     B::pair(p0, sub, q, w[0], w[2]);
     B::pair(p1, sub, q, w[1], w[3]);
-    Quants s[2];
-    B::scales(p0, sub, s[0]);
-    B::scales(p1, sub, s[1]);
     const u32 b0 = b[0], b1 = b[4];
-    const uint2 e0 = *(const uint2*)(x0 + 32), e1 = *(const uint2*)(x1 + 32);
-    const float d[2] = {__uint_as_float(e0.x), __uint_as_float(e1.x)};
-    const int total[2] = {(int)e0.y, (int)e1.y};
-    int c[4] = {0, 0, 0, 0};
+    const float2 e0 = *(const float2*)(x0 + 32), e1 = *(const float2*)(x1 + 32);
+    const float d[2] = {e0.x, e1.x}, total[2] = {e0.y, e1.y};
+    int c[4];
     if (B::HALVES) {
-        int c1[4] = {0, 0, 0, 0}, first[4] = {0, 0, 0, 0};
+        int c1[4], first[4];
         mma_s8_half(c, w[0], w[1], b0);
         mma_s8_half(c1, w[2], w[3], b1);
         // Ones as weights give the sums of the tokens' first halves.
         if (B::MINS) mma_s8_half(first, 0x01010101u, 0x01010101u, b0);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const Quants& r = s[e >> 1];
-            float v = r.a0 * (float)c[e] + r.a1 * (float)c1[e];
-            if (B::MINS) v -= r.m0 * (float)first[e] + r.m1 * (float)(total[e & 1] - first[e]);
+            const Quants& r = e < 2 ? s0 : s1;
+            float v = r.a0 * sum_of(c[e]) + r.a1 * sum_of(c1[e]);
+            if (B::MINS) v -= r.m0 * sum_of(first[e]) + r.m1 * (total[e & 1] - sum_of(first[e]));
             acc[e] += v * d[e & 1];
         }
     } else {
         mma_s8(c, w, b0, b1);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const Quants& r = s[e >> 1];
-            float v = r.a0 * (float)c[e];
-            if (B::MINS) v -= r.m0 * (float)total[e & 1];
+            const Quants& r = e < 2 ? s0 : s1;
+            float v = r.a0 * sum_of(c[e]);
+            if (B::MINS) v -= r.m0 * total[e & 1];
             acc[e] += v * d[e & 1];
         }
     }
@@ -200,9 +237,8 @@ __device__ __forceinline__ void few(const GemvArgs& a) {
     const Pieces p = pieces_of<B>(a);
     const int tile_rows = a.mode == MODE_SWIGLU ? ROWS / 2 : ROWS;
     const int tiles = tiles_of(a, tile_rows);
-    u8* xs = smem + a.stages * (ROWS * a.run_pitch);
     const int nb = a.cols / 32;
-    const int x_pitch = (nb * (int)sizeof(XBlk) + 127) / 128 * 128 + 16;
+    const Tokens xs = {smem + a.stages * (ROWS * a.run_pitch), (nb * (int)sizeof(XBlk) + 127) / 128 * 128 + 16};
     pdl_launch();
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.stages; i++) {
@@ -216,7 +252,7 @@ __device__ __forceinline__ void few(const GemvArgs& a) {
     }
     __syncthreads();
     if (warp == COPIER) {
-        copy_pieces<B>(a, p, tile_rows, tiles, smem, full, empty, lane);
+        copy_pieces<B>(a, p, tile_rows, tiles, smem, xs, full, empty, lane);
         return;
     }
     if (warp == STORER) {
@@ -224,14 +260,12 @@ __device__ __forceinline__ void few(const GemvArgs& a) {
         store_tiles(a, tile_rows, tiles, part, summed, taken, lane);
         return;
     }
-    load_tokens(a, xs, x_pitch, nb);
-
     const int g = lane >> 2, q = lane & 3;
     // Columns of tokens that are not there repeat the last one, and are not stored.
     const int last = a.tokens - 1;
-    const u8* xb = xs + min(g, last) * x_pitch + 4 * q;
-    const u8* x0 = xs + min(2 * q, last) * x_pitch;
-    const u8* x1 = xs + min(2 * q + 1, last) * x_pitch;
+    const u8* xb = xs.at + min(g, last) * xs.pitch + 4 * q;
+    const u8* x0 = xs.at + min(2 * q, last) * xs.pitch;
+    const u8* x1 = xs.at + min(2 * q + 1, last) * xs.pitch;
     int stage = 0, buf = 0;
     u32 parity = 0, part_parity = 0;
     for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
@@ -250,11 +284,14 @@ __device__ __forceinline__ void few(const GemvArgs& a) {
                 const int block = u / Lanes<B>::UNITS, j = u % Lanes<B>::UNITS;
                 const int at = block * B::BYTES;
                 const int kb = (first + block) * (B::ELEMS / 32);
+                Quants scales[2][Lanes<B>::SUBS];
+                unit_scales<B>(r0 + at, r1 + at, j, q, scales);
 #pragma unroll
                 for (int k = 0; k < Lanes<B>::SUBS; k++) {
                     const int sub = B::ELEMS == 32 ? 0 : Lanes<B>::sub(j, k);
                     const int x = (kb + sub) * (int)sizeof(XBlk);
-                    multiply<B>(r0 + at, r1 + at, sub, q, (const u32*)(xb + x), x0 + x, x1 + x, acc);
+                    multiply<B>(r0 + at, r1 + at, scales[0][k], scales[1][k], sub, q, (const u32*)(xb + x), x0 + x, x1 + x,
+                                acc);
                 }
             }
             __syncwarp();

@@ -44,8 +44,7 @@ __device__ __forceinline__ void compute_sync() { asm volatile("bar.sync 1, 256;"
 // A block of activations, brought to registers.
 struct Activations {
     u32 q[8];
-    float d;
-    int s;
+    float d, s;
     __device__ __forceinline__ explicit Activations(const XBlk* from) {
         const u64* p = (const u64*)from;
 #pragma unroll
@@ -56,12 +55,12 @@ struct Activations {
         }
         u64 ds = p[4];
         d = __uint_as_float((u32)ds);
-        s = (int)(ds >> 32);
+        s = __uint_as_float((u32)(ds >> 32));
     }
 };
 
 template <class B>
-__device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, int s) {
+__device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, float s) {
     int i0 = 0, i1 = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -75,11 +74,11 @@ __device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, int
             int s0 = 0;
 #pragma unroll
             for (int i = 0; i < 4; i++) s0 = __dp4a(0x01010101, (int)x[i], s0);
-            r -= w.m0 * (float)s0 + w.m1 * (float)(s - s0);
+            r -= w.m0 * (float)s0 + w.m1 * (s - (float)s0);
         }
     } else {
         r = w.a0 * (float)(i0 + i1);
-        if (B::MINS) r -= w.m0 * (float)s;
+        if (B::MINS) r -= w.m0 * s;
     }
     return r * d;
 }
@@ -100,28 +99,6 @@ __device__ __forceinline__ float sum_squares(const float4 (&v)[CHUNK]) {
 #pragma unroll
     for (int k = 0; k < CHUNK; k++) sum += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
     return sum;
-}
-
-// Four values a thread to int8; eight threads make a block of 32, and whole groups of eight take part.
-__device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool valid) {
-    float m = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-#pragma unroll
-    for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
-    const float inv = m > 0.0f ? 127.0f / m : 0.0f;
-    const float f[4] = {v.x, v.y, v.z, v.w};
-    u32 word = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) word |= ((u32)__float2int_rn(f[j] * inv) & 255u) << (8 * j);
-    int s = __dp4a(0x01010101, (int)word, 0);
-#pragma unroll
-    for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
-    if (!valid) return;
-    XBlk* b = row + i / 8;
-    b->q[i & 7] = word;
-    if ((i & 7) == 0) {
-        b->d = m / 127.0f;
-        b->s = s;
-    }
 }
 
 // RMS norm (where there is one) and quantisation of the input rows, by every block for itself: cheaper

@@ -36,7 +36,8 @@ __device__ __forceinline__ float block_reduce(float v, bool max, float* shared) 
     return v;
 }
 
-// One block a row. Values are recomputed for each output rather than kept: rows lie in cache.
+// One block a row, or several where nothing of the whole row is wanted (no norm, no halves). Values are
+// recomputed for each output rather than kept: rows lie in cache.
 template <int MODE>
 __device__ __forceinline__ void prep(const PrepArgs& a) {
     __shared__ float shared[33];
@@ -61,35 +62,17 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
         if (MODE == PREP_SWIGLU) return silu(x[i]) * up[i];
         return x[i];
     };
+    // Other parts of the row may be other blocks' work.
+    const int first = blockIdx.y * threads, step = gridDim.y * threads;
     if (a.f)
-        for (int i = tid; i < n; i += threads) a.f[(size_t)row * n + i] = value(i);
+        for (int i = first + tid; i < n; i += step) a.f[(size_t)row * n + i] = value(i);
     if (a.q) {
         // Eight threads a block of 32; n is a multiple of 32, so whole groups of eight take part.
-        for (int i0 = 0; i0 < n; i0 += threads * 4) {
-            const int i = i0 + tid * 4;
-            float v[4] = {0, 0, 0, 0};
-            if (i < n)
-#pragma unroll
-                for (int j = 0; j < 4; j++) v[j] = value(i + j);
-            float m = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
-#pragma unroll
-            for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
-            float inv = m > 0.0f ? 127.0f / m : 0.0f;
-            u32 word = 0;
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                word |= ((u32)__float2int_rn(v[j] * inv) & 255u) << (8 * j);
-            int s = __dp4a(0x01010101, (int)word, 0);
-#pragma unroll
-            for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
-            if (i < n) {
-                XBlk* b = a.q + (size_t)row * (n / 32) + i / 32;
-                b->q[tid & 7] = word;
-                if ((tid & 7) == 0) {
-                    b->d = m / 127.0f;
-                    b->s = s;
-                }
-            }
+        for (int i0 = first; i0 < n / 4; i0 += step) {
+            const int i = i0 + tid;
+            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (i < n / 4) v = make_float4(value(4 * i), value(4 * i + 1), value(4 * i + 2), value(4 * i + 3));
+            quantise_four(v, a.q + (size_t)row * (n / 32), i, i < n / 4);
         }
     }
     if (a.h) {

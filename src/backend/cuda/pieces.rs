@@ -57,11 +57,15 @@ pub(super) fn tiles(rows: &[usize], swiglu: bool) -> usize {
 }
 
 /// The pieces for `tokens` rows of activations on a GPU whose blocks may have `shared` bytes; `None` if
-/// nothing fits beside them. SwiGLU's sums must be whole, others may be made in parts.
+/// nothing fits beside them, or if rows of activations are odd numbers of blocks, which copies of 16 bytes
+/// do not reach. SwiGLU's sums must be whole, others may be made in parts.
 pub(super) fn pieces(ty: TensorType, cols: usize, swiglu: bool, tokens: usize, shared: usize) -> Option<Pieces> {
     let elems = ty.block_elems();
+    if !cols.is_multiple_of(64) {
+        return None;
+    }
     let of = |goes: usize| {
-        let blocks = (cols / elems).div_ceil(goes);
+        let blocks = even(ty, (cols / elems).div_ceil(goes));
         let activations = tokens * apart(blocks * elems / 32 * XBLK_BYTES);
         let room = shared.checked_sub(FIXED_BYTES + activations)?;
         let piece = piece(ty, blocks, room)?;
@@ -76,6 +80,11 @@ pub(super) fn pieces(ty: TensorType, cols: usize, swiglu: bool, tokens: usize, s
     (1..=most).filter_map(of).find(enough).or_else(|| (1..=most).filter_map(of).max_by_key(ring))
 }
 
+/// Blocks that hold an even number of blocks of activations.
+fn even(ty: TensorType, blocks: usize) -> usize {
+    if ty.block_elems() == 32 { blocks.next_multiple_of(2) } else { blocks }
+}
+
 /// Blocks a stage: those with which the warps go over a row in the fewest steps, and the largest of these.
 fn piece(ty: TensorType, blocks: usize, room: usize) -> Option<usize> {
     let fits = |piece: &usize| 2 * ROWS * run_pitch(ty, *piece) <= room.min(2 * STAGE_BYTES);
@@ -83,8 +92,8 @@ fn piece(ty: TensorType, blocks: usize, room: usize) -> Option<usize> {
         let whole = blocks / piece * (piece * units(ty)).div_ceil(WARPS);
         whole + (blocks % piece * units(ty)).div_ceil(WARPS)
     };
-    let largest = (1..=blocks).map(|count| blocks.div_ceil(count)).find(fits)?;
-    (largest.div_ceil(2)..=largest).rev().min_by_key(|p| steps(*p))
+    let largest = (1..=blocks).map(|count| even(ty, blocks.div_ceil(count))).find(fits)?;
+    (largest.div_ceil(2)..=largest).rev().filter(|p| *p == even(ty, *p)).min_by_key(|p| steps(*p))
 }
 
 #[cfg(test)]
@@ -131,9 +140,12 @@ mod tests {
                         };
                         assert!(p.shared + FIXED_BYTES <= shared, "{ty} {cols}: {p:?}");
                         assert!((2..=STAGES_MAX).contains(&p.stages) && p.piece >= 1, "{ty} {cols}: {p:?}");
-                        assert!(p.cols.is_multiple_of(ty.block_elems()), "{ty} {cols}: {p:?}");
+                        assert!(
+                            p.cols.is_multiple_of(64) && (p.piece * ty.block_elems()).is_multiple_of(64),
+                            "{ty} {cols}: {p:?}"
+                        );
                         assert_eq!(p.run_pitch % 128, 16);
-                        assert_eq!((p.cols < cols) && swiglu, false);
+                        assert!(p.cols == cols || !swiglu, "{ty} {cols}: {p:?}");
                     }
                 }
             }

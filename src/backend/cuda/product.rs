@@ -186,8 +186,11 @@ impl Engine {
         };
         // Enough threads for a short row; many rows share the machine instead.
         let threads = if n > 8192 || (rows <= GEMV_TOKENS && n > 1024) { 1024 } else { 256 };
+        // Few long rows are divided among blocks, where that can be done.
+        let whole = matches!(prep, Prep::Norm(..)) || to.h != 0 || rows > GEMV_TOKENS;
+        let parts = if whole { 1 } else { n.div_ceil(4 * threads as usize) };
         // SAFETY: PrepArgs is what prep_* declare; all buffers hold `rows` rows of `n`.
-        unsafe { self.launch(f, (rows as u32, 1, 1), threads, 0, &a) }
+        unsafe { self.launch(f, (rows as u32, parts as u32, 1), threads, 0, &a) }
     }
 
     /// The buffers for the forms that weights of these types want.

@@ -144,7 +144,9 @@ fn seen_by(ty: TensorType, tokens: usize, x: &[f64]) -> (Vec<f64>, f64) {
 
 fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
     let unit = ty.block_elems().max(32);
-    for (rows, cols) in [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit)] {
+    for (rows, cols) in
+        [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit), (21, 2048 + 2 * unit)]
+    {
         let m = Matrix::random(device, ty, rows, cols, 7 + rows as u64)?;
         let e = &b.engine;
         e.convert(&m.weight, e.ws.gate.addr(), false)?;
