@@ -40,46 +40,39 @@ __device__ __forceinline__ int phase(const u8* src, bool words) { return (int)(s
 template <class B>
 __device__ __forceinline__ void copy_tiles(const GemvArgs& a, const Shape& sh, int tiles, u8* ring, int stage_bytes,
                                            u64* full, u64* empty, int lane) {
+    const bool swiglu = a.mode == MODE_SWIGLU;
+    const bool whole = sh.pieces == 1;
     int stage = 0;
     u32 parity = 0;
     for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
         const Tile tile = tile_of(a, n, sh.tile_rows);
-        const bool swiglu = a.mode == MODE_SWIGLU;
-        const bool whole = sh.pieces == 1;
         const int runs = (swiglu ? 2 : 1) * (whole ? 1 : tile.rows);
         for (int pc = 0; pc < sh.pieces; pc++) {
             bar_wait(&empty[stage], parity ^ 1);
             const int at = pc * a.piece * sh.step_bytes;
             const int len = whole ? tile.rows * sh.row_bytes : min(a.piece * sh.step_bytes, sh.row_bytes - at);
             u8* to = ring + stage * stage_bytes;
-            u32 bytes = 0;
-            // Twice over the runs: their bytes must be known before the first copy may end.
-            for (int pass = sh.words ? 1 : 0; pass < 2; pass++) {
-                if (pass == 1 && !sh.words && lane == 0) bar_expect(&full[stage], bytes);
-                for (int r = 0; r < runs; r++) {
-                    const int which = swiglu ? (whole ? r : r / tile.rows) : 0;
-                    const int row = tile.row + (whole ? 0 : r % tile.rows);
-                    // Row i of a tile in pieces is run i; those of `up` follow the full count of gate's.
-                    const int slot = whole ? r : which * sh.tile_rows + r % tile.rows;
-                    const u8* src = a.w[swiglu ? which : tile.seg] + (size_t)row * sh.row_bytes + at;
-                    u8* dst = to + slot * a.run_pitch;
-                    if (sh.words) {
-                        dst += phase(src, true);
-                        for (int i = lane * 4; i < len; i += 128) *(u32*)(dst + i) = *(const u32*)(src + i);
-                    } else {
-                        const u32 before = (u32)(size_t)src & 15, span = (before + len + 15) & ~15u;
-                        if (pass == 0) {
-                            bytes += span;
-                        } else if (lane == 0) {
-                            bulk_copy(dst + (phase(src, false) & ~15), src - before, span, &full[stage]);
-                        }
-                    }
-                }
+            auto source = [&](int r) {
+                const int row = tile.row + (whole ? 0 : r % tile.rows);
+                return a.w[swiglu ? (whole ? r : r / tile.rows) : tile.seg] + (size_t)row * sh.row_bytes + at;
+            };
+            // Row i of a tile in pieces is run i; those of `up` follow the full count of gate's.
+            auto target = [&](int r) {
+                return to + (whole ? r : r / tile.rows * sh.tile_rows + r % tile.rows) * a.run_pitch;
+            };
+            const bool mine = !sh.words && lane < runs;
+            const u8* src = source(mine ? lane : 0);
+            const u32 before = (u32)(size_t)src & 15, span = mine ? (before + len + 15) & ~15u : 0;
+            const u32 bytes = __reduce_add_sync(0xffffffffu, span);
+            for (int r = 0; sh.words && r < runs; r++) {
+                const u8* from = source(r);
+                u8* dst = target(r) + phase(from, true);
+                for (int i = lane * 4; i < len; i += 128) *(u32*)(dst + i) = *(const u32*)(from + i);
             }
-            if (sh.words) {
-                __syncwarp();
-                if (lane == 0) bar_arrive(&full[stage]);
-            }
+            __syncwarp();
+            if (lane == 0) bar_expect(&full[stage], bytes);
+            __syncwarp();
+            if (mine) bulk_copy(target(lane) + (phase(src, false) & ~15), src - before, span, &full[stage]);
             if (++stage == a.stages) {
                 stage = 0;
                 parity ^= 1;
