@@ -14,10 +14,14 @@ struct AttnArgs {
                       // not divided by the sum
     float2* ml;       // decode: splits × tokens × n_heads (largest score in base 2, sum)
     int n_heads, n_kv_heads, n_ctx;
-    int tokens, first_pos;
-    int split;        // keys a range, a multiple of 64
-    float scale;      // log2(e) / sqrt(HD)
+    int tokens;
+    int ranges;            // decode: most ranges of keys
+    const int* first_pos;  // in memory, so that a recorded launch serves every position
+    float scale;           // log2(e) / sqrt(HD)
 };
+
+// Keys of a range where `keys` are divided into at most `ranges`: a multiple of 64.
+__device__ __forceinline__ int range_of(int keys, int ranges) { return ((keys + ranges - 1) / ranges + 63) / 64 * 64; }
 
 #define NEG_BIG (-1e30f)
 
@@ -63,12 +67,16 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     const int tile = DECODE ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int m0 = tile * BM, kvh = blockIdx.y;
     const int last_t = (min(m0 + BM, rows) - 1) / group;
-    const int seen = a.first_pos + last_t + 1;
-    const int begin = DECODE ? blockIdx.z * a.split : 0;
-    const int end = DECODE ? min(begin + a.split, seen) : seen;
+    // Written before the first kernel of the pass: nothing to wait for.
+    const int first_pos = *a.first_pos;
+    const int split = DECODE ? range_of(first_pos + a.tokens, a.ranges) : 0;
+    const int seen = first_pos + last_t + 1;
+    const int begin = DECODE ? blockIdx.z * split : 0;
+    const int end = DECODE ? min(begin + split, seen) : seen;
     const size_t base = (size_t)kvh * a.n_ctx * HD;
     const int row_w = DECODE ? 0 : warp * 16, key_w = DECODE ? warp * 16 : 0;
     pdl_launch();
+    if (DECODE && begin >= first_pos + a.tokens) return;
     pdl_wait();
 
     for (int c = tid; c < BM * (HD / 4); c += 128) {
@@ -91,7 +99,7 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     int pos[2];
 #pragma unroll
     for (int h = 0; h < 2; h++)
-        pos[h] = a.first_pos + (m0 + row_w + (lane >> 2) + 8 * h) / group;
+        pos[h] = first_pos + (m0 + row_w + (lane >> 2) + 8 * h) / group;
 
     if (begin < end) load_keys<HD, F32, KT>(sk, a.k, base, begin, end, tid);
     for (int k0 = begin; k0 < end; k0 += KT) {
@@ -241,7 +249,9 @@ struct MergeArgs {
     const float2* ml;    // splits × tokens × n_heads
     float* out;          // tokens × width
     XBlk* q;             // tokens × width / 32, or null
-    int tokens, width, head_dim, splits;
+    int tokens, width, head_dim;
+    int ranges;            // as for attn_decode_*
+    const int* first_pos;
 };
 
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
@@ -254,13 +264,15 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
     if (item >= a.tokens * blocks) return;
     const int t = item / blocks, e = item % blocks * 32 + lane;
     const int n_heads = a.width / a.head_dim;
+    const int keys = *a.first_pos + a.tokens, split = range_of(keys, a.ranges);
+    const int splits = (keys + split - 1) / split;
     float v = 0.0f;
     if (e < a.width) {
         const int h = e / a.head_dim;
         float big = NEG_BIG, total = 0.0f;
-        for (int s = 0; s < a.splits; s++)
+        for (int s = 0; s < splits; s++)
             big = fmaxf(big, a.ml[((size_t)s * a.tokens + t) * n_heads + h].x);
-        for (int s = 0; s < a.splits; s++) {
+        for (int s = 0; s < splits; s++) {
             float2 ml = a.ml[((size_t)s * a.tokens + t) * n_heads + h];
             float f = exp2f(ml.x - big);
             total += f * ml.y;

@@ -113,10 +113,11 @@ struct RopeArgs {
     const float* q_norm;  // head_dim, or null
     const float* k_norm;
     const float* freqs;   // n_rot / 2
+    const int* first_pos; // in memory, so that a recorded launch serves every position
     void* k_cache;     // n_kv_heads × n_ctx × head_dim
     void* v_cache;
     int n_heads, n_kv_heads, head_dim, n_rot, n_ctx;
-    int tokens, first_pos;
+    int tokens;
     int neox;          // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
     int cache_f32;
     float magnitude, q_eps, k_eps;
@@ -139,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
     pdl_launch();
     pdl_wait();
     if (item >= a.tokens * per_token) return;
-    const int t = item / per_token, pos = a.first_pos + t;
+    const int t = item / per_token, pos = *a.first_pos + t;
     int h = item % per_token;
     float* x = heads[warp];
     if (h >= a.n_heads + a.n_kv_heads) {

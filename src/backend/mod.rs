@@ -228,6 +228,20 @@ pub trait Backend {
     /// Starts a pass over `T = n_tokens` tokens at positions `first_pos..first_pos + T`.
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError>;
 
+    /// Begins a stretch of operations that is the same in every pass that has as many tokens, with the same
+    /// weights at the same addresses. `true`: the stretch of that number was repeated from a recording, and
+    /// its operations must not be called. `false`: they are to be called, and then [`Backend::end_stretch`].
+    /// No operation of a stretch may wait.
+    fn begin_stretch(&mut self, _number: usize) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    /// Ends a stretch; `complete` if all its operations were called without an error. `false`: they were
+    /// neither recorded nor run, and are to be called again outside of a stretch.
+    fn end_stretch(&mut self, _complete: bool) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
     /// `X[t] = dequantised rows[t]`. `rows` is in host memory: `T` rows of `ty`, back to back.
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError>;
 

@@ -101,4 +101,13 @@ impl WeightSource for Weights {
         }
         Ok(())
     }
+
+    /// The timeline shows the units of each pass: with it, each is acquired.
+    fn stays(&self) -> bool {
+        !self.traced && self.resident.iter().all(Option::is_some)
+    }
+
+    fn repeated(&mut self) {
+        self.bytes += self.unit_bytes.iter().sum::<u64>();
+    }
 }

@@ -19,6 +19,14 @@ pub trait WeightSource {
     /// Announces experts that will be acquired next; reorders them into the order in which they
     /// come fastest.
     fn demand(&mut self, units: &mut [usize]) -> Result<(), String>;
+
+    /// Whether every unit stays where it is, so that passes may be repeated without acquiring any.
+    fn stays(&self) -> bool {
+        false
+    }
+
+    /// A pass has used every unit without acquiring any.
+    fn repeated(&mut self) {}
 }
 
 /// Why a pass failed.
@@ -61,19 +69,20 @@ pub fn forward(
 ) -> Result<(), ForwardError> {
     backend.begin(first_pos, n_tokens)?;
     backend.embed(rows, model.embedding.ty)?;
-    let last = model.blocks.len() - 1;
     let mut pass = Pass { model, backend, source, demanded: Vec::new() };
-    for (i, block) in model.blocks.iter().enumerate() {
-        if stop() {
-            return Err(ForwardError::Interrupted);
-        }
-        let keep = match outputs {
-            Outputs::Last if i == last => Some((n_tokens - 1, 1)),
-            _ => None,
-        };
-        pass.block(i, block, keep)?;
+    // The router's answer is waited for in the middle of a pass.
+    let dense = model.blocks.iter().all(|b| matches!(b.ffn, Ffn::Dense { .. }));
+    if n_tokens > 1 || outputs == Outputs::None || !dense || !pass.source.stays() {
+        return pass.all(n_tokens, outputs, stop);
     }
-    pass.head(outputs)
+    if pass.backend.begin_stretch(0)? {
+        pass.source.repeated();
+        return Ok(());
+    }
+    let called = pass.all(n_tokens, outputs, stop);
+    let done = pass.backend.end_stretch(called.is_ok());
+    called?;
+    if done? { Ok(()) } else { pass.all(n_tokens, outputs, stop) }
 }
 
 struct Pass<'a> {
@@ -84,6 +93,22 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// All blocks and the head.
+    fn all(&mut self, n_tokens: usize, outputs: Outputs, stop: &dyn Fn() -> bool) -> Result<(), ForwardError> {
+        let last = self.model.blocks.len() - 1;
+        for (i, block) in self.model.blocks.iter().enumerate() {
+            if stop() {
+                return Err(ForwardError::Interrupted);
+            }
+            let keep = match outputs {
+                Outputs::Last if i == last => Some((n_tokens - 1, 1)),
+                _ => None,
+            };
+            self.block(i, block, keep)?;
+        }
+        self.head(outputs)
+    }
+
     fn acquire(&mut self, unit: usize) -> Result<(), ForwardError> {
         self.source.acquire(unit).map_err(ForwardError::Weights)
     }

@@ -91,8 +91,8 @@ pub(super) struct AttnArgs {
     pub n_kv_heads: i32,
     pub n_ctx: i32,
     pub tokens: i32,
-    pub first_pos: i32,
-    pub split: i32,
+    pub ranges: i32,
+    pub first_pos: u64,
     pub scale: f32,
 }
 
@@ -106,7 +106,8 @@ pub(super) struct MergeArgs {
     pub tokens: i32,
     pub width: i32,
     pub head_dim: i32,
-    pub splits: i32,
+    pub ranges: i32,
+    pub first_pos: u64,
 }
 
 #[repr(C)]
@@ -134,6 +135,7 @@ pub(super) struct RopeArgs {
     pub q_norm: u64,
     pub k_norm: u64,
     pub freqs: u64,
+    pub first_pos: u64,
     pub k_cache: u64,
     pub v_cache: u64,
     pub n_heads: i32,
@@ -142,7 +144,6 @@ pub(super) struct RopeArgs {
     pub n_rot: i32,
     pub n_ctx: i32,
     pub tokens: i32,
-    pub first_pos: i32,
     pub neox: i32,
     pub cache_f32: i32,
     pub magnitude: f32,

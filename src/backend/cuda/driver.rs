@@ -421,6 +421,18 @@ impl Stream {
         )
     }
 
+    /// Writes one 32-bit word in order.
+    ///
+    /// # Safety
+    /// `dst..dst + 4` is device memory, aligned to 4, that nothing else uses meanwhile.
+    pub unsafe fn set(&self, dst: u64, value: u32) -> Result<(), BackendError> {
+        check(
+            // SAFETY: the caller vouches for the word.
+            unsafe { sys::cuMemsetD32Async(dst, value, 1, self.raw) },
+            "a word in the GPU's memory could not be set",
+        )
+    }
+
     /// Copies `bytes` from host to device in order.
     ///
     /// # Safety

@@ -5,6 +5,7 @@
 
 mod args;
 mod driver;
+mod graph;
 mod memory;
 mod modules;
 mod pieces;
@@ -29,6 +30,7 @@ use super::{Backend, BackendError, DeviceMemory, Dims, Expert, Linear, Norm, Rop
 use crate::gguf::TensorType;
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::device_error;
+use graph::Recorder;
 use modules::{HEAD_DIMS, Kernels};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
 use workspace::{DECODE_TOKENS, GEMV_TOKENS, PARTIAL_ROWS, Workspace, cache_elem_bytes};
@@ -37,7 +39,6 @@ use workspace::{DECODE_TOKENS, GEMV_TOKENS, PARTIAL_ROWS, Workspace, cache_elem_
 pub struct CudaBackend {
     engine: Engine,
     dims: Dims,
-    first_pos: usize,
     tokens: usize,
     /// First row of X and Attn that is still wanted ([`Backend::keep`]).
     row0: usize,
@@ -46,6 +47,7 @@ pub struct CudaBackend {
     rows_sent: Event,
     /// Start of each expert's tokens in the lists of the last routing, one more than experts.
     expert_starts: Vec<u32>,
+    recorder: Recorder,
 }
 
 impl CudaBackend {
@@ -76,12 +78,12 @@ impl CudaBackend {
         Ok(CudaBackend {
             engine: Engine::new(Arc::clone(device), stream, kernels, ws),
             dims: dims.clone(),
-            first_pos: 0,
             tokens: 0,
             row0: 0,
             attn_quantised: false,
             rows_sent: device.event(false)?,
             expert_starts: vec![0; dims.n_experts + 1],
+            recorder: Recorder::new(),
         })
     }
 
@@ -144,6 +146,7 @@ impl CudaBackend {
             q_norm: q_norm.map_or(0, |n| n.weight.addr),
             k_norm: k_norm.map_or(0, |n| n.weight.addr),
             freqs: ws.freqs.addr(),
+            first_pos: ws.first_pos.addr(),
             k_cache: ws.k_cache.addr() + offset,
             v_cache: ws.v_cache.addr() + offset,
             n_heads: d.n_heads as i32,
@@ -152,7 +155,6 @@ impl CudaBackend {
             n_rot: 2 * d.rope.freqs.len() as i32,
             n_ctx: d.n_ctx as i32,
             tokens: self.tokens as i32,
-            first_pos: self.first_pos as i32,
             neox: i32::from(d.rope.kind == RopeKind::Neox),
             cache_f32: i32::from(d.kv_type == TensorType::F32),
             magnitude: d.rope.magnitude,
@@ -179,8 +181,8 @@ impl CudaBackend {
             n_kv_heads: d.n_kv_heads as i32,
             n_ctx: d.n_ctx as i32,
             tokens: self.tokens as i32,
-            first_pos: self.first_pos as i32,
-            split: 0,
+            ranges: 0,
+            first_pos: ws.first_pos.addr(),
             scale: std::f32::consts::LOG2_E / (d.head_dim as f32).sqrt(),
         }
     }
@@ -197,22 +199,19 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, grid, 128, shared, &a) }
     }
 
-    /// Ranges of keys are chosen so that two blocks a multiprocessor have work.
+    /// Keys are divided into as many ranges as two blocks a multiprocessor, or fewer where they are few.
     fn attend_decode(&mut self, layer: usize) -> Result<(), BackendError> {
         let d = &self.dims;
         let tiles = (self.tokens * (d.n_heads / d.n_kv_heads)).div_ceil(16);
-        let keys = self.first_pos + self.tokens;
         let blocks = 2 * self.engine.device.info.multiprocessors as usize;
-        let wanted = (blocks / (tiles * d.n_kv_heads)).clamp(1, PARTIAL_ROWS / self.tokens);
-        let split = keys.div_ceil(wanted).next_multiple_of(64);
-        let splits = keys.div_ceil(split);
+        let ranges = (blocks / (tiles * d.n_kv_heads)).clamp(1, PARTIAL_ROWS / self.tokens);
         let ws = &self.engine.ws;
-        let a = AttnArgs { out: ws.partial.addr(), split: split as i32, ..self.attn_args(layer) };
+        let a = AttnArgs { out: ws.partial.addr(), ranges: ranges as i32, ..self.attn_args(layer) };
         let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
         let f = self.engine.kernels.attn[self.cache_kind()][0];
-        let grid = (tiles as u32, d.n_kv_heads as u32, splits as u32);
+        let grid = (tiles as u32, d.n_kv_heads as u32, ranges as u32);
         // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for
-        // splits * tokens <= PARTIAL_ROWS rows.
+        // ranges * tokens <= PARTIAL_ROWS rows.
         unsafe { self.engine.launch(f, grid, 128, shared, &a)? };
         let width = self.heads_width();
         self.attn_quantised = width.is_multiple_of(32);
@@ -224,7 +223,8 @@ impl CudaBackend {
             tokens: self.tokens as i32,
             width: width as i32,
             head_dim: d.head_dim as i32,
-            splits: splits as i32,
+            ranges: ranges as i32,
+            first_pos: ws.first_pos.addr(),
         };
         let warps = self.tokens * width.div_ceil(32);
         let f = self.engine.kernels.attn_merge;
@@ -295,11 +295,20 @@ impl Backend for CudaBackend {
             )));
         }
         self.engine.device.bind()?;
-        self.first_pos = first_pos;
         self.tokens = n_tokens;
         self.row0 = 0;
         self.engine.many = false;
-        Ok(())
+        let at = self.engine.ws.first_pos.addr();
+        // SAFETY: the word is the workspace's; kernels read it in stream order.
+        unsafe { self.engine.stream.set(at, first_pos as u32) }
+    }
+
+    fn begin_stretch(&mut self, number: usize) -> Result<bool, BackendError> {
+        self.recorder.begin(&self.engine.stream, number)
+    }
+
+    fn end_stretch(&mut self, complete: bool) -> Result<bool, BackendError> {
+        self.recorder.end(&self.engine.stream, complete)
     }
 
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {

@@ -50,6 +50,8 @@ pub(super) struct Workspace {
     pub k_cache: DeviceBuffer,
     pub v_cache: DeviceBuffer,
     pub freqs: DeviceBuffer,
+    /// Position of the pass's first token, where kernels read it.
+    pub first_pos: DeviceBuffer,
     pub logits: DeviceBuffer,
     pub logits_host: PinnedBuffer<f32>,
     /// Raw rows of the embedding on their way in.
@@ -85,6 +87,7 @@ struct Sizes {
     partial_ml: u64,
     cache: u64,
     freqs: u64,
+    first_pos: u64,
     logits: u64,
     rows: u64,
 }
@@ -115,6 +118,7 @@ impl Sizes {
             partial_ml: floats(PARTIAL_ROWS * d.n_heads * 2),
             cache: (d.n_layers * d.n_ctx * kv) as u64 * cache_elem_bytes(d),
             freqs: floats(d.rope.freqs.len().max(1)),
+            first_pos: 4,
             logits: floats(d.max_outputs * d.n_vocab),
             rows: floats(batch * d.n_embd),
         }
@@ -131,6 +135,7 @@ impl Sizes {
             + self.partial
             + self.partial_ml
             + self.freqs
+            + self.first_pos
             + self.logits
             + self.rows
     }
@@ -167,6 +172,7 @@ impl Workspace {
             k_cache: device.alloc(s.cache, "KV cache")?,
             v_cache: device.alloc(s.cache, "KV cache")?,
             freqs,
+            first_pos: device.alloc(s.first_pos, "position")?,
             logits: device.alloc(s.logits, "logits")?,
             logits_host: device.alloc_pinned(d.max_outputs * d.n_vocab, "logits")?,
             rows: device.alloc(s.rows, "embedding rows")?,
@@ -199,6 +205,7 @@ impl Workspace {
             &self.k_cache,
             &self.v_cache,
             &self.freqs,
+            &self.first_pos,
             &self.logits,
             &self.rows,
         ]
