@@ -25,11 +25,12 @@ pub mod vfio;
 pub use checked::{Checked, Corruption, Record};
 pub use file::{DirectFile, Part};
 pub use pread::PreadReader;
+pub(crate) use pread::THREADS as PREAD_THREADS;
 #[cfg(test)]
 pub use scripted::{Script, ScriptedReader};
 pub use striped::Striped;
 pub use uring::UringReader;
-pub(crate) use uring::drain;
+pub(crate) use uring::{allow_workers, drain, read_entry, reading_threads};
 pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};
