@@ -10,6 +10,7 @@ use super::page::{self, Timings};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
+use crate::backend::cuda::Device;
 use crate::engine::{
     EngineError, Generation, Opened, Options, Sampler, Session, StopReason, choose_buffers, generate, nearest,
     this_machine,
@@ -111,7 +112,7 @@ fn finish(
     let mut report = Report::new(session, opened);
     report.warnings(pressure.as_slice());
     report.generation(g);
-    report.predicted(session.predicted_on(&this_machine(opened)));
+    report.predicted(session.predicted_on(&this_machine(opened, session.backend_kind())));
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
     }
@@ -322,6 +323,8 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
             bar.set_position(done);
         })
     };
+    // Held until the session holds it: what is asked of the GPU before then shares one context with it.
+    let _gpu = (options.backend != BackendKind::Cpu).then(|| Device::open(0));
     let session = match buffers(opened, &options) {
         None => open(options.clone()),
         // What a forecast counts on may have been taken meanwhile.
@@ -330,7 +333,7 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
             other => other,
         },
     };
-    let session = session.map_err(|e| refusal(e, opened, || this_machine(opened), &options))?;
+    let session = session.map_err(|e| refusal(e, opened, || this_machine(opened, options.backend), &options))?;
     bar.finish_and_clear();
     for note in session.notes() {
         tracing::warn!("{note}");
@@ -344,7 +347,7 @@ fn buffers(opened: &Opened, options: &Options) -> Option<usize> {
     if options.n_buffers.is_some() || !measured {
         return None;
     }
-    choose_buffers(&opened.model, &this_machine(opened), options)
+    choose_buffers(&opened.model, &this_machine(opened, options.backend), options)
 }
 
 /// An error with what would fit instead, if it is one of the plan.
