@@ -24,7 +24,7 @@ pub struct PlanArgs {
     /// rtx-3090-gen3x8, rtx-4090, h100, laptop-8gb, cpu-only).
     #[arg(long, value_name = "FILE|PROFILE")]
     machine: Option<String>,
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, for the time to the first token.
     #[arg(short = 'p', long, default_value_t = 512)]
     n_prompt: usize,
     /// Rate of the link to the GPU in GB/s, in place of the machine's.

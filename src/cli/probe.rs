@@ -21,10 +21,11 @@ pub struct ProbeArgs {
     /// Storage and link together are also measured at once. Without any: link and memory.
     #[arg(value_name = "storage PATH|link|memory")]
     what: Vec<String>,
-    /// Block sizes of the sweep, comma separated.
+    /// Bytes of a read in the sweep, comma separated: multiples of 4096 from 4KiB to 16MiB (default:
+    /// 4KiB,16KiB,64KiB,128KiB,512KiB,1MiB,2MiB).
     #[arg(long, value_delimiter = ',', value_parser = block_size)]
     block_size: Vec<u64>,
-    /// Reads in flight of the sweep, comma separated.
+    /// Reads in flight in the sweep, comma separated, 1 to 256 (default: 1,2,4,8,16,32,64).
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
     depth: Vec<u16>,
     /// Seconds of the sustained read, whose rate plans count with; 0 skips it. It is at the knee, or for a
@@ -35,7 +36,7 @@ pub struct ProbeArgs {
     /// which other programs read (for comparing with them).
     #[arg(long, value_enum, default_value = "huge")]
     pages: PagesArg,
-    /// Draw the storage sweep.
+    /// Draw the storage sweep to this file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
     /// One JSON object.

@@ -29,13 +29,13 @@ use crate::tokenizer::ChatTemplate;
 pub struct RunArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// The prompt.
+    /// The prompt, as text.
     #[arg(short, long, required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
     prompt: Option<String>,
     /// Read the prompt from a file; - is stdin.
     #[arg(long, value_name = "F")]
     prompt_file: Option<PathBuf>,
-    /// Tokens to generate at most.
+    /// Tokens to generate at most; fewer where the model ends its text or the context is full.
     #[arg(short = 'n', long = "n-predict", default_value_t = 256)]
     n: usize,
     /// Apply the model's chat template to the prompt.
@@ -44,7 +44,7 @@ pub struct RunArgs {
     /// System message; implies --chat.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Stop at this text (repeat for more).
+    /// Stop where this text comes, which is not printed (repeat for more).
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     #[command(flatten)]
@@ -54,7 +54,7 @@ pub struct RunArgs {
     /// Write a page with figures, tier map, timeline and rates, which any browser opens.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Stdout is one JSON object.
+    /// Stdout is one JSON object with text and figures, in place of the text.
     #[arg(long)]
     json: bool,
 }
