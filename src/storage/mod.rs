@@ -30,6 +30,8 @@ pub(crate) use pread::THREADS as PREAD_THREADS;
 pub use scripted::{Script, ScriptedReader};
 pub use striped::Striped;
 pub use uring::UringReader;
+#[cfg(test)]
+pub(crate) use uring::tests::refuse_io_uring;
 pub(crate) use uring::{allow_workers, drain, read_entry, reading_threads};
 pub use verify::{VerifyError, verify};
 

@@ -251,13 +251,13 @@ impl Drop for UringReader {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::storage::{ReaderKind, StorageError, open_reader};
     use std::path::Path;
 
     /// Refuses io_uring_setup with EPERM in the calling thread, as container run-times do.
-    fn refuse_io_uring() -> io::Result<()> {
+    pub(crate) fn refuse_io_uring() -> io::Result<()> {
         const LD_NR: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
         const JEQ: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
         const RET: u16 = (libc::BPF_RET | libc::BPF_K) as u16;

@@ -415,6 +415,25 @@ mod tests {
     }
 
     #[test]
+    fn where_io_uring_is_refused_the_pool_of_a_run_reads() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(8 << 20).unwrap();
+        let path = f.path().to_owned();
+        // The refusal holds for the thread that asks for it.
+        std::thread::spawn(move || {
+            storage::refuse_io_uring().unwrap();
+            let target = Target::open(&path).unwrap();
+            let options =
+                Options { blocks: vec![64 << 10], depths: vec![2, 32], sustained_s: 0.05, pages: Pages::Small };
+            let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
+            assert_eq!((report.through, report.cells.len()), ("pread", 2));
+            assert!((1..=storage::PREAD_THREADS).contains(&report.threads) && report.sustained.is_some());
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
     fn an_interrupt_ends_it() {
         let f = tempfile::NamedTempFile::new().unwrap();
         f.as_file().set_len(8 << 20).unwrap();
