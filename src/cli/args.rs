@@ -169,16 +169,19 @@ pub enum KvArg {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Placement")]
 pub struct Placement {
-    /// Where operations run.
+    /// Where operations run; auto is a GPU that can, else processors.
     #[arg(long, value_enum, default_value = "auto")]
     pub backend: BackendArg,
-    /// Threads that compute (default: all processors).
+    /// Threads that compute on processors, 1 to 1024 (default: all processors of this process).
     #[arg(long, short = 't', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// RAM that weights may take, resident and staging together.
+    /// RAM that weights may take, resident and staging together: bytes, or with a unit as 14GiB or 500MB. auto is
+    /// what is available less 4 GiB or 15 % of RAM, whichever is more, but at least a
+    /// quarter of it.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
     pub ram: Auto<u64>,
-    /// VRAM to use, weights, KV cache and the rest together.
+    /// VRAM to use, weights, KV cache and the rest together: bytes, or with a unit as 14GiB or 500MB. auto is what
+    /// is free less 512 MiB, or less a sixteenth if that is less.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
     pub vram: Auto<u64>,
     /// Where tier C is read: none, auto (where the model lies), a drive (nvme1n1, a PCI address or a
@@ -186,19 +189,22 @@ pub struct Placement {
     /// commas, each holds a copy, and reads are dealt over them.
     #[arg(long, value_name = "none|auto|PLACE[,PLACE]…", default_value = "auto")]
     pub tier_c: String,
-    /// How tier C is read.
+    /// How tier C is read; auto takes the fastest way that is open.
     #[arg(long, value_enum, default_value = "auto")]
     pub reader: ReaderArg,
-    /// Compare every read with the checksums that `nt device extents` recorded.
+    /// Compare every read with the checksums that `nt device extents` or `nt stage` recorded (default: only the
+    /// first read from a bound drive).
     #[arg(long)]
     pub verify: bool,
-    /// Element type of the KV cache.
+    /// Element type of the KV cache (default: f16; f32 for `nt logits`).
     #[arg(long, value_enum)]
     pub kv: Option<KvArg>,
-    /// Buffers of the ring.
+    /// Buffers of the ring, 2 to 64, each as large as the largest unit that moves. auto is 3 (2 where there is no
+    /// room), or by simulation where `nt probe` has measured the links.
     #[arg(long, value_name = "auto|N", default_value = "auto", env = "NT_PIPELINE_DEPTH", value_parser = auto_buffers)]
     pub n_buffers: Auto<usize>,
-    /// Counts of blocks in VRAM, RAM and storage; the plan chooses which.
+    /// Counts of blocks in VRAM, RAM and storage; the plan chooses which (default: as many as fit in VRAM, then in
+    /// RAM).
     #[arg(long, value_name = "A:B:C", value_parser = tiers)]
     pub tiers: Option<Tiers>,
     /// How `--tiers` lays tiers out over the depth of the model: interleaved keeps all links busy at
@@ -209,7 +215,8 @@ pub struct Placement {
     /// every run computes so far.
     #[arg(long)]
     pub exact: bool,
-    /// Positions the KV cache holds.
+    /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for
+    /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
     /// Ask an Ollama on this machine (OLLAMA_HOST, or 127.0.0.1:11434) to unload its models first.
@@ -224,22 +231,23 @@ pub struct Placement {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
-    /// Temperature; 0 takes the most likely token.
+    /// Temperature, 0 to 100; 0 takes the most likely token.
     #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub temp: f32,
     /// Keep this many of the most likely tokens; 0 keeps all.
     #[arg(long, default_value_t = 40)]
     pub top_k: usize,
-    /// Keep the most likely tokens up to this probability mass.
+    /// Keep the most likely tokens up to this probability mass, 0 to 1; 1 keeps all.
     #[arg(long, default_value_t = 0.95)]
     pub top_p: f32,
-    /// Keep tokens at least this likely relative to the likeliest.
+    /// Keep tokens at least this likely relative to the likeliest, 0 to 1; 0 keeps all.
     #[arg(long, default_value_t = 0.05)]
     pub min_p: f32,
-    /// Penalty for the last 64 tokens; 1 is off.
+    /// Penalty for tokens among the last 64: their logits are divided by it where positive, else multiplied; 1 is
+    /// off.
     #[arg(long, default_value_t = 1.0)]
     pub repeat_penalty: f32,
-    /// Seed (default: from the clock).
+    /// Seed of the drawing, a whole number (default: from the clock).
     #[arg(long)]
     pub seed: Option<u64>,
 }

@@ -22,13 +22,13 @@ use crate::pipeline::Event;
 pub struct BenchArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// Tokens of the prompt; 0 skips prefill.
+    /// Tokens of the prompt, evaluated in passes of 512; 0 skips prefill.
     #[arg(short = 'p', long, default_value_t = 512)]
     n_prompt: usize,
-    /// Tokens to generate; 0 skips decode.
+    /// Tokens to generate, one a pass; 0 skips decode.
     #[arg(short = 'n', long, default_value_t = 128)]
     n_gen: usize,
-    /// Repetitions.
+    /// Repetitions that are counted, 1 to 1000, after one that is not; medians are shown.
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     repetitions: u16,
     #[command(flatten)]

@@ -16,13 +16,13 @@ use crate::tokenizer::ChatTemplate;
 pub struct ChatArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// System message.
+    /// System message (default: what the model's chat template says without one).
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Tokens of an answer at most.
     #[arg(short = 'n', long = "n-predict", default_value_t = 1024)]
     n: usize,
-    /// Stop an answer at this text (repeat for more).
+    /// Stop an answer where this text comes, which is not printed (repeat for more).
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     #[command(flatten)]

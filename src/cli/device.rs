@@ -17,7 +17,7 @@ use crate::storage::library::{Library, Recorded};
 pub struct DeviceArgs {
     #[command(subcommand)]
     command: Command,
-    /// The list of drives that may be bound
+    /// The list of drives that may be bound, a TOML file
     #[arg(long, global = true, default_value = allowlist::DEFAULT_PATH)]
     allow: PathBuf,
 }

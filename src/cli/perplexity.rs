@@ -18,10 +18,10 @@ use crate::model::Outputs;
 pub struct PerplexityArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// The text.
+    /// The text, UTF-8; - is stdin.
     #[arg(long, short, value_name = "F")]
     file: PathBuf,
-    /// Score only this many chunks.
+    /// Score only this many chunks of `--ctx` tokens (default: all of the text).
     #[arg(long)]
     chunks: Option<usize>,
     /// One JSON object.

@@ -10,6 +10,7 @@ use super::args::{Auto, KvArg};
 use super::page;
 use super::report::print_line;
 use super::{Failure, ModelArg, Placement, run};
+use crate::backend::BackendKind;
 use crate::engine::{Change, Forecast, Opened, Options, sensitivity, this_machine};
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
@@ -23,7 +24,7 @@ pub struct PlanArgs {
     /// rtx-3090-gen3x8, rtx-4090, h100, laptop-8gb, cpu-only).
     #[arg(long, value_name = "FILE|PROFILE")]
     machine: Option<String>,
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, for the time to the first token.
     #[arg(short = 'p', long, default_value_t = 512)]
     n_prompt: usize,
     /// Rate of the link to the GPU in GB/s, in place of the machine's.
@@ -121,7 +122,7 @@ const CHANGE_MIN: f64 = 0.01;
 
 /// The machine that `--machine` names, else this one.
 fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
-    let Some(given) = given else { return Ok(this_machine(opened)) };
+    let Some(given) = given else { return Ok(this_machine(opened, BackendKind::Auto)) };
     if let Some(profile) = Machine::profile(given) {
         return profile.map_err(|e| Failure::usage(format!("profile {given}: {e}")));
     }

@@ -21,20 +21,22 @@ pub struct ProbeArgs {
     /// Storage and link together are also measured at once. Without any: link and memory.
     #[arg(value_name = "storage PATH|link|memory")]
     what: Vec<String>,
-    /// Block sizes of the sweep, comma separated.
+    /// Bytes of a read in the sweep, comma separated: multiples of 4096 from 4KiB to 16MiB (default:
+    /// 4KiB,16KiB,64KiB,128KiB,512KiB,1MiB,2MiB).
     #[arg(long, value_delimiter = ',', value_parser = block_size)]
     block_size: Vec<u64>,
-    /// Reads in flight of the sweep, comma separated.
+    /// Reads in flight in the sweep, comma separated, 1 to 256 (default: 1,2,4,8,16,32,64).
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
     depth: Vec<u16>,
-    /// Seconds of the sustained read at the knee; 0 skips it.
+    /// Seconds of the sustained read, whose rate plans count with; 0 skips it. It is at the knee, or for a
+    /// memory file system and through the page cache at 1 MiB x 16, as weights are read.
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
     /// Pages of the buffers that storage is read to: huge ones, in which weights lie, or small ones, in
     /// which other programs read (for comparing with them).
     #[arg(long, value_enum, default_value = "huge")]
     pages: PagesArg,
-    /// Draw the storage sweep.
+    /// Draw the storage sweep to this file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
     /// One JSON object.
@@ -167,8 +169,11 @@ fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result
     };
     bar.finish_and_clear();
     if let Some(k) = report.knee {
-        let best = report.sustained.as_ref().map_or(k.bytes_per_s, |s| s.bytes_per_s);
-        rates.push(Rate::now("storage", &report.drive, best, Some(k.block_bytes), Some(k.depth)));
+        let (rate, block, depth) = match &report.sustained {
+            Some(s) => (s.bytes_per_s, s.block_bytes, s.depth),
+            None => (k.bytes_per_s, k.block_bytes, k.depth),
+        };
+        rates.push(Rate::now("storage", &report.drive, rate, Some(block), Some(depth)));
     }
     if let Some(file) = &args.plot {
         std::fs::write(file, plot::svg(&report)).map_err(|e| Failure::output(&file.display().to_string(), &e))?;
@@ -190,6 +195,8 @@ fn progress(cells: usize) -> indicatif::ProgressBar {
 fn print_storage(report: &storage::Report, options: &storage::Options) -> Result<(), Failure> {
     let way = match (report.through, report.direct, report.pages) {
         ("vfio", ..) => "vfio, past the kernel",
+        ("pread", true, _) => "O_DIRECT, pread",
+        ("pread", false, _) => "pread through the page cache",
         (_, false, _) => "io_uring through the page cache",
         (_, true, Some(Pages::Small)) => "O_DIRECT, io_uring, buffers in 4 KiB pages",
         (_, true, _) => "O_DIRECT, io_uring",
@@ -205,10 +212,11 @@ fn print_storage(report: &storage::Report, options: &storage::Options) -> Result
     if let (Some(b), Some(k)) = (report.best, report.knee) {
         print_line(&format!("  best  {} x {}: {}", plot::size(b.block_bytes), b.depth, gb(b.bytes_per_s)))?;
         print_line(&format!(
-            "  knee  {} x {}: {} (the fewest bytes in flight within 3 % of the best)",
+            "  knee  {} x {}: {}{} (the fewest bytes in flight within 3 % of the best)",
             plot::size(k.block_bytes),
             k.depth,
-            gb(k.bytes_per_s)
+            gb(k.bytes_per_s),
+            by_threads(report.threads)
         ))?;
     }
     for (name, rate) in [("pread", report.buffered_bytes_per_s), ("mmap", report.mmap_bytes_per_s)] {
@@ -221,7 +229,13 @@ fn print_storage(report: &storage::Report, options: &storage::Options) -> Result
     let spread = if s.slices.is_empty() { String::new() } else { format!(", slices {} to {}", gb(low), gb(high)) };
     let slower = storage::slowdown(&s.slices).filter(|x| *x > 0.1);
     let slower = slower.map_or_else(String::new, |x| format!("; it slowed down by {:.0} %", x * 100.0));
-    print_line(&format!("  sustained over {:.1} s at the knee: {}{spread}{slower}", s.seconds, gb(s.bytes_per_s)))
+    let (at, by) = (format!("{} x {}", plot::size(s.block_bytes), s.depth), by_threads(s.threads));
+    print_line(&format!("  sustained over {:.1} s at {at}{by}: {}{spread}{slower}", s.seconds, gb(s.bytes_per_s)))
+}
+
+/// How many threads read, where it is more than one.
+fn by_threads(threads: usize) -> String {
+    if threads > 1 { format!(", by {threads} threads") } else { String::new() }
 }
 
 fn probe_memory(args: &ProbeArgs, rates: &mut Vec<Rate>) -> Result<Json, Failure> {

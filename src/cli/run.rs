@@ -10,6 +10,7 @@ use super::page::{self, Timings};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::BackendKind;
+use crate::backend::cuda::Device;
 use crate::engine::{
     EngineError, Generation, Opened, Options, Sampler, Session, StopReason, choose_buffers, generate, nearest,
     this_machine,
@@ -28,13 +29,13 @@ use crate::tokenizer::ChatTemplate;
 pub struct RunArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// The prompt.
+    /// The prompt, as text.
     #[arg(short, long, required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
     prompt: Option<String>,
     /// Read the prompt from a file; - is stdin.
     #[arg(long, value_name = "F")]
     prompt_file: Option<PathBuf>,
-    /// Tokens to generate at most.
+    /// Tokens to generate at most; fewer where the model ends its text or the context is full.
     #[arg(short = 'n', long = "n-predict", default_value_t = 256)]
     n: usize,
     /// Apply the model's chat template to the prompt.
@@ -43,7 +44,7 @@ pub struct RunArgs {
     /// System message; implies --chat.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Stop at this text (repeat for more).
+    /// Stop where this text comes, which is not printed (repeat for more).
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     #[command(flatten)]
@@ -53,7 +54,7 @@ pub struct RunArgs {
     /// Write a page with figures, tier map, timeline and rates, which any browser opens.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Stdout is one JSON object.
+    /// Stdout is one JSON object with text and figures, in place of the text.
     #[arg(long)]
     json: bool,
 }
@@ -111,7 +112,7 @@ fn finish(
     let mut report = Report::new(session, opened);
     report.warnings(pressure.as_slice());
     report.generation(g);
-    report.predicted(session.predicted_on(&this_machine(opened)));
+    report.predicted(session.predicted_on(&this_machine(opened, session.backend_kind())));
     if let Some(path) = &args.placement.timeline {
         session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
     }
@@ -322,6 +323,8 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
             bar.set_position(done);
         })
     };
+    // Held until the session holds it: what is asked of the GPU before then shares one context with it.
+    let _gpu = (options.backend != BackendKind::Cpu).then(|| Device::open(0));
     let session = match buffers(opened, &options) {
         None => open(options.clone()),
         // What a forecast counts on may have been taken meanwhile.
@@ -330,7 +333,7 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
             other => other,
         },
     };
-    let session = session.map_err(|e| refusal(e, opened, || this_machine(opened), &options))?;
+    let session = session.map_err(|e| refusal(e, opened, || this_machine(opened, options.backend), &options))?;
     bar.finish_and_clear();
     for note in session.notes() {
         tracing::warn!("{note}");
@@ -344,7 +347,7 @@ fn buffers(opened: &Opened, options: &Options) -> Option<usize> {
     if options.n_buffers.is_some() || !measured {
         return None;
     }
-    choose_buffers(&opened.model, &this_machine(opened), options)
+    choose_buffers(&opened.model, &this_machine(opened, options.backend), options)
 }
 
 /// An error with what would fit instead, if it is one of the plan.

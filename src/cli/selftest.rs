@@ -7,7 +7,7 @@ use super::{Failure, report};
 /// Arguments of `nt selftest`.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// Whose kernels.
+    /// Whose kernels: of processors, on each instruction set there is, or of the GPU.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: SelftestBackend,
 }

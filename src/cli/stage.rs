@@ -25,7 +25,7 @@ pub struct StageArgs {
     /// The drive's serial number, as proof that this drive is meant
     #[arg(long, value_name = "S")]
     serial: String,
-    /// The list of drives that may be used
+    /// The list of drives that may be used, a TOML file
     #[arg(long, default_value = allowlist::DEFAULT_PATH)]
     allow: PathBuf,
 }

@@ -17,7 +17,7 @@ pub struct TemplateArgs {
     /// JSON: a list of messages with `role` and `content`; - is stdin.
     #[arg(long, value_name = "M.json")]
     messages: PathBuf,
-    /// JSON: a list of tools (schemas of functions) that the model may call.
+    /// JSON: a list of tools (schemas of functions) that the model may call (default: none).
     #[arg(long, value_name = "T.json")]
     tools: Option<PathBuf>,
     /// Leave out the opening of the assistant's turn.

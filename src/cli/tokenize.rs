@@ -17,7 +17,7 @@ pub struct TokenizeArgs {
     /// The text.
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     text: Option<String>,
-    /// Read the text from a file.
+    /// Read the text from a file; - is stdin.
     #[arg(long, value_name = "F")]
     file: Option<PathBuf>,
     /// Add no BOS or EOS, and read special tokens in the text as plain text.

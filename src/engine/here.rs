@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::Opened;
 use super::forecast::DRIVER_BYTES;
+use crate::backend::BackendKind;
 use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::facts::{Facts, Gpu};
@@ -26,10 +27,10 @@ const VRAM_GUESS: f64 = 400e9;
 const GEMM_A_MULTIPROCESSOR: f64 = 0.25;
 const GEMM_A_THREAD: (f64, f64) = (0.19, 0.06);
 
-/// This machine, with the storage that the model lies on.
-pub fn this_machine(opened: &Opened) -> Machine {
+/// This machine, with the storage that the model lies on. Its GPU is not opened where `backend` is processors.
+pub fn this_machine(opened: &Opened, backend: BackendKind) -> Machine {
     let facts = Facts::read(&Host::default());
-    let device = Device::open(0).ok();
+    let device = if backend == BackendKind::Cpu { None } else { Device::open(0).ok() };
     Machine {
         name: "this machine".into(),
         ram: ram(),

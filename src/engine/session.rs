@@ -259,6 +259,11 @@ impl Session {
         self.backend.name()
     }
 
+    /// Where operations run: a GPU or processors.
+    pub fn backend_kind(&self) -> BackendKind {
+        if self.device.is_some() { BackendKind::Cuda } else { BackendKind::Cpu }
+    }
+
     /// The reader's name, if anything streams.
     pub fn reader_name(&self) -> Option<&'static str> {
         self.reader_name

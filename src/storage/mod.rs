@@ -25,11 +25,14 @@ pub mod vfio;
 pub use checked::{Checked, Corruption, Record};
 pub use file::{DirectFile, Part};
 pub use pread::PreadReader;
+pub(crate) use pread::THREADS as PREAD_THREADS;
 #[cfg(test)]
 pub use scripted::{Script, ScriptedReader};
 pub use striped::Striped;
 pub use uring::UringReader;
-pub(crate) use uring::drain;
+#[cfg(test)]
+pub(crate) use uring::tests::refuse_io_uring;
+pub(crate) use uring::{allow_workers, drain, read_entry, reading_threads};
 pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};

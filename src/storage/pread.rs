@@ -10,7 +10,7 @@ use super::split::{Chunk, Requests};
 use super::{Alignment, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
 
 /// Threads a copy, and so reads in flight.
-const THREADS: usize = 8;
+pub(crate) const THREADS: usize = 8;
 
 type Outcome = (Chunk, Result<u64, String>);
 

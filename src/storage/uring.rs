@@ -44,6 +44,40 @@ fn enable(ring: &IoUring) -> io::Result<()> {
     ring.submitter().register_enable_rings()
 }
 
+/// A read of the `(offset, len)` bytes `span` of `file`, which is registered as number `index`, to `dst`;
+/// `tag` comes back with its completion.
+///
+/// A read that is a copy is made by the thread that submits it, one after the other, unless the kernel is
+/// told to hand it to its workers.
+pub(crate) fn read_entry(
+    file: &DirectFile,
+    index: u32,
+    (offset, len): (u64, u32),
+    dst: *mut u8,
+    tag: u64,
+) -> squeue::Entry {
+    let flags = if file.copies { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+    let read = opcode::Read::new(types::Fixed(index), dst, len).offset(file.start + offset);
+    read.build().user_data(tag).flags(flags)
+}
+
+/// Threads that read `file` with `depth` reads in flight: the kernel's workers where reads are copies, of
+/// which more than four a processor only wait, else the one that submits.
+pub(crate) fn reading_threads(file: &DirectFile, depth: usize) -> usize {
+    if file.copies { depth.clamp(1, 4 * crate::machine::n_cpus()) } else { 1 }
+}
+
+/// Lets the kernel start as many workers as [`reading_threads`] says. Left alone, it keeps for each thread the
+/// limit that the first ring of that thread had, which may have been a shallow one.
+pub(crate) fn allow_workers(ring: &IoUring, file: &DirectFile, depth: usize) {
+    if file.copies {
+        let mut most = [reading_threads(file, depth) as u32, 0];
+        if let Err(e) = ring.submitter().register_iowq_max_workers(&mut most) {
+            tracing::debug!("io_uring takes no limit to its workers here: {e}");
+        }
+    }
+}
+
 /// A reader over one io_uring.
 pub struct UringReader {
     ring: IoUring,
@@ -67,6 +101,9 @@ impl UringReader {
         }
         let fds: Vec<i32> = files.iter().map(|f| f.file.as_raw_fd()).collect();
         ring.submitter().register_files(&fds)?;
+        if let Some(file) = files.iter().find(|f| f.copies) {
+            allow_workers(&ring, file, depth);
+        }
         enable(&ring)?;
         Ok(UringReader {
             ring,
@@ -106,15 +143,8 @@ impl UringReader {
             self.requests.again(chunk);
             return;
         };
-        // A read that is a copy is made by the thread that submits it, one after the other, unless the
-        // kernel is told to hand it to its workers.
-        let copies = self.files[chunk.file].copies;
-        let flags = if copies { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
-        let entry = opcode::Read::new(types::Fixed(chunk.file as u32), chunk.dst, chunk.len as u32)
-            .offset(self.files[chunk.file].start + chunk.offset)
-            .build()
-            .user_data(slot as u64)
-            .flags(flags);
+        let (file, span) = (&self.files[chunk.file], (chunk.offset, chunk.len as u32));
+        let entry = read_entry(file, chunk.file as u32, span, chunk.dst, slot as u64);
         // SAFETY: the buffer stays valid and unshared until this chunk completes, by the contract of
         // `Reader::submit`; `drop` waits for what is in flight.
         match unsafe { self.ring.submission().push(&entry) } {
@@ -221,13 +251,13 @@ impl Drop for UringReader {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::storage::{ReaderKind, StorageError, open_reader};
     use std::path::Path;
 
     /// Refuses io_uring_setup with EPERM in the calling thread, as container run-times do.
-    fn refuse_io_uring() -> io::Result<()> {
+    pub(crate) fn refuse_io_uring() -> io::Result<()> {
         const LD_NR: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
         const JEQ: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
         const RET: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
@@ -244,6 +274,41 @@ mod tests {
         // SAFETY: the program and its filter outlive the call, which copies them.
         let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
         if no_new == 0 && set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    #[test]
+    fn reads_that_are_copies_go_to_as_many_workers_as_are_in_flight() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(1 << 20).unwrap();
+        let mut file = DirectFile::open(f.path()).unwrap();
+        file.copies = false;
+        assert_eq!(reading_threads(&file, 16), 1);
+        file.copies = true;
+        assert_eq!((reading_threads(&file, 1), reading_threads(&file, 4)), (1, 4));
+        assert_eq!(reading_threads(&file, 100_000), 4 * crate::machine::n_cpus());
+    }
+
+    #[test]
+    fn a_shallow_ring_before_does_not_limit_the_workers() {
+        let Ok(f) = tempfile::NamedTempFile::new() else { return };
+        let mut file = DirectFile::open(f.path()).unwrap();
+        file.copies = true;
+        // Limits are kept by thread: one of its own sees no other test's.
+        std::thread::spawn(move || {
+            let most = |depth: u32| -> io::Result<u32> {
+                let ring = IoUring::new(depth)?;
+                allow_workers(&ring, &file, depth as usize);
+                let mut now = [0, 0];
+                ring.submitter().register_iowq_max_workers(&mut now)?;
+                Ok(now[0])
+            };
+            // Kernels before 5.15 know no such limit.
+            if let (Ok(one), Ok(four)) = (most(1), most(4)) {
+                assert_eq!((one, four), (1, 4));
+            }
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

@@ -80,6 +80,9 @@ unsafe impl Sync for Device {}
 
 impl Device {
     /// Opens GPU number `ordinal`. Errors if there is no driver, no such GPU, or it is too old.
+    ///
+    /// The first makes the context, which takes some 100 ms and VRAM; as long as any is held, others share it
+    /// and cost next to nothing.
     pub fn open(ordinal: i32) -> Result<Arc<Device>, BackendError> {
         // SAFETY: only tries to load the driver's library.
         if !unsafe { sys::is_culib_present() } {

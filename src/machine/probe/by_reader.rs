@@ -1,5 +1,5 @@
-//! The storage probe over the seam that weights are read through, for drives that have no file: those
-//! bound to vfio-pci.
+//! The storage probe over the seam that weights are read through, for drives that have no file (those
+//! bound to vfio-pci) and where io_uring is refused.
 
 use std::time::{Duration, Instant};
 
@@ -26,11 +26,13 @@ pub struct ByReader {
     name: String,
     cursor: u64,
     buffers: Region,
+    threads: usize,
     _arena: Arena,
 }
 
 impl ByReader {
-    /// Over `file` of `reader`, which has `len` bytes; no read may have been submitted.
+    /// Over `file` of `reader`, which has `len` bytes and reads with `threads` threads; no read may have
+    /// been submitted.
     ///
     /// # Errors
     /// If memory is missing or may not be pinned.
@@ -40,6 +42,7 @@ impl ByReader {
         len: u64,
         name: String,
         flying: u64,
+        threads: usize,
     ) -> Result<ByReader, ProbeError> {
         let mut arena = Arena::new(flying.min(FLYING_MAX))?;
         let buffers = arena.take(flying.min(FLYING_MAX))?;
@@ -48,7 +51,7 @@ impl ByReader {
         // SAFETY: the arena begins at a page, and is dropped after the reader.
         unsafe { reader.attach(arena.base(), arena.len() as usize) }
             .map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
-        Ok(ByReader { reader, file, len, name, cursor: 0, buffers, _arena: arena })
+        Ok(ByReader { reader, file, len, name, cursor: 0, buffers, threads, _arena: arena })
     }
 
     fn submit(&mut self, slot: usize, block: u64) -> Result<(), ProbeError> {
@@ -72,6 +75,10 @@ impl ByReader {
 impl Reads for ByReader {
     fn fits(&self, block: u64, depth: usize) -> bool {
         block <= self.len && block * depth as u64 <= self.buffers.len as u64
+    }
+
+    fn threads(&self, depth: usize) -> usize {
+        depth.min(self.threads)
     }
 
     fn run(
@@ -127,7 +134,7 @@ pub fn open_bound(host: &Host, name: &str, flying: u64) -> Result<Option<BoundDr
     let mut reader = VfioReader::open_bound(&drive, &namespace).map_err(|e| fail(e.to_string()))?;
     let len = namespace.size;
     let file = reader.add_file(name, vec![Place { file_offset: 0, device_offset: 0, len }]);
-    let reads = ByReader::new(Box::new(reader), file, len, name.into(), flying)?;
+    let reads = ByReader::new(Box::new(reader), file, len, name.into(), flying, 1)?;
     Ok(Some(BoundDrive { reads, len, identity: format!("{} {} {}", namespace.name, drive.model, drive.serial) }))
 }
 
@@ -143,7 +150,7 @@ mod tests {
         std::fs::write(&path, vec![7u8; 3 << 20]).unwrap();
         let file = crate::storage::DirectFile::open(&path).unwrap();
         let reader = PreadReader::new(vec![file], 1).unwrap();
-        let mut reads = ByReader::new(Box::new(reader), FileId(0), 3 << 20, "f".into(), 4 << 20).unwrap();
+        let mut reads = ByReader::new(Box::new(reader), FileId(0), 3 << 20, "f".into(), 4 << 20, 8).unwrap();
         assert!(reads.fits(1 << 20, 4) && !reads.fits(1 << 20, 5) && !reads.fits(4 << 20, 1));
         let (time, mut slices) = (Duration::from_millis(50), 0);
         let span = reads.run((1 << 20, 3), time, Duration::from_millis(1), &|| false, &mut |_| slices += 1).unwrap();

@@ -1,15 +1,16 @@
-//! A plain io_uring loop: so many reads of one size in flight, in order of the file.
+//! A plain io_uring loop: so many reads of one size in flight, in order of the file, each made as the
+//! reader of weights makes it.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use io_uring::{IoUring, opcode, types};
+use io_uring::IoUring;
 use serde::Serialize;
 
 use super::{ProbeError, Target, rate};
 use crate::memory::{Arena, Region};
-use crate::storage::drain;
+use crate::storage::{allow_workers, drain, read_entry};
 
 /// Reads in flight at most.
 pub const DEPTH_MAX: usize = 256;
@@ -128,6 +129,7 @@ impl<'t> Queue<'t> {
         }
         let ring = new_ring(depth as u32).map_err(ProbeError::Uring)?;
         ring.submitter().register_files(&[target.file.file.as_raw_fd()]).map_err(ProbeError::Uring)?;
+        allow_workers(&ring, &target.file, depth);
         Ok(Queue { ring, target, block, offsets: vec![0; depth], buffers, n_flying: 0, cursor, _arena: arena })
     }
 
@@ -202,10 +204,8 @@ impl<'t> Queue<'t> {
         }
         self.offsets[slot] = self.cursor;
         self.cursor += self.block;
-        let entry = opcode::Read::new(types::Fixed(0), self.buffers[slot].addr, self.block as u32)
-            .offset(self.offsets[slot])
-            .build()
-            .user_data(slot as u64);
+        let span = (self.offsets[slot], self.block as u32);
+        let entry = read_entry(&self.target.file, 0, span, self.buffers[slot].addr, slot as u64);
         // SAFETY: the buffer belongs to this slot, whose last read has completed; the arena is
         // dropped after `drop` has waited for what is in flight.
         unsafe { self.ring.submission().push(&entry) }

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::by_reader::BoundDrive;
+use super::by_reader::{BoundDrive, ByReader};
 use super::queue::{Queue, Span};
 use super::{Pages, ProbeError, Target, rate};
+use crate::storage::{self, FileId, ReaderKind};
 
 /// Block sizes of the sweep, in bytes.
 pub const BLOCKS: [u64; 7] = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20];
@@ -57,8 +58,11 @@ pub struct Report {
     pub len_bytes: u64,
     /// Whether reads went past the page cache.
     pub direct: bool,
-    /// `io_uring` or `vfio`.
+    /// `io_uring`, `pread` or `vfio`.
     pub through: &'static str,
+    /// Threads that read at the knee: several where a read is a copy by a processor (memory file systems,
+    /// the page cache), or where io_uring is refused.
+    pub threads: usize,
     /// Pages of the buffers, where they were chosen.
     pub pages: Option<Pages>,
     /// By block size, then depth.
@@ -71,7 +75,8 @@ pub struct Report {
     pub buffered_bytes_per_s: Option<f64>,
     /// One thread touching every page of a mapping, bytes a second.
     pub mmap_bytes_per_s: Option<f64>,
-    /// At the knee, for the time asked for.
+    /// For the time asked for: at the knee, or where reads are copies as weights are read, since what a
+    /// processor copies depends on the size of the copy and how many others there are.
     pub sustained: Option<Sustained>,
 }
 
@@ -82,6 +87,8 @@ pub struct Sustained {
     pub block_bytes: u64,
     /// Reads in flight.
     pub depth: usize,
+    /// Threads that read.
+    pub threads: usize,
     /// Bytes a second over the whole time.
     pub bytes_per_s: f64,
     /// Seconds it took.
@@ -94,6 +101,14 @@ pub struct Sustained {
 pub trait Reads {
     /// Whether it has as many bytes, and room for them in flight.
     fn fits(&self, block: u64, depth: usize) -> bool;
+
+    /// Threads that read with `depth` reads in flight.
+    fn threads(&self, depth: usize) -> usize;
+
+    /// Bytes of a read, and reads in flight, at which a run's rate is another than the knee's.
+    fn as_weights(&self) -> Option<(u64, usize)> {
+        None
+    }
 
     /// Reads for `time` in blocks and depth as given; calls `each` about every `slice` with the bytes and
     /// seconds since the last call.
@@ -120,6 +135,14 @@ struct ByKernel<'t> {
 impl Reads for ByKernel<'_> {
     fn fits(&self, block: u64, _: usize) -> bool {
         block <= self.target.len
+    }
+
+    fn threads(&self, depth: usize) -> usize {
+        storage::reading_threads(&self.target.file, depth)
+    }
+
+    fn as_weights(&self) -> Option<(u64, usize)> {
+        self.target.file.copies.then_some((storage::CHUNK_BYTES, storage::QUEUE_DEPTH))
     }
 
     fn run(
@@ -152,16 +175,33 @@ pub fn measure(
         drive: target.identity.clone(),
         len_bytes: target.len,
         direct: target.file.is_direct(),
-        through: "io_uring",
-        pages: Some(options.pages),
         ..Report::default()
     };
-    let report = sweep(&mut ByKernel { target, pages: options.pages, cursor: 0 }, report, options, stop, say)?;
+    let report = match refused(target, options)? {
+        Some(mut pool) => sweep(&mut pool, Report { through: "pread", ..report }, options, stop, say)?,
+        None => {
+            let report = Report { through: "io_uring", pages: Some(options.pages), ..report };
+            sweep(&mut ByKernel { target, pages: options.pages, cursor: 0 }, report, options, stop, say)?
+        }
+    };
     Ok(Report {
         buffered_bytes_per_s: Some(buffered(target, stop)?.rate()),
         mmap_bytes_per_s: mapped(target, stop)?.map(|s| s.rate()),
         ..report
     })
+}
+
+/// The reader that a run falls back to where io_uring is refused; `None` where it is not.
+fn refused(target: &Target, options: &Options) -> Result<Option<ByReader>, ProbeError> {
+    let name = target.path.display().to_string();
+    let opened = storage::open_reader(&[&target.path], ReaderKind::Auto);
+    let (reader, _) = opened.map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
+    if reader.name() == "io_uring" {
+        return Ok(None);
+    }
+    let flying = options.blocks.iter().max().unwrap_or(&0) * options.depths.iter().max().map_or(0, |d| *d as u64);
+    let flying = flying.max(storage::CHUNK_BYTES * storage::QUEUE_DEPTH as u64);
+    ByReader::new(reader, FileId(0), target.len, name, flying, storage::PREAD_THREADS).map(Some)
 }
 
 /// Measures a drive bound to vfio-pci, which no page cache stands before.
@@ -205,10 +245,14 @@ fn sweep(
     }
     let knee = knee(&cells);
     let sustained = match knee {
-        Some(k) if options.sustained_s > 0.0 => Some(sustain(reads, k, options.sustained_s, stop)?),
+        Some(k) if options.sustained_s > 0.0 => {
+            let at = reads.as_weights().unwrap_or((k.block_bytes, k.depth));
+            Some(sustain(reads, at, options.sustained_s, stop)?)
+        }
         _ => None,
     };
-    Ok(Report { best: best(&cells), knee, cells, sustained, ..report })
+    let threads = knee.map_or(0, |k| reads.threads(k.depth));
+    Ok(Report { best: best(&cells), knee, threads, cells, sustained, ..report })
 }
 
 fn best(cells: &[Cell]) -> Option<Cell> {
@@ -223,13 +267,19 @@ pub fn knee(cells: &[Cell]) -> Option<Cell> {
     good.min_by_key(|c| (c.block_bytes * c.depth as u64, c.depth))
 }
 
-fn sustain(reads: &mut dyn Reads, at: Cell, seconds: f64, stop: &dyn Fn() -> bool) -> Result<Sustained, ProbeError> {
+fn sustain(
+    reads: &mut dyn Reads,
+    (block_bytes, depth): (u64, usize),
+    seconds: f64,
+    stop: &dyn Fn() -> bool,
+) -> Result<Sustained, ProbeError> {
     let mut slices = Vec::new();
-    let (cell, time) = ((at.block_bytes, at.depth), Duration::from_secs_f64(seconds));
-    let span = reads.run(cell, time, SLICE, stop, &mut |s| slices.push(s.rate()))?;
+    let time = Duration::from_secs_f64(seconds);
+    let span = reads.run((block_bytes, depth), time, SLICE, stop, &mut |s| slices.push(s.rate()))?;
     Ok(Sustained {
-        block_bytes: at.block_bytes,
-        depth: at.depth,
+        block_bytes,
+        depth,
+        threads: reads.threads(depth),
         bytes_per_s: span.rate(),
         seconds: span.seconds,
         slices,
@@ -345,6 +395,42 @@ mod tests {
         assert!(report.cells.iter().all(|c| c.bytes_per_s > 0.0));
         assert_eq!(report.sustained.unwrap().block_bytes, 64 << 10);
         assert_eq!(std::fs::read(f.path()).unwrap(), data);
+    }
+
+    #[test]
+    fn a_memory_file_system_is_read_as_weights_are() {
+        let folder = std::path::Path::new("/dev/shm");
+        let Ok(f) = tempfile::NamedTempFile::new_in(folder) else { return };
+        f.as_file().set_len(8 << 20).unwrap();
+        let target = Target::open(f.path()).unwrap();
+        if !target.file.copies {
+            return;
+        }
+        let options = Options { blocks: vec![64 << 10], depths: vec![2], sustained_s: 0.05, pages: Pages::Small };
+        let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
+        assert_eq!(report.threads, 2, "each read in flight has a thread of its own");
+        let s = report.sustained.unwrap();
+        assert_eq!((s.block_bytes, s.depth), (storage::CHUNK_BYTES, storage::QUEUE_DEPTH));
+        assert!(s.threads > 2);
+    }
+
+    #[test]
+    fn where_io_uring_is_refused_the_pool_of_a_run_reads() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(8 << 20).unwrap();
+        let path = f.path().to_owned();
+        // The refusal holds for the thread that asks for it.
+        std::thread::spawn(move || {
+            storage::refuse_io_uring().unwrap();
+            let target = Target::open(&path).unwrap();
+            let options =
+                Options { blocks: vec![64 << 10], depths: vec![2, 32], sustained_s: 0.05, pages: Pages::Small };
+            let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
+            assert_eq!((report.through, report.cells.len()), ("pread", 2));
+            assert!((1..=storage::PREAD_THREADS).contains(&report.threads) && report.sustained.is_some());
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]
