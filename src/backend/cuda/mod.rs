@@ -37,6 +37,8 @@ use workspace::{DECODE_TOKENS, GEMV_TOKENS, PARTIAL_ROWS, Workspace, cache_elem_
 
 /// Runs the operations of a forward pass on one GPU.
 pub struct CudaBackend {
+    /// Before the kernels that it holds launches of, so that it goes first.
+    recorder: Recorder,
     engine: Engine,
     dims: Dims,
     tokens: usize,
@@ -47,7 +49,6 @@ pub struct CudaBackend {
     rows_sent: Event,
     /// Start of each expert's tokens in the lists of the last routing, one more than experts.
     expert_starts: Vec<u32>,
-    recorder: Recorder,
 }
 
 impl CudaBackend {
