@@ -4,7 +4,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
@@ -12,6 +12,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::bringup::{Controller, Fault, memory_needed};
+use super::interrupt::Interrupt;
 use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::Registers;
@@ -74,7 +75,6 @@ pub enum OpenError {
 pub struct Bar {
     base: *mut u8,
     len: usize,
-    started: Instant,
     /// Dropped before the mapping goes.
     covered: Option<Covered>,
 }
@@ -100,8 +100,13 @@ impl Registers for Bar {
         }
     }
 
+    /// The kernel's clock as of its last tick. Deadlines are long, and this takes no look at a timer,
+    /// which in a virtual machine may be as dear as a read.
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel fills the structure, which is valid as it is.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
     }
 
     fn pause(&self) {
@@ -134,6 +139,7 @@ struct Vfio {
     next: u64,
     queues: Anonymous,
     quirks: Quirks,
+    interrupt: Option<Interrupt>,
 }
 
 /// Anonymous, page-aligned memory.
@@ -180,7 +186,7 @@ impl VfioNvme {
         // SAFETY: as above; only the driver touches it from here on.
         let memory = unsafe { Dma::new(ptr, iova, len) };
         let bar = vfio.bar(bdf)?;
-        match Controller::start(bar, memory, nsid, entries, vfio.quirks) {
+        match Controller::start(bar, memory, nsid, entries, vfio.quirks, vfio.interrupt.is_some()) {
             Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
             Err((fault, bar)) => {
                 let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
@@ -191,6 +197,13 @@ impl VfioNvme {
                 Err(OpenError::Fault { bdf: bdf.into(), fault })
             }
         }
+    }
+
+    /// Sleeps until the drive raises its interrupt or `most` has passed. False, at once, if it raises none
+    /// for the reads that it has.
+    pub(super) fn wait_interrupt(&mut self, most: Duration) -> bool {
+        let alone = self.controller.will_interrupt();
+        self.vfio.interrupt.as_mut().filter(|_| alone).is_some_and(|interrupt| interrupt.wait(most).is_ok())
     }
 
     /// Lets the drive write to `ptr .. + len`; returns the address on its side.
@@ -228,11 +241,14 @@ impl Vfio {
         let windows =
             windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
         let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
-        let mut vfio = Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default() };
+        let mut vfio = Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default(), interrupt: None };
         let ids = vfio.pci_ids().map_err(|e| fail(format!("its configuration space cannot be read: {e}")))?;
         vfio.quirks = Quirks::of(ids.0, ids.1);
         std::thread::sleep(vfio.quirks.rest_after_reset);
         vfio.bus_master().map_err(|e| fail(format!("its configuration space cannot be written: {e}")))?;
+        vfio.interrupt = Interrupt::on(&vfio.device)
+            .inspect_err(|e| tracing::debug!("{bdf}: no interrupt, so all waits poll: {e}"))
+            .ok();
         Ok(vfio)
     }
 
@@ -300,7 +316,7 @@ impl Vfio {
         if base == libc::MAP_FAILED {
             return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
         }
-        let mut bar = Bar { base: base.cast(), len: 0x2000, started: Instant::now(), covered: None };
+        let mut bar = Bar { base: base.cast(), len: 0x2000, covered: None };
         // SAFETY: the registers that were mapped just now; `bar` uncovers them before it unmaps them.
         let covered = unsafe { removal::cover(bar.base, bar.len) };
         bar.covered = Some(covered.map_err(|e| fail(format!("its removal could not be survived: {e}")))?);

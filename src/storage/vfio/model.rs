@@ -58,26 +58,33 @@ struct Ring {
     entries: u32,
     head: u32,
     cq_tail: u32,
+    /// How far the driver has taken completions, by its own word.
+    cq_head: u32,
     phase: bool,
+    interrupt: bool,
 }
 
 struct State {
     wrong: Wrong,
     cap: u64,
     registers: [u32; 16],
-    rings: [Ring; 2],
+    rings: [Ring; 3],
     memory: Vec<Dma>,
     rng: ChaCha8Rng,
-    /// Commands of the I/O queue not yet answered, in the order of their answers.
-    open: Vec<[u32; 16]>,
+    /// Commands of the I/O queues, with the queue, not yet answered, in the order of their answers.
+    open: Vec<(usize, [u32; 16])>,
     /// Statuses of the next reads.
     statuses: VecDeque<u16>,
     reads: u64,
     /// Next reads whose completion gets lost, and those lost so far.
     lose: usize,
-    lost: Vec<[u32; 16]>,
+    lost: Vec<(usize, [u32; 16])>,
     on_abort: OnAbort,
     aborts: u64,
+    /// Pairs of I/O queues that it has.
+    pairs: u16,
+    interrupts: u64,
+    doorbells: u64,
 }
 
 struct Model {
@@ -106,6 +113,9 @@ impl Model {
             lost: Vec::new(),
             on_abort: OnAbort::Obeys,
             aborts: 0,
+            pairs: 2,
+            interrupts: 0,
+            doorbells: 0,
         };
         Rc::new(Self { state: RefCell::new(state), clock: Cell::new(0) })
     }
@@ -134,6 +144,8 @@ impl State {
             ring.cq_tail = 0;
             ring.phase = !ring.phase;
         }
+        assert_ne!(ring.cq_tail, ring.cq_head, "completion queue {queue} is full");
+        self.interrupts += u64::from(ring.interrupt);
     }
 
     fn fetch(&mut self, queue: usize, tail: u32) -> Vec<[u32; 16]> {
@@ -174,14 +186,20 @@ impl State {
                 }
             }
             0x05 | 0x01 => {
-                let ring = &mut self.rings[1];
+                assert!((1..=u32::from(self.pairs)).contains(&(e[10] & 0xffff)), "queue {}", e[10] & 0xffff);
+                let ring = &mut self.rings[(e[10] & 0xffff) as usize];
                 ring.entries = (e[10] >> 16) + 1;
                 if e[0] & 0xff == 0x05 {
-                    ring.cq = address
+                    ring.cq = address;
+                    ring.interrupt = e[11] & 2 != 0;
                 } else {
                     ring.sq = address
                 }
-                (ring.head, ring.cq_tail, ring.phase) = (0, 0, true);
+                (ring.head, ring.cq_tail, ring.cq_head, ring.phase) = (0, 0, 0, true);
+            }
+            0x09 => {
+                let n = u32::from(self.pairs - 1);
+                return self.answer(0, (e[0] >> 16) as u16, 0, n << 16 | n);
             }
             0x08 => return self.abort(e),
             0x02 if e[10] & 0xff == 0x81 && self.wrong == Wrong::NoSanitizeLog => {
@@ -196,18 +214,19 @@ impl State {
 
     fn abort(&mut self, e: [u32; 16]) {
         self.aborts += 1;
-        assert_eq!(e[10] & 0xffff, 1, "of the I/O queue");
+        let queue = (e[10] & 0xffff) as usize;
+        assert!(queue == 1 || queue == 2, "of an I/O queue");
         let (own, cid) = ((e[0] >> 16) as u16, e[10] >> 16);
         match self.on_abort {
             OnAbort::Silent => {}
             OnAbort::Refuses => self.answer(0, own, 0, 1),
             OnAbort::Pretends => self.answer(0, own, 0, 0),
             OnAbort::Obeys => {
-                let found = self.lost.iter().position(|lost| lost[0] >> 16 == cid);
+                let found = self.lost.iter().position(|(of, lost)| *of == queue && lost[0] >> 16 == cid);
                 self.answer(0, own, 0, u32::from(found.is_none()));
                 if let Some(i) = found {
                     self.lost.swap_remove(i);
-                    self.complete(1, cid as u16, 7);
+                    self.complete(queue, cid as u16, 7);
                 }
             }
         }
@@ -252,10 +271,10 @@ impl State {
         let answers = self.rng.random_range(0..=self.open.len());
         for _ in 0..answers {
             let i = self.rng.random_range(0..self.open.len());
-            let e = self.open.swap_remove(i);
+            let (queue, e) = self.open.swap_remove(i);
             if self.lose > 0 {
                 self.lose -= 1;
-                self.lost.push(e);
+                self.lost.push((queue, e));
                 continue;
             }
             let status = self.statuses.pop_front().unwrap_or(0);
@@ -269,7 +288,7 @@ impl State {
                 Wrong::OldCid => cid ^ 0x1000,
                 _ => cid,
             };
-            self.complete(1, cid, status);
+            self.complete(queue, cid, status);
         }
     }
 }
@@ -311,11 +330,16 @@ impl Registers for Rc<Model> {
                     state.admin(e);
                 }
             }
-            0x1008 => {
-                let fresh = state.fetch(1, value);
-                state.open.extend(fresh);
+            0x1008 | 0x1010 => {
+                let queue = (offset as usize - 0x1000) / 8;
+                let fresh = state.fetch(queue, value);
+                state.open.extend(fresh.into_iter().map(|e| (queue, e)));
+                state.doorbells += 1;
             }
-            0x1004 | 0x100c => {}
+            0x1004 | 0x100c | 0x1014 => {
+                state.rings[(offset as usize - 0x1004) / 8].cq_head = value;
+                state.doorbells += 1;
+            }
             regs::CC => {
                 state.registers[5] = value;
                 if value & 1 == 1 {
@@ -368,7 +392,7 @@ fn start(b: &Bench, entries: u16) -> Result<Controller<Rc<Model>>, Fault> {
 }
 
 fn start_with(b: &Bench, entries: u16, quirks: Quirks) -> Result<Controller<Rc<Model>>, Fault> {
-    Controller::start(b.model.clone(), b.queues, 1, entries, quirks).map_err(|(fault, _)| fault)
+    Controller::start(b.model.clone(), b.queues, 1, entries, quirks, true).map_err(|(fault, _)| fault)
 }
 
 fn until_done(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
@@ -419,6 +443,51 @@ fn random_reads_return_the_right_bytes_over_many_wraps() {
         }
         c.stop().unwrap();
     }
+}
+
+#[test]
+fn a_read_that_is_alone_raises_an_interrupt() {
+    for (pairs, interrupts) in [(2, 20), (1, 0)] {
+        let b = bench(1, Wrong::Nothing);
+        b.model.state.borrow_mut().pairs = pairs;
+        let mut c = start(&b, 8).unwrap();
+        for i in 0..20 {
+            assert!(c.push_alone(Read { tag: i, lba: i, blocks: 1, to: DATA }).unwrap());
+            c.ring();
+            assert_eq!(c.will_interrupt(), pairs == 2);
+            assert_eq!(until_done(&mut c).unwrap()[0].read.lba, i);
+            assert!(c.push(Read { tag: i, lba: i, blocks: 1, to: DATA }).unwrap());
+            c.ring();
+            assert!(!c.will_interrupt());
+            until_done(&mut c).unwrap();
+        }
+        assert_eq!(b.model.state.borrow().interrupts, interrupts);
+        c.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_lost_read_that_was_alone_is_aborted_and_read_again() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    b.model.state.borrow_mut().lose = 1;
+    assert!(c.push_alone(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    c.ring();
+    assert_eq!(until_done(&mut c).unwrap()[0].result, Ok(()));
+    assert_eq!(b.model.state.borrow().aborts, 1);
+    c.stop().unwrap();
+}
+
+#[test]
+fn doorbells_are_rung_only_when_needed() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 64).unwrap();
+    let before = b.model.state.borrow().doorbells;
+    for _ in 0..630 {
+        one(&mut c).unwrap();
+    }
+    let rung = b.model.state.borrow().doorbells - before;
+    assert_eq!(rung, 630 + 10, "one a read, and one for 63 completions taken");
 }
 
 #[test]

@@ -1,0 +1,143 @@
+//! MSI-X vector 0 of a drive, waited for without looking: the kernel adds to an eventfd when the drive
+//! raises it, and an edge-triggered epoll sleeps until then. Nothing has to be read back between two
+//! waits, and no timer is set for one: a timer that goes on by itself bounds them all.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::time::Duration;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
+};
+
+const VFIO_DEVICE_SET_IRQS: libc::c_ulong = 0x3b6e;
+
+/// The drive's interrupt. It stays on until the device is closed.
+#[derive(Debug)]
+pub(super) struct Interrupt {
+    epoll: File,
+    /// What the drive's interrupt adds to.
+    event: File,
+    /// Ends waits once in a `period`. It stands still after that until it is read.
+    timer: File,
+    period: Duration,
+}
+
+const RAISED: u64 = 0;
+const TIMER: u64 = 1;
+
+/// Owns a descriptor that a system call has returned, or reports its failure.
+fn own(fd: RawFd) -> io::Result<File> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else has.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+impl Interrupt {
+    /// Switches vector 0 of a VFIO device on.
+    ///
+    /// # Errors
+    /// If the device has no MSI-X, or the system no vector for it.
+    pub(super) fn on(device: &impl AsRawFd) -> io::Result<Self> {
+        let interrupt = Self::new()?;
+        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+        // `vfio_irq_set` of linux/vfio.h: length, flags, index, first, count, then one descriptor.
+        let set = [24, flags, VFIO_PCI_MSIX_IRQ_INDEX, 0, 1, interrupt.event.as_raw_fd() as u32];
+        // SAFETY: the structure is as long as its first word says.
+        match unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_SET_IRQS, set.as_ptr()) } {
+            0 => Ok(interrupt),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn new() -> io::Result<Self> {
+        // SAFETY: takes numbers only.
+        let event = own(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
+        // SAFETY: takes numbers only.
+        let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
+        // SAFETY: takes numbers only.
+        let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+        for (file, what) in [(&event, RAISED), (&timer, TIMER)] {
+            let mut wish = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: what };
+            let (epoll, file) = (epoll.as_raw_fd(), file.as_raw_fd());
+            // SAFETY: the wish is only read, during the call.
+            if unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, file, &raw mut wish) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(Self { epoll, event, timer, period: Duration::ZERO })
+    }
+
+    fn set_period(&mut self, period: Duration) -> io::Result<()> {
+        if self.period == period {
+            return Ok(());
+        }
+        let time = libc::timespec { tv_sec: period.as_secs() as _, tv_nsec: period.subsec_nanos().into() };
+        let wish = libc::itimerspec { it_interval: time, it_value: time };
+        // SAFETY: the wish is only read, and the old setting is not asked for.
+        if unsafe { libc::timerfd_settime(self.timer.as_raw_fd(), 0, &raw const wish, std::ptr::null_mut()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.period = period;
+        Ok(())
+    }
+
+    /// Sleeps until the interrupt is raised, but not longer than `most`, which should be the same in most
+    /// calls. Returns at once if it was raised since the last call, and may return for nothing.
+    ///
+    /// # Errors
+    /// If the system refuses; nothing was waited for.
+    pub(super) fn wait(&mut self, most: Duration) -> io::Result<()> {
+        self.set_period(most.max(Duration::from_millis(1)))?;
+        let mut event = libc::epoll_event { events: 0, u64: RAISED };
+        // SAFETY: room for the one event that is asked for.
+        let found = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), &raw mut event, 1, -1) };
+        if found < 0 {
+            let why = io::Error::last_os_error();
+            return if why.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(why) };
+        }
+        if event.u64 == TIMER {
+            // How often it has ended is of no interest; reading sets it going again.
+            let _ = self.timer.read(&mut [0; 8]);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn each_signal_ends_one_wait_and_none_is_lost() {
+        let mut interrupt = Interrupt::new().unwrap();
+        let long = Duration::from_secs(600);
+        for _ in 0..3 {
+            interrupt.event.write_all(&1u64.to_ne_bytes()).unwrap();
+            interrupt.wait(long).unwrap();
+        }
+        let short = Duration::from_millis(20);
+        for _ in 0..3 {
+            let began = Instant::now();
+            interrupt.wait(short).unwrap();
+            assert!(began.elapsed() >= short / 2, "the signals were taken, so only time ends it");
+        }
+    }
+
+    #[test]
+    fn after_a_long_pause_waits_still_end() {
+        let mut interrupt = Interrupt::new().unwrap();
+        let short = Duration::from_millis(2);
+        for _ in 0..3 {
+            interrupt.wait(short).unwrap();
+            std::thread::sleep(10 * short);
+        }
+    }
+}
