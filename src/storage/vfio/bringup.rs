@@ -19,6 +19,9 @@ pub enum Fault {
     /// The registers read as all ones.
     #[error("the drive is gone (its registers read as all ones)")]
     Gone,
+    /// It is being taken out, or unbound.
+    #[error("the kernel asks for the drive back: it is being taken out or unbound")]
+    Wanted,
     /// CSTS.CFS.
     #[error("the controller reports a fatal error (CSTS.CFS) in state {state}")]
     Fatal {
@@ -67,8 +70,8 @@ pub enum Fault {
 /// Entries of the admin queues.
 const ADMIN_ENTRIES: u16 = 16;
 const PAGE: usize = 4096;
-/// Entries of the queues for reads that are alone.
-const ALONE_ENTRIES: u16 = 4;
+/// Entries of the queues for few reads, one more than those.
+const FEW_ENTRIES: u16 = 4;
 /// Doorbells that lie further apart are not mapped for a second pair of I/O queues.
 const MOST_STRIDE: u32 = 256;
 
@@ -78,7 +81,7 @@ pub struct Controller<R: Registers> {
     pub(super) regs: R,
     pub(super) caps: Capabilities,
     pub(super) admin: QueuePair,
-    /// The queues that are polled, and if there are interrupts a second pair for a read that is alone.
+    /// The queues that are polled, and if there are interrupts a second pair that raises them, for few reads.
     pub(super) lanes: Vec<Lane>,
     pub(super) nsid: u32,
     pub(super) dead: Option<Fault>,
@@ -100,7 +103,7 @@ pub struct Controller<R: Registers> {
 
 /// Bytes of DMA memory that a controller with `entries` I/O queue entries needs.
 pub fn memory_needed(entries: u16) -> usize {
-    3 * PAGE + Lane::bytes(entries) + Lane::bytes(ALONE_ENTRIES)
+    3 * PAGE + Lane::bytes(entries) + Lane::bytes(FEW_ENTRIES)
 }
 
 impl<R: Registers> Controller<R> {
@@ -166,7 +169,7 @@ impl<R: Registers> Controller<R> {
         Self {
             admin: QueuePair::new(0, admin_entries, next(PAGE), next(PAGE)),
             scratch: next(PAGE),
-            lanes: [(1, entries), (2, entries.min(ALONE_ENTRIES))]
+            lanes: [(1, entries), (2, entries.min(FEW_ENTRIES))]
                 .map(|(id, entries)| Lane::new(id, entries, next(Lane::bytes(entries))))
                 .into(),
             regs,
@@ -358,6 +361,12 @@ impl<R: Registers> Controller<R> {
             }
             self.regs.pause();
         }
+    }
+
+    /// True if the controller is enabled, by its own registers.
+    pub fn enabled(&self) -> bool {
+        let csts = self.regs.read32(regs::CSTS);
+        csts != regs::GONE && csts & regs::CSTS_RDY != 0
     }
 
     /// CSTS.SHST says that the shutdown is complete, or the drive is gone.

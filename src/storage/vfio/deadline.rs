@@ -81,13 +81,17 @@ impl Abort {
 }
 
 impl<R: Registers> Controller<R> {
-    /// Reads the status register if it is time to. This is how removal and fatal errors are noticed.
+    /// Reads the status register if it is time to. This is how removal and fatal errors are noticed; that a
+    /// removal is asked for, where it is announced, is asked at the same times.
     pub(super) fn look(&mut self, state: &'static str) -> Result<(), Fault> {
         let now = self.regs.now();
         if now < self.watch.look {
             return Ok(());
         }
         self.watch.look = now + LOOK;
+        if self.regs.wanted_back() {
+            return Err(Fault::Wanted);
+        }
         match self.regs.read32(regs::CSTS) {
             regs::GONE => Err(Fault::Gone),
             csts if csts & regs::CSTS_CFS != 0 => Err(Fault::Fatal { state }),
@@ -157,7 +161,8 @@ impl<R: Registers> Controller<R> {
         while let Some(done) = self.admin.pop()? {
             self.regs.write32(self.doorbell(0, true), self.admin.head().into());
             let asked = |p: &&mut super::io::Pending| p.abort == Abort::Sent(done.slot);
-            if let Some(pending) = self.lanes.iter_mut().flat_map(|lane| lane.pending.iter_mut().flatten()).find(asked) {
+            if let Some(pending) = self.lanes.iter_mut().flat_map(|lane| lane.pending.iter_mut().flatten()).find(asked)
+            {
                 let obeyed = done.status.ok() && done.result & 1 == 0;
                 pending.abort = if obeyed { Abort::Obeyed } else { Abort::Refused };
             }

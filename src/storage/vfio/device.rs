@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::bringup::{Controller, Fault, memory_needed};
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Wanted};
 use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::Registers;
@@ -77,6 +77,8 @@ pub struct Bar {
     len: usize,
     /// Dropped before the mapping goes.
     covered: Option<Covered>,
+    /// None where the kernel does not tell.
+    wanted: Option<Wanted>,
 }
 
 // SAFETY: the mapping belongs to this value alone and has no thread affinity.
@@ -112,6 +114,10 @@ impl Registers for Bar {
     fn pause(&self) {
         std::hint::spin_loop();
     }
+
+    fn wanted_back(&self) -> bool {
+        self.wanted.as_ref().is_some_and(Wanted::asked)
+    }
 }
 
 impl Drop for Bar {
@@ -130,6 +136,15 @@ pub struct VfioNvme {
     pub controller: Controller<Bar>,
     // The kernel maps stay until the controller has stopped; see Drop.
     vfio: ManuallyDrop<Vfio>,
+}
+
+/// What came of silencing a drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Silence {
+    /// The function was reset.
+    pub reset: bool,
+    /// The device can write to no memory from here on.
+    pub bus_master_off: bool,
 }
 
 struct Vfio {
@@ -190,7 +205,7 @@ impl VfioNvme {
             Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
             Err((fault, bar)) => {
                 let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
-                if running && !vfio.silence() {
+                if running && !vfio.silence().bus_master_off {
                     // It may still write to the queues: keep them until the process ends.
                     std::mem::forget(vfio);
                 }
@@ -202,8 +217,14 @@ impl VfioNvme {
     /// Sleeps until the drive raises its interrupt or `most` has passed. False, at once, if it raises none
     /// for the reads that it has.
     pub(super) fn wait_interrupt(&mut self, most: Duration) -> bool {
-        let alone = self.controller.will_interrupt();
-        self.vfio.interrupt.as_mut().filter(|_| alone).is_some_and(|interrupt| interrupt.wait(most).is_ok())
+        let raises = self.controller.will_interrupt();
+        self.vfio.interrupt.as_mut().filter(|_| raises).is_some_and(|interrupt| interrupt.wait(most).is_ok())
+    }
+
+    /// The last means against a controller that will not stop: a reset of the function, and no bus master
+    /// any more. What it owes is lost. Dropping the drive takes this step by itself where it is needed.
+    pub fn silence(&mut self) -> Silence {
+        self.vfio.silence()
     }
 
     /// Lets the drive write to `ptr .. + len`; returns the address on its side.
@@ -219,7 +240,7 @@ impl VfioNvme {
 
 impl Drop for VfioNvme {
     fn drop(&mut self) {
-        if self.controller.stop().is_ok() || self.vfio.silence() {
+        if self.controller.stop().is_ok() || self.vfio.silence().bus_master_off {
             // SAFETY: dropped once, here; the controller is off, so nothing reaches the memory.
             unsafe { ManuallyDrop::drop(&mut self.vfio) };
         }
@@ -241,7 +262,8 @@ impl Vfio {
         let windows =
             windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
         let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
-        let mut vfio = Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default(), interrupt: None };
+        let mut vfio =
+            Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default(), interrupt: None };
         let ids = vfio.pci_ids().map_err(|e| fail(format!("its configuration space cannot be read: {e}")))?;
         vfio.quirks = Quirks::of(ids.0, ids.1);
         std::thread::sleep(vfio.quirks.rest_after_reset);
@@ -257,14 +279,12 @@ impl Vfio {
         self.pci_command(|word| word | 0x406).map(|_| ())
     }
 
-    /// The last means against a controller that will not be disabled: a reset of the function, and
-    /// no bus master any more. True if the device can write to no memory from here on.
-    fn silence(&self) -> bool {
+    fn silence(&self) -> Silence {
         // SAFETY: an ioctl without argument on an open device.
         let reset = unsafe { libc::ioctl(self.device.as_raw_fd(), VFIO_DEVICE_RESET) } == 0;
-        let off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
-        tracing::warn!("the controller would not stop; function reset: {reset}, bus master off: {off}");
-        off
+        let bus_master_off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
+        tracing::warn!("the drive was silenced; function reset: {reset}, bus master off: {bus_master_off}");
+        Silence { reset, bus_master_off }
     }
 
     /// Vendor and device.
@@ -316,7 +336,9 @@ impl Vfio {
         if base == libc::MAP_FAILED {
             return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
         }
-        let mut bar = Bar { base: base.cast(), len: 0x2000, covered: None };
+        let wanted = Wanted::watch(&self.device);
+        let wanted = wanted.inspect_err(|e| tracing::debug!("{bdf}: a removal will not be announced: {e}")).ok();
+        let mut bar = Bar { base: base.cast(), len: 0x2000, covered: None, wanted };
         // SAFETY: the registers that were mapped just now; `bar` uncovers them before it unmaps them.
         let covered = unsafe { removal::cover(bar.base, bar.len) };
         bar.covered = Some(covered.map_err(|e| fail(format!("its removal could not be survived: {e}")))?);

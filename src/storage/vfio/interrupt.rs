@@ -1,4 +1,6 @@
-//! MSI-X vector 0 of a drive, waited for without looking: the kernel adds to an eventfd when the drive
+//! What the kernel tells about a bound drive through eventfds: its interrupt, and that it is wanted back.
+//!
+//! MSI-X vector 0 of a drive is waited for without looking: the kernel adds to an eventfd when the drive
 //! raises it, and an edge-triggered epoll sleeps until then. Nothing has to be read back between two
 //! waits, and no timer is set for one: a timer that goes on by itself bounds them all.
 
@@ -8,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
 
 const VFIO_DEVICE_SET_IRQS: libc::c_ulong = 0x3b6e;
@@ -36,6 +38,45 @@ fn own(fd: RawFd) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
+fn event() -> io::Result<File> {
+    // SAFETY: takes numbers only.
+    own(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
+}
+
+/// Leads the first interrupt of a kind to an eventfd.
+fn lead(device: &impl AsRawFd, kind: u32, event: &File) -> io::Result<()> {
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+    // `vfio_irq_set` of linux/vfio.h: length, flags, index, first, count, then one descriptor.
+    let set = [24, flags, kind, 0, 1, event.as_raw_fd() as u32];
+    // SAFETY: the structure is as long as its first word says.
+    match unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_SET_IRQS, set.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The kernel's wish to have the drive back: it is being taken out or unbound, and whoever asked for that
+/// waits until this process closes the drive.
+#[derive(Debug)]
+pub(super) struct Wanted(File);
+
+impl Wanted {
+    /// Has the kernel tell.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub(super) fn watch(device: &impl AsRawFd) -> io::Result<Self> {
+        let event = event()?;
+        lead(device, VFIO_PCI_REQ_IRQ_INDEX, &event)?;
+        Ok(Self(event))
+    }
+
+    /// True once the kernel has asked since the last call.
+    pub(super) fn asked(&self) -> bool {
+        (&self.0).read(&mut [0; 8]).is_ok()
+    }
+}
+
 impl Interrupt {
     /// Switches vector 0 of a VFIO device on.
     ///
@@ -43,19 +84,12 @@ impl Interrupt {
     /// If the device has no MSI-X, or the system no vector for it.
     pub(super) fn on(device: &impl AsRawFd) -> io::Result<Self> {
         let interrupt = Self::new()?;
-        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
-        // `vfio_irq_set` of linux/vfio.h: length, flags, index, first, count, then one descriptor.
-        let set = [24, flags, VFIO_PCI_MSIX_IRQ_INDEX, 0, 1, interrupt.event.as_raw_fd() as u32];
-        // SAFETY: the structure is as long as its first word says.
-        match unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_SET_IRQS, set.as_ptr()) } {
-            0 => Ok(interrupt),
-            _ => Err(io::Error::last_os_error()),
-        }
+        lead(device, VFIO_PCI_MSIX_IRQ_INDEX, &interrupt.event)?;
+        Ok(interrupt)
     }
 
     fn new() -> io::Result<Self> {
-        // SAFETY: takes numbers only.
-        let event = own(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+        let event = event()?;
         let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
         // SAFETY: takes numbers only.
         let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
@@ -129,6 +163,14 @@ mod tests {
             interrupt.wait(short).unwrap();
             assert!(began.elapsed() >= short / 2, "the signals were taken, so only time ends it");
         }
+    }
+
+    #[test]
+    fn a_wish_is_heard() {
+        let wanted = Wanted(event().unwrap());
+        assert!(!wanted.asked());
+        (&wanted.0).write_all(&1u64.to_ne_bytes()).unwrap();
+        assert!(wanted.asked() && !wanted.asked());
     }
 
     #[test]

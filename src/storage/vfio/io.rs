@@ -85,18 +85,9 @@ impl Lane {
 
 impl<R: Registers> Controller<R> {
     /// Gives a read to the controller; `false` if the queue is full. The controller sees it after
-    /// [`Controller::ring`].
+    /// [`Controller::ring`]. If there are interrupts, the ends of a few reads raise them, those of many do
+    /// not: see [`Controller::will_interrupt`].
     pub fn push(&mut self, read: Read) -> Result<bool, Fault> {
-        self.push_to(0, read)
-    }
-
-    /// As [`Controller::push`], for a read with no other beside it: if there are interrupts, its end
-    /// raises one (see [`Controller::will_interrupt`]).
-    pub fn push_alone(&mut self, read: Read) -> Result<bool, Fault> {
-        self.push_to(self.lanes.len() - 1, read)
-    }
-
-    fn push_to(&mut self, lane: usize, read: Read) -> Result<bool, Fault> {
         if let Some(fault) = &self.dead {
             return Err(fault.clone());
         }
@@ -108,11 +99,18 @@ impl<R: Registers> Controller<R> {
                 read.blocks, read.lba
             )));
         }
-        let Some(slot) = self.lanes[lane].queue.take() else {
+        let Some((lane, slot)) = self.take_slot() else {
             return Ok(false);
         };
         self.write(lane, slot, read, 1, Abort::NotSent)?;
         Ok(true)
+    }
+
+    /// Lane and slot for the next read: in the last lane while no more are outstanding than fit there.
+    fn take_slot(&mut self) -> Option<(usize, u16)> {
+        let last = self.lanes.len() - 1;
+        let few = if self.lanes[0].queue.outstanding() == 0 { self.lanes[last].queue.take() } else { None };
+        few.map(|slot| (last, slot)).or_else(|| Some((0, self.lanes[0].queue.take()?)))
     }
 
     fn write(&mut self, lane: usize, slot: u16, read: Read, tries: u8, abort: Abort) -> Result<(), Fault> {
@@ -158,7 +156,8 @@ impl<R: Registers> Controller<R> {
         self.lanes.iter().map(|lane| lane.queue.outstanding()).sum()
     }
 
-    /// True if the next completion raises an interrupt.
+    /// True if reads are outstanding and the end of each raises an interrupt. Costly for many, but less so
+    /// than looking for the end of few.
     pub fn will_interrupt(&self) -> bool {
         self.lanes[0].queue.outstanding() == 0 && self.outstanding() > 0
     }

@@ -30,6 +30,7 @@ enum Wrong {
     FatalOnRead,
     SilentReads,
     Gone,
+    Wanted,
     ForeignCid,
     OldCid,
     Metadata,
@@ -265,7 +266,7 @@ impl State {
 
     /// Answers some of the open reads, in any order.
     fn step(&mut self) {
-        if matches!(self.wrong, Wrong::SilentReads | Wrong::FatalOnRead) {
+        if matches!(self.wrong, Wrong::SilentReads | Wrong::FatalOnRead | Wrong::Wanted) {
             return;
         }
         let answers = self.rng.random_range(0..=self.open.len());
@@ -362,6 +363,10 @@ impl Registers for Rc<Model> {
         Duration::from_millis(self.clock.get())
     }
 
+    fn wanted_back(&self) -> bool {
+        self.state.borrow().wrong == Wrong::Wanted
+    }
+
     fn pause(&self) {
         self.clock.set(self.clock.get() + 10);
         self.state.borrow_mut().step();
@@ -446,48 +451,39 @@ fn random_reads_return_the_right_bytes_over_many_wraps() {
 }
 
 #[test]
-fn a_read_that_is_alone_raises_an_interrupt() {
-    for (pairs, interrupts) in [(2, 20), (1, 0)] {
+fn the_ends_of_few_reads_raise_interrupts() {
+    for (pairs, each) in [(2, 3), (1, 0)] {
         let b = bench(1, Wrong::Nothing);
         b.model.state.borrow_mut().pairs = pairs;
-        let mut c = start(&b, 8).unwrap();
-        for i in 0..20 {
-            assert!(c.push_alone(Read { tag: i, lba: i, blocks: 1, to: DATA }).unwrap());
+        let mut c = start(&b, 64).unwrap();
+        for few in [true, false, true] {
+            let before = b.model.state.borrow().interrupts;
+            let n = if few { 3 } else { 40 };
+            for tag in 0..n {
+                assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096 }).unwrap());
+            }
             c.ring();
-            assert_eq!(c.will_interrupt(), pairs == 2);
-            assert_eq!(until_done(&mut c).unwrap()[0].read.lba, i);
-            assert!(c.push(Read { tag: i, lba: i, blocks: 1, to: DATA }).unwrap());
-            c.ring();
-            assert!(!c.will_interrupt());
-            until_done(&mut c).unwrap();
+            assert_eq!(c.will_interrupt(), pairs == 2 && few);
+            let mut tags: Vec<u64> = until_done(&mut c).unwrap().iter().map(|done| done.read.tag).collect();
+            tags.sort_unstable();
+            assert_eq!(tags, Vec::from_iter(0..n));
+            assert_eq!(b.model.state.borrow().interrupts - before, each, "only three of many");
         }
-        assert_eq!(b.model.state.borrow().interrupts, interrupts);
         c.stop().unwrap();
     }
 }
 
 #[test]
-fn a_lost_read_that_was_alone_is_aborted_and_read_again() {
-    let b = bench(1, Wrong::Nothing);
-    let mut c = start(&b, 8).unwrap();
-    b.model.state.borrow_mut().lose = 1;
-    assert!(c.push_alone(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
-    c.ring();
-    assert_eq!(until_done(&mut c).unwrap()[0].result, Ok(()));
-    assert_eq!(b.model.state.borrow().aborts, 1);
-    c.stop().unwrap();
-}
-
-#[test]
 fn doorbells_are_rung_only_when_needed() {
     let b = bench(1, Wrong::Nothing);
+    b.model.state.borrow_mut().pairs = 1;
     let mut c = start(&b, 64).unwrap();
     let before = b.model.state.borrow().doorbells;
-    for _ in 0..630 {
+    for _ in 0..631 {
         one(&mut c).unwrap();
     }
     let rung = b.model.state.borrow().doorbells - before;
-    assert_eq!(rung, 630 + 10, "one a read, and one for 63 completions taken");
+    assert_eq!(rung, 631 + 10, "one a read, and one for 63 completions taken");
 }
 
 #[test]
@@ -495,6 +491,7 @@ fn short_queues_fill_and_empty() {
     let b = bench(1, Wrong::Nothing);
     b.model.state.borrow_mut().cap &= !0xffff;
     b.model.state.borrow_mut().cap |= 1;
+    b.model.state.borrow_mut().pairs = 1;
     let mut c = start(&b, 64).unwrap();
     let read = Read { tag: 0, lba: 0, blocks: 1, to: DATA };
     assert!(c.push(read).unwrap());
@@ -696,6 +693,17 @@ fn removal_while_reading_is_named() {
     assert!(b.model.now() - began < Duration::from_secs(1), "at once");
     assert!(c.stopped, "a drive that is gone writes nothing");
     assert_eq!(c.poll(&mut Vec::new()), Err(Fault::Gone));
+}
+
+#[test]
+fn a_drive_that_is_wanted_back_is_given_back() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    b.model.state.borrow_mut().wrong = Wrong::Wanted;
+    let began = b.model.now();
+    assert_eq!(one(&mut c), Err(Fault::Wanted));
+    assert!(b.model.now() - began < Duration::from_secs(1), "soon");
+    assert!(c.stopped && b.model.state.borrow().registers[5] & regs::CC_EN == 0, "left quiet");
 }
 
 #[test]

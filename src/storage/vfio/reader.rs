@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::deadline::Limits;
-use super::device::{OpenError, VfioNvme};
+use super::device::{OpenError, Silence, VfioNvme};
 use super::io::{Read, ReadDone};
 use super::pace::Pace;
 use crate::storage::bind::{Bound, BoundNamespace};
@@ -89,6 +89,11 @@ impl VfioReader {
     /// The drive.
     pub fn drive(&self) -> &VfioNvme {
         &self.drive
+    }
+
+    /// Takes the last step against a drive that will not stop; see [`VfioNvme::silence`].
+    pub fn silence(&mut self) -> Silence {
+        self.drive.silence()
     }
 
     /// Changes how long things may take, for reads from here on.
@@ -207,10 +212,7 @@ impl VfioReader {
     fn feed(&mut self) {
         let mut pushed = false;
         while let Some(read) = self.waiting.front().copied() {
-            // Nothing but its interrupt has to be waited for, and that costs less than looking.
-            let alone = self.waiting.len() == 1 && self.drive.controller.outstanding() == 0;
-            let controller = &mut self.drive.controller;
-            match if alone { controller.push_alone(read) } else { controller.push(read) } {
+            match self.drive.controller.push(read) {
                 Ok(true) => {
                     self.waiting.pop_front();
                     pushed = true;
