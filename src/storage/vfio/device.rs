@@ -214,11 +214,20 @@ impl VfioNvme {
         }
     }
 
-    /// Sleeps until the drive raises its interrupt or `most` has passed. False, at once, if it raises none
-    /// for the reads that it has.
-    pub(super) fn wait_interrupt(&mut self, most: Duration) -> bool {
+    /// Sleeps until the drive raises its interrupt or `most` has passed; true if it was raised. None, at
+    /// once, if it raises none for the reads that it has.
+    pub(super) fn wait_interrupt(&mut self, most: Duration) -> Option<bool> {
         let raises = self.controller.will_interrupt();
-        self.vfio.interrupt.as_mut().filter(|_| raises).is_some_and(|interrupt| interrupt.wait(most).is_ok())
+        self.vfio.interrupt.as_mut().filter(|_| raises)?.wait(most).ok()
+    }
+
+    /// Notes whether the interrupt was raised for a completion that was waited for. One that never is, is not
+    /// waited for any more.
+    pub(super) fn heard(&mut self, raised: bool) {
+        if self.vfio.interrupt.as_mut().is_some_and(|interrupt| interrupt.broken(raised)) {
+            tracing::warn!("{}: the drive's interrupt does not arrive, so all waits poll", self.bdf);
+            self.vfio.interrupt = None;
+        }
     }
 
     /// The last means against a controller that will not stop: a reset of the function, and no bus master

@@ -24,10 +24,14 @@ pub(super) struct Interrupt {
     /// Ends waits once in a `period`. It stands still after that until it is read.
     timer: File,
     period: Duration,
+    /// Completions in a row that were found without an interrupt.
+    unheard: u8,
 }
 
 const RAISED: u64 = 0;
 const TIMER: u64 = 1;
+/// So many completions without an interrupt, and it is taken for broken.
+const BROKEN: u8 = 16;
 
 /// Owns a descriptor that a system call has returned, or reports its failure.
 fn own(fd: RawFd) -> io::Result<File> {
@@ -103,7 +107,7 @@ impl Interrupt {
                 return Err(io::Error::last_os_error());
             }
         }
-        Ok(Self { epoll, event, timer, period: Duration::ZERO })
+        Ok(Self { epoll, event, timer, period: Duration::ZERO, unheard: 0 })
     }
 
     fn set_period(&mut self, period: Duration) -> io::Result<()> {
@@ -121,24 +125,32 @@ impl Interrupt {
     }
 
     /// Sleeps until the interrupt is raised, but not longer than `most`, which should be the same in most
-    /// calls. Returns at once if it was raised since the last call, and may return for nothing.
+    /// calls. Returns at once if it was raised since the last call, and may return for nothing. False if it
+    /// was not raised.
     ///
     /// # Errors
     /// If the system refuses; nothing was waited for.
-    pub(super) fn wait(&mut self, most: Duration) -> io::Result<()> {
+    pub(super) fn wait(&mut self, most: Duration) -> io::Result<bool> {
         self.set_period(most.max(Duration::from_millis(1)))?;
         let mut event = libc::epoll_event { events: 0, u64: RAISED };
         // SAFETY: room for the one event that is asked for.
         let found = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), &raw mut event, 1, -1) };
         if found < 0 {
             let why = io::Error::last_os_error();
-            return if why.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(why) };
+            return if why.kind() == io::ErrorKind::Interrupted { Ok(false) } else { Err(why) };
         }
         if event.u64 == TIMER {
             // How often it has ended is of no interest; reading sets it going again.
             let _ = self.timer.read(&mut [0; 8]);
         }
-        Ok(())
+        Ok(event.u64 == RAISED)
+    }
+
+    /// Notes that a wait has ended with a completion, and whether the interrupt said so. True if it seems
+    /// never to be raised: then every wait would last as long as it may.
+    pub(super) fn broken(&mut self, raised: bool) -> bool {
+        self.unheard = if raised { 0 } else { self.unheard + 1 };
+        self.unheard >= BROKEN
     }
 }
 
@@ -155,14 +167,22 @@ mod tests {
         let long = Duration::from_secs(600);
         for _ in 0..3 {
             interrupt.event.write_all(&1u64.to_ne_bytes()).unwrap();
-            interrupt.wait(long).unwrap();
+            assert!(interrupt.wait(long).unwrap());
         }
         let short = Duration::from_millis(20);
         for _ in 0..3 {
             let began = Instant::now();
-            interrupt.wait(short).unwrap();
-            assert!(began.elapsed() >= short / 2, "the signals were taken, so only time ends it");
+            assert!(!interrupt.wait(short).unwrap(), "the signals were taken");
+            assert!(began.elapsed() >= short / 2, "so only time ends it");
         }
+    }
+
+    #[test]
+    fn an_interrupt_that_never_comes_is_given_up() {
+        let mut interrupt = Interrupt::new().unwrap();
+        assert!((1..BROKEN).all(|_| !interrupt.broken(false)));
+        assert!(!interrupt.broken(true));
+        assert_eq!((1..=BROKEN).position(|_| interrupt.broken(false)), Some(usize::from(BROKEN) - 1));
     }
 
     #[test]

@@ -309,13 +309,14 @@ impl Reader for VfioReader {
             return Ok(());
         };
         // The precise clock is looked at only for naps: in a virtual machine it may cost as much as a read.
-        let (start, mut began) = (self.drive.controller.now(), None);
+        let (start, mut began, mut raised) = (self.drive.controller.now(), None, None);
         while !self.step() {
             let spent = self.drive.controller.now().saturating_sub(start);
             if spent >= wait {
                 return Ok(());
             }
-            if self.drive.wait_interrupt(LONGEST_SLEEP.min(wait)) {
+            raised = self.drive.wait_interrupt(LONGEST_SLEEP.min(wait));
+            if raised.is_some() {
                 continue;
             }
             let Some(began) = began else {
@@ -331,6 +332,9 @@ impl Reader for VfioReader {
                 Some(nap) => self.nap(nap.min(wait - waited)),
                 None => self.drive.controller.pause(),
             }
+        }
+        if let Some(raised) = raised {
+            self.drive.heard(raised);
         }
         if let Some(began) = began.filter(|_| !self.finished.is_empty()) {
             self.pace.end(began.elapsed());
