@@ -23,10 +23,11 @@ asuser() { su user -s /bin/sh -c "$*"; }
 ulimit -l 400000
 
 # Throughput, and processor time a read as fio counts it (fields 88 and 89 of its terse form, in percent).
+# bench_kernel [FIO OPTION…]
 bench_kernel() {
   for case in 4k:1 4k:32 128k:1 128k:32 1M:1 1M:32; do
     fio --name=k --filename=/dev/$dev --readonly --rw=randread --direct=1 --ioengine=io_uring --time_based --runtime=1.5 \
-      --bs=${case%:*} --iodepth=${case#*:} --output-format=terse --terse-version=3 2>/dev/null |
+      --bs=${case%:*} --iodepth=${case#*:} "$@" --output-format=terse --terse-version=3 2>/dev/null |
       awk -F';' -v c=$case '{printf "INFO fio io_uring %s: %d reads/s %.1f us CPU a read\n", c, $8, ($88 + $89) * 10000 / ($8 + 0.001)}'
   done
 }

@@ -145,26 +145,29 @@ make_drives() {
   truncate -s 128M "$work/stage.img"
 }
 
-# unplug LOG SOCKET: takes the drive out of the machine that the guest names in a line "UNPLUG drive".
+# unplug LOG SOCKET: takes the drives out of the machine that the guest names, each in a line "UNPLUG drive".
 unplug() {
   # exec: else a kill of this function's shell would leave Python waiting.
   exec python3 - "$1" "$2" <<'PY'
 import json, re, socket, sys, time
 log, path = sys.argv[1:]
-while True:
-    found = re.search(rb"^UNPLUG (\w+)", open(log, "rb").read(), re.M)
-    if found:
-        break
-    time.sleep(0.3)
-qmp = socket.socket(socket.AF_UNIX)
-qmp.connect(path)
-stream = qmp.makefile("rw")
-for command in ({"execute": "qmp_capabilities"},
-                {"execute": "device_del", "arguments": {"id": found.group(1).decode()}}):
-    stream.write(json.dumps(command) + "\n")
+stream, taken = None, 0
+
+def send(name, **arguments):
+    stream.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
     stream.flush()
     time.sleep(0.2)
-time.sleep(60)
+
+while True:
+    time.sleep(0.3)
+    for drive in re.findall(rb"^UNPLUG (\w+)\r?$", open(log, "rb").read(), re.M)[taken:]:
+        if stream is None:
+            qmp = socket.socket(socket.AF_UNIX)
+            qmp.connect(path)
+            stream = qmp.makefile("rw")
+            send("qmp_capabilities")
+        send("device_del", id=drive.decode())
+        taken += 1
 PY
 }
 

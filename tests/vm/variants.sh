@@ -60,6 +60,7 @@ done
 # Striped over two bound drives, with blocks of 512 and of 4096 bytes; over a bound drive and a mounted
 # one; and over one that cannot read a sector, put where that sector's stripe is read from.
 one=$(drive MODEL001)n1 two=$(drive BLK4K001)n1 bad=$(drive BAD00001)n1
+two_address=$(basename "$(readlink -f /sys/class/nvme/${two%n1}/device)")
 for d in MODEL001 BAD00001; do sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list; done
 for n in $one $two $bad; do works "bind $n for striping" sh /root/scripts/bind-vfio.sh $n; done
 works "logits striped over bound drives" logits stripes smol --tier-c $two,$one $tiers --reader vfio
@@ -76,7 +77,21 @@ logits bad smol --tier-c $both $tiers >/tmp/out 2>&1; code=$?
 sed 's/^/INFO /' /tmp/out
 [ $code = 1 ] && grep -q "smol.gguf on drive BAD00001: reading .* failed" /tmp/out && pass "of two drives, the one that fails is named" || fail "of two drives, the one that fails is named"
 logits late smol --tier-c $one,$one $tiers >/tmp/out 2>&1; [ $? = 2 ] && grep -q "are the same drive" /tmp/out && pass "a drive is not striped with itself" || fail "a drive is not striped with itself"
-for n in $one $two $bad; do works "release $n after striping" sh /root/scripts/release-vfio.sh $n; done
+
+# One of two taken out in the middle of a pass: the run ends and says why, the other drive is as before.
+: >/tmp/taken # what stands there is of another run
+asuser "exec timeout 100 nt -q run smol --tier-c $one,$two $tiers -p Hello -n 250 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/taken ] && break; sleep 1; done
+echo "UNPLUG blk4k"
+wait $first; code=$?
+tail -c 400 /tmp/taken >/tmp/out
+sed 's/^/INFO /' /tmp/out
+[ $code = 1 ] && grep -q "smol.gguf on drive BLK4K001: .* asks for the drive back" /tmp/out && pass "of two drives, the one taken out is named" || fail "of two drives, the one taken out is named (exit $code)"
+works "logits from the drive that stayed" logits stayed smol --tier-c $one $tiers
+bits ram stayed
+for n in $one $bad; do works "release $n after striping" sh /root/scripts/release-vfio.sh $n; done
+[ -b /dev/$(drive MODEL001)n1 ] && pass "the kernel has it again" || fail "the kernel has it again"
+[ ! -e /sys/bus/pci/devices/$two_address ] && pass "the one taken out is gone" || fail "the one taken out is gone"
 
 # A slow drive: 2 MB/s. Within its deadline it is only slow; past it there is an error, and an end.
 n=$(drive SLOW0001)n1
@@ -87,5 +102,8 @@ timeout 30 nvme_probe late $n 1 >/tmp/out 2>&1; code=$?
 sed 's/^/INFO /' /tmp/out
 [ $code = 1 ] && grep -q "were not read within" /tmp/out && pass "a deadline that passes is named" || fail "a deadline that passes is named"
 works "the slow drive reads again" timeout 60 nvme_probe compare $n /tmp/copy.img 4
+works "silenced with reads under way" timeout 60 nvme_probe silence $n
+sed 's/^/INFO /' /tmp/out
+works "and it reads again after that" timeout 60 nvme_probe compare $n /tmp/copy.img 4
 works "release the slow drive" $nt release $n
 cmp /dev/$(drive SLOW0001)n1 /tmp/copy.img >/tmp/out 2>&1 && pass "the slow drive is unchanged" || fail "the slow drive is unchanged"

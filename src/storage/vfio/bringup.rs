@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::command::Command;
 use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};
-use super::io::Pending;
+use super::io::Lane;
 use super::prp;
 use super::queue::{Dma, QueuePair, UnknownCommand};
 use super::quirks::Quirks;
@@ -19,6 +19,9 @@ pub enum Fault {
     /// The registers read as all ones.
     #[error("the drive is gone (its registers read as all ones)")]
     Gone,
+    /// It is being taken out, or unbound.
+    #[error("the kernel asks for the drive back: it is being taken out or unbound")]
+    Wanted,
     /// CSTS.CFS.
     #[error("the controller reports a fatal error (CSTS.CFS) in state {state}")]
     Fatal {
@@ -67,8 +70,10 @@ pub enum Fault {
 /// Entries of the admin queues.
 const ADMIN_ENTRIES: u16 = 16;
 const PAGE: usize = 4096;
-/// Number of our only I/O queue pair.
-pub(super) const IO_QUEUE: u16 = 1;
+/// Entries of the queues for few reads, one more than those.
+const FEW_ENTRIES: u16 = 4;
+/// Doorbells that lie further apart are not mapped for a second pair of I/O queues.
+const MOST_STRIDE: u32 = 256;
 
 /// A controller with its queues.
 #[derive(Debug)]
@@ -76,9 +81,8 @@ pub struct Controller<R: Registers> {
     pub(super) regs: R,
     pub(super) caps: Capabilities,
     pub(super) admin: QueuePair,
-    pub(super) io: QueuePair,
-    pub(super) pending: Vec<Option<Pending>>,
-    pub(super) lists: Dma,
+    /// The queues that are polled, and if there are interrupts a second pair that raises them, for few reads.
+    pub(super) lanes: Vec<Lane>,
     pub(super) nsid: u32,
     pub(super) dead: Option<Fault>,
     pub(super) stopped: bool,
@@ -99,17 +103,24 @@ pub struct Controller<R: Registers> {
 
 /// Bytes of DMA memory that a controller with `entries` I/O queue entries needs.
 pub fn memory_needed(entries: u16) -> usize {
-    let (sq, cq) = QueuePair::bytes(entries);
-    3 * PAGE + sq + cq + usize::from(entries) * PAGE
+    3 * PAGE + Lane::bytes(entries) + Lane::bytes(FEW_ENTRIES)
 }
 
 impl<R: Registers> Controller<R> {
     /// Brings the controller up. `memory` is page aligned and at least [`memory_needed`] long;
-    /// `entries` is the wish for the I/O queue, cut to what the controller can.
+    /// `entries` is the wish for the I/O queue, cut to what the controller can. `interrupts`: MSI-X
+    /// vector 0 leads somewhere, so that reads may be waited for by it.
     ///
     /// # Errors
     /// On an error the controller has been disabled again if it answers at all.
-    pub fn start(regs: R, memory: Dma, nsid: u32, entries: u16, quirks: Quirks) -> Result<Self, (Fault, R)> {
+    pub fn start(
+        regs: R,
+        memory: Dma,
+        nsid: u32,
+        entries: u16,
+        quirks: Quirks,
+        interrupts: bool,
+    ) -> Result<Self, (Fault, R)> {
         if let Some(why) = quirks.unsupported {
             return Err((Fault::Unsupported(why.into()), regs));
         }
@@ -118,7 +129,7 @@ impl<R: Registers> Controller<R> {
             Ok((caps, entries)) => {
                 let mut controller = Self::new(regs, memory, nsid, caps, entries);
                 controller.quirks = quirks;
-                match controller.run() {
+                match controller.run(interrupts) {
                     Ok(()) => Ok(controller),
                     Err(fault) => {
                         let _ = controller.disable();
@@ -149,7 +160,6 @@ impl<R: Registers> Controller<R> {
     }
 
     fn new(regs: R, memory: Dma, nsid: u32, caps: Capabilities, entries: u16) -> Self {
-        let (sq, cq) = QueuePair::bytes(entries);
         let mut at = 0;
         let mut next = |len: usize| {
             at += len;
@@ -159,9 +169,9 @@ impl<R: Registers> Controller<R> {
         Self {
             admin: QueuePair::new(0, admin_entries, next(PAGE), next(PAGE)),
             scratch: next(PAGE),
-            io: QueuePair::new(IO_QUEUE, entries, next(sq), next(cq)),
-            lists: next(usize::from(entries) * PAGE),
-            pending: (0..entries).map(|_| None).collect(),
+            lanes: [(1, entries), (2, entries.min(FEW_ENTRIES))]
+                .map(|(id, entries)| Lane::new(id, entries, next(Lane::bytes(entries))))
+                .into(),
             regs,
             caps,
             nsid,
@@ -177,11 +187,11 @@ impl<R: Registers> Controller<R> {
         }
     }
 
-    fn run(&mut self) -> Result<(), Fault> {
+    fn run(&mut self, interrupts: bool) -> Result<(), Fault> {
         self.disable()?;
         self.enable()?;
         self.identify()?;
-        self.make_queues()
+        self.make_queues(interrupts)
     }
 
     /// Waits until CSTS.RDY is `ready`.
@@ -296,13 +306,29 @@ impl<R: Registers> Controller<R> {
         Err(Fault::Unsupported(refusal.into()))
     }
 
-    fn make_queues(&mut self) -> Result<(), Fault> {
-        // The answer may be more or less than asked for; one pair is the least there is.
-        self.admin(&Command::QueueCount { pairs: 1 }, "number of queues")?;
-        let (sq, cq) = self.io.addresses();
-        let entries = self.io.entries();
-        self.admin(&Command::CreateCompletionQueue { id: IO_QUEUE, entries, at: cq }, "create completion queue")?;
-        self.admin(&Command::CreateSubmissionQueue { id: IO_QUEUE, entries, at: sq }, "create submission queue")?;
+    fn make_queues(&mut self, interrupts: bool) -> Result<(), Fault> {
+        let pairs = if interrupts && self.caps.doorbell_stride() <= MOST_STRIDE { 2 } else { 1 };
+        // The answer, in two halves and less one, may be more or less than asked for; one pair is the
+        // least there is.
+        let granted = self.admin(&Command::QueueCount { pairs }, "number of queues")?;
+        let granted = (granted & 0xffff).min(granted >> 16) as usize + 1;
+        self.lanes.truncate(granted.min(pairs.into()));
+        for i in 0..self.lanes.len() {
+            let queue = &self.lanes[i].queue;
+            let (id, entries, (sq, cq)) = (queue.id, queue.entries(), queue.addresses());
+            let completion = Command::CreateCompletionQueue { id, entries, at: cq, interrupt: i > 0 };
+            self.admin(&completion, "create completion queue")?;
+            self.admin(&Command::CreateSubmissionQueue { id, entries, at: sq }, "create submission queue")?;
+        }
+        Ok(())
+    }
+
+    fn delete_queues(&mut self) -> Result<(), Fault> {
+        for i in 0..self.lanes.len() {
+            let id = self.lanes[i].queue.id;
+            self.admin(&Command::DeleteSubmissionQueue { id }, "delete submission queue")?;
+            self.admin(&Command::DeleteCompletionQueue { id }, "delete completion queue")?;
+        }
         Ok(())
     }
 
@@ -337,6 +363,12 @@ impl<R: Registers> Controller<R> {
         }
     }
 
+    /// True if the controller is enabled, by its own registers.
+    pub fn enabled(&self) -> bool {
+        let csts = self.regs.read32(regs::CSTS);
+        csts != regs::GONE && csts & regs::CSTS_RDY != 0
+    }
+
     /// CSTS.SHST says that the shutdown is complete, or the drive is gone.
     fn shut(&self) -> bool {
         let csts = self.regs.read32(regs::CSTS);
@@ -351,10 +383,8 @@ impl<R: Registers> Controller<R> {
         if self.stopped {
             return Ok(());
         }
-        if self.dead.is_none() && self.io.outstanding() == 0 {
-            let _ = self
-                .admin(&Command::DeleteSubmissionQueue { id: IO_QUEUE }, "delete submission queue")
-                .and_then(|_| self.admin(&Command::DeleteCompletionQueue { id: IO_QUEUE }, "delete completion queue"));
+        if self.dead.is_none() && self.outstanding() == 0 {
+            let _ = self.delete_queues();
             let cc = self.regs.read32(regs::CC) & !regs::CC_SHN_MASK;
             self.regs.write32(regs::CC, cc | regs::CC_SHN_NORMAL);
             let limit = Duration::from_micros(self.info.shutdown_us.into()).max(Duration::from_secs(10));

@@ -42,6 +42,8 @@ pub enum Command {
         entries: u16,
         /// Its memory.
         at: u64,
+        /// Raise interrupt vector 0 for its entries.
+        interrupt: bool,
     },
     /// Create I/O Submission Queue, completing to the queue of the same number. §5.6.
     CreateSubmissionQueue {
@@ -126,10 +128,10 @@ impl Command {
                 e[11] = n << 16 | n;
                 0x09
             }
-            Self::CreateCompletionQueue { id, entries, at } => {
+            Self::CreateCompletionQueue { id, entries, at, interrupt } => {
                 data(at, 0);
                 e[10] = u32::from(entries - 1) << 16 | u32::from(id);
-                e[11] = 1;
+                e[11] = 1 | u32::from(interrupt) << 1;
                 0x05
             }
             Self::CreateSubmissionQueue { id, entries, at } => {
@@ -181,7 +183,7 @@ mod tests {
             HealthLog { to: 4096 },
             SanitizeLog { to: 4096 },
             QueueCount { pairs: 1 },
-            CreateCompletionQueue { id: 1, entries: 2, at: 4096 },
+            CreateCompletionQueue { id: 1, entries: 2, at: 4096, interrupt: true },
             CreateSubmissionQueue { id: 1, entries: 2, at: 4096 },
             DeleteSubmissionQueue { id: 1 },
             DeleteCompletionQueue { id: 1 },

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::bringup::{Controller, Fault, IO_QUEUE};
+use super::bringup::{Controller, Fault};
 use super::command::Command;
 use super::regs::{self, Registers};
 
@@ -81,13 +81,17 @@ impl Abort {
 }
 
 impl<R: Registers> Controller<R> {
-    /// Reads the status register if it is time to. This is how removal and fatal errors are noticed.
+    /// Reads the status register if it is time to. This is how removal and fatal errors are noticed; that a
+    /// removal is asked for, where it is announced, is asked at the same times.
     pub(super) fn look(&mut self, state: &'static str) -> Result<(), Fault> {
         let now = self.regs.now();
         if now < self.watch.look {
             return Ok(());
         }
         self.watch.look = now + LOOK;
+        if self.regs.wanted_back() {
+            return Err(Fault::Wanted);
+        }
         match self.regs.read32(regs::CSTS) {
             regs::GONE => Err(Fault::Gone),
             csts if csts & regs::CSTS_CFS != 0 => Err(Fault::Fatal { state }),
@@ -105,15 +109,14 @@ impl<R: Registers> Controller<R> {
         }
         let mut sent = false;
         self.watch.end = Duration::MAX;
-        for slot in 0..self.pending.len() as u16 {
-            let Some(end) = self.pending[usize::from(slot)].as_ref().map(|p| p.end) else {
-                continue;
-            };
-            if end < now {
-                sent |= self.late(slot, now)?;
+        for lane in 0..self.lanes.len() {
+            for slot in 0..self.lanes[lane].pending.len() {
+                let end = |c: &Self| c.lanes[lane].pending[slot].as_ref().map(|p| p.end);
+                if end(self).is_some_and(|end| end < now) {
+                    sent |= self.late(lane, slot as u16, now)?;
+                }
+                self.watch.end_by(end(self).unwrap_or(Duration::MAX));
             }
-            let end = self.pending[usize::from(slot)].as_ref().map_or(end, |p| p.end);
-            self.watch.end_by(end);
         }
         if sent {
             self.regs.write32(self.doorbell(0, false), self.admin.tail().into());
@@ -122,11 +125,12 @@ impl<R: Registers> Controller<R> {
     }
 
     /// One late read: its Abort is sent (true), waits for others, or has already failed.
-    fn late(&mut self, slot: u16, now: Duration) -> Result<bool, Fault> {
-        let cid = self.io.cid(slot);
+    fn late(&mut self, lane: usize, slot: u16, now: Duration) -> Result<bool, Fault> {
+        let lane = &mut self.lanes[lane];
+        let (queue, cid) = (lane.queue.id, lane.queue.cid(slot));
         let limits = self.limits;
         let room = self.admin.outstanding() < self.info.aborts.into();
-        let Some(pending) = self.pending[usize::from(slot)].as_mut() else {
+        let Some(pending) = lane.pending[usize::from(slot)].as_mut() else {
             return Ok(false);
         };
         if pending.abort != Abort::NotSent {
@@ -143,7 +147,7 @@ impl<R: Registers> Controller<R> {
             pending.end = now + LOOK;
             return Ok(false);
         };
-        self.admin.push(admin, &Command::Abort { queue: IO_QUEUE, cid });
+        self.admin.push(admin, &Command::Abort { queue, cid });
         pending.abort = Abort::Sent(admin);
         pending.end = now + limits.abort;
         Ok(true)
@@ -157,7 +161,8 @@ impl<R: Registers> Controller<R> {
         while let Some(done) = self.admin.pop()? {
             self.regs.write32(self.doorbell(0, true), self.admin.head().into());
             let asked = |p: &&mut super::io::Pending| p.abort == Abort::Sent(done.slot);
-            if let Some(pending) = self.pending.iter_mut().flatten().find(asked) {
+            if let Some(pending) = self.lanes.iter_mut().flat_map(|lane| lane.pending.iter_mut().flatten()).find(asked)
+            {
                 let obeyed = done.status.ok() && done.result & 1 == 0;
                 pending.abort = if obeyed { Abort::Obeyed } else { Abort::Refused };
             }

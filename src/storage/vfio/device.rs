@@ -4,7 +4,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
@@ -12,6 +12,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::bringup::{Controller, Fault, memory_needed};
+use super::interrupt::{Interrupt, Wanted};
 use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::Registers;
@@ -74,9 +75,10 @@ pub enum OpenError {
 pub struct Bar {
     base: *mut u8,
     len: usize,
-    started: Instant,
     /// Dropped before the mapping goes.
     covered: Option<Covered>,
+    /// None where the kernel does not tell.
+    wanted: Option<Wanted>,
 }
 
 // SAFETY: the mapping belongs to this value alone and has no thread affinity.
@@ -100,12 +102,21 @@ impl Registers for Bar {
         }
     }
 
+    /// The kernel's clock as of its last tick. Deadlines are long, and this takes no look at a timer,
+    /// which in a virtual machine may be as dear as a read.
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel fills the structure, which is valid as it is.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
     }
 
     fn pause(&self) {
         std::hint::spin_loop();
+    }
+
+    fn wanted_back(&self) -> bool {
+        self.wanted.as_ref().is_some_and(Wanted::asked)
     }
 }
 
@@ -127,6 +138,15 @@ pub struct VfioNvme {
     vfio: ManuallyDrop<Vfio>,
 }
 
+/// What came of silencing a drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Silence {
+    /// The function was reset.
+    pub reset: bool,
+    /// The device can write to no memory from here on.
+    pub bus_master_off: bool,
+}
+
 struct Vfio {
     device: VfioDevice,
     container: Arc<VfioContainer>,
@@ -134,6 +154,7 @@ struct Vfio {
     next: u64,
     queues: Anonymous,
     quirks: Quirks,
+    interrupt: Option<Interrupt>,
 }
 
 /// Anonymous, page-aligned memory.
@@ -180,17 +201,39 @@ impl VfioNvme {
         // SAFETY: as above; only the driver touches it from here on.
         let memory = unsafe { Dma::new(ptr, iova, len) };
         let bar = vfio.bar(bdf)?;
-        match Controller::start(bar, memory, nsid, entries, vfio.quirks) {
+        match Controller::start(bar, memory, nsid, entries, vfio.quirks, vfio.interrupt.is_some()) {
             Ok(controller) => Ok(Self { bdf: bdf.into(), controller, vfio: ManuallyDrop::new(vfio) }),
             Err((fault, bar)) => {
                 let running = bar.read32(super::regs::CSTS) & super::regs::CSTS_RDY != 0 && fault != Fault::Gone;
-                if running && !vfio.silence() {
+                if running && !vfio.silence().bus_master_off {
                     // It may still write to the queues: keep them until the process ends.
                     std::mem::forget(vfio);
                 }
                 Err(OpenError::Fault { bdf: bdf.into(), fault })
             }
         }
+    }
+
+    /// Sleeps until the drive raises its interrupt or `most` has passed; true if it was raised. None, at
+    /// once, if it raises none for the reads that it has.
+    pub(super) fn wait_interrupt(&mut self, most: Duration) -> Option<bool> {
+        let raises = self.controller.will_interrupt();
+        self.vfio.interrupt.as_mut().filter(|_| raises)?.wait(most).ok()
+    }
+
+    /// Notes whether the interrupt was raised for a completion that was waited for. One that never is, is not
+    /// waited for any more.
+    pub(super) fn heard(&mut self, raised: bool) {
+        if self.vfio.interrupt.as_mut().is_some_and(|interrupt| interrupt.broken(raised)) {
+            tracing::warn!("{}: the drive's interrupt does not arrive, so all waits poll", self.bdf);
+            self.vfio.interrupt = None;
+        }
+    }
+
+    /// The last means against a controller that will not stop: a reset of the function, and no bus master
+    /// any more. What it owes is lost. Dropping the drive takes this step by itself where it is needed.
+    pub fn silence(&mut self) -> Silence {
+        self.vfio.silence()
     }
 
     /// Lets the drive write to `ptr .. + len`; returns the address on its side.
@@ -206,7 +249,7 @@ impl VfioNvme {
 
 impl Drop for VfioNvme {
     fn drop(&mut self) {
-        if self.controller.stop().is_ok() || self.vfio.silence() {
+        if self.controller.stop().is_ok() || self.vfio.silence().bus_master_off {
             // SAFETY: dropped once, here; the controller is off, so nothing reaches the memory.
             unsafe { ManuallyDrop::drop(&mut self.vfio) };
         }
@@ -228,11 +271,15 @@ impl Vfio {
         let windows =
             windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
         let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
-        let mut vfio = Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default() };
+        let mut vfio =
+            Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default(), interrupt: None };
         let ids = vfio.pci_ids().map_err(|e| fail(format!("its configuration space cannot be read: {e}")))?;
         vfio.quirks = Quirks::of(ids.0, ids.1);
         std::thread::sleep(vfio.quirks.rest_after_reset);
         vfio.bus_master().map_err(|e| fail(format!("its configuration space cannot be written: {e}")))?;
+        vfio.interrupt = Interrupt::on(&vfio.device)
+            .inspect_err(|e| tracing::debug!("{bdf}: no interrupt, so all waits poll: {e}"))
+            .ok();
         Ok(vfio)
     }
 
@@ -241,14 +288,12 @@ impl Vfio {
         self.pci_command(|word| word | 0x406).map(|_| ())
     }
 
-    /// The last means against a controller that will not be disabled: a reset of the function, and
-    /// no bus master any more. True if the device can write to no memory from here on.
-    fn silence(&self) -> bool {
+    fn silence(&self) -> Silence {
         // SAFETY: an ioctl without argument on an open device.
         let reset = unsafe { libc::ioctl(self.device.as_raw_fd(), VFIO_DEVICE_RESET) } == 0;
-        let off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
-        tracing::warn!("the controller would not stop; function reset: {reset}, bus master off: {off}");
-        off
+        let bus_master_off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
+        tracing::warn!("the drive was silenced; function reset: {reset}, bus master off: {bus_master_off}");
+        Silence { reset, bus_master_off }
     }
 
     /// Vendor and device.
@@ -300,7 +345,9 @@ impl Vfio {
         if base == libc::MAP_FAILED {
             return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
         }
-        let mut bar = Bar { base: base.cast(), len: 0x2000, started: Instant::now(), covered: None };
+        let wanted = Wanted::watch(&self.device);
+        let wanted = wanted.inspect_err(|e| tracing::debug!("{bdf}: a removal will not be announced: {e}")).ok();
+        let mut bar = Bar { base: base.cast(), len: 0x2000, covered: None, wanted };
         // SAFETY: the registers that were mapped just now; `bar` uncovers them before it unmaps them.
         let covered = unsafe { removal::cover(bar.base, bar.len) };
         bar.covered = Some(covered.map_err(|e| fail(format!("its removal could not be survived: {e}")))?);

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use super::bringup::{Controller, Fault, IO_QUEUE};
+use super::bringup::{Controller, Fault};
 use super::command::Command;
 use super::deadline::Abort;
 use super::prp;
+use super::queue::{Dma, QueuePair};
 use super::regs::Registers;
 use super::status::Status;
 
@@ -42,9 +43,50 @@ pub struct ReadDone {
     pub result: Result<(), Status>,
 }
 
+/// A pair of I/O queues and the reads in it.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) queue: QueuePair,
+    /// By slot.
+    pub(super) pending: Vec<Option<Pending>>,
+    /// A page for each slot.
+    lists: Dma,
+    /// Completions taken of which the controller has not been told.
+    untold: usize,
+    /// The tail that the controller was shown last.
+    shown: u16,
+}
+
+impl Lane {
+    /// Bytes of memory for queues of `entries`.
+    pub(super) fn bytes(entries: u16) -> usize {
+        let (sq, cq) = QueuePair::bytes(entries);
+        sq + cq + usize::from(entries) * 4096
+    }
+
+    /// Empty queues over `memory`, as long as [`Lane::bytes`] says.
+    pub(super) fn new(id: u16, entries: u16, memory: Dma) -> Self {
+        let (sq, cq) = QueuePair::bytes(entries);
+        Self {
+            queue: QueuePair::new(id, entries, memory.part(0, sq), memory.part(sq, cq)),
+            pending: (0..entries).map(|_| None).collect(),
+            lists: memory.part(sq + cq, usize::from(entries) * 4096),
+            untold: 0,
+            shown: 0,
+        }
+    }
+
+    /// True if the controller could run out of completion entries: it counts those as taken that it has
+    /// not been told of.
+    fn must_tell(&self) -> bool {
+        self.queue.outstanding() + self.untold >= self.queue.entries().into()
+    }
+}
+
 impl<R: Registers> Controller<R> {
     /// Gives a read to the controller; `false` if the queue is full. The controller sees it after
-    /// [`Controller::ring`].
+    /// [`Controller::ring`]. If there are interrupts, the ends of a few reads raise them, those of many do
+    /// not: see [`Controller::will_interrupt`].
     pub fn push(&mut self, read: Read) -> Result<bool, Fault> {
         if let Some(fault) = &self.dead {
             return Err(fault.clone());
@@ -57,16 +99,25 @@ impl<R: Registers> Controller<R> {
                 read.blocks, read.lba
             )));
         }
-        let Some(slot) = self.io.take() else {
+        let Some((lane, slot)) = self.take_slot() else {
             return Ok(false);
         };
-        self.write(slot, read, 1, Abort::NotSent)?;
+        self.write(lane, slot, read, 1, Abort::NotSent)?;
         Ok(true)
     }
 
-    fn write(&mut self, slot: u16, read: Read, tries: u8, abort: Abort) -> Result<(), Fault> {
+    /// Lane and slot for the next read: in the last lane while no more are outstanding than fit there.
+    fn take_slot(&mut self) -> Option<(usize, u16)> {
+        let last = self.lanes.len() - 1;
+        let few = if self.lanes[0].queue.outstanding() == 0 { self.lanes[last].queue.take() } else { None };
+        few.map(|slot| (last, slot)).or_else(|| Some((0, self.lanes[0].queue.take()?)))
+    }
+
+    fn write(&mut self, lane: usize, slot: u16, read: Read, tries: u8, abort: Abort) -> Result<(), Fault> {
+        let end = self.regs.now() + self.limits.read;
+        let lane = &mut self.lanes[lane];
         let bytes = u64::from(read.blocks) << self.namespace.block_shift;
-        let list = self.lists.part(usize::from(slot) * 4096, 4096);
+        let list = lane.lists.part(usize::from(slot) * 4096, 4096);
         let entry = |i: usize, address: u64| {
             list.write32(i * 8, address as u32);
             list.write32(i * 8 + 4, (address >> 32) as u32);
@@ -74,21 +125,41 @@ impl<R: Registers> Controller<R> {
         let (prp1, prp2) = prp::build(read.to, bytes, list.iova, entry)
             .ok_or_else(|| Fault::Unsupported(format!("{bytes} bytes at {:#x} fit no page list", read.to)))?;
         let blocks = (read.blocks & 0xffff) as u16;
-        self.io.push(slot, &Command::Read { nsid: self.nsid, lba: read.lba, blocks, prp1, prp2 });
-        let end = self.regs.now() + self.limits.read;
+        lane.queue.push(slot, &Command::Read { nsid: self.nsid, lba: read.lba, blocks, prp1, prp2 });
+        lane.pending[usize::from(slot)] = Some(Pending { read, tries, end, abort });
         self.watch.end_by(end);
-        self.pending[usize::from(slot)] = Some(Pending { read, tries, end, abort });
         Ok(())
     }
 
     /// Shows the controller everything pushed so far.
-    pub fn ring(&self) {
-        self.regs.write32(self.doorbell(IO_QUEUE, false), self.io.tail().into());
+    pub fn ring(&mut self) {
+        for lane in 0..self.lanes.len() {
+            let lane = &mut self.lanes[lane];
+            let (id, head, tail) = (lane.queue.id, lane.queue.head(), lane.queue.tail());
+            // A register write costs much where registers are emulated, and something everywhere.
+            let tell = lane.must_tell();
+            if tell {
+                lane.untold = 0;
+            }
+            let shown = std::mem::replace(&mut lane.shown, tail) == tail;
+            if tell {
+                self.regs.write32(self.doorbell(id, true), head.into());
+            }
+            if !shown {
+                self.regs.write32(self.doorbell(id, false), tail.into());
+            }
+        }
     }
 
     /// Reads that the controller has.
     pub fn outstanding(&self) -> usize {
-        self.io.outstanding()
+        self.lanes.iter().map(|lane| lane.queue.outstanding()).sum()
+    }
+
+    /// True if reads are outstanding and the end of each raises an interrupt. Costly for many, but less so
+    /// than looking for the end of few.
+    pub fn will_interrupt(&self) -> bool {
+        self.lanes[0].queue.outstanding() == 0 && self.outstanding() > 0
     }
 
     /// Appends the reads that are done. After a fault the controller has been disabled and is of no
@@ -108,31 +179,36 @@ impl<R: Registers> Controller<R> {
     }
 
     fn collect(&mut self, out: &mut Vec<ReadDone>) -> Result<(), Fault> {
-        let (mut popped, mut pushed) = (false, false);
-        while let Some(done) = self.io.pop()? {
-            popped = true;
-            let Some(pending) = self.pending[usize::from(done.slot)].take() else {
-                continue;
-            };
-            if done.status.may_retry() && pending.tries < TRIES {
-                let slot = self.io.take().unwrap_or(done.slot);
-                self.write(slot, pending.read, pending.tries + 1, pending.abort.on_retry())?;
-                pushed = true;
-                continue;
+        let mut pushed = false;
+        for i in 0..self.lanes.len() {
+            while let Some(done) = self.lanes[i].queue.pop()? {
+                let lane = &mut self.lanes[i];
+                lane.untold += 1;
+                let Some(pending) = lane.pending[usize::from(done.slot)].take() else {
+                    continue;
+                };
+                if done.status.may_retry() && pending.tries < TRIES {
+                    let slot = lane.queue.take().unwrap_or(done.slot);
+                    self.write(i, slot, pending.read, pending.tries + 1, pending.abort.on_retry())?;
+                    pushed = true;
+                    continue;
+                }
+                let result = if done.status.ok() { Ok(()) } else { Err(done.status) };
+                out.push(ReadDone { read: pending.read, result });
             }
-            let result = if done.status.ok() { Ok(()) } else { Err(done.status) };
-            out.push(ReadDone { read: pending.read, result });
-        }
-        if popped {
-            self.regs.write32(self.doorbell(IO_QUEUE, true), self.io.head().into());
         }
         if pushed {
             self.ring();
         }
-        if self.io.outstanding() > 0 {
+        if self.outstanding() > 0 {
             self.idle()?;
         }
         Ok(())
+    }
+
+    /// Time by the clock that deadlines are measured with; it may be milliseconds behind.
+    pub fn now(&self) -> Duration {
+        self.regs.now()
     }
 
     /// A pause between two polls.

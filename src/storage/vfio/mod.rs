@@ -9,6 +9,7 @@ pub mod command;
 pub mod deadline;
 pub mod device;
 pub mod identify;
+mod interrupt;
 pub mod io;
 #[cfg(test)]
 mod model;

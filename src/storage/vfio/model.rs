@@ -30,6 +30,7 @@ enum Wrong {
     FatalOnRead,
     SilentReads,
     Gone,
+    Wanted,
     ForeignCid,
     OldCid,
     Metadata,
@@ -58,26 +59,33 @@ struct Ring {
     entries: u32,
     head: u32,
     cq_tail: u32,
+    /// How far the driver has taken completions, by its own word.
+    cq_head: u32,
     phase: bool,
+    interrupt: bool,
 }
 
 struct State {
     wrong: Wrong,
     cap: u64,
     registers: [u32; 16],
-    rings: [Ring; 2],
+    rings: [Ring; 3],
     memory: Vec<Dma>,
     rng: ChaCha8Rng,
-    /// Commands of the I/O queue not yet answered, in the order of their answers.
-    open: Vec<[u32; 16]>,
+    /// Commands of the I/O queues, with the queue, not yet answered, in the order of their answers.
+    open: Vec<(usize, [u32; 16])>,
     /// Statuses of the next reads.
     statuses: VecDeque<u16>,
     reads: u64,
     /// Next reads whose completion gets lost, and those lost so far.
     lose: usize,
-    lost: Vec<[u32; 16]>,
+    lost: Vec<(usize, [u32; 16])>,
     on_abort: OnAbort,
     aborts: u64,
+    /// Pairs of I/O queues that it has.
+    pairs: u16,
+    interrupts: u64,
+    doorbells: u64,
 }
 
 struct Model {
@@ -106,6 +114,9 @@ impl Model {
             lost: Vec::new(),
             on_abort: OnAbort::Obeys,
             aborts: 0,
+            pairs: 2,
+            interrupts: 0,
+            doorbells: 0,
         };
         Rc::new(Self { state: RefCell::new(state), clock: Cell::new(0) })
     }
@@ -134,6 +145,8 @@ impl State {
             ring.cq_tail = 0;
             ring.phase = !ring.phase;
         }
+        assert_ne!(ring.cq_tail, ring.cq_head, "completion queue {queue} is full");
+        self.interrupts += u64::from(ring.interrupt);
     }
 
     fn fetch(&mut self, queue: usize, tail: u32) -> Vec<[u32; 16]> {
@@ -174,14 +187,20 @@ impl State {
                 }
             }
             0x05 | 0x01 => {
-                let ring = &mut self.rings[1];
+                assert!((1..=u32::from(self.pairs)).contains(&(e[10] & 0xffff)), "queue {}", e[10] & 0xffff);
+                let ring = &mut self.rings[(e[10] & 0xffff) as usize];
                 ring.entries = (e[10] >> 16) + 1;
                 if e[0] & 0xff == 0x05 {
-                    ring.cq = address
+                    ring.cq = address;
+                    ring.interrupt = e[11] & 2 != 0;
                 } else {
                     ring.sq = address
                 }
-                (ring.head, ring.cq_tail, ring.phase) = (0, 0, true);
+                (ring.head, ring.cq_tail, ring.cq_head, ring.phase) = (0, 0, 0, true);
+            }
+            0x09 => {
+                let n = u32::from(self.pairs - 1);
+                return self.answer(0, (e[0] >> 16) as u16, 0, n << 16 | n);
             }
             0x08 => return self.abort(e),
             0x02 if e[10] & 0xff == 0x81 && self.wrong == Wrong::NoSanitizeLog => {
@@ -196,18 +215,19 @@ impl State {
 
     fn abort(&mut self, e: [u32; 16]) {
         self.aborts += 1;
-        assert_eq!(e[10] & 0xffff, 1, "of the I/O queue");
+        let queue = (e[10] & 0xffff) as usize;
+        assert!(queue == 1 || queue == 2, "of an I/O queue");
         let (own, cid) = ((e[0] >> 16) as u16, e[10] >> 16);
         match self.on_abort {
             OnAbort::Silent => {}
             OnAbort::Refuses => self.answer(0, own, 0, 1),
             OnAbort::Pretends => self.answer(0, own, 0, 0),
             OnAbort::Obeys => {
-                let found = self.lost.iter().position(|lost| lost[0] >> 16 == cid);
+                let found = self.lost.iter().position(|(of, lost)| *of == queue && lost[0] >> 16 == cid);
                 self.answer(0, own, 0, u32::from(found.is_none()));
                 if let Some(i) = found {
                     self.lost.swap_remove(i);
-                    self.complete(1, cid as u16, 7);
+                    self.complete(queue, cid as u16, 7);
                 }
             }
         }
@@ -246,16 +266,16 @@ impl State {
 
     /// Answers some of the open reads, in any order.
     fn step(&mut self) {
-        if matches!(self.wrong, Wrong::SilentReads | Wrong::FatalOnRead) {
+        if matches!(self.wrong, Wrong::SilentReads | Wrong::FatalOnRead | Wrong::Wanted) {
             return;
         }
         let answers = self.rng.random_range(0..=self.open.len());
         for _ in 0..answers {
             let i = self.rng.random_range(0..self.open.len());
-            let e = self.open.swap_remove(i);
+            let (queue, e) = self.open.swap_remove(i);
             if self.lose > 0 {
                 self.lose -= 1;
-                self.lost.push(e);
+                self.lost.push((queue, e));
                 continue;
             }
             let status = self.statuses.pop_front().unwrap_or(0);
@@ -269,7 +289,7 @@ impl State {
                 Wrong::OldCid => cid ^ 0x1000,
                 _ => cid,
             };
-            self.complete(1, cid, status);
+            self.complete(queue, cid, status);
         }
     }
 }
@@ -311,11 +331,16 @@ impl Registers for Rc<Model> {
                     state.admin(e);
                 }
             }
-            0x1008 => {
-                let fresh = state.fetch(1, value);
-                state.open.extend(fresh);
+            0x1008 | 0x1010 => {
+                let queue = (offset as usize - 0x1000) / 8;
+                let fresh = state.fetch(queue, value);
+                state.open.extend(fresh.into_iter().map(|e| (queue, e)));
+                state.doorbells += 1;
             }
-            0x1004 | 0x100c => {}
+            0x1004 | 0x100c | 0x1014 => {
+                state.rings[(offset as usize - 0x1004) / 8].cq_head = value;
+                state.doorbells += 1;
+            }
             regs::CC => {
                 state.registers[5] = value;
                 if value & 1 == 1 {
@@ -336,6 +361,10 @@ impl Registers for Rc<Model> {
 
     fn now(&self) -> Duration {
         Duration::from_millis(self.clock.get())
+    }
+
+    fn wanted_back(&self) -> bool {
+        self.state.borrow().wrong == Wrong::Wanted
     }
 
     fn pause(&self) {
@@ -368,7 +397,7 @@ fn start(b: &Bench, entries: u16) -> Result<Controller<Rc<Model>>, Fault> {
 }
 
 fn start_with(b: &Bench, entries: u16, quirks: Quirks) -> Result<Controller<Rc<Model>>, Fault> {
-    Controller::start(b.model.clone(), b.queues, 1, entries, quirks).map_err(|(fault, _)| fault)
+    Controller::start(b.model.clone(), b.queues, 1, entries, quirks, true).map_err(|(fault, _)| fault)
 }
 
 fn until_done(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
@@ -422,10 +451,47 @@ fn random_reads_return_the_right_bytes_over_many_wraps() {
 }
 
 #[test]
+fn the_ends_of_few_reads_raise_interrupts() {
+    for (pairs, each) in [(2, 3), (1, 0)] {
+        let b = bench(1, Wrong::Nothing);
+        b.model.state.borrow_mut().pairs = pairs;
+        let mut c = start(&b, 64).unwrap();
+        for few in [true, false, true] {
+            let before = b.model.state.borrow().interrupts;
+            let n = if few { 3 } else { 40 };
+            for tag in 0..n {
+                assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096 }).unwrap());
+            }
+            c.ring();
+            assert_eq!(c.will_interrupt(), pairs == 2 && few);
+            let mut tags: Vec<u64> = until_done(&mut c).unwrap().iter().map(|done| done.read.tag).collect();
+            tags.sort_unstable();
+            assert_eq!(tags, Vec::from_iter(0..n));
+            assert_eq!(b.model.state.borrow().interrupts - before, each, "only three of many");
+        }
+        c.stop().unwrap();
+    }
+}
+
+#[test]
+fn doorbells_are_rung_only_when_needed() {
+    let b = bench(1, Wrong::Nothing);
+    b.model.state.borrow_mut().pairs = 1;
+    let mut c = start(&b, 64).unwrap();
+    let before = b.model.state.borrow().doorbells;
+    for _ in 0..631 {
+        one(&mut c).unwrap();
+    }
+    let rung = b.model.state.borrow().doorbells - before;
+    assert_eq!(rung, 631 + 10, "one a read, and one for 63 completions taken");
+}
+
+#[test]
 fn short_queues_fill_and_empty() {
     let b = bench(1, Wrong::Nothing);
     b.model.state.borrow_mut().cap &= !0xffff;
     b.model.state.borrow_mut().cap |= 1;
+    b.model.state.borrow_mut().pairs = 1;
     let mut c = start(&b, 64).unwrap();
     let read = Read { tag: 0, lba: 0, blocks: 1, to: DATA };
     assert!(c.push(read).unwrap());
@@ -627,6 +693,17 @@ fn removal_while_reading_is_named() {
     assert!(b.model.now() - began < Duration::from_secs(1), "at once");
     assert!(c.stopped, "a drive that is gone writes nothing");
     assert_eq!(c.poll(&mut Vec::new()), Err(Fault::Gone));
+}
+
+#[test]
+fn a_drive_that_is_wanted_back_is_given_back() {
+    let b = bench(1, Wrong::Nothing);
+    let mut c = start(&b, 8).unwrap();
+    b.model.state.borrow_mut().wrong = Wrong::Wanted;
+    let began = b.model.now();
+    assert_eq!(one(&mut c), Err(Fault::Wanted));
+    assert!(b.model.now() - began < Duration::from_secs(1), "soon");
+    assert!(c.stopped && b.model.state.borrow().registers[5] & regs::CC_EN == 0, "left quiet");
 }
 
 #[test]

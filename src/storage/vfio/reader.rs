@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::deadline::Limits;
-use super::device::{OpenError, VfioNvme};
+use super::device::{OpenError, Silence, VfioNvme};
 use super::io::{Read, ReadDone};
 use super::pace::Pace;
 use crate::storage::bind::{Bound, BoundNamespace};
@@ -52,6 +52,8 @@ pub struct VfioReader {
 
 /// Room for commands that wait, at the start.
 const WAITING: usize = 1024;
+/// Between two looks at a drive that raises no interrupt: it may be gone.
+const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 
 impl VfioReader {
     /// Opens a drive. Reads go to memory that [`Reader::attach`] has announced.
@@ -87,6 +89,11 @@ impl VfioReader {
     /// The drive.
     pub fn drive(&self) -> &VfioNvme {
         &self.drive
+    }
+
+    /// Takes the last step against a drive that will not stop; see [`VfioNvme::silence`].
+    pub fn silence(&mut self) -> Silence {
+        self.drive.silence()
     }
 
     /// Changes how long things may take, for reads from here on.
@@ -180,6 +187,13 @@ impl VfioReader {
 
     fn name(&self, file: FileId) -> String {
         self.files.get(usize::from(file.0)).map_or("an unknown file", |f| &f.name).to_owned()
+    }
+
+    /// Takes what is done and sends what waits; true if a poll has something to return, or nothing to wait for.
+    fn step(&mut self) -> bool {
+        self.collect();
+        self.feed();
+        !self.finished.is_empty() || self.requests.is_empty()
     }
 
     fn fail(&mut self, words: &str) {
@@ -289,29 +303,44 @@ impl Reader for VfioReader {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError> {
-        let began = Instant::now();
-        let end = wait.map(|w| began + w);
-        let mut waits = false;
-        loop {
-            self.collect();
-            self.feed();
-            if !self.finished.is_empty() || self.requests.is_empty() || end.is_none_or(|e| Instant::now() >= e) {
-                if waits && !self.finished.is_empty() {
-                    self.pace.end(began.elapsed());
-                }
-                out.append(&mut self.finished);
+        let Some(wait) = wait else {
+            self.step();
+            out.append(&mut self.finished);
+            return Ok(());
+        };
+        // The precise clock is looked at only for naps: in a virtual machine it may cost as much as a read.
+        let (start, mut began, mut raised) = (self.drive.controller.now(), None, None);
+        while !self.step() {
+            let spent = self.drive.controller.now().saturating_sub(start);
+            if spent >= wait {
                 return Ok(());
             }
-            if !waits {
-                waits = true;
-                self.pace.begin();
+            raised = self.drive.wait_interrupt(LONGEST_SLEEP.min(wait));
+            if raised.is_some() {
+                continue;
             }
+            let Some(began) = began else {
+                began = Some(Instant::now());
+                self.pace.begin();
+                continue;
+            };
             let waited = began.elapsed();
+            if waited >= wait {
+                return Ok(());
+            }
             match self.pace.next(waited) {
-                Some(nap) => self.nap(end.map_or(nap, |e| nap.min(e.saturating_duration_since(Instant::now())))),
+                Some(nap) => self.nap(nap.min(wait - waited)),
                 None => self.drive.controller.pause(),
             }
         }
+        if let Some(raised) = raised {
+            self.drive.heard(raised);
+        }
+        if let Some(began) = began.filter(|_| !self.finished.is_empty()) {
+            self.pace.end(began.elapsed());
+        }
+        out.append(&mut self.finished);
+        Ok(())
     }
 
     fn outstanding(&self) -> usize {

@@ -43,6 +43,11 @@ pub trait Registers {
     /// A short pause between two polls.
     fn pause(&self);
 
+    /// True once if the system has asked to have the drive back.
+    fn wanted_back(&self) -> bool {
+        false
+    }
+
     /// Reads 8 bytes, low half first.
     fn read64(&self, offset: u32) -> u64 {
         let low = self.read32(offset);
