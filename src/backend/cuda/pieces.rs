@@ -145,6 +145,9 @@ mod tests {
                             "{ty} {cols}: {p:?}"
                         );
                         assert_eq!(p.run_pitch % 128, 16);
+                        // Whole lines of 16 bytes around a piece from any address, or what decoders read of it.
+                        let bytes = p.piece * ty.block_bytes();
+                        assert!(p.run_pitch >= ((15 + bytes + 15) & !15).max(15 + bytes + 8), "{ty} {cols}: {p:?}");
                         assert!(p.cols == cols || !swiglu, "{ty} {cols}: {p:?}");
                     }
                 }
