@@ -22,11 +22,14 @@ need() {
   fi
 }
 
-# need_room GIB: an error that names what is missing, before an hour of building finds out.
+# need_room GIB: an error that names what is missing, before an hour of building finds out. What earlier runs
+# have built counts as room.
 need_room() {
-  local free
+  local free built
   free=$(($(df --output=avail -k "$root" | tail -n 1) >> 20))
-  [ "$free" -ge "$1" ] || die "$root has $free GiB free; builds, models and drives of the tests take up to $1 GiB"
+  # du fails where nothing is built yet, and still prints the sum.
+  built=$(($({ du -sckL "$root/target" "$cache" 2> /dev/null || true; } | tail -n 1 | cut -f 1) >> 20))
+  [ $((free + built)) -ge "$1" ] || die "$root has $free GiB free; builds, models and drives of the tests take up to $1 GiB"
 }
 
 need_cargo() {

@@ -228,11 +228,10 @@ pub trait Backend {
     /// Starts a pass over `T = n_tokens` tokens at positions `first_pos..first_pos + T`.
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError>;
 
-    /// Begins a stretch of operations that is the same in every pass that has as many tokens, with the same
-    /// weights at the same addresses. `true`: the stretch of that number was repeated from a recording, and
-    /// its operations must not be called. `false`: they are to be called, and then [`Backend::end_stretch`].
-    /// No operation of a stretch may wait.
-    fn begin_stretch(&mut self, _number: usize) -> Result<bool, BackendError> {
+    /// Begins a stretch of operations that are the same in every pass that has one, with the same weights at
+    /// the same addresses and as many tokens. `true`: it was repeated from a recording, and its operations must
+    /// not be called. `false`: they are to be called, and then [`Backend::end_stretch`]. None of them may wait.
+    fn begin_stretch(&mut self) -> Result<bool, BackendError> {
         Ok(false)
     }
 

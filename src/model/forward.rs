@@ -75,7 +75,7 @@ pub fn forward(
     if n_tokens > 1 || outputs == Outputs::None || !dense || !pass.source.stays() {
         return pass.all(n_tokens, outputs, stop);
     }
-    if pass.backend.begin_stretch(0)? {
+    if pass.backend.begin_stretch()? {
         pass.source.repeated();
         return Ok(());
     }

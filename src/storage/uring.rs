@@ -290,7 +290,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_shallow_ring_before_does_not_limit_the_workers() {
-        let Ok(f) = tempfile::NamedTempFile::new() else { return };
+        let f = tempfile::NamedTempFile::new().unwrap();
         let mut file = DirectFile::open(f.path()).unwrap();
         file.copies = true;
         // Limits are kept by thread: one of its own sees no other test's.

@@ -1,7 +1,6 @@
 //! Recorded sequences of launches (CUDA graphs): repeated, they take the host one call, and the GPU less
 //! time from kernel to kernel.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
@@ -26,38 +25,40 @@ impl Drop for Graph {
     }
 }
 
-/// The recordings of a session's stream, by number.
-#[derive(Default)]
+/// The recording of a session's stream, if there is one.
 pub(super) struct Recorder {
-    graphs: HashMap<usize, Graph>,
-    /// What is being recorded: the stream takes launches and runs none.
-    recording: Option<usize>,
-    /// Why nothing is recorded any more.
-    refused: Option<String>,
+    graph: Option<Graph>,
+    /// The stream takes launches and runs none.
+    recording: bool,
+    /// Recording works here, as far as is known.
+    works: bool,
 }
 
 // SAFETY: graphs may be launched and destroyed from any thread with the context bound.
 unsafe impl Send for Recorder {}
 
 impl Recorder {
-    /// Nothing is ever recorded if the environment has `NT_NO_CUDA_GRAPHS`.
-    pub fn new() -> Recorder {
-        let refused = std::env::var_os("NT_NO_CUDA_GRAPHS").map(|_| "NT_NO_CUDA_GRAPHS is set".to_owned());
-        Recorder { refused, ..Recorder::default() }
+    /// Whether recordings are wanted: the environment has no `NT_NO_CUDA_GRAPHS`.
+    pub fn wanted() -> bool {
+        std::env::var_os("NT_NO_CUDA_GRAPHS").is_none()
     }
 
-    /// Launches recording `number` if there is one (`true`), or starts it, if recording works here.
-    pub fn begin(&mut self, stream: &Stream, number: usize) -> Result<bool> {
-        if let Some(graph) = self.graphs.get(&number) {
+    pub fn new() -> Recorder {
+        Recorder { graph: None, recording: false, works: Recorder::wanted() }
+    }
+
+    /// Launches the recording if there is one (`true`), or starts it, if that works here.
+    pub fn begin(&mut self, stream: &Stream) -> Result<bool> {
+        if let Some(graph) = &self.graph {
             launch(graph, stream)?;
             return Ok(true);
         }
-        if self.refused.is_none() {
+        if self.works {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
             // SAFETY: the stream is live.
             let begun = check(unsafe { sys::cuStreamBeginCapture_v2(stream.raw(), mode) }, "recording cannot begin");
             match begun {
-                Ok(()) => self.recording = Some(number),
+                Ok(()) => self.recording = true,
                 Err(e) => self.refuse(&e),
             }
         }
@@ -67,13 +68,13 @@ impl Recorder {
     /// Ends what `begin` started, and launches it if it is `complete`. `false`: it could not be recorded, and
     /// nothing has run.
     pub fn end(&mut self, stream: &Stream, complete: bool) -> Result<bool> {
-        let Some(number) = self.recording.take() else {
+        if !std::mem::take(&mut self.recording) {
             return Ok(true);
-        };
+        }
         match finish(stream, complete) {
             Ok(Some(graph)) => {
                 launch(&graph, stream)?;
-                self.graphs.insert(number, graph);
+                self.graph = Some(graph);
                 Ok(true)
             }
             Ok(None) => Ok(false),
@@ -85,8 +86,8 @@ impl Recorder {
     }
 
     fn refuse(&mut self, why: &BackendError) {
-        tracing::debug!("CUDA graphs are not used: {why}");
-        self.refused = Some(why.to_string());
+        tracing::info!("passes are launched kernel by kernel, since they cannot be recorded as CUDA graphs: {why}");
+        self.works = false;
     }
 }
 

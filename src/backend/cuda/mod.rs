@@ -304,8 +304,8 @@ impl Backend for CudaBackend {
         unsafe { self.engine.stream.set(at, first_pos as u32) }
     }
 
-    fn begin_stretch(&mut self, number: usize) -> Result<bool, BackendError> {
-        self.recorder.begin(&self.engine.stream, number)
+    fn begin_stretch(&mut self) -> Result<bool, BackendError> {
+        self.recorder.begin(&self.engine.stream)
     }
 
     fn end_stretch(&mut self, complete: bool) -> Result<bool, BackendError> {

@@ -42,7 +42,7 @@ pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, Te
 /// Head sizes with attention kernels.
 pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
-/// Largest batch of each matrix-times-vectors kernel of `gemv.cu`; those of `few.cu` take as many as the last.
+/// Largest batch of each matrix-times-vectors kernel of `gemv.cu`.
 pub(super) const GEMV_BATCHES: [usize; 4] = [1, 2, 4, 8];
 
 /// One kernel.

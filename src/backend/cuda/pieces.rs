@@ -5,6 +5,8 @@ use crate::gguf::TensorType;
 
 /// Threads of a block: sixteen warps that compute, one that copies and one that stores.
 pub(super) const THREADS: u32 = 576;
+/// Most tokens of a launch.
+pub(super) const TOKENS: usize = 8;
 const WARPS: usize = 16;
 /// Rows of a tile; of SwiGLU's, half of them are gate's and half up's.
 const ROWS: usize = 16;

@@ -252,7 +252,7 @@ impl Engine {
         match self.form(down, tokens) {
             Form::Float => out.f = gate_f,
             // The next product quantises for itself.
-            Form::Quant if tokens == 1 && fused && self.takes_floats(1) => {
+            Form::Quant if tokens == 1 && fused && !self.quantises_hidden() => {
                 out.raw = Raw { x: gate_f, norm: 0, eps: 0.0 };
             }
             Form::Quant => out.q = self.ws.hidden_q.addr(),

@@ -1,11 +1,9 @@
 //! Products of quantised weights and few tokens: which kernel, how many tokens at once, in which tiles.
 
-use std::sync::Arc;
-
 use super::args::{ADD, GemvArgs, SWIGLU, XBLK_BYTES};
 use super::driver::device_error;
 use super::modules::{Func, GEMV_BATCHES, Vectors};
-use super::pieces::{self, pieces};
+use super::pieces::{self, Pieces, pieces};
 use super::product::{Engine, Inputs, Rows, Target, quant_index, unsupported};
 use super::tiling::{Product, THREADS, WARPS, tiling};
 use crate::backend::{BackendError, Weight};
@@ -185,32 +183,35 @@ impl Engine {
     /// `bulk.cu` or `few.cu`; returns how many tokens it took.
     fn by_bulk(&mut self, call: &Call, one: Func, few: Func, done: usize, left: usize) -> Result<usize> {
         let shared = self.device.info.shared_bytes as usize;
-        let most = left.min(GEMV_BATCHES[3]);
+        let most = left.min(pieces::TOKENS);
         let cut = (2..=most).rev().find_map(|n| Some((n, pieces(call.ty, call.cols, call.swiglu(), n, shared)?)));
+        match cut {
+            Some((n, p)) => self.few(call, few, done, n, &p).map(|()| n),
+            None => self.one(call, one, done).map(|()| 1),
+        }
+    }
+
+    fn one(&mut self, call: &Call, f: Func, done: usize) -> Result {
+        let activations = call.token_bytes();
         let (rows, matrices) = call.matrix_rows();
-        let Some((n, p)) = cut else {
-            let token_bytes = call.token_bytes();
-            let product = Product {
-                ty: call.ty,
-                cols: call.cols,
-                rows: &rows[..matrices],
-                swiglu: call.swiglu(),
-                activations: token_bytes,
-            };
-            let device = Arc::clone(&self.device);
-            let t = tiling(&product, device.info.multiprocessors as usize, shared)
-                .ok_or_else(|| self.too_wide(call.cols))?;
-            let mut a = call.args(done, 1);
-            a.row_warps = t.row_warps as i32;
-            a.piece = t.piece as i32;
-            a.stages = t.stages as i32;
-            a.run_pitch = t.run_pitch as i32;
-            let launch = Launch { f: one, size: 0, threads: THREADS, shared: t.ring + token_bytes, work: t.tiles };
-            self.run(call, &launch, &a)?;
-            return Ok(1);
-        };
+        let (ty, cols, swiglu) = (call.ty, call.cols, call.swiglu());
+        let product = Product { ty, cols, rows: &rows[..matrices], swiglu, activations };
+        let info = &self.device.info;
+        let t = tiling(&product, info.multiprocessors as usize, info.shared_bytes as usize)
+            .ok_or_else(|| self.too_wide(cols))?;
+        let mut a = call.args(done, 1);
+        a.row_warps = t.row_warps as i32;
+        a.piece = t.piece as i32;
+        a.stages = t.stages as i32;
+        a.run_pitch = t.run_pitch as i32;
+        let launch = Launch { f, size: 0, threads: THREADS, shared: t.ring + activations, work: t.tiles };
+        self.run(call, &launch, &a)
+    }
+
+    fn few(&mut self, call: &Call, f: Func, done: usize, n: usize, p: &Pieces) -> Result {
+        let (rows, matrices) = call.matrix_rows();
         let work = pieces::tiles(&rows[..matrices], call.swiglu());
-        let launch = Launch { f: few, size: 1, threads: pieces::THREADS, shared: p.shared, work };
+        let launch = Launch { f, size: 1, threads: pieces::THREADS, shared: p.shared, work };
         let mut a = call.args(done, n);
         a.piece = p.piece as i32;
         a.stages = p.stages as i32;
@@ -226,6 +227,6 @@ impl Engine {
                 *w += (p.cols / call.ty.block_elems() * call.ty.block_bytes()) as u64;
             }
         }
-        Ok(n)
+        Ok(())
     }
 }

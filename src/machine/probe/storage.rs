@@ -400,11 +400,13 @@ mod tests {
     #[test]
     fn a_memory_file_system_is_read_as_weights_are() {
         let folder = std::path::Path::new("/dev/shm");
-        let Ok(f) = tempfile::NamedTempFile::new_in(folder) else { return };
+        let Ok(f) = tempfile::NamedTempFile::new_in(folder) else {
+            return eprintln!("skipped: {} cannot be written to", folder.display());
+        };
         f.as_file().set_len(8 << 20).unwrap();
         let target = Target::open(f.path()).unwrap();
         if !target.file.copies {
-            return;
+            return eprintln!("skipped: {} is no memory file system", folder.display());
         }
         let options = Options { blocks: vec![64 << 10], depths: vec![2], sustained_s: 0.05, pages: Pages::Small };
         let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
