@@ -209,9 +209,19 @@ pub fn tiny_moe(layers: u64) -> File {
     f
 }
 
+/// The binary under test: `$NT_BIN` where it is set, so that a test can be shown to fail on an earlier build.
+pub fn bin() -> std::ffi::OsString {
+    std::env::var_os("NT_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_nt").into())
+}
+
 /// Runs the binary.
 pub fn nt<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_nt")).args(args).output().unwrap()
+    Command::new(bin()).args(args).output().unwrap()
+}
+
+/// A committed input of `tests/fixtures/cases`, made by `make_cases.py` there.
+pub fn case(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cases").join(name)
 }
 
 /// Runs the binary and expects an exit code and a sentence on stderr that holds all of `words`.

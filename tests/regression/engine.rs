@@ -1,0 +1,1 @@
+//! Memory, loading, limits of the machine, error paths of a run.

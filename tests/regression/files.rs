@@ -1,0 +1,1 @@
+//! Model files: tensors, keys, types, vocabularies, files that are no model.

@@ -1,0 +1,1 @@
+//! The model library and what the benchmark prints.

@@ -1,0 +1,1 @@
+//! Chat templates, stop texts, sampling, and the conversation.
