@@ -1,4 +1,4 @@
-# What the checks inside the guest share. Sourced.
+# What the suites share. Sourced before each.
 nt="nt device"
 list=/etc/nt/drives.toml
 
@@ -18,6 +18,15 @@ allow() {
   $nt list 2>/dev/null | sed -n '/\[\[drive\]\]/,/^    holds/p' | sed 's/^    //; s/holds = \[\]/holds = ["unknown data"]/' >/tmp/list
   cp /tmp/list $list; chmod 644 $list
 }
+
+# again STEP: cuts the power; the suite is run once more after the boot, with $step set to STEP
+again() { sync; echo "AGAIN $suite $1"; sleep 1; echo b >/proc/sysrq-trigger; sleep 60; }
+# accept SERIAL WORD…: the list's entry of that drive accepts these contents
+accept() {
+  serial=$1; shift
+  sed "/\"$serial\"/,/holds/s/holds = .*/holds = [$(printf '"%s", ' "$@" | sed 's/, $//')]/" $list >/tmp/list; cp /tmp/list $list
+}
+address() { basename "$(readlink -f /sys/class/nvme/$1/device)"; }
 
 asuser() { su user -s /bin/sh -c "$*"; }
 ulimit -l 400000

@@ -1,106 +1,39 @@
 #!/bin/sh
-# The checks, inside the guest. Prints PASS, FAIL, SKIP, INFO lines and DONE at the end.
-. /root/checks.sh
-boot=$(drive BOOT0001) exp=$(drive EXP0001) fs=$(drive FS0001)
-dev=${exp}n1
-for c in /sys/class/nvme/nvme*; do echo "INFO $(basename $c) $(cat $c/serial) $(basename $(readlink $c/device)) group $(basename $(readlink $c/device/iommu_group))"; done
+# Runs the suites named on the kernel's command line, one after another, inside the guest.
+word() { sed -n "s/.*nt\.$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
+export seed=$(word seed) step=$(word step)
 
-if [ "$1" = no_iommu ]; then
-  allow
-  refused "no IOMMU" "behind no IOMMU" $nt bind $dev
-  echo "DONE no_iommu"; exit
-fi
-if [ "$1" = memory ]; then
-  . /root/small.sh
-  echo "DONE memory"; exit
-fi
-if [ "$1" = bench ]; then
-  echo "INFO clock $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
-  allow
-  # Twice, so that both see what else the host does; fio the second time without its own look at the clock.
-  for clock in 0 1; do
-    echo "INFO fio gtod_reduce=$clock"
-    bench_kernel --gtod_reduce=$clock
-    works "bind" $nt bind $dev
-    bench_vfio
-    works "release" $nt release $dev
-    dev=$(drive EXP0001)n1
+# Whatever the suite before has left: nothing of it may decide what the next one finds.
+clean() {
+  cd /
+  kill -9 $(pidof nt nvme_probe) 2>/dev/null
+  swapoff -a 2>/dev/null
+  for mounted in $(awk '$2 ~ "^/(mnt|tmp)/" {print $2}' /proc/mounts | sort -r); do umount -l $mounted; done
+  rm -rf /tmp/* /etc/nt/* /var/lib/nt/* /mnt/* /dev/disk
+  chmod 755 /var/lib/nt
+}
+
+# A suite leaves no drive on vfio-pci.
+given_back() {
+  for device in /sys/bus/pci/drivers/vfio-pci/0*; do
+    [ -e "$device" ] || continue
+    echo "FAIL $1 left $(basename $device) bound to vfio-pci"
+    nt device release $(basename $device)
   done
-  echo "DONE bench"; exit
-fi
-if [ "$1" = model ]; then
-  . /root/model.sh
-  . /root/variants.sh
-  echo "DONE model"; exit
-fi
+}
 
-rm -f $list
-refused "not on the list" "allowlist" $nt bind $dev
-allow
-before=$(sha256sum /dev/$dev | cut -c1-64)
-refused "boot drive" "mounted at /" $nt bind ${boot}n1
-for d in META0001 ZNS0001 SIB0001; do
-  n=$(drive $d)n1; [ -b /dev/$n ] || { echo "SKIP $d: no such drive"; continue; }
-  $nt check "$n" >/tmp/out 2>&1
-  code=$?
-  sed "s/^/INFO $d /" /tmp/out
-  case $d:$code in
-    META*:3) grep -q format: /tmp/out && pass "metadata and PI" || fail "metadata and PI" ;;
-    ZNS*:3) grep -q format: /tmp/out && pass "zoned" || fail "zoned" ;;
-    SIB*:3) grep -q sibling: /tmp/out && pass "sibling in the group" || fail "sibling in the group" ;;
-    *) fail "$d is not refused" ;;
-  esac
+for suite in $(word suites | tr ',' ' '); do
+  clean
+  file=/root/suites/$suite.sh
+  seconds=$(sed -n 's/^# timeout: *//p' $file)
+  began=$(cut -d. -f1 /proc/uptime)
+  echo "SUITE $suite"
+  export suite
+  timeout -s KILL ${seconds:-300} sh -c ". /root/checks.sh; . $file; exit 0"; code=$?
+  [ $code = 0 ] || echo "FAIL $suite ended with $code (137: after its ${seconds:-300} s)"
+  given_back $suite
+  echo "INFO $suite took $(($(cut -d. -f1 /proc/uptime) - began)) s"
+  echo "DONE $suite"
+  step=
 done
-refused "file system signature" "it holds ext4" $nt bind ${fs}n1
-mkdir -p /mnt/fs; mount -t ext4 /dev/${fs}n1 /mnt/fs
-refused "mounted" "is mounted at /mnt/fs" $nt bind ${fs}n1
-head -c 9000001 /dev/urandom >/mnt/fs/a; cp /mnt/fs/a /tmp/file.copy
-works "extents of a file" $nt extents /mnt/fs/a -o /tmp/manifest.json
-umount /mnt/fs
-sed '/FS0001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/etc/nt/fs.toml
-works "bind a drive that holds the file" $nt bind ${fs}n1 --allow /etc/nt/fs.toml
-works "the file by its extents" nvme_probe file ${fs}n1 /tmp/manifest.json /tmp/file.copy
-works "release the drive that holds the file" $nt release ${fs}n1
-fs=$(drive FS0001)
-dd if=/dev/zero of=/dev/${fs}n1 bs=1M count=32 2>/dev/null; mkswap /dev/${fs}n1 >/dev/null; swapon /dev/${fs}n1
-refused "swap" "used as swap" $nt bind ${fs}n1
-swapoff /dev/${fs}n1
-sleep 1000 </dev/$dev & holder=$!
-refused "open elsewhere" "has /dev/$dev open" $nt bind $dev
-kill $holder; wait $holder 2>/dev/null
-sed 's/EXP0001/EXP9999/' $list >/etc/nt/other.toml
-refused "other serial" "no entry names serial EXP0001" $nt bind $dev --allow /etc/nt/other.toml
-chmod 666 /etc/nt/other.toml
-refused "list others may write" "writable by nobody else" $nt bind $dev --allow /etc/nt/other.toml
-
-cp /dev/$dev /tmp/copy.img
-nvme id-ctrl /dev/$exp -b >/tmp/kernel.ctrl 2>/dev/null
-nvme id-ns /dev/$dev -b >/tmp/kernel.ns 2>/dev/null
-bench_kernel
-
-works "dry run" $nt bind $dev --dry-run
-works "bind" $nt bind $dev
-[ ! -e /dev/$dev ] && pass "no kernel node while bound" || fail "no kernel node while bound"
-works "a plain user identifies" asuser nvme_probe identify $dev /tmp/vfio
-cmp /tmp/kernel.ctrl /tmp/vfio.ctrl >/tmp/out 2>&1 && pass "identify controller equals nvme-cli's" || fail "identify controller equals nvme-cli's"
-cmp /tmp/kernel.ns /tmp/vfio.ns >/tmp/out 2>&1 && pass "identify namespace equals nvme-cli's" || fail "identify namespace equals nvme-cli's"
-works "a plain user reads 10000 times, all equal" asuser nvme_probe compare $dev /tmp/copy.img 10000
-sed 's/^/INFO /' /tmp/out
-works "a plain user probes the bound drive" asuser nt probe storage $dev --block-size 4KiB,128KiB --depth 1,16 --seconds 0 --json
-grep -q '"through":"vfio"' /tmp/out && pass "and reads it through VFIO" || fail "and reads it through VFIO"
-sed 's/.*"knee":/INFO probe knee /; s/,"buffered.*//' /tmp/out
-bench_vfio
-nvme_probe forever $dev & reader=$!
-sleep 1
-refused "release while in use" "uses it" $nt release $dev
-nvme_probe identify $dev /tmp/second >/tmp/out 2>&1 && fail "two processes on one drive" || pass "two processes on one drive: $(head -c 150 /tmp/out | head -1)"
-kill -9 $reader; wait $reader 2>/dev/null
-works "reads after kill -9" nvme_probe compare $dev /tmp/copy.img 200
-works "release" $nt release $dev
-sleep 0.5
-after=$(sha256sum /dev/$(drive EXP0001)n1 | cut -c1-64)
-[ "$before" = "$after" ] && pass "data unchanged" || fail "data unchanged"
-rm -f /tmp/copy.img /tmp/file.copy
-. /root/model.sh
-. /root/variants.sh
-echo "DONE all"
+clean

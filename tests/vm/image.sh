@@ -1,14 +1,78 @@
-# Functions of run.sh: the kernel, the root file system, the initramfs, the drives, the boot.
+# Functions of run.sh: the suites, the kernel, the root file system, the initramfs, the boot.
 # shellcheck shell=bash
 
-modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4 dm-mod raid1)
-programs=(nvme fio mke2fs sfdisk blkid dmsetup)
-bad_sector=100000
+base_modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4)
+base_programs=(nvme:nvme-cli fio mke2fs sfdisk blkid)
+most_drives=26
+
+# declared SUITE WORD: the value of that line of the suite's first comment, nothing where there is none.
+declared() { sed -n -e '/^#/!q' -e "s/^# $2\(: *\| *$\)//p" "$here/suites/$1.sh"; }
+# says SUITE WORD: whether there is such a line.
+says() { sed -e '/^#/!q' "$here/suites/$1.sh" | grep -qE "^# $2(:|$)"; }
+
+list_suites() {
+  local file name
+  for file in "$here"/suites/*.sh; do
+    name=$(basename "$file" .sh)
+    printf '%-14s %s%s\n' "$name" "$(declared "$name" about)" "$(if says "$name" long; then echo ' (long)'; fi)"
+  done
+}
+
+# select_suites NAME…: fills `guests`, each a word list: the suites that share a boot.
+select_suites() {
+  local name shared=() file suites=() drives=0 more
+  for name in "$@"; do
+    if [ "$name" = all ]; then
+      for file in "$here"/suites/*.sh; do
+        name=$(basename "$file" .sh)
+        says "$name" long || suites+=("$name")
+      done
+    else
+      [ -f "$here/suites/$name.sh" ] || die "$0: no suite $name; there are: $(cd "$here/suites" && echo *.sh | sed 's/\.sh//g')"
+      suites+=("$name")
+    fi
+  done
+  guests=()
+  for name in "${suites[@]}"; do
+    if says "$name" "guest: own" || says "$name" machine || says "$name" memory || says "$name" append || says "$name" release; then
+      guests+=("$name")
+      continue
+    fi
+    more=$(drives_of "$name" | wc -l)
+    if [ $((drives + more)) -gt $most_drives ] && [ ${#shared[@]} != 0 ]; then
+      guests+=("${shared[*]}")
+      shared=() drives=0
+    fi
+    shared+=("$name")
+    drives=$((drives + more))
+  done
+  [ ${#shared[@]} = 0 ] || guests=("${shared[*]}" ${guests[@]+"${guests[@]}"})
+}
+
+# drives_of SUITE…: a line for each of their drives, NAME KIND:MIB PROPERTY…, none twice.
+drives_of() {
+  local suite name
+  for suite in "$@"; do
+    for name in $(declared "$suite" drives); do standard "$name"; done
+    declared "$suite" drive
+  done | awk '!seen[$1]++'
+}
+
+profile_of() { if says "$1" release; then echo release; else echo debug; fi; }
+profiles() { for guest in "${guests[@]}"; do profile_of "${guest%% *}"; done | sort -u; }
+
+build_nt() {
+  if [ "$1" = release ]; then
+    cargo build --quiet --release --bin nt # emulated processors compute slowly enough
+  else
+    cargo build --quiet --bin nt --example nvme_probe
+  fi
+}
 
 # Installs what the harness needs when it is missing and this is root; else says so and exits with 77.
 need_tools() {
   local command missing=()
-  for command in qemu-system-x86_64:qemu-system-x86 nvme:nvme-cli fio:fio cpio:cpio depmod:kmod sfdisk:fdisk dmsetup:dmsetup; do
+  for command in qemu-system-x86_64:qemu-system-x86 nvme:nvme-cli fio:fio cpio:cpio depmod:kmod sfdisk:fdisk; do
     command -v "${command%:*}" >/dev/null || missing+=("${command#*:}")
   done
   [ -x /bin/busybox ] && ! ldd /bin/busybox >/dev/null 2>&1 || missing+=(busybox-static)
@@ -36,18 +100,57 @@ fetch_kernel() {
   [ -f "$work/kernel/lib/modules/$kernel_version/modules.dep" ] || depmod -b "$work/kernel" "$kernel_version"
 }
 
-# copy_program PATH ROOT [DESTINATION]: a program and the libraries it is linked to.
-copy_program() {
-  local path=$1 root=$2 to=${3:-/usr/bin/$(basename "$1")} lib
-  install -D -m 755 "$path" "$root$to"
-  ldd "$path" 2>/dev/null | grep -o '/[^ ]*' | while read -r lib; do
-    [ -e "$root$lib" ] || install -D -m 755 "$(readlink -f "$lib")" "$root$lib"
+# fetch_package NAME: unpacks a Debian package into $work/tools, once, and never installs it.
+fetch_package() {
+  [ ! -e "$work/tools/.$1" ] || return 0
+  mkdir -p "$work/tools" "$work/debs"
+  rm -f "$work"/debs/*
+  (cd "$work/debs" && apt-get download "$1" >/dev/null 2>&1) || return 1
+  dpkg-deb -x "$work"/debs/*.deb "$work/tools" && touch "$work/tools/.$1"
+}
+
+# find_program COMMAND: where it lies, on this machine or unpacked.
+find_program() {
+  command -v "$1" || find "$work"/tools/{usr/,}{s,}bin -maxdepth 1 -name "$1" 2>/dev/null | grep -m1 .
+}
+
+tool_libraries() { echo "$PWD/$work/tools/usr/lib/x86_64-linux-gnu:$PWD/$work/tools/lib/x86_64-linux-gnu:$PWD/$work/tools/usr/lib"; }
+
+# need_program COMMAND[:PACKAGE]: finds it or unpacks the package and those of the libraries it misses.
+need_program() {
+  local command=${1%%:*} package=${1##*:} path missing
+  path=$(find_program "$command") || { fetch_package "$package" && path=$(find_program "$command"); } || return 1
+  while missing=$(LD_LIBRARY_PATH=$(tool_libraries) ldd "$path" 2>/dev/null | awk '/not found/ {print $1; exit}'); [ -n "$missing" ]; do
+    package=$(package_of "$missing") && fetch_package "$package" || return 1
+    [ -n "$(find "$work/tools" -name "$missing")" ] || return 1
   done
 }
 
+# package_of LIBRARY: Debian's name for the package of a library, libinih.so.1 as libinih1.
+package_of() {
+  local name
+  name=$(sed -E 's/\.so\./-/; s/_/-/g' <<<"$1" | tr '[:upper:]' '[:lower:]')
+  for name in "$(sed -E 's/([^0-9])-([0-9.]+)$/\1\2/' <<<"$name")" "$name"; do
+    if apt-cache show "$name" >/dev/null 2>&1; then echo "$name"; return; fi
+  done
+  return 1
+}
+
+# copy_program PATH ROOT [DESTINATION]: a program and the libraries it is linked to.
+copy_program() {
+  local path=$1 root=$2 to=${3:-/usr/bin/$(basename "$1")} lib
+  install -D -m 755 "$(readlink -f "$path")" "$root$to"
+  LD_LIBRARY_PATH=$(tool_libraries) ldd "$path" 2>/dev/null | grep -o '/[^ ]*' | while read -r lib; do
+    to=${lib#"$PWD/$work/tools"}
+    [ -e "$root$to" ] || install -D -m 755 "$(readlink -f "$lib")" "$root$to"
+  done
+}
+
+# copy_modules ROOT MODULE…
 copy_modules() {
-  local root=$1 file base=$work/kernel
-  for module in "${modules[@]}"; do
+  local root=$1 file module base=$work/kernel
+  shift
+  for module in "$@"; do
     modprobe -d "$base" -S "$kernel_version" --show-depends "$module" | awk '/^insmod/ {print $2}'
   done | sort -u | while read -r file; do
     install -D -m 644 "$file" "$root/lib/modules/$kernel_version/${file##*/lib/modules/"$kernel_version"/}"
@@ -65,35 +168,43 @@ busybox_tree() {
   done
 }
 
+# make_root SUITE…: the guest's root with what these suites need.
 make_root() {
-  local root=$work/root
+  local root=$work/root suite program file modules=("${base_modules[@]}") built
+  built=${CARGO_TARGET_DIR:-target}/$(profile_of "$1")
   rm -rf "$root"
   busybox_tree "$root"
-  copy_modules "$root"
-  for program in "${programs[@]}"; do
-    if command -v "$program" >/dev/null; then copy_program "$(command -v "$program")" "$root"; fi
+  for program in "${base_programs[@]}" $(for suite in "$@"; do declared "$suite" programs; done); do
+    if need_program "$program"; then
+      copy_program "$(find_program "${program%%:*}")" "$root" "/usr/bin/${program%%:*}"
+    else
+      say "tests/vm: no ${program%%:*} for the guest, since apt-get cannot download it"
+    fi
   done
-  local built=${CARGO_TARGET_DIR:-target}/${NT_VM_PROFILE:-debug}
+  for suite in "$@"; do
+    read -ra file <<<"$(declared "$suite" modules)"
+    modules+=(${file[@]+"${file[@]}"})
+    for file in $(declared "$suite" files); do install -D -m 755 -t "$root/root/files" "$file"; done
+    install -D -m 755 -t "$root/root/suites" "$here/suites/$suite.sh"
+  done
+  copy_modules "$root" "${modules[@]}"
   copy_program "$built/nt" "$root"
   [ ! -e "$built/examples/nvme_probe" ] || copy_program "$built/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
-  install -D -m 755 -t "$root/root" tests/vm/{guest,checks,model,variants}.sh
-  install -D -m 755 tests/vm/init.sh "$root/sbin/init.sh"
+  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models}.sh
+  install -D -m 755 "$here/init.sh" "$root/sbin/init.sh"
   mkdir -p "$root/root/scripts" "$root/root/udev"
   cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
   cp udev/*.rules "$root/root/udev/" 2>/dev/null || true
-  printf 'root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n' >"$root/etc/passwd"
-  printf 'root:x:0:\nuser:x:1000:\nnt:x:990:user\n' >"$root/etc/group"
+  printf 'root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\nstranger:x:1001:1001::/tmp:/bin/sh\n' >"$root/etc/passwd"
+  printf 'root:x:0:\nuser:x:1000:\nstranger:x:1001:\nnt:x:990:user\n' >"$root/etc/group"
 }
 
 make_initramfs() {
   local root=$work/initramfs
   rm -rf "$root"
   busybox_tree "$root"
-  local keep=("${modules[@]}")
-  modules=(crc32c_generic nvme ext4)
-  copy_modules "$root"
-  modules=("${keep[@]}")
+  copy_modules "$root" crc32c_generic nvme ext4
   cat >"$root/init" <<'INIT'
 #!/bin/sh
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
@@ -117,116 +228,84 @@ INIT
 make_boot_drive() {
   local mib
   mib=$(($(du -sm "$work/root" | cut -f1) + 96))
-  rm -f "$work"/*.img
+  rm -f "$work/boot.img"
   truncate -s "$((mib + 2))M" "$work/boot.img"
   printf 'label: gpt\nstart=1MiB, size=%dMiB, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n' "$mib" |
     sfdisk -q "$work/boot.img"
   mke2fs -q -F -t ext4 -d "$work/root" -E offset=1048576,lazy_itable_init=1 "$work/boot.img" "${mib}M" >/dev/null 2>&1
 }
 
-make_drives() {
+# run_guest "SUITE…": makes the drives of these suites, boots, prints the results; fails if a check failed.
+run_guest() {
+  local suites line shared_ports port=0 devices=() absent=() early=() unchanged=(boot) sums status=0
+  local -A functions=()
+  read -ra suites <<<"$1"
+  make_root "${suites[@]}"
+  make_initramfs
+  rm -f "$work"/*.img
   make_boot_drive
-  # Unknown, random bytes: what a drive with nothing recognisable on it looks like.
-  head -c 64M /dev/urandom >"$work/exp.img"
-  head -c 12M /dev/urandom >"$work/slow.img"
-  truncate -s 32M "$work/meta.img" "$work/zns.img" "$work/sib.img" "$work/other.img" "$work/fs.img"
-  mke2fs -q -F -t ext4 "$work/fs.img" >/dev/null 2>&1
-  rm -rf "$work/model"
-  mkdir "$work/model"
-  ln "$model" "$work/model/smol.gguf" 2>/dev/null || cp "$model" "$work/model/smol.gguf"
-  truncate -s 160M "$work/model.img"
-  mke2fs -q -F -t ext4 -b 4096 -d "$work/model" -E lazy_itable_init=1 "$work/model.img" >/dev/null 2>&1
-  # The same once more, on a drive that cannot read one sector in the middle of the model.
-  cp --sparse=always "$work/model.img" "$work/bad.img"
-  # And on drives with other block and transfer sizes.
-  cp --sparse=always "$work/model.img" "$work/blk4k.img"
-  cp --sparse=always "$work/model.img" "$work/small.img"
-  printf '[inject-error]\nevent = "read_aio"\nerrno = "5"\nsector = "%s"\n' "$bad_sector" >"$work/bad.conf"
-  truncate -s 128M "$work/stage.img"
-}
-
-# unplug LOG SOCKET: takes the drives out of the machine that the guest names, each in a line "UNPLUG drive".
-unplug() {
-  # exec: else a kill of this function's shell would leave Python waiting.
-  exec python3 - "$1" "$2" <<'PY'
-import json, re, socket, sys, time
-log, path = sys.argv[1:]
-stream, taken = None, 0
-
-def send(name, **arguments):
-    stream.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
-    stream.flush()
-    time.sleep(0.2)
-
-while True:
-    time.sleep(0.3)
-    for drive in re.findall(rb"^UNPLUG (\w+)\r?$", open(log, "rb").read(), re.M)[taken:]:
-        if stream is None:
-            qmp = socket.socket(socket.AF_UNIX)
-            qmp.connect(path)
-            stream = qmp.makefile("rw")
-            send("qmp_capabilities")
-        send("device_del", id=drive.decode())
-        taken += 1
-PY
+  shared_ports=" $(drives_of "${suites[@]}" | grep -o 'port=[^ ]*' | cut -d= -f2 | tr '\n' ' ') "
+  drives_of "${suites[@]}" >"$work/drives"
+  while read -ra line; do
+    make_image "${line[@]}"
+    if [[ " ${line[*]} " = *" first "* ]]; then add_drive "${line[@]}"; fi
+  done <"$work/drives"
+  add_drive boot boot serial=BOOT0001
+  while read -ra line; do
+    if [[ " ${line[*]} " != *" first "* ]]; then add_drive "${line[@]}"; fi
+  done <"$work/drives"
+  rm -f "$work"/*.template.img
+  for line in $(for suite in "${suites[@]}"; do declared "$suite" unchanged; done | tr ' ' '\n' | sort -u); do unchanged+=("$line"); done
+  unchanged=("${unchanged[@]/#/$work/}")
+  sums=$(sha256sum "${unchanged[@]/%/.img}")
+  boot "${suites[@]}" || status=1
+  if [ "$sums" = "$(sha256sum "${unchanged[@]/%/.img}")" ]; then
+    echo "PASS unchanged: ${unchanged[*]##*/}"
+  else
+    echo "FAIL changed, or one of them: ${unchanged[*]##*/}"
+    status=1
+  fi
+  [ "$keep" = 1 ] || rm -f "$work"/*.img
+  return $status
 }
 
 # Without iommu=pt the guest's own nvme driver has been seen to panic in iommu_dma_unmap_sg before
-# any drive was bound; VFIO makes a translated domain of its own either way. NT_VM_APPEND replaces it.
-# boot iommu|noiommu CHECKS: runs the guest, prints its results, fails if any check failed.
+# any drive was bound; VFIO makes a translated domain of its own either way.
+# boot SUITE…: runs the guest, as often as a suite asks for, prints its results, fails if any check failed.
 boot() {
-  local kind=$1 checks=$2 log=$work/$1.log machine=(-machine q35,accel=tcg)
-  if [ "$kind" = iommu ]; then
-    machine=(-machine q35,kernel-irqchip=split,accel=tcg -device intel-iommu,intremap=on)
-  fi
-  local port=0 devices=()
-  add_port() { port=$((port + 1)); devices+=(-device "pcie-root-port,id=rp$port,chassis=$port,slot=$port,bus=pcie.0"); }
-  add_file() {
-    local limit=
-    case $1 in
-      stage) limit=,throttling.bps-read=40000000 ;;
-      slow) limit=,throttling.bps-read=2000000 ;;
-    esac
-    devices+=(-drive "if=none,id=$1,file=$work/$1.img,format=raw,cache=unsafe$limit")
-  }
-  for name in boot model exp meta zns blk4k small fs stage bad slow; do
-    add_port
-    case $name in
-      bad) devices+=(-drive "if=none,id=bad,file=blkdebug:$work/bad.conf:$work/bad.img,format=raw,cache=unsafe") ;;
-      *) add_file "$name" ;;
-    esac
-    case $name in
-      bad) devices+=(-device "nvme,id=bad,serial=BAD00001,drive=bad,bus=rp$port") ;;
-      # A slow drive, by the measure of today's.
-      stage) devices+=(-device "nvme,id=stage,serial=STAGE001,drive=stage,bus=rp$port") ;;
-      boot) devices+=(-device "nvme,serial=BOOT0001,drive=boot,bus=rp$port") ;;
-      exp) devices+=(-device "nvme,id=exp,serial=EXP0001,drive=exp,bus=rp$port") ;;
-      meta) devices+=(-device "nvme,id=meta,serial=META0001,bus=rp$port" -device "nvme-ns,drive=meta,bus=meta,ms=8,pi=1") ;;
-      zns) devices+=(-device "nvme,id=zns,serial=ZNS0001,bus=rp$port" -device "nvme-ns,drive=zns,bus=zns,zoned=true,zoned.zone_size=4M") ;;
-      blk4k) devices+=(-device "nvme,id=blk4k,serial=BLK4K001,bus=rp$port" -device "nvme-ns,drive=blk4k,bus=blk4k,logical_block_size=4096,physical_block_size=4096") ;;
-      small) devices+=(-device "nvme,id=small,serial=SMALL001,drive=small,mdts=1,max_ioqpairs=1,bus=rp$port") ;;
-      model) devices+=(-device "nvme,id=model,serial=MODEL001,drive=model,bus=rp$port") ;;
-      slow) devices+=(-device "nvme,id=slow,serial=SLOW0001,drive=slow,bus=rp$port") ;;
-      fs) devices+=(-device "nvme,id=fs,serial=FS0001,drive=fs,bus=rp$port") ;;
-    esac
-  done
-  add_port
-  add_file sib
-  add_file other
-  devices+=(-device "nvme,serial=SIB0001,drive=sib,bus=rp$port,addr=0x0.0x0,multifunction=on"
-    -device "nvme,serial=SIB0002,drive=other,bus=rp$port,addr=0x0.0x1")
-  local started=$SECONDS watcher
+  local left=("$@") step='' log=$work/$1.log machine accel=${NT_VM_ACCEL:-tcg} memory append watcher again limit=120 suite started=$SECONDS
+  machine=(-machine "q35,kernel-irqchip=split,accel=$accel" -device intel-iommu,intremap=on)
+  [ "$(declared "$1" machine)" != noiommu ] || machine=(-machine "q35,accel=$accel")
+  memory=$(declared "$1" memory)
+  append=$(declared "$1" append)
+  for suite in "$@"; do limit=$((limit + $(timeout_of "$suite"))); done
   : >"$log"
-  unplug "$log" "$work/qmp" & watcher=$!
-  timeout "${NT_VM_TIMEOUT:-600}" qemu-system-x86_64 "${machine[@]}" -cpu max -smp 2 -m 1024 -nodefaults -display none \
-    -serial "file:$log" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
-    -append "console=ttyS0 quiet panic=-1 intel_iommu=on ${NT_VM_APPEND-iommu=pt} nt.checks=${checks// /,}" 2>"$work/qemu.log" || true
-  kill "$watcher" 2>/dev/null || true
-  wait "$watcher" 2>/dev/null || true
-  grep -a -E '^(PASS|FAIL|SKIP|INFO|DONE) ' "$log" | tr -d '\r' || true
-  echo "vm $kind: $((SECONDS - started)) s, log in $log"
-  if grep -aq '^FAIL ' "$log" || ! grep -aq '^DONE ' "$log"; then
-    echo "vm $kind: FAILED" >&2
+  while :; do
+    : >"$log.part"
+    python3 "$here/host.py" "$log.part" "$work/qmp" ${absent[@]+"${absent[@]}"} & watcher=$!
+    timeout "${NT_VM_TIMEOUT:-$limit}" qemu-system-x86_64 "${machine[@]}" -cpu max,-arch-capabilities -smp 2 -m "${memory:-1024}" \
+      -nodefaults -display none -serial "file:$log.part" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot \
+      -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
+      -append "console=ttyS0 quiet panic=-1 intel_iommu=on ${NT_VM_APPEND-iommu=pt} $append nt.suites=$(tr ' ' , <<<"${left[*]}") nt.step=$step nt.seed=${NT_VM_SEED:-1}" \
+      2>"$work/qemu.log" || true
+    kill "$watcher" 2>/dev/null || true
+    wait "$watcher" 2>/dev/null || true
+    tr -d '\r' <"$log.part" >>"$log"
+    again=$(tr -d '\r' <"$log.part" | grep -aE '^AGAIN [^ ]+ [^ ]+$' | tail -n 1) || break
+    rm -f "$log.part"
+    step=${again##* } again=${again#AGAIN }
+    while [ "${left[0]}" != "${again% *}" ]; do left=("${left[@]:1}"); done
+  done
+  rm -f "$log.part"
+  grep -a -E '^(SUITE|PASS|FAIL|SKIP|INFO|DONE) ' "$log" || true
+  echo "vm $*: $((SECONDS - started)) s, log in $log"
+  for suite in "$@"; do
+    grep -aqx "DONE $suite" "$log" || { echo "FAIL $suite did not end" | tee -a "$log"; }
+  done
+  if grep -aq '^FAIL ' "$log"; then
+    echo "vm $*: FAILED" >&2
     return 1
   fi
 }
+
+timeout_of() { local seconds; seconds=$(declared "$1" timeout); echo "${seconds:-300}"; }

@@ -1,54 +1,89 @@
 #!/usr/bin/env bash
-# Boots a virtual machine with a boot drive and several NVMe drives behind root ports, and runs
-# tests/vm/guest.sh inside it. Nothing of the host is bound, mounted or written: the guest's drives
-# are files under target/vm. Works without KVM (TCG). Exits with 77 where QEMU cannot be had.
+# Boots virtual machines with NVMe drives behind root ports and runs suites of checks inside them. Nothing of
+# the host is bound, mounted or written: the guests' drives are files under target/vm. Works without KVM
+# (TCG). Exits with 77 where QEMU cannot be had.
 #
-#   tests/vm/run.sh [--no-build] [--keep] [only…]      `model` or `bench` for these alone, default all
+#   tests/vm/run.sh [--no-build] [--keep] [--list] [SUITE…]
+#
+#   --no-build   take nt and nvme_probe as they were built last
+#   --keep       leave the images of the drives in target/vm
+#   --list       name the suites and what each needs
+#   SUITE…       these alone, in this order; default `all`: every suite that is not marked `long`
+#
+# A suite is a file tests/vm/suites/NAME.sh, run by busybox's sh as root in the guest after the lines of
+# tests/vm/checks.sh. It prints PASS, FAIL, SKIP and INFO lines; a FAIL, a timeout and a drive left on vfio-pci
+# fail it. Its first comment lines declare what it needs (`# word: value`, each word at most once but `drive`):
+#
+#   # about: one line
+#   # long                        run only when named
+#   # drives: exp model           drives of tests/vm/drives.sh by name
+#   # drive: NAME KIND[:MIB] […]  a drive of the suite's own; kinds and properties are in tests/vm/drives.sh
+#   # unchanged: exp              drives whose bytes must be the same afterwards, compared by the host
+#   # programs: mdadm mkfs.xfs:xfsprogs    programs of the guest, COMMAND[:PACKAGE]; fetched, not installed here
+#   # modules: xfs btrfs          kernel modules of the guest
+#   # files: PATH…                files of this repository, below /root/files in the guest
+#   # timeout: 300                seconds after which it is given up (default 300)
+#   # guest: own                  a boot of its own; else suites of one machine share a guest, one after another.
+#                                 Implied by the next three
+#   # machine: noiommu            without an IOMMU
+#   # memory: 2048                MiB of the guest, default 1024
+#   # append: WORD…               words for the kernel's command line
+#   # release                     with the release build of nt
+#
+# In a shared guest the drives of all its suites are there: a suite that changes or unplugs a drive uses
+# names of its own. Between suites /tmp, /etc/nt, /var/lib/nt and the mounts below /mnt are cleared.
+#
+# A suite talks to the host by lines on stdout: `HOST unplug NAME`, `HOST plug NAME` (a drive declared
+# `absent`), `HOST wakeup` (wakes the guest once it sleeps). `again STEP` in a suite cuts the power and boots the
+# same drives once more; the suite then runs with $step set to STEP.
+#
+# NT_VM_DIR replaces target/vm, NT_VM_MODEL the model, NT_VM_TIMEOUT the seconds of a guest, NT_VM_ACCEL the
+# accelerator, NT_VM_APPEND the words `iommu=pt` of the kernel's command line, NT_VM_SEED the seed of suites
+# that take one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/vm
 work=${NT_VM_DIR:-target/vm}
 mkdir -p "$work"
 build=1
-only=()
-for arg in "$@"; do
-  case $arg in
-    --no-build) build=0 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) only+=("$arg") ;;
-  esac
-done
+keep=0
+chosen=()
 
 # shellcheck source=scripts/common.sh
 . scripts/common.sh
 # shellcheck source=tests/vm/image.sh
 . "$here/image.sh"
+# shellcheck source=tests/vm/drives.sh
+. "$here/drives.sh"
+
+for arg in "$@"; do
+  case $arg in
+    --no-build) build=0 ;;
+    --keep) keep=1 ;;
+    --list) list_suites; exit 0 ;;
+    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) die "$0: no such option: $arg" ;;
+    *) chosen+=("$arg") ;;
+  esac
+done
+[ ${#chosen[@]} != 0 ] || chosen=(all)
+select_suites "${chosen[@]}"
+
 need_tools
 need python3 python3
 fetch_kernel
 if [ "$build" = 1 ]; then
-  cargo build --quiet --bin nt --example nvme_probe
+  for profile in $(profiles); do build_nt "$profile"; done
 fi
 model=${NT_VM_MODEL:-}
 if [ -z "$model" ]; then
   need_smollm2
   model=$smollm2
 fi
-make_root
-make_initramfs
-make_drives
 
 status=0
-# These drives must come out as they went in: the guest's root is mounted read-only, and the model's
-# drive is read by block only.
-untouched=("$work/boot.img" "$work/model.img")
-sums=$(sha256sum "${untouched[@]}")
-boot iommu "${only[*]:-all}" || status=1
-[ ${#only[@]} != 0 ] || boot noiommu "no_iommu" || status=1
-if [ "$sums" = "$(sha256sum "${untouched[@]}")" ]; then
-  echo "PASS the boot drive and the model's drive are unchanged"
-else
-  echo "FAIL the boot drive or the model's drive has changed"
-  status=1
-fi
+[ "$keep" = 1 ] || trap 'rm -rf "$work"/*.img "$work/model" "$work/root"' EXIT
+for guest in "${guests[@]}"; do
+  run_guest "$guest" || status=1
+done
 exit $status

@@ -1,13 +1,17 @@
-# Members of other storage (LVM, LUKS, MD), models on drives with other limits, striped, a slow drive. Sourced
-# by guest.sh after model.sh.
-
+# about: members of LVM, LUKS and MD, models on drives with other limits, striped, one taken out, a slow drive
+# drives: model bad blk4k small fs slow
+# unchanged: model slow
+# programs: dmsetup
+# modules: dm-mod raid1
+. /root/models.sh
+oracle
 # Each as the signature alone, and then with something that stands on the drive.
 d=$(drive FS0001)n1
 blocks=$(cat /sys/block/$d/size)
 wipe() { dd if=/dev/zero of=/dev/$d bs=1M count=2 conv=fsync 2>/dev/null; }
 sign() { wipe; printf "$2" | dd of=/dev/$d bs=1 seek=$1 conv=notrunc,fsync 2>/dev/null; }
 allow
-sed '/FS0001/,/holds/s/holds = .*/holds = []/' $list >/tmp/fs.toml; cp /tmp/fs.toml $list
+accept FS0001
 sign 512 'LABELONE\001\000\000\000\000\000\000\000'
 refused "LVM member by its label" "it holds lvm" $nt bind $d
 sign 0 'LUKS\272\276\000\002'
@@ -45,23 +49,27 @@ for d in BLK4K001 SMALL001; do
   mkdir -p /var/lib/nt/$d
   sed "s/MODEL001/$d/" $manifest >/var/lib/nt/$d/smol.gguf.json
   cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/$d/
-  sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list
+  accept $d ext4
   cp /dev/$n /tmp/copy.img
   works "$d bind" sh /root/scripts/bind-vfio.sh $n
   works "$d reads equal" nvme_probe compare $n /tmp/copy.img 500
   rm /tmp/copy.img
   works "$d logits" logits $d smol --tier-c $n $tiers --verify
-  bits uring $d
+  bits ram $d
   works "$d run" run $d smol --tier-c $n $tiers
-  same uring $d
+  same ram $d
   works "$d release" sh /root/scripts/release-vfio.sh $n
 done
 
 # Striped over two bound drives, with blocks of 512 and of 4096 bytes; over a bound drive and a mounted
 # one; and over one that cannot read a sector, put where that sector's stripe is read from.
 one=$(drive MODEL001)n1 two=$(drive BLK4K001)n1 bad=$(drive BAD00001)n1
-two_address=$(basename "$(readlink -f /sys/class/nvme/${two%n1}/device)")
-for d in MODEL001 BAD00001; do sed "/$d/,/holds/s/holds = .*/holds = [\"ext4\"]/" $list >/tmp/$d.toml; cp /tmp/$d.toml $list; done
+two_address=$(address ${two%n1})
+accept MODEL001 ext4
+accept BAD00001 ext4
+mkdir -p /var/lib/nt/BAD00001
+sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/BAD00001/smol.gguf.json
+cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/BAD00001/
 for n in $one $two $bad; do works "bind $n for striping" sh /root/scripts/bind-vfio.sh $n; done
 works "logits striped over bound drives" logits stripes smol --tier-c $two,$one $tiers --reader vfio
 bits ram stripes
@@ -82,7 +90,7 @@ logits late smol --tier-c $one,$one $tiers >/tmp/out 2>&1; [ $? = 2 ] && grep -q
 : >/tmp/taken # what stands there is of another run
 asuser "exec timeout 100 nt -q run smol --tier-c $one,$two $tiers -p Hello -n 250 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
 for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/taken ] && break; sleep 1; done
-echo "UNPLUG blk4k"
+echo "HOST unplug blk4k"
 wait $first; code=$?
 tail -c 400 /tmp/taken >/tmp/out
 sed 's/^/INFO /' /tmp/out

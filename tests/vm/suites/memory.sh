@@ -1,6 +1,9 @@
-# A model of 4 GiB on a machine with 2 GiB: it runs, too much is refused, and a shortage that others
-# cause ends it before the kernel kills. Sourced by guest.sh.
-
+# about: a model of 4 GiB on a machine with 2 GiB: it runs, too much is refused, a shortage ends it before the kernel kills
+# long
+# release
+# memory: 2048
+# timeout: 780
+# drives: big
 kib() { sed -n "s/^$1: *\([0-9]*\) kB/\1/p" /proc/meminfo; }
 killed() { dmesg | grep -Ei 'out of memory|oom-kill|killed process'; }
 mkdir -p /mnt/model

@@ -1,32 +1,21 @@
-# A model on the second drive: in RAM, streamed through io_uring, and through VFIO once the drive is
-# bound. Sourced by guest.sh.
-
+# about: a model in RAM, streamed through io_uring and through VFIO, damaged, killed, staged, unplugged
+# drives: model bad stage
+# unchanged: model
+. /root/models.sh
 allow
 m=$(drive MODEL001) dev=${m}n1
-address=$(basename "$(readlink -f /sys/class/nvme/$m/device)")
-mkdir -p /mnt/model /dev/disk/by-id
+address=$(address $m)
+mkdir -p /dev/disk/by-id
 ln -s ../../$dev /dev/disk/by-id/nvme-MODEL001
-chmod 777 /var/lib/nt
-prompt='-p "The capital of France is" -n 2 --temp 0 --ctx 16 -t 2'
-tiers="--tiers 0:4:26 --n-buffers 3"
-# run NAME [OPTIONS]: as a plain user; leaves the JSON in /tmp/NAME.json
-run() { out=$1; shift; asuser "nt -q run $* $prompt --json" >/tmp/$out.json 2>/tmp/$out.err; code=$?; cat /tmp/$out.json /tmp/$out.err; return $code; }
-logits() { out=$1; shift; asuser "nt -q logits $* --tokens 504,3575,282 --ctx 16 -t 2 -o /tmp/$out.npy"; }
-field() { sed -n "s/.*\"$2\":\(\[[^]]*\]\|\"[^\"]*\"\|[0-9.]*\).*/\1/p" /tmp/$1.json; }
-same() { if [ -n "$(field $2 tokens)" ] && [ "$(field $1 tokens)" = "$(field $2 tokens)" ]; then pass "tokens: $2 as $1"; else fail "tokens: $2 as $1"; fi; }
-bits() { if cmp /tmp/$1.npy /tmp/$2.npy >/tmp/out 2>&1; then pass "logits: $2 as $1, bit for bit"; else fail "logits: $2 as $1"; fi; }
-
+oracle
 mount -t ext4 -o ro /dev/$dev /mnt/model
-works "record the model" asuser nt device extents /mnt/model/smol.gguf
-works "in RAM" run ram /mnt/model/smol.gguf
-works "logits in RAM" logits ram /mnt/model/smol.gguf
 works "through io_uring" run uring /mnt/model/smol.gguf $tiers --tier-c $dev
 [ "$(field uring reader)" = '"io_uring"' ] && grep -q "not bound to vfio-pci" /tmp/uring.json && pass "io_uring, and why" || fail "io_uring, and why"
 works "logits through io_uring" logits uring /mnt/model/smol.gguf $tiers
 same ram uring
 bits ram uring
 umount /mnt/model
-sed '/MODEL001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/tmp/model.toml; cp /tmp/model.toml $list
+accept MODEL001 ext4
 works "scripts/bind-vfio.sh $dev" sh /root/scripts/bind-vfio.sh $dev
 works "by name through VFIO" run vfio smol --tier-c $dev $tiers
 grep -o 'tier C is[^"]*' /tmp/vfio.json | sed 's/^/INFO /'
@@ -40,7 +29,6 @@ run no smol --tier-c $dev --reader io_uring >/tmp/out 2>&1; [ $? = 2 ] && pass "
 works "scripts/release-vfio.sh $dev" sh /root/scripts/release-vfio.sh $dev
 
 # A byte that changes on the drive after it was recorded.
-manifest=/var/lib/nt/MODEL001/smol.gguf.json
 at=$(sed 's/.*"extents":\[\[//; s/\]\].*//; s/\],\[/\n/g' $manifest | awk -F, '$1 <= 50000000 && 50000000 < $1 + $3 {printf "%d", ($2 + 50000000 - $1) / 512}')
 dd if=/dev/$(drive MODEL001)n1 of=/tmp/sector bs=512 skip=$at count=1 2>/dev/null
 tr '\000-\377' '\001-\377\000' </tmp/sector | dd of=/dev/$(drive MODEL001)n1 bs=512 seek=$at count=1 conv=fsync 2>/dev/null
@@ -70,7 +58,7 @@ dev=$(drive BAD00001)n1
 mkdir -p /var/lib/nt/BAD00001
 sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/BAD00001/smol.gguf.json
 cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/BAD00001/
-sed '/BAD00001/,/holds/s/holds = .*/holds = ["ext4"]/' $list >/tmp/bad.toml; cp /tmp/bad.toml $list
+accept BAD00001 ext4
 works "bind a drive with a bad sector" sh /root/scripts/bind-vfio.sh $dev
 logits bad smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
 sed 's/^/INFO /' /tmp/out
@@ -81,14 +69,14 @@ works "release a drive with a bad sector" sh /root/scripts/release-vfio.sh $dev
 dev=$(drive STAGE001)n1
 mount -t ext4 -o ro /dev/$(drive MODEL001)n1 /mnt/model
 refused "stage with another serial" "serial is STAGE001" nt stage /mnt/model/smol.gguf --tier-c $dev --erase --serial EXP0001
-refused "stage onto the boot drive" "mounted at /" nt stage /mnt/model/smol.gguf --tier-c ${boot}n1 --erase --serial BOOT0001
+refused "stage onto the boot drive" "mounted at /" nt stage /mnt/model/smol.gguf --tier-c $(drive BOOT0001)n1 --erase --serial BOOT0001
 refused "stage onto the model's own drive" "is mounted at /mnt/model" nt stage /mnt/model/smol.gguf --tier-c $(drive MODEL001)n1 --erase --serial MODEL001
 nt stage /mnt/model/smol.gguf --tier-c $dev --serial STAGE001 >/tmp/out 2>&1; [ $? = 2 ] && pass "stage without --erase" || fail "stage without --erase"
 works "stage" nt stage /mnt/model/smol.gguf --tier-c $dev --erase --serial STAGE001
 umount /mnt/model
 sfdisk --verify /dev/$dev >/tmp/out 2>&1 && sfdisk -d /dev/$dev >>/tmp/out && grep -q 'name="nt models"' /tmp/out && pass "the partition table is whole" || fail "the partition table is whole"
 refused "a staged drive not on the list" "it holds gpt" nt device bind $dev
-sed '/STAGE001/,/holds/s/holds = .*/holds = ["gpt", "nt image"]/' $list >/tmp/stage.toml; cp /tmp/stage.toml $list
+accept STAGE001 gpt "nt image"
 works "bind the staged drive" sh /root/scripts/bind-vfio.sh $dev
 works "logits from the staged drive" logits staged smol --tier-c $dev $tiers
 bits ram staged
@@ -106,7 +94,7 @@ address=$(basename "$(readlink -f /sys/class/nvme/${dev%n1}/device)")
 works "bind the drive that will be taken out" sh /root/scripts/bind-vfio.sh $dev
 asuser "exec timeout 150 nt -q run smol --tier-c $dev $tiers -p Hello -n 250 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
 for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/taken ] && break; sleep 1; done
-echo "UNPLUG stage"
+echo "HOST unplug stage"
 wait $first; code=$?
 cp /tmp/taken /tmp/out
 echo "INFO exit $code: $(tail -c 200 /tmp/taken | tail -1)"

@@ -1,0 +1,60 @@
+"""What the host does for a guest: answers the lines `HOST verb argument` on its console through QMP.
+
+    host.py LOG SOCKET [DEVICE…]      DEVICE: the properties of a drive that can be plugged, key=value,…
+"""
+
+import json
+import re
+import socket
+import sys
+import time
+
+log, path, *absent = sys.argv[1:]
+devices = {}
+for text in absent:
+    properties = dict(pair.split("=", 1) for pair in text.split(","))
+    devices[properties["id"]] = properties
+
+
+class Machine:
+    """A connection to QEMU's monitor, opened at the first request."""
+
+    stream = None
+
+    def send(self, name, **arguments):
+        """The answer to a command; events in between are dropped."""
+        if self.stream is None:
+            self.stream = True
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(path)
+            self.stream = connection.makefile("rw")
+            self.stream.readline()
+            self.send("qmp_capabilities")
+        self.stream.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+        self.stream.flush()
+        while True:
+            answer = json.loads(self.stream.readline())
+            if "return" in answer or "error" in answer:
+                return answer.get("return", answer)
+
+
+def obey(machine, verb, name):
+    if verb == "unplug":
+        machine.send("device_del", id=name)
+    elif verb == "plug":
+        machine.send("device_add", **devices[name])
+    elif verb == "wakeup":
+        while machine.send("query-status").get("status") != "suspended":
+            time.sleep(0.3)
+        machine.send("system_wakeup")
+    else:
+        print(f"tests/vm: the guest asks the host to {verb}", file=sys.stderr)
+
+
+taken, machine = 0, Machine()
+while True:
+    time.sleep(0.3)
+    lines = re.findall(rb"^HOST (\w+) ?(\w*)\r?\n", open(log, "rb").read(), re.M)
+    for verb, name in lines[taken:]:
+        taken += 1
+        obey(machine, verb.decode(), name.decode())
