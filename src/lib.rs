@@ -7,6 +7,7 @@ pub mod backend;
 pub mod cli;
 pub mod engine;
 pub mod gguf;
+pub mod library;
 pub mod machine;
 pub mod memory;
 pub mod model;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::SamplerParams;
+use crate::library;
 use crate::plan::{BUFFERS_MAX, Tiers, parse_size};
 
 /// Run language models that are larger than VRAM and larger than RAM.
@@ -27,6 +28,8 @@ pub(super) enum Command {
     Run(super::run::RunArgs),
     /// Talk with a model; keeps the history and the KV cache.
     Chat(super::chat::ChatArgs),
+    /// List the models on this machine: what fits where, how fast, or why one cannot run.
+    List(super::list::ListArgs),
     /// Show hyper-parameters, tensors, types and bytes.
     Inspect(super::inspect::InspectArgs),
     /// Compare every tensor's bytes with the record of `nt device extents` or `nt stage`.
@@ -57,11 +60,36 @@ pub(super) enum Command {
     Completions(super::completions::CompletionsArgs),
 }
 
+impl Command {
+    /// The model that the command was given, if it takes one.
+    pub(super) fn model(&mut self) -> Option<&mut ModelArg> {
+        Some(match self {
+            Command::Run(a) => &mut a.model,
+            Command::Chat(a) => &mut a.model,
+            Command::Inspect(a) => &mut a.model,
+            Command::Verify(a) => &mut a.model,
+            Command::Tokenize(a) => &mut a.model,
+            Command::Template(a) => &mut a.model,
+            Command::Logits(a) => &mut a.model,
+            Command::Perplexity(a) => &mut a.model,
+            Command::Plan(a) => &mut a.model,
+            Command::Bench(a) => &mut a.model,
+            Command::Stage(a) => &mut a.model,
+            Command::List(_)
+            | Command::Selftest(_)
+            | Command::Probe(_)
+            | Command::Device(_)
+            | Command::Doctor(_)
+            | Command::Completions(_) => return None,
+        })
+    }
+}
+
 /// The model, as an argument or with `-m`.
 #[derive(Clone, Debug, Args)]
 pub struct ModelArg {
-    /// GGUF file, or the first shard of a sharded one, or the name of one that `nt device extents`
-    /// recorded.
+    /// GGUF file, or the first shard of a sharded one; or a name that `nt list` shows, such as Ollama's
+    /// qwen2.5:14b; or the name of one that `nt device extents` recorded.
     #[arg(value_name = "MODEL", required_unless_present = "model_option")]
     model: Option<PathBuf>,
     /// The same, as an option.
@@ -73,6 +101,28 @@ impl ModelArg {
     /// The path that was given either way.
     pub fn path(&self) -> &std::path::Path {
         self.model.as_deref().or(self.model_option.as_deref()).unwrap_or(std::path::Path::new(""))
+    }
+
+    /// Puts the file in place of a bare name that means one in the model library. A file of that name in the current
+    /// folder comes first; a name that the library does not know is left as it is.
+    ///
+    /// # Errors
+    /// If the name could mean several files, or one that cannot be used.
+    pub(super) fn look_up(&mut self) -> Result<(), super::Failure> {
+        let path = self.path();
+        if path.exists() || !library::is_bare(path) {
+            return Ok(());
+        }
+        let name = path.to_string_lossy().into_owned();
+        if let Some(found) = library::find(&name, &library::scan(&library::places())).map_err(super::Failure::usage)? {
+            *self = ModelArg { model: Some(found), model_option: None };
+        }
+        Ok(())
+    }
+
+    /// Whether the model is a bare name for which neither a file nor an entry of the library was found.
+    pub(super) fn is_unknown(&self) -> bool {
+        !self.path().exists() && library::is_bare(self.path())
     }
 }
 

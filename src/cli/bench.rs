@@ -21,7 +21,7 @@ use crate::pipeline::Event;
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// Tokens of the prompt, evaluated in passes of 512; 0 skips prefill.
     #[arg(short = 'p', long, default_value_t = 512)]
     n_prompt: usize,

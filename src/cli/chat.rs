@@ -15,7 +15,7 @@ use crate::tokenizer::ChatTemplate;
 #[derive(Debug, Args)]
 pub struct ChatArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// System message (default: what the model's chat template says without one).
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,

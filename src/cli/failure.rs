@@ -45,6 +45,14 @@ impl Failure {
         Failure { code: 1, message }
     }
 
+    /// Says, where a model could not be opened, that the library does not know its name either.
+    pub fn with_library_hint(mut self) -> Failure {
+        if self.code == 2 {
+            self.message.push_str("; the model library has none of that name either (`nt list` shows what it has)");
+        }
+        self
+    }
+
     /// Prints the sentence and gives the exit code.
     pub fn report(&self) -> ExitCode {
         if !self.message.is_empty() {

@@ -15,7 +15,7 @@ use crate::plan::format_bytes;
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// One JSON object.
     #[arg(long)]
     json: bool,

@@ -15,7 +15,7 @@ use crate::model::Outputs;
 #[derive(Debug, Args)]
 pub struct LogitsArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// Token ids, comma separated.
     #[arg(long, value_delimiter = ',', required = true)]
     tokens: Vec<u32>,

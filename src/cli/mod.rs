@@ -9,6 +9,7 @@ mod doctor;
 mod failure;
 mod inspect;
 mod interrupt;
+mod list;
 mod logits;
 mod npy;
 mod page;
@@ -33,11 +34,16 @@ use clap::Parser;
 
 /// Entry point of the binary.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut cli = Cli::parse();
     init_log(&cli);
+    let unknown = match cli.command.model().map(|m| m.look_up().map(|()| m.is_unknown())) {
+        Some(Err(failure)) => return failure.report(),
+        found => found.is_some_and(|f| f.unwrap_or(false)),
+    };
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::List(args) => list::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args, cli.verbose > 0),
         Command::Tokenize(args) => tokenize::run(&args),
@@ -57,6 +63,7 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(failure) if unknown => failure.with_library_hint().report(),
         Err(failure) => failure.report(),
     }
 }

@@ -17,7 +17,7 @@ use crate::model::Outputs;
 #[derive(Debug, Args)]
 pub struct PerplexityArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// The text, UTF-8; - is stdin.
     #[arg(long, short, value_name = "F")]
     file: PathBuf,

@@ -19,7 +19,7 @@ use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, forma
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// Another machine than this one: a TOML file, or a profile that is shipped (rtx-5060-ti,
     /// rtx-3090-gen3x8, rtx-4090, h100, laptop-8gb, cpu-only).
     #[arg(long, value_name = "FILE|PROFILE")]

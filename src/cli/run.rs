@@ -28,7 +28,7 @@ use crate::tokenizer::ChatTemplate;
 #[derive(Debug, Args)]
 pub struct RunArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// The prompt, as text.
     #[arg(short, long, required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
     prompt: Option<String>,

@@ -15,7 +15,7 @@ use crate::storage::library::{Library, Recorded};
 #[derive(Debug, Args)]
 pub struct StageArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// The drive: nvme1n1, a PCI address or a path below /dev
     #[arg(long, value_name = "DEVICE")]
     tier_c: String,

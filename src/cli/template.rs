@@ -13,7 +13,7 @@ use crate::tokenizer::{ChatTemplate, Tokenizer};
 #[derive(Debug, Args)]
 pub struct TemplateArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// JSON: a list of messages with `role` and `content`; - is stdin.
     #[arg(long, value_name = "M.json")]
     messages: PathBuf,

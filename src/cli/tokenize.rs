@@ -13,7 +13,7 @@ use crate::tokenizer::Tokenizer;
 #[derive(Debug, Args)]
 pub struct TokenizeArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// The text.
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     text: Option<String>,

@@ -12,7 +12,7 @@ use crate::plan::format_bytes;
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     #[command(flatten)]
-    model: ModelArg,
+    pub(super) model: ModelArg,
     /// Read it from there: a drive (nvme1n1, a PCI address or a path below /dev), or a directory or
     /// file that holds a copy of the model.
     #[arg(long, value_name = "auto|DEVICE|PATH", default_value = "auto")]

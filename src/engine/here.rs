@@ -29,14 +29,33 @@ const GEMM_A_THREAD: (f64, f64) = (0.19, 0.06);
 
 /// This machine, with the storage that the model lies on. Its GPU is not opened where `backend` is processors.
 pub fn this_machine(opened: &Opened, backend: BackendKind) -> Machine {
-    let facts = Facts::read(&Host::default());
-    let device = if backend == BackendKind::Cpu { None } else { Device::open(0).ok() };
-    Machine {
-        name: "this machine".into(),
-        ram: ram(),
-        cpu: cpu(&facts),
-        storage: Some(storage(opened, &facts)),
-        gpu: device.map(|d| gpu(&d, &facts)),
+    Here::new(backend).with_storage_of(opened)
+}
+
+/// This machine, looked at once for many models.
+pub struct Here {
+    facts: Facts,
+    machine: Machine,
+}
+
+impl Here {
+    /// Reads facts and rates that were measured. The GPU is not opened where `backend` is processors.
+    pub fn new(backend: BackendKind) -> Here {
+        let facts = Facts::read(&Host::default());
+        let device = if backend == BackendKind::Cpu { None } else { Device::open(0).ok() };
+        let machine = Machine {
+            name: "this machine".into(),
+            ram: ram(),
+            cpu: cpu(&facts),
+            storage: None,
+            gpu: device.map(|d| gpu(&d, &facts)),
+        };
+        Here { facts, machine }
+    }
+
+    /// The machine with the storage that the model lies on.
+    pub fn with_storage_of(&self, opened: &Opened) -> Machine {
+        Machine { storage: Some(storage(opened, &self.facts)), ..self.machine.clone() }
     }
 }
 

@@ -24,13 +24,15 @@ mod weights;
 
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
 pub use generate::{Generation, StopReason, generate};
-pub use here::this_machine;
+pub use here::{Here, this_machine};
 pub use links::{Links, Stalls};
 pub use opened::{EngineError, Opened};
 pub use predicted::Predicted;
 pub use sampler::{Sampler, SamplerParams, argmax};
 pub use sensitivity::{Change, sensitivity};
 pub use session::{Options, Session};
+pub use source::open_header;
+pub use staged::{StagedDrive, staged_drives};
 pub use start::OpenBackend;
 pub use stop::StopFilter;
 pub use verify::{Verified, verify};

@@ -60,7 +60,14 @@ impl Opened {
 
     /// As [`Opened::open`], or the one that was staged under that name on one of the drives `copies`.
     pub fn open_from(path: &Path, copies: &[PathBuf]) -> Result<Opened, EngineError> {
-        let mut gguf = super::source::open_header(path, copies)?;
+        Opened::from_header(super::source::open_header(path, copies)?)
+    }
+
+    /// The model that a header describes.
+    ///
+    /// # Errors
+    /// What is missing from it, or what nt does not know.
+    pub fn from_header(mut gguf: Gguf) -> Result<Opened, EngineError> {
         let model = Model::new(&gguf)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         if tokenizer.vocab_size() > model.n_vocab {

@@ -50,7 +50,7 @@ pub(super) fn fail(what: impl Into<String>) -> EngineError {
 
 /// Opens the header of `path`; or, if there is no such file now, the one recorded for it, or the one
 /// on a drive of `copies` where a model of that name was staged, by whatever machine.
-pub(super) fn open_header(path: &Path, copies: &[PathBuf]) -> Result<Gguf, EngineError> {
+pub fn open_header(path: &Path, copies: &[PathBuf]) -> Result<Gguf, EngineError> {
     let library = Library::default();
     if path.exists() {
         return Ok(Gguf::open(path)?);

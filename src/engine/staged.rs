@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -97,6 +97,32 @@ impl Image {
         self.stream(&manifest).take(header).read_to_end(&mut bytes).map_err(fail)?;
         Ok(Recorded { manifest, header: bytes })
     }
+}
+
+/// A drive that the kernel holds and that holds an image.
+pub struct StagedDrive {
+    /// The namespace's node.
+    pub node: PathBuf,
+    /// The drive's serial.
+    pub serial: String,
+    /// Each model's first file, with its header.
+    pub models: Vec<(String, Result<Gguf, EngineError>)>,
+}
+
+/// What is staged on drives that the kernel holds and this user may read.
+pub fn staged_drives(host: &Host) -> Vec<StagedDrive> {
+    let mut found = Vec::new();
+    for controller in sysfs::controllers(host).unwrap_or_default() {
+        for namespace in &controller.namespaces {
+            let node = PathBuf::from(format!("/dev/{}", namespace.whole.name));
+            let Ok(image) = Image::on_node(&node) else { continue };
+            let files = image.manifests.iter().map(|m| m.file.clone());
+            let first = files.filter(|f| !f.contains("-of-") || f.contains("-00001-of-"));
+            let models = first.map(|f| (f.clone(), image.header(Path::new(&f)))).collect();
+            found.push(StagedDrive { node, serial: controller.serial.clone(), models });
+        }
+    }
+    found
 }
 
 /// The logical blocks of a bound drive. The reader is dropped before the memory it reads to.

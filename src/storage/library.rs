@@ -54,6 +54,21 @@ impl Library {
         Err(why)
     }
 
+    /// Every manifest, folder by folder; one that cannot be read is an error with its path.
+    pub fn all(&self) -> Vec<Result<Manifest, String>> {
+        let mut found = Vec::new();
+        for folder in self.folders.iter().flat_map(|f| list(f)) {
+            let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+            let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+            // Members of a group may write here: nothing but a regular file is opened.
+            paths.retain(|p| p.extension().is_some_and(|e| e == "json") && p.is_file());
+            paths.sort();
+            found
+                .extend(paths.iter().map(|p| load(p).map(|r| r.manifest).map_err(|e| format!("{}: {e}", p.display()))));
+        }
+        found
+    }
+
     /// Manifests of the file that `model` names: by the path it had, by its file name, or by its
     /// name without `.gguf`; with `serial`, only those on that drive.
     ///
