@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use crate::gguf::Gguf;
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::extents;
+use crate::storage::guard::claim::{self, Claim};
 use crate::storage::guard::{self, Allowlist, Host, allowlist, sysfs};
 use crate::storage::library::{Library, Recorded};
 
@@ -26,7 +27,7 @@ pub struct DeviceArgs {
 enum Command {
     /// Show every NVMe drive, whether it may be bound, and the lines for the allowlist
     List,
-    /// Say every reason against binding a drive
+    /// Say every reason against binding a drive; as root, claim it for a moment to be sure
     Check {
         /// nvme1n1, a PCI address, or a path below /dev
         device: String,
@@ -107,15 +108,30 @@ fn controllers(host: &Host) -> Result<Vec<guard::Controller>, DeviceError> {
     sysfs::controllers(host).map_err(|e| DeviceError::Step { step: "reading the drives".into(), why: e.to_string() })
 }
 
+/// Says every reason against binding a drive; without one, claims it for a moment as the last question.
 fn check(host: &Host, name: &str, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
     let all = controllers(host)?;
     let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
     let reasons = guard::examine(host, &all, drive, allowed);
-    if !reasons.is_empty() {
-        return Err(DeviceError::Refused { name: name.into(), reasons });
+    let claimed = if reasons.is_empty() { claim::moment(host, drive) } else { Claim::NotTried };
+    match claimed {
+        Claim::Made(time) => {
+            println!("{name}: {} {} at {} may be bound", drive.model, drive.serial, drive.bdf);
+            println!("  claimed and let go after {} µs: nobody else claims it", time.as_micros());
+            Ok(())
+        }
+        Claim::Refused(reasons) => Err(DeviceError::Refused { name: name.into(), reasons }),
+        Claim::NotAllowed | Claim::NotTried => {
+            if !nix::unistd::geteuid().is_root() {
+                println!("{name}: not claimed: run as root");
+            }
+            if reasons.is_empty() {
+                println!("{name}: {} {} at {}: no reason found", drive.model, drive.serial, drive.bdf);
+                return Ok(());
+            }
+            Err(DeviceError::Refused { name: name.into(), reasons })
+        }
     }
-    println!("{name}: {} {} at {} may be bound", drive.model, drive.serial, drive.bdf);
-    Ok(())
 }
 
 fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
@@ -133,7 +149,7 @@ fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), DeviceEr
         println!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial);
         let reasons = guard::examine(host, &all, drive, allowed);
         if reasons.is_empty() {
-            println!("  may be bound");
+            println!("  no reason against it was found (`nt device check` also claims it for a moment)");
         }
         for reason in &reasons {
             println!("  not: {reason}");

@@ -1,6 +1,9 @@
 //! `/etc/nt/drives.toml`: the drives that may be bound. A drive that no entry describes exactly is
 //! refused; the PCI address of an entry is only a hint, since it moves when a card is added.
 
+use std::fs::{Metadata, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +12,9 @@ use super::sysfs::{Controller, Namespace};
 
 /// Where the list lies unless `--allow` names another file.
 pub const DEFAULT_PATH: &str = "/etc/nt/drives.toml";
+
+/// The longest list that is read.
+const LIST_MAX: u64 = 1 << 20;
 
 /// One drive that may be bound.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,10 +94,17 @@ impl Allowlist {
     /// Reads a list; it must belong to root and be writable by nobody else.
     pub fn load(path: &Path) -> Result<Self, String> {
         let shown = path.display();
-        let text = std::fs::read_to_string(path).map_err(|e| {
+        let fail = |e: std::io::Error| {
             format!("{shown}: the allowlist cannot be read: {e}; `nt device list` prints the lines to put there")
-        })?;
-        check_owner(path)?;
+        };
+        // A FIFO would make us wait for a writer.
+        let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(fail)?;
+        check_owner(path, &file.metadata().map_err(fail)?)?;
+        let mut text = String::new();
+        file.by_ref().take(LIST_MAX + 1).read_to_string(&mut text).map_err(fail)?;
+        if text.len() as u64 > LIST_MAX {
+            return Err(format!("{shown}: the allowlist is longer than {LIST_MAX} bytes"));
+        }
         Self::parse(&text).map_err(|e| format!("{shown}: {e}"))
     }
 
@@ -111,13 +124,15 @@ impl Allowlist {
     }
 }
 
-fn check_owner(path: &Path) -> Result<(), String> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = std::fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?;
+/// Judges the file that is open, not what its path leads to by now.
+fn check_owner(path: &Path, meta: &Metadata) -> Result<(), String> {
+    let shown = path.display();
+    if !meta.is_file() {
+        return Err(format!("{shown}: the allowlist must be a regular file"));
+    }
     if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
         return Err(format!(
-            "{}: the allowlist must belong to root and be writable by nobody else (owner {}, mode {:o}); mend it with `chown root {0} && chmod 644 {0}`",
-            path.display(),
+            "{shown}: the allowlist must belong to root and be writable by nobody else (owner {}, mode {:o}); mend it with `chown root {shown} && chmod 644 {shown}`",
             meta.uid(),
             meta.mode() & 0o777
         ));

@@ -1,96 +1,160 @@
-//! Who hands a drive on to others: NVMe-oF, LIO, SCST, ublk.
+//! What hands a drive on to others: NVMe-oF, LIO, SCST, USB gadgets, Xen, ublk.
 
 use super::host::{Host, Unreadable};
-use super::names::{names, target};
+use super::node::Number;
+use super::nodes::{Nodes, Target};
 use super::sysfs::Controller;
+use super::words::Words;
 use super::{Check, Reason};
 
 const NVMET: &str = "/sys/kernel/config/nvmet/subsystems";
 const LIO: &str = "/sys/kernel/config/target/core";
 const SCST: &str = "/sys/kernel/scst_tgt/devices";
+const GADGETS: &str = "/sys/kernel/config/usb_gadget";
+const XEN: &str = "/sys/bus/xen-backend/devices";
 /// Where the servers of ublk devices note what they serve, by device number.
 const UBLK_RECORDS: [&str; 2] = ["/run/ublksrvd", "/run/rublk"];
 
+/// What is looked for.
+struct Look<'a> {
+    host: &'a Host,
+    controller: &'a Controller,
+    nodes: Nodes,
+}
+
 /// Every export of one of the controller's devices, or of a file on it.
-pub fn exported(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+pub fn exported(host: &Host, controller: &Controller, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let look = Look { host, controller, nodes: Nodes::of(host, controller)? };
     for subsystem in host.list(NVMET)? {
         let base = format!("{NVMET}/{subsystem}/namespaces");
         for namespace in host.list(&base)? {
-            file(host, controller, &format!("{base}/{namespace}/device_path"), "NVMe-oF", out)?;
+            let enabled = host.read_if_there(&format!("{base}/{namespace}/enable"))?.as_deref() == Some("1");
+            look.file(&format!("{base}/{namespace}/device_path"), "NVMe-oF", enabled, out)?;
         }
+        // A controller that is passed through as a whole.
+        let path = format!("{NVMET}/{subsystem}/passthru");
+        let enabled = host.read_if_there(&format!("{path}/enable"))?.as_deref() == Some("1");
+        look.file(&format!("{path}/device_path"), "NVMe-oF", enabled, out)?;
     }
     for backstore in host.list(LIO)? {
-        for object in host.list(&format!("{LIO}/{backstore}"))? {
+        for object in folders(host, &format!("{LIO}/{backstore}"))? {
             let base = format!("{LIO}/{backstore}/{object}");
-            file(host, controller, &format!("{base}/udev_path"), "a LIO target", out)?;
-            info(host, controller, &format!("{base}/info"), out)?;
+            // `info` tells the number of a device, so a path that is gone hides nothing there.
+            look.info(&format!("{base}/info"), out)?;
+            look.file(&format!("{base}/udev_path"), "a LIO target", false, out)?;
         }
     }
     for device in host.list(SCST)? {
-        file(host, controller, &format!("{SCST}/{device}/filename"), "an SCST target", out)?;
+        look.file(&format!("{SCST}/{device}/filename"), "an SCST target", true, out)?;
     }
-    ublk(host, controller, out)
-}
-
-/// A file that holds the path of what is exported.
-fn file(host: &Host, controller: &Controller, path: &str, over: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let Some(text) = host.read_if_there(path)? else {
-        return Ok(());
-    };
-    let exported = text.lines().next().unwrap_or("").trim();
-    if exported.starts_with('/')
-        && let Some(device) = target(host, controller, exported)?
-    {
-        out.push(Reason::new(Check::Exported, path, format!("{exported} ({device}) is exported over {over}")));
-    }
-    Ok(())
-}
-
-/// A LIO object's description, where paths stand between other words.
-fn info(host: &Host, controller: &Controller, path: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let Some(text) = host.read_if_there(path)? else {
-        return Ok(());
-    };
-    for word in text.split_whitespace().filter(|w| w.starts_with('/')) {
-        if let Some(device) = target(host, controller, word)? {
-            out.push(Reason::new(Check::Exported, path, format!("{word} ({device}) is exported over a LIO target")));
+    for gadget in host.list(GADGETS)? {
+        for function in folders(host, &format!("{GADGETS}/{gadget}/functions"))? {
+            let base = format!("{GADGETS}/{gadget}/functions/{function}");
+            for lun in folders(host, &base)?.iter().filter(|l| l.starts_with("lun.")) {
+                look.file(&format!("{base}/{lun}/file"), "a USB gadget", true, out)?;
+            }
         }
     }
-    Ok(())
-}
-
-/// ublk devices are served by programs; the kernel does not tell from what. A device whose server
-/// left no record might be served from anything.
-fn ublk(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    for name in host.list("/sys/block")? {
-        let Some(number) = name.strip_prefix("ublkb").and_then(|n| n.parse::<u32>().ok()) else {
-            continue;
-        };
-        let records = UBLK_RECORDS.iter().flat_map(|folder| {
-            ["pid", "json"].map(|end| [format!("{folder}/{number:04}.{end}"), format!("{folder}/{number}.{end}")])
+    for device in host.list(XEN)? {
+        let path = format!("{XEN}/{device}/physical_device");
+        // Hexadecimal, `103:b`.
+        let number = host.read_if_there(&path)?.and_then(|text| {
+            let (major, minor) = text.trim().split_once(':')?;
+            let hex = |n| u32::from_str_radix(n, 16).ok();
+            Some(Number { major: hex(major)?, minor: hex(minor)? })
         });
-        let Some(path) = records.flatten().find(|p| host.exists(p)) else {
-            return Err(Unreadable {
-                path: format!("/sys/block/{name}").into(),
-                why: "what this ublk device is served from cannot be told; stop its server".into(),
-            });
-        };
-        let text = host.read(&path)?;
-        for word in text.split('"').filter(|w| w.starts_with('/')) {
-            if let Some(device) = target(host, controller, word)? {
-                out.push(Reason::new(Check::Exported, &path, format!("{name} is served from {word} ({device})")));
-            }
-        }
-        // A record that is no JSON still names what it serves.
-        for name in names(host, controller)?.iter().filter(|n| n.word.starts_with("/dev/disk/")) {
-            if text.contains(&name.word) && !out.iter().any(|r| r.path.as_os_str() == path.as_str()) {
-                out.push(Reason::new(
-                    Check::Exported,
-                    &path,
-                    format!("{} is named there as {}", name.device, name.word),
-                ));
-            }
+        if let Some(name) = number.and_then(|n| look.nodes.block(n)) {
+            out.push(Reason::new(Check::Exported, &path, format!("{name} is given to a guest of Xen")));
         }
     }
-    Ok(())
+    look.ublk(words, out)
+}
+
+/// Names in a folder that are folders.
+fn folders(host: &Host, path: &str) -> Result<Vec<String>, Unreadable> {
+    let mut names = if host.real(path).is_dir() { host.list(path)? } else { Vec::new() };
+    names.retain(|n| host.real(&format!("{path}/{n}")).is_dir());
+    Ok(names)
+}
+
+impl Look<'_> {
+    /// A file that holds the path of what is exported. One `in_use` whose path leads nowhere may be of any
+    /// device.
+    fn file(&self, path: &str, over: &str, in_use: bool, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        let text = self.host.read_if_there(path)?.unwrap_or_default();
+        let exported = text.lines().next().unwrap_or("").trim().trim_matches('"');
+        if !exported.starts_with('/') {
+            // A controller that is passed through may stand there by its name alone.
+            if let Some(name) = self.nodes.spelled(exported).filter(|_| !exported.is_empty()) {
+                out.push(Reason::new(Check::Exported, path, format!("{name} is exported over {over}")));
+            }
+            return Ok(());
+        }
+        match self.nodes.target(self.host, self.controller, exported)? {
+            Target::Ours(device) => {
+                out.push(Reason::new(Check::Exported, path, format!("{exported} ({device}) is exported over {over}")));
+            }
+            Target::Gone if in_use => {
+                let what = format!("{exported}, exported over {over}, leads nowhere now, so the device cannot be told");
+                out.push(Reason::new(Check::Unreadable, path, what));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A LIO object's description: paths between other words, and `Major: 259 Minor: 11` of a device.
+    fn info(&self, path: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        let text = self.host.read_if_there(path)?.unwrap_or_default();
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let after = |key: &str| words.iter().position(|w| *w == key).and_then(|i| words.get(i + 1)?.parse().ok());
+        let number = after("Major:").zip(after("Minor:")).map(|(major, minor)| Number { major, minor });
+        if let Some(name) = number.and_then(|n| self.nodes.block(n)) {
+            out.push(Reason::new(Check::Exported, path, format!("{name} is exported over a LIO target")));
+        }
+        for word in words.iter().filter(|w| w.starts_with('/')) {
+            match self.nodes.target(self.host, self.controller, word)? {
+                Target::Ours(device) => {
+                    let what = format!("{word} ({device}) is exported over a LIO target");
+                    out.push(Reason::new(Check::Exported, path, what));
+                }
+                Target::Gone if number.is_none() => {
+                    let what = format!("{word}, exported over a LIO target, leads nowhere now, so it cannot be told");
+                    out.push(Reason::new(Check::Unreadable, path, what));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// ublk devices are served by programs; the kernel does not tell from what. A device whose server
+    /// left no record might be served from anything.
+    fn ublk(&self, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        for name in self.host.must_list("/sys/block")? {
+            let Some(number) = name.strip_prefix("ublkb").and_then(|n| n.parse::<u32>().ok()) else {
+                continue;
+            };
+            let records = UBLK_RECORDS.iter().flat_map(|folder| {
+                ["pid", "json"].map(|end| [format!("{folder}/{number:04}.{end}"), format!("{folder}/{number}.{end}")])
+            });
+            let Some(path) = records.flatten().find(|p| self.host.exists(p)) else {
+                let why = "what this ublk device is served from cannot be told; stop its server";
+                return Err(Unreadable::new(&format!("/sys/block/{name}"), why));
+            };
+            let text = self.host.read(&path)?;
+            for word in text.split('"').filter(|w| w.starts_with('/')) {
+                let what = match self.nodes.target(self.host, self.controller, word)? {
+                    Target::Ours(device) => format!("{name} is served from {word} ({device})"),
+                    _ => continue,
+                };
+                out.push(Reason::new(Check::Exported, &path, what));
+            }
+            for mention in words.mentions(self.host, &text, false)? {
+                let what = format!("{} is named there as {}", mention.device, mention.word);
+                out.push(Reason::new(Check::Exported, &path, what));
+            }
+        }
+        Ok(())
+    }
 }

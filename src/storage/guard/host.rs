@@ -3,9 +3,13 @@
 //! Nothing here writes. An answer that cannot be read is an error, never an empty answer: the guard
 //! turns it into a refusal.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+/// The longest file that is read whole. Tables of a machine are far shorter.
+const TEXT_MAX: u64 = 16 << 20;
 
 /// A file that could not be read, and why.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -15,12 +19,27 @@ pub struct Unreadable {
     pub path: PathBuf,
     /// The system's words.
     pub why: String,
+    /// The kind of the system's error; `Other` where there was none.
+    pub kind: io::ErrorKind,
+}
+
+impl Unreadable {
+    /// A fact that cannot be had, for a reason of our own.
+    pub fn new(path: &str, why: impl Into<String>) -> Self {
+        Self { path: path.into(), why: why.into(), kind: io::ErrorKind::Other }
+    }
+
+    /// True if the file is gone, as those of a process that has ended are.
+    pub fn is_gone(&self) -> bool {
+        // ESRCH has no kind of its own.
+        self.kind == io::ErrorKind::NotFound || self.why.contains("os error 3)")
+    }
 }
 
 /// Read access to `/sys`, `/proc`, `/dev` and `/etc` of a machine.
 #[derive(Debug, Clone)]
 pub struct Host {
-    root: PathBuf,
+    pub(super) root: PathBuf,
 }
 
 impl Default for Host {
@@ -40,8 +59,13 @@ impl Host {
         self.root.join(path.trim_start_matches('/'))
     }
 
-    fn fail(path: &str, why: &std::io::Error) -> Unreadable {
-        Unreadable { path: path.into(), why: why.to_string() }
+    /// True for the machine that this program runs on, false for a picture of one in a folder.
+    pub fn is_real(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
+    pub(super) fn fail(path: &str, why: &io::Error) -> Unreadable {
+        Unreadable { path: path.into(), why: why.to_string(), kind: why.kind() }
     }
 
     /// True if `path` exists (a dangling link counts).
@@ -51,8 +75,26 @@ impl Host {
 
     /// The whole file as text, lossily, without trailing white space.
     pub fn read(&self, path: &str) -> Result<String, Unreadable> {
-        let bytes = std::fs::read(self.real(path)).map_err(|e| Self::fail(path, &e))?;
-        Ok(String::from_utf8_lossy(&bytes).trim_end().to_owned())
+        Ok(String::from_utf8_lossy(&self.bytes(path)?).trim_end().to_owned())
+    }
+
+    /// The whole file: a regular one of at most 16 MiB, or the null device, which is empty. Nothing
+    /// else is read, since a FIFO would make us wait.
+    pub fn bytes(&self, path: &str) -> Result<Vec<u8>, Unreadable> {
+        let fail = |e: io::Error| Self::fail(path, &e);
+        let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(self.real(path));
+        let file = open.map_err(fail)?;
+        let meta = file.metadata().map_err(fail)?;
+        let null = meta.file_type().is_char_device() && meta.rdev() == libc::makedev(1, 3);
+        if !(meta.is_file() || null) {
+            return Err(Unreadable::new(path, "it is no regular file"));
+        }
+        let mut bytes = Vec::new();
+        file.take(TEXT_MAX + 1).read_to_end(&mut bytes).map_err(fail)?;
+        if bytes.len() as u64 > TEXT_MAX {
+            return Err(Unreadable::new(path, "it is longer than 16 MiB"));
+        }
+        Ok(bytes)
     }
 
     /// Like [`Host::read`], `None` where the file does not exist.
@@ -62,9 +104,11 @@ impl Host {
 
     /// Names in a directory, sorted; empty where the directory does not exist.
     pub fn list(&self, path: &str) -> Result<Vec<String>, Unreadable> {
-        if !self.exists(path) {
-            return Ok(Vec::new());
-        }
+        if self.exists(path) { self.must_list(path) } else { Ok(Vec::new()) }
+    }
+
+    /// Names in a directory that must be there, sorted.
+    pub fn must_list(&self, path: &str) -> Result<Vec<String>, Unreadable> {
         let entries = std::fs::read_dir(self.real(path)).map_err(|e| Self::fail(path, &e))?;
         let mut names = Vec::new();
         for entry in entries {
@@ -90,9 +134,7 @@ impl Host {
     pub fn resolve(&self, path: &str) -> Result<PathBuf, Unreadable> {
         let full = self.real(path).canonicalize().map_err(|e| Self::fail(path, &e))?;
         let root = self.root.canonicalize().map_err(|e| Self::fail("/", &e))?;
-        let below = full
-            .strip_prefix(&root)
-            .map_err(|_| Unreadable { path: path.into(), why: "it leads outside the root".into() })?;
+        let below = full.strip_prefix(&root).map_err(|_| Unreadable::new(path, "it leads outside the root"))?;
         Ok(Path::new("/").join(below))
     }
 

@@ -44,24 +44,28 @@ pub fn is_bogus(id: &str) -> bool {
         || counted(2)
 }
 
-/// The serial number identifies this drive and no other one of the host.
-pub fn unique(all: &[Controller], controller: &Controller, out: &mut Vec<Reason>) {
-    let path = match &controller.name {
-        Some(name) => format!("{}/nvme/{name}/serial", controller.pci_path()),
-        None => controller.pci_path(),
-    };
+/// The serial number identifies a drive at all.
+pub fn identified(controller: &Controller, out: &mut Vec<Reason>) {
     if is_bogus(&controller.serial) {
         let what = match controller.serial.as_str() {
             "" => "it has no serial number".to_owned(),
             serial => format!("its serial number {serial:?} identifies no single drive"),
         };
-        out.push(Reason::new(Check::Twin, &path, what));
+        out.push(Reason::new(Check::Twin, &serial_path(controller), what));
     }
+}
+
+/// Where the kernel tells a controller's serial number.
+pub fn serial_path(controller: &Controller) -> String {
+    match &controller.name {
+        Some(name) => format!("{}/nvme/{name}/serial", controller.pci_path()),
+        None => controller.pci_path(),
+    }
+}
+
+/// No other drive's namespaces have the same identifiers.
+pub fn namespaces(all: &[Controller], controller: &Controller, out: &mut Vec<Reason>) {
     let others = || all.iter().filter(|c| c.bdf != controller.bdf);
-    if let Some(twin) = others().find(|c| c.serial == controller.serial && !c.serial.is_empty()) {
-        let what = format!("the drive at {} has the same serial number {}", twin.bdf, controller.serial);
-        out.push(Reason::new(Check::Twin, &path, what));
-    }
     for namespace in &controller.namespaces {
         for (file, id) in namespace.trusted_ids() {
             let same = |c: &&Controller| c.namespaces.iter().any(|n| n.trusted_ids().any(|(_, other)| other == id));

@@ -3,26 +3,40 @@
 //! All reasons are reported at once, each with the path it was read from. Reads only.
 
 pub mod allowlist;
+mod boot;
+pub mod claim;
 mod exports;
+mod fat;
 pub mod host;
 mod identity;
 mod mounts;
-mod names;
+pub mod node;
+mod nodes;
+mod open;
+mod opinions;
+mod partitions;
 mod pci;
+mod records;
+mod sight;
 mod signatures;
 mod stack;
+mod superblocks;
 pub mod sysfs;
+mod tables;
 #[cfg(test)]
 mod tests;
+mod twins;
+mod words;
 
 use std::fmt;
 use std::path::PathBuf;
 
-use super::gpt;
+use words::Words;
 
 pub use allowlist::Allowlist;
 pub use host::{Host, Unreadable};
 pub use sysfs::{BlockDevice, Controller, Namespace};
+pub use twins::address_decides;
 
 /// What kind of reason speaks against a drive. The words are the headings of `docs/safety.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,7 +49,7 @@ pub enum Check {
     Swap,
     /// Another block device stands on it.
     Stacked,
-    /// A table in `/etc` names it.
+    /// A table of the machine names it.
     Configured,
     /// A process has it open, or I/O is under way.
     Open,
@@ -108,29 +122,48 @@ pub fn examine(
     allowed: &Result<Allowlist, String>,
 ) -> Vec<Reason> {
     let mut out = Vec::new();
-    identity::unique(all, controller, &mut out);
+    // Who it is.
+    identity::identified(controller, &mut out);
+    out.extend(twins::twins(host, all, controller));
+    identity::namespaces(all, controller, &mut out);
     identity::listed(controller, allowed, &mut out);
     note(&mut out, |out| identity::shared(host, controller, out));
+    // Where it is.
     note(&mut out, |out| pci::function(host, controller, out));
     note(&mut out, |out| pci::iommu(host, controller, out));
     note(&mut out, |out| pci::hot(host, controller, out));
+    // Who uses it, and whether that can be seen.
+    note(&mut out, |out| sight::hidden(host, out));
+    note(&mut out, |out| mounts::mounted(host, controller, out));
+    note(&mut out, |out| mounts::swap(host, controller, out));
     for device in controller.devices() {
-        note(&mut out, |out| mounts::mounted(host, device, out));
-        note(&mut out, |out| mounts::swap(host, device, out));
         note(&mut out, |out| stack::holders(host, device, out));
     }
     note(&mut out, |out| stack::elsewhere(host, controller, out));
+    note(&mut out, |out| stack::linked(host, controller, out));
     note(&mut out, |out| stack::loops(host, controller, out));
     note(&mut out, |out| stack::zfs(host, controller, out));
-    note(&mut out, |out| exports::exported(host, controller, out));
-    note(&mut out, |out| mounts::root(host, controller, out));
-    note(&mut out, |out| mounts::named(host, controller, out));
-    note(&mut out, |out| mounts::opened(host, controller, std::process::id(), out));
+    note(&mut out, |out| boot::root(host, controller, out));
+    note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
+    // What it says of itself, and who names it by that.
+    let mut said = opinions::said(host, controller);
     for namespace in &controller.namespaces {
-        note(&mut out, |out| contents(host, controller, namespace, allowed, out));
+        note(&mut out, |out| contents(host, controller, namespace, allowed, &mut said, out));
         note(&mut out, |out| format(host, namespace, out));
-        note(&mut out, |out| boot_partitions(host, namespace, out));
+        note(&mut out, |out| boot::hibernated(host, namespace, out));
+        note(&mut out, |out| {
+            let tables = boot::tables(host, namespace)?;
+            boot::partitions(host, namespace, &tables, out);
+            let name = &namespace.whole.name;
+            said.extend(words::of_tables(&tables).into_iter().map(|s| (name.clone(), s)));
+            Ok(())
+        });
     }
+    note(&mut out, |out| {
+        let words = Words::new(host, controller, said)?;
+        note(out, |out| exports::exported(host, controller, &words, out));
+        tables::named(host, &words, out)
+    });
     out
 }
 
@@ -141,22 +174,34 @@ fn note(out: &mut Vec<Reason>, check: impl FnOnce(&mut Vec<Reason>) -> Result<()
     }
 }
 
+/// Contents that the entry does not mention, by our own look and by `blkid`; what they say of
+/// themselves is added to `said`.
 fn contents(
     host: &Host,
     controller: &Controller,
     namespace: &Namespace,
     allowed: &Result<Allowlist, String>,
+    said: &mut Vec<(String, superblocks::Said)>,
     out: &mut Vec<Reason>,
 ) -> Result<(), Unreadable> {
     let entry = allowed.as_ref().ok().and_then(|l| l.entry(&controller.serial, namespace.nsid).ok());
     for device in namespace.devices() {
-        for kind in signatures::found(host, &device.name)? {
-            if !entry.is_some_and(|e| e.holds.iter().any(|h| h == kind)) {
-                out.push(Reason::new(
-                    Check::Contents,
-                    &format!("/dev/{}", device.name),
-                    format!("it holds {kind}; if that may be read, add holds = [{kind:?}] to its entry"),
-                ));
+        let path = format!("/dev/{}", device.name);
+        let (head, tail) = signatures::edges(host, &device.name)?;
+        let mut far = |at: u64, len: usize| {
+            let at = i64::try_from(at).ok().filter(|at| at.unsigned_abs() < device.size);
+            at.and_then(|at| host.read_at(&path, at, len).ok()).unwrap_or_default()
+        };
+        let mut told = superblocks::said(&head, &tail, &mut far);
+        let opinion = opinions::blkid(host, &device.name);
+        told.extend(opinion.said);
+        said.extend(told.into_iter().map(|s| (device.name.clone(), s)));
+        let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
+        kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
+        for kind in kinds {
+            if !entry.is_some_and(|e| e.holds.contains(&kind)) {
+                let what = format!("it holds {kind}; if that may be read, add holds = [{kind:?}] to its entry");
+                out.push(Reason::new(Check::Contents, &path, what));
             }
         }
     }
@@ -191,21 +236,6 @@ fn format(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(
         && !matches!(kind.as_str(), "none" | "nop")
     {
         out.push(Reason::new(Check::Format, &integrity, format!("protection information ({kind})")));
-    }
-    Ok(())
-}
-
-/// Partitions that a firmware boots from, whatever the allowlist says of the drive's contents.
-fn boot_partitions(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let path = format!("/dev/{}", namespace.whole.name);
-    let head = host.read_at(&path, 0, 1 << 20)?;
-    for kind in gpt::types(&head, namespace.block_size.into()) {
-        let what = match kind {
-            gpt::EFI_SYSTEM => "an EFI system partition",
-            gpt::BIOS_BOOT => "a BIOS boot partition",
-            _ => continue,
-        };
-        out.push(Reason::new(Check::Boot, &path, format!("{} has {what}", namespace.whole.name)));
     }
     Ok(())
 }

@@ -1,87 +1,178 @@
-//! Who mounts, swaps to, boots from or keeps open a block device, in every mount namespace.
+//! What is mounted or swapped to, in every mount namespace that a thread lives in.
 
 use std::path::Path;
 
 use super::host::{Host, Unreadable};
-use super::names::names;
-use super::sysfs::{BlockDevice, Controller};
+use super::node::Number;
+use super::nodes::{Nodes, Target};
+use super::open::{processes, threads};
+use super::sysfs::Controller;
+use super::words::octal;
 use super::{Check, Reason};
 
-/// Tables that name devices which are used when the machine starts.
-const TABLES: [&str; 5] =
-    ["/etc/fstab", "/etc/crypttab", "/etc/mdadm.conf", "/etc/mdadm/mdadm.conf", "/etc/lvm/devices/system.devices"];
-/// Units of systemd, of which some mount or swap.
-const UNITS: &str = "/etc/systemd/system";
+/// File systems that list the devices they are mounted on in `/sys/fs/KIND/DEVICE`, also where the
+/// mount itself is in no tree of mounts any more.
+const LISTED: [&str; 7] = ["ext4", "xfs", "f2fs", "nilfs2", "jfs", "erofs", "gfs2"];
 
 /// One line of a mountinfo file.
 #[derive(Debug, PartialEq, Eq)]
-struct Mount<'a> {
-    number: &'a str,
-    place: &'a str,
-    source: &'a str,
+pub struct Mount<'a> {
+    /// Device of the file system, `major:minor`.
+    pub number: &'a str,
+    /// Where it is mounted.
+    pub place: String,
+    /// File system.
+    pub kind: &'a str,
+    /// What was mounted.
+    pub source: String,
+    /// Options of the mount, then of the file system.
+    pub options: String,
 }
 
-fn parse(line: &str) -> Option<Mount<'_>> {
+/// Takes a line apart; escapes are undone.
+pub fn parse(line: &str) -> Option<Mount<'_>> {
     let (head, tail) = line.split_once(" - ")?;
     let mut head = head.split(' ').skip(2);
-    Some(Mount { number: head.next()?, place: head.nth(1)?, source: tail.split(' ').nth(1)? })
+    let mut tail = tail.split(' ');
+    let (number, place) = (head.next()?, octal(head.nth(1)?));
+    let own = head.next().unwrap_or("");
+    let (kind, source) = (tail.next()?, octal(tail.next()?));
+    Some(Mount { number, place, kind, source, options: format!("{own},{}", octal(tail.next().unwrap_or(""))) })
 }
 
-/// Mounts of any process on `device`.
-pub fn mounted(host: &Host, device: &BlockDevice, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let mut files = vec!["/proc/self/mountinfo".to_owned()];
-    for pid in processes(host)? {
-        files.push(format!("/proc/{pid}/mountinfo"));
-    }
+/// Mounts of any thread on one of the controller's devices.
+pub fn mounted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let nodes = Nodes::of(host, controller)?;
     let mut seen = Vec::new();
-    for (i, path) in files.iter().enumerate() {
-        let text = match host.read(path) {
-            Ok(text) => text,
-            // A process that has ended meanwhile has no mounts; our own list must be there.
-            Err(_) if i > 0 && !host.exists(path.trim_end_matches("/mountinfo")) => continue,
-            // A zombie or kernel thread without a mount namespace.
-            Err(e) if i > 0 && e.why.contains("Invalid argument") => continue,
-            Err(e) => return Err(e),
-        };
-        for mount in text.lines().filter_map(parse) {
-            if on(&mount, device) && !seen.contains(&mount.place.to_owned()) {
-                seen.push(mount.place.to_owned());
-                let check = if is_system(mount.place) { Check::Boot } else { Check::Mounted };
-                out.push(Reason::new(check, path, format!("{} is mounted at {}", device.name, mount.place)));
+    let own = "/proc/self/mountinfo";
+    each(host, controller, &nodes, "/proc/self", &host.read(own)?, &mut seen, out)?;
+    let mut namespaces = Vec::new();
+    for pid in processes(host)? {
+        for folder in threads(host, &pid)? {
+            // Threads of one namespace see the same mounts.
+            if let Some(namespace) = host.link_name(&format!("{folder}/ns/mnt")) {
+                if namespaces.contains(&namespace) {
+                    continue;
+                }
+                namespaces.push(namespace);
+            }
+            match host.read(&format!("{folder}/mountinfo")) {
+                Ok(text) => each(host, controller, &nodes, &folder, &text, &mut seen, out)?,
+                // It has ended meanwhile, or has no mounts of its own any more.
+                Err(e) if e.is_gone() || e.kind == std::io::ErrorKind::InvalidInput => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    for kind in LISTED {
+        let folder = format!("/sys/fs/{kind}");
+        for device in host.list(&folder)?.iter().filter(|d| controller.owns(d)) {
+            if !seen.iter().any(|(d, _)| d == device) {
+                let what = format!("{device} carries a mounted {kind} that no mount namespace in use shows");
+                out.push(Reason::new(Check::Mounted, &folder, what));
             }
         }
     }
     Ok(())
 }
 
+/// The mounts in one file, of those not `seen` yet as device and place.
+fn each(
+    host: &Host,
+    controller: &Controller,
+    nodes: &Nodes,
+    folder: &str,
+    text: &str,
+    seen: &mut Vec<(String, String)>,
+    out: &mut Vec<Reason>,
+) -> Result<(), Unreadable> {
+    let path = format!("{folder}/mountinfo");
+    for mount in text.lines().filter_map(parse) {
+        for (device, how) in devices(host, controller, nodes, folder, &mount)? {
+            let found = (device.clone(), mount.place.clone());
+            if seen.contains(&found) {
+                continue;
+            }
+            seen.push(found);
+            let check = if is_system(&mount.place) { Check::Boot } else { Check::Mounted };
+            out.push(Reason::new(check, &path, format!("{device} is {how} at {}", mount.place)));
+        }
+    }
+    Ok(())
+}
+
+/// The controller's devices that a mount uses, and how: by number, by its source (several in
+/// bcachefs), by an option that names a log or another device of it.
+fn devices(
+    host: &Host,
+    controller: &Controller,
+    nodes: &Nodes,
+    folder: &str,
+    mount: &Mount<'_>,
+) -> Result<Vec<(String, &'static str)>, Unreadable> {
+    let mut found = Vec::new();
+    if let Some(name) = mount.number.parse::<Number>().ok().and_then(|n| nodes.block(n)) {
+        found.push((name.to_owned(), "mounted"));
+    }
+    let options = mount.options.split(',').filter_map(|o| o.split_once('=')).map(|(_, value)| value);
+    let named = mount.source.split(':').chain([mount.source.as_str()]).map(|s| (s, "mounted"));
+    for (path, how) in named.chain(options.map(|o| (o, "in use by the file system"))) {
+        if !path.starts_with('/') {
+            continue;
+        }
+        let inside = host.node(&format!("{folder}/root{path}")).ok().flatten();
+        let name = match inside.and_then(|n| nodes.name(n).filter(|_| is_device(n))) {
+            Some(name) => Some(name.to_owned()),
+            None => match nodes.target(host, controller, path)? {
+                Target::Ours(name) => Some(name),
+                _ => None,
+            },
+        };
+        found.extend(name.map(|name| (name, how)));
+    }
+    found.dedup_by(|a, b| a.0 == b.0);
+    Ok(found)
+}
+
+fn is_device(node: super::node::Node) -> bool {
+    !matches!(node, super::node::Node::File(_))
+}
+
 fn is_system(place: &str) -> bool {
     matches!(place, "/" | "/boot" | "/boot/efi" | "/efi" | "/usr" | "/var" | "/home")
 }
 
-fn processes(host: &Host) -> Result<Vec<String>, Unreadable> {
-    let mut names = host.list("/proc")?;
-    names.retain(|n| n.bytes().all(|b| b.is_ascii_digit()));
-    Ok(names)
-}
-
-/// Swap on `device`, hibernation to it.
-pub fn swap(host: &Host, device: &BlockDevice, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    if let Some(text) = host.read_if_there("/proc/swaps")? {
-        for line in text.lines().skip(1) {
-            if line.split_whitespace().next() == Some(&format!("/dev/{}", device.name)) {
-                out.push(Reason::new(Check::Swap, "/proc/swaps", format!("{} is used as swap", device.name)));
+/// Swap on the controller's devices, hibernation to them.
+pub fn swap(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let nodes = Nodes::of(host, controller)?;
+    let swaps = "/proc/swaps";
+    for line in host.read_if_there(swaps)?.unwrap_or_default().lines().skip(1) {
+        let mut words = line.split_whitespace();
+        let (path, kind) = (octal(words.next().unwrap_or("")), words.next().unwrap_or(""));
+        match nodes.target(host, controller, &path)? {
+            Target::Ours(name) => out.push(Reason::new(Check::Swap, swaps, format!("{name} is used as swap ({path})"))),
+            Target::Gone if kind == "partition" => {
+                let what = format!("the swap device {path} is not there any more, so it cannot be told");
+                out.push(Reason::new(Check::Unreadable, swaps, what));
             }
+            _ => {}
         }
     }
-    if let Some(number) = host.read_if_there("/sys/power/resume")?
-        && number == device.number
-    {
-        out.push(Reason::new(Check::Swap, "/sys/power/resume", format!("the machine hibernates to {}", device.name)));
+    let resume = "/sys/power/resume";
+    let number = host.read_if_there(resume)?.and_then(|n| n.parse().ok());
+    if let Some(name) = number.and_then(|n| nodes.block(n)) {
+        out.push(Reason::new(Check::Swap, resume, format!("the machine hibernates to {name}")));
     }
-    for name in host.list("/sys/block")?.iter().filter(|n| n.starts_with("zram")) {
+    for name in host.must_list("/sys/block")?.iter().filter(|n| n.starts_with("zram")) {
         let path = format!("/sys/block/{name}/backing_dev");
-        if host.read_if_there(&path)?.as_deref() == Some(&format!("/dev/{}", device.name)) {
-            out.push(Reason::new(Check::Swap, &path, format!("{} backs {name}", device.name)));
+        let Some(backing) = host.read_if_there(&path)?.filter(|b| b.starts_with('/')) else { continue };
+        match nodes.target(host, controller, &backing)? {
+            Target::Ours(device) => out.push(Reason::new(Check::Swap, &path, format!("{device} backs {name}"))),
+            Target::Gone => {
+                let what = format!("{backing}, which backs {name}, is not there any more, so it cannot be told");
+                out.push(Reason::new(Check::Unreadable, &path, what));
+            }
+            Target::Other => {}
         }
     }
     Ok(())
@@ -90,139 +181,8 @@ pub fn swap(host: &Host, device: &BlockDevice, out: &mut Vec<Reason>) -> Result<
 /// The controller's device that carries the file system on which `path` lies.
 pub fn below(host: &Host, controller: &Controller, path: &str) -> Result<Option<String>, Unreadable> {
     let text = host.read("/proc/self/mountinfo")?;
-    let over = text.lines().filter_map(parse).filter(|m| Path::new(path).starts_with(m.place));
+    let over = text.lines().filter_map(parse).filter(|m| Path::new(path).starts_with(&m.place));
     // Of several mounts at one place, the last is the one that is seen.
     let mount = over.max_by_key(|m| m.place.len());
-    Ok(mount.and_then(|m| controller.devices().find(|d| on(&m, d))).map(|d| d.name.clone()))
-}
-
-fn on(mount: &Mount<'_>, device: &BlockDevice) -> bool {
-    mount.number == device.number || mount.source == format!("/dev/{}", device.name)
-}
-
-/// The devices below `/`, down to the lowest. A root that cannot be followed is a refusal; one that is
-/// no block device (memory, network) is not, and btrfs and ZFS are looked for elsewhere.
-pub fn root(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let path = "/proc/self/mountinfo";
-    let text = host.read(path)?;
-    let fail = |why: String| Unreadable { path: path.into(), why };
-    let mount = text.lines().filter_map(parse).rfind(|m| m.place == "/");
-    let mount = mount.ok_or_else(|| fail("no mount at / is listed there".into()))?;
-    if mount.number.starts_with("0:") {
-        return Ok(());
-    }
-    let mut open = Vec::new();
-    for name in host.list("/sys/class/block")? {
-        if host.read_if_there(&format!("/sys/class/block/{name}/dev"))?.as_deref() == Some(mount.number) {
-            open.push(name);
-        }
-    }
-    if open.is_empty() {
-        return Err(fail(format!("the device {} of / is not among those of /sys/class/block", mount.number)));
-    }
-    let mut seen = open.clone();
-    while let Some(name) = open.pop() {
-        if controller.owns(&name) {
-            out.push(Reason::new(Check::Boot, path, format!("/ stands on {name}")));
-        }
-        for lower in host.list(&format!("/sys/class/block/{name}/slaves"))? {
-            if !seen.contains(&lower) {
-                seen.push(lower.clone());
-                open.push(lower);
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The kernel's command line and the tables of `/etc` that name one of the controller's devices.
-pub fn named(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let names = names(host, controller)?;
-    let mut files = vec![("/proc/cmdline".to_owned(), Check::Boot)];
-    files.extend(TABLES.map(|path| (path.to_owned(), Check::Configured)));
-    for unit in host.list(UNITS)?.iter().filter(|u| u.ends_with(".mount") || u.ends_with(".swap")) {
-        files.push((format!("{UNITS}/{unit}"), Check::Configured));
-    }
-    for (path, check) in files {
-        let Some(text) = host.read_if_there(&path)? else {
-            continue;
-        };
-        for line in text.lines().filter(|l| !l.trim_start().starts_with('#')) {
-            if let Some(name) = names.iter().find(|n| line.split_whitespace().any(|token| means(token, &n.word))) {
-                out.push(Reason::new(check, &path, format!("{} is named there as {}", name.device, name.word)));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// True if `token` of a table means `word`: itself, or as the value of a key (`root=UUID=…`,
-/// `What=/dev/…`, `cryptdevice=UUID=…:name`), or as a bare identifier (`rd.luks.uuid=luks-…`).
-fn means(token: &str, word: &str) -> bool {
-    let token = token.replace('"', "");
-    let same =
-        |t: &str| t.split([':', ',']).any(|part| part.eq_ignore_ascii_case(word)) || t.eq_ignore_ascii_case(word);
-    if same(&token) || token.split_once('=').is_some_and(|(_, value)| same(value)) {
-        return true;
-    }
-    let unique = word.strip_prefix("UUID=").or(word.strip_prefix("PARTUUID=")).filter(|id| id.len() >= 8);
-    unique.is_some_and(|id| token.to_ascii_lowercase().contains(&id.to_ascii_lowercase()))
-}
-
-/// Processes that hold a node of the controller open.
-pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    for pid in processes(host)? {
-        if pid == own_pid.to_string() {
-            continue;
-        }
-        let folder = format!("/proc/{pid}/fd");
-        let fds = match host.list(&folder) {
-            Ok(fds) => fds,
-            Err(_) if !host.exists(&format!("/proc/{pid}")) => continue,
-            Err(e) => return Err(e),
-        };
-        for fd in fds {
-            let Ok(target) = host.link(&format!("{folder}/{fd}")) else {
-                continue;
-            };
-            if let Some(name) = node(controller, &target.to_string_lossy()) {
-                out.push(Reason::new(Check::Open, &folder, format!("process {pid} has /dev/{name} open")));
-            }
-            if target.as_os_str() == "anon_inode:[io_uring]" {
-                registered(host, controller, &pid, &fd, out)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The node of the controller at a path below `/dev`: a namespace, a partition, or a node for commands.
-fn node<'a>(controller: &Controller, path: &'a str) -> Option<&'a str> {
-    let name = path.strip_prefix("/dev/")?;
-    let generic = controller.name.as_ref().is_some_and(|c| {
-        let commands = format!("{}n", c.trim_start_matches("nvme"));
-        name == c || name.strip_prefix("ng").is_some_and(|n| n.starts_with(&commands))
-    });
-    (generic || controller.owns(name)).then_some(name)
-}
-
-/// Files registered with an io_uring stay open when their descriptors are closed.
-fn registered(
-    host: &Host,
-    controller: &Controller,
-    pid: &str,
-    fd: &str,
-    out: &mut Vec<Reason>,
-) -> Result<(), Unreadable> {
-    let path = format!("/proc/{pid}/fdinfo/{fd}");
-    let text = match host.read(&path) {
-        Ok(text) => text,
-        Err(_) if !host.exists(&path) => return Ok(()),
-        Err(e) => return Err(e),
-    };
-    let files = text.lines().filter_map(|l| l.split_once(": ")).map(|(_, file)| file.trim());
-    for name in files.filter_map(|file| node(controller, file)) {
-        out.push(Reason::new(Check::Open, &path, format!("process {pid} has /dev/{name} in an io_uring")));
-    }
-    Ok(())
+    Ok(mount.and_then(|m| controller.devices().find(|d| d.number == m.number)).map(|d| d.name.clone()))
 }

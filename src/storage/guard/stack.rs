@@ -1,11 +1,9 @@
 //! What stands on a block device: device mapper, MD, bcache, loop devices, btrfs, ZFS.
 
 use super::host::{Host, Unreadable};
+use super::nodes::{Nodes, Target};
 use super::sysfs::{BlockDevice, Controller};
-use super::{Check, Reason, names, signatures};
-
-/// A cache of pools is a few KiB; more than this is not looked through.
-const CACHE_MAX: usize = 16 << 20;
+use super::{Check, Reason, signatures};
 
 /// Holders of `device`, all the way up, each with what it is.
 pub fn holders(host: &Host, device: &BlockDevice, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
@@ -14,7 +12,7 @@ pub fn holders(host: &Host, device: &BlockDevice, out: &mut Vec<Reason>) -> Resu
     while let Some(lower) = open.pop() {
         let path = format!("/sys/class/block/{lower}/holders");
         if !host.exists(&path) {
-            return Err(Unreadable { path: path.into(), why: "there is no such folder".into() });
+            return Err(Unreadable::new(&path, "there is no such folder"));
         }
         for holder in host.list(&path)? {
             if seen.contains(&holder) {
@@ -60,7 +58,7 @@ pub fn elsewhere(host: &Host, controller: &Controller, out: &mut Vec<Reason>) ->
             out.push(Reason::new(Check::Mounted, &path, format!("{device} is a member of the mounted btrfs {fsid}")));
         }
     }
-    for array in host.list("/sys/block")?.iter().filter(|n| n.starts_with("md")) {
+    for array in host.must_list("/sys/block")?.iter().filter(|n| n.starts_with("md")) {
         let path = format!("/sys/block/{array}/md");
         for entry in host.list(&path)? {
             if let Some(device) = entry.strip_prefix("dev-").filter(|d| controller.owns(d)) {
@@ -84,37 +82,53 @@ pub fn elsewhere(host: &Host, controller: &Controller, out: &mut Vec<Reason>) ->
 
 /// Loop devices set up over a device, or over a file that lies on one.
 pub fn loops(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    for name in host.list("/sys/block")?.iter().filter(|n| n.starts_with("loop")) {
+    let nodes = Nodes::of(host, controller)?;
+    for name in host.must_list("/sys/block")?.iter().filter(|n| n.starts_with("loop")) {
         let path = format!("/sys/block/{name}/loop/backing_file");
         let Some(backing) = host.read_if_there(&path)? else { continue };
-        // The kernel appends this where the file's name is gone.
-        let backing = backing.strip_suffix(" (deleted)").unwrap_or(&backing);
-        if let Some(device) = names::target(host, controller, backing)? {
+        // The numbers are right even where the file's name is gone or is one of another mount namespace.
+        let by_number = host.loop_backing(name)?.and_then(|b| nodes.block(b.device).or(nodes.block(b.on)));
+        let device = match by_number {
+            Some(device) => Some(device.to_owned()),
+            None => match nodes.target(host, controller, &backing)? {
+                Target::Ours(device) => Some(device),
+                _ => None,
+            },
+        };
+        if let Some(device) = device {
             out.push(Reason::new(Check::Stacked, &path, format!("{name} is set up over {backing} on {device}")));
         }
     }
     Ok(())
 }
 
-/// ZFS: pools that the machine imports at boot, and labels of ZFS while any pool is imported, since
-/// the kernel does not tell a pool's members.
-pub fn zfs(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let cache = "/etc/zfs/zpool.cache";
-    if host.exists(cache) {
-        let bytes = host.read_at(cache, 0, CACHE_MAX)?;
-        if bytes.len() == CACHE_MAX {
-            return Err(Unreadable { path: cache.into(), why: "it is too large to be looked through".into() });
-        }
-        // XDR strings stand between their lengths and zeros; a length's last byte may look like text.
-        let strings: Vec<&[u8]> = bytes.split(|b| !b.is_ascii_graphic()).filter(|s| s.len() > 4).collect();
-        let found = names::names(host, controller)?.into_iter().filter(|n| n.word.starts_with("/dev/"));
-        let bare = found.flat_map(|n| [n.word.clone(), id(&n.word)].map(|word| (word, n.device.clone())));
-        for (word, device) in bare.filter(|(w, _)| !w.is_empty()) {
-            if strings.iter().any(|s| s.ends_with(word.as_bytes())) {
-                out.push(Reason::new(Check::Configured, cache, format!("{device} is named there as {word}")));
+/// Members of bcachefs, by the kernel's links to them, and of caches of CD drives and RNBD servers.
+pub fn linked(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for (folder, ends, what) in [
+        ("/sys/fs/bcachefs", &["block"][..], "a member of a mounted bcachefs"),
+        ("/sys/fs/bcache", &["", "set"][..], "a member of a bcache set"),
+        ("/sys/devices/virtual/rnbd-server/ctl/devices", &["block_dev"][..], "exported by an RNBD server"),
+    ] {
+        for set in host.list(folder)? {
+            let base = format!("{folder}/{set}");
+            let members = if host.real(&base).is_dir() { host.list(&base)? } else { Vec::new() };
+            let links = members.iter().flat_map(|m| ends.iter().map(move |e| format!("{m}/{e}")));
+            for link in links.chain(ends.iter().map(|e| (*e).to_owned())) {
+                let path = format!("{base}/{link}");
+                let target = host.resolve(&path).unwrap_or_default();
+                let device = target.components().filter_map(|c| c.as_os_str().to_str()).find(|c| controller.owns(c));
+                if let Some(device) = device {
+                    out.push(Reason::new(Check::Stacked, &base, format!("{device} is {what}, {set}")));
+                    break;
+                }
             }
         }
     }
+    Ok(())
+}
+
+/// Labels of ZFS while any pool is imported, since the kernel does not tell a pool's members.
+pub fn zfs(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let kstat = "/proc/spl/kstat/zfs";
     let pools: Vec<String> =
         host.list(kstat)?.into_iter().filter(|p| host.exists(&format!("{kstat}/{p}/state"))).collect();
@@ -127,10 +141,4 @@ pub fn zfs(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Resul
         }
     }
     Ok(())
-}
-
-/// The last part of a link of `by-id` or `by-path`, as ZFS keeps it in `devid` and `phys_path`.
-fn id(word: &str) -> String {
-    let name = word.strip_prefix("/dev/disk/by-id/").or(word.strip_prefix("/dev/disk/by-path/"));
-    name.unwrap_or("").to_owned()
 }

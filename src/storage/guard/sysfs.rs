@@ -176,9 +176,7 @@ fn block_device(host: &Host, name: &str) -> Result<BlockDevice, Unreadable> {
 }
 
 fn number(text: &str, path: &str) -> Result<u64, Unreadable> {
-    text.trim()
-        .parse()
-        .map_err(|_| Unreadable { path: path.into(), why: format!("a number was expected, {text:?} was found") })
+    text.trim().parse().map_err(|_| Unreadable::new(path, format!("a number was expected, {text:?} was found")))
 }
 
 /// The controller a user means by `nvme0`, `nvme0n1`, `nvme0n1p1`, `/dev/…`, a by-id path, or a PCI

@@ -1,8 +1,11 @@
 //! Each row of the refusal list on a fake machine; never on this one.
 
+mod held;
+mod named;
 mod rows;
 
 use super::*;
+use crate::storage::gpt;
 use rows::ROWS;
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
@@ -17,7 +20,15 @@ impl Fake {
     fn put(&self, path: &str, text: &str) {
         let at = self.dir.path().join(path.trim_start_matches('/'));
         fs::create_dir_all(at.parent().unwrap()).unwrap();
+        let _ = fs::remove_file(&at);
         fs::write(at, text).unwrap();
+    }
+
+    /// Adds a line to the mounts that this process sees.
+    fn mount(&self, line: &str) {
+        let path = self.dir.path().join("proc/self/mountinfo");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, format!("{text}{line}\n")).unwrap();
     }
 
     fn folder(&self, path: &str) {
@@ -54,9 +65,11 @@ impl Fake {
             self.put(&format!("{base}/serial"), &format!("{serial}   \n"));
             self.put(&format!("{base}/model"), "Model X\n");
             self.put(&format!("{base}/firmware_rev"), "1.0\n");
+            self.put(&format!("{base}/dev"), &format!("241:{n}\n"));
             self.put(&format!("{base}/transport"), "pcie\n");
         }
         self.folder(&format!("{pci}/nvme/nvme{n}/nvme{n}n1"));
+        self.put(&format!("/sys/class/nvme-generic/ng{n}n1/dev"), &format!("240:{n}\n"));
         let block = format!("/sys/class/block/nvme{n}n1");
         for (base, dev) in [
             (block.clone(), format!("259:{}", n * 10)),
@@ -110,6 +123,14 @@ fn clean() -> Fake {
     fake.put("/proc/self/mountinfo", "21 1 259:1 / / rw - ext4 /dev/nvme0n1p1 rw\n");
     fake.put("/proc/77/mountinfo", "21 1 259:1 / / rw - ext4 /dev/nvme0n1p1 rw\n");
     fake.link("/proc/77/fd/0", "/dev/null");
+    fake.put("/proc/1/mountinfo", "21 1 259:1 / / rw - ext4 /dev/nvme0n1p1 rw\n");
+    fake.folder("/proc/1/fd");
+    fake.link("/proc/1/root", "/");
+    fake.link("/proc/self/ns/pid", "pid:[4026531836]");
+    fake.link("/proc/self/ns/user", "user:[4026531837]");
+    fake.folder("/sys/block");
+    fake.folder("/sys/module");
+    fake.table("/dev/nvme1n1", gpt::TYPE);
     fake.put("/proc/swaps", "Filename Type Size Used Priority\n");
     fake.put("/proc/cmdline", "quiet root=/dev/nvme0n1p1\n");
     fake
@@ -117,7 +138,7 @@ fn clean() -> Fake {
 
 fn list() -> Result<Allowlist, String> {
     Allowlist::parse(
-        "[[drive]]\npci = \"0000:02:00.0\"\nserial = \"EXP\"\nmodel = \"Model X\"\nnamespace = 1\nsize = 2097152\n",
+        "[[drive]]\npci = \"0000:02:00.0\"\nserial = \"EXP\"\nmodel = \"Model X\"\nnamespace = 1\nsize = 2097152\nholds = [\"gpt\"]\n",
     )
 }
 
@@ -135,6 +156,14 @@ fn each_row_refuses() {
         assert!(reasons.iter().any(|r| r.check == *check), "{name}: {check:?} was expected, {reasons:?} was found");
         assert!(reasons.iter().all(|r| !r.path.as_os_str().is_empty()), "{name}");
     }
+}
+
+#[test]
+fn a_partition_table_is_contents_too() {
+    let mut list = list().unwrap();
+    list.drive[0].holds.clear();
+    let reasons = clean().reasons(&Ok(list));
+    assert!(reasons.iter().any(|r| r.check == Check::Contents && r.what.contains("gpt")), "{reasons:?}");
 }
 
 #[test]
@@ -163,9 +192,8 @@ fn contents_named_in_the_entry_are_accepted() {
 #[test]
 fn what_never_passes_is_refused_with_its_contents_listed() {
     let mut list = list().unwrap();
-    list.drive[0].holds.extend(["gpt", "zfs"].map(String::from));
+    list.drive[0].holds.push("zfs".into());
     let fake = clean();
-    fake.table("/dev/nvme1n1", gpt::TYPE);
     assert_eq!(fake.reasons(&Ok(list.clone())), vec![]);
     fake.table("/dev/nvme1n1", gpt::BIOS_BOOT);
     assert_eq!(fake.reasons(&Ok(list.clone())).iter().map(|r| r.check).collect::<Vec<_>>(), [Check::Boot]);

@@ -133,8 +133,7 @@ pub const ROWS: &[Row] = &[
     ("LVM signature", Check::Contents, |f| f.stamp("/dev/nvme1n1", 512, b"LABELONE")),
     ("MD 1.0 at the end", Check::Contents, |f| f.stamp("/dev/nvme1n1", (2 << 20) - 8192, &[0xfc, 0x4e, 0x2b, 0xa9])),
     ("ZFS label", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 128 << 10, &0x00ba_b10c_u64.to_le_bytes())),
-    ("GPT", Check::Contents, |f| f.stamp("/dev/nvme1n1", 512, b"EFI PART")),
-    ("unknown data", Check::Contents, |f| f.stamp("/dev/nvme1n1", 5000, b"mine")),
+    ("unknown data", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 5000, b"mine")),
     ("other size", Check::Allowlist, |f| f.put("/sys/class/block/nvme1n1/size", "8192")),
     ("other model", Check::Allowlist, |f| f.put(&format!("/sys/bus/pci/devices/{BDF}/nvme/nvme1/model"), "Model Y")),
     ("twin with another model", Check::Twin, |f| {

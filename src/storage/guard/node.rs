@@ -1,0 +1,214 @@
+//! Device nodes by their numbers. A name says nothing: any folder may hold a node of any number, and
+//! a node may be deleted while it is open.
+//!
+//! In a picture of a machine (tests) a plain file stands for a node: its number is what sysfs says of
+//! its name, or what it holds itself, `b 259:11` or `c 241:1`; one that holds `on 259:11` is a file on
+//! that device.
+
+use std::ffi::CString;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+
+use super::host::{Host, Unreadable};
+
+/// Links followed before a path counts as a circle, as in the kernel.
+const LINKS_MAX: usize = 40;
+
+/// `major:minor` of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Number {
+    /// The driver's part.
+    pub major: u32,
+    /// The device's part.
+    pub minor: u32,
+}
+
+impl fmt::Display for Number {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+impl FromStr for Number {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (major, minor) = text.trim().split_once(':').ok_or(())?;
+        Ok(Self { major: major.parse().map_err(|_| ())?, minor: minor.parse().map_err(|_| ())? })
+    }
+}
+
+/// What a path leads to, every link followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Node {
+    /// A block device.
+    Block(Number),
+    /// A character device.
+    Char(Number),
+    /// Neither; the number is that of the file system it lies on, where it is known.
+    File(Option<Number>),
+}
+
+/// What a loop device stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backing {
+    /// The device with the file system that the file lies on.
+    pub on: Number,
+    /// The block device itself, if it is one.
+    pub device: Number,
+}
+
+impl Host {
+    /// What `path` leads to; `None` where nothing is there.
+    pub fn node(&self, path: &str) -> Result<Option<Node>, Unreadable> {
+        if self.is_real() { stat(path) } else { self.pictured(path) }
+    }
+
+    /// True if two paths lead to the same file or folder.
+    pub fn is_same(&self, a: &str, b: &str) -> Result<bool, Unreadable> {
+        use std::os::unix::fs::MetadataExt;
+        let place = |path: &str| {
+            let real = if self.is_real() { PathBuf::from(path) } else { self.follow(path).unwrap_or_default() };
+            let meta = std::fs::metadata(real).map_err(|e| Self::fail(path, &e))?;
+            Ok((meta.dev(), meta.ino()))
+        };
+        Ok(place(a)? == place(b)?)
+    }
+
+    /// What the loop device `name` stands on, by the kernel's word; `None` where it stands on nothing.
+    pub fn loop_backing(&self, name: &str) -> Result<Option<Backing>, Unreadable> {
+        let path = format!("/dev/{name}");
+        if !self.is_real() {
+            let text = self.read_if_there(&path)?.unwrap_or_default();
+            let mut words = text.split_whitespace();
+            let numbers = words.next() == Some("loop");
+            let mut number = || words.next().and_then(|w| w.parse().ok());
+            return Ok(number().zip(number()).filter(|_| numbers).map(|(device, on)| Backing { on, device }));
+        }
+        loop_status(&path).map_err(|e| Self::fail(&path, &e))
+    }
+
+    /// Where `path` lies in a picture, with every link followed inside of it.
+    fn follow(&self, path: &str) -> Option<PathBuf> {
+        let mut left: Vec<PathBuf> = vec![PathBuf::from(path)];
+        let (mut at, mut links) = (PathBuf::from("/"), 0);
+        while let Some(part) = left.pop() {
+            let mut parts = part.components();
+            let Some(first) = parts.next() else { continue };
+            left.push(parts.as_path().to_path_buf());
+            match first {
+                Component::RootDir => at = PathBuf::from("/"),
+                Component::ParentDir => drop(at.pop()),
+                Component::Normal(name) => {
+                    at.push(name);
+                    let Ok(target) = std::fs::read_link(self.real(at.to_str()?)) else { continue };
+                    links += 1;
+                    if links > LINKS_MAX {
+                        return None;
+                    }
+                    at.pop();
+                    left.push(target);
+                }
+                _ => {}
+            }
+        }
+        Some(self.real(at.to_str()?))
+    }
+
+    fn pictured(&self, path: &str) -> Result<Option<Node>, Unreadable> {
+        let Some(real) = self.follow(path).filter(|p| p.exists()) else { return Ok(None) };
+        let name = real.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if real.starts_with(self.real("/dev")) {
+            for (class, block) in [("block", true), ("nvme-generic", false), ("nvme", false)] {
+                let number = self.read_if_there(&format!("/sys/class/{class}/{name}/dev"))?;
+                if let Some(number) = number.and_then(|n| n.parse().ok()) {
+                    return Ok(Some(if block { Node::Block(number) } else { Node::Char(number) }));
+                }
+            }
+        }
+        let text = if real.is_file() { start(&real).map_err(|e| Self::fail(path, &e))? } else { String::new() };
+        let said = text.split_once(' ').and_then(|(kind, number)| Some((kind, number.parse().ok()?)));
+        Ok(Some(match said {
+            Some(("b", number)) => Node::Block(number),
+            Some(("c", number)) => Node::Char(number),
+            Some(("on", number)) => Node::File(Some(number)),
+            _ => Node::File(None),
+        }))
+    }
+}
+
+/// The first bytes of a file as text.
+fn start(path: &Path) -> io::Result<String> {
+    use io::Read;
+    let mut bytes = Vec::new();
+    File::open(path)?.take(32).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).trim_end().to_owned())
+}
+
+/// Asks the kernel without mounting anything on the way to the last name and without a word to servers
+/// of network file systems, which may not answer.
+fn stat(path: &str) -> Result<Option<Node>, Unreadable> {
+    let Ok(name) = CString::new(Path::new(path).as_os_str().as_bytes()) else { return Ok(None) };
+    // SAFETY: all zeros are a valid value of this structure of integers.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_NO_AUTOMOUNT | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: `name` ends with a zero byte and `found` may be written; both outlive the call.
+    let result = unsafe { libc::statx(libc::AT_FDCWD, name.as_ptr(), flags, libc::STATX_TYPE, &raw mut found) };
+    if result != 0 {
+        let e = io::Error::last_os_error();
+        let nothing = [libc::ENOENT, libc::ENOTDIR, libc::ELOOP, libc::ENAMETOOLONG, libc::ESRCH];
+        return if e.raw_os_error().is_some_and(|n| nothing.contains(&n)) {
+            Ok(None)
+        } else {
+            Err(Host::fail(path, &e))
+        };
+    }
+    let number = Number { major: found.stx_rdev_major, minor: found.stx_rdev_minor };
+    Ok(Some(match u32::from(found.stx_mode) & libc::S_IFMT {
+        libc::S_IFBLK => Node::Block(number),
+        libc::S_IFCHR => Node::Char(number),
+        _ => Node::File(Some(Number { major: found.stx_dev_major, minor: found.stx_dev_minor })),
+    }))
+}
+
+/// `struct loop_info64` of `linux/loop.h`.
+#[repr(C)]
+struct LoopInfo {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    rest: [u8; 208],
+}
+
+const _: () = assert!(size_of::<LoopInfo>() == 232);
+
+fn loop_status(path: &str) -> io::Result<Option<Backing>> {
+    const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENXIO | libc::ENOENT)) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let mut info = LoopInfo { device: 0, inode: 0, rdevice: 0, rest: [0; 208] };
+    // SAFETY: the call writes one `struct loop_info64`, whose size is asserted above, to `info`.
+    if unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) } != 0 {
+        let e = io::Error::last_os_error();
+        // No file is set up.
+        return if e.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(e) };
+    }
+    let number = |n: u64| Number { major: libc::major(n), minor: libc::minor(n) };
+    Ok(Some(Backing { on: number(info.device), device: number(info.rdevice) }))
+}
+
+/// True if two threads surely share one table of descriptors. Where the kernel cannot tell, they do not.
+pub fn share_files(a: &str, b: &str) -> bool {
+    const KCMP_FILES: libc::c_int = 2;
+    let (Ok(a), Ok(b)) = (a.parse::<libc::pid_t>(), b.parse::<libc::pid_t>()) else { return false };
+    // SAFETY: a comparison by the kernel that takes only numbers.
+    unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_FILES, 0, 0) == 0 }
+}

@@ -1,0 +1,96 @@
+//! The device numbers of one controller's nodes, and what a path means for it.
+
+use super::host::{Host, Unreadable};
+use super::mounts;
+use super::node::{Node, Number};
+use super::sysfs::Controller;
+
+/// Every node that leads to a controller: namespaces, partitions, nodes for commands.
+#[derive(Debug, Clone)]
+pub struct Nodes {
+    list: Vec<(Node, String)>,
+}
+
+/// Where a path leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// To this device of the controller, or to a file on it.
+    Ours(String),
+    /// To something else.
+    Other,
+    /// To nothing that can be seen from here.
+    Gone,
+}
+
+impl Nodes {
+    /// The nodes of `controller` by sysfs.
+    pub fn of(host: &Host, controller: &Controller) -> Result<Self, Unreadable> {
+        let mut list = Vec::new();
+        for device in controller.devices() {
+            let path = format!("/sys/class/block/{}/dev", device.name);
+            list.push((Node::Block(number(&device.number, &path)?), device.name.clone()));
+        }
+        let mut commands: Vec<(String, String)> = Vec::new();
+        for name in host.list("/sys/class/nvme-generic")? {
+            if name.strip_prefix("ng").is_some_and(|rest| controller.owns(&format!("nvme{rest}"))) {
+                commands.push((format!("/sys/class/nvme-generic/{name}/dev"), name));
+            }
+        }
+        if let Some(name) = &controller.name {
+            commands.push((format!("/sys/class/nvme/{name}/dev"), name.clone()));
+        }
+        for (path, name) in commands {
+            if let Some(text) = host.read_if_there(&path)? {
+                list.push((Node::Char(number(&text, &path)?), name));
+            }
+        }
+        Ok(Self { list })
+    }
+
+    /// The device with this node, or, for a file, the device it lies on.
+    pub fn name(&self, node: Node) -> Option<&str> {
+        let node = match node {
+            Node::File(on) => Node::Block(on?),
+            node => node,
+        };
+        self.list.iter().find(|(n, _)| *n == node).map(|(_, name)| name.as_str())
+    }
+
+    /// The block device with this number.
+    pub fn block(&self, number: Number) -> Option<&str> {
+        self.name(Node::Block(number))
+    }
+
+    /// The device whose node `path` is; files on it do not count.
+    pub fn at(&self, host: &Host, path: &str) -> Result<Option<&str>, Unreadable> {
+        Ok(host.node(path)?.filter(|n| !matches!(n, Node::File(_))).and_then(|n| self.name(n)))
+    }
+
+    /// The name of a node below `/dev`, or alone, that is this controller's by its spelling.
+    pub fn spelled(&self, path: &str) -> Option<&str> {
+        let name = path.strip_prefix("/dev/").unwrap_or(path).trim_start_matches('/');
+        self.list.iter().find(|(_, n)| n == name).map(|(_, name)| name.as_str())
+    }
+
+    /// Where `path` leads: by its number, and where nothing is there any more, by its spelling and by
+    /// the mount it would lie on.
+    pub fn target(&self, host: &Host, controller: &Controller, path: &str) -> Result<Target, Unreadable> {
+        let path = path.strip_suffix(" (deleted)").unwrap_or(path);
+        let ours = |name: &str| Target::Ours(name.to_owned());
+        let found = host.node(path)?;
+        Ok(match found {
+            Some(node) if self.name(node).is_some() => ours(self.name(node).unwrap_or_default()),
+            Some(Node::Block(_) | Node::Char(_)) => Target::Other,
+            _ => match self.spelled(path).map(str::to_owned).or(mounts::below(host, controller, path)?) {
+                Some(name) => Target::Ours(name),
+                None if found.is_some() => Target::Other,
+                None => Target::Gone,
+            },
+        })
+    }
+}
+
+/// A device number that sysfs tells.
+pub fn number(text: &str, path: &str) -> Result<Number, Unreadable> {
+    text.parse().map_err(|()| Unreadable::new(path, format!("a device number was expected, {text:?} was found")))
+}

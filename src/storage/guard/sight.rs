@@ -1,0 +1,93 @@
+//! What cannot be seen from where this program runs. A user of a drive that cannot be seen is not
+//! one that is absent, so each of these is a refusal.
+
+use super::host::{Host, Unreadable};
+use super::open::processes;
+use super::{Check, Reason};
+
+/// The number of the namespaces that the machine starts with (`include/linux/proc_ns.h`).
+const FIRST: [(&str, &str); 2] = [("pid", "pid:[4026531836]"), ("user", "user:[4026531837]")];
+/// Parts of the kernel that hand on drives, and the folder or file that lists what they have.
+const LISTS: [(&str, &str); 5] = [
+    ("nvmet", "/sys/kernel/config/nvmet/subsystems"),
+    ("target_core_mod", "/sys/kernel/config/target/core"),
+    ("scst", "/sys/kernel/scst_tgt/devices"),
+    ("zfs", "/proc/spl/kstat/zfs"),
+    ("usb_f_mass_storage", "/sys/kernel/config/usb_gadget"),
+];
+/// Folders that every Linux with a block layer has.
+const FOLDERS: [&str; 3] = ["/sys/block", "/sys/class/block", "/sys/module"];
+/// What is read below `/proc` and `/sys`; a mount over one of these hides the machine's own.
+const COVERED: [&str; 12] = [
+    "/proc/swaps",
+    "/proc/mdstat",
+    "/proc/cmdline",
+    "/proc/self",
+    "/proc/spl",
+    "/sys/block",
+    "/sys/bus",
+    "/sys/class",
+    "/sys/devices",
+    "/sys/fs/btrfs",
+    "/sys/module",
+    "/sys/power",
+];
+
+/// Everything that hides users of drives from this process.
+pub fn hidden(host: &Host, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let mut add = |path: &str, what: String| out.push(Reason::new(Check::Unreadable, path, what));
+    for (kind, first) in FIRST {
+        let path = format!("/proc/self/ns/{kind}");
+        let found = host.link(&path)?;
+        if found.as_os_str() != first {
+            let what = format!(
+                "nt runs in a {kind} namespace of its own ({}), where the machine's processes cannot be seen; run it outside of the container",
+                found.display()
+            );
+            add(&path, what);
+        }
+    }
+    for folder in FOLDERS.iter().filter(|f| !host.exists(f)) {
+        add(folder, "there is no such folder; is sysfs mounted?".into());
+    }
+    for (module, list) in LISTS {
+        if host.exists(&format!("/sys/module/{module}")) && !host.exists(list) {
+            let what = format!(
+                "the module {module} is loaded, but what it exports or holds is not shown there; mount configfs (`mount -t configfs none /sys/kernel/config`) or remove the module"
+            );
+            add(list, what);
+        }
+    }
+    if !processes(host)?.iter().any(|pid| pid == "1") {
+        add("/proc", "process 1 is not shown there: other users' processes are hidden; run as root".into());
+    }
+    mounts(host, &mut add)?;
+    tables(host, &mut add)
+}
+
+/// Mounts over what is read, and a `/proc` that shows only a part.
+fn mounts(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreadable> {
+    let path = "/proc/self/mountinfo";
+    for mount in host.read(path)?.lines().filter_map(super::mounts::parse) {
+        let process = |p: &str| p.strip_prefix("/proc/").is_some_and(|r| r.starts_with(|c: char| c.is_ascii_digit()));
+        let covers = COVERED.iter().any(|c| mount.place == *c || mount.place.starts_with(&format!("{c}/")));
+        if covers || process(&mount.place) {
+            add(
+                path,
+                format!("a {} is mounted over {}, which hides what the kernel says there", mount.kind, mount.place),
+            );
+        }
+        if mount.place == "/proc" && mount.options.split(',').any(|o| o.starts_with("subset=")) {
+            add(path, "/proc is mounted with subset=, which shows only a part".into());
+        }
+    }
+    Ok(())
+}
+
+/// The tables of `/etc` are the machine's only where its first process has the same root.
+fn tables(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreadable> {
+    if !host.is_same("/proc/1/root/", "/")? {
+        add("/proc/1/root", "nt runs in a chroot or a container, whose tables in /etc are not the machine's".into());
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! The tables of a machine that may name a drive: what is mounted, decrypted, assembled, booted,
+//! exported or given to guests, now or when the machine starts.
+
+use super::host::{Host, Unreadable};
+use super::words::{Mention, Words};
+use super::{Check, Reason};
+
+/// How a file is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Style {
+    /// Lines; `#` and `;` begin comments.
+    Lines,
+    /// XML, JSON or anything else without comments of a line.
+    Whole,
+    /// A long file of which only the lines with a path below `/dev` matter.
+    Nodes,
+    /// No text.
+    Binary,
+}
+
+use Style::{Binary, Lines, Nodes, Whole};
+
+/// What is read: the files that a pattern means (`*` is any part of one name; a folder of a pattern may
+/// have one too), how they are written, and what a mention there is.
+const TABLES: &[(&str, Style, Check)] = &[
+    ("/proc/cmdline", Whole, Check::Boot),
+    ("/etc/fstab", Lines, Check::Configured),
+    ("/etc/fstab.d/*", Lines, Check::Configured),
+    ("/etc/crypttab", Lines, Check::Configured),
+    ("/etc/crypttab.initramfs", Lines, Check::Configured),
+    ("/etc/initramfs-tools/conf.d/*", Lines, Check::Boot),
+    ("/etc/initramfs-tools/initramfs.conf", Lines, Check::Boot),
+    ("/etc/initcpio/*", Lines, Check::Boot),
+    ("/etc/mkinitcpio.conf", Lines, Check::Boot),
+    ("/etc/dracut.conf", Lines, Check::Boot),
+    ("/etc/dracut.conf.d/*", Lines, Check::Boot),
+    ("/etc/kernel/*", Lines, Check::Boot),
+    ("/etc/cmdline.d/*", Lines, Check::Boot),
+    ("/usr/lib/kernel/cmdline", Lines, Check::Boot),
+    ("/etc/default/grub", Lines, Check::Boot),
+    ("/etc/default/grub.d/*", Lines, Check::Boot),
+    ("/boot/grub/grub.cfg", Lines, Check::Boot),
+    ("/boot/grub/custom.cfg", Lines, Check::Boot),
+    ("/boot/grub2/grub.cfg", Lines, Check::Boot),
+    ("/boot/grub2/custom.cfg", Lines, Check::Boot),
+    ("/boot/grub*/grubenv", Whole, Check::Boot),
+    ("/boot/efi/EFI/*/grub.cfg", Lines, Check::Boot),
+    ("/efi/EFI/*/grub.cfg", Lines, Check::Boot),
+    ("/boot/EFI/*/grub.cfg", Lines, Check::Boot),
+    ("/boot/loader/entries/*", Lines, Check::Boot),
+    ("/boot/efi/loader/entries/*", Lines, Check::Boot),
+    ("/efi/loader/entries/*", Lines, Check::Boot),
+    ("/boot/extlinux/*.conf", Lines, Check::Boot),
+    ("/boot/syslinux/*.cfg", Lines, Check::Boot),
+    ("/boot/refind_linux.conf", Lines, Check::Boot),
+    ("/etc/lilo.conf", Lines, Check::Boot),
+    ("/var/cache/debconf/config.dat", Nodes, Check::Boot),
+    ("/etc/mdadm.conf", Lines, Check::Configured),
+    ("/etc/mdadm.conf.d/*", Lines, Check::Configured),
+    ("/etc/mdadm/mdadm.conf", Lines, Check::Configured),
+    ("/etc/mdadm/mdadm.conf.d/*", Lines, Check::Configured),
+    ("/etc/lvm/devices/*.devices", Lines, Check::Configured),
+    ("/etc/multipath/wwids", Lines, Check::Configured),
+    ("/etc/multipath/bindings", Lines, Check::Configured),
+    ("/etc/zfs/*.cache", Binary, Check::Configured),
+    ("/etc/zfs/zfs-list.cache/*", Lines, Check::Configured),
+    ("/etc/zfs/vdev_id.conf", Lines, Check::Configured),
+    ("/etc/drbd.conf", Lines, Check::Configured),
+    ("/etc/drbd.d/*", Lines, Check::Configured),
+    ("/etc/auto.*", Lines, Check::Configured),
+    ("/etc/auto.master.d/*", Lines, Check::Configured),
+    ("/etc/autofs/*", Lines, Check::Configured),
+    ("/etc/target/saveconfig.json", Whole, Check::Exported),
+    ("/etc/rtslib-fb-target/saveconfig.json", Whole, Check::Exported),
+    ("/etc/nvmet/*.json", Whole, Check::Exported),
+    ("/etc/scst.conf", Lines, Check::Exported),
+    ("/etc/tgt/*.conf", Lines, Check::Exported),
+    ("/etc/tgt/conf.d/*", Lines, Check::Exported),
+    ("/etc/iet/ietd.conf", Lines, Check::Exported),
+    ("/etc/nbd-server/config", Lines, Check::Exported),
+    ("/etc/nbd-server/conf.d/*", Lines, Check::Exported),
+    ("/etc/libvirt/qemu/*.xml", Whole, Check::Configured),
+    ("/etc/libvirt/storage/*.xml", Whole, Check::Configured),
+    ("/run/libvirt/qemu/*.xml", Whole, Check::Configured),
+    ("/run/libvirt/storage/*.xml", Whole, Check::Configured),
+    ("/etc/pve/qemu-server/*.conf", Lines, Check::Configured),
+    ("/etc/pve/nodes/*/qemu-server/*.conf", Lines, Check::Configured),
+    ("/etc/pve/nodes/*/lxc/*.conf", Lines, Check::Configured),
+    ("/etc/pve/storage.cfg", Lines, Check::Configured),
+    ("/var/lib/lxc/*/config", Lines, Check::Configured),
+    ("/etc/xen/*.cfg", Lines, Check::Configured),
+    ("/etc/systemd/nspawn/*.nspawn", Lines, Check::Configured),
+    ("/etc/ceph/osd/*.json", Whole, Check::Configured),
+];
+/// Where systemd looks for units, as `systemd-analyze unit-paths` lists it.
+const UNITS: [&str; 13] = [
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/run/systemd/transient",
+    "/run/systemd/generator.early",
+    "/etc/systemd/system",
+    "/etc/systemd/system.attached",
+    "/run/systemd/system",
+    "/run/systemd/system.attached",
+    "/run/systemd/generator",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+    "/run/systemd/generator.late",
+];
+
+/// Every table that names the drive. A table that cannot be read is a reason of its own, and the others
+/// are read all the same.
+pub fn named(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for (pattern, style, check) in TABLES {
+        for path in matches(host, pattern)? {
+            super::note(out, |out| table(host, words, &path, *style, *check, out));
+        }
+    }
+    for path in units(host)? {
+        super::note(out, |out| {
+            specifiers(host, &path, out)?;
+            table(host, words, &path, Lines, Check::Configured, out)
+        });
+    }
+    super::note(out, |out| volume_groups(host, words, out));
+    ceph(host, words, out)
+}
+
+fn table(
+    host: &Host,
+    words: &Words,
+    path: &str,
+    style: Style,
+    check: Check,
+    out: &mut Vec<Reason>,
+) -> Result<(), Unreadable> {
+    let bytes = match host.bytes(path) {
+        // A link to a file that is gone says nothing.
+        Err(e) if e.is_gone() => return Ok(()),
+        bytes => bytes?,
+    };
+    let mentions = match style {
+        Binary => words.in_bytes(host, &bytes)?,
+        style => text(host, words, &String::from_utf8_lossy(&bytes), style)?,
+    };
+    // One mention a device is enough to refuse; more would bury the other reasons.
+    let mut devices: Vec<&str> = Vec::new();
+    for mention in &mentions {
+        if !devices.contains(&mention.device.as_str()) {
+            devices.push(&mention.device);
+            let what = format!("{} is named there as {}", mention.device, mention.word);
+            out.push(Reason::new(check, path, what));
+        }
+    }
+    Ok(())
+}
+
+/// Mentions in a text as it stands, and with the lines joined that end with a backslash, in case the
+/// table's reader joins them.
+fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Mention>, Unreadable> {
+    if style == Nodes {
+        let lines: Vec<&str> = text.lines().filter(|l| l.contains("/dev/")).collect();
+        return words.mentions(host, &lines.join("\n"), false);
+    }
+    let mut found = words.mentions(host, text, style == Lines)?;
+    if text.contains("\\\n") {
+        for with in ["", " "] {
+            found.extend(words.mentions(host, &text.replace("\\\n", with), style == Lines)?);
+        }
+    }
+    Ok(found)
+}
+
+/// Files that a pattern means, in order.
+fn matches(host: &Host, pattern: &str) -> Result<Vec<String>, Unreadable> {
+    let mut found = vec![String::new()];
+    for part in pattern.split('/').skip(1) {
+        let mut next = Vec::new();
+        for folder in &found {
+            let Some((start, end)) = part.split_once('*') else {
+                next.push(format!("{folder}/{part}"));
+                continue;
+            };
+            let names = match host.list(folder) {
+                // A file, or a link that leads nowhere.
+                Err(e) if e.is_gone() || e.kind == std::io::ErrorKind::NotADirectory => Vec::new(),
+                names => names?,
+            };
+            let fits = |n: &&String| n.len() >= start.len() + end.len() && n.starts_with(start) && n.ends_with(end);
+            next.extend(names.iter().filter(fits).map(|n| format!("{folder}/{n}")));
+        }
+        found = next;
+    }
+    found.retain(|path| host.exists(path) && !host.real(path).is_dir());
+    Ok(found)
+}
+
+/// Units that mount or swap with their drop-ins, and all that generators wrote.
+fn units(host: &Host) -> Result<Vec<String>, Unreadable> {
+    let mut found = Vec::new();
+    for folder in UNITS {
+        let generated = folder.contains("/generator");
+        for name in host.list(folder)? {
+            let path = format!("{folder}/{name}");
+            let unit = name.trim_end_matches(".d");
+            let mounts = [".mount", ".swap"].iter().any(|end| unit.ends_with(end)) || matches!(unit, "mount" | "swap");
+            if host.real(&path).is_dir() {
+                // `data.mount.d`, `mount.d` for all, `dev-.mount.d` for all whose names begin so.
+                if name.ends_with(".d") && (mounts || generated) {
+                    let drops = host.list(&path)?.into_iter().filter(|d| d.ends_with(".conf"));
+                    found.extend(drops.map(|d| format!("{path}/{d}")));
+                }
+            } else if mounts || generated {
+                found.push(path);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// `What=/dev/%m`: what systemd puts in place of a specifier is not known here.
+fn specifiers(host: &Host, path: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let text = match host.read(path) {
+        Err(e) if e.is_gone() => return Ok(()),
+        text => text?,
+    };
+    for line in text.lines().filter(|l| l.trim_start().starts_with("What")) {
+        if line.replace("%%", "").contains('%') {
+            let what = format!("{:?} there has a specifier, so the device cannot be told", line.trim());
+            out.push(Reason::new(Check::Unreadable, path, what));
+        }
+    }
+    Ok(())
+}
+
+/// Backups of groups of LVM name their volumes by identifier; the nodes there are only hints.
+fn volume_groups(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for path in matches(host, "/etc/lvm/backup/*")? {
+        let text = host.read(&path)?;
+        let ids: Vec<&str> = text.lines().filter(|l| l.trim_start().starts_with("id = ")).collect();
+        for mention in words.mentions(host, &ids.join("\n"), false)? {
+            let what = format!("{} is a volume of that group, {}", mention.device, mention.word);
+            out.push(Reason::new(Check::Configured, &path, what));
+        }
+    }
+    Ok(())
+}
+
+/// Stores of Ceph lead to their devices by links.
+fn ceph(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for store in host.list("/var/lib/ceph/osd")? {
+        for link in ["block", "block.db", "block.wal", "journal"] {
+            let path = format!("/var/lib/ceph/osd/{store}/{link}");
+            let Ok(target) = host.link(&path) else { continue };
+            let mut found = words.mentions(host, &path, false)?;
+            found.extend(words.mentions(host, &target.to_string_lossy(), false)?);
+            if let Some(mention) = found.first() {
+                let what = format!("{} is a store of Ceph", mention.device);
+                out.push(Reason::new(Check::Configured, &path, what));
+            }
+        }
+    }
+    Ok(())
+}

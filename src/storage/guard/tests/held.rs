@@ -1,0 +1,194 @@
+//! Holders whose node has another name, or none any more, and holders that cannot be seen. Each row was
+//! bound, or is a sibling of one that was, while a holder was known by the name of its node.
+
+use super::*;
+
+/// What a row does to a clean machine, and the reason it must give.
+type Row = (&'static str, Check, fn(&Fake));
+
+/// A thread's folder of process 77.
+fn thread(f: &Fake, tid: u32) -> String {
+    f.link("/proc/77/task/77/fd/0", "/dev/null");
+    f.put("/proc/77/task/77/mountinfo", "21 1 259:1 / / rw - ext4 x rw\n");
+    let folder = format!("/proc/77/task/{tid}");
+    f.put(&format!("{folder}/mountinfo"), "21 1 259:1 / / rw - ext4 x rw\n");
+    folder
+}
+
+const HELD: &[Row] = &[
+    ("open through a node of another name", Check::Open, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.link("/proc/77/fd/3", "/tmp/other");
+    }),
+    ("open through a node of another folder that was deleted", Check::Open, |f| {
+        // The kernel follows the link of a deleted file too.
+        f.put("/proc/77/fd/3", "b 259:10");
+    }),
+    ("node for commands of another name", Check::Open, |f| {
+        f.put("/tmp/generic", "c 240:1");
+        f.link("/proc/77/fd/3", "/tmp/generic");
+    }),
+    ("node of the controller of another name", Check::Open, |f| {
+        f.put("/srv/jail/dev/ctl", "c 241:1");
+        f.link("/proc/77/fd/3", "/srv/jail/dev/ctl");
+    }),
+    ("descriptor of a second thread", Check::Open, |f| f.link(&format!("{}/fd/5", thread(f, 78)), "/dev/nvme1n1")),
+    ("descriptor of a thread whose first one ended", Check::Open, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.link(&format!("{}/fd/5", thread(f, 79)), "/tmp/other");
+        fs::remove_dir_all(f.dir.path().join("proc/77/task/77/fd")).unwrap();
+    }),
+    ("mapping whose descriptor is closed", Check::Open, |f| {
+        f.put("/proc/77/map_files/7f0000000000-7f0000001000", "b 259:11");
+    }),
+    ("mapping of a process whose first thread ended", Check::Open, |f| {
+        thread(f, 78);
+        f.folder("/proc/77/map_files");
+        f.put("/proc/78/map_files/7f0000000000-7f0000001000", "b 259:11");
+        fs::rename(f.dir.path().join("proc/78"), f.dir.path().join("proc/78x")).unwrap();
+        f.link("/proc/78", "78x");
+    }),
+    ("io_uring with a node of another name", Check::Open, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.link("/proc/77/fd/9", "anon_inode:[io_uring]");
+        f.put("/proc/77/fdinfo/9", "SqMask:\t0x7\nUserFiles:\t1\n    0: /tmp/other\nUserBufs:\t0\n");
+    }),
+    ("io_uring of an older kernel, which tells a short name", Check::Open, |f| {
+        f.link("/proc/77/fd/9", "anon_inode:[io_uring]");
+        f.put("/proc/77/fdinfo/9", "SqMask:\t0x7\nUserFiles:\t1\n    0: nvme1n1p1\nUserBufs:\t0\n");
+    }),
+    ("io_uring with a file that cannot be told", Check::Unreadable, |f| {
+        f.link("/proc/77/fd/9", "anon_inode:[io_uring]");
+        f.put("/proc/77/fdinfo/9", "SqMask:\t0x7\nUserFiles:\t1\n    0: other\nUserBufs:\t0\n");
+    }),
+    ("descriptor under way in a socket", Check::Unreadable, |f| {
+        f.link("/proc/77/fd/4", "socket:[4711]");
+        f.put("/proc/77/fdinfo/4", "pos:\t0\nflags:\t02\nscm_fds: 1\n");
+    }),
+    ("loop over a node of another name", Check::Stacked, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.put("/sys/block/loop3/loop/backing_file", "/tmp/other\n");
+    }),
+    ("loop over a node that was deleted", Check::Stacked, |f| {
+        f.put("/sys/block/loop3/loop/backing_file", "/tmp/other (deleted)\n");
+        f.put("/dev/loop3", "loop 259:11 0:5");
+    }),
+    ("loop over a file of the drive in another mount namespace", Check::Stacked, |f| {
+        f.put("/sys/block/loop3/loop/backing_file", "/inside/disk.img\n");
+        f.put("/dev/loop3", "loop 0:0 259:11");
+    }),
+    ("nvmet export of a node of another name", Check::Exported, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "/tmp/other");
+    }),
+    ("nvmet export whose node is gone", Check::Unreadable, |f| {
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "/tmp/other");
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/enable", "1\n");
+    }),
+    ("nvmet passes the controller through", Check::Exported, |f| {
+        f.put("/tmp/ctl", "c 241:1");
+        f.put("/sys/kernel/config/nvmet/subsystems/s/passthru/device_path", "/tmp/ctl");
+    }),
+    ("LIO by number", Check::Exported, |f| {
+        let info = "iBlock device: x  UDEV PATH: /gone readonly: 0\n        Major: 259 Minor: 11  CLAIMED: IBLOCK\n";
+        f.put("/sys/kernel/config/target/core/iblock_0/disk/info", info);
+    }),
+    ("USB gadget", Check::Exported, |f| {
+        f.put("/tmp/other", "b 259:10");
+        f.put("/sys/kernel/config/usb_gadget/g1/functions/mass_storage.0/lun.0/file", "/tmp/other\n");
+    }),
+    ("guest of Xen", Check::Exported, |f| {
+        f.put("/sys/bus/xen-backend/devices/vbd-1-51712/physical_device", "103:b\n");
+    }),
+    ("swap through a node of another name", Check::Swap, |f| {
+        f.put("/tmp/my swap", "b 259:11");
+        f.put("/proc/swaps", "Filename Type\n/tmp/my\\040swap partition 1 0 -2\n");
+    }),
+    ("swap through a node that was deleted", Check::Unreadable, |f| {
+        f.put("/proc/swaps", "Filename Type\n/tmp/other\\040(deleted) partition 1 0 -2\n");
+    }),
+    ("zram backed by a node of another name", Check::Swap, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.put("/sys/block/zram0/backing_dev", "/tmp/other\n");
+    }),
+    ("mounted in a thread's own namespace", Check::Mounted, |f| {
+        f.put(&format!("{}/mountinfo", thread(f, 78)), "21 1 259:11 / /deep rw - ext4 /dev/x rw\n");
+    }),
+    ("log of another file system", Check::Mounted, |f| {
+        f.mount("30 21 8:1 / /srv rw - xfs /dev/sda1 rw,logdev=/dev/nvme1n1p1,noquota");
+    }),
+    ("second device of a file system of several", Check::Mounted, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.mount("30 21 0:44 / /srv rw - bcachefs /dev/sda1:/tmp/other rw");
+    }),
+    ("mounted where no namespace in use shows it", Check::Mounted, |f| f.folder("/sys/fs/ext4/nvme1n1p1")),
+    ("member of a mounted bcachefs", Check::Stacked, |f| {
+        f.link("/sys/fs/bcachefs/feed/dev-0/block", "../../../../class/block/nvme1n1p1");
+    }),
+];
+
+const HIDDEN: &[Row] = &[
+    ("a PID namespace of its own", Check::Unreadable, |f| f.link("/proc/self/ns/pid", "pid:[4026532999]")),
+    ("a user namespace of its own", Check::Unreadable, |f| f.link("/proc/self/ns/user", "user:[4026532998]")),
+    ("namespaces that cannot be told", Check::Unreadable, |f| f.drop_file("/proc/self/ns/pid")),
+    ("nvmet without configfs", Check::Unreadable, |f| f.folder("/sys/module/nvmet")),
+    ("LIO without configfs", Check::Unreadable, |f| f.folder("/sys/module/target_core_mod")),
+    ("USB gadgets without configfs", Check::Unreadable, |f| f.folder("/sys/module/usb_f_mass_storage")),
+    ("ZFS without its statistics", Check::Unreadable, |f| f.folder("/sys/module/zfs")),
+    ("processes hidden by hidepid", Check::Unreadable, |f| {
+        fs::remove_dir_all(f.dir.path().join("proc/1")).unwrap();
+    }),
+    ("a proc that shows a part", Check::Unreadable, |f| {
+        f.mount("22 21 0:20 / /proc rw,nosuid - proc proc rw,subset=pid")
+    }),
+    ("a table of swaps that is covered", Check::Unreadable, |f| {
+        f.mount("40 22 0:50 / /proc/swaps rw - fuse.lxcfs lxcfs rw")
+    }),
+    ("a process that is covered", Check::Unreadable, |f| f.mount("40 22 0:50 / /proc/77 rw - tmpfs none rw")),
+    ("a sysfs that is covered", Check::Unreadable, |f| f.mount("40 22 0:50 / /sys/block rw - tmpfs none rw")),
+    ("a chroot", Check::Unreadable, |f| {
+        f.folder("/srv/real");
+        f.link("/proc/1/root", "/srv/real");
+    }),
+    ("a sysfs without block devices", Check::Unreadable, |f| {
+        fs::remove_dir_all(f.dir.path().join("sys/block")).unwrap()
+    }),
+];
+
+/// A holder by any name refuses; so does a view in which holders could hide.
+#[test]
+fn holders_are_known_by_number_and_blind_spots_refuse() {
+    for (name, check, spoil) in HELD.iter().chain(HIDDEN) {
+        let fake = clean();
+        spoil(&fake);
+        let reasons = fake.reasons(&list());
+        assert!(reasons.iter().any(|r| r.check == *check), "{name}: {check:?} was expected, {reasons:?} was found");
+    }
+}
+
+/// The users of another drive, by whatever name, are no reason.
+#[test]
+fn nodes_of_other_drives_are_no_reason() {
+    let fake = clean();
+    fake.put("/tmp/other", "b 259:1");
+    fake.link("/proc/77/fd/3", "/tmp/other");
+    // A node of the drive's name that is another device.
+    fake.put("/srv/jail/dev/nvme1n1", "b 8:0");
+    fake.link("/proc/77/fd/4", "/srv/jail/dev/nvme1n1");
+    fake.put("/proc/77/map_files/1000-2000", "b 259:1");
+    fake.put("/sys/block/loop3/loop/backing_file", "/tmp/other\n");
+    fake.put("/dev/loop3", "loop 259:1 0:5");
+    fake.put("/sys/block/loop4/loop/backing_file", "/var/lib/x (deleted)\n");
+    fake.put("/dev/loop4", "loop 0:0 259:1");
+    fake.put("/proc/swaps", "Filename Type\n/tmp/other partition 1 0 -2\n/swap.img file 1 0 -3\n");
+    fake.link("/proc/77/fd/5", "socket:[4711]");
+    fake.put("/proc/77/fdinfo/5", "scm_fds: 0\n");
+    fake.link("/proc/77/fd/9", "anon_inode:[io_uring]");
+    let files =
+        "UserFiles:\t5\n    0: /tmp/other\n    1: other\n    2: TCP\n    3: [eventfd]\n    4: <none>\nUserBufs:\t0\n";
+    fake.put("/proc/77/fdinfo/9", files);
+    fake.put("/sys/kernel/config/target/core/alua/lu_gps/x", "1");
+    fake.put("/sys/kernel/config/target/core/iblock_0/hba_info", "HBA Index: 1 plugin: iblock version: 5\n");
+    fake.mount("30 21 0:50 / /proc/sys/fs/binfmt_misc rw - binfmt_misc none rw");
+    assert_eq!(fake.reasons(&list()), vec![]);
+}
