@@ -77,7 +77,7 @@ pub fn root(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Resu
     let path = "/proc/self/mountinfo";
     let text = host.read(path)?;
     let fail = |why: String| Unreadable::new(path, why);
-    let mount = text.lines().filter_map(mounts::parse).filter(|m| m.place == "/").last();
+    let mount = text.lines().filter_map(mounts::parse).rfind(|m| m.place == "/");
     let mount = mount.ok_or_else(|| fail("no mount at / is listed there".into()))?;
     if mount.number.starts_with("0:") {
         return Ok(());
