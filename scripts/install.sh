@@ -1,26 +1,44 @@
 #!/bin/sh
-# Prepares a machine for drives read through VFIO: a group, a udev rule, a limit of locked memory,
-# an empty allowlist. Run as root; `scripts/install.sh --remove` undoes all of it but the allowlist
-# once it has entries.
+# Prepares a machine for drives read through VFIO: a group, a udev rule and its program, a limit of locked
+# memory, folders that root alone may write, an empty allowlist. Run as root; `scripts/install.sh --remove`
+# undoes it, but keeps an allowlist with entries, records, and a group that was there before.
+#
+# Members of the group nt may use every drive that nt has bound, with any program, and may lock all of the
+# machine's memory: the memory that a drive writes to is locked, and the kernel's default of 8 MiB is too
+# little. nt keeps to its plan; other programs of members need not. Put nobody there who may not do that.
 set -eu
 rules=/etc/udev/rules.d/70-nt-vfio.rules
+program=/usr/lib/udev/nt-vfio-group
 limits=/etc/security/limits.d/70-nt.conf
 list=/etc/nt/drives.toml
+made=/etc/nt/group-made-by-install # a mark: the group may go when nt goes
 here=$(cd "$(dirname "$0")/.." && pwd)
 [ "$(id -u)" = 0 ] || { echo "$0: must be run as root" >&2; exit 1; }
 if [ "${1:-}" = --remove ]; then
-  rm -f "$rules" "$limits"
-  if [ -d /var/lib/nt ]; then rmdir /var/lib/nt 2>/dev/null || echo "kept: /var/lib/nt holds records"; fi
+  rm -f "$rules" "$program" "$limits"
+  rmdir /var/lib/nt/system /var/lib/nt 2>/dev/null || true
+  if [ -d /var/lib/nt ]; then echo "kept: /var/lib/nt holds records"; fi
   if [ -f "$list" ] && ! grep -q '^\[\[drive\]\]' "$list"; then rm -f "$list"; fi
-  if getent group nt >/dev/null; then groupdel nt; fi
+  if [ -f "$made" ]; then
+    if getent group nt >/dev/null; then groupdel nt; fi
+    rm -f "$made"
+  elif getent group nt >/dev/null; then
+    echo "kept: the group nt, which was there before; groupdel nt removes it"
+  fi
+  rmdir /etc/nt 2>/dev/null || true
   if command -v udevadm >/dev/null; then udevadm control --reload; fi
   echo "removed"
   exit 0
 fi
-getent group nt >/dev/null || groupadd --system nt
-install -D -m 644 "$here/udev/70-nt-vfio.rules" "$rules"
-mkdir -p "$(dirname "$limits")" /etc/nt
-install -d -m 2775 -g nt /var/lib/nt # places of models, recorded by nt device extents
+install -d -o root -g root -m 755 "$(dirname "$limits")" /etc/nt
+if ! getent group nt >/dev/null; then
+  groupadd --system nt
+  : >"$made"
+fi
+install -D -o root -g root -m 755 "$here/udev/nt-vfio-group" "$program"
+install -D -o root -g root -m 644 "$here/udev/70-nt-vfio.rules" "$rules"
+# Places of models that root records. Older versions let the group write to the first.
+install -d -o root -g root -m 755 /var/lib/nt /var/lib/nt/system
 cat >"$limits" <<LIMITS
 # Memory that a drive writes to is locked. Members of nt may lock all of it; nt keeps to its plan.
 @nt - memlock unlimited

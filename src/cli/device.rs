@@ -1,17 +1,17 @@
 //! `nt device`: which drives there are, which may be handed to nt and why not, hand one over, give
 //! it back.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
 use crate::gguf::Gguf;
-use crate::storage::bind::{self, DeviceError};
-use crate::storage::extents;
+use super::{Failure, interrupt};
+use crate::storage::bind::{self, DeviceError, Machine, Running};
 use crate::storage::guard::claim::{self, Claim};
 use crate::storage::guard::{self, Allowlist, Host, allowlist, sysfs};
-use crate::storage::library::{Library, Recorded};
+use crate::storage::library::Library;
+use crate::storage::{extents, safe};
 
 /// Arguments of `nt device`.
 #[derive(Debug, Args)]
@@ -25,7 +25,7 @@ pub struct DeviceArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show every NVMe drive, whether it may be bound, and the lines for the allowlist
+    /// Show every NVMe drive, whether it may be bound, its health, and the lines for the allowlist
     List,
     /// Say every reason against binding a drive; as root, claim it for a moment to be sure
     Check {
@@ -36,14 +36,18 @@ enum Command {
     Bind {
         /// nvme1n1, a PCI address, or a path below /dev
         device: String,
-        /// Print each step and write nothing
+        /// Claim the drive for a moment, print each step and write nothing
         #[arg(long)]
         dry_run: bool,
     },
-    /// Give a drive back to the kernel (as root)
+    /// Give a drive back to the kernel, bound or half bound, recorded or not (as root)
     Release {
         /// Its name before it was bound, or its PCI address
-        device: String,
+        #[arg(required_unless_present = "pci")]
+        device: Option<String>,
+        /// Its PCI address, where the name is not known or fits several drives
+        #[arg(long, value_name = "ADDRESS")]
+        pci: Option<String>,
         /// Print each step and write nothing
         #[arg(long)]
         dry_run: bool,
@@ -61,27 +65,44 @@ enum Command {
 /// Runs `nt device`. Results go to stdout, steps to stderr.
 ///
 /// # Errors
-/// See [`DeviceError`]; [`DeviceError::is_refusal`] is exit code 3.
-pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
+/// See [`DeviceError`]; a refusal is exit code 3.
+pub fn run(args: DeviceArgs) -> Result<(), Failure> {
     let host = Host::default();
     let allowed = Allowlist::load(&args.allow);
-    let say = |line: &str| eprintln!("{line}");
+    let kernel = Running::default();
+    let machine = Machine { host: &host, kernel: &kernel, stopped: &interrupt::interrupted };
+    let mut say = |line: &str| eprintln!("{line}");
     match args.command {
-        Command::List => list(&host, &allowed),
-        Command::Check { device } => check(&host, &device, &allowed),
-        Command::Bind { device, dry_run } => bind::bind(&host, &device, &allowed, dry_run, say),
-        Command::Release { device, dry_run } => bind::release(&host, &device, dry_run, say),
-        Command::Extents { model, output: Some(output) } => {
-            let manifest = extents::manifest(&host, &model)?;
-            let text = serde_json::json!(manifest).to_string();
-            if output.as_os_str() == "-" {
-                println!("{text}");
-                return Ok(());
-            }
-            std::fs::write(&output, text).map_err(|e| step(format!("writing {}", output.display()), e))
+        Command::List => list(&host, &allowed)?,
+        Command::Check { device } => check(&host, &device, &allowed)?,
+        Command::Bind { device, dry_run } => {
+            interrupt::install_for_changes()?;
+            machine.bind(&device, &allowed, dry_run, &mut say)?;
         }
-        Command::Extents { model, output: None } => record(&host, &model),
+        Command::Release { device, pci, dry_run } => {
+            interrupt::install_for_changes()?;
+            machine.release(device.as_deref(), pci.as_deref(), dry_run, &mut say)?;
+        }
+        Command::Extents { model, output: Some(output) } => write_manifest(&host, &model, &output)?,
+        Command::Extents { model, output: None } => record(&host, &model)?,
     }
+    Ok(())
+}
+
+/// Writes one file's manifest where the user says.
+fn write_manifest(host: &Host, model: &Path, output: &Path) -> Result<(), DeviceError> {
+    let manifest = extents::manifest(host, model)?;
+    let text = serde_json::json!(manifest).to_string();
+    if output.as_os_str() == "-" {
+        println!("{text}");
+        return Ok(());
+    }
+    let fail = |why: String| step(format!("writing {}", output.display()), why);
+    // A link of somebody else's is replaced and not followed.
+    if output.symlink_metadata().is_ok_and(|m| !m.is_file() && !m.is_symlink()) {
+        return Err(fail("it is no regular file; -o - writes to stdout".into()));
+    }
+    safe::replace(output, text.as_bytes(), 0o644, ".nt-").map_err(|e| fail(e.to_string()))
 }
 
 fn step(step: String, why: impl ToString) -> DeviceError {
@@ -93,12 +114,8 @@ fn step(step: String, why: impl ToString) -> DeviceError {
 fn record(host: &Host, model: &Path) -> Result<(), DeviceError> {
     let gguf = Gguf::open(model).map_err(|e| step("reading the model".into(), e))?;
     for (i, shard) in gguf.shards.iter().enumerate() {
-        let manifest = extents::manifest(host, &shard.path)?;
-        let mut header = vec![0; gguf.data_start(i).min(shard.len) as usize];
-        std::fs::File::open(&shard.path)
-            .and_then(|mut f| f.read_exact(&mut header))
-            .map_err(|e| step(format!("reading {}", shard.path.display()), e))?;
-        let saved = Library::default().save(&Recorded { manifest, header });
+        let recorded = extents::record(host, &shard.path, gguf.data_start(i).min(shard.len))?;
+        let saved = Library::default().save(&recorded);
         println!("{}", saved.map_err(|e| step("recording the model".into(), e))?.display());
     }
     Ok(())

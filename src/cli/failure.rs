@@ -2,6 +2,18 @@
 
 use std::process::ExitCode;
 
+use crate::storage::bind::DeviceError;
+
+impl From<DeviceError> for Failure {
+    fn from(e: DeviceError) -> Failure {
+        match e {
+            DeviceError::Interrupted(_) => Failure::stopped(e),
+            e if e.is_refusal() => Failure::refused(e),
+            e => Failure::running(e),
+        }
+    }
+}
+
 /// A failed command.
 #[derive(Debug)]
 pub struct Failure {
@@ -33,6 +45,11 @@ impl Failure {
     /// 130: interrupted; what there was has been printed.
     pub fn interrupted() -> Failure {
         Failure { code: 130, message: String::new() }
+    }
+
+    /// 130, with what was done about it.
+    pub fn stopped(message: impl ToString) -> Failure {
+        Failure { code: 130, message: message.to_string() }
     }
 
     /// Writing results failed. A closed pipe ends the command in silence, as `head` expects.

@@ -54,9 +54,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Selftest(args) => selftest::run(&args),
         Command::Stage(args) => stage::run(&args),
-        Command::Device(args) => {
-            device::run(args).map_err(|e| if e.is_refusal() { Failure::refused(e) } else { Failure::running(e) })
-        }
+        Command::Device(args) => device::run(args),
         Command::Probe(args) => probe::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Failure, ModelArg};
 use crate::gguf::Gguf;
-use crate::storage::bind::{self, DeviceError};
+use crate::storage::bind;
 use crate::storage::guard::{Allowlist, Host, allowlist};
 use crate::storage::image;
 use crate::storage::library::{Library, Recorded};
@@ -36,10 +36,7 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
     let files: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
     let host = Host::default();
     let claim = bind::claim_to_write(&host, &args.tier_c, &args.serial, &Allowlist::load(&args.allow));
-    let claim = claim.map_err(|e| match e {
-        DeviceError::Refused { .. } => Failure::refused(e),
-        _ => Failure::running(e),
-    })?;
+    let claim = claim?;
     let bar = if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0)
     } else {

@@ -11,6 +11,7 @@ use crate::gguf::Gguf;
 use crate::storage::Part;
 use crate::storage::extents::Manifest;
 use crate::storage::guard::{Controller, Host, sysfs};
+use crate::storage::safe;
 
 /// Where a copy of the model lies that the kernel reads.
 pub(super) struct Located {
@@ -102,7 +103,7 @@ fn on_node(image: &Image, node: &Path, gguf: &Gguf, on_drive: bool) -> Result<Lo
             return Err(differs("length"));
         }
         let mut own = vec![0; found.header.len()];
-        if let Ok(mut file) = std::fs::File::open(&shard.path) {
+        if let Ok(mut file) = safe::open(&shard.path) {
             file.read_exact(&mut own).map_err(|e| fail(format!("{}: {e}", shard.path.display())))?;
             if own != found.header {
                 return Err(differs("header"));
@@ -166,7 +167,7 @@ fn unescape(text: &str) -> PathBuf {
 /// Bytes of a file or block device, and whether it is the latter.
 fn length(path: &Path) -> std::io::Result<(u64, bool)> {
     use std::os::unix::fs::FileTypeExt as _;
-    let mut file = std::fs::File::open(path)?;
+    let mut file = safe::open(path)?;
     let is_device = file.metadata()?.file_type().is_block_device();
     Ok((std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?, is_device))
 }
@@ -209,7 +210,7 @@ fn same_start(own: &Path, copy: &Path, len: u64) -> Result<(), EngineError> {
     }
     let start = |path: &Path| {
         let mut bytes = Vec::new();
-        let read = std::fs::File::open(path).and_then(|f| f.take(len).read_to_end(&mut bytes));
+        let read = safe::open(path).and_then(|f| f.take(len).read_to_end(&mut bytes));
         read.map(|_| bytes).map_err(|e| fail(format!("{}: {e}", path.display())))
     };
     if start(own)? == start(copy)? {

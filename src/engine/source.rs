@@ -12,6 +12,7 @@ use crate::gguf::{Gguf, GgufError};
 use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
 use crate::storage::guard::Host;
 use crate::storage::library::{Library, Recorded};
+use crate::storage::safe;
 use crate::storage::vfio::VfioReader;
 use crate::storage::{Checked, Part, Reader, ReaderKind, Record, Striped, open_copies};
 
@@ -279,7 +280,7 @@ fn same_file(library: &Library, gguf: &Gguf, shard: usize, r: &Recorded) -> Resu
     if r.header.len() as u64 != gguf.data_start(shard) {
         return Err(other("header"));
     }
-    let header = match std::fs::File::open(&own.path) {
+    let header = match safe::open(&own.path) {
         Ok(mut file) => {
             let mut header = vec![0; r.header.len()];
             file.read_exact(&mut header).map_err(|e| fail(format!("{}: {e}", own.path.display())))?;

@@ -5,7 +5,7 @@
 //! wrong, and only the checksums, one for each [`CHUNK`], can see that.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::bind::DeviceError;
 use super::guard::{Host, sysfs};
+use super::library::Recorded;
+use super::safe;
 use super::vfio::reader::Span;
 
 const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
@@ -108,9 +110,33 @@ struct Raw {
 /// If the file system or one of its layers hides where the bytes are, or an extent cannot be read
 /// by block.
 pub fn manifest(host: &Host, path: &Path) -> Result<Manifest, DeviceError> {
+    let file = safe::open(path).map_err(|e| failed(path, e.to_string()))?;
+    of_file(host, path, file)
+}
+
+/// The manifest of a GGUF file, and its first `header` bytes, both of the one file that is opened: whoever may
+/// rename it meanwhile cannot have another one's bytes recorded.
+///
+/// # Errors
+/// As [`manifest`]; or that the file is no GGUF file any more.
+pub fn record(host: &Host, path: &Path, header: u64) -> Result<Recorded, DeviceError> {
+    let fail = |why: String| failed(path, why);
+    let mut file = safe::open(path).map_err(|e| fail(e.to_string()))?;
+    let mut bytes = vec![0; header as usize];
+    file.read_exact(&mut bytes).and_then(|()| file.rewind()).map_err(|e| fail(e.to_string()))?;
+    if !bytes.starts_with(b"GGUF") {
+        return Err(fail("it was replaced by another file while it was read".into()));
+    }
+    Ok(Recorded { manifest: of_file(host, path, file)?, header: bytes })
+}
+
+fn failed(path: &Path, why: String) -> DeviceError {
+    DeviceError::Step { step: format!("{}: finding its extents", path.display()), why }
+}
+
+fn of_file(host: &Host, path: &Path, mut file: File) -> Result<Manifest, DeviceError> {
     let shown = path.display().to_string();
-    let fail = |why: String| DeviceError::Step { step: format!("{shown}: finding its extents"), why };
-    let mut file = File::open(path).map_err(|e| fail(e.to_string()))?;
+    let fail = |why: String| failed(path, why);
     let meta = file.metadata().map_err(|e| fail(e.to_string()))?;
     let number = format!("{}:{}", libc::major(meta.dev()), libc::minor(meta.dev()));
     let kind = file_system(host, &number).map_err(&fail)?;

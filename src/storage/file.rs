@@ -1,13 +1,12 @@
 //! Files opened past the page cache where the file system allows it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Alignment, StorageError};
+use super::{Alignment, StorageError, safe};
 
 /// What is assumed where the kernel tells nothing but takes O_DIRECT.
 const DIRECT_DEFAULT: Alignment = Alignment { memory: 4096, offset: 4096 };
@@ -52,7 +51,7 @@ pub struct DirectFile {
 impl DirectFile {
     /// Opens with O_DIRECT if the file system takes it, else through the page cache.
     pub fn open(path: &Path) -> Result<DirectFile, StorageError> {
-        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path);
+        let direct = safe::open_with(path, libc::O_DIRECT);
         if let Ok(file) = direct {
             let alignment = dio_alignment(&file).unwrap_or(Some(DIRECT_DEFAULT));
             if let Some(alignment) = alignment.filter(|a| a.memory <= ALIGNMENT_MAX && a.offset <= ALIGNMENT_MAX)
@@ -61,7 +60,7 @@ impl DirectFile {
                 return DirectFile::of(path, file, alignment);
             }
         }
-        let file = File::open(path).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
+        let file = safe::open(path).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
         DirectFile::of(path, file, BUFFERED)
     }
 

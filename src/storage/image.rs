@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::extents::{CHUNK, Manifest, crc32c};
+use super::safe;
 use super::gpt;
 
 /// First bytes of a superblock.
@@ -184,7 +185,7 @@ impl Node {
     /// # Errors
     /// If it cannot be opened.
     pub fn open(path: &Path) -> Result<Node, ImageError> {
-        let mut file = File::open(path).map_err(io("opening it"))?;
+        let mut file = safe::open(path).map_err(io("opening it"))?;
         // Seeking answers for block devices too.
         let size = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(io("finding its end"))?;
         Ok(Node { file, size })
@@ -292,7 +293,7 @@ fn copy(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Manifest, ImageError> {
     let shown = path.display().to_string();
-    let source = File::open(path).map_err(io(&shown))?;
+    let source = safe::open(path).map_err(io(&shown))?;
     let mut sums = Vec::new();
     let mut buffer = vec![0u8; ALIGN as usize];
     let mut at = 0;

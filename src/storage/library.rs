@@ -1,18 +1,39 @@
 //! Manifests recorded on this machine, so that a model can be named and its header read while its
-//! file system is not mounted: `SERIAL/FILE.json`, and beside it the file's header.
+//! file system is not mounted: `SERIAL/FILE.json`, and next to it the file's header.
+//!
+//! Root records below a folder that root alone may write, everybody else in a folder of their own. What others
+//! could have written is read with care and never by root, and never goes before what root recorded.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::extents::Manifest;
+use nix::unistd::geteuid;
 
-/// Where manifests are kept for all users.
-pub const SYSTEM: &str = "/var/lib/nt";
+use super::extents::Manifest;
+use super::safe;
+
+/// Where root records for all users: folders of root's alone, each with the one before as its parent.
+const SYSTEM: [&str; 2] = ["/var/lib/nt", "/var/lib/nt/system"];
+/// Most bytes of a manifest: one of a file of 1 TB has 200 MB.
+const MANIFEST_MAX: u64 = 1 << 30;
+/// Most bytes of a header.
+const HEADER_MAX: u64 = 1 << 30;
+
+/// A folder with a folder per drive in it.
+#[derive(Clone, Debug)]
+struct Shelf {
+    path: PathBuf,
+    /// Whether records are put there.
+    writable: bool,
+    /// Whether only what root (or this user) wrote there counts.
+    owned: bool,
+}
 
 /// Folders of manifests, the preferred one first.
 #[derive(Clone, Debug)]
 pub struct Library {
-    folders: Vec<PathBuf>,
+    shelves: Vec<Shelf>,
 }
 
 /// A manifest and the header of its file.
@@ -25,33 +46,46 @@ pub struct Recorded {
 }
 
 impl Default for Library {
-    /// The machine's folder, then the user's.
+    /// Root's folder; the user's own; and the one of older versions, in which members of the group `nt` could
+    /// write, for reading only.
     fn default() -> Library {
+        let root = geteuid().is_root();
         let var = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
-        let own = var("XDG_DATA_HOME").or_else(|| var("HOME").map(|h| h.join(".local/share")));
-        Library::at([PathBuf::from(SYSTEM)].into_iter().chain(own.map(|d| d.join("nt"))).collect())
+        let own = var("XDG_DATA_HOME").or_else(|| var("HOME").map(|h| h.join(".local/share"))).map(|d| d.join("nt"));
+        let mut shelves = vec![Shelf { path: SYSTEM[1].into(), writable: root, owned: true }];
+        // With sudo, HOME may be another user's.
+        if let Some(path) = own.filter(|p| !root || existing(p).is_some_and(safe::is_ours_alone)) {
+            shelves.push(Shelf { path, writable: true, owned: root });
+        }
+        shelves.push(Shelf { path: SYSTEM[0].into(), writable: false, owned: root });
+        Library { shelves }
     }
+}
+
+/// The path itself, or the lowest folder above it that exists.
+fn existing(path: &Path) -> Option<&Path> {
+    path.ancestors().find(|p| p.exists())
 }
 
 impl Library {
     /// A library in these folders.
     pub fn at(folders: Vec<PathBuf>) -> Library {
-        Library { folders }
+        Library { shelves: folders.into_iter().map(|path| Shelf { path, writable: true, owned: false }).collect() }
     }
 
     /// Records a manifest in the first folder that can be written; gives its path.
     ///
     /// # Errors
-    /// If no folder can be written: the last one's reason.
+    /// If no folder can be written: the first one's reason.
     pub fn save(&self, recorded: &Recorded) -> Result<PathBuf, String> {
-        let mut why = "there is no folder for manifests".to_owned();
-        for folder in &self.folders {
-            match save(folder, recorded) {
+        let mut why = None;
+        for shelf in self.shelves.iter().filter(|s| s.writable) {
+            match save(&shelf.path, recorded) {
                 Ok(path) => return Ok(path),
-                Err(e) => why = format!("{}: {e}", folder.display()),
+                Err(e) => why = why.or(Some(format!("{}: {e}", shelf.path.display()))),
             }
         }
-        Err(why)
+        Err(why.unwrap_or_else(|| "there is no folder for manifests; set HOME".to_owned()))
     }
 
     /// Every manifest, folder by folder; one that cannot be read is an error with its path.
@@ -70,71 +104,109 @@ impl Library {
     }
 
     /// Manifests of the file that `model` names: by the path it had, by its file name, or by its
-    /// name without `.gguf`; with `serial`, only those on that drive.
+    /// name without `.gguf`; with `serial`, only those on that drive. Of several records of one file on one
+    /// drive, the one of the preferred folder.
     ///
     /// # Errors
-    /// If one that matches by its own name cannot be used.
+    /// If none is found, but one that matches by its own name cannot be used.
     pub fn find(&self, model: &Path, serial: Option<&str>) -> Result<Vec<Recorded>, String> {
         let Some(wanted) = model.file_name().map(|n| n.to_string_lossy().into_owned()) else { return Ok(Vec::new()) };
         let named_only = model.components().count() == 1;
         let full = std::path::absolute(model).unwrap_or_else(|_| model.to_path_buf());
-        let mut found = Vec::new();
-        for folder in self.folders.iter().flat_map(|f| list(f)) {
+        let mut found: Vec<Recorded> = Vec::new();
+        let mut fault = None;
+        let folders = self.shelves.iter().flat_map(|s| list(&s.path).into_iter().map(|f| (f, s.owned)));
+        for (folder, owned) in folders {
             for name in [wanted.clone(), format!("{wanted}.gguf")] {
                 let path = folder.join(format!("{name}.json"));
-                if !path.exists() {
+                if path.symlink_metadata().is_err() {
                     continue;
                 }
-                let recorded = load(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+                let recorded = match load(&path, owned) {
+                    Ok(recorded) => recorded,
+                    Err(e) => {
+                        tracing::debug!("{}: {e}", path.display());
+                        fault = fault.or(Some(format!("{}: {e}", path.display())));
+                        continue;
+                    }
+                };
                 let m = &recorded.manifest;
-                if serial.is_none_or(|s| s == m.serial) && (named_only || serial.is_some() || m.path == full) {
+                let known = found.iter().any(|f| {
+                    (&f.manifest.serial, f.manifest.namespace, &f.manifest.path) == (&m.serial, m.namespace, &m.path)
+                });
+                let wanted = serial.is_none_or(|s| s == m.serial) && (named_only || serial.is_some() || m.path == full);
+                if wanted && !known {
                     found.push(recorded);
                 }
             }
         }
-        Ok(found)
+        match fault {
+            Some(fault) if found.is_empty() => Err(fault),
+            _ => Ok(found),
+        }
     }
 }
 
+/// Folders of drives, not through links.
 fn list(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = entries.map(|e| e.path()).filter(|p| p.is_dir()).collect();
+    let mut found: Vec<PathBuf> =
+        entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()).collect();
     found.sort();
     found
 }
 
-/// A serial as a folder's name.
+/// A serial as a folder's name; two serials never have the same one.
 fn folder_name(serial: &str) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '_' };
-    serial.chars().map(plain).collect()
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    let name: String =
+        serial.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02x}") }).collect();
+    if name.is_empty() { "%".into() } else { name }
 }
 
-fn save(folder: &Path, recorded: &Recorded) -> std::io::Result<PathBuf> {
+fn save(shelf: &Path, recorded: &Recorded) -> std::io::Result<PathBuf> {
     let m = &recorded.manifest;
-    let folder = folder.join(folder_name(&m.serial));
-    fs::create_dir_all(&folder)?;
+    let plain = Path::new(&m.file).components().count() == 1 && Path::new(&m.file).file_name().is_some();
+    if !plain || m.file.contains('/') {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, format!("{:?} is no file name", m.file)));
+    }
+    let shared = shelf == Path::new(SYSTEM[1]);
+    let shelf = if shared {
+        safe::own_folder(Path::new(SYSTEM[0]), true)?;
+        shelf.to_path_buf()
+    } else {
+        // A user's own folder may be a link of his.
+        fs::create_dir_all(shelf)?;
+        shelf.canonicalize()?
+    };
+    safe::own_folder(&shelf, shared)?;
+    let folder = shelf.join(folder_name(&m.serial));
+    safe::own_folder(&folder, shared)?;
     let path = folder.join(format!("{}.json", m.file));
     // The manifest last, and each file whole or not at all.
-    for (path, bytes) in
-        [(folder.join(format!("{}.header", m.file)), recorded.header.clone()), (path.clone(), serde_json::to_vec(m)?)]
-    {
-        let part = path.with_extension("part");
-        fs::write(&part, bytes)?;
-        fs::File::open(&part)?.sync_all()?;
-        fs::rename(&part, &path)?;
-    }
+    safe::replace(&folder.join(format!("{}.header", m.file)), &recorded.header, 0o644, ".nt-")?;
+    safe::replace(&path, &serde_json::to_vec(m)?, 0o644, ".nt-")?;
     Ok(path)
 }
 
-fn load(path: &Path) -> Result<Recorded, String> {
-    let text = fs::read(path).map_err(|e| e.to_string())?;
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+/// Reads a record. `owned`: root (or this user) must have written it, in a folder that others cannot write.
+fn load(path: &Path, owned: bool) -> Result<Recorded, String> {
+    let read = |path: &Path, limit: u64| -> Result<Vec<u8>, String> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let found = safe::read(path, limit).map_err(|e| format!("{name}: {e}"))?;
+        let trusted = |uid: u32| uid == 0 || uid == geteuid().as_raw();
+        let folder = path.parent().and_then(|f| f.symlink_metadata().ok());
+        let closed = folder.is_some_and(|m| m.is_dir() && trusted(m.uid()) && m.mode() & 0o022 == 0);
+        if owned && !(trusted(found.uid) && !found.others_write && closed) {
+            return Err(format!("{name}: others could have written it, so it is not used; record the model again"));
+        }
+        Ok(found.bytes)
+    };
+    let manifest: Manifest = serde_json::from_slice(&read(path, MANIFEST_MAX)?).map_err(|e| e.to_string())?;
     if let Some(fault) = manifest.fault() {
         return Err(fault);
     }
-    let header = path.with_extension("header");
-    let header = fs::read(&header).map_err(|e| format!("{}: {e}", header.display()))?;
-    Ok(Recorded { manifest, header })
+    Ok(Recorded { manifest, header: read(&path.with_extension("header"), HEADER_MAX)? })
 }
 
 #[cfg(test)]
@@ -167,7 +239,7 @@ mod tests {
             let all = library.find(Path::new(model), serial).unwrap();
             all.into_iter().map(|r| r.manifest.serial).collect()
         };
-        assert_eq!(find("m.gguf", None), ["S2", "S 1/x"]);
+        assert_eq!(find("m.gguf", None), ["S 1/x", "S2"]);
         assert_eq!(find("m", Some("S2")), ["S2"]);
         assert_eq!(find("/mnt/b/m.gguf", None), ["S2"]);
         assert_eq!(find("/elsewhere/m.gguf", None), [""; 0], "another file of the same name");

@@ -14,6 +14,7 @@ pub mod guard;
 pub mod image;
 pub mod library;
 mod pread;
+pub mod safe;
 #[cfg(test)]
 mod scripted;
 mod split;

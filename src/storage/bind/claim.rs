@@ -1,0 +1,109 @@
+//! Claims of a drive's namespaces by O_EXCL: the kernel grants them to nobody who mounts, swaps on or stacks
+//! over the drive.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::super::guard::{Allowlist, Check, Controller, Host, Reason, examine, sysfs};
+use super::super::image::Drive;
+use super::{DeviceError, lock};
+
+/// Claims every namespace of a drive until the files are dropped.
+///
+/// # Errors
+/// [`DeviceError::Refused`] with the one that is not granted.
+pub(super) fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, DeviceError> {
+    let mut claims = Vec::new();
+    for namespace in &drive.namespaces {
+        let path = format!("/dev/{}", namespace.whole.name);
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(host.real(&path));
+        let file = file.map_err(|e| {
+            let name = &namespace.whole.name;
+            DeviceError::refused(name, Check::Open, &path, format!("it cannot be claimed: {e}"))
+        })?;
+        // udev leaves a locked disk alone. A failure only costs that courtesy.
+        // SAFETY: an advisory lock on a file that is open.
+        unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+        claims.push(file);
+    }
+    Ok(claims)
+}
+
+/// A namespace that is ours alone to write, by the kernel's word (O_EXCL), until this is dropped.
+#[derive(Debug)]
+pub struct Writable {
+    file: File,
+    controller: Controller,
+    _lock: File,
+}
+
+impl Writable {
+    /// What an image is written to.
+    pub fn drive(&self) -> Drive<'_> {
+        let namespace = &self.controller.namespaces[0];
+        Drive {
+            file: &self.file,
+            size: namespace.whole.size,
+            block: namespace.block_size.into(),
+            serial: self.controller.serial.clone(),
+            model: self.controller.model.clone(),
+            namespace: namespace.nsid,
+        }
+    }
+
+    /// Has the kernel read the new partition table. If it cannot now, it will when the drive is next
+    /// bound and released.
+    pub fn reread_partitions(&self) {
+        const BLKRRPART: libc::c_ulong = 0x125f;
+        // SAFETY: an ioctl without argument on an open device.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKRRPART) } != 0 {
+            tracing::debug!("the kernel keeps the old partition table: {}", std::io::Error::last_os_error());
+        }
+    }
+}
+
+/// Claims a drive of one namespace for writing, if its serial is `serial` and nothing speaks against
+/// it, checked before and under the claim.
+///
+/// # Errors
+/// [`DeviceError::Refused`] with every reason, or the step that failed.
+pub fn claim_to_write(
+    host: &Host,
+    name: &str,
+    serial: &str,
+    allowed: &Result<Allowlist, String>,
+) -> Result<Writable, DeviceError> {
+    let check = |under: Option<&str>| -> Result<Controller, DeviceError> {
+        let all = sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))?;
+        let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
+        if under.is_none() {
+            return Ok(drive.clone());
+        }
+        let mut reasons = examine(host, &all, drive, allowed);
+        let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
+        if drive.serial != serial {
+            add(Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
+        }
+        if drive.namespaces.len() != 1 {
+            add(Check::Format, format!("it has {} namespaces, one was expected", drive.namespaces.len()));
+        }
+        if under != Some(drive.bdf.as_str()) {
+            add(Check::Driver, "another drive has taken its name meanwhile".into());
+        }
+        if reasons.is_empty() { Ok(drive.clone()) } else { Err(DeviceError::Refused { name: name.into(), reasons }) }
+    };
+    let pci = check(None)?.bdf;
+    let lock = lock::lock(host, &pci)?;
+    let drive = check(Some(&pci))?;
+    let path = format!("/dev/{}", drive.namespaces[0].whole.name);
+    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(host.real(&path));
+    let file = open.map_err(|e| {
+        let what = format!("it cannot be claimed for writing: {e}");
+        DeviceError::refused(name, Check::Open, &path, what)
+    })?;
+    if check(Some(&pci))? != drive {
+        return Err(DeviceError::step(format!("claiming {path}"), "it changed while it was being checked"));
+    }
+    Ok(Writable { file, controller: drive, _lock: lock })
+}

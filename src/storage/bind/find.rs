@@ -1,0 +1,120 @@
+//! Which drive a user means: among those that are bound, or half so, by their records; among all others by
+//! what sysfs says.
+
+use super::super::guard::{Controller, Host, sysfs};
+use super::record::{self, Bound, BoundNamespace, Standing, State, address, device, driver};
+use super::DeviceError;
+
+/// Every drive that is bound and may be used.
+pub fn bound(host: &Host) -> Vec<Bound> {
+    record::current(host).into_iter().filter(|r| usable(host, r)).collect()
+}
+
+fn usable(host: &Host, record: &Bound) -> bool {
+    record.state == State::Bound && driver(host, &record.pci).as_deref() == Some("vfio-pci")
+}
+
+/// The bound drive, and its namespace, that a user means by its former name or its PCI address.
+///
+/// # Errors
+/// [`DeviceError::NotBound`]; [`DeviceError::Ambiguous`] if several bound drives had the name; or that the
+/// kernel has given the name to another drive since, or that the drive is only half bound.
+pub fn find_bound(host: &Host, name: &str) -> Result<(Bound, BoundNamespace), DeviceError> {
+    let Some(drive) = recorded(host, name, record::current(host))? else {
+        return Err(DeviceError::NotBound(name.into()));
+    };
+    if !usable(host, &drive) {
+        if driver(host, &drive.pci).as_deref() == Some("nvme") {
+            return Err(DeviceError::NotBound(name.into()));
+        }
+        return Err(half_done(name, &drive.pci, &drive.state.to_string()));
+    }
+    let short = name.strip_prefix("/dev/").unwrap_or(name);
+    let namespace = drive.namespace_of(short).or(drive.namespace.first()).cloned();
+    namespace.map(|n| (drive, n)).ok_or_else(|| DeviceError::NotBound(name.into()))
+}
+
+/// That a drive is neither the kernel's nor bound, and what puts it right.
+pub(super) fn half_done(name: &str, pci: &str, what: &str) -> DeviceError {
+    let why = format!("{what}; give it back to the kernel with `sudo nt device release --pci {pci}`");
+    DeviceError::step(format!("using {name} ({pci})"), why)
+}
+
+/// The one of `records` that `name` means.
+pub(super) fn recorded(host: &Host, name: &str, records: Vec<Bound>) -> Result<Option<Bound>, DeviceError> {
+    let short = name.strip_prefix("/dev/").unwrap_or(name);
+    let exact = |r: &Bound| r.is_exactly(name) || r.is_exactly(short);
+    let mut found: Vec<Bound> = records.into_iter().filter(|r| exact(r) || r.has_name(short)).collect();
+    if found.iter().any(&exact) {
+        found.retain(exact);
+    }
+    if found.len() > 1 {
+        let drives = found.iter().map(|r| format!("{} ({})", r.pci, r.shown())).collect();
+        return Err(DeviceError::Ambiguous { name: name.into(), drives });
+    }
+    let Some(one) = found.pop() else { return Ok(None) };
+    if !exact(&one) {
+        not_reused(host, name, short, &one)?;
+    }
+    Ok(Some(one))
+}
+
+/// Makes sure that the kernel has not given a bound drive's name to another drive.
+fn not_reused(host: &Host, name: &str, short: &str, record: &Bound) -> Result<(), DeviceError> {
+    let node = record.namespace_of(short).map_or(record.controller.as_str(), |n| n.name.as_str());
+    let taken = ["/sys/class/block", "/sys/class/nvme"].iter().any(|base| host.exists(&format!("{base}/{node}")));
+    // A half-done drive may still be the kernel's, under its own name.
+    if !taken || driver(host, &record.pci).as_deref() == Some("nvme") {
+        return Ok(());
+    }
+    Err(DeviceError::step(
+        format!("finding {name}"),
+        format!(
+            "the drive of that name is bound to vfio-pci, and the kernel has given the name to another one; name the bound drive by its address {}",
+            record.pci
+        ),
+    ))
+}
+
+/// The drives of the machine.
+pub(super) fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
+    sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))
+}
+
+/// The PCI address that `release` is to work on, from the name and the address that the user gave.
+pub(super) fn to_release(host: &Host, name: Option<&str>, pci: Option<&str>) -> Result<String, DeviceError> {
+    let given = |text: &str| {
+        address(text).ok_or_else(|| {
+            let why = format!("a PCI address such as 0000:02:00.0 was expected, {text:?} was found");
+            DeviceError::step("reading --pci", why)
+        })
+    };
+    let by_name = |name: &str| -> Result<Option<String>, DeviceError> {
+        if let Some(pci) = address(name).filter(|pci| host.exists(&device(pci)) || record::load(host, pci).is_some()) {
+            return Ok(Some(pci));
+        }
+        // A record that holds goes before one that is stale.
+        let (holding, stale): (Vec<_>, Vec<_>) =
+            record::all(host).into_iter().partition(|r| r.standing(host) == Standing::Holds);
+        if let Some(record) = recorded(host, name, holding)? {
+            return Ok(Some(record.pci));
+        }
+        let all = controllers(host)?;
+        if let Some(drive) = sysfs::find(host, &all, name) {
+            return Ok(Some(drive.bdf.clone()));
+        }
+        Ok(recorded(host, name, stale)?.map(|r| r.pci))
+    };
+    match (name, pci) {
+        (None, Some(pci)) => given(pci),
+        (Some(name), None) => by_name(name)?.ok_or_else(|| DeviceError::NotFound(name.into())),
+        (Some(name), Some(pci)) => {
+            let pci = given(pci)?;
+            let fits = record::load(host, &pci).is_some_and(|r| r.is_exactly(name) || r.has_name(name))
+                || address(name).as_deref() == Some(&pci)
+                || sysfs::find(host, &controllers(host)?, name).is_some_and(|d| d.bdf == pci);
+            if fits { Ok(pci) } else { Err(DeviceError::step(format!("finding {name}"), format!("it is not the drive at {pci}"))) }
+        }
+        (None, None) => Err(DeviceError::step("finding the drive", "a name or --pci ADDRESS was expected")),
+    }
+}

@@ -1,0 +1,178 @@
+//! Takes a drive from the kernel's driver.
+
+use std::fs::File;
+use std::time::Duration;
+
+use super::super::guard::{Check, Controller, Host, Reason, sysfs};
+use super::find::{controllers, recorded};
+use super::record::{self, Bound, State, device, driver};
+use super::{Say, DeviceError, GROUP, Machine, claim, give, lock};
+
+/// What holds the reasons against a drive.
+pub(super) type Judge<'a> = dyn Fn(&Host, &[Controller], &Controller) -> Vec<Reason> + 'a;
+
+/// Modules that a bound drive needs, and the sign that each is there.
+const MODULES: [(&str, &str); 2] =
+    [("vfio-pci", "/sys/bus/pci/drivers/vfio-pci"), ("vfio_iommu_type1", "/sys/module/vfio_iommu_type1")];
+
+/// Binds the drive named `name` unless `judge` has a reason against it.
+pub(super) fn bind(
+    m: &Machine<'_>,
+    name: &str,
+    judge: &Judge<'_>,
+    dry_run: bool,
+    say: Say<'_>,
+) -> Result<(), DeviceError> {
+    let first = find(m, name)?;
+    let _lock = if dry_run { None } else { Some(lock::lock(m.host, &first.bdf)?) };
+    let drive = check(m, name, judge, &first)?;
+    say(&format!("checked: {} is {} {} with no reason against it", name, drive.model, drive.serial));
+    modules(m, dry_run, say)?;
+    let nodes = drive.namespaces.iter().map(|n| format!("/dev/{}", n.whole.name)).collect::<Vec<_>>().join(", ");
+    let claims = claim::claim(m.host, &drive)?;
+    check(m, name, judge, &drive)?;
+    if dry_run {
+        drop(claims);
+        say(&format!("claimed, checked again and let go: {nodes}"));
+        foretell(m, &drive, say);
+        return Ok(());
+    }
+    say(&format!("claimed and checked again: {nodes}"));
+    let result = take(m, &drive, claims, say);
+    if let Err(e) = result {
+        return Err(undo(m, &drive.bdf, e, say));
+    }
+    Ok(())
+}
+
+/// The drive as it is now, if it is whole and all the kernel's.
+fn find(m: &Machine<'_>, name: &str) -> Result<Controller, DeviceError> {
+    let refuse = |pci: &str, path: &str, what: String| {
+        let cure = format!("{what}; give it back to the kernel with `sudo nt device release --pci {pci}`");
+        DeviceError::refused(name, Check::Driver, path, cure)
+    };
+    let records = record::current(m.host);
+    let all = controllers(m.host)?;
+    let Some(drive) = sysfs::find(m.host, &all, name) else {
+        return Err(match recorded(m.host, name, records)? {
+            Some(r) => refuse(&r.pci, &record::path(&r.pci), format!("it is {} at {}: {}", r.shown(), r.pci, r.state)),
+            None => DeviceError::NotFound(name.into()),
+        });
+    };
+    let pci = &drive.bdf;
+    if let Some(r) = records.iter().find(|r| r.pci == *pci) {
+        return Err(refuse(pci, &record::path(pci), format!("{} at {pci}: {}", r.shown(), r.state)));
+    }
+    if let Some(found) = m.driver_override(pci)? {
+        let path = format!("{}/driver_override", device(pci));
+        return Err(refuse(pci, &path, format!("its driver_override is {found}, none was expected")));
+    }
+    if drive.driver.is_none() {
+        return Err(refuse(pci, &format!("{}/driver", device(pci)), "no driver holds it".into()));
+    }
+    Ok(drive.clone())
+}
+
+/// Examines the drive; it must be as it was.
+fn check(m: &Machine<'_>, name: &str, judge: &Judge<'_>, before: &Controller) -> Result<Controller, DeviceError> {
+    let drive = find(m, name)?;
+    let mut reasons = judge(m.host, &controllers(m.host)?, &drive);
+    if drive != *before {
+        reasons.push(Reason {
+            check: Check::Driver,
+            path: before.pci_path().into(),
+            what: "it changed while it was being checked".into(),
+        });
+    }
+    if reasons.is_empty() { Ok(drive) } else { Err(DeviceError::Refused { name: name.into(), reasons }) }
+}
+
+/// Makes sure, before anything is changed, that vfio-pci and the IOMMU's side of VFIO are there.
+fn modules(m: &Machine<'_>, dry_run: bool, say: Say<'_>) -> Result<(), DeviceError> {
+    for (module, sign) in MODULES {
+        if m.host.exists(sign) {
+            continue;
+        }
+        if dry_run {
+            say(&format!("would load the module {module}"));
+            continue;
+        }
+        m.change(&format!("loading the module {module}"), || m.kernel.load_module(module))?;
+        if !m.host.exists(sign) {
+            let why = format!("{sign} did not appear; does this kernel have the module {module}?");
+            return Err(DeviceError::step(format!("loading the module {module}"), why));
+        }
+        say(&format!("loaded the module {module}"));
+    }
+    m.stop_if_asked()
+}
+
+/// The changes, in order.
+fn steps(pci: &str) -> [(String, String); 3] {
+    [
+        (format!("{}/driver_override", device(pci)), "vfio-pci".into()),
+        (format!("{}/driver/unbind", device(pci)), pci.into()),
+        ("/sys/bus/pci/drivers_probe".into(), pci.into()),
+    ]
+}
+
+fn foretell(m: &Machine<'_>, drive: &Controller, say: Say<'_>) {
+    let record = Bound::of(m.host, drive);
+    say(&format!("would note it in {}", record::path(&drive.bdf)));
+    for (path, text) in steps(&drive.bdf) {
+        say(&format!("would write {text} to {path}"));
+    }
+    say(&format!("would hand /dev/vfio/{} to group {GROUP}, if there is one", record.group));
+}
+
+/// The record goes before each change, so that whatever ends this process, `release` knows.
+fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) -> Result<(), DeviceError> {
+    let mut record = Bound::of(m.host, drive);
+    m.note(&mut record, State::Begun)?;
+    let [set, unbind, probe] = steps(&drive.bdf);
+    for ((path, text), after) in [(set, State::Override), (unbind, State::Unbound)] {
+        m.stop_if_asked()?;
+        m.write(&path, &text)?;
+        m.note(&mut record, after)?;
+        say(&format!("wrote {text} to {path}"));
+    }
+    // The nodes are gone, and nobody can claim them any more.
+    drop(claims);
+    m.stop_if_asked()?;
+    m.write(&probe.0, &probe.1)?;
+    say(&format!("wrote {} to {}", probe.1, probe.0));
+    m.wait_for(&format!("binding {} to vfio-pci", drive.bdf), || {
+        let found = driver(m.host, &drive.bdf);
+        match found.as_deref() {
+            Some("vfio-pci") => Ok(()),
+            _ => Err(format!("the driver is {}; see `dmesg`", found.as_deref().unwrap_or("none"))),
+        }
+    })?;
+    let node = format!("/dev/vfio/{}", record.group);
+    m.wait_for(&format!("waiting for {node}"), || match m.host.exists(&node) {
+        true => Ok(()),
+        false => Err("it did not appear".into()),
+    })?;
+    if m.change(&format!("handing {node} to group {GROUP}"), || m.kernel.hand_over(&m.host.real(&node)))? {
+        say(&format!("{node} belongs to group {GROUP}"));
+    } else {
+        say(&format!("{node} is root's alone: there is no group {GROUP}, which scripts/install.sh makes"));
+    }
+    m.stop_if_asked()?;
+    m.note(&mut record, State::Bound)?;
+    say(&format!("bound: {} at {}", record.shown(), record.pci));
+    Ok(())
+}
+
+/// Gives the drive back after a failed bind, whatever has been asked meanwhile; the error says what became
+/// of it.
+fn undo(m: &Machine<'_>, pci: &str, e: DeviceError, say: Say<'_>) -> DeviceError {
+    say("giving the drive back to the kernel");
+    let m = Machine { stopped: &|| false, ..*m };
+    let Err(back) = give::back(&m, pci, Duration::ZERO, say) else { return e };
+    let cure = format!("try `sudo nt device release --pci {pci}`");
+    match e {
+        DeviceError::Interrupted(_) => DeviceError::step(format!("giving {pci} back after an interrupt"), format!("{back}; {cure}")),
+        e => DeviceError::step(format!("{e}; giving {pci} back"), format!("{back}; {cure}")),
+    }
+}

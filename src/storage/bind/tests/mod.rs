@@ -1,0 +1,407 @@
+//! Bind and release on a machine of plain files; never on this one.
+
+mod fake;
+mod udev;
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use fake::{BOOT, Blow, Fake, Killed, SPARE};
+
+use super::*;
+use crate::storage::guard::{Check, Reason};
+
+/// What became of a command.
+#[derive(Debug)]
+enum End {
+    Done,
+    Failed(DeviceError),
+    Killed,
+}
+
+fn ended(command: impl FnOnce() -> Result<(), DeviceError>) -> End {
+    match catch_unwind(AssertUnwindSafe(command)) {
+        Ok(Ok(())) => End::Done,
+        Ok(Err(e)) => End::Failed(e),
+        Err(payload) if payload.is::<Killed>() => End::Killed,
+        Err(payload) => std::panic::resume_unwind(payload),
+    }
+}
+
+impl Fake {
+    /// Runs a command, which meets `blow` at that one of its changes.
+    fn run(&self, blow: Option<(u32, Blow)>, command: impl FnOnce(&Machine<'_>) -> Result<(), DeviceError>) -> End {
+        self.changes.set(0);
+        self.stopped.set(false);
+        self.blow.set(blow);
+        let stopped = || self.stopped.get();
+        ended(|| command(&Machine { host: &self.host, kernel: self, stopped: &stopped }))
+    }
+
+    fn bind(&self, name: &str, blow: Option<(u32, Blow)>) -> End {
+        self.run(blow, |m| take::bind(m, name, &|_, _, _| Vec::new(), false, &mut |_| ()))
+    }
+
+    fn release(&self, name: &str, blow: Option<(u32, Blow)>) -> End {
+        self.run(blow, |m| m.release(Some(name), None, false, &mut |_| ()))
+    }
+
+    fn release_at(&self, pci: &str, blow: Option<(u32, Blow)>) -> End {
+        self.run(blow, |m| m.release(None, Some(pci), false, &mut |_| ()))
+    }
+
+    /// The drive is the kernel's and nothing of ours is left.
+    fn is_the_kernels(&self, pci: &str) {
+        assert_eq!(self.driver(pci).as_deref(), Some("nvme"));
+        assert_eq!(self.forced(pci), "(null)");
+        assert!(!self.record(pci).exists());
+        let left = self.host.list("/run/nt").unwrap();
+        assert!(left.iter().all(|n| n.ends_with(".lock")), "{left:?}");
+        assert_eq!(self.host.list("/dev/vfio").unwrap(), [""; 0]);
+    }
+}
+
+fn words(end: &End, words: &[&str]) {
+    let End::Failed(e) = end else { panic!("{end:?}") };
+    assert!(words.iter().all(|w| e.to_string().contains(w)), "{words:?} in: {e}");
+}
+
+#[test]
+fn a_drive_is_bound_used_and_given_back() {
+    let fake = Fake::new();
+    assert!(matches!(fake.bind("nvme1n1", None), End::Done));
+    assert_eq!(fake.driver(SPARE).as_deref(), Some("vfio-pci"));
+    let (drive, namespace) = find_bound(&fake.host, "/dev/nvme1n1").unwrap();
+    assert_eq!((drive.pci.as_str(), drive.serial.as_str(), drive.state), (SPARE, "S 0000:02:00.0", State::Bound));
+    assert_eq!((namespace.name.as_str(), namespace.size), ("nvme1n1", 4096 * 512));
+    for name in ["nvme1", "nvme1n1p3", "02:00.0", SPARE] {
+        assert_eq!(find_bound(&fake.host, name).unwrap().0.pci, SPARE, "{name}");
+    }
+    assert!(matches!(find_bound(&fake.host, "nvme1n1x"), Err(DeviceError::NotBound(_))));
+    words(&fake.bind("nvme1n1", None), &["it is bound", "sudo nt device release --pci 0000:02:00.0"]);
+    assert!(matches!(fake.release("nvme1n1", None), End::Done));
+    fake.is_the_kernels(SPARE);
+    words(&fake.release("nvme1n1", None), &["nvme1n1 is not bound"]);
+    words(&fake.release("nvme7", None), &["there is no NVMe drive of this name"]);
+    assert!(fake.log.borrow().iter().all(|l| !l.contains(BOOT)), "{:?}", fake.log.borrow());
+}
+
+#[test]
+fn a_dry_run_changes_nothing() {
+    let fake = Fake::new();
+    let mut said = Vec::new();
+    take::bind(&fake.machine(), "nvme1n1", &|_, _, _| Vec::new(), true, &mut |l| said.push(l.to_owned())).unwrap();
+    assert!(said.iter().any(|l| l.contains("would write vfio-pci to")), "{said:?}");
+    assert!(said.iter().any(|l| l == "claimed, checked again and let go: /dev/nvme1n1"), "{said:?}");
+    assert_eq!(fake.changes.get(), 0);
+    assert!(!fake.real("/run/nt").exists());
+    fake.bind("nvme1n1", None);
+    let changes = fake.changes.get();
+    fake.machine().release(Some("nvme1n1"), None, true, &mut |_| ()).unwrap();
+    assert_eq!((fake.changes.get(), fake.driver(SPARE).as_deref()), (changes, Some("vfio-pci")));
+}
+
+/// Whatever a bind leaves when it ends at any change, in whichever way: a killed one is refused by the next bind
+/// with the command that helps, and `release` puts it right by name and by address; a failed or interrupted
+/// one has put it right itself.
+#[test]
+fn a_bind_that_ends_at_any_change_is_undone() {
+    for blow in [Blow::Kill, Blow::Fail, Blow::Signal] {
+        for by_address in [false, true] {
+            let mut n = 0;
+            loop {
+                n += 1;
+                let fake = Fake::new();
+                let end = fake.bind("nvme1n1", Some((n, blow)));
+                if fake.changes.get() < n {
+                    break;
+                }
+                match &end {
+                    End::Killed if n == 1 => fake.is_the_kernels(SPARE),
+                    End::Killed => {
+                        words(&fake.bind(SPARE, None), &["sudo nt device release --pci 0000:02:00.0"]);
+                        let released = if by_address { fake.release_at("02:00.0", None) } else { fake.release("nvme1n1", None) };
+                        assert!(matches!(released, End::Done), "{n}: {released:?}");
+                    }
+                    End::Failed(e) => assert_eq!(matches!(e, DeviceError::Interrupted(_)), blow == Blow::Signal, "{e}"),
+                    End::Done => panic!("{blow:?} at {n} went unnoticed"),
+                }
+                fake.is_the_kernels(SPARE);
+                assert!(matches!(fake.bind("nvme1n1", None), End::Done), "{blow:?} at {n}");
+            }
+            assert!(n > 7, "a bind has at least seven changes: {n}");
+        }
+    }
+}
+
+/// The same of a release, with a record and without, any number of times over.
+#[test]
+fn a_release_that_ends_at_any_change_is_finished_by_the_next() {
+    for blow in [Blow::Kill, Blow::Fail, Blow::Signal] {
+        for recorded in [true, false] {
+            let mut n = 0;
+            loop {
+                n += 1;
+                let fake = Fake::new();
+                fake.bind("nvme1n1", None);
+                if !recorded {
+                    fs::remove_file(fake.record(SPARE)).unwrap();
+                }
+                let end = fake.release_at(SPARE, Some((n, blow)));
+                if fake.changes.get() < n {
+                    break;
+                }
+                if let (Blow::Signal, End::Failed(e)) = (blow, &end) {
+                    assert!(matches!(e, DeviceError::Interrupted(_)), "{e}");
+                    fake.is_the_kernels(SPARE);
+                } else {
+                    assert!(matches!(end, End::Killed | End::Failed(_)), "{end:?}");
+                    let again = fake.release_at(SPARE, None);
+                    assert!(matches!(again, End::Done | End::Failed(DeviceError::NotBound(_))), "{again:?}");
+                }
+                fake.is_the_kernels(SPARE);
+            }
+            assert!(n > 3, "{n}");
+        }
+    }
+}
+
+/// 300 trials from seeds: binds and releases that end anywhere in any way, by any of the drive's names, until
+/// one release goes through.
+#[test]
+fn any_history_of_ends_is_undone_by_one_release() {
+    for seed in 1..=300u64 {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut draw = |n: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % n
+        };
+        let fake = Fake::new();
+        for _ in 0..1 + draw(6) {
+            let blow = [Blow::Kill, Blow::Kill, Blow::Fail, Blow::Signal][draw(4) as usize];
+            let at = Some((1 + draw(9) as u32, blow));
+            let name = ["nvme1n1", "nvme1", "/dev/nvme1n1", "02:00.0", SPARE][draw(5) as usize];
+            match draw(3) {
+                0 => drop(fake.release(name, at)),
+                1 => drop(fake.release_at(SPARE, at)),
+                _ => drop(fake.bind(name, at)),
+            }
+            for drive in bound(&fake.host) {
+                assert_eq!((drive.state, fake.driver(&drive.pci).as_deref()), (State::Bound, Some("vfio-pci")));
+            }
+        }
+        let end = fake.release_at(SPARE, None);
+        assert!(matches!(end, End::Done | End::Failed(DeviceError::NotBound(_))), "seed {seed}: {end:?}");
+        fake.is_the_kernels(SPARE);
+        assert_eq!(fake.driver(BOOT).as_deref(), Some("nvme"));
+        assert!(fake.log.borrow().iter().all(|l| !l.contains(BOOT)), "seed {seed}: {:?}", fake.log.borrow());
+        assert!(matches!(fake.bind("nvme1n1", None), End::Done), "seed {seed}");
+    }
+}
+
+/// A drive that somebody else half bound, or bound for a guest, without any record.
+#[test]
+fn release_needs_no_record() {
+    let states: [(&str, fn(&Fake)); 5] = [
+        ("override alone", |f| f.put(&format!("{}/driver_override", device(SPARE)), "vfio-pci")),
+        ("another override", |f| f.put(&format!("{}/driver_override", device(SPARE)), "pci-stub")),
+        ("no driver", |f| f.unbind(SPARE)),
+        ("no driver and an override", |f| {
+            f.put(&format!("{}/driver_override", device(SPARE)), "vfio-pci");
+            f.unbind(SPARE);
+        }),
+        ("vfio-pci", |f| {
+            f.put(&format!("{}/driver_override", device(SPARE)), "vfio-pci");
+            f.unbind(SPARE);
+            f.probe(SPARE);
+        }),
+    ];
+    for (what, make) in states {
+        let fake = Fake::new();
+        make(&fake);
+        words(&fake.bind(SPARE, None), &["release --pci 0000:02:00.0"][..usize::from(what != "vfio-pci")]);
+        assert!(matches!(fake.release("02:00.0", None), End::Done), "{what}");
+        fake.is_the_kernels(SPARE);
+    }
+    let fake = Fake::new();
+    fake.unbind(SPARE);
+    fake.put(&format!("{}/driver_override", device(SPARE)), "uio_pci_generic");
+    fake.probe(SPARE);
+    words(&fake.release(SPARE, None), &["uio_pci_generic holds it"]);
+    assert_eq!(fake.driver(SPARE).as_deref(), Some("uio_pci_generic"));
+    words(&fake.release_at("0000:09:00.0", None), &["there is no NVMe drive"]);
+    words(&fake.release_at("nvme1", None), &["a PCI address such as"]);
+    fake.put("/sys/bus/pci/devices/0000:05:00.0/class", "0x030000\n");
+    words(&fake.release_at("0000:05:00.0", None), &["NVMe, was expected, 0x030000 was found"]);
+}
+
+/// Two drives that had one name while each was bound: `release nvme1n1` gave back the one that came first.
+#[test]
+fn a_name_of_two_drives_is_refused_with_both_addresses() {
+    let fake = Fake::new();
+    fake.add("0000:03:00.0", 16);
+    assert!(matches!(fake.bind("nvme1n1", None), End::Done));
+    // The other drive comes back, and is given the name that is free.
+    fake.unbind("0000:03:00.0");
+    fake.probe("0000:03:00.0");
+    assert!(fake.host.exists("/sys/bus/pci/devices/0000:03:00.0/nvme/nvme1"));
+    words(&fake.release("nvme1n1", None), &["given the name to another one", "0000:02:00.0"]);
+    assert!(matches!(fake.bind("nvme1n1", None), End::Done));
+    for end in [fake.release("nvme1n1", None), fake.run(None, |m| find_bound(m.host, "nvme1").map(|_| ()))] {
+        words(&end, &["several drives", "0000:02:00.0", "0000:03:00.0"]);
+        assert!(matches!(&end, End::Failed(e) if e.is_refusal()));
+    }
+    let both = fake.run(None, |m| m.release(Some("nvme1n1"), Some("03:00.0"), false, &mut |_| ()));
+    assert!(matches!(both, End::Done), "{both:?}");
+    let other = fake.run(None, |m| m.release(Some("nvme0n1"), Some(SPARE), false, &mut |_| ()));
+    words(&other, &["it is not the drive at 0000:02:00.0"]);
+    assert_eq!(fake.driver(SPARE).as_deref(), Some("vfio-pci"));
+}
+
+/// Records of another boot, of a drive that is gone, and of one in whose place another was put.
+#[test]
+fn stale_records_name_nobody_and_are_removed() {
+    let stale: [(&str, fn(&Fake)); 3] = [
+        ("another boot", |f| f.put("/proc/sys/kernel/random/boot_id", "another\n")),
+        ("gone", |f| f.unplug(SPARE)),
+        ("replaced", |f| {
+            f.unplug(SPARE);
+            // The old inode number must not be used again at once.
+            f.folder("/taken");
+            f.add_function(SPARE, 15);
+            f.put(&format!("{}/driver_override", device(SPARE)), "vfio-pci");
+            f.probe(SPARE);
+        }),
+    ];
+    for (what, make) in stale {
+        let fake = Fake::new();
+        fake.bind("nvme1n1", None);
+        make(&fake);
+        assert!(bound(&fake.host).is_empty(), "{what}");
+        assert!(matches!(find_bound(&fake.host, "nvme1n1"), Err(DeviceError::NotBound(_))), "{what}");
+        let end = fake.release("nvme1n1", None);
+        assert!(matches!(end, End::Done), "{what}: {end:?}");
+        assert!(!fake.record(SPARE).exists(), "{what}");
+    }
+    // Given back by hand: the next bind writes over it.
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    fake.put(&format!("{}/driver_override", device(SPARE)), "(null)");
+    fake.unbind(SPARE);
+    fake.probe(SPARE);
+    assert!(bound(&fake.host).is_empty());
+    assert!(matches!(fake.bind("nvme1n1", None), End::Done));
+}
+
+/// A member of the group who keeps only the device's descriptor is not seen in /proc, but the kernel knows.
+#[test]
+fn a_group_in_use_is_refused_before_anything_changes() {
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    fake.busy.set(true);
+    let end = fake.release("nvme1n1", None);
+    words(&end, &["a process uses it (EBUSY) that cannot be seen"]);
+    assert!(matches!(&end, End::Failed(e) if e.is_refusal()));
+    assert_eq!(fake.changes.get(), 0);
+    // Seen by the number of its node, whatever its name, and in a thread's own table.
+    fake.put("/proc/77/comm", "qemu\n");
+    fake.folder("/proc/77/task/78/fd");
+    std::os::unix::fs::symlink(fake.real("/dev/vfio/15"), fake.real("/proc/77/task/78/fd/9")).unwrap();
+    let end = fake.release("nvme1n1", None);
+    words(&end, &["process 77 (qemu) uses it", "/proc/77/task/78/fd/9"]);
+    let dry = fake.run(None, |m| m.release(Some("nvme1n1"), None, true, &mut |_| ()));
+    words(&dry, &["process 77"]);
+    fake.busy.set(false);
+    assert!(matches!(fake.release("nvme1n1", None), End::Done));
+}
+
+/// An unbind that the kernel does not finish: the command ends with a sentence, and other drives can be bound.
+#[test]
+fn a_stuck_unbind_holds_up_nobody() {
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    fake.stuck.set(true);
+    words(&fake.release("nvme1n1", None), &["the kernel did not answer", "goes on by itself"]);
+    words(&fake.bind("nvme1n1", None), &["a release has begun", "release --pci 0000:02:00.0"]);
+    assert!(bound(&fake.host).is_empty(), "a drive that is being given back is not used");
+    let held = lock::lock(&fake.host, SPARE).unwrap();
+    fake.stuck.set(false);
+    fake.add("0000:03:00.0", 16);
+    assert!(matches!(fake.bind("0000:03:00.0", None), End::Done), "each drive has its own lock");
+    words(&fake.release(SPARE, None), &["another nt command"]);
+    drop(held);
+    assert!(matches!(fake.release(SPARE, None), End::Done));
+}
+
+#[test]
+fn modules_are_there_before_anything_changes() {
+    for missing in ["/sys/bus/pci/drivers/vfio-pci", "/sys/module/vfio_iommu_type1"] {
+        let fake = Fake::new();
+        fs::remove_dir(fake.real(missing)).unwrap();
+        fake.loadable.set(false);
+        words(&fake.bind("nvme1n1", None), &["loading the module", "not found in directory"]);
+        fake.is_the_kernels(SPARE);
+        fake.loadable.set(true);
+        assert!(matches!(fake.bind("nvme1n1", None), End::Done), "{missing}");
+    }
+}
+
+#[test]
+fn a_failure_after_the_probe_is_undone() {
+    let fake = Fake::new();
+    fake.no_node.set(true);
+    words(&fake.bind("nvme1n1", None), &["waiting for /dev/vfio/15", "did not appear"]);
+    fake.is_the_kernels(SPARE);
+    // Nor is a drive that the kernel does not want back called given back.
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    fake.rejected.set(true);
+    words(&fake.release("nvme1n1", None), &["giving 0000:02:00.0 back to the nvme driver failed"]);
+    assert!(!fake.record(SPARE).exists());
+    fake.rejected.set(false);
+    assert!(matches!(fake.release(SPARE, None), End::Done));
+    fake.is_the_kernels(SPARE);
+}
+
+#[test]
+fn every_reason_and_every_change_under_the_claim_refuses() {
+    let fake = Fake::new();
+    let reason = |host: &Host, _: &[crate::storage::guard::Controller], d: &crate::storage::guard::Controller| {
+        let _ = host;
+        vec![Reason { check: Check::Mounted, path: d.pci_path().into(), what: "it is in use".into() }]
+    };
+    let end = fake.run(None, |m| take::bind(m, "nvme1n1", &reason, false, &mut |_| ()));
+    words(&end, &["mounted: it is in use"]);
+    // At the second check it has grown.
+    let times = std::cell::Cell::new(0);
+    let end = fake.run(None, |m| {
+        let grow = |_: &Host, _: &[_], _: &crate::storage::guard::Controller| {
+            times.set(times.get() + 1);
+            fake.put("/sys/class/block/nvme1n1/size", "8192");
+            Vec::new()
+        };
+        take::bind(m, "nvme1n1", &grow, false, &mut |_| ())
+    });
+    words(&end, &["it changed while it was being checked"]);
+    assert_eq!(times.get(), 2);
+    assert_eq!(fake.changes.get(), 0);
+}
+
+#[test]
+fn addresses_are_read_strictly() {
+    for (text, found) in [
+        ("02:00.0", Some("0000:02:00.0")),
+        ("0000:0A:1f.7", Some("0000:0a:1f.7")),
+        ("10000:02:00.0", Some("10000:02:00.0")),
+        ("0000:02:00.8", None),
+        ("0000:02:00.00", None),
+        ("0000:02:00", None),
+        ("../02:00.0", None),
+        ("nvme0", None),
+        ("", None),
+        ("0:02:00.0", None),
+        ("0000:02:00.0:1", None),
+    ] {
+        assert_eq!(record::address(text).as_deref(), found, "{text}");
+    }
+}

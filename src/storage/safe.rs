@@ -1,0 +1,161 @@
+//! Files in places where other users may interfere: opened without blocking and only if they are of the
+//! expected kind, read up to a limit, and replaced whole, under a random name until they are complete.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+/// Mode bits that let the group or everybody write.
+const OTHERS_WRITE: u32 = 0o022;
+
+fn refuse(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, what.into())
+}
+
+/// Opens a regular file or a block device for reading, links followed. Anything else, such as a FIFO or a
+/// device whose opening has an effect, is refused without being opened.
+///
+/// # Errors
+/// Those of the system, or that the file is of another kind.
+pub fn open(path: &Path) -> Result<File> {
+    open_with(path, 0)
+}
+
+/// As [`open`], with more flags of `open(2)`.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(path: &Path, flags: i32) -> Result<File> {
+    // O_PATH opens the name and not the file: the kind is known before the file's own code runs.
+    let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
+    let kind = found.metadata()?.file_type();
+    if kind.is_dir() {
+        return Err(Error::from(ErrorKind::IsADirectory));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(refuse("it is neither a regular file nor a block device"));
+    }
+    let again = format!("/proc/self/fd/{}", found.as_raw_fd());
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | flags).open(again)?;
+    blocking(&file)?;
+    Ok(file)
+}
+
+/// Takes O_NONBLOCK away: it was for opening alone.
+fn blocking(file: &File) -> Result<()> {
+    // SAFETY: two calls on an open descriptor, with plain integers.
+    let set = unsafe {
+        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
+        flags >= 0 && libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) >= 0
+    };
+    if set { Ok(()) } else { Err(Error::last_os_error()) }
+}
+
+/// What was read of a file, and who may have written it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contents {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Owner.
+    pub uid: u32,
+    /// Whether its group or everybody may write it.
+    pub others_write: bool,
+}
+
+/// Reads a regular file of at most `limit` bytes. A link in place of the file is an error.
+///
+/// # Errors
+/// Those of the system, or that the file is of another kind or longer.
+pub fn read(path: &Path, limit: u64) -> Result<Contents> {
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NOCTTY;
+    // The kind is looked at first, since opening some devices has an effect. Both looks must agree.
+    let before = fs::symlink_metadata(path)?;
+    if !before.is_file() {
+        return Err(refuse("it is no regular file"));
+    }
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Err(refuse("it is no regular file"));
+    }
+    let long = || refuse(format!("it has more than {limit} bytes"));
+    if meta.len() > limit {
+        return Err(long());
+    }
+    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(long());
+    }
+    Ok(Contents { bytes, uid: meta.uid(), others_write: meta.mode() & OTHERS_WRITE != 0 })
+}
+
+/// Puts `bytes` at `path` with `mode`: written under a random name in the same folder, synced, then renamed. A
+/// link at `path` is replaced, not followed. `prefix` begins the random name, so that what a killed
+/// process left can be told.
+///
+/// # Errors
+/// Those of the system; `path` is then as it was.
+pub fn replace(path: &Path, bytes: &[u8], mode: u32, prefix: &str) -> Result<()> {
+    let folder = path.parent().ok_or_else(|| refuse("it has no folder"))?;
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    // O_EXCL, and mode 0600 until it is complete.
+    let mut file = tempfile::Builder::new().prefix(prefix).suffix(".part").tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().set_permissions(Permissions::from_mode(mode))?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|e| e.error)?;
+    sync_folder(folder)
+}
+
+/// Makes the names in a folder durable.
+///
+/// # Errors
+/// Those of the system.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    let flags = libc::O_DIRECTORY | libc::O_CLOEXEC;
+    OpenOptions::new().read(true).custom_flags(flags).open(folder)?.sync_all()
+}
+
+/// Makes `path` a folder that belongs to this user and that nobody else may write; an older one that others
+/// could write loses that right. Its parent must exist. A folder that is `shared` is open to all readers.
+///
+/// # Errors
+/// Those of the system, or that it is a link, no folder, or another user's.
+pub fn own_folder(path: &Path, shared: bool) -> Result<()> {
+    match fs::DirBuilder::new().mode(0o755).create(path) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let folder = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|e| match path.is_symlink() {
+        true => refuse("a link lies in place of the folder; move it away"),
+        false => e,
+    })?;
+    let meta = folder.metadata()?;
+    let me = nix::unistd::geteuid().as_raw();
+    if meta.uid() != me {
+        return Err(refuse(format!("the folder belongs to user {}, not to user {me}; move it away", meta.uid())));
+    }
+    let mode = meta.mode() & 0o7777;
+    let wanted = if shared { 0o755 } else { mode & !OTHERS_WRITE };
+    if mode != wanted {
+        folder.set_permissions(Permissions::from_mode(wanted))?;
+    }
+    Ok(())
+}
+
+/// Whether nobody but root and this user can change what lies at `path`: the folder and all above it
+/// belong to one of them, and nobody else may write there (in a sticky folder, such as `/tmp`, others cannot
+/// replace what is not theirs).
+pub fn is_ours_alone(path: &Path) -> bool {
+    let me = nix::unistd::geteuid().as_raw();
+    let Ok(real) = path.canonicalize() else { return false };
+    real.ancestors().enumerate().all(|(up, folder)| {
+        let Ok(meta) = fs::symlink_metadata(folder) else { return false };
+        let closed = meta.mode() & OTHERS_WRITE == 0 || up > 0 && meta.mode() & libc::S_ISVTX != 0;
+        meta.is_dir() && (meta.uid() == 0 || meta.uid() == me) && closed
+    })
+}
