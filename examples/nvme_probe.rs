@@ -1,6 +1,7 @@
 //! Exercises a drive bound to vfio-pci: compares what VFIO reads with a copy made through the
 //! kernel, writes the identify pages, and times reads. Used by `tests/vm`.
 
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
@@ -199,15 +200,11 @@ fn whole_file(name: &str, manifest: &str, copy: &str) -> Result<(), Box<dyn std:
     Ok(())
 }
 
-fn main() {
+fn main() -> ExitCode {
     let result: Result<(), Box<dyn std::error::Error>> = match Args::parse().command {
-        Command::Device(args) => match nt::cli::device::run(args) {
-            Err(e) if e.is_refusal() => {
-                eprintln!("{e}");
-                std::process::exit(3);
-            }
-            other => other.map_err(Into::into),
-        },
+        Command::Device(args) => {
+            return nt::cli::device::run(args).map_or_else(|failure| failure.report(), |()| ExitCode::SUCCESS);
+        }
         Command::Compare { device, copy, reads } => compare(&device, &copy, reads),
         Command::Identify { device, prefix } => open(&device).and_then(|drive| {
             let [controller, namespace] = &drive.reader.drive().controller.raw_identify;
@@ -242,8 +239,11 @@ fn main() {
             }
         }),
     };
-    if let Err(e) = result {
-        eprintln!("{e}");
-        std::process::exit(1);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
     }
 }

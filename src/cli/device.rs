@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use crate::gguf::Gguf;
 use super::{Failure, interrupt};
-use crate::storage::bind::{self, DeviceError, Machine, Running};
+use crate::gguf::Gguf;
+use crate::storage::bind::{self, Bound, DeviceError, Machine, Running, Standing, State};
 use crate::storage::guard::claim::{self, Claim};
-use crate::storage::guard::{self, Allowlist, Host, allowlist, sysfs};
+use crate::storage::guard::{self, Allowlist, Controller, Host, allowlist, sysfs};
 use crate::storage::library::Library;
-use crate::storage::{extents, safe};
+use crate::storage::{extents, health, safe};
 
 /// Arguments of `nt device`.
 #[derive(Debug, Args)]
@@ -121,7 +121,7 @@ fn record(host: &Host, model: &Path) -> Result<(), DeviceError> {
     Ok(())
 }
 
-fn controllers(host: &Host) -> Result<Vec<guard::Controller>, DeviceError> {
+fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
     sysfs::controllers(host).map_err(|e| DeviceError::Step { step: "reading the drives".into(), why: e.to_string() })
 }
 
@@ -156,31 +156,70 @@ fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), DeviceEr
     if all.is_empty() {
         println!("no NVMe drive was found on the PCI bus");
     }
-    let bound = bind::bound(host);
+    let records = bind::records(host);
     for drive in &all {
-        if let Some(b) = bound.iter().find(|b| b.pci == drive.bdf) {
-            println!("{} {} {} bound to vfio-pci (was {})", drive.bdf, b.model, b.serial, b.controller);
-            continue;
-        }
-        let names: Vec<_> = drive.namespaces.iter().map(|n| n.whole.name.as_str()).collect();
-        println!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial);
-        let reasons = guard::examine(host, &all, drive, allowed);
-        if reasons.is_empty() {
-            println!("  no reason against it was found (`nt device check` also claims it for a moment)");
-        }
-        for reason in &reasons {
-            println!("  not: {reason}");
-        }
-        if reasons.iter().any(|r| r.check == guard::Check::Allowlist) {
-            println!("  its lines for {}:", allowlist::DEFAULT_PATH);
-            for namespace in &drive.namespaces {
-                let entry = allowlist::Entry::of(drive, namespace);
-                println!("    [[drive]]");
-                for line in toml::to_string(&entry).unwrap_or_default().lines() {
-                    println!("    {line}");
+        match records.iter().find(|r| r.pci == drive.bdf) {
+            Some(r) if r.standing(host) == Standing::Holds => list_recorded(host, drive, r),
+            stale => {
+                if let Some(r) = stale {
+                    println!("{} has a stale record of {} ({})", r.pci, r.shown(), r.standing(host));
                 }
+                list_free(host, &all, drive, allowed);
             }
         }
     }
+    for r in records.iter().filter(|r| !all.iter().any(|d| d.bdf == r.pci)) {
+        println!(
+            "{} has a stale record of {} ({}); `sudo nt device release --pci {0}` removes it",
+            r.pci,
+            r.shown(),
+            r.standing(host)
+        );
+    }
     Ok(())
+}
+
+/// A drive that nt has bound, or half so.
+fn list_recorded(host: &Host, drive: &Controller, r: &Bound) {
+    if r.state != State::Bound || drive.driver.as_deref() != Some("vfio-pci") {
+        let held = drive.driver.as_deref().unwrap_or("no driver");
+        println!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.state);
+        println!("  put it back with `sudo nt device release --pci {}`", r.pci);
+        return;
+    }
+    println!("{} {} bound to vfio-pci (was {})", r.pci, r.shown(), r.controller);
+    match health::of_bound(host, r) {
+        Ok(health) => println!("  health: {health}"),
+        Err(why) => println!("  health: {why}"),
+    }
+}
+
+/// A drive that is not nt's.
+fn list_free(host: &Host, all: &[Controller], drive: &Controller, allowed: &Result<Allowlist, String>) {
+    let names: Vec<_> = drive.namespaces.iter().map(|n| n.whole.name.as_str()).collect();
+    println!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial);
+    if drive.name.is_some() {
+        let (Ok(said) | Err(said)) = health::of_kernel(host, drive);
+        println!("  health: {said}");
+    }
+    let reasons = guard::examine(host, all, drive, allowed);
+    if reasons.is_empty() {
+        println!("  no reason against it was found (`nt device check` also claims it for a moment)");
+    }
+    for reason in &reasons {
+        println!("  not: {reason}");
+    }
+    if drive.driver.is_none() {
+        println!("  no driver holds it; `sudo nt device release --pci {}` gives it to the kernel", drive.bdf);
+    }
+    if reasons.iter().any(|r| r.check == guard::Check::Allowlist) {
+        println!("  its lines for {}:", allowlist::DEFAULT_PATH);
+        for namespace in &drive.namespaces {
+            let entry = allowlist::Entry::of(drive, namespace);
+            println!("    [[drive]]");
+            for line in toml::to_string(&entry).unwrap_or_default().lines() {
+                println!("    {line}");
+            }
+        }
+    }
 }

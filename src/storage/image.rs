@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::extents::{CHUNK, Manifest, crc32c};
-use super::safe;
 use super::gpt;
+use super::safe;
 
 /// First bytes of a superblock.
 pub const MAGIC: &[u8; 8] = b"NTIMAGE1";

@@ -179,13 +179,13 @@ fn save(shelf: &Path, recorded: &Recorded) -> std::io::Result<PathBuf> {
         fs::create_dir_all(shelf)?;
         shelf.canonicalize()?
     };
-    safe::own_folder(&shelf, shared)?;
-    let folder = shelf.join(folder_name(&m.serial));
-    safe::own_folder(&folder, shared)?;
-    let path = folder.join(format!("{}.json", m.file));
+    let drive = folder_name(&m.serial);
+    // By descriptors from here on: what is checked is what is written to.
+    let folder = safe::own_folder(&safe::own_folder(&shelf, shared)?.at(&drive), shared)?;
     // The manifest last, and each file whole or not at all.
-    safe::replace(&folder.join(format!("{}.header", m.file)), &recorded.header, 0o644, ".nt-")?;
-    safe::replace(&path, &serde_json::to_vec(m)?, 0o644, ".nt-")?;
+    safe::replace(&folder.at(&format!("{}.header", m.file)), &recorded.header, 0o644, ".nt-")?;
+    safe::replace(&folder.at(&format!("{}.json", m.file)), &serde_json::to_vec(m)?, 0o644, ".nt-")?;
+    let path = shelf.join(drive).join(format!("{}.json", m.file));
     Ok(path)
 }
 
@@ -256,5 +256,138 @@ mod tests {
         let path = library.save(&bad).unwrap();
         let e = library.find(Path::new("m.gguf"), None).unwrap_err();
         assert!(e.contains("extents end at byte 3") && e.contains(path.to_str().unwrap()), "{e}");
+    }
+
+    /// What a member of the group could lie in the folders of older versions, or anybody in a home that root
+    /// was given by sudo. Root uses none of it, and nobody hangs.
+    #[test]
+    fn what_others_wrote_is_never_roots() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        type Spoil = fn(&Path, &Path);
+        fn fifo(path: &Path) {
+            let _ = fs::remove_file(path);
+            nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+        }
+        fn link(path: &Path, to: &str) {
+            let _ = fs::remove_file(path);
+            symlink(to, path).unwrap();
+        }
+        fn open_to_all(path: &Path, mode: u32) {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        // Each with whether a plain user, who trusts the group, may still use it.
+        let cases: [(&str, bool, Spoil); 17] = [
+            ("a FIFO as manifest", false, |j, _| fifo(j)),
+            ("a FIFO as header", false, |_, h| fifo(h)),
+            ("zeros as manifest", false, |j, _| link(j, "/dev/zero")),
+            ("zeros as header", false, |_, h| link(h, "/dev/zero")),
+            ("a terminal as header", false, |_, h| link(h, "/dev/tty")),
+            ("a link to a secret as header", false, |_, h| link(h, "/etc/passwd")),
+            ("a dangling link", false, |j, _| link(j, "/nowhere")),
+            ("a link to itself", false, |j, _| link(j, "m.gguf.json")),
+            ("a folder as manifest", false, |j, _| {
+                fs::remove_file(j).unwrap();
+                fs::create_dir(j).unwrap();
+            }),
+            ("a sparse file of a TB as manifest", false, |j, _| fs::File::create(j).unwrap().set_len(1 << 40).unwrap()),
+            ("a sparse file of a TB as header", false, |_, h| fs::File::create(h).unwrap().set_len(1 << 40).unwrap()),
+            ("no JSON", false, |j, _| fs::write(j, b"[[[[").unwrap()),
+            ("deep JSON", false, |j, _| fs::write(j, "[".repeat(1 << 20)).unwrap()),
+            ("no header", false, |_, h| fs::remove_file(h).unwrap()),
+            ("a manifest that everybody may write", true, |j, _| open_to_all(j, 0o666)),
+            ("a header that the group may write", true, |_, h| open_to_all(h, 0o664)),
+            ("a folder that the group may write", true, |j, _| open_to_all(j.parent().unwrap(), 0o775)),
+        ];
+        for (what, plain, spoil) in cases {
+            let folder = safe::tests::scratch();
+            let path = Library::at(vec![folder.path().into()]).save(&recorded("S", "/mnt/m.gguf")).unwrap();
+            let library =
+                |owned| Library { shelves: vec![Shelf { path: folder.path().into(), writable: false, owned }] };
+            assert_eq!(library(true).find(Path::new("m"), None).unwrap().len(), 1, "{what}");
+            spoil(&path, &path.with_extension("header"));
+            assert!(library(true).find(Path::new("m"), None).is_err(), "{what}");
+            assert_eq!(library(false).find(Path::new("m"), None).is_ok(), plain, "{what}");
+            // And what root recorded is found all the same.
+            let good = safe::tests::scratch();
+            Library::at(vec![good.path().into()]).save(&recorded("S", "/mnt/m.gguf")).unwrap();
+            let roots = Shelf { path: good.path().into(), writable: true, owned: true };
+            let both = Library { shelves: vec![roots, library(false).shelves.remove(0)] };
+            assert_eq!(both.find(Path::new("m.gguf"), Some("S")).unwrap().len(), 1, "{what}");
+        }
+    }
+
+    #[test]
+    fn records_are_not_written_through_what_lies_in_their_place() {
+        use std::os::unix::fs::symlink;
+        let (folder, target) = (safe::tests::scratch(), safe::tests::scratch());
+        let at = |name: &str| folder.path().join(name);
+        let library = Library::at(vec![folder.path().into()]);
+        let victim = target.path().join("victim");
+        fs::write(&victim, b"theirs").unwrap();
+        // A link in place of the drive's folder; older versions wrote two files through it.
+        symlink(target.path(), at("S")).unwrap();
+        assert!(library.save(&recorded("S", "/mnt/m.gguf")).unwrap_err().contains("a link lies in place"));
+        fs::remove_file(at("S")).unwrap();
+        fs::create_dir(at("S")).unwrap();
+        for name in ["m.gguf.part", "m.gguf.json", "m.gguf.header", "m.gguf.json.part", "m.part"] {
+            symlink(&victim, at("S").join(name)).unwrap();
+        }
+        library.save(&recorded("S", "/mnt/m.gguf")).unwrap();
+        assert_eq!(fs::read(&victim).unwrap(), b"theirs");
+        assert_eq!(library.find(Path::new("m"), Some("S")).unwrap().len(), 1);
+        // Names that leave the folder.
+        for (serial, file) in [("..", "m"), ("../../S", "m"), (".", "m"), ("", "m"), ("/etc", "m")] {
+            let path = library.save(&recorded(serial, &format!("/mnt/{file}"))).unwrap();
+            assert_eq!(path.parent().unwrap().parent().unwrap(), folder.path().canonicalize().unwrap(), "{serial}");
+        }
+        for file in ["..", ".", "", "a/b", "/etc/passwd", "../x", "a/"] {
+            let mut odd = recorded("S", "/mnt/m");
+            odd.manifest.file = file.into();
+            assert!(library.save(&odd).is_err(), "{file:?}");
+        }
+        assert_eq!(fs::read_dir(target.path()).unwrap().count(), 1);
+    }
+
+    /// A member's record of the same file on the same drive does not go before root's; drives of different
+    /// serials never share a folder; older folders are still found.
+    #[test]
+    fn roots_records_go_first_and_old_ones_are_found() {
+        let (root, own, old) = (safe::tests::scratch(), safe::tests::scratch(), safe::tests::scratch());
+        let shelf = |d: &tempfile::TempDir, writable| Shelf { path: d.path().into(), writable, owned: false };
+        let library = Library { shelves: vec![shelf(&root, false), shelf(&own, true), shelf(&old, false)] };
+        let put = |d: &tempfile::TempDir, serial: &str, header: &[u8]| {
+            let mut r = recorded(serial, "/mnt/m.gguf");
+            r.header = header.into();
+            Library::at(vec![d.path().into()]).save(&r).unwrap()
+        };
+        put(&old, "S", b"old");
+        put(&own, "S", b"own");
+        put(&root, "S", b"root");
+        let path = put(&old, "T", b"old");
+        fs::rename(path.parent().unwrap(), old.path().join("T_of_an_older_version")).unwrap();
+        let found =
+            |serial| library.find(Path::new("m"), serial).unwrap().into_iter().map(|r| r.header).collect::<Vec<_>>();
+        assert_eq!(found(Some("S")), [b"root".to_vec()]);
+        assert_eq!(found(Some("T")), [b"old".to_vec()]);
+        assert_eq!(found(None).len(), 2);
+        assert!(library.save(&recorded("U", "/mnt/u.gguf")).unwrap().starts_with(own.path().canonicalize().unwrap()));
+        let names: std::collections::HashSet<String> =
+            ["S 1", "S_1", "S%201", "Sé", "S\u{1}", "S", "s", ""].iter().map(|s| folder_name(s)).collect();
+        assert_eq!(names.len(), 8);
+        assert!(names.iter().all(|n| n.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_%".contains(&b))));
+    }
+
+    /// Two recordings of one model at once shared a `.part`: one failed.
+    #[test]
+    fn race_of_two_recordings() {
+        let folder = safe::tests::scratch();
+        let library = Library::at(vec![folder.path().into()]);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..500).for_each(|_| drop(library.save(&recorded("S", "/mnt/m.gguf")).unwrap())));
+            }
+        });
+        assert_eq!(library.find(Path::new("m"), None).unwrap().len(), 1);
+        assert_eq!(fs::read_dir(folder.path().join("S")).unwrap().count(), 2);
     }
 }

@@ -11,6 +11,7 @@ pub mod extents;
 mod file;
 pub mod gpt;
 pub mod guard;
+pub mod health;
 pub mod image;
 pub mod library;
 mod pread;

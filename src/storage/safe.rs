@@ -119,12 +119,23 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     OpenOptions::new().read(true).custom_flags(flags).open(folder)?.sync_all()
 }
 
+/// An open folder: names in it are found there, whatever becomes of its own name.
+#[derive(Debug)]
+pub struct Folder(File);
+
+impl Folder {
+    /// The path of a name in the folder, for this process alone.
+    pub fn at(&self, name: &str) -> std::path::PathBuf {
+        format!("/proc/self/fd/{}/{name}", self.0.as_raw_fd()).into()
+    }
+}
+
 /// Makes `path` a folder that belongs to this user and that nobody else may write; an older one that others
 /// could write loses that right. Its parent must exist. A folder that is `shared` is open to all readers.
 ///
 /// # Errors
 /// Those of the system, or that it is a link, no folder, or another user's.
-pub fn own_folder(path: &Path, shared: bool) -> Result<()> {
+pub fn own_folder(path: &Path, shared: bool) -> Result<Folder> {
     match fs::DirBuilder::new().mode(0o755).create(path) {
         Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
         _ => {}
@@ -144,7 +155,7 @@ pub fn own_folder(path: &Path, shared: bool) -> Result<()> {
     if mode != wanted {
         folder.set_permissions(Permissions::from_mode(wanted))?;
     }
-    Ok(())
+    Ok(Folder(folder))
 }
 
 /// Whether nobody but root and this user can change what lies at `path`: the folder and all above it
@@ -159,3 +170,6 @@ pub fn is_ours_alone(path: &Path) -> bool {
         meta.is_dir() && (meta.uid() == 0 || meta.uid() == me) && closed
     })
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -7,7 +7,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::super::guard::{Allowlist, Check, Controller, Host, Reason, examine, sysfs};
 use super::super::image::Drive;
-use super::{DeviceError, lock};
+use super::DeviceError;
+use super::lock::{self, Lock};
 
 /// Claims every namespace of a drive until the files are dropped.
 ///
@@ -35,7 +36,7 @@ pub(super) fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, Device
 pub struct Writable {
     file: File,
     controller: Controller,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Writable {

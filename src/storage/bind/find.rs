@@ -2,8 +2,8 @@
 //! what sysfs says.
 
 use super::super::guard::{Controller, Host, sysfs};
-use super::record::{self, Bound, BoundNamespace, Standing, State, address, device, driver};
 use super::DeviceError;
+use super::record::{self, Bound, BoundNamespace, Standing, State, address, device, driver};
 
 /// Every drive that is bound and may be used.
 pub fn bound(host: &Host) -> Vec<Bound> {
@@ -113,7 +113,11 @@ pub(super) fn to_release(host: &Host, name: Option<&str>, pci: Option<&str>) -> 
             let fits = record::load(host, &pci).is_some_and(|r| r.is_exactly(name) || r.has_name(name))
                 || address(name).as_deref() == Some(&pci)
                 || sysfs::find(host, &controllers(host)?, name).is_some_and(|d| d.bdf == pci);
-            if fits { Ok(pci) } else { Err(DeviceError::step(format!("finding {name}"), format!("it is not the drive at {pci}"))) }
+            if fits {
+                Ok(pci)
+            } else {
+                Err(DeviceError::step(format!("finding {name}"), format!("it is not the drive at {pci}")))
+            }
         }
         (None, None) => Err(DeviceError::step("finding the drive", "a name or --pci ADDRESS was expected")),
     }

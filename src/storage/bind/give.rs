@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::super::guard::sysfs::{self, NVME_CLASS};
 use super::super::guard::{Check, Host, Reason};
 use super::record::{self, Bound, Standing, State, address, device, driver};
-use super::{Say, DeviceError, Machine, find, holders, lock};
+use super::{DeviceError, Machine, Say, find, holders, lock};
 
 /// How long the namespaces of a drive that is back may take to appear.
 const NAMESPACES: Duration = Duration::from_secs(3);
@@ -42,7 +42,9 @@ pub(super) fn release(
         if !busy.is_empty() {
             return Err(DeviceError::Refused { name: shown.into(), reasons: busy });
         }
-        say(&format!("would put {pci} back to the kernel's nvme driver: driver_override cleared, probed, its record removed"));
+        say(&format!(
+            "would put {pci} back to the kernel's nvme driver: driver_override cleared, probed, its record removed"
+        ));
         return Ok(());
     }
     back(&Machine { stopped: &|| false, ..*m }, &pci, NAMESPACES, say)?;
@@ -68,7 +70,8 @@ fn gone(m: &Machine<'_>, pci: &str, dry_run: bool, say: Say<'_>) -> Result<(), D
 
 impl Found {
     fn look(m: &Machine<'_>, pci: &str) -> Result<Found, DeviceError> {
-        let class = m.host.read(&format!("{}/class", device(pci))).map_err(|e| DeviceError::step("reading the drive", e))?;
+        let class =
+            m.host.read(&format!("{}/class", device(pci))).map_err(|e| DeviceError::step("reading the drive", e))?;
         if class != NVME_CLASS {
             let why = format!("class {NVME_CLASS}, NVMe, was expected, {class} was found");
             return Err(DeviceError::step(format!("releasing {pci}"), why));

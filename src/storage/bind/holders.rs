@@ -18,7 +18,8 @@ pub(super) fn of(host: &Host, node: &str) -> Vec<Reason> {
         // Threads may have tables of their own.
         let tasks = host.list(&format!("/proc/{pid}/task")).unwrap_or_default();
         let tables = tasks.iter().map(|t| format!("/proc/{pid}/task/{t}/fd")).chain([format!("/proc/{pid}/fd")]);
-        let open = tables.flat_map(|t| host.list(&t).unwrap_or_default().into_iter().map(move |fd| format!("{t}/{fd}")));
+        let open =
+            tables.flat_map(|t| host.list(&t).unwrap_or_default().into_iter().map(move |fd| format!("{t}/{fd}")));
         let Some(path) = open.into_iter().find(|fd| has(host, fd, &wanted)) else { continue };
         let name = host.read(&format!("/proc/{pid}/comm")).map_or(String::new(), |n| format!(" ({n})"));
         out.push(Reason::new(Check::Open, &path, format!("process {pid}{name} uses it")));

@@ -128,10 +128,13 @@ impl Machine<'_> {
             return DeviceError::system(step, e);
         }
         let open = holders::of_devices(self.host);
-        let who = if open.is_empty() { String::new() } else { format!("; VFIO devices are open in {}", open.join(", ")) };
+        let who =
+            if open.is_empty() { String::new() } else { format!("; VFIO devices are open in {}", open.join(", ")) };
         DeviceError::step(
             step,
-            format!("{e}; it waits until no process uses the drive, and goes on by itself then: release it again after that{who}"),
+            format!(
+                "{e}; it waits until no process uses the drive, and goes on by itself then: release it again after that{who}"
+            ),
         )
     }
 

@@ -168,9 +168,7 @@ impl Bound {
 
     /// The namespace that `name` is or is a partition of.
     pub(super) fn namespace_of(&self, name: &str) -> Option<&BoundNamespace> {
-        self.namespace.iter().find(|n| {
-            n.name == name || name.strip_prefix(n.name.as_str()).is_some_and(|rest| is_partition(rest))
-        })
+        self.namespace.iter().find(|n| n.name == name || name.strip_prefix(n.name.as_str()).is_some_and(is_partition))
     }
 
     /// Whether `name` is its address or a link that led to it: a name that only it can have.
@@ -234,7 +232,8 @@ pub(super) fn folder(host: &Host) -> Result<(), DeviceError> {
     // On a machine /run is there already.
     let parent = folder.parent().unwrap_or(Path::new("/"));
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(parent);
-    made.and_then(|()| safe::own_folder(&folder, true)).map_err(|e| DeviceError::system(format!("making {STATE}"), &e))
+    made.and_then(|()| safe::own_folder(&folder, true).map(|_| ()))
+        .map_err(|e| DeviceError::system(format!("making {STATE}"), &e))
 }
 
 /// Writes a record; it is on disk, whole, when this returns. The caller holds the drive's lock.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::super::guard::{Check, Controller, Host, Reason, sysfs};
 use super::find::{controllers, recorded};
 use super::record::{self, Bound, State, device, driver};
-use super::{Say, DeviceError, GROUP, Machine, claim, give, lock};
+use super::{DeviceError, GROUP, Machine, Say, claim, give, lock};
 
 /// What holds the reasons against a drive.
 pub(super) type Judge<'a> = dyn Fn(&Host, &[Controller], &Controller) -> Vec<Reason> + 'a;
@@ -160,6 +160,7 @@ fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) ->
     }
     m.stop_if_asked()?;
     m.note(&mut record, State::Bound)?;
+    m.stop_if_asked()?;
     say(&format!("bound: {} at {}", record.shown(), record.pci));
     Ok(())
 }
@@ -172,7 +173,9 @@ fn undo(m: &Machine<'_>, pci: &str, e: DeviceError, say: Say<'_>) -> DeviceError
     let Err(back) = give::back(&m, pci, Duration::ZERO, say) else { return e };
     let cure = format!("try `sudo nt device release --pci {pci}`");
     match e {
-        DeviceError::Interrupted(_) => DeviceError::step(format!("giving {pci} back after an interrupt"), format!("{back}; {cure}")),
+        DeviceError::Interrupted(_) => {
+            DeviceError::step(format!("giving {pci} back after an interrupt"), format!("{back}; {cure}"))
+        }
         e => DeviceError::step(format!("{e}; giving {pci} back"), format!("{back}; {cure}")),
     }
 }

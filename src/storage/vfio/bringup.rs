@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::super::health::{Health, LOG_BYTES};
 use super::command::Command;
 use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};
@@ -97,8 +98,8 @@ pub struct Controller<R: Registers> {
     pub namespace: NamespaceInfo,
     /// Bytes as they came, for comparison with other tools: controller, namespace.
     pub raw_identify: [Vec<u8>; 2],
-    /// Critical warnings of the health log.
-    pub critical_warning: u8,
+    /// The health log of the bring-up.
+    pub health: Health,
 }
 
 /// Bytes of DMA memory that a controller with `entries` I/O queue entries needs.
@@ -183,7 +184,7 @@ impl<R: Registers> Controller<R> {
             info: identify::controller(&[0; 4096], 12).expect("4096 bytes"),
             namespace: identify::namespace(&[0; 4096]).expect("4096 bytes"),
             raw_identify: [Vec::new(), Vec::new()],
-            critical_warning: 0,
+            health: Health::parse(&[0; LOG_BYTES]).expect("512 bytes"),
         }
     }
 
@@ -274,12 +275,12 @@ impl<R: Registers> Controller<R> {
         }
         self.scratch.clear();
         self.admin(&Command::HealthLog { to }, "health log")?;
-        self.critical_warning = self.scratch.read32(0) as u8;
+        self.health = Health::parse(&self.scratch.bytes(LOG_BYTES)).ok_or_else(short)?;
         // Bits 2 and 3: reliability degraded, media read-only. NVMe Base 2.0 §5.16.1.3.
-        if self.critical_warning & 0x0c != 0 {
+        if self.health.critical_warning & 0x0c != 0 {
             return Err(Fault::Unsupported(format!(
                 "its health log reports a failing drive (critical warning {:#04x})",
-                self.critical_warning
+                self.health.critical_warning
             )));
         }
         self.sanitized()

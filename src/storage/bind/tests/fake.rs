@@ -52,7 +52,7 @@ pub struct Fake {
 
 impl Fake {
     pub fn new() -> Fake {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::storage::safe::tests::scratch();
         let fake = Fake {
             host: Host::at(dir.path()),
             dir,

@@ -73,7 +73,9 @@ fn no_other_group_is_given() {
             f.folder("/run/nt/0000:02:00.0.toml");
         }),
         ("an empty record", |f| fs::write(f.record(SPARE), "").unwrap()),
-        ("a second NVMe in the group", |f| f.put("/sys/kernel/iommu_groups/15/devices/0000:02:00.1/class", "0x010802\n")),
+        ("a second NVMe in the group", |f| {
+            f.put("/sys/kernel/iommu_groups/15/devices/0000:02:00.1/class", "0x010802\n")
+        }),
         ("another device in the group", |f| {
             f.put("/sys/kernel/iommu_groups/15/devices/0000:02:00.1/class", "0x030000\n");
         }),
@@ -103,7 +105,13 @@ fn no_other_group_is_given() {
 /// What a drive says of itself cannot pass for what nt says.
 #[test]
 fn a_serial_cannot_forge_a_record() {
-    for serial in ["x\nstate = \"bound\"", "\"\nboot = \"b\"\nstate = \"bound\"\n", "'''\nstate = \"bound\"", "$(touch /tmp/nt-pwned)", "`id`"] {
+    for serial in [
+        "x\nstate = \"bound\"",
+        "\"\nboot = \"b\"\nstate = \"bound\"\n",
+        "'''\nstate = \"bound\"",
+        "$(touch /tmp/nt-pwned)",
+        "`id`",
+    ] {
         let fake = bound();
         let mut record = record::load(&fake.host, SPARE).unwrap();
         (record.serial, record.model, record.controller) = (serial.into(), serial.into(), serial.into());
@@ -122,7 +130,22 @@ fn a_serial_cannot_forge_a_record() {
 #[test]
 fn odd_arguments_are_refused() {
     let fake = bound();
-    for group in ["", "15/../15", "../iommu_groups/15", "15 ", " 15", "15;id", "$(id)", "*", "1*", "?5", "-e", "15\n", "vfio15", "noiommu-0"] {
+    for group in [
+        "",
+        "15/../15",
+        "../iommu_groups/15",
+        "15 ",
+        " 15",
+        "15;id",
+        "$(id)",
+        "*",
+        "1*",
+        "?5",
+        "-e",
+        "15\n",
+        "vfio15",
+        "noiommu-0",
+    ] {
         assert!(!given(&fake, group), "{group:?}");
     }
 }
