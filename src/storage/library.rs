@@ -90,17 +90,26 @@ impl Library {
 
     /// Every manifest, folder by folder; one that cannot be read is an error with its path.
     pub fn all(&self) -> Vec<Result<Manifest, String>> {
-        let mut found = Vec::new();
-        for folder in self.folders.iter().flat_map(|f| list(f)) {
+        let mut found: Vec<Result<Manifest, String>> = Vec::new();
+        for (folder, owned) in self.folders() {
             let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
             let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
-            // Members of a group may write here: nothing but a regular file is opened.
-            paths.retain(|p| p.extension().is_some_and(|e| e == "json") && p.is_file());
+            paths.retain(|p| p.extension().is_some_and(|e| e == "json"));
             paths.sort();
-            found
-                .extend(paths.iter().map(|p| load(p).map(|r| r.manifest).map_err(|e| format!("{}: {e}", p.display()))));
+            for path in paths {
+                let next = load(&path, owned).map(|r| r.manifest).map_err(|e| format!("{}: {e}", path.display()));
+                let known = next.as_ref().is_ok_and(|n| found.iter().flatten().any(|f| same(f, n)));
+                if !known {
+                    found.push(next);
+                }
+            }
         }
         found
+    }
+
+    /// Every drive's folder, the preferred first, and whether only what is ours alone counts there.
+    fn folders(&self) -> impl Iterator<Item = (PathBuf, bool)> {
+        self.shelves.iter().flat_map(|s| list(&s.path).into_iter().map(|f| (f, s.owned)))
     }
 
     /// Manifests of the file that `model` names: by the path it had, by its file name, or by its
@@ -115,8 +124,7 @@ impl Library {
         let full = std::path::absolute(model).unwrap_or_else(|_| model.to_path_buf());
         let mut found: Vec<Recorded> = Vec::new();
         let mut fault = None;
-        let folders = self.shelves.iter().flat_map(|s| list(&s.path).into_iter().map(|f| (f, s.owned)));
-        for (folder, owned) in folders {
+        for (folder, owned) in self.folders() {
             for name in [wanted.clone(), format!("{wanted}.gguf")] {
                 let path = folder.join(format!("{name}.json"));
                 if path.symlink_metadata().is_err() {
@@ -131,9 +139,7 @@ impl Library {
                     }
                 };
                 let m = &recorded.manifest;
-                let known = found.iter().any(|f| {
-                    (&f.manifest.serial, f.manifest.namespace, &f.manifest.path) == (&m.serial, m.namespace, &m.path)
-                });
+                let known = found.iter().any(|f| same(&f.manifest, m));
                 let wanted = serial.is_none_or(|s| s == m.serial) && (named_only || serial.is_some() || m.path == full);
                 if wanted && !known {
                     found.push(recorded);
@@ -145,6 +151,11 @@ impl Library {
             _ => Ok(found),
         }
     }
+}
+
+/// Whether both are of one file on one drive.
+fn same(a: &Manifest, b: &Manifest) -> bool {
+    (&a.serial, a.namespace, &a.path) == (&b.serial, b.namespace, &b.path)
 }
 
 /// Folders of drives, not through links.

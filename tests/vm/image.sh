@@ -195,7 +195,7 @@ make_root() {
   install -D -m 755 "$here/init.sh" "$root/sbin/init.sh"
   mkdir -p "$root/root/scripts" "$root/root/udev"
   cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
-  cp udev/*.rules "$root/root/udev/" 2>/dev/null || true
+  cp udev/* "$root/root/udev/" 2>/dev/null || true
   printf 'root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\nstranger:x:1001:1001::/tmp:/bin/sh\n' >"$root/etc/passwd"
   printf 'root:x:0:\nuser:x:1000:\nstranger:x:1001:\nnt:x:990:user\n' >"$root/etc/group"
 }

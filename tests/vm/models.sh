@@ -7,21 +7,20 @@ logits() { out=$1; shift; asuser "nt -q logits $* --tokens 504,3575,282 --ctx 16
 field() { sed -n "s/.*\"$2\":\(\[[^]]*\]\|\"[^\"]*\"\|[0-9.]*\).*/\1/p" /tmp/$1.json; }
 same() { if [ -n "$(field $2 tokens)" ] && [ "$(field $1 tokens)" = "$(field $2 tokens)" ]; then pass "tokens: $2 as $1"; else fail "tokens: $2 as $1"; fi; }
 bits() { if cmp /tmp/$1.npy /tmp/$2.npy >/tmp/out 2>&1; then pass "logits: $2 as $1, bit for bit"; else fail "logits: $2 as $1"; fi; }
-manifest=/var/lib/nt/MODEL001/smol.gguf.json
+manifest=/var/lib/nt/system/MODEL001/smol.gguf.json
 
 # oracle: the model in RAM and its record, made once per guest: /tmp/ram.{json,npy} and below /var/lib/nt
 oracle() {
   mkdir -p /mnt/model /run/oracle
-  chmod 777 /var/lib/nt
   if [ ! -e /run/oracle/ram.npy ]; then
     mount -t ext4 -o ro /dev/$(drive MODEL001)n1 /mnt/model
-    works "record the model" asuser nt device extents /mnt/model/smol.gguf
+    works "record the model" nt device extents /mnt/model/smol.gguf
     works "in RAM" run ram /mnt/model/smol.gguf
     works "logits in RAM" logits ram /mnt/model/smol.gguf
     umount /mnt/model
-    cp -r /tmp/ram.json /tmp/ram.npy /var/lib/nt/MODEL001 /run/oracle/
+    cp -r /tmp/ram.json /tmp/ram.npy /var/lib/nt/system/MODEL001 /run/oracle/
   fi
   cp /run/oracle/ram.* /tmp/
-  cp -r /run/oracle/MODEL001 /var/lib/nt/
-  chown -R user /var/lib/nt/MODEL001
+  mkdir -p /var/lib/nt/system
+  cp -r /run/oracle/MODEL001 /var/lib/nt/system/
 }

@@ -55,9 +55,9 @@ works "release after kill -9" sh /root/scripts/release-vfio.sh $dev
 
 # A drive that cannot read a sector.
 dev=$(drive BAD00001)n1
-mkdir -p /var/lib/nt/BAD00001
-sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/BAD00001/smol.gguf.json
-cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/BAD00001/
+mkdir -p /var/lib/nt/system/BAD00001
+sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/system/BAD00001/smol.gguf.json
+cp /var/lib/nt/system/MODEL001/smol.gguf.header /var/lib/nt/system/BAD00001/
 accept BAD00001 ext4
 works "bind a drive with a bad sector" sh /root/scripts/bind-vfio.sh $dev
 logits bad smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?

@@ -46,9 +46,9 @@ echo clear >$md/array_state 2>/dev/null
 # The whole model on drives with 4096-byte blocks, and with commands of 8 KiB and one queue.
 for d in BLK4K001 SMALL001; do
   n=$(drive $d)n1
-  mkdir -p /var/lib/nt/$d
-  sed "s/MODEL001/$d/" $manifest >/var/lib/nt/$d/smol.gguf.json
-  cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/$d/
+  mkdir -p /var/lib/nt/system/$d
+  sed "s/MODEL001/$d/" $manifest >/var/lib/nt/system/$d/smol.gguf.json
+  cp /var/lib/nt/system/MODEL001/smol.gguf.header /var/lib/nt/system/$d/
   accept $d ext4
   cp /dev/$n /tmp/copy.img
   works "$d bind" sh /root/scripts/bind-vfio.sh $n
@@ -67,9 +67,9 @@ one=$(drive MODEL001)n1 two=$(drive BLK4K001)n1 bad=$(drive BAD00001)n1
 two_address=$(address ${two%n1})
 accept MODEL001 ext4
 accept BAD00001 ext4
-mkdir -p /var/lib/nt/BAD00001
-sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/BAD00001/smol.gguf.json
-cp /var/lib/nt/MODEL001/smol.gguf.header /var/lib/nt/BAD00001/
+mkdir -p /var/lib/nt/system/BAD00001
+sed 's/MODEL001/BAD00001/' $manifest >/var/lib/nt/system/BAD00001/smol.gguf.json
+cp /var/lib/nt/system/MODEL001/smol.gguf.header /var/lib/nt/system/BAD00001/
 for n in $one $two $bad; do works "bind $n for striping" sh /root/scripts/bind-vfio.sh $n; done
 works "logits striped over bound drives" logits stripes smol --tier-c $two,$one $tiers --reader vfio
 bits ram stripes
