@@ -125,7 +125,7 @@ fn pass(b: &mut CudaBackend, m: &Model, rows: &[u8], pos: usize, n: usize) -> Re
         b.ffn(&l.norm, &l.gate, &l.up, &l.down)?;
     }
     b.output_norm(&m.norm)?;
-    b.head(&m.head, 0)?;
+    b.head(&Linear { weight: m.head, bias: None }, 0)?;
     Ok(b.logits()?[0])
 }
 

@@ -293,10 +293,13 @@ impl Backend for Detached {
         let norm = *norm;
         self.call(move |cpu| cpu.output_norm(&norm))
     }
-    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
+    fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
         let w = *w;
         self.call(move |cpu| cpu.head(&w, first_row))
+    }
+    fn finite(&mut self) -> Result<bool, BackendError> {
+        self.cpu.finite()
     }
     fn logits(&mut self) -> Result<&[f32], BackendError> {
         there(&self.memory.gone_in)?;

@@ -188,6 +188,17 @@ pub enum BackendKind {
     Cuda,
 }
 
+/// Whether every value is finite.
+pub fn all_finite(values: &[f32]) -> bool {
+    // The exponent of what is not finite is the largest there is. No branch, so that many are compared at once.
+    values.iter().fold(0, |most: u32, v| most.max(v.to_bits() & 0x7fff_ffff)) < f32::INFINITY.to_bits()
+}
+
+/// Whether some backend has kernels for matrices of this type.
+pub fn computable(ty: TensorType) -> bool {
+    cpu::CpuBackend::supports_type(ty) || cuda::CudaBackend::supports_type(ty)
+}
+
 /// Makes a backend for sessions of these sizes; `threads` compute on processors. With
 /// [`BackendKind::Auto`], the second result says why there is no GPU.
 pub fn open(
@@ -286,10 +297,13 @@ pub trait Backend {
     /// `h = norm(X)` for the head; the rows present are the outputs.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;
 
-    /// `logits[t][first_row + r] = (w · h)[r]` for one slice of the output head.
-    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError>;
+    /// `logits[t][first_row + r] = (w · h + bias)[r]` for one slice of the output head.
+    fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError>;
 
-    /// The logits of the pass in host memory: outputs × `n_vocab`. Waits for the device.
+    /// Whether every value of `X` is finite. Waits for the device; no part of an ordinary pass.
+    fn finite(&mut self) -> Result<bool, BackendError>;
+
+    /// The logits of the pass in host memory: outputs × `n_vocab`. Waits for the device the first time.
     fn logits(&mut self) -> Result<&[f32], BackendError>;
 
     /// Forgets the cache beyond the first `n` positions (nothing to do where positions are given).

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::SamplerParams;
+use crate::gguf::{Metadata, Value};
 use crate::library;
+use crate::model::{Overrides, RopeType};
 use crate::plan::{BUFFERS_MAX, Tiers, parse_size};
 
 /// Run language models that are larger than VRAM and larger than RAM.
@@ -88,8 +90,8 @@ impl Command {
 /// The model, as an argument or with `-m`.
 #[derive(Clone, Debug, Args)]
 pub struct ModelArg {
-    /// GGUF file, or the first shard of a sharded one; or a name that `nt list` shows, such as Ollama's
-    /// qwen2.5:14b; or the name of one that `nt device extents` recorded.
+    /// GGUF file, or any shard of a sharded one, or a folder with one model; or a name that `nt list` shows,
+    /// such as Ollama's qwen2.5:14b; or the name of one that `nt device extents` recorded.
     #[arg(value_name = "MODEL", required_unless_present = "model_option")]
     model: Option<PathBuf>,
     /// The same, as an option.
@@ -275,6 +277,91 @@ pub struct Placement {
     /// Write a timeline of reads and computes, which ui.perfetto.dev opens.
     #[arg(long, value_name = "FILE")]
     pub timeline: Option<PathBuf>,
+    /// Metadata in place of the file's.
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
+}
+
+/// Scaling of rotary frequencies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RopeScalingArg {
+    /// As trained.
+    None,
+    /// Positions divided by the factor.
+    Linear,
+    /// YaRN.
+    Yarn,
+}
+
+/// Metadata in place of the file's.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Metadata")]
+pub struct OverrideArgs {
+    /// Take VALUE for the metadata key KEY in place of the file's; TYPE is int, float, bool or str (repeat for
+    /// more).
+    #[arg(long, value_name = "KEY=TYPE:VALUE")]
+    pub override_kv: Vec<String>,
+    /// Scaling of rotary frequencies, for contexts longer than trained (default: as the file says).
+    #[arg(long, value_enum)]
+    pub rope_scaling: Option<RopeScalingArg>,
+    /// The context is this many times longer than trained.
+    #[arg(long, alias = "rope-scale", value_name = "FACTOR", value_parser = positive)]
+    pub rope_factor: Option<f32>,
+    /// Positions that the model was trained on before scaling (default: as the file says).
+    #[arg(long, alias = "yarn-orig-ctx", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 30))]
+    pub rope_orig_ctx: Option<u32>,
+    /// Base of the rotary frequencies (default: as the file says).
+    #[arg(long, value_name = "BASE", value_parser = positive)]
+    pub rope_freq_base: Option<f32>,
+    /// Factor of the rotary frequencies: 1 / `--rope-factor`.
+    #[arg(long, value_name = "SCALE", value_parser = positive, conflicts_with = "rope_factor")]
+    pub rope_freq_scale: Option<f32>,
+}
+
+fn positive(text: &str) -> Result<f32, String> {
+    let number = text.parse::<f32>().ok().filter(|v| v.is_finite() && *v > 0.0);
+    number.ok_or_else(|| "a number above 0 was expected".into())
+}
+
+/// One `KEY=TYPE:VALUE`.
+fn override_kv(text: &str) -> Result<(String, Value), String> {
+    let form = || format!("--override-kv {text}: KEY=TYPE:VALUE was expected, TYPE one of int, float, bool, str");
+    let (key, rest) = text.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or_else(form)?;
+    let (ty, value) = rest.split_once(':').ok_or_else(form)?;
+    let value = match ty {
+        "int" => value.parse().ok().map(Value::Int),
+        "float" => value.parse().ok().map(Value::Float),
+        "bool" => value.parse().ok().map(Value::Bool),
+        "str" => Some(Value::Str(value.to_owned())),
+        _ => return Err(form()),
+    };
+    value.map(|v| (key.to_owned(), v)).ok_or_else(|| format!("--override-kv {text}: the value is no {ty}"))
+}
+
+impl OverrideArgs {
+    /// What is to stand in place of the file's metadata.
+    pub fn overrides(&self) -> Result<Overrides, super::Failure> {
+        let values = self.override_kv.iter().map(|t| override_kv(t)).collect::<Result<_, _>>();
+        Ok(Overrides {
+            values: values.map_err(super::Failure::usage)?,
+            rope_type: self.rope_scaling.map(|s| match s {
+                RopeScalingArg::None => RopeType::None,
+                RopeScalingArg::Linear => RopeType::Linear,
+                RopeScalingArg::Yarn => RopeType::Yarn,
+            }),
+            rope_factor: self.rope_factor.or(self.rope_freq_scale.map(|s| 1.0 / s)),
+            rope_orig_ctx: self.rope_orig_ctx.map(|n| n as usize),
+            rope_base: self.rope_freq_base,
+        })
+    }
+
+    /// Writes it into a header's metadata; what nothing reads is warned of.
+    pub fn apply(&self, metadata: &mut Metadata) -> Result<(), super::Failure> {
+        for line in self.overrides()?.apply(metadata).map_err(super::Failure::usage)? {
+            tracing::warn!("{line}");
+        }
+        Ok(())
+    }
 }
 
 /// How tokens are drawn.

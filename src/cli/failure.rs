@@ -73,7 +73,7 @@ impl Failure {
     /// Prints the sentence and gives the exit code.
     pub fn report(&self) -> ExitCode {
         if !self.message.is_empty() {
-            eprintln!("nt: {}", self.message);
+            eprintln!("nt: {}", super::printable::printable(&self.message));
         }
         ExitCode::from(self.code)
     }

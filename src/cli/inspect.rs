@@ -6,10 +6,12 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
 
-use super::{Failure, ModelArg};
+use super::args::OverrideArgs;
+use super::{Failure, ModelArg, report};
 use crate::gguf::{Array, Gguf, Value};
-use crate::model::{HParams, Model};
+use crate::model::{HParams, Model, unused_keys};
 use crate::plan::format_bytes;
+use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt inspect`.
 #[derive(Debug, Args)]
@@ -22,6 +24,8 @@ pub struct InspectArgs {
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
+    #[command(flatten)]
+    overrides: OverrideArgs,
 }
 
 /// Elements of an array that are shown.
@@ -29,9 +33,17 @@ const ARRAY_SHOWN: usize = 3;
 
 /// Prints the file's contents.
 pub fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
-    let text = if args.json { format!("{}\n", as_json(&gguf)) } else { as_text(&gguf, args.tensors) };
-    std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()).map_err(|e| Failure::output("stdout", &e))
+    let mut gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
+    args.overrides.apply(&mut gguf.metadata)?;
+    let text = if args.json { as_json(&gguf).to_string() } else { as_text(&gguf, args.tensors) };
+    report::print_line(text.trim_end())
+}
+
+/// The model's structure, if `nt run` would take it.
+fn cannot_run(gguf: &Gguf) -> Result<Model, String> {
+    let model = Model::new(gguf).map_err(|e| e.to_string())?;
+    Tokenizer::from_metadata(&gguf.metadata).map_err(|e| e.to_string())?;
+    Ok(model)
 }
 
 /// Tensors and bytes of each type.
@@ -88,7 +100,10 @@ fn as_json(gguf: &Gguf) -> Json {
     let units = Model::new(gguf).map_or(Json::Null, |m| {
         json!(m.units.iter().map(|u| json!({ "name": u.name, "bytes": u.bytes() })).collect::<Vec<_>>())
     });
-    let unsupported = Model::new(gguf).err().map(|e| e.to_string());
+    let unsupported = cannot_run(gguf).err();
+    let unused = Model::read(gguf).map_or(Json::Null, |m| {
+        m.unused.iter().map(|(name, harmless)| json!({ "name": name, "harmless_because": harmless })).collect()
+    });
     json!({
         "version": gguf.version,
         "alignment": gguf.alignment,
@@ -97,6 +112,8 @@ fn as_json(gguf: &Gguf) -> Json {
         "tensor_bytes": gguf.tensor_bytes(),
         "hparams": hparams,
         "unsupported": unsupported,
+        "unused_tensors": unused,
+        "unused_keys": unused_keys(&gguf.metadata),
         "types": types,
         "metadata": metadata,
         "tensors": tensors,
@@ -130,7 +147,7 @@ fn as_text(gguf: &Gguf, all_tensors: bool) -> String {
         gguf.tensors.len()
     ));
     line(format!("{:.3} billion parameters in {}", parameters(gguf) as f64 / 1e9, format_bytes(gguf.tensor_bytes())));
-    match Model::new(gguf) {
+    match cannot_run(gguf) {
         Ok(m) => {
             let h = &m.hparams;
             line(format!(
@@ -153,6 +170,18 @@ fn as_text(gguf: &Gguf, all_tensors: bool) -> String {
             line(format!("{} units, the largest {}", m.units.len(), format_bytes(largest)));
         }
         Err(e) => line(format!("cannot be run: {e}")),
+    }
+    if let Ok(m) = Model::read(gguf)
+        && !m.unused.is_empty()
+    {
+        line("\ntensors that are not used".into());
+        for (name, harmless) in &m.unused {
+            line(format!("  {name}: {}", harmless.unwrap_or("changes the result, so the model is not run")));
+        }
+    }
+    let keys = unused_keys(&gguf.metadata);
+    if !keys.is_empty() {
+        line(format!("\nkeys that are not used\n  {}", keys.join("\n  ")));
     }
     line("\ntypes".into());
     for (name, (n, bytes)) in types(gguf) {

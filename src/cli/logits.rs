@@ -44,12 +44,16 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let failed = |e: std::io::Error| Failure::output(&name, &e);
     let mut out = BufWriter::new(File::create(&args.output).map_err(failed)?);
     npy::write_header(&mut out, args.tokens.len(), n_vocab).map_err(failed)?;
+    // Logits that are not finite are written too: who compares them wants to see which.
+    let mut finite = Ok(());
     for chunk in args.tokens.chunks(batch) {
         run::evaluate(&mut session, chunk, Outputs::All, &watch)?;
-        npy::write_values(&mut out, session.logits().map_err(run::failure)?).map_err(failed)?;
+        npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
+        finite = finite.and_then(|()| session.check_finite());
     }
     out.flush().map_err(failed)?;
-    out.get_ref().sync_data().or_else(ignore_unsyncable).map_err(failed)
+    out.get_ref().sync_data().or_else(ignore_unsyncable).map_err(failed)?;
+    finite.map_err(run::failure)
 }
 
 /// Pipes and devices cannot be synced; a full disk can say so only here.

@@ -15,6 +15,7 @@ mod npy;
 mod page;
 mod perplexity;
 mod plan;
+mod printable;
 mod probe;
 mod report;
 mod run;
@@ -76,8 +77,15 @@ fn init_log(cli: &Cli) {
         _ => "trace",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| format!("nt={level}").into());
+    // Texts of files reach the terminal through warnings too.
+    let fields = tracing_subscriber::fmt::format::debug_fn(|out, field, value| {
+        let text = format!("{value:?}");
+        let text = printable::printable(&text);
+        if field.name() == "message" { write!(out, "{text}") } else { write!(out, "{field}={text}") }
+    });
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .fmt_fields(tracing_subscriber::field::MakeExt::delimited(fields, " "))
         .with_writer(std::io::stderr)
         .with_target(false)
         .without_time()

@@ -41,7 +41,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let text = run::read_text(&args.file)?;
     let mut tokens = tokenizer.encode(&text, true, false);
     let n_ctx = match args.placement.ctx {
-        Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_train),
+        Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
         Auto::Given(n) => n,
     };
     if n_ctx < 4 || tokens.len() < 2 * n_ctx {

@@ -11,7 +11,7 @@ use super::page;
 use super::report::print_line;
 use super::{Failure, ModelArg, Placement, run};
 use crate::backend::BackendKind;
-use crate::engine::{Change, Forecast, Opened, Options, sensitivity, this_machine};
+use crate::engine::{Change, Forecast, Opened, Options, beyond_training, sensitivity, this_machine};
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 
@@ -67,11 +67,14 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         storage.read = given(gb);
     }
     let mut options = run::options(&args.placement, KvArg::F16)?;
-    let trained = opened.model.hparams.n_ctx_train;
+    let trained = opened.model.hparams.n_ctx_reach;
     options.n_ctx = match args.placement.ctx {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.max(args.n_prompt).min(trained),
     };
+    if let Some(beyond) = beyond_training(&opened.model.hparams, options.n_ctx) {
+        tracing::warn!("{beyond}");
+    }
     let forecast = Forecast::new(&opened.model, &machine, &options, args.n_prompt.max(1))
         .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };

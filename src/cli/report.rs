@@ -5,6 +5,7 @@ use std::io::Write;
 use serde_json::{Value as Json, json};
 
 use super::Failure;
+use super::printable::printable;
 use crate::engine::{Generation, Links, Opened, Predicted, Session};
 use crate::machine;
 use crate::model::UnitKind;
@@ -24,6 +25,8 @@ pub struct Report {
     vram_bytes: Option<u64>,
     peak_rss_bytes: Option<u64>,
     notes: Vec<String>,
+    /// Positions of the context, and those that the model was trained on, where those are fewer.
+    beyond: Option<(usize, usize)>,
     decode_tokens_per_s: Option<f64>,
     prompt: Option<(usize, f64)>,
     generated: usize,
@@ -37,7 +40,7 @@ impl Report {
             let of = session.homes().iter().zip(&opened.model.units).filter(|(h, _)| **h == home);
             (of.clone().count(), of.map(|(_, u)| u.bytes()).sum())
         });
-        let mut notes: Vec<String> = opened.tokenizer.warnings().iter().map(ToString::to_string).collect();
+        let mut notes: Vec<String> = opened.tokenizer.warnings().iter().chain(&opened.warnings).cloned().collect();
         notes.extend(session.notes().iter().cloned());
         Report {
             backend: session.backend_name(),
@@ -51,6 +54,7 @@ impl Report {
             vram_bytes: session.vram_bytes(),
             peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
+            beyond: Some((session.n_ctx(), opened.model.hparams.n_ctx_reach)).filter(|(n, reach)| n > reach),
             decode_tokens_per_s: None,
             prompt: None,
             generated: 0,
@@ -183,9 +187,10 @@ impl Report {
         if !tracing::enabled!(tracing::Level::WARN) {
             return;
         }
-        let mut out = std::io::stderr().lock();
-        // A closed stderr takes nothing from the result, which is printed already.
-        let _ = self.write(&mut out);
+        let mut text = Vec::new();
+        // A closed stderr takes nothing from the result, which is printed already; writing to memory cannot fail.
+        let _ = self.write(&mut text);
+        let _ = std::io::stderr().lock().write_all(printable(&String::from_utf8_lossy(&text)).as_bytes());
     }
 
     fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
@@ -210,6 +215,9 @@ impl Report {
             self.n_buffers,
             self.backend
         )?;
+        if let Some((n_ctx, reach)) = self.beyond {
+            writeln!(out, "context   {n_ctx} tokens, {reach} of them trained: text gets worse beyond")?;
+        }
         if let Some((n, s)) = self.prompt {
             writeln!(
                 out,
@@ -290,8 +298,15 @@ fn per_s(n: usize, seconds: f64) -> Option<f64> {
     (seconds > 0.0).then(|| n as f64 / seconds)
 }
 
-/// Prints a line of results on stdout.
+/// Prints a line of results on stdout, control characters shown as such.
 pub fn print_line(line: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
+    writeln!(out, "{}", printable(line)).and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
+}
+
+/// Prints a text that a program reads to the byte; on a terminal, control characters are shown as such.
+pub fn print_text(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    let shown = if std::io::IsTerminal::is_terminal(&out) { printable(text) } else { text.into() };
+    writeln!(out, "{shown}").and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
 }

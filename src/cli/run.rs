@@ -225,8 +225,9 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
 
 /// Opens a model: header, tokenizer, structure.
 pub(super) fn open(model: &ModelArg, placement: &Placement) -> Result<Opened, Failure> {
-    let opened = Opened::open_from(model.path(), &named_places(placement)?).map_err(failure)?;
-    for w in opened.tokenizer.warnings() {
+    let overrides = placement.overrides.overrides()?;
+    let opened = Opened::open_from(model.path(), &named_places(placement)?, &overrides).map_err(failure)?;
+    for w in opened.tokenizer.warnings().iter().chain(&opened.warnings) {
         tracing::warn!("{w}");
     }
     Ok(opened)
@@ -296,12 +297,16 @@ pub(super) fn places(text: &str) -> Result<Vec<PathBuf>, Failure> {
 pub(super) fn context(p: &Placement, opened: &Opened, needed: usize, wished: usize) -> Result<usize, Failure> {
     let n_ctx = match p.ctx {
         Auto::Given(n) => n,
-        Auto::Auto => wished.max(needed).min(opened.model.hparams.n_ctx_train),
+        Auto::Auto => wished.max(needed).min(opened.model.hparams.n_ctx_reach),
     };
+    let reach = opened.model.hparams.n_ctx_reach;
     if needed > n_ctx {
+        let cure = match needed > reach {
+            true => "shorten the prompt, or give a larger --ctx: text gets worse beyond what the model was trained on",
+            false => "shorten the prompt or give a larger --ctx",
+        };
         return Err(Failure::limits(format!(
-            "the prompt has {needed} tokens, but the context holds {n_ctx} (the model was trained on {}); shorten the prompt or give a larger --ctx",
-            opened.model.hparams.n_ctx_train
+            "the prompt has {needed} tokens, but the context holds {n_ctx} (the model was trained on {reach}); {cure}"
         )));
     }
     Ok(n_ctx)
@@ -376,6 +381,8 @@ pub(super) fn failure(e: EngineError) -> Failure {
         EngineError::Backend(crate::backend::BackendError::OutOfMemory { .. }) => Failure::limits(e),
         EngineError::Storage(StorageError::Drive(OpenError::WrongDrive { .. })) => Failure::refused(e),
         EngineError::Storage(StorageError::NotBound(_)) => Failure::usage(e),
-        EngineError::Forward(_) | EngineError::Backend(_) | EngineError::Storage(_) => Failure::running(e),
+        EngineError::Forward(_) | EngineError::Backend(_) | EngineError::Storage(_) | EngineError::NotFinite { .. } => {
+            Failure::running(e)
+        }
     }
 }

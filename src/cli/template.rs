@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::Value as Json;
 
+use super::args::OverrideArgs;
 use super::{Failure, ModelArg, report};
 use crate::gguf::Gguf;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
@@ -23,17 +24,20 @@ pub struct TemplateArgs {
     /// Leave out the opening of the assistant's turn.
     #[arg(long)]
     no_generation_prompt: bool,
+    #[command(flatten)]
+    overrides: OverrideArgs,
 }
 
 /// Prints the rendered prompt.
 pub fn run(args: &TemplateArgs) -> Result<(), Failure> {
-    let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
+    let mut gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
+    args.overrides.apply(&mut gguf.metadata)?;
     let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(Failure::usage)?;
     let template = ChatTemplate::from_metadata(&gguf.metadata, &tokenizer).map_err(Failure::usage)?;
     let messages = list(&args.messages, "messages")?;
     let tools = args.tools.as_deref().map(|path| list(path, "tools")).transpose()?;
     let prompt = template.render_with_tools(&messages, tools.as_deref(), !args.no_generation_prompt);
-    report::print_line(&prompt.map_err(Failure::usage)?)
+    report::print_text(&prompt.map_err(Failure::usage)?)
 }
 
 /// The JSON list in a file.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
+use super::args::OverrideArgs;
 use super::{Failure, ModelArg};
 use crate::gguf::Gguf;
 use crate::tokenizer::Tokenizer;
@@ -26,12 +27,18 @@ pub struct TokenizeArgs {
     /// One JSON object with ids and pieces.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    overrides: OverrideArgs,
 }
 
 /// Prints the ids.
 pub fn run(args: &TokenizeArgs) -> Result<(), Failure> {
-    let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
+    let mut gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
+    args.overrides.apply(&mut gguf.metadata)?;
     let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(Failure::usage)?;
+    for w in tokenizer.warnings() {
+        tracing::warn!("{w}");
+    }
     let text = match (&args.text, &args.file) {
         (Some(t), _) => t.clone(),
         (None, Some(f)) => super::run::read_text(f)?,

@@ -79,6 +79,7 @@ impl Forecast {
     /// # Errors
     /// Where nothing fits the limits, or a GPU is asked for that is not there.
     pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
+        model.hparams.check_window(options.n_ctx)?;
         let sizes = Sizes::new(model, &|_| DIRECT);
         let units = works(model, &sizes.layouts);
         let with = |n_buffers| {
@@ -306,15 +307,15 @@ fn ram_budget(machine: &Machine) -> Option<u64> {
 /// Bytes of the KV cache.
 fn kv_bytes(model: &Model, options: &Options) -> u64 {
     let h = &model.hparams;
-    let elements = 2 * h.n_layers * options.n_ctx * h.n_kv_heads * h.head_dim;
-    (elements * options.kv_type.block_bytes()) as u64
+    let factors = [2, h.n_layers, options.n_ctx, h.n_kv_heads, h.head_dim, options.kv_type.block_bytes()];
+    factors.into_iter().fold(1, |bytes, f| bytes.saturating_mul(f as u64))
 }
 
 fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {
     let h = &model.hparams;
     let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, None);
     let multiprocessors = machine.gpu.as_ref().map_or(0, |g| g.multiprocessors);
-    CudaBackend::workspace_bytes_of(&dims(model, options, rope), multiprocessors)
+    CudaBackend::workspace_bytes_of(&dims(model, options, rope), multiprocessors) + model.held_bytes()
 }
 
 /// Bytes of VRAM for weights, as a session finds them once its backend has its buffers.

@@ -33,6 +33,6 @@ pub use sensitivity::{Change, sensitivity};
 pub use session::{Options, Session};
 pub use source::open_header;
 pub use staged::{StagedDrive, staged_drives};
-pub use start::OpenBackend;
+pub use start::{OpenBackend, beyond_training};
 pub use stop::StopFilter;
 pub use verify::{Verified, verify};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::backend::BackendError;
 use crate::gguf::{Gguf, GgufError};
-use crate::model::{ForwardError, Model, ModelError};
+use crate::model::{ForwardError, Model, ModelError, Overrides};
 use crate::plan::PlanError;
 use crate::storage::StorageError;
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -39,6 +39,14 @@ pub enum EngineError {
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// A pass whose logits are not finite.
+    #[error("the logits are not finite numbers: {what}; {cure}")]
+    NotFinite {
+        /// Where the computation stops being finite.
+        what: String,
+        /// What may help.
+        cure: String,
+    },
 }
 
 /// A model's header, tokenizer and structure.
@@ -50,17 +58,22 @@ pub struct Opened {
     pub tokenizer: Tokenizer,
     /// Tensors and units.
     pub model: Model,
+    /// What is amiss, a line each, the tokenizer's warnings apart.
+    pub warnings: Vec<String>,
 }
 
 impl Opened {
     /// Opens the model at `path`, or the one that was recorded under that path or name.
     pub fn open(path: &Path) -> Result<Opened, EngineError> {
-        Opened::open_from(path, &[])
+        Opened::open_from(path, &[], &Overrides::default())
     }
 
-    /// As [`Opened::open`], or the one that was staged under that name on one of the drives `copies`.
-    pub fn open_from(path: &Path, copies: &[PathBuf]) -> Result<Opened, EngineError> {
-        Opened::from_header(super::source::open_header(path, copies)?)
+    /// As [`Opened::open`], or the one that was staged under that name on one of the drives `copies`; with
+    /// `overrides` in place of the file's metadata.
+    pub fn open_from(path: &Path, copies: &[PathBuf], overrides: &Overrides) -> Result<Opened, EngineError> {
+        let mut gguf = super::source::open_header(path, copies)?;
+        let warnings = overrides.apply(&mut gguf.metadata)?;
+        Ok(Opened { warnings, ..Opened::from_header(gguf)? })
     }
 
     /// The model that a header describes.
@@ -85,6 +98,6 @@ impl Opened {
         for key in ["tokens", "merges", "scores", "token_type"] {
             gguf.metadata.remove(&format!("tokenizer.ggml.{key}"));
         }
-        Ok(Opened { gguf, tokenizer, model })
+        Ok(Opened { gguf, tokenizer, model, warnings: Vec::new() })
     }
 }

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use super::weights::Weights;
 use super::{EngineError, Links};
-use crate::backend::{Backend, BackendKind, DeviceAlloc, DeviceMemory, Pinned};
+use crate::backend::{Backend, BackendKind, DeviceAlloc, DeviceMemory, Pinned, all_finite};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, Model, Outputs, forward};
+use crate::model::{ForwardError, Model, NotFinite, Outputs, first_not_finite, forward};
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Home, Plan, Tiers};
 use crate::storage::{FileId, ReaderKind};
@@ -72,6 +72,8 @@ pub struct Session {
     pub(super) rows: Vec<u8>,
     pub(super) row_offsets: Vec<u64>,
     pub(super) position: usize,
+    /// Tokens of the last pass.
+    pub(super) last: Vec<u32>,
     pub(super) links: Links,
     pub(super) measuring: bool,
     /// Where units lie that are resident in RAM.
@@ -80,6 +82,8 @@ pub struct Session {
     pub(super) arena: Arena,
     /// What was read before the plan was made.
     pub(super) _small: Arena,
+    /// Vectors that no unit holds.
+    pub(super) _apart: super::start::Apart,
 }
 
 /// What a session holds on a device with memory of its own.
@@ -140,6 +144,8 @@ impl Session {
             return Err(e);
         }
         self.position += tokens.len();
+        self.last.clear();
+        self.last.extend_from_slice(tokens);
         if self.options.timeline {
             self.weights.streamer.trace(EventKind::Pass, tokens.len(), 0, began, Instant::now());
         }
@@ -205,8 +211,48 @@ impl Session {
     }
 
     /// Logits of the last pass: outputs × vocabulary.
+    ///
+    /// # Errors
+    /// [`EngineError::NotFinite`] where one is not finite, since no text follows from such.
     pub fn logits(&mut self) -> Result<&[f32], EngineError> {
+        self.check_finite()?;
+        self.any_logits()
+    }
+
+    /// Logits of the last pass, whatever they are: outputs × vocabulary.
+    pub fn any_logits(&mut self) -> Result<&[f32], EngineError> {
         Ok(self.backend.logits()?)
+    }
+
+    /// Repeats the last pass block by block if its logits are not finite, for an error that says where that
+    /// begins.
+    ///
+    /// # Errors
+    /// [`EngineError::NotFinite`], or why the pass could not be repeated.
+    pub fn check_finite(&mut self) -> Result<(), EngineError> {
+        if all_finite(self.backend.logits()?) {
+            return Ok(());
+        }
+        let tokens = std::mem::take(&mut self.last);
+        self.fetch_rows(&tokens)?;
+        let first = self.position - tokens.len();
+        let found =
+            first_not_finite(&self.model, self.backend.as_mut(), &mut self.weights, &self.rows, first, tokens.len());
+        self.weights.restart();
+        let what = match found? {
+            NotFinite::Embedding => "the rows of token_embd.weight for these tokens are not".to_owned(),
+            NotFinite::Block(i) => format!("the output of blk.{i} is the first that is not"),
+            NotFinite::Head => "the blocks' outputs are, so output_norm or the head is at fault".to_owned(),
+        };
+        let h = &self.model.hparams;
+        let mut cures = vec!["`nt verify` shows whether the file is damaged".to_owned()];
+        if self.options.kv_type == TensorType::F16 {
+            cures.push("--kv f32 helps where keys or values exceed what F16 holds".into());
+        }
+        if !(h.rope_base.is_finite() && h.rope_base >= 1.0) {
+            cures.push(format!("metadata {}.rope.freq_base is {} (--rope-freq-base)", h.arch.name(), h.rope_base));
+        }
+        Err(EngineError::NotFinite { what, cure: cures.join("; ") })
     }
 
     /// Tokens in the cache.

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
-use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims, MemoryUse};
+use crate::backend::{self, Backend, BackendError, DeviceAlloc, DeviceMemory, Dims, MemoryUse};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{Model, UnitKind, UnitSpec, rope};
+use crate::model::{HParams, Held, Model, UnitKind, UnitSpec, rope};
 use crate::pipeline::{
     DeviceUnit, Direct, Feed, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
     load_to_device,
@@ -46,12 +46,17 @@ impl Session {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Session, EngineError> {
         let model = opened.model.clone();
+        model.hparams.check_window(options.n_ctx)?;
         let (reader, mut notes) = source::open(&opened.gguf, &options)?;
-        let first = model.rope_freqs.as_ref().map(|t| tensor_layout(t, &|f| reader.alignment(f)).slot_bytes);
-        let mut small = Arena::new(first.unwrap_or(0)).map_err(|e| EngineError::Memory(e.to_string()))?;
+        notes.extend(beyond_training(&model.hparams, options.n_ctx));
+        let vectors: Vec<&TensorInfo> = model.rope_freqs.iter().chain(&model.widened).collect();
+        let bytes = vectors.iter().map(|t| tensor_layout(t, &|f| reader.alignment(f)).slot_bytes).sum();
+        let mut small = Arena::new(bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
         // Bound anew so that an early return drops it before the memory.
         let mut reader = reader;
-        let divisors = model.rope_freqs.as_ref().map(|t| read_f32(reader.as_mut(), t, &mut small)).transpose()?;
+        let mut vectors = read_vectors(reader.as_mut(), &vectors, &mut small)?.into_iter();
+        let divisors = model.rope_freqs.as_ref().and_then(|_| vectors.next());
+        let widened: Vec<Vec<f32>> = vectors.collect();
         let h = &model.hparams;
         let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());
         let (backend, note) = open_backend(&dims(&model, &options, rope))?;
@@ -60,6 +65,8 @@ impl Session {
 
         let sizes = Sizes::new(&model, &|f| reader.alignment(f));
         let memory = backend.device();
+        // Before the plan, which counts what is free.
+        let apart = Apart::new(&model, widened, memory.as_deref())?;
         let (plan, mut device) = match &memory {
             None => (make_plan(&model, &sizes, None, &options)?, None),
             Some(memory) => {
@@ -101,11 +108,14 @@ impl Session {
         notes.dedup();
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
+        let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, streamer, traced);
+        weights.apart = apart.addresses.clone();
         Ok(Session {
             links,
-            weights: Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, streamer, traced),
+            weights,
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
             row_offsets: Vec::with_capacity(options.max_batch),
+            last: Vec::with_capacity(options.max_batch),
             model,
             backend,
             plan,
@@ -119,8 +129,20 @@ impl Session {
             device: places.device,
             arena: places.arena,
             _small: small,
+            _apart: apart,
         })
     }
+}
+
+/// A warning where the context is longer than what the model was trained on.
+pub fn beyond_training(h: &HParams, n_ctx: usize) -> Option<String> {
+    let reach = h.n_ctx_reach;
+    (n_ctx > reach).then(|| {
+        format!(
+            "the context of {n_ctx} tokens is longer than the {reach} that the model was trained on: text gets worse beyond them (--rope-scaling yarn --rope-factor {} may help)",
+            n_ctx.div_ceil(h.n_ctx_train)
+        )
+    })
 }
 
 /// Alignment of reads of each file.
@@ -260,15 +282,7 @@ impl Ring<'_> {
 
 /// Every tensor type of the model must have a kernel.
 fn check_types(model: &Model, backend: &dyn Backend) -> Result<(), EngineError> {
-    let mut types: Vec<TensorType> = vec![model.embedding.ty];
-    for b in &model.blocks {
-        types.extend([b.q, b.k, b.v, b.output].map(|l| l.weight.ty));
-        match &b.ffn {
-            crate::model::Ffn::Dense { gate, up, down } => types.extend([gate, up, down].map(|l| l.weight.ty)),
-            crate::model::Ffn::Experts { experts, .. } => types.extend(experts.iter().flatten().map(|t| t.ty)),
-        }
-    }
-    types.extend(model.head.iter().map(|s| s.weight.ty));
+    let types = model.matrices().into_iter().map(|(_, _, t)| t.ty).chain([model.embedding.ty]);
     match types.into_iter().find(|&ty| !backend.supports(ty)) {
         None => Ok(()),
         Some(ty) => {
@@ -424,17 +438,79 @@ fn links(model: &Model, plan: &Plan, on_device: bool) -> Links {
     }
 }
 
-/// Reads a small F32 tensor by way of `arena`, which has room for it and outlives the reader.
-fn read_f32(reader: &mut dyn Reader, t: &TensorInfo, arena: &mut Arena) -> Result<Vec<f32>, EngineError> {
-    let l = tensor_layout(t, &|f| reader.alignment(f));
-    let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+/// Reads small tensors by way of `arena`, which has room for them and outlives the reader, and turns them to
+/// floats.
+fn read_vectors(
+    reader: &mut dyn Reader,
+    tensors: &[&TensorInfo],
+    arena: &mut Arena,
+) -> Result<Vec<Vec<f32>>, EngineError> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut layouts = Vec::with_capacity(tensors.len());
+    for t in tensors {
+        let l = tensor_layout(t, &|f| reader.alignment(f));
+        let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+        layouts.push((l, region));
+    }
     // SAFETY: the arena begins at a page; the caller drops the reader before it.
     unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
-    load(reader, &[(&l, region, &t.name)], &mut |_| ()).map_err(stream_error)?;
-    let at = l.span_offsets[0] as usize;
-    let n = t.bytes as usize / 4;
-    // SAFETY: the tensor's bytes were read to `at` of the region, whose length the reader has checked,
-    // and nobody else uses it.
-    let bytes = unsafe { std::slice::from_raw_parts(region.addr.add(at), n * 4) };
-    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    let units: Vec<_> = layouts.iter().zip(tensors).map(|((l, region), t)| (l, *region, t.name.as_str())).collect();
+    load(reader, &units, &mut |_| ()).map_err(stream_error)?;
+    let floats = |((l, region, _), t): (&(&UnitLayout, Region, &str), &&TensorInfo)| {
+        // SAFETY: the tensor's bytes were read to this offset of the region, whose length the reader has
+        // checked, and nobody else uses it.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(region.addr.add(l.span_offsets[0] as usize), t.bytes as usize) };
+        let mut out = vec![0.0; t.shape.iter().product::<u64>() as usize];
+        // The type was checked when the structure was built.
+        match backend::reference::dequantize(t.ty, bytes, &mut out) {
+            true => Ok(out),
+            false => Err(EngineError::Memory(format!("tensor {} of type {} cannot be widened", t.name, t.ty))),
+        }
+    };
+    units.iter().zip(tensors).map(floats).collect()
+}
+
+/// Vectors that are held apart from the units, as F32, in the backend's memory.
+pub(super) struct Apart {
+    /// Address of each of the model's held vectors.
+    addresses: Vec<u64>,
+    /// Where processors read them.
+    _host: Vec<Vec<f32>>,
+    _device: Option<DeviceAlloc>,
+}
+
+/// Vectors in device memory begin at multiples of this.
+const APART_ALIGN: u64 = 256;
+
+impl Apart {
+    fn new(model: &Model, widened: Vec<Vec<f32>>, device: Option<&dyn DeviceMemory>) -> Result<Apart, EngineError> {
+        let address = |bases: &[u64]| {
+            let of = |h: &Held| bases[h.tensor] + 4 * h.first as u64;
+            model.held.iter().map(of).collect::<Vec<_>>()
+        };
+        let Some(device) = device.filter(|_| !widened.is_empty()) else {
+            let bases: Vec<u64> = widened.iter().map(|v| v.as_ptr() as u64).collect();
+            return Ok(Apart { addresses: address(&bases), _host: widened, _device: None });
+        };
+        let mut all: Vec<f32> = Vec::new();
+        let mut bases = Vec::with_capacity(widened.len());
+        for v in &widened {
+            bases.push(4 * all.len() as u64);
+            all.extend(v);
+            all.resize((4 * all.len()).next_multiple_of(APART_ALIGN as usize) / 4, 0.0);
+        }
+        let bytes = 4 * all.len();
+        let memory = device.alloc(bytes as u64, "norms and biases")?;
+        let engine = device.copy_engine(1)?;
+        // SAFETY: both hold the bytes; the source is not changed before the wait returns, and the device memory
+        // is nobody else's.
+        unsafe { engine.upload(0, all.as_ptr().cast(), memory.addr, bytes)? };
+        engine.wait_copied(0)?;
+        engine.settle()?;
+        bases.iter_mut().for_each(|b| *b += memory.addr);
+        Ok(Apart { addresses: address(&bases), _host: Vec::new(), _device: Some(memory) })
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::model::WeightSource;
+use crate::model::{HELD, WeightSource};
 use crate::pipeline::{EventKind, Feed, Streamer, UnitLayout};
 
 /// Resident and streamed units of a session.
@@ -24,6 +24,8 @@ pub(super) struct Weights {
     /// Keep computing in the timeline.
     traced: bool,
     unit_bytes: Vec<u64>,
+    /// Addresses, in the backend's memory, of vectors that are held apart from the units.
+    pub apart: Vec<u64>,
 }
 
 impl Weights {
@@ -50,6 +52,7 @@ impl Weights {
             bytes: 0,
             traced,
             unit_bytes,
+            apart: Vec::new(),
         }
     }
 
@@ -75,6 +78,9 @@ impl WeightSource for Weights {
     }
 
     fn span(&self, unit: usize, span: usize) -> u64 {
+        if unit == HELD {
+            return self.apart[span];
+        }
         let (held, base) = self.held.unwrap_or((usize::MAX, 0));
         assert_eq!(held, unit, "a span of a unit that is not held");
         base + self.layouts[unit].span_offsets[span]

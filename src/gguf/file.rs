@@ -1,7 +1,9 @@
 //! A model's files: the header of each shard, one tensor directory over all of them.
 
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::header::{self, Header};
@@ -56,8 +58,15 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Reads the header of `path` and, where it is the first shard of several, of the others.
+    /// Reads the header of `path` and, where it is one shard of several, of the others. A folder stands for
+    /// the one model in it.
+    ///
+    /// # Errors
+    /// If a file cannot be read or used, or a folder holds no model or several.
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
+        if path.is_dir() {
+            return Gguf::open_with(&only_model(path)?, &mut header::source);
+        }
         Gguf::open_with(path, &mut header::source)
     }
 
@@ -66,10 +75,9 @@ impl Gguf {
     pub fn open_with(path: &Path, source: &mut Source<'_>) -> Result<Gguf, GgufError> {
         let mut read = |path: &Path| source(path).and_then(|(input, len)| header::parse(path, input, len));
         let bad = |what: String| GgufError::Malformed { path: path.to_path_buf(), what };
-        let first = read(path)?;
+        let mut first = read(path)?;
         let count = first.metadata.uint("split.count").unwrap_or(1);
         let no = first.metadata.uint("split.no").unwrap_or(0);
-        let total = first.metadata.uint("split.tensors.count");
         if count > SHARDS_MAX {
             return Err(bad(format!("split.count is {count}, more than the limit of {SHARDS_MAX}")));
         }
@@ -81,27 +89,39 @@ impl Gguf {
         let stem = shard_stem(path, no, count).ok_or_else(|| {
             bad(format!(
                 "is shard {} of {count}, but its name does not end in -{:05}-of-{count:05}.gguf",
-                no + 1,
-                no + 1
+                no.saturating_add(1),
+                no.saturating_add(1)
             ))
         })?;
-        if no != 0 {
-            return Err(bad(format!(
-                "is shard {} of {count}; name the first one, {stem}-00001-of-{count:05}.gguf",
-                no + 1
-            )));
-        }
-        model.metadata = model.add_shard(path, first)?;
-        for i in 1..count {
-            let next = PathBuf::from(format!("{stem}-{:05}-of-{count:05}.gguf", i + 1));
-            let h = read(&next)?;
-            let wrong = |what: String| GgufError::Malformed { path: next.clone(), what };
-            let (its_no, its_count) = (h.metadata.uint("split.no"), h.metadata.uint("split.count"));
-            if its_no != Some(i) || its_count != Some(count) {
-                return Err(wrong(format!(
-                    "split.no {its_no:?} of split.count {its_count:?} found; {i} of {count} was expected"
-                )));
+        let shard = |i: u64| {
+            let mut name = stem.clone();
+            name.push(format!("-{:05}-of-{count:05}.gguf", i + 1));
+            path.with_file_name(name)
+        };
+        let check = |h: &Header, path: &Path, i: u64| {
+            let found = (h.metadata.uint("split.no"), h.metadata.uint("split.count"));
+            if found == (Some(i), Some(count)) {
+                return Ok(());
             }
+            let or_none = |v: Option<u64>| v.map_or("none".to_owned(), |v| v.to_string());
+            let what = format!(
+                "split.no {} of split.count {} found; {i} of {count} was expected",
+                or_none(found.0),
+                or_none(found.1)
+            );
+            Err(GgufError::Malformed { path: path.to_path_buf(), what })
+        };
+        let first_path = if no == 0 { path.to_path_buf() } else { shard(0) };
+        if no != 0 {
+            first = read(&first_path)?;
+            check(&first, &first_path, 0)?;
+        }
+        let total = first.metadata.uint("split.tensors.count");
+        model.metadata = model.add_shard(&first_path, first)?;
+        for i in 1..count {
+            let next = shard(i);
+            let h = read(&next)?;
+            check(&h, &next, i)?;
             model.add_shard(&next, h)?;
         }
         if let Some(total) = total.filter(|&t| t != model.tensors.len() as u64) {
@@ -169,8 +189,49 @@ impl Gguf {
     }
 }
 
-/// The part of a shard's path before `-00001-of-00003.gguf`.
-fn shard_stem(path: &Path, no: u64, count: u64) -> Option<String> {
-    let tail = format!("-{:05}-of-{count:05}.gguf", no + 1);
-    path.to_str()?.strip_suffix(&tail).map(str::to_owned)
+/// The part of a shard's file name before `-00001-of-00003.gguf`. Names need not be UTF-8.
+fn shard_stem(path: &Path, no: u64, count: u64) -> Option<OsString> {
+    let tail = format!("-{:05}-of-{count:05}.gguf", no.saturating_add(1));
+    let stem = path.file_name()?.as_bytes().strip_suffix(tail.as_bytes())?;
+    Some(OsStr::from_bytes(stem).to_owned())
+}
+
+/// A file's name without the number of its shard: what all shards of a model share.
+fn without_shard(name: &OsStr) -> &[u8] {
+    let bytes = name.as_bytes();
+    let Some(stem) = bytes.len().checked_sub("-00001-of-00003.gguf".len()) else { return bytes };
+    let tail = &bytes[stem..];
+    let digits = |at: std::ops::Range<usize>| tail[at].iter().all(u8::is_ascii_digit);
+    let is_shard = tail[0] == b'-' && digits(1..6) && &tail[6..10] == b"-of-" && digits(10..15);
+    if is_shard { &bytes[..stem] } else { bytes }
+}
+
+/// The file to open of the one model in a folder: its first shard, where it has several.
+fn only_model(folder: &Path) -> Result<PathBuf, GgufError> {
+    let io = |source| GgufError::Io { path: folder.to_path_buf(), source };
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        let name = entry.map_err(io)?.file_name();
+        if name.as_bytes().to_ascii_lowercase().ends_with(b".gguf") && !folder.join(&name).is_dir() {
+            names.push(name);
+        }
+    }
+    // A projector of images lies next to the model that it belongs to.
+    let projector = |n: &OsString| n.to_string_lossy().to_lowercase().contains("mmproj");
+    if !names.iter().all(projector) {
+        names.retain(|n| !projector(n));
+    }
+    names.sort();
+    let mut models = names.clone();
+    models.dedup_by(|a, b| without_shard(a) == without_shard(b));
+    let bad = |what: String| GgufError::Malformed { path: folder.to_path_buf(), what };
+    match &models[..] {
+        [] => Err(bad("is a folder without a .gguf file; name the model's file".into())),
+        [one] => Ok(folder.join(one)),
+        several => {
+            let shown = several.iter().take(3).map(|n| n.to_string_lossy()).collect::<Vec<_>>().join(", ");
+            let more = if several.len() > 3 { ", …" } else { "" };
+            Err(bad(format!("is a folder with {} models ({shown}{more}); name one of them", several.len())))
+        }
+    }
 }

@@ -53,7 +53,7 @@ pub(super) fn source(path: &Path) -> Result<(Box<dyn Read>, u64), GgufError> {
     let file = File::open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
     if meta.is_dir() {
-        return Err(GgufError::Malformed { path: path.to_path_buf(), what: "is a directory, not a GGUF file".into() });
+        return Err(GgufError::Malformed { path: path.to_path_buf(), what: "is a folder, not a GGUF file".into() });
     }
     Ok((Box::new(BufReader::with_capacity(1 << 16, file)), meta.len()))
 }
@@ -67,10 +67,11 @@ pub(super) fn parse<R: Read>(path: &Path, input: R, file_len: u64) -> Result<Hea
     let mut magic = [0u8; 4];
     r.fill(&mut magic, "the magic")?;
     if &magic != MAGIC {
-        return Err(r.bad(format!(
-            "is not a GGUF file: it begins with {:?}, expected \"GGUF\"",
-            magic.escape_ascii().to_string()
-        )));
+        let mut first = magic.to_vec();
+        // What cannot be read is not needed: the first bytes alone say that it is no GGUF file.
+        let _ = r.input.take(PEEK_BYTES).read_to_end(&mut first);
+        let what = foreign(&first, path);
+        return Err(GgufError::Malformed { path: path.to_path_buf(), what });
     }
     let version = r.u32("the version")?;
     match version {
@@ -96,6 +97,47 @@ pub(super) fn parse<R: Read>(path: &Path, input: R, file_len: u64) -> Result<Hea
     let tensors = (0..n_tensors).map(|i| r.tensor(i, alignment)).collect::<Result<Vec<_>, _>>()?;
     let data_start = r.at.next_multiple_of(alignment);
     Ok(Header { version, metadata, tensors, alignment, data_start, file_len })
+}
+
+/// Bytes after the magic that are looked at to tell what a file is.
+const PEEK_BYTES: u64 = 60;
+
+/// What a file is that does not begin as GGUF files do, and how the model comes instead.
+fn foreign(first: &[u8], path: &Path) -> String {
+    let begins = |with: &[u8]| first.len() >= with.len() && first[..with.len()].eq_ignore_ascii_case(with);
+    let text = first.trim_ascii_start();
+    let text_begins = |with: &[u8]| text.len() >= with.len() && text[..with.len()].eq_ignore_ascii_case(with);
+    let convert = "a GGUF version of the model is needed (llama.cpp's convert_hf_to_gguf.py makes one)";
+    if begins(b"version https://git-lfs") {
+        "is a Git LFS pointer, not the model: `git lfs pull` in its folder fetches it".into()
+    } else if first.iter().all(|&b| b == 0) {
+        "begins with zeros: the download was allocated but not finished; fetch it again".into()
+    } else if [b"<!do".as_slice(), b"<htm", b"<?xm", b"<hea"].iter().any(|p| text_begins(p)) {
+        "is a web page, not a model: fetch the file itself (on Hugging Face the link with /resolve/)".into()
+    } else if first.get(8) == Some(&b'{') && first[..8].iter().rev().take(3).all(|&b| b == 0) {
+        format!("is a safetensors file, not GGUF; {convert}")
+    } else if begins(b"PK") {
+        format!(
+            "is a ZIP archive, as PyTorch writes (.bin, .pt), or a packed download, not GGUF; unpack it, or {convert}"
+        )
+    } else if [b"tjgg".as_slice(), b"lmgg", b"fmgg", b"algg"].contains(&&first[..4]) {
+        "is a GGML file of before August 2023, not GGUF; get a newer conversion of the model".into()
+    } else if begins(b"\x80\x02") || begins(b"\x93NUMPY") {
+        format!("holds Python data, not GGUF; {convert}")
+    } else if [b"\x1f\x8b".as_slice(), b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh", b"7z\xbc\xaf"]
+        .iter()
+        .any(|p| begins(p))
+    {
+        "is a compressed file, not GGUF; unpack it first".into()
+    } else if text_begins(b"{") || text_begins(b"[") {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        match name.ends_with(".index.json") {
+            true => format!("is the index of safetensors files, not GGUF; {convert}"),
+            false => "is JSON (a configuration, or a server's error in place of the download), not a model".into(),
+        }
+    } else {
+        format!("is not a GGUF file: it begins with \"{}\", expected \"GGUF\"", first[..4].escape_ascii())
+    }
 }
 
 /// A reader that knows where it is and never asks for more than the file holds.

@@ -35,6 +35,20 @@ pub enum Array {
     Nested(Vec<Array>),
 }
 
+impl std::fmt::Display for Value {
+    /// As a person writes it; of an array, the kind and the length.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Value::Int(v) => v.fmt(f),
+            Value::BigUint(v) => v.fmt(f),
+            Value::Float(v) => v.fmt(f),
+            Value::Bool(v) => v.fmt(f),
+            Value::Str(s) => write!(f, "\"{s}\""),
+            Value::Array(a) => write!(f, "an array of {}", a.len()),
+        }
+    }
+}
+
 impl Array {
     /// Number of elements.
     pub fn len(&self) -> usize {
@@ -119,6 +133,13 @@ impl Metadata {
         self.order.push(key.clone());
         self.values.insert(key, value);
         true
+    }
+
+    /// Adds a value, or replaces the one under that key.
+    pub fn set(&mut self, key: &str, value: Value) {
+        if self.values.insert(key.to_owned(), value).is_none() {
+            self.order.push(key.to_owned());
+        }
     }
 
     /// Keys and values in the file's order.

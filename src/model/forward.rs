@@ -10,7 +10,8 @@ pub trait WeightSource {
     /// span `i` of the unit, the address of its first byte through [`WeightSource::span`].
     fn acquire(&mut self, unit: usize) -> Result<(), String>;
 
-    /// Address of a span of a unit that is held.
+    /// Address of a span of a unit that is held; or, with [`super::HELD`] for the unit, of a vector that is held
+    /// apart.
     fn span(&self, unit: usize, span: usize) -> u64;
 
     /// Gives the unit back; its memory may be reused once the work issued so far has run.
@@ -85,6 +86,45 @@ pub fn forward(
     if done? { Ok(()) } else { pass.all(n_tokens, outputs, stop) }
 }
 
+/// Where a pass stops being finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotFinite {
+    /// The embedding of a token.
+    Embedding,
+    /// The output of this block.
+    Block(usize),
+    /// The head: the output of the last block is finite still.
+    Head,
+}
+
+/// Repeats a pass whose logits are not finite, block by block, and says which output is the first that is not.
+/// The pass ends there: [`WeightSource`] must be restarted afterwards.
+///
+/// # Errors
+/// As [`forward`].
+pub fn first_not_finite(
+    model: &Model,
+    backend: &mut dyn Backend,
+    source: &mut dyn WeightSource,
+    rows: &[u8],
+    first_pos: usize,
+    n_tokens: usize,
+) -> Result<NotFinite, ForwardError> {
+    backend.begin(first_pos, n_tokens)?;
+    backend.embed(rows, model.embedding.ty)?;
+    if !backend.finite()? {
+        return Ok(NotFinite::Embedding);
+    }
+    let mut pass = Pass { model, backend, source, demanded: Vec::new() };
+    for (i, block) in model.blocks.iter().enumerate() {
+        pass.block(i, block, None)?;
+        if !pass.backend.finite()? {
+            return Ok(NotFinite::Block(i));
+        }
+    }
+    Ok(NotFinite::Head)
+}
+
 struct Pass<'a> {
     model: &'a Model,
     backend: &'a mut dyn Backend,
@@ -130,7 +170,7 @@ impl Pass<'_> {
     }
 
     fn block(&mut self, i: usize, b: &Block, keep: Option<(usize, usize)>) -> Result<(), ForwardError> {
-        let unit = b.attn_norm.unit;
+        let unit = b.unit;
         self.acquire(unit)?;
         let (q_norm, k_norm) = (b.q_norm.as_ref().map(|n| self.norm(n)), b.k_norm.as_ref().map(|n| self.norm(n)));
         let (norm, q, k, v) = (self.norm(&b.attn_norm), self.linear(&b.q), self.linear(&b.k), self.linear(&b.v));
@@ -162,7 +202,10 @@ impl Pass<'_> {
         router: &Weight,
         experts: &[[TensorRef; 3]],
     ) -> Result<(), ForwardError> {
-        let params = RouterParams { normalize: true, scale: self.model.hparams.expert_weights_scale };
+        let params = RouterParams {
+            normalize: self.model.hparams.expert_weights_norm,
+            scale: self.model.hparams.expert_weights_scale,
+        };
         let ids = self.backend.route(norm, router, &params)?;
         self.demanded.clear();
         self.demanded.extend(ids.iter().map(|&e| experts[e as usize][0].unit));
@@ -192,7 +235,7 @@ impl Pass<'_> {
                     let norm = self.norm(&self.model.output_norm);
                     self.backend.output_norm(&norm)?;
                 }
-                let w = self.weight(&slice.weight);
+                let w = self.linear(&LinearRef { weight: slice.weight, bias: slice.bias });
                 self.backend.head(&w, slice.first_row)?;
             }
             self.release(slice.weight.unit)?;

@@ -63,10 +63,18 @@ pub struct HParams {
     pub n_experts_used: usize,
     /// FFN width of one expert.
     pub n_ff_expert: usize,
+    /// Divide the routed experts' weights by their sum.
+    pub expert_weights_norm: bool,
     /// Multiplies the routed experts' weights.
     pub expert_weights_scale: f32,
     /// Positions the model was trained on.
     pub n_ctx_train: usize,
+    /// Positions up to which text keeps its quality: those of the training, or more where rotary scaling
+    /// stretches them.
+    pub n_ctx_reach: usize,
+    /// Tokens that see each other, where fewer than the model was trained on: attention is computed in full, so
+    /// no context may be longer.
+    pub window: Option<usize>,
     /// Epsilon of all RMS norms.
     pub norm_eps: f32,
     /// Elements of a head that rotate.
@@ -116,7 +124,10 @@ impl Keys<'_> {
             Some(v) if (1..=max).contains(&v) => Ok(Some(v)),
             _ => Err(self.error(
                 name,
-                format!("an integer from 1 to {max} was expected, found {:?}", self.metadata.get(&self.key(name))),
+                match self.metadata.get(&self.key(name)) {
+                    Some(found) => format!("an integer from 1 to {max} was expected, found {found}"),
+                    None => format!("an integer from 1 to {max} was expected"),
+                },
             )),
         }
     }
@@ -131,13 +142,26 @@ impl Keys<'_> {
             None => Ok(None),
             Some(v) => match self.metadata.float(&key).filter(|f| f.is_finite()) {
                 Some(f) => Ok(Some(f)),
-                None => Err(self.error(name, format!("a finite number was expected, found {v:?}"))),
+                None => Err(self.error(name, format!("a finite number was expected, found {v}"))),
             },
         }
     }
 }
 
 impl HParams {
+    /// Refuses a context of `n_ctx` tokens that is longer than the window in which they should see each other.
+    ///
+    /// # Errors
+    /// With the key and a context that is possible.
+    pub fn check_window(&self, n_ctx: usize) -> Result<(), ModelError> {
+        let Some(w) = self.window.filter(|&w| n_ctx > w) else { return Ok(()) };
+        let key = format!("{}.attention.sliding_window", self.arch.name());
+        let what = format!(
+            "is {w}, but nt computes attention over the whole context of {n_ctx}; give --ctx {w} or less, or --override-kv {key}=int:0 to attend to all tokens as llama.cpp does"
+        );
+        Err(ModelError::Metadata { key, what })
+    }
+
     /// Reads and checks the hyper-parameters.
     pub fn from_metadata(metadata: &Metadata) -> Result<HParams, ModelError> {
         let found = metadata.str("general.architecture").ok_or_else(|| ModelError::Metadata {
@@ -194,13 +218,22 @@ impl HParams {
         };
         let n_ff_expert = match keys.size("expert_feed_forward_length", limit::FF)? {
             Some(f) => f,
+            // As llama.cpp divides where the key is missing.
+            None if arch == Arch::Qwen3Moe => n_ff / n_experts_used,
             None if n_experts > 0 => n_ff,
             None => 0,
         };
+        if n_experts > 0 && n_ff_expert == 0 {
+            return Err(keys.error("expert_feed_forward_length", "is missing".into()));
+        }
         let n_ctx_train = keys.required("context_length", limit::CTX)?;
         let norm_eps = keys
             .float("attention.layer_norm_rms_epsilon")?
             .ok_or_else(|| keys.error("attention.layer_norm_rms_epsilon", "is missing".into()))?;
+        if let Some((key, what)) = super::keys::not_followed(metadata, arch.name(), head_dim) {
+            return Err(ModelError::Metadata { key, what });
+        }
+        let rope_scaling = scaling(&keys, n_ctx_train)?;
         Ok(HParams {
             arch,
             n_layers: keys.required("block_count", limit::LAYERS)?,
@@ -212,13 +245,31 @@ impl HParams {
             n_experts,
             n_experts_used,
             n_ff_expert,
+            expert_weights_norm: metadata.bool(&keys.key("expert_weights_norm")).unwrap_or(true),
             expert_weights_scale: keys.float("expert_weights_scale")?.filter(|&s| s != 0.0).unwrap_or(1.0),
             n_ctx_train,
+            n_ctx_reach: reach(&keys, n_ctx_train, rope_scaling)?,
+            window: window(&keys, n_ctx_train)?,
             norm_eps,
             n_rot,
             rope_base: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
-            rope_scaling: scaling(&keys, n_ctx_train)?,
+            rope_scaling,
         })
+    }
+}
+
+/// Positions that the training and the scaling of rotary frequencies cover together.
+fn reach(keys: &Keys<'_>, n_ctx_train: usize, scaling: RopeScaling) -> Result<usize, ModelError> {
+    let (RopeScaling::Linear { factor } | RopeScaling::Yarn { factor, .. }) = scaling else { return Ok(n_ctx_train) };
+    // Without the key, the context length is the scaled one.
+    let original = keys.size("rope.scaling.original_context_length", limit::CTX)?;
+    Ok(original.map_or(n_ctx_train, |n| n_ctx_train.max((n as f64 * f64::from(factor)) as usize)))
+}
+
+fn window(keys: &Keys<'_>, n_ctx_train: usize) -> Result<Option<usize>, ModelError> {
+    match keys.metadata.uint(&keys.key("attention.sliding_window")) {
+        Some(0) => Ok(None),
+        _ => Ok(keys.size("attention.sliding_window", usize::MAX >> 1)?.filter(|&w| w < n_ctx_train)),
     }
 }
 
@@ -234,7 +285,7 @@ fn scaling(keys: &Keys<'_>, n_ctx_train: usize) -> Result<RopeScaling, ModelErro
     let kind = match keys.metadata.get(&keys.key("rope.scaling.type")) {
         None => "linear",
         Some(Value::Str(s)) => s,
-        Some(other) => return Err(keys.error("rope.scaling.type", format!("a string was expected, found {other:?}"))),
+        Some(other) => return Err(keys.error("rope.scaling.type", format!("a string was expected, found {other}"))),
     };
     match kind {
         "none" => Ok(RopeScaling::None),

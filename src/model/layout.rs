@@ -4,7 +4,11 @@
 //! part of a block and each expert; a slice of rows of the output head. The embedding is no unit:
 //! a pass needs one row of it a token.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
+
 use super::{Arch, HParams, ModelError};
+use crate::backend::{computable, reference};
 use crate::gguf::{Gguf, TensorInfo, TensorType};
 
 /// What a unit is.
@@ -52,12 +56,12 @@ impl UnitSpec {
     }
 }
 
-/// A tensor (or a slice of one) within a unit.
+/// A tensor (or a slice of one) within a unit, or held apart.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorRef {
-    /// Index into [`Model::units`].
+    /// Index into [`Model::units`]; [`HELD`] for a vector that is held apart.
     pub unit: usize,
-    /// Index into that unit's spans.
+    /// Index into that unit's spans, or into [`Model::held`].
     pub span: usize,
     /// Element type.
     pub ty: TensorType,
@@ -65,6 +69,19 @@ pub struct TensorRef {
     pub rows: usize,
     /// Columns.
     pub cols: usize,
+}
+
+/// In place of a unit's number: the vector is one of [`Model::held`].
+pub const HELD: usize = usize::MAX;
+
+/// Elements of a vector that the file stores in another type than F32. Backends read vectors as F32, so
+/// these are widened when they are loaded, and stay in memory apart from the units.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// Index into [`Model::widened`].
+    pub tensor: usize,
+    /// Number of the first element.
+    pub first: usize,
 }
 
 /// A matrix with its optional bias.
@@ -100,6 +117,8 @@ pub enum Ffn {
 /// One block's tensors.
 #[derive(Clone, Debug)]
 pub struct Block {
+    /// Unit of the block, or of its shared part.
+    pub unit: usize,
     /// Norm before attention.
     pub attn_norm: TensorRef,
     /// Query projection.
@@ -125,6 +144,8 @@ pub struct Block {
 pub struct HeadSlice {
     /// The rows.
     pub weight: TensorRef,
+    /// One float per row, where the head has a bias.
+    pub bias: Option<TensorRef>,
     /// Number of the first one.
     pub first_row: usize,
 }
@@ -150,6 +171,13 @@ pub struct Model {
     pub tied: bool,
     /// `rope_freqs.weight`, which the loader reads once.
     pub rope_freqs: Option<TensorInfo>,
+    /// Vectors that are not F32 in the file, widened when they are loaded.
+    pub widened: Vec<TensorInfo>,
+    /// What is used of them.
+    pub held: Vec<Held>,
+    /// Tensors of the file that the computation does not use, in file order, each with the reason why that
+    /// does no harm; `None` where it changes the result.
+    pub unused: Vec<(String, Option<&'static str>)>,
 }
 
 /// What a matrix does: mixes of tensor types choose by it.
@@ -176,10 +204,39 @@ const HEAD_SLICE_BYTES_MAX: u64 = 64 << 20;
 
 impl Model {
     /// Finds and checks every tensor of `gguf`.
+    ///
+    /// # Errors
+    /// If a tensor or key is missing, of the wrong shape or of a type without kernels, or if the file has
+    /// tensors that the architecture's computation here leaves out.
     pub fn new(gguf: &Gguf) -> Result<Model, ModelError> {
+        let model = Model::read(gguf)?;
+        let mut left_out = model.unused.iter().filter(|(_, harmless)| harmless.is_none());
+        match left_out.next() {
+            None => Ok(model),
+            Some((first, _)) => Err(ModelError::UnusedTensors {
+                first: first.clone(),
+                more: left_out.count(),
+                arch: model.hparams.arch.name(),
+                n_layers: model.hparams.n_layers,
+            }),
+        }
+    }
+
+    /// As [`Model::new`], with the tensors that would be left out listed in [`Model::unused`].
+    ///
+    /// # Errors
+    /// As [`Model::new`], those tensors apart.
+    pub fn read(gguf: &Gguf) -> Result<Model, ModelError> {
         let hparams = HParams::from_metadata(&gguf.metadata)?;
-        let mut b = Builder { gguf, h: &hparams, units: Vec::new() };
-        let embedding = b.find("token_embd.weight")?.clone();
+        let mut b = Builder {
+            gguf,
+            h: &hparams,
+            units: Vec::new(),
+            widened: Vec::new(),
+            held: Vec::new(),
+            taken: RefCell::default(),
+        };
+        let embedding = b.computable(b.find("token_embd.weight")?)?.clone();
         let n_vocab = match embedding.shape[..] {
             [cols, rows] if cols == hparams.n_embd as u64 && rows < 1 << 31 => rows as usize,
             _ => {
@@ -195,12 +252,31 @@ impl Model {
         };
         let blocks = (0..hparams.n_layers).map(|i| b.block(i)).collect::<Result<Vec<_>, _>>()?;
         let (head, output_norm, tied) = b.head(n_vocab)?;
-        let rope_freqs = match gguf.tensor("rope_freqs.weight") {
-            Some(t) => Some(b.check(t, &[hparams.n_rot as u64 / 2], true)?.clone()),
+        let rope_freqs = match b.optional("rope_freqs.weight") {
+            Some(t) => Some(b.widenable(b.check(t, &[hparams.n_rot as u64 / 2])?)?.clone()),
             None => None,
         };
-        let units = b.units;
-        Ok(Model { hparams, n_vocab, units, blocks, head, output_norm, embedding, tied, rope_freqs })
+        let unused = b.unused();
+        let Builder { units, widened, held, .. } = b;
+        Ok(Model {
+            hparams,
+            n_vocab,
+            units,
+            blocks,
+            head,
+            output_norm,
+            embedding,
+            tied,
+            rope_freqs,
+            widened,
+            held,
+            unused,
+        })
+    }
+
+    /// Bytes of the vectors that are held apart, as F32.
+    pub fn held_bytes(&self) -> u64 {
+        self.widened.iter().map(|t| t.shape.iter().product::<u64>() * 4).sum()
     }
 
     /// Units in the order in which a pass consumes them, routed experts apart.
@@ -272,27 +348,76 @@ fn visit(blocks: &mut [Block], head: &mut [HeadSlice], f: &mut dyn FnMut(Role, O
     }
 }
 
+/// Why a tensor that is not used does no harm; `None` if it is not known to do none.
+fn harmless(name: &str) -> Option<&'static str> {
+    let block = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).map(|(_, what)| what);
+    if block == Some("attn_rot_embd.weight") {
+        Some("a table of rotary frequencies, which follow from the metadata")
+    } else if name.ends_with(".input_scale") {
+        Some("a scale of activations for engines that quantise them to 4 bits")
+    } else if name.starts_with("cls.") {
+        Some("a classifier's head, which takes no part in the next token's logits")
+    } else {
+        None
+    }
+}
+
 struct Builder<'a> {
     gguf: &'a Gguf,
     h: &'a HParams,
     units: Vec<UnitSpec>,
+    widened: Vec<TensorInfo>,
+    held: Vec<Held>,
+    /// Names of the tensors that the structure uses.
+    taken: RefCell<HashSet<&'a str>>,
 }
 
 impl<'a> Builder<'a> {
-    fn find(&self, name: &str) -> Result<&'a TensorInfo, ModelError> {
-        self.gguf
-            .tensor(name)
-            .ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name() })
+    /// The tensor called `name`, which counts as used from here on.
+    fn optional(&self, name: &str) -> Option<&'a TensorInfo> {
+        let t = self.gguf.tensor(name)?;
+        self.taken.borrow_mut().insert(&t.name);
+        Some(t)
     }
 
-    fn check(&self, t: &'a TensorInfo, shape: &[u64], f32_only: bool) -> Result<&'a TensorInfo, ModelError> {
+    fn find(&self, name: &str) -> Result<&'a TensorInfo, ModelError> {
+        self.optional(name).ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name() })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.gguf.tensor(name).is_some()
+    }
+
+    /// The tensors that were not taken, in file order.
+    fn unused(&self) -> Vec<(String, Option<&'static str>)> {
+        let taken = self.taken.borrow();
+        let left = self.gguf.tensors.iter().filter(|t| !taken.contains(t.name.as_str()));
+        left.map(|t| (t.name.clone(), harmless(&t.name))).collect()
+    }
+
+    fn check(&self, t: &'a TensorInfo, shape: &[u64]) -> Result<&'a TensorInfo, ModelError> {
         if t.shape != shape {
             return Err(ModelError::Shape { name: t.name.clone(), found: t.shape.clone(), expected: shape.to_vec() });
         }
-        if f32_only && t.ty != TensorType::F32 {
-            return Err(ModelError::Type { name: t.name.clone(), found: t.ty, expected: "F32".into() });
-        }
         Ok(t)
+    }
+
+    /// A matrix that some backend has kernels for.
+    fn computable(&self, t: &'a TensorInfo) -> Result<&'a TensorInfo, ModelError> {
+        if computable(t.ty) {
+            return Ok(t);
+        }
+        let all = TensorType::ALL.iter().filter(|&&ty| computable(ty)).map(|ty| ty.name()).collect::<Vec<_>>();
+        Err(ModelError::Type { name: t.name.clone(), found: t.ty, expected: all.join(", ") })
+    }
+
+    /// A vector that can be turned to F32.
+    fn widenable(&self, t: &'a TensorInfo) -> Result<&'a TensorInfo, ModelError> {
+        if reference::TYPES.contains(&t.ty) {
+            return Ok(t);
+        }
+        let all = reference::TYPES.iter().map(|ty| ty.name()).collect::<Vec<_>>();
+        Err(ModelError::Type { name: t.name.clone(), found: t.ty, expected: all.join(", ") })
     }
 
     fn unit(&mut self, kind: UnitKind, name: String) -> usize {
@@ -314,17 +439,41 @@ impl<'a> Builder<'a> {
         TensorRef { unit, span: spans.len() - 1, ty: t.ty, rows, cols }
     }
 
+    /// `len` elements from `first` of a vector: in the unit where they are F32, else held apart.
+    fn put_vector(
+        &mut self,
+        unit: usize,
+        t: &'a TensorInfo,
+        first: usize,
+        len: usize,
+    ) -> Result<TensorRef, ModelError> {
+        let f32 = TensorType::F32;
+        if t.ty == f32 {
+            let spans = &mut self.units[unit].spans;
+            spans.push(Span { shard: t.shard, offset: t.offset + 4 * first as u64, bytes: 4 * len as u64 });
+            return Ok(TensorRef { unit, span: spans.len() - 1, ty: f32, rows: 1, cols: len });
+        }
+        self.widenable(t)?;
+        let tensor = self.widened.iter().position(|w| w.name == t.name).unwrap_or_else(|| {
+            self.widened.push(t.clone());
+            self.widened.len() - 1
+        });
+        self.held.push(Held { tensor, first });
+        Ok(TensorRef { unit: HELD, span: self.held.len() - 1, ty: f32, rows: 1, cols: len })
+    }
+
     fn vector(&mut self, unit: usize, name: &str, len: usize) -> Result<TensorRef, ModelError> {
-        let t = self.check(self.find(name)?, &[len as u64], true)?;
-        Ok(self.put(unit, t, 0, 1))
+        let t = self.check(self.find(name)?, &[len as u64])?;
+        self.put_vector(unit, t, 0, len)
     }
 
     fn optional_vector(&mut self, unit: usize, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
-        if self.gguf.tensor(name).is_none() { Ok(None) } else { self.vector(unit, name, len).map(Some) }
+        if self.has(name) { self.vector(unit, name, len).map(Some) } else { Ok(None) }
     }
 
     fn matrix(&mut self, unit: usize, name: &str, rows: usize, cols: usize) -> Result<TensorRef, ModelError> {
-        let t = self.check(self.find(name)?, &[cols as u64, rows as u64], false)?;
+        let t = self.check(self.find(name)?, &[cols as u64, rows as u64])?;
+        self.computable(t)?;
         Ok(self.put(unit, t, 0, rows))
     }
 
@@ -334,15 +483,42 @@ impl<'a> Builder<'a> {
         Ok(LinearRef { weight, bias })
     }
 
-    fn block(&mut self, i: usize) -> Result<Block, ModelError> {
+    /// The projections of queries, keys and values: three tensors, or the rows of one after the other in
+    /// `attn_qkv`. One matrix may come with three biases, as llama.cpp allows.
+    fn qkv(&mut self, unit: usize, p: &str) -> Result<[LinearRef; 3], ModelError> {
         let h = self.h;
         let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim);
+        let parts = [("attn_q", 0, q_dim), ("attn_k", q_dim, kv_dim), ("attn_v", q_dim + kv_dim, kv_dim)];
+        let all = q_dim + 2 * kv_dim;
+        let fused = format!("{p}.attn_qkv.weight");
+        let one = if self.has(&fused) {
+            Some(self.computable(self.check(self.find(&fused)?, &[d as u64, all as u64])?)?)
+        } else {
+            None
+        };
+        let bias = match one.and_then(|_| self.optional(&format!("{p}.attn_qkv.bias"))) {
+            Some(t) => Some(self.check(t, &[all as u64])?),
+            None => None,
+        };
+        let mut part = |(name, first, rows): (&str, usize, usize)| {
+            let Some(t) = one else { return self.linear(unit, &format!("{p}.{name}"), rows, d) };
+            let weight = self.put(unit, t, first, rows);
+            let bias = match bias {
+                Some(t) => Some(self.put_vector(unit, t, first, rows)?),
+                None => self.optional_vector(unit, &format!("{p}.{name}.bias"), rows)?,
+            };
+            Ok(LinearRef { weight, bias })
+        };
+        Ok([part(parts[0])?, part(parts[1])?, part(parts[2])?])
+    }
+
+    fn block(&mut self, i: usize) -> Result<Block, ModelError> {
+        let h = self.h;
+        let (d, q_dim) = (h.n_embd, h.n_heads * h.head_dim);
         let p = format!("blk.{i}");
         let u = self.unit(UnitKind::Block(i), p.clone());
         let attn_norm = self.vector(u, &format!("{p}.attn_norm.weight"), d)?;
-        let q = self.linear(u, &format!("{p}.attn_q"), q_dim, d)?;
-        let k = self.linear(u, &format!("{p}.attn_k"), kv_dim, d)?;
-        let v = self.linear(u, &format!("{p}.attn_v"), kv_dim, d)?;
+        let [q, k, v] = self.qkv(u, &p)?;
         let head_norm = |b: &mut Self, name: String| match h.arch {
             Arch::Qwen3 | Arch::Qwen3Moe => b.vector(u, &name, h.head_dim).map(Some),
             Arch::Llama | Arch::Qwen2 => Ok(None),
@@ -360,33 +536,52 @@ impl<'a> Builder<'a> {
         } else {
             self.experts(i, u)?
         };
-        Ok(Block { attn_norm, q, k, v, q_norm, k_norm, output, ffn_norm, ffn })
+        Ok(Block { unit: u, attn_norm, q, k, v, q_norm, k_norm, output, ffn_norm, ffn })
     }
 
     fn experts(&mut self, i: usize, shared: usize) -> Result<Ffn, ModelError> {
         let h = self.h;
         let (d, f, n) = (h.n_embd, h.n_ff_expert, h.n_experts);
         let p = format!("blk.{i}");
-        let t = self.check(self.find(&format!("{p}.ffn_gate_inp.weight"))?, &[d as u64, n as u64], true)?;
-        let router = self.put(shared, t, 0, n);
-        let stack = |what: &str, rows: usize, cols: usize| {
-            let t = self.find(&format!("{p}.ffn_{what}_exps.weight"))?;
-            self.check(t, &[cols as u64, rows as u64, n as u64], false)
-        };
-        let (gate, up, down) = (stack("gate", f, d)?, stack("up", f, d)?, stack("down", d, f)?);
+        let router = self.matrix(shared, &format!("{p}.ffn_gate_inp.weight"), n, d)?;
+        let gate = self.stack(&p, "gate", n, f, d)?;
+        let up = self.stack(&p, "up", n, f, d)?;
+        let down = self.stack(&p, "down", n, d, f)?;
         let experts = (0..n)
             .map(|e| {
                 let u = self.unit(UnitKind::Expert { layer: i, expert: e }, format!("{p} expert {e}"));
-                [self.put(u, gate, e * f, f), self.put(u, up, e * f, f), self.put(u, down, e * d, d)]
+                [&gate, &up, &down].map(|s| self.put(u, s.tensors[e % s.tensors.len()], s.first(e), s.rows))
             })
             .collect();
         Ok(Ffn::Experts { router, experts })
     }
 
+    /// One matrix of every expert: all in one tensor; or, as before April 2024, a tensor each; or gate and
+    /// up of each expert one after the other.
+    fn stack(&self, p: &str, what: &str, n: usize, rows: usize, cols: usize) -> Result<Stack<'a>, ModelError> {
+        let shape = [cols as u64, rows as u64, n as u64];
+        let (one, pair) = (format!("{p}.ffn_{what}_exps.weight"), format!("{p}.ffn_gate_up_exps.weight"));
+        let each = |e: usize| format!("{p}.ffn_{what}.{e}.weight");
+        if !self.has(&one) && self.has(&each(0)) {
+            let tensors = (0..n).map(|e| self.computable(self.check(self.find(&each(e))?, &shape[..2])?));
+            return Ok(Stack { tensors: tensors.collect::<Result<_, _>>()?, pitch: 0, offset: 0, rows });
+        }
+        if !self.has(&one) && what != "down" && self.has(&pair) {
+            let t = self.computable(self.check(self.find(&pair)?, &[shape[0], 2 * shape[1], shape[2]])?)?;
+            return Ok(Stack { tensors: vec![t], pitch: 2 * rows, offset: if what == "up" { rows } else { 0 }, rows });
+        }
+        let t = self.computable(self.check(self.find(&one)?, &shape)?)?;
+        Ok(Stack { tensors: vec![t], pitch: rows, offset: 0, rows })
+    }
+
     fn head(&mut self, n_vocab: usize) -> Result<(Vec<HeadSlice>, TensorRef, bool), ModelError> {
-        let tied = self.gguf.tensor("output.weight").is_none();
+        let tied = !self.has("output.weight");
         let t = self.find(if tied { "token_embd.weight" } else { "output.weight" })?;
-        let t = self.check(t, &[self.h.n_embd as u64, n_vocab as u64], false)?;
+        let t = self.computable(self.check(t, &[self.h.n_embd as u64, n_vocab as u64])?)?;
+        let bias = match self.optional("output.bias") {
+            Some(b) => Some(self.check(b, &[n_vocab as u64])?),
+            None => None,
+        };
         let largest = self.units.iter().map(UnitSpec::bytes).max().unwrap_or(0);
         let row_bytes = (t.bytes / n_vocab as u64).max(1);
         let rows_max = (largest.min(HEAD_SLICE_BYTES_MAX) / row_bytes).max(1) as usize;
@@ -399,8 +594,13 @@ impl<'a> Builder<'a> {
             if i == 0 {
                 output_norm = Some(self.vector(u, "output_norm.weight", self.h.n_embd)?);
             }
-            let weight = self.put(u, t, first_row, rows_each.min(n_vocab - first_row));
-            slices.push(HeadSlice { weight, first_row });
+            let rows = rows_each.min(n_vocab - first_row);
+            let weight = self.put(u, t, first_row, rows);
+            let bias = match bias {
+                Some(b) => Some(self.put_vector(u, b, first_row, rows)?),
+                None => None,
+            };
+            slices.push(HeadSlice { weight, bias, first_row });
         }
         let Some(output_norm) = output_norm else {
             return Err(ModelError::Shape {
@@ -410,5 +610,22 @@ impl<'a> Builder<'a> {
             });
         };
         Ok((slices, output_norm, tied))
+    }
+}
+
+/// Where the rows of one matrix of each expert lie.
+struct Stack<'a> {
+    /// One tensor for all experts, or one each.
+    tensors: Vec<&'a TensorInfo>,
+    /// Rows from one expert to the next.
+    pitch: usize,
+    /// Rows before the matrix among those of its expert.
+    offset: usize,
+    rows: usize,
+}
+
+impl Stack<'_> {
+    fn first(&self, expert: usize) -> usize {
+        expert * self.pitch + self.offset
     }
 }

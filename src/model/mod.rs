@@ -5,12 +5,16 @@
 
 mod forward;
 mod hparams;
+mod keys;
 mod layout;
+mod overrides;
 mod rope;
 
-pub use forward::{ForwardError, Outputs, WeightSource, forward};
+pub use forward::{ForwardError, NotFinite, Outputs, WeightSource, first_not_finite, forward};
 pub use hparams::{Arch, HParams};
-pub use layout::{Block, Ffn, HeadSlice, LinearRef, Model, Role, TensorRef, UnitKind, UnitSpec};
+pub use keys::unused_keys;
+pub use layout::{Block, Ffn, HELD, HeadSlice, Held, LinearRef, Model, Role, TensorRef, UnitKind, UnitSpec};
+pub use overrides::{Overrides, RopeType};
 pub use rope::{RopeScaling, rope};
 
 /// Why a GGUF file holds no model that nt can run.
@@ -40,6 +44,21 @@ pub enum ModelError {
         /// The architecture.
         arch: &'static str,
     },
+    /// The file has tensors that the computation would leave out.
+    #[error("tensor {first}{} not part of architecture {arch} as nt computes it{}; without {} the text would be wrong (`nt inspect` lists them)",
+        if *more == 0 { " is".to_owned() } else { format!(" and {more} more are") },
+        beyond(first, arch, *n_layers),
+        if *more == 0 { "it" } else { "them" })]
+    UnusedTensors {
+        /// The first of them in file order.
+        first: String,
+        /// How many there are beside it.
+        more: usize,
+        /// The architecture.
+        arch: &'static str,
+        /// Blocks that the metadata name.
+        n_layers: usize,
+    },
     /// A tensor has another shape than the metadata imply.
     #[error("tensor {name} has shape {found:?}, expected {expected:?}")]
     Shape {
@@ -51,7 +70,7 @@ pub enum ModelError {
         expected: Vec<u64>,
     },
     /// A tensor has a type that cannot be used in its place.
-    #[error("tensor {name} has type {found}; {expected} expected")]
+    #[error("tensor {name} has type {found}, which nt cannot compute; it can {expected}")]
     Type {
         /// The tensor.
         name: String,
@@ -60,4 +79,13 @@ pub enum ModelError {
         /// What can be used.
         expected: String,
     },
+}
+
+/// A hint where a tensor belongs to a block that the metadata do not count.
+fn beyond(tensor: &str, arch: &str, n_layers: usize) -> String {
+    let block = tensor.strip_prefix("blk.").and_then(|t| t.split('.').next()).and_then(|n| n.parse::<usize>().ok());
+    match block.filter(|&b| b >= n_layers) {
+        Some(_) => format!(" (metadata {arch}.block_count says {n_layers} blocks)"),
+        None => String::new(),
+    }
 }

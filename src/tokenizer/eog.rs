@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 
-use super::TokenizerError;
 use super::load::special_id;
 use super::vocab::Kind;
 use crate::gguf::{Metadata, StringArray};
@@ -118,14 +117,15 @@ pub(super) fn collect(
     tokens: &StringArray,
     eos: Option<u32>,
     kinds: &mut [Kind],
-) -> Result<Vec<u32>, TokenizerError> {
+    warnings: &mut Vec<String>,
+) -> Vec<u32> {
     let known = known_texts(tokens);
     let find = |text: &str| known.get(text.as_bytes()).copied();
     let mut ids: Vec<u32> = eos.into_iter().collect();
     for role in FILL_IN {
         let mut id = None;
         for key in role.keys {
-            id = id.or(special_id(m, key, tokens.len())?);
+            id = id.or(special_id(m, key, tokens.len(), None, warnings));
         }
         if id.is_none() {
             id = role.texts.iter().find_map(|t| find(t));
@@ -134,7 +134,7 @@ pub(super) fn collect(
         ids.extend(id.filter(|_| role.ends));
     }
     for key in ["eot_token_id", "eom_token_id"] {
-        ids.extend(special_id(m, key, tokens.len())?);
+        ids.extend(special_id(m, key, tokens.len(), None, warnings));
     }
     for id in ENDS.iter().filter_map(|t| find(t)) {
         ids.push(id);
@@ -160,5 +160,5 @@ pub(super) fn collect(
     }
     ids.sort_unstable();
     ids.dedup();
-    Ok(ids)
+    ids
 }

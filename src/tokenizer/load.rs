@@ -30,10 +30,10 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         None => (Some(1), Some(2)),
     };
     let in_range = |id: Option<u32>| id.filter(|&id| (id as usize) < n);
-    let bos = special_id(m, "bos_token_id", n)?.or(in_range(default_bos));
-    let eos = special_id(m, "eos_token_id", n)?.or(in_range(default_eos));
+    let bos = special_id(m, "bos_token_id", n, in_range(default_bos), &mut warnings);
+    let eos = special_id(m, "eos_token_id", n, in_range(default_eos), &mut warnings);
     let mut kinds = kinds(m, n)?;
-    let eog = eog::collect(m, tokens, eos, &mut kinds)?;
+    let eog = eog::collect(m, tokens, eos, &mut kinds, &mut warnings);
     let vocab = vocab(m, tokens, kinds, bpe)?;
     let (algorithm, add_bos) = match family {
         Some(f) => (Algorithm::Bpe(merges(m, &vocab, f)?), f.add_bos),
@@ -140,15 +140,29 @@ fn merges(m: &Metadata, vocab: &Vocab, family: &pretokenize::Family) -> Result<s
     Ok(builder.build(PreTokenizer::new(family)?, family.ignore_merges))
 }
 
-/// A special token's id from metadata; `None` if absent.
-pub(super) fn special_id(m: &Metadata, key: &str, n: usize) -> Result<Option<u32>, TokenizerError> {
-    match m.get(&format!("tokenizer.ggml.{key}")) {
-        None => Ok(None),
+/// A special token's id from metadata; `default` if it is absent, and, with a warning, if the vocabulary has no
+/// such token (as where merging models has lost added tokens), which is what llama.cpp does.
+pub(super) fn special_id(
+    m: &Metadata,
+    key: &str,
+    n: usize,
+    default: Option<u32>,
+    warnings: &mut Vec<String>,
+) -> Option<u32> {
+    let key = format!("tokenizer.ggml.{key}");
+    match m.get(&key) {
         // -1 (also as an unsigned number) says that there is none.
-        Some(Value::Int(-1 | 0xffff_ffff)) => Ok(None),
-        Some(v) => match m.u32(&format!("tokenizer.ggml.{key}")) {
-            Some(id) if (id as usize) < n => Ok(Some(id)),
-            _ => Err(bad(key, format!("is {v:?}, but there are {n} tokens"))),
+        None | Some(Value::Int(-1 | 0xffff_ffff)) => default,
+        Some(v) => match m.u32(&key) {
+            Some(id) if (id as usize) < n => Some(id),
+            _ => {
+                let instead = match default {
+                    Some(id) => format!("token {id} is used instead"),
+                    None => "it is ignored".to_owned(),
+                };
+                warnings.push(format!("metadata {key} is {v}, but there are {n} tokens; {instead}"));
+                default
+            }
         },
     }
 }

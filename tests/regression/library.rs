@@ -217,7 +217,7 @@ fn a_list_ends_on_no_file() {
     }
     assert_eq!(by_name("parts")["shards"], 2);
     for (name, words) in [
-        ("lfs", "GGUF"),
+        ("lfs", "Git LFS pointer"),
         ("iq3", "IQ3_XXS"),
         ("empty", "empty"),
         ("\\u{1b}[31mred", "red.gguf"),

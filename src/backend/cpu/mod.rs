@@ -108,7 +108,9 @@ impl CpuBackend {
         let t = d.max_batch.max(1);
         let (q_dim, kv_dim) = (d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim);
         let widest = d.n_embd.max(q_dim).max(d.n_ff);
-        let cache = d.n_layers * d.n_kv_heads * d.n_ctx * d.head_dim * d.kv_type.block_bytes();
+        // At the limits of the metadata this does not fit an integer: then it fits no memory either.
+        let cache = [d.n_layers, d.n_kv_heads, d.n_ctx, d.head_dim, d.kv_type.block_bytes()];
+        let cache = cache.into_iter().fold(1usize, usize::saturating_mul);
         let group = d.n_heads / d.n_kv_heads;
         let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
         let panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
@@ -516,13 +518,17 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
+    fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
         let input = self.input.ptr();
         // SAFETY: the slice's rows end at n_vocab at most.
         let out = unsafe { self.logits.ptr().add(first_row) };
-        let (job, rows) = self.job(&Linear { weight: *w, bias: None }, input, out, Then::Store);
+        let (job, rows) = self.job(w, input, out, Then::Store);
         self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)]);
         Ok(())
+    }
+
+    fn finite(&mut self) -> Result<bool, BackendError> {
+        Ok(super::all_finite(&self.x[..self.n_tokens * self.dims.n_embd]))
     }
 
     fn logits(&mut self) -> Result<&[f32], BackendError> {
@@ -562,16 +568,23 @@ fn choose(scores: &mut [f32], ids: &mut [u32], weights: &mut [f32], params: &Rou
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     scores.iter_mut().for_each(|s| *s = (*s - max).exp());
     let total: f32 = scores.iter().sum();
+    /// In place of a score: its expert is chosen already.
+    const CHOSEN: f32 = -2.0;
     for (id, weight) in ids.iter_mut().zip(weights.iter_mut()) {
-        let mut best = 0;
-        for (i, s) in scores.iter().enumerate() {
-            if *s > scores[best] {
-                best = i;
+        let mut best = None;
+        let mut most = -1.0;
+        for (i, &s) in scores.iter().enumerate() {
+            if s > most {
+                (best, most) = (Some(i), s);
             }
         }
-        (*id, *weight) = (best as u32, scores[best] / total);
+        // Scores that are not numbers are never chosen by comparison: the first ids then, each once, since an
+        // expert has room for each token once.
+        let first = || scores.iter().position(|s| *s != CHOSEN).unwrap_or(0);
+        let (best, p) = best.map_or_else(|| (first(), 0.0), |i| (i, most));
+        (*id, *weight) = (best as u32, p / total);
         // Probabilities are not negative: this one is not chosen again.
-        scores[best] = -1.0;
+        scores[best] = CHOSEN;
     }
     let sum: f32 = weights.iter().sum();
     let factor = params.scale / if params.normalize { sum } else { 1.0 };

@@ -47,6 +47,8 @@ pub struct CudaBackend {
     /// The attention output is also there quantised.
     attn_quantised: bool,
     rows_sent: Event,
+    /// The pass's logits are in host memory.
+    logits_here: bool,
     /// Start of each expert's tokens in the lists of the last routing, one more than experts.
     expert_starts: Vec<u32>,
 }
@@ -83,6 +85,7 @@ impl CudaBackend {
             row0: 0,
             attn_quantised: false,
             rows_sent: device.event(false)?,
+            logits_here: false,
             expert_starts: vec![0; dims.n_experts + 1],
             recorder: Recorder::new(),
         })
@@ -297,6 +300,7 @@ impl Backend for CudaBackend {
         }
         self.engine.device.bind()?;
         self.tokens = n_tokens;
+        self.logits_here = false;
         self.row0 = 0;
         self.engine.many = false;
         let at = self.engine.ws.first_pos.addr();
@@ -488,24 +492,31 @@ impl Backend for CudaBackend {
         self.norm(norm, Inputs { q, ..to })
     }
 
-    fn head(&mut self, w: &Weight, first_row: usize) -> Result<(), BackendError> {
-        let input = self.engine.forms(&[w.ty], self.tokens);
-        let target = Target {
-            weight: *w,
-            bias: 0,
-            out: self.engine.ws.logits.addr() + 4 * first_row as u64,
-            stride: self.dims.n_vocab,
-        };
+    fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
+        let input = self.engine.forms(&[w.weight.ty], self.tokens);
+        let out = self.engine.ws.logits.addr() + 4 * first_row as u64;
+        let target = Target { stride: self.dims.n_vocab, ..Target::new(w, out) };
         self.engine.products(&[target], self.tokens, STORE, input, Rows::default())
+    }
+
+    fn finite(&mut self) -> Result<bool, BackendError> {
+        let mut host = vec![0f32; self.tokens * self.dims.n_embd];
+        // SAFETY: X holds as many floats from its first wanted row on; the host's are read after the wait.
+        unsafe { self.engine.stream.download(self.x(), host.as_mut_ptr().cast(), host.len() * 4)? };
+        self.engine.stream.synchronize()?;
+        Ok(super::all_finite(&host))
     }
 
     fn logits(&mut self) -> Result<&[f32], BackendError> {
         let n = self.tokens.min(self.dims.max_outputs) * self.dims.n_vocab;
         let ws = &self.engine.ws;
-        let dst = ws.logits_host.as_slice().as_ptr().cast_mut().cast();
-        // SAFETY: both hold max_outputs * n_vocab floats; the host's are read after the wait.
-        unsafe { self.engine.stream.download(ws.logits.addr(), dst, n * 4)? };
-        self.engine.stream.synchronize()?;
+        if !self.logits_here {
+            let dst = ws.logits_host.as_slice().as_ptr().cast_mut().cast();
+            // SAFETY: both hold max_outputs * n_vocab floats; the host's are read after the wait.
+            unsafe { self.engine.stream.download(ws.logits.addr(), dst, n * 4)? };
+            self.engine.stream.synchronize()?;
+            self.logits_here = true;
+        }
         Ok(&self.engine.ws.logits_host.as_slice()[..n])
     }
 

@@ -116,7 +116,9 @@ impl Sizes {
             scratch: scratch.max(128 * 2 * pitch(wide) as u64),
             partial: floats(PARTIAL_ROWS * heads),
             partial_ml: floats(PARTIAL_ROWS * d.n_heads * 2),
-            cache: (d.n_layers * d.n_ctx * kv) as u64 * cache_elem_bytes(d),
+            cache: [d.n_layers, d.n_ctx, kv, cache_elem_bytes(d) as usize]
+                .into_iter()
+                .fold(1, |bytes: u64, f| bytes.saturating_mul(f as u64)),
             freqs: floats(d.rope.freqs.len().max(1)),
             first_pos: 4,
             logits: floats(d.max_outputs * d.n_vocab),
@@ -126,8 +128,13 @@ impl Sizes {
 
     /// All buffers together. Queries and the attention output, keys and values, and so on come in pairs.
     fn total(&self) -> u64 {
+        // The cache is the one that may be as large as the numbers go.
+        self.cache.saturating_mul(2).saturating_add(self.without_cache())
+    }
+
+    fn without_cache(&self) -> u64 {
         self.x
-            + 2 * (self.q + self.kv + self.ff + self.quants + self.cache)
+            + 2 * (self.q + self.kv + self.ff + self.quants)
             + self.norm_f
             + self.halves
             + self.halves_scale

@@ -305,7 +305,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
             }
             g.keep(n - outputs, outputs)?;
             g.output_norm(&norm_of(&blocks[0].norm))?;
-            g.head(&head.weight, 0)
+            g.head(&crate::backend::Linear { weight: head.weight, bias: None }, 0)
         };
         // Passes of one token: the first is recorded, and later ones repeat it.
         if *n > 1 || c.experts > 0 {
