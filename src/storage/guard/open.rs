@@ -89,7 +89,8 @@ fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Re
             name => name,
         };
         if let Some(name) = name {
-            let what = format!("process {} has {name} open as {link}", thread.pid);
+            let other = if link.ends_with(&format!("/{name}")) { String::new() } else { format!(" as {link}") };
+            let what = format!("process {} has /dev/{name} open{other}", thread.pid);
             push(out, Reason::new(Check::Open, &folder, what));
         }
         if link == "anon_inode:[io_uring]" {
@@ -122,7 +123,7 @@ fn mapped(host: &Host, nodes: &Nodes, pid: &str, threads: &[String], out: &mut V
         let ranges = list(host, &folder)?;
         for range in &ranges {
             if let Some(name) = nodes.at(host, &format!("{folder}/{range}"))? {
-                let what = format!("process {pid} has {name} mapped into its memory");
+                let what = format!("process {pid} has /dev/{name} mapped into its memory");
                 push(out, Reason::new(Check::Open, &folder, what));
             }
         }
@@ -162,7 +163,7 @@ fn registered(
         let pid = thread.pid;
         match seen.flatten().or(nodes.spelled(file)) {
             Some(name) => {
-                push(out, Reason::new(Check::Open, &path, format!("process {pid} has {name} in an io_uring")));
+                push(out, Reason::new(Check::Open, &path, format!("process {pid} has /dev/{name} in an io_uring")));
             }
             None if seen.is_none() && !is_protocol(file) => {
                 let what = format!("process {pid} has {file:?} in an io_uring, which cannot be told; end it");

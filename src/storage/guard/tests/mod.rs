@@ -1,8 +1,11 @@
 //! Each row of the refusal list on a fake machine; never on this one.
 
+mod booted;
 mod held;
+mod mutations;
 mod named;
 mod rows;
+mod twinned;
 
 use super::*;
 use crate::storage::gpt;
