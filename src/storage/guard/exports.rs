@@ -55,6 +55,7 @@ pub fn exported(host: &Host, controller: &Controller, words: &Words, out: &mut V
             }
         }
     }
+    look.file("/sys/module/g_mass_storage/parameters/file", "a USB gadget", true, out)?;
     for device in host.list(XEN)? {
         let path = format!("{XEN}/{device}/physical_device");
         // Hexadecimal, `103:b`.
@@ -112,7 +113,8 @@ impl Look<'_> {
         if let Some(name) = number.and_then(|n| self.nodes.block(n)) {
             out.push(Reason::new(Check::Exported, path, format!("{name} is exported over a LIO target")));
         }
-        for word in words.iter().filter(|w| w.starts_with('/')) {
+        // `/dev/…` and `file//dev/…` of programs that serve.
+        for word in words.iter().filter_map(|w| Some(&w[w.find('/')?..])).filter(|w| w.len() > 1) {
             match self.nodes.target(self.host, self.controller, word)? {
                 Target::Ours(device) => {
                     let what = format!("{word} ({device}) is exported over a LIO target");
@@ -150,7 +152,7 @@ impl Look<'_> {
                 };
                 out.push(Reason::new(Check::Exported, &path, what));
             }
-            for mention in words.mentions(self.host, &text, false)? {
+            for mention in words.mentions(self.host, &text, &[])? {
                 let what = format!("{} is named there as {}", mention.device, mention.word);
                 out.push(Reason::new(Check::Exported, &path, what));
             }

@@ -21,18 +21,19 @@ pub struct Unreadable {
     pub why: String,
     /// The kind of the system's error; `Other` where there was none.
     pub kind: io::ErrorKind,
+    /// Its number, if there was one.
+    pub errno: Option<i32>,
 }
 
 impl Unreadable {
     /// A fact that cannot be had, for a reason of our own.
     pub fn new(path: &str, why: impl Into<String>) -> Self {
-        Self { path: path.into(), why: why.into(), kind: io::ErrorKind::Other }
+        Self { path: path.into(), why: why.into(), kind: io::ErrorKind::Other, errno: None }
     }
 
     /// True if the file is gone, as those of a process that has ended are.
     pub fn is_gone(&self) -> bool {
-        // ESRCH has no kind of its own.
-        self.kind == io::ErrorKind::NotFound || self.why.contains("os error 3)")
+        self.kind == io::ErrorKind::NotFound || self.errno == Some(libc::ESRCH)
     }
 }
 
@@ -65,12 +66,13 @@ impl Host {
     }
 
     pub(super) fn fail(path: &str, why: &io::Error) -> Unreadable {
-        Unreadable { path: path.into(), why: why.to_string(), kind: why.kind() }
+        Unreadable { path: path.into(), why: why.to_string(), kind: why.kind(), errno: why.raw_os_error() }
     }
 
-    /// True if `path` exists (a dangling link counts).
+    /// True if `path` exists (a dangling link counts), or may exist where that cannot be told.
     pub fn exists(&self, path: &str) -> bool {
-        self.real(path).symlink_metadata().is_ok()
+        let absent = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory];
+        self.real(path).symlink_metadata().map_or_else(|e| !absent.contains(&e.kind()), |_| true)
     }
 
     /// The whole file as text, lossily, without trailing white space.

@@ -1,5 +1,7 @@
 //! The device numbers of one controller's nodes, and what a path means for it.
 
+use std::path::Path;
+
 use super::host::{Host, Unreadable};
 use super::mounts;
 use super::node::{Node, Number};
@@ -9,7 +11,13 @@ use super::sysfs::Controller;
 #[derive(Debug, Clone)]
 pub struct Nodes {
     list: Vec<(Node, String)>,
+    /// Where file systems are mounted whose servers may not answer.
+    remote: Vec<String>,
 }
+
+/// File systems that ask a server or a program, which may never answer.
+const REMOTE: [&str; 13] =
+    ["9p", "afs", "autofs", "ceph", "cifs", "fuse", "fuseblk", "gfs2", "lustre", "nfs", "nfs4", "smb3", "virtiofs"];
 
 /// Where a path leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +52,20 @@ impl Nodes {
                 list.push((Node::Char(number(&text, &path)?), name));
             }
         }
-        Ok(Self { list })
+        let mounts = host.read("/proc/self/mountinfo")?;
+        let is_remote = |kind: &str| REMOTE.contains(&kind) || kind.starts_with("fuse.");
+        let remote = mounts.lines().filter_map(mounts::parse).filter(|m| is_remote(m.kind) && m.place != "/");
+        Ok(Self { list, remote: remote.map(|m| m.place).collect() })
+    }
+
+    /// True if a path lies on a file system that may never answer; nobody should look there.
+    pub fn is_remote(&self, path: &str) -> bool {
+        self.remote.iter().any(|place| Path::new(path).starts_with(place))
+    }
+
+    /// What `path` leads to; nothing where the question might not be answered.
+    pub fn look(&self, host: &Host, path: &str) -> Result<Option<Node>, Unreadable> {
+        if self.is_remote(path) { Ok(None) } else { host.node(path) }
     }
 
     /// The device with this node, or, for a file, the device it lies on.
@@ -63,7 +84,7 @@ impl Nodes {
 
     /// The device whose node `path` is; files on it do not count.
     pub fn at(&self, host: &Host, path: &str) -> Result<Option<&str>, Unreadable> {
-        Ok(host.node(path)?.filter(|n| !matches!(n, Node::File(_))).and_then(|n| self.name(n)))
+        Ok(self.look(host, path)?.filter(|n| !matches!(n, Node::File(_))).and_then(|n| self.name(n)))
     }
 
     /// The name of a node below `/dev`, or alone, that is this controller's by its spelling.
@@ -77,6 +98,9 @@ impl Nodes {
     pub fn target(&self, host: &Host, controller: &Controller, path: &str) -> Result<Target, Unreadable> {
         let path = path.strip_suffix(" (deleted)").unwrap_or(path);
         let ours = |name: &str| Target::Ours(name.to_owned());
+        if self.is_remote(path) {
+            return Ok(Target::Other);
+        }
         let found = host.node(path)?;
         Ok(match found {
             Some(node) if self.name(node).is_some() => ours(self.name(node).unwrap_or_default()),

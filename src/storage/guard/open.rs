@@ -11,6 +11,8 @@ use super::{Check, Reason};
 
 /// Descriptors under way are looked at this often before they count as stuck.
 const UNDER_WAY_LOOKS: u32 = 10;
+/// What the link of an io_uring's descriptor says.
+const RING: &str = "anon_inode:[io_uring]";
 /// Time between two looks.
 const UNDER_WAY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -46,16 +48,16 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
     let nodes = Nodes::of(host, controller)?;
     for pid in processes(host)?.iter().filter(|p| **p != own_pid.to_string()) {
         let folders = threads(host, pid)?;
-        let mut looked: Vec<&str> = Vec::new();
+        let (mut looked, mut has_ring): (Vec<&str>, bool) = (Vec::new(), false);
         for folder in &folders {
             let tid = folder.rsplit('/').next().unwrap_or(pid);
             if host.is_real() && looked.iter().any(|other| share_files(other, tid)) {
                 continue;
             }
             looked.push(tid);
-            descriptors(host, &nodes, &Thread { pid, folder: folder.clone() }, out)?;
+            has_ring |= descriptors(host, &nodes, &Thread { pid, folder: folder.clone() }, out)?;
         }
-        mapped(host, &nodes, pid, &folders, out)?;
+        mapped(host, &nodes, pid, &folders, has_ring, out)?;
     }
     Ok(())
 }
@@ -68,7 +70,8 @@ fn list(host: &Host, path: &str) -> Result<Vec<String>, Unreadable> {
     }
 }
 
-fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+/// What the descriptors of one thread hold; true if one is an io_uring.
+fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Reason>) -> Result<bool, Unreadable> {
     let folder = format!("{}/fd", thread.folder);
     let fds = list(host, &folder)?;
     // The last parts of the names of what is open, for rings that tell no more.
@@ -82,10 +85,10 @@ fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Re
             Err(_) if host.is_real() => continue,
             Err(_) => "a deleted file".into(),
         };
-        let by_number = nodes.at(host, &path)?;
+        let by_number = held(host, nodes, &path, &link)?;
         // A name is asked only where there is no number to ask.
         let name = match by_number {
-            None if link.starts_with("/dev/") && host.node(&path)?.is_none() => nodes.spelled(&link),
+            None if link.starts_with("/dev/") && nodes.look(host, &path)?.is_none() => nodes.spelled(&link),
             name => name,
         };
         if let Some(name) = name {
@@ -93,7 +96,7 @@ fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Re
             let what = format!("process {} has /dev/{name} open{other}", thread.pid);
             push(out, Reason::new(Check::Open, &folder, what));
         }
-        if link == "anon_inode:[io_uring]" {
+        if link == RING {
             rings.push(fd);
         } else if link.starts_with("socket:") {
             under_way(host, thread, &fd, out)?;
@@ -101,10 +104,25 @@ fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Re
             names.push(last.to_owned());
         }
     }
-    for fd in rings {
-        registered(host, nodes, thread, &fd, &names, out)?;
+    for fd in &rings {
+        registered(host, nodes, thread, fd, &names, out)?;
     }
-    Ok(())
+    Ok(!rings.is_empty())
+}
+
+/// The drive's device that a descriptor or a mapping named `link` leads to.
+fn held<'a>(host: &Host, nodes: &'a Nodes, path: &str, link: &str) -> Result<Option<&'a str>, Unreadable> {
+    // A server that is gone must not keep us; a device's node lies on no such file system.
+    if nodes.is_remote(link) {
+        return Ok(None);
+    }
+    match nodes.at(host, path) {
+        Err(e) if e.is_gone() => Ok(None),
+        // The folder with the link could be listed, so it is the file's own system that refuses: FUSE
+        // of another user does so even to root, and holds no devices.
+        Err(e) if e.errno == Some(libc::EACCES) && nix::unistd::geteuid().is_root() => Ok(None),
+        name => name,
+    }
 }
 
 /// Adds a reason that is not there yet: threads repeat each other.
@@ -116,13 +134,24 @@ fn push(out: &mut Vec<Reason>, reason: Reason) {
 
 /// Mappings keep a node open when its descriptor is closed. The threads of a process share them, but
 /// one that has ended shows none.
-fn mapped(host: &Host, nodes: &Nodes, pid: &str, threads: &[String], out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+fn mapped(
+    host: &Host,
+    nodes: &Nodes,
+    pid: &str,
+    threads: &[String],
+    has_ring: bool,
+    out: &mut Vec<Reason>,
+) -> Result<(), Unreadable> {
+    let mut is_ring = false;
     let tids = threads.iter().filter_map(|folder| folder.rsplit('/').next()).filter(|tid| *tid != pid);
     for tid in std::iter::once(pid).chain(tids) {
         let folder = format!("/proc/{tid}/map_files");
         let ranges = list(host, &folder)?;
         for range in &ranges {
-            if let Some(name) = nodes.at(host, &format!("{folder}/{range}"))? {
+            let path = format!("{folder}/{range}");
+            let link = host.link(&path).map(|l| l.to_string_lossy().into_owned()).unwrap_or_default();
+            is_ring |= link == RING;
+            if let Some(name) = held(host, nodes, &path, &link)? {
                 let what = format!("process {pid} has /dev/{name} mapped into its memory");
                 push(out, Reason::new(Check::Open, &folder, what));
             }
@@ -130,6 +159,10 @@ fn mapped(host: &Host, nodes: &Nodes, pid: &str, threads: &[String], out: &mut V
         if !ranges.is_empty() {
             break;
         }
+    }
+    if is_ring && !has_ring {
+        let what = format!("process {pid} has an io_uring without a descriptor, whose files cannot be told; end it");
+        push(out, Reason::new(Check::Unreadable, &format!("/proc/{pid}/map_files"), what));
     }
     Ok(())
 }
@@ -152,9 +185,11 @@ fn registered(
     };
     let lines = text.lines().skip_while(|l| !l.starts_with("UserFiles:")).skip(1);
     for file in lines.take_while(|l| l.starts_with(' ')).filter_map(|l| l.split_once(": ")).map(|(_, f)| f.trim()) {
-        let seen = if file.starts_with('/') {
+        let seen = if nodes.is_remote(file) {
+            Some(None)
+        } else if file.starts_with('/') {
             let inside = format!("/proc/{}/root{file}", thread.pid);
-            let node = host.node(&inside).ok().flatten().or(host.node(file)?);
+            let node = host.node(&inside).ok().flatten().or(nodes.look(host, file)?);
             node.map(|n| nodes.name(n).filter(|_| !matches!(n, Node::File(_))))
         } else {
             // Sockets, pipes and the like have no name or one in brackets.

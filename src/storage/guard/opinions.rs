@@ -38,7 +38,7 @@ const KEYS: [(&str, Sort); 12] = [
     ("PTUUID", Sort::PartUuid),
 ];
 /// Kinds of `blkid` and our words for them.
-const KINDS: [(&str, &str); 10] = [
+const KINDS: [(&str, &str); 14] = [
     ("crypto_LUKS", "luks"),
     ("LVM2_member", "lvm"),
     ("linux_raid_member", "md"),
@@ -49,6 +49,10 @@ const KINDS: [(&str, &str); 10] = [
     ("ext2", "ext4"),
     ("ext3", "ext4"),
     ("jbd", "ext4"),
+    ("swsuspend", "swap"),
+    ("isw_raid_member", "firmware raid"),
+    ("ddf_raid_member", "firmware raid"),
+    ("ceph_bluestore", "ceph"),
 ];
 /// Types of partitions as udev notes them.
 const BOOT_TYPES: [(&str, &str); 6] = [

@@ -8,8 +8,10 @@ use super::{Check, Reason};
 /// How a file is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Style {
-    /// Lines; `#` and `;` begin comments.
+    /// Lines; `#` begins comments.
     Lines,
+    /// A unit of systemd; `#` and `;` begin comments.
+    Unit,
     /// XML, JSON or anything else without comments of a line.
     Whole,
     /// A long file of which only the lines with a path below `/dev` matter.
@@ -18,7 +20,7 @@ enum Style {
     Binary,
 }
 
-use Style::{Binary, Lines, Nodes, Whole};
+use Style::{Binary, Lines, Nodes, Unit, Whole};
 
 /// What is read: the files that a pattern means (`*` is any part of one name; a folder of a pattern may
 /// have one too), how they are written, and what a mention there is.
@@ -113,14 +115,17 @@ const UNITS: [&str; 13] = [
 /// are read all the same.
 pub fn named(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     for (pattern, style, check) in TABLES {
-        for path in matches(host, pattern)? {
-            super::note(out, |out| table(host, words, &path, *style, *check, out));
-        }
+        super::note(out, |out| {
+            for path in matches(host, pattern)? {
+                super::note(out, |out| table(host, words, &path, *style, *check, out));
+            }
+            Ok(())
+        });
     }
     for path in units(host)? {
         super::note(out, |out| {
             specifiers(host, &path, out)?;
-            table(host, words, &path, Lines, Check::Configured, out)
+            table(host, words, &path, Unit, Check::Configured, out)
         });
     }
     super::note(out, |out| volume_groups(host, words, out));
@@ -161,12 +166,17 @@ fn table(
 fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Mention>, Unreadable> {
     if style == Nodes {
         let lines: Vec<&str> = text.lines().filter(|l| l.contains("/dev/")).collect();
-        return words.mentions(host, &lines.join("\n"), false);
+        return words.mentions(host, &lines.join("\n"), &[]);
     }
-    let mut found = words.mentions(host, text, style == Lines)?;
+    let comments: &[char] = match style {
+        Lines => &['#'],
+        Unit => &['#', ';'],
+        _ => &[],
+    };
+    let mut found = words.mentions(host, text, comments)?;
     if text.contains("\\\n") {
         for with in ["", " "] {
-            found.extend(words.mentions(host, &text.replace("\\\n", with), style == Lines)?);
+            found.extend(words.mentions(host, &text.replace("\\\n", with), comments)?);
         }
     }
     Ok(found)
@@ -188,7 +198,13 @@ fn matches(host: &Host, pattern: &str) -> Result<Vec<String>, Unreadable> {
                 names => names?,
             };
             let fits = |n: &&String| n.len() >= start.len() + end.len() && n.starts_with(start) && n.ends_with(end);
-            next.extend(names.iter().filter(fits).map(|n| format!("{folder}/{n}")));
+            for name in names.iter().filter(fits) {
+                if name.contains(char::REPLACEMENT_CHARACTER) {
+                    let why = format!("a name there is no UTF-8: {name:?}");
+                    return Err(Unreadable::new(folder, why));
+                }
+                next.push(format!("{folder}/{name}"));
+            }
         }
         found = next;
     }
@@ -239,7 +255,7 @@ fn volume_groups(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<()
     for path in matches(host, "/etc/lvm/backup/*")? {
         let text = host.read(&path)?;
         let ids: Vec<&str> = text.lines().filter(|l| l.trim_start().starts_with("id = ")).collect();
-        for mention in words.mentions(host, &ids.join("\n"), false)? {
+        for mention in words.mentions(host, &ids.join("\n"), &[])? {
             let what = format!("{} is a volume of that group, {}", mention.device, mention.word);
             out.push(Reason::new(Check::Configured, &path, what));
         }
@@ -253,8 +269,8 @@ fn ceph(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreada
         for link in ["block", "block.db", "block.wal", "journal"] {
             let path = format!("/var/lib/ceph/osd/{store}/{link}");
             let Ok(target) = host.link(&path) else { continue };
-            let mut found = words.mentions(host, &path, false)?;
-            found.extend(words.mentions(host, &target.to_string_lossy(), false)?);
+            let mut found = words.mentions(host, &path, &[])?;
+            found.extend(words.mentions(host, &target.to_string_lossy(), &[])?);
             if let Some(mention) = found.first() {
                 let what = format!("{} is a store of Ceph", mention.device);
                 out.push(Reason::new(Check::Configured, &path, what));

@@ -93,11 +93,11 @@ impl Words {
         })
     }
 
-    /// Every mention of the drive in `text`, one a device and word. Lines that begin with `#` or `;` are
-    /// comments where `comments` says so.
-    pub fn mentions(&self, host: &Host, text: &str, comments: bool) -> Result<Vec<Mention>, Unreadable> {
+    /// Every mention of the drive in `text`, one a device and word. Lines that begin with one of `comments`
+    /// are comments.
+    pub fn mentions(&self, host: &Host, text: &str, comments: &[char]) -> Result<Vec<Mention>, Unreadable> {
         let mut found: Vec<Mention> = Vec::new();
-        let is_comment = |l: &str| comments && l.trim_start().starts_with(['#', ';']);
+        let is_comment = |l: &str| l.trim_start().starts_with(comments);
         for line in text.lines().filter(|l| !is_comment(l)) {
             for mention in self.line(host, line)? {
                 if !found.contains(&mention) {
@@ -111,7 +111,7 @@ impl Words {
     /// Mentions in the bytes of a file that is no text: strings, and numbers of pools.
     pub fn in_bytes(&self, host: &Host, bytes: &[u8]) -> Result<Vec<Mention>, Unreadable> {
         let text: String = bytes.iter().map(|b| if b.is_ascii_graphic() { char::from(*b) } else { '\n' }).collect();
-        let mut found = self.mentions(host, &text, false)?;
+        let mut found = self.mentions(host, &text, &[])?;
         let strings: Vec<&str> = text.split('\n').filter(|s| s.len() > 4).collect();
         for known in &self.known {
             let number = (known.said.sort == Sort::PoolNumber).then(|| known.said.text.parse::<u64>().ok()).flatten();
@@ -298,7 +298,14 @@ fn alone(line: &str, word: &str) -> bool {
 
 /// A name as udev writes it into links: anything unusual is an underscore.
 fn underscored(name: &str) -> String {
-    hexadecimal(name).chars().map(|c| if c.is_alphanumeric() || c == '.' { c } else { '_' }).collect()
+    let mut out = String::new();
+    for c in hexadecimal(name).chars().map(|c| if c.is_alphanumeric() || c == '.' { c } else { '_' }) {
+        // Runs of blanks become one.
+        if c != '_' || !out.ends_with('_') {
+            out.push(c);
+        }
+    }
+    out
 }
 
 /// True if `id` is a part of `name` between separators.
@@ -346,7 +353,8 @@ fn decoded(text: &str) -> Vec<String> {
 /// The parts of a line that may be a name: words with their quotes heeded, what follows each `=`, and
 /// the members of lists.
 fn parts(line: &str) -> Vec<String> {
-    let mut words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+    // Blanks of Unicode do not end a word in any table.
+    let mut words: Vec<String> = line.split_ascii_whitespace().map(str::to_owned).collect();
     words.extend(quoted(line));
     words.push(line.trim().to_owned());
     let mut out = Vec::new();
@@ -359,6 +367,8 @@ fn parts(line: &str) -> Vec<String> {
         for text in all {
             let mut rest = text.as_str();
             out.push(rest.to_owned());
+            // `file//dev/…`, `host_device:/dev/…`.
+            out.extend(rest.find("/dev/").map(|at| rest[at..].to_owned()));
             while let Some((_, value)) = rest.split_once('=') {
                 out.push(value.to_owned());
                 out.extend(value.split([':', ',']).map(str::to_owned));
@@ -387,7 +397,7 @@ fn quoted(line: &str) -> Vec<String> {
         match (quote, c) {
             (None, '"' | '\'') => quote = Some(c),
             (Some(q), c) if q == c => quote = None,
-            (None, c) if c.is_whitespace() => out.push(std::mem::take(&mut word)),
+            (None, c) if c.is_ascii_whitespace() => out.push(std::mem::take(&mut word)),
             (_, c) => word.push(c),
         }
     }

@@ -61,6 +61,9 @@ const HELD: &[Row] = &[
         f.link("/proc/77/fd/9", "anon_inode:[io_uring]");
         f.put("/proc/77/fdinfo/9", "SqMask:\t0x7\nUserFiles:\t1\n    0: other\nUserBufs:\t0\n");
     }),
+    ("io_uring that is only mapped", Check::Unreadable, |f| {
+        f.link("/proc/77/map_files/1000-2000", "anon_inode:[io_uring]");
+    }),
     ("descriptor under way in a socket", Check::Unreadable, |f| {
         f.link("/proc/77/fd/4", "socket:[4711]");
         f.put("/proc/77/fdinfo/4", "pos:\t0\nflags:\t02\nscm_fds: 1\n");
@@ -96,6 +99,12 @@ const HELD: &[Row] = &[
     ("USB gadget", Check::Exported, |f| {
         f.put("/tmp/other", "b 259:10");
         f.put("/sys/kernel/config/usb_gadget/g1/functions/mass_storage.0/lun.0/file", "/tmp/other\n");
+    }),
+    ("USB gadget of a module", Check::Exported, |f| {
+        f.put("/sys/module/g_mass_storage/parameters/file", "/dev/nvme1n1\n");
+    }),
+    ("LIO through a program", Check::Exported, |f| {
+        f.put("/sys/kernel/config/target/core/user_0/disk/info", "Config: file//dev/nvme1n1 Size: 9\n");
     }),
     ("guest of Xen", Check::Exported, |f| {
         f.put("/sys/bus/xen-backend/devices/vbd-1-51712/physical_device", "103:b\n");

@@ -16,6 +16,12 @@ fn ext4(f: &Fake) {
     f.stamp(P1, 0x478, b"my disk");
 }
 
+/// A label with a blank that is not of ASCII.
+fn spaced(f: &Fake) {
+    ext4(f);
+    f.stamp(P1, 0x478, "my\u{a0}disk\0".as_bytes());
+}
+
 fn xfs(f: &Fake) {
     f.stamp(P1, 0, b"XFSB");
     f.stamp(P1, 32, &ID);
@@ -157,6 +163,9 @@ const NAMED: &[(Holds, &str, &str, Check)] = &[
     (nothing, "/etc/fstab", "/dev/disk/by-path/pci-0000:02:00.0-nvme-1-part1 /data ext4\n", Check::Configured),
     (nothing, "/etc/fstab", "/dev/disk/by-id/nvme-eui.0025385b91d0e2f1 /data ext4\n", Check::Configured),
     (nothing, "/etc/fstab.d/more", "/dev/nvme1n1p1 /data ext4\n", Check::Configured),
+    (spaced, "/etc/fstab", "LABEL=my\u{a0}disk /data ext4\n", Check::Configured),
+    (nothing, "/boot/grub/grub.cfg", "; linux /vmlinuz root=/dev/nvme1n1p1\n", Check::Boot),
+    (nothing, "/etc/fstab", "/dev/disk/by-id/nvme-Model_X_EXP_1-part1 /data ext4\n", Check::Configured),
     // File systems.
     (xfs, "/etc/fstab", "LABEL=scratch /data xfs\n", Check::Configured),
     (btrfs, "/etc/fstab", "LABEL=pool\\040one /data btrfs\n", Check::Configured),
