@@ -25,6 +25,9 @@ pub struct StageArgs {
     /// The drive's serial number, as proof that this drive is meant
     #[arg(long, value_name = "S")]
     serial: String,
+    /// The drive's PCI address as well, where another drive may have the same serial number
+    #[arg(long, value_name = "ADDRESS")]
+    pci: Option<String>,
     /// The list of drives that may be used, a TOML file
     #[arg(long, default_value = allowlist::DEFAULT_PATH)]
     allow: PathBuf,
@@ -35,7 +38,8 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
     let files: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
     let host = Host::default();
-    let claim = bind::claim_to_write(&host, &args.tier_c, &args.serial, &Allowlist::load(&args.allow));
+    let claim =
+        bind::claim_to_write(&host, &args.tier_c, &args.serial, args.pci.as_deref(), &Allowlist::load(&args.allow));
     let claim = claim?;
     let bar = if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0)

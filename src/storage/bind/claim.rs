@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::super::guard::{Allowlist, Check, Controller, Host, Reason, examine, sysfs};
+use super::super::guard::{Allowlist, Check, Controller, Host, Reason, address_decides, examine, sysfs};
 use super::super::image::Drive;
 use super::DeviceError;
 use super::lock::{self, Lock};
@@ -65,7 +65,8 @@ impl Writable {
 }
 
 /// Claims a drive of one namespace for writing, if its serial is `serial` and nothing speaks against
-/// it, checked before and under the claim.
+/// it, checked before and under the claim. Where another drive may have that serial, `pci` must be the
+/// drive's address.
 ///
 /// # Errors
 /// [`DeviceError::Refused`] with every reason, or the step that failed.
@@ -73,6 +74,7 @@ pub fn claim_to_write(
     host: &Host,
     name: &str,
     serial: &str,
+    pci: Option<&str>,
     allowed: &Result<Allowlist, String>,
 ) -> Result<Writable, DeviceError> {
     let check = |under: Option<&str>| -> Result<Controller, DeviceError> {
@@ -82,6 +84,7 @@ pub fn claim_to_write(
             return Ok(drive.clone());
         }
         let mut reasons = examine(host, &all, drive, allowed);
+        address_decides(host, &all, drive, allowed, pci, &mut reasons);
         let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
         if drive.serial != serial {
             add(Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
@@ -94,16 +97,16 @@ pub fn claim_to_write(
         }
         if reasons.is_empty() { Ok(drive.clone()) } else { Err(DeviceError::Refused { name: name.into(), reasons }) }
     };
-    let pci = check(None)?.bdf;
-    let lock = lock::lock(host, &pci)?;
-    let drive = check(Some(&pci))?;
+    let found = check(None)?.bdf;
+    let lock = lock::lock(host, &found)?;
+    let drive = check(Some(&found))?;
     let path = format!("/dev/{}", drive.namespaces[0].whole.name);
     let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(host.real(&path));
     let file = open.map_err(|e| {
         let what = format!("it cannot be claimed for writing: {e}");
         DeviceError::refused(name, Check::Open, &path, what)
     })?;
-    if check(Some(&pci))? != drive {
+    if check(Some(&found))? != drive {
         return Err(DeviceError::step(format!("claiming {path}"), "it changed while it was being checked"));
     }
     Ok(Writable { file, controller: drive, _lock: lock })

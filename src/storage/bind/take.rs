@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::time::Duration;
 
-use super::super::guard::{Check, Controller, Host, Reason, sysfs};
+use super::super::guard::claim::Claim;
+use super::super::guard::{self, Check, Controller, Host, Reason, sysfs};
 use super::find::{controllers, recorded};
 use super::record::{self, Bound, State, device, driver};
 use super::{DeviceError, GROUP, Machine, Say, claim, give, lock};
@@ -29,20 +30,28 @@ pub(super) fn bind(
     say(&format!("checked: {} is {} {} with no reason against it", name, drive.model, drive.serial));
     modules(m, dry_run, say)?;
     let nodes = drive.namespaces.iter().map(|n| format!("/dev/{}", n.whole.name)).collect::<Vec<_>>().join(", ");
-    let claims = claim::claim(m.host, &drive)?;
-    check(m, name, judge, &drive)?;
     if dry_run {
-        drop(claims);
-        say(&format!("claimed, checked again and let go: {nodes}"));
+        say(&moment(m, name, &drive)?);
         foretell(m, &drive, say);
         return Ok(());
     }
+    let claims = claim::claim(m.host, &drive)?;
+    check(m, name, judge, &drive)?;
     say(&format!("claimed and checked again: {nodes}"));
     let result = take(m, &drive, claims, say);
     if let Err(e) = result {
         return Err(undo(m, &drive.bdf, e, say));
     }
     Ok(())
+}
+
+/// Claims the drive and lets go at once, since the check takes longer than a dry run may keep a drive.
+fn moment(m: &Machine<'_>, name: &str, drive: &Controller) -> Result<String, DeviceError> {
+    match guard::claim::moment(m.host, drive) {
+        Claim::Made(time) => Ok(format!("claimed and let go after {} µs: nobody else claims it", time.as_micros())),
+        Claim::Refused(reasons) => Err(DeviceError::Refused { name: name.into(), reasons }),
+        Claim::NotAllowed | Claim::NotTried => Ok("not claimed: run as root".into()),
+    }
 }
 
 /// The drive as it is now, if it is whole and all the kernel's.

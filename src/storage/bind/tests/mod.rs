@@ -96,7 +96,7 @@ fn a_dry_run_changes_nothing() {
     let mut said = Vec::new();
     take::bind(&fake.machine(), "nvme1n1", &|_, _, _| Vec::new(), true, &mut |l| said.push(l.to_owned())).unwrap();
     assert!(said.iter().any(|l| l.contains("would write vfio-pci to")), "{said:?}");
-    assert!(said.iter().any(|l| l == "claimed, checked again and let go: /dev/nvme1n1"), "{said:?}");
+    assert!(said.iter().any(|l| l.starts_with("claimed and let go after ")), "{said:?}");
     assert_eq!(fake.changes.get(), 0);
     assert!(!fake.real("/run/nt").exists());
     fake.bind("nvme1n1", None);

@@ -47,7 +47,8 @@ fn entries_at(f: &Fake, block: u64, kind: [u8; 16]) {
     f.stamp(DISK, 512 + 72, &block.to_le_bytes());
 }
 
-type Row = (&'static str, Check, fn(&Fake));
+type Spoil = fn(&Fake);
+type Row = (&'static str, Check, Spoil);
 
 const ROWS: &[Row] = &[
     ("entries past 1 MiB, where the header says", BOOT, |f| entries_at(f, 3000, ESP)),
@@ -138,7 +139,7 @@ fn boot_partitions_refuse_wherever_their_table_lies() {
 /// Tables of data alone pass where the entry accepts them.
 #[test]
 fn tables_of_data_pass() {
-    let pass: [(&str, fn(&Fake)); 6] = [
+    let pass: [(&str, Spoil); 6] = [
         ("MBR of data", |f| only_mbr(f, 0, 0x83)),
         ("active without boot code", |f| only_mbr(f, 0x80, 0x83)),
         // parted writes code that says there is nothing to boot.

@@ -19,8 +19,10 @@ fn record(f: &Fake, serial: &str, more: &str) {
     f.put(&format!("/run/nt/{OTHER}.toml"), &text);
 }
 
+type Spoil = fn(&Fake);
+
 /// What there is of another drive, and whether it may be a twin of ours.
-const TWINS: &[(&str, bool, fn(&Fake))] = &[
+const TWINS: &[(&str, bool, Spoil)] = &[
     ("the kernel rejected it", true, |f| function(f, None)),
     ("the kernel's driver shows no controller of it", true, |f| function(f, Some("nvme"))),
     ("bound, and its record has the serial", true, |f| {
