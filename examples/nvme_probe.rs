@@ -42,6 +42,94 @@ enum Command {
     Silence { device: String },
     /// Read until killed
     Forever { device: String },
+    /// Hold a node in a way that is hard to see, until killed
+    Hold {
+        #[arg(value_enum)]
+        way: Way,
+        node: String,
+    },
+}
+
+/// Ways to hold a node without a descriptor in the first thread's table.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Way {
+    /// By a mapping alone
+    Mapped,
+    /// By a message in a socket alone
+    Socket,
+    /// By a thread with a table of its own
+    Thread,
+    /// By a thread whose process's first thread has ended
+    Ended,
+    /// By an io_uring alone
+    Ring,
+}
+
+fn hold(way: Way, node: &str) -> Result<(), Box<dyn std::error::Error>> {
+    use std::os::fd::AsRawFd;
+    let wait = || -> ! {
+        println!("held");
+        loop {
+            std::thread::sleep(Duration::from_secs(1000));
+        }
+    };
+    let file = std::fs::File::open(node)?;
+    match way {
+        Way::Mapped => {
+            // SAFETY: the mapping is never read.
+            let _map = unsafe { memmap2::MmapOptions::new().len(4096).map(&file)? };
+            drop(file);
+            wait()
+        }
+        Way::Socket => {
+            let (from, _to) = std::os::unix::net::UnixStream::pair()?;
+            send(&from, file.as_raw_fd())?;
+            drop(file);
+            wait()
+        }
+        Way::Thread | Way::Ended => {
+            let path = node.to_owned();
+            std::thread::spawn(move || {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).expect("a table of its own");
+                let _file = std::fs::File::open(path).expect("the node");
+                wait()
+            });
+            drop(file);
+            std::thread::sleep(Duration::from_millis(300));
+            if matches!(way, Way::Ended) {
+                // SAFETY: only this thread ends; it holds nothing that the other one uses.
+                unsafe { libc::syscall(libc::SYS_exit, 0) };
+            }
+            wait()
+        }
+        Way::Ring => {
+            let ring = io_uring::IoUring::new(4)?;
+            ring.submitter().register_files(&[file.as_raw_fd()])?;
+            drop(file);
+            wait()
+        }
+    }
+}
+
+/// Sends a descriptor in a message of one byte.
+fn send(socket: &std::os::unix::net::UnixStream, fd: i32) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let byte = [1u8];
+    let mut part = libc::iovec { iov_base: byte.as_ptr().cast_mut().cast(), iov_len: 1 };
+    let mut control = [0u64; 4];
+    // SAFETY: all zeros are a valid message; its parts outlive the call, and `control` is aligned and long
+    // enough for one descriptor.
+    let sent = unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+        (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), libc::CMSG_SPACE(4) as usize);
+        let head = libc::CMSG_FIRSTHDR(&raw const message);
+        ((*head).cmsg_level, (*head).cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
+        (*head).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(head).cast::<i32>().write_unaligned(fd);
+        libc::sendmsg(socket.as_raw_fd(), &raw const message, 0)
+    };
+    if sent == 1 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 const ARENA: usize = 64 << 20;
@@ -233,6 +321,7 @@ fn main() -> ExitCode {
             out.into_iter().try_for_each(|completion| completion.result.map(|_| ())).map_err(Into::into)
         }),
         Command::Silence { device } => silence(&device),
+        Command::Hold { way, node } => hold(way, &node),
         Command::Forever { device } => open(&device).and_then(|mut drive| {
             loop {
                 drive.bench(128 << 10, 32, 1.0)?;

@@ -93,6 +93,18 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/xen/*.cfg", Lines, Check::Configured),
     ("/etc/systemd/nspawn/*.nspawn", Lines, Check::Configured),
     ("/etc/ceph/osd/*.json", Whole, Check::Configured),
+    ("/var/lib/pacemaker/cib/cib.xml", Whole, Check::Configured),
+    ("/etc/sysconfig/sbd", Lines, Check::Configured),
+    ("/etc/default/sbd", Lines, Check::Configured),
+    ("/etc/docker/daemon.json", Whole, Check::Configured),
+    ("/etc/containers/storage.conf", Lines, Check::Configured),
+    ("/etc/systemd/zram-generator.conf", Lines, Check::Configured),
+    ("/etc/systemd/zram-generator.conf.d/*", Lines, Check::Configured),
+    // What formats a disk when the machine starts, and what writes to one when it crashes.
+    ("/etc/cloud/cloud.cfg", Lines, Check::Configured),
+    ("/etc/cloud/cloud.cfg.d/*", Lines, Check::Configured),
+    ("/etc/kdump.conf", Lines, Check::Configured),
+    ("/sys/module/pstore_blk/parameters/blkdev", Whole, Check::Configured),
 ];
 /// Where systemd looks for units, as `systemd-analyze unit-paths` lists it.
 const UNITS: [&str; 13] = [

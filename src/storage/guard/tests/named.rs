@@ -285,6 +285,29 @@ const NAMED: &[(Holds, &str, &str, Check)] = &[
     (nothing, "/proc/cmdline", "root=103:0b\n", Check::Boot),
     (nothing, "/proc/cmdline", "resume=1030b\n", Check::Boot),
     (nothing, "/proc/cmdline", "md=0,/dev/nvme1n1p1\n", Check::Boot),
+    // What formats a disk at the next start, or writes to one in a crash.
+    (
+        nothing,
+        "/etc/cloud/cloud.cfg.d/50-disks.cfg",
+        "fs_setup:\n - {device: /dev/nvme1n1, filesystem: ext4}\n",
+        Check::Configured,
+    ),
+    (ext4, "/etc/kdump.conf", "ext4 LABEL=my\\x20disk\n", Check::Configured),
+    (nothing, "/etc/kdump.conf", "raw /dev/nvme1n1p1\n", Check::Configured),
+    (nothing, "/sys/module/pstore_blk/parameters/blkdev", "259:11\n", Check::Configured),
+    (nothing, "/etc/systemd/zram-generator.conf", "[zram0]\nwriteback-device = /dev/nvme1n1p1\n", Check::Configured),
+    (
+        nothing,
+        "/var/lib/pacemaker/cib/cib.xml",
+        "<nvpair name=\"device\" value=\"/dev/nvme1n1p1\"/>\n",
+        Check::Configured,
+    ),
+    (
+        nothing,
+        "/etc/docker/daemon.json",
+        "{\"storage-opts\": [\"dm.directlvm_device=/dev/nvme1n1\"]}",
+        Check::Configured,
+    ),
     // Mounts on demand.
     (nothing, "/etc/auto.misc", "data -fstype=ext4 :/dev/nvme1n1p1\n", Check::Configured),
     (

@@ -1,0 +1,97 @@
+# about: holders under other names, boot partitions in other places, twins, tables, the claim of check
+# drive: held blank:64 serial=HELD0001
+# drive: esp blank:64 serial=ESP00001
+# drive: twin blank:32 serial=HELD0001 absent
+# unchanged: held
+# guest: own
+# programs: unshare:util-linux
+# modules: nvmet loop
+held=$(drive HELD0001)n1 esp=$(drive ESP00001)n1
+allow
+accept ESP00001 mbr "unknown data"
+number() { tr : ' ' </sys/class/block/$1/dev; }
+
+# A clean drive passes, is claimed for a moment and is free again at once.
+works "check of a clean drive" $nt check $held
+grep -q "claimed and let go after [0-9]* µs" /tmp/out && pass "check says that it claimed" || fail "check says that it claimed"
+time=$(sed -n 's/.*let go after \([0-9]*\) µs.*/\1/p' /tmp/out)
+[ "${time:-99999}" -lt 10000 ] && pass "the claim was short ($time µs)" || fail "the claim was short ($time µs)"
+works "dry run of a clean drive" $nt bind $held --dry-run
+asuser "$nt check $held" >/tmp/out 2>&1
+grep -q "not claimed: run as root" /tmp/out && pass "a plain user's check" || fail "a plain user's check"
+
+# Nodes of other names, and none any more.
+mknod /tmp/other b $(number $held)
+sleep 1000 </tmp/other & holder=$!
+refused "open through another node" "open as /tmp/other" $nt bind $held
+rm /tmp/other
+refused "open through a node that was deleted" "open as /tmp/other (deleted)" $nt bind $held
+kill $holder; wait $holder 2>/dev/null
+mkdir -p /tmp/jail/dev; mknod /tmp/jail/dev/ng c $(tr : ' ' </sys/class/nvme-generic/ng${held#nvme}/dev)
+sleep 1000 </tmp/jail/dev/ng & holder=$!
+refused "open for commands through another node" "open as /tmp/jail/dev/ng" $nt bind $held
+kill $holder; wait $holder 2>/dev/null
+for way in mapped socket thread ended ring; do
+  mknod /tmp/other b $(number $held)
+  nvme_probe hold $way /tmp/other >/tmp/held 2>&1 & holder=$!
+  for i in 1 2 3 4 5 6 7 8 9 10; do grep -q held /tmp/held && break; sleep 1; done
+  rm -f /tmp/other
+  case $way in
+    mapped) refused "held by a mapping alone" "mapped into its memory" $nt bind $held ;;
+    socket) refused "held by a socket alone" "under way in a socket" $nt bind $held ;;
+    thread) refused "held by a thread with a table of its own" "open as /tmp/other" $nt bind $held ;;
+    ended) refused "held by a thread whose first one ended" "open as /tmp/other" $nt bind $held ;;
+    ring) refused "held by an io_uring alone" "in an io_uring" $nt bind $held ;;
+  esac
+  kill -9 $holder; wait $holder 2>/dev/null
+done
+mknod /tmp/other b $(number $held)
+losetup /dev/loop5 /tmp/other && rm /tmp/other
+refused "loop over a node that was deleted" "loop5 is set up over" $nt bind $held
+losetup -d /dev/loop5
+works "nobody holds it any more" $nt check $held
+
+# What cannot be seen.
+if command -v unshare >/dev/null; then
+  refused "another PID namespace" "pid namespace of its own" unshare -p -f --mount-proc $nt bind $held
+  refused "another PID namespace with the machine's proc" "pid namespace of its own" unshare -p -f $nt bind $held
+fi
+if modprobe nvmet 2>/dev/null; then
+  refused "nvmet without configfs" "nvmet is loaded" $nt bind $held
+  if mount -t configfs none /sys/kernel/config; then
+    base=/sys/kernel/config/nvmet/subsystems/s
+    mkdir $base $base/namespaces/1; mknod /tmp/other b $(number $held)
+    echo -n /tmp/other >$base/namespaces/1/device_path; echo 1 >$base/namespaces/1/enable
+    refused "nvmet export of another node" "exported over NVMe-oF" $nt bind $held
+    rm /tmp/other
+    refused "nvmet export of a node that was deleted" "leads nowhere now" $nt bind $held
+    echo 0 >$base/namespaces/1/enable; rmdir $base/namespaces/1 $base; umount /sys/kernel/config
+  fi
+  rmmod nvmet
+fi
+refused "a chroot" "in a chroot or a container" unshare -m sh -c "mount --bind / /mnt && mount --rbind /proc /mnt/proc &&
+  mount --rbind /sys /mnt/sys && mount --rbind /dev /mnt/dev && mount --rbind /etc/nt /mnt/etc/nt && mount -t tmpfs none /mnt/run && chroot /mnt $nt bind $held"
+
+# A partition to boot from in an MBR, which the entry accepts.
+printf '\000\000\000\000\357\000\000\000\000\010\000\000\000\020\000\000' | dd of=/dev/$esp bs=1 seek=446 conv=notrunc 2>/dev/null
+printf '\125\252' | dd of=/dev/$esp bs=1 seek=510 conv=notrunc,fsync 2>/dev/null
+refused "MBR type EF" "MBR type EF" $nt bind $esp
+
+# A second drive of one serial, which the kernel rejects; then one that comes while the first is bound.
+functions() { cat /sys/bus/pci/devices/*/class | grep -c 0x010802; }
+plugged() { before=$(functions); echo "HOST $1 twin"; for i in $(seq 60); do [ $(functions) = $before ] || break; sleep 1; done; sleep 3; }
+plugged plug
+refused "a twin that the kernel rejected" "twin:" $nt bind $held
+refused "a twin is a reason for others too while its serial is unknown" "twin:" $nt check $esp
+plugged unplug
+works "the twin is gone" $nt check $held
+works "bind" $nt bind $held
+plugged plug
+for c in /sys/class/nvme/nvme*; do case $(cat $c/serial) in HELD0001*) twin=$(basename $c)n1 ;; esac; done
+if [ -b /dev/$twin ]; then
+  refused "the twin of a bound drive" "which nt has taken" $nt check $twin
+else
+  fail "the twin did not appear"
+fi
+plugged unplug
+works "release" $nt release ${held%n1}
