@@ -17,6 +17,8 @@ const LISTS: [(&str, &str); 5] = [
 ];
 /// Folders that every Linux with a block layer has.
 const FOLDERS: [&str; 3] = ["/sys/block", "/sys/class/block", "/sys/module"];
+/// Folders with tables or nodes.
+const SHARED: [&str; 6] = ["/", "/etc", "/dev", "/run", "/usr", "/boot"];
 /// What is read below `/proc` and `/sys`; a mount over one of these hides the machine's own.
 const COVERED: [&str; 12] = [
     "/proc/swaps",
@@ -88,10 +90,17 @@ fn mounts(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreada
     Ok(())
 }
 
-/// The tables of `/etc` are the machine's only where its first process has the same root.
+/// Tables and nodes are the machine's only where its first process sees the same folders.
 fn tables(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreadable> {
-    if !host.is_same("/proc/1/root/", "/")? {
-        add("/proc/1/root", "nt runs in a chroot or a container, whose tables in /etc are not the machine's".into());
+    for folder in SHARED.iter().filter(|f| host.exists(f)) {
+        let theirs = format!("/proc/1/root{folder}");
+        if !host.is_same(&theirs, folder)? {
+            let what = format!(
+                "nt runs in a chroot, a container or a mount namespace whose {folder} is not the machine's, so its tables and nodes are not seen"
+            );
+            add(&theirs, what);
+            break;
+        }
     }
     Ok(())
 }

@@ -69,7 +69,8 @@ if modprobe nvmet 2>/dev/null; then
   fi
   rmmod nvmet
 fi
-refused "a chroot" "in a chroot or a container" unshare -m sh -c "mount --bind / /mnt && mount --rbind /proc /mnt/proc &&
+refused "another /etc" "whose /etc is not the machine" unshare -m sh -c "mount -t tmpfs none /etc; $nt bind $held"
+refused "a chroot" "in a chroot" unshare -m sh -c "mount --bind / /mnt && mount --rbind /proc /mnt/proc &&
   mount --rbind /sys /mnt/sys && mount --rbind /dev /mnt/dev && mount --rbind /etc/nt /mnt/etc/nt && mount -t tmpfs none /mnt/run && chroot /mnt $nt bind $held"
 
 # A partition to boot from in an MBR, which the entry accepts.
