@@ -236,7 +236,8 @@ mod tests {
         let mut arena = Arena::new(1 << 20).unwrap();
         let region = arena.take(len).unwrap();
         let extents = [Extent { file: FileId(0), offset, len, dst_offset: 0 }];
-        let request = ReadRequest { tag: 5, extents: &extents, dst: region.addr, urgent: false, dst_len: region.len };
+        let request =
+            ReadRequest { tag: 5, extents: &extents, dst: region.addr(), urgent: false, dst_len: region.len() };
         // SAFETY: the arena outlives the read, which is waited for below.
         unsafe { reader.submit(&request) }.unwrap();
         let mut done = Vec::new();
@@ -245,7 +246,7 @@ mod tests {
         }
         done.remove(0).result?;
         // SAFETY: the read has ended.
-        Ok(unsafe { std::slice::from_raw_parts(region.addr, len as usize) }.to_vec())
+        Ok(unsafe { std::slice::from_raw_parts(region.addr(), len as usize) }.to_vec())
     }
 
     #[test]

@@ -212,7 +212,7 @@ mod tests {
                 [(7, &whole, 0, SIZE as u64 + 99), (9, &part, from, 2 * STRIPE_BYTES), (8, &part, 0, 0)]
             {
                 let extents = [Extent { file: FileId(1), offset, len, dst_offset: 0 }];
-                let r = ReadRequest { tag, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+                let r = ReadRequest { tag, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
                 // SAFETY: the arena outlives the reads, whose regions are looked at when they have ended.
                 unsafe { reader.submit(&r) }.unwrap();
             }
@@ -227,7 +227,7 @@ mod tests {
             let expected = |at: usize| copies[at / STRIPE_BYTES as usize % 2][at];
             // SAFETY: all reads have ended.
             let (whole, part) = unsafe {
-                let bytes = |r: &crate::memory::Region, len| std::slice::from_raw_parts(r.addr.cast_const(), len);
+                let bytes = |r: &crate::memory::Region, len| std::slice::from_raw_parts(r.addr().cast_const(), len);
                 (bytes(&whole, SIZE), bytes(&part, 2 << 20))
             };
             assert!(whole.iter().enumerate().all(|(at, b)| *b == expected(at)));
@@ -242,7 +242,7 @@ mod tests {
             let mut arena = Arena::new(8 << 20).unwrap();
             let to = arena.take(6 << 20).unwrap();
             let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
-            let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+            let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
             // SAFETY: the arena outlives the reader's use of it.
             unsafe { reader.submit(&r) }.unwrap();
             let mut done = Vec::new();
@@ -290,7 +290,7 @@ mod tests {
         let mut arena = Arena::new(8 << 20).unwrap();
         let to = arena.take(6 << 20).unwrap();
         let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
-        let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+        let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
         // SAFETY: the arena outlives the reader's use of it.
         unsafe { reader.submit(&r) }.unwrap();
         let mut done = Vec::new();
