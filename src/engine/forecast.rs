@@ -11,7 +11,7 @@ use crate::model::{Model, UnitKind, rope};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
     COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
-    UnitWork, pass_s, roofline,
+    UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -359,8 +359,8 @@ fn vram_room(machine: &Machine, workspace: u64, limit: Option<u64>) -> u64 {
 const ADVICE_SHARE: u64 = 97;
 /// Least context that is recommended.
 const CTX_ADVISED_MIN: usize = 128;
-/// Most `--ram` that is recommended, in GiB.
-const RAM_ADVISED_MAX: u64 = 1 << 20;
+/// Most `--ram` that is recommended, in MiB.
+const RAM_ADVISED_MAX: u64 = 1 << 30;
 
 /// What would fit in place of options that do not, as a sentence; `None` if nothing was found.
 pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<String> {
@@ -389,9 +389,9 @@ pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<St
     if !options.storage && fits(&Options { storage: true, ..options.clone() }) {
         return Some("without --tier-c none it fits, with the rest on storage".into());
     }
-    let with_ram = |gib: u64| fits(&Options { ram: Some(gib << 30), ..options.clone() });
-    if let Some(gib) = least(options.ram.unwrap_or(0) >> 30, RAM_ADVISED_MAX, with_ram) {
-        return Some(format!("--ram {gib}GiB would fit"));
+    let with_ram = |mib: u64| fits(&Options { ram: Some(mib << 20), ..options.clone() });
+    if let Some(mib) = least(options.ram.unwrap_or(0) >> 20, RAM_ADVISED_MAX, with_ram) {
+        return Some(format!("--ram {} would fit", format_at_least(mib << 20)));
     }
     fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).then(|| "--backend cpu fits".into())
 }

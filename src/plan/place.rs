@@ -4,7 +4,7 @@
 //! unit. What the budget leaves beside the slots holds resident units, spread over the depth of
 //! the model in proportion to bytes, so that every link has work all along a pass.
 
-use super::{format_at_least, format_bytes};
+use super::format_bytes;
 
 /// Where a unit lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -114,9 +114,9 @@ fn and_workspace(bytes: &u64) -> String {
 pub enum PlanError {
     /// The slots alone are larger than the budget.
     #[error(
-        "--ram {} is too small: the largest unit takes {}, and {n_buffers} buffers of it and {} of row buffers{} need {}; give at least --ram {}{}",
+        "--ram {} is too small: the largest unit takes {}, and {n_buffers} buffers of it and {} of row buffers{} need {}",
         format_bytes(*.ram), format_bytes(*.slot_bytes), format_bytes(*.reserved), and_workspace(.workspace),
-        format_bytes(*.needed), format_at_least(*.needed), if *.workspace > 0 { " or a smaller --ctx" } else { "" }
+        format_bytes(*.needed)
     )]
     SlotsTooLarge {
         /// The budget.
@@ -449,7 +449,7 @@ pub(super) mod tests {
         for ram in [0, 900, 1199] {
             let e = place(&model(4, 100, 0, 0), &with(ram, true)).unwrap_err();
             assert!(matches!(e, PlanError::SlotsTooLarge { needed: 1200, workspace: 1000, .. }), "{e}");
-            assert!(e.to_string().contains("KV cache") && e.to_string().contains("--ctx"), "{e}");
+            assert!(e.to_string().contains("KV cache"), "{e}");
         }
         assert!(place(&model(4, 100, 0, 0), &with(1200, true)).is_ok());
         let e = place(&model(4, 100, 0, 0), &with(1399, false)).unwrap_err();
