@@ -343,10 +343,14 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
-        assert!(
-            n_tokens <= self.dims.max_batch && first_pos + n_tokens <= self.dims.n_ctx,
-            "a pass beyond the session's limits"
-        );
+        let d = &self.dims;
+        if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
+            let what = format!(
+                "a pass of {n_tokens} tokens from position {first_pos} exceeds the batch of {} or the context of {}",
+                d.max_batch, d.n_ctx
+            );
+            return Err(BackendError::Device { backend: "cpu", what });
+        }
         (self.first_pos, self.n_tokens) = (first_pos, n_tokens);
         let rope = &self.dims.rope;
         let n = rope.freqs.len();
@@ -506,7 +510,10 @@ impl Backend for CpuBackend {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
-        assert!(self.n_tokens <= self.dims.max_outputs, "more outputs than the session allows");
+        let (tokens, max) = (self.n_tokens, self.dims.max_outputs);
+        if tokens > max {
+            return Err(BackendError::Outputs { backend: "cpu", tokens, max });
+        }
         self.norm_input(norm);
         Ok(())
     }
@@ -556,13 +563,14 @@ impl Backend for CpuBackend {
     }
 }
 
-/// Softmax over all experts, then the largest ones; ties go to the lower id.
+/// Softmax over all experts, then the largest ones; ties go to the lower id. Scores that are no numbers are never
+/// chosen by comparison: where nothing else is left, the lowest id that is not chosen yet is taken, as on a GPU.
 fn choose(scores: &mut [f32], ids: &mut [u32], weights: &mut [f32], params: &RouterParams) {
+    /// In place of a score: its expert is chosen already.
+    const CHOSEN: f32 = -2.0;
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     scores.iter_mut().for_each(|s| *s = (*s - max).exp());
     let total: f32 = scores.iter().sum();
-    /// In place of a score: its expert is chosen already.
-    const CHOSEN: f32 = -2.0;
     for (id, weight) in ids.iter_mut().zip(weights.iter_mut()) {
         let mut best = None;
         let mut most = -1.0;
@@ -582,4 +590,31 @@ fn choose(scores: &mut [f32], ids: &mut [u32], weights: &mut [f32], params: &Rou
     let sum: f32 = weights.iter().sum();
     let factor = params.scale / if params.normalize { sum } else { 1.0 };
     weights.iter_mut().for_each(|w| *w *= factor);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against scores that are no numbers and choose one expert several times over: its tokens would not fit
+    /// the buffers of a pass.
+    #[test]
+    fn a_router_chooses_distinct_experts_whatever_the_scores() {
+        let params = RouterParams { normalize: true, scale: 1.0 };
+        for scores in [
+            [f32::NAN; 5],
+            [f32::NAN, 5.0, f32::NAN, f32::NAN, f32::NAN],
+            [f32::INFINITY, 1.0, f32::INFINITY, 0.0, 0.0],
+            [f32::NEG_INFINITY; 5],
+            [1.0, 3.0, 3.0, -1.0, 2.0],
+        ] {
+            let (mut ids, mut weights) = ([0; 3], [0.0; 3]);
+            choose(&mut scores.clone(), &mut ids, &mut weights, &params);
+            assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2], "{scores:?}: {ids:?}");
+            assert!(ids.iter().all(|i| *i < 5), "{scores:?}: {ids:?}");
+        }
+        let (mut ids, mut weights) = ([0; 3], [0.0; 3]);
+        choose(&mut [1.0, 3.0, 3.0, -1.0, 2.0], &mut ids, &mut weights, &params);
+        assert_eq!(ids, [1, 2, 4]);
+    }
 }
