@@ -1,8 +1,8 @@
 //! Keeps a run from taking the machine down: watches memory pressure, what is available and the
 //! cgroup's events, and asks the run to stop before the kernel kills somebody.
 //!
-//! The decision is a pure function of facts; a thread reads them twenty times per second: loading fills
-//! memory at gigabytes per second.
+//! The decision is a pure function of facts. A thread reads them four times per second, and the more often the nearer
+//! a limit is: loading fills memory at gigabytes per second.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
@@ -11,7 +11,11 @@ use std::time::Duration;
 
 use super::memory::{self, kib_field};
 
-const INTERVAL: Duration = Duration::from_millis(50);
+const INTERVAL: Duration = Duration::from_millis(250);
+/// The same where a limit is all but reached.
+const INTERVAL_MIN: Duration = Duration::from_millis(4);
+/// Bytes per second that memory may fill at.
+const FILLING: f64 = 8e9;
 /// Killed before the desktop, should it come to that; 1000 is the most.
 const OOM_SCORE: i32 = 500;
 
@@ -106,6 +110,14 @@ pub fn verdict(now: &Facts, limits: &Limits) -> Verdict {
     Verdict::Go
 }
 
+/// How long facts like `now` may be relied on.
+fn interval(now: &Facts, limits: &Limits) -> Duration {
+    let machine = now.available.map(|a| a.saturating_sub(limits.available_min));
+    let cgroup = now.cgroup_free.map(|f| f.saturating_sub(limits.cgroup_free_min));
+    let left = machine.into_iter().chain(cgroup).min();
+    left.map_or(INTERVAL, |left| Duration::from_secs_f64(left as f64 / FILLING).clamp(INTERVAL_MIN, INTERVAL))
+}
+
 /// Reads the facts below `root`.
 pub fn facts(root: &Path) -> Facts {
     let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
@@ -186,7 +198,8 @@ fn watch(shared: &Shared, root: &Path) {
     let Ok(mut state) = shared.state.lock() else { return };
     while !state.over {
         drop(state);
-        let verdict = verdict(&facts(root), &limits);
+        let now = facts(root);
+        let verdict = verdict(&now, &limits);
         let Ok(mut locked) = shared.state.lock() else { return };
         if let Verdict::Stop(reason) = verdict {
             locked.reason = Some(reason);
@@ -195,7 +208,7 @@ fn watch(shared: &Shared, root: &Path) {
         if locked.over {
             return;
         }
-        let Ok((next, _)) = shared.wake.wait_timeout(locked, INTERVAL) else { return };
+        let Ok((next, _)) = shared.wake.wait_timeout(locked, interval(&now, &limits)) else { return };
         state = next;
     }
 }
@@ -245,6 +258,17 @@ mod tests {
         ] {
             assert!(matches!(verdict(&facts, &limits), Verdict::Stop(r) if r.contains(words)), "{words}");
         }
+    }
+
+    /// Guards against a limit that is passed between two looks.
+    #[test]
+    fn near_a_limit_the_watch_looks_more_often() {
+        let limits = Limits::of(&calm());
+        assert_eq!(interval(&calm(), &limits), INTERVAL);
+        assert_eq!(interval(&Facts::default(), &limits), INTERVAL);
+        let near = |free| interval(&Facts { cgroup_free: Some(free), ..calm() }, &limits);
+        assert!(near(GIB) < INTERVAL && near(256 << 20) < near(GIB) && near(33 << 20) == INTERVAL_MIN);
+        assert_eq!(interval(&Facts { available: Some(limits.available_min), ..calm() }, &limits), INTERVAL_MIN);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! The caller acquires units in pass order and releases them; it sleeps while its unit is read.
 //! Errors of reads surface where the unit is acquired. Rows of the embedding go before units.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -120,6 +121,8 @@ pub struct Streamer {
     names: Arc<[String]>,
     row_extents: Mutex<Vec<Extent>>,
     alignments: Vec<Alignment>,
+    /// Ends the reader's waits: there is something to be read.
+    wished: Arc<AtomicBool>,
 }
 
 impl Streamer {
@@ -131,6 +134,9 @@ impl Streamer {
     /// # Errors
     /// If no thread can be had.
     pub unsafe fn start(config: StreamerConfig, reader: Box<dyn Reader>, n_files: usize) -> std::io::Result<Streamer> {
+        let mut reader = reader;
+        let wished = Arc::new(AtomicBool::new(false));
+        reader.end_waits_at(Arc::clone(&wished));
         let alignments = (0..n_files).map(|i| reader.alignment(FileId(i as u16))).collect();
         let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
         let shared = Shared {
@@ -154,6 +160,7 @@ impl Streamer {
             rows: config.rows,
             started: vec![(0, Instant::now()); config.slots.len()],
             busy_since: None,
+            wished: Arc::clone(&wished),
         };
         let thread = std::thread::Builder::new().name("nt-reader".into()).spawn(move || worker.run())?;
         Ok(Streamer {
@@ -164,6 +171,7 @@ impl Streamer {
             names: config.names,
             row_extents: Mutex::new(Vec::new()),
             alignments,
+            wished,
         })
     }
 
@@ -196,7 +204,7 @@ impl Streamer {
                 Acquire::Wait if !wait => return Ok(None),
                 Acquire::Wait => {
                     waited = true;
-                    self.signals.wish();
+                    self.wish();
                     shared = self.signals.await_news(shared);
                 }
             }
@@ -209,6 +217,12 @@ impl Streamer {
         Ok(Some(Staged { slot, addr: self.slots[slot].addr() }))
     }
 
+    /// Tells the reading thread that there is something to do, whether it sleeps or waits for reads.
+    fn wish(&self) {
+        self.wished.store(true, Ordering::Relaxed);
+        self.signals.wish();
+    }
+
     fn unit_error(&self, unit: usize, source: ReadError) -> StreamError {
         StreamError::Unit { unit: self.names[unit].clone(), source }
     }
@@ -218,13 +232,13 @@ impl Streamer {
         let mut shared = self.signals.lock();
         shared.ring.release(slot);
         drop(shared);
-        self.signals.wish();
+        self.wish();
     }
 
     /// Announces the streamed units that will be acquired next (see [`Ring::demand`]).
     pub fn demand(&self, units: &[usize]) {
         self.signals.lock().ring.demand(units);
-        self.signals.wish();
+        self.wish();
     }
 
     /// Makes acquiring fail until [`Streamer::restart`]; wakes who waits.
@@ -275,7 +289,7 @@ impl Streamer {
         let mut shared = self.signals.lock();
         shared.rows = Some(std::mem::take(&mut *list));
         shared.rows_result = None;
-        self.signals.wish();
+        self.wish();
         loop {
             if let Some(result) = shared.rows_result.take() {
                 *list = shared.rows.take().unwrap_or_default();
@@ -312,7 +326,7 @@ impl Streamer {
 impl Drop for Streamer {
     fn drop(&mut self) {
         self.signals.lock().stop = true;
-        self.signals.wish();
+        self.wish();
         if let Some(t) = self.thread.take() {
             // A panicked thread has ended too, and its reader with it.
             let _ = t.join();
@@ -330,6 +344,7 @@ struct Worker {
     /// Unit and start of the read into each slot.
     started: Vec<(usize, Instant)>,
     busy_since: Option<Instant>,
+    wished: Arc<AtomicBool>,
 }
 
 impl Worker {
@@ -339,6 +354,8 @@ impl Worker {
         let mut rows: Vec<Extent> = Vec::new();
         loop {
             let signals = self.signals.clone();
+            // What is wished from here on is either seen below or ends the wait after that.
+            self.wished.store(false, Ordering::Relaxed);
             let mut shared = signals.lock();
             loop {
                 if shared.stop {

@@ -38,6 +38,8 @@ pub(crate) use uring::{allow_workers, drain, read_entry, reading_threads};
 pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// A file or device that a reader has opened, by index.
@@ -147,6 +149,10 @@ pub trait Reader: Send {
     unsafe fn attach(&mut self, _memory: *mut u8, _len: usize) -> Result<(), StorageError> {
         Ok(())
     }
+
+    /// A wait in [`Reader::poll`] may end early, with nothing, once `wished` is true: there is something else to
+    /// submit. Readers whose waits end often anyhow, such as io_uring's with each chunk, do nothing.
+    fn end_waits_at(&mut self, _wished: Arc<AtomicBool>) {}
 
     /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside.
     ///

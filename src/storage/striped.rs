@@ -6,6 +6,8 @@
 //! A request ends when the last of its pieces has ended, also if one has failed before: until then some
 //! drive may write to its memory.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError};
@@ -40,13 +42,14 @@ pub struct Striped {
     answers: Vec<Completion>,
     /// The copy that is waited for next.
     turn: usize,
+    wished: Option<Arc<AtomicBool>>,
 }
 
 impl Striped {
     /// Deals over `readers`, at least one, each of which has files of `lens` bytes in this order.
     pub fn new(readers: Vec<Box<dyn Reader>>, lens: Vec<u64>) -> Striped {
         let copies = readers.into_iter().map(|reader| Copy { reader, extents: Vec::new() }).collect();
-        Striped { copies, lens, open: Vec::new(), finished: Vec::new(), answers: Vec::new(), turn: 0 }
+        Striped { copies, lens, open: Vec::new(), finished: Vec::new(), answers: Vec::new(), turn: 0, wished: None }
     }
 
     /// Cuts an extent at the stripes and hands the pieces to their copies. A piece ends where the last
@@ -118,6 +121,11 @@ impl Reader for Striped {
         self.copies.iter().any(|c| c.reader.copies())
     }
 
+    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
+        self.copies.iter_mut().for_each(|c| c.reader.end_waits_at(Arc::clone(&wished)));
+        self.wished = Some(wished);
+    }
+
     unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
         for copy in &mut self.copies {
             // SAFETY: the caller's promise, which holds for as long as any of the readers, all dropped
@@ -160,7 +168,9 @@ impl Reader for Striped {
                 self.ask(i, None)?;
             }
             let left = end.map_or(Duration::ZERO, |e| e.saturating_duration_since(Instant::now()));
-            if self.finished.is_empty()
+            let wished = self.wished.as_ref().is_some_and(|w| w.load(Ordering::Relaxed));
+            if !wished
+                && self.finished.is_empty()
                 && !left.is_zero()
                 && let Some(i) = self.busy()
             {
