@@ -132,7 +132,8 @@ pub fn first_not_finite(
     if !backend.finite()? {
         return Ok(NotFinite::Embedding);
     }
-    let mut pass = Pass { model, backend, source, demanded: Vec::new() };
+    let mut demanded = Vec::new();
+    let mut pass = Pass { model, backend, source, demanded: &mut demanded };
     for (i, block) in model.blocks.iter().enumerate() {
         pass.block(i, block, None)?;
         if !pass.backend.finite()? {
