@@ -78,7 +78,8 @@ impl Maker<'_> {
         let addr = buffer.addr();
         self.buffers.push(buffer);
         self.bytes += bytes as u64;
-        Ok(Weight { addr, ty, rows, cols })
+        // SAFETY: the buffer at `addr` holds the whole matrix and lives as long as the layer.
+        Ok(unsafe { Weight::new(addr, ty, rows, cols) })
     }
 
     fn linear(&mut self, ty: TensorType, rows: usize, cols: usize) -> Result<Linear> {

@@ -19,6 +19,10 @@ struct AttnArgs {
     const int* first_pos;  // in memory, so that a recorded launch serves every position
     float scale;           // log2(e) / sqrt(HD)
 };
+ARGS_SIZE(AttnArgs, 80); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
+ARGS_FIELD(AttnArgs, out, 24); ARGS_FIELD(AttnArgs, ml, 32); ARGS_FIELD(AttnArgs, n_heads, 40);
+ARGS_FIELD(AttnArgs, n_kv_heads, 44); ARGS_FIELD(AttnArgs, n_ctx, 48); ARGS_FIELD(AttnArgs, tokens, 52);
+ARGS_FIELD(AttnArgs, ranges, 56); ARGS_FIELD(AttnArgs, first_pos, 64); ARGS_FIELD(AttnArgs, scale, 72);
 
 // Keys of a range where `keys` are divided into at most `ranges`: a multiple of 64.
 __device__ __forceinline__ int range_of(int keys, int ranges) { return ((keys + ranges - 1) / ranges + 63) / 64 * 64; }
@@ -253,6 +257,10 @@ struct MergeArgs {
     int ranges;            // as for attn_decode_*
     const int* first_pos;
 };
+ARGS_SIZE(MergeArgs, 56); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
+ARGS_FIELD(MergeArgs, out, 16); ARGS_FIELD(MergeArgs, q, 24); ARGS_FIELD(MergeArgs, tokens, 32);
+ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, ranges, 44);
+ARGS_FIELD(MergeArgs, first_pos, 48);
 
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
 extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {

@@ -9,6 +9,8 @@ struct DequantArgs {
     int rows, cols;
     int pitch;  // elements from row to row of the output
 };
+ARGS_SIZE(DequantArgs, 32); ARGS_FIELD(DequantArgs, w, 0); ARGS_FIELD(DequantArgs, out, 8);
+ARGS_FIELD(DequantArgs, rows, 16); ARGS_FIELD(DequantArgs, cols, 20); ARGS_FIELD(DequantArgs, pitch, 24);
 
 template <class B, bool HALF>
 __device__ __forceinline__ void dequant(const DequantArgs& a) {

@@ -228,6 +228,26 @@ __device__ __forceinline__ void multiply(const u8* p0, const u8* p1, const Quant
     }
 }
 
+// What orders accesses to shared memory. racecheck follows __syncthreads and named barriers, not these mbarriers,
+// and so reports a write against later reads where only they stand between the two. mbarrier.arrive (also with
+// expect_tx) releases and mbarrier.try_wait acquires at the scope of the block by default; every lane waits for
+// itself, and __syncwarp orders the accesses of a warp's lanes with the arrival of its lane 0.
+//
+// - ring, written by bulk copies: they complete the transaction count of full[stage], on which every warp waits
+//   before it reads. Word by word (Pieces.words): the copier's stores, __syncwarp, lane 0's arrival at full[stage].
+// - ring, written anew: the warps read, __syncwarp, lane 0 of each arrives at empty[stage]; the copier waits for all
+//   FEW_WARPS of them. parity ^ 1 passes at once only the first time round, when nobody has read the stage.
+// - activations: written once, in the first tile, by bulk copies that full[stage] of the same piece counts; each
+//   warp waits for every stage of that tile, whatever it reads of it, so later tiles find all of them. Never
+//   written again.
+// - part[buf]: a warp stores its sums, __syncwarp, lane 0 arrives at summed[buf]; the storing warp waits for all
+//   FEW_WARPS before it reads. It reads, __syncwarp, lane 0 arrives at taken[buf]; a warp waits for that before it
+//   stores to the same buf two tiles later. Again the first wait of either buf passes at once, when nothing was
+//   stored there.
+// - the barriers themselves: initialised by thread 0, fenced, then __syncthreads.
+//
+// Nothing is read or written between a thread's last arrival and the block's end, so none of it outlives the block;
+// copies in flight do not either, since every stage that is filled is waited for.
 template <class B>
 __device__ __forceinline__ void few(const GemvArgs& a) {
     extern __shared__ __align__(128) u8 smem[];

@@ -13,6 +13,10 @@ struct GemmArgs {
     int tokens, rows, pitch, stride;
     int mode;  // 0 store, 1 add
 };
+ARGS_SIZE(GemmArgs, 72); ARGS_FIELD(GemmArgs, x, 0); ARGS_FIELD(GemmArgs, w, 8);
+ARGS_FIELD(GemmArgs, scale, 16); ARGS_FIELD(GemmArgs, bias, 24); ARGS_FIELD(GemmArgs, out, 32);
+ARGS_FIELD(GemmArgs, out_idx, 40); ARGS_FIELD(GemmArgs, tokens, 48); ARGS_FIELD(GemmArgs, rows, 52);
+ARGS_FIELD(GemmArgs, pitch, 56); ARGS_FIELD(GemmArgs, stride, 60); ARGS_FIELD(GemmArgs, mode, 64);
 
 #define BK 64
 

@@ -35,6 +35,14 @@ struct GemvArgs {
     int row_bytes;
     int x_blocks;
 };
+ARGS_SIZE(GemvArgs, 192); ARGS_FIELD(GemvArgs, w, 0); ARGS_FIELD(GemvArgs, bias, 24);
+ARGS_FIELD(GemvArgs, out, 48); ARGS_FIELD(GemvArgs, rows, 72); ARGS_FIELD(GemvArgs, stride, 84);
+ARGS_FIELD(GemvArgs, segments, 96); ARGS_FIELD(GemvArgs, cols, 100); ARGS_FIELD(GemvArgs, tokens, 104);
+ARGS_FIELD(GemvArgs, mode, 108); ARGS_FIELD(GemvArgs, x, 112); ARGS_FIELD(GemvArgs, in_idx, 120);
+ARGS_FIELD(GemvArgs, out_idx, 128); ARGS_FIELD(GemvArgs, hidden_q, 136); ARGS_FIELD(GemvArgs, raw, 144);
+ARGS_FIELD(GemvArgs, norm, 152); ARGS_FIELD(GemvArgs, eps, 160); ARGS_FIELD(GemvArgs, row_warps, 164);
+ARGS_FIELD(GemvArgs, piece, 168); ARGS_FIELD(GemvArgs, stages, 172); ARGS_FIELD(GemvArgs, run_pitch, 176);
+ARGS_FIELD(GemvArgs, row_bytes, 180); ARGS_FIELD(GemvArgs, x_blocks, 184);
 
 #define WARPS 8
 

@@ -15,6 +15,10 @@ struct PrepArgs {
     int n, pitch;
     float eps;
 };
+ARGS_SIZE(PrepArgs, 80); ARGS_FIELD(PrepArgs, x, 0); ARGS_FIELD(PrepArgs, up, 8); ARGS_FIELD(PrepArgs, w, 16);
+ARGS_FIELD(PrepArgs, idx, 24); ARGS_FIELD(PrepArgs, f, 32); ARGS_FIELD(PrepArgs, q, 40);
+ARGS_FIELD(PrepArgs, h, 48); ARGS_FIELD(PrepArgs, scale, 56); ARGS_FIELD(PrepArgs, n, 64);
+ARGS_FIELD(PrepArgs, pitch, 68); ARGS_FIELD(PrepArgs, eps, 72);
 
 #define PREP_COPY 0
 #define PREP_NORM 1
@@ -122,6 +126,13 @@ struct RopeArgs {
     int cache_f32;
     float magnitude, q_eps, k_eps;
 };
+ARGS_SIZE(RopeArgs, 120); ARGS_FIELD(RopeArgs, q, 0); ARGS_FIELD(RopeArgs, k, 8); ARGS_FIELD(RopeArgs, v, 16);
+ARGS_FIELD(RopeArgs, q_norm, 24); ARGS_FIELD(RopeArgs, k_norm, 32); ARGS_FIELD(RopeArgs, freqs, 40);
+ARGS_FIELD(RopeArgs, first_pos, 48); ARGS_FIELD(RopeArgs, k_cache, 56); ARGS_FIELD(RopeArgs, v_cache, 64);
+ARGS_FIELD(RopeArgs, n_heads, 72); ARGS_FIELD(RopeArgs, n_kv_heads, 76); ARGS_FIELD(RopeArgs, head_dim, 80);
+ARGS_FIELD(RopeArgs, n_rot, 84); ARGS_FIELD(RopeArgs, n_ctx, 88); ARGS_FIELD(RopeArgs, tokens, 92);
+ARGS_FIELD(RopeArgs, neox, 96); ARGS_FIELD(RopeArgs, cache_f32, 100); ARGS_FIELD(RopeArgs, magnitude, 104);
+ARGS_FIELD(RopeArgs, q_eps, 108); ARGS_FIELD(RopeArgs, k_eps, 112);
 
 __device__ __forceinline__ void cache_store(void* cache, size_t at, float v, int f32) {
     if (f32) {
@@ -194,6 +205,9 @@ struct RouteArgs {
     int normalize;
     float scale;
 };
+ARGS_SIZE(RouteArgs, 48); ARGS_FIELD(RouteArgs, scores, 0); ARGS_FIELD(RouteArgs, ids, 8);
+ARGS_FIELD(RouteArgs, weights, 16); ARGS_FIELD(RouteArgs, tokens, 24); ARGS_FIELD(RouteArgs, experts, 28);
+ARGS_FIELD(RouteArgs, used, 32); ARGS_FIELD(RouteArgs, normalize, 36); ARGS_FIELD(RouteArgs, scale, 40);
 
 // Softmax over the experts and the `used` largest, ties to the lower id: one warp a token.
 extern "C" __global__ void __launch_bounds__(32) route_topk(const __grid_constant__ RouteArgs a) {
@@ -222,8 +236,15 @@ extern "C" __global__ void __launch_bounds__(32) route_topk(const __grid_constan
             int k = __shfl_xor_sync(0xffffffffu, id, o);
             if (b > best || (b == best && k < id)) best = b, id = k;
         }
-        // Scores that are not numbers are never chosen by comparison: fall back to the first ids.
-        if (id >= a.experts) id = j, best = 0.0f;
+        // Scores that are not numbers are never chosen by comparison: the lowest id that is left. Choices are
+        // distinct, so that an expert has no more rows than there are tokens.
+        if (id >= a.experts) {
+            best = 0.0f;
+            for (int i = lane; i < a.experts; i += 32)
+                if (s[i] != -2.0f) id = min(id, i);
+#pragma unroll
+            for (int o = 16; o > 0; o >>= 1) id = min(id, __shfl_xor_sync(0xffffffffu, id, o));
+        }
         if (lane == (id & 31)) s[id] = -2.0f;
         __syncwarp();
         best /= sum;
@@ -247,6 +268,9 @@ struct CombineArgs {
     const float* weights;  // tokens × used
     int tokens, used, n;
 };
+ARGS_SIZE(CombineArgs, 40); ARGS_FIELD(CombineArgs, x, 0); ARGS_FIELD(CombineArgs, out, 8);
+ARGS_FIELD(CombineArgs, weights, 16); ARGS_FIELD(CombineArgs, tokens, 24); ARGS_FIELD(CombineArgs, used, 28);
+ARGS_FIELD(CombineArgs, n, 32);
 
 extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ CombineArgs a) {
     pdl_launch();

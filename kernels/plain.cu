@@ -13,6 +13,11 @@ struct PlainArgs {
     int mode;  // 0 store, 1 add
     int vector;  // rows start on 16 bytes and hold whole groups of eight elements
 };
+ARGS_SIZE(PlainArgs, 72); ARGS_FIELD(PlainArgs, w, 0); ARGS_FIELD(PlainArgs, bias, 8);
+ARGS_FIELD(PlainArgs, out, 16); ARGS_FIELD(PlainArgs, x, 24); ARGS_FIELD(PlainArgs, in_idx, 32);
+ARGS_FIELD(PlainArgs, out_idx, 40); ARGS_FIELD(PlainArgs, rows, 48); ARGS_FIELD(PlainArgs, cols, 52);
+ARGS_FIELD(PlainArgs, stride, 56); ARGS_FIELD(PlainArgs, tokens, 60); ARGS_FIELD(PlainArgs, mode, 64);
+ARGS_FIELD(PlainArgs, vector, 68);
 
 struct PF32 {
     static const int BYTES = 4;

@@ -11,7 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench-gpu}
 [ $# = 0 ] || shift
-work=${TMPDIR:-/tmp}/nt-peer-cuda
+# A folder of the user's own: what lies below /tmp under a known name may be anybody's, and would be run.
+work=${XDG_CACHE_HOME:-$HOME/.cache}/nt/peer-cuda
+mkdir -p -m 700 "$work"
+[ -O "$work" ] || { echo "$work belongs to somebody else" >&2; exit 1; }
 
 nt=${NT:-target/release/nt}
 [ -x "$nt" ] || cargo build --locked --release

@@ -1,16 +1,117 @@
 #!/usr/bin/env bash
-# Checks nt on this machine's GPU: kernels, fidelity, the same bits for every placement.
+# Checks nt on this machine's GPU: kernels, fidelity, the same bits for every placement, and compute-sanitizer's
+# four tools over the kernels' self-test and over passes of every placement.
 #
 #   scripts/check-gpu.sh [NT] [MODEL]     NT: the binary (target/release/nt)
 #                                         MODEL: a real model for text and perplexity (SmolLM2)
-# Needs python3 with numpy and gguf.
+#   scripts/check-gpu.sh sanitizers [NT]  compute-sanitizer alone, eight minutes at most. $OUT keeps its logs,
+#                                         $SELFTEST_MAX_S (300) and $PASSES_MAX_S (150) limit its two parts
+# Needs python3 with numpy and gguf. compute-sanitizer comes from PATH or /usr/local/cuda*; without it that part
+# is left out, and the script says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+only=
+if [ "${1:-}" = sanitizers ]; then only=sanitizers; shift; fi
 nt=${1:-target/release/nt}
 model=${2:-}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
+
+sanitizer=$(command -v compute-sanitizer || true)
+for at in /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer; do
+  [ -n "$sanitizer" ] || [ ! -x "$at" ] || sanitizer=$at
+done
+
+# sanitize SECONDS TOOL LOG COMMAND…: runs COMMAND under TOOL. Tools run side by side: most of their time is spent
+# on processors.
+sanitize() {
+  local limit=$1 tool=$2 log=$3
+  shift 3
+  echo "@@ $*" >> "$log"
+  local code=0
+  timeout -k 5 "$limit" "$sanitizer" --tool "$tool" --error-exitcode 0 --print-limit 100000 "$@" >> "$log" 2>&1 || code=$?
+  echo "@@ code $code" >> "$log"
+}
+
+# passes TOOL DIR: passes over many, few and one token, of a dense model and one of experts, in every kind of placement.
+passes() {
+  local tool=$1 dir=$2 until=$((SECONDS + ${PASSES_MAX_S:-150})) name tiers tokens
+  for name in dense experts; do
+    for tiers in 3:0:0 0:3:0 0:0:3 1:1:1; do
+      for tokens in 40 5 1; do
+        [ $SECONDS -lt $until ] || { echo "@@ cut" >> "$dir/$tool.passes"; return; }
+        sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q logits "$work/$name.gguf" --tokens "$(seq -s, 1 7 $((7 * tokens)))" \
+          -o "$work/$tool.npy" --backend cuda --tiers "$tiers"
+      done
+      # Some passes of one token after each other: recorded, and repeated from the recording.
+      sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q run "$work/$name.gguf" -p "one two" -n 4 --temp 0 --backend cuda --tiers "$tiers"
+    done
+  done
+}
+
+# Counts what the tools found; hazards by kernel. Those of few_* are ordered by mbarriers, which racecheck does not
+# follow (the reasoning is in kernels/few.cu): they are counted, and are no failure.
+count_findings() {
+  python3 - "$1" << 'PY'
+import pathlib, re, sys
+bad = 0
+for log in sorted(pathlib.Path(sys.argv[1]).glob("*.*")):
+    tool, part = log.name.split(".", 1)
+    text = log.read_text(errors="replace")
+    runs = text.count("@@ code ")
+    failed = len(re.findall(r"@@ code (?!0\b)", text))
+    cut = text.count("@@ cut") + text.count("@@ code 124") + text.count("@@ code 137")
+    errors = sum(int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", text))
+    known = {}
+    hazards = {}
+    for kernel, n in re.findall(r"Race reported between \w+ access at (?:0x[0-9a-f]+ in )?(\w+).*?\[(\d+) hazards?\]", text, re.S):
+        to = known if kernel.startswith("few_") else hazards
+        to[kernel] = to.get(kernel, 0) + int(n)
+    if tool == "racecheck":
+        # A record that could not be read must not pass.
+        shown = sum(int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text))
+        records = len(re.findall(r"Race reported between", text))
+        errors += sum(hazards.values()) + (shown if shown and not records else 0)
+    summaries = len(re.findall(r"(?:ERROR|RACECHECK) SUMMARY", text))
+    ok = errors == 0 and failed == 0 and cut == 0 and summaries >= runs > 0
+    bad += not ok
+    more = "".join(f", {n} in {k}" for k, n in hazards.items())
+    more += "".join(f", {n} in {k} ordered by mbarriers" for k, n in known.items())
+    more += f", {failed} runs failed" * (failed > 0) + ", CUT OFF" * (cut > 0)
+    print(f"{'ok   ' if ok else 'FAIL '} {tool:<10} {part:<9} {runs:>3} runs, {errors} errors{more}")
+sys.exit(bad > 0)
+PY
+}
+
+sanitizers() {
+  echo "== compute-sanitizer"
+  if [ -z "$sanitizer" ]; then
+    echo "      compute-sanitizer is neither in PATH nor below /usr/local/cuda*; memory and races are NOT checked"
+    [ -z "$only" ] || failed=1
+    return
+  fi
+  local dir=${OUT:-$work}/sanitizers tool
+  rm -rf "$dir"
+  mkdir -p "$dir"
+  "$sanitizer" --version | tail -1
+  python3 tests/fidelity/synth_gguf.py qwen2-tiny Q4_K_M "$work/dense.gguf" --seed 5 > /dev/null
+  python3 tests/fidelity/synth_gguf.py qwen3moe-tiny Q8_0 "$work/experts.gguf" --seed 5 > /dev/null
+  for tool in memcheck racecheck initcheck synccheck; do
+    sanitize "${SELFTEST_MAX_S:-300}" "$tool" "$dir/$tool.selftest" "$nt" selftest --backend cuda &
+  done
+  wait
+  for tool in memcheck racecheck initcheck synccheck; do passes "$tool" "$dir" & done
+  wait
+  count_findings "$dir" || failed=1
+}
+
+if [ -n "$only" ]; then
+  sanitizers
+  [ $failed = 0 ] && echo "all passed"
+  exit $failed
+fi
+
 check() { if "$@"; then echo "ok    $*"; else echo "FAIL  $*"; failed=1; fi; }
 
 echo "== kernels"
@@ -53,5 +154,6 @@ import json
 a, b = (json.load(open('$work/' + n))['perplexity'] for n in ('cpu', 'cuda'))
 print(f'      {(b / a - 1) * 100:+.3f} %'); raise SystemExit(abs(b / a - 1) > 0.005)"
 fi
+sanitizers
 [ $failed = 0 ] && echo "all passed"
 exit $failed

@@ -220,7 +220,7 @@ fn a_file_that_shrinks_while_running() {
     let d = dir();
     let path = tiny(40).write(d.path(), "m.gguf");
     let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_nt"))
-        .args(["bench", path.to_str().unwrap(), "--ram", "1MiB", "-p", "0", "-n", "200", "-r", "1000"])
+        .args(["bench", path.to_str().unwrap(), "--tiers", "0:4:36", "-p", "0", "-n", "200", "-r", "1000"])
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped())
         .spawn()

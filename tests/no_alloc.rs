@@ -3,12 +3,16 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nt::engine::{Opened, Options, Session};
 use nt::gguf::TensorType;
 use nt::model::Outputs;
+use nt::plan::Home;
 use nt::storage::ReaderKind;
+use nt::storage::extents::{Manifest, sums};
+use nt::storage::library::{Library, Recorded};
 
 struct Counting;
 
@@ -37,40 +41,79 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
+fn options(ram: u64) -> Options {
+    Options {
+        backend: nt::backend::BackendKind::Cpu,
+        vram: None,
+        threads: 2,
+        ram: Some(ram),
+        storage: true,
+        copies: Vec::new(),
+        reader: ReaderKind::Auto,
+        verify: false,
+        kv_type: TensorType::F16,
+        n_buffers: None,
+        tiers: None,
+        stacked: false,
+        n_ctx: 200,
+        max_batch: 16,
+        outputs: 1,
+        timeline: false,
+    }
+}
+
+/// Records the model as if it lay on a drive.
+fn record(model: &Path, data: &Path) {
+    let bytes = std::fs::read(model).unwrap();
+    let size = bytes.len() as u64;
+    let manifest = Manifest {
+        file: model.file_name().unwrap().to_string_lossy().into_owned(),
+        path: model.into(),
+        size,
+        serial: "S1".into(),
+        model: "Model".into(),
+        namespace: 1,
+        extents: vec![(0, 1 << 20, size.next_multiple_of(4096))],
+        crc32c: sums(&bytes[..]).unwrap(),
+    };
+    Library::at(vec![data.join("nt")]).save(&Recorded { manifest, header: bytes[..4096].to_vec() }).unwrap();
+}
+
+/// Decodes `tokens`, thirty of them to warm up; what comes after must allocate nothing.
+fn decode_allocates_nothing(what: &str, session: &mut Session, tokens: impl Fn(u32) -> u32) {
+    let decode = |session: &mut Session, range: std::ops::Range<u32>| {
+        for t in range {
+            session.eval(&[tokens(t)], Outputs::Last, &|| false).unwrap();
+            assert!(session.logits().unwrap()[0].is_finite());
+        }
+    };
+    decode(session, 0..30);
+    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    decode(session, 30..130);
+    assert_eq!(ALLOCATIONS.load(Ordering::SeqCst) - before, 0, "{what}");
+}
+
+/// A dense model, one of experts, and one whose reads are compared with a record, each resident and streamed.
+/// One test, since the allocator counts for the whole process.
 #[test]
 fn one_token_passes_allocate_nothing() {
     let d = tempfile::tempdir().unwrap();
-    let path = common::tiny(6).write(d.path(), "m.gguf");
-    let opened = Opened::open(&path).unwrap();
-    for ram in [64 << 20, 900 << 10] {
-        let options = Options {
-            backend: nt::backend::BackendKind::Cpu,
-            vram: None,
-            threads: 2,
-            ram: Some(ram),
-            storage: true,
-            copies: Vec::new(),
-            reader: ReaderKind::Auto,
-            verify: false,
-            kv_type: TensorType::F16,
-            n_buffers: None,
-            tiers: None,
-            stacked: false,
-            n_ctx: 200,
-            max_batch: 16,
-            outputs: 1,
-            timeline: false,
-        };
-        let mut session = Session::new(&opened, options, &mut |_, _| ()).unwrap();
-        let decode = |session: &mut Session, n: u32| {
-            for t in 0..n {
-                session.eval(&[t % 258], Outputs::Last, &|| false).unwrap();
-                assert!(session.logits().unwrap()[0].is_finite());
-            }
-        };
-        decode(&mut session, 30);
-        let before = ALLOCATIONS.load(Ordering::SeqCst);
-        decode(&mut session, 100);
-        assert_eq!(ALLOCATIONS.load(Ordering::SeqCst) - before, 0, "with {ram} bytes of RAM");
+    let data = d.path().join("data");
+    // SAFETY: this is the only test, and no thread of its own runs yet that reads the environment.
+    unsafe { std::env::set_var("XDG_DATA_HOME", &data) };
+    for (name, file) in [("dense", common::tiny(6)), ("experts", common::tiny_moe(6))] {
+        let path = file.write(d.path(), &format!("{name}.gguf"));
+        let opened = Opened::open(&path).unwrap();
+        for ram in [64 << 20, 1250 << 10] {
+            let mut session = Session::new(&opened, options(ram), &mut |_, _| ()).unwrap();
+            let streams = session.homes().contains(&Home::C);
+            assert_eq!(streams, ram < 64 << 20, "{name} with {ram} bytes of RAM");
+            decode_allocates_nothing(&format!("{name} with {ram} bytes of RAM"), &mut session, |t| t % 258);
+        }
+        record(&path, &data);
+        let compared = Options { verify: true, ..options(1250 << 10) };
+        let mut session = Session::new(&opened, compared, &mut |_, _| ()).unwrap();
+        assert!(session.homes().contains(&Home::C));
+        decode_allocates_nothing(&format!("{name}, compared with its record"), &mut session, |t| t % 258);
     }
 }

@@ -14,22 +14,36 @@ pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 
 use crate::gguf::TensorType;
 
-/// A weight matrix where the backend can read it: `rows` × `cols`, rows back to back.
-///
-/// `addr` is an address in the memory of the backend's device (host memory for `cpu`). It is valid
-/// from the ring's acquire of the unit until its release; who builds a `Weight` vouches for that
-/// and for `rows * row_bytes(cols)` readable bytes behind it. No alignment beyond the file's is
-/// promised (32 bytes in ordinary files, less with a smaller `general.alignment`).
+/// A weight matrix where the backend can read it: `rows` × `cols`, rows back to back, from an address in the
+/// memory of the backend's device (host memory for `cpu`). No alignment beyond the file's is promised (32 bytes
+/// in ordinary files, less with a smaller `general.alignment`).
 #[derive(Clone, Copy, Debug)]
 pub struct Weight {
-    /// Address of the first byte.
-    pub addr: u64,
-    /// Element type.
-    pub ty: TensorType,
-    /// Rows: the product's outputs.
-    pub rows: usize,
-    /// Columns: the product's inputs.
-    pub cols: usize,
+    addr: u64,
+    ty: TensorType,
+    rows: usize,
+    cols: usize,
+}
+
+impl Weight {
+    /// The matrix at `addr`: `rows` outputs of `cols` inputs each.
+    ///
+    /// # Safety
+    /// `rows * row_bytes(cols)` bytes must be readable at `addr` until the last operation that uses the weight has
+    /// run: from the ring's acquire of its unit until its release. They must not be written meanwhile.
+    pub unsafe fn new(addr: u64, ty: TensorType, rows: usize, cols: usize) -> Weight {
+        Weight { addr, ty, rows, cols }
+    }
+
+    /// Outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs of the product.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
 }
 
 /// A weight matrix with its optional bias (`rows` floats, F32).
@@ -166,6 +180,40 @@ pub enum BackendError {
         what: &'static str,
         /// Its size.
         bytes: u64,
+    },
+    /// Threads to compute with could not be had.
+    #[error(
+        "{threads} threads could not be started: {source}; give a smaller --threads, or raise the limits on processes and memory (ulimit -u, ulimit -v)"
+    )]
+    Threads {
+        /// Threads that were asked for.
+        threads: usize,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// A pass asks for more rows of logits than the session was started for.
+    #[error("{backend}: logits of {tokens} tokens were asked for, but the session holds {max} rows of them")]
+    Outputs {
+        /// The backend's name.
+        backend: &'static str,
+        /// Tokens whose logits were asked for.
+        tokens: usize,
+        /// Rows there are.
+        max: usize,
+    },
+    /// A kernel was asked to write beyond its buffer: a size of the workspace is wrong.
+    #[error(
+        "{backend}: {what} would take {bytes} bytes of a buffer with {room} left; the workspace was sized for less"
+    )]
+    Overrun {
+        /// The backend's name.
+        backend: &'static str,
+        /// What was to be written.
+        what: &'static str,
+        /// Bytes to be written.
+        bytes: u64,
+        /// Bytes that the buffer has from there on; 0 for an address in no buffer.
+        room: u64,
     },
     /// The device or its driver reported an error.
     #[error("{backend}: {what}")]

@@ -227,9 +227,10 @@ pub struct Placement {
     /// Threads that compute on processors, 1 to 1024 (default: all processors of this process).
     #[arg(long, short = 't', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// RAM that weights may take, resident and staging together: bytes, or with a unit as 14GiB or 500MB. auto is
-    /// what is available less 4 GiB or 15 % of RAM, whichever is more, but at least a
-    /// quarter of it.
+    /// RAM that weights may take, resident and staging together, and where no GPU computes the KV cache and
+    /// workspace too: bytes, or with a unit as 14GiB or 500MB. auto is what is available less 4 GiB or 15 % of RAM,
+    /// whichever is more, but at least a quarter of it, and at most three quarters of what cgroups and limits
+    /// (ulimit -v, -d) leave where that is less.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = auto_size)]
     pub ram: Auto<u64>,
     /// VRAM to use, weights, KV cache and the rest together: bytes, or with a unit as 14GiB or 500MB. auto is what

@@ -57,7 +57,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         Auto::Auto => needed,
     };
     let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, true)?;
+    let mut session = run::start(&opened, options, true, &watch)?;
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
     let mut prefill = Vec::new();

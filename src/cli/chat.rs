@@ -46,7 +46,7 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_train),
     };
     let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, true)?;
+    let mut session = run::start(&opened, options, true, &watch)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut messages: Vec<Json> = args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
     // Tokens whose keys and values are in the cache.

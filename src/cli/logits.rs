@@ -39,7 +39,7 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     options.outputs = Session::outputs_at_once(n_vocab);
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, false)?;
+    let mut session = run::start(&opened, options, false, &watch)?;
     let name = args.output.display().to_string();
     let failed = |e: std::io::Error| Failure::output(&name, &e);
     let mut out = BufWriter::new(File::create(&args.output).map_err(failed)?);

@@ -57,7 +57,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     options.outputs = Session::outputs_at_once(opened.model.n_vocab);
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, false)?;
+    let mut session = run::start(&opened, options, false, &watch)?;
     let n_chunks = (tokens.len() / n_ctx).min(args.chunks.unwrap_or(usize::MAX));
     let (mut sum, mut squares, mut n) = (0.0f64, 0.0f64, 0usize);
     for chunk in tokens.chunks_exact_mut(n_ctx).take(n_chunks) {

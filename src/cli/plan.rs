@@ -178,7 +178,8 @@ impl Shown {
             "plan": { "a": a, "b": b, "c": c, "blocks": map(f), "embedding_resident": f.plan.embedding_resident },
             "memory": {
                 "vram_weights_bytes": f.plan.vram_bytes, "vram_room_bytes": f.vram_room,
-                "vram_session_bytes": f.workspace_bytes, "ram_weights_bytes": f.plan.ram_bytes, "ram_room_bytes": f.ram_room,
+                "vram_session_bytes": f.workspace_bytes, "ram_weights_bytes": f.plan.ram_bytes,
+                "ram_session_bytes": f.ram_workspace_bytes, "ram_room_bytes": f.ram_room,
                 "kv_bytes": f.kv_bytes, "ctx": f.n_ctx, "ctx_max": self.ctx_max,
                 "ctx_trained": self.opened.model.hparams.n_ctx_train,
             },
@@ -244,13 +245,16 @@ impl Shown {
                 format_bytes(f.workspace_bytes)
             )?;
         }
+        let session = match f.ram_workspace_bytes {
+            0 => String::new(),
+            bytes => format!("; {} for the session, of it KV cache {kv}", format_bytes(bytes)),
+        };
         writeln!(
             out,
-            "ram       {} of {} for weights, {}{}",
+            "ram       {} of {} for weights, {}{session}",
             format_bytes(plan.ram_bytes),
-            format_bytes(f.ram_room),
+            format_bytes(f.ram_room.saturating_sub(f.ram_workspace_bytes)),
             slots(plan.n_slots, plan.slot_bytes),
-            if f.site == Site::Cpu { format!("; KV cache {kv}") } else { String::new() }
         )?;
         let fits = self.ctx_max.map_or(String::new(), |n| format!(", at most {n} would fit"));
         writeln!(out, "context   {} of {} trained{fits}", f.n_ctx, self.opened.model.hparams.n_ctx_train)

@@ -9,11 +9,11 @@ use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
 use super::page::{self, Timings};
 use super::report::{self, Report};
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
-use crate::backend::BackendKind;
 use crate::backend::cuda::Device;
+use crate::backend::{BackendError, BackendKind};
 use crate::engine::{
-    EngineError, Generation, Opened, Options, Sampler, Session, StopReason, choose_buffers, generate, nearest,
-    this_machine,
+    EngineError, Generation, Opened, Options, RequestError, Sampler, Session, Starting, StopReason, choose_buffers,
+    generate, nearest, this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -74,7 +74,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
     options.timeline |= args.html.is_some();
     let watch = prepare(&args.placement);
-    let mut session = start(&opened, options, true)?;
+    let mut session = start(&opened, options, true, &watch)?;
     let mut sampler = Sampler::new(params, opened.model.n_vocab);
     let mut written = Ok(());
     let generation = generate(
@@ -84,7 +84,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         &tokens,
         args.n,
         &args.stop,
-        &|| interrupt::interrupted() || watch.tripped(),
+        &|| to_stop(&watch),
         &mut |text| {
             if !args.json && written.is_ok() {
                 let mut out = std::io::stdout().lock();
@@ -162,13 +162,22 @@ fn evict_ollama() {
 
 /// Evaluates tokens; SIGINT and a shortage of memory end it.
 pub(super) fn evaluate(s: &mut Session, tokens: &[u32], outputs: Outputs, watch: &Watch) -> Result<(), Failure> {
-    let stop = || interrupt::interrupted() || watch.tripped();
-    s.eval(tokens, outputs, &stop).map_err(|e| match (e, watch.reason()) {
+    s.eval(tokens, outputs, &|| to_stop(watch)).map_err(|e| stopped(e, watch))
+}
+
+/// Whether a signal or a shortage of memory asks the run to stop.
+fn to_stop(watch: &Watch) -> bool {
+    interrupt::interrupted() || watch.tripped()
+}
+
+/// An engine's error with its exit code; if the watch of memory has interrupted the run, that of memory.
+fn stopped(e: EngineError, watch: &Watch) -> Failure {
+    match (e, watch.reason()) {
         (EngineError::Forward(ForwardError::Interrupted), Some(why)) if !interrupt::interrupted() => {
             short_of_memory(&why)
         }
         (e, _) => failure(e),
-    })
+    }
 }
 
 /// The failure of a run that its watch of memory has stopped.
@@ -312,8 +321,8 @@ pub(super) fn context(p: &Placement, opened: &Opened, needed: usize, wished: usi
     Ok(n_ctx)
 }
 
-/// Starts a session, with progress on a terminal and notes on stderr.
-pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result<Session, Failure> {
+/// Starts a session, with progress on a terminal and notes on stderr. A signal or a shortage of memory ends it.
+pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &Watch) -> Result<Session, Failure> {
     let bar = if progress && std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0).with_style(
             indicatif::ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}")
@@ -323,10 +332,11 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
         indicatif::ProgressBar::hidden()
     };
     let open = |options| {
-        Session::new(opened, options, &mut |done, total| {
+        let mut progress = |done, total| {
             bar.set_length(total);
             bar.set_position(done);
-        })
+        };
+        Session::start(opened, options, &mut Starting { progress: &mut progress, stop: &|| to_stop(watch) })
     };
     // Held until the session holds it: what is asked of the GPU before then shares one context with it.
     let _gpu = (options.backend != BackendKind::Cpu).then(|| Device::open(0));
@@ -338,8 +348,11 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool) -> Result
             other => other,
         },
     };
-    let session = session.map_err(|e| refusal(e, opened, || this_machine(opened, options.backend), &options))?;
     bar.finish_and_clear();
+    let session = session.map_err(|e| match e {
+        e @ EngineError::Forward(_) => stopped(e, watch),
+        e => refusal(e, opened, || this_machine(opened, options.backend), &options),
+    })?;
     for note in session.notes() {
         tracing::warn!("{note}");
     }
@@ -373,12 +386,15 @@ pub(super) fn failure(e: EngineError) -> Failure {
             Failure::usage(e)
         }
         EngineError::Plan(_) | EngineError::Memory(_) => Failure::limits(e),
+        EngineError::Request(RequestError::ContextFull { .. }) => Failure::limits(e),
+        EngineError::Request(_) => Failure::usage(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),
-        EngineError::Forward(ForwardError::Backend(crate::backend::BackendError::UnsupportedType { .. })) => {
-            Failure::usage(e)
+        EngineError::Forward(ForwardError::Backend(BackendError::UnsupportedType { .. })) => Failure::usage(e),
+        EngineError::Backend(BackendError::UnsupportedType { .. }) => Failure::usage(e),
+        EngineError::Backend(BackendError::OutOfMemory { .. } | BackendError::Threads { .. }) => Failure::limits(e),
+        EngineError::Storage(StorageError::Threads(_) | StorageError::Drive(OpenError::Map { .. })) => {
+            Failure::limits(e)
         }
-        EngineError::Backend(crate::backend::BackendError::UnsupportedType { .. }) => Failure::usage(e),
-        EngineError::Backend(crate::backend::BackendError::OutOfMemory { .. }) => Failure::limits(e),
         EngineError::Storage(StorageError::Drive(OpenError::WrongDrive { .. })) => Failure::refused(e),
         EngineError::Storage(StorageError::NotBound(_)) => Failure::usage(e),
         EngineError::Forward(_) | EngineError::Backend(_) | EngineError::Storage(_) | EngineError::NotFinite { .. } => {

@@ -35,7 +35,7 @@ impl Session {
             if self.plan.device_slots > 0 {
                 let engine = d.memory.copy_engine(1)?;
                 // What was read or loaded is not needed any more.
-                let from = Region { addr: self.arena.base(), len: self.arena.len() as usize };
+                let from = self.arena.whole();
                 self.links.gpu_ceiling = link_rate(engine.as_ref(), from, d.slots.addr, self.plan.device_slot_bytes)?;
             }
         }
@@ -96,15 +96,15 @@ impl Session {
 
 /// Bytes a second of copies from pinned memory to a slot; `None` where they cannot be timed.
 fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) -> Result<Option<f64>, EngineError> {
-    let bytes = LINK_COPY_BYTES.min(slot_bytes).min(from.len as u64);
+    let bytes = LINK_COPY_BYTES.min(slot_bytes).min(from.len() as u64);
     let (mut copied, mut seconds) = (0, 0.0);
     let began = Instant::now();
     while copied < LINK_PROBE_BYTES && began.elapsed() < LINK_PROBE_TIME {
         // All of the arena in turn: not all memory is equally near.
-        let at = copied % (from.len as u64 - bytes + 1);
+        let at = copied % (from.len() as u64 - bytes + 1);
         // SAFETY: the source is part of the arena, which nothing frees meanwhile; the slot is no
         // longer computed from.
-        unsafe { engine.upload(0, from.addr.add(at as usize), to, bytes as usize)? };
+        unsafe { engine.upload(0, from.addr().add(at as usize), to, bytes as usize)? };
         match engine.wait_copied(0)? {
             Some(s) => seconds += s,
             None => return Ok(None),

@@ -3,14 +3,15 @@
 
 use super::start::{Sizes, dims, make_plan, unit_size, weights_room};
 use super::{EngineError, Options};
+use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{BackendKind, MemoryUse};
+use crate::backend::{BackendKind, Dims, MemoryUse};
 use crate::machine;
 use crate::model::{Model, UnitKind, rope};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
-    COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, PlanError, Rates, Roofline, Setup, Shares, SimUnit, Site,
-    Traffic, UnitWork, pass_s, roofline,
+    COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
+    UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -41,9 +42,11 @@ pub struct Forecast {
     pub kv_bytes: u64,
     /// Bytes of VRAM that the backend takes beside weights, KV cache included; 0 without a GPU.
     pub workspace_bytes: u64,
+    /// Bytes of RAM that the backend takes next to weights, KV cache included; 0 with a GPU.
+    pub ram_workspace_bytes: u64,
     /// Bytes of VRAM that weights may take; `None` without a GPU.
     pub vram_room: Option<u64>,
-    /// Bytes of RAM that weights may take.
+    /// Bytes of RAM that weights, and without a GPU the KV cache and workspace, may take.
     pub ram_room: u64,
     /// What passes take.
     pub prediction: Prediction,
@@ -105,26 +108,17 @@ impl Forecast {
         sizes: &Sizes,
         units: &[UnitWork],
     ) -> Result<Forecast, EngineError> {
-        let site = site(machine, options.backend)?;
-        let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
-        let storage = options.storage && machine.storage.is_some();
-        let options = Options { ram: Some(ram_room), storage, ..options.clone() };
-        let (workspace_bytes, vram_room) = match site {
-            Site::Gpu => {
-                let workspace = workspace_bytes(model, machine, &options);
-                (workspace, Some(vram_room(machine, workspace, options.vram)))
-            }
-            Site::Cpu => (0, None),
-        };
-        let plan = make_plan(model, sizes, vram_room, &options)?;
+        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
+            planned(model, machine, options, sizes)?;
         Ok(Forecast {
             prediction: Prediction::new(units, &plan, machine, site, prompt),
             site,
             plan,
             units: units.to_vec(),
             n_ctx: options.n_ctx,
-            kv_bytes: kv_bytes(model, &options),
+            kv_bytes: kv_bytes(model, options),
             workspace_bytes,
+            ram_workspace_bytes,
             vram_room,
             ram_room,
         })
@@ -158,14 +152,40 @@ impl Forecast {
 
     /// The home of each block: of its shared part, where it has experts.
     pub fn blocks(&self) -> Vec<Home> {
-        let of = self.units.iter().zip(&self.plan.homes);
-        of.filter(|(u, _)| u.size.block.is_some() && !u.size.routed).map(|(_, h)| *h).collect()
+        blocks_of(&self.units, &self.plan.homes)
     }
 
     /// Slots that computation reads from.
     pub fn n_buffers(&self) -> usize {
         if self.site == Site::Gpu { self.plan.device_slots } else { self.plan.n_slots }
     }
+}
+
+/// A plan, and the sizes that it was made for.
+struct Planned {
+    site: Site,
+    plan: Plan,
+    workspace_bytes: u64,
+    ram_workspace_bytes: u64,
+    vram_room: Option<u64>,
+    ram_room: u64,
+}
+
+/// The plan that a session with `options` would make on `machine`.
+fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -> Result<Planned, EngineError> {
+    let site = site(machine, options.backend)?;
+    let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
+    let storage = options.storage && machine.storage.is_some();
+    let options = Options { ram: Some(ram_room), storage, ..options.clone() };
+    let (workspace_bytes, ram_workspace_bytes, vram_room) = match site {
+        Site::Gpu => {
+            let workspace = workspace_bytes(model, machine, &options);
+            (workspace, 0, Some(vram_room(machine, workspace, options.vram)))
+        }
+        Site::Cpu => (0, cpu_workspace_bytes(model, &options), None),
+    };
+    let plan = make_plan(model, sizes, vram_room, ram_workspace_bytes, &options)?;
+    Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room })
 }
 
 impl Prediction {
@@ -301,7 +321,8 @@ fn site(machine: &Machine, wished: BackendKind) -> Result<Site, EngineError> {
 fn ram_budget(machine: &Machine) -> Option<u64> {
     let ram = &machine.ram;
     let available = ram.available.unwrap_or(ram.size / 16 * 15);
-    machine::Memory { total: Some(ram.size), available: Some(available), cgroup_left: None }.budget()
+    let of_size = machine::Memory { total: Some(ram.size), available: Some(available), ..machine::Memory::default() };
+    ram.budget.or_else(|| of_size.budget())
 }
 
 /// Bytes of the KV cache.
@@ -312,10 +333,19 @@ fn kv_bytes(model: &Model, options: &Options) -> u64 {
 }
 
 fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {
-    let h = &model.hparams;
-    let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, None);
     let multiprocessors = machine.gpu.as_ref().map_or(0, |g| g.multiprocessors);
-    CudaBackend::workspace_bytes_of(&dims(model, options, rope), multiprocessors) + model.held_bytes()
+    CudaBackend::workspace_bytes_of(&dims_of(model, options), multiprocessors).saturating_add(model.held_bytes())
+}
+
+/// Bytes of RAM that processors take next to weights, KV cache included.
+fn cpu_workspace_bytes(model: &Model, options: &Options) -> u64 {
+    CpuBackend::workspace_bytes_of(&dims_of(model, options), options.threads).saturating_add(model.held_bytes())
+}
+
+/// Sizes alone: the rotary frequencies have the right number, and no factors of the file.
+fn dims_of(model: &Model, options: &Options) -> Dims {
+    let h = &model.hparams;
+    dims(model, options, rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, None))
 }
 
 /// Bytes of VRAM for weights, as a session finds them once its backend has its buffers.
@@ -325,45 +355,72 @@ fn vram_room(machine: &Machine, workspace: u64, limit: Option<u64>) -> u64 {
     weights_room(limit, MemoryUse { used, free: vram.saturating_sub(taken + used) })
 }
 
+/// Of what a machine can spare, what counts for advice: by the time that it is followed, a little less may be free.
+const ADVICE_SHARE: u64 = 97;
+/// Least context that is recommended.
+const CTX_ADVISED_MIN: usize = 128;
+/// Most `--ram` that is recommended, in MiB.
+const RAM_ADVISED_MAX: u64 = 1 << 30;
+
 /// What would fit in place of options that do not, as a sentence; `None` if nothing was found.
 pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<String> {
-    let fits = |o: &Options| Forecast::new(model, machine, o, 1).ok();
+    let sizes = Sizes::new(model, &|_| DIRECT);
+    let mut tight = machine.clone();
+    tight.ram.budget = ram_budget(machine).map(|b| b / 100 * ADVICE_SHARE);
+    let plan = |o: &Options| planned(model, &tight, o, &sizes).ok().map(|p| p.plan);
+    let fits = |o: &Options| plan(o).is_some();
     if options.tiers.is_some()
-        && let Some(f) = fits(&Options { tiers: None, ..options.clone() })
+        && let Some(p) = plan(&Options { tiers: None, ..options.clone() })
     {
-        let count = |home| f.blocks().iter().filter(|h| **h == home).count();
+        let homes = blocks_of(&works(model, &sizes.layouts), &p.homes);
+        let count = |home| homes.iter().filter(|h| **h == home).count();
         return Some(format!("--tiers {}:{}:{} fits", count(Home::A), count(Home::B), count(Home::C)));
     }
-    if options.n_buffers.is_some_and(|n| n > 2) && fits(&Options { n_buffers: Some(2), ..options.clone() }).is_some() {
+    if options.n_buffers.is_some_and(|n| n > 2) && fits(&Options { n_buffers: Some(2), ..options.clone() }) {
         return Some("--n-buffers 2 fits".into());
     }
     let mut n_ctx = options.n_ctx;
-    while n_ctx > 128 {
+    while n_ctx > CTX_ADVISED_MIN {
         n_ctx /= 2;
-        if fits(&Options { n_ctx, ..options.clone() }).is_some() {
+        if fits(&Options { n_ctx, ..options.clone() }) {
             return Some(format!("--ctx {n_ctx} fits"));
         }
     }
-    let step = |given: Option<u64>, set: &dyn Fn(u64) -> Options| {
-        let from = given.unwrap_or(0).next_multiple_of(1 << 30) >> 30;
-        (from..from + 1024).find(|gib| fits(&set(gib << 30)).is_some())
-    };
-    if !options.storage && fits(&Options { storage: true, ..options.clone() }).is_some() {
+    if !options.storage && fits(&Options { storage: true, ..options.clone() }) {
         return Some("without --tier-c none it fits, with the rest on storage".into());
     }
-    if let Some(gib) = step(options.ram, &|ram| Options { ram: Some(ram), ..options.clone() }) {
-        return Some(format!("--ram {gib}GiB would fit"));
+    let with_ram = |mib: u64| fits(&Options { ram: Some(mib << 20), ..options.clone() });
+    if let Some(mib) = least(options.ram.unwrap_or(0) >> 20, RAM_ADVISED_MAX, with_ram) {
+        return Some(format!("--ram {} would fit", format_at_least(mib << 20)));
     }
-    fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).map(|_| "--backend cpu fits".into())
+    fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).then(|| "--backend cpu fits".into())
+}
+
+/// The least number above `low`, up to `high`, for which `fits` holds, which holds from there on.
+fn least(mut low: u64, high: u64, fits: impl Fn(u64) -> bool) -> Option<u64> {
+    let mut top = low.max(1);
+    while !fits(top) {
+        low = top;
+        top = top.checked_mul(2).filter(|n| *n <= high)?;
+    }
+    while top - low > 1 {
+        let mid = low + (top - low) / 2;
+        if fits(mid) { top = mid } else { low = mid }
+    }
+    Some(top)
+}
+
+/// The home of each block: of its shared part, where it has experts.
+fn blocks_of(units: &[UnitWork], homes: &[Home]) -> Vec<Home> {
+    let of = units.iter().zip(homes);
+    of.filter(|(u, _)| u.size.block.is_some() && !u.size.routed).map(|(_, h)| *h).collect()
 }
 
 impl Forecast {
     /// The largest context up to what the model was trained on with which everything still fits.
     pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
-        let fits = |n_ctx| match Forecast::new(model, machine, &Options { n_ctx, ..options.clone() }, 1) {
-            Ok(_) => true,
-            Err(EngineError::Plan(PlanError::TiersMiscounted { .. })) | Err(_) => false,
-        };
+        let sizes = Sizes::new(model, &|_| DIRECT);
+        let fits = |n_ctx| planned(model, machine, &Options { n_ctx, ..options.clone() }, &sizes).is_ok();
         let (mut low, mut high) = (0, model.hparams.n_ctx_train);
         if fits(high) {
             return Some(high);

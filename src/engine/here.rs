@@ -70,12 +70,13 @@ fn cached(kind: &str, by: &str, identity: &str) -> Option<Rate> {
 fn ram() -> RamSide {
     let root = Path::new("/");
     let memory = machine::memory(root);
-    let available = memory.cgroup_left.into_iter().chain(memory.available).min();
+    let bounds = [memory.cgroup_left, memory.address_left, memory.available];
+    let available = bounds.into_iter().flatten().min();
     let read = cached("memory", "nt probe", &machine::memory_identity(root)).unwrap_or_else(|| {
         let guess = (RAM_A_THREAD * machine::n_cpus() as f64).min(RAM_GUESS_MAX);
         Rate::guess(guess, "from the number of processors; `nt probe memory` measures it")
     });
-    RamSide { size: memory.total.or(available).unwrap_or(0), available, read }
+    RamSide { size: memory.total.or(available).unwrap_or(0), available, budget: memory.budget(), read }
 }
 
 fn cpu(facts: &Facts) -> CpuSide {

@@ -46,8 +46,6 @@ pub struct Links {
     pub ram_ceiling: Option<f64>,
     /// Measured seconds of a one-token pass that brings nothing.
     pub compute_s: Option<f64>,
-    /// Measured rate of one-token compute over resident weights, bytes a second.
-    pub compute_ceiling: Option<f64>,
     /// Whether only passes of one token were counted.
     pub measured_one_token: bool,
     /// Where the ceilings come from, in words.
@@ -129,11 +127,10 @@ impl Links {
         }
     }
 
-    /// Tokens a second of one-token passes that the measured ceilings allow, and what binds (see
-    /// [`crate::plan::roofline`]).
+    /// Tokens per second of one-token passes that the measured ceilings and the measured time of computing allow,
+    /// and what binds (see [`crate::plan::roofline`]).
     pub fn roofline(&self) -> Option<(f64, &'static str)> {
-        let compute = self.compute_ceiling.map(|r| self.bytes_per_pass as f64 / r);
-        roofline(&self.traffic(), &self.rates(), compute).map(|r| (1.0 / r.seconds, r.bound_by.name()))
+        roofline(&self.traffic(), &self.rates(), self.compute_s).map(|r| (1.0 / r.seconds, r.bound_by.name()))
     }
 }
 
@@ -163,6 +160,8 @@ mod tests {
         assert_eq!(l.roofline(), Some((0.5, "nvme")));
         let l = Links { ram_ceiling: Some(1.0), ..l };
         assert_eq!(l.roofline(), Some((1.0 / 14.0, "ram")));
+        // Guards against a roofline that computing can never bind.
+        assert_eq!(Links { compute_s: Some(20.0), ..l }.roofline(), Some((0.05, "flops")));
         assert_eq!(Links { nvme_ceiling: None, ..l }.roofline(), None);
         assert_eq!(Links::default().roofline(), None);
         let l = Links {

@@ -36,6 +36,9 @@ pub enum EngineError {
     /// Reading weights.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// What a session was asked for.
+    #[error(transparent)]
+    Request(#[from] super::session::RequestError),
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),

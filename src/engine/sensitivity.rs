@@ -85,6 +85,7 @@ fn rooms(machine: &Machine, options: &Options, base: &Forecast) -> Vec<(String, 
         let mut more = machine.clone();
         more.ram.size += 16 * GIB;
         more.ram.available = more.ram.available.map(|a| a + 16 * GIB);
+        more.ram.budget = None;
         let given = Options { ram: options.ram.map(|r| r + 16 * GIB), ..options.clone() };
         all.push(("16 GiB more RAM".into(), more, given));
     }

@@ -9,7 +9,7 @@ use super::{EngineError, Links};
 use crate::backend::{Backend, BackendKind, DeviceAlloc, DeviceMemory, Pinned, all_finite};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, Model, NotFinite, Outputs, first_not_finite, forward};
+use crate::model::{ForwardError, Model, NotFinite, Outputs, Scratch, first_not_finite, forward};
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Home, Plan, Tiers};
 use crate::storage::{FileId, ReaderKind};
@@ -71,6 +71,7 @@ pub struct Session {
     pub(super) embedding: Embedding,
     pub(super) rows: Vec<u8>,
     pub(super) row_offsets: Vec<u64>,
+    pub(super) scratch: Scratch,
     pub(super) position: usize,
     /// Tokens of the last pass.
     pub(super) last: Vec<u32>,
@@ -110,13 +111,35 @@ impl Session {
         (LOGITS_BYTES_MAX / 4 / n_vocab.max(1)).clamp(1, Options::MAX_BATCH)
     }
 
-    /// Evaluates `tokens` after what the cache holds, in passes of at most `max_batch`. With
-    /// [`Outputs::All`] there must be no more tokens than rows of logits.
+    /// Evaluates `tokens` after what the cache holds, in passes of at most `max_batch`.
+    ///
+    /// # Errors
+    /// Before anything is computed: a token that the model has not, more tokens than the cache has room for, or
+    /// with [`Outputs::All`] more than the session holds rows of logits. Else what made a pass fail, or
+    /// [`ForwardError::Interrupted`].
     pub fn eval(&mut self, tokens: &[u32], outputs: Outputs, stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
+        self.check(tokens, outputs)?;
         let n_passes = tokens.len().div_ceil(self.options.max_batch);
         for (i, chunk) in tokens.chunks(self.options.max_batch).enumerate() {
             let last = i + 1 == n_passes;
             self.pass(chunk, if last { outputs } else { Outputs::None }, stop)?;
+        }
+        Ok(())
+    }
+
+    /// What is computed must be within what was allocated.
+    fn check(&self, tokens: &[u32], outputs: Outputs) -> Result<(), RequestError> {
+        let n_vocab = self.model.n_vocab;
+        if let Some(&token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
+            return Err(RequestError::NoSuchToken { token, n_vocab });
+        }
+        let (n_ctx, position) = (self.options.n_ctx, self.position);
+        if tokens.len() > n_ctx.saturating_sub(position) {
+            return Err(RequestError::ContextFull { tokens: tokens.len(), position, n_ctx });
+        }
+        let max = self.options.outputs.min(self.options.max_batch);
+        if outputs == Outputs::All && tokens.len() > max {
+            return Err(RequestError::TooManyOutputs { tokens: tokens.len(), max });
         }
         Ok(())
     }
@@ -135,6 +158,7 @@ impl Session {
                 self.position,
                 tokens.len(),
                 outputs,
+                &mut self.scratch,
                 stop,
             )
             .map_err(EngineError::from)
@@ -179,8 +203,8 @@ impl Session {
             for (t, row) in tokens.iter().zip(self.rows.chunks_exact_mut(e.row_bytes)) {
                 let from = at as usize + *t as usize * e.row_bytes;
                 // SAFETY: the region holds the whole embedding from `at` on, the token is below its
-                // row count (checked by the caller's tokenizer or command), and nobody writes there.
-                unsafe { std::ptr::copy_nonoverlapping(region.addr.add(from), row.as_mut_ptr(), e.row_bytes) };
+                // row count (checked by `eval`), and nobody writes there.
+                unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), e.row_bytes) };
             }
             return Ok(());
         }
@@ -205,7 +229,7 @@ impl Session {
         // SAFETY: the slice holds rows `first_row..first_row + rows` from `at` on, and the token is one
         // of them; resident units are never written after loading.
         unsafe {
-            std::ptr::copy_nonoverlapping(region.addr.add(from), self.rows.as_mut_ptr(), self.embedding.row_bytes)
+            std::ptr::copy_nonoverlapping(region.addr().add(from), self.rows.as_mut_ptr(), self.embedding.row_bytes)
         };
         true
     }
@@ -355,6 +379,43 @@ impl Session {
     }
 }
 
+/// A request that a session cannot serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// A token that the model has no row for.
+    #[error("token {token} is not in the vocabulary, which ends at {}", n_vocab - 1)]
+    NoSuchToken {
+        /// The token.
+        token: u32,
+        /// Tokens there are.
+        n_vocab: usize,
+    },
+    /// More tokens than the KV cache has room for.
+    #[error(
+        "{tokens} tokens do not fit the context: {position} of its {n_ctx} positions are taken; give a larger --ctx"
+    )]
+    ContextFull {
+        /// Tokens to be evaluated.
+        tokens: usize,
+        /// Positions taken.
+        position: usize,
+        /// Positions there are.
+        n_ctx: usize,
+    },
+    /// More rows of logits than the session was started for.
+    #[error("logits of {tokens} tokens were asked for at once, but the session holds {max} rows of them")]
+    TooManyOutputs {
+        /// Tokens to be evaluated.
+        tokens: usize,
+        /// Rows there are.
+        max: usize,
+    },
+}
+
+/// A failure to bring weights, as the engine reports it.
 pub(super) fn stream_error(e: StreamError) -> EngineError {
-    EngineError::Forward(ForwardError::Weights(e.to_string()))
+    EngineError::Forward(match e {
+        StreamError::Interrupted => ForwardError::Interrupted,
+        e => ForwardError::Weights(Box::new(e)),
+    })
 }

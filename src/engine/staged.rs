@@ -149,7 +149,7 @@ impl Blocks {
     /// Reads whole blocks to the buffer.
     fn fill(&mut self, offset: u64, len: u64) -> Result<(), String> {
         let extents = [Extent { file: self.file, offset, len, dst_offset: 0 }];
-        let (dst, dst_len) = (self.buffer.addr, self.buffer.len);
+        let (dst, dst_len) = (self.buffer.addr(), self.buffer.len());
         let request = ReadRequest { tag: 0, extents: &extents, dst, urgent: false, dst_len };
         // SAFETY: the buffer is this reader's alone and outlives it; it is looked at when the read,
         // which is waited for, has ended.
@@ -181,7 +181,7 @@ impl Medium for Blocks {
                 source: std::io::Error::other(why),
             })?;
             // SAFETY: the read has ended, and its length fits the buffer.
-            let read = unsafe { std::slice::from_raw_parts(self.buffer.addr, (to - from) as usize) };
+            let read = unsafe { std::slice::from_raw_parts(self.buffer.addr(), (to - from) as usize) };
             let upto = to.min(end);
             bytes.extend_from_slice(&read[(next - from) as usize..(upto - from) as usize]);
             next = upto;

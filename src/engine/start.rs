@@ -1,21 +1,23 @@
 //! How a session comes to be: plan, memory, loading, the ring.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
+use crate::backend::cpu::CpuBackend;
 use crate::backend::{self, Backend, BackendError, DeviceAlloc, DeviceMemory, Dims, MemoryUse};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{HParams, Held, Model, UnitKind, UnitSpec, rope};
+use crate::model::{ForwardError, HParams, Held, Model, Scratch, UnitKind, UnitSpec, rope};
 use crate::pipeline::{
     DeviceUnit, Direct, Feed, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
     load_to_device,
 };
-use crate::plan::{Home, Limits, Plan, PlanError, UnitSize, format_bytes, place};
+use crate::plan::{Home, Limits, Plan, PlanError, UnitSize, format_at_least, format_bytes, place};
 use crate::storage::{Alignment, FileId, Reader, StorageError};
 
 /// Rows of the embedding that are read at once.
@@ -28,22 +30,66 @@ const VRAM_MARGIN_MAX: u64 = 512 << 20;
 /// Steps in which the room for weights shrinks when memory is refused that the plan counted on.
 const VRAM_STEPS: u64 = 16;
 
-/// Makes a backend for the sizes given; the second result is a line on what could not be had.
+/// Opens a backend for these dimensions; also returns a one-line note on any fallback.
 pub type OpenBackend<'a> = &'a dyn Fn(&Dims) -> Result<(Box<dyn Backend>, Option<String>), BackendError>;
+
+/// What a start tells its caller, and asks it.
+pub struct Starting<'a> {
+    /// Gets bytes loaded and bytes to load.
+    pub progress: &'a mut dyn FnMut(u64, u64),
+    /// Whether to stop: asked before each step, and while memory is populated and weights are loaded after every
+    /// completion and every 2 ms.
+    pub stop: &'a dyn Fn() -> bool,
+}
+
+impl Starting<'_> {
+    fn go_on(&self) -> Result<(), EngineError> {
+        if (self.stop)() { Err(ForwardError::Interrupted.into()) } else { Ok(()) }
+    }
+
+    /// Tells how far loading is, and whether it goes on.
+    fn loaded(&mut self, bytes: u64, all: u64) -> ControlFlow<()> {
+        (self.progress)(bytes, all);
+        if (self.stop)() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
 
 impl Session {
     /// Plans, allocates and loads. `progress` gets bytes loaded and bytes to load.
+    ///
+    /// # Errors
+    /// As [`Session::start`].
     pub fn new(opened: &Opened, options: Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Session, EngineError> {
+        Session::start(opened, options, &mut Starting { progress, stop: &|| false })
+    }
+
+    /// Plans, allocates and loads, as long as it is not to stop.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from being run within the limits; [`ForwardError::Interrupted`] if it was to stop.
+    pub fn start(opened: &Opened, options: Options, starting: &mut Starting<'_>) -> Result<Session, EngineError> {
         let (kind, threads) = (options.backend, options.threads);
-        Session::with_backend(opened, options, &|dims| backend::open(kind, dims, threads), progress)
+        Session::start_on(opened, options, &|dims| backend::open(kind, dims, threads), starting)
     }
 
     /// As [`Session::new`], on the backend that `open_backend` makes.
+    ///
+    /// # Errors
+    /// As [`Session::start`].
     pub fn with_backend(
         opened: &Opened,
         options: Options,
         open_backend: OpenBackend,
         progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Session, EngineError> {
+        Session::start_on(opened, options, open_backend, &mut Starting { progress, stop: &|| false })
+    }
+
+    fn start_on(
+        opened: &Opened,
+        options: Options,
+        open_backend: OpenBackend,
+        starting: &mut Starting<'_>,
     ) -> Result<Session, EngineError> {
         let model = opened.model.clone();
         model.hparams.check_window(options.n_ctx)?;
@@ -54,44 +100,53 @@ impl Session {
         let mut small = Arena::new(bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
         // Bound anew so that an early return drops it before the memory.
         let mut reader = reader;
-        let mut vectors = read_vectors(reader.as_mut(), &vectors, &mut small)?.into_iter();
+        let mut vectors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?.into_iter();
         let divisors = model.rope_freqs.as_ref().and_then(|_| vectors.next());
         let widened: Vec<Vec<f32>> = vectors.collect();
         let h = &model.hparams;
         let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());
-        let (backend, note) = open_backend(&dims(&model, &options, rope))?;
+        let dims = dims(&model, &options, rope);
+        let sizes = Sizes::new(&model, &|f| reader.alignment(f));
+        starting.go_on()?;
+        let (backend, note) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
         notes.extend(note);
         check_types(&model, backend.as_ref())?;
+        starting.go_on()?;
 
-        let sizes = Sizes::new(&model, &|f| reader.alignment(f));
         let memory = backend.device();
         // Before the plan, which counts what is free.
         let apart = Apart::new(&model, widened, memory.as_deref())?;
+        // A device's own memory holds the cache and the workspace, and has its own room.
+        let workspace = if memory.is_none() { backend.workspace_bytes() + model.held_bytes() } else { 0 };
+        let options = options_within_locks(options, reader.as_ref());
         let (plan, mut device) = match &memory {
-            None => (make_plan(&model, &sizes, None, &options)?, None),
+            None => (make_plan(&model, &sizes, None, workspace, &options)?, None),
             Some(memory) => {
                 let (plan, on_device) = plan_on_device(&model, &sizes, memory, &options, &mut notes)?;
                 (plan, Some(on_device))
             }
         };
-        // `--ram` may ask for more than there is; the kernel would kill, or the desktop stall.
-        let workspace = if memory.is_none() { backend.workspace_bytes() } else { 0 };
-        if let Some(why) = machine::memory(Path::new("/")).refusal(plan.ram_bytes + workspace) {
-            return Err(EngineError::Memory(why));
-        }
+        refuse_what_is_not_there(&plan, workspace, reader.as_ref(), &|ram| {
+            let vram = memory.is_some().then_some(plan.vram_bytes);
+            make_plan(&model, &sizes, vram, workspace, &Options { ram: Some(ram), ..options.clone() }).is_ok()
+        })?;
         let mut places = Places::take(&plan, &sizes)?;
         let mut reader = reader;
         // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the streamer.
         unsafe { reader.attach(places.arena.base(), places.arena.len() as usize) }?;
         if let (Some(memory), Some((resident, slots))) = (&memory, device.take()) {
-            places.arena.populate(machine::n_cpus());
+            if !places.arena.populate(machine::n_cpus(), starting.stop) {
+                return Err(ForwardError::Interrupted.into());
+            }
             // SAFETY: the registration is dropped before the arena (see `Session`'s fields).
             let pinned = unsafe { memory.pin(places.arena.base(), places.arena.len() as usize) }?;
             let memory = Arc::clone(memory);
             places.device = Some(OnDevice { memory, resident, slots, _pinned: pinned });
         }
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
-        let resident = load_resident(&plan, &sizes, &places, &names, reader.as_mut(), progress)?;
+        // SAFETY: `reader` was bound anew after the places, so an early return drops it before their arena;
+        // later it is the streamer's, which the session drops before the arena.
+        let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
         let ring = Ring { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let links = Links { storage_copies: reader.copies(), ..links(&model, &plan, places.device.is_some()) };
@@ -116,6 +171,7 @@ impl Session {
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
             row_offsets: Vec::with_capacity(options.max_batch),
             last: Vec::with_capacity(options.max_batch),
+            scratch: Scratch::for_model(&model, options.max_batch),
             model,
             backend,
             plan,
@@ -143,6 +199,49 @@ pub fn beyond_training(h: &HParams, n_ctx: usize) -> Option<String> {
             n_ctx.div_ceil(h.n_ctx_train)
         )
     })
+}
+
+/// The error of a backend that could not be opened; where memory for processors was refused, that of the plan
+/// if there is none, which says what would fit.
+fn unopened(e: BackendError, model: &Model, sizes: &Sizes, dims: &Dims, options: &Options) -> EngineError {
+    if let BackendError::OutOfMemory { backend: "cpu", .. } = e
+        && let Err(e) = make_plan(model, sizes, None, CpuBackend::workspace_bytes_of(dims, options.threads), options)
+    {
+        return e.into();
+    }
+    e.into()
+}
+
+/// Whether a reader locks the memory that it reads to, as the VFIO driver does.
+fn locks(reader: &dyn Reader) -> bool {
+    matches!(reader.name(), "vfio" | "mixed")
+}
+
+/// The options, with no more RAM than may be locked where a reader locks it and `--ram` does not say.
+fn options_within_locks(options: Options, reader: &dyn Reader) -> Options {
+    let memory = machine::memory(Path::new("/"));
+    match (options.ram, memory.lock_left.filter(|_| locks(reader))) {
+        (None, Some(left)) => Options { ram: Some(memory.budget().map_or(left, |b| b.min(left))), ..options },
+        _ => options,
+    }
+}
+
+/// `--ram` may ask for more than there is; the kernel would kill, or the desktop stall. `fits` says whether
+/// there is a plan within that much RAM.
+fn refuse_what_is_not_there(
+    plan: &Plan,
+    workspace: u64,
+    reader: &dyn Reader,
+    fits: &dyn Fn(u64) -> bool,
+) -> Result<(), EngineError> {
+    let memory = machine::memory(Path::new("/"));
+    let lock = memory.lock_refusal(plan.ram_bytes).filter(|_| locks(reader));
+    let Some(why) = memory.refusal(plan.ram_bytes.saturating_add(workspace)).or(lock) else { return Ok(()) };
+    let smaller = if workspace > 0 { ", or give a smaller --ctx" } else { "" };
+    Err(EngineError::Memory(match memory.safe_budget().filter(|ram| fits(*ram)) {
+        Some(ram) => format!("{why}; --ram {} would fit", format_at_least(ram)),
+        None => format!("{why}; end what else takes memory{smaller}"),
+    }))
 }
 
 /// Alignment of reads of each file.
@@ -193,13 +292,16 @@ impl Places {
 }
 
 /// Loads tiers A and B and the embedding; returns where resident units lie in the backend's memory.
-fn load_resident(
+///
+/// # Safety
+/// The reader is dropped before the arena of `places`.
+unsafe fn load_resident(
     plan: &Plan,
     sizes: &Sizes,
     places: &Places,
     names: &[String],
     reader: &mut dyn Reader,
-    progress: &mut dyn FnMut(u64, u64),
+    starting: &mut Starting<'_>,
 ) -> Result<Vec<Option<u64>>, EngineError> {
     let mut to_ram: Vec<(&UnitLayout, Region, &str)> = Vec::new();
     let mut to_device: Vec<DeviceUnit> = Vec::new();
@@ -216,7 +318,7 @@ fn load_resident(
             (Home::B, Some(region)) => {
                 to_ram.push((layout, region, name));
                 // A device streams from RAM; processors compute there.
-                resident[u] = places.device.is_none().then_some(region.addr as u64);
+                resident[u] = places.device.is_none().then_some(region.addr() as u64);
             }
             _ => {}
         }
@@ -224,10 +326,13 @@ fn load_resident(
     to_ram.extend(places.embedding.map(|r| (&sizes.embedding, r, "token_embd.weight")));
     let bytes = to_ram.iter().map(|(l, ..)| l.read_bytes()).sum::<u64>();
     let total = bytes + to_device.iter().map(|u| u.layout.read_bytes()).sum::<u64>();
-    load(reader, &to_ram, &mut |done| progress(done, total)).map_err(stream_error)?;
+    // SAFETY: the plan gave each unit a region of its own; the rest is the caller's promise.
+    unsafe { load(reader, &to_ram, &mut |done| starting.loaded(done, total)) }.map_err(stream_error)?;
     if let (Some(device), false) = (&places.device, to_device.is_empty()) {
         let engine = device.memory.copy_engine(places.slots.len())?;
-        load_to_device(reader, &to_device, &places.slots, engine.as_ref(), &mut |done| progress(bytes + done, total))
+        let mut progress = |done| starting.loaded(bytes + done, total);
+        // SAFETY: nothing streams yet, so the slots are free; units lie one after the other in the allocation.
+        unsafe { load_to_device(reader, &to_device, &places.slots, engine.as_ref(), &mut progress) }
             .map_err(stream_error)?;
     }
     Ok(resident)
@@ -261,7 +366,9 @@ impl Ring<'_> {
             rows: places.rows,
             trace_events: if self.options.timeline { TRACE_EVENTS } else { 0 },
         };
-        let streamer = Arc::new(Streamer::start(config, reader, n_files).map_err(StorageError::Threads)?);
+        // SAFETY: the session drops the streamer before the arena, from which the regions are.
+        let streamer = unsafe { Streamer::start(config, reader, n_files) };
+        let streamer = Arc::new(streamer.map_err(StorageError::Threads)?);
         let Some(device) = &places.device else {
             return Ok((Arc::clone(&streamer), Box::new(Direct::new(streamer))));
         };
@@ -275,7 +382,9 @@ impl Ring<'_> {
             slots: (0..self.plan.device_slots).map(slot).collect(),
         };
         let engine = device.memory.copy_engine(self.plan.device_slots)?;
-        let uploads = Uploads::start(config, engine, Arc::clone(&streamer)).map_err(StorageError::Threads)?;
+        // SAFETY: the session drops the uploads before the arena and the slots, which the plan made large enough.
+        let uploads = unsafe { Uploads::start(config, engine, Arc::clone(&streamer)) };
+        let uploads = uploads.map_err(StorageError::Threads)?;
         Ok((streamer, Box::new(uploads)))
     }
 }
@@ -318,8 +427,15 @@ pub(super) fn unit_size((unit, layout): (&UnitSpec, &UnitLayout)) -> UnitSize {
     UnitSize { slot_bytes: layout.slot_bytes, block, routed }
 }
 
-/// The plan, for `vram` bytes of device memory if weights are computed there.
-pub(super) fn make_plan(model: &Model, sizes: &Sizes, vram: Option<u64>, options: &Options) -> Result<Plan, PlanError> {
+/// The plan, for `vram` bytes of device memory if weights are computed there; `workspace` bytes of RAM are the
+/// backend's.
+pub(super) fn make_plan(
+    model: &Model,
+    sizes: &Sizes,
+    vram: Option<u64>,
+    workspace: u64,
+    options: &Options,
+) -> Result<Plan, PlanError> {
     let units: Vec<UnitSize> = model.units.iter().zip(sizes.layouts.iter()).map(unit_size).collect();
     // A tied head in RAM serves the embedding's rows too.
     let wants_embedding = !model.tied || vram.is_some();
@@ -331,6 +447,7 @@ pub(super) fn make_plan(model: &Model, sizes: &Sizes, vram: Option<u64>, options
         stacked: options.stacked,
         storage: options.storage,
         reserved: sizes.rows,
+        workspace,
         embedding: wants_embedding.then_some(sizes.embedding.slot_bytes),
     };
     place(&units, &limits)
@@ -356,8 +473,9 @@ fn plan_on_device(
     let all_room = weights_room(options.vram, now);
     let mut step = 0;
     loop {
+        // Rounded down by up to 15 bytes, which no unit is smaller than.
         let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
-        let plan = make_plan(model, sizes, Some(room), options)?;
+        let plan = make_plan(model, sizes, Some(room), 0, options)?;
         let slots_bytes = plan.device_slots as u64 * plan.device_slot_bytes;
         let resident = memory.alloc(plan.vram_bytes - slots_bytes, "tier A");
         let both = resident.and_then(|r| Ok((r, memory.alloc(slots_bytes, "the ring's slots")?)));
@@ -444,6 +562,7 @@ fn read_vectors(
     reader: &mut dyn Reader,
     tensors: &[&TensorInfo],
     arena: &mut Arena,
+    starting: &mut Starting<'_>,
 ) -> Result<Vec<Vec<f32>>, EngineError> {
     if tensors.is_empty() {
         return Ok(Vec::new());
@@ -457,12 +576,15 @@ fn read_vectors(
     // SAFETY: the arena begins at a page; the caller drops the reader before it.
     unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
     let units: Vec<_> = layouts.iter().zip(tensors).map(|((l, region), t)| (l, *region, t.name.as_str())).collect();
-    load(reader, &units, &mut |_| ()).map_err(stream_error)?;
+    let stop = starting.stop;
+    let mut go_on = |_| if stop() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    // SAFETY: each region is its tensor's; the caller drops the reader before the arena.
+    unsafe { load(reader, &units, &mut go_on) }.map_err(stream_error)?;
     let floats = |((l, region, _), t): (&(&UnitLayout, Region, &str), &&TensorInfo)| {
         // SAFETY: the tensor's bytes were read to this offset of the region, whose length the reader has
         // checked, and nobody else uses it.
         let bytes =
-            unsafe { std::slice::from_raw_parts(region.addr.add(l.span_offsets[0] as usize), t.bytes as usize) };
+            unsafe { std::slice::from_raw_parts(region.addr().add(l.span_offsets[0] as usize), t.bytes as usize) };
         let mut out = vec![0.0; t.shape.iter().product::<u64>() as usize];
         // The type was checked when the structure was built.
         match backend::reference::dequantize(t.ty, bytes, &mut out) {

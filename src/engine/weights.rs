@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::model::{HELD, WeightSource};
+use crate::model::{HELD, WeightError, WeightSource};
 use crate::pipeline::{EventKind, Feed, Streamer, UnitLayout};
 
 /// Resident and streamed units of a session.
@@ -64,10 +64,10 @@ impl Weights {
 }
 
 impl WeightSource for Weights {
-    fn acquire(&mut self, unit: usize) -> Result<(), String> {
+    fn acquire(&mut self, unit: usize) -> Result<(), WeightError> {
         let base = match self.resident[unit] {
             Some(addr) => addr,
-            None => self.feed.acquire(unit).map_err(|e| e.to_string())?,
+            None => self.feed.acquire(unit)?,
         };
         self.bytes += self.unit_bytes[unit];
         if self.traced {
@@ -86,18 +86,18 @@ impl WeightSource for Weights {
         base + self.layouts[unit].span_offsets[span]
     }
 
-    fn release(&mut self, unit: usize) -> Result<(), String> {
+    fn release(&mut self, unit: usize) -> Result<(), WeightError> {
         self.held = None;
         if self.traced {
             self.streamer.trace(EventKind::Compute, unit, 0, self.since, Instant::now());
         }
         match self.resident[unit] {
             Some(_) => Ok(()),
-            None => self.feed.release().map_err(|e| e.to_string()),
+            None => self.feed.release().map_err(WeightError::from),
         }
     }
 
-    fn demand(&mut self, units: &mut [usize]) -> Result<(), String> {
+    fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError> {
         // Resident experts first: they compute while the others are brought.
         units.sort_unstable_by_key(|&u| (self.resident[u].is_none(), u));
         if self.any_streamed_expert {

@@ -174,6 +174,17 @@ fn memory(facts: &Facts) -> Vec<Finding> {
             "systemd-run --user --scope -p MemoryMax=infinity nt …, or raise the container's limit",
         );
     }
+    if let (Some(left), Some(available)) = (facts.ram.address_left, facts.ram.available)
+        && left < available
+    {
+        add(
+            "address-space",
+            Weight::Warning,
+            format!("limits on the process leave {} MiB of the {} MiB that are available", left >> 20, available >> 20),
+            "memory beyond is refused; nt plans within it",
+            "ulimit -v unlimited; ulimit -d unlimited",
+        );
+    }
     if facts.limits.swap == Some(true) && !facts.limits.pressure {
         add(
             "pressure",
@@ -273,7 +284,10 @@ mod tests {
     #[test]
     fn each_lack_is_found_with_a_command() {
         let f = machine(&[
-            ("proc/self/limits", "Max locked memory  8388608 8388608 bytes\n"),
+            (
+                "proc/self/limits",
+                "Max address space  1000000000 unlimited bytes\nMax locked memory  8388608 8388608 bytes\n",
+            ),
             (
                 "proc/meminfo",
                 "MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\nHugePages_Total: 0\nHugePages_Free: 0\nHugepagesize: 2048 kB\n",
@@ -306,6 +320,7 @@ mod tests {
             "iommu",
             "huge-pages",
             "cgroup",
+            "address-space",
             "pressure",
             "scheduler",
             "rotational",

@@ -1,7 +1,8 @@
 //! Keeps a run from taking the machine down: watches memory pressure, what is available and the
 //! cgroup's events, and asks the run to stop before the kernel kills somebody.
 //!
-//! The decision is a pure function of facts; a thread reads them four times a second.
+//! The decision is a pure function of facts. A thread reads them four times per second, and the more often the nearer
+//! a limit is: loading fills memory at gigabytes per second.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
@@ -11,6 +12,10 @@ use std::time::Duration;
 use super::memory::{self, kib_field};
 
 const INTERVAL: Duration = Duration::from_millis(250);
+/// The same where a limit is all but reached.
+const INTERVAL_MIN: Duration = Duration::from_millis(4);
+/// Bytes per second that memory may fill at.
+const FILLING: f64 = 8e9;
 /// Killed before the desktop, should it come to that; 1000 is the most.
 const OOM_SCORE: i32 = 500;
 
@@ -25,8 +30,7 @@ pub struct Facts {
     pub total: Option<u64>,
     /// `MemAvailable`, in bytes.
     pub available: Option<u64>,
-    /// What the tightest cgroup leaves below `memory.max` and `memory.high`, its file cache counted as free,
-    /// in bytes.
+    /// What the tightest cgroup of either version leaves, its file cache counted as free, in bytes.
     pub cgroup_free: Option<u64>,
     /// Times the cgroup ran out of memory since it was made.
     pub cgroup_oom: Option<u64>,
@@ -106,6 +110,14 @@ pub fn verdict(now: &Facts, limits: &Limits) -> Verdict {
     Verdict::Go
 }
 
+/// How long facts like `now` may be relied on.
+fn interval(now: &Facts, limits: &Limits) -> Duration {
+    let machine = now.available.map(|a| a.saturating_sub(limits.available_min));
+    let cgroup = now.cgroup_free.map(|f| f.saturating_sub(limits.cgroup_free_min));
+    let left = machine.into_iter().chain(cgroup).min();
+    left.map_or(INTERVAL, |left| Duration::from_secs_f64(left as f64 / FILLING).clamp(INTERVAL_MIN, INTERVAL))
+}
+
 /// Reads the facts below `root`.
 pub fn facts(root: &Path) -> Facts {
     let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
@@ -122,14 +134,10 @@ pub fn facts(root: &Path) -> Facts {
         available: kib_field(&meminfo, "MemAvailable:"),
         ..Facts::default()
     };
-    for folder in memory::cgroups(root) {
-        let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
-        if let Some(free) = memory::left_in(&folder) {
-            out.cgroup_free = Some(out.cgroup_free.map_or(free, |f| f.min(free)));
-        }
-        let events = read("memory.events");
-        if !events.is_empty() {
-            out.cgroup_oom = Some(out.cgroup_oom.unwrap_or(0) + memory::field(&events, "oom"));
+    for cgroup in memory::cgroups(root) {
+        out.cgroup_free = out.cgroup_free.into_iter().chain(cgroup.left()).min();
+        if let Some(ooms) = cgroup.ooms() {
+            out.cgroup_oom = Some(out.cgroup_oom.unwrap_or(0) + ooms);
         }
     }
     out
@@ -190,7 +198,8 @@ fn watch(shared: &Shared, root: &Path) {
     let Ok(mut state) = shared.state.lock() else { return };
     while !state.over {
         drop(state);
-        let verdict = verdict(&facts(root), &limits);
+        let now = facts(root);
+        let verdict = verdict(&now, &limits);
         let Ok(mut locked) = shared.state.lock() else { return };
         if let Verdict::Stop(reason) = verdict {
             locked.reason = Some(reason);
@@ -199,7 +208,7 @@ fn watch(shared: &Shared, root: &Path) {
         if locked.over {
             return;
         }
-        let Ok((next, _)) = shared.wake.wait_timeout(locked, INTERVAL) else { return };
+        let Ok((next, _)) = shared.wake.wait_timeout(locked, interval(&now, &limits)) else { return };
         state = next;
     }
 }
@@ -251,6 +260,17 @@ mod tests {
         }
     }
 
+    /// Guards against a limit that is passed between two looks.
+    #[test]
+    fn near_a_limit_the_watch_looks_more_often() {
+        let limits = Limits::of(&calm());
+        assert_eq!(interval(&calm(), &limits), INTERVAL);
+        assert_eq!(interval(&Facts::default(), &limits), INTERVAL);
+        let near = |free| interval(&Facts { cgroup_free: Some(free), ..calm() }, &limits);
+        assert!(near(GIB) < INTERVAL && near(256 << 20) < near(GIB) && near(33 << 20) == INTERVAL_MIN);
+        assert_eq!(interval(&Facts { available: Some(limits.available_min), ..calm() }, &limits), INTERVAL_MIN);
+    }
+
     #[test]
     fn pressure_elsewhere_does_not_stop_a_machine_with_room() {
         let limits = Limits::of(&calm());
@@ -290,6 +310,20 @@ mod tests {
                 cgroup_oom: Some(1),
             }
         );
+    }
+
+    #[test]
+    fn a_cgroup_of_version_1_is_watched() {
+        let d = tree(&[
+            ("proc/self/cgroup", "4:memory:/a\n0::/\n"),
+            ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "67108864\n"),
+            ("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "60000000\n"),
+            ("sys/fs/cgroup/memory/a/memory.stat", "total_inactive_file 1000\n"),
+            ("sys/fs/cgroup/memory/a/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
+        ]);
+        let f = facts(d.path());
+        assert_eq!((f.cgroup_free, f.cgroup_oom), (Some(67_108_864 - 59_999_000), Some(3)));
+        assert!(matches!(verdict(&f, &Limits::of(&f)), Verdict::Stop(r) if r.contains("cgroup")));
     }
 
     #[test]

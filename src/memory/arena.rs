@@ -1,22 +1,33 @@
 //! One anonymous mapping, allocated once, cut into disjoint regions.
 //!
-//! Memory in flight is never behind a Rust reference: regions are addresses, and who reads or
-//! writes them is the ring's business.
+//! Memory in flight is never behind a Rust reference: regions are addresses, and the ring decides who
+//! reads or writes them.
 
+use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// Regions begin at multiples of this, which satisfies direct I/O on every device.
 pub const REGION_ALIGN: u64 = 4096;
 /// The mapping begins at a multiple of this, so that huge pages can back it.
 const HUGE_PAGE: usize = 2 << 20;
+/// Bytes that a thread populates between two looks at whether to stop.
+const POPULATE_STEP: usize = 8 * HUGE_PAGE;
+/// How often the caller of [`Arena::populate`] asks whether to stop.
+const POPULATE_POLL: Duration = Duration::from_millis(2);
 
 /// Why there is no arena.
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {
     /// The system refused the mapping.
-    #[error("{bytes} bytes of memory for weights could not be mapped: {source}")]
+    #[error(
+        "{bytes} bytes of memory for weights could not be mapped: {source}; give a smaller --ram, or raise the limit on this process's memory (ulimit -v, ulimit -d)"
+    )]
     Map {
-        /// Size asked for.
+        /// Bytes asked for.
         bytes: u64,
         /// The system's words.
         source: std::io::Error,
@@ -24,7 +35,7 @@ pub enum ArenaError {
     /// More regions were asked for than planned.
     #[error("the arena of {size} bytes has no room for {bytes} more after {used}; the plan is wrong")]
     Full {
-        /// Size of the arena.
+        /// Bytes of the arena.
         size: u64,
         /// Bytes taken.
         used: u64,
@@ -33,19 +44,46 @@ pub enum ArenaError {
     },
 }
 
-/// A part of the arena.
+/// A part of an arena: an address and a length.
+///
+/// A region does not keep its arena alive. Functions that read or write regions on their own are `unsafe`
+/// and ask their callers for that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// Address of the first byte.
-    pub addr: *mut u8,
-    /// Bytes.
-    pub len: usize,
+    addr: *mut u8,
+    len: usize,
 }
 
 // SAFETY: a region is an address; dereferencing it is unsafe and argued where it happens.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
+
+impl Region {
+    /// The region of `len` bytes at `addr`.
+    ///
+    /// # Safety
+    /// `addr .. + len` must be one allocation, and stay mapped and writable for as long as the region or a
+    /// copy of it is used.
+    pub unsafe fn new(addr: *mut u8, len: usize) -> Region {
+        Region { addr, len }
+    }
+
+    /// Address of the first byte.
+    pub fn addr(self) -> *mut u8 {
+        self.addr
+    }
+
+    /// Bytes.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no byte.
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+}
 
 /// The mapping.
 #[derive(Debug)]
@@ -64,41 +102,37 @@ unsafe impl Sync for Arena {}
 
 impl Arena {
     /// Maps `len` bytes. Pages take memory when first touched.
+    ///
+    /// # Errors
+    /// [`ArenaError::Map`] if the system refuses.
     pub fn new(len: u64) -> Result<Arena, ArenaError> {
         let fail = |source| ArenaError::Map { bytes: len, source };
         let too_large = || fail(std::io::Error::from(std::io::ErrorKind::OutOfMemory));
-        let want = usize::try_from(len.next_multiple_of(REGION_ALIGN).max(REGION_ALIGN)).map_err(|_| too_large())?;
-        let map_len = want.checked_add(HUGE_PAGE).ok_or_else(too_large)?;
+        let want = len.max(1).checked_next_multiple_of(REGION_ALIGN).and_then(|n| usize::try_from(n).ok());
+        let want = want.ok_or_else(too_large)?;
+        let map_len = want.checked_add(HUGE_PAGE).and_then(NonZeroUsize::new).ok_or_else(too_large)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: a fresh anonymous private mapping at an address of the kernel's choice touches no
         // existing memory.
-        let map = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                map_len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if map == libc::MAP_FAILED {
-            return Err(fail(std::io::Error::last_os_error()));
-        }
-        let Some(map) = NonNull::new(map.cast::<u8>()) else { return Err(too_large()) };
+        let map = unsafe { mmap_anonymous(None, map_len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) };
+        let map = map.map_err(|e| fail(e.into()))?.cast::<u8>();
         let skip = map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
         // SAFETY: `skip` is at most HUGE_PAGE, and the mapping is that much longer than `want`.
-        let base = unsafe { map.as_ptr().add(skip) };
+        let base = unsafe { map.add(skip) };
         // A whole huge page would be resident for its first byte: only large arenas take them.
-        let huge = if want >= 16 * HUGE_PAGE { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-        for advice in [huge, libc::MADV_DONTFORK] {
+        let huge = if want >= 16 * HUGE_PAGE { MmapAdvise::MADV_HUGEPAGE } else { MmapAdvise::MADV_NOHUGEPAGE };
+        for advice in [huge, MmapAdvise::MADV_DONTFORK] {
             // SAFETY: the range is part of the mapping made above. Advice that is refused changes
             // nothing that correctness needs.
-            unsafe { libc::madvise(base.cast(), want, advice) };
+            let _ = unsafe { madvise(base.cast(), want, advice) };
         }
-        Ok(Arena { map, map_len, base, len: want as u64, used: 0 })
+        Ok(Arena { map, map_len: map_len.get(), base: base.as_ptr(), len: want as u64, used: 0 })
     }
 
     /// Takes the next `bytes`.
+    ///
+    /// # Errors
+    /// [`ArenaError::Full`] if there is no room for them.
     pub fn take(&mut self, bytes: u64) -> Result<Region, ArenaError> {
         let full = ArenaError::Full { size: self.len, used: self.used, bytes };
         let padded = bytes.checked_next_multiple_of(REGION_ALIGN);
@@ -111,23 +145,51 @@ impl Arena {
         Ok(Region { addr, len: bytes as usize })
     }
 
-    /// Brings every page into memory now, by `threads` threads. Where the kernel cannot (before Linux
-    /// 5.14), pages come when they are first touched.
-    pub fn populate(&self, threads: usize) {
+    /// All of it, whatever was taken.
+    pub fn whole(&self) -> Region {
+        Region { addr: self.base, len: self.len as usize }
+    }
+
+    /// Brings every page into memory now, by `threads` threads; `false` if `stop` said so before the end.
+    /// Where the kernel cannot (before Linux 5.14), pages come when they are first touched.
+    pub fn populate(&self, threads: usize, stop: &dyn Fn() -> bool) -> bool {
         let base = self.base.expose_provenance();
         let len = self.len as usize;
-        let part = len.div_ceil(threads.max(1)).next_multiple_of(HUGE_PAGE);
-        std::thread::scope(|s| {
-            for at in (0..len).step_by(part) {
-                let bytes = part.min(len - at);
-                s.spawn(move || {
-                    let start = std::ptr::with_exposed_provenance_mut::<libc::c_void>(base + at);
-                    // SAFETY: the range is part of the mapping, which outlives this scope; populating
-                    // changes no byte. A refusal changes nothing that correctness needs.
-                    unsafe { libc::madvise(start, bytes, libc::MADV_POPULATE_WRITE) };
-                });
+        let (next, stopped, running) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+        let step = || {
+            let at = next.fetch_add(POPULATE_STEP, Ordering::Relaxed);
+            if at >= len || stopped.load(Ordering::Relaxed) {
+                return false;
             }
+            let Some(start) = NonNull::new(std::ptr::with_exposed_provenance_mut(base + at)) else { return false };
+            // SAFETY: the range is part of the mapping, which outlives this call; populating changes no
+            // byte. A refusal changes nothing that correctness needs.
+            let _ = unsafe { madvise(start, POPULATE_STEP.min(len - at), MmapAdvise::MADV_POPULATE_WRITE) };
+            true
+        };
+        std::thread::scope(|s| {
+            for i in 0..threads.max(1) {
+                running.fetch_add(1, Ordering::Relaxed);
+                let work = || {
+                    while step() {}
+                    running.fetch_sub(1, Ordering::Release);
+                };
+                let name = format!("nt-populate-{i}");
+                if std::thread::Builder::new().name(name).spawn_scoped(s, work).is_err() {
+                    running.fetch_sub(1, Ordering::Relaxed);
+                    break;
+                }
+            }
+            while running.load(Ordering::Acquire) > 0 {
+                if stop() {
+                    stopped.store(true, Ordering::Relaxed);
+                }
+                std::thread::sleep(POPULATE_POLL);
+            }
+            // What no thread could be had for is done here.
+            while !stop() && step() {}
         });
+        !stopped.load(Ordering::Relaxed) && next.load(Ordering::Relaxed) >= len
     }
 
     /// First byte.
@@ -150,7 +212,7 @@ impl Drop for Arena {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new` and is unmapped once. The streamer drops its reader,
         // which waits for reads in flight, before the arena.
-        unsafe { libc::munmap(self.map.as_ptr().cast(), self.map_len) };
+        let _ = unsafe { munmap(self.map.cast(), self.map_len) };
     }
 }
 
@@ -169,6 +231,16 @@ mod tests {
 
     #[test]
     fn an_impossible_size_is_an_error() {
-        assert!(matches!(Arena::new(u64::MAX / 2), Err(ArenaError::Map { .. })));
+        for bytes in [u64::MAX / 2, u64::MAX] {
+            assert!(matches!(Arena::new(bytes), Err(ArenaError::Map { .. })));
+        }
+    }
+
+    /// Guards against a population that only ends with the last page: it is the stretch in which memory runs out.
+    #[test]
+    fn population_ends_within_a_step_of_each_thread() {
+        let a = Arena::new(64 << 20).unwrap();
+        assert!(!a.populate(2, &|| true));
+        assert!(a.populate(2, &|| false));
     }
 }

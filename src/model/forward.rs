@@ -4,22 +4,38 @@
 use super::layout::{Block, Ffn, LinearRef, Model, TensorRef};
 use crate::backend::{Backend, BackendError, Expert, Linear, Norm, RouterParams, Weight};
 
+/// Why weights could not be brought, with its own sources.
+pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Lists that passes fill anew, kept so that none of them allocates.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    demanded: Vec<usize>,
+}
+
+impl Scratch {
+    /// With room for every pass of `model`.
+    pub fn for_model(model: &Model, max_batch: usize) -> Scratch {
+        Scratch { demanded: Vec::with_capacity(model.hparams.n_experts_used * max_batch) }
+    }
+}
+
 /// Where a pass gets its units from: the ring, behind one call a unit.
 pub trait WeightSource {
     /// Waits for `unit` (units come in pass order; experts in the order demanded) and returns, for
     /// span `i` of the unit, the address of its first byte through [`WeightSource::span`].
-    fn acquire(&mut self, unit: usize) -> Result<(), String>;
+    fn acquire(&mut self, unit: usize) -> Result<(), WeightError>;
 
     /// Address of a span of a unit that is held; or, with [`super::HELD`] for the unit, of a vector that is held
     /// apart.
     fn span(&self, unit: usize, span: usize) -> u64;
 
     /// Gives the unit back; its memory may be reused once the work issued so far has run.
-    fn release(&mut self, unit: usize) -> Result<(), String>;
+    fn release(&mut self, unit: usize) -> Result<(), WeightError>;
 
     /// Announces experts that will be acquired next; reorders them into the order in which they
     /// come fastest.
-    fn demand(&mut self, units: &mut [usize]) -> Result<(), String>;
+    fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError>;
 
     /// Whether every unit stays where it is, so that passes may be repeated without acquiring any.
     fn stays(&self) -> bool {
@@ -35,7 +51,7 @@ pub trait WeightSource {
 pub enum ForwardError {
     /// Weights could not be brought.
     #[error("{0}")]
-    Weights(String),
+    Weights(WeightError),
     /// The backend failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -56,7 +72,7 @@ pub enum Outputs {
 }
 
 /// A pass over tokens whose embedding rows are `rows` (raw, back to back), from position
-/// `first_pos`. `stop` is asked between units.
+/// `first_pos`. `stop` is asked between units. `scratch` is that of earlier passes.
 #[allow(clippy::too_many_arguments, reason = "a pass has this many inputs")]
 pub fn forward(
     model: &Model,
@@ -66,11 +82,12 @@ pub fn forward(
     first_pos: usize,
     n_tokens: usize,
     outputs: Outputs,
+    scratch: &mut Scratch,
     stop: &dyn Fn() -> bool,
 ) -> Result<(), ForwardError> {
     backend.begin(first_pos, n_tokens)?;
     backend.embed(rows, model.embedding.ty)?;
-    let mut pass = Pass { model, backend, source, demanded: Vec::new() };
+    let mut pass = Pass { model, backend, source, demanded: &mut scratch.demanded };
     // The router's answer is waited for in the middle of a pass.
     let dense = model.blocks.iter().all(|b| matches!(b.ffn, Ffn::Dense { .. }));
     if n_tokens > 1 || outputs == Outputs::None || !dense || !pass.source.stays() {
@@ -115,7 +132,8 @@ pub fn first_not_finite(
     if !backend.finite()? {
         return Ok(NotFinite::Embedding);
     }
-    let mut pass = Pass { model, backend, source, demanded: Vec::new() };
+    let mut demanded = Vec::new();
+    let mut pass = Pass { model, backend, source, demanded: &mut demanded };
     for (i, block) in model.blocks.iter().enumerate() {
         pass.block(i, block, None)?;
         if !pass.backend.finite()? {
@@ -129,7 +147,7 @@ struct Pass<'a> {
     model: &'a Model,
     backend: &'a mut dyn Backend,
     source: &'a mut dyn WeightSource,
-    demanded: Vec<usize>,
+    demanded: &'a mut Vec<usize>,
 }
 
 impl Pass<'_> {
@@ -158,7 +176,10 @@ impl Pass<'_> {
     }
 
     fn weight(&self, t: &TensorRef) -> Weight {
-        Weight { addr: self.source.span(t.unit, t.span), ty: t.ty, rows: t.rows, cols: t.cols }
+        let addr = self.source.span(t.unit, t.span);
+        // SAFETY: the unit is held (`span` asserts it), its operations are called before it is released, and the
+        // loader has checked that the span holds the tensor's bytes.
+        unsafe { Weight::new(addr, t.ty, t.rows, t.cols) }
     }
 
     fn linear(&self, l: &LinearRef) -> Linear {
@@ -212,7 +233,8 @@ impl Pass<'_> {
         self.demanded.sort_unstable();
         self.demanded.dedup();
         self.release(shared)?;
-        let mut demanded = std::mem::take(&mut self.demanded);
+        // Put back below; after an error the next pass makes do with an empty list.
+        let mut demanded = std::mem::take(self.demanded);
         self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
         let first_unit = experts[0][0].unit;
         for &unit in &demanded {
@@ -222,7 +244,7 @@ impl Pass<'_> {
             self.backend.expert(&Expert { id: id as u32, gate, up, down })?;
             self.release(unit)?;
         }
-        self.demanded = demanded;
+        *self.demanded = demanded;
         Ok(self.backend.combine_experts()?)
     }
 

@@ -41,7 +41,7 @@ enum Slot {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Item {
-    Flight { unit: usize, slot: Option<usize> },
+    Flight { unit: usize, slot: Option<usize>, demanded: bool },
     Hole,
 }
 
@@ -83,12 +83,17 @@ impl Ring {
     pub fn next_read(&mut self) -> Option<(usize, usize)> {
         let slot = self.slots.iter().position(|s| *s == Slot::Free)?;
         let at = self.next_flight()?;
-        if let Item::Flight { unit, slot: s } = &mut self.queue[at] {
+        if let Item::Flight { unit, slot: s, .. } = &mut self.queue[at] {
             *s = Some(slot);
             self.slots[slot] = Slot::Reading;
             return Some((*unit, slot));
         }
         None
+    }
+
+    /// Whether the unit that is read into `slot` was demanded: the pass waits for it, and prefetched ones may wait.
+    pub fn is_demanded(&self, slot: usize) -> bool {
+        self.queue.iter().any(|i| matches!(i, Item::Flight { slot: Some(s), demanded: true, .. } if *s == slot))
     }
 
     /// Index of the first flight without a slot that may take one; extends the queue if needed.
@@ -116,7 +121,7 @@ impl Ring {
             return false;
         }
         let item = match self.schedule[self.cursor] {
-            Step::Unit(unit) => Item::Flight { unit, slot: None },
+            Step::Unit(unit) => Item::Flight { unit, slot: None, demanded: false },
             Step::Hole => Item::Hole,
         };
         self.queue.push_back(item);
@@ -140,7 +145,7 @@ impl Ring {
             self.extend();
         }
         match self.queue.front() {
-            Some(Item::Flight { unit: u, slot }) if *u == unit => match slot.map(|s| (s, self.slots[s])) {
+            Some(Item::Flight { unit: u, slot, .. }) if *u == unit => match slot.map(|s| (s, self.slots[s])) {
                 Some((s, Slot::Ready)) => {
                     self.slots[s] = Slot::Computing;
                     self.queue.pop_front();
@@ -171,7 +176,7 @@ impl Ring {
             other => unreachable!("units were demanded, but {other:?} is next"),
         }
         for &unit in units.iter().rev() {
-            self.queue.push_front(Item::Flight { unit, slot: None });
+            self.queue.push_front(Item::Flight { unit, slot: None, demanded: true });
         }
     }
 
@@ -294,6 +299,7 @@ mod tests {
         let mut ring = Ring::new(3, vec![Step::Unit(0), Step::Hole, Step::Unit(1), Step::Hole], 4);
         let reads: Vec<_> = std::iter::from_fn(|| ring.next_read()).collect();
         assert_eq!(reads, [(0, 0), (1, 1)]);
+        assert!(!ring.is_demanded(0) && !ring.is_demanded(1));
         ring.read_done(0, true);
         assert_eq!(ring.acquire(0), Acquire::Ready(0));
         ring.release(0);

@@ -3,6 +3,7 @@
 //! The caller acquires units in pass order and releases them; it sleeps while its unit is read.
 //! Errors of reads surface where the unit is acquired. Rows of the embedding go before units.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -78,12 +79,22 @@ struct Shared {
     interrupted: bool,
     rows: Option<Vec<Extent>>,
     rows_result: Option<Result<u64, ReadError>>,
-    failed: Option<(usize, ReadError)>,
+    /// The first read that failed since the last restart.
+    failed: Option<ReadError>,
+    /// What made the reading thread end; stays.
+    dead: Option<ReadError>,
     /// The reading thread's end, planned or not.
     stop: bool,
     gone: bool,
     stats: StreamStats,
     trace: Trace,
+}
+
+impl Shared {
+    /// Why nothing is delivered: what a read said, rather than that the thread is gone.
+    fn cause(&self, of: impl FnOnce(ReadError) -> StreamError) -> StreamError {
+        self.dead.as_ref().or(self.failed.as_ref()).cloned().map_or(StreamError::ThreadGone, of)
+    }
 }
 
 impl Leaves for Shared {
@@ -110,11 +121,22 @@ pub struct Streamer {
     names: Arc<[String]>,
     row_extents: Mutex<Vec<Extent>>,
     alignments: Vec<Alignment>,
+    /// Ends the reader's waits: there is something to be read.
+    wished: Arc<AtomicBool>,
 }
 
 impl Streamer {
     /// Starts the reading thread.
-    pub fn start(config: StreamerConfig, reader: Box<dyn Reader>, n_files: usize) -> std::io::Result<Streamer> {
+    ///
+    /// # Safety
+    /// The regions of `config` must be used by nothing else, and stay mapped until the streamer is dropped.
+    ///
+    /// # Errors
+    /// If no thread can be had.
+    pub unsafe fn start(config: StreamerConfig, reader: Box<dyn Reader>, n_files: usize) -> std::io::Result<Streamer> {
+        let mut reader = reader;
+        let wished = Arc::new(AtomicBool::new(false));
+        reader.end_waits_at(Arc::clone(&wished));
         let alignments = (0..n_files).map(|i| reader.alignment(FileId(i as u16))).collect();
         let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
         let shared = Shared {
@@ -123,6 +145,7 @@ impl Streamer {
             rows: None,
             rows_result: None,
             failed: None,
+            dead: None,
             stop: false,
             gone: false,
             stats: StreamStats::default(),
@@ -137,6 +160,7 @@ impl Streamer {
             rows: config.rows,
             started: vec![(0, Instant::now()); config.slots.len()],
             busy_since: None,
+            wished: Arc::clone(&wished),
         };
         let thread = std::thread::Builder::new().name("nt-reader".into()).spawn(move || worker.run())?;
         Ok(Streamer {
@@ -147,6 +171,7 @@ impl Streamer {
             names: config.names,
             row_extents: Mutex::new(Vec::new()),
             alignments,
+            wished,
         })
     }
 
@@ -174,16 +199,12 @@ impl Streamer {
             }
             match shared.ring.acquire(unit) {
                 Acquire::Ready(slot) => break slot,
-                Acquire::Failed => {
-                    let source = shared.failed.as_ref().map(|f| f.1.clone());
-                    let unit = self.names[unit].clone();
-                    return Err(source.map_or(StreamError::ThreadGone, |source| StreamError::Unit { unit, source }));
-                }
-                Acquire::Wait if shared.gone => return Err(StreamError::ThreadGone),
+                Acquire::Failed => return Err(shared.cause(|source| self.unit_error(unit, source))),
+                Acquire::Wait if shared.gone => return Err(shared.cause(|source| self.unit_error(unit, source))),
                 Acquire::Wait if !wait => return Ok(None),
                 Acquire::Wait => {
                     waited = true;
-                    self.signals.wish();
+                    self.wish();
                     shared = self.signals.await_news(shared);
                 }
             }
@@ -193,7 +214,17 @@ impl Streamer {
             shared.stats.stall += now - began;
             shared.trace.add(EventKind::Wait, unit, slot, began, now);
         }
-        Ok(Some(Staged { slot, addr: self.slots[slot].addr }))
+        Ok(Some(Staged { slot, addr: self.slots[slot].addr() }))
+    }
+
+    /// Tells the reading thread that there is something to do, whether it sleeps or waits for reads.
+    fn wish(&self) {
+        self.wished.store(true, Ordering::Relaxed);
+        self.signals.wish();
+    }
+
+    fn unit_error(&self, unit: usize, source: ReadError) -> StreamError {
+        StreamError::Unit { unit: self.names[unit].clone(), source }
     }
 
     /// Gives a slot back.
@@ -201,13 +232,13 @@ impl Streamer {
         let mut shared = self.signals.lock();
         shared.ring.release(slot);
         drop(shared);
-        self.signals.wish();
+        self.wish();
     }
 
     /// Announces the streamed units that will be acquired next (see [`Ring::demand`]).
     pub fn demand(&self, units: &[usize]) {
         self.signals.lock().ring.demand(units);
-        self.signals.wish();
+        self.wish();
     }
 
     /// Makes acquiring fail until [`Streamer::restart`]; wakes who waits.
@@ -230,7 +261,7 @@ impl Streamer {
         let align = u64::from(self.alignments[usize::from(file.0)].offset);
         // A row touches at most this many aligned bytes.
         let stride = ((bytes as u64).next_multiple_of(align) + align).next_multiple_of(4096);
-        let at_once = (self.rows.len as u64 / stride).max(1) as usize;
+        let at_once = (self.rows.len() as u64 / stride).max(1) as usize;
         for (offsets, out) in offsets.chunks(at_once).zip(out.chunks_mut(at_once * bytes)) {
             let extents = offsets.iter().enumerate().map(|(i, &o)| {
                 let start = o / align * align;
@@ -242,7 +273,9 @@ impl Streamer {
                 let at = i as u64 * stride + o % align;
                 // SAFETY: the extent was read to `i * stride` of the region, which is large enough
                 // for it (checked by the reader); the request is complete, so nobody writes there.
-                unsafe { std::ptr::copy_nonoverlapping(self.rows.addr.add(at as usize), out.as_mut_ptr(), out.len()) };
+                unsafe {
+                    std::ptr::copy_nonoverlapping(self.rows.addr().add(at as usize), out.as_mut_ptr(), out.len())
+                };
             }
         }
         Ok(())
@@ -256,14 +289,14 @@ impl Streamer {
         let mut shared = self.signals.lock();
         shared.rows = Some(std::mem::take(&mut *list));
         shared.rows_result = None;
-        self.signals.wish();
+        self.wish();
         loop {
             if let Some(result) = shared.rows_result.take() {
                 *list = shared.rows.take().unwrap_or_default();
                 return result.map(|_| ()).map_err(StreamError::Rows);
             }
             if shared.gone {
-                return Err(StreamError::ThreadGone);
+                return Err(shared.cause(StreamError::Rows));
             }
             shared = self.signals.await_news(shared);
         }
@@ -293,7 +326,7 @@ impl Streamer {
 impl Drop for Streamer {
     fn drop(&mut self) {
         self.signals.lock().stop = true;
-        self.signals.wish();
+        self.wish();
         if let Some(t) = self.thread.take() {
             // A panicked thread has ended too, and its reader with it.
             let _ = t.join();
@@ -311,6 +344,7 @@ struct Worker {
     /// Unit and start of the read into each slot.
     started: Vec<(usize, Instant)>,
     busy_since: Option<Instant>,
+    wished: Arc<AtomicBool>,
 }
 
 impl Worker {
@@ -320,6 +354,8 @@ impl Worker {
         let mut rows: Vec<Extent> = Vec::new();
         loop {
             let signals = self.signals.clone();
+            // What is wished from here on is either seen below or ends the wait after that.
+            self.wished.store(false, Ordering::Relaxed);
             let mut shared = signals.lock();
             loop {
                 if shared.stop {
@@ -330,12 +366,12 @@ impl Worker {
                     rows.clear();
                     rows.append(shared.rows.as_mut().unwrap_or(&mut Vec::new()));
                 }
-                let mut reads = [(0, 0); 8];
+                let mut reads = [(0, 0, false); 8];
                 let mut n = 0;
                 while n < reads.len()
-                    && let Some(read) = shared.ring.next_read()
+                    && let Some((unit, slot)) = shared.ring.next_read()
                 {
-                    reads[n] = read;
+                    reads[n] = (unit, slot, shared.ring.is_demanded(slot));
                     n += 1;
                 }
                 if wants_rows || n > 0 {
@@ -343,10 +379,10 @@ impl Worker {
                     if wants_rows {
                         self.submit(ROWS_TAG, &rows, self.rows, true);
                     }
-                    for &(unit, slot) in &reads[..n] {
+                    for &(unit, slot, urgent) in &reads[..n] {
                         self.started[slot] = (unit, Instant::now());
                         let layouts = self.layouts.clone();
-                        self.submit(slot as u64, &layouts[unit].extents, self.slots[slot], false);
+                        self.submit(slot as u64, &layouts[unit].extents, self.slots[slot], urgent);
                     }
                     shared = signals.lock();
                     continue;
@@ -367,7 +403,7 @@ impl Worker {
 
     fn submit(&mut self, tag: u64, extents: &[Extent], to: Region, urgent: bool) {
         self.busy_since.get_or_insert_with(Instant::now);
-        let request = ReadRequest { tag, extents, dst: to.addr, urgent, dst_len: to.len };
+        let request = ReadRequest { tag, extents, dst: to.addr(), urgent, dst_len: to.len() };
         // SAFETY: the ring gives a slot to one read at a time and to the caller only when the read
         // has ended; the rows' region is used for one request at a time. Both live in the arena,
         // which is dropped after this thread has been joined.
@@ -400,7 +436,7 @@ impl Worker {
             shared.trace.add(EventKind::Read, unit, slot, since, now);
             shared.ring.read_done(slot, c.result.is_ok());
             if let Err(e) = c.result {
-                shared.failed.get_or_insert((unit, e));
+                shared.failed.get_or_insert(e);
             }
         }
         drop(shared);
@@ -409,7 +445,7 @@ impl Worker {
 
     fn fail_all(&self, e: &ReadError) {
         let mut shared = self.signals.lock();
-        shared.failed.get_or_insert((0, e.clone()));
+        shared.dead.get_or_insert_with(|| e.clone());
         if shared.rows.is_some() {
             shared.rows_result = Some(Err(e.clone()));
         }
@@ -427,6 +463,17 @@ mod tests {
 
     /// Streams a file of `n` units of equal size through `slots` slots.
     fn streamer(n: usize, slots: usize, holes: bool, script: Script) -> (Arena, Streamer, Vec<u8>) {
+        streamer_on(n, slots, holes, script, |reader| Box::new(reader))
+    }
+
+    /// As [`streamer`], through what `wrap` makes of the reader.
+    fn streamer_on(
+        n: usize,
+        slots: usize,
+        holes: bool,
+        script: Script,
+        wrap: impl FnOnce(ScriptedReader) -> Box<dyn Reader>,
+    ) -> (Arena, Streamer, Vec<u8>) {
         let data: Vec<u8> = (0..n as u64 * UNIT).map(|i| (i.wrapping_mul(0x9E37_79B9) >> 11) as u8).collect();
         let reader = ScriptedReader::new(vec![data.clone()], script);
         let layouts: Arc<[UnitLayout]> = (0..n as u64)
@@ -446,7 +493,8 @@ mod tests {
             trace_events: 100,
             layouts,
         };
-        (arena, Streamer::start(config, Box::new(reader), 1).unwrap(), data)
+        // SAFETY: the tests drop the streamer before the arena.
+        (arena, unsafe { Streamer::start(config, wrap(reader), 1) }.unwrap(), data)
     }
 
     fn check(s: &Streamer, unit: usize, data: &[u8]) -> Result<(), StreamError> {
@@ -521,6 +569,58 @@ mod tests {
         // SAFETY: the unit is held.
         let got = unsafe { std::slice::from_raw_parts(at, UNIT as usize) };
         assert_eq!(got.iter().zip(&data).filter(|(a, b)| a != b).count(), 1);
+    }
+
+    /// A reader that dies at its poll number `at`.
+    struct Dies {
+        inner: ScriptedReader,
+        at: usize,
+    }
+
+    impl Reader for Dies {
+        fn name(&self) -> &'static str {
+            "dies"
+        }
+
+        fn alignment(&self, file: FileId) -> Alignment {
+            self.inner.alignment(file)
+        }
+
+        unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
+            // SAFETY: the caller's promise.
+            unsafe { self.inner.submit(request) }
+        }
+
+        fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError> {
+            self.at = self.at.saturating_sub(1);
+            if self.at == 0 {
+                let (name, what) = ("drive S1".to_owned(), "the controller was reset".to_owned());
+                return Err(ReadError::Failed { name, offset: 0, len: 0, what });
+            }
+            self.inner.poll(out, wait)
+        }
+
+        fn outstanding(&self) -> usize {
+            self.inner.outstanding()
+        }
+    }
+
+    /// Guards against the cause of a reader's death that is recorded and never shown: units and rows name it, at
+    /// once and in later passes.
+    #[test]
+    fn what_made_the_reader_end_is_told_and_stays() {
+        for at in 1..6 {
+            let script = Script { seed: 7, delay_max: 4, ..Script::default() };
+            let (_arena, s, data) = streamer_on(12, 3, false, script, |inner| Box::new(Dies { inner, at }));
+            for pass in 0..3 {
+                // However many passes are whole before that.
+                let e = (0..).find_map(|i| check(&s, i % 6, &data).err()).unwrap().to_string();
+                assert!(e.contains("unit ") && e.contains("controller was reset"), "pass {pass}: {e}");
+                let rows = s.read_rows(FileId(0), &[5], 100, &mut [0; 100]).unwrap_err().to_string();
+                assert!(rows.contains("controller was reset"), "{rows}");
+                s.restart();
+            }
+        }
     }
 
     #[test]

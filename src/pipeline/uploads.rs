@@ -68,7 +68,14 @@ pub struct Uploads {
 
 impl Uploads {
     /// Starts the copying thread.
-    pub fn start(
+    ///
+    /// # Safety
+    /// The regions and slots of `config` must hold the units' bytes, be used by nothing else, and stay until the
+    /// uploads are dropped.
+    ///
+    /// # Errors
+    /// If no thread can be had.
+    pub unsafe fn start(
         config: UploadsConfig,
         engine: Arc<dyn CopyEngine>,
         streamer: Arc<Streamer>,
@@ -240,7 +247,7 @@ impl Worker {
     /// Starts the copy of `unit` into `slot`.
     fn bring(&mut self, unit: usize, slot: usize) -> Result<(), StreamError> {
         let (src, staged) = match self.in_ram[unit] {
-            Some(region) => (region.addr.cast_const(), None),
+            Some(region) => (region.addr().cast_const(), None),
             None => {
                 let staged = match self.streamer.try_acquire(unit)? {
                     Some(staged) => staged,

@@ -78,7 +78,7 @@ fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<u
         return Ok(n);
     }
     if !limits.storage {
-        return Err(PlanError::NoStorage { needed, ram: limits.ram });
+        return Err(PlanError::NoStorage { workspace: 0, needed, ram: limits.ram });
     }
     let (n, slot) = staging(units, limits, homes, true);
     let room = limits.ram.checked_sub(limits.reserved + n as u64 * slot).ok_or(PlanError::SlotsTooLarge {
@@ -86,6 +86,7 @@ fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<u
         slot_bytes: slot,
         n_buffers: n,
         reserved: limits.reserved,
+        workspace: 0,
         needed: limits.reserved + n as u64 * slot,
     })?;
     let outside: Vec<bool> = homes.iter().map(|h| *h == Home::C).collect();
@@ -149,13 +150,17 @@ fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mu
     }
     let from_storage = homes.contains(&Home::C);
     if from_storage && !limits.storage {
-        return Err(PlanError::NoStorage { needed: units.iter().map(|u| u.slot_bytes).sum(), ram: limits.ram });
+        return Err(PlanError::NoStorage {
+            workspace: 0,
+            needed: units.iter().map(|u| u.slot_bytes).sum(),
+            ram: limits.ram,
+        });
     }
     let (staging, slot) = staging(units, limits, homes, from_storage);
     let in_b = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::B).map(|(u, _)| u.slot_bytes).sum::<u64>();
     let needed = in_b + staging as u64 * slot + limits.reserved;
     if needed > limits.ram {
-        return Err(PlanError::TiersTooLarge { a, b, c, needed, ram: limits.ram });
+        return Err(PlanError::TiersTooLarge { a, b, c, workspace: 0, needed, ram: limits.ram });
     }
     Ok(Slots { device: n, staging })
 }
@@ -221,6 +226,7 @@ mod tests {
             stacked: false,
             storage: true,
             reserved: 0,
+            workspace: 0,
             embedding: None,
         }
     }

@@ -83,6 +83,10 @@ pub struct RamSide {
     /// Bytes that programs may take; 15/16 of `size` if absent.
     #[serde(default, deserialize_with = "optional_size")]
     pub available: Option<u64>,
+    /// Bytes that a plan may take, where more is known than `available`: of this machine, with the limits on
+    /// this process.
+    #[serde(skip)]
+    pub budget: Option<u64>,
     /// Rate at which all processors read it together.
     pub read: Rate,
 }

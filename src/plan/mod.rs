@@ -12,5 +12,5 @@ pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, Sto
 pub use place::{BUFFERS_MAX, Home, Limits, Plan, PlanError, Tiers, UnitSize, place};
 pub use predict::{COPY_TRANSFERS, LinkName, Rates, Roofline, Traffic, roofline};
 pub use simulate::{COPY_GAP_S, Outcome, PassWork, Setup, Shares, SimUnit};
-pub use size::{format_bytes, parse_size};
+pub use size::{format_at_least, format_bytes, parse_size};
 pub use work::{Site, UnitWork, cpu_decode_bytes_per_s, pass_s};

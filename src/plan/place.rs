@@ -54,7 +54,7 @@ impl std::str::FromStr for Tiers {
 /// What the plan must keep to.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Bytes that weights may take in RAM: resident units, slots and row buffers together.
+    /// Bytes that may be taken in RAM: resident units, slots, row buffers and [`Limits::workspace`] together.
     pub ram: u64,
     /// Bytes that weights may take in VRAM, resident units and slots together; `None` where weights
     /// are computed from RAM.
@@ -69,6 +69,9 @@ pub struct Limits {
     pub storage: bool,
     /// Bytes of `ram` that are taken beforehand (row buffers).
     pub reserved: u64,
+    /// Bytes of `ram` that the backend takes for itself: KV cache and activations where no GPU holds them,
+    /// else 0. They are no part of the plan's bytes.
+    pub workspace: u64,
     /// Bytes of the embedding, kept resident if everything else is; `None` if it is the head.
     pub embedding: Option<u64>,
 }
@@ -101,13 +104,19 @@ pub struct Plan {
     pub vram_bytes: u64,
 }
 
-/// Why no plan keeps to the limits.
+/// The part of a sum that is not weights, as the end of a noun phrase.
+fn and_workspace(bytes: &u64) -> String {
+    if *bytes == 0 { String::new() } else { format!(" with {} of KV cache and workspace", format_bytes(*bytes)) }
+}
+
+/// Why no plan keeps to the limits. Bytes that are needed include the workspace.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// The slots alone are larger than the budget.
     #[error(
-        "--ram {} is too small: the largest unit takes {}, and {n_buffers} buffers of it with {} of row buffers need {}; give at least --ram {needed}",
-        format_bytes(*.ram), format_bytes(*.slot_bytes), format_bytes(*.reserved), format_bytes(*.needed)
+        "--ram {} is too small: the largest unit takes {}, and {n_buffers} buffers of it and {} of row buffers{} need {}",
+        format_bytes(*.ram), format_bytes(*.slot_bytes), format_bytes(*.reserved), and_workspace(.workspace),
+        format_bytes(*.needed)
     )]
     SlotsTooLarge {
         /// The budget.
@@ -118,11 +127,13 @@ pub enum PlanError {
         n_buffers: usize,
         /// Row buffers.
         reserved: u64,
+        /// KV cache and activations.
+        workspace: u64,
         /// Bytes that would do.
         needed: u64,
     },
     /// Resident blocks that were asked for do not fit.
-    #[error("--tiers {a}:{b}:{c} needs {} of RAM, but --ram is {}", format_bytes(*.needed), format_bytes(*.ram))]
+    #[error("--tiers {a}:{b}:{c}{} needs {} of RAM, but --ram is {}", and_workspace(.workspace), format_bytes(*.needed), format_bytes(*.ram))]
     TiersTooLarge {
         /// Blocks in A.
         a: usize,
@@ -130,6 +141,8 @@ pub enum PlanError {
         b: usize,
         /// Blocks in C.
         c: usize,
+        /// KV cache and activations.
+        workspace: u64,
         /// Bytes needed.
         needed: u64,
         /// The budget.
@@ -184,8 +197,10 @@ pub enum PlanError {
         a: usize,
     },
     /// The model is larger than RAM and storage was forbidden.
-    #[error("the model takes {}, --ram is {}, and --tier-c none forbids to read the rest from storage", format_bytes(*.needed), format_bytes(*.ram))]
+    #[error("the model{} takes {}, --ram is {}, and --tier-c none forbids to read the rest from storage", and_workspace(.workspace), format_bytes(*.needed), format_bytes(*.ram))]
     NoStorage {
+        /// KV cache and activations.
+        workspace: u64,
         /// Bytes needed.
         needed: u64,
         /// The budget.
@@ -193,26 +208,43 @@ pub enum PlanError {
     },
 }
 
+impl PlanError {
+    /// The error of a plan for what `of_backend` bytes of workspace left, in terms of the whole.
+    fn counting(mut self, of_backend: u64, given: u64) -> PlanError {
+        match &mut self {
+            PlanError::SlotsTooLarge { ram, workspace, needed, .. }
+            | PlanError::TiersTooLarge { ram, workspace, needed, .. }
+            | PlanError::NoStorage { ram, workspace, needed } => {
+                (*ram, *workspace, *needed) = (given, of_backend, needed.saturating_add(of_backend));
+            }
+            _ => {}
+        }
+        self
+    }
+}
+
 /// Places the units: homes B and C where weights are computed from RAM, A too where they are computed
 /// from VRAM.
+///
+/// # Errors
+/// Where nothing keeps to the limits, with what would.
 pub fn place(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
-    if let Some(vram) = limits.vram {
-        return super::device::place(units, limits, vram);
-    }
-    if let Some(t) = limits.tiers {
-        return place_by_count(units, limits, t);
-    }
-    let all: u64 = units.iter().map(|u| u.slot_bytes).sum();
-    if limits.n_buffers.is_none() || !limits.storage {
-        let needed = all + limits.reserved;
-        if needed <= limits.ram {
-            return Ok(finish(units, vec![Home::B; units.len()], 0, limits));
-        }
-        if !limits.storage {
-            return Err(PlanError::NoStorage { needed, ram: limits.ram });
-        }
-    } else if all + limits.reserved <= limits.ram {
+    let room = Limits { ram: limits.ram.saturating_sub(limits.workspace), ..*limits };
+    let placed = match (limits.vram, limits.tiers) {
+        (Some(vram), _) => super::device::place(units, &room, vram),
+        (None, Some(tiers)) => place_by_count(units, &room, tiers),
+        (None, None) => place_by_room(units, &room),
+    };
+    placed.map_err(|e| e.counting(limits.workspace, limits.ram))
+}
+
+fn place_by_room(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
+    let needed = units.iter().map(|u| u.slot_bytes).sum::<u64>() + limits.reserved;
+    if needed <= limits.ram {
         return Ok(finish(units, vec![Home::B; units.len()], 0, limits));
+    }
+    if !limits.storage {
+        return Err(PlanError::NoStorage { workspace: 0, needed, ram: limits.ram });
     }
     let (n_slots, slot_bytes) = slots(units.iter(), limits)?;
     let room = limits.ram - limits.reserved - n_slots as u64 * slot_bytes;
@@ -233,10 +265,14 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
         return Err(PlanError::NoVram { a });
     }
     if c > 0 && !limits.storage {
-        return Err(PlanError::NoStorage { needed: units.iter().map(|u| u.slot_bytes).sum(), ram: limits.ram });
+        return Err(PlanError::NoStorage {
+            workspace: 0,
+            needed: units.iter().map(|u| u.slot_bytes).sum(),
+            ram: limits.ram,
+        });
     }
-    // Block i is resident if the running count of resident ones steps up there.
-    let resident = |i: usize| (i + 1) * b / blocks > i * b / blocks;
+    // Interleaved, block i is resident if the running count of resident ones steps up there.
+    let resident = |i: usize| if limits.stacked { i < b } else { (i + 1) * b / blocks > i * b / blocks };
     let mut homes: Vec<Home> =
         units.iter().map(|u| if u.block.is_some_and(resident) { Home::B } else { Home::C }).collect();
     let bytes_b: u64 = units.iter().zip(&homes).filter(|(_, h)| **h == Home::B).map(|(u, _)| u.slot_bytes).sum();
@@ -244,13 +280,13 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
         if c == 0 { (0, 0) } else { slots(units.iter().filter(|u| u.block.is_none_or(|i| !resident(i))), limits)? };
     let needed = bytes_b + n_slots as u64 * slot_bytes + limits.reserved;
     if needed > limits.ram {
-        return Err(PlanError::TiersTooLarge { a, b, c, needed, ram: limits.ram });
+        return Err(PlanError::TiersTooLarge { a, b, c, workspace: 0, needed, ram: limits.ram });
     }
     let head: u64 = units.iter().filter(|u| u.block.is_none()).map(|u| u.slot_bytes).sum();
     if head <= limits.ram - needed || c == 0 {
         units.iter().zip(&mut homes).filter(|(u, _)| u.block.is_none()).for_each(|(_, h)| *h = Home::B);
         if head > limits.ram - needed {
-            return Err(PlanError::TiersTooLarge { a, b, c, needed: needed + head, ram: limits.ram });
+            return Err(PlanError::TiersTooLarge { a, b, c, workspace: 0, needed: needed + head, ram: limits.ram });
         }
     } else {
         spread(units, &mut homes, Home::B, limits.ram - needed, |u| u.block.is_none());
@@ -273,6 +309,7 @@ fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> R
             slot_bytes,
             n_buffers: n,
             reserved: limits.reserved,
+            workspace: 0,
             needed: needed(limits.n_buffers.unwrap_or(BUFFERS_MIN)),
         });
     }
@@ -345,6 +382,7 @@ pub(super) mod tests {
             stacked: false,
             storage: true,
             reserved: 0,
+            workspace: 0,
             embedding: None,
         }
     }
@@ -398,6 +436,30 @@ pub(super) mod tests {
     #[test]
     fn without_storage_a_large_model_is_refused() {
         let l = Limits { storage: false, ..limits(300) };
-        assert_eq!(place(&model(4, 100, 0, 0), &l), Err(PlanError::NoStorage { needed: 400, ram: 300 }));
+        assert_eq!(place(&model(4, 100, 0, 0), &l), Err(PlanError::NoStorage { workspace: 0, needed: 400, ram: 300 }));
+    }
+
+    /// Guards against a KV cache that no budget counts.
+    #[test]
+    fn the_workspace_is_part_of_the_budget_and_of_what_is_needed() {
+        let with = |ram, storage| Limits { workspace: 1000, storage, ..limits(ram) };
+        let p = place(&model(4, 100, 0, 0), &with(1400, true)).unwrap();
+        assert_eq!((p.n_slots, p.ram_bytes), (0, 400));
+        assert_eq!(place(&model(4, 100, 0, 0), &with(1399, true)).unwrap().n_slots, 3);
+        for ram in [0, 900, 1199] {
+            let e = place(&model(4, 100, 0, 0), &with(ram, true)).unwrap_err();
+            assert!(matches!(e, PlanError::SlotsTooLarge { needed: 1200, workspace: 1000, .. }), "{e}");
+            assert!(e.to_string().contains("KV cache"), "{e}");
+        }
+        assert!(place(&model(4, 100, 0, 0), &with(1200, true)).is_ok());
+        let e = place(&model(4, 100, 0, 0), &with(1399, false)).unwrap_err();
+        assert_eq!(e, PlanError::NoStorage { workspace: 1000, needed: 1400, ram: 1399 });
+    }
+
+    /// Guards against a layout that processors ignore.
+    #[test]
+    fn stacked_tiers_lie_one_after_the_other() {
+        let l = Limits { tiers: Some(Tiers { a: 0, b: 2, c: 3 }), stacked: true, ..limits(10_000) };
+        assert_eq!(place(&model(5, 100, 0, 0), &l).unwrap().homes, [Home::B, Home::B, Home::C, Home::C, Home::C]);
     }
 }

@@ -40,6 +40,14 @@ pub fn format_bytes(bytes: u64) -> String {
     }
 }
 
+/// A size that [`parse_size`] reads, no smaller than `bytes` and larger by less than a 16th: `451MiB`.
+pub fn format_at_least(bytes: u64) -> String {
+    match bytes {
+        0..0x400_0000 => format!("{}KiB", bytes.div_ceil(1 << 10)),
+        _ => format!("{}MiB", bytes.div_ceil(1 << 20)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +60,15 @@ mod tests {
         assert_eq!(parse_size("1.5 g"), Ok(3 << 29));
         for bad in ["", "GiB", "-1", "5 parsecs", "99999999999TiB", "1e9"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// Guards against advice that is rounded to less than what is needed.
+    #[test]
+    fn advice_is_rounded_up_and_can_be_parsed() {
+        for bytes in [1, 1023, 1024, 70_000, (1 << 26) + 1, 5_555_555_555, 1 << 50] {
+            let given = parse_size(&format_at_least(bytes)).unwrap();
+            assert!(given >= bytes && given < bytes + (1 << 20), "{bytes}: {given}");
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Compares what a reader brings with recorded checksums: each chunk at its first read, or at every
 //! read. Reads are widened to whole chunks, which the alignment asks of callers.
 
-use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::extents::{CHUNK, Manifest, crc32c};
@@ -77,9 +78,16 @@ struct File {
     known: Vec<bool>,
 }
 
-/// A request whose chunks are not all known.
-struct Unchecked {
+/// A request in progress.
+#[derive(Default)]
+struct Asked {
+    tag: u64,
+    /// Whether its completion is awaited; the entry is free otherwise.
+    open: bool,
+    /// Whether some of its chunks are to be compared.
+    unchecked: bool,
     dst: usize,
+    /// What is read, kept for its memory.
     extents: Vec<Extent>,
 }
 
@@ -88,7 +96,8 @@ pub struct Checked {
     inner: Box<dyn Reader>,
     files: Vec<File>,
     always: bool,
-    waiting: HashMap<u64, Unchecked>,
+    /// Grows to the most requests that were ever in progress, so that reading allocates nothing later.
+    asked: Vec<Asked>,
     done: Vec<Completion>,
 }
 
@@ -100,18 +109,18 @@ impl Checked {
             .into_iter()
             .map(|record| File { known: vec![false; record.manifest.crc32c.len()], record })
             .collect();
-        Checked { inner, files, always, waiting: HashMap::new(), done: Vec::new() }
+        Checked { inner, files, always, asked: Vec::new(), done: Vec::new() }
     }
 
     /// Extents without what lies beyond the last block of their files: the last chunk is short.
-    fn clamped(&self, extents: &[Extent]) -> Vec<Extent> {
-        let clamp = |e: &Extent| {
+    fn clamp(&self, extents: &[Extent], to: &mut Vec<Extent>) {
+        to.clear();
+        to.extend(extents.iter().map(|e| {
             let block = u64::from(self.inner.alignment(e.file).offset);
             let size = self.files.get(usize::from(e.file.0)).map_or(u64::MAX, |f| f.record.manifest.size);
             let end = size.checked_next_multiple_of(block).unwrap_or(u64::MAX);
             Extent { len: e.len.min(end.saturating_sub(e.offset)), ..*e }
-        };
-        extents.iter().map(clamp).collect()
+        }));
     }
 
     /// Chunks of an extent: number, first byte in the file and bytes.
@@ -131,7 +140,7 @@ impl Checked {
             })
     }
 
-    fn check(&mut self, read: &Unchecked) -> Result<(), ReadError> {
+    fn check(&mut self, read: &Asked) -> Result<(), ReadError> {
         for e in &read.extents {
             let block = u64::from(self.inner.alignment(e.file).offset);
             let Some(file) = self.files.get_mut(usize::from(e.file.0)) else { continue };
@@ -166,36 +175,49 @@ impl Reader for Checked {
         self.inner.copies()
     }
 
+    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
+        self.inner.end_waits_at(wished);
+    }
+
     unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
         // SAFETY: the caller's promise.
         unsafe { self.inner.attach(memory, len) }
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
-        let extents = self.clamped(request.extents);
-        let known = self.is_known(&extents);
-        // SAFETY: the caller's promise; the extents are at most as long as the caller's.
-        unsafe { self.inner.submit(&ReadRequest { extents: &extents, ..*request })? };
-        if !known {
-            self.waiting.insert(request.tag, Unchecked { dst: request.dst as usize, extents });
+        let at = self.asked.iter().position(|a| !a.open).unwrap_or(self.asked.len());
+        if at == self.asked.len() {
+            self.asked.push(Asked::default());
         }
-        Ok(())
+        let mut extents = std::mem::take(&mut self.asked[at].extents);
+        self.clamp(request.extents, &mut extents);
+        let unchecked = !self.is_known(&extents);
+        // SAFETY: the caller's promise; the extents are at most as long as the caller's.
+        let taken = unsafe { self.inner.submit(&ReadRequest { extents: &extents, ..*request }) };
+        let open = taken.is_ok();
+        self.asked[at] = Asked { tag: request.tag, open, unchecked, dst: request.dst as usize, extents };
+        taken
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError> {
         let mut done = std::mem::take(&mut self.done);
-        self.inner.poll(&mut done, wait)?;
+        let polled = self.inner.poll(&mut done, wait);
         for mut completion in done.drain(..) {
-            if let Some(read) = self.waiting.remove(&completion.tag)
-                && completion.result.is_ok()
-                && let Err(e) = self.check(&read)
-            {
-                completion.result = Err(e);
+            if let Some(at) = self.asked.iter().position(|a| a.open && a.tag == completion.tag) {
+                let mut read = std::mem::take(&mut self.asked[at]);
+                if read.unchecked
+                    && completion.result.is_ok()
+                    && let Err(e) = self.check(&read)
+                {
+                    completion.result = Err(e);
+                }
+                read.open = false;
+                self.asked[at] = read;
             }
             out.push(completion);
         }
         self.done = done;
-        Ok(())
+        polled
     }
 
     fn outstanding(&self) -> usize {
@@ -236,7 +258,8 @@ mod tests {
         let mut arena = Arena::new(1 << 20).unwrap();
         let region = arena.take(len).unwrap();
         let extents = [Extent { file: FileId(0), offset, len, dst_offset: 0 }];
-        let request = ReadRequest { tag: 5, extents: &extents, dst: region.addr, urgent: false, dst_len: region.len };
+        let request =
+            ReadRequest { tag: 5, extents: &extents, dst: region.addr(), urgent: false, dst_len: region.len() };
         // SAFETY: the arena outlives the read, which is waited for below.
         unsafe { reader.submit(&request) }.unwrap();
         let mut done = Vec::new();
@@ -245,7 +268,7 @@ mod tests {
         }
         done.remove(0).result?;
         // SAFETY: the read has ended.
-        Ok(unsafe { std::slice::from_raw_parts(region.addr, len as usize) }.to_vec())
+        Ok(unsafe { std::slice::from_raw_parts(region.addr(), len as usize) }.to_vec())
     }
 
     #[test]

@@ -3,8 +3,12 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use super::{Alignment, StorageError, safe};
 
@@ -101,12 +105,13 @@ impl DirectFile {
             .then(|| format!("{path}: the file system takes no O_DIRECT; reading through the page cache"))
     }
 
-    /// Drops read bytes from the page cache, where reads go through it.
+    /// Drops read bytes from the page cache, where reads go through it: each pass reads a model once, and would push
+    /// everything else out. Pages go that other programs use of the same file, too; they read them again.
     pub fn forget(&self, offset: u64, len: u64) {
         if !self.is_direct() {
             let (offset, len) = ((self.start + offset) as libc::off_t, len as libc::off_t);
-            // SAFETY: advice on an open descriptor touches no memory; a refusal changes nothing.
-            unsafe { libc::posix_fadvise(self.file.as_raw_fd(), offset, len, libc::POSIX_FADV_DONTNEED) };
+            // A refusal changes nothing.
+            let _ = posix_fadvise(&*self.file, offset, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
     }
 }
@@ -119,11 +124,7 @@ fn end_of(mut file: &File) -> std::io::Result<u64> {
 
 /// Whether the file lies on tmpfs.
 fn in_memory(file: &File) -> bool {
-    // SAFETY: statfs is plain data, for which zeroes are valid.
-    let mut st: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the descriptor is open and `st` outlives the call.
-    let rc = unsafe { libc::fstatfs(file.as_raw_fd(), &mut st) };
-    rc == 0 && st.f_type == libc::TMPFS_MAGIC
+    fstatfs(file).is_ok_and(|st| st.filesystem_type() == TMPFS_MAGIC)
 }
 
 /// `STATX_DIOALIGN`: `None` where the kernel does not tell, `Some(None)` where direct I/O is refused.
@@ -145,6 +146,5 @@ fn probe(file: &File, alignment: Alignment) -> bool {
     let mut buffer = vec![0u8; len + ALIGNMENT_MAX as usize];
     let skip = buffer.as_ptr().align_offset(ALIGNMENT_MAX as usize);
     let target = &mut buffer[skip..skip + len];
-    // SAFETY: `target` is `len` writable bytes that outlive the call.
-    unsafe { libc::pread(file.as_raw_fd(), target.as_mut_ptr().cast(), len, 0) >= 0 }
+    file.read_at(target, 0).is_ok()
 }

@@ -38,6 +38,8 @@ pub(crate) use uring::{allow_workers, drain, read_entry, reading_threads};
 pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// A file or device that a reader has opened, by index.
@@ -148,7 +150,14 @@ pub trait Reader: Send {
         Ok(())
     }
 
+    /// A wait in [`Reader::poll`] may end early, with nothing, once `wished` is true: there is something else to
+    /// submit. Readers whose waits end often anyhow, such as io_uring's with each chunk, do nothing.
+    fn end_waits_at(&mut self, _wished: Arc<AtomicBool>) {}
+
     /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside.
+    ///
+    /// An error means that the request was not taken: nothing of it is in flight, and no completion will come.
+    /// Whatever goes wrong later is the completion's error, or [`Reader::poll`]'s.
     ///
     /// # Safety
     /// `request.dst .. + dst_len` must stay mapped, and must not be read or written by anyone else,
@@ -156,7 +165,8 @@ pub trait Reader: Send {
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError>;
 
     /// Appends completions to `out`; waits up to `wait` for the first one if there is none yet.
-    /// Returns at once if nothing is outstanding.
+    /// Returns at once if nothing is outstanding. After an error the reader is of no more use, and what was
+    /// outstanding may be in flight until it is dropped.
     fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError>;
 
     /// Requests taken and not yet completed.
@@ -275,7 +285,8 @@ mod tests {
                 Extent { file: FileId(0), offset: 8 << 20, len: end - (8 << 20), dst_offset: 4 << 20 },
             ];
             for tag in 0..3 {
-                let r = ReadRequest { tag, extents: &extents, dst: region.addr, urgent: tag == 2, dst_len: region.len };
+                let r =
+                    ReadRequest { tag, extents: &extents, dst: region.addr(), urgent: tag == 2, dst_len: region.len() };
                 // SAFETY: the region outlives the reads, and is looked at after they have ended. The
                 // requests write the same bytes.
                 unsafe { reader.submit(&r) }.unwrap();
@@ -285,7 +296,7 @@ mod tests {
             let bytes = (3 << 20) + data.len() as u64 - (8 << 20);
             assert!(done.iter().all(|c| *c.result.as_ref().unwrap() == bytes), "{done:?}");
             // SAFETY: all reads have ended.
-            let got = unsafe { std::slice::from_raw_parts(region.addr, region.len) };
+            let got = unsafe { std::slice::from_raw_parts(region.addr(), region.len()) };
             assert_eq!(got[..3 << 20], data[4096..4096 + (3 << 20)]);
             assert_eq!(got[4 << 20..][..data.len() - (8 << 20)], data[8 << 20..]);
         }
@@ -308,13 +319,13 @@ mod tests {
             let region = arena.take(12 << 20).unwrap();
             let len = (data.len() as u64 - 8192).next_multiple_of(align);
             let extents = [Extent { file: FileId(0), offset: 8192, len, dst_offset: 0 }];
-            let r = ReadRequest { tag: 1, extents: &extents, dst: region.addr, urgent: false, dst_len: region.len };
+            let r = ReadRequest { tag: 1, extents: &extents, dst: region.addr(), urgent: false, dst_len: region.len() };
             // SAFETY: the region outlives the read, and is looked at after it has ended.
             unsafe { reader.submit(&r) }.unwrap();
             let done = wait(reader.as_mut(), 1);
             assert_eq!(*done[0].result.as_ref().unwrap(), data.len() as u64 - 8192);
             // SAFETY: all reads have ended.
-            let got = unsafe { std::slice::from_raw_parts(region.addr, data.len() - 8192) };
+            let got = unsafe { std::slice::from_raw_parts(region.addr(), data.len() - 8192) };
             assert!(got == &data[8192..]);
         }
         let beyond = Part { path: image.path().into(), within: Some((1 << 20, 11 << 20)) };
@@ -335,9 +346,9 @@ mod tests {
                 reader.submit(&ReadRequest {
                     tag: 9,
                     extents: &extents,
-                    dst: region.addr,
+                    dst: region.addr(),
                     urgent: false,
-                    dst_len: region.len,
+                    dst_len: region.len(),
                 })
             }
             .unwrap();
@@ -358,9 +369,9 @@ mod tests {
             reader.submit(&ReadRequest {
                 tag: 0,
                 extents: &extents,
-                dst: region.addr,
+                dst: region.addr(),
                 urgent: false,
-                dst_len: region.len,
+                dst_len: region.len(),
             })
         };
         assert!(r.is_err());
@@ -379,9 +390,9 @@ mod tests {
                 reader.submit(&ReadRequest {
                     tag: 0,
                     extents: &extents,
-                    dst: region.addr,
+                    dst: region.addr(),
                     urgent: false,
-                    dst_len: region.len,
+                    dst_len: region.len(),
                 })
             }
             .unwrap();

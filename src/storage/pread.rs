@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::split::{Chunk, Requests};
 use super::{Alignment, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
 
-/// Threads a copy, and so reads in flight.
+/// Threads per copy, and so reads in flight.
 pub(crate) const THREADS: usize = 8;
 
 type Outcome = (Chunk, Result<u64, String>);

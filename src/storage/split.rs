@@ -16,6 +16,8 @@ pub(super) struct Chunk {
     pub offset: u64,
     pub len: u64,
     pub dst: *mut u8,
+    /// Goes before those that are not.
+    pub urgent: bool,
     /// Times it was put off by a passing shortage.
     pub retries: u8,
 }
@@ -94,14 +96,23 @@ impl Requests {
                 let len = (e.len - at).min(most);
                 // SAFETY: the extent lies within the request's buffer, as checked above.
                 let dst = unsafe { r.dst.add((e.dst_offset + at) as usize) };
-                self.pending.push_back(Chunk { request, file, offset: e.offset + at, len, dst, retries: 0 });
+                self.pending.push_back(Chunk {
+                    request,
+                    file,
+                    offset: e.offset + at,
+                    len,
+                    dst,
+                    urgent: r.urgent,
+                    retries: 0,
+                });
                 at += len;
                 chunks += 1;
             }
         }
         if r.urgent {
-            // In front of what waits, in its own order.
-            self.pending.rotate_right(self.pending.len() - before);
+            // In front of what waits, in its own order, behind what was urgent before.
+            let waits = self.pending.iter().take(before).rposition(|c| c.urgent).map_or(0, |i| i + 1);
+            self.pending.make_contiguous()[waits..].rotate_left(before - waits);
         }
         let open = Open { tag: r.tag, chunks_left: chunks, bytes: 0, error: None, used: true };
         match self.open.get_mut(request) {
@@ -301,6 +312,19 @@ mod tests {
         let order: Vec<(u64, u64)> = std::iter::from_fn(|| r.next()).map(|c| (c.offset, c.len)).collect();
         assert_eq!(order[..3], [(0, 4096), (4096, 4096), (0, CHUNK_BYTES)]);
         assert_eq!(order.len(), 6);
+    }
+
+    /// Guards against demanded units that overtake each other: the first is needed first.
+    #[test]
+    fn urgent_requests_keep_their_own_order() {
+        let mut r = requests(0, 2 * CHUNK_BYTES);
+        let dst = std::ptr::without_provenance_mut(1 << 40);
+        for tag in 6..9 {
+            let extents = [Extent { file: FileId(0), offset: tag * 4096, len: 4096, dst_offset: 0 }];
+            r.add(&ReadRequest { tag, extents: &extents, dst, urgent: true, dst_len: 8192 }).unwrap();
+        }
+        let order: Vec<u64> = std::iter::from_fn(|| r.next()).map(|c| c.offset).collect();
+        assert_eq!(order, [6 * 4096, 7 * 4096, 8 * 4096, 0, CHUNK_BYTES]);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //! A request ends when the last of its pieces has ended, also if one has failed before: until then some
 //! drive may write to its memory.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError};
@@ -40,13 +42,14 @@ pub struct Striped {
     answers: Vec<Completion>,
     /// The copy that is waited for next.
     turn: usize,
+    wished: Option<Arc<AtomicBool>>,
 }
 
 impl Striped {
     /// Deals over `readers`, at least one, each of which has files of `lens` bytes in this order.
     pub fn new(readers: Vec<Box<dyn Reader>>, lens: Vec<u64>) -> Striped {
         let copies = readers.into_iter().map(|reader| Copy { reader, extents: Vec::new() }).collect();
-        Striped { copies, lens, open: Vec::new(), finished: Vec::new(), answers: Vec::new(), turn: 0 }
+        Striped { copies, lens, open: Vec::new(), finished: Vec::new(), answers: Vec::new(), turn: 0, wished: None }
     }
 
     /// Cuts an extent at the stripes and hands the pieces to their copies. A piece ends where the last
@@ -118,6 +121,11 @@ impl Reader for Striped {
         self.copies.iter().any(|c| c.reader.copies())
     }
 
+    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
+        self.copies.iter_mut().for_each(|c| c.reader.end_waits_at(Arc::clone(&wished)));
+        self.wished = Some(wished);
+    }
+
     unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
         for copy in &mut self.copies {
             // SAFETY: the caller's promise, which holds for as long as any of the readers, all dropped
@@ -160,7 +168,9 @@ impl Reader for Striped {
                 self.ask(i, None)?;
             }
             let left = end.map_or(Duration::ZERO, |e| e.saturating_duration_since(Instant::now()));
-            if self.finished.is_empty()
+            let wished = self.wished.as_ref().is_some_and(|w| w.load(Ordering::Relaxed));
+            if !wished
+                && self.finished.is_empty()
                 && !left.is_zero()
                 && let Some(i) = self.busy()
             {
@@ -212,7 +222,7 @@ mod tests {
                 [(7, &whole, 0, SIZE as u64 + 99), (9, &part, from, 2 * STRIPE_BYTES), (8, &part, 0, 0)]
             {
                 let extents = [Extent { file: FileId(1), offset, len, dst_offset: 0 }];
-                let r = ReadRequest { tag, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+                let r = ReadRequest { tag, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
                 // SAFETY: the arena outlives the reads, whose regions are looked at when they have ended.
                 unsafe { reader.submit(&r) }.unwrap();
             }
@@ -227,7 +237,7 @@ mod tests {
             let expected = |at: usize| copies[at / STRIPE_BYTES as usize % 2][at];
             // SAFETY: all reads have ended.
             let (whole, part) = unsafe {
-                let bytes = |r: &crate::memory::Region, len| std::slice::from_raw_parts(r.addr.cast_const(), len);
+                let bytes = |r: &crate::memory::Region, len| std::slice::from_raw_parts(r.addr().cast_const(), len);
                 (bytes(&whole, SIZE), bytes(&part, 2 << 20))
             };
             assert!(whole.iter().enumerate().all(|(at, b)| *b == expected(at)));
@@ -242,7 +252,7 @@ mod tests {
             let mut arena = Arena::new(8 << 20).unwrap();
             let to = arena.take(6 << 20).unwrap();
             let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
-            let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+            let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
             // SAFETY: the arena outlives the reader's use of it.
             unsafe { reader.submit(&r) }.unwrap();
             let mut done = Vec::new();
@@ -290,7 +300,7 @@ mod tests {
         let mut arena = Arena::new(8 << 20).unwrap();
         let to = arena.take(6 << 20).unwrap();
         let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
-        let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+        let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
         // SAFETY: the arena outlives the reader's use of it.
         unsafe { reader.submit(&r) }.unwrap();
         let mut done = Vec::new();

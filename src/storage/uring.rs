@@ -86,6 +86,8 @@ pub struct UringReader {
     /// Chunks in flight, by user data.
     flying: Vec<Option<Chunk>>,
     n_flying: usize,
+    /// What the kernel said when a request was submitted: the request was taken all the same.
+    broken: Option<ReadError>,
 }
 
 impl UringReader {
@@ -111,6 +113,7 @@ impl UringReader {
             requests: Requests::over(files.len(), copies),
             flying: vec![None; depth],
             n_flying: 0,
+            broken: None,
         })
     }
 
@@ -195,10 +198,18 @@ impl Reader for UringReader {
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
         self.requests.add(request)?;
-        self.enter(0, None)
+        // From here on the request is taken: its chunks are queued, and the kernel may have some. An error is
+        // `poll`'s, or the caller would give memory away that is still written to.
+        if let Err(e) = self.enter(0, None) {
+            self.broken.get_or_insert(e);
+        }
+        Ok(())
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>, wait: Option<Duration>) -> Result<(), ReadError> {
+        if let Some(e) = &self.broken {
+            return Err(e.clone());
+        }
         self.reap();
         let idle = self.requests.outstanding() == 0;
         if idle || self.requests.has_done() || wait.is_none() {

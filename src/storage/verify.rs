@@ -61,7 +61,7 @@ pub fn verify(
             let slot = completion.tag as usize;
             let Some(piece) = flying.get_mut(slot).and_then(Option::take) else { continue };
             // SAFETY: the read has ended, and its length fits the region, as `submit` saw to.
-            let data = unsafe { std::slice::from_raw_parts(slots[slot].addr, piece.len as usize) };
+            let data = unsafe { std::slice::from_raw_parts(slots[slot].addr(), piece.len as usize) };
             let block = u64::from(reader.alignment(FileId(piece.file as u16)).offset);
             let first = (piece.offset / CHUNK as u64) as usize;
             let chunks = data.chunks(CHUNK).enumerate();
@@ -94,7 +94,7 @@ fn submit(reader: &mut dyn Reader, slot: usize, piece: &Piece, to: &Region) -> R
     let file = FileId(piece.file as u16);
     let len = piece.len.next_multiple_of(u64::from(reader.alignment(file).offset));
     let extents = [Extent { file, offset: piece.offset, len, dst_offset: 0 }];
-    let request = ReadRequest { tag: slot as u64, extents: &extents, dst: to.addr, urgent: false, dst_len: to.len };
+    let request = ReadRequest { tag: slot as u64, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
     // SAFETY: the slot's last read has ended; the caller keeps the arena longer than the reader, and
     // looks at the slot when this read has ended.
     Ok(unsafe { reader.submit(&request) }?)

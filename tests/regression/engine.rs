@@ -1,1 +1,234 @@
 //! Memory, loading, limits of the machine, error paths of a run.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::common::{File, V, bin, fails, nt, tiny, tiny_moe};
+
+fn arg(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// The option that a refusal recommends, such as `["--ctx", "65536"]`.
+fn advised(err: &str) -> [String; 2] {
+    let tail = err.rsplit("; ").next().unwrap_or("");
+    let words: Vec<&str> = tail.split_whitespace().take(2).collect();
+    assert!(words.len() == 2 && words[0].starts_with("--"), "no advice in {err:?}");
+    [words[0].to_owned(), words[1].to_owned()]
+}
+
+/// Runs `args`, which must be refused with exit code 4; returns the advice.
+fn refused(args: &[&str]) -> [String; 2] {
+    let out = nt(args);
+    assert_eq!(out.status.code(), Some(4), "{args:?}\n{}", stderr(&out));
+    advised(&stderr(&out))
+}
+
+/// `args` with each of `more` in place of an option of that name.
+fn with<'a>(args: &[&'a str], more: &'a [String; 2]) -> Vec<&'a str> {
+    let mut out = args.to_vec();
+    match out.iter().position(|a| *a == more[0]) {
+        Some(i) => out[i + 1] = &more[1],
+        None => out.extend(more.iter().map(String::as_str)),
+    }
+    out
+}
+
+/// Guards against a KV cache of processors that no budget counts: a long context is refused before anything is
+/// loaded, `nt plan` says the same, and what the refusal recommends works.
+#[test]
+fn a_kv_cache_that_does_not_fit_is_refused_with_a_number_that_works() {
+    let d = tempfile::tempdir().unwrap();
+    // 768 bytes a position, so 96 MiB; and far more than any machine has.
+    for (name, file) in [("dense.gguf", tiny(6)), ("experts.gguf", tiny_moe(6))] {
+        let m = file.write(d.path(), name);
+        for limits in [&["--ram", "50MiB", "--ctx", "131072"][..], &["--ctx", "1073741824"]] {
+            let run = [&["run", arg(&m), "-p", "x", "-n", "1", "--backend", "cpu"], limits].concat();
+            let plan = [&["plan", arg(&m), "--backend", "cpu"], limits].concat();
+            let (by_run, by_plan) = (refused(&run), refused(&plan));
+            assert_eq!(by_run[0], "--ctx", "{limits:?}");
+            // What is free differs from one call to the next only where the machine is the limit.
+            assert!(by_run == by_plan || limits.len() == 2, "{limits:?}: {by_run:?} {by_plan:?}");
+            for args in [with(&run, &by_run), with(&plan, &by_run)] {
+                let out = nt(&args);
+                assert!(out.status.success(), "{args:?}\n{}", stderr(&out));
+            }
+        }
+    }
+}
+
+/// The workspace counts too, not the KV cache alone: a budget that holds the weights and no more is refused, and
+/// the least `--ram` that is recommended is one that works.
+#[test]
+fn a_budget_without_room_for_the_workspace_is_refused_with_one_that_works() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf");
+    let run = ["run", arg(&m), "-p", "x", "-n", "1", "--backend", "cpu", "--ctx", "128", "--ram", "540KiB"];
+    let advice = refused(&run);
+    assert_eq!(advice[0], "--ram");
+    assert!(nt(&with(&run, &advice)).status.success(), "{advice:?}");
+}
+
+/// Guards against `nt plan` that promises what `nt run` refuses, without a stack of tiers in between.
+#[test]
+fn no_storage_and_tiers_count_the_workspace_too() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf");
+    for limits in [&["--tier-c", "none", "--ram", "3MiB"][..], &["--tiers", "0:6:0", "--ram", "3MiB"]] {
+        for command in [&["run", arg(&m), "-p", "x", "-n", "1"][..], &["plan", arg(&m)]] {
+            let args = [command, &["--backend", "cpu", "--ctx", "8192"], limits].concat();
+            fails(&args, 4, &["KV cache"]);
+        }
+    }
+}
+
+/// Guards against `--layout stacked` that processors accept and ignore.
+#[test]
+fn stacked_tiers_are_stacked_on_processors() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf");
+    let args = ["plan", arg(&m), "--backend", "cpu", "--tiers", "0:2:4", "--layout", "stacked", "--json"];
+    let v: serde_json::Value = serde_json::from_slice(&nt(&args).stdout).unwrap();
+    assert_eq!(v["plan"]["blocks"], "BBCCCC");
+}
+
+/// A model of about 1 GiB of zeros, most of which take no room on the disk.
+fn large(dir: &Path) -> (PathBuf, u64) {
+    let (d, f) = (2048, 8192);
+    let mut file: File = tiny(5);
+    file.set("llama.embedding_length", V::U32(d as u32));
+    file.set("llama.feed_forward_length", V::U32(f as u32));
+    let mut at = 0u64;
+    for (i, t) in file.tensors.iter_mut().enumerate() {
+        for n in &mut t.shape {
+            *n = match *n {
+                64 => d,
+                32 => d / 2,
+                96 => f,
+                n => n,
+            };
+        }
+        t.data.clear();
+        file.offsets.push((i, at));
+        at += t.shape.iter().product::<u64>() * 4;
+    }
+    let path = file.write(dir, "large.gguf");
+    let header = std::fs::metadata(&path).unwrap().len();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(header + at).unwrap();
+    (path, at)
+}
+
+/// Bytes of memory that a process has touched.
+fn resident(child: &Child) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{}/statm", child.id())).unwrap_or_default();
+    statm.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) * 4096
+}
+
+/// Starts a run and stops it (SIGSTOP) in the middle of loading; `None` if it was not caught there.
+fn caught_while_loading(model: &Path, bytes: u64) -> Option<Child> {
+    let mut child = Command::new(bin())
+        .args(["run", arg(model), "-p", "x", "-n", "1", "--ctx", "64", "--backend", "cpu", "--ram", "2GiB"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = Pid::from_raw(child.id() as i32);
+    while resident(&child) < bytes / 10 {
+        if child.try_wait().unwrap().is_some() {
+            return None;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    kill(pid, Signal::SIGSTOP).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    if resident(&child) < bytes / 4 * 3 {
+        return Some(child);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    None
+}
+
+/// Guards against loading that is deaf: Ctrl-C and SIGTERM end it, with nothing computed and nothing more loaded.
+#[test]
+fn signals_end_the_loading_of_weights() {
+    let d = tempfile::tempdir().unwrap();
+    let (model, bytes) = large(d.path());
+    let available = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib = available
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    if kib.is_none_or(|kib| kib << 10 < 4 << 30) {
+        return;
+    }
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        // A machine so busy that the whole model is loaded before it is looked at has another try.
+        let child = (0..10).find_map(|_| caught_while_loading(&model, bytes)).expect("never caught while loading");
+        let pid = Pid::from_raw(child.id() as i32);
+        kill(pid, signal).unwrap();
+        kill(pid, Signal::SIGCONT).unwrap();
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(130), "{signal}: {}", stderr(&out));
+        assert!(!stderr(&out).contains("units in RAM"), "{signal}: the run went on: {}", stderr(&out));
+    }
+}
+
+/// Runs `nt` with a limit of the shell's `ulimit`.
+fn limited(limit: &str, args: &[&str]) -> Output {
+    let script = format!("ulimit {limit} && exec \"$0\" \"$@\"");
+    let nt = bin();
+    Command::new("sh").arg("-c").arg(script).arg(&nt).args(args).output().unwrap()
+}
+
+/// Guards against plans that count on memory which a limit refuses: within limits of address space and of data a
+/// run streams what does not fit, with the same text, or is refused with 4; it never panics, aborts or hangs.
+#[test]
+fn limits_of_the_process_are_kept_to_or_refused_in_a_sentence() {
+    let d = tempfile::tempdir().unwrap();
+    let (model, _) = large(d.path());
+    let began = Instant::now();
+    let args = ["run", arg(&model), "-p", "x", "-n", "1", "--ctx", "64", "--backend", "cpu", "--threads", "2"];
+    let mut streamed = 0;
+    for limit in ["-v 300000", "-v 700000", "-v 1100000", "-d 200000", "-d 500000", "-d 900000"] {
+        let out = limited(limit, &args);
+        let err = stderr(&out);
+        let code = out.status.code();
+        assert!(matches!(code, Some(0 | 4)), "{limit}: {code:?} {err}");
+        assert!(!err.contains("panicked") && !err.contains("allocation of"), "{limit}: {err}");
+        streamed += usize::from(code == Some(0));
+    }
+    assert!(streamed >= 2, "the larger limits have room for two blocks ({:?})", began.elapsed());
+}
+
+/// A budget that is asked for and that a limit of the process does not allow is refused, with one that works.
+#[test]
+fn a_budget_beyond_the_address_space_is_refused_with_one_that_works() {
+    let d = tempfile::tempdir().unwrap();
+    let (model, _) = large(d.path());
+    let args = ["run", arg(&model), "-p", "x", "-n", "1", "--ctx", "64", "--backend", "cpu", "--ram", "2GiB"];
+    let out = limited("-v 1100000", &args);
+    assert_eq!(out.status.code(), Some(4), "{}", stderr(&out));
+    assert!(stderr(&out).contains("ulimit -v"), "{}", stderr(&out));
+    let advice = advised(&stderr(&out));
+    let out = limited("-v 1100000", &with(&args, &advice));
+    assert!(out.status.success(), "{advice:?}: {}", stderr(&out));
+}
+
+/// Threads that cannot be had are a sentence and exit code 4.
+#[test]
+fn threads_that_cannot_be_had_are_refused() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(2).write(d.path(), "m.gguf");
+    let args = ["run", arg(&m), "-p", "x", "-n", "1", "--backend", "cpu", "--threads", "1024"];
+    let out = limited("-v 400000", &args);
+    assert_eq!(out.status.code(), Some(4), "{}", stderr(&out));
+    assert!(stderr(&out).contains("threads"), "{}", stderr(&out));
+}

@@ -5,9 +5,9 @@
 pub enum Isa {
     /// Portable code.
     Scalar,
-    /// AVX2 with FMA and F16C.
+    /// AVX2 with FMA, F16C and BMI2.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL with VNNI.
+    /// AVX-512 F, BW, DQ, VL with VNNI, and all of [`Isa::Avx2`].
     Avx512,
 }
 
@@ -24,12 +24,14 @@ impl Isa {
         }
     }
 
-    /// The largest set of this machine.
+    /// The largest set of this machine: asks for every feature that `kernel::dispatch` compiles for.
     pub fn detect() -> Isa {
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+                && is_x86_feature_detected!("bmi2");
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")

@@ -7,6 +7,7 @@ mod attention;
 mod buf;
 mod isa;
 mod kernel;
+mod lens;
 mod panel;
 mod pool;
 mod selftest;
@@ -23,6 +24,7 @@ use crate::gguf::TensorType;
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Quantise, Rows, Then, dispatch};
+use lens::Lens;
 use panel::Panel;
 use pool::Pool;
 use unpack::PACKET;
@@ -102,58 +104,49 @@ impl CpuBackend {
         CpuBackend::with_isa(dims, threads, Isa::choose())
     }
 
+    /// Bytes that the buffers of such a session take with so many threads, KV cache included; `u64::MAX` if they
+    /// exceed the address space.
+    pub fn workspace_bytes_of(dims: &Dims, threads: usize) -> u64 {
+        Lens::new(dims, threads).bytes()
+    }
+
     /// The same with a chosen instruction set, which the machine must have.
     fn with_isa(dims: Dims, threads: usize, isa: Isa) -> Result<CpuBackend, BackendError> {
-        let d = &dims;
-        let t = d.max_batch.max(1);
-        let (q_dim, kv_dim) = (d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim);
-        let widest = d.n_embd.max(q_dim).max(d.n_ff);
-        // At the limits of the metadata this does not fit an integer: then it fits no memory either.
-        let cache = [d.n_layers, d.n_kv_heads, d.n_ctx, d.head_dim, d.kv_type.block_bytes()];
-        let cache = cache.into_iter().fold(1usize, usize::saturating_mul);
-        let group = d.n_heads / d.n_kv_heads;
-        let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
-        let panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
-        let choices = t * d.n_experts_used;
-        let pool = Pool::new(threads)
-            .map_err(|e| BackendError::Device { backend: "cpu", what: format!("threads could not be started: {e}") })?;
+        let l = Lens::new(&dims, threads);
         let experts = Experts {
-            scores: Buf::new(t * d.n_experts, "router scores")?,
-            ids: Buf::new(choices, "router choices")?,
-            weights: Buf::new(choices, "router weights")?,
-            out: Buf::new(choices * d.n_embd, "outputs of experts")?,
-            gathered: Buf::new(if choices > 0 { t * d.n_embd } else { 0 }, "inputs of experts")?,
-            hidden: Buf::new(if choices > 0 { t * d.n_ff_expert } else { 0 }, "hidden states of experts")?,
-            quantised: Buf::new(
-                if choices > 0 { t * packets(d.n_embd.max(d.n_ff_expert)) } else { 0 },
-                "inputs of experts",
-            )?,
-            result: Buf::new(if choices > 0 { t * d.n_embd } else { 0 }, "results of experts")?,
-            pairs: Vec::with_capacity(choices),
+            scores: Buf::new(l.scores, "router scores")?,
+            ids: Buf::new(l.choices, "router choices")?,
+            weights: Buf::new(l.choices, "router weights")?,
+            out: Buf::new(l.expert_out, "outputs of experts")?,
+            gathered: Buf::new(l.expert_in, "inputs of experts")?,
+            hidden: Buf::new(l.expert_hidden, "hidden states of experts")?,
+            quantised: Buf::new(l.expert_quantised, "inputs of experts")?,
+            result: Buf::new(l.expert_in, "results of experts")?,
+            pairs: Vec::with_capacity(l.choices),
         };
         Ok(CpuBackend {
             isa,
             n_tokens: 0,
             first_pos: 0,
-            x: Buf::new(t * d.n_embd, "activations")?,
-            input: Buf::new(t * d.n_embd, "activations")?,
-            quantised: Buf::new(t * packets(widest), "quantised activations")?,
-            q: Buf::new(t * q_dim, "queries")?,
-            k: Buf::new(t * kv_dim, "keys")?,
-            v: Buf::new(t * kv_dim, "values")?,
-            attn: Buf::new(t * q_dim, "attention")?,
-            hidden: Buf::new(t * d.n_ff, "hidden states")?,
-            logits: Buf::new(d.max_outputs.max(1) * d.n_vocab, "logits")?,
-            cache_k: Buf::new(cache, "KV cache")?,
-            cache_v: Buf::new(cache, "KV cache")?,
-            cos: Buf::new(t * d.rope.freqs.len(), "rotary table")?,
-            sin: Buf::new(t * d.rope.freqs.len(), "rotary table")?,
-            scratch: Buf::new(scratch_each * pool.threads(), "scratch")?,
-            scratch_each,
-            panels: Buf::new(panels_each * pool.threads(), "scratch")?,
-            panels_each,
+            x: Buf::new(l.x, "activations")?,
+            input: Buf::new(l.x, "activations")?,
+            quantised: Buf::new(l.quantised, "quantised activations")?,
+            q: Buf::new(l.q, "queries")?,
+            k: Buf::new(l.kv, "keys")?,
+            v: Buf::new(l.kv, "values")?,
+            attn: Buf::new(l.q, "attention")?,
+            hidden: Buf::new(l.hidden, "hidden states")?,
+            logits: Buf::new(l.logits, "logits")?,
+            cache_k: Buf::new(l.cache, "KV cache")?,
+            cache_v: Buf::new(l.cache, "KV cache")?,
+            cos: Buf::new(l.rotary, "rotary table")?,
+            sin: Buf::new(l.rotary, "rotary table")?,
+            scratch: Buf::new(l.scratch, "scratch")?,
+            scratch_each: l.scratch_each,
+            panels: Buf::new(l.panels, "scratch")?,
+            panels_each: l.panels_each,
             experts,
-            pool,
+            pool: Pool::new(threads).map_err(|source| BackendError::Threads { threads, source })?,
             dims,
         })
     }
@@ -350,10 +343,14 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
-        assert!(
-            n_tokens <= self.dims.max_batch && first_pos + n_tokens <= self.dims.n_ctx,
-            "a pass beyond the session's limits"
-        );
+        let d = &self.dims;
+        if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
+            let what = format!(
+                "a pass of {n_tokens} tokens from position {first_pos} exceeds the batch of {} or the context of {}",
+                d.max_batch, d.n_ctx
+            );
+            return Err(BackendError::Device { backend: "cpu", what });
+        }
         (self.first_pos, self.n_tokens) = (first_pos, n_tokens);
         let rope = &self.dims.rope;
         let n = rope.freqs.len();
@@ -513,7 +510,10 @@ impl Backend for CpuBackend {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
-        assert!(self.n_tokens <= self.dims.max_outputs, "more outputs than the session allows");
+        let (tokens, max) = (self.n_tokens, self.dims.max_outputs);
+        if tokens > max {
+            return Err(BackendError::Outputs { backend: "cpu", tokens, max });
+        }
         self.norm_input(norm);
         Ok(())
     }
@@ -563,13 +563,14 @@ impl Backend for CpuBackend {
     }
 }
 
-/// Softmax over all experts, then the largest ones; ties go to the lower id.
+/// Softmax over all experts, then the largest ones; ties go to the lower id. Scores that are no numbers are never
+/// chosen by comparison: where nothing else is left, the lowest id that is not chosen yet is taken, as on a GPU.
 fn choose(scores: &mut [f32], ids: &mut [u32], weights: &mut [f32], params: &RouterParams) {
+    /// In place of a score: its expert is chosen already.
+    const CHOSEN: f32 = -2.0;
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     scores.iter_mut().for_each(|s| *s = (*s - max).exp());
     let total: f32 = scores.iter().sum();
-    /// In place of a score: its expert is chosen already.
-    const CHOSEN: f32 = -2.0;
     for (id, weight) in ids.iter_mut().zip(weights.iter_mut()) {
         let mut best = None;
         let mut most = -1.0;
@@ -589,4 +590,31 @@ fn choose(scores: &mut [f32], ids: &mut [u32], weights: &mut [f32], params: &Rou
     let sum: f32 = weights.iter().sum();
     let factor = params.scale / if params.normalize { sum } else { 1.0 };
     weights.iter_mut().for_each(|w| *w *= factor);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against scores that are no numbers and choose one expert several times over: its tokens would not fit
+    /// the buffers of a pass.
+    #[test]
+    fn a_router_chooses_distinct_experts_whatever_the_scores() {
+        let params = RouterParams { normalize: true, scale: 1.0 };
+        for scores in [
+            [f32::NAN; 5],
+            [f32::NAN, 5.0, f32::NAN, f32::NAN, f32::NAN],
+            [f32::INFINITY, 1.0, f32::INFINITY, 0.0, 0.0],
+            [f32::NEG_INFINITY; 5],
+            [1.0, 3.0, 3.0, -1.0, 2.0],
+        ] {
+            let (mut ids, mut weights) = ([0; 3], [0.0; 3]);
+            choose(&mut scores.clone(), &mut ids, &mut weights, &params);
+            assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2], "{scores:?}: {ids:?}");
+            assert!(ids.iter().all(|i| *i < 5), "{scores:?}: {ids:?}");
+        }
+        let (mut ids, mut weights) = ([0; 3], [0.0; 3]);
+        choose(&mut [1.0, 3.0, 3.0, -1.0, 2.0], &mut ids, &mut weights, &params);
+        assert_eq!(ids, [1, 2, 4]);
+    }
 }

@@ -1,13 +1,21 @@
 //! A persistent thread pool: the caller is thread 0, workers spin briefly for the next job, then
-//! park. A job is a number of equal tasks, handed out one by one.
+//! park. A job is a number of equal tasks, handed out one by one. With more threads than processors nobody
+//! spins: whoever waits would keep those from running that it waits for.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 /// How long an idle worker spins before it parks.
 const SPIN: Duration = Duration::from_micros(50);
+
+/// Looks for the workers' end before the caller gives its processor to others.
+const SPINS: u32 = 20_000;
+/// Times that it does so before it sleeps in between.
+const YIELDS: u32 = 1_000;
+/// How long it sleeps.
+const NAP: Duration = Duration::from_micros(50);
 
 /// A task body: `(thread, task)`.
 type Body<'a> = &'a (dyn Fn(usize, usize) + Sync);
@@ -27,8 +35,10 @@ struct Shared {
     tasks: AtomicUsize,
     /// Workers that are not yet done with the job.
     busy: AtomicUsize,
-    /// The job's body: two words of a fat pointer.
-    body: [AtomicUsize; 2],
+    /// The job's body: address of a `Body` on the caller's stack, valid while `busy` is not 0.
+    body: AtomicPtr<()>,
+    /// Whether there are no more threads than processors, so that waiting threads may spin.
+    spins: bool,
     parked: Vec<AtomicBool>,
     panicked: AtomicBool,
     quit: AtomicBool,
@@ -42,7 +52,8 @@ impl Pool {
             next: AtomicUsize::new(0),
             tasks: AtomicUsize::new(0),
             busy: AtomicUsize::new(0),
-            body: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            body: AtomicPtr::new(std::ptr::null_mut()),
+            spins: std::thread::available_parallelism().is_ok_and(|n| threads <= n.get()),
             parked: (0..threads).map(|_| AtomicBool::new(false)).collect(),
             panicked: AtomicBool::new(false),
             quit: AtomicBool::new(false),
@@ -57,11 +68,6 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Threads, the caller included.
-    pub fn threads(&self) -> usize {
-        self.workers.len() + 1
-    }
-
     /// Runs `body(thread, task)` for every task of `0..tasks` and returns when all are done.
     pub fn run(&mut self, tasks: usize, body: Body<'_>) {
         if self.workers.is_empty() || tasks <= 1 {
@@ -69,11 +75,8 @@ impl Pool {
             return;
         }
         let s = &*self.shared;
-        // SAFETY: a reference to a trait object is two words; it is turned back only while this
-        // call waits for the workers, so the lifetime that is lost here is kept by hand.
-        let words: [usize; 2] = unsafe { std::mem::transmute(body) };
-        s.body[0].store(words[0], Ordering::Relaxed);
-        s.body[1].store(words[1], Ordering::Relaxed);
+        // The reference itself lies in this frame, which waits for the workers before it ends.
+        s.body.store((&raw const body).cast_mut().cast(), Ordering::Relaxed);
         s.tasks.store(tasks, Ordering::Relaxed);
         s.next.store(0, Ordering::Relaxed);
         s.busy.store(self.workers.len(), Ordering::Relaxed);
@@ -96,13 +99,14 @@ struct WaitForWorkers<'a>(&'a Shared);
 
 impl Drop for WaitForWorkers<'_> {
     fn drop(&mut self) {
-        let mut spins = 0u32;
+        let spins = if self.0.spins { SPINS } else { 0 };
+        let mut looks = 0u32;
         while self.0.busy.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins > 20_000 {
-                std::thread::yield_now();
-            } else {
-                std::hint::spin_loop();
+            looks = looks.saturating_add(1);
+            match looks {
+                n if n <= spins => std::hint::spin_loop(),
+                n if n <= spins + YIELDS => std::thread::yield_now(),
+                _ => std::thread::sleep(NAP),
             }
         }
     }
@@ -139,10 +143,11 @@ impl Shared {
             if self.quit.load(Ordering::SeqCst) {
                 return;
             }
-            let words = [self.body[0].load(Ordering::Relaxed), self.body[1].load(Ordering::Relaxed)];
-            // SAFETY: `run` stored these words before it bumped the epoch and does not return
-            // before this worker has counted itself out of `busy`.
-            let body: Body<'_> = unsafe { std::mem::transmute(words) };
+            let body = self.body.load(Ordering::Relaxed).cast::<Body<'_>>();
+            // SAFETY: `run` stored the address of its `body` before it bumped the epoch, which this worker
+            // has seen, and does not return before the worker has counted itself out of `busy`. The
+            // reference is only read, and what it refers to is `Sync`.
+            let body: Body<'_> = unsafe { *body };
             let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.tasks(me, body)));
             if done.is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
@@ -162,7 +167,7 @@ impl Shared {
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() < SPIN {
+            if self.spins && start.elapsed() < SPIN {
                 continue;
             }
             self.parked[me].store(true, Ordering::SeqCst);
@@ -180,7 +185,8 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        for threads in [1, 2, 3, 8] {
+        // More threads than any test machine has processors, too.
+        for threads in [1, 2, 3, 8, 65] {
             let mut pool = Pool::new(threads).unwrap();
             for tasks in [0, 1, 2, 7, 100] {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();

@@ -174,3 +174,59 @@ pub(super) struct CombineArgs {
     pub used: i32,
     pub n: i32,
 }
+
+/// Asserts size and offsets of each structure, as `ARGS_SIZE` and `ARGS_FIELD` do in `kernels/`; the table is
+/// compared with those lines by a test.
+macro_rules! layouts {
+    ($($args:ident $size:literal { $($field:ident $at:literal),+ })+) => {
+        $(const _: () = {
+            assert!(size_of::<$args>() == $size);
+            $(assert!(std::mem::offset_of!($args, $field) == $at);)+
+        };)+
+        #[cfg(test)]
+        const LAYOUTS: &[(&str, usize, &[(&str, usize)])] =
+            &[$((stringify!($args), $size, &[$((stringify!($field), $at)),+])),+];
+    };
+}
+
+layouts! {
+    GemvArgs 192 { w 0, bias 24, out 48, rows 72, stride 84, segments 96, cols 100, tokens 104, mode 108, x 112, in_idx 120, out_idx 128, hidden_q 136, raw 144, norm 152, eps 160, row_warps 164, piece 168, stages 172, run_pitch 176, row_bytes 180, x_blocks 184 }
+    PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
+    DequantArgs 32 { w 0, out 8, rows 16, cols 20, pitch 24 }
+    GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64 }
+    AttnArgs 80 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_ctx 48, tokens 52, ranges 56, first_pos 64, scale 72 }
+    MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, ranges 44, first_pos 48 }
+    PrepArgs 80 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72 }
+    RopeArgs 120 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, first_pos 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_ctx 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112 }
+    RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
+    CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against an argument structure that the two sides lay out differently: silent corruption.
+    #[test]
+    fn kernels_assert_the_same_places() {
+        let sources = [
+            include_str!("../../../kernels/common.cuh"),
+            include_str!("../../../kernels/gemv.cuh"),
+            include_str!("../../../kernels/plain.cu"),
+            include_str!("../../../kernels/dequant.cu"),
+            include_str!("../../../kernels/gemm.cu"),
+            include_str!("../../../kernels/attn.cu"),
+            include_str!("../../../kernels/ops.cu"),
+        ]
+        .concat();
+        let has = |line: String| assert!(sources.contains(&line), "no {line} in kernels/");
+        has(format!("ARGS_SIZE(XBlk, {XBLK_BYTES});"));
+        let mut places = 0;
+        for (args, size, fields) in LAYOUTS {
+            has(format!("ARGS_SIZE({args}, {size});"));
+            fields.iter().for_each(|(field, at)| has(format!("ARGS_FIELD({args}, {field}, {at});")));
+            places += fields.len();
+        }
+        assert_eq!(sources.matches("ARGS_FIELD(").count(), places + 1, "a field that the host does not know");
+    }
+}

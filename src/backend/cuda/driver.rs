@@ -140,7 +140,8 @@ impl Device {
         Ok(MemoryUse { used: context + self.free_at_first.saturating_sub(free), free })
     }
 
-    /// Allocates `bytes` of device memory (and [`PAD_BYTES`] behind them) for `what`.
+    /// Allocates `bytes` of device memory (and [`PAD_BYTES`] behind them) for `what`, zeroed: kernels read whole lines
+    /// and tiles, of which the last may be partly nobody's.
     pub fn alloc(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<DeviceBuffer, BackendError> {
         self.bind()?;
         let mut addr = 0;
@@ -150,7 +151,12 @@ impl Device {
             return Err(BackendError::OutOfMemory { backend: "cuda", what, bytes });
         }
         check(r, what)?;
-        Ok(DeviceBuffer { addr, bytes, device: Arc::clone(self) })
+        let buffer = DeviceBuffer { addr, bytes, device: Arc::clone(self) };
+        // SAFETY: the range was allocated above, and nobody uses it yet.
+        check(unsafe { sys::cuMemsetD8_v2(addr, 0, (bytes + PAD_BYTES) as usize) }, what)?;
+        // SAFETY: the null stream is always there. Other streams do not wait for it by themselves.
+        check(unsafe { sys::cuStreamSynchronize(std::ptr::null_mut()) }, what)?;
+        Ok(buffer)
     }
 
     /// Allocates `len` elements of pinned host memory, zeroed.

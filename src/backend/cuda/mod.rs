@@ -486,6 +486,10 @@ impl Backend for CudaBackend {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
+        let (tokens, max) = (self.tokens, self.dims.max_outputs);
+        if tokens > max {
+            return Err(BackendError::Outputs { backend: "cuda", tokens, max });
+        }
         // The head's type is not known yet: every form that it may want.
         let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
         let q = if self.dims.n_embd.is_multiple_of(32) { to.q } else { 0 };

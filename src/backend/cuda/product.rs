@@ -11,7 +11,7 @@ use super::args::{DequantArgs, GemmArgs, PlainArgs, PrepArgs, STORE, SWIGLU};
 use super::driver::{Device, Stream};
 use super::modules::{Func, Kernels, PLAINS, QUANTS};
 use super::vectors::step_bytes;
-use super::workspace::{GEMV_TOKENS, Workspace, pitch};
+use super::workspace::{GEMV_TOKENS, Workspace, float_bytes, half_bytes, pitch, quant_bytes};
 use crate::backend::{BackendError, Linear, Weight};
 use crate::gguf::TensorType;
 
@@ -114,6 +114,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
+    /// The same for the tokens after the first `n`.
     pub fn skip(self, n: usize) -> Rows {
         let step = |a: u64| if a == 0 { 0 } else { a + 4 * n as u64 };
         Rows { from: step(self.from), to: step(self.to) }
@@ -158,9 +159,27 @@ impl Engine {
         unsafe { self.kernels.launch(&self.stream, f, grid, threads, shared as u32, args) }
     }
 
+    /// Makes sure that a product's results lie within their buffer: `tokens` rows, or at least one where they are
+    /// picked.
+    pub fn check_target(&self, t: &Target, tokens: usize, rows: Rows) -> Result {
+        let steps = if rows.to == 0 { tokens.saturating_sub(1) } else { 0 };
+        let bytes = float_bytes(steps, t.stride).saturating_add(float_bytes(1, t.weight.rows));
+        self.ws.rooms.check("results of a product", t.out, bytes)
+    }
+
     /// Brings `rows` rows of `n` floats at `x` (picked by `idx` if not 0) into each form that has
     /// an address in `to`.
+    ///
+    /// # Errors
+    /// If a form has no room for that many rows.
     pub fn prepare(&self, prep: Prep, x: u64, idx: u64, n: usize, rows: usize, to: Inputs) -> Result {
+        let rooms = &self.ws.rooms;
+        rooms.check("input in floats", to.f, float_bytes(rows, n))?;
+        rooms.check("quantised input", to.q, quant_bytes(rows, n))?;
+        rooms.check("input as halves", to.h, half_bytes(rows, n))?;
+        if to.h != 0 {
+            rooms.check("factors of the input", self.ws.halves_scale.addr(), float_bytes(rows, 1))?;
+        }
         let mut a = PrepArgs {
             x,
             idx,
@@ -189,7 +208,7 @@ impl Engine {
         // Few long rows are divided among blocks, where that can be done.
         let whole = matches!(prep, Prep::Norm(..)) || to.h != 0 || rows > GEMV_TOKENS;
         let parts = if whole { 1 } else { n.div_ceil(4 * threads as usize) };
-        // SAFETY: PrepArgs is what prep_* declare; all buffers hold `rows` rows of `n`.
+        // SAFETY: PrepArgs is what prep_* declare; all outputs hold `rows` rows of `n`, as checked above.
         unsafe { self.launch(f, (rows as u32, parts as u32, 1), threads, 0, &a) }
     }
 
@@ -277,6 +296,7 @@ impl Engine {
     pub fn plain(&self, t: &Target, tokens: usize, mode: i32, x: u64, rows: Rows) -> Result {
         let w = t.weight;
         let kind = plain_index(w.ty).ok_or_else(|| unsupported(w.ty))?;
+        self.check_target(t, tokens, rows)?;
         let mut done = 0;
         while done < tokens {
             let n = (tokens - done).min(8);
@@ -296,7 +316,8 @@ impl Engine {
                 vector: i32::from(w.cols.is_multiple_of(8) && w.addr.is_multiple_of(16)),
             };
             let f = self.kernels.plain[kind][usize::from(n > 1)];
-            // SAFETY: PlainArgs is what plain_* declare; shapes were checked by the loader.
+            // SAFETY: PlainArgs is what plain_* declare; shapes were checked by the loader, the room for results
+            // above.
             unsafe { self.launch(f, (w.rows.div_ceil(8) as u32, 1, 1), 256, 0, &a)? };
             done += n;
         }
@@ -306,6 +327,8 @@ impl Engine {
     /// Weights to halves (rows padded) or floats (rows back to back).
     pub fn convert(&self, w: &Weight, out: u64, half: bool) -> Result {
         let kind = any_index(w.ty).ok_or_else(|| unsupported(w.ty))?;
+        let bytes = if half { half_bytes(w.rows, w.cols) } else { float_bytes(w.rows, w.cols) };
+        self.ws.rooms.check("converted weights", out, bytes)?;
         let a = DequantArgs {
             w: w.addr,
             out,
@@ -323,13 +346,14 @@ impl Engine {
         } else {
             (w.rows, 0)
         };
-        // SAFETY: DequantArgs is what half_* and float_* declare; the caller gives room for all
-        // rows at `out`.
+        // SAFETY: DequantArgs is what half_* and float_* declare; there is room for all rows at `out`, as checked
+        // above.
         unsafe { self.launch(f, (blocks as u32, 1, 1), 256, shared, &a) }
     }
 
     fn gemm(&self, t: &Target, tokens: usize, mode: i32, x: u64, to: u64) -> Result {
         let row_bytes = t.weight.ty.row_bytes(t.weight.cols).ok_or_else(|| unsupported(t.weight.ty))?;
+        self.check_target(t, tokens, Rows { from: 0, to })?;
         let pitch = pitch(t.weight.cols);
         let fit = self.ws.scratch.bytes() as usize / (pitch * 2) / 128 * 128;
         let mut first = 0;
@@ -367,7 +391,8 @@ impl Engine {
         };
         let shared = 2 * tile as usize * 128 * stages;
         let grid = (tokens.div_ceil(tile), rows.div_ceil(tile), 1);
-        // SAFETY: GemmArgs is what gemm_* declare; rows beyond the last are clamped by the kernel.
+        // SAFETY: GemmArgs is what gemm_* declare; rows beyond the last are clamped by the kernel, and `gemm` has
+        // checked the room for results.
         unsafe { self.launch(f, grid, 256, shared, a) }
     }
 }

@@ -2,13 +2,15 @@
 //! events that keep copies and computation off each other's slots.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::driver::{Device, Event, Stream};
+use super::driver::{Device, Event, Stream, device_error};
 use crate::backend::{BackendError, CopyEngine};
 
 /// How often the end of a copy is looked for.
 const POLL: Duration = Duration::from_micros(50);
+/// Longest wait for a copy, and for what still computes from its slot: no pass takes nearly as long.
+const COPY_MAX: Duration = Duration::from_secs(120);
 
 struct Slot {
     began: Event,
@@ -54,7 +56,14 @@ impl CopyEngine for Transfer {
         self.copy.device().bind()?;
         // Events that wake a sleeping thread cost the link 150 µs each (measured); waiting for others
         // would keep a processor busy. Copies are queued ahead, so that a late look costs nothing.
+        let began = Instant::now();
         while !s.copied.query()? {
+            if began.elapsed() > COPY_MAX {
+                return Err(device_error(format!(
+                    "a copy to slot {slot} has not ended after {} s; the GPU or its link hangs (`dmesg` has lines with Xid then)",
+                    COPY_MAX.as_secs()
+                )));
+            }
             std::thread::sleep(POLL);
         }
         // Older drivers cannot subtract events.

@@ -6,6 +6,7 @@ use super::modules::{Func, GEMV_BATCHES, Vectors};
 use super::pieces::{self, Pieces, pieces};
 use super::product::{Engine, Inputs, Rows, Target, quant_index, unsupported};
 use super::tiling::{Product, THREADS, WARPS, tiling};
+use super::workspace::quant_bytes;
 use crate::backend::{BackendError, Weight};
 use crate::gguf::TensorType;
 
@@ -127,6 +128,10 @@ impl Engine {
                 t.weight.addr
             )));
         }
+        for t in targets {
+            self.check_target(t, tokens, rows)?;
+        }
+        self.ws.rooms.check("quantised hidden state", hidden_q, quant_bytes(tokens, targets[0].weight.rows))?;
         let call = Call { ty, kind, cols, targets, mode, input, rows, hidden_q };
         let mut done = 0;
         while done < tokens {
@@ -159,8 +164,8 @@ impl Engine {
             }
         };
         let grid = (l.work as u32).min(fit * self.device.info.multiprocessors);
-        // SAFETY: GemvArgs is what gemv_*, bulk_* and few_* declare; shapes were checked by the loader, the
-        // activations hold all tokens, and device buffers have room behind them for whole 16-byte lines.
+        // SAFETY: GemvArgs is what gemv_*, bulk_* and few_* declare; shapes were checked by the loader and the room
+        // for results by `vectors`, the activations hold all tokens, and device buffers have room behind them for whole 16-byte lines.
         unsafe { self.launch(l.f, (grid, 1, 1), l.threads, l.shared, a) }
     }
 

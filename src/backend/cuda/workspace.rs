@@ -26,7 +26,42 @@ pub(super) fn pitch(cols: usize) -> usize {
     cols.next_multiple_of(64)
 }
 
+/// Bytes of `rows` rows of `cols` floats.
+pub(super) fn float_bytes(rows: usize, cols: usize) -> u64 {
+    (rows as u64).saturating_mul(cols as u64).saturating_mul(4)
+}
+
+/// Bytes of `rows` rows of `cols` quantised activations.
+pub(super) fn quant_bytes(rows: usize, cols: usize) -> u64 {
+    (rows as u64).saturating_mul((cols.div_ceil(32) * XBLK_BYTES) as u64)
+}
+
+/// Bytes of `rows` rows of `cols` halves, padded to their pitch.
+pub(super) fn half_bytes(rows: usize, cols: usize) -> u64 {
+    (rows as u64).saturating_mul(pitch(cols) as u64).saturating_mul(2)
+}
+
+/// Where the buffers lie that kernels write to: every launch is checked against them.
+#[derive(Debug, Default)]
+pub(super) struct Rooms(Vec<(u64, u64)>);
+
+impl Rooms {
+    /// Makes sure that `bytes` at `addr` lie within one buffer; an address of 0 stands for nothing to write.
+    ///
+    /// # Errors
+    /// [`BackendError::Overrun`] if they do not.
+    pub fn check(&self, what: &'static str, addr: u64, bytes: u64) -> Result<(), BackendError> {
+        if addr == 0 {
+            return Ok(());
+        }
+        let inside = self.0.iter().find(|(base, len)| (*base..*base + *len).contains(&addr));
+        let room = inside.map_or(0, |(base, len)| base + len - addr);
+        if bytes <= room { Ok(()) } else { Err(BackendError::Overrun { backend: "cuda", what, bytes, room }) }
+    }
+}
+
 pub(super) struct Workspace {
+    pub rooms: Rooms,
     pub x: DeviceBuffer,
     pub q: DeviceBuffer,
     pub k: DeviceBuffer,
@@ -100,51 +135,45 @@ impl Sizes {
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
         let wide = d.n_embd.max(heads).max(ff);
         let few = batch.min(GEMV_TOKENS);
-        let floats = |n: usize| n as u64 * 4;
-        let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128)) * 128;
+        let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128).max(1)) * 128;
         let (least, most) = SCRATCH_BYTES;
-        let scratch = ((tile_rows * 2 * pitch(wide)) as u64).clamp(least, most);
         Sizes {
-            x: floats(batch * d.n_embd),
-            q: floats(batch * heads),
-            kv: floats(batch * kv),
-            ff: floats(batch * ff),
-            norm_f: floats((batch * d.n_embd).max(few * wide)),
-            quants: (few * wide.div_ceil(32) * XBLK_BYTES) as u64,
-            halves: (batch * pitch(wide) * 2) as u64,
-            halves_scale: floats(batch),
-            scratch: scratch.max(128 * 2 * pitch(wide) as u64),
-            partial: floats(PARTIAL_ROWS * heads),
-            partial_ml: floats(PARTIAL_ROWS * d.n_heads * 2),
-            cache: [d.n_layers, d.n_ctx, kv, cache_elem_bytes(d) as usize]
-                .into_iter()
-                .fold(1, |bytes: u64, f| bytes.saturating_mul(f as u64)),
-            freqs: floats(d.rope.freqs.len().max(1)),
+            x: float_bytes(batch, d.n_embd),
+            q: float_bytes(batch, heads),
+            kv: float_bytes(batch, kv),
+            ff: float_bytes(batch, ff),
+            norm_f: float_bytes(batch, d.n_embd).max(float_bytes(few, wide)),
+            quants: quant_bytes(few, wide),
+            halves: half_bytes(batch, wide),
+            halves_scale: float_bytes(batch, 1),
+            scratch: half_bytes(tile_rows, wide).clamp(least, most).max(half_bytes(128, wide)),
+            partial: float_bytes(PARTIAL_ROWS, heads),
+            partial_ml: float_bytes(PARTIAL_ROWS, d.n_heads * 2),
+            cache: ((d.n_layers * kv) as u64).saturating_mul(d.n_ctx as u64).saturating_mul(cache_elem_bytes(d)),
+            freqs: float_bytes(1, d.rope.freqs.len().max(1)),
             first_pos: 4,
-            logits: floats(d.max_outputs * d.n_vocab),
-            rows: floats(batch * d.n_embd),
+            logits: float_bytes(d.max_outputs, d.n_vocab),
+            rows: float_bytes(batch, d.n_embd),
         }
     }
 
     /// All buffers together. Queries and the attention output, keys and values, and so on come in pairs.
     fn total(&self) -> u64 {
-        // The cache is the one that may be as large as the numbers go.
-        self.cache.saturating_mul(2).saturating_add(self.without_cache())
-    }
-
-    fn without_cache(&self) -> u64 {
-        self.x
-            + 2 * (self.q + self.kv + self.ff + self.quants)
-            + self.norm_f
-            + self.halves
-            + self.halves_scale
-            + self.scratch
-            + self.partial
-            + self.partial_ml
-            + self.freqs
-            + self.first_pos
-            + self.logits
-            + self.rows
+        let once = [
+            self.x,
+            self.norm_f,
+            self.halves,
+            self.halves_scale,
+            self.scratch,
+            self.partial,
+            self.partial_ml,
+            self.freqs,
+            self.first_pos,
+            self.logits,
+            self.rows,
+        ];
+        let pairs = [self.q, self.kv, self.ff, self.quants, self.cache];
+        once.iter().chain(&pairs).chain(&pairs).fold(0, |sum, bytes| u64::saturating_add(sum, *bytes))
     }
 }
 
@@ -152,7 +181,7 @@ impl Sizes {
 /// with that many multiprocessors.
 pub(super) fn bytes_needed(d: &Dims, multiprocessors: usize) -> u64 {
     let moe = if d.n_experts > 0 { MoeBuffers::words(d).iter().sum::<usize>() as u64 * 4 } else { 0 };
-    Sizes::new(d, multiprocessors).total() + moe
+    Sizes::new(d, multiprocessors).total().saturating_add(moe)
 }
 
 impl Workspace {
@@ -160,7 +189,8 @@ impl Workspace {
         let s = Sizes::new(d, device.info.multiprocessors as usize);
         let freqs = device.alloc(s.freqs, "rotary frequencies")?;
         freqs.write(0, &d.rope.freqs)?;
-        Ok(Workspace {
+        let mut ws = Workspace {
+            rooms: Rooms::default(),
             x: device.alloc(s.x, "residual stream")?,
             q: device.alloc(s.q, "queries")?,
             k: device.alloc(s.kv, "keys")?,
@@ -185,15 +215,14 @@ impl Workspace {
             rows: device.alloc(s.rows, "embedding rows")?,
             rows_host: device.alloc_pinned(s.rows as usize, "embedding rows")?,
             moe: if d.n_experts > 0 { Some(MoeBuffers::new(device, d)?) } else { None },
-        })
+        };
+        ws.rooms = Rooms(ws.buffers().map(|b| (b.addr(), b.bytes())).collect());
+        Ok(ws)
     }
 
-    pub fn bytes(&self) -> u64 {
-        let moe = self
-            .moe
-            .as_ref()
-            .map_or(0, |m| m.scores.bytes() + m.ids.bytes() + m.weights.bytes() + m.lists.bytes() + m.out.bytes());
-        [
+    fn buffers(&self) -> impl Iterator<Item = &DeviceBuffer> {
+        let moe = self.moe.iter().flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out]);
+        let own = [
             &self.x,
             &self.q,
             &self.k,
@@ -215,11 +244,12 @@ impl Workspace {
             &self.first_pos,
             &self.logits,
             &self.rows,
-        ]
-        .iter()
-        .map(|b| b.bytes())
-        .sum::<u64>()
-            + moe
+        ];
+        own.into_iter().chain(moe)
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.buffers().map(DeviceBuffer::bytes).sum()
     }
 }
 
@@ -247,5 +277,30 @@ impl MoeBuffers {
             lists_host: device.alloc_pinned(lists, "tokens of experts")?,
             out: words(out, "outputs of experts")?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against kernels that write behind a buffer which was sized for fewer rows or columns: the two forms
+    /// of eight rows of 28672 are what the workspace of 4352 columns has no room for.
+    #[test]
+    fn what_is_written_must_lie_within_one_buffer() {
+        let rooms = Rooms(vec![(4096, quant_bytes(32, 4352)), (1 << 20, half_bytes(200, 4352))]);
+        assert!(rooms.check("input", 4096, quant_bytes(32, 4352)).is_ok());
+        assert!(rooms.check("input", 0, u64::MAX).is_ok());
+        for (addr, bytes) in [
+            (4096, quant_bytes(8, 28672)),
+            (4096 + 40, quant_bytes(32, 4352)),
+            (4095, 1),
+            (4096 + quant_bytes(32, 4352), 1),
+            ((1 << 20) + 2, half_bytes(200, 4352)),
+            (4096, u64::MAX),
+        ] {
+            let e = rooms.check("quantised input", addr, bytes).unwrap_err();
+            assert!(matches!(e, BackendError::Overrun { what: "quantised input", .. }), "{e}");
+        }
     }
 }

@@ -32,6 +32,8 @@ pub struct Ram {
     pub available: Option<u64>,
     /// What the tightest cgroup still allows.
     pub cgroup_left: Option<u64>,
+    /// What the limits on address space and data (`ulimit -v`, `-d`) still allow.
+    pub address_left: Option<u64>,
     /// Reserved huge pages.
     pub huge_pages: Option<HugePages>,
     /// Whether huge pages are made as needed: `always`, `madvise`, `never`.
@@ -105,6 +107,7 @@ pub(super) fn ram(host: &Host) -> Ram {
         total: m.total,
         available: m.available,
         cgroup_left: m.cgroup_left,
+        address_left: m.address_left,
         huge_pages: huge(),
         transparent_huge_pages: thp.and_then(|t| Some(t.split_once('[')?.1.split_once(']')?.0.to_owned())),
     }

@@ -47,7 +47,7 @@ impl ByReader {
         let mut arena = Arena::new(flying.min(FLYING_MAX))?;
         let buffers = arena.take(flying.min(FLYING_MAX))?;
         // SAFETY: a region of the arena made above, which nobody else knows yet.
-        unsafe { buffers.addr.write_bytes(1, buffers.len) };
+        unsafe { buffers.addr().write_bytes(1, buffers.len()) };
         // SAFETY: the arena begins at a page, and is dropped after the reader.
         unsafe { reader.attach(arena.base(), arena.len() as usize) }
             .map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
@@ -61,7 +61,7 @@ impl ByReader {
         let extent = Extent { file: self.file, offset: self.cursor, len: block, dst_offset: 0 };
         self.cursor += block;
         // SAFETY: the caller's slots lie within the buffers.
-        let dst = unsafe { self.buffers.addr.add(slot * block as usize) };
+        let dst = unsafe { self.buffers.addr().add(slot * block as usize) };
         let request = ReadRequest { tag: slot as u64, extents: &[extent], dst, urgent: false, dst_len: block as usize };
         // SAFETY: the slot's last read has completed; the memory is dropped after the reader.
         unsafe { self.reader.submit(&request) }.map_err(|e| self.failed(extent, e.to_string()))
@@ -74,7 +74,7 @@ impl ByReader {
 
 impl Reads for ByReader {
     fn fits(&self, block: u64, depth: usize) -> bool {
-        block <= self.len && block * depth as u64 <= self.buffers.len as u64
+        block <= self.len && block * depth as u64 <= self.buffers.len() as u64
     }
 
     fn threads(&self, depth: usize) -> usize {

@@ -1,6 +1,6 @@
 //! Rate at which threads read memory that lies in no cache.
 
-use std::sync::Barrier;
+use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -41,23 +41,27 @@ fn words(available: Option<u64>) -> Vec<u64> {
 
 fn read(memory: &[u64], threads: usize) -> f64 {
     let part = memory.len() / threads;
-    let barrier = Barrier::new(threads);
+    // Held until all threads are there; with fewer than asked for, those that could be had read.
+    let gate = RwLock::new(());
     std::thread::scope(|scope| {
+        let closed = gate.write();
         let workers: Vec<_> = memory
             .chunks_exact(part.max(1))
             .take(threads)
-            .map(|chunk| {
-                scope.spawn(|| {
-                    barrier.wait();
+            .filter_map(|chunk| {
+                let work = || {
+                    drop(gate.read());
                     let (start, mut bytes) = (Instant::now(), 0u64);
                     while start.elapsed() < TIME {
                         std::hint::black_box(sum(std::hint::black_box(chunk)));
                         bytes += size_of_val(chunk) as u64;
                     }
                     rate(bytes, start.elapsed().as_secs_f64())
-                })
+                };
+                std::thread::Builder::new().spawn_scoped(scope, work).ok()
             })
             .collect();
+        drop(closed);
         workers.into_iter().filter_map(|w| w.join().ok()).sum()
     })
 }

@@ -125,7 +125,7 @@ impl<'t> Queue<'t> {
         for b in &buffers {
             // The pages must exist before the clock starts.
             // SAFETY: a region of the arena made above, which nobody else knows yet.
-            unsafe { b.addr.write_bytes(1, b.len) };
+            unsafe { b.addr().write_bytes(1, b.len()) };
         }
         let ring = new_ring(depth as u32).map_err(ProbeError::Uring)?;
         ring.submitter().register_files(&[target.file.file.as_raw_fd()]).map_err(ProbeError::Uring)?;
@@ -205,7 +205,7 @@ impl<'t> Queue<'t> {
         self.offsets[slot] = self.cursor;
         self.cursor += self.block;
         let span = (self.offsets[slot], self.block as u32);
-        let entry = read_entry(&self.target.file, 0, span, self.buffers[slot].addr, slot as u64);
+        let entry = read_entry(&self.target.file, 0, span, self.buffers[slot].addr(), slot as u64);
         // SAFETY: the buffer belongs to this slot, whose last read has completed; the arena is
         // dropped after `drop` has waited for what is in flight.
         unsafe { self.ring.submission().push(&entry) }

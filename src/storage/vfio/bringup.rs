@@ -156,6 +156,11 @@ impl<R: Registers> Controller<R> {
         if caps.max_entries() < 2 {
             return lacks("its queues have fewer than two entries");
         }
+        // The last doorbell of the first pair of I/O queues.
+        let stride = caps.doorbell_stride();
+        if regs::DOORBELLS + 3 * stride + 4 > regs::MAPPED {
+            return lacks(&format!("its doorbells lie {stride} bytes apart; up to 1024 are supported"));
+        }
         let most = caps.max_entries().min(super::queue::MAX_ENTRIES) as u16;
         Ok((caps, entries.clamp(2, most)))
     }

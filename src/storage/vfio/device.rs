@@ -87,6 +87,8 @@ unsafe impl Send for Bar {}
 impl Registers for Bar {
     fn read32(&self, offset: u32) -> u32 {
         let at = offset as usize;
+        // None is asked for: bring-up refuses controllers whose doorbells lie beyond.
+        debug_assert!(at + 4 <= self.len, "register {offset:#x} is not mapped");
         if at + 4 > self.len {
             return super::regs::GONE;
         }
@@ -96,14 +98,15 @@ impl Registers for Bar {
 
     fn write32(&self, offset: u32, value: u32) {
         let at = offset as usize;
+        debug_assert!(at + 4 <= self.len, "register {offset:#x} is not mapped");
         if at + 4 <= self.len {
             // SAFETY: as in `read32`.
             unsafe { self.base.add(at).cast::<u32>().write_volatile(value) }
         }
     }
 
-    /// The kernel's clock as of its last tick. Deadlines are long, and this takes no look at a timer,
-    /// which in a virtual machine may be as dear as a read.
+    /// The kernel's clock as of its last tick. Deadlines are long, and this avoids reading a hardware timer, which
+    /// can cost as much as a disk read in a virtual machine.
     fn now(&self) -> Duration {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: the kernel fills the structure, which is valid as it is.
@@ -332,22 +335,22 @@ impl Vfio {
         let fail = |why: String| OpenError::Vfio { bdf: bdf.into(), why };
         let len = self.device.get_region_size(VFIO_PCI_BAR0_REGION_INDEX) as usize;
         let flags = self.device.get_region_flags(VFIO_PCI_BAR0_REGION_INDEX);
-        if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 || len < 0x2000 {
+        if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 || len < super::regs::MAPPED as usize {
             return Err(fail(format!("its registers cannot be mapped (flags {flags:#x}, {len} bytes)")));
         }
         let offset = self.device.get_region_offset(VFIO_PCI_BAR0_REGION_INDEX) as libc::off_t;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let len = super::regs::MAPPED as usize;
         // SAFETY: a new mapping of the device's region; it is released by Bar.
-        // Registers and the doorbells of two queues lie in the first 8 KiB, clear of MSI-X tables.
         let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), 0x2000, protection, libc::MAP_SHARED, self.device.as_raw_fd(), offset)
+            libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, self.device.as_raw_fd(), offset)
         };
         if base == libc::MAP_FAILED {
             return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
         }
         let wanted = Wanted::watch(&self.device);
         let wanted = wanted.inspect_err(|e| tracing::debug!("{bdf}: a removal will not be announced: {e}")).ok();
-        let mut bar = Bar { base: base.cast(), len: 0x2000, covered: None, wanted };
+        let mut bar = Bar { base: base.cast(), len, covered: None, wanted };
         // SAFETY: the registers that were mapped just now; `bar` uncovers them before it unmaps them.
         let covered = unsafe { removal::cover(bar.base, bar.len) };
         bar.covered = Some(covered.map_err(|e| fail(format!("its removal could not be survived: {e}")))?);

@@ -522,6 +522,19 @@ fn a_missing_controller_is_named() {
     assert_eq!(start(&bench(1, Wrong::Gone), 8).err(), Some(Fault::Gone));
 }
 
+/// Guards against doorbells beyond the mapped registers, whose writes would be dropped until a deadline passes.
+#[test]
+fn doorbells_that_are_not_mapped_are_refused_at_once() {
+    for (shift, fits) in [(0, true), (8, true), (9, false), (15, false)] {
+        let b = bench(1, Wrong::Nothing);
+        b.model.state.borrow_mut().cap |= shift << 32;
+        match start(&b, 8) {
+            Err(Fault::Unsupported(why)) if !fits => assert!(why.contains("doorbells"), "{why}"),
+            other => assert!(fits && !matches!(other, Err(Fault::Unsupported(_))), "{shift}"),
+        }
+    }
+}
+
 #[test]
 fn metadata_is_refused() {
     assert!(matches!(start(&bench(1, Wrong::Metadata), 8), Err(Fault::Unsupported(_))));

@@ -169,6 +169,8 @@ impl QueuePair {
             self.sq.write32(usize::from(self.tail) * 64 + i * 4, word);
         }
         self.tail = (self.tail + 1) % self.entries;
+        // Before the doorbell's store: on x86 (the only one, see `vfio`) stores to memory are not reordered, so
+        // that this only keeps the compiler from doing so.
         fence(Ordering::Release);
     }
 
@@ -199,6 +201,7 @@ impl QueuePair {
         if (last >> 16 & 1 == 1) != self.phase {
             return Ok(None);
         }
+        // The phase was read before the rest of the entry; x86 keeps loads in order.
         fence(Ordering::Acquire);
         let cid = last as u16;
         let slot = cid & SLOT_MASK;

@@ -1,6 +1,8 @@
 //! The VFIO drive behind [`crate::storage::Reader`]: cuts requests into commands, joins completions.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::deadline::Limits;
@@ -41,6 +43,9 @@ pub struct VfioReader {
     // Start here, length, address on the drive's side.
     mapped: Vec<(usize, usize, u64)>,
     waiting: VecDeque<Read>,
+    // The first of `waiting` that go before the others, as they came.
+    urgent: usize,
+    wished: Option<Arc<AtomicBool>>,
     requests: HashMap<u64, Request>,
     finished: Vec<Completion>,
     // Emptied after each use, so that the reading thread allocates nothing.
@@ -63,6 +68,8 @@ impl VfioReader {
             files: Vec::new(),
             mapped: Vec::new(),
             waiting: VecDeque::with_capacity(WAITING),
+            urgent: 0,
+            wished: None,
             requests: HashMap::with_capacity(WAITING),
             finished: Vec::with_capacity(WAITING),
             cutting: Vec::with_capacity(WAITING),
@@ -198,6 +205,7 @@ impl VfioReader {
 
     fn fail(&mut self, words: &str) {
         self.waiting.clear();
+        self.urgent = 0;
         for (tag, request) in std::mem::take(&mut self.requests) {
             let result = Err(ReadError::Failed {
                 name: self.name(request.file),
@@ -215,6 +223,7 @@ impl VfioReader {
             match self.drive.controller.push(read) {
                 Ok(true) => {
                     self.waiting.pop_front();
+                    self.urgent = self.urgent.saturating_sub(1);
                     pushed = true;
                 }
                 Ok(false) => break,
@@ -277,6 +286,10 @@ impl Reader for VfioReader {
         Ok(())
     }
 
+    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
+        self.wished = Some(wished);
+    }
+
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
         let mut reads = std::mem::take(&mut self.cutting);
         reads.clear();
@@ -295,8 +308,9 @@ impl Reader for VfioReader {
         self.requests.insert(request.tag, Request { file, offset, bytes, left: n, error: None });
         self.waiting.extend(self.cutting.drain(..));
         if request.urgent {
-            // In front of what waits, in its own order.
-            self.waiting.rotate_right(n);
+            // In front of what waits, in its own order, behind what was urgent before.
+            self.waiting.make_contiguous()[self.urgent..].rotate_right(n);
+            self.urgent += n;
         }
         self.feed();
         Ok(())
@@ -311,6 +325,9 @@ impl Reader for VfioReader {
         // The precise clock is looked at only for naps: in a virtual machine it may cost as much as a read.
         let (start, mut began, mut raised) = (self.drive.controller.now(), None, None);
         while !self.step() {
+            if self.wished.as_ref().is_some_and(|w| w.load(Ordering::Relaxed)) {
+                return Ok(());
+            }
             let spent = self.drive.controller.now().saturating_sub(start);
             if spent >= wait {
                 return Ok(());

@@ -18,6 +18,9 @@ pub const ASQ: u32 = 0x28;
 pub const ACQ: u32 = 0x30;
 /// First doorbell; NVMe over PCIe Transport 1.0 §3.1.2.
 pub const DOORBELLS: u32 = 0x1000;
+/// Bytes of registers that are mapped: those of the controller and the doorbells of two pairs of queues, clear of
+/// MSI-X tables. Doorbells that lie beyond cannot be rung.
+pub const MAPPED: u32 = 0x2000;
 
 /// Enable, bit 0 of CC.
 pub const CC_EN: u32 = 1;

@@ -57,9 +57,14 @@ impl Report<'_> {
 pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
     let mut report = Report { out, failed: 0, checks: 0 };
     let mut backend = CudaBackend::new(device, &product_dims())?;
+    let mut wide = CudaBackend::new(device, &wide_dims())?;
     for ty in QUANTS.iter().chain(&PLAINS) {
         check_type(device, &mut backend, *ty, &mut report)?;
+        // Rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
+        check_swiglu(device, &mut wide, *ty, (256, 28672), &[1, 2, 8], &mut report)?;
     }
+    check_room(device, &mut backend, &mut report)?;
+    drop(wide);
     layer::check_layers(device, &mut report)?;
     let (checks, failed) = (report.checks, report.failed);
     let _ = writeln!(report.out, "{checks} checks, {failed} failed, {}", device.info.name);
@@ -167,9 +172,25 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
         check_product(b, &m, 7, report)?;
         check_product(b, &m, 40, report)?;
     }
-    check_swiglu(device, b, ty, (512, 768), &[1, 5, 19, 70], report)?;
-    // Rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
-    check_swiglu(device, b, ty, (256, 28672), &[1, 2, 8], report)
+    check_swiglu(device, b, ty, (512, 768), &[1, 5, 19, 70], report)
+}
+
+/// More than the workspace was sized for is an error, not a write behind it.
+fn check_room(device: &Arc<Device>, b: &mut CudaBackend, report: &mut Report) -> Result {
+    let ty = TensorType::Q8_0;
+    let m = [1, 2].map(|seed| Matrix::random(device, ty, 28672, 256, seed));
+    let [gate, up] = m;
+    let (gate, up) = (gate?, up?);
+    let input = inputs(b, ty, 8, 256, &vec![1.0; 8 * 256])?;
+    let hidden = b.engine.hidden(&gate.linear(None), &up.linear(None), ty, 8, input, 0);
+    let refused = matches!(hidden, Err(BackendError::Overrun { .. }));
+    report.check("more columns than the workspace has", f64::from(u8::from(!refused)), 0.0);
+    b.synchronize()
+}
+
+/// [`product_dims`] for the widest rows, and few of them.
+fn wide_dims() -> Dims {
+    Dims { n_embd: 256, n_ff: 28672, max_batch: 8, ..product_dims() }
 }
 
 fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {

@@ -1,0 +1,149 @@
+//! The length of every buffer of a session: what the backend allocates, and what a plan counts before it.
+
+use super::kernel::{self, Activation};
+use super::panel::Panel;
+use super::{attention, packets};
+use crate::backend::Dims;
+
+/// Elements of each buffer. Products that exceed the address space saturate: no such buffer can be had.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lens {
+    pub x: usize,
+    pub quantised: usize,
+    pub q: usize,
+    pub kv: usize,
+    pub hidden: usize,
+    pub logits: usize,
+    /// Bytes of the keys of all layers, and of the values.
+    pub cache: usize,
+    pub rotary: usize,
+    pub scratch_each: usize,
+    pub scratch: usize,
+    pub panels_each: usize,
+    pub panels: usize,
+    pub scores: usize,
+    pub choices: usize,
+    pub expert_out: usize,
+    pub expert_in: usize,
+    pub expert_hidden: usize,
+    pub expert_quantised: usize,
+}
+
+fn product(factors: &[usize]) -> usize {
+    factors.iter().fold(1, |a, b| usize::saturating_mul(a, *b))
+}
+
+impl Lens {
+    pub fn new(d: &Dims, threads: usize) -> Lens {
+        let t = d.max_batch.max(1);
+        let threads = threads.max(1);
+        let (q_dim, kv_dim) = (product(&[d.n_heads, d.head_dim]), product(&[d.n_kv_heads, d.head_dim]));
+        let widest = d.n_embd.max(q_dim).max(d.n_ff);
+        let group = d.n_heads / d.n_kv_heads.max(1);
+        let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
+        let panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
+        let choices = product(&[t, d.n_experts_used]);
+        let of_expert = |n: usize| if choices > 0 { product(&[t, n]) } else { 0 };
+        Lens {
+            x: product(&[t, d.n_embd]),
+            quantised: product(&[t, packets(widest)]),
+            q: product(&[t, q_dim]),
+            kv: product(&[t, kv_dim]),
+            hidden: product(&[t, d.n_ff]),
+            logits: product(&[d.max_outputs.max(1), d.n_vocab]),
+            cache: product(&[d.n_layers, kv_dim, d.n_ctx, d.kv_type.block_bytes()]),
+            rotary: product(&[t, d.rope.freqs.len()]),
+            scratch_each,
+            scratch: product(&[scratch_each, threads]),
+            panels_each,
+            panels: product(&[panels_each, threads]),
+            scores: product(&[t, d.n_experts]),
+            choices,
+            expert_out: product(&[choices, d.n_embd]),
+            expert_in: of_expert(d.n_embd),
+            expert_hidden: of_expert(d.n_ff_expert),
+            expert_quantised: of_expert(packets(d.n_embd.max(d.n_ff_expert))),
+        }
+    }
+
+    /// Bytes of all buffers together.
+    pub fn bytes(&self) -> u64 {
+        let l = self;
+        // X and the input, queries and the attention output, keys and values, cosines and sines come in pairs.
+        let floats = [
+            l.x,
+            l.x,
+            l.q,
+            l.q,
+            l.kv,
+            l.kv,
+            l.hidden,
+            l.logits,
+            l.rotary,
+            l.rotary,
+            l.scratch,
+            l.scores,
+            l.choices,
+            l.expert_out,
+            l.expert_in,
+            l.expert_in,
+            l.expert_hidden,
+        ];
+        let of = |n: usize, bytes: usize| (n as u64).saturating_mul(bytes as u64);
+        let others = [
+            of(l.choices, size_of::<u32>()),
+            of(l.quantised, size_of::<Activation>()),
+            of(l.expert_quantised, size_of::<Activation>()),
+            of(l.panels, size_of::<Panel>()),
+            of(l.cache, 2),
+        ];
+        floats.iter().map(|n| of(*n, size_of::<f32>())).chain(others).fold(0, u64::saturating_add)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::CpuBackend;
+    use crate::backend::{Backend, Rope, RopeKind};
+    use crate::gguf::TensorType;
+
+    fn dims(n_experts: usize, n_ctx: usize) -> Dims {
+        Dims {
+            n_layers: 3,
+            n_embd: 96,
+            n_heads: 6,
+            n_kv_heads: 2,
+            head_dim: 16,
+            n_ff: 200,
+            n_experts,
+            n_experts_used: n_experts.min(2),
+            n_ff_expert: if n_experts > 0 { 72 } else { 0 },
+            n_vocab: 301,
+            max_batch: 7,
+            max_outputs: 3,
+            n_ctx,
+            kv_type: TensorType::F16,
+            rope: Rope { kind: RopeKind::Norm, freqs: vec![1.0; 8], magnitude: 1.0 },
+        }
+    }
+
+    /// Guards against a plan that counts other bytes than the backend takes.
+    #[test]
+    fn what_is_counted_is_what_is_allocated() {
+        for experts in [0, 5] {
+            for threads in [1, 3] {
+                let d = dims(experts, 50);
+                let backend = CpuBackend::new(d.clone(), threads).unwrap();
+                assert_eq!(backend.workspace_bytes(), CpuBackend::workspace_bytes_of(&d, threads));
+            }
+        }
+    }
+
+    #[test]
+    fn sizes_beyond_the_address_space_saturate_and_cannot_be_had() {
+        let d = dims(0, usize::MAX / 4);
+        assert_eq!(CpuBackend::workspace_bytes_of(&d, 2), u64::MAX);
+        assert!(CpuBackend::new(d, 1).is_err());
+    }
+}
