@@ -42,6 +42,9 @@ enum Command {
     Silence { device: String },
     /// Read until killed
     Forever { device: String },
+    /// Keep the device open until killed, without the descriptors of its group and container: nobody sees in
+    /// /proc which drive it has
+    Keep { device: String },
 }
 
 const ARENA: usize = 64 << 20;
@@ -233,6 +236,20 @@ fn main() -> ExitCode {
             out.into_iter().try_for_each(|completion| completion.result.map(|_| ())).map_err(Into::into)
         }),
         Command::Silence { device } => silence(&device),
+        Command::Keep { device } => open(&device).and_then(|_drive| {
+            for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
+                let number = entry.file_name().to_string_lossy().parse::<i32>();
+                let node = std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with("/dev/vfio"));
+                if let (true, Ok(number)) = (node, number) {
+                    // SAFETY: the reader that owns it is not used or dropped any more: this loop never ends.
+                    unsafe { libc::close(number) };
+                }
+            }
+            println!("kept");
+            loop {
+                std::thread::park();
+            }
+        }),
         Command::Forever { device } => open(&device).and_then(|mut drive| {
             loop {
                 drive.bench(128 << 10, 32, 1.0)?;

@@ -193,6 +193,7 @@ make_root() {
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
   install -D -m 755 -t "$root/root" "$here"/{guest,checks,models}.sh
   install -D -m 755 "$here/init.sh" "$root/sbin/init.sh"
+  install -D -m 755 udev/nt-vfio-group "$root/usr/lib/udev/nt-vfio-group"
   mkdir -p "$root/root/scripts" "$root/root/udev"
   cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
   cp udev/* "$root/root/udev/" 2>/dev/null || true

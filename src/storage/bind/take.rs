@@ -47,30 +47,43 @@ pub(super) fn bind(
 
 /// The drive as it is now, if it is whole and all the kernel's.
 fn find(m: &Machine<'_>, name: &str) -> Result<Controller, DeviceError> {
-    let refuse = |pci: &str, path: &str, what: String| {
-        let cure = format!("{what}; give it back to the kernel with `sudo nt device release --pci {pci}`");
-        DeviceError::refused(name, Check::Driver, path, cure)
-    };
-    let records = record::current(m.host);
     let all = controllers(m.host)?;
     let Some(drive) = sysfs::find(m.host, &all, name) else {
-        return Err(match recorded(m.host, name, records)? {
-            Some(r) => refuse(&r.pci, &record::path(&r.pci), format!("it is {} at {}: {}", r.shown(), r.pci, r.state)),
+        return Err(match recorded(m.host, name, record::current(m.host))? {
+            Some(r) => begun(name, &r),
             None => DeviceError::NotFound(name.into()),
         });
     };
+    is_whole(m, name, drive)?;
+    Ok(drive.clone())
+}
+
+/// That neither a bind nor a release of the drive has begun: by its record, its `driver_override` and its driver.
+pub(super) fn is_whole(m: &Machine<'_>, name: &str, drive: &Controller) -> Result<(), DeviceError> {
     let pci = &drive.bdf;
-    if let Some(r) = records.iter().find(|r| r.pci == *pci) {
-        return Err(refuse(pci, &record::path(pci), format!("{} at {pci}: {}", r.shown(), r.state)));
+    if let Some(r) = record::current(m.host).iter().find(|r| r.pci == *pci) {
+        return Err(begun(name, r));
     }
-    if let Some(found) = m.driver_override(pci)? {
+    // With vfio-pci and no record it is somebody else's, which is for the guard to say.
+    if drive.driver.as_deref() != Some("vfio-pci")
+        && let Some(found) = m.driver_override(pci)?
+    {
         let path = format!("{}/driver_override", device(pci));
-        return Err(refuse(pci, &path, format!("its driver_override is {found}, none was expected")));
+        return Err(half(name, pci, &path, &format!("its driver_override is {found}, none was expected")));
     }
     if drive.driver.is_none() {
-        return Err(refuse(pci, &format!("{}/driver", device(pci)), "no driver holds it".into()));
+        return Err(half(name, pci, &format!("{}/driver", device(pci)), "no driver holds it"));
     }
-    Ok(drive.clone())
+    Ok(())
+}
+
+fn begun(name: &str, r: &Bound) -> DeviceError {
+    half(name, &r.pci, &record::path(&r.pci), &format!("{} at {}: {}", r.shown(), r.pci, r.state))
+}
+
+fn half(name: &str, pci: &str, path: &str, what: &str) -> DeviceError {
+    let cure = format!("{what}; give it back to the kernel with `sudo nt device release --pci {pci}`");
+    DeviceError::refused(name, Check::Driver, path, cure)
 }
 
 /// Examines the drive; it must be as it was.
