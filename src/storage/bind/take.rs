@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::super::guard::{Check, Controller, Host, Reason, sysfs};
 use super::find::{controllers, recorded};
-use super::record::{self, Bound, State, device, driver};
+use super::record::{self, Bound, Standing, State, device, driver};
 use super::{DeviceError, GROUP, Machine, Say, claim, give, lock};
 
 /// What holds the reasons against a drive.
@@ -25,6 +25,9 @@ pub(super) fn bind(
 ) -> Result<(), DeviceError> {
     let first = find(m, name)?;
     let _lock = if dry_run { None } else { Some(lock::lock(m.host, &first.bdf)?) };
+    if !dry_run {
+        forget_stale(m, &first.bdf, say)?;
+    }
     let drive = check(m, name, judge, &first)?;
     say(&format!("checked: {} is {} {} with no reason against it", name, drive.model, drive.serial));
     modules(m, dry_run, say)?;
@@ -41,6 +44,20 @@ pub(super) fn bind(
     let result = take(m, &drive, claims, say);
     if let Err(e) = result {
         return Err(undo(m, &drive.bdf, e, say));
+    }
+    Ok(())
+}
+
+/// Removes the records of other boots and of drives that are gone, each under its own lock; those that
+/// another command works on are left to it.
+fn forget_stale(m: &Machine<'_>, own: &str, say: Say<'_>) -> Result<(), DeviceError> {
+    let stale = |r: &Bound| matches!(r.standing(m.host), Standing::OtherBoot | Standing::Gone | Standing::Replaced);
+    for old in record::all(m.host).iter().filter(|r| r.pci != own && stale(r)) {
+        let Ok(_lock) = lock::lock(m.host, &old.pci) else { continue };
+        if record::load(m.host, &old.pci).as_ref().is_some_and(stale) {
+            m.forget(&old.pci)?;
+            say(&format!("removed a stale record of {} at {}: {}", old.shown(), old.pci, old.standing(m.host)));
+        }
     }
     Ok(())
 }

@@ -10,14 +10,14 @@
 allow
 # cycle NAME DEVICE [ALIAS…]: bind, read as a plain user by each name, release
 cycle() {
-  name=$1 d=$2; shift 2
+  title=$1 d=$2; shift 2
   sum=$(sha256sum </dev/$d)
-  works "$name: bind" sh /root/scripts/bind-vfio.sh $d
-  for alias in $d "$@"; do works "$name: a plain user reads it as $alias" asuser nvme_probe identify $alias /tmp/id; done
+  works "$title: bind" sh /root/scripts/bind-vfio.sh $d
+  for alias in $d "$@"; do works "$title: a plain user reads it as $alias" asuser nvme_probe identify $alias /tmp/id; done
   $nt list >/tmp/out 2>/dev/null
-  grep -A1 "bound to vfio-pci (was ${d%n*})" /tmp/out | grep -q "health: .* °C.* used.* spare" && pass "$name: its health is listed" || fail "$name: its health is listed"
-  works "$name: release" sh /root/scripts/release-vfio.sh $d
-  [ "$sum" = "$(sha256sum </dev/$d)" ] && pass "$name: back at once, the same bytes" || fail "$name: back at once, the same bytes"
+  grep -A1 "bound to vfio-pci (was ${d%n*})" /tmp/out | grep -q "health: .* °C.* used.* spare" && pass "$title: its health is listed" || fail "$title: its health is listed"
+  works "$title: release" sh /root/scripts/release-vfio.sh $d
+  [ "$sum" = "$(sha256sum </dev/$d)" ] && pass "$title: back at once, the same bytes" || fail "$title: back at once, the same bytes"
 }
 # by SERIAL: also one with spaces or more than ASCII
 by() { for c in /sys/class/nvme/nvme*; do case "$(cat $c/serial)" in "$1"*) basename $c ;; esac; done; }
@@ -42,7 +42,7 @@ guest=$(address $(drive VM000001))
 echo vfio-pci >/sys/bus/pci/devices/$guest/driver_override
 echo $guest >/sys/bus/pci/drivers/nvme/unbind
 echo $guest >/sys/bus/pci/drivers_probe
-one=$(drive EARLY001)n1 two=$(by "My Drive 7")n1 three=$(drive TWO00001)n1
+one=$(address $(drive EARLY001)) two=$(address $(by "My Drive 7")) three=$(address $(drive TWO00001)) # names are given again
 for d in $one $two $three; do works "three at once: bind $d" $nt bind $d; done
 [ $($nt list 2>/dev/null | grep -c "bound to vfio-pci") = 3 ] && pass "three are listed" || { $nt list >/tmp/out 2>&1; fail "three are listed"; }
 for d in $three $one $two; do works "three at once: release $d" $nt release $d; done

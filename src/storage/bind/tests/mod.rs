@@ -288,6 +288,18 @@ fn stale_records_name_nobody_and_are_removed() {
         assert!(matches!(end, End::Done), "{what}: {end:?}");
         assert!(!fake.record(SPARE).exists(), "{what}");
     }
+    // The next bind of another drive removes what is left of one that is gone, unless somebody works on it.
+    let fake = Fake::new();
+    fake.add("0000:03:00.0", 16);
+    fake.bind("nvme1n1", None);
+    fake.unplug(SPARE);
+    let held = lock::lock(&fake.host, SPARE).unwrap();
+    assert!(matches!(fake.bind("0000:03:00.0", None), End::Done));
+    assert!(fake.record(SPARE).exists());
+    drop(held);
+    fake.release("0000:03:00.0", None);
+    assert!(matches!(fake.bind("0000:03:00.0", None), End::Done));
+    assert!(!fake.record(SPARE).exists() && fake.record("0000:03:00.0").exists());
     // Given back by hand: the next bind writes over it.
     let fake = Fake::new();
     fake.bind("nvme1n1", None);
