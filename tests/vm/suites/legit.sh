@@ -58,19 +58,19 @@ if [ -n "$daemon" ] && ln -sf $daemon /tmp/systemd-udevd && /tmp/systemd-udevd -
   mkdir -p /run/udev/rules.d
   cp /root/udev/70-nt-vfio.rules /run/udev/rules.d/
   /tmp/systemd-udevd --daemon >/tmp/out 2>&1 && pass "udev runs" || fail "udev runs"
-  echo vfio-pci >/sys/bus/pci/devices/$guest/driver_override
-  echo $guest >/sys/bus/pci/drivers/nvme/unbind
   d=$(drive EARLY001)n1
   at=$(address ${d%n1}); group=$(basename $(readlink /sys/bus/pci/devices/$at/iommu_group))
   guests=$(basename $(readlink /sys/bus/pci/devices/$guest/iommu_group))
   works "udev: bind" $nt bind $d
+  echo vfio-pci >/sys/bus/pci/devices/$guest/driver_override
+  echo $guest >/sys/bus/pci/drivers/nvme/unbind
   echo $guest >/sys/bus/pci/drivers_probe
   udevadm settle; udevadm trigger --action=change --subsystem-match=vfio; udevadm settle
   stat -c '%G %a %n' /dev/vfio/* >/tmp/out
   [ "$(stat -c %G:%a /dev/vfio/$group)" = nt:660 ] && pass "udev: nt's group is nt's" || fail "udev: nt's group is nt's"
   [ "$(stat -c %G /dev/vfio/$guests)" = root ] && pass "udev: the guest's is root's" || fail "udev: the guest's is root's"
-  works "udev: a plain user reads it" asuser nvme_probe identify $d /tmp/id
-  works "udev: release" $nt release $d
+  works "udev: a plain user reads it" asuser nvme_probe identify $at /tmp/id
+  works "udev: release" $nt release $at
   works "udev: the guest's" $nt release --pci $guest
   udevadm settle
   kill $(pidof systemd-udevd) 2>/dev/null
