@@ -81,10 +81,12 @@ pub(super) fn is_whole(m: &Machine<'_>, name: &str, drive: &Controller) -> Resul
     if let Some(r) = record::current(m.host).iter().find(|r| r.pci == *pci) {
         return Err(begun(name, r));
     }
-    // With vfio-pci and no record it is somebody else's, which is for the guard to say.
-    if drive.driver.as_deref() != Some("vfio-pci")
-        && let Some(found) = m.driver_override(pci)?
-    {
+    // With another driver and no record it is somebody else's: not for nt to give back unasked.
+    if let Some(other) = drive.driver.as_deref().filter(|d| *d != "nvme") {
+        let what = format!("the nvme driver was expected, {other} was found, by no bind of nt's");
+        return Err(DeviceError::refused(name, Check::Driver, &format!("{}/driver", device(pci)), what));
+    }
+    if let Some(found) = m.driver_override(pci)? {
         let path = format!("{}/driver_override", device(pci));
         return Err(half(name, pci, &path, &format!("its driver_override is {found}, none was expected")));
     }
