@@ -48,6 +48,9 @@ enum Command {
         way: Way,
         node: String,
     },
+    /// Keep the device open until killed, without the descriptors of its group and container: nobody sees in
+    /// /proc which drive it has
+    Keep { device: String },
 }
 
 /// Ways to hold a node without a descriptor in the first thread's table.
@@ -322,6 +325,20 @@ fn main() -> ExitCode {
         }),
         Command::Silence { device } => silence(&device),
         Command::Hold { way, node } => hold(way, &node),
+        Command::Keep { device } => open(&device).and_then(|_drive| {
+            for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
+                let number = entry.file_name().to_string_lossy().parse::<i32>();
+                let node = std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with("/dev/vfio"));
+                if let (true, Ok(number)) = (node, number) {
+                    // SAFETY: the reader that owns it is not used or dropped any more: this loop never ends.
+                    unsafe { libc::close(number) };
+                }
+            }
+            println!("kept");
+            loop {
+                std::thread::park();
+            }
+        }),
         Command::Forever { device } => open(&device).and_then(|mut drive| {
             loop {
                 drive.bench(128 << 10, 32, 1.0)?;

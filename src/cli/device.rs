@@ -112,6 +112,7 @@ fn step(step: String, why: impl ToString) -> DeviceError {
 /// Records every file of a model, so that `nt run NAME --tier-c DRIVE` can read it without its file
 /// system.
 fn record(host: &Host, model: &Path) -> Result<(), DeviceError> {
+    safe::open(model).map_err(|e| step(format!("opening {}", model.display()), e))?;
     let gguf = Gguf::open(model).map_err(|e| step("reading the model".into(), e))?;
     for (i, shard) in gguf.shards.iter().enumerate() {
         let recorded = extents::record(host, &shard.path, gguf.data_start(i).min(shard.len))?;

@@ -55,7 +55,7 @@ impl Default for Library {
         let mut shelves = vec![Shelf { path: SYSTEM[1].into(), writable: root, owned: true }];
         // With sudo, HOME may be another user's.
         if let Some(path) = own.filter(|p| !root || existing(p).is_some_and(safe::is_ours_alone)) {
-            shelves.push(Shelf { path, writable: true, owned: root });
+            shelves.push(Shelf { path, writable: !root, owned: root });
         }
         shelves.push(Shelf { path: SYSTEM[0].into(), writable: false, owned: root });
         Library { shelves }
@@ -133,8 +133,11 @@ impl Library {
                 let recorded = match load(&path, owned) {
                     Ok(recorded) => recorded,
                     Err(e) => {
-                        tracing::debug!("{}: {e}", path.display());
-                        fault = fault.or(Some(format!("{}: {e}", path.display())));
+                        let e = format!("{}: {e}", path.display());
+                        match strangers(&path) {
+                            true => tracing::debug!("{e}"),
+                            false => fault = fault.or(Some(e)),
+                        }
                         continue;
                     }
                 };
@@ -151,6 +154,12 @@ impl Library {
             _ => Ok(found),
         }
     }
+}
+
+/// Whether neither root nor this user put it there: what cannot be used of it is then no fault to tell of, or
+/// any member of a group could spoil a name for all.
+fn strangers(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|m| m.uid() != 0 && m.uid() != geteuid().as_raw())
 }
 
 /// Whether both are of one file on one drive.

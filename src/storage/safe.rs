@@ -147,6 +147,9 @@ pub fn own_folder(path: &Path, shared: bool) -> Result<Folder> {
     })?;
     let meta = folder.metadata()?;
     let me = nix::unistd::geteuid().as_raw();
+    if meta.uid() == 0 && me != 0 {
+        return Err(ErrorKind::PermissionDenied.into());
+    }
     if meta.uid() != me {
         return Err(refuse(format!("the folder belongs to user {}, not to user {me}; move it away", meta.uid())));
     }

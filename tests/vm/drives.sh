@@ -4,7 +4,7 @@
 # drive NAME KIND[:MIB] [PROPERTY…], as suites declare their own.
 #   KIND   blank (zeros), random (unknown bytes), ext4 (empty), model (ext4 with smol.gguf on it), big (ext4 with
 #          a model of 4 GiB, big.gguf)
-#   serial=S           serial number, default the name in capitals and 0001
+#   serial=S           serial number, default the name in capitals and 0001; %20 is a space
 #   ns=P,P             properties of a namespace, `-device nvme-ns`; twice for two namespaces of half the size
 #   port=NAME          the next function of that drive's slot, in its IOMMU group
 #   read=BYTES         reads at most so many bytes per second; write=BYTES writes
@@ -79,7 +79,7 @@ add_drive() {
   source=file=$work/$name.img
   for property in "$@"; do
     case $property in
-      serial=*) serial=${property#*=} ;;
+      serial=*) serial=${property#*=} serial=${serial//%20/ } ;;
       ns=*) spaces+=("${property#ns=}") ;;
       port=*) bus=${property#*=} ;;
       read=*) limits+=,throttling.bps-read=${property#*=} ;;

@@ -7,8 +7,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::super::guard::{Allowlist, Check, Controller, Host, Reason, address_decides, examine, sysfs};
 use super::super::image::Drive;
-use super::DeviceError;
 use super::lock::{self, Lock};
+use super::{DeviceError, Machine, Running, take};
 
 /// Claims every namespace of a drive until the files are dropped.
 ///
@@ -99,6 +99,8 @@ pub fn claim_to_write(
     };
     let found = check(None)?.bdf;
     let lock = lock::lock(host, &found)?;
+    let kernel = Running::default();
+    take::is_whole(&Machine { host, kernel: &kernel, stopped: &|| false }, name, &check(None)?)?;
     let drive = check(Some(&found))?;
     let path = format!("/dev/{}", drive.namespaces[0].whole.name);
     let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(host.real(&path));

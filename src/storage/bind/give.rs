@@ -166,8 +166,13 @@ fn hold(m: &Machine<'_>, found: &Found) -> Result<Option<File>, DeviceError> {
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
             let mut reasons = holders::of(m.host, &node);
             if reasons.is_empty() {
-                let what = "a process uses it (EBUSY) that cannot be seen, in another PID namespace or with the device alone open; end it first";
-                reasons.push(Reason::new(Check::Open, &node, what.into()));
+                let open = holders::of_devices(m.host);
+                let who = match open.is_empty() {
+                    true => "it cannot be seen from here, as in another PID namespace".into(),
+                    false => format!("it may be one of those that have VFIO devices open: {}", open.join(", ")),
+                };
+                let what = format!("a process uses it (EBUSY) without the group's node open; {who}; end it first");
+                reasons.push(Reason::new(Check::Open, &node, what));
             }
             Err(DeviceError::Refused { name: found.pci.clone(), reasons })
         }

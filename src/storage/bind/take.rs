@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::super::guard::claim::Claim;
 use super::super::guard::{self, Check, Controller, Host, Reason, sysfs};
 use super::find::{controllers, recorded};
-use super::record::{self, Bound, State, device, driver};
+use super::record::{self, Bound, Standing, State, device, driver};
 use super::{DeviceError, GROUP, Machine, Say, claim, give, lock};
 
 /// What holds the reasons against a drive.
@@ -26,6 +26,9 @@ pub(super) fn bind(
 ) -> Result<(), DeviceError> {
     let first = find(m, name)?;
     let _lock = if dry_run { None } else { Some(lock::lock(m.host, &first.bdf)?) };
+    if !dry_run {
+        forget_stale(m, &first.bdf, say)?;
+    }
     let drive = check(m, name, judge, &first)?;
     say(&format!("checked: {} is {} {} with no reason against it", name, drive.model, drive.serial));
     modules(m, dry_run, say)?;
@@ -54,32 +57,61 @@ fn moment(m: &Machine<'_>, name: &str, drive: &Controller) -> Result<String, Dev
     }
 }
 
+/// Removes the records of other boots and of drives that are gone, each under its own lock; those that
+/// another command works on are left to it.
+fn forget_stale(m: &Machine<'_>, own: &str, say: Say<'_>) -> Result<(), DeviceError> {
+    let stale = |r: &Bound| matches!(r.standing(m.host), Standing::OtherBoot | Standing::Gone | Standing::Replaced);
+    for old in record::all(m.host).iter().filter(|r| r.pci != own && stale(r)) {
+        let Ok(_lock) = lock::lock(m.host, &old.pci) else { continue };
+        if record::load(m.host, &old.pci).as_ref().is_some_and(stale) {
+            m.forget(&old.pci)?;
+            say(&format!("removed a stale record of {} at {}: {}", old.shown(), old.pci, old.standing(m.host)));
+        }
+    }
+    Ok(())
+}
+
 /// The drive as it is now, if it is whole and all the kernel's.
 fn find(m: &Machine<'_>, name: &str) -> Result<Controller, DeviceError> {
-    let refuse = |pci: &str, path: &str, what: String| {
-        let cure = format!("{what}; give it back to the kernel with `sudo nt device release --pci {pci}`");
-        DeviceError::refused(name, Check::Driver, path, cure)
-    };
-    let records = record::current(m.host);
     let all = controllers(m.host)?;
     let Some(drive) = sysfs::find(m.host, &all, name) else {
-        return Err(match recorded(m.host, name, records)? {
-            Some(r) => refuse(&r.pci, &record::path(&r.pci), format!("it is {} at {}: {}", r.shown(), r.pci, r.state)),
+        return Err(match recorded(m.host, name, record::current(m.host))? {
+            Some(r) => begun(name, &r),
             None => DeviceError::NotFound(name.into()),
         });
     };
+    is_whole(m, name, drive)?;
+    Ok(drive.clone())
+}
+
+/// That neither a bind nor a release of the drive has begun: by its record, its `driver_override` and its driver.
+pub(super) fn is_whole(m: &Machine<'_>, name: &str, drive: &Controller) -> Result<(), DeviceError> {
     let pci = &drive.bdf;
-    if let Some(r) = records.iter().find(|r| r.pci == *pci) {
-        return Err(refuse(pci, &record::path(pci), format!("{} at {pci}: {}", r.shown(), r.state)));
+    if let Some(r) = record::current(m.host).iter().find(|r| r.pci == *pci) {
+        return Err(begun(name, r));
+    }
+    // With another driver and no record it is somebody else's: not for nt to give back unasked.
+    if let Some(other) = drive.driver.as_deref().filter(|d| *d != "nvme") {
+        let what = format!("the nvme driver was expected, {other} was found, by no bind of nt's");
+        return Err(DeviceError::refused(name, Check::Driver, &format!("{}/driver", device(pci)), what));
     }
     if let Some(found) = m.driver_override(pci)? {
         let path = format!("{}/driver_override", device(pci));
-        return Err(refuse(pci, &path, format!("its driver_override is {found}, none was expected")));
+        return Err(half(name, pci, &path, &format!("its driver_override is {found}, none was expected")));
     }
     if drive.driver.is_none() {
-        return Err(refuse(pci, &format!("{}/driver", device(pci)), "no driver holds it".into()));
+        return Err(half(name, pci, &format!("{}/driver", device(pci)), "no driver holds it"));
     }
-    Ok(drive.clone())
+    Ok(())
+}
+
+fn begun(name: &str, r: &Bound) -> DeviceError {
+    half(name, &r.pci, &record::path(&r.pci), &format!("{} at {}: {}", r.shown(), r.pci, r.state))
+}
+
+fn half(name: &str, pci: &str, path: &str, what: &str) -> DeviceError {
+    let cure = format!("{what}; give it back to the kernel with `sudo nt device release --pci {pci}`");
+    DeviceError::refused(name, Check::Driver, path, cure)
 }
 
 /// Examines the drive; it must be as it was.

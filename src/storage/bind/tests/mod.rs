@@ -224,7 +224,8 @@ fn release_needs_no_record() {
     for (what, make) in states {
         let fake = Fake::new();
         make(&fake);
-        words(&fake.bind(SPARE, None), &["release --pci 0000:02:00.0"][..usize::from(what != "vfio-pci")]);
+        let said = if what == "vfio-pci" { "by no bind of nt's" } else { "release --pci 0000:02:00.0" };
+        words(&fake.bind(SPARE, None), &[said]);
         assert!(matches!(fake.release("02:00.0", None), End::Done), "{what}");
         fake.is_the_kernels(SPARE);
     }
@@ -288,6 +289,18 @@ fn stale_records_name_nobody_and_are_removed() {
         assert!(matches!(end, End::Done), "{what}: {end:?}");
         assert!(!fake.record(SPARE).exists(), "{what}");
     }
+    // The next bind of another drive removes what is left of one that is gone, unless somebody works on it.
+    let fake = Fake::new();
+    fake.add("0000:03:00.0", 16);
+    fake.bind("nvme1n1", None);
+    fake.unplug(SPARE);
+    let held = lock::lock(&fake.host, SPARE).unwrap();
+    assert!(matches!(fake.bind("0000:03:00.0", None), End::Done));
+    assert!(fake.record(SPARE).exists());
+    drop(held);
+    fake.release("0000:03:00.0", None);
+    assert!(matches!(fake.bind("0000:03:00.0", None), End::Done));
+    assert!(!fake.record(SPARE).exists() && fake.record("0000:03:00.0").exists());
     // Given back by hand: the next bind writes over it.
     let fake = Fake::new();
     fake.bind("nvme1n1", None);
@@ -305,9 +318,14 @@ fn a_group_in_use_is_refused_before_anything_changes() {
     fake.bind("nvme1n1", None);
     fake.busy.set(true);
     let end = fake.release("nvme1n1", None);
-    words(&end, &["a process uses it (EBUSY) that cannot be seen"]);
+    words(&end, &["a process uses it (EBUSY) without the group's node open", "cannot be seen from here"]);
     assert!(matches!(&end, End::Failed(e) if e.is_refusal()));
     assert_eq!(fake.changes.get(), 0);
+    // One that keeps the device alone is told of, though not which device it is.
+    fake.put("/proc/66/comm", "qemu\n");
+    fake.folder("/proc/66/fd");
+    std::os::unix::fs::symlink("anon_inode:[vfio-device]", fake.real("/proc/66/fd/4")).unwrap();
+    words(&fake.release("nvme1n1", None), &["VFIO devices open: process 66 (qemu)"]);
     // Seen by the number of its node, whatever its name, and in a thread's own table.
     fake.put("/proc/77/comm", "qemu\n");
     fake.folder("/proc/77/task/78/fd");
@@ -541,4 +559,21 @@ fn mutated_records_are_read_or_passed_over() {
         }
         let _ = find_bound(&fake.host, "nvme1n1");
     }
+}
+
+/// A drive that is half bound is not staged on either.
+#[test]
+fn a_half_bound_drive_is_not_claimed_to_write() {
+    let fake = Fake::new();
+    fake.bind("nvme1n1", Some((3, Blow::Kill)));
+    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", &Err("no list".into())).map(|_| ()));
+    words(&end, &["a bind has begun", "release --pci 0000:02:00.0"]);
+    let fake = Fake::new();
+    fake.put(&format!("{}/driver_override", device(SPARE)), "vfio-pci");
+    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", &Err("no list".into())).map(|_| ()));
+    words(&end, &["its driver_override is vfio-pci"]);
+    let held = lock::lock(&fake.host, SPARE).unwrap();
+    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", &Err("no list".into())).map(|_| ()));
+    words(&end, &["another nt command binds, releases or stages this drive"]);
+    drop(held);
 }
