@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::ProbeError;
+use super::latency::Latencies;
 use super::queue::{Clock, Span};
 use super::storage::Reads;
 use crate::memory::{Arena, Region};
@@ -88,8 +89,10 @@ impl Reads for ByReader {
         slice: Duration,
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
+        latencies: &mut Latencies,
     ) -> Result<Span, ProbeError> {
         let clock = Clock { start: Instant::now(), time, slice };
+        let mut begun = vec![clock.start; depth];
         let mut done: Vec<Completion> = Vec::with_capacity(depth);
         for slot in 0..depth {
             self.submit(slot, block)?;
@@ -97,9 +100,12 @@ impl Reads for ByReader {
         clock.run(stop, each, depth > 0, &mut |more| {
             let whole = Extent { file: self.file, offset: 0, len: self.len, dst_offset: 0 };
             self.reader.poll(&mut done, Some(POLL)).map_err(|e| self.failed(whole, e.to_string()))?;
-            let mut bytes = 0;
+            let (now, mut bytes) = (Instant::now(), 0);
             for c in done.drain(..) {
                 bytes += c.result.map_err(|e| self.failed(whole, e.to_string()))?;
+                let begun = &mut begun[c.tag as usize];
+                latencies.add(now.duration_since(*begun).as_nanos() as u64);
+                *begun = now;
                 if more {
                     self.submit(c.tag as usize, block)?;
                 }
@@ -152,10 +158,13 @@ mod tests {
         let reader = PreadReader::new(vec![file], 1).unwrap();
         let mut reads = ByReader::new(Box::new(reader), FileId(0), 3 << 20, "f".into(), 4 << 20, 8).unwrap();
         assert!(reads.fits(1 << 20, 4) && !reads.fits(1 << 20, 5) && !reads.fits(4 << 20, 1));
-        let (time, mut slices) = (Duration::from_millis(50), 0);
-        let span = reads.run((1 << 20, 3), time, Duration::from_millis(1), &|| false, &mut |_| slices += 1).unwrap();
+        let (time, mut slices, mut latencies) = (Duration::from_millis(50), 0, Latencies::default());
+        let span = reads
+            .run((1 << 20, 3), time, Duration::from_millis(1), &|| false, &mut |_| slices += 1, &mut latencies)
+            .unwrap();
+        assert_eq!(latencies.reads(), span.bytes >> 20);
         assert!(span.bytes > 3 << 20 && span.bytes.is_multiple_of(1 << 20) && slices > 0);
-        let stopped = reads.run((1 << 20, 3), time, time, &|| true, &mut |_| {});
+        let stopped = reads.run((1 << 20, 3), time, time, &|| true, &mut |_| {}, &mut latencies);
         assert!(matches!(stopped, Err(ProbeError::Interrupted)));
     }
 

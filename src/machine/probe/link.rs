@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::queue::Queue;
-use super::{Pages, ProbeError, Target, rate, storage};
+use super::{Latencies, Pages, ProbeError, Target, rate, storage};
 use crate::backend::cuda::{Device, Stream};
 
 /// Sizes of one copy, in bytes.
@@ -133,8 +133,9 @@ pub fn with_storage(
     let host = host.as_mut_slice().as_mut_ptr();
     let over = AtomicBool::new(false);
     let read = || {
-        let result = Queue::new(target, at.block_bytes, at.depth, 0, pages)
-            .and_then(|mut queue| queue.run(TOGETHER_TIME, TOGETHER_TIME, stop, &mut |_| {}));
+        let result = Queue::new(target, at.block_bytes, at.depth, 0, pages).and_then(|mut queue| {
+            queue.run(TOGETHER_TIME, TOGETHER_TIME, stop, &mut |_| {}, &mut Latencies::default())
+        });
         over.store(true, Ordering::Relaxed);
         result
     };

@@ -5,6 +5,7 @@
 
 mod by_reader;
 mod cache;
+mod latency;
 pub mod link;
 pub mod memory;
 pub mod plot;
@@ -13,7 +14,8 @@ pub mod storage;
 mod target;
 
 pub use by_reader::{BoundDrive, open_bound};
-pub use cache::{Rate, file as cache_file, measured, record, today};
+pub use cache::{Rate, file as cache_file, measured, record, today, utc};
+pub use latency::{Latencies, Latency};
 pub use queue::{Pages, Span};
 pub use target::Target;
 

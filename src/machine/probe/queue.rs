@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use io_uring::IoUring;
 use serde::Serialize;
 
+use super::latency::Latencies;
 use super::{ProbeError, Target, rate};
 use crate::memory::{Arena, Region};
 use crate::storage::{allow_workers, drain, read_entry};
@@ -35,8 +36,9 @@ pub struct Queue<'t> {
     target: &'t Target,
     block: u64,
     buffers: Vec<Region>,
-    /// Where each buffer's read began.
+    /// Where in the file each buffer's read begins, and when it was begun.
     offsets: Vec<u64>,
+    begun: Vec<Instant>,
     n_flying: usize,
     /// Next byte of the file; stays between runs, so that no run finds what the last one read in
     /// a drive's cache.
@@ -130,7 +132,17 @@ impl<'t> Queue<'t> {
         let ring = new_ring(depth as u32).map_err(ProbeError::Uring)?;
         ring.submitter().register_files(&[target.file.file.as_raw_fd()]).map_err(ProbeError::Uring)?;
         allow_workers(&ring, &target.file, depth);
-        Ok(Queue { ring, target, block, offsets: vec![0; depth], buffers, n_flying: 0, cursor, _arena: arena })
+        Ok(Queue {
+            ring,
+            target,
+            block,
+            offsets: vec![0; depth],
+            begun: vec![Instant::now(); depth],
+            buffers,
+            n_flying: 0,
+            cursor,
+            _arena: arena,
+        })
     }
 
     /// Where the next run goes on.
@@ -139,7 +151,7 @@ impl<'t> Queue<'t> {
     }
 
     /// Reads until `time` is over, keeping every buffer in flight; calls `each` about every `slice`
-    /// with the bytes and seconds since the last call.
+    /// with the bytes and seconds since the last call, and adds how long each read took to `latencies`.
     ///
     /// # Errors
     /// A failed read, or `stop` said so.
@@ -149,37 +161,43 @@ impl<'t> Queue<'t> {
         slice: Duration,
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
+        latencies: &mut Latencies,
     ) -> Result<Span, ProbeError> {
         let clock = Clock { start: Instant::now(), time, slice };
         for slot in 0..self.buffers.len() {
-            self.push(slot)?;
+            self.push(slot, clock.start)?;
         }
         clock.run(stop, each, self.n_flying > 0, &mut |more| {
-            let bytes = self.step(more)?;
+            let bytes = self.step(more, latencies)?;
             Ok((bytes, self.n_flying > 0))
         })
     }
 
     /// Waits for at least one read; begins others in their place if `more`. Gives the bytes read.
-    fn step(&mut self, more: bool) -> Result<u64, ProbeError> {
+    fn step(&mut self, more: bool, latencies: &mut Latencies) -> Result<u64, ProbeError> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
             Err(e) => return Err(ProbeError::Uring(e)),
         }
+        // One look at the clock serves all reads that have ended and those that take their place.
+        let now = Instant::now();
         let mut bytes = 0;
         while let Some(done) = self.next_done() {
             let slot = done.user_data() as usize;
             self.n_flying -= 1;
             match done.result() {
-                n if n > 0 => bytes += n as u64,
+                n if n > 0 => {
+                    bytes += n as u64;
+                    latencies.add(now.duration_since(self.begun[slot]).as_nanos() as u64);
+                }
                 0 => return Err(self.failed(slot, "the file ended early; was it truncated?".into())),
                 e if matches!(-e, libc::EAGAIN | libc::EINTR) => {}
                 e => return Err(self.failed(slot, io::Error::from_raw_os_error(-e).to_string())),
             }
             self.target.file.forget(self.offsets[slot], self.block);
             if more {
-                self.push(slot)?;
+                self.push(slot, now)?;
             }
         }
         Ok(bytes)
@@ -198,11 +216,12 @@ impl<'t> Queue<'t> {
         }
     }
 
-    fn push(&mut self, slot: usize) -> Result<(), ProbeError> {
+    fn push(&mut self, slot: usize, now: Instant) -> Result<(), ProbeError> {
         if self.cursor + self.block > self.target.len {
             self.cursor = 0;
         }
         self.offsets[slot] = self.cursor;
+        self.begun[slot] = now;
         self.cursor += self.block;
         let span = (self.offsets[slot], self.block as u32);
         let entry = read_entry(&self.target.file, 0, span, self.buffers[slot].addr(), slot as u64);
