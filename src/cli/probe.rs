@@ -18,7 +18,8 @@ use crate::storage::guard::Host;
 pub struct ProbeArgs {
     /// What to measure, one or more of: storage PATH, link, memory. PATH is a file, a directory
     /// (its largest file is read), a block device, or a drive bound to vfio-pci; it is never written.
-    /// Storage and link together are also measured at once. Without any: link and memory.
+    /// Blocks below 1 MiB are read scattered over it, larger ones in its order, as weights are. Storage and link
+    /// together are also measured at once. Without any: link and memory.
     #[arg(value_name = "storage PATH|link|memory")]
     what: Vec<String>,
     /// Bytes of a read in the sweep, comma separated: multiples of 4096 from 4KiB to 16MiB (default:

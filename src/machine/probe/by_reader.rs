@@ -7,6 +7,7 @@ use super::ProbeError;
 use super::latency::Latencies;
 use super::queue::{Clock, Span};
 use super::storage::Reads;
+use super::walk::Walk;
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::guard::Host;
@@ -18,14 +19,16 @@ use crate::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 const FLYING_MAX: u64 = 256 << 20;
 const POLL: Duration = Duration::from_millis(2);
 
-/// Reads one file of a reader, front to back and again.
+/// Reads one file of a reader, all of it and again.
 pub struct ByReader {
     /// Dropped before the memory that it reads to.
     reader: Box<dyn Reader>,
     file: FileId,
     len: u64,
     name: String,
-    cursor: u64,
+    scatter: bool,
+    /// Reads so far.
+    read: u64,
     buffers: Region,
     threads: usize,
     _arena: Arena,
@@ -52,15 +55,17 @@ impl ByReader {
         // SAFETY: the arena begins at a page, and is dropped after the reader.
         unsafe { reader.attach(arena.base(), arena.len() as usize) }
             .map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
-        Ok(ByReader { reader, file, len, name, cursor: 0, buffers, threads, _arena: arena })
+        Ok(ByReader { reader, file, len, name, scatter: true, read: 0, buffers, threads, _arena: arena })
     }
 
-    fn submit(&mut self, slot: usize, block: u64) -> Result<(), ProbeError> {
-        if self.cursor + block > self.len {
-            self.cursor = 0;
-        }
-        let extent = Extent { file: self.file, offset: self.cursor, len: block, dst_offset: 0 };
-        self.cursor += block;
+    /// The same with small blocks in the file's order too, for files that come through the page cache.
+    pub fn in_order(self) -> ByReader {
+        ByReader { scatter: false, ..self }
+    }
+
+    fn submit(&mut self, slot: usize, block: u64, walk: &mut Walk) -> Result<(), ProbeError> {
+        let extent = Extent { file: self.file, offset: walk.next(), len: block, dst_offset: 0 };
+        self.read = walk.reads();
         // SAFETY: the caller's slots lie within the buffers.
         let dst = unsafe { self.buffers.addr().add(slot * block as usize) };
         let request = ReadRequest { tag: slot as u64, extents: &[extent], dst, urgent: false, dst_len: block as usize };
@@ -93,9 +98,10 @@ impl Reads for ByReader {
     ) -> Result<Span, ProbeError> {
         let clock = Clock { start: Instant::now(), time, slice };
         let mut begun = vec![clock.start; depth];
+        let mut walk = Walk::new(self.len, block, self.scatter, self.read);
         let mut done: Vec<Completion> = Vec::with_capacity(depth);
         for slot in 0..depth {
-            self.submit(slot, block)?;
+            self.submit(slot, block, &mut walk)?;
         }
         clock.run(stop, each, depth > 0, &mut |more| {
             let whole = Extent { file: self.file, offset: 0, len: self.len, dst_offset: 0 };
@@ -107,7 +113,7 @@ impl Reads for ByReader {
                 latencies.add(now.duration_since(*begun).as_nanos() as u64);
                 *begun = now;
                 if more {
-                    self.submit(c.tag as usize, block)?;
+                    self.submit(c.tag as usize, block, &mut walk)?;
                 }
             }
             Ok((bytes, self.reader.outstanding() > 0))

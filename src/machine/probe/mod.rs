@@ -12,6 +12,7 @@ pub mod plot;
 mod queue;
 pub mod storage;
 mod target;
+mod walk;
 
 pub use by_reader::{BoundDrive, open_bound};
 pub use cache::{Rate, file as cache_file, measured, record, today, utc};

@@ -1,5 +1,4 @@
-//! A plain io_uring loop: so many reads of one size in flight, in order of the file, each made as the
-//! reader of weights makes it.
+//! A plain io_uring loop: so many reads of one size in flight, each made as the reader of weights makes it.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -9,6 +8,7 @@ use io_uring::IoUring;
 use serde::Serialize;
 
 use super::latency::Latencies;
+use super::walk::Walk;
 use super::{ProbeError, Target, rate};
 use crate::memory::{Arena, Region};
 use crate::storage::{allow_workers, drain, read_entry};
@@ -40,9 +40,8 @@ pub struct Queue<'t> {
     offsets: Vec<u64>,
     begun: Vec<Instant>,
     n_flying: usize,
-    /// Next byte of the file; stays between runs, so that no run finds what the last one read in
-    /// a drive's cache.
-    cursor: u64,
+    /// Goes on between runs, so that no run finds in a drive's cache what the last one read.
+    walk: Walk,
     /// Held for the buffers: dropped after the ring, which waits for reads in flight.
     _arena: Arena,
 }
@@ -104,17 +103,12 @@ impl Clock {
 }
 
 impl<'t> Queue<'t> {
-    /// Sets it up; `block` is at most the target's length, and a multiple of 4096.
+    /// Sets it up; `block` is at most the target's length, and a multiple of 4096. The order of reads goes on after
+    /// `read` of them.
     ///
     /// # Errors
     /// If io_uring is refused or memory is missing.
-    pub fn new(
-        target: &'t Target,
-        block: u64,
-        depth: usize,
-        cursor: u64,
-        pages: Pages,
-    ) -> Result<Queue<'t>, ProbeError> {
+    pub fn new(target: &'t Target, block: u64, depth: usize, read: u64, pages: Pages) -> Result<Queue<'t>, ProbeError> {
         let depth = depth.clamp(1, DEPTH_MAX);
         let bytes = block * depth as u64;
         let mut arena = Arena::new(if pages == Pages::Huge { bytes.max(ARENA_MIN) } else { bytes })?;
@@ -140,14 +134,14 @@ impl<'t> Queue<'t> {
             begun: vec![Instant::now(); depth],
             buffers,
             n_flying: 0,
-            cursor,
+            walk: Walk::new(target.len, block, target.file.is_direct(), read),
             _arena: arena,
         })
     }
 
-    /// Where the next run goes on.
-    pub fn cursor(&self) -> u64 {
-        self.cursor
+    /// Reads so far, those of earlier queues among them.
+    pub fn read(&self) -> u64 {
+        self.walk.reads()
     }
 
     /// Reads until `time` is over, keeping every buffer in flight; calls `each` about every `slice`
@@ -217,12 +211,8 @@ impl<'t> Queue<'t> {
     }
 
     fn push(&mut self, slot: usize, now: Instant) -> Result<(), ProbeError> {
-        if self.cursor + self.block > self.target.len {
-            self.cursor = 0;
-        }
-        self.offsets[slot] = self.cursor;
+        self.offsets[slot] = self.walk.next();
         self.begun[slot] = now;
-        self.cursor += self.block;
         let span = (self.offsets[slot], self.block as u32);
         let entry = read_entry(&self.target.file, 0, span, self.buffers[slot].addr(), slot as u64);
         // SAFETY: the buffer belongs to this slot, whose last read has completed; the arena is

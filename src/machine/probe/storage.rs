@@ -140,7 +140,7 @@ pub trait Reads {
 struct ByKernel<'t> {
     target: &'t Target,
     pages: Pages,
-    cursor: u64,
+    read: u64,
 }
 
 impl Reads for ByKernel<'_> {
@@ -165,9 +165,9 @@ impl Reads for ByKernel<'_> {
         each: &mut dyn FnMut(Span),
         latencies: &mut Latencies,
     ) -> Result<Span, ProbeError> {
-        let mut queue = Queue::new(self.target, block, depth, self.cursor, self.pages)?;
+        let mut queue = Queue::new(self.target, block, depth, self.read, self.pages)?;
         let span = queue.run(time, slice, stop, each, latencies)?;
-        self.cursor = queue.cursor();
+        self.read = queue.read();
         Ok(span)
     }
 }
@@ -193,7 +193,7 @@ pub fn measure(
         Some(mut pool) => sweep(&mut pool, Report { through: "pread", ..report }, options, stop, say)?,
         None => {
             let report = Report { through: "io_uring", pages: Some(options.pages), ..report };
-            sweep(&mut ByKernel { target, pages: options.pages, cursor: 0 }, report, options, stop, say)?
+            sweep(&mut ByKernel { target, pages: options.pages, read: 0 }, report, options, stop, say)?
         }
     };
     Ok(Report {
@@ -213,7 +213,8 @@ fn refused(target: &Target, options: &Options) -> Result<Option<ByReader>, Probe
     }
     let flying = options.blocks.iter().max().unwrap_or(&0) * options.depths.iter().max().map_or(0, |d| *d as u64);
     let flying = flying.max(storage::CHUNK_BYTES * storage::QUEUE_DEPTH as u64);
-    ByReader::new(reader, FileId(0), target.len, name, flying, storage::PREAD_THREADS).map(Some)
+    let reads = ByReader::new(reader, FileId(0), target.len, name, flying, storage::PREAD_THREADS)?;
+    Ok(Some(if target.file.is_direct() { reads } else { reads.in_order() }))
 }
 
 /// Measures a drive bound to vfio-pci, which no page cache stands before.
