@@ -18,6 +18,7 @@ use crate::storage::guard::Host;
 pub struct ProbeArgs {
     /// What to measure, one or more of: storage PATH, link, memory. PATH is a file, a directory
     /// (its largest file is read), a block device, or a drive bound to vfio-pci; it is never written.
+    /// Storage is told in GB/s, reads per second and latencies (p50 and p99; p99.9 too with --json).
     /// Blocks below 1 MiB are read scattered over it, larger ones in its order, as weights are. Storage and link
     /// together are also measured at once. Without any: link and memory.
     #[arg(value_name = "storage PATH|link|memory")]

@@ -17,7 +17,7 @@ const TOGETHER_TIME: Duration = Duration::from_secs(2);
 /// Copies handed over before the first is waited for.
 const BATCH: usize = 16;
 
-/// Rates of copies of one size, bytes a second.
+/// Rates of copies of one size, bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Cell {
     /// Bytes of one copy.
@@ -41,13 +41,13 @@ pub struct Report {
     pub pci: String,
     /// By size.
     pub cells: Vec<Cell>,
-    /// Both directions at once at the largest size: to the GPU, from it, bytes a second.
+    /// Both directions at once at the largest size: to the GPU, from it, bytes per second.
     pub both_at_once: (f64, f64),
     /// Copies to the GPU while storage is read, as in a run of three tiers; null without storage.
     pub with_storage: Option<Together>,
 }
 
-/// Storage and the link at the same time, bytes a second.
+/// Storage and the link at the same time, bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Together {
     /// Pinned memory to the GPU.
@@ -150,7 +150,7 @@ pub fn with_storage(
     })
 }
 
-/// Bytes a second of each of `copies`, which run at the same time, in batches.
+/// Bytes per second of each of `copies`, which run at the same time, in batches.
 ///
 /// # Safety
 /// Host and device address of each copy are good for `bytes` and used by nobody else.

@@ -56,7 +56,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// Bytes a second.
+    /// Bytes per second.
     pub fn rate(&self) -> f64 {
         rate(self.bytes, self.seconds)
     }

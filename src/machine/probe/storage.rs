@@ -77,9 +77,9 @@ pub struct Report {
     pub best: Option<Cell>,
     /// The cell with the fewest bytes in flight within 3 % of the best.
     pub knee: Option<Cell>,
-    /// One thread calling pread through the page cache, bytes a second.
+    /// One thread calling pread through the page cache, bytes per second.
     pub buffered_bytes_per_s: Option<f64>,
-    /// One thread touching every page of a mapping, bytes a second.
+    /// One thread touching every page of a mapping, bytes per second.
     pub mmap_bytes_per_s: Option<f64>,
     /// For the time asked for: at the knee, or where reads are copies as weights are read, since what a
     /// processor copies depends on the size of the copy and how many others there are.
@@ -103,7 +103,7 @@ pub struct Sustained {
     pub latency: Latency,
     /// Seconds it took.
     pub seconds: f64,
-    /// Bytes a second of each slice of about half a second.
+    /// Bytes per second of each slice of about half a second.
     pub slices: Vec<f64>,
 }
 
