@@ -159,7 +159,7 @@ impl<'t> Queue<'t> {
     ) -> Result<Span, ProbeError> {
         let clock = Clock { start: Instant::now(), time, slice };
         for slot in 0..self.buffers.len() {
-            self.push(slot, clock.start)?;
+            self.push(slot, Instant::now())?;
         }
         clock.run(stop, each, self.n_flying > 0, &mut |more| {
             let bytes = self.step(more, latencies)?;
@@ -171,13 +171,12 @@ impl<'t> Queue<'t> {
     fn step(&mut self, more: bool, latencies: &mut Latencies) -> Result<u64, ProbeError> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e) if is_passing(&e) => {}
             Err(e) => return Err(ProbeError::Uring(e)),
         }
-        // One look at the clock serves all reads that have ended and those that take their place.
-        let now = Instant::now();
         let mut bytes = 0;
         while let Some(done) = self.next_done() {
+            let now = Instant::now();
             let slot = done.user_data() as usize;
             self.n_flying -= 1;
             match done.result() {
@@ -210,6 +209,7 @@ impl<'t> Queue<'t> {
         }
     }
 
+    /// Begins a read, at once: the kernel holds reads that are submitted together back until it has the last.
     fn push(&mut self, slot: usize, now: Instant) -> Result<(), ProbeError> {
         self.offsets[slot] = self.walk.next();
         self.begun[slot] = now;
@@ -220,8 +220,17 @@ impl<'t> Queue<'t> {
         unsafe { self.ring.submission().push(&entry) }
             .map_err(|_| self.failed(slot, "the submission queue is full".into()))?;
         self.n_flying += 1;
-        Ok(())
+        match self.ring.submit() {
+            Ok(_) => Ok(()),
+            // It is submitted with the next wait.
+            Err(e) if is_passing(&e) => Ok(()),
+            Err(e) => Err(ProbeError::Uring(e)),
+        }
     }
+}
+
+fn is_passing(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }
 
 /// A ring for one thread, with the flags that save interrupts where the kernel knows them.
