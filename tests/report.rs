@@ -104,3 +104,52 @@ fn an_ollama_is_asked_to_make_room() {
         assert!(out.status.success() && err.contains(words), "{words}: {err}");
     }
 }
+
+#[test]
+fn a_benchmark_writes_llama_benchs_rows() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    let model = model.to_str().unwrap();
+    let run = |more: &[&str]| {
+        let args = ["bench", model, "--backend", "cpu", "-p", "0,4-8*2", "-n", "2,3", "-d", "0,16", "-r", "2"];
+        let out = nt(&[&args[..], more].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let rows: Vec<Json> = run(&["-o", "jsonl"]).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let tests: Vec<_> = rows.iter().map(|r| (&r["n_depth"], &r["n_prompt"], &r["n_gen"])).collect();
+    let wanted = [(0, 4, 0), (0, 8, 0), (0, 0, 2), (0, 0, 3), (16, 4, 0), (16, 8, 0), (16, 0, 2), (16, 0, 3)];
+    assert_eq!(tests.len(), wanted.len());
+    assert!(tests.iter().zip(wanted).all(|(t, w)| *t.0 == w.0 && *t.1 == w.1 && *t.2 == w.2), "{tests:?}");
+    for r in &rows {
+        assert_eq!(r["samples_ns"].as_array().unwrap().len(), 2);
+        assert!(r["avg_ts"].as_f64().unwrap() > 0.0 && r["model_filename"] == model, "{r}");
+    }
+    let table = run(&["-o", "md"]);
+    assert_eq!(table.lines().count(), 2 + wanted.len());
+    assert!(table.contains("| pp4 |") || table.contains(" pp4 |"), "{table}");
+    assert!(table.contains("tg3 @ d16 |") && table.contains(" ± "), "{table}");
+    assert_eq!(run(&["-o", "csv"]).lines().count(), 1 + wanted.len());
+    let all: Json = serde_json::from_str(&run(&["--json"])).unwrap();
+    assert_eq!((&all["prefill"]["tokens"], &all["decode"]["tokens"]), (&4.into(), &2.into()));
+    assert_eq!(all["tests"].as_array().unwrap().len(), wanted.len());
+}
+
+/// On a machine without a GPU the fallback is a line of the report, not a warning at each start.
+#[test]
+fn processors_without_a_gpu_are_no_warning() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    let args = ["run", model.to_str().unwrap(), "-p", "a", "-n", "1"];
+    let out = nt(&args);
+    let err = String::from_utf8_lossy(&out.stderr).into_owned();
+    let all = json(&[&args[..], &["--json"]].concat());
+    if all["fallback"].is_null() || err.contains("nt doctor") {
+        return eprintln!("skipped: this machine has a GPU");
+    }
+    assert!(err.contains("\nbackend   computing on processors: ") && !err.contains("WARN"), "{err}");
+    assert!(
+        all["fallback"].as_str().unwrap().starts_with("computing on processors")
+            && all["warnings"] == serde_json::json!([])
+    );
+}

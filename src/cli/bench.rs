@@ -1,16 +1,24 @@
-//! `nt bench`: medians of prefill and decode, the rates of the links, and the roofline.
+//! `nt bench`: prefill and decode speed, the rates of the links, and the roofline.
+//!
+//! `-o md|csv|jsonl` writes a row per test in the columns and field names of llama-bench, whose tests these are: `pp512`
+//! evaluates 512 tokens, `tg128` generates 128 one at a time, both behind `-d` tokens that are in the KV cache already.
+
+mod list;
+mod rows;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value as Json, json};
 
+use self::list::List;
+use self::rows::{About, Rows};
 use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
-use super::report::Report;
+use super::report::{Report, print_line};
 use super::{Failure, ModelArg, Placement, interrupt, run};
-use crate::engine::Session;
+use crate::engine::{Opened, Session};
 use crate::machine;
 use crate::machine::pressure::Watch;
 use crate::machine::probe::{self, Rate};
@@ -22,15 +30,22 @@ use crate::pipeline::Event;
 pub struct BenchArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
-    /// Tokens of the prompt, evaluated in passes of 512; 0 skips prefill.
-    #[arg(short = 'p', long, default_value_t = 512)]
-    n_prompt: usize,
-    /// Tokens to generate, one a pass; 0 skips decode.
-    #[arg(short = 'n', long, default_value_t = 128)]
-    n_gen: usize,
-    /// Repetitions that are counted, 1 to 1000, after one that is not; medians are shown.
+    /// Tokens of the prompt, evaluated in passes of 512; several between commas, or a range as 128-1024*2 or
+    /// 100-400+100; 0 skips prefill.
+    #[arg(short = 'p', long, default_value = "512", value_name = "N[,N…]")]
+    n_prompt: List,
+    /// Tokens to generate, one per pass; several as for -p; 0 skips decode.
+    #[arg(short = 'n', long, default_value = "128", value_name = "N[,N…]")]
+    n_gen: List,
+    /// Tokens in the KV cache before each test; several as for -p.
+    #[arg(short = 'd', long, default_value = "0", value_name = "N[,N…]")]
+    n_depth: List,
+    /// Repetitions that are counted, 1 to 1000, after one that is not.
     #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     repetitions: u16,
+    /// Write a row per test as llama-bench does, mean and standard deviation, in place of medians.
+    #[arg(short = 'o', long, value_enum, value_name = "FORMAT", conflicts_with = "json")]
+    output: Option<OutputArg>,
     #[command(flatten)]
     placement: Placement,
     /// Write a page with figures, tier map, timeline and rates, which any browser opens.
@@ -41,16 +56,75 @@ pub struct BenchArgs {
     json: bool,
 }
 
+/// `--output`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum OutputArg {
+    /// A Markdown table.
+    Md,
+    /// Comma separated values.
+    Csv,
+    /// A JSON object per line.
+    Jsonl,
+}
+
 /// Bytes of a pass from which on its rate is kept.
 const COMPUTE_BYTES_MIN: u64 = 256 << 20;
+
+/// What is measured: `prompt` tokens at once or `gen` one at a time, behind `depth` others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Test {
+    prompt: usize,
+    generated: usize,
+    depth: usize,
+}
+
+/// A test and the seconds of each repetition.
+#[derive(Clone, Debug, Default)]
+struct Measured {
+    test: Test,
+    seconds: Vec<f64>,
+    /// When it began, in seconds since 1970.
+    began_unix_s: u64,
+}
+
+impl Test {
+    fn tokens(&self) -> usize {
+        self.prompt + self.generated
+    }
+
+    /// `pp512`, `tg128 @ d4096`.
+    fn name(&self) -> String {
+        let depth = if self.depth > 0 { format!(" @ d{}", self.depth) } else { String::new() };
+        if self.prompt > 0 { format!("pp{}{depth}", self.prompt) } else { format!("tg{}{depth}", self.generated) }
+    }
+}
+
+impl Measured {
+    /// Tokens per second of each repetition.
+    fn rates(&self) -> Vec<f64> {
+        self.seconds.iter().map(|s| self.test.tokens() as f64 / s).collect()
+    }
+}
+
+/// The tests, depth by depth, prompts first, as llama-bench orders them.
+fn tests(args: &BenchArgs) -> Vec<Test> {
+    let of_depth = |&depth: &usize| {
+        let prompts = args.n_prompt.0.iter().map(move |&prompt| Test { prompt, depth, ..Test::default() });
+        let generated = args.n_gen.0.iter().map(move |&generated| Test { generated, depth, ..Test::default() });
+        prompts.chain(generated).filter(|t| t.tokens() > 0).collect::<Vec<_>>()
+    };
+    args.n_depth.0.iter().flat_map(of_depth).collect()
+}
 
 /// Runs the benchmark. Tokens are random ids from a fixed seed: speed does not depend on them.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let opened = run::open(&args.model, &args.placement)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
+    let (kv, threads) = (options.kv_type, options.threads);
     options.timeline |= args.html.is_some();
-    let needed = args.n_prompt.max(args.n_gen).max(1);
+    let tests = tests(args);
+    let needed = tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().unwrap_or(1);
     options.n_ctx = match args.placement.ctx {
         Auto::Given(n) if n < needed => return Err(Failure::limits(format!("--ctx {n} is smaller than {needed}"))),
         Auto::Given(n) => n,
@@ -60,26 +134,14 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let mut session = run::start(&opened, options, true, &watch)?;
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
-    let mut prefill = Vec::new();
-    let mut decode = Vec::new();
-    // The first round warms caches and settles the ring; it is not counted.
-    for round in 0..=args.repetitions {
-        let counted = round > 0;
-        if args.n_prompt > 0 {
-            session.truncate(0);
-            let rate = timed(args.n_prompt, || evaluate(&mut session, &tokens[..args.n_prompt], &watch))?;
-            prefill.extend(counted.then_some(rate));
-        }
-        if args.n_gen > 0 {
-            session.truncate(0);
-            if counted {
-                session.start_measuring();
-            }
-            let rate = timed(args.n_gen, || {
-                tokens[..args.n_gen].iter().try_for_each(|&t| evaluate(&mut session, &[t], &watch))
-            })?;
-            decode.extend(counted.then_some(rate));
-        }
+    let rows = args.output.map(|format| Rows::new(format, About::new(&session, &opened, kv, threads)));
+    let head = rows.as_ref().and_then(Rows::head);
+    head.map_or(Ok(()), |h| print_line(&h))?;
+    let mut all = Vec::new();
+    for test in tests {
+        let measured = measure(&mut session, test, args.repetitions, &tokens, &watch)?;
+        rows.as_ref().map_or(Ok(()), |r| print_line(&r.row(&measured)))?;
+        all.push(measured);
     }
     // The probes take memory of their own.
     let peak_rss_bytes = machine::peak_rss_bytes();
@@ -87,7 +149,37 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let events = if args.html.is_some() { session.events() } else { Vec::new() };
     let session = session.measure_ceilings().map_err(run::failure)?;
     keep_compute_rate(&session);
-    print(args, &session, &opened, &prefill, &decode, peak_rss_bytes, &events)
+    Outcome { args, session, opened, all, peak_rss_bytes, events }.write()
+}
+
+/// Repeats a test; the first time warms caches and settles the ring, and is not counted.
+fn measure(
+    session: &mut Session,
+    test: Test,
+    repetitions: u16,
+    tokens: &[u32],
+    watch: &Watch,
+) -> Result<Measured, Failure> {
+    session.truncate(0);
+    let (before, tokens) = tokens.split_at(test.depth);
+    if !before.is_empty() {
+        run::evaluate(session, before, Outputs::None, watch)?;
+    }
+    let began_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let mut measured = Measured { test, began_unix_s, ..Measured::default() };
+    for round in 0..=repetitions {
+        session.truncate(test.depth);
+        if test.generated > 0 && round > 0 {
+            session.start_measuring();
+        }
+        let start = Instant::now();
+        if test.prompt > 0 {
+            evaluate(session, &tokens[..test.prompt], watch)?;
+        }
+        tokens[..test.generated].iter().try_for_each(|&t| evaluate(session, &[t], watch))?;
+        measured.seconds.extend((round > 0).then(|| start.elapsed().as_secs_f64()));
+    }
+    Ok(measured)
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
@@ -110,12 +202,6 @@ fn keep_compute_rate(session: &Session) {
     }
 }
 
-fn timed(n: usize, mut work: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
-    let start = Instant::now();
-    work()?;
-    Ok(n as f64 / start.elapsed().as_secs_f64())
-}
-
 fn median(runs: &[f64]) -> Option<f64> {
     let mut sorted = runs.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -127,58 +213,91 @@ fn median(runs: &[f64]) -> Option<f64> {
     }
 }
 
-fn print(
-    args: &BenchArgs,
-    session: &Session,
-    opened: &crate::engine::Opened,
-    prefill: &[f64],
-    decode: &[f64],
+/// All that was measured.
+struct Outcome<'a> {
+    args: &'a BenchArgs,
+    session: Session,
+    opened: Opened,
+    all: Vec<Measured>,
     peak_rss_bytes: Option<u64>,
-    events: &[Event],
-) -> Result<(), Failure> {
-    let mut report = Report::new(session, opened);
-    report.decode_rate(median(decode));
-    report.peak_rss(peak_rss_bytes);
-    if let Some(path) = &args.placement.timeline {
-        session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
+    events: Vec<Event>,
+}
+
+impl Outcome<'_> {
+    /// The first test of prefill (`prompt`) or of decode: what the report and the page are about.
+    fn first(&self, prompt: bool) -> Measured {
+        self.all.iter().find(|m| (m.test.prompt > 0) == prompt).cloned().unwrap_or_default()
     }
-    let prefill_rate = median(prefill);
-    let first_token_s = prefill_rate.map(|r| args.n_prompt as f64 / r);
-    if let Some(path) = &args.html {
-        let prefill = prefill_rate.map(|r| (args.n_prompt, r));
-        let timings = Timings { prefill, first_token_s, decode: median(decode), peak_rss_bytes };
-        page::write(path, session, opened, events, &timings, &report)?;
+
+    fn write(&self) -> Result<(), Failure> {
+        let (prefill, decode) = (self.first(true), self.first(false));
+        let (prefill_rate, decode_rate) = (median(&prefill.rates()), median(&decode.rates()));
+        let mut report = Report::new(&self.session, &self.opened);
+        report.decode_rate(decode_rate);
+        report.peak_rss(self.peak_rss_bytes);
+        if let Some(path) = &self.args.placement.timeline {
+            self.session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
+        }
+        let first_token_s = prefill_rate.map(|r| prefill.test.prompt as f64 / r);
+        if let Some(path) = &self.args.html {
+            let timings = Timings {
+                prefill: prefill_rate.map(|r| (prefill.test.prompt, r)),
+                first_token_s,
+                decode: decode_rate,
+                peak_rss_bytes: self.peak_rss_bytes,
+            };
+            page::write(path, &self.session, &self.opened, &self.events, &timings, &report)?;
+        }
+        if self.args.json {
+            return print_line(&self.as_json(&report, &prefill, &decode, first_token_s).to_string());
+        }
+        // With -o each row is written as soon as it is measured.
+        for m in self.all.iter().filter(|_| self.args.output.is_none()) {
+            print_line(&line(m))?;
+        }
+        report.print();
+        Ok(())
     }
-    let phase = |n: usize, runs: &[f64]| -> Json { json!({ "tokens": n, "tokens_per_s": median(runs), "runs": runs }) };
-    if args.json {
+
+    /// The contract's JSON: `prefill` and `decode` are the first test of each, `tests` are all.
+    fn as_json(&self, report: &Report, prefill: &Measured, decode: &Measured, first_token_s: Option<f64>) -> Json {
+        let phase = |m: &Measured| {
+            let runs = m.rates();
+            json!({ "tokens": m.test.tokens(), "tokens_per_s": median(&runs), "runs": runs })
+        };
+        let test = |m: &Measured| {
+            let runs = m.rates();
+            json!({ "test": m.test.name(), "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth, "tokens_per_s": median(&runs), "runs": runs })
+        };
         let (device, vram_bytes) = report.device_json();
-        let all = json!({
-            "prefill": phase(args.n_prompt, prefill),
-            "decode": phase(args.n_gen, decode),
+        let s = &self.session;
+        json!({
+            "prefill": phase(prefill),
+            "decode": phase(decode),
+            "tests": self.all.iter().map(test).collect::<Vec<_>>(),
             "first_token_s": first_token_s,
             "plan": report.plan_json(),
             "links": report.links_json(),
             "stall": report.stall_json(),
             "roofline": report.roofline_json(),
             "prediction": report.prediction_json(),
-            "n_buffers": session.n_slots(),
-            "backend": session.backend_name(),
+            "n_buffers": s.n_slots(),
+            "backend": s.backend_name(),
             "device": device,
             "vram_bytes": vram_bytes,
-            "threads": session.threads(),
-            "reader": session.reader_name(),
-            "peak_rss_bytes": peak_rss_bytes,
-        });
-        return super::report::print_line(&all.to_string());
+            "threads": s.threads(),
+            "reader": s.reader_name(),
+            "peak_rss_bytes": self.peak_rss_bytes,
+        })
     }
-    let line = |name: &str, n: usize, runs: &[f64]| {
-        let (low, high) = runs.iter().fold((f64::MAX, 0.0f64), |(l, h), &r| (l.min(r), h.max(r)));
-        median(runs)
-            .map(|m| format!("{name} {n:5} tokens  {m:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)", runs.len()))
-    };
-    for l in [line("prefill", args.n_prompt, prefill), line("decode ", args.n_gen, decode)].into_iter().flatten() {
-        super::report::print_line(&l)?;
-    }
-    report.print();
-    Ok(())
+}
+
+/// A test for people: the median and the range.
+fn line(m: &Measured) -> String {
+    let runs = m.rates();
+    let (low, high) = runs.iter().fold((f64::MAX, 0.0f64), |(l, h), &r| (l.min(r), h.max(r)));
+    let name = if m.test.prompt > 0 { "prefill" } else { "decode " };
+    let depth = if m.test.depth > 0 { format!(" at depth {}", m.test.depth) } else { String::new() };
+    let (n, median) = (m.test.tokens(), median(&runs).unwrap_or(0.0));
+    format!("{name} {n:5} tokens{depth}  {median:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)", runs.len())
 }

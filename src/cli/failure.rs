@@ -64,7 +64,8 @@ impl Failure {
 
     /// Says, where a model could not be opened, that the library does not know its name either.
     pub fn with_library_hint(mut self) -> Failure {
-        if self.code == 2 {
+        let gone = ["No such file", "neither a file nor recorded"];
+        if self.code == 2 && gone.iter().any(|words| self.message.contains(words)) {
             self.message.push_str("; the model library has none of that name either (`nt list` shows what it has)");
         }
         self

@@ -169,7 +169,7 @@ fn facts(gguf: &Gguf) -> Facts {
     }
 }
 
-/// Tokens a second of decoding: as simulated, else the roofline.
+/// Tokens per second of decoding: as simulated, else the roofline.
 fn speed(f: &Forecast) -> Option<f64> {
     let p = &f.prediction;
     p.simulated.map(|s| 1.0 / s.seconds).or(p.decode.map(|d| 1.0 / d.seconds))

@@ -14,11 +14,11 @@ use crate::report_page::{Link, LinkKind, Page, Predicted, Stall, Timeline, Unit,
 /// What was timed, for the top of the page.
 #[derive(Debug, Default)]
 pub struct Timings {
-    /// Tokens of the prompt and tokens a second.
+    /// Tokens of the prompt and tokens per second.
     pub prefill: Option<(usize, f64)>,
     /// Seconds to the first token.
     pub first_token_s: Option<f64>,
-    /// Tokens a second of decoding.
+    /// Tokens per second of decoding.
     pub decode: Option<f64>,
     /// Largest resident set, in bytes.
     pub peak_rss_bytes: Option<u64>,
@@ -64,7 +64,7 @@ fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings,
     }
 }
 
-/// What was measured, and beside it what the simulator makes of the same plan.
+/// What was measured, next to what the simulator makes of the same plan.
 fn timelines(session: &Session, events: &[Event], units: &[Unit]) -> Vec<Timeline> {
     let on_device = session.device().is_some();
     let simulated = measured(&session.simulated_events(), units, on_device);

@@ -18,7 +18,9 @@ use crate::storage::guard::Host;
 pub struct ProbeArgs {
     /// What to measure, one or more of: storage PATH, link, memory. PATH is a file, a directory
     /// (its largest file is read), a block device, or a drive bound to vfio-pci; it is never written.
-    /// Storage and link together are also measured at once. Without any: link and memory.
+    /// Storage is told in GB/s, reads per second and latencies (p50 and p99; p99.9 too with --json).
+    /// Blocks below 1 MiB are read scattered over it, larger ones in its order, as weights are. Storage and link
+    /// together are also measured at once. Without any: link and memory.
     #[arg(value_name = "storage PATH|link|memory")]
     what: Vec<String>,
     /// Bytes of a read in the sweep, comma separated: multiples of 4096 from 4KiB to 16MiB (default:
@@ -209,8 +211,15 @@ fn print_storage(report: &storage::Report, options: &storage::Options) -> Result
         let row: String = row.map(|c| format!("{:>7.3}", c.bytes_per_s / 1e9)).collect();
         print_line(&format!("  {:>8} {row}", plot::size(*block)))?;
     }
+    print_line("  µs per read, half of them and 99 of 100 at most (p50/p99)")?;
+    for block in &options.blocks {
+        let row = report.cells.iter().filter(|c| c.block_bytes == *block);
+        let row: String = row.map(|c| format!(" {:>12}", latencies(&c.latency))).collect();
+        print_line(&format!("  {:>8}{row}", plot::size(*block)))?;
+    }
     if let (Some(b), Some(k)) = (report.best, report.knee) {
-        print_line(&format!("  best  {} x {}: {}", plot::size(b.block_bytes), b.depth, gb(b.bytes_per_s)))?;
+        let (size, iops) = (plot::size(b.block_bytes), b.iops);
+        print_line(&format!("  best  {size} x {}: {}, {iops:.0} reads/s", b.depth, gb(b.bytes_per_s)))?;
         print_line(&format!(
             "  knee  {} x {}: {}{} (the fewest bytes in flight within 3 % of the best)",
             plot::size(k.block_bytes),
@@ -230,7 +239,18 @@ fn print_storage(report: &storage::Report, options: &storage::Options) -> Result
     let slower = storage::slowdown(&s.slices).filter(|x| *x > 0.1);
     let slower = slower.map_or_else(String::new, |x| format!("; it slowed down by {:.0} %", x * 100.0));
     let (at, by) = (format!("{} x {}", plot::size(s.block_bytes), s.depth), by_threads(s.threads));
-    print_line(&format!("  sustained over {:.1} s at {at}{by}: {}{spread}{slower}", s.seconds, gb(s.bytes_per_s)))
+    let rate = format!("{}, {:.0} reads/s, {} µs (p50/p99)", gb(s.bytes_per_s), s.iops, latencies(&s.latency));
+    print_line(&format!("  sustained over {:.1} s at {at}{by}: {rate}{spread}{slower}", s.seconds))
+}
+
+/// Two percentiles in microseconds; - where so few reads do not tell.
+fn latencies(l: &probe::Latency) -> String {
+    let us = |ns: Option<u64>| match ns.map(|ns| ns as f64 / 1e3) {
+        None => "-".into(),
+        Some(us) if us < 100.0 => format!("{us:.1}"),
+        Some(us) => format!("{us:.0}"),
+    };
+    format!("{}/{}", us(l.p50_ns), us(l.p99_ns))
 }
 
 /// How many threads read, where it is more than one.

@@ -27,6 +27,7 @@ pub struct Report {
     notes: Vec<String>,
     /// Positions of the context, and those that the model was trained on, where those are fewer.
     beyond: Option<(usize, usize)>,
+    fallback: Option<String>,
     decode_tokens_per_s: Option<f64>,
     prompt: Option<(usize, f64)>,
     generated: usize,
@@ -55,6 +56,7 @@ impl Report {
             peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
             beyond: Some((session.n_ctx(), opened.model.hparams.n_ctx_reach)).filter(|(n, reach)| n > reach),
+            fallback: session.fallback().map(str::to_owned),
             decode_tokens_per_s: None,
             prompt: None,
             generated: 0,
@@ -67,12 +69,12 @@ impl Report {
         self.predicted = predicted;
     }
 
-    /// Adds what went wrong beside the session.
+    /// Adds warnings that do not come from the session.
     pub fn warnings(&mut self, more: &[String]) {
         self.notes.extend_from_slice(more);
     }
 
-    /// Lines on what could not be had.
+    /// Warnings: what was asked for and is not so.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
@@ -124,7 +126,7 @@ impl Report {
         })
     }
 
-    /// Who waited for whom, in seconds of the passes, and those seconds.
+    /// Stall time by cause, in seconds of the passes, and the seconds of those passes.
     pub fn stall_json(&self) -> Json {
         let s = self.links.stalls();
         json!({ "storage_s": s.storage_s, "link_s": s.link_s, "compute_s": s.compute_s, "passes_s": self.links.pass_s })
@@ -143,7 +145,7 @@ impl Report {
         }
     }
 
-    /// The ring's simulator beside what was reached; null where a rate that it needs was not measured.
+    /// The simulator's prediction and the share of it that was reached; null where a rate that it needs was not measured.
     pub fn prediction_json(&self) -> Json {
         let Some(p) = &self.predicted else { return Json::Null };
         let tokens_per_s = 1.0 / p.pass.seconds;
@@ -178,6 +180,7 @@ impl Report {
             "prediction": self.prediction_json(),
             "peak_rss_bytes": self.peak_rss_bytes,
             "vram_bytes": self.vram_bytes,
+            "fallback": self.fallback,
             "warnings": self.notes,
         })
     }
@@ -217,6 +220,9 @@ impl Report {
         )?;
         if let Some((n_ctx, reach)) = self.beyond {
             writeln!(out, "context   {n_ctx} tokens, {reach} of them trained: text gets worse beyond")?;
+        }
+        if let Some(why) = &self.fallback {
+            writeln!(out, "backend   {why}")?;
         }
         if let Some((n, s)) = self.prompt {
             writeln!(
@@ -272,12 +278,16 @@ impl Report {
 impl Report {
     fn write_waits(&self, out: &mut impl Write) -> std::io::Result<()> {
         let (s, l) = (self.links.stalls(), &self.links);
+        let streams = self.homes[2].0 > 0 || l.on_device && self.homes[1].0 > 0;
         let reader = if l.on_device { "copies for storage" } else { "computing for storage" };
         let last = if l.on_device { "the link for computing" } else { "storage for computing" };
         let waits = [(reader, s.storage_s), ("computing for the link", s.link_s), (last, s.compute_s)];
         let told: Vec<String> = waits
             .iter()
-            .filter_map(|(who, s)| s.filter(|_| l.pass_s > 0.0).map(|s| format!("{who} {:.0} %", s / l.pass_s * 100.0)))
+            // Where nothing streams nobody waits for it.
+            .filter_map(|(who, s)| {
+                s.filter(|_| streams && l.pass_s > 0.0).map(|s| format!("{who} {:.0} %", s / l.pass_s * 100.0))
+            })
             .collect();
         if told.is_empty() { Ok(()) } else { writeln!(out, "waits     {}", told.join(", ")) }
     }

@@ -20,6 +20,7 @@ use crate::machine::ollama::{self, Eviction};
 use crate::machine::pressure::{self, Watch};
 use crate::model::{ForwardError, Outputs};
 use crate::plan::Machine;
+use crate::storage::guard::Host;
 use crate::storage::vfio::device::OpenError;
 use crate::storage::{ReaderKind, StorageError};
 use crate::tokenizer::ChatTemplate;
@@ -355,6 +356,10 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &W
     })?;
     for note in session.notes() {
         tracing::warn!("{note}");
+    }
+    // Without a GPU the fallback is a line of the report; where there is one, something is to be mended.
+    if let Some(why) = session.fallback().filter(|_| crate::machine::facts::has_nvidia_gpu(&Host::default())) {
+        tracing::warn!("{why}; `nt doctor` says what mends it");
     }
     Ok(session)
 }

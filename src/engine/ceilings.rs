@@ -64,7 +64,7 @@ impl Session {
         l.ceilings_from = any.map(|_| "rates that nt probe measured before");
     }
 
-    /// Bytes a second; `None` where nothing but experts streams, whose order is not known.
+    /// Bytes per second; `None` where nothing but experts streams, whose order is not known.
     fn storage_rate(&self) -> Result<Option<f64>, EngineError> {
         let steps = schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
         let streamer = &self.weights.streamer;
@@ -94,7 +94,7 @@ impl Session {
     }
 }
 
-/// Bytes a second of copies from pinned memory to a slot; `None` where they cannot be timed.
+/// Bytes per second of copies from pinned memory to a slot; `None` where they cannot be timed.
 fn link_rate(engine: &dyn CopyEngine, from: Region, to: u64, slot_bytes: u64) -> Result<Option<f64>, EngineError> {
     let bytes = LINK_COPY_BYTES.min(slot_bytes).min(from.len() as u64);
     let (mut copied, mut seconds) = (0, 0.0);

@@ -52,7 +52,7 @@ pub struct Links {
     pub ceilings_from: Option<&'static str>,
 }
 
-/// Who waited for whom, in seconds of the passes; `None` where it was not measured or nobody could wait.
+/// Stall time by cause, in seconds of the passes. `None` if not measured or not applicable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Stalls {
     /// Whoever takes units from storage (computing on processors, copies to a device) waited for reads.

@@ -90,8 +90,8 @@ impl Session {
         self.model.units.iter().map(|u| u.bytes() as f64)
     }
 
-    /// Seconds of a one-token pass that brings nothing: streamed units are computed from whatever their
-    /// slots hold. `None` for a mixture of experts that streams, whose router would choose by nonsense.
+    /// Times a decode pass with transfers disabled, in seconds. The slots hold stale bytes, so the logits are garbage but
+    /// the timing is right. `None` for a mixture of experts that streams, whose router would choose by nonsense.
     /// The session is good for nothing else after this.
     pub(super) fn compute_seconds(&mut self) -> Result<Option<f64>, EngineError> {
         let streams = self.plan.homes.iter().any(|h| *h == Home::C || *h == Home::B && self.device.is_some());

@@ -68,6 +68,7 @@ pub struct Session {
     pub(super) options: Options,
     pub(super) reader_name: Option<&'static str>,
     pub(super) notes: Vec<String>,
+    pub(super) fallback: Option<String>,
     pub(super) embedding: Embedding,
     pub(super) rows: Vec<u8>,
     pub(super) row_offsets: Vec<u64>,
@@ -347,6 +348,11 @@ impl Session {
     /// What the links carried.
     pub fn links(&self) -> Links {
         self.links
+    }
+
+    /// Why the backend is not the one that was preferred, if it is not.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     /// Starts counting anew, for one-token passes that are compared with the roofline.

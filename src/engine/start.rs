@@ -108,8 +108,7 @@ impl Session {
         let dims = dims(&model, &options, rope);
         let sizes = Sizes::new(&model, &|f| reader.alignment(f));
         starting.go_on()?;
-        let (backend, note) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
-        notes.extend(note);
+        let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
         check_types(&model, backend.as_ref())?;
         starting.go_on()?;
 
@@ -178,6 +177,7 @@ impl Session {
             options,
             reader_name,
             notes,
+            fallback,
             embedding,
             position: 0,
             measuring: false,

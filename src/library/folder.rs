@@ -21,8 +21,13 @@ pub(super) fn scan(place: &Place, catalog: &mut Catalog) {
         let why = format!("{}: more than {ENTRIES_MAX} files lie there; the rest is not listed", place.shown());
         catalog.notes.push(why);
     }
+    let mut models = BTreeMap::<PathBuf, usize>::new();
+    found.keys().for_each(|(folder, ..)| *models.entry(folder.clone()).or_default() += 1);
     for ((folder, stem, count), files) in found {
-        let entry = entry(place, &folder, &stem, count, &files);
+        let mut entry = entry(place, &folder, &stem, count, &files);
+        // A folder with one model stands for it.
+        let within = folder.strip_prefix(&place.path).ok().filter(|w| *w != Path::new(""));
+        entry.aliases.extend(within.filter(|_| models[&folder] == 1).map(|w| w.to_string_lossy().into_owned()));
         catalog.entries.push(entry);
     }
 }

@@ -110,7 +110,7 @@ mod tests {
         std::os::unix::fs::symlink(a.join("sub/n.gguf"), b.join("n.gguf")).unwrap();
         std::os::unix::fs::symlink("/nonexistent", b.join("gone.gguf")).unwrap();
         let catalog = scan(&[Place::at(&a, true), Place::at(&b, true)]);
-        for name in ["sub/n", "n", "n.gguf", "sub/n.gguf"] {
+        for name in ["sub/n", "n", "n.gguf", "sub/n.gguf", "sub"] {
             let found = find(name, &catalog).unwrap().unwrap();
             assert_eq!(found.canonicalize().unwrap(), a.join("sub/n.gguf").canonicalize().unwrap(), "{name}");
         }

@@ -1,4 +1,4 @@
-//! How computation gets its streamed units, whatever stands between it and storage.
+//! The consumer side of the ring: hands streamed units to the forward pass.
 
 use std::sync::Arc;
 use std::time::Duration;

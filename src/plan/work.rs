@@ -30,7 +30,7 @@ fn gpu_share(ty: TensorType) -> f64 {
 /// Least time of a unit on a GPU: a block's kernels are launched one by one (SmolLM2, whose blocks are
 /// small, decodes at 1386 tokens/s on an H100: 30 blocks in 0.72 ms).
 const GPU_UNIT_S: f64 = 25e-6;
-/// What a pass costs on a GPU beside its units: logits to the host, and the next token's row back.
+/// Fixed overhead per pass on a GPU, excluding units: logits to the host, and the next token's row back.
 const GPU_PASS_S: f64 = 100e-6;
 /// The same on processors, whose threads only meet.
 const CPU_PASS_S: f64 = 20e-6;

@@ -122,9 +122,9 @@ fn end_of(mut file: &File) -> std::io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
-/// Whether the file lies on tmpfs.
+/// Whether it is a file on tmpfs. A drive's node lies on one too, its bytes do not.
 fn in_memory(file: &File) -> bool {
-    fstatfs(file).is_ok_and(|st| st.filesystem_type() == TMPFS_MAGIC)
+    file.metadata().is_ok_and(|m| m.is_file()) && fstatfs(file).is_ok_and(|st| st.filesystem_type() == TMPFS_MAGIC)
 }
 
 /// `STATX_DIOALIGN`: `None` where the kernel does not tell, `Some(None)` where direct I/O is refused.

@@ -8,6 +8,7 @@
 #   ns=P,P             properties of a namespace, `-device nvme-ns`; twice for two namespaces of half the size
 #   port=NAME          the next function of that drive's slot, in its IOMMU group
 #   read=BYTES         reads at most so many bytes per second; write=BYTES writes
+#   iops=N             at most so many reads per second
 #   unreadable=SECTOR  that sector cannot be read
 #   discard            discarded blocks read as zeros (else the drive keeps what was there)
 #   absent             not there until the suite asks the host to plug it
@@ -83,6 +84,7 @@ add_drive() {
       ns=*) spaces+=("${property#ns=}") ;;
       port=*) bus=${property#*=} ;;
       read=*) limits+=,throttling.bps-read=${property#*=} ;;
+      iops=*) limits+=,throttling.iops-read=${property#*=} ;;
       write=*) limits+=,throttling.bps-write=${property#*=} ;;
       discard) limits+=,discard=unmap ;;
       unreadable=*)

@@ -34,7 +34,7 @@ select_suites() {
   done
   guests=()
   for name in "${suites[@]}"; do
-    if says "$name" "guest: own" || says "$name" machine || says "$name" memory || says "$name" append || says "$name" release; then
+    if says "$name" "guest: own" || says "$name" machine || says "$name" memory || says "$name" append || says "$name" release || says "$name" icount; then
       guests+=("$name")
       continue
     fi
@@ -191,7 +191,7 @@ make_root() {
   copy_program "$built/nt" "$root"
   [ ! -e "$built/examples/nvme_probe" ] || copy_program "$built/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
-  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models}.sh
+  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models,probes}.sh
   install -D -m 755 "$here/init.sh" "$root/sbin/init.sh"
   install -D -m 755 udev/nt-vfio-group "$root/usr/lib/udev/nt-vfio-group"
   mkdir -p "$root/root/scripts" "$root/root/udev"
@@ -275,17 +275,20 @@ run_guest() {
 # any drive was bound; VFIO makes a translated domain of its own either way.
 # boot SUITE…: runs the guest, as often as a suite asks for, prints its results, fails if any check failed.
 boot() {
-  local left=("$@") step='' log=$work/$1.log machine accel=${NT_VM_ACCEL:-tcg} memory append watcher again limit=120 suite started=$SECONDS
+  local left=("$@") step='' log=$work/$1.log machine accel=${NT_VM_ACCEL:-tcg} memory append watcher again limit=120 suite smp started=$SECONDS
   machine=(-machine "q35,kernel-irqchip=split,accel=$accel" -device intel-iommu,intremap=on)
   [ "$(declared "$1" machine)" != noiommu ] || machine=(-machine "q35,accel=$accel")
   memory=$(declared "$1" memory)
+  # One processor whose clock advances by instructions: what the host does besides changes nothing.
+  smp=(-smp 2)
+  says "$1" icount && smp=(-smp 1 -icount "shift=$(declared "$1" icount),sleep=off") machine=(-machine q35,accel=tcg)
   append=$(declared "$1" append)
   for suite in "$@"; do limit=$((limit + $(timeout_of "$suite"))); done
   : >"$log"
   while :; do
     : >"$log.part"
     python3 "$here/host.py" "$log.part" "$work/qmp" ${absent[@]+"${absent[@]}"} & watcher=$!
-    timeout "${NT_VM_TIMEOUT:-$limit}" qemu-system-x86_64 "${machine[@]}" -cpu max,-arch-capabilities -smp 2 -m "${memory:-1024}" \
+    timeout "${NT_VM_TIMEOUT:-$limit}" qemu-system-x86_64 "${machine[@]}" -cpu max,-arch-capabilities "${smp[@]}" -m "${memory:-1024}" \
       -nodefaults -display none -serial "file:$log.part" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot \
       -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
       -append "console=ttyS0 quiet panic=-1 intel_iommu=on no_timer_check ${NT_VM_APPEND-iommu=pt} $append nt.suites=$(tr ' ' , <<<"${left[*]}") nt.step=$step nt.seed=${NT_VM_SEED:-1}" \

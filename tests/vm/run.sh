@@ -24,11 +24,12 @@
 #   # files: PATH…                files of this repository, below /root/files in the guest
 #   # timeout: 300                seconds after which it is given up (default 300)
 #   # guest: own                  a boot of its own; else suites of one machine share a guest, one after another.
-#                                 Implied by the next three
+#                                 Implied by the next five
 #   # machine: noiommu            without an IOMMU
 #   # memory: 2048                MiB of the guest, default 1024
 #   # append: WORD…               words for the kernel's command line
 #   # release                     with the release build of nt
+#   # icount: N                   one processor, without KVM or an IOMMU, whose clock advances 2^N ns per instruction
 #
 # In a shared guest the drives of all its suites are there: a suite that changes or unplugs a drive uses
 # names of its own. Between suites /tmp, /etc/nt, /var/lib/nt and the mounts below /mnt are cleared.

@@ -37,6 +37,11 @@ impl Gpu {
     }
 }
 
+/// Whether a GPU of NVIDIA is on the PCI bus, driver or not.
+pub fn has_nvidia_gpu(host: &Host) -> bool {
+    gpus(host).iter().any(Gpu::is_nvidia)
+}
+
 /// Display and 3D controllers, by address.
 pub(super) fn gpus(host: &Host) -> Vec<Gpu> {
     let base = "/sys/bus/pci/devices";

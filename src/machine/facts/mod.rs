@@ -10,7 +10,7 @@ mod pci;
 mod system;
 
 pub use drive::{Drive, Mount};
-pub use gpu::Gpu;
+pub use gpu::{Gpu, has_nvidia_gpu};
 pub use nvml::{GpuUser, ask_nvml};
 pub use pci::{Link, Speed};
 pub use system::{Cpu, HugePages, Limits, Ram};

@@ -8,14 +8,14 @@ use crate::storage::guard::Host;
 /// What a link runs at.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Speed {
-    /// Billion transfers a second and lane: 2.5, 5, 8, 16, 32, 64 for generations 1 to 6.
+    /// Billion transfers per second and lane: 2.5, 5, 8, 16, 32, 64 for generations 1 to 6.
     pub gt_per_s: f64,
     /// Lanes.
     pub width: u32,
 }
 
 impl Speed {
-    /// What may cross it, in bytes a second, before packet headers: 8b/10b coding up to generation
+    /// What may cross it, in bytes per second, before packet headers: 8b/10b coding up to generation
     /// 2, 128b/130b from 3 on.
     pub fn bytes_per_s(&self) -> f64 {
         let coding = if self.gt_per_s < 8.0 { 0.8 } else { 128.0 / 130.0 };

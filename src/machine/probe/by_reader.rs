@@ -4,8 +4,10 @@
 use std::time::{Duration, Instant};
 
 use super::ProbeError;
+use super::latency::Latencies;
 use super::queue::{Clock, Span};
 use super::storage::Reads;
+use super::walk::Walk;
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::guard::Host;
@@ -17,14 +19,16 @@ use crate::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 const FLYING_MAX: u64 = 256 << 20;
 const POLL: Duration = Duration::from_millis(2);
 
-/// Reads one file of a reader, front to back and again.
+/// Reads one file of a reader, all of it and again.
 pub struct ByReader {
     /// Dropped before the memory that it reads to.
     reader: Box<dyn Reader>,
     file: FileId,
     len: u64,
     name: String,
-    cursor: u64,
+    scatter: bool,
+    /// Reads so far.
+    read: u64,
     buffers: Region,
     threads: usize,
     _arena: Arena,
@@ -51,15 +55,17 @@ impl ByReader {
         // SAFETY: the arena begins at a page, and is dropped after the reader.
         unsafe { reader.attach(arena.base(), arena.len() as usize) }
             .map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
-        Ok(ByReader { reader, file, len, name, cursor: 0, buffers, threads, _arena: arena })
+        Ok(ByReader { reader, file, len, name, scatter: true, read: 0, buffers, threads, _arena: arena })
     }
 
-    fn submit(&mut self, slot: usize, block: u64) -> Result<(), ProbeError> {
-        if self.cursor + block > self.len {
-            self.cursor = 0;
-        }
-        let extent = Extent { file: self.file, offset: self.cursor, len: block, dst_offset: 0 };
-        self.cursor += block;
+    /// The same with small blocks in the file's order too, for files that come through the page cache.
+    pub fn in_order(self) -> ByReader {
+        ByReader { scatter: false, ..self }
+    }
+
+    fn submit(&mut self, slot: usize, block: u64, walk: &mut Walk) -> Result<(), ProbeError> {
+        let extent = Extent { file: self.file, offset: walk.next(), len: block, dst_offset: 0 };
+        self.read = walk.reads();
         // SAFETY: the caller's slots lie within the buffers.
         let dst = unsafe { self.buffers.addr().add(slot * block as usize) };
         let request = ReadRequest { tag: slot as u64, extents: &[extent], dst, urgent: false, dst_len: block as usize };
@@ -88,20 +94,26 @@ impl Reads for ByReader {
         slice: Duration,
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
+        latencies: &mut Latencies,
     ) -> Result<Span, ProbeError> {
         let clock = Clock { start: Instant::now(), time, slice };
+        let mut begun = vec![clock.start; depth];
+        let mut walk = Walk::new(self.len, block, self.scatter, self.read);
         let mut done: Vec<Completion> = Vec::with_capacity(depth);
         for slot in 0..depth {
-            self.submit(slot, block)?;
+            self.submit(slot, block, &mut walk)?;
         }
         clock.run(stop, each, depth > 0, &mut |more| {
             let whole = Extent { file: self.file, offset: 0, len: self.len, dst_offset: 0 };
             self.reader.poll(&mut done, Some(POLL)).map_err(|e| self.failed(whole, e.to_string()))?;
-            let mut bytes = 0;
+            let (now, mut bytes) = (Instant::now(), 0);
             for c in done.drain(..) {
                 bytes += c.result.map_err(|e| self.failed(whole, e.to_string()))?;
+                let begun = &mut begun[c.tag as usize];
+                latencies.add(now.duration_since(*begun).as_nanos() as u64);
+                *begun = now;
                 if more {
-                    self.submit(c.tag as usize, block)?;
+                    self.submit(c.tag as usize, block, &mut walk)?;
                 }
             }
             Ok((bytes, self.reader.outstanding() > 0))
@@ -152,10 +164,13 @@ mod tests {
         let reader = PreadReader::new(vec![file], 1).unwrap();
         let mut reads = ByReader::new(Box::new(reader), FileId(0), 3 << 20, "f".into(), 4 << 20, 8).unwrap();
         assert!(reads.fits(1 << 20, 4) && !reads.fits(1 << 20, 5) && !reads.fits(4 << 20, 1));
-        let (time, mut slices) = (Duration::from_millis(50), 0);
-        let span = reads.run((1 << 20, 3), time, Duration::from_millis(1), &|| false, &mut |_| slices += 1).unwrap();
+        let (time, mut slices, mut latencies) = (Duration::from_millis(50), 0, Latencies::default());
+        let span = reads
+            .run((1 << 20, 3), time, Duration::from_millis(1), &|| false, &mut |_| slices += 1, &mut latencies)
+            .unwrap();
+        assert_eq!(latencies.reads(), span.bytes >> 20);
         assert!(span.bytes > 3 << 20 && span.bytes.is_multiple_of(1 << 20) && slices > 0);
-        let stopped = reads.run((1 << 20, 3), time, time, &|| true, &mut |_| {});
+        let stopped = reads.run((1 << 20, 3), time, time, &|| true, &mut |_| {}, &mut latencies);
         assert!(matches!(stopped, Err(ProbeError::Interrupted)));
     }
 

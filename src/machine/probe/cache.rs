@@ -13,7 +13,7 @@ pub struct Rate {
     pub kind: String,
     /// The device, named so that it is known again.
     pub identity: String,
-    /// Bytes a second.
+    /// Bytes per second.
     pub bytes_per_s: f64,
     /// Bytes of one read or copy at which it was reached.
     pub block_bytes: Option<u64>,
@@ -55,6 +55,12 @@ struct Cache {
 /// This day in UTC, `2026-11-23`.
 pub fn today() -> String {
     Rate::now("", "", 0.0, None, None).date
+}
+
+/// A time in seconds since 1970 as `2026-11-23T12:34:56Z`.
+pub fn utc(unix_s: u64) -> String {
+    let s = unix_s % 86_400;
+    format!("{}T{:02}:{:02}:{:02}Z", date(unix_s), s / 3600, s / 60 % 60, s % 60)
 }
 
 /// Where the cache lies; `None` without `XDG_CACHE_HOME` and `HOME`.

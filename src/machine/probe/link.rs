@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::queue::Queue;
-use super::{Pages, ProbeError, Target, rate, storage};
+use super::{Latencies, Pages, ProbeError, Target, rate, storage};
 use crate::backend::cuda::{Device, Stream};
 
 /// Sizes of one copy, in bytes.
@@ -17,7 +17,7 @@ const TOGETHER_TIME: Duration = Duration::from_secs(2);
 /// Copies handed over before the first is waited for.
 const BATCH: usize = 16;
 
-/// Rates of copies of one size, bytes a second.
+/// Rates of copies of one size, bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Cell {
     /// Bytes of one copy.
@@ -41,13 +41,13 @@ pub struct Report {
     pub pci: String,
     /// By size.
     pub cells: Vec<Cell>,
-    /// Both directions at once at the largest size: to the GPU, from it, bytes a second.
+    /// Both directions at once at the largest size: to the GPU, from it, bytes per second.
     pub both_at_once: (f64, f64),
     /// Copies to the GPU while storage is read, as in a run of three tiers; null without storage.
     pub with_storage: Option<Together>,
 }
 
-/// Storage and the link at the same time, bytes a second.
+/// Storage and the link at the same time, bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Together {
     /// Pinned memory to the GPU.
@@ -133,8 +133,9 @@ pub fn with_storage(
     let host = host.as_mut_slice().as_mut_ptr();
     let over = AtomicBool::new(false);
     let read = || {
-        let result = Queue::new(target, at.block_bytes, at.depth, 0, pages)
-            .and_then(|mut queue| queue.run(TOGETHER_TIME, TOGETHER_TIME, stop, &mut |_| {}));
+        let result = Queue::new(target, at.block_bytes, at.depth, 0, pages).and_then(|mut queue| {
+            queue.run(TOGETHER_TIME, TOGETHER_TIME, stop, &mut |_| {}, &mut Latencies::default())
+        });
         over.store(true, Ordering::Relaxed);
         result
     };
@@ -149,7 +150,7 @@ pub fn with_storage(
     })
 }
 
-/// Bytes a second of each of `copies`, which run at the same time, in batches.
+/// Bytes per second of each of `copies`, which run at the same time, in batches.
 ///
 /// # Safety
 /// Host and device address of each copy are good for `bytes` and used by nobody else.

@@ -1,19 +1,22 @@
 //! Measures the links of this machine: storage, memory, and the one to a GPU.
 //!
-//! Reads only: files and devices are opened for reading and never written. Rates are bytes a second
+//! Reads only: files and devices are opened for reading and never written. Rates are bytes per second
 //! over wall time, from the first request to the last completion.
 
 mod by_reader;
 mod cache;
+mod latency;
 pub mod link;
 pub mod memory;
 pub mod plot;
 mod queue;
 pub mod storage;
 mod target;
+mod walk;
 
 pub use by_reader::{BoundDrive, open_bound};
-pub use cache::{Rate, file as cache_file, measured, record, today};
+pub use cache::{Rate, file as cache_file, measured, record, today, utc};
+pub use latency::{Latencies, Latency};
 pub use queue::{Pages, Span};
 pub use target::Target;
 
@@ -54,7 +57,7 @@ pub enum ProbeError {
     Interrupted,
 }
 
-/// Bytes a second, 0 for no time.
+/// Bytes per second, 0 for no time.
 fn rate(bytes: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { bytes as f64 / seconds } else { 0.0 }
 }

@@ -160,12 +160,14 @@ pub fn size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Latency;
     use super::super::storage::Cell;
     use super::*;
 
     #[test]
     fn a_faster_cell_stands_higher_and_names_are_escaped() {
-        let cell = |depth, bytes_per_s| Cell { block_bytes: 4096, depth, bytes_per_s };
+        let latency = Latency::default();
+        let cell = |depth, bytes_per_s| Cell { block_bytes: 4096, depth, bytes_per_s, iops: 1.0, reads: 1, latency };
         let report = Report {
             path: "/data/<a>&b".into(),
             drive: "d".into(),

@@ -1,5 +1,4 @@
-//! A plain io_uring loop: so many reads of one size in flight, in order of the file, each made as the
-//! reader of weights makes it.
+//! A plain io_uring loop: so many reads of one size in flight, each made as the reader of weights makes it.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -8,6 +7,8 @@ use std::time::{Duration, Instant};
 use io_uring::IoUring;
 use serde::Serialize;
 
+use super::latency::Latencies;
+use super::walk::Walk;
 use super::{ProbeError, Target, rate};
 use crate::memory::{Arena, Region};
 use crate::storage::{allow_workers, drain, read_entry};
@@ -35,12 +36,12 @@ pub struct Queue<'t> {
     target: &'t Target,
     block: u64,
     buffers: Vec<Region>,
-    /// Where each buffer's read began.
+    /// Where in the file each buffer's read begins, and when it was begun.
     offsets: Vec<u64>,
+    begun: Vec<Instant>,
     n_flying: usize,
-    /// Next byte of the file; stays between runs, so that no run finds what the last one read in
-    /// a drive's cache.
-    cursor: u64,
+    /// Goes on between runs, so that no run finds in a drive's cache what the last one read.
+    walk: Walk,
     /// Held for the buffers: dropped after the ring, which waits for reads in flight.
     _arena: Arena,
 }
@@ -55,7 +56,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// Bytes a second.
+    /// Bytes per second.
     pub fn rate(&self) -> f64 {
         rate(self.bytes, self.seconds)
     }
@@ -102,17 +103,12 @@ impl Clock {
 }
 
 impl<'t> Queue<'t> {
-    /// Sets it up; `block` is at most the target's length, and a multiple of 4096.
+    /// Sets it up; `block` is at most the target's length, and a multiple of 4096. The order of reads goes on after
+    /// `read` of them.
     ///
     /// # Errors
     /// If io_uring is refused or memory is missing.
-    pub fn new(
-        target: &'t Target,
-        block: u64,
-        depth: usize,
-        cursor: u64,
-        pages: Pages,
-    ) -> Result<Queue<'t>, ProbeError> {
+    pub fn new(target: &'t Target, block: u64, depth: usize, read: u64, pages: Pages) -> Result<Queue<'t>, ProbeError> {
         let depth = depth.clamp(1, DEPTH_MAX);
         let bytes = block * depth as u64;
         let mut arena = Arena::new(if pages == Pages::Huge { bytes.max(ARENA_MIN) } else { bytes })?;
@@ -130,16 +126,26 @@ impl<'t> Queue<'t> {
         let ring = new_ring(depth as u32).map_err(ProbeError::Uring)?;
         ring.submitter().register_files(&[target.file.file.as_raw_fd()]).map_err(ProbeError::Uring)?;
         allow_workers(&ring, &target.file, depth);
-        Ok(Queue { ring, target, block, offsets: vec![0; depth], buffers, n_flying: 0, cursor, _arena: arena })
+        Ok(Queue {
+            ring,
+            target,
+            block,
+            offsets: vec![0; depth],
+            begun: vec![Instant::now(); depth],
+            buffers,
+            n_flying: 0,
+            walk: Walk::new(target.len, block, target.file.is_direct(), read),
+            _arena: arena,
+        })
     }
 
-    /// Where the next run goes on.
-    pub fn cursor(&self) -> u64 {
-        self.cursor
+    /// Reads so far, those of earlier queues among them.
+    pub fn read(&self) -> u64 {
+        self.walk.reads()
     }
 
     /// Reads until `time` is over, keeping every buffer in flight; calls `each` about every `slice`
-    /// with the bytes and seconds since the last call.
+    /// with the bytes and seconds since the last call, and adds how long each read took to `latencies`.
     ///
     /// # Errors
     /// A failed read, or `stop` said so.
@@ -149,37 +155,42 @@ impl<'t> Queue<'t> {
         slice: Duration,
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
+        latencies: &mut Latencies,
     ) -> Result<Span, ProbeError> {
         let clock = Clock { start: Instant::now(), time, slice };
         for slot in 0..self.buffers.len() {
-            self.push(slot)?;
+            self.push(slot, Instant::now())?;
         }
         clock.run(stop, each, self.n_flying > 0, &mut |more| {
-            let bytes = self.step(more)?;
+            let bytes = self.step(more, latencies)?;
             Ok((bytes, self.n_flying > 0))
         })
     }
 
     /// Waits for at least one read; begins others in their place if `more`. Gives the bytes read.
-    fn step(&mut self, more: bool) -> Result<u64, ProbeError> {
+    fn step(&mut self, more: bool, latencies: &mut Latencies) -> Result<u64, ProbeError> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e) if is_passing(&e) => {}
             Err(e) => return Err(ProbeError::Uring(e)),
         }
         let mut bytes = 0;
         while let Some(done) = self.next_done() {
+            let now = Instant::now();
             let slot = done.user_data() as usize;
             self.n_flying -= 1;
             match done.result() {
-                n if n > 0 => bytes += n as u64,
+                n if n > 0 => {
+                    bytes += n as u64;
+                    latencies.add(now.duration_since(self.begun[slot]).as_nanos() as u64);
+                }
                 0 => return Err(self.failed(slot, "the file ended early; was it truncated?".into())),
                 e if matches!(-e, libc::EAGAIN | libc::EINTR) => {}
                 e => return Err(self.failed(slot, io::Error::from_raw_os_error(-e).to_string())),
             }
             self.target.file.forget(self.offsets[slot], self.block);
             if more {
-                self.push(slot)?;
+                self.push(slot, now)?;
             }
         }
         Ok(bytes)
@@ -198,12 +209,10 @@ impl<'t> Queue<'t> {
         }
     }
 
-    fn push(&mut self, slot: usize) -> Result<(), ProbeError> {
-        if self.cursor + self.block > self.target.len {
-            self.cursor = 0;
-        }
-        self.offsets[slot] = self.cursor;
-        self.cursor += self.block;
+    /// Begins a read, at once: the kernel holds reads that are submitted together back until it has the last.
+    fn push(&mut self, slot: usize, now: Instant) -> Result<(), ProbeError> {
+        self.offsets[slot] = self.walk.next();
+        self.begun[slot] = now;
         let span = (self.offsets[slot], self.block as u32);
         let entry = read_entry(&self.target.file, 0, span, self.buffers[slot].addr(), slot as u64);
         // SAFETY: the buffer belongs to this slot, whose last read has completed; the arena is
@@ -211,8 +220,17 @@ impl<'t> Queue<'t> {
         unsafe { self.ring.submission().push(&entry) }
             .map_err(|_| self.failed(slot, "the submission queue is full".into()))?;
         self.n_flying += 1;
-        Ok(())
+        match self.ring.submit() {
+            Ok(_) => Ok(()),
+            // It is submitted with the next wait.
+            Err(e) if is_passing(&e) => Ok(()),
+            Err(e) => Err(ProbeError::Uring(e)),
+        }
     }
+}
+
+fn is_passing(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }
 
 /// A ring for one thread, with the flags that save interrupts where the kernel knows them.

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::by_reader::{BoundDrive, ByReader};
 use super::queue::{Queue, Span};
-use super::{Pages, ProbeError, Target, rate};
+use super::{Latencies, Latency, Pages, ProbeError, Target, rate};
 use crate::storage::{self, FileId, ReaderKind};
 
 /// Block sizes of the sweep, in bytes.
@@ -43,8 +43,14 @@ pub struct Cell {
     pub block_bytes: u64,
     /// Reads in flight.
     pub depth: usize,
-    /// Bytes a second.
+    /// Bytes per second.
     pub bytes_per_s: f64,
+    /// Reads per second.
+    pub iops: f64,
+    /// Reads that were made.
+    pub reads: u64,
+    /// How long a read took, from its submission to its completion.
+    pub latency: Latency,
 }
 
 /// The outcome.
@@ -71,9 +77,9 @@ pub struct Report {
     pub best: Option<Cell>,
     /// The cell with the fewest bytes in flight within 3 % of the best.
     pub knee: Option<Cell>,
-    /// One thread calling pread through the page cache, bytes a second.
+    /// One thread calling pread through the page cache, bytes per second.
     pub buffered_bytes_per_s: Option<f64>,
-    /// One thread touching every page of a mapping, bytes a second.
+    /// One thread touching every page of a mapping, bytes per second.
     pub mmap_bytes_per_s: Option<f64>,
     /// For the time asked for: at the knee, or where reads are copies as weights are read, since what a
     /// processor copies depends on the size of the copy and how many others there are.
@@ -89,11 +95,15 @@ pub struct Sustained {
     pub depth: usize,
     /// Threads that read.
     pub threads: usize,
-    /// Bytes a second over the whole time.
+    /// Bytes per second over the whole time.
     pub bytes_per_s: f64,
+    /// Reads per second over the whole time.
+    pub iops: f64,
+    /// How long a read took, from its submission to its completion.
+    pub latency: Latency,
     /// Seconds it took.
     pub seconds: f64,
-    /// Bytes a second of each slice of about half a second.
+    /// Bytes per second of each slice of about half a second.
     pub slices: Vec<f64>,
 }
 
@@ -111,7 +121,7 @@ pub trait Reads {
     }
 
     /// Reads for `time` in blocks and depth as given; calls `each` about every `slice` with the bytes and
-    /// seconds since the last call.
+    /// seconds since the last call, and adds how long each read took to `latencies`.
     ///
     /// # Errors
     /// A failed read, io_uring refused, or `stop` said so.
@@ -122,6 +132,7 @@ pub trait Reads {
         slice: Duration,
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
+        latencies: &mut Latencies,
     ) -> Result<Span, ProbeError>;
 }
 
@@ -129,7 +140,7 @@ pub trait Reads {
 struct ByKernel<'t> {
     target: &'t Target,
     pages: Pages,
-    cursor: u64,
+    read: u64,
 }
 
 impl Reads for ByKernel<'_> {
@@ -152,10 +163,11 @@ impl Reads for ByKernel<'_> {
         slice: Duration,
         stop: &dyn Fn() -> bool,
         each: &mut dyn FnMut(Span),
+        latencies: &mut Latencies,
     ) -> Result<Span, ProbeError> {
-        let mut queue = Queue::new(self.target, block, depth, self.cursor, self.pages)?;
-        let span = queue.run(time, slice, stop, each)?;
-        self.cursor = queue.cursor();
+        let mut queue = Queue::new(self.target, block, depth, self.read, self.pages)?;
+        let span = queue.run(time, slice, stop, each, latencies)?;
+        self.read = queue.read();
         Ok(span)
     }
 }
@@ -181,7 +193,7 @@ pub fn measure(
         Some(mut pool) => sweep(&mut pool, Report { through: "pread", ..report }, options, stop, say)?,
         None => {
             let report = Report { through: "io_uring", pages: Some(options.pages), ..report };
-            sweep(&mut ByKernel { target, pages: options.pages, cursor: 0 }, report, options, stop, say)?
+            sweep(&mut ByKernel { target, pages: options.pages, read: 0 }, report, options, stop, say)?
         }
     };
     Ok(Report {
@@ -201,7 +213,8 @@ fn refused(target: &Target, options: &Options) -> Result<Option<ByReader>, Probe
     }
     let flying = options.blocks.iter().max().unwrap_or(&0) * options.depths.iter().max().map_or(0, |d| *d as u64);
     let flying = flying.max(storage::CHUNK_BYTES * storage::QUEUE_DEPTH as u64);
-    ByReader::new(reader, FileId(0), target.len, name, flying, storage::PREAD_THREADS).map(Some)
+    let reads = ByReader::new(reader, FileId(0), target.len, name, flying, storage::PREAD_THREADS)?;
+    Ok(Some(if target.file.is_direct() { reads } else { reads.in_order() }))
 }
 
 /// Measures a drive bound to vfio-pci, which no page cache stands before.
@@ -237,8 +250,11 @@ fn sweep(
     let mut cells = Vec::new();
     for &block_bytes in &options.blocks {
         for &depth in options.depths.iter().filter(|d| reads.fits(block_bytes, **d)).collect::<Vec<_>>() {
-            let span = reads.run((block_bytes, depth), CELL_TIME, CELL_TIME, stop, &mut |_| {})?;
-            let cell = Cell { block_bytes, depth, bytes_per_s: span.rate() };
+            let mut latencies = Latencies::default();
+            let span = reads.run((block_bytes, depth), CELL_TIME, CELL_TIME, stop, &mut |_| {}, &mut latencies)?;
+            let (reads, latency) = (latencies.reads(), latencies.summary());
+            let iops = reads as f64 / span.seconds;
+            let cell = Cell { block_bytes, depth, bytes_per_s: span.rate(), iops, reads, latency };
             say(cell);
             cells.push(cell);
         }
@@ -275,12 +291,15 @@ fn sustain(
 ) -> Result<Sustained, ProbeError> {
     let mut slices = Vec::new();
     let time = Duration::from_secs_f64(seconds);
-    let span = reads.run((block_bytes, depth), time, SLICE, stop, &mut |s| slices.push(s.rate()))?;
+    let mut latencies = Latencies::default();
+    let span = reads.run((block_bytes, depth), time, SLICE, stop, &mut |s| slices.push(s.rate()), &mut latencies)?;
     Ok(Sustained {
         block_bytes,
         depth,
         threads: reads.threads(depth),
         bytes_per_s: span.rate(),
+        iops: latencies.reads() as f64 / span.seconds,
+        latency: latencies.summary(),
         seconds: span.seconds,
         slices,
     })
@@ -359,7 +378,8 @@ mod tests {
     use super::*;
 
     fn cell(block_bytes: u64, depth: usize, bytes_per_s: f64) -> Cell {
-        Cell { block_bytes, depth, bytes_per_s }
+        let iops = bytes_per_s / block_bytes as f64;
+        Cell { block_bytes, depth, bytes_per_s, iops, reads: 1, latency: Latency::default() }
     }
 
     #[test]
@@ -392,7 +412,10 @@ mod tests {
             Options { blocks: vec![64 << 10, 16 << 20], depths: vec![1, 4], sustained_s: 0.2, pages: Pages::Small };
         let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
         assert_eq!(report.cells.len(), 2, "a block larger than the file is left out");
-        assert!(report.cells.iter().all(|c| c.bytes_per_s > 0.0));
+        for c in &report.cells {
+            assert!((c.iops * c.block_bytes as f64 / c.bytes_per_s - 1.0).abs() < 1e-9, "{c:?}");
+            assert!(c.latency.p50_ns <= c.latency.max_ns && c.latency.mean_ns > Some(0), "{c:?}");
+        }
         assert_eq!(report.sustained.unwrap().block_bytes, 64 << 10);
         assert_eq!(std::fs::read(f.path()).unwrap(), data);
     }

@@ -305,7 +305,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Who computes may call what was copied to this slot.
+    /// Tells the compute side that this slot's copy has been queued.
     fn tell(&mut self, called: Option<usize>) {
         if let (Some(ring), Some(slot)) = (&mut self.device, called) {
             ring.read_done(slot, true);

@@ -109,7 +109,7 @@ pub fn memory_needed(entries: u16) -> usize {
 
 impl<R: Registers> Controller<R> {
     /// Brings the controller up. `memory` is page aligned and at least [`memory_needed`] long;
-    /// `entries` is the wish for the I/O queue, cut to what the controller can. `interrupts`: MSI-X
+    /// `entries` is the requested queue depth, clamped to CAP.MQES. `interrupts`: MSI-X
     /// vector 0 leads somewhere, so that reads may be waited for by it.
     ///
     /// # Errors

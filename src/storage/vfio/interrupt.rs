@@ -65,7 +65,7 @@ fn lead(device: &impl AsRawFd, kind: u32, event: &File) -> io::Result<()> {
 pub(super) struct Wanted(File);
 
 impl Wanted {
-    /// Has the kernel tell.
+    /// Registers an eventfd for the kernel's device request.
     ///
     /// # Errors
     /// If it cannot.

@@ -51,7 +51,7 @@ pub(super) struct Lane {
     pub(super) pending: Vec<Option<Pending>>,
     /// A page for each slot.
     lists: Dma,
-    /// Completions taken of which the controller has not been told.
+    /// Completions consumed but not yet acknowledged through the doorbell of the completion queue.
     untold: usize,
     /// The tail that the controller was shown last.
     shown: u16,

@@ -1,0 +1,306 @@
+//! A benchmark's tests as rows in llama-bench's columns, so that its users' scripts read them.
+
+use std::path::Path;
+
+use serde_json::{Map, Value as Json, json};
+
+use super::super::list::count;
+use super::{Measured, OutputArg};
+use crate::engine::{Opened, Options, Session};
+use crate::gguf::{Gguf, TensorType};
+use crate::library::printable;
+use crate::machine;
+use crate::machine::facts::Facts;
+use crate::model::UnitKind;
+use crate::plan::Home;
+use crate::storage::guard::Host;
+
+/// What is the same in all rows.
+pub(super) struct About {
+    model_filename: String,
+    model_type: String,
+    model_size: u64,
+    model_n_params: u64,
+    cpu_info: String,
+    gpu_info: String,
+    backend: &'static str,
+    threads: usize,
+    kv: TensorType,
+    /// Blocks in VRAM, in RAM and on storage.
+    tiers: [usize; 3],
+    n_buffers: usize,
+    reader: &'static str,
+}
+
+impl About {
+    /// Of a session.
+    pub(super) fn new(session: &Session, opened: &Opened, kv: TensorType, threads: usize) -> About {
+        let blocks = opened.model.units.iter().zip(session.homes());
+        let blocks: Vec<Home> =
+            blocks.filter(|(u, _)| matches!(u.kind, UnitKind::Block(_))).map(|(_, home)| *home).collect();
+        let path = opened.gguf.shards.first().map_or(Path::new(""), |s| &s.path);
+        About {
+            model_filename: path.display().to_string(),
+            model_type: model_type(&opened.gguf),
+            model_size: opened.gguf.tensor_bytes(),
+            model_n_params: parameters(&opened.gguf),
+            cpu_info: Facts::read(&Host::default()).cpu.model.unwrap_or_default(),
+            gpu_info: session.device().unwrap_or_default(),
+            backend: if session.device().is_some() { "CUDA" } else { "CPU" },
+            threads,
+            kv,
+            tiers: [Home::A, Home::B, Home::C].map(|h| blocks.iter().filter(|b| **b == h).count()),
+            n_buffers: session.n_slots(),
+            reader: session.reader_name().unwrap_or(""),
+        }
+    }
+
+    fn tiers(&self) -> String {
+        self.tiers.map(|n| n.to_string()).join(":")
+    }
+}
+
+fn parameters(gguf: &Gguf) -> u64 {
+    gguf.tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum()
+}
+
+/// Architecture, size and quantisation in llama.cpp's words: `llama 8B Q4_K - Medium`.
+fn model_type(gguf: &Gguf) -> String {
+    let text = |key: &str| gguf.metadata.str(key).map(printable);
+    let size = text("general.size_label").unwrap_or_else(|| count(parameters(gguf)));
+    let mix = gguf.metadata.uint("general.file_type").and_then(file_type).map_or_else(|| largest(gguf), Into::into);
+    format!("{} {size} {mix}", text("general.architecture").unwrap_or_else(|| "?".into()))
+}
+
+/// The type that most bytes have.
+fn largest(gguf: &Gguf) -> String {
+    let bytes = |ty: TensorType| gguf.tensors.iter().filter(|t| t.ty == ty).map(|t| t.bytes).sum::<u64>();
+    let most = TensorType::ALL.iter().copied().max_by_key(|ty| bytes(*ty));
+    most.map_or_else(String::new, |ty| ty.name().into())
+}
+
+/// `general.file_type` as llama.cpp words it. Source: llama.cpp, src/llama-model-loader.cpp, `llama_model_ftype_name`.
+fn file_type(id: u64) -> Option<&'static str> {
+    Some(match id {
+        0 => "all F32",
+        1 => "F16",
+        2 => "Q4_0",
+        3 => "Q4_1",
+        7 => "Q8_0",
+        8 => "Q5_0",
+        9 => "Q5_1",
+        10 => "Q2_K - Medium",
+        11 => "Q3_K - Small",
+        12 => "Q3_K - Medium",
+        13 => "Q3_K - Large",
+        14 => "Q4_K - Small",
+        15 => "Q4_K - Medium",
+        16 => "Q5_K - Small",
+        17 => "Q5_K - Medium",
+        18 => "Q6_K",
+        21 => "Q2_K - Small",
+        25 => "IQ4_NL - 4.5 bpw",
+        30 => "IQ4_XS - 4.25 bpw",
+        32 => "BF16",
+        38 => "MXFP4 MoE",
+        _ => return None,
+    })
+}
+
+/// Mean and sample standard deviation; 0 for a single value.
+fn mean_and_stddev(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n.max(1.0);
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    (mean, if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
+}
+
+/// Writes rows in one format.
+pub(super) struct Rows {
+    format: OutputArg,
+    about: About,
+}
+
+impl Rows {
+    /// A writer.
+    pub(super) fn new(format: OutputArg, about: About) -> Rows {
+        Rows { format, about }
+    }
+
+    /// What stands before the first row.
+    pub(super) fn head(&self) -> Option<String> {
+        match self.format {
+            OutputArg::Jsonl => None,
+            OutputArg::Csv => {
+                let fields = self.fields(&Measured { seconds: vec![1.0], ..Measured::default() });
+                Some(fields.keys().map(String::as_str).collect::<Vec<_>>().join(","))
+            }
+            OutputArg::Md => {
+                let names =
+                    self.columns(&["model", "size", "params", "backend", "ngl", "threads", "tiers", "test", "t/s"]);
+                let lines = self.columns(&[
+                    "------------------------------",
+                    "---------:",
+                    "---------:",
+                    "----------",
+                    "--:",
+                    "------:",
+                    "---------:",
+                    "--------------:",
+                    "-------------------:",
+                ]);
+                Some(format!("{names}\n{lines}"))
+            }
+        }
+    }
+
+    /// The row of a test.
+    pub(super) fn row(&self, m: &Measured) -> String {
+        match self.format {
+            OutputArg::Md => self.markdown(m),
+            OutputArg::Jsonl => {
+                let mut fields = self.fields(m);
+                let ns: Vec<u64> = m.seconds.iter().map(|s| (s * 1e9) as u64).collect();
+                fields.insert("samples_ns".into(), json!(ns));
+                fields.insert("samples_ts".into(), json!(m.rates()));
+                Json::Object(fields).to_string()
+            }
+            OutputArg::Csv => {
+                let value = |v: &Json| match v {
+                    Json::String(s) => s.replace('"', "\"\""),
+                    v => v.to_string(),
+                };
+                let fields = self.fields(m);
+                fields.values().map(|v| format!("\"{}\"", value(v))).collect::<Vec<_>>().join(",")
+            }
+        }
+    }
+
+    fn markdown(&self, m: &Measured) -> String {
+        let a = &self.about;
+        let (mean, stddev) = mean_and_stddev(&m.rates());
+        let (bytes, params) = (a.model_size as f64, a.model_n_params as f64);
+        let size = if bytes < (1u64 << 30) as f64 {
+            format!("{:.2} MiB", bytes / 1024.0 / 1024.0)
+        } else {
+            format!("{:.2} GiB", bytes / 1024.0 / 1024.0 / 1024.0)
+        };
+        let params = if params < 1e9 { format!("{:.2} M", params / 1e6) } else { format!("{:.2} B", params / 1e9) };
+        let (ngl, threads) = (a.tiers[0].to_string(), a.threads.to_string());
+        let rate = format!("{mean:.2} ± {stddev:.2}");
+        self.columns(&[&a.model_type, &size, &params, a.backend, &ngl, &threads, &a.tiers(), &m.test.name(), &rate])
+    }
+
+    /// A line of the table: text to the left, numbers to the right. `ngl` on a GPU, `threads` on processors.
+    fn columns(&self, cells: &[&str; 9]) -> String {
+        const WIDTHS: [usize; 9] = [30, 10, 10, 10, 3, 7, 10, 15, 20];
+        let gpu = self.about.backend == "CUDA";
+        let mut line = String::from("|");
+        for (i, (cell, width)) in cells.iter().zip(WIDTHS).enumerate() {
+            if i == 4 && !gpu || i == 5 && gpu {
+                continue;
+            }
+            let fill = " ".repeat(width.saturating_sub(cell.chars().count()));
+            let is_text = matches!(i, 0 | 3);
+            line.push_str(&if is_text { format!(" {cell}{fill} |") } else { format!(" {fill}{cell} |") });
+        }
+        line
+    }
+
+    fn fields(&self, m: &Measured) -> Map<String, Json> {
+        let a = &self.about;
+        let ns: Vec<f64> = m.seconds.iter().map(|s| s * 1e9).collect();
+        let ((avg_ns, stddev_ns), (avg_ts, stddev_ts)) = (mean_and_stddev(&ns), mean_and_stddev(&m.rates()));
+        let fields = json!({
+            "build_commit": concat!("nt-", env!("CARGO_PKG_VERSION")),
+            "build_number": 0,
+            "cpu_info": a.cpu_info,
+            "gpu_info": a.gpu_info,
+            "backends": a.backend,
+            "model_filename": a.model_filename,
+            "model_type": a.model_type,
+            "model_size": a.model_size,
+            "model_n_params": a.model_n_params,
+            "n_batch": Options::MAX_BATCH,
+            "n_ubatch": Options::MAX_BATCH,
+            "n_threads": a.threads,
+            "type_k": a.kv.name().to_ascii_lowercase(),
+            "type_v": a.kv.name().to_ascii_lowercase(),
+            "n_gpu_layers": a.tiers[0],
+            "use_mmap": false,
+            "n_prompt": m.test.prompt,
+            "n_gen": m.test.generated,
+            "n_depth": m.test.depth,
+            "test_time": machine::probe::utc(m.began_unix_s),
+            "avg_ns": avg_ns as u64,
+            "stddev_ns": stddev_ns as u64,
+            "avg_ts": avg_ts,
+            "stddev_ts": stddev_ts,
+            "tiers": a.tiers(),
+            "n_buffers": a.n_buffers,
+            "reader": a.reader,
+        });
+        match fields {
+            Json::Object(fields) => fields,
+            _ => Map::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Test;
+    use super::*;
+
+    fn rows(format: OutputArg) -> Rows {
+        let about = About {
+            model_filename: "/m/a \"b\".gguf".into(),
+            model_type: "llama 8B Q4_K - Medium".into(),
+            model_size: 4_912_898_304,
+            model_n_params: 8_030_261_248,
+            cpu_info: "c".into(),
+            gpu_info: String::new(),
+            backend: "CPU",
+            threads: 8,
+            kv: TensorType::F16,
+            tiers: [0, 20, 12],
+            n_buffers: 3,
+            reader: "io_uring",
+        };
+        Rows::new(format, about)
+    }
+
+    fn measured() -> Measured {
+        Measured {
+            test: Test { generated: 128, depth: 4096, ..Test::default() },
+            seconds: vec![16.0, 32.0],
+            began_unix_s: 0,
+        }
+    }
+
+    #[test]
+    fn the_table_is_llama_benchs() {
+        let table = rows(OutputArg::Md);
+        let row = table.row(&measured());
+        let want = "| llama 8B Q4_K - Medium         |   4.58 GiB |     8.03 B | CPU        |       8 |    0:20:12 |   tg128 @ d4096 |          6.00 ± 2.83 |";
+        assert_eq!(row, want);
+        let head = table.head().unwrap();
+        assert!(head.lines().all(|l| l.chars().count() == row.chars().count()), "{head}");
+    }
+
+    #[test]
+    fn a_row_of_values_has_a_name_for_each() {
+        let csv = rows(OutputArg::Csv);
+        let (head, row) = (csv.head().unwrap(), csv.row(&measured()));
+        let values: Vec<&str> = row.trim_matches('"').split("\",\"").collect();
+        assert_eq!(head.split(',').count(), values.len());
+        let of = |name: &str| values[head.split(',').position(|n| n == name).unwrap()];
+        assert_eq!((of("n_depth"), of("avg_ts"), of("model_filename")), ("4096", "6.0", "/m/a \"\"b\"\".gguf"));
+        let json: Json = serde_json::from_str(&rows(OutputArg::Jsonl).row(&measured())).unwrap();
+        assert_eq!(json["samples_ns"][1], 32_000_000_000u64);
+        assert_eq!(
+            (json["samples_ts"][0].as_f64(), json["test_time"].as_str()),
+            (Some(8.0), Some("1970-01-01T00:00:00Z"))
+        );
+    }
+}
