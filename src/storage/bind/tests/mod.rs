@@ -566,14 +566,14 @@ fn mutated_records_are_read_or_passed_over() {
 fn a_half_bound_drive_is_not_claimed_to_write() {
     let fake = Fake::new();
     fake.bind("nvme1n1", Some((3, Blow::Kill)));
-    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", &Err("no list".into())).map(|_| ()));
+    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", None, &Err("no list".into())).map(|_| ()));
     words(&end, &["a bind has begun", "release --pci 0000:02:00.0"]);
     let fake = Fake::new();
     fake.put(&format!("{}/driver_override", device(SPARE)), "vfio-pci");
-    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", &Err("no list".into())).map(|_| ()));
+    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", None, &Err("no list".into())).map(|_| ()));
     words(&end, &["its driver_override is vfio-pci"]);
     let held = lock::lock(&fake.host, SPARE).unwrap();
-    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", &Err("no list".into())).map(|_| ()));
+    let end = fake.run(None, |m| claim_to_write(m.host, "nvme1n1", "S", None, &Err("no list".into())).map(|_| ()));
     words(&end, &["another nt command binds, releases or stages this drive"]);
     drop(held);
 }
