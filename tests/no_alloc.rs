@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nt::engine::{Opened, Options, Session};
 use nt::gguf::TensorType;
 use nt::model::Outputs;
-use nt::plan::Home;
+use nt::plan::{Home, Tiers};
 use nt::storage::ReaderKind;
 use nt::storage::extents::{Manifest, sums};
 use nt::storage::library::{Library, Recorded};
@@ -111,7 +111,9 @@ fn one_token_passes_allocate_nothing() {
             decode_allocates_nothing(&format!("{name} with {ram} bytes of RAM"), &mut session, |t| t % 258);
         }
         record(&path, &data);
-        let compared = Options { verify: true, ..options(1250 << 10) };
+        // Compared reads are of whole chunks, so that the buffers alone take megabytes: the tiers are given.
+        let tiers = Some(Tiers { a: 0, b: 2, c: 4 });
+        let compared = Options { verify: true, tiers, ..options(64 << 20) };
         let mut session = Session::new(&opened, compared, &mut |_, _| ()).unwrap();
         assert!(session.homes().contains(&Home::C));
         decode_allocates_nothing(&format!("{name}, compared with its record"), &mut session, |t| t % 258);
