@@ -111,7 +111,12 @@ fetch_package() {
 
 # find_program COMMAND: where it lies, on this machine or unpacked.
 find_program() {
-  command -v "$1" || find "$work"/tools/{usr/,}{s,}bin -maxdepth 1 -name "$1" 2>/dev/null | grep -m1 .
+  local folder
+  command -v "$1" && return
+  for folder in usr/sbin usr/bin sbin bin; do
+    if [ -e "$work/tools/$folder/$1" ]; then echo "$work/tools/$folder/$1"; return; fi
+  done
+  return 1
 }
 
 tool_libraries() { echo "$PWD/$work/tools/usr/lib/x86_64-linux-gnu:$PWD/$work/tools/lib/x86_64-linux-gnu:$PWD/$work/tools/usr/lib"; }
@@ -191,7 +196,7 @@ make_root() {
   copy_program "$built/nt" "$root"
   [ ! -e "$built/examples/nvme_probe" ] || copy_program "$built/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
-  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models}.sh
+  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models,staging,stage_kills}.sh
   install -D -m 755 "$here/init.sh" "$root/sbin/init.sh"
   mkdir -p "$root/root/scripts" "$root/root/udev"
   cp scripts/*.sh "$root/root/scripts/" 2>/dev/null || true
@@ -269,6 +274,7 @@ run_guest() {
   return $status
 }
 
+# no_timer_check: a busy host delays the ticks that the kernel waits for, and it panics then.
 # Without iommu=pt the guest's own nvme driver has been seen to panic in iommu_dma_unmap_sg before
 # any drive was bound; VFIO makes a translated domain of its own either way.
 # boot SUITE…: runs the guest, as often as a suite asks for, prints its results, fails if any check failed.
@@ -286,7 +292,7 @@ boot() {
     timeout "${NT_VM_TIMEOUT:-$limit}" qemu-system-x86_64 "${machine[@]}" -cpu max,-arch-capabilities -smp 2 -m "${memory:-1024}" \
       -nodefaults -display none -serial "file:$log.part" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot \
       -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
-      -append "console=ttyS0 quiet panic=-1 intel_iommu=on ${NT_VM_APPEND-iommu=pt} $append nt.suites=$(tr ' ' , <<<"${left[*]}") nt.step=$step nt.seed=${NT_VM_SEED:-1}" \
+      -append "console=ttyS0 quiet panic=-1 no_timer_check intel_iommu=on ${NT_VM_APPEND-iommu=pt} $append nt.suites=$(tr ' ' , <<<"${left[*]}") nt.step=$step nt.seed=${NT_VM_SEED:-1}" \
       2>"$work/qemu.log" || true
     kill "$watcher" 2>/dev/null || true
     wait "$watcher" 2>/dev/null || true
