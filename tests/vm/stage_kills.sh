@@ -17,7 +17,8 @@ prepare_again() {
 # What lies on the drive before: an ext4 in a partition, unknown bytes in the second and at the end.
 before() {
   dd if=/dev/zero of=/dev/$n bs=1M count=10 conv=notrunc 2>/dev/null
-  head -c 25000000 /dev/urandom | dd of=/dev/$n bs=1M seek=40 conv=notrunc,fsync 2>/dev/null
+  dd if=/dev/zero of=/dev/$n bs=1M seek=63 count=1 conv=notrunc,fsync 2>/dev/null
+  head -c 22000000 /dev/urandom | dd of=/dev/$n bs=1M seek=40 conv=notrunc,fsync 2>/dev/null
   blockdev --rereadpt /dev/$n
   sgdisk -n 1:2048:+30M -n 2:0:+20M /dev/$n && parts 2 && mke2fs -q -F -t ext4 /dev/${n}p1
 }

@@ -17,7 +17,11 @@ LVM
 export LVM_SYSTEM_DIR=/tmp/lvm
 
 # Each makes its old contents and leaves nothing that holds the drive.
-empty() { wipefs -aqf /dev/${n}p1 /dev/${n}p2 /dev/$n; blockdev --rereadpt /dev/$n; } >/dev/null 2>&1
+empty() {
+  for node in ${n}p1 ${n}p2 $n; do [ ! -b /dev/$node ] || wipefs -aqf /dev/$node; done
+  blockdev --rereadpt /dev/$n
+  parts 0
+} >/dev/null 2>&1
 one_partition() { sgdisk -n 1:2048:+300M -n 2:0:+40M "$@" /dev/$n && parts 2; }
 filled() { mount "$@" /mnt/old && head -c 3000000 /dev/urandom >/mnt/old/file && umount /mnt/old; }
 make_ext4() { mke2fs -q -F -t ext4 -b 1024 /dev/$n && filled -t ext4 /dev/$n; }
