@@ -4,7 +4,7 @@
 # programs: mdadm mkfs.xfs:xfsprogs xfs_repair:xfsprogs mkfs.btrfs:btrfs-progs btrfs:btrfs-progs mkntfs:ntfs-3g ntfs-3g.probe:ntfs-3g lvm:lvm2 cryptsetup:cryptsetup-bin sgdisk:gdisk wipefs:util-linux e2fsck:e2fsprogs
 # modules: xfs btrfs raid1 dm-mod dm-crypt xts algif_skcipher
 # files: tests/vm/zfs.sh
-# timeout: 600
+# timeout: 1200
 . /root/staging.sh
 d=OLD00001 n=$(drive OLD00001)n1
 export MDADM_NO_UDEV=1 LVM_SUPPRESS_FD_WARNINGS=1
