@@ -314,4 +314,4 @@ boot() {
   fi
 }
 
-timeout_of() { local seconds; seconds=$(declared "$1" timeout); echo "${seconds:-300}"; }
+timeout_of() { local seconds; seconds=$(declared "$1" timeout); echo "${seconds:-900}"; }
