@@ -4,7 +4,7 @@ mod common;
 
 use common::tiny;
 use nt::storage::extents::{CHUNK, Manifest, sums};
-use nt::storage::image::{self, Drive};
+use nt::storage::image::{Drive, Identity, Source, Staging, Steps};
 use nt::storage::library::{Library, Recorded};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -95,9 +95,11 @@ fn stage(model: &Path, image: &Path) -> Vec<Manifest> {
     let file = std::fs::File::options().read(true).write(true).create_new(true).open(image).unwrap();
     let size = 32 << 20;
     file.set_len(size).unwrap();
-    let (serial, name) = ("ELSEWHERE".to_owned(), "Model".to_owned());
-    let drive = Drive { file: &file, size, block: 512, serial, model: name, namespace: 1 };
-    image::write(&drive, &[model.to_path_buf()], &mut |_, _| ()).unwrap()
+    let identity = Identity { serial: "ELSEWHERE".to_owned(), model: "Model".to_owned(), namespace: 1 };
+    let mut drive = Drive { file: &file, size, block: 512 };
+    let sources = [Source::open(model).unwrap()];
+    let staging = Staging::plan(&mut drive, &sources, &[]).unwrap();
+    staging.write(&mut drive, &identity, &mut Steps::new(&mut |_, _| (), &|| false)).unwrap()
 }
 
 #[test]

@@ -1,14 +1,14 @@
 //! `nt stage`: writes a model to a spare drive, which then holds nothing else.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Failure, ModelArg};
+use super::{Failure, ModelArg, interrupt};
 use crate::gguf::Gguf;
 use crate::storage::bind;
 use crate::storage::guard::{Allowlist, Host, allowlist};
-use crate::storage::image;
+use crate::storage::image::{ImageError, Source, Staging, Steps};
 use crate::storage::library::{Library, Recorded};
 
 /// Arguments of `nt stage`.
@@ -36,31 +36,71 @@ pub struct StageArgs {
 /// Writes the model, reads it back, records it.
 pub fn run(args: &StageArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
-    let files: Vec<PathBuf> = gguf.shards.iter().map(|s| s.path.clone()).collect();
+    let sources: Result<Vec<_>, _> = gguf.shards.iter().map(|s| Source::open(&s.path)).collect();
+    let sources = sources.map_err(Failure::usage)?;
+    interrupt::install_for_changes()?;
     let host = Host::default();
-    let claim =
-        bind::claim_to_write(&host, &args.tier_c, &args.serial, args.pci.as_deref(), &Allowlist::load(&args.allow));
-    let claim = claim?;
+    let allowed = Allowlist::load(&args.allow);
+    let claim = bind::claim_to_write(&host, &args.tier_c, &args.serial, args.pci.as_deref(), &allowed)?;
+    let mut drive = claim.drive();
+    let staging = Staging::plan(&mut drive, &sources, &claim.partitions()).map_err(Failure::running)?;
+    claim.forget_partitions()?;
     let bar = if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0)
     } else {
         indicatif::ProgressBar::hidden()
     };
-    let manifests = image::write(&claim.drive(), &files, &mut |done, total| {
+    let mut progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
-    });
+    };
+    let steps = &mut Steps::new(&mut progress, &interrupt::interrupted);
+    let manifests = staging.write(&mut drive, &claim.identity(), steps);
     bar.finish_and_clear();
-    let manifests = manifests.map_err(Failure::running)?;
     claim.reread_partitions();
-    for (i, manifest) in manifests.into_iter().enumerate() {
-        let mut header = vec![0; gguf.data_start(i).min(manifest.size) as usize];
-        std::fs::File::open(&manifest.path)
-            .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut header))
-            .map_err(|e| Failure::running(format!("{}: {e}", manifest.path.display())))?;
+    let manifests = manifests.map_err(|e| unfinished(args, &e))?;
+    for (i, (manifest, source)) in manifests.into_iter().zip(&sources).enumerate() {
+        let header = source.head(gguf.data_start(i)).map_err(Failure::running)?;
         let saved = Library::default().save(&Recorded { manifest, header }).map_err(Failure::running)?;
         super::report::print_line(&saved.display().to_string())?;
     }
-    eprintln!("staged; to bind the drive, its entry needs holds = [\"gpt\", \"nt image\"]");
+    eprintln!("staged; `sudo nt device bind {}` hands the drive to nt", args.tier_c);
     Ok(())
+}
+
+/// What became of the drive, and the command that stages it again.
+fn unfinished(args: &StageArgs, e: &ImageError) -> Failure {
+    let quoted = |text: &str| match text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:=+,".contains(c)) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    };
+    let mut again = format!(
+        "nt stage {} --tier-c {} --erase --serial {}",
+        quoted(&args.model.path().display().to_string()),
+        quoted(&args.tier_c),
+        quoted(&args.serial)
+    );
+    if let Some(pci) = &args.pci {
+        again += &format!(" --pci {}", quoted(pci));
+    }
+    if args.allow != Path::new(allowlist::DEFAULT_PATH) {
+        again += &format!(" --allow {}", quoted(&args.allow.display().to_string()));
+    }
+    match e {
+        ImageError::Stopped => {
+            Failure::stopped(format!("staging was interrupted before anything was written to drive {}", args.serial))
+        }
+        ImageError::Erased(why) => {
+            let why = match &**why {
+                ImageError::Stopped => "staging was interrupted".to_owned(),
+                why => why.to_string(),
+            };
+            let text = format!(
+                "{why}; drive {} now holds neither a model nor what was on it before; stage it again with: {again}",
+                args.serial
+            );
+            if interrupt::interrupted() { Failure::stopped(text) } else { Failure::running(text) }
+        }
+        e => Failure::running(e),
+    }
 }

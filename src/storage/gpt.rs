@@ -1,6 +1,8 @@
 //! A GUID partition table with one partition: what other programs need to see that a drive is in
 //! use. UEFI Specification 2.10 §5.3.
 
+use std::ops::Range;
+
 use rand::RngExt;
 
 /// Type of the partition that holds models, as its bytes lie on the drive.
@@ -14,6 +16,9 @@ pub const BLOCKS: [u64; 2] = [512, 4096];
 /// The partition begins here, and as many bytes are left at the end of the drive.
 pub const START: u64 = 1 << 20;
 
+/// First bytes of a drive that [`find`] looks at.
+pub const HEAD: u64 = 2 * 4096 + (ENTRY_BYTES * ENTRIES) as u64;
+
 const ENTRY_BYTES: usize = 128;
 const ENTRIES: usize = 128;
 const HEADER_BYTES: u32 = 92;
@@ -22,20 +27,39 @@ const HEADER_BYTES: u32 = 92;
 pub type Write = (u64, Vec<u8>);
 
 /// The writes that make a table of one partition on a drive of `size` bytes in blocks of `block`:
-/// backup first, so that the primary is written when all else is there.
+/// backup first, the first block of the drive last.
 pub fn table(size: u64, block: u64) -> Vec<Write> {
+    named(size, block, guid(), guid())
+}
+
+/// Whether the first and last MiB of a drive hold a table as [`table`] makes it and nothing else.
+pub fn is_ours(head: &[u8], tail: &[u8], size: u64, block: u64) -> bool {
+    let id = |at: u64| head.get(at as usize..).and_then(|b| b.first_chunk::<16>().copied());
+    let whole = START as usize;
+    let (Some(partition), Some(disk)) = (id(2 * block + 16), id(block + 56)) else { return false };
+    if size < 3 * START || !BLOCKS.contains(&block) || head.len() != whole || tail.len() != whole {
+        return false;
+    }
+    let (mut first, mut last) = (vec![0; whole], vec![0; whole]);
+    for (at, bytes) in named(size, block, disk, partition) {
+        let (edge, at) = if at < START { (&mut first, at) } else { (&mut last, at - (size - START)) };
+        edge[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+    }
+    first == head && last == tail
+}
+
+fn named(size: u64, block: u64, disk: [u8; 16], partition: [u8; 16]) -> Vec<Write> {
     let blocks = size / block;
     let entries_blocks = (ENTRY_BYTES * ENTRIES) as u64 / block;
     let (first, last) = (START / block, (size - START) / block - 1);
     let mut entries = vec![0u8; ENTRY_BYTES * ENTRIES];
     entries[..16].copy_from_slice(&TYPE);
-    entries[16..32].copy_from_slice(&guid());
+    entries[16..32].copy_from_slice(&partition);
     entries[32..40].copy_from_slice(&first.to_le_bytes());
     entries[40..48].copy_from_slice(&last.to_le_bytes());
     for (i, c) in "nt models".encode_utf16().enumerate() {
         entries[56 + 2 * i..58 + 2 * i].copy_from_slice(&c.to_le_bytes());
     }
-    let disk = guid();
     let header = |own: u64, other: u64, entries_at: u64| {
         let mut h = vec![0u8; block as usize];
         h[..8].copy_from_slice(b"EFI PART");
@@ -70,11 +94,11 @@ pub fn table(size: u64, block: u64) -> Vec<Write> {
     ]
 }
 
-/// First byte of our partition, found in the first MiB of a drive with blocks of `block` bytes.
-pub fn find(head: &[u8], block: u64) -> Option<u64> {
+/// Bytes of our partition, found in the first MiB of a drive with blocks of `block` bytes.
+pub fn find(head: &[u8], block: u64) -> Option<Range<u64>> {
     let entry = entries(head, block)?.chunks(ENTRY_BYTES).find(|e| e[..16] == TYPE)?;
-    let first = entry[32..40].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
-    first.checked_mul(block)
+    let number = |at: usize| entry[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    Some(number(32).checked_mul(block)?..number(40).checked_add(1)?.checked_mul(block)?)
 }
 
 /// Types of the partitions in the first MiB of a drive, as their bytes lie there. A damaged table is
@@ -119,10 +143,25 @@ fn guid() -> [u8; 16] {
 }
 
 /// CRC-32 as GPT uses it (ISO 3309).
-fn crc32(data: &[u8]) -> u32 {
-    let step = |c: u32| if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 };
-    !data.iter().fold(!0, |c: u32, b| (0..8).fold(c ^ u32::from(*b), |c, _| step(c)))
+pub(super) fn crc32(data: &[u8]) -> u32 {
+    !data.iter().fold(!0, |c: u32, b| CRC[usize::from(c as u8 ^ b)] ^ c >> 8)
 }
+
+/// The remainder of each byte.
+const CRC: [u32; 256] = {
+    let mut table = [0; 256];
+    let mut i = 0;
+    while i < 256 {
+        let (mut c, mut bit) = (i as u32, 0);
+        while bit < 8 {
+            c = if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 };
+            bit += 1;
+        }
+        table[i] = c;
+        i += 1;
+    }
+    table
+};
 
 #[cfg(test)]
 mod tests {
@@ -137,7 +176,19 @@ mod tests {
             for (at, bytes) in table(size, block) {
                 drive[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
             }
-            assert_eq!(find(&drive[..1 << 20], block), Some(START));
+            assert_eq!(find(&drive[..1 << 20], block), Some(START..size - START));
+            let ours = |drive: &[u8]| is_ours(&drive[..1 << 20], &drive[drive.len() - (1 << 20)..], size, block);
+            assert!(ours(&drive));
+            // One bit anywhere in either MiB is somebody else's.
+            for at in (0..1usize << 20).step_by(9973).chain([0, 446, 450, 510, block as usize, 3 * block as usize - 1])
+            {
+                for at in [at, drive.len() - 1 - at] {
+                    // Either GUID may be any, in both copies alike: in one copy it may not.
+                    drive[at] ^= 1;
+                    assert!(!ours(&drive), "byte {at}");
+                    drive[at] ^= 1;
+                }
+            }
             let backup = &drive[(size - block) as usize..];
             assert!(backup.starts_with(b"EFI PART"));
             drive[2 * block as usize + 40] ^= 1;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 
-use super::extents::Manifest;
+use super::extents::{CHUNK, Manifest, crc32c};
 use super::safe;
 
 /// Where root records for all users: folders of root's alone, each with the one before as its parent.
@@ -19,6 +19,9 @@ const SYSTEM: [&str; 2] = ["/var/lib/nt", "/var/lib/nt/system"];
 const MANIFEST_MAX: u64 = 1 << 30;
 /// Most bytes of a header.
 const HEADER_MAX: u64 = 1 << 30;
+
+/// Stands between a kept header and its checksum.
+const SEAL: &[u8; 8] = b"NTHEAD01";
 
 /// A folder with a folder per drive in it.
 #[derive(Clone, Debug)]
@@ -203,7 +206,7 @@ fn save(shelf: &Path, recorded: &Recorded) -> std::io::Result<PathBuf> {
     // By descriptors from here on: what is checked is what is written to.
     let folder = safe::own_folder(&safe::own_folder(&shelf, shared)?.at(&drive), shared)?;
     // The manifest last, and each file whole or not at all.
-    safe::replace(&folder.at(&format!("{}.header", m.file)), &recorded.header, 0o644, ".nt-")?;
+    safe::replace(&folder.at(&format!("{}.header", m.file)), &sealed(&recorded.header), 0o644, ".nt-")?;
     safe::replace(&folder.at(&format!("{}.json", m.file)), &serde_json::to_vec(m)?, 0o644, ".nt-")?;
     let path = shelf.join(drive).join(format!("{}.json", m.file));
     Ok(path)
@@ -226,7 +229,31 @@ fn load(path: &Path, owned: bool) -> Result<Recorded, String> {
     if let Some(fault) = manifest.fault() {
         return Err(fault);
     }
-    Ok(Recorded { manifest, header: read(&path.with_extension("header"), HEADER_MAX)? })
+    let header = opened(read(&path.with_extension("header"), HEADER_MAX)?, &manifest);
+    let header = header.ok_or("its copy of the header is damaged; record the model again")?;
+    Ok(Recorded { manifest, header })
+}
+
+/// A header as it is kept: with its checksum behind it, which the chunks of a manifest cannot replace, since the last one
+/// reaches beyond the header.
+fn sealed(header: &[u8]) -> Vec<u8> {
+    let mut out = header.to_vec();
+    out.extend(SEAL);
+    out.extend(crc32c(header).to_le_bytes());
+    out
+}
+
+/// The header of what [`sealed`] made, if it is whole. Older versions kept it alone; it is compared with the manifest's
+/// whole chunks then.
+fn opened(mut kept: Vec<u8>, manifest: &Manifest) -> Option<Vec<u8>> {
+    let end = kept.len().saturating_sub(SEAL.len() + 4);
+    if kept[end..].starts_with(SEAL) {
+        let sum = u32::from_le_bytes(*kept.last_chunk()?);
+        kept.truncate(end);
+        return (crc32c(&kept) == sum).then_some(kept);
+    }
+    let whole = kept.chunks_exact(CHUNK).enumerate().all(|(i, chunk)| manifest.holds(i, chunk));
+    whole.then_some(kept)
 }
 
 #[cfg(test)]
@@ -409,5 +436,42 @@ mod tests {
         });
         assert_eq!(library.find(Path::new("m"), None).unwrap().len(), 1);
         assert_eq!(fs::read_dir(folder.path().join("S")).unwrap().count(), 2);
+    }
+
+    /// Ten thousand changes from a seed of a manifest and of the header next to it: none panics, a changed header is
+    /// not used, and a changed manifest is used only if it covers its file.
+    #[test]
+    fn a_changed_record_is_refused_or_consistent() {
+        use rand::{RngExt, SeedableRng};
+        let folder = safe::tests::scratch();
+        let mut record = recorded("S", "/mnt/m.gguf");
+        record.manifest.size = 3 * CHUNK as u64;
+        record.manifest.extents = vec![(0, 4096, CHUNK as u64), (CHUNK as u64, 1 << 20, 2 * CHUNK as u64)];
+        record.manifest.crc32c = vec![7, 8, 9];
+        record.header = (0..700u32).map(|i| (i * 7) as u8).collect();
+        let manifest = Library::at(vec![folder.path().into()]).save(&record).unwrap();
+        assert_eq!(load(&manifest, false).unwrap().header, record.header);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(11);
+        for path in [manifest.clone(), manifest.with_extension("header")] {
+            let original = fs::read(&path).unwrap();
+            for round in 0..10_000 {
+                let mut bytes = original.clone();
+                let at = rng.random_range(0..bytes.len());
+                match rng.random_range(0..4) {
+                    0 => bytes[at] ^= 1 << rng.random_range(0..8),
+                    1 => bytes[at] = b"0123456789-,[]{}\"e.\\"[rng.random_range(0..20)],
+                    2 => bytes.truncate(at + 1),
+                    _ => bytes.insert(at, rng.random()),
+                }
+                fs::write(&path, &bytes).unwrap();
+                if let Ok(found) = load(&manifest, false) {
+                    assert_eq!(found.manifest.fault(), None, "round {round}");
+                    // Without its seal it is that of an older version, which is compared with the file's length.
+                    let same = found.header == record.header;
+                    assert!(same || found.header.len() != record.header.len(), "round {round}");
+                }
+            }
+            fs::write(&path, &original).unwrap();
+        }
     }
 }

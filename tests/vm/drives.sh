@@ -3,7 +3,7 @@
 
 # drive NAME KIND[:MIB] [PROPERTY…], as suites declare their own.
 #   KIND   blank (zeros), random (unknown bytes), ext4 (empty), model (ext4 with smol.gguf on it), big (ext4 with
-#          a model of 4 GiB, big.gguf)
+#          a model of 4 GiB, big.gguf), tiny (ext4 with tiny.gguf on it, 10 MiB that can be staged and verified)
 #   serial=S           serial number, default the name in capitals and 0001; %20 is a space
 #   ns=P,P             properties of a namespace, `-device nvme-ns`; twice for two namespaces of half the size
 #   port=NAME          the next function of that drive's slot, in its IOMMU group
@@ -25,6 +25,7 @@ bad    model:160  serial=BAD00001 unreadable=100000
 blk4k  model:160  serial=BLK4K001 ns=logical_block_size=4096,physical_block_size=4096
 small  model:160  serial=SMALL001 mdts=1 max_ioqpairs=1
 stage  blank:128  serial=STAGE001 read=40000000
+source tiny:32    serial=SOURCE01
 sib    blank:32
 other  blank:32   serial=SIB0002 port=sib
 big    big:4600   serial=BIG00001
@@ -45,6 +46,7 @@ make_image() {
     random) head -c "${mib}M" /dev/urandom >"$image" ;;
     ext4) truncate -s "${mib}M" "$image" && mke2fs -q -F -t ext4 "$image" >/dev/null 2>&1 ;;
     model) cp --sparse=always --reflink=auto "$(filled model smol.gguf "$mib")" "$image" ;;
+    tiny) mv "$(filled tiny tiny.gguf "$mib")" "$image" ;;
     big) mv "$(filled big big.gguf "$mib")" "$image" ;;
     *) die "$0: drive $name: no kind $kind" ;;
   esac
@@ -61,6 +63,8 @@ filled() {
       need_pip gguf==0.19.0 numpy==2.4.6 >&2
       python3 tests/fidelity/synth_gguf.py llama-tiny Q4_0 "$work/big/big.gguf" --layers 36 \
         --shape '{"D": 4096, "F": 14336, "H": 32, "K": 8}' >/dev/null
+    elif [ "$1" = tiny ]; then
+      python3 tests/vm/small_gguf.py "$work/tiny/tiny.gguf" 10
     else
       ln "$model" "$work/$1/$2" 2>/dev/null || cp "$model" "$work/$1/$2"
     fi

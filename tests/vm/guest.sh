@@ -29,8 +29,8 @@ for suite in $(word suites | tr ',' ' '); do
   began=$(cut -d. -f1 /proc/uptime)
   echo "SUITE $suite"
   export suite
-  timeout -s KILL ${seconds:-300} sh -c ". /root/checks.sh; . $file; exit 0"; code=$?
-  [ $code = 0 ] || echo "FAIL $suite ended with $code (137: after its ${seconds:-300} s)"
+  timeout -s KILL ${seconds:-900} sh -c ". /root/checks.sh; . $file; exit 0"; code=$?
+  [ $code = 0 ] || echo "FAIL $suite ended with $code (137: after its ${seconds:-900} s)"
   given_back $suite
   echo "INFO $suite took $(($(cut -d. -f1 /proc/uptime) - began)) s"
   echo "DONE $suite"

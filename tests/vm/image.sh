@@ -111,7 +111,12 @@ fetch_package() {
 
 # find_program COMMAND: where it lies, on this machine or unpacked.
 find_program() {
-  command -v "$1" || find "$work"/tools/{usr/,}{s,}bin -maxdepth 1 -name "$1" 2>/dev/null | grep -m1 .
+  local folder
+  command -v "$1" && return
+  for folder in usr/sbin usr/bin sbin bin; do
+    if [ -e "$work/tools/$folder/$1" ]; then echo "$work/tools/$folder/$1"; return; fi
+  done
+  return 1
 }
 
 tool_libraries() { echo "$PWD/$work/tools/usr/lib/x86_64-linux-gnu:$PWD/$work/tools/lib/x86_64-linux-gnu:$PWD/$work/tools/usr/lib"; }
@@ -191,7 +196,7 @@ make_root() {
   copy_program "$built/nt" "$root"
   [ ! -e "$built/examples/nvme_probe" ] || copy_program "$built/examples/nvme_probe" "$root"
   strip -g "$root/usr/bin/nt" "$root/usr/bin/nvme_probe" 2>/dev/null || true
-  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models,probes}.sh
+  install -D -m 755 -t "$root/root" "$here"/{guest,checks,models,probes,staging,stage_kills}.sh
   install -D -m 755 "$here/init.sh" "$root/sbin/init.sh"
   install -D -m 755 udev/nt-vfio-group "$root/usr/lib/udev/nt-vfio-group"
   mkdir -p "$root/root/scripts" "$root/root/udev"
@@ -313,4 +318,4 @@ boot() {
   fi
 }
 
-timeout_of() { local seconds; seconds=$(declared "$1" timeout); echo "${seconds:-300}"; }
+timeout_of() { local seconds; seconds=$(declared "$1" timeout); echo "${seconds:-900}"; }

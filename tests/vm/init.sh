@@ -5,6 +5,7 @@ export PATH=/usr/bin:/bin:/sbin
 for folder in /run /tmp /mnt /etc/nt /var/lib/nt; do mount -t tmpfs tmpfs $folder; done
 chmod 1777 /tmp
 echo 1 >/proc/sys/kernel/printk
+echo /bin/modprobe >/proc/sys/kernel/modprobe
 modprobe vfio-pci
 modprobe vfio_iommu_type1
 chmod 666 /dev/vfio/vfio

@@ -22,7 +22,7 @@
 #   # programs: mdadm mkfs.xfs:xfsprogs    programs of the guest, COMMAND[:PACKAGE]; fetched, not installed here
 #   # modules: xfs btrfs          kernel modules of the guest
 #   # files: PATH…                files of this repository, below /root/files in the guest
-#   # timeout: 300                seconds after which it is given up (default 300)
+#   # timeout: 900                seconds after which it is given up (default 900)
 #   # guest: own                  a boot of its own; else suites of one machine share a guest, one after another.
 #                                 Implied by the next five
 #   # machine: noiommu            without an IOMMU

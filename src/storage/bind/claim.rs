@@ -2,11 +2,12 @@
 //! over the drive.
 
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::super::guard::{Allowlist, Check, Controller, Host, Reason, address_decides, examine, sysfs};
-use super::super::image::Drive;
+use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, Reason, address_decides, examine, sysfs};
+use super::super::image::{Drive, Identity, partitions};
 use super::lock::{self, Lock};
 use super::{DeviceError, Machine, Running, take};
 
@@ -43,30 +44,51 @@ impl Writable {
     /// What an image is written to.
     pub fn drive(&self) -> Drive<'_> {
         let namespace = &self.controller.namespaces[0];
-        Drive {
-            file: &self.file,
-            size: namespace.whole.size,
-            block: namespace.block_size.into(),
-            serial: self.controller.serial.clone(),
-            model: self.controller.model.clone(),
-            namespace: namespace.nsid,
-        }
+        Drive { file: &self.file, size: namespace.whole.size, block: namespace.block_size.into() }
+    }
+
+    /// What its manifests say of it.
+    pub fn identity(&self) -> Identity {
+        let (serial, model) = (self.controller.serial.clone(), self.controller.model.clone());
+        Identity { serial, model, namespace: self.controller.namespaces[0].nsid }
+    }
+
+    /// Node of the namespace.
+    pub fn node(&self) -> String {
+        format!("/dev/{}", self.controller.namespaces[0].whole.name)
+    }
+
+    /// The partitions that the kernel showed when the drive was claimed, as bytes of the namespace.
+    pub fn partitions(&self) -> Vec<Range<u64>> {
+        self.controller.namespaces[0].partitions.iter().map(|p| p.start..p.start + p.size).collect()
+    }
+
+    /// Has the kernel forget the partitions, so that nobody mounts one or reads its old bytes from a cache.
+    ///
+    /// # Errors
+    /// [`DeviceError::Refused`] if one is open somewhere; the kernel has them all again then.
+    pub fn forget_partitions(&self) -> Result<(), DeviceError> {
+        let namespace = &self.controller.namespaces[0];
+        let number = |p: &BlockDevice| p.name.rsplit_once('p').and_then(|(_, n)| n.parse().ok());
+        let numbers: Vec<u32> = namespace.partitions.iter().filter_map(number).collect();
+        partitions::forget(&self.file, &numbers).map_err(|(number, e)| {
+            self.reread_partitions();
+            let what = format!("the kernel cannot forget the partition: {e}");
+            DeviceError::refused(&namespace.whole.name, Check::Open, &format!("{}p{number}", self.node()), what)
+        })
     }
 
     /// Has the kernel read the new partition table. If it cannot now, it will when the drive is next
     /// bound and released.
     pub fn reread_partitions(&self) {
-        const BLKRRPART: libc::c_ulong = 0x125f;
-        // SAFETY: an ioctl without argument on an open device.
-        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKRRPART) } != 0 {
-            tracing::debug!("the kernel keeps the old partition table: {}", std::io::Error::last_os_error());
+        if let Err(e) = partitions::reread(&self.file) {
+            tracing::warn!("{}: the kernel keeps the old partition table: {e}", self.node());
         }
     }
 }
 
-/// Claims a drive of one namespace for writing, if its serial is `serial` and nothing speaks against
-/// it, checked before and under the claim. Where another drive may have that serial, `pci` must be the
-/// drive's address.
+/// Claims a drive of one namespace for writing, if its serial is `serial`, its address `pci` (which may be left out
+/// while no other drive has that serial) and nothing speaks against it, checked before and under the claim.
 ///
 /// # Errors
 /// [`DeviceError::Refused`] with every reason, or the step that failed.

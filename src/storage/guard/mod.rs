@@ -18,7 +18,7 @@ mod partitions;
 mod pci;
 mod records;
 mod sight;
-mod signatures;
+pub(super) mod signatures;
 mod stack;
 mod superblocks;
 pub mod sysfs;
@@ -198,8 +198,10 @@ fn contents(
         said.extend(told.into_iter().map(|s| (device.name.clone(), s)));
         let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
         kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
+        let (whole, block) = (*device == namespace.whole, namespace.block_size.into());
         for kind in kinds {
-            if !entry.is_some_and(|e| e.holds.contains(&kind)) {
+            let own = signatures::is_own(&kind, whole, &head, &tail, device.size, block);
+            if !own && !entry.is_some_and(|e| e.holds.contains(&kind)) {
                 let what = format!("it holds {kind}; if that may be read, add holds = [{kind:?}] to its entry");
                 out.push(Reason::new(Check::Contents, &path, what));
             }

@@ -3,6 +3,8 @@
 
 use super::host::{Host, Unreadable};
 use super::superblocks;
+use crate::storage::gpt;
+use crate::storage::image::{self, mark};
 
 const EDGE: usize = 1 << 20;
 
@@ -36,10 +38,24 @@ const AT_START: &[(&str, usize, &[u8])] = &[
     ("ceph", 0, b"bluestore block device"),
     ("apfs", 32, b"NXSB"),
     ("ldm", 0xc00, b"PRIVHEAD"),
-    ("nt image", 0, crate::storage::image::MAGIC),
+    ("nt image", 0, image::MAGIC),
+    ("nt staging", 0, mark::MAGIC),
     ("gpt", 512, b"EFI PART"),
     ("gpt", 4096, b"EFI PART"),
 ];
+
+/// Whether this kind of contents is nt's own and nobody else's: the table of partitions of a staged drive, the image in
+/// its one partition, the mark of a drive whose staging was cut off (while it stands in the first block, no table of
+/// partitions counts). `whole` tells the drive from a partition of it.
+pub fn is_own(kind: &str, whole: bool, head: &[u8], tail: &[u8], size: u64, block: u64) -> bool {
+    let marked = || mark::ranges(head).is_some();
+    match kind {
+        "gpt" => whole && (marked() || gpt::is_ours(head, tail, size, block)),
+        "nt image" => !whole,
+        "nt staging" => whole && marked(),
+        _ => false,
+    }
+}
 
 /// Everything recognised on `/dev/NAME`, `unknown data` where there are bytes nobody knows, empty
 /// where both ends are zero.
