@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::engine::SamplerParams;
+use crate::engine::{DryParams, SamplerParams};
 use crate::gguf::{Metadata, Value};
 use crate::library;
 use crate::model::{Overrides, RopeType};
@@ -381,10 +381,57 @@ pub struct Sampling {
     /// Keep tokens at least this likely relative to the likeliest, 0 to 1; 0 keeps all.
     #[arg(long, default_value_t = 0.05)]
     pub min_p: f32,
-    /// Penalty for tokens among the last 64: their logits are divided by it where positive, else multiplied; 1 is
+    /// Locally typical sampling: keep the tokens whose surprise is nearest the expected one, up to this probability
+    /// mass, 0 to 1; 1 keeps all.
+    #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0)]
+    pub typical: f32,
+    /// Keep tokens whose logits lie at most this many standard deviations below the largest; -1 keeps all.
+    #[arg(long, alias = "top-nsigma", value_name = "N", default_value_t = -1.0, allow_negative_numbers = true)]
+    pub top_n_sigma: f32,
+    /// XTC: with this probability, 0 to 1, drop all tokens above the threshold but the least likely of them; 0 is off.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub xtc_probability: f32,
+    /// XTC: the probability from which a token counts, 0 to 1; above 0.5 is off.
+    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    pub xtc_threshold: f32,
+    /// Penalty for tokens among the last ones: their logits are divided by it where positive, else multiplied; 1 is
     /// off.
     #[arg(long, default_value_t = 1.0)]
     pub repeat_penalty: f32,
+    /// How many of the last tokens count for the repeat, presence and frequency penalties; -1 for the whole text, 0 is
+    /// off.
+    #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true, value_parser = last_n)]
+    pub repeat_last_n: usize,
+    /// Taken off the logit of each token among the last ones; 0 is off.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub presence_penalty: f32,
+    /// Taken off the logit of each token among the last ones, for each time it occurs there; 0 is off.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub frequency_penalty: f32,
+    /// DRY: penalty for a token that would go on with a sequence that occurred before, multiplier × base ^ (its length
+    /// − allowed length); 0 is off.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub dry_multiplier: f32,
+    /// DRY: what each further token of the sequence multiplies the penalty by, at least 1.
+    #[arg(long, value_name = "X", default_value_t = 1.75)]
+    pub dry_base: f32,
+    /// DRY: length in tokens up to which repeating a sequence is free.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub dry_allowed_length: usize,
+    /// DRY: how many of the last tokens are searched; -1 for the whole text, 0 is off.
+    #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true, value_parser = last_n)]
+    pub dry_penalty_last_n: usize,
+    /// DRY: a text over which no repetition reaches (repeat for more; \n and \t are read as such). The first one
+    /// replaces the default ones, a newline, `:`, `"` and `*`; none stands for no text at all.
+    #[arg(long, value_name = "TEXT")]
+    pub dry_sequence_breaker: Vec<String>,
+    /// Add X to the logit of a token (repeat for more); ID+X and ID-X are read too, and -inf never draws it. `nt
+    /// tokenize` prints ids.
+    #[arg(short = 'l', long, value_name = "ID:X", value_parser = logit_bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Never draw a token that ends the text, so that only the number of tokens, a stop text or the context does.
+    #[arg(long)]
+    pub ignore_eos: bool,
     /// Seed of the drawing, a whole number (default: from the clock).
     #[arg(long)]
     pub seed: Option<u64>,
@@ -393,22 +440,134 @@ pub struct Sampling {
 impl Sampling {
     /// The sampler's parameters, or what is wrong with them.
     pub fn params(&self) -> Result<SamplerParams, super::Failure> {
-        let in_range = |name: &str, v: f32, ok: bool| {
-            if ok { Ok(v) } else { Err(super::Failure::usage(format!("{name} {v} is out of range"))) }
+        let in_range = |name: &str, v: f32, from: f32, to: f32| {
+            let wrong = || super::Failure::usage(format!("{name} {v} is out of range; {from} to {to} was expected"));
+            if (from..=to).contains(&v) { Ok(v) } else { Err(wrong()) }
         };
         let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64);
         Ok(SamplerParams {
-            temp: in_range("--temp", self.temp, (0.0..=100.0).contains(&self.temp))?,
+            temp: in_range("--temp", self.temp, 0.0, 100.0)?,
             top_k: self.top_k,
-            top_p: in_range("--top-p", self.top_p, (0.0..=1.0).contains(&self.top_p))?,
-            min_p: in_range("--min-p", self.min_p, (0.0..=1.0).contains(&self.min_p))?,
-            repeat_penalty: in_range(
-                "--repeat-penalty",
-                self.repeat_penalty,
-                self.repeat_penalty > 0.0 && self.repeat_penalty.is_finite(),
-            )?,
+            top_p: in_range("--top-p", self.top_p, 0.0, 1.0)?,
+            min_p: in_range("--min-p", self.min_p, 0.0, 1.0)?,
+            typical: in_range("--typical", self.typical, 0.0, 1.0)?,
+            top_n_sigma: in_range("--top-n-sigma", self.top_n_sigma, -1.0, 1000.0)?,
+            xtc_probability: in_range("--xtc-probability", self.xtc_probability, 0.0, 1.0)?,
+            xtc_threshold: in_range("--xtc-threshold", self.xtc_threshold, 0.0, 1.0)?,
+            repeat_penalty: in_range("--repeat-penalty", self.repeat_penalty, f32::MIN_POSITIVE, 1e6)?,
+            presence_penalty: in_range("--presence-penalty", self.presence_penalty, -1e6, 1e6)?,
+            frequency_penalty: in_range("--frequency-penalty", self.frequency_penalty, -1e6, 1e6)?,
+            repeat_last_n: self.repeat_last_n,
+            dry: self.dry(in_range)?,
+            logit_bias: self.logit_bias.clone(),
+            ignore_eos: self.ignore_eos,
             seed: self.seed.unwrap_or_else(clock),
-            ..SamplerParams::default()
         })
+    }
+
+    /// Checks the ids that were given against a vocabulary of `n_vocab` tokens.
+    pub fn check(&self, n_vocab: usize) -> Result<(), super::Failure> {
+        match self.logit_bias.iter().find(|(id, _)| *id as usize >= n_vocab) {
+            None => Ok(()),
+            Some((id, _)) => Err(super::Failure::usage(format!(
+                "--logit-bias {id}: the model has {n_vocab} tokens, so an id from 0 to {} was expected",
+                n_vocab.saturating_sub(1)
+            ))),
+        }
+    }
+
+    fn dry(
+        &self,
+        in_range: impl Fn(&str, f32, f32, f32) -> Result<f32, super::Failure>,
+    ) -> Result<DryParams, super::Failure> {
+        let given = &self.dry_sequence_breaker;
+        Ok(DryParams {
+            multiplier: in_range("--dry-multiplier", self.dry_multiplier, 0.0, 1e6)?,
+            base: in_range("--dry-base", self.dry_base, 1.0, 1e6)?,
+            allowed_length: self.dry_allowed_length,
+            last_n: self.dry_penalty_last_n,
+            breakers: match given.is_empty() {
+                true => DryParams::default().breakers,
+                false => given.iter().filter(|b| *b != "none").map(|b| unescaped(b)).collect(),
+            },
+        })
+    }
+}
+
+/// A number of tokens to generate: -1 (or -2, as llama.cpp has it) until the context is full.
+pub(super) fn n_predict(text: &str) -> Result<usize, String> {
+    let expected = "a number of tokens, or -1 until the context is full, was expected";
+    match text.parse::<i64>() {
+        Ok(-1 | -2) => Ok(usize::MAX),
+        Ok(n) => usize::try_from(n).map_err(|_| expected.to_owned()),
+        Err(_) => Err(expected.to_owned()),
+    }
+}
+
+/// A number of last tokens: -1 for all.
+fn last_n(text: &str) -> Result<usize, String> {
+    match text.parse::<i64>() {
+        Ok(-1) => Ok(usize::MAX),
+        Ok(n) if n >= 0 => usize::try_from(n).map_err(|e| e.to_string()),
+        _ => Err("a number of tokens, or -1 for the whole text, was expected".to_owned()),
+    }
+}
+
+/// `ID:X`, `ID+X` or `ID-X`.
+fn logit_bias(text: &str) -> Result<(u32, f32), String> {
+    let split = || {
+        let at = text.find(|c: char| !c.is_ascii_digit())?;
+        let (id, rest) = text.split_at(at);
+        let x: f32 = rest.strip_prefix(':').unwrap_or(rest).parse().ok()?;
+        (rest.starts_with([':', '+', '-']) && !x.is_nan()).then_some((id.parse().ok()?, x))
+    };
+    split().ok_or_else(|| "ID:X, ID+X or ID-X was expected, as 15043:-1.5 or 2:-inf".to_owned())
+}
+
+/// A text with the escapes of C's strings that texts of tokens need.
+fn unescaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (c, chars.as_str().chars().next()) {
+            ('\\', Some(e @ ('n' | 't' | 'r' | '\\' | '"' | '\''))) => {
+                chars.next();
+                out.push(match e {
+                    'n' => '\n',
+                    't' => '\t',
+                    'r' => '\r',
+                    other => other,
+                });
+            }
+            _ => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bias_is_read_as_llama_cpp_writes_it_too() {
+        assert_eq!(logit_bias("15043:-1.5"), Ok((15043, -1.5)));
+        assert_eq!(logit_bias("15043+1"), Ok((15043, 1.0)));
+        assert_eq!(logit_bias("2-inf"), Ok((2, f32::NEG_INFINITY)));
+        for wrong in ["", "5", ":1", "5:", "5:nan", "a:1", "-1:2", "5=1", "99999999999:1"] {
+            assert!(logit_bias(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn counts_below_zero_mean_all() {
+        assert_eq!((n_predict("-1"), n_predict("-2"), n_predict("7")), (Ok(usize::MAX), Ok(usize::MAX), Ok(7)));
+        assert!(n_predict("-3").is_err() && n_predict("x").is_err() && last_n("-2").is_err());
+        assert_eq!(last_n("-1"), Ok(usize::MAX));
+    }
+
+    #[test]
+    fn escapes_are_those_of_c() {
+        assert_eq!(unescaped(r#"a\n\t\\\"\x"#), "a\n\t\\\"\\x");
     }
 }

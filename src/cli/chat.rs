@@ -1,87 +1,276 @@
 //! `nt chat`: a conversation on the terminal; history and KV cache are kept.
 
-use std::io::{BufRead, Write};
+use std::io::Write;
 
 use clap::Args;
 use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
+use super::entry::{Entries, Entry};
 use super::report::Report;
+use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt, run};
-use crate::engine::{Sampler, StopReason, generate};
+use crate::engine::{Generation, Opened, Request, Sampler, Session, StopReason, generate};
+use crate::machine::pressure::Watch;
 use crate::tokenizer::ChatTemplate;
 
 /// Arguments of `nt chat`.
 #[derive(Debug, Args)]
+#[command(after_help = COMMANDS)]
 pub struct ChatArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
     /// System message (default: what the model's chat template says without one).
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Tokens of an answer at most.
-    #[arg(short = 'n', long = "n-predict", default_value_t = 1024)]
+    #[command(flatten)]
+    template: TemplateOptions,
+    /// Tokens of an answer at most; -1 until the context is full.
+    #[arg(
+        short = 'n',
+        long = "n-predict",
+        default_value = "1024",
+        allow_negative_numbers = true,
+        value_parser = super::args::n_predict
+    )]
     n: usize,
-    /// Stop an answer where this text comes, which is not printed (repeat for more).
+    /// Stop an answer where this text comes, which is not printed (repeat for more). The name of a control token, as
+    /// `<|im_end|>`, stops at that token.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Show control tokens by their names.
+    #[arg(long)]
+    special: bool,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
     placement: Placement,
 }
 
+/// What can be typed, for the help.
+const COMMANDS: &str = "At the prompt:
+  /clear   forget the conversation, but not the system message
+  /regen   answer the last message again
+  /help    show this
+  /exit    end (also /quit, Ctrl-D, or Ctrl-C at the prompt)
+Several lines in one message: end a line with \\ to go on in the next, or put the lines between \"\"\" and \"\"\".
+Ctrl-C in an answer ends the answer. Where the context is full, the oldest turns are left out.";
+
 /// Positions of the KV cache where nothing else is said.
 const CTX_DEFAULT: usize = 4096;
+/// Of the context, one part in so many is kept free for an answer before old turns are left out.
+const ROOM_FOR_ANSWER: usize = 4;
 
-/// Reads lines from stdin until it ends or `/exit`.
+/// Reads messages from stdin until it ends or `/exit`.
 pub fn run(args: &ChatArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let params = args.sampling.params()?;
     let opened = run::open(&args.model, &args.placement)?;
-    let template = ChatTemplate::from_metadata(&opened.gguf.metadata, &opened.tokenizer).map_err(Failure::usage)?;
+    args.sampling.check(opened.model.n_vocab)?;
+    let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
     options.n_ctx = match args.placement.ctx {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_train),
     };
     let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, true, &watch)?;
-    let mut sampler = Sampler::new(params, opened.model.n_vocab);
-    let mut messages: Vec<Json> = args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
-    // Tokens whose keys and values are in the cache.
-    let mut cached: Vec<u32> = Vec::new();
-    let terminal = std::io::IsTerminal::is_terminal(&std::io::stdin());
-    loop {
-        if terminal {
-            eprint!("\n> ");
+    let session = run::start(&opened, options, true, &watch)?;
+    let mut chat = Chat {
+        args,
+        opened: &opened,
+        template,
+        watch,
+        session,
+        sampler: Sampler::for_model(params, opened.model.n_vocab, &opened.tokenizer),
+        messages: args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect(),
+        cached: Vec::new(),
+        told: Vec::new(),
+        answers: 0,
+        refused: None,
+    };
+    let ended = chat.talk();
+    Report::new(&chat.session, &opened).print();
+    match ended {
+        // A script that got no answer at all is told so.
+        Ok(()) if chat.answers == 0 => chat.refused.map_or(Ok(()), Err),
+        ended => ended,
+    }
+}
+
+/// A conversation.
+struct Chat<'a> {
+    args: &'a ChatArgs,
+    opened: &'a Opened,
+    template: ChatTemplate,
+    watch: Watch,
+    session: Session,
+    sampler: Sampler,
+    messages: Vec<Json>,
+    /// Tokens whose keys and values are in the cache.
+    cached: Vec<u32>,
+    /// What was said and need not be said again.
+    told: Vec<String>,
+    answers: usize,
+    /// How the last message that got no answer was refused.
+    refused: Option<Failure>,
+}
+
+/// Messages as they are to be rendered, and their tokens.
+struct Turn {
+    messages: Vec<Json>,
+    prompt: Vec<u32>,
+}
+
+impl Chat<'_> {
+    fn talk(&mut self) -> Result<(), Failure> {
+        let mut entries = Entries::stdin()?;
+        loop {
+            let text = match entries.next()? {
+                Entry::End => return Ok(()),
+                Entry::Interrupted => {
+                    eprintln!();
+                    return Err(Failure::interrupted());
+                }
+                Entry::Unusable(why) => {
+                    self.refuse(Failure::usage(format!("the message is left out: {why}")));
+                    continue;
+                }
+                Entry::Text(text) => text,
+            };
+            match text.trim() {
+                "" => {}
+                "/exit" | "/quit" => return Ok(()),
+                "/help" => eprintln!("{COMMANDS}"),
+                "/clear" => self.clear(),
+                "/regen" => match self.messages.split_last() {
+                    Some((last, before)) if last["role"] == "assistant" => self.answer(before.to_vec())?,
+                    _ => eprintln!("there is no answer yet"),
+                },
+                _ => {
+                    let mut messages = self.messages.clone();
+                    messages.push(json!({ "role": "user", "content": text }));
+                    self.answer(messages)?;
+                }
+            }
         }
-        let Some(line) = read_line()? else { break };
-        match line.trim() {
-            "" => continue,
-            "/exit" | "/quit" => break,
-            _ => {}
+    }
+
+    /// Says why a message gets no answer. The conversation is as before it.
+    fn refuse(&mut self, why: Failure) {
+        eprintln!("nt: {why}");
+        self.refused = Some(why.silent());
+    }
+
+    fn tell_once(&mut self, what: String) {
+        if !self.told.contains(&what) {
+            tracing::warn!("{what}");
+            self.told.push(what);
         }
-        messages.push(json!({ "role": "user", "content": line.trim_end_matches(['\n', '\r']) }));
-        let prompt = run::encode_rendered(&opened, &template.render(&messages, true).map_err(Failure::usage)?);
-        if prompt.len() >= session.n_ctx() {
-            return Err(Failure::limits(format!(
-                "the conversation has {} tokens, but the context holds {}; give a larger --ctx",
-                prompt.len(),
-                session.n_ctx()
-            )));
+    }
+
+    fn clear(&mut self) {
+        self.messages.retain(|m| m["role"] == "system");
+        self.cached.clear();
+        self.session.truncate(0);
+        self.told.clear();
+        eprintln!("the conversation is forgotten");
+    }
+
+    /// Answers the last of `messages`, which become the conversation if there is an answer.
+    fn answer(&mut self, messages: Vec<Json>) -> Result<(), Failure> {
+        let turn = match self.fitting(messages) {
+            Ok(turn) => turn,
+            Err(why) => {
+                self.refuse(why);
+                return Ok(());
+            }
+        };
+        let g = self.generate(&turn.prompt)?;
+        super::report::print_line("")?;
+        self.cached = turn.prompt;
+        self.cached.extend(&g.tokens);
+        self.cached.truncate(self.session.position());
+        if g.stop == StopReason::Interrupt && g.tokens.is_empty() {
+            eprintln!("stopped before the first word; the message is taken back");
+        } else {
+            self.answers += 1;
+            self.messages = turn.messages;
+            self.messages.push(json!({ "role": "assistant", "content": g.plain }));
         }
+        if g.context_full {
+            tracing::warn!("the context is full; the answer was cut off (give a larger --ctx)");
+        }
+        // A signal that came with the answer's last token was meant for the answer too.
+        if g.stop == StopReason::Interrupt || interrupt::interrupted() { self.interrupted() } else { Ok(()) }
+    }
+
+    /// What ends with an answer that was interrupted: nothing else for Ctrl-C, all for SIGTERM and want of memory.
+    fn interrupted(&self) -> Result<(), Failure> {
+        if interrupt::terminated() {
+            return Err(Failure::interrupted());
+        }
+        if let Some(why) = self.watch.reason().filter(|_| !interrupt::interrupted()) {
+            return Err(run::short_of_memory(&why));
+        }
+        interrupt::rearm()
+    }
+
+    /// The turn with as much of the history as the context has room for: the oldest turns are left out first. But a
+    /// message of more than half the context pushes nothing out that was said last; it is refused.
+    fn fitting(&mut self, mut messages: Vec<Json>) -> Result<Turn, Failure> {
+        let n_ctx = self.session.n_ctx();
+        let room = n_ctx - self.args.n.clamp(1, (n_ctx / ROOM_FOR_ANSWER).max(1)).min(n_ctx);
+        let alone: Vec<Json> =
+            messages.iter().filter(|m| m["role"] == "system").chain(messages.last()).cloned().collect();
+        let alone = self.rendered(&alone)?.1.len();
+        if alone >= n_ctx {
+            return Err(too_long(alone, "the context", n_ctx.saturating_sub(1)));
+        }
+        let mut left_out = false;
+        loop {
+            let (notes, prompt) = self.rendered(&messages)?;
+            if prompt.is_empty() {
+                return Err(Failure::usage("the message is left out: it has no tokens"));
+            }
+            let oldest = oldest_turn(&messages).filter(|_| prompt.len() > room);
+            if let Some(turn) = oldest {
+                if alone > room / 2 && oldest_turn(&messages[turn.end..]).is_none() {
+                    let history = prompt.len().saturating_sub(alone);
+                    return Err(too_long(alone, "next to the conversation the context", room.saturating_sub(history)));
+                }
+                messages.drain(turn);
+                left_out = true;
+                continue;
+            }
+            if left_out {
+                self.tell_once(format!(
+                    "the context of {n_ctx} tokens is full: the oldest turns are left out from here on (a larger --ctx holds more, /clear begins anew)"
+                ));
+            }
+            notes.into_iter().for_each(|note| self.tell_once(note));
+            return Ok(Turn { messages, prompt });
+        }
+    }
+
+    /// What there is to say of the prompt of `messages`, and its tokens.
+    fn rendered(&self, messages: &[Json]) -> Result<(Vec<String>, Vec<u32>), Failure> {
+        let prompt = self.template.prompt(messages, None, true).map_err(run::template_failure)?;
+        Ok((prompt.notes, self.opened.tokenizer.encode_rendered(&prompt.text)))
+    }
+
+    /// Generates an answer, printing it as it comes.
+    fn generate(&mut self, prompt: &[u32]) -> Result<Generation, Failure> {
         // Earlier turns stay cached as far as the rendered text agrees; one token is left to evaluate.
-        let agree = cached.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
-        session.truncate(agree);
+        let agree = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
+        self.session.truncate(agree);
+        let (args, watch) = (self.args, &self.watch);
+        let request = Request { text: prompt, cached: agree, n: args.n, stops: &args.stop, special: args.special };
         let mut written = Ok(());
         let g = generate(
-            &mut session,
-            &opened.tokenizer,
-            &mut sampler,
-            &prompt[agree..],
-            args.n,
-            &args.stop,
+            &mut self.session,
+            &self.opened.tokenizer,
+            &mut self.sampler,
+            request,
             &|| interrupt::interrupted() || watch.tripped(),
             &mut |text| {
                 let mut out = std::io::stdout().lock();
@@ -92,33 +281,19 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         )
         .map_err(run::failure)?;
         written.map_err(|e| Failure::output("stdout", &e))?;
-        super::report::print_line("")?;
-        cached = prompt;
-        cached.extend(&g.tokens);
-        cached.truncate(session.position());
-        messages.push(json!({ "role": "assistant", "content": g.text }));
-        if g.stop == StopReason::Interrupt {
-            let reason = watch.reason().filter(|_| !interrupt::interrupted());
-            Report::new(&session, &opened).print();
-            return Err(reason.map_or_else(Failure::interrupted, |r| run::short_of_memory(&r)));
-        }
-        if g.context_full {
-            tracing::warn!("the context is full; the answer was cut off (give a larger --ctx)");
-        }
+        Ok(g)
     }
-    Report::new(&session, &opened).print();
-    Ok(())
 }
 
-/// A line of stdin; `None` at its end.
-fn read_line() -> Result<Option<String>, Failure> {
-    let mut bytes = Vec::new();
-    let n = std::io::stdin()
-        .lock()
-        .read_until(b'\n', &mut bytes)
-        .map_err(|e| Failure::running(format!("reading stdin failed: {e}")))?;
-    if n == 0 {
-        return Ok(None);
-    }
-    String::from_utf8(bytes).map(Some).map_err(|_| Failure::usage("stdin is not UTF-8"))
+/// Refuses a message of so many tokens where there is room for fewer.
+fn too_long(tokens: usize, place: &str, room: usize) -> Failure {
+    Failure::limits(format!(
+        "the message is left out: with what the template adds it has {tokens} tokens, but {place} has room for {room}; shorten it, /clear the conversation, or give a larger --ctx"
+    ))
+}
+
+/// Where the oldest turn lies: a user's message and all before the next one's. `None` if there is only one.
+fn oldest_turn(messages: &[Json]) -> Option<std::ops::Range<usize>> {
+    let mut users = messages.iter().enumerate().filter(|(_, m)| m["role"] == "user").map(|(i, _)| i);
+    Some(users.next()?..users.next()?)
 }

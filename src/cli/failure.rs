@@ -71,11 +71,22 @@ impl Failure {
         self
     }
 
+    /// The same exit code without the sentence, which was printed before.
+    pub fn silent(self) -> Failure {
+        Failure { message: String::new(), ..self }
+    }
+
     /// Prints the sentence and gives the exit code.
     pub fn report(&self) -> ExitCode {
         if !self.message.is_empty() {
             eprintln!("nt: {}", super::printable::printable(&self.message));
         }
         ExitCode::from(self.code)
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.message)
     }
 }

@@ -6,6 +6,7 @@ mod chat;
 mod completions;
 pub mod device;
 mod doctor;
+mod entry;
 mod failure;
 mod inspect;
 mod interrupt;

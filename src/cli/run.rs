@@ -8,12 +8,13 @@ use clap::Args;
 use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
 use super::page::{self, Timings};
 use super::report::{self, Report};
+use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind};
 use crate::engine::{
-    EngineError, Generation, Opened, Options, RequestError, Sampler, Session, Starting, StopReason, choose_buffers,
-    generate, nearest, this_machine,
+    EngineError, Generation, Opened, Options, Request, RequestError, Sampler, Session, Starting, StopReason,
+    choose_buffers, generate, nearest, this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -23,7 +24,10 @@ use crate::plan::Machine;
 use crate::storage::guard::Host;
 use crate::storage::vfio::device::OpenError;
 use crate::storage::{ReaderKind, StorageError};
-use crate::tokenizer::ChatTemplate;
+use crate::tokenizer::TokenizerError;
+
+/// Positions of the KV cache where a text goes on until it is full.
+const CTX_UNTIL_FULL: usize = 4096;
 
 /// Arguments of `nt run`.
 #[derive(Debug, Args)]
@@ -36,8 +40,15 @@ pub struct RunArgs {
     /// Read the prompt from a file; - is stdin.
     #[arg(long, value_name = "F")]
     prompt_file: Option<PathBuf>,
-    /// Tokens to generate at most; fewer where the model ends its text or the context is full.
-    #[arg(short = 'n', long = "n-predict", default_value_t = 256)]
+    /// Tokens to generate at most; fewer where the model ends its text or the context is full. -1 goes on until then
+    /// (with `--ctx auto`, 4096 positions, or twice the prompt where that is more).
+    #[arg(
+        short = 'n',
+        long = "n-predict",
+        default_value = "256",
+        allow_negative_numbers = true,
+        value_parser = super::args::n_predict
+    )]
     n: usize,
     /// Apply the model's chat template to the prompt.
     #[arg(long)]
@@ -45,9 +56,15 @@ pub struct RunArgs {
     /// System message; implies --chat.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Stop where this text comes, which is not printed (repeat for more).
+    #[command(flatten)]
+    template: TemplateOptions,
+    /// Stop where this text comes, which is not printed (repeat for more). The name of a control token, as
+    /// `<|im_end|>`, stops at that token.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Show control tokens by their names.
+    #[arg(long)]
+    special: bool,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -70,47 +87,45 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         (None, None) => String::new(),
     };
     let opened = open(&args.model, &args.placement)?;
-    let tokens = prompt_tokens(&opened, &prompt, args.chat || args.system.is_some(), args.system.as_deref())?;
+    args.sampling.check(opened.model.n_vocab)?;
+    let mut warnings = Vec::new();
+    let tokens = prompt_tokens(args, &opened, &prompt, &mut warnings)?;
     let mut options = options(&args.placement, KvArg::F16)?;
-    options.n_ctx = context(&args.placement, &opened, tokens.len(), tokens.len().saturating_add(args.n))?;
+    options.n_ctx = context(&args.placement, &opened, tokens.len(), wished_context(tokens.len(), args.n))?;
     options.timeline |= args.html.is_some();
     let watch = prepare(&args.placement);
     let mut session = start(&opened, options, true, &watch)?;
-    let mut sampler = Sampler::new(params, opened.model.n_vocab);
+    let mut sampler = Sampler::for_model(params, opened.model.n_vocab, &opened.tokenizer);
     let mut written = Ok(());
-    let generation = generate(
-        &mut session,
-        &opened.tokenizer,
-        &mut sampler,
-        &tokens,
-        args.n,
-        &args.stop,
-        &|| to_stop(&watch),
-        &mut |text| {
+    let request = Request { text: &tokens, cached: 0, n: args.n, stops: &args.stop, special: args.special };
+    let generation =
+        generate(&mut session, &opened.tokenizer, &mut sampler, request, &|| to_stop(&watch), &mut |text| {
             if !args.json && written.is_ok() {
                 let mut out = std::io::stdout().lock();
                 written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
             }
-        },
-    )
-    .map_err(failure)?;
+        })
+        .map_err(failure)?;
     written.map_err(|e| Failure::output("stdout", &e))?;
-    finish(args, &opened, &mut session, &generation, watch.reason())
+    finish(args, &opened, &mut session, &generation, watch.reason(), &warnings)
 }
 
-/// `pressure`: why the watch of memory asked the run to stop, if it did.
+/// `pressure`: why the watch of memory asked the run to stop, if it did. `warnings`: what there was to say of the
+/// prompt.
 fn finish(
     args: &RunArgs,
     opened: &Opened,
     session: &mut Session,
     g: &Generation,
     pressure: Option<String>,
+    warnings: &[String],
 ) -> Result<(), Failure> {
     let pressure = pressure.filter(|_| g.stop == StopReason::Interrupt && !interrupt::interrupted());
     if let Some(shard) = opened.gguf.shards.first() {
         session.recall_ceilings(&shard.path);
     }
     let mut report = Report::new(session, opened);
+    report.warnings(warnings);
     report.warnings(pressure.as_slice());
     report.generation(g);
     report.predicted(session.predicted_on(&this_machine(opened, session.backend_kind())));
@@ -188,17 +203,30 @@ pub(super) fn short_of_memory(reason: &str) -> Failure {
     ))
 }
 
-/// The prompt's tokens, through the chat template if asked.
-fn prompt_tokens(opened: &Opened, prompt: &str, chat: bool, system: Option<&str>) -> Result<Vec<u32>, Failure> {
+/// Positions that a run wishes for a prompt and `n` tokens behind it.
+fn wished_context(prompt: usize, n: usize) -> usize {
+    if n == usize::MAX { CTX_UNTIL_FULL.max(prompt.saturating_mul(2)) } else { prompt.saturating_add(n) }
+}
+
+/// The prompt's tokens, through the chat template if asked; `warnings` gets what had to be changed for it.
+fn prompt_tokens(
+    args: &RunArgs,
+    opened: &Opened,
+    prompt: &str,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u32>, Failure> {
+    let chat = args.chat || args.system.is_some() || args.template.any();
     let tokens = if chat {
-        let template = ChatTemplate::from_metadata(&opened.gguf.metadata, &opened.tokenizer).map_err(Failure::usage)?;
+        let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
         let mut messages = Vec::new();
-        messages.extend(system.map(|s| serde_json::json!({ "role": "system", "content": s })));
+        messages.extend(args.system.iter().map(|s| serde_json::json!({ "role": "system", "content": s })));
         messages.push(serde_json::json!({ "role": "user", "content": prompt }));
-        let text = template.render(&messages, true).map_err(Failure::usage)?;
-        encode_rendered(opened, &text)
+        let rendered = template.prompt(&messages, None, true).map_err(template_failure)?;
+        rendered.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        warnings.extend(template.notes().iter().chain(&rendered.notes).cloned());
+        opened.tokenizer.encode_rendered(&rendered.text)
     } else {
-        opened.tokenizer.encode(prompt, true, true)
+        opened.tokenizer.encode_prompt(prompt)
     };
     if tokens.is_empty() {
         return Err(Failure::usage("the prompt is empty, and this model adds no BOS token"));
@@ -206,17 +234,12 @@ fn prompt_tokens(opened: &Opened, prompt: &str, chat: bool, system: Option<&str>
     Ok(tokens)
 }
 
-/// Ids of a rendered template: its own special tokens are read as such, and a BOS that it writes
-/// itself is not doubled.
-pub(super) fn encode_rendered(opened: &Opened, text: &str) -> Vec<u32> {
-    let mut ids = opened.tokenizer.encode(text, true, true);
-    if let (Some(bos), [a, b, ..]) = (opened.tokenizer.bos(), &ids[..])
-        && *a == bos
-        && *b == bos
-    {
-        ids.remove(0);
+/// A template's error with its exit code.
+pub(super) fn template_failure(e: TokenizerError) -> Failure {
+    match e {
+        TokenizerError::TemplateMemory(_) => Failure::limits(e),
+        e => Failure::usage(e),
     }
-    ids
 }
 
 /// Reads a text file (or stdin as `-`), which must be UTF-8.

@@ -4,6 +4,7 @@
 //! ring and a backend; `generate` turns a prompt into text.
 
 mod ceilings;
+mod dry;
 mod forecast;
 mod generate;
 mod here;
@@ -21,9 +22,11 @@ mod stop;
 mod stripes;
 mod verify;
 mod weights;
+mod window;
 
+pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
-pub use generate::{Generation, StopReason, generate};
+pub use generate::{Generation, Request, StopReason, generate};
 pub use here::{Here, this_machine};
 pub use links::{Links, Stalls};
 pub use opened::{EngineError, Opened};
@@ -34,5 +37,4 @@ pub use session::{Options, RequestError, Session};
 pub use source::open_header;
 pub use staged::{StagedDrive, staged_drives};
 pub use start::{OpenBackend, Starting, beyond_training};
-pub use stop::StopFilter;
 pub use verify::{Verified, verify};

@@ -1,46 +1,138 @@
 //! Stop texts: found across token borders, and never shown, not even in part.
+//!
+//! Control tokens show no text, but a stop text may name them: it is looked for in what is shown, and in the same
+//! with the names of hidden tokens in their places, where it holds each of them whole or not at all.
+
+/// A piece of the text: what it is, and whether it is the name of a control token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece<'a> {
+    /// The text or name.
+    pub text: &'a str,
+    /// Whether it is the name of a token that shows no text.
+    pub control: bool,
+}
 
 /// Holds text back while it may be the beginning of a stop text.
 #[derive(Debug, Default)]
 pub struct StopFilter {
     stops: Vec<String>,
+    /// What is held back, names of control tokens included.
     held: String,
+    /// Where these names lie in it, ascending.
+    names: Vec<std::ops::Range<usize>>,
 }
 
 impl StopFilter {
     /// A filter for these texts; empty ones are ignored.
     pub fn new(stops: &[String]) -> StopFilter {
-        StopFilter { stops: stops.iter().filter(|s| !s.is_empty()).cloned().collect(), held: String::new() }
+        let stops = stops.iter().filter(|s| !s.is_empty()).cloned().collect();
+        StopFilter { stops, ..StopFilter::default() }
     }
 
-    /// Adds text; passes on what is certain to be shown. Returns whether a stop text was found.
-    pub fn push(&mut self, text: &str, show: &mut dyn FnMut(&str)) -> bool {
-        if self.stops.is_empty() {
-            show(text);
+    /// Adds a piece; passes on what is certain to be shown. Returns whether a stop text was found.
+    pub fn push(&mut self, piece: Piece, show: &mut dyn FnMut(Piece)) -> bool {
+        if piece.text.is_empty() {
             return false;
         }
-        self.held.push_str(text);
-        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
-            show(&self.held[..at]);
-            self.held.clear();
-            return true;
+        if self.stops.is_empty() {
+            show(piece);
+            return false;
         }
-        let safe = self.held.len() - self.longest_beginning();
-        show(&self.held[..safe]);
-        self.held.drain(..safe);
-        false
+        if piece.control {
+            self.names.push(self.held.len()..self.held.len() + piece.text.len());
+        }
+        self.held.push_str(piece.text);
+        let found = self.find();
+        let safe = found.unwrap_or_else(|| self.first_beginning());
+        self.release(safe, show);
+        if found.is_some() {
+            self.held.clear();
+            self.names.clear();
+        }
+        found.is_some()
     }
 
     /// Ends the text: what was held back is shown.
-    pub fn finish(&mut self, show: &mut dyn FnMut(&str)) {
-        show(&self.held);
-        self.held.clear();
+    pub fn finish(&mut self, show: &mut dyn FnMut(Piece)) {
+        self.release(self.held.len(), show);
     }
 
-    /// Length of the longest end of the held text with which a stop text begins.
-    fn longest_beginning(&self) -> usize {
-        let ends = self.held.char_indices().map(|(i, _)| &self.held[i..]);
-        ends.filter(|end| self.stops.iter().any(|s| s.starts_with(*end))).map(str::len).max().unwrap_or(0)
+    /// Where the first stop text begins.
+    fn find(&self) -> Option<usize> {
+        let in_all = self.stops.iter().filter_map(|s| {
+            let mut ends = self.held.match_indices(s.as_str()).map(|(at, s)| (at, at + s.len()));
+            ends.find(|&(from, to)| !self.cuts_a_name(from) && !self.cuts_a_name(to)).map(|(from, _)| from)
+        });
+        if self.names.is_empty() {
+            return in_all.min();
+        }
+        let shown = self.shown();
+        let in_shown = self.stops.iter().filter_map(|s| shown.find(s.as_str())).map(|at| self.of_shown(at));
+        in_all.chain(in_shown).min()
+    }
+
+    /// Where the longest end begins that may become a stop text; the length of all if there is none.
+    fn first_beginning(&self) -> usize {
+        let begins = |text: &str, at: usize| self.stops.iter().any(|s| s.starts_with(&text[at..]));
+        let in_all = self.held.char_indices().map(|(at, _)| at);
+        let in_all = in_all.filter(|&at| !self.cuts_a_name(at)).find(|&at| begins(&self.held, at));
+        if self.names.is_empty() {
+            return in_all.unwrap_or(self.held.len());
+        }
+        let shown = self.shown();
+        let in_shown =
+            shown.char_indices().map(|(at, _)| at).find(|&at| begins(&shown, at)).map(|at| self.of_shown(at));
+        in_all.into_iter().chain(in_shown).min().unwrap_or(self.held.len())
+    }
+
+    fn cuts_a_name(&self, at: usize) -> bool {
+        self.names.iter().any(|name| name.start < at && at < name.end)
+    }
+
+    /// The held text without names.
+    fn shown(&self) -> String {
+        let (mut out, mut at) = (String::with_capacity(self.held.len()), 0);
+        for name in &self.names {
+            out.push_str(&self.held[at..name.start]);
+            at = name.end;
+        }
+        out.push_str(&self.held[at..]);
+        out
+    }
+
+    /// The place in the held text of a place in [`shown`](Self::shown): behind the names that lie there.
+    fn of_shown(&self, mut at: usize) -> usize {
+        for name in &self.names {
+            if name.start > at {
+                break;
+            }
+            at += name.len();
+        }
+        at
+    }
+
+    /// Shows the first `n` bytes of what is held; a name is shown whole.
+    fn release(&mut self, n: usize, show: &mut dyn FnMut(Piece)) {
+        let mut at = 0;
+        for name in self.names.iter().take_while(|name| name.start < n) {
+            if at < name.start {
+                show(Piece { text: &self.held[at..name.start], control: false });
+            }
+            show(Piece { text: &self.held[name.clone()], control: true });
+            at = name.end;
+        }
+        if at < n {
+            show(Piece { text: &self.held[at..n], control: false });
+        }
+        let n = n.max(at);
+        self.held.drain(..n);
+        self.names.retain_mut(|name| {
+            let stays = name.start >= n;
+            if stays {
+                *name = name.start - n..name.end - n;
+            }
+            stays
+        });
     }
 }
 
@@ -48,16 +140,20 @@ impl StopFilter {
 mod tests {
     use super::*;
 
+    /// Pieces in angle brackets are names of control tokens.
     fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
         let mut f = StopFilter::new(&stops.iter().map(|s| s.to_string()).collect::<Vec<_>>());
         let mut out = String::new();
-        for p in pieces {
-            if f.push(p, &mut |t| out.push_str(t)) {
-                return (out, true);
+        let mut show = |p: Piece| {
+            if !p.control {
+                out.push_str(p.text);
             }
+        };
+        let found = pieces.iter().any(|p| f.push(Piece { text: p, control: p.starts_with('<') }, &mut show));
+        if !found {
+            f.finish(&mut show);
         }
-        f.finish(&mut |t| out.push_str(t));
-        (out, false)
+        (out, found)
     }
 
     #[test]
@@ -70,5 +166,20 @@ mod tests {
     fn a_beginning_that_comes_to_nothing_is_shown() {
         assert_eq!(run(&["END"], &["E", "N", "E", "N"]), ("ENEN".into(), false));
         assert_eq!(run(&[], &["x"]), ("x".into(), false));
+        assert_eq!(run(&["<a>b"], &["x", "<a>", "c"]), ("xc".into(), false));
+    }
+
+    #[test]
+    fn a_control_token_stops_where_it_is_named() {
+        assert_eq!(run(&["<user>"], &["one", "<user>", "two"]), ("one".into(), true));
+        assert_eq!(run(&["one<user>"], &["none", "<user>", "two"]), ("n".into(), true));
+        assert_eq!(run(&["<end>\n<user>"], &["a", "<end>", "\n", "<user>"]), ("a".into(), true));
+        assert_eq!(run(&["\n\n"], &["a\n", "<x>", "\nb"]), ("a".into(), true));
+    }
+
+    #[test]
+    fn a_part_of_a_hidden_name_stops_nothing() {
+        assert_eq!(run(&["user", "<", ">t"], &["one", "<user>", "two"]), ("onetwo".into(), false));
+        assert_eq!(run(&["nee"], &["one", "<x>", "e"]), ("o".into(), true));
     }
 }

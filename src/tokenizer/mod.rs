@@ -4,11 +4,13 @@
 //! merging (`llama`). Ids are those of llama.cpp; what it would guess is an error here.
 
 mod bpe;
+mod builtin;
 mod decode;
 mod eog;
 mod jinja;
 mod load;
 mod pretokenize;
+mod prompt;
 mod special;
 mod spm;
 mod template;
@@ -17,6 +19,7 @@ mod tests;
 mod vocab;
 
 pub use decode::Decoder;
+pub use prompt::Prompt;
 pub use template::ChatTemplate;
 
 use crate::gguf::{Metadata, StringArray};
@@ -52,6 +55,36 @@ pub enum TokenizerError {
     /// The chat template cannot be parsed or rendered.
     #[error("the chat template failed: {0}")]
     Template(String),
+    /// Words that were given are missing from the prompt.
+    #[error(
+        "the chat template drops message {number} (role {role}): its words {words:?} are not in the prompt; --chat-template names another template"
+    )]
+    DropsMessage {
+        /// Its place, from 1.
+        number: usize,
+        /// Its role.
+        role: String,
+        /// How it begins.
+        words: String,
+    },
+    /// No template has this name.
+    #[error(
+        "chat template {name:?} is no file, no template of the model ({}), and not built in; built in are {built_in}",
+        if in_file.is_empty() { "which has no named ones" } else { in_file }
+    )]
+    UnknownTemplate {
+        /// The name.
+        name: String,
+        /// Those that the file has.
+        in_file: String,
+        /// Those that are built in.
+        built_in: String,
+    },
+    /// The thread that renders has too little memory.
+    #[error(
+        "the chat template cannot be rendered for want of memory: {0}; raise the limit of address space (ulimit -v, ulimit -d), or free memory"
+    )]
+    TemplateMemory(String),
 }
 
 #[derive(Debug)]
@@ -82,6 +115,34 @@ impl Tokenizer {
     /// Builds the tokenizer that the metadata describe.
     pub fn from_metadata(metadata: &Metadata) -> Result<Tokenizer, TokenizerError> {
         load::load(metadata)
+    }
+
+    /// Ids of a text that is to be continued: BOS as the model wishes, control tokens read as such, and no EOS
+    /// behind it, which would end what is to be continued.
+    pub fn encode_prompt(&self, text: &str) -> Vec<u32> {
+        let mut ids = self.encode(text, false, true);
+        if self.add_bos
+            && let Some(bos) = self.bos
+        {
+            ids.insert(0, bos);
+        }
+        ids
+    }
+
+    /// Ids of a rendered chat template: a BOS that it writes itself is not doubled, and an EOS that it writes at its
+    /// end is taken off where the model adds one to texts (as llama.cpp does).
+    pub fn encode_rendered(&self, text: &str) -> Vec<u32> {
+        let mut ids = self.encode_prompt(text);
+        if let (Some(bos), [a, b, ..]) = (self.bos, &ids[..])
+            && *a == bos
+            && *b == bos
+        {
+            ids.remove(0);
+        }
+        if self.add_eos && ids.len() > 1 && ids.last().copied() == self.eos {
+            ids.pop();
+        }
+        ids
     }
 
     /// Ids of `text`. `add_special` adds BOS and EOS as the model wishes; `parse_special` reads

@@ -1,20 +1,26 @@
 //! Chat templates: Jinja as Hugging Face renders it.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Serde, merge_maps};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde_json::Value as Json;
 
-use super::{Tokenizer, TokenizerError, jinja};
+use super::prompt::{self, Prompt};
+use super::{Tokenizer, TokenizerError, builtin, jinja};
 use crate::gguf::Metadata;
 
-/// What a model without a template gets, as llama.cpp does.
-const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 /// Steps after which a template is stopped; real ones take a few thousand.
 const FUEL: u64 = 2_000_000;
 
-/// Stack of the thread that renders; see [`on_deep_stack`].
+/// Stack of the thread that renders; see [`ChatTemplate::on_deep_stack`].
 const STACK_BYTES: usize = 1 << 30;
+/// The smallest stack that a template is rendered on.
+const STACK_BYTES_MIN: usize = 16 << 20;
+
+/// The metadata key of the template; others for one purpose follow it after a dot.
+const KEY: &str = "tokenizer.chat_template";
+/// Variables that no caller may set: they are the conversation.
+const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 
 /// A model's chat template.
 #[derive(Debug)]
@@ -22,19 +28,67 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     bos: String,
     eos: String,
+    /// Values for the template beside the conversation.
+    variables: serde_json::Map<String, Json>,
+    /// The file's own template for conversations with tools: there, or why it cannot be used.
+    tool_use: Option<Result<(), String>>,
+    notes: Vec<String>,
 }
 
 impl ChatTemplate {
-    /// The template in `tokenizer.chat_template`; ChatML if there is none.
+    /// The template in `tokenizer.chat_template`, with tools the one in `tokenizer.chat_template.tool_use`; ChatML,
+    /// as llama.cpp, if there is none or it is blank.
     pub fn from_metadata(metadata: &Metadata, tokenizer: &Tokenizer) -> Result<ChatTemplate, TokenizerError> {
-        let source = metadata.str("tokenizer.chat_template");
-        if source.is_none() {
-            tracing::warn!("the model has no chat template; ChatML is used");
+        let source = metadata.str(KEY).filter(|s| !s.trim().is_empty()).or_else(|| named(metadata, "default"));
+        let mut template = match source {
+            Some(source) => ChatTemplate::for_model(source, tokenizer)?,
+            None => {
+                let mut chatml = ChatTemplate::from_name(metadata, tokenizer, "chatml")?;
+                let state = if metadata.get(KEY).is_some() {
+                    "the model's chat template is empty"
+                } else {
+                    "the model has no chat template"
+                };
+                let others = ChatTemplate::names_in(metadata);
+                let others = if others.is_empty() {
+                    String::new()
+                } else {
+                    format!(" (the file also has {})", others.join(", "))
+                };
+                chatml.notes.push(format!("{state}; ChatML is used{others}; --chat-template names another"));
+                chatml
+            }
+        };
+        if let Some(source) = named(metadata, "tool_use") {
+            let added = template.add("tool_use", source);
+            template.tool_use = Some(added.map_err(|e| e.to_string()));
         }
+        Ok(template)
+    }
+
+    /// The template called `name`: one of the file's (`tokenizer.chat_template.NAME`), else a built-in one of
+    /// llama.cpp's names.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::UnknownTemplate`] if neither has it.
+    pub fn from_name(metadata: &Metadata, tokenizer: &Tokenizer, name: &str) -> Result<ChatTemplate, TokenizerError> {
+        match named(metadata, name).map(str::to_owned).or_else(|| builtin::source(name)) {
+            Some(source) => ChatTemplate::for_model(&source, tokenizer),
+            None => Err(TokenizerError::UnknownTemplate {
+                name: name.to_owned(),
+                in_file: ChatTemplate::names_in(metadata).join(", "),
+                built_in: builtin::names().collect::<Vec<_>>().join(", "),
+            }),
+        }
+    }
+
+    /// A template from its source, for a model's BOS and EOS.
+    pub fn for_model(source: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate, TokenizerError> {
         let text = |id: Option<u32>| {
             id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned()).unwrap_or_default()
         };
-        ChatTemplate::new(source.unwrap_or(CHATML), text(tokenizer.bos()), text(tokenizer.eos()))
+        ChatTemplate::new(source, text(tokenizer.bos()), text(tokenizer.eos()))
     }
 
     /// A template from its source and the texts of BOS and EOS.
@@ -50,8 +104,44 @@ impl ChatTemplate {
         environment.add_test("iterable", jinja::is_iterable);
         environment.add_filter("tojson", jinja::tojson);
         environment.add_filter("indent", jinja::indent);
-        environment.add_template_owned("chat", without_generation_tags(source)).map_err(|e| failed(&e))?;
-        Ok(ChatTemplate { environment, bos, eos })
+        let (variables, notes) = (serde_json::Map::new(), Vec::new());
+        let mut template = ChatTemplate { environment, bos, eos, variables, tool_use: None, notes };
+        template.add("chat", source)?;
+        Ok(template)
+    }
+
+    fn add(&mut self, name: &'static str, source: &str) -> Result<(), TokenizerError> {
+        self.environment.add_template_owned(name, without_generation_tags(source)).map_err(|e| failed(&e))
+    }
+
+    /// The names of the templates that a file has besides its default one.
+    pub fn names_in(metadata: &Metadata) -> Vec<&str> {
+        let names = metadata.iter().filter_map(|(key, _)| key.strip_prefix(KEY)?.strip_prefix('.'));
+        names.filter(|name| named(metadata, name).is_some()).collect()
+    }
+
+    /// Sets a variable of the template, such as `enable_thinking`. `bos_token` and `eos_token` are the model's
+    /// otherwise. A template that does not read it renders as before; [`notes`](Self::notes) says so.
+    ///
+    /// # Errors
+    ///
+    /// If the name is one that the conversation itself has.
+    pub fn set_variable(&mut self, name: &str, value: Json) -> Result<(), TokenizerError> {
+        if RESERVED.contains(&name) {
+            let what = format!("{name} is the conversation's own and cannot be set as a variable");
+            return Err(TokenizerError::Template(what));
+        }
+        let read = ["chat", "tool_use"].iter().filter_map(|t| self.environment.get_template(t).ok());
+        if !read.into_iter().any(|t| t.undeclared_variables(false).contains(name)) {
+            self.notes.push(format!("the chat template reads no variable {name}; it is set for nothing"));
+        }
+        self.variables.insert(name.to_owned(), value);
+        Ok(())
+    }
+
+    /// What was missing and had to be assumed, a line each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Renders as of a time (seconds since 1970), so that the same messages always give the same text.
@@ -59,8 +149,8 @@ impl ChatTemplate {
         self.environment.add_function("strftime_now", move |format: String| strftime(unix_s, format));
     }
 
-    /// The prompt of `messages` (objects with `role` and `content`); with `add_generation_prompt` it
-    /// ends with the opening of the assistant's turn.
+    /// What the template makes of `messages` (objects with `role` and `content`); with `add_generation_prompt` it
+    /// ends with the opening of the assistant's turn. Nothing is checked; [`prompt`](Self::prompt) does.
     pub fn render(&self, messages: &[Json], add_generation_prompt: bool) -> Result<String, TokenizerError> {
         self.render_with_tools(messages, None, add_generation_prompt)
     }
@@ -72,18 +162,92 @@ impl ChatTemplate {
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
     ) -> Result<String, TokenizerError> {
-        let template = self.environment.get_template("chat").map_err(|e| failed(&e))?;
-        let context = context! {
-            messages => Value::from(Serde(messages)),
-            // Hugging Face passes these always, so templates ask whether they are none.
-            tools => Value::from(Serde(tools)),
-            documents => (),
-            add_generation_prompt,
-            bos_token => self.bos.as_str(),
-            eos_token => self.eos.as_str(),
-        };
-        on_deep_stack(|| template.render(context).map_err(|e| failed(&e)))?
+        self.on_deep_stack(&|e| self.render_in(e, messages, tools, add_generation_prompt))?
     }
+
+    /// The prompt of `messages`, in which no message's words are missing.
+    ///
+    /// Where the template does not print a content as it is given, the content is given as a list of parts (or as
+    /// one text); where it drops or refuses system messages, they are put before the next user's, and a note says so.
+    ///
+    /// # Errors
+    ///
+    /// The template's own error, or [`TokenizerError::DropsMessage`] if a message's words cannot be had in the prompt.
+    pub fn prompt(
+        &self,
+        messages: &[Json],
+        tools: Option<&[Json]>,
+        add_generation_prompt: bool,
+    ) -> Result<Prompt, TokenizerError> {
+        self.on_deep_stack(&|e| {
+            prompt::checked(messages, &|messages| self.render_in(e, messages, tools, add_generation_prompt))
+        })?
+    }
+
+    fn render_in(
+        &self,
+        environment: &Environment,
+        messages: &[Json],
+        tools: Option<&[Json]>,
+        add_generation_prompt: bool,
+    ) -> Result<String, TokenizerError> {
+        let name = match &self.tool_use {
+            Some(Ok(())) if tools.is_some_and(|t| !t.is_empty()) => "tool_use",
+            Some(Err(e)) if tools.is_some_and(|t| !t.is_empty()) => return Err(TokenizerError::Template(e.clone())),
+            _ => "chat",
+        };
+        let template = environment.get_template(name).map_err(|e| failed(&e))?;
+        // Hugging Face passes all of these always, so templates ask whether they are none.
+        let defaults = context! { documents => (), bos_token => self.bos.as_str(), eos_token => self.eos.as_str() };
+        let conversation = context! {
+            messages => Value::from(Serde(messages)),
+            tools => Value::from(Serde(tools)),
+            add_generation_prompt,
+        };
+        // Of equal names the last counts.
+        let context = merge_maps([defaults, Value::from(Serde(&self.variables)), conversation]);
+        template.render(context).map_err(|e| {
+            let short = e.kind() == ErrorKind::OutOfFuel && environment.fuel() != Some(FUEL);
+            if short {
+                TokenizerError::TemplateMemory("a smaller stack is not enough for this one".into())
+            } else {
+                failed(&e)
+            }
+        })
+    }
+
+    /// Runs on a stack that is deep enough for whatever the fuel can build: dropping and printing values
+    /// recurse into them, and a template can nest a list in itself with each step. Only pages that are
+    /// used are taken from memory; real templates use a few. But limits of address space count the whole, so where
+    /// it is refused, a smaller stack does, with as much less fuel.
+    fn on_deep_stack<T: Send>(&self, work: &(dyn Fn(&Environment) -> T + Sync)) -> Result<T, TokenizerError> {
+        let mut bytes = STACK_BYTES;
+        loop {
+            match on_stack(bytes, || {
+                let mut environment = std::borrow::Cow::Borrowed(&self.environment);
+                if bytes < STACK_BYTES {
+                    environment.to_mut().set_fuel(Some(FUEL / (STACK_BYTES / bytes) as u64));
+                }
+                work(&environment)
+            }) {
+                Err(_) if bytes > STACK_BYTES_MIN => bytes /= 4,
+                other => return other.map_err(|e| TokenizerError::TemplateMemory(e.to_string())),
+            }
+        }
+    }
+}
+
+/// A template of the file by its name, if it is not blank.
+fn named<'a>(metadata: &'a Metadata, name: &str) -> Option<&'a str> {
+    metadata.str(&format!("{KEY}.{name}")).filter(|s| !s.trim().is_empty())
+}
+
+/// Runs `work` on a thread with a stack of so many bytes. Errors if the thread cannot be had.
+fn on_stack<T: Send>(bytes: usize, work: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+    std::thread::scope(|s| {
+        let thread = std::thread::Builder::new().name("template".into()).stack_size(bytes).spawn_scoped(s, work)?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 /// Hugging Face marks the assistant's words with `{% generation %}` for training; for a prompt the
@@ -106,17 +270,6 @@ fn without_generation_tags(source: &str) -> String {
     }
     out.push_str(rest);
     out
-}
-
-/// Runs on a stack that is deep enough for whatever the fuel can build: dropping and printing values
-/// recurse into them, and a template can nest a list in itself with each step. Only pages that are
-/// used are taken from memory; real templates use a few.
-fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, TokenizerError> {
-    std::thread::scope(|s| {
-        let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK_BYTES);
-        let thread = thread.spawn_scoped(s, work).map_err(|e| TokenizerError::Template(e.to_string()))?;
-        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })
 }
 
 /// An error with the line it occurred in and what it came from.
@@ -174,7 +327,7 @@ mod tests {
         let m = [json!({"role": "system", "content": "Be brief."}), json!({"role": "user", "content": "Hi"})];
         let expected =
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
-        assert_eq!(render(CHATML, &m).unwrap(), expected);
+        assert_eq!(render(&builtin::source("chatml").unwrap(), &m).unwrap(), expected);
     }
 
     #[test]

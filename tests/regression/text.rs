@@ -1,1 +1,645 @@
 //! Chat templates, stop texts, sampling, and the conversation.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value as Json, json};
+
+use crate::common::{File, V, bin, case, nt, tiny};
+
+const IM: &str = "<|im_start|>";
+const IM_END: &str = "<|im_end|>\n";
+const OPENING: &str = "<|im_start|>assistant\n";
+
+/// [`tiny`] with chat templates by the end of their keys.
+fn templated(dir: &Path, templates: &[(&str, &str)]) -> PathBuf {
+    with(dir, |f| {
+        for (name, source) in templates {
+            f.set(&format!("tokenizer.chat_template{name}"), V::Str((*source).into()));
+        }
+    })
+}
+
+fn with(dir: &Path, change: impl FnOnce(&mut File)) -> PathBuf {
+    let mut f = tiny(1);
+    change(&mut f);
+    f.write(dir, "m.gguf")
+}
+
+fn dir() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Stdout of a run that ends well.
+fn stdout<S: AsRef<std::ffi::OsStr> + std::fmt::Debug>(args: &[S]) -> String {
+    let out = nt(args);
+    assert_eq!(out.status.code(), Some(0), "{args:?}\n{}", text(&out.stderr));
+    text(&out.stdout)
+}
+
+/// `nt template` of messages: its output.
+fn template(model: &Path, messages: Json, more: &[&str]) -> Output {
+    let dir = dir();
+    let file = dir.path().join("m.json");
+    std::fs::write(&file, messages.to_string()).unwrap();
+    let mut args = vec!["template", model.to_str().unwrap(), "--messages", file.to_str().unwrap()];
+    args.extend(more);
+    nt(&args)
+}
+
+/// The prompt that `nt template` prints, without the newline behind it.
+fn prompt(model: &Path, messages: Json, more: &[&str]) -> String {
+    let out = template(model, messages, more);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    let prompt = text(&out.stdout);
+    prompt.strip_suffix('\n').unwrap().to_owned()
+}
+
+fn user(words: &str) -> Json {
+    json!([{ "role": "user", "content": words }])
+}
+
+fn with_system() -> Json {
+    json!([{ "role": "system", "content": "Be brief." }, { "role": "user", "content": "hi" }])
+}
+
+/// `nt run --json` on processors, greedy unless `args` say otherwise.
+fn run_json(model: &Path, args: &[&str]) -> Json {
+    let mut all = vec!["run", model.to_str().unwrap(), "--backend", "cpu", "--json"];
+    all.extend(args);
+    if !args.contains(&"--temp") {
+        all.extend(["--temp", "0"]);
+    }
+    serde_json::from_str(&stdout(&all)).unwrap()
+}
+
+// --- What a prompt holds -----------------------------------------------------------------------------------------
+
+/// A template that reads content as a list of parts prints nothing of a text: the user's words vanish.
+#[test]
+fn template_wants_parts() {
+    let model = case("template-wants-parts.gguf");
+    let expected = format!("{IM}user\nhello world{IM_END}{OPENING}");
+    assert_eq!(prompt(&model, user("hello world"), &[]), expected);
+    let plain = run_json(&case("chat-plain.gguf"), &["--chat", "-p", "hello world", "-n", "4"]);
+    assert_eq!(run_json(&model, &["--chat", "-p", "hello world", "-n", "4"])["prompt_tokens"], plain["prompt_tokens"]);
+}
+
+/// The same with an index in place of a loop.
+#[test]
+fn template_indexes_parts() {
+    let dir = dir();
+    let model = templated(dir.path(), &[("", "{% for m in messages %}[{{ m.content[0]['text'] }}]{% endfor %}")]);
+    assert_eq!(prompt(&model, user("hello"), &[]), "[hello]");
+}
+
+/// The other way round: parts are given, and the template adds texts.
+#[test]
+fn template_wants_a_text() {
+    let dir = dir();
+    let model = templated(dir.path(), &[("", "{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}")]);
+    let parts = json!([{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }]);
+    assert_eq!(prompt(&model, json!([{ "role": "user", "content": parts }]), &[]), "[a\nb]");
+}
+
+/// A template that prints a message in no form: refused rather than answered without it.
+#[test]
+fn template_drops_a_message() {
+    let dir = dir();
+    let model = templated(dir.path(), &[("", "[{{ messages[-1].content }}]")]);
+    let messages = json!([{ "role": "user", "content": "first" }, { "role": "user", "content": "last" }]);
+    let out = template(&model, messages, &[]);
+    let err = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{err}");
+    assert!(err.contains("drops message 1 (role user)") && err.contains("\"first\""), "{err}");
+}
+
+/// An empty template is no template: ChatML is used, with a warning, rather than an empty prompt.
+#[test]
+fn template_empty() {
+    let model = case("template-empty.gguf");
+    let out = template(&model, user("hello world"), &[]);
+    assert_eq!(text(&out.stdout), format!("{IM}user\nhello world{IM_END}{OPENING}\n"));
+    assert!(text(&out.stderr).contains("template is empty; ChatML is used"), "{}", text(&out.stderr));
+    let plain = run_json(&case("chat-plain.gguf"), &["--chat", "-p", "hello world", "-n", "2"]);
+    assert_eq!(run_json(&model, &["--chat", "-p", "hello world", "-n", "2"])["tokens"], plain["tokens"]);
+}
+
+/// White space alone is no template either.
+#[test]
+fn template_blank() {
+    let dir = dir();
+    let model = templated(dir.path(), &[("", " \n\t")]);
+    assert_eq!(prompt(&model, user("hi"), &[]), format!("{IM}user\nhi{IM_END}{OPENING}"));
+}
+
+/// A file whose only template has the name `default`.
+#[test]
+fn template_under_the_name_default() {
+    let dir = dir();
+    let model = templated(dir.path(), &[(".default", "[{{ messages[0].content }}]")]);
+    assert_eq!(prompt(&model, user("hi"), &[]), "[hi]");
+}
+
+/// A template that skips the system message: it goes before the first user's, and that is said.
+#[test]
+fn template_drops_system() {
+    let model = case("template-drops-system.gguf");
+    let out = template(&model, with_system(), &[]);
+    assert_eq!(text(&out.stdout), format!("{IM}user\nBe brief.\nhi{IM_END}{OPENING}"));
+    assert!(text(&out.stderr).contains("drops the system message"), "{}", text(&out.stderr));
+    let run = run_json(&model, &["--system", "Be brief.", "-p", "hi", "-n", "1"]);
+    assert!(run["warnings"].to_string().contains("drops the system message"), "{}", run["warnings"]);
+    let without = run_json(&model, &["--chat", "-p", "hi", "-n", "1"]);
+    assert!(run["prompt_tokens"].as_u64() > without["prompt_tokens"].as_u64());
+}
+
+/// A template that refuses a system message: the same.
+#[test]
+fn template_refuses_system() {
+    let dir = dir();
+    let source = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}";
+    let model = templated(dir.path(), &[("", source)]);
+    assert_eq!(prompt(&model, with_system(), &[]), "<user>Be brief.\nhi");
+}
+
+/// A template that reads parts and knows no system message: both at once.
+#[test]
+fn template_drops_system_and_wants_parts() {
+    let dir = dir();
+    let source =
+        "{% for m in messages if m.role == 'user' %}{% for c in m.content %}[{{ c.text }}]{% endfor %}{% endfor %}";
+    let model = templated(dir.path(), &[("", source)]);
+    let out = prompt(&model, with_system(), &[]);
+    assert_eq!(out.replace("][", ""), "[Be brief.\nhi]");
+}
+
+/// A file's template for tools, which was never chosen: the tools did not reach the model.
+#[test]
+fn template_for_tools() {
+    let dir = dir();
+    let tools = dir.path().join("t.json");
+    std::fs::write(&tools, r#"[{"name": "add"}]"#).unwrap();
+    let both =
+        [("", "plain {{ messages[0].content }}"), (".tool_use", "{{ tools[0].name }} {{ messages[0].content }}")];
+    let model = templated(dir.path(), &both);
+    assert_eq!(prompt(&model, user("hi"), &["--tools", tools.to_str().unwrap()]), "add hi");
+    assert_eq!(prompt(&model, user("hi"), &[]), "plain hi");
+}
+
+/// A template of the file by its name, one that is built in, and one of another file.
+#[test]
+fn template_by_name_and_by_file() {
+    let dir = dir();
+    let model = templated(dir.path(), &[("", "plain"), (".rag", "rag {{ messages[0].content }}")]);
+    let file = dir.path().join("own.jinja");
+    std::fs::write(&file, "own {{ messages[0].content }}{{ extra }}").unwrap();
+    assert_eq!(prompt(&model, user("hi"), &["--chat-template", "rag"]), "rag hi");
+    assert_eq!(prompt(&model, user("hi"), &["--chat-template", "chatml"]), format!("{IM}user\nhi{IM_END}{OPENING}"));
+    let file = file.to_str().unwrap();
+    assert_eq!(prompt(&model, user("hi"), &["--chat-template", file, "--template-var", "extra=[1]"]), "own hi[1]");
+    let out = template(&model, user("hi"), &["--chat-template", "nonesuch"]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(2) && err.contains("rag") && err.contains("llama3"), "{err}");
+}
+
+// --- Memory for the thread that renders --------------------------------------------------------------------------
+
+/// Runs the binary under limits of the shell's `ulimit`.
+fn limited(ulimit: &str, args: &[&str]) -> Output {
+    let script = format!("ulimit {ulimit} && exec \"$0\" \"$@\"");
+    Command::new("sh").arg("-c").arg(script).arg(bin()).args(args).output().unwrap()
+}
+
+fn messages_file(dir: &Path) -> String {
+    let file = dir.join("m.json");
+    std::fs::write(&file, user("hello world").to_string()).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+/// Rendering asked for 1 GiB of address space, which a limit counts in full.
+#[test]
+fn template_stack() {
+    let (dir, model) = (dir(), case("chat-plain.gguf"));
+    let file = messages_file(dir.path());
+    let out = limited("-v 1000000", &["template", model.to_str().unwrap(), "--messages", &file]);
+    assert_eq!(text(&out.stdout), format!("{IM}user\nhello world{IM_END}{OPENING}\n"), "{}", text(&out.stderr));
+}
+
+/// So does a limit of data, which counts stacks too.
+#[test]
+fn template_stack_under_a_limit_of_data() {
+    let (dir, model) = (dir(), case("chat-plain.gguf"));
+    let file = messages_file(dir.path());
+    let out = limited("-d 100000", &["template", model.to_str().unwrap(), "--messages", &file]);
+    assert_eq!(text(&out.stdout), format!("{IM}user\nhello world{IM_END}{OPENING}\n"), "{}", text(&out.stderr));
+}
+
+/// Where no thread can be had at all, the sentence speaks of memory and the exit code is 4.
+#[test]
+fn template_without_a_thread() {
+    let (dir, model) = (dir(), case("chat-plain.gguf"));
+    let file = messages_file(dir.path());
+    for kib in (2000..=20_000).rev().step_by(1500) {
+        let out = limited(&format!("-d {kib}"), &["template", model.to_str().unwrap(), "--messages", &file]);
+        let err = text(&out.stderr);
+        if out.status.code() != Some(0) {
+            assert_eq!(out.status.code(), Some(4), "{kib}: {err}");
+            assert!(err.contains("want of memory") && err.contains("ulimit"), "{err}");
+            return;
+        }
+    }
+    panic!("a stack of 16 MiB fits in a data segment of 2 MB");
+}
+
+// --- Stop texts --------------------------------------------------------------------------------------------------
+
+/// Control tokens show no text, so a stop text that names one never came.
+#[test]
+fn stop_is_control_token() {
+    let model = case("stop-is-control-token.gguf");
+    let run = run_json(&model, &["-p", "h", "-n", "8", "--stop", "<|user|>"]);
+    assert_eq!((&run["text"], &run["stop"]), (&json!("onetwo"), &json!("stop")));
+}
+
+/// A stop text that goes over a hidden token, and one that goes on behind it.
+#[test]
+fn stop_spans_a_control_token() {
+    let model = case("stop-is-control-token.gguf");
+    for (stop, shown) in [("two<|user|>th", "one"), ("<|user|>three", "onetwo"), ("o<|user|>", "onetw")] {
+        let run = run_json(&model, &["-p", "h", "-n", "8", "--stop", stop]);
+        assert_eq!((&run["text"], &run["stop"]), (&json!(shown), &json!("stop")), "{stop}");
+    }
+}
+
+/// In a chat an answer ends there too.
+#[test]
+fn stop_is_control_token_in_a_chat() {
+    let model = case("stop-is-control-token.gguf");
+    let chat = chat(&model, &["-n", "8", "--stop", "<|user|>"], b"h\n");
+    assert_eq!((chat.code, chat.out.as_str()), (Some(0), "onetwo\n"), "{}", chat.err);
+}
+
+/// `--special` shows control tokens by their names.
+#[test]
+fn special_tokens_are_shown_where_asked_for() {
+    let model = case("stop-is-control-token.gguf");
+    assert_eq!(run_json(&model, &["-p", "h", "-n", "4", "--special"])["text"], "onetwo<|user|>three");
+    assert_eq!(run_json(&model, &["-p", "h", "-n", "4"])["text"], "onetwothree");
+    let stopped = run_json(&model, &["-p", "h", "-n", "4", "--special", "--stop", "two<|us"]);
+    assert_eq!((&stopped["text"], &stopped["stop"]), (&json!("onetwo<|user|>three"), &json!("length")));
+}
+
+// --- EOS ---------------------------------------------------------------------------------------------------------
+
+/// EOS behind a prompt: the model begins another document and ignores the prompt.
+#[test]
+fn add_eos() {
+    let (plain, eos) = (case("chat-plain.gguf"), case("add-eos.gguf"));
+    let args = ["--chat", "-p", "hello", "-n", "8"];
+    let (expected, got) = (run_json(&plain, &args), run_json(&eos, &args));
+    assert_eq!((&got["prompt_tokens"], &got["tokens"]), (&json!(20), &expected["tokens"]));
+}
+
+/// The same where a text is continued as it is; `nt tokenize` keeps adding EOS.
+#[test]
+fn add_eos_behind_a_text() {
+    let (plain, eos) = (case("chat-plain.gguf"), case("add-eos.gguf"));
+    let args = ["-p", "hello world", "-n", "8"];
+    let (expected, got) = (run_json(&plain, &args), run_json(&eos, &args));
+    assert_eq!((&got["prompt_tokens"], &got["tokens"]), (&expected["prompt_tokens"], &expected["tokens"]));
+    let ids = |model: &Path| stdout(&["tokenize", model.to_str().unwrap(), "hello world"]);
+    assert_eq!(ids(&eos).split_whitespace().count(), ids(&plain).split_whitespace().count() + 1);
+}
+
+/// And in a chat, whose every turn is a prompt.
+#[test]
+fn add_eos_in_a_chat() {
+    let lines = b"hello\nworld\n";
+    let answers = |name: &str| chat(&case(name), &["-n", "6"], lines).out;
+    assert_eq!(answers("add-eos.gguf"), answers("chat-plain.gguf"));
+}
+
+/// An EOS that the template itself writes at the end of the prompt, where the model adds one.
+#[test]
+fn add_eos_in_a_template() {
+    let dir = dir();
+    let source = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}";
+    let model = with(dir.path(), |f| {
+        f.set("tokenizer.chat_template", V::Str(source.into()));
+        f.set("tokenizer.ggml.add_eos_token", V::Bool(true));
+        f.set("tokenizer.ggml.add_bos_token", V::Bool(false));
+    });
+    assert_eq!(run_json(&model, &["--chat", "-p", "abc", "-n", "1"])["prompt_tokens"], 3);
+}
+
+// --- The conversation --------------------------------------------------------------------------------------------
+
+struct Talked {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+/// `nt chat`, greedy, with these bytes as its stdin.
+fn chat(model: &Path, args: &[&str], input: &[u8]) -> Talked {
+    let mut child = talk(model, args);
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let out = child.wait_with_output().unwrap();
+    Talked { code: out.status.code(), out: text(&out.stdout), err: text(&out.stderr) }
+}
+
+fn talk(model: &Path, args: &[&str]) -> Child {
+    let mut command = Command::new(bin());
+    command.arg("chat").arg(model).args(["--backend", "cpu", "--temp", "0"]).args(args);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// One line that the context cannot hold ended the conversation; it is refused, and the next one is answered.
+#[test]
+fn chat_line_too_long() {
+    let long = format!("hello\n{}\nagain\n", "world ".repeat(70));
+    let talked = chat(&case("chat-plain.gguf"), &["--ctx", "120", "-n", "5"], long.as_bytes());
+    assert_eq!((talked.code, talked.out.lines().count()), (Some(0), 2), "{}", talked.err);
+    let err = &talked.err;
+    assert!(err.contains(" tokens") && err.contains("room for "), "{err}");
+    // What was refused is no part of the history.
+    let without = chat(&case("chat-plain.gguf"), &["--ctx", "120", "-n", "5"], b"hello\nagain\n");
+    assert_eq!(talked.out, without.out);
+}
+
+/// A line that is not UTF-8 ended it too.
+#[test]
+fn chat_line_that_is_not_utf_8() {
+    let talked = chat(&case("chat-plain.gguf"), &["-n", "5"], b"hello\n\xff\xfe\nagain\n");
+    let without = chat(&case("chat-plain.gguf"), &["-n", "5"], b"hello\nagain\n");
+    assert_eq!((talked.code, &talked.out), (Some(0), &without.out), "{}", talked.err);
+    assert!(talked.err.contains("not UTF-8"), "{}", talked.err);
+}
+
+/// So did a message that the template cannot render.
+#[test]
+fn chat_line_that_the_template_refuses() {
+    let dir = dir();
+    let source = "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('not that word') }}{% endif %}{{ m.content }}{% endfor %}";
+    let model = templated(dir.path(), &[("", source)]);
+    let talked = chat(&model, &["-n", "5", "--ctx", "200"], b"hello\nno\nagain\n");
+    assert_eq!((talked.code, talked.err.matches("not that word").count()), (Some(0), 1), "{}", talked.err);
+}
+
+/// A script whose only message was refused is told so by the exit code.
+#[test]
+fn chat_that_got_no_answer_fails() {
+    let long = "world ".repeat(100);
+    let talked = chat(&case("chat-plain.gguf"), &["--ctx", "60", "-n", "5"], long.as_bytes());
+    assert_eq!((talked.code, talked.err.matches("nt: ").count()), (Some(4), 1), "{}", talked.err);
+}
+
+/// A full context ended the conversation; now the oldest turns make room, which is said once.
+#[test]
+fn chat_with_a_full_context() {
+    let lines = "hello\n".repeat(12);
+    let talked = chat(&case("chat-plain.gguf"), &["--ctx", "120", "-n", "5"], lines.as_bytes());
+    assert_eq!((talked.code, talked.out.lines().count()), (Some(0), 12), "{}", talked.err);
+    assert_eq!(talked.err.matches("the oldest turns are left out").count(), 1, "{}", talked.err);
+}
+
+/// A message that is longer than the context itself; and one that would have room alone, but not next to the
+/// conversation.
+#[test]
+fn chat_line_too_long_with_and_without_a_history() {
+    let model = case("chat-plain.gguf");
+    let long = |n: usize| format!("{}\n", "world ".repeat(n));
+    let alone = chat(&model, &["--ctx", "120", "-n", "5"], long(70).as_bytes());
+    assert_eq!((alone.code, alone.out.lines().count()), (Some(0), 1), "{}", alone.err);
+    let input = format!("hello\n{}/clear\n{}", long(70), long(70));
+    let cleared = chat(&model, &["--ctx", "120", "-n", "5"], input.as_bytes());
+    assert_eq!((cleared.code, cleared.out.lines().count()), (Some(0), 2), "{}", cleared.err);
+    assert_eq!(cleared.out.lines().last(), alone.out.lines().last());
+    let never = chat(&model, &["--ctx", "120", "-n", "5"], format!("{}hello\n", long(200)).as_bytes());
+    assert!(never.err.contains("room for 119"), "{}", never.err);
+    assert_eq!((never.code, never.out.lines().count()), (Some(0), 1), "{}", never.err);
+}
+
+/// An answer that fills the context: the next message is answered all the same.
+#[test]
+fn chat_after_an_answer_that_filled_the_context() {
+    let talked = chat(&case("chat-plain.gguf"), &["--ctx", "80", "-n", "1000"], b"hello\nhello\n");
+    assert_eq!(talked.code, Some(0), "{}", talked.err);
+    assert!(talked.err.contains("was cut off"), "{}", talked.err);
+}
+
+/// What is left after old turns made room is the system message and the newest: the same answer as to these alone,
+/// from a cache that had held others.
+#[test]
+fn chat_keeps_the_system_message_when_turns_make_room() {
+    let answers = |system: &str, input: &str| {
+        let args = ["--ctx", "150", "-n", "1000", "--ignore-eos", "--system", system];
+        chat(&case("chat-plain.gguf"), &args, input.as_bytes()).out
+    };
+    // The first answer fills the context.
+    let (both, alone) = (answers("the world", "hello\nhi\n"), answers("the world", "hi\n"));
+    assert!(alone.len() > 20 && both.len() > alone.len() && both.ends_with(&alone), "{both:?} {alone:?}");
+    assert_ne!(alone, answers("hello", "hi\n"));
+}
+
+/// Repeat penalties saw the tokens of turns that the cache no longer held.
+#[test]
+fn chat_penalises_what_is_in_the_context() {
+    let args = ["-n", "6", "--repeat-penalty", "50", "--ctx", "400"];
+    let model = case("chat-plain.gguf");
+    let talked = chat(&model, &args, b"hello\n/clear\nhello\n");
+    let lines: Vec<&str> = talked.out.lines().collect();
+    assert_eq!((talked.code, lines.len()), (Some(0), 2), "{}", talked.err);
+    assert_eq!(lines[0], lines[1]);
+}
+
+/// `/clear` and `/regen`, which were sent to the model.
+#[test]
+fn chat_commands() {
+    let model = case("chat-plain.gguf");
+    let talked = chat(&model, &["-n", "6"], b"/regen\nhello\n/regen\n/clear\nhello\n/help\n/exit\nunread\n");
+    let lines: Vec<&str> = talked.out.lines().collect();
+    assert!(lines.len() == 3 && lines[0] == lines[1] && lines[1] == lines[2], "{lines:?}\n{}", talked.err);
+    assert!(talked.err.contains("no answer yet") && talked.err.contains("/clear"), "{}", talked.err);
+}
+
+/// Several lines in one message, which were several messages.
+#[test]
+fn chat_message_of_several_lines() {
+    let model = case("chat-plain.gguf");
+    let answers = |input: &str| chat(&model, &["-n", "6"], input.as_bytes()).out;
+    let one = answers("\"\"\"\nhello\nworld\n\"\"\"\n");
+    assert_eq!(one.lines().count(), 1, "{one:?}");
+    assert_eq!(answers("hello\\\nworld\n"), one);
+}
+
+/// A chat whose answers never end (`onetwothreeonetwothree…`); killed where it outlives the test.
+struct Endless {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    out: BufReader<std::process::ChildStdout>,
+}
+
+impl Endless {
+    /// A chat with answers of `n` tokens.
+    fn begin(n: &str) -> Endless {
+        let model = case("stop-is-control-token.gguf");
+        let mut child = talk(&model, &["-n", n, "--ctx", "300000", "--threads", "1"]);
+        let (stdin, out) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        Endless { child, stdin, out }
+    }
+
+    fn say(&mut self, line: &str) {
+        self.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
+    }
+
+    /// Waits for the first words of an answer.
+    fn hears(&mut self) {
+        self.out.read_exact(&mut [0; 8]).unwrap();
+    }
+
+    fn signal(&self, signal: &str) {
+        let kill = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        assert!(kill.success());
+    }
+
+    /// Reads to the end of the answer: the line's end that `nt chat` prints behind each.
+    fn hears_the_end(&mut self) {
+        let mut last = Vec::new();
+        self.out.read_until(b'\n', &mut last).unwrap();
+    }
+
+    /// The exit status, within ten seconds, and stderr.
+    fn ends(mut self) -> (ExitStatus, String) {
+        drop(self.stdin.take());
+        // Whatever it still prints is read, so that it does not wait for a reader.
+        let mut out = self.out;
+        let reading = std::thread::spawn(move || out.read_to_end(&mut Vec::new()));
+        let start = Instant::now();
+        while self.child.try_wait().unwrap().is_none() {
+            if start.elapsed() > Duration::from_secs(10) {
+                self.child.kill().unwrap();
+                self.child.wait().unwrap();
+                panic!("the chat goes on");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        reading.join().unwrap().unwrap();
+        let mut err = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        (self.child.wait().unwrap(), err)
+    }
+}
+
+/// Ctrl-C in an answer ended the conversation; it ends the answer, and the next message is answered.
+#[test]
+fn chat_interrupted_in_an_answer() {
+    let mut chat = Endless::begin("10000000");
+    for line in ["h\n", "h\n"] {
+        chat.say(line);
+        chat.hears();
+        chat.signal("-INT");
+        chat.hears_the_end();
+    }
+    let (status, err) = chat.ends();
+    assert_eq!(status.code(), Some(0), "{err}");
+}
+
+/// Ctrl-C at the prompt did nothing; it ends the chat with 130 and its report.
+#[test]
+fn chat_interrupted_at_the_prompt() {
+    let mut chat = Endless::begin("8");
+    chat.say("h\n");
+    chat.hears_the_end();
+    // The answer's end is printed just before the prompt; either way the signal finds something to end.
+    std::thread::sleep(Duration::from_millis(300));
+    chat.signal("-INT");
+    let (status, err) = chat.keep_open_and_end();
+    assert_eq!(status.code(), Some(130), "{err}");
+    assert!(err.contains("plan  "), "{err}");
+}
+
+/// SIGTERM in an answer ends the chat, not only the answer.
+#[test]
+fn chat_terminated_in_an_answer() {
+    let mut chat = Endless::begin("10000000");
+    chat.say("h\n");
+    chat.hears();
+    chat.signal("-TERM");
+    let (status, err) = chat.keep_open_and_end();
+    assert_eq!(status.code(), Some(130), "{err}");
+}
+
+impl Endless {
+    /// As [`ends`](Self::ends), with stdin left open, so that its end is not what ends the chat.
+    fn keep_open_and_end(mut self) -> (ExitStatus, String) {
+        let stdin = self.stdin.take();
+        let ended = self.ends();
+        drop(stdin);
+        ended
+    }
+}
+
+// --- Sampling ----------------------------------------------------------------------------------------------------
+
+/// A seed draws what it drew before there were more filters.
+#[test]
+fn a_seed_draws_the_same_tokens_as_ever() {
+    let model = case("chat-plain.gguf");
+    let drawn = |more: &[&str]| {
+        let args = [&["-p", "hello world", "-n", "16", "--seed", "7"], more].concat();
+        run_json(&model, &args)["tokens"].clone()
+    };
+    let defaults = json!([253, 97, 253, 214, 131, 116, 92, 181, 136, 235, 94, 263, 54, 162, 173, 242]);
+    assert_eq!(drawn(&["--temp", "0.8"]), defaults);
+    let penalised = json!([65, 177, 167, 157, 236, 199, 154, 103, 196, 239, 80, 85, 16, 163, 232, 80]);
+    assert_eq!(drawn(&["--temp", "1.5", "--top-k", "0", "--repeat-penalty", "1.3"]), penalised);
+}
+
+/// Every option of sampling reaches the sampler, and a text goes on to the end of the context where asked.
+#[test]
+fn sampling_options_are_taken() {
+    let model = case("chat-plain.gguf");
+    let greedy = run_json(&model, &["-p", "hello", "-n", "8"])["tokens"].clone();
+    let first = greedy[0].as_u64().unwrap();
+    let other = run_json(&model, &["-p", "hello", "-n", "8", "--logit-bias", &format!("{first}-inf")]);
+    assert!(other["tokens"].as_array().unwrap().iter().all(|t| *t != json!(first)));
+    let always = run_json(&model, &["-p", "hello", "-n", "3", "--logit-bias", "65:100", "--repeat-last-n", "-1"]);
+    assert_eq!(always["tokens"], json!([65, 65, 65]));
+    for penalty in ["--presence-penalty", "--frequency-penalty"] {
+        let varied = run_json(&model, &["-p", "hello", "-n", "20", penalty, "100"]);
+        let mut tokens: Vec<u64> = varied["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect();
+        tokens.sort_unstable();
+        tokens.dedup();
+        assert_eq!(tokens.len(), 20);
+    }
+    let more = "--typical 0.9 --xtc-probability 0.5 --xtc-threshold 0.1 --top-n-sigma 2 --dry-multiplier 0.8 --dry-base 1.75 --dry-allowed-length 2 --dry-penalty-last-n -1 --dry-sequence-breaker \\n --seed 1";
+    let args: Vec<&str> = ["-p", "hello", "-n", "8"].into_iter().chain(more.split(' ')).collect();
+    assert_eq!(run_json(&model, &args)["generated_tokens"], 8);
+    let full = run_json(&model, &["-p", "hello", "-n", "-1", "--ctx", "50", "--ignore-eos"]);
+    assert_eq!((&full["stop"], full["generated_tokens"].as_u64().unwrap() >= 49), (&json!("length"), true), "{full}");
+    let out = nt(&["run", model.to_str().unwrap(), "-p", "x", "--backend", "cpu", "--logit-bias", "99999:1"]);
+    assert!(out.status.code() == Some(2) && text(&out.stderr).contains("99999"), "{}", text(&out.stderr));
+}
+
+/// A text that ends is continued past its end where EOS is ignored.
+#[test]
+fn eos_is_ignored_where_asked() {
+    let dir = dir();
+    // A head of zeros makes all tokens alike, and of equals the first is taken, which ends the text.
+    let model = with(dir.path(), |f| {
+        f.tensor("output.weight").data.fill(0);
+        f.set("tokenizer.ggml.eos_token_id", V::U32(0));
+    });
+    let ends = run_json(&model, &["-p", "a", "-n", "5"]);
+    assert_eq!((&ends["stop"], &ends["generated_tokens"]), (&json!("eos"), &json!(0)));
+    let goes_on = run_json(&model, &["-p", "a", "-n", "5", "--ignore-eos"]);
+    assert_eq!((&goes_on["stop"], &goes_on["generated_tokens"]), (&json!("length"), &json!(5)));
+}
