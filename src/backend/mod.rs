@@ -339,6 +339,11 @@ pub trait Backend {
     /// Called once for each distinct id that `route` returned, in any order.
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError>;
 
+    /// [`Backend::expert`] for several of them, at most once each; their weights are all where they stay.
+    fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+        list.iter().try_for_each(|e| self.expert(e))
+    }
+
     /// `X[t] += Σ weight[t][j] * out[t][j]`, in the fixed order of `j`, after all experts.
     fn combine_experts(&mut self) -> Result<(), BackendError>;
 

@@ -108,6 +108,11 @@ impl WeightSource for Weights {
         Ok(())
     }
 
+    /// The timeline shows each unit's computing: with it, none is put off.
+    fn rests(&self, unit: usize) -> bool {
+        !self.traced && self.resident[unit].is_some()
+    }
+
     /// The timeline shows the units of each pass: with it, each is acquired.
     fn stays(&self) -> bool {
         !self.traced && self.resident.iter().all(Option::is_some)

@@ -33,6 +33,11 @@ pub trait WeightSource {
     /// Gives the unit back; its memory may be reused once the work issued so far has run.
     fn release(&mut self, unit: usize) -> Result<(), WeightError>;
 
+    /// Whether `unit` stays where it is after it was released.
+    fn rests(&self, _unit: usize) -> bool {
+        false
+    }
+
     /// Announces experts that will be acquired next; reorders them into the order in which they
     /// come fastest.
     fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError>;
@@ -142,6 +147,8 @@ pub fn first_not_finite(
     }
     Ok(NotFinite::Head)
 }
+/// Experts that are handed to the backend at once.
+const BATCH: usize = 16;
 
 struct Pass<'a> {
     model: &'a Model,
@@ -237,12 +244,23 @@ impl Pass<'_> {
         let mut demanded = std::mem::take(self.demanded);
         self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
         let first_unit = experts[0][0].unit;
+        // Experts that stay where they are need not be computed before the next one is looked at.
+        let mut batch = [Expert { id: 0, gate: *router, up: *router, down: *router }; BATCH];
+        let mut n = 0;
         for &unit in &demanded {
             self.acquire(unit)?;
             let id = unit - first_unit;
             let [gate, up, down] = experts[id].each_ref().map(|t| self.weight(t));
-            self.backend.expert(&Expert { id: id as u32, gate, up, down })?;
+            batch[n] = Expert { id: id as u32, gate, up, down };
+            n += 1;
+            if n == BATCH || !self.source.rests(unit) {
+                self.backend.experts(&batch[..n])?;
+                n = 0;
+            }
             self.release(unit)?;
+        }
+        if n > 0 {
+            self.backend.experts(&batch[..n])?;
         }
         *self.demanded = demanded;
         Ok(self.backend.combine_experts()?)

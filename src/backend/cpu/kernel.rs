@@ -27,6 +27,27 @@ unsafe impl bytemuck::Zeroable for Activation {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for Activation {}
 
+/// The quants of an [`Activation`] in the order in which the nibbles of 64 bytes of a k-quant come: of each half, 32
+/// elements from 0, from 64, from 32 and from 96.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(super) struct Paired {
+    pub q: [i8; PACKET],
+    pub rest: [i8; PACKET],
+}
+
+// SAFETY: arrays of plain numbers without padding; all zeroes is a value.
+unsafe impl bytemuck::Zeroable for Paired {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Paired {}
+
+/// Where group `g` of 16 begins in a [`Paired`].
+#[inline(always)]
+fn paired_at(g: usize) -> usize {
+    let (half, block, odd) = (g / 8, g % 8 / 2, g % 2);
+    128 * half + 64 * (block % 2) + 32 * (block / 2) + SUB * odd
+}
+
 /// A unit of [`Activation::rest`] in units of the scale.
 pub(super) const REST: f32 = 1.0 / 254.0;
 
@@ -63,9 +84,15 @@ pub(super) trait Dot: Sized {
     /// One token with one row without unpacking it to memory; `None` where there is no such kernel.
     ///
     /// # Safety
-    /// The instruction set must be there; `row` is a whole row, `x` the packets that it spans.
+    /// The instruction set must be there; `row` is a whole row, `x` and `pairs` the packets that it spans.
     #[inline(always)]
-    unsafe fn row(_ty: TensorType, _row: *const u8, _x: *const Activation, _cols: usize) -> Option<f32> {
+    unsafe fn row<const FINE: bool>(
+        _ty: TensorType,
+        _row: *const u8,
+        _x: *const Activation,
+        _pairs: *const Paired,
+        _cols: usize,
+    ) -> Option<f32> {
         None
     }
 
@@ -166,6 +193,8 @@ pub(super) struct Job {
     pub bias: *const f32,
     /// Activations: `tokens` rows of `packets` packets.
     pub x: *const Activation,
+    /// The same for a pass of one token in another order; else null.
+    pub pairs: *const Paired,
     /// The same activations in single precision, `cols` a token, `f32_stride` apart.
     pub xf: *const f32,
     pub tokens: usize,
@@ -275,7 +304,7 @@ unsafe fn one_token<D: Dot, const WIDE: bool, const FINE: bool>(
         // SAFETY: `rows`' contract; the caller enabled the instruction set; the token has `packets`
         // packets.
         unsafe {
-            if !FINE && let Some(v) = D::row(j.ty, j.row(r), j.x, j.cols) {
+            if let Some(v) = D::row::<FINE>(j.ty, j.row(r), j.x, j.pairs, j.cols) {
                 put::<D>(j, r, 0, v);
                 continue;
             }
@@ -493,31 +522,52 @@ impl Body for Rows<'_> {
     }
 }
 
-/// Quantises `cols` values to packets; values beyond count as zero.
-pub(super) struct Quantise<'a> {
-    pub x: &'a [f32],
-    pub out: &'a mut [Activation],
+/// Quantises groups `from..to` of 16 of the `cols` values at `x`; values beyond count as zero.
+pub(super) struct Quantise {
+    pub x: *const f32,
+    pub cols: usize,
+    pub from: usize,
+    pub to: usize,
+    /// Packets of the whole row, of which only these groups are written.
+    pub out: *mut Activation,
+    /// The same for a row that is alone, or null.
+    pub pairs: *mut Paired,
     pub fine: bool,
 }
 
-impl Body for Quantise<'_> {
+impl Body for Quantise {
     #[inline(always)]
     fn run<D: Dot>(self) {
-        for (x, out) in self.x.chunks(PACKET).zip(self.out) {
-            if x.len() < PACKET {
-                *out = bytemuck::Zeroable::zeroed();
-            }
-            for (g, x) in x.chunks(SUB).enumerate() {
-                let at = SUB * g..SUB * (g + 1);
-                (out.scale[g], out.sum[g]) = quantise_group(x, &mut out.q[at.clone()], &mut out.rest[at], self.fine);
+        for g in self.from..self.to {
+            let (mut x, n) = ([0.0f32; SUB], self.cols.saturating_sub(SUB * g).min(SUB));
+            let (mut q, mut rest) = ([0i8; SUB], [0i8; SUB]);
+            // SAFETY: who makes the body vouches for `cols` floats and for packets that span `to` groups, of
+            // which these groups are written by nobody else; the arrays hold 16 each.
+            unsafe {
+                std::ptr::copy_nonoverlapping(self.x.add((SUB * g).min(self.cols)), x.as_mut_ptr(), n);
+                let (scale, sum) = quantise_group(&x, &mut q, &mut rest, self.fine);
+                let (out, at) = (self.out.add(g / SUBS), g % SUBS);
+                (&raw mut (*out).scale[at]).write(scale);
+                (&raw mut (*out).sum[at]).write(sum);
+                (&raw mut (*out).q[SUB * at]).cast::<[i8; SUB]>().write_unaligned(q);
+                if self.fine {
+                    (&raw mut (*out).rest[SUB * at]).cast::<[i8; SUB]>().write_unaligned(rest);
+                }
+                if !self.pairs.is_null() {
+                    let pairs = self.pairs.add(g / SUBS);
+                    (&raw mut (*pairs).q[paired_at(at)]).cast::<[i8; SUB]>().write_unaligned(q);
+                    if self.fine {
+                        (&raw mut (*pairs).rest[paired_at(at)]).cast::<[i8; SUB]>().write_unaligned(rest);
+                    }
+                }
             }
         }
     }
 }
 
-/// Quantises up to 16 values; returns their scale and scaled sum.
+/// Quantises 16 values; returns their scale and scaled sum.
 #[inline(always)]
-fn quantise_group(x: &[f32], q: &mut [i8], rest: &mut [i8], fine: bool) -> (f32, f32) {
+fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine: bool) -> (f32, f32) {
     // Round to nearest by adding and taking away 1.5 * 2^23.
     const ROUND: f32 = 12_582_912.0;
     let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));

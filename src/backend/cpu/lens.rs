@@ -1,8 +1,8 @@
 //! The length of every buffer of a session: what the backend allocates, and what a plan counts before it.
 
-use super::kernel::{self, Activation};
+use super::kernel::{self, Activation, Paired};
 use super::panel::Panel;
-use super::{attention, packets};
+use super::{EXPERTS_AT_ONCE, attention, packets};
 use crate::backend::Dims;
 
 /// Elements of each buffer. Products that exceed the address space saturate: no such buffer can be had.
@@ -10,6 +10,8 @@ use crate::backend::Dims;
 pub(super) struct Lens {
     pub x: usize,
     pub quantised: usize,
+    /// Packets of one token, of which there are two rows.
+    pub row: usize,
     pub q: usize,
     pub kv: usize,
     pub hidden: usize,
@@ -27,6 +29,8 @@ pub(super) struct Lens {
     pub expert_in: usize,
     pub expert_hidden: usize,
     pub expert_quantised: usize,
+    /// Packets of the hidden states of the experts of one token that are computed together.
+    pub expert_row: usize,
 }
 
 fn product(factors: &[usize]) -> usize {
@@ -47,6 +51,7 @@ impl Lens {
         Lens {
             x: product(&[t, d.n_embd]),
             quantised: product(&[t, packets(widest)]),
+            row: packets(widest),
             q: product(&[t, q_dim]),
             kv: product(&[t, kv_dim]),
             hidden: product(&[t, d.n_ff]),
@@ -61,8 +66,10 @@ impl Lens {
             choices,
             expert_out: product(&[choices, d.n_embd]),
             expert_in: of_expert(d.n_embd),
-            expert_hidden: of_expert(d.n_ff_expert),
+            // Also the hidden states of the experts that one token chose.
+            expert_hidden: product(&[t.max(d.n_experts_used), d.n_ff_expert]),
             expert_quantised: of_expert(packets(d.n_embd.max(d.n_ff_expert))),
+            expert_row: d.n_experts_used.min(EXPERTS_AT_ONCE) * packets(d.n_ff_expert),
         }
     }
 
@@ -93,6 +100,8 @@ impl Lens {
         let others = [
             of(l.choices, size_of::<u32>()),
             of(l.quantised, size_of::<Activation>()),
+            of(l.row, 2 * (size_of::<Activation>() + size_of::<Paired>())),
+            of(l.expert_row, size_of::<Activation>() + size_of::<Paired>()),
             of(l.expert_quantised, size_of::<Activation>()),
             of(l.panels, size_of::<Panel>()),
             of(l.cache, 2),

@@ -23,14 +23,18 @@ use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterP
 use crate::gguf::TensorType;
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
-use kernel::{Activation, Body, Dot, Job, Quantise, Rows, Then, dispatch};
+use kernel::{Activation, Body, Dot, Job, Paired, Quantise, Rows, Then, dispatch};
 use lens::Lens;
 use panel::Panel;
 use pool::Pool;
-use unpack::PACKET;
+use unpack::{PACKET, SUB, SUBS};
 
-/// Rows that one thread computes before it takes the next ones.
-const ROWS_PER_TASK: usize = 32;
+/// Rows of a task with one token: few, so that threads end together; a whole number of groups that share a scale.
+const ROWS_OF_ONE: usize = 16;
+/// Experts of one token that are computed together.
+const EXPERTS_AT_ONCE: usize = 16;
+/// Rows of a task with several tokens: whole panels.
+const ROWS_OF_MANY: usize = 2 * panel::ROWS;
 
 /// The backend.
 pub struct CpuBackend {
@@ -43,6 +47,11 @@ pub struct CpuBackend {
     /// The input of products: normed X, Attn or Hidden.
     input: Buf<f32>,
     quantised: Buf<Activation>,
+    /// The input of products of one token, and what they make of it: `row` says which is the input.
+    rows: [Row; 2],
+    row: usize,
+    /// Whether the input is the attention's output already, quantised where it was computed.
+    attn_ready: bool,
     q: Buf<f32>,
     k: Buf<f32>,
     v: Buf<f32>,
@@ -62,6 +71,45 @@ pub struct CpuBackend {
     experts: Experts,
 }
 
+/// One quantised token, in both orders.
+struct Row {
+    packets: Buf<Activation>,
+    pairs: Buf<Paired>,
+}
+
+impl Row {
+    fn new(packets: usize, what: &'static str) -> Result<Row, BackendError> {
+        Ok(Row { packets: Buf::new(packets, what)?, pairs: Buf::new(packets, what)? })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.packets.bytes() + self.pairs.bytes()
+    }
+}
+
+/// Results that are quantised by the thread that computed them: `cols` floats at `x`.
+#[derive(Clone, Copy)]
+struct Onward {
+    x: Shared<f32>,
+    cols: usize,
+    packets: Shared<Activation>,
+    pairs: Shared<Paired>,
+    fine: bool,
+}
+
+impl Onward {
+    /// Quantises elements `from..to`, which begin and end at multiples of 16 or at the end.
+    ///
+    /// # Safety
+    /// The elements have been computed by this thread, and nobody else quantises them.
+    unsafe fn quantise(self, isa: Isa, from: usize, to: usize) {
+        // The last elements' packet is filled with zeros.
+        let end = if to == self.cols { packets(self.cols) * SUBS } else { to / SUB };
+        let (x, out, pairs) = (self.x.get(), self.packets.get(), self.pairs.get());
+        dispatch(isa, Quantise { x, cols: self.cols, from: from / SUB, to: end, out, pairs, fine: self.fine });
+    }
+}
+
 /// What routed experts need beside the rest.
 struct Experts {
     scores: Buf<f32>,
@@ -75,6 +123,8 @@ struct Experts {
     hidden: Buf<f32>,
     quantised: Buf<Activation>,
     result: Buf<f32>,
+    /// Hidden states of all experts of one token: `[choice]`.
+    row: Row,
     /// (token, choice) pairs of the expert at hand.
     pairs: Vec<usize>,
 }
@@ -120,6 +170,7 @@ impl CpuBackend {
             out: Buf::new(l.expert_out, "outputs of experts")?,
             gathered: Buf::new(l.expert_in, "inputs of experts")?,
             hidden: Buf::new(l.expert_hidden, "hidden states of experts")?,
+            row: Row::new(l.expert_row, "hidden states of experts")?,
             quantised: Buf::new(l.expert_quantised, "inputs of experts")?,
             result: Buf::new(l.expert_in, "results of experts")?,
             pairs: Vec::with_capacity(l.choices),
@@ -131,6 +182,9 @@ impl CpuBackend {
             x: Buf::new(l.x, "activations")?,
             input: Buf::new(l.x, "activations")?,
             quantised: Buf::new(l.quantised, "quantised activations")?,
+            rows: [Row::new(l.row, "one token's activations")?, Row::new(l.row, "one token's activations")?],
+            row: 0,
+            attn_ready: false,
             q: Buf::new(l.q, "queries")?,
             k: Buf::new(l.kv, "keys")?,
             v: Buf::new(l.kv, "values")?,
@@ -162,23 +216,42 @@ impl CpuBackend {
         self.dims.n_experts > 0
     }
 
-    /// Runs jobs over the same rows: each thread does all jobs for its rows, in order.
-    fn jobs(&mut self, jobs: &[(Job, usize)]) {
-        let rows = jobs.iter().map(|j| j.1).max().unwrap_or(0);
-        let tasks = rows.div_ceil(ROWS_PER_TASK);
+    /// Runs jobs over the same rows: each thread does all jobs for its rows, in order. What they compute may be
+    /// quantised onward, if it is one token.
+    fn jobs(&mut self, jobs: &[(Job, usize)], onward: Option<Onward>) {
+        self.groups(1, onward.is_some() || self.n_tokens == 1, &|_| (jobs, onward));
+    }
+
+    /// Runs `n` groups of jobs at once.
+    fn groups<'a>(
+        &mut self,
+        n: usize,
+        one: bool,
+        group: &(dyn Fn(usize) -> (&'a [(Job, usize)], Option<Onward>) + Sync),
+    ) {
+        let rows = |jobs: &[(Job, usize)]| jobs.iter().map(|j| j.1).max().unwrap_or(0);
+        let step = if one { ROWS_OF_ONE } else { ROWS_OF_MANY };
+        let each = rows(group(0).0).div_ceil(step);
         let scratch = Shared(self.scratch.ptr());
         let panels = Shared(self.panels.ptr());
-        let (each, panels_each, isa) = (self.scratch_each, self.panels_each, self.isa);
-        self.pool.run(tasks, &|thread, task| {
+        let (scratch_each, panels_each, isa) = (self.scratch_each, self.panels_each, self.isa);
+        self.pool.run(n * each, &|thread, task| {
+            let (jobs, onward) = group(task / each);
+            let first = task % each * step;
             // SAFETY: each thread has its own part of the scratch.
-            let scratch = unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * each), each) };
+            let scratch =
+                unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * scratch_each), scratch_each) };
             // SAFETY: as above.
             let panels = unsafe { std::slice::from_raw_parts_mut(panels.get().add(thread * panels_each), panels_each) };
             for (job, rows) in jobs {
-                let (from, to) = (task * ROWS_PER_TASK, ((task + 1) * ROWS_PER_TASK).min(*rows));
+                let (from, to) = (first, (first + step).min(*rows));
                 if from < to {
                     dispatch(isa, Rows { job, from, to, scratch, panels });
                 }
+            }
+            if let Some(onward) = onward {
+                // SAFETY: these rows are this task's, and it has just computed them.
+                unsafe { onward.quantise(isa, first, (first + step).min(onward.cols)) };
             }
         });
     }
@@ -191,34 +264,54 @@ impl CpuBackend {
 
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
     fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
-        let quantised = Shared(self.quantised.ptr());
+        let (quantised, pairs) = match n {
+            1 => (self.rows[self.row].packets.ptr(), self.rows[self.row].pairs.ptr()),
+            _ => (self.quantised.ptr(), std::ptr::null_mut()),
+        };
+        let (quantised, pairs) = (Shared(quantised), Shared(pairs));
         let (isa, fine) = (self.isa, self.fine());
         self.pool.run(n, &|_, t| {
             // SAFETY: task t reads and writes row t only; the buffers have `n` rows of these sizes,
             // and a norm's weight has `cols` floats (checked when the model was opened).
             unsafe {
-                let x = std::slice::from_raw_parts(x.get().add(t * cols), cols);
-                let packets = std::slice::from_raw_parts_mut(quantised.get().add(t * packets(cols)), packets(cols));
-                match norm {
-                    None => dispatch(isa, Quantise { x, out: packets, fine }),
-                    Some(norm) => {
-                        let out = std::slice::from_raw_parts_mut(out.get().add(t * cols), cols);
-                        dispatch(isa, RmsNorm { x, weight: norm.weight.addr as *const f32, eps: norm.eps, out });
-                        dispatch(isa, Quantise { x: out, out: packets, fine });
-                    }
+                let mut x = x.get().add(t * cols);
+                if let Some(norm) = norm {
+                    let to = out.get().add(t * cols);
+                    let out = std::slice::from_raw_parts_mut(to, cols);
+                    let from = std::slice::from_raw_parts(x, cols);
+                    dispatch(isa, RmsNorm { x: from, weight: norm.weight.addr as *const f32, eps: norm.eps, out });
+                    x = to;
                 }
+                let out = quantised.get().add(t * packets(cols));
+                let to = packets(cols) * SUBS;
+                dispatch(isa, Quantise { x, cols, from: 0, to, out, pairs: pairs.get(), fine });
             }
         });
     }
 
+    /// Where one token's results of `cols` columns at `x` go when they are quantised at once: the next input.
+    fn onward(&mut self, x: Shared<f32>, cols: usize) -> Option<Onward> {
+        if self.n_tokens != 1 {
+            return None;
+        }
+        let fine = self.fine();
+        let Row { packets, pairs } = &mut self.rows[1 - self.row];
+        Some(Onward { x, cols, packets: Shared(packets.ptr()), pairs: Shared(pairs.ptr()), fine })
+    }
+
     /// A product of the prepared input.
     fn job(&mut self, l: &Linear, xf: *const f32, out: *mut f32, then: Then) -> (Job, usize) {
+        let (x, pairs) = match self.n_tokens {
+            1 => (self.rows[self.row].packets.ptr(), self.rows[self.row].pairs.ptr()),
+            _ => (self.quantised.ptr(), std::ptr::null_mut()),
+        };
         let job = Job {
             weights: l.weight.addr as *const u8,
             ty: l.weight.ty,
             cols: l.weight.cols,
             bias: l.bias.map_or(std::ptr::null(), |b| b.addr as *const f32),
-            x: self.quantised.ptr(),
+            x,
+            pairs,
             xf,
             tokens: self.n_tokens,
             fine: self.fine(),
@@ -394,7 +487,7 @@ impl Backend for CpuBackend {
             self.job(k, input, pk, Then::Store),
             self.job(v, input, pv, Then::Store),
         ];
-        self.jobs(&jobs);
+        self.jobs(&jobs, None);
         self.rotate_and_store(layer, q_norm, k_norm);
         Ok(())
     }
@@ -408,6 +501,10 @@ impl Backend for CpuBackend {
         let (q, out, scratch) = (Shared(self.q.ptr()), Shared(self.attn.ptr()), Shared(self.scratch.ptr()));
         let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
         let (each, isa) = (self.scratch_each, self.isa);
+        // One token's results go on quantised, where heads of a group are whole groups of a scale.
+        let width = n_heads / n_kv * d.head_dim;
+        let cols = n_heads * d.head_dim;
+        let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
         self.pool.run(tiles * n_kv, &|thread, task| {
             let (tile, kv_head) = (task / n_kv, task % n_kv);
             // SAFETY: each thread has its own part of the scratch.
@@ -418,7 +515,15 @@ impl Backend for CpuBackend {
                 isa,
                 Attend { cache, q, out, n_heads, group: n_heads / n_kv, kv_head, tokens, first_pos, scratch },
             );
+            if let Some(onward) = onward {
+                // SAFETY: the heads of this group are this task's, and it has just computed them.
+                unsafe { onward.quantise(isa, kv_head * width, (kv_head + 1) * width) };
+            }
         });
+        if onward.is_some() {
+            self.row = 1 - self.row;
+        }
+        self.attn_ready = onward.is_some();
         Ok(())
     }
 
@@ -432,10 +537,12 @@ impl Backend for CpuBackend {
 
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
         let attn = Shared(self.attn.ptr());
-        self.prepare(attn, attn, w.weight.cols, self.n_tokens, None);
+        if !self.attn_ready {
+            self.prepare(attn, attn, w.weight.cols, self.n_tokens, None);
+        }
         let x = self.x.ptr();
         let job = self.job(w, attn.get(), x, Then::Add);
-        self.jobs(&[job]);
+        self.jobs(&[job], None);
         Ok(())
     }
 
@@ -443,10 +550,14 @@ impl Backend for CpuBackend {
         self.norm_input(norm);
         let (input, hidden, x) = (self.input.ptr(), Shared(self.hidden.ptr()), self.x.ptr());
         let jobs = [self.job(gate, input, hidden.get(), Then::Silu), self.job(up, input, hidden.get(), Then::Mul)];
-        self.jobs(&jobs);
-        self.prepare(hidden, hidden, down.weight.cols, self.n_tokens, None);
+        let onward = self.onward(hidden, down.weight.cols);
+        self.jobs(&jobs, onward);
+        match onward {
+            Some(_) => self.row = 1 - self.row,
+            None => self.prepare(hidden, hidden, down.weight.cols, self.n_tokens, None),
+        }
         let job = self.job(down, hidden.get(), x, Then::Add);
-        self.jobs(&[job]);
+        self.jobs(&[job], None);
         Ok(())
     }
 
@@ -454,7 +565,7 @@ impl Backend for CpuBackend {
         self.norm_input(norm);
         let (input, scores) = (self.input.ptr(), self.experts.scores.ptr());
         let job = self.job(&Linear { weight: *router, bias: None }, input, scores, Then::Store);
-        self.jobs(&[job]);
+        self.jobs(&[job], None);
         let (n, used) = (self.dims.n_experts, self.dims.n_experts_used);
         let e = &mut self.experts;
         for t in 0..self.n_tokens {
@@ -486,15 +597,52 @@ impl Backend for CpuBackend {
             self.job(&linear(e.gate), gathered.get(), hidden.get(), Then::Silu),
             self.job(&linear(e.up), gathered.get(), hidden.get(), Then::Mul),
         ];
-        self.jobs(&jobs);
+        self.jobs(&jobs, None);
         self.prepare(hidden, hidden, e.down.cols, n, None);
         let job = self.job(&linear(e.down), hidden.get(), result, Then::Store);
-        self.jobs(&[job]);
+        self.jobs(&[job], None);
         self.n_tokens = n_tokens;
         std::mem::swap(&mut self.quantised, &mut self.experts.quantised);
         let x = &mut self.experts;
         for (i, &pair) in x.pairs.iter().enumerate() {
             x.out[pair * d..(pair + 1) * d].copy_from_slice(&x.result[i * d..(i + 1) * d]);
+        }
+        Ok(())
+    }
+
+    fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+        if self.n_tokens != 1 || list.len() < 2 {
+            return list.iter().try_for_each(|e| self.expert(e));
+        }
+        let (d, n_ff) = (self.dims.n_embd, self.dims.n_ff_expert);
+        let (input, fine) = (self.input.ptr(), self.fine());
+        let linear = |weight| Linear { weight, bias: None };
+        for chunk in list.chunks(EXPERTS_AT_ONCE) {
+            let (hidden, out) = (self.experts.hidden.ptr(), self.experts.out.ptr());
+            let (row, pairs) = (self.experts.row.packets.ptr(), self.experts.row.pairs.ptr());
+            let first = self.job(&linear(chunk[0].gate), input, hidden, Then::Silu);
+            let mut up = [[first; 2]; EXPERTS_AT_ONCE];
+            let mut down = [[first; 1]; EXPERTS_AT_ONCE];
+            let mut onward = [None; EXPERTS_AT_ONCE];
+            for (i, e) in chunk.iter().enumerate() {
+                // SAFETY: the buffers have room for every choice of a token, and a chunk has no more.
+                let (hidden, row, pairs) =
+                    unsafe { (hidden.add(i * n_ff), row.add(i * packets(n_ff)), pairs.add(i * packets(n_ff))) };
+                up[i] = [
+                    self.job(&linear(e.gate), input, hidden, Then::Silu),
+                    self.job(&linear(e.up), input, hidden, Then::Mul),
+                ];
+                let packets = Shared(row);
+                onward[i] = Some(Onward { x: Shared(hidden), cols: n_ff, packets, pairs: Shared(pairs), fine });
+                let choice =
+                    self.experts.ids[..self.dims.n_experts_used].iter().position(|&id| id == e.id).unwrap_or(0);
+                // SAFETY: there is a result for each choice.
+                let out = unsafe { out.add(choice * d) };
+                let (job, rows) = self.job(&linear(e.down), hidden, out, Then::Store);
+                down[i] = [(Job { x: row, pairs, ..job }, rows)];
+            }
+            self.groups(chunk.len(), true, &|i| (&up[i], onward[i]));
+            self.groups(chunk.len(), true, &|i| (&down[i], None));
         }
         Ok(())
     }
@@ -523,7 +671,7 @@ impl Backend for CpuBackend {
         // SAFETY: the slice's rows end at n_vocab at most.
         let out = unsafe { self.logits.ptr().add(first_row) };
         let (job, rows) = self.job(w, input, out, Then::Store);
-        self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)]);
+        self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)], None);
         Ok(())
     }
 
@@ -555,6 +703,8 @@ impl Backend for CpuBackend {
         let experts = [&e.scores, &e.weights, &e.out, &e.gathered, &e.hidden, &e.result];
         floats.into_iter().chain(experts).map(Buf::bytes).sum::<u64>()
             + self.quantised.bytes()
+            + self.rows.iter().map(Row::bytes).sum::<u64>()
+            + e.row.bytes()
             + self.panels.bytes()
             + e.quantised.bytes()
             + e.ids.bytes()

@@ -4,8 +4,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::isa::Isa;
-use super::kernel::{Activation, Job, Quantise, Rows, TYPES, Then, dispatch, panel_scratch};
-use super::unpack::PACKET;
+use super::kernel::{Activation, Job, Paired, Quantise, Rows, TYPES, Then, dispatch, panel_scratch};
+use super::unpack::{PACKET, SUBS};
 use crate::backend::reference;
 use crate::gguf::TensorType;
 
@@ -27,7 +27,9 @@ pub fn selftest(out: &mut dyn FnMut(&str)) -> Result<(), String> {
             };
             for &(fine, bound) in bounds {
                 let mut worst = 0.0f64;
-                for (rows, blocks, tokens) in [(1, 1, 1), (5, 3, 2), (33, 9, 3), (20, 2, 15), (7, 2, 17)] {
+                for (rows, blocks, tokens) in
+                    [(1, 1, 1), (3, 5, 1), (2, 19, 1), (5, 3, 2), (33, 9, 3), (20, 2, 15), (7, 2, 17)]
+                {
                     let cols = blocks * ty.block_elems().max(32);
                     worst = worst.max(product_error(isa, ty, rows, cols, tokens, fine));
                 }
@@ -86,8 +88,11 @@ fn product_error(isa: Isa, ty: TensorType, rows: usize, cols: usize, tokens: usi
     let x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-2.0f32..2.0)).collect();
     let packets = cols.div_ceil(PACKET);
     let mut quantised: Vec<Activation> = vec![bytemuck::Zeroable::zeroed(); tokens * packets];
+    let mut paired: Vec<Paired> = vec![bytemuck::Zeroable::zeroed(); packets];
+    let pairs = if tokens == 1 { paired.as_mut_ptr() } else { std::ptr::null_mut() };
     for (x, q) in x.chunks(cols).zip(quantised.chunks_mut(packets)) {
-        dispatch(isa, Quantise { x, out: q, fine });
+        let to = packets * SUBS;
+        dispatch(isa, Quantise { x: x.as_ptr(), cols, from: 0, to, out: q.as_mut_ptr(), pairs, fine });
     }
     let mut got = vec![f32::NAN; tokens * rows];
     let job = Job {
@@ -96,6 +101,7 @@ fn product_error(isa: Isa, ty: TensorType, rows: usize, cols: usize, tokens: usi
         cols,
         bias: std::ptr::null(),
         x: quantised.as_ptr(),
+        pairs,
         xf: x.as_ptr(),
         tokens,
         fine,

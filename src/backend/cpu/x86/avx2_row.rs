@@ -3,27 +3,33 @@
 
 use std::arch::x86_64::*;
 
-use super::super::kernel::{Activation, Dot};
+use super::super::kernel::{Activation, Dot, REST};
 use super::super::unpack::PACKET;
-use super::Avx2;
+use super::{Avx2, ask_ahead};
 use crate::gguf::TensorType;
 
-/// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel.
+/// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
+/// rounding of the activations left.
 ///
 /// # Safety
 /// The machine has AVX2, FMA and F16C; `row` points to a whole row, `x` to as many packets as it
 /// spans.
 #[inline(always)]
-pub(super) unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+pub(super) unsafe fn row<const FINE: bool>(
+    ty: TensorType,
+    row: *const u8,
+    x: *const Activation,
+    cols: usize,
+) -> Option<f32> {
     // SAFETY: passed on to the caller.
     unsafe {
         let sums = match ty {
-            TensorType::Q4_0 => blocks32::<18, 2, 8, false>(row, x, cols),
-            TensorType::Q4_1 => blocks32::<20, 4, 0, true>(row, x, cols),
-            TensorType::Q8_0 => q8_0(row, x, cols),
-            TensorType::Q4_K => k4::<144, false>(row, x, cols),
-            TensorType::Q5_K => k4::<176, true>(row, x, cols),
-            TensorType::Q6_K => q6_k(row, x, cols),
+            TensorType::Q4_0 => blocks32::<18, 2, 8, false, FINE>(row, x, cols),
+            TensorType::Q4_1 => blocks32::<20, 4, 0, true, FINE>(row, x, cols),
+            TensorType::Q8_0 => q8_0::<FINE>(row, x, cols),
+            TensorType::Q4_K => k4::<144, false, FINE>(row, x, cols),
+            TensorType::Q5_K => k4::<176, true, FINE>(row, x, cols),
+            TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
             _ => return None,
         };
         Some(Avx2::sum(sums))
@@ -38,11 +44,21 @@ unsafe fn dot(q: __m256i, x: __m256i) -> __m256 {
     unsafe { _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(q, x), _mm256_set1_epi16(1))) }
 }
 
-/// Elements `32j..32j + 32` of an activation.
+/// Sums of products of 32 weights with elements `32j..32j + 32` of an activation.
 #[inline(always)]
-unsafe fn quants(a: &Activation, j: usize) -> __m256i {
-    // SAFETY: j is below 8; the caller vouches for AVX.
-    unsafe { _mm256_load_si256(a.q.as_ptr().add(32 * j).cast()) }
+unsafe fn products<const FINE: bool>(q: __m256i, a: &Activation, j: usize) -> __m256 {
+    // SAFETY: j is below 8; the caller vouches for AVX2 and FMA.
+    unsafe {
+        let sums = dot(q, quants(&a.q, j));
+        if FINE { _mm256_fmadd_ps(dot(q, quants(&a.rest, j)), _mm256_set1_ps(REST), sums) } else { sums }
+    }
+}
+
+/// Elements `32j..32j + 32` of a packet.
+#[inline(always)]
+unsafe fn quants(of: &[i8; PACKET], j: usize) -> __m256i {
+    // SAFETY: j is below 8; packets are aligned; the caller vouches for AVX.
+    unsafe { _mm256_load_si256(of.as_ptr().add(32 * j).cast()) }
 }
 
 /// Entries 2j and 2j + 1 of 16 in the lanes of their elements.
@@ -64,7 +80,7 @@ unsafe fn half(at: *const u8) -> __m256 {
 
 /// Blocks of 32 with 4 bits: `BYTES` each, quants from `QS`, offset by `BIAS` or with a min.
 #[inline(always)]
-unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i8, const MIN: bool>(
+unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i8, const MIN: bool, const FINE: bool>(
     row: *const u8,
     x: *const Activation,
     cols: usize,
@@ -76,9 +92,10 @@ unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i8, const MI
         let mut offset = _mm_setzero_ps();
         for b in 0..cols / 32 {
             let (block, a, j) = (row.add(b * BYTES), &*x.add(b / 8), b % 8);
+            ask_ahead::<1>(block);
             let q = _mm_loadu_si128(block.add(QS).cast());
             let q = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16::<4>(q), low), _mm_and_si128(q, low));
-            acc = _mm256_fmadd_ps(dot(q, quants(a, j)), _mm256_mul_ps(pair(&a.scale, j), half(block)), acc);
+            acc = _mm256_fmadd_ps(products::<FINE>(q, a, j), _mm256_mul_ps(pair(&a.scale, j), half(block)), acc);
             let of = _mm256_castps256_ps128(half(block.add(if MIN { 2 } else { 0 })));
             // Two sums; the lanes above them are zero.
             let totals = _mm_castsi128_ps(_mm_loadl_epi64(a.sum.as_ptr().add(2 * j).cast()));
@@ -92,14 +109,19 @@ unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i8, const MI
 }
 
 #[inline(always)]
-unsafe fn q8_0(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
+unsafe fn q8_0<const FINE: bool>(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
     // SAFETY: the caller's contract; blocks have 34 bytes.
     unsafe {
         let mut acc = _mm256_setzero_ps();
         for b in 0..cols / 32 {
             let (block, a, j) = (row.add(b * 34), &*x.add(b / 8), b % 8);
+            ask_ahead::<1>(block);
             let q = _mm256_loadu_si256(block.add(2).cast());
-            let sums = dot(_mm256_abs_epi8(q), _mm256_sign_epi8(quants(a, j), q));
+            let signed = |of| dot(_mm256_abs_epi8(q), _mm256_sign_epi8(quants(of, j), q));
+            let mut sums = signed(&a.q);
+            if FINE {
+                sums = _mm256_fmadd_ps(signed(&a.rest), _mm256_set1_ps(REST), sums);
+            }
             acc = _mm256_fmadd_ps(sums, _mm256_mul_ps(pair(&a.scale, j), half(block)), acc);
         }
         acc
@@ -147,13 +169,18 @@ unsafe fn twice(bytes: u64, d: __m256) -> [__m256; 2] {
 
 /// Q4_K, and Q5_K with a `FIFTH` bit: blocks of `BYTES`.
 #[inline(always)]
-unsafe fn k4<const BYTES: usize, const FIFTH: bool>(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
+unsafe fn k4<const BYTES: usize, const FIFTH: bool, const FINE: bool>(
+    row: *const u8,
+    x: *const Activation,
+    cols: usize,
+) -> __m256 {
     // SAFETY: the caller's contract; every load lies within a block or an activation.
     unsafe {
         let low = _mm256_set1_epi8(15);
         let mut acc = _mm256_setzero_ps();
         for b in 0..cols / PACKET {
             let (block, a) = (row.add(b * BYTES), &*x.add(b));
+            ask_ahead::<BYTES>(block);
             let word = |at: usize| u64::from(block.add(at).cast::<u32>().read_unaligned());
             let (s, m, h) = (word(4), word(8), word(12));
             let scales = (s & 0x3f3f_3f3f) | ((h & 0x0f0f_0f0f) | (s >> 6 & 0x0303_0303) << 4) << 32;
@@ -173,7 +200,7 @@ unsafe fn k4<const BYTES: usize, const FIFTH: bool>(row: *const u8, x: *const Ac
                         bit = _mm256_add_epi8(bit, bit);
                     }
                     let j = 2 * i + h;
-                    acc = _mm256_fmadd_ps(dot(q, quants(a, j)), pair(&scale.0, j), acc);
+                    acc = _mm256_fmadd_ps(products::<FINE>(q, a, j), pair(&scale.0, j), acc);
                 }
             }
         }
@@ -182,7 +209,7 @@ unsafe fn k4<const BYTES: usize, const FIFTH: bool>(row: *const u8, x: *const Ac
 }
 
 #[inline(always)]
-unsafe fn q6_k(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
+unsafe fn q6_k<const FINE: bool>(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
     // SAFETY: the caller's contract; blocks have 210 bytes.
     unsafe {
         let low = _mm256_set1_epi8(15);
@@ -190,6 +217,7 @@ unsafe fn q6_k(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
         let mut acc = _mm256_setzero_ps();
         for b in 0..cols / PACKET {
             let (block, a) = (row.add(b * 210), &*x.add(b));
+            ask_ahead::<210>(block);
             let d = half(block.add(208));
             let eight = |h: usize| {
                 let bytes = _mm_loadl_epi64(block.add(192 + 8 * h).cast());
@@ -207,7 +235,7 @@ unsafe fn q6_k(row: *const u8, x: *const Activation, cols: usize) -> __m256 {
                     let ql = if i < 2 { ql } else { _mm256_srli_epi16::<4>(ql) };
                     let q = _mm256_or_si256(_mm256_and_si256(ql, low), _mm256_and_si256(high, two));
                     let j = 4 * n + i;
-                    acc = _mm256_fmadd_ps(dot(q, quants(a, j)), pair(&scale.0, j), acc);
+                    acc = _mm256_fmadd_ps(products::<FINE>(q, a, j), pair(&scale.0, j), acc);
                 }
             }
         }

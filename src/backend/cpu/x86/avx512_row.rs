@@ -1,225 +1,305 @@
 //! One token with one row, straight from the blocks: what decode does with the common types where
-//! AVX-512 VNNI is there. Nothing is staged in memory.
+//! AVX-512 VNNI is there. Nothing is staged in memory, and the scales of a packet are decoded together.
 
 use std::arch::x86_64::*;
 
-use super::super::kernel::Activation;
+use super::super::kernel::{Activation, Paired, REST};
 use super::super::unpack::PACKET;
+use super::ask_ahead;
 use crate::gguf::TensorType;
 
-/// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel.
+/// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
+/// rounding of the activations left.
 ///
 /// # Safety
-/// The machine has AVX-512 F, BW, DQ, VL and VNNI; `row` points to a whole row, `x` to as many
+/// The machine has AVX-512 F, BW, DQ, VL and VNNI; `row` points to a whole row, `x` and `pairs` to as many
 /// packets as it spans.
 #[inline(always)]
-pub(super) unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+pub(super) unsafe fn row<const FINE: bool>(
+    ty: TensorType,
+    row: *const u8,
+    x: *const Activation,
+    pairs: *const Paired,
+    cols: usize,
+) -> Option<f32> {
     // SAFETY: passed on to the caller.
     unsafe {
         Some(match ty {
-            TensorType::Q4_0 => blocks32::<18, 2, 8, false>(row, x, cols),
-            TensorType::Q4_1 => blocks32::<20, 4, 0, true>(row, x, cols),
-            TensorType::Q8_0 => blocks32::<34, 2, 128, false>(row, x, cols),
-            TensorType::Q4_K => q4_k(row, x, cols),
-            TensorType::Q5_K => q5_k(row, x, cols),
-            TensorType::Q6_K => q6_k(row, x, cols),
+            TensorType::Q4_0 => blocks32::<18, 2, 8, false, FINE>(row, x, cols),
+            TensorType::Q4_1 => blocks32::<20, 4, 0, true, FINE>(row, x, cols),
+            TensorType::Q8_0 => blocks32::<34, 2, 128, false, FINE>(row, x, cols),
+            TensorType::Q4_K => k4::<144, false, FINE>(row, x, pairs, cols),
+            TensorType::Q5_K => k4::<176, true, FINE>(row, x, pairs, cols),
+            TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
             _ => return None,
         })
     }
 }
 
+/// Sums of products of 64 quants with 64 activations, four to a lane.
+#[inline(always)]
+unsafe fn products<const FINE: bool>(q: __m512i, x: *const i8, rest: *const i8) -> __m512 {
+    // SAFETY: the caller vouches for AVX-512 VNNI and for 64 readable bytes behind each address.
+    unsafe {
+        let zero = _mm512_setzero_si512();
+        let sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, q, _mm512_loadu_si512(x.cast())));
+        if !FINE {
+            return sums;
+        }
+        let rest = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, q, _mm512_loadu_si512(rest.cast())));
+        _mm512_fmadd_ps(rest, _mm512_set1_ps(REST), sums)
+    }
+}
+
+/// Which of 16 scales each lane takes: four lanes each of `first`, `first + 1`, `first + 2 + skip` and the next.
+#[inline(always)]
+unsafe fn lanes(first: i32, skip: i32) -> __m512i {
+    let (b, c, d) = (first + 1, first + 2 + skip, first + 3 + skip);
+    // SAFETY: the caller vouches for AVX-512.
+    unsafe { _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, first, first, first, first) }
+}
+
+/// Quants of a block of 32, as bytes without a sign.
+#[inline(always)]
+unsafe fn quants32<const QS: usize, const BIAS: i32>(block: *const u8) -> __m256i {
+    // SAFETY: the caller's contract: a whole block is readable.
+    unsafe {
+        if BIAS == 128 {
+            _mm256_xor_si256(_mm256_loadu_si256(block.add(QS).cast()), _mm256_set1_epi8(-128))
+        } else {
+            let q = _mm_loadu_si128(block.add(QS).cast());
+            _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16::<4>(q), q), _mm256_set1_epi8(15))
+        }
+    }
+}
+
 /// Blocks of 32: `BYTES` each, quants (4 or 8 bits) from `QS`, offset by `BIAS` or with a min.
 #[inline(always)]
-unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i32, const MIN: bool>(
+unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i32, const MIN: bool, const FINE: bool>(
     row: *const u8,
     x: *const Activation,
     cols: usize,
 ) -> f32 {
-    // SAFETY: the caller's contract; every load lies within a block or an activation.
-    unsafe {
-        let pair = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-        let low = _mm_set1_epi8(15);
-        let flip = _mm256_set1_epi8(-128);
-        let mut acc = _mm256_setzero_ps();
-        let mut offset = _mm_setzero_ps();
-        for b in 0..cols / 32 {
-            let block = row.add(b * BYTES);
-            let a = &*x.add(b / 8);
-            let j = b % 8;
-            let q = if BIAS == 128 {
-                _mm256_xor_si256(_mm256_loadu_si256(block.add(QS).cast()), flip)
-            } else {
-                let q = _mm_loadu_si128(block.add(QS).cast());
-                _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16::<4>(q), low), _mm_and_si128(q, low))
-            };
-            let xq = _mm256_loadu_si256(a.q.as_ptr().add(32 * j).cast());
-            let sums = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), q, xq));
-            let scales = _mm_castsi128_ps(_mm_loadl_epi64(a.scale.as_ptr().add(2 * j).cast()));
-            let totals = _mm_castsi128_ps(_mm_loadl_epi64(a.sum.as_ptr().add(2 * j).cast()));
-            let header = if MIN {
-                block.cast::<i32>().read_unaligned()
-            } else {
-                i32::from(block.cast::<u16>().read_unaligned())
-            };
-            let d = _mm_cvtph_ps(_mm_cvtsi32_si128(header));
-            let scale = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(scales), pair);
-            acc = _mm256_fmadd_ps(sums, _mm256_mul_ps(scale, _mm256_broadcastss_ps(d)), acc);
-            let of = if MIN { _mm_broadcastss_ps(_mm_movehdup_ps(d)) } else { _mm_broadcastss_ps(d) };
-            offset = _mm_fmadd_ps(of, totals, offset);
-        }
-        if !MIN {
-            offset = _mm_mul_ps(offset, _mm_set1_ps(-BIAS as f32));
-        }
-        let half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
-        let all = _mm_add_ps(half, offset);
-        let two = _mm_add_ps(all, _mm_movehl_ps(all, all));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    let mut acc = Blocks32 { even: zero(), odd: zero(), offset: zero() };
+    let (whole, left) = (cols / PACKET, cols % PACKET / 32);
+    for p in 0..whole {
+        // SAFETY: the caller's contract: eight more blocks of the row, and their activations, are there.
+        unsafe { acc.packet::<BYTES, QS, BIAS, MIN, FINE, 8>(row.add(8 * p * BYTES), &*x.add(p), 8) };
     }
-}
-
-/// Which of 16 scales each lane of the quarter `i` of a packet takes.
-#[inline(always)]
-unsafe fn lanes(i: i32) -> __m512i {
+    if left > 0 {
+        // SAFETY: as above, with `left` blocks.
+        unsafe { acc.packet::<BYTES, QS, BIAS, MIN, FINE, 0>(row.add(8 * whole * BYTES), &*x.add(whole), left) };
+    }
     // SAFETY: the caller vouches for AVX-512.
     unsafe {
-        _mm512_add_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_set1_epi32(4 * i))
-    }
-}
-
-/// Adds the products of quarter `i` with its scales.
-#[inline(always)]
-unsafe fn quarter(q: __m512i, a: &Activation, i: usize, scale: __m512, acc: __m512) -> __m512 {
-    // SAFETY: the caller vouches for AVX-512 VNNI; the load lies within `a.q`.
-    unsafe {
-        let x = _mm512_loadu_si512(a.q.as_ptr().add(64 * i).cast());
-        let sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x));
-        _mm512_fmadd_ps(sums, _mm512_permutexvar_ps(lanes(i as i32), scale), acc)
-    }
-}
-
-/// Eight 6-bit scales and mins from 12 bytes, as floats of 16 lanes (each twice).
-#[inline(always)]
-unsafe fn scales_k4(s: *const u8) -> (__m512, __m512) {
-    // SAFETY: the caller gives 12 readable bytes and vouches for AVX-512.
-    unsafe {
-        let word = |i: usize| u64::from(s.cast::<u32>().add(i).read_unaligned());
-        let (a, b, c) = (word(0), word(1), word(2));
-        let scales = (a & 0x3f3f_3f3f) | ((c & 0x0f0f_0f0f) | (a >> 6 & 0x0303_0303) << 4) << 32;
-        let mins = (b & 0x3f3f_3f3f) | ((c >> 4 & 0x0f0f_0f0f) | (b >> 6 & 0x0303_0303) << 4) << 32;
-        let twice = _mm_set_epi8(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        let float = |bytes: u64| {
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi64_si128(bytes as i64), twice)))
+        let sum = _mm512_add_ps(acc.even, acc.odd);
+        let sum = match MIN {
+            true => _mm512_add_ps(sum, acc.offset),
+            false => _mm512_fnmadd_ps(acc.offset, _mm512_set1_ps(BIAS as f32), sum),
         };
-        (float(scales), float(mins))
-    }
-}
-
-/// The two half-precision fields at the head of a block, broadcast.
-#[inline(always)]
-unsafe fn header(block: *const u8) -> (__m512, __m512) {
-    // SAFETY: the caller gives 4 readable bytes and vouches for AVX-512.
-    unsafe {
-        let h = _mm_cvtph_ps(_mm_cvtsi32_si128(block.cast::<i32>().read_unaligned()));
-        (_mm512_broadcastss_ps(h), _mm512_broadcastss_ps(_mm_movehdup_ps(h)))
-    }
-}
-
-/// Scale of each 16 (weights' times activations'), and the accumulator less the mins.
-#[inline(always)]
-unsafe fn begin_k4(block: *const u8, a: &Activation, acc: __m512) -> (__m512, __m512) {
-    // SAFETY: as for the parts.
-    unsafe {
-        let (d, dmin) = header(block);
-        let (scales, mins) = scales_k4(block.add(4));
-        let scale = _mm512_mul_ps(_mm512_mul_ps(scales, d), _mm512_loadu_ps(a.scale.as_ptr()));
-        let acc = _mm512_fnmadd_ps(_mm512_mul_ps(mins, dmin), _mm512_loadu_ps(a.sum.as_ptr()), acc);
-        (scale, acc)
+        _mm512_reduce_add_ps(sum)
     }
 }
 
 #[inline(always)]
-unsafe fn q4_k(row: *const u8, x: *const Activation, cols: usize) -> f32 {
-    // SAFETY: the caller's contract; blocks have 144 bytes.
-    unsafe {
-        let low = _mm256_set1_epi8(15);
-        let mut acc = _mm512_setzero_ps();
-        for b in 0..cols / PACKET {
-            let (block, a) = (row.add(b * 144), &*x.add(b));
-            let (scale, begun) = begin_k4(block, a, acc);
-            acc = begun;
-            for i in 0..4 {
-                let q = _mm256_loadu_si256(block.add(16 + 32 * i).cast());
-                let both = _mm512_inserti64x4::<1>(
-                    _mm512_castsi256_si512(_mm256_and_si256(q, low)),
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(q), low),
-                );
-                acc = quarter(both, a, i, scale, acc);
+fn zero() -> __m512 {
+    // SAFETY: all zero bits are sixteen zeros.
+    unsafe { std::mem::zeroed() }
+}
+
+/// Sums of a row of blocks of 32. Two accumulators, so that additions wait less for each other.
+struct Blocks32 {
+    even: __m512,
+    odd: __m512,
+    /// Mins, or scales that the bias multiplies, times sums of activations.
+    offset: __m512,
+}
+
+impl Blocks32 {
+    /// `n` blocks of a packet; `ALL` is 8 where that many are known to be there.
+    #[inline(always)]
+    unsafe fn packet<
+        const BYTES: usize,
+        const QS: usize,
+        const BIAS: i32,
+        const MIN: bool,
+        const FINE: bool,
+        const ALL: usize,
+    >(
+        &mut self,
+        first: *const u8,
+        a: &Activation,
+        n: usize,
+    ) {
+        let n = if ALL == 8 { 8 } else { n };
+        if ALL == 8 {
+            // A packet of any of these types has at most 272 bytes.
+            match BYTES {
+                34 => ask_ahead::<272>(first),
+                _ => ask_ahead::<160>(first),
             }
         }
-        _mm512_reduce_add_ps(acc)
-    }
-}
-
-#[inline(always)]
-unsafe fn q5_k(row: *const u8, x: *const Activation, cols: usize) -> f32 {
-    // SAFETY: the caller's contract; blocks have 176 bytes.
-    unsafe {
-        let low = _mm256_set1_epi8(15);
-        let fifth = _mm512_set1_epi8(16);
-        let mut acc = _mm512_setzero_ps();
-        for b in 0..cols / PACKET {
-            let (block, a) = (row.add(b * 176), &*x.add(b));
-            let (scale, begun) = begin_k4(block, a, acc);
-            acc = begun;
-            let high = _mm256_loadu_si256(block.add(16).cast());
-            // Bit 2i of a byte belongs to the low nibble of quarter i, bit 2i + 1 to the high one.
-            let mut bits = _mm512_inserti64x4::<1>(
-                _mm512_castsi256_si512(_mm256_slli_epi16::<4>(high)),
-                _mm256_slli_epi16::<3>(high),
-            );
-            let mut shifted = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(high), _mm256_srli_epi16::<1>(high));
+        // SAFETY: `row`'s contract: `n` blocks are readable.
+        unsafe {
+            let half = |b: usize, at: usize| match b < n {
+                true => first.add(b * BYTES + at).cast::<i16>().read_unaligned(),
+                false => 0,
+            };
+            // One field of each block, twice: for the two halves that have scales of their own.
+            let field = |at: usize| {
+                let h = |b| half(b, at);
+                let h = _mm_set_epi16(h(7), h(6), h(5), h(4), h(3), h(2), h(1), h(0));
+                let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+                _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_cvtph_ps(h)))
+            };
+            let d = field(0);
+            let scale = _mm512_mul_ps(d, _mm512_loadu_ps(a.scale.as_ptr()));
+            let factor = if MIN { field(2) } else { d };
+            self.offset = _mm512_fmadd_ps(factor, _mm512_loadu_ps(a.sum.as_ptr()), self.offset);
             for i in 0..4 {
-                let q = _mm256_loadu_si256(block.add(48 + 32 * i).cast());
-                let both = _mm512_inserti64x4::<1>(
-                    _mm512_castsi256_si512(_mm256_and_si256(q, low)),
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(q), low),
+                if 2 * i >= n {
+                    break;
+                }
+                // The last quarter's second half may be missing: its scale is zero then.
+                let second = if 2 * i + 1 < n { 2 * i + 1 } else { 2 * i };
+                let q = _mm512_inserti64x4::<1>(
+                    _mm512_castsi256_si512(quants32::<QS, BIAS>(first.add(2 * i * BYTES))),
+                    quants32::<QS, BIAS>(first.add(second * BYTES)),
                 );
-                acc = quarter(_mm512_or_si512(both, _mm512_and_si512(bits, fifth)), a, i, scale, acc);
-                shifted = _mm512_srli_epi16::<2>(shifted);
-                bits = _mm512_slli_epi16::<4>(shifted);
+                let sums = products::<FINE>(q, a.q.as_ptr().add(64 * i), a.rest.as_ptr().add(64 * i));
+                let scale = _mm512_permutexvar_ps(lanes(4 * i as i32, 0), scale);
+                let acc = if i % 2 == 0 { &mut self.even } else { &mut self.odd };
+                *acc = _mm512_fmadd_ps(sums, scale, *acc);
             }
         }
-        _mm512_reduce_add_ps(acc)
+    }
+}
+
+/// Eight 6-bit scales and mins from the 12 bytes behind a header of 4, as floats of 16 lanes (each twice).
+#[inline(always)]
+unsafe fn scales_k4(block: *const u8) -> (__m512, __m512) {
+    // SAFETY: the caller gives 16 readable bytes and vouches for AVX-512.
+    unsafe {
+        let bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(block.cast()));
+        // The lower lane becomes scales, the upper one mins. Scale j < 4 is in byte 4 + j, min j in byte 8 + j; from
+        // j = 4 on the low nibble of byte 8 + j is a scale's and the high one a min's, and their upper two bits
+        // are those of byte j and byte 4 + j.
+        let low = _mm256_setr_epi8(
+            4, 4, 5, 5, 6, 6, 7, 7, 12, 12, 13, 13, 14, 14, 15, 15, //
+            8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15,
+        );
+        let high = _mm256_setr_epi8(
+            -1, -1, -1, -1, -1, -1, -1, -1, 4, 4, 5, 5, 6, 6, 7, 7, //
+            -1, -1, -1, -1, -1, -1, -1, -1, 8, 8, 9, 9, 10, 10, 11, 11,
+        );
+        let low = _mm256_shuffle_epi8(bytes, low);
+        let low = _mm256_mask_blend_epi8(0xff00_0000, low, _mm256_srli_epi16::<4>(low));
+        let keep = _mm256_set_epi64x(
+            0x0f0f_0f0f_0f0f_0f0f,
+            0x3f3f_3f3f_3f3f_3f3f,
+            0x0f0f_0f0f_0f0f_0f0f,
+            0x3f3f_3f3f_3f3f_3f3f,
+        );
+        let high = _mm256_srli_epi16::<2>(_mm256_shuffle_epi8(bytes, high));
+        let all = _mm256_or_si256(_mm256_and_si256(low, keep), _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
+        let float = |bytes| _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+        (float(_mm256_castsi256_si128(all)), float(_mm256_extracti128_si256::<1>(all)))
+    }
+}
+
+/// Blocks of Q4_K, or of Q5_K with a fifth bit: `BYTES` each. Quants are taken 64 bytes at a time, so that the
+/// nibbles of one register belong to groups 0, 1, 4 and 5 of a half, or to 2, 3, 6 and 7: the order of [`Paired`].
+#[inline(always)]
+unsafe fn k4<const BYTES: usize, const FIFTH: bool, const FINE: bool>(
+    row: *const u8,
+    x: *const Activation,
+    pairs: *const Paired,
+    cols: usize,
+) -> f32 {
+    // SAFETY: the caller's contract; every load lies within a block or the activations.
+    unsafe {
+        let nibble = _mm512_set1_epi8(15);
+        let (mut even, mut odd) = (zero(), zero());
+        for b in 0..cols / PACKET {
+            let (block, a, pairs) = (row.add(b * BYTES), &*x.add(b), &*pairs.add(b));
+            ask_ahead::<BYTES>(block);
+            let (scales, mins) = scales_k4(block);
+            let header = _mm512_cvtph_ps(_mm256_set1_epi32(block.cast::<i32>().read_unaligned()));
+            let (d, dmin) = (_mm512_moveldup_ps(header), _mm512_movehdup_ps(header));
+            let scale = _mm512_mul_ps(_mm512_mul_ps(scales, d), _mm512_loadu_ps(a.scale.as_ptr()));
+            even = _mm512_fnmadd_ps(_mm512_mul_ps(mins, dmin), _mm512_loadu_ps(a.sum.as_ptr()), even);
+            let fifth = match FIFTH {
+                true => _mm512_broadcast_i64x4(_mm256_loadu_si256(block.add(16).cast())),
+                false => _mm512_setzero_si512(),
+            };
+            for half in 0..2 {
+                let q = _mm512_loadu_si512(block.add(BYTES - 128 + 64 * half).cast());
+                let mut lo = _mm512_and_si512(q, nibble);
+                let mut hi = _mm512_and_si512(_mm512_srli_epi16::<4>(q), nibble);
+                if FIFTH {
+                    // Bit 2j of a byte belongs to the low nibbles of 32 bytes j, bit 2j + 1 to the high ones: a half has
+                    // j = 2 half in the lower 32 bytes, the next one in the upper.
+                    lo = _mm512_mask_add_epi8(lo, fifth_mask(fifth, half, 0), lo, _mm512_set1_epi8(16));
+                    hi = _mm512_mask_add_epi8(hi, fifth_mask(fifth, half, 1), hi, _mm512_set1_epi8(16));
+                }
+                for (i, q) in [lo, hi].into_iter().enumerate() {
+                    let at = 128 * half + 64 * i;
+                    let sums = products::<FINE>(q, pairs.q.as_ptr().add(at), pairs.rest.as_ptr().add(at));
+                    let scale = _mm512_permutexvar_ps(lanes((8 * half + 2 * i) as i32, 2), scale);
+                    let acc = if i == 0 { &mut even } else { &mut odd };
+                    *acc = _mm512_fmadd_ps(sums, scale, *acc);
+                }
+            }
+        }
+        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
+    }
+}
+
+/// Which quants of `half` have their fifth bit set: those of the low nibbles (`plane` 0) or of the high ones.
+#[inline(always)]
+unsafe fn fifth_mask(fifth: __m512i, half: usize, plane: usize) -> __mmask64 {
+    let (lower, upper) = (1i8 << (4 * half + plane), (1u8 << (4 * half + 2 + plane)) as i8);
+    // SAFETY: the caller vouches for AVX-512 BW.
+    unsafe {
+        let bits = _mm512_inserti64x4::<1>(_mm512_set1_epi8(lower), _mm256_set1_epi8(upper));
+        _mm512_test_epi8_mask(fifth, bits)
     }
 }
 
 #[inline(always)]
-unsafe fn q6_k(row: *const u8, x: *const Activation, cols: usize) -> f32 {
+unsafe fn q6_k<const FINE: bool>(row: *const u8, x: *const Activation, cols: usize) -> f32 {
     // SAFETY: the caller's contract; blocks have 210 bytes.
     unsafe {
         let low = _mm512_set1_epi8(15);
         let two = _mm512_set1_epi8(0x30);
-        let mut acc = _mm512_setzero_ps();
+        let (mut even, mut odd) = (zero(), zero());
         for b in 0..cols / PACKET {
             let (block, a) = (row.add(b * 210), &*x.add(b));
+            ask_ahead::<210>(block);
             let d = _mm512_cvtph_ps(_mm256_set1_epi16(block.add(208).cast::<i16>().read_unaligned()));
             let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(block.add(192).cast())));
             let scales = _mm512_mul_ps(scales, d);
             let scale = _mm512_mul_ps(scales, _mm512_loadu_ps(a.scale.as_ptr()));
             let mins = _mm512_mul_ps(scales, _mm512_set1_ps(32.0));
-            acc = _mm512_fnmadd_ps(mins, _mm512_loadu_ps(a.sum.as_ptr()), acc);
+            even = _mm512_fnmadd_ps(mins, _mm512_loadu_ps(a.sum.as_ptr()), even);
             for n in 0..2 {
                 let ql = _mm512_loadu_si512(block.add(64 * n).cast());
                 let qh = _mm256_loadu_si256(block.add(128 + 32 * n).cast());
                 let qh = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(qh), _mm256_srli_epi16::<2>(qh));
+                // Bits of the first where the mask has ones, of the second elsewhere, cut to six.
                 let first =
-                    _mm512_or_si512(_mm512_and_si512(ql, low), _mm512_and_si512(_mm512_slli_epi16::<4>(qh), two));
+                    _mm512_ternarylogic_epi32::<0xca>(low, ql, _mm512_and_si512(_mm512_slli_epi16::<4>(qh), two));
                 let second =
-                    _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16::<4>(ql), low), _mm512_and_si512(qh, two));
-                acc = quarter(first, a, 2 * n, scale, acc);
-                acc = quarter(second, a, 2 * n + 1, scale, acc);
+                    _mm512_ternarylogic_epi32::<0xca>(low, _mm512_srli_epi16::<4>(ql), _mm512_and_si512(qh, two));
+                for (i, q) in [first, second].into_iter().enumerate() {
+                    let part = 2 * n + i;
+                    let sums = products::<FINE>(q, a.q.as_ptr().add(64 * part), a.rest.as_ptr().add(64 * part));
+                    let scale = _mm512_permutexvar_ps(lanes(4 * part as i32, 0), scale);
+                    let acc = if i == 0 { &mut even } else { &mut odd };
+                    *acc = _mm512_fmadd_ps(sums, scale, *acc);
+                }
             }
         }
-        _mm512_reduce_add_ps(acc)
+        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
     }
 }

@@ -9,10 +9,23 @@ mod avx512_row;
 use std::arch::x86_64::*;
 
 use super::isa::Isa;
-use super::kernel::{Activation, Dot, REST};
+use super::kernel::{Activation, Dot, Paired, REST};
 use super::panel::{Panel, ROWS};
 use super::unpack::Packet;
 use crate::gguf::TensorType;
+
+/// How far ahead of the block at hand weights are asked for, in bytes. Rows lie back to back, so this reaches the next
+/// ones. Processors' own prefetchers stop at a page: with this, 16 threads read 127 GB/s where they read 89.
+const AHEAD: usize = 4096;
+
+/// Asks for the `BYTES` bytes that will be needed when those at `at` are done.
+#[inline(always)]
+fn ask_ahead<const BYTES: usize>(at: *const u8) {
+    for line in (0..BYTES).step_by(64) {
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + line).cast()) };
+    }
+}
 
 /// AVX2 with FMA.
 pub(super) struct Avx2;
@@ -87,9 +100,15 @@ impl Dot for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+    unsafe fn row<const FINE: bool>(
+        ty: TensorType,
+        row: *const u8,
+        x: *const Activation,
+        _pairs: *const Paired,
+        cols: usize,
+    ) -> Option<f32> {
         // SAFETY: passed on to the caller.
-        unsafe { avx2_row::row(ty, row, x, cols) }
+        unsafe { avx2_row::row::<FINE>(ty, row, x, cols) }
     }
 
     #[inline(always)]
@@ -162,9 +181,15 @@ impl Dot for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn row(ty: TensorType, row: *const u8, x: *const Activation, cols: usize) -> Option<f32> {
+    unsafe fn row<const FINE: bool>(
+        ty: TensorType,
+        row: *const u8,
+        x: *const Activation,
+        pairs: *const Paired,
+        cols: usize,
+    ) -> Option<f32> {
         // SAFETY: passed on to the caller.
-        unsafe { avx512_row::row(ty, row, x, cols) }
+        unsafe { avx512_row::row::<FINE>(ty, row, x, pairs, cols) }
     }
 
     #[inline(always)]
