@@ -57,12 +57,24 @@ fn sweep(base: usize, bytes: usize, threads: usize) -> f64 {
     })
 }
 
+/// A matrix in the arena.
+fn linear(addr: u64, ty: TensorType, rows: usize, cols: usize) -> Linear {
+    // SAFETY: callers give an address of the arena with as many bytes behind it; nothing writes there.
+    Linear { weight: unsafe { Weight::new(addr, ty, rows, cols) }, bias: None }
+}
+
+fn norm(weights: &[f32]) -> Norm {
+    // SAFETY: the slice outlives the products.
+    let weight = unsafe { Weight::new(weights.as_ptr() as u64, TensorType::F32, 1, weights.len()) };
+    Norm { weight, eps: 1.0 }
+}
+
 /// Bytes per second of one small matrix times a vector, over and over: it stays in the second-level cache.
 fn cached(ty: TensorType, base: u64) -> f64 {
     let (rows, cols) = (256, 4096);
     let mut backend = CpuBackend::new(Dims { n_vocab: rows, ..dims(cols, 256) }, 1).expect("a backend");
     let ones = vec![1.0f32; cols];
-    let norm = Norm { weight: Weight { addr: ones.as_ptr() as u64, ty: TensorType::F32, rows: 1, cols }, eps: 1.0 };
+    let norm = norm(&ones);
     let row: Vec<u8> = (0..cols).flat_map(|i| ((i % 7) as f32 - 3.0).to_le_bytes()).collect();
     backend.begin(0, 1).expect("one token");
     backend.embed(&row, TensorType::F32).expect("a row");
@@ -70,7 +82,7 @@ fn cached(ty: TensorType, base: u64) -> f64 {
     let bytes = rows * ty.row_bytes(cols).expect("whole blocks");
     (0..2000).fold(0.0, |best, _| {
         let start = Instant::now();
-        backend.head(&Weight { addr: base, ty, rows, cols }, 0).expect("products");
+        backend.head(&linear(base, ty, rows, cols), 0).expect("products");
         f64::max(best, bytes as f64 / start.elapsed().as_secs_f64())
     })
 }
@@ -83,9 +95,8 @@ fn products(ty: TensorType, base: u64, bytes: usize, n_embd: usize, n_ff: usize,
     let copies = bytes / each;
     assert!(copies > 0, "{ty} needs at least {} MiB", each.div_ceil(1 << 20));
     let ones = vec![1.0f32; n_embd];
-    let norm =
-        Norm { weight: Weight { addr: ones.as_ptr() as u64, ty: TensorType::F32, rows: 1, cols: n_embd }, eps: 1.0 };
-    let linear = |addr, rows, cols| Linear { weight: Weight { addr, ty, rows, cols }, bias: None };
+    let norm = norm(&ones);
+    let linear = |addr, rows, cols| linear(addr, ty, rows, cols);
     let row: Vec<u8> = (0..n_embd).flat_map(|i| ((i % 7) as f32 - 3.0).to_le_bytes()).collect();
     let mut best = 0.0;
     for _ in 0..rounds {
@@ -111,13 +122,13 @@ fn main() {
     let region = arena.take(bytes as u64).expect("memory");
     // Every half-precision field is a number between 0.01 and 2, whatever its place.
     // SAFETY: the region is the arena's, and nothing else uses it.
-    let words = unsafe { std::slice::from_raw_parts_mut(region.addr, bytes) };
+    let words = unsafe { std::slice::from_raw_parts_mut(region.addr(), bytes) };
     let mut state = 1u32;
     for b in words.iter_mut() {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         *b = 0x21 + (state >> 27) as u8 % 0x1e;
     }
-    let base = region.addr as usize;
+    let base = region.addr() as usize;
     println!("read-only sweep, {threads} threads: {:.1} GB/s", sweep(base, bytes, threads) / 1e9);
     for ty in [TensorType::Q8_0, TensorType::Q6_K, TensorType::Q5_K, TensorType::Q4_K, TensorType::Q4_0] {
         let small = cached(ty, base as u64);
