@@ -5,17 +5,20 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use common::{File, V};
+use nt::model::Model;
 use nt::{gguf, tokenizer};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 #[path = "common/checks.rs"]
 mod checks;
+mod common;
 #[path = "common/vocab.rs"]
 mod vocab;
 
 /// Each test stops here on a slow machine; elsewhere it is done before.
-const TIME_MAX: Duration = Duration::from_secs(5);
+const TIME_MAX: Duration = Duration::from_secs(15);
 
 /// What stands in headers, texts and templates where something goes wrong.
 const PARTS: &[&[u8]] = &[
@@ -98,7 +101,7 @@ fn run(target: &str, seed: u64, rounds: usize, check: fn(&[u8])) {
 
 #[test]
 fn headers() {
-    run("gguf", 1, 4000, checks::gguf);
+    run("gguf", 1, 10_000, checks::gguf);
 }
 
 #[test]
@@ -127,4 +130,141 @@ fn any_characters() {
             checks::tokenizer(&[&[0, which], text.as_bytes()].concat());
         }
     }
+}
+
+/// Texts that stand in keys, names and vocabularies where something goes wrong.
+const TEXTS: &[&str] = &[
+    "",
+    " ",
+    "a",
+    "Ġ",
+    "▁",
+    "<0x41>",
+    "<|im_end|>",
+    "</s>",
+    "\u{1b}[31m",
+    "blk.9999999999999999999.attn_q.weight",
+    "é\0",
+];
+
+/// Numbers at the edges.
+const EDGES: &[u64] = &[0, 1, 2, 3, 255, 256, 257, 65_535, 1 << 31, (1 << 32) - 1, 1 << 62, u64::MAX - 7, u64::MAX];
+
+fn edge(rng: &mut ChaCha8Rng) -> u64 {
+    EDGES[rng.random_range(0..EDGES.len())]
+}
+
+fn odd_text(rng: &mut ChaCha8Rng) -> String {
+    TEXTS[rng.random_range(0..TEXTS.len())].to_owned()
+}
+
+fn odd_value(rng: &mut ChaCha8Rng) -> V {
+    match rng.random_range(0..7) {
+        0 => V::U32(edge(rng) as u32),
+        1 => V::U64(edge(rng)),
+        2 => V::F32(f32::from_bits(rng.next_u32())),
+        3 => V::Bool(rng.random()),
+        4 => V::Str(odd_text(rng)),
+        5 => V::Strs((0..rng.random_range(0..4)).map(|_| odd_text(rng)).collect()),
+        _ => V::I32s((0..rng.random_range(0..4)).map(|_| edge(rng) as i32).collect()),
+    }
+}
+
+/// Bends one entry of a list: taken out, doubled, changed, or all from there on gone.
+fn bend_list<T: Clone>(rng: &mut ChaCha8Rng, list: &mut Vec<T>, other: impl FnOnce(&mut ChaCha8Rng) -> T) {
+    if list.is_empty() {
+        return list.push(other(rng));
+    }
+    let at = rng.random_range(0..list.len());
+    match rng.random_range(0..4) {
+        0 => drop(list.remove(at)),
+        1 => list.insert(at, list[at].clone()),
+        2 => list[at] = other(rng),
+        _ => list.truncate(at),
+    }
+}
+
+fn bend_metadata(rng: &mut ChaCha8Rng, f: &mut File, prefix: &str) {
+    let own: Vec<usize> = (0..f.meta.len()).filter(|&i| f.meta[i].0.starts_with(prefix)).collect();
+    let Some(&at) = own.get(rng.random_range(0..own.len().max(1))) else { return };
+    match (&mut f.meta[at].1, rng.random_range(0..4)) {
+        (V::Strs(list), 0..=2) => bend_list(rng, list, odd_text),
+        (V::I32s(list), 0..=2) => bend_list(rng, list, |rng| rng.random_range(-1..9)),
+        (value, 0..=2) => *value = odd_value(rng),
+        _ => drop(f.meta.remove(at)),
+    }
+}
+
+fn bend_tensors(rng: &mut ChaCha8Rng, f: &mut File) {
+    if f.tensors.is_empty() {
+        return;
+    }
+    let (at, other) = (rng.random_range(0..f.tensors.len()), rng.random_range(0..f.tensors.len()));
+    let name = f.tensors[other].name.replace("attn_q", "attn_qkv").replace("_exps", "").replace("gate", "gate_up");
+    match rng.random_range(0..6) {
+        0 => drop(f.tensors.remove(at)),
+        1 => f.tensors[at].ty = rng.random_range(0..41),
+        2 => f.tensors[at].name = if rng.random() { name } else { odd_text(rng) },
+        3 => bend_list(rng, &mut f.tensors[at].shape, edge),
+        4 => f.offsets.push((at, edge(rng))),
+        _ => f.tensors.swap(at, other),
+    }
+}
+
+/// Bends a model's header 10,000 times and shows the bytes to `check`.
+fn bend_models(seed: u64, bases: &[File], bend: fn(&mut ChaCha8Rng, &mut File), check: fn(&[u8])) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let start = Instant::now();
+    for round in 0..10_000 {
+        let mut f = bases[round % bases.len()].clone();
+        for _ in 0..rng.random_range(1..=3) {
+            bend(&mut rng, &mut f);
+        }
+        let bytes = f.bytes();
+        if let Err(panic) = std::panic::catch_unwind(|| check(&bytes)) {
+            let names: Vec<_> = f.tensors.iter().map(|t| (&t.name, &t.shape, t.ty)).collect();
+            eprintln!("round {round}: {names:?}");
+            std::panic::resume_unwind(panic);
+        }
+        if start.elapsed() > TIME_MAX {
+            break;
+        }
+    }
+}
+
+/// A structure is refused, or every byte that it names lies in the file.
+fn structure(data: &[u8]) {
+    let Ok(gguf) = gguf::Gguf::parse(std::path::Path::new("x.gguf"), data, data.len() as u64) else { return };
+    let Ok(model) = Model::read(&gguf) else { return };
+    for u in &model.units {
+        assert!(u.spans.iter().all(|s| s.offset + s.bytes <= data.len() as u64), "{}", u.name);
+    }
+    for h in &model.held {
+        assert!((h.first as u64) < model.widened[h.tensor].shape[0]);
+    }
+    assert_eq!(Model::new(&gguf).is_ok(), model.unused.iter().all(|(_, harmless)| harmless.is_some()));
+}
+
+#[test]
+fn structures() {
+    let bend = |rng: &mut ChaCha8Rng, f: &mut File| match rng.random_range(0..3) {
+        0 => bend_metadata(rng, f, "llama."),
+        _ => bend_tensors(rng, f),
+    };
+    bend_models(5, &[common::tiny(1), common::tiny_moe(1)], bend, structure);
+}
+
+#[test]
+fn vocabularies() {
+    let mut byte_level = common::tiny(1);
+    byte_level.tensors.clear();
+    byte_level.set("tokenizer.ggml.merges", V::Strs(["h e", "l l", "he ll", "Ġ a"].map(String::from).to_vec()));
+    let mut spm = byte_level.clone();
+    spm.set("tokenizer.ggml.model", V::Str("llama".into()));
+    spm.set("tokenizer.ggml.scores", V::I32s((0..258).map(|i| -i).collect()));
+    for (key, id) in [("eot", 3), ("fim_pre", 4), ("eom", 5)] {
+        byte_level.set(&format!("tokenizer.ggml.{key}_token_id"), V::U32(id));
+    }
+    let bend = |rng: &mut ChaCha8Rng, f: &mut File| bend_metadata(rng, f, "tokenizer.");
+    bend_models(6, &[byte_level, spm], bend, checks::gguf);
 }

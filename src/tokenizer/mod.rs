@@ -39,15 +39,17 @@ pub enum TokenizerError {
         what: String,
     },
     /// A pre-tokenizer that is not known.
-    #[error("pre-tokenizer {found:?} (tokenizer.ggml.pre) is not supported; known are {known}")]
+    #[error(
+        "pre-tokenizer {found} (tokenizer.ggml.pre) is not known; the nearest that are: {nearest} (--override-kv tokenizer.ggml.pre=str:NAME takes one)"
+    )]
     UnknownPre {
         /// Its name.
         found: String,
-        /// Those that are known.
-        known: String,
+        /// A few known ones that are called alike.
+        nearest: String,
     },
     /// A tokenizer model that is not known.
-    #[error("tokenizer model {found:?} (tokenizer.ggml.model) is not supported; gpt2 and llama are")]
+    #[error("tokenizer model {found} (tokenizer.ggml.model) is not supported; gpt2 and llama are")]
     UnknownModel {
         /// Its name.
         found: String,

@@ -63,8 +63,8 @@ fn characters_come_whole() {
 
 #[test]
 fn an_unknown_pre_tokenizer_stops_and_an_absent_one_warns() {
-    let e = Tokenizer::from_metadata(&byte_level("", "xyz")).unwrap_err().to_string();
-    assert!(e.contains("\"xyz\"") && e.contains("qwen2"), "{e}");
+    let e = Tokenizer::from_metadata(&byte_level("", "qwen22")).unwrap_err().to_string();
+    assert!(e.contains("qwen22") && e.contains("qwen2,"), "{e}");
     assert_eq!(Tokenizer::from_metadata(&byte_level("", "")).unwrap().warnings().len(), 1);
 }
 

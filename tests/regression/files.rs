@@ -778,3 +778,50 @@ fn rotary_scaling_from_the_command_line() {
     let p = plain.to_str().unwrap();
     fails(&["run", p, "-p", "x", "--rope-scaling", "yarn"], 2, &["rope.scaling.factor", "--rope-factor"]);
 }
+
+/// The ids of a text, special tokens aside.
+fn ids(path: &Path, of: &str) -> String {
+    text(&works(&["tokenize", path.to_str().unwrap(), of, "--no-special"]).stdout)
+}
+
+/// A byte-level vocabulary with few merges shows where words end: the newline after punctuation is a word of its
+/// own with seed-coder, and `hello` merges only within a word.
+#[test]
+fn the_pre_tokenizer_of_seed_coder() {
+    let path = case("pre-seed-coder.gguf");
+    works(&["run", path.to_str().unwrap(), "-p", "hello", "-n", "2", "--backend", "cpu"]);
+    let pieces = works(&["tokenize", path.to_str().unwrap(), "hello world!", "--no-special", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&pieces.stdout).unwrap();
+    assert_eq!(json["pieces"].to_string(), r#"["hello"," world","!"]"#);
+}
+
+/// Every other name that llama.cpp gives to models of these architectures opens; where it cuts is checked against
+/// llama.cpp beside the code.
+#[test]
+fn pre_tokenizers_of_other_models() {
+    let d = dir();
+    let mut seen = Vec::new();
+    for name in "bailingmoe2 exaone-moe ufakzeka viking poro-chat superbpe minicpm5 jais-2 laguna youtu".split(' ') {
+        let mut f = tiny(1);
+        f.set("tokenizer.ggml.pre", V::Str(name.into()));
+        f.set("tokenizer.ggml.merges", V::Strs(["1 2", "12 3", "123 4", "! Ċ"].map(String::from).to_vec()));
+        let path = f.write(d.path(), "m.gguf");
+        seen.push((name, ids(&path, "1234 a!\n")));
+    }
+    // Merged texts are no tokens here, so all give the same bytes.
+    assert!(seen.iter().all(|(_, ids)| ids == &seen[0].1), "{seen:?}");
+}
+
+/// The message about an unknown name listed sixty others.
+#[test]
+fn an_unknown_pre_tokenizer_fits_a_line() {
+    let d = dir();
+    let mut f = tiny(1);
+    f.set("tokenizer.ggml.pre", V::Str("lama-bpe".into()));
+    let path = f.write(d.path(), "m.gguf");
+    let p = path.to_str().unwrap();
+    fails(&["tokenize", p, "x"], 2, &["lama-bpe", "llama-bpe", "--override-kv"]);
+    let out = nt(&["tokenize", p, "x"]);
+    assert!(text(&out.stderr).trim().len() < 200 && text(&out.stderr).trim().lines().count() == 1);
+    works(&["tokenize", p, "x", "--override-kv", "tokenizer.ggml.pre=str:llama-bpe"]);
+}
