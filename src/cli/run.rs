@@ -326,7 +326,7 @@ pub(super) fn places(text: &str) -> Result<Vec<PathBuf>, Failure> {
 }
 
 /// Positions of the KV cache: `--ctx`, or what is wished up to what the model was trained on.
-/// `needed` tokens must fit with one to spare for the first generated one.
+/// `needed` tokens must fit; the first generated one takes no place, since it follows from their logits.
 pub(super) fn context(p: &Placement, opened: &Opened, needed: usize, wished: usize) -> Result<usize, Failure> {
     let n_ctx = match p.ctx {
         Auto::Given(n) => n,

@@ -421,7 +421,7 @@ impl Forecast {
     pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
         let sizes = Sizes::new(model, &|_| DIRECT);
         let fits = |n_ctx| planned(model, machine, &Options { n_ctx, ..options.clone() }, &sizes).is_ok();
-        let (mut low, mut high) = (0, model.hparams.n_ctx_train);
+        let (mut low, mut high) = (0, model.hparams.n_ctx_reach);
         if fits(high) {
             return Some(high);
         }

@@ -16,6 +16,9 @@ use crate::storage::safe;
 use crate::storage::vfio::VfioReader;
 use crate::storage::{Checked, Part, Reader, ReaderKind, Record, Striped, open_copies};
 
+/// Between the name of a file and the copies that it is read from together.
+pub(super) const STRIPED: &str = ", striped over ";
+
 /// What is asked of the place that a model is read from.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
@@ -197,7 +200,7 @@ fn recorded_of(places: &[&Located], shard: usize) -> Result<Recorded, EngineErro
                 if places.len() > 1 {
                     // Which copy held a wrong byte is not told by the record of another one.
                     let all = places.iter().map(|l| l.shown()).collect::<Vec<_>>().join(" and ");
-                    found.manifest.file = format!("{}, striped over {all}", found.manifest.file);
+                    found.manifest.file = format!("{}{STRIPED}{all}", found.manifest.file);
                 }
                 return Ok(found);
             }

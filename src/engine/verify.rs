@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::EngineError;
-use super::source::{self, Place};
+use super::source::{self, Place, STRIPED};
 use crate::gguf::{Gguf, TensorInfo};
 use crate::storage::{self, Corruption, ReaderKind, VerifyError};
 
@@ -26,9 +26,10 @@ impl Verified {
         let name = self.gguf.shards[tensor.shard].path.file_name().map(|n| n.to_string_lossy().into_owned());
         let (from, to) = (tensor.offset, tensor.offset + tensor.bytes);
         self.corrupt.iter().filter(move |c| {
-            name.as_ref().is_none_or(|n| c.file.split(',').next() == Some(n))
-                && c.offset < to
-                && from < c.offset + c.len
+            // The file's name, which may hold commas, and behind it of which copies it was read.
+            let is =
+                |n: &String| c.file.strip_prefix(n.as_str()).is_some_and(|r| r.is_empty() || r.starts_with(STRIPED));
+            name.as_ref().is_none_or(is) && c.offset < to && from < c.offset + c.len
         })
     }
 }
