@@ -356,6 +356,12 @@ pub trait Backend {
     /// Whether every value of `X` is finite. Waits for the device; no part of an ordinary pass.
     fn finite(&mut self) -> Result<bool, BackendError>;
 
+    /// The first block of which a finite key or value became infinite in an F16 cache since the cache was last
+    /// emptied, where the backend watches for it: such a key may be overlooked, and the logits stay finite.
+    fn overflow(&self) -> Option<usize> {
+        None
+    }
+
     /// The logits of the pass in host memory: outputs × `n_vocab`. Waits for the device the first time.
     fn logits(&mut self) -> Result<&[f32], BackendError>;
 

@@ -82,7 +82,6 @@ impl Forecast {
     /// # Errors
     /// Where nothing fits the limits, or a GPU is asked for that is not there.
     pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
-        model.hparams.check_window(options.n_ctx)?;
         let sizes = Sizes::new(model, &|_| DIRECT);
         let units = works(model, &sizes.layouts);
         let with = |n_buffers| {
@@ -173,6 +172,7 @@ struct Planned {
 
 /// The plan that a session with `options` would make on `machine`.
 fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -> Result<Planned, EngineError> {
+    model.hparams.check_window(options.n_ctx)?;
     let site = site(machine, options.backend)?;
     let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
     let storage = options.storage && machine.storage.is_some();

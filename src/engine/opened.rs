@@ -42,8 +42,8 @@ pub enum EngineError {
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    /// A pass whose logits are not finite.
-    #[error("the logits are not finite numbers: {what}; {cure}")]
+    /// A pass whose numbers are not all finite.
+    #[error("the numbers of this pass are not finite: {what}; {cure}")]
     NotFinite {
         /// Where the computation stops being finite.
         what: String,

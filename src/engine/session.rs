@@ -255,7 +255,12 @@ impl Session {
     /// # Errors
     /// [`EngineError::NotFinite`], or why the pass could not be repeated.
     pub fn check_finite(&mut self) -> Result<(), EngineError> {
-        if all_finite(self.backend.logits()?) {
+        let finite = all_finite(self.backend.logits()?);
+        if let Some(i) = self.backend.overflow() {
+            let what = format!("keys or values of blk.{i} are larger than F16 holds");
+            return Err(EngineError::NotFinite { what, cure: "--kv f32 holds them".into() });
+        }
+        if finite {
             return Ok(());
         }
         let tokens = std::mem::take(&mut self.last);

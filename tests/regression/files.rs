@@ -475,6 +475,16 @@ fn rotary_bases_and_caches_that_overflow() {
     let p = path.to_str().unwrap();
     fails(&["run", p, "-p", "hello", "-n", "2"], 1, &["blk.1 ", "--kv f32"]);
     works(&["run", p, "-p", "hello", "-n", "2", "--kv", "f32"]);
+    // A key of minus infinity is overlooked, so that the logits stay finite, and wrong.
+    let mut f = tiny(2);
+    let (mut k, mut q) = (vec![0f32; 32], vec![0f32; 64]);
+    (k[0], q[0]) = (-1e6, 1e-3);
+    add(&mut f, "blk.1.attn_k.bias", &[32], floats(k));
+    add(&mut f, "blk.1.attn_q.bias", &[64], floats(q));
+    let path = f.write(d.path(), "key.gguf");
+    let p = path.to_str().unwrap();
+    fails(&["run", p, "-p", "hello", "-n", "2"], 1, &["blk.1 ", "--kv f32"]);
+    works(&["run", p, "-p", "hello", "-n", "2", "--kv", "f32"]);
 }
 
 /// A router whose scores are no numbers chose one expert twice, which ended in a panic where the batch was full.

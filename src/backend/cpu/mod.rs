@@ -19,6 +19,9 @@ mod x86;
 pub use isa::Isa;
 pub use selftest::selftest;
 
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+
 use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight, reference};
 use crate::gguf::TensorType;
 use attention::{Attend, Cache, TILE};
@@ -69,6 +72,8 @@ pub struct CpuBackend {
     panels: Buf<Panel>,
     panels_each: usize,
     experts: Experts,
+    /// One more than the first block of which a key or value was too large for an F16 cache; 0 for none.
+    overflow: AtomicUsize,
 }
 
 /// One quantised token, in both orders.
@@ -201,6 +206,7 @@ impl CpuBackend {
             panels_each: l.panels_each,
             experts,
             pool: Pool::new(threads).map_err(|source| BackendError::Threads { threads, source })?,
+            overflow: AtomicUsize::new(0),
             dims,
         })
     }
@@ -338,6 +344,7 @@ impl CpuBackend {
         let (cos, sin): (&[f32], &[f32]) = (&self.cos, &self.sin);
         let (q_norm, k_norm) = (q_norm.copied(), k_norm.copied());
         let half = dims.kv_type == TensorType::F16;
+        let overflow = &self.overflow;
         self.pool.run(self.n_tokens, &|_, t| {
             let hd = dims.head_dim;
             let (cos, sin) = (&cos[t * pairs..(t + 1) * pairs], &sin[t * pairs..(t + 1) * pairs]);
@@ -360,7 +367,14 @@ impl CpuBackend {
                         let x = std::slice::from_raw_parts(from.get().add((t * dims.n_kv_heads + h) * hd), hd);
                         if half {
                             let out = std::slice::from_raw_parts_mut(to.get().cast::<half::f16>().add(at), hd);
-                            out.iter_mut().zip(x).for_each(|(o, x)| *o = half::f16::from_f32(*x));
+                            let mut over = false;
+                            for (o, x) in out.iter_mut().zip(x) {
+                                *o = half::f16::from_f32(*x);
+                                over |= o.is_infinite() && x.is_finite();
+                            }
+                            if over {
+                                let _ = overflow.compare_exchange(0, layer + 1, Relaxed, Relaxed);
+                            }
                         } else {
                             std::slice::from_raw_parts_mut(to.get().cast::<f32>().add(at), hd).copy_from_slice(x);
                         }
@@ -683,7 +697,15 @@ impl Backend for CpuBackend {
         Ok(&self.logits[..self.n_tokens * self.dims.n_vocab])
     }
 
-    fn truncate(&mut self, _: usize) {}
+    fn overflow(&self) -> Option<usize> {
+        self.overflow.load(Relaxed).checked_sub(1)
+    }
+
+    fn truncate(&mut self, n: usize) {
+        if n == 0 {
+            self.overflow.store(0, Relaxed);
+        }
+    }
 
     fn workspace_bytes(&self) -> u64 {
         let e = &self.experts;
