@@ -254,7 +254,7 @@ fn a_bias_of_a_head_in_slices() {
     let slices = units["units"].as_array().unwrap().iter().filter(|u| u["name"].as_str().unwrap().contains("rows"));
     assert!(slices.count() > 0);
     // Streamed and resident alike.
-    assert_eq!(logits(&path, &["--ram", "700KiB"]), moved);
+    assert_eq!(logits(&path, &["--tiers", "0:0:2"]), moved);
     let (narrow, wide) = narrowed(&biased, &["output.bias"], 1);
     same(&narrow, &wide, 0.0);
     let mut tied = biased.clone();
@@ -406,7 +406,7 @@ fn q_k_and_v_in_one_tensor_with_a_narrow_bias() {
     same(&narrow, &wide, 0.0);
     let d = dir();
     let path = narrow.write(d.path(), "m.gguf");
-    assert_eq!(logits(&path, &["--ram", "600KiB"]), logits(&path, &[]));
+    assert_eq!(logits(&path, &["--tiers", "0:0:2"]), logits(&path, &[]));
 }
 
 /// Commands that need logits to be numbers, each with its exit code and the block.
