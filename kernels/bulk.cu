@@ -127,6 +127,17 @@ __device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, in
     }
 }
 
+// What orders accesses to shared memory, of which racecheck follows only __syncthreads (as in few.cu, where the rules of
+// mbarriers are): it reports the stores to `part`, and bulk copies into the ring, against the reads after them.
+//
+// - ring: copies complete the transaction count of full[stage], word-wise stores come before lane 0's arrival there by
+//   __syncwarp; every lane of a computing warp waits on it before it reads. They read, __syncwarp, lane 0 of each arrives
+//   at empty[stage]; the copier waits for all WARPS before it fills the stage anew.
+// - part[buf]: a warp stores its sums, __syncwarp, lane 0 arrives at summed[buf], for all WARPS of which the storing warp
+//   waits before it reads. It reads, __syncwarp, lane 0 arrives at taken[buf], which a warp awaits before it stores to the
+//   same buffer two tiles later; the first wait of either buffer passes at once, when nothing was stored there.
+// - activations: stored before any tile by the computing warps, which meet at a named barrier, and never written again.
+// - the barriers themselves: initialised by thread 0, then __syncthreads.
 template <class B>
 __device__ __forceinline__ void bulk(const GemvArgs& a) {
     extern __shared__ __align__(128) u8 smem[];
