@@ -11,10 +11,11 @@ typedef unsigned long long u64;
 // added in one place only does not compile in the other.
 #define ARGS_SIZE(S, bytes) static_assert(sizeof(S) == bytes, "size of " #S)
 #ifdef __CUDACC_RTC__ // compiling at first use has no offsetof; nvcc has checked the same sources
-#define ARGS_FIELD(S, field, at) static_assert(true, "")
+#define PLACE_OF(S, field, at) at
 #else
-#define ARGS_FIELD(S, field, at) static_assert(__builtin_offsetof(S, field) == at, "place of " #S "." #field)
+#define PLACE_OF(S, field, at) __builtin_offsetof(S, field)
 #endif
+#define ARGS_FIELD(S, field, at) static_assert(PLACE_OF(S, field, at) == at, "place of " #S "." #field)
 
 // A block of 32 activations quantised to int8: x[i] = d * q[i]; s is the sum of the 32 integers, as a float.
 // 40 bytes: lanes that read consecutive blocks with 8-byte loads meet no bank conflict.

@@ -118,6 +118,9 @@ fn tests(args: &BenchArgs) -> Vec<Test> {
 
 /// Runs the benchmark. Tokens are random ids from a fixed seed: speed does not depend on them.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
+    if tests(args).is_empty() {
+        return Err(Failure::usage("there is nothing to measure: -p and -n are both 0"));
+    }
     interrupt::install()?;
     let opened = run::open(&args.model, &args.placement)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;

@@ -44,12 +44,15 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
         Auto::Given(n) => n,
     };
-    if n_ctx < 4 || tokens.len() < 2 * n_ctx {
+    if n_ctx < 4 {
+        return Err(Failure::usage(format!("--ctx {n_ctx} is too short to measure; at least 4 are needed")));
+    }
+    if tokens.len() < 2 * n_ctx {
         return Err(Failure::usage(format!(
             "{} has {} tokens; at least {} are needed for --ctx {n_ctx}",
             args.file.display(),
             tokens.len(),
-            2 * n_ctx.max(4)
+            2 * n_ctx
         )));
     }
     let mut options = run::options(&args.placement, KvArg::F16)?;

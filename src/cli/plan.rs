@@ -129,10 +129,11 @@ fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
     if let Some(profile) = Machine::profile(given) {
         return profile.map_err(|e| Failure::usage(format!("profile {given}: {e}")));
     }
-    let text = std::fs::read_to_string(Path::new(given)).map_err(|e| {
+    if !Path::new(given).exists() {
         let names = PROFILES.map(|p| p.0).join(", ");
-        Failure::usage(format!("--machine {given}: {e}; give a TOML file or one of {names}"))
-    })?;
+        return Err(Failure::usage(format!("--machine {given}: no such file; give a TOML file or one of {names}")));
+    }
+    let text = run::read_text(Path::new(given))?;
     Machine::parse(&text).map_err(|e| Failure::usage(format!("--machine {given}: {e}")))
 }
 

@@ -1,6 +1,6 @@
 //! `nt run`, and what the commands that load a model share.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -242,15 +242,27 @@ pub(super) fn template_failure(e: TokenizerError) -> Failure {
     }
 }
 
-/// Reads a text file (or stdin as `-`), which must be UTF-8.
+/// Most bytes of a text: more is no prompt, and may be a device that never ends.
+const TEXT_MAX: u64 = 256 << 20;
+
+/// Reads a text file (or stdin as `-`), which must be UTF-8 and not longer than [`TEXT_MAX`].
 pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
-    let bytes = if path == Path::new("-") {
-        let mut all = Vec::new();
-        std::io::Read::read_to_end(&mut std::io::stdin().lock(), &mut all).map(|_| all)
-    } else {
-        std::fs::read(path)
+    let all = |input: &mut dyn Read| {
+        let mut bytes = Vec::new();
+        input.take(TEXT_MAX + 1).read_to_end(&mut bytes).map(|_| bytes)
+    };
+    let bytes = match path == Path::new("-") {
+        true => all(&mut std::io::stdin().lock()),
+        false => std::fs::File::open(path).and_then(|mut file| all(&mut file)),
     };
     let bytes = bytes.map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
+    if bytes.len() as u64 > TEXT_MAX {
+        return Err(Failure::usage(format!(
+            "{} is longer than {} MiB, the most a text may have",
+            path.display(),
+            TEXT_MAX >> 20
+        )));
+    }
     String::from_utf8(bytes).map_err(|e| {
         Failure::usage(format!("{} is not UTF-8: byte {} is invalid", path.display(), e.utf8_error().valid_up_to()))
     })

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::value::{Array, Metadata, StringArray, Value};
@@ -50,10 +51,16 @@ pub(super) struct Header {
 /// A file to parse a header from, and its length.
 pub(super) fn source(path: &Path) -> Result<(Box<dyn Read>, u64), GgufError> {
     let io = |source| GgufError::Io { path: path.to_path_buf(), source };
-    let file = File::open(path).map_err(io)?;
+    // A FIFO would wait for a writer.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
-    if meta.is_dir() {
-        return Err(GgufError::Malformed { path: path.to_path_buf(), what: "is a folder, not a GGUF file".into() });
+    let other = match meta.file_type() {
+        t if t.is_file() => None,
+        t if t.is_dir() => Some("is a folder, not a GGUF file"),
+        _ => Some("is no regular file; a GGUF file was expected"),
+    };
+    if let Some(what) = other {
+        return Err(GgufError::Malformed { path: path.to_path_buf(), what: what.into() });
     }
     Ok((Box::new(BufReader::with_capacity(1 << 16, file)), meta.len()))
 }

@@ -287,6 +287,12 @@ fn scaling(keys: &Keys<'_>, n_ctx_train: usize) -> Result<RopeScaling, ModelErro
         Some(Value::Str(s)) => s,
         Some(other) => return Err(keys.error("rope.scaling.type", format!("a string was expected, found {other}"))),
     };
+    if kind != "yarn"
+        && let Some(factor) = keys.float("rope.scaling.attn_factor")?.filter(|&f| f != 1.0)
+    {
+        let what = format!("{factor} changes attention, and is supported with rope.scaling.type yarn only");
+        return Err(keys.error("rope.scaling.attn_factor", what));
+    }
     match kind {
         "none" => Ok(RopeScaling::None),
         "linear" if factor == 1.0 => Ok(RopeScaling::None),

@@ -16,6 +16,8 @@ const FUEL: u64 = 2_000_000;
 const STACK_BYTES: usize = 1 << 30;
 /// The smallest stack that a template is rendered on.
 const STACK_BYTES_MIN: usize = 16 << 20;
+/// Most bytes of a template. Those of models have up to 30 KiB, and nesting needs stack for each byte.
+const SOURCE_MAX: usize = 256 << 10;
 
 /// The metadata key of the template; others for one purpose follow it after a dot.
 const KEY: &str = "tokenizer.chat_template";
@@ -110,8 +112,23 @@ impl ChatTemplate {
         Ok(template)
     }
 
+    /// Parses a template. Parsing recurses into expressions, so it needs the deep stack too.
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TokenizerError> {
-        self.environment.add_template_owned(name, without_generation_tags(source)).map_err(|e| failed(&e))
+        if source.len() > SOURCE_MAX {
+            let what = format!("it has {} bytes, more than the {SOURCE_MAX} that a template may have", source.len());
+            return Err(TokenizerError::Template(what));
+        }
+        let mut bytes = STACK_BYTES;
+        loop {
+            let environment = &mut self.environment;
+            let added = on_stack(bytes, || {
+                environment.add_template_owned(name, without_generation_tags(source)).map_err(|e| failed(&e))
+            });
+            match added {
+                Err(_) if bytes > STACK_BYTES_MIN => bytes /= 4,
+                other => return other.map_err(|e| TokenizerError::TemplateMemory(e.to_string()))?,
+            }
+        }
     }
 
     /// The names of the templates that a file has besides its default one.

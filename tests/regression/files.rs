@@ -835,3 +835,56 @@ fn an_unknown_pre_tokenizer_fits_a_line() {
     assert!(text(&out.stderr).trim().len() < 200 && text(&out.stderr).trim().lines().count() == 1);
     works(&["tokenize", p, "x", "--override-kv", "tokenizer.ggml.pre=str:llama-bpe"]);
 }
+
+/// A FIFO in place of a model waited for a writer, and SIGTERM did not end it.
+#[test]
+fn a_fifo_is_no_model() {
+    let d = dir();
+    let path = d.path().join("m.gguf");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let mut child = Command::new(bin())
+        .args([OsStr::new("run"), path.as_os_str(), OsStr::new("-p"), OsStr::new("x")])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A build that waits is let go by a writer that comes and goes.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let waited = child.try_wait().unwrap().is_none();
+    if waited {
+        child.kill().unwrap();
+    }
+    let out = child.wait_with_output().unwrap();
+    assert!(!waited, "it waits for a writer");
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("no regular file"), "{}", text(&out.stderr));
+}
+
+/// Texts without an end filled the memory until the kernel killed the process.
+#[test]
+fn a_device_without_an_end_is_no_text() {
+    let model = case("chat-plain.gguf");
+    let model = model.to_str().unwrap();
+    fails(&["run", model, "--prompt-file", "/dev/zero"], 2, &["/dev/zero", "256 MiB"]);
+    fails(&["plan", model, "--machine", "/dev/zero"], 2, &["/dev/zero", "256 MiB"]);
+}
+
+/// A factor of attention that only YaRN's code multiplied in was left out without a word.
+#[test]
+fn attn_factor_without_yarn() {
+    let d = dir();
+    let mut file = tiny(1);
+    file.set("llama.rope.scaling.attn_factor", V::F32(2.0));
+    let path = file.write(d.path(), "m.gguf");
+    fails(&["run", path.to_str().unwrap(), "-p", "x", "-n", "1"], 2, &["attn_factor", "yarn"]);
+}
+
+/// A context that is too short was said to be a text that is too short.
+#[test]
+fn a_context_too_short_to_measure() {
+    let d = dir();
+    let words = d.path().join("words.txt");
+    std::fs::write(&words, "hello ".repeat(100)).unwrap();
+    let model = case("chat-plain.gguf");
+    let args = ["perplexity", model.to_str().unwrap(), "--file", words.to_str().unwrap(), "--ctx", "2"];
+    fails(&args, 2, &["--ctx 2 is too short"]);
+}

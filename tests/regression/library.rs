@@ -256,3 +256,10 @@ fn folders_that_are_named_are_listed() {
     let text = String::from_utf8_lossy(&listed.stdout).into_owned();
     assert!(text.contains("in-a") && text.contains("not looked at: /nonexistent"), "{text}");
 }
+
+/// A benchmark of nothing ended with 0 and a report.
+#[test]
+fn a_benchmark_of_nothing() {
+    let model = crate::common::case("chat-plain.gguf");
+    crate::common::fails(&["bench", model.to_str().unwrap(), "-p", "0", "-n", "0"], 2, &["nothing to measure"]);
+}

@@ -643,3 +643,18 @@ fn eos_is_ignored_where_asked() {
     let goes_on = run_json(&model, &["-p", "a", "-n", "5", "--ignore-eos"]);
     assert_eq!((&goes_on["stop"], &goes_on["generated_tokens"]), (&json!("length"), &json!(5)));
 }
+
+/// Parsing a deeply nested template overflowed the main thread's stack: abort, not a sentence.
+#[test]
+fn a_template_nested_beyond_the_stack() {
+    let d = dir();
+    let deep = format!("{{{{ {}1 }}}}", "-".repeat(20_000));
+    let sums = format!("{{{{ 1{} }}}}", "+1".repeat(20_000));
+    let huge = format!("{{{{ {}1 }}}}", "-".repeat(1 << 20));
+    for source in [deep, sums, huge] {
+        let path = templated(d.path(), &[("", &source)]);
+        let out = template(&path, user("hello"), &[]);
+        assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+        assert!(!text(&out.stderr).contains("overflow"), "{}", text(&out.stderr));
+    }
+}
