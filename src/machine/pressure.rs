@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use super::memory::{self, kib_field};
 
-const INTERVAL: Duration = Duration::from_millis(250);
+/// The longest that the watch relies on what it saw: a drive's reads fill at most 200 MB in it, should a limit fall.
+const INTERVAL: Duration = Duration::from_millis(25);
 /// The same where a limit is all but reached.
 const INTERVAL_MIN: Duration = Duration::from_millis(4);
 /// Bytes per second that memory may fill at.
