@@ -38,7 +38,13 @@ fi
 install -D -o root -g root -m 755 "$here/udev/nt-vfio-group" "$program"
 install -D -o root -g root -m 644 "$here/udev/70-nt-vfio.rules" "$rules"
 # Places of models that root records. Older versions let the group write to the first.
-install -d -o root -g root -m 755 /var/lib/nt /var/lib/nt/system
+# A link that a member laid in place of the second would give its target to root.
+install -d -o root -g root -m 755 /var/lib/nt
+if [ -L /var/lib/nt/system ] || { [ -e /var/lib/nt/system ] && [ "$(stat -c %u /var/lib/nt/system)" != 0 ]; }; then
+  echo "$0: /var/lib/nt/system is a link or not root's; move it away, then run this again" >&2
+  exit 1
+fi
+install -d -o root -g root -m 755 /var/lib/nt/system
 cat >"$limits" <<LIMITS
 # Memory that a drive writes to is locked. Members of nt may lock all of it; nt keeps to its plan.
 @nt - memlock unlimited

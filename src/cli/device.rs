@@ -71,7 +71,7 @@ pub fn run(args: DeviceArgs) -> Result<(), Failure> {
     let allowed = Allowlist::load(&args.allow);
     let kernel = Running::default();
     let machine = Machine { host: &host, kernel: &kernel, stopped: &interrupt::interrupted };
-    let mut say = |line: &str| eprintln!("{line}");
+    let mut say = super::failure::say;
     match args.command {
         Command::List => list(&host, &allowed)?,
         Command::Check { device } => check(&host, &device, &allowed)?,

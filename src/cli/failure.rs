@@ -1,5 +1,6 @@
 //! How a command fails: one sentence and an exit code of the contract.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::storage::bind::DeviceError;
@@ -79,7 +80,7 @@ impl Failure {
     /// Prints the sentence and gives the exit code.
     pub fn report(&self) -> ExitCode {
         if !self.message.is_empty() {
-            eprintln!("nt: {}", super::printable::printable(&self.message));
+            say(&format!("nt: {}", super::printable::printable(&self.message)));
         }
         ExitCode::from(self.code)
     }
@@ -89,4 +90,10 @@ impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         f.write_str(&self.message)
     }
+}
+
+/// A line on stderr. A terminal or a pipe that is gone is no reason to stop: what undoes a half-done step
+/// speaks too, and must get to its end.
+pub(super) fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

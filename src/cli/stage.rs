@@ -64,7 +64,7 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
         let saved = Library::default().save(&Recorded { manifest, header }).map_err(Failure::running)?;
         super::report::print_line(&saved.display().to_string())?;
     }
-    eprintln!("staged; `sudo nt device bind {}` hands the drive to nt", args.tier_c);
+    super::failure::say(&format!("staged; `sudo nt device bind {}` hands the drive to nt", args.tier_c));
     Ok(())
 }
 

@@ -263,3 +263,19 @@ fn a_benchmark_of_nothing() {
     let model = crate::common::case("chat-plain.gguf");
     crate::common::fails(&["bench", model.to_str().unwrap(), "-p", "0", "-n", "0"], 2, &["nothing to measure"]);
 }
+
+/// A sentence on a stderr that nobody reads any more ended in a panic, in the middle of what was being undone.
+#[test]
+fn a_closed_stderr_is_no_panic() {
+    let script = r#"{ sleep 0.3; "$0" device check nvme99n1 2>&1; echo "code $?" >&3; } | true"#;
+    let d = tempfile::tempdir().unwrap();
+    let codes = d.path().join("codes");
+    let status = std::process::Command::new("sh")
+        .args(["-c", &format!("exec 3>{}; {script}", codes.display())])
+        .arg(crate::common::bin())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let code = std::fs::read_to_string(&codes).unwrap();
+    assert!(!code.contains("code 101"), "{code}");
+}
