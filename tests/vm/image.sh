@@ -297,7 +297,7 @@ boot() {
       -nodefaults -display none -serial "file:$log.part" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot \
       -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
       -append "console=ttyS0 quiet panic=-1 intel_iommu=on no_timer_check ${NT_VM_APPEND-iommu=pt} $append nt.suites=$(tr ' ' , <<<"${left[*]}") nt.step=$step nt.seed=${NT_VM_SEED:-1}" \
-      2>"$work/qemu.log" || true
+      2>"$work/qemu.log" || [ $? != 139 ] || crashed=1
     kill "$watcher" 2>/dev/null || true
     wait "$watcher" 2>/dev/null || true
     tr -d '\r' <"$log.part" >>"$log"
