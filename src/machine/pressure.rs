@@ -268,7 +268,7 @@ mod tests {
         assert_eq!(interval(&calm(), &limits), INTERVAL);
         assert_eq!(interval(&Facts::default(), &limits), INTERVAL);
         let near = |free| interval(&Facts { cgroup_free: Some(free), ..calm() }, &limits);
-        assert!(near(GIB) < INTERVAL && near(256 << 20) < near(GIB) && near(33 << 20) == INTERVAL_MIN);
+        assert!(near(160 << 20) < INTERVAL && near(96 << 20) < near(160 << 20) && near(33 << 20) == INTERVAL_MIN);
         assert_eq!(interval(&Facts { available: Some(limits.available_min), ..calm() }, &limits), INTERVAL_MIN);
     }
 
