@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nt::backend::cuda::{CudaBackend, Device, DeviceBuffer, selftest};
-use nt::backend::{Backend, BackendError, Dims, Linear, Norm, Rope, RopeKind, Weight};
+use nt::backend::{Backend, BackendError, Class, Dims, EXACT_ROWS, Linear, Norm, Rope, RopeKind, Weight};
 use nt::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -112,8 +112,13 @@ fn make(device: &Arc<Device>, s: &Shape) -> Result<Model> {
     Ok(Model { layers, norm, head, bytes: m.bytes, _buffers: m.buffers })
 }
 
+/// What passes of so many tokens are.
+fn class(n: usize) -> Class {
+    if n <= EXACT_ROWS { Class::Exact } else { Class::Bulk }
+}
+
 fn pass(b: &mut CudaBackend, m: &Model, rows: &[u8], pos: usize, n: usize) -> Result<f32> {
-    b.begin(pos, n)?;
+    b.begin(pos, n, class(n))?;
     b.embed(rows, TensorType::Q8_0)?;
     let last = m.layers.len() - 1;
     for (i, l) in m.layers.iter().enumerate() {
@@ -200,7 +205,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         );
     }
     // How long the host needs to submit one token's work.
-    b.begin(200, 1)?;
+    b.begin(200, 1, Class::Exact)?;
     let t = Instant::now();
     for (i, l) in m.layers.iter().enumerate() {
         b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)?;
@@ -216,7 +221,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
 /// Time of each operation of a middle block, back to back over all layers.
 fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
     for n in [1usize, 8, 512] {
-        b.begin(if n == 512 { 0 } else { 500 }, n)?;
+        b.begin(if n == 512 { 0 } else { 500 }, n, class(n))?;
         type Op<'a> = (&'a str, fn(&mut CudaBackend, usize, &Layer) -> Result);
         let ops: [Op; 4] = [
             ("qkv", |b, i, l| b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)),

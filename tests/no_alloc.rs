@@ -6,6 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use nt::backend::Class;
 use nt::engine::{Opened, Options, Session};
 use nt::gguf::TensorType;
 use nt::model::Outputs;
@@ -83,7 +84,7 @@ fn record(model: &Path, data: &Path) {
 fn decode_allocates_nothing(what: &str, session: &mut Session, tokens: impl Fn(u32) -> u32) {
     let decode = |session: &mut Session, range: std::ops::Range<u32>| {
         for t in range {
-            session.eval(&[tokens(t)], Outputs::Last, &|| false).unwrap();
+            session.eval(&[tokens(t)], Class::Exact, Outputs::Last, &|| false).unwrap();
             assert!(session.logits().unwrap()[0].is_finite());
         }
     };

@@ -2,6 +2,9 @@
 
 mod common;
 
+#[path = "same_bits/rows.rs"]
+mod rows;
+
 use common::{nt, tiny};
 use std::path::Path;
 
@@ -28,6 +31,44 @@ fn placements() -> Vec<Vec<&'static str>> {
         vec!["--tiers", "0:0:6", "--n-buffers", "5"],
         vec!["--tiers", "0:0:6", "--n-buffers", "6", "--threads", "3"],
     ]
+}
+
+/// Guards against a prompt whose logits depend on the passes that it was cut into, on any instruction set.
+#[test]
+fn a_prompt_cut_into_passes() {
+    let d = tempfile::tempdir().unwrap();
+    let models = [tiny(3).write(d.path(), "m.gguf"), common::tiny_moe(3).write(d.path(), "moe.gguf")];
+    let by = |isa: &str, model: &Path, more: &[&str]| {
+        let out = d.path().join("cut.npy");
+        let tokens = (0..90).map(|i| (i * 37 % 258).to_string()).collect::<Vec<_>>().join(",");
+        let mut command = std::process::Command::new(common::bin());
+        command.env("NT_CPU", isa).arg("logits").arg(model).args(["--tokens", &tokens, "--kv", "f16", "-o"]);
+        let run = command.arg(&out).args(more).output().unwrap();
+        assert!(run.status.success(), "{more:?}: {}", String::from_utf8_lossy(&run.stderr));
+        std::fs::read(&out).unwrap()
+    };
+    for model in &models {
+        for isa in ["scalar", "avx2", "avx512"] {
+            let whole = by(isa, model, &[]);
+            for batch in ["1", "7", "64", "89"] {
+                assert!(by(isa, model, &["--batch", batch]) == whole, "{isa}, {batch}");
+            }
+            assert!(by(isa, model, &["-b", "7", "--tiers", "0:1:2"]) == whole, "{isa}, streamed");
+        }
+    }
+    // The text that follows is that of the whole prompt too.
+    let text = |batch: &str| {
+        let prompt = "The same text, whatever the passes that it was cut into.";
+        let model = models[0].to_str().unwrap();
+        let run = nt(&["-q", "run", model, "-p", prompt, "-n", "12", "--temp", "0", "--batch", batch]);
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        run.stdout
+    };
+    let whole = text("512");
+    assert!(["1", "8", "20"].iter().all(|batch| text(batch) == whole));
+    for wrong in ["0", "513", "x"] {
+        common::fails(&["run", models[0].to_str().unwrap(), "-p", "x", "--batch", wrong], 2, &["--batch"]);
+    }
 }
 
 #[test]

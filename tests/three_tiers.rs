@@ -12,8 +12,8 @@ use std::time::Duration;
 use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
-    Backend, BackendError, BackendKind, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Linear, MemoryUse, Norm,
-    Pinned, RouterParams, Weight,
+    Backend, BackendError, BackendKind, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Linear, MemoryUse,
+    Norm, Pinned, RouterParams, Weight,
 };
 use nt::engine::{EngineError, Opened, Options, Session};
 use nt::gguf::TensorType;
@@ -227,8 +227,8 @@ impl Backend for Detached {
     fn device(&self) -> Option<Arc<dyn DeviceMemory>> {
         Some(self.memory.clone())
     }
-    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
-        self.cpu.begin(first_pos, n_tokens)
+    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError> {
+        self.cpu.begin(first_pos, n_tokens, class)
     }
     fn begin_stretch(&mut self) -> Result<bool, BackendError> {
         there(&self.memory.gone_in)?;
@@ -348,10 +348,10 @@ fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Sess
 fn logits(session: &mut Session) -> Result<Vec<f32>, EngineError> {
     session.truncate(0);
     let tokens: Vec<u32> = (0..12).map(|i| i * 37 % 258).collect();
-    session.eval(&tokens, Outputs::All, &|| false)?;
+    session.eval(&tokens, Class::Bulk, Outputs::All, &|| false)?;
     let mut all = session.logits()?.to_vec();
     for t in [3, 99, 200, 17, 5] {
-        session.eval(&[t], Outputs::Last, &|| false)?;
+        session.eval(&[t], Class::Exact, Outputs::Last, &|| false)?;
         all.extend_from_slice(session.logits()?);
     }
     Ok(all)
@@ -435,7 +435,7 @@ fn a_pass_that_is_given_up_leaves_a_session_that_goes_on() {
         let asked = std::cell::Cell::new(0);
         let stop = || asked.replace(asked.get() + 1) >= after;
         session.truncate(0);
-        assert!(session.eval(&[1, 2, 3], Outputs::Last, &stop).is_err());
+        assert!(session.eval(&[1, 2, 3], Class::Bulk, Outputs::Last, &stop).is_err());
         assert!(logits(&mut session).unwrap() == want, "after {after}");
     }
 }

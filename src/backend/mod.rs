@@ -64,6 +64,20 @@ pub struct Norm {
     pub eps: f32,
 }
 
+/// What a row of a pass is, which decides the order in which its sums are added up. A row's result depends on the
+/// model, the tokens before it, its class and where it is computed: never on the rows next to it, nor on how a prompt
+/// was cut into passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Generated and drafted tokens, up to [`EXACT_ROWS`] rows per pass.
+    Exact,
+    /// Prompt tokens, any number of rows per pass.
+    Bulk,
+}
+
+/// Most rows of a pass of class [`Class::Exact`].
+pub const EXACT_ROWS: usize = 8;
+
 /// How rotary embedding pairs the elements of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeKind {
@@ -284,11 +298,14 @@ pub trait Backend {
         None
     }
 
-    /// Starts a pass over `T = n_tokens` tokens at positions `first_pos..first_pos + T`.
-    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError>;
+    /// Starts a pass over `T = n_tokens` tokens of one class at positions `first_pos..first_pos + T`.
+    ///
+    /// # Errors
+    /// If the pass exceeds the batch, the context or, for [`Class::Exact`], [`EXACT_ROWS`].
+    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError>;
 
-    /// Begins a stretch of operations that are the same in every pass that has one, with the same weights at
-    /// the same addresses and as many tokens. `true`: it was repeated from a recording, and its operations must
+    /// Begins a stretch of operations that are the same in every pass that has one: passes of one row of class
+    /// [`Class::Exact`], with the same weights at the same addresses. `true`: it was repeated from a recording, and its operations must
     /// not be called. `false`: they are to be called, and then [`Backend::end_stretch`]. None of them may wait.
     fn begin_stretch(&mut self) -> Result<bool, BackendError> {
         Ok(false)

@@ -272,6 +272,18 @@ pub struct Placement {
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
+    /// Tokens of the prompt that a pass evaluates at once, 1 to 512: fewer take less memory and more time. The text is
+    /// the same for any number.
+    #[arg(
+        long,
+        short = 'b',
+        visible_alias = "ubatch-size",
+        alias = "batch-size",
+        value_name = "N",
+        default_value_t = 512,
+        value_parser = clap::value_parser!(u16).range(1..=512)
+    )]
+    pub batch: u16,
     /// Ask an Ollama on this machine (OLLAMA_HOST, or 127.0.0.1:11434) to unload its models first.
     #[arg(long)]
     pub evict_ollama: bool,

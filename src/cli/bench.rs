@@ -18,6 +18,7 @@ use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::{Report, print_line};
 use super::{Failure, ModelArg, Placement, interrupt, run};
+use crate::backend::Class;
 use crate::engine::{Opened, Session};
 use crate::machine;
 use crate::machine::pressure::Watch;
@@ -30,7 +31,7 @@ use crate::pipeline::Event;
 pub struct BenchArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
-    /// Tokens of the prompt, evaluated in passes of 512; several between commas, or a range as 128-1024*2 or
+    /// Tokens of the prompt, evaluated in passes of `--batch`; several between commas, or a range as 128-1024*2 or
     /// 100-400+100; 0 skips prefill.
     #[arg(short = 'p', long, default_value = "512", value_name = "N[,N…]")]
     n_prompt: List,
@@ -166,7 +167,7 @@ fn measure(
     session.truncate(0);
     let (before, tokens) = tokens.split_at(test.depth);
     if !before.is_empty() {
-        run::evaluate(session, before, Outputs::None, watch)?;
+        run::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
     }
     let began_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut measured = Measured { test, began_unix_s, ..Measured::default() };
@@ -177,17 +178,17 @@ fn measure(
         }
         let start = Instant::now();
         if test.prompt > 0 {
-            evaluate(session, &tokens[..test.prompt], watch)?;
+            evaluate(session, &tokens[..test.prompt], Class::Bulk, watch)?;
         }
-        tokens[..test.generated].iter().try_for_each(|&t| evaluate(session, &[t], watch))?;
+        tokens[..test.generated].iter().try_for_each(|&t| evaluate(session, &[t], Class::Exact, watch))?;
         measured.seconds.extend((round > 0).then(|| start.elapsed().as_secs_f64()));
     }
     Ok(measured)
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
-fn evaluate(session: &mut Session, tokens: &[u32], watch: &Watch) -> Result<(), Failure> {
-    run::evaluate(session, tokens, Outputs::Last, watch)?;
+fn evaluate(session: &mut Session, tokens: &[u32], class: Class, watch: &Watch) -> Result<(), Failure> {
+    run::evaluate(session, tokens, class, Outputs::Last, watch)?;
     session.logits().map(|_| ()).map_err(run::failure)
 }
 

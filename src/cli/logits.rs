@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::args::KvArg;
 use super::{Failure, ModelArg, Placement, npy, run};
+use crate::backend::Class;
 use crate::engine::Session;
 use crate::model::Outputs;
 
@@ -47,7 +48,7 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     // Logits that are not finite are written too: who compares them wants to see which.
     let mut finite = Ok(());
     for chunk in args.tokens.chunks(batch) {
-        run::evaluate(&mut session, chunk, Outputs::All, &watch)?;
+        run::evaluate(&mut session, chunk, Class::Bulk, Outputs::All, &watch)?;
         npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
         finite = finite.and_then(|()| session.check_finite());
     }

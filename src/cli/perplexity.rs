@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::args::{Auto, KvArg};
 use super::{Failure, ModelArg, Placement, run};
+use crate::backend::Class;
 use crate::engine::Session;
 use crate::model::Outputs;
 
@@ -71,7 +72,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
         let first_scored = n_ctx / 2;
         for (c, part) in chunk.chunks(batch).enumerate() {
             let start = c * batch;
-            run::evaluate(&mut session, part, Outputs::All, &watch)?;
+            run::evaluate(&mut session, part, Class::Bulk, Outputs::All, &watch)?;
             let logits = session.logits().map_err(run::failure)?;
             for (i, row) in logits.chunks_exact(opened.model.n_vocab).enumerate() {
                 let at = start + i;

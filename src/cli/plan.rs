@@ -11,7 +11,7 @@ use super::page;
 use super::report::print_line;
 use super::{Failure, ModelArg, Placement, run};
 use crate::backend::BackendKind;
-use crate::engine::{Change, Forecast, Opened, Options, beyond_training, sensitivity, this_machine};
+use crate::engine::{Change, Forecast, Opened, beyond_training, sensitivity, this_machine};
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 
@@ -186,7 +186,7 @@ impl Shown {
             },
             "roofline": {
                 "decode": roofline(p.decode, 1),
-                "prefill": roofline(p.prefill, p.prompt.min(Options::MAX_BATCH)),
+                "prefill": roofline(p.prefill, p.batch),
             },
             "simulated": simulated,
             "first_token": { "prompt_tokens": p.prompt, "seconds": p.first_token_s, "load_s": p.load_s },
@@ -284,8 +284,7 @@ impl Shown {
                 share(s.wait_pass)
             )?;
         }
-        let batch = p.prompt.min(Options::MAX_BATCH);
-        writeln!(out, "prefill   {}", roofline(p.prefill, batch).replacen("at most", "tokens/s at most", 1))?;
+        writeln!(out, "prefill   {}", roofline(p.prefill, p.batch).replacen("at most", "tokens/s at most", 1))?;
         if let Some(s) = p.first_token_s {
             let load = p.load_s.map_or(String::new(), |l| format!(", once {l:.0} s of loading are over"));
             writeln!(out, "first     token after {s:.2} s with a prompt of {} tokens{load}", p.prompt)?;

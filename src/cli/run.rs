@@ -11,7 +11,7 @@ use super::report::{self, Report};
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt};
 use crate::backend::cuda::Device;
-use crate::backend::{BackendError, BackendKind};
+use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
     EngineError, Generation, Opened, Options, Request, RequestError, Sampler, Session, Starting, StopReason,
     choose_buffers, generate, nearest, this_machine,
@@ -176,9 +176,15 @@ fn evict_ollama() {
     }
 }
 
-/// Evaluates tokens; SIGINT and a shortage of memory end it.
-pub(super) fn evaluate(s: &mut Session, tokens: &[u32], outputs: Outputs, watch: &Watch) -> Result<(), Failure> {
-    s.eval(tokens, outputs, &|| to_stop(watch)).map_err(|e| stopped(e, watch))
+/// Evaluates tokens of a class; SIGINT and a shortage of memory end it.
+pub(super) fn evaluate(
+    s: &mut Session,
+    tokens: &[u32],
+    class: Class,
+    outputs: Outputs,
+    watch: &Watch,
+) -> Result<(), Failure> {
+    s.eval(tokens, class, outputs, &|| to_stop(watch)).map_err(|e| stopped(e, watch))
 }
 
 /// Whether a signal or a shortage of memory asks the run to stop.
@@ -301,7 +307,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         tiers: p.tiers,
         stacked: p.layout == LayoutArg::Stacked,
         n_ctx: 0,
-        max_batch: Options::MAX_BATCH,
+        max_batch: usize::from(p.batch),
         outputs: 1,
         timeline: p.timeline.is_some(),
     })

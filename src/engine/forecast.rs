@@ -63,11 +63,13 @@ pub struct Prediction {
     pub simulated: Option<Shares>,
     /// The rates that both count with.
     pub rates: Rates,
-    /// The roofline of a prefill pass over [`Options::MAX_BATCH`] tokens, or what the prompt has if it is
-    /// shorter; `None` where the speed of products is not known.
+    /// The roofline of a prefill pass over [`Prediction::batch`] tokens; `None` where the speed of products is not
+    /// known.
     pub prefill: Option<Roofline>,
     /// Tokens of the prompt.
     pub prompt: usize,
+    /// Tokens of a prefill pass: what the options allow, or what the prompt has if it is shorter.
+    pub batch: usize,
     /// Seconds from a prompt of that many tokens to the first token, simulated from an empty ring.
     pub first_token_s: Option<f64>,
     /// Seconds of loading tiers A and B.
@@ -110,7 +112,7 @@ impl Forecast {
         let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
             planned(model, machine, options, sizes)?;
         Ok(Forecast {
-            prediction: Prediction::new(units, &plan, machine, site, prompt),
+            prediction: Prediction::new(units, &plan, machine, site, prompt, options.max_batch),
             site,
             plan,
             units: units.to_vec(),
@@ -136,7 +138,7 @@ impl Forecast {
     pub fn timeline(&self, machine: &Machine) -> Vec<Event> {
         let setup = setup(&self.units, &self.plan, &self.prediction.rates, self.site == Site::Gpu);
         let decode = decode_work(&self.units, machine, self.site);
-        let batch = self.prediction.prompt.clamp(1, Options::MAX_BATCH);
+        let batch = self.prediction.batch;
         let prefill = prefill_work(&self.units, machine, self.site, batch);
         let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
         let tokens = prefill.iter().map(|_| batch).chain(std::iter::repeat(1));
@@ -189,7 +191,14 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
 }
 
 impl Prediction {
-    fn new(units: &[UnitWork], plan: &Plan, machine: &Machine, site: Site, prompt: usize) -> Prediction {
+    fn new(
+        units: &[UnitWork],
+        plan: &Plan,
+        machine: &Machine,
+        site: Site,
+        prompt: usize,
+        max_batch: usize,
+    ) -> Prediction {
         let rates = rates(machine);
         let on_device = site == Site::Gpu;
         let traffic = Traffic::new(units, &plan.homes, on_device, 1);
@@ -197,7 +206,7 @@ impl Prediction {
         let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
         let setup = setup(units, plan, &rates, on_device);
         let simulated = decode.map(|_| setup.settled(&decode_work(units, machine, site)));
-        let batch = prompt.clamp(1, Options::MAX_BATCH);
+        let batch = prompt.clamp(1, max_batch);
         let prefill = prefill_work(units, machine, site, batch).and_then(|work| {
             let compute: f64 = units.iter().zip(&work.unit_s).map(|(u, s)| s * u.used_by(batch)).sum();
             roofline(&Traffic::new(units, &plan.homes, on_device, batch), &rates, Some(compute + pass_s(site)))
@@ -209,7 +218,8 @@ impl Prediction {
             simulated,
             prefill,
             prompt,
-            first_token_s: prefill.and_then(|_| first_token(&setup, units, machine, site, prompt)),
+            batch,
+            first_token_s: prefill.and_then(|_| first_token(&setup, units, machine, site, prompt, max_batch)),
             load_s: rates.nvme.map(|n| resident as f64 / n),
             rates,
         }
@@ -261,10 +271,17 @@ fn prefill_work(units: &[UnitWork], machine: &Machine, site: Site, tokens: usize
 }
 
 /// Seconds from the prompt to its last pass's end.
-fn first_token(setup: &Setup, units: &[UnitWork], machine: &Machine, site: Site, prompt: usize) -> Option<f64> {
+fn first_token(
+    setup: &Setup,
+    units: &[UnitWork],
+    machine: &Machine,
+    site: Site,
+    prompt: usize,
+    max_batch: usize,
+) -> Option<f64> {
     let work = |tokens| prefill_work(units, machine, site, tokens);
-    let (whole, rest) = (prompt / Options::MAX_BATCH, prompt % Options::MAX_BATCH);
-    let full = if whole > 0 { Some(work(Options::MAX_BATCH)?) } else { None };
+    let (whole, rest) = (prompt / max_batch, prompt % max_batch);
+    let full = if whole > 0 { Some(work(max_batch)?) } else { None };
     let last = if rest > 0 { Some(work(rest)?) } else { None };
     // A long prompt's passes are all alike once the ring has settled.
     let run = whole.min(PASSES_RUN);

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::stop::{Piece, StopFilter};
 use super::{EngineError, Sampler, Session};
+use crate::backend::Class;
 use crate::model::{ForwardError, Outputs};
 use crate::tokenizer::{Decoder, Tokenizer};
 
@@ -92,7 +93,7 @@ pub fn generate(
     let mut g = Generation::new(prompt.len(), request.n.min(session.n_ctx()));
     // The penalties see the text as it is now, also where an earlier one was cut.
     sampler.begin(request.text);
-    if !evaluated(session, prompt, interrupted)? {
+    if !evaluated(session, prompt, Class::Bulk, interrupted)? {
         g.stop = StopReason::Interrupt;
         return Ok(g);
     }
@@ -124,7 +125,7 @@ pub fn generate(
             g.context_full = true;
             break;
         }
-        if !evaluated(session, &[token], interrupted)? {
+        if !evaluated(session, &[token], Class::Exact, interrupted)? {
             g.stop = StopReason::Interrupt;
             break;
         }
@@ -139,8 +140,13 @@ pub fn generate(
 }
 
 /// Evaluates tokens for the logits of the last; `false` if it was interrupted.
-fn evaluated(session: &mut Session, tokens: &[u32], interrupted: &dyn Fn() -> bool) -> Result<bool, EngineError> {
-    match session.eval(tokens, Outputs::Last, interrupted) {
+fn evaluated(
+    session: &mut Session,
+    tokens: &[u32],
+    class: Class,
+    interrupted: &dyn Fn() -> bool,
+) -> Result<bool, EngineError> {
+    match session.eval(tokens, class, Outputs::Last, interrupted) {
         Err(EngineError::Forward(ForwardError::Interrupted)) => Ok(false),
         other => other.map(|()| true),
     }

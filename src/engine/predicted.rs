@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::forecast::{PASSES_SHOWN, setup, with_passes, works};
 use super::{EngineError, Session};
+use crate::backend::Class;
 use crate::model::Outputs;
 use crate::pipeline::{Event, Feed, FeedStats, Step, StreamError};
 use crate::plan::{Home, Machine, PassWork, Rates, Setup, Shares, Site, pass_s};
@@ -111,7 +112,7 @@ impl Session {
         let links = self.links;
         let mut pass = || -> Result<(), EngineError> {
             self.truncate(0);
-            self.eval(&[0], Outputs::Last, &|| false)?;
+            self.eval(&[0], Class::Exact, Outputs::Last, &|| false)?;
             self.any_logits().map(|_| ())
         };
         pass()?;

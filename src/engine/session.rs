@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::weights::Weights;
 use super::{EngineError, Links};
-use crate::backend::{Backend, BackendKind, DeviceAlloc, DeviceMemory, Pinned, all_finite};
+use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, all_finite};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
 use crate::model::{ForwardError, Model, NotFinite, Outputs, Scratch, first_not_finite, forward};
@@ -53,7 +53,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Tokens of a prefill pass. Fixed, since results depend on it in their last bits.
+    /// Most tokens of a pass, and the default: results do not depend on how a prompt is cut.
     pub const MAX_BATCH: usize = 512;
 }
 
@@ -74,8 +74,9 @@ pub struct Session {
     pub(super) row_offsets: Vec<u64>,
     pub(super) scratch: Scratch,
     pub(super) position: usize,
-    /// Tokens of the last pass.
+    /// Tokens of the last pass, and their class.
     pub(super) last: Vec<u32>,
+    pub(super) last_class: Class,
     pub(super) links: Links,
     pub(super) measuring: bool,
     /// Where units lie that are resident in RAM.
@@ -112,24 +113,40 @@ impl Session {
         (LOGITS_BYTES_MAX / 4 / n_vocab.max(1)).clamp(1, Options::MAX_BATCH)
     }
 
-    /// Evaluates `tokens` after what the cache holds, in passes of at most `max_batch`.
+    /// Evaluates `tokens` of one class after what the cache holds: prompts are [`Class::Bulk`], in passes of at most
+    /// `max_batch`, and generated tokens [`Class::Exact`], in passes of at most [`EXACT_ROWS`].
     ///
     /// # Errors
     /// Before anything is computed: a token that the model has not, more tokens than the cache has room for, or
-    /// with [`Outputs::All`] more than the session holds rows of logits. Else what made a pass fail, or
+    /// with [`Outputs::All`] more than a pass or the session holds rows of logits. Else what made a pass fail, or
     /// [`ForwardError::Interrupted`].
-    pub fn eval(&mut self, tokens: &[u32], outputs: Outputs, stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
-        self.check(tokens, outputs)?;
-        let n_passes = tokens.len().div_ceil(self.options.max_batch);
-        for (i, chunk) in tokens.chunks(self.options.max_batch).enumerate() {
+    pub fn eval(
+        &mut self,
+        tokens: &[u32],
+        class: Class,
+        outputs: Outputs,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), EngineError> {
+        self.check(tokens, class, outputs)?;
+        let each = self.rows_of_pass(class);
+        let n_passes = tokens.len().div_ceil(each);
+        for (i, chunk) in tokens.chunks(each).enumerate() {
             let last = i + 1 == n_passes;
-            self.pass(chunk, if last { outputs } else { Outputs::None }, stop)?;
+            self.pass(chunk, class, if last { outputs } else { Outputs::None }, stop)?;
         }
         Ok(())
     }
 
+    /// Most tokens that a pass of this class carries.
+    fn rows_of_pass(&self, class: Class) -> usize {
+        match class {
+            Class::Exact => self.options.max_batch.min(EXACT_ROWS),
+            Class::Bulk => self.options.max_batch,
+        }
+    }
+
     /// What is computed must be within what was allocated.
-    fn check(&self, tokens: &[u32], outputs: Outputs) -> Result<(), RequestError> {
+    fn check(&self, tokens: &[u32], class: Class, outputs: Outputs) -> Result<(), RequestError> {
         let n_vocab = self.model.n_vocab;
         if let Some(&token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
             return Err(RequestError::NoSuchToken { token, n_vocab });
@@ -138,14 +155,20 @@ impl Session {
         if tokens.len() > n_ctx.saturating_sub(position) {
             return Err(RequestError::ContextFull { tokens: tokens.len(), position, n_ctx });
         }
-        let max = self.options.outputs.min(self.options.max_batch);
+        let max = self.options.outputs.min(self.rows_of_pass(class));
         if outputs == Outputs::All && tokens.len() > max {
             return Err(RequestError::TooManyOutputs { tokens: tokens.len(), max });
         }
         Ok(())
     }
 
-    fn pass(&mut self, tokens: &[u32], outputs: Outputs, stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
+    fn pass(
+        &mut self,
+        tokens: &[u32],
+        class: Class,
+        outputs: Outputs,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), EngineError> {
         let began = Instant::now();
         let stats = self.weights.streamer.stats();
         let fed = self.weights.feed.stats();
@@ -158,6 +181,7 @@ impl Session {
                 &self.rows,
                 self.position,
                 tokens.len(),
+                class,
                 outputs,
                 &mut self.scratch,
                 stop,
@@ -171,6 +195,7 @@ impl Session {
         self.position += tokens.len();
         self.last.clear();
         self.last.extend_from_slice(tokens);
+        self.last_class = class;
         if self.options.timeline {
             self.weights.streamer.trace(EventKind::Pass, tokens.len(), 0, began, Instant::now());
         }
@@ -266,8 +291,9 @@ impl Session {
         let tokens = std::mem::take(&mut self.last);
         self.fetch_rows(&tokens)?;
         let first = self.position - tokens.len();
+        let (weights, rows) = (&mut self.weights, &self.rows);
         let found =
-            first_not_finite(&self.model, self.backend.as_mut(), &mut self.weights, &self.rows, first, tokens.len());
+            first_not_finite(&self.model, self.backend.as_mut(), weights, rows, first, tokens.len(), self.last_class);
         self.weights.restart();
         let what = match found? {
             NotFinite::Embedding => "the rows of token_embd.weight for these tokens are not".to_owned(),
@@ -323,6 +349,11 @@ impl Session {
             Some(d) => d.memory.memory().ok().map(|m| m.used),
             None => Some(0),
         }
+    }
+
+    /// Most tokens of a pass.
+    pub fn max_batch(&self) -> usize {
+        self.options.max_batch
     }
 
     /// Threads that compute.

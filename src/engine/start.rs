@@ -170,6 +170,7 @@ impl Session {
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
             row_offsets: Vec::with_capacity(options.max_batch),
             last: Vec::with_capacity(options.max_batch),
+            last_class: crate::backend::Class::Bulk,
             scratch: Scratch::for_model(&model, options.max_batch),
             model,
             backend,

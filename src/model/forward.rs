@@ -2,7 +2,7 @@
 //! and calls the backend. It knows nothing of tiers, files or devices.
 
 use super::layout::{Block, Ffn, LinearRef, Model, TensorRef};
-use crate::backend::{Backend, BackendError, Expert, Linear, Norm, RouterParams, Weight};
+use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, RouterParams, Weight};
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -76,7 +76,7 @@ pub enum Outputs {
     All,
 }
 
-/// A pass over tokens whose embedding rows are `rows` (raw, back to back), from position
+/// A pass over tokens of one class whose embedding rows are `rows` (raw, back to back), from position
 /// `first_pos`. `stop` is asked between units. `scratch` is that of earlier passes.
 #[allow(clippy::too_many_arguments, reason = "a pass has this many inputs")]
 pub fn forward(
@@ -86,16 +86,18 @@ pub fn forward(
     rows: &[u8],
     first_pos: usize,
     n_tokens: usize,
+    class: Class,
     outputs: Outputs,
     scratch: &mut Scratch,
     stop: &dyn Fn() -> bool,
 ) -> Result<(), ForwardError> {
-    backend.begin(first_pos, n_tokens)?;
+    backend.begin(first_pos, n_tokens, class)?;
     backend.embed(rows, model.embedding.ty)?;
     let mut pass = Pass { model, backend, source, demanded: &mut scratch.demanded };
     // The router's answer is waited for in the middle of a pass.
     let dense = model.blocks.iter().all(|b| matches!(b.ffn, Ffn::Dense { .. }));
-    if n_tokens > 1 || outputs == Outputs::None || !dense || !pass.source.stays() {
+    let recordable = class == Class::Exact && n_tokens == 1;
+    if !recordable || outputs == Outputs::None || !dense || !pass.source.stays() {
         return pass.all(n_tokens, outputs, stop);
     }
     if pass.backend.begin_stretch()? {
@@ -124,6 +126,7 @@ pub enum NotFinite {
 ///
 /// # Errors
 /// As [`forward`].
+#[allow(clippy::too_many_arguments, reason = "those of the pass that is repeated")]
 pub fn first_not_finite(
     model: &Model,
     backend: &mut dyn Backend,
@@ -131,8 +134,9 @@ pub fn first_not_finite(
     rows: &[u8],
     first_pos: usize,
     n_tokens: usize,
+    class: Class,
 ) -> Result<NotFinite, ForwardError> {
-    backend.begin(first_pos, n_tokens)?;
+    backend.begin(first_pos, n_tokens, class)?;
     backend.embed(rows, model.embedding.ty)?;
     if !backend.finite()? {
         return Ok(NotFinite::Embedding);

@@ -129,7 +129,12 @@ fn alphabet() -> Vec<String> {
 
 /// A llama model of `layers` blocks with pseudo-random F32 weights.
 pub fn tiny(layers: u64) -> File {
-    let (d, f, vocab) = (64u64, 96u64, 258u64);
+    sized(layers, 64, 96)
+}
+
+/// [`tiny`] with `d` columns and feed-forward parts `f` wide.
+pub fn sized(layers: u64, d: u64, f: u64) -> File {
+    let vocab = 258u64;
     let mut tokens = alphabet();
     tokens.extend(["<|bos|>".to_string(), "<|eos|>".to_string()]);
     let mut kinds = vec![1; 256];

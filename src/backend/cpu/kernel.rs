@@ -7,6 +7,7 @@
 use super::isa::Isa;
 use super::panel::{self, Panel, ROWS};
 use super::unpack::{self, PACKET, Packet, SUB, SUBS};
+use crate::backend::{Class, EXACT_ROWS};
 use crate::gguf::TensorType;
 
 /// Activations quantised to 8 bits, 16 to a scale, in packets like the weights.
@@ -81,7 +82,7 @@ pub(super) trait Dot: Sized {
     /// The instruction set must be there.
     unsafe fn sum(acc: Self::Acc) -> f32;
 
-    /// One token with one row without unpacking it to memory; `None` where there is no such kernel.
+    /// One row of activations with one of weights without unpacking it to memory; `None` where there is no such kernel.
     ///
     /// # Safety
     /// The instruction set must be there; `row` is a whole row, `x` and `pairs` the packets that it spans.
@@ -193,11 +194,13 @@ pub(super) struct Job {
     pub bias: *const f32,
     /// Activations: `tokens` rows of `packets` packets.
     pub x: *const Activation,
-    /// The same for a pass of one token in another order; else null.
+    /// The same in another order for exact rows; else null.
     pub pairs: *const Paired,
     /// The same activations in single precision, `cols` a token, `f32_stride` apart.
     pub xf: *const f32,
     pub tokens: usize,
+    /// Class of all tokens: it decides which products are taken, whatever their number.
+    pub class: Class,
     /// Whether what rounding left of the activations counts.
     pub fine: bool,
     /// Output of row r, token t: `out[t * stride + r]`.
@@ -261,7 +264,7 @@ pub(super) unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
     }
 }
 
-/// Packets of a row that are unpacked before they are multiplied with one token: a load that comes
+/// Packets of a row that are unpacked before they are multiplied: a load that comes
 /// too soon after the narrower stores it spans waits for them to reach the cache.
 const AHEAD: usize = 8;
 
@@ -275,12 +278,12 @@ pub(super) fn panel_scratch(cols: usize) -> usize {
 unsafe fn quantised<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [Panel]) {
     // SAFETY: passed on to the caller.
     unsafe {
-        match (j.tokens == 1, j.fine, unpack::is_wide(j.ty)) {
-            (false, _, _) => panel::many_tokens::<D>(j, from, to, scratch),
-            (true, false, false) => one_token::<D, false, false>(j, from, to, scratch),
-            (true, false, true) => one_token::<D, true, false>(j, from, to, scratch),
-            (true, true, false) => one_token::<D, false, true>(j, from, to, scratch),
-            (true, true, true) => one_token::<D, true, true>(j, from, to, scratch),
+        match (j.class, j.fine, unpack::is_wide(j.ty)) {
+            (Class::Bulk, _, _) => panel::all_rows::<D>(j, from, to, scratch),
+            (Class::Exact, false, false) => exact::<D, false, false>(j, from, to, scratch),
+            (Class::Exact, false, true) => exact::<D, true, false>(j, from, to, scratch),
+            (Class::Exact, true, false) => exact::<D, false, true>(j, from, to, scratch),
+            (Class::Exact, true, true) => exact::<D, true, true>(j, from, to, scratch),
         }
     }
 }
@@ -291,33 +294,53 @@ fn parts(cols: usize, i: usize) -> usize {
     (cols - i * PACKET).min(PACKET).div_ceil(64)
 }
 
+/// Exact rows: a row of weights meets each row of activations by itself, in the order that it has alone, and stays in
+/// the nearest cache meanwhile.
 #[inline(always)]
-unsafe fn one_token<D: Dot, const WIDE: bool, const FINE: bool>(
-    j: &Job,
-    from: usize,
-    to: usize,
-    scratch: &mut [Panel],
-) {
+unsafe fn exact<D: Dot, const WIDE: bool, const FINE: bool>(j: &Job, from: usize, to: usize, scratch: &mut [Panel]) {
+    debug_assert!(j.tokens <= EXACT_ROWS, "an exact job of {} rows", j.tokens);
     let packets = j.cols.div_ceil(PACKET);
     let unpacked = &mut bytemuck::cast_slice_mut::<Panel, Packet>(scratch)[..AHEAD];
     for r in from..to {
-        // SAFETY: `rows`' contract; the caller enabled the instruction set; the token has `packets`
-        // packets.
-        unsafe {
-            if let Some(v) = D::row::<FINE>(j.ty, j.row(r), j.x, j.pairs, j.cols) {
-                put::<D>(j, r, 0, v);
-                continue;
-            }
-            let mut acc = D::zero();
-            for start in (0..packets).step_by(AHEAD) {
-                let ahead = (packets - start).min(AHEAD);
-                let unpacked = &mut unpacked[..ahead];
-                dispatch(D::ISA, Unpack { job: j, rows: r..r + 1, start, out: unpacked });
-                for (i, p) in unpacked.iter().enumerate() {
-                    acc = D::packet::<WIDE, FINE>(p, &*j.x.add(start + i), parts(j.cols, start + i), acc);
+        for t in 0..j.tokens {
+            // SAFETY: `rows`' contract; the caller enabled the instruction set; each token has `packets` packets in
+            // both orders.
+            unsafe {
+                let (x, pairs) = (j.x.add(t * packets), j.pairs.add(t * packets));
+                match D::row::<FINE>(j.ty, j.row(r), x, pairs, j.cols) {
+                    Some(v) => put::<D>(j, r, t, v),
+                    None => {
+                        staged::<D, WIDE, FINE>(j, r, unpacked);
+                        break;
+                    }
                 }
             }
-            put::<D>(j, r, 0, D::sum(acc));
+        }
+    }
+}
+
+/// A row of weights of a type that is unpacked first, with each row of activations.
+#[inline(always)]
+unsafe fn staged<D: Dot, const WIDE: bool, const FINE: bool>(j: &Job, row: usize, unpacked: &mut [Packet]) {
+    let packets = j.cols.div_ceil(PACKET);
+    // SAFETY: as in `exact`.
+    unsafe {
+        let mut sums = [D::zero(); EXACT_ROWS];
+        for start in (0..packets).step_by(AHEAD) {
+            let ahead = (packets - start).min(AHEAD);
+            let unpacked = &mut unpacked[..ahead];
+            dispatch(D::ISA, Unpack { job: j, rows: row..row + 1, start, out: unpacked });
+            for (t, sum) in sums.iter_mut().take(j.tokens).enumerate() {
+                let x = j.x.add(t * packets + start);
+                let mut acc = *sum;
+                for (i, p) in unpacked.iter().enumerate() {
+                    acc = D::packet::<WIDE, FINE>(p, &*x.add(i), parts(j.cols, start + i), acc);
+                }
+                *sum = acc;
+            }
+        }
+        for (t, sum) in sums.into_iter().take(j.tokens).enumerate() {
+            put::<D>(j, row, t, D::sum(sum));
         }
     }
 }

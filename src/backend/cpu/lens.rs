@@ -3,14 +3,14 @@
 use super::kernel::{self, Activation, Paired};
 use super::panel::Panel;
 use super::{EXPERTS_AT_ONCE, attention, packets};
-use crate::backend::Dims;
+use crate::backend::{Dims, EXACT_ROWS};
 
 /// Elements of each buffer. Products that exceed the address space saturate: no such buffer can be had.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lens {
     pub x: usize,
     pub quantised: usize,
-    /// Packets of one token, of which there are two rows.
+    /// Packets of the exact rows of a pass, of which there are two sets.
     pub row: usize,
     pub q: usize,
     pub kv: usize,
@@ -29,7 +29,8 @@ pub(super) struct Lens {
     pub expert_in: usize,
     pub expert_hidden: usize,
     pub expert_quantised: usize,
-    /// Packets of the hidden states of the experts of one token that are computed together.
+    /// Packets of the hidden states of the experts of one token that are computed together, or of the exact rows of
+    /// one expert.
     pub expert_row: usize,
 }
 
@@ -41,6 +42,7 @@ impl Lens {
     pub fn new(d: &Dims, threads: usize) -> Lens {
         let t = d.max_batch.max(1);
         let threads = threads.max(1);
+        let exact = t.min(EXACT_ROWS);
         let (q_dim, kv_dim) = (product(&[d.n_heads, d.head_dim]), product(&[d.n_kv_heads, d.head_dim]));
         let widest = d.n_embd.max(q_dim).max(d.n_ff);
         let group = d.n_heads / d.n_kv_heads.max(1);
@@ -51,7 +53,7 @@ impl Lens {
         Lens {
             x: product(&[t, d.n_embd]),
             quantised: product(&[t, packets(widest)]),
-            row: packets(widest),
+            row: product(&[exact, packets(widest)]),
             q: product(&[t, q_dim]),
             kv: product(&[t, kv_dim]),
             hidden: product(&[t, d.n_ff]),
@@ -69,7 +71,11 @@ impl Lens {
             // Also the hidden states of the experts that one token chose.
             expert_hidden: product(&[t.max(d.n_experts_used), d.n_ff_expert]),
             expert_quantised: of_expert(packets(d.n_embd.max(d.n_ff_expert))),
-            expert_row: d.n_experts_used.min(EXPERTS_AT_ONCE) * packets(d.n_ff_expert),
+            expert_row: product(&[d.n_experts_used.min(EXPERTS_AT_ONCE), packets(d.n_ff_expert)]).max(if choices > 0 {
+                product(&[exact, packets(d.n_embd.max(d.n_ff_expert))])
+            } else {
+                0
+            }),
         }
     }
 

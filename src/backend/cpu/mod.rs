@@ -1,7 +1,8 @@
 //! The CPU backend: kernels chosen at run time for AVX-512/VNNI, AVX2 or plain Rust.
 //!
 //! Weights are computed where they lie, in the arena. Each output element is computed by one thread
-//! in an order that follows from the shapes alone, so results do not depend on the number of threads.
+//! in an order that follows from the shapes and the class of its row alone, so results do not depend on the number of
+//! threads or on the rows next to it: exact rows meet the weights one by one, bulk rows in panels, however many they are.
 
 mod attention;
 mod buf;
@@ -22,7 +23,9 @@ pub use selftest::selftest;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::{Backend, BackendError, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight, reference};
+use super::{
+    Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight, reference,
+};
 use crate::gguf::TensorType;
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
@@ -32,12 +35,15 @@ use panel::Panel;
 use pool::Pool;
 use unpack::{PACKET, SUB, SUBS};
 
-/// Rows of a task with one token: few, so that threads end together; a whole number of groups that share a scale.
-const ROWS_OF_ONE: usize = 16;
+/// Rows of weights of a task with exact rows: few, so that threads end together; a whole number of groups that share a
+/// scale.
+const ROWS_OF_EXACT: usize = 16;
 /// Experts of one token that are computed together.
 const EXPERTS_AT_ONCE: usize = 16;
-/// Rows of a task with several tokens: whole panels.
-const ROWS_OF_MANY: usize = 2 * panel::ROWS;
+/// Rows of weights of a task with bulk rows: whole panels.
+const ROWS_OF_BULK: usize = 2 * panel::ROWS;
+/// A tile of attention holds all exact rows of a pass, so that what goes on quantised has one writer.
+const _: () = assert!(EXACT_ROWS <= TILE);
 
 /// The backend.
 pub struct CpuBackend {
@@ -45,12 +51,14 @@ pub struct CpuBackend {
     isa: Isa,
     pool: Pool,
     n_tokens: usize,
+    /// Class of the pass's rows.
+    class: Class,
     first_pos: usize,
     x: Buf<f32>,
     /// The input of products: normed X, Attn or Hidden.
     input: Buf<f32>,
     quantised: Buf<Activation>,
-    /// The input of products of one token, and what they make of it: `row` says which is the input.
+    /// The input of products of exact rows, and what they make of it: `row` says which is the input.
     rows: [Row; 2],
     row: usize,
     /// Whether the input is the attention's output already, quantised where it was computed.
@@ -76,7 +84,7 @@ pub struct CpuBackend {
     overflow: AtomicUsize,
 }
 
-/// One quantised token, in both orders.
+/// Quantised exact rows, in both orders.
 struct Row {
     packets: Buf<Activation>,
     pairs: Buf<Paired>,
@@ -92,10 +100,11 @@ impl Row {
     }
 }
 
-/// Results that are quantised by the thread that computed them: `cols` floats at `x`.
+/// Results that are quantised by the thread that computed them: `tokens` rows of `cols` floats at `x`.
 #[derive(Clone, Copy)]
 struct Onward {
     x: Shared<f32>,
+    tokens: usize,
     cols: usize,
     packets: Shared<Activation>,
     pairs: Shared<Paired>,
@@ -103,15 +112,20 @@ struct Onward {
 }
 
 impl Onward {
-    /// Quantises elements `from..to`, which begin and end at multiples of 16 or at the end.
+    /// Quantises elements `from..to` of each row, which begin and end at multiples of 16 or at the end.
     ///
     /// # Safety
     /// The elements have been computed by this thread, and nobody else quantises them.
     unsafe fn quantise(self, isa: Isa, from: usize, to: usize) {
         // The last elements' packet is filled with zeros.
         let end = if to == self.cols { packets(self.cols) * SUBS } else { to / SUB };
-        let (x, out, pairs) = (self.x.get(), self.packets.get(), self.pairs.get());
-        dispatch(isa, Quantise { x, cols: self.cols, from: from / SUB, to: end, out, pairs, fine: self.fine });
+        let (cols, each, fine) = (self.cols, packets(self.cols), self.fine);
+        for t in 0..self.tokens {
+            let x = self.x.get().wrapping_add(t * cols);
+            let out = self.packets.get().wrapping_add(t * each);
+            let pairs = self.pairs.get().wrapping_add(t * each);
+            dispatch(isa, Quantise { x, cols, from: from / SUB, to: end, out, pairs, fine });
+        }
     }
 }
 
@@ -128,7 +142,7 @@ struct Experts {
     hidden: Buf<f32>,
     quantised: Buf<Activation>,
     result: Buf<f32>,
-    /// Hidden states of all experts of one token: `[choice]`.
+    /// Hidden states of all experts of one token, `[choice]`, or the exact rows of one expert.
     row: Row,
     /// (token, choice) pairs of the expert at hand.
     pairs: Vec<usize>,
@@ -165,8 +179,12 @@ impl CpuBackend {
         Lens::new(dims, threads).bytes()
     }
 
-    /// The same with a chosen instruction set, which the machine must have.
-    fn with_isa(dims: Dims, threads: usize, isa: Isa) -> Result<CpuBackend, BackendError> {
+    /// As [`CpuBackend::new`], with kernels of `isa`, or of the largest set below it that the machine has.
+    ///
+    /// # Errors
+    /// As [`CpuBackend::new`].
+    pub fn with_isa(dims: Dims, threads: usize, isa: Isa) -> Result<CpuBackend, BackendError> {
+        let isa = isa.min(Isa::detect());
         let l = Lens::new(&dims, threads);
         let experts = Experts {
             scores: Buf::new(l.scores, "router scores")?,
@@ -183,11 +201,12 @@ impl CpuBackend {
         Ok(CpuBackend {
             isa,
             n_tokens: 0,
+            class: Class::Bulk,
             first_pos: 0,
             x: Buf::new(l.x, "activations")?,
             input: Buf::new(l.x, "activations")?,
             quantised: Buf::new(l.quantised, "quantised activations")?,
-            rows: [Row::new(l.row, "one token's activations")?, Row::new(l.row, "one token's activations")?],
+            rows: [Row::new(l.row, "quantised activations")?, Row::new(l.row, "quantised activations")?],
             row: 0,
             attn_ready: false,
             q: Buf::new(l.q, "queries")?,
@@ -222,21 +241,19 @@ impl CpuBackend {
         self.dims.n_experts > 0
     }
 
-    /// Runs jobs over the same rows: each thread does all jobs for its rows, in order. What they compute may be
-    /// quantised onward, if it is one token.
+    /// Runs jobs over the same rows: each thread does all jobs for its rows, in order. What they compute of exact rows
+    /// may be quantised onward.
     fn jobs(&mut self, jobs: &[(Job, usize)], onward: Option<Onward>) {
-        self.groups(1, onward.is_some() || self.n_tokens == 1, &|_| (jobs, onward));
+        self.groups(1, &|_| (jobs, onward));
     }
 
     /// Runs `n` groups of jobs at once.
-    fn groups<'a>(
-        &mut self,
-        n: usize,
-        one: bool,
-        group: &(dyn Fn(usize) -> (&'a [(Job, usize)], Option<Onward>) + Sync),
-    ) {
+    fn groups<'a>(&mut self, n: usize, group: &(dyn Fn(usize) -> (&'a [(Job, usize)], Option<Onward>) + Sync)) {
         let rows = |jobs: &[(Job, usize)]| jobs.iter().map(|j| j.1).max().unwrap_or(0);
-        let step = if one { ROWS_OF_ONE } else { ROWS_OF_MANY };
+        let step = match self.class {
+            Class::Exact => ROWS_OF_EXACT,
+            Class::Bulk => ROWS_OF_BULK,
+        };
         let each = rows(group(0).0).div_ceil(step);
         let scratch = Shared(self.scratch.ptr());
         let panels = Shared(self.panels.ptr());
@@ -270,10 +287,7 @@ impl CpuBackend {
 
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
     fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
-        let (quantised, pairs) = match n {
-            1 => (self.rows[self.row].packets.ptr(), self.rows[self.row].pairs.ptr()),
-            _ => (self.quantised.ptr(), std::ptr::null_mut()),
-        };
+        let (quantised, pairs) = self.quantised();
         let (quantised, pairs) = (Shared(quantised), Shared(pairs));
         let (isa, fine) = (self.isa, self.fine());
         self.pool.run(n, &|_, t| {
@@ -289,28 +303,36 @@ impl CpuBackend {
                     x = to;
                 }
                 let out = quantised.get().add(t * packets(cols));
+                // Null stays null.
+                let pairs = if pairs.get().is_null() { pairs.get() } else { pairs.get().add(t * packets(cols)) };
                 let to = packets(cols) * SUBS;
-                dispatch(isa, Quantise { x, cols, from: 0, to, out, pairs: pairs.get(), fine });
+                dispatch(isa, Quantise { x, cols, from: 0, to, out, pairs, fine });
             }
         });
     }
 
-    /// Where one token's results of `cols` columns at `x` go when they are quantised at once: the next input.
+    /// Where quantised activations of the pass's class lie, in both orders; bulk rows have but one.
+    fn quantised(&mut self) -> (*mut Activation, *mut Paired) {
+        let row = &mut self.rows[self.row];
+        match self.class {
+            Class::Exact => (row.packets.ptr(), row.pairs.ptr()),
+            Class::Bulk => (self.quantised.ptr(), std::ptr::null_mut()),
+        }
+    }
+
+    /// Where exact rows of `cols` columns at `x` go when they are quantised at once: the next input.
     fn onward(&mut self, x: Shared<f32>, cols: usize) -> Option<Onward> {
-        if self.n_tokens != 1 {
+        if self.class != Class::Exact {
             return None;
         }
-        let fine = self.fine();
+        let (fine, tokens) = (self.fine(), self.n_tokens);
         let Row { packets, pairs } = &mut self.rows[1 - self.row];
-        Some(Onward { x, cols, packets: Shared(packets.ptr()), pairs: Shared(pairs.ptr()), fine })
+        Some(Onward { x, tokens, cols, packets: Shared(packets.ptr()), pairs: Shared(pairs.ptr()), fine })
     }
 
     /// A product of the prepared input.
     fn job(&mut self, l: &Linear, xf: *const f32, out: *mut f32, then: Then) -> (Job, usize) {
-        let (x, pairs) = match self.n_tokens {
-            1 => (self.rows[self.row].packets.ptr(), self.rows[self.row].pairs.ptr()),
-            _ => (self.quantised.ptr(), std::ptr::null_mut()),
-        };
+        let (x, pairs) = self.quantised();
         let job = Job {
             weights: l.weight.addr as *const u8,
             ty: l.weight.ty,
@@ -320,12 +342,21 @@ impl CpuBackend {
             pairs,
             xf,
             tokens: self.n_tokens,
+            class: self.class,
             fine: self.fine(),
             out,
             stride: l.weight.rows,
             then,
         };
         (job, l.weight.rows)
+    }
+
+    /// Puts the quantised activations of an expert's tokens in place of the pass's, or back.
+    fn swap_quantised(&mut self) {
+        match self.class {
+            Class::Exact => std::mem::swap(&mut self.rows[self.row], &mut self.experts.row),
+            Class::Bulk => std::mem::swap(&mut self.quantised, &mut self.experts.quantised),
+        }
     }
 
     fn cache(&mut self, layer: usize) -> (Shared<u8>, Shared<u8>) {
@@ -449,8 +480,12 @@ impl Backend for CpuBackend {
         CpuBackend::supports_type(ty)
     }
 
-    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
+    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError> {
         let d = &self.dims;
+        if class == Class::Exact && n_tokens > EXACT_ROWS {
+            let what = format!("an exact pass of {n_tokens} tokens exceeds {EXACT_ROWS} rows");
+            return Err(BackendError::Device { backend: "cpu", what });
+        }
         if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
             let what = format!(
                 "a pass of {n_tokens} tokens from position {first_pos} exceeds the batch of {} or the context of {}",
@@ -458,7 +493,8 @@ impl Backend for CpuBackend {
             );
             return Err(BackendError::Device { backend: "cpu", what });
         }
-        (self.first_pos, self.n_tokens) = (first_pos, n_tokens);
+        (self.first_pos, self.n_tokens, self.class) = (first_pos, n_tokens, class);
+        self.attn_ready = false;
         let rope = &self.dims.rope;
         let n = rope.freqs.len();
         for t in 0..n_tokens {
@@ -515,7 +551,7 @@ impl Backend for CpuBackend {
         let (q, out, scratch) = (Shared(self.q.ptr()), Shared(self.attn.ptr()), Shared(self.scratch.ptr()));
         let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
         let (each, isa) = (self.scratch_each, self.isa);
-        // One token's results go on quantised, where heads of a group are whole groups of a scale.
+        // Exact rows go on quantised, where heads of a group are whole groups of a scale.
         let width = n_heads / n_kv * d.head_dim;
         let cols = n_heads * d.head_dim;
         let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
@@ -545,6 +581,11 @@ impl Backend for CpuBackend {
         let (d, q_dim) = (self.dims.n_embd, self.dims.n_heads * self.dims.head_dim);
         self.x.copy_within(first * d..(first + n) * d, 0);
         self.attn.copy_within(first * q_dim..(first + n) * q_dim, 0);
+        if self.attn_ready {
+            let (each, row) = (packets(q_dim), &mut self.rows[self.row]);
+            row.packets.copy_within(first * each..(first + n) * each, 0);
+            row.pairs.copy_within(first * each..(first + n) * each, 0);
+        }
         self.n_tokens = n;
         Ok(())
     }
@@ -603,7 +644,7 @@ impl Backend for CpuBackend {
         }
         let (gathered, hidden, result) = (Shared(x.gathered.ptr()), Shared(x.hidden.ptr()), x.result.ptr());
         // The expert's tokens take the place of the pass's, beside the pass's own activations.
-        std::mem::swap(&mut self.quantised, &mut self.experts.quantised);
+        self.swap_quantised();
         let n_tokens = std::mem::replace(&mut self.n_tokens, n);
         self.prepare(gathered, gathered, d, n, None);
         let linear = |weight| Linear { weight, bias: None };
@@ -616,7 +657,7 @@ impl Backend for CpuBackend {
         let job = self.job(&linear(e.down), hidden.get(), result, Then::Store);
         self.jobs(&[job], None);
         self.n_tokens = n_tokens;
-        std::mem::swap(&mut self.quantised, &mut self.experts.quantised);
+        self.swap_quantised();
         let x = &mut self.experts;
         for (i, &pair) in x.pairs.iter().enumerate() {
             x.out[pair * d..(pair + 1) * d].copy_from_slice(&x.result[i * d..(i + 1) * d]);
@@ -625,7 +666,7 @@ impl Backend for CpuBackend {
     }
 
     fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
-        if self.n_tokens != 1 || list.len() < 2 {
+        if self.class != Class::Exact || self.n_tokens != 1 || list.len() < 2 {
             return list.iter().try_for_each(|e| self.expert(e));
         }
         let (d, n_ff) = (self.dims.n_embd, self.dims.n_ff_expert);
@@ -647,7 +688,8 @@ impl Backend for CpuBackend {
                     self.job(&linear(e.up), input, hidden, Then::Mul),
                 ];
                 let packets = Shared(row);
-                onward[i] = Some(Onward { x: Shared(hidden), cols: n_ff, packets, pairs: Shared(pairs), fine });
+                onward[i] =
+                    Some(Onward { x: Shared(hidden), tokens: 1, cols: n_ff, packets, pairs: Shared(pairs), fine });
                 let choice =
                     self.experts.ids[..self.dims.n_experts_used].iter().position(|&id| id == e.id).unwrap_or(0);
                 // SAFETY: there is a result for each choice.
@@ -655,8 +697,8 @@ impl Backend for CpuBackend {
                 let (job, rows) = self.job(&linear(e.down), hidden, out, Then::Store);
                 down[i] = [(Job { x: row, pairs, ..job }, rows)];
             }
-            self.groups(chunk.len(), true, &|i| (&up[i], onward[i]));
-            self.groups(chunk.len(), true, &|i| (&down[i], None));
+            self.groups(chunk.len(), &|i| (&up[i], onward[i]));
+            self.groups(chunk.len(), &|i| (&down[i], None));
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Products of several tokens: rows are unpacked and interleaved a block at a time, so that a lane
+//! Products of bulk rows: rows are unpacked and interleaved a block at a time, so that a lane
 //! is a row, and a block meets all tokens before the next one is unpacked.
 //!
 //! A panel holds four bytes of each of 16 rows side by side: 64 bytes that meet four bytes of a
@@ -37,7 +37,7 @@ const _: () = assert!(size_of::<Panel>() == ROWS * size_of::<Packet>());
 /// # Safety
 /// The contract of [`Rows`](super::kernel::Rows); the instruction set must be there.
 #[inline(always)]
-pub(super) unsafe fn many_tokens<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [Panel]) {
+pub(super) unsafe fn all_rows<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [Panel]) {
     let packets = j.cols.div_ceil(PACKET);
     let (block, rest) = scratch.split_at_mut(packets);
     let unpacked = &mut bytemuck::cast_slice_mut::<Panel, Packet>(rest)[..ROWS];

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use super::isa::Isa;
 use super::kernel::{Activation, Job, Paired, Quantise, Rows, TYPES, Then, dispatch, panel_scratch};
 use super::unpack::{PACKET, SUBS};
-use crate::backend::reference;
+use crate::backend::{Class, EXACT_ROWS, reference};
 use crate::gguf::TensorType;
 
 /// Error of a product of quantised activations, relative to its terms.
@@ -31,7 +31,10 @@ pub fn selftest(out: &mut dyn FnMut(&str)) -> Result<(), String> {
                     [(1, 1, 1), (3, 5, 1), (2, 19, 1), (5, 3, 2), (33, 9, 3), (20, 2, 15), (7, 2, 17)]
                 {
                     let cols = blocks * ty.block_elems().max(32);
-                    worst = worst.max(product_error(isa, ty, rows, cols, tokens, fine));
+                    worst = worst.max(product_error(isa, ty, (rows, cols), tokens, Class::Bulk, fine));
+                    if tokens <= EXACT_ROWS {
+                        worst = worst.max(product_error(isa, ty, (rows, cols), tokens, Class::Exact, fine));
+                    }
                 }
                 let ok = worst <= bound;
                 failed += usize::from(!ok);
@@ -81,38 +84,72 @@ fn random_rows(rng: &mut ChaCha8Rng, ty: TensorType, rows: usize, cols: usize) -
     bytes
 }
 
-/// Error of a product against double precision, over the root of the sum of squared terms.
-fn product_error(isa: Isa, ty: TensorType, rows: usize, cols: usize, tokens: usize, fine: bool) -> f64 {
-    let mut rng = ChaCha8Rng::seed_from_u64((rows * 31 + cols * 7 + tokens) as u64);
-    let weights = random_rows(&mut rng, ty, rows, cols);
-    let x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-2.0f32..2.0)).collect();
-    let packets = cols.div_ceil(PACKET);
-    let mut quantised: Vec<Activation> = vec![bytemuck::Zeroable::zeroed(); tokens * packets];
-    let mut paired: Vec<Paired> = vec![bytemuck::Zeroable::zeroed(); packets];
-    let pairs = if tokens == 1 { paired.as_mut_ptr() } else { std::ptr::null_mut() };
-    for (x, q) in x.chunks(cols).zip(quantised.chunks_mut(packets)) {
-        let to = packets * SUBS;
-        dispatch(isa, Quantise { x: x.as_ptr(), cols, from: 0, to, out: q.as_mut_ptr(), pairs, fine });
+/// A matrix and activations, both random.
+struct Case {
+    ty: TensorType,
+    rows: usize,
+    cols: usize,
+    fine: bool,
+    weights: Vec<u8>,
+    x: Vec<f32>,
+}
+
+impl Case {
+    fn new(ty: TensorType, rows: usize, cols: usize, tokens: usize, fine: bool) -> Case {
+        let mut rng = ChaCha8Rng::seed_from_u64((rows * 31 + cols * 7 + tokens) as u64);
+        let weights = random_rows(&mut rng, ty, rows, cols);
+        let x = (0..tokens * cols).map(|_| rng.random_range(-2.0f32..2.0)).collect();
+        Case { ty, rows, cols, fine, weights, x }
     }
-    let mut got = vec![f32::NAN; tokens * rows];
-    let job = Job {
-        weights: weights.as_ptr(),
-        ty,
-        cols,
-        bias: std::ptr::null(),
-        x: quantised.as_ptr(),
-        pairs,
-        xf: x.as_ptr(),
-        tokens,
-        fine,
-        out: got.as_mut_ptr(),
-        stride: rows,
-        then: Then::Store,
-    };
-    let mut unpacked = vec![bytemuck::Zeroable::zeroed(); panel_scratch(cols)];
-    dispatch(isa, Rows { job: &job, from: 0, to: rows, scratch: &mut vec![0.0; cols], panels: &mut unpacked });
+
+    /// Products of all rows with tokens `which`: `[token][row]`.
+    fn products(&self, isa: Isa, class: Class, which: std::ops::Range<usize>) -> Vec<f32> {
+        let (cols, tokens, fine) = (self.cols, which.len(), self.fine);
+        let x = &self.x[which.start * cols..which.end * cols];
+        let packets = cols.div_ceil(PACKET);
+        let mut quantised: Vec<Activation> = vec![bytemuck::Zeroable::zeroed(); tokens * packets];
+        let mut paired: Vec<Paired> = vec![bytemuck::Zeroable::zeroed(); tokens * packets];
+        for ((x, q), p) in x.chunks(cols).zip(quantised.chunks_mut(packets)).zip(paired.chunks_mut(packets)) {
+            let (to, out, pairs) = (packets * SUBS, q.as_mut_ptr(), p.as_mut_ptr());
+            dispatch(isa, Quantise { x: x.as_ptr(), cols, from: 0, to, out, pairs, fine });
+        }
+        let mut out = vec![f32::NAN; tokens * self.rows];
+        let job = Job {
+            weights: self.weights.as_ptr(),
+            ty: self.ty,
+            cols,
+            bias: std::ptr::null(),
+            x: quantised.as_ptr(),
+            pairs: if class == Class::Exact { paired.as_ptr() } else { std::ptr::null() },
+            xf: x.as_ptr(),
+            tokens,
+            class,
+            fine,
+            out: out.as_mut_ptr(),
+            stride: self.rows,
+            then: Then::Store,
+        };
+        let mut panels = vec![bytemuck::Zeroable::zeroed(); panel_scratch(cols)];
+        let scratch = &mut vec![0.0; cols];
+        dispatch(isa, Rows { job: &job, from: 0, to: self.rows, scratch, panels: &mut panels });
+        out
+    }
+}
+
+/// Error of a product of `(rows, cols)` against double precision, over the root of the sum of squared terms.
+fn product_error(
+    isa: Isa,
+    ty: TensorType,
+    (rows, cols): (usize, usize),
+    tokens: usize,
+    class: Class,
+    fine: bool,
+) -> f64 {
+    let case = Case::new(ty, rows, cols, tokens, fine);
+    let got = case.products(isa, class, 0..tokens);
+    let (weights, x) = (&case.weights, &case.x);
     let mut exact = vec![0.0f32; rows * cols];
-    reference::dequantize(ty, &weights, &mut exact);
+    reference::dequantize(ty, weights, &mut exact);
     let (mut error, mut norm) = (0.0, 0.0);
     for t in 0..tokens {
         for r in 0..rows {
@@ -127,6 +164,39 @@ fn product_error(isa: Isa, ty: TensorType, rows: usize, cols: usize, tokens: usi
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    /// Each row of `case` alone gives the bits that it gives among others, in products of class `class`.
+    fn rows_are_alone(case: &Case, isa: Isa, class: Class, most: usize) {
+        let alone: Vec<f32> = (0..most).flat_map(|t| case.products(isa, class, t..t + 1)).collect();
+        let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        for n in 2..=most {
+            for from in [0, most - n] {
+                let among = case.products(isa, class, from..from + n);
+                let want = &alone[from * case.rows..(from + n) * case.rows];
+                let what = format!("{} {} fine {} {class:?}, {n} from {from}", isa.name(), case.ty, case.fine);
+                assert!(bits(&among) == bits(want), "{what}");
+            }
+        }
+    }
+
+    /// Guards against products that add up in another order where more rows of activations are there.
+    #[test]
+    fn a_row_of_activations_gives_the_same_bits_alone_and_among_others() {
+        for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
+            for ty in TYPES {
+                for fine in [false, true] {
+                    for (rows, blocks) in [(3, 1), (37, 9)] {
+                        let cols = blocks * ty.block_elems().max(32);
+                        let case = Case::new(ty, rows, cols, 19, fine);
+                        rows_are_alone(&case, isa, Class::Exact, EXACT_ROWS);
+                        rows_are_alone(&case, isa, Class::Bulk, 19);
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn every_kernel_is_within_its_bound() {
         let mut lines = Vec::new();

@@ -26,7 +26,7 @@ pub fn memory_rate(device: &Arc<Device>) -> Result<Option<f64>, BackendError> {
 pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream};
 pub use transfer::Transfer;
 
-use super::{Backend, BackendError, DeviceMemory, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
+use super::{Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
 use crate::gguf::TensorType;
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::device_error;
@@ -42,6 +42,8 @@ pub struct CudaBackend {
     engine: Engine,
     dims: Dims,
     tokens: usize,
+    /// Class of the pass's rows.
+    class: Class,
     /// First row of X and Attn that is still wanted ([`Backend::keep`]).
     row0: usize,
     /// The attention output is also there quantised.
@@ -82,6 +84,7 @@ impl CudaBackend {
             engine: Engine::new(Arc::clone(device), stream, kernels, ws),
             dims: dims.clone(),
             tokens: 0,
+            class: Class::Bulk,
             row0: 0,
             attn_quantised: false,
             rows_sent: device.event(false)?,
@@ -289,7 +292,7 @@ impl Backend for CudaBackend {
         Some(Arc::new(memory::CudaMemory::new(&self.engine.device, &self.engine.stream)))
     }
 
-    fn begin(&mut self, first_pos: usize, n_tokens: usize) -> Result<(), BackendError> {
+    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError> {
         let d = &self.dims;
         if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
             return Err(device_error(format!(
@@ -299,7 +302,7 @@ impl Backend for CudaBackend {
             )));
         }
         self.engine.device.bind()?;
-        self.tokens = n_tokens;
+        (self.tokens, self.class) = (n_tokens, class);
         self.logits_here = false;
         self.row0 = 0;
         self.engine.many = false;

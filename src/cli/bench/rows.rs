@@ -6,7 +6,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::super::list::count;
 use super::{Measured, OutputArg};
-use crate::engine::{Opened, Options, Session};
+use crate::engine::{Opened, Session};
 use crate::gguf::{Gguf, TensorType};
 use crate::library::printable;
 use crate::machine;
@@ -25,6 +25,8 @@ pub(super) struct About {
     gpu_info: String,
     backend: &'static str,
     threads: usize,
+    /// Most tokens of a pass.
+    batch: usize,
     kv: TensorType,
     /// Blocks in VRAM, in RAM and on storage.
     tiers: [usize; 3],
@@ -48,6 +50,7 @@ impl About {
             gpu_info: session.device().unwrap_or_default(),
             backend: if session.device().is_some() { "CUDA" } else { "CPU" },
             threads,
+            batch: session.max_batch(),
             kv,
             tiers: [Home::A, Home::B, Home::C].map(|h| blocks.iter().filter(|b| **b == h).count()),
             n_buffers: session.n_slots(),
@@ -221,8 +224,8 @@ impl Rows {
             "model_type": a.model_type,
             "model_size": a.model_size,
             "model_n_params": a.model_n_params,
-            "n_batch": Options::MAX_BATCH,
-            "n_ubatch": Options::MAX_BATCH,
+            "n_batch": a.batch,
+            "n_ubatch": a.batch,
             "n_threads": a.threads,
             "type_k": a.kv.name().to_ascii_lowercase(),
             "type_v": a.kv.name().to_ascii_lowercase(),
@@ -262,6 +265,7 @@ mod tests {
             gpu_info: String::new(),
             backend: "CPU",
             threads: 8,
+            batch: 512,
             kv: TensorType::F16,
             tiers: [0, 20, 12],
             n_buffers: 3,

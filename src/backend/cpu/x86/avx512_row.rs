@@ -1,4 +1,4 @@
-//! One token with one row, straight from the blocks: what decode does with the common types where
+//! One row of activations with one of weights, straight from the blocks: what exact rows take with the common types where
 //! AVX-512 VNNI is there. Nothing is staged in memory, and the scales of a packet are decoded together.
 
 use std::arch::x86_64::*;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
-use crate::backend::{Backend, Dims, Expert, Norm, Rope, RopeKind, RouterParams};
+use crate::backend::{Backend, Class, Dims, Expert, Norm, Rope, RopeKind, RouterParams};
 use crate::gguf::TensorType;
 
 const F32: TensorType = TensorType::F32;
@@ -288,7 +288,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
     for (i, n) in c.passes.iter().enumerate() {
         let rows = random_rows(TensorType::Q8_0, n * N_EMBD, 1.5, rng.word());
         let mut x = widen(&values(TensorType::Q8_0, &rows));
-        g.begin(pos, *n)?;
+        g.begin(pos, *n, if *n > 1 { Class::Bulk } else { Class::Exact })?;
         g.embed(&rows, TensorType::Q8_0)?;
         let outputs = (*n).min(3);
         let mut want = Vec::new();
