@@ -4,28 +4,34 @@
 //
 // prefill: four warps, 16 rows each, share tiles of keys. decode: one tile of 16 rows; four warps
 // take 16 keys each of a tile, and blocks take ranges of keys; `attn_merge` adds the ranges up.
+// Tiles and ranges begin at fixed positions, so that a token's result does not depend on the tokens next to it,
+// nor on how many there are: keys that it does not see add zero.
 #include "common.cuh"
 
 struct AttnArgs {
     const float* q;   // tokens × n_heads × HD, rotated
     const void* k;    // n_kv_heads × n_ctx × HD
     const void* v;
-    float* out;       // prefill: tokens × n_heads × HD; decode: splits × tokens × n_heads × HD,
+    float* out;       // prefill: tokens × n_heads × HD; decode: ranges × tokens × n_heads × HD,
                       // not divided by the sum
-    float2* ml;       // decode: splits × tokens × n_heads (largest score in base 2, sum)
+    float2* ml;       // decode: ranges × tokens × n_heads (largest score in base 2, sum)
     int n_heads, n_kv_heads, n_ctx;
     int tokens;
-    int ranges;            // decode: most ranges of keys
     const int* first_pos;  // in memory, so that a recorded launch serves every position
     float scale;           // log2(e) / sqrt(HD)
 };
-ARGS_SIZE(AttnArgs, 80); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
+ARGS_SIZE(AttnArgs, 72); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
 ARGS_FIELD(AttnArgs, out, 24); ARGS_FIELD(AttnArgs, ml, 32); ARGS_FIELD(AttnArgs, n_heads, 40);
 ARGS_FIELD(AttnArgs, n_kv_heads, 44); ARGS_FIELD(AttnArgs, n_ctx, 48); ARGS_FIELD(AttnArgs, tokens, 52);
-ARGS_FIELD(AttnArgs, ranges, 56); ARGS_FIELD(AttnArgs, first_pos, 64); ARGS_FIELD(AttnArgs, scale, 72);
+ARGS_FIELD(AttnArgs, first_pos, 56); ARGS_FIELD(AttnArgs, scale, 64);
 
-// Keys of a range where `keys` are divided into at most `ranges`: a multiple of 64.
-__device__ __forceinline__ int range_of(int keys, int ranges) { return ((keys + ranges - 1) / ranges + 63) / 64 * 64; }
+// Where range i of the keys begins: 32 ranges of 64 keys, then 16 of each size twice that before. So many blocks have
+// work soon, and the number of ranges stays small (`workspace.rs` computes the same).
+__device__ __forceinline__ int range_begin(int i) {
+    if (i < 32) return 64 * i;
+    const int k = (i - 32) >> 4;
+    return (2048 + 128 * ((i - 32) & 15)) << k;
+}
 
 #define NEG_BIG (-1e30f)
 
@@ -73,10 +79,11 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     const int last_t = (min(m0 + BM, rows) - 1) / group;
     // Written before the first kernel of the pass: nothing to wait for.
     const int first_pos = *a.first_pos;
-    const int split = DECODE ? range_of(first_pos + a.tokens, a.ranges) : 0;
+    // The last ranges are the longest: start them first.
+    const int range = gridDim.z - 1 - blockIdx.z;
     const int seen = first_pos + last_t + 1;
-    const int begin = DECODE ? blockIdx.z * split : 0;
-    const int end = DECODE ? min(begin + split, seen) : seen;
+    const int begin = DECODE ? range_begin(range) : 0;
+    const int end = DECODE ? min(range_begin(range + 1), seen) : seen;
     const size_t base = (size_t)kvh * a.n_ctx * HD;
     const int row_w = DECODE ? 0 : warp * 16, key_w = DECODE ? warp * 16 : 0;
     pdl_launch();
@@ -227,7 +234,7 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
             acc += f * so[(w * 16 + r) * HD + d];
             total += f * ws[w][r];
         }
-        size_t head = ((size_t)blockIdx.z * a.tokens + m / group) * a.n_heads + kvh * group + m % group;
+        size_t head = ((size_t)range * a.tokens + m / group) * a.n_heads + kvh * group + m % group;
         a.out[head * HD + d] = acc;
         if (d == 0) a.ml[head] = make_float2(big, total);
     }
@@ -249,18 +256,16 @@ ATTN(128)
 ATTN(256)
 
 struct MergeArgs {
-    const float* part;   // splits × tokens × width
-    const float2* ml;    // splits × tokens × n_heads
+    const float* part;   // ranges × tokens × width
+    const float2* ml;    // ranges × tokens × n_heads
     float* out;          // tokens × width
     XBlk* q;             // tokens × width / 32, or null
     int tokens, width, head_dim;
-    int ranges;            // as for attn_decode_*
     const int* first_pos;
 };
 ARGS_SIZE(MergeArgs, 56); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
 ARGS_FIELD(MergeArgs, out, 16); ARGS_FIELD(MergeArgs, q, 24); ARGS_FIELD(MergeArgs, tokens, 32);
-ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, ranges, 44);
-ARGS_FIELD(MergeArgs, first_pos, 48);
+ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, first_pos, 48);
 
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
 extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
@@ -272,19 +277,19 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
     if (item >= a.tokens * blocks) return;
     const int t = item / blocks, e = item % blocks * 32 + lane;
     const int n_heads = a.width / a.head_dim;
-    const int keys = *a.first_pos + a.tokens, split = range_of(keys, a.ranges);
-    const int splits = (keys + split - 1) / split;
+    // What this token sees; ranges after these hold nothing for it.
+    const int keys = *a.first_pos + t + 1;
     float v = 0.0f;
     if (e < a.width) {
         const int h = e / a.head_dim;
         float big = NEG_BIG, total = 0.0f;
-        for (int s = 0; s < splits; s++)
+        for (int s = 0; range_begin(s) < keys; s++)
             big = fmaxf(big, a.ml[((size_t)s * a.tokens + t) * n_heads + h].x);
-        for (int s = 0; s < splits; s++) {
+        for (int s = 0; range_begin(s) < keys; s++) {
             float2 ml = a.ml[((size_t)s * a.tokens + t) * n_heads + h];
             float f = exp2f(ml.x - big);
-            total += f * ml.y;
-            v += f * a.part[((size_t)s * a.tokens + t) * a.width + e];
+            total = __fmaf_rn(f, ml.y, total);
+            v = __fmaf_rn(f, a.part[((size_t)s * a.tokens + t) * a.width + e], v);
         }
         v /= total;
         a.out[(size_t)t * a.width + e] = v;

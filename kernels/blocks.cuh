@@ -1,7 +1,6 @@
 // The quantised block types of GGUF. Each decoder turns 32 weights (a whole block, or one of the
 // eight 32-element parts `sub` of a super-block of 256) into eight words of four int8 and the
 // numbers that make values of them: w[i] = a[i / 16] * q[i] - m[i / 16].
-// `pair` turns words i and i + 4 of a part alone (i below 4): one word of each of its halves.
 // Blocks are read from shared memory. Those whose size is a multiple of 16 start on a 16-byte
 // boundary, other multiples of four on a four-byte one, other even sizes on an even address.
 #pragma once
@@ -67,10 +66,6 @@ struct BQ8_0 {
         o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 0.0f;
     }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        ld_words<1>(p + 2 + 4 * i, &lo);
-        ld_words<1>(p + 18 + 4 * i, &hi);
-    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         ld_words<8>(p + 2, o.q);
         scales(p, sub, o);
@@ -83,16 +78,6 @@ __device__ __forceinline__ void nibbles(const u32* qs, Quants& o) {
         o.q[i] = qs[i] & 0x0f0f0f0fu;
         o.q[i + 4] = (qs[i] >> 4) & 0x0f0f0f0fu;
     }
-}
-
-__device__ __forceinline__ void nibble_pair(u32 w, u32& lo, u32& hi) {
-    lo = w & 0x0f0f0f0fu;
-    hi = (w >> 4) & 0x0f0f0f0fu;
-}
-
-__device__ __forceinline__ void fifth_bits_pair(u32 qh, int i, u32& lo, u32& hi) {
-    lo |= spread4(qh >> (4 * i)) << 4;
-    hi |= spread4(qh >> (4 * i + 16)) << 4;
 }
 
 __device__ __forceinline__ void fifth_bits(u32 qh, Quants& o) {
@@ -108,11 +93,6 @@ struct BQ4_0 {
     static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 8.0f * o.a0;
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        u32 w;
-        ld_words<1>(p + 2 + 4 * i, &w);
-        nibble_pair(w, lo, hi);
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4];
@@ -132,9 +112,6 @@ struct BQ4_1 {
         o.a0 = o.a1 = h2f((u16)dm);
         o.m0 = o.m1 = -h2f((u16)(dm >> 16));
     }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        nibble_pair(ld32(p + 4 + 4 * i), lo, hi);
-    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4] = {ld32(p + 4), ld32(p + 8), ld32(p + 12), ld32(p + 16)};
         nibbles(w, o);
@@ -150,13 +127,6 @@ struct BQ5_0 {
     static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         o.a0 = o.a1 = h2f(ld_half(p));
         o.m0 = o.m1 = 16.0f * o.a0;
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        u32 qh, w;
-        ld_words<1>(p + 2, &qh);
-        ld_words<1>(p + 6 + 4 * i, &w);
-        nibble_pair(w, lo, hi);
-        fifth_bits_pair(qh, i, lo, hi);
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[5];
@@ -174,10 +144,6 @@ struct BQ5_1 {
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         BQ4_1::scales(p, 0, o);
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        nibble_pair(ld32(p + 8 + 4 * i), lo, hi);
-        fifth_bits_pair(ld32(p + 4), i, lo, hi);
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4] = {ld32(p + 8), ld32(p + 12), ld32(p + 16), ld32(p + 20)};
@@ -203,11 +169,6 @@ struct BIQ4_NL {
     static __device__ __forceinline__ void scales(const u8* p, int, Quants& o) {
         BQ8_0::scales(p, 0, o);
     }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        u32 w;
-        ld_words<1>(p + 2 + 4 * i, &w);
-        value(w, lo, hi);
-    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4];
         ld_words<4>(p + 2, w);
@@ -231,11 +192,6 @@ struct BMXFP4 {
         o.a0 = o.a1 = __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
         o.m0 = o.m1 = 0.0f;
     }
-    static __device__ __forceinline__ void pair(const u8* p, int, int i, u32& lo, u32& hi) {
-        u32 w;
-        ld_words<1>(p + 1 + 4 * i, &w);
-        value(w, lo, hi);
-    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[4];
         ld_words<4>(p + 1, w);
@@ -258,12 +214,6 @@ struct BQ2_K {
         o.a1 = d * (float)(s1 & 15);
         o.m0 = dmin * (float)(s0 >> 4);
         o.m1 = dmin * (float)(s1 >> 4);
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
-        const u8* qs = p + 16 + 32 * (sub >> 2) + 4 * i;
-        const int shift = 2 * (sub & 3);
-        lo = (ld32(qs) >> shift) & 0x03030303u;
-        hi = (ld32(qs + 16) >> shift) & 0x03030303u;
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         const u8* qs = p + 16 + 32 * (sub >> 2);
@@ -293,15 +243,6 @@ struct BQ3_K {
         o.a0 = d * scale(p + 96, 2 * sub);
         o.a1 = d * scale(p + 96, 2 * sub + 1);
         o.m0 = o.m1 = 0.0f;
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
-        u32 h, w;
-        ld_words<1>(p + 4 * i, &h);
-        ld_words<1>(p + 32 + 32 * (sub >> 2) + 4 * i, &w);
-        lo = value(w, h, sub);
-        ld_words<1>(p + 16 + 4 * i, &h);
-        ld_words<1>(p + 48 + 32 * (sub >> 2) + 4 * i, &w);
-        hi = value(w, h, sub);
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 h[8], w[8];
@@ -338,11 +279,6 @@ struct BQ4_K {
     static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
         scale_min_k4(*(const uint4*)p, sub, o);
     }
-    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
-        const u8* qs = p + 16 + 32 * (sub >> 1) + 4 * i;
-        lo = (ld32(qs) >> (4 * (sub & 1))) & 0x0f0f0f0fu;
-        hi = (ld32(qs + 16) >> (4 * (sub & 1))) & 0x0f0f0f0fu;
-    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         ld_8words(p + 16 + 32 * (sub >> 1), o.q);
         int shift = 4 * (sub & 1);
@@ -362,11 +298,6 @@ struct BQ5_K {
     }
     static __device__ __forceinline__ void scales(const u8* p, int sub, Quants& o) {
         scale_min_k4(*(const uint4*)p, sub, o);
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
-        const u8* qs = p + 48 + 32 * (sub >> 1) + 4 * i;
-        lo = value(ld32(qs), ld32(p + 16 + 4 * i), sub);
-        hi = value(ld32(qs + 16), ld32(p + 32 + 4 * i), sub);
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 h[8];
@@ -393,17 +324,6 @@ struct BQ6_K {
         o.a1 = d * (float)(signed char)p[192 + 2 * sub + 1];
         o.m0 = o.m1 = 0.0f;
     }
-    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
-        const int n = sub >> 2, part = sub & 3;
-        const u8 *ls = p + 64 * n + 32 * (part & 1) + 4 * i, *hs = p + 128 + 32 * n + 4 * i;
-        u32 l, h;
-        ld_words<1>(ls, &l);
-        ld_words<1>(hs, &h);
-        lo = value(l, h, part);
-        ld_words<1>(ls + 16, &l);
-        ld_words<1>(hs + 16, &h);
-        hi = value(l, h, part);
-    }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         int n = sub >> 2, part = sub & 3;
         u32 l[8], h[8];
@@ -426,9 +346,6 @@ struct BIQ4_XS {
         int hi = (dh >> (16 + 2 * sub)) & 3;
         o.a0 = o.a1 = h2f((u16)dh) * (float)((lo | (hi << 4)) - 32);
         o.m0 = o.m1 = 0.0f;
-    }
-    static __device__ __forceinline__ void pair(const u8* p, int sub, int i, u32& lo, u32& hi) {
-        BIQ4_NL::value(ld32(p + 8 + 16 * sub + 4 * i), lo, hi);
     }
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         const u8* qs = p + 8 + 16 * sub;

@@ -1,11 +1,12 @@
-// Matrix times vector, for decoding, on GPUs of compute capability 9.0 and later (several vectors: few.cu):
-// int8 dot products on activations quantised per 32, bound by the bytes of the weights.
+// Matrix times one to eight vectors, for decoding, on GPUs of compute capability 9.0 and later: int8 dot
+// products on activations quantised per 32, bound by the bytes of the weights. A vector's results are the same
+// bits alone and among others.
 //
 // Rows are cut into tiles of some 16 to 32 KiB that lie in one piece of memory where the shape allows,
 // since many small copies run at two thirds of the memory's rate. Tiles are dealt to the blocks in turn.
 // In a block one warp copies tiles ahead into a ring of stages, eight compute, and one adds up what they
 // found and stores it. While the ring fills for the first time, each block norms and quantises the
-// activations for itself.
+// activations of one token for itself; several tokens' have been quantised before (`quantise_rows`).
 #include "tiles.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -82,44 +83,60 @@ __device__ __forceinline__ void copy_tiles(const GemvArgs& a, const Shape& sh, i
 }
 
 // The storing warp: adds up the warps of each row, in order. What results are added to is fetched before
-// they are there.
-__device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, int tiles, const float (*part)[WARPS][2],
-                                            u64* summed, u64* taken, int lane) {
+// they are there. A lane has a pair of rows of one token, or two.
+template <int NT>
+__device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, int tiles,
+                                            const float (*part)[WARPS][NT][2], u64* summed, u64* taken, int lane) {
     u32 parity = 0;
     int buf = 0;
     const int kw = a.row_warps;
     const bool swiglu = a.mode == MODE_SWIGLU;
     const int width = swiglu ? tile_rows : tile_rows / 2;  // pairs of rows
-    const int out_row = a.out_idx ? a.out_idx[0] : 0;
+    constexpr int ITEMS = WARPS * NT > 32 ? WARPS * NT / 32 : 1;
+    const int t = lane % NT;
+    const int out_row = t < a.tokens && a.out_idx ? a.out_idx[t] : t;
     for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
         const Tile tile = tile_of(a, n, tile_rows);
         const float* bias0 = a.bias[tile.seg];
         const float* bias1 = swiglu ? a.bias[1] : bias0;
-        const int slot = lane;
-        const int at0 = swiglu ? slot : 2 * slot, at1 = swiglu ? slot : at0 + 1;
-        const bool has0 = slot < width && at0 < tile.rows, has1 = slot < width && at1 < tile.rows;
         float* o = a.out[tile.seg] + (size_t)out_row * a.stride[tile.seg] + tile.row;
-        float add0 = has0 && bias0 ? bias0[tile.row + at0] : 0.0f;
-        float add1 = has1 && bias1 ? bias1[tile.row + at1] : 0.0f;
-        if (a.mode == MODE_ADD) {
-            if (has0) add0 += o[at0];
-            if (has1) add1 += o[at1];
-        }
-        bar_wait(&summed[buf], parity);
-        float v0 = 0.0f, v1 = 0.0f;
-        if (has0) {
-            for (int k = 0; k < kw; k++) {
-                v0 += part[buf][slot * kw + k][0];
-                v1 += part[buf][slot * kw + k][1];
+        int at0[ITEMS], at1[ITEMS];
+        bool has0[ITEMS], has1[ITEMS];
+        float add0[ITEMS], add1[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int slot = lane / NT + 32 / NT * i;
+            at0[i] = swiglu ? slot : 2 * slot;
+            at1[i] = swiglu ? slot : at0[i] + 1;
+            const bool mine = slot < width && t < a.tokens;
+            has0[i] = mine && at0[i] < tile.rows;
+            has1[i] = mine && at1[i] < tile.rows;
+            add0[i] = has0[i] && bias0 ? bias0[tile.row + at0[i]] : 0.0f;
+            add1[i] = has1[i] && bias1 ? bias1[tile.row + at1[i]] : 0.0f;
+            if (a.mode == MODE_ADD) {
+                if (has0[i]) add0[i] += o[at0[i]];
+                if (has1[i]) add1[i] += o[at1[i]];
             }
         }
-        v0 += add0;
-        v1 += add1;
-        if (swiglu) {
-            if (has0) o[at0] = silu(v0) * v1;
-        } else {
-            if (has0) o[at0] = v0;
-            if (has1) o[at1] = v1;
+        bar_wait(&summed[buf], parity);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int slot = lane / NT + 32 / NT * i;
+            float v0 = 0.0f, v1 = 0.0f;
+            if (has0[i]) {
+                for (int k = 0; k < kw; k++) {
+                    v0 += part[buf][slot * kw + k][t][0];
+                    v1 += part[buf][slot * kw + k][t][1];
+                }
+            }
+            v0 += add0[i];
+            v1 += add1[i];
+            if (swiglu) {
+                if (has0[i]) o[at0[i]] = silu(v0) * v1;
+            } else {
+                if (has0[i]) o[at0[i]] = v0;
+                if (has1[i]) o[at1[i]] = v1;
+            }
         }
         __syncwarp();
         if (lane == 0) bar_arrive(&taken[buf]);
@@ -127,8 +144,10 @@ __device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, in
     }
 }
 
-// What orders accesses to shared memory, of which racecheck follows only __syncthreads (as in few.cu, where the rules of
-// mbarriers are): it reports the stores to `part`, and bulk copies into the ring, against the reads after them.
+// What orders accesses to shared memory. racecheck follows __syncthreads and named barriers, not these mbarriers, and so
+// reports the stores to `part`, and bulk copies into the ring, against the reads after them. mbarrier.arrive (also with
+// expect_tx) releases and mbarrier.try_wait acquires at the scope of the block by default; every lane waits for itself,
+// and __syncwarp orders the accesses of a warp's lanes with the arrival of its lane 0.
 //
 // - ring: copies complete the transaction count of full[stage], word-wise stores come before lane 0's arrival there by
 //   __syncwarp; every lane of a computing warp waits on it before it reads. They read, __syncwarp, lane 0 of each arrives
@@ -138,11 +157,11 @@ __device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, in
 //   same buffer two tiles later; the first wait of either buffer passes at once, when nothing was stored there.
 // - activations: stored before any tile by the computing warps, which meet at a named barrier, and never written again.
 // - the barriers themselves: initialised by thread 0, then __syncthreads.
-template <class B>
+template <class B, int NT>
 __device__ __forceinline__ void bulk(const GemvArgs& a) {
     extern __shared__ __align__(128) u8 smem[];
     __shared__ __align__(8) u64 full[STAGES_MAX], empty[STAGES_MAX], summed[2], taken[2];
-    __shared__ float part[2][WARPS][2];
+    __shared__ float part[2][WARPS][NT][2];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const Shape sh = shape_of<B>(a);
     const int tiles = tiles_of(a, sh.tile_rows);
@@ -168,10 +187,10 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
     }
     if (warp == STORER) {
         pdl_wait();
-        store_tiles(a, sh.tile_rows, tiles, part, summed, taken, lane);
+        store_tiles<NT>(a, sh.tile_rows, tiles, part, summed, taken, lane);
         return;
     }
-    load_activations(a, xs, nb);
+    load_activations<NT == 1>(a, xs, nb);
 
     const bool swiglu = a.mode == MODE_SWIGLU;
     const int kw = a.row_warps, kq = warp % kw, slot = warp / kw;
@@ -184,7 +203,9 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
         const int i0 = swiglu ? slot : 2 * slot, i1 = swiglu ? slot : 2 * slot + 1;
         const u8* w0 = a.w[swiglu ? 0 : tile.seg];
         const u8* w1 = a.w[swiglu ? 1 : tile.seg];
-        float acc0 = 0.0f, acc1 = 0.0f;
+        float acc[NT][2];
+#pragma unroll
+        for (int t = 0; t < NT; t++) acc[t][0] = acc[t][1] = 0.0f;
         for (int pc = 0; pc < sh.pieces; pc++) {
             const u8* from = smem + stage * stage_bytes;
             const u8 *b0, *b1;
@@ -213,9 +234,13 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
                     B::decode(b0 + at, B::ELEMS == 32 ? 0 : sub, q0);
                     B::decode(b1 + at, B::ELEMS == 32 ? 0 : sub, q1);
                     const int kb = B::ELEMS == 32 ? kb0 : kb0 + sub;
-                    const Activations x(xs + kb);
-                    acc0 += dot<B>(q0, x.q, x.d, x.s);
-                    acc1 += dot<B>(q1, x.q, x.d, x.s);
+#pragma unroll
+                    for (int t = 0; t < NT; t++) {
+                        if (NT > 1 && t >= a.tokens) break;
+                        const Activations x(xs + (size_t)t * nb + kb);
+                        acc[t][0] = dot<B>(q0, x.q, x.d, x.s, acc[t][0]);
+                        acc[t][1] = dot<B>(q1, x.q, x.d, x.s, acc[t][1]);
+                    }
                 }
             }
             __syncwarp();
@@ -228,20 +253,46 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
         bar_wait(&taken[buf], part_parity ^ 1);
         // Both rows at once: the lower half of the warp ends with the first, the upper with the second.
         const bool upper = lane >= 16;
-        float v = upper ? acc1 : acc0;
-        v += __shfl_xor_sync(0xffffffffu, upper ? acc0 : acc1, 16);
 #pragma unroll
-        for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
-        if ((lane & 15) == 0) part[buf][warp][lane >> 4] = v;
+        for (int t = 0; t < NT; t++) {
+            float v = upper ? acc[t][1] : acc[t][0];
+            v += __shfl_xor_sync(0xffffffffu, upper ? acc[t][0] : acc[t][1], 16);
+#pragma unroll
+            for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+            if ((lane & 15) == 0) part[buf][warp][t][lane >> 4] = v;
+        }
         __syncwarp();
         if (lane == 0) bar_arrive(&summed[buf]);
         if ((buf ^= 1) == 0) part_parity ^= 1;
     }
 }
 
-#define BULK(T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) bulk_##T(const __grid_constant__ GemvArgs a) { \
-        bulk<B##T>(a);                                                                                     \
+#define BULK(T, N)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) bulk_##T##_##N(const __grid_constant__ GemvArgs a) { \
+        bulk<B##T, N>(a);                                                                                          \
     }
-FOR_EACH_QUANT(BULK)
+#define BULKS(T) \
+    BULK(T, 1)   \
+    BULK(T, 2)   \
+    BULK(T, 4)   \
+    BULK(T, 8)
+FOR_EACH_QUANT(BULKS)
+
+struct QuantiseArgs {
+    const float* x;     // tokens × cols
+    const float* norm;  // weight of the norm; null for none
+    XBlk* q;            // tokens × cols / 32
+    float eps;
+    int cols;
+};
+ARGS_SIZE(QuantiseArgs, 32); ARGS_FIELD(QuantiseArgs, x, 0); ARGS_FIELD(QuantiseArgs, norm, 8);
+ARGS_FIELD(QuantiseArgs, q, 16); ARGS_FIELD(QuantiseArgs, eps, 24); ARGS_FIELD(QuantiseArgs, cols, 28);
+
+// What bulk_*_1 does to its input, for a token a block: the same bits.
+extern "C" __global__ void __launch_bounds__(256) quantise_rows(const __grid_constant__ QuantiseArgs a) {
+    const size_t row = blockIdx.x;
+    const int nb = a.cols / 32;
+    pdl_launch();
+    norm_rows({a.x + row * a.cols, a.norm, a.eps, a.cols}, 1, a.q + row * nb, nb);
+}
 #endif

@@ -143,28 +143,6 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Products of bytes on tensor cores leave sums below 2^22 in the low bits of the float 1.5 · 2^23, whose
-// value `sum_of` takes off again: converting integers would take twice the time of that subtraction.
-#define MMA_ZERO 0x4b400000
-
-// a · b for a 16×32 tile a (a[0], a[1]: its first 16 columns) and a 32×8 tile b.
-__device__ __forceinline__ void mma_s8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    const int z = MMA_ZERO;
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(z));
-}
-// The same for 16 columns: a 16×16 tile and a 16×8 tile.
-__device__ __forceinline__ void mma_s8_half(int (&c)[4], u32 a0, u32 a1, u32 b) {
-    const int z = MMA_ZERO;
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
-        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-        : "r"(a0), "r"(a1), "r"(b), "r"(z));
-}
-__device__ __forceinline__ float sum_of(int c) { return __int_as_float(c) - __int_as_float(MMA_ZERO); }
-
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);

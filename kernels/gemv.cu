@@ -117,7 +117,7 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
-    load_activations(a, xs, nb);
+    load_activations<true>(a, xs, nb);
 
     int slot = 0;
     for (int n = 0; n < items; n++) {
@@ -146,8 +146,8 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
                 for (int t = 0; t < NT; t++) {
                     if (t < a.tokens) {
                         const Activations x(xs + (size_t)t * nb + kb);
-                        acc[0][t] += dot<B>(q0, x.q, x.d, x.s);
-                        acc[1][t] += dot<B>(q1, x.q, x.d, x.s);
+                        acc[0][t] = dot<B>(q0, x.q, x.d, x.s, acc[0][t]);
+                        acc[1][t] = dot<B>(q1, x.q, x.d, x.s, acc[1][t]);
                     }
                 }
             }

@@ -25,24 +25,20 @@ struct GemvArgs {
     const float* raw;    // instead of x: tokens × cols floats, to be normed and quantised here
     const float* norm;   // weight of that norm; null for none
     float eps;
-    // For bulk_* and few_*: how rows are cut into tiles; chosen by the host.
-    int row_warps;       // bulk: warps that share a row, a divisor of WARPS
-    int piece;           // bulk: steps of a row that a stage holds; all of them: whole rows, in one copy.
-                         // few: blocks of a row that a stage holds
+    // For bulk_*: how rows are cut into tiles; chosen by the host, and the same for every number of tokens, since
+    // sums follow from it.
+    int row_warps;       // warps that share a row, a divisor of WARPS
+    int piece;           // steps of a row that a stage holds; all of them: whole rows, in one copy
     int stages;
     int run_pitch;       // bytes between copies in a stage
-    // For few_*, which may multiply a part of the columns: from row to row, and from token to token.
-    int row_bytes;
-    int x_blocks;
 };
-ARGS_SIZE(GemvArgs, 192); ARGS_FIELD(GemvArgs, w, 0); ARGS_FIELD(GemvArgs, bias, 24);
+ARGS_SIZE(GemvArgs, 184); ARGS_FIELD(GemvArgs, w, 0); ARGS_FIELD(GemvArgs, bias, 24);
 ARGS_FIELD(GemvArgs, out, 48); ARGS_FIELD(GemvArgs, rows, 72); ARGS_FIELD(GemvArgs, stride, 84);
 ARGS_FIELD(GemvArgs, segments, 96); ARGS_FIELD(GemvArgs, cols, 100); ARGS_FIELD(GemvArgs, tokens, 104);
 ARGS_FIELD(GemvArgs, mode, 108); ARGS_FIELD(GemvArgs, x, 112); ARGS_FIELD(GemvArgs, in_idx, 120);
 ARGS_FIELD(GemvArgs, out_idx, 128); ARGS_FIELD(GemvArgs, hidden_q, 136); ARGS_FIELD(GemvArgs, raw, 144);
 ARGS_FIELD(GemvArgs, norm, 152); ARGS_FIELD(GemvArgs, eps, 160); ARGS_FIELD(GemvArgs, row_warps, 164);
 ARGS_FIELD(GemvArgs, piece, 168); ARGS_FIELD(GemvArgs, stages, 172); ARGS_FIELD(GemvArgs, run_pitch, 176);
-ARGS_FIELD(GemvArgs, row_bytes, 180); ARGS_FIELD(GemvArgs, x_blocks, 184);
 
 #define WARPS 8
 
@@ -67,8 +63,9 @@ struct Activations {
     }
 };
 
+// Factors and sums of a block, in one order of operations, whatever kernel this becomes part of.
 template <class B>
-__device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, float s) {
+__device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, float s, float acc) {
     int i0 = 0, i1 = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -77,18 +74,19 @@ __device__ __forceinline__ float dot(const Quants& w, const u32* x, float d, flo
     }
     float r;
     if (B::HALVES) {
-        r = w.a0 * (float)i0 + w.a1 * (float)i1;
+        r = __fmaf_rn(w.a1, (float)i1, __fmul_rn(w.a0, (float)i0));
         if (B::MINS) {
             int s0 = 0;
 #pragma unroll
             for (int i = 0; i < 4; i++) s0 = __dp4a(0x01010101, (int)x[i], s0);
-            r -= w.m0 * (float)s0 + w.m1 * (s - (float)s0);
+            r = __fmaf_rn(-w.m0, (float)s0, r);
+            r = __fmaf_rn(-w.m1, s - (float)s0, r);
         }
     } else {
-        r = w.a0 * (float)(i0 + i1);
-        if (B::MINS) r -= w.m0 * s;
+        r = __fmul_rn(w.a0, (float)(i0 + i1));
+        if (B::MINS) r = __fmaf_rn(-w.m0, s, r);
     }
-    return r * d;
+    return __fmaf_rn(r, d, acc);
 }
 
 #define CHUNK 8  // groups of four values that a thread keeps in registers
@@ -102,32 +100,43 @@ __device__ __forceinline__ void load_chunk(float4 (&v)[CHUNK], const float* row,
     }
 }
 
-__device__ __forceinline__ float sum_squares(const float4 (&v)[CHUNK]) {
-    float sum = 0.0f;
+__device__ __forceinline__ float sum_squares(const float4 (&v)[CHUNK], float sum) {
 #pragma unroll
-    for (int k = 0; k < CHUNK; k++) sum += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
+    for (int k = 0; k < CHUNK; k++) {
+        sum = __fmaf_rn(v[k].x, v[k].x, sum);
+        sum = __fmaf_rn(v[k].y, v[k].y, sum);
+        sum = __fmaf_rn(v[k].z, v[k].z, sum);
+        sum = __fmaf_rn(v[k].w, v[k].w, sum);
+    }
     return sum;
 }
 
-// RMS norm (where there is one) and quantisation of the input rows, by every block for itself: cheaper
-// than a kernel of its own, which would have to end before this one begins. All loads of a chunk are in
-// flight at once, and those of the norm's weight before the predecessor has ended.
-__device__ __forceinline__ void norm_rows(const GemvArgs& a, XBlk* xs, int nb) {
+// Rows of floats, `cols` wide, and the weight of their norm, or null.
+struct Floats {
+    const float* rows;
+    const float* norm;
+    float eps;
+    int cols;
+};
+
+// RMS norm (where there is one) and quantisation of `tokens` rows to `xs`, by the first 256 threads of a block.
+// All loads of a chunk are in flight at once, and those of the norm's weight before the predecessor has ended.
+__device__ __forceinline__ void norm_rows(const Floats& a, int tokens, XBlk* xs, int nb) {
     __shared__ float part[WARPS];
     const int tid = threadIdx.x, warp = tid >> 5;
     const int n = a.cols / 4, step = CHUNK * WARPS * 32;
     float4 w[CHUNK], v[CHUNK];
     if (a.norm) load_chunk(w, a.norm, 0, n);
     pdl_wait();
-    for (int t = 0; t < a.tokens; t++) {
-        const float* x = a.raw + (size_t)t * a.cols;
+    for (int t = 0; t < tokens; t++) {
+        const float* x = a.rows + (size_t)t * a.cols;
         float rs = 1.0f;
         load_chunk(v, x, 0, n);
         if (a.norm) {
-            float sum = sum_squares(v);
+            float sum = sum_squares(v, 0.0f);
             for (int first = step; first < n; first += step) {
                 load_chunk(v, x, first, n);
-                sum += sum_squares(v);
+                sum = sum_squares(v, sum);
             }
             if (n > step) load_chunk(v, x, 0, n);
             sum = warp_sum(sum);
@@ -154,10 +163,12 @@ __device__ __forceinline__ void norm_rows(const GemvArgs& a, XBlk* xs, int nb) {
     }
 }
 
-// Brings the activations to shared memory, quantised.
+// Brings the activations to shared memory, quantised; RAW: floats may have to be.
+template <bool RAW>
 __device__ __forceinline__ void load_activations(const GemvArgs& a, XBlk* xs, int nb) {
-    if (a.raw) {
-        norm_rows(a, xs, nb);
+    if (RAW && a.raw) {
+        // By every block for itself: cheaper than a kernel of its own, which would have to end before this one begins.
+        norm_rows({a.raw, a.norm, a.eps, a.cols}, a.tokens, xs, nb);
         return;
     }
     pdl_wait();

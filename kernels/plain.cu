@@ -80,8 +80,12 @@ __device__ __forceinline__ void plain(const PlainArgs& a) {
             for (int t = 0; t < NT; t++) {
                 if (t >= a.tokens) continue;
                 float4 p = *(const float4*)(x[t] + k), q = *(const float4*)(x[t] + k + 4);
-                acc[t] += v[0] * p.x + v[1] * p.y + v[2] * p.z + v[3] * p.w + v[4] * q.x +
-                          v[5] * q.y + v[6] * q.z + v[7] * q.w;
+                // One order, whatever the number of tokens.
+                const float u[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
+                float sum = __fmul_rn(v[0], u[0]);
+#pragma unroll
+                for (int i = 1; i < 8; i++) sum = __fmaf_rn(v[i], u[i], sum);
+                acc[t] += sum;
             }
         }
     } else {
@@ -89,7 +93,7 @@ __device__ __forceinline__ void plain(const PlainArgs& a) {
             float v = P::one(w + (size_t)k * P::BYTES);
 #pragma unroll
             for (int t = 0; t < NT; t++)
-                if (t < a.tokens) acc[t] += v * x[t][k];
+                if (t < a.tokens) acc[t] = __fmaf_rn(v, x[t][k], acc[t]);
         }
     }
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the matrix products that copy tiles ahead (bulk.cu, few.cu) share: how rows are dealt out as tiles.
+// How the matrix products that copy tiles ahead (bulk.cu) deal rows out as tiles.
 #pragma once
 #include "gemv.cuh"
 

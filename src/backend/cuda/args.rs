@@ -32,8 +32,16 @@ pub(super) struct GemvArgs {
     pub piece: i32,
     pub stages: i32,
     pub run_pitch: i32,
-    pub row_bytes: i32,
-    pub x_blocks: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct QuantiseArgs {
+    pub x: u64,
+    pub norm: u64,
+    pub q: u64,
+    pub eps: f32,
+    pub cols: i32,
 }
 
 #[repr(C)]
@@ -91,7 +99,6 @@ pub(super) struct AttnArgs {
     pub n_kv_heads: i32,
     pub n_ctx: i32,
     pub tokens: i32,
-    pub ranges: i32,
     pub first_pos: u64,
     pub scale: f32,
 }
@@ -106,7 +113,6 @@ pub(super) struct MergeArgs {
     pub tokens: i32,
     pub width: i32,
     pub head_dim: i32,
-    pub ranges: i32,
     pub first_pos: u64,
 }
 
@@ -190,12 +196,13 @@ macro_rules! layouts {
 }
 
 layouts! {
-    GemvArgs 192 { w 0, bias 24, out 48, rows 72, stride 84, segments 96, cols 100, tokens 104, mode 108, x 112, in_idx 120, out_idx 128, hidden_q 136, raw 144, norm 152, eps 160, row_warps 164, piece 168, stages 172, run_pitch 176, row_bytes 180, x_blocks 184 }
+    GemvArgs 184 { w 0, bias 24, out 48, rows 72, stride 84, segments 96, cols 100, tokens 104, mode 108, x 112, in_idx 120, out_idx 128, hidden_q 136, raw 144, norm 152, eps 160, row_warps 164, piece 168, stages 172, run_pitch 176 }
+    QuantiseArgs 32 { x 0, norm 8, q 16, eps 24, cols 28 }
     PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
     DequantArgs 32 { w 0, out 8, rows 16, cols 20, pitch 24 }
     GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64 }
-    AttnArgs 80 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_ctx 48, tokens 52, ranges 56, first_pos 64, scale 72 }
-    MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, ranges 44, first_pos 48 }
+    AttnArgs 72 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_ctx 48, tokens 52, first_pos 56, scale 64 }
+    MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, first_pos 48 }
     PrepArgs 80 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72 }
     RopeArgs 120 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, first_pos 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_ctx 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
@@ -212,6 +219,7 @@ mod tests {
         let sources = [
             include_str!("../../../kernels/common.cuh"),
             include_str!("../../../kernels/gemv.cuh"),
+            include_str!("../../../kernels/bulk.cu"),
             include_str!("../../../kernels/plain.cu"),
             include_str!("../../../kernels/dequant.cu"),
             include_str!("../../../kernels/gemm.cu"),

@@ -8,7 +8,6 @@ mod driver;
 mod graph;
 mod memory;
 mod modules;
-mod pieces;
 mod product;
 pub mod selftest;
 mod tiling;
@@ -26,14 +25,14 @@ pub fn memory_rate(device: &Arc<Device>) -> Result<Option<f64>, BackendError> {
 pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream};
 pub use transfer::Transfer;
 
-use super::{Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
+use super::{Backend, BackendError, Class, DeviceMemory, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
 use crate::gguf::TensorType;
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::device_error;
 use graph::Recorder;
 use modules::{HEAD_DIMS, Kernels};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
-use workspace::{DECODE_TOKENS, GEMV_TOKENS, PARTIAL_ROWS, Workspace, cache_elem_bytes};
+use workspace::{Workspace, cache_elem_bytes, key_ranges};
 
 /// Runs the operations of a forward pass on one GPU.
 pub struct CudaBackend {
@@ -42,8 +41,6 @@ pub struct CudaBackend {
     engine: Engine,
     dims: Dims,
     tokens: usize,
-    /// Class of the pass's rows.
-    class: Class,
     /// First row of X and Attn that is still wanted ([`Backend::keep`]).
     row0: usize,
     /// The attention output is also there quantised.
@@ -84,7 +81,6 @@ impl CudaBackend {
             engine: Engine::new(Arc::clone(device), stream, kernels, ws),
             dims: dims.clone(),
             tokens: 0,
-            class: Class::Bulk,
             row0: 0,
             attn_quantised: false,
             rows_sent: device.event(false)?,
@@ -126,13 +122,14 @@ impl CudaBackend {
         self.engine.prepare(prep, self.x(), 0, self.dims.n_embd, self.tokens, to)
     }
 
-    /// `norm(X)` in the forms that weights of these types want. Where all want it quantised, and there is
-    /// one token, their products do both themselves.
+    /// `norm(X)` in the forms that weights of these types want. Where all want it quantised, the products of one token
+    /// do both themselves.
     fn normed(&self, norm: &Norm, types: &[TensorType]) -> Result<Inputs, BackendError> {
-        let input = self.engine.forms(types, self.tokens);
-        let aligned = self.dims.n_embd.is_multiple_of(32) && norm.weight.addr.is_multiple_of(16);
-        if input.f == 0 && input.h == 0 && aligned && self.engine.takes_floats(self.tokens) {
-            return Ok(Inputs { raw: Raw { x: self.x(), norm: norm.weight.addr, eps: norm.eps }, ..input });
+        let (input, n) = (self.engine.forms(types), self.dims.n_embd);
+        let aligned = n.is_multiple_of(32) && norm.weight.addr.is_multiple_of(16);
+        if input.f == 0 && input.h == 0 && aligned {
+            let raw = Raw { x: self.x(), norm: norm.weight.addr, eps: norm.eps };
+            return self.engine.quantised(raw, n, self.tokens, input.q);
         }
         self.norm(norm, input)?;
         Ok(input)
@@ -188,7 +185,6 @@ impl CudaBackend {
             n_kv_heads: d.n_kv_heads as i32,
             n_ctx: d.n_ctx as i32,
             tokens: self.tokens as i32,
-            ranges: 0,
             first_pos: ws.first_pos.addr(),
             scale: std::f32::consts::LOG2_E / (d.head_dim as f32).sqrt(),
         }
@@ -206,19 +202,18 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, grid, 128, shared, &a) }
     }
 
-    /// Keys are divided into as many ranges as two blocks a multiprocessor, or fewer where they are few.
+    /// Keys are divided into ranges at fixed positions, a block each; those beyond the pass's keys end at once.
     fn attend_decode(&mut self, layer: usize) -> Result<(), BackendError> {
         let d = &self.dims;
         let tiles = (self.tokens * (d.n_heads / d.n_kv_heads)).div_ceil(16);
-        let blocks = 2 * self.engine.device.info.multiprocessors as usize;
-        let ranges = (blocks / (tiles * d.n_kv_heads)).clamp(1, PARTIAL_ROWS / self.tokens);
+        let ranges = key_ranges(d.n_ctx);
         let ws = &self.engine.ws;
-        let a = AttnArgs { out: ws.partial.addr(), ranges: ranges as i32, ..self.attn_args(layer) };
+        let a = AttnArgs { out: ws.partial.addr(), ..self.attn_args(layer) };
         let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
         let f = self.engine.kernels.attn[self.cache_kind()][0];
         let grid = (tiles as u32, d.n_kv_heads as u32, ranges as u32);
-        // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for
-        // ranges * tokens <= PARTIAL_ROWS rows.
+        // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for all ranges of up to
+        // EXACT_ROWS tokens, and `begin` has checked their number.
         unsafe { self.engine.launch(f, grid, 128, shared, &a)? };
         let width = self.heads_width();
         self.attn_quantised = width.is_multiple_of(32);
@@ -230,7 +225,6 @@ impl CudaBackend {
             tokens: self.tokens as i32,
             width: width as i32,
             head_dim: d.head_dim as i32,
-            ranges: ranges as i32,
             first_pos: ws.first_pos.addr(),
         };
         let warps = self.tokens * width.div_ceil(32);
@@ -301,11 +295,13 @@ impl Backend for CudaBackend {
                 d.max_batch, d.n_ctx
             )));
         }
+        if class == Class::Exact && n_tokens > EXACT_ROWS {
+            return Err(device_error(format!("an exact pass of {n_tokens} tokens exceeds {EXACT_ROWS} rows")));
+        }
         self.engine.device.bind()?;
-        (self.tokens, self.class) = (n_tokens, class);
+        (self.tokens, self.engine.class) = (n_tokens, class);
         self.logits_here = false;
         self.row0 = 0;
-        self.engine.many = false;
         let at = self.engine.ws.first_pos.addr();
         // SAFETY: the word is the workspace's; kernels read it in stream order.
         unsafe { self.engine.stream.set(at, first_pos as u32) }
@@ -357,7 +353,10 @@ impl Backend for CudaBackend {
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
         self.attn_quantised = false;
-        if self.tokens <= DECODE_TOKENS { self.attend_decode(layer) } else { self.attend_prefill(layer) }
+        match self.engine.class {
+            Class::Exact => self.attend_decode(layer),
+            Class::Bulk => self.attend_prefill(layer),
+        }
     }
 
     fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
@@ -371,9 +370,9 @@ impl Backend for CudaBackend {
 
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
         let types = [w.weight.ty];
-        let mut input = self.engine.forms(&types, self.tokens);
+        let mut input = self.engine.forms(&types);
         let width = self.heads_width();
-        match form(w.weight.ty, self.tokens) {
+        match self.engine.form(w.weight.ty) {
             Form::Float => input.f = self.attn(),
             Form::Quant if self.attn_quantised => {}
             _ => self.engine.prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
@@ -390,9 +389,9 @@ impl Backend for CudaBackend {
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
-        let few = self.tokens <= GEMV_TOKENS;
+        let exact = self.engine.class == Class::Exact;
         let ws = &self.engine.ws;
-        let q = if few { ws.input_q.addr() } else { 0 };
+        let q = if exact { ws.input_q.addr() } else { 0 };
         let f = ws.norm_f.addr();
         let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
         let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
@@ -410,11 +409,11 @@ impl Backend for CudaBackend {
         let pairs = self.tokens * used;
         let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
         self.norm(norm, Inputs { f, q, ..Inputs::default() })?;
-        if form(router.ty, 1) == Form::Float {
+        if form(router.ty, Class::Exact) == Form::Float {
             self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
         } else {
             let h = self.engine.ws.halves.addr();
-            if !few {
+            if !exact {
                 self.norm(norm, Inputs { h, ..Inputs::default() })?;
             }
             self.engine.products(
@@ -451,14 +450,13 @@ impl Backend for CudaBackend {
         let numbers_of = moe.lists.addr() + 4 * (pairs + start) as u64;
         let out = moe.out.addr();
         let norm_f = ws.norm_f.addr();
-        self.engine.many = self.tokens > GEMV_TOKENS;
         let linear = |w: &Weight| Linear { weight: *w, bias: None };
-        let (input, from) = if !self.engine.many {
+        let (input, from) = if self.engine.class == Class::Exact {
             // `route` left every row in both forms: the products pick theirs.
             let q = ws.input_q.addr();
             (Inputs { f: norm_f, q, ..Inputs::default() }, tokens_of)
         } else {
-            let to = self.engine.forms(&[e.gate.ty, e.up.ty], n);
+            let to = self.engine.forms(&[e.gate.ty, e.up.ty]);
             self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
             (to, 0)
         };
@@ -466,9 +464,7 @@ impl Backend for CudaBackend {
         let hidden = self.engine.hidden(&gate, &up, e.down.ty, n, input, from)?;
         let target = Target { stride: self.dims.n_embd, ..Target::new(&linear(&e.down), out) };
         let rows = Rows { from: 0, to: numbers_of };
-        let done = self.engine.products(&[target], n, STORE, hidden, rows);
-        self.engine.many = false;
-        done
+        self.engine.products(&[target], n, STORE, hidden, rows)
     }
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {
@@ -494,13 +490,13 @@ impl Backend for CudaBackend {
             return Err(BackendError::Outputs { backend: "cuda", tokens, max });
         }
         // The head's type is not known yet: every form that it may want.
-        let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0], self.tokens);
+        let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0]);
         let q = if self.dims.n_embd.is_multiple_of(32) { to.q } else { 0 };
         self.norm(norm, Inputs { q, ..to })
     }
 
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
-        let input = self.engine.forms(&[w.weight.ty], self.tokens);
+        let input = self.engine.forms(&[w.weight.ty]);
         let out = self.engine.ws.logits.addr() + 4 * first_row as u64;
         let target = Target { stride: self.dims.n_vocab, ..Target::new(w, out) };
         self.engine.products(&[target], self.tokens, STORE, input, Rows::default())

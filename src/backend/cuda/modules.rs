@@ -42,7 +42,7 @@ pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, Te
 /// Head sizes with attention kernels.
 pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
-/// Largest batch of each matrix-times-vectors kernel of `gemv.cu`.
+/// Largest batch of each matrix-times-vectors kernel of `gemv.cu` and `bulk.cu`.
 pub(super) const GEMV_BATCHES: [usize; 4] = [1, 2, 4, 8];
 
 /// One kernel.
@@ -53,8 +53,8 @@ pub(super) struct Func(sys::CUfunction);
 pub(super) enum Vectors {
     /// Before compute capability 9.0: `gemv.cu`, by [`GEMV_BATCHES`].
     Warps(Vec<[Func; 4]>),
-    /// From it on: `bulk.cu` for one vector, `few.cu` for up to eight.
-    Bulk { one: Vec<Func>, few: Vec<Func> },
+    /// From it on: `bulk.cu`, by [`GEMV_BATCHES`], and what quantises several vectors for it.
+    Bulk { products: Vec<[Func; 4]>, quantise: Func },
 }
 
 /// All kernels, loaded.
@@ -97,17 +97,17 @@ impl Kernels {
         };
         let all: Vec<TensorType> = QUANTS.iter().chain(&PLAINS).copied().collect();
         // Images for 9.0 and later, PTX included, hold these; others hold those.
-        let vectors = if device.info.capability >= (9, 0) {
-            let of = |form: &str| -> Result<Vec<Func>, BackendError> {
-                QUANTS.iter().map(|t| l.get(form, &format!("{form}_{t}"))).collect()
-            };
-            Vectors::Bulk { one: of("bulk")?, few: of("few")? }
-        } else {
+        let products = |unit: &str| -> Result<Vec<[Func; 4]>, BackendError> {
             let of = |t: &TensorType| -> Result<[Func; 4], BackendError> {
-                let get = |n: usize| l.get("gemv", &format!("gemv_{t}_{n}"));
+                let get = |n: usize| l.get(unit, &format!("{unit}_{t}_{n}"));
                 Ok([get(1)?, get(2)?, get(4)?, get(8)?])
             };
-            Vectors::Warps(QUANTS.iter().map(of).collect::<Result<_, _>>()?)
+            QUANTS.iter().map(of).collect()
+        };
+        let vectors = if device.info.capability >= (9, 0) {
+            Vectors::Bulk { products: products("bulk")?, quantise: l.get("bulk", "quantise_rows")? }
+        } else {
+            Vectors::Warps(products("gemv")?)
         };
         let plain = PLAINS
             .iter()

@@ -1,8 +1,9 @@
 //! Matrix products: which kernel, in which pieces, fed with which form of the activations.
 //!
-//! Few tokens go through the matrix-times-vectors kernels, on quantised activations for quantised
-//! weights and on floats for the others. Many tokens go through tensor cores: a piece of the
-//! weights is turned to halves in a scratch buffer, then multiplied.
+//! Exact rows go through the matrix-times-vectors kernels, on quantised activations for quantised
+//! weights and on floats for the others. Bulk rows go through tensor cores: a piece of the
+//! weights is turned to halves in a scratch buffer, then multiplied. Which of the two depends on
+//! the class of a pass's rows, never on how many there are.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,8 +12,8 @@ use super::args::{DequantArgs, GemmArgs, PlainArgs, PrepArgs, STORE, SWIGLU};
 use super::driver::{Device, Stream};
 use super::modules::{Func, Kernels, PLAINS, QUANTS};
 use super::vectors::step_bytes;
-use super::workspace::{GEMV_TOKENS, Workspace, float_bytes, half_bytes, pitch, quant_bytes};
-use crate::backend::{BackendError, Linear, Weight};
+use super::workspace::{Workspace, float_bytes, half_bytes, pitch, quant_bytes};
+use crate::backend::{BackendError, Class, Linear, Weight};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -28,14 +29,12 @@ pub(super) enum Form {
     Half,
 }
 
-/// The form for weights of type `ty` and `tokens` rows.
-pub(super) fn form(ty: TensorType, tokens: usize) -> Form {
-    if tokens > GEMV_TOKENS {
-        Form::Half
-    } else if quant_index(ty).is_some() {
-        Form::Quant
-    } else {
-        Form::Float
+/// The form for weights of type `ty` and rows of this class.
+pub(super) fn form(ty: TensorType, class: Class) -> Form {
+    match class {
+        Class::Bulk => Form::Half,
+        Class::Exact if quant_index(ty).is_some() => Form::Quant,
+        Class::Exact => Form::Float,
     }
 }
 
@@ -128,19 +127,18 @@ pub(super) struct Engine {
     pub kernels: Kernels,
     pub ws: Workspace,
     pub(super) occupancy: HashMap<(usize, usize, u32), u32>,
-    /// The pass has many tokens, though an operation may have few of them (see [`Engine::form`]).
-    pub many: bool,
+    /// Class of the pass's rows.
+    pub class: Class,
 }
 
 impl Engine {
     pub fn new(device: Arc<Device>, stream: Arc<Stream>, kernels: Kernels, ws: Workspace) -> Engine {
-        Engine { device, stream, kernels, ws, occupancy: HashMap::with_capacity(256), many: false }
+        Engine { device, stream, kernels, ws, occupancy: HashMap::with_capacity(256), class: Class::Bulk }
     }
 
-    /// The form for weights of type `ty` and `tokens` rows. An expert's tokens take the form of their
-    /// pass, so that results do not depend on which expert other tokens chose.
-    pub fn form(&self, ty: TensorType, tokens: usize) -> Form {
-        form(ty, if self.many { tokens.max(GEMV_TOKENS + 1) } else { tokens })
+    /// The form for weights of type `ty` and rows of this pass.
+    pub fn form(&self, ty: TensorType) -> Form {
+        form(ty, self.class)
     }
 
     /// Launches a kernel on the compute stream.
@@ -203,20 +201,21 @@ impl Engine {
                 self.kernels.prep_swiglu
             }
         };
-        // Enough threads for a short row; many rows share the machine instead.
-        let threads = if n > 8192 || (rows <= GEMV_TOKENS && n > 1024) { 1024 } else { 256 };
+        let exact = self.class == Class::Exact;
+        // Enough threads for a row; many rows share the machine instead. A norm's order of summation follows from it.
+        let threads = if n > 8192 || (exact && n > 1024) { 1024 } else { 256 };
         // Few long rows are divided among blocks, where that can be done.
-        let whole = matches!(prep, Prep::Norm(..)) || to.h != 0 || rows > GEMV_TOKENS;
+        let whole = matches!(prep, Prep::Norm(..)) || to.h != 0 || !exact;
         let parts = if whole { 1 } else { n.div_ceil(4 * threads as usize) };
         // SAFETY: PrepArgs is what prep_* declare; all outputs hold `rows` rows of `n`, as checked above.
         unsafe { self.launch(f, (rows as u32, parts as u32, 1), threads, 0, &a) }
     }
 
     /// The buffers for the forms that weights of these types want.
-    pub fn forms(&self, types: &[TensorType], tokens: usize) -> Inputs {
+    pub fn forms(&self, types: &[TensorType]) -> Inputs {
         let mut to = Inputs::default();
         for ty in types {
-            match self.form(*ty, tokens) {
+            match self.form(*ty) {
                 Form::Float => to.f = self.ws.norm_f.addr(),
                 Form::Quant => to.q = self.ws.input_q.addr(),
                 Form::Half => to.h = self.ws.halves.addr(),
@@ -231,7 +230,7 @@ impl Engine {
         let mut i = 0;
         while i < targets.len() {
             let ty = targets[i].weight.ty;
-            let n = match self.form(ty, tokens) {
+            let n = match self.form(ty) {
                 Form::Half => {
                     self.gemm(&targets[i], tokens, mode, input.h, rows.to)?;
                     1
@@ -267,8 +266,8 @@ impl Engine {
         let mut out = Inputs::default();
         let targets = [Target::new(gate, gate_f), Target::new(up, up_f)];
         let ty = gate.weight.ty;
-        let fused = ty == up.weight.ty && self.form(ty, tokens) == Form::Quant;
-        match self.form(down, tokens) {
+        let fused = ty == up.weight.ty && self.form(ty) == Form::Quant;
+        match self.form(down) {
             Form::Float => out.f = gate_f,
             // The next product quantises for itself.
             Form::Quant if tokens == 1 && fused && !self.quantises_hidden() => {

@@ -118,6 +118,22 @@ pub(super) fn tiling(p: &Product, multiprocessors: usize, shared: usize) -> Opti
     Some(Tiling { row_warps: WARPS, piece, stages, run_pitch, ring, tiles: tiles(WARPS) })
 }
 
+impl Tiling {
+    /// The same rows, warps and pieces, in whose order sums are made, beside `activations` bytes of more tokens:
+    /// with fewer stages, or fewer blocks that share a multiprocessor. `None` if not even two stages fit.
+    pub fn beside(self, activations: usize, shared: usize) -> Option<Tiling> {
+        let stage = self.ring / self.stages;
+        let stages = |blocks: usize| {
+            let room = ((shared + 1024) / blocks).checked_sub(FIXED_BYTES + activations)?;
+            let stages = ((RING_BYTES * BLOCKS / blocks).min(room) / stage).min(STAGES_MAX);
+            (stages >= 2).then_some((stages, stages * stage))
+        };
+        let shared = stages(BLOCKS).filter(|(_, ring)| *ring >= RING_BYTES / 2);
+        let (stages, ring) = shared.or_else(|| stages(1))?;
+        Some(Tiling { stages, ring, ..self })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,6 +187,31 @@ mod tests {
                     };
                     assert!(t.ring + activations + FIXED_BYTES <= gpu.1 + 1024, "{p:?}: {t:?}");
                     assert!(t.stages >= 2 && t.piece >= 1 && WARPS.is_multiple_of(t.row_warps), "{p:?}: {t:?}");
+                }
+            }
+        }
+    }
+
+    /// Guards against sums that are made in another order where there are more tokens.
+    #[test]
+    fn more_tokens_keep_the_tiles_of_one() {
+        for ty in QUANTS {
+            for (cols, rows, swiglu) in
+                [(4096, &[4096, 1024, 1024][..], false), (14336, &[4096], false), (27648, &[5120], false), (5120, &[27648], true)]
+            {
+                for gpu in [H100, RTX_5060_TI] {
+                    let one = of(ty, cols, rows, swiglu, 1, gpu);
+                    for tokens in 2..=8 {
+                        let activations = cols / 32 * 40 * tokens;
+                        let Some(t) = one.beside(activations, gpu.1) else {
+                            assert!(activations + 2 * one.ring / one.stages + FIXED_BYTES > gpu.1, "{ty} {cols} {tokens}");
+                            continue;
+                        };
+                        assert!(t.ring + activations + FIXED_BYTES <= gpu.1 + 1024, "{ty} {cols} {tokens}: {t:?}");
+                        assert!(t.stages >= 2 && t.ring / t.stages == one.ring / one.stages, "{ty} {cols} {tokens}: {t:?}");
+                        let order = |t: &Tiling| (t.row_warps, t.piece, t.run_pitch, t.tiles);
+                        assert_eq!(order(&t), order(&one));
+                    }
                 }
             }
         }

@@ -1,10 +1,9 @@
 //! Products of quantised weights and few tokens: which kernel, how many tokens at once, in which tiles.
 
-use super::args::{ADD, GemvArgs, SWIGLU, XBLK_BYTES};
+use super::args::{GemvArgs, QuantiseArgs, SWIGLU, XBLK_BYTES};
 use super::driver::device_error;
 use super::modules::{Func, GEMV_BATCHES, Vectors};
-use super::pieces::{self, Pieces, pieces};
-use super::product::{Engine, Inputs, Rows, Target, quant_index, unsupported};
+use super::product::{Engine, Inputs, Raw, Rows, Target, quant_index, unsupported};
 use super::tiling::{Product, THREADS, WARPS, tiling};
 use super::workspace::quant_bytes;
 use crate::backend::{BackendError, Weight};
@@ -83,8 +82,6 @@ impl Call<'_> {
                 0 => 0,
                 q => q + (done * (out_rows / 32) * XBLK_BYTES) as u64,
             },
-            row_bytes: (self.cols / self.ty.block_elems() * self.ty.block_bytes()) as i32,
-            x_blocks: (self.cols / 32) as i32,
             ..GemvArgs::default()
         };
         for (i, t) in self.targets.iter().enumerate() {
@@ -99,9 +96,22 @@ impl Call<'_> {
 }
 
 impl Engine {
-    /// Whether products of so many tokens take floats, which they norm and quantise themselves.
-    pub fn takes_floats(&self, tokens: usize) -> bool {
-        tokens == 1 || self.quantises_hidden()
+    /// `raw` in the form that products of so many tokens take: as it is where they norm and quantise it themselves,
+    /// else quantised to `to` in the same order of operations.
+    ///
+    /// # Errors
+    /// If there is no room for that many rows at `to`.
+    pub fn quantised(&self, raw: Raw, cols: usize, tokens: usize, to: u64) -> Result<Inputs> {
+        let quantise = match &self.kernels.vectors {
+            Vectors::Bulk { quantise, .. } if tokens > 1 => *quantise,
+            _ => return Ok(Inputs { raw, ..Inputs::default() }),
+        };
+        self.ws.rooms.check("quantised input", to, quant_bytes(tokens, cols))?;
+        let a = QuantiseArgs { x: raw.x, norm: raw.norm, q: to, eps: raw.eps, cols: cols as i32 };
+        // SAFETY: QuantiseArgs is what quantise_rows declares; there are `tokens` rows of `cols` floats at `raw`, and
+        // room for them as checked above.
+        unsafe { self.launch(quantise, (tokens as u32, 1, 1), 256, 0, &a)? };
+        Ok(Inputs { q: to, ..Inputs::default() })
     }
 
     /// Whether a SwiGLU product leaves its results quantised.
@@ -140,9 +150,9 @@ impl Engine {
                     let f = f[kind];
                     self.by_warps(&call, f, done, tokens - done)?
                 }
-                Vectors::Bulk { one, few } => {
-                    let (one, few) = (one[kind], few[kind]);
-                    self.by_bulk(&call, one, few, done, tokens - done)?
+                Vectors::Bulk { products, .. } => {
+                    let f = products[kind];
+                    self.by_bulk(&call, f, done, tokens - done)?
                 }
             };
         }
@@ -164,7 +174,7 @@ impl Engine {
             }
         };
         let grid = (l.work as u32).min(fit * self.device.info.multiprocessors);
-        // SAFETY: GemvArgs is what gemv_*, bulk_* and few_* declare; shapes were checked by the loader and the room
+        // SAFETY: GemvArgs is what gemv_* and bulk_* declare; shapes were checked by the loader and the room
         // for results by `vectors`, the activations hold all tokens, and device buffers have room behind them for whole 16-byte lines.
         unsafe { self.launch(l.f, (grid, 1, 1), l.threads, l.shared, a) }
     }
@@ -185,53 +195,25 @@ impl Engine {
         Ok(n)
     }
 
-    /// `bulk.cu` or `few.cu`; returns how many tokens it took.
-    fn by_bulk(&mut self, call: &Call, one: Func, few: Func, done: usize, left: usize) -> Result<usize> {
-        let shared = self.device.info.shared_bytes as usize;
-        let most = left.min(pieces::TOKENS);
-        let cut = (2..=most).rev().find_map(|n| Some((n, pieces(call.ty, call.cols, call.swiglu(), n, shared)?)));
-        match cut {
-            Some((n, p)) => self.few(call, few, done, n, &p).map(|()| n),
-            None => self.one(call, one, done).map(|()| 1),
-        }
-    }
-
-    fn one(&mut self, call: &Call, f: Func, done: usize) -> Result {
-        let activations = call.token_bytes();
+    /// `bulk.cu`; returns how many tokens it took.
+    fn by_bulk(&mut self, call: &Call, f: [Func; 4], done: usize, left: usize) -> Result<usize> {
         let (rows, matrices) = call.matrix_rows();
-        let (ty, cols, swiglu) = (call.ty, call.cols, call.swiglu());
+        let (ty, cols, swiglu, activations) = (call.ty, call.cols, call.swiglu(), call.token_bytes());
         let product = Product { ty, cols, rows: &rows[..matrices], swiglu, activations };
         let info = &self.device.info;
-        let t = tiling(&product, info.multiprocessors as usize, info.shared_bytes as usize)
-            .ok_or_else(|| self.too_wide(cols))?;
-        let mut a = call.args(done, 1);
+        let shared = info.shared_bytes as usize;
+        let one = tiling(&product, info.multiprocessors as usize, shared).ok_or_else(|| self.too_wide(cols))?;
+        let most = left.min(GEMV_BATCHES[GEMV_BATCHES.len() - 1]);
+        let more = (2..=most).rev().find_map(|n| Some((n, one.beside(n * activations, shared)?)));
+        let (n, t) = more.unwrap_or((1, one));
+        let size = GEMV_BATCHES.iter().position(|b| *b >= n).unwrap_or(GEMV_BATCHES.len() - 1);
+        let mut a = call.args(done, n);
         a.row_warps = t.row_warps as i32;
         a.piece = t.piece as i32;
         a.stages = t.stages as i32;
         a.run_pitch = t.run_pitch as i32;
-        let launch = Launch { f, size: 0, threads: THREADS, shared: t.ring + activations, work: t.tiles };
-        self.run(call, &launch, &a)
-    }
-
-    fn few(&mut self, call: &Call, f: Func, done: usize, n: usize, p: &Pieces) -> Result {
-        let (rows, matrices) = call.matrix_rows();
-        let work = pieces::tiles(&rows[..matrices], call.swiglu());
-        let launch = Launch { f, size: 1, threads: pieces::THREADS, shared: p.shared, work };
-        let mut a = call.args(done, n);
-        a.piece = p.piece as i32;
-        a.stages = p.stages as i32;
-        a.run_pitch = p.run_pitch as i32;
-        for first in (0..call.cols).step_by(p.cols) {
-            a.cols = p.cols.min(call.cols - first) as i32;
-            self.run(call, &launch, &a)?;
-            // The rest of the columns is added to what is there now.
-            a.mode = ADD;
-            a.bias = [0; 3];
-            a.x += (p.cols / 32 * XBLK_BYTES) as u64;
-            for w in &mut a.w[..call.targets.len()] {
-                *w += (p.cols / call.ty.block_elems() * call.ty.block_bytes()) as u64;
-            }
-        }
-        Ok(())
+        let launch = Launch { f: f[size], size, threads: THREADS, shared: t.ring + n * activations, work: t.tiles };
+        self.run(call, &launch, &a)?;
+        Ok(n)
     }
 }

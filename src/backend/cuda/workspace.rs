@@ -4,18 +4,19 @@ use std::sync::Arc;
 
 use super::args::XBLK_BYTES;
 use super::driver::{Device, DeviceBuffer, PinnedBuffer};
-use crate::backend::{BackendError, Dims};
+use crate::backend::{BackendError, Dims, EXACT_ROWS};
 use crate::gguf::TensorType;
 
-/// Largest batch that goes through the matrix-times-vectors kernels (in groups of eight); larger
-/// ones go through tensor cores.
-pub(super) const GEMV_TOKENS: usize = 32;
-
-/// Largest batch of the decoding kernels of attention.
-pub(super) const DECODE_TOKENS: usize = 8;
-
-/// Rows of partial results of attention: tokens × ranges of keys.
-pub(super) const PARTIAL_ROWS: usize = 128;
+/// Ranges into which the decoding kernels of attention divide `keys` keys, as `range_begin` of `kernels/attn.cu` lays
+/// them out: 32 of 64 keys, then 16 of each size twice that before.
+pub(super) fn key_ranges(keys: usize) -> usize {
+    let (mut ranges, mut end, mut each) = (keys.min(2048).div_ceil(64), 2048, 128);
+    while end < keys {
+        ranges += (keys - end).min(16 * each).div_ceil(each);
+        (end, each) = (2 * end, 2 * each);
+    }
+    ranges
+}
 
 /// Room for weights as halves, the unit of the tensor-core products: at least the first, and up to
 /// the second if the widest matrix needs it for one tile a multiprocessor.
@@ -134,7 +135,7 @@ impl Sizes {
         let kv = d.n_kv_heads * d.head_dim;
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
         let wide = d.n_embd.max(heads).max(ff);
-        let few = batch.min(GEMV_TOKENS);
+        let few = batch.min(EXACT_ROWS);
         let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128).max(1)) * 128;
         let (least, most) = SCRATCH_BYTES;
         Sizes {
@@ -147,8 +148,8 @@ impl Sizes {
             halves: half_bytes(batch, wide),
             halves_scale: float_bytes(batch, 1),
             scratch: half_bytes(tile_rows, wide).clamp(least, most).max(half_bytes(128, wide)),
-            partial: float_bytes(PARTIAL_ROWS, heads),
-            partial_ml: float_bytes(PARTIAL_ROWS, d.n_heads * 2),
+            partial: float_bytes(few * key_ranges(d.n_ctx), heads),
+            partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
             cache: ((d.n_layers * kv) as u64).saturating_mul(d.n_ctx as u64).saturating_mul(cache_elem_bytes(d)),
             freqs: float_bytes(1, d.rope.freqs.len().max(1)),
             first_pos: 4,
@@ -283,6 +284,16 @@ impl MoeBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranges_of_keys_are_those_of_the_kernel() {
+        let begin = |i: usize| if i < 32 { 64 * i } else { (2048 + 128 * ((i - 32) % 16)) << ((i - 32) / 16) };
+        for keys in (1..5000).chain([8191, 8192, 8193, 40_000, 131_072, 131_073, 1 << 20]) {
+            let n = key_ranges(keys);
+            assert!(begin(n - 1) < keys && begin(n) >= keys, "{keys}: {n}");
+        }
+        assert_eq!(key_ranges(131_072), 128);
+    }
 
     /// Guards against kernels that write behind a buffer which was sized for fewer rows or columns: the two forms
     /// of eight rows of 28672 are what the workspace of 4352 columns has no room for.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
-use crate::backend::{Backend, Class, Dims, Expert, Norm, Rope, RopeKind, RouterParams};
+use crate::backend::{Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams};
 use crate::gguf::TensorType;
 
 const F32: TensorType = TensorType::F32;
@@ -80,7 +80,7 @@ fn dims(c: &Case) -> Dims {
         n_ff_expert: if c.experts > 0 { N_FF } else { 0 },
         n_vocab: N_VOCAB,
         max_batch: 200,
-        max_outputs: 3,
+        max_outputs: EXACT_ROWS,
         n_ctx: 500,
         kv_type: c.kv_type,
         rope: Rope {
@@ -288,7 +288,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
     for (i, n) in c.passes.iter().enumerate() {
         let rows = random_rows(TensorType::Q8_0, n * N_EMBD, 1.5, rng.word());
         let mut x = widen(&values(TensorType::Q8_0, &rows));
-        g.begin(pos, *n, if *n > 1 { Class::Bulk } else { Class::Exact })?;
+        g.begin(pos, *n, if *n > EXACT_ROWS { Class::Bulk } else { Class::Exact })?;
         g.embed(&rows, TensorType::Q8_0)?;
         let outputs = (*n).min(3);
         let mut want = Vec::new();
@@ -337,6 +337,54 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
     let single = c.passes.iter().filter(|n| **n == 1).count();
     if c.experts == 0 && single > 1 && Recorder::wanted() {
         report.check("passes of one token not repeated from a recording", (single - 1 - repeated) as f64, 0.0);
+    }
+    drop(g);
+    check_cuts(device, c, &blocks, &head, report)
+}
+
+/// Tokens of the sequence that is cut in several ways: prompt and generated ones.
+const PROMPT: usize = 150;
+const GENERATED: usize = 24;
+
+/// A row's result depends on no other row of its pass: the same sequence in passes of other sizes gives the same bits.
+fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix, report: &mut Report) -> Result {
+    let d = dims(c);
+    let rows = random_rows(TensorType::Q8_0, (PROMPT + GENERATED) * N_EMBD, 1.5, 11);
+    let row_bytes = rows.len() / (PROMPT + GENERATED);
+    let logits = |prompt: usize, generated: usize| -> Result<Vec<u32>> {
+        let mut g = CudaBackend::new(device, &d)?;
+        let mut out = Vec::new();
+        let mut pos = 0;
+        while pos < PROMPT + GENERATED {
+            let (class, n) = match PROMPT.checked_sub(pos) {
+                Some(left @ 1..) => (Class::Bulk, left.min(prompt)),
+                _ => (Class::Exact, generated.min(PROMPT + GENERATED - pos)),
+            };
+            g.begin(pos, n, class)?;
+            g.embed(&rows[pos * row_bytes..(pos + n) * row_bytes], TensorType::Q8_0)?;
+            for (layer, block) in blocks.iter().enumerate() {
+                run_block(&mut g, block, c, layer)?;
+            }
+            pos += n;
+            if class == Class::Bulk && pos < PROMPT {
+                continue;
+            }
+            // Of the prompt the last row, of the others all.
+            if class == Class::Bulk {
+                g.keep(n - 1, 1)?;
+            }
+            g.output_norm(&norm_of(&blocks[0].norm))?;
+            g.head(&crate::backend::Linear { weight: head.weight, bias: None }, 0)?;
+            out.extend(g.logits()?.iter().map(|v| v.to_bits()));
+        }
+        Ok(out)
+    };
+    let want = logits(PROMPT, 1)?;
+    for (prompt, generated) in [(1, 8), (7, 2), (64, 3), (33, 5)] {
+        let got = logits(prompt, generated)?;
+        let other = got.iter().zip(&want).filter(|(a, b)| a != b).count() + got.len().abs_diff(want.len());
+        let what = format!("other bits in passes of {prompt}, then {generated}: {} head {}", c.ty, c.head_dim);
+        report.check(&what, other as f64, 0.0);
     }
     Ok(())
 }

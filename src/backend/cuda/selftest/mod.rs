@@ -14,7 +14,7 @@ use super::driver::{Device, device_error};
 use super::modules::{PLAINS, QUANTS};
 use super::product::{Form, Inputs, Prep, Rows, Target, form};
 use super::{CudaBackend, DeviceBuffer, Dims, Linear, Weight};
-use crate::backend::{BackendError, Rope, RopeKind};
+use crate::backend::{BackendError, Class, EXACT_ROWS, Rope, RopeKind};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -138,9 +138,9 @@ fn quantised(x: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// The activations that a product of this type and size works on, and the error it may add.
-fn seen_by(ty: TensorType, tokens: usize, x: &[f64]) -> (Vec<f64>, f64) {
-    match form(ty, tokens) {
+/// The activations that a product of this type and class works on, and the error it may add.
+fn seen_by(ty: TensorType, class: Class, x: &[f64]) -> (Vec<f64>, f64) {
+    match form(ty, class) {
         Form::Quant => (quantised(x), 1e-9),
         Form::Float => (x.to_vec(), 1e-10),
         Form::Half => (x.to_vec(), 1e-6),
@@ -161,16 +161,19 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
             let want: Vec<f64> = m.values.iter().map(|v| f64::from(*v)).collect();
             report.check(&format!("{ty} {rows}x{cols} values"), nmse(&got, &want), 1e-13);
         }
-        for tokens in [1, 2, 3, 8, 11, 33, 150] {
-            check_product(b, &m, tokens, report)?;
+        for tokens in [1, 2, 3, 8] {
+            check_product(b, &m, Class::Exact, tokens, report)?;
+        }
+        for tokens in [1, 11, 33, 150] {
+            check_product(b, &m, Class::Bulk, tokens, report)?;
         }
         check_picked(device, b, &m, report)?;
     }
     if ty.block_elems() == 1 {
         let m = Matrix::random(device, ty, 19, 77, 5)?;
-        check_product(b, &m, 1, report)?;
-        check_product(b, &m, 7, report)?;
-        check_product(b, &m, 40, report)?;
+        check_product(b, &m, Class::Exact, 1, report)?;
+        check_product(b, &m, Class::Exact, 7, report)?;
+        check_product(b, &m, Class::Bulk, 40, report)?;
     }
     check_swiglu(device, b, ty, (512, 768), &[1, 5, 19, 70], report)
 }
@@ -181,6 +184,7 @@ fn check_room(device: &Arc<Device>, b: &mut CudaBackend, report: &mut Report) ->
     let m = [1, 2].map(|seed| Matrix::random(device, ty, 28672, 256, seed));
     let [gate, up] = m;
     let (gate, up) = (gate?, up?);
+    b.engine.class = Class::Exact;
     let input = inputs(b, ty, 8, 256, &vec![1.0; 8 * 256])?;
     let hidden = b.engine.hidden(&gate.linear(None), &up.linear(None), ty, 8, input, 0);
     let refused = matches!(hidden, Err(BackendError::Overrun { .. }));
@@ -196,7 +200,7 @@ fn wide_dims() -> Dims {
 fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {
     let e = &b.engine;
     e.ws.x.write(0, x)?;
-    let to = e.forms(&[ty], tokens);
+    let to = e.forms(&[ty]);
     e.prepare(Prep::Copy, e.ws.x.addr(), 0, cols, tokens, to)?;
     Ok(to)
 }
@@ -205,27 +209,39 @@ fn widen(x: &[f32]) -> Vec<f64> {
     x.iter().map(|v| f64::from(*v)).collect()
 }
 
-/// Stores with a bias, then adds the same again.
-fn check_product(b: &mut CudaBackend, m: &Matrix, tokens: usize, report: &mut Report) -> Result {
+/// Stores with a bias, then adds the same again; rows alone give the same bits.
+fn check_product(b: &mut CudaBackend, m: &Matrix, class: Class, tokens: usize, report: &mut Report) -> Result {
     let Weight { ty, rows, cols, .. } = m.weight;
+    b.engine.class = class;
     let mut rng = Rng::new(tokens as u64 + 100);
     let x = rng.floats(tokens * cols, 3.0);
     let bias = rng.floats(rows, 1.0);
-    let input = inputs(b, ty, tokens, cols, &x)?;
     b.engine.ws.up.write(0, &bias)?;
-    let out = b.engine.ws.gate.addr();
-    b.engine.ws.gate.write(0, &vec![f32::NAN; tokens * rows])?;
-    let target = Target { weight: m.weight, bias: b.engine.ws.up.addr(), out, stride: rows };
-    b.engine.products(&[target], tokens, STORE, input, Rows::default())?;
-    b.engine.products(&[target], tokens, ADD, input, Rows::default())?;
-    let mut got = vec![0.0f32; tokens * rows];
-    b.engine.ws.gate.read(0, &mut got)?;
-    let (x, bound) = seen_by(ty, tokens, &widen(&x));
+    let target =
+        Target { weight: m.weight, bias: b.engine.ws.up.addr(), out: b.engine.ws.gate.addr(), stride: rows };
+    let mut product = |tokens: usize, x: &[f32]| -> Result<Vec<f32>> {
+        let input = inputs(b, ty, tokens, cols, x)?;
+        b.engine.ws.gate.write(0, &vec![f32::NAN; tokens * rows])?;
+        b.engine.products(&[target], tokens, STORE, input, Rows::default())?;
+        b.engine.products(&[target], tokens, ADD, input, Rows::default())?;
+        let mut got = vec![0.0f32; tokens * rows];
+        b.engine.ws.gate.read(0, &mut got)?;
+        Ok(got)
+    };
+    let got = product(tokens, &x)?;
+    let mut other = 0;
+    for t in [0, tokens / 2, tokens - 1] {
+        let alone = product(1, &x[t * cols..(t + 1) * cols])?;
+        other += alone.iter().zip(&got[t * rows..]).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+    }
+    let name = if class == Class::Exact { "exact" } else { "bulk" };
+    report.check(&format!("{ty} {rows}x{cols} times {tokens} {name}: alone"), other as f64, 0.0);
+    let (x, bound) = seen_by(ty, class, &widen(&x));
     let mut want = m.times(&x);
     for (i, v) in want.iter_mut().enumerate() {
         *v = 2.0 * (*v + f64::from(bias[i % rows]));
     }
-    report.check(&format!("{ty} {rows}x{cols} times {tokens}"), nmse(&got, &want), bound);
+    report.check(&format!("{ty} {rows}x{cols} times {tokens} {name}"), nmse(&got, &want), bound);
     Ok(())
 }
 
@@ -237,6 +253,7 @@ fn check_picked(device: &Arc<Device>, b: &mut CudaBackend, m: &Matrix, report: &
     let lists = device.alloc(24, "lists")?;
     lists.write(0, &from)?;
     lists.write(12, &to)?;
+    b.engine.class = Class::Exact;
     let input = inputs(b, ty, 6, cols, &x)?;
     b.engine.ws.gate.write(0, &vec![0.0f32; 6 * rows])?;
     let target = Target { weight: m.weight, bias: 0, out: b.engine.ws.gate.addr(), stride: rows };
@@ -244,7 +261,7 @@ fn check_picked(device: &Arc<Device>, b: &mut CudaBackend, m: &Matrix, report: &
     b.engine.products(&[target], 3, STORE, input, picked)?;
     let mut got = vec![0.0f32; 6 * rows];
     b.engine.ws.gate.read(0, &mut got)?;
-    let (x, bound) = seen_by(ty, 3, &widen(&x));
+    let (x, bound) = seen_by(ty, Class::Exact, &widen(&x));
     let y = m.times(&x);
     let mut want = vec![0.0; 6 * rows];
     for (f, t) in from.iter().zip(&to) {
@@ -273,6 +290,8 @@ fn check_swiglu(
     let down = Matrix::random(device, ty, n, ff, 23)?;
     for &tokens in batches {
         let x = Rng::new(31).floats(tokens * n, 2.0);
+        let class = if tokens > EXACT_ROWS { Class::Bulk } else { Class::Exact };
+        b.engine.class = class;
         let input = inputs(b, ty, tokens, n, &x)?;
         let hidden = b.engine.hidden(&gate.linear(None), &up.linear(None), ty, tokens, input, 0)?;
         let target = Target::new(&down.linear(None), b.engine.ws.q.addr());
@@ -282,10 +301,10 @@ fn check_swiglu(
         b.engine.products(&[target], tokens, STORE, hidden, Rows::default())?;
         let mut got = vec![0.0f32; tokens * n];
         b.engine.ws.q.read(0, &mut got)?;
-        let (x, bound) = seen_by(ty, tokens, &widen(&x));
+        let (x, bound) = seen_by(ty, class, &widen(&x));
         let (g, u) = (gate.times(&x), up.times(&x));
         let h: Vec<f64> = g.iter().zip(&u).map(|(g, u)| silu(*g) * u).collect();
-        let (h, _) = seen_by(ty, tokens, &h);
+        let (h, _) = seen_by(ty, class, &h);
         // A hidden value near the middle of two steps may fall to either side.
         let bound = if bound == 1e-9 { 1e-5 } else { bound };
         report.check(&format!("{ty} SwiGLU and down {n}x{ff}, {tokens}"), nmse(&got, &down.times(&h)), bound);
