@@ -43,20 +43,29 @@ pub(super) fn half_done(name: &str, pci: &str, what: &str) -> DeviceError {
 /// The one of `records` that `name` means.
 pub(super) fn recorded(host: &Host, name: &str, records: Vec<Bound>) -> Result<Option<Bound>, DeviceError> {
     let short = name.strip_prefix("/dev/").unwrap_or(name);
-    let exact = |r: &Bound| r.is_exactly(name) || r.is_exactly(short);
-    let mut found: Vec<Bound> = records.into_iter().filter(|r| exact(r) || r.has_name(short)).collect();
-    if found.iter().any(&exact) {
-        found.retain(exact);
+    let Some(one) = one_of(name, records)? else { return Ok(None) };
+    if !is_exactly(&one, name) {
+        not_reused(host, name, short, &one)?;
+    }
+    Ok(Some(one))
+}
+
+/// The one of `records` that had the name, whoever may have it now.
+fn one_of(name: &str, records: Vec<Bound>) -> Result<Option<Bound>, DeviceError> {
+    let short = name.strip_prefix("/dev/").unwrap_or(name);
+    let mut found: Vec<Bound> = records.into_iter().filter(|r| is_exactly(r, name) || r.has_name(short)).collect();
+    if found.iter().any(|r| is_exactly(r, name)) {
+        found.retain(|r| is_exactly(r, name));
     }
     if found.len() > 1 {
         let drives = found.iter().map(|r| format!("{} ({})", r.pci, r.shown())).collect();
         return Err(DeviceError::Ambiguous { name: name.into(), drives });
     }
-    let Some(one) = found.pop() else { return Ok(None) };
-    if !exact(&one) {
-        not_reused(host, name, short, &one)?;
-    }
-    Ok(Some(one))
+    Ok(found.pop())
+}
+
+fn is_exactly(record: &Bound, name: &str) -> bool {
+    record.is_exactly(name) || record.is_exactly(name.strip_prefix("/dev/").unwrap_or(name))
 }
 
 /// Makes sure that the kernel has not given a bound drive's name to another drive.
@@ -81,44 +90,64 @@ pub(super) fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
     sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))
 }
 
-/// The PCI address that `release` is to work on, from the name and the address that the user gave.
-pub(super) fn to_release(host: &Host, name: Option<&str>, pci: Option<&str>) -> Result<String, DeviceError> {
+/// What `release` is to work on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Meant {
+    /// The drive at this PCI address.
+    Drive(String),
+    /// A stale record alone: the name was that of a drive which is not at this address any more, so that whatever is
+    /// there now, or has the name now, is not meant.
+    Stale(String),
+}
+
+/// What `release` is to work on, from the name and the address that the user gave.
+pub(super) fn to_release(host: &Host, name: Option<&str>, pci: Option<&str>) -> Result<Meant, DeviceError> {
     let given = |text: &str| {
         address(text).ok_or_else(|| {
             let why = format!("a PCI address such as 0000:02:00.0 was expected, {text:?} was found");
             DeviceError::step("reading --pci", why)
         })
     };
-    let by_name = |name: &str| -> Result<Option<String>, DeviceError> {
-        if let Some(pci) = address(name).filter(|pci| host.exists(&device(pci)) || record::load(host, pci).is_some()) {
-            return Ok(Some(pci));
-        }
-        // A record that holds goes before one that is stale.
-        let (holding, stale): (Vec<_>, Vec<_>) =
-            record::all(host).into_iter().partition(|r| r.standing(host) == Standing::Holds);
-        if let Some(record) = recorded(host, name, holding)? {
-            return Ok(Some(record.pci));
-        }
-        let all = controllers(host)?;
-        if let Some(drive) = sysfs::find(host, &all, name) {
-            return Ok(Some(drive.bdf.clone()));
-        }
-        Ok(recorded(host, name, stale)?.map(|r| r.pci))
-    };
     match (name, pci) {
-        (None, Some(pci)) => given(pci),
-        (Some(name), None) => by_name(name)?.ok_or_else(|| DeviceError::NotFound(name.into())),
+        (None, Some(pci)) => given(pci).map(Meant::Drive),
+        (Some(name), None) => by_name(host, name)?.ok_or_else(|| DeviceError::NotFound(name.into())),
         (Some(name), Some(pci)) => {
             let pci = given(pci)?;
-            let fits = record::load(host, &pci).is_some_and(|r| r.is_exactly(name) || r.has_name(name))
+            let same = |r: &Bound| matches!(r.standing(host), Standing::Holds | Standing::Undone);
+            let fits = record::load(host, &pci).is_some_and(|r| same(&r) && (r.is_exactly(name) || r.has_name(name)))
                 || address(name).as_deref() == Some(&pci)
                 || sysfs::find(host, &controllers(host)?, name).is_some_and(|d| d.bdf == pci);
             if fits {
-                Ok(pci)
+                Ok(Meant::Drive(pci))
             } else {
                 Err(DeviceError::step(format!("finding {name}"), format!("it is not the drive at {pci}")))
             }
         }
         (None, None) => Err(DeviceError::step("finding the drive", "a name or --pci ADDRESS was expected")),
     }
+}
+
+/// Records that hold go before those of a drive that somebody gave back by hand, these before stale ones, these before
+/// the kernel's names: a name that nt remembers never means a drive that nt did not touch.
+fn by_name(host: &Host, name: &str) -> Result<Option<Meant>, DeviceError> {
+    if let Some(pci) = address(name).filter(|pci| host.exists(&device(pci)) || record::load(host, pci).is_some()) {
+        return Ok(Some(Meant::Drive(pci)));
+    }
+    let (holding, others): (Vec<_>, Vec<_>) =
+        record::all(host).into_iter().partition(|r| r.standing(host) == Standing::Holds);
+    if let Some(record) = recorded(host, name, holding)? {
+        return Ok(Some(Meant::Drive(record.pci)));
+    }
+    let named = sysfs::find(host, &controllers(host)?, name).map(|d| d.bdf.clone());
+    // By its link, or by a name that no other drive has now.
+    let (undone, stale): (Vec<_>, Vec<_>) = others
+        .into_iter()
+        .partition(|r| r.standing(host) == Standing::Undone && named.as_ref().is_none_or(|n| *n == r.pci));
+    if let Some(record) = recorded(host, name, undone)? {
+        return Ok(Some(Meant::Drive(record.pci)));
+    }
+    if let Some(record) = one_of(name, stale)? {
+        return Ok(Some(Meant::Stale(record.pci)));
+    }
+    Ok(named.map(Meant::Drive))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::super::guard::sysfs::{self, NVME_CLASS};
 use super::super::guard::{Check, Host, Reason};
+use super::find::Meant;
 use super::record::{self, Bound, Standing, State, address, device, driver};
 use super::{DeviceError, Machine, Say, find, holders, lock};
 
@@ -29,7 +30,10 @@ pub(super) fn release(
     say: Say<'_>,
 ) -> Result<(), DeviceError> {
     let shown = name.or(pci).unwrap_or_default();
-    let pci = find::to_release(m.host, name, pci)?;
+    let pci = match find::to_release(m.host, name, pci)? {
+        Meant::Drive(pci) => pci,
+        Meant::Stale(pci) => return forgotten(m, shown, &pci, dry_run, say),
+    };
     let _lock = if dry_run { None } else { Some(lock::lock(m.host, &pci)?) };
     if !m.host.exists(&device(&pci)) {
         return gone(m, &pci, dry_run, say);
@@ -52,6 +56,29 @@ pub(super) fn release(
         true => Err(DeviceError::Interrupted("the release was finished first".into())),
         false => Ok(()),
     }
+}
+
+/// Removes a stale record, and nothing else: the name was not that of the drive that is there now.
+fn forgotten(m: &Machine<'_>, name: &str, pci: &str, dry_run: bool, say: Say<'_>) -> Result<(), DeviceError> {
+    let _lock = if dry_run { None } else { Some(lock::lock(m.host, pci)?) };
+    let Some(record) = record::load(m.host, pci) else { return Err(DeviceError::NotBound(name.into())) };
+    let standing = record.standing(m.host);
+    if standing == Standing::Holds {
+        return Err(DeviceError::step(format!("finding {name}"), "another nt command has bound the drive meanwhile"));
+    }
+    let what = format!("a stale record of {} at {pci} ({standing})", record.shown());
+    if dry_run {
+        say(&format!("would remove {what}, and touch no drive"));
+        return Ok(());
+    }
+    m.forget(pci)?;
+    let now = if m.host.exists(&device(pci)) {
+        format!("; what is at {pci} now was not touched (`nt device release --pci {pci}` would give that back)")
+    } else {
+        String::new()
+    };
+    say(&format!("removed {what}{now}"));
+    Ok(())
 }
 
 /// What can be done for a drive that is no longer in the machine.
@@ -144,7 +171,8 @@ pub(super) fn back(m: &Machine<'_>, pci: &str, namespaces: Duration, say: Say<'_
             }
             return Err(e);
         }
-        appear(m, pci, found.record.as_ref(), namespaces);
+        let record = found.record.as_ref().filter(|_| found.standing == Some(Standing::Holds));
+        appear(m, pci, record, namespaces);
     }
     m.forget(pci)?;
     let names = sysfs::controllers(m.host).ok().and_then(|all| all.into_iter().find(|c| c.bdf == pci));

@@ -57,12 +57,16 @@ fn moment(m: &Machine<'_>, name: &str, drive: &Controller) -> Result<String, Dev
     }
 }
 
-/// Removes the records of other boots and of drives that are gone, each under its own lock; those that
-/// another command works on are left to it.
-fn forget_stale(m: &Machine<'_>, own: &str, say: Say<'_>) -> Result<(), DeviceError> {
-    let stale = |r: &Bound| matches!(r.standing(m.host), Standing::OtherBoot | Standing::Gone | Standing::Replaced);
-    for old in record::all(m.host).iter().filter(|r| r.pci != own && stale(r)) {
-        let Ok(_lock) = lock::lock(m.host, &old.pci) else { continue };
+/// Removes the records that hold no more, each under its own lock; those that another command works on are left to
+/// it. One of a drive that somebody gave back by hand goes too: if it were bound by hand again, to something else's
+/// use, the record would hold again and open it to the group. `own` is the drive whose lock the caller holds.
+pub(super) fn forget_stale(m: &Machine<'_>, own: &str, say: Say<'_>) -> Result<(), DeviceError> {
+    let stale = |r: &Bound| r.standing(m.host) != Standing::Holds;
+    for old in record::all(m.host).iter().filter(|r| stale(r)) {
+        let lock = if old.pci == own { None } else { lock::lock(m.host, &old.pci).ok() };
+        if lock.is_none() && old.pci != own {
+            continue;
+        }
         if record::load(m.host, &old.pci).as_ref().is_some_and(stale) {
             m.forget(&old.pci)?;
             say(&format!("removed a stale record of {} at {}: {}", old.shown(), old.pci, old.standing(m.host)));

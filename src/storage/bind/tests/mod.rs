@@ -311,6 +311,108 @@ fn stale_records_name_nobody_and_are_removed() {
     assert!(matches!(fake.bind("nvme1n1", None), End::Done));
 }
 
+/// A stale record whose name or address is another device's by now: the record goes, and no drive is touched. The
+/// drive at its address was taken from whoever had it, or the drive of its name lost its `driver_override`.
+#[test]
+fn a_stale_name_touches_no_drive() {
+    const THIRD: &str = "0000:03:00.0";
+    let untouched = |fake: &Fake, what: &str| {
+        let log = fake.log.borrow();
+        assert!(log.iter().all(|l| l.starts_with("removing ")), "{what}: {log:?}");
+    };
+    let guests = |fake: &Fake, pci: &str| {
+        fake.unbind(pci);
+        fake.put(&format!("{}/driver_override", device(pci)), "vfio-pci");
+        fake.probe(pci);
+    };
+    type Stale = (&'static str, fn(&Fake, &dyn Fn(&Fake, &str)));
+    let cases: [Stale; 4] = [
+        ("another boot, and a guest has the drive now", |f, guests| {
+            f.put("/proc/sys/kernel/random/boot_id", "another\n");
+            f.put(&format!("{}/driver_override", device(SPARE)), "(null)");
+            guests(f, SPARE);
+        }),
+        ("another drive was put in its place, and a guest has it", |f, guests| {
+            f.unplug(SPARE);
+            f.folder("/taken");
+            f.add_function(SPARE, 15);
+            guests(f, SPARE);
+        }),
+        ("gone, and the name is that of a drive that is about to be somebody's", |f, _| {
+            f.unplug(SPARE);
+            f.add(THIRD, 16);
+            f.put(&format!("{}/driver_override", device(THIRD)), "vfio-pci");
+        }),
+        ("given back by hand under another name", |f, _| {
+            f.add(THIRD, 16);
+            assert!(f.host.exists(&format!("{}/nvme/nvme1", device(THIRD))));
+            f.put(&format!("{}/driver_override", device(THIRD)), "vfio-pci");
+            f.unbind(SPARE);
+            f.put(&format!("{}/driver_override", device(SPARE)), "(null)");
+            f.probe(SPARE);
+        }),
+    ];
+    for (what, make) in cases {
+        let fake = Fake::new();
+        assert!(matches!(fake.bind("nvme1n1", None), End::Done));
+        make(&fake, &guests);
+        let before: Vec<_> = [SPARE, THIRD]
+            .map(|pci| (fake.driver(pci), fake.host.read(&format!("{}/driver_override", device(pci))).ok()))
+            .into();
+        fake.log.borrow_mut().clear();
+        let mut said = Vec::new();
+        let end = fake.run(None, |m| m.release(Some("nvme1n1"), None, true, &mut |l| said.push(l.to_owned())));
+        assert!(matches!(end, End::Done) && fake.record(SPARE).exists(), "{what}: {end:?}");
+        assert!(said[0].contains("would remove a stale record"), "{what}: {said:?}");
+        let end = fake.run(None, |m| m.release(Some("/dev/nvme1n1"), None, false, &mut |l| said.push(l.to_owned())));
+        assert!(matches!(end, End::Done), "{what}: {end:?}");
+        assert!(said[1].starts_with("removed a stale record of M"), "{what}: {said:?}");
+        assert!(!fake.record(SPARE).exists(), "{what}");
+        untouched(&fake, what);
+        let after: Vec<_> = [SPARE, THIRD]
+            .map(|pci| (fake.driver(pci), fake.host.read(&format!("{}/driver_override", device(pci))).ok()))
+            .into();
+        assert_eq!(before, after, "{what}");
+    }
+    // Nor does a stale record prove that a name and an address are the same drive's.
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    fake.put("/proc/sys/kernel/random/boot_id", "another\n");
+    let end = fake.run(None, |m| m.release(Some("nvme1n1"), Some(SPARE), false, &mut |_| ()));
+    words(&end, &["it is not the drive at 0000:02:00.0"]);
+    assert_eq!(fake.driver(SPARE).as_deref(), Some("vfio-pci"));
+}
+
+/// A drive that somebody gave back by hand and binds by hand later, for a guest: no record of nt's may speak for it
+/// then, or the group could open it.
+#[test]
+fn records_of_drives_given_back_by_hand_are_forgotten() {
+    let fake = Fake::new();
+    fake.add("0000:03:00.0", 16);
+    fake.bind("nvme1n1", None);
+    let by_hand = |forced: &str| {
+        fake.unbind(SPARE);
+        fake.put(&format!("{}/driver_override", device(SPARE)), forced);
+        fake.probe(SPARE);
+    };
+    by_hand("(null)");
+    assert!(matches!(fake.bind("0000:03:00.0", None), End::Done));
+    assert!(!fake.record(SPARE).exists());
+    by_hand("vfio-pci");
+    assert!(bound(&fake.host).iter().all(|r| r.pci != SPARE));
+    // Its own, although the bind is refused afterwards.
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    fake.put(&format!("{}/driver_override", device(SPARE)), "(null)");
+    fake.unbind(SPARE);
+    fake.probe(SPARE);
+    let reason = |_: &Host, _: &[_], d: &crate::storage::guard::Controller| {
+        vec![Reason { check: Check::Mounted, path: d.pci_path().into(), what: "it is in use".into() }]
+    };
+    words(&fake.run(None, |m| take::bind(m, "nvme1n1", &reason, false, &mut |_| ())), &["it is in use"]);
+    assert!(!fake.record(SPARE).exists());
+}
+
 /// A member of the group who keeps only the device's descriptor is not seen in /proc, but the kernel knows.
 #[test]
 fn a_group_in_use_is_refused_before_anything_changes() {
