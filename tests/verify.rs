@@ -98,8 +98,8 @@ fn stage(model: &Path, image: &Path) -> Vec<Manifest> {
     let identity = Identity { serial: "ELSEWHERE".to_owned(), model: "Model".to_owned(), namespace: 1 };
     let mut drive = Drive { file: &file, size, block: 512 };
     let sources = [Source::open(model).unwrap()];
-    let staging = Staging::plan(&mut drive, &sources, &[]).unwrap();
-    staging.write(&mut drive, &identity, &mut Steps::new(&mut |_, _| (), &|| false)).unwrap()
+    let staging = Staging::plan(&mut drive, &sources, &identity, &[]).unwrap();
+    staging.write(&mut drive, &mut Steps::new(&mut |_, _| (), &|| false)).unwrap()
 }
 
 #[test]

@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 
 use super::{Failure, interrupt};
-use crate::gguf::Gguf;
 use crate::storage::bind::{self, Bound, DeviceError, Machine, Running, Standing, State};
 use crate::storage::guard::claim::{self, Claim};
 use crate::storage::guard::{self, Allowlist, Controller, Host, allowlist, sysfs};
 use crate::storage::library::Library;
-use crate::storage::{extents, health, safe};
+use crate::storage::{extents, health, safe, source};
 
 /// Arguments of `nt device`.
 #[derive(Debug, Args)]
@@ -31,11 +30,17 @@ enum Command {
     Check {
         /// nvme1n1, a PCI address, or a path below /dev
         device: String,
+        /// Its PCI address as well, where another drive may have the same serial number
+        #[arg(long, value_name = "ADDRESS")]
+        pci: Option<String>,
     },
     /// Take a drive from the kernel (as root)
     Bind {
         /// nvme1n1, a PCI address, or a path below /dev
         device: String,
+        /// Its PCI address as well, where another drive may have the same serial number
+        #[arg(long, value_name = "ADDRESS")]
+        pci: Option<String>,
         /// Claim the drive for a moment, print each step and write nothing
         #[arg(long)]
         dry_run: bool,
@@ -67,17 +72,17 @@ enum Command {
 /// # Errors
 /// See [`DeviceError`]; a refusal is exit code 3.
 pub fn run(args: DeviceArgs) -> Result<(), Failure> {
-    let host = Host::default();
+    let host = Host::default().until(interrupt::interrupted);
     let allowed = Allowlist::load(&args.allow);
     let kernel = Running::default();
     let machine = Machine { host: &host, kernel: &kernel, stopped: &interrupt::interrupted };
     let mut say = super::failure::say;
     match args.command {
         Command::List => list(&host, &allowed)?,
-        Command::Check { device } => check(&host, &device, &allowed)?,
-        Command::Bind { device, dry_run } => {
+        Command::Check { device, pci } => check(&host, &device, pci.as_deref(), &allowed)?,
+        Command::Bind { device, pci, dry_run } => {
             interrupt::install_for_changes()?;
-            machine.bind(&device, &allowed, dry_run, &mut say)?;
+            machine.bind(&device, pci.as_deref(), &allowed, dry_run, &mut say)?;
         }
         Command::Release { device, pci, dry_run } => {
             interrupt::install_for_changes()?;
@@ -92,12 +97,12 @@ pub fn run(args: DeviceArgs) -> Result<(), Failure> {
 /// Writes one file's manifest where the user says.
 fn write_manifest(host: &Host, model: &Path, output: &Path) -> Result<(), DeviceError> {
     let manifest = extents::manifest(host, model)?;
-    let text = serde_json::json!(manifest).to_string();
+    let fail = |why: String| step(format!("writing {}", output.display()), why);
+    let text = serde_json::to_string(&manifest).map_err(|e| fail(e.to_string()))?;
     if output.as_os_str() == "-" {
         println!("{text}");
         return Ok(());
     }
-    let fail = |why: String| step(format!("writing {}", output.display()), why);
     // A link of somebody else's is replaced and not followed.
     if output.symlink_metadata().is_ok_and(|m| !m.is_file() && !m.is_symlink()) {
         return Err(fail("it is no regular file; -o - writes to stdout".into()));
@@ -112,10 +117,9 @@ fn step(step: String, why: impl ToString) -> DeviceError {
 /// Records every file of a model, so that `nt run NAME --tier-c DRIVE` can read it without its file
 /// system.
 fn record(host: &Host, model: &Path) -> Result<(), DeviceError> {
-    safe::open(model).map_err(|e| step(format!("opening {}", model.display()), e))?;
-    let gguf = Gguf::open(model).map_err(|e| step("reading the model".into(), e))?;
-    for (i, shard) in gguf.shards.iter().enumerate() {
-        let recorded = extents::record(host, &shard.path, gguf.data_start(i).min(shard.len))?;
+    let (gguf, sources) = source::model(model).map_err(|e| step("reading the model".into(), e))?;
+    for (i, file) in sources.iter().enumerate() {
+        let recorded = extents::record(host, file, gguf.data_start(i))?;
         let saved = Library::default().save(&recorded);
         println!("{}", saved.map_err(|e| step("recording the model".into(), e))?.display());
     }
@@ -127,10 +131,10 @@ fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
 }
 
 /// Says every reason against binding a drive; without one, claims it for a moment as the last question.
-fn check(host: &Host, name: &str, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
+fn check(host: &Host, name: &str, pci: Option<&str>, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
     let all = controllers(host)?;
     let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
-    let reasons = guard::examine(host, &all, drive, allowed);
+    let reasons = bind::judge(host, &all, drive, allowed, pci);
     let claimed = if reasons.is_empty() { claim::moment(host, drive) } else { Claim::NotTried };
     match claimed {
         Claim::Made(time) => {

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{Failure, ModelArg, interrupt};
-use crate::gguf::Gguf;
 use crate::storage::bind;
 use crate::storage::guard::{Allowlist, Host, allowlist};
 use crate::storage::image::{ImageError, Source, Staging, Steps};
 use crate::storage::library::{Library, Recorded};
+use crate::storage::source;
 
 /// Arguments of `nt stage`.
 #[derive(Debug, Args)]
@@ -35,15 +35,14 @@ pub struct StageArgs {
 
 /// Writes the model, reads it back, records it.
 pub fn run(args: &StageArgs) -> Result<(), Failure> {
-    let gguf = Gguf::open(args.model.path()).map_err(Failure::usage)?;
-    let sources: Result<Vec<_>, _> = gguf.shards.iter().map(|s| Source::open(&s.path)).collect();
-    let sources = sources.map_err(Failure::usage)?;
+    let (gguf, sources) = source::model(args.model.path()).map_err(Failure::usage)?;
     interrupt::install_for_changes()?;
-    let host = Host::default();
+    let host = Host::default().until(interrupt::interrupted);
     let allowed = Allowlist::load(&args.allow);
-    let claim = bind::claim_to_write(&host, &args.tier_c, &args.serial, args.pci.as_deref(), &allowed)?;
+    let claim = bind::claim_to_write(&host, &args.tier_c, &args.serial, args.pci.as_deref(), &allowed);
+    let claim = claim.map_err(|e| if interrupt::interrupted() { untouched(args) } else { e.into() })?;
     let mut drive = claim.drive();
-    let staging = Staging::plan(&mut drive, &sources, &claim.partitions()).map_err(Failure::running)?;
+    let staging = Staging::plan(&mut drive, &sources, &claim.identity(), &claim.partitions()).map_err(unplanned)?;
     claim.forget_partitions()?;
     let bar = if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0)
@@ -55,17 +54,41 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
         bar.set_position(done);
     };
     let steps = &mut Steps::new(&mut progress, &interrupt::interrupted);
-    let manifests = staging.write(&mut drive, &claim.identity(), steps);
+    let manifests = staging.write(&mut drive, steps);
     bar.finish_and_clear();
     claim.reread_partitions();
     let manifests = manifests.map_err(|e| unfinished(args, &e))?;
     for (i, (manifest, source)) in manifests.into_iter().zip(&sources).enumerate() {
-        let header = source.head(gguf.data_start(i)).map_err(Failure::running)?;
-        let saved = Library::default().save(&Recorded { manifest, header }).map_err(Failure::running)?;
+        let header = source.head(gguf.data_start(i)).map_err(|e| e.to_string());
+        let saved = header.and_then(|header| Library::default().save(&Recorded { manifest, header }));
+        let saved = saved.map_err(|why| unrecorded(args, source, &why))?;
         super::report::print_line(&saved.display().to_string())?;
     }
     super::failure::say(&format!("staged; `sudo nt device bind {}` hands the drive to nt", args.tier_c));
     Ok(())
+}
+
+/// Nothing was written yet.
+fn unplanned(e: ImageError) -> Failure {
+    match e {
+        ImageError::TooLarge { .. } => Failure::limits(e),
+        ImageError::Unfit { .. } => Failure::usage(e),
+        e => Failure::running(e),
+    }
+}
+
+fn untouched(args: &StageArgs) -> Failure {
+    Failure::stopped(format!("staging was interrupted before anything was written to drive {}", args.serial))
+}
+
+/// The drive is whole; only the record on this machine is not.
+fn unrecorded(args: &StageArgs, source: &Source, why: &str) -> Failure {
+    Failure::running(format!(
+        "the model is staged: drive {} holds it, read back and compared; but {} could not be recorded on this machine: {why}; without the record, `nt run NAME --tier-c {}` still finds the model on the drive itself",
+        args.serial,
+        source.path().display(),
+        args.tier_c
+    ))
 }
 
 /// What became of the drive, and the command that stages it again.
@@ -87,9 +110,7 @@ fn unfinished(args: &StageArgs, e: &ImageError) -> Failure {
         again += &format!(" --allow {}", quoted(&args.allow.display().to_string()));
     }
     match e {
-        ImageError::Stopped => {
-            Failure::stopped(format!("staging was interrupted before anything was written to drive {}", args.serial))
-        }
+        ImageError::Stopped => untouched(args),
         ImageError::Erased(why) => {
             let why = match &**why {
                 ImageError::Stopped => "staging was interrupted".to_owned(),

@@ -64,10 +64,15 @@ impl Gguf {
     /// # Errors
     /// If a file cannot be read or used, or a folder holds no model or several.
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
-        if path.is_dir() {
-            return Gguf::open_with(&only_model(path)?, &mut header::source);
-        }
-        Gguf::open_with(path, &mut header::source)
+        Gguf::open_with(&Gguf::file_of(path)?, &mut header::source)
+    }
+
+    /// The file to open for `path`: of a folder, the one model in it.
+    ///
+    /// # Errors
+    /// If a folder holds no model or several.
+    pub fn file_of(path: &Path) -> Result<PathBuf, GgufError> {
+        if path.is_dir() { only_model(path) } else { Ok(path.to_path_buf()) }
     }
 
     /// As [`Gguf::open`], with headers from wherever `source` has them: for each file's path, bytes

@@ -5,7 +5,7 @@
 //! wrong, and only the checksums, one for each [`CHUNK`], can see that.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::bind::DeviceError;
 use super::guard::{Host, sysfs};
 use super::library::Recorded;
-use super::safe;
+use super::source::Source;
 use super::vfio::reader::Span;
 
 const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
@@ -108,35 +108,28 @@ struct Raw {
 ///
 /// # Errors
 /// If the file system or one of its layers hides where the bytes are, or an extent cannot be read
-/// by block.
+/// by block; or that the file was written to meanwhile.
 pub fn manifest(host: &Host, path: &Path) -> Result<Manifest, DeviceError> {
-    let file = safe::open(path).map_err(|e| failed(path, e.to_string()))?;
-    of_file(host, path, file)
+    of(host, &Source::open(path).map_err(|e| failed(path, e.to_string()))?)
 }
 
-/// The manifest of a GGUF file, and its first `header` bytes, both of the one file that is opened: whoever may
-/// rename it meanwhile cannot have another one's bytes recorded.
+/// The manifest of an open GGUF file, and its first `header` bytes.
 ///
 /// # Errors
-/// As [`manifest`]; or that the file is no GGUF file any more.
-pub fn record(host: &Host, path: &Path, header: u64) -> Result<Recorded, DeviceError> {
-    let fail = |why: String| failed(path, why);
-    let mut file = safe::open(path).map_err(|e| fail(e.to_string()))?;
-    let mut bytes = vec![0; header as usize];
-    file.read_exact(&mut bytes).and_then(|()| file.rewind()).map_err(|e| fail(e.to_string()))?;
-    if !bytes.starts_with(b"GGUF") {
-        return Err(fail("it was replaced by another file while it was read".into()));
-    }
-    Ok(Recorded { manifest: of_file(host, path, file)?, header: bytes })
+/// As [`manifest`].
+pub fn record(host: &Host, source: &Source, header: u64) -> Result<Recorded, DeviceError> {
+    let header = source.head(header).map_err(|e| failed(source.path(), e.to_string()))?;
+    Ok(Recorded { manifest: of(host, source)?, header })
 }
 
 fn failed(path: &Path, why: String) -> DeviceError {
     DeviceError::Step { step: format!("{}: finding its extents", path.display()), why }
 }
 
-fn of_file(host: &Host, path: &Path, mut file: File) -> Result<Manifest, DeviceError> {
-    let shown = path.display().to_string();
+fn of(host: &Host, source: &Source) -> Result<Manifest, DeviceError> {
+    let (path, file) = (source.path(), source.file());
     let fail = |why: String| failed(path, why);
+    let (name, full) = source.names().map_err(&fail)?;
     let meta = file.metadata().map_err(|e| fail(e.to_string()))?;
     let number = format!("{}:{}", libc::major(meta.dev()), libc::minor(meta.dev()));
     let kind = file_system(host, &number).map_err(&fail)?;
@@ -152,13 +145,17 @@ fn of_file(host: &Host, path: &Path, mut file: File) -> Result<Manifest, DeviceE
             "the block device {number} is no NVMe drive or partition (LVM, MD and encryption are not seen through)"
         ))
     })?;
-    let raw = fiemap(&file).map_err(|e| fail(e.to_string()))?;
-    let extents = place(&raw, meta.len(), device.start, device.size).map_err(&fail)?;
-    let crc32c = sums(&mut file).map_err(|e| fail(e.to_string()))?;
+    let raw = fiemap(file).map_err(|e| fail(e.to_string()))?;
+    let extents = place(&raw, source.size(), device.start, device.size).map_err(&fail)?;
+    let (input, _) = source.input().map_err(|e| fail(e.to_string()))?;
+    let crc32c = sums(input).map_err(|e| fail(e.to_string()))?;
+    if !source.is_unchanged().map_err(|e| fail(e.to_string()))? {
+        return Err(fail("it was changed while its sums were made; record it again once it is at rest".into()));
+    }
     Ok(Manifest {
-        file: path.file_name().map_or(shown.clone(), |n| n.to_string_lossy().into_owned()),
-        path: std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()),
-        size: meta.len(),
+        file: name,
+        path: full,
+        size: source.size(),
         serial: controller.serial.clone(),
         model: controller.model.clone(),
         namespace: namespace.nsid,

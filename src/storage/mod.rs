@@ -18,6 +18,7 @@ mod pread;
 pub mod safe;
 #[cfg(test)]
 mod scripted;
+pub mod source;
 mod split;
 mod striped;
 mod uring;

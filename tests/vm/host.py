@@ -51,10 +51,17 @@ def obey(machine, verb, name):
         print(f"tests/vm: the guest asks the host to {verb}", file=sys.stderr)
 
 
-taken, machine = 0, Machine()
+taken, machine, down = 0, Machine(), None
 while True:
     time.sleep(0.3)
-    lines = re.findall(rb"^HOST (\w+) ?(\w*)\r?\n", open(log, "rb").read(), re.M)
+    text = open(log, "rb").read()
+    # After a suspend the emulated machine has been seen to stay on.
+    if down is None and b"reboot: Power down" in text:
+        down = time.monotonic()
+    if down is not None and time.monotonic() > down + 15:
+        machine.send("quit")
+        break
+    lines = re.findall(rb"^HOST (\w+) ?(\w*)\r?\n", text, re.M)
     for verb, name in lines[taken:]:
         taken += 1
         obey(machine, verb.decode(), name.decode())

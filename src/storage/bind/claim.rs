@@ -6,10 +6,10 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, Reason, address_decides, examine, sysfs};
+use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, Reason, sysfs};
 use super::super::image::{Drive, Identity, partitions};
 use super::lock::{self, Lock};
-use super::{DeviceError, Machine, Running, take};
+use super::{DeviceError, Machine, Running, judge, take};
 
 /// Claims every namespace of a drive until the files are dropped.
 ///
@@ -24,12 +24,17 @@ pub(super) fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, Device
             let name = &namespace.whole.name;
             DeviceError::refused(name, Check::Open, &path, format!("it cannot be claimed: {e}"))
         })?;
-        // udev leaves a locked disk alone. A failure only costs that courtesy.
-        // SAFETY: an advisory lock on a file that is open.
-        unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+        leave_alone(&file);
         claims.push(file);
     }
     Ok(claims)
+}
+
+/// Has udev leave the open disk alone, and so whatever it starts for a disk that it looks at. Somebody who holds the lock
+/// has the node open, which the guard sees; a failure only costs the courtesy.
+fn leave_alone(disk: &File) {
+    // SAFETY: an advisory lock on a file that is open.
+    unsafe { libc::flock(disk.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
 }
 
 /// A namespace that is ours alone to write, by the kernel's word (O_EXCL), until this is dropped.
@@ -105,8 +110,7 @@ pub fn claim_to_write(
         if under.is_none() {
             return Ok(drive.clone());
         }
-        let mut reasons = examine(host, &all, drive, allowed);
-        address_decides(host, &all, drive, allowed, pci, &mut reasons);
+        let mut reasons = judge(host, &all, drive, allowed, pci);
         let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
         if drive.serial != serial {
             add(Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
@@ -130,6 +134,7 @@ pub fn claim_to_write(
         let what = format!("it cannot be claimed for writing: {e}");
         DeviceError::refused(name, Check::Open, &path, what)
     })?;
+    leave_alone(&file);
     if check(Some(&found))? != drive {
         return Err(DeviceError::step(format!("claiming {path}"), "it changed while it was being checked"));
     }

@@ -22,7 +22,7 @@ mod tests;
 
 use std::time::Duration;
 
-use super::guard::{Allowlist, Host, examine};
+use super::guard::{Allowlist, Controller, Host, Reason, address_decides, examine};
 
 pub use claim::{Writable, claim_to_write};
 pub use error::DeviceError;
@@ -36,6 +36,19 @@ use record::device;
 pub const GROUP: &str = "nt";
 /// How long the kernel may take for a step.
 const WAIT: Duration = Duration::from_secs(10);
+
+/// Every reason against the drive that a user means by its name and, between twins, by its address `pci`.
+pub fn judge(
+    host: &Host,
+    all: &[Controller],
+    drive: &Controller,
+    allowed: &Result<Allowlist, String>,
+    pci: Option<&str>,
+) -> Vec<Reason> {
+    let mut reasons = examine(host, all, drive, allowed);
+    address_decides(host, all, drive, allowed, pci, &mut reasons);
+    reasons
+}
 
 /// Takes one line per step.
 pub type Say<'a> = &'a mut dyn FnMut(&str);
@@ -58,8 +71,9 @@ impl std::fmt::Debug for Machine<'_> {
 }
 
 impl Machine<'_> {
-    /// Binds the drive named `name`. `say` gets one line per step; with `dry_run` the drive is claimed for a
-    /// moment and nothing is written.
+    /// Binds the drive named `name`, at the address `pci` (which may be left out while no other drive may have its
+    /// serial number). `say` gets one line per step; with `dry_run` the drive is claimed for a moment and nothing is
+    /// written.
     ///
     /// # Errors
     /// [`DeviceError::Refused`] with every reason, or the step that failed; [`DeviceError::Interrupted`] if a signal
@@ -67,11 +81,12 @@ impl Machine<'_> {
     pub fn bind(
         &self,
         name: &str,
+        pci: Option<&str>,
         allowed: &Result<Allowlist, String>,
         dry_run: bool,
         say: Say<'_>,
     ) -> Result<(), DeviceError> {
-        take::bind(self, name, &|host, all, drive| examine(host, all, drive, allowed), dry_run, say)
+        take::bind(self, name, &|host, all, drive| judge(host, all, drive, allowed, pci), dry_run, say)
     }
 
     /// Gives a drive back to the kernel, bound or half so, with a record or without: the one that `name` means, or

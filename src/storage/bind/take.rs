@@ -122,6 +122,7 @@ fn half(name: &str, pci: &str, path: &str, what: &str) -> DeviceError {
 fn check(m: &Machine<'_>, name: &str, judge: &Judge<'_>, before: &Controller) -> Result<Controller, DeviceError> {
     let drive = find(m, name)?;
     let mut reasons = judge(m.host, &controllers(m.host)?, &drive);
+    m.stop_if_asked()?;
     if drive != *before {
         reasons.push(Reason {
             check: Check::Driver,

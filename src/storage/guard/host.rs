@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 const TEXT_MAX: u64 = 16 << 20;
 
 /// A file that could not be read, and why.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{path} cannot be read: {why}")]
 pub struct Unreadable {
     /// Which file.
@@ -41,6 +41,7 @@ impl Unreadable {
 #[derive(Debug, Clone)]
 pub struct Host {
     pub(super) root: PathBuf,
+    stopped: fn() -> bool,
 }
 
 impl Default for Host {
@@ -52,7 +53,18 @@ impl Default for Host {
 impl Host {
     /// The machine whose `/` lies at `root`.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), stopped: || false }
+    }
+
+    /// The same machine, for a command that a signal may ask to stop: long searches end with an error then.
+    #[must_use]
+    pub fn until(self, stopped: fn() -> bool) -> Self {
+        Self { stopped, ..self }
+    }
+
+    /// Whether a signal has asked to stop.
+    pub fn is_stopped(&self) -> bool {
+        (self.stopped)()
     }
 
     /// Where `path` (absolute) really lies.

@@ -3,6 +3,7 @@
 //! All reasons are reported at once, each with the path it was read from. Reads only.
 
 pub mod allowlist;
+mod ask;
 mod boot;
 pub mod claim;
 mod exports;
@@ -127,6 +128,7 @@ pub fn examine(
     out.extend(twins::twins(host, all, controller));
     identity::namespaces(all, controller, &mut out);
     identity::listed(controller, allowed, &mut out);
+    note(&mut out, |out| twins::address_of_entry(host, all, controller, allowed, out));
     note(&mut out, |out| identity::shared(host, controller, out));
     // Where it is.
     note(&mut out, |out| pci::function(host, controller, out));

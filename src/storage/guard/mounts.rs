@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::host::{Host, Unreadable};
 use super::node::Number;
-use super::nodes::{Nodes, Target};
+use super::nodes::{Nodes, Target, is_remote};
 use super::open::{processes, threads};
 use super::sysfs::Controller;
 use super::words::octal;
@@ -114,6 +114,9 @@ fn devices(
     if let Some(name) = mount.number.parse::<Number>().ok().and_then(|n| nodes.block(n)) {
         found.push((name.to_owned(), "mounted"));
     }
+    if is_virtual(mount.kind) {
+        return Ok(found);
+    }
     let options = mount.options.split(',').filter_map(|o| o.split_once('=')).map(|(_, value)| value);
     let named = mount.source.split(':').chain([mount.source.as_str()]).map(|s| (s, "mounted"));
     for (path, how) in named.chain(options.map(|o| (o, "in use by the file system"))) {
@@ -121,7 +124,7 @@ fn devices(
             continue;
         }
         let inside = host.node(&format!("{folder}/root{path}")).ok().flatten();
-        let name = match inside.and_then(|n| nodes.name(n).filter(|_| is_device(n))) {
+        let name = match inside.and_then(|n| nodes.device(n)) {
             Some(name) => Some(name.to_owned()),
             None => match nodes.target(host, controller, path)? {
                 Target::Ours(name) => Some(name),
@@ -134,8 +137,13 @@ fn devices(
     Ok(found)
 }
 
-fn is_device(node: super::node::Node) -> bool {
-    !matches!(node, super::node::Node::File(_))
+/// File systems that stand on no block device: their source and options are words of whoever mounted them, any user in a
+/// namespace of his own too, and those of one with a server may lead to places where nobody answers. Who serves one
+/// from a drive has that open.
+fn is_virtual(kind: &str) -> bool {
+    let kinds =
+        ["overlay", "tmpfs", "ramfs", "proc", "sysfs", "devtmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "bpf"];
+    kinds.contains(&kind) || is_remote(kind) && kind != "gfs2"
 }
 
 fn is_system(place: &str) -> bool {

@@ -5,15 +5,15 @@
 //! its name, or what it holds itself, `b 259:11` or `c 241:1`; one that holds `on 259:11` is a file on
 //! that device.
 
-use std::ffi::CString;
+use std::cmp::Ordering;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use super::ask::{self, Answer};
 use super::host::{Host, Unreadable};
 
 /// Links followed before a path counts as a circle, as in the kernel.
@@ -66,7 +66,15 @@ pub struct Backing {
 impl Host {
     /// What `path` leads to; `None` where nothing is there.
     pub fn node(&self, path: &str) -> Result<Option<Node>, Unreadable> {
-        if self.is_real() { stat(path) } else { self.pictured(path) }
+        self.nodes(&[path.to_owned()])?.pop().unwrap_or(Ok(None))
+    }
+
+    /// What each of `paths` leads to. Servers that do not answer keep nobody: see [`ask`].
+    ///
+    /// # Errors
+    /// If one of them got no answer; nothing is known of any then.
+    pub fn nodes(&self, paths: &[String]) -> Result<Vec<Answer>, Unreadable> {
+        if self.is_real() { ask::nodes(paths) } else { Ok(paths.iter().map(|p| self.pictured(p)).collect()) }
     }
 
     /// True if two paths lead to the same file or folder.
@@ -150,32 +158,6 @@ fn start(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).trim_end().to_owned())
 }
 
-/// Asks the kernel without mounting anything on the way to the last name and without a word to servers
-/// of network file systems, which may not answer.
-fn stat(path: &str) -> Result<Option<Node>, Unreadable> {
-    let Ok(name) = CString::new(Path::new(path).as_os_str().as_bytes()) else { return Ok(None) };
-    // SAFETY: all zeros are a valid value of this structure of integers.
-    let mut found: libc::statx = unsafe { std::mem::zeroed() };
-    let flags = libc::AT_NO_AUTOMOUNT | libc::AT_STATX_DONT_SYNC;
-    // SAFETY: `name` ends with a zero byte and `found` may be written; both outlive the call.
-    let result = unsafe { libc::statx(libc::AT_FDCWD, name.as_ptr(), flags, libc::STATX_TYPE, &raw mut found) };
-    if result != 0 {
-        let e = io::Error::last_os_error();
-        let nothing = [libc::ENOENT, libc::ENOTDIR, libc::ELOOP, libc::ENAMETOOLONG, libc::ESRCH];
-        return if e.raw_os_error().is_some_and(|n| nothing.contains(&n)) {
-            Ok(None)
-        } else {
-            Err(Host::fail(path, &e))
-        };
-    }
-    let number = Number { major: found.stx_rdev_major, minor: found.stx_rdev_minor };
-    Ok(Some(match u32::from(found.stx_mode) & libc::S_IFMT {
-        libc::S_IFBLK => Node::Block(number),
-        libc::S_IFCHR => Node::Char(number),
-        _ => Node::File(Some(Number { major: found.stx_dev_major, minor: found.stx_dev_minor })),
-    }))
-}
-
 /// `struct loop_info64` of `linux/loop.h`.
 #[repr(C)]
 struct LoopInfo {
@@ -205,10 +187,16 @@ fn loop_status(path: &str) -> io::Result<Option<Backing>> {
     Ok(Some(Backing { on: number(info.device), device: number(info.rdevice) }))
 }
 
-/// True if two threads surely share one table of descriptors. Where the kernel cannot tell, they do not.
-pub fn share_files(a: &str, b: &str) -> bool {
+/// How the tables of descriptors of two threads stand in the kernel's order of them; equal, if it is one table. `None`
+/// where it cannot be told.
+pub fn compare_files(a: &str, b: &str) -> Option<Ordering> {
     const KCMP_FILES: libc::c_int = 2;
-    let (Ok(a), Ok(b)) = (a.parse::<libc::pid_t>(), b.parse::<libc::pid_t>()) else { return false };
+    let (a, b) = (a.parse::<libc::pid_t>().ok()?, b.parse::<libc::pid_t>().ok()?);
     // SAFETY: a comparison by the kernel that takes only numbers.
-    unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_FILES, 0, 0) == 0 }
+    match unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_FILES, 0, 0) } {
+        0 => Some(Ordering::Equal),
+        1 => Some(Ordering::Less),
+        2 => Some(Ordering::Greater),
+        _ => None,
+    }
 }

@@ -11,11 +11,11 @@ use super::sysfs::Controller;
 #[derive(Debug, Clone)]
 pub struct Nodes {
     list: Vec<(Node, String)>,
-    /// Where file systems are mounted whose servers may not answer.
+    /// Where file systems are mounted that ask a server or a program.
     remote: Vec<String>,
 }
 
-/// File systems that ask a server or a program, which may never answer.
+/// File systems that ask a server or a program, which may take long to answer.
 const REMOTE: [&str; 13] =
     ["9p", "afs", "autofs", "ceph", "cifs", "fuse", "fuseblk", "gfs2", "lustre", "nfs", "nfs4", "smb3", "virtiofs"];
 
@@ -53,19 +53,20 @@ impl Nodes {
             }
         }
         let mounts = host.read("/proc/self/mountinfo")?;
-        let is_remote = |kind: &str| REMOTE.contains(&kind) || kind.starts_with("fuse.");
         let remote = mounts.lines().filter_map(mounts::parse).filter(|m| is_remote(m.kind) && m.place != "/");
         Ok(Self { list, remote: remote.map(|m| m.place).collect() })
     }
 
-    /// True if a path lies on a file system that may never answer; nobody should look there.
-    pub fn is_remote(&self, path: &str) -> bool {
-        self.remote.iter().any(|place| Path::new(path).starts_with(place))
+    /// What the word `path` of a table leads to; nothing on file systems that ask a server, where no table of this
+    /// machine has its devices, and where looking would mount or wait.
+    fn look(&self, host: &Host, path: &str) -> Result<Option<Node>, Unreadable> {
+        let is_remote = self.remote.iter().any(|place| Path::new(path).starts_with(place));
+        if is_remote { Ok(None) } else { host.node(path) }
     }
 
-    /// What `path` leads to; nothing where the question might not be answered.
-    pub fn look(&self, host: &Host, path: &str) -> Result<Option<Node>, Unreadable> {
-        if self.is_remote(path) { Ok(None) } else { host.node(path) }
+    /// The device whose node this is; files on it do not count.
+    pub fn device(&self, node: Node) -> Option<&str> {
+        self.name(node).filter(|_| !matches!(node, Node::File(_)))
     }
 
     /// The device with this node, or, for a file, the device it lies on.
@@ -82,9 +83,9 @@ impl Nodes {
         self.name(Node::Block(number))
     }
 
-    /// The device whose node `path` is; files on it do not count.
+    /// The device whose node the word `path` of a table is; files on it do not count.
     pub fn at(&self, host: &Host, path: &str) -> Result<Option<&str>, Unreadable> {
-        Ok(self.look(host, path)?.filter(|n| !matches!(n, Node::File(_))).and_then(|n| self.name(n)))
+        Ok(self.look(host, path)?.and_then(|n| self.device(n)))
     }
 
     /// The name of a node below `/dev`, or alone, that is this controller's by its spelling.
@@ -98,9 +99,6 @@ impl Nodes {
     pub fn target(&self, host: &Host, controller: &Controller, path: &str) -> Result<Target, Unreadable> {
         let path = path.strip_suffix(" (deleted)").unwrap_or(path);
         let ours = |name: &str| Target::Ours(name.to_owned());
-        if self.is_remote(path) {
-            return Ok(Target::Other);
-        }
         let found = host.node(path)?;
         Ok(match found {
             Some(node) if self.name(node).is_some() => ours(self.name(node).unwrap_or_default()),
@@ -112,6 +110,11 @@ impl Nodes {
             },
         })
     }
+}
+
+/// Whether file systems of this kind ask a server or a program.
+pub fn is_remote(kind: &str) -> bool {
+    REMOTE.contains(&kind) || kind.starts_with("fuse.")
 }
 
 /// A device number that sysfs tells.

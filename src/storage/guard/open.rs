@@ -1,26 +1,49 @@
 //! Processes that hold a node of a drive: by descriptors of every thread, mappings, io_uring, and
 //! descriptors under way in a socket.
 
-use std::time::Duration;
+use std::cmp::Ordering;
+use std::time::{Duration, Instant};
 
+use super::ask::Answer;
 use super::host::{Host, Unreadable};
-use super::node::{Node, share_files};
+use super::node::{Node, compare_files};
 use super::nodes::Nodes;
 use super::sysfs::Controller;
 use super::{Check, Reason};
 
-/// Descriptors under way are looked at this often before they count as stuck.
-const UNDER_WAY_LOOKS: u32 = 10;
+/// How long descriptors may be under way, in all sockets together, before they count as stuck.
+const UNDER_WAY: Duration = Duration::from_millis(500);
+/// Time between two looks at them.
+const UNDER_WAY_PAUSE: Duration = Duration::from_millis(50);
+/// Most sockets that are looked at again.
+const UNDER_WAY_MAX: usize = 256;
+/// How long all processes may take: any user can have many, with many files.
+const SEARCH: Duration = Duration::from_secs(120);
 /// What the link of an io_uring's descriptor says.
 const RING: &str = "anon_inode:[io_uring]";
-/// Time between two looks.
-const UNDER_WAY_PAUSE: Duration = Duration::from_millis(50);
 
 /// One thread that is looked at.
 struct Thread<'a> {
     pid: &'a str,
     /// Its folder in `/proc`.
     folder: String,
+}
+
+/// A socket with descriptors under way.
+struct Socket {
+    pid: String,
+    /// What the kernel tells of it.
+    path: String,
+    /// How many, at the last look.
+    number: String,
+}
+
+/// Sockets with descriptors under way, as far as they are remembered.
+#[derive(Default)]
+struct Sockets {
+    list: Vec<Socket>,
+    /// Whether there were more.
+    more: bool,
 }
 
 /// Processes by number, sorted as text.
@@ -46,20 +69,43 @@ pub fn threads(host: &Host, pid: &str) -> Result<Vec<String>, Unreadable> {
 /// Everything that processes other than `own_pid` hold of the controller.
 pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let nodes = Nodes::of(host, controller)?;
+    let mut sockets = Sockets::default();
+    let end = Instant::now() + SEARCH;
     for pid in processes(host)?.iter().filter(|p| **p != own_pid.to_string()) {
         let folders = threads(host, pid)?;
-        let (mut looked, mut has_ring): (Vec<&str>, bool) = (Vec::new(), false);
+        let (mut tables, mut has_ring) = (Vec::new(), false);
         for folder in &folders {
+            if host.is_stopped() || Instant::now() > end {
+                let why = "looking through the files of all processes was ended, by a signal or after two minutes";
+                return Err(Unreadable::new(folder, why));
+            }
             let tid = folder.rsplit('/').next().unwrap_or(pid);
-            if host.is_real() && looked.iter().any(|other| share_files(other, tid)) {
+            if host.is_real() && is_known(&mut tables, tid) {
                 continue;
             }
-            looked.push(tid);
-            has_ring |= descriptors(host, &nodes, &Thread { pid, folder: folder.clone() }, out)?;
+            has_ring |= descriptors(host, &nodes, &Thread { pid, folder: folder.clone() }, &mut sockets, out)?;
         }
         mapped(host, &nodes, pid, &folders, has_ring, out)?;
     }
-    Ok(())
+    under_way(host, sockets, out)
+}
+
+/// Whether a thread has the table of descriptors of one in `tables`, which is in the kernel's order; if not, it joins
+/// them. So few comparisons are needed, however many threads have tables of their own.
+fn is_known<'a>(tables: &mut Vec<&'a str>, tid: &'a str) -> bool {
+    let mut untold = false;
+    let place = tables.binary_search_by(|other| {
+        compare_files(other, tid).unwrap_or_else(|| {
+            untold = true;
+            Ordering::Less
+        })
+    });
+    match place {
+        _ if untold => {}
+        Ok(_) => return true,
+        Err(at) => tables.insert(at, tid),
+    }
+    false
 }
 
 /// A list that is empty where its process has ended meanwhile.
@@ -71,37 +117,50 @@ fn list(host: &Host, path: &str) -> Result<Vec<String>, Unreadable> {
 }
 
 /// What the descriptors of one thread hold; true if one is an io_uring.
-fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Reason>) -> Result<bool, Unreadable> {
+fn descriptors(
+    host: &Host,
+    nodes: &Nodes,
+    thread: &Thread<'_>,
+    sockets: &mut Sockets,
+    out: &mut Vec<Reason>,
+) -> Result<bool, Unreadable> {
     let folder = format!("{}/fd", thread.folder);
-    let fds = list(host, &folder)?;
+    // Paths of what may be a node, and their links.
+    let (mut paths, mut links) = (Vec::new(), Vec::new());
     // The last parts of the names of what is open, for rings that tell no more.
     let mut names = Vec::new();
     let mut rings = Vec::new();
-    for fd in fds {
+    for fd in list(host, &folder)? {
         let path = format!("{folder}/{fd}");
         // No link in a picture: a file that was deleted.
         let link = match host.link(&path) {
             Ok(link) => link.to_string_lossy().into_owned(),
             Err(_) if host.is_real() => continue,
-            Err(_) => "a deleted file".into(),
+            Err(_) => "/a deleted file".into(),
         };
-        let by_number = held(host, nodes, &path, &link)?;
-        // A name is asked only where there is no number to ask.
-        let name = match by_number {
-            None if link.starts_with("/dev/") && nodes.look(host, &path)?.is_none() => nodes.spelled(&link),
-            name => name,
-        };
-        if let Some(name) = name {
-            let other = if link.ends_with(&format!("/{name}")) { String::new() } else { format!(" as {link}") };
-            let what = format!("process {} has /dev/{name} open{other}", thread.pid);
-            push(out, Reason::new(Check::Open, &folder, what));
-        }
         if link == RING {
             rings.push(fd);
         } else if link.starts_with("socket:") {
-            under_way(host, thread, &fd, out)?;
-        } else if let Some(last) = link.rsplit('/').next() {
-            names.push(last.to_owned());
+            look_at_socket(host, thread, &fd, sockets)?;
+        } else {
+            names.extend(link.rsplit('/').next().map(str::to_owned));
+            // Pipes and the like have no path.
+            if link.starts_with('/') {
+                paths.push(path);
+                links.push(link);
+            }
+        }
+    }
+    let answers = asked(host, &format!("process {}", thread.pid), &folder, &paths, out);
+    for (answer, link) in answers.into_iter().zip(&links) {
+        let found = held(answer)?;
+        // A name is asked only where there is no number to ask.
+        let by_number = found.and_then(|n| nodes.device(n));
+        let by_name = || nodes.spelled(link).filter(|_| found.is_none() && link.starts_with("/dev/"));
+        if let Some(name) = by_number.or_else(by_name) {
+            let other = if link.ends_with(&format!("/{name}")) { String::new() } else { format!(" as {link}") };
+            let what = format!("process {} has /dev/{name} open{other}", thread.pid);
+            push(out, Reason::new(Check::Open, &folder, what));
         }
     }
     for fd in &rings {
@@ -110,18 +169,23 @@ fn descriptors(host: &Host, nodes: &Nodes, thread: &Thread<'_>, out: &mut Vec<Re
     Ok(!rings.is_empty())
 }
 
-/// The drive's device that a descriptor or a mapping named `link` leads to.
-fn held<'a>(host: &Host, nodes: &'a Nodes, path: &str, link: &str) -> Result<Option<&'a str>, Unreadable> {
-    // A server that is gone must not keep us; a device's node lies on no such file system.
-    if nodes.is_remote(link) {
-        return Ok(None);
-    }
-    match nodes.at(host, path) {
+/// What each of a process's `paths` leads to; nothing, and a reason, where one of them gets no answer.
+fn asked(host: &Host, whose: &str, folder: &str, paths: &[String], out: &mut Vec<Reason>) -> Vec<Answer> {
+    host.nodes(paths).unwrap_or_else(|e| {
+        let what = format!("the files of {whose} cannot all be told: {}", e.why);
+        push(out, Reason::new(Check::Unreadable, folder, what));
+        Vec::new()
+    })
+}
+
+/// What a descriptor or a mapping leads to.
+fn held(answer: Answer) -> Result<Option<Node>, Unreadable> {
+    match answer {
         Err(e) if e.is_gone() => Ok(None),
         // The folder with the link could be listed, so it is the file's own system that refuses: FUSE
         // of another user does so even to root, and holds no devices.
         Err(e) if e.errno == Some(libc::EACCES) && nix::unistd::geteuid().is_root() => Ok(None),
-        name => name,
+        answer => answer,
     }
 }
 
@@ -147,11 +211,10 @@ fn mapped(
     for tid in std::iter::once(pid).chain(tids) {
         let folder = format!("/proc/{tid}/map_files");
         let ranges = list(host, &folder)?;
-        for range in &ranges {
-            let path = format!("{folder}/{range}");
-            let link = host.link(&path).map(|l| l.to_string_lossy().into_owned()).unwrap_or_default();
-            is_ring |= link == RING;
-            if let Some(name) = held(host, nodes, &path, &link)? {
+        let paths: Vec<String> = ranges.iter().map(|range| format!("{folder}/{range}")).collect();
+        is_ring |= paths.iter().any(|path| host.link(path).is_ok_and(|link| link.as_os_str() == RING));
+        for answer in asked(host, &format!("process {pid}"), &folder, &paths, out) {
+            if let Some(name) = held(answer)?.and_then(|n| nodes.device(n)) {
                 let what = format!("process {pid} has /dev/{name} mapped into its memory");
                 push(out, Reason::new(Check::Open, &folder, what));
             }
@@ -185,12 +248,13 @@ fn registered(
     };
     let lines = text.lines().skip_while(|l| !l.starts_with("UserFiles:")).skip(1);
     for file in lines.take_while(|l| l.starts_with(' ')).filter_map(|l| l.split_once(": ")).map(|(_, f)| f.trim()) {
-        let seen = if nodes.is_remote(file) {
-            Some(None)
-        } else if file.starts_with('/') {
+        let seen = if file.starts_with('/') {
             let inside = format!("/proc/{}/root{file}", thread.pid);
-            let node = host.node(&inside).ok().flatten().or(nodes.look(host, file)?);
-            node.map(|n| nodes.name(n).filter(|_| !matches!(n, Node::File(_))))
+            let node = match host.node(&inside) {
+                Ok(Some(node)) => Some(node),
+                _ => host.node(file)?,
+            };
+            node.map(|n| nodes.device(n))
         } else {
             // Sockets, pipes and the like have no name or one in brackets.
             (file.is_empty() || file.starts_with(['[', '<']) || open.iter().any(|o| o == file)).then_some(None)
@@ -215,28 +279,49 @@ fn is_protocol(name: &str) -> bool {
     name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || matches!(b, b'-' | b'v'))
 }
 
-/// Descriptors that were sent through a UNIX socket and not yet received are in no process's table.
-/// The kernel tells only how many (`scm_fds`, since Linux 5.9); ones that stay there are a reason.
-fn under_way(host: &Host, thread: &Thread<'_>, fd: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+/// Remembers a socket if descriptors are under way in it.
+fn look_at_socket(host: &Host, thread: &Thread<'_>, fd: &str, sockets: &mut Sockets) -> Result<(), Unreadable> {
     let path = format!("{}/fdinfo/{fd}", thread.folder);
-    for look in 0..UNDER_WAY_LOOKS {
-        let text = match host.read(&path) {
-            Err(e) if e.is_gone() => return Ok(()),
-            text => text?,
-        };
-        let number = text.lines().find_map(|l| l.strip_prefix("scm_fds:")).map(|n| n.trim().to_owned());
-        match number.as_deref() {
-            None | Some("0") => return Ok(()),
-            Some(n) if look + 1 == UNDER_WAY_LOOKS || !host.is_real() => {
-                let what = format!(
-                    "process {} has {n} descriptors under way in a socket, which cannot be told; end it",
-                    thread.pid
-                );
-                push(out, Reason::new(Check::Unreadable, &path, what));
-                return Ok(());
+    let Some(number) = number_under_way(host, &path)? else { return Ok(()) };
+    if sockets.list.len() == UNDER_WAY_MAX {
+        sockets.more = true;
+    } else {
+        sockets.list.push(Socket { pid: thread.pid.to_owned(), path, number });
+    }
+    Ok(())
+}
+
+/// How many descriptors were sent through a UNIX socket and not yet received (`scm_fds`, since Linux 5.9), unless none.
+fn number_under_way(host: &Host, path: &str) -> Result<Option<String>, Unreadable> {
+    let text = match host.read(path) {
+        Err(e) if e.is_gone() => return Ok(None),
+        text => text?,
+    };
+    let number = text.lines().find_map(|l| l.strip_prefix("scm_fds:")).map(|n| n.trim().to_owned());
+    Ok(number.filter(|n| n != "0"))
+}
+
+/// Descriptors under way in a socket are in no process's table, and the kernel tells only their number; ones that stay
+/// there are a reason.
+fn under_way(host: &Host, mut sockets: Sockets, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let end = Instant::now() + UNDER_WAY;
+    while host.is_real() && !sockets.list.is_empty() && !sockets.more && !host.is_stopped() && Instant::now() < end {
+        std::thread::sleep(UNDER_WAY_PAUSE);
+        for mut socket in std::mem::take(&mut sockets.list) {
+            if let Some(number) = number_under_way(host, &socket.path)? {
+                socket.number = number;
+                sockets.list.push(socket);
             }
-            Some(_) => std::thread::sleep(UNDER_WAY_PAUSE),
         }
+    }
+    if sockets.more {
+        let what = format!("descriptors are under way in more than {UNDER_WAY_MAX} sockets, which cannot be told");
+        out.push(Reason::new(Check::Unreadable, "/proc", what));
+    }
+    for Socket { pid, path, number } in sockets.list {
+        let what =
+            format!("process {pid} has {number} descriptors under way in a socket, which cannot be told; end it");
+        push(out, Reason::new(Check::Unreadable, &path, what));
     }
     Ok(())
 }

@@ -7,8 +7,8 @@
 
 /// Bytes of entries that are read of one table. Tables have 16 KiB.
 const ENTRIES_MAX: u64 = 4 << 20;
-/// Logical partitions of an MBR that are followed.
-const LOGICAL_MAX: usize = 256;
+/// Partitions of all tables of one drive, and tables in an MBR's chain of logical ones. A drive with more is refused.
+const PARTITIONS_MAX: usize = 256;
 /// Attributes of a GPT entry: the platform needs it; a BIOS boots from it.
 const REQUIRED: u64 = 1;
 const LEGACY_BOOT: u64 = 1 << 2;
@@ -66,6 +66,21 @@ pub struct Tables {
     pub loader: Option<&'static str>,
     /// A table that states more entries than are read.
     pub too_large: Option<String>,
+}
+
+impl Tables {
+    /// Adds a partition that is not there yet; false once there are too many.
+    fn add(&mut self, found: Partition) -> bool {
+        if self.partitions.contains(&found) {
+            return true;
+        }
+        if self.partitions.len() == PARTITIONS_MAX {
+            self.too_large = Some(format!("its partition tables have more than {PARTITIONS_MAX} partitions"));
+            return false;
+        }
+        self.partitions.push(found);
+        true
+    }
 }
 
 /// A drive to read tables from.
@@ -129,8 +144,8 @@ fn gpt(
     let default = if at == block { 2 * block } else { at.saturating_sub(128 * 128) };
     for (from, size) in [(stated, size), (default, 128)] {
         for entry in drive.get(from, len as usize)?.chunks_exact(size as usize) {
-            if let Some(found) = entry_of(entry, block).filter(|p| !tables.partitions.contains(p)) {
-                tables.partitions.push(found);
+            if entry_of(entry, block).is_some_and(|found| !tables.add(found)) {
+                return Ok(());
             }
         }
     }
@@ -180,18 +195,24 @@ fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), su
             continue;
         }
         let active = entry.active && code;
-        tables.partitions.push(logical(entry, entry.first.saturating_mul(block), &disk, i + 1, active));
+        tables.add(logical(entry, entry.first.saturating_mul(block), &disk, i + 1, active));
     }
-    let mut index = 5;
+    let (mut index, mut seen) = (5, Vec::new());
     for base in extended {
-        let (mut at, mut left) = (base, LOGICAL_MAX);
-        while left > 0 {
-            left -= 1;
+        let mut at = base;
+        // A chain may run in a circle.
+        while !seen.contains(&at) {
+            if seen.len() == PARTITIONS_MAX {
+                tables.too_large =
+                    Some(format!("its chain of logical partitions has more than {PARTITIONS_MAX} tables"));
+                return Ok(());
+            }
+            seen.push(at);
             let sector = drive.get(at, 512)?;
             let Some(entries) = mbr_entries(&sector) else { break };
             for entry in entries.iter().filter(|e| !EXTENDED.contains(&e.kind)) {
                 let start = at.saturating_add(entry.first.saturating_mul(block));
-                tables.partitions.push(logical(entry, start, &disk, index, entry.active && code));
+                tables.add(logical(entry, start, &disk, index, entry.active && code));
                 index += 1;
             }
             let Some(next) = entries.iter().find(|e| EXTENDED.contains(&e.kind)) else { break };

@@ -15,6 +15,8 @@ const LISTS: [(&str, &str); 5] = [
     ("zfs", "/proc/spl/kstat/zfs"),
     ("usb_f_mass_storage", "/sys/kernel/config/usb_gadget"),
 ];
+/// Where what is exported by configfs is shown, once it is mounted.
+const CONFIGFS: &str = "/sys/kernel/config";
 /// Folders that every Linux with a block layer has.
 const FOLDERS: [&str; 3] = ["/sys/block", "/sys/class/block", "/sys/module"];
 /// Folders with tables or nodes.
@@ -56,10 +58,13 @@ pub fn hidden(host: &Host, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     for folder in FOLDERS.iter().filter(|f| !host.exists(f)) {
         add(folder, "there is no such folder; is sysfs mounted?".into());
     }
-    for (module, list) in LISTS {
-        if host.exists(&format!("/sys/module/{module}")) && !host.exists(list) {
+    for (module, list) in LISTS.iter().filter(|(_, list)| !host.exists(list)) {
+        let loaded = host.exists(&format!("/sys/module/{module}"));
+        let built_in = !loaded && is_built_in(host, module)?;
+        if loaded || built_in {
+            let how = if loaded { "loaded" } else { "built into the kernel" };
             let what = format!(
-                "the module {module} is loaded, but what it exports or holds is not shown there; mount configfs (`mount -t configfs none /sys/kernel/config`) or remove the module"
+                "the module {module} is {how}, but what it exports or holds is not shown there; mount configfs (`mount -t configfs none /sys/kernel/config`) or remove the module"
             );
             add(list, what);
         }
@@ -69,6 +74,24 @@ pub fn hidden(host: &Host, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     }
     mounts(host, &mut add)?;
     tables(host, &mut add)
+}
+
+/// Whether the kernel has a module built in, which `/sys/module` shows only if it has parameters. Without the kernel's
+/// list of those, each that shows itself through a configfs of the same kind may be.
+fn is_built_in(host: &Host, module: &str) -> Result<bool, Unreadable> {
+    let release = host.read_if_there("/proc/sys/kernel/osrelease")?.unwrap_or_default();
+    let list = ["/lib", "/usr/lib"].map(|lib| format!("{lib}/modules/{release}/modules.builtin"));
+    if let Some(list) = list.iter().find(|l| host.exists(l)) {
+        return Ok(host.read(list)?.lines().any(|l| l.ends_with(&format!("/{module}.ko"))));
+    }
+    let shown = LISTS.iter().any(|(m, list)| *m == module && list.starts_with(CONFIGFS));
+    let has = |path: &str, word: &str| -> Result<bool, Unreadable> {
+        let text = host.read_if_there(path)?.unwrap_or_default();
+        Ok(text.lines().any(|l| l.split_whitespace().any(|w| w == word)))
+    };
+    let mounts = host.read("/proc/self/mountinfo")?;
+    let mounted = mounts.lines().filter_map(super::mounts::parse).any(|m| m.kind == "configfs" && m.place == CONFIGFS);
+    Ok(shown && !mounted && has("/proc/filesystems", "configfs")? && !has("/proc/modules", "configfs")?)
 }
 
 /// Mounts over what is read, and a `/proc` that shows only a part.

@@ -50,6 +50,38 @@ fn compare(controller: &Controller, other: &Controller, recorded: Option<&str>) 
     Some(Reason::new(Check::Twin, &identity::serial_path(controller), what))
 }
 
+/// Where the serial number of another drive cannot be known, since a driver other than the kernel's holds it and nt has no
+/// record of that (a drive of a guest's), it may be this one's: then the address in this one's entry is no hint any
+/// more, it must be right.
+pub fn address_of_entry(
+    host: &Host,
+    all: &[Controller],
+    controller: &Controller,
+    allowed: &Result<Allowlist, String>,
+    out: &mut Vec<Reason>,
+) -> Result<(), super::Unreadable> {
+    let Ok(allowed) = allowed else { return Ok(()) };
+    let entries = controller.namespaces.iter().filter_map(|n| allowed.entry(&controller.serial, n.nsid).ok());
+    let Some(entry) = entries.into_iter().find(|e| address(&e.pci) != controller.bdf) else { return Ok(()) };
+    for other in all.iter().filter(|c| c.bdf != controller.bdf && c.serial.is_empty()) {
+        let Some(driver) = other.driver.as_deref().filter(|d| *d != "nvme") else { continue };
+        if record_of(host, other)?.is_none() {
+            let what = format!(
+                "{driver} holds the NVMe drive at {}, so its serial number is unknown and may be this one's; the address decides then, and this one's entry says pci = {:?}, not {:?}; mend the entry, if this drive is meant",
+                other.bdf, entry.pci, controller.bdf
+            );
+            out.push(Reason::new(Check::Allowlist, super::allowlist::DEFAULT_PATH, what));
+        }
+    }
+    Ok(())
+}
+
+/// A PCI address in full, lower case.
+fn address(text: &str) -> String {
+    let full = if text.matches(':').count() == 1 { format!("0000:{text}") } else { text.to_owned() };
+    full.to_ascii_lowercase()
+}
+
 /// Controllers that are no PCI functions here: over a network or a loop, a drive may be shown twice.
 fn elsewhere(
     host: &Host,
@@ -97,8 +129,7 @@ pub fn address_decides(
         }
         return;
     };
-    let full = if pci.matches(':').count() == 1 { format!("0000:{pci}") } else { pci.to_owned() };
-    if full.to_ascii_lowercase() != controller.bdf {
+    if address(pci) != controller.bdf {
         let what = format!("its PCI address is {}, --pci says {pci}", controller.bdf);
         return reasons.push(Reason::new(Check::Allowlist, &path, what));
     }
@@ -106,7 +137,7 @@ pub fn address_decides(
         return;
     }
     let entries = controller.namespaces.iter().map(|n| allowed.as_ref().ok()?.entry(&controller.serial, n.nsid).ok());
-    match entries.flatten().find(|e| e.pci != controller.bdf) {
+    match entries.flatten().find(|e| address(&e.pci) != controller.bdf) {
         Some(entry) => {
             let what = format!(
                 "another drive may have its serial number, so the address decides, and its entry says pci = {:?}, not {:?}",

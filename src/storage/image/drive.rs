@@ -39,11 +39,11 @@ pub trait Target: Medium {
     /// If not all of them can be written.
     fn put(&mut self, at: u64, bytes: &[u8]) -> Result<(), ImageError>;
 
-    /// Tells the drive that these bytes are not needed; false where it cannot be told. What is read there afterwards
-    /// is the drive's choice.
+    /// Tells the drive that these bytes are not needed; false where it cannot be told, or does not do it. What is read
+    /// there afterwards is the drive's choice.
     ///
     /// # Errors
-    /// As [`Target::put`].
+    /// If the drive can be used no longer.
     fn discard(&mut self, bytes: Range<u64>) -> Result<bool, ImageError>;
 
     /// Makes all of it durable, and has what follows read from the drive instead of the page cache.
@@ -93,10 +93,12 @@ impl Target for Drive<'_> {
         if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } == 0 {
             return Ok(true);
         }
-        match Error::last_os_error() {
-            e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL)) => Ok(false),
-            e => Err(io(format!("discarding {} bytes at {} of the drive", range[1], range[0]))(e)),
+        // It was only a hint: every place is read again, and written with zeros if need be.
+        let e = Error::last_os_error();
+        if !matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL)) {
+            tracing::warn!("the drive does not discard {} bytes at {}: {e}", range[1], range[0]);
         }
+        Ok(false)
     }
 
     fn sync(&mut self) -> Result<(), ImageError> {

@@ -22,8 +22,9 @@ use std::rc::Rc;
 use super::extents::{CHUNK, Manifest, crc32c};
 use super::gpt;
 
+pub use super::source::Source;
 pub use drive::{Drive, Medium, Node, Target};
-pub use write::{Identity, Source, Staging, Steps};
+pub use write::{Identity, Staging, Steps};
 
 /// First bytes of a superblock.
 pub const MAGIC: &[u8; 8] = b"NTIMAGE1";
@@ -44,12 +45,28 @@ pub enum ImageError {
         source: std::io::Error,
     },
     /// The model is larger than the drive. Nothing was written.
-    #[error("the model needs {needed} bytes on the drive, which has {size}")]
+    #[error(
+        "the model needs {needed} bytes on the drive, which has {size}; nothing was written; take a larger drive, or a smaller quantization of the model"
+    )]
     TooLarge {
         /// Bytes with table and alignment.
         needed: u64,
         /// Bytes of the drive.
         size: u64,
+    },
+    /// A file that no table of a drive can hold. Nothing was written.
+    #[error("{file}: {why}; nothing was written")]
+    Unfit {
+        /// The file, as far as it can be shown.
+        file: String,
+        /// What is wrong with it, and the cure.
+        why: String,
+    },
+    /// A file was written to while it was copied.
+    #[error("{file}: it was changed while it was staged, so the copy may be of neither state")]
+    Changed {
+        /// The file.
+        file: String,
     },
     /// What was written does not come back.
     #[error("{file}: the {CHUNK} bytes at {offset} of the drive were written and do not read back the same")]

@@ -18,8 +18,8 @@ pub const EDGE: u64 = 8 << 20;
 const ENTRIES_MAX: u64 = 1024;
 /// Bytes wiped at a place of one superblock.
 const PLACE: u64 = 4096;
-/// Most copies of a superblock that are followed in one range.
-const COPIES_MAX: u64 = 1 << 17;
+/// Most copies of superblocks that are followed on one drive, by what its superblocks say of themselves.
+pub const COPIES_MAX: u64 = 1 << 18;
 /// Superblocks far from both ends of their range: btrfs (64 MiB, 256 GiB, 1 PiB), Ceph's labels (1 to 1000 GiB).
 const FAR: [u64; 7] = [64 << 20, 256 << 30, 1 << 50, 1 << 30, 10 << 30, 100 << 30, 1000 << 30];
 
@@ -92,8 +92,9 @@ pub fn tables(drive: &mut dyn Medium) -> Vec<Range<u64>> {
 }
 
 /// Places in `range` that only what lies there tells of: the copies of ext's superblock and XFS's allocation groups.
-/// They go before the first superblock, which says where they are.
-pub fn copies(drive: &mut dyn Medium, range: &Range<u64>) -> Vec<Range<u64>> {
+/// They go before the first superblock, which says where they are. `left` is how many more copies may be followed on the
+/// whole drive: what stands on a drive must not make staging it endless.
+pub fn copies(drive: &mut dyn Medium, range: &Range<u64>, left: &mut u64) -> Vec<Range<u64>> {
     let len = range.end - range.start;
     let mut all = Vec::new();
     let mut add = |at: u64, bytes: u64| {
@@ -104,13 +105,18 @@ pub fn copies(drive: &mut dyn Medium, range: &Range<u64>) -> Vec<Range<u64>> {
         }
     };
     let head = sector(drive, range.start, 4096.min(len)).unwrap_or_default();
+    let mut follow = |group: u64| {
+        let last = (len / group).min(*left);
+        *left -= last;
+        1..last + 1
+    };
     if head.get(0x438..0x43a) == Some(&[0x53, 0xef]) && number(&head, 0x418, 4) <= 6 {
         let block = 1024u64 << number(&head, 0x418, 4);
         let group = block * number(&head, 0x420, 4).max(64);
-        (1..(len / group + 1).min(COPIES_MAX)).for_each(|g| add(g * group, PLACE));
+        follow(group).for_each(|g| add(g * group, PLACE));
     }
     if let Some(group) = xfs_group(&head) {
-        (1..(len / group + 1).min(COPIES_MAX)).for_each(|g| add(g * group, 4 * PLACE));
+        follow(group).for_each(|g| add(g * group, 4 * PLACE));
     }
     // Where mke2fs puts them if nobody tells it otherwise: groups of 8 blocks' bits, at 1 and powers of 3, 5 and 7.
     for block in [1024u64, 2048, 4096, 65536] {

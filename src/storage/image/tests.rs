@@ -116,8 +116,8 @@ fn identity() -> Identity {
 }
 
 fn stage(drive: &mut dyn Target, sources: &[Source], kernel: &[Range<u64>]) -> Result<Vec<Manifest>, ImageError> {
-    let staging = Staging::plan(drive, sources, kernel)?;
-    staging.write(drive, &identity(), &mut Steps::new(&mut |_, _| (), &|| false))
+    let staging = Staging::plan(drive, sources, &identity(), kernel)?;
+    staging.write(drive, &mut Steps::new(&mut |_, _| (), &|| false))
 }
 
 /// What the guard finds in a range of the drive.
@@ -133,15 +133,15 @@ fn edges(bytes: &[u8]) -> (&[u8], &[u8]) {
 #[test]
 fn files_come_back_and_a_failed_staging_leaves_no_image() {
     let folder = tempfile::tempdir().unwrap();
-    let files = files(folder.path());
-    let sources = sources(&files);
     for block in [512, 4096] {
+        let files = files(folder.path());
+        let sources = sources(&files);
         let mut drive = Memory::of(vec![0; SIZE as usize], block);
         assert!(read(&mut drive).unwrap_err().to_string().contains("no partition"));
-        let staging = Staging::plan(&mut drive, &sources, &[]).unwrap();
+        let staging = Staging::plan(&mut drive, &sources, &identity(), &[]).unwrap();
         let mut last = (0, 0);
         let mut progress = |done, total| last = (done, total);
-        let manifests = staging.write(&mut drive, &identity(), &mut Steps::new(&mut progress, &|| false)).unwrap();
+        let manifests = staging.write(&mut drive, &mut Steps::new(&mut progress, &|| false)).unwrap();
         assert_eq!(last.0, last.1);
         assert_eq!(read(&mut drive).unwrap(), manifests);
         for (m, path) in manifests.iter().zip(&files) {
@@ -154,7 +154,6 @@ fn files_come_back_and_a_failed_staging_leaves_no_image() {
         File::options().write(true).open(&files[1]).unwrap().set_len(10).unwrap();
         assert!(matches!(stage(&mut drive, &short, &[]), Err(ImageError::Erased(_))));
         assert!(read(&mut drive).unwrap_err().to_string().contains("was interrupted"));
-        self::files(folder.path());
     }
 }
 
@@ -224,8 +223,8 @@ fn a_signal_ends_it_and_says_what_became_of_the_drive() {
     for (calls, erased) in [(0u32, false), (1, true), (30, true)] {
         let left = std::cell::Cell::new(calls);
         let stopped = || left.replace(left.get().saturating_sub(1)) == 0;
-        let staging = Staging::plan(&mut drive, &sources, &[]).unwrap();
-        match staging.write(&mut drive, &identity(), &mut Steps::new(&mut |_, _| (), &stopped)) {
+        let staging = Staging::plan(&mut drive, &sources, &identity(), &[]).unwrap();
+        match staging.write(&mut drive, &mut Steps::new(&mut |_, _| (), &stopped)) {
             Err(ImageError::Stopped) => assert!(!erased && drive.bytes.iter().all(|b| *b == 1)),
             Err(ImageError::Erased(why)) => assert!(erased && matches!(*why, ImageError::Stopped)),
             other => panic!("{other:?}"),
@@ -336,16 +335,28 @@ fn copies_are_found_by_the_first_superblock() {
     let range = 3 << 20..31u64 << 20;
     for at in [0, range.start] {
         let kernel = if at == 0 { vec![] } else { vec![range.clone()] };
-        let mut ext = Memory::of(vec![0; SIZE as usize], 512);
+        let mut ext = vec![0; SIZE as usize];
         let group = 3500 * 4096;
         for g in 0..2 {
             let sb = (at + g * group + if g == 0 { 1024 } else { 0 }) as usize;
-            ext.bytes[sb + 24..sb + 28].copy_from_slice(&2u32.to_le_bytes());
-            ext.bytes[sb + 32..sb + 36].copy_from_slice(&3500u32.to_le_bytes());
-            ext.bytes[sb + 56..sb + 58].copy_from_slice(&[0x53, 0xef]);
+            ext[sb + 24..sb + 28].copy_from_slice(&2u32.to_le_bytes());
+            ext[sb + 32..sb + 36].copy_from_slice(&3500u32.to_le_bytes());
+            ext[sb + 56..sb + 58].copy_from_slice(&[0x53, 0xef]);
         }
-        stage(&mut ext, &sources, &kernel).unwrap();
-        assert_eq!(ext.get(at + group + 56, 2).unwrap(), [0, 0]);
+        // A block of 4096 bytes holds the first superblock, which must not go with the mark.
+        for (block, left) in [(512, u32::MAX), (4096, u32::MAX), (512, 2), (4096, 2)] {
+            let mut drive = Memory::of(ext.clone(), block);
+            drive.left = left;
+            let first = stage(&mut drive, &sources, &kernel);
+            assert_eq!(first.is_err(), left == 2);
+            drive.left = u32::MAX;
+            if first.is_err() {
+                assert_eq!(mark::ranges(&drive.get(0, 512).unwrap()), Some(kernel.clone()));
+                stage(&mut drive, &sources, &[]).unwrap();
+            }
+            assert_eq!(drive.get(at + group + 56, 2).unwrap(), [0, 0], "blocks of {block}, from {at}");
+            assert!(gpt::is_ours(edges(&drive.bytes).0, edges(&drive.bytes).1, SIZE, block));
+        }
 
         let mut xfs = vec![0u8; SIZE as usize];
         let group = 1501 * 4096;
@@ -463,6 +474,83 @@ fn too_large_a_model_changes_nothing() {
     let mut small = Memory::of(vec![3; 8 << 20], 512);
     assert!(matches!(stage(&mut small, &sources, &[]), Err(ImageError::TooLarge { size: 8_388_608, .. })));
     assert!(small.bytes.iter().all(|b| *b == 3));
+}
+
+/// What the table on the drive cannot hold is found before anything is written: names that are not UTF-8; and names that
+/// take more room than any table had for them, so that the table was written over the first file.
+#[test]
+fn names_are_judged_before_anything_is_written() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    for name in [&b"a\xff.gguf"[..], b"\xe9t\xe9/b.gguf"] {
+        let path = folder.path().join(std::ffi::OsStr::from_bytes(name));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, [7; 1000]).unwrap();
+        let mut drive = Memory::of(vec![3; SIZE as usize], 512);
+        let e = stage(&mut drive, &sources(&[path]), &[]).unwrap_err();
+        assert!(matches!(e, ImageError::Unfit { .. }) && e.to_string().contains("not UTF-8"), "{e}");
+        assert!(drive.bytes.iter().all(|b| *b == 3));
+    }
+    // Control characters take six characters each; 90 files have 2 MiB of names.
+    let mut deep = folder.path().to_path_buf();
+    for _ in 0..14 {
+        deep.push("\x01".repeat(250));
+    }
+    std::fs::create_dir_all(&deep).unwrap();
+    let paths: Vec<_> = (0..90).map(|i| deep.join(format!("{i}.gguf"))).collect();
+    for path in &paths {
+        std::fs::write(path, [5; 300]).unwrap();
+    }
+    let mut drive = Memory::of(vec![0; 128 << 20], 512);
+    let manifests = stage(&mut drive, &sources(&paths), &[]).unwrap();
+    assert!(serde_json::to_vec(&manifests).unwrap().len() > 90 << 14);
+    for m in &manifests {
+        assert_eq!(drive.get(m.extents[0].1, 300).unwrap(), [5; 300]);
+    }
+}
+
+/// The file that was opened is staged, whatever its path leads to later, and one that is written to meanwhile is not
+/// called staged.
+#[test]
+fn a_file_that_is_swapped_or_written_to_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.gguf");
+    std::fs::write(&path, [7; 5000]).unwrap();
+    let source = Source::open(&path).unwrap();
+    std::fs::rename(&path, folder.path().join("b")).unwrap();
+    std::fs::write(&path, [8; 4000]).unwrap();
+    let mut drive = Memory::of(vec![0; SIZE as usize], 512);
+    let sources = [source];
+    let manifests = stage(&mut drive, &sources, &[]).unwrap();
+    assert_eq!(drive.get(manifests[0].extents[0].1, 5000).unwrap(), [7; 5000]);
+    File::options().write(true).open(folder.path().join("b")).unwrap().set_len(6000).unwrap();
+    let e = stage(&mut drive, &sources, &[]).unwrap_err();
+    assert!(matches!(&e, ImageError::Erased(why) if matches!(**why, ImageError::Changed { .. })), "{e}");
+    assert!(read(&mut drive).is_err());
+}
+
+/// A drive of so many groups, by its superblocks, that following them would take for ever.
+#[test]
+fn copies_are_followed_within_one_limit() {
+    struct Endless;
+    impl Medium for Endless {
+        fn size(&self) -> u64 {
+            1 << 50
+        }
+        fn get(&mut self, _: u64, len: u64) -> Result<Vec<u8>, ImageError> {
+            let mut bytes = vec![0; len as usize];
+            bytes[..8].copy_from_slice(b"XFSB\0\0\x10\0");
+            bytes[84..88].copy_from_slice(&16u32.to_be_bytes());
+            if len > 0x43a {
+                bytes[0x438..0x43a].copy_from_slice(&[0x53, 0xef]);
+            }
+            Ok(bytes)
+        }
+    }
+    let mut left = old::COPIES_MAX;
+    let found: usize = (0..100u64).map(|i| old::copies(&mut Endless, &(i << 40..(i + 1) << 40), &mut left).len()).sum();
+    assert_eq!(left, 0);
+    assert!(found < 2 * old::COPIES_MAX as usize, "{found}");
 }
 
 /// A pipe in place of the model would keep root waiting, with the drive claimed.

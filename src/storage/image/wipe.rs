@@ -30,7 +30,8 @@ impl Wipe {
         let (size, block) = (drive.size(), drive.block());
         let ranges = old::ranges(drive, kernel);
         let tables = merged(old::tables(drive), size, block);
-        let copies = ranges.iter().flat_map(|r| old::copies(drive, r)).collect();
+        let mut left = old::COPIES_MAX;
+        let copies = ranges.iter().flat_map(|r| old::copies(drive, r, &mut left)).collect();
         let places = ranges.iter().flat_map(old::places).collect();
         let copies = merged(copies, size, block);
         let places = without(merged(places, size, block), &tables);

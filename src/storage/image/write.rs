@@ -1,54 +1,15 @@
 //! Writing an image: a mark in the first block, everything of before wiped, the files, the table of manifests, all of it
 //! read back and compared, the superblock, the table of partitions, its first block last.
 
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 
 use super::super::extents::{CHUNK, Manifest, crc32c};
-use super::super::{gpt, safe};
+use super::super::gpt;
+use super::super::source::Source;
 use super::drive::Target;
 use super::wipe::Wipe;
-use super::{ALIGN, ImageError, SUPERBLOCK, io, mark, old, read, superblock};
-
-/// A file to be staged.
-#[derive(Debug)]
-pub struct Source {
-    path: PathBuf,
-    file: File,
-    size: u64,
-}
-
-impl Source {
-    /// Opens a regular file for reading; anything else, which could keep its reader waiting, is an error.
-    ///
-    /// # Errors
-    /// If it cannot be opened or is no regular file.
-    pub fn open(path: &Path) -> Result<Source, ImageError> {
-        let shown = path.display().to_string();
-        let file = safe::open(path).map_err(io(&shown))?;
-        let found = file.metadata().map_err(io(&shown))?;
-        if !found.is_file() {
-            return Err(io(shown)(std::io::Error::other("it is no regular file")));
-        }
-        Ok(Source { path: path.to_path_buf(), file, size: found.len() })
-    }
-
-    /// Its first `len` bytes, or all of them.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    pub fn head(&self, len: u64) -> Result<Vec<u8>, ImageError> {
-        let mut bytes = vec![0; len.min(self.size) as usize];
-        self.file.read_exact_at(&mut bytes, 0).map_err(io(self.path.display().to_string()))?;
-        Ok(bytes)
-    }
-
-    fn name(&self) -> String {
-        self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
-    }
-}
+use super::{ALIGN, ImageError, SUPERBLOCK, TABLE_MAX, io, mark, old, read, superblock};
 
 /// The drive that manifests name.
 #[derive(Clone, Debug)]
@@ -93,58 +54,66 @@ impl std::fmt::Debug for Steps<'_> {
 #[derive(Debug)]
 pub struct Staging<'a> {
     sources: &'a [Source],
-    starts: Vec<u64>,
+    /// One for each source, without checksums.
+    manifests: Vec<Manifest>,
     wipe: Wipe,
-    mark: Vec<u8>,
+    /// The first block with the mark, and what else was in that block.
+    first: Vec<u8>,
 }
 
 impl<'a> Staging<'a> {
-    /// Looks at what lies on the drive; `kernel` are the partitions that the kernel shows.
+    /// Looks at what lies on the drive; `kernel` are the partitions that the kernel shows. Whatever can be wrong with the
+    /// files' names, their number and their sizes is found here.
     ///
     /// # Errors
-    /// [`ImageError::TooLarge`].
+    /// [`ImageError::TooLarge`], [`ImageError::Unfit`].
     pub fn plan(
         drive: &mut dyn Target,
         sources: &'a [Source],
+        identity: &Identity,
         kernel: &[Range<u64>],
     ) -> Result<Staging<'a>, ImageError> {
-        let sizes: Vec<u64> = sources.iter().map(|s| s.size).collect();
-        let (starts, needed) = plan(&sizes);
+        let manifests: Result<Vec<_>, _> = sources.iter().map(|s| manifest(s, identity)).collect();
+        let mut manifests = manifests?;
+        let (starts, needed) = places(&manifests)?;
         if needed > drive.size() {
             return Err(ImageError::TooLarge { needed, size: drive.size() });
         }
-        let mut mark = mark::mark(&old::to_remember(drive, kernel));
-        mark.resize(drive.block() as usize, 0);
-        Ok(Staging { sources, starts, wipe: Wipe::of(drive, kernel), mark })
+        for (m, start) in manifests.iter_mut().zip(starts) {
+            m.extents = vec![(0, start, m.size.next_multiple_of(ALIGN))];
+        }
+        // What lies behind the mark in a larger block says where the copies of an ext's superblock are.
+        let mut first = drive.get(0, drive.block())?;
+        first[..mark::BYTES].copy_from_slice(&mark::mark(&old::to_remember(drive, kernel)));
+        Ok(Staging { sources, manifests, wipe: Wipe::of(drive, kernel), first })
     }
 
     /// Wipes the drive and writes the image; gives the manifests.
     ///
     /// # Errors
     /// [`ImageError::Stopped`] before anything was written; else [`ImageError::Erased`] with the reason.
-    pub fn write(
-        &self,
-        drive: &mut dyn Target,
-        identity: &Identity,
-        steps: &mut Steps<'_>,
-    ) -> Result<Vec<Manifest>, ImageError> {
-        steps.total = self.wipe.bytes() + 2 * self.sources.iter().map(|s| s.size).sum::<u64>();
+    pub fn write(&self, drive: &mut dyn Target, steps: &mut Steps<'_>) -> Result<Vec<Manifest>, ImageError> {
+        steps.total = self.wipe.bytes() + 2 * self.sources.iter().map(Source::size).sum::<u64>();
         steps.done(0)?;
-        self.replace(drive, identity, steps).map_err(|e| ImageError::Erased(Box::new(e)))
+        self.replace(drive, steps).map_err(|e| ImageError::Erased(Box::new(e)))
     }
 
-    fn replace(
-        &self,
-        drive: &mut dyn Target,
-        identity: &Identity,
-        steps: &mut Steps<'_>,
-    ) -> Result<Vec<Manifest>, ImageError> {
-        drive.put(0, &self.mark)?;
+    fn replace(&self, drive: &mut dyn Target, steps: &mut Steps<'_>) -> Result<Vec<Manifest>, ImageError> {
+        drive.put(0, &self.first)?;
         drive.sync()?;
         self.wipe.run(drive, steps)?;
-        let mut manifests = Vec::new();
-        for (source, &start) in self.sources.iter().zip(&self.starts) {
-            manifests.push(copy(drive, source, start, identity, steps)?);
+        if self.first[mark::BYTES..].iter().any(|b| *b != 0) {
+            let mut only_mark = self.first.clone();
+            only_mark[mark::BYTES..].fill(0);
+            drive.put(0, &only_mark)?;
+            drive.sync()?;
+        }
+        let mut manifests = self.manifests.clone();
+        for (source, manifest) in self.sources.iter().zip(&mut manifests) {
+            manifest.crc32c = copy(drive, source, manifest.extents[0].1, steps)?;
+            if !source.is_unchanged().map_err(io(shown(source)))? {
+                return Err(ImageError::Changed { file: shown(source) });
+            }
         }
         let table = serde_json::to_vec(&manifests).map_err(|e| ImageError::None(e.to_string()))?;
         drive.put(gpt::START + SUPERBLOCK, &table)?;
@@ -169,32 +138,55 @@ impl<'a> Staging<'a> {
     }
 }
 
-/// Where each file of `sizes` will begin, and the bytes needed in all.
-fn plan(sizes: &[u64]) -> (Vec<u64>, u64) {
-    // A checksum takes up to eleven characters, the rest of a manifest well below 16 KiB.
-    let table: u64 = sizes.iter().map(|s| s.div_ceil(CHUNK as u64) * 11 + (16 << 10)).sum();
-    let mut next = (gpt::START + SUPERBLOCK + table).next_multiple_of(ALIGN);
-    let mut starts = Vec::new();
-    for size in sizes {
-        starts.push(next);
-        next = (next + size).next_multiple_of(ALIGN);
-    }
-    (starts, next + gpt::START)
+fn shown(source: &Source) -> String {
+    source.path().display().to_string()
 }
 
-fn copy(
-    drive: &mut dyn Target,
-    source: &Source,
-    start: u64,
-    identity: &Identity,
-    steps: &mut Steps<'_>,
-) -> Result<Manifest, ImageError> {
+/// The manifest of a file before anything is known of its bytes and its place.
+fn manifest(source: &Source, identity: &Identity) -> Result<Manifest, ImageError> {
+    let (file, path) = source.names().map_err(|why| ImageError::Unfit { file: shown(source), why })?;
+    Ok(Manifest {
+        file,
+        path,
+        size: source.size(),
+        serial: identity.serial.clone(),
+        model: identity.model.clone(),
+        namespace: identity.namespace,
+        extents: vec![(0, u64::MAX, u64::MAX)],
+        crc32c: Vec::new(),
+    })
+}
+
+/// Where each of the files will begin, and the bytes needed in all.
+fn places(manifests: &[Manifest]) -> Result<(Vec<u64>, u64), ImageError> {
+    let unfit =
+        |why: String| ImageError::Unfit { file: manifests.first().map_or(String::new(), |m| m.file.clone()), why };
+    let json = serde_json::to_vec(manifests).map_err(|e| unfit(format!("its manifest cannot be written: {e}")))?;
+    // A checksum takes up to eleven characters.
+    let sums: u64 = manifests.iter().map(|m| m.size.div_ceil(CHUNK as u64)).sum::<u64>().saturating_mul(11);
+    let table = sums.saturating_add(json.len() as u64);
+    if table > TABLE_MAX {
+        return Err(unfit(format!("the table of its checksums would have {table} bytes, more than {TABLE_MAX}")));
+    }
+    let too_large = || ImageError::TooLarge { needed: u64::MAX, size: 0 };
+    let mut next = (gpt::START + SUPERBLOCK + table).next_multiple_of(ALIGN);
+    let mut starts = Vec::new();
+    for m in manifests {
+        starts.push(next);
+        let end = next.checked_add(m.size).and_then(|end| end.checked_next_multiple_of(ALIGN));
+        next = end.ok_or_else(too_large)?;
+    }
+    Ok((starts, next.checked_add(gpt::START).ok_or_else(too_large)?))
+}
+
+/// Copies a file to the drive; gives the checksums of its chunks.
+fn copy(drive: &mut dyn Target, source: &Source, start: u64, steps: &mut Steps<'_>) -> Result<Vec<u32>, ImageError> {
     let mut sums = Vec::new();
     let mut buffer = vec![0u8; ALIGN as usize];
     let mut at = 0;
-    while at < source.size {
-        let n = (source.size - at).min(ALIGN) as usize;
-        source.file.read_exact_at(&mut buffer[..n], at).map_err(io(source.path.display().to_string()))?;
+    while at < source.size() {
+        let n = (source.size() - at).min(ALIGN) as usize;
+        source.file().read_exact_at(&mut buffer[..n], at).map_err(io(shown(source)))?;
         sums.extend(buffer[..n].chunks(CHUNK).map(crc32c));
         buffer[n..].fill(0);
         // Whole MiB, so that no other data lies between the end of a file and the next multiple.
@@ -202,16 +194,7 @@ fn copy(
         at += n as u64;
         steps.done(n as u64)?;
     }
-    Ok(Manifest {
-        file: source.name(),
-        path: std::path::absolute(&source.path).unwrap_or_else(|_| source.path.clone()),
-        size: source.size,
-        serial: identity.serial.clone(),
-        model: identity.model.clone(),
-        namespace: identity.namespace,
-        extents: vec![(0, start, source.size.next_multiple_of(ALIGN))],
-        crc32c: sums,
-    })
+    Ok(sums)
 }
 
 fn compare(drive: &mut dyn Target, m: &Manifest, steps: &mut Steps<'_>) -> Result<(), ImageError> {

@@ -171,3 +171,38 @@ fn accepting() -> Result<Allowlist, String> {
     list.drive[0].holds.extend(["mbr", "swap", "unknown data"].map(String::from));
     Ok(list)
 }
+
+/// Tables of more partitions than are looked at refuse, whatever the rest of them may be; the same ones twice are few.
+#[test]
+fn more_partitions_than_are_read_refuse() {
+    let too_many = |fake: &Fake| {
+        let reasons = fake.reasons(&accepting());
+        reasons.iter().any(|r| r.check == Check::Unreadable && r.what.contains("more than 256"))
+    };
+    let gpt_of = |count: u32, distinct: bool| {
+        let fake = clean();
+        fake.stamp(DISK, 512 + 80, &count.to_le_bytes());
+        for i in 0..count {
+            let mut entry = [0; 128];
+            entry[..16].copy_from_slice(&gpt::TYPE);
+            entry[16] = 1;
+            entry[17..21].copy_from_slice(&(if distinct { i } else { 7 }).to_le_bytes());
+            entry[32..40].copy_from_slice(&2048_u64.to_le_bytes());
+            fake.stamp(DISK, 1024 + 128 * i as usize, &entry);
+        }
+        fake
+    };
+    assert!(too_many(&gpt_of(300, true)));
+    assert!(!too_many(&gpt_of(300, false)));
+    assert!(!too_many(&gpt_of(128, true)));
+    // A chain of logical partitions, of which each is another one and none is new.
+    for (tables, refused) in [(200, false), (300, true)] {
+        let fake = clean();
+        wipe(&fake);
+        mbr(&fake, 0, 0, (0, 0x05, 2048, 2048));
+        for i in 0..tables {
+            mbr(&fake, 2048 + i as usize, 0, (0, 0x05, i + 1, 8));
+        }
+        assert_eq!(too_many(&fake), refused, "{tables}");
+    }
+}

@@ -144,6 +144,18 @@ const HIDDEN: &[Row] = &[
     ("LIO without configfs", Check::Unreadable, |f| f.folder("/sys/module/target_core_mod")),
     ("USB gadgets without configfs", Check::Unreadable, |f| f.folder("/sys/module/usb_f_mass_storage")),
     ("ZFS without its statistics", Check::Unreadable, |f| f.folder("/sys/module/zfs")),
+    ("nvmet built in, without configfs", Check::Unreadable, |f| {
+        f.put("/proc/sys/kernel/osrelease", "6.1.0-9\n");
+        f.put("/lib/modules/6.1.0-9/modules.builtin", "kernel/fs/ext4/ext4.ko\nkernel/drivers/nvme/target/nvmet.ko\n");
+    }),
+    ("LIO built in, by the list in another place", Check::Unreadable, |f| {
+        f.put("/proc/sys/kernel/osrelease", "6.1.0-9\n");
+        f.put("/usr/lib/modules/6.1.0-9/modules.builtin", "kernel/drivers/target/target_core_mod.ko\n");
+    }),
+    ("configfs built in and not mounted, and no list of what else is", Check::Unreadable, |f| {
+        f.put("/proc/filesystems", "nodev\tsysfs\nnodev\tconfigfs\n\text4\n");
+        f.folder("/sys/kernel/config");
+    }),
     ("processes hidden by hidepid", Check::Unreadable, |f| {
         fs::remove_dir_all(f.dir.path().join("proc/1")).unwrap();
     }),
@@ -175,6 +187,36 @@ fn holders_are_known_by_number_and_blind_spots_refuse() {
     }
 }
 
+/// A loaded configfs is a module's: what else is built in cannot need it.
+#[test]
+fn configfs_that_was_loaded_hides_nothing_built_in() {
+    let fake = clean();
+    fake.put("/proc/filesystems", "nodev\tconfigfs\n");
+    fake.put("/proc/modules", "configfs 57344 1 - Live 0x0\n");
+    assert_eq!(fake.reasons(&list()), vec![]);
+    fake.put("/proc/modules", "nvme 57344 1 - Live 0x0\n");
+    assert!(fake.reasons(&list()).iter().all(|r| r.check == Check::Unreadable && r.what.contains("mount configfs")));
+    fake.mount("31 21 0:40 / /sys/kernel/config rw - configfs configfs rw");
+    assert_eq!(fake.reasons(&list()), vec![]);
+}
+
+/// Sockets are looked at together, whoever has how many; each process is a reason once.
+#[test]
+fn sockets_with_descriptors_under_way_are_few_reasons() {
+    let fake = clean();
+    for fd in 10..20 {
+        fake.link(&format!("/proc/77/fd/{fd}"), "socket:[4711]");
+        fake.put(&format!("/proc/77/fdinfo/{fd}"), "scm_fds: 2\n");
+    }
+    assert_eq!(fake.reasons(&list()).len(), 1);
+    for fd in 20..300 {
+        fake.link(&format!("/proc/77/fd/{fd}"), "socket:[4711]");
+        fake.put(&format!("/proc/77/fdinfo/{fd}"), "scm_fds: 2\n");
+    }
+    let reasons = fake.reasons(&list());
+    assert!(reasons.iter().any(|r| r.what.contains("more than 256 sockets")), "{reasons:?}");
+}
+
 /// The users of another drive, by whatever name, are no reason.
 #[test]
 fn nodes_of_other_drives_are_no_reason() {
@@ -199,5 +241,17 @@ fn nodes_of_other_drives_are_no_reason() {
     fake.put("/sys/kernel/config/target/core/alua/lu_gps/x", "1");
     fake.put("/sys/kernel/config/target/core/iblock_0/hba_info", "HBA Index: 1 plugin: iblock version: 5\n");
     fake.mount("30 21 0:50 / /proc/sys/fs/binfmt_misc rw - binfmt_misc none rw");
+    // Words of whoever mounted what stands on no device, and of a container's lower folders.
+    fake.mount("31 21 0:51 / /srv/a rw - tmpfs /dev/nvme1n1 rw");
+    fake.mount("32 21 0:52 / /srv/b rw - overlay overlay rw,lowerdir=/dev/nvme1n1p1,upperdir=/u,workdir=/w");
+    fake.mount("33 21 0:53 / /srv/c rw - fuse.sshfs /dev/nvme1n1 rw,user_id=1000");
+    fake.mount("34 21 0:54 / /srv/d rw - nfs4 server:/dev/nvme1n1 rw,addr=10.0.0.1");
+    // Modules of a kernel that is not the running one, and others that are built in.
+    fake.put("/proc/sys/kernel/osrelease", "6.1.0-9\n");
+    fake.put("/lib/modules/6.1.0-8/modules.builtin", "kernel/drivers/nvme/target/nvmet.ko\n");
+    fake.put(
+        "/lib/modules/6.1.0-9/modules.builtin",
+        "kernel/drivers/nvme/target/nvmet-rdma.ko\nkernel/x/not_nvmet.ko\n",
+    );
     assert_eq!(fake.reasons(&list()), vec![]);
 }

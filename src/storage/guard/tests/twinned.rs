@@ -132,6 +132,54 @@ fn the_address_decides_between_twins() {
     assert!(decide(&fake, &list(), Some(BDF)).iter().any(|r| r.check == Check::Unreadable));
 }
 
+/// A drive that is with vfio-pci for a guest tells nobody its serial number, which may be ours: the address in the entry
+/// must be right then. Where the other's serial is known, or no other is hidden, it stays a hint.
+#[test]
+fn the_entrys_address_counts_while_a_serial_is_hidden() {
+    let hidden: [(&str, Spoil); 4] = [
+        ("held for a guest", |f| function(f, Some("vfio-pci"))),
+        ("held by a driver of another program", |f| function(f, Some("uio_pci_generic"))),
+        ("its record is of another boot", |f| {
+            function(f, Some("vfio-pci"));
+            f.put("/proc/sys/kernel/random/boot_id", "now\n");
+            record(f, "OTHER", "boot = \"then\"\n");
+        }),
+        ("its record is of what was in the slot before", |f| {
+            function(f, Some("vfio-pci"));
+            record(f, "OTHER", "instance = 1\n");
+        }),
+    ];
+    let known: [(&str, Spoil); 3] = [
+        ("no other drive", |_| ()),
+        ("with the kernel", |f| f.drive(OTHER, 2, "OTHER", 16)),
+        ("bound by nt, of another serial", |f| {
+            function(f, Some("vfio-pci"));
+            record(f, "OTHER", "");
+        }),
+    ];
+    let moved = |pci: &str| {
+        let mut list = list().unwrap();
+        list.drive[0].pci = pci.into();
+        Ok(list)
+    };
+    for (name, spoil) in hidden {
+        let fake = clean();
+        spoil(&fake);
+        assert_eq!(fake.reasons(&list()), vec![], "{name}");
+        assert_eq!(fake.reasons(&moved("02:00.0")), vec![], "{name}");
+        let reasons = fake.reasons(&moved("0000:05:00.0"));
+        assert!(
+            matches!(&reasons[..], [r] if r.check == Check::Allowlist && r.what.contains(OTHER)),
+            "{name}: {reasons:?}"
+        );
+    }
+    for (name, spoil) in known {
+        let fake = clean();
+        spoil(&fake);
+        assert_eq!(fake.reasons(&moved("0000:05:00.0")), vec![], "{name}");
+    }
+}
+
 /// The last claim takes every namespace, says how long, and names what cannot be claimed.
 #[test]
 fn a_claim_takes_every_namespace_and_lets_go() {
