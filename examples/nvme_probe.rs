@@ -48,6 +48,8 @@ enum Command {
         way: Way,
         node: String,
     },
+    /// Mount a file system whose program answers nobody there, until killed
+    Unanswered { place: String },
     /// Keep the device open until killed, without the descriptors of its group and container: nobody sees in
     /// /proc which drive it has
     Keep { device: String },
@@ -111,6 +113,35 @@ fn hold(way: Way, node: &str) -> Result<(), Box<dyn std::error::Error>> {
             drop(file);
             wait()
         }
+    }
+}
+
+/// Serves FUSE (`linux/fuse.h`) as far as the kernel's first question, and no further.
+fn unanswered(place: &str) -> Result<(), Box<dyn std::error::Error>> {
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+    let mut device = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    let [kind, place, options] = ["fuse", place, options.as_str()].map(std::ffi::CString::new);
+    let (kind, place, options) = (kind?, place?, options?);
+    // SAFETY: three strings that end with a zero byte and outlive the call.
+    if unsafe { libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, options.as_ptr().cast()) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    let mut question = vec![0; 1 << 17];
+    let len = device.read(&mut question)?;
+    let unique = question[..len].get(8..16).ok_or("a question of the kernel was expected")?;
+    // FUSE_INIT of version 7.31: length, no error, whose answer; version, then limits.
+    let mut answer = vec![0; 16 + 64];
+    answer[..4].copy_from_slice(&80u32.to_le_bytes());
+    answer[8..16].copy_from_slice(unique);
+    answer[16..20].copy_from_slice(&7u32.to_le_bytes());
+    answer[20..24].copy_from_slice(&31u32.to_le_bytes());
+    answer[36..40].copy_from_slice(&4096u32.to_le_bytes());
+    device.write_all(&answer)?;
+    println!("held");
+    loop {
+        std::thread::sleep(Duration::from_secs(1000));
     }
 }
 
@@ -325,6 +356,7 @@ fn main() -> ExitCode {
         }),
         Command::Silence { device } => silence(&device),
         Command::Hold { way, node } => hold(way, &node),
+        Command::Unanswered { place } => unanswered(&place),
         Command::Keep { device } => open(&device).and_then(|_drive| {
             for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
                 let number = entry.file_name().to_string_lossy().parse::<i32>();

@@ -13,6 +13,8 @@ limits=/etc/security/limits.d/70-nt.conf
 list=/etc/nt/drives.toml
 made=/etc/nt/group-made-by-install # a mark: the group may go when nt goes
 here=$(cd "$(dirname "$0")/.." && pwd)
+# A udev that does not run reads the rule when it starts.
+reload() { if command -v udevadm >/dev/null; then udevadm control --reload 2>/dev/null || echo "udev does not run here"; fi; }
 [ "$(id -u)" = 0 ] || { echo "$0: must be run as root" >&2; exit 1; }
 if [ "${1:-}" = --remove ]; then
   rm -f "$rules" "$program" "$limits"
@@ -26,7 +28,7 @@ if [ "${1:-}" = --remove ]; then
     echo "kept: the group nt, which was there before; groupdel nt removes it"
   fi
   rmdir /etc/nt 2>/dev/null || true
-  if command -v udevadm >/dev/null; then udevadm control --reload; fi
+  reload
   echo "removed"
   exit 0
 fi
@@ -49,8 +51,11 @@ cat >"$limits" <<LIMITS
 # Memory that a drive writes to is locked. Members of nt may lock all of it; nt keeps to its plan.
 @nt - memlock unlimited
 LIMITS
+if [ -e "$list" ] && [ -n "$(find "$list" -prune \( ! -user 0 -o -perm /022 \))" ]; then
+  echo "$list was not root's alone: look through its entries, which others could have written" >&2
+fi
 [ -f "$list" ] || echo "# Drives that nt may take; \`nt device list\` prints the lines." >"$list"
 chown root:root "$list"
 chmod 644 "$list"
-if command -v udevadm >/dev/null; then udevadm control --reload; fi
+reload
 echo "done; add yourself to the group with: usermod -aG nt ${SUDO_USER:-USER} (then log in again)"

@@ -123,7 +123,13 @@ pub fn claim_to_write(
         }
         if reasons.is_empty() { Ok(drive.clone()) } else { Err(DeviceError::Refused { name: name.into(), reasons }) }
     };
-    let found = check(None)?.bdf;
+    let named = check(None)?;
+    if let Some(part) = sysfs::partition(host, &named, name) {
+        let whole = named.namespaces.iter().find(|n| n.partitions.contains(part)).map_or("", |n| &n.whole.name);
+        let what = format!("it is a partition; staging erases the whole drive, so name that, if it is meant: {whole}");
+        return Err(DeviceError::refused(name, Check::Format, &format!("/dev/{}", part.name), what));
+    }
+    let found = named.bdf;
     let lock = lock::lock(host, &found)?;
     let kernel = Running::default();
     take::is_whole(&Machine { host, kernel: &kernel, stopped: &|| false }, name, &check(None)?)?;

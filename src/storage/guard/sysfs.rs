@@ -182,14 +182,23 @@ fn number(text: &str, path: &str) -> Result<u64, Unreadable> {
 /// The controller a user means by `nvme0`, `nvme0n1`, `nvme0n1p1`, `/dev/…`, a by-id path, or a PCI
 /// address.
 pub fn find<'a>(host: &Host, all: &'a [Controller], name: &str) -> Option<&'a Controller> {
-    let mut short = name.strip_prefix("/dev/").unwrap_or(name).to_owned();
-    if name.starts_with("/dev/") && short.contains('/') {
-        short = host.link_name(name)?;
-    }
+    let short = node(host, name)?;
     all.iter().find(|c| {
         c.bdf == short
             || c.bdf.strip_prefix("0000:") == Some(&short)
             || c.name.as_deref() == Some(&short)
             || c.owns(&short)
     })
+}
+
+/// The partition of `drive` that a user's name for it is, if it is one.
+pub fn partition<'a>(host: &Host, drive: &'a Controller, name: &str) -> Option<&'a BlockDevice> {
+    let short = node(host, name)?;
+    drive.namespaces.iter().flat_map(|n| &n.partitions).find(|p| p.name == short)
+}
+
+/// A name without `/dev/`, or that of the node that a link below it leads to.
+fn node(host: &Host, name: &str) -> Option<String> {
+    let short = name.strip_prefix("/dev/").unwrap_or(name);
+    if name.starts_with("/dev/") && short.contains('/') { host.link_name(name) } else { Some(short.to_owned()) }
 }

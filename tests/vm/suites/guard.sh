@@ -5,7 +5,7 @@
 # unchanged: held
 # guest: own
 # programs: unshare:util-linux
-# modules: nvmet loop
+# modules: nvmet loop fuse
 held=$(drive HELD0001)n1 esp=$(drive ESP00001)n1
 allow
 accept ESP00001 mbr "unknown data"
@@ -70,6 +70,49 @@ if modprobe nvmet 2>/dev/null; then
   fi
   rmmod nvmet
 fi
+# A kernel with nvmet built in shows no module of it; this one has it as a module, so the list says otherwise.
+builtin=/lib/modules/$(uname -r)/modules.builtin
+{ cat $builtin; echo kernel/drivers/nvme/target/nvmet.ko; } >/tmp/builtin
+refused "nvmet built in, without configfs" "nvmet is built into the kernel" unshare -m sh -c "mount --bind /tmp/builtin $builtin; $nt check $held"
+works "and not built in" $nt check $held
+
+# A file system whose program never answers: who asks for a path there waits for ever.
+ends() { # ends NAME CODE WORD COMMAND…: within a minute, with that code and word
+  name=$1 wanted=$2 word=$3; shift 3
+  timeout 60 "$@" >/tmp/out 2>&1; code=$?
+  [ $code = $wanted ] && grep -q "$word" /tmp/out && pass "$name" || { echo "exit $code, wanted $wanted and: $word" >>/tmp/out; fail "$name"; }
+}
+modprobe fuse; mkdir -p /mnt/hang
+nvme_probe unanswered /mnt/hang >/tmp/held 2>&1 & server=$!
+for i in 1 2 3 4 5 6 7 8 9 10; do grep -q held /tmp/held && break; sleep 1; done
+if grep -q held /tmp/held; then
+  ln -s /mnt/hang /tmp/into
+  mkdir -p /run/systemd/system
+  printf '[Mount]\nWhat=/tmp/into/x\nWhere=/srv\n' >/run/systemd/system/srv.mount
+  ends "a table that leads to a server that never answers" 0 "may be bound" $nt check $held
+  rm -r /run/systemd
+  unshare -m sh -c "mount -t tmpfs /tmp/into/x /tmp/jail; sleep 1000" & holder=$!
+  sleep 1
+  ends "a mount in another namespace whose source leads there" 0 "may be bound" $nt check $held
+  kill $holder $(pidof sleep); wait $holder 2>/dev/null
+  if modprobe nvmet && mount -t configfs none /sys/kernel/config; then
+    base=/sys/kernel/config/nvmet/subsystems/s
+    mkdir $base $base/namespaces/1; echo -n /tmp/into/x >$base/namespaces/1/device_path
+    ends "an export that leads there is refused" 3 "the kernel does not say what this leads to" $nt check $held
+    ends "and root's bind ends too" 3 "the kernel does not say what this leads to" $nt bind $held
+    rmdir $base/namespaces/1 $base; umount /sys/kernel/config; rmmod nvmet
+  fi
+  # A process that waits there holds up nobody.
+  (cat /mnt/hang/x 2>/dev/null) & waiter=$!
+  sleep 1
+  ends "a process that waits there" 0 "may be bound" $nt check $held
+  kill -9 $server; wait $server $waiter 2>/dev/null
+  umount /mnt/hang
+else
+  cp /tmp/held /tmp/out; fail "a server of FUSE"
+fi
+works "after that" $nt check $held
+
 refused "another /etc" "whose /etc is not the machine" unshare -m sh -c "mount -t tmpfs none /etc; $nt check $held"
 refused "a chroot" "in a chroot" unshare -m sh -c "mount --bind / /mnt && mount --rbind /proc /mnt/proc &&
   mount --rbind /sys /mnt/sys && mount --rbind /dev /mnt/dev && mount --rbind /etc/nt /mnt/etc/nt && mount -t tmpfs none /mnt/run && chroot /mnt $nt check $held"

@@ -273,6 +273,28 @@ fn a_lone_path_is_no_reason_where_all_drives_have_one() {
     assert_eq!(fake.reasons(&list()), vec![]);
 }
 
+/// Whoever names a partition, by whatever name, does not mean the drive that would be erased.
+#[test]
+fn partitions_are_told_from_their_drive() {
+    let fake = clean();
+    fake.link("/dev/disk/by-id/nvme-EXP-part1", "../../nvme1n1p1");
+    fake.link("/dev/disk/by-id/nvme-EXP", "../../nvme1n1");
+    let host = Host::at(fake.dir.path());
+    let all = sysfs::controllers(&host).unwrap();
+    for (name, part) in [
+        ("nvme1n1p1", true),
+        ("/dev/nvme1n1p1", true),
+        ("/dev/disk/by-id/nvme-EXP-part1", true),
+        ("/dev/disk/by-id/nvme-EXP", false),
+        ("nvme1n1", false),
+        ("nvme1", false),
+        (BDF, false),
+    ] {
+        let drive = sysfs::find(&host, &all, name).unwrap();
+        assert_eq!((drive.bdf.as_str(), sysfs::partition(&host, drive, name).is_some()), (BDF, part), "{name}");
+    }
+}
+
 #[test]
 fn hidden_multipath_paths_name_their_namespace() {
     assert_eq!(sysfs::namespace_node("nvme1", "nvme1c3n2").as_deref(), Some("nvme1n2"));
