@@ -359,6 +359,18 @@ struct BIQ4_XS {
     X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
     X(IQ4_NL) X(IQ4_XS) X(MXFP4)
 
+// Word i of a part as four values. Bytes become floats by way of a mantissa: conversions run at an eighth of the rate.
+template <class B>
+__device__ __forceinline__ void values_of(const Quants& q, int i, float (&f)[4]) {
+    const u32 biased = q.q[i] ^ 0x80808080u;
+    const float a = i < 4 ? q.a0 : q.a1, m = i < 4 ? q.m0 : q.m1;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float v = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7440u | j)) - 8388736.0f;
+        f[j] = B::MINS ? __fmaf_rn(a, v, -m) : __fmul_rn(a, v);
+    }
+}
+
 // Bytes of 1024 consecutive weights, and a buffer for them that allows for copies in whole
 // 16-byte lines from a start on any byte.
 template <class B>

@@ -50,14 +50,8 @@ __device__ __forceinline__ void dequant(const DequantArgs& a) {
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            float f[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float v = (float)(signed char)(q.q[i] >> (8 * j));
-                f[j] = valid
-                    ? (i < 4 ? q.a0 : q.a1) * v - (B::MINS ? (i < 4 ? q.m0 : q.m1) : 0.0f)
-                    : 0.0f;
-            }
+            float f[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (valid) values_of<B>(q, i, f);
             if (HALF) {
                 *(uint2*)(tmp + lane * 80 + i * 8) =
                     make_uint2(pack_h2(f[0], f[1]), pack_h2(f[2], f[3]));

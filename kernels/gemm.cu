@@ -1,22 +1,7 @@
 // out[t][r] = Σ_k x[t][k] · w[r][k] on tensor cores, for prefill: halves in, float accumulators.
 // Both operands lie with k contiguous, rows `pitch` halves apart, pitch a multiple of 64 and the
 // padding zero. Tiles of BM tokens × BN rows × 64 go through a ring in shared memory.
-#include "common.cuh"
-
-struct GemmArgs {
-    const u16* x;
-    const u16* w;
-    const float* scale;  // of each row of x
-    const float* bias;   // one a row of w, or null
-    float* out;          // row of token t at out + t * stride (out_idx[t] instead of t if given)
-    const int* out_idx;
-    int tokens, rows, pitch, stride;
-    int mode;  // 0 store, 1 add
-};
-ARGS_SIZE(GemmArgs, 72); ARGS_FIELD(GemmArgs, x, 0); ARGS_FIELD(GemmArgs, w, 8);
-ARGS_FIELD(GemmArgs, scale, 16); ARGS_FIELD(GemmArgs, bias, 24); ARGS_FIELD(GemmArgs, out, 32);
-ARGS_FIELD(GemmArgs, out_idx, 40); ARGS_FIELD(GemmArgs, tokens, 48); ARGS_FIELD(GemmArgs, rows, 52);
-ARGS_FIELD(GemmArgs, pitch, 56); ARGS_FIELD(GemmArgs, stride, 60); ARGS_FIELD(GemmArgs, mode, 64);
+#include "gemm.cuh"
 
 #define BK 64
 
@@ -89,7 +74,7 @@ __device__ __forceinline__ void gemm(const GemmArgs& a) {
     }
     cp_wait<0>();
 
-    const bool wide = ((size_t)a.out & 7) == 0 && (a.stride & 1) == 0;
+    const bool wide = stores_wide(a);
 #pragma unroll
     for (int i = 0; i < WM / 16; i++) {
 #pragma unroll
@@ -99,28 +84,8 @@ __device__ __forceinline__ void gemm(const GemmArgs& a) {
             const float scale = a.scale[t];
             float* o = a.out + (size_t)(a.out_idx ? a.out_idx[t] : t) * a.stride;
 #pragma unroll
-            for (int j = 0; j < WN / 8; j++) {
-                const int r = n0 + wn + j * 8 + (lane & 3) * 2;
-                if (r >= a.rows) continue;
-                const bool two = r + 1 < a.rows;
-                float v0 = acc[i][j][half * 2] * scale, v1 = acc[i][j][half * 2 + 1] * scale;
-                if (a.bias) {
-                    v0 += a.bias[r];
-                    if (two) v1 += a.bias[r + 1];
-                }
-                if (wide && two) {
-                    float2 v = make_float2(v0, v1);
-                    if (a.mode == 1) {
-                        float2 old = *(const float2*)(o + r);
-                        v.x += old.x;
-                        v.y += old.y;
-                    }
-                    *(float2*)(o + r) = v;
-                } else {
-                    o[r] = a.mode == 1 ? o[r] + v0 : v0;
-                    if (two) o[r + 1] = a.mode == 1 ? o[r + 1] + v1 : v1;
-                }
-            }
+            for (int j = 0; j < WN / 8; j++)
+                store_two(a, o, scale, wide, n0 + wn + j * 8 + (lane & 3) * 2, acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
         }
     }
 }

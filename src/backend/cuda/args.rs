@@ -85,6 +85,7 @@ pub(super) struct GemmArgs {
     pub pitch: i32,
     pub stride: i32,
     pub mode: i32,
+    pub cols: i32,
 }
 
 #[repr(C)]
@@ -200,7 +201,7 @@ layouts! {
     QuantiseArgs 32 { x 0, norm 8, q 16, eps 24, cols 28 }
     PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
     DequantArgs 32 { w 0, out 8, rows 16, cols 20, pitch 24 }
-    GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64 }
+    GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64, cols 68 }
     AttnArgs 72 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_ctx 48, tokens 52, first_pos 56, scale 64 }
     MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, first_pos 48 }
     PrepArgs 80 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72 }
@@ -222,7 +223,7 @@ mod tests {
             include_str!("../../../kernels/bulk.cu"),
             include_str!("../../../kernels/plain.cu"),
             include_str!("../../../kernels/dequant.cu"),
-            include_str!("../../../kernels/gemm.cu"),
+            include_str!("../../../kernels/gemm.cuh"),
             include_str!("../../../kernels/attn.cu"),
             include_str!("../../../kernels/ops.cu"),
         ]

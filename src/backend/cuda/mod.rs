@@ -25,7 +25,9 @@ pub fn memory_rate(device: &Arc<Device>) -> Result<Option<f64>, BackendError> {
 pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffer, Registered, Stream};
 pub use transfer::Transfer;
 
-use super::{Backend, BackendError, Class, DeviceMemory, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight};
+use super::{
+    Backend, BackendError, Class, DeviceMemory, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight,
+};
 use crate::gguf::TensorType;
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::device_error;

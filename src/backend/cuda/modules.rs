@@ -69,6 +69,8 @@ pub(super) struct Kernels {
     pub float: Vec<Func>,
     pub gemm_large: Func,
     pub gemm_small: Func,
+    /// By type in the order of [`QUANTS`]: `thin.cu` for 16 and for 64 tokens a block.
+    pub thin: Vec<[Func; 2]>,
     /// `[f16, f32][decode, prefill]` for the session's head size.
     pub attn: [[Func; 2]; 2],
     pub attn_merge: Func,
@@ -130,6 +132,10 @@ impl Kernels {
             float: per_type(&all, "float")?,
             gemm_large: l.get("gemm", "gemm_128x128")?,
             gemm_small: l.get("gemm", "gemm_64x64")?,
+            thin: QUANTS
+                .iter()
+                .map(|t| Ok([l.get("thin", &format!("thin_{t}_16"))?, l.get("thin", &format!("thin_{t}_64"))?]))
+                .collect::<Result<_, BackendError>>()?,
             attn: [attn("f16")?, attn("f32")?],
             attn_merge: l.get("attn", "attn_merge")?,
             prep_copy: l.get("ops", "prep_copy")?,

@@ -1,15 +1,15 @@
 //! Matrix products: which kernel, in which pieces, fed with which form of the activations.
 //!
 //! Exact rows go through the matrix-times-vectors kernels, on quantised activations for quantised
-//! weights and on floats for the others. Bulk rows go through tensor cores: a piece of the
-//! weights is turned to halves in a scratch buffer, then multiplied. Which of the two depends on
+//! weights and on floats for the others. Bulk rows go through tensor cores on weights turned to halves: few rows as the weights
+//! come (`thin.cu`), many by way of a scratch buffer, in one order. Which of the two depends on
 //! the class of a pass's rows, never on how many there are.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::args::{DequantArgs, GemmArgs, PlainArgs, PrepArgs, STORE, SWIGLU};
-use super::driver::{Device, Stream};
+use super::driver::{Device, Stream, device_error};
 use super::modules::{Func, Kernels, PLAINS, QUANTS};
 use super::vectors::step_bytes;
 use super::workspace::{Workspace, float_bytes, half_bytes, pitch, quant_bytes};
@@ -20,6 +20,21 @@ type Result<T = ()> = std::result::Result<T, BackendError>;
 
 /// Blocks a multiprocessor of the converting kernels.
 const CONVERT_BLOCKS: usize = 4;
+
+/// Most tokens of a product that `thin.cu` makes: with more, turning weights to halves once for all of them is faster.
+const THIN_TOKENS: usize = 64;
+/// Tokens of a block of its kernels, and rows.
+const THIN: [usize; 2] = [16, 64];
+const THIN_ROWS: usize = 32;
+
+/// Which of [`THIN`] takes so many tokens, and its bytes of shared memory; `None` if not even the smaller one fits.
+fn thin(ty: TensorType, tokens: usize, shared: usize) -> Option<(usize, usize)> {
+    let lines = (256 / ty.block_elems() * ty.block_bytes() + 30) / 16 | 1;
+    let pitch = (256 + 8) * 2;
+    let bytes = |size: usize| 4 * THIN_ROWS * lines * 16 + (2 * THIN_ROWS + 3 * THIN[size]) * pitch;
+    let size = usize::from(tokens > THIN[0] && bytes(1) <= shared);
+    (bytes(size) <= shared).then_some((size, bytes(size)))
+}
 
 /// The form in which a product reads its activations.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -353,6 +368,12 @@ impl Engine {
     fn gemm(&self, t: &Target, tokens: usize, mode: i32, x: u64, to: u64) -> Result {
         let row_bytes = t.weight.ty.row_bytes(t.weight.cols).ok_or_else(|| unsupported(t.weight.ty))?;
         self.check_target(t, tokens, Rows { from: 0, to })?;
+        if let Some(kind) = quant_index(t.weight.ty)
+            && tokens <= THIN_TOKENS
+            && let Some((size, shared)) = thin(t.weight.ty, tokens, self.device.info.shared_bytes as usize)
+        {
+            return self.thin(t, self.kernels.thin[kind][size], THIN[size], shared, tokens, mode, x, to);
+        }
         let pitch = pitch(t.weight.cols);
         let fit = self.ws.scratch.bytes() as usize / (pitch * 2) / 128 * 128;
         let mut first = 0;
@@ -372,11 +393,61 @@ impl Engine {
                 pitch: pitch as i32,
                 stride: t.stride as i32,
                 mode,
+                cols: t.weight.cols as i32,
             };
             self.launch_gemm(&a)?;
             first += rows;
         }
         Ok(())
+    }
+
+    /// `thin.cu` with `each` tokens a block.
+    #[allow(clippy::too_many_arguments, reason = "a product with the kernel chosen for it")]
+    fn thin(
+        &self,
+        t: &Target,
+        f: Func,
+        each: usize,
+        shared: usize,
+        tokens: usize,
+        mode: i32,
+        x: u64,
+        to: u64,
+    ) -> Result {
+        let w = t.weight;
+        self.check_words(&w)?;
+        let a = GemmArgs {
+            x,
+            w: w.addr,
+            scale: self.ws.halves_scale.addr(),
+            bias: t.bias,
+            out: t.out,
+            out_idx: to,
+            tokens: tokens as i32,
+            rows: w.rows as i32,
+            pitch: pitch(w.cols) as i32,
+            stride: t.stride as i32,
+            mode,
+            cols: w.cols as i32,
+        };
+        let grid = (tokens.div_ceil(each) as u32, w.rows.div_ceil(THIN_ROWS) as u32, 1);
+        // SAFETY: GemmArgs is what thin_* declare; rows and tokens beyond the last are clamped by the kernel, `gemm`
+        // has checked the room for results, and device buffers have room behind them for whole 16-byte lines.
+        unsafe { self.launch(f, grid, 512, shared, &a) }
+    }
+
+    /// Kernels copy weights word by word where the file does not keep them on lines of 16 bytes.
+    ///
+    /// # Errors
+    /// If they lie on no word.
+    pub fn check_words(&self, w: &Weight) -> Result {
+        if w.addr.is_multiple_of(4) {
+            return Ok(());
+        }
+        Err(device_error(format!(
+            "a {} tensor lies on address {:#x}, which is no multiple of 4 (a GGUF file with general.alignment below 4?)",
+            w.ty, w.addr
+        )))
     }
 
     fn launch_gemm(&self, a: &GemmArgs) -> Result {

@@ -196,19 +196,28 @@ mod tests {
     #[test]
     fn more_tokens_keep_the_tiles_of_one() {
         for ty in QUANTS {
-            for (cols, rows, swiglu) in
-                [(4096, &[4096, 1024, 1024][..], false), (14336, &[4096], false), (27648, &[5120], false), (5120, &[27648], true)]
-            {
+            for (cols, rows, swiglu) in [
+                (4096, &[4096, 1024, 1024][..], false),
+                (14336, &[4096], false),
+                (27648, &[5120], false),
+                (5120, &[27648], true),
+            ] {
                 for gpu in [H100, RTX_5060_TI] {
                     let one = of(ty, cols, rows, swiglu, 1, gpu);
                     for tokens in 2..=8 {
                         let activations = cols / 32 * 40 * tokens;
                         let Some(t) = one.beside(activations, gpu.1) else {
-                            assert!(activations + 2 * one.ring / one.stages + FIXED_BYTES > gpu.1, "{ty} {cols} {tokens}");
+                            assert!(
+                                activations + 2 * one.ring / one.stages + FIXED_BYTES > gpu.1,
+                                "{ty} {cols} {tokens}"
+                            );
                             continue;
                         };
                         assert!(t.ring + activations + FIXED_BYTES <= gpu.1 + 1024, "{ty} {cols} {tokens}: {t:?}");
-                        assert!(t.stages >= 2 && t.ring / t.stages == one.ring / one.stages, "{ty} {cols} {tokens}: {t:?}");
+                        assert!(
+                            t.stages >= 2 && t.ring / t.stages == one.ring / one.stages,
+                            "{ty} {cols} {tokens}: {t:?}"
+                        );
                         let order = |t: &Tiling| (t.row_warps, t.piece, t.run_pitch, t.tiles);
                         assert_eq!(order(&t), order(&one));
                     }

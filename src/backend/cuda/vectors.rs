@@ -131,13 +131,7 @@ impl Engine {
     ) -> Result {
         let Weight { ty, cols, .. } = targets[0].weight;
         let kind = quant_index(ty).ok_or_else(|| unsupported(ty))?;
-        if let Some(t) = targets.iter().find(|t| !t.weight.addr.is_multiple_of(4)) {
-            return Err(device_error(format!(
-                "a {ty} tensor lies on address {:#x}, which is no multiple of 4 (a GGUF file with \
-                 general.alignment below 4?)",
-                t.weight.addr
-            )));
-        }
+        targets.iter().try_for_each(|t| self.check_words(&t.weight))?;
         for t in targets {
             self.check_target(t, tokens, rows)?;
         }

@@ -217,8 +217,7 @@ fn check_product(b: &mut CudaBackend, m: &Matrix, class: Class, tokens: usize, r
     let x = rng.floats(tokens * cols, 3.0);
     let bias = rng.floats(rows, 1.0);
     b.engine.ws.up.write(0, &bias)?;
-    let target =
-        Target { weight: m.weight, bias: b.engine.ws.up.addr(), out: b.engine.ws.gate.addr(), stride: rows };
+    let target = Target { weight: m.weight, bias: b.engine.ws.up.addr(), out: b.engine.ws.gate.addr(), stride: rows };
     let mut product = |tokens: usize, x: &[f32]| -> Result<Vec<f32>> {
         let input = inputs(b, ty, tokens, cols, x)?;
         b.engine.ws.gate.write(0, &vec![f32::NAN; tokens * rows])?;
