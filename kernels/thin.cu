@@ -108,7 +108,8 @@ __device__ __forceinline__ void multiply(const GemmArgs& a, int m0, int n0, int 
             const int n = min(KC, a.pitch - i * KC) / 8;
             for (int c = tid; c < MT * 16 * (KC / 8); c += SIDE) {
                 const int t = c / (KC / 8), at = c % (KC / 8);
-                if (at < n) cp_async16(to + t * PITCH + at * 16, a.x + (size_t)min(m0 + t, a.tokens - 1) * a.pitch + i * KC + at * 8);
+                // Rows of tokens that are not there are multiplied as they lie, and not stored.
+                if (at < n && m0 + t < a.tokens) cp_async16(to + t * PITCH + at * 16, a.x + (size_t)(m0 + t) * a.pitch + i * KC + at * 8);
             }
         }
         cp_commit();

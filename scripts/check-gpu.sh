@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks nt on this machine's GPU: kernels, fidelity, the same bits for every placement, and compute-sanitizer's
+# Checks nt on this machine's GPU: kernels, fidelity, the same bits for every placement and cut of a prompt, and compute-sanitizer's
 # four tools over the kernels' self-test and over passes of every placement.
 #
 #   scripts/check-gpu.sh [NT] [MODEL]     NT: the binary (target/release/nt)
@@ -50,8 +50,8 @@ passes() {
   done
 }
 
-# Counts what the tools found; hazards by kernel. Those of few_* and bulk_* are ordered by mbarriers, which racecheck does
-# not follow (the reasoning is in kernels/few.cu and bulk.cu): they are counted, and are no failure. racecheck is slow: it
+# Counts what the tools found; hazards by kernel. Those of bulk_* are ordered by mbarriers, which racecheck does not follow
+# (the reasoning is in kernels/bulk.cu): they are counted, and are no failure. racecheck is slow: it
 # goes as far as its time allows, and says so.
 count_findings() {
   python3 - "$1" << 'PY'
@@ -67,7 +67,7 @@ for log in sorted(pathlib.Path(sys.argv[1]).glob("*.*")):
     known = {}
     hazards = {}
     for kernel, n in re.findall(r"Race reported between \w+ access at (?:0x[0-9a-f]+ in )?(\w+).*?\[(\d+) hazards?\]", text, re.S):
-        to = known if kernel.startswith(("few_", "bulk_")) else hazards
+        to = known if kernel.startswith("bulk_") else hazards
         to[kernel] = to.get(kernel, 0) + int(n)
     if tool == "racecheck":
         # A record that could not be read must not pass.
@@ -139,6 +139,10 @@ for preset in "qwen2-tiny Q4_K_M" "qwen3moe-tiny Q8_0"; do
       "$nt" -q logits "$work/m.gguf" --tokens "$tokens" -o "$work/got.npy" --backend cuda --tiers $placement --n-buffers $n
       cmp -s "$work/want.npy" "$work/got.npy" || { echo "FAIL  $name $mix --tiers $placement --n-buffers $n"; failed=1; }
     done
+  done
+  for n in 1 7 64 200 512; do
+    "$nt" -q logits "$work/m.gguf" --tokens "$tokens" -o "$work/got.npy" --backend cuda --batch $n
+    cmp -s "$work/want.npy" "$work/got.npy" || { echo "FAIL  $name $mix --batch $n"; failed=1; }
   done
   echo "done  $name $mix"
 done
