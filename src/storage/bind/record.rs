@@ -61,6 +61,10 @@ pub struct Bound {
     /// Inode of the device's folder in sysfs, which is another one when a device appears anew; 0 if unknown.
     #[serde(default)]
     pub instance: u64,
+    /// Inode of the VFIO group's folder in sysfs, which is another one whenever vfio-pci takes the drive; 0 until it is
+    /// bound.
+    #[serde(default)]
+    pub taking: u64,
     /// Kernel name before, `nvme1`.
     pub controller: String,
     /// Serial.
@@ -100,6 +104,8 @@ pub enum Standing {
     Replaced,
     /// The kernel's driver has the drive again and nothing is left to undo.
     Undone,
+    /// It was given back by hand and then bound to vfio-pci by somebody else: what nt remembers is not that.
+    Retaken,
 }
 
 impl std::fmt::Display for Standing {
@@ -110,6 +116,7 @@ impl std::fmt::Display for Standing {
             Standing::Gone => "the drive is gone",
             Standing::Replaced => "the drive was taken out since",
             Standing::Undone => "the kernel's driver has the drive again",
+            Standing::Retaken => "somebody else has bound the drive to vfio-pci since",
         })
     }
 }
@@ -127,6 +134,7 @@ impl Bound {
             boot: boot(host),
             state: State::Begun,
             instance: instance(host, &drive.bdf),
+            taking: 0,
             controller: drive.name.clone().unwrap_or_default(),
             serial: drive.serial.clone(),
             model: drive.model.clone(),
@@ -149,6 +157,8 @@ impl Bound {
             && driver(host, &self.pci).as_deref() == Some("nvme")
         {
             Standing::Undone
+        } else if self.state == State::Bound && self.taking != 0 && self.taking != taking(host, &self.group) {
+            Standing::Retaken
         } else {
             Standing::Holds
         }
@@ -212,6 +222,11 @@ fn boot(host: &Host) -> String {
 /// sysfs gives a folder a new inode number whenever a device appears.
 fn instance(host: &Host, pci: &str) -> u64 {
     std::fs::metadata(host.real(&device(pci))).map_or(0, |m| m.ino())
+}
+
+/// The inode of a VFIO group's folder, which vfio-pci makes when it takes the drive; 0 if there is none.
+pub(super) fn taking(host: &Host, group: &str) -> u64 {
+    std::fs::metadata(host.real(&format!("/sys/class/vfio/{group}"))).map_or(0, |m| m.ino())
 }
 
 /// Links below `/dev/disk/by-id` that lead to the drive.

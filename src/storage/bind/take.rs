@@ -205,6 +205,7 @@ fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) ->
         say(&format!("{node} is root's alone: there is no group {GROUP}, which scripts/install.sh makes"));
     }
     m.stop_if_asked()?;
+    record.taking = record::taking(m.host, &record.group);
     m.note(&mut record, State::Bound)?;
     m.stop_if_asked()?;
     say(&format!("bound: {} at {}", record.shown(), record.pci));

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use super::host::{Host, Unreadable};
 use super::node::Number;
-use super::nodes::{Nodes, Target, is_remote};
-use super::open::{processes, threads};
+use super::nodes::{Nodes, Target};
+use super::open::{Search, processes, threads};
 use super::sysfs::Controller;
 use super::words::octal;
 use super::{Check, Reason};
@@ -45,19 +45,22 @@ pub fn mounted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> R
     let nodes = Nodes::of(host, controller)?;
     let mut seen = Vec::new();
     let own = "/proc/self/mountinfo";
-    each(host, controller, &nodes, "/proc/self", &host.read(own)?, &mut seen, out)?;
-    let mut namespaces = Vec::new();
+    let virtuals = virtual_kinds(host)?;
+    let look = Look { host, controller, nodes: &nodes, virtuals: &virtuals };
+    look.each("/proc/self", &host.read(own)?, &mut seen, out)?;
+    let mut namespaces = std::collections::HashSet::new();
+    let search = Search::begin();
     for pid in processes(host)? {
         for folder in threads(host, &pid)? {
+            search.go_on(host, &folder)?;
             // Threads of one namespace see the same mounts.
             if let Some(namespace) = host.link_name(&format!("{folder}/ns/mnt")) {
-                if namespaces.contains(&namespace) {
+                if !namespaces.insert(namespace) {
                     continue;
                 }
-                namespaces.push(namespace);
             }
             match host.read(&format!("{folder}/mountinfo")) {
-                Ok(text) => each(host, controller, &nodes, &folder, &text, &mut seen, out)?,
+                Ok(text) => look.each(&folder, &text, &mut seen, out)?,
                 // It has ended meanwhile, or has no mounts of its own any more.
                 Err(e) if e.is_gone() || e.kind == std::io::ErrorKind::InvalidInput => {}
                 Err(e) => return Err(e),
@@ -76,74 +79,77 @@ pub fn mounted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> R
     Ok(())
 }
 
-/// The mounts in one file, of those not `seen` yet as device and place.
-fn each(
-    host: &Host,
-    controller: &Controller,
-    nodes: &Nodes,
-    folder: &str,
-    text: &str,
-    seen: &mut Vec<(String, String)>,
-    out: &mut Vec<Reason>,
-) -> Result<(), Unreadable> {
-    let path = format!("{folder}/mountinfo");
-    for mount in text.lines().filter_map(parse) {
-        for (device, how) in devices(host, controller, nodes, folder, &mount)? {
-            let found = (device.clone(), mount.place.clone());
-            if seen.contains(&found) {
+/// What mounts are looked at for.
+struct Look<'a> {
+    host: &'a Host,
+    controller: &'a Controller,
+    nodes: &'a Nodes,
+    /// Kinds of file systems that stand on no block device.
+    virtuals: &'a [String],
+}
+
+impl Look<'_> {
+    /// The mounts in one file, of those not `seen` yet as device and place.
+    fn each(
+        &self,
+        folder: &str,
+        text: &str,
+        seen: &mut Vec<(String, String)>,
+        out: &mut Vec<Reason>,
+    ) -> Result<(), Unreadable> {
+        let path = format!("{folder}/mountinfo");
+        for mount in text.lines().filter_map(parse) {
+            for (device, how) in self.devices(folder, &mount)? {
+                let found = (device.clone(), mount.place.clone());
+                if seen.contains(&found) {
+                    continue;
+                }
+                seen.push(found);
+                let check = if is_system(&mount.place) { Check::Boot } else { Check::Mounted };
+                out.push(Reason::new(check, &path, format!("{device} is {how} at {}", mount.place)));
+            }
+        }
+        Ok(())
+    }
+
+    /// The controller's devices that a mount uses, and how: by number, by its source (several in
+    /// bcachefs), by an option that names a log or another device of it.
+    fn devices(&self, folder: &str, mount: &Mount<'_>) -> Result<Vec<(String, &'static str)>, Unreadable> {
+        let mut found = Vec::new();
+        if let Some(name) = mount.number.parse::<Number>().ok().and_then(|n| self.nodes.block(n)) {
+            found.push((name.to_owned(), "mounted"));
+        }
+        // Words of whoever mounted it, who may be any user in a namespace of his own. Who serves one from a drive has
+        // that open.
+        let kind = mount.kind.split('.').next().unwrap_or(mount.kind);
+        if self.virtuals.iter().any(|v| v == kind) {
+            return Ok(found);
+        }
+        let options = mount.options.split(',').filter_map(|o| o.split_once('=')).map(|(_, value)| value);
+        let named = mount.source.split(':').chain([mount.source.as_str()]).map(|s| (s, "mounted"));
+        for (path, how) in named.chain(options.map(|o| (o, "in use by the file system"))) {
+            if !path.starts_with('/') {
                 continue;
             }
-            seen.push(found);
-            let check = if is_system(&mount.place) { Check::Boot } else { Check::Mounted };
-            out.push(Reason::new(check, &path, format!("{device} is {how} at {}", mount.place)));
+            let inside = self.host.node(&format!("{folder}/root{path}")).ok().flatten();
+            let name = match inside.and_then(|n| self.nodes.device(n)) {
+                Some(name) => Some(name.to_owned()),
+                None => match self.nodes.target(self.host, self.controller, path)? {
+                    Target::Ours(name) => Some(name),
+                    _ => None,
+                },
+            };
+            found.extend(name.map(|name| (name, how)));
         }
+        found.dedup_by(|a, b| a.0 == b.0);
+        Ok(found)
     }
-    Ok(())
 }
 
-/// The controller's devices that a mount uses, and how: by number, by its source (several in
-/// bcachefs), by an option that names a log or another device of it.
-fn devices(
-    host: &Host,
-    controller: &Controller,
-    nodes: &Nodes,
-    folder: &str,
-    mount: &Mount<'_>,
-) -> Result<Vec<(String, &'static str)>, Unreadable> {
-    let mut found = Vec::new();
-    if let Some(name) = mount.number.parse::<Number>().ok().and_then(|n| nodes.block(n)) {
-        found.push((name.to_owned(), "mounted"));
-    }
-    if is_virtual(mount.kind) {
-        return Ok(found);
-    }
-    let options = mount.options.split(',').filter_map(|o| o.split_once('=')).map(|(_, value)| value);
-    let named = mount.source.split(':').chain([mount.source.as_str()]).map(|s| (s, "mounted"));
-    for (path, how) in named.chain(options.map(|o| (o, "in use by the file system"))) {
-        if !path.starts_with('/') {
-            continue;
-        }
-        let inside = host.node(&format!("{folder}/root{path}")).ok().flatten();
-        let name = match inside.and_then(|n| nodes.device(n)) {
-            Some(name) => Some(name.to_owned()),
-            None => match nodes.target(host, controller, path)? {
-                Target::Ours(name) => Some(name),
-                _ => None,
-            },
-        };
-        found.extend(name.map(|name| (name, how)));
-    }
-    found.dedup_by(|a, b| a.0 == b.0);
-    Ok(found)
-}
-
-/// File systems that stand on no block device: their source and options are words of whoever mounted them, any user in a
-/// namespace of his own too, and those of one with a server may lead to places where nobody answers. Who serves one
-/// from a drive has that open.
-fn is_virtual(kind: &str) -> bool {
-    let kinds =
-        ["overlay", "tmpfs", "ramfs", "proc", "sysfs", "devtmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "bpf"];
-    kinds.contains(&kind) || is_remote(kind) && kind != "gfs2"
+/// File systems that stand on no block device, by the kernel's word.
+fn virtual_kinds(host: &Host) -> Result<Vec<String>, Unreadable> {
+    let text = host.read_if_there("/proc/filesystems")?.unwrap_or_default();
+    Ok(text.lines().filter_map(|l| l.strip_prefix("nodev")).map(|l| l.trim().to_owned()).collect())
 }
 
 fn is_system(place: &str) -> bool {

@@ -53,6 +53,7 @@ impl Nodes {
             }
         }
         let mounts = host.read("/proc/self/mountinfo")?;
+        let is_remote = |kind: &str| REMOTE.contains(&kind) || kind.starts_with("fuse.");
         let remote = mounts.lines().filter_map(mounts::parse).filter(|m| is_remote(m.kind) && m.place != "/");
         Ok(Self { list, remote: remote.map(|m| m.place).collect() })
     }
@@ -110,11 +111,6 @@ impl Nodes {
             },
         })
     }
-}
-
-/// Whether file systems of this kind ask a server or a program.
-pub fn is_remote(kind: &str) -> bool {
-    REMOTE.contains(&kind) || kind.starts_with("fuse.")
 }
 
 /// A device number that sysfs tells.

@@ -22,6 +22,28 @@ const SEARCH: Duration = Duration::from_secs(120);
 /// What the link of an io_uring's descriptor says.
 const RING: &str = "anon_inode:[io_uring]";
 
+/// A search through processes, which any user can make long.
+pub struct Search(Instant);
+
+impl Search {
+    /// Begins one.
+    pub fn begin() -> Search {
+        Search(Instant::now() + SEARCH)
+    }
+
+    /// That it may go on to `path`.
+    ///
+    /// # Errors
+    /// Once it has taken too long, or a signal has asked to stop.
+    pub fn go_on(&self, host: &Host, path: &str) -> Result<(), Unreadable> {
+        if host.is_stopped() || Instant::now() > self.0 {
+            let why = format!("looking through all processes was ended, by a signal or after {SEARCH:?}");
+            return Err(Unreadable::new(path, why));
+        }
+        Ok(())
+    }
+}
+
 /// One thread that is looked at.
 struct Thread<'a> {
     pid: &'a str,
@@ -70,15 +92,12 @@ pub fn threads(host: &Host, pid: &str) -> Result<Vec<String>, Unreadable> {
 pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let nodes = Nodes::of(host, controller)?;
     let mut sockets = Sockets::default();
-    let end = Instant::now() + SEARCH;
+    let search = Search::begin();
     for pid in processes(host)?.iter().filter(|p| **p != own_pid.to_string()) {
         let folders = threads(host, pid)?;
         let (mut tables, mut has_ring) = (Vec::new(), false);
         for folder in &folders {
-            if host.is_stopped() || Instant::now() > end {
-                let why = "looking through the files of all processes was ended, by a signal or after two minutes";
-                return Err(Unreadable::new(folder, why));
-            }
+            search.go_on(host, folder)?;
             let tid = folder.rsplit('/').next().unwrap_or(pid);
             if host.is_real() && is_known(&mut tables, tid) {
                 continue;

@@ -170,7 +170,10 @@ impl Fake {
                 fs::remove_dir_all(self.real(&format!("/sys/class/block/{name}n1"))).unwrap();
                 fs::remove_file(self.real(&format!("/dev/{name}n1"))).unwrap();
             }
-            Some("vfio-pci") => drop(fs::remove_file(self.real(&format!("/dev/vfio/{}", self.group(pci))))),
+            Some("vfio-pci") => {
+                let _ = fs::remove_file(self.real(&format!("/dev/vfio/{}", self.group(pci))));
+                let _ = fs::remove_dir_all(self.real(&format!("/sys/class/vfio/{}", self.group(pci))));
+            }
             _ => {}
         }
         let _ = fs::remove_file(self.real(&format!("{base}/driver")));
@@ -187,7 +190,10 @@ impl Fake {
         symlink(format!("../../drivers/{driver}"), self.real(&format!("/sys/bus/pci/devices/{pci}/driver"))).unwrap();
         match driver {
             "nvme" => self.attach(pci),
-            "vfio-pci" if !self.no_node.get() => self.put(&format!("/dev/vfio/{}", self.group(pci)), ""),
+            "vfio-pci" if !self.no_node.get() => {
+                self.folder(&format!("/sys/class/vfio/{}", self.group(pci)));
+                self.put(&format!("/dev/vfio/{}", self.group(pci)), "");
+            }
             _ => {}
         }
     }

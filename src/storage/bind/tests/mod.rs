@@ -400,6 +400,23 @@ fn records_of_drives_given_back_by_hand_are_forgotten() {
     assert!(!fake.record(SPARE).exists());
     by_hand("vfio-pci");
     assert!(bound(&fake.host).iter().all(|r| r.pci != SPARE));
+    // And if no command of nt's saw it in between: the group of each taking is another one.
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    for forced in ["(null)", "vfio-pci"] {
+        fake.unbind(SPARE);
+        fake.folder("/taken/1/2/3"); // the old inode number must not be used again at once
+        fake.put(&format!("{}/driver_override", device(SPARE)), forced);
+        fake.probe(SPARE);
+    }
+    assert_eq!(record::load(&fake.host, SPARE).unwrap().standing(&fake.host), Standing::Retaken);
+    assert!(bound(&fake.host).is_empty());
+    assert!(matches!(find_bound(&fake.host, "nvme1n1"), Err(DeviceError::NotBound(_))));
+    words(&fake.bind(SPARE, None), &["by no bind of nt's"]);
+    assert!(matches!(fake.release("nvme1n1", None), End::Done));
+    assert_eq!((fake.driver(SPARE).as_deref(), fake.record(SPARE).exists()), (Some("vfio-pci"), false));
+    assert!(matches!(fake.release_at(SPARE, None), End::Done));
+    fake.is_the_kernels(SPARE);
     // Its own, although the bind is refused afterwards.
     let fake = Fake::new();
     fake.bind("nvme1n1", None);

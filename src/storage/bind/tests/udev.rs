@@ -52,7 +52,12 @@ fn the_group_is_given_while_the_drive_is_bound() {
 #[test]
 fn no_other_group_is_given() {
     type Spoil = fn(&Fake);
-    let cases: [(&str, Spoil); 13] = [
+    let cases: [(&str, Spoil); 14] = [
+        ("given back and bound by hand since", |f| {
+            f.unbind(SPARE);
+            f.folder("/taken/1/2/3");
+            f.probe(SPARE);
+        }),
         ("another boot", |f| f.put("/proc/sys/kernel/random/boot_id", "another\n")),
         ("no boot", |f| fs::remove_file(f.real("/proc/sys/kernel/random/boot_id")).unwrap()),
         ("an empty boot", |f| f.put("/proc/sys/kernel/random/boot_id", "\n")),

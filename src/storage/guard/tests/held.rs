@@ -130,6 +130,12 @@ const HELD: &[Row] = &[
         f.put("/tmp/other", "b 259:11");
         f.mount("30 21 0:44 / /srv rw - bcachefs /dev/sda1:/tmp/other rw");
     }),
+    ("mounted through FUSE, on the drive itself", Check::Mounted, |f| {
+        f.mount("30 21 259:11 / /srv rw - fuseblk /dev/nvme1n1p1 rw,user_id=0");
+    }),
+    ("a file system of a kind that the kernel does not list", Check::Mounted, |f| {
+        f.mount("30 21 0:44 / /srv rw - manyfs /dev/sda1:/dev/nvme1n1p1 rw");
+    }),
     ("mounted where no namespace in use shows it", Check::Mounted, |f| f.folder("/sys/fs/ext4/nvme1n1p1")),
     ("member of a mounted bcachefs", Check::Stacked, |f| {
         f.link("/sys/fs/bcachefs/feed/dev-0/block", "../../../../class/block/nvme1n1p1");

@@ -134,6 +134,7 @@ fn clean() -> Fake {
     fake.folder("/sys/block");
     fake.folder("/sys/module");
     fake.table("/dev/nvme1n1", gpt::TYPE);
+    fake.put("/proc/filesystems", "nodev\ttmpfs\nnodev\toverlay\nnodev\tfuse\nnodev\tnfs4\n\text4\n\tfuseblk\n");
     fake.put("/proc/swaps", "Filename Type Size Used Priority\n");
     fake.put("/proc/cmdline", "quiet root=/dev/nvme0n1p1\n");
     fake
