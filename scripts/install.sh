@@ -42,6 +42,7 @@ install -D -o root -g root -m 644 "$here/udev/70-nt-vfio.rules" "$rules"
 # Places of models that root records. Older versions let the group write to the first.
 # A link that a member laid in place of the second would give its target to root.
 install -d -o root -g root -m 755 /var/lib/nt
+chmod g-s /var/lib/nt
 if [ -L /var/lib/nt/system ] || { [ -e /var/lib/nt/system ] && [ "$(stat -c %u /var/lib/nt/system)" != 0 ]; }; then
   echo "$0: /var/lib/nt/system is a link or not root's; move it away, then run this again" >&2
   exit 1

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
+use super::printable::printable;
+use super::report::print_line;
 use super::{Failure, interrupt};
 use crate::storage::bind::{self, Bound, DeviceError, Machine, Running, Standing, State};
 use crate::storage::guard::claim::{self, Claim};
@@ -76,7 +78,8 @@ pub fn run(args: DeviceArgs) -> Result<(), Failure> {
     let allowed = Allowlist::load(&args.allow);
     let kernel = Running::default();
     let machine = Machine { host: &host, kernel: &kernel, stopped: &interrupt::interrupted };
-    let mut say = super::failure::say;
+    // What a drive says of itself is in these lines.
+    let mut say = |line: &str| super::failure::say(&printable(line));
     match args.command {
         Command::List => list(&host, &allowed)?,
         Command::Check { device, pci } => check(&host, &device, pci.as_deref(), &allowed)?,
@@ -95,19 +98,18 @@ pub fn run(args: DeviceArgs) -> Result<(), Failure> {
 }
 
 /// Writes one file's manifest where the user says.
-fn write_manifest(host: &Host, model: &Path, output: &Path) -> Result<(), DeviceError> {
+fn write_manifest(host: &Host, model: &Path, output: &Path) -> Result<(), Failure> {
     let manifest = extents::manifest(host, model)?;
     let fail = |why: String| step(format!("writing {}", output.display()), why);
     let text = serde_json::to_string(&manifest).map_err(|e| fail(e.to_string()))?;
     if output.as_os_str() == "-" {
-        println!("{text}");
-        return Ok(());
+        return print_line(&text);
     }
     // A link of somebody else's is replaced and not followed.
     if output.symlink_metadata().is_ok_and(|m| !m.is_file() && !m.is_symlink()) {
-        return Err(fail("it is no regular file; -o - writes to stdout".into()));
+        return Err(fail("it is no regular file; -o - writes to stdout".into()).into());
     }
-    safe::replace(output, text.as_bytes(), 0o644, ".nt-").map_err(|e| fail(e.to_string()))
+    safe::replace(output, text.as_bytes(), 0o644, ".nt-").map_err(|e| fail(e.to_string()).into())
 }
 
 fn step(step: String, why: impl ToString) -> DeviceError {
@@ -116,14 +118,19 @@ fn step(step: String, why: impl ToString) -> DeviceError {
 
 /// Records every file of a model, so that `nt run NAME --tier-c DRIVE` can read it without its file
 /// system.
-fn record(host: &Host, model: &Path) -> Result<(), DeviceError> {
+fn record(host: &Host, model: &Path) -> Result<(), Failure> {
     let (gguf, sources) = source::model(model).map_err(|e| step("reading the model".into(), e))?;
     for (i, file) in sources.iter().enumerate() {
         let recorded = extents::record(host, file, gguf.data_start(i))?;
         let saved = Library::default().save(&recorded);
-        println!("{}", saved.map_err(|e| step("recording the model".into(), e))?.display());
+        print_line(&saved.map_err(|e| step("recording the model".into(), e))?.display().to_string())?;
     }
     Ok(())
+}
+
+/// Prints one line of results, whatever a drive's serial number or model would make of it.
+fn line(text: &str) -> Result<(), Failure> {
+    print_line(&text.replace('\n', "\\n"))
 }
 
 fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
@@ -131,100 +138,103 @@ fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
 }
 
 /// Says every reason against binding a drive; without one, claims it for a moment as the last question.
-fn check(host: &Host, name: &str, pci: Option<&str>, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
+fn check(host: &Host, name: &str, pci: Option<&str>, allowed: &Result<Allowlist, String>) -> Result<(), Failure> {
     let all = controllers(host)?;
     let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
     let reasons = bind::judge(host, &all, drive, allowed, pci);
     let claimed = if reasons.is_empty() { claim::moment(host, drive) } else { Claim::NotTried };
     match claimed {
         Claim::Made(time) => {
-            println!("{name}: {} {} at {} may be bound", drive.model, drive.serial, drive.bdf);
-            println!("  claimed and let go after {} µs: nobody else claims it", time.as_micros());
-            Ok(())
+            line(&format!("{name}: {} {} at {} may be bound", drive.model, drive.serial, drive.bdf))?;
+            line(&format!("  claimed and let go after {} µs: nobody else claims it", time.as_micros()))
         }
-        Claim::Refused(reasons) => Err(DeviceError::Refused { name: name.into(), reasons }),
+        Claim::Refused(reasons) => Err(DeviceError::Refused { name: name.into(), reasons }.into()),
         Claim::NotAllowed | Claim::NotTried => {
             if !nix::unistd::geteuid().is_root() {
-                println!("{name}: not claimed: run as root");
+                line(&format!("{name}: not claimed: run as root"))?;
             }
             if reasons.is_empty() {
-                println!("{name}: {} {} at {}: no reason found", drive.model, drive.serial, drive.bdf);
-                return Ok(());
+                return line(&format!("{name}: {} {} at {}: no reason found", drive.model, drive.serial, drive.bdf));
             }
-            Err(DeviceError::Refused { name: name.into(), reasons })
+            Err(DeviceError::Refused { name: name.into(), reasons }.into())
         }
     }
 }
 
-fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), DeviceError> {
+fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), Failure> {
     let all = controllers(host)?;
     if all.is_empty() {
-        println!("no NVMe drive was found on the PCI bus");
+        line("no NVMe drive was found on the PCI bus")?;
     }
     let records = bind::records(host);
     for drive in &all {
         match records.iter().find(|r| r.pci == drive.bdf) {
-            Some(r) if r.standing(host) == Standing::Holds => list_recorded(host, drive, r),
+            Some(r) if r.standing(host) == Standing::Holds => list_recorded(host, drive, r)?,
             stale => {
                 if let Some(r) = stale {
-                    println!("{} has a stale record of {} ({})", r.pci, r.shown(), r.standing(host));
+                    line(&format!("{} has a stale record of {} ({})", r.pci, r.shown(), r.standing(host)))?;
                 }
-                list_free(host, &all, drive, allowed);
+                list_free(host, &all, drive, allowed)?;
             }
         }
     }
     for r in records.iter().filter(|r| !all.iter().any(|d| d.bdf == r.pci)) {
-        println!(
+        line(&format!(
             "{} has a stale record of {} ({}); `sudo nt device release --pci {0}` removes it",
             r.pci,
             r.shown(),
             r.standing(host)
-        );
+        ))?;
     }
     Ok(())
 }
 
 /// A drive that nt has bound, or half so.
-fn list_recorded(host: &Host, drive: &Controller, r: &Bound) {
+fn list_recorded(host: &Host, drive: &Controller, r: &Bound) -> Result<(), Failure> {
     if r.state != State::Bound || drive.driver.as_deref() != Some("vfio-pci") {
         let held = drive.driver.as_deref().unwrap_or("no driver");
-        println!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.state);
-        println!("  put it back with `sudo nt device release --pci {}`", r.pci);
-        return;
+        line(&format!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.state))?;
+        return line(&format!("  put it back with `sudo nt device release --pci {}`", r.pci));
     }
-    println!("{} {} bound to vfio-pci (was {})", r.pci, r.shown(), r.controller);
+    line(&format!("{} {} bound to vfio-pci (was {})", r.pci, r.shown(), r.controller))?;
     match health::of_bound(host, r) {
-        Ok(health) => println!("  health: {health}"),
-        Err(why) => println!("  health: {why}"),
+        Ok(health) => line(&format!("  health: {health}")),
+        Err(why) => line(&format!("  health: {why}")),
     }
 }
 
 /// A drive that is not nt's.
-fn list_free(host: &Host, all: &[Controller], drive: &Controller, allowed: &Result<Allowlist, String>) {
+fn list_free(
+    host: &Host,
+    all: &[Controller],
+    drive: &Controller,
+    allowed: &Result<Allowlist, String>,
+) -> Result<(), Failure> {
     let names: Vec<_> = drive.namespaces.iter().map(|n| n.whole.name.as_str()).collect();
-    println!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial);
+    line(&format!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial))?;
     if drive.name.is_some() {
         let (Ok(said) | Err(said)) = health::of_kernel(host, drive);
-        println!("  health: {said}");
+        line(&format!("  health: {said}"))?;
     }
     let reasons = guard::examine(host, all, drive, allowed);
     if reasons.is_empty() {
-        println!("  no reason against it was found (`nt device check` also claims it for a moment)");
+        line("  no reason against it was found (`nt device check` also claims it for a moment)")?;
     }
     for reason in &reasons {
-        println!("  not: {reason}");
+        line(&format!("  not: {reason}"))?;
     }
     if drive.driver.is_none() {
-        println!("  no driver holds it; `sudo nt device release --pci {}` gives it to the kernel", drive.bdf);
+        line(&format!("  no driver holds it; `sudo nt device release --pci {}` gives it to the kernel", drive.bdf))?;
     }
     if reasons.iter().any(|r| r.check == guard::Check::Allowlist) {
-        println!("  its lines for {}:", allowlist::DEFAULT_PATH);
+        line(&format!("  its lines for {}:", allowlist::DEFAULT_PATH))?;
         for namespace in &drive.namespaces {
             let entry = allowlist::Entry::of(drive, namespace);
-            println!("    [[drive]]");
-            for line in toml::to_string(&entry).unwrap_or_default().lines() {
-                println!("    {line}");
+            line("    [[drive]]")?;
+            for text in toml::to_string(&entry).unwrap_or_default().lines() {
+                line(&format!("    {text}"))?;
             }
         }
     }
+    Ok(())
 }

@@ -160,4 +160,37 @@ mod tests {
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(model(&pipe).unwrap_err().to_string().contains("neither a regular file"));
     }
+
+    /// Somebody swaps the model all the time: the header that was parsed is that of the file that will be copied.
+    #[test]
+    fn race_of_a_swap_between_header_and_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["chat-plain", "add-eos"] {
+            std::fs::copy(format!("tests/fixtures/cases/{name}.gguf"), at(name)).unwrap();
+        }
+        let path = at("m.gguf");
+        std::fs::hard_link(at("add-eos"), &path).unwrap();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let mut seen = std::collections::BTreeSet::new();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    for name in ["chat-plain", "add-eos"] {
+                        std::fs::hard_link(at(name), at("next")).unwrap();
+                        std::fs::rename(at("next"), &path).unwrap();
+                    }
+                }
+            });
+            for _ in 0..1000 {
+                let (gguf, sources) = model(&path).unwrap();
+                let (input, len) = sources[0].input().unwrap();
+                let again = Gguf::parse(&path, input, len).unwrap();
+                assert_eq!((gguf.shards[0].len, gguf.data_start(0)), (len, again.data_start(0)));
+                seen.insert(len);
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(!seen.is_empty());
+    }
 }

@@ -54,10 +54,10 @@ pub fn mounted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> R
         for folder in threads(host, &pid)? {
             search.go_on(host, &folder)?;
             // Threads of one namespace see the same mounts.
-            if let Some(namespace) = host.link_name(&format!("{folder}/ns/mnt")) {
-                if !namespaces.insert(namespace) {
-                    continue;
-                }
+            if let Some(namespace) = host.link_name(&format!("{folder}/ns/mnt"))
+                && !namespaces.insert(namespace)
+            {
+                continue;
             }
             match host.read(&format!("{folder}/mountinfo")) {
                 Ok(text) => look.each(&folder, &text, &mut seen, out)?,
