@@ -144,6 +144,24 @@ __device__ __forceinline__ void store_tiles(const GemvArgs& a, int tile_rows, in
     }
 }
 
+// Brings the activations of several tokens, which are quantised already. Blocks that lanes read at once lie next to
+// each other, so that their reads meet no bank twice: first those of each unit's part 0, then part 1, ...
+template <class B>
+__device__ __forceinline__ void load_rows(const GemvArgs& a, XBlk* xs, int nb, int units) {
+    pdl_wait();
+    for (int t = 0; t < a.tokens; t++) {
+        const int row = a.in_idx ? a.in_idx[t] : t;
+        const u64* src = (const u64*)(a.x + (size_t)row * nb);
+        u64* dst = (u64*)(xs + (size_t)t * nb);
+        for (int i = threadIdx.x; i < nb * 5; i += WARPS * 32) {
+            const int kb = i / 5, word = i % 5;
+            const int to = B::ELEMS == 32 ? kb : Lanes<B>::part(kb & 7) * units + (kb >> 3) * Lanes<B>::UNITS + Lanes<B>::lane(kb & 7);
+            dst[to * 5 + word] = src[i];
+        }
+    }
+    compute_sync();
+}
+
 // What orders accesses to shared memory. racecheck follows __syncthreads and named barriers, not these mbarriers, and so
 // reports the stores to `part`, and bulk copies into the ring, against the reads after them. mbarrier.arrive (also with
 // expect_tx) releases and mbarrier.try_wait acquires at the scope of the block by default; every lane waits for itself,
@@ -190,11 +208,15 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
         store_tiles<NT>(a, sh.tile_rows, tiles, part, summed, taken, lane);
         return;
     }
-    load_activations<NT == 1>(a, xs, nb);
+    const int units = a.cols / B::ELEMS * Lanes<B>::UNITS;
+    if constexpr (NT == 1) {
+        load_activations(a, xs, nb);
+    } else {
+        load_rows<B>(a, xs, nb, units);
+    }
 
     const bool swiglu = a.mode == MODE_SWIGLU;
     const int kw = a.row_warps, kq = warp % kw, slot = warp / kw;
-    const int units = a.cols / B::ELEMS * Lanes<B>::UNITS;
     int stage = 0, buf = 0;
     u32 parity = 0, part_parity = 0;
     for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
@@ -233,7 +255,7 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
                     Quants q0, q1;
                     B::decode(b0 + at, B::ELEMS == 32 ? 0 : sub, q0);
                     B::decode(b1 + at, B::ELEMS == 32 ? 0 : sub, q1);
-                    const int kb = B::ELEMS == 32 ? kb0 : kb0 + sub;
+                    const int kb = NT > 1 ? k * units + unit : (B::ELEMS == 32 ? kb0 : kb0 + sub);
 #pragma unroll
                     for (int t = 0; t < NT; t++) {
                         if (NT > 1 && t >= a.tokens) break;

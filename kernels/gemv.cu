@@ -117,7 +117,7 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
-    load_activations<true>(a, xs, nb);
+    load_activations(a, xs, nb);
 
     int slot = 0;
     for (int n = 0; n < items; n++) {

@@ -163,10 +163,9 @@ __device__ __forceinline__ void norm_rows(const Floats& a, int tokens, XBlk* xs,
     }
 }
 
-// Brings the activations to shared memory, quantised; RAW: floats may have to be.
-template <bool RAW>
+// Brings the activations to shared memory, quantised.
 __device__ __forceinline__ void load_activations(const GemvArgs& a, XBlk* xs, int nb) {
-    if (RAW && a.raw) {
+    if (a.raw) {
         // By every block for itself: cheaper than a kernel of its own, which would have to end before this one begins.
         norm_rows({a.raw, a.norm, a.eps, a.cols}, a.tokens, xs, nb);
         return;

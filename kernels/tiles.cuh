@@ -14,6 +14,17 @@ struct Lanes {
         if (SUBS == 4) return 4 * j + s;
         return B::APART ? 4 * (j >> 1) + (j & 1) + 2 * s : 2 * j + s;
     }
+    // The lane group and the part in it that `sub` gives a part of the super-block.
+    static __device__ __forceinline__ int lane(int sub) {
+        if (SUBS == 1) return sub;
+        if (SUBS == 4) return sub >> 2;
+        return B::APART ? 2 * (sub >> 2) + (sub & 1) : sub >> 1;
+    }
+    static __device__ __forceinline__ int part(int sub) {
+        if (SUBS == 1) return 0;
+        if (SUBS == 4) return sub & 3;
+        return B::APART ? (sub >> 1) & 1 : sub & 1;
+    }
 };
 
 // A tile: rows of one matrix (SWIGLU: as many of gate and of up).
