@@ -1,12 +1,33 @@
-# about: nt stage ended by SIGKILL, SIGINT, SIGTERM at changes drawn from the seed: the drive is staged again as it is
+# about: nt stage ended by SIGKILL, SIGINT, SIGTERM at changes drawn from the seed: the drive is staged again as it is; what stage finds before it writes
 # drives: source
 # drive: killed blank:64 serial=KILLED01 discard
 # drive: kept random:32 serial=KEPT0001
-# unchanged: kept source
+# drive: tight random:8 serial=TIGHT001
+# unchanged: kept source tight
 # programs: mdadm cryptsetup:cryptsetup-bin lvm:lvm2 wipefs:util-linux sgdisk:gdisk
 # modules: dm-mod
 . /root/stage_kills.sh
 prepare
+# ended NAME CODE WORD COMMAND…
+ended() {
+  name=$1 wanted=$2 word=$3; shift 3
+  "$@" >/tmp/out 2>&1; code=$?
+  [ $code = $wanted ] && grep -q "$word" /tmp/out && pass "$name" || { echo "exit $code, wanted $wanted and: $word" >>/tmp/out; fail "$name"; }
+}
+tight=$(drive TIGHT001)n1
+ended "a model larger than the drive" 4 "nothing was written" nt stage /mnt/source/tiny.gguf --tier-c $tight --erase --serial TIGHT001
+odd=$(printf '/tmp/odd\377.gguf'); cp /mnt/source/tiny.gguf "$odd"
+ended "a path that is not UTF-8" 2 "not UTF-8" nt stage "$odd" --tier-c $n --erase --serial $d
+ended "a path that is not UTF-8, extents" 1 "not UTF-8" $nt extents "$odd"
+rm "$odd"
+mount -t tmpfs -o ro tmpfs /var/lib/nt
+node=$(stat -c %i /dev/$n)
+(for i in $(seq 600); do grep -q "FLOCK.*:$node " /proc/locks && { echo locked >/tmp/locked; break; }; sleep 0.1; done) & watcher=$!
+ended "a record that cannot be written" 1 "the model is staged: drive $d holds it" stage
+kill $watcher 2>/dev/null; wait $watcher 2>/dev/null
+grep -q locked /tmp/locked 2>/dev/null && pass "udev is told to leave the drive alone" || { cp /proc/locks /tmp/out; fail "udev is told to leave the drive alone"; }
+umount /var/lib/nt
+works "and the drive is whole" nt verify tiny --tier-c $n
 # The first change is the last moment at which nothing is written yet; the others are spread over all there are.
 killed 1 SIGTERM
 killed 2 SIGKILL
