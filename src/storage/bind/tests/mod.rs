@@ -514,6 +514,15 @@ fn every_reason_and_every_change_under_the_claim_refuses() {
     };
     let end = fake.run(None, |m| take::bind(m, "nvme1n1", &reason, false, &mut |_| ()));
     words(&end, &["mounted: it is in use"]);
+    // Asked to stop meanwhile, it is not called refused: what was not looked at then is no reason.
+    let end = fake.run(None, |m| {
+        let stop = |host: &Host, all: &[_], d: &crate::storage::guard::Controller| {
+            fake.stopped.set(true);
+            reason(host, all, d)
+        };
+        take::bind(m, "nvme1n1", &stop, false, &mut |_| ())
+    });
+    assert!(matches!(end, End::Failed(DeviceError::Interrupted(_))), "{end:?}");
     // At the second check it has grown.
     let times = std::cell::Cell::new(0);
     let end = fake.run(None, |m| {

@@ -206,6 +206,17 @@ fn configfs_that_was_loaded_hides_nothing_built_in() {
     assert_eq!(fake.reasons(&list()), vec![]);
 }
 
+/// A search that any user can make long is ended by a signal, and what it did not see is no permission.
+#[test]
+fn a_signal_ends_the_search_of_processes() {
+    let fake = clean();
+    let host = Host::at(fake.dir.path()).until(|| true);
+    let all = sysfs::controllers(&host).unwrap();
+    let reasons = examine(&host, &all, sysfs::find(&host, &all, "nvme1n1").unwrap(), &list());
+    assert_eq!(reasons.len(), 2, "{reasons:?}");
+    assert!(reasons.iter().all(|r| r.check == Check::Unreadable && r.what.contains("by a signal")), "{reasons:?}");
+}
+
 /// Sockets are looked at together, whoever has how many; each process is a reason once.
 #[test]
 fn sockets_with_descriptors_under_way_are_few_reasons() {
