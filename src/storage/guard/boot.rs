@@ -44,7 +44,8 @@ pub fn partitions(host: &Host, namespace: &Namespace, tables: &Tables, out: &mut
         out.push(Reason::new(Check::Boot, &path, format!("{name} has the boot loader {loader} in its first sector")));
     }
     if let Some(why) = &tables.too_large {
-        out.push(Reason::new(Check::Unreadable, &path, format!("{why}, more than nt reads")));
+        let cure = format!("if nothing there is needed, clear them first (`wipefs --all {path}`)");
+        out.push(Reason::new(Check::Unreadable, &path, format!("{why}, more than nt reads; {cure}")));
     }
     for partition in &namespace.partitions {
         if !tables.partitions.iter().any(|p| p.start == partition.start) {
