@@ -1,5 +1,9 @@
 //! The `nt` command: parse, dispatch, exit codes.
 
+/// Counts what threads take that work on outside data, so that their limits hold.
+#[global_allocator]
+static ALLOCATOR: nt::memory::bounded::Metered = nt::memory::bounded::Metered;
+
 fn main() -> std::process::ExitCode {
     nt::cli::main()
 }

@@ -1,7 +1,10 @@
 //! Filters, tests and methods of chat templates as Python's Jinja has them, where minijinja lacks
 //! them or differs.
+//!
+//! The engine charges steps for what its own filters read and make, and for the value that one of these returns.
+//! These charge for what they read, and refuse before they make what the steps that are left cannot pay for.
 
-use minijinja::value::{Kwargs, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
@@ -11,17 +14,37 @@ const DEPTH_MAX: usize = 100;
 /// Widest indentation; real ones are 2, 4 or 8.
 const INDENT_MAX: usize = 256;
 
+/// Bytes that a step of the engine pays for.
+const BYTES_OF_A_STEP: u64 = 64;
+/// Bytes of a list for each of its elements.
+const BYTES_OF_AN_ELEMENT: usize = 32;
+
+/// Charges for reading so many bytes.
+fn charge(state: &State, bytes: usize) -> Result<(), Error> {
+    state.consume_fuel(bytes as u64 / BYTES_OF_A_STEP)
+}
+
+/// Refuses to make a value of so many bytes that the steps left cannot pay for.
+fn ensure(state: &State, bytes: usize) -> Result<(), Error> {
+    match state.fuel_levels() {
+        Some((_, left)) if bytes as u64 / BYTES_OF_A_STEP >= left => state.consume_fuel(u64::MAX),
+        _ => Ok(()),
+    }
+}
+
 /// JSON as Python's `json.dumps` writes it, with `ensure_ascii` false unless asked for: a space after
 /// `,` and `:`, nothing escaped for HTML.
-pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
+pub(super) fn tojson(state: &State, value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Value> = options.get("separators")?;
     let layout = Layout::new(indent, separators.as_ref(), options.get::<Option<bool>>("sort_keys")?.unwrap_or(false))?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     let mut out = String::new();
-    layout.write(value, 0, &mut out)?;
+    layout.write(state, value, 0, &mut out)?;
     if ensure_ascii == Some(true) {
+        // A character of two bytes takes six, one of four bytes twelve.
+        ensure(state, out.len().saturating_mul(3))?;
         out = escape_non_ascii(&out);
     }
     Ok(Value::from_safe_string(out))
@@ -70,7 +93,9 @@ impl Layout {
         }
     }
 
-    fn write(&self, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    fn write(&self, state: &State, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        state.consume_fuel(1)?;
+        ensure(state, out.len())?;
         if depth > DEPTH_MAX {
             return Err(Error::new(ErrorKind::BadSerialization, "tojson: the value is nested too deeply"));
         }
@@ -79,9 +104,13 @@ impl Layout {
             ValueKind::Bool => out.push_str(if v.is_true() { "true" } else { "false" }),
             ValueKind::Number if v.is_integer() => out.push_str(&v.to_string()),
             ValueKind::Number => out.push_str(&python_float(f64::try_from(v.clone())?)),
-            ValueKind::String => out.push_str(&Json::from(v.as_str().unwrap_or_default()).to_string()),
-            ValueKind::Seq | ValueKind::Iterable => self.list(v, depth, out)?,
-            ValueKind::Map => self.map(v, depth, out)?,
+            ValueKind::String => {
+                let text = v.as_str().unwrap_or_default();
+                ensure(state, out.len().saturating_add(text.len()))?;
+                out.push_str(&Json::from(text).to_string());
+            }
+            ValueKind::Seq | ValueKind::Iterable => self.list(state, v, depth, out)?,
+            ValueKind::Map => self.map(state, v, depth, out)?,
             other => {
                 return Err(Error::new(ErrorKind::BadSerialization, format!("tojson: a {other} cannot be written")));
             }
@@ -89,14 +118,14 @@ impl Layout {
         Ok(())
     }
 
-    fn list(&self, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    fn list(&self, state: &State, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         out.push('[');
         let mut empty = true;
         for item in v.try_iter()? {
             out.push_str(if empty { "" } else { &self.comma });
             empty = false;
             self.line(depth + 1, out);
-            self.write(&item, depth + 1, out)?;
+            self.write(state, &item, depth + 1, out)?;
         }
         if !empty {
             self.line(depth, out);
@@ -105,7 +134,7 @@ impl Layout {
         Ok(())
     }
 
-    fn map(&self, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    fn map(&self, state: &State, v: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         let mut keys: Vec<Value> = v.try_iter()?.collect();
         if self.sort_keys {
             keys.sort();
@@ -116,10 +145,10 @@ impl Layout {
             self.line(depth + 1, out);
             let mut name = String::new();
             // A key that is no string is written as the string of its JSON.
-            self.write(key, depth + 1, &mut name)?;
+            self.write(state, key, depth + 1, &mut name)?;
             out.push_str(&if key.kind() == ValueKind::String { name } else { Json::from(name).to_string() });
             out.push_str(&self.colon);
-            self.write(&v.get_item(key)?, depth + 1, out)?;
+            self.write(state, &v.get_item(key)?, depth + 1, out)?;
         }
         if !keys.is_empty() {
             self.line(depth, out);
@@ -145,28 +174,97 @@ fn python_float(x: f64) -> String {
 
 /// Python's methods of strings, lists and dictionaries.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    match (value.kind(), value.as_str(), name) {
-        (_, Some(s), "rsplit") => rsplit(s, args),
-        (_, Some(s), "removeprefix") => {
-            let (prefix,): (&str,) = from_args(args)?;
-            Ok(Value::from(s.strip_prefix(prefix).unwrap_or(s)))
-        }
-        (_, Some(s), "removesuffix") => {
-            let (suffix,): (&str,) = from_args(args)?;
-            Ok(Value::from(s.strip_suffix(suffix).unwrap_or(s)))
-        }
-        (ValueKind::Seq, _, "index") => {
+    if let Some(s) = value.as_str() {
+        charge(state, s.len())?;
+        return text_method(state, s, name, args)
+            .unwrap_or_else(|| pycompat::unknown_method_callback(state, value, name, args));
+    }
+    match (value.kind(), name) {
+        (ValueKind::Seq, "index") => {
             let (wanted,): (Value,) = from_args(args)?;
-            let at = value.try_iter()?.position(|v| v == wanted);
-            at.map(Value::from).ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "index: no such element"))
+            for (i, item) in value.try_iter()?.enumerate() {
+                state.consume_fuel(1)?;
+                if item == wanted {
+                    return Ok(Value::from(i));
+                }
+            }
+            Err(Error::new(ErrorKind::InvalidOperation, "index: no such element"))
+        }
+        (ValueKind::Seq, "count") => {
+            state.consume_fuel(value.len().unwrap_or(0) as u64)?;
+            pycompat::unknown_method_callback(state, value, name, args)
         }
         _ => pycompat::unknown_method_callback(state, value, name, args),
     }
 }
 
+/// The methods of strings that differ from those of `pycompat`; `None` after a check of what its own will make.
+fn text_method(state: &State, s: &str, name: &str, args: &[Value]) -> Option<Result<Value, Error>> {
+    let first = args.first().and_then(Value::as_str);
+    let checked = match name {
+        "rsplit" => return Some(rsplit(state, s, args)),
+        "join" => return Some(join(state, s, args)),
+        "removeprefix" => return Some(from_args(args).map(|(p,): (&str,)| s.strip_prefix(p).unwrap_or(s).into())),
+        "removesuffix" => return Some(from_args(args).map(|(p,): (&str,)| s.strip_suffix(p).unwrap_or(s).into())),
+        "replace" => {
+            let by = args.get(1).and_then(Value::as_str).map_or(0, str::len);
+            let times = first.map_or(0, |old| s.matches(old).count());
+            ensure(state, s.len().saturating_add(times.saturating_mul(by)))
+        }
+        "split" => ensure(state, parts(s, first).saturating_mul(BYTES_OF_AN_ELEMENT)),
+        "splitlines" => ensure(state, parts(s, Some("\n")).saturating_mul(BYTES_OF_AN_ELEMENT)),
+        "startswith" | "endswith" => state.consume_fuel(args.first().and_then(Value::len).unwrap_or(0) as u64),
+        "format" => ensure(state, widths(s)),
+        _ => Ok(()),
+    };
+    checked.err().map(Err)
+}
+
+/// Parts of a text between separators, or white space.
+fn parts(s: &str, separator: Option<&str>) -> usize {
+    match separator {
+        Some(separator) => s.matches(separator).count() + 1,
+        None => s.split_whitespace().count(),
+    }
+}
+
+/// All numbers in a text together: no more characters than its widths and precisions ask for.
+fn widths(format: &str) -> usize {
+    let numbers = format.split(|c: char| !c.is_ascii_digit()).filter(|n| !n.is_empty());
+    numbers.map(|n| n.parse().unwrap_or(usize::MAX)).fold(format.len(), usize::saturating_add)
+}
+
+/// `str.join(list)`.
+fn join(state: &State, separator: &str, args: &[Value]) -> Result<Value, Error> {
+    use std::fmt::Write as _;
+    let (values,): (&Value,) = from_args(args)?;
+    let mut out = Payable { state, text: String::new() };
+    for (i, value) in values.try_iter()?.enumerate() {
+        state.consume_fuel(1)?;
+        let between = if i > 0 { separator } else { "" };
+        write!(out, "{between}{value}").map_err(|_| Error::from(ErrorKind::OutOfFuel))?;
+    }
+    Ok(Value::from(out.text))
+}
+
+/// A text as long as the steps left can pay for it.
+struct Payable<'a, 'b, 'c> {
+    state: &'a State<'b, 'c>,
+    text: String,
+}
+
+impl std::fmt::Write for Payable<'_, '_, '_> {
+    fn write_str(&mut self, s: &str) -> std::fmt::Result {
+        ensure(self.state, self.text.len().saturating_add(s.len())).map_err(|_| std::fmt::Error)?;
+        self.text.push_str(s);
+        Ok(())
+    }
+}
+
 /// `str.rsplit(sep, maxsplit)`; white space parts the words where there is no separator.
-fn rsplit(s: &str, args: &[Value]) -> Result<Value, Error> {
+fn rsplit(state: &State, s: &str, args: &[Value]) -> Result<Value, Error> {
     let (sep, limit): (Option<&str>, Option<i64>) = from_args(args)?;
+    ensure(state, parts(s, sep).saturating_mul(BYTES_OF_AN_ELEMENT))?;
     let limit = limit.and_then(|n| usize::try_from(n).ok()).map_or(usize::MAX, |n| n.saturating_add(1));
     let mut parts: Vec<&str> = match sep {
         Some("") => return Err(Error::new(ErrorKind::InvalidOperation, "rsplit: the separator is empty")),
@@ -211,13 +309,9 @@ fn checked_width(width: usize) -> Result<usize, Error> {
 /// Jinja's `indent(width=4, first=false, blank=false)`; `width` may be the text to indent with.
 ///
 /// Unlike minijinja's it keeps a newline at the end.
-pub(super) fn indent(
-    text: &str,
-    width: Option<Value>,
-    first: Option<bool>,
-    blank: Option<bool>,
-    options: Kwargs,
-) -> Result<String, Error> {
+pub(super) fn indent(state: &State, args: Rest<Value>) -> Result<String, Error> {
+    let (text, width, first, blank, options): (&str, Option<Value>, Option<bool>, Option<bool>, Kwargs) =
+        from_args(&args)?;
     let width = match width {
         None => options.get::<Option<Value>>("width")?,
         given => given,
@@ -235,6 +329,8 @@ pub(super) fn indent(
     };
     let (first, blank) = (flag(first, "first")?, flag(blank, "blank")?);
     options.assert_all_used()?;
+    let breaks = text.chars().filter(|&c| is_break(c)).count() + 1;
+    ensure(state, text.len().saturating_add(breaks.saturating_mul(by.len() + BYTES_OF_AN_ELEMENT)))?;
     let mut out = String::with_capacity(text.len());
     for (i, line) in lines(text).into_iter().enumerate() {
         if i > 0 {
@@ -248,10 +344,13 @@ pub(super) fn indent(
     Ok(out)
 }
 
+/// Whether Python's `splitlines` ends a line at it.
+fn is_break(c: char) -> bool {
+    matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}')
+}
+
 /// The lines of a text and a newline, as Python's `splitlines` sees them; at least one.
 fn lines(text: &str) -> Vec<&str> {
-    let is_break =
-        |c: char| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut lines = Vec::new();
     let mut rest = text;
     while let Some(at) = rest.find(is_break) {

@@ -57,6 +57,9 @@ pub enum TokenizerError {
     /// The chat template cannot be parsed or rendered.
     #[error("the chat template failed: {0}")]
     Template(String),
+    /// The chat template exceeds what it may take.
+    #[error("the chat template was stopped: {0}; --chat-template names another template")]
+    TemplateLimit(String),
     /// Words that were given are missing from the prompt.
     #[error(
         "the chat template drops message {number} (role {role}): its words {words:?} are not in the prompt; --chat-template names another template"

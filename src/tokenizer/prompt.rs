@@ -17,7 +17,8 @@ pub struct Prompt {
     pub notes: Vec<String>,
 }
 
-type Render<'a> = dyn Fn(&[Json]) -> Result<String, TokenizerError> + 'a;
+/// Renders messages.
+pub(super) type Render<'a> = dyn Fn(&[Json]) -> Result<String, TokenizerError> + 'a;
 
 /// Characters of a message that an error quotes.
 const QUOTED: usize = 60;
@@ -126,10 +127,7 @@ impl Attempt {
 
 /// Whether no form of the messages can help.
 fn is_hopeless(e: &TokenizerError) -> bool {
-    match e {
-        TokenizerError::Template(text) => text.contains("ran out of fuel"),
-        _ => true,
-    }
+    !matches!(e, TokenizerError::Template(_))
 }
 
 /// Whether other words of message `i` give another text.

@@ -1,4 +1,11 @@
 //! Chat templates: Jinja as Hugging Face renders it.
+//!
+//! A template is a program of the model's file. It runs within limits of steps, memory and time, on a thread of its
+//! own ([`bounded`]): the engine counts steps and the sizes of most values, and the thread's limits hold for the rest
+//! (comparing, printing and hashing values that hold others many times over).
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, merge_maps};
@@ -8,16 +15,33 @@ use serde_json::Value as Json;
 use super::prompt::{self, Prompt};
 use super::{Tokenizer, TokenizerError, builtin, jinja};
 use crate::gguf::Metadata;
+use crate::memory::bounded::{self, Exceeded, Limits};
 
-/// Steps after which a template is stopped; real ones take a few thousand.
-const FUEL: u64 = 2_000_000;
-
-/// Stack of the thread that renders; see [`ChatTemplate::on_deep_stack`].
-const STACK_BYTES: usize = 1 << 30;
+/// Steps that every template has; real ones take a few thousand. One also pays for 64 bytes of values.
+const STEPS: u64 = 500_000;
+/// Steps more for each message, and one more for so many bytes of the conversation.
+const STEPS_OF_A_MESSAGE: u64 = 1_000;
+const BYTES_OF_A_STEP: u64 = 8;
+/// Steps at most.
+const STEPS_MAX: u64 = 2_000_000;
+/// Stack for each step: a template can nest a list in itself with few steps, and printing, comparing and dropping
+/// values recurse into them.
+const STACK_OF_A_STEP: u64 = 512;
 /// The smallest stack that a template is rendered on.
-const STACK_BYTES_MIN: usize = 16 << 20;
-/// Most bytes of a template. Those of models have up to 30 KiB, and nesting needs stack for each byte.
+const STACK_BYTES_MIN: u64 = 16 << 20;
+/// Most bytes of a template. Those of models have up to 30 KiB.
 const SOURCE_MAX: usize = 256 << 10;
+/// Stack for each byte of a template while it is parsed: parsing and compiling recurse into long expressions.
+const STACK_OF_A_BYTE: u64 = 2 << 10;
+/// Memory that rendering may have allocated at once, and as many times the conversation's bytes more.
+const HEAP_BYTES: u64 = 128 << 20;
+const HEAP_OF_A_BYTE: u64 = 16;
+/// Time of a processor; a second more for so many bytes of the conversation.
+const CPU: Duration = Duration::from_secs(1);
+const BYTES_OF_A_SECOND: u64 = 1 << 20;
+const CPU_OF_A_MESSAGE: Duration = Duration::from_millis(2);
+/// Characters of an error that are told; a template can raise one of any length.
+const ERROR_CHARS: usize = 600;
 
 /// The metadata key of the template; others for one purpose follow it after a dot.
 const KEY: &str = "tokenizer.chat_template";
@@ -27,6 +51,13 @@ const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 /// A model's chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
+    renderer: Arc<Renderer>,
+    notes: Vec<String>,
+}
+
+/// What renders; shared with the threads that do.
+#[derive(Clone, Debug)]
+struct Renderer {
     environment: Environment<'static>,
     bos: String,
     eos: String,
@@ -34,7 +65,13 @@ pub struct ChatTemplate {
     variables: serde_json::Map<String, Json>,
     /// The file's own template for conversations with tools: there, or why it cannot be used.
     tool_use: Option<Result<(), String>>,
-    notes: Vec<String>,
+}
+
+/// A conversation, as threads that render need it.
+struct Conversation {
+    messages: Vec<Json>,
+    tools: Option<Vec<Json>>,
+    add_generation_prompt: bool,
 }
 
 impl ChatTemplate {
@@ -63,7 +100,7 @@ impl ChatTemplate {
         };
         if let Some(source) = named(metadata, "tool_use") {
             let added = template.add("tool_use", source);
-            template.tool_use = Some(added.map_err(|e| e.to_string()));
+            Arc::make_mut(&mut template.renderer).tool_use = Some(added.map_err(|e| e.to_string()));
         }
         Ok(template)
     }
@@ -98,7 +135,6 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
         environment.set_syntax(syntax);
-        environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(jinja::method);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", |format: String| strftime(now()?, format));
@@ -106,29 +142,26 @@ impl ChatTemplate {
         environment.add_test("iterable", jinja::is_iterable);
         environment.add_filter("tojson", jinja::tojson);
         environment.add_filter("indent", jinja::indent);
-        let (variables, notes) = (serde_json::Map::new(), Vec::new());
-        let mut template = ChatTemplate { environment, bos, eos, variables, tool_use: None, notes };
+        let renderer = Renderer { environment, bos, eos, variables: serde_json::Map::new(), tool_use: None };
+        let mut template = ChatTemplate { renderer: Arc::new(renderer), notes: Vec::new() };
         template.add("chat", source)?;
         Ok(template)
     }
 
-    /// Parses a template. Parsing recurses into expressions, so it needs the deep stack too.
+    /// Parses a template.
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TokenizerError> {
         if source.len() > SOURCE_MAX {
             let what = format!("it has {} bytes, more than the {SOURCE_MAX} that a template may have", source.len());
             return Err(TokenizerError::Template(what));
         }
-        let mut bytes = STACK_BYTES;
-        loop {
-            let environment = &mut self.environment;
-            let added = on_stack(bytes, || {
-                environment.add_template_owned(name, without_generation_tags(source)).map_err(|e| failed(&e))
-            });
-            match added {
-                Err(_) if bytes > STACK_BYTES_MIN => bytes /= 4,
-                other => return other.map_err(|e| TokenizerError::TemplateMemory(e.to_string()))?,
-            }
-        }
+        let (mut environment, source) = (self.renderer.environment.clone(), without_generation_tags(source));
+        let stack = parsing_stack(source.len());
+        let added = bounded::run(&limits(stack, 0, 0), move || {
+            environment.add_template_owned(name, source).map_err(|e| failed(&e))?;
+            Ok(environment)
+        });
+        Arc::make_mut(&mut self.renderer).environment = added.map_err(|e| exceeded(e, 0, 0))??;
+        Ok(())
     }
 
     /// The names of the templates that a file has besides its default one.
@@ -148,12 +181,21 @@ impl ChatTemplate {
             let what = format!("{name} is the conversation's own and cannot be set as a variable");
             return Err(TokenizerError::Template(what));
         }
-        let read = ["chat", "tool_use"].iter().filter_map(|t| self.environment.get_template(t).ok());
-        if !read.into_iter().any(|t| t.undeclared_variables(false).contains(name)) {
+        if !self.reads()?.iter().any(|read| read == name) {
             self.notes.push(format!("the chat template reads no variable {name}; it is set for nothing"));
         }
-        self.variables.insert(name.to_owned(), value);
+        Arc::make_mut(&mut self.renderer).variables.insert(name.to_owned(), value);
         Ok(())
+    }
+
+    /// The variables that the templates read.
+    fn reads(&self) -> Result<Vec<String>, TokenizerError> {
+        let renderer = Arc::clone(&self.renderer);
+        let read = bounded::run(&limits(parsing_stack(SOURCE_MAX), 0, 0), move || {
+            let templates = ["chat", "tool_use"].into_iter().filter_map(|t| renderer.environment.get_template(t).ok());
+            templates.flat_map(|t| t.undeclared_variables(false)).collect()
+        });
+        read.map_err(|e| exceeded(e, 0, 0))
     }
 
     /// What was missing and had to be assumed, a line each.
@@ -163,7 +205,8 @@ impl ChatTemplate {
 
     /// Renders as of a time (seconds since 1970), so that the same messages always give the same text.
     pub fn set_time(&mut self, unix_s: libc::time_t) {
-        self.environment.add_function("strftime_now", move |format: String| strftime(unix_s, format));
+        let environment = &mut Arc::make_mut(&mut self.renderer).environment;
+        environment.add_function("strftime_now", move |format: String| strftime(unix_s, format));
     }
 
     /// What the template makes of `messages` (objects with `role` and `content`); with `add_generation_prompt` it
@@ -179,7 +222,7 @@ impl ChatTemplate {
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
     ) -> Result<String, TokenizerError> {
-        self.on_deep_stack(&|e| self.render_in(e, messages, tools, add_generation_prompt))?
+        self.bounded(messages, tools, add_generation_prompt, |render, messages| render(messages))
     }
 
     /// The prompt of `messages`, in which no message's words are missing.
@@ -196,18 +239,58 @@ impl ChatTemplate {
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
     ) -> Result<Prompt, TokenizerError> {
-        self.on_deep_stack(&|e| {
-            prompt::checked(messages, &|messages| self.render_in(e, messages, tools, add_generation_prompt))
-        })?
+        self.bounded(messages, tools, add_generation_prompt, |render, messages| prompt::checked(messages, render))
     }
 
-    fn render_in(
+    /// Lets `work` render a conversation within limits that follow from its size. Limits of address space count all of
+    /// a stack, though only pages that are used take memory; so where one is refused, a smaller one does, with as many
+    /// fewer steps.
+    fn bounded<T: Send + 'static>(
         &self,
-        environment: &Environment,
         messages: &[Json],
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
+        work: fn(&prompt::Render, &[Json]) -> Result<T, TokenizerError>,
+    ) -> Result<T, TokenizerError> {
+        let tools = tools.map(<[Json]>::to_vec);
+        let conversation = Arc::new(Conversation { messages: messages.to_vec(), tools, add_generation_prompt });
+        let count = messages.len() as u64;
+        let bytes = messages.iter().chain(conversation.tools.iter().flatten()).map(size).sum::<u64>();
+        let wanted = (STEPS + count * STEPS_OF_A_MESSAGE + bytes / BYTES_OF_A_STEP).min(STEPS_MAX);
+        let mut steps = wanted;
+        loop {
+            let (renderer, conversation) = (Arc::clone(&self.renderer), Arc::clone(&conversation));
+            let stack = (steps * STACK_OF_A_STEP).max(STACK_BYTES_MIN);
+            let result = bounded::run(&limits(stack, count, bytes), move || {
+                let mut environment = renderer.environment.clone();
+                environment.set_fuel(Some(steps));
+                let render = |messages: &[Json]| renderer.render(&environment, &conversation, messages);
+                work(&render, &conversation.messages)
+            });
+            return match result {
+                Err(Exceeded::Thread(_)) if stack > STACK_BYTES_MIN => {
+                    steps /= 4;
+                    continue;
+                }
+                Err(e) => Err(exceeded(e, count, bytes)),
+                Ok(Err(TokenizerError::TemplateLimit(_))) if steps < wanted => {
+                    Err(TokenizerError::TemplateMemory("a smaller stack is not enough for this one".into()))
+                }
+                Ok(result) => result,
+            };
+        }
+    }
+}
+
+impl Renderer {
+    /// What the template makes of `messages`, with all else as in `conversation`.
+    fn render(
+        &self,
+        environment: &Environment,
+        conversation: &Conversation,
+        messages: &[Json],
     ) -> Result<String, TokenizerError> {
+        let tools = conversation.tools.as_deref();
         let name = match &self.tool_use {
             Some(Ok(())) if tools.is_some_and(|t| !t.is_empty()) => "tool_use",
             Some(Err(e)) if tools.is_some_and(|t| !t.is_empty()) => return Err(TokenizerError::Template(e.clone())),
@@ -219,52 +302,57 @@ impl ChatTemplate {
         let conversation = context! {
             messages => Value::from(Serde(messages)),
             tools => Value::from(Serde(tools)),
-            add_generation_prompt,
+            add_generation_prompt => conversation.add_generation_prompt,
         };
         // Of equal names the last counts.
         let context = merge_maps([defaults, Value::from(Serde(&self.variables)), conversation]);
-        template.render(context).map_err(|e| {
-            let short = e.kind() == ErrorKind::OutOfFuel && environment.fuel() != Some(FUEL);
-            if short {
-                TokenizerError::TemplateMemory("a smaller stack is not enough for this one".into())
-            } else {
-                failed(&e)
-            }
-        })
+        template.render(context).map_err(|e| failed(&e))
     }
+}
 
-    /// Runs on a stack that is deep enough for whatever the fuel can build: dropping and printing values
-    /// recurse into them, and a template can nest a list in itself with each step. Only pages that are
-    /// used are taken from memory; real templates use a few. But limits of address space count the whole, so where
-    /// it is refused, a smaller stack does, with as much less fuel.
-    fn on_deep_stack<T: Send>(&self, work: &(dyn Fn(&Environment) -> T + Sync)) -> Result<T, TokenizerError> {
-        let mut bytes = STACK_BYTES;
-        loop {
-            match on_stack(bytes, || {
-                let mut environment = std::borrow::Cow::Borrowed(&self.environment);
-                if bytes < STACK_BYTES {
-                    environment.to_mut().set_fuel(Some(FUEL / (STACK_BYTES / bytes) as u64));
-                }
-                work(&environment)
-            }) {
-                Err(_) if bytes > STACK_BYTES_MIN => bytes /= 4,
-                other => return other.map_err(|e| TokenizerError::TemplateMemory(e.to_string())),
-            }
-        }
+/// Stack for parsing a template of so many bytes.
+fn parsing_stack(bytes: usize) -> u64 {
+    (bytes as u64 * STACK_OF_A_BYTE).max(STACK_BYTES_MIN)
+}
+
+/// Limits for a conversation of so many messages and bytes.
+fn limits(stack: u64, messages: u64, bytes: u64) -> Limits {
+    Limits {
+        stack_bytes: usize::try_from(stack).unwrap_or(usize::MAX),
+        heap_bytes: usize::try_from(HEAP_BYTES + bytes * HEAP_OF_A_BYTE).unwrap_or(usize::MAX),
+        cpu: CPU
+            + CPU_OF_A_MESSAGE * u32::try_from(messages).unwrap_or(u32::MAX)
+            + Duration::from_millis(bytes * 1000 / BYTES_OF_A_SECOND),
     }
+}
+
+/// What the template has exceeded, of the limits for a conversation of so many messages and bytes.
+fn exceeded(e: Exceeded, messages: u64, bytes: u64) -> TokenizerError {
+    let limits = limits(0, messages, bytes);
+    match e {
+        Exceeded::Heap => {
+            TokenizerError::TemplateLimit(format!("it takes more than {} MiB of memory", limits.heap_bytes >> 20))
+        }
+        Exceeded::Cpu => TokenizerError::TemplateLimit(format!("it takes more than {:.0?}", limits.cpu)),
+        Exceeded::Thread(e) => TokenizerError::TemplateMemory(e.to_string()),
+    }
+}
+
+/// Bytes of the texts of a value, and a few for each value.
+fn size(v: &Json) -> u64 {
+    const OF_A_VALUE: u64 = 32;
+    OF_A_VALUE
+        + match v {
+            Json::String(s) => s.len() as u64,
+            Json::Array(items) => items.iter().map(size).sum(),
+            Json::Object(fields) => fields.iter().map(|(key, v)| key.len() as u64 + size(v)).sum(),
+            _ => 0,
+        }
 }
 
 /// A template of the file by its name, if it is not blank.
 fn named<'a>(metadata: &'a Metadata, name: &str) -> Option<&'a str> {
     metadata.str(&format!("{KEY}.{name}")).filter(|s| !s.trim().is_empty())
-}
-
-/// Runs `work` on a thread with a stack of so many bytes. Errors if the thread cannot be had.
-fn on_stack<T: Send>(bytes: usize, work: impl FnOnce() -> T + Send) -> std::io::Result<T> {
-    std::thread::scope(|s| {
-        let thread = std::thread::Builder::new().name("template".into()).stack_size(bytes).spawn_scoped(s, work)?;
-        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })
 }
 
 /// Hugging Face marks the assistant's words with `{% generation %}` for training; for a prompt the
@@ -292,10 +380,21 @@ fn without_generation_tags(source: &str) -> String {
 /// An error with the line it occurred in and what it came from.
 fn failed(e: &Error) -> TokenizerError {
     let mut text = e.to_string();
+    let mut out_of_steps = e.kind() == ErrorKind::OutOfFuel;
     let mut source = std::error::Error::source(e);
     while let Some(s) = source {
         text = format!("{text}: {s}");
+        out_of_steps |= s.downcast_ref::<Error>().is_some_and(|e| e.kind() == ErrorKind::OutOfFuel);
         source = s.source();
+    }
+    if out_of_steps {
+        return TokenizerError::TemplateLimit(
+            "it takes more steps, or makes larger values, than any model's does".into(),
+        );
+    }
+    if let Some((at, _)) = text.char_indices().nth(ERROR_CHARS) {
+        text.truncate(at);
+        text.push('…');
     }
     TokenizerError::Template(text)
 }

@@ -1,0 +1,250 @@
+//! Work on outside data that may take any amount of memory and time, on a thread of its own and within limits.
+//!
+//! A thread that exceeds them can be neither ended nor unwound from outside, and an allocator must not unwind. It is
+//! left behind: it sleeps in its next allocation until the process ends, and what it held, at most the limit, is lost.
+//! The work is therefore given what it needs by value and must hold no lock that others wait for.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU8, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use nix::time::ClockId;
+
+/// What a piece of work may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of its thread's stack.
+    pub stack_bytes: usize,
+    /// Bytes that it may have allocated at once. Counted only where [`Metered`] is the process's allocator.
+    pub heap_bytes: usize,
+    /// Time of a processor.
+    pub cpu: Duration,
+}
+
+/// Why there is no result.
+#[derive(Debug)]
+pub enum Exceeded {
+    /// It asked for more memory than its limit.
+    Heap,
+    /// It took longer than its limit.
+    Cpu,
+    /// The thread cannot be had.
+    Thread(std::io::Error),
+}
+
+/// How often a thread's clock and meter are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Where the thread's own clock cannot be read, this many times its limit in real time.
+const REAL_TIME_FACTOR: u32 = 10;
+
+/// Runs `work` within `limits`.
+///
+/// # Errors
+///
+/// With what was exceeded; the thread then stays behind.
+///
+/// # Panics
+///
+/// If `work` panics.
+pub fn run<T: Send + 'static>(limits: &Limits, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Exceeded> {
+    let meter = Arc::new(Meter::new(limits.heap_bytes));
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let counted = Arc::clone(&meter);
+    let thread = std::thread::Builder::new().name("bounded".into()).stack_size(limits.stack_bytes);
+    let thread = thread.spawn(move || {
+        counted.thread.store(nix::unistd::gettid().as_raw(), Ordering::Release);
+        let result = {
+            let _metered = Metering::begin(&counted);
+            work()
+        };
+        // Nobody may be waiting any more.
+        let _ = sender.send(result);
+    });
+    let thread = thread.map_err(Exceeded::Thread)?;
+    let start = Instant::now();
+    loop {
+        match receiver.recv_timeout(LOOK_EVERY) {
+            Ok(result) => {
+                if let Err(panic) = thread.join() {
+                    std::panic::resume_unwind(panic);
+                }
+                return Ok(result);
+            }
+            // Without a result the thread can only have panicked.
+            Err(RecvTimeoutError::Disconnected) => match thread.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => return Err(Exceeded::Thread(std::io::Error::other("it ended without a result"))),
+            },
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if meter.state.load(Ordering::Acquire) == OVER {
+            return Err(Exceeded::Heap);
+        }
+        let late = match meter.cpu_time() {
+            Some(taken) => taken > limits.cpu,
+            None => start.elapsed() > limits.cpu * REAL_TIME_FACTOR,
+        };
+        if late {
+            meter.state.store(LEFT_BEHIND, Ordering::Release);
+            return Err(Exceeded::Cpu);
+        }
+    }
+}
+
+const RUNNING: u8 = 0;
+/// The thread has exceeded its memory and sleeps.
+const OVER: u8 = 1;
+/// Nobody waits for the thread any more.
+const LEFT_BEHIND: u8 = 2;
+
+/// Counts what one thread allocates.
+struct Meter {
+    left: AtomicI64,
+    state: AtomicU8,
+    /// The kernel's number of the thread; 0 before it runs.
+    thread: AtomicI32,
+}
+
+impl Meter {
+    fn new(bytes: usize) -> Meter {
+        let left = AtomicI64::new(i64::try_from(bytes).unwrap_or(i64::MAX));
+        Meter { left, state: AtomicU8::new(RUNNING), thread: AtomicI32::new(0) }
+    }
+
+    /// Takes `bytes` off what is left. Does not return where there is less, or where the thread was left behind.
+    fn take(&self, bytes: usize) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        if self.left.fetch_sub(bytes, Ordering::Relaxed) < bytes {
+            self.state.store(OVER, Ordering::Release);
+        }
+        while self.state.load(Ordering::Acquire) != RUNNING {
+            std::thread::sleep(Duration::from_secs(3600));
+        }
+    }
+
+    fn give(&self, bytes: usize) {
+        self.left.fetch_add(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
+    }
+
+    /// Time of a processor that the thread has taken. Linux makes the clock's number of the thread's
+    /// (`CPUCLOCK_PERTHREAD_MASK` and `CPUCLOCK_SCHED` of `posix-timers.h`).
+    fn cpu_time(&self) -> Option<Duration> {
+        let thread = self.thread.load(Ordering::Acquire);
+        let clock = ClockId::from_raw((!thread << 3) | 0b110);
+        (thread != 0).then(|| clock.now().ok().map(Duration::from)).flatten()
+    }
+}
+
+thread_local! {
+    /// The meter of this thread, null for most.
+    static METER: Cell<*const Meter> = const { Cell::new(std::ptr::null()) };
+}
+
+/// While it lives, this thread's allocations are counted.
+struct Metering<'a>(std::marker::PhantomData<&'a Meter>);
+
+impl Metering<'_> {
+    fn begin(meter: &Meter) -> Metering<'_> {
+        METER.set(meter);
+        Metering(std::marker::PhantomData)
+    }
+}
+
+impl Drop for Metering<'_> {
+    fn drop(&mut self) {
+        METER.set(std::ptr::null());
+    }
+}
+
+/// This thread's meter.
+fn meter() -> Option<&'static Meter> {
+    // A thread that ends has no locals any more, and no meter.
+    let meter = METER.try_with(Cell::get).unwrap_or(std::ptr::null());
+    // SAFETY: null, or what `Metering::begin` was given; its guard borrows that and sets null before the borrow ends.
+    // The reference does not outlive the call of the allocator, which happens on the same thread.
+    unsafe { meter.as_ref() }
+}
+
+/// The system's allocator, which counts for the threads of [`run`] and passes everything on.
+pub struct Metered;
+
+// SAFETY: every call is passed on to the system's allocator unchanged; counting allocates nothing and does not unwind.
+unsafe impl GlobalAlloc for Metered {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if let Some(meter) = meter() {
+            meter.take(layout.size());
+        }
+        // SAFETY: the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if let Some(meter) = meter() {
+            meter.take(layout.size());
+        }
+        // SAFETY: the caller's contract.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        if let Some(meter) = meter() {
+            meter.give(layout.size());
+        }
+        // SAFETY: the caller's contract.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        if let Some(meter) = meter() {
+            meter.take(new_size);
+            meter.give(layout.size());
+        }
+        // SAFETY: the caller's contract.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { stack_bytes: 1 << 20, heap_bytes: 1 << 20, cpu: Duration::from_millis(50) };
+
+    #[test]
+    fn work_within_its_limits_has_a_result() {
+        assert_eq!(run(&LIMITS, || vec![7; 1000].len()).unwrap(), 1000);
+    }
+
+    #[test]
+    fn work_that_never_ends_is_left_behind() {
+        let end = Arc::new(AtomicU8::new(0));
+        let seen = Arc::clone(&end);
+        let result = run(&LIMITS, move || while seen.load(Ordering::Relaxed) == 0 {});
+        end.store(1, Ordering::Relaxed);
+        assert!(matches!(result, Err(Exceeded::Cpu)), "{result:?}");
+    }
+
+    #[test]
+    fn a_thread_that_cannot_be_had_is_an_error() {
+        let limits = Limits { stack_bytes: usize::MAX >> 1, ..LIMITS };
+        assert!(matches!(run(&limits, || ()), Err(Exceeded::Thread(_))));
+    }
+
+    #[test]
+    fn a_meter_counts_both_ways() {
+        let meter = Meter::new(100);
+        meter.take(60);
+        meter.give(50);
+        meter.take(80);
+        assert_eq!((meter.left.into_inner(), meter.state.into_inner()), (10, RUNNING));
+    }
+
+    #[test]
+    #[should_panic = "as it should"]
+    fn a_panic_goes_on() {
+        let _ = run(&LIMITS, || panic!("as it should"));
+    }
+}
