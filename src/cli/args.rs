@@ -7,7 +7,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use crate::engine::{DryParams, SamplerParams};
 use crate::gguf::{Metadata, Value};
 use crate::library;
-use crate::model::{Overrides, RopeType};
+use crate::model::{HParams, Overrides, RopeType};
 use crate::plan::{BUFFERS_MAX, Tiers, parse_size};
 
 /// Run language models that are larger than VRAM and larger than RAM.
@@ -128,6 +128,17 @@ impl ModelArg {
     }
 }
 
+/// Lets every option take a number below zero, so that it is answered by what the option expects, and not by
+/// "unexpected argument '-1'".
+pub(super) fn taking_negatives(command: clap::Command) -> clap::Command {
+    let names: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
+    let command = command.mut_args(|a| match a.get_action().takes_values() {
+        true => a.allow_negative_numbers(true),
+        false => a,
+    });
+    names.iter().fold(command, |command, name| command.mut_subcommand(name, taking_negatives))
+}
+
 /// `auto` or a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Auto<T> {
@@ -167,7 +178,59 @@ fn auto_buffers(text: &str) -> Result<Auto<usize>, String> {
 }
 
 fn auto_ctx(text: &str) -> Result<Auto<usize>, String> {
-    auto_count(text, 1, 1 << 30)
+    auto_count(text, 0, 1 << 30)
+}
+
+/// Threads: -1 and 0 for all processors, as in llama.cpp.
+fn auto_threads(text: &str) -> Result<Auto<usize>, String> {
+    if text == "-1" {
+        Ok(Auto::Auto)
+    } else {
+        auto_count(text, 0, 1024).map(|n| if n == Auto::Given(0) { Auto::Auto } else { n })
+    }
+}
+
+/// A seed: -1 for one from the clock, as in llama.cpp.
+fn auto_seed(text: &str) -> Result<Auto<u64>, String> {
+    match text {
+        "auto" | "-1" => Ok(Auto::Auto),
+        other => other
+            .parse()
+            .map(Auto::Given)
+            .map_err(|_| "auto, -1 (both from the clock) or a whole number from 0 was expected".into()),
+    }
+}
+
+/// A whole number.
+pub(super) fn count(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| "a whole number from 0 was expected".into())
+}
+
+/// A whole number; all for one below 0.
+pub(super) fn count_or_all(text: &str) -> Result<usize, String> {
+    match text.parse::<i64>() {
+        Ok(n) => Ok(usize::try_from(n).unwrap_or(usize::MAX)),
+        Err(_) => Err("a whole number, or -1 for all, was expected".into()),
+    }
+}
+
+/// How many of the most likely tokens are kept: 0 for all, as for every number below it.
+fn top_k(text: &str) -> Result<usize, String> {
+    match text.parse::<i64>() {
+        Ok(n) => Ok(usize::try_from(n).unwrap_or(0)),
+        Err(_) => Err("a whole number was expected; 0 or less keeps all".into()),
+    }
+}
+
+/// A text that is not empty.
+pub(super) fn stop_text(text: &str) -> Result<String, String> {
+    match text.is_empty() {
+        true => {
+            Err("an empty text is found before the first token, so nothing would be generated; a text was expected"
+                .into())
+        }
+        false => Ok(text.to_owned()),
+    }
 }
 
 fn tiers(text: &str) -> Result<Tiers, String> {
@@ -224,9 +287,9 @@ pub struct Placement {
     /// Where operations run; auto is a GPU that can, else processors.
     #[arg(long, value_enum, default_value = "auto")]
     pub backend: BackendArg,
-    /// Threads that compute on processors, 1 to 1024 (default: all processors of this process).
-    #[arg(long, short = 't', value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
+    /// Threads that compute on processors, 1 to 1024; auto (also 0 and -1) is all processors of this process.
+    #[arg(long, short = 't', value_name = "auto|N", default_value = "auto", value_parser = auto_threads)]
+    pub threads: Auto<usize>,
     /// RAM that weights may take, resident and staging together, and where no GPU computes the KV cache and
     /// workspace too: bytes, or with a unit as 14GiB or 500MB. auto is what is available less 4 GiB or 15 % of RAM,
     /// whichever is more, but at least a quarter of it, and at most three quarters of what cgroups and limits
@@ -269,7 +332,7 @@ pub struct Placement {
     #[arg(long)]
     pub exact: bool,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for
-    /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on.
+    /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
     /// Tokens of the prompt that a pass evaluates at once, 1 to 512: fewer take less memory and more time. The text is
@@ -293,6 +356,16 @@ pub struct Placement {
     /// Metadata in place of the file's.
     #[command(flatten)]
     pub overrides: OverrideArgs,
+}
+
+impl Placement {
+    /// `--ctx`, where 0 stands for the positions that the model was trained on.
+    pub fn ctx(&self, hparams: &HParams) -> Auto<usize> {
+        match self.ctx {
+            Auto::Given(0) => Auto::Given(hparams.n_ctx_train),
+            other => other,
+        }
+    }
 }
 
 /// Scaling of rotary frequencies.
@@ -381,11 +454,11 @@ impl OverrideArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
-    /// Temperature, 0 to 100; 0 takes the most likely token.
-    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
+    /// Temperature, up to 100; 0 or less takes the most likely token.
+    #[arg(long, default_value_t = 0.8)]
     pub temp: f32,
-    /// Keep this many of the most likely tokens; 0 keeps all.
-    #[arg(long, default_value_t = 40)]
+    /// Keep this many of the most likely tokens; 0 or less keeps all.
+    #[arg(long, value_name = "N", default_value = "40", value_parser = top_k)]
     pub top_k: usize,
     /// Keep the most likely tokens up to this probability mass, 0 to 1; 1 keeps all.
     #[arg(long, default_value_t = 0.95)]
@@ -398,7 +471,7 @@ pub struct Sampling {
     #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0)]
     pub typical: f32,
     /// Keep tokens whose logits lie at most this many standard deviations below the largest; -1 keeps all.
-    #[arg(long, alias = "top-nsigma", value_name = "N", default_value_t = -1.0, allow_negative_numbers = true)]
+    #[arg(long, alias = "top-nsigma", value_name = "N", default_value_t = -1.0)]
     pub top_n_sigma: f32,
     /// XTC: with this probability, 0 to 1, drop all tokens above the threshold but the least likely of them; 0 is off.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
@@ -412,13 +485,13 @@ pub struct Sampling {
     pub repeat_penalty: f32,
     /// How many of the last tokens count for the repeat, presence and frequency penalties; -1 for the whole text, 0 is
     /// off.
-    #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true, value_parser = last_n)]
+    #[arg(long, value_name = "N", default_value = "64", value_parser = last_n)]
     pub repeat_last_n: usize,
     /// Taken off the logit of each token among the last ones; 0 is off.
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub presence_penalty: f32,
     /// Taken off the logit of each token among the last ones, for each time it occurs there; 0 is off.
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub frequency_penalty: f32,
     /// DRY: penalty for a token that would go on with a sequence that occurred before, multiplier × base ^ (its length
     /// − allowed length); 0 is off.
@@ -428,10 +501,10 @@ pub struct Sampling {
     #[arg(long, value_name = "X", default_value_t = 1.75)]
     pub dry_base: f32,
     /// DRY: length in tokens up to which repeating a sequence is free.
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value = "2", value_parser = count)]
     pub dry_allowed_length: usize,
     /// DRY: how many of the last tokens are searched; -1 for the whole text, 0 is off.
-    #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true, value_parser = last_n)]
+    #[arg(long, value_name = "N", default_value = "64", value_parser = last_n)]
     pub dry_penalty_last_n: usize,
     /// DRY: a text over which no repetition reaches (repeat for more; \n and \t are read as such). The first one
     /// replaces the default ones, a newline, `:`, `"` and `*`; none stands for no text at all.
@@ -444,9 +517,9 @@ pub struct Sampling {
     /// Never draw a token that ends the text, so that only the number of tokens, a stop text or the context does.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Seed of the drawing, a whole number (default: from the clock).
-    #[arg(long)]
-    pub seed: Option<u64>,
+    /// Seed of the drawing, a whole number; auto (also -1) is one from the clock.
+    #[arg(long, value_name = "auto|S", default_value = "auto", value_parser = auto_seed)]
+    pub seed: Auto<u64>,
 }
 
 impl Sampling {
@@ -458,7 +531,7 @@ impl Sampling {
         };
         let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64);
         Ok(SamplerParams {
-            temp: in_range("--temp", self.temp, 0.0, 100.0)?,
+            temp: in_range("--temp", self.temp, -100.0, 100.0)?.max(0.0),
             top_k: self.top_k,
             top_p: in_range("--top-p", self.top_p, 0.0, 1.0)?,
             min_p: in_range("--min-p", self.min_p, 0.0, 1.0)?,
@@ -473,7 +546,7 @@ impl Sampling {
             dry: self.dry(in_range)?,
             logit_bias: self.logit_bias.clone(),
             ignore_eos: self.ignore_eos,
-            seed: self.seed.unwrap_or_else(clock),
+            seed: self.seed.given().unwrap_or_else(clock),
         })
     }
 

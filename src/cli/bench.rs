@@ -129,7 +129,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     options.timeline |= args.html.is_some();
     let tests = tests(args);
     let needed = tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().unwrap_or(1);
-    options.n_ctx = match args.placement.ctx {
+    options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) if n < needed => return Err(Failure::limits(format!("--ctx {n} is smaller than {needed}"))),
         Auto::Given(n) => n,
         Auto::Auto => needed,

@@ -1,13 +1,11 @@
 //! `nt chat`: a conversation on the terminal; history and KV cache are kept.
 
-use std::io::Write;
-
 use clap::Args;
 use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
 use super::entry::{Entries, Entry};
-use super::report::Report;
+use super::report::{self, Report};
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt, run};
 use crate::engine::{Generation, Opened, Request, Sampler, Session, StopReason, generate};
@@ -21,7 +19,7 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
     /// System message (default: what the model's chat template says without one).
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     #[command(flatten)]
     template: TemplateOptions,
@@ -30,13 +28,12 @@ pub struct ChatArgs {
         short = 'n',
         long = "n-predict",
         default_value = "1024",
-        allow_negative_numbers = true,
         value_parser = super::args::n_predict
     )]
     n: usize,
     /// Stop an answer where this text comes, which is not printed (repeat for more). The name of a control token, as
     /// `<|im_end|>`, stops at that token.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = super::args::stop_text)]
     stop: Vec<String>,
     /// Show control tokens by their names.
     #[arg(long)]
@@ -45,6 +42,9 @@ pub struct ChatArgs {
     sampling: Sampling,
     #[command(flatten)]
     placement: Placement,
+    /// Stdout is one JSON object with messages, answers and figures at the end, in place of the answers as they come.
+    #[arg(long)]
+    json: bool,
 }
 
 /// What can be typed, for the help.
@@ -69,9 +69,9 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
     args.sampling.check(opened.model.n_vocab)?;
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
-    options.n_ctx = match args.placement.ctx {
+    options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
-        Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_train),
+        Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
     };
     let watch = run::prepare(&args.placement);
     let session = run::start(&opened, options, true, &watch)?;
@@ -87,9 +87,10 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         told: Vec::new(),
         answers: 0,
         refused: None,
+        answered: Vec::new(),
     };
     let ended = chat.talk();
-    Report::new(&chat.session, &opened).print();
+    chat.finish()?;
     match ended {
         // A script that got no answer at all is told so.
         Ok(()) if chat.answers == 0 => chat.refused.map_or(Ok(()), Err),
@@ -113,6 +114,8 @@ struct Chat<'a> {
     answers: usize,
     /// How the last message that got no answer was refused.
     refused: Option<Failure>,
+    /// The answers as `--json` prints them.
+    answered: Vec<Json>,
 }
 
 /// Messages as they are to be rendered, and their tokens.
@@ -122,6 +125,21 @@ struct Turn {
 }
 
 impl Chat<'_> {
+    /// The report, and what else was asked for.
+    fn finish(&mut self) -> Result<(), Failure> {
+        run::write_timeline(&self.args.placement, &mut self.session)?;
+        let report = Report::new(&self.session, self.opened);
+        if !self.args.json {
+            report.print();
+            return Ok(());
+        }
+        let mut all = json!({ "messages": self.messages, "answers": self.answered });
+        if let (Json::Object(all), Json::Object(session)) = (&mut all, report.session_json()) {
+            all.extend(session);
+        }
+        report::print_line(&all.to_string())
+    }
+
     fn talk(&mut self) -> Result<(), Failure> {
         let mut entries = Entries::stdin()?;
         loop {
@@ -186,7 +204,9 @@ impl Chat<'_> {
             }
         };
         let g = self.generate(&turn.prompt)?;
-        super::report::print_line("")?;
+        if self.args.json {
+            self.answered.push(report::generation_json(&g));
+        }
         self.cached = turn.prompt;
         self.cached.extend(&g.tokens);
         self.cached.truncate(self.session.position());
@@ -265,7 +285,7 @@ impl Chat<'_> {
         self.session.truncate(agree);
         let (args, watch) = (self.args, &self.watch);
         let request = Request { text: prompt, cached: agree, n: args.n, stops: &args.stop, special: args.special };
-        let mut written = Ok(());
+        let mut out = (!args.json).then(report::Text::stdout);
         let g = generate(
             &mut self.session,
             &self.opened.tokenizer,
@@ -273,14 +293,13 @@ impl Chat<'_> {
             request,
             &|| interrupt::interrupted() || watch.tripped(),
             &mut |text| {
-                let mut out = std::io::stdout().lock();
-                if written.is_ok() {
-                    written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                if let Some(out) = &mut out {
+                    out.piece(text);
                 }
             },
         )
         .map_err(run::failure)?;
-        written.map_err(|e| Failure::output("stdout", &e))?;
+        out.map_or(Ok(()), report::Text::end)?;
         Ok(g)
     }
 }

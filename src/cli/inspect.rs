@@ -8,10 +8,10 @@ use serde_json::{Map, Value as Json, json};
 
 use super::args::OverrideArgs;
 use super::{Failure, ModelArg, report};
+use crate::engine::Opened;
 use crate::gguf::{Array, Gguf, Value};
 use crate::model::{HParams, Model, unused_keys};
 use crate::plan::format_bytes;
-use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt inspect`.
 #[derive(Debug, Args)]
@@ -41,9 +41,7 @@ pub fn run(args: &InspectArgs) -> Result<(), Failure> {
 
 /// The model's structure, if `nt run` would take it.
 fn cannot_run(gguf: &Gguf) -> Result<Model, String> {
-    let model = Model::new(gguf).map_err(|e| e.to_string())?;
-    Tokenizer::from_metadata(&gguf.metadata).map_err(|e| e.to_string())?;
-    Ok(model)
+    Opened::from_header(gguf.clone()).map(|opened| opened.model).map_err(|e| e.to_string())
 }
 
 /// Tensors and bytes of each type.

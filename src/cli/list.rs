@@ -128,7 +128,7 @@ fn look(entry: Entry, here: &Here, options: &Options) -> Shown {
         return Shown { entry, header: facts, forecast, measured: false };
     }
     let machine = here.with_storage_of(&opened);
-    let n_ctx = CTX.min(opened.model.hparams.n_ctx_train);
+    let n_ctx = CTX.min(opened.model.hparams.n_ctx_reach);
     match Forecast::new(&opened.model, &machine, &Options { n_ctx, ..options.clone() }, 1) {
         Ok(f) => {
             let measured = is_measured(&f, &machine);

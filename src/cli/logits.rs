@@ -18,13 +18,17 @@ pub struct LogitsArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
     /// Token ids, comma separated.
-    #[arg(long, value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "ID[,ID…]", value_delimiter = ',', required = true, value_parser = token)]
     tokens: Vec<u32>,
     /// The file: float32, tokens × vocabulary.
     #[arg(short, long, value_name = "OUT.npy")]
     output: PathBuf,
     #[command(flatten)]
     placement: Placement,
+}
+
+fn token(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|_| format!("{text:?} is no id of a token; a whole number from 0 was expected"))
 }
 
 /// Writes the file. The KV cache is F32 unless `--kv` says otherwise.
@@ -52,6 +56,7 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
         npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
         finite = finite.and_then(|()| session.check_finite());
     }
+    run::write_timeline(&args.placement, &mut session)?;
     out.flush().map_err(failed)?;
     out.get_ref().sync_data().or_else(ignore_unsyncable).map_err(failed)?;
     finite.map_err(run::failure)

@@ -32,11 +32,30 @@ pub use failure::Failure;
 use std::process::ExitCode;
 
 use args::Command;
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
+use nix::sys::resource::{Resource, getrlimit};
 
-/// Entry point of the binary.
+/// Stack of the thread that everything starts from.
+const STACK_BYTES: usize = 8 << 20;
+
+/// Entry point of the binary. Where the system gives less than the usual stack (`ulimit -s`), a thread has it.
 pub fn main() -> ExitCode {
-    let mut cli = Cli::parse();
+    let enough = getrlimit(Resource::RLIMIT_STACK).is_ok_and(|(soft, _)| soft >= STACK_BYTES as u64);
+    if enough {
+        return command();
+    }
+    match std::thread::Builder::new().stack_size(STACK_BYTES).spawn(command).map(std::thread::JoinHandle::join) {
+        Ok(Ok(code)) => code,
+        Ok(Err(panic)) => std::panic::resume_unwind(panic),
+        // What stack there is may do.
+        Err(_) => command(),
+    }
+}
+
+/// Parses and runs a command.
+fn command() -> ExitCode {
+    let matches = args::taking_negatives(Cli::command()).get_matches();
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     init_log(&cli);
     let unknown = match cli.command.model().map(|m| m.look_up().map(|()| m.is_unknown())) {
         Some(Err(failure)) => return failure.report(),

@@ -1,7 +1,7 @@
 //! `nt perplexity`: as llama.cpp computes it, so that the figures compare.
 //!
 //! The text is cut into chunks of `--ctx` tokens; each chunk starts with BOS where the model wants
-//! one, and its second half is scored.
+//! one, and its second half is scored. No EOS is put behind the text: llama.cpp refuses models that add one.
 
 use std::path::PathBuf;
 
@@ -22,9 +22,9 @@ pub struct PerplexityArgs {
     /// The text, UTF-8; - is stdin.
     #[arg(long, short, value_name = "F")]
     file: PathBuf,
-    /// Score only this many chunks of `--ctx` tokens (default: all of the text).
-    #[arg(long)]
-    chunks: Option<usize>,
+    /// Score only this many chunks of `--ctx` tokens; -1 is all of the text.
+    #[arg(long, value_name = "N", default_value = "-1", value_parser = super::args::count_or_all)]
+    chunks: usize,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -40,8 +40,8 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let opened = run::open(&args.model, &args.placement)?;
     let tokenizer = &opened.tokenizer;
     let text = run::read_text(&args.file)?;
-    let mut tokens = tokenizer.encode(&text, true, false);
-    let n_ctx = match args.placement.ctx {
+    let mut tokens = tokenizer.encode_text(&text);
+    let n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
         Auto::Given(n) => n,
     };
@@ -62,7 +62,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, false, &watch)?;
-    let n_chunks = (tokens.len() / n_ctx).min(args.chunks.unwrap_or(usize::MAX));
+    let n_chunks = (tokens.len() / n_ctx).min(args.chunks);
     let (mut sum, mut squares, mut n) = (0.0f64, 0.0f64, 0usize);
     for chunk in tokens.chunks_exact_mut(n_ctx).take(n_chunks) {
         if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
@@ -85,6 +85,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
             }
         }
     }
+    run::write_timeline(&args.placement, &mut session)?;
     let mean = sum / n as f64;
     let error = ((squares / n as f64 - mean * mean).max(0.0) / (n as f64 - 1.0).max(1.0)).sqrt() * mean.exp();
     let line = if args.json {

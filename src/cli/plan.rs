@@ -25,7 +25,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "FILE|PROFILE")]
     machine: Option<String>,
     /// Tokens of the prompt, for the time to the first token.
-    #[arg(short = 'p', long, default_value_t = 512)]
+    #[arg(short = 'p', long, value_name = "N", default_value = "512", value_parser = super::args::count)]
     n_prompt: usize,
     /// Rate of the link to the GPU in GB/s, in place of the machine's.
     #[arg(long, value_name = "GB/S", value_parser = rate)]
@@ -68,7 +68,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     }
     let mut options = run::options(&args.placement, KvArg::F16)?;
     let trained = opened.model.hparams.n_ctx_reach;
-    options.n_ctx = match args.placement.ctx {
+    options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.max(args.n_prompt).min(trained),
     };

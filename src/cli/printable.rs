@@ -24,9 +24,48 @@ pub(super) fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
+/// A text that comes in pieces, as a terminal may show it: as [`printable`], and lines may end with CR LF.
+#[derive(Debug, Default)]
+pub(super) struct Shown {
+    /// The last piece ended with a CR, which is shown once it is known what follows.
+    cr: bool,
+}
+
+impl Shown {
+    /// What is to be printed for the next piece.
+    pub fn piece<'a>(&mut self, text: &'a str) -> Cow<'a, str> {
+        if !self.cr && !text.contains(acts) {
+            return Cow::Borrowed(text);
+        }
+        let before = if std::mem::take(&mut self.cr) { "\r" } else { "" };
+        let text = format!("{before}{text}");
+        let text = match text.strip_suffix('\r') {
+            Some(rest) => {
+                self.cr = true;
+                rest
+            }
+            None => &text,
+        };
+        Cow::Owned(printable(&text.replace("\r\n", "\n")).into_owned())
+    }
+
+    /// What is still to be printed at the end.
+    pub fn rest(&mut self) -> &'static str {
+        if std::mem::take(&mut self.cr) { "\\u000d" } else { "" }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::printable;
+    use super::{Shown, printable};
+
+    #[test]
+    fn pieces_are_shown_as_the_whole() {
+        let mut shown = Shown::default();
+        let pieces = ["a", "\r", "\nb\r\nc", "\x1b[2J", "\r", "d\r"];
+        let all: String = pieces.iter().map(|p| shown.piece(p).into_owned()).collect();
+        assert_eq!(all + shown.rest(), "a\nb\nc\\u001b[2J\\u000dd\\u000d");
+    }
 
     #[test]
     fn control_characters_are_shown_and_json_keeps_its_meaning() {

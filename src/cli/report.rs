@@ -5,7 +5,7 @@ use std::io::Write;
 use serde_json::{Value as Json, json};
 
 use super::Failure;
-use super::printable::printable;
+use super::printable::{Shown, printable};
 use crate::engine::{Generation, Links, Opened, Predicted, Session};
 use crate::machine;
 use crate::model::UnitKind;
@@ -160,19 +160,21 @@ impl Report {
 
     /// The contract's JSON of `nt run`.
     pub fn json(&self, g: &Generation) -> Json {
+        let mut all = generation_json(g);
+        if let (Json::Object(all), Json::Object(session)) = (&mut all, self.session_json()) {
+            all.extend(session);
+        }
+        all
+    }
+
+    /// The part of it that is not one generation's.
+    pub fn session_json(&self) -> Json {
         json!({
-            "text": g.text,
-            "tokens": g.tokens,
-            "prompt_tokens": g.prompt_tokens,
-            "generated_tokens": g.tokens.len(),
-            "stop": g.stop,
             "backend": self.backend,
             "reader": self.reader,
             "device": self.device,
             "site": self.site(),
             "n_buffers": self.n_buffers,
-            "prefill": { "seconds": g.prefill_s, "tokens_per_s": per_s(g.prompt_tokens, g.prefill_s), "first_token_s": g.first_token_s },
-            "decode": { "seconds": g.decode_s, "tokens_per_s": self.decode_tokens_per_s },
             "plan": self.plan_json(),
             "links": self.links_json(),
             "stall": self.stall_json(),
@@ -293,6 +295,20 @@ impl Report {
     }
 }
 
+/// The part of the contract's JSON that is one generation's.
+pub fn generation_json(g: &Generation) -> Json {
+    let decode = (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s);
+    json!({
+        "text": g.text,
+        "tokens": g.tokens,
+        "prompt_tokens": g.prompt_tokens,
+        "generated_tokens": g.tokens.len(),
+        "stop": g.stop,
+        "prefill": { "seconds": g.prefill_s, "tokens_per_s": per_s(g.prompt_tokens, g.prefill_s), "first_token_s": g.first_token_s },
+        "decode": { "seconds": g.decode_s, "tokens_per_s": decode },
+    })
+}
+
 /// Blocks (or their shared parts) that live on storage, and blocks in all.
 fn blocks_on_storage(session: &Session, opened: &Opened) -> (usize, usize) {
     let units = opened.model.units.iter().zip(session.homes());
@@ -316,7 +332,48 @@ pub fn print_line(line: &str) -> Result<(), Failure> {
 
 /// Prints a text that a program reads to the byte; on a terminal, control characters are shown as such.
 pub fn print_text(text: &str) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
-    let shown = if std::io::IsTerminal::is_terminal(&out) { printable(text) } else { text.into() };
-    writeln!(out, "{shown}").and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
+    let mut out = Text::stdout();
+    out.piece(text);
+    out.end()
+}
+
+/// A text that is printed on stdout as it comes. A pipe or file gets its bytes; on a terminal control characters are
+/// shown as such, since what a model writes may act on it.
+pub struct Text {
+    terminal: Option<Shown>,
+    written: std::io::Result<()>,
+}
+
+impl Text {
+    /// Nothing printed yet.
+    pub fn stdout() -> Text {
+        let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout()).then(Shown::default);
+        Text { terminal, written: Ok(()) }
+    }
+
+    /// Prints the next piece.
+    pub fn piece(&mut self, text: &str) {
+        let text = match &mut self.terminal {
+            Some(shown) => shown.piece(text),
+            None => text.into(),
+        };
+        self.write(&text);
+    }
+
+    fn write(&mut self, text: &str) {
+        if self.written.is_ok() {
+            let mut out = std::io::stdout().lock();
+            self.written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        }
+    }
+
+    /// Ends the text with a newline.
+    ///
+    /// # Errors
+    /// If any of it could not be written.
+    pub fn end(mut self) -> Result<(), Failure> {
+        let rest = self.terminal.as_mut().map_or("", Shown::rest);
+        self.write(&format!("{rest}\n"));
+        self.written.map_err(|e| Failure::output("stdout", &e))
+    }
 }

@@ -1,6 +1,6 @@
 //! `nt run`, and what the commands that load a model share.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -35,7 +35,13 @@ pub struct RunArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
     /// The prompt, as text.
-    #[arg(short, long, required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
+    #[arg(
+        short,
+        long,
+        allow_hyphen_values = true,
+        required_unless_present = "prompt_file",
+        conflicts_with = "prompt_file"
+    )]
     prompt: Option<String>,
     /// Read the prompt from a file; - is stdin.
     #[arg(long, value_name = "F")]
@@ -46,7 +52,6 @@ pub struct RunArgs {
         short = 'n',
         long = "n-predict",
         default_value = "256",
-        allow_negative_numbers = true,
         value_parser = super::args::n_predict
     )]
     n: usize,
@@ -54,13 +59,13 @@ pub struct RunArgs {
     #[arg(long)]
     chat: bool,
     /// System message; implies --chat.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     #[command(flatten)]
     template: TemplateOptions,
     /// Stop where this text comes, which is not printed (repeat for more). The name of a control token, as
     /// `<|im_end|>`, stops at that token.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = super::args::stop_text)]
     stop: Vec<String>,
     /// Show control tokens by their names.
     #[arg(long)]
@@ -96,17 +101,16 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let watch = prepare(&args.placement);
     let mut session = start(&opened, options, true, &watch)?;
     let mut sampler = Sampler::for_model(params, opened.model.n_vocab, &opened.tokenizer);
-    let mut written = Ok(());
+    let mut out = (!args.json).then(report::Text::stdout);
     let request = Request { text: &tokens, cached: 0, n: args.n, stops: &args.stop, special: args.special };
     let generation =
         generate(&mut session, &opened.tokenizer, &mut sampler, request, &|| to_stop(&watch), &mut |text| {
-            if !args.json && written.is_ok() {
-                let mut out = std::io::stdout().lock();
-                written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            if let Some(out) = &mut out {
+                out.piece(text);
             }
         })
         .map_err(failure)?;
-    written.map_err(|e| Failure::output("stdout", &e))?;
+    out.map_or(Ok(()), report::Text::end)?;
     finish(args, &opened, &mut session, &generation, watch.reason(), &warnings)
 }
 
@@ -129,9 +133,7 @@ fn finish(
     report.warnings(pressure.as_slice());
     report.generation(g);
     report.predicted(session.predicted_on(&this_machine(opened, session.backend_kind())));
-    if let Some(path) = &args.placement.timeline {
-        session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
-    }
+    write_timeline(&args.placement, session)?;
     if let Some(path) = &args.html {
         let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
         let timings = Timings {
@@ -145,13 +147,20 @@ fn finish(
     if args.json {
         report::print_line(&report.json(g).to_string())?;
     } else {
-        report::print_line("")?;
         report.print();
     }
     if let Some(reason) = pressure {
         return Err(short_of_memory(&reason));
     }
     if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
+}
+
+/// Writes the timeline, if one was asked for.
+pub(super) fn write_timeline(placement: &Placement, session: &mut Session) -> Result<(), Failure> {
+    match &placement.timeline {
+        Some(path) => session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e)),
+        None => Ok(()),
+    }
 }
 
 /// What is done before memory is taken: an Ollama is asked to make room where the user wishes it, and
@@ -293,7 +302,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
             BackendArg::Cuda => BackendKind::Cuda,
         },
         vram: p.vram.given(),
-        threads: p.threads.map_or_else(crate::machine::n_cpus, usize::from),
+        threads: p.threads.given().unwrap_or_else(crate::machine::n_cpus),
         ram: p.ram.given(),
         storage: p.tier_c != "none",
         copies: named_places(p)?,
@@ -346,7 +355,7 @@ pub(super) fn places(text: &str) -> Result<Vec<PathBuf>, Failure> {
 /// Positions of the KV cache: `--ctx`, or what is wished up to what the model was trained on.
 /// `needed` tokens must fit; the first generated one takes no place, since it follows from their logits.
 pub(super) fn context(p: &Placement, opened: &Opened, needed: usize, wished: usize) -> Result<usize, Failure> {
-    let n_ctx = match p.ctx {
+    let n_ctx = match p.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
         Auto::Auto => wished.max(needed).min(opened.model.hparams.n_ctx_reach),
     };

@@ -1,10 +1,12 @@
 //! A model as far as its header tells: tokenizer and structure, no weights.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, reference};
 use crate::gguf::{Gguf, GgufError};
-use crate::model::{ForwardError, Model, ModelError, Overrides};
+use crate::model::{ForwardError, Model, ModelError, Overrides, check_divisors};
 use crate::plan::PlanError;
 use crate::storage::StorageError;
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -85,6 +87,7 @@ impl Opened {
     /// What is missing from it, or what nt does not know.
     pub fn from_header(mut gguf: Gguf) -> Result<Opened, EngineError> {
         let model = Model::new(&gguf)?;
+        check_rope_freqs(&gguf, &model)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         if tokenizer.vocab_size() > model.n_vocab {
             return Err(ModelError::Metadata {
@@ -102,5 +105,19 @@ impl Opened {
             gguf.metadata.remove(&format!("tokenizer.ggml.{key}"));
         }
         Ok(Opened { gguf, tokenizer, model, warnings: Vec::new() })
+    }
+}
+
+/// Looks at the divisors of rotary frequencies, so that a plan refuses what a run does. They are a few hundred bytes.
+/// Where the file is not there (its place on a drive is recorded), the run looks.
+fn check_rope_freqs(gguf: &Gguf, model: &Model) -> Result<(), ModelError> {
+    let Some(t) = &model.rope_freqs else { return Ok(()) };
+    let mut bytes = vec![0; usize::try_from(t.bytes).unwrap_or(0)];
+    let read =
+        gguf.shards.get(t.shard).map(|s| File::open(&s.path).and_then(|f| f.read_exact_at(&mut bytes, t.offset)));
+    let mut divisors = vec![0.0; model.hparams.n_rot / 2];
+    match read {
+        Some(Ok(())) if reference::dequantize(t.ty, &bytes, &mut divisors) => check_divisors(&divisors),
+        _ => Ok(()),
     }
 }

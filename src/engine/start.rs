@@ -12,7 +12,7 @@ use crate::backend::{self, Backend, BackendError, DeviceAlloc, DeviceMemory, Dim
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, HParams, Held, Model, Scratch, UnitKind, UnitSpec, rope};
+use crate::model::{ForwardError, HParams, Held, Model, Scratch, UnitKind, UnitSpec, check_divisors, rope};
 use crate::pipeline::{
     DeviceUnit, Direct, Feed, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
     load_to_device,
@@ -102,6 +102,7 @@ impl Session {
         let mut reader = reader;
         let mut vectors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?.into_iter();
         let divisors = model.rope_freqs.as_ref().and_then(|_| vectors.next());
+        check_divisors(divisors.as_deref().unwrap_or_default())?;
         let widened: Vec<Vec<f32>> = vectors.collect();
         let h = &model.hparams;
         let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());

@@ -142,10 +142,30 @@ fn foreign(first: &[u8], path: &Path) -> String {
             true => format!("is the index of safetensors files, not GGUF; {convert}"),
             false => "is JSON (a configuration, or a server's error in place of the download), not a model".into(),
         }
+    } else if let Some(line) = text_line(text) {
+        format!(
+            "is a text that begins \"{line}\", perhaps a server's answer in place of the download; fetch the file again"
+        )
     } else {
         format!("is not a GGUF file: it begins with \"{}\", expected \"GGUF\"", first[..4].escape_ascii())
     }
 }
+
+/// The first line of a file's first bytes, if they are a text; a server's `404: Not Found`.
+fn text_line(first: &[u8]) -> Option<&str> {
+    // The last character may be cut.
+    let text = match std::str::from_utf8(first) {
+        Ok(text) => text,
+        Err(e) if e.error_len().is_none() => std::str::from_utf8(&first[..e.valid_up_to()]).ok()?,
+        Err(_) => return None,
+    };
+    let is_text = text.chars().all(|c| !c.is_control() || c.is_whitespace());
+    let line = text.lines().next().filter(|line| is_text && line.chars().count() >= TEXT_MIN)?;
+    Some(line.trim_end())
+}
+
+/// Characters from which on a line is taken for a text.
+const TEXT_MIN: usize = 8;
 
 /// A reader that knows where it is and never asks for more than the file holds.
 struct Cursor<'a, R> {

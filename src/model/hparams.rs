@@ -148,6 +148,34 @@ impl Keys<'_> {
     }
 }
 
+/// What a number has to be where the computation divides by it or takes its root or logarithm.
+struct Bounds {
+    holds: fn(f32) -> bool,
+    words: &'static str,
+}
+
+/// Epsilons of norms.
+const EPSILON: Bounds = Bounds { holds: |v| v > 0.0 && v <= 1.0, words: "a number above 0 and up to 1" };
+/// Bases of rotary frequencies: YaRN divides by their logarithm.
+const BASE: Bounds = Bounds { holds: |v| v > 1.0, words: "a number above 1" };
+/// Factors by which contexts are stretched.
+const FACTOR: Bounds =
+    Bounds { holds: |v| (1e-3..=1e6).contains(&v), words: "0 for none, or a number from 0.001 to 1000000" };
+/// Factors of YaRN's magnitude, and its rotations.
+const POSITIVE: Bounds = Bounds { holds: |v| (1e-6..=1e6).contains(&v), words: "a number from 0.000001 to 1000000" };
+/// YaRN's share of extrapolation.
+const SHARE: Bounds = Bounds { holds: |v| v <= 1.0, words: "a number from 0 to 1, or a negative one for 1" };
+
+impl Keys<'_> {
+    /// A number within bounds.
+    fn bounded(&self, name: &str, bounds: &Bounds) -> Result<Option<f32>, ModelError> {
+        match self.float(name)? {
+            Some(v) if !(bounds.holds)(v) => Err(self.error(name, format!("{} was expected, found {v}", bounds.words))),
+            other => Ok(other),
+        }
+    }
+}
+
 impl HParams {
     /// Refuses a context of `n_ctx` tokens that is longer than the window in which they should see each other.
     ///
@@ -228,7 +256,7 @@ impl HParams {
         }
         let n_ctx_train = keys.required("context_length", limit::CTX)?;
         let norm_eps = keys
-            .float("attention.layer_norm_rms_epsilon")?
+            .bounded("attention.layer_norm_rms_epsilon", &EPSILON)?
             .ok_or_else(|| keys.error("attention.layer_norm_rms_epsilon", "is missing".into()))?;
         if let Some((key, what)) = super::keys::not_followed(metadata, arch.name(), head_dim) {
             return Err(ModelError::Metadata { key, what });
@@ -252,7 +280,7 @@ impl HParams {
             window: window(&keys, n_ctx_train)?,
             norm_eps,
             n_rot,
-            rope_base: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
+            rope_base: keys.bounded("rope.freq_base", &BASE)?.unwrap_or(10_000.0),
             rope_scaling,
         })
     }
@@ -274,14 +302,17 @@ fn window(keys: &Keys<'_>, n_ctx_train: usize) -> Result<Option<usize>, ModelErr
 }
 
 fn scaling(keys: &Keys<'_>, n_ctx_train: usize) -> Result<RopeScaling, ModelError> {
-    let factor = match keys.float("rope.scaling.factor")? {
-        Some(f) => Some(f),
-        None => keys.float("rope.scale_linear")?,
+    let factor = |name: &str| {
+        // 0 stands for none.
+        match keys.float(name)? {
+            Some(0.0) => Ok(Some(1.0)),
+            _ => keys.bounded(name, &FACTOR),
+        }
     };
-    let factor = factor.filter(|&f| f != 0.0).unwrap_or(1.0);
-    if factor < 0.0 {
-        return Err(keys.error("rope.scaling.factor", format!("{factor} is negative")));
-    }
+    let factor = match factor("rope.scaling.factor")? {
+        Some(f) => f,
+        None => factor("rope.scale_linear")?.unwrap_or(1.0),
+    };
     let kind = match keys.metadata.get(&keys.key("rope.scaling.type")) {
         None => "linear",
         Some(Value::Str(s)) => s,
@@ -300,10 +331,10 @@ fn scaling(keys: &Keys<'_>, n_ctx_train: usize) -> Result<RopeScaling, ModelErro
         "yarn" => Ok(RopeScaling::Yarn {
             factor,
             original_ctx: keys.size("rope.scaling.original_context_length", limit::CTX)?.unwrap_or(n_ctx_train),
-            attn_factor: keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
-            ext_factor: keys.float("rope.scaling.yarn_ext_factor")?.filter(|&f| f >= 0.0).unwrap_or(1.0),
-            beta_fast: keys.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-            beta_slow: keys.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            attn_factor: keys.bounded("rope.scaling.attn_factor", &POSITIVE)?.unwrap_or(1.0),
+            ext_factor: keys.bounded("rope.scaling.yarn_ext_factor", &SHARE)?.filter(|&f| f >= 0.0).unwrap_or(1.0),
+            beta_fast: keys.bounded("rope.scaling.yarn_beta_fast", &POSITIVE)?.unwrap_or(32.0),
+            beta_slow: keys.bounded("rope.scaling.yarn_beta_slow", &POSITIVE)?.unwrap_or(1.0),
         }),
         other => Err(keys.error("rope.scaling.type", format!("{other} is not supported; none, linear and yarn are"))),
     }

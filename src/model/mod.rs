@@ -15,7 +15,7 @@ pub use hparams::{Arch, HParams};
 pub use keys::unused_keys;
 pub use layout::{Block, Ffn, HELD, HeadSlice, Held, LinearRef, Model, Role, TensorRef, UnitKind, UnitSpec};
 pub use overrides::{Overrides, RopeType};
-pub use rope::{RopeScaling, rope};
+pub use rope::{RopeScaling, check_divisors, rope};
 
 /// Why a GGUF file holds no model that nt can run.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +68,14 @@ pub enum ModelError {
         found: Vec<u64>,
         /// Shape that the metadata imply.
         expected: Vec<u64>,
+    },
+    /// A tensor holds numbers that cannot be computed with.
+    #[error("tensor {name}: {what}; the file is damaged or was converted wrongly")]
+    Values {
+        /// The tensor.
+        name: String,
+        /// Which number, and what was expected.
+        what: String,
     },
     /// A tensor has a type that cannot be used in its place.
     #[error("tensor {name} has type {found}, which nt cannot compute; it can {expected}")]

@@ -88,6 +88,7 @@ impl Overrides {
             let what = "is missing, so --rope-scaling needs --rope-factor".into();
             return Err(ModelError::Metadata { key: factor, what });
         }
+        self.check_scaled(m, &key("scaling.type"))?;
         let original = key("scaling.original_context_length");
         // A factor that the user gives stretches what the model was trained on.
         let trained = self.rope_factor.and_then(|_| m.get(&format!("{arch}.context_length")).cloned());
@@ -96,5 +97,20 @@ impl Overrides {
             m.set(&original, n);
         }
         Ok(())
+    }
+
+    /// Refuses what changes nothing, because frequencies are not scaled.
+    fn check_scaled(&self, m: &Metadata, ty: &str) -> Result<(), ModelError> {
+        let given = match (self.rope_factor, self.rope_orig_ctx) {
+            (Some(factor), _) => format!("--rope-factor {factor}"),
+            (None, Some(n)) => format!("--rope-orig-ctx {n}"),
+            (None, None) => return Ok(()),
+        };
+        if m.str(ty) != Some("none") {
+            return Ok(());
+        }
+        let what =
+            format!("is none, so {given} would change nothing; --rope-scaling linear or yarn was expected with it");
+        Err(ModelError::Metadata { key: ty.to_owned(), what })
     }
 }

@@ -4,6 +4,7 @@
 //! angle by a ramp over the pairs; both angles are linear in the position, so the mix is too.
 //! `rope_freqs.weight` (Llama 3.1) divides each pair's frequency.
 
+use super::ModelError;
 use crate::backend::{Rope, RopeKind};
 
 /// Scaling of rotary frequencies.
@@ -31,6 +32,23 @@ pub enum RopeScaling {
         /// Rotations below which it is fully scaled.
         beta_slow: f32,
     },
+}
+
+/// Refuses numbers that frequencies cannot be divided by.
+///
+/// # Errors
+/// With the first of them.
+pub fn check_divisors(divisors: &[f32]) -> Result<(), ModelError> {
+    match divisors.iter().position(|d| !d.is_finite() || *d <= 0.0) {
+        None => Ok(()),
+        Some(i) => Err(ModelError::Values {
+            name: "rope_freqs.weight".into(),
+            what: format!(
+                "number {i} is {}, but rotary frequencies are divided by it, so one above 0 was expected",
+                divisors[i]
+            ),
+        }),
+    }
 }
 
 /// The rotary embedding of a model. `divisors` is `rope_freqs.weight`: one a pair, if present.

@@ -125,7 +125,17 @@ impl Tokenizer {
     /// Ids of a text that is to be continued: BOS as the model wishes, control tokens read as such, and no EOS
     /// behind it, which would end what is to be continued.
     pub fn encode_prompt(&self, text: &str) -> Vec<u32> {
-        let mut ids = self.encode(text, false, true);
+        self.behind_bos(self.encode(text, false, true))
+    }
+
+    /// Ids of a text that is to be measured: BOS as the model wishes, no EOS behind it, and nothing in it is read as a
+    /// control token.
+    pub fn encode_text(&self, text: &str) -> Vec<u32> {
+        self.behind_bos(self.encode(text, false, false))
+    }
+
+    /// BOS as the model wishes, then `ids`.
+    fn behind_bos(&self, mut ids: Vec<u32>) -> Vec<u32> {
         if self.add_bos
             && let Some(bos) = self.bos
         {
