@@ -460,13 +460,93 @@ fn numbers_that_are_not_finite_elsewhere() {
     fails(&["run", path.to_str().unwrap(), "-p", "hello"], 1, &["token_embd.weight"]);
 }
 
-/// A rotary base of 0, and keys beyond what F16 holds, which F32 computes.
+/// Keys that the computation divides by or takes a root or logarithm of: 0, numbers below it and such as overflow
+/// passed `plan`, and were refused by `run` or computed with.
 #[test]
-fn rotary_bases_and_caches_that_overflow() {
-    let d = dir();
-    let mut f = tiny(2);
+fn numbers_that_nothing_can_be_divided_by() {
+    let (d, mut bad) = (dir(), Vec::new());
+    for v in [0.0, -1.0, 1.0, 1e-40, f32::NAN, f32::INFINITY] {
+        bad.push(("rope.freq_base", v));
+    }
+    for v in [0.0, -1e-5, 2.0, f32::NAN] {
+        bad.push(("attention.layer_norm_rms_epsilon", v));
+    }
+    for key in ["rope.scaling.factor", "rope.scale_linear"] {
+        bad.extend([-2.0, 1e-30, 1e30, f32::NAN].map(|v| (key, v)));
+    }
+    for key in ["rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.attn_factor"] {
+        bad.extend([0.0, -1.0, 1e-30, f32::NAN].map(|v| (key, v)));
+    }
+    bad.push(("rope.scaling.yarn_ext_factor", 1e30));
+    for (i, (key, v)) in bad.into_iter().enumerate() {
+        let mut f = tiny(1);
+        if key.contains("rope.scaling.") {
+            f.set("llama.rope.scaling.type", V::Str("yarn".into()));
+        }
+        f.set(&format!("llama.{key}"), V::F32(v));
+        let path = f.write(d.path(), &format!("{i}.gguf"));
+        let m = path.to_str().unwrap();
+        fails(&["plan", m], 2, &[key, "expected"]);
+        fails(&["run", m, "-p", "x", "-n", "1", "--backend", "cpu"], 2, &[key, "expected"]);
+    }
+    let mut f = tiny(1);
     f.set("llama.rope.freq_base", V::F32(0.0));
-    not_finite(&f.write(d.path(), "m.gguf"), &["blk.0 ", "rope.freq_base is 0"]);
+    refused_file(&f, &["rope.freq_base", "a number above 1 was expected, found 0"]);
+}
+
+/// The same for the divisors that a tensor holds, which only a run reads otherwise.
+#[test]
+fn rotary_divisors_that_nothing_can_be_divided_by() {
+    for bad in [0.0, -8.0, f32::NAN, f32::INFINITY] {
+        let mut f = tiny(1);
+        add(&mut f, "rope_freqs.weight", &[8], floats([1.0, 1.0, bad, 1.0, 1.0, 1.0, 8.0, 8.0]));
+        refused_file(&f, &["rope_freqs.weight", "number 2 is"]);
+    }
+    let mut f = tiny(1);
+    add(&mut f, "rope_freqs.weight", &[8], floats([1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 8.0, 8.0]));
+    let d = dir();
+    works(&["plan", f.write(d.path(), "m.gguf").to_str().unwrap()]);
+}
+
+/// Scaling that the command line asks for, and that nothing applies.
+#[test]
+fn scaling_without_a_kind_of_scaling() {
+    let d = dir();
+    let path = tiny(1).write(d.path(), "m.gguf");
+    let m = path.to_str().unwrap();
+    for more in [["--rope-factor", "2"], ["--rope-orig-ctx", "100"], ["--rope-freq-scale", "0.5"]] {
+        fails(
+            &[&["plan", m, "--rope-scaling", "none"], &more[..]].concat(),
+            2,
+            &["rope.scaling.type", "--rope-scaling"],
+        );
+    }
+    let mut f = tiny(1);
+    f.set("llama.rope.scaling.type", V::Str("none".into()));
+    let path = f.write(d.path(), "none.gguf");
+    fails(&["plan", path.to_str().unwrap(), "--rope-factor", "2"], 2, &["rope.scaling.type", "--rope-factor 2"]);
+}
+
+/// A small stack (`ulimit -s`) overflowed while options were parsed: abort, not a sentence.
+#[test]
+fn a_small_stack() {
+    let d = dir();
+    let path = tiny(1).write(d.path(), "m.gguf");
+    let m = path.to_str().unwrap();
+    for args in
+        [&["--help"][..], &["inspect", m], &["plan", m], &["run", m, "-p", "hello", "-n", "2", "--backend", "cpu"]]
+    {
+        let mut sh = Command::new("sh");
+        sh.args(["-c", "ulimit -s 32 && exec \"$0\" \"$@\""]).arg(bin()).args(args);
+        let out = sh.output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{args:?}\n{}", text(&out.stderr));
+    }
+}
+
+/// Keys and values beyond what F16 holds, which F32 computes.
+#[test]
+fn caches_that_overflow() {
+    let d = dir();
     let mut f = tiny(2);
     let v = f.tensor("blk.1.attn_v.weight");
     let large: Vec<f32> = v.data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()) * 1e6).collect();
@@ -585,6 +665,10 @@ fn files_that_are_no_model() {
         (&[0; 4096], "zeros"),
         (b"\x1f\x8b\x08\0\0\0\0\0", "compressed"),
         (br#"{"error": "Repository not found"}"#, "JSON"),
+        (b"404: Not Found", "\"404: Not Found\", perhaps a server's answer"),
+        (b"Entry not found\n", "\"Entry not found\""),
+        ("Nicht gefunden – überhaupt nicht, auch wenn man länger danach sucht".as_bytes(), "Nicht gefunden"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     ] {
         std::fs::write(&path, bytes).unwrap();
         fails(&["inspect", path.to_str().unwrap()], 2, &["m.gguf", word]);

@@ -658,3 +658,239 @@ fn a_template_nested_beyond_the_stack() {
         assert!(!text(&out.stderr).contains("overflow"), "{}", text(&out.stderr));
     }
 }
+
+/// What a template makes larger than its inputs filled the memory, until the process was aborted or killed, and what
+/// takes exponential time never ended: the engine does not count all of it.
+#[test]
+fn templates_that_grow_without_end() {
+    let million = "{% set s = 'x' * 1000000 %}";
+    let twice = "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}";
+    let nested = format!(
+        "{{% set ns = namespace(x=[]) %}}{{% for i in range(99999) %}}{{% set ns.x = {}ns.x{} %}}{{% endfor %}}",
+        "[".repeat(40),
+        "]".repeat(40)
+    );
+    let texts = [
+        "{{ s.replace('x', s) }}",
+        "{{ s.replace('', s) }}",
+        "{{ s | replace('x', s) }}",
+        "{{ s.join(range(100000)) }}",
+        "{{ ''.join([s] * 100000000) }}",
+        "{{ ([s] * 100000000) | join(s) }}",
+        "{{ '{:>3000000000}'.format(1) }}",
+        "{{ ('{0:>60000000}' * 40).format(1) }}",
+        "{{ '{:.3000000000f}'.format(1.5) }}",
+        "{{ '%3000000000d' | format(1) }}",
+        "{{ s * 100000 }}",
+        "{{ ([1] * 99999999) | tojson }}",
+        "{{ ([1] * 99999) | tojson(separators=[s, s]) }}",
+        "{{ ('\n' * 9000000) | indent(256, true, true) }}",
+        "{% for i in range(99999) %}{% set n = s.count('y') %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = (ns.x + ns.x) | list %}{% endfor %}",
+        "{% set a, b = [1] * 99999999 %}",
+    ];
+    let of_twice = [
+        "{{ ns.x }}",
+        "{{ ns.x == ns.y }}",
+        "{% set m = {ns.x: 1} %}",
+        "{{ '{}'.format(ns.x) }}",
+        "{{ raise_exception(ns.x) }}",
+    ];
+    let mut sources: Vec<String> = texts.iter().map(|t| format!("{million}{t}")).collect();
+    sources.extend(of_twice.iter().map(|t| format!("{twice}{t}")));
+    sources.extend([nested.clone(), format!("{nested}{{{{ ns.x }}}}")]);
+    let d = dir();
+    let (model, file) = (case("chat-plain.gguf"), d.path().join("t.jinja"));
+    let messages = messages_file(d.path());
+    for source in sources {
+        std::fs::write(&file, &source).unwrap();
+        // Address space for the stack and the heap that rendering may take, and seconds of a processor beyond which
+        // the kernel kills.
+        let args = ["template", model.to_str().unwrap(), "--messages", &messages, "--chat-template"];
+        let out = limited("-v 700000 && ulimit -t 20", &[&args[..], &[file.to_str().unwrap()]].concat());
+        let err = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{source}\n{err}");
+        assert!(err.contains("was stopped: it takes") && err.lines().count() == 1, "{source}\n{err}");
+    }
+}
+
+/// The same while a template is parsed, and where its variables are looked for.
+#[test]
+fn templates_that_take_long_to_parse() {
+    let d = dir();
+    let sums = format!("{{{{ 1{} }}}}", "+1".repeat(60_000));
+    let texts = format!("{{{{ 'x'{} }}}}", "~'x'".repeat(60_000));
+    for source in [sums, texts] {
+        let path = templated(d.path(), &[("", &source)]);
+        let out = template(&path, user("hello"), &["--template-var", "a=1"]);
+        assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+    }
+}
+
+/// A template's own error is told in one sentence, however long it is.
+#[test]
+fn a_template_that_raises_a_long_error() {
+    let d = dir();
+    let path = templated(d.path(), &[("", "{{ raise_exception('no ' * 100000) }}")]);
+    let out = template(&path, user("hello"), &[]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(out.stderr.len() < 1000 && text(&out.stderr).contains("no no"), "{}", text(&out.stderr));
+}
+
+// --- Options -----------------------------------------------------------------------------------------------------
+
+/// A number below zero was taken for an unknown option; it means what it means in llama.cpp, or is refused with what
+/// was expected.
+#[test]
+fn options_below_zero() {
+    let model = case("chat-plain.gguf");
+    let greedy = run_json(&model, &["-p", "hello", "-n", "4"])["tokens"].clone();
+    let below =
+        run_json(&model, &["-p", "hello", "-n", "4", "--temp", "-1", "-t", "-1", "--seed", "-1", "--top-k", "-5"]);
+    assert_eq!(below["tokens"], greedy);
+    let m = model.to_str().unwrap();
+    for (option, words) in [
+        ("--top-p", "0 to 1 was expected"),
+        ("--min-p", "0 to 1 was expected"),
+        ("--typical", "0 to 1 was expected"),
+        ("--xtc-probability", "0 to 1 was expected"),
+        ("--repeat-penalty", "was expected"),
+        ("--dry-multiplier", "was expected"),
+        ("--dry-allowed-length", "a whole number from 0 was expected"),
+        ("--ctx", "auto or a number from 0"),
+        ("--n-buffers", "auto or a number from 2"),
+        ("--ram", "is no size"),
+        ("--rope-freq-base", "a number above 0 was expected"),
+        ("--temp", "out of range"),
+        ("--threads", "auto or a number from 0 to 1024"),
+    ] {
+        let value = if matches!(option, "--temp" | "--threads") { "-1000" } else { "-1" };
+        let out = nt(&["run", m, "-p", "x", "--backend", "cpu", option, value]);
+        let err = text(&out.stderr);
+        assert!(out.status.code() == Some(2) && err.contains(words), "{option}: {err}");
+        assert!(!err.contains("-- -1"), "{err}");
+    }
+    let out = nt(&["plan", m, "-p", "-1"]);
+    assert!(text(&out.stderr).contains("a whole number from 0 was expected"), "{}", text(&out.stderr));
+    let out = nt(&["logits", m, "--tokens", "-1", "-o", "/dev/null"]);
+    assert!(text(&out.stderr).contains("no id of a token"), "{}", text(&out.stderr));
+}
+
+/// A prompt, a system message or a stop text may begin with a dash, as a list does.
+#[test]
+fn texts_that_begin_with_a_dash() {
+    let model = case("chat-plain.gguf");
+    let run = run_json(&model, &["-p", "- hello", "-n", "2", "--system", "-x", "--stop", "--"]);
+    assert_eq!(run["generated_tokens"], 2);
+}
+
+/// An empty stop text is found before the first token.
+#[test]
+fn an_empty_stop_text() {
+    let model = case("chat-plain.gguf");
+    for command in [&["run", "-p", "hello"][..], &["chat"]] {
+        let args = [command, &[model.to_str().unwrap(), "--stop", ""]].concat();
+        let out = nt(&args);
+        let err = text(&out.stderr);
+        assert!(out.status.code() == Some(2) && err.contains("--stop") && err.contains("expected"), "{err}");
+    }
+}
+
+/// `--ctx 0` is the context that the model was trained on.
+#[test]
+fn the_context_of_the_training() {
+    let model = case("chat-plain.gguf");
+    let full = run_json(&model, &["-p", "hello", "-n", "-1", "--ctx", "0", "--ignore-eos"]);
+    let tokens = full["prompt_tokens"].as_u64().unwrap() + full["generated_tokens"].as_u64().unwrap();
+    assert!((512..=513).contains(&tokens), "{tokens}");
+}
+
+/// Without `--ctx`, a chat uses what scaling stretches the training to, as a run does.
+#[test]
+fn a_chat_in_a_stretched_context() {
+    let dir = dir();
+    let model = with(dir.path(), |f| {
+        f.set("llama.rope.scaling.type", V::Str("yarn".into()));
+        f.set("llama.rope.scaling.factor", V::F32(4.0));
+        f.set("llama.rope.scaling.original_context_length", V::U32(256));
+    });
+    let talked = chat(&model, &["-n", "2"], "a".repeat(500).as_bytes());
+    assert_eq!((talked.code, talked.out.lines().count()), (Some(0), 1), "{}", talked.err);
+}
+
+/// `nt chat --json`, which was an unknown option: one object, with every message and the figures.
+#[test]
+fn chat_in_json() {
+    let model = case("chat-plain.gguf");
+    let talked = chat(&model, &["-n", "3", "--json", "--system", "Be brief."], b"hello\nworld\n");
+    assert_eq!(talked.code, Some(0), "{}", talked.err);
+    let all: Json = serde_json::from_str(&talked.out).unwrap();
+    let roles: Vec<&str> = all["messages"].as_array().unwrap().iter().filter_map(|m| m["role"].as_str()).collect();
+    assert_eq!(roles, ["system", "user", "assistant", "user", "assistant"]);
+    assert_eq!((all["answers"].as_array().unwrap().len(), &all["answers"][1]["generated_tokens"]), (2, &json!(3)));
+    assert_eq!((&all["backend"], all["plan"]["b"]["units"].as_u64() > Some(0)), (&json!("cpu"), true));
+    let empty = chat(&model, &["--json"], b"");
+    assert_eq!(serde_json::from_str::<Json>(&empty.out).unwrap()["messages"], json!([]));
+}
+
+/// `nt chat --timeline` was taken and wrote nothing.
+#[test]
+fn chat_writes_its_timeline() {
+    let d = dir();
+    let file = d.path().join("t.json");
+    let talked = chat(&case("chat-plain.gguf"), &["-n", "3", "--timeline", file.to_str().unwrap()], b"hello\n");
+    assert_eq!(talked.code, Some(0), "{}", talked.err);
+    serde_json::from_slice::<Json>(&std::fs::read(&file).unwrap()).unwrap();
+}
+
+/// Perplexity put EOS behind the text, where the model adds one to texts, and measured a chunk with it.
+#[test]
+fn perplexity_without_eos() {
+    let d = dir();
+    let file = d.path().join("t.txt");
+    // One token less than three chunks of 16.
+    std::fs::write(&file, "a".repeat(47)).unwrap();
+    let measured = |name: &str| {
+        let model = case(name);
+        let args = ["perplexity", model.to_str().unwrap(), "--ctx", "16", "--json", "--backend", "cpu", "-f"];
+        stdout(&[&args[..], &[file.to_str().unwrap()]].concat())
+    };
+    assert_eq!(measured("add-eos.gguf"), measured("chat-plain.gguf"));
+}
+
+// --- What is generated, on a terminal ----------------------------------------------------------------------------
+
+/// Stdout of a command whose stdout is a terminal.
+fn on_a_terminal(args: &[&str], input: &[u8]) -> String {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let mut command = Command::new(bin());
+    command.args(args).stdin(Stdio::piped()).stdout(pty.slave).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    // It keeps the terminal open otherwise.
+    drop(command);
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let mut shown = Vec::new();
+    // The other end is closed where the child has ended: an error, as terminals have it.
+    let _ = std::fs::File::from(pty.master).read_to_end(&mut shown);
+    assert!(child.wait().unwrap().success());
+    text(&shown)
+}
+
+/// Control characters that a model writes acted on the terminal: titles, the clipboard, what is shown.
+#[test]
+fn generated_text_acts_on_no_terminal() {
+    let model = case("chat-plain.gguf");
+    let m = model.to_str().unwrap();
+    for (c, shown) in [("\x1b", "\\u001b"), ("\x07", "\\u0007"), ("\r", "\\u000d"), ("\x08", "\\u0008")] {
+        let id = stdout(&["tokenize", m, "--no-special", c]);
+        let bias = format!("{}:1e6", id.trim());
+        let more = ["-n", "3", "--temp", "0", "--backend", "cpu", "--logit-bias", &bias];
+        let run = [&["run", m, "-p", "h"], &more[..]].concat();
+        assert_eq!(on_a_terminal(&run, b"").trim_end(), shown.repeat(3), "{c:?}");
+        assert_eq!(stdout(&run).trim_end_matches('\n'), c.repeat(3), "a pipe gets the bytes");
+        let chat = [&["chat", m], &more[..]].concat();
+        assert_eq!(on_a_terminal(&chat, b"h\n").trim_end(), shown.repeat(3), "{c:?}");
+    }
+}
