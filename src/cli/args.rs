@@ -518,7 +518,7 @@ pub struct Sampling {
     #[arg(long)]
     pub ignore_eos: bool,
     /// Seed of the drawing, a whole number; auto (also -1) is one from the clock.
-    #[arg(long, value_name = "auto|S", default_value = "auto", value_parser = auto_seed)]
+    #[arg(short, long, value_name = "auto|S", default_value = "auto", value_parser = auto_seed)]
     pub seed: Auto<u64>,
 }
 

@@ -80,7 +80,7 @@ impl Failure {
     /// Prints the sentence and gives the exit code.
     pub fn report(&self) -> ExitCode {
         if !self.message.is_empty() {
-            say(&format!("nt: {}", super::printable::printable(&self.message)));
+            say(&format!("nt: {}", super::printable::sentence(&self.message)));
         }
         ExitCode::from(self.code)
     }

@@ -11,6 +11,7 @@ mod failure;
 mod inspect;
 mod interrupt;
 mod list;
+mod llama;
 mod logits;
 mod npy;
 mod page;
@@ -54,8 +55,14 @@ pub fn main() -> ExitCode {
 
 /// Parses and runs a command.
 fn command() -> ExitCode {
-    let matches = args::taking_negatives(Cli::command()).get_matches();
-    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let parsed = args::taking_negatives(Cli::command()).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
+    let mut cli = match parsed {
+        Ok(cli) => cli,
+        Err(e) => match llama::explained(std::env::args_os()) {
+            Some(failure) => return failure.report(),
+            None => e.exit(),
+        },
+    };
     init_log(&cli);
     let unknown = match cli.command.model().map(|m| m.look_up().map(|()| m.is_unknown())) {
         Some(Err(failure)) => return failure.report(),
@@ -100,7 +107,7 @@ fn init_log(cli: &Cli) {
     // Texts of files reach the terminal through warnings too.
     let fields = tracing_subscriber::fmt::format::debug_fn(|out, field, value| {
         let text = format!("{value:?}");
-        let text = printable::printable(&text);
+        let text = printable::sentence(&text);
         if field.name() == "message" { write!(out, "{text}") } else { write!(out, "{field}={text}") }
     });
     tracing_subscriber::fmt()

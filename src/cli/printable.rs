@@ -24,6 +24,21 @@ pub(super) fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
+/// Characters of a sentence that are printed from each end, where a file's texts make it longer than both.
+const SENTENCE_ENDS: (usize, usize) = (2000, 1000);
+
+/// A sentence as [`printable`], without its middle where it is of a length that nobody reads.
+pub(super) fn sentence(text: &str) -> Cow<'_, str> {
+    let (head, tail) = SENTENCE_ENDS;
+    let count = text.chars().count();
+    if count <= head + tail {
+        return printable(text);
+    }
+    let at = |n: usize| text.char_indices().nth(n).map_or(text.len(), |(at, _)| at);
+    let (head, tail) = (&text[..at(head)], &text[at(count - tail)..]);
+    Cow::Owned(printable(&format!("{head} … {tail}")).into_owned())
+}
+
 /// A text that comes in pieces, as a terminal may show it: as [`printable`], and lines may end with CR LF.
 #[derive(Debug, Default)]
 pub(super) struct Shown {
@@ -57,7 +72,7 @@ impl Shown {
 
 #[cfg(test)]
 mod tests {
-    use super::{Shown, printable};
+    use super::{Shown, printable, sentence};
 
     #[test]
     fn pieces_are_shown_as_the_whole() {
@@ -65,6 +80,14 @@ mod tests {
         let pieces = ["a", "\r", "\nb\r\nc", "\x1b[2J", "\r", "d\r"];
         let all: String = pieces.iter().map(|p| shown.piece(p).into_owned()).collect();
         assert_eq!(all + shown.rest(), "a\nb\nc\\u001b[2J\\u000dd\\u000d");
+    }
+
+    #[test]
+    fn a_sentence_of_any_length_is_cut_in_its_middle() {
+        let long = format!("begin {} end", "é\x1b".repeat(5000));
+        let cut = sentence(&long);
+        assert!(cut.starts_with("begin ") && cut.ends_with(" end") && cut.contains(" … "), "{cut}");
+        assert_eq!(sentence("short"), "short");
     }
 
     #[test]

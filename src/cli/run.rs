@@ -44,7 +44,7 @@ pub struct RunArgs {
     )]
     prompt: Option<String>,
     /// Read the prompt from a file; - is stdin.
-    #[arg(long, value_name = "F")]
+    #[arg(short = 'f', long, alias = "file", value_name = "F")]
     prompt_file: Option<PathBuf>,
     /// Tokens to generate at most; fewer where the model ends its text or the context is full. -1 goes on until then
     /// (with `--ctx auto`, 4096 positions, or twice the prompt where that is more).

@@ -26,6 +26,8 @@ mod limit {
     pub const ARRAY_DEPTH: u32 = 4;
     pub const DIMS: u32 = 4;
     pub const ALIGNMENT: u64 = 1 << 30;
+    /// Of all keys, values and names as they lie in memory. The largest vocabularies take 30 MiB.
+    pub const MEMORY: u64 = 256 << 20;
 }
 
 /// A tensor as the directory describes it, its offset relative to the data section.
@@ -67,7 +69,7 @@ pub(super) fn source(path: &Path) -> Result<(Box<dyn Read>, u64), GgufError> {
 
 /// Parses a header from `input`, which holds `file_len` bytes.
 pub(super) fn parse<R: Read>(path: &Path, input: R, file_len: u64) -> Result<Header, GgufError> {
-    let mut r = Cursor { path, input, at: 0, len: file_len };
+    let mut r = Cursor { path, input, at: 0, len: file_len, memory: 0 };
     if file_len == 0 {
         return Err(r.bad("is empty; a GGUF file was expected"));
     }
@@ -144,7 +146,7 @@ fn foreign(first: &[u8], path: &Path) -> String {
         }
     } else if let Some(line) = text_line(text) {
         format!(
-            "is a text that begins \"{line}\", perhaps a server's answer in place of the download; fetch the file again"
+            "is a text, not GGUF: it begins with \"{line}\", perhaps a server's answer in place of the download; fetch the file again"
         )
     } else {
         format!("is not a GGUF file: it begins with \"{}\", expected \"GGUF\"", first[..4].escape_ascii())
@@ -173,6 +175,8 @@ struct Cursor<'a, R> {
     input: R,
     at: u64,
     len: u64,
+    /// Bytes that what was read takes in memory.
+    memory: u64,
 }
 
 impl<R: Read> Cursor<'_, R> {
@@ -232,9 +236,23 @@ impl<R: Read> Cursor<'_, R> {
         usize::try_from(n).map_err(|_| self.bad(format!("{what} at byte {at} is {n}, too many for this machine")))
     }
 
+    /// Counts memory for `n` things of so many bytes each, before it is taken.
+    fn keep(&mut self, n: usize, bytes: usize, what: &str) -> Result<(), GgufError> {
+        self.memory = self.memory.saturating_add((n as u64).saturating_mul(bytes as u64));
+        if self.memory > limit::MEMORY {
+            let limit = limit::MEMORY >> 20;
+            return Err(self.bad(format!(
+                "metadata and names take more than {limit} MiB of memory, which no model's do (at {what}, before byte {})",
+                self.at
+            )));
+        }
+        Ok(())
+    }
+
     /// The bytes of a string, appended to `out`.
     fn string_into(&mut self, what: &str, max: u64, out: &mut Vec<u8>) -> Result<(), GgufError> {
         let n = self.count(&format!("length of {what}"), max, 1)?;
+        self.keep(n, 1, what)?;
         let start = out.len();
         out.try_reserve(n).map_err(|_| self.bad(format!("{what} of {n} bytes does not fit in memory")))?;
         out.resize(start + n, 0);
@@ -329,6 +347,7 @@ impl<R: Read> Cursor<'_, R> {
         key: &str,
         mut read: impl FnMut(&mut Self) -> Result<T, GgufError>,
     ) -> Result<Vec<T>, GgufError> {
+        self.keep(n, size_of::<T>(), key)?;
         let mut out = Vec::new();
         // The count was checked against the bytes left, so this is at most a few times the file.
         out.try_reserve_exact(n)
@@ -340,6 +359,7 @@ impl<R: Read> Cursor<'_, R> {
     }
 
     fn strings(&mut self, n: usize, key: &str) -> Result<StringArray, GgufError> {
+        self.keep(n, size_of::<u64>(), key)?;
         let mut out = StringArray::default();
         for _ in 0..n {
             out.push_with(|bytes| self.string_into(key, limit::STRING_BYTES, bytes))?;
@@ -369,6 +389,7 @@ impl<R: Read> Cursor<'_, R> {
                 "tensor {name} lies at offset {data_offset}, which is no multiple of the alignment {alignment}"
             )));
         }
+        self.keep(1, size_of::<RawTensor>() + size_of::<u64>() * shape.len(), &name)?;
         Ok(RawTensor { name, ty, shape, bytes, data_offset })
     }
 }

@@ -4,7 +4,7 @@
 //! The engine charges steps for what its own filters read and make, and for the value that one of these returns.
 //! These charge for what they read, and refuse before they make what the steps that are left cannot pay for.
 
-use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
@@ -309,7 +309,8 @@ fn checked_width(width: usize) -> Result<usize, Error> {
 /// Jinja's `indent(width=4, first=false, blank=false)`; `width` may be the text to indent with.
 ///
 /// Unlike minijinja's it keeps a newline at the end.
-pub(super) fn indent(state: &State, args: Rest<Value>) -> Result<String, Error> {
+pub(super) fn indent(state: &State, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    let args = args.into_values();
     let (text, width, first, blank, options): (&str, Option<Value>, Option<bool>, Option<bool>, Kwargs) =
         from_args(&args)?;
     let width = match width {

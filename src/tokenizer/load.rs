@@ -35,6 +35,7 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
     let mut kinds = kinds(m, n)?;
     let eog = eog::collect(m, tokens, eos, &mut kinds, &mut warnings);
     let vocab = vocab(m, tokens, kinds, bpe)?;
+    warnings.extend(lost_bytes(&vocab, bpe));
     let (algorithm, add_bos) = match family {
         Some(f) => (Algorithm::Bpe(merges(m, &vocab, f)?), f.add_bos),
         None => {
@@ -107,6 +108,23 @@ fn vocab(m: &Metadata, tokens: &StringArray, kinds: Vec<Kind>, bpe: bool) -> Res
             (0..=255u8).map(|b| vocab.find(format!("<0x{b:02X}>").as_bytes()).or_else(|| vocab.find(&[b]))).collect();
     }
     Ok(vocab)
+}
+
+/// Says which bytes of texts have no token: they are left out, as llama.cpp does. With SentencePiece they count only
+/// where a character has no token of its own, and some vocabularies have none of them.
+fn lost_bytes(vocab: &Vocab, bpe: bool) -> Option<String> {
+    // The others are in no UTF-8.
+    let in_texts = (0..=0xF4u8).filter(|b| !matches!(b, 0xC0 | 0xC1));
+    let has = |b: u8| match bpe {
+        true => vocab.find(&[b]).is_some(),
+        false => vocab.byte_tokens[usize::from(b)].is_some(),
+    };
+    let lost: Vec<u8> = in_texts.filter(|&b| !has(b)).collect();
+    let first = lost.first()?;
+    Some(format!(
+        "the vocabulary has no token for {} of the bytes that texts hold (the first is 0x{first:02X}): they are left out of prompts",
+        lost.len()
+    ))
 }
 
 fn scores(m: &Metadata, n: usize) -> Result<Vec<f32>, TokenizerError> {

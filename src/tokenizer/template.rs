@@ -486,9 +486,9 @@ mod tests {
 
     #[test]
     fn a_value_that_holds_itself_many_times_is_dropped_and_printed() {
-        let nest = "{% set ns = namespace(x=[]) %}{% for a in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}";
+        let nest = "{% set ns = namespace(x=[]) %}{% for a in range(40000) %}{% set ns.x = [ns.x] %}{% endfor %}";
         assert_eq!(render(nest, &[]).unwrap(), "");
-        assert_eq!(render(&format!("{nest}{{{{ ns.x }}}}"), &[]).unwrap().len(), 200_000);
+        assert_eq!(render(&format!("{nest}{{{{ ns.x }}}}"), &[]).unwrap().len(), 80_002);
         assert!(render(&format!("{nest}{{{{ ns.x | tojson }}}}"), &[]).is_err());
     }
 

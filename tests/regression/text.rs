@@ -778,6 +778,31 @@ fn options_below_zero() {
     assert!(text(&out.stderr).contains("no id of a token"), "{}", text(&out.stderr));
 }
 
+/// Options of llama.cpp were unknown, or taken for others (`-ngl` for `-n gl`, `-hf` for `-h`).
+#[test]
+fn options_of_llama_cpp() {
+    let model = case("chat-plain.gguf");
+    let m = model.to_str().unwrap();
+    for (options, words) in [
+        (&["-ngl", "99"][..], "--vram"),
+        (&["--n-cpu-moe", "3"], "each expert is a unit"),
+        (&["-hf", "some/one"], "nothing is downloaded"),
+        (&["-ctk", "q8_0"], "--kv f16"),
+        (&["-sys", "Be brief."], "--system"),
+        (&["-ts", "1,1"], "one GPU"),
+        (&["-fa"], "nothing to choose"),
+        (&["-cnv"], "nt chat"),
+    ] {
+        let out = nt(&[&["run", m, "-p", "x"], options].concat());
+        let err = text(&out.stderr);
+        assert!(out.status.code() == Some(2) && err.contains(words) && err.contains(options[0]), "{options:?}: {err}");
+    }
+    let file = dir().path().join("p.txt");
+    assert_eq!(run_json(&model, &["-p", "hello", "-s", "3", "-n", "2", "--temp", "1"])["generated_tokens"], 2);
+    let out = nt(&["run", m, "-f", file.to_str().unwrap()]);
+    assert!(text(&out.stderr).contains("p.txt"), "{}", text(&out.stderr));
+}
+
 /// A prompt, a system message or a stop text may begin with a dash, as a list does.
 #[test]
 fn texts_that_begin_with_a_dash() {
