@@ -156,7 +156,17 @@ __device__ __forceinline__ float warp_max(float v) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-// A block of 32 values, one a lane, to int8.
+#define NO_NUMBER __int_as_float(0x7fffffff)
+__device__ __forceinline__ bool is_finite(float v) { return fabsf(v) <= 3.402823466e38f; }
+
+// What a norm multiplies by, for the sum of n squares. A sum that is too large gives no number, rather than zeros.
+__device__ __forceinline__ float norm_scale(float sum, int n, float eps) {
+    const float mean = sum / (float)n;
+    return is_finite(mean) ? rsqrtf(mean + eps) : NO_NUMBER;
+}
+
+// A block of 32 values, one a lane, to int8. Values that are not finite have no place among integers: the factor is
+// then no number, so that every product of the block is none.
 __device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
     float amax = warp_max(fabsf(v));
     int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
@@ -166,13 +176,14 @@ __device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
     u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
     u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
     if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
+    const bool finite = __all_sync(0xffffffffu, is_finite(v));
     if (lane == 0) {
-        o->d = amax / 127.0f;
+        o->d = finite ? amax / 127.0f : NO_NUMBER;
         o->s = (float)sum;
     }
 }
 
-// Four values a thread to int8; eight threads make a block of 32, and whole groups of eight take part.
+// Four values a thread to int8; eight threads make a block of 32, and whole groups of eight take part: all of a warp.
 __device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool valid) {
     float m = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 #pragma unroll
@@ -185,11 +196,14 @@ __device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool v
     int s = __dp4a(0x01010101, (int)word, 0);
 #pragma unroll
     for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
+    const bool finite = is_finite(v.x) && is_finite(v.y) && is_finite(v.z) && is_finite(v.w);
+    const u32 group = 0xffu << (threadIdx.x & 24);
+    const bool all = (__ballot_sync(0xffffffffu, finite) & group) == group;
     if (!valid) return;
     XBlk* b = row + i / 8;
     b->q[i & 7] = word;
     if ((i & 7) == 0) {
-        b->d = m / 127.0f;
+        b->d = all ? m / 127.0f : NO_NUMBER;
         b->s = (float)s;
     }
 }

@@ -145,7 +145,7 @@ __device__ __forceinline__ void norm_rows(const Floats& a, int tokens, XBlk* xs,
             sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < WARPS; i++) sum += part[i];
-            rs = rsqrtf(sum / (float)a.cols + a.eps);
+            rs = norm_scale(sum, a.cols, a.eps);
         }
         for (int first = 0; first < n; first += step) {
             if (first > 0) load_chunk(v, x, first, n);

@@ -59,7 +59,7 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
         float s = 0.0f;
 #pragma unroll 4
         for (int i = tid; i < n; i += threads) s += x[i] * x[i];
-        rs = rsqrtf(block_reduce(s, false, shared) / (float)n + a.eps);
+        rs = norm_scale(block_reduce(s, false, shared), n, a.eps);
     }
     auto value = [&](int i) -> float {
         if (MODE == PREP_NORM) return x[i] * rs * a.w[i];
@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
         s += v * v;
     }
     if (norm) {
-        float rs = rsqrtf(warp_sum(s) / (float)hd + (is_q ? a.q_eps : a.k_eps));
+        float rs = norm_scale(warp_sum(s), hd, is_q ? a.q_eps : a.k_eps);
         for (int i = lane; i < hd; i += 32) x[i] = x[i] * rs * norm[i];
     }
     __syncwarp();

@@ -460,6 +460,16 @@ fn numbers_that_are_not_finite_elsewhere() {
     fails(&["run", path.to_str().unwrap(), "-p", "hello"], 1, &["token_embd.weight"]);
 }
 
+/// Guards against squares that are too large for their sum, which made a norm's result a row of zeros and the logits
+/// zeros with it, and against values that are no numbers and quantise to zero.
+#[test]
+fn a_norm_whose_sum_of_squares_overflows_gives_no_zeros() {
+    let d = tempfile::tempdir().unwrap();
+    let mut f = tiny_moe(2);
+    f.set("llama.expert_weights_scale", V::F32(-1e38));
+    not_finite(&f.write(d.path(), "m.gguf"), &["not finite"]);
+}
+
 /// Keys that the computation divides by or takes a root or logarithm of: 0, numbers below it and such as overflow
 /// passed `plan`, and were refused by `run` or computed with.
 #[test]

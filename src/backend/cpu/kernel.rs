@@ -588,13 +588,15 @@ impl Body for Quantise {
     }
 }
 
-/// Quantises 16 values; returns their scale and scaled sum.
+/// Quantises 16 values; returns their scale and scaled sum. Values that are not finite have no place among integers:
+/// the scale is then no number, so that every product of the group is none.
 #[inline(always)]
 fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine: bool) -> (f32, f32) {
     // Round to nearest by adding and taking away 1.5 * 2^23.
     const ROUND: f32 = 12_582_912.0;
     let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let d = max / 127.0;
+    let poison = x.iter().fold(0.0f32, |p, v| p + (v - v));
+    let d = max / 127.0 + poison;
     let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
     let mut total = 0i32;
     for (q, v) in q.iter_mut().zip(x) {
@@ -611,4 +613,22 @@ fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine:
         }
     }
     (d, d * (total as f32 + total_rest as f32 * REST))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against values that are not finite and become integers, so that nobody sees them again.
+    #[test]
+    fn values_that_are_not_finite_spoil_their_group() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let (mut q, mut rest) = ([0; SUB], [0; SUB]);
+            let mut x = [1.0; SUB];
+            assert!(quantise_group(&x, &mut q, &mut rest, true).0.is_finite());
+            x[7] = bad;
+            let (scale, sum) = quantise_group(&x, &mut q, &mut rest, true);
+            assert!(scale.is_nan() && sum.is_nan(), "{bad}: {scale}, {sum}");
+        }
+    }
 }

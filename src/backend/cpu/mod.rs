@@ -416,6 +416,12 @@ impl CpuBackend {
     }
 }
 
+/// What a norm multiplies by. Squares too large for their sum give no number, rather than a row of zeros.
+#[inline(always)]
+fn norm_scale(mean: f32, eps: f32) -> f32 {
+    if mean.is_finite() { 1.0 / (mean + eps).sqrt() } else { f32::NAN }
+}
+
 struct RmsNorm<'a> {
     x: &'a [f32],
     weight: *const f32,
@@ -427,7 +433,7 @@ impl Body for RmsNorm<'_> {
     #[inline(always)]
     fn run<D: Dot>(self) {
         let mean = kernel::dot_f32::<D>(self.x, self.x) / self.x.len() as f32;
-        let scale = 1.0 / (mean + self.eps).sqrt();
+        let scale = norm_scale(mean, self.eps);
         for (i, (o, x)) in self.out.iter_mut().zip(self.x).enumerate() {
             // SAFETY: the weight has as many floats as the row, at any alignment.
             *o = x * scale * unsafe { self.weight.add(i).read_unaligned() };
@@ -445,7 +451,7 @@ impl Body for RmsNormInPlace<'_> {
     #[inline(always)]
     fn run<D: Dot>(self) {
         let mean = kernel::dot_f32::<D>(self.x, self.x) / self.x.len() as f32;
-        let scale = 1.0 / (mean + self.eps).sqrt();
+        let scale = norm_scale(mean, self.eps);
         for (i, x) in self.x.iter_mut().enumerate() {
             // SAFETY: as in `RmsNorm`.
             *x *= scale * unsafe { self.weight.add(i).read_unaligned() };
