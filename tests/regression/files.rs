@@ -577,6 +577,22 @@ fn caches_that_overflow() {
     works(&["run", p, "-p", "hello", "-n", "2", "--kv", "f32"]);
 }
 
+/// Activations so near zero that the inverse of their scale is infinite: their sum overflowed.
+#[test]
+fn activations_near_zero() {
+    let mut f = tiny(1);
+    f.tensor("token_embd.weight").data = floats([1e-45; 64 * 258]);
+    for name in ["attn_q", "ffn_down", "attn_output"] {
+        // Only matrices of blocks quantise what they are multiplied with: Q8_0, all zeros.
+        let t = f.tensor(&format!("blk.0.{name}.weight"));
+        t.ty = 8;
+        t.data = vec![0; t.shape.iter().product::<u64>() as usize / 32 * 34];
+    }
+    let d = dir();
+    let path = f.write(d.path(), "m.gguf");
+    works(&["run", path.to_str().unwrap(), "-p", "hello", "-n", "2", "--backend", "cpu"]);
+}
+
 /// A router whose scores are no numbers chose one expert twice, which ended in a panic where the batch was full.
 #[test]
 fn a_router_that_is_no_number() {

@@ -597,7 +597,8 @@ fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine:
     let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let poison = x.iter().fold(0.0f32, |p, v| p + (v - v));
     let d = max / 127.0 + poison;
-    let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+    // The inverse of a smaller one may be infinite; such values count as zeros.
+    let inverse = if d >= f32::MIN_POSITIVE { 1.0 / d } else { 0.0 };
     let mut total = 0i32;
     for (q, v) in q.iter_mut().zip(x) {
         let n = (v * inverse + ROUND) - ROUND;

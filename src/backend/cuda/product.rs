@@ -29,7 +29,7 @@ const THIN_ROWS: usize = 32;
 
 /// Which of [`THIN`] takes so many tokens, and its bytes of shared memory; `None` if not even the smaller one fits.
 fn thin(ty: TensorType, tokens: usize, shared: usize) -> Option<(usize, usize)> {
-    let lines = (256 / ty.block_elems() * ty.block_bytes() + 30) / 16 | 1;
+    let lines = ((256 / ty.block_elems() * ty.block_bytes() + 30) / 16) | 1;
     let pitch = (256 + 8) * 2;
     let bytes = |size: usize| 4 * THIN_ROWS * lines * 16 + (2 * THIN_ROWS + 3 * THIN[size]) * pitch;
     let size = usize::from(tokens > THIN[0] && bytes(1) <= shared);
