@@ -104,10 +104,17 @@ fn decode_on_an_h100_is_predicted() {
             let predicted = 512.0 / f.prediction.first_token_s.unwrap();
             assert!((0.9..1.1).contains(&(predicted / measured)), "{row}: prefill predicted {predicted}");
         }
-        // What the driver counted for the process, within 50 MB.
+        // What the driver counted for the process, within 50 MB. A plan that is free to fill a limit cuts finer than
+        // when it was measured: units were whole blocks then.
         let vram = f.plan.vram_bytes + f.workspace_bytes + DRIVER_BYTES;
         let counted = row["vram_bytes"].as_u64().unwrap();
-        assert!(vram.abs_diff(counted) < 50_000_000, "{row}: {vram} bytes of VRAM planned");
+        let args = row["args"].as_str().unwrap();
+        match options(args, n_ctx) {
+            Options { tiers: None, vram: Some(limit), .. } => {
+                assert!((counted..=limit).contains(&vram), "{row}: {vram} bytes of VRAM planned");
+            }
+            _ => assert!(vram.abs_diff(counted) < 50_000_000, "{row}: {vram} bytes of VRAM planned"),
+        }
     }
     assert!(near >= 18, "{near} of {} rows within a tenth", rows.len());
 }

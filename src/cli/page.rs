@@ -217,7 +217,10 @@ fn units_at(opened: &Opened, homes: &[Home]) -> Vec<Unit> {
         home: *home,
         bytes: u.bytes(),
         block: match u.kind {
-            UnitKind::Block(i) | UnitKind::Expert { layer: i, .. } => Some(i),
+            UnitKind::Attention(i)
+            | UnitKind::FeedForward(i)
+            | UnitKind::Shared(i)
+            | UnitKind::Expert { layer: i, .. } => Some(i),
             UnitKind::Head(_) => None,
         },
     };

@@ -142,14 +142,14 @@ fn speed(tokens_per_s: f64) -> String {
     if tokens_per_s < 1.0 { format!("{tokens_per_s:.3}") } else { format!("{tokens_per_s:.2}") }
 }
 
-/// The home of each block as a letter.
-fn map(forecast: &Forecast) -> String {
+/// Homes as letters.
+fn map(homes: &[Home]) -> String {
     let letter = |h: Home| match h {
         Home::A => 'A',
         Home::B => 'B',
         Home::C => 'C',
     };
-    forecast.blocks().into_iter().map(letter).collect()
+    homes.iter().copied().map(letter).collect()
 }
 
 impl Shown {
@@ -176,7 +176,7 @@ impl Shown {
             "machine": self.machine,
             "site": f.site,
             "n_buffers": f.n_buffers(),
-            "plan": { "a": a, "b": b, "c": c, "blocks": map(f), "embedding_resident": f.plan.embedding_resident },
+            "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.plan.embedding_resident },
             "memory": {
                 "vram_weights_bytes": f.plan.vram_bytes, "vram_room_bytes": f.vram_room,
                 "vram_session_bytes": f.workspace_bytes, "ram_weights_bytes": f.plan.ram_bytes,
@@ -225,15 +225,20 @@ impl Shown {
 
     fn write_memory(&self, out: &mut String) -> std::fmt::Result {
         let (f, plan) = (&self.forecast, &self.forecast.plan);
-        writeln!(out, "blocks    {}", map(f))?;
+        let (blocks, attention) = (f.blocks(), f.attention());
+        writeln!(out, "blocks    {}", map(&blocks))?;
+        if attention != blocks {
+            writeln!(out, "attention {}", map(&attention))?;
+        }
         let names = [(Home::A, "A, in VRAM"), (Home::B, "B, in RAM"), (Home::C, "C, on storage")];
         for (home, name) in names.into_iter().filter(|(h, _)| *h != Home::A || f.site == Site::Gpu) {
             let (units, bytes) = f.tier(home);
             writeln!(out, "  {name:<14} {units:>5} units  {:>11}", format_bytes(bytes))?;
         }
-        let slots = |n: usize, bytes: u64| match n {
-            0 => "no slots".into(),
-            _ => format!("{n} slots of {}", format_bytes(bytes)),
+        let slots = |n: usize, bytes: u64, attention: u64| match (n, attention) {
+            (0, _) => "no slots".into(),
+            (_, 0) => format!("{n} slots of {}", format_bytes(bytes)),
+            _ => format!("{n} slots of {} and {n} of {}", format_bytes(bytes), format_bytes(attention)),
         };
         let kv = format_bytes(f.kv_bytes);
         if let Some(room) = f.vram_room {
@@ -242,7 +247,7 @@ impl Shown {
                 "vram      {} of {} for weights, {}; {} for the session, of it KV cache {kv}",
                 format_bytes(plan.vram_bytes),
                 format_bytes(room),
-                slots(plan.device_slots, plan.device_slot_bytes),
+                slots(plan.device_slots, plan.device_slot_bytes, plan.device_attention_slot_bytes),
                 format_bytes(f.workspace_bytes)
             )?;
         }
@@ -255,7 +260,7 @@ impl Shown {
             "ram       {} of {} for weights, {}{session}",
             format_bytes(plan.ram_bytes),
             format_bytes(f.ram_room.saturating_sub(f.ram_workspace_bytes)),
-            slots(plan.n_slots, plan.slot_bytes),
+            slots(plan.n_slots, plan.slot_bytes, plan.attention_slot_bytes),
         )?;
         let fits = self.ctx_max.map_or(String::new(), |n| format!(", at most {n} would fit"));
         writeln!(out, "context   {} of {} trained{fits}", f.n_ctx, self.opened.model.hparams.n_ctx_train)

@@ -8,7 +8,6 @@ use super::Failure;
 use super::printable::{Shown, printable};
 use crate::engine::{Generation, Links, Opened, Predicted, Session};
 use crate::machine;
-use crate::model::UnitKind;
 use crate::plan::{Home, LinkName, format_bytes};
 
 /// Figures of a session, ready to print. What was not measured is `None`.
@@ -309,11 +308,10 @@ pub fn generation_json(g: &Generation) -> Json {
     })
 }
 
-/// Blocks (or their shared parts) that live on storage, and blocks in all.
+/// Blocks whose feed-forward part (or shared part) lives on storage, and blocks in all.
 fn blocks_on_storage(session: &Session, opened: &Opened) -> (usize, usize) {
-    let units = opened.model.units.iter().zip(session.homes());
-    let blocks = units.filter(|(u, _)| matches!(u.kind, UnitKind::Block(_)));
-    (blocks.clone().filter(|(_, h)| **h == Home::C).count(), blocks.count())
+    let blocks = &opened.model.blocks;
+    (blocks.iter().filter(|b| session.homes()[b.ffn_unit] == Home::C).count(), blocks.len())
 }
 
 fn gb(bytes_per_s: f64) -> f64 {

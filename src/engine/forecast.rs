@@ -10,8 +10,8 @@ use crate::machine;
 use crate::model::{Model, UnitKind, rope};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
-    COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site, Traffic,
-    UnitWork, format_at_least, pass_s, roofline,
+    COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site, Tiers, Traffic,
+    UnitPart, UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -151,9 +151,14 @@ impl Forecast {
         (of.clone().count(), of.map(|(u, _)| u.bytes).sum())
     }
 
-    /// The home of each block: of its shared part, where it has experts.
+    /// The home of each block: of its feed-forward part, or of its shared part where it has experts.
     pub fn blocks(&self) -> Vec<Home> {
         blocks_of(&self.units, &self.plan.homes)
+    }
+
+    /// The home of each block's attention part.
+    pub fn attention(&self) -> Vec<Home> {
+        homes_of(&self.units, &self.plan.homes, &[UnitPart::Attention, UnitPart::Shared])
     }
 
     /// Slots that computation reads from.
@@ -245,7 +250,9 @@ pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: b
         units: units.iter().zip(&plan.homes).map(|(u, &home)| SimUnit { size: u.size, home }).collect(),
         on_device,
         staging_slots: if plan.homes.contains(&Home::C) { plan.n_slots } else { 0 },
+        staging_attention: plan.attention_slot_bytes > 0,
         device_slots: plan.device_slots,
+        device_attention: plan.device_attention_slot_bytes > 0,
         rates: *rates,
         copy_gap_s: COPY_GAP_S,
         wrap: true,
@@ -255,8 +262,8 @@ pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: b
 
 /// Experts of a block that `tokens` tokens use together.
 fn experts(units: &[UnitWork], tokens: usize) -> usize {
-    let Some(e) = units.iter().find(|u| u.size.routed) else { return 0 };
-    let of_block = units.iter().filter(|u| u.size.routed && u.size.block == e.size.block).count();
+    let Some(e) = units.iter().find(|u| u.size.routed()) else { return 0 };
+    let of_block = units.iter().filter(|u| u.size.routed() && u.size.block == e.size.block).count();
     (of_block as f64 * e.used_by(tokens)).round() as usize
 }
 
@@ -388,10 +395,11 @@ pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<St
     let fits = |o: &Options| plan(o).is_some();
     if options.tiers.is_some()
         && let Some(p) = plan(&Options { tiers: None, ..options.clone() })
+        && let Some(t) = tiers_near(&blocks_of(&works(model, &sizes.layouts), &p.homes), &|tiers| {
+            fits(&Options { tiers: Some(tiers), ..options.clone() })
+        })
     {
-        let homes = blocks_of(&works(model, &sizes.layouts), &p.homes);
-        let count = |home| homes.iter().filter(|h| **h == home).count();
-        return Some(format!("--tiers {}:{}:{} fits", count(Home::A), count(Home::B), count(Home::C)));
+        return Some(format!("--tiers {}:{}:{} fits", t.a, t.b, t.c));
     }
     if options.n_buffers.is_some_and(|n| n > 2) && fits(&Options { n_buffers: Some(2), ..options.clone() }) {
         return Some("--n-buffers 2 fits".into());
@@ -413,6 +421,24 @@ pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<St
     fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).then(|| "--backend cpu fits".into())
 }
 
+/// Counts of blocks near those of `homes` that fit. Where the plan is free, both parts of a block may have other homes,
+/// so the counts of one part alone may be too large.
+fn tiers_near(homes: &[Home], fits: &dyn Fn(Tiers) -> bool) -> Option<Tiers> {
+    let count = |home| homes.iter().filter(|h| **h == home).count();
+    let mut t = Tiers { a: count(Home::A), b: count(Home::B), c: count(Home::C) };
+    loop {
+        if fits(t) {
+            return Some(t);
+        }
+        match &mut t {
+            Tiers { b, .. } if *b > 0 => *b -= 1,
+            Tiers { a, .. } if *a > 0 => *a -= 1,
+            _ => return None,
+        }
+        t.c += 1;
+    }
+}
+
 /// The least number above `low`, up to `high`, for which `fits` holds, which holds from there on.
 fn least(mut low: u64, high: u64, fits: impl Fn(u64) -> bool) -> Option<u64> {
     let mut top = low.max(1);
@@ -427,10 +453,14 @@ fn least(mut low: u64, high: u64, fits: impl Fn(u64) -> bool) -> Option<u64> {
     Some(top)
 }
 
-/// The home of each block: of its shared part, where it has experts.
+/// The home of each block: of its feed-forward part, or of its shared part where it has experts.
 fn blocks_of(units: &[UnitWork], homes: &[Home]) -> Vec<Home> {
-    let of = units.iter().zip(homes);
-    of.filter(|(u, _)| u.size.block.is_some() && !u.size.routed).map(|(_, h)| *h).collect()
+    homes_of(units, homes, &[UnitPart::FeedForward, UnitPart::Shared])
+}
+
+/// Homes of the units that are one of `parts`.
+fn homes_of(units: &[UnitWork], homes: &[Home], parts: &[UnitPart]) -> Vec<Home> {
+    units.iter().zip(homes).filter(|(u, _)| parts.contains(&u.size.part)).map(|(_, h)| *h).collect()
 }
 
 impl Forecast {

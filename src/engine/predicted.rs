@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use super::forecast::{PASSES_SHOWN, setup, with_passes, works};
+use super::start::{device_slots, kept, schedule};
 use super::{EngineError, Session};
 use crate::backend::Class;
 use crate::model::Outputs;
-use crate::pipeline::{Event, Feed, FeedStats, Step, StreamError};
+use crate::pipeline::{Event, Feed, FeedStats, Kept, Step, StreamError};
 use crate::plan::{Home, Machine, PassWork, Rates, Setup, Shares, Site, pass_s};
 
 /// How long computing alone is measured, and most passes of it.
@@ -100,14 +101,13 @@ impl Session {
             if self.model.hparams.n_experts > 0 {
                 return Ok(None);
             }
-            let slots = match &self.device {
+            self.weights.feed = Box::new(match &self.device {
                 Some(d) => {
-                    let at = |i: usize| d.slots.addr + i as u64 * self.plan.device_slot_bytes;
-                    (0..self.plan.device_slots).map(at).collect()
+                    let kept = kept(&self.model, self.plan.device_slots, self.plan.device_attention_slot_bytes);
+                    Still { slots: device_slots(&self.plan, d.slots.addr), kept, next: 0 }
                 }
                 None => self.held_slots()?,
-            };
-            self.weights.feed = Box::new(Still { slots, next: 0 });
+            });
         }
         let links = self.links;
         let mut pass = || -> Result<(), EngineError> {
@@ -127,27 +127,40 @@ impl Session {
         Ok(Some(seconds))
     }
 
-    /// Takes every staging slot, so that nothing is read into one any more.
-    fn held_slots(&self) -> Result<Vec<u64>, EngineError> {
+    /// Takes staging slots until the next unit finds none, so that nothing is read into one any more.
+    fn held_slots(&self) -> Result<Still, EngineError> {
         let streamer = &self.weights.streamer;
         streamer.restart();
-        let steps = super::start::schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
+        let steps = schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
         let units = steps.iter().filter_map(|s| if let Step::Unit(u) = s { Some(*u) } else { None });
-        let first = units.cycle().take(self.plan.n_slots);
-        first.map(|u| Ok(streamer.acquire(u).map_err(super::session::stream_error)?.addr as u64)).collect()
+        let kept = kept(&self.model, self.plan.n_slots, self.plan.attention_slot_bytes);
+        let mut left = [self.plan.n_slots; 2];
+        for unit in units.cycle() {
+            let left = &mut left[usize::from(kept.units.get(unit).is_some_and(|k| *k))];
+            if *left == 0 {
+                break;
+            }
+            *left -= 1;
+            streamer.acquire(unit).map_err(super::session::stream_error)?;
+        }
+        Ok(Still { slots: streamer.addresses().collect(), kept, next: 0 })
     }
 }
 
 /// A feed that brings nothing.
 struct Still {
     slots: Vec<u64>,
+    kept: Kept,
     next: usize,
 }
 
 impl Feed for Still {
-    fn acquire(&mut self, _: usize) -> Result<u64, StreamError> {
-        self.next = (self.next + 1) % self.slots.len();
-        Ok(self.slots[self.next])
+    fn acquire(&mut self, unit: usize) -> Result<u64, StreamError> {
+        let first_kept = self.slots.len() - self.kept.slots;
+        let (others, attention) = self.slots.split_at(first_kept);
+        let of = if self.kept.units.get(unit).is_some_and(|k| *k) { attention } else { others };
+        self.next = (self.next + 1) % of.len();
+        Ok(of[self.next])
     }
 
     fn release(&mut self) -> Result<(), StreamError> {

@@ -14,10 +14,10 @@ use crate::machine;
 use crate::memory::{Arena, Region};
 use crate::model::{ForwardError, HParams, Held, Model, Scratch, UnitKind, UnitSpec, check_divisors, rope};
 use crate::pipeline::{
-    DeviceUnit, Direct, Feed, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
+    DeviceUnit, Direct, Feed, Kept, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
     load_to_device,
 };
-use crate::plan::{Home, Limits, Plan, PlanError, UnitSize, format_at_least, format_bytes, place};
+use crate::plan::{Home, Limits, Plan, PlanError, UnitPart, UnitSize, format_at_least, format_bytes, place};
 use crate::storage::{Alignment, FileId, Reader, StorageError};
 
 /// Rows of the embedding that are read at once.
@@ -283,7 +283,7 @@ impl Places {
         let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
         let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
         let rows = take(sizes.rows)?;
-        let slots = (0..plan.n_slots).map(|_| take(plan.slot_bytes)).collect::<Result<Vec<_>, _>>()?;
+        let slots = plan.slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
         let mut in_ram = Vec::with_capacity(plan.homes.len());
         for (l, home) in sizes.layouts.iter().zip(&plan.homes) {
             in_ram.push(if *home == Home::B { Some(take(l.slot_bytes)?) } else { None });
@@ -331,11 +331,12 @@ unsafe fn load_resident(
     // SAFETY: the plan gave each unit a region of its own; the rest is the caller's promise.
     unsafe { load(reader, &to_ram, &mut |done| starting.loaded(done, total)) }.map_err(stream_error)?;
     if let (Some(device), false) = (&places.device, to_device.is_empty()) {
-        let engine = device.memory.copy_engine(places.slots.len())?;
+        // Those behind are for attention parts alone.
+        let staging = &places.slots[..plan.n_slots];
+        let engine = device.memory.copy_engine(staging.len())?;
         let mut progress = |done| starting.loaded(bytes + done, total);
         // SAFETY: nothing streams yet, so the slots are free; units lie one after the other in the allocation.
-        unsafe { load_to_device(reader, &to_device, &places.slots, engine.as_ref(), &mut progress) }
-            .map_err(stream_error)?;
+        unsafe { load_to_device(reader, &to_device, staging, engine.as_ref(), &mut progress) }.map_err(stream_error)?;
     }
     Ok(resident)
 }
@@ -365,6 +366,11 @@ impl Ring<'_> {
             schedule: schedule(self.model, &from_storage),
             demand_max,
             slots: if homes.contains(&Home::C) { places.slots.clone() } else { Vec::new() },
+            kept: if homes.contains(&Home::C) {
+                kept(self.model, self.plan.n_slots, self.plan.attention_slot_bytes)
+            } else {
+                Kept::default()
+            },
             rows: places.rows,
             trace_events: if self.options.timeline { TRACE_EVENTS } else { 0 },
         };
@@ -374,21 +380,36 @@ impl Ring<'_> {
         let Some(device) = &places.device else {
             return Ok((Arc::clone(&streamer), Box::new(Direct::new(streamer))));
         };
-        let slot = |i: usize| device.slots.addr + i as u64 * self.plan.device_slot_bytes;
         let config = UploadsConfig {
             unit_bytes: self.sizes.layouts.iter().map(|l| l.slot_bytes).collect(),
             in_ram: places.in_ram.clone(),
             schedule: schedule(self.model, &|u| homes[u] != Home::A),
             demand_max,
             experts_on_storage: streams_experts(self.model, &from_storage),
-            slots: (0..self.plan.device_slots).map(slot).collect(),
+            slots: device_slots(self.plan, device.slots.addr),
+            kept: kept(self.model, self.plan.device_slots, self.plan.device_attention_slot_bytes),
         };
-        let engine = device.memory.copy_engine(self.plan.device_slots)?;
+        let engine = device.memory.copy_engine(config.slots.len())?;
         // SAFETY: the session drops the uploads before the arena and the slots, which the plan made large enough.
         let uploads = unsafe { Uploads::start(config, engine, Arc::clone(&streamer)) };
         let uploads = uploads.map_err(StorageError::Threads)?;
         Ok((streamer, Box::new(uploads)))
     }
+}
+
+/// Addresses of the slots on a device, which begin at `base`.
+pub(super) fn device_slots(plan: &Plan, base: u64) -> Vec<u64> {
+    let next = |at: &mut u64, bytes| Some(std::mem::replace(at, *at + bytes));
+    plan.slots_on_device().scan(base, next).collect()
+}
+
+/// Which slots of a ring of `n` buffers are for attention parts alone, where buffers have such slots.
+pub(super) fn kept(model: &Model, n: usize, attention_slot_bytes: u64) -> Kept {
+    if attention_slot_bytes == 0 {
+        return Kept::default();
+    }
+    let units = model.units.iter().map(|u| matches!(u.kind, UnitKind::Attention(_))).collect();
+    Kept { slots: n, units }
 }
 
 /// Every tensor type of the model must have a kernel.
@@ -421,12 +442,14 @@ fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
 }
 
 pub(super) fn unit_size((unit, layout): (&UnitSpec, &UnitLayout)) -> UnitSize {
-    let (block, routed) = match unit.kind {
-        UnitKind::Block(i) => (Some(i), false),
-        UnitKind::Expert { layer, .. } => (Some(layer), true),
-        UnitKind::Head(_) => (None, false),
+    let (block, part) = match unit.kind {
+        UnitKind::Attention(i) => (Some(i), UnitPart::Attention),
+        UnitKind::FeedForward(i) => (Some(i), UnitPart::FeedForward),
+        UnitKind::Shared(i) => (Some(i), UnitPart::Shared),
+        UnitKind::Expert { layer, .. } => (Some(layer), UnitPart::Expert),
+        UnitKind::Head(_) => (None, UnitPart::Head),
     };
-    UnitSize { slot_bytes: layout.slot_bytes, block, routed }
+    UnitSize { slot_bytes: layout.slot_bytes, block, part }
 }
 
 /// The plan, for `vram` bytes of device memory if weights are computed there; `workspace` bytes of RAM are the
@@ -478,7 +501,7 @@ fn plan_on_device(
         // Rounded down by up to 15 bytes, which no unit is smaller than.
         let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
         let plan = make_plan(model, sizes, Some(room), 0, options)?;
-        let slots_bytes = plan.device_slots as u64 * plan.device_slot_bytes;
+        let slots_bytes = plan.slots_on_device().sum::<u64>();
         let resident = memory.alloc(plan.vram_bytes - slots_bytes, "tier A");
         let both = resident.and_then(|r| Ok((r, memory.alloc(slots_bytes, "the ring's slots")?)));
         match both {
@@ -531,7 +554,8 @@ pub(super) fn schedule(model: &Model, streamed: &dyn Fn(usize) -> bool) -> Vec<S
         if streamed(u) {
             steps.push(Step::Unit(u));
         }
-        if holes && matches!(model.units[u].kind, UnitKind::Block(_)) {
+        let routes = model.units.get(u + 1).is_some_and(|next| matches!(next.kind, UnitKind::Expert { .. }));
+        if holes && routes {
             steps.push(Step::Hole);
         }
     }

@@ -213,16 +213,20 @@ impl Pass<'_> {
         }
         let output = self.linear(&b.output);
         self.backend.attn_output(&output)?;
-        let ffn_norm = self.norm(&b.ffn_norm);
+        if b.ffn_unit != unit {
+            self.release(unit)?;
+            self.acquire(b.ffn_unit)?;
+        }
+        let norm = self.norm(&b.ffn_norm);
         match &b.ffn {
             Ffn::Dense { gate, up, down } => {
                 let (gate, up, down) = (self.linear(gate), self.linear(up), self.linear(down));
-                self.backend.ffn(&ffn_norm, &gate, &up, &down)?;
-                self.release(unit)
+                self.backend.ffn(&norm, &gate, &up, &down)?;
+                self.release(b.ffn_unit)
             }
             Ffn::Experts { router, experts } => {
                 let router = self.weight(router);
-                self.experts(unit, &ffn_norm, &router, experts)
+                self.experts(b.ffn_unit, &norm, &router, experts)
             }
         }
     }

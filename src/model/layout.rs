@@ -1,8 +1,8 @@
 //! Which tensors a model has, checked against its hyper-parameters, and how they fall into units.
 //!
-//! A unit is what is fetched and used together: a dense block; in a mixture of experts the shared
-//! part of a block and each expert; a slice of rows of the output head. The embedding is no unit:
-//! a pass needs one row of it a token.
+//! A unit is what is fetched and used together: the attention part of a block and its feed-forward part; in a mixture
+//! of experts the part that all tokens share, attention and router, and each expert; a slice of rows of the output head.
+//! The embedding is no unit: a pass needs one row of it per token.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -14,8 +14,12 @@ use crate::gguf::{Gguf, TensorInfo, TensorType};
 /// What a unit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnitKind {
-    /// A dense block, or the shared part of a mixture-of-experts block.
-    Block(usize),
+    /// The attention part of a dense block.
+    Attention(usize),
+    /// The feed-forward part of a dense block.
+    FeedForward(usize),
+    /// What all tokens share of a block with routed experts: its attention part and its router.
+    Shared(usize),
     /// One routed expert.
     Expert {
         /// Its block.
@@ -43,7 +47,7 @@ pub struct Span {
 pub struct UnitSpec {
     /// What it is.
     pub kind: UnitKind,
-    /// A name for messages, for example `blk.3` or `blk.3 expert 17`.
+    /// A name for messages, for example `blk.3 attention` or `blk.3 expert 17`.
     pub name: String,
     /// The tensors' bytes. A [`TensorRef`] names one by its index here.
     pub spans: Vec<Span>,
@@ -117,8 +121,11 @@ pub enum Ffn {
 /// One block's tensors.
 #[derive(Clone, Debug)]
 pub struct Block {
-    /// Unit of the block, or of its shared part.
+    /// Unit of the attention part, or of what all tokens share.
     pub unit: usize,
+    /// Unit of the feed-forward part, its norm included; the same one where all tokens share it. It stands for the
+    /// block where one home is shown: most of a dense block's bytes are in it, and experts have homes of their own.
+    pub ffn_unit: usize,
     /// Norm before attention.
     pub attn_norm: TensorRef,
     /// Query projection.
@@ -157,7 +164,7 @@ pub struct Model {
     pub hparams: HParams,
     /// Rows of the head and of the embedding.
     pub n_vocab: usize,
-    /// All units: blocks in order (each followed by its experts), then the head's slices.
+    /// All units in pass order: the parts of each block in turn (experts last), then the head's slices.
     pub units: Vec<UnitSpec>,
     /// The blocks.
     pub blocks: Vec<Block>,
@@ -516,7 +523,11 @@ impl<'a> Builder<'a> {
         let h = self.h;
         let (d, q_dim) = (h.n_embd, h.n_heads * h.head_dim);
         let p = format!("blk.{i}");
-        let u = self.unit(UnitKind::Block(i), p.clone());
+        let dense = h.n_experts == 0;
+        let u = match dense {
+            true => self.unit(UnitKind::Attention(i), format!("{p} attention")),
+            false => self.unit(UnitKind::Shared(i), p.clone()),
+        };
         let attn_norm = self.vector(u, &format!("{p}.attn_norm.weight"), d)?;
         let [q, k, v] = self.qkv(u, &p)?;
         let head_norm = |b: &mut Self, name: String| match h.arch {
@@ -526,17 +537,18 @@ impl<'a> Builder<'a> {
         let q_norm = head_norm(self, format!("{p}.attn_q_norm.weight"))?;
         let k_norm = head_norm(self, format!("{p}.attn_k_norm.weight"))?;
         let output = self.linear(u, &format!("{p}.attn_output"), d, q_dim)?;
-        let ffn_norm = self.vector(u, &format!("{p}.ffn_norm.weight"), d)?;
-        let ffn = if h.n_experts == 0 {
+        let ffn_unit = if dense { self.unit(UnitKind::FeedForward(i), format!("{p} feed-forward")) } else { u };
+        let ffn_norm = self.vector(ffn_unit, &format!("{p}.ffn_norm.weight"), d)?;
+        let ffn = if dense {
             Ffn::Dense {
-                gate: self.linear(u, &format!("{p}.ffn_gate"), h.n_ff, d)?,
-                up: self.linear(u, &format!("{p}.ffn_up"), h.n_ff, d)?,
-                down: self.linear(u, &format!("{p}.ffn_down"), d, h.n_ff)?,
+                gate: self.linear(ffn_unit, &format!("{p}.ffn_gate"), h.n_ff, d)?,
+                up: self.linear(ffn_unit, &format!("{p}.ffn_up"), h.n_ff, d)?,
+                down: self.linear(ffn_unit, &format!("{p}.ffn_down"), d, h.n_ff)?,
             }
         } else {
-            self.experts(i, u)?
+            self.experts(i, ffn_unit)?
         };
-        Ok(Block { unit: u, attn_norm, q, k, v, q_norm, k_norm, output, ffn_norm, ffn })
+        Ok(Block { unit: u, ffn_unit, attn_norm, q, k, v, q_norm, k_norm, output, ffn_norm, ffn })
     }
 
     fn experts(&mut self, i: usize, shared: usize) -> Result<Ffn, ModelError> {

@@ -16,7 +16,7 @@ mod uploads;
 
 pub use feed::{Direct, Feed, FeedStats};
 pub use load::{DeviceUnit, Progress, load, load_to_device};
-pub use ring::{Acquire, Ring, Step};
+pub use ring::{Acquire, Kept, Ring, Step};
 pub use streamer::{Staged, StreamError, StreamStats, Streamer, StreamerConfig};
 pub use trace::{Event, EventKind, Trace, write_events};
 pub use unit::{SpanIn, UnitLayout};

@@ -55,6 +55,19 @@ pub struct Ring {
     queue: VecDeque<Item>,
     /// Whether units beyond a hole may be brought before it is filled.
     past_holes: bool,
+    kept: Kept,
+    /// The slot that was given out last, of those that are kept and of the others: slots are given out in turn, so that
+    /// what is brought waits for the oldest use of a slot. On a device a slot is free when computing from it was called.
+    last: [usize; 2],
+}
+
+/// Slots that are kept for some units: the last ones of a ring.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    /// How many slots.
+    pub slots: usize,
+    /// By unit, whether it goes to those slots, and to no others; units beyond the list do not.
+    pub units: Vec<bool>,
 }
 
 impl Ring {
@@ -66,6 +79,8 @@ impl Ring {
             slots: vec![Slot::Free; n_slots],
             queue: VecDeque::with_capacity(2 * n_slots + demand_max + 2),
             past_holes: true,
+            kept: Kept::default(),
+            last: [usize::MAX; 2],
         }
     }
 
@@ -75,20 +90,37 @@ impl Ring {
         Ring { past_holes: false, ..self }
     }
 
+    /// With some slots kept for some units. Units are still brought strictly in turn: one that has no free slot is waited
+    /// for.
+    pub fn keeping(self, kept: Kept) -> Ring {
+        Ring { kept, ..self }
+    }
+
+    /// Gives out a free slot for `unit`.
+    fn slot_for(&mut self, unit: usize) -> Option<usize> {
+        let first_kept = self.slots.len() - self.kept.slots;
+        let is_kept = self.kept.units.get(unit).is_some_and(|k| *k);
+        let of = if is_kept { first_kept..self.slots.len() } else { 0..first_kept };
+        let last = &mut self.last[usize::from(is_kept)];
+        let next = if of.contains(last) { *last + 1 } else { of.start };
+        let slot = (next..of.end).chain(of.start..next).find(|&s| self.slots[s] == Slot::Free)?;
+        *last = slot;
+        Some(slot)
+    }
+
     fn free(&self) -> usize {
         self.slots.iter().filter(|s| **s == Slot::Free).count()
     }
 
     /// The next read to start, as (unit, slot), if a slot is free for one.
     pub fn next_read(&mut self) -> Option<(usize, usize)> {
-        let slot = self.slots.iter().position(|s| *s == Slot::Free)?;
+        self.slots.iter().position(|s| *s == Slot::Free)?;
         let at = self.next_flight()?;
-        if let Item::Flight { unit, slot: s, .. } = &mut self.queue[at] {
-            *s = Some(slot);
-            self.slots[slot] = Slot::Reading;
-            return Some((*unit, slot));
-        }
-        None
+        let Item::Flight { unit, demanded, .. } = self.queue[at] else { return None };
+        let slot = self.slot_for(unit)?;
+        self.queue[at] = Item::Flight { unit, slot: Some(slot), demanded };
+        self.slots[slot] = Slot::Reading;
+        Some((unit, slot))
     }
 
     /// Whether the unit that is read into `slot` was demanded: the pass waits for it, and prefetched ones may wait.
@@ -203,8 +235,13 @@ mod tests {
     /// Runs passes with reads that end in any order after any delay, and checks that each unit is
     /// delivered once, in order, from a slot that holds it.
     fn simulate(seed: u64, n_slots: usize, schedule: &[Step], experts: usize, passes: usize) {
+        let ring = Ring::new(n_slots, schedule.to_vec(), experts);
+        simulate_ring(seed, ring, schedule, experts, passes);
+    }
+
+    fn simulate_ring(seed: u64, mut ring: Ring, schedule: &[Step], experts: usize, passes: usize) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut ring = Ring::new(n_slots, schedule.to_vec(), experts);
+        let n_slots = ring.slots.len();
         let mut reading: Vec<(usize, usize)> = Vec::new();
         let mut holds = vec![None; n_slots];
         for _ in 0..passes {
@@ -221,6 +258,8 @@ mod tests {
                 for unit in wanted {
                     let slot = deliver(&mut ring, &mut rng, &mut reading, &mut holds, unit);
                     assert_eq!(holds[slot], Some(unit), "seed {seed}");
+                    let kept = ring.kept.units.get(unit).is_some_and(|k| *k);
+                    assert_eq!(slot >= n_slots - ring.kept.slots, kept, "seed {seed}: unit {unit} in slot {slot}");
                     progress(&mut ring, &mut rng, &mut reading, &mut holds, Some(slot));
                     ring.release(slot);
                 }
@@ -278,6 +317,18 @@ mod tests {
     }
 
     #[test]
+    fn slots_that_are_kept_for_some_units_hold_those_alone() {
+        let schedule: Vec<Step> = (0..9).map(Step::Unit).collect();
+        for seed in 0..200 {
+            let n = 2 + seed as usize % 3;
+            // Alternating as parts of blocks do, or anyhow.
+            let units = (0..9).map(|u| if seed % 2 == 0 { u % 2 == 0 } else { u % 4 == 0 || u == 5 }).collect();
+            let ring = Ring::new(2 * n, schedule.clone(), 0).keeping(Kept { slots: n, units });
+            simulate_ring(seed, if seed % 3 == 0 { ring.in_strict_order() } else { ring }, &schedule, 0, 20);
+        }
+    }
+
+    #[test]
     fn schedules_with_holes_never_lock_up() {
         let mixed = [Step::Unit(0), Step::Hole, Step::Unit(1), Step::Hole, Step::Hole, Step::Unit(2)];
         let holes = [Step::Hole, Step::Hole];
@@ -294,6 +345,20 @@ mod tests {
         assert_eq!(reads, [(0, 0), (1, 1), (0, 2)]);
     }
 
+    /// Guards against copies that go to the slot used last, and so wait for the newest compute in place of the oldest.
+    #[test]
+    fn slots_are_given_out_in_turn() {
+        let mut ring = Ring::new(3, vec![Step::Unit(0), Step::Unit(1)], 0);
+        let mut next = |unit| {
+            let (read, slot) = ring.next_read().unwrap();
+            ring.read_done(slot, true);
+            assert_eq!((read, ring.acquire(unit)), (unit, Acquire::Ready(slot)));
+            ring.release(slot);
+            slot
+        };
+        assert_eq!([0, 1, 0, 1, 0].map(&mut next), [0, 1, 2, 0, 1]);
+    }
+
     #[test]
     fn past_a_hole_a_slot_stays_free() {
         let mut ring = Ring::new(3, vec![Step::Unit(0), Step::Hole, Step::Unit(1), Step::Hole], 4);
@@ -304,8 +369,8 @@ mod tests {
         assert_eq!(ring.acquire(0), Acquire::Ready(0));
         ring.release(0);
         ring.demand(&[7, 8, 9]);
-        assert_eq!(ring.next_read(), Some((7, 0)));
-        assert_eq!(ring.next_read(), Some((8, 2)));
+        assert_eq!(ring.next_read(), Some((7, 2)));
+        assert_eq!(ring.next_read(), Some((8, 0)));
         assert_eq!(ring.next_read(), None);
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::ring::{Acquire, Ring, Step};
+use super::ring::{Acquire, Kept, Ring, Step};
 use super::signals::{Farewell, Leaves, Signals};
 use super::trace::{Event, EventKind, Trace};
 use super::unit::UnitLayout;
@@ -57,6 +57,8 @@ pub struct StreamerConfig {
     pub demand_max: usize,
     /// The slots.
     pub slots: Vec<Region>,
+    /// Which of them are for some units alone.
+    pub kept: Kept,
     /// Where rows are read to.
     pub rows: Region,
     /// Events to keep.
@@ -138,7 +140,7 @@ impl Streamer {
         let wished = Arc::new(AtomicBool::new(false));
         reader.end_waits_at(Arc::clone(&wished));
         let alignments = (0..n_files).map(|i| reader.alignment(FileId(i as u16))).collect();
-        let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
+        let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max).keeping(config.kept);
         let shared = Shared {
             ring,
             interrupted: false,
@@ -233,6 +235,11 @@ impl Streamer {
         shared.ring.release(slot);
         drop(shared);
         self.wish();
+    }
+
+    /// Addresses of the slots.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> {
+        self.slots.iter().map(|s| s.addr() as u64)
     }
 
     /// Announces the streamed units that will be acquired next (see [`Ring::demand`]).
@@ -489,6 +496,7 @@ mod tests {
                 .collect(),
             demand_max: n,
             slots: (0..slots).map(|_| arena.take(layouts[0].slot_bytes).unwrap()).collect(),
+            kept: Kept::default(),
             rows: arena.take(64 << 10).unwrap(),
             trace_events: 100,
             layouts,

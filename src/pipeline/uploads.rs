@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::ring::{Acquire, Ring, Step};
+use super::ring::{Acquire, Kept, Ring, Step};
 use super::signals::{Farewell, Leaves, Signals};
 use super::streamer::{StreamError, Streamer};
 use super::trace::EventKind;
@@ -35,6 +35,8 @@ pub struct UploadsConfig {
     pub experts_on_storage: bool,
     /// Device addresses of the slots.
     pub slots: Vec<u64>,
+    /// Which of them are for some units alone.
+    pub kept: Kept,
 }
 
 struct Shared {
@@ -83,7 +85,7 @@ impl Uploads {
         let on_storage: Vec<bool> = config.in_ram.iter().map(Option::is_none).collect();
         // Reads come in the order of the streamer's ring, so units that are read must be taken so.
         let reads = config.schedule.iter().any(|s| matches!(s, Step::Unit(u) if on_storage[*u]));
-        let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max);
+        let ring = Ring::new(config.slots.len(), config.schedule, config.demand_max).keeping(config.kept);
         let ring = if reads || config.experts_on_storage { ring.in_strict_order() } else { ring };
         let shared =
             Shared { ring, failed: None, restart: false, stop: false, gone: false, stats: FeedStats::default() };

@@ -1,6 +1,9 @@
 //! Placement for a backend with memory of its own: homes A, B and C.
 
-use super::place::{BUFFERS_DEFAULT, BUFFERS_MIN, Home, Limits, Plan, PlanError, Tiers, UnitSize, spread};
+use super::place::{
+    BUFFERS_DEFAULT, BUFFERS_MIN, Home, Limits, Plan, PlanError, SlotSizes, Tiers, UnitPart, UnitSize, slot_sizes,
+    spread,
+};
 
 /// Staging slots that loading tier A takes where nothing streams from storage.
 const LOADING_SLOTS: usize = 2;
@@ -28,7 +31,7 @@ fn device_slots(
     vram: u64,
     streamed: impl Fn(&UnitSize) -> bool,
 ) -> Result<(usize, u64), PlanError> {
-    let slot_bytes = units.iter().filter(|u| streamed(u)).map(|u| u.slot_bytes).max().unwrap_or(0);
+    let slot_bytes = slot_sizes(units.iter().filter(|u| streamed(u))).sum();
     let needed = |n: usize| n as u64 * slot_bytes;
     let n = match limits.n_buffers {
         Some(n) => n,
@@ -46,33 +49,50 @@ fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -
         homes.fill(Home::A);
         return Ok(Slots { device: 0, staging: fill_ram(units, limits, homes)? });
     }
-    let (device, room) = device_slots(units, limits, vram, |_| true)?;
-    // The head is read whole on every pass; every token uses the shared units, and only some experts.
-    let room = spread(units, homes, Home::A, room, |u| u.block.is_none());
-    let room = spread(units, homes, Home::A, room, |u| u.block.is_some() && !u.routed);
-    spread(units, homes, Home::A, room, |u| u.routed);
+    // The head is read whole on every pass. Attention parts are small, and next to the KV cache here: what streams is
+    // alike without them, and buffers have no slots for them.
+    let of = |part: UnitPart| move |u: &UnitSize| u.part == part;
+    let bytes = |part| units.iter().filter(|u| of(part)(u)).map(|u| u.slot_bytes).sum::<u64>();
+    let (mut device, mut room) = device_slots(units, limits, vram, |u| u.part != UnitPart::Attention)?;
+    if bytes(UnitPart::Head) + bytes(UnitPart::Attention) > room {
+        (device, room) = device_slots(units, limits, vram, |_| true)?;
+    }
+    let room = spread(units, homes, Home::A, room, of(UnitPart::Head));
+    let room = spread(units, homes, Home::A, room, of(UnitPart::Attention));
+    // Every token uses the shared units, and only some experts.
+    let room = spread(units, homes, Home::A, room, |u| matches!(u.part, UnitPart::FeedForward | UnitPart::Shared));
+    spread(units, homes, Home::A, room, UnitSize::routed);
     Ok(Slots { device, staging: fill_ram(units, limits, homes)? })
 }
 
-/// Bytes of the staging slots that `homes` want, and their number.
-fn staging(units: &[UnitSize], limits: &Limits, homes: &[Home], from_storage: bool) -> (usize, u64) {
-    let read = |home: &Home| *home == Home::A || from_storage && *home == Home::C;
-    let slot = units.iter().zip(homes).filter(|(_, h)| read(h)).map(|(u, _)| u.slot_bytes).max().unwrap_or(0);
+/// Number of the staging buffers that `homes` want, and bytes of their slots. What is loaded to VRAM goes through the
+/// slots that are not for attention parts alone.
+fn staging(units: &[UnitSize], limits: &Limits, homes: &[Home], from_storage: bool) -> (usize, SlotSizes) {
+    let (mut others, mut attention) = (0, 0);
+    for (u, home) in units.iter().zip(homes) {
+        match home {
+            Home::C if from_storage && u.part == UnitPart::Attention => attention = u.slot_bytes.max(attention),
+            Home::C if from_storage => others = u.slot_bytes.max(others),
+            Home::A => others = u.slot_bytes.max(others),
+            _ => {}
+        }
+    }
+    let sizes = SlotSizes::new(others, attention);
     let n = match limits.n_buffers {
-        _ if slot == 0 => 0,
+        _ if sizes.slot == 0 => 0,
         _ if !from_storage => LOADING_SLOTS,
         Some(n) => n,
-        None if limits.reserved + BUFFERS_DEFAULT as u64 * slot <= limits.ram / 2 => BUFFERS_DEFAULT,
+        None if limits.reserved + BUFFERS_DEFAULT as u64 * sizes.sum() <= limits.ram / 2 => BUFFERS_DEFAULT,
         None => BUFFERS_MIN,
     };
-    (n, slot)
+    (n, sizes)
 }
 
 /// Gives what is not in A a home in RAM, as far as it goes; returns the number of staging slots.
 fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<usize, PlanError> {
     let rest: u64 = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::C).map(|(u, _)| u.slot_bytes).sum();
     let (n, slot) = staging(units, limits, homes, false);
-    let needed = rest + limits.reserved + n as u64 * slot;
+    let needed = rest + limits.reserved + n as u64 * slot.sum();
     if needed <= limits.ram {
         homes.iter_mut().filter(|h| **h == Home::C).for_each(|h| *h = Home::B);
         return Ok(n);
@@ -81,17 +101,18 @@ fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<u
         return Err(PlanError::NoStorage { workspace: 0, needed, ram: limits.ram });
     }
     let (n, slot) = staging(units, limits, homes, true);
-    let room = limits.ram.checked_sub(limits.reserved + n as u64 * slot).ok_or(PlanError::SlotsTooLarge {
+    let room = limits.ram.checked_sub(limits.reserved + n as u64 * slot.sum()).ok_or(PlanError::SlotsTooLarge {
         ram: limits.ram,
-        slot_bytes: slot,
+        slot_bytes: slot.sum(),
         n_buffers: n,
         reserved: limits.reserved,
         workspace: 0,
-        needed: limits.reserved + n as u64 * slot,
+        needed: limits.reserved + n as u64 * slot.sum(),
     })?;
     let outside: Vec<bool> = homes.iter().map(|h| *h == Home::C).collect();
-    let left = spread_where(units, homes, &outside, room, |u| !u.routed);
-    spread_where(units, homes, &outside, left, |u| u.routed);
+    let left = spread_where(units, homes, &outside, room, |u| u.part == UnitPart::Attention);
+    let left = spread_where(units, homes, &outside, left, |u| u.part != UnitPart::Attention && !u.routed());
+    spread_where(units, homes, &outside, left, UnitSize::routed);
     Ok(n)
 }
 
@@ -144,7 +165,7 @@ fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mu
         room = room.checked_sub(in_a).ok_or_else(|| too_large(in_a + vram - room))?;
         spread(units, homes, Home::A, room, |u| u.block.is_none());
         let (slots, slot) = staging(units, limits, homes, true);
-        let taken = limits.reserved + slots as u64 * slot + bytes(homes, Home::B);
+        let taken = limits.reserved + slots as u64 * slot.sum() + bytes(homes, Home::B);
         let left: Vec<bool> = units.iter().zip(&*homes).map(|(u, h)| u.block.is_none() && *h == Home::C).collect();
         spread_where(units, homes, &left, limits.ram.saturating_sub(taken), |_| true);
     }
@@ -158,7 +179,7 @@ fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mu
     }
     let (staging, slot) = staging(units, limits, homes, from_storage);
     let in_b = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::B).map(|(u, _)| u.slot_bytes).sum::<u64>();
-    let needed = in_b + staging as u64 * slot + limits.reserved;
+    let needed = in_b + staging as u64 * slot.sum() + limits.reserved;
     if needed > limits.ram {
         return Err(PlanError::TiersTooLarge { a, b, c, workspace: 0, needed, ram: limits.ram });
     }
@@ -186,23 +207,26 @@ fn deal(t: Tiers, stacked: bool) -> Vec<Home> {
 
 fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, slots: Slots) -> Plan {
     let of = |home: Home| units.iter().zip(&homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes);
-    let device_slot_bytes = of(Home::B).chain(of(Home::C)).max().unwrap_or(0);
-    let device_slots = if device_slot_bytes == 0 { 0 } else { slots.device };
+    let streamed = units.iter().zip(&homes).filter(|(_, h)| **h != Home::A).map(|(u, _)| u);
+    let on_device = slot_sizes(streamed);
+    let device_slots = if on_device.slot == 0 { 0 } else { slots.device };
     // The largest unit that is read may have found a home in RAM since room was left for slots.
-    let (_, slot_bytes) = staging(units, limits, &homes, homes.contains(&Home::C));
+    let (_, sizes) = staging(units, limits, &homes, homes.contains(&Home::C));
     let n_slots = slots.staging;
-    let mut ram_bytes = of(Home::B).sum::<u64>() + n_slots as u64 * slot_bytes + limits.reserved;
+    let mut ram_bytes = of(Home::B).sum::<u64>() + n_slots as u64 * sizes.sum() + limits.reserved;
     let fits = |e: &u64| !homes.contains(&Home::C) && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
-    let vram_bytes = of(Home::A).sum::<u64>() + device_slots as u64 * device_slot_bytes;
+    let vram_bytes = of(Home::A).sum::<u64>() + device_slots as u64 * on_device.sum();
     Plan {
         n_slots,
-        slot_bytes,
+        slot_bytes: sizes.slot,
+        attention_slot_bytes: sizes.attention,
         embedding_resident: embedding.is_some(),
         ram_bytes,
         device_slots,
-        device_slot_bytes,
+        device_slot_bytes: on_device.slot,
+        device_attention_slot_bytes: on_device.attention,
         vram_bytes,
         homes,
     }
@@ -254,6 +278,23 @@ mod tests {
     }
 
     #[test]
+    fn attention_parts_are_in_vram_first() {
+        let units = place::tests::in_parts(10, 20, 80);
+        // 200 of attention and three slots of 80 leave room for two feed-forward parts.
+        let p = place(&units, &limits(600, 10_000)).unwrap();
+        assert_eq!((p.device_slots, p.device_slot_bytes, p.device_attention_slot_bytes), (3, 80, 0));
+        assert!(p.homes.chunks(2).all(|b| b[0] == Home::A));
+        assert_eq!((count(&p, Home::A), p.vram_bytes), (12, 600));
+        // Loading goes through slots as large as any part.
+        assert_eq!((p.n_slots, p.slot_bytes), (2, 80));
+        let tiers = Limits { tiers: Some(Tiers { a: 2, b: 4, c: 4 }), ..limits(10_000, 10_000) };
+        let p = place(&units, &tiers).unwrap();
+        assert!(p.homes.chunks(2).all(|b| b[0] == b[1]));
+        assert_eq!(p.slots_on_device().collect::<Vec<_>>(), [80, 80, 80, 20, 20, 20]);
+        assert_eq!((p.vram_bytes, p.slots().sum::<u64>()), (200 + 300, 300));
+    }
+
+    #[test]
     fn counts_are_dealt_over_the_depth_or_stacked() {
         let t = Tiers { a: 20, b: 30, c: 30 };
         let l = Limits { tiers: Some(t), ..limits(1 << 20, 1 << 20) };
@@ -277,17 +318,32 @@ mod tests {
                 state % n
             };
             let n = 4 + random(30) as usize;
-            let mut units: Vec<UnitSize> =
-                (0..n).map(|i| UnitSize { slot_bytes: 50 + random(200), block: Some(i), routed: false }).collect();
-            units.extend((0..3).map(|_| UnitSize { slot_bytes: 20 + random(200), block: None, routed: false }));
+            let in_parts = random(2) == 0;
+            let mut part = |i, part| UnitSize { slot_bytes: 50 + random(200), block: Some(i), part };
+            let mut units = Vec::new();
+            for i in 0..n {
+                units.extend(in_parts.then(|| part(i, UnitPart::Attention)));
+                units.push(part(i, UnitPart::FeedForward));
+            }
+            units.extend((0..3).map(|_| UnitSize { slot_bytes: 20 + random(200), block: None, part: UnitPart::Head }));
             let l = Limits { storage: random(4) > 0, ..limits(random(5000), random(5000)) };
             if let Ok(p) = place(&units, &l) {
                 assert!(p.ram_bytes <= l.ram && Some(p.vram_bytes) <= l.vram, "seed {seed}: {p:?}");
-                let of = |home: Home| {
-                    units.iter().zip(&p.homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes)
-                };
-                assert!(of(Home::C).chain(of(Home::A)).all(|b| b <= p.slot_bytes && p.n_slots > 1), "seed {seed}");
-                assert!(of(Home::B).chain(of(Home::C)).all(|b| b <= p.device_slot_bytes && p.device_slots > 1));
+                for (u, home) in units.iter().zip(&p.homes) {
+                    let held = |n: usize, slot: u64, attention: u64| {
+                        let is_kept = u.part == UnitPart::Attention && attention > 0;
+                        n > 1 && u.slot_bytes <= if is_kept { attention } else { slot }
+                    };
+                    let staged = held(p.n_slots, p.slot_bytes, p.attention_slot_bytes);
+                    let loaded = p.n_slots > 1 && u.slot_bytes <= p.slot_bytes;
+                    let copied = held(p.device_slots, p.device_slot_bytes, p.device_attention_slot_bytes);
+                    let held = match home {
+                        Home::A => loaded,
+                        Home::B => copied,
+                        Home::C => staged && copied,
+                    };
+                    assert!(held, "seed {seed}: {u:?} {home:?} {p:?}");
+                }
                 assert!(l.storage || !p.homes.contains(&Home::C), "seed {seed}");
             }
         }

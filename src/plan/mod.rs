@@ -9,7 +9,7 @@ mod size;
 mod work;
 
 pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
-pub use place::{BUFFERS_MAX, Home, Limits, Plan, PlanError, Tiers, UnitSize, place};
+pub use place::{BUFFERS_MAX, Home, Limits, Plan, PlanError, Tiers, UnitPart, UnitSize, place};
 pub use predict::{COPY_TRANSFERS, LinkName, Rates, Roofline, Traffic, roofline};
 pub use simulate::{COPY_GAP_S, Outcome, PassWork, Setup, Shares, SimUnit};
 pub use size::{format_at_least, format_bytes, parse_size};

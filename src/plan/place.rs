@@ -1,8 +1,9 @@
 //! Which tier each unit lives in.
 //!
-//! Units that do not stay resident stream through N slots, each as large as the largest streamed
-//! unit. What the budget leaves beside the slots holds resident units, spread over the depth of
-//! the model in proportion to bytes, so that every link has work all along a pass.
+//! Units that do not stay resident stream through N buffers: each is a slot as large as the largest streamed
+//! unit, and where attention parts stream too, a smaller one for those, so that neither kind waits for the other's
+//! slots. What the budget leaves next to them holds resident units, spread over the depth of the model in proportion to
+//! bytes, so that every link has work all along a pass.
 
 use super::format_bytes;
 
@@ -24,8 +25,30 @@ pub struct UnitSize {
     pub slot_bytes: u64,
     /// The block it belongs to; `None` for slices of the head.
     pub block: Option<usize>,
-    /// Routed expert: used by some tokens only.
-    pub routed: bool,
+    /// What it is.
+    pub part: UnitPart,
+}
+
+/// What a unit is a part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnitPart {
+    /// The attention part of a dense block.
+    Attention,
+    /// The feed-forward part of a dense block.
+    FeedForward,
+    /// Attention part and router of a block with routed experts.
+    Shared,
+    /// A routed expert: used by some tokens only.
+    Expert,
+    /// A slice of the output head.
+    Head,
+}
+
+impl UnitSize {
+    /// Whether only some tokens use it.
+    pub fn routed(&self) -> bool {
+        self.part == UnitPart::Expert
+    }
 }
 
 /// Counts of blocks per tier, from `--tiers A:B:C`.
@@ -76,9 +99,9 @@ pub struct Limits {
     pub embedding: Option<u64>,
 }
 
-/// Slots when nothing else is said: one computing, one complete, one filling.
+/// Buffers when nothing else is said: one computing, one complete, one filling.
 pub(super) const BUFFERS_DEFAULT: usize = 3;
-/// Fewest slots that overlap reading and computing.
+/// Fewest buffers that overlap reading and computing.
 pub(super) const BUFFERS_MIN: usize = 2;
 /// Most slots that may be asked for.
 pub const BUFFERS_MAX: usize = 64;
@@ -88,20 +111,40 @@ pub const BUFFERS_MAX: usize = 64;
 pub struct Plan {
     /// Home of each unit, in the order given.
     pub homes: Vec<Home>,
-    /// Staging slots in RAM (0 if nothing is read to there).
+    /// Buffers in RAM (0 if nothing is read to there), each with a slot.
     pub n_slots: usize,
-    /// Bytes of each.
+    /// Bytes of each slot.
     pub slot_bytes: u64,
+    /// Bytes of the second slot that each buffer has for attention parts; 0 where none is read.
+    pub attention_slot_bytes: u64,
     /// Whether the embedding is resident in RAM.
     pub embedding_resident: bool,
     /// Bytes of RAM for weights: resident units, slots, row buffers, embedding.
     pub ram_bytes: u64,
-    /// Slots in VRAM (0 if nothing streams there).
+    /// Buffers in VRAM (0 if nothing streams there), each with a slot.
     pub device_slots: usize,
-    /// Bytes of each.
+    /// Bytes of each slot.
     pub device_slot_bytes: u64,
+    /// Bytes of the second slot that each buffer has for attention parts; 0 where none streams.
+    pub device_attention_slot_bytes: u64,
     /// Bytes of VRAM for weights: resident units and slots.
     pub vram_bytes: u64,
+}
+
+impl Plan {
+    /// Bytes of every slot in RAM: one of each buffer, then those for attention parts.
+    pub fn slots(&self) -> impl Iterator<Item = u64> + use<> {
+        all_slots(self.n_slots, self.slot_bytes, self.attention_slot_bytes)
+    }
+
+    /// The same in VRAM.
+    pub fn slots_on_device(&self) -> impl Iterator<Item = u64> + use<> {
+        all_slots(self.device_slots, self.device_slot_bytes, self.device_attention_slot_bytes)
+    }
+}
+
+fn all_slots(n: usize, slot: u64, attention: u64) -> impl Iterator<Item = u64> + use<> {
+    std::iter::repeat_n(slot, n).chain(std::iter::repeat_n(attention, if attention > 0 { n } else { 0 }))
 }
 
 /// The part of a sum that is not weights, as the end of a noun phrase.
@@ -114,16 +157,16 @@ fn and_workspace(bytes: &u64) -> String {
 pub enum PlanError {
     /// The slots alone are larger than the budget.
     #[error(
-        "--ram {} is too small: the largest unit takes {}, and {n_buffers} buffers of it and {} of row buffers{} need {}",
+        "--ram {} is too small: a buffer for the largest unit takes {}, and {n_buffers} of them and {} of row buffers{} need {}",
         format_bytes(*.ram), format_bytes(*.slot_bytes), format_bytes(*.reserved), and_workspace(.workspace),
         format_bytes(*.needed)
     )]
     SlotsTooLarge {
         /// The budget.
         ram: u64,
-        /// Bytes of one slot.
+        /// Bytes of one buffer.
         slot_bytes: u64,
-        /// Slots.
+        /// Buffers.
         n_buffers: usize,
         /// Row buffers.
         reserved: u64,
@@ -150,15 +193,15 @@ pub enum PlanError {
     },
     /// The slots in VRAM are larger than what is left there.
     #[error(
-        "VRAM is too small: {} are left for weights, but {n_buffers} buffers of the largest unit ({}) need {}; give a larger --vram or a smaller --ctx",
+        "VRAM is too small: {} are left for weights, but {n_buffers} buffers for the largest unit, of {} each, need {}; give a larger --vram or a smaller --ctx",
         format_bytes(*.vram), format_bytes(*.slot_bytes), format_bytes(*.n_buffers as u64 * *.slot_bytes)
     )]
     DeviceSlotsTooLarge {
         /// Bytes left for weights.
         vram: u64,
-        /// Bytes of one slot.
+        /// Bytes of one buffer.
         slot_bytes: u64,
-        /// Slots.
+        /// Buffers.
         n_buffers: usize,
     },
     /// Blocks that were asked for in VRAM do not fit.
@@ -246,12 +289,19 @@ fn place_by_room(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError>
     if !limits.storage {
         return Err(PlanError::NoStorage { workspace: 0, needed, ram: limits.ram });
     }
-    let (n_slots, slot_bytes) = slots(units.iter(), limits)?;
-    let room = limits.ram - limits.reserved - n_slots as u64 * slot_bytes;
-    // Every token uses the shared units, and only some experts: shared ones are resident first.
+    // Attention parts are small: without them, streamed units are alike, and buffers have no slots for them.
+    let of = |u: &UnitSize| u.part == UnitPart::Attention;
     let mut homes = vec![Home::C; units.len()];
-    let left = spread(units, &mut homes, Home::B, room, |u| !u.routed);
-    spread(units, &mut homes, Home::B, left, |u| u.routed);
+    let (mut n_slots, mut buffer) = slots(units.iter().filter(|u| !of(u)), limits)?;
+    let mut room = limits.ram - limits.reserved - n_slots as u64 * buffer;
+    if units.iter().filter(|u| of(u)).map(|u| u.slot_bytes).sum::<u64>() > room {
+        (n_slots, buffer) = slots(units.iter(), limits)?;
+        room = limits.ram - limits.reserved - n_slots as u64 * buffer;
+    }
+    let left = spread(units, &mut homes, Home::B, room, of);
+    // Every token uses the shared units, and only some experts: shared ones are resident first.
+    let left = spread(units, &mut homes, Home::B, left, |u| !of(u) && !u.routed());
+    spread(units, &mut homes, Home::B, left, UnitSize::routed);
     Ok(finish(units, homes, n_slots, limits))
 }
 
@@ -294,10 +344,43 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
     Ok(finish(units, homes, n_slots, limits))
 }
 
-/// Number and size of the slots that hold any of `streamed`.
+/// Bytes of the slots that a buffer has for `streamed` units: one for attention parts (0 where there are none, or nothing
+/// else), and one for all others.
+pub(super) fn slot_sizes<'a>(streamed: impl Iterator<Item = &'a UnitSize>) -> SlotSizes {
+    let (mut others, mut attention) = (0, 0);
+    for u in streamed {
+        let most = if u.part == UnitPart::Attention { &mut attention } else { &mut others };
+        *most = u.slot_bytes.max(*most);
+    }
+    SlotSizes::new(others, attention)
+}
+
+/// Bytes of the slots of one buffer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct SlotSizes {
+    /// For all units but attention parts, or for those if nothing else streams.
+    pub slot: u64,
+    /// For attention parts.
+    pub attention: u64,
+}
+
+impl SlotSizes {
+    pub fn new(others: u64, attention: u64) -> SlotSizes {
+        match others {
+            0 => SlotSizes { slot: attention, attention: 0 },
+            slot => SlotSizes { slot, attention },
+        }
+    }
+
+    pub fn sum(self) -> u64 {
+        self.slot + self.attention
+    }
+}
+
+/// Number and size of the buffers that hold any of `streamed`.
 fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> Result<(usize, u64), PlanError> {
-    let slot_bytes = streamed.map(|u| u.slot_bytes).max().unwrap_or(0);
-    let needed = |n: usize| limits.reserved + n as u64 * slot_bytes;
+    let buffer = slot_sizes(streamed).sum();
+    let needed = |n: usize| limits.reserved + n as u64 * buffer;
     let n = match limits.n_buffers {
         Some(n) => n,
         None if needed(BUFFERS_DEFAULT) <= limits.ram => BUFFERS_DEFAULT,
@@ -306,14 +389,14 @@ fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> R
     if needed(n) > limits.ram {
         return Err(PlanError::SlotsTooLarge {
             ram: limits.ram,
-            slot_bytes,
+            slot_bytes: buffer,
             n_buffers: n,
             reserved: limits.reserved,
             workspace: 0,
             needed: needed(limits.n_buffers.unwrap_or(BUFFERS_MIN)),
         });
     }
-    Ok((n, slot_bytes))
+    Ok((n, buffer))
 }
 
 /// Gives units that `wanted` names a home in `to`, spread evenly over their bytes, within `room`.
@@ -344,20 +427,22 @@ fn finish(units: &[UnitSize], homes: Vec<Home>, n_slots: usize, limits: &Limits)
     let sum =
         |home: Home| units.iter().zip(&homes).filter(|(_, h)| **h == home).map(|(u, _)| u.slot_bytes).sum::<u64>();
     let streamed = units.iter().zip(&homes).filter(|(_, h)| **h == Home::C);
-    let slot_bytes = streamed.map(|(u, _)| u.slot_bytes).max().unwrap_or(0);
-    let n_slots = if slot_bytes == 0 { 0 } else { n_slots };
-    let mut ram_bytes = sum(Home::B) + n_slots as u64 * slot_bytes + limits.reserved;
+    let sizes = slot_sizes(streamed.map(|(u, _)| u));
+    let n_slots = if sizes.slot == 0 { 0 } else { n_slots };
+    let mut ram_bytes = sum(Home::B) + n_slots as u64 * sizes.sum() + limits.reserved;
     let fits = |e: &u64| n_slots == 0 && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
     Plan {
         homes,
         n_slots,
-        slot_bytes,
+        slot_bytes: sizes.slot,
+        attention_slot_bytes: sizes.attention,
         embedding_resident: embedding.is_some(),
         ram_bytes,
         device_slots: 0,
         device_slot_bytes: 0,
+        device_attention_slot_bytes: 0,
         vram_bytes: 0,
     }
 }
@@ -368,9 +453,16 @@ pub(super) mod tests {
 
     /// Units of so many blocks and slices of the head.
     pub fn model(blocks: usize, block_bytes: u64, slices: usize, slice_bytes: u64) -> Vec<UnitSize> {
-        let block = |i| UnitSize { slot_bytes: block_bytes, block: Some(i), routed: false };
-        let slice = UnitSize { slot_bytes: slice_bytes, block: None, routed: false };
+        let block = |i| UnitSize { slot_bytes: block_bytes, block: Some(i), part: UnitPart::FeedForward };
+        let slice = UnitSize { slot_bytes: slice_bytes, block: None, part: UnitPart::Head };
         (0..blocks).map(block).chain((0..slices).map(|_| slice)).collect()
+    }
+
+    /// Blocks of two parts: `attention` and `ffn` bytes each.
+    pub fn in_parts(blocks: usize, attention: u64, ffn: u64) -> Vec<UnitSize> {
+        let part = |i, slot_bytes, part| UnitSize { slot_bytes, block: Some(i), part };
+        let of = |i| [part(i, attention, UnitPart::Attention), part(i, ffn, UnitPart::FeedForward)];
+        (0..blocks).flat_map(of).collect()
     }
 
     fn limits(ram: u64) -> Limits {
@@ -424,9 +516,28 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn attention_parts_come_first_and_both_parts_follow_tiers_that_are_given() {
+        let units = in_parts(10, 20, 80);
+        // 200 of attention, three slots of 80 and two feed-forward parts.
+        let p = place(&units, &limits(200 + 240 + 160)).unwrap();
+        assert_eq!((p.n_slots, p.slot_bytes, p.attention_slot_bytes, p.ram_bytes), (3, 80, 0, 600));
+        assert!(p.homes.chunks(2).all(|b| b[0] == Home::B));
+        assert_eq!(p.homes.iter().filter(|h| **h == Home::C).count(), 8);
+        // Where not all attention parts fit, buffers have slots for them.
+        let p = place(&units, &limits(300 + 100)).unwrap();
+        assert_eq!((p.n_slots, p.slot_bytes, p.attention_slot_bytes), (3, 80, 20));
+        assert_eq!(p.slots().collect::<Vec<_>>(), [80, 80, 80, 20, 20, 20]);
+        assert!(p.ram_bytes <= 400);
+        let given = Limits { tiers: Some(Tiers { a: 0, b: 4, c: 6 }), ..limits(10_000) };
+        let p = place(&units, &given).unwrap();
+        assert!(p.homes.chunks(2).all(|b| b[0] == b[1]));
+        assert_eq!((p.n_slots, p.ram_bytes), (3, 400 + 3 * 100));
+    }
+
+    #[test]
     fn experts_come_after_what_every_token_uses() {
         let mut units = model(4, 100, 1, 50);
-        units.extend((0..16).map(|i| UnitSize { slot_bytes: 40, block: Some(i / 4), routed: true }));
+        units.extend((0..16).map(|i| UnitSize { slot_bytes: 40, block: Some(i / 4), part: UnitPart::Expert }));
         let p = place(&units, &limits(300 + 450 + 100)).unwrap();
         assert!(p.homes[..5].iter().all(|&h| h == Home::B));
         assert!(p.homes[5..].contains(&Home::B) && p.homes[5..].contains(&Home::C));

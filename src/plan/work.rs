@@ -1,6 +1,6 @@
 //! What a pass asks of each unit: bytes to move and time to compute.
 
-use super::{Machine, UnitSize};
+use super::{Machine, UnitPart, UnitSize};
 use crate::gguf::TensorType;
 
 /// A unit and its part of a pass.
@@ -28,8 +28,17 @@ fn gpu_share(ty: TensorType) -> f64 {
 }
 
 /// Least time of a unit on a GPU: a block's kernels are launched one by one (SmolLM2, whose blocks are
-/// small, decodes at 1386 tokens/s on an H100: 30 blocks in 0.72 ms).
-const GPU_UNIT_S: f64 = 25e-6;
+/// small, decodes at 1386 tokens/s on an H100: 30 blocks in 0.72 ms), of a dense block four for attention and two for the
+/// feed-forward part.
+fn gpu_least_s(part: UnitPart) -> f64 {
+    match part {
+        UnitPart::Attention => 16e-6,
+        UnitPart::FeedForward => 9e-6,
+        UnitPart::Shared | UnitPart::Head => 25e-6,
+        UnitPart::Expert => 0.0,
+    }
+}
+
 /// Fixed overhead per pass on a GPU, excluding units: logits to the host, and the next token's row back.
 const GPU_PASS_S: f64 = 100e-6;
 /// The same on processors, whose threads only meet.
@@ -62,7 +71,7 @@ impl UnitWork {
             (Site::Gpu, Some(gpu)) => {
                 let v = gpu.memory.bytes_per_s();
                 let s: f64 = self.matrices.iter().map(|&(ty, bytes, _)| bytes as f64 / (v * gpu_share(ty))).sum();
-                if self.size.routed { s } else { s.max(GPU_UNIT_S) }
+                s.max(gpu_least_s(self.size.part))
             }
             _ => self.bytes as f64 / cpu_decode_bytes_per_s(machine),
         }
@@ -105,7 +114,12 @@ mod tests {
     }
 
     fn unit(bytes: u64, share: f64, block: Option<usize>) -> UnitWork {
-        let size = UnitSize { slot_bytes: bytes, block, routed: share < 1.0 };
+        let part = match block {
+            None => UnitPart::Head,
+            Some(_) if share < 1.0 => UnitPart::Expert,
+            Some(_) => UnitPart::FeedForward,
+        };
+        let size = UnitSize { slot_bytes: bytes, block, part };
         UnitWork { size, bytes, matrices: vec![(TensorType::Q8_0, bytes, bytes * 32 / 34)], share }
     }
 
@@ -114,7 +128,7 @@ mod tests {
         let m = machine("h100");
         let s = unit(1 << 30, 1.0, Some(0)).decode_s(&m, Site::Gpu);
         assert!((s - (1u64 << 30) as f64 / (2985e9 * gpu_share(TensorType::Q8_0))).abs() < 1e-9);
-        assert_eq!(unit(1000, 1.0, Some(0)).decode_s(&m, Site::Gpu), GPU_UNIT_S);
+        assert_eq!(unit(1000, 1.0, Some(0)).decode_s(&m, Site::Gpu), gpu_least_s(UnitPart::FeedForward));
     }
 
     #[test]

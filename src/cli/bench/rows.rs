@@ -11,7 +11,6 @@ use crate::gguf::{Gguf, TensorType};
 use crate::library::printable;
 use crate::machine;
 use crate::machine::facts::Facts;
-use crate::model::UnitKind;
 use crate::plan::Home;
 use crate::storage::guard::Host;
 
@@ -37,9 +36,7 @@ pub(super) struct About {
 impl About {
     /// Of a session.
     pub(super) fn new(session: &Session, opened: &Opened, kv: TensorType, threads: usize) -> About {
-        let blocks = opened.model.units.iter().zip(session.homes());
-        let blocks: Vec<Home> =
-            blocks.filter(|(u, _)| matches!(u.kind, UnitKind::Block(_))).map(|(_, home)| *home).collect();
+        let blocks: Vec<Home> = opened.model.blocks.iter().map(|b| session.homes()[b.ffn_unit]).collect();
         let path = opened.gguf.shards.first().map_or(Path::new(""), |s| &s.path);
         About {
             model_filename: path.display().to_string(),

@@ -28,10 +28,14 @@ pub struct Setup {
     pub units: Vec<SimUnit>,
     /// Whether a GPU computes from its own memory.
     pub on_device: bool,
-    /// Slots in RAM.
+    /// Buffers in RAM.
     pub staging_slots: usize,
-    /// Slots in VRAM.
+    /// Whether each of them has a slot for attention parts next to the one for all others.
+    pub staging_attention: bool,
+    /// Buffers in VRAM.
     pub device_slots: usize,
+    /// The same for those.
+    pub device_attention: bool,
     /// Rates. A link without one takes no time.
     pub rates: Rates,
     /// Seconds that the link rests between two copies.

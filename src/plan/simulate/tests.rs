@@ -1,9 +1,11 @@
 use super::*;
 use crate::pipeline::EventKind;
+use crate::plan::UnitPart;
 use crate::plan::{Traffic, UnitWork, roofline};
 
 fn unit(bytes: u64, home: Home, block: Option<usize>) -> SimUnit {
-    SimUnit { size: UnitSize { slot_bytes: bytes, block, routed: false }, home }
+    let part = if block.is_some() { UnitPart::FeedForward } else { UnitPart::Head };
+    SimUnit { size: UnitSize { slot_bytes: bytes, block, part }, home }
 }
 
 /// Blocks at these homes, each of 100 bytes.
@@ -17,7 +19,9 @@ fn setup(homes: &str, on_device: bool, slots: usize, rates: Rates) -> Setup {
         units: homes.chars().enumerate().map(|(i, c)| unit(100, home(c), Some(i))).collect(),
         on_device,
         staging_slots: slots,
+        staging_attention: false,
         device_slots: slots,
+        device_attention: false,
         rates,
         copy_gap_s: 0.0,
         wrap: true,
@@ -120,10 +124,16 @@ fn random(seed: u64) -> (Setup, PassWork) {
         _ => Home::C,
     };
     for block in 0..rng.random_range(2..12) {
+        // Dense blocks of one part or two.
+        if experts == 0 && rng.random_range(0..2) == 0 {
+            let mut attention = unit(rng.random_range(10..100), home(&mut rng), Some(block));
+            attention.size.part = UnitPart::Attention;
+            units.push(attention);
+        }
         units.push(unit(rng.random_range(50..200), home(&mut rng), Some(block)));
         for _ in 0..experts {
             let mut e = unit(rng.random_range(10..40), home(&mut rng), Some(block));
-            e.size.routed = true;
+            e.size.part = UnitPart::Expert;
             units.push(e);
         }
     }
@@ -133,8 +143,18 @@ fn random(seed: u64) -> (Setup, PassWork) {
     let rates =
         Rates { vram: None, gpu: rate(), ram: rate().map(|r| 3.0 * r), nvme: rate(), copies: seed.is_multiple_of(3) };
     let each = f64::from(rng.random_range(1..100u32)) / 100.0;
-    let setup =
-        Setup { units, on_device, staging_slots: slots, device_slots: slots, rates, copy_gap_s: 0.0, wrap: true, seed };
+    let setup = Setup {
+        units,
+        on_device,
+        staging_slots: slots,
+        staging_attention: seed.is_multiple_of(2),
+        device_slots: slots,
+        device_attention: seed.is_multiple_of(2),
+        rates,
+        copy_gap_s: 0.0,
+        wrap: true,
+        seed,
+    };
     let pass = PassWork { unit_s: vec![each; setup.units.len()], beside_s: 0.01, experts: experts / 2 };
     (setup, pass)
 }
@@ -146,8 +166,8 @@ fn every_setup_ends_with_each_unit_computed_once_and_no_link_busy_twice() {
         let out = setup.run(&[&pass; 3]);
         assert_eq!(out.passes.len(), 3);
         let of = |kind| out.events.iter().filter(move |e| e.kind == kind);
-        let shared = setup.units.iter().filter(|u| !u.size.routed).count();
-        let blocks = setup.units.iter().filter(|u| !u.size.routed && u.size.block.is_some()).count();
+        let shared = setup.units.iter().filter(|u| !u.size.routed()).count();
+        let blocks = setup.units.iter().filter(|u| !u.size.routed() && u.size.block.is_some()).count();
         assert_eq!(of(EventKind::Compute).count(), 3 * (shared + blocks * pass.experts), "seed {seed}");
         for kind in [EventKind::Read, EventKind::Copy, EventKind::Compute] {
             let all: Vec<_> = of(kind).collect();

@@ -7,9 +7,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::share::{Demand, speeds};
 use super::{Outcome, PassWork, Setup, Shares};
-use crate::pipeline::{Acquire, Event, EventKind, Ring, Step};
-use crate::plan::COPY_TRANSFERS;
-use crate::plan::Home;
+use crate::pipeline::{Acquire, Event, EventKind, Kept, Ring, Step};
+use crate::plan::{COPY_TRANSFERS, Home, UnitPart};
 
 /// Copies that are started beyond the one that runs (as in `pipeline::uploads`).
 const COPIES_AHEAD: usize = 1;
@@ -128,14 +127,20 @@ impl<'a> World<'a> {
         let units = &setup.units;
         let streamed = |i: usize| setup.on_device && units[i].home != Home::A;
         let on_storage = |i: usize| units[i].home == Home::C;
-        let experts = |wanted: &dyn Fn(usize) -> bool| (0..units.len()).any(|i| units[i].size.routed && wanted(i));
+        let experts = |wanted: &dyn Fn(usize) -> bool| (0..units.len()).any(|i| units[i].size.routed() && wanted(i));
         let demand_max = most_experts(setup);
         let (holes, storage_holes) = (experts(&|i| streamed(i) || on_storage(i)), experts(&on_storage));
-        let staging = Ring::new(setup.staging_slots, schedule(setup, &on_storage, storage_holes), demand_max);
+        let ring = |buffers: usize, attention: bool, steps: Vec<Step>| {
+            let units = units.iter().map(|u| attention && u.size.part == UnitPart::Attention).collect();
+            let slots = if attention { buffers } else { 0 };
+            Ring::new(buffers + slots, steps, demand_max).keeping(Kept { slots, units })
+        };
+        let staging_steps = schedule(setup, &on_storage, storage_holes);
+        let staging = ring(setup.staging_slots, setup.staging_attention, staging_steps);
         let device = setup.on_device.then(|| {
             let steps = schedule(setup, &streamed, holes);
             let reads = steps.iter().any(|s| matches!(s, Step::Unit(u) if on_storage(*u)));
-            let ring = Ring::new(setup.device_slots, steps, demand_max);
+            let ring = ring(setup.device_slots, setup.device_attention, steps);
             if reads || storage_holes { ring.in_strict_order() } else { ring }
         });
         World {
@@ -155,8 +160,8 @@ impl<'a> World<'a> {
             copies_called: 0,
             copies_done: 0,
             landed: 0,
-            slot_copy: vec![0; setup.device_slots],
-            slot_compute: vec![0; setup.device_slots],
+            slot_copy: vec![0; 2 * setup.device_slots],
+            slot_compute: vec![0; 2 * setup.device_slots],
             program: VecDeque::new(),
             computes: VecDeque::new(),
             computing: None,
@@ -194,17 +199,17 @@ impl<'a> World<'a> {
     fn begin(&mut self, pass: &PassWork) {
         let units = &self.setup.units;
         self.program.clear();
-        for (i, u) in units.iter().enumerate().filter(|(_, u)| !u.size.routed) {
+        for (i, _) in units.iter().enumerate().filter(|(_, u)| !u.size.routed()) {
             self.program.push_back(Do::Compute(i));
-            if units.get(i + 1).is_some_and(|next| next.size.routed) && u.size.block.is_some() {
+            if units.get(i + 1).is_some_and(|next| next.size.routed()) {
                 self.program.push_back(Do::Route(i));
             }
         }
         self.program.push_back(Do::Beside);
         if !self.setup.wrap {
             let of = |wanted: &dyn Fn(Home) -> bool| {
-                let shared = units.iter().filter(|u| !u.size.routed && wanted(u.home)).count();
-                let experts = units.iter().filter(|u| u.size.routed && wanted(u.home)).count();
+                let shared = units.iter().filter(|u| !u.size.routed() && wanted(u.home)).count();
+                let experts = units.iter().filter(|u| u.size.routed() && wanted(u.home)).count();
                 shared + experts.min(pass.experts * units.len())
             };
             self.reads_left = of(&|h| h == Home::C);
@@ -386,7 +391,7 @@ impl<'a> World<'a> {
     /// Chooses experts of the block whose shared part is `shared`; resident ones are computed first.
     fn route(&mut self, shared: usize, experts: usize) {
         let units = &self.setup.units;
-        let n = units[shared + 1..].iter().take_while(|u| u.size.routed).count();
+        let n = units[shared + 1..].iter().take_while(|u| u.size.routed()).count();
         let mut of: Vec<usize> = (shared + 1..=shared + n).collect();
         for i in 0..experts.min(n) {
             let j = self.rng.random_range(i..n);
@@ -549,17 +554,17 @@ fn finite(demand: Demand) -> Demand {
 /// Most experts of a block.
 fn most_experts(setup: &Setup) -> usize {
     let runs = setup.units.chunk_by(|a, b| a.size.block == b.size.block);
-    runs.map(|r| r.iter().filter(|u| u.size.routed).count()).max().unwrap_or(0)
+    runs.map(|r| r.iter().filter(|u| u.size.routed()).count()).max().unwrap_or(0)
 }
 
-/// Streamed units in pass order, with a hole after each block where experts are streamed.
+/// Streamed units in pass order, with a hole before the experts of each block where experts are streamed.
 fn schedule(setup: &Setup, streamed: &dyn Fn(usize) -> bool, holes: bool) -> Vec<Step> {
     let mut steps = Vec::new();
-    for (i, u) in setup.units.iter().enumerate().filter(|(_, u)| !u.size.routed) {
+    for (i, _) in setup.units.iter().enumerate().filter(|(_, u)| !u.size.routed()) {
         if streamed(i) {
             steps.push(Step::Unit(i));
         }
-        if holes && u.size.block.is_some() {
+        if holes && setup.units.get(i + 1).is_some_and(|next| next.size.routed()) {
             steps.push(Step::Hole);
         }
     }
