@@ -315,8 +315,9 @@ pub struct Placement {
     /// Element type of the KV cache (default: f16; f32 for `nt logits`).
     #[arg(long, value_enum)]
     pub kv: Option<KvArg>,
-    /// Buffers of the ring, 2 to 64, each as large as the largest unit that moves. auto is 3 (2 where there is no
-    /// room), or by simulation where `nt probe` has measured the links.
+    /// Buffers of the ring, 2 to 64, each as large as the largest unit that moves, with a smaller slot for attention
+    /// parts where they move too. auto is 3 (2 where there is no room), or by simulation where `nt probe` has measured
+    /// the links.
     #[arg(long, value_name = "auto|N", default_value = "auto", env = "NT_PIPELINE_DEPTH", value_parser = auto_buffers)]
     pub n_buffers: Auto<usize>,
     /// Counts of blocks in VRAM, RAM and storage; the plan chooses which (default: as many as fit in VRAM, then in
