@@ -31,7 +31,7 @@ const ABSENT: &[Absent] = &[
     absent(&["-cnv", "--conversation", "-st", "--single-turn"], "`nt chat` talks, and `nt run --chat` answers once"),
     absent(&["-no-cnv", "--no-conversation"], "`nt run` continues a text without --chat"),
     absent(&["-sys", "--system-prompt"], "--system TEXT"),
-    absent(&["-b", "--batch-size", "-ub", "--ubatch-size"], "prompts are evaluated in passes of 512"),
+    absent(&["-ub"], "--batch N (or --ubatch-size N) is how many tokens of a prompt a pass evaluates"),
     absent(&["-tb", "--threads-batch"], "-t sets the threads of prompt and answer"),
     absent(
         &["--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io", "-ndio", "--no-direct-io"],
