@@ -1,7 +1,7 @@
 # about: suspend to RAM with a bound drive, idle and in a run
 # long
 # drives: model
-# timeout: 1500
+# timeout: 1800
 # guest: own
 . /root/models.sh
 oracle
@@ -19,7 +19,7 @@ asleep "only bound"
 [ "$(basename "$(readlink /sys/bus/pci/devices/$at/driver)")" = vfio-pci ] && pass "still bound" || fail "still bound"
 works "logits after it" logits slept smol --tier-c $dev $tiers
 bits ram slept
-asuser "exec timeout 900 nt -q run smol --tier-c $dev $tiers -p Hello -n 24 --ctx 64 -t 1" >/tmp/during 2>&1 & first=$!
+asuser "exec timeout 1300 nt -q run smol --tier-c $dev $tiers -p Hello -n 12 --ctx 64 -t 1" >/tmp/during 2>&1 & first=$!
 for try in $(seq 60); do [ -s /tmp/during ] && break; sleep 1; done
 kill -0 $first 2>/dev/null && pass "a run is under way" || fail "a run is under way"
 asleep "in a run"
