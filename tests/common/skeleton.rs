@@ -119,8 +119,14 @@ pub fn skeleton(dir: &Path, name: &str, s: Shape, mix: &str) -> PathBuf {
     add("output_norm.weight".into(), &[s.width], F32);
     add("output.weight".into(), &[s.width, s.vocab], if q4_k_m { Q6_K } else { plain });
     let path = file.write(dir, name);
-    let f = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let mut f = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     let header = f.metadata().unwrap().len();
     f.set_len(header + at).unwrap();
+    // Factors of the rotary embedding are divided by: ones, where all else is zeros.
+    for (i, offset) in file.offsets.iter().filter(|(i, _)| file.tensors[*i].name == "rope_freqs.weight") {
+        f.seek(SeekFrom::Start(header + offset)).unwrap();
+        let ones = 1f32.to_le_bytes().repeat(file.tensors[*i].shape[0] as usize);
+        f.write_all(&ones).unwrap();
+    }
     path
 }
