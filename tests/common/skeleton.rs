@@ -1,5 +1,6 @@
 //! Models with the true shapes of known ones and no weights: headers in front of a hole.
 
+use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 use crate::common::{File, T, V, tiny};
