@@ -161,6 +161,20 @@ pub fn own_folder(path: &Path, shared: bool) -> Result<Folder> {
     Ok(Folder(folder))
 }
 
+/// Makes a folder, and those above it, for files that only cost time to make again. Root's must lie where root alone may
+/// write: with sudo, `HOME` may be another user's, whose links would lead root anywhere.
+///
+/// # Errors
+/// As [`own_folder`], or that others could write there.
+pub fn cache_folder(path: &Path) -> Result<Folder> {
+    let lowest = path.ancestors().find(|p| p.symlink_metadata().is_ok());
+    if nix::unistd::geteuid().is_root() && !lowest.is_some_and(is_ours_alone) {
+        return Err(refuse(format!("{} is not root's alone, so root keeps nothing there", path.display())));
+    }
+    fs::create_dir_all(path.parent().unwrap_or(path))?;
+    own_folder(path, false)
+}
+
 /// Whether nobody but root and this user can change what lies at `path`: the folder and all above it
 /// belong to one of them, and nobody else may write there (in a sticky folder, such as `/tmp`, others cannot
 /// replace what is not theirs).

@@ -11,6 +11,7 @@
 #   iops=N             at most so many reads per second
 #   unreadable=SECTOR  that sector cannot be read
 #   discard            discarded blocks read as zeros (else the drive keeps what was there)
+#   ports              says that several controllers may lead to it; with ns=shared=on
 #   absent             not there until the suite asks the host to plug it
 #   first              enumerated before the system's drive
 #   KEY=VALUE          a property of `-device nvme`
@@ -95,6 +96,7 @@ add_drive() {
         printf '[inject-error]\nevent = "read_aio"\nerrno = "5"\nsector = "%s"\n' "${property#*=}" >"$work/$name.conf"
         source=file=blkdebug:$work/$name.conf:$work/$name.img
         ;;
+      ports) devices+=(-device "nvme-subsys,id=sub_$name") options+=,subsys=sub_$name ;;
       absent) away=1 ;;
       first) ;;
       *) options+=,$property ;;

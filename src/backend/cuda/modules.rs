@@ -4,7 +4,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::hash::{Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::sys;
@@ -13,6 +13,10 @@ use cudarc::nvrtc::sys as nvrtc;
 use super::driver::{Device, Stream, check, device_error};
 use crate::backend::BackendError;
 use crate::gguf::TensorType;
+use crate::storage::safe;
+
+/// Most bytes of a cubin that are read; the largest has a few MiB.
+const CUBIN_MAX: u64 = 256 << 20;
 
 mod embedded {
     #![allow(missing_docs, clippy::all, reason = "written by build.rs")]
@@ -357,7 +361,7 @@ fn compile_cached(unit: &str, arch: u32) -> Result<Vec<u8>, BackendError> {
     let mut hash = DefaultHasher::new();
     (&source, arch, major, minor, env!("CARGO_PKG_VERSION")).hash(&mut hash);
     let path = cache_dir().map(|d| d.join(format!("{unit}-sm{arch}-{:016x}.cubin", hash.finish())));
-    if let Some(image) = path.as_ref().and_then(|p| std::fs::read(p).ok()) {
+    if let Some(image) = path.as_deref().and_then(cached) {
         return Ok(image);
     }
     tracing::info!("compiling the CUDA kernels of {unit} for sm_{arch} (once)");
@@ -368,16 +372,22 @@ fn compile_cached(unit: &str, arch: u32) -> Result<Vec<u8>, BackendError> {
     Ok(image)
 }
 
-/// Written under another name first, so that no other process reads half a file. A cache that
+/// A cubin of the cache, if nobody but root and this user could have written it: it runs with this user's rights.
+fn cached(path: &Path) -> Option<Vec<u8>> {
+    let found = safe::read(path, CUBIN_MAX).ok()?;
+    let me = nix::unistd::geteuid().as_raw();
+    let ours = (found.uid == 0 || found.uid == me) && !found.others_write;
+    // What others can rename is theirs, too. A user's own home may be open to a group, root's may not.
+    let alone = me != 0 || path.parent().is_some_and(safe::is_ours_alone);
+    (ours && alone).then_some(found.bytes)
+}
+
+/// Renamed into place when it is complete, so that no other process reads half a file. A cache that
 /// cannot be written costs time at the next start, nothing else.
-fn store(path: &std::path::Path, image: &[u8]) {
-    let tmp = path.with_extension(format!("{}.tmp", std::process::id()));
-    let written = path
-        .parent()
-        .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&tmp, image))
-        .and_then(|()| std::fs::rename(&tmp, path));
-    if let Err(e) = written {
+fn store(path: &Path, image: &[u8]) {
+    let (folder, name) = (path.parent().unwrap_or(Path::new(".")), path.file_name().and_then(|n| n.to_str()));
+    let put = |name: &str| safe::replace(&safe::cache_folder(folder)?.at(name), image, 0o644, ".nt-");
+    if let Err(e) = name.map_or(Ok(()), put) {
         tracing::warn!("compiled kernels could not be kept in {}: {e}", path.display());
     }
 }
@@ -436,6 +446,35 @@ mod tests {
             let text = whole_source(unit);
             assert!(!text.contains("#include"), "{unit} keeps an include");
             assert!(text.contains("extern \"C\" __global__"), "{unit} has no kernel");
+        }
+    }
+
+    /// Root waited at a FIFO there, wrote through links, and loaded what any user had put there.
+    #[test]
+    fn a_cubin_that_others_could_have_written_is_not_loaded() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = safe::tests::scratch();
+        let path = folder.path().join("nt/x-sm80.cubin");
+        store(&path, b"cubin");
+        assert_eq!(cached(&path).as_deref(), Some(&b"cubin"[..]));
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(&path, 0o666);
+        assert_eq!(cached(&path), None);
+        let other = folder.path().join("other");
+        std::fs::write(&other, "precious").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert_eq!(cached(&path), None);
+        store(&path, b"cubin");
+        assert_eq!(std::fs::read(&other).unwrap(), b"precious");
+        std::fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+        assert_eq!(cached(&path), None);
+        store(&path, b"cubin");
+        assert_eq!(cached(&path).as_deref(), Some(&b"cubin"[..]));
+        if nix::unistd::geteuid().is_root() {
+            mode(folder.path(), 0o777);
+            assert_eq!(cached(&path), None, "others can rename the folder");
         }
     }
 

@@ -6,6 +6,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::storage::safe;
+
+/// Most bytes of the cache that are read; one has a few hundred for each device.
+const CACHE_MAX: u64 = 1 << 20;
+
 /// A measured rate of one link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
@@ -86,9 +91,11 @@ pub fn record(rates: &[Rate]) -> std::io::Result<()> {
     }
 }
 
-/// An unreadable cache is an empty one: it only costs another measurement.
+/// An unreadable cache is an empty one: it only costs another measurement. So is one that is no regular file, or longer
+/// than any that was written here.
 fn load(path: &Path) -> Cache {
-    std::fs::read_to_string(path).ok().and_then(|t| toml::from_str(&t).ok()).unwrap_or_default()
+    let text = safe::read(path, CACHE_MAX).ok().and_then(|c| String::from_utf8(c.bytes).ok());
+    text.and_then(|t| toml::from_str(&t).ok()).unwrap_or_default()
 }
 
 fn find(path: &Path, kind: &str, identity: &str) -> Option<Rate> {
@@ -102,12 +109,9 @@ fn store(path: &Path, rates: &[Rate]) -> std::io::Result<()> {
         cache.rate.push(new.clone());
     }
     let text = toml::to_string(&cache).map_err(std::io::Error::other)?;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder)?;
-    // Renamed into place, so that a reader never sees half of it.
-    let part = folder.join(format!("probe.toml.{}", std::process::id()));
-    std::fs::write(&part, text)?;
-    std::fs::rename(&part, path)
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("probe.toml");
+    let folder = safe::cache_folder(path.parent().unwrap_or(Path::new(".")))?;
+    safe::replace(&folder.at(name), text.as_bytes(), 0o644, ".nt-")
 }
 
 /// The day, in UTC, of a time in seconds since 1970: civil calendar from a day count, with years
@@ -150,6 +154,34 @@ mod tests {
         assert_eq!(find(&path, "storage", "a"), None);
         store(&path, &[Rate::now("storage", "a", 1.0, None, None)]).unwrap();
         assert!(find(&path, "storage", "a").is_some());
+    }
+
+    /// A FIFO in the place of the cache made root wait, and a link led root to another file.
+    #[test]
+    fn what_lies_in_the_place_of_the_cache_is_replaced_and_not_followed() {
+        let d = crate::storage::safe::tests::scratch();
+        let path = d.path().join("nt/probe.toml");
+        std::fs::create_dir(d.path().join("nt")).unwrap();
+        let rate = Rate::now("storage", "a", 1.0, None, None);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+        assert_eq!(find(&path, "storage", "a"), None);
+        store(&path, std::slice::from_ref(&rate)).unwrap();
+        assert_eq!(find(&path, "storage", "a"), Some(rate.clone()));
+        let other = d.path().join("other");
+        std::fs::write(&other, "precious").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        store(&path, std::slice::from_ref(&rate)).unwrap();
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "precious");
+        assert!(std::fs::symlink_metadata(&path).unwrap().is_file());
+        // A link in the place of the folder, also one that leads nowhere yet.
+        for target in [d.path().to_path_buf(), d.path().join("nowhere")] {
+            let linked = d.path().join("linked");
+            std::os::unix::fs::symlink(&target, &linked).unwrap();
+            assert!(store(&linked.join("probe.toml"), std::slice::from_ref(&rate)).is_err());
+            assert!(!target.join("probe.toml").exists());
+            std::fs::remove_file(&linked).unwrap();
+        }
     }
 
     #[test]

@@ -19,11 +19,10 @@ pub(super) fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, Device
     let mut claims = Vec::new();
     for namespace in &drive.namespaces {
         let path = format!("/dev/{}", namespace.whole.name);
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(host.real(&path));
-        let file = file.map_err(|e| {
-            let name = &namespace.whole.name;
-            DeviceError::refused(name, Check::Open, &path, format!("it cannot be claimed: {e}"))
-        })?;
+        let (name, number) = (&namespace.whole.name, &namespace.whole.number);
+        let file = host.open_block(name, number, OpenOptions::new().read(true).custom_flags(libc::O_EXCL));
+        let file =
+            file.map_err(|e| DeviceError::refused(name, Check::Open, &path, format!("it cannot be claimed: {e}")))?;
         leave_alone(&file);
         claims.push(file);
     }
@@ -111,6 +110,11 @@ pub fn claim_to_write(
             return Ok(drive.clone());
         }
         let mut reasons = judge(host, &all, drive, allowed, pci);
+        for reason in reasons.iter_mut().filter(|r| r.check == Check::Contents) {
+            // An entry that lets be read is no word on what may be lost.
+            reason.what =
+                reason.what.replace("if that may be read, add", "all of it will be erased; if it may be, add");
+        }
         let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
         if drive.serial != serial {
             add(Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
@@ -134,15 +138,21 @@ pub fn claim_to_write(
     let kernel = Running::default();
     take::is_whole(&Machine { host, kernel: &kernel, stopped: &|| false }, name, &check(None)?)?;
     let drive = check(Some(&found))?;
-    let path = format!("/dev/{}", drive.namespaces[0].whole.name);
-    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(host.real(&path));
-    let file = open.map_err(|e| {
-        let what = format!("it cannot be claimed for writing: {e}");
-        DeviceError::refused(name, Check::Open, &path, what)
-    })?;
+    let file = open_to_write(host, name, &drive.namespaces[0].whole)?;
     leave_alone(&file);
     if check(Some(&found))? != drive {
-        return Err(DeviceError::step(format!("claiming {path}"), "it changed while it was being checked"));
+        let (path, what) = (drive.pci_path(), "it changed while it was being checked; try again".into());
+        return Err(DeviceError::refused(name, Check::Driver, &path, what));
     }
     Ok(Writable { file, controller: drive, _lock: lock })
+}
+
+/// Opens a namespace for writing, claimed: its node by its number, since whoever can make nodes may have given its name
+/// to another drive.
+pub(super) fn open_to_write(host: &Host, name: &str, whole: &BlockDevice) -> Result<File, DeviceError> {
+    let options = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).clone();
+    host.open_block(&whole.name, &whole.number, &options).map_err(|e| {
+        let what = format!("it cannot be claimed for writing: {e}");
+        DeviceError::refused(name, Check::Open, &format!("/dev/{}", whole.name), what)
+    })
 }

@@ -29,7 +29,8 @@ pub fn moment(host: &Host, controller: &Controller) -> Claim {
     for namespace in &controller.namespaces {
         let path = format!("/dev/{}", namespace.whole.name);
         let flags = libc::O_EXCL | libc::O_NONBLOCK;
-        match OpenOptions::new().read(true).custom_flags(flags).open(host.real(&path)) {
+        let options = OpenOptions::new().read(true).custom_flags(flags).clone();
+        match host.open_block(&namespace.whole.name, &namespace.whole.number, &options) {
             Ok(file) => claims.push(file),
             Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Claim::NotAllowed,
             Err(e) => {

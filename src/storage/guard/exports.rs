@@ -1,4 +1,5 @@
-//! What hands a drive on to others: NVMe-oF, LIO, SCST, USB gadgets, Xen, ublk.
+//! What hands a drive on to others, or uses it in the kernel: NVMe-oF, LIO, SCST, USB gadgets, Xen, ublk, the
+//! heartbeat of clusters.
 
 use super::host::{Host, Unreadable};
 use super::node::Number;
@@ -11,6 +12,7 @@ const NVMET: &str = "/sys/kernel/config/nvmet/subsystems";
 const LIO: &str = "/sys/kernel/config/target/core";
 const SCST: &str = "/sys/kernel/scst_tgt/devices";
 const GADGETS: &str = "/sys/kernel/config/usb_gadget";
+const CLUSTERS: &str = "/sys/kernel/config/cluster";
 const XEN: &str = "/sys/bus/xen-backend/devices";
 /// Where the servers of ublk devices note what they serve, by device number.
 const UBLK_RECORDS: [&str; 2] = ["/run/ublksrvd", "/run/rublk"];
@@ -68,6 +70,7 @@ pub fn exported(host: &Host, controller: &Controller, words: &Words, out: &mut V
             out.push(Reason::new(Check::Exported, &path, format!("{name} is given to a guest of Xen")));
         }
     }
+    look.heartbeats(out)?;
     look.ublk(words, out)
 }
 
@@ -84,12 +87,11 @@ impl Look<'_> {
     fn file(&self, path: &str, over: &str, in_use: bool, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
         let text = self.host.read_if_there(path)?.unwrap_or_default();
         let exported = text.lines().next().unwrap_or("").trim().trim_matches('"');
-        if !exported.starts_with('/') {
-            // A controller that is passed through may stand there by its name alone.
-            if let Some(name) = self.nodes.spelled(exported).filter(|_| !exported.is_empty()) {
-                out.push(Reason::new(Check::Exported, path, format!("{name} is exported over {over}")));
-            }
+        if exported.is_empty() || exported == "(null)" {
             return Ok(());
+        }
+        if !exported.starts_with('/') {
+            return self.relative(path, exported, over, in_use, out);
         }
         match self.nodes.target(self.host, self.controller, exported)? {
             Target::Ours(device) => {
@@ -100,6 +102,51 @@ impl Look<'_> {
                 out.push(Reason::new(Check::Unreadable, path, what));
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// A path without a slash before it, which the kernel follows from where the one who wrote it stood, and for some
+    /// files from its root. A controller that is passed through may stand there by its name alone.
+    fn relative(
+        &self,
+        path: &str,
+        exported: &str,
+        over: &str,
+        in_use: bool,
+        out: &mut Vec<Reason>,
+    ) -> Result<(), Unreadable> {
+        let below = [format!("/{exported}"), format!("/dev/{exported}")];
+        let mut ours = self.nodes.spelled(exported).map(str::to_owned);
+        for from in &below {
+            if let Target::Ours(device) = self.nodes.target(self.host, self.controller, from)? {
+                ours = ours.or(Some(device));
+            }
+        }
+        if let Some(device) = ours {
+            let what = format!("{exported} ({device}) is exported over {over}");
+            out.push(Reason::new(Check::Exported, path, what));
+        } else if in_use {
+            let what = format!(
+                "{exported}, exported over {over}, is no path from /, so the device cannot be told; export it by a path that begins with /"
+            );
+            out.push(Reason::new(Check::Unreadable, path, what));
+        }
+        Ok(())
+    }
+
+    /// The cluster file systems' heartbeat (OCFS2): the kernel writes to a region of the drive while nothing is mounted.
+    fn heartbeats(&self, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        for cluster in folders(self.host, CLUSTERS)? {
+            let base = format!("{CLUSTERS}/{cluster}/heartbeat");
+            for region in folders(self.host, &base)? {
+                let path = format!("{base}/{region}/dev");
+                let name = self.host.read_if_there(&path)?.unwrap_or_default();
+                if let Some(name) = self.nodes.spelled(name.trim()) {
+                    let what = format!("the kernel writes the heartbeat of the cluster {cluster} to {name}");
+                    out.push(Reason::new(Check::Open, &path, what));
+                }
+            }
         }
         Ok(())
     }

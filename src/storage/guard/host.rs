@@ -3,7 +3,7 @@
 //! Nothing here writes. An answer that cannot be read is an error, never an empty answer: the guard
 //! turns it into a refusal.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -152,11 +152,13 @@ impl Host {
         Ok(Path::new("/").join(below))
     }
 
-    /// `len` bytes at `offset` of a file or device; fewer at its end. A negative offset counts from
-    /// the end.
+    /// `len` bytes at `offset` of the block device `/dev/NAME`; fewer at its end. A negative offset counts from
+    /// the end. The node must have the number that sysfs tells.
     pub fn read_at(&self, path: &str, offset: i64, len: usize) -> Result<Vec<u8>, Unreadable> {
         let fail = |e: std::io::Error| Self::fail(path, &e);
-        let mut file = File::open(self.real(path)).map_err(fail)?;
+        let name = path.strip_prefix("/dev/").unwrap_or(path);
+        let number = self.read(&format!("/sys/class/block/{name}/dev"))?;
+        let mut file = self.open_block(name, &number, OpenOptions::new().read(true)).map_err(fail)?;
         let size = file.seek(SeekFrom::End(0)).map_err(fail)?;
         let start = match offset {
             0.. => offset.unsigned_abs().min(size),

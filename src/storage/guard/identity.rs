@@ -1,8 +1,18 @@
 //! Who a drive says it is: the allowlist, twins, and identifiers that identify nothing.
 
+use std::fs::OpenOptions;
+use std::io::Read;
+
 use super::host::Unreadable;
+use super::node::Node;
 use super::sysfs::Controller;
-use super::{Allowlist, Check, Host, Reason, allowlist};
+use super::{Allowlist, Check, Host, Reason, allowlist, nodes};
+use crate::storage::health;
+
+/// Where Identify Controller has the bits on several paths, and two of those. NVMe Base 2.0, figure 275.
+const CMIC: usize = 76;
+const CMIC_PORTS: u8 = 1;
+const CMIC_CONTROLLERS: u8 = 1 << 1;
 
 /// Serial numbers that vendors left in place of one.
 const PLACEHOLDERS: [&str; 13] = [
@@ -113,10 +123,13 @@ pub fn shared(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Re
         }
     }
     // The kernel makes hidden path devices for drives whose CMIC says that they may have several
-    // controllers, unless it was told to make them for all.
-    let always = "/sys/module/nvme_core/parameters/multipath_always_on";
-    if matches!(host.read_if_there(always)?.as_deref(), Some("Y" | "1")) {
-        return Ok(());
+    // controllers, unless it was built or told to make them for none or for all. The drive is asked then.
+    let is_on = |name: &str| -> Result<bool, Unreadable> {
+        let text = host.read_if_there(&format!("/sys/module/nvme_core/parameters/{name}"))?;
+        Ok(matches!(text.as_deref(), Some("Y" | "1")))
+    };
+    if !is_on("multipath")? || is_on("multipath_always_on")? {
+        return several(host, name, out);
     }
     let folder = format!("{}/nvme/{name}", controller.pci_path());
     for entry in host.list(&folder)? {
@@ -124,6 +137,32 @@ pub fn shared(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Re
             let what = format!("{entry} is a path to a namespace that several controllers may lead to (CMIC)");
             out.push(Reason::new(Check::Shared, &folder, what));
         }
+    }
+    Ok(())
+}
+
+/// Whether the drive says (CMIC, by Identify Controller) that several ports or controllers may lead to it.
+fn several(host: &Host, name: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let (node, path) = (format!("/dev/{name}"), format!("/sys/class/nvme/{name}/dev"));
+    let number = nodes::number(&host.read(&path)?, &path)?;
+    let asked = host.open_node(&node, Node::Char(number), OpenOptions::new().read(true));
+    let asked = asked.and_then(|mut file| match host.is_real() {
+        true => health::identify(&file),
+        // In a picture of a machine (tests) the node holds the answer.
+        false => {
+            let mut answer = [0; health::IDENTIFY_BYTES];
+            file.read_exact(&mut answer).map(|()| answer)
+        }
+    });
+    let answer = asked.map_err(|e| {
+        let why = format!(
+            "the kernel's NVMe multipath is off or on for all drives, so the drive was asked whether several controllers lead to it (CMIC), without an answer: {e}; run it as root"
+        );
+        Unreadable::new(&node, why)
+    })?;
+    if answer[CMIC] & (CMIC_PORTS | CMIC_CONTROLLERS) != 0 {
+        let what = "it says that several controllers may lead to it (CMIC)".into();
+        out.push(Reason::new(Check::Shared, &node, what));
     }
     Ok(())
 }

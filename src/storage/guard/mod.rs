@@ -136,6 +136,7 @@ pub fn examine(
     note(&mut out, |out| pci::hot(host, controller, out));
     // Who uses it, and whether that can be seen.
     note(&mut out, |out| sight::hidden(host, out));
+    note(&mut out, |out| nodes::Nodes::of(host, controller)?.are_right(host, out));
     note(&mut out, |out| mounts::mounted(host, controller, out));
     note(&mut out, |out| mounts::swap(host, controller, out));
     for device in controller.devices() {

@@ -7,9 +7,10 @@
 
 use std::cmp::Ordering;
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
@@ -54,6 +55,42 @@ pub enum Node {
     File(Option<Number>),
 }
 
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block(number) => write!(f, "the node of block device {number}"),
+            Self::Char(number) => write!(f, "the node of character device {number}"),
+            Self::File(_) => f.write_str("no node of a device"),
+        }
+    }
+}
+
+impl Node {
+    /// What an open file is.
+    fn of(meta: &Metadata) -> Self {
+        let number = |n: u64| Number { major: libc::major(n), minor: libc::minor(n) };
+        match meta.file_type() {
+            kind if kind.is_block_device() => Self::Block(number(meta.rdev())),
+            kind if kind.is_char_device() => Self::Char(number(meta.rdev())),
+            _ => Self::File(Some(number(meta.dev()))),
+        }
+    }
+
+    /// An error that says what `path` is, unless it is this node.
+    ///
+    /// # Errors
+    /// That it is another one, or none.
+    pub fn must_be(self, path: &str, found: Self) -> io::Result<()> {
+        if self == found {
+            return Ok(());
+        }
+        let what = format!(
+            "{path} is {found}, and by sysfs it must be {self}; remove it and have udev make it anew (`udevadm trigger --action=add`)"
+        );
+        Err(io::Error::new(io::ErrorKind::InvalidData, what))
+    }
+}
+
 /// What a loop device stands on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backing {
@@ -75,6 +112,34 @@ impl Host {
     /// If one of them got no answer; nothing is known of any then.
     pub fn nodes(&self, paths: &[String]) -> Result<Vec<Answer>, Unreadable> {
         if self.is_real() { ask::nodes(paths) } else { Ok(paths.iter().map(|p| self.pictured(p)).collect()) }
+    }
+
+    /// Opens `path` if it is the node `expected`. A name below `/dev` is what somebody made of it: it is looked at
+    /// before anything is opened, and what is opened then is what was looked at, and is looked at again.
+    ///
+    /// # Errors
+    /// Those of the system, or that the path is another device's node or no node.
+    pub fn open_node(&self, path: &str, expected: Node, options: &OpenOptions) -> io::Result<File> {
+        if !self.is_real() {
+            let found = self.pictured(path).map_err(io::Error::other)?.ok_or(io::ErrorKind::NotFound)?;
+            expected.must_be(path, found)?;
+            return options.open(self.real(path));
+        }
+        // O_PATH opens the name and not the device.
+        let seen = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
+        expected.must_be(path, Node::of(&seen.metadata()?))?;
+        let file = options.open(format!("/proc/self/fd/{}", seen.as_raw_fd()))?;
+        expected.must_be(path, Node::of(&file.metadata()?))?;
+        Ok(file)
+    }
+
+    /// Opens `/dev/NAME` if it is the node of the block device that sysfs gives the number `number`, `259:3`.
+    ///
+    /// # Errors
+    /// As [`Host::open_node`].
+    pub fn open_block(&self, name: &str, number: &str, options: &OpenOptions) -> io::Result<File> {
+        let expected = super::nodes::number(number, &format!("/sys/class/block/{name}/dev"));
+        self.open_node(&format!("/dev/{name}"), Node::Block(expected.map_err(io::Error::other)?), options)
     }
 
     /// True if two paths lead to the same file or folder.

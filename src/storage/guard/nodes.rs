@@ -6,6 +6,7 @@ use super::host::{Host, Unreadable};
 use super::mounts;
 use super::node::{Node, Number};
 use super::sysfs::Controller;
+use super::{Check, Reason};
 
 /// Every node that leads to a controller: namespaces, partitions, nodes for commands.
 #[derive(Debug, Clone)]
@@ -56,6 +57,21 @@ impl Nodes {
         let is_remote = |kind: &str| REMOTE.contains(&kind) || kind.starts_with("fuse.");
         let remote = mounts.lines().filter_map(mounts::parse).filter(|m| is_remote(m.kind) && m.place != "/");
         Ok(Self { list, remote: remote.map(|m| m.place).collect() })
+    }
+
+    /// Each node of the controller must have the number that sysfs tells: whatever is read or written by a name
+    /// below `/dev` would be another drive's else. Nodes for commands need not be there.
+    pub fn are_right(&self, host: &Host, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        for (expected, name) in &self.list {
+            let path = format!("/dev/{name}");
+            let fail = |e: &std::io::Error| Reason::new(Check::Unreadable, &path, e.to_string());
+            match host.node(&path)? {
+                Some(found) => out.extend(expected.must_be(&path, found).err().map(|e| fail(&e))),
+                None if matches!(expected, Node::Char(_)) => {}
+                None => out.push(Reason::new(Check::Unreadable, &path, "there is no such node".into())),
+            }
+        }
+        Ok(())
     }
 
     /// What the word `path` of a table leads to; nothing on file systems that ask a server, where no table of this

@@ -177,10 +177,12 @@ fn entry_of(entry: &[u8], block: u64) -> Option<Partition> {
 /// The master boot record and the chain of logical partitions.
 fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), super::Unreadable> {
     let sector = drive.get(0, 512)?;
+    // A loader on a drive without a table (SYSLINUX on a FAT of the whole drive) has its text where a table would be.
+    let end = if mbr_entries(&sector).is_some() { 440 } else { sector.len().min(510) };
+    let holds = |word: &[u8]| sector[..end].windows(word.len()).any(|w| w == word);
+    tables.loader = LOADERS.iter().find(|(word, _)| holds(word)).map(|(_, name)| *name);
     let Some(entries) = mbr_entries(&sector) else { return Ok(()) };
     let code = sector[..440].iter().any(|b| *b != 0);
-    let holds = |word: &[u8]| sector[..440].windows(word.len()).any(|w| w == word);
-    tables.loader = LOADERS.iter().find(|(word, _)| holds(word)).map(|(_, name)| *name);
     let disk = format!("{:08x}", number(&sector, 440, 4));
     if disk != "00000000" {
         tables.disks.push(disk.clone());

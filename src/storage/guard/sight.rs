@@ -7,13 +7,14 @@ use super::{Check, Reason};
 
 /// The number of the namespaces that the machine starts with (`include/linux/proc_ns.h`).
 const FIRST: [(&str, &str); 2] = [("pid", "pid:[4026531836]"), ("user", "user:[4026531837]")];
-/// Parts of the kernel that hand on drives, and the folder or file that lists what they have.
-const LISTS: [(&str, &str); 5] = [
+/// Parts of the kernel that hand on or use drives, and the folder or file that lists what they have.
+const LISTS: [(&str, &str); 6] = [
     ("nvmet", "/sys/kernel/config/nvmet/subsystems"),
     ("target_core_mod", "/sys/kernel/config/target/core"),
     ("scst", "/sys/kernel/scst_tgt/devices"),
     ("zfs", "/proc/spl/kstat/zfs"),
     ("usb_f_mass_storage", "/sys/kernel/config/usb_gadget"),
+    ("ocfs2_nodemanager", "/sys/kernel/config/cluster"),
 ];
 /// Where what is exported by configfs is shown, once it is mounted.
 const CONFIGFS: &str = "/sys/kernel/config";
@@ -113,8 +114,17 @@ fn mounts(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreada
     Ok(())
 }
 
-/// Tables and nodes are the machine's only where its first process sees the same folders.
+/// Tables and nodes are the machine's only where its first process sees the same folders. A namespace of our own may
+/// have a mount over one file, which the folders do not show.
 fn tables(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreadable> {
+    let (own, first) = ("/proc/self/ns/mnt", "/proc/1/ns/mnt");
+    if let (Ok(ours), Ok(theirs)) = (host.link(own), host.link(first))
+        && ours != theirs
+    {
+        let what = "nt runs in a mount namespace of its own, where files may be mounted over the machine's tables; run it outside (`nsenter --target 1 --mount`)";
+        add(own, what.into());
+        return Ok(());
+    }
     for folder in SHARED.iter().filter(|f| host.exists(f)) {
         let theirs = format!("/proc/1/root{folder}");
         if !host.is_same(&theirs, folder)? {

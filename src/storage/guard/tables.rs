@@ -16,11 +16,13 @@ enum Style {
     Whole,
     /// A long file of which only the lines with a path below `/dev` matter.
     Nodes,
+    /// Lines, of what the file's own name names.
+    Named,
     /// No text.
     Binary,
 }
 
-use Style::{Binary, Lines, Nodes, Unit, Whole};
+use Style::{Binary, Lines, Named, Nodes, Unit, Whole};
 
 /// What is read: the files that a pattern means (`*` is any part of one name; a folder of a pattern may
 /// have one too), how they are written, and what a mention there is.
@@ -89,6 +91,11 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/pve/nodes/*/qemu-server/*.conf", Lines, Check::Configured),
     ("/etc/pve/nodes/*/lxc/*.conf", Lines, Check::Configured),
     ("/etc/pve/storage.cfg", Lines, Check::Configured),
+    ("/etc/pve/mapping/*.cfg", Lines, Check::Configured),
+    // Drivers that others than the kernel's own are to take a device.
+    ("/etc/driverctl.d/*", Named, Check::Configured),
+    ("/etc/spdk/*", Whole, Check::Configured),
+    ("/etc/security/pam_mount.conf.xml", Whole, Check::Configured),
     ("/var/lib/lxc/*/config", Lines, Check::Configured),
     ("/etc/xen/*.cfg", Lines, Check::Configured),
     ("/etc/systemd/nspawn/*.nspawn", Lines, Check::Configured),
@@ -157,10 +164,14 @@ fn table(
         Err(e) if e.is_gone() => return Ok(()),
         bytes => bytes?,
     };
-    let mentions = match style {
+    let mut mentions = match style {
         Binary => words.in_bytes(host, &bytes)?,
         style => text(host, words, &String::from_utf8_lossy(&bytes), style)?,
     };
+    if style == Named {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        mentions.extend(words.mentions(host, &format!("pci {name}"), &[])?);
+    }
     // One mention a device is enough to refuse; more would bury the other reasons.
     let mut devices: Vec<&str> = Vec::new();
     for mention in &mentions {
@@ -181,7 +192,7 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
         return words.mentions(host, &lines.join("\n"), &[]);
     }
     let comments: &[char] = match style {
-        Lines => &['#'],
+        Lines | Named => &['#'],
         Unit => &['#', ';'],
         _ => &[],
     };
@@ -253,6 +264,8 @@ fn specifiers(host: &Host, path: &str, out: &mut Vec<Reason>) -> Result<(), Unre
         Err(e) if e.is_gone() => return Ok(()),
         text => text?,
     };
+    // A line that ends with a backslash goes on in the next.
+    let text = text.replace("\\\n", " ");
     for line in text.lines().filter(|l| l.trim_start().starts_with("What")) {
         if line.replace("%%", "").contains('%') {
             let what = format!("{:?} there has a specifier, so the device cannot be told", line.trim());

@@ -171,9 +171,18 @@ impl Words {
         Ok(found)
     }
 
-    /// A PCI address as libvirt writes it (`domain='0x0000' bus='0x02' slot='0x00' function='0x0'`), which
-    /// gives the whole drive to a guest. Addresses inside of a guest have a type.
+    /// A PCI address, which gives the whole drive to a guest or to another driver: `0000:02:00.0`, `02:00.0`, or
+    /// `02:00` for all functions; or as libvirt writes it (`domain='0x0000' bus='0x02' slot='0x00' function='0x0'`),
+    /// where addresses inside of a guest have a type.
     fn pci(&self, line: &str, found: &mut Vec<Mention>) {
+        // Without a function or a domain it may be a time of the day.
+        let short = ["pci", "host"].iter().any(|word| line.contains(word));
+        for word in line.split(|c: char| !(c.is_ascii_hexdigit() || c == ':' || c == '.')) {
+            let word = word.trim_matches('.');
+            if pci_address(word, short).is_some_and(|a| self.bdf == a || self.bdf.starts_with(&format!("{a}."))) {
+                found.push(Mention { device: self.first.clone(), word: word.to_owned() });
+            }
+        }
         for element in line.split('<').filter(|e| e.starts_with("address ") && !e.contains("type=")) {
             let field = |name: &str| {
                 let value = element.split_once(&format!("{name}="))?.1.trim_start_matches(['"', '\'']);
@@ -287,6 +296,24 @@ impl Sort {
 /// Lower case, letters and digits alone: `:` and `-` stand in other places in other tables.
 fn bare(text: &str) -> String {
     text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+}
+
+/// A PCI address in full, `0000:02:00.0`, or `0000:02:00` where all functions are meant; one with neither domain nor
+/// function only if `short`.
+fn pci_address(word: &str, short: bool) -> Option<String> {
+    let (place, function) = word.split_once('.').map_or((word, None), |(place, function)| (place, Some(function)));
+    let parts: Vec<&str> = place.split(':').collect();
+    let (domain, bus, slot) = match parts[..] {
+        [domain, bus, slot] if matches!(domain.len(), 4..=8) => (domain, bus, slot),
+        [bus, slot] if short || function.is_some() => ("0", bus, slot),
+        _ => return None,
+    };
+    let number = |text: &str| u32::from_str_radix(text, 16).ok();
+    if bus.len() != 2 || slot.len() != 2 || function.is_some_and(|f| f.len() != 1) {
+        return None;
+    }
+    let function = function.map_or(Some(String::new()), |f| number(f).map(|f| format!(".{f:x}")))?;
+    Some(format!("{:04x}:{:02x}:{:02x}{function}", number(domain)?, number(bus)?, number(slot)?))
 }
 
 /// True if `word` stands in `line` with no letter or digit on either side.

@@ -705,3 +705,21 @@ fn a_half_bound_drive_is_not_claimed_to_write() {
     words(&end, &["another nt command binds, releases or stages this drive"]);
     drop(held);
 }
+
+/// A drive was erased whose node had been given the name of the one that was meant: claims go by number.
+#[test]
+fn a_node_of_another_drive_is_not_claimed() {
+    let fake = Fake::new();
+    let node = fake.real("/dev/nvme1n1");
+    for target in ["nvme0n1", "../srv/file"] {
+        fake.put("/srv/file", "");
+        fs::remove_file(&node).unwrap();
+        std::os::unix::fs::symlink(target, &node).unwrap();
+        words(&fake.bind("nvme1n1", None), &["cannot be claimed", "259:1", "udevadm"]);
+        fake.is_the_kernels(SPARE);
+        let all = super::super::guard::sysfs::controllers(&fake.host).unwrap();
+        let drive = all.iter().find(|c| c.bdf == SPARE).unwrap();
+        let opened = claim::open_to_write(&fake.host, "nvme1n1", &drive.namespaces[0].whole);
+        words(&End::Failed(opened.unwrap_err()), &["cannot be claimed for writing", "259:1"]);
+    }
+}

@@ -30,8 +30,8 @@ fn the_group_of_a_bound_drive_is_given() {
     assert!(given(&fake, "15"), "a bridge does no harm");
 }
 
-/// From the moment before vfio-pci takes it, so that the rule, which runs meanwhile, does not take back what bind
-/// hands over; and not longer than it is bound.
+/// Not before bind has noted which taking by vfio-pci is its own, since a bind that was killed before that may be followed
+/// by somebody else's; and not longer than it is bound.
 #[test]
 fn the_group_is_given_while_the_drive_is_bound() {
     let fake = Fake::new();
@@ -41,7 +41,12 @@ fn the_group_is_given_while_the_drive_is_bound() {
     let fake = Fake::new();
     fake.bind("nvme1n1", Some((6, Blow::Kill)));
     assert_eq!(record::load(&fake.host, SPARE).unwrap().state, State::Unbound);
-    assert!(given(&fake, "15"));
+    assert!(!given(&fake, "15"));
+    // By hand, after the kill.
+    fake.put(&format!("/sys/bus/pci/devices/{SPARE}/driver_override"), "vfio-pci");
+    fake.probe(SPARE);
+    assert_eq!(fake.driver(SPARE).as_deref(), Some("vfio-pci"));
+    assert!(!given(&fake, "15"));
     let fake = bound();
     fake.release(SPARE, Some((2, Blow::Kill)));
     assert_eq!(record::load(&fake.host, SPARE).unwrap().state, State::Releasing);
@@ -52,11 +57,16 @@ fn the_group_is_given_while_the_drive_is_bound() {
 #[test]
 fn no_other_group_is_given() {
     type Spoil = fn(&Fake);
-    let cases: [(&str, Spoil); 14] = [
+    let cases: [(&str, Spoil); 15] = [
         ("given back and bound by hand since", |f| {
             f.unbind(SPARE);
             f.folder("/taken/1/2/3");
             f.probe(SPARE);
+        }),
+        ("a record of no taking", |f| {
+            let text = fs::read_to_string(f.record(SPARE)).unwrap();
+            let lines: Vec<_> = text.lines().filter(|l| !l.starts_with("taking")).collect();
+            fs::write(f.record(SPARE), lines.join("\n")).unwrap();
         }),
         ("another boot", |f| f.put("/proc/sys/kernel/random/boot_id", "another\n")),
         ("no boot", |f| fs::remove_file(f.real("/proc/sys/kernel/random/boot_id")).unwrap()),

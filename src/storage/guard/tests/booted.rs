@@ -103,6 +103,16 @@ const ROWS: &[Row] = &[
         only_mbr(f, 0, 0x83);
         f.stamp(DISK, 0x180, b"GRUB \0Geom\0");
     }),
+    ("SYSLINUX on a FAT of the whole drive, without a table", BOOT, |f| {
+        wipe(f);
+        f.stamp(DISK, 3, b"SYSLINUX");
+        f.stamp(DISK, 446, b"boot code text here, no table");
+        f.stamp(DISK, 510, &[0x55, 0xaa]);
+    }),
+    ("GRUB in a first sector without a table", BOOT, |f| {
+        wipe(f);
+        f.stamp(DISK, 0x1d0, b"GRUB ");
+    }),
     ("udev knows an EFI system partition", BOOT, |f| {
         f.put("/run/udev/data/b259:11", "E:ID_PART_ENTRY_TYPE=c12a7328-f81f-11d2-ba4b-00a0c93ec93b\n");
     }),

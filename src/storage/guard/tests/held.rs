@@ -88,6 +88,26 @@ const HELD: &[Row] = &[
         f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "/tmp/other");
         f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/enable", "1\n");
     }),
+    ("nvmet export by a path from the root without a slash", Check::Exported, |f| {
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "dev/nvme1n1");
+    }),
+    ("nvmet export by a path from below /dev", Check::Exported, |f| {
+        f.link("/dev/disk/by-id/nvme-X", "../../nvme1n1");
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "disk/by-id/nvme-X\n");
+    }),
+    ("nvmet export by a path from an unknown folder", Check::Unreadable, |f| {
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "../x");
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/enable", "1\n");
+    }),
+    ("SCST export by a path from an unknown folder", Check::Unreadable, |f| {
+        f.put("/sys/kernel/scst_tgt/devices/d/filename", "x/disk.img\n\n[key]\n");
+    }),
+    ("heartbeat of OCFS2", Check::Open, |f| {
+        f.put("/sys/kernel/config/cluster/c1/heartbeat/0123456789ABCDEF/dev", "nvme1n1\n");
+    }),
+    ("heartbeat of OCFS2 on a partition", Check::Open, |f| {
+        f.put("/sys/kernel/config/cluster/c1/heartbeat/0123456789ABCDEF/dev", "nvme1n1p1\n");
+    }),
     ("nvmet passes the controller through", Check::Exported, |f| {
         f.put("/tmp/ctl", "c 241:1");
         f.put("/sys/kernel/config/nvmet/subsystems/s/passthru/device_path", "/tmp/ctl");
@@ -149,6 +169,11 @@ const HIDDEN: &[Row] = &[
     ("nvmet without configfs", Check::Unreadable, |f| f.folder("/sys/module/nvmet")),
     ("LIO without configfs", Check::Unreadable, |f| f.folder("/sys/module/target_core_mod")),
     ("USB gadgets without configfs", Check::Unreadable, |f| f.folder("/sys/module/usb_f_mass_storage")),
+    ("OCFS2's heartbeat without configfs", Check::Unreadable, |f| f.folder("/sys/module/ocfs2_nodemanager")),
+    ("a mount namespace of its own", Check::Unreadable, |f| {
+        f.link("/proc/self/ns/mnt", "mnt:[4026532999]");
+        f.link("/proc/1/ns/mnt", "mnt:[4026531841]");
+    }),
     ("ZFS without its statistics", Check::Unreadable, |f| f.folder("/sys/module/zfs")),
     ("nvmet built in, without configfs", Check::Unreadable, |f| {
         f.put("/proc/sys/kernel/osrelease", "6.1.0-9\n");
@@ -256,6 +281,17 @@ fn nodes_of_other_drives_are_no_reason() {
         "UserFiles:\t5\n    0: /tmp/other\n    1: other\n    2: TCP\n    3: [eventfd]\n    4: <none>\nUserBufs:\t0\n";
     fake.put("/proc/77/fdinfo/9", files);
     fake.put("/sys/kernel/config/target/core/alua/lu_gps/x", "1");
+    fake.put("/sys/kernel/config/cluster/c1/heartbeat/0123456789ABCDEF/dev", "nvme0n1\n");
+    fake.put("/sys/kernel/config/cluster/c1/heartbeat/dead_threshold", "31\n");
+    // Not set up, and switched off.
+    fake.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "(null)\n");
+    fake.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/2/device_path", "dev/nvme0n1\n");
+    fake.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/2/enable", "0\n");
+    // Other functions, and words that look like addresses.
+    fake.put("/etc/pve/qemu-server/100.conf", "hostpci0: 0000:02:00.1\nhostpci1: 02:01\nnet0: 00:02:00.0:02:00\n");
+    fake.put("/etc/cloud/cloud.cfg", "at: 02:00\non: 2026-11-26T00:02:00.0\n");
+    fake.link("/proc/self/ns/mnt", "mnt:[4026531841]");
+    fake.link("/proc/1/ns/mnt", "mnt:[4026531841]");
     fake.put("/sys/kernel/config/target/core/iblock_0/hba_info", "HBA Index: 1 plugin: iblock version: 5\n");
     fake.mount("30 21 0:50 / /proc/sys/fs/binfmt_misc rw - binfmt_misc none rw");
     // Words of whoever mounted what stands on no device, and of a container's lower folders.

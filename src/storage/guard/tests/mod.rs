@@ -111,6 +111,13 @@ impl Fake {
         file.unwrap().write_all_at(magic, at as u64).unwrap();
     }
 
+    /// What the drive answers to Identify Controller.
+    fn identifies(&self, cmic: u8) {
+        let mut answer = vec![0; 4096];
+        answer[76] = cmic;
+        fs::write(self.dir.path().join("dev/nvme1"), answer).unwrap();
+    }
+
     fn reasons(&self, allowed: &Result<Allowlist, String>) -> Vec<Reason> {
         let host = Host::at(self.dir.path());
         let all = sysfs::controllers(&host).unwrap();
@@ -134,6 +141,7 @@ fn clean() -> Fake {
     fake.folder("/sys/block");
     fake.folder("/sys/module");
     fake.table("/dev/nvme1n1", gpt::TYPE);
+    fake.put("/sys/module/nvme_core/parameters/multipath", "Y\n");
     fake.put("/proc/filesystems", "nodev\ttmpfs\nnodev\toverlay\nnodev\tfuse\nnodev\tnfs4\n\text4\n\tfuseblk\n");
     fake.put("/proc/swaps", "Filename Type Size Used Priority\n");
     fake.put("/proc/cmdline", "quiet root=/dev/nvme0n1p1\n");
@@ -271,7 +279,56 @@ fn a_lone_path_is_no_reason_where_all_drives_have_one() {
     fake.folder(&format!("/sys/bus/pci/devices/{BDF}/nvme/nvme1/nvme1c1n1"));
     assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Shared));
     fake.put("/sys/module/nvme_core/parameters/multipath_always_on", "Y\n");
+    fake.identifies(0);
     assert_eq!(fake.reasons(&list()), vec![]);
+}
+
+/// Where the kernel's multipath is not there, off, or on for all drives, sysfs shows a drive with two ports like any other:
+/// the drive itself is asked, and one that cannot be asked is refused.
+#[test]
+fn a_drive_that_sysfs_cannot_tell_of_is_asked() {
+    type Spoil = fn(&Fake);
+    let off: [(&str, Spoil); 3] = [
+        ("no multipath", |f| f.drop_file("/sys/module/nvme_core/parameters/multipath")),
+        ("off", |f| f.put("/sys/module/nvme_core/parameters/multipath", "N\n")),
+        ("for all", |f| f.put("/sys/module/nvme_core/parameters/multipath_always_on", "Y\n")),
+    ];
+    for (name, spoil) in off {
+        let fake = clean();
+        spoil(&fake);
+        assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Unreadable), "{name}: no answer");
+        fake.identifies(0);
+        assert_eq!(fake.reasons(&list()), vec![], "{name}");
+        for cmic in [1, 2, 3, 0x0b] {
+            fake.identifies(cmic);
+            let checks: Vec<_> = fake.reasons(&list()).iter().map(|r| r.check).collect();
+            assert_eq!(checks, [Check::Shared], "{name}: {cmic}");
+        }
+    }
+}
+
+/// Another drive was erased: everything was judged by sysfs, and then the node was opened by its name, which somebody had
+/// given to another drive, or a file of `dd` before the drive was plugged in.
+#[test]
+fn a_node_that_is_not_the_drives_is_never_opened() {
+    for (what, target) in [("another drive's", "nvme0n1"), ("a file", "../srv/file"), ("a partition's", "nvme1n1p1")] {
+        let fake = clean();
+        fake.put("/srv/file", &"x".repeat(2 << 20));
+        fake.link("/dev/nvme1n1", target);
+        let reasons = fake.reasons(&list());
+        let wrong = |r: &&Reason| r.check == Check::Unreadable && r.what.contains("259:10");
+        assert!(reasons.iter().any(|r| wrong(&r)), "{what}: {reasons:?}");
+        let host = Host::at(fake.dir.path());
+        assert!(host.read_at("/dev/nvme1n1", 0, 512).unwrap_err().why.contains("259:10"), "{what}");
+        let all = sysfs::controllers(&host).unwrap();
+        let drive = sysfs::find(&host, &all, "nvme1n1").unwrap();
+        assert!(matches!(claim::moment(&host, drive), claim::Claim::Refused(_)), "{what}");
+    }
+    // The nodes for commands, which are asked about the drive.
+    let fake = clean();
+    fake.link("/dev/nvme1", "nvme0");
+    fake.put("/dev/nvme0", "");
+    assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Unreadable && r.what.contains("241:1")));
 }
 
 /// Whoever names a partition, by whatever name, does not mean the drive that would be erased.
