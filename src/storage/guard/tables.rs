@@ -147,6 +147,9 @@ pub fn named(host: &Host, words: &Words, out: &mut Vec<Reason>) -> Result<(), Un
             table(host, words, &path, Unit, Check::Configured, out)
         });
     }
+    for path in services(host)? {
+        super::note(out, |out| service(host, words, &path, out));
+    }
     super::note(out, |out| volume_groups(host, words, out));
     ceph(host, words, out)
 }
@@ -256,6 +259,44 @@ fn units(host: &Host) -> Result<Vec<String>, Unreadable> {
         }
     }
     Ok(found)
+}
+
+/// Services with their drop-ins.
+fn services(host: &Host) -> Result<Vec<String>, Unreadable> {
+    let mut found = Vec::new();
+    for folder in UNITS {
+        for name in host.list(folder)? {
+            let path = format!("{folder}/{name}");
+            if name.ends_with(".service") && !host.real(&path).is_dir() {
+                found.push(path);
+            } else if name.ends_with(".service.d") && host.real(&path).is_dir() {
+                let drops = host.list(&path)?.into_iter().filter(|d| d.ends_with(".conf"));
+                found.extend(drops.map(|d| format!("{path}/{d}")));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Commands of a service that name a device. nt's own are for drives that may be used so.
+fn service(host: &Host, words: &Words, path: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let text = match host.read(path) {
+        Err(e) if e.is_gone() => return Ok(()),
+        text => text?.replace("\\\n", " "),
+    };
+    let names = |line: &&str| ["/dev/", "UUID=", "LABEL="].iter().any(|word| line.contains(word));
+    let is_command = |line: &&str| {
+        let command =
+            line.trim_start().strip_prefix("Exec").and_then(|l| l.split_once('=')).map(|(_, c)| c.trim_start());
+        let program = command.map(|c| c.trim_start_matches(['@', '-', ':', '+', '!', '|']).split_whitespace().next());
+        program.is_some_and(|p| p.and_then(|p| p.rsplit('/').next()) != Some("nt"))
+    };
+    let commands: Vec<&str> = text.lines().filter(is_command).filter(names).collect();
+    if let Some(mention) = words.mentions(host, &commands.join("\n"), &[])?.first() {
+        let what = format!("{} is named there as {}", mention.device, mention.word);
+        out.push(Reason::new(Check::Configured, path, what));
+    }
+    Ok(())
 }
 
 /// `What=/dev/%m`: what systemd puts in place of a specifier is not known here.

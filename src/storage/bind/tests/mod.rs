@@ -723,3 +723,14 @@ fn a_node_of_another_drive_is_not_claimed() {
         words(&End::Failed(opened.unwrap_err()), &["cannot be claimed for writing", "259:1"]);
     }
 }
+
+/// An entry's `holds` lets data be read, and lets it be erased as well: the refusal of a stage says so before anybody
+/// adds one.
+#[test]
+fn a_stage_says_that_what_it_holds_will_be_erased() {
+    let fake = Fake::new();
+    fs::write(fake.real("/dev/nvme1n1"), vec![7; 2 << 20]).unwrap();
+    let claimed = claim_to_write(&fake.host, "nvme1n1", "S 0000:02:00.0", None, &Err("no list".into()));
+    let Err(e) = claimed else { panic!("it was claimed") };
+    words(&End::Failed(e), &["it holds unknown data; all of it will be erased; if it may be, add holds"]);
+}

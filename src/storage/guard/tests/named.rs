@@ -245,6 +245,16 @@ const NAMED: &[(Holds, &str, &str, Check)] = &[
     (nothing, "/etc/systemd/system/data.mount", "[Mount]\nWhat=/dev/%m\n", Check::Unreadable),
     (nothing, "/etc/systemd/system/data.mount", "[Mount]\nWhat=\\\n  /dev/nvme1n1p1\n", Check::Configured),
     (nothing, "/etc/systemd/system/data.mount", "[Mount]\nWhat=\\\n/dev/disk/by-label/%m\n", Check::Unreadable),
+    // Services that mount by a command.
+    (
+        nothing,
+        "/etc/systemd/system/a.service",
+        "[Service]\nExecStart=/bin/mount /dev/nvme1n1p1 /srv\n",
+        Check::Configured,
+    ),
+    (nothing, "/etc/systemd/system/a.service", "ExecStart=/bin/mount \\\n  /dev/nvme1n1p1 /srv\n", Check::Configured),
+    (nothing, "/usr/lib/systemd/system/a.service.d/b.conf", "ExecStartPre=mkswap /dev/nvme1n1\n", Check::Configured),
+    (ext4, "/lib/systemd/system/a.service", "ExecStart=mount LABEL='my disk' /srv\n", Check::Configured),
     // Guests.
     (nothing, "/etc/libvirt/qemu/vm.xml", "<disk><source dev='/dev/mine'/></disk>", Check::Configured),
     (nothing, "/etc/libvirt/qemu/vm.xml", "<source dev=\"/dev/nvme1n&#49;\"/>", Check::Configured),
