@@ -4,6 +4,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use super::super::guard::claim::Claim;
+use super::super::guard::node::Node;
 use super::super::guard::{self, Check, Controller, Host, Reason, sysfs};
 use super::find::{controllers, recorded};
 use super::record::{self, Bound, Standing, State, device, driver};
@@ -199,6 +200,7 @@ fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) ->
         true => Ok(()),
         false => Err("it did not appear".into()),
     })?;
+    is_of_group(m.host, &node, &record.group)?;
     if m.change(&format!("handing {node} to group {GROUP}"), || m.kernel.hand_over(&m.host.real(&node)))? {
         say(&format!("{node} belongs to group {GROUP}"));
     } else {
@@ -210,6 +212,19 @@ fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) ->
     m.stop_if_asked()?;
     say(&format!("bound: {} at {}", record.shown(), record.pci));
     Ok(())
+}
+
+/// What lies at `node` must be the group's own, by the number that sysfs tells: another group's, left there under its
+/// name, would be handed over with whatever is in it.
+fn is_of_group(host: &Host, node: &str, group: &str) -> Result<(), DeviceError> {
+    let step = format!("looking at {node}");
+    let path = format!("/sys/class/vfio/{group}/dev");
+    let fail = |e: &dyn std::fmt::Display| DeviceError::step(step.clone(), e);
+    let Some(text) = host.read_if_there(&path).map_err(|e| fail(&e))? else { return Ok(()) };
+    let number =
+        text.parse().map_err(|()| fail(&format!("{path}: a device number was expected, {text:?} was found")))?;
+    let found = host.node(node).map_err(|e| fail(&e))?.unwrap_or(Node::File(None));
+    Node::Char(number).must_be(node, found).map_err(|e| fail(&e))
 }
 
 /// Gives the drive back after a failed bind, whatever has been asked meanwhile; the error says what became

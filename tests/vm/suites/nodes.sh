@@ -9,7 +9,7 @@
 # unchanged: targ vict expo late
 # guest: own
 # append: nvme_core.multipath=N
-# programs: unshare:util-linux
+# programs: unshare:util-linux udevadm:udev
 # modules: nvmet configfs ocfs2_nodemanager
 # timeout: 900
 . /root/staging.sh
@@ -53,6 +53,22 @@ if [ -b /dev/$l ]; then echo "SKIP the kernel made its node over the file"; else
   $nt list 2>/dev/null | sed -n '/LATE0001/,$p' | sed -n '/\[\[drive\]\]/,/^    holds/p' | sed 's/^    //' | head -n 8 >>$list
   refused "stage of a drive whose node is a file of dd" "by sysfs" nt stage /mnt/source/tiny.gguf --tier-c $l --erase --serial LATE0001
 fi
+
+# The node of the drive's VFIO group has the number that sysfs tells; udev, which asks for the rule while bind runs, takes
+# back nothing.
+daemon=$(ls /usr/bin/udevadm 2>/dev/null)
+if [ -n "$daemon" ] && ln -sf $daemon /tmp/systemd-udevd && /tmp/systemd-udevd --version >/tmp/out 2>&1; then
+  mkdir -p /run/udev/rules.d
+  cp /root/udev/70-nt-vfio.rules /run/udev/rules.d/
+  /tmp/systemd-udevd --daemon >/tmp/out 2>&1 || daemon=
+fi
+g=$(basename $(readlink /sys/class/nvme/${e%n1}/device/iommu_group))
+works "bind of a drive whose nodes are right" $nt bind $e
+[ -z "$daemon" ] || udevadm settle
+[ "$(stat -c %G:%a /dev/vfio/$g)" = nt:660 ] && pass "the group's node is handed over" || { stat /dev/vfio/$g >/tmp/out; fail "the group's node is handed over"; }
+works "release" $nt release $e; sleep 1
+[ -z "$daemon" ] || { udevadm settle; kill $(pidof systemd-udevd) 2>/dev/null; rm -rf /run/udev; }
+e=$(drive EXPO0001)n1
 
 # NVMe-oF by a path that does not begin with a slash.
 modprobe nvmet; mount -t configfs none /sys/kernel/config

@@ -734,3 +734,13 @@ fn a_stage_says_that_what_it_holds_will_be_erased() {
     let Err(e) = claimed else { panic!("it was claimed") };
     words(&End::Failed(e), &["it holds unknown data; all of it will be erased; if it may be, add holds"]);
 }
+
+/// A node of another group, left under the name of the drive's, is not handed to anybody.
+#[test]
+fn a_node_of_another_group_is_not_handed_over() {
+    let fake = Fake::new();
+    fake.put("/sys/class/vfio/15/dev", "244:0\n");
+    words(&fake.bind("nvme1n1", None), &["/dev/vfio/15", "character device 244:0"]);
+    fake.is_the_kernels(SPARE);
+    assert!(!fake.log.borrow().iter().any(|change| change.starts_with("handing")));
+}
