@@ -60,7 +60,7 @@ daemon=$(ls /usr/bin/udevadm 2>/dev/null)
 if [ -n "$daemon" ] && ln -sf $daemon /tmp/systemd-udevd && /tmp/systemd-udevd --version >/tmp/out 2>&1; then
   mkdir -p /run/udev/rules.d
   cp /root/udev/70-nt-vfio.rules /run/udev/rules.d/
-  /tmp/systemd-udevd --daemon >/tmp/out 2>&1 || daemon=
+  /tmp/systemd-udevd --daemon >/tmp/out 2>&1 && echo "INFO udev runs" || daemon=
 fi
 g=$(basename $(readlink /sys/class/nvme/${e%n1}/device/iommu_group))
 works "bind of a drive whose nodes are right" $nt bind $e
