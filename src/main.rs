@@ -5,5 +5,6 @@
 static ALLOCATOR: nt::memory::bounded::Metered = nt::memory::bounded::Metered;
 
 fn main() -> std::process::ExitCode {
+    nt::memory::bounded::quiet_panics();
     nt::cli::main()
 }

@@ -17,7 +17,7 @@ use self::rows::{About, Rows};
 use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::{Report, print_line};
-use super::{Failure, ModelArg, Placement, interrupt, run};
+use super::{Failure, ModelArg, Placement, interrupt, outputs, run};
 use crate::backend::Class;
 use crate::engine::{Opened, Session};
 use crate::machine;
@@ -124,6 +124,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
     interrupt::install()?;
     let opened = run::open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
     let (kv, threads) = (options.kv_type, options.threads);
     options.timeline |= args.html.is_some();

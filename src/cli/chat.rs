@@ -1,13 +1,16 @@
 //! `nt chat`: a conversation on the terminal; history and KV cache are kept.
 
+use std::cell::Cell;
+
 use clap::Args;
 use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
 use super::entry::{Entries, Entry};
+use super::failure::say;
 use super::report::{self, Report};
 use super::template::TemplateOptions;
-use super::{Failure, ModelArg, Placement, Sampling, interrupt, run};
+use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
 use crate::engine::{Generation, Opened, Request, Sampler, Session, StopReason, generate};
 use crate::machine::pressure::Watch;
 use crate::tokenizer::ChatTemplate;
@@ -66,6 +69,7 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
     interrupt::install()?;
     let params = args.sampling.params()?;
     let opened = run::open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
@@ -146,7 +150,7 @@ impl Chat<'_> {
             let text = match entries.next()? {
                 Entry::End => return Ok(()),
                 Entry::Interrupted => {
-                    eprintln!();
+                    say("");
                     return Err(Failure::interrupted());
                 }
                 Entry::Unusable(why) => {
@@ -158,11 +162,11 @@ impl Chat<'_> {
             match text.trim() {
                 "" => {}
                 "/exit" | "/quit" => return Ok(()),
-                "/help" => eprintln!("{COMMANDS}"),
+                "/help" => say(COMMANDS),
                 "/clear" => self.clear(),
                 "/regen" => match self.messages.split_last() {
                     Some((last, before)) if last["role"] == "assistant" => self.answer(before.to_vec())?,
-                    _ => eprintln!("there is no answer yet"),
+                    _ => say("there is no answer yet"),
                 },
                 _ => {
                     let mut messages = self.messages.clone();
@@ -175,7 +179,7 @@ impl Chat<'_> {
 
     /// Says why a message gets no answer. The conversation is as before it.
     fn refuse(&mut self, why: Failure) {
-        eprintln!("nt: {why}");
+        say(&format!("nt: {}", super::printable::sentence(&why.to_string())));
         self.refused = Some(why.silent());
     }
 
@@ -191,7 +195,7 @@ impl Chat<'_> {
         self.cached.clear();
         self.session.truncate(0);
         self.told.clear();
-        eprintln!("the conversation is forgotten");
+        say("the conversation is forgotten");
     }
 
     /// Answers the last of `messages`, which become the conversation if there is an answer.
@@ -211,7 +215,7 @@ impl Chat<'_> {
         self.cached.extend(&g.tokens);
         self.cached.truncate(self.session.position());
         if g.stop == StopReason::Interrupt && g.tokens.is_empty() {
-            eprintln!("stopped before the first word; the message is taken back");
+            say("stopped before the first word; the message is taken back");
         } else {
             self.answers += 1;
             self.messages = turn.messages;
@@ -286,15 +290,16 @@ impl Chat<'_> {
         let (args, watch) = (self.args, &self.watch);
         let request = Request { text: prompt, cached: agree, n: args.n, stops: &args.stop, special: args.special };
         let mut out = (!args.json).then(report::Text::stdout);
+        let lost = Cell::new(false);
         let g = generate(
             &mut self.session,
             &self.opened.tokenizer,
             &mut self.sampler,
             request,
-            &|| interrupt::interrupted() || watch.tripped(),
+            &|| interrupt::interrupted() || watch.tripped() || lost.get(),
             &mut |text| {
                 if let Some(out) = &mut out {
-                    out.piece(text);
+                    lost.set(!out.piece(text));
                 }
             },
         )

@@ -1,8 +1,10 @@
 //! What is typed at the prompt of `nt chat`: lines, and messages of several lines.
 
+use std::io::Write as _;
 use std::os::fd::AsFd;
 
 use super::Failure;
+use super::failure::Stderr;
 use super::interrupt::Waiter;
 
 /// Bytes of a message at most; no context holds more.
@@ -161,7 +163,7 @@ impl Source for Stdin {
 
     fn ask(&mut self, prompt: &str) {
         if self.terminal {
-            eprint!("{prompt}");
+            let _ = write!(Stderr, "{prompt}");
         }
     }
 }

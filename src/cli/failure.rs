@@ -95,5 +95,21 @@ impl std::fmt::Display for Failure {
 /// A line on stderr. A terminal or a pipe that is gone is no reason to stop: what undoes a half-done step
 /// speaks too, and must get to its end.
 pub(super) fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(Stderr, "{line}");
+}
+
+/// Stderr, which takes all that is written to it, also where it is closed or full: what is said there is no reason to
+/// end in the middle of a result.
+pub(super) struct Stderr;
+
+impl std::io::Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = std::io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let _ = std::io::stderr().flush();
+        Ok(())
+    }
 }

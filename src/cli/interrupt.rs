@@ -31,6 +31,13 @@ extern "C" fn on_signal(signal: i32) {
     }
 }
 
+/// Lets a write beyond the limit of a file's size (`ulimit -f`) fail with a reason rather than end the process.
+pub fn ignore_file_size_signal() {
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is installed. Where it cannot be ignored, the signal ends the process as before.
+    let _ = unsafe { sigaction(Signal::SIGXFSZ, &ignore) };
+}
+
 /// Installs the handler for SIGINT and SIGTERM. The second signal finds the default action.
 pub fn install() -> Result<(), super::Failure> {
     let action =

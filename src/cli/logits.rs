@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::args::KvArg;
-use super::{Failure, ModelArg, Placement, npy, run};
+use super::{Failure, ModelArg, Placement, npy, outputs, run};
 use crate::backend::Class;
 use crate::engine::Session;
 use crate::model::Outputs;
@@ -35,6 +35,7 @@ fn token(text: &str) -> Result<u32, String> {
 pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     super::interrupt::install()?;
     let opened = run::open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[("-o", Some(&args.output))])?;
     let n_vocab = opened.model.n_vocab;
     if let Some(t) = args.tokens.iter().find(|&&t| t as usize >= n_vocab) {
         return Err(Failure::usage(format!("--tokens: {t} is no token of this vocabulary of {n_vocab}")));

@@ -14,6 +14,7 @@ mod list;
 mod llama;
 mod logits;
 mod npy;
+mod outputs;
 mod page;
 mod perplexity;
 mod plan;
@@ -41,6 +42,7 @@ const STACK_BYTES: usize = 8 << 20;
 
 /// Entry point of the binary. Where the system gives less than the usual stack (`ulimit -s`), a thread has it.
 pub fn main() -> ExitCode {
+    interrupt::ignore_file_size_signal();
     let enough = getrlimit(Resource::RLIMIT_STACK).is_ok_and(|(soft, _)| soft >= STACK_BYTES as u64);
     if enough {
         return command();
@@ -113,7 +115,7 @@ fn init_log(cli: &Cli) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .fmt_fields(tracing_subscriber::field::MakeExt::delimited(fields, " "))
-        .with_writer(std::io::stderr)
+        .with_writer(|| failure::Stderr)
         .with_target(false)
         .without_time()
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))

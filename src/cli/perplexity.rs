@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::args::{Auto, KvArg};
-use super::{Failure, ModelArg, Placement, run};
+use super::{Failure, ModelArg, Placement, outputs, run};
 use crate::backend::Class;
 use crate::engine::Session;
 use crate::model::Outputs;
@@ -36,11 +36,16 @@ const CTX_DEFAULT: usize = 512;
 
 /// Prints the perplexity with its standard error.
 pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
-    super::interrupt::install()?;
+    if args.chunks == 0 {
+        return Err(Failure::usage("--chunks 0 scores nothing; a number from 1, or -1 for all, was expected"));
+    }
     let opened = run::open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[])?;
     let tokenizer = &opened.tokenizer;
     let text = run::read_text(&args.file)?;
     let mut tokens = tokenizer.encode_text(&text);
+    // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
+    super::interrupt::install()?;
     let n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
         Auto::Given(n) => n,

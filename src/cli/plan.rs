@@ -9,7 +9,7 @@ use serde_json::{Value as Json, json};
 use super::args::{Auto, KvArg};
 use super::page;
 use super::report::print_line;
-use super::{Failure, ModelArg, Placement, run};
+use super::{Failure, ModelArg, Placement, outputs, run};
 use crate::backend::BackendKind;
 use crate::engine::{Change, Forecast, Opened, beyond_training, sensitivity, this_machine};
 use crate::pipeline::{Event, write_events};
@@ -58,6 +58,7 @@ const CTX_DEFAULT: usize = 4096;
 /// Plans and prints.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let opened = run::open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     let mut machine = machine(args.machine.as_deref(), &opened)?;
     let given = |gb_per_s: f64| Rate { gb_per_s, measured: false, source: "as given".into() };
     if let (Some(gpu), Some(gb)) = (&mut machine.gpu, args.link) {

@@ -349,13 +349,14 @@ impl Text {
         Text { terminal, written: Ok(()) }
     }
 
-    /// Prints the next piece.
-    pub fn piece(&mut self, text: &str) {
+    /// Prints the next piece. Returns whether all was written so far; after a failure nothing more is.
+    pub fn piece(&mut self, text: &str) -> bool {
         let text = match &mut self.terminal {
             Some(shown) => shown.piece(text),
             None => text.into(),
         };
         self.write(&text);
+        self.written.is_ok()
     }
 
     fn write(&mut self, text: &str) {

@@ -1,15 +1,17 @@
 //! `nt run`, and what the commands that load a model share.
 
+use std::cell::Cell;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
+use super::failure::say;
 use super::page::{self, Timings};
 use super::report::{self, Report};
 use super::template::TemplateOptions;
-use super::{Failure, ModelArg, Placement, Sampling, interrupt};
+use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
@@ -20,7 +22,7 @@ use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
 use crate::machine::pressure::{self, Watch};
 use crate::model::{ForwardError, Outputs};
-use crate::plan::Machine;
+use crate::plan::{Machine, format_bytes};
 use crate::storage::guard::Host;
 use crate::storage::vfio::device::OpenError;
 use crate::storage::{ReaderKind, StorageError};
@@ -84,7 +86,6 @@ pub struct RunArgs {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    interrupt::install()?;
     let params = args.sampling.params()?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(p), _) => p.clone(),
@@ -92,9 +93,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         (None, None) => String::new(),
     };
     let opened = open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     args.sampling.check(opened.model.n_vocab)?;
     let mut warnings = Vec::new();
     let tokens = prompt_tokens(args, &opened, &prompt, &mut warnings)?;
+    // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
+    interrupt::install()?;
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), wished_context(tokens.len(), args.n))?;
     options.timeline |= args.html.is_some();
@@ -103,13 +107,15 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut sampler = Sampler::for_model(params, opened.model.n_vocab, &opened.tokenizer);
     let mut out = (!args.json).then(report::Text::stdout);
     let request = Request { text: &tokens, cached: 0, n: args.n, stops: &args.stop, special: args.special };
-    let generation =
-        generate(&mut session, &opened.tokenizer, &mut sampler, request, &|| to_stop(&watch), &mut |text| {
-            if let Some(out) = &mut out {
-                out.piece(text);
-            }
-        })
-        .map_err(failure)?;
+    // Where nobody takes the text, none is made.
+    let lost = Cell::new(false);
+    let stop = || to_stop(&watch) || lost.get();
+    let generation = generate(&mut session, &opened.tokenizer, &mut sampler, request, &stop, &mut |text| {
+        if let Some(out) = &mut out {
+            lost.set(!out.piece(text));
+        }
+    })
+    .map_err(failure)?;
     out.map_or(Ok(()), report::Text::end)?;
     finish(args, &opened, &mut session, &generation, watch.reason(), &warnings)
 }
@@ -177,9 +183,9 @@ pub(super) fn prepare(p: &Placement) -> Watch {
 fn evict_ollama() {
     let host = std::env::var("OLLAMA_HOST").ok();
     match ollama::address(host.as_deref()).and_then(ollama::evict) {
-        Ok(Eviction::Unloaded(names)) if names.is_empty() => eprintln!("Ollama has no model loaded"),
-        Ok(Eviction::Unloaded(names)) => eprintln!("Ollama has unloaded {}", names.join(", ")),
-        Ok(Eviction::NotThere(at)) => eprintln!("no Ollama answers at {at}; nothing to unload"),
+        Ok(Eviction::Unloaded(names)) if names.is_empty() => say("Ollama has no model loaded"),
+        Ok(Eviction::Unloaded(names)) => say(&format!("Ollama has unloaded {}", names.join(", "))),
+        Ok(Eviction::NotThere(at)) => say(&format!("no Ollama answers at {at}; nothing to unload")),
         Ok(Eviction::StillLoaded(names)) => tracing::warn!("Ollama still holds {}", names.join(", ")),
         Err(e) => tracing::warn!("Ollama's models could not be unloaded: {e}"),
     }
@@ -260,7 +266,26 @@ pub(super) fn template_failure(e: TokenizerError) -> Failure {
 /// Most bytes of a text: more is no prompt, and may be a device that never ends.
 const TEXT_MAX: u64 = 256 << 20;
 
-/// Reads a text file (or stdin as `-`), which must be UTF-8 and not longer than [`TEXT_MAX`].
+/// Bytes of a text whose tokens are made without a look at the memory that is free.
+const TEXT_UNCHECKED: u64 = 1 << 20;
+/// Memory that making its tokens takes for each byte of a text, where all of it is one word.
+const MEMORY_OF_A_BYTE: u64 = 70;
+
+/// Why there is too little memory for making the tokens of a text of so many bytes.
+fn too_large(bytes: u64) -> Option<String> {
+    let (need, free) = (bytes * MEMORY_OF_A_BYTE, crate::machine::memory(Path::new("/")).budget()?);
+    (bytes > TEXT_UNCHECKED && need > free).then(|| {
+        format!(
+            "it has {}, whose tokens may take {} of memory to make, but {} can be taken; shorten it, or free memory",
+            format_bytes(bytes),
+            format_bytes(need),
+            format_bytes(free)
+        )
+    })
+}
+
+/// Reads a text file (or stdin as `-`), which must be UTF-8, not longer than [`TEXT_MAX`], and no more than the memory
+/// that is free can make tokens of.
 pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
     let all = |input: &mut dyn Read| {
         let mut bytes = Vec::new();
@@ -277,6 +302,9 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
             path.display(),
             TEXT_MAX >> 20
         )));
+    }
+    if let Some(why) = too_large(bytes.len() as u64) {
+        return Err(Failure::limits(format!("{}: {why}", path.display())));
     }
     String::from_utf8(bytes).map_err(|e| {
         Failure::usage(format!("{} is not UTF-8: byte {} is invalid", path.display(), e.utf8_error().valid_up_to()))
@@ -332,7 +360,8 @@ pub(super) fn reader_kind(reader: ReaderArg) -> ReaderKind {
     }
 }
 
-fn named_places(p: &Placement) -> Result<Vec<PathBuf>, Failure> {
+/// The places that the option of tier C names.
+pub(super) fn named_places(p: &Placement) -> Result<Vec<PathBuf>, Failure> {
     if p.tier_c == "none" { Ok(Vec::new()) } else { places(&p.tier_c) }
 }
 

@@ -5,6 +5,7 @@
 //! The work is therefore given what it needs by value and must hold no lock that others wait for.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::any::Any;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU8, Ordering};
@@ -33,6 +34,22 @@ pub enum Exceeded {
     Cpu,
     /// The thread cannot be had.
     Thread(std::io::Error),
+    /// The work panicked, with what it said.
+    Panicked(String),
+}
+
+/// The name of the threads of [`run`].
+const THREAD_NAME: &str = "bounded";
+
+/// Sets a panic hook that leaves panics of [`run`]'s threads to their caller and passes all others on. The process's
+/// main function calls it, once.
+pub fn quiet_panics() {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        if std::thread::current().name() != Some(THREAD_NAME) {
+            before(info);
+        }
+    }));
 }
 
 /// How often a thread's clock and meter are looked at.
@@ -44,16 +61,12 @@ const REAL_TIME_FACTOR: u32 = 10;
 ///
 /// # Errors
 ///
-/// With what was exceeded; the thread then stays behind.
-///
-/// # Panics
-///
-/// If `work` panics.
+/// With what was exceeded; the thread then stays behind, unless it panicked.
 pub fn run<T: Send + 'static>(limits: &Limits, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Exceeded> {
     let meter = Arc::new(Meter::new(limits.heap_bytes));
     let (sender, receiver) = mpsc::sync_channel(1);
     let counted = Arc::clone(&meter);
-    let thread = std::thread::Builder::new().name("bounded".into()).stack_size(limits.stack_bytes);
+    let thread = std::thread::Builder::new().name(THREAD_NAME.into()).stack_size(limits.stack_bytes);
     let thread = thread.spawn(move || {
         counted.thread.store(nix::unistd::gettid().as_raw(), Ordering::Release);
         let result = {
@@ -67,17 +80,12 @@ pub fn run<T: Send + 'static>(limits: &Limits, work: impl FnOnce() -> T + Send +
     let start = Instant::now();
     loop {
         match receiver.recv_timeout(LOOK_EVERY) {
-            Ok(result) => {
-                if let Err(panic) = thread.join() {
-                    std::panic::resume_unwind(panic);
-                }
-                return Ok(result);
-            }
+            Ok(result) => return thread.join().map(|()| result).map_err(|panic| Exceeded::Panicked(said(&*panic))),
             // Without a result the thread can only have panicked.
-            Err(RecvTimeoutError::Disconnected) => match thread.join() {
-                Err(panic) => std::panic::resume_unwind(panic),
-                Ok(()) => return Err(Exceeded::Thread(std::io::Error::other("it ended without a result"))),
-            },
+            Err(RecvTimeoutError::Disconnected) => {
+                let said = thread.join().map_or_else(|panic| said(&*panic), |()| "it ended without a result".into());
+                return Err(Exceeded::Panicked(said));
+            }
             Err(RecvTimeoutError::Timeout) => {}
         }
         if meter.state.load(Ordering::Acquire) == OVER {
@@ -92,6 +100,12 @@ pub fn run<T: Send + 'static>(limits: &Limits, work: impl FnOnce() -> T + Send +
             return Err(Exceeded::Cpu);
         }
     }
+}
+
+/// The message of a panic.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message").to_owned()
 }
 
 const RUNNING: u8 = 0;
@@ -243,8 +257,19 @@ mod tests {
     }
 
     #[test]
-    #[should_panic = "as it should"]
-    fn a_panic_goes_on() {
-        let _ = run(&LIMITS, || panic!("as it should"));
+    fn a_panic_is_an_error() {
+        quiet_panics();
+        let result = run(&LIMITS, || {
+            if LIMITS.stack_bytes > 0 {
+                panic!("as it {}", "should")
+            }
+        });
+        assert!(matches!(&result, Err(Exceeded::Panicked(said)) if said == "as it should"), "{result:?}");
+        let result = run(&LIMITS, || {
+            if LIMITS.stack_bytes > 0 {
+                panic!("as it should")
+            }
+        });
+        assert!(matches!(&result, Err(Exceeded::Panicked(said)) if said == "as it should"), "{result:?}");
     }
 }

@@ -4,7 +4,7 @@
 //! The engine charges steps for what its own filters read and make, and for the value that one of these returns.
 //! These charge for what they read, and refuse before they make what the steps that are left cannot pay for.
 
-use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
+use minijinja::value::{DynObject, Kwargs, ObjectRepr, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
@@ -61,6 +61,84 @@ fn escape_non_ascii(json: &str) -> String {
         }
     }
     out
+}
+
+/// What an object of the engine means for a namespace that is to hold it.
+enum Object {
+    /// It holds no values.
+    Leaf,
+    /// It holds values that stay what they are.
+    Holds,
+    /// It makes its values when asked, from what may change.
+    Makes,
+    /// It changes.
+    Changes(&'static str),
+}
+
+impl Object {
+    fn of(object: &DynObject) -> Object {
+        let name = object.type_name();
+        let is = |suffix: &str| name.starts_with("minijinja::") && name.ends_with(suffix);
+        if is("::Namespace") {
+            Object::Changes("namespace")
+        } else if is("::Loop") {
+            Object::Changes("loop")
+        } else if is("::Macro") || object.repr() == ObjectRepr::Plain {
+            Object::Leaf
+        } else if is("::Tuple") || name.starts_with("alloc::vec::Vec<") || name.starts_with("indexmap::map::IndexMap<")
+        {
+            Object::Holds
+        } else {
+            Object::Makes
+        }
+    }
+}
+
+/// The value, as a namespace may hold it: namespaces and loops, the only ones that change, are refused, also in what
+/// it holds; where it has values that are made when asked, they are made now. So no value can come to hold itself,
+/// which printing, comparing, hashing and dropping it would not survive.
+pub(super) fn plain(value: Value) -> Result<Value, Error> {
+    let mut makes = false;
+    let mut left = vec![(value.clone(), 0)];
+    while let Some((v, depth)) = left.pop() {
+        let Some(object) = v.as_object() else { continue };
+        match Object::of(object) {
+            Object::Leaf => continue,
+            Object::Holds => {}
+            Object::Makes => makes = true,
+            Object::Changes(what) => {
+                let what = format!("a {what} cannot be stored in a namespace");
+                return Err(Error::new(ErrorKind::InvalidOperation, what));
+            }
+        }
+        if depth > DEPTH_MAX {
+            let what = "a value that is nested too deeply cannot be stored in a namespace";
+            return Err(Error::new(ErrorKind::InvalidOperation, what));
+        }
+        let is_map = v.kind() == ValueKind::Map;
+        for item in v.try_iter()? {
+            if is_map {
+                left.push((v.get_item(&item)?, depth + 1));
+            }
+            left.push((item, depth + 1));
+        }
+    }
+    if makes { made(&value) } else { Ok(value) }
+}
+
+/// A copy of a value that is nested no deeper than [`DEPTH_MAX`], with everything in it made.
+fn made(v: &Value) -> Result<Value, Error> {
+    let Some(object) = v.as_object() else { return Ok(v.clone()) };
+    if matches!(Object::of(object), Object::Leaf) {
+        return Ok(v.clone());
+    }
+    let items = v.try_iter()?;
+    if v.kind() == ValueKind::Map {
+        let pairs = items.map(|key| Ok((key.clone(), made(&v.get_item(&key)?)?)));
+        Ok(Value::from_pairs(pairs.collect::<Result<Vec<_>, Error>>()?))
+    } else {
+        Ok(Value::from(items.map(|item| made(&item)).collect::<Result<Vec<_>, Error>>()?))
+    }
 }
 
 /// How `tojson` lays out what it writes.

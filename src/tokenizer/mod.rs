@@ -11,6 +11,7 @@ mod jinja;
 mod load;
 mod pretokenize;
 mod prompt;
+mod rewrite;
 mod special;
 mod spm;
 mod template;

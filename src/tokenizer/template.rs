@@ -13,7 +13,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde_json::Value as Json;
 
 use super::prompt::{self, Prompt};
-use super::{Tokenizer, TokenizerError, builtin, jinja};
+use super::{Tokenizer, TokenizerError, builtin, jinja, rewrite};
 use crate::gguf::Metadata;
 use crate::memory::bounded::{self, Exceeded, Limits};
 
@@ -133,8 +133,7 @@ impl ChatTemplate {
     /// A template from its source and the texts of BOS and EOS.
     pub fn new(source: &str, bos: String, eos: String) -> Result<ChatTemplate, TokenizerError> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
-        environment.set_syntax(syntax);
+        environment.set_syntax(syntax().map_err(|e| failed(&e))?);
         environment.set_unknown_method_callback(jinja::method);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", |format: String| strftime(now()?, format));
@@ -142,6 +141,7 @@ impl ChatTemplate {
         environment.add_test("iterable", jinja::is_iterable);
         environment.add_filter("tojson", jinja::tojson);
         environment.add_filter("indent", jinja::indent);
+        environment.add_filter(rewrite::PLAIN, jinja::plain);
         let renderer = Renderer { environment, bos, eos, variables: serde_json::Map::new(), tool_use: None };
         let mut template = ChatTemplate { renderer: Arc::new(renderer), notes: Vec::new() };
         template.add("chat", source)?;
@@ -154,9 +154,10 @@ impl ChatTemplate {
             let what = format!("it has {} bytes, more than the {SOURCE_MAX} that a template may have", source.len());
             return Err(TokenizerError::Template(what));
         }
-        let (mut environment, source) = (self.renderer.environment.clone(), without_generation_tags(source));
+        let (mut environment, source) = (self.renderer.environment.clone(), source.to_owned());
         let stack = parsing_stack(source.len());
         let added = bounded::run(&limits(stack, 0, 0), move || {
+            let source = rewrite::rewritten(&source, syntax().map_err(|e| failed(&e))?);
             environment.add_template_owned(name, source).map_err(|e| failed(&e))?;
             Ok(environment)
         });
@@ -335,6 +336,10 @@ fn exceeded(e: Exceeded, messages: u64, bytes: u64) -> TokenizerError {
         }
         Exceeded::Cpu => TokenizerError::TemplateLimit(format!("it takes more than {:.0?}", limits.cpu)),
         Exceeded::Thread(e) => TokenizerError::TemplateMemory(e.to_string()),
+        Exceeded::Panicked(said) => {
+            let (said, cut) = shortened(&said);
+            TokenizerError::Template(format!("the template engine cannot render it ({said}{cut})"))
+        }
     }
 }
 
@@ -355,26 +360,9 @@ fn named<'a>(metadata: &'a Metadata, name: &str) -> Option<&'a str> {
     metadata.str(&format!("{KEY}.{name}")).filter(|s| !s.trim().is_empty())
 }
 
-/// Hugging Face marks the assistant's words with `{% generation %}` for training; for a prompt the
-/// block is one that is always taken.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at);
-        out.push_str(before);
-        let end = tag.find("%}").map_or(tag.len(), |e| e + 2);
-        let (tag, after) = tag.split_at(end);
-        let name = tag.trim_start_matches("{%").trim_end_matches("%}").trim_matches(['-', '+']).trim();
-        match name {
-            "generation" => out.push_str(&tag.replacen(name, "if true", 1)),
-            "endgeneration" => out.push_str(&tag.replacen(name, "endif", 1)),
-            _ => out.push_str(tag),
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    out
+/// How templates are written: as Hugging Face sets Jinja up.
+fn syntax() -> Result<SyntaxConfig, Error> {
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()
 }
 
 /// An error with the line it occurred in and what it came from.
@@ -392,11 +380,13 @@ fn failed(e: &Error) -> TokenizerError {
             "it takes more steps, or makes larger values, than any model's does".into(),
         );
     }
-    if let Some((at, _)) = text.char_indices().nth(ERROR_CHARS) {
-        text.truncate(at);
-        text.push('…');
-    }
-    TokenizerError::Template(text)
+    let (text, cut) = shortened(&text);
+    TokenizerError::Template(format!("{text}{cut}"))
+}
+
+/// The first [`ERROR_CHARS`] of a text, and the mark of what was left out.
+fn shortened(text: &str) -> (&str, &'static str) {
+    text.char_indices().nth(ERROR_CHARS).map_or((text, ""), |(at, _)| (&text[..at], "…"))
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {
@@ -479,6 +469,85 @@ mod tests {
     }
 
     #[test]
+    fn tags_in_texts_and_comments_are_no_tags() {
+        let t = "{{ '{% generation %}' }}{# {% set a.b = #}{% raw %}{% set a.b = 1 %}{% endraw %}";
+        assert_eq!(render(t, &[]).unwrap(), "{% generation %}{% set a.b = 1 %}");
+    }
+
+    #[test]
+    fn a_namespace_takes_all_values_but_those_that_may_hold_it() {
+        let set = |value: &str| {
+            let t = format!("{{% set x=1 %}}{{% set ns = namespace() %}}{{% set ns.a = {value} %}}{{{{ ns.a }}}}");
+            render(&t, &[json!({"role": "user", "content": "Hi"})])
+        };
+        for (value, shown) in [
+            ("1", "1"),
+            ("1, 'b'", "(1, 'b')"),
+            ("1,", "(1,)"),
+            ("2 if x else 3", "2"),
+            ("')%}('", ")%}("),
+            ("undefined_one", ""),
+            ("none", "None"),
+            ("[1] + [2]", "[1, 2]"),
+            ("{'a': [1, {'b': 2}]}", "{'a': [1, {'b': 2}]}"),
+            ("{'a': 1}|items", "[['a', 1]]"),
+            ("messages[0:]", "[{'role': 'user', 'content': 'Hi'}]"),
+            ("range(3)", "[0, 1, 2]"),
+            ("[[range(2)]]", "[[[0, 1]]]"),
+        ] {
+            let shown = shown.to_owned();
+            assert_eq!(set(value).map_err(|e| e.to_string()), Ok(shown), "{value}");
+        }
+        for value in [
+            "ns",
+            "[ns]",
+            "1, ns",
+            "{'a': {'b': [ns]}}",
+            "ns|items",
+            "[[ns|items]]",
+            "[ns]|reverse",
+            "[ns] * 3",
+            "[1] + [ns]",
+            "dict(ns, b=ns)",
+            "[ns][0:]",
+            "ns) or (1",
+            "namespace()",
+        ] {
+            let t =
+                format!("{{% set ns = namespace() %}}{{% set ns.a = {value} %}}{{% set ns.b = 1 %}}{{{{ 'a' ~ ns }}}}");
+            match render(&t, &[]) {
+                // What is taken is a copy, which ends.
+                Ok(text) => assert!(value.contains("items"), "{value}: {text}"),
+                Err(e) => assert!(e.to_string().contains("namespace") || value.contains(") or ("), "{value}: {e}"),
+            }
+        }
+        for tag in
+            ["ns.a, x = ns, 1", "(ns.a) = ns", "(x, (ns.a, y)) = (1, (ns, 2))", "ns.a | default(ns, true) %}{% endset"]
+        {
+            let e = render(&format!("{{% set ns = namespace() %}}\n\n{{%- set {tag} -%}}{{{{ 'a' ~ ns }}}}"), &[])
+                .unwrap_err();
+            assert!(e.to_string().contains("a namespace cannot be stored") && e.to_string().contains("chat:3"), "{e}");
+        }
+        let block = "{% set ns = namespace() %}{% set ns.a %}{{ ns }}{% endset %}{% set ns.b | upper %}x{% endset %}";
+        assert_eq!(render(&format!("{block}{{{{ ns.a }}}}{{{{ ns.b }}}}"), &[]).unwrap(), "{}X");
+        let of_a_loop =
+            "{% set ns = namespace() %}{% for x in [1, ns] %}{% set ns.a = loop %}{% endfor %}{{ ns == ns }}";
+        assert!(render(of_a_loop, &[]).unwrap_err().to_string().contains("a loop cannot be stored"));
+    }
+
+    #[test]
+    fn a_template_that_panics_the_engine_is_refused() {
+        for t in [
+            "{{ [1,2][::-9223372036854775808] }}",
+            "{% for i in [1,2] %}{{ loop.cycle() }}{% endfor %}",
+            "{{ range(5,-9223372036854775808,-9223372036854775808)|list }}",
+        ] {
+            let e = render(t, &[]).unwrap_err().to_string();
+            assert!(e.contains("the template engine cannot render it ("), "{t}: {e}");
+        }
+    }
+
+    #[test]
     fn a_template_that_never_ends_is_stopped() {
         let t = "{% for a in range(10000) %}{% for b in range(10000) %}x{% endfor %}{% endfor %}";
         assert!(render(t, &[]).is_err());
@@ -486,10 +555,15 @@ mod tests {
 
     #[test]
     fn a_value_that_holds_itself_many_times_is_dropped_and_printed() {
-        let nest = "{% set ns = namespace(x=[]) %}{% for a in range(40000) %}{% set ns.x = [ns.x] %}{% endfor %}";
-        assert_eq!(render(nest, &[]).unwrap(), "");
-        assert_eq!(render(&format!("{nest}{{{{ ns.x }}}}"), &[]).unwrap().len(), 80_002);
-        assert!(render(&format!("{nest}{{{{ ns.x | tojson }}}}"), &[]).is_err());
+        let nest = |depth: usize| {
+            format!(
+                "{{% set ns = namespace(x=[]) %}}{{% for a in range({depth}) %}}{{% set ns.x = [ns.x] %}}{{% endfor %}}"
+            )
+        };
+        assert_eq!(render(&nest(90), &[]).unwrap(), "");
+        assert_eq!(render(&format!("{}{{{{ ns.x }}}}", nest(90)), &[]).unwrap().len(), 182);
+        let e = render(&nest(40_000), &[]).unwrap_err().to_string();
+        assert!(e.contains("nested too deeply"), "{e}");
     }
 
     #[test]

@@ -919,3 +919,144 @@ fn generated_text_acts_on_no_terminal() {
         assert_eq!(on_a_terminal(&chat, b"h\n").trim_end(), shown.repeat(3), "{c:?}");
     }
 }
+
+// --- What a template, a full disk or a file's name ends ----------------------------------------------------------
+
+/// Templates that the engine panics on ended with a trace of calls; they are refused in a sentence.
+#[test]
+fn templates_that_panic_the_engine() {
+    for source in [
+        "{{ [1,2][::-9223372036854775808] }}",
+        "{% for i in [1,2] %}{{ loop.cycle() }}{% endfor %}",
+        "{{ range(5,-9223372036854775808,-9223372036854775808)|list }}",
+    ] {
+        let dir = dir();
+        let out = template(&templated(dir.path(), &[("", source)]), user("hi"), &[]);
+        let err = text(&out.stderr);
+        assert!(
+            out.status.code() == Some(2) && err.contains("the template engine cannot render it"),
+            "{source}: {err}"
+        );
+        assert!(!err.contains("panicked") && !err.contains("RUST_BACKTRACE"), "{err}");
+    }
+}
+
+/// A namespace that holds itself overflowed the stack where it was printed, compared or hashed.
+#[test]
+fn templates_whose_namespace_holds_itself() {
+    for value in ["ns", "[ns]", "{'a': ns}", "ns|items", "[[ns]|reverse]", "ns.a or ns"] {
+        for use_ in ["{{ 'a' ~ ns }}", "{{ ns == [ns] }}", "{{ {ns: 1} }}", "{{ ns|string }}", "{{ ns|pprint }}"] {
+            let dir = dir();
+            let source = format!(
+                "{{% set ns=namespace() %}}{{% set ns.a={value} %}}{use_}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+            );
+            let out = template(&templated(dir.path(), &[("", &source)]), user("hi"), &[]);
+            let err = text(&out.stderr);
+            let refused = out.status.code() == Some(2) && err.contains("namespace cannot be stored");
+            // What is taken of its items is a copy.
+            assert!(refused || value == "ns|items" && out.status.code().is_some(), "{source}: {:?} {err}", out.status);
+        }
+    }
+}
+
+/// Where stderr could not be written to, a warning ended the run.
+#[test]
+fn warnings_that_cannot_be_written() {
+    let model = case("template-empty.gguf");
+    for command in [&["run", "--chat", "-p", "hello"][..], &["chat"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut nt = Command::new(bin());
+        nt.args(command).arg(&model).args(["--backend", "cpu", "-n", "3", "--temp", "0"]);
+        let mut child = nt.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(full).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(b"/help\nhello\n/clear\n/regen\n").unwrap();
+        let out = child.wait_with_output().unwrap();
+        assert_eq!((out.status.code(), out.stdout.is_empty()), (Some(0), false), "{command:?}");
+    }
+}
+
+/// Text went on for hours where nobody could read it.
+#[test]
+fn text_that_cannot_be_written_ends() {
+    let model = case("chat-plain.gguf");
+    let script = "timeout 60 \"$0\" run \"$1\" -p hello -n -1 --ctx 200000 --ignore-eos --backend cpu";
+    for (to, code, word) in [(">/dev/full", 1, "No space left"), ("| head -c1 >/dev/null", 0, "")] {
+        let out = Command::new("sh").args(["-c", &format!("{script} {to}")]).arg(bin()).arg(&model).output().unwrap();
+        let err = text(&out.stderr);
+        assert!(out.status.code() == Some(code) && err.contains(word), "{to}: {:?} {err}", out.status);
+    }
+    let piped = format!("{script} | head -c1; exit ${{PIPESTATUS[0]}}");
+    let out = Command::new("bash").args(["-c", &piped]).arg(bin()).arg(&model).output().unwrap();
+    assert_eq!((out.status.code(), text(&out.stderr).contains("nt:")), (Some(1), false), "{}", text(&out.stderr));
+}
+
+/// Beyond the limit of a file's size the signal ended the run without a word.
+#[test]
+fn a_file_larger_than_its_limit() {
+    let (d, model) = (dir(), case("chat-plain.gguf"));
+    let file = d.path().join("o.npy");
+    let tokens = vec!["1"; 64].join(",");
+    let out = limited("-f 1", &["logits", model.to_str().unwrap(), "--tokens", &tokens, "-o", file.to_str().unwrap()]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(1) && err.contains("File too large"), "{:?} {err}", out.status);
+}
+
+/// An output that is the model destroyed it, and of two outputs in one file the last was left.
+#[test]
+fn an_output_that_is_the_model() {
+    let d = dir();
+    let model = d.path().join("m.gguf");
+    std::fs::copy(case("chat-plain.gguf"), &model).unwrap();
+    let before = std::fs::read(&model).unwrap();
+    let (link, hard) = (d.path().join("l"), d.path().join("h"));
+    std::os::unix::fs::symlink(&model, &link).unwrap();
+    std::fs::hard_link(&model, &hard).unwrap();
+    let new = d.path().join("new").to_str().unwrap().to_owned();
+    let again = d.path().join(".").join("new").to_str().unwrap().to_owned();
+    let m = model.to_str().unwrap();
+    for file in [&model, &link, &hard] {
+        let f = file.to_str().unwrap();
+        for args in [
+            &["logits", m, "--tokens", "1", "-o", f][..],
+            &["logits", m, "--tokens", "1", "-o", &new, "--timeline", f],
+            &["run", m, "-p", "x", "-n", "1", "--html", f],
+            &["run", m, "-p", "x", "-n", "1", "--timeline", f],
+            &["run", m, "-p", "x", "-n", "1", "--timeline", &new, "--tier-c", f, "--html", &again],
+            &["plan", m, "--html", f],
+            &["plan", m, "--timeline", &new, "--html", &again],
+            &["bench", m, "-p", "1", "-n", "1", "--html", f],
+            &["chat", m, "--timeline", f],
+        ] {
+            let out = nt(args);
+            let err = text(&out.stderr);
+            assert_eq!(out.status.code(), Some(2), "{args:?}: {err}");
+            assert!(err.contains("file of the model") || err.contains("names the same file"), "{args:?}: {err}");
+        }
+    }
+    assert!(std::fs::read(&model).unwrap() == before && !Path::new(&new).exists());
+    let out =
+        nt(&["run", m, "-p", "x", "-n", "1", "--timeline", "/dev/null", "--html", "/dev/null", "--backend", "cpu"]);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+}
+
+/// Nothing that was scored had the perplexity NaN.
+#[test]
+fn perplexity_of_no_chunks() {
+    let (d, model) = (dir(), case("chat-plain.gguf"));
+    let file = d.path().join("t.txt");
+    std::fs::write(&file, "a".repeat(100)).unwrap();
+    let args = ["perplexity", model.to_str().unwrap(), "--ctx", "16", "--chunks", "0", "-f", file.to_str().unwrap()];
+    let out = nt(&args);
+    assert!(out.status.code() == Some(2) && text(&out.stderr).contains("--chunks 0"), "{}", text(&out.stderr));
+}
+
+/// One long word took 65 bytes of memory for each of its own, whatever was free.
+#[test]
+fn a_text_whose_tokens_take_more_memory_than_there_is() {
+    let (d, model) = (dir(), case("chat-plain.gguf"));
+    let file = d.path().join("t.txt");
+    std::fs::write(&file, vec![b'a'; 24 << 20]).unwrap();
+    let args = ["tokenize", model.to_str().unwrap(), "--file", file.to_str().unwrap()];
+    let out = limited("-v 1500000", &args);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(4) && err.contains("24.00 MiB") && err.contains("shorten it"), "{err}");
+}
