@@ -22,7 +22,7 @@ pub struct PerplexityArgs {
     /// The text, UTF-8; - is stdin.
     #[arg(long, short, value_name = "F")]
     file: PathBuf,
-    /// Score only this many chunks of `--ctx` tokens; -1 is all of the text.
+    /// Score only this many chunks of `--ctx` tokens, 1 or more; -1 is all of the text.
     #[arg(long, value_name = "N", default_value = "-1", value_parser = super::args::count_or_all)]
     chunks: usize,
     /// One JSON object.
