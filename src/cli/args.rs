@@ -174,7 +174,8 @@ fn auto_count(text: &str, min: usize, max: usize) -> Result<Auto<usize>, String>
 }
 
 fn auto_buffers(text: &str) -> Result<Auto<usize>, String> {
-    auto_count(text, 2, BUFFERS_MAX)
+    // A variable of the environment that is empty says nothing.
+    if text.is_empty() { Ok(Auto::Auto) } else { auto_count(text, 2, BUFFERS_MAX) }
 }
 
 fn auto_ctx(text: &str) -> Result<Auto<usize>, String> {

@@ -106,7 +106,8 @@ impl Arena {
     /// # Errors
     /// [`ArenaError::Map`] if the system refuses.
     pub fn new(len: u64) -> Result<Arena, ArenaError> {
-        let fail = |source| ArenaError::Map { bytes: len, source };
+        // What is asked for, also where there are no weights to hold.
+        let fail = |source| ArenaError::Map { bytes: len.saturating_add(HUGE_PAGE as u64), source };
         let too_large = || fail(std::io::Error::from(std::io::ErrorKind::OutOfMemory));
         let want = len.max(1).checked_next_multiple_of(REGION_ALIGN).and_then(|n| usize::try_from(n).ok());
         let want = want.ok_or_else(too_large)?;

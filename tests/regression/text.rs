@@ -1061,3 +1061,26 @@ fn a_text_whose_tokens_take_more_memory_than_there_is() {
     let err = text(&out.stderr);
     assert!(out.status.code() == Some(4) && err.contains("24.00 MiB") && err.contains("shorten it"), "{err}");
 }
+
+/// A signal that came while tokens were made of a long text was put off until they were.
+#[test]
+fn a_signal_while_tokens_are_made() {
+    let mut nt = Command::new(bin());
+    nt.arg("run").arg(case("chat-plain.gguf")).args(["-f", "-", "--backend", "cpu"]);
+    let mut child = nt.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&vec![b'a'; 8 << 20]).unwrap();
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGINT), "{status:?}");
+}
+
+/// A variable that is set to nothing was refused as a number of buffers.
+#[test]
+fn an_empty_variable_is_none() {
+    let model = case("chat-plain.gguf");
+    let mut nt = Command::new(bin());
+    nt.arg("run").arg(model).args(["-p", "x", "-n", "1", "--backend", "cpu"]).env("NT_PIPELINE_DEPTH", "");
+    let out = nt.output().unwrap();
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+}
