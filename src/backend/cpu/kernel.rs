@@ -589,14 +589,14 @@ impl Body for Quantise {
 }
 
 /// Quantises 16 values; returns their scale and scaled sum. Values that are not finite have no place among integers:
-/// the scale is then no number, so that every product of the group is none.
+/// the scale is then not finite either, so that no product of the group is a number.
 #[inline(always)]
 fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine: bool) -> (f32, f32) {
     // Round to nearest by adding and taking away 1.5 * 2^23.
     const ROUND: f32 = 12_582_912.0;
-    let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let poison = x.iter().fold(0.0f32, |p, v| p + (v - v));
-    let d = max / 127.0 + poison;
+    // Magnitudes are compared as bits, in whose order what is not finite comes last.
+    let max = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
+    let d = max / 127.0;
     // The inverse of a smaller one may be infinite; such values count as zeros.
     let inverse = if d >= f32::MIN_POSITIVE { 1.0 / d } else { 0.0 };
     let mut total = 0i32;
@@ -629,7 +629,7 @@ mod tests {
             assert!(quantise_group(&x, &mut q, &mut rest, true).0.is_finite());
             x[7] = bad;
             let (scale, sum) = quantise_group(&x, &mut q, &mut rest, true);
-            assert!(scale.is_nan() && sum.is_nan(), "{bad}: {scale}, {sum}");
+            assert!(!scale.is_finite() && sum.is_nan(), "{bad}: {scale}, {sum}");
         }
     }
 }
