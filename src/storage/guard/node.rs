@@ -106,7 +106,7 @@ impl Host {
         self.nodes(&[path.to_owned()])?.pop().unwrap_or(Ok(None))
     }
 
-    /// What each of `paths` leads to. Servers that do not answer keep nobody: see [`ask`].
+    /// What each of `paths` leads to. Servers that do not answer keep nobody: see `ask`.
     ///
     /// # Errors
     /// If one of them got no answer; nothing is known of any then.
