@@ -17,7 +17,7 @@ oracle() {
     works "record the model" nt device extents /mnt/model/smol.gguf
     works "in RAM" run ram /mnt/model/smol.gguf
     works "logits in RAM" logits ram /mnt/model/smol.gguf
-    umount /mnt/model
+    unmount /mnt/model
     cp -r /tmp/ram.json /tmp/ram.npy /var/lib/nt/system/MODEL001 /run/oracle/
   fi
   cp /run/oracle/ram.* /tmp/

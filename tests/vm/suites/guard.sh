@@ -113,9 +113,15 @@ else
 fi
 works "after that" $nt check $held
 
-refused "another /etc" "whose /etc is not the machine" unshare -m sh -c "mount -t tmpfs none /etc; $nt check $held"
-refused "a chroot" "in a chroot" unshare -m sh -c "mount --bind / /mnt && mount --rbind /proc /mnt/proc &&
-  mount --rbind /sys /mnt/sys && mount --rbind /dev /mnt/dev && mount --rbind /etc/nt /mnt/etc/nt && mount -t tmpfs none /mnt/run && chroot /mnt $nt check $held"
+refused "another /etc" "a mount namespace of its own" unshare -m sh -c "mount -t tmpfs none /etc; $nt check $held"
+in_chroot() {
+  mount --bind / /mnt && mount --rbind /proc /mnt/proc && mount --rbind /sys /mnt/sys && mount --rbind /dev /mnt/dev &&
+    mount --rbind /etc/nt /mnt/etc/nt && mount -t tmpfs none /mnt/run && chroot /mnt "$@"
+  ended=$?
+  for mounted in $(awk '$2 ~ "^/mnt(/|$)" {print $2}' /proc/mounts | sort -r); do umount -l $mounted; done
+  return $ended
+}
+refused "a chroot" "in a chroot" in_chroot $nt check $held
 
 # A partition to boot from in an MBR, which the entry accepts.
 printf '\000\000\000\000\357\000\000\000\000\010\000\000\000\020\000\000' | dd of=/dev/$esp bs=1 seek=446 conv=notrunc 2>/dev/null

@@ -14,7 +14,7 @@ works "through io_uring" run uring /mnt/model/smol.gguf $tiers --tier-c $dev
 works "logits through io_uring" logits uring /mnt/model/smol.gguf $tiers
 same ram uring
 bits ram uring
-umount /mnt/model
+unmount /mnt/model
 accept MODEL001 ext4
 works "scripts/bind-vfio.sh $dev" sh /root/scripts/bind-vfio.sh $dev
 works "by name through VFIO" run vfio smol --tier-c $dev $tiers
@@ -74,7 +74,7 @@ refused "stage onto the model's own drive" "is mounted at /mnt/model" nt stage /
 nt stage /mnt/model/smol.gguf --tier-c $dev --serial STAGE001 >/tmp/out 2>&1; [ $? = 2 ] && pass "stage without --erase" || fail "stage without --erase"
 works "stage" nt stage /mnt/model/smol.gguf --tier-c $dev --erase --serial STAGE001
 accept STAGE001
-umount /mnt/model
+unmount /mnt/model
 sfdisk --verify /dev/$dev >/tmp/out 2>&1 && sfdisk -d /dev/$dev >>/tmp/out && grep -q 'name="nt models"' /tmp/out && pass "the partition table is whole" || fail "the partition table is whole"
 works "bind the staged drive, whose entry accepts no contents" sh /root/scripts/bind-vfio.sh $dev
 works "logits from the staged drive" logits staged smol --tier-c $dev $tiers

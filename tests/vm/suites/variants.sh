@@ -75,7 +75,7 @@ works "logits striped over bound drives" logits stripes smol --tier-c $two,$one 
 bits ram stripes
 mount -t ext4 -o ro /dev/$(drive SMALL001)n1 /mnt/model
 works "striped over a bound and a mounted drive" run mixed smol --tier-c $one,/mnt/model $tiers
-umount /mnt/model
+unmount /mnt/model
 grep -o 'tier C is[^"]*' /tmp/mixed.json | sed 's/^/INFO /'
 [ "$(field mixed reader)" = '"mixed"' ] && grep -q "striped over .*MODEL001.* (through vfio) and /mnt/model/smol.gguf (through io_uring)" /tmp/mixed.json && pass "both are named" || fail "both are named"
 same ram mixed
