@@ -113,8 +113,10 @@ fn vocab(m: &Metadata, tokens: &StringArray, kinds: Vec<Kind>, bpe: bool) -> Res
 /// Says which bytes of texts have no token: they are left out, as llama.cpp does. With SentencePiece they count only
 /// where a character has no token of its own, and some vocabularies have none of them.
 fn lost_bytes(vocab: &Vocab, bpe: bool) -> Option<String> {
-    // The others are in no UTF-8.
-    let in_texts = (0..=0xF4u8).filter(|b| !matches!(b, 0xC0 | 0xC1));
+    // The others are in no UTF-8, begin characters that are not assigned (0xF1, 0xF2) or for private use (0xF4), or are
+    // control characters, which vocabularies of real models lack, too.
+    let written = |b: &u8| !b.is_ascii_control() || matches!(b, b'\t' | b'\n' | b'\r');
+    let in_texts = (0..=0xF3u8).filter(|b| written(b) && !matches!(b, 0xC0 | 0xC1 | 0xF1 | 0xF2));
     let has = |b: u8| match bpe {
         true => vocab.find(&[b]).is_some(),
         false => vocab.byte_tokens[usize::from(b)].is_some(),
