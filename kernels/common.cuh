@@ -165,10 +165,14 @@ __device__ __forceinline__ float norm_scale(float sum, int n, float eps) {
     return is_finite(mean) ? rsqrtf(mean + eps) : NO_NUMBER;
 }
 
+// A magnitude as bits. As integers they are in the order of the numbers, infinity and what is no number behind all others,
+// so the largest of a block says whether all are finite.
+__device__ __forceinline__ u32 magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
+
 // A block of 32 values, one a lane, to int8. Values that are not finite have no place among integers: the factor is
-// then no number, so that every product of the block is none.
+// then infinite or no number and all integers are zero, so that every product of the block is no number.
 __device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
-    float amax = warp_max(fabsf(v));
+    const float amax = __uint_as_float(__reduce_max_sync(0xffffffffu, magnitude(v)));
     int q = amax > 0.0f ? __float2int_rn(v * (127.0f / amax)) : 0;
     int sum = __reduce_add_sync(0xffffffffu, q);
     u32 b = (u32)q & 255u;
@@ -176,18 +180,18 @@ __device__ __forceinline__ void quantise_lanes(float v, XBlk* o, int lane) {
     u32 b2 = __shfl_down_sync(0xffffffffu, b, 2);
     u32 b3 = __shfl_down_sync(0xffffffffu, b, 3);
     if ((lane & 3) == 0) o->q[lane >> 2] = b | (b1 << 8) | (b2 << 16) | (b3 << 24);
-    const bool finite = __all_sync(0xffffffffu, is_finite(v));
     if (lane == 0) {
-        o->d = finite ? amax / 127.0f : NO_NUMBER;
+        o->d = amax / 127.0f;
         o->s = (float)sum;
     }
 }
 
 // Four values a thread to int8; eight threads make a block of 32, and whole groups of eight take part: all of a warp.
 __device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool valid) {
-    float m = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    u32 most = max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
 #pragma unroll
-    for (int o = 1; o < 8; o <<= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
+    for (int o = 1; o < 8; o <<= 1) most = max(most, __shfl_xor_sync(0xffffffffu, most, o));
+    const float m = __uint_as_float(most);
     const float inv = m > 0.0f ? 127.0f / m : 0.0f;
     const float f[4] = {v.x, v.y, v.z, v.w};
     u32 word = 0;
@@ -196,14 +200,11 @@ __device__ __forceinline__ void quantise_four(float4 v, XBlk* row, int i, bool v
     int s = __dp4a(0x01010101, (int)word, 0);
 #pragma unroll
     for (int o = 1; o < 8; o <<= 1) s += __shfl_xor_sync(0xffffffffu, s, o);
-    const bool finite = is_finite(v.x) && is_finite(v.y) && is_finite(v.z) && is_finite(v.w);
-    const u32 group = 0xffu << (threadIdx.x & 24);
-    const bool all = (__ballot_sync(0xffffffffu, finite) & group) == group;
     if (!valid) return;
     XBlk* b = row + i / 8;
     b->q[i & 7] = word;
     if ((i & 7) == 0) {
-        b->d = all ? m / 127.0f : NO_NUMBER;
+        b->d = m / 127.0f;
         b->s = (float)s;
     }
 }

@@ -20,8 +20,9 @@ struct Raw {
     static const int LINES = ((BYTES + 30) / 16) | 1;  // odd, so that rows lie in different banks
 };
 
-// A barrier of the whole block, at which the two sides arrive from different places.
-__device__ __forceinline__ void both_sides() { asm volatile("bar.sync 0, 512;" ::: "memory"); }
+// The two sides arrive from different places: at a barrier with a number of its own, since barrier 0 is the one that
+// a whole block must reach at one place.
+__device__ __forceinline__ void both_sides() { asm volatile("bar.sync 2, 512;" ::: "memory"); }
 __device__ __forceinline__ void turning_side() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 // The side that brings weights and turns them to halves.
