@@ -20,20 +20,24 @@ struct Raw {
     static const int LINES = ((BYTES + 30) / 16) | 1;  // odd, so that rows lie in different banks
 };
 
-// The two sides arrive from different places: at a barrier with a number of its own, since barrier 0 is the one that
-// a whole block must reach at one place.
-__device__ __forceinline__ void both_sides() { asm volatile("bar.sync 2, 512;" ::: "memory"); }
-__device__ __forceinline__ void turning_side() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
 // The side that brings weights and turns them to halves.
 template <class B>
-__device__ __forceinline__ void turn(const GemmArgs& a, int n0, int chunks, u8* raw, u8* halves, int tid) {
-    const int row_bytes = a.cols / B::ELEMS * B::BYTES;
-    const bool words = B::BYTES % 16 == 0 && ((size_t)a.w & 15) != 0;
-    auto source = [&](int row, int i) {
+struct Turner {
+    const GemmArgs& a;
+    const int n0, chunks, tid;
+    u8 *const raw, *const halves;
+    // What a thread turns: 32 columns of a row.
+    const int row, part, row_bytes;
+    const bool words;
+
+    __device__ __forceinline__ Turner(const GemmArgs& a, int n0, int chunks, u8* raw, u8* halves, int tid)
+        : a(a), n0(n0), chunks(chunks), tid(tid), raw(raw), halves(halves), row(tid % BN), part(tid / BN),
+          row_bytes(a.cols / B::ELEMS * B::BYTES), words(B::BYTES % 16 == 0 && ((size_t)a.w & 15) != 0) {}
+
+    __device__ __forceinline__ const u8* source(int row, int i) const {
         return (const u8*)a.w + (size_t)min(n0 + row, a.rows - 1) * row_bytes + (size_t)i * Raw<B>::BYTES;
-    };
-    auto fetch = [&](int i) {
+    }
+    __device__ __forceinline__ void fetch(int i) const {
         if (i < chunks) {
             u8* to = raw + i % STAGES * (BN * Raw<B>::LINES * 16);
             const int len = min(Raw<B>::BYTES, row_bytes - i * Raw<B>::BYTES);
@@ -53,10 +57,8 @@ __device__ __forceinline__ void turn(const GemmArgs& a, int n0, int chunks, u8* 
             }
         }
         cp_commit();
-    };
-    // A thread turns 32 columns of a row.
-    const int row = tid % BN, part = tid / BN;
-    auto decode = [&](int i) {
+    }
+    __device__ __forceinline__ void decode(int i) const {
         const u8* p = raw + i % STAGES * (BN * Raw<B>::LINES * 16) + row * (Raw<B>::LINES * 16);
         if (B::BYTES % 16 != 0) p += (size_t)source(row, i) & 15;
         uint4* to = (uint4*)(halves + (i & 1) * (BN * PITCH) + row * PITCH + part * 64);
@@ -78,32 +80,30 @@ __device__ __forceinline__ void turn(const GemmArgs& a, int n0, int chunks, u8* 
             values_of<B>(q, 2 * k + 1, g);
             to[k] = make_uint4(pack_h2(f[0], f[1]), pack_h2(f[2], f[3]), pack_h2(g[0], g[1]), pack_h2(g[2], g[3]));
         }
-    };
-    // Weights are nobody's output: they may come while the predecessor still runs.
-#pragma unroll
-    for (int i = 0; i < STAGES; i++) fetch(i);
-    cp_wait<STAGES - 1>();
-    turning_side();
-    decode(0);
-    for (int i = 0; i < chunks; i++) {
-        // Chunk i + 1 is there; chunk i is turned, and what lay in the other half has been multiplied.
-        cp_wait<STAGES - 2>();
-        both_sides();
-        fetch(i + STAGES);
-        if (i + 1 < chunks) decode(i + 1);
     }
-    cp_wait<0>();
-}
+};
 
 // The side that multiplies: MT tiles of 16 tokens. With one, four warps have 8 rows of weights each; with four, eight
 // warps have 16.
 template <int MT>
-__device__ __forceinline__ void multiply(const GemmArgs& a, int m0, int n0, int chunks, u8* xs, const u8* halves, int tid) {
-    constexpr int NT = MT == 1 ? 1 : 2;
-    const int lane = tid & 31, warp = tid >> 5;
-    const int wm = MT == 1 ? 0 : warp % MT * 16, wn = MT == 1 ? warp * 8 : warp / MT * 16;
-    const bool works = MT > 1 || warp < BN / 8;
-    auto fetch = [&](int i) {
+struct Multiplier {
+    static const int NT = MT == 1 ? 1 : 2;
+    const GemmArgs& a;
+    const int m0, n0, chunks, tid, lane, wm, wn;
+    u8* const xs;
+    const u8* const halves;
+    const bool works;
+    float acc[NT][4];
+
+    __device__ __forceinline__ Multiplier(const GemmArgs& a, int m0, int n0, int chunks, u8* xs, const u8* halves, int tid)
+        : a(a), m0(m0), n0(n0), chunks(chunks), tid(tid), lane(tid & 31), wm(MT == 1 ? 0 : (tid >> 5) % MT * 16),
+          wn(MT == 1 ? (tid >> 5) * 8 : (tid >> 5) / MT * 16), xs(xs), halves(halves), works(MT > 1 || (tid >> 5) < BN / 8) {
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[j][e] = 0.0f;
+    }
+    __device__ __forceinline__ void fetch(int i) const {
         if (i < chunks) {
             u8* to = xs + i % X_STAGES * (MT * 16 * PITCH);
             const int n = min(KC, a.pitch - i * KC) / 8;
@@ -114,20 +114,9 @@ __device__ __forceinline__ void multiply(const GemmArgs& a, int m0, int n0, int 
             }
         }
         cp_commit();
-    };
-    pdl_wait();
-    fetch(0);
-    fetch(1);
-    float acc[NT][4];
-#pragma unroll
-    for (int j = 0; j < NT; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[j][e] = 0.0f;
-    for (int i = 0; i < chunks; i++) {
-        cp_wait<1>();
-        both_sides();
-        fetch(i + 2);
-        if (!works) continue;
+    }
+    __device__ __forceinline__ void multiply(int i) {
+        if (!works) return;
         const u8* sx = xs + i % X_STAGES * (MT * 16 * PITCH) + (wm + (lane & 15)) * PITCH + (lane >> 4) * 16;
         const u8* sw = halves + (i & 1) * (BN * PITCH);
         // In the order of gemm.cu: sixteen columns at a time. Rows hold whole 64 of them.
@@ -155,20 +144,22 @@ __device__ __forceinline__ void multiply(const GemmArgs& a, int m0, int n0, int 
             }
         }
     }
-    cp_wait<0>();
-    if (!works) return;
-    const bool wide = stores_wide(a);
+    __device__ __forceinline__ void store() const {
+        if (!works) return;
+        const bool wide = stores_wide(a);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int t = m0 + wm + (lane >> 2) + half * 8;
-        if (t >= a.tokens) continue;
-        float* o = a.out + (size_t)(a.out_idx ? a.out_idx[t] : t) * a.stride;
+        for (int half = 0; half < 2; half++) {
+            const int t = m0 + wm + (lane >> 2) + half * 8;
+            if (t >= a.tokens) continue;
+            float* o = a.out + (size_t)(a.out_idx ? a.out_idx[t] : t) * a.stride;
 #pragma unroll
-        for (int j = 0; j < NT; j++)
-            store_two(a, o, a.scale[t], wide, n0 + wn + j * 8 + (lane & 3) * 2, acc[j][half * 2], acc[j][half * 2 + 1]);
+            for (int j = 0; j < NT; j++)
+                store_two(a, o, a.scale[t], wide, n0 + wn + j * 8 + (lane & 3) * 2, acc[j][half * 2], acc[j][half * 2 + 1]);
+        }
     }
-}
+};
 
+// Both sides meet at one place, so that the barrier is that of the whole block.
 template <class B, int MT>
 __device__ __forceinline__ void thin(const GemmArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
@@ -177,11 +168,39 @@ __device__ __forceinline__ void thin(const GemmArgs& a) {
     const int m0 = blockIdx.x * (MT * 16), n0 = blockIdx.y * BN;
     const int chunks = (a.pitch + KC - 1) / KC;
     pdl_launch();
-    if (threadIdx.x < SIDE) {
-        turn<B>(a, n0, chunks, smem, halves, threadIdx.x);
+    const bool turns = threadIdx.x < SIDE;
+    const Turner<B> turner(a, n0, chunks, smem, halves, threadIdx.x % SIDE);
+    Multiplier<MT> multiplier(a, m0, n0, chunks, xs, halves, threadIdx.x % SIDE);
+    if (turns) {
+        // Weights are nobody's output: they may come while the predecessor still runs.
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) turner.fetch(i);
+        cp_wait<STAGES - 1>();
     } else {
-        multiply<MT>(a, m0, n0, chunks, xs, halves, threadIdx.x - SIDE);
+        pdl_wait();
+        multiplier.fetch(0);
+        multiplier.fetch(1);
     }
+    __syncthreads();
+    if (turns) turner.decode(0);
+    for (int i = 0; i < chunks; i++) {
+        // Chunk i + 1 is there; chunk i is turned, and what lay in the other half has been multiplied.
+        if (turns) {
+            cp_wait<STAGES - 2>();
+        } else {
+            cp_wait<1>();
+        }
+        __syncthreads();
+        if (turns) {
+            turner.fetch(i + STAGES);
+            if (i + 1 < chunks) turner.decode(i + 1);
+        } else {
+            multiplier.fetch(i + 2);
+            multiplier.multiply(i);
+        }
+    }
+    cp_wait<0>();
+    if (!turns) multiplier.store();
 }
 
 #define THIN(T)                                                                                            \

@@ -97,6 +97,10 @@ pub(super) trait Dot: Sized {
         None
     }
 
+    /// Asks for bytes that will be needed soon.
+    #[inline(always)]
+    fn ask(_at: *const u8, _bytes: usize) {}
+
     /// Products of a block of rows with `T` tokens, `groups` groups of 16 elements each. `PAIR`: two
     /// groups share a scale and a min.
     ///
@@ -301,6 +305,8 @@ unsafe fn exact<D: Dot, const WIDE: bool, const FINE: bool>(j: &Job, from: usize
     debug_assert!(j.tokens <= EXACT_ROWS, "an exact job of {} rows", j.tokens);
     let packets = j.cols.div_ceil(PACKET);
     let unpacked = &mut bytemuck::cast_slice_mut::<Panel, Packet>(scratch)[..AHEAD];
+    // Weights set out before the activations are looked at, which other threads have just written.
+    D::ask(j.row(from), j.row(to) as usize - j.row(from) as usize);
     for r in from..to {
         for t in 0..j.tokens {
             // SAFETY: `rows`' contract; the caller enabled the instruction set; each token has `packets` packets in

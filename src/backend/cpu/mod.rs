@@ -26,6 +26,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::{
     Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight, reference,
 };
+use half::slice::HalfFloatSliceExt;
+
 use crate::gguf::TensorType;
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
@@ -38,6 +40,8 @@ use unpack::{PACKET, SUB, SUBS};
 /// Rows of weights of a task with exact rows: few, so that threads end together; a whole number of groups that share a
 /// scale.
 const ROWS_OF_EXACT: usize = 16;
+/// Bytes of weights of a task with exact rows, where nothing wants more.
+const BYTES_OF_EXACT: usize = 32 << 10;
 /// Experts of one token that are computed together.
 const EXPERTS_AT_ONCE: usize = 16;
 /// Rows of weights of a task with bulk rows: whole panels.
@@ -80,6 +84,8 @@ pub struct CpuBackend {
     panels: Buf<Panel>,
     panels_each: usize,
     experts: Experts,
+    /// What exact rows leave of a layer's queries and keys to those that attend.
+    rotation: Option<Rotation>,
     /// One more than the first block of which a key or value was too large for an F16 cache; 0 for none.
     overflow: AtomicUsize,
 }
@@ -163,6 +169,37 @@ impl<T> Shared<T> {
     }
 }
 
+/// Scratch of all threads.
+#[derive(Clone, Copy)]
+struct Scratch {
+    floats: Shared<f32>,
+    each: usize,
+    panels: Shared<Panel>,
+    panels_each: usize,
+}
+
+impl Scratch {
+    /// The part of `thread`.
+    ///
+    /// # Safety
+    /// The thread has one call's part at a time, and the backend outlives it.
+    unsafe fn of<'a>(self, thread: usize) -> (&'a mut [f32], &'a mut [Panel]) {
+        // SAFETY: the buffers have a part for each thread of the pool.
+        unsafe {
+            (
+                std::slice::from_raw_parts_mut(self.floats.get().add(thread * self.each), self.each),
+                std::slice::from_raw_parts_mut(self.panels.get().add(thread * self.panels_each), self.panels_each),
+            )
+        }
+    }
+}
+
+/// Rows of a task of exact rows: about [`BYTES_OF_EXACT`] of weights, so that threads end together.
+fn rows_of_exact(jobs: &[(Job, usize)]) -> usize {
+    let bytes: usize = jobs.iter().map(|(j, _)| j.cols / j.ty.block_elems() * j.ty.block_bytes()).sum();
+    (BYTES_OF_EXACT / bytes.max(1)).clamp(2, ROWS_OF_EXACT).next_power_of_two()
+}
+
 fn packets(cols: usize) -> usize {
     cols.div_ceil(PACKET)
 }
@@ -225,6 +262,7 @@ impl CpuBackend {
             panels_each: l.panels_each,
             experts,
             pool: Pool::new(threads).map_err(|source| BackendError::Threads { threads, source })?,
+            rotation: None,
             overflow: AtomicUsize::new(0),
             dims,
         })
@@ -250,22 +288,20 @@ impl CpuBackend {
     /// Runs `n` groups of jobs at once.
     fn groups<'a>(&mut self, n: usize, group: &(dyn Fn(usize) -> (&'a [(Job, usize)], Option<Onward>) + Sync)) {
         let rows = |jobs: &[(Job, usize)]| jobs.iter().map(|j| j.1).max().unwrap_or(0);
+        let (first, onward) = group(0);
         let step = match self.class {
-            Class::Exact => ROWS_OF_EXACT,
+            // What is quantised onward has a scale for each 16 rows.
+            Class::Exact if onward.is_some() => ROWS_OF_EXACT,
+            Class::Exact => rows_of_exact(first),
             Class::Bulk => ROWS_OF_BULK,
         };
-        let each = rows(group(0).0).div_ceil(step);
-        let scratch = Shared(self.scratch.ptr());
-        let panels = Shared(self.panels.ptr());
-        let (scratch_each, panels_each, isa) = (self.scratch_each, self.panels_each, self.isa);
+        let each = rows(first).div_ceil(step);
+        let (scratch, isa) = (self.scratch(), self.isa);
         self.pool.run(n * each, &|thread, task| {
             let (jobs, onward) = group(task / each);
             let first = task % each * step;
             // SAFETY: each thread has its own part of the scratch.
-            let scratch =
-                unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * scratch_each), scratch_each) };
-            // SAFETY: as above.
-            let panels = unsafe { std::slice::from_raw_parts_mut(panels.get().add(thread * panels_each), panels_each) };
+            let (scratch, panels) = unsafe { scratch.of(thread) };
             for (job, rows) in jobs {
                 let (from, to) = (first, (first + step).min(*rows));
                 if from < to {
@@ -277,6 +313,41 @@ impl CpuBackend {
                 unsafe { onward.quantise(isa, first, (first + step).min(onward.cols)) };
             }
         });
+    }
+
+    /// Runs jobs that do not need each other over the same rows of activations, one behind the other: as many tasks of
+    /// each as its rows need.
+    fn stacked(&mut self, jobs: &[(Job, usize)]) {
+        let step = match self.class {
+            Class::Exact => rows_of_exact(&jobs[..1]),
+            Class::Bulk => ROWS_OF_BULK,
+        };
+        let (scratch, isa) = (self.scratch(), self.isa);
+        let tasks = jobs.iter().map(|(_, rows)| rows.div_ceil(step)).sum();
+        self.pool.run(tasks, &|thread, mut task| {
+            let mut jobs = jobs.iter();
+            let found = jobs.find(|(_, rows)| {
+                let all = rows.div_ceil(step);
+                let here = task < all;
+                task -= if here { 0 } else { all };
+                here
+            });
+            if let Some((job, rows)) = found {
+                // SAFETY: each thread has its own part of the scratch.
+                let (scratch, panels) = unsafe { scratch.of(thread) };
+                dispatch(isa, Rows { job, from: task * step, to: ((task + 1) * step).min(*rows), scratch, panels });
+            }
+        });
+    }
+
+    /// What the threads have of scratch.
+    fn scratch(&mut self) -> Scratch {
+        Scratch {
+            floats: Shared(self.scratch.ptr()),
+            each: self.scratch_each,
+            panels: Shared(self.panels.ptr()),
+            panels_each: self.panels_each,
+        }
     }
 
     /// Norms X to `input` and quantises it.
@@ -366,53 +437,120 @@ impl CpuBackend {
         unsafe { (Shared(self.cache_k.ptr().add(at)), Shared(self.cache_v.ptr().add(at))) }
     }
 
-    /// Norms, rotates and stores: one task a token.
-    fn rotate_and_store(&mut self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) {
+    /// What is left to do with queries and keys of a layer before they meet.
+    fn rotation(&mut self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Rotation {
         let (cache_k, cache_v) = self.cache(layer);
-        let (q, k, v) = (Shared(self.q.ptr()), Shared(self.k.ptr()), Shared(self.v.ptr()));
-        let (dims, isa, first) = (&self.dims, self.isa, self.first_pos);
-        let pairs = dims.rope.freqs.len();
-        let (cos, sin): (&[f32], &[f32]) = (&self.cos, &self.sin);
-        let (q_norm, k_norm) = (q_norm.copied(), k_norm.copied());
-        let half = dims.kv_type == TensorType::F16;
-        let overflow = &self.overflow;
-        self.pool.run(self.n_tokens, &|_, t| {
-            let hd = dims.head_dim;
-            let (cos, sin) = (&cos[t * pairs..(t + 1) * pairs], &sin[t * pairs..(t + 1) * pairs]);
-            for (heads, base, norm) in [(dims.n_heads, q, q_norm), (dims.n_kv_heads, k, k_norm)] {
-                for h in 0..heads {
-                    // SAFETY: head h of token t belongs to this task.
-                    let x = unsafe { std::slice::from_raw_parts_mut(base.get().add((t * heads + h) * hd), hd) };
-                    if let Some(n) = norm {
-                        dispatch(isa, RmsNormInPlace { x, weight: n.weight.addr as *const f32, eps: n.eps });
-                    }
-                    rotate(x, dims.rope.kind, cos, sin);
+        let d = &self.dims;
+        Rotation {
+            layer,
+            q: Shared(self.q.ptr()),
+            k: Shared(self.k.ptr()),
+            v: Shared(self.v.ptr()),
+            cache_k,
+            cache_v,
+            half: d.kv_type == TensorType::F16,
+            norms: [q_norm.copied(), k_norm.copied()],
+            cos: self.cos.ptr(),
+            sin: self.sin.ptr(),
+            pairs: d.rope.freqs.len(),
+            kind: d.rope.kind,
+            heads: [d.n_heads, d.n_kv_heads],
+            head_dim: d.head_dim,
+            n_ctx: d.n_ctx,
+            first_pos: self.first_pos,
+        }
+    }
+}
+
+/// Norms and rotates queries and keys of a layer, and stores keys and values.
+#[derive(Clone, Copy)]
+struct Rotation {
+    layer: usize,
+    q: Shared<f32>,
+    k: Shared<f32>,
+    v: Shared<f32>,
+    cache_k: Shared<u8>,
+    cache_v: Shared<u8>,
+    /// Whether the cache holds half precision.
+    half: bool,
+    /// Of queries and of keys.
+    norms: [Option<Norm>; 2],
+    /// `[token][pair]`.
+    cos: *const f32,
+    sin: *const f32,
+    pairs: usize,
+    kind: RopeKind,
+    /// Of queries and of keys.
+    heads: [usize; 2],
+    head_dim: usize,
+    n_ctx: usize,
+    first_pos: usize,
+}
+
+// SAFETY: addresses only; see `Rotate`.
+unsafe impl Send for Rotation {}
+// SAFETY: as above.
+unsafe impl Sync for Rotation {}
+
+impl Rotation {
+    /// Does a key/value head of a token, which nobody else does.
+    fn run(&self, isa: Isa, token: usize, kv_head: usize, overflow: &AtomicUsize) {
+        let mut over = false;
+        dispatch(isa, Rotate { of: self, token, kv_head, over: &mut over });
+        if over {
+            let _ = overflow.compare_exchange(0, self.layer + 1, Relaxed, Relaxed);
+        }
+    }
+}
+
+/// One key/value head of a token, and the query heads that meet it. Says whether a key or value is too large for the cache.
+struct Rotate<'a> {
+    of: &'a Rotation,
+    token: usize,
+    kv_head: usize,
+    over: &'a mut bool,
+}
+
+impl Body for Rotate<'_> {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        let Rotate { of, token: t, kv_head, over } = self;
+        let hd = of.head_dim;
+        let group = of.heads[0] / of.heads[1];
+        // SAFETY: the tables have a row for each token of the pass.
+        let (cos, sin) = unsafe {
+            (
+                std::slice::from_raw_parts(of.cos.add(t * of.pairs), of.pairs),
+                std::slice::from_raw_parts(of.sin.add(t * of.pairs), of.pairs),
+            )
+        };
+        for (which, base, heads) in
+            [(0, of.q, kv_head * group..(kv_head + 1) * group), (1, of.k, kv_head..kv_head + 1)]
+        {
+            for h in heads {
+                // SAFETY: these heads of token t belong to this task.
+                let x =
+                    unsafe { std::slice::from_raw_parts_mut(base.get().add((t * of.heads[which] + h) * hd), hd) };
+                if let Some(n) = of.norms[which] {
+                    RmsNormInPlace { x, weight: n.weight.addr as *const f32, eps: n.eps }.run::<D>();
+                }
+                rotate(x, of.kind, cos, sin);
+            }
+        }
+        let at = (kv_head * of.n_ctx + of.first_pos + t) * hd;
+        for (from, to) in [(of.k, of.cache_k), (of.v, of.cache_v)] {
+            // SAFETY: position `first_pos + t` of the head belongs to this task and is below n_ctx (checked in `begin`).
+            unsafe {
+                let x = std::slice::from_raw_parts(from.get().add((t * of.heads[1] + kv_head) * hd), hd);
+                if of.half {
+                    let out = std::slice::from_raw_parts_mut(to.get().cast::<half::f16>().add(at), hd);
+                    out.convert_from_f32_slice(x);
+                    *over |= out.iter().zip(x).any(|(o, x)| o.is_infinite() && x.is_finite());
+                } else {
+                    std::slice::from_raw_parts_mut(to.get().cast::<f32>().add(at), hd).copy_from_slice(x);
                 }
             }
-            for h in 0..dims.n_kv_heads {
-                let at = (h * dims.n_ctx + first + t) * hd;
-                for (from, to) in [(k, cache_k), (v, cache_v)] {
-                    // SAFETY: position `first + t` of the head belongs to this task and is below
-                    // n_ctx (checked in `begin`).
-                    unsafe {
-                        let x = std::slice::from_raw_parts(from.get().add((t * dims.n_kv_heads + h) * hd), hd);
-                        if half {
-                            let out = std::slice::from_raw_parts_mut(to.get().cast::<half::f16>().add(at), hd);
-                            let mut over = false;
-                            for (o, x) in out.iter_mut().zip(x) {
-                                *o = half::f16::from_f32(*x);
-                                over |= o.is_infinite() && x.is_finite();
-                            }
-                            if over {
-                                let _ = overflow.compare_exchange(0, layer + 1, Relaxed, Relaxed);
-                            }
-                        } else {
-                            std::slice::from_raw_parts_mut(to.get().cast::<f32>().add(at), hd).copy_from_slice(x);
-                        }
-                    }
-                }
-            }
-        });
+        }
     }
 }
 
@@ -460,6 +598,7 @@ impl Body for RmsNormInPlace<'_> {
 }
 
 /// Rotates the pairs of a head.
+#[inline(always)]
 fn rotate(x: &mut [f32], kind: RopeKind, cos: &[f32], sin: &[f32]) {
     let n = cos.len();
     match kind {
@@ -501,6 +640,7 @@ impl Backend for CpuBackend {
         }
         (self.first_pos, self.n_tokens, self.class) = (first_pos, n_tokens, class);
         self.attn_ready = false;
+        self.rotation = None;
         let rope = &self.dims.rope;
         let n = rope.freqs.len();
         for t in 0..n_tokens {
@@ -543,30 +683,46 @@ impl Backend for CpuBackend {
             self.job(k, input, pk, Then::Store),
             self.job(v, input, pv, Then::Store),
         ];
-        self.jobs(&jobs, None);
-        self.rotate_and_store(layer, q_norm, k_norm);
+        self.stacked(&jobs);
+        let rotation = self.rotation(layer, q_norm, k_norm);
+        match self.class {
+            // Who attends with a head does the rest of its work first.
+            Class::Exact => self.rotation = Some(rotation),
+            Class::Bulk => {
+                let (isa, overflow) = (self.isa, &self.overflow);
+                self.pool.run(self.n_tokens, &|_, token| {
+                    (0..rotation.heads[1]).for_each(|kv_head| rotation.run(isa, token, kv_head, overflow));
+                });
+            }
+        }
         Ok(())
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
         let (k, v) = self.cache(layer);
+        let scratch = self.scratch();
         let d = &self.dims;
         let cache =
             Cache { k: k.get(), v: v.get(), half: d.kv_type == TensorType::F16, n_ctx: d.n_ctx, head_dim: d.head_dim };
         let tiles = self.n_tokens.div_ceil(TILE);
-        let (q, out, scratch) = (Shared(self.q.ptr()), Shared(self.attn.ptr()), Shared(self.scratch.ptr()));
+        let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
         let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
-        let (each, isa) = (self.scratch_each, self.isa);
+        let isa = self.isa;
         // Exact rows go on quantised, where heads of a group are whole groups of a scale.
         let width = n_heads / n_kv * d.head_dim;
         let cols = n_heads * d.head_dim;
         let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
+        let rotation = self.rotation.take().filter(|r| r.layer == layer);
+        let overflow = &self.overflow;
         self.pool.run(tiles * n_kv, &|thread, task| {
             let (tile, kv_head) = (task / n_kv, task % n_kv);
             // SAFETY: each thread has its own part of the scratch.
-            let scratch = unsafe { std::slice::from_raw_parts_mut(scratch.get().add(thread * each), each) };
+            let (scratch, _) = unsafe { scratch.of(thread) };
             let tokens = tile * TILE..((tile + 1) * TILE).min(n_tokens);
             let (q, out) = (q.get().cast_const(), out.get());
+            if let Some(r) = &rotation {
+                tokens.clone().for_each(|token| r.run(isa, token, kv_head, overflow));
+            }
             dispatch(
                 isa,
                 Attend { cache, q, out, n_heads, group: n_heads / n_kv, kv_head, tokens, first_pos, scratch },

@@ -27,6 +27,15 @@ fn ask_ahead<const BYTES: usize>(at: *const u8) {
     }
 }
 
+/// Asks for the first bytes of a task, of `bytes`, which nothing before it has asked for.
+#[inline(always)]
+fn ask_first(at: *const u8, bytes: usize) {
+    for line in (0..bytes.min(AHEAD)).step_by(64) {
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) };
+    }
+}
+
 /// AVX2 with FMA.
 pub(super) struct Avx2;
 
@@ -97,6 +106,11 @@ impl Dot for Avx2 {
     unsafe fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
         // SAFETY: passed on to the caller.
         unsafe { avx2_panel::interleave(rows, to) }
+    }
+
+    #[inline(always)]
+    fn ask(at: *const u8, bytes: usize) {
+        ask_first(at, bytes);
     }
 
     #[inline(always)]
@@ -178,6 +192,11 @@ impl Dot for Avx512 {
     unsafe fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
         // SAFETY: passed on to the caller.
         unsafe { avx512_panel::interleave(rows, to) }
+    }
+
+    #[inline(always)]
+    fn ask(at: *const u8, bytes: usize) {
+        ask_first(at, bytes);
     }
 
     #[inline(always)]
