@@ -6,6 +6,7 @@
 pub mod backend;
 pub mod cli;
 pub mod engine;
+pub mod flow;
 pub mod gguf;
 pub mod library;
 pub mod machine;

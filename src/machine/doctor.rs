@@ -347,6 +347,21 @@ mod tests {
         assert!(all.iter().any(|x| x.id == "drive-chipset"));
     }
 
+    /// A link that power management has slowed is judged by what it can: all its lanes at a low speed are a hint, and
+    /// only lanes that are missing are a warning.
+    #[test]
+    fn a_link_that_sleeps_is_no_warning() {
+        let mut f = machine(&[("sys/bus/pci/devices/0000:01:00.0/class", "0x030000\n")]);
+        let speed = |gt_per_s, width| Some(Speed { gt_per_s, width });
+        let weight = |f: &Facts| findings(f, &Tried::default()).iter().find(|x| x.id == "gpu-link").map(|x| x.weight);
+        f.gpus[0].link = Link { current: speed(2.5, 16), max: speed(32.0, 16) };
+        assert_eq!(weight(&f), Some(Weight::Hint));
+        f.gpus[0].link = Link { current: speed(2.5, 8), max: speed(32.0, 16) };
+        assert_eq!(weight(&f), Some(Weight::Warning));
+        f.gpus[0].link = Link { current: speed(32.0, 16), max: speed(32.0, 16) };
+        assert_eq!(weight(&f), None);
+    }
+
     #[test]
     fn a_drive_on_a_slow_link_is_found() {
         let mut f = machine(&[("sys/block/nvme0n1/size", "8\n")]);

@@ -1,0 +1,803 @@
+//! Which bytes move when: pools of frames, wants in the order of their use, moves over links. Pure: no clock, no
+//! thread, no device; the threads of links, the session and the simulator drive it.
+//!
+//! The schedule of a pass is cyclic: the first units of the next pass follow the last ones of this. Each pool takes
+//! its wants from it by itself, as far ahead as it has frames, since only it knows how far that is. A mixture of
+//! experts leaves holes in the schedule, which [`Frames::demand`] fills once the router has chosen; a guess at them
+//! may come before, by [`Frames::hint`].
+//!
+//! A want gets its frame in the order of ranks and keeps it until its use has been reached, so that a frame that
+//! nobody claims, copies from or writes to is free. Moves start in the order of ranks too, but one whose source is
+//! still on its way holds up no other.
+
+use std::collections::VecDeque;
+
+use super::mutant;
+
+/// A memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Files and drives: tier C.
+    Storage,
+    /// RAM: tier B.
+    Host,
+    /// Memory of a device: tier A.
+    Device,
+}
+
+/// Which free frame of a pool a want gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The next one in turn: carried unit `c` goes to frame `c mod n`, so that a frame's last use is the oldest there is.
+    /// One that is claimed by a later want (prefetched behind a hole) is passed over. What was used is brought anew.
+    Ring,
+    /// One that holds the unit already, else the one whose last use is the oldest.
+    Lru,
+}
+
+/// One step of the cyclic schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A streamed unit.
+    Unit(usize),
+    /// Units that are known only when the router has run.
+    Hole,
+}
+
+/// When a unit is used, over all passes: the order of everything here, and the consumption clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// Passes before this one.
+    pub pass: u32,
+    /// Step of the schedule.
+    pub step: u32,
+    /// 0 for a unit of the schedule, else the number of a demanded unit, from 1, or [`HINTS`] and more for a hint.
+    pub nth: u32,
+}
+
+/// `nth` of hints: behind everything that is demanded at their hole.
+const HINTS: u32 = 1 << 30;
+
+/// Frames of one size in one place.
+#[derive(Clone, Debug)]
+pub struct PoolSpec {
+    /// Where.
+    pub place: Place,
+    /// How many. A pool that some unit passes through has at least two.
+    pub frames: usize,
+    /// Who gets which.
+    pub policy: Policy,
+    /// By unit, whether it goes to these frames; no two pools of a place have a member in common.
+    pub members: Vec<bool>,
+}
+
+/// What a machine is made for.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// By unit, where it rests; it is there at any time, without a frame (design: pool `Pinned`).
+    pub homes: Vec<Place>,
+    /// By unit, whether it fills holes rather than being in the schedule.
+    pub routed: Vec<bool>,
+    /// Where units are used: [`Place::Host`] or [`Place::Device`].
+    pub site: Place,
+    /// Streamed units of a pass in the order of their use.
+    pub steps: Vec<Step>,
+    /// Most units that are demanded at once.
+    pub demand_max: usize,
+    /// The pools. Frames of a place are numbered through its pools.
+    pub pools: Vec<PoolSpec>,
+    /// Links by their ends.
+    pub links: Vec<(Place, Place)>,
+}
+
+/// Bytes of a unit on their way into a frame. Frames are numbered by place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// No two moves have the same.
+    pub id: u64,
+    /// What.
+    pub unit: usize,
+    /// From this frame of the link's first place; `None`: from where it rests.
+    pub from: Option<usize>,
+    /// To this frame of the link's second place.
+    pub to: usize,
+    /// When it is used.
+    pub rank: Rank,
+    /// The pass waits for it; prefetched ones may wait.
+    pub urgent: bool,
+    pool: usize,
+}
+
+/// What a consumer may do with the unit that it wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hold<C> {
+    /// Compute from this frame, then say [`Frames::reached`] with this rank.
+    Ready(usize, Rank),
+    /// It is on its way; [`Frames::take_news`] says when to ask again.
+    Wait,
+    /// It cannot be brought. Said once: a unit that is asked for again is brought anew.
+    Failed(C),
+}
+
+#[derive(Clone, Debug)]
+enum Content<C> {
+    /// Nothing of use; claimed, it waits for its move.
+    Empty,
+    /// Being written. `queued`: the place itself orders what comes after the move, so that the unit may be used already.
+    Filling {
+        unit: usize,
+        id: u64,
+        queued: bool,
+        used: bool,
+    },
+    Ready {
+        unit: usize,
+        used: bool,
+    },
+    Failed(C),
+}
+
+#[derive(Clone, Debug)]
+struct Frame<C> {
+    content: Content<C>,
+    /// Wants that this frame serves.
+    claims: u32,
+    /// Moves in flight that read it.
+    copies: u32,
+    /// Its last use.
+    last: Option<Rank>,
+}
+
+impl<C> Frame<C> {
+    /// Whether it may be given to another unit.
+    fn is_free(&self) -> bool {
+        let copied = self.copies > 0 && !mutant("copied-from");
+        self.claims == 0 && !copied && !matches!(self.content, Content::Filling { .. })
+    }
+
+    /// Whether it holds `unit`, or soon will, for a want that has no frame.
+    fn serves(&self, unit: usize, policy: Policy) -> bool {
+        match self.content {
+            Content::Filling { unit: u, used, .. } | Content::Ready { unit: u, used } => {
+                u == unit && (policy == Policy::Lru || self.claims == 0 && !used)
+            }
+            _ => false,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Want {
+    unit: usize,
+    rank: Rank,
+    frame: Option<usize>,
+    /// The consumer has it.
+    held: bool,
+}
+
+impl Want {
+    fn is_hint(&self) -> bool {
+        self.rank.nth >= HINTS
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Pool<C> {
+    place: Place,
+    policy: Policy,
+    members: Vec<bool>,
+    frames: Vec<Frame<C>>,
+    /// Number of its first frame in its place.
+    first: usize,
+    /// What is to be used, in the order of ranks.
+    wants: VecDeque<Want>,
+    hints: usize,
+    /// Holes among them that are not filled.
+    holes: VecDeque<Rank>,
+    has_units: bool,
+    has_holes: bool,
+    /// The step that is taken from the schedule next.
+    pass: u32,
+    step: u32,
+    /// The frame that was given out last.
+    turn: usize,
+}
+
+impl<C> Pool<C> {
+    fn position(&self, rank: Rank) -> Option<usize> {
+        self.wants.binary_search_by(|w| w.rank.cmp(&rank)).ok()
+    }
+
+    fn add(&mut self, unit: usize, rank: Rank) {
+        if let Err(at) = self.wants.binary_search_by(|w| w.rank.cmp(&rank)) {
+            self.wants.insert(at, Want { unit, rank, frame: None, held: false });
+            self.hints += usize::from(rank.nth >= HINTS);
+        }
+    }
+
+    /// Forgets a want; its frame keeps what it holds.
+    fn forget(&mut self, at: usize) {
+        let Some(want) = self.wants.remove(at) else { return };
+        self.hints -= usize::from(want.is_hint());
+        if let Some(f) = want.frame {
+            let frame = &mut self.frames[f];
+            frame.claims -= 1;
+            if want.held {
+                frame.last = Some(want.rank);
+                if let Content::Ready { used, .. } | Content::Filling { used, .. } = &mut frame.content {
+                    *used = true;
+                }
+            }
+            if frame.claims == 0 && matches!(frame.content, Content::Failed(_)) {
+                frame.content = Content::Empty;
+            }
+        }
+    }
+
+    /// Forgets a want whose use is over.
+    fn use_up(&mut self, at: usize) {
+        self.wants[at].held = true;
+        self.forget(at);
+    }
+
+    fn forget_all(&mut self, mut which: impl FnMut(&Want) -> bool) {
+        for at in (0..self.wants.len()).rev() {
+            if which(&self.wants[at]) {
+                self.forget(at);
+            }
+        }
+    }
+
+    /// The free frame whose turn it is.
+    fn victim(&self) -> Option<usize> {
+        let n = self.frames.len();
+        let in_turn = (1..=n).map(|i| (self.turn + i) % n).filter(|&f| self.frames[f].is_free());
+        match self.policy {
+            Policy::Ring => in_turn.take(1).next(),
+            Policy::Lru => in_turn.min_by_key(|&f| self.frames[f].last),
+        }
+    }
+
+    /// Whether a want is for something behind a hole that is not filled.
+    fn is_early(&self, want: &Want) -> bool {
+        want.is_hint() || self.holes.front().is_some_and(|hole| *hole < want.rank)
+    }
+
+    /// Whether a frame is left for what fills the hole once an early want has one: `serving`, or a free one.
+    fn leaves_one(&self, serving: Option<usize>) -> bool {
+        let early = |f: usize| self.wants.iter().any(|w| w.frame == Some(f) && self.is_early(w));
+        if serving.is_some_and(early) {
+            return true;
+        }
+        let left = if mutant("last-frame-to-prefetch") { 1 } else { 2 };
+        let all = 0..self.frames.len();
+        let takes_a_free_one = serving.is_none_or(|f| self.frames[f].is_free());
+        let free = || all.clone().filter(|&f| self.frames[f].is_free()).count();
+        let others = all.clone().filter(|&f| !early(f)).count();
+        all.len() > 2 && others >= left && (!takes_a_free_one || free() >= left)
+    }
+
+    /// Gives frames to wants, the earliest first. Behind an unfilled hole, one frame is left for what will fill it.
+    fn place(&mut self) {
+        for at in 0..self.wants.len() {
+            let Want { unit, frame, .. } = self.wants[at];
+            if frame.is_some() {
+                continue;
+            }
+            let serving = (0..self.frames.len()).find(|&f| self.frames[f].serves(unit, self.policy));
+            let early = self.is_early(&self.wants[at]);
+            if early && !self.leaves_one(serving) {
+                return;
+            }
+            let Some(f) = serving.or_else(|| self.victim()) else { return };
+            if serving.is_none() {
+                self.frames[f].content = Content::Empty;
+                self.turn = f;
+            }
+            self.frames[f].claims += 1;
+            self.wants[at].frame = Some(f);
+        }
+    }
+}
+
+/// The machine. `C` is the cause of a failure.
+#[derive(Clone, Debug)]
+pub struct Frames<C> {
+    spec: Spec,
+    pools: Vec<Pool<C>>,
+    dead: Vec<Option<C>>,
+    /// The step that the consumer comes to next, and its pass.
+    pass: u32,
+    step: u32,
+    /// Demanded units that it has not asked for: number of the first, and of the one behind the last.
+    demanded: (u32, u32),
+    /// The last use that is over.
+    clock: Option<Rank>,
+    /// What the consumer waits for, and whether that is decided.
+    awaited: Option<Rank>,
+    news: bool,
+    /// A move that failed after its unit was handed over.
+    late: Option<(Rank, C)>,
+    /// Uses before this one belong to passes that were given up, or are over.
+    given_up: Rank,
+    next_id: u64,
+    unused_failures: u64,
+}
+
+impl<C: Clone> Frames<C> {
+    /// A machine with empty frames, before the first pass.
+    pub fn new(spec: Spec) -> Frames<C> {
+        let mut pools: Vec<Pool<C>> = Vec::with_capacity(spec.pools.len());
+        for p in &spec.pools {
+            let first = pools.iter().filter(|q| q.place == p.place).map(|q| q.frames.len()).sum();
+            let passes = |u: usize| p.members[u] && crosses(&spec, u, p.place);
+            let frame = || Frame { content: Content::Empty, claims: 0, copies: 0, last: None };
+            pools.push(Pool {
+                place: p.place,
+                policy: p.policy,
+                members: p.members.clone(),
+                frames: (0..p.frames).map(|_| frame()).collect(),
+                first,
+                wants: VecDeque::with_capacity(2 * p.frames + 2 * spec.demand_max + 2),
+                hints: 0,
+                holes: VecDeque::with_capacity(4),
+                has_units: spec.steps.iter().any(|s| matches!(s, Step::Unit(u) if passes(*u))),
+                has_holes: spec.steps.contains(&Step::Hole)
+                    && (0..spec.homes.len()).any(|u| spec.routed[u] && passes(u)),
+                pass: 0,
+                step: 0,
+                turn: p.frames.saturating_sub(1),
+            });
+        }
+        Frames {
+            dead: spec.links.iter().map(|_| None).collect(),
+            pools,
+            pass: 0,
+            step: 0,
+            demanded: (0, 0),
+            clock: None,
+            awaited: None,
+            news: false,
+            late: None,
+            given_up: Rank { pass: 0, step: 0, nth: 0 },
+            next_id: 0,
+            unused_failures: 0,
+            spec,
+        }
+    }
+
+    /// The pool of `place` that `unit` goes through, if it does.
+    fn pool_of(&self, place: Place, unit: usize) -> Option<usize> {
+        let through = crosses(&self.spec, unit, place);
+        self.pools.iter().position(|p| through && p.place == place && p.members[unit])
+    }
+
+    /// Takes steps from the schedule until a pool has one want more than frames.
+    fn pull(&mut self, p: usize) {
+        let n_steps = self.spec.steps.len() as u32;
+        loop {
+            let pool = &mut self.pools[p];
+            let enough = pool.wants.len() - pool.hints > pool.frames.len() || pool.holes.len() > 1;
+            if enough || !(pool.has_units || pool.has_holes) {
+                return;
+            }
+            let rank = Rank { pass: pool.pass, step: pool.step, nth: 0 };
+            pool.step += 1;
+            if pool.step == n_steps {
+                (pool.pass, pool.step) = (pool.pass + 1, 0);
+            }
+            if self.is_past(rank) {
+                continue;
+            }
+            match self.spec.steps[rank.step as usize] {
+                Step::Hole if self.pools[p].has_holes => self.pools[p].holes.push_back(rank),
+                Step::Unit(u) if self.pool_of(self.pools[p].place, u) == Some(p) && !self.is_served(u, rank, p) => {
+                    self.pools[p].add(u, rank);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether the consumer has come past a step, or has filled it.
+    fn is_past(&self, rank: Rank) -> bool {
+        let next = Rank { pass: self.pass, step: self.step, nth: 0 };
+        rank < next || rank == next && self.demanded.1 > 0
+    }
+
+    /// Whether the place of use has, for this use, what pool `p` would be a stage for.
+    fn is_served(&self, unit: usize, rank: Rank, p: usize) -> bool {
+        let Some(last) = self.pool_of(self.spec.site, unit).filter(|last| *last != p) else { return false };
+        let pool = &self.pools[last];
+        let frame = pool.position(rank).and_then(|at| pool.wants[at].frame);
+        frame.is_some_and(|f| !matches!(pool.frames[f].content, Content::Empty | Content::Failed(_)))
+    }
+
+    fn refresh(&mut self, place: Place) {
+        for p in 0..self.pools.len() {
+            if self.pools[p].place == place {
+                self.pull(p);
+                self.pools[p].place();
+            }
+        }
+    }
+
+    /// The earliest want of a link's second place that waits for its move and whose source is there: pool, index, and
+    /// the frame of the source.
+    fn candidate(&self, link: usize) -> Option<(usize, usize, Option<usize>)> {
+        let (from, to) = self.spec.links[link];
+        if self.dead[link].is_some() {
+            return None;
+        }
+        let of = |(p, pool): (usize, &Pool<C>)| {
+            pool.wants.iter().enumerate().find_map(|(at, w)| {
+                let is_empty = matches!(pool.frames[w.frame?].content, Content::Empty);
+                is_empty.then_some((w.rank, (p, at, self.source(from, w)?)))
+            })
+        };
+        let pools = self.pools.iter().enumerate().filter(|(_, pool)| pool.place == to);
+        pools.filter_map(of).min_by_key(|found| found.0).map(|found| found.1)
+    }
+
+    /// Where a want can be brought from: a frame of `from` (numbered in its place), or where it rests.
+    fn source(&self, from: Place, want: &Want) -> Option<Option<usize>> {
+        if self.spec.homes[want.unit] == from {
+            return Some(None);
+        }
+        let pool = &self.pools[self.pool_of(from, want.unit)?];
+        let f = pool.wants[pool.position(want.rank)?].frame?;
+        matches!(pool.frames[f].content, Content::Ready { .. }).then_some(Some(pool.first + f))
+    }
+
+    /// Whether `link` has something to carry.
+    pub fn has_move(&mut self, link: usize) -> bool {
+        self.refresh(self.spec.links[link].1);
+        self.candidate(link).is_some()
+    }
+
+    /// Whether frames of `link`'s second place wait for units that are on their way to its first.
+    pub fn waits_for_source(&self, link: usize) -> bool {
+        let (from, to) = self.spec.links[link];
+        let waits = |pool: &Pool<C>, w: &Want| {
+            let empty = w.frame.is_some_and(|f| matches!(pool.frames[f].content, Content::Empty));
+            empty && self.source(from, w).is_none()
+        };
+        self.pools.iter().any(|pool| pool.place == to && pool.wants.iter().any(|w| waits(pool, w)))
+    }
+
+    /// The next move of `link`: it is taken to be under way until [`Frames::moved`] or [`Frames::give_back`].
+    pub fn next_move(&mut self, link: usize) -> Option<Move> {
+        self.refresh(self.spec.links[link].1);
+        let (p, at, from) = self.candidate(link)?;
+        if let Some(from) = from {
+            self.frame_mut(self.spec.links[link].0, from)?.copies += 1;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let pool = &mut self.pools[p];
+        let Want { unit, rank, frame, .. } = pool.wants[at];
+        let f = frame?;
+        pool.frames[f].content = Content::Filling { unit, id, queued: false, used: false };
+        let urgent = (1..HINTS).contains(&rank.nth);
+        Some(Move { id, unit, from, to: pool.first + f, rank, urgent, pool: p })
+    }
+
+    fn frame_mut(&mut self, place: Place, number: usize) -> Option<&mut Frame<C>> {
+        let of = |p: &&mut Pool<C>| p.place == place && (p.first..p.first + p.frames.len()).contains(&number);
+        self.pools.iter_mut().find(of).map(|p| &mut p.frames[number - p.first])
+    }
+
+    /// A link has not taken a move: it will be asked again.
+    pub fn give_back(&mut self, link: usize, m: Move) {
+        self.release_source(link, &m, false);
+        let pool = &mut self.pools[m.pool];
+        pool.frames[m.to - pool.first].content = Content::Empty;
+    }
+
+    /// A link that carries moves to the place of use in order with the work there has queued a move: work called from
+    /// now on comes after it.
+    pub fn queued(&mut self, m: Move) {
+        let pool = &mut self.pools[m.pool];
+        if let Content::Filling { id, queued, .. } = &mut pool.frames[m.to - pool.first].content
+            && *id == m.id
+        {
+            *queued = true;
+        }
+        self.decided(&m, false);
+    }
+
+    fn release_source(&mut self, link: usize, m: &Move, carried: bool) {
+        let from = self.spec.links[link].0;
+        if let Some(frame) = m.from.and_then(|f| self.frame_mut(from, f)) {
+            frame.copies -= 1;
+            if let Content::Ready { used, .. } = &mut frame.content {
+                *used |= carried;
+            }
+        }
+    }
+
+    /// A move of `link` has ended.
+    pub fn moved(&mut self, link: usize, m: Move, result: Result<(), C>) {
+        let ok = result.is_ok();
+        self.release_source(link, &m, ok);
+        let from = self.spec.links[link].0;
+        if m.from.is_some()
+            && ok
+            && let Some(p) = self.pool_of(from, m.unit)
+            && let Some(at) = self.pools[p].position(m.rank)
+        {
+            // The stage has served.
+            self.pools[p].use_up(at);
+        }
+        let pool = &mut self.pools[m.pool];
+        let frame = &mut pool.frames[m.to - pool.first];
+        match (result, &frame.content) {
+            (Ok(()), &Content::Filling { unit, used, .. }) => frame.content = Content::Ready { unit, used },
+            (Ok(()), other) => unreachable!("a move ended in a frame that is {}", name_of(other)),
+            (Err(cause), _) => self.failed(m, cause),
+        }
+        self.decided(&m, !ok);
+    }
+
+    /// A failure is told to the want that the move was begun for, if that is still there and no guess; else it is
+    /// counted, and whoever claims the frame meanwhile is brought anew.
+    fn failed(&mut self, m: Move, cause: C) {
+        let over = self.clock.is_some_and(|c| m.rank <= c) && m.rank >= self.given_up;
+        let pool = &mut self.pools[m.pool];
+        let f = m.to - pool.first;
+        pool.frames[f].content = Content::Empty;
+        let own = pool.position(m.rank).filter(|&at| pool.wants[at].frame == Some(f));
+        match own {
+            Some(at) if pool.wants[at].is_hint() => {
+                pool.forget(at);
+                self.unused_failures += 1;
+            }
+            Some(at) if pool.wants[at].held => self.late = Some((m.rank, cause)),
+            Some(_) => pool.frames[f].content = Content::Failed(cause),
+            None if over => self.late = Some((m.rank, cause)),
+            None => self.unused_failures += 1,
+        }
+        let pool = &mut self.pools[m.pool];
+        for w in pool.wants.iter_mut().filter(|w| w.frame == Some(f) && w.rank != m.rank) {
+            w.frame = None;
+            pool.frames[f].claims -= 1;
+        }
+    }
+
+    /// Notes that the consumer may ask again.
+    fn decided(&mut self, m: &Move, failed: bool) {
+        let at_site = self.pools[m.pool].place == self.spec.site && !mutant("news");
+        if self.awaited.is_some() && (at_site || failed) {
+            self.news = true;
+        }
+    }
+
+    /// A link is gone for good. What it was carrying stays in flight: its frames are never used again.
+    pub fn died(&mut self, link: usize, cause: C) {
+        self.dead[link].get_or_insert(cause);
+        self.news = true;
+    }
+
+    /// The consumer wants `unit`, which must be what comes next: a unit of the schedule or a demanded one.
+    pub fn hold(&mut self, unit: usize) -> Hold<C> {
+        let (next, behind) = self.demanded;
+        let rank = Rank { pass: self.pass, step: self.step, nth: next };
+        let scheduled = self.spec.steps.get(rank.step as usize);
+        if next >= behind && scheduled != Some(&Step::Unit(unit)) {
+            unreachable!("unit {unit} was asked for, but {scheduled:?} is next");
+        }
+        if let Some((_, cause)) = self.late.take() {
+            return Hold::Failed(cause);
+        }
+        let Some(p) = self.pool_of(self.spec.site, unit) else { unreachable!("unit {unit} goes through no frame") };
+        self.pull(p);
+        let pool = &mut self.pools[p];
+        pool.place();
+        let Some(at) = pool.position(rank) else { unreachable!("unit {unit} was asked for, but not demanded") };
+        let want = pool.wants[at];
+        assert_eq!(want.unit, unit, "a unit was asked for out of its order");
+        let there = want.frame.filter(|&f| {
+            matches!(pool.frames[f].content, Content::Ready { .. } | Content::Filling { queued: true, .. })
+        });
+        if let Some(f) = there {
+            pool.wants[at].held = true;
+            let number = pool.first + f;
+            self.awaited = None;
+            self.consumed();
+            return Hold::Ready(number, rank);
+        }
+        if let Some(f) = want.frame
+            && let Content::Failed(cause) = &pool.frames[f].content
+        {
+            let cause = cause.clone();
+            if !mutant("told-again") {
+                pool.frames[f].content = Content::Empty;
+            }
+            return Hold::Failed(cause);
+        }
+        if let Some(cause) = self.cause_upstream(unit, rank) {
+            return Hold::Failed(cause);
+        }
+        self.awaited = Some(rank);
+        Hold::Wait
+    }
+
+    /// Why a unit that is not there will not come: a link on its way is gone, or an earlier stage has failed.
+    fn cause_upstream(&mut self, unit: usize, rank: Rank) -> Option<C> {
+        let want = Want { unit, rank, frame: None, held: false };
+        for (link, &(_, to)) in self.spec.links.iter().enumerate() {
+            let there = to != self.spec.site && self.source(to, &want).is_some();
+            if !there && self.dead[link].is_some() && self.pool_of(to, unit).is_some() {
+                return self.dead[link].clone();
+            }
+        }
+        let stages = self.pools.iter_mut().filter(|p| p.place != self.spec.site);
+        for pool in stages {
+            if let Some(f) = pool.position(rank).and_then(|at| pool.wants[at].frame)
+                && let Content::Failed(cause) = &pool.frames[f].content
+            {
+                let cause = cause.clone();
+                pool.frames[f].content = Content::Empty;
+                return Some(cause);
+            }
+        }
+        None
+    }
+
+    /// The consumer goes on to what comes next.
+    fn consumed(&mut self) {
+        if self.demanded.0 < self.demanded.1 {
+            self.demanded.0 += 1;
+        }
+        if self.demanded.0 >= self.demanded.1 {
+            self.demanded = (0, 0);
+            self.step += 1;
+            if self.step as usize == self.spec.steps.len() {
+                (self.pass, self.step) = (self.pass + 1, 0);
+            }
+        }
+    }
+
+    /// Fills the hole that is next with streamed units, in the order in which they will be asked for.
+    pub fn demand(&mut self, units: &[usize]) {
+        let at = Rank { pass: self.pass, step: self.step, nth: 0 };
+        if self.spec.steps.get(self.step as usize) != Some(&Step::Hole) || self.demanded.1 > 0 {
+            unreachable!("units were demanded at {at:?}, where there is no hole");
+        }
+        self.demanded = (1, 1 + units.len() as u32);
+        for p in 0..self.pools.len() {
+            self.pools[p].forget_all(|w| w.is_hint() && w.rank.pass == at.pass && w.rank.step == at.step);
+            // A pool that has not come to this hole will find it filled.
+            if self.pools[p].holes.front() == Some(&at) {
+                self.pools[p].holes.pop_front();
+            }
+            for (&unit, nth) in units.iter().zip(1..) {
+                if self.pool_of(self.pools[p].place, unit) == Some(p) {
+                    self.pools[p].add(unit, Rank { nth, ..at });
+                }
+            }
+        }
+        if units.is_empty() {
+            self.consumed();
+        }
+    }
+
+    /// Guesses that `unit` will be demanded at the hole of this step, in this pass if that is to come and else in the
+    /// next. It gets no frame that anything else needs, and is forgotten when the hole is filled; a failure is counted
+    /// and no more. False if there is no room for the guess.
+    pub fn hint(&mut self, unit: usize, step: u32) -> bool {
+        let pass = if step >= self.step { self.pass } else { self.pass + 1 };
+        if self.spec.steps.get(step as usize) != Some(&Step::Hole) || (step == self.step && self.demanded.1 > 0) {
+            return false;
+        }
+        let mut taken = false;
+        for pool in &mut self.pools {
+            if pool.hints < pool.frames.len() && pool.members[unit] && crosses(&self.spec, unit, pool.place) {
+                let same = |w: &&Want| w.is_hint() && (w.rank.pass, w.rank.step) == (pass, step);
+                if pool.wants.iter().filter(same).any(|w| w.unit == unit) {
+                    continue;
+                }
+                pool.add(unit, Rank { pass, step, nth: HINTS + unit as u32 });
+                taken = true;
+            }
+        }
+        taken
+    }
+
+    /// All uses up to `rank` are over, or called where the place orders what comes after them: their frames are free.
+    pub fn reached(&mut self, rank: Rank) {
+        if self.clock.is_none_or(|c| c < rank) {
+            self.clock = Some(rank);
+        }
+        // With them go stages whose unit came to its use by another way.
+        for pool in &mut self.pools {
+            while pool.wants.front().is_some_and(|w| w.rank <= rank) {
+                pool.use_up(0);
+            }
+        }
+    }
+
+    /// Gives the pass under way up: its wants are forgotten, and the next one begins with the schedule's first unit.
+    /// Frames that are ready or being written stay, and serve later wants for their units. Nothing may use a frame that
+    /// was handed over any more.
+    pub fn give_up(&mut self) {
+        let under_way = self.step > 0 || self.demanded.1 > 0;
+        let next = if under_way { self.pass + 1 } else { self.pass };
+        let begin = Rank { pass: next, step: 0, nth: 0 };
+        for pool in &mut self.pools {
+            pool.forget_all(|w| w.rank < begin);
+            pool.holes.retain(|hole| *hole >= begin);
+            if pool.pass < next {
+                (pool.pass, pool.step) = (next, 0);
+            }
+        }
+        (self.pass, self.step, self.demanded) = (next, 0, (0, 0));
+        (self.awaited, self.news, self.late, self.given_up) = (None, false, None, begin);
+    }
+
+    /// Which of the links that sleep have something to carry; bit `i` is link `i`.
+    pub fn wakes(&mut self, asleep: u32) -> u32 {
+        let mut wakes = 0;
+        for link in 0..self.spec.links.len() {
+            if asleep & 1 << link != 0 && self.has_move(link) {
+                wakes |= 1 << link;
+            }
+        }
+        wakes
+    }
+
+    /// Whether the consumer, told to wait, should ask again. Said once.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
+    }
+
+    /// Failures of moves that nothing waited for.
+    pub fn unused_failures(&self) -> u64 {
+        self.unused_failures
+    }
+
+    /// Units of the schedule and of holes: see [`Spec::steps`].
+    pub fn steps(&self) -> &[Step] {
+        &self.spec.steps
+    }
+}
+
+fn name_of<C>(content: &Content<C>) -> &'static str {
+    match content {
+        Content::Empty => "empty",
+        Content::Filling { .. } => "being written",
+        Content::Ready { .. } => "ready",
+        Content::Failed(_) => "failed",
+    }
+}
+
+/// Whether a unit passes through frames of `place` on its way to where it is used.
+fn crosses(spec: &Spec, unit: usize, place: Place) -> bool {
+    let home = spec.homes[unit];
+    match place {
+        Place::Storage => false,
+        Place::Host => home == Place::Storage,
+        Place::Device => spec.site == Place::Device && home != Place::Device,
+    }
+}
+
+#[cfg(test)]
+impl<C> Frames<C> {
+    /// What holds between any two calls.
+    pub(super) fn check(&self) {
+        for pool in &self.pools {
+            assert!(pool.wants.iter().is_sorted_by(|a, b| a.rank < b.rank), "wants out of order");
+            for (f, frame) in pool.frames.iter().enumerate() {
+                let claims = pool.wants.iter().filter(|w| w.frame == Some(f)).count();
+                assert_eq!(claims, frame.claims as usize, "claims of frame {f}");
+            }
+            // The earliest want has a frame, or one is about to be free: nothing that waits for it has them all.
+            let first = pool.wants.iter().find(|w| !w.held);
+            if let Some(w) = first.filter(|w| w.frame.is_none() && !w.is_hint()) {
+                let later = |f: usize| pool.wants.iter().any(|w| w.frame == Some(f) && !w.held);
+                let all = (0..pool.frames.len()).all(later);
+                assert!(!all, "later wants have all frames, and {:?} none", w.rank);
+            }
+        }
+    }
+}
