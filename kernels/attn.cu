@@ -10,20 +10,20 @@
 
 struct AttnArgs {
     const float* q;   // tokens × n_heads × HD, rotated
-    const void* k;    // n_kv_heads × n_ctx × HD
+    const void* k;    // n_kv_heads × n_places × HD
     const void* v;
     float* out;       // prefill: tokens × n_heads × HD; decode: ranges × tokens × n_heads × HD,
                       // not divided by the sum
     float2* ml;       // decode: ranges × tokens × n_heads (largest score in base 2, sum)
-    int n_heads, n_kv_heads, n_ctx;
+    int n_heads, n_kv_heads, n_places;
     int tokens;
-    const int* first_pos;  // in memory, so that a recorded launch serves every position
+    const int* pass;  // see first_position
     float scale;           // log2(e) / sqrt(HD)
 };
 ARGS_SIZE(AttnArgs, 72); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
 ARGS_FIELD(AttnArgs, out, 24); ARGS_FIELD(AttnArgs, ml, 32); ARGS_FIELD(AttnArgs, n_heads, 40);
-ARGS_FIELD(AttnArgs, n_kv_heads, 44); ARGS_FIELD(AttnArgs, n_ctx, 48); ARGS_FIELD(AttnArgs, tokens, 52);
-ARGS_FIELD(AttnArgs, first_pos, 56); ARGS_FIELD(AttnArgs, scale, 64);
+ARGS_FIELD(AttnArgs, n_kv_heads, 44); ARGS_FIELD(AttnArgs, n_places, 48); ARGS_FIELD(AttnArgs, tokens, 52);
+ARGS_FIELD(AttnArgs, pass, 56); ARGS_FIELD(AttnArgs, scale, 64);
 
 // Where range i of the keys begins: 32 ranges of 64 keys, then 16 of each size twice that before. So many blocks have
 // work soon, and the number of ranges stays small (`workspace.rs` computes the same).
@@ -35,6 +35,7 @@ __device__ __forceinline__ int range_begin(int i) {
 
 #define NEG_BIG (-1e30f)
 
+// A tile of keys, the first of them at element `base`; a tile lies in one page.
 template <int HD, bool F32, int KT>
 __device__ __forceinline__ void load_keys(u8* dst, const void* cache, size_t base, int first,
                                           int end, int tid) {
@@ -42,7 +43,7 @@ __device__ __forceinline__ void load_keys(u8* dst, const void* cache, size_t bas
     for (int c = tid; c < KT * CH; c += 128) {
         int key = c / CH, ch = c % CH;
         bool valid = first + key < end;
-        size_t at = base + (size_t)(valid ? first + key : first) * HD + ch * 8;
+        size_t at = base + (size_t)(valid ? key : 0) * HD + ch * 8;
         u8* d = dst + key * PITCH + ch * 16;
         if (F32) {
             uint4 r = make_uint4(0, 0, 0, 0);
@@ -78,13 +79,16 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     const int m0 = tile * BM, kvh = blockIdx.y;
     const int last_t = (min(m0 + BM, rows) - 1) / group;
     // Written before the first kernel of the pass: nothing to wait for.
-    const int first_pos = *a.first_pos;
+    const int first_pos = first_position(a.pass);
     // The last ranges are the longest: start them first.
     const int range = gridDim.z - 1 - blockIdx.z;
     const int seen = first_pos + last_t + 1;
     const int begin = DECODE ? range_begin(range) : 0;
     const int end = DECODE ? min(range_begin(range + 1), seen) : seen;
-    const size_t base = (size_t)kvh * a.n_ctx * HD;
+    static_assert(PAGE % KT == 0, "tiles lie in one page");
+    auto base = [&](int place) { return ((size_t)kvh * a.n_places + place) * HD; };
+    // Known before anything is waited for, and then a tile ahead.
+    int place = begin < end ? place_of(a.pass, begin) : 0;
     const int row_w = DECODE ? 0 : warp * 16, key_w = DECODE ? warp * 16 : 0;
     pdl_launch();
     if (DECODE && begin >= first_pos + a.tokens) return;
@@ -112,11 +116,12 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     for (int h = 0; h < 2; h++)
         pos[h] = first_pos + (m0 + row_w + (lane >> 2) + 8 * h) / group;
 
-    if (begin < end) load_keys<HD, F32, KT>(sk, a.k, base, begin, end, tid);
+    if (begin < end) load_keys<HD, F32, KT>(sk, a.k, base(place), begin, end, tid);
     for (int k0 = begin; k0 < end; k0 += KT) {
         cp_wait<0>();
         __syncthreads();
-        load_keys<HD, F32, KT>(sv, a.v, base, k0, end, tid);
+        load_keys<HD, F32, KT>(sv, a.v, base(place), k0, end, tid);
+        if (k0 + KT < end) place = place_of(a.pass, k0 + KT);
 
         float s[KW / 8][4];
 #pragma unroll
@@ -170,7 +175,7 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
         }
         cp_wait<0>();
         __syncthreads();
-        if (k0 + KT < end) load_keys<HD, F32, KT>(sk, a.k, base, k0 + KT, end, tid);
+        if (k0 + KT < end) load_keys<HD, F32, KT>(sk, a.k, base(place), k0 + KT, end, tid);
 #pragma unroll
         for (int j = 0; j < KW / 16; j++) {
             u32 fp[4] = {p[2 * j][0], p[2 * j][1], p[2 * j + 1][0], p[2 * j + 1][1]};
@@ -261,11 +266,11 @@ struct MergeArgs {
     float* out;          // tokens × width
     XBlk* q;             // tokens × width / 32, or null
     int tokens, width, head_dim;
-    const int* first_pos;
+    const int* pass;
 };
 ARGS_SIZE(MergeArgs, 56); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
 ARGS_FIELD(MergeArgs, out, 16); ARGS_FIELD(MergeArgs, q, 24); ARGS_FIELD(MergeArgs, tokens, 32);
-ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, first_pos, 48);
+ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, pass, 48);
 
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
 extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
@@ -278,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
     const int t = item / blocks, e = item % blocks * 32 + lane;
     const int n_heads = a.width / a.head_dim;
     // What this token sees; ranges after these hold nothing for it.
-    const int keys = *a.first_pos + t + 1;
+    const int keys = first_position(a.pass) + t + 1;
     float v = 0.0f;
     if (e < a.width) {
         const int h = e / a.head_dim;

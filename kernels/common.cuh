@@ -17,6 +17,15 @@ typedef unsigned long long u64;
 #endif
 #define ARGS_FIELD(S, field, at) static_assert(PLACE_OF(S, field, at) == at, "place of " #S "." #field)
 
+// What a pass is told in memory, so that a recorded launch serves every pass: the position of its first token, then the page
+// of each PAGE positions of the cache (src/state/pages.rs).
+#define PAGE 64
+__device__ __forceinline__ int first_position(const int* pass) { return pass[0]; }
+// Where the cache holds a position.
+__device__ __forceinline__ int place_of(const int* pass, int position) {
+    return pass[1 + position / PAGE] * PAGE + position % PAGE;
+}
+
 // A block of 32 activations quantised to int8: x[i] = d * q[i]; s is the sum of the 32 integers, as a float.
 // 40 bytes: lanes that read consecutive blocks with 8-byte loads meet no bank conflict.
 struct __align__(8) XBlk {

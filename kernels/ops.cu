@@ -117,10 +117,10 @@ struct RopeArgs {
     const float* q_norm;  // head_dim, or null
     const float* k_norm;
     const float* freqs;   // n_rot / 2
-    const int* first_pos; // in memory, so that a recorded launch serves every position
-    void* k_cache;     // n_kv_heads × n_ctx × head_dim
+    const int* pass;      // see first_position
+    void* k_cache;     // n_kv_heads × n_places × head_dim
     void* v_cache;
-    int n_heads, n_kv_heads, head_dim, n_rot, n_ctx;
+    int n_heads, n_kv_heads, head_dim, n_rot, n_places;
     int tokens;
     int neox;          // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
     int cache_f32;
@@ -128,9 +128,9 @@ struct RopeArgs {
 };
 ARGS_SIZE(RopeArgs, 120); ARGS_FIELD(RopeArgs, q, 0); ARGS_FIELD(RopeArgs, k, 8); ARGS_FIELD(RopeArgs, v, 16);
 ARGS_FIELD(RopeArgs, q_norm, 24); ARGS_FIELD(RopeArgs, k_norm, 32); ARGS_FIELD(RopeArgs, freqs, 40);
-ARGS_FIELD(RopeArgs, first_pos, 48); ARGS_FIELD(RopeArgs, k_cache, 56); ARGS_FIELD(RopeArgs, v_cache, 64);
+ARGS_FIELD(RopeArgs, pass, 48); ARGS_FIELD(RopeArgs, k_cache, 56); ARGS_FIELD(RopeArgs, v_cache, 64);
 ARGS_FIELD(RopeArgs, n_heads, 72); ARGS_FIELD(RopeArgs, n_kv_heads, 76); ARGS_FIELD(RopeArgs, head_dim, 80);
-ARGS_FIELD(RopeArgs, n_rot, 84); ARGS_FIELD(RopeArgs, n_ctx, 88); ARGS_FIELD(RopeArgs, tokens, 92);
+ARGS_FIELD(RopeArgs, n_rot, 84); ARGS_FIELD(RopeArgs, n_places, 88); ARGS_FIELD(RopeArgs, tokens, 92);
 ARGS_FIELD(RopeArgs, neox, 96); ARGS_FIELD(RopeArgs, cache_f32, 100); ARGS_FIELD(RopeArgs, magnitude, 104);
 ARGS_FIELD(RopeArgs, q_eps, 108); ARGS_FIELD(RopeArgs, k_eps, 112);
 
@@ -151,14 +151,14 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
     pdl_launch();
     pdl_wait();
     if (item >= a.tokens * per_token) return;
-    const int t = item / per_token, pos = *a.first_pos + t;
+    const int t = item / per_token, pos = first_position(a.pass) + t, place = place_of(a.pass, pos);
     int h = item % per_token;
     float* x = heads[warp];
     if (h >= a.n_heads + a.n_kv_heads) {
         h -= a.n_heads + a.n_kv_heads;
         const float* v = a.v + ((size_t)t * a.n_kv_heads + h) * hd;
         for (int i = lane; i < hd; i += 32)
-            cache_store(a.v_cache, ((size_t)h * a.n_ctx + pos) * hd + i, v[i], a.cache_f32);
+            cache_store(a.v_cache, ((size_t)h * a.n_places + place) * hd + i, v[i], a.cache_f32);
         return;
     }
     const bool is_q = h < a.n_heads;
@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
         for (int i = lane; i < hd; i += 32) q[i] = x[i];
     } else {
         for (int i = lane; i < hd; i += 32)
-            cache_store(a.k_cache, ((size_t)h * a.n_ctx + pos) * hd + i, x[i], a.cache_f32);
+            cache_store(a.k_cache, ((size_t)h * a.n_places + place) * hd + i, x[i], a.cache_f32);
     }
 }
 

@@ -15,5 +15,6 @@ pub mod model;
 pub mod pipeline;
 pub mod plan;
 pub mod report_page;
+pub mod state;
 pub mod storage;
 pub mod tokenizer;

@@ -19,6 +19,7 @@ use nt::engine::{EngineError, Opened, Options, Session};
 use nt::gguf::TensorType;
 use nt::model::Outputs;
 use nt::plan::Tiers;
+use nt::state::{PageId, StateOp};
 use nt::storage::ReaderKind;
 
 /// Bytes of the memory that does not exist.
@@ -307,6 +308,21 @@ impl Backend for Detached {
     }
     fn truncate(&mut self, n: usize) {
         self.cpu.truncate(n);
+    }
+    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
+        self.cpu.pages(table)
+    }
+    fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
+        self.cpu.apply(op)
+    }
+    fn page_bytes(&self) -> usize {
+        self.cpu.page_bytes()
+    }
+    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        self.cpu.read_page(page, to)
+    }
+    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        self.cpu.write_page(page, from)
     }
     fn workspace_bytes(&self) -> u64 {
         self.cpu.workspace_bytes()

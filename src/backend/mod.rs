@@ -13,6 +13,7 @@ pub mod reference;
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 
 use crate::gguf::TensorType;
+use crate::state::{PAGE, PageId, Pages, StateOp};
 
 /// A weight matrix where the backend can read it: `rows` × `cols`, rows back to back, from an address in the
 /// memory of the backend's device (host memory for `cpu`). No alignment beyond the file's is promised (32 bytes
@@ -131,6 +132,18 @@ pub struct Dims {
     pub kv_type: TensorType,
     /// Rotary embedding of all layers.
     pub rope: Rope,
+}
+
+impl Dims {
+    /// Pages of the cache.
+    pub fn pages(&self) -> usize {
+        Pages::of(self.n_ctx)
+    }
+
+    /// Positions that the pages of the cache hold: the context, in whole pages.
+    pub fn places(&self) -> usize {
+        self.pages().saturating_mul(PAGE)
+    }
 }
 
 /// Named activation buffers; each has `max_batch` rows of F32 unless said otherwise.
@@ -384,6 +397,25 @@ pub trait Backend {
 
     /// Forgets the cache beyond the first `n` positions (nothing to do where positions are given).
     fn truncate(&mut self, n: usize);
+
+    /// The pages of the cache ([`crate::state::Pages`]) that hold the sequence which following passes go on with: positions
+    /// `PAGE * i..` lie in `table[i]`. A backend begins with pages 0, 1, 2, … for all of its context.
+    ///
+    /// # Errors
+    /// If the cache has no such page.
+    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError>;
+
+    /// Does to pages what a sequence needs before its next pass.
+    fn apply(&mut self, op: &StateOp) -> Result<(), BackendError>;
+
+    /// Bytes of a page: keys and values of all layers, each `[layer][kv head][position][head_dim]`.
+    fn page_bytes(&self) -> usize;
+
+    /// Copies a page of [`Backend::page_bytes`] bytes to `to`. Waits for the device.
+    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError>;
+
+    /// Replaces a page by what [`Backend::read_page`] gave.
+    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError>;
 
     /// Bytes this backend holds on its device, weights apart.
     fn workspace_bytes(&self) -> u64;

@@ -469,7 +469,7 @@ pub(super) fn failure(e: EngineError) -> Failure {
         EngineError::Gguf(_) | EngineError::Model(_) | EngineError::Tokenizer(_) | EngineError::Copy(_) => {
             Failure::usage(e)
         }
-        EngineError::Plan(_) | EngineError::Memory(_) => Failure::limits(e),
+        EngineError::Plan(_) | EngineError::Memory(_) | EngineError::State(_) => Failure::limits(e),
         EngineError::Request(RequestError::ContextFull { .. }) => Failure::limits(e),
         EngineError::Request(_) => Failure::usage(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),

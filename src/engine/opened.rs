@@ -41,6 +41,9 @@ pub enum EngineError {
     /// What a session was asked for.
     #[error(transparent)]
     Request(#[from] super::session::RequestError),
+    /// Sequences and their pages.
+    #[error(transparent)]
+    State(#[from] crate::state::StateError),
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),

@@ -12,6 +12,7 @@ use crate::memory::{Arena, Region};
 use crate::model::{ForwardError, Model, NotFinite, Outputs, Scratch, first_not_finite, forward};
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Home, Plan, Tiers};
+use crate::state::{Pages, SeqId, StateOp};
 use crate::storage::{FileId, ReaderKind};
 
 /// What a session is started with.
@@ -73,7 +74,10 @@ pub struct Session {
     pub(super) rows: Vec<u8>,
     pub(super) row_offsets: Vec<u64>,
     pub(super) scratch: Scratch,
-    pub(super) position: usize,
+    /// Pages of the cache, and the sequence that passes go on with.
+    pub(super) pages: Pages,
+    pub(super) seq: SeqId,
+    pub(super) ops: Vec<StateOp>,
     /// Tokens of the last pass, and their class.
     pub(super) last: Vec<u32>,
     pub(super) last_class: Class,
@@ -151,7 +155,7 @@ impl Session {
         if let Some(&token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
             return Err(RequestError::NoSuchToken { token, n_vocab });
         }
-        let (n_ctx, position) = (self.options.n_ctx, self.position);
+        let (n_ctx, position) = (self.options.n_ctx, self.position());
         if tokens.len() > n_ctx.saturating_sub(position) {
             return Err(RequestError::ContextFull { tokens: tokens.len(), position, n_ctx });
         }
@@ -173,13 +177,14 @@ impl Session {
         let stats = self.weights.streamer.stats();
         let fed = self.weights.feed.stats();
         let bytes = self.weights.bytes;
-        let result = self.fetch_rows(tokens).and_then(|()| {
+        let position = self.position();
+        let result = self.make_room(tokens.len()).and_then(|()| self.fetch_rows(tokens)).and_then(|()| {
             forward(
                 &self.model,
                 self.backend.as_mut(),
                 &mut self.weights,
                 &self.rows,
-                self.position,
+                position,
                 tokens.len(),
                 class,
                 outputs,
@@ -190,9 +195,10 @@ impl Session {
         });
         if let Err(e) = result {
             self.weights.restart();
+            self.pages.keep(self.seq, position)?;
             return Err(e);
         }
-        self.position += tokens.len();
+        self.pages.commit(self.seq, tokens.len())?;
         self.last.clear();
         self.last.extend_from_slice(tokens);
         self.last_class = class;
@@ -219,6 +225,15 @@ impl Session {
             };
         }
         Ok(())
+    }
+
+    /// Makes room for `n` positions behind the sequence, and lets the backend know where.
+    fn make_room(&mut self, n: usize) -> Result<(), EngineError> {
+        self.pages.reserve(self.seq, n, &mut self.ops)?;
+        for op in self.ops.drain(..) {
+            self.backend.apply(&op)?;
+        }
+        Ok(self.backend.pages(self.pages.table(self.seq)?)?)
     }
 
     /// Brings the embedding rows of `tokens` to `rows`, back to back.
@@ -290,7 +305,7 @@ impl Session {
         }
         let tokens = std::mem::take(&mut self.last);
         self.fetch_rows(&tokens)?;
-        let first = self.position - tokens.len();
+        let first = self.position() - tokens.len();
         let (weights, rows) = (&mut self.weights, &self.rows);
         let found =
             first_not_finite(&self.model, self.backend.as_mut(), weights, rows, first, tokens.len(), self.last_class);
@@ -311,9 +326,46 @@ impl Session {
         Err(EngineError::NotFinite { what, cure: cures.join("; ") })
     }
 
-    /// Tokens in the cache.
+    /// Tokens in the cache, of the sequence that passes go on with.
     pub fn position(&self) -> usize {
-        self.position
+        // That sequence never ends (see `close`).
+        self.pages.len(self.seq).unwrap_or(0)
+    }
+
+    /// The sequence that passes go on with.
+    pub fn sequence(&self) -> SeqId {
+        self.seq
+    }
+
+    /// A sequence that begins with the first `n` tokens of this one; what they have in common is kept once. The next
+    /// pass still goes on with this one.
+    ///
+    /// # Errors
+    /// If this one has fewer tokens.
+    pub fn fork_at(&mut self, n: usize) -> Result<SeqId, EngineError> {
+        Ok(self.pages.fork_at(self.seq, n)?)
+    }
+
+    /// Goes on with another sequence.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn switch(&mut self, seq: SeqId) -> Result<(), EngineError> {
+        self.pages.len(seq)?;
+        self.seq = seq;
+        self.last.clear();
+        Ok(())
+    }
+
+    /// Ends a sequence other than the one that passes go on with.
+    ///
+    /// # Errors
+    /// If it has ended already, or is that one.
+    pub fn close(&mut self, seq: SeqId) -> Result<(), EngineError> {
+        if seq == self.seq {
+            return Err(RequestError::InUse.into());
+        }
+        Ok(self.pages.close(seq)?)
     }
 
     /// Positions the cache holds.
@@ -323,8 +375,10 @@ impl Session {
 
     /// Forgets all but the first `n` tokens.
     pub fn truncate(&mut self, n: usize) {
-        self.position = self.position.min(n);
-        self.backend.truncate(self.position);
+        let n = self.position().min(n);
+        // The sequence is there, and has as many.
+        let _ = self.pages.keep(self.seq, n);
+        self.backend.truncate(n);
     }
 
     /// Home of each unit.
@@ -444,6 +498,9 @@ pub enum RequestError {
         /// Positions there are.
         n_ctx: usize,
     },
+    /// The sequence that passes go on with cannot end.
+    #[error("passes go on with this sequence: it cannot end before another one takes its place")]
+    InUse,
     /// More rows of logits than the session was started for.
     #[error("logits of {tokens} tokens were asked for at once, but the session holds {max} rows of them")]
     TooManyOutputs {

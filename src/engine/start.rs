@@ -18,6 +18,7 @@ use crate::pipeline::{
     load_to_device,
 };
 use crate::plan::{Home, Limits, Plan, PlanError, UnitPart, UnitSize, format_at_least, format_bytes, place};
+use crate::state::Pages;
 use crate::storage::{Alignment, FileId, Reader, StorageError};
 
 /// Rows of the embedding that are read at once.
@@ -165,6 +166,8 @@ impl Session {
         let traced = options.timeline && places.device.is_none();
         let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, streamer, traced);
         weights.apart = apart.addresses.clone();
+        let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
+        let seq = pages.open();
         Ok(Session {
             links,
             weights,
@@ -181,7 +184,10 @@ impl Session {
             notes,
             fallback,
             embedding,
-            position: 0,
+            pages,
+            seq,
+            // A pass needs at most one copy of a page.
+            ops: Vec::with_capacity(1),
             measuring: false,
             in_ram: places.in_ram,
             device: places.device,

@@ -166,3 +166,45 @@ fn exact_tokens_are_evaluated_in_passes_of_few_rows() {
     let e = session.eval(&many, Class::Exact, Outputs::All, &|| false).unwrap_err().to_string();
     assert!(e.contains("19 tokens") && e.contains("8 rows"), "{e}");
 }
+
+/// Guards against forks that write into pages which others read, and against pages whose place changes a result.
+#[test]
+fn forks_go_on_as_if_they_were_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = opened(&dir, 2, TensorType::Q4_K, false);
+    let mut session = start(&opened, Isa::detect(), 64);
+    let all = tokens(300);
+    let go_on = |session: &mut Session, tokens: &[u32]| {
+        tokens.iter().flat_map(|t| eval(session, &[*t], Class::Exact, Outputs::Last)).collect::<Vec<u32>>()
+    };
+    // What two conversations that begin alike give, each by itself.
+    let (others, rest) = ([7, 8, 9, 10], &all[150..160]);
+    eval(&mut session, &all[..150], Class::Bulk, Outputs::None);
+    let first = go_on(&mut session, rest);
+    session.truncate(0);
+    eval(&mut session, &all[..100], Class::Bulk, Outputs::None);
+    let second = go_on(&mut session, &others);
+
+    session.truncate(0);
+    eval(&mut session, &all[..150], Class::Bulk, Outputs::None);
+    let (one, two) = (session.sequence(), session.fork_at(100).unwrap());
+    assert!(session.fork_at(151).is_err());
+    let mut got = [Vec::new(), Vec::new()];
+    for i in 0..10 {
+        got[0].extend(go_on(&mut session, &rest[i..=i]));
+        if i < 4 {
+            session.switch(two).unwrap();
+            got[1].extend(go_on(&mut session, &others[i..=i]));
+            session.switch(one).unwrap();
+        }
+    }
+    assert!(got[0] == first, "the one that was forked");
+    assert!(got[1] == second, "the fork");
+    // The fork alone, in pages that are no longer the first ones.
+    assert!(session.close(one).is_err());
+    session.switch(two).unwrap();
+    session.close(one).unwrap();
+    session.truncate(100);
+    assert!(go_on(&mut session, &others) == second, "the fork, alone");
+    assert!(session.switch(one).is_err() && session.position() == 104);
+}

@@ -6,20 +6,24 @@
 
 use super::kernel::{Body, Dot, exp};
 use super::unpack::f16;
+use crate::state::{PAGE, PageId};
 
 /// Positions of a block.
 pub(super) const BLOCK: usize = 32;
 /// Tokens of a tile.
 pub(super) const TILE: usize = 8;
 
-/// The cache of one layer, and how it is laid out: `[kv head][position][head_dim]`.
+/// The cache of one layer, and how it is laid out: `[kv head][place][head_dim]`. A position's place follows from its page.
 #[derive(Clone, Copy)]
 pub(super) struct Cache {
-    pub k: *const u8,
-    pub v: *const u8,
+    pub k: *mut u8,
+    pub v: *mut u8,
     /// Whether elements are half precision.
     pub half: bool,
-    pub n_ctx: usize,
+    /// Places of a head.
+    pub places: usize,
+    /// The page of each [`PAGE`] positions.
+    pub table: *const PageId,
     pub head_dim: usize,
 }
 
@@ -28,14 +32,28 @@ unsafe impl Send for Cache {}
 // SAFETY: as above.
 unsafe impl Sync for Cache {}
 
+/// Blocks of positions lie in one page.
+const _: () = assert!(PAGE.is_multiple_of(BLOCK));
+
 impl Cache {
-    /// Positions `from..from + n` of a head, in single precision.
+    /// Where a head has a position, in elements.
+    ///
+    /// # Safety
+    /// The position has a page in the table.
+    #[inline(always)]
+    pub unsafe fn at(&self, head: usize, position: usize) -> usize {
+        // SAFETY: the caller vouches for the page.
+        let page = unsafe { *self.table.add(position / PAGE) } as usize;
+        (head * self.places + page * PAGE + position % PAGE) * self.head_dim
+    }
+
+    /// Positions `from..from + n` of a head, which lie in one page, in single precision.
     #[inline(always)]
     unsafe fn load(&self, base: *const u8, head: usize, from: usize, n: usize, out: &mut [f32]) {
-        let at = (head * self.n_ctx + from) * self.head_dim;
         let n = n * self.head_dim;
         // SAFETY: the caller asks for positions that the cache holds.
         unsafe {
+            let at = self.at(head, from);
             if self.half {
                 let x = std::slice::from_raw_parts(base.cast::<u16>().add(at), n);
                 out[..n].iter_mut().zip(x).for_each(|(o, h)| *o = f16(*h));

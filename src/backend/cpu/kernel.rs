@@ -568,12 +568,19 @@ impl Body for Quantise {
     #[inline(always)]
     fn run<D: Dot>(self) {
         for g in self.from..self.to {
-            let (mut x, n) = ([0.0f32; SUB], self.cols.saturating_sub(SUB * g).min(SUB));
+            let n = self.cols.saturating_sub(SUB * g).min(SUB);
             let (mut q, mut rest) = ([0i8; SUB], [0i8; SUB]);
             // SAFETY: who makes the body vouches for `cols` floats and for packets that span `to` groups, of
             // which these groups are written by nobody else; the arrays hold 16 each.
             unsafe {
-                std::ptr::copy_nonoverlapping(self.x.add((SUB * g).min(self.cols)), x.as_mut_ptr(), n);
+                let at = self.x.add((SUB * g).min(self.cols));
+                let x = if n == SUB {
+                    at.cast::<[f32; SUB]>().read_unaligned()
+                } else {
+                    let mut x = [0.0f32; SUB];
+                    std::ptr::copy_nonoverlapping(at, x.as_mut_ptr(), n);
+                    x
+                };
                 let (scale, sum) = quantise_group(&x, &mut q, &mut rest, self.fine);
                 let (out, at) = (self.out.add(g / SUBS), g % SUBS);
                 (&raw mut (*out).scale[at]).write(scale);
@@ -595,31 +602,36 @@ impl Body for Quantise {
 }
 
 /// Quantises 16 values; returns their scale and scaled sum. Values that are not finite have no place among integers:
-/// the scale is then not finite either, so that no product of the group is a number.
+/// the scale is then no number, so that no product of the group is one.
 #[inline(always)]
 fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine: bool) -> (f32, f32) {
-    // Round to nearest by adding and taking away 1.5 * 2^23.
-    const ROUND: f32 = 12_582_912.0;
     // Magnitudes are compared as bits, in whose order what is not finite comes last.
-    let max = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
-    let d = max / 127.0;
+    let max = x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
+    let d = if max < f32::INFINITY.to_bits() { f32::from_bits(max) / 127.0 } else { f32::NAN };
     // The inverse of a smaller one may be infinite; such values count as zeros.
     let inverse = if d >= f32::MIN_POSITIVE { 1.0 / d } else { 0.0 };
     let mut total = 0i32;
     for (q, v) in q.iter_mut().zip(x) {
-        let n = (v * inverse + ROUND) - ROUND;
+        let n = nearest(v * inverse);
         *q = n as i8;
-        total += n as i32;
+        total = total.wrapping_add(n);
     }
     let mut total_rest = 0i32;
     if fine {
         for ((rest, q), v) in rest.iter_mut().zip(q).zip(x) {
-            let n = ((v * inverse - f32::from(*q)) / REST + ROUND) - ROUND;
+            let n = nearest((v * inverse - f32::from(*q)) / REST);
             *rest = n as i8;
-            total_rest += n as i32;
+            total_rest = total_rest.wrapping_add(n);
         }
     }
     (d, d * (total as f32 + total_rest as f32 * REST))
+}
+
+/// The nearest integer of a value below 2^22: in the last bits of its sum with 1.5 * 2^23. Any integer for others.
+#[inline(always)]
+fn nearest(v: f32) -> i32 {
+    const ROUND: f32 = 12_582_912.0;
+    ((v + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32)
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ impl Lens {
             kv: product(&[t, kv_dim]),
             hidden: product(&[t, d.n_ff]),
             logits: product(&[d.max_outputs.max(1), d.n_vocab]),
-            cache: product(&[d.n_layers, kv_dim, d.n_ctx, d.kv_type.block_bytes()]),
+            cache: product(&[d.n_layers, kv_dim, d.places(), d.kv_type.block_bytes()]),
             rotary: product(&[t, d.rope.freqs.len()]),
             scratch_each,
             scratch: product(&[scratch_each, threads]),

@@ -29,6 +29,7 @@ use super::{
 use half::slice::HalfFloatSliceExt;
 
 use crate::gguf::TensorType;
+use crate::state::{PAGE, PageId, Pages, StateOp};
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Paired, Quantise, Rows, Then, dispatch};
@@ -76,6 +77,8 @@ pub struct CpuBackend {
     /// Keys and values of all layers.
     cache_k: Buf<u8>,
     cache_v: Buf<u8>,
+    /// The page of each [`PAGE`] positions of the sequence at hand.
+    table: Vec<PageId>,
     /// Cosines and sines of the pass: `[token][pair]`.
     cos: Buf<f32>,
     sin: Buf<f32>,
@@ -254,6 +257,7 @@ impl CpuBackend {
             logits: Buf::new(l.logits, "logits")?,
             cache_k: Buf::new(l.cache, "KV cache")?,
             cache_v: Buf::new(l.cache, "KV cache")?,
+            table: (0..dims.pages() as PageId).collect(),
             cos: Buf::new(l.rotary, "rotary table")?,
             sin: Buf::new(l.rotary, "rotary table")?,
             scratch: Buf::new(l.scratch, "scratch")?,
@@ -430,33 +434,40 @@ impl CpuBackend {
         }
     }
 
-    fn cache(&mut self, layer: usize) -> (Shared<u8>, Shared<u8>) {
+    fn cache(&mut self, layer: usize) -> Cache {
         let d = &self.dims;
-        let at = layer * d.n_kv_heads * d.n_ctx * d.head_dim * d.kv_type.block_bytes();
+        let at = layer * d.n_kv_heads * d.places() * d.head_dim * d.kv_type.block_bytes();
         // SAFETY: the buffers hold `n_layers` such parts.
-        unsafe { (Shared(self.cache_k.ptr().add(at)), Shared(self.cache_v.ptr().add(at))) }
+        let (k, v) = unsafe { (self.cache_k.ptr().add(at), self.cache_v.ptr().add(at)) };
+        let half = d.kv_type == TensorType::F16;
+        Cache { k, v, half, places: d.places(), table: self.table.as_ptr(), head_dim: d.head_dim }
+    }
+
+    /// Where the first position of a page lies in the cache, of each head of each layer.
+    fn page_rows(&self, page: PageId) -> impl Iterator<Item = usize> + use<> {
+        let d = &self.dims;
+        assert!((page as usize) < d.pages(), "page {page} of {}", d.pages());
+        let each = d.head_dim * d.kv_type.block_bytes();
+        let (first, pitch) = (page as usize * PAGE * each, d.places() * each);
+        (0..d.n_layers * d.n_kv_heads).map(move |row| row * pitch + first)
     }
 
     /// What is left to do with queries and keys of a layer before they meet.
     fn rotation(&mut self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Rotation {
-        let (cache_k, cache_v) = self.cache(layer);
+        let cache = self.cache(layer);
         let d = &self.dims;
         Rotation {
             layer,
             q: Shared(self.q.ptr()),
             k: Shared(self.k.ptr()),
             v: Shared(self.v.ptr()),
-            cache_k,
-            cache_v,
-            half: d.kv_type == TensorType::F16,
+            cache,
             norms: [q_norm.copied(), k_norm.copied()],
             cos: self.cos.ptr(),
             sin: self.sin.ptr(),
             pairs: d.rope.freqs.len(),
             kind: d.rope.kind,
             heads: [d.n_heads, d.n_kv_heads],
-            head_dim: d.head_dim,
-            n_ctx: d.n_ctx,
             first_pos: self.first_pos,
         }
     }
@@ -469,10 +480,7 @@ struct Rotation {
     q: Shared<f32>,
     k: Shared<f32>,
     v: Shared<f32>,
-    cache_k: Shared<u8>,
-    cache_v: Shared<u8>,
-    /// Whether the cache holds half precision.
-    half: bool,
+    cache: Cache,
     /// Of queries and of keys.
     norms: [Option<Norm>; 2],
     /// `[token][pair]`.
@@ -482,8 +490,6 @@ struct Rotation {
     kind: RopeKind,
     /// Of queries and of keys.
     heads: [usize; 2],
-    head_dim: usize,
-    n_ctx: usize,
     first_pos: usize,
 }
 
@@ -515,7 +521,7 @@ impl Body for Rotate<'_> {
     #[inline(always)]
     fn run<D: Dot>(self) {
         let Rotate { of, token: t, kv_head, over } = self;
-        let hd = of.head_dim;
+        let hd = of.cache.head_dim;
         let group = of.heads[0] / of.heads[1];
         // SAFETY: the tables have a row for each token of the pass.
         let (cos, sin) = unsafe {
@@ -524,30 +530,28 @@ impl Body for Rotate<'_> {
                 std::slice::from_raw_parts(of.sin.add(t * of.pairs), of.pairs),
             )
         };
-        for (which, base, heads) in
-            [(0, of.q, kv_head * group..(kv_head + 1) * group), (1, of.k, kv_head..kv_head + 1)]
+        for (which, base, heads) in [(0, of.q, kv_head * group..(kv_head + 1) * group), (1, of.k, kv_head..kv_head + 1)]
         {
             for h in heads {
                 // SAFETY: these heads of token t belong to this task.
-                let x =
-                    unsafe { std::slice::from_raw_parts_mut(base.get().add((t * of.heads[which] + h) * hd), hd) };
+                let x = unsafe { std::slice::from_raw_parts_mut(base.get().add((t * of.heads[which] + h) * hd), hd) };
                 if let Some(n) = of.norms[which] {
                     RmsNormInPlace { x, weight: n.weight.addr as *const f32, eps: n.eps }.run::<D>();
                 }
                 rotate(x, of.kind, cos, sin);
             }
         }
-        let at = (kv_head * of.n_ctx + of.first_pos + t) * hd;
-        for (from, to) in [(of.k, of.cache_k), (of.v, of.cache_v)] {
-            // SAFETY: position `first_pos + t` of the head belongs to this task and is below n_ctx (checked in `begin`).
+        for (from, to) in [(of.k, of.cache.k), (of.v, of.cache.v)] {
+            // SAFETY: position `first_pos + t` of the head belongs to this task and has a page (checked in `begin`).
             unsafe {
+                let at = of.cache.at(kv_head, of.first_pos + t);
                 let x = std::slice::from_raw_parts(from.get().add((t * of.heads[1] + kv_head) * hd), hd);
-                if of.half {
-                    let out = std::slice::from_raw_parts_mut(to.get().cast::<half::f16>().add(at), hd);
+                if of.cache.half {
+                    let out = std::slice::from_raw_parts_mut(to.cast::<half::f16>().add(at), hd);
                     out.convert_from_f32_slice(x);
                     *over |= out.iter().zip(x).any(|(o, x)| o.is_infinite() && x.is_finite());
                 } else {
-                    std::slice::from_raw_parts_mut(to.get().cast::<f32>().add(at), hd).copy_from_slice(x);
+                    std::slice::from_raw_parts_mut(to.cast::<f32>().add(at), hd).copy_from_slice(x);
                 }
             }
         }
@@ -638,6 +642,11 @@ impl Backend for CpuBackend {
             );
             return Err(BackendError::Device { backend: "cpu", what });
         }
+        if Pages::of(first_pos + n_tokens) > self.table.len() {
+            let what =
+                format!("{} pages of the cache hold less than position {}", self.table.len(), first_pos + n_tokens);
+            return Err(BackendError::Device { backend: "cpu", what });
+        }
         (self.first_pos, self.n_tokens, self.class) = (first_pos, n_tokens, class);
         self.attn_ready = false;
         self.rotation = None;
@@ -699,11 +708,8 @@ impl Backend for CpuBackend {
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
-        let (k, v) = self.cache(layer);
-        let scratch = self.scratch();
+        let (cache, scratch) = (self.cache(layer), self.scratch());
         let d = &self.dims;
-        let cache =
-            Cache { k: k.get(), v: v.get(), half: d.kv_type == TensorType::F16, n_ctx: d.n_ctx, head_dim: d.head_dim };
         let tiles = self.n_tokens.div_ceil(TILE);
         let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
         let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
@@ -909,6 +915,54 @@ impl Backend for CpuBackend {
         if n == 0 {
             self.overflow.store(0, Relaxed);
         }
+    }
+
+    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
+        let all = self.dims.pages();
+        if let Some(page) = table.iter().find(|p| **p as usize >= all) {
+            let what = format!("page {page} of the cache does not exist; it has {all}");
+            return Err(BackendError::Device { backend: "cpu", what });
+        }
+        self.table.clear();
+        self.table.extend_from_slice(table);
+        Ok(())
+    }
+
+    fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
+        let StateOp::Copy { from, to, positions } = *op;
+        let bytes = positions.min(PAGE) * self.dims.head_dim * self.dims.kv_type.block_bytes();
+        for (from, to) in self.page_rows(from).zip(self.page_rows(to)) {
+            self.cache_k.copy_within(from..from + bytes, to);
+            self.cache_v.copy_within(from..from + bytes, to);
+        }
+        Ok(())
+    }
+
+    fn page_bytes(&self) -> usize {
+        let d = &self.dims;
+        2 * d.n_layers * d.n_kv_heads * PAGE * d.head_dim * d.kv_type.block_bytes()
+    }
+
+    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
+        let (keys, values) = to.split_at_mut(to.len() / 2);
+        let each = PAGE * self.dims.head_dim * self.dims.kv_type.block_bytes();
+        for ((at, k), v) in self.page_rows(page).zip(keys.chunks_exact_mut(each)).zip(values.chunks_exact_mut(each)) {
+            k.copy_from_slice(&self.cache_k[at..at + each]);
+            v.copy_from_slice(&self.cache_v[at..at + each]);
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
+        let (keys, values) = from.split_at(from.len() / 2);
+        let each = PAGE * self.dims.head_dim * self.dims.kv_type.block_bytes();
+        for ((at, k), v) in self.page_rows(page).zip(keys.chunks_exact(each)).zip(values.chunks_exact(each)) {
+            self.cache_k[at..at + each].copy_from_slice(k);
+            self.cache_v[at..at + each].copy_from_slice(v);
+        }
+        Ok(())
     }
 
     fn workspace_bytes(&self) -> u64 {

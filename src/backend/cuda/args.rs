@@ -98,9 +98,9 @@ pub(super) struct AttnArgs {
     pub ml: u64,
     pub n_heads: i32,
     pub n_kv_heads: i32,
-    pub n_ctx: i32,
+    pub n_places: i32,
     pub tokens: i32,
-    pub first_pos: u64,
+    pub pass: u64,
     pub scale: f32,
 }
 
@@ -114,7 +114,7 @@ pub(super) struct MergeArgs {
     pub tokens: i32,
     pub width: i32,
     pub head_dim: i32,
-    pub first_pos: u64,
+    pub pass: u64,
 }
 
 #[repr(C)]
@@ -142,14 +142,14 @@ pub(super) struct RopeArgs {
     pub q_norm: u64,
     pub k_norm: u64,
     pub freqs: u64,
-    pub first_pos: u64,
+    pub pass: u64,
     pub k_cache: u64,
     pub v_cache: u64,
     pub n_heads: i32,
     pub n_kv_heads: i32,
     pub head_dim: i32,
     pub n_rot: i32,
-    pub n_ctx: i32,
+    pub n_places: i32,
     pub tokens: i32,
     pub neox: i32,
     pub cache_f32: i32,
@@ -202,10 +202,10 @@ layouts! {
     PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
     DequantArgs 32 { w 0, out 8, rows 16, cols 20, pitch 24 }
     GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64, cols 68 }
-    AttnArgs 72 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_ctx 48, tokens 52, first_pos 56, scale 64 }
-    MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, first_pos 48 }
+    AttnArgs 72 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_places 48, tokens 52, pass 56, scale 64 }
+    MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, pass 48 }
     PrepArgs 80 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72 }
-    RopeArgs 120 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, first_pos 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_ctx 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112 }
+    RopeArgs 120 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
     CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
 }

@@ -442,6 +442,62 @@ impl Stream {
         )
     }
 
+    /// Copies rows within the device in order.
+    ///
+    /// # Safety
+    /// Both are device memory, disjoint, of as many rows of as many bytes, and nothing else writes them meanwhile.
+    pub unsafe fn copy_rows(&self, from: RowsOf, to: RowsOf) -> Result<(), BackendError> {
+        // SAFETY: the caller vouches for both.
+        unsafe { self.move_rows(from.device(), to.device(), from, "copy within the GPU") }
+    }
+
+    /// Copies rows from the device, back to back, in order.
+    ///
+    /// # Safety
+    /// `from` is device memory; `to` has room for its bytes, stays valid until the copy is done and is not touched before.
+    pub unsafe fn download_rows(&self, from: RowsOf, to: *mut u8) -> Result<(), BackendError> {
+        // SAFETY: the caller vouches for both.
+        unsafe { self.move_rows(from.device(), End::Host(to), from, "copy from the GPU") }
+    }
+
+    /// Copies rows to the device that lie back to back, in order.
+    ///
+    /// # Safety
+    /// `to` is device memory that nothing else uses meanwhile; `from` holds its bytes, unchanged until the copy is done.
+    pub unsafe fn upload_rows(&self, from: *const u8, to: RowsOf) -> Result<(), BackendError> {
+        // SAFETY: the caller vouches for both.
+        unsafe { self.move_rows(End::Host(from.cast_mut()), to.device(), to, "copy to the GPU") }
+    }
+
+    unsafe fn move_rows(&self, from: End, to: End, of: RowsOf, what: &'static str) -> Result<(), BackendError> {
+        // SAFETY: a structure of plain fields, for which all zeros is a value.
+        let mut c: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
+        (c.WidthInBytes, c.Height) = (of.width, of.rows);
+        match from {
+            End::Device(addr, pitch) => {
+                (c.srcMemoryType, c.srcDevice, c.srcPitch) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, addr, pitch);
+            }
+            End::Host(at) => {
+                (c.srcMemoryType, c.srcHost) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, at.cast());
+                c.srcPitch = of.width;
+            }
+        }
+        match to {
+            End::Device(addr, pitch) => {
+                (c.dstMemoryType, c.dstDevice, c.dstPitch) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, addr, pitch);
+            }
+            End::Host(at) => {
+                (c.dstMemoryType, c.dstHost) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, at.cast());
+                c.dstPitch = of.width;
+            }
+        }
+        if of.width == 0 || of.rows == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller vouches for both ends.
+        check(unsafe { sys::cuMemcpy2DAsync_v2(&raw const c, self.raw) }, what)
+    }
+
     /// Copies `bytes` from host to device in order.
     ///
     /// # Safety
@@ -479,6 +535,38 @@ impl Stream {
             "copy from the GPU",
         )
     }
+}
+
+/// Rows of device memory at equal distances.
+#[derive(Clone, Copy, Debug)]
+pub struct RowsOf {
+    /// The first row.
+    pub addr: u64,
+    /// Bytes of a row.
+    pub width: usize,
+    /// Bytes from row to row.
+    pub pitch: usize,
+    /// How many.
+    pub rows: usize,
+}
+
+impl RowsOf {
+    /// Bytes of all rows.
+    pub fn bytes(&self) -> usize {
+        self.width * self.rows
+    }
+
+    fn device(&self) -> End {
+        End::Device(self.addr, self.pitch)
+    }
+}
+
+/// Where rows come from or go.
+enum End {
+    /// An address on the device, and the distance of rows.
+    Device(u64, usize),
+    /// Back to back in host memory.
+    Host(*mut u8),
 }
 
 impl Drop for Stream {

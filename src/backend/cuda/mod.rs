@@ -29,8 +29,9 @@ use super::{
     Backend, BackendError, Class, DeviceMemory, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight,
 };
 use crate::gguf::TensorType;
+use crate::state::{PAGE, PageId, Pages, StateOp};
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
-use driver::device_error;
+use driver::{RowsOf, device_error};
 use graph::Recorder;
 use modules::{HEAD_DIMS, Kernels};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
@@ -52,6 +53,8 @@ pub struct CudaBackend {
     logits_here: bool,
     /// Start of each expert's tokens in the lists of the last routing, one more than experts.
     expert_starts: Vec<u32>,
+    /// Pages of the sequence at hand, as they are in the GPU's memory.
+    table: Vec<PageId>,
 }
 
 impl CudaBackend {
@@ -88,6 +91,7 @@ impl CudaBackend {
             rows_sent: device.event(false)?,
             logits_here: false,
             expert_starts: vec![0; dims.n_experts + 1],
+            table: (0..dims.pages() as PageId).collect(),
             recorder: Recorder::new(),
         })
     }
@@ -137,9 +141,22 @@ impl CudaBackend {
         Ok(input)
     }
 
+    /// The first `positions` positions of a page, in all heads of all layers of the cache at `cache`.
+    fn page_rows(&self, cache: u64, page: PageId, positions: usize) -> RowsOf {
+        let d = &self.dims;
+        assert!((page as usize) < d.pages() && positions <= PAGE, "page {page} of {}", d.pages());
+        let each = d.head_dim * cache_elem_bytes(d) as usize;
+        RowsOf {
+            addr: cache + (page as usize * PAGE * each) as u64,
+            width: positions * each,
+            pitch: d.places() * each,
+            rows: d.n_layers * d.n_kv_heads,
+        }
+    }
+
     fn cache_offset(&self, layer: usize) -> u64 {
         let d = &self.dims;
-        (layer * d.n_ctx * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
+        (layer * d.places() * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
     }
 
     fn rope_store(&self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Result<(), BackendError> {
@@ -152,14 +169,14 @@ impl CudaBackend {
             q_norm: q_norm.map_or(0, |n| n.weight.addr),
             k_norm: k_norm.map_or(0, |n| n.weight.addr),
             freqs: ws.freqs.addr(),
-            first_pos: ws.first_pos.addr(),
+            pass: ws.pass.addr(),
             k_cache: ws.k_cache.addr() + offset,
             v_cache: ws.v_cache.addr() + offset,
             n_heads: d.n_heads as i32,
             n_kv_heads: d.n_kv_heads as i32,
             head_dim: d.head_dim as i32,
             n_rot: 2 * d.rope.freqs.len() as i32,
-            n_ctx: d.n_ctx as i32,
+            n_places: d.places() as i32,
             tokens: self.tokens as i32,
             neox: i32::from(d.rope.kind == RopeKind::Neox),
             cache_f32: i32::from(d.kv_type == TensorType::F32),
@@ -185,9 +202,9 @@ impl CudaBackend {
             ml: ws.partial_ml.addr(),
             n_heads: d.n_heads as i32,
             n_kv_heads: d.n_kv_heads as i32,
-            n_ctx: d.n_ctx as i32,
+            n_places: d.places() as i32,
             tokens: self.tokens as i32,
-            first_pos: ws.first_pos.addr(),
+            pass: ws.pass.addr(),
             scale: std::f32::consts::LOG2_E / (d.head_dim as f32).sqrt(),
         }
     }
@@ -227,7 +244,7 @@ impl CudaBackend {
             tokens: self.tokens as i32,
             width: width as i32,
             head_dim: d.head_dim as i32,
-            first_pos: ws.first_pos.addr(),
+            pass: ws.pass.addr(),
         };
         let warps = self.tokens * width.div_ceil(32);
         let f = self.engine.kernels.attn_merge;
@@ -304,9 +321,75 @@ impl Backend for CudaBackend {
         (self.tokens, self.engine.class) = (n_tokens, class);
         self.logits_here = false;
         self.row0 = 0;
-        let at = self.engine.ws.first_pos.addr();
+        if Pages::of(first_pos + n_tokens) > self.table.len() {
+            let what =
+                format!("{} pages of the cache hold less than position {}", self.table.len(), first_pos + n_tokens);
+            return Err(device_error(what));
+        }
+        let at = self.engine.ws.pass.addr();
         // SAFETY: the word is the workspace's; kernels read it in stream order.
         unsafe { self.engine.stream.set(at, first_pos as u32) }
+    }
+
+    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
+        let all = self.dims.pages();
+        if let Some(page) = table.iter().find(|p| **p as usize >= all) {
+            return Err(device_error(format!("page {page} of the cache does not exist; it has {all}")));
+        }
+        let known = self.table.iter().zip(table).take_while(|(a, b)| a == b).count();
+        self.table.truncate(known);
+        self.table.extend_from_slice(&table[known..]);
+        if known == table.len() {
+            return Ok(());
+        }
+        self.engine.device.bind()?;
+        let at = self.engine.ws.pass.addr() + 4 * (1 + known) as u64;
+        let new = &self.table[known..];
+        // SAFETY: there is a word for each page of the cache. The source is pageable memory, which the driver has read
+        // when the call returns; kernels read the words in stream order.
+        unsafe { self.engine.stream.upload(new.as_ptr().cast(), at, 4 * new.len()) }
+    }
+
+    fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
+        let StateOp::Copy { from, to, positions } = *op;
+        self.engine.device.bind()?;
+        for cache in [&self.engine.ws.k_cache, &self.engine.ws.v_cache] {
+            let rows = self.page_rows(cache.addr(), from, positions);
+            let to = self.page_rows(cache.addr(), to, positions);
+            // SAFETY: both pages lie in the cache (`page_rows` asserts it) and are not the same one, since one is shared.
+            unsafe { self.engine.stream.copy_rows(rows, to)? };
+        }
+        Ok(())
+    }
+
+    fn page_bytes(&self) -> usize {
+        2 * self.page_rows(0, 0, PAGE).bytes()
+    }
+
+    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
+        self.engine.device.bind()?;
+        let half = to.len() / 2;
+        for (cache, to) in [&self.engine.ws.k_cache, &self.engine.ws.v_cache].into_iter().zip(to.chunks_exact_mut(half))
+        {
+            let rows = self.page_rows(cache.addr(), page, PAGE);
+            // SAFETY: the page lies in the cache; the slice has as many bytes, and the stream is waited for below.
+            unsafe { self.engine.stream.download_rows(rows, to.as_mut_ptr())? };
+        }
+        self.engine.stream.synchronize()
+    }
+
+    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
+        self.engine.device.bind()?;
+        let half = from.len() / 2;
+        for (cache, from) in [&self.engine.ws.k_cache, &self.engine.ws.v_cache].into_iter().zip(from.chunks_exact(half))
+        {
+            let rows = self.page_rows(cache.addr(), page, PAGE);
+            // SAFETY: as in `read_page`.
+            unsafe { self.engine.stream.upload_rows(from.as_ptr(), rows)? };
+        }
+        self.engine.stream.synchronize()
     }
 
     fn begin_stretch(&mut self) -> Result<bool, BackendError> {

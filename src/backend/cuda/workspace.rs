@@ -86,8 +86,8 @@ pub(super) struct Workspace {
     pub k_cache: DeviceBuffer,
     pub v_cache: DeviceBuffer,
     pub freqs: DeviceBuffer,
-    /// Position of the pass's first token, where kernels read it.
-    pub first_pos: DeviceBuffer,
+    /// Position of the pass's first token, then the page of each [`PAGE`](crate::state::PAGE) positions, where kernels read them.
+    pub pass: DeviceBuffer,
     pub logits: DeviceBuffer,
     pub logits_host: PinnedBuffer<f32>,
     /// Raw rows of the embedding on their way in.
@@ -123,7 +123,7 @@ struct Sizes {
     partial_ml: u64,
     cache: u64,
     freqs: u64,
-    first_pos: u64,
+    pass: u64,
     logits: u64,
     rows: u64,
 }
@@ -150,9 +150,9 @@ impl Sizes {
             scratch: half_bytes(tile_rows, wide).clamp(least, most).max(half_bytes(128, wide)),
             partial: float_bytes(few * key_ranges(d.n_ctx), heads),
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
-            cache: ((d.n_layers * kv) as u64).saturating_mul(d.n_ctx as u64).saturating_mul(cache_elem_bytes(d)),
+            cache: ((d.n_layers * kv) as u64).saturating_mul(d.places() as u64).saturating_mul(cache_elem_bytes(d)),
             freqs: float_bytes(1, d.rope.freqs.len().max(1)),
-            first_pos: 4,
+            pass: float_bytes(1, 1 + d.pages()),
             logits: float_bytes(d.max_outputs, d.n_vocab),
             rows: float_bytes(batch, d.n_embd),
         }
@@ -169,7 +169,7 @@ impl Sizes {
             self.partial,
             self.partial_ml,
             self.freqs,
-            self.first_pos,
+            self.pass,
             self.logits,
             self.rows,
         ];
@@ -190,6 +190,10 @@ impl Workspace {
         let s = Sizes::new(d, device.info.multiprocessors as usize);
         let freqs = device.alloc(s.freqs, "rotary frequencies")?;
         freqs.write(0, &d.rope.freqs)?;
+        let pass = device.alloc(s.pass, "position and pages")?;
+        // Position 0, then every page in order.
+        let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).collect();
+        pass.write(0, &words)?;
         let mut ws = Workspace {
             rooms: Rooms::default(),
             x: device.alloc(s.x, "residual stream")?,
@@ -210,7 +214,7 @@ impl Workspace {
             k_cache: device.alloc(s.cache, "KV cache")?,
             v_cache: device.alloc(s.cache, "KV cache")?,
             freqs,
-            first_pos: device.alloc(s.first_pos, "position")?,
+            pass,
             logits: device.alloc(s.logits, "logits")?,
             logits_host: device.alloc_pinned(d.max_outputs * d.n_vocab, "logits")?,
             rows: device.alloc(s.rows, "embedding rows")?,
@@ -242,7 +246,7 @@ impl Workspace {
             &self.k_cache,
             &self.v_cache,
             &self.freqs,
-            &self.first_pos,
+            &self.pass,
             &self.logits,
             &self.rows,
         ];

@@ -8,6 +8,7 @@ use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
 use crate::backend::{Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams};
 use crate::gguf::TensorType;
+use crate::state::{PAGE, PageId, Pages, StateOp};
 
 const F32: TensorType = TensorType::F32;
 
@@ -351,11 +352,14 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
     let d = dims(c);
     let rows = random_rows(TensorType::Q8_0, (PROMPT + GENERATED) * N_EMBD, 1.5, 11);
     let row_bytes = rows.len() / (PROMPT + GENERATED);
-    let logits = |prompt: usize, generated: usize| -> Result<Vec<u32>> {
+    let logits = |prompt: usize, generated: usize, moved: bool| -> Result<Vec<u32>> {
         let mut g = CudaBackend::new(device, &d)?;
         let mut out = Vec::new();
         let mut pos = 0;
         while pos < PROMPT + GENERATED {
+            if moved && pos == PROMPT {
+                move_pages(&mut g, &d)?;
+            }
             let (class, n) = match PROMPT.checked_sub(pos) {
                 Some(left @ 1..) => (Class::Bulk, left.min(prompt)),
                 _ => (Class::Exact, generated.min(PROMPT + GENERATED - pos)),
@@ -379,12 +383,30 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
         }
         Ok(out)
     };
-    let want = logits(PROMPT, 1)?;
-    for (prompt, generated) in [(1, 8), (7, 2), (64, 3), (33, 5)] {
-        let got = logits(prompt, generated)?;
+    let want = logits(PROMPT, 1, false)?;
+    for (prompt, generated, moved) in
+        [(1, 8, false), (7, 2, false), (64, 3, false), (33, 5, false), (PROMPT, 1, true), (64, 3, true)]
+    {
+        let got = logits(prompt, generated, moved)?;
         let other = got.iter().zip(&want).filter(|(a, b)| a != b).count() + got.len().abs_diff(want.len());
-        let what = format!("other bits in passes of {prompt}, then {generated}: {} head {}", c.ty, c.head_dim);
+        let moved = if moved { " from other pages" } else { "" };
+        let what = format!("other bits in passes of {prompt}, then {generated}{moved}: {} head {}", c.ty, c.head_dim);
         report.check(&what, other as f64, 0.0);
     }
     Ok(())
+}
+
+/// Brings the prompt's pages to other places: whole ones by way of the host, the last one as a fork's copy.
+fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result {
+    let (n, all) = (Pages::of(PROMPT) as PageId, d.pages() as PageId);
+    assert!(all >= 2 * n, "{all} pages");
+    let table: Vec<PageId> = (0..n).map(|i| all - 1 - i).collect();
+    let mut page = vec![0; g.page_bytes()];
+    for i in 0..n - 1 {
+        g.read_page(i, &mut page)?;
+        g.write_page(table[i as usize], &page)?;
+    }
+    let positions = PROMPT % PAGE;
+    g.apply(&StateOp::Copy { from: n - 1, to: table[n as usize - 1], positions })?;
+    g.pages(&table)
 }

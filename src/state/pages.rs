@@ -1,0 +1,407 @@
+//! Which pages of the cache hold which positions of which sequence.
+//!
+//! A page holds [`PAGE`] positions of all layers. Sequences that were forked share the pages of what they have in common,
+//! until one of them goes on in a page that another one reads too: then it gets a copy of its own. A page is counted
+//! once for each sequence that has it, and is free when none has.
+
+/// Positions of a page: a multiple of the keys that any kernel takes at once.
+pub const PAGE: usize = 64;
+
+/// A page of the cache.
+pub type PageId = u32;
+
+/// A sequence. Numbers of sequences that have ended are not given again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqId(u64);
+
+/// What a backend must do before the next pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateOp {
+    /// Copies the first `positions` positions of a page, of all layers.
+    Copy {
+        /// The page that is shared.
+        from: PageId,
+        /// A page that nobody reads yet.
+        to: PageId,
+        /// How many of its positions.
+        positions: usize,
+    },
+}
+
+/// Why a sequence cannot have what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// More pages than are free. Nothing was changed.
+    #[error(
+        "{needed} more pages of {PAGE} positions are needed for {positions} positions, and {free} are free; give a larger --ctx"
+    )]
+    Full {
+        /// Positions that were asked for.
+        positions: usize,
+        /// Pages that they need.
+        needed: usize,
+        /// Pages there are.
+        free: usize,
+    },
+    /// The sequence has ended, or is another cache's.
+    #[error("sequence {0} has ended")]
+    NoSuchSequence(u64),
+    /// A position that the sequence has not reached.
+    #[error("position {position} lies beyond the {len} of the sequence")]
+    Beyond {
+        /// The position.
+        position: usize,
+        /// Positions of the sequence.
+        len: usize,
+    },
+}
+
+/// Pages and who has them.
+#[derive(Debug)]
+pub struct Pages {
+    /// Sequences that have each page.
+    users: Vec<u32>,
+    /// Pages that nobody has; the next one is the last.
+    free: Vec<PageId>,
+    seqs: Vec<Sequence>,
+    next_id: u64,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    id: SeqId,
+    /// Page `i` holds positions `PAGE * i..`.
+    table: Vec<PageId>,
+    /// Positions that are computed.
+    len: usize,
+}
+
+impl Pages {
+    /// `pages` pages, all free; each of up to `sequences` sequences may have all of them, without an allocation.
+    pub fn new(pages: usize, sequences: usize) -> Pages {
+        Pages {
+            users: vec![0; pages],
+            // So that one sequence alone has pages 0, 1, 2, …
+            free: (0..pages as PageId).rev().collect(),
+            seqs: Vec::with_capacity(sequences),
+            next_id: 0,
+        }
+    }
+
+    /// Pages that `positions` positions take.
+    pub fn of(positions: usize) -> usize {
+        positions.div_ceil(PAGE)
+    }
+
+    /// A sequence without positions.
+    pub fn open(&mut self) -> SeqId {
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
+        self.seqs.push(Sequence { id, table: Vec::with_capacity(self.users.len()), len: 0 });
+        id
+    }
+
+    /// Makes room for `n` positions behind those of the sequence, in pages that it alone has. What a backend must do
+    /// before they are written is appended to `ops`.
+    ///
+    /// # Errors
+    /// [`StateError::Full`], and nothing has changed; [`StateError::NoSuchSequence`].
+    pub fn reserve(&mut self, seq: SeqId, n: usize, ops: &mut Vec<StateOp>) -> Result<(), StateError> {
+        let at = self.find(seq)?;
+        let Sequence { table, len, .. } = &self.seqs[at];
+        let (has, used) = (table.len(), Pages::of(*len));
+        let last = Pages::of(len.saturating_add(n)).max(used);
+        // The page that the next position lies in, if it holds positions already.
+        let shared = (n > 0 && len % PAGE != 0).then(|| (used - 1, table[used - 1])).filter(|s| self.users(s.1) > 1);
+        let needed = last.saturating_sub(has) + usize::from(shared.is_some());
+        if needed > self.free.len() {
+            return Err(StateError::Full { positions: n, needed, free: self.free.len() });
+        }
+        let positions = len % PAGE;
+        if let Some((i, from)) = shared {
+            let to = self.take();
+            self.seqs[at].table[i] = to;
+            self.give(from);
+            ops.push(StateOp::Copy { from, to, positions });
+        }
+        for _ in has..last {
+            let page = self.take();
+            self.seqs[at].table.push(page);
+        }
+        Ok(())
+    }
+
+    /// The next `n` positions, which room was made for, have been computed.
+    ///
+    /// # Errors
+    /// [`StateError::Beyond`] if there is no room for as many; [`StateError::NoSuchSequence`].
+    pub fn commit(&mut self, seq: SeqId, n: usize) -> Result<(), StateError> {
+        let at = self.find(seq)?;
+        let s = &mut self.seqs[at];
+        let room = s.table.len() * PAGE;
+        if n > room - s.len {
+            return Err(StateError::Beyond { position: s.len.saturating_add(n), len: room });
+        }
+        s.len += n;
+        Ok(())
+    }
+
+    /// Forgets all but the first `n` positions of a sequence, and room that was made behind them.
+    ///
+    /// # Errors
+    /// [`StateError::Beyond`] if it has fewer; [`StateError::NoSuchSequence`].
+    pub fn keep(&mut self, seq: SeqId, n: usize) -> Result<(), StateError> {
+        let at = self.find(seq)?;
+        let len = self.seqs[at].len;
+        if n > len {
+            return Err(StateError::Beyond { position: n, len });
+        }
+        self.seqs[at].len = n;
+        self.shrink(at, Pages::of(n));
+        Ok(())
+    }
+
+    /// A sequence that begins with the first `n` positions of another one. Nothing is copied yet.
+    ///
+    /// # Errors
+    /// [`StateError::Beyond`] if the other one has fewer; [`StateError::NoSuchSequence`].
+    pub fn fork_at(&mut self, seq: SeqId, n: usize) -> Result<SeqId, StateError> {
+        let at = self.find(seq)?;
+        let len = self.seqs[at].len;
+        if n > len {
+            return Err(StateError::Beyond { position: n, len });
+        }
+        let fork = self.open();
+        let to = self.seqs.len() - 1;
+        for i in 0..Pages::of(n) {
+            let page = self.seqs[at].table[i];
+            self.users[page as usize] += 1;
+            self.seqs[to].table.push(page);
+        }
+        self.seqs[to].len = n;
+        Ok(fork)
+    }
+
+    /// Ends a sequence.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`] if it has ended already.
+    pub fn close(&mut self, seq: SeqId) -> Result<(), StateError> {
+        let at = self.find(seq)?;
+        self.shrink(at, 0);
+        self.seqs.swap_remove(at);
+        Ok(())
+    }
+
+    /// Pages of a sequence in order: those of its positions, and of the room behind them.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn table(&self, seq: SeqId) -> Result<&[PageId], StateError> {
+        Ok(&self.seqs[self.find(seq)?].table)
+    }
+
+    /// Positions of a sequence.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn len(&self, seq: SeqId) -> Result<usize, StateError> {
+        Ok(self.seqs[self.find(seq)?].len)
+    }
+
+    /// Pages that nobody has.
+    pub fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    fn find(&self, seq: SeqId) -> Result<usize, StateError> {
+        self.seqs.iter().position(|s| s.id == seq).ok_or(StateError::NoSuchSequence(seq.0))
+    }
+
+    fn users(&self, page: PageId) -> u32 {
+        self.users[page as usize]
+    }
+
+    /// A free page, of which there is one.
+    fn take(&mut self) -> PageId {
+        let page = self.free.pop().expect("free pages were counted");
+        self.users[page as usize] = 1;
+        page
+    }
+
+    fn give(&mut self, page: PageId) {
+        let users = &mut self.users[page as usize];
+        *users -= 1;
+        if *users == 0 {
+            self.free.push(page);
+        }
+    }
+
+    /// Gives back all but the first `n` pages of sequence number `at`.
+    fn shrink(&mut self, at: usize, n: usize) {
+        // The first comes to lie on top, so that a sequence alone gets the same pages again.
+        while self.seqs[at].table.len() > n {
+            if let Some(page) = self.seqs[at].table.pop() {
+                self.give(page);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    /// A plain model of a cache: what each page holds, written as a backend would.
+    struct Cache {
+        pages: Pages,
+        /// Of each page and position, the token that was written there.
+        memory: Vec<[u64; PAGE]>,
+        /// Tokens of each sequence.
+        sequences: HashMap<SeqId, Vec<u64>>,
+        order: Vec<SeqId>,
+        ops: Vec<StateOp>,
+        written: u64,
+    }
+
+    impl Cache {
+        fn new(pages: usize) -> Cache {
+            Cache {
+                pages: Pages::new(pages, 8),
+                memory: vec![[0; PAGE]; pages],
+                sequences: HashMap::new(),
+                order: Vec::new(),
+                ops: Vec::new(),
+                written: 0,
+            }
+        }
+
+        fn open(&mut self) {
+            let seq = self.pages.open();
+            self.sequences.insert(seq, Vec::new());
+            self.order.push(seq);
+        }
+
+        /// A pass of `n` tokens, of which the last `lost` are given up.
+        fn pass(&mut self, seq: SeqId, n: usize, lost: usize) {
+            let tokens = self.sequences.get_mut(&seq).unwrap();
+            let free = self.pages.free_pages();
+            let table = self.pages.table(seq).unwrap().to_vec();
+            match self.pages.reserve(seq, n, &mut self.ops) {
+                Ok(()) => {}
+                Err(StateError::Full { needed, free: said, .. }) => {
+                    assert!(needed > free && said == free);
+                    assert!(
+                        self.ops.is_empty() && self.pages.table(seq).unwrap() == table,
+                        "a refusal changes nothing"
+                    );
+                    return;
+                }
+                Err(e) => panic!("{e}"),
+            }
+            for StateOp::Copy { from, to, positions } in self.ops.drain(..) {
+                let source = self.memory[from as usize];
+                self.memory[to as usize][..positions].copy_from_slice(&source[..positions]);
+            }
+            let table = self.pages.table(seq).unwrap();
+            let first = tokens.len();
+            for i in 0..n {
+                let at = first + i;
+                self.written += 1;
+                self.memory[table[at / PAGE] as usize][at % PAGE] = self.written;
+                if i < n - lost {
+                    tokens.push(self.written);
+                }
+            }
+            let kept = n - lost;
+            self.pages.commit(seq, kept).unwrap();
+            if lost > 0 {
+                self.pages.keep(seq, tokens.len()).unwrap();
+            }
+        }
+
+        fn check(&self) {
+            let mut users = vec![0; self.memory.len()];
+            for (seq, tokens) in &self.sequences {
+                let table = self.pages.table(*seq).unwrap();
+                assert_eq!(self.pages.len(*seq).unwrap(), tokens.len());
+                for (at, token) in tokens.iter().enumerate() {
+                    assert_eq!(self.memory[table[at / PAGE] as usize][at % PAGE], *token, "position {at} of {seq:?}");
+                }
+                table.iter().for_each(|p| users[*p as usize] += 1);
+            }
+            assert_eq!(users, self.pages.users, "pages are counted");
+            assert_eq!(users.iter().filter(|n| **n == 0).count(), self.pages.free_pages(), "no page is lost");
+        }
+    }
+
+    /// Passes, aborted passes, forks, cuts and ends in any order, against the plain model.
+    #[test]
+    fn sequences_read_what_they_wrote_and_no_page_is_lost() {
+        let runs = std::env::var("NT_PAGES_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(1000u64);
+        for seed in 0..runs {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut below = |n: usize| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state % n as u64) as usize
+            };
+            let mut cache = Cache::new(1 + below(24));
+            cache.open();
+            for _ in 0..60 {
+                let seq = cache.order[below(cache.order.len())];
+                let len = cache.sequences[&seq].len();
+                match below(8) {
+                    0..4 => {
+                        let n = if below(3) == 0 { below(200) } else { below(4) };
+                        let lost = if below(4) == 0 { below(n + 1) } else { 0 };
+                        cache.pass(seq, n, lost);
+                    }
+                    4 => {
+                        let n = below(len + 1);
+                        cache.pages.keep(seq, n).unwrap();
+                        cache.sequences.get_mut(&seq).unwrap().truncate(n);
+                    }
+                    5 | 6 if cache.order.len() < 6 => {
+                        let n = below(len + 1);
+                        let fork = cache.pages.fork_at(seq, n).unwrap();
+                        let tokens = cache.sequences[&seq][..n].to_vec();
+                        cache.sequences.insert(fork, tokens);
+                        cache.order.push(fork);
+                    }
+                    _ if cache.order.len() > 1 => {
+                        cache.pages.close(seq).unwrap();
+                        cache.sequences.remove(&seq);
+                        cache.order.retain(|s| *s != seq);
+                        assert_eq!(cache.pages.len(seq), Err(StateError::NoSuchSequence(seq.0)));
+                    }
+                    _ => cache.open(),
+                }
+                cache.check();
+            }
+            for seq in std::mem::take(&mut cache.order) {
+                cache.pages.close(seq).unwrap();
+            }
+            assert_eq!(cache.pages.free_pages(), cache.memory.len());
+        }
+    }
+
+    #[test]
+    fn what_a_sequence_has_not_is_refused() {
+        let mut pages = Pages::new(2, 1);
+        let seq = pages.open();
+        let mut ops = Vec::new();
+        assert_eq!(pages.keep(seq, 1), Err(StateError::Beyond { position: 1, len: 0 }));
+        assert_eq!(pages.commit(seq, 1), Err(StateError::Beyond { position: 1, len: 0 }));
+        assert_eq!(pages.fork_at(seq, 1), Err(StateError::Beyond { position: 1, len: 0 }));
+        let full = StateError::Full { positions: 129, needed: 3, free: 2 };
+        assert_eq!(pages.reserve(seq, 129, &mut ops), Err(full));
+        assert!(pages.reserve(seq, usize::MAX, &mut ops).is_err());
+        pages.reserve(seq, 128, &mut ops).unwrap();
+        assert_eq!(pages.table(seq).unwrap(), [0, 1]);
+        pages.keep(seq, 0).unwrap();
+        assert_eq!(pages.free_pages(), 2);
+    }
+}
