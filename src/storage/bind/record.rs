@@ -297,7 +297,7 @@ pub(super) fn load(host: &Host, pci: &str) -> Option<Bound> {
         tracing::warn!("{}: the record is not used: others than root may write it", path.display());
         return None;
     }
-    match toml::from_str::<Bound>(&String::from_utf8_lossy(&contents.bytes)) {
+    match parse(&String::from_utf8_lossy(&contents.bytes)) {
         Ok(record) if record.pci == pci => Some(record),
         Ok(record) => {
             tracing::warn!("{}: the record is not used: it is of {}", path.display(), record.pci);
@@ -308,6 +308,15 @@ pub(super) fn load(host: &Host, pci: &str) -> Option<Bound> {
             None
         }
     }
+}
+
+/// Takes a record apart. Only those of versions that knew no boot may leave the state away.
+fn parse(text: &str) -> Result<Bound, toml::de::Error> {
+    let table: toml::Table = toml::from_str(text)?;
+    if table.contains_key("boot") && !table.contains_key("state") {
+        return Err(serde::de::Error::custom("it says no state"));
+    }
+    table.try_into()
 }
 
 /// Every record that can be read, whatever its state and standing, by address.
