@@ -18,7 +18,7 @@ pub(super) const STATE: &str = "/run/nt";
 const RECORD_MAX: u64 = 64 << 10;
 
 /// How far a bind or a release has come: the last step that is known to be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Nothing has been changed yet.
@@ -28,7 +28,6 @@ pub enum State {
     /// The kernel's driver has let go.
     Unbound,
     /// vfio-pci holds it and its node is handed over: it may be used.
-    #[default]
     Bound,
     /// It is being given back.
     Releasing,
@@ -55,8 +54,7 @@ pub struct Bound {
     /// Boot that it holds for; empty in records of older versions.
     #[serde(default)]
     pub boot: String,
-    /// Progress.
-    #[serde(default)]
+    /// Progress. A record that does not say it is not used: it would pass for that of a bound drive.
     pub state: State,
     /// Inode of the device's folder in sysfs, which is another one when a device appears anew; 0 if unknown.
     #[serde(default)]
@@ -297,7 +295,7 @@ pub(super) fn load(host: &Host, pci: &str) -> Option<Bound> {
         tracing::warn!("{}: the record is not used: others than root may write it", path.display());
         return None;
     }
-    match parse(&String::from_utf8_lossy(&contents.bytes)) {
+    match toml::from_str::<Bound>(&String::from_utf8_lossy(&contents.bytes)) {
         Ok(record) if record.pci == pci => Some(record),
         Ok(record) => {
             tracing::warn!("{}: the record is not used: it is of {}", path.display(), record.pci);
@@ -308,15 +306,6 @@ pub(super) fn load(host: &Host, pci: &str) -> Option<Bound> {
             None
         }
     }
-}
-
-/// Takes a record apart. Only those of versions that knew no boot may leave the state away.
-fn parse(text: &str) -> Result<Bound, toml::de::Error> {
-    let table: toml::Table = toml::from_str(text)?;
-    if table.contains_key("boot") && !table.contains_key("state") {
-        return Err(serde::de::Error::custom("it says no state"));
-    }
-    table.try_into()
 }
 
 /// Every record that can be read, whatever its state and standing, by address.

@@ -658,37 +658,6 @@ fn odd_records_are_passed_over() {
     }
 }
 
-/// A record of any bytes: 10,000 mutations from a seed, none of which panics, hangs, or has another address
-/// than its own.
-#[test]
-fn mutated_records_are_read_or_passed_over() {
-    let fake = Fake::new();
-    fake.bind("nvme1n1", None);
-    let whole = fs::read(fake.record(SPARE)).unwrap();
-    let mut state = 7u64;
-    let mut draw = |n: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % n
-    };
-    for _ in 0..10_000 {
-        let mut text = whole.clone();
-        for _ in 0..1 + draw(4) {
-            let at = draw(text.len().max(1)).min(text.len().saturating_sub(1));
-            match draw(4) {
-                0 if !text.is_empty() => text[at] = draw(256) as u8,
-                1 if !text.is_empty() => drop(text.remove(at)),
-                2 => text.insert(at, draw(256) as u8),
-                _ => text.truncate(at.max(1)),
-            }
-        }
-        fs::write(fake.record(SPARE), &text).unwrap();
-        for drive in bound(&fake.host) {
-            assert_eq!((drive.pci.as_str(), drive.state), (SPARE, State::Bound));
-        }
-        let _ = find_bound(&fake.host, "nvme1n1");
-    }
-}
-
 /// A drive that is half bound is not staged on either.
 #[test]
 fn a_half_bound_drive_is_not_claimed_to_write() {
@@ -724,15 +693,17 @@ fn a_node_of_another_drive_is_not_claimed() {
     }
 }
 
-/// An entry's `holds` lets data be read, and lets it be erased as well: the refusal of a stage says so before anybody
-/// adds one.
+/// The refusal of a stage names the line that lets data be erased, not the one that lets it be read.
 #[test]
 fn a_stage_says_that_what_it_holds_will_be_erased() {
     let fake = Fake::new();
     fs::write(fake.real("/dev/nvme1n1"), vec![7; 2 << 20]).unwrap();
     let claimed = claim_to_write(&fake.host, "nvme1n1", "S 0000:02:00.0", None, &Err("no list".into()));
     let Err(e) = claimed else { panic!("it was claimed") };
-    words(&End::Failed(e), &["it holds unknown data; if all of it may be lost, its entry needs the line erase = [\"unknown data\"]"]);
+    words(
+        &End::Failed(e),
+        &["it holds unknown data; if all of it may be lost, its entry needs the line erase = [\"unknown data\"]"],
+    );
 }
 
 /// A node of another group, left under the name of the drive's, is not handed to anybody.
@@ -786,8 +757,9 @@ fn a_changed_record_binds_nothing() {
         for round in 0..2000 {
             let mut bytes = original.clone();
             for _ in 0..rng.random_range(1..4) {
-                let at = rng.random_range(0..bytes.len());
+                let at = rng.random_range(0..bytes.len().max(1)).min(bytes.len().saturating_sub(1));
                 match rng.random_range(0..5) {
+                    _ if bytes.is_empty() => {}
                     0 => bytes[at] ^= 1 << rng.random_range(0..8),
                     1 => bytes[at] = b"0123456789abcdef#\n\"=[]"[rng.random_range(0..22)],
                     2 => drop(bytes.remove(at)),
@@ -798,6 +770,7 @@ fn a_changed_record_binds_nothing() {
             fs::write(fake.record(SPARE), &bytes).unwrap();
             let found = record::load(&fake.host, SPARE);
             assert!(found.is_none_or(|r| r.pci == SPARE), "round {round}");
+            let _ = find_bound(&fake.host, "nvme1n1");
             let bound = bound(&fake.host);
             usable += bound.len();
             assert!(bound.is_empty() || state == State::Bound, "{state:?}: {}", String::from_utf8_lossy(&bytes));
