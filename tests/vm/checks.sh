@@ -31,7 +31,8 @@ accept() {
 # give SERIAL WORD…: and lets it erase these
 give() {
   serial=$1; shift
-  words=$(printf '"%s", ' "$@" | sed 's/, $//; s/^""$//')
+  words=$(printf "\"%s\", " "$@" | sed "s/, $//")
+  [ $# != 0 ] || words=
   awk -v s="\"$serial\"" -v line="erase = [$words]" 'drop && /^erase/ {drop = 0; next} {drop = 0} index($0, s) {on = 1}
     {print} on && /^holds/ {print line; on = 0; drop = 1}' $list >/tmp/list
   cp /tmp/list $list

@@ -12,7 +12,9 @@ type Act = fn(&Fake);
 const MEANWHILE: &[(&str, Option<Check>, Act)] = &[
     ("nothing", None, |_| ()),
     ("reads", None, |f| f.put(STAT, "  99 9 800 9  20 0 160 2  0 9 9  4 0 32 1  5 1\n")),
-    ("a flush", None, |f| f.put(STAT, "  10 0 80 1  20 0 160 2  0 3 3  4 0 32 1  6 2\n")),
+    ("a flush, which counts as a write of nothing", None, |f| {
+        f.put(STAT, "  10 0 80 1  21 0 160 2  0 3 3  4 0 32 1  6 2\n")
+    }),
     ("another drive is written", None, |f| f.put("/sys/class/block/nvme0n1/stat", "1 1 1 1 1 1 1 1 1 1 1")),
     ("a write, the node closed again", Some(Check::Open), |f| {
         f.put(STAT, "  10 0 80 1  21 0 168 2  0 3 3  4 0 32 1  5 1\n")
