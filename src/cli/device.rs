@@ -10,7 +10,7 @@ use super::report::print_line;
 use super::{Failure, interrupt};
 use crate::storage::bind::{self, Bound, DeviceError, Machine, Running, Standing, State};
 use crate::storage::guard::claim::{self, Claim};
-use crate::storage::guard::{self, Allowlist, Controller, Host, allowlist, sysfs};
+use crate::storage::guard::{self, Allowlist, Controller, Host, Purpose, allowlist, sysfs};
 use crate::storage::library::Library;
 use crate::storage::{extents, health, safe, source};
 
@@ -141,7 +141,7 @@ fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
 fn check(host: &Host, name: &str, pci: Option<&str>, allowed: &Result<Allowlist, String>) -> Result<(), Failure> {
     let all = controllers(host)?;
     let drive = sysfs::find(host, &all, name).ok_or_else(|| DeviceError::NotFound(name.into()))?;
-    let reasons = bind::judge(host, &all, drive, allowed, pci);
+    let reasons = bind::judge(host, &all, drive, allowed, pci, Purpose::Read);
     let claimed = if reasons.is_empty() { claim::moment(host, drive) } else { Claim::NotTried };
     match claimed {
         Claim::Made(time) => {
@@ -216,7 +216,7 @@ fn list_free(
         let (Ok(said) | Err(said)) = health::of_kernel(host, drive);
         line(&format!("  health: {said}"))?;
     }
-    let reasons = guard::examine(host, all, drive, allowed);
+    let reasons = guard::examine(host, all, drive, allowed, Purpose::Read);
     if reasons.is_empty() {
         line("  no reason against it was found (`nt device check` also claims it for a moment)")?;
     }

@@ -19,7 +19,8 @@ pub struct StageArgs {
     /// The drive: nvme1n1, a PCI address or a path below /dev
     #[arg(long, value_name = "DEVICE")]
     tier_c: String,
-    /// Yes, everything on the drive will be lost
+    /// Yes, everything on the drive will be lost; what nt did not write there itself must be listed in the drive's entry,
+    /// as in erase = ["ext4"]
     #[arg(long, required = true)]
     erase: bool,
     /// The drive's serial number, as proof that this drive is meant
@@ -44,6 +45,7 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
     let mut drive = claim.drive();
     let staging = Staging::plan(&mut drive, &sources, &claim.identity(), &claim.partitions()).map_err(unplanned)?;
     claim.forget_partitions()?;
+    claim.last_look(&host).map_err(|e| if interrupt::interrupted() { untouched(args) } else { e.into() })?;
     let bar = if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0)
     } else {
@@ -58,14 +60,22 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
     claim.reread_partitions();
     let manifests = manifests.map_err(|e| unfinished(args, &e))?;
+    let mut records = Vec::new();
     for (i, (manifest, source)) in manifests.into_iter().zip(&sources).enumerate() {
         let header = source.head(gguf.data_start(i)).map_err(|e| e.to_string());
         let saved = header.and_then(|header| Library::default().save(&Recorded { manifest, header }));
-        let saved = saved.map_err(|why| unrecorded(args, source, &why))?;
-        super::report::print_line(&saved.display().to_string())?;
+        records.push(saved.map_err(|why| unrecorded(args, source, &why))?);
     }
+    // Whatever becomes of stdout, the drive is staged, and the user reads so.
     super::failure::say(&format!("staged; `sudo nt device bind {}` hands the drive to nt", args.tier_c));
-    Ok(())
+    records.iter().try_for_each(|record| super::report::print_line(&record.display().to_string())).map_err(unprinted)
+}
+
+/// The drive is staged and recorded; only the names of the records could not be written to stdout.
+fn unprinted(e: Failure) -> Failure {
+    let why = e.to_string();
+    let why = if why.is_empty() { "stdout is closed".into() } else { why };
+    Failure::running(format!("the model is staged and recorded; only the names of its records were not printed: {why}"))
 }
 
 /// Nothing was written yet.

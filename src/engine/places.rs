@@ -10,6 +10,7 @@ use super::staged::Image;
 use crate::gguf::Gguf;
 use crate::storage::Part;
 use crate::storage::extents::Manifest;
+use crate::storage::guard::node::{Node, Number};
 use crate::storage::guard::{Controller, Host, sysfs};
 use crate::storage::safe;
 
@@ -59,7 +60,6 @@ pub(super) fn locate(host: &Host, gguf: &Gguf, target: &Path) -> Result<Located,
         };
     }
     if let Some(drive) = kernel_drive(host, &name)? {
-        let nodes = drive.namespaces.iter().map(|n| PathBuf::from(format!("/dev/{}", n.whole.name)));
         let why = match copy_on_drive(host, &drive, gguf) {
             Ok(paths) => {
                 return Ok(Located { parts: whole(paths), on_drive: true, manifests: Vec::new() });
@@ -67,10 +67,11 @@ pub(super) fn locate(host: &Host, gguf: &Gguf, target: &Path) -> Result<Located,
             Err(why) => why,
         };
         let mut unstaged = Vec::new();
-        for node in nodes {
-            match Image::on_node(&node) {
-                Ok(image) => return on_node(&image, &node, gguf, true),
-                Err(e) => unstaged.push(format!("{}: {e}", node.display())),
+        for namespace in sysfs::namespaces(host, &drive, &name) {
+            let path = PathBuf::from(format!("/dev/{}", namespace.whole.name));
+            match Image::on_namespace(host, namespace) {
+                Ok(image) => return on_image(&image, (&path, namespace.whole.number.parse().ok()), gguf, true),
+                Err(e) => unstaged.push(format!("{}: {e}", path.display())),
             }
         }
         return Err(fail(format!(
@@ -85,13 +86,19 @@ pub(super) fn locate(host: &Host, gguf: &Gguf, target: &Path) -> Result<Located,
     if !target.is_dir()
         && let Ok(image) = Image::on_node(target)
     {
-        return on_node(&image, target, gguf, false);
+        return on_image(&image, (target, None), gguf, false);
     }
     Ok(Located { parts: whole(copy_paths(gguf, target)?), on_drive: false, manifests: Vec::new() })
 }
 
-/// The model as staged on a drive or in an image file.
-fn on_node(image: &Image, node: &Path, gguf: &Gguf, on_drive: bool) -> Result<Located, EngineError> {
+/// The model as staged on a drive or in an image file: its path and, where a drive was named, the number that the node must
+/// have when it is opened to be read.
+fn on_image(
+    image: &Image,
+    (node, number): (&Path, Option<Number>),
+    gguf: &Gguf,
+    on_drive: bool,
+) -> Result<Located, EngineError> {
     let mut located = Located { parts: Vec::new(), manifests: Vec::new(), on_drive };
     for (i, shard) in gguf.shards.iter().enumerate() {
         let found = image.recorded(&shard.path, gguf.data_start(i))?;
@@ -112,7 +119,8 @@ fn on_node(image: &Image, node: &Path, gguf: &Gguf, on_drive: bool) -> Result<Lo
         let &[(0, start, _)] = &found.manifest.extents[..] else {
             return Err(fail(format!("{} lies in several pieces on {}", found.manifest.file, node.display())));
         };
-        located.parts.push(Part { path: node.into(), within: Some((start, found.manifest.size)) });
+        let within = Some((start, found.manifest.size));
+        located.parts.push(Part { path: node.into(), within, node: number.map(Node::Block) });
         located.manifests.push(found.manifest);
     }
     Ok(located)

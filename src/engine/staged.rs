@@ -2,6 +2,7 @@
 //! table, whichever machine wrote them.
 
 use std::cell::RefCell;
+use std::fs::OpenOptions;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -12,7 +13,7 @@ use crate::gguf::{Gguf, GgufError};
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
 use crate::storage::extents::Manifest;
-use crate::storage::guard::{Host, sysfs};
+use crate::storage::guard::{Host, Namespace, sysfs};
 use crate::storage::image::{self, ImageError, Medium, Node, Staged};
 use crate::storage::library::Recorded;
 use crate::storage::vfio::VfioReader;
@@ -41,8 +42,9 @@ pub(super) fn open(host: &Host, target: &Path) -> Result<Image, EngineError> {
         Err(e) => return Err(fail(e)),
     }
     let all = sysfs::controllers(host).map_err(fail)?;
-    match sysfs::find(host, &all, &name).and_then(|c| c.namespaces.first()) {
-        Some(namespace) => Image::on_node(Path::new(&format!("/dev/{}", namespace.whole.name))),
+    let Some(drive) = sysfs::find(host, &all, &name) else { return Image::on_node(target) };
+    match sysfs::namespaces(host, drive, &name).first() {
+        Some(namespace) => Image::on_namespace(host, namespace),
         None => Image::on_node(target),
     }
 }
@@ -53,7 +55,15 @@ impl Image {
         Ok(Image { medium: Rc::new(RefCell::new(medium)), manifests })
     }
 
-    /// On a block device or in a file.
+    /// On a namespace that the kernel holds: its node is opened by the number that sysfs tells, since a name below `/dev` may
+    /// be another drive's node or a file.
+    pub(super) fn on_namespace(host: &Host, namespace: &Namespace) -> Result<Image, EngineError> {
+        let whole = &namespace.whole;
+        let file = host.open_block(&whole.name, &whole.number, OpenOptions::new().read(true)).map_err(fail)?;
+        Image::new(Node::of(file).map_err(fail)?)
+    }
+
+    /// On a block device or in a file that the user named by its path.
     pub(super) fn on_node(path: &Path) -> Result<Image, EngineError> {
         Image::new(Node::open(path).map_err(fail)?)
     }
@@ -115,7 +125,7 @@ pub fn staged_drives(host: &Host) -> Vec<StagedDrive> {
     for controller in sysfs::controllers(host).unwrap_or_default() {
         for namespace in &controller.namespaces {
             let node = PathBuf::from(format!("/dev/{}", namespace.whole.name));
-            let Ok(image) = Image::on_node(&node) else { continue };
+            let Ok(image) = Image::on_namespace(host, namespace) else { continue };
             let files = image.manifests.iter().map(|m| m.file.clone());
             let first = files.filter(|f| !f.contains("-of-") || f.contains("-00001-of-"));
             let models = first.map(|f| (f.clone(), image.header(Path::new(&f)))).collect();
@@ -187,5 +197,88 @@ impl Medium for Blocks {
             next = upto;
         }
         Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::image::{Drive, Identity, Source, Staging, Steps};
+
+    const SIZE: u64 = 8 << 20;
+
+    /// A machine of files with two drives that hold an image each, of `a.gguf` and of `b.gguf`.
+    fn machine(folder: &Path) -> Host {
+        for (n, name) in ["a.gguf", "b.gguf"].iter().enumerate() {
+            let class = folder.join(format!("sys/class/block/nvme{n}n1"));
+            std::fs::create_dir_all(&class).unwrap();
+            std::fs::write(class.join("dev"), format!("259:{n}\n")).unwrap();
+            std::fs::create_dir_all(folder.join("dev")).unwrap();
+            let path = folder.join(name);
+            std::fs::write(&path, [n as u8; 5000]).unwrap();
+            let sources = [Source::open(&path).unwrap()];
+            let node =
+                OpenOptions::new().read(true).write(true).create_new(true).open(folder.join(format!("dev/nvme{n}n1")));
+            let node = node.unwrap();
+            node.set_len(SIZE).unwrap();
+            let mut drive = Drive { file: &node, size: SIZE, block: 512 };
+            let identity = Identity { serial: "S".into(), model: "M".into(), namespace: 1 };
+            let staging = Staging::plan(&mut drive, &sources, &identity, &[]).unwrap();
+            staging.write(&mut drive, &mut Steps::new(&mut |_, _| (), &|| false)).unwrap();
+        }
+        Host::at(folder)
+    }
+
+    fn namespace(n: u32) -> Namespace {
+        let name = format!("nvme{n}n1");
+        let whole = sysfs::BlockDevice { name, number: format!("259:{n}"), start: 0, size: SIZE };
+        Namespace { whole, nsid: 1, block_size: 512, partitions: Vec::new(), ids: Vec::new() }
+    }
+
+    /// The name of a drive's node was given to another drive, or to a file: nt read that one as the model, in silence.
+    #[test]
+    fn a_swapped_node_is_not_read_as_the_drive() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = machine(folder.path());
+        for (n, file) in [(0, "a.gguf"), (1, "b.gguf")] {
+            assert_eq!(Image::on_namespace(&host, &namespace(n)).unwrap().manifests[0].file, file);
+        }
+        let node = folder.path().join("dev/nvme0n1");
+        std::fs::rename(&node, folder.path().join("kept")).unwrap();
+        for target in ["nvme1n1", "../a.gguf", "../kept"] {
+            std::os::unix::fs::symlink(target, &node).unwrap();
+            let e = Image::on_namespace(&host, &namespace(0)).err().unwrap().to_string();
+            assert!(e.contains("block device 259:0"), "{target}: {e}");
+            std::fs::remove_file(&node).unwrap();
+        }
+        assert!(Image::on_namespace(&host, &namespace(0)).is_err());
+    }
+
+    /// Whoever names the second namespace of a drive does not mean the first.
+    #[test]
+    fn the_namespace_that_is_named_is_meant() {
+        let mut second = namespace(0);
+        second.whole.name = "nvme0n2".into();
+        let drive = sysfs::Controller {
+            bdf: "0000:01:00.0".into(),
+            driver: None,
+            name: Some("nvme0".into()),
+            serial: "S".into(),
+            model: "M".into(),
+            firmware: String::new(),
+            namespaces: vec![namespace(0), second],
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let host = Host::at(folder.path());
+        for (name, meant) in [
+            ("nvme0n2", &["nvme0n2"][..]),
+            ("/dev/nvme0n2", &["nvme0n2"]),
+            ("nvme0n1", &["nvme0n1"]),
+            ("nvme0", &["nvme0n1", "nvme0n2"]),
+            ("01:00.0", &["nvme0n1", "nvme0n2"]),
+        ] {
+            let found: Vec<_> = sysfs::namespaces(&host, &drive, name).iter().map(|n| n.whole.name.as_str()).collect();
+            assert_eq!(found, meant, "{name}");
+        }
     }
 }

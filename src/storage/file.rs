@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
-use super::{Alignment, StorageError, safe};
+use super::{Alignment, StorageError, guard, safe};
 
 /// What is assumed where the kernel tells nothing but takes O_DIRECT.
 const DIRECT_DEFAULT: Alignment = Alignment { memory: 4096, offset: 4096 };
@@ -25,12 +25,14 @@ pub struct Part {
     pub path: PathBuf,
     /// First byte and bytes within it; `None` for all of it.
     pub within: Option<(u64, u64)>,
+    /// The device whose node the path must be, where a drive was named; `None` for whatever lies there.
+    pub node: Option<guard::node::Node>,
 }
 
 impl Part {
     /// All of a file.
     pub fn whole(path: impl Into<PathBuf>) -> Part {
-        Part { path: path.into(), within: None }
+        Part { path: path.into(), within: None, node: None }
     }
 }
 
@@ -71,6 +73,13 @@ impl DirectFile {
     /// As [`DirectFile::open`], of a part.
     pub fn open_part(part: &Part) -> Result<DirectFile, StorageError> {
         let mut file = DirectFile::open(&part.path)?;
+        if let Some(node) = part.node {
+            // A name below /dev is what somebody made of it, and may be another drive's since the image was found.
+            let path = part.path.display().to_string();
+            let found = file.file.metadata().map(|m| guard::node::Node::of(&m));
+            let right = found.and_then(|found| node.must_be(&path, found));
+            right.map_err(|source| StorageError::Open { path: part.path.clone(), source })?;
+        }
         let Some((start, len)) = part.within else { return Ok(file) };
         let fits = start.checked_add(len).is_some_and(|end| end <= file.len);
         if !fits || !start.is_multiple_of(u64::from(file.alignment.offset)) {
@@ -147,4 +156,24 @@ fn probe(file: &File, alignment: Alignment) -> bool {
     let skip = buffer.as_ptr().align_offset(ALIGNMENT_MAX as usize);
     let target = &mut buffer[skip..skip + len];
     file.read_at(target, 0).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::guard::node::{Node, Number};
+    use super::*;
+
+    /// A drive was named, and by the time its image is read, something else lies under the name of its node.
+    #[test]
+    fn another_node_under_the_name_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nvme1n1");
+        std::fs::write(&path, vec![7; 8192]).unwrap();
+        let part = Part { path: path.clone(), within: Some((4096, 4096)), node: None };
+        assert_eq!(DirectFile::open_part(&part).unwrap().len, 4096);
+        let node = Some(Node::Block(Number { major: 259, minor: 10 }));
+        let e = DirectFile::open_part(&Part { node, ..part }).unwrap_err();
+        let StorageError::Open { source, .. } = &e else { panic!("{e:?}") };
+        assert!(source.to_string().contains("block device 259:10"), "{source}");
+    }
 }

@@ -311,7 +311,7 @@ mod tests {
         image.write_all(&vec![0xee; 1 << 20]).unwrap();
         image.write_all(&data).unwrap();
         image.write_all(&vec![0xee; 1 << 20]).unwrap();
-        let within = Part { path: image.path().into(), within: Some((1 << 20, data.len() as u64)) };
+        let within = Part { within: Some((1 << 20, data.len() as u64)), ..Part::whole(image.path()) };
         for kind in kinds() {
             let copies = [vec![Part::whole(whole.path())], vec![within.clone()], vec![Part::whole(copy.path())]];
             let (mut reader, _) = open_copies(&copies, kind).unwrap();
@@ -329,7 +329,7 @@ mod tests {
             let got = unsafe { std::slice::from_raw_parts(region.addr(), data.len() - 8192) };
             assert!(got == &data[8192..]);
         }
-        let beyond = Part { path: image.path().into(), within: Some((1 << 20, 11 << 20)) };
+        let beyond = Part { within: Some((1 << 20, 11 << 20)), ..Part::whole(image.path()) };
         assert!(open_copies(&[vec![beyond]], ReaderKind::Auto).is_err());
     }
 

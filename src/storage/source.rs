@@ -122,18 +122,24 @@ fn written(meta: &Metadata) -> (i64, i64) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// An open file of 5000 sevens at whose path another one, of 4000 eights, lies by now; and where it lies itself.
+    pub(in super::super) fn swapped(folder: &Path) -> (Source, PathBuf) {
+        let (path, moved) = (folder.join("a.gguf"), folder.join("b"));
+        std::fs::write(&path, [7; 5000]).unwrap();
+        let source = Source::open(&path).unwrap();
+        std::fs::rename(&path, &moved).unwrap();
+        std::fs::write(&path, [8; 4000]).unwrap();
+        (source, moved)
+    }
 
     /// A file swapped after it was opened, and before each further look at it: all looks are at the first.
     #[test]
     fn every_look_is_at_the_file_that_was_opened() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.gguf");
-        std::fs::write(&path, [7; 5000]).unwrap();
-        let source = Source::open(&path).unwrap();
-        std::fs::rename(&path, folder.path().join("b")).unwrap();
-        std::fs::write(&path, [8; 4000]).unwrap();
+        let (source, moved) = swapped(folder.path());
         for _ in 0..2 {
             let (mut input, len) = source.input().unwrap();
             let mut bytes = Vec::new();
@@ -142,7 +148,7 @@ mod tests {
             assert_eq!(source.head(9000).unwrap(), [7; 5000]);
         }
         assert!(source.is_unchanged().unwrap());
-        File::options().write(true).open(folder.path().join("b")).unwrap().set_len(6000).unwrap();
+        File::options().write(true).open(moved).unwrap().set_len(6000).unwrap();
         assert!(!source.is_unchanged().unwrap());
     }
 

@@ -23,10 +23,19 @@ allow() {
 
 # again STEP: cuts the power; the suite is run once more after the boot, with $step set to STEP
 again() { sync; echo "AGAIN $suite $1"; sleep 1; echo b >/proc/sysrq-trigger; sleep 60; }
-# accept SERIAL WORD…: the list's entry of that drive accepts these contents
+# accept SERIAL WORD…: the list's entry of that drive lets nt read these contents
 accept() {
   serial=$1; shift
   sed "/\"$serial\"/,/holds/s/holds = .*/holds = [$(printf '"%s", ' "$@" | sed 's/, $//')]/" $list >/tmp/list; cp /tmp/list $list
+}
+# give SERIAL WORD…: and lets it erase these
+give() {
+  serial=$1; shift
+  words=$(printf "\"%s\", " "$@" | sed "s/, $//")
+  [ $# != 0 ] || words=
+  awk -v s="\"$serial\"" -v line="erase = [$words]" 'drop && /^erase/ {drop = 0; next} {drop = 0} index($0, s) {on = 1}
+    {print} on && /^holds/ {print line; on = 0; drop = 1}' $list >/tmp/list
+  cp /tmp/list $list
 }
 address() { basename "$(readlink -f /sys/class/nvme/$1/device)"; }
 

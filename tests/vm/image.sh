@@ -280,7 +280,7 @@ run_guest() {
 # any drive was bound; VFIO makes a translated domain of its own either way.
 # boot SUITE…: runs the guest, as often as a suite asks for, prints its results, fails if any check failed.
 boot() {
-  local left=("$@") step='' log=$work/$1.log machine accel=${NT_VM_ACCEL:-tcg} memory append watcher again limit=120 suite smp started=$SECONDS
+  local left=("$@") step=${NT_VM_STEP:-} log=$work/$1.log machine accel=${NT_VM_ACCEL:-tcg} memory append watcher again limit=120 suite smp started=$SECONDS
   machine=(-machine "q35,kernel-irqchip=split,accel=$accel" -device intel-iommu,intremap=on)
   [ "$(declared "$1" machine)" != noiommu ] || machine=(-machine "q35,accel=$accel")
   memory=$(declared "$1" memory)

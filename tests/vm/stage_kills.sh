@@ -6,11 +6,12 @@ number=$seed
 next() { number=$(((number * 1103515245 + 12345) & 0x7fffffff)); drawn=$((number / 65536 % $1)); }
 
 prepare() { prepare_again; }
-# After a boot the list is gone; it accepts what the drive held before the kill, and nothing else.
+# After a boot the list is gone; it lets what the drive held before the kill be erased, and nothing else.
 prepare_again() {
   n=$(drive $d)n1
   allow
-  accept $d gpt ext4 "unknown data"
+  accept $d
+  give $d gpt ext4 "unknown data"
   holder
 }
 
@@ -25,6 +26,7 @@ before() {
 
 # recovered NAME: the same command stages the drive, with nothing done to it or to the list
 recovered() {
+  give $d # what the kill left is nobody's but nt's
   nt verify tiny --tier-c $n >/tmp/out 2>&1 && fail "$1: no image is left"
   works "$1: staged again" stage
   ours >/tmp/out 2>&1; [ -s /tmp/out ] && fail "$1: what others find is ours"
@@ -34,7 +36,7 @@ recovered() {
 # killed_only CHANGE SIGNAL
 killed_only() {
   before >/tmp/out 2>&1 || fail "prepared for a kill"
-  accept $d gpt ext4 "unknown data"
+  give $d gpt ext4 "unknown data"
   NT_TEST_KILL_AT=$1:$2 nt stage /mnt/source/tiny.gguf --tier-c $n --erase --serial $d >/tmp/killed 2>&1
 }
 

@@ -4,16 +4,12 @@ blkid() { /usr/bin/blkid "$@"; }
 mke2fs() { /usr/bin/mke2fs "$@"; }
 holder() { mkdir -p /mnt/source; mount -t ext4 -o ro /dev/$(drive SOURCE01)n1 /mnt/source; }
 stage() { nt stage /mnt/source/tiny.gguf --tier-c $n --erase --serial $d "$@"; }
-# may: the list's entry of the drive accepts whatever lies there now
+# may: the list's entry of the drive lets whatever lies there now be erased, by the line that the refusal names
 may() {
-  accept $d
-  tries=0
-  while $nt check $n >/tmp/check 2>&1; [ $? = 3 ] && [ $tries -lt 4 ]; do
-    words=$(sed -n 's/.*it holds \([^;]*\); if.*/\1/p' /tmp/check | sort -u | sed 's/.*/"&"/' | tr '\n' ',' | sed 's/,$//')
-    [ -n "$words" ] || return 0
-    sed "/\"$d\"/,/holds/s/holds = .*/holds = [$words]/" $list >/tmp/list; cp /tmp/list $list
-    tries=$((tries + 1))
-  done
+  accept $d; give $d
+  stage >/tmp/check 2>&1 && return 1
+  line=$(sed -n 's/.*needs the line \(erase = \[[^]]*\]\).*/\1/p' /tmp/check | head -n 1)
+  sed "/\"$d\"/,/^erase/s/^erase = .*/$line/" $list >/tmp/list; cp /tmp/list $list
 }
 # parts NUMBER: waits until the kernel shows so many partitions of the drive
 parts() {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, Reason, sysfs};
+use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, LastLook, Purpose, Reason, sysfs};
 use super::super::image::{Drive, Identity, partitions};
 use super::lock::{self, Lock};
 use super::{DeviceError, Machine, Running, judge, take};
@@ -41,6 +41,7 @@ fn leave_alone(disk: &File) {
 pub struct Writable {
     file: File,
     controller: Controller,
+    before: LastLook,
     _lock: Lock,
 }
 
@@ -67,6 +68,19 @@ impl Writable {
         self.controller.namespaces[0].partitions.iter().map(|p| p.start..p.start + p.size).collect()
     }
 
+    /// Looks once more, right before the first write, for whoever came since the drive was examined.
+    ///
+    /// # Errors
+    /// [`DeviceError::Refused`] if somebody has it open or has written to it; the kernel has its partitions again then.
+    pub fn last_look(&self, host: &Host) -> Result<(), DeviceError> {
+        let reasons = last_look(host, &self.controller, self.before, std::slice::from_ref(&self.file));
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        self.reread_partitions();
+        Err(DeviceError::Refused { name: self.controller.namespaces[0].whole.name.clone(), reasons })
+    }
+
     /// Has the kernel forget the partitions, so that nobody mounts one or reads its old bytes from a cache.
     ///
     /// # Errors
@@ -91,6 +105,22 @@ impl Writable {
     }
 }
 
+/// Whoever uses a claimed drive, or has written to it since `before`, short of what is still in the kernel's cache: that
+/// is flushed first.
+pub(super) fn last_look(host: &Host, drive: &Controller, before: LastLook, claims: &[File]) -> Vec<Reason> {
+    for (claim, namespace) in claims.iter().zip(&drive.namespaces) {
+        if let Err(e) = claim.sync_all() {
+            let path = format!("/dev/{}", namespace.whole.name);
+            return vec![Reason {
+                check: Check::Unreadable,
+                path: path.into(),
+                what: format!("flushing it failed: {e}"),
+            }];
+        }
+    }
+    before.reasons(host, drive)
+}
+
 /// Claims a drive of one namespace for writing, if its serial is `serial`, its address `pci` (which may be left out
 /// while no other drive has that serial) and nothing speaks against it, checked before and under the claim.
 ///
@@ -109,12 +139,7 @@ pub fn claim_to_write(
         if under.is_none() {
             return Ok(drive.clone());
         }
-        let mut reasons = judge(host, &all, drive, allowed, pci);
-        for reason in reasons.iter_mut().filter(|r| r.check == Check::Contents) {
-            // An entry that lets be read is no word on what may be lost.
-            reason.what =
-                reason.what.replace("if that may be read, add", "all of it will be erased; if it may be, add");
-        }
+        let mut reasons = judge(host, &all, drive, allowed, pci, Purpose::Erase);
         let mut add = |check, what: String| reasons.push(Reason { check, path: drive.pci_path().into(), what });
         if drive.serial != serial {
             add(Check::Allowlist, format!("its serial is {}, --serial says {serial}", drive.serial));
@@ -133,10 +158,11 @@ pub fn claim_to_write(
         let what = format!("it is a partition; staging erases the whole drive, so name that, if it is meant: {whole}");
         return Err(DeviceError::refused(name, Check::Format, &format!("/dev/{}", part.name), what));
     }
-    let found = named.bdf;
+    let found = named.bdf.clone();
     let lock = lock::lock(host, &found)?;
     let kernel = Running::default();
     take::is_whole(&Machine { host, kernel: &kernel, stopped: &|| false }, name, &check(None)?)?;
+    let before = LastLook::begin(host, &named).map_err(|e| DeviceError::step("reading the drive's counts", e))?;
     let drive = check(Some(&found))?;
     let file = open_to_write(host, name, &drive.namespaces[0].whole)?;
     leave_alone(&file);
@@ -144,7 +170,7 @@ pub fn claim_to_write(
         let (path, what) = (drive.pci_path(), "it changed while it was being checked; try again".into());
         return Err(DeviceError::refused(name, Check::Driver, &path, what));
     }
-    Ok(Writable { file, controller: drive, _lock: lock })
+    Ok(Writable { file, controller: drive, before, _lock: lock })
 }
 
 /// Opens a namespace for writing, claimed: its node by its number, since whoever can make nodes may have given its name

@@ -7,7 +7,7 @@ use super::super::guard::sysfs::{self, NVME_CLASS};
 use super::super::guard::{Check, Host, Reason};
 use super::find::Meant;
 use super::record::{self, Bound, Standing, State, address, device, driver};
-use super::{DeviceError, Machine, Say, find, holders, lock};
+use super::{DeviceError, Machine, Say, find, holders, lock, take};
 
 /// How long the namespaces of a drive that is back may take to appear.
 const NAMESPACES: Duration = Duration::from_secs(3);
@@ -187,6 +187,14 @@ pub(super) fn back(m: &Machine<'_>, pci: &str, namespaces: Duration, say: Say<'_
 /// them without end.
 fn hold(m: &Machine<'_>, found: &Found) -> Result<Option<File>, DeviceError> {
     let node = found.group_node(m.host);
+    if m.host.exists(&node) {
+        let number = take::number_of_group(m.host, node.trim_start_matches("/dev/vfio/"))?;
+        // Opening whatever else lies there tells nothing of the group, and may do anything.
+        if let Err(e) = take::is_of_group(m.host, &node, number) {
+            tracing::warn!("whether somebody uses the drive's group cannot be asked: {e}");
+            return Ok(None);
+        }
+    }
     match m.kernel.open_group(&m.host.real(&node)) {
         Ok(file) => Ok(Some(file)),
         // Without a node nobody can have opened it.

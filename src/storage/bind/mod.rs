@@ -2,8 +2,8 @@
 //! program does not.
 //!
 //! Order: lock the drive, check, modules, claim every namespace with O_EXCL, check again, note in the
-//! journal, `driver_override` by exact address, unbind while the claims are held (so nobody can mount in
-//! between), probe, verify, hand the group's node to the group `nt`. The journal (`record`) moves forward at
+//! journal, `driver_override` by exact address, a last look for users and writes, unbind while the claims are held (so
+//! nobody can mount in between), probe, verify, hand the group's node to the group `nt`. The journal (`record`) moves forward at
 //! each step, so that `release` can undo whatever was begun. On a failure or a signal the kernel's driver
 //! is put back before the command ends.
 
@@ -22,7 +22,7 @@ mod tests;
 
 use std::time::Duration;
 
-use super::guard::{Allowlist, Controller, Host, Reason, address_decides, examine};
+use super::guard::{Allowlist, Controller, Host, Purpose, Reason, address_decides, examine};
 
 pub use claim::{Writable, claim_to_write};
 pub use error::DeviceError;
@@ -37,15 +37,17 @@ pub const GROUP: &str = "nt";
 /// How long the kernel may take for a step.
 const WAIT: Duration = Duration::from_secs(10);
 
-/// Every reason against the drive that a user means by its name and, between twins, by its address `pci`.
+/// Every reason against using the drive, for this purpose, that a user means by its name and, between twins, by its address
+/// `pci`.
 pub fn judge(
     host: &Host,
     all: &[Controller],
     drive: &Controller,
     allowed: &Result<Allowlist, String>,
     pci: Option<&str>,
+    purpose: Purpose,
 ) -> Vec<Reason> {
-    let mut reasons = examine(host, all, drive, allowed);
+    let mut reasons = examine(host, all, drive, allowed, purpose);
     address_decides(host, all, drive, allowed, pci, &mut reasons);
     reasons
 }
@@ -86,7 +88,9 @@ impl Machine<'_> {
         dry_run: bool,
         say: Say<'_>,
     ) -> Result<(), DeviceError> {
-        take::bind(self, name, &|host, all, drive| judge(host, all, drive, allowed, pci), dry_run, say)
+        let judge =
+            |host: &Host, all: &[Controller], drive: &Controller| judge(host, all, drive, allowed, pci, Purpose::Read);
+        take::bind(self, name, &judge, dry_run, say)
     }
 
     /// Gives a drive back to the kernel, bound or half so, with a record or without: the one that `name` means, or

@@ -18,7 +18,7 @@ pub(super) const STATE: &str = "/run/nt";
 const RECORD_MAX: u64 = 64 << 10;
 
 /// How far a bind or a release has come: the last step that is known to be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Nothing has been changed yet.
@@ -28,7 +28,6 @@ pub enum State {
     /// The kernel's driver has let go.
     Unbound,
     /// vfio-pci holds it and its node is handed over: it may be used.
-    #[default]
     Bound,
     /// It is being given back.
     Releasing,
@@ -55,8 +54,7 @@ pub struct Bound {
     /// Boot that it holds for; empty in records of older versions.
     #[serde(default)]
     pub boot: String,
-    /// Progress.
-    #[serde(default)]
+    /// Progress. A record that does not say it is not used: it would pass for that of a bound drive.
     pub state: State,
     /// Inode of the device's folder in sysfs, which is another one when a device appears anew; 0 if unknown.
     #[serde(default)]

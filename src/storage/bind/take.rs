@@ -4,8 +4,8 @@ use std::fs::File;
 use std::time::Duration;
 
 use super::super::guard::claim::Claim;
-use super::super::guard::node::Node;
-use super::super::guard::{self, Check, Controller, Host, Reason, sysfs};
+use super::super::guard::node::{Node, Number};
+use super::super::guard::{self, Check, Controller, Host, LastLook, Reason, sysfs};
 use super::find::{controllers, recorded};
 use super::record::{self, Bound, Standing, State, device, driver};
 use super::{DeviceError, GROUP, Machine, Say, claim, give, lock};
@@ -30,6 +30,7 @@ pub(super) fn bind(
     if !dry_run {
         forget_stale(m, &first.bdf, say)?;
     }
+    let before = LastLook::begin(m.host, &first).map_err(|e| DeviceError::step("reading the drive's counts", e))?;
     let drive = check(m, name, judge, &first)?;
     say(&format!("checked: {} is {} {} with no reason against it", name, drive.model, drive.serial));
     modules(m, dry_run, say)?;
@@ -42,7 +43,11 @@ pub(super) fn bind(
     let claims = claim::claim(m.host, &drive)?;
     check(m, name, judge, &drive)?;
     say(&format!("claimed and checked again: {nodes}"));
-    let result = take(m, &drive, claims, say);
+    let last = |claims: &[File]| match claim::last_look(m.host, &drive, before, claims) {
+        reasons if reasons.is_empty() => Ok(()),
+        reasons => Err(DeviceError::Refused { name: name.into(), reasons }),
+    };
+    let result = take(m, &drive, claims, &last, say);
     if let Err(e) = result {
         return Err(undo(m, &drive.bdf, e, say));
     }
@@ -172,13 +177,26 @@ fn foretell(m: &Machine<'_>, drive: &Controller, say: Say<'_>) {
     say(&format!("would hand /dev/vfio/{} to group {GROUP}, if there is one", record.group));
 }
 
-/// The record goes before each change, so that whatever ends this process, `release` knows.
-fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) -> Result<(), DeviceError> {
+/// The record goes before each change, so that whatever ends this process, `release` knows. `last` looks at the drive once
+/// more before the kernel's driver lets go.
+fn take(
+    m: &Machine<'_>,
+    drive: &Controller,
+    claims: Vec<File>,
+    last: &dyn Fn(&[File]) -> Result<(), DeviceError>,
+    say: Say<'_>,
+) -> Result<(), DeviceError> {
     let mut record = Bound::of(m.host, drive);
     m.note(&mut record, State::Begun)?;
     let [set, unbind, probe] = steps(&drive.bdf);
     for ((path, text), after) in [(set, State::Override), (unbind, State::Unbound)] {
         m.stop_if_asked()?;
+        if after == State::Unbound {
+            let looked = last(&claims);
+            // A signal ends the look, which then is no reason of the drive's.
+            m.stop_if_asked()?;
+            looked?;
+        }
         m.write(&path, &text)?;
         m.note(&mut record, after)?;
         say(&format!("wrote {text} to {path}"));
@@ -200,8 +218,9 @@ fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) ->
         true => Ok(()),
         false => Err("it did not appear".into()),
     })?;
-    is_of_group(m.host, &node, &record.group)?;
-    if m.change(&format!("handing {node} to group {GROUP}"), || m.kernel.hand_over(&m.host.real(&node)))? {
+    let number = number_of_group(m.host, &record.group)?;
+    is_of_group(m.host, &node, number)?;
+    if m.change(&format!("handing {node} to group {GROUP}"), || m.kernel.hand_over(&m.host.real(&node), number))? {
         say(&format!("{node} belongs to group {GROUP}"));
     } else {
         say(&format!("{node} is root's alone: there is no group {GROUP}, which scripts/install.sh makes"));
@@ -214,15 +233,19 @@ fn take(m: &Machine<'_>, drive: &Controller, claims: Vec<File>, say: Say<'_>) ->
     Ok(())
 }
 
-/// What lies at `node` must be the group's own, by the number that sysfs tells: another group's, left there under its
-/// name, would be handed over with whatever is in it.
-fn is_of_group(host: &Host, node: &str, group: &str) -> Result<(), DeviceError> {
-    let step = format!("looking at {node}");
+/// The number that sysfs tells of a VFIO group's node; none where it tells none.
+pub(super) fn number_of_group(host: &Host, group: &str) -> Result<Option<Number>, DeviceError> {
     let path = format!("/sys/class/vfio/{group}/dev");
-    let fail = |e: &dyn std::fmt::Display| DeviceError::step(step.clone(), e);
-    let Some(text) = host.read_if_there(&path).map_err(|e| fail(&e))? else { return Ok(()) };
-    let number =
-        text.parse().map_err(|()| fail(&format!("{path}: a device number was expected, {text:?} was found")))?;
+    let fail = |e: &dyn std::fmt::Display| DeviceError::step(format!("reading {path}"), e);
+    let Some(text) = host.read_if_there(&path).map_err(|e| fail(&e))? else { return Ok(None) };
+    text.parse().map(Some).map_err(|()| fail(&format!("a device number was expected, {text:?} was found")))
+}
+
+/// What lies at `node` must be the group's own, by its number: another group's, left there under its name, would be handed
+/// over, or asked for its users, in its place.
+pub(super) fn is_of_group(host: &Host, node: &str, number: Option<Number>) -> Result<(), DeviceError> {
+    let Some(number) = number else { return Ok(()) };
+    let fail = |e: &dyn std::fmt::Display| DeviceError::step(format!("looking at {node}"), e);
     let found = host.node(node).map_err(|e| fail(&e))?.unwrap_or(Node::File(None));
     Node::Char(number).must_be(node, found).map_err(|e| fail(&e))
 }

@@ -36,9 +36,12 @@ pub struct Entry {
     /// NGUID of the namespace, likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nguid: Option<String>,
-    /// What the drive is known to hold (`ext4`, `gpt`, `unknown data`, …); nothing else is accepted.
+    /// What the drive holds that nt may read (`ext4`, `gpt`, `unknown data`, …); nothing else is accepted.
     #[serde(default)]
     pub holds: Vec<String>,
+    /// What it holds that `nt stage --erase` may overwrite. `holds` is no word on that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub erase: Vec<String>,
 }
 
 /// The list of drives.
@@ -63,6 +66,7 @@ impl Entry {
             namespace: namespace.nsid,
             size: namespace.whole.size,
             holds: Vec::new(),
+            erase: Vec::new(),
         }
     }
 

@@ -6,10 +6,12 @@ pub mod allowlist;
 mod ask;
 mod boot;
 pub mod claim;
+mod consent;
 mod exports;
 mod fat;
 pub mod host;
 mod identity;
+mod last;
 mod mounts;
 pub mod node;
 mod nodes;
@@ -32,10 +34,13 @@ mod words;
 use std::fmt;
 use std::path::PathBuf;
 
+use consent::Foreign;
 use words::Words;
 
 pub use allowlist::Allowlist;
+pub use consent::Purpose;
 pub use host::{Host, Unreadable};
+pub use last::LastLook;
 pub use sysfs::{BlockDevice, Controller, Namespace};
 pub use twins::address_decides;
 
@@ -115,12 +120,13 @@ impl From<Unreadable> for Reason {
     }
 }
 
-/// Every reason against binding `controller`; empty if it may be bound.
+/// Every reason against using `controller` for this purpose; empty if it may be bound, or overwritten.
 pub fn examine(
     host: &Host,
     all: &[Controller],
     controller: &Controller,
     allowed: &Result<Allowlist, String>,
+    purpose: Purpose,
 ) -> Vec<Reason> {
     let mut out = Vec::new();
     // Who it is.
@@ -151,7 +157,12 @@ pub fn examine(
     // What it says of itself, and who names it by that.
     let mut said = opinions::said(host, controller);
     for namespace in &controller.namespaces {
-        note(&mut out, |out| contents(host, controller, namespace, allowed, &mut said, out));
+        note(&mut out, |out| {
+            let found = contents(host, namespace, purpose, &mut said)?;
+            let entry = allowed.as_ref().ok().and_then(|l| l.entry(&controller.serial, namespace.nsid).ok());
+            out.extend(consent::missing(&found, entry, purpose));
+            Ok(())
+        });
         note(&mut out, |out| format(host, namespace, out));
         note(&mut out, |out| boot::hibernated(host, namespace, out));
         note(&mut out, |out| {
@@ -177,17 +188,15 @@ fn note(out: &mut Vec<Reason>, check: impl FnOnce(&mut Vec<Reason>) -> Result<()
     }
 }
 
-/// Contents that the entry does not mention, by our own look and by `blkid`; what they say of
+/// Contents of a namespace and its partitions that are not nt's own, by our own look and by `blkid`; what they say of
 /// themselves is added to `said`.
 fn contents(
     host: &Host,
-    controller: &Controller,
     namespace: &Namespace,
-    allowed: &Result<Allowlist, String>,
+    purpose: Purpose,
     said: &mut Vec<(String, superblocks::Said)>,
-    out: &mut Vec<Reason>,
-) -> Result<(), Unreadable> {
-    let entry = allowed.as_ref().ok().and_then(|l| l.entry(&controller.serial, namespace.nsid).ok());
+) -> Result<Vec<Foreign>, Unreadable> {
+    let mut found = Vec::new();
     for device in namespace.devices() {
         let path = format!("/dev/{}", device.name);
         let (head, tail) = signatures::edges(host, &device.name)?;
@@ -202,15 +211,13 @@ fn contents(
         let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
         kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
         let (whole, block) = (*device == namespace.whole, namespace.block_size.into());
-        for kind in kinds {
-            let own = signatures::is_own(&kind, whole, &head, &tail, device.size, block);
-            if !own && !entry.is_some_and(|e| e.holds.contains(&kind)) {
-                let what = format!("it holds {kind}; if that may be read, add holds = [{kind:?}] to its entry");
-                out.push(Reason::new(Check::Contents, &path, what));
-            }
+        if whole && purpose == Purpose::Erase && kinds.is_empty() && signatures::holds_inside(host, device)? {
+            kinds.push(signatures::UNKNOWN.into());
         }
+        kinds.retain(|kind| !signatures::is_own(kind, whole, &head, &tail, device.size, block));
+        found.extend(kinds.into_iter().map(|kind| Foreign { path: path.clone(), kind }));
     }
-    Ok(())
+    Ok(found)
 }
 
 fn format(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(), Unreadable> {

@@ -67,7 +67,7 @@ impl fmt::Display for Node {
 
 impl Node {
     /// What an open file is.
-    fn of(meta: &Metadata) -> Self {
+    pub fn of(meta: &Metadata) -> Self {
         let number = |n: u64| Number { major: libc::major(n), minor: libc::minor(n) };
         match meta.file_type() {
             kind if kind.is_block_device() => Self::Block(number(meta.rdev())),

@@ -38,7 +38,7 @@ const KEYS: [(&str, Sort); 12] = [
     ("PTUUID", Sort::PartUuid),
 ];
 /// Kinds of `blkid` and our words for them.
-const KINDS: [(&str, &str); 14] = [
+const KINDS: [(&str, &str); 21] = [
     ("crypto_LUKS", "luks"),
     ("LVM2_member", "lvm"),
     ("linux_raid_member", "md"),
@@ -53,6 +53,13 @@ const KINDS: [(&str, &str); 14] = [
     ("isw_raid_member", "firmware raid"),
     ("ddf_raid_member", "firmware raid"),
     ("ceph_bluestore", "ceph"),
+    ("VMFS", "vmfs"),
+    ("VMFS_volume_member", "vmfs"),
+    ("ReFS", "refs"),
+    ("hfsplus", "hfs"),
+    ("DM_integrity", "integrity"),
+    ("DM_verity_hash", "verity"),
+    ("oracleasm", "oracle asm"),
 ];
 /// Types of partitions as udev notes them.
 const BOOT_TYPES: [(&str, &str); 6] = [

@@ -121,7 +121,7 @@ fn tables(host: &Host, add: &mut impl FnMut(&str, String)) -> Result<(), Unreada
     if let (Ok(ours), Ok(theirs)) = (host.link(own), host.link(first))
         && ours != theirs
     {
-        let what = "nt runs in a mount namespace of its own, where files may be mounted over the machine's tables; run it outside (`nsenter --target 1 --mount`)";
+        let what = "nt runs in a mount namespace of its own, where files may be mounted over the machine's tables; run it from a login shell or as `sudo nsenter --target 1 --mount nt device …`; a systemd service has such a namespace by PrivateTmp=, ProtectSystem=, ProtectHome= and the like: bind in a unit without them, and run the model in one that has them";
         add(own, what.into());
         return Ok(());
     }

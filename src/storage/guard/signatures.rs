@@ -1,12 +1,19 @@
-//! What lies on a device, told by its first and last MiB. Bytes that nobody recognises are data of
+//! What lies on a device, told by its first and last 4 MiB. Bytes that nobody recognises are data of
 //! someone, and refuse like a file system does.
 
 use super::host::{Host, Unreadable};
 use super::superblocks;
+use super::sysfs::BlockDevice;
 use crate::storage::gpt;
 use crate::storage::image::{self, mark};
 
-const EDGE: usize = 1 << 20;
+/// Bytes at each end of a device that are read: VMFS begins at 1 and 2 MiB, and leaves what lies before empty.
+const EDGE: usize = 4 << 20;
+/// Places between the ends that are read of a drive whose ends are empty, before it is overwritten, and their bytes.
+const INSIDE: u64 = 512;
+const INSIDE_BYTES: usize = 4096;
+/// The word for bytes that nobody recognises.
+pub const UNKNOWN: &str = "unknown data";
 
 /// (name, offset from the start, bytes there).
 const AT_START: &[(&str, usize, &[u8])] = &[
@@ -38,6 +45,27 @@ const AT_START: &[(&str, usize, &[u8])] = &[
     ("ceph", 0, b"bluestore block device"),
     ("apfs", 32, b"NXSB"),
     ("ldm", 0xc00, b"PRIVHEAD"),
+    ("vmfs", 1 << 20, &[0x0d, 0xd0, 0x01, 0xc0]),
+    ("vmfs", 2 << 20, &[0x5e, 0xf1, 0xab, 0x2f]),
+    ("refs", 0, b"\0\0\0ReFS\0"),
+    // With the revision before or after: two bytes alone are found by chance in other superblocks.
+    ("nilfs2", 0x400, &[2, 0, 0, 0, 0, 0, 0x34, 0x34]),
+    ("hfs", 0x400, b"H+\0\x04"),
+    ("hfs", 0x400, b"HX\0\x05"),
+    ("udf", 0x8001, b"NSR02"),
+    ("udf", 0x8001, b"BEA01"),
+    ("ufs", 8192 + 0x55c, &[0x54, 0x19, 0x01, 0x00]),
+    ("ufs", 8192 + 0x55c, &[0x19, 0x01, 0x54, 0x19]),
+    ("ufs", 65536 + 0x55c, &[0x19, 0x01, 0x54, 0x19]),
+    ("gfs2", 0x10000, &[0x01, 0x16, 0x19, 0x70]),
+    ("ocfs2", 1024, b"OCFSV2"),
+    ("ocfs2", 2048, b"OCFSV2"),
+    ("ocfs2", 4096, b"OCFSV2"),
+    ("ocfs2", 8192, b"OCFSV2"),
+    ("vdo", 0, b"dmvdo001"),
+    ("integrity", 0, b"integrt\0"),
+    ("verity", 0, b"verity\0\0"),
+    ("oracle asm", 32, b"ORCLDISK"),
     ("nt image", 0, image::MAGIC),
     ("nt staging", 0, mark::MAGIC),
     ("gpt", 512, b"EFI PART"),
@@ -50,11 +78,35 @@ const AT_START: &[(&str, usize, &[u8])] = &[
 pub fn is_own(kind: &str, whole: bool, head: &[u8], tail: &[u8], size: u64, block: u64) -> bool {
     let marked = || mark::ranges(head).is_some();
     match kind {
-        "gpt" => whole && (marked() || gpt::is_ours(head, tail, size, block)),
+        "gpt" => whole && (marked() || is_our_table(head, tail, size, block)),
         "nt image" => !whole,
         "nt staging" => whole && marked(),
         _ => false,
     }
+}
+
+/// Whether the first and last MiB hold nt's own table of partitions and nothing else.
+fn is_our_table(head: &[u8], tail: &[u8], size: u64, block: u64) -> bool {
+    let edge = gpt::START as usize;
+    let last = tail.len().checked_sub(edge).and_then(|at| tail.get(at..));
+    head.get(..edge).zip(last).is_some_and(|(first, last)| gpt::is_ours(first, last, size, block))
+}
+
+/// Whether anything but zeros lies at one of [`INSIDE`] places spread over a drive.
+pub fn holds_inside(host: &Host, device: &BlockDevice) -> Result<bool, Unreadable> {
+    let path = format!("/dev/{}", device.name);
+    for i in 1..=INSIDE {
+        let at = device.size / (INSIDE + 1) * i / INSIDE_BYTES as u64 * INSIDE_BYTES as u64;
+        if !is_zero(&host.read_at(&path, at as i64, INSIDE_BYTES)?) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROS.len()).all(|c| c == &ZEROS[..c.len()])
 }
 
 /// Everything recognised on `/dev/NAME`, `unknown data` where there are bytes nobody knows, empty
@@ -64,7 +116,7 @@ pub fn found(host: &Host, name: &str) -> Result<Vec<&'static str>, Unreadable> {
     Ok(recognise(&head, &tail))
 }
 
-/// The first and the last MiB of `/dev/NAME`.
+/// The first and the last 4 MiB of `/dev/NAME`.
 pub fn edges(host: &Host, name: &str) -> Result<(Vec<u8>, Vec<u8>), Unreadable> {
     let path = format!("/dev/{name}");
     let head = host.read_at(&path, 0, EDGE)?;
@@ -103,8 +155,8 @@ pub fn recognise(head: &[u8], tail: &[u8]) -> Vec<&'static str> {
     if names.is_empty() && head.get(510..512) == Some(&[0x55, 0xaa]) {
         names.push("mbr");
     }
-    if names.is_empty() && head.iter().chain(tail).any(|b| *b != 0) {
-        names.push("unknown data");
+    if names.is_empty() && !(is_zero(head) && is_zero(tail)) {
+        names.push(UNKNOWN);
     }
     names.sort_unstable();
     names.dedup();

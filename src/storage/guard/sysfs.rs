@@ -191,6 +191,13 @@ pub fn find<'a>(host: &Host, all: &'a [Controller], name: &str) -> Option<&'a Co
     })
 }
 
+/// The namespaces that a user means by a name of `drive`: the one that it names, itself or by a partition, else all.
+pub fn namespaces<'a>(host: &Host, drive: &'a Controller, name: &str) -> Vec<&'a Namespace> {
+    let short = node(host, name).unwrap_or_default();
+    let named = drive.namespaces.iter().find(|n| n.devices().any(|d| d.name == short));
+    named.map_or_else(|| drive.namespaces.iter().collect(), |n| vec![n])
+}
+
 /// The partition of `drive` that a user's name for it is, if it is one.
 pub fn partition<'a>(host: &Host, drive: &'a Controller, name: &str) -> Option<&'a BlockDevice> {
     let short = node(host, name)?;

@@ -123,7 +123,14 @@ impl Node {
     /// # Errors
     /// If it cannot be opened.
     pub fn open(path: &Path) -> Result<Node, ImageError> {
-        let mut file = safe::open(path).map_err(io("opening it"))?;
+        Node::of(safe::open(path).map_err(io("opening it"))?)
+    }
+
+    /// A file or block device that is open for reading.
+    ///
+    /// # Errors
+    /// If its end cannot be found.
+    pub fn of(mut file: File) -> Result<Node, ImageError> {
         // Seeking answers for block devices too.
         let size = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(io("finding its end"))?;
         Ok(Node { file, size })

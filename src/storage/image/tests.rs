@@ -11,6 +11,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::storage::guard::signatures;
+use crate::storage::source::tests::swapped;
 
 const SIZE: u64 = 32 << 20;
 
@@ -300,6 +301,8 @@ const LEFTOVERS: &[Leftover] = &[
     ("intel raid", |size| size - 1024, b"Intel Raid ISM Cfg Sig."),
     ("promise raid, far from the end", |size| size - 3087 * 512, b"Promise Technology"),
     ("hfs+, second header", |size| size - 1024, b"H+"),
+    ("vmfs, its volume", |_| 1 << 20, &[0x0d, 0xd0, 0x01, 0xc0]),
+    ("vmfs", |_| 2 << 20, &[0x5e, 0xf1, 0xab, 0x2f]),
 ];
 
 #[test]
@@ -514,16 +517,12 @@ fn names_are_judged_before_anything_is_written() {
 #[test]
 fn a_file_that_is_swapped_or_written_to_is_noticed() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("a.gguf");
-    std::fs::write(&path, [7; 5000]).unwrap();
-    let source = Source::open(&path).unwrap();
-    std::fs::rename(&path, folder.path().join("b")).unwrap();
-    std::fs::write(&path, [8; 4000]).unwrap();
+    let (source, moved) = swapped(folder.path());
     let mut drive = Memory::of(vec![0; SIZE as usize], 512);
     let sources = [source];
     let manifests = stage(&mut drive, &sources, &[]).unwrap();
     assert_eq!(drive.get(manifests[0].extents[0].1, 5000).unwrap(), [7; 5000]);
-    File::options().write(true).open(folder.path().join("b")).unwrap().set_len(6000).unwrap();
+    File::options().write(true).open(moved).unwrap().set_len(6000).unwrap();
     let e = stage(&mut drive, &sources, &[]).unwrap_err();
     assert!(matches!(&e, ImageError::Erased(why) if matches!(**why, ImageError::Changed { .. })), "{e}");
     assert!(read(&mut drive).is_err());
@@ -607,6 +606,51 @@ fn a_changed_image_is_refused_or_the_same() {
             drive.bytes[start..start + SUPERBLOCK as usize].copy_from_slice(&second);
         }
         assert_eq!(read(&mut drive).unwrap(), manifests);
+    }
+}
+
+/// Ten thousand changes from a seed of the tables that tell what else is to be wiped: the MBR with its logical
+/// partitions, both GPTs, a mark. Whatever they say, what is wiped lies on the drive, in order, without its first block,
+/// and covers the first and last MiB.
+#[test]
+fn changed_tables_wipe_nothing_outside_the_drive() {
+    let size = 16u64 << 20;
+    let mut bytes = vec![0u8; size as usize];
+    for (at, table) in gpt::table(size, 512) {
+        bytes[at as usize..at as usize + table.len()].copy_from_slice(&table);
+    }
+    let logical = 4usize << 20;
+    for (sector, slot, kind, first) in [(0, 1, 0x0fu8, 8192u32), (logical, 0, 0x83, 1), (logical, 1, 0x05, 64)] {
+        let at = sector + 446 + 16 * slot;
+        bytes[at + 4] = kind;
+        bytes[at + 8..at + 12].copy_from_slice(&first.to_le_bytes());
+        bytes[at + 12..at + 16].copy_from_slice(&4096u32.to_le_bytes());
+        bytes[sector + 510..sector + 512].copy_from_slice(&[0x55, 0xaa]);
+    }
+    let mut drive = Memory::of(bytes, 512);
+    let end = size as usize;
+    let places =
+        [446..512, 512..604, 1024..1152, logical + 446..logical + 512, end - 33 * 512..end - 32 * 512, end - 512..end];
+    let marked = mark::mark(&[1 << 20..3 << 20, 5 << 20..6 << 20]);
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for round in 0..10_000 {
+        let place = if round % 7 == 6 { 0..mark::BYTES } else { places[round % 7].clone() };
+        let kept = drive.bytes[place.clone()].to_vec();
+        if round % 7 == 6 {
+            drive.bytes[..mark::BYTES].copy_from_slice(&marked);
+        }
+        change(&mut drive.bytes[place.clone()], &mut rng);
+        let wiped = wipe::Wipe::of(&mut drive, &[u64::MAX - 5..u64::MAX, 3 << 20..4 << 20]);
+        for wave in wiped.waves() {
+            let in_order = wave.windows(2).all(|w| w[0].end <= w[1].start);
+            assert!(
+                in_order && wave.iter().all(|r| r.start >= 512 && r.start < r.end && r.end <= size),
+                "round {round}"
+            );
+        }
+        let covered = |at: u64| wiped.waves().iter().flatten().any(|r| r.contains(&at));
+        assert!([512, (1 << 20) - 1, size - (1 << 20), size - 1].into_iter().all(covered), "round {round}");
+        drive.bytes[place].copy_from_slice(&kept);
     }
 }
 

@@ -38,6 +38,11 @@ impl Wipe {
         Wipe { waves: [without(copies, &tables), places, tables] }
     }
 
+    #[cfg(test)]
+    pub(super) fn waves(&self) -> &[Vec<Range<u64>>] {
+        &self.waves
+    }
+
     /// Bytes that [`Wipe::run`] reports, reading them again included.
     pub fn bytes(&self) -> u64 {
         2 * self.waves.iter().flatten().map(|r| r.end - r.start).sum::<u64>()

@@ -70,13 +70,18 @@ mkdir -p /mnt/old
 for kind in ext4 ext4_in_partition xfs btrfs btrfs_in_partition md_0_90 md_1_2 lvm luks2 ntfs hybrid_gpt zfs; do
   empty
   make_$kind >/tmp/out 2>&1 || { fail "$kind: made"; continue; }
-  [ $kind = zfs ] || { accept $d; nt stage /mnt/source/tiny.gguf --tier-c $n --erase --serial $d >/tmp/out 2>&1; [ $? = 3 ] || fail "$kind: staged although the list does not accept it"; }
-  may
+  accept $d; give $d
+  refused "$kind: not staged unless the list gives it away" "needs the line erase = " stage
+  # A list that was written for binding the drive is no word on what may be lost.
+  accept $d gpt mbr ext4 xfs btrfs md lvm luks ntfs zfs swap "unknown data"
+  refused "$kind: nor if it lets nt read it" "lets nt read (holds) and not erase" stage
+  may || fail "$kind: staged by a list that gives nothing away"
   works "$kind: staged over" stage
   ours >/tmp/out 2>&1; [ -s /tmp/out ] && fail "$kind: nothing of it is found" || pass "$kind: nothing of it is found"
   tried >/tmp/out 2>&1; [ -s /tmp/out ] && fail "$kind: nothing of it can be used" || pass "$kind: nothing of it can be used"
   works "$kind: the model is whole afterwards" nt verify tiny --tier-c $n
-  accept $d # nothing at all
+  accept $d; give $d # nothing at all
+  works "$kind: staged again without a word of the list" stage
   works "$kind: the drive may be bound without accepting anything" $nt check $n
 done
 works "bind" $nt bind $n

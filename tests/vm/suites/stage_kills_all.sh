@@ -9,6 +9,7 @@
 # guest: own
 # timeout: 7200
 . /root/stage_kills.sh
+# NT_VM_STEP=51 begins at change 51, with one signal for each change, then the next for each.
 # Five boots: after a kill at changes spread over all, and with the power cut while the drive is written.
 case ${step:-0} in
   0 | 1 | 2 | 3 | 4)
@@ -25,11 +26,22 @@ case ${step:-0} in
     ;;
 esac
 prepare_again
-recovered "after boot 5"
-change=1
-while [ $change -lt 200 ]; do
-  for signal in SIGKILL SIGINT SIGTERM; do killed $change $signal; done
-  [ $ended = 0 ] && break
-  change=$((change + 1))
-done
+# each FROM ROUNDS SIGNALS: kills at every change from there to the last, in so many rounds, with so many signals each
+each() {
+  for round in $(seq 0 $(($2 - 1))); do
+    change=$1
+    while [ $change -lt 200 ]; do
+      for nth in $(seq $((change + round)) $((change + round + $3 - 1))); do
+        case $((nth % 3)) in 0) signal=SIGKILL ;; 1) signal=SIGINT ;; 2) signal=SIGTERM ;; esac
+        killed $change $signal
+      done
+      [ $ended = 0 ] && break
+      change=$((change + 1))
+    done
+  done
+}
+if [ $step -gt 5 ]; then each $step 3 1; else
+  recovered "after boot 5"
+  each 1 1 3
+fi
 [ $change -gt 40 ] && [ $change -lt 200 ] && pass "$change changes" || fail "$change changes"

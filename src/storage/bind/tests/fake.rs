@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::super::{Kernel, Machine};
 use crate::storage::guard::Host;
+use crate::storage::guard::node::Number;
 
 pub const BOOT: &str = "0000:01:00.0";
 pub const SPARE: &str = "0000:02:00.0";
@@ -29,6 +30,9 @@ pub enum Blow {
 /// What a killed command unwinds with.
 pub struct Killed;
 
+/// What somebody else does to the machine.
+pub type Act = fn(&Fake);
+
 pub struct Fake {
     dir: tempfile::TempDir,
     pub host: Host,
@@ -47,6 +51,8 @@ pub struct Fake {
     pub rejected: Cell<bool>,
     /// Modules that can be loaded.
     pub loadable: Cell<bool>,
+    /// What somebody else does just before a change.
+    pub meanwhile: Cell<Option<(u32, Act)>>,
     clock: Cell<Duration>,
 }
 
@@ -65,9 +71,11 @@ impl Fake {
             no_node: Cell::new(false),
             rejected: Cell::new(false),
             loadable: Cell::new(true),
+            meanwhile: Cell::new(None),
             clock: Cell::default(),
         };
         fake.put("/proc/sys/kernel/random/boot_id", &format!("{BOOT_ID}\n"));
+        fake.put("/proc/self/mountinfo", "");
         fake.folder("/sys/bus/pci/drivers/vfio-pci");
         fake.folder("/sys/module/vfio_iommu_type1");
         fake.folder("/dev/vfio");
@@ -156,6 +164,7 @@ impl Fake {
             self.put(&format!("{block}/{file}"), &text);
         }
         self.put(&format!("{block}/queue/logical_block_size"), "512");
+        self.put(&format!("{block}/inflight"), "       0        0\n");
         self.put(&format!("/dev/nvme{n}n1"), "");
     }
 
@@ -203,6 +212,9 @@ impl Kernel for Fake {
     fn about_to(&self, what: &str) -> Result<()> {
         self.changes.set(self.changes.get() + 1);
         self.log.borrow_mut().push(what.into());
+        if let Some((_, act)) = self.meanwhile.get().filter(|(n, _)| *n == self.changes.get()) {
+            act(self);
+        }
         match self.blow.get() {
             Some((n, blow)) if n == self.changes.get() => match blow {
                 Blow::Kill => std::panic::resume_unwind(Box::new(Killed)),
@@ -257,7 +269,7 @@ impl Kernel for Fake {
         if self.busy.get() { Err(Error::from_raw_os_error(libc::EBUSY)) } else { Ok(file) }
     }
 
-    fn hand_over(&self, node: &Path) -> Result<bool> {
+    fn hand_over(&self, node: &Path, _: Option<Number>) -> Result<bool> {
         File::open(node).map(|_| true)
     }
 

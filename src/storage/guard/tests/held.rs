@@ -237,7 +237,7 @@ fn a_signal_ends_the_search_of_processes() {
     let fake = clean();
     let host = Host::at(fake.dir.path()).until(|| true);
     let all = sysfs::controllers(&host).unwrap();
-    let reasons = examine(&host, &all, sysfs::find(&host, &all, "nvme1n1").unwrap(), &list());
+    let reasons = examine(&host, &all, sysfs::find(&host, &all, "nvme1n1").unwrap(), &list(), Purpose::Read);
     assert_eq!(reasons.len(), 2, "{reasons:?}");
     assert!(reasons.iter().all(|r| r.check == Check::Unreadable && r.what.contains("by a signal")), "{reasons:?}");
 }

@@ -1,7 +1,9 @@
 //! Each row of the refusal list on a fake machine; never on this one.
 
 mod booted;
+mod consent;
 mod held;
+mod last;
 mod mutations;
 mod named;
 mod rows;
@@ -119,10 +121,14 @@ impl Fake {
     }
 
     fn reasons(&self, allowed: &Result<Allowlist, String>) -> Vec<Reason> {
+        self.reasons_for(allowed, Purpose::Read)
+    }
+
+    fn reasons_for(&self, allowed: &Result<Allowlist, String>, purpose: Purpose) -> Vec<Reason> {
         let host = Host::at(self.dir.path());
         let all = sysfs::controllers(&host).unwrap();
         let drive = sysfs::find(&host, &all, "nvme1n1").unwrap();
-        examine(&host, &all, drive, allowed)
+        examine(&host, &all, drive, allowed, purpose)
     }
 }
 

@@ -67,6 +67,7 @@ fn damaged_lists_accept_no_other_drive() {
         if let Some(entry) = accepted(text) {
             still += 1;
             assert_eq!((entry.serial.as_str(), entry.model.as_str(), entry.size), ("EXP", "Model X", 2_097_152));
+            assert_eq!(entry.erase, [""; 0], "no mutation of what may be read lets anything be erased");
         }
     });
     assert!(still > 0, "no mutation left the entry whole");

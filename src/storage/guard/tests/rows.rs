@@ -134,6 +134,14 @@ pub const ROWS: &[Row] = &[
     ("MD 1.0 at the end", Check::Contents, |f| f.stamp("/dev/nvme1n1", (2 << 20) - 8192, &[0xfc, 0x4e, 0x2b, 0xa9])),
     ("ZFS label", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 128 << 10, &0x00ba_b10c_u64.to_le_bytes())),
     ("unknown data", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 5000, b"mine")),
+    // Both begin behind an empty MiB or two.
+    ("VMFS's volume", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 1 << 20, &[0x0d, 0xd0, 0x01, 0xc0])),
+    ("VMFS itself", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 2 << 20, &[0x5e, 0xf1, 0xab, 0x2f])),
+    ("data behind two empty MiB", Check::Contents, |f| f.stamp("/dev/nvme1n1p1", 3 << 20, b"mine")),
+    ("data 3 MiB before the end", Check::Contents, |f| {
+        f.stamp("/dev/nvme1n1p1", (16 << 20) - 1, &[0]);
+        f.stamp("/dev/nvme1n1p1", 13 << 20, b"mine");
+    }),
     ("other size", Check::Allowlist, |f| f.put("/sys/class/block/nvme1n1/size", "8192")),
     ("other model", Check::Allowlist, |f| f.put(&format!("/sys/bus/pci/devices/{BDF}/nvme/nvme1/model"), "Model Y")),
     ("twin with another model", Check::Twin, |f| {

@@ -96,7 +96,7 @@ fn the_address_decides_between_twins() {
         let host = Host::at(fake.dir.path());
         let all = sysfs::controllers(&host).unwrap();
         let drive = sysfs::find(&host, &all, "nvme1n1").unwrap();
-        let mut reasons = examine(&host, &all, drive, allowed);
+        let mut reasons = examine(&host, &all, drive, allowed, Purpose::Read);
         address_decides(&host, &all, drive, allowed, pci, &mut reasons);
         reasons
     };

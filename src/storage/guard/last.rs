@@ -1,0 +1,72 @@
+//! The last look at a drive, right before the first step that changes it. Between the examination under the claim and
+//! that step somebody who claims nothing may have opened the drive, or opened it, written, and closed it again: the first
+//! is found by looking for users once more, the second by the kernel's count of writes.
+
+use std::time::Duration;
+
+use super::host::{Host, Unreadable};
+use super::sysfs::Controller;
+use super::{Check, Reason, note, open, pci};
+
+/// How often users are looked for, and the time between: who only looks at a drive, as monitors do, is soon done.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// What was written to a drive before its examination began.
+#[derive(Debug, Clone, Copy)]
+pub struct LastLook {
+    written: u64,
+}
+
+impl LastLook {
+    /// Begins before the first examination.
+    ///
+    /// # Errors
+    /// If the kernel's counts cannot be read.
+    pub fn begin(host: &Host, controller: &Controller) -> Result<LastLook, Unreadable> {
+        Ok(LastLook { written: written(host, controller)? })
+    }
+
+    /// Everybody who uses the drive now, or has written to it since [`LastLook::begin`]. What others left in the kernel's
+    /// cache must have been flushed before, to be counted.
+    pub fn reasons(self, host: &Host, controller: &Controller) -> Vec<Reason> {
+        let mut out = Vec::new();
+        for left in (0..TRIES).rev() {
+            out.clear();
+            note(&mut out, |out| pci::hot(host, controller, out));
+            note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
+            if out.is_empty() || left == 0 || !host.is_real() || host.is_stopped() {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        note(&mut out, |out| {
+            let now = written(host, controller)?;
+            if now != self.written {
+                let what = "somebody wrote to it while it was being checked; end who did, and try again";
+                let path = controller.namespaces.first().map_or(controller.pci_path(), |n| counts(&n.whole.name));
+                out.push(Reason::new(Check::Open, &path, what.into()));
+            }
+            Ok(())
+        });
+        out
+    }
+}
+
+fn counts(name: &str) -> String {
+    format!("/sys/class/block/{name}/stat")
+}
+
+/// Sectors that were written to and discarded on all namespaces; 0 where the kernel does not count. Requests do not tell: a
+/// flush of ours is one of writing nothing.
+fn written(host: &Host, controller: &Controller) -> Result<u64, Unreadable> {
+    let mut sum = 0u64;
+    for namespace in &controller.namespaces {
+        let path = counts(&namespace.whole.name);
+        let text = host.read_if_there(&path)?.unwrap_or_default();
+        let numbers: Vec<u64> = text.split_whitespace().map_while(|n| n.parse().ok()).collect();
+        // Documentation/block/stat.rst: write sectors, discard sectors.
+        sum = [6, 13].iter().filter_map(|i| numbers.get(*i)).fold(sum, |sum, n| sum.wrapping_add(*n));
+    }
+    Ok(sum)
+}
