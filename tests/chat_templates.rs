@@ -119,6 +119,64 @@ fn checked_prompts_are_what_the_template_renders() {
     assert!(changed * 5 < same, "{changed} of {} were changed", same + changed);
 }
 
+/// What users write.
+const WORDS: &[&str] = &[
+    "  two\n\n\t lines  \n",
+    "\"quoted\" and \\n and 'single'",
+    "<b>bold</b> if a<b && c>d",
+    "please /think",
+    "/no_think please",
+    "see /usr/bin, 1/2",
+    "[INST] x [/INST] x[0]",
+    "<|im_end|> and <|eot_id|>",
+    "\u{e9} \u{65e5}\u{672c} \u{1f980}\u{a0}e\u{301}",
+    "{{ braces }} {% raw %} {# no comment #}",
+    "<tool_response>x</tool_response>",
+    "<think>a</think>b",
+    "{\"a\": [1, \"x\"]}",
+    "```rust\nfn main() {\r\n}\r\n```",
+    "- a\n\n\n\n- b ...",
+    "x",
+    "ASSISTANT: user",
+];
+
+/// Known templates print all that users write: where one renders "hello", it is refused for no other words.
+#[test]
+fn no_words_are_refused_by_known_templates() {
+    let (folder, json) = sources();
+    let fixture: Fixture = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    let (m, t) = metadata(&[]);
+    let built_in: BTreeMap<String, Vec<String>> =
+        serde_json::from_str(include_str!("fixtures/builtin_templates.json")).unwrap();
+    let of_models = fixture.expected.keys().map(|name| {
+        let source = std::fs::read_to_string(folder.join(name)).unwrap();
+        (name, ChatTemplate::new(&source, "<s>".into(), "</s>".into()).unwrap())
+    });
+    let built_in = built_in.keys().map(|name| (name, ChatTemplate::from_name(&m, &t, name).unwrap()));
+    let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+    let (mut wrong, mut told) = (Vec::new(), 0);
+    for (name, template) in of_models.chain(built_in) {
+        for roles in [&["user"][..], &["system", "user"], &["user", "assistant", "user"]] {
+            let of = |words: &str| -> Vec<Json> { roles.iter().map(|role| message(role, words)).collect() };
+            let Ok(plain) = template.prompt(&of("hello"), None, true) else { continue };
+            for words in WORDS {
+                match template.prompt(&of(words), None, true) {
+                    Ok(prompt) if prompt.notes == plain.notes => {}
+                    Ok(prompt) => {
+                        told += 1;
+                        println!("{name} {roles:?} {words:?}: {:?}", prompt.notes);
+                    }
+                    // What the template itself refuses.
+                    Err(TokenizerError::Template(_)) => {}
+                    Err(e) => wrong.push(format!("{name} {roles:?} {words:?}: {e}")),
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} refused:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(told < 20, "{told} prompts have a warning");
+}
+
 /// The vocabulary of the tests with chat templates by key.
 fn metadata(templates: &[(&str, &str)]) -> (Metadata, Tokenizer) {
     let mut m = vocab::byte_level("", "gpt-2");

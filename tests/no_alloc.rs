@@ -6,12 +6,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nt::backend::Class;
+use nt::backend::{BackendKind, Class};
 use nt::engine::{Opened, Options, Session};
-use nt::gguf::TensorType;
 use nt::model::Outputs;
 use nt::plan::{Home, Tiers};
-use nt::storage::ReaderKind;
 use nt::storage::extents::{Manifest, sums};
 use nt::storage::library::{Library, Recorded};
 
@@ -43,24 +41,7 @@ unsafe impl GlobalAlloc for Counting {
 static COUNTING: Counting = Counting;
 
 fn options(ram: u64) -> Options {
-    Options {
-        backend: nt::backend::BackendKind::Cpu,
-        vram: None,
-        threads: 2,
-        ram: Some(ram),
-        storage: true,
-        copies: Vec::new(),
-        reader: ReaderKind::Auto,
-        verify: false,
-        kv_type: TensorType::F16,
-        n_buffers: None,
-        tiers: None,
-        stacked: false,
-        n_ctx: 200,
-        max_batch: 16,
-        outputs: 1,
-        timeline: false,
-    }
+    Options { threads: 2, ram: Some(ram), max_batch: 16, ..Options::new(BackendKind::Cpu, 200) }
 }
 
 /// Records the model as if it lay on a drive.

@@ -9,9 +9,7 @@ use std::path::Path;
 
 use nt::backend::BackendKind;
 use nt::engine::{Forecast, Opened, Options};
-use nt::gguf::TensorType;
 use nt::plan::{Machine, Rate, StorageSide, parse_size};
-use nt::storage::ReaderKind;
 use serde_json::Value;
 use skeleton::{LLAMA3_8B, LLAMA3_70B, QWEN2_32B, skeleton};
 
@@ -20,24 +18,7 @@ const DRIVER_BYTES: u64 = 585_000_000;
 
 /// Options of `nt bench`'s words.
 fn options(args: &str, n_ctx: usize) -> Options {
-    let mut o = Options {
-        backend: BackendKind::Auto,
-        vram: None,
-        threads: 16,
-        ram: None,
-        storage: true,
-        copies: Vec::new(),
-        reader: ReaderKind::Auto,
-        verify: false,
-        kv_type: TensorType::F16,
-        n_buffers: Some(3),
-        tiers: None,
-        stacked: false,
-        n_ctx,
-        max_batch: Options::MAX_BATCH,
-        outputs: 1,
-        timeline: false,
-    };
+    let mut o = Options { threads: 16, n_buffers: Some(3), ..Options::new(BackendKind::Auto, n_ctx) };
     let mut words = args.split_whitespace();
     while let (Some(name), Some(value)) = (words.next(), words.next()) {
         match name {

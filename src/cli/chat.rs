@@ -59,6 +59,8 @@ const COMMANDS: &str = "At the prompt:
 Several lines in one message: end a line with \\ to go on in the next, or put the lines between \"\"\" and \"\"\".
 Ctrl-C in an answer ends the answer. Where the context is full, the oldest turns are left out.";
 
+/// What is said where a message was interrupted.
+const TAKEN_BACK: &str = "stopped before the first word; the message is taken back";
 /// Positions of the KV cache where nothing else is said.
 const CTX_DEFAULT: usize = 4096;
 /// Of the context, one part in so many is kept free for an answer before old turns are left out.
@@ -66,7 +68,6 @@ const ROOM_FOR_ANSWER: usize = 4;
 
 /// Reads messages from stdin until it ends or `/exit`.
 pub fn run(args: &ChatArgs) -> Result<(), Failure> {
-    interrupt::install()?;
     let params = args.sampling.params()?;
     let opened = run::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[])?;
@@ -77,6 +78,8 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
     };
+    // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
+    interrupt::install()?;
     let watch = run::prepare(&args.placement);
     let session = run::start(&opened, options, true, &watch)?;
     let mut chat = Chat {
@@ -202,6 +205,10 @@ impl Chat<'_> {
     fn answer(&mut self, messages: Vec<Json>) -> Result<(), Failure> {
         let turn = match self.fitting(messages) {
             Ok(turn) => turn,
+            Err(_) if run::to_stop(&self.watch) => {
+                say(TAKEN_BACK);
+                return self.interrupted();
+            }
             Err(why) => {
                 self.refuse(why);
                 return Ok(());
@@ -215,7 +222,7 @@ impl Chat<'_> {
         self.cached.extend(&g.tokens);
         self.cached.truncate(self.session.position());
         if g.stop == StopReason::Interrupt && g.tokens.is_empty() {
-            say("stopped before the first word; the message is taken back");
+            say(TAKEN_BACK);
         } else {
             self.answers += 1;
             self.messages = turn.messages;
@@ -276,10 +283,14 @@ impl Chat<'_> {
         }
     }
 
-    /// What there is to say of the prompt of `messages`, and its tokens.
+    /// What there is to say of the prompt of `messages`, and its tokens. Ends soon after a signal or a shortage of
+    /// memory.
     fn rendered(&self, messages: &[Json]) -> Result<(Vec<String>, Vec<u32>), Failure> {
-        let prompt = self.template.prompt(messages, None, true).map_err(run::template_failure)?;
-        Ok((prompt.notes, self.opened.tokenizer.encode_rendered(&prompt.text)))
+        let stop = || run::to_stop(&self.watch);
+        let prompt = self.template.prompt_until(messages, None, true, &stop).map_err(run::template_failure)?;
+        run::check_size("the message with what the template adds", prompt.text.len())?;
+        let tokens = self.opened.tokenizer.encode_rendered_until(&prompt.text, &stop);
+        Ok((prompt.notes, tokens.ok_or_else(Failure::interrupted)?))
     }
 
     /// Generates an answer, printing it as it comes.

@@ -45,6 +45,8 @@ trait Source {
 pub struct Entries {
     source: Box<dyn Source>,
     buffer: Vec<u8>,
+    /// Bytes of the buffer that were given out.
+    used: usize,
 }
 
 impl Entries {
@@ -52,7 +54,7 @@ impl Entries {
     pub fn stdin() -> Result<Entries, Failure> {
         let waiter = Waiter::new().map_err(|e| Failure::running(format!("making a pipe failed: {e}")))?;
         let terminal = std::io::IsTerminal::is_terminal(&std::io::stdin());
-        Ok(Entries { source: Box::new(Stdin { waiter, terminal }), buffer: Vec::new() })
+        Ok(Entries { source: Box::new(Stdin { waiter, terminal }), buffer: Vec::new(), used: 0 })
     }
 
     /// The next message: a line; lines that end with a backslash and the one behind them; or the lines between `"""`
@@ -114,14 +116,16 @@ impl Entries {
 
     /// The next line without its end.
     fn line(&mut self) -> std::io::Result<Line> {
-        let (mut searched, mut too_long) = (0, false);
+        let (mut searched, mut too_long) = (self.used, false);
         loop {
             if let Some(at) = self.buffer[searched..].iter().position(|&b| b == b'\n') {
-                let mut line: Vec<u8> = self.buffer.drain(..=searched + at).collect();
-                line.pop();
+                let end = searched + at;
+                let mut line = self.buffer[std::mem::replace(&mut self.used, end + 1)..end].to_vec();
                 line.pop_if(|b| *b == b'\r');
                 return Ok(if too_long { Line::TooLong } else { Line::Bytes(line) });
             }
+            // Once for many short lines, not for each of them.
+            self.buffer.drain(..std::mem::take(&mut self.used));
             if self.buffer.len() > MESSAGE_BYTES_MAX {
                 too_long = true;
                 self.buffer.clear();
@@ -187,7 +191,7 @@ mod tests {
 
     fn entries(pieces: &[&[u8]]) -> Vec<Entry> {
         let pieces: Vec<Vec<u8>> = pieces.iter().map(|p| p.to_vec()).collect();
-        let mut e = Entries { source: Box::new(Pieces(pieces.into_iter())), buffer: Vec::new() };
+        let mut e = Entries { source: Box::new(Pieces(pieces.into_iter())), buffer: Vec::new(), used: 0 };
         let mut all = Vec::new();
         loop {
             match e.next().unwrap() {

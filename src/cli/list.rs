@@ -14,7 +14,6 @@ use crate::gguf::{Gguf, TensorType};
 use crate::library::{self, Entry, Place, printable};
 use crate::model::Model;
 use crate::plan::{Home, Machine, Site, format_bytes};
-use crate::storage::ReaderKind;
 
 /// Arguments of `nt list`.
 #[derive(Debug, Args)]
@@ -64,7 +63,7 @@ pub fn run(args: &ListArgs) -> Result<(), Failure> {
         library::scan_drives(&mut catalog);
     }
     let here = Here::new(BackendKind::Auto);
-    let options = options();
+    let options = Options::new(BackendKind::Auto, CTX);
     let models: Vec<Shown> = catalog.entries.into_iter().map(|e| look(e, &here, &options)).collect();
     if args.json {
         let all = json!({
@@ -86,27 +85,6 @@ pub fn run(args: &ListArgs) -> Result<(), Failure> {
         print_line(&format!("no models in {}; NT_MODELS=DIR[:DIR…] names other folders", all.join(", ")))?;
     }
     Ok(())
-}
-
-fn options() -> Options {
-    Options {
-        backend: BackendKind::Auto,
-        vram: None,
-        threads: crate::machine::n_cpus(),
-        ram: None,
-        storage: true,
-        copies: Vec::new(),
-        reader: ReaderKind::Auto,
-        verify: false,
-        kv_type: TensorType::F16,
-        n_buffers: None,
-        tiers: None,
-        stacked: false,
-        n_ctx: CTX,
-        max_batch: Options::MAX_BATCH,
-        outputs: 1,
-        timeline: false,
-    }
 }
 
 fn look(entry: Entry, here: &Here, options: &Options) -> Shown {

@@ -203,7 +203,7 @@ pub(super) fn evaluate(
 }
 
 /// Whether a signal or a shortage of memory asks the run to stop.
-fn to_stop(watch: &Watch) -> bool {
+pub(super) fn to_stop(watch: &Watch) -> bool {
     interrupt::interrupted() || watch.tripped()
 }
 
@@ -245,6 +245,7 @@ fn prompt_tokens(
         let rendered = template.prompt(&messages, None, true).map_err(template_failure)?;
         rendered.notes.iter().for_each(|note| tracing::warn!("{note}"));
         warnings.extend(template.notes().iter().chain(&rendered.notes).cloned());
+        check_size("the prompt with what the template adds", rendered.text.len())?;
         opened.tokenizer.encode_rendered(&rendered.text)
     } else {
         opened.tokenizer.encode_prompt(prompt)
@@ -268,20 +269,25 @@ const TEXT_MAX: u64 = 256 << 20;
 
 /// Bytes of a text whose tokens are made without a look at the memory that is free.
 const TEXT_UNCHECKED: u64 = 1 << 20;
-/// Memory that making its tokens takes for each byte of a text, where all of it is one word.
-const MEMORY_OF_A_BYTE: u64 = 70;
+/// Memory that making its tokens takes for each byte of a text, where all of it is one word or every byte a token.
+const MEMORY_OF_A_BYTE: u64 = 100;
 
-/// Why there is too little memory for making the tokens of a text of so many bytes.
-fn too_large(bytes: u64) -> Option<String> {
-    let (need, free) = (bytes * MEMORY_OF_A_BYTE, crate::machine::memory(Path::new("/")).budget()?);
-    (bytes > TEXT_UNCHECKED && need > free).then(|| {
-        format!(
-            "it has {}, whose tokens may take {} of memory to make, but {} can be taken; shorten it, or free memory",
+/// Refuses a text whose tokens take more memory to make than there is; `what` names it.
+pub(super) fn check_size(what: impl std::fmt::Display, bytes: usize) -> Result<(), Failure> {
+    let bytes = bytes as u64;
+    if bytes <= TEXT_UNCHECKED {
+        return Ok(());
+    }
+    let need = bytes.saturating_mul(MEMORY_OF_A_BYTE);
+    match crate::machine::memory(Path::new("/")).budget() {
+        Some(free) if need > free => Err(Failure::limits(format!(
+            "{what}: it has {}, whose tokens may take {} of memory to make, but {} can be taken; shorten it, or free memory",
             format_bytes(bytes),
             format_bytes(need),
             format_bytes(free)
-        )
-    })
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Reads a text file (or stdin as `-`), which must be UTF-8, not longer than [`TEXT_MAX`], and no more than the memory
@@ -303,9 +309,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
             TEXT_MAX >> 20
         )));
     }
-    if let Some(why) = too_large(bytes.len() as u64) {
-        return Err(Failure::limits(format!("{}: {why}", path.display())));
-    }
+    check_size(path.display(), bytes.len())?;
     String::from_utf8(bytes).map_err(|e| {
         Failure::usage(format!("{} is not UTF-8: byte {} is invalid", path.display(), e.utf8_error().valid_up_to()))
     })

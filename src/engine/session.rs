@@ -56,6 +56,29 @@ pub struct Options {
 impl Options {
     /// Most tokens of a pass, and the default: results do not depend on how a prompt is cut.
     pub const MAX_BATCH: usize = 512;
+
+    /// A context of `n_ctx` positions and one row of logits on a backend, all else as the machine and the planner
+    /// choose; no timeline.
+    pub fn new(backend: BackendKind, n_ctx: usize) -> Options {
+        Options {
+            backend,
+            vram: None,
+            threads: crate::machine::n_cpus(),
+            ram: None,
+            storage: true,
+            copies: Vec::new(),
+            reader: ReaderKind::Auto,
+            verify: false,
+            kv_type: TensorType::F16,
+            n_buffers: None,
+            tiers: None,
+            stacked: false,
+            n_ctx,
+            max_batch: Options::MAX_BATCH,
+            outputs: 1,
+            timeline: false,
+        }
+    }
 }
 
 /// Bytes of logits that a pass may take.

@@ -36,6 +36,8 @@ pub enum Exceeded {
     Thread(std::io::Error),
     /// The work panicked, with what it said.
     Panicked(String),
+    /// The caller no longer wants the result.
+    Stopped,
 }
 
 /// The name of the threads of [`run`].
@@ -57,12 +59,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Where the thread's own clock cannot be read, this many times its limit in real time.
 const REAL_TIME_FACTOR: u32 = 10;
 
-/// Runs `work` within `limits`.
+/// Runs `work` within `limits`, and until `stop` says so.
 ///
 /// # Errors
 ///
 /// With what was exceeded; the thread then stays behind, unless it panicked.
-pub fn run<T: Send + 'static>(limits: &Limits, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Exceeded> {
+pub fn run<T: Send + 'static>(
+    limits: &Limits,
+    stop: &dyn Fn() -> bool,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Exceeded> {
     let meter = Arc::new(Meter::new(limits.heap_bytes));
     let (sender, receiver) = mpsc::sync_channel(1);
     let counted = Arc::clone(&meter);
@@ -90,6 +96,10 @@ pub fn run<T: Send + 'static>(limits: &Limits, work: impl FnOnce() -> T + Send +
         }
         if meter.state.load(Ordering::Acquire) == OVER {
             return Err(Exceeded::Heap);
+        }
+        if stop() {
+            meter.state.store(LEFT_BEHIND, Ordering::Release);
+            return Err(Exceeded::Stopped);
         }
         let late = match meter.cpu_time() {
             Some(taken) => taken > limits.cpu,
@@ -229,22 +239,32 @@ mod tests {
 
     #[test]
     fn work_within_its_limits_has_a_result() {
-        assert_eq!(run(&LIMITS, || vec![7; 1000].len()).unwrap(), 1000);
+        assert_eq!(run(&LIMITS, &|| false, || vec![7; 1000].len()).unwrap(), 1000);
     }
 
     #[test]
     fn work_that_never_ends_is_left_behind() {
         let end = Arc::new(AtomicU8::new(0));
         let seen = Arc::clone(&end);
-        let result = run(&LIMITS, move || while seen.load(Ordering::Relaxed) == 0 {});
+        let result = run(&LIMITS, &|| false, move || while seen.load(Ordering::Relaxed) == 0 {});
         end.store(1, Ordering::Relaxed);
         assert!(matches!(result, Err(Exceeded::Cpu)), "{result:?}");
     }
 
     #[test]
+    fn work_whose_result_is_not_wanted_any_more_is_left_behind() {
+        let end = Arc::new(AtomicU8::new(0));
+        let seen = Arc::clone(&end);
+        let limits = Limits { cpu: Duration::from_secs(3600), ..LIMITS };
+        let result = run(&limits, &|| true, move || while seen.load(Ordering::Relaxed) == 0 {});
+        end.store(1, Ordering::Relaxed);
+        assert!(matches!(result, Err(Exceeded::Stopped)), "{result:?}");
+    }
+
+    #[test]
     fn a_thread_that_cannot_be_had_is_an_error() {
         let limits = Limits { stack_bytes: usize::MAX >> 1, ..LIMITS };
-        assert!(matches!(run(&limits, || ()), Err(Exceeded::Thread(_))));
+        assert!(matches!(run(&limits, &|| false, || ()), Err(Exceeded::Thread(_))));
     }
 
     #[test]
@@ -259,13 +279,13 @@ mod tests {
     #[test]
     fn a_panic_is_an_error() {
         quiet_panics();
-        let result = run(&LIMITS, || {
+        let result = run(&LIMITS, &|| false, || {
             if LIMITS.stack_bytes > 0 {
                 panic!("as it {}", "should")
             }
         });
         assert!(matches!(&result, Err(Exceeded::Panicked(said)) if said == "as it should"), "{result:?}");
-        let result = run(&LIMITS, || {
+        let result = run(&LIMITS, &|| false, || {
             if LIMITS.stack_bytes > 0 {
                 panic!("as it should")
             }

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::pretokenize::PreTokenizer;
+use super::stop::Stop;
 use super::vocab::{Index, Vocab};
 
 /// Merges over symbols. A symbol below the vocabulary's size is a token; the others are texts that
@@ -83,20 +84,23 @@ const NONE: u32 = u32::MAX;
 const GONE: u32 = u32::MAX;
 
 impl Bpe {
-    pub fn encode(&self, vocab: &Vocab, text: &str, ids: &mut Vec<u32>) {
+    /// Appends the ids of `text`; `None` if `stop` says so.
+    pub fn encode(&self, vocab: &Vocab, text: &str, stop: &Stop, ids: &mut Vec<u32>) -> Option<()> {
         let mut work = Work::default();
-        for word in self.pre.split(text) {
+        for word in self.pre.split(text, stop)? {
+            stop.check()?;
             if self.ignore_merges
                 && let Some(id) = vocab.find(word.as_bytes())
             {
                 ids.push(id);
                 continue;
             }
-            self.word(vocab, word.as_bytes(), &mut work, ids);
+            self.word(vocab, word.as_bytes(), &mut work, stop, ids)?;
         }
+        Some(())
     }
 
-    fn word(&self, vocab: &Vocab, bytes: &[u8], work: &mut Work, ids: &mut Vec<u32>) {
+    fn word(&self, vocab: &Vocab, bytes: &[u8], work: &mut Work, stop: &Stop, ids: &mut Vec<u32>) -> Option<()> {
         work.nodes.clear();
         work.heap.clear();
         for (i, &b) in bytes.iter().enumerate() {
@@ -105,9 +109,11 @@ impl Bpe {
             work.nodes.push(Node { id: self.byte_symbols[usize::from(b)], prev: i.wrapping_sub(1), next, len: 1 });
         }
         for i in 0..bytes.len() as u32 {
+            stop.check()?;
             self.propose(work, i);
         }
         while let Some(Reverse((_, left, l, r))) = work.heap.pop() {
+            stop.check()?;
             let node = work.nodes[left as usize];
             // Either side may have changed since this pair was proposed.
             if node.id != l || node.next == NONE || work.nodes[node.next as usize].id != r {
@@ -128,6 +134,7 @@ impl Bpe {
         let mut at = 0;
         for (i, node) in work.nodes.iter().enumerate().filter(|(_, n)| n.id != GONE) {
             debug_assert_eq!(at, i);
+            stop.check()?;
             if node.id < self.n_tokens {
                 ids.push(node.id);
             } else {
@@ -135,6 +142,7 @@ impl Bpe {
             }
             at = i + node.len as usize;
         }
+        Some(())
     }
 
     fn propose(&self, work: &mut Work, left: u32) {

@@ -50,7 +50,7 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         add_bos: m.bool("tokenizer.ggml.add_bos_token").unwrap_or(add_bos),
         add_eos: m.bool("tokenizer.ggml.add_eos_token").unwrap_or(false),
         eog,
-        special: special::list(m, &vocab),
+        special: special::find(m, &vocab)?,
         warnings,
         vocab,
     })

@@ -3,6 +3,7 @@
 //! Two families: byte-level BPE (`tokenizer.ggml.model = gpt2`) and SentencePiece-style score
 //! merging (`llama`). Ids are those of llama.cpp; what it would guess is an error here.
 
+mod automaton;
 mod bpe;
 mod builtin;
 mod decode;
@@ -12,8 +13,10 @@ mod load;
 mod pretokenize;
 mod prompt;
 mod rewrite;
+mod shown;
 mod special;
 mod spm;
+mod stop;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -25,7 +28,8 @@ pub use template::ChatTemplate;
 
 use crate::gguf::{Metadata, StringArray};
 use bpe::Bpe;
-use special::{Piece, Special};
+use special::{Piece, Specials};
+use stop::Stop;
 use vocab::{Kind, Vocab};
 
 /// Why a tokenizer or template cannot be used.
@@ -73,6 +77,21 @@ pub enum TokenizerError {
         /// How it begins.
         words: String,
     },
+    /// Some words of a message are missing from the prompt.
+    #[error(
+        "the chat template leaves out a part of message {number} (role {role}): {lost:?} is not in the prompt as it was given; --chat-template names another template"
+    )]
+    CutsMessage {
+        /// Its place, from 1.
+        number: usize,
+        /// Its role.
+        role: String,
+        /// How the part begins that is left out or changed.
+        lost: String,
+    },
+    /// The caller no longer wants the prompt.
+    #[error("the rendering of the chat template was stopped")]
+    Stopped,
     /// No template has this name.
     #[error(
         "chat template {name:?} is no file, no template of the model ({}), and not built in; built in are {built_in}",
@@ -113,7 +132,7 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     eog: Vec<u32>,
-    special: Vec<Special>,
+    special: Specials,
     warnings: Vec<String>,
 }
 
@@ -148,7 +167,13 @@ impl Tokenizer {
     /// Ids of a rendered chat template: a BOS that it writes itself is not doubled, and an EOS that it writes at its
     /// end is taken off where the model adds one to texts (as llama.cpp does).
     pub fn encode_rendered(&self, text: &str) -> Vec<u32> {
-        let mut ids = self.encode_prompt(text);
+        self.encode_rendered_until(text, &|| false).unwrap_or_default()
+    }
+
+    /// As [`encode_rendered`](Self::encode_rendered), which takes seconds for a text of many MiB; `None` soon after
+    /// `stop` says so.
+    pub fn encode_rendered_until(&self, text: &str, stop: &dyn Fn() -> bool) -> Option<Vec<u32>> {
+        let mut ids = self.behind_bos(self.encode_until(text, false, true, &Stop::new(stop))?);
         if let (Some(bos), [a, b, ..]) = (self.bos, &ids[..])
             && *a == bos
             && *b == bos
@@ -158,18 +183,22 @@ impl Tokenizer {
         if self.add_eos && ids.len() > 1 && ids.last().copied() == self.eos {
             ids.pop();
         }
-        ids
+        Some(ids)
     }
 
     /// Ids of `text`. `add_special` adds BOS and EOS as the model wishes; `parse_special` reads
     /// control tokens in the text as such (user-defined ones always are).
     pub fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<u32> {
+        self.encode_until(text, add_special, parse_special, &Stop::new(&|| false)).unwrap_or_default()
+    }
+
+    fn encode_until(&self, text: &str, add_special: bool, parse_special: bool, stop: &Stop) -> Option<Vec<u32>> {
         let mut ids = Vec::new();
         if add_special && self.add_bos {
             ids.extend(self.bos);
         }
         let mut after_special = true;
-        for piece in special::split(&self.vocab, &self.special, text, parse_special) {
+        for piece in self.special.split(text, parse_special, stop)? {
             match piece {
                 Piece::Token(id) => {
                     ids.push(id);
@@ -177,9 +206,9 @@ impl Tokenizer {
                 }
                 Piece::Text(t) => {
                     match &self.algorithm {
-                        Algorithm::Bpe(bpe) => bpe.encode(&self.vocab, t, &mut ids),
+                        Algorithm::Bpe(bpe) => bpe.encode(&self.vocab, t, stop, &mut ids)?,
                         Algorithm::Spm { add_space_prefix, .. } => {
-                            spm::encode(&self.vocab, t, *add_space_prefix && after_special, &mut ids)
+                            spm::encode(&self.vocab, t, *add_space_prefix && after_special, stop, &mut ids)?
                         }
                     }
                     after_special = false;
@@ -189,7 +218,7 @@ impl Tokenizer {
         if add_special && self.add_eos {
             ids.extend(self.eos);
         }
-        ids
+        Some(ids)
     }
 
     /// The bytes that a token stands for; a control token's are its name. Empty for unknown ids.

@@ -7,6 +7,7 @@
 use fancy_regex::{Regex, RegexBuilder};
 
 use super::TokenizerError;
+use super::stop::Stop;
 
 /// Flags and expressions of a family.
 pub(super) struct Family {
@@ -313,14 +314,15 @@ impl PreTokenizer {
         Ok(PreTokenizer { regexes, thirds: family.thirds })
     }
 
-    /// The words of a text, in order; together they are the text.
-    pub fn split<'a>(&self, text: &'a str) -> Vec<&'a str> {
+    /// The words of a text, in order; together they are the text. `None` if `stop` says so.
+    pub fn split<'a>(&self, text: &'a str, stop: &Stop) -> Option<Vec<&'a str>> {
         let mut pieces = shorter_runs(text);
         for regex in &self.regexes {
             let mut next = Vec::with_capacity(pieces.len() * 2);
             for piece in pieces {
                 let mut at = 0;
                 for m in regex.find_iter(piece).map_while(Result::ok).filter(|m| m.end() > m.start()) {
+                    stop.check()?;
                     if m.start() > at {
                         next.push(&piece[at..m.start()]);
                     }
@@ -333,7 +335,7 @@ impl PreTokenizer {
             }
             pieces = next;
         }
-        if self.thirds { pieces.into_iter().flat_map(in_thirds).collect() } else { pieces }
+        Some(if self.thirds { pieces.into_iter().flat_map(in_thirds).collect() } else { pieces })
     }
 }
 
@@ -373,11 +375,15 @@ fn in_thirds(piece: &str) -> Vec<&str> {
 mod tests {
     use super::*;
 
+    fn split<'a>(pre: &PreTokenizer, text: &'a str) -> Vec<&'a str> {
+        pre.split(text, &Stop::new(&|| false)).unwrap()
+    }
+
     #[test]
     fn every_family_compiles_and_loses_nothing() {
         let text = "Hello  World's 12345 déjà-vu\r\n\n  日本語 \t 🦀 €3.50 don't  ";
         for f in FAMILIES {
-            let words = PreTokenizer::new(f).unwrap().split(text);
+            let words = split(&PreTokenizer::new(f).unwrap(), text);
             assert_eq!(words.concat(), text, "{:?}", f.names);
             assert!(words.len() > 2, "{:?} {words:?}", f.names);
         }
@@ -406,7 +412,7 @@ mod tests {
         for (name, all) in &golden.bytes {
             let pre = PreTokenizer::new(family(Some(name)).unwrap()).unwrap();
             for (text, expected) in golden.texts.iter().zip(all) {
-                let found: Vec<usize> = pre.split(text).iter().map(|w| w.len()).collect();
+                let found: Vec<usize> = split(&pre, text).iter().map(|w| w.len()).collect();
                 if found != *expected {
                     wrong.push(format!("{name}: {text:?}\n  {found:?}\n  {expected:?}"));
                 }
@@ -422,7 +428,7 @@ mod tests {
     fn a_long_run_of_white_space_is_no_reason_to_give_up() {
         let text = format!("a b{}c 1", " ".repeat(1_200_000));
         for f in FAMILIES.iter().filter(|f| !f.thirds) {
-            let words = PreTokenizer::new(f).unwrap().split(&text);
+            let words = split(&PreTokenizer::new(f).unwrap(), &text);
             assert_eq!(words.concat().len(), text.len());
             assert_eq!(words.last().unwrap().trim_start(), "1", "{:?}", f.names);
         }

@@ -1,12 +1,13 @@
 //! A rendered prompt that holds every message's words.
 //!
 //! Templates differ in what they take: some read a content as a list of parts and print nothing of a text, some know
-//! no system message. Each message's words are replaced by a mark, and what does not come back was dropped; then the
-//! same messages are given in another form.
+//! no system message. Each message's words are replaced by a mark, and what does not come back was dropped; words of
+//! which only a part is in the prompt were cut ([`shown`]). Then the same messages are given in another form.
 
 use serde_json::{Value as Json, json};
 
 use super::TokenizerError;
+use super::shown::{QUOTED, Shown, shown};
 
 /// A prompt in which no message's words are missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,41 +21,44 @@ pub struct Prompt {
 /// Renders messages.
 pub(super) type Render<'a> = dyn Fn(&[Json]) -> Result<String, TokenizerError> + 'a;
 
-/// Characters of a message that an error quotes.
-const QUOTED: usize = 60;
-
 /// Renders `messages` in the first form in which no words are missing.
 pub(super) fn checked(messages: &[Json], render: &Render) -> Result<Prompt, TokenizerError> {
     let given = Attempt::new(messages.to_vec(), render);
     if given.is_clean() {
-        return given.text.map(|text| Prompt { text, notes: Vec::new() });
+        return given.into_prompt(None);
     }
     let parts = given.changed(&as_parts, render);
     let text = given.changed(&as_text, render);
     let renamed = given.changed(&developer_as_system, render);
-    if let Some(clean) = [&parts, &text, &renamed].into_iter().flatten().find(|a| a.is_clean()) {
-        return Ok(Prompt { text: clean.text()?.to_owned(), notes: Vec::new() });
+    let mut others: Vec<Attempt> = [parts, text, renamed].into_iter().flatten().collect();
+    if let Some(at) = others.iter().position(Attempt::is_clean) {
+        return others.swap_remove(at).into_prompt(None);
     }
-    for attempt in [Some(&given), parts.as_ref(), text.as_ref(), renamed.as_ref()].into_iter().flatten() {
+    for attempt in std::iter::once(&given).chain(&others) {
         let Some(merged) = merge_systems(attempt) else { continue };
         let merged = Attempt::new(merged, render);
         if merged.is_clean() {
-            let verb = if given.text.is_ok() { "drops" } else { "refuses" };
+            let verb = match &given.text {
+                Ok(_) if given.missing.iter().any(|&i| is_system(&messages[i])) => "drops",
+                Ok(_) => "cuts",
+                Err(_) => "refuses",
+            };
             let note = format!("the chat template {verb} the system message; it is put before the user's");
-            return merged.text.map(|text| Prompt { text, notes: vec![note] });
+            return merged.into_prompt(Some(note));
         }
     }
-    let missing = given.missing.first().copied();
-    let text = given.text?;
-    match missing {
-        // Printed as data, quotes and all, and nothing better is to be had.
-        None => Ok(Prompt { text, notes: Vec::new() }),
-        Some(i) => Err(TokenizerError::DropsMessage {
-            number: i + 1,
-            role: role(&messages[i]).to_owned(),
-            words: words(&messages[i]).concat().trim().chars().take(QUOTED).collect(),
-        }),
+    let name = |i: usize| (i + 1, role(&messages[i]).to_owned());
+    if let Some(&i) = given.missing.first() {
+        let (number, role) = name(i);
+        let words = words(&messages[i]).concat().trim().chars().take(QUOTED).collect();
+        return Err(TokenizerError::DropsMessage { number, role, words });
     }
+    if let Some((i, lost)) = given.cut.first() {
+        let (number, role) = name(*i);
+        return Err(TokenizerError::CutsMessage { number, role, lost: lost.clone() });
+    }
+    // Printed as data, quotes and all, and nothing better is to be had.
+    given.into_prompt(None)
 }
 
 /// Messages in one form, and what came of them.
@@ -65,12 +69,16 @@ struct Attempt {
     missing: Vec<usize>,
     /// Messages whose parts are printed as data (`[{'type': 'text', …`).
     as_data: Vec<usize>,
+    /// Messages of which a part is not in the text, with how that begins.
+    cut: Vec<(usize, String)>,
+    /// What the template changes that is no reason to refuse it.
+    notes: Vec<String>,
 }
 
 impl Attempt {
     fn new(messages: Vec<Json>, render: &Render) -> Attempt {
         let text = render(&messages);
-        let (mut missing, mut as_data) = (Vec::new(), Vec::new());
+        let (mut missing, mut as_data, mut cut, mut notes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         if let Ok(text) = &text {
             let marked: Vec<Json> = messages.iter().enumerate().map(|(i, m)| with_words(m, |_| mark(i))).collect();
             let probe = render(&marked).ok();
@@ -85,27 +93,42 @@ impl Attempt {
                         let before = probe[..at].trim_end_matches(['"', '\'', ' ']);
                         if before.ends_with("text':") || before.ends_with("text\":") {
                             as_data.push(i);
+                            continue;
                         }
                     }
-                    (None, _) if !changes_text(&messages, i, text, render) => missing.push(i),
+                    (None, _) if !changes_text(&messages, i, text, render) => {
+                        missing.push(i);
+                        continue;
+                    }
                     _ => {}
+                }
+                for words in words(m) {
+                    match changed(role(m), shown(words, role(m), text)) {
+                        Changed::No => {}
+                        Changed::Told(note) => notes.push(note),
+                        Changed::Cut(lost) => cut.push((i, lost)),
+                    }
                 }
             }
         }
-        Attempt { messages, text, missing, as_data }
+        notes.dedup();
+        Attempt { messages, text, missing, as_data, cut, notes }
     }
 
     fn is_clean(&self) -> bool {
-        self.text.is_ok() && self.missing.is_empty() && self.as_data.is_empty()
+        self.text.is_ok() && self.missing.is_empty() && self.as_data.is_empty() && self.cut.is_empty()
     }
 
-    fn text(&self) -> Result<&str, TokenizerError> {
-        self.text.as_deref().map_err(|e| TokenizerError::Template(e.to_string()))
+    /// The prompt, with one note more.
+    fn into_prompt(self, note: Option<String>) -> Result<Prompt, TokenizerError> {
+        let notes = note.into_iter().chain(self.notes).collect();
+        self.text.map(|text| Prompt { text, notes })
     }
 
     /// Whether another form may help this message: all are suspected where the template gave an error.
     fn suspects(&self, i: usize) -> bool {
-        self.text.is_err() || self.missing.contains(&i) || self.as_data.contains(&i)
+        let is_cut = || self.cut.iter().any(|(n, _)| *n == i);
+        self.text.is_err() || self.missing.contains(&i) || self.as_data.contains(&i) || is_cut()
     }
 
     /// The same messages, the suspected ones in another form; `None` if that changes nothing, or the template ran out
@@ -122,6 +145,35 @@ impl Attempt {
         });
         let messages: Vec<Json> = messages.collect();
         any.then(|| Attempt::new(messages, render))
+    }
+}
+
+/// Switches and control tokens that a note names.
+const NAMED: usize = 3;
+
+/// What is to be done about the words of a message.
+enum Changed {
+    No,
+    /// They are told of.
+    Told(String),
+    /// The message is asked for in another form, and refused if none helps.
+    Cut(String),
+}
+
+/// What is to be done about the words of a message of `role` that are shown so. What was answered before may be
+/// shortened; what is asked may not.
+fn changed(role: &str, shown: Shown) -> Changed {
+    match shown {
+        Shown::Whole => Changed::No,
+        Shown::OtherCase => Changed::Told(format!("the chat template changes the case of words (role {role})")),
+        Shown::Without(all) => {
+            let all: Vec<String> = all.iter().take(NAMED).map(|name| format!("{name:?}")).collect();
+            Changed::Told(format!("the chat template leaves {} out of a message (role {role})", all.join(", ")))
+        }
+        Shown::Cut(_) if matches!(role, "assistant" | "tool") => {
+            Changed::Told(format!("the chat template leaves out or changes a part of a message (role {role})"))
+        }
+        Shown::Cut(lost) => Changed::Cut(lost),
     }
 }
 
@@ -314,6 +366,60 @@ mod tests {
         ];
         let t = "{% for m in messages %}{{ m.content.split('</think>')[-1] | trim | upper | tojson }}{% endfor %}";
         assert_eq!(text(t, &m), "\"A \\\"B\\\"\"\"Y\"");
+    }
+
+    #[test]
+    fn a_message_that_is_cut_or_changed_is_refused_or_told_of() {
+        let m = [json!({"role": "user", "content": "Ask one thing, not another"})];
+        for expression in [
+            "m.content[:12]",
+            "m.content[:5] ~ m.content[15:]",
+            "m.content | replace('not', 'and')",
+            "m.content | reverse",
+            "m.content.split(',')[0]",
+            "m.content.split() | sort | join(' ')",
+            "m.content.lstrip('Ask ')",
+            "m.content | replace(' ', '')",
+            "m.content | title | replace('One', 'Two')",
+        ] {
+            let e =
+                prompt(&format!("{{% for m in messages %}}[{{{{ {expression} }}}}]{{% endfor %}}"), &m).unwrap_err();
+            assert!(matches!(e, TokenizerError::CutsMessage { number: 1, .. }), "{expression}: {e}");
+        }
+        for (expression, told) in [
+            ("m.content | upper", Some("changes the case of words (role user)")),
+            ("m.content | trim", None),
+            ("m.content.split() | join(' ')", None),
+            ("m.content | tojson", None),
+        ] {
+            let p = prompt(&format!("{{% for m in messages %}}[{{{{ {expression} }}}}]{{% endfor %}}"), &m).unwrap();
+            assert_eq!(p.notes.first().map(|n| n.contains(told.unwrap_or("?"))), told.map(|_| true), "{:?}", p.notes);
+        }
+        let switched = [json!({"role": "user", "content": "hi /no_think"})];
+        let p = prompt("{{ messages[0].content.replace('/no_think', '').rstrip() }}", &switched).unwrap();
+        assert!(p.text == "hi" && p.notes[0].contains("\"/no_think\""), "{:?}", p.notes);
+    }
+
+    #[test]
+    fn answers_may_lose_their_reasoning_and_more() {
+        let m = [
+            json!({"role": "assistant", "content": "<think>long</think>\n\nyes, so it is"}),
+            json!({"role": "user", "content": "why?"}),
+        ];
+        let t = |cut: &str| {
+            format!("{{% for m in messages %}}{{{{ m.content.split('</think>')[-1]{cut} | trim }}}}{{% endfor %}}")
+        };
+        assert_eq!(prompt(&t(""), &m).unwrap(), Prompt { text: "yes, so it iswhy?".into(), notes: vec![] });
+        assert!(prompt(&t("[:12]"), &m).unwrap().notes[0].contains("(role assistant)"));
+    }
+
+    #[test]
+    fn a_system_message_that_is_cut_goes_before_the_users() {
+        let m = [json!({"role": "system", "content": "Be brief."}), json!({"role": "user", "content": "hi"})];
+        let cuts =
+            "{% for m in messages %}<{{ m.role }}>{{ m.content[:7] if m.role == 'system' else m.content }}{% endfor %}";
+        let p = prompt(cuts, &m).unwrap();
+        assert_eq!((p.text.as_str(), p.notes[0].contains("cuts the system message")), ("<user>Be brief.\nhi", true));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
+use super::stop::Stop;
 use super::vocab::Vocab;
 
 /// Stands for a space in the vocabulary.
@@ -42,10 +43,10 @@ impl PartialOrd for Candidate {
     }
 }
 
-/// Appends the ids of `text`, with a space before it if `prefix`.
-pub(super) fn encode(vocab: &Vocab, text: &str, prefix: bool, ids: &mut Vec<u32>) {
+/// Appends the ids of `text`, with a space before it if `prefix`; `None` if `stop` says so.
+pub(super) fn encode(vocab: &Vocab, text: &str, prefix: bool, stop: &Stop, ids: &mut Vec<u32>) -> Option<()> {
     let text = if prefix { format!(" {text}") } else { text.to_owned() }.replace(' ', SPACE);
-    let mut nodes: Vec<Node> = Vec::with_capacity(text.len());
+    let mut nodes: Vec<Node> = Vec::with_capacity(text.chars().count());
     for (start, c) in text.char_indices() {
         let i = nodes.len();
         nodes.push(Node { start, len: c.len_utf8(), prev: i.wrapping_sub(1), next: i + 1 });
@@ -55,9 +56,11 @@ pub(super) fn encode(vocab: &Vocab, text: &str, prefix: bool, ids: &mut Vec<u32>
     }
     let mut heap = BinaryHeap::new();
     for i in 1..nodes.len() {
+        stop.check()?;
         propose(vocab, &text, &nodes, i - 1, &mut heap);
     }
     while let Some(c) = heap.pop() {
+        stop.check()?;
         let (l, r) = (nodes[c.left], nodes[c.right]);
         // Merged away or grown since it was proposed.
         if l.len == 0 || r.len == 0 || l.len + r.len != c.len || l.next != c.right {
@@ -74,12 +77,14 @@ pub(super) fn encode(vocab: &Vocab, text: &str, prefix: bool, ids: &mut Vec<u32>
         }
     }
     for n in nodes.iter().filter(|n| n.len > 0) {
+        stop.check()?;
         let piece = &text[n.start..n.start + n.len];
         match vocab.find(piece.as_bytes()) {
             Some(id) => ids.push(id),
             None => ids.extend(piece.bytes().filter_map(|b| vocab.byte_tokens[usize::from(b)])),
         }
     }
+    Some(())
 }
 
 fn propose(vocab: &Vocab, text: &str, nodes: &[Node], left: usize, heap: &mut BinaryHeap<Candidate>) {

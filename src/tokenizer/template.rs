@@ -156,7 +156,7 @@ impl ChatTemplate {
         }
         let (mut environment, source) = (self.renderer.environment.clone(), source.to_owned());
         let stack = parsing_stack(source.len());
-        let added = bounded::run(&limits(stack, 0, 0), move || {
+        let added = bounded::run(&limits(stack, 0, 0), &|| false, move || {
             let source = rewrite::rewritten(&source, syntax().map_err(|e| failed(&e))?);
             environment.add_template_owned(name, source).map_err(|e| failed(&e))?;
             Ok(environment)
@@ -192,7 +192,7 @@ impl ChatTemplate {
     /// The variables that the templates read.
     fn reads(&self) -> Result<Vec<String>, TokenizerError> {
         let renderer = Arc::clone(&self.renderer);
-        let read = bounded::run(&limits(parsing_stack(SOURCE_MAX), 0, 0), move || {
+        let read = bounded::run(&limits(parsing_stack(SOURCE_MAX), 0, 0), &|| false, move || {
             let templates = ["chat", "tool_use"].into_iter().filter_map(|t| renderer.environment.get_template(t).ok());
             templates.flat_map(|t| t.undeclared_variables(false)).collect()
         });
@@ -223,7 +223,7 @@ impl ChatTemplate {
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
     ) -> Result<String, TokenizerError> {
-        self.bounded(messages, tools, add_generation_prompt, |render, messages| render(messages))
+        self.bounded(messages, tools, add_generation_prompt, &|| false, |render, messages| render(messages))
     }
 
     /// The prompt of `messages`, in which no message's words are missing.
@@ -233,14 +233,26 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// The template's own error, or [`TokenizerError::DropsMessage`] if a message's words cannot be had in the prompt.
+    /// The template's own error, or [`TokenizerError::DropsMessage`] or [`TokenizerError::CutsMessage`] if a message's
+    /// words, or some of them, cannot be had in the prompt.
     pub fn prompt(
         &self,
         messages: &[Json],
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
     ) -> Result<Prompt, TokenizerError> {
-        self.bounded(messages, tools, add_generation_prompt, |render, messages| prompt::checked(messages, render))
+        self.prompt_until(messages, tools, add_generation_prompt, &|| false)
+    }
+
+    /// As [`prompt`](Self::prompt); ends with [`TokenizerError::Stopped`] soon after `stop` says so.
+    pub fn prompt_until(
+        &self,
+        messages: &[Json],
+        tools: Option<&[Json]>,
+        add_generation_prompt: bool,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Prompt, TokenizerError> {
+        self.bounded(messages, tools, add_generation_prompt, stop, |render, messages| prompt::checked(messages, render))
     }
 
     /// Lets `work` render a conversation within limits that follow from its size. Limits of address space count all of
@@ -251,6 +263,7 @@ impl ChatTemplate {
         messages: &[Json],
         tools: Option<&[Json]>,
         add_generation_prompt: bool,
+        stop: &dyn Fn() -> bool,
         work: fn(&prompt::Render, &[Json]) -> Result<T, TokenizerError>,
     ) -> Result<T, TokenizerError> {
         let tools = tools.map(<[Json]>::to_vec);
@@ -262,7 +275,7 @@ impl ChatTemplate {
         loop {
             let (renderer, conversation) = (Arc::clone(&self.renderer), Arc::clone(&conversation));
             let stack = (steps * STACK_OF_A_STEP).max(STACK_BYTES_MIN);
-            let result = bounded::run(&limits(stack, count, bytes), move || {
+            let result = bounded::run(&limits(stack, count, bytes), stop, move || {
                 let mut environment = renderer.environment.clone();
                 environment.set_fuel(Some(steps));
                 let render = |messages: &[Json]| renderer.render(&environment, &conversation, messages);
@@ -335,6 +348,7 @@ fn exceeded(e: Exceeded, messages: u64, bytes: u64) -> TokenizerError {
             TokenizerError::TemplateLimit(format!("it takes more than {} MiB of memory", limits.heap_bytes >> 20))
         }
         Exceeded::Cpu => TokenizerError::TemplateLimit(format!("it takes more than {:.0?}", limits.cpu)),
+        Exceeded::Stopped => TokenizerError::Stopped,
         Exceeded::Thread(e) => TokenizerError::TemplateMemory(e.to_string()),
         Exceeded::Panicked(said) => {
             let (said, cut) = shortened(&said);

@@ -1,6 +1,6 @@
 //! Tokens back to back, with an index from bytes to id.
 
-use std::hash::Hasher;
+use std::hash::{BuildHasher, RandomState};
 
 /// What a token is (`tokenizer.ggml.token_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,25 +71,24 @@ impl Vocab {
 #[derive(Debug, Default)]
 pub(super) struct Index {
     slots: Vec<u32>,
+    /// Keyed at random, so that no file can hold tokens that all fall into one place.
+    hashes: RandomState,
 }
 
 const EMPTY: u32 = u32::MAX;
 
 impl Index {
     pub fn with_capacity(n: usize) -> Index {
-        Index { slots: vec![EMPTY; (2 * n + 1).next_power_of_two()] }
+        Index { slots: vec![EMPTY; (2 * n + 1).next_power_of_two()], hashes: RandomState::new() }
     }
 
-    fn hash(bytes: &[u8]) -> usize {
-        #[allow(deprecated, reason = "a fixed, fast hash; the table is not open to attack beyond slowness")]
-        let mut h = std::hash::SipHasher::new();
-        h.write(bytes);
-        h.finish() as usize
+    fn hash(&self, bytes: &[u8]) -> usize {
+        self.hashes.hash_one(bytes) as usize
     }
 
     pub fn insert<'a>(&mut self, key: &[u8], id: u32, bytes: impl Fn(u32) -> &'a [u8]) {
         let mask = self.slots.len() - 1;
-        let mut at = Index::hash(key) & mask;
+        let mut at = self.hash(key) & mask;
         while self.slots[at] != EMPTY && bytes(self.slots[at]) != key {
             at = (at + 1) & mask;
         }
@@ -101,7 +100,7 @@ impl Index {
             return None;
         }
         let mask = self.slots.len() - 1;
-        let mut at = Index::hash(key) & mask;
+        let mut at = self.hash(key) & mask;
         loop {
             match self.slots[at] {
                 EMPTY => return None,

@@ -1,6 +1,7 @@
 //! Chat templates, stop texts, sampling, and the conversation.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -118,6 +119,93 @@ fn template_drops_a_message() {
     let err = text(&out.stderr);
     assert_eq!(out.status.code(), Some(2), "{err}");
     assert!(err.contains("drops message 1 (role user)") && err.contains("\"first\""), "{err}");
+}
+
+/// A template that prints an expression of each message's words.
+fn printing(dir: &Path, expression: &str) -> PathBuf {
+    templated(dir, &[("", &format!("{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ {expression} }}}}{{% endfor %}}"))])
+}
+
+/// A template that prints only a part of what was asked passed for one that prints all of it.
+#[test]
+fn template_cuts_a_message() {
+    let words = "What is the capital of France, and of Spain?";
+    for (expression, lost) in [
+        ("m.content[:24]", "France"),
+        ("m.content[-10:]", "What is"),
+        ("m.content[:12] ~ m.content[-6:]", "capital"),
+        ("m.content.split(',')[0]", "France"),
+        ("m.content.split('capital')[1]", "What"),
+    ] {
+        let dir = dir();
+        let model = printing(dir.path(), expression);
+        let out = template(&model, user(words), &[]);
+        let err = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{expression}: {err}");
+        assert!(err.contains("leaves out a part of message 1 (role user)") && err.contains(lost), "{err}");
+    }
+}
+
+/// The same where other words stand in the place of some.
+#[test]
+fn template_replaces_words_of_a_message() {
+    for expression in ["m.content | replace('not', 'now')", "m.content.replace('a', '')", "m.content | reverse"] {
+        let dir = dir();
+        let model = printing(dir.path(), expression);
+        let run = nt(&["run", model.to_str().unwrap(), "--backend", "cpu", "--chat", "-p", "do not say that"]);
+        let err = text(&run.stderr);
+        assert!(run.status.code() == Some(2) && err.contains("leaves out a part of message 1"), "{expression}: {err}");
+        let talked = chat(&model, &["-n", "3"], b"do not say that\n");
+        assert!(talked.code == Some(2) && talked.err.contains("leaves out a part"), "{expression}: {}", talked.err);
+    }
+}
+
+/// And of a system message, which goes before the user's then.
+#[test]
+fn template_cuts_the_system_message() {
+    let dir = dir();
+    let model = printing(dir.path(), "m.content[:4] if m.role == 'system' else m.content");
+    let out = template(&model, with_system(), &[]);
+    assert_eq!(text(&out.stdout), "<user>Be brief.\nhi\n", "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("cuts the system message"), "{}", text(&out.stderr));
+}
+
+/// What is not as it was given, but as models are trained, is told of: other case, switches taken out.
+#[test]
+fn template_changes_the_form_of_a_message() {
+    for (expression, shown, told) in [
+        ("m.content | lower", "<user>tell me /no_think", "changes the case of words (role user)"),
+        ("m.content.replace('/no_think', '')", "<user>Tell me ", r#"leaves "/no_think" out of a message (role user)"#),
+    ] {
+        let dir = dir();
+        let model = printing(dir.path(), expression);
+        let out = template(&model, user("Tell me /no_think"), &[]);
+        let (shown, err) = (format!("{shown}\n"), text(&out.stderr));
+        assert_eq!((text(&out.stdout), out.status.code()), (shown, Some(0)), "{err}");
+        assert!(err.contains(told), "{err}");
+    }
+}
+
+/// White space, JSON and the reasoning of earlier answers are no words that are lost.
+#[test]
+fn templates_that_change_no_words() {
+    let messages = json!([
+        { "role": "user", "content": "  two\n\n lines, \"quoted\" \u{e9} " },
+        { "role": "assistant", "content": "<think>let me\nsee</think>\n\nyes" },
+        { "role": "user", "content": "why?" },
+    ]);
+    for expression in [
+        "m.content | trim",
+        "m.content.split('</think>')[-1].strip()",
+        "m.content | tojson",
+        "m.content.split() | join(' ')",
+        "{'text': m.content} | tojson(ensure_ascii=true)",
+    ] {
+        let dir = dir();
+        let out = template(&printing(dir.path(), expression), messages.clone(), &[]);
+        let err = text(&out.stderr);
+        assert!(out.status.code() == Some(0) && err.is_empty(), "{expression}: {err}");
+    }
 }
 
 /// An empty template is no template: ChatML is used, with a warning, rather than an empty prompt.
@@ -498,6 +586,17 @@ impl Endless {
 
     fn say(&mut self, line: &str) {
         self.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
+    }
+
+    /// Waits until nothing of what was said is left in the pipe.
+    fn waits_until_all_is_read(&self) {
+        let mut left: libc::c_int = 1;
+        while left > 0 {
+            // SAFETY: the pipe is open, and the request writes an int.
+            let rc = unsafe { libc::ioctl(self.stdin.as_ref().unwrap().as_raw_fd(), libc::FIONREAD, &mut left) };
+            assert_eq!(rc, 0);
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits for the first words of an answer.
@@ -1073,6 +1172,72 @@ fn a_signal_while_tokens_are_made() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
     let status = child.wait().unwrap();
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGINT), "{status:?}");
+}
+
+/// In a chat the signal was put off until a message's tokens were made; it takes the message back.
+#[test]
+fn chat_interrupted_while_tokens_are_made() {
+    let mut chat = Endless::begin("8");
+    let message = format!("{}\n", "hello".repeat(1_500_000));
+    chat.say(&message);
+    // All of it is read when the pipe is empty; making its tokens takes longer than the pause.
+    chat.waits_until_all_is_read();
+    std::thread::sleep(Duration::from_millis(100));
+    chat.signal("-INT");
+    chat.say("h\n");
+    chat.hears_the_end();
+    let (status, err) = chat.ends();
+    assert_eq!(status.code(), Some(0), "{err}");
+    assert!(err.contains("the message is taken back"), "{err}");
+}
+
+/// SIGTERM there ends the chat.
+#[test]
+fn chat_terminated_while_tokens_are_made() {
+    let mut chat = Endless::begin("8");
+    chat.say(&format!("{}\n", "hello".repeat(1_500_000)));
+    chat.waits_until_all_is_read();
+    std::thread::sleep(Duration::from_millis(100));
+    chat.signal("-TERM");
+    let (status, err) = chat.keep_open_and_end();
+    assert_eq!(status.code(), Some(130), "{err}");
+}
+
+/// A template that prints a message many times over made a text whose tokens took more memory than there is.
+#[test]
+fn a_prompt_whose_tokens_take_more_memory_than_there_is() {
+    let d = dir();
+    let model = templated(d.path(), &[("", "{{ messages[0].content * 10 }}")]);
+    let file = d.path().join("t.txt");
+    std::fs::write(&file, vec![b'a'; 1 << 20]).unwrap();
+    let args = ["run", model.to_str().unwrap(), "--backend", "cpu", "--chat", "-f", file.to_str().unwrap()];
+    let out = limited("-v 900000", &args);
+    let err = text(&out.stderr);
+    assert!(
+        out.status.code() == Some(4) && err.contains("with what the template adds") && err.contains("10.00 MiB"),
+        "{err}"
+    );
+}
+
+/// Each special token was looked for in the whole text: hours for the vocabularies that have many.
+#[test]
+fn a_vocabulary_of_special_tokens() {
+    let d = dir();
+    let model = with(d.path(), |f| {
+        let V::Strs(mut tokens) = f.meta.iter().find(|(k, _)| k == "tokenizer.ggml.tokens").unwrap().1.clone() else {
+            panic!("no tokens");
+        };
+        let mut kinds = vec![1; 256];
+        tokens.extend((0..100_000).map(|i| format!("<extra_{i}>")));
+        kinds.resize(tokens.len(), 3);
+        f.set("tokenizer.ggml.tokens", V::Strs(tokens));
+        f.set("tokenizer.ggml.token_type", V::I32s(kinds));
+    });
+    let file = d.path().join("t.txt");
+    std::fs::write(&file, format!("{}<extra_77777>b", "<extra_".repeat(600_000))).unwrap();
+    let out = limited("-t 8", &["tokenize", model.to_str().unwrap(), "--file", file.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(0), "{:?} {}", out.status, text(&out.stderr));
+    assert!(text(&out.stdout).trim_end().ends_with(&format!(" {} 98", 258 + 77_777)));
 }
 
 /// A variable that is set to nothing was refused as a number of buffers.

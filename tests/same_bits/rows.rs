@@ -7,7 +7,6 @@ use nt::backend::{Backend, BackendError, BackendKind, Class, Dims, EXACT_ROWS};
 use nt::engine::{Opened, Options, Session};
 use nt::gguf::TensorType;
 use nt::model::Outputs;
-use nt::storage::ReaderKind;
 
 use crate::common::{self, File, T};
 
@@ -39,24 +38,7 @@ fn model(layers: u64, ty: TensorType, experts: bool) -> File {
 }
 
 fn options(max_batch: usize) -> Options {
-    Options {
-        backend: BackendKind::Cpu,
-        vram: None,
-        threads: 2,
-        ram: Some(1 << 30),
-        storage: true,
-        copies: Vec::new(),
-        reader: ReaderKind::Auto,
-        verify: false,
-        kv_type: TensorType::F16,
-        n_buffers: None,
-        tiers: None,
-        stacked: false,
-        n_ctx: 700,
-        max_batch,
-        outputs: 8,
-        timeline: false,
-    }
+    Options { threads: 2, ram: Some(1 << 30), max_batch, outputs: 8, ..Options::new(BackendKind::Cpu, 700) }
 }
 
 fn start(opened: &Opened, isa: Isa, max_batch: usize) -> Session {

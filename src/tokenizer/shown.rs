@@ -1,0 +1,225 @@
+//! How much of a message's words a prompt holds.
+//!
+//! Templates trim white space, print JSON, and leave the reasoning out of earlier answers; some take their own switches
+//! (`/no_think`) out of what is said. That is as the model was trained. One that cuts a message short, or puts other
+//! words in the place of some, asks the model something else than the user did.
+
+/// What a prompt holds of a text.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// All of it, but for white space, or as JSON.
+    Whole,
+    /// All of it, in other case.
+    OtherCase,
+    /// All but these switches or control tokens.
+    Without(Vec<String>),
+    /// Not all; where the part begins that is missing or is another.
+    Cut(String),
+}
+
+/// Characters of a text that are quoted.
+pub(super) const QUOTED: usize = 60;
+
+/// What `prompt` holds of `words`; of an assistant's, those behind its reasoning count.
+pub(super) fn shown(words: &str, role: &str, prompt: &str) -> Shown {
+    let words = words.trim();
+    if prompt.contains(words) {
+        return Shown::Whole;
+    }
+    let answer = if role == "assistant" { without_reasoning(words) } else { words };
+    let squeezed = squeeze(prompt);
+    if forms(answer).iter().any(|form| squeezed.contains(form)) {
+        return Shown::Whole;
+    }
+    let lower = squeezed.to_lowercase();
+    if forms(answer).iter().any(|form| lower.contains(&form.to_lowercase())) {
+        return Shown::OtherCase;
+    }
+    let (kept, taken) = without_markup(answer);
+    if !taken.is_empty() && without_markup(prompt).0.contains(&kept) {
+        let (missing, others): (Vec<_>, Vec<_>) = taken.into_iter().partition(|t| !prompt.contains(t.as_str()));
+        return Shown::Without(if missing.is_empty() { others } else { missing });
+    }
+    let (kept, taken) = without_switches(answer);
+    if !taken.is_empty() && without_switches(prompt).0.contains(&kept) {
+        return Shown::Without(taken);
+    }
+    Shown::Cut(rest(&squeeze(answer), &squeezed))
+}
+
+/// A text with single spaces for all white space.
+fn squeeze(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for word in text.split_whitespace() {
+        if !out.is_empty() {
+            out.push(' ');
+        }
+        out.push_str(word);
+    }
+    out
+}
+
+/// How a text is printed: as it is, as JSON (also in ASCII alone), and as Python prints texts.
+fn forms(text: &str) -> [String; 4] {
+    let json = serde_json::to_string(text).unwrap_or_default();
+    let json = json.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or_default();
+    let ascii = json.chars().fold(String::with_capacity(json.len()), |mut out, c| {
+        match c.is_ascii() {
+            true => out.push(c),
+            false => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}"))),
+        }
+        out
+    });
+    let python = json.replace("\\\"", "\"");
+    [squeeze(text), squeeze(json), squeeze(&ascii), squeeze(&python)]
+}
+
+/// What closes the reasoning that comes before an answer.
+const REASONING_ENDS: [&str; 8] = [
+    "</think>",
+    "</thinking>",
+    "</thought>",
+    "</reasoning>",
+    "</reflection>",
+    "</seed:think>",
+    "[/THINK]",
+    "<|message|>",
+];
+/// What opens it; without its end all that follows is reasoning.
+const REASONING_BEGINS: [&str; 4] = ["<think>", "<thinking>", "<seed:think>", "[THINK]"];
+
+/// An answer without the reasoning before it.
+fn without_reasoning(answer: &str) -> &str {
+    let end = REASONING_ENDS.iter().filter_map(|end| answer.rfind(end).map(|at| at + end.len())).max();
+    match end {
+        Some(end) => answer[end..].trim(),
+        None if REASONING_BEGINS.iter().any(|begin| answer.starts_with(begin)) => "",
+        None => answer,
+    }
+}
+
+/// Switches that templates replace wherever they occur, also in `</think>`.
+const SWITCHES: [&str; 3] = ["/no_think", "/nothink", "/think"];
+
+/// A text with single spaces and without [`SWITCHES`], and which of them it has.
+fn without_switches(text: &str) -> (String, Vec<String>) {
+    let found = SWITCHES.iter().filter(|s| text.contains(**s));
+    let kept = SWITCHES.iter().fold(text.to_owned(), |text, switch| text.replace(switch, ""));
+    (squeeze(&kept), found.map(|s| (*s).to_owned()).collect())
+}
+
+/// Bytes of a control token or switch at most.
+const MARKUP_MAX: usize = 40;
+
+/// A text with single spaces and without what is written like a switch (`/no_think`) or a control token
+/// (`<|im_end|>`, `[INST]`); and what that was.
+fn without_markup(text: &str) -> (String, Vec<String>) {
+    let (mut kept, mut taken) = (String::with_capacity(text.len()), Vec::new());
+    let mut rest = text;
+    let mut after_space = true;
+    while let Some(c) = rest.chars().next() {
+        match markup(rest, after_space) {
+            Some(len) => {
+                taken.push(rest[..len].to_owned());
+                kept.push(' ');
+                rest = &rest[len..];
+                after_space = false;
+            }
+            None => {
+                kept.push(c);
+                after_space = c.is_whitespace();
+                rest = &rest[c.len_utf8()..];
+            }
+        }
+    }
+    (squeeze(&kept), taken)
+}
+
+/// Bytes of the switch or control token that `text` begins with.
+fn markup(text: &str, after_space: bool) -> Option<usize> {
+    let name = |t: &str| t.bytes().take(MARKUP_MAX).take_while(|b| b.is_ascii_alphanumeric() || *b == b'_').count();
+    let close = match text.as_bytes()[0] {
+        b'/' if after_space => {
+            let len = 1 + name(&text[1..]);
+            let ends = text[len..].chars().next().is_none_or(char::is_whitespace);
+            return (len > 1 && ends).then_some(len);
+        }
+        b'<' => b'>',
+        b'[' => b']',
+        _ => return None,
+    };
+    let len = text.bytes().take(MARKUP_MAX).position(|b| b == close)? + 1;
+    let inner = text[1..len - 1].strip_prefix('/').unwrap_or(&text[1..len - 1]);
+    let is_name = !inner.is_empty() && !inner.contains([' ', '\t', '\n']) && !inner.as_bytes()[0].is_ascii_digit();
+    is_name.then_some(len)
+}
+
+/// Bytes that a quotation goes back to the beginning of a word at most; some scripts have no spaces.
+const BACK_MAX: usize = 20;
+
+/// The part of `words` that is not in `prompt`: the word in which the longest beginning ends that is, and what follows.
+fn rest(words: &str, prompt: &str) -> String {
+    let ends: Vec<usize> = words.char_indices().map(|(at, _)| at).collect();
+    let known = ends.partition_point(|&end| prompt.contains(&words[..end]));
+    let from = known.checked_sub(1).map_or(0, |last| ends[last]);
+    let word = words[..from].rfind(' ').map_or(0, |space| space + 1);
+    let from = if from - word > BACK_MAX || words[from..].starts_with(' ') { from } else { word };
+    words[from..].trim_start().chars().take(QUOTED).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(words: &str, prompt: &str) -> Shown {
+        shown(words, "user", prompt)
+    }
+
+    #[test]
+    fn white_space_and_json_change_nothing() {
+        for (words, prompt) in [
+            ("  a  b\n", "<user>a  b<end>"),
+            ("a\n\n  b", "<user>a b<end>"),
+            ("a \"b\"\nc", r#"{"text": "a \"b\"\nc"}"#),
+            ("é \u{1f600}", r#"{"text": "\u00e9 \ud83d\ude00"}"#),
+            ("say \"b\"\nc", r#"{'text': 'say "b"\nc'}"#),
+            ("a/b <c d> [1]", "<user>a/b <c d> [1]"),
+        ] {
+            assert_eq!(of(words, prompt), Shown::Whole, "{words}");
+        }
+    }
+
+    #[test]
+    fn reasoning_is_left_out_of_answers_alone() {
+        let words = "<think>so</think>\n\nyes";
+        assert_eq!(shown(words, "assistant", "<assistant>yes"), Shown::Whole);
+        assert_eq!(shown("<think>so", "assistant", "<assistant>"), Shown::Whole);
+        assert!(matches!(shown("yes", "assistant", "<assistant>no"), Shown::Cut(_)));
+        assert!(matches!(of(words, "<user>yes"), Shown::Without(_) | Shown::Cut(_)));
+    }
+
+    #[test]
+    fn switches_and_control_tokens_are_named() {
+        let taken = |all: &[&str]| Shown::Without(all.iter().map(|s| (*s).to_owned()).collect());
+        assert_eq!(of("be brief /no_think", "<system>be brief<end>"), taken(&["/no_think"]));
+        assert_eq!(of("/think a <|x|>b [/INST]", "<user>a b<end>"), taken(&["/think", "<|x|>", "[/INST]"]));
+        assert_eq!(of("a</think>b", "<user>a<>b"), taken(&["/think"]));
+        assert!(matches!(of("a / b", "a b"), Shown::Cut(_)));
+        assert!(matches!(of("see /usr/bin for it", "see for it"), Shown::Cut(_)));
+        assert!(matches!(of("x[0] = 1", "x = 1"), Shown::Cut(_)));
+    }
+
+    #[test]
+    fn what_is_cut_or_replaced_is_quoted() {
+        let words = "one two three four";
+        for (prompt, lost) in [
+            ("<user>one two<end>", "three four"),
+            ("<user>one two four<end>", "three four"),
+            ("<user>one 2 three four<end>", "two three four"),
+            ("<user>three four<end>", "one two three four"),
+        ] {
+            assert_eq!(of(words, prompt), Shown::Cut(lost.into()), "{prompt}");
+        }
+        assert_eq!(of("One", "<user>ONE"), Shown::OtherCase);
+    }
+}
