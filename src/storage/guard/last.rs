@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::host::{Host, Unreadable};
 use super::sysfs::Controller;
-use super::{Check, Reason, note, open, pci};
+use super::words::Words;
+use super::{Check, Reason, exports, note, open, pci, stack};
 
 /// How often users are looked for, and the time between: who only looks at a drive, as monitors do, is soon done.
 const TRIES: u32 = 5;
@@ -33,8 +34,11 @@ impl LastLook {
         let mut out = Vec::new();
         for left in (0..TRIES).rev() {
             out.clear();
-            note(&mut out, |out| pci::hot(host, controller, out));
+            // Loop devices and exports open a drive in the kernel, where no process has it.
+            note(&mut out, |out| stack::loops(host, controller, out));
+            note(&mut out, |out| exports::exported(host, controller, &Words::new(host, controller, Vec::new())?, out));
             note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
+            note(&mut out, |out| pci::hot(host, controller, out));
             if out.is_empty() || left == 0 || !host.is_real() || host.is_stopped() {
                 break;
             }
