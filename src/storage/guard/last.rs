@@ -2,6 +2,7 @@
 //! that step somebody who claims nothing may have opened the drive, or opened it, written, and closed it again: the first
 //! is found by looking for users once more, the second by the kernel's count of writes.
 
+use std::fs::File;
 use std::time::Duration;
 
 use super::host::{Host, Unreadable};
@@ -28,9 +29,9 @@ impl LastLook {
         Ok(LastLook { written: written(host, controller)? })
     }
 
-    /// Everybody who uses the drive now, or has written to it since [`LastLook::begin`]. What others left in the kernel's
-    /// cache must have been flushed before, to be counted.
-    pub fn reasons(self, host: &Host, controller: &Controller) -> Vec<Reason> {
+    /// Everybody who uses the drive now, or has written to it since [`LastLook::begin`]. `claims` are its namespaces, open:
+    /// what others left in the kernel's cache is flushed through them, so that it counts.
+    pub fn reasons(self, host: &Host, controller: &Controller, claims: &[File]) -> Vec<Reason> {
         let mut out = Vec::new();
         for left in (0..TRIES).rev() {
             out.clear();
@@ -45,6 +46,10 @@ impl LastLook {
             std::thread::sleep(PAUSE);
         }
         note(&mut out, |out| {
+            for (claim, namespace) in claims.iter().zip(&controller.namespaces) {
+                let path = format!("/dev/{}", namespace.whole.name);
+                claim.sync_all().map_err(|e| Unreadable::new(&path, format!("flushing it failed: {e}")))?;
+            }
             let now = written(host, controller)?;
             if now != self.written {
                 let what = "somebody wrote to it while it was being checked; end who did, and try again";

@@ -59,7 +59,7 @@ fn whoever_comes_after_the_examination_is_seen() {
         let drive = sysfs::find(&host, &all, "nvme1n1").unwrap();
         let before = LastLook::begin(&host, drive).unwrap();
         act(&fake);
-        let reasons = before.reasons(&host, drive);
+        let reasons = before.reasons(&host, drive, &[]);
         assert_eq!(reasons.first().map(|r| r.check), *check, "{name}: {reasons:?}");
     }
 }
@@ -75,7 +75,7 @@ fn every_namespace_is_counted() {
     drive.namespaces.push(all[0].namespaces[0].clone());
     fake.put("/sys/class/block/nvme0n1/stat", BEFORE);
     let before = LastLook::begin(&host, &drive).unwrap();
-    assert_eq!(before.reasons(&host, &drive), vec![]);
+    assert_eq!(before.reasons(&host, &drive, &[]), vec![]);
     fake.put("/sys/class/block/nvme0n1/stat", &BEFORE.replace(" 20 0 160 ", " 21 0 161 "));
-    assert_eq!(before.reasons(&host, &drive).len(), 1);
+    assert_eq!(before.reasons(&host, &drive, &[]).len(), 1);
 }
