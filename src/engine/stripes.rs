@@ -125,7 +125,7 @@ mod tests {
             put(
                 &format!("run/nt/0000:0{n}:00.0.toml"),
                 &format!(
-                    "pci = '0000:0{n}:00.0'\ncontroller = 'nvme{n}'\nserial = 'S{n}'\nmodel = 'M'\ngroup = '1{n}'\n\
+                    "pci = '0000:0{n}:00.0'\nstate = 'bound'\ncontroller = 'nvme{n}'\nserial = 'S{n}'\nmodel = 'M'\ngroup = '1{n}'\n\
                      [[namespace]]\nname = 'nvme{n}n1'\nnsid = 1\nsize = 4096\n"
                 ),
             );

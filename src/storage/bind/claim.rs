@@ -73,7 +73,7 @@ impl Writable {
     /// # Errors
     /// [`DeviceError::Refused`] if somebody has it open or has written to it; the kernel has its partitions again then.
     pub fn last_look(&self, host: &Host) -> Result<(), DeviceError> {
-        let reasons = last_look(host, &self.controller, self.before, std::slice::from_ref(&self.file));
+        let reasons = self.before.reasons(host, &self.controller, std::slice::from_ref(&self.file));
         if reasons.is_empty() {
             return Ok(());
         }
@@ -103,22 +103,6 @@ impl Writable {
             tracing::warn!("{}: the kernel keeps the old partition table: {e}", self.node());
         }
     }
-}
-
-/// Whoever uses a claimed drive, or has written to it since `before`, short of what is still in the kernel's cache: that
-/// is flushed first.
-pub(super) fn last_look(host: &Host, drive: &Controller, before: LastLook, claims: &[File]) -> Vec<Reason> {
-    for (claim, namespace) in claims.iter().zip(&drive.namespaces) {
-        if let Err(e) = claim.sync_all() {
-            let path = format!("/dev/{}", namespace.whole.name);
-            return vec![Reason {
-                check: Check::Unreadable,
-                path: path.into(),
-                what: format!("flushing it failed: {e}"),
-            }];
-        }
-    }
-    before.reasons(host, drive)
 }
 
 /// Claims a drive of one namespace for writing, if its serial is `serial`, its address `pci` (which may be left out

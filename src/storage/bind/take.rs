@@ -43,7 +43,7 @@ pub(super) fn bind(
     let claims = claim::claim(m.host, &drive)?;
     check(m, name, judge, &drive)?;
     say(&format!("claimed and checked again: {nodes}"));
-    let last = |claims: &[File]| match claim::last_look(m.host, &drive, before, claims) {
+    let last = |claims: &[File]| match before.reasons(m.host, &drive, claims) {
         reasons if reasons.is_empty() => Ok(()),
         reasons => Err(DeviceError::Refused { name: name.into(), reasons }),
     };

@@ -2,11 +2,13 @@
 //! that step somebody who claims nothing may have opened the drive, or opened it, written, and closed it again: the first
 //! is found by looking for users once more, the second by the kernel's count of writes.
 
+use std::fs::File;
 use std::time::Duration;
 
 use super::host::{Host, Unreadable};
 use super::sysfs::Controller;
-use super::{Check, Reason, note, open, pci};
+use super::words::Words;
+use super::{Check, Reason, exports, note, open, pci, stack};
 
 /// How often users are looked for, and the time between: who only looks at a drive, as monitors do, is soon done.
 const TRIES: u32 = 5;
@@ -27,20 +29,27 @@ impl LastLook {
         Ok(LastLook { written: written(host, controller)? })
     }
 
-    /// Everybody who uses the drive now, or has written to it since [`LastLook::begin`]. What others left in the kernel's
-    /// cache must have been flushed before, to be counted.
-    pub fn reasons(self, host: &Host, controller: &Controller) -> Vec<Reason> {
+    /// Everybody who uses the drive now, or has written to it since [`LastLook::begin`]. `claims` are its namespaces, open:
+    /// what others left in the kernel's cache is flushed through them, so that it counts.
+    pub fn reasons(self, host: &Host, controller: &Controller, claims: &[File]) -> Vec<Reason> {
         let mut out = Vec::new();
         for left in (0..TRIES).rev() {
             out.clear();
-            note(&mut out, |out| pci::hot(host, controller, out));
+            // Loop devices and exports open a drive in the kernel, where no process has it.
+            note(&mut out, |out| stack::loops(host, controller, out));
+            note(&mut out, |out| exports::exported(host, controller, &Words::new(host, controller, Vec::new())?, out));
             note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
+            note(&mut out, |out| pci::hot(host, controller, out));
             if out.is_empty() || left == 0 || !host.is_real() || host.is_stopped() {
                 break;
             }
             std::thread::sleep(PAUSE);
         }
         note(&mut out, |out| {
+            for (claim, namespace) in claims.iter().zip(&controller.namespaces) {
+                let path = format!("/dev/{}", namespace.whole.name);
+                claim.sync_all().map_err(|e| Unreadable::new(&path, format!("flushing it failed: {e}")))?;
+            }
             let now = written(host, controller)?;
             if now != self.written {
                 let what = "somebody wrote to it while it was being checked; end who did, and try again";

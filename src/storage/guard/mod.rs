@@ -211,7 +211,7 @@ fn contents(
         let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
         kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
         let (whole, block) = (*device == namespace.whole, namespace.block_size.into());
-        if whole && purpose == Purpose::Erase && kinds.is_empty() && signatures::holds_inside(host, device)? {
+        if purpose == Purpose::Erase && kinds.is_empty() && signatures::holds_inside(host, device)? {
             kinds.push(signatures::UNKNOWN.into());
         }
         kinds.retain(|kind| !signatures::is_own(kind, whole, &head, &tail, device.size, block));

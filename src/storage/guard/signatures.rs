@@ -9,7 +9,8 @@ use crate::storage::image::{self, mark};
 
 /// Bytes at each end of a device that are read: VMFS begins at 1 and 2 MiB, and leaves what lies before empty.
 const EDGE: usize = 4 << 20;
-/// Places between the ends that are read of a drive whose ends are empty, before it is overwritten, and their bytes.
+/// Places between the ends that are read of a drive or partition whose ends are empty, before it is overwritten, and
+/// their bytes.
 const INSIDE: u64 = 512;
 const INSIDE_BYTES: usize = 4096;
 /// The word for bytes that nobody recognises.
@@ -92,7 +93,7 @@ fn is_our_table(head: &[u8], tail: &[u8], size: u64, block: u64) -> bool {
     head.get(..edge).zip(last).is_some_and(|(first, last)| gpt::is_ours(first, last, size, block))
 }
 
-/// Whether anything but zeros lies at one of [`INSIDE`] places spread over a drive.
+/// Whether anything but zeros lies at one of [`INSIDE`] places spread over a device.
 pub fn holds_inside(host: &Host, device: &BlockDevice) -> Result<bool, Unreadable> {
     let path = format!("/dev/{}", device.name);
     for i in 1..=INSIDE {

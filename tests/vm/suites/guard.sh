@@ -4,7 +4,7 @@
 # drive: twin blank:32 serial=HELD0001 absent
 # unchanged: held
 # guest: own
-# programs: unshare:util-linux
+# programs: unshare:util-linux nsenter:util-linux
 # modules: nvmet loop fuse
 held=$(drive HELD0001)n1 esp=$(drive ESP00001)n1
 allow
@@ -114,6 +114,8 @@ fi
 works "after that" $nt check $held
 
 refused "another /etc" "a mount namespace of its own" unshare -m sh -c "mount -t tmpfs none /etc; $nt check $held"
+refused "and says how to get out of it" "nsenter --target 1 --mount" unshare -m $nt check $held
+works "which helps" unshare -m sh -c "mount -t tmpfs none /etc; exec /usr/bin/nsenter --target 1 --mount $nt check $held"
 in_chroot() {
   mount --bind / /mnt && mount --rbind /proc /mnt/proc && mount --rbind /sys /mnt/sys && mount --rbind /dev /mnt/dev &&
     mount --rbind /etc/nt /mnt/etc/nt && mount -t tmpfs none /mnt/run && chroot /mnt "$@"

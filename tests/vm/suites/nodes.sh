@@ -38,6 +38,8 @@ rm /dev/$n; mknod /dev/$n b $(number $v)
 refused "check of a drive whose node is another's" "by sysfs" $nt check $n
 refused "stage through a node of another drive" "by sysfs" stage
 refused "bind" "by sysfs" $nt bind $n
+nt verify tiny --tier-c $n >/tmp/out 2>&1; code=$?
+[ $code != 0 ] && grep -q "by sysfs" /tmp/out && pass "a model is not looked for on another drive's node" || { echo "exit $code" >>/tmp/out; fail "a model is not looked for on another drive's node"; }
 rm /dev/$n; truncate -s 64M /dev/$n
 refused "stage into a file in place of the node" "by sysfs" stage
 refused "bind of a drive whose node is a file" "by sysfs" $nt bind $n

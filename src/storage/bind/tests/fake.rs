@@ -76,6 +76,7 @@ impl Fake {
         };
         fake.put("/proc/sys/kernel/random/boot_id", &format!("{BOOT_ID}\n"));
         fake.put("/proc/self/mountinfo", "");
+        fake.folder("/sys/block");
         fake.folder("/sys/bus/pci/drivers/vfio-pci");
         fake.folder("/sys/module/vfio_iommu_type1");
         fake.folder("/dev/vfio");

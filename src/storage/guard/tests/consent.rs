@@ -138,6 +138,17 @@ fn what_lies_between_empty_ends_is_not_erased() {
         assert_eq!(contents(&fake.reasons_for(&consents(&[], &["unknown data"]), Purpose::Erase)), [""; 0]);
         assert_eq!(contents(&fake.reasons(&consents(&[], &[]))), [""; 0]);
     }
+    // The same in a partition, whose table may go.
+    let fake = with_ext4();
+    for base in ["/sys/class/block/nvme1n1/nvme1n1p1", "/sys/class/block/nvme1n1p1"] {
+        fake.put(&format!("{base}/size"), &format!("{}", 32 << 11));
+    }
+    fs::write(fake.dir.path().join(&P1[1..]), "").unwrap();
+    fake.stamp(P1, (32 << 20) - 1, &[0]);
+    assert_eq!(fake.reasons_for(&consents(&[], &["gpt"]), Purpose::Erase), vec![]);
+    fake.stamp(P1, 16 << 20, &[7; 70 << 10]);
+    let reasons = fake.reasons_for(&consents(&[], &["gpt"]), Purpose::Erase);
+    assert!(contents(&reasons)[0].contains("erase = [\"gpt\", \"unknown data\"]"), "{reasons:?}");
 }
 
 /// An old list is read as before, one with the new line too, and a wrong word is an error and no consent.

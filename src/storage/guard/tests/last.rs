@@ -36,6 +36,16 @@ const MEANWHILE: &[(&str, Option<Check>, Act)] = &[
     ("mapped", Some(Check::Open), |f| f.put("/proc/77/map_files/1000-2000", "b 259:10")),
     ("the node for commands opened", Some(Check::Open), |f| f.link("/proc/77/fd/3", "/dev/ng1n1")),
     ("under way", Some(Check::Open), |f| f.put("/sys/class/block/nvme1n1/inflight", "0 1")),
+    ("a loop device over it", Some(Check::Stacked), |f| {
+        f.put("/sys/block/loop3/loop/backing_file", "/tmp/other (deleted)\n");
+        f.put("/dev/loop3", "loop 259:10 0:5");
+    }),
+    ("an export", Some(Check::Exported), |f| {
+        f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "/dev/nvme1n1");
+    }),
+    ("the heartbeat of a cluster", Some(Check::Open), |f| {
+        f.put("/sys/kernel/config/cluster/c1/heartbeat/0123456789ABCDEF/dev", "nvme1n1\n");
+    }),
     ("asleep", Some(Check::Driver), |f| f.put(&format!("/sys/bus/pci/devices/{BDF}/power_state"), "D3hot\n")),
 ];
 
@@ -49,7 +59,7 @@ fn whoever_comes_after_the_examination_is_seen() {
         let drive = sysfs::find(&host, &all, "nvme1n1").unwrap();
         let before = LastLook::begin(&host, drive).unwrap();
         act(&fake);
-        let reasons = before.reasons(&host, drive);
+        let reasons = before.reasons(&host, drive, &[]);
         assert_eq!(reasons.first().map(|r| r.check), *check, "{name}: {reasons:?}");
     }
 }
@@ -65,7 +75,7 @@ fn every_namespace_is_counted() {
     drive.namespaces.push(all[0].namespaces[0].clone());
     fake.put("/sys/class/block/nvme0n1/stat", BEFORE);
     let before = LastLook::begin(&host, &drive).unwrap();
-    assert_eq!(before.reasons(&host, &drive), vec![]);
+    assert_eq!(before.reasons(&host, &drive, &[]), vec![]);
     fake.put("/sys/class/block/nvme0n1/stat", &BEFORE.replace(" 20 0 160 ", " 21 0 161 "));
-    assert_eq!(before.reasons(&host, &drive).len(), 1);
+    assert_eq!(before.reasons(&host, &drive, &[]).len(), 1);
 }
