@@ -11,8 +11,9 @@ use super::failure::say;
 use super::report::{self, Report};
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
-use crate::engine::{Generation, Opened, Request, Sampler, Session, StopReason, generate};
+use crate::engine::{Generation, Opened, Request, Sampler, Saved, Session, StopReason, generate};
 use crate::machine::pressure::Watch;
+use crate::plan::format_bytes;
 use crate::tokenizer::ChatTemplate;
 
 /// Arguments of `nt chat`.
@@ -54,6 +55,8 @@ pub struct ChatArgs {
 const COMMANDS: &str = "At the prompt:
   /clear   forget the conversation, but not the system message
   /regen   answer the last message again
+  /save F  save the conversation and its cache to the file F, for its owner alone
+  /load F  go on with the conversation in F; what the cache cannot take over is computed anew
   /help    show this
   /exit    end (also /quit, Ctrl-D, or Ctrl-C at the prompt)
 Several lines in one message: end a line with \\ to go on in the next, or put the lines between \"\"\" and \"\"\".
@@ -91,6 +94,7 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         sampler: Sampler::for_model(params, opened.model.n_vocab, &opened.tokenizer),
         messages: args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect(),
         cached: Vec::new(),
+        prompt: 0,
         told: Vec::new(),
         answers: 0,
         refused: None,
@@ -116,6 +120,8 @@ struct Chat<'a> {
     messages: Vec<Json>,
     /// Tokens whose keys and values are in the cache.
     cached: Vec<u32>,
+    /// As many of the first of them were evaluated as a prompt.
+    prompt: usize,
     /// What was said and need not be said again.
     told: Vec<String>,
     answers: usize,
@@ -171,6 +177,9 @@ impl Chat<'_> {
                     Some((last, before)) if last["role"] == "assistant" => self.answer(before.to_vec())?,
                     _ => say("there is no answer yet"),
                 },
+                command if matches!(command.split_whitespace().next(), Some("/save" | "/load")) => {
+                    self.file(command)?
+                }
                 _ => {
                     let mut messages = self.messages.clone();
                     messages.push(json!({ "role": "user", "content": text }));
@@ -178,6 +187,60 @@ impl Chat<'_> {
                 }
             }
         }
+    }
+
+    /// `/save F` or `/load F`.
+    fn file(&mut self, command: &str) -> Result<(), Failure> {
+        let (verb, name) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        let name = name.trim();
+        if name.is_empty() {
+            say(&format!("{verb} FILE; /help shows more"));
+            return Ok(());
+        }
+        let path = std::path::Path::new(name);
+        let done = if verb == "/save" { self.save(path) } else { self.load(path) };
+        match done {
+            Err(why) if run::to_stop(&self.watch) => {
+                self.refuse(why);
+                self.interrupted()
+            }
+            Err(why) => {
+                self.refuse(why);
+                Ok(())
+            }
+            Ok(what) => {
+                say(&what);
+                Ok(())
+            }
+        }
+    }
+
+    fn save(&mut self, path: &std::path::Path) -> Result<String, Failure> {
+        let bytes = self.session.save(path, &self.messages, &self.cached, self.prompt).map_err(run::failure)?;
+        Ok(format!(
+            "saved: {} messages, {} tokens of the cache, {}",
+            self.messages.len(),
+            self.cached.len(),
+            format_bytes(bytes)
+        ))
+    }
+
+    fn load(&mut self, path: &std::path::Path) -> Result<String, Failure> {
+        let saved = Saved::open(path).map_err(|e| run::failure(e.into()))?;
+        self.messages = saved.messages().to_vec();
+        self.cached.clear();
+        self.told.clear();
+        let (tokens, prompt) = saved.tokens();
+        let (tokens, n) = (tokens.to_vec(), self.messages.len());
+        let watch = &self.watch;
+        Ok(if self.session.load(saved, &|| run::to_stop(watch)).map_err(run::failure)? {
+            (self.cached, self.prompt) = (tokens, prompt);
+            format!("loaded: {n} messages, {} tokens of the cache", self.cached.len())
+        } else {
+            format!(
+                "loaded: {n} messages; their tokens are computed anew, since the cache in the file is not what this model computes here, or the context is too short for it"
+            )
+        })
     }
 
     /// Says why a message gets no answer. The conversation is as before it.
@@ -221,6 +284,7 @@ impl Chat<'_> {
         self.cached = turn.prompt;
         self.cached.extend(&g.tokens);
         self.cached.truncate(self.session.position());
+        self.prompt = self.prompt.min(self.cached.len());
         if g.stop == StopReason::Interrupt && g.tokens.is_empty() {
             say(TAKEN_BACK);
         } else {
@@ -298,6 +362,9 @@ impl Chat<'_> {
         // Earlier turns stay cached as far as the rendered text agrees; one token is left to evaluate.
         let agree = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         self.session.truncate(agree);
+        if agree <= self.prompt {
+            self.prompt = prompt.len();
+        }
         let (args, watch) = (self.args, &self.watch);
         let request = Request { text: prompt, cached: agree, n: args.n, stops: &args.stop, special: args.special };
         let mut out = (!args.json).then(report::Text::stdout);

@@ -475,7 +475,7 @@ pub(super) fn failure(e: EngineError) -> Failure {
         }
         EngineError::Plan(_) | EngineError::Memory(_) | EngineError::State(_) => Failure::limits(e),
         EngineError::Request(RequestError::ContextFull { .. }) => Failure::limits(e),
-        EngineError::Request(_) => Failure::usage(e),
+        EngineError::Request(_) | EngineError::Saved(_) => Failure::usage(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),
         EngineError::Forward(ForwardError::Backend(BackendError::UnsupportedType { .. })) => Failure::usage(e),
         EngineError::Backend(BackendError::UnsupportedType { .. }) => Failure::usage(e),

@@ -44,6 +44,9 @@ pub enum EngineError {
     /// Sequences and their pages.
     #[error(transparent)]
     State(#[from] crate::state::StateError),
+    /// A conversation in a file.
+    #[error(transparent)]
+    Saved(#[from] super::saved::SavedError),
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),

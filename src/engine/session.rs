@@ -251,7 +251,7 @@ impl Session {
     }
 
     /// Makes room for `n` positions behind the sequence, and lets the backend know where.
-    fn make_room(&mut self, n: usize) -> Result<(), EngineError> {
+    pub(super) fn make_room(&mut self, n: usize) -> Result<(), EngineError> {
         self.pages.reserve(self.seq, n, &mut self.ops)?;
         for op in self.ops.drain(..) {
             self.backend.apply(&op)?;

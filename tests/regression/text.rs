@@ -558,6 +558,45 @@ fn chat_commands() {
     assert!(talked.err.contains("no answer yet") && talked.err.contains("/clear"), "{}", talked.err);
 }
 
+/// A conversation that ended was lost; saved and loaded, it goes on as if it had not ended, whatever became of its file.
+#[test]
+fn chat_saved_and_loaded() {
+    let model = case("chat-plain.gguf");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a conversation");
+    let args = ["-n", "6"];
+    let with = |commands: &str| {
+        let name = file.to_str().unwrap();
+        chat(&model, &args, commands.replace("FILE", name).as_bytes())
+    };
+    let long = "world ".repeat(30);
+    let whole = with(&format!("hello {long}\n/save FILE\nagain\n"));
+    let answers: Vec<&str> = whole.out.lines().collect();
+    assert!(answers.len() == 2 && whole.err.contains("saved: 2 messages"), "{}", whole.err);
+    let loaded = with("/load FILE\nagain\n");
+    assert_eq!((loaded.code, loaded.out.trim_end()), (Some(0), answers[1]), "{}", loaded.err);
+    assert!(loaded.err.contains("loaded: 2 messages, ") && !loaded.err.contains("anew"), "{}", loaded.err);
+    // A cache that this session would not have computed.
+    let bytes = std::fs::read(&file).unwrap();
+    let mut other = bytes.clone();
+    let first_page = 24 + u64::from_le_bytes(bytes[16..24].try_into().unwrap()) as usize;
+    other[first_page] ^= 1;
+    std::fs::write(&file, &other).unwrap();
+    let loaded = with("/load FILE\nagain\n");
+    assert_eq!((loaded.code, loaded.out.trim_end()), (Some(0), answers[1]), "{}", loaded.err);
+    assert!(loaded.err.contains("computed anew"), "{}", loaded.err);
+    // A file that is cut off, or another program's, is refused in a sentence, and not replaced.
+    std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    let cut = with("/load FILE\nhello\n");
+    assert!(cut.code == Some(0) && cut.out.lines().count() == 1, "{}", cut.err);
+    assert!(cut.err.contains("is no conversation that nt saved: it has "), "{}", cut.err);
+    std::fs::write(&file, "a letter").unwrap();
+    let kept = with("hello\n/save FILE\n/load FILE\n/save\n");
+    assert!(kept.err.contains("it is not replaced") && kept.err.contains("too short"), "{}", kept.err);
+    assert!(kept.err.contains("/save FILE"), "{}", kept.err);
+    assert_eq!(std::fs::read(&file).unwrap(), b"a letter");
+}
+
 /// Several lines in one message, which were several messages.
 #[test]
 fn chat_message_of_several_lines() {

@@ -1,0 +1,224 @@
+//! A conversation in a file: its messages, its tokens, and the pages of the cache that hold them, so that it goes on
+//! later without its prompt being computed again.
+//!
+//! Whether the pages are those that this session would have computed is not believed but shown: the first positions
+//! are computed anew and must come out bit for bit. Where they do not, since the model, the backend or an option is
+//! another, the messages are still of use and the pages are not.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use super::{EngineError, Session};
+use crate::backend::Class;
+use crate::model::Outputs;
+use crate::state::{PAGE, Pages};
+
+/// The first bytes of such a file, and the version of what follows.
+const MAGIC: &[u8; 16] = b"nt conversation\n";
+const VERSION: u32 = 1;
+/// Most bytes of the description behind it: a million tokens and their text.
+const DESCRIPTION_MAX: u64 = 64 << 20;
+
+/// What a file of a conversation says of itself.
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    version: u32,
+    messages: Vec<Json>,
+    /// Tokens whose keys and values follow.
+    tokens: Vec<u32>,
+    /// As many of the first tokens were evaluated as a prompt.
+    prompt: usize,
+    page: usize,
+    page_bytes: usize,
+}
+
+/// Why a conversation could not be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum SavedError {
+    /// The file system.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// A file that is there and is something else.
+    #[error("{0} is there and is no conversation that nt saved: it is not replaced")]
+    InTheWay(String),
+    /// Not such a file, or a damaged one.
+    #[error("{path} is no conversation that nt saved: {what}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+/// A conversation that was read from a file.
+#[derive(Debug)]
+pub struct Saved {
+    file: BufReader<File>,
+    path: String,
+    description: Description,
+}
+
+impl Saved {
+    /// Reads messages and tokens; pages stay in the file.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is not whole.
+    pub fn open(path: &Path) -> Result<Saved, SavedError> {
+        let name = path.display().to_string();
+        let io = |source| SavedError::Io { path: name.clone(), source };
+        let damaged = |what: String| SavedError::Damaged { path: name.clone(), what };
+        let file = File::open(path).map_err(io)?;
+        let kind = file.metadata().map_err(io)?;
+        if !kind.is_file() {
+            return Err(damaged("it is not a regular file".into()));
+        }
+        let mut file = BufReader::new(file);
+        let mut head = [0; 24];
+        file.read_exact(&mut head).map_err(|_| damaged("it is too short".into()))?;
+        if head[..16] != MAGIC[..] {
+            return Err(damaged("it begins with other bytes".into()));
+        }
+        let bytes = u64::from_le_bytes(head[16..].try_into().unwrap_or_default());
+        if bytes > DESCRIPTION_MAX {
+            return Err(damaged(format!("its description would take {bytes} bytes")));
+        }
+        let mut text = vec![0; bytes as usize];
+        file.read_exact(&mut text).map_err(|_| damaged("its description is cut off".into()))?;
+        let d: Description =
+            serde_json::from_slice(&text).map_err(|e| damaged(format!("its description cannot be read: {e}")))?;
+        if d.version != VERSION {
+            return Err(damaged(format!("it is of version {}, and this nt reads {VERSION}", d.version)));
+        }
+        let pages = d.tokens.len().div_ceil(d.page.max(1)) as u64;
+        let all = pages.checked_mul(d.page_bytes as u64).and_then(|n| n.checked_add(24 + bytes));
+        if d.page == 0 || d.prompt > d.tokens.len() || all != Some(kind.len()) {
+            return Err(damaged(format!("it has {} bytes, which is not what it describes", kind.len())));
+        }
+        Ok(Saved { file, path: name, description: d })
+    }
+
+    /// The messages.
+    pub fn messages(&self) -> &[Json] {
+        &self.description.messages
+    }
+
+    /// The tokens that it has pages of, and how many of the first were evaluated as a prompt.
+    pub fn tokens(&self) -> (&[u32], usize) {
+        (&self.description.tokens, self.description.prompt)
+    }
+
+    fn page(&mut self, to: &mut [u8]) -> Result<(), SavedError> {
+        let at = self.path.clone();
+        self.file.read_exact(to).map_err(|source| SavedError::Io { path: at, source })
+    }
+}
+
+impl Session {
+    /// Writes `messages` and the sequence, whose tokens are `tokens`, to a file. The first `prompt` of them were evaluated
+    /// as a prompt. A file that was there is replaced when the new one is whole, if it is one of these.
+    ///
+    /// # Errors
+    /// If another file is in the way, it cannot be written, or pages cannot be read.
+    pub fn save(&mut self, path: &Path, messages: &[Json], tokens: &[u32], prompt: usize) -> Result<u64, EngineError> {
+        let name = path.display().to_string();
+        let io = |source| SavedError::Io { path: name.clone(), source };
+        match File::open(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io(e).into()),
+            Ok(_) if path.is_dir() => return Err(SavedError::InTheWay(name).into()),
+            Ok(mut there) => {
+                let mut head = [0; 16];
+                if there.read_exact(&mut head).is_err() || head != *MAGIC {
+                    return Err(SavedError::InTheWay(name).into());
+                }
+            }
+        }
+        let tokens = &tokens[..tokens.len().min(self.position())];
+        let page_bytes = self.backend.page_bytes();
+        let description = Description {
+            version: VERSION,
+            messages: messages.to_vec(),
+            tokens: tokens.to_vec(),
+            prompt: prompt.min(tokens.len()),
+            page: PAGE,
+            page_bytes,
+        };
+        let text = serde_json::to_vec(&description).map_err(|e| io(e.into()))?;
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // Only its owner can read it, and nobody sees a part of it.
+        let temporary = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
+        let mut out = BufWriter::new(temporary.as_file());
+        out.write_all(MAGIC).map_err(io)?;
+        out.write_all(&(text.len() as u64).to_le_bytes()).map_err(io)?;
+        out.write_all(&text).map_err(io)?;
+        let mut page = vec![0; page_bytes];
+        for i in 0..Pages::of(tokens.len()) {
+            let id = self.pages.table(self.seq)?[i];
+            self.backend.read_page(id, &mut page)?;
+            out.write_all(&page).map_err(io)?;
+        }
+        out.flush().map_err(io)?;
+        drop(out);
+        temporary.as_file().sync_all().map_err(io)?;
+        let bytes = temporary.as_file().metadata().map_err(io)?.len();
+        temporary.persist(path).map_err(|e| io(e.error))?;
+        Ok(bytes)
+    }
+
+    /// Takes the pages of a conversation over. `false`: they are not what this session computes, or the context has no
+    /// room for them; the sequence is empty then.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or a pass fails; the sequence is empty then too.
+    pub fn load(&mut self, mut saved: Saved, stop: &dyn Fn() -> bool) -> Result<bool, EngineError> {
+        self.truncate(0);
+        let taken = self.take_over(&mut saved, stop);
+        if !matches!(taken, Ok(true)) {
+            self.truncate(0);
+        }
+        taken
+    }
+
+    fn take_over(&mut self, saved: &mut Saved, stop: &dyn Fn() -> bool) -> Result<bool, EngineError> {
+        let d = &saved.description;
+        let (n, bytes) = (d.tokens.len(), self.backend.page_bytes());
+        let known = d.tokens.iter().all(|t| (*t as usize) < self.model.n_vocab);
+        if n == 0 || d.prompt == 0 || !known || n > self.n_ctx() || (d.page, d.page_bytes) != (PAGE, bytes) {
+            return Ok(false);
+        }
+        // The first positions, computed here.
+        let first = d.prompt.min(PAGE);
+        self.eval(&d.tokens[..first], Class::Bulk, Outputs::None, stop)?;
+        let (mut here, mut page) = (vec![0; bytes], vec![0; bytes]);
+        let id = self.pages.table(self.seq)?[0];
+        self.backend.read_page(id, &mut here)?;
+        saved.page(&mut page)?;
+        // A page is rows of positions, two for each head of each layer.
+        let row = bytes / (2 * self.model.blocks.len() * self.model.hparams.n_kv_heads);
+        let same = row / PAGE * first;
+        if here.chunks_exact(row).zip(page.chunks_exact(row)).any(|(a, b)| a[..same] != b[..same]) {
+            return Ok(false);
+        }
+        self.truncate(0);
+        self.make_room(n)?;
+        for i in 0..Pages::of(n) {
+            if i > 0 {
+                saved.page(&mut page)?;
+            }
+            let id = self.pages.table(self.seq)?[i];
+            self.backend.write_page(id, &page)?;
+        }
+        self.pages.commit(self.seq, n)?;
+        Ok(true)
+    }
+}
