@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// From the top down.
-const ROOMS: [&str; 15] = [
+const ROOMS: [&str; 16] = [
     "cli",
     "report_page",
     "library",
@@ -15,6 +15,7 @@ const ROOMS: [&str; 15] = [
     "tokenizer",
     "machine",
     "backend",
+    "state",
     "storage",
     "memory",
     "gguf",
