@@ -18,3 +18,4 @@ pub mod report_page;
 pub mod state;
 pub mod storage;
 pub mod tokenizer;
+pub mod units;

@@ -79,6 +79,11 @@ pub trait CopyEngine: Send + Sync {
     /// they can be told.
     fn wait_copied(&self, slot: usize) -> Result<Option<f64>, BackendError>;
 
+    /// As [`CopyEngine::wait_copied`], but `None` if the upload has not ended. Engines that cannot ask wait for it.
+    fn try_copied(&self, slot: usize) -> Result<Option<Option<f64>>, BackendError> {
+        self.wait_copied(slot).map(Some)
+    }
+
     /// Operations called from now on run after the last upload into `slot`.
     fn acquire(&self, slot: usize) -> Result<(), BackendError>;
 

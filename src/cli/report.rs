@@ -7,6 +7,7 @@ use serde_json::{Value as Json, json};
 use super::Failure;
 use super::printable::{Shown, printable};
 use crate::engine::{Generation, Links, Opened, Predicted, Session};
+use crate::flow::Latencies;
 use crate::machine;
 use crate::plan::{Home, LinkName, format_bytes};
 
@@ -118,8 +119,8 @@ impl Report {
     pub fn links_json(&self) -> Json {
         let l = &self.links;
         json!({
-            "nvme": { "bytes": l.nvme_bytes, "gb_per_s": l.nvme_gb_per_s(), "ceiling_gb_per_s": l.nvme_ceiling.map(gb), "busy": l.nvme_busy() },
-            "gpu": { "bytes": l.gpu_bytes, "gb_per_s": l.gpu_gb_per_s(), "ceiling_gb_per_s": l.gpu_ceiling.map(gb), "busy": l.gpu_busy() },
+            "nvme": { "bytes": l.nvme_bytes, "gb_per_s": l.nvme_gb_per_s(), "ceiling_gb_per_s": l.nvme_ceiling.map(gb), "busy": l.nvme_busy(), "start_us": start_us(&l.nvme_starts) },
+            "gpu": { "bytes": l.gpu_bytes, "gb_per_s": l.gpu_gb_per_s(), "ceiling_gb_per_s": l.gpu_ceiling.map(gb), "busy": l.gpu_busy(), "start_us": start_us(&l.gpu_starts) },
             "vram": { "bytes": null, "gb_per_s": null, "busy": null, "ceiling_gb_per_s": l.vram_ceiling.map(gb) },
             "ram": { "bytes": l.ram_bytes, "gb_per_s": l.ram_gb_per_s(), "ceiling_gb_per_s": l.ram_ceiling.map(gb), "busy": null },
         })
@@ -312,6 +313,12 @@ pub fn generation_json(g: &Generation) -> Json {
 fn blocks_on_storage(session: &Session, opened: &Opened) -> (usize, usize) {
     let blocks = &opened.model.blocks;
     (blocks.iter().filter(|b| session.homes()[b.ffn_unit] == Home::C).count(), blocks.len())
+}
+
+/// Microseconds from the moment at which a move could start to its start: null where none was waited for.
+fn start_us(starts: &Latencies) -> Json {
+    let us = |share| starts.quantile(share).map(|d| d.as_secs_f64() * 1e6);
+    json!({ "n": starts.count(), "p50": us(0.5), "p99": us(0.99) })
 }
 
 fn gb(bytes_per_s: f64) -> f64 {

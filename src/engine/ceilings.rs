@@ -7,9 +7,9 @@ use super::session::stream_error;
 use super::start::schedule;
 use super::{EngineError, Session};
 use crate::backend::CopyEngine;
+use crate::flow::{Place, Step};
 use crate::machine;
 use crate::memory::Region;
-use crate::pipeline::{Direct, Step};
 use crate::plan::Home;
 
 /// Bytes that the storage probe reads at least.
@@ -27,9 +27,8 @@ impl Session {
         self.links.ram_ceiling =
             Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
         self.links.ceilings_from = Some("measured after the run");
-        // The ring to a device would take the units that are read.
-        self.weights.feed = Box::new(Direct::new(self.weights.streamer.clone()));
-        self.weights.feed.restart();
+        // Nothing else is carried while a link is measured.
+        self.weights.flow.reschedule(Place::Host, Vec::new());
         if let Some(d) = &self.device {
             self.links.vram_ceiling = d.memory.memory_rate()?;
             if self.plan.device_slots > 0 {
@@ -67,30 +66,33 @@ impl Session {
     /// Bytes per second; `None` where nothing but experts streams, whose order is not known.
     fn storage_rate(&self) -> Result<Option<f64>, EngineError> {
         let steps = schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
-        let streamer = &self.weights.streamer;
+        let flow = &self.weights.flow;
         let lap = || -> Result<u64, EngineError> {
-            let before = streamer.stats().bytes;
+            let before = flow.storage().bytes;
             for step in &steps {
                 match step {
-                    Step::Hole => streamer.demand(&[]),
+                    Step::Hole => flow.demand(&[]),
                     Step::Unit(u) => {
-                        let staged = streamer.acquire(*u).map_err(stream_error)?;
-                        streamer.release(staged.slot);
+                        let taken = flow.acquire(*u).map_err(stream_error)?;
+                        flow.release(taken);
                     }
                 }
             }
-            Ok(streamer.stats().bytes - before)
+            Ok(flow.storage().bytes - before)
         };
         if steps.iter().all(|s| *s == Step::Hole) {
             return Ok(None);
         }
+        flow.reschedule(Place::Host, steps.clone());
         lap()?;
         let began = Instant::now();
         let mut bytes = 0;
         while bytes < STORAGE_PROBE_BYTES && began.elapsed().as_secs() < 5 {
             bytes += lap()?;
         }
-        Ok(Some(bytes as f64 / began.elapsed().as_secs_f64()))
+        let rate = bytes as f64 / began.elapsed().as_secs_f64();
+        flow.reschedule(Place::Host, Vec::new());
+        Ok(Some(rate))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the links carried, and the roofline they allow.
 
+use crate::flow::Latencies;
 use crate::plan::{Rates, Traffic, roofline};
 
 /// Bytes, times and rates of a session's links. Rates are bytes a second.
@@ -18,6 +19,10 @@ pub struct Links {
     pub pass_s: f64,
     /// Passes.
     pub passes: u64,
+    /// From the moment at which a read could start, its thread asleep or waiting, to its start.
+    pub nvme_starts: Latencies,
+    /// The same for copies to a device.
+    pub gpu_starts: Latencies,
     /// Bytes copied to the device in those passes.
     pub gpu_bytes: u64,
     /// Seconds in which the link to the device was busy, of those.

@@ -3,11 +3,12 @@
 use std::time::Instant;
 
 use super::forecast::{PASSES_SHOWN, setup, with_passes, works};
-use super::start::{device_slots, kept, schedule};
+use super::start::{apart, device_slots};
 use super::{EngineError, Session};
 use crate::backend::Class;
+use crate::flow::{Feed, Place};
 use crate::model::Outputs;
-use crate::pipeline::{Event, Feed, FeedStats, Kept, Step, StreamError};
+use crate::pipeline::{Event, StreamError};
 use crate::plan::{Home, Machine, PassWork, Rates, Setup, Shares, Site, pass_s};
 
 /// How long computing alone is measured, and most passes of it.
@@ -101,13 +102,15 @@ impl Session {
             if self.model.hparams.n_experts > 0 {
                 return Ok(None);
             }
-            self.weights.feed = Box::new(match &self.device {
-                Some(d) => {
-                    let kept = kept(&self.model, self.plan.device_slots, self.plan.device_attention_slot_bytes);
-                    Still { slots: device_slots(&self.plan, d.slots.addr), kept, next: 0 }
-                }
-                None => self.held_slots()?,
-            });
+            // What is computed from is not written any more.
+            self.weights.flow.reschedule(Place::Host, Vec::new());
+            let p = &self.plan;
+            let (slots, n, attention) = match &self.device {
+                Some(d) => (device_slots(p, d.slots.addr), p.device_slots, p.device_attention_slot_bytes),
+                None => (self.weights.flow.addresses().collect(), p.n_slots, p.attention_slot_bytes),
+            };
+            let apart = apart(&self.model, attention);
+            self.weights.feed = Box::new(Still { slots, n, apart, next: 0 });
         }
         let links = self.links;
         let mut pass = || -> Result<(), EngineError> {
@@ -126,39 +129,21 @@ impl Session {
         self.links = links;
         Ok(Some(seconds))
     }
-
-    /// Takes staging slots until the next unit finds none, so that nothing is read into one any more.
-    fn held_slots(&self) -> Result<Still, EngineError> {
-        let streamer = &self.weights.streamer;
-        streamer.restart();
-        let steps = schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
-        let units = steps.iter().filter_map(|s| if let Step::Unit(u) = s { Some(*u) } else { None });
-        let kept = kept(&self.model, self.plan.n_slots, self.plan.attention_slot_bytes);
-        let mut left = [self.plan.n_slots; 2];
-        for unit in units.cycle() {
-            let left = &mut left[usize::from(kept.units.get(unit).is_some_and(|k| *k))];
-            if *left == 0 {
-                break;
-            }
-            *left -= 1;
-            streamer.acquire(unit).map_err(super::session::stream_error)?;
-        }
-        Ok(Still { slots: streamer.addresses().collect(), kept, next: 0 })
-    }
 }
 
-/// A feed that brings nothing.
+/// A feed that brings nothing: slots in turn, as the flow would hand them over.
 struct Still {
     slots: Vec<u64>,
-    kept: Kept,
+    /// How many of them are for units that are not apart; all, if none is.
+    n: usize,
+    apart: Option<Vec<bool>>,
     next: usize,
 }
 
 impl Feed for Still {
     fn acquire(&mut self, unit: usize) -> Result<u64, StreamError> {
-        let first_kept = self.slots.len() - self.kept.slots;
-        let (others, attention) = self.slots.split_at(first_kept);
-        let of = if self.kept.units.get(unit).is_some_and(|k| *k) { attention } else { others };
+        let (others, attention) = self.slots.split_at(self.n);
+        let of = if self.apart.as_ref().is_some_and(|apart| apart[unit]) { attention } else { others };
         self.next = (self.next + 1) % of.len();
         Ok(of[self.next])
     }
@@ -170,8 +155,4 @@ impl Feed for Still {
     fn demand(&mut self, _: &[usize]) {}
 
     fn restart(&mut self) {}
-
-    fn stats(&self) -> FeedStats {
-        FeedStats::default()
-    }
 }

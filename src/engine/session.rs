@@ -197,8 +197,7 @@ impl Session {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), EngineError> {
         let began = Instant::now();
-        let stats = self.weights.streamer.stats();
-        let fed = self.weights.feed.stats();
+        let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
         let bytes = self.weights.bytes;
         let position = self.position();
         let result = self.make_room(tokens.len()).and_then(|()| self.fetch_rows(tokens)).and_then(|()| {
@@ -226,18 +225,19 @@ impl Session {
         self.last.extend_from_slice(tokens);
         self.last_class = class;
         if self.options.timeline {
-            self.weights.streamer.trace(EventKind::Pass, tokens.len(), 0, began, Instant::now());
+            self.weights.flow.trace(EventKind::Pass, tokens.len(), 0, began, Instant::now());
         }
         // What is compared with the roofline is passes of one token.
         if !self.measuring || tokens.len() == 1 {
-            let after = self.weights.streamer.stats();
+            let (after, fed_after) = (self.weights.flow.storage(), self.weights.flow.copies());
             let l = &mut self.links;
             l.passes += 1;
             l.pass_s += began.elapsed().as_secs_f64();
             l.nvme_bytes += after.bytes - stats.bytes;
             l.nvme_busy_s += (after.busy - stats.busy).as_secs_f64();
             l.storage_wait_s += (after.stall - stats.stall).as_secs_f64();
-            let fed_after = self.weights.feed.stats();
+            l.nvme_starts.merge(&after.starts.since(&stats.starts));
+            l.gpu_starts.merge(&fed_after.starts.since(&fed.starts));
             l.gpu_bytes += fed_after.bytes - fed.bytes;
             l.gpu_busy_s += (fed_after.busy - fed.busy).as_secs_f64();
             l.link_wait_s += (fed_after.stall - fed.stall).as_secs_f64();
@@ -280,7 +280,7 @@ impl Session {
         }
         self.row_offsets.clear();
         self.row_offsets.extend(tokens.iter().map(|&t| e.offset + u64::from(t) * e.row_bytes as u64));
-        self.weights.streamer.read_rows(e.file, &self.row_offsets, e.row_bytes, &mut self.rows).map_err(stream_error)
+        self.weights.flow.read_rows(e.file, &self.row_offsets, e.row_bytes, &mut self.rows).map_err(stream_error)
     }
 
     /// Copies a row of a tied head from a resident slice; `false` if its slice is streamed.
@@ -487,13 +487,13 @@ impl Session {
 
     /// The timeline's events so far; none without [`Options::timeline`].
     pub fn events(&self) -> Vec<Event> {
-        self.weights.streamer.events()
+        self.weights.flow.events()
     }
 
     /// Writes the timeline.
     pub fn write_timeline(&self, path: &Path) -> std::io::Result<()> {
         let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
-        self.weights.streamer.write_trace(&mut out)?;
+        self.weights.flow.write_trace(&mut out)?;
         std::io::Write::flush(&mut out)
     }
 }

@@ -9,14 +9,12 @@ use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{self, Backend, BackendError, DeviceAlloc, DeviceMemory, Dims, MemoryUse};
+use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
 use crate::model::{ForwardError, HParams, Held, Model, Scratch, UnitKind, UnitSpec, check_divisors, rope};
-use crate::pipeline::{
-    DeviceUnit, Direct, Feed, Kept, SpanIn, Step, Streamer, StreamerConfig, UnitLayout, Uploads, UploadsConfig, load,
-    load_to_device,
-};
+use crate::pipeline::{DeviceUnit, SpanIn, UnitLayout, load, load_to_device};
 use crate::plan::{Home, Limits, Plan, PlanError, UnitPart, UnitSize, format_at_least, format_bytes, place};
 use crate::state::Pages;
 use crate::storage::{Alignment, FileId, Reader, StorageError};
@@ -133,7 +131,7 @@ impl Session {
         })?;
         let mut places = Places::take(&plan, &sizes)?;
         let mut reader = reader;
-        // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the streamer.
+        // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the flow.
         unsafe { reader.attach(places.arena.base(), places.arena.len() as usize) }?;
         if let (Some(memory), Some((resident, slots))) = (&memory, device.take()) {
             if !places.arena.populate(machine::n_cpus(), starting.stop) {
@@ -146,12 +144,12 @@ impl Session {
         }
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
         // SAFETY: `reader` was bound anew after the places, so an early return drops it before their arena;
-        // later it is the streamer's, which the session drops before the arena.
+        // later it is the flow's, which the session drops before the arena.
         let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
-        let ring = Ring { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
+        let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let links = Links { storage_copies: reader.copies(), ..links(&model, &plan, places.device.is_some()) };
-        let (streamer, feed) = ring.start(&places, reader, opened.gguf.shards.len())?;
+        let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
 
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
         let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
@@ -164,7 +162,7 @@ impl Session {
         notes.dedup();
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
-        let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, streamer, traced);
+        let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
         let seq = pages.open();
@@ -347,8 +345,8 @@ unsafe fn load_resident(
     Ok(resident)
 }
 
-/// What the ring is built from.
-struct Ring<'a> {
+/// What the flow of streamed units is built from.
+struct Streams<'a> {
     model: &'a Model,
     plan: &'a Plan,
     sizes: &'a Sizes,
@@ -356,50 +354,64 @@ struct Ring<'a> {
     options: &'a Options,
 }
 
-impl Ring<'_> {
+impl Streams<'_> {
     fn start(
         self,
         places: &Places,
         reader: Box<dyn Reader>,
         n_files: usize,
-    ) -> Result<(Arc<Streamer>, Box<dyn Feed>), EngineError> {
-        let homes = &self.plan.homes;
-        let from_storage = |u: usize| homes[u] == Home::C;
-        let demand_max = self.model.hparams.n_experts;
-        let config = StreamerConfig {
+    ) -> Result<(Arc<Flow>, Box<dyn Feed>), EngineError> {
+        let device = match &places.device {
+            None => None,
+            Some(d) => {
+                let frames = device_slots(self.plan, d.slots.addr);
+                let engine = d.memory.copy_engine(frames.len())?;
+                Some(DeviceConfig { engine, resting: places.in_ram.clone(), frames })
+            }
+        };
+        let on_device = device.as_ref().map(|d| (Arc::clone(&d.engine), d.frames.clone()));
+        let config = FlowConfig {
+            spec: spec(self.model, self.plan, device.is_some()),
             layouts: Arc::clone(&self.sizes.layouts),
             names: self.names,
-            schedule: schedule(self.model, &from_storage),
-            demand_max,
-            slots: if homes.contains(&Home::C) { places.slots.clone() } else { Vec::new() },
-            kept: if homes.contains(&Home::C) {
-                kept(self.model, self.plan.n_slots, self.plan.attention_slot_bytes)
-            } else {
-                Kept::default()
-            },
+            frames: if self.plan.homes.contains(&Home::C) { places.slots.clone() } else { Vec::new() },
             rows: places.rows,
             trace_events: if self.options.timeline { TRACE_EVENTS } else { 0 },
+            n_files,
+            device,
         };
-        // SAFETY: the session drops the streamer before the arena, from which the regions are.
-        let streamer = unsafe { Streamer::start(config, reader, n_files) };
-        let streamer = Arc::new(streamer.map_err(StorageError::Threads)?);
-        let Some(device) = &places.device else {
-            return Ok((Arc::clone(&streamer), Box::new(Direct::new(streamer))));
+        // SAFETY: the session drops the flow before the arena and the device's memory, from which the regions and
+        // frames are; the plan made them large enough, and nothing else uses them.
+        let flow = unsafe { Flow::start(config, reader) };
+        let flow = Arc::new(flow.map_err(StorageError::Threads)?);
+        let units = match on_device {
+            None => Units::in_ram(Arc::clone(&flow)),
+            Some((engine, frames)) => Units::on_device(Arc::clone(&flow), engine, frames),
         };
-        let config = UploadsConfig {
-            unit_bytes: self.sizes.layouts.iter().map(|l| l.slot_bytes).collect(),
-            in_ram: places.in_ram.clone(),
-            schedule: schedule(self.model, &|u| homes[u] != Home::A),
-            demand_max,
-            experts_on_storage: streams_experts(self.model, &from_storage),
-            slots: device_slots(self.plan, device.slots.addr),
-            kept: kept(self.model, self.plan.device_slots, self.plan.device_attention_slot_bytes),
-        };
-        let engine = device.memory.copy_engine(config.slots.len())?;
-        // SAFETY: the session drops the uploads before the arena and the slots, which the plan made large enough.
-        let uploads = unsafe { Uploads::start(config, engine, Arc::clone(&streamer)) };
-        let uploads = uploads.map_err(StorageError::Threads)?;
-        Ok((streamer, Box::new(uploads)))
+        Ok((flow, Box::new(units)))
+    }
+}
+
+/// What streams, and through which frames.
+fn spec(model: &Model, plan: &Plan, on_device: bool) -> Spec {
+    let rests = |home: &Home| match home {
+        Home::A => Place::Device,
+        Home::B => Place::Host,
+        Home::C => Place::Storage,
+    };
+    let in_ram = if plan.homes.contains(&Home::C) { plan.n_slots } else { 0 };
+    let mut pools = PoolSpec::rings(Place::Host, in_ram, model.units.len(), apart(model, plan.attention_slot_bytes));
+    let attention = apart(model, plan.device_attention_slot_bytes);
+    pools.extend(PoolSpec::rings(Place::Device, plan.device_slots, model.units.len(), attention));
+    let streams = |u: usize| plan.homes[u] == Home::C || on_device && plan.homes[u] == Home::B;
+    Spec {
+        homes: plan.homes.iter().map(rests).collect(),
+        routed: model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect(),
+        site: if on_device { Place::Device } else { Place::Host },
+        steps: schedule(model, &streams),
+        demand_max: model.hparams.n_experts,
+        pools,
+        links: flow::links(),
     }
 }
 
@@ -409,13 +421,10 @@ pub(super) fn device_slots(plan: &Plan, base: u64) -> Vec<u64> {
     plan.slots_on_device().scan(base, next).collect()
 }
 
-/// Which slots of a ring of `n` buffers are for attention parts alone, where buffers have such slots.
-pub(super) fn kept(model: &Model, n: usize, attention_slot_bytes: u64) -> Kept {
-    if attention_slot_bytes == 0 {
-        return Kept::default();
-    }
-    let units = model.units.iter().map(|u| matches!(u.kind, UnitKind::Attention(_))).collect();
-    Kept { slots: n, units }
+/// The units that have slots of their own where buffers have such: attention parts.
+pub(super) fn apart(model: &Model, attention_slot_bytes: u64) -> Option<Vec<bool>> {
+    let is_attention = |u: &UnitSpec| matches!(u.kind, UnitKind::Attention(_));
+    (attention_slot_bytes > 0).then(|| model.units.iter().map(is_attention).collect())
 }
 
 /// Every tensor type of the model must have a kernel.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::flow::{Feed, Flow};
 use crate::model::{HELD, WeightError, WeightSource};
-use crate::pipeline::{EventKind, Feed, Streamer, UnitLayout};
+use crate::pipeline::{EventKind, UnitLayout};
 
 /// Resident and streamed units of a session.
 pub(super) struct Weights {
@@ -14,7 +15,7 @@ pub(super) struct Weights {
     /// Whether any expert is streamed: then every block has a hole in the schedule.
     any_streamed_expert: bool,
     pub feed: Box<dyn Feed>,
-    pub streamer: Arc<Streamer>,
+    pub flow: Arc<Flow>,
     /// The unit that is held and its address.
     held: Option<(usize, u64)>,
     since: Instant,
@@ -35,7 +36,7 @@ impl Weights {
         routed: &[bool],
         unit_bytes: Vec<u64>,
         feed: Box<dyn Feed>,
-        streamer: Arc<Streamer>,
+        flow: Arc<Flow>,
         traced: bool,
     ) -> Weights {
         let any_streamed_expert = routed.iter().zip(&resident).any(|(r, home)| *r && home.is_none());
@@ -45,7 +46,7 @@ impl Weights {
             resident,
             any_streamed_expert,
             feed,
-            streamer,
+            flow,
             held: None,
             since: Instant::now(),
             streamed: Vec::with_capacity(n_routed),
@@ -89,7 +90,7 @@ impl WeightSource for Weights {
     fn release(&mut self, unit: usize) -> Result<(), WeightError> {
         self.held = None;
         if self.traced {
-            self.streamer.trace(EventKind::Compute, unit, 0, self.since, Instant::now());
+            self.flow.trace(EventKind::Compute, unit, 0, self.since, Instant::now());
         }
         match self.resident[unit] {
             Some(_) => Ok(()),

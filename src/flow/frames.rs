@@ -7,8 +7,9 @@
 //! may come before, by [`Frames::hint`].
 //!
 //! A want gets its frame in the order of ranks and keeps it until its use has been reached, so that a frame that
-//! nobody claims, copies from or writes to is free. Moves start in the order of ranks too, but one whose source is
-//! still on its way holds up no other.
+//! nobody claims, copies from or writes to is free. Moves over a link start in the order of ranks too, also where the
+//! source of the earliest is still on its way: copies to a device queue in a stream, where one that waits for the last
+//! use of its frame would hold up an earlier one behind it.
 
 use std::collections::VecDeque;
 
@@ -69,6 +70,17 @@ pub struct PoolSpec {
     pub policy: Policy,
     /// By unit, whether it goes to these frames; no two pools of a place have a member in common.
     pub members: Vec<bool>,
+}
+
+impl PoolSpec {
+    /// Rings of `n` frames in `place`: one for all units, or a second one for those that are `apart`.
+    pub fn rings(place: Place, n: usize, n_units: usize, apart: Option<Vec<bool>>) -> Vec<PoolSpec> {
+        let ring = |members| PoolSpec { place, frames: n, policy: Policy::Ring, members };
+        match apart {
+            None => vec![ring(vec![true; n_units])],
+            Some(apart) => vec![ring(apart.iter().map(|a| !a).collect()), ring(apart)],
+        }
+    }
 }
 
 /// What a machine is made for.
@@ -248,6 +260,14 @@ impl<C> Pool<C> {
         }
     }
 
+    /// A frame that holds `unit`, or soon will, for a want that has none.
+    fn serving(&self, unit: usize) -> Option<usize> {
+        let there = (0..self.frames.len()).find(|&f| self.frames[f].serves(unit, self.policy));
+        // One that waits for its move has nothing in it yet.
+        let wanted = || self.wants.iter().find(|w| w.unit == unit && w.frame.is_some())?.frame;
+        there.or_else(|| if self.policy == Policy::Lru { wanted() } else { None })
+    }
+
     /// The free frame whose turn it is.
     fn victim(&self) -> Option<usize> {
         let n = self.frames.len();
@@ -284,7 +304,7 @@ impl<C> Pool<C> {
             if frame.is_some() {
                 continue;
             }
-            let serving = (0..self.frames.len()).find(|&f| self.frames[f].serves(unit, self.policy));
+            let serving = self.serving(unit);
             let early = self.is_early(&self.wants[at]);
             if early && !self.leaves_one(serving) {
                 return;
@@ -422,20 +442,24 @@ impl<C: Clone> Frames<C> {
         }
     }
 
-    /// The earliest want of a link's second place that waits for its move and whose source is there: pool, index, and
-    /// the frame of the source.
+    /// The earliest want of a link's second place that waits for its move, if its source is there: pool, index, and the
+    /// frame of the source.
     fn candidate(&self, link: usize) -> Option<(usize, usize, Option<usize>)> {
         let (from, to) = self.spec.links[link];
         if self.dead[link].is_some() {
             return None;
         }
+        let (p, at) = self.waiting(to)?;
+        Some((p, at, self.source(from, &self.pools[p].wants[at])?))
+    }
+
+    /// The earliest want of a place that waits for its move: pool and index.
+    fn waiting(&self, place: Place) -> Option<(usize, usize)> {
         let of = |(p, pool): (usize, &Pool<C>)| {
-            pool.wants.iter().enumerate().find_map(|(at, w)| {
-                let is_empty = matches!(pool.frames[w.frame?].content, Content::Empty);
-                is_empty.then_some((w.rank, (p, at, self.source(from, w)?)))
-            })
+            let waits = |w: &Want| w.frame.is_some_and(|f| matches!(pool.frames[f].content, Content::Empty));
+            pool.wants.iter().position(waits).map(|at| (pool.wants[at].rank, (p, at)))
         };
-        let pools = self.pools.iter().enumerate().filter(|(_, pool)| pool.place == to);
+        let pools = self.pools.iter().enumerate().filter(|(_, pool)| pool.place == place);
         pools.filter_map(of).min_by_key(|found| found.0).map(|found| found.1)
     }
 
@@ -455,14 +479,10 @@ impl<C: Clone> Frames<C> {
         self.candidate(link).is_some()
     }
 
-    /// Whether frames of `link`'s second place wait for units that are on their way to its first.
+    /// Whether what `link` is to carry next is on its way to its first place still.
     pub fn waits_for_source(&self, link: usize) -> bool {
         let (from, to) = self.spec.links[link];
-        let waits = |pool: &Pool<C>, w: &Want| {
-            let empty = w.frame.is_some_and(|f| matches!(pool.frames[f].content, Content::Empty));
-            empty && self.source(from, w).is_none()
-        };
-        self.pools.iter().any(|pool| pool.place == to && pool.wants.iter().any(|w| waits(pool, w)))
+        self.waiting(to).is_some_and(|(p, at)| self.source(from, &self.pools[p].wants[at]).is_none())
     }
 
     /// The next move of `link`: it is taken to be under way until [`Frames::moved`] or [`Frames::give_back`].
@@ -494,9 +514,12 @@ impl<C: Clone> Frames<C> {
         pool.frames[m.to - pool.first].content = Content::Empty;
     }
 
-    /// A link that carries moves to the place of use in order with the work there has queued a move: work called from
-    /// now on comes after it.
-    pub fn queued(&mut self, m: Move) {
+    /// A link has started a move. Where it goes to a device, which orders moves and work by itself, work that is called
+    /// from now on comes after it, and its unit may be handed over.
+    pub fn queued(&mut self, link: usize, m: Move) {
+        if self.spec.links[link].1 != Place::Device {
+            return;
+        }
         let pool = &mut self.pools[m.pool];
         if let Content::Filling { id, queued, .. } = &mut pool.frames[m.to - pool.first].content
             && *id == m.id
@@ -557,10 +580,25 @@ impl<C: Clone> Frames<C> {
             None if over => self.late = Some((m.rank, cause)),
             None => self.unused_failures += 1,
         }
-        let pool = &mut self.pools[m.pool];
-        for w in pool.wants.iter_mut().filter(|w| w.frame == Some(f) && w.rank != m.rank) {
-            w.frame = None;
-            pool.frames[f].claims -= 1;
+        for at in 0..self.pools[m.pool].wants.len() {
+            let pool = &mut self.pools[m.pool];
+            let w = &mut pool.wants[at];
+            if w.frame == Some(f) && w.rank != m.rank {
+                w.frame = None;
+                pool.frames[f].claims -= 1;
+                let rank = w.rank;
+                self.want_stages(m.unit, rank);
+            }
+        }
+    }
+
+    /// Wants what a unit that is to be brought anew needs on its way, where that was thought to be served.
+    fn want_stages(&mut self, unit: usize, rank: Rank) {
+        for p in 0..self.pools.len() {
+            let place = self.pools[p].place;
+            if place != self.spec.site && self.pool_of(place, unit) == Some(p) {
+                self.pools[p].add(unit, rank);
+            }
         }
     }
 
@@ -756,9 +794,9 @@ impl<C: Clone> Frames<C> {
         self.unused_failures
     }
 
-    /// Units of the schedule and of holes: see [`Spec::steps`].
-    pub fn steps(&self) -> &[Step] {
-        &self.spec.steps
+    /// Frames of a place, of all pools.
+    pub fn frames_of(&self, place: Place) -> usize {
+        self.pools.iter().filter(|p| p.place == place).map(|p| p.frames.len()).sum()
     }
 }
 

@@ -288,7 +288,7 @@ impl World {
                 self.copies += 1;
                 self.last_copy[m.to] = self.copies;
                 self.stream.push_back(Queued { m, after: self.last_compute[m.to], running: false });
-                self.frames.queued(m);
+                self.frames.queued(l, m);
             }
         }
         self.wake();

@@ -211,7 +211,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` and is unmapped once. The streamer drops its reader,
+        // SAFETY: the mapping was made by `new` and is unmapped once. The flow drops its reader,
         // which waits for reads in flight, before the arena.
         let _ = unsafe { munmap(self.map.cast(), self.map_len) };
     }

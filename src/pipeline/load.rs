@@ -2,13 +2,16 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::streamer::{POLL, StreamError};
+use super::error::StreamError;
 use super::unit::UnitLayout;
 use crate::backend::{BackendError, CopyEngine};
 use crate::memory::Region;
 use crate::storage::{Completion, ReadRequest, Reader};
 
+/// How long a wait for reads may last before it is asked whether to go on.
+const POLL: Duration = Duration::from_millis(2);
 /// Units that are read at once.
 const LANES: usize = 4;
 
@@ -137,7 +140,6 @@ mod tests {
     use crate::storage::{Alignment, FileId, ReadError, Script, ScriptedReader};
     use std::cell::Cell;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    use std::time::Duration;
 
     const UNIT: u64 = 5000;
 

@@ -5,12 +5,11 @@ mod machine;
 mod place;
 mod predict;
 mod simulate;
-mod size;
 mod work;
 
+pub use crate::units::{format_at_least, format_bytes, parse_size};
 pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
 pub use place::{BUFFERS_MAX, Home, Limits, Plan, PlanError, Tiers, UnitPart, UnitSize, place};
 pub use predict::{COPY_TRANSFERS, LinkName, Rates, Roofline, Traffic, roofline};
 pub use simulate::{COPY_GAP_S, Outcome, PassWork, Setup, Shares, SimUnit};
-pub use size::{format_at_least, format_bytes, parse_size};
 pub use work::{Site, UnitWork, cpu_decode_bytes_per_s, pass_s};

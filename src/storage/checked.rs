@@ -2,11 +2,10 @@
 //! read. Reads are widened to whole chunks, which the alignment asks of callers.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::extents::{CHUNK, Manifest, crc32c};
-use super::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
+use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
 
 /// What is known of one file: its manifest, and which tensor lies where.
 #[derive(Clone, Debug)]
@@ -175,8 +174,8 @@ impl Reader for Checked {
         self.inner.copies()
     }
 
-    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
-        self.inner.end_waits_at(wished);
+    fn bells(&self, to: &mut Vec<Arc<Bell>>) {
+        self.inner.bells(to);
     }
 
     unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {

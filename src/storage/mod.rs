@@ -5,6 +5,7 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+mod bell;
 pub mod bind;
 mod checked;
 pub mod extents;
@@ -25,6 +26,7 @@ mod uring;
 mod verify;
 pub mod vfio;
 
+pub use bell::Bell;
 pub use checked::{Checked, Corruption, Record};
 pub use file::{DirectFile, Part};
 pub use pread::PreadReader;
@@ -40,7 +42,6 @@ pub use verify::{VerifyError, verify};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// A file or device that a reader has opened, by index.
@@ -151,9 +152,9 @@ pub trait Reader: Send {
         Ok(())
     }
 
-    /// A wait in [`Reader::poll`] may end early, with nothing, once `wished` is true: there is something else to
-    /// submit. Readers whose waits end often anyhow, such as io_uring's with each chunk, do nothing.
-    fn end_waits_at(&mut self, _wished: Arc<AtomicBool>) {}
+    /// Adds the bells that end a wait in [`Reader::poll`] early, with nothing: all are rung where there is something
+    /// else to submit. A reader without bells is not to be waited for longer than a new request may wait.
+    fn bells(&self, _to: &mut Vec<Arc<Bell>>) {}
 
     /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside.
     ///

@@ -7,12 +7,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::split::{Chunk, Requests};
-use super::{Alignment, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
+use super::{Alignment, Bell, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
 
 /// Threads per copy, and so reads in flight.
 pub(crate) const THREADS: usize = 8;
 
-type Outcome = (Chunk, Result<u64, String>);
+/// A chunk that was read, or nothing where the bell was rung.
+type Outcome = Option<(Chunk, Result<u64, String>)>;
 
 /// A reader over a pool of threads.
 pub struct PreadReader {
@@ -22,6 +23,7 @@ pub struct PreadReader {
     outcomes: Receiver<Outcome>,
     threads: Vec<JoinHandle<()>>,
     n_flying: usize,
+    bell: Arc<Bell>,
 }
 
 impl PreadReader {
@@ -32,6 +34,8 @@ impl PreadReader {
         let (jobs, queue) = channel::<Chunk>();
         let queue = Arc::new(Mutex::new(queue));
         let (report, outcomes) = channel();
+        let ring = Sender::clone(&report);
+        let bell = Bell::new(move || _ = ring.send(None));
         let mut refused = None;
         let threads: Vec<_> = (0..THREADS * copies)
             .filter_map(|i| {
@@ -47,7 +51,7 @@ impl PreadReader {
             return Err(refused.unwrap_or_else(|| std::io::Error::other("no thread could be started")));
         }
         let requests = Requests::over(files.len(), copies);
-        Ok(PreadReader { files, requests, jobs: Some(jobs), outcomes, threads, n_flying: 0 })
+        Ok(PreadReader { files, requests, jobs: Some(jobs), outcomes, threads, n_flying: 0, bell })
     }
 
     fn issue(&mut self) {
@@ -65,7 +69,8 @@ impl PreadReader {
         }
     }
 
-    fn take(&mut self, (chunk, result): Outcome) {
+    fn take(&mut self, outcome: Outcome) {
+        let Some((chunk, result)) = outcome else { return };
         self.n_flying -= 1;
         self.requests.chunk_done(chunk, result, &self.files[chunk.file]);
     }
@@ -89,7 +94,7 @@ fn work(files: &[DirectFile], queue: &Mutex<Receiver<Chunk>>, report: &Sender<Ou
             }
         };
         f.forget(chunk.offset, chunk.len);
-        if report.send((chunk, result)).is_err() {
+        if report.send(Some((chunk, result))).is_err() {
             return;
         }
     }
@@ -119,11 +124,13 @@ impl Reader for PreadReader {
             self.take(outcome);
         }
         self.issue();
-        if let Some(wait) = wait.filter(|_| !self.requests.has_done() && self.n_flying > 0) {
+        let rung = self.bell.heard();
+        if let Some(wait) = wait.filter(|_| !rung && !self.requests.has_done() && self.n_flying > 0) {
             match self.outcomes.recv_timeout(wait) {
                 Ok(outcome) => self.take(outcome),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
+                Err(RecvTimeoutError::Timeout) if !self.threads.iter().all(JoinHandle::is_finished) => {}
+                // The bell keeps the channel open.
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     return Err(ReadError::Failed {
                         name: "pread".into(),
                         offset: 0,
@@ -133,9 +140,14 @@ impl Reader for PreadReader {
                 }
             }
             self.issue();
+            self.bell.heard();
         }
         self.requests.drain_done(out);
         Ok(())
+    }
+
+    fn bells(&self, to: &mut Vec<Arc<Bell>>) {
+        to.push(Arc::clone(&self.bell));
     }
 
     fn outstanding(&self) -> usize {

@@ -7,10 +7,9 @@
 //! drive may write to its memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError};
+use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError};
 
 /// One reader is waited for no longer than this before the others are looked at. Drives have many times
 /// that in their queues.
@@ -42,14 +41,22 @@ pub struct Striped {
     answers: Vec<Completion>,
     /// The copy that is waited for next.
     turn: usize,
-    wished: Option<Arc<AtomicBool>>,
+    bell: Arc<Bell>,
 }
 
 impl Striped {
     /// Deals over `readers`, at least one, each of which has files of `lens` bytes in this order.
     pub fn new(readers: Vec<Box<dyn Reader>>, lens: Vec<u64>) -> Striped {
         let copies = readers.into_iter().map(|reader| Copy { reader, extents: Vec::new() }).collect();
-        Striped { copies, lens, open: Vec::new(), finished: Vec::new(), answers: Vec::new(), turn: 0, wished: None }
+        Striped {
+            copies,
+            lens,
+            open: Vec::new(),
+            finished: Vec::new(),
+            answers: Vec::new(),
+            turn: 0,
+            bell: Bell::new(|| ()),
+        }
     }
 
     /// Cuts an extent at the stripes and hands the pieces to their copies. A piece ends where the last
@@ -121,9 +128,10 @@ impl Reader for Striped {
         self.copies.iter().any(|c| c.reader.copies())
     }
 
-    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
-        self.copies.iter_mut().for_each(|c| c.reader.end_waits_at(Arc::clone(&wished)));
-        self.wished = Some(wished);
+    /// Its own bell ends the round of turns, those of its readers end the turn of one.
+    fn bells(&self, to: &mut Vec<Arc<Bell>>) {
+        to.push(Arc::clone(&self.bell));
+        self.copies.iter().for_each(|c| c.reader.bells(to));
     }
 
     unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
@@ -168,8 +176,7 @@ impl Reader for Striped {
                 self.ask(i, None)?;
             }
             let left = end.map_or(Duration::ZERO, |e| e.saturating_duration_since(Instant::now()));
-            let wished = self.wished.as_ref().is_some_and(|w| w.load(Ordering::Relaxed));
-            if !wished
+            if !self.bell.heard()
                 && self.finished.is_empty()
                 && !left.is_zero()
                 && let Some(i) = self.busy()

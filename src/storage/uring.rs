@@ -3,15 +3,17 @@
 //! Registered buffers are not used: for reads of 1 MiB they measured no gain, and they are charged
 //! against the locked-memory limit, which is 8 MiB for ordinary users.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::split::{Chunk, Requests};
-use super::{Alignment, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader};
+use super::{Alignment, Bell, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader};
 
 /// How often, a millisecond apart, the end of reads in flight is asked for when the kernel refuses to
 /// wait for it.
@@ -61,10 +63,14 @@ pub(crate) fn read_entry(
     read.build().user_data(tag).flags(flags)
 }
 
+fn n_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 /// Threads that read `file` with `depth` reads in flight: the kernel's workers where reads are copies, of
 /// which more than four a processor only wait, else the one that submits.
 pub(crate) fn reading_threads(file: &DirectFile, depth: usize) -> usize {
-    if file.copies { depth.clamp(1, 4 * crate::machine::n_cpus()) } else { 1 }
+    if file.copies { depth.clamp(1, 4 * n_cpus()) } else { 1 }
 }
 
 /// Lets the kernel start as many workers as [`reading_threads`] says. Left alone, it keeps for each thread the
@@ -78,6 +84,35 @@ pub(crate) fn allow_workers(ring: &IoUring, file: &DirectFile, depth: usize) {
     }
 }
 
+/// User data of the read that the bell ends.
+const BELL: u64 = u64::MAX;
+/// Longest wait where the kernel refuses the bell's read.
+const WITHOUT_BELL: Duration = Duration::from_millis(2);
+
+/// The reader's bell: an eventfd, a registered file like the others, that a read in the ring waits for.
+struct Ringing {
+    bell: Arc<Bell>,
+    event: File,
+    index: u32,
+    /// Where the kernel puts the count; the read may be in flight as long as this lives.
+    count: Box<u64>,
+    /// Whether the read is in flight.
+    armed: bool,
+    broken: bool,
+}
+
+impl Ringing {
+    fn entry(&mut self) -> squeue::Entry {
+        opcode::Read::new(types::Fixed(self.index), (&raw mut *self.count).cast(), 8).build().user_data(BELL)
+    }
+
+    /// The read has ended.
+    fn ended(&mut self, result: i32) {
+        self.armed = false;
+        self.broken |= result < 0 && !passing(Some(-result));
+    }
+}
+
 /// A reader over one io_uring.
 pub struct UringReader {
     ring: IoUring,
@@ -86,6 +121,7 @@ pub struct UringReader {
     /// Chunks in flight, by user data.
     flying: Vec<Option<Chunk>>,
     n_flying: usize,
+    ringing: Ringing,
     /// What the kernel said when a request was submitted: the request was taken all the same.
     broken: Option<ReadError>,
 }
@@ -95,13 +131,15 @@ impl UringReader {
     /// that io_uring is refused here.
     pub fn new(files: &[DirectFile], copies: usize) -> io::Result<UringReader> {
         let depth = QUEUE_DEPTH * copies;
-        let ring = build(depth as u32)?;
+        // One more for the bell.
+        let ring = build(depth as u32 + 1)?;
         let mut probe = io_uring::Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         if !probe.is_supported(opcode::Read::CODE) {
             return Err(io::Error::other("this kernel's io_uring cannot read"));
         }
-        let fds: Vec<i32> = files.iter().map(|f| f.file.as_raw_fd()).collect();
+        let (bell, event) = Bell::with_event(false)?;
+        let fds: Vec<i32> = files.iter().map(|f| f.file.as_raw_fd()).chain([event.as_raw_fd()]).collect();
         ring.submitter().register_files(&fds)?;
         if let Some(file) = files.iter().find(|f| f.copies) {
             allow_workers(&ring, file, depth);
@@ -113,6 +151,14 @@ impl UringReader {
             requests: Requests::over(files.len(), copies),
             flying: vec![None; depth],
             n_flying: 0,
+            ringing: Ringing {
+                bell,
+                event,
+                index: files.len() as u32,
+                count: Box::default(),
+                armed: false,
+                broken: false,
+            },
             broken: None,
         })
     }
@@ -141,6 +187,17 @@ impl UringReader {
         }
     }
 
+    /// Waits for completions, or the bell.
+    fn wait(&mut self, wait: Duration) -> Result<(), ReadError> {
+        if !self.ringing.armed && !self.ringing.broken {
+            let entry = self.ringing.entry();
+            // SAFETY: the count lives as long as the reader, whose drop ends the read and waits for it.
+            self.ringing.armed = unsafe { self.ring.submission().push(&entry) }.is_ok();
+        }
+        let wait = if self.ringing.armed { wait } else { wait.min(WITHOUT_BELL) };
+        self.enter(1, Some(wait))
+    }
+
     fn push(&mut self, chunk: Chunk) {
         let Some(slot) = self.flying.iter().position(Option::is_none) else {
             self.requests.again(chunk);
@@ -162,6 +219,10 @@ impl UringReader {
     /// Takes completions from the kernel.
     fn reap(&mut self) {
         for cqe in self.ring.completion() {
+            if cqe.user_data() == BELL {
+                self.ringing.ended(cqe.result());
+                continue;
+            }
             let Some(chunk) = self.flying.get_mut(cqe.user_data() as usize).and_then(Option::take) else { continue };
             self.n_flying -= 1;
             let file = &self.files[chunk.file];
@@ -212,18 +273,22 @@ impl Reader for UringReader {
         }
         self.reap();
         let idle = self.requests.outstanding() == 0;
-        if idle || self.requests.has_done() || wait.is_none() {
-            if !idle {
-                self.enter(0, None)?;
-            }
-        } else {
-            self.enter(1, wait)?;
+        let rung = self.ringing.bell.heard();
+        if let Some(wait) = wait.filter(|_| !idle && !rung && !self.requests.has_done()) {
+            self.wait(wait)?;
             self.reap();
+            self.ringing.bell.heard();
             // The queue is refilled at once, so that it does not run dry while the caller works.
+            self.enter(0, None)?;
+        } else if !idle {
             self.enter(0, None)?;
         }
         self.requests.drain_done(out);
         Ok(())
+    }
+
+    fn bells(&self, to: &mut Vec<Arc<Bell>>) {
+        to.push(Arc::clone(&self.ringing.bell));
     }
 
     fn outstanding(&self) -> usize {
@@ -257,7 +322,14 @@ pub(crate) fn drain(ring: &mut IoUring, mut n_flying: usize) {
 
 impl Drop for UringReader {
     fn drop(&mut self) {
-        drain(&mut self.ring, self.n_flying);
+        let mut n_flying = self.n_flying;
+        if self.ringing.armed {
+            use std::io::Write;
+            // The bell's read ends with this, and is waited for too; a full counter has ended it already.
+            let _ = self.ringing.event.write(&1u64.to_ne_bytes());
+            n_flying += 1;
+        }
+        drain(&mut self.ring, n_flying);
     }
 }
 
@@ -296,7 +368,7 @@ pub(crate) mod tests {
         assert_eq!(reading_threads(&file, 16), 1);
         file.copies = true;
         assert_eq!((reading_threads(&file, 1), reading_threads(&file, 4)), (1, 4));
-        assert_eq!(reading_threads(&file, 100_000), 4 * crate::machine::n_cpus());
+        assert_eq!(reading_threads(&file, 100_000), 4 * n_cpus());
     }
 
     #[test]
@@ -320,6 +392,33 @@ pub(crate) mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    /// Guards against a request that is not seen until reads in flight have ended: the bell ends a wait, one that was
+    /// rung before it as well, and the reader ends with its bell's read in flight.
+    #[test]
+    fn the_bell_ends_waits() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        f.as_file().set_len(1 << 20).unwrap();
+        let Ok(mut reader) = UringReader::new(&[DirectFile::open(f.path()).unwrap()], 1) else { return };
+        let mut bells = Vec::new();
+        reader.bells(&mut bells);
+        let long = Duration::from_secs(600);
+        for late in [false, true, false] {
+            let bell = Arc::clone(&bells[0]);
+            let ringing = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(if late { 30 } else { 0 }));
+                bell.ring();
+            });
+            // Nothing else is in flight that could end it.
+            while !bells[0].heard() {
+                reader.wait(long).unwrap();
+                reader.reap();
+            }
+            ringing.join().unwrap();
+        }
+        reader.wait(Duration::from_millis(1)).unwrap();
+        assert!(reader.ringing.armed || reader.ringing.broken);
     }
 
     #[test]

@@ -70,6 +70,12 @@ impl CopyEngine for Transfer {
         Ok(s.copied.ms_since(&s.began).ok().map(|ms| f64::from(ms) / 1e3))
     }
 
+    fn try_copied(&self, slot: usize) -> Result<Option<Option<f64>>, BackendError> {
+        let s = &self.slots[slot];
+        self.copy.device().bind()?;
+        Ok(s.copied.query()?.then(|| s.copied.ms_since(&s.began).ok().map(|ms| f64::from(ms) / 1e3)))
+    }
+
     fn acquire(&self, slot: usize) -> Result<(), BackendError> {
         self.compute.wait(&self.slots[slot].copied)
     }

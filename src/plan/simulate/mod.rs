@@ -1,9 +1,9 @@
-//! The ring before it runs: the state machines of [`crate::pipeline`], driven by a clock that only counts.
+//! The flow before it runs: the machine of [`crate::flow`], driven by a clock that only counts.
 //!
 //! Reads end after each other at storage's rate, copies one at a time in order, computing goes unit by
 //! unit; what runs at once shares RAM and processors. No thread, no device, no chance but a seed (which
-//! experts are chosen). The driving follows `pipeline::streamer` and `pipeline::uploads` step by step: slots
-//! on a device are given back when computing is called, and copies into them wait for its end.
+//! experts are chosen). Frames on a device are given back when computing is called, and copies into them wait for its
+//! end.
 
 mod share;
 mod world;

@@ -1,4 +1,4 @@
-//! The simulated world: storage, the copying thread, the device's two streams, and who computes.
+//! The simulated world around [`Frames`]: storage, the device's two streams, and the compute thread.
 
 use std::collections::VecDeque;
 
@@ -7,11 +7,13 @@ use rand_chacha::ChaCha8Rng;
 
 use super::share::{Demand, speeds};
 use super::{Outcome, PassWork, Setup, Shares};
-use crate::pipeline::{Acquire, Event, EventKind, Kept, Ring, Step};
+use crate::flow::{COPIES_MAX, Frames, Hold, Move, Place, PoolSpec, Rank, Spec, Step, links};
+use crate::pipeline::{Event, EventKind};
 use crate::plan::{COPY_TRANSFERS, Home, UnitPart};
 
-/// Copies that are started beyond the one that runs (as in `pipeline::uploads`).
-const COPIES_AHEAD: usize = 1;
+/// The links of the machine.
+const STORAGE: usize = 0;
+const COPIES: usize = 1;
 
 /// Share of storage's rate that one unit alone reaches where reads are copies by processors that have nothing
 /// else to do (H100, /dev/shm: 16.6 GB/s with two buffers, of which one is being copied from, and 21.9 with
@@ -30,18 +32,18 @@ const READ_SHARE_MAX: f64 = 0.9;
 struct Running {
     unit: Option<usize>,
     slot: usize,
+    /// What it carries.
+    carries: Option<Move>,
     began: f64,
     /// Seconds left at full speed.
     left: f64,
     demand: Demand,
 }
 
-/// A copy that was handed to the device.
+/// A copy that was queued on the device.
 #[derive(Clone, Copy, Debug)]
 struct Copy {
-    unit: usize,
-    slot: usize,
-    staged: Option<usize>,
+    carries: Move,
     /// It waits until so many computes have ended.
     after_computes: u64,
 }
@@ -56,23 +58,7 @@ struct Compute {
     after_copies: u64,
 }
 
-/// What the copying thread is at.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Copier {
-    Look,
-    /// Wants a unit that is read; `landing`: it waits for its copies first.
-    Take {
-        unit: usize,
-        slot: usize,
-        landing: bool,
-    },
-    /// Waits for the oldest copy; then who computes is told of the last one, into `called`.
-    Land {
-        called: Option<usize>,
-    },
-}
-
-/// What whoever computes does next.
+/// What the compute thread does next.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Do {
     Compute(usize),
@@ -85,35 +71,29 @@ enum Do {
 pub(super) struct World<'a> {
     setup: &'a Setup,
     now: f64,
-    staging: Ring,
-    /// The ring in VRAM.
-    device: Option<Ring>,
+    frames: Frames<()>,
     holes: bool,
-    storage_holes: bool,
     rng: ChaCha8Rng,
 
-    reads: VecDeque<(usize, usize)>,
+    /// Reads that were taken, of which one runs at a time.
+    reads: VecDeque<Move>,
     reading: Option<Running>,
 
-    copier: Copier,
-    flying: VecDeque<Copy>,
     copies: VecDeque<Copy>,
     copying: Option<Running>,
-    copies_called: u64,
+    copies_queued: u64,
     copies_done: u64,
-    /// Copies whose end the copying thread has seen.
-    landed: u64,
-    /// By device slot: the last copy into it, and the last compute from it, counted from 1.
-    slot_copy: Vec<u64>,
-    slot_compute: Vec<u64>,
+    /// By device frame: the last copy into it, and the last compute from it, counted from 1.
+    last_copy: Vec<u64>,
+    last_compute: Vec<u64>,
 
     program: VecDeque<Do>,
     computes: VecDeque<Compute>,
     computing: Option<Running>,
     computes_called: u64,
     computes_done: u64,
-    /// A staging slot that processors compute from.
-    held: Option<usize>,
+    /// The use of a frame that processors compute from.
+    held: Option<Rank>,
 
     /// Without wrap-around: reads and copies that may still start in this pass.
     reads_left: usize,
@@ -124,44 +104,22 @@ pub(super) struct World<'a> {
 
 impl<'a> World<'a> {
     pub fn new(setup: &'a Setup) -> World<'a> {
-        let units = &setup.units;
-        let streamed = |i: usize| setup.on_device && units[i].home != Home::A;
-        let on_storage = |i: usize| units[i].home == Home::C;
-        let experts = |wanted: &dyn Fn(usize) -> bool| (0..units.len()).any(|i| units[i].size.routed() && wanted(i));
-        let demand_max = most_experts(setup);
-        let (holes, storage_holes) = (experts(&|i| streamed(i) || on_storage(i)), experts(&on_storage));
-        let ring = |buffers: usize, attention: bool, steps: Vec<Step>| {
-            let units = units.iter().map(|u| attention && u.size.part == UnitPart::Attention).collect();
-            let slots = if attention { buffers } else { 0 };
-            Ring::new(buffers + slots, steps, demand_max).keeping(Kept { slots, units })
-        };
-        let staging_steps = schedule(setup, &on_storage, storage_holes);
-        let staging = ring(setup.staging_slots, setup.staging_attention, staging_steps);
-        let device = setup.on_device.then(|| {
-            let steps = schedule(setup, &streamed, holes);
-            let reads = steps.iter().any(|s| matches!(s, Step::Unit(u) if on_storage(*u)));
-            let ring = ring(setup.device_slots, setup.device_attention, steps);
-            if reads || storage_holes { ring.in_strict_order() } else { ring }
-        });
+        let frames = Frames::new(spec(setup));
+        let n = frames.frames_of(Place::Device);
         World {
             setup,
             now: 0.0,
-            staging,
-            device,
-            holes,
-            storage_holes,
+            holes: streams_experts(setup),
+            frames,
             rng: ChaCha8Rng::seed_from_u64(setup.seed),
             reads: VecDeque::new(),
             reading: None,
-            copier: Copier::Look,
-            flying: VecDeque::new(),
             copies: VecDeque::new(),
             copying: None,
-            copies_called: 0,
+            copies_queued: 0,
             copies_done: 0,
-            landed: 0,
-            slot_copy: vec![0; 2 * setup.device_slots],
-            slot_compute: vec![0; 2 * setup.device_slots],
+            last_copy: vec![0; n],
+            last_compute: vec![0; n],
             program: VecDeque::new(),
             computes: VecDeque::new(),
             computing: None,
@@ -186,7 +144,8 @@ impl<'a> World<'a> {
                     break;
                 }
                 if !self.advance() {
-                    // Nothing runs and nothing can start: a setup without the slots that it needs.
+                    // Nothing runs and nothing can start: a setup without the frames that it needs.
+                    self.frames.give_up();
                     break;
                 }
             }
@@ -220,11 +179,8 @@ impl<'a> World<'a> {
     /// Lets everything happen that takes no time.
     fn settle(&mut self, pass: &PassWork) {
         loop {
-            let mut moved = self.read_on();
-            // The copying thread is through with its turn before a thread that it wakes has looked.
-            while self.copy_on() {
-                moved = true;
-            }
+            let mut moved = self.take_reads();
+            moved |= self.queue_copies();
             moved |= self.compute_on(pass);
             moved |= self.start();
             if !moved {
@@ -233,109 +189,39 @@ impl<'a> World<'a> {
         }
     }
 
-    fn read_on(&mut self) -> bool {
-        let mut moved = false;
+    /// The thread of storage.
+    fn take_reads(&mut self) -> bool {
+        let before = self.reads.len();
         while self.reads_left > 0
-            && let Some((unit, slot)) = self.staging.next_read()
+            && let Some(m) = self.frames.next_move(STORAGE)
         {
-            self.reads.push_back((unit, slot));
+            self.reads.push_back(m);
             self.reads_left -= 1;
-            moved = true;
         }
-        moved
+        self.reads.len() > before
     }
 
-    /// The copying thread (`pipeline::uploads`).
-    fn copy_on(&mut self) -> bool {
-        let Some(ring) = &mut self.device else { return false };
-        match self.copier {
-            Copier::Look => {
-                let next = if self.copies_left > 0 { ring.next_read() } else { None };
-                match next {
-                    Some((unit, slot)) => {
-                        self.copies_left -= 1;
-                        if self.setup.units[unit].home == Home::C {
-                            self.copier = Copier::Take { unit, slot, landing: false };
-                        } else {
-                            self.call_copy(unit, slot, None);
-                        }
-                        true
-                    }
-                    None if self.flying.is_empty() => false,
-                    None => {
-                        self.copier = Copier::Land { called: None };
-                        true
-                    }
-                }
-            }
-            Copier::Take { landing: true, unit, slot } => {
-                let moved = self.land();
-                if self.flying.is_empty() {
-                    self.copier = Copier::Take { landing: false, unit, slot };
-                    return true;
-                }
-                moved
-            }
-            Copier::Take { unit, slot, .. } => match self.staging.acquire(unit) {
-                Acquire::Ready(staged) => {
-                    self.call_copy(unit, slot, Some(staged));
-                    true
-                }
-                _ if self.flying.is_empty() => false,
-                _ => {
-                    self.copier = Copier::Take { unit, slot, landing: true };
-                    true
-                }
-            },
-            Copier::Land { called } => {
-                let moved = self.land();
-                if moved && self.flying.len() <= COPIES_AHEAD + 1 {
-                    self.tell(called);
-                }
-                moved
-            }
+    /// The thread of copies.
+    fn queue_copies(&mut self) -> bool {
+        let before = self.copies_queued;
+        while self.copies_left > 0
+            && (self.copies_queued - self.copies_done) < COPIES_MAX as u64
+            && let Some(m) = self.frames.next_move(COPIES)
+        {
+            self.copies_left -= 1;
+            self.copies_queued += 1;
+            self.last_copy[m.to] = self.copies_queued;
+            self.copies.push_back(Copy { carries: m, after_computes: self.last_compute[m.to] });
+            self.frames.queued(COPIES, m);
         }
+        self.copies_queued > before
     }
 
-    fn call_copy(&mut self, unit: usize, slot: usize, staged: Option<usize>) {
-        self.copies_called += 1;
-        self.slot_copy[slot] = self.copies_called;
-        let copy = Copy { unit, slot, staged, after_computes: self.slot_compute[slot] };
-        self.copies.push_back(copy);
-        self.flying.push_back(copy);
-        if self.flying.len() > COPIES_AHEAD + 1 {
-            self.copier = Copier::Land { called: Some(slot) };
-        } else {
-            self.tell(Some(slot));
-        }
-    }
-
-    /// Tells the compute side that this slot's copy has been queued.
-    fn tell(&mut self, called: Option<usize>) {
-        if let (Some(ring), Some(slot)) = (&mut self.device, called) {
-            ring.read_done(slot, true);
-        }
-        self.copier = Copier::Look;
-    }
-
-    /// Sees the end of the oldest copy, if it has come.
-    fn land(&mut self) -> bool {
-        if self.landed == self.copies_done {
-            return false;
-        }
-        let Some(copy) = self.flying.pop_front() else { return false };
-        self.landed += 1;
-        if let Some(staged) = copy.staged {
-            self.staging.release(staged);
-        }
-        true
-    }
-
-    /// Who calls computing (`model::forward`).
+    /// The compute thread (`model::forward`).
     fn compute_on(&mut self, pass: &PassWork) -> bool {
         let idle = self.computes_done == self.computes_called;
-        if idle && let Some(slot) = self.held.take() {
-            self.staging.release(slot);
+        if idle && let Some(rank) = self.held.take() {
+            self.frames.reached(rank);
             return true;
         }
         match self.program.front().copied() {
@@ -368,22 +254,22 @@ impl<'a> World<'a> {
 
     fn call_compute(&mut self, unit: usize, seconds: f64) -> bool {
         let resident = Compute { unit: Some(unit), slot: 0, seconds, after_copies: 0 };
-        match (self.setup.units[unit].home, &mut self.device) {
-            (Home::A, _) => self.push_compute(resident),
-            (_, Some(ring)) => {
-                let Acquire::Ready(slot) = ring.acquire(unit) else { return false };
-                ring.release(slot);
-                self.push_compute(Compute { slot, after_copies: self.slot_copy[slot], ..resident });
-                self.slot_compute[slot] = self.computes_called;
-            }
-            // Processors compute before the call returns.
-            (_, None) if self.computes_done < self.computes_called => return false,
-            (Home::B, None) => self.push_compute(resident),
-            (Home::C, None) => {
-                let Acquire::Ready(slot) = self.staging.acquire(unit) else { return false };
-                self.held = Some(slot);
-                self.push_compute(Compute { slot, ..resident });
-            }
+        // Processors compute before the call returns.
+        if !self.setup.on_device && self.computes_done < self.computes_called {
+            return false;
+        }
+        if !streams(self.setup, unit) {
+            self.push_compute(resident);
+            return true;
+        }
+        let Hold::Ready(slot, rank) = self.frames.hold(unit) else { return false };
+        if self.setup.on_device {
+            self.push_compute(Compute { slot, after_copies: self.last_copy[slot], ..resident });
+            self.last_compute[slot] = self.computes_called;
+            self.frames.reached(rank);
+        } else {
+            self.push_compute(Compute { slot, ..resident });
+            self.held = Some(rank);
         }
         true
     }
@@ -398,21 +284,10 @@ impl<'a> World<'a> {
             of.swap(i, j);
         }
         of.truncate(experts.min(n));
-        let resident = |u: usize| match units[u].home {
-            Home::A => true,
-            Home::B => self.device.is_none(),
-            Home::C => false,
-        };
-        of.sort_unstable_by_key(|&u| (!resident(u), u));
-        let streamed: Vec<usize> = of.iter().copied().filter(|&u| !resident(u)).collect();
-        if self.storage_holes {
-            let read: Vec<usize> = streamed.iter().copied().filter(|&u| units[u].home == Home::C).collect();
-            self.staging.demand(&read);
-        }
-        if self.holes
-            && let Some(ring) = &mut self.device
-        {
-            ring.demand(&streamed);
+        of.sort_unstable_by_key(|&u| (streams(self.setup, u), u));
+        if self.holes {
+            let streamed: Vec<usize> = of.iter().copied().filter(|&u| streams(self.setup, u)).collect();
+            self.frames.demand(&streamed);
         }
         for u in of.into_iter().rev() {
             self.program.push_front(Do::Compute(u));
@@ -424,22 +299,25 @@ impl<'a> World<'a> {
         let mut moved = false;
         let rates = &self.setup.rates;
         let bytes = |u: usize| self.setup.units[u].size.slot_bytes as f64;
-        let running = |unit, slot, left: f64, demand| Some(Running { unit, slot, began: self.now, left, demand });
+        let running = |unit, slot, carries, left: f64, demand| {
+            Some(Running { unit, slot, carries, began: self.now, left, demand })
+        };
         if self.reading.is_none()
-            && let Some((unit, slot)) = self.reads.pop_front()
+            && let Some(m) = self.reads.pop_front()
         {
             let n = rates.nvme.unwrap_or(f64::INFINITY);
             let demand = if rates.copies { [COPY_TRANSFERS * n, COPY_PROCESSORS] } else { [n, 0.0] };
-            self.reading = running(Some(unit), slot, bytes(unit) / n, finite(demand));
+            self.reading = running(Some(m.unit), m.to, Some(m), bytes(m.unit) / n, finite(demand));
             moved = true;
         }
         if self.copying.is_none()
             && self.copies.front().is_some_and(|c| c.after_computes <= self.computes_done)
-            && let Some(c) = self.copies.pop_front()
+            && let Some(Copy { carries: m, .. }) = self.copies.pop_front()
         {
             let g = rates.gpu.unwrap_or(f64::INFINITY);
-            let seconds = bytes(c.unit) / g + self.setup.copy_gap_s;
-            self.copying = running(Some(c.unit), c.slot, seconds, finite([bytes(c.unit) / seconds, 0.0]));
+            let seconds = bytes(m.unit) / g + self.setup.copy_gap_s;
+            let demand = finite([bytes(m.unit) / seconds, 0.0]);
+            self.copying = running(Some(m.unit), m.to, Some(m), seconds, demand);
             moved = true;
         }
         if self.computing.is_none()
@@ -449,7 +327,7 @@ impl<'a> World<'a> {
             let on_processors = !self.setup.on_device && c.unit.is_some() && c.seconds > 0.0;
             let rate = c.unit.map_or(0.0, |u| bytes(u) / c.seconds);
             let demand = if on_processors { [rate, 1.0] } else { [0.0; 2] };
-            self.computing = running(c.unit, c.slot, c.seconds, demand);
+            self.computing = running(c.unit, c.slot, None, c.seconds, demand);
             moved = true;
         }
         moved
@@ -520,7 +398,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Tells the rings what has ended.
+    /// Tells the machine what has ended.
     fn end(&mut self) {
         let over = |r: &mut Option<Running>| r.take_if(|r| r.left <= 0.0);
         let now = self.now;
@@ -532,16 +410,23 @@ impl<'a> World<'a> {
             end_ns: (now * 1e9) as u64,
         };
         if let Some(r) = over(&mut self.reading) {
-            self.staging.read_done(r.slot, true);
+            self.moved(STORAGE, &r);
             self.events.extend(r.unit.map(|u| event(EventKind::Read, &r, u)));
         }
         if let Some(r) = over(&mut self.copying) {
             self.copies_done += 1;
+            self.moved(COPIES, &r);
             self.events.extend(r.unit.map(|u| event(EventKind::Copy, &r, u)));
         }
         if let Some(r) = over(&mut self.computing) {
             self.computes_done += 1;
             self.events.extend(r.unit.map(|u| event(EventKind::Compute, &r, u)));
+        }
+    }
+
+    fn moved(&mut self, link: usize, r: &Running) {
+        if let Some(m) = r.carries {
+            self.frames.moved(link, m, Ok(()));
         }
     }
 }
@@ -557,11 +442,52 @@ fn most_experts(setup: &Setup) -> usize {
     runs.map(|r| r.iter().filter(|u| u.size.routed()).count()).max().unwrap_or(0)
 }
 
+/// Whether a unit goes through frames where it is computed.
+fn streams(setup: &Setup, unit: usize) -> bool {
+    match setup.units[unit].home {
+        Home::A => false,
+        Home::B => setup.on_device,
+        Home::C => true,
+    }
+}
+
+fn streams_experts(setup: &Setup) -> bool {
+    (0..setup.units.len()).any(|u| setup.units[u].size.routed() && streams(setup, u))
+}
+
+/// The machine of a setup, as a session makes it of its plan.
+fn spec(setup: &Setup) -> Spec {
+    let units = &setup.units;
+    let rests = |home| match home {
+        Home::A => Place::Device,
+        Home::B => Place::Host,
+        Home::C => Place::Storage,
+    };
+    let rings = |place, n, attention: bool| {
+        let apart = || units.iter().map(|u| u.size.part == UnitPart::Attention).collect();
+        PoolSpec::rings(place, n, units.len(), attention.then(apart))
+    };
+    let mut pools = rings(Place::Host, setup.staging_slots, setup.staging_attention);
+    if setup.on_device {
+        pools.extend(rings(Place::Device, setup.device_slots, setup.device_attention));
+    }
+    Spec {
+        homes: units.iter().map(|u| rests(u.home)).collect(),
+        routed: units.iter().map(|u| u.size.routed()).collect(),
+        site: if setup.on_device { Place::Device } else { Place::Host },
+        steps: schedule(setup),
+        demand_max: most_experts(setup),
+        pools,
+        links: links(),
+    }
+}
+
 /// Streamed units in pass order, with a hole before the experts of each block where experts are streamed.
-fn schedule(setup: &Setup, streamed: &dyn Fn(usize) -> bool, holes: bool) -> Vec<Step> {
+fn schedule(setup: &Setup) -> Vec<Step> {
+    let holes = streams_experts(setup);
     let mut steps = Vec::new();
     for (i, _) in setup.units.iter().enumerate().filter(|(_, u)| !u.size.routed()) {
-        if streamed(i) {
+        if streams(setup, i) {
             steps.push(Step::Unit(i));
         }
         if holes && setup.units.get(i + 1).is_some_and(|next| next.size.routed()) {

@@ -17,6 +17,7 @@ use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::Registers;
 use super::removal::{self, Covered};
+use crate::storage::Bell;
 
 const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
 const VFIO_IOMMU_GET_INFO: libc::c_ulong = 0x3b70;
@@ -222,6 +223,11 @@ impl VfioNvme {
     pub(super) fn wait_interrupt(&mut self, most: Duration) -> Option<bool> {
         let raises = self.controller.will_interrupt();
         self.vfio.interrupt.as_mut().filter(|_| raises)?.wait(most).ok()
+    }
+
+    /// What ends waits for the interrupt.
+    pub(super) fn bell(&self) -> Option<&Arc<Bell>> {
+        self.vfio.interrupt.as_ref().map(Interrupt::bell)
     }
 
     /// Notes whether the interrupt was raised for a completion that was waited for. One that never is, is not

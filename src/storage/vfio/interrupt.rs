@@ -7,11 +7,14 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
+
+use crate::storage::Bell;
 
 const VFIO_DEVICE_SET_IRQS: libc::c_ulong = 0x3b6e;
 
@@ -21,6 +24,10 @@ pub(super) struct Interrupt {
     epoll: File,
     /// What the drive's interrupt adds to.
     event: File,
+    /// Ends waits where there is something else to submit.
+    bell: Arc<Bell>,
+    /// What the bell adds to; each time is an edge, so it is never read.
+    _rung: File,
     /// Ends waits once in a `period`. It stands still after that until it is read.
     timer: File,
     period: Duration,
@@ -30,6 +37,7 @@ pub(super) struct Interrupt {
 
 const RAISED: u64 = 0;
 const TIMER: u64 = 1;
+const RUNG: u64 = 2;
 /// So many completions without an interrupt, and it is taken for broken.
 const BROKEN: u8 = 16;
 
@@ -99,7 +107,8 @@ impl Interrupt {
         let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
         // SAFETY: takes numbers only.
         let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
-        for (file, what) in [(&event, RAISED), (&timer, TIMER)] {
+        let (bell, rung) = Bell::with_event(true)?;
+        for (file, what) in [(&event, RAISED), (&timer, TIMER), (&rung, RUNG)] {
             let mut wish = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: what };
             let (epoll, file) = (epoll.as_raw_fd(), file.as_raw_fd());
             // SAFETY: the wish is only read, during the call.
@@ -107,7 +116,7 @@ impl Interrupt {
                 return Err(io::Error::last_os_error());
             }
         }
-        Ok(Self { epoll, event, timer, period: Duration::ZERO, unheard: 0 })
+        Ok(Self { epoll, event, bell, _rung: rung, timer, period: Duration::ZERO, unheard: 0 })
     }
 
     fn set_period(&mut self, period: Duration) -> io::Result<()> {
@@ -146,6 +155,11 @@ impl Interrupt {
         Ok(event.u64 == RAISED)
     }
 
+    /// Ends waits.
+    pub(super) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
+    }
+
     /// Notes that a wait has ended with a completion, and whether the interrupt said so. True if it seems
     /// never to be raised: then every wait would last as long as it may.
     pub(super) fn broken(&mut self, raised: bool) -> bool {
@@ -175,6 +189,24 @@ mod tests {
             assert!(!interrupt.wait(short).unwrap(), "the signals were taken");
             assert!(began.elapsed() >= short / 2, "so only time ends it");
         }
+    }
+
+    /// Guards against a request that waits until the drive has answered an earlier one, 2 ms or longer.
+    #[test]
+    fn the_bell_ends_a_wait_and_is_no_interrupt() {
+        let mut interrupt = Interrupt::new().unwrap();
+        let long = Duration::from_secs(600);
+        for _ in 0..3 {
+            interrupt.bell().ring();
+            assert!(!interrupt.wait(long).unwrap() && interrupt.bell().heard());
+        }
+        let bell = Arc::clone(interrupt.bell());
+        let later = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            bell.ring();
+        });
+        assert!(!interrupt.wait(long).unwrap() && interrupt.bell().heard());
+        later.join().unwrap();
     }
 
     #[test]

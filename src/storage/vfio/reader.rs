@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::deadline::Limits;
@@ -10,7 +9,7 @@ use super::device::{OpenError, Silence, VfioNvme};
 use super::io::{Read, ReadDone};
 use super::pace::Pace;
 use crate::storage::bind::{Bound, BoundNamespace};
-use crate::storage::{Alignment, Completion, FileId, ReadError, ReadRequest, Reader, StorageError};
+use crate::storage::{Alignment, Bell, Completion, FileId, ReadError, ReadRequest, Reader, StorageError};
 
 /// Where bytes of a file lie on the drive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +44,8 @@ pub struct VfioReader {
     waiting: VecDeque<Read>,
     // The first of `waiting` that go before the others, as they came.
     urgent: usize,
-    wished: Option<Arc<AtomicBool>>,
+    // Ends waits; next to the drive's interrupt where there is one.
+    bell: Arc<Bell>,
     requests: HashMap<u64, Request>,
     finished: Vec<Completion>,
     // Emptied after each use, so that the reading thread allocates nothing.
@@ -63,13 +63,14 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 impl VfioReader {
     /// Opens a drive. Reads go to memory that [`Reader::attach`] has announced.
     pub fn open(bdf: &str, nsid: u32) -> Result<Self, OpenError> {
+        let drive = VfioNvme::open(bdf, nsid, 128)?;
         Ok(Self {
-            drive: VfioNvme::open(bdf, nsid, 128)?,
+            bell: drive.bell().map_or_else(|| Bell::new(|| ()), Arc::clone),
+            drive,
             files: Vec::new(),
             mapped: Vec::new(),
             waiting: VecDeque::with_capacity(WAITING),
             urgent: 0,
-            wished: None,
             requests: HashMap::with_capacity(WAITING),
             finished: Vec::with_capacity(WAITING),
             cutting: Vec::with_capacity(WAITING),
@@ -286,8 +287,8 @@ impl Reader for VfioReader {
         Ok(())
     }
 
-    fn end_waits_at(&mut self, wished: Arc<AtomicBool>) {
-        self.wished = Some(wished);
+    fn bells(&self, to: &mut Vec<Arc<Bell>>) {
+        to.push(Arc::clone(&self.bell));
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
@@ -325,7 +326,7 @@ impl Reader for VfioReader {
         // The precise clock is looked at only for naps: in a virtual machine it may cost as much as a read.
         let (start, mut began, mut raised) = (self.drive.controller.now(), None, None);
         while !self.step() {
-            if self.wished.as_ref().is_some_and(|w| w.load(Ordering::Relaxed)) {
+            if self.bell.heard() {
                 return Ok(());
             }
             let spent = self.drive.controller.now().saturating_sub(start);
