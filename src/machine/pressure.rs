@@ -64,7 +64,7 @@ impl Limits {
             tight: total / 8,
             full_avg10_max: 10.0,
             some_avg10_max: 40.0,
-            cgroup_free_min: 32 << 20,
+            cgroup_free_min: memory::cgroup_free_min(now.cgroup_free.unwrap_or(u64::MAX)),
             cgroup_oom: now.cgroup_oom.unwrap_or(0),
         }
     }
