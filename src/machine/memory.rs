@@ -273,6 +273,16 @@ mod tests {
     }
 
     #[test]
+    fn a_plan_leaves_a_cgroup_more_than_the_watch_stops_at() {
+        for free in [1 << 20, 10 << 20, 50 << 20, 400 << 20, 64 << 30] {
+            let m = Memory { cgroup_left: Some(free), ..Memory::default() };
+            let left = free - m.budget().unwrap();
+            assert!(left > cgroup_free_min(free), "{free} {left}");
+            assert!(m.refusal(free - cgroup_free_min(free)).is_some() && m.refusal(free / 2).is_none(), "{free}");
+        }
+    }
+
+    #[test]
     fn the_tightest_cgroup_counts() {
         let d = tree(&[
             ("proc/meminfo", "MemTotal:       33554432 kB\nMemFree: 1 kB\nMemAvailable:   31457280 kB\n"),
