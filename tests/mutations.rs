@@ -1,6 +1,7 @@
 //! Bent inputs, from a seed: headers, texts and templates are refused or used, never a panic.
 //!
-//! The checks and the inputs are those of the fuzz targets (`fuzz/`); this runs a few seconds of it.
+//! The checks and the inputs are those of the fuzz targets (`fuzz/`); this runs a few seconds of it. `NT_MUTATIONS` sets
+//! another number of inputs and takes the time that it takes.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -19,6 +20,13 @@ mod vocab;
 
 /// Each test stops here on a slow machine; elsewhere it is done before.
 const TIME_MAX: Duration = Duration::from_secs(15);
+
+/// The numbers of `rounds` rounds, or of as many as are asked for; the former end early where time is up.
+fn numbered(rounds: usize) -> impl Iterator<Item = usize> {
+    let given = std::env::var("NT_MUTATIONS").ok().map(|n| n.parse().expect("a number"));
+    let start = Instant::now();
+    (0..given.unwrap_or(rounds)).take_while(move |_| given.is_some() || start.elapsed() < TIME_MAX)
+}
 
 /// What stands in headers, texts and templates where something goes wrong.
 const PARTS: &[&[u8]] = &[
@@ -83,8 +91,7 @@ fn run(target: &str, seed: u64, rounds: usize, check: fn(&[u8])) {
     let inputs = corpus(target);
     inputs.iter().for_each(|data| check(data));
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let start = Instant::now();
-    for round in 0..rounds {
+    for round in numbered(rounds) {
         let mut data = inputs[rng.random_range(0..inputs.len())].clone();
         for _ in 0..rng.random_range(1..=4) {
             bend(&mut rng, &mut data);
@@ -92,9 +99,6 @@ fn run(target: &str, seed: u64, rounds: usize, check: fn(&[u8])) {
         if let Err(panic) = std::panic::catch_unwind(|| check(&data)) {
             eprintln!("round {round} of {target}: {:?}", data.escape_ascii().to_string());
             std::panic::resume_unwind(panic);
-        }
-        if start.elapsed() > TIME_MAX {
-            break;
         }
     }
 }
@@ -214,8 +218,7 @@ fn bend_tensors(rng: &mut ChaCha8Rng, f: &mut File) {
 /// Bends a model's header 10,000 times and shows the bytes to `check`.
 fn bend_models(seed: u64, bases: &[File], bend: fn(&mut ChaCha8Rng, &mut File), check: fn(&[u8])) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let start = Instant::now();
-    for round in 0..10_000 {
+    for round in numbered(10_000) {
         let mut f = bases[round % bases.len()].clone();
         for _ in 0..rng.random_range(1..=3) {
             bend(&mut rng, &mut f);
@@ -225,9 +228,6 @@ fn bend_models(seed: u64, bases: &[File], bend: fn(&mut ChaCha8Rng, &mut File), 
             let names: Vec<_> = f.tensors.iter().map(|t| (&t.name, &t.shape, t.ty)).collect();
             eprintln!("round {round}: {names:?}");
             std::panic::resume_unwind(panic);
-        }
-        if start.elapsed() > TIME_MAX {
-            break;
         }
     }
 }

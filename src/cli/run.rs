@@ -470,10 +470,12 @@ pub(super) fn refusal(e: EngineError, opened: &Opened, machine: impl Fn() -> Mac
 /// An engine's error with its exit code.
 pub(super) fn failure(e: EngineError) -> Failure {
     match e {
-        EngineError::Gguf(_) | EngineError::Model(_) | EngineError::Tokenizer(_) | EngineError::Copy(_) => {
-            Failure::usage(e)
+        EngineError::Gguf(_) | EngineError::Model(_) | EngineError::Tokenizer(_) => Failure::usage(e),
+        EngineError::Device(ref why) if why.is_refusal() => Failure::refused(e),
+        EngineError::Copy(_) | EngineError::Image(_) | EngineError::Device(_) => Failure::usage(e),
+        EngineError::Plan(_) | EngineError::Memory(_) | EngineError::Arena(_) | EngineError::State(_) => {
+            Failure::limits(e)
         }
-        EngineError::Plan(_) | EngineError::Memory(_) | EngineError::State(_) => Failure::limits(e),
         EngineError::Request(RequestError::ContextFull { .. }) => Failure::limits(e),
         EngineError::Request(_) | EngineError::Saved(_) => Failure::usage(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),

@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 
 use crate::backend::{BackendError, reference};
 use crate::gguf::{Gguf, GgufError};
+use crate::memory::ArenaError;
 use crate::model::{ForwardError, Model, ModelError, Overrides, check_divisors};
 use crate::plan::PlanError;
 use crate::storage::StorageError;
+use crate::storage::bind::DeviceError;
+use crate::storage::image::ImageError;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Why a session cannot start or go on.
@@ -29,9 +32,18 @@ pub enum EngineError {
     /// Memory that the plan counted on.
     #[error("{0}")]
     Memory(String),
+    /// Memory that the system refuses.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
     /// What `--tier-c` names.
     #[error("{0}")]
     Copy(String),
+    /// The staged drive that it names.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The bound drive that it names.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The backend.
     #[error(transparent)]
     Backend(#[from] BackendError),

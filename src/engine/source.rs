@@ -142,7 +142,7 @@ pub(super) fn bound(host: &Host, name: &str) -> Result<Option<(Bound, BoundNames
     match bind::find_bound(host, name) {
         Ok(found) => Ok(Some(found)),
         Err(DeviceError::NotBound(_)) => Ok(None),
-        Err(e) => Err(fail(e.to_string())),
+        Err(e) => Err(e.into()),
     }
 }
 

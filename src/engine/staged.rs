@@ -39,7 +39,7 @@ pub(super) fn open(host: &Host, target: &Path) -> Result<Image, EngineError> {
     match bind::find_bound(host, &name) {
         Ok((drive, namespace)) => return Image::on_bound(&drive, &namespace),
         Err(DeviceError::NotBound(_)) => {}
-        Err(e) => return Err(fail(e)),
+        Err(e) => return Err(e.into()),
     }
     let all = sysfs::controllers(host).map_err(fail)?;
     let Some(drive) = sysfs::find(host, &all, &name) else { return Image::on_node(target) };
@@ -51,7 +51,7 @@ pub(super) fn open(host: &Host, target: &Path) -> Result<Image, EngineError> {
 
 impl Image {
     fn new(mut medium: impl Medium + 'static) -> Result<Image, EngineError> {
-        let manifests = image::read(&mut medium).map_err(fail)?;
+        let manifests = image::read(&mut medium)?;
         Ok(Image { medium: Rc::new(RefCell::new(medium)), manifests })
     }
 
@@ -65,7 +65,7 @@ impl Image {
 
     /// On a block device or in a file that the user named by its path.
     pub(super) fn on_node(path: &Path) -> Result<Image, EngineError> {
-        Image::new(Node::open(path).map_err(fail)?)
+        Image::new(Node::open(path)?)
     }
 
     /// On a drive bound to vfio-pci. The manifests say that drive's name, should the image be a copy of
@@ -146,8 +146,8 @@ struct Blocks {
 
 impl Blocks {
     fn open(drive: &Bound, namespace: &BoundNamespace) -> Result<Blocks, EngineError> {
-        let mut arena = Arena::new(READ_BYTES).map_err(|e| EngineError::Memory(e.to_string()))?;
-        let buffer = arena.take(READ_BYTES).map_err(|e| EngineError::Memory(e.to_string()))?;
+        let mut arena = Arena::new(READ_BYTES)?;
+        let buffer = arena.take(READ_BYTES)?;
         let mut reader = VfioReader::open_bound(drive, namespace).map_err(StorageError::from)?;
         let span = Span { file_offset: 0, device_offset: 0, len: namespace.size };
         let file = reader.add_file(&namespace.name, vec![span]);

@@ -66,7 +66,7 @@ pub fn verify(
         let mut all = |done, total| progress(i as u64 * total + done, n * total);
         corrupt.extend(storage::verify(copy.reader, &copy.records, &mut all).map_err(|e| match e {
             VerifyError::Storage(e) => EngineError::Storage(e),
-            VerifyError::Memory(e) => EngineError::Memory(e.to_string()),
+            VerifyError::Memory(e) => EngineError::Arena(e),
         })?);
     }
     Ok(Verified { gguf, reader, corrupt, lengths })

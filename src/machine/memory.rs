@@ -31,8 +31,11 @@ struct Bound {
     keep: u64,
 }
 
-/// Bytes of a cgroup that stay free: the watch of memory stops a run below 32 MiB.
-const CGROUP_KEEP: u64 = 40 << 20;
+/// The least memory of a cgroup that must stay free, of `free` at the start, or the watch of memory stops a run.
+pub(super) fn cgroup_free_min(free: u64) -> u64 {
+    (free / 10).min(32 << 20)
+}
+
 /// Bytes of address space that stay free, for stacks of threads and what libraries map.
 const ADDRESS_KEEP: u64 = 64 << 20;
 
@@ -46,12 +49,14 @@ impl Memory {
             reserve: reserve.min(free - free / 4),
             keep: available_min(total),
         });
-        let of_process = |who, left: Option<u64>, keep: u64| {
-            left.map(|free| Bound { who, free, reserve: reserve.min(free / 4), keep: keep.min(free / 8) })
+        let of_process = |who, left: Option<u64>, keep: &dyn Fn(u64) -> u64| {
+            left.map(|free| Bound { who, free, reserve: reserve.min(free / 4), keep: keep(free) })
         };
-        let cgroup = of_process("this process's cgroup leaves", self.cgroup_left, CGROUP_KEEP);
+        // A quarter more than what the watch stops at.
+        let keep_of_cgroup = |free| cgroup_free_min(free) / 4 * 5;
+        let cgroup = of_process("this process's cgroup leaves", self.cgroup_left, &keep_of_cgroup);
         let limits = "the limits on this process (ulimit -v, ulimit -d) leave";
-        let address = of_process(limits, self.address_left, ADDRESS_KEEP);
+        let address = of_process(limits, self.address_left, &|free| ADDRESS_KEEP.min(free / 8));
         machine.into_iter().chain(cgroup).chain(address)
     }
 
@@ -265,6 +270,16 @@ mod tests {
         let m = memory(d.path());
         assert_eq!(m, Memory::default());
         assert_eq!(m.budget(), None);
+    }
+
+    #[test]
+    fn a_plan_leaves_a_cgroup_more_than_the_watch_stops_at() {
+        for free in [1 << 20, 10 << 20, 50 << 20, 400 << 20, 64 << 30] {
+            let m = Memory { cgroup_left: Some(free), ..Memory::default() };
+            let left = free - m.budget().unwrap();
+            assert!(left > cgroup_free_min(free), "{free} {left}");
+            assert!(m.refusal(free - cgroup_free_min(free)).is_some() && m.refusal(free / 2).is_none(), "{free}");
+        }
     }
 
     #[test]

@@ -64,7 +64,7 @@ impl Limits {
             tight: total / 8,
             full_avg10_max: 10.0,
             some_avg10_max: 40.0,
-            cgroup_free_min: 32 << 20,
+            cgroup_free_min: memory::cgroup_free_min(now.cgroup_free.unwrap_or(u64::MAX)),
             cgroup_oom: now.cgroup_oom.unwrap_or(0),
         }
     }
@@ -318,13 +318,16 @@ mod tests {
         let d = tree(&[
             ("proc/self/cgroup", "4:memory:/a\n0::/\n"),
             ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "67108864\n"),
-            ("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "60000000\n"),
+            ("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "64000000\n"),
             ("sys/fs/cgroup/memory/a/memory.stat", "total_inactive_file 1000\n"),
             ("sys/fs/cgroup/memory/a/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
         ]);
         let f = facts(d.path());
-        assert_eq!((f.cgroup_free, f.cgroup_oom), (Some(67_108_864 - 59_999_000), Some(3)));
-        assert!(matches!(verdict(&f, &Limits::of(&f)), Verdict::Stop(r) if r.contains("cgroup")));
+        assert_eq!((f.cgroup_free, f.cgroup_oom), (Some(67_108_864 - 63_999_000), Some(3)));
+        // A tenth of what was free at the start stays, so that a small one can be used at all.
+        let began = Facts { cgroup_free: Some(50 << 20), ..f };
+        assert!(matches!(verdict(&f, &Limits::of(&began)), Verdict::Stop(r) if r.contains("cgroup")));
+        assert_eq!(verdict(&Facts { cgroup_free: Some(6 << 20), ..f }, &Limits::of(&began)), Verdict::Go);
     }
 
     #[test]

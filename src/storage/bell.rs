@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 /// Ends a wait, now or the next one. Who waits looks at [`Bell::heard`] before and after, and goes back to its caller
 /// if that is true.
@@ -31,14 +33,9 @@ impl Bell {
     /// # Errors
     /// If the system has no descriptors left.
     pub fn with_event(nonblocking: bool) -> io::Result<(Arc<Bell>, File)> {
-        let flags = libc::EFD_CLOEXEC | if nonblocking { libc::EFD_NONBLOCK } else { 0 };
-        // SAFETY: takes numbers only.
-        let fd = unsafe { libc::eventfd(0, flags) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nobody else has.
-        let event = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let block = if nonblocking { EfdFlags::EFD_NONBLOCK } else { EfdFlags::empty() };
+        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | block)?;
+        let event = File::from(OwnedFd::from(event));
         let second = event.try_clone()?;
         // A full counter is a bell that rings already.
         let bell = Bell::new(move || _ = (&event).write(&1u64.to_ne_bytes()));

@@ -7,6 +7,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 /// Mode bits that let the group or everybody write.
 const OTHERS_WRITE: u32 = 0o022;
 
@@ -45,12 +47,9 @@ pub fn open_with(path: &Path, flags: i32) -> Result<File> {
 
 /// Takes O_NONBLOCK away: it was for opening alone.
 fn blocking(file: &File) -> Result<()> {
-    // SAFETY: two calls on an open descriptor, with plain integers.
-    let set = unsafe {
-        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-        flags >= 0 && libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) >= 0
-    };
-    if set { Ok(()) } else { Err(Error::last_os_error()) }
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// What was read of a file, and who may have written it.

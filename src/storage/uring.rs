@@ -352,11 +352,10 @@ pub(crate) mod tests {
             op(RET, 0, 0, libc::SECCOMP_RET_ALLOW),
         ];
         let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-        // SAFETY: takes plain numbers.
-        let no_new = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        nix::sys::prctl::set_no_new_privs()?;
         // SAFETY: the program and its filter outlive the call, which copies them.
         let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
-        if no_new == 0 && set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     #[test]

@@ -102,8 +102,12 @@ impl Attempt {
                     }
                     _ => {}
                 }
-                for words in words(m) {
-                    match changed(role(m), shown(words, role(m), text)) {
+                for part in words(m) {
+                    let shown = match is_hidden_by_another(&messages, m, part, text) {
+                        true => Shown::Cut(part.trim().chars().take(QUOTED).collect()),
+                        false => shown(part, role(m), text),
+                    };
+                    match changed(role(m), shown) {
                         Changed::No => {}
                         Changed::Told(note) => notes.push(note),
                         Changed::Cut(lost) => cut.push((i, lost)),
@@ -146,6 +150,13 @@ impl Attempt {
         let messages: Vec<Json> = messages.collect();
         any.then(|| Attempt::new(messages, render))
     }
+}
+
+/// Whether messages of one role say `words` more often than `text` does, so that one that is cut seems to be there.
+fn is_hidden_by_another(messages: &[Json], m: &Json, words_of_m: &str, text: &str) -> bool {
+    let of_role = messages.iter().filter(|other| role(other) == role(m));
+    let said = of_role.flat_map(words).filter(|w| w.trim() == words_of_m.trim()).count();
+    said > 1 && (1..said).contains(&text.matches(words_of_m.trim()).count())
 }
 
 /// Switches and control tokens that a note names.
@@ -398,6 +409,21 @@ mod tests {
         let switched = [json!({"role": "user", "content": "hi /no_think"})];
         let p = prompt("{{ messages[0].content.replace('/no_think', '').rstrip() }}", &switched).unwrap();
         assert!(p.text == "hi" && p.notes[0].contains("\"/no_think\""), "{:?}", p.notes);
+    }
+
+    #[test]
+    fn a_message_that_is_cut_is_not_hidden_by_another_that_says_the_same() {
+        let m = [
+            json!({"role": "user", "content": "go on, please"}),
+            json!({"role": "assistant", "content": "no"}),
+            json!({"role": "user", "content": "go on, please"}),
+        ];
+        let t = |last: &str| {
+            format!("{{% for m in messages %}}<{{{{ m.content{last} if loop.last else m.content }}}}>{{% endfor %}}")
+        };
+        assert_eq!(text(&t(""), &m), "<go on, please><no><go on, please>");
+        let e = prompt(&t("[:9]"), &m).unwrap_err().to_string();
+        assert!(e.contains("leaves out a part") && e.contains("go on, please"), "{e}");
     }
 
     #[test]

@@ -159,9 +159,15 @@ const BACK_MAX: usize = 20;
 
 /// The part of `words` that is not in `prompt`: the word in which the longest beginning ends that is, and what follows.
 fn rest(words: &str, prompt: &str) -> String {
-    let ends: Vec<usize> = words.char_indices().map(|(at, _)| at).collect();
-    let known = ends.partition_point(|&end| prompt.contains(&words[..end]));
-    let from = known.checked_sub(1).map_or(0, |last| ends[last]);
+    let boundary = |at: usize| (0..=at).rev().find(|&at| words.is_char_boundary(at)).unwrap_or(0);
+    let (mut from, mut beyond) = (0, words.len());
+    loop {
+        let middle = boundary((from + beyond) / 2);
+        if middle == from {
+            break;
+        }
+        *(if prompt.contains(&words[..middle]) { &mut from } else { &mut beyond }) = middle;
+    }
     let word = words[..from].rfind(' ').map_or(0, |space| space + 1);
     let from = if from - word > BACK_MAX || words[from..].starts_with(' ') { from } else { word };
     words[from..].trim_start().chars().take(QUOTED).collect()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::common::{File, V, bin, fails, nt, tiny, tiny_moe};
+use crate::common::{File, V, bin, fails, nt, sized, tiny, tiny_moe};
 
 fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -231,4 +231,103 @@ fn threads_that_cannot_be_had_are_refused() {
     let out = limited("-v 400000", &args);
     assert_eq!(out.status.code(), Some(4), "{}", stderr(&out));
     assert!(stderr(&out).contains("threads"), "{}", stderr(&out));
+}
+
+/// A cgroup of memory, of whichever version this machine has; removed when it is dropped.
+struct Cgroup {
+    folder: PathBuf,
+    limit: &'static str,
+}
+
+impl Cgroup {
+    /// `None` where none can be made: as a plain user, or where the mount cannot be written.
+    fn new(name: &str) -> Option<Cgroup> {
+        let name = format!("nt-test-{name}-{}", std::process::id());
+        [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
+            .into_iter()
+            .find_map(|(base, limit)| Cgroup::at(Path::new(base).join(&name), limit))
+    }
+
+    fn at(folder: PathBuf, limit: &'static str) -> Option<Cgroup> {
+        std::fs::create_dir(&folder).ok()?;
+        let made = Cgroup { folder, limit };
+        made.folder.join(limit).exists().then_some(made)
+    }
+
+    fn below(&self) -> Option<Cgroup> {
+        Cgroup::at(self.folder.join("below"), self.limit)
+    }
+
+    fn limit(&self, bytes: u64) {
+        std::fs::write(self.folder.join(self.limit), bytes.to_string()).unwrap();
+    }
+
+    fn nt(&self, args: &[&str]) -> Output {
+        let script = "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$0\" \"$@\"";
+        Command::new("sh").arg("-c").arg(script).arg(bin()).arg(&self.folder).args(args).output().unwrap()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // The kernel lets go of an ended process a moment later.
+        for _ in 0..50 {
+            if std::fs::remove_dir(&self.folder).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Bytes that the cgroups of these tests allow, and the arguments of a run of a model that is larger.
+const CGROUP_BYTES: u64 = 64 << 20;
+
+fn larger_than_a_cgroup(dir: &Path) -> PathBuf {
+    sized(6, 512, 2048).write(dir, "m.gguf")
+}
+
+/// What a run streams, and its text.
+fn streamed(out: &Output) -> (u64, String) {
+    assert!(out.status.success(), "{:?} {}", out.status, stderr(out));
+    let v: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    (v["plan"]["c"]["bytes"].as_u64().unwrap(), v["text"].to_string())
+}
+
+/// The limit of a cgroup of version 1 was not seen: the kernel killed the run without a word. As root, and where
+/// cgroups can be made.
+#[test]
+fn cgroup_v1() {
+    let d = tempfile::tempdir().unwrap();
+    let m = larger_than_a_cgroup(d.path());
+    let args = ["run", arg(&m), "-p", "x", "-n", "3", "--ctx", "64", "--temp", "0", "--backend", "cpu", "--json"];
+    let Some(cgroup) = Cgroup::new("own") else { return };
+    cgroup.limit(CGROUP_BYTES);
+    let ((limited, text), (all, expected)) = (streamed(&cgroup.nt(&args)), streamed(&nt(&args)));
+    assert!(limited > CGROUP_BYTES / 4 && all == 0 && text == expected, "{limited} {all} {text} {expected}");
+}
+
+/// The same for the limit of a folder above.
+#[test]
+fn the_limit_of_a_cgroup_above() {
+    let d = tempfile::tempdir().unwrap();
+    let m = larger_than_a_cgroup(d.path());
+    let args = ["run", arg(&m), "-p", "x", "-n", "3", "--ctx", "64", "--temp", "0", "--backend", "cpu", "--json"];
+    let Some(above) = Cgroup::new("above") else { return };
+    let Some(below) = above.below() else { return };
+    above.limit(CGROUP_BYTES);
+    assert!(streamed(&below.nt(&args)).0 > CGROUP_BYTES / 4);
+}
+
+/// Where nothing may be streamed, the limit is a refusal, and `nt plan` says the same.
+#[test]
+fn a_cgroup_that_holds_too_little_is_a_refusal() {
+    let d = tempfile::tempdir().unwrap();
+    let m = larger_than_a_cgroup(d.path());
+    let Some(cgroup) = Cgroup::new("none") else { return };
+    cgroup.limit(CGROUP_BYTES);
+    for command in [&["run", arg(&m), "-p", "x", "-n", "1"][..], &["plan", arg(&m)]] {
+        let out = cgroup.nt(&[command, &["--ctx", "64", "--backend", "cpu", "--tier-c", "none"]].concat());
+        assert_eq!(out.status.code(), Some(4), "{command:?}: {:?} {}", out.status, stderr(&out));
+    }
 }

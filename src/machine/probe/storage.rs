@@ -1,10 +1,10 @@
 //! Read rates of a drive by block size and reads in flight, what the page cache and mmap make of
 //! it, and how the rate holds over time.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::Serialize;
 
 use super::by_reader::{BoundDrive, ByReader};
@@ -314,8 +314,8 @@ fn open_buffered(target: &Target) -> Result<std::fs::File, ProbeError> {
 }
 
 fn forget(file: &std::fs::File) {
-    // SAFETY: advice on an open descriptor touches no memory; a refusal changes nothing.
-    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    // A refusal changes nothing.
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }
 
 fn buffered(target: &Target, stop: &dyn Fn() -> bool) -> Result<Span, ProbeError> {

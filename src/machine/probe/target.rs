@@ -1,6 +1,6 @@
 //! What a storage probe reads: a file, the largest file of a directory, or a block device.
 
-use std::os::fd::AsRawFd;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -57,9 +57,8 @@ impl Target {
 }
 
 fn end_of(file: &DirectFile) -> std::io::Result<u64> {
-    // SAFETY: moves the position of an open descriptor, which reads at offsets do not use.
-    let end = unsafe { libc::lseek(file.file.as_raw_fd(), 0, libc::SEEK_END) };
-    u64::try_from(end).map_err(|_| std::io::Error::last_os_error())
+    // Reads at offsets do not use the position that this moves.
+    (&*file.file).seek(SeekFrom::End(0))
 }
 
 /// The largest regular file directly in `folder`, by name where two are equal.

@@ -3,7 +3,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, LastLook, Purpose, Reason, sysfs};
@@ -32,8 +31,7 @@ pub(super) fn claim(host: &Host, drive: &Controller) -> Result<Vec<File>, Device
 /// Has udev leave the open disk alone, and so whatever it starts for a disk that it looks at. Somebody who holds the lock
 /// has the node open, which the guard sees; a failure only costs the courtesy.
 fn leave_alone(disk: &File) {
-    // SAFETY: an advisory lock on a file that is open.
-    unsafe { libc::flock(disk.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    let _ = disk.try_lock();
 }
 
 /// A namespace that is ours alone to write, by the kernel's word (O_EXCL), until this is dropped.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::time::ClockId;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
 };
@@ -109,10 +110,7 @@ impl Registers for Bar {
     /// The kernel's clock as of its last tick. Deadlines are long, and this avoids reading a hardware timer, which
     /// can cost as much as a disk read in a virtual machine.
     fn now(&self) -> Duration {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the kernel fills the structure, which is valid as it is.
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+        ClockId::CLOCK_MONOTONIC_COARSE.now().map(Duration::from).unwrap_or_default()
     }
 
     fn pause(&self) {

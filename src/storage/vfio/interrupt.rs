@@ -5,11 +5,15 @@
 //! waits, and no timer is set for one: a timer that goes on by itself bounds them all.
 
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
@@ -21,15 +25,15 @@ const VFIO_DEVICE_SET_IRQS: libc::c_ulong = 0x3b6e;
 /// The drive's interrupt. It stays on until the device is closed.
 #[derive(Debug)]
 pub(super) struct Interrupt {
-    epoll: File,
+    epoll: Epoll,
     /// What the drive's interrupt adds to.
-    event: File,
+    event: EventFd,
     /// Ends waits where there is something else to submit.
     bell: Arc<Bell>,
     /// What the bell adds to; each time is an edge, so it is never read.
     _rung: File,
     /// Ends waits once in a `period`. It stands still after that until it is read.
-    timer: File,
+    timer: TimerFd,
     period: Duration,
     /// Completions in a row that were found without an interrupt.
     unheard: u8,
@@ -41,25 +45,15 @@ const RUNG: u64 = 2;
 /// So many completions without an interrupt, and it is taken for broken.
 const BROKEN: u8 = 16;
 
-/// Owns a descriptor that a system call has returned, or reports its failure.
-fn own(fd: RawFd) -> io::Result<File> {
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a fresh descriptor that nobody else has.
-    Ok(unsafe { File::from_raw_fd(fd) })
-}
-
-fn event() -> io::Result<File> {
-    // SAFETY: takes numbers only.
-    own(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
+fn event() -> io::Result<EventFd> {
+    Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
 }
 
 /// Leads the first interrupt of a kind to an eventfd.
-fn lead(device: &impl AsRawFd, kind: u32, event: &File) -> io::Result<()> {
+fn lead(device: &impl AsRawFd, kind: u32, event: &EventFd) -> io::Result<()> {
     let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
     // `vfio_irq_set` of linux/vfio.h: length, flags, index, first, count, then one descriptor.
-    let set = [24, flags, kind, 0, 1, event.as_raw_fd() as u32];
+    let set = [24, flags, kind, 0, 1, event.as_fd().as_raw_fd() as u32];
     // SAFETY: the structure is as long as its first word says.
     match unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_SET_IRQS, set.as_ptr()) } {
         0 => Ok(()),
@@ -70,7 +64,7 @@ fn lead(device: &impl AsRawFd, kind: u32, event: &File) -> io::Result<()> {
 /// The kernel's wish to have the drive back: it is being taken out or unbound, and whoever asked for that
 /// waits until this process closes the drive.
 #[derive(Debug)]
-pub(super) struct Wanted(File);
+pub(super) struct Wanted(EventFd);
 
 impl Wanted {
     /// Registers an eventfd for the kernel's device request.
@@ -85,7 +79,7 @@ impl Wanted {
 
     /// True once the kernel has asked since the last call.
     pub(super) fn asked(&self) -> bool {
-        (&self.0).read(&mut [0; 8]).is_ok()
+        self.0.read().is_ok()
     }
 }
 
@@ -102,19 +96,11 @@ impl Interrupt {
 
     fn new() -> io::Result<Self> {
         let event = event()?;
-        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-        // SAFETY: takes numbers only.
-        let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
-        // SAFETY: takes numbers only.
-        let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let (bell, rung) = Bell::with_event(true)?;
-        for (file, what) in [(&event, RAISED), (&timer, TIMER), (&rung, RUNG)] {
-            let mut wish = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: what };
-            let (epoll, file) = (epoll.as_raw_fd(), file.as_raw_fd());
-            // SAFETY: the wish is only read, during the call.
-            if unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, file, &raw mut wish) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
+        for (file, what) in [(event.as_fd(), RAISED), (timer.as_fd(), TIMER), (rung.as_fd(), RUNG)] {
+            epoll.add(file, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, what))?;
         }
         Ok(Self { epoll, event, bell, _rung: rung, timer, period: Duration::ZERO, unheard: 0 })
     }
@@ -123,12 +109,7 @@ impl Interrupt {
         if self.period == period {
             return Ok(());
         }
-        let time = libc::timespec { tv_sec: period.as_secs() as _, tv_nsec: period.subsec_nanos().into() };
-        let wish = libc::itimerspec { it_interval: time, it_value: time };
-        // SAFETY: the wish is only read, and the old setting is not asked for.
-        if unsafe { libc::timerfd_settime(self.timer.as_raw_fd(), 0, &raw const wish, std::ptr::null_mut()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        self.timer.set(Expiration::Interval(period.into()), TimerSetTimeFlags::empty())?;
         self.period = period;
         Ok(())
     }
@@ -141,18 +122,18 @@ impl Interrupt {
     /// If the system refuses; nothing was waited for.
     pub(super) fn wait(&mut self, most: Duration) -> io::Result<bool> {
         self.set_period(most.max(Duration::from_millis(1)))?;
-        let mut event = libc::epoll_event { events: 0, u64: RAISED };
-        // SAFETY: room for the one event that is asked for.
-        let found = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), &raw mut event, 1, -1) };
-        if found < 0 {
-            let why = io::Error::last_os_error();
-            return if why.kind() == io::ErrorKind::Interrupted { Ok(false) } else { Err(why) };
+        let mut events = [EpollEvent::new(EpollFlags::empty(), RAISED)];
+        match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(false),
+            Err(e) => return Err(e.into()),
         }
-        if event.u64 == TIMER {
+        let [event] = events;
+        if event.data() == TIMER {
             // How often it has ended is of no interest; reading sets it going again.
-            let _ = self.timer.read(&mut [0; 8]);
+            let _ = self.timer.wait();
         }
-        Ok(event.u64 == RAISED)
+        Ok(event.data() == RAISED)
     }
 
     /// Ends waits.
@@ -170,7 +151,6 @@ impl Interrupt {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::time::Instant;
 
     use super::*;
@@ -180,7 +160,7 @@ mod tests {
         let mut interrupt = Interrupt::new().unwrap();
         let long = Duration::from_secs(600);
         for _ in 0..3 {
-            interrupt.event.write_all(&1u64.to_ne_bytes()).unwrap();
+            interrupt.event.write(1).unwrap();
             assert!(interrupt.wait(long).unwrap());
         }
         let short = Duration::from_millis(20);
@@ -221,7 +201,7 @@ mod tests {
     fn a_wish_is_heard() {
         let wanted = Wanted(event().unwrap());
         assert!(!wanted.asked());
-        (&wanted.0).write_all(&1u64.to_ne_bytes()).unwrap();
+        wanted.0.write(1).unwrap();
         assert!(wanted.asked() && !wanted.asked());
     }
 

@@ -186,8 +186,7 @@ impl VfioReader {
     fn nap(&mut self, nap: Duration) {
         if !self.precise {
             // Else the kernel may add 50 µs to every nap of this thread, the only one that reads.
-            // SAFETY: changes a number of the calling thread.
-            unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
+            let _ = nix::sys::prctl::set_timerslack(1);
             self.precise = true;
         }
         std::thread::sleep(nap);
