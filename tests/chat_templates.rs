@@ -137,6 +137,9 @@ const WORDS: &[&str] = &[
     "```rust\nfn main() {\r\n}\r\n```",
     "- a\n\n\n\n- b ...",
     "x",
+    "7",
+    "Q",
+    "<",
     "ASSISTANT: user",
 ];
 

@@ -80,11 +80,14 @@ impl Attempt {
         let text = render(&messages);
         let (mut missing, mut as_data, mut cut, mut notes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         if let Ok(text) = &text {
-            let marked: Vec<Json> = messages.iter().enumerate().map(|(i, m)| with_words(m, |_| mark(i))).collect();
+            let salt = salt(&messages);
+            let marked: Vec<Json> =
+                messages.iter().enumerate().map(|(i, m)| with_words(m, |_| mark(salt, i))).collect();
             let probe = render(&marked).ok();
+            let markup = probe.as_deref().map(|probe| without_marks(probe, salt)).unwrap_or_default();
             for (i, m) in messages.iter().enumerate().filter(|(_, m)| must_show(m)) {
                 let found = match &probe {
-                    Some(probe) => find_mark(probe, i),
+                    Some(probe) => find_mark(probe, &mark(salt, i)),
                     // What the template says of a mark it may not say of the words themselves.
                     None => text.find(words(m).concat().trim()),
                 };
@@ -103,8 +106,9 @@ impl Attempt {
                     _ => {}
                 }
                 for part in words(m) {
-                    let shown = match is_hidden_by_another(&messages, m, part, text) {
-                        true => Shown::Cut(part.trim().chars().take(QUOTED).collect()),
+                    let hidden = is_hidden(&messages, m, part, text, &markup);
+                    let shown = match hidden {
+                        true => shown(part, role(m), &text.replace(part.trim(), " ")),
                         false => shown(part, role(m), text),
                     };
                     match changed(role(m), shown) {
@@ -152,11 +156,19 @@ impl Attempt {
     }
 }
 
-/// Whether messages of one role say `words` more often than `text` does, so that one that is cut seems to be there.
-fn is_hidden_by_another(messages: &[Json], m: &Json, words_of_m: &str, text: &str) -> bool {
+/// Bytes of words that chance may find in the markup.
+const SHORT: usize = 32;
+
+/// Whether `text` has a message's words because other messages of its role say the same, or the markup does, so that
+/// one that is cut seems to be there. `markup` is the text without any words.
+fn is_hidden(messages: &[Json], m: &Json, of_m: &str, text: &str, markup: &str) -> bool {
+    let of_m = of_m.trim();
     let of_role = messages.iter().filter(|other| role(other) == role(m));
-    let said = of_role.flat_map(words).filter(|w| w.trim() == words_of_m.trim()).count();
-    said > 1 && (1..said).contains(&text.matches(words_of_m.trim()).count())
+    let said = of_role.flat_map(words).filter(|w| w.trim() == of_m).count();
+    if of_m.is_empty() || said < 2 && of_m.len() > SHORT {
+        return false;
+    }
+    (1..said + markup.matches(of_m).count()).contains(&text.matches(of_m).count())
 }
 
 /// Switches and control tokens that a note names.
@@ -233,14 +245,37 @@ fn must_show(m: &Json) -> bool {
     words(m).iter().any(|t| !t.trim().is_empty()) && m.get("tool_calls").is_none_or(Json::is_null)
 }
 
-/// A text that no template has, one for each message; case does not matter in it.
-fn mark(i: usize) -> String {
-    format!("NT7Q{i}Q7TN")
+/// A text that neither templates nor messages have, one for each message; case does not matter in it.
+fn mark(salt: usize, i: usize) -> String {
+    format!("NT{salt}Q{i}Q{salt}TN")
 }
 
-fn find_mark(text: &str, i: usize) -> Option<usize> {
-    let mark = mark(i);
-    text.find(&mark).or_else(|| text.to_ascii_uppercase().find(&mark)).or_else(|| text.find(&mark.to_lowercase()))
+/// The salt of marks that no message has.
+fn salt(messages: &[Json]) -> usize {
+    let said = |salt: usize| messages.iter().flat_map(words).any(|w| w.contains(&format!("NT{salt}Q")));
+    (7..).find(|salt| !said(*salt)).unwrap_or_default()
+}
+
+fn find_mark(text: &str, mark: &str) -> Option<usize> {
+    text.find(mark).or_else(|| text.to_ascii_uppercase().find(mark)).or_else(|| text.find(&mark.to_lowercase()))
+}
+
+/// A text with spaces for the marks in it.
+fn without_marks(text: &str, salt: usize) -> String {
+    let (begin, end) = (format!("nt{salt}q"), format!("q{salt}tn"));
+    let lower = text.to_ascii_lowercase();
+    let (mut out, mut at) = (String::with_capacity(text.len()), 0);
+    while let Some(found) = lower[at..].find(&begin) {
+        let digits = at + found + begin.len();
+        let len = lower[digits..].bytes().take_while(u8::is_ascii_digit).count();
+        let whole = lower[digits + len..].starts_with(&end);
+        let (kept, next) = if whole { (at + found, digits + len + end.len()) } else { (digits, digits) };
+        out.push_str(&text[at..kept]);
+        out.push(' ');
+        at = next;
+    }
+    out.push_str(&text[at..]);
+    out
 }
 
 /// The message with other texts in the places of its own.
@@ -423,7 +458,17 @@ mod tests {
         };
         assert_eq!(text(&t(""), &m), "<go on, please><no><go on, please>");
         let e = prompt(&t("[:9]"), &m).unwrap_err().to_string();
-        assert!(e.contains("leaves out a part") && e.contains("go on, please"), "{e}");
+        assert!(e.contains("leaves out a part") && e.contains("please"), "{e}");
+        let marks = [json!({"role": "user", "content": "NT7Q0Q7TN NT8Q"})];
+        assert_eq!(text("{{ messages[0].content }}", &marks), "NT7Q0Q7TN NT8Q");
+        for word in ["7", "Q", "0", "tn", "NT", " "] {
+            let m = [json!({"role": "user", "content": word}), json!({"role": "user", "content": word})];
+            assert_eq!(text("{% for m in messages %}[{{ m.content }}]{% endfor %}", &m), format!("[{word}][{word}]"));
+        }
+        let short = [json!({"role": "user", "content": "no"})];
+        let e = prompt("What you know: {{ messages[0].content[:1] }}", &short).unwrap_err().to_string();
+        assert!(e.contains("leaves out a part"), "{e}");
+        assert_eq!(text("What you know: {{ messages[0].content }}", &short), "What you know: no");
     }
 
     #[test]
