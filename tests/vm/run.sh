@@ -40,7 +40,7 @@
 #
 # NT_VM_DIR replaces target/vm, NT_VM_MODEL the model, NT_VM_TIMEOUT the seconds of a guest, NT_VM_ACCEL the
 # accelerator, NT_VM_APPEND the words `iommu=pt` of the kernel's command line, NT_VM_SEED the seed of suites
-# that take one, NT_VM_STEP the step at which the first suite begins (see stage_kills_all).
+# that take one, NT_VM_STEP the step at which a suite begins (see stage_kills_all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/vm
