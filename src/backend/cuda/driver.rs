@@ -470,27 +470,31 @@ impl Stream {
     }
 
     unsafe fn move_rows(&self, from: End, to: End, of: RowsOf, what: &'static str) -> Result<(), BackendError> {
-        // SAFETY: a structure of plain fields, for which all zeros is a value.
-        let mut c: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
-        (c.WidthInBytes, c.Height) = (of.width, of.rows);
-        match from {
-            End::Device(addr, pitch) => {
-                (c.srcMemoryType, c.srcDevice, c.srcPitch) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, addr, pitch);
-            }
-            End::Host(at) => {
-                (c.srcMemoryType, c.srcHost) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, at.cast());
-                c.srcPitch = of.width;
-            }
-        }
-        match to {
-            End::Device(addr, pitch) => {
-                (c.dstMemoryType, c.dstDevice, c.dstPitch) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, addr, pitch);
-            }
-            End::Host(at) => {
-                (c.dstMemoryType, c.dstHost) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, at.cast());
-                c.dstPitch = of.width;
-            }
-        }
+        use sys::CUmemorytype::{CU_MEMORYTYPE_DEVICE as DEVICE, CU_MEMORYTYPE_HOST as HOST};
+        let ends = |end: End| match end {
+            End::Device(addr, pitch) => (DEVICE, addr, std::ptr::null_mut(), pitch),
+            End::Host(at) => (HOST, 0, at, of.width),
+        };
+        let ((from_type, from_addr, from_host, from_pitch), (to_type, to_addr, to_host, to_pitch)) =
+            (ends(from), ends(to));
+        let c = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: from_type,
+            srcHost: from_host.cast::<c_void>().cast_const(),
+            srcDevice: from_addr,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: from_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: to_type,
+            dstHost: to_host.cast(),
+            dstDevice: to_addr,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: to_pitch,
+            WidthInBytes: of.width,
+            Height: of.rows,
+        };
         if of.width == 0 || of.rows == 0 {
             return Ok(());
         }

@@ -101,6 +101,24 @@ unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i32, const M
     }
 }
 
+/// A half-precision field of each of `n` blocks of 32, twice: for the two halves that have scales of their own. Zero for
+/// blocks that are not there. (No closure: one that is called twice is compiled by itself, without the instruction set.)
+#[inline(always)]
+unsafe fn field<const BYTES: usize>(first: *const u8, at: usize, n: usize) -> __m512 {
+    // SAFETY: the caller vouches for AVX-512 and for `n` blocks.
+    unsafe {
+        let mut h = [0i16; 8];
+        for (b, h) in h.iter_mut().enumerate() {
+            if b < n {
+                *h = first.add(b * BYTES + at).cast::<i16>().read_unaligned();
+            }
+        }
+        let h = _mm_set_epi16(h[7], h[6], h[5], h[4], h[3], h[2], h[1], h[0]);
+        let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_cvtph_ps(h)))
+    }
+}
+
 #[inline(always)]
 fn zero() -> __m512 {
     // SAFETY: all zero bits are sixteen zeros.
@@ -141,20 +159,9 @@ impl Blocks32 {
         }
         // SAFETY: `row`'s contract: `n` blocks are readable.
         unsafe {
-            let half = |b: usize, at: usize| match b < n {
-                true => first.add(b * BYTES + at).cast::<i16>().read_unaligned(),
-                false => 0,
-            };
-            // One field of each block, twice: for the two halves that have scales of their own.
-            let field = |at: usize| {
-                let h = |b| half(b, at);
-                let h = _mm_set_epi16(h(7), h(6), h(5), h(4), h(3), h(2), h(1), h(0));
-                let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-                _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_cvtph_ps(h)))
-            };
-            let d = field(0);
+            let d = field::<BYTES>(first, 0, n);
             let scale = _mm512_mul_ps(d, _mm512_loadu_ps(a.scale.as_ptr()));
-            let factor = if MIN { field(2) } else { d };
+            let factor = if MIN { field::<BYTES>(first, 2, n) } else { d };
             self.offset = _mm512_fmadd_ps(factor, _mm512_loadu_ps(a.sum.as_ptr()), self.offset);
             for i in 0..4 {
                 if 2 * i >= n {
