@@ -50,6 +50,16 @@ fn buffers_are_as_many_as_are_asked_for() {
     }
 }
 
+/// From the moment at which a read could start to its start: a benchmark says how long that took.
+#[test]
+fn how_long_reads_wait_for_their_start_is_told() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf");
+    let args = ["bench", arg(&m), "--backend", "cpu", "--tiers", "0:0:6", "-p", "0", "-n", "20", "-r", "1", "--json"];
+    let start = &json(&args, &[])["links"]["nvme"]["start_us"];
+    assert!(start["n"].as_u64().unwrap() > 0 && start["p50"].as_f64() <= start["p99"].as_f64(), "{start}");
+}
+
 #[test]
 fn tiers_are_interleaved_or_stacked() {
     let d = tempfile::tempdir().unwrap();

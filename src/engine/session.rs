@@ -113,7 +113,7 @@ pub struct Session {
     /// What was read before the plan was made.
     pub(super) _small: Arena,
     /// Vectors that no unit holds.
-    pub(super) _apart: super::start::Apart,
+    pub(super) _apart: super::apart::Apart,
 }
 
 /// What a session holds on a device with memory of its own.

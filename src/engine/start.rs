@@ -4,16 +4,17 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::apart::Apart;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{self, Backend, BackendError, DeviceAlloc, DeviceMemory, Dims, MemoryUse};
+use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims, MemoryUse};
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, HParams, Held, Model, Scratch, UnitKind, UnitSpec, check_divisors, rope};
+use crate::model::{ForwardError, HParams, Model, Scratch, UnitKind, UnitSpec, check_divisors, rope};
 use crate::pipeline::{DeviceUnit, SpanIn, UnitLayout, load, load_to_device};
 use crate::plan::{Home, Limits, Plan, PlanError, UnitPart, UnitSize, format_at_least, format_bytes, place};
 use crate::state::Pages;
@@ -634,46 +635,4 @@ fn read_vectors(
         }
     };
     units.iter().zip(tensors).map(floats).collect()
-}
-
-/// Vectors that are held apart from the units, as F32, in the backend's memory.
-pub(super) struct Apart {
-    /// Address of each of the model's held vectors.
-    addresses: Vec<u64>,
-    /// Where processors read them.
-    _host: Vec<Vec<f32>>,
-    _device: Option<DeviceAlloc>,
-}
-
-/// Vectors in device memory begin at multiples of this.
-const APART_ALIGN: u64 = 256;
-
-impl Apart {
-    fn new(model: &Model, widened: Vec<Vec<f32>>, device: Option<&dyn DeviceMemory>) -> Result<Apart, EngineError> {
-        let address = |bases: &[u64]| {
-            let of = |h: &Held| bases[h.tensor] + 4 * h.first as u64;
-            model.held.iter().map(of).collect::<Vec<_>>()
-        };
-        let Some(device) = device.filter(|_| !widened.is_empty()) else {
-            let bases: Vec<u64> = widened.iter().map(|v| v.as_ptr() as u64).collect();
-            return Ok(Apart { addresses: address(&bases), _host: widened, _device: None });
-        };
-        let mut all: Vec<f32> = Vec::new();
-        let mut bases = Vec::with_capacity(widened.len());
-        for v in &widened {
-            bases.push(4 * all.len() as u64);
-            all.extend(v);
-            all.resize((4 * all.len()).next_multiple_of(APART_ALIGN as usize) / 4, 0.0);
-        }
-        let bytes = 4 * all.len();
-        let memory = device.alloc(bytes as u64, "norms and biases")?;
-        let engine = device.copy_engine(1)?;
-        // SAFETY: both hold the bytes; the source is not changed before the wait returns, and the device memory
-        // is nobody else's.
-        unsafe { engine.upload(0, all.as_ptr().cast(), memory.addr, bytes)? };
-        engine.wait_copied(0)?;
-        engine.settle()?;
-        bases.iter_mut().for_each(|b| *b += memory.addr);
-        Ok(Apart { addresses: address(&bases), _host: Vec::new(), _device: Some(memory) })
-    }
 }

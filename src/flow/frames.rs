@@ -52,7 +52,7 @@ pub struct Rank {
     pub pass: u32,
     /// Step of the schedule.
     pub step: u32,
-    /// 0 for a unit of the schedule, else the number of a demanded unit, from 1, or [`HINTS`] and more for a hint.
+    /// 0 for a unit of the schedule, else the number of a demanded unit, from 1, or 2³⁰ and more for a hint.
     pub nth: u32,
 }
 

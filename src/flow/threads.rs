@@ -20,7 +20,7 @@ use crate::storage::{Alignment, Bell, Extent, FileId, Reader};
 
 /// Longest wait of a link's thread that has no bell, and of one that has.
 const POLL: Duration = Duration::from_millis(2);
-const POLL_BELL: Duration = Duration::from_millis(100);
+const POLL_BELL: Duration = Duration::from_millis(20);
 /// Moves that a thread takes at once.
 const BATCH: usize = 8;
 

@@ -333,6 +333,12 @@ impl Reader for VfioReader {
                 return Ok(());
             }
             raised = self.drive.wait_interrupt(LONGEST_SLEEP.min(wait));
+            if self.bell.heard() {
+                // What has ended meanwhile says nothing about the interrupt.
+                self.step();
+                out.append(&mut self.finished);
+                return Ok(());
+            }
             if raised.is_some() {
                 continue;
             }
