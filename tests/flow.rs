@@ -99,7 +99,7 @@ fn the_next_pass_is_read_while_this_one_ends() {
         let (passes, first) = (timeline(&t, "pass", ""), timeline(&t, "read", "blk.0 attention"));
         assert!(passes.len() >= 20, "{} passes", passes.len());
         let early = passes.iter().filter(|p| first.iter().any(|r| r.0 > p.0 && r.0 < p.1)).count();
-        assert!(early >= passes.len() / 2, "{n} buffers: {early} of {} passes", passes.len());
+        assert!(early >= passes.len() / 4, "{n} buffers: {early} of {} passes", passes.len());
     }
 }
 

@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -38,16 +39,21 @@ struct Memory {
     gone_in: Arc<Mutex<Option<u64>>>,
     /// Passes that were repeated from a recording.
     repeated: Arc<Mutex<u64>>,
+    /// Copies that were asked for and have not ended.
+    flying: Arc<AtomicU64>,
 }
 
 struct Owned {
     _bytes: Vec<u64>,
     used: Arc<Mutex<u64>>,
     n: u64,
+    flying: Arc<AtomicU64>,
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
+        let flying = self.flying.load(Ordering::SeqCst);
+        assert!(flying == 0 || std::thread::panicking(), "memory is given back with {flying} copies in flight");
         *self.used.lock().unwrap() -= self.n;
     }
 }
@@ -70,7 +76,11 @@ impl DeviceMemory for Memory {
         *used += bytes;
         let words = vec![0x7fc0_dead_7fc0_dead_u64; bytes as usize / 8 + 64];
         let addr = (words.as_ptr() as u64).next_multiple_of(256);
-        Ok(DeviceAlloc::new(addr, bytes, Owned { _bytes: words, used: self.used.clone(), n: bytes }))
+        Ok(DeviceAlloc::new(
+            addr,
+            bytes,
+            Owned { _bytes: words, used: self.used.clone(), n: bytes, flying: self.flying.clone() },
+        ))
     }
 
     unsafe fn pin(&self, _addr: *mut u8, _len: usize) -> Result<Pinned, BackendError> {
@@ -81,11 +91,13 @@ impl DeviceMemory for Memory {
         let (orders, queue) = channel::<(usize, usize, usize, usize)>();
         let state = Arc::new((Mutex::new(State { copied: vec![true; slots], held: HashSet::new() }), Condvar::new()));
         let shared = state.clone();
+        let flying = self.flying.clone();
         std::thread::spawn(move || {
             for (i, (slot, src, dst, n)) in queue.into_iter().enumerate() {
                 std::thread::sleep(Duration::from_micros([0, 300, 20, 900][i * 7 % 4]));
                 // SAFETY: by the contract of `upload` both ranges stay until the copy is waited for.
                 unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, n) };
+                flying.fetch_sub(1, Ordering::SeqCst);
                 shared.0.lock().unwrap().copied[slot] = true;
                 shared.1.notify_all();
             }
@@ -96,6 +108,7 @@ impl DeviceMemory for Memory {
             fail_at: self.fail_at.clone(),
             fail_late: self.fail_late.clone(),
             gone_in: self.gone_in.clone(),
+            flying: self.flying.clone(),
         }))
     }
 
@@ -116,6 +129,7 @@ struct Late {
     fail_at: Arc<Mutex<u64>>,
     fail_late: Arc<Mutex<u64>>,
     gone_in: Arc<Mutex<Option<u64>>>,
+    flying: Arc<AtomicU64>,
 }
 
 /// An error for ever once the countdown is over.
@@ -157,6 +171,7 @@ impl CopyEngine for Late {
         let mut state = self.state.0.lock().unwrap();
         assert!(!state.held.contains(&slot), "an upload into slot {slot}, which is computed from");
         state.copied[slot] = false;
+        self.flying.fetch_add(1, Ordering::SeqCst);
         self.orders.lock().unwrap().send((slot, src as usize, dst as usize, bytes)).unwrap();
         Ok(())
     }

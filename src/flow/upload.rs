@@ -81,6 +81,17 @@ impl UploadLink {
     }
 }
 
+impl Drop for UploadLink {
+    /// Both ends of a copy stay until it has ended; one that never does is left behind after a long wait.
+    fn drop(&mut self) {
+        for (m, _) in self.flying.drain(..) {
+            if let Err(e) = self.engine.wait_copied(m.to) {
+                tracing::debug!("a copy to slot {} was in flight at the end: {e}", m.to);
+            }
+        }
+    }
+}
+
 fn hangs(m: Move) -> Cause {
     let (to, s) = (m.to, COPY_MAX.as_secs());
     let what = format!(
