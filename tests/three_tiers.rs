@@ -183,6 +183,11 @@ impl CopyEngine for Late {
         Ok(Some(1e-6))
     }
 
+    fn try_copied(&self, slot: usize) -> Result<Option<Option<f64>>, BackendError> {
+        let copied = self.state.0.lock().unwrap().copied[slot];
+        if copied { self.wait_copied(slot).map(Some) } else { Ok(None) }
+    }
+
     fn acquire(&self, slot: usize) -> Result<(), BackendError> {
         self.wait(slot);
         there(&self.gone_in)?;
@@ -507,6 +512,21 @@ fn a_device_that_vanishes_ends_every_pass_with_an_error_and_everything_is_releas
         assert!(logits(&mut session).is_err(), "{calls}: a pass after the device was gone");
         drop(session);
         assert_eq!(*memory.used.lock().unwrap(), 0, "{calls}");
+    }
+}
+
+/// Guards against memory that is given back while it is copied to ([`Owned`] looks).
+#[test]
+fn a_session_that_ends_at_once_waits_for_its_copies() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&tiny(6).write(d.path(), "m.gguf")).unwrap();
+    for pause in 0..20 {
+        let memory = Arc::new(Memory::default());
+        let o = Options { tiers: Some(Tiers { a: 1, b: 3, c: 2 }), ..options() };
+        let session = start(&opened, o, &memory).unwrap();
+        std::thread::sleep(Duration::from_micros(50 * pause));
+        drop(session);
+        assert_eq!(*memory.used.lock().unwrap(), 0);
     }
 }
 
