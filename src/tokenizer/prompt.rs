@@ -188,6 +188,10 @@ enum Changed {
 fn changed(role: &str, shown: Shown) -> Changed {
     match shown {
         Shown::Whole => Changed::No,
+        Shown::OtherSpace if matches!(role, "assistant" | "tool") => Changed::No,
+        Shown::OtherSpace => Changed::Told(format!(
+            "the chat template changes white space inside a message (role {role}): lines and indentation may be lost"
+        )),
         Shown::OtherCase => Changed::Told(format!("the chat template changes the case of words (role {role})")),
         Shown::Without(all) => {
             let all: Vec<String> = all.iter().take(NAMED).map(|name| format!("{name:?}")).collect();

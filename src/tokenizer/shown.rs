@@ -7,8 +7,10 @@
 /// What a prompt holds of a text.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Shown {
-    /// All of it, but for white space, or as JSON.
+    /// All of it, as it is or as JSON; the ends of lines and of the text may be trimmed.
     Whole,
+    /// All of it, with other white space inside.
+    OtherSpace,
     /// All of it, in other case.
     OtherCase,
     /// All but these switches or control tokens.
@@ -28,8 +30,14 @@ pub(super) fn shown(words: &str, role: &str, prompt: &str) -> Shown {
     }
     let answer = if role == "assistant" { without_reasoning(words) } else { words };
     let squeezed = squeeze(prompt);
-    if forms(answer).iter().any(|form| squeezed.contains(form)) {
+    let [plain, json @ ..] = forms(answer);
+    if json.iter().filter(|form| **form != plain).any(|form| squeezed.contains(form))
+        || trimmed(prompt).contains(&trimmed(answer))
+    {
         return Shown::Whole;
+    }
+    if squeezed.contains(&plain) {
+        return Shown::OtherSpace;
     }
     let lower = squeezed.to_lowercase();
     if forms(answer).iter().any(|form| lower.contains(&form.to_lowercase())) {
@@ -57,6 +65,11 @@ fn squeeze(text: &str) -> String {
         out.push_str(word);
     }
     out
+}
+
+/// A text without white space at the ends of its lines.
+fn trimmed(text: &str) -> String {
+    text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
 /// How a text is printed: as it is, as JSON (also in ASCII alone), and as Python prints texts.
@@ -150,9 +163,29 @@ fn markup(text: &str, after_space: bool) -> Option<usize> {
     };
     let len = text.bytes().take(MARKUP_MAX).position(|b| b == close)? + 1;
     let inner = text[1..len - 1].strip_prefix('/').unwrap_or(&text[1..len - 1]);
-    let is_name = !inner.is_empty() && !inner.contains([' ', '\t', '\n']) && !inner.as_bytes()[0].is_ascii_digit();
-    is_name.then_some(len)
+    // `[i]` and `<int>` are what people write in code.
+    let is_token = match close {
+        b']' => inner.len() > 2 && inner.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'),
+        _ => inner.len() > 2 && inner.starts_with('|') && inner.ends_with('|') || ANGLED.contains(&inner),
+    };
+    (is_token && !inner.contains(char::is_whitespace)).then_some(len)
 }
+
+/// Control tokens in plain angle brackets.
+const ANGLED: [&str; 12] = [
+    "s",
+    "bos",
+    "eos",
+    "pad",
+    "unk",
+    "think",
+    "thinking",
+    "start_of_turn",
+    "end_of_turn",
+    "tool_call",
+    "tool_response",
+    "answer",
+];
 
 /// Bytes that a quotation goes back to the beginning of a word at most; some scripts have no spaces.
 const BACK_MAX: usize = 20;
@@ -182,16 +215,24 @@ mod tests {
     }
 
     #[test]
-    fn white_space_and_json_change_nothing() {
+    fn trimmed_ends_and_json_change_nothing() {
         for (words, prompt) in [
             ("  a  b\n", "<user>a  b<end>"),
-            ("a\n\n  b", "<user>a b<end>"),
+            ("a  \n\n  b\r\nc", "<user>a\n\n  b\nc<end>"),
             ("a \"b\"\nc", r#"{"text": "a \"b\"\nc"}"#),
             ("é \u{1f600}", r#"{"text": "\u00e9 \ud83d\ude00"}"#),
             ("say \"b\"\nc", r#"{'text': 'say "b"\nc'}"#),
             ("a/b <c d> [1]", "<user>a/b <c d> [1]"),
         ] {
             assert_eq!(of(words, prompt), Shown::Whole, "{words}");
+        }
+    }
+
+    /// Guards against code and tables that lose their lines without a word.
+    #[test]
+    fn other_white_space_inside_is_told() {
+        for (words, prompt) in [("a\n\n  b", "<user>a b<end>"), ("if x:\n    y", "<user>if x:\ny"), ("a  b", "a b")] {
+            assert_eq!(of(words, prompt), Shown::OtherSpace, "{words}");
         }
     }
 
@@ -213,6 +254,8 @@ mod tests {
         assert!(matches!(of("a / b", "a b"), Shown::Cut(_)));
         assert!(matches!(of("see /usr/bin for it", "see for it"), Shown::Cut(_)));
         assert!(matches!(of("x[0] = 1", "x = 1"), Shown::Cut(_)));
+        assert!(matches!(of("x[i] = 1", "x = 1"), Shown::Cut(_)));
+        assert!(matches!(of("vector<int> v", "vector v"), Shown::Cut(_)));
     }
 
     #[test]

@@ -119,6 +119,56 @@ unsafe fn field<const BYTES: usize>(first: *const u8, at: usize, n: usize) -> __
     }
 }
 
+/// Where [`fields`] finds the scales of blocks of `BYTES` bytes, and what lies behind each, in 16-bit words.
+const fn places<const BYTES: usize>(from: usize) -> [i16; 32] {
+    let mut at = [0; 32];
+    let mut b = 0;
+    while b < 8 {
+        // Words before `from` are another register's.
+        let word = b * BYTES / 2;
+        at[b] = word.wrapping_sub(from) as i16;
+        at[8 + b] = (word + 1).wrapping_sub(from) as i16;
+        b += 1;
+    }
+    at
+}
+
+/// Which of the places that [`places`] names lie in the third register.
+const fn in_third<const BYTES: usize>() -> u32 {
+    let mut mask = 0;
+    let mut b = 0;
+    while b < 8 {
+        let word = b * BYTES / 2;
+        mask |= ((word >= 64) as u32) << b | ((word + 1 >= 64) as u32) << (8 + b);
+        b += 1;
+    }
+    mask
+}
+
+/// The first two half-precision fields of each of `n` blocks of 18 or 20 bytes, each twice as [`field`] gives one: all of
+/// them from three loads.
+#[inline(always)]
+unsafe fn fields<const BYTES: usize>(first: *const u8, n: usize) -> (__m512, __m512) {
+    const { assert!(BYTES == 18 || BYTES == 20) };
+    // What is masked is not read.
+    let words = (1u128 << (n * BYTES / 2)) - 1;
+    // SAFETY: the caller vouches for AVX-512 and for `n` blocks.
+    unsafe {
+        let at = |i: usize| first.add(64 * i).cast::<i16>();
+        let a = _mm512_maskz_loadu_epi16(words as u32, at(0));
+        let b = _mm512_maskz_loadu_epi16((words >> 32) as u32, at(1));
+        let c = _mm512_maskz_loadu_epi16((words >> 64) as u32, at(2));
+        let index = |of: &[i16; 32]| _mm512_loadu_epi16(of.as_ptr());
+        let h = _mm512_permutex2var_epi16(a, index(const { &places::<BYTES>(0) }), b);
+        let third = const { in_third::<BYTES>() };
+        let h = _mm512_mask_permutexvar_epi16(h, third, index(const { &places::<BYTES>(64) }), c);
+        let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        let wide = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+        let again = _mm512_add_epi32(twice, _mm512_set1_epi32(8));
+        (_mm512_permutexvar_ps(twice, wide), _mm512_permutexvar_ps(again, wide))
+    }
+}
+
 #[inline(always)]
 fn zero() -> __m512 {
     // SAFETY: all zero bits are sixteen zeros.
@@ -159,9 +209,13 @@ impl Blocks32 {
         }
         // SAFETY: `row`'s contract: `n` blocks are readable.
         unsafe {
-            let d = field::<BYTES>(first, 0, n);
+            let (d, min) = match BYTES {
+                18 => fields::<18>(first, n),
+                20 => fields::<20>(first, n),
+                _ => (field::<BYTES>(first, 0, n), zero()),
+            };
             let scale = _mm512_mul_ps(d, _mm512_loadu_ps(a.scale.as_ptr()));
-            let factor = if MIN { field::<BYTES>(first, 2, n) } else { d };
+            let factor = if MIN { min } else { d };
             self.offset = _mm512_fmadd_ps(factor, _mm512_loadu_ps(a.sum.as_ptr()), self.offset);
             for i in 0..4 {
                 if 2 * i >= n {
