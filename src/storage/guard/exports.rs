@@ -1,6 +1,7 @@
 //! What hands a drive on to others, or uses it in the kernel: NVMe-oF, LIO, SCST, USB gadgets, Xen, ublk, the
 //! heartbeat of clusters.
 
+use super::age;
 use super::host::{Host, Unreadable};
 use super::node::Number;
 use super::nodes::{Nodes, Target};
@@ -24,40 +25,55 @@ struct Look<'a> {
     nodes: Nodes,
 }
 
+/// Whether what a path names is open in the kernel, and what that proves.
+#[derive(Clone, Copy)]
+enum Use<'a> {
+    /// It is not.
+    Off,
+    /// It is, and the path is the kernel's of what is open, or nothing tells since when it is.
+    On,
+    /// It is, by a path that somebody wrote there after this folder was made. What the path leads to now need not be
+    /// what it led to then.
+    Since(&'a str),
+}
+
+impl Use<'_> {
+    fn is_on(self) -> bool {
+        !matches!(self, Use::Off)
+    }
+}
+
 /// Every export of one of the controller's devices, or of a file on it.
 pub fn exported(host: &Host, controller: &Controller, words: &Words, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let look = Look { host, controller, nodes: Nodes::of(host, controller)? };
     for subsystem in host.list(NVMET)? {
         let base = format!("{NVMET}/{subsystem}/namespaces");
         for namespace in host.list(&base)? {
-            let enabled = host.read_if_there(&format!("{base}/{namespace}/enable"))?.as_deref() == Some("1");
-            look.file(&format!("{base}/{namespace}/device_path"), "NVMe-oF", enabled, out)?;
+            look.nvmet(&format!("{base}/{namespace}"), out)?;
         }
         // A controller that is passed through as a whole.
-        let path = format!("{NVMET}/{subsystem}/passthru");
-        let enabled = host.read_if_there(&format!("{path}/enable"))?.as_deref() == Some("1");
-        look.file(&format!("{path}/device_path"), "NVMe-oF", enabled, out)?;
+        look.nvmet(&format!("{NVMET}/{subsystem}/passthru"), out)?;
     }
     for backstore in host.list(LIO)? {
         for object in folders(host, &format!("{LIO}/{backstore}"))? {
             let base = format!("{LIO}/{backstore}/{object}");
             // `info` tells the number of a device, so a path that is gone hides nothing there.
-            look.info(&format!("{base}/info"), out)?;
-            look.file(&format!("{base}/udev_path"), "a LIO target", false, out)?;
+            look.info(&base, out)?;
+            look.file(&format!("{base}/udev_path"), "a LIO target", Use::Off, out)?;
         }
     }
     for device in host.list(SCST)? {
-        look.file(&format!("{SCST}/{device}/filename"), "an SCST target", true, out)?;
+        look.file(&format!("{SCST}/{device}/filename"), "an SCST target", Use::On, out)?;
     }
     for gadget in host.list(GADGETS)? {
         for function in folders(host, &format!("{GADGETS}/{gadget}/functions"))? {
             let base = format!("{GADGETS}/{gadget}/functions/{function}");
             for lun in folders(host, &base)?.iter().filter(|l| l.starts_with("lun.")) {
-                look.file(&format!("{base}/{lun}/file"), "a USB gadget", true, out)?;
+                look.file(&format!("{base}/{lun}/file"), "a USB gadget", Use::On, out)?;
             }
         }
     }
-    look.file("/sys/module/g_mass_storage/parameters/file", "a USB gadget", true, out)?;
+    look.file("/sys/module/g_mass_storage/parameters/file", "a USB gadget", Use::On, out)?;
     for device in host.list(XEN)? {
         let path = format!("{XEN}/{device}/physical_device");
         // Hexadecimal, `103:b`.
@@ -82,26 +98,57 @@ fn folders(host: &Host, path: &str) -> Result<Vec<String>, Unreadable> {
 }
 
 impl Look<'_> {
-    /// A file that holds the path of what is exported. One `in_use` whose path leads nowhere may be of any
-    /// device.
-    fn file(&self, path: &str, over: &str, in_use: bool, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    /// A namespace or a controller that NVMe-oF hands on.
+    fn nvmet(&self, base: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        let enabled = self.host.read_if_there(&format!("{base}/enable"))?.is_some_and(|e| e != "0");
+        let used = if enabled { Use::Since(base) } else { Use::Off };
+        self.file(&format!("{base}/device_path"), "NVMe-oF", used, out)
+    }
+
+    /// A file that holds the path of what is exported.
+    fn file(&self, path: &str, over: &str, used: Use<'_>, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
         let text = self.host.read_if_there(path)?.unwrap_or_default();
         let exported = text.lines().next().unwrap_or("").trim().trim_matches('"');
         if exported.is_empty() || exported == "(null)" {
             return Ok(());
         }
-        if !exported.starts_with('/') {
-            return self.relative(path, exported, over, in_use, out);
+        self.export(path, exported, over, used, out)
+    }
+
+    /// The path `exported`, which was read from `path`. One in use that leads nowhere now, or that may have led elsewhere
+    /// when the kernel opened it, may be of any device.
+    fn export(
+        &self,
+        path: &str,
+        exported: &str,
+        over: &str,
+        used: Use<'_>,
+        out: &mut Vec<Reason>,
+    ) -> Result<(), Unreadable> {
+        if exported.is_empty() {
+            return Ok(());
         }
-        match self.nodes.target(self.host, self.controller, exported)? {
+        if !exported.starts_with('/') {
+            return self.relative(path, exported, over, used.is_on(), out);
+        }
+        let untold = match self.nodes.target(self.host, self.controller, exported)? {
             Target::Ours(device) => {
                 out.push(Reason::new(Check::Exported, path, format!("{exported} ({device}) is exported over {over}")));
+                None
             }
-            Target::Gone if in_use => {
-                let what = format!("{exported}, exported over {over}, leads nowhere now, so the device cannot be told");
-                out.push(Reason::new(Check::Unreadable, path, what));
-            }
-            _ => {}
+            Target::Gone if used.is_on() => Some("leads nowhere now".to_owned()),
+            Target::Other => match used {
+                Use::Since(folder) => age::changed_since(self.host, exported, folder)?
+                    .map(|step| format!("may have led elsewhere when it was opened: {step} was changed since")),
+                _ => None,
+            },
+            Target::Gone => None,
+        };
+        if let Some(why) = untold {
+            let what = format!(
+                "{exported}, exported over {over}, {why}, so the device cannot be told; remove the export, or make it anew"
+            );
+            out.push(Reason::new(Check::Unreadable, path, what));
         }
         Ok(())
     }
@@ -152,27 +199,30 @@ impl Look<'_> {
     }
 
     /// A LIO object's description: paths between other words, and `Major: 259 Minor: 11` of a device.
-    fn info(&self, path: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    fn info(&self, base: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+        let path = &format!("{base}/info");
         let text = self.host.read_if_there(path)?.unwrap_or_default();
+        let (over, used) =
+            ("a LIO target", if text.starts_with("Status: DEACTIVATED") { Use::Off } else { Use::Since(base) });
+        let is_of = |plugin: &str| base.strip_prefix(LIO).is_some_and(|b| b.starts_with(plugin));
+        // Memory.
+        if is_of("/rd_mcp_") {
+            return Ok(());
+        }
+        // Of a file, its path as it was written there, which may hold any character but a comma.
+        let file = text.split_once(" File: ").and_then(|(_, rest)| Some(rest.rsplit_once(" Size: ")?.0.trim()));
+        if let Some(file) = file.filter(|_| is_of("/fileio_")) {
+            return self.export(path, file, over, used, out);
+        }
         let words: Vec<&str> = text.split_whitespace().collect();
         let after = |key: &str| words.iter().position(|w| *w == key).and_then(|i| words.get(i + 1)?.parse().ok());
         let number = after("Major:").zip(after("Minor:")).map(|(major, minor)| Number { major, minor });
         if let Some(name) = number.and_then(|n| self.nodes.block(n)) {
             out.push(Reason::new(Check::Exported, path, format!("{name} is exported over a LIO target")));
         }
-        // `/dev/…` and `file//dev/…` of programs that serve.
+        // `/dev/…` and `file//dev/…` of programs that serve, which have open what they serve.
         for word in words.iter().filter_map(|w| Some(&w[w.find('/')?..])).filter(|w| w.len() > 1) {
-            match self.nodes.target(self.host, self.controller, word)? {
-                Target::Ours(device) => {
-                    let what = format!("{word} ({device}) is exported over a LIO target");
-                    out.push(Reason::new(Check::Exported, path, what));
-                }
-                Target::Gone if number.is_none() => {
-                    let what = format!("{word}, exported over a LIO target, leads nowhere now, so it cannot be told");
-                    out.push(Reason::new(Check::Unreadable, path, what));
-                }
-                _ => {}
-            }
+            self.export(path, word, over, if number.is_none() { Use::On } else { Use::Off }, out)?;
         }
         Ok(())
     }

@@ -40,6 +40,7 @@ impl LastLook {
             note(&mut out, |out| exports::exported(host, controller, &Words::new(host, controller, Vec::new())?, out));
             note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
             note(&mut out, |out| pci::hot(host, controller, out));
+            note(&mut out, |out| counted(host, controller, out));
             if out.is_empty() || left == 0 || !host.is_real() || host.is_stopped() {
                 break;
             }
@@ -60,6 +61,21 @@ impl LastLook {
         });
         out
     }
+}
+
+/// Each namespace whose writes the kernel does not count, so that the last look would see none.
+pub fn counted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for namespace in &controller.namespaces {
+        let name = &namespace.whole.name;
+        let path = format!("/sys/class/block/{name}/queue/iostats");
+        if host.read_if_there(&path)?.as_deref() == Some("0") {
+            let what = format!(
+                "the kernel does not count what is written to {name}, so a write during the checks would not be seen; switch counting on (`echo 1 > /sys/block/{name}/queue/iostats`)"
+            );
+            out.push(Reason::new(Check::Unreadable, &path, what));
+        }
+    }
+    Ok(())
 }
 
 fn counts(name: &str) -> String {

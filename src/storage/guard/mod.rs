@@ -2,6 +2,7 @@
 //! allowlist describes it and no check finds a reason against it; what cannot be read is a reason.
 //! All reasons are reported at once, each with the path it was read from. Reads only.
 
+mod age;
 pub mod allowlist;
 mod ask;
 mod boot;
@@ -140,6 +141,7 @@ pub fn examine(
     note(&mut out, |out| pci::function(host, controller, out));
     note(&mut out, |out| pci::iommu(host, controller, out));
     note(&mut out, |out| pci::hot(host, controller, out));
+    note(&mut out, |out| last::counted(host, controller, out));
     // Who uses it, and whether that can be seen.
     note(&mut out, |out| sight::hidden(host, out));
     note(&mut out, |out| nodes::Nodes::of(host, controller)?.are_right(host, out));

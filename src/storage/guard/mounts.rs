@@ -5,7 +5,7 @@ use std::path::Path;
 use super::host::{Host, Unreadable};
 use super::node::Number;
 use super::nodes::{Nodes, Target};
-use super::open::{Search, processes, threads};
+use super::open::{Search, each_process, each_thread};
 use super::sysfs::Controller;
 use super::words::octal;
 use super::{Check, Reason};
@@ -50,23 +50,23 @@ pub fn mounted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> R
     look.each("/proc/self", &host.read(own)?, &mut seen, out)?;
     let mut namespaces = std::collections::HashSet::new();
     let search = Search::begin();
-    for pid in processes(host)? {
-        for folder in threads(host, &pid)? {
-            search.go_on(host, &folder)?;
+    each_process(host, |pid| {
+        each_thread(host, pid, |folder| {
+            search.go_on(host, folder)?;
             // Threads of one namespace see the same mounts.
             if let Some(namespace) = host.link_name(&format!("{folder}/ns/mnt"))
                 && !namespaces.insert(namespace)
             {
-                continue;
+                return Ok(());
             }
             match host.read(&format!("{folder}/mountinfo")) {
-                Ok(text) => look.each(&folder, &text, &mut seen, out)?,
+                Ok(text) => look.each(folder, &text, &mut seen, out),
                 // It has ended meanwhile, or has no mounts of its own any more.
-                Err(e) if e.is_gone() || e.kind == std::io::ErrorKind::InvalidInput => {}
-                Err(e) => return Err(e),
+                Err(e) if e.is_gone() || e.kind == std::io::ErrorKind::InvalidInput => Ok(()),
+                Err(e) => Err(e),
             }
-        }
-    }
+        })
+    })?;
     for kind in LISTED {
         let folder = format!("/sys/fs/{kind}");
         for device in host.list(&folder)?.iter().filter(|d| controller.owns(d)) {

@@ -153,21 +153,44 @@ impl Host {
         Ok(place(a)? == place(b)?)
     }
 
-    /// What the loop device `name` stands on, by the kernel's word; `None` where it stands on nothing.
+    /// What the loop device `name` stands on, by the kernel's word; `None` where it stands on nothing. It is asked
+    /// through its node, which must have the number that sysfs tells: one that is missing or another device's says
+    /// nothing of this one.
+    ///
+    /// # Errors
+    /// That it cannot be asked.
     pub fn loop_backing(&self, name: &str) -> Result<Option<Backing>, Unreadable> {
         let path = format!("/dev/{name}");
+        let fail = |e: io::Error| {
+            let cure = "have udev make its node anew (`udevadm trigger --action=add`), or detach it (`losetup -d`)";
+            Unreadable { why: format!("what {name} stands on cannot be asked: {e}; {cure}"), ..Self::fail(&path, &e) }
+        };
         if !self.is_real() {
             let text = self.read_if_there(&path)?.unwrap_or_default();
             let mut words = text.split_whitespace();
             let numbers = words.next() == Some("loop");
             let mut number = || words.next().and_then(|w| w.parse().ok());
-            return Ok(number().zip(number()).filter(|_| numbers).map(|(device, on)| Backing { on, device }));
+            let found = number().zip(number()).filter(|_| numbers).map(|(device, on)| Backing { on, device });
+            return found.map(Some).ok_or_else(|| fail(io::ErrorKind::NotFound.into()));
         }
-        loop_status(&path).map_err(|e| Self::fail(&path, &e))
+        let number = self.read(&format!("/sys/class/block/{name}/dev"))?;
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+        match self.open_block(name, &number, &options) {
+            Ok(file) => loop_status(&file).map_err(fail),
+            // It is being taken down.
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(e) => Err(fail(e)),
+        }
     }
 
     /// Where `path` lies in a picture, with every link followed inside of it.
     fn follow(&self, path: &str) -> Option<PathBuf> {
+        self.walk(path, &mut |_| ())
+    }
+
+    /// Where `path` lies, with every link followed below the root; `visit` sees each folder, link and file on the way.
+    pub(super) fn walk(&self, path: &str, visit: &mut impl FnMut(&str)) -> Option<PathBuf> {
         let mut left: Vec<PathBuf> = vec![PathBuf::from(path)];
         let (mut at, mut links) = (PathBuf::from("/"), 0);
         while let Some(part) = left.pop() {
@@ -179,6 +202,7 @@ impl Host {
                 Component::ParentDir => drop(at.pop()),
                 Component::Normal(name) => {
                     at.push(name);
+                    visit(at.to_str()?);
                     let Ok(target) = std::fs::read_link(self.real(at.to_str()?)) else { continue };
                     links += 1;
                     if links > LINKS_MAX {
@@ -234,13 +258,8 @@ struct LoopInfo {
 
 const _: () = assert!(size_of::<LoopInfo>() == 232);
 
-fn loop_status(path: &str) -> io::Result<Option<Backing>> {
+fn loop_status(file: &File) -> io::Result<Option<Backing>> {
     const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENXIO | libc::ENOENT)) => return Ok(None),
-        Err(e) => return Err(e),
-    };
     let mut info = LoopInfo { device: 0, inode: 0, rdevice: 0, rest: [0; 208] };
     // SAFETY: the call writes one `struct loop_info64`, whose size is asserted above, to `info`.
     if unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) } != 0 {

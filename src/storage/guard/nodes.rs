@@ -114,9 +114,11 @@ impl Nodes {
     /// Where `path` leads: by its number, and where nothing is there any more, by its spelling and by
     /// the mount it would lie on.
     pub fn target(&self, host: &Host, controller: &Controller, path: &str) -> Result<Target, Unreadable> {
-        let path = path.strip_suffix(" (deleted)").unwrap_or(path);
+        // What has the name of a deleted file now is another one.
+        let deleted = path.strip_suffix(" (deleted)");
         let ours = |name: &str| Target::Ours(name.to_owned());
-        let found = host.node(path)?;
+        let found = if deleted.is_some() { None } else { host.node(path)? };
+        let path = deleted.unwrap_or(path);
         Ok(match found {
             Some(node) if self.name(node).is_some() => ours(self.name(node).unwrap_or_default()),
             Some(Node::Block(_) | Node::Char(_)) => Target::Other,

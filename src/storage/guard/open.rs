@@ -2,6 +2,7 @@
 //! descriptors under way in a socket.
 
 use std::cmp::Ordering;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::ask::Answer;
@@ -44,6 +45,56 @@ impl Search {
     }
 }
 
+/// How often a list is read again because something began meanwhile.
+const ROUNDS: usize = 100;
+
+/// Looks at each name that `list` tells, and reads the list again until it tells none that was not looked at: what a
+/// process has open is its child's by the time that the search comes to it, and the child may come after the list.
+///
+/// # Errors
+/// If new ones keep coming, and those of `list` and `look`.
+pub fn each_of(
+    path: &str,
+    mut list: impl FnMut() -> Result<Vec<String>, Unreadable>,
+    mut look: impl FnMut(&str) -> Result<(), Unreadable>,
+) -> Result<(), Unreadable> {
+    let mut seen: HashSet<String> = HashSet::new();
+    for _ in 0..ROUNDS {
+        let names = list()?;
+        let new: Vec<&String> = names.iter().filter(|n| !seen.contains(*n)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for name in new {
+            look(name)?;
+        }
+        // A number whose process has ended may be given again.
+        seen = names.into_iter().collect();
+    }
+    let newest = list()?.into_iter().filter(|n| !seen.contains(n)).max_by_key(|n| n.parse::<u64>().ok());
+    let what = newest.map_or_else(String::new, |n| format!(" (the newest is {n})"));
+    let why = format!(
+        "processes or threads begin faster than they can be looked at{what}, so what they have open cannot be told; end what starts them and try again"
+    );
+    Err(Unreadable::new(path, why))
+}
+
+/// Every process, each once; see [`each_of`].
+///
+/// # Errors
+/// As [`each_of`].
+pub fn each_process(host: &Host, look: impl FnMut(&str) -> Result<(), Unreadable>) -> Result<(), Unreadable> {
+    each_of("/proc", || processes(host), look)
+}
+
+/// Every thread of a process by its folder, each once; see [`each_of`].
+///
+/// # Errors
+/// As [`each_of`].
+pub fn each_thread(host: &Host, pid: &str, look: impl FnMut(&str) -> Result<(), Unreadable>) -> Result<(), Unreadable> {
+    each_of(&format!("/proc/{pid}/task"), || threads(host, pid), look)
+}
+
 /// One thread that is looked at.
 struct Thread<'a> {
     pid: &'a str,
@@ -76,7 +127,7 @@ pub fn processes(host: &Host) -> Result<Vec<String>, Unreadable> {
 }
 
 /// Folders of a process's threads, the process's own where it has no list of them.
-pub fn threads(host: &Host, pid: &str) -> Result<Vec<String>, Unreadable> {
+fn threads(host: &Host, pid: &str) -> Result<Vec<String>, Unreadable> {
     let folder = format!("/proc/{pid}/task");
     let tids = match host.list(&folder) {
         Err(e) if e.is_gone() => Vec::new(),
@@ -93,25 +144,29 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
     let nodes = Nodes::of(host, controller)?;
     let mut sockets = Sockets::default();
     let search = Search::begin();
-    for pid in processes(host)?.iter().filter(|p| **p != own_pid.to_string()) {
-        let folders = threads(host, pid)?;
-        let (mut tables, mut has_ring) = (Vec::new(), false);
-        for folder in &folders {
+    each_process(host, |pid| {
+        if pid == own_pid.to_string() {
+            return Ok(());
+        }
+        let (mut tables, mut has_ring, mut folders) = (Vec::new(), false, Vec::new());
+        each_thread(host, pid, |folder| {
             search.go_on(host, folder)?;
+            folders.push(folder.to_owned());
             let tid = folder.rsplit('/').next().unwrap_or(pid);
             if host.is_real() && is_known(&mut tables, tid) {
-                continue;
+                return Ok(());
             }
-            has_ring |= descriptors(host, &nodes, &Thread { pid, folder: folder.clone() }, &mut sockets, out)?;
-        }
-        mapped(host, &nodes, pid, &folders, has_ring, out)?;
-    }
+            has_ring |= descriptors(host, &nodes, &Thread { pid, folder: folder.to_owned() }, &mut sockets, out)?;
+            Ok(())
+        })?;
+        mapped(host, &nodes, pid, &folders, has_ring, out)
+    })?;
     under_way(host, sockets, out)
 }
 
 /// Whether a thread has the table of descriptors of one in `tables`, which is in the kernel's order; if not, it joins
 /// them. So few comparisons are needed, however many threads have tables of their own.
-fn is_known<'a>(tables: &mut Vec<&'a str>, tid: &'a str) -> bool {
+fn is_known(tables: &mut Vec<String>, tid: &str) -> bool {
     let mut untold = false;
     let place = tables.binary_search_by(|other| {
         compare_files(other, tid).unwrap_or_else(|| {
@@ -122,7 +177,7 @@ fn is_known<'a>(tables: &mut Vec<&'a str>, tid: &'a str) -> bool {
     match place {
         _ if untold => {}
         Ok(_) => return true,
-        Err(at) => tables.insert(at, tid),
+        Err(at) => tables.insert(at, tid.to_owned()),
     }
     false
 }
@@ -146,8 +201,7 @@ fn descriptors(
     let folder = format!("{}/fd", thread.folder);
     // Paths of what may be a node, and their links.
     let (mut paths, mut links) = (Vec::new(), Vec::new());
-    // The last parts of the names of what is open, for rings that tell no more.
-    let mut names = Vec::new();
+    let mut names = Names::default();
     let mut rings = Vec::new();
     for fd in list(host, &folder)? {
         let path = format!("{folder}/{fd}");
@@ -159,10 +213,12 @@ fn descriptors(
         };
         if link == RING {
             rings.push(fd);
-        } else if link.starts_with("socket:") {
+            continue;
+        }
+        names.add(&link);
+        if link.starts_with("socket:") {
             look_at_socket(host, thread, &fd, sockets)?;
         } else {
-            names.extend(link.rsplit('/').next().map(str::to_owned));
             // Pipes and the like have no path.
             if link.starts_with('/') {
                 paths.push(path);
@@ -249,15 +305,73 @@ fn mapped(
     Ok(())
 }
 
-/// Files registered with an io_uring stay open when their descriptors are closed. The kernel tells
-/// their paths, or before Linux 6.10 only the last part: one that is neither the drive's nor that of a
-/// descriptor of the same process cannot be told.
+/// Names by which kernels before 6.10 tell a registered file, and how many descriptors have each.
+#[derive(Debug, Default, Clone)]
+struct Names(HashMap<String, usize>);
+
+/// Stands for sockets, whose names are those of their protocols.
+const SOCKETS: &str = "/sockets";
+/// Stands for what has no name of its own there: pipes, and names too long to be kept in the kernel's entry.
+const NAMELESS: &str = "";
+/// From this many bytes a name is not kept in the kernel's entry (32 or 40 by version).
+const NAME_LONG: usize = 32;
+
+impl Names {
+    /// Counts a descriptor by what its link says.
+    fn add(&mut self, link: &str) {
+        let name = match link {
+            l if l.starts_with("socket:") => SOCKETS,
+            l if l.starts_with("pipe:") => NAMELESS,
+            l => {
+                let last = l.rsplit('/').next().unwrap_or(l);
+                let last = last.strip_suffix(" (deleted)").unwrap_or(last);
+                last.strip_prefix("anon_inode:").unwrap_or(last)
+            }
+        };
+        *self.0.entry(name.to_owned()).or_default() += 1;
+        if name.len() >= NAME_LONG {
+            *self.0.entry(NAMELESS.to_owned()).or_default() += 1;
+        }
+    }
+
+    /// Takes the descriptor that a registered file's name may be of; false if none is left.
+    fn take(&mut self, registered: &str) -> bool {
+        let name = if PROTOCOLS.contains(&registered) { SOCKETS } else { registered };
+        let left = self.0.get_mut(name).filter(|left| **left > 0);
+        left.map(|left| *left -= 1).is_some()
+    }
+}
+
+/// Names that kernels before 6.10 give sockets.
+const PROTOCOLS: [&str; 17] = [
+    "AF_VSOCK",
+    "ALG",
+    "MPTCP",
+    "MPTCPv6",
+    "NETLINK",
+    "PACKET",
+    "PING",
+    "PINGv6",
+    "RAW",
+    "RAWv6",
+    "SCTP",
+    "TCP",
+    "TCPv6",
+    "UDP",
+    "UDPv6",
+    "UNIX",
+    "UNIX-STREAM",
+];
+
+/// Files registered with an io_uring stay open when their descriptors are closed. The kernel tells their paths, or
+/// before Linux 6.10 only the last part of their names. A name proves nothing, so each must be that of a descriptor of the
+/// same process, which was looked at, and none may be there more often than descriptors are.
 fn registered(
     host: &Host,
     nodes: &Nodes,
     thread: &Thread<'_>,
     fd: &str,
-    open: &[String],
+    open: &Names,
     out: &mut Vec<Reason>,
 ) -> Result<(), Unreadable> {
     let path = format!("{}/fdinfo/{fd}", thread.folder);
@@ -265,37 +379,36 @@ fn registered(
         Err(e) if e.is_gone() => return Ok(()),
         text => text?,
     };
+    let pid = thread.pid;
+    let mut left = open.clone();
     let lines = text.lines().skip_while(|l| !l.starts_with("UserFiles:")).skip(1);
-    for file in lines.take_while(|l| l.starts_with(' ')).filter_map(|l| l.split_once(": ")).map(|(_, f)| f.trim()) {
-        let seen = if file.starts_with('/') {
-            let inside = format!("/proc/{}/root{file}", thread.pid);
-            let node = match host.node(&inside) {
-                Ok(Some(node)) => Some(node),
-                _ => host.node(file)?,
-            };
-            node.map(|n| nodes.device(n))
+    for file in lines.take_while(|l| l.starts_with(' ')).filter_map(|l| l.split_once(':')).map(|(_, f)| f.trim()) {
+        let (device, told) = if file.starts_with('/') {
+            // As the process sees it, and as we do.
+            let inside = host.node(&format!("/proc/{pid}/root{file}")).unwrap_or(None);
+            let outside = host.node(file)?;
+            let device = [inside, outside].into_iter().flatten().find_map(|n| nodes.device(n));
+            (device, inside.or(outside).is_some())
         } else {
-            // Sockets, pipes and the like have no name or one in brackets.
-            (file.is_empty() || file.starts_with(['[', '<']) || open.iter().any(|o| o == file)).then_some(None)
+            // An empty place; or what the kernels since 6.10 say of what is no file.
+            let no_file =
+                file == "<none>" || ["socket:[", "pipe:[", "anon_inode:["].iter().any(|s| file.starts_with(s));
+            (None, no_file || left.take(file))
         };
-        let pid = thread.pid;
-        match seen.flatten().or(nodes.spelled(file)) {
+        match device.or(nodes.spelled(file)) {
             Some(name) => {
                 push(out, Reason::new(Check::Open, &path, format!("process {pid} has /dev/{name} in an io_uring")));
             }
-            None if seen.is_none() && !is_protocol(file) => {
-                let what = format!("process {pid} has {file:?} in an io_uring, which cannot be told; end it");
+            None if !told => {
+                let what = format!(
+                    "process {pid} has {file:?} in an io_uring and not in as many descriptors, so it cannot be told; end it"
+                );
                 push(out, Reason::new(Check::Unreadable, &path, what));
             }
             None => {}
         }
     }
     Ok(())
-}
-
-/// Names that older kernels give sockets: TCP, UDP, UNIX-STREAM.
-fn is_protocol(name: &str) -> bool {
-    name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || matches!(b, b'-' | b'v'))
 }
 
 /// Remembers a socket if descriptors are under way in it.

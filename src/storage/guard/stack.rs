@@ -86,8 +86,22 @@ pub fn loops(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Res
     for name in host.must_list("/sys/block")?.iter().filter(|n| n.starts_with("loop")) {
         let path = format!("/sys/block/{name}/loop/backing_file");
         let Some(backing) = host.read_if_there(&path)? else { continue };
-        // The numbers are right even where the file's name is gone or is one of another mount namespace.
-        let by_number = host.loop_backing(name)?.and_then(|b| nodes.block(b.device).or(nodes.block(b.on)));
+        // The numbers are right even where the file's name is gone or is one of another mount namespace; without them
+        // the name proves nothing of other devices.
+        let asked = match host.loop_backing(name) {
+            // Detached meanwhile, unless it still says that it stands on something.
+            Ok(None) if host.exists(&path) => {
+                Err(Unreadable::new(&path, "it says so, and the device says no; try again"))
+            }
+            asked => asked,
+        };
+        let by_number = match asked {
+            Ok(found) => found.and_then(|b| nodes.block(b.device).or(nodes.block(b.on))),
+            Err(e) => {
+                out.push(e.into());
+                None
+            }
+        };
         let device = match by_number {
             Some(device) => Some(device.to_owned()),
             None => match nodes.target(host, controller, &backing)? {

@@ -61,6 +61,20 @@ const HELD: &[Row] = &[
         f.link("/proc/77/fd/9", "anon_inode:[io_uring]");
         f.put("/proc/77/fdinfo/9", "SqMask:\t0x7\nUserFiles:\t1\n    0: other\nUserBufs:\t0\n");
     }),
+    ("io_uring with a node that is called like a protocol", Check::Unreadable, |f| f.ring(&["DISK"])),
+    ("io_uring with a node that is called like a socket", Check::Unreadable, |f| f.ring(&["TCP"])),
+    ("io_uring with a node that is called like no file", Check::Unreadable, |f| f.ring(&["[x"])),
+    ("io_uring with a node whose name is too long", Check::Unreadable, |f| f.ring(&[""])),
+    ("io_uring with a node that is called like an open file, which is there, too", Check::Unreadable, |f| {
+        f.link("/proc/77/fd/5", "/srv/data");
+        f.ring(&["data", "data"]);
+    }),
+    ("io_uring with a path that leads elsewhere for us", Check::Open, |f| {
+        f.put("/tmp/other", "b 259:11");
+        f.folder("/proc/77/root/tmp");
+        f.put("/proc/77/root/tmp/other", "b 8:0");
+        f.ring(&["/tmp/other"]);
+    }),
     ("io_uring that is only mapped", Check::Unreadable, |f| {
         f.link("/proc/77/map_files/1000-2000", "anon_inode:[io_uring]");
     }),
@@ -79,6 +93,18 @@ const HELD: &[Row] = &[
     ("loop over a file of the drive in another mount namespace", Check::Stacked, |f| {
         f.put("/sys/block/loop3/loop/backing_file", "/inside/disk.img\n");
         f.put("/dev/loop3", "loop 0:0 259:11");
+    }),
+    ("loop whose node is gone", Check::Unreadable, |f| {
+        f.put("/sys/block/loop5/loop/backing_file", "/tmp/other (deleted)\n");
+    }),
+    ("loop over what is gone, with the node of another device", Check::Unreadable, |f| {
+        f.put("/sys/block/loop5/loop/backing_file", "/tmp/other (deleted)\n");
+        f.put("/dev/loop5", "b 7:6");
+    }),
+    ("loop that cannot be asked, before another", Check::Stacked, |f| {
+        f.put("/sys/block/loop5/loop/backing_file", "/tmp/other\n");
+        f.put("/sys/block/loop6/loop/backing_file", "/tmp/other (deleted)\n");
+        f.put("/dev/loop6", "loop 259:11 0:5");
     }),
     ("nvmet export of a node of another name", Check::Exported, |f| {
         f.put("/tmp/other", "b 259:11");
@@ -101,6 +127,35 @@ const HELD: &[Row] = &[
     }),
     ("SCST export by a path from an unknown folder", Check::Unreadable, |f| {
         f.put("/sys/kernel/scst_tgt/devices/d/filename", "x/disk.img\n\n[key]\n");
+    }),
+    ("LIO file by a path from below /dev", Check::Exported, |f| f.fileio("nvme1n1")),
+    ("LIO file by a path from an unknown folder", Check::Unreadable, |f| f.fileio("disk")),
+    ("LIO file by a path with spaces", Check::Exported, |f| {
+        f.put("/tmp/a Size: b", "b 259:11");
+        f.fileio("/tmp/a Size: b");
+    }),
+    ("nvmet export whose node gave way to a file", Check::Unreadable, |f| {
+        f.put("/tmp/other", "");
+        f.nvmet("/tmp/other");
+    }),
+    ("nvmet export whose node gave way to another one", Check::Unreadable, |f| {
+        f.put("/tmp/other", "b 8:0");
+        f.changed("/tmp/other", 1001);
+        f.nvmet("/tmp/other");
+    }),
+    ("nvmet export through a link that was made since", Check::Unreadable, |f| {
+        f.put("/tmp/old", "b 8:0");
+        f.changed("/tmp/old", 999);
+        f.link("/tmp/other", "old");
+        f.nvmet("/tmp/other");
+    }),
+    ("LIO file whose node gave way to a file", Check::Unreadable, |f| {
+        f.put("/tmp/other", "");
+        f.fileio("/tmp/other");
+    }),
+    ("USB gadget whose node gave way to a file", Check::Unreadable, |f| {
+        f.put("/tmp/other", "");
+        f.put("/sys/kernel/config/usb_gadget/g1/functions/mass_storage.0/lun.0/file", "/tmp/other (deleted)\n");
     }),
     ("heartbeat of OCFS2", Check::Open, |f| {
         f.put("/sys/kernel/config/cluster/c1/heartbeat/0123456789ABCDEF/dev", "nvme1n1\n");
@@ -259,6 +314,48 @@ fn sockets_with_descriptors_under_way_are_few_reasons() {
     assert!(reasons.iter().any(|r| r.what.contains("more than 256 sockets")), "{reasons:?}");
 }
 
+/// A drive was erased while a process had it open that forked every few milliseconds and ended: the list of processes was
+/// read once, and the holder was always one that came after it.
+#[test]
+fn processes_that_come_after_the_list_are_looked_at() {
+    let fake = clean();
+    let host = Host::at(fake.dir.path());
+    let mut seen = Vec::new();
+    open::each_process(&host, |pid| {
+        seen.push(pid.to_owned());
+        if pid == "77" {
+            fs::remove_dir_all(fake.dir.path().join("proc/77")).unwrap();
+            fake.folder("/proc/780/fd");
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(seen, ["1", "77", "780"]);
+    let mut next = 0;
+    let list = || {
+        next += 1;
+        Ok(vec![next.to_string()])
+    };
+    let e = open::each_of("/proc", list, |_| Ok(())).unwrap_err();
+    assert!(e.why.contains("begin faster"), "{e}");
+}
+
+/// `check` waited for ever at a FIFO in the place of a loop device's node.
+#[test]
+fn a_fifo_in_the_place_of_a_node_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("loop5");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let node = node::Node::Block(node::Number { major: 7, minor: 5 });
+    let opened = Host::default().open_node(path.to_str().unwrap(), node, fs::OpenOptions::new().read(true));
+    assert!(opened.unwrap_err().to_string().contains("7:5"));
+    let fake = clean();
+    fake.put("/sys/block/loop5/loop/backing_file", "/srv/x.img\n");
+    nix::unistd::mkfifo(&fake.dir.path().join("dev/loop5"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(fake.reasons(&list()).iter().all(|r| r.check == Check::Unreadable));
+    assert!(!fake.reasons(&list()).is_empty());
+}
+
 /// The users of another drive, by whatever name, are no reason.
 #[test]
 fn nodes_of_other_drives_are_no_reason() {
@@ -276,10 +373,24 @@ fn nodes_of_other_drives_are_no_reason() {
     fake.put("/proc/swaps", "Filename Type\n/tmp/other partition 1 0 -2\n/swap.img file 1 0 -3\n");
     fake.link("/proc/77/fd/5", "socket:[4711]");
     fake.put("/proc/77/fdinfo/5", "scm_fds: 0\n");
-    fake.link("/proc/77/fd/9", "anon_inode:[io_uring]");
-    let files =
-        "UserFiles:\t5\n    0: /tmp/other\n    1: other\n    2: TCP\n    3: [eventfd]\n    4: <none>\nUserBufs:\t0\n";
-    fake.put("/proc/77/fdinfo/9", files);
+    fake.link("/proc/77/fd/6", "anon_inode:[eventfd]");
+    fake.link("/proc/77/fd/7", "pipe:[4712]");
+    fake.link("/proc/77/fd/8", "/srv/gone (deleted)");
+    let old = ["/tmp/other", "other", "TCP", "[eventfd]", "", "gone", "<none>", "<none>"];
+    fake.ring(&[&old[..], &["socket:[4713]", "pipe:[4714]", "anon_inode:[eventpoll]"]].concat());
+    // Handed on since second 1000.
+    for old in ["/tmp/other", "/srv/old.img"] {
+        fake.put(old, "b 259:1");
+        fake.changed(old, 999);
+    }
+    fake.nvmet("/tmp/other");
+    fake.fileio("/tmp/other");
+    fake.put(
+        "/sys/kernel/config/target/core/fileio_7/off/info",
+        "Status: DEACTIVATED  Max\n TCM FILEIO ID: 7        File: x  Size: 9\n",
+    );
+    fake.put("/sys/kernel/config/target/core/rd_mcp_1/ram/info", "Status: ACTIVATED\n  PAGES/PAGE_SIZE: 4096*4096\n");
+    fake.put("/sys/kernel/config/usb_gadget/g1/functions/mass_storage.0/lun.0/file", "/srv/old.img\n");
     fake.put("/sys/kernel/config/target/core/alua/lu_gps/x", "1");
     fake.put("/sys/kernel/config/cluster/c1/heartbeat/0123456789ABCDEF/dev", "nvme0n1\n");
     fake.put("/sys/kernel/config/cluster/c1/heartbeat/dead_threshold", "31\n");

@@ -28,6 +28,8 @@ const MEANWHILE: &[(&str, Option<Check>, Act)] = &[
         f.drop_file(STAT);
         f.folder(STAT);
     }),
+    ("counting is switched off", Some(Check::Unreadable), |f| f.put("/sys/class/block/nvme1n1/queue/iostats", "0\n")),
+    ("counting stays on", None, |f| f.put("/sys/class/block/nvme1n1/queue/iostats", "1\n")),
     ("opened", Some(Check::Open), |f| f.link("/proc/77/fd/3", "/dev/nvme1n1")),
     ("a partition opened by another name", Some(Check::Open), |f| {
         f.put("/tmp/other", "b 259:11");

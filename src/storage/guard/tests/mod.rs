@@ -36,6 +36,37 @@ impl Fake {
         fs::write(path, format!("{text}{line}\n")).unwrap();
     }
 
+    /// Sets when a file or folder was last changed, in seconds.
+    fn changed(&self, path: &str, at: u64) {
+        let file = fs::File::open(self.dir.path().join(path.trim_start_matches('/'))).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(at)).unwrap();
+    }
+
+    /// A namespace that NVMe-oF hands on, by this path since second 1000.
+    fn nvmet(&self, exported: &str) {
+        let base = "/sys/kernel/config/nvmet/subsystems/s/namespaces/1";
+        self.put(&format!("{base}/device_path"), exported);
+        self.put(&format!("{base}/enable"), "1\n");
+        self.changed(base, 1000);
+    }
+
+    /// A file that LIO hands on, by this path since second 1000.
+    fn fileio(&self, exported: &str) {
+        let base = "/sys/kernel/config/target/core/fileio_0/disk";
+        let text = format!(
+            "Status: ACTIVATED  Max Queue Depth: 128  SectorSize: 512  HwMaxSectors: 16384\n        TCM FILEIO ID: 0        File: {exported}  Size: 9  Mode: Buffered-WCE Async: 0\n"
+        );
+        self.put(&format!("{base}/info"), &text);
+        self.changed(base, 1000);
+    }
+
+    /// An io_uring of process 77 in which these files are registered.
+    fn ring(&self, files: &[&str]) {
+        self.link("/proc/77/fd/9", "anon_inode:[io_uring]");
+        let lines: String = files.iter().enumerate().map(|(i, f)| format!("{i:5}: {f}\n")).collect();
+        self.put("/proc/77/fdinfo/9", &format!("UserFiles:\t{}\n{lines}UserBufs:\t0\n", files.len()));
+    }
+
     fn folder(&self, path: &str) {
         fs::create_dir_all(self.dir.path().join(path.trim_start_matches('/'))).unwrap();
     }
@@ -227,6 +258,7 @@ fn what_never_passes_is_refused_with_its_contents_listed() {
 fn other_drives_users_are_no_reason() {
     let fake = clean();
     fake.put("/sys/block/loop0/loop/backing_file", "/var/lib/x.img\n");
+    fake.put("/dev/loop0", "loop 0:0 259:1");
     fake.put("/sys/block/ublkb0/size", "8");
     fake.put("/run/ublksrvd/0000.pid", "{\"backing_file\": \"/dev/nvme0n1\"}");
     fake.put("/sys/kernel/config/target/core/iblock_0/d/udev_path", "/dev/nvme0n1\n");

@@ -93,6 +93,7 @@ pub const ROWS: &[Row] = &[
     ("btrfs member", Check::Mounted, |f| f.folder("/sys/fs/btrfs/feed/devices/nvme1n1p1")),
     ("open file", Check::Open, |f| f.link("/proc/77/fd/3", "/dev/nvme1n1")),
     ("generic node open", Check::Open, |f| f.link("/proc/77/fd/3", "/dev/ng1n1")),
+    ("writes that are not counted", Check::Unreadable, |f| f.put("/sys/class/block/nvme1n1/queue/iostats", "0")),
     ("in flight", Check::Open, |f| f.put("/sys/class/block/nvme1n1/inflight", "1 0")),
     ("nvmet export", Check::Exported, |f| {
         f.put("/sys/kernel/config/nvmet/subsystems/s/namespaces/1/device_path", "/dev/nvme1n1")
