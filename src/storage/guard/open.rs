@@ -363,6 +363,50 @@ const PROTOCOLS: [&str; 17] = [
     "UNIX-STREAM",
 ];
 
+/// How often an io_uring is asked that somebody uses at that moment, and the time between.
+const RING_TRIES: u32 = 10;
+const RING_PAUSE: Duration = Duration::from_millis(20);
+
+/// What is registered with an io_uring, as the kernel tells it; nothing where its process has ended. While the ring is in
+/// use, the kernel leaves the files out, though not their number, and since Linux 6.16 leaves out everything.
+///
+/// # Errors
+/// If it cannot be read; `None` where the files are left out each time.
+fn ring_files(host: &Host, path: &str) -> Result<Option<Vec<String>>, Unreadable> {
+    // Since 6.13 empty places are left out as well.
+    let empty_is_told = is_kernel_since(host, (6, 17))?;
+    for _ in 0..RING_TRIES {
+        let text = match host.read(path) {
+            Err(e) if e.is_gone() => return Ok(Some(Vec::new())),
+            text => text?,
+        };
+        let mut lines = text.lines().skip_while(|l| !l.starts_with("UserFiles:"));
+        let number = lines.next().and_then(|l| l.split_once(':')?.1.trim().parse::<u64>().ok());
+        let file = |line: &str| {
+            let (place, file) = line.split_once(':')?;
+            place.trim().parse::<u64>().ok()?;
+            Some(file.trim().to_owned())
+        };
+        let files: Option<Vec<String>> = lines.take_while(|l| !l.starts_with("UserBufs:")).map(file).collect();
+        match (number, files) {
+            // A name with a line feed.
+            (_, None) => return Ok(None),
+            (Some(number), Some(files)) if number == 0 || empty_is_told || !files.is_empty() => return Ok(Some(files)),
+            _ if host.is_real() => std::thread::sleep(RING_PAUSE),
+            _ => break,
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the running kernel has this version or a later one.
+fn is_kernel_since(host: &Host, version: (u32, u32)) -> Result<bool, Unreadable> {
+    let release = host.read_if_there("/proc/sys/kernel/osrelease")?.unwrap_or_default();
+    let mut parts = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().ok());
+    let found = parts.next().flatten().zip(parts.next().flatten());
+    Ok(found.is_some_and(|found| found >= version))
+}
+
 /// Files registered with an io_uring stay open when their descriptors are closed. The kernel tells their paths, or
 /// before Linux 6.10 only the last part of their names. A name proves nothing, so each must be that of a descriptor of the
 /// same process, which was looked at, and none may be there more often than descriptors are.
@@ -374,15 +418,16 @@ fn registered(
     open: &Names,
     out: &mut Vec<Reason>,
 ) -> Result<(), Unreadable> {
-    let path = format!("{}/fdinfo/{fd}", thread.folder);
-    let text = match host.read(&path) {
-        Err(e) if e.is_gone() => return Ok(()),
-        text => text?,
-    };
-    let pid = thread.pid;
+    let (path, pid) = (format!("{}/fdinfo/{fd}", thread.folder), thread.pid);
     let mut left = open.clone();
-    let lines = text.lines().skip_while(|l| !l.starts_with("UserFiles:")).skip(1);
-    for file in lines.take_while(|l| l.starts_with(' ')).filter_map(|l| l.split_once(':')).map(|(_, f)| f.trim()) {
+    let Some(files) = ring_files(host, &path)? else {
+        let what = format!(
+            "process {pid} has an io_uring whose registered files the kernel does not tell; end it, or try again"
+        );
+        push(out, Reason::new(Check::Unreadable, &path, what));
+        return Ok(());
+    };
+    for file in files.iter().map(String::as_str) {
         let (device, told) = if file.starts_with('/') {
             // As the process sees it, and as we do.
             let inside = host.node(&format!("/proc/{pid}/root{file}")).unwrap_or(None);

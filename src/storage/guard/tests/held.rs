@@ -75,6 +75,16 @@ const HELD: &[Row] = &[
         f.put("/proc/77/root/tmp/other", "b 8:0");
         f.ring(&["/tmp/other"]);
     }),
+    ("io_uring that is in use, so that its files are left out", Check::Unreadable, |f| {
+        f.ring(&[]);
+        f.put("/proc/77/fdinfo/9", "SqMask:\t0x7\nUserFiles:\t1\nUserBufs:\t0\n");
+    }),
+    ("io_uring that is in use, of a kernel that leaves out everything then", Check::Unreadable, |f| {
+        f.ring(&[]);
+        f.put("/proc/sys/kernel/osrelease", "6.18.44-1\n");
+        f.put("/proc/77/fdinfo/9", "pos:\t0\nflags:\t02\n");
+    }),
+    ("io_uring with a name of several lines", Check::Unreadable, |f| f.ring(&["<none>\nx", "DISK"])),
     ("io_uring that is only mapped", Check::Unreadable, |f| {
         f.link("/proc/77/map_files/1000-2000", "anon_inode:[io_uring]");
     }),
@@ -312,6 +322,17 @@ fn sockets_with_descriptors_under_way_are_few_reasons() {
     }
     let reasons = fake.reasons(&list());
     assert!(reasons.iter().any(|r| r.what.contains("more than 256 sockets")), "{reasons:?}");
+}
+
+/// Empty places say nothing: of a kernel that leaves them out, and of rings that have none.
+#[test]
+fn an_io_uring_without_files_is_no_reason() {
+    let fake = clean();
+    fake.ring(&[]);
+    assert_eq!(fake.reasons(&list()), vec![]);
+    fake.put("/proc/sys/kernel/osrelease", "6.18.44-1\n");
+    fake.put("/proc/77/fdinfo/9", "UserFiles:\t4096\nUserBufs:\t0\n");
+    assert_eq!(fake.reasons(&list()), vec![]);
 }
 
 /// A drive was erased while a process had it open that forked every few milliseconds and ended: the list of processes was
