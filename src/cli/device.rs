@@ -178,6 +178,11 @@ fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), Failure>
             }
         }
     }
+    for pci in bind::damaged_records(host) {
+        line(&format!(
+            "{pci} has a record of nt's that is damaged; `sudo nt device release --pci {pci}` gives the drive back and removes it"
+        ))?;
+    }
     for r in records.iter().filter(|r| !all.iter().any(|d| d.bdf == r.pci)) {
         line(&format!(
             "{} has a stale record of {} ({}); `sudo nt device release --pci {0}` removes it",
@@ -193,7 +198,7 @@ fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), Failure>
 fn list_recorded(host: &Host, drive: &Controller, r: &Bound) -> Result<(), Failure> {
     if r.state != State::Bound || drive.driver.as_deref() != Some("vfio-pci") {
         let held = drive.driver.as_deref().unwrap_or("no driver");
-        line(&format!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.state))?;
+        line(&format!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.progress(host)))?;
         return line(&format!("  put it back with `sudo nt device release --pci {}`", r.pci));
     }
     line(&format!("{} {} bound to vfio-pci (was {})", r.pci, r.shown(), r.controller))?;

@@ -27,7 +27,7 @@ pub fn find_bound(host: &Host, name: &str) -> Result<(Bound, BoundNamespace), De
         if driver(host, &drive.pci).as_deref() == Some("nvme") {
             return Err(DeviceError::NotBound(name.into()));
         }
-        return Err(half_done(name, &drive.pci, &drive.state.to_string()));
+        return Err(half_done(name, &drive.pci, &drive.progress(host)));
     }
     let short = name.strip_prefix("/dev/").unwrap_or(name);
     let namespace = drive.namespace_of(short).or(drive.namespace.first()).cloned();
@@ -90,6 +90,17 @@ pub(super) fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
     sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))
 }
 
+/// That nothing has this name; a record that cannot be used may be that of the drive that is meant.
+pub(super) fn not_found(host: &Host, name: &str) -> DeviceError {
+    let damaged = record::damaged(host);
+    let Some(first) = damaged.first() else { return DeviceError::NotFound(name.into()) };
+    let records = damaged.iter().map(|pci| record::path(pci)).collect::<Vec<_>>().join(" and ");
+    let why = format!(
+        "there is no NVMe drive of this name, and what {records} remembered is damaged; if that was this drive, give it back by its address, as in `sudo nt device release --pci {first}`"
+    );
+    DeviceError::step(format!("finding {name}"), why)
+}
+
 /// What `release` is to work on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Meant {
@@ -110,7 +121,7 @@ pub(super) fn to_release(host: &Host, name: Option<&str>, pci: Option<&str>) -> 
     };
     match (name, pci) {
         (None, Some(pci)) => given(pci).map(Meant::Drive),
-        (Some(name), None) => by_name(host, name)?.ok_or_else(|| DeviceError::NotFound(name.into())),
+        (Some(name), None) => by_name(host, name)?.ok_or_else(|| not_found(host, name)),
         (Some(name), Some(pci)) => {
             let pci = given(pci)?;
             let same = |r: &Bound| matches!(r.standing(host), Standing::Holds | Standing::Undone);
