@@ -1,9 +1,11 @@
 //! Which drive a user means: among those that are bound, or half so, by their records; among all others by
 //! what sysfs says.
 
+use std::os::unix::fs::MetadataExt;
+
 use super::super::guard::{Controller, Host, sysfs};
-use super::DeviceError;
 use super::record::{self, Bound, BoundNamespace, Standing, State, address, device, driver};
+use super::{DeviceError, GROUP};
 
 /// Every drive that is bound and may be used.
 pub fn bound(host: &Host) -> Vec<Bound> {
@@ -12,6 +14,13 @@ pub fn bound(host: &Host) -> Vec<Bound> {
 
 fn usable(host: &Host, record: &Bound) -> bool {
     record.state == State::Bound && driver(host, &record.pci).as_deref() == Some("vfio-pci")
+}
+
+/// Whether the node of a bound drive's group belongs to [`GROUP`]; none where there is no such group or no node.
+pub fn is_handed_over(host: &Host, record: &Bound) -> Option<bool> {
+    let group = nix::unistd::Group::from_name(GROUP).ok().flatten()?;
+    let node = std::fs::symlink_metadata(host.real(&format!("/dev/vfio/{}", record.group))).ok()?;
+    Some(node.gid() == group.gid.as_raw())
 }
 
 /// The bound drive, and its namespace, that a user means by its former name or its PCI address.

@@ -26,7 +26,7 @@ use super::guard::{Allowlist, Controller, Host, Purpose, Reason, address_decides
 
 pub use claim::{Writable, claim_to_write};
 pub use error::DeviceError;
-pub use find::{bound, find_bound};
+pub use find::{bound, find_bound, is_handed_over};
 pub use kernel::{Kernel, Running};
 pub use record::{
     Bound, BoundNamespace, Standing, State, all as records, current as current_records, damaged as damaged_records,

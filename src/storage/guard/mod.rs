@@ -85,7 +85,7 @@ pub enum Check {
     Raid,
     /// More than one controller leads to it.
     Shared,
-    /// Its format is not supported (metadata, protection information, zones).
+    /// Its format is not supported (metadata, protection information, zones, a namespace that the kernel hides).
     Format,
     /// A check could not be made.
     Unreadable,
@@ -137,6 +137,7 @@ pub fn examine(
     let mut out = Vec::new();
     // Who it is.
     identity::identified(controller, &mut out);
+    identity::hidden(controller, &mut out);
     out.extend(twins::twins(host, all, controller));
     identity::namespaces(all, controller, &mut out);
     identity::listed(controller, allowed, &mut out);
