@@ -43,7 +43,7 @@ pub struct Writable {
     file: File,
     controller: Controller,
     before: LastLook,
-    /// Whether the kernel was told to forget partitions and has not read the table since.
+    /// Whether the kernel was told to forget partitions and not to read the table since.
     forgot: Cell<bool>,
     _lock: Lock,
 }
@@ -115,12 +115,12 @@ impl Writable {
     /// cannot, and shows what it did: until `blockdev --rereadpt`, until the drive was bound and released, or until the
     /// machine starts again.
     pub fn reread_partitions(&self) {
-        match partitions::reread(&self.file) {
-            Ok(()) => self.forgot.set(false),
-            Err(e) => tracing::warn!(
+        self.forgot.set(false);
+        if let Err(e) = partitions::reread(&self.file) {
+            tracing::warn!(
                 "{0}: the kernel does not read the partition table again: {e}; `blockdev --rereadpt {0}` has it try once more",
                 self.node()
-            ),
+            );
         }
     }
 }

@@ -49,8 +49,7 @@ pub fn unshown<'a>(namespace: &'a Namespace, tables: &Tables) -> Vec<(Place<'a>,
     found
 }
 
-/// Whether a table of a namespace that the kernel itself would read describes partitions of any size; false where that
-/// cannot be read.
+/// Whether a table of a namespace describes partitions; false where it cannot be read.
 pub fn has_partitions(host: &Host, namespace: &Namespace) -> bool {
     tables(host, namespace).is_ok_and(|t| t.partitions.iter().any(|p| p.certain && p.size > 0))
 }

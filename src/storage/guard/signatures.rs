@@ -70,6 +70,8 @@ const AT_START: &[(&str, usize, &[u8])] = &[
     ("verity", 0, b"verity\0\0"),
     ("oracle asm", 32, b"ORCLDISK"),
     ("gpt", 512, b"EFI PART"),
+    ("gpt", 1024, b"EFI PART"),
+    ("gpt", 2048, b"EFI PART"),
     ("gpt", 4096, b"EFI PART"),
 ];
 
@@ -201,7 +203,7 @@ pub fn recognise(head: &[u8], tail: &[u8]) -> Vec<&'static str> {
     }
     let at_end =
         |back: usize, magic: &[u8]| tail.len().checked_sub(back).is_some_and(|at| tail[at..].starts_with(magic));
-    if at_end(512, b"EFI PART") || at_end(4096, b"EFI PART") {
+    if [512, 1024, 2048, 4096].into_iter().any(|block| at_end(block, b"EFI PART")) {
         names.push("gpt");
     }
     // RAID of firmware: Intel's and the common format of disks' metadata.
