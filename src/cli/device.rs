@@ -178,6 +178,11 @@ fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), Failure>
             }
         }
     }
+    for pci in bind::damaged_records(host) {
+        line(&format!(
+            "{pci} has a record of nt's that is damaged; `sudo nt device release --pci {pci}` gives the drive back and removes it"
+        ))?;
+    }
     for r in records.iter().filter(|r| !all.iter().any(|d| d.bdf == r.pci)) {
         line(&format!(
             "{} has a stale record of {} ({}); `sudo nt device release --pci {0}` removes it",
@@ -193,10 +198,18 @@ fn list(host: &Host, allowed: &Result<Allowlist, String>) -> Result<(), Failure>
 fn list_recorded(host: &Host, drive: &Controller, r: &Bound) -> Result<(), Failure> {
     if r.state != State::Bound || drive.driver.as_deref() != Some("vfio-pci") {
         let held = drive.driver.as_deref().unwrap_or("no driver");
-        line(&format!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.state))?;
+        line(&format!("{} {} with {held} (was {}): {}", r.pci, r.shown(), r.controller, r.progress(host)))?;
         return line(&format!("  put it back with `sudo nt device release --pci {}`", r.pci));
     }
     line(&format!("{} {} bound to vfio-pci (was {})", r.pci, r.shown(), r.controller))?;
+    if bind::is_handed_over(host, r) == Some(false) {
+        line(&format!(
+            "  its node /dev/vfio/{} is not group {}'s, so only root can use the drive (was the bind cut off?); `sudo nt device release --pci {}`, then bind it again",
+            r.group,
+            bind::GROUP,
+            r.pci
+        ))?;
+    }
     match health::of_bound(host, r) {
         Ok(health) => line(&format!("  health: {health}")),
         Err(why) => line(&format!("  health: {why}")),
@@ -210,7 +223,8 @@ fn list_free(
     drive: &Controller,
     allowed: &Result<Allowlist, String>,
 ) -> Result<(), Failure> {
-    let names: Vec<_> = drive.namespaces.iter().map(|n| n.whole.name.as_str()).collect();
+    let hidden = drive.hidden.iter().map(|h| h.name.as_str()).filter(|name| drive.name.as_deref() != Some(name));
+    let names: Vec<_> = drive.namespaces.iter().map(|n| n.whole.name.as_str()).chain(hidden).collect();
     line(&format!("{} {} {} {}", drive.bdf, names.join(","), drive.model, drive.serial))?;
     if drive.name.is_some() {
         let (Ok(said) | Err(said)) = health::of_kernel(host, drive);

@@ -267,6 +267,7 @@ mod tests {
             model: "M".into(),
             firmware: String::new(),
             namespaces: vec![namespace(0), second],
+            hidden: Vec::new(),
         };
         let folder = tempfile::tempdir().unwrap();
         let host = Host::at(folder.path());

@@ -216,6 +216,7 @@ mod tests {
             model: String::new(),
             firmware: String::new(),
             namespaces: Vec::new(),
+            hidden: Vec::new(),
         };
         assert!(of_kernel(&host, &drive(None)).unwrap_err().contains("does not hold it"));
         assert!(of_kernel(&host, &drive(Some("nvme1"))).unwrap_err().starts_with("/dev/nvme1: "));

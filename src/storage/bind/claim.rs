@@ -1,11 +1,14 @@
 //! Claims of a drive's namespaces by O_EXCL: the kernel grants them to nobody who mounts, swaps on or stacks
 //! over the drive.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::super::guard::{Allowlist, BlockDevice, Check, Controller, Host, LastLook, Purpose, Reason, sysfs};
+use super::super::guard::{
+    Allowlist, BlockDevice, Check, Controller, Host, LastLook, Purpose, Reason, has_partitions, sysfs,
+};
 use super::super::image::{Drive, Identity, partitions};
 use super::lock::{self, Lock};
 use super::{DeviceError, Machine, Running, judge, take};
@@ -40,7 +43,17 @@ pub struct Writable {
     file: File,
     controller: Controller,
     before: LastLook,
+    /// Whether the kernel was told to forget partitions and not to read the table since.
+    forgot: Cell<bool>,
     _lock: Lock,
+}
+
+impl Drop for Writable {
+    fn drop(&mut self) {
+        if self.forgot.get() {
+            self.reread_partitions();
+        }
+    }
 }
 
 impl Writable {
@@ -69,7 +82,8 @@ impl Writable {
     /// Looks once more, right before the first write, for whoever came since the drive was examined.
     ///
     /// # Errors
-    /// [`DeviceError::Refused`] if somebody has it open or has written to it; the kernel has its partitions again then.
+    /// [`DeviceError::Refused`] if somebody has it open or has written to it; the kernel has read its table again then, if
+    /// it could ([`Writable::reread_partitions`]).
     pub fn last_look(&self, host: &Host) -> Result<(), DeviceError> {
         let reasons = self.before.reasons(host, &self.controller, std::slice::from_ref(&self.file));
         if reasons.is_empty() {
@@ -82,11 +96,14 @@ impl Writable {
     /// Has the kernel forget the partitions, so that nobody mounts one or reads its old bytes from a cache.
     ///
     /// # Errors
-    /// [`DeviceError::Refused`] if one is open somewhere; the kernel has them all again then.
+    /// [`DeviceError::Refused`] if one is open somewhere; the kernel has been told to read the table again then. If this
+    /// process is killed, the kernel shows no partitions until it reads the table again, which the next
+    /// [`claim_to_write`] that fails has it do.
     pub fn forget_partitions(&self) -> Result<(), DeviceError> {
         let namespace = &self.controller.namespaces[0];
         let number = |p: &BlockDevice| p.name.rsplit_once('p').and_then(|(_, n)| n.parse().ok());
         let numbers: Vec<u32> = namespace.partitions.iter().filter_map(number).collect();
+        self.forgot.set(true);
         partitions::forget(&self.file, &numbers).map_err(|(number, e)| {
             self.reread_partitions();
             let what = format!("the kernel cannot forget the partition: {e}");
@@ -94,11 +111,16 @@ impl Writable {
         })
     }
 
-    /// Has the kernel read the new partition table. If it cannot now, it will when the drive is next
-    /// bound and released.
+    /// Has the kernel read the partition table that is on the drive. While a partition that it still shows is open it
+    /// cannot, and shows what it did: until `blockdev --rereadpt`, until the drive was bound and released, or until the
+    /// machine starts again.
     pub fn reread_partitions(&self) {
+        self.forgot.set(false);
         if let Err(e) = partitions::reread(&self.file) {
-            tracing::warn!("{}: the kernel keeps the old partition table: {e}", self.node());
+            tracing::warn!(
+                "{0}: the kernel does not read the partition table again: {e}; `blockdev --rereadpt {0}` has it try once more",
+                self.node()
+            );
         }
     }
 }
@@ -145,14 +167,48 @@ pub fn claim_to_write(
     let kernel = Running::default();
     take::is_whole(&Machine { host, kernel: &kernel, stopped: &|| false }, name, &check(None)?)?;
     let before = LastLook::begin(host, &named).map_err(|e| DeviceError::step("reading the drive's counts", e))?;
-    let drive = check(Some(&found))?;
+    let claimed = claim_checked(host, name, &found, &check);
+    let (file, drive) = claimed.inspect_err(|_| show_forgotten(host, &named))?;
+    Ok(Writable { file, controller: drive, before, forgot: Cell::new(false), _lock: lock })
+}
+
+/// Checks the drive at `found`, claims it and checks it again.
+fn claim_checked(
+    host: &Host,
+    name: &str,
+    found: &str,
+    check: &dyn Fn(Option<&str>) -> Result<Controller, DeviceError>,
+) -> Result<(File, Controller), DeviceError> {
+    let drive = check(Some(found))?;
     let file = open_to_write(host, name, &drive.namespaces[0].whole)?;
     leave_alone(&file);
-    if check(Some(&found))? != drive {
+    if check(Some(found))? != drive {
         let (path, what) = (drive.pci_path(), "it changed while it was being checked; try again".into());
         return Err(DeviceError::refused(name, Check::Driver, &path, what));
     }
-    Ok(Writable { file, controller: drive, before, _lock: lock })
+    Ok((file, drive))
+}
+
+/// Whether a table on a drive describes partitions while the kernel shows none, as a stage that was killed leaves it.
+pub(super) fn are_forgotten(host: &Host, drive: &Controller) -> bool {
+    drive.namespaces.iter().any(|n| n.partitions.is_empty() && has_partitions(host, n))
+}
+
+/// Has the kernel read the table of a drive again whose partitions it shows none of though there are some: a stage
+/// before was killed after it had them forgotten. Refused, the drive is to be as it was before that. What the kernel
+/// does not do is only not repaired.
+fn show_forgotten(host: &Host, drive: &Controller) {
+    if !are_forgotten(host, drive) {
+        return;
+    }
+    for namespace in &drive.namespaces {
+        let whole = &namespace.whole;
+        let Ok(file) = host.open_block(&whole.name, &whole.number, OpenOptions::new().read(true)) else { continue };
+        match partitions::reread(&file) {
+            Ok(()) => tracing::info!("/dev/{}: the kernel has read the partition table again", whole.name),
+            Err(e) => tracing::debug!("/dev/{}: the kernel does not read the partition table again: {e}", whole.name),
+        }
+    }
 }
 
 /// Opens a namespace for writing, claimed: its node by its number, since whoever can make nodes may have given its name

@@ -1,9 +1,11 @@
 //! Which drive a user means: among those that are bound, or half so, by their records; among all others by
 //! what sysfs says.
 
+use std::os::unix::fs::MetadataExt;
+
 use super::super::guard::{Controller, Host, sysfs};
-use super::DeviceError;
 use super::record::{self, Bound, BoundNamespace, Standing, State, address, device, driver};
+use super::{DeviceError, GROUP};
 
 /// Every drive that is bound and may be used.
 pub fn bound(host: &Host) -> Vec<Bound> {
@@ -12,6 +14,13 @@ pub fn bound(host: &Host) -> Vec<Bound> {
 
 fn usable(host: &Host, record: &Bound) -> bool {
     record.state == State::Bound && driver(host, &record.pci).as_deref() == Some("vfio-pci")
+}
+
+/// Whether the node of a bound drive's group belongs to [`GROUP`]; none where there is no such group or no node.
+pub fn is_handed_over(host: &Host, record: &Bound) -> Option<bool> {
+    let group = nix::unistd::Group::from_name(GROUP).ok().flatten()?;
+    let node = std::fs::symlink_metadata(host.real(&format!("/dev/vfio/{}", record.group))).ok()?;
+    Some(node.gid() == group.gid.as_raw())
 }
 
 /// The bound drive, and its namespace, that a user means by its former name or its PCI address.
@@ -27,7 +36,7 @@ pub fn find_bound(host: &Host, name: &str) -> Result<(Bound, BoundNamespace), De
         if driver(host, &drive.pci).as_deref() == Some("nvme") {
             return Err(DeviceError::NotBound(name.into()));
         }
-        return Err(half_done(name, &drive.pci, &drive.state.to_string()));
+        return Err(half_done(name, &drive.pci, &drive.progress(host)));
     }
     let short = name.strip_prefix("/dev/").unwrap_or(name);
     let namespace = drive.namespace_of(short).or(drive.namespace.first()).cloned();
@@ -90,6 +99,17 @@ pub(super) fn controllers(host: &Host) -> Result<Vec<Controller>, DeviceError> {
     sysfs::controllers(host).map_err(|e| DeviceError::step("reading the drives", e))
 }
 
+/// That nothing has this name; a record that cannot be used may be that of the drive that is meant.
+pub(super) fn not_found(host: &Host, name: &str) -> DeviceError {
+    let damaged = record::damaged(host);
+    let Some(first) = damaged.first() else { return DeviceError::NotFound(name.into()) };
+    let records = damaged.iter().map(|pci| record::path(pci)).collect::<Vec<_>>().join(" and ");
+    let why = format!(
+        "there is no NVMe drive of this name, and what {records} remembered is damaged; if that was this drive, give it back by its address, as in `sudo nt device release --pci {first}`"
+    );
+    DeviceError::step(format!("finding {name}"), why)
+}
+
 /// What `release` is to work on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Meant {
@@ -110,7 +130,7 @@ pub(super) fn to_release(host: &Host, name: Option<&str>, pci: Option<&str>) -> 
     };
     match (name, pci) {
         (None, Some(pci)) => given(pci).map(Meant::Drive),
-        (Some(name), None) => by_name(host, name)?.ok_or_else(|| DeviceError::NotFound(name.into())),
+        (Some(name), None) => by_name(host, name)?.ok_or_else(|| not_found(host, name)),
         (Some(name), Some(pci)) => {
             let pci = given(pci)?;
             let same = |r: &Bound| matches!(r.standing(host), Standing::Holds | Standing::Undone);

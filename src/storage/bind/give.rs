@@ -19,6 +19,8 @@ struct Found {
     forced: Option<String>,
     record: Option<Bound>,
     standing: Option<Standing>,
+    /// Whether a record lies there that cannot be used.
+    damaged: bool,
 }
 
 /// Gives back the drive that `name` or `pci` means. A signal does not stop it: it is finished first.
@@ -34,7 +36,7 @@ pub(super) fn release(
         Meant::Drive(pci) => pci,
         Meant::Stale(pci) => return forgotten(m, shown, &pci, dry_run, say),
     };
-    let _lock = if dry_run { None } else { Some(lock::lock(m.host, &pci)?) };
+    let _lock = if dry_run { None } else { lock::to_release(m.host, &pci, say)? };
     if !m.host.exists(&device(&pci)) {
         return gone(m, &pci, dry_run, say);
     }
@@ -106,7 +108,8 @@ impl Found {
         let driver = driver(m.host, pci);
         let record = record::load(m.host, pci);
         let standing = record.as_ref().map(|r| r.standing(m.host));
-        Ok(Found { pci: pci.into(), driver, forced: m.driver_override(pci)?, record, standing })
+        let damaged = record.is_none() && m.host.exists(&record::path(pci));
+        Ok(Found { pci: pci.into(), driver, forced: m.driver_override(pci)?, record, standing, damaged })
     }
 
     /// For the user.
@@ -116,6 +119,7 @@ impl Found {
         let record = match (&self.record, self.standing) {
             (Some(r), Some(Standing::Holds)) => format!("a record of {} ({})", r.shown(), r.state),
             (Some(r), Some(standing)) => format!("a stale record of {} ({standing})", r.shown()),
+            _ if self.damaged => "a record that cannot be used".into(),
             _ => "no record".into(),
         };
         format!("{} with {held}{forced}, {record}", self.pci)
@@ -124,7 +128,7 @@ impl Found {
     /// That there is something to give back, and that it is with a driver that nt knows.
     fn is_ours_to_give(&self, name: &str) -> Result<(), DeviceError> {
         match self.driver.as_deref() {
-            Some("nvme") if self.forced.is_none() && self.record.is_none() => {
+            Some("nvme") if self.forced.is_none() && self.record.is_none() && !self.damaged => {
                 // `0000:02:00.0` as well as the name that was given.
                 let name = if address(name).is_some() { &self.pci } else { name };
                 Err(DeviceError::NotBound(name.into()))
@@ -152,8 +156,11 @@ pub(super) fn back(m: &Machine<'_>, pci: &str, namespaces: Duration, say: Say<'_
         Some("vfio-pci") => hold(m, &found)?,
         _ => None,
     };
-    if let (Some(record), Some(Standing::Holds)) = (&mut found.record, found.standing) {
-        m.note(record, State::Releasing)?;
+    if let (Some(record), Some(Standing::Holds)) = (&mut found.record, found.standing)
+        && let Err(e) = m.note(record, State::Releasing)
+    {
+        // The way back is known without it, whatever becomes of this process.
+        say(&format!("the record could not be moved forward, and the drive is given back all the same: {e}"));
     }
     if found.forced.is_some() {
         m.write(&format!("{}/driver_override", device(pci)), "\n")?;
@@ -166,15 +173,19 @@ pub(super) fn back(m: &Machine<'_>, pci: &str, namespaces: Duration, say: Say<'_
         m.write("/sys/bus/pci/drivers_probe", pci)?;
         if let Err(e) = live(m, pci) {
             // Nothing of ours is left on it, and the kernel does not want it: no record is to speak for it.
-            if driver(m.host, pci).is_none() {
-                m.forget(pci)?;
+            if driver(m.host, pci).is_none()
+                && let Err(e) = m.forget(pci)
+            {
+                say(&format!("its record could not be removed: {e}"));
             }
             return Err(e);
         }
         let record = found.record.as_ref().filter(|_| found.standing == Some(Standing::Holds));
         appear(m, pci, record, namespaces);
     }
-    m.forget(pci)?;
+    if let Err(e) = m.forget(pci) {
+        say(&format!("its record could not be removed, and `nt device list` knows it as stale: {e}"));
+    }
     let names = sysfs::controllers(m.host).ok().and_then(|all| all.into_iter().find(|c| c.bdf == pci));
     let (shown, name) = names.map_or((pci.to_owned(), String::new()), |c| {
         (format!("{} {}", c.model, c.serial), c.name.map_or(String::new(), |n| format!(" as {n}")))

@@ -3,7 +3,7 @@
 //!
 //! Order: lock the drive, check, modules, claim every namespace with O_EXCL, check again, note in the
 //! journal, `driver_override` by exact address, a last look for users and writes, unbind while the claims are held (so
-//! nobody can mount in between), probe, verify, hand the group's node to the group `nt`. The journal (`record`) moves forward at
+//! nobody can mount in between), probe, verify, note that it is bound, hand the group's node to the group `nt`. The journal (`record`) moves forward at
 //! each step, so that `release` can undo whatever was begun. On a failure or a signal the kernel's driver
 //! is put back before the command ends.
 
@@ -26,9 +26,11 @@ use super::guard::{Allowlist, Controller, Host, Purpose, Reason, address_decides
 
 pub use claim::{Writable, claim_to_write};
 pub use error::DeviceError;
-pub use find::{bound, find_bound};
+pub use find::{bound, find_bound, is_handed_over};
 pub use kernel::{Kernel, Running};
-pub use record::{Bound, BoundNamespace, Standing, State, all as records, current as current_records};
+pub use record::{
+    Bound, BoundNamespace, Standing, State, all as records, current as current_records, damaged as damaged_records,
+};
 
 use record::device;
 

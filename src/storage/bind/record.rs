@@ -27,7 +27,7 @@ pub enum State {
     Override,
     /// The kernel's driver has let go.
     Unbound,
-    /// vfio-pci holds it and its node is handed over: it may be used.
+    /// vfio-pci holds it: it may be used, as soon as its node is handed over, which comes last.
     Bound,
     /// It is being given back.
     Releasing,
@@ -155,10 +155,23 @@ impl Bound {
             && driver(host, &self.pci).as_deref() == Some("nvme")
         {
             Standing::Undone
-        } else if self.state == State::Bound && self.taking != 0 && self.taking != taking(host, &self.group) {
+        } else if self.state == State::Bound
+            && self.taking != 0
+            && self.taking != taking(host, &self.group)
+            // Without a driver nobody has taken it since: it was unbound by hand, and the way back is not finished.
+            && driver(host, &self.pci).is_some()
+        {
             Standing::Retaken
         } else {
             Standing::Holds
+        }
+    }
+
+    /// How far it has come, for the user, beside the driver that holds it now.
+    pub fn progress(&self, host: &Host) -> String {
+        match (self.state, driver(host, &self.pci)) {
+            (State::Bound, None) => "it was bound, and somebody has unbound it since".into(),
+            (state, _) => state.to_string(),
         }
     }
 
@@ -241,12 +254,16 @@ pub(super) fn path(pci: &str) -> String {
 
 /// Makes the folder of records, or makes sure that it is root's alone.
 pub(super) fn folder(host: &Host) -> Result<(), DeviceError> {
+    made_folder(host).map_err(|e| DeviceError::system(format!("making {STATE}"), &e))
+}
+
+/// The same, with the system's error.
+pub(super) fn made_folder(host: &Host) -> std::io::Result<()> {
     let folder = host.real(STATE);
     // On a machine /run is there already.
     let parent = folder.parent().unwrap_or(Path::new("/"));
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(parent);
     made.and_then(|()| safe::own_folder(&folder, true).map(|_| ()))
-        .map_err(|e| DeviceError::system(format!("making {STATE}"), &e))
 }
 
 /// Writes a record; it is on disk, whole, when this returns. The caller holds the drive's lock.
@@ -306,6 +323,13 @@ pub(super) fn load(host: &Host, pci: &str) -> Option<Bound> {
             None
         }
     }
+}
+
+/// Addresses whose record cannot be used, as one that is empty or another's.
+pub fn damaged(host: &Host) -> Vec<String> {
+    let names = host.list(STATE).unwrap_or_default();
+    let all = names.iter().filter_map(|n| address(n.strip_suffix(".toml")?));
+    all.filter(|pci| host.exists(&path(pci)) && load(host, pci).is_none()).collect()
 }
 
 /// Every record that can be read, whatever its state and standing, by address.

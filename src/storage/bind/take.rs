@@ -86,8 +86,8 @@ fn find(m: &Machine<'_>, name: &str) -> Result<Controller, DeviceError> {
     let all = controllers(m.host)?;
     let Some(drive) = sysfs::find(m.host, &all, name) else {
         return Err(match recorded(m.host, name, record::current(m.host))? {
-            Some(r) => begun(name, &r),
-            None => DeviceError::NotFound(name.into()),
+            Some(r) => begun(m.host, name, &r),
+            None => super::find::not_found(m.host, name),
         });
     };
     is_whole(m, name, drive)?;
@@ -98,7 +98,7 @@ fn find(m: &Machine<'_>, name: &str) -> Result<Controller, DeviceError> {
 pub(super) fn is_whole(m: &Machine<'_>, name: &str, drive: &Controller) -> Result<(), DeviceError> {
     let pci = &drive.bdf;
     if let Some(r) = record::current(m.host).iter().find(|r| r.pci == *pci) {
-        return Err(begun(name, r));
+        return Err(begun(m.host, name, r));
     }
     // With another driver and no record it is somebody else's: not for nt to give back unasked.
     if let Some(other) = drive.driver.as_deref().filter(|d| *d != "nvme") {
@@ -115,8 +115,9 @@ pub(super) fn is_whole(m: &Machine<'_>, name: &str, drive: &Controller) -> Resul
     Ok(())
 }
 
-fn begun(name: &str, r: &Bound) -> DeviceError {
-    half(name, &r.pci, &record::path(&r.pci), &format!("{} at {}: {}", r.shown(), r.pci, r.state))
+fn begun(host: &Host, name: &str, r: &Bound) -> DeviceError {
+    let progress = r.progress(host);
+    half(name, &r.pci, &record::path(&r.pci), &format!("{} at {}: {progress}", r.shown(), r.pci))
 }
 
 fn half(name: &str, pci: &str, path: &str, what: &str) -> DeviceError {
@@ -220,14 +221,16 @@ fn take(
     })?;
     let number = number_of_group(m.host, &record.group)?;
     is_of_group(m.host, &node, number)?;
+    m.stop_if_asked()?;
+    // The record first: a node that is handed over without one that says so would stay so.
+    record.taking = record::taking(m.host, &record.group);
+    m.note(&mut record, State::Bound)?;
+    m.stop_if_asked()?;
     if m.change(&format!("handing {node} to group {GROUP}"), || m.kernel.hand_over(&m.host.real(&node), number))? {
         say(&format!("{node} belongs to group {GROUP}"));
     } else {
         say(&format!("{node} is root's alone: there is no group {GROUP}, which scripts/install.sh makes"));
     }
-    m.stop_if_asked()?;
-    record.taking = record::taking(m.host, &record.group);
-    m.note(&mut record, State::Bound)?;
     m.stop_if_asked()?;
     say(&format!("bound: {} at {}", record.shown(), record.pci));
     Ok(())

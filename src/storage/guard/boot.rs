@@ -1,7 +1,10 @@
 //! What the machine boots or runs from, whatever the allowlist says of the drive's contents.
 
+use std::ops::Range;
+
 use super::host::{Host, Unreadable};
 use super::partitions::{Bytes, Tables};
+use super::signatures::Place;
 use super::sysfs::{Controller, Namespace};
 use super::{Check, Reason, mounts, superblocks};
 
@@ -23,6 +26,32 @@ impl Bytes for Device<'_> {
             _ => Ok(Vec::new()),
         }
     }
+}
+
+/// The node of a namespace, and each partition that a table there describes and the kernel does not show as it is there:
+/// one of a table in other blocks than the drive's, of a backup or a moved table, or one that the kernel was told to
+/// forget. With each, whether its place is certain.
+pub fn unshown<'a>(namespace: &'a Namespace, tables: &Tables) -> Vec<(Place<'a>, bool)> {
+    let device = &namespace.whole;
+    let shown = |p: &Range<u64>| namespace.partitions.iter().any(|k| k.start == p.start && k.size == p.end - p.start);
+    let mut found: Vec<(Place<'_>, bool)> = Vec::new();
+    for partition in &tables.partitions {
+        let part = partition.start..partition.start.saturating_add(partition.size).min(device.size);
+        if part.is_empty() || shown(&part) {
+            continue;
+        }
+        let place = Place { device, part: Some(part) };
+        match found.iter_mut().find(|(other, _)| *other == place) {
+            Some((_, certain)) => *certain |= partition.certain,
+            None => found.push((place, partition.certain)),
+        }
+    }
+    found
+}
+
+/// Whether a table of a namespace describes partitions; false where it cannot be read.
+pub fn has_partitions(host: &Host, namespace: &Namespace) -> bool {
+    tables(host, namespace).is_ok_and(|t| t.partitions.iter().any(|p| p.certain && p.size > 0))
 }
 
 /// The partition tables of a namespace.
@@ -62,11 +91,17 @@ pub fn partitions(host: &Host, namespace: &Namespace, tables: &Tables, out: &mut
 }
 
 /// A hibernated system that waits on a device: starting it again would write to what it had mounted.
-pub fn hibernated(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    for device in namespace.devices() {
-        let path = format!("/dev/{}", device.name);
-        if superblocks::hibernated(&host.read_at(&path, 0, 64 << 10)?) {
-            out.push(Reason::new(Check::Swap, &path, format!("a hibernated system waits on {}", device.name)));
+pub fn hibernated(
+    host: &Host,
+    namespace: &Namespace,
+    tables: &Tables,
+    out: &mut Vec<Reason>,
+) -> Result<(), Unreadable> {
+    let shown = namespace.devices().map(|device| Place { device, part: None });
+    for place in shown.chain(unshown(namespace, tables).into_iter().map(|(place, _)| place)) {
+        if superblocks::hibernated(&place.read(host, 0, 64 << 10)?) {
+            let what = format!("a hibernated system waits on {}", place.device.name);
+            out.push(Reason::new(Check::Swap, &place.path(), what));
         }
     }
     Ok(())

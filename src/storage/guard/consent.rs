@@ -37,6 +37,8 @@ pub struct Foreign {
     pub path: String,
     /// What lies there: `ext4`, `unknown data`.
     pub kind: String,
+    /// First byte of the partition that it lies in, where the kernel does not show that.
+    pub unshown: Option<u64>,
 }
 
 /// A reason for each of the contents of a namespace that its entry does not consent to, with the whole line that it
@@ -53,13 +55,18 @@ pub fn missing(found: &[Foreign], entry: Option<&Entry>, purpose: Purpose) -> Ve
     let line = format!("{} = [{}]", purpose.key(), quoted.join(", "));
     let reason = |f: &Foreign| {
         let kind = &f.kind;
+        let place = f.unshown.map_or(String::new(), |at| {
+            format!(
+                ", in a partition from byte {at} on that a table of the drive describes and the kernel does not show"
+            )
+        });
         let what = match purpose {
-            Purpose::Read => format!("it holds {kind}; if nt may read that, its entry needs the line {line}"),
+            Purpose::Read => format!("it holds {kind}{place}; if nt may read that, its entry needs the line {line}"),
             Purpose::Erase if entry.is_some_and(|e| e.holds.contains(kind)) => format!(
-                "it holds {kind}, which its entry lets nt read (holds) and not erase; if all of it may be lost, its entry needs the line {line} as well"
+                "it holds {kind}{place}, which its entry lets nt read (holds) and not erase; if all of it may be lost, its entry needs the line {line} as well"
             ),
             Purpose::Erase => {
-                format!("it holds {kind}; if all of it may be lost, its entry needs the line {line}")
+                format!("it holds {kind}{place}; if all of it may be lost, its entry needs the line {line}")
             }
         };
         Reason::new(Check::Contents, &f.path, what)

@@ -78,7 +78,7 @@ pub fn namespaces(all: &[Controller], controller: &Controller, out: &mut Vec<Rea
     let others = || all.iter().filter(|c| c.bdf != controller.bdf);
     for namespace in &controller.namespaces {
         for (file, id) in namespace.trusted_ids() {
-            let same = |c: &&Controller| c.namespaces.iter().any(|n| n.trusted_ids().any(|(_, other)| other == id));
+            let same = |c: &&Controller| c.trusted_ids().any(|(_, other)| other == id);
             if let Some(twin) = others().find(same) {
                 let path = format!("/sys/class/block/{}/{file}", namespace.whole.name);
                 let what = format!("the drive at {} has the same {file} {id}", twin.bdf);
@@ -88,10 +88,28 @@ pub fn namespaces(all: &[Controller], controller: &Controller, out: &mut Vec<Rea
     }
 }
 
+/// Nothing of the drive is hidden from the kernel's own view, and so from every other check.
+pub fn hidden(controller: &Controller, out: &mut Vec<Reason>) {
+    for hidden in &controller.hidden {
+        let Unreadable { path, why, .. } = &hidden.unreadable;
+        let what = match hidden.name.as_str() {
+            name if controller.name.as_deref() == Some(name) => {
+                format!("what {name} says of itself cannot be read: {why}")
+            }
+            name => format!(
+                "the kernel does not show {name} whole, a namespace of the same drive ({why}); it hides those that are zoned or of a format that it does not know"
+            ),
+        };
+        // What the kernel hides has no device number.
+        let check = if hidden.unreadable.is_gone() { Check::Format } else { Check::Unreadable };
+        out.push(Reason { check, path: path.clone(), what });
+    }
+}
+
 /// Each namespace is described by one entry of the allowlist.
 pub fn listed(controller: &Controller, allowed: &Result<Allowlist, String>, out: &mut Vec<Reason>) {
     let path = allowlist::DEFAULT_PATH;
-    if controller.namespaces.is_empty() {
+    if controller.namespaces.is_empty() && controller.hidden.is_empty() {
         let what = "it has no namespace that the kernel shows".into();
         out.push(Reason::new(Check::Driver, &controller.pci_path(), what));
     }

@@ -36,9 +36,14 @@ use std::fmt;
 use std::path::PathBuf;
 
 use consent::Foreign;
+use partitions::Tables;
+use signatures::Place;
 use words::Words;
 
+use super::image;
+
 pub use allowlist::Allowlist;
+pub use boot::has_partitions;
 pub use consent::Purpose;
 pub use host::{Host, Unreadable};
 pub use last::LastLook;
@@ -80,7 +85,7 @@ pub enum Check {
     Raid,
     /// More than one controller leads to it.
     Shared,
-    /// Its format is not supported (metadata, protection information, zones).
+    /// Its format is not supported (metadata, protection information, zones, a namespace that the kernel hides).
     Format,
     /// A check could not be made.
     Unreadable,
@@ -132,6 +137,7 @@ pub fn examine(
     let mut out = Vec::new();
     // Who it is.
     identity::identified(controller, &mut out);
+    identity::hidden(controller, &mut out);
     out.extend(twins::twins(host, all, controller));
     identity::namespaces(all, controller, &mut out);
     identity::listed(controller, allowed, &mut out);
@@ -159,21 +165,21 @@ pub fn examine(
     // What it says of itself, and who names it by that.
     let mut said = opinions::said(host, controller);
     for namespace in &controller.namespaces {
+        let tables = boot::tables(host, namespace).unwrap_or_else(|e| {
+            out.push(e.into());
+            Tables::default()
+        });
         note(&mut out, |out| {
-            let found = contents(host, namespace, purpose, &mut said)?;
+            let found = contents(host, namespace, &tables, purpose, &mut said)?;
             let entry = allowed.as_ref().ok().and_then(|l| l.entry(&controller.serial, namespace.nsid).ok());
             out.extend(consent::missing(&found, entry, purpose));
             Ok(())
         });
         note(&mut out, |out| format(host, namespace, out));
-        note(&mut out, |out| boot::hibernated(host, namespace, out));
-        note(&mut out, |out| {
-            let tables = boot::tables(host, namespace)?;
-            boot::partitions(host, namespace, &tables, out);
-            let name = &namespace.whole.name;
-            said.extend(words::of_tables(&tables).into_iter().map(|s| (name.clone(), s)));
-            Ok(())
-        });
+        note(&mut out, |out| boot::hibernated(host, namespace, &tables, out));
+        boot::partitions(host, namespace, &tables, &mut out);
+        let name = &namespace.whole.name;
+        said.extend(words::of_tables(&tables).into_iter().map(|s| (name.clone(), s)));
     }
     note(&mut out, |out| {
         let words = Words::new(host, controller, said)?;
@@ -190,36 +196,58 @@ fn note(out: &mut Vec<Reason>, check: impl FnOnce(&mut Vec<Reason>) -> Result<()
     }
 }
 
-/// Contents of a namespace and its partitions that are not nt's own, by our own look and by `blkid`; what they say of
-/// themselves is added to `said`.
+/// Contents of a namespace and its partitions, those that only a table describes among them, that are not nt's own, by
+/// our own look and by `blkid`; what they say of themselves is added to `said`.
 fn contents(
     host: &Host,
     namespace: &Namespace,
+    tables: &Tables,
     purpose: Purpose,
     said: &mut Vec<(String, superblocks::Said)>,
 ) -> Result<Vec<Foreign>, Unreadable> {
     let mut found = Vec::new();
     for device in namespace.devices() {
+        let kinds = held(host, namespace, &Place { device, part: None }, purpose, said)?;
         let path = format!("/dev/{}", device.name);
-        let (head, tail) = signatures::edges(host, &device.name)?;
-        let mut far = |at: u64, len: usize| {
-            let at = i64::try_from(at).ok().filter(|at| at.unsigned_abs() < device.size);
-            at.and_then(|at| host.read_at(&path, at, len).ok()).unwrap_or_default()
-        };
-        let mut told = superblocks::said(&head, &tail, &mut far);
-        let opinion = opinions::blkid(host, &device.name);
-        told.extend(opinion.said);
-        said.extend(told.into_iter().map(|s| (device.name.clone(), s)));
-        let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
-        kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
-        let (whole, block) = (*device == namespace.whole, namespace.block_size.into());
-        if purpose == Purpose::Erase && kinds.is_empty() && signatures::holds_inside(host, device)? {
-            kinds.push(signatures::UNKNOWN.into());
-        }
-        kinds.retain(|kind| !signatures::is_own(kind, whole, &head, &tail, device.size, block));
-        found.extend(kinds.into_iter().map(|kind| Foreign { path: path.clone(), kind }));
+        found.extend(kinds.into_iter().map(|kind| Foreign { path: path.clone(), kind, unshown: None }));
+    }
+    let whole = Place { device: &namespace.whole, part: None };
+    // What the old tables of a drive that is being staged describe was given up when its mark was written.
+    let given_up = image::mark::ranges(&whole.read(host, 0, image::mark::BYTES)?).is_some();
+    for (place, certain) in boot::unshown(namespace, tables) {
+        let mut kinds = held(host, namespace, &place, purpose, said)?;
+        // Bytes that nobody knows, at a place where a partition would lie if its table counted other blocks than the
+        // drive's, are another partition's.
+        kinds.retain(|kind| !given_up && (certain || kind != signatures::UNKNOWN));
+        let unshown = place.part.as_ref().map(|p| p.start);
+        found.extend(kinds.into_iter().map(|kind| Foreign { path: place.path(), kind, unshown }));
     }
     Ok(found)
+}
+
+/// Kinds of contents of one place that are not nt's own; what they say of themselves is added to `said`.
+fn held(
+    host: &Host,
+    namespace: &Namespace,
+    place: &Place<'_>,
+    purpose: Purpose,
+    said: &mut Vec<(String, superblocks::Said)>,
+) -> Result<Vec<String>, Unreadable> {
+    let (head, tail) = place.edges(host)?;
+    let mut far = |at: u64, len: usize| place.read(host, at, len).unwrap_or_default();
+    let mut told = superblocks::said(&head, &tail, &mut far);
+    let opinion = opinions::blkid(host, place);
+    told.extend(opinion.said);
+    said.extend(told.into_iter().map(|s| (place.device.name.clone(), s)));
+    let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
+    kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
+    let whole = place.part.is_none() && *place.device == namespace.whole;
+    if purpose == Purpose::Erase && kinds.is_empty() && place.holds_inside(host)? {
+        kinds.push(signatures::UNKNOWN.into());
+    }
+    let (size, block) = (place.size(), namespace.block_size.into());
+    kinds.retain(|kind| !signatures::is_own(kind, whole, &head, &tail, size, block));
+    Ok(kinds)
 }
 
 fn format(host: &Host, namespace: &Namespace, out: &mut Vec<Reason>) -> Result<(), Unreadable> {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::host::Host;
 use super::nodes::Nodes;
+use super::signatures::Place;
 use super::superblocks::{Said, Sort};
 use super::sysfs::{BlockDevice, Controller, Namespace};
 
@@ -136,12 +137,16 @@ pub fn boot_types(host: &Host, namespace: &Namespace) -> Vec<BootType> {
     out
 }
 
-/// What `blkid -p` finds on a device of this machine; nothing where it is not installed, fails or
+/// What `blkid -p` finds on a device of this machine, or at a place of it; nothing where it is not installed, fails or
 /// takes too long.
-pub fn blkid(host: &Host, name: &str) -> Opinion {
+pub fn blkid(host: &Host, place: &Place<'_>) -> Opinion {
     let Some(program) = BLKID.iter().find(|p| host.is_real() && host.exists(p)) else { return Opinion::default() };
     let mut command = Command::new(program);
-    command.args(["-p", "-o", "export", &format!("/dev/{name}")]).env_clear();
+    command.args(["-p", "-o", "export"]).env_clear();
+    if let Some(part) = &place.part {
+        command.args(["-O", &part.start.to_string(), "-S", &(part.end - part.start).to_string()]);
+    }
+    command.arg(place.path());
     run(&mut command).map(|text| parse(&text)).unwrap_or_default()
 }
 

@@ -9,6 +9,8 @@
 const ENTRIES_MAX: u64 = 4 << 20;
 /// Partitions of all tables of one drive, and tables in an MBR's chain of logical ones. A drive with more is refused.
 const PARTITIONS_MAX: usize = 256;
+/// Blocks that tables may count in, whatever the drive's are: an enclosure may show a drive of 512 as one of 4096.
+const BLOCKS: [u64; 4] = [512, 1024, 2048, 4096];
 /// Attributes of a GPT entry: the platform needs it; a BIOS boots from it.
 const REQUIRED: u64 = 1;
 const LEGACY_BOOT: u64 = 1 << 2;
@@ -47,6 +49,10 @@ const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 pub struct Partition {
     /// First byte on the drive.
     pub start: u64,
+    /// Bytes; 0 for one that holds only other partitions.
+    pub size: u64,
+    /// Whether its place is certain: the entries of an MBR count blocks, and do not say of which size.
+    pub certain: bool,
     /// PARTUUID as tables of a machine have it.
     pub uuid: String,
     /// PARTLABEL; empty in MBR.
@@ -100,12 +106,14 @@ pub trait Bytes {
 /// Those of the reading.
 pub fn read(drive: &mut impl Bytes, block: u64) -> Result<Tables, super::Unreadable> {
     let mut tables = Tables::default();
-    mbr(drive, block, &mut tables)?;
-    let mut blocks = vec![block, 512, 4096];
-    blocks.sort_unstable();
-    blocks.dedup();
-    for block in blocks.into_iter().filter(|b| *b > 0) {
-        let mut places = vec![block, drive.size().saturating_sub(block)];
+    mbr(drive, block, true, &mut tables)?;
+    for other in BLOCKS.into_iter().filter(|other| *other != block) {
+        mbr(drive, other, false, &mut tables)?;
+    }
+    let own = Some(block).filter(|b| *b > 0 && !BLOCKS.contains(b));
+    for block in BLOCKS.into_iter().chain(own) {
+        // The last whole block: a drive of 512-byte blocks need not end with one of 4096.
+        let mut places = vec![block, (drive.size() / block).saturating_sub(1).saturating_mul(block)];
         let mut next = 0;
         while let Some(at) = places.get(next).copied() {
             next += 1;
@@ -166,8 +174,11 @@ fn entry_of(entry: &[u8], block: u64) -> Option<Partition> {
         };
         Some(what.to_owned())
     };
+    let (first, last) = (number(entry, 32, 8), number(entry, 40, 8));
     Some(Partition {
-        start: number(entry, 32, 8).saturating_mul(block),
+        start: first.saturating_mul(block),
+        size: last.saturating_add(1).saturating_sub(first).saturating_mul(block),
+        certain: true,
         uuid: guid(&entry[16..32]).unwrap_or_default(),
         label: label.split('\0').next().unwrap_or("").to_owned(),
         boot: known.or_else(by_attribute),
@@ -175,7 +186,7 @@ fn entry_of(entry: &[u8], block: u64) -> Option<Partition> {
 }
 
 /// The master boot record and the chain of logical partitions.
-fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), super::Unreadable> {
+fn mbr(drive: &mut impl Bytes, block: u64, certain: bool, tables: &mut Tables) -> Result<(), super::Unreadable> {
     let sector = drive.get(0, 512)?;
     // A loader on a drive without a table (SYSLINUX on a FAT of the whole drive) has its text where a table would be.
     let end = if mbr_entries(&sector).is_some() { 440 } else { sector.len().min(510) };
@@ -184,7 +195,7 @@ fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), su
     let Some(entries) = mbr_entries(&sector) else { return Ok(()) };
     let code = sector[..440].iter().any(|b| *b != 0);
     let disk = format!("{:08x}", number(&sector, 440, 4));
-    if disk != "00000000" {
+    if disk != "00000000" && !tables.disks.contains(&disk) {
         tables.disks.push(disk.clone());
     }
     let mut extended = Vec::new();
@@ -197,7 +208,8 @@ fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), su
             continue;
         }
         let active = entry.active && code;
-        tables.add(logical(entry, entry.first.saturating_mul(block), &disk, i + 1, active));
+        let start = entry.first.saturating_mul(block);
+        tables.add(Partition { certain, ..logical(entry, start, block, &disk, i + 1, active) });
     }
     let (mut index, mut seen) = (5, Vec::new());
     for base in extended {
@@ -214,7 +226,8 @@ fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), su
             let Some(entries) = mbr_entries(&sector) else { break };
             for entry in entries.iter().filter(|e| !EXTENDED.contains(&e.kind)) {
                 let start = at.saturating_add(entry.first.saturating_mul(block));
-                tables.add(logical(entry, start, &disk, index, entry.active && code));
+                let found = logical(entry, start, block, &disk, index, entry.active && code);
+                tables.add(Partition { certain, ..found });
                 index += 1;
             }
             let Some(next) = entries.iter().find(|e| EXTENDED.contains(&e.kind)) else { break };
@@ -224,16 +237,19 @@ fn mbr(drive: &mut impl Bytes, block: u64, tables: &mut Tables) -> Result<(), su
     Ok(())
 }
 
-fn logical(entry: &MbrEntry, start: u64, disk: &str, index: usize, active: bool) -> Partition {
+fn logical(entry: &MbrEntry, start: u64, block: u64, disk: &str, index: usize, active: bool) -> Partition {
     let known = MBR_BOOT_TYPES.iter().find(|(kind, _)| *kind == entry.kind).map(|(_, what)| (*what).to_owned());
     let active = active.then(|| "an active partition and boot code before it".to_owned());
-    Partition { start, uuid: format!("{disk}-{index:02x}"), label: String::new(), boot: known.or(active) }
+    let size = if EXTENDED.contains(&entry.kind) { 0 } else { entry.count.saturating_mul(block) };
+    let uuid = format!("{disk}-{index:02x}");
+    Partition { start, size, certain: true, uuid, label: String::new(), boot: known.or(active) }
 }
 
 struct MbrEntry {
     active: bool,
     kind: u8,
     first: u64,
+    count: u64,
 }
 
 /// The entries of a sector that is a partition table; `None` for the first sector of a file system,
@@ -247,7 +263,9 @@ fn mbr_entries(sector: &[u8]) -> Option<Vec<MbrEntry>> {
         return None;
     }
     let used = entries.filter(|e| e[4] != 0 && number(e, 12, 4) != 0);
-    Some(used.map(|e| MbrEntry { active: e[0] == 0x80, kind: e[4], first: number(e, 8, 4) }).collect())
+    let entry =
+        |e: &[u8]| MbrEntry { active: e[0] == 0x80, kind: e[4], first: number(e, 8, 4), count: number(e, 12, 4) };
+    Some(used.map(entry).collect())
 }
 
 /// A little-endian number; 0 where there are no bytes.

@@ -1,6 +1,8 @@
 //! What lies on a device, told by its first and last 4 MiB. Bytes that nobody recognises are data of
 //! someone, and refuse like a file system does.
 
+use std::ops::Range;
+
 use super::host::{Host, Unreadable};
 use super::superblocks;
 use super::sysfs::BlockDevice;
@@ -67,9 +69,9 @@ const AT_START: &[(&str, usize, &[u8])] = &[
     ("integrity", 0, b"integrt\0"),
     ("verity", 0, b"verity\0\0"),
     ("oracle asm", 32, b"ORCLDISK"),
-    ("nt image", 0, image::MAGIC),
-    ("nt staging", 0, mark::MAGIC),
     ("gpt", 512, b"EFI PART"),
+    ("gpt", 1024, b"EFI PART"),
+    ("gpt", 2048, b"EFI PART"),
     ("gpt", 4096, b"EFI PART"),
 ];
 
@@ -93,16 +95,64 @@ fn is_our_table(head: &[u8], tail: &[u8], size: u64, block: u64) -> bool {
     head.get(..edge).zip(last).is_some_and(|(first, last)| gpt::is_ours(first, last, size, block))
 }
 
-/// Whether anything but zeros lies at one of [`INSIDE`] places spread over a device.
-pub fn holds_inside(host: &Host, device: &BlockDevice) -> Result<bool, Unreadable> {
-    let path = format!("/dev/{}", device.name);
-    for i in 1..=INSIDE {
-        let at = device.size / (INSIDE + 1) * i / INSIDE_BYTES as u64 * INSIDE_BYTES as u64;
-        if !is_zero(&host.read_at(&path, at as i64, INSIDE_BYTES)?) {
-            return Ok(true);
+/// What is looked at as one device: a whole node, or the bytes of a partition in it that the kernel does not show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The node.
+    pub device: &'a BlockDevice,
+    /// The bytes of it, if not all of them.
+    pub part: Option<Range<u64>>,
+}
+
+impl Place<'_> {
+    /// The node's path.
+    pub fn path(&self) -> String {
+        format!("/dev/{}", self.device.name)
+    }
+
+    /// Its bytes.
+    pub fn size(&self) -> u64 {
+        self.part.as_ref().map_or(self.device.size, |p| p.end - p.start)
+    }
+
+    /// Up to `len` bytes at `at` of it; fewer at its end.
+    ///
+    /// # Errors
+    /// Those of the reading.
+    pub fn read(&self, host: &Host, at: u64, len: usize) -> Result<Vec<u8>, Unreadable> {
+        let left = usize::try_from(self.size().saturating_sub(at)).unwrap_or(usize::MAX);
+        let start = self.part.as_ref().map_or(0, |p| p.start).saturating_add(at);
+        match i64::try_from(start) {
+            Ok(start) => host.read_at(&self.path(), start, len.min(left)),
+            Err(_) => Ok(Vec::new()),
         }
     }
-    Ok(false)
+
+    /// The first and the last 4 MiB.
+    ///
+    /// # Errors
+    /// Those of the reading, or that there are no bytes.
+    pub fn edges(&self, host: &Host) -> Result<(Vec<u8>, Vec<u8>), Unreadable> {
+        if self.part.is_none() {
+            return edges(host, &self.device.name);
+        }
+        let last = self.size().saturating_sub(EDGE as u64);
+        Ok((self.read(host, 0, EDGE)?, self.read(host, last, EDGE)?))
+    }
+
+    /// Whether anything but zeros lies at one of [`INSIDE`] places spread over it.
+    ///
+    /// # Errors
+    /// Those of the reading.
+    pub fn holds_inside(&self, host: &Host) -> Result<bool, Unreadable> {
+        for i in 1..=INSIDE {
+            let at = self.size() / (INSIDE + 1) * i / INSIDE_BYTES as u64 * INSIDE_BYTES as u64;
+            if !is_zero(&self.read(host, at, INSIDE_BYTES)?) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
@@ -135,6 +185,13 @@ pub fn recognise(head: &[u8], tail: &[u8]) -> Vec<&'static str> {
         .filter(|(_, at, magic)| head.get(*at..*at + magic.len()) == Some(*magic))
         .map(|(name, ..)| *name)
         .collect();
+    // Its first bytes alone are anybody's to write: only a whole superblock or mark is nt's.
+    if image::is_superblock(head) {
+        names.push("nt image");
+    }
+    if mark::ranges(head).is_some() {
+        names.push("nt staging");
+    }
     if superblocks::is_swap(head) || superblocks::hibernated(head) {
         names.push("swap");
     }
@@ -146,7 +203,7 @@ pub fn recognise(head: &[u8], tail: &[u8]) -> Vec<&'static str> {
     }
     let at_end =
         |back: usize, magic: &[u8]| tail.len().checked_sub(back).is_some_and(|at| tail[at..].starts_with(magic));
-    if at_end(512, b"EFI PART") || at_end(4096, b"EFI PART") {
+    if [512, 1024, 2048, 4096].into_iter().any(|block| at_end(block, b"EFI PART")) {
         names.push("gpt");
     }
     // RAID of firmware: Intel's and the common format of disks' metadata.

@@ -39,8 +39,12 @@ impl Namespace {
 
     /// The identifiers that can be the drive's alone.
     pub fn trusted_ids(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        self.ids.iter().filter(|(_, id)| !is_bogus(id)).map(|(file, id)| (*file, id.as_str()))
+        trusted(&self.ids)
     }
+}
+
+fn trusted<'a>(ids: &'a [(&'static str, String)]) -> impl Iterator<Item = (&'static str, &'a str)> {
+    ids.iter().filter(|(_, id)| !is_bogus(id)).map(|(file, id)| (*file, id.as_str()))
 }
 
 /// One NVMe PCI function.
@@ -58,8 +62,22 @@ pub struct Controller {
     pub model: String,
     /// Firmware revision, trimmed.
     pub firmware: String,
-    /// All its namespaces.
+    /// All its namespaces that the kernel shows whole.
     pub namespaces: Vec<Namespace>,
+    /// What cannot be read of it; a drive with any is refused.
+    pub hidden: Vec<Hidden>,
+}
+
+/// A namespace that the kernel hides, as one that is zoned or of a format it does not know, or something else of a drive
+/// that cannot be read. It makes its own drive odd, and no other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hidden {
+    /// Kernel name of the namespace, or of the controller.
+    pub name: String,
+    /// What could not be read, and why.
+    pub unreadable: Unreadable,
+    /// Identifiers of it that can be read all the same, as in [`Namespace::ids`].
+    pub ids: Vec<(&'static str, String)>,
 }
 
 impl Controller {
@@ -71,6 +89,12 @@ impl Controller {
     /// Every namespace and partition.
     pub fn devices(&self) -> impl Iterator<Item = &BlockDevice> {
         self.namespaces.iter().flat_map(Namespace::devices)
+    }
+
+    /// Every identifier that can be the drive's alone, those of hidden namespaces too.
+    pub fn trusted_ids(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let all = self.namespaces.iter().map(|n| &n.ids).chain(self.hidden.iter().map(|h| &h.ids));
+        all.flat_map(|ids| trusted(ids))
     }
 
     /// True if one of its devices has this kernel name.
@@ -105,22 +129,38 @@ fn controller(host: &Host, bdf: &str) -> Result<Controller, Unreadable> {
         model: String::new(),
         firmware: String::new(),
         namespaces: Vec::new(),
+        hidden: Vec::new(),
     };
     if let Some(name) = name {
         let class = format!("{pci}/nvme/{name}");
-        found.serial = host.read(&format!("{class}/serial"))?.trim().to_owned();
-        found.model = host.read(&format!("{class}/model"))?.trim().to_owned();
-        found.firmware = host.read(&format!("{class}/firmware_rev"))?.trim().to_owned();
-        for entry in host.list(&class)? {
-            // nvme0n1, and nvme0c0n1: a path of a multipath namespace, whose node is nvme0n1.
-            if let Some(node) = namespace_node(&name, &entry) {
-                found.namespaces.push(namespace(host, &node)?);
+        // Without a serial number it may be the twin of any other drive, which is then refused (`twins.rs`).
+        found.serial = attribute(host, &name, &format!("{class}/serial"), &mut found.hidden);
+        found.model = attribute(host, &name, &format!("{class}/model"), &mut found.hidden);
+        found.firmware = attribute(host, &name, &format!("{class}/firmware_rev"), &mut found.hidden);
+        // nvme0n1, and nvme0c0n1: a path of a multipath namespace, whose node is nvme0n1.
+        let entries = host.list(&class)?;
+        let mut nodes: Vec<String> = entries.iter().filter_map(|entry| namespace_node(&name, entry)).collect();
+        nodes.sort();
+        nodes.dedup();
+        for node in nodes {
+            match namespace(host, &node) {
+                Ok(namespace) => found.namespaces.push(namespace),
+                Err(unreadable) => {
+                    let ids = ids(host, &node).unwrap_or_default();
+                    found.hidden.push(Hidden { name: node, unreadable, ids });
+                }
             }
         }
-        found.namespaces.sort_by(|a, b| a.whole.name.cmp(&b.whole.name));
-        found.namespaces.dedup_by(|a, b| a.whole.name == b.whole.name);
     }
     Ok(found)
+}
+
+/// An attribute of a controller, trimmed; empty where it cannot be read, which is noted.
+fn attribute(host: &Host, name: &str, path: &str, hidden: &mut Vec<Hidden>) -> String {
+    host.read(path).map(|text| text.trim().to_owned()).unwrap_or_else(|unreadable| {
+        hidden.push(Hidden { name: name.to_owned(), unreadable, ids: Vec::new() });
+        String::new()
+    })
 }
 
 /// `nvme1n2` for the entries `nvme1n2` and `nvme1c3n2` of the folder of a controller, `nvme1` or `nvme3`.
@@ -146,19 +186,23 @@ fn namespace(host: &Host, node: &str) -> Result<Namespace, Unreadable> {
     }
     let nsid = host.read(&format!("{base}/nsid"))?;
     let block_size = host.read(&format!("{base}/queue/logical_block_size"))?;
-    let mut ids = Vec::new();
-    for file in ["eui", "nguid", "uuid"] {
-        if let Some(text) = host.read_if_there(&format!("{base}/{file}"))? {
-            ids.push((file, text.to_ascii_lowercase().chars().filter(char::is_ascii_hexdigit).collect()));
-        }
-    }
     Ok(Namespace {
-        ids,
+        ids: ids(host, node)?,
         whole,
         nsid: number(&nsid, &format!("{base}/nsid"))? as u32,
         block_size: number(&block_size, &format!("{base}/queue/logical_block_size"))? as u32,
         partitions,
     })
+}
+
+fn ids(host: &Host, node: &str) -> Result<Vec<(&'static str, String)>, Unreadable> {
+    let mut ids = Vec::new();
+    for file in ["eui", "nguid", "uuid"] {
+        if let Some(text) = host.read_if_there(&format!("/sys/class/block/{node}/{file}"))? {
+            ids.push((file, text.to_ascii_lowercase().chars().filter(char::is_ascii_hexdigit).collect()));
+        }
+    }
+    Ok(ids)
 }
 
 fn block_device(host: &Host, name: &str) -> Result<BlockDevice, Unreadable> {
@@ -188,6 +232,7 @@ pub fn find<'a>(host: &Host, all: &'a [Controller], name: &str) -> Option<&'a Co
             || c.bdf.strip_prefix("0000:") == Some(&short)
             || c.name.as_deref() == Some(&short)
             || c.owns(&short)
+            || c.hidden.iter().any(|h| h.name == short)
     })
 }
 

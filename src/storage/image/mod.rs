@@ -100,7 +100,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> ImageError {
 
 /// Magic, version, CRC-32C of the table, its first byte on the drive, its bytes; CRC-32C of all that
 /// in the last four bytes.
-fn superblock(table: &[u8]) -> Vec<u8> {
+pub(super) fn superblock(table: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(SUPERBLOCK as usize);
     out.extend(MAGIC);
     out.extend(1u32.to_le_bytes());
@@ -110,6 +110,20 @@ fn superblock(table: &[u8]) -> Vec<u8> {
     out.resize(SUPERBLOCK as usize - 4, 0);
     out.extend(crc32c(&out).to_le_bytes());
     out
+}
+
+/// Whether a partition that begins with these bytes begins with a whole superblock of this version, as [`superblock`]
+/// makes it.
+pub fn is_superblock(head: &[u8]) -> bool {
+    let Some(sb) = head.get(..SUPERBLOCK as usize) else { return false };
+    let number = |at: usize, n: usize| sb[at..at + n].iter().rev().fold(0u64, |v, b| v << 8 | u64::from(*b));
+    let end = SUPERBLOCK as usize - 4;
+    sb.starts_with(MAGIC)
+        && number(8, 4) == 1
+        && number(end, 4) == u64::from(crc32c(&sb[..end]))
+        && number(16, 8) == gpt::START + SUPERBLOCK
+        && number(24, 8) <= TABLE_MAX
+        && sb[32..end].iter().all(|b| *b == 0)
 }
 
 /// The manifests of the models on a medium, which is found by its partition table and superblock.

@@ -14,6 +14,8 @@ use super::mark;
 /// LUKS2 (the second one lies at 16 KiB to 4 MiB), the first superblock of btrfs, the sectors that RAID controllers
 /// use (up to 1.6 MiB from the end), the backup sector of NTFS, the second superblocks of NILFS2 and F2FS.
 pub const EDGE: u64 = 8 << 20;
+/// Blocks that a GPT may count in, whatever the drive's are.
+const TABLE_BLOCKS: [u64; 4] = [512, 1024, 2048, 4096];
 /// Most logical partitions followed in an MBR's chain, and most entries read of a GPT.
 const ENTRIES_MAX: u64 = 1024;
 /// Bytes wiped at a place of one superblock.
@@ -44,6 +46,8 @@ fn listed(drive: &mut dyn Medium, kernel: &[Range<u64>]) -> Vec<Range<u64>> {
     }
     for block in gpt::BLOCKS {
         all.extend(mbr(drive, block).0);
+    }
+    for block in TABLE_BLOCKS {
         let last = (drive.size() / block).saturating_sub(1);
         let mut headers = vec![1, last];
         headers.extend([1, last].iter().filter_map(|at| Some(number(&header(drive, block, *at)?, 32, 8))));
@@ -79,6 +83,8 @@ pub fn tables(drive: &mut dyn Medium) -> Vec<Range<u64>> {
     let mut all = vec![0..64 << 10, size.saturating_sub(64 << 10)..size];
     for block in gpt::BLOCKS {
         all.extend(mbr(drive, block).1);
+    }
+    for block in TABLE_BLOCKS {
         let last = (size / block).saturating_sub(1);
         for at in [1, last] {
             let Some(h) = header(drive, block, at) else { continue };

@@ -273,6 +273,42 @@ fn other_drives_users_are_no_reason() {
     assert_eq!(fake.reasons(&list()), vec![]);
 }
 
+/// A namespace that the kernel hides (zoned, of an unknown format) has no device number. One such drive made every command
+/// fail for every other drive: it is refused itself, by its own name too, and makes no other odd but a twin.
+#[test]
+fn a_hidden_namespace_refuses_its_own_drive_alone() {
+    let hide = |fake: &Fake, n: u32| {
+        let bdf = if n == 0 { "0000:01:00.0" } else { BDF };
+        fake.folder(&format!("/sys/bus/pci/devices/{bdf}/nvme/nvme{n}/nvme{n}n2"));
+        fake.put(&format!("/sys/class/block/nvme{n}n2/size"), "0");
+        fake.put(&format!("/sys/class/block/nvme{n}n2/eui"), "00 25 38 5b 91 d0 e2 f1");
+    };
+    let fake = clean();
+    hide(&fake, 0);
+    assert_eq!(fake.reasons(&list()), vec![]);
+    let host = Host::at(fake.dir.path());
+    let all = sysfs::controllers(&host).unwrap();
+    assert_eq!(sysfs::find(&host, &all, "nvme0n2").map(|c| c.bdf.as_str()), Some("0000:01:00.0"));
+    // Its identifiers count, and so does its serial number.
+    fake.put("/sys/class/block/nvme1n1/eui", "00 25 38 5b 91 d0 e2 f1");
+    assert_eq!(fake.reasons(&list()).iter().map(|r| r.check).collect::<Vec<_>>(), [Check::Twin]);
+    let fake = clean();
+    hide(&fake, 0);
+    fake.put("/sys/bus/pci/devices/0000:01:00.0/nvme/nvme0/serial", "EXP\n");
+    assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Twin));
+    let fake = clean();
+    fake.drop_file("/sys/bus/pci/devices/0000:01:00.0/nvme/nvme0/serial");
+    assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Twin), "it may be anyone's twin");
+    // The drive itself, for either purpose.
+    let fake = clean();
+    hide(&fake, 1);
+    for purpose in [Purpose::Read, Purpose::Erase] {
+        let reasons = fake.reasons_for(&list(), purpose);
+        let told = |r: &Reason| r.check == Check::Format && r.what.contains("the kernel does not show nvme1n2 whole");
+        assert!(reasons.iter().any(told), "{reasons:?}");
+    }
+}
+
 #[test]
 fn identifiers_that_many_drives_carry_are_known() {
     for bogus in [
