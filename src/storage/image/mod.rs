@@ -112,7 +112,7 @@ pub(super) fn superblock(table: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Whether a partition that begins with these bytes begins with a whole superblock of this version, as [`superblock`]
+/// Whether a partition that begins with these bytes begins with a whole superblock of this version, as `superblock`
 /// makes it.
 pub fn is_superblock(head: &[u8]) -> bool {
     let Some(sb) = head.get(..SUPERBLOCK as usize) else { return false };
