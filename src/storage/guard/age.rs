@@ -37,21 +37,39 @@ impl Times {
     }
 }
 
-/// The first step on the way along `path` that may have come there after the folder `made` was, in configfs: there the
-/// folder of an object is older than everything that is set in it. A mount over a step is not seen.
+/// The first step on the way along `path` that may have come there since the machine started, which is before any export
+/// began: folders of configfs do not keep the time when they were made. A node below `/dev` that has the name and the
+/// number that sysfs tells is the kernel's own, and is believed. A mount over a step is not seen.
 ///
 /// # Errors
 /// If an age cannot be told.
-pub fn changed_since(host: &Host, path: &str, made: &str) -> Result<Option<String>, Unreadable> {
-    let since = times(host, made)?.changed;
+pub fn changed_since_start(host: &Host, path: &str) -> Result<Option<String>, Unreadable> {
+    let stat = "/proc/stat";
+    let started = host.read(stat)?.lines().find_map(|l| l.strip_prefix("btime ")?.trim().parse().ok());
+    let since = (started.ok_or_else(|| Unreadable::new(stat, "it does not tell when the machine started"))?, 0);
     let mut steps = Vec::new();
     host.walk(path, &mut |step| steps.push(step.to_owned()));
+    if steps.last().map_or(Ok(false), |last| is_kernels(host, last))? {
+        return Ok(None);
+    }
     for step in steps {
         if times(host, &step)?.is_later(since) {
             return Ok(Some(step));
         }
     }
     Ok(None)
+}
+
+/// Whether `path` is the node below `/dev` that the kernel made for a device of this name.
+fn is_kernels(host: &Host, path: &str) -> Result<bool, Unreadable> {
+    let Some(name) = path.strip_prefix("/dev/").filter(|name| !name.contains('/')) else { return Ok(false) };
+    let (class, found) = match host.node(path)? {
+        Some(Node::Block(found)) => ("block", found),
+        Some(Node::Char(found)) => ("nvme", found),
+        _ => return Ok(false),
+    };
+    let number = host.read_if_there(&format!("/sys/class/{class}/{name}/dev"))?;
+    Ok(number.and_then(|n| n.parse().ok()) == Some(found))
 }
 
 /// The times of `path` itself; no link is followed and no server asked where that can be avoided.

@@ -27,17 +27,16 @@ struct Look<'a> {
 
 /// Whether what a path names is open in the kernel, and what that proves.
 #[derive(Clone, Copy)]
-enum Use<'a> {
+enum Use {
     /// It is not.
     Off,
     /// It is, and the path is the kernel's of what is open, or nothing tells since when it is.
     On,
-    /// It is, by a path that somebody wrote there after this folder was made. What the path leads to now need not be
-    /// what it led to then.
-    Since(&'a str),
+    /// It is, by a path that somebody wrote there. What the path leads to now need not be what it led to then.
+    Written,
 }
 
-impl Use<'_> {
+impl Use {
     fn is_on(self) -> bool {
         !matches!(self, Use::Off)
     }
@@ -101,12 +100,12 @@ impl Look<'_> {
     /// A namespace or a controller that NVMe-oF hands on.
     fn nvmet(&self, base: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
         let enabled = self.host.read_if_there(&format!("{base}/enable"))?.is_some_and(|e| e != "0");
-        let used = if enabled { Use::Since(base) } else { Use::Off };
+        let used = if enabled { Use::Written } else { Use::Off };
         self.file(&format!("{base}/device_path"), "NVMe-oF", used, out)
     }
 
     /// A file that holds the path of what is exported.
-    fn file(&self, path: &str, over: &str, used: Use<'_>, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    fn file(&self, path: &str, over: &str, used: Use, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
         let text = self.host.read_if_there(path)?.unwrap_or_default();
         let exported = text.lines().next().unwrap_or("").trim().trim_matches('"');
         if exported.is_empty() || exported == "(null)" {
@@ -122,7 +121,7 @@ impl Look<'_> {
         path: &str,
         exported: &str,
         over: &str,
-        used: Use<'_>,
+        used: Use,
         out: &mut Vec<Reason>,
     ) -> Result<(), Unreadable> {
         if exported.is_empty() {
@@ -138,16 +137,16 @@ impl Look<'_> {
             }
             Target::Gone if used.is_on() => Some("leads nowhere now".to_owned()),
             Target::Other => match used {
-                Use::Since(folder) => age::changed_since(self.host, exported, folder)?
-                    .map(|step| format!("may have led elsewhere when it was opened: {step} was changed since")),
+                Use::Written => age::changed_since_start(self.host, exported)?.map(|step| {
+                    format!("may have led elsewhere when it was opened: {step} was changed since the machine started")
+                }),
                 _ => None,
             },
             Target::Gone => None,
         };
         if let Some(why) = untold {
-            let what = format!(
-                "{exported}, exported over {over}, {why}, so the device cannot be told; remove the export, or make it anew"
-            );
+            let what =
+                format!("{exported}, exported over {over}, {why}, so the device cannot be told; remove the export");
             out.push(Reason::new(Check::Unreadable, path, what));
         }
         Ok(())
@@ -203,7 +202,7 @@ impl Look<'_> {
         let path = &format!("{base}/info");
         let text = self.host.read_if_there(path)?.unwrap_or_default();
         let (over, used) =
-            ("a LIO target", if text.starts_with("Status: DEACTIVATED") { Use::Off } else { Use::Since(base) });
+            ("a LIO target", if text.starts_with("Status: DEACTIVATED") { Use::Off } else { Use::Written });
         let is_of = |plugin: &str| base.strip_prefix(LIO).is_some_and(|b| b.starts_with(plugin));
         // Memory.
         if is_of("/rd_mcp_") {

@@ -49,7 +49,23 @@ mknod /tmp/other b $(number $held)
 modprobe loop max_loop=8
 losetup /dev/loop5 /tmp/other; rm /tmp/other
 refused "loop over a node that was deleted" "loop5 is set up over" $nt check $held
+mv /dev/loop5 /tmp/moved
+refused "loop whose node is gone" "what loop5 stands on cannot be asked" $nt check $held
+mkfifo /dev/loop5
+refused "loop with a FIFO in the place of its node" "what loop5 stands on cannot be asked" timeout 60 $nt check $held
+rm /dev/loop5; mv /tmp/moved /dev/loop5
 losetup -d /dev/loop5
+# A holder that forks and ends, again and again.
+mknod /tmp/other b $(number $held)
+echo '[ -e /tmp/stop ] || sh /tmp/hop & sleep 0.01' >/tmp/hop
+sh /tmp/hop 3</tmp/other &
+for i in 1 2 3; do
+  refused "open in a process that forks and ends ($i)" "open as /tmp/other\\|begin faster" $nt check $held
+done
+touch /tmp/stop; sleep 2; rm /tmp/other
+echo 0 >/sys/block/$held/queue/iostats
+refused "writes are not counted" "echo 1 > /sys/block/$held/queue/iostats" $nt check $held
+echo 1 >/sys/block/$held/queue/iostats
 works "nobody holds it any more" $nt check $held
 
 # What cannot be seen.
@@ -66,6 +82,15 @@ if modprobe nvmet 2>/dev/null; then
     refused "nvmet export of another node" "exported over NVMe-oF" $nt check $held
     rm /tmp/other
     refused "nvmet export of a node that was deleted" "leads nowhere now" $nt check $held
+    touch /tmp/other
+    refused "nvmet export of a node that gave way to a file" "may have led elsewhere" $nt check $held
+    rm /tmp/other; mknod /tmp/other b $(number $esp)
+    refused "nvmet export of a node that gave way to another" "may have led elsewhere" $nt check $held
+    echo 0 >$base/namespaces/1/enable; rmdir $base/namespaces/1 $base
+    mkdir $base $base/namespaces/1
+    echo -n /dev/$esp >$base/namespaces/1/device_path; echo 1 >$base/namespaces/1/enable
+    works "nvmet export of another drive" $nt check $held
+    rm /tmp/other
     echo 0 >$base/namespaces/1/enable; rmdir $base/namespaces/1 $base; umount /sys/kernel/config
   fi
   rmmod nvmet

@@ -399,13 +399,15 @@ fn nodes_of_other_drives_are_no_reason() {
     fake.link("/proc/77/fd/8", "/srv/gone (deleted)");
     let old = ["/tmp/other", "other", "TCP", "[eventfd]", "", "gone", "<none>", "<none>"];
     fake.ring(&[&old[..], &["socket:[4713]", "pipe:[4714]", "anon_inode:[eventpoll]"]].concat());
-    // Handed on since second 1000.
+    // Older than the machine's start in second 1000, or the kernel's.
     for old in ["/tmp/other", "/srv/old.img"] {
         fake.put(old, "b 259:1");
         fake.changed(old, 999);
     }
     fake.nvmet("/tmp/other");
     fake.fileio("/tmp/other");
+    fake.put("/sys/kernel/config/nvmet/subsystems/t/namespaces/1/device_path", "/dev/nvme0n1");
+    fake.put("/sys/kernel/config/nvmet/subsystems/t/namespaces/1/enable", "1");
     fake.put(
         "/sys/kernel/config/target/core/fileio_7/off/info",
         "Status: DEACTIVATED  Max\n TCM FILEIO ID: 7        File: x  Size: 9\n",

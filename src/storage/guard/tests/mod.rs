@@ -42,22 +42,22 @@ impl Fake {
         file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(at)).unwrap();
     }
 
-    /// A namespace that NVMe-oF hands on, by this path since second 1000.
+    /// A namespace that NVMe-oF hands on, by this path; the machine started in second 1000.
     fn nvmet(&self, exported: &str) {
         let base = "/sys/kernel/config/nvmet/subsystems/s/namespaces/1";
         self.put(&format!("{base}/device_path"), exported);
         self.put(&format!("{base}/enable"), "1\n");
-        self.changed(base, 1000);
+        self.put("/proc/stat", "cpu 1 2\nbtime 1000\n");
     }
 
-    /// A file that LIO hands on, by this path since second 1000.
+    /// A file that LIO hands on, by this path; the machine started in second 1000.
     fn fileio(&self, exported: &str) {
         let base = "/sys/kernel/config/target/core/fileio_0/disk";
         let text = format!(
             "Status: ACTIVATED  Max Queue Depth: 128  SectorSize: 512  HwMaxSectors: 16384\n        TCM FILEIO ID: 0        File: {exported}  Size: 9  Mode: Buffered-WCE Async: 0\n"
         );
         self.put(&format!("{base}/info"), &text);
-        self.changed(base, 1000);
+        self.put("/proc/stat", "cpu 1 2\nbtime 1000\n");
     }
 
     /// An io_uring of process 77 in which these files are registered.
