@@ -198,7 +198,6 @@ fn templates_that_change_no_words() {
         "m.content | trim",
         "m.content.split('</think>')[-1].strip()",
         "m.content | tojson",
-        "m.content.split() | join(' ')",
         "{'text': m.content} | tojson(ensure_ascii=true)",
     ] {
         let dir = dir();
@@ -206,6 +205,16 @@ fn templates_that_change_no_words() {
         let err = text(&out.stderr);
         assert!(out.status.code() == Some(0) && err.is_empty(), "{expression}: {err}");
     }
+}
+
+/// Lines and indentation of code were lost without a word.
+#[test]
+fn template_that_joins_lines_is_told() {
+    let dir = dir();
+    let messages = json!([{ "role": "user", "content": "if x:\n    y" }]);
+    let out = template(&printing(dir.path(), "m.content.split() | join(' ')"), messages, &[]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(0) && err.contains("changes white space inside a message (role user)"), "{err}");
 }
 
 /// An empty template is no template: ChatML is used, with a warning, rather than an empty prompt.
@@ -1208,9 +1217,10 @@ fn a_signal_while_tokens_are_made() {
     let mut child = nt.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     child.stdin.take().unwrap().write_all("hello".repeat(1_500_000).as_bytes()).unwrap();
     let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    // Not SIGINT, which a shell lets its background jobs ignore.
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     let status = child.wait().unwrap();
-    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGINT), "{status:?}");
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGTERM), "{status:?}");
 }
 
 /// In a chat the signal was put off until a message's tokens were made; it takes the message back.
