@@ -33,6 +33,7 @@ refused "open for commands through another node" "open as /tmp/jail/dev/ng" $nt 
 kill $holder; wait $holder 2>/dev/null
 for way in mapped socket thread ended ring; do
   mknod /tmp/other b $(number $held)
+  : >/tmp/held # what the last one said is no word of this one, which may begin late
   nvme_probe hold $way /tmp/other >/tmp/held 2>&1 & holder=$!
   for i in 1 2 3 4 5 6 7 8 9 10; do grep -q held /tmp/held && break; sleep 1; done
   rm -f /tmp/other
@@ -108,6 +109,7 @@ ends() { # ends NAME CODE WORD COMMAND…: within a minute, with that code and w
   [ $code = $wanted ] && grep -q "$word" /tmp/out && pass "$name" || { echo "exit $code, wanted $wanted and: $word" >>/tmp/out; fail "$name"; }
 }
 modprobe fuse; mkdir -p /mnt/hang
+: >/tmp/held
 nvme_probe unanswered /mnt/hang >/tmp/held 2>&1 & server=$!
 for i in 1 2 3 4 5 6 7 8 9 10; do grep -q held /tmp/held && break; sleep 1; done
 if grep -q held /tmp/held; then
