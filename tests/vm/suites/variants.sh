@@ -1,4 +1,5 @@
 # about: members of LVM, LUKS and MD, models on drives with other limits, striped, one taken out, a slow drive
+# long
 # drives: model bad blk4k small fs slow
 # unchanged: model slow
 # programs: dmsetup
