@@ -7,9 +7,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use common::{bin, tiny, tiny_moe};
-use nt::storage::extents::{Manifest, sums};
-use nt::storage::library::{Library, Recorded};
+use common::{bin, record, tiny, tiny_moe};
 use serde_json::Value as Json;
 
 fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
@@ -101,23 +99,6 @@ fn the_next_pass_is_read_while_this_one_ends() {
         let early = passes.iter().filter(|p| first.iter().any(|r| r.0 > p.0 && r.0 < p.1)).count();
         assert!(early >= passes.len() / 4, "{n} buffers: {early} of {} passes", passes.len());
     }
-}
-
-/// Records the model as if it lay on a drive.
-fn record(model: &Path, data: &Path) {
-    let bytes = std::fs::read(model).unwrap();
-    let size = bytes.len() as u64;
-    let manifest = Manifest {
-        file: model.file_name().unwrap().to_string_lossy().into_owned(),
-        path: model.into(),
-        size,
-        serial: "S1".into(),
-        model: "Model".into(),
-        namespace: 1,
-        extents: vec![(0, 1 << 20, size.next_multiple_of(4096))],
-        crc32c: sums(&bytes[..]).unwrap(),
-    };
-    Library::at(vec![data.join("nt")]).save(&Recorded { manifest, header: bytes[..4096].to_vec() }).unwrap();
 }
 
 /// Bytes that are not those recorded end a run with 1, whenever they are read: while loading, in the ring, as a

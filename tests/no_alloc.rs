@@ -3,15 +3,12 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nt::backend::{BackendKind, Class};
 use nt::engine::{Opened, Options, Session};
 use nt::model::Outputs;
 use nt::plan::{Home, Tiers};
-use nt::storage::extents::{Manifest, sums};
-use nt::storage::library::{Library, Recorded};
 
 struct Counting;
 
@@ -42,23 +39,6 @@ static COUNTING: Counting = Counting;
 
 fn options(ram: u64) -> Options {
     Options { threads: 2, ram: Some(ram), max_batch: 16, ..Options::new(BackendKind::Cpu, 200) }
-}
-
-/// Records the model as if it lay on a drive.
-fn record(model: &Path, data: &Path) {
-    let bytes = std::fs::read(model).unwrap();
-    let size = bytes.len() as u64;
-    let manifest = Manifest {
-        file: model.file_name().unwrap().to_string_lossy().into_owned(),
-        path: model.into(),
-        size,
-        serial: "S1".into(),
-        model: "Model".into(),
-        namespace: 1,
-        extents: vec![(0, 1 << 20, size.next_multiple_of(4096))],
-        crc32c: sums(&bytes[..]).unwrap(),
-    };
-    Library::at(vec![data.join("nt")]).save(&Recorded { manifest, header: bytes[..4096].to_vec() }).unwrap();
 }
 
 /// Rounds of passes, of which one must allocate nothing: threads that the system starts late allocate once.
@@ -99,7 +79,7 @@ fn one_token_passes_allocate_nothing() {
             assert_eq!(streams, ram < 64 << 20, "{name} with {ram} bytes of RAM");
             decode_allocates_nothing(&format!("{name} with {ram} bytes of RAM"), &mut session, |t| t % 258);
         }
-        record(&path, &data);
+        common::record(&path, &data);
         // Compared reads are of whole chunks, so that the buffers alone take megabytes: the tiers are given.
         let tiers = Some(Tiers { a: 0, b: 2, c: 4 });
         let compared = Options { verify: true, tiers, ..options(64 << 20) };

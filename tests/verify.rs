@@ -2,31 +2,12 @@
 
 mod common;
 
-use common::tiny;
-use nt::storage::extents::{CHUNK, Manifest, sums};
+use common::{record, tiny};
+use nt::storage::extents::{CHUNK, Manifest};
 use nt::storage::image::{Drive, Identity, Source, Staging, Steps};
-use nt::storage::library::{Library, Recorded};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
-
-/// Records the model as it is now, as if it lay on a drive.
-fn record(model: &Path, data: &Path) {
-    let bytes = std::fs::read(model).unwrap();
-    let size = bytes.len() as u64;
-    let manifest = Manifest {
-        file: model.file_name().unwrap().to_string_lossy().into_owned(),
-        path: model.into(),
-        size,
-        serial: "S1".into(),
-        model: "Model".into(),
-        namespace: 1,
-        extents: vec![(0, 1 << 20, size.next_multiple_of(4096))],
-        crc32c: sums(&bytes[..]).unwrap(),
-    };
-    let header = bytes[..4096].to_vec();
-    Library::at(vec![data.join("nt")]).save(&Recorded { manifest, header }).unwrap();
-}
 
 fn verify(model: &Path, data: &Path, more: &[&str]) -> (Option<i32>, String, String) {
     let run: Output = Command::new(env!("CARGO_BIN_EXE_nt"))

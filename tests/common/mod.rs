@@ -239,3 +239,22 @@ pub fn fails<S: AsRef<std::ffi::OsStr> + std::fmt::Debug>(args: &[S], code: i32,
     }
     assert!(!err.contains("panicked") && !err.contains("RUST_BACKTRACE"), "{err}");
 }
+
+/// Records the model as it is now, as if it lay on a drive; `data` is the folder of records (`$XDG_DATA_HOME`).
+pub fn record(model: &Path, data: &Path) {
+    use nt::storage::extents::{Manifest, sums};
+    use nt::storage::library::{Library, Recorded};
+    let bytes = std::fs::read(model).unwrap();
+    let size = bytes.len() as u64;
+    let manifest = Manifest {
+        file: model.file_name().unwrap().to_string_lossy().into_owned(),
+        path: model.into(),
+        size,
+        serial: "S1".into(),
+        model: "Model".into(),
+        namespace: 1,
+        extents: vec![(0, 1 << 20, size.next_multiple_of(4096))],
+        crc32c: sums(&bytes[..]).unwrap(),
+    };
+    Library::at(vec![data.join("nt")]).save(&Recorded { manifest, header: bytes[..4096].to_vec() }).unwrap();
+}

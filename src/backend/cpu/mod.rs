@@ -718,7 +718,8 @@ impl Backend for CpuBackend {
         let width = n_heads / n_kv * d.head_dim;
         let cols = n_heads * d.head_dim;
         let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
-        let rotation = self.rotation.take().filter(|r| r.layer == layer);
+        let rotation = self.rotation.take();
+        assert!(rotation.is_none_or(|r| r.layer == layer), "attention of block {layer} behind the queries of another");
         let overflow = &self.overflow;
         self.pool.run(tiles * n_kv, &|thread, task| {
             let (tile, kv_head) = (task / n_kv, task % n_kv);
