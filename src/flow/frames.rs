@@ -337,7 +337,7 @@ pub struct Frames<C> {
     awaited: Option<Rank>,
     news: bool,
     /// A move that failed after its unit was handed over.
-    late: Option<(Rank, C)>,
+    late: Option<C>,
     /// Uses before this one belong to passes that were given up, or are over.
     given_up: Rank,
     next_id: u64,
@@ -433,13 +433,44 @@ impl<C: Clone> Frames<C> {
         frame.is_some_and(|f| !matches!(pool.frames[f].content, Content::Empty | Content::Failed(_)))
     }
 
-    fn refresh(&mut self, place: Place) {
-        for p in 0..self.pools.len() {
-            if self.pools[p].place == place {
-                self.pull(p);
-                self.pools[p].place();
+    /// Takes wants from the schedule and gives them frames.
+    fn refresh(&mut self) {
+        for link in (0..self.spec.links.len()).rev() {
+            let place = self.spec.links[link].1;
+            for p in 0..self.pools.len() {
+                if self.pools[p].place == place {
+                    self.pull(p);
+                    self.pools[p].place();
+                }
+            }
+            self.want_stage(link);
+        }
+    }
+
+    /// Wants the stage of what `link` is to carry next where none is wanted: the unit was thought to be served, by a
+    /// move that failed, or that was begun for another use and given back. Later wants may have all frames by now: then
+    /// the last ones lose theirs.
+    fn want_stage(&mut self, link: usize) {
+        let (from, to) = self.spec.links[link];
+        let Some((q, at)) = self.waiting(to) else { return };
+        let Want { unit, rank, .. } = self.pools[q].wants[at];
+        let Some(p) = self.pool_of(from, unit) else { return };
+        let pool = &mut self.pools[p];
+        let comes = (rank.pass, rank.step) >= (pool.pass, pool.step) || rank.nth >= HINTS;
+        if comes || pool.position(rank).is_some() || mutant("no-stage") {
+            return;
+        }
+        pool.add(unit, rank);
+        let Pool { wants, frames, .. } = &mut *pool;
+        let mut later = wants.iter_mut().rev().take_while(|w| w.rank > rank);
+        while frames.iter().all(|f| f.claims > 0)
+            && let Some(last) = later.next()
+        {
+            if let Some(f) = last.frame.take() {
+                frames[f].claims -= 1;
             }
         }
+        pool.place();
     }
 
     /// The earliest want of a link's second place that waits for its move, if its source is there: pool, index, and the
@@ -453,10 +484,13 @@ impl<C: Clone> Frames<C> {
         Some((p, at, self.source(from, &self.pools[p].wants[at])?))
     }
 
-    /// The earliest want of a place that waits for its move: pool and index.
+    /// The earliest want of a place that waits for its move: pool and index. None does whose frame was handed over,
+    /// with a move that failed after that: it is being used.
     fn waiting(&self, place: Place) -> Option<(usize, usize)> {
         let of = |(p, pool): (usize, &Pool<C>)| {
-            let waits = |w: &Want| w.frame.is_some_and(|f| matches!(pool.frames[f].content, Content::Empty));
+            let empty = |f: usize| matches!(pool.frames[f].content, Content::Empty);
+            let held = |f: usize| pool.wants.iter().any(|w| w.held && w.frame == Some(f));
+            let waits = |w: &Want| w.frame.is_some_and(|f| empty(f) && (!held(f) || mutant("brought-while-held")));
             pool.wants.iter().position(waits).map(|at| (pool.wants[at].rank, (p, at)))
         };
         let pools = self.pools.iter().enumerate().filter(|(_, pool)| pool.place == place);
@@ -473,12 +507,6 @@ impl<C: Clone> Frames<C> {
         matches!(pool.frames[f].content, Content::Ready { .. }).then_some(Some(pool.first + f))
     }
 
-    /// Whether `link` has something to carry.
-    pub fn has_move(&mut self, link: usize) -> bool {
-        self.refresh(self.spec.links[link].1);
-        self.candidate(link).is_some()
-    }
-
     /// Whether what `link` is to carry next is on its way to its first place still.
     pub fn waits_for_source(&self, link: usize) -> bool {
         let (from, to) = self.spec.links[link];
@@ -487,7 +515,7 @@ impl<C: Clone> Frames<C> {
 
     /// The next move of `link`: it is taken to be under way until [`Frames::moved`] or [`Frames::give_back`].
     pub fn next_move(&mut self, link: usize) -> Option<Move> {
-        self.refresh(self.spec.links[link].1);
+        self.refresh();
         let (p, at, from) = self.candidate(link)?;
         if let Some(from) = from {
             self.frame_mut(self.spec.links[link].0, from)?.copies += 1;
@@ -562,44 +590,35 @@ impl<C: Clone> Frames<C> {
         self.decided(&m, !ok);
     }
 
-    /// A failure is told to the want that the move was begun for, if that is still there and no guess; else it is
-    /// counted, and whoever claims the frame meanwhile is brought anew.
+    /// A failure is told to who has been given the unit already, whoever the move was begun for; else to the want that
+    /// it was begun for, if that is still there and no guess; else it is counted. Whoever claims the frame meanwhile is
+    /// brought anew.
     fn failed(&mut self, m: Move, cause: C) {
-        let over = self.clock.is_some_and(|c| m.rank <= c) && m.rank >= self.given_up;
-        let pool = &mut self.pools[m.pool];
-        let f = m.to - pool.first;
-        pool.frames[f].content = Content::Empty;
-        let own = pool.position(m.rank).filter(|&at| pool.wants[at].frame == Some(f));
-        match own {
-            Some(at) if pool.wants[at].is_hint() => {
-                pool.forget(at);
-                self.unused_failures += 1;
-            }
-            Some(at) if pool.wants[at].held => self.late = Some((m.rank, cause)),
-            Some(_) => pool.frames[f].content = Content::Failed(cause),
-            None if over => self.late = Some((m.rank, cause)),
-            None => self.unused_failures += 1,
+        let at_site = self.pools[m.pool].place == self.spec.site;
+        let given_up = self.given_up;
+        let Pool { wants, frames, first, hints, .. } = &mut self.pools[m.pool];
+        let f = m.to - *first;
+        let last = frames[f].last.filter(|last| *last >= given_up);
+        let content = std::mem::replace(&mut frames[f].content, Content::Empty);
+        let used = matches!(content, Content::Filling { used: true, .. }) && at_site && last.is_some();
+        let here = |w: &Want| w.frame == Some(f);
+        if (used || wants.iter().any(|w| here(w) && w.held)) && !mutant("used-and-silent") {
+            self.late = Some(cause);
+        } else if wants.iter().any(|w| here(w) && w.rank == m.rank && !w.is_hint()) {
+            frames[f].content = Content::Failed(cause);
+        } else {
+            self.unused_failures += 1;
         }
-        for at in 0..self.pools[m.pool].wants.len() {
-            let pool = &mut self.pools[m.pool];
-            let w = &mut pool.wants[at];
-            if w.frame == Some(f) && w.rank != m.rank {
-                w.frame = None;
-                pool.frames[f].claims -= 1;
-                let rank = w.rank;
-                self.want_stages(m.unit, rank);
+        wants.retain_mut(|w| {
+            let own = w.rank == m.rank;
+            if !here(w) || w.held || own && !w.is_hint() {
+                return true;
             }
-        }
-    }
-
-    /// Wants what a unit that is to be brought anew needs on its way, where that was thought to be served.
-    fn want_stages(&mut self, unit: usize, rank: Rank) {
-        for p in 0..self.pools.len() {
-            let place = self.pools[p].place;
-            if place != self.spec.site && self.pool_of(place, unit) == Some(p) {
-                self.pools[p].add(unit, rank);
-            }
-        }
+            w.frame = None;
+            frames[f].claims -= 1;
+            *hints -= usize::from(own);
+            !own
+        });
     }
 
     /// Notes that the consumer may ask again.
@@ -624,7 +643,7 @@ impl<C: Clone> Frames<C> {
         if next >= behind && scheduled != Some(&Step::Unit(unit)) {
             unreachable!("unit {unit} was asked for, but {scheduled:?} is next");
         }
-        if let Some((_, cause)) = self.late.take() {
+        if let Some(cause) = self.late.take() {
             return Hold::Failed(cause);
         }
         let Some(p) = self.pool_of(self.spec.site, unit) else { unreachable!("unit {unit} goes through no frame") };
@@ -775,13 +794,9 @@ impl<C: Clone> Frames<C> {
 
     /// Which of the links that sleep have something to carry; bit `i` is link `i`.
     pub fn wakes(&mut self, asleep: u32) -> u32 {
-        let mut wakes = 0;
-        for link in 0..self.spec.links.len() {
-            if asleep & 1 << link != 0 && self.has_move(link) {
-                wakes |= 1 << link;
-            }
-        }
-        wakes
+        self.refresh();
+        let carries = |link: &usize| asleep & 1 << link != 0 && self.candidate(*link).is_some();
+        (0..self.spec.links.len()).filter(carries).fold(0, |wakes, link| wakes | 1 << link)
     }
 
     /// Whether the consumer, told to wait, should ask again. Said once.

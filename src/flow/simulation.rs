@@ -13,10 +13,13 @@ use rand_chacha::ChaCha8Rng;
 use super::frames::{Frames, Hold, Move, Place, Policy, PoolSpec, Rank, Spec, Step};
 
 /// Lines that were made wrong on purpose, and what that does; each makes the simulation fail.
-const MUTANTS: [(&str, &str); 4] = [
+const MUTANTS: [(&str, &str); 7] = [
     ("copied-from", "Frame::is_free: a host frame is refilled while a copy reads it"),
     ("last-frame-to-prefetch", "Pool::leaves_one: what is prefetched behind a hole takes the last frame"),
     ("news", "Frames::decided: the consumer is not told that its unit has come"),
+    ("brought-while-held", "Frames::waiting: a unit is brought anew into the frame that it is computed from"),
+    ("no-stage", "Frames::want_stage: who counted on a move that was given back never gets its stage"),
+    ("used-and-silent", "Frames::failed: a copy fails after its unit was handed over, and nothing says so"),
     ("told-again", "Frames::hold: a cause stays with its frame and is told again"),
 ];
 
@@ -78,9 +81,11 @@ fn case(rng: &mut ChaCha8Rng) -> Case {
 }
 
 /// A frame's memory.
-#[derive(Clone, Default)]
+#[derive(Clone, Copy, Default)]
 struct Memory {
     unit: Option<usize>,
+    /// Number of the failure of what was written.
+    bad: Option<u32>,
     written: bool,
     readers: u32,
 }
@@ -124,6 +129,8 @@ enum Consumer {
     Waits,
     /// Computes from a host frame.
     Computes(usize, usize, Rank),
+    /// Calls what is to be computed from a device frame once so many copies have ended.
+    Calls(usize, usize, Rank, u64),
 }
 
 struct World {
@@ -149,6 +156,8 @@ struct World {
     failures: BTreeMap<u32, Rank>,
     told: BTreeSet<u32>,
     deaths: BTreeSet<u32>,
+    /// Failed copies that this pass has computed from.
+    poison: BTreeSet<u32>,
     ever_given_up: bool,
     /// Failures that were told after the unit had been handed over.
     late: usize,
@@ -183,6 +192,7 @@ impl World {
             failures: BTreeMap::new(),
             told: BTreeSet::new(),
             deaths: BTreeSet::new(),
+            poison: BTreeSet::new(),
             ever_given_up: false,
             late: 0,
             handed: BTreeSet::new(),
@@ -285,6 +295,8 @@ impl World {
                 assert!(!to.written && to.readers == 0, "a read into frame {}, which is in use", m.to);
                 (to.written, to.unit) = (true, None);
             } else {
+                let called = matches!(self.consumer, Consumer::Calls(frame, ..) if frame == m.to);
+                assert!(!called, "a copy into frame {}, which work is being called from", m.to);
                 self.copies += 1;
                 self.last_copy[m.to] = self.copies;
                 self.stream.push_back(Queued { m, after: self.last_compute[m.to], running: false });
@@ -307,15 +319,16 @@ impl World {
         }
         let at = self.rng.random_range(0..self.links[l].flying.len());
         let (m, fails) = self.links[l].flying.swap_remove(at);
-        let to = &mut self.memory[0][m.to];
-        (to.written, to.unit) = (false, (!fails).then_some(m.unit));
-        self.end(l, m, fails);
+        let bad = self.end(l, m, fails);
+        let unit = (!fails).then_some(m.unit);
+        self.memory[0][m.to] = Memory { written: false, unit, bad, ..self.memory[0][m.to] };
         true
     }
 
-    fn end(&mut self, l: usize, m: Move, fails: bool) {
-        let result = if fails { Err(self.fail(m)) } else { Ok(()) };
-        self.links[l].ended.push((m, result));
+    fn end(&mut self, l: usize, m: Move, fails: bool) -> Option<u32> {
+        let bad = fails.then(|| self.fail(m));
+        self.links[l].ended.push((m, bad.map_or(Ok(()), Err)));
+        bad
     }
 
     /// A step of the device's copies: in the order in which they were queued.
@@ -346,10 +359,9 @@ impl World {
         self.copies_done += 1;
         let at = self.links[1].flying.iter().position(|f| f.0 == m).unwrap();
         let (_, fails) = self.links[1].flying.remove(at);
-        let to = &mut self.memory[1][m.to];
         // What is computed from a copy that failed is thrown away: the failure is told.
-        (to.written, to.unit) = (false, Some(m.unit));
-        self.end(1, m, fails);
+        let bad = self.end(1, m, fails);
+        self.memory[1][m.to] = Memory { written: false, unit: Some(m.unit), bad, ..self.memory[1][m.to] };
         true
     }
 
@@ -367,6 +379,7 @@ impl World {
         } else {
             frame.readers += 1;
             c.running = true;
+            self.poison.extend(frame.bad);
         }
         true
     }
@@ -379,6 +392,15 @@ impl World {
                 let memory = &self.memory[0][frame];
                 assert!(memory.unit == Some(unit) && !memory.written, "frame {frame} does not hold unit {unit}");
                 self.memory[0][frame].readers -= 1;
+                self.consumer = Consumer::Go;
+                self.frames.reached(rank);
+                self.wake();
+                return true;
+            }
+            Consumer::Calls(frame, unit, rank, after) => {
+                self.called += 1;
+                self.last_compute[frame] = self.called;
+                self.computes.push_back(Compute { frame, unit, after, running: false });
                 self.consumer = Consumer::Go;
                 self.frames.reached(rank);
                 self.wake();
@@ -430,6 +452,9 @@ impl World {
     fn hold(&mut self, unit: usize) {
         match self.frames.hold(unit) {
             Hold::Ready(frame, rank) => {
+                let on_its_way = |id: &u32| self.links[1].ended.iter().any(|e| e.1 == Err(*id));
+                let silent = self.poison.iter().find(|id| !on_its_way(id));
+                assert!(silent.is_none(), "computed from copy {silent:?}, which failed, and nothing was said");
                 self.todo.pop_front();
                 self.handed.insert(rank);
                 if self.case.spec.site == Place::Host {
@@ -438,11 +463,7 @@ impl World {
                     memory.readers += 1;
                     self.consumer = Consumer::Computes(frame, unit, rank);
                 } else {
-                    self.called += 1;
-                    self.last_compute[frame] = self.called;
-                    let after = self.last_copy[frame];
-                    self.computes.push_back(Compute { frame, unit, after, running: false });
-                    self.frames.reached(rank);
+                    self.consumer = Consumer::Calls(frame, unit, rank, self.last_copy[frame]);
                 }
                 self.wake();
             }
@@ -472,6 +493,7 @@ impl World {
         }
         self.frames.give_up();
         self.wake();
+        self.poison.clear();
         self.todo.clear();
         self.step = 0;
         self.pass += 1;
