@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use nt::backend::cpu::CpuBackend;
-use nt::backend::{Backend, Class, Dims, Linear, Norm, Rope, RopeKind, Weight};
+use nt::backend::{Backend, Class, Dims, Linear, Norm, Rope, RopeKind, Run, Weight};
 use nt::gguf::TensorType;
 use nt::memory::Arena;
 
@@ -76,7 +76,7 @@ fn cached(ty: TensorType, base: u64) -> f64 {
     let ones = vec![1.0f32; cols];
     let norm = norm(&ones);
     let row: Vec<u8> = (0..cols).flat_map(|i| ((i % 7) as f32 - 3.0).to_le_bytes()).collect();
-    backend.begin(0, 1, Class::Exact).expect("one token");
+    backend.begin(&[Run { class: Class::Exact, first_pos: 0, rows: 1, table: &[0] }]).expect("one token");
     backend.embed(&row, TensorType::F32).expect("a row");
     backend.output_norm(&norm).expect("a row");
     let bytes = rows * ty.row_bytes(cols).expect("whole blocks");
@@ -100,7 +100,7 @@ fn products(ty: TensorType, base: u64, bytes: usize, n_embd: usize, n_ff: usize,
     let row: Vec<u8> = (0..n_embd).flat_map(|i| ((i % 7) as f32 - 3.0).to_le_bytes()).collect();
     let mut best = 0.0;
     for _ in 0..rounds {
-        backend.begin(0, 1, Class::Exact).expect("one token");
+        backend.begin(&[Run { class: Class::Exact, first_pos: 0, rows: 1, table: &[0] }]).expect("one token");
         backend.embed(&row, TensorType::F32).expect("a row");
         let start = Instant::now();
         for copy in 0..copies {

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nt::backend::cuda::{CudaBackend, Device, DeviceBuffer, selftest};
-use nt::backend::{Backend, BackendError, Class, Dims, EXACT_ROWS, Linear, Norm, Rope, RopeKind, Weight};
+use nt::backend::{Backend, BackendError, Class, Dims, EXACT_ROWS, Linear, Norm, Rope, RopeKind, Run, Weight};
 use nt::gguf::TensorType;
+use nt::state::{PageId, Pages};
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
 
@@ -117,15 +118,21 @@ fn class(n: usize) -> Class {
     if n <= EXACT_ROWS { Class::Exact } else { Class::Bulk }
 }
 
+/// Begins a pass of one sequence.
+fn begin(b: &mut CudaBackend, first_pos: usize, rows: usize, class: Class) -> Result {
+    let table: Vec<PageId> = (0..Pages::of(first_pos + rows) as PageId).collect();
+    b.begin(&[Run { class, first_pos, rows, table: &table }])
+}
+
 fn pass(b: &mut CudaBackend, m: &Model, rows: &[u8], pos: usize, n: usize, class: Class) -> Result<f32> {
-    b.begin(pos, n, class)?;
+    begin(b, pos, n, class)?;
     b.embed(rows, TensorType::Q8_0)?;
     let last = m.layers.len() - 1;
     for (i, l) in m.layers.iter().enumerate() {
         b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)?;
         b.attend(i)?;
         if i == last {
-            b.keep(n - 1, 1)?;
+            b.keep(&[n - 1])?;
         }
         b.attn_output(&l.o)?;
         b.ffn(&l.norm, &l.gate, &l.up, &l.down)?;
@@ -206,7 +213,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         );
     }
     // How long the host needs to submit one token's work.
-    b.begin(200, 1, Class::Exact)?;
+    begin(&mut b, 200, 1, Class::Exact)?;
     let t = Instant::now();
     for (i, l) in m.layers.iter().enumerate() {
         b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)?;
@@ -222,7 +229,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
 /// Time of each operation of a middle block, back to back over all layers.
 fn parts(device: &Arc<Device>, b: &mut CudaBackend, m: &Model) -> Result {
     for n in [1usize, 8, 512] {
-        b.begin(if n == 512 { 0 } else { 500 }, n, class(n))?;
+        begin(b, if n == 512 { 0 } else { 500 }, n, class(n))?;
         type Op<'a> = (&'a str, fn(&mut CudaBackend, usize, &Layer) -> Result);
         let ops: [Op; 4] = [
             ("qkv", |b, i, l| b.qkv(i, &l.norm, &l.q, &l.k, &l.v, None, None)),

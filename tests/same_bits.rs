@@ -4,6 +4,8 @@ mod common;
 
 #[path = "same_bits/rows.rs"]
 mod rows;
+#[path = "same_bits/sequences.rs"]
+mod sequences;
 
 use common::{nt, tiny};
 use std::path::Path;

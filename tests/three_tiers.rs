@@ -14,7 +14,7 @@ use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
     Backend, BackendError, BackendKind, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Linear, MemoryUse,
-    Norm, Pinned, RouterParams, Weight,
+    Norm, Pinned, RouterParams, Run, Weight,
 };
 use nt::engine::{EngineError, Opened, Options, Session};
 use nt::gguf::TensorType;
@@ -248,8 +248,15 @@ impl Backend for Detached {
     fn device(&self) -> Option<Arc<dyn DeviceMemory>> {
         Some(self.memory.clone())
     }
-    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError> {
-        self.cpu.begin(first_pos, n_tokens, class)
+    fn runs_max(&self) -> usize {
+        self.cpu.runs_max()
+    }
+    fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
+        self.cpu.begin(runs)
+    }
+    fn turn_to(&mut self, class: Class) {
+        // What a stretch repeats has one class.
+        self.cpu.turn_to(class);
     }
     fn begin_stretch(&mut self) -> Result<bool, BackendError> {
         there(&self.memory.gone_in)?;
@@ -289,8 +296,9 @@ impl Backend for Detached {
         there(&self.memory.gone_in)?;
         self.call(move |cpu| cpu.attend(layer))
     }
-    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
-        self.call(move |cpu| cpu.keep(first, n))
+    fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
+        let rows = rows.to_vec();
+        self.call(move |cpu| cpu.keep(&rows))
     }
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
         let w = *w;
@@ -328,9 +336,6 @@ impl Backend for Detached {
     }
     fn truncate(&mut self, n: usize) {
         self.cpu.truncate(n);
-    }
-    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
-        self.cpu.pages(table)
     }
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
         self.cpu.apply(op)

@@ -79,6 +79,55 @@ pub enum Class {
 /// Most rows of a pass of class [`Class::Exact`].
 pub const EXACT_ROWS: usize = 8;
 
+/// Rows of one sequence in a pass: tokens that follow each other.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    /// What they are.
+    pub class: Class,
+    /// Position of the first.
+    pub first_pos: usize,
+    /// How many.
+    pub rows: usize,
+    /// The pages of the cache ([`crate::state::Pages`]) that hold the sequence: positions `PAGE * i..` lie in `table[i]`.
+    pub table: &'a [PageId],
+}
+
+impl Run<'_> {
+    /// Checks the runs of a pass against what was allocated: exact rows come first. Returns the rows of each class.
+    ///
+    /// # Errors
+    /// [`BackendError::Pass`] says what exceeds what.
+    pub fn check(runs: &[Run<'_>], dims: &Dims, backend: &'static str) -> Result<[usize; 2], BackendError> {
+        let fails = |what: String| Err(BackendError::Pass { backend, what });
+        let of = |class| runs.iter().filter(|r| r.class == class).map(|r| r.rows).sum::<usize>();
+        let (exact, bulk) = (of(Class::Exact), of(Class::Bulk));
+        let (rows, max) = (exact.saturating_add(bulk), dims.max_batch);
+        if rows == 0 || rows > max || runs.iter().any(|r| r.rows == 0) {
+            return fails(format!("a pass of {rows} tokens exceeds the batch of {max}, or a sequence has none in it"));
+        }
+        if exact > EXACT_ROWS {
+            return fails(format!("an exact pass of {exact} tokens exceeds {EXACT_ROWS} rows"));
+        }
+        if !runs.iter().is_sorted_by_key(|r| r.class == Class::Bulk) {
+            return fails("tokens of a prompt come before generated ones".into());
+        }
+        let (n_ctx, all) = (dims.n_ctx, dims.pages());
+        for r in runs {
+            let end = r.first_pos.saturating_add(r.rows);
+            if end > n_ctx {
+                return fails(format!("position {end} exceeds the context of {n_ctx}"));
+            }
+            if Pages::of(end) > r.table.len() {
+                return fails(format!("{} pages of the cache hold less than {end} positions", r.table.len()));
+            }
+            if let Some(page) = r.table.iter().find(|p| **p as usize >= all) {
+                return fails(format!("page {page} of the cache does not exist; it has {all}"));
+            }
+        }
+        Ok([exact, bulk])
+    }
+}
+
 /// How rotary embedding pairs the elements of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeKind {
@@ -228,6 +277,14 @@ pub enum BackendError {
         /// Rows there are.
         max: usize,
     },
+    /// A pass that exceeds what the session was started for.
+    #[error("{backend}: {what}")]
+    Pass {
+        /// The backend's name.
+        backend: &'static str,
+        /// What exceeds what.
+        what: String,
+    },
     /// A kernel was asked to write beyond its buffer: a size of the workspace is wrong.
     #[error(
         "{backend}: {what} would take {bytes} bytes of a buffer with {room} left; the workspace was sized for less"
@@ -294,7 +351,7 @@ pub fn open(
     }
 }
 
-/// The operations of a forward pass. `T` is the number of tokens of the pass.
+/// The operations of a forward pass. `T` is the number of tokens of the pass, of the class at hand.
 ///
 /// The order is that of `model::forward`; all sizes were fixed by [`Dims`]. Operations may be
 /// asynchronous: only `route` and `logits` wait. Shapes are checked by the model's loader, so a
@@ -311,11 +368,20 @@ pub trait Backend {
         None
     }
 
-    /// Starts a pass over `T = n_tokens` tokens of one class at positions `first_pos..first_pos + T`.
+    /// Most runs that a pass may have. Where it is more than one, they may be of both classes.
+    fn runs_max(&self) -> usize {
+        1
+    }
+
+    /// Starts a pass over the rows of `runs`, exact ones first. Operations are of the first run's class, until
+    /// [`Backend::turn_to`] says otherwise: their `T` are the rows of that class.
     ///
     /// # Errors
-    /// If the pass exceeds the batch, the context or, for [`Class::Exact`], [`EXACT_ROWS`].
-    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError>;
+    /// [`BackendError::Pass`], if it exceeds the batch, the context, the cache, [`EXACT_ROWS`] or [`Backend::runs_max`].
+    fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError>;
+
+    /// Operations called from here on are of the pass's rows of this class, which there are.
+    fn turn_to(&mut self, _class: Class) {}
 
     /// Begins a stretch of operations that are the same in every pass that has one: passes of one row of class
     /// [`Class::Exact`], with the same weights at the same addresses. `true`: it was repeated from a recording, and its operations must
@@ -330,7 +396,8 @@ pub trait Backend {
         Ok(true)
     }
 
-    /// `X[t] = dequantised rows[t]`. `rows` is in host memory: `T` rows of `ty`, back to back.
+    /// `X[t] = dequantised rows[t]`. `rows` is in host memory: a row of `ty` for each row of the pass, of all classes, back
+    /// to back.
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError>;
 
     /// `Q, K, V = W · norm(X) + bias`, then the optional per-head norms of Q and K, then rotary
@@ -350,9 +417,9 @@ pub trait Backend {
     /// `Attn = softmax(Q · Kᵀ / sqrt(head_dim)) · V` over the cache of `layer`, causal.
     fn attend(&mut self, layer: usize) -> Result<(), BackendError>;
 
-    /// Keeps only the tokens `first..first + n` of `X` and `Attn` (moved to rows `0..n`): the last
-    /// block's remainder and the head are computed for the wanted outputs alone. `T` becomes `n`.
-    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError>;
+    /// Keeps only the rows `rows` of `X` and `Attn`, which ascend (moved to rows `0..`): the last block's remainder and the
+    /// head are computed for the wanted outputs alone. `T` becomes their number, which may not be 0.
+    fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError>;
 
     /// `X += W · Attn + bias`.
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError>;
@@ -377,10 +444,12 @@ pub trait Backend {
     /// `X[t] += Σ weight[t][j] * out[t][j]`, in the fixed order of `j`, after all experts.
     fn combine_experts(&mut self) -> Result<(), BackendError>;
 
-    /// `h = norm(X)` for the head; the rows present are the outputs.
+    /// `h = norm(X)` for the head; the rows present are the outputs. Called once for each class that has outputs, exact
+    /// rows first, with the class's slices of the head behind it.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;
 
-    /// `logits[t][first_row + r] = (w · h + bias)[r]` for one slice of the output head.
+    /// `logits[o + t][first_row + r] = (w · h + bias)[r]` for one slice of the output head; `o` is the outputs of the class
+    /// before, or 0.
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError>;
 
     /// Whether every value of `X` is finite. Waits for the device; no part of an ordinary pass.
@@ -397,13 +466,6 @@ pub trait Backend {
 
     /// Forgets the cache beyond the first `n` positions (nothing to do where positions are given).
     fn truncate(&mut self, n: usize);
-
-    /// The pages of the cache ([`crate::state::Pages`]) that hold the sequence which following passes go on with: positions
-    /// `PAGE * i..` lie in `table[i]`. A backend begins with pages 0, 1, 2, … for all of its context.
-    ///
-    /// # Errors
-    /// If the cache has no such page.
-    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError>;
 
     /// Does to pages what a sequence needs before its next pass.
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError>;

@@ -36,7 +36,7 @@ pub use predicted::Predicted;
 pub use sampler::{Sampler, SamplerParams, argmax};
 pub use saved::{Saved, SavedError};
 pub use sensitivity::{Change, sensitivity};
-pub use session::{Options, RequestError, Session};
+pub use session::{Options, Part, RequestError, Session};
 pub use source::open_header;
 pub use staged::{StagedDrive, staged_drives};
 pub use start::{OpenBackend, Starting, beyond_training};

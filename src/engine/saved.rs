@@ -210,7 +210,7 @@ impl Session {
             return Ok(false);
         }
         self.truncate(0);
-        self.make_room(n)?;
+        self.make_room(self.seq, n)?;
         for i in 0..Pages::of(n) {
             if i > 0 {
                 saved.page(&mut page)?;

@@ -6,10 +6,12 @@ use std::time::Instant;
 
 use super::weights::Weights;
 use super::{EngineError, Links};
-use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, all_finite};
+use smallvec::SmallVec;
+
+use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, Model, NotFinite, Outputs, Scratch, first_not_finite, forward};
+use crate::model::{Batch, ForwardError, Model, NotFinite, Outputs, Scratch, first_not_finite, forward};
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Home, Plan, Tiers};
 use crate::state::{Pages, SeqId, StateOp};
@@ -81,6 +83,28 @@ impl Options {
     }
 }
 
+/// Tokens of one sequence in a pass, behind those that it has.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// The sequence.
+    pub seq: SeqId,
+    /// What they are: of a prompt, or generated.
+    pub class: Class,
+    /// The tokens.
+    pub tokens: &'a [u32],
+    /// Which of them logits are wanted of.
+    pub outputs: Outputs,
+}
+
+/// A part of the last pass.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Evaluated {
+    seq: SeqId,
+    class: Class,
+    first_pos: usize,
+    rows: usize,
+}
+
 /// Bytes of logits that a pass may take.
 const LOGITS_BYTES_MAX: usize = 32 << 20;
 /// A running model. Fields are dropped in this order: the ring ends before what it works on.
@@ -101,9 +125,11 @@ pub struct Session {
     pub(super) pages: Pages,
     pub(super) seq: SeqId,
     pub(super) ops: Vec<StateOp>,
-    /// Tokens of the last pass, and their class.
+    /// Tokens of the last pass, and whose they are.
     pub(super) last: Vec<u32>,
-    pub(super) last_class: Class,
+    pub(super) last_parts: Vec<Evaluated>,
+    /// Rows whose logits the pass at hand computes, by class.
+    pub(super) wanted: [Vec<usize>; 2],
     pub(super) links: Links,
     pub(super) measuring: bool,
     /// Where units lie that are resident in RAM.
@@ -154,14 +180,49 @@ impl Session {
         outputs: Outputs,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), EngineError> {
-        self.check(tokens, class, outputs)?;
+        let all = self.part(tokens, class, outputs);
+        self.check(&[all])?;
         let each = self.rows_of_pass(class);
         let n_passes = tokens.len().div_ceil(each);
         for (i, chunk) in tokens.chunks(each).enumerate() {
-            let last = i + 1 == n_passes;
-            self.pass(chunk, class, if last { outputs } else { Outputs::None }, stop)?;
+            let outputs = if i + 1 == n_passes { outputs } else { Outputs::None };
+            self.pass(&[self.part(chunk, class, outputs)], stop)?;
         }
         Ok(())
+    }
+
+    /// Evaluates tokens of several sequences in one pass, generated ones first. [`Session::logits`] has the rows of
+    /// outputs in the same order.
+    ///
+    /// # Errors
+    /// As [`Session::eval`]; after an error each sequence has what it had before. [`RequestError`] says what exceeds a
+    /// pass.
+    pub fn eval_parts(&mut self, parts: &[Part<'_>], stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
+        let of = |class| parts.iter().filter(|p| p.class == class).map(|p| p.tokens.len()).sum::<usize>();
+        let (exact, bulk) = (of(Class::Exact), of(Class::Bulk));
+        let (tokens, max) = match exact > EXACT_ROWS {
+            true => (exact, EXACT_ROWS),
+            false => (exact + bulk, self.options.max_batch),
+        };
+        if tokens > max || parts.len() > self.parts_max() {
+            return Err(RequestError::TooManyRows { tokens, max, parts: parts.len(), most: self.parts_max() }.into());
+        }
+        let twice = parts.iter().enumerate().any(|(i, p)| parts[..i].iter().any(|q| q.seq == p.seq));
+        let empty = parts.is_empty() || parts.iter().any(|p| p.tokens.is_empty());
+        if twice || empty || !parts.iter().is_sorted_by_key(|p| p.class == Class::Bulk) {
+            return Err(RequestError::Parts.into());
+        }
+        self.check(parts)?;
+        self.pass(parts, stop)
+    }
+
+    /// Most sequences that a pass may have tokens of; more than one may be of both classes.
+    pub fn parts_max(&self) -> usize {
+        self.backend.runs_max()
+    }
+
+    fn part<'a>(&self, tokens: &'a [u32], class: Class, outputs: Outputs) -> Part<'a> {
+        Part { seq: self.seq, class, tokens, outputs }
     }
 
     /// Most tokens that a pass of this class carries.
@@ -173,62 +234,55 @@ impl Session {
     }
 
     /// What is computed must be within what was allocated.
-    fn check(&self, tokens: &[u32], class: Class, outputs: Outputs) -> Result<(), RequestError> {
-        let n_vocab = self.model.n_vocab;
-        if let Some(&token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
-            return Err(RequestError::NoSuchToken { token, n_vocab });
+    fn check(&self, parts: &[Part<'_>]) -> Result<(), EngineError> {
+        let (n_vocab, n_ctx) = (self.model.n_vocab, self.options.n_ctx);
+        let mut outputs = 0;
+        let max = self.options.outputs;
+        for p in parts {
+            if let Some(&token) = p.tokens.iter().find(|t| **t as usize >= n_vocab) {
+                return Err(RequestError::NoSuchToken { token, n_vocab }.into());
+            }
+            let (tokens, position) = (p.tokens.len(), self.pages.len(p.seq)?);
+            if tokens > n_ctx.saturating_sub(position) {
+                return Err(RequestError::ContextFull { tokens, position, n_ctx }.into());
+            }
+            let at_once = max.min(self.rows_of_pass(p.class));
+            if p.outputs == Outputs::All && tokens > at_once {
+                return Err(RequestError::TooManyOutputs { tokens, max: at_once }.into());
+            }
+            outputs += match p.outputs {
+                Outputs::None => 0,
+                Outputs::Last => 1,
+                Outputs::All => tokens,
+            };
         }
-        let (n_ctx, position) = (self.options.n_ctx, self.position());
-        if tokens.len() > n_ctx.saturating_sub(position) {
-            return Err(RequestError::ContextFull { tokens: tokens.len(), position, n_ctx });
-        }
-        let max = self.options.outputs.min(self.rows_of_pass(class));
-        if outputs == Outputs::All && tokens.len() > max {
-            return Err(RequestError::TooManyOutputs { tokens: tokens.len(), max });
+        if outputs > max {
+            return Err(RequestError::TooManyOutputs { tokens: outputs, max }.into());
         }
         Ok(())
     }
 
-    fn pass(
-        &mut self,
-        tokens: &[u32],
-        class: Class,
-        outputs: Outputs,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<(), EngineError> {
+    fn pass(&mut self, parts: &[Part<'_>], stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
         let began = Instant::now();
         let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
         let bytes = self.weights.bytes;
-        let position = self.position();
-        let result = self.make_room(tokens.len()).and_then(|()| self.fetch_rows(tokens)).and_then(|()| {
-            forward(
-                &self.model,
-                self.backend.as_mut(),
-                &mut self.weights,
-                &self.rows,
-                position,
-                tokens.len(),
-                class,
-                outputs,
-                &mut self.scratch,
-                stop,
-            )
-            .map_err(EngineError::from)
-        });
-        if let Err(e) = result {
+        if let Err(e) = self.evaluate(parts, stop) {
             self.weights.restart();
-            self.pages.keep(self.seq, position)?;
+            self.last_parts.clear();
+            for p in parts {
+                self.pages.keep(p.seq, self.pages.len(p.seq)?)?;
+            }
             return Err(e);
         }
-        self.pages.commit(self.seq, tokens.len())?;
-        self.last.clear();
-        self.last.extend_from_slice(tokens);
-        self.last_class = class;
+        for p in parts {
+            self.pages.commit(p.seq, p.tokens.len())?;
+        }
+        let n = self.last.len();
         if self.options.timeline {
-            self.weights.flow.trace(EventKind::Pass, tokens.len(), 0, began, Instant::now());
+            self.weights.flow.trace(EventKind::Pass, n, 0, began, Instant::now());
         }
         // What is compared with the roofline is passes of one token.
-        if !self.measuring || tokens.len() == 1 {
+        if !self.measuring || n == 1 {
             let (after, fed_after) = (self.weights.flow.storage(), self.weights.flow.copies());
             let l = &mut self.links;
             l.passes += 1;
@@ -250,13 +304,57 @@ impl Session {
         Ok(())
     }
 
-    /// Makes room for `n` positions behind the sequence, and lets the backend know where.
-    pub(super) fn make_room(&mut self, n: usize) -> Result<(), EngineError> {
-        self.pages.reserve(self.seq, n, &mut self.ops)?;
-        for op in self.ops.drain(..) {
-            self.backend.apply(&op)?;
+    /// Computes a pass; nothing of it is committed yet.
+    fn evaluate(&mut self, parts: &[Part<'_>], stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
+        self.last.clear();
+        self.last_parts.clear();
+        self.wanted.iter_mut().for_each(Vec::clear);
+        let mut first = [0; 2];
+        for p in parts {
+            let (class, rows) = (p.class, p.tokens.len());
+            self.last_parts.push(Evaluated { seq: p.seq, class, first_pos: self.pages.len(p.seq)?, rows });
+            self.last.extend_from_slice(p.tokens);
+            let first = &mut first[class as usize];
+            self.wanted[class as usize].extend(match p.outputs {
+                Outputs::None => 0..0,
+                Outputs::Last => *first + rows - 1..*first + rows,
+                Outputs::All => *first..*first + rows,
+            });
+            *first += rows;
         }
-        Ok(self.backend.pages(self.pages.table(self.seq)?)?)
+        for p in parts {
+            self.make_room(p.seq, p.tokens.len())?;
+        }
+        self.fetch_last_rows()?;
+        let runs = runs(&self.pages, &self.last_parts)?;
+        let [exact, bulk] = &self.wanted;
+        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [exact, bulk] };
+        let (backend, weights) = (self.backend.as_mut(), &mut self.weights);
+        Ok(forward(&self.model, backend, weights, &batch, &mut self.scratch, stop)?)
+    }
+
+    /// Makes room for `n` positions behind a sequence. If that fails, the sequence has what it had before.
+    pub(super) fn make_room(&mut self, seq: SeqId, n: usize) -> Result<(), EngineError> {
+        self.pages.reserve(seq, n, &mut self.ops)?;
+        while let Some(op) = self.ops.first() {
+            if let Err(e) = self.backend.apply(op) {
+                // What was not copied is not what the sequence reads.
+                for op in self.ops.drain(..).rev() {
+                    self.pages.undo(seq, &op)?;
+                }
+                return Err(e.into());
+            }
+            self.ops.remove(0);
+        }
+        Ok(())
+    }
+
+    /// Brings the embedding rows of the pass's tokens to `rows`.
+    fn fetch_last_rows(&mut self) -> Result<(), EngineError> {
+        let tokens = std::mem::take(&mut self.last);
+        let fetched = self.fetch_rows(&tokens);
+        self.last = tokens;
+        fetched
     }
 
     /// Brings the embedding rows of `tokens` to `rows`, back to back.
@@ -326,12 +424,15 @@ impl Session {
         if finite {
             return Ok(());
         }
-        let tokens = std::mem::take(&mut self.last);
-        self.fetch_rows(&tokens)?;
-        let first = self.position() - tokens.len();
-        let (weights, rows) = (&mut self.weights, &self.rows);
-        let found =
-            first_not_finite(&self.model, self.backend.as_mut(), weights, rows, first, tokens.len(), self.last_class);
+        let there = |p: &Evaluated| self.pages.len(p.seq).is_ok_and(|len| p.first_pos + p.rows <= len);
+        if self.last_parts.is_empty() || !self.last_parts.iter().all(there) {
+            let what = "the logits are not".to_owned();
+            return Err(EngineError::NotFinite { what, cure: "`nt verify` shows whether the file is damaged".into() });
+        }
+        self.fetch_last_rows()?;
+        let runs = runs(&self.pages, &self.last_parts)?;
+        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [&[], &[]] };
+        let found = first_not_finite(&self.model, self.backend.as_mut(), &mut self.weights, &batch);
         self.weights.restart();
         let what = match found? {
             NotFinite::Embedding => "the rows of token_embd.weight for these tokens are not".to_owned(),
@@ -376,7 +477,6 @@ impl Session {
     pub fn switch(&mut self, seq: SeqId) -> Result<(), EngineError> {
         self.pages.len(seq)?;
         self.seq = seq;
-        self.last.clear();
         Ok(())
     }
 
@@ -521,6 +621,23 @@ pub enum RequestError {
         /// Positions there are.
         n_ctx: usize,
     },
+    /// More tokens than a pass carries.
+    #[error(
+        "{tokens} tokens of {parts} sequences were given to one pass, which carries {max} of such, of at most {most} sequences"
+    )]
+    TooManyRows {
+        /// Tokens to be evaluated.
+        tokens: usize,
+        /// Tokens that a pass carries.
+        max: usize,
+        /// Sequences.
+        parts: usize,
+        /// Most sequences of a pass.
+        most: usize,
+    },
+    /// Parts of a pass that are none.
+    #[error("each sequence is once in a pass, with a token or more, and generated tokens come before prompts")]
+    Parts,
     /// The sequence that passes go on with cannot end.
     #[error("passes go on with this sequence: it cannot end before another one takes its place")]
     InUse,
@@ -532,6 +649,15 @@ pub enum RequestError {
         /// Rows there are.
         max: usize,
     },
+}
+
+/// What a backend is told of the parts of a pass.
+fn runs<'a>(pages: &'a Pages, parts: &[Evaluated]) -> Result<SmallVec<[Run<'a>; 2 * EXACT_ROWS]>, EngineError> {
+    let run = |p: &Evaluated| {
+        let table = pages.table(p.seq)?;
+        Ok(Run { class: p.class, first_pos: p.first_pos, rows: p.rows, table })
+    };
+    parts.iter().map(run).collect()
 }
 
 /// A failure to bring weights, as the engine reports it.

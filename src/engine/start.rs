@@ -9,7 +9,7 @@ use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims, MemoryUse};
+use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims, EXACT_ROWS, MemoryUse};
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
@@ -173,7 +173,8 @@ impl Session {
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
             row_offsets: Vec::with_capacity(options.max_batch),
             last: Vec::with_capacity(options.max_batch),
-            last_class: crate::backend::Class::Bulk,
+            last_parts: Vec::with_capacity(EXACT_ROWS),
+            wanted: [Vec::with_capacity(EXACT_ROWS), Vec::with_capacity(options.max_batch)],
             scratch: Scratch::for_model(&model, options.max_batch),
             model,
             backend,

@@ -2,7 +2,7 @@
 //! and calls the backend. It knows nothing of tiers, files or devices.
 
 use super::layout::{Block, Ffn, LinearRef, Model, TensorRef};
-use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, RouterParams, Weight};
+use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, RouterParams, Run, Weight};
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -76,38 +76,59 @@ pub enum Outputs {
     All,
 }
 
-/// A pass over tokens of one class whose embedding rows are `rows` (raw, back to back), from position
-/// `first_pos`. `stop` is asked between units. `scratch` is that of earlier passes.
-#[allow(clippy::too_many_arguments, reason = "a pass has this many inputs")]
+/// The rows of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// By sequence, exact ones first.
+    pub runs: &'a [Run<'a>],
+    /// Embedding rows of their tokens, raw, back to back.
+    pub rows: &'a [u8],
+    /// Rows whose logits are computed, ascending, of the exact rows and of the bulk ones; each counts from the first row of
+    /// its class.
+    pub outputs: [&'a [usize]; 2],
+}
+
+impl Batch<'_> {
+    /// Tokens of the pass.
+    pub fn tokens(&self) -> usize {
+        self.runs.iter().map(|r| r.rows).sum()
+    }
+
+    fn has_outputs(&self) -> bool {
+        self.outputs.iter().any(|o| !o.is_empty())
+    }
+
+    /// Whether a pass is made of one token whose logits are wanted: the kind that is repeated most.
+    fn is_one_token(&self) -> bool {
+        matches!(self.runs, [Run { class: Class::Exact, rows: 1, .. }]) && self.has_outputs()
+    }
+}
+
+/// A pass over a batch. `stop` is asked between units. `scratch` is that of earlier passes.
 pub fn forward(
     model: &Model,
     backend: &mut dyn Backend,
     source: &mut dyn WeightSource,
-    rows: &[u8],
-    first_pos: usize,
-    n_tokens: usize,
-    class: Class,
-    outputs: Outputs,
+    batch: &Batch,
     scratch: &mut Scratch,
     stop: &dyn Fn() -> bool,
 ) -> Result<(), ForwardError> {
-    backend.begin(first_pos, n_tokens, class)?;
-    backend.embed(rows, model.embedding.ty)?;
-    let mut pass = Pass { model, backend, source, demanded: &mut scratch.demanded };
+    backend.begin(batch.runs)?;
+    backend.embed(batch.rows, model.embedding.ty)?;
+    let mut pass = Pass::new(model, backend, source, batch, &mut scratch.demanded);
     // The router's answer is waited for in the middle of a pass.
     let dense = model.blocks.iter().all(|b| matches!(b.ffn, Ffn::Dense { .. }));
-    let recordable = class == Class::Exact && n_tokens == 1;
-    if !recordable || outputs == Outputs::None || !dense || !pass.source.stays() {
-        return pass.all(n_tokens, outputs, stop);
+    if !batch.is_one_token() || !dense || !pass.source.stays() {
+        return pass.all(stop);
     }
     if pass.backend.begin_stretch()? {
         pass.source.repeated();
         return Ok(());
     }
-    let called = pass.all(n_tokens, outputs, stop);
+    let called = pass.all(stop);
     let done = pass.backend.end_stretch(called.is_ok());
     called?;
-    if done? { Ok(()) } else { pass.all(n_tokens, outputs, stop) }
+    if done? { Ok(()) } else { pass.all(stop) }
 }
 
 /// Where a pass stops being finite.
@@ -126,26 +147,22 @@ pub enum NotFinite {
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments, reason = "those of the pass that is repeated")]
 pub fn first_not_finite(
     model: &Model,
     backend: &mut dyn Backend,
     source: &mut dyn WeightSource,
-    rows: &[u8],
-    first_pos: usize,
-    n_tokens: usize,
-    class: Class,
+    batch: &Batch,
 ) -> Result<NotFinite, ForwardError> {
-    backend.begin(first_pos, n_tokens, class)?;
-    backend.embed(rows, model.embedding.ty)?;
-    if !backend.finite()? {
+    backend.begin(batch.runs)?;
+    backend.embed(batch.rows, model.embedding.ty)?;
+    let mut demanded = Vec::new();
+    let mut pass = Pass::new(model, backend, source, batch, &mut demanded);
+    if !pass.finite()? {
         return Ok(NotFinite::Embedding);
     }
-    let mut demanded = Vec::new();
-    let mut pass = Pass { model, backend, source, demanded: &mut demanded };
     for (i, block) in model.blocks.iter().enumerate() {
-        pass.block(i, block, None)?;
-        if !pass.backend.finite()? {
+        pass.block(i, block, false)?;
+        if !pass.finite()? {
             return Ok(NotFinite::Block(i));
         }
     }
@@ -158,24 +175,58 @@ struct Pass<'a> {
     model: &'a Model,
     backend: &'a mut dyn Backend,
     source: &'a mut dyn WeightSource,
+    /// Classes that have rows, in the order of their rows.
+    classes: &'static [Class],
+    outputs: [&'a [usize]; 2],
+    /// Rows of each class.
+    rows: [usize; 2],
     demanded: &'a mut Vec<usize>,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    fn new(
+        model: &'a Model,
+        backend: &'a mut dyn Backend,
+        source: &'a mut dyn WeightSource,
+        batch: &Batch<'a>,
+        demanded: &'a mut Vec<usize>,
+    ) -> Pass<'a> {
+        let rows = [Class::Exact, Class::Bulk]
+            .map(|class| batch.runs.iter().filter(|r| r.class == class).map(|r| r.rows).sum());
+        let classes: &[Class] = match rows {
+            [_, 0] => &[Class::Exact],
+            [0, _] => &[Class::Bulk],
+            _ => &[Class::Exact, Class::Bulk],
+        };
+        Pass { model, backend, source, classes, outputs: batch.outputs, rows, demanded }
+    }
+
+    fn turn_to(&mut self, class: Class) {
+        self.backend.turn_to(class);
+    }
+
+    /// Whether X is finite, of all rows.
+    fn finite(&mut self) -> Result<bool, ForwardError> {
+        for &class in self.classes {
+            self.turn_to(class);
+            if !self.backend.finite()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// All blocks and the head.
-    fn all(&mut self, n_tokens: usize, outputs: Outputs, stop: &dyn Fn() -> bool) -> Result<(), ForwardError> {
+    fn all(&mut self, stop: &dyn Fn() -> bool) -> Result<(), ForwardError> {
         let last = self.model.blocks.len() - 1;
+        let wanted = self.outputs.iter().any(|o| !o.is_empty());
         for (i, block) in self.model.blocks.iter().enumerate() {
             if stop() {
                 return Err(ForwardError::Interrupted);
             }
-            let keep = match outputs {
-                Outputs::Last if i == last => Some((n_tokens - 1, 1)),
-                _ => None,
-            };
-            self.block(i, block, keep)?;
+            self.block(i, block, i == last && wanted)?;
         }
-        self.head(outputs)
+        self.head()
     }
 
     fn acquire(&mut self, unit: usize) -> Result<(), ForwardError> {
@@ -201,18 +252,22 @@ impl Pass<'_> {
         Norm { weight: self.weight(t), eps: self.model.hparams.norm_eps }
     }
 
-    fn block(&mut self, i: usize, b: &Block, keep: Option<(usize, usize)>) -> Result<(), ForwardError> {
+    /// A block. Behind the attention of the `last` one, only the rows of outputs are kept, and classes without any are
+    /// done with.
+    fn block(&mut self, i: usize, b: &Block, last: bool) -> Result<(), ForwardError> {
         let unit = b.unit;
         self.acquire(unit)?;
-        let (q_norm, k_norm) = (b.q_norm.as_ref().map(|n| self.norm(n)), b.k_norm.as_ref().map(|n| self.norm(n)));
-        let (norm, q, k, v) = (self.norm(&b.attn_norm), self.linear(&b.q), self.linear(&b.k), self.linear(&b.v));
-        self.backend.qkv(i, &norm, &q, &k, &v, q_norm.as_ref(), k_norm.as_ref())?;
-        self.backend.attend(i)?;
-        if let Some((first, n)) = keep {
-            self.backend.keep(first, n)?;
+        for &class in self.classes {
+            self.turn_to(class);
+            self.attention(i, b, class, last)?;
         }
-        let output = self.linear(&b.output);
-        self.backend.attn_output(&output)?;
+        if last {
+            self.classes = match self.outputs {
+                [_, []] => &[Class::Exact],
+                [[], _] => &[Class::Bulk],
+                _ => self.classes,
+            };
+        }
         if b.ffn_unit != unit {
             self.release(unit)?;
             self.acquire(b.ffn_unit)?;
@@ -221,7 +276,10 @@ impl Pass<'_> {
         match &b.ffn {
             Ffn::Dense { gate, up, down } => {
                 let (gate, up, down) = (self.linear(gate), self.linear(up), self.linear(down));
-                self.backend.ffn(&norm, &gate, &up, &down)?;
+                for &class in self.classes {
+                    self.turn_to(class);
+                    self.backend.ffn(&norm, &gate, &up, &down)?;
+                }
                 self.release(b.ffn_unit)
             }
             Ffn::Experts { router, experts } => {
@@ -231,6 +289,25 @@ impl Pass<'_> {
         }
     }
 
+    fn attention(&mut self, i: usize, b: &Block, class: Class, last: bool) -> Result<(), ForwardError> {
+        let (q_norm, k_norm) = (b.q_norm.as_ref().map(|n| self.norm(n)), b.k_norm.as_ref().map(|n| self.norm(n)));
+        let (norm, q, k, v) = (self.norm(&b.attn_norm), self.linear(&b.q), self.linear(&b.k), self.linear(&b.v));
+        self.backend.qkv(i, &norm, &q, &k, &v, q_norm.as_ref(), k_norm.as_ref())?;
+        self.backend.attend(i)?;
+        if last {
+            let (of, outputs) = (class as usize, self.outputs[class as usize]);
+            if outputs.is_empty() {
+                return Ok(());
+            }
+            if outputs.len() < self.rows[of] {
+                self.backend.keep(outputs)?;
+            }
+        }
+        let output = self.linear(&b.output);
+        Ok(self.backend.attn_output(&output)?)
+    }
+
+    /// The experts of a block, with the unit of its router held. An expert is brought once for all rows of the pass.
     fn experts(
         &mut self,
         shared: usize,
@@ -242,9 +319,12 @@ impl Pass<'_> {
             normalize: self.model.hparams.expert_weights_norm,
             scale: self.model.hparams.expert_weights_scale,
         };
-        let ids = self.backend.route(norm, router, &params)?;
         self.demanded.clear();
-        self.demanded.extend(ids.iter().map(|&e| experts[e as usize][0].unit));
+        for &class in self.classes {
+            self.turn_to(class);
+            let ids = self.backend.route(norm, router, &params)?;
+            self.demanded.extend(ids.iter().map(|&e| experts[e as usize][0].unit));
+        }
         self.demanded.sort_unstable();
         self.demanded.dedup();
         self.release(shared)?;
@@ -262,23 +342,38 @@ impl Pass<'_> {
             batch[n] = Expert { id: id as u32, gate, up, down };
             n += 1;
             if n == BATCH || !self.source.rests(unit) {
-                self.backend.experts(&batch[..n])?;
+                self.compute(&batch[..n])?;
                 n = 0;
             }
             self.release(unit)?;
         }
         if n > 0 {
-            self.backend.experts(&batch[..n])?;
+            self.compute(&batch[..n])?;
         }
         *self.demanded = demanded;
-        Ok(self.backend.combine_experts()?)
+        for &class in self.classes {
+            self.turn_to(class);
+            self.backend.combine_experts()?;
+        }
+        Ok(())
     }
 
-    fn head(&mut self, outputs: Outputs) -> Result<(), ForwardError> {
+    fn compute(&mut self, experts: &[Expert]) -> Result<(), ForwardError> {
+        for &class in self.classes {
+            self.turn_to(class);
+            self.backend.experts(experts)?;
+        }
+        Ok(())
+    }
+
+    fn head(&mut self) -> Result<(), ForwardError> {
+        let wanted = self.outputs.iter().any(|o| !o.is_empty());
         for (i, slice) in self.model.head.iter().enumerate() {
             // Without outputs the slices are still consumed, so that the cycle stays whole.
             self.acquire(slice.weight.unit)?;
-            if outputs != Outputs::None {
+            let classes = if wanted { self.classes } else { &[] };
+            for &class in classes {
+                self.turn_to(class);
                 if i == 0 {
                     let norm = self.norm(&self.model.output_norm);
                     self.backend.output_norm(&norm)?;

@@ -10,7 +10,9 @@ mod layout;
 mod overrides;
 mod rope;
 
-pub use forward::{ForwardError, NotFinite, Outputs, Scratch, WeightError, WeightSource, first_not_finite, forward};
+pub use forward::{
+    Batch, ForwardError, NotFinite, Outputs, Scratch, WeightError, WeightSource, first_not_finite, forward,
+};
 pub use hparams::{Arch, HParams};
 pub use keys::unused_keys;
 pub use layout::{Block, Ffn, HELD, HeadSlice, Held, LinearRef, Model, Role, TensorRef, UnitKind, UnitSpec};

@@ -131,6 +131,21 @@ impl Pages {
         Ok(())
     }
 
+    /// Undoes what [`Pages::reserve`] did to a page of the sequence, where a backend could not follow it.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn undo(&mut self, seq: SeqId, op: &StateOp) -> Result<(), StateError> {
+        let at = self.find(seq)?;
+        let StateOp::Copy { from, to, .. } = *op;
+        if let Some(page) = self.seqs[at].table.iter_mut().find(|page| **page == to) {
+            *page = from;
+            self.users[from as usize] += 1;
+            self.give(to);
+        }
+        Ok(())
+    }
+
     /// The next `n` positions, which room was made for, have been computed.
     ///
     /// # Errors
@@ -284,7 +299,7 @@ mod tests {
         }
 
         /// A pass of `n` tokens, of which the last `lost` are given up.
-        fn pass(&mut self, seq: SeqId, n: usize, lost: usize) {
+        fn pass(&mut self, seq: SeqId, n: usize, lost: usize, fails: bool) {
             let tokens = self.sequences.get_mut(&seq).unwrap();
             let free = self.pages.free_pages();
             let table = self.pages.table(seq).unwrap().to_vec();
@@ -299,6 +314,15 @@ mod tests {
                     return;
                 }
                 Err(e) => panic!("{e}"),
+            }
+            // A backend that cannot: nothing has happened.
+            if fails {
+                let last = self.pages.len(seq).unwrap();
+                for op in self.ops.drain(..).rev() {
+                    self.pages.undo(seq, &op).unwrap();
+                }
+                self.pages.keep(seq, last).unwrap();
+                return;
             }
             for StateOp::Copy { from, to, positions } in self.ops.drain(..) {
                 let source = self.memory[from as usize];
@@ -357,7 +381,7 @@ mod tests {
                     0..4 => {
                         let n = if below(3) == 0 { below(200) } else { below(4) };
                         let lost = if below(4) == 0 { below(n + 1) } else { 0 };
-                        cache.pass(seq, n, lost);
+                        cache.pass(seq, n, lost, below(8) == 0);
                     }
                     4 => {
                         let n = below(len + 1);

@@ -14,7 +14,7 @@ use crate::common::{self, File, T};
 const WIDTH: u64 = 256;
 
 /// A model whose matrices are of type `ty`; with `experts`, four in each block, of which two are used.
-fn model(layers: u64, ty: TensorType, experts: bool) -> File {
+pub fn model(layers: u64, ty: TensorType, experts: bool) -> File {
     let mut file = common::sized(layers, WIDTH, WIDTH);
     if experts {
         file.set("llama.expert_count", common::V::U32(4));
@@ -53,7 +53,7 @@ fn tokens(n: usize) -> Vec<u32> {
 }
 
 /// Bits of the last pass's logits.
-fn bits(session: &mut Session) -> Vec<u32> {
+pub fn bits(session: &mut Session) -> Vec<u32> {
     session.logits().unwrap().iter().map(|v| v.to_bits()).collect()
 }
 

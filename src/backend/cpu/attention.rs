@@ -36,6 +36,16 @@ unsafe impl Sync for Cache {}
 const _: () = assert!(PAGE.is_multiple_of(BLOCK));
 
 impl Cache {
+    /// The cache of a sequence whose pages begin `table` further on.
+    ///
+    /// # Safety
+    /// The table is that long.
+    #[inline(always)]
+    pub unsafe fn of(self, table: usize) -> Cache {
+        // SAFETY: the caller's promise.
+        Cache { table: unsafe { self.table.add(table) }, ..self }
+    }
+
     /// Where a head has a position, in elements.
     ///
     /// # Safety
@@ -75,7 +85,7 @@ pub(super) struct Attend<'a> {
     pub kv_head: usize,
     /// Tokens of the tile.
     pub tokens: std::ops::Range<usize>,
-    /// Position of token 0.
+    /// Position of the tile's first token; the others follow it.
     pub first_pos: usize,
     pub scratch: &'a mut [f32],
 }
@@ -100,7 +110,7 @@ impl Body for Attend<'_> {
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
         let scale = 1.0 / (hd as f32).sqrt();
-        let end = self.first_pos + self.tokens.end;
+        let end = self.first_pos + self.tokens.len();
         for from in (0..end).step_by(BLOCK) {
             let len = (end - from).min(BLOCK);
             // SAFETY: positions below `end` have been stored.
@@ -110,7 +120,7 @@ impl Body for Attend<'_> {
             }
             for i in 0..n {
                 let token = self.tokens.start + i / group;
-                let visible = (self.first_pos + token + 1).saturating_sub(from).min(len);
+                let visible = (self.first_pos + i / group + 1).saturating_sub(from).min(len);
                 if visible == 0 {
                     continue;
                 }

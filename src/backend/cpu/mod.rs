@@ -24,12 +24,13 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{
-    Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight, reference,
+    Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Run, Weight,
+    reference,
 };
 use half::slice::HalfFloatSliceExt;
 
 use crate::gguf::TensorType;
-use crate::state::{PAGE, PageId, Pages, StateOp};
+use crate::state::{PAGE, PageId, StateOp};
 use attention::{Attend, Cache, TILE};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Paired, Quantise, Rows, Then, dispatch};
@@ -47,18 +48,25 @@ const BYTES_OF_EXACT: usize = 32 << 10;
 const EXPERTS_AT_ONCE: usize = 16;
 /// Rows of weights of a task with bulk rows: whole panels.
 const ROWS_OF_BULK: usize = 2 * panel::ROWS;
-/// A tile of attention holds all exact rows of a pass, so that what goes on quantised has one writer.
-const _: () = assert!(EXACT_ROWS <= TILE);
 
 /// The backend.
 pub struct CpuBackend {
     dims: Dims,
     isa: Isa,
     pool: Pool,
-    n_tokens: usize,
-    /// Class of the pass's rows.
+    /// Rows of the pass by class, of which those of outputs are left in the end; and where the pass began with bulk ones.
+    parts: [usize; 2],
+    first_bulk: usize,
+    /// Rows of logits, and the first one of each class.
+    outputs: usize,
+    first_output: [usize; 2],
+    /// The class at hand.
     class: Class,
-    first_pos: usize,
+    /// Where each row of the pass lies in its sequence, and the rows of each run.
+    places: Vec<Place>,
+    tiles: Vec<Tile>,
+    /// Pages of the sequences, one behind the other.
+    tables: Vec<PageId>,
     x: Buf<f32>,
     /// The input of products: normed X, Attn or Hidden.
     input: Buf<f32>,
@@ -77,8 +85,6 @@ pub struct CpuBackend {
     /// Keys and values of all layers.
     cache_k: Buf<u8>,
     cache_v: Buf<u8>,
-    /// The page of each [`PAGE`] positions of the sequence at hand.
-    table: Vec<PageId>,
     /// Cosines and sines of the pass: `[token][pair]`.
     cos: Buf<f32>,
     sin: Buf<f32>,
@@ -91,6 +97,20 @@ pub struct CpuBackend {
     rotation: Option<Rotation>,
     /// One more than the first block of which a key or value was too large for an F16 cache; 0 for none.
     overflow: AtomicUsize,
+}
+
+/// Where a row lies: its position, and where its sequence's pages begin in `tables`.
+#[derive(Clone, Copy)]
+struct Place {
+    position: usize,
+    table: usize,
+}
+
+/// Rows of one run that a task of attention takes; they count from the first of their class.
+#[derive(Clone)]
+struct Tile {
+    class: Class,
+    rows: std::ops::Range<usize>,
 }
 
 /// Quantised exact rows, in both orders.
@@ -109,7 +129,7 @@ impl Row {
     }
 }
 
-/// Results that are quantised by the thread that computed them: `tokens` rows of `cols` floats at `x`.
+/// Results that are quantised by the thread that computed them: rows of `cols` floats at `x`.
 #[derive(Clone, Copy)]
 struct Onward {
     x: Shared<f32>,
@@ -121,15 +141,15 @@ struct Onward {
 }
 
 impl Onward {
-    /// Quantises elements `from..to` of each row, which begin and end at multiples of 16 or at the end.
+    /// Quantises elements `from..to` of these rows, which begin and end at multiples of 16 or at the end.
     ///
     /// # Safety
     /// The elements have been computed by this thread, and nobody else quantises them.
-    unsafe fn quantise(self, isa: Isa, from: usize, to: usize) {
+    unsafe fn quantise(self, isa: Isa, rows: std::ops::Range<usize>, from: usize, to: usize) {
         // The last elements' packet is filled with zeros.
         let end = if to == self.cols { packets(self.cols) * SUBS } else { to / SUB };
         let (cols, each, fine) = (self.cols, packets(self.cols), self.fine);
-        for t in 0..self.tokens {
+        for t in rows {
             let x = self.x.get().wrapping_add(t * cols);
             let out = self.packets.get().wrapping_add(t * each);
             let pairs = self.pairs.get().wrapping_add(t * each);
@@ -240,9 +260,11 @@ impl CpuBackend {
         };
         Ok(CpuBackend {
             isa,
-            n_tokens: 0,
+            parts: [0; 2],
+            first_bulk: 0,
+            outputs: 0,
+            first_output: [0; 2],
             class: Class::Bulk,
-            first_pos: 0,
             x: Buf::new(l.x, "activations")?,
             input: Buf::new(l.x, "activations")?,
             quantised: Buf::new(l.quantised, "quantised activations")?,
@@ -257,7 +279,6 @@ impl CpuBackend {
             logits: Buf::new(l.logits, "logits")?,
             cache_k: Buf::new(l.cache, "KV cache")?,
             cache_v: Buf::new(l.cache, "KV cache")?,
-            table: (0..dims.pages() as PageId).collect(),
             cos: Buf::new(l.rotary, "rotary table")?,
             sin: Buf::new(l.rotary, "rotary table")?,
             scratch: Buf::new(l.scratch, "scratch")?,
@@ -268,6 +289,10 @@ impl CpuBackend {
             pool: Pool::new(threads).map_err(|source| BackendError::Threads { threads, source })?,
             rotation: None,
             overflow: AtomicUsize::new(0),
+            // Behind the cache, which is refused where it is too large.
+            places: Vec::with_capacity(dims.max_batch),
+            tiles: Vec::with_capacity(dims.max_batch),
+            tables: Vec::with_capacity(EXACT_ROWS * dims.pages()),
             dims,
         })
     }
@@ -275,6 +300,36 @@ impl CpuBackend {
     /// Whether matrices of this type can be computed.
     pub fn supports_type(ty: TensorType) -> bool {
         kernel::TYPES.contains(&ty)
+    }
+
+    /// Rows of the class at hand.
+    fn n_tokens(&self) -> usize {
+        self.parts[self.class as usize]
+    }
+
+    /// The first row of the class at hand among all rows of the pass.
+    fn first(&self) -> usize {
+        match self.class {
+            Class::Exact => 0,
+            Class::Bulk => self.first_bulk,
+        }
+    }
+
+    /// X of the rows at hand. It outlasts operations, as [`CpuBackend::input_here`] does the units of an expert.
+    fn x_here(&mut self) -> *mut f32 {
+        let at = self.first() * self.dims.n_embd;
+        self.x[at..].as_mut_ptr()
+    }
+
+    fn input_here(&mut self) -> *mut f32 {
+        let at = self.first() * self.dims.n_embd;
+        self.input[at..].as_mut_ptr()
+    }
+
+    /// The choices of the rows at hand, from the first on.
+    fn choices(&self) -> std::ops::Range<usize> {
+        let (used, first) = (self.dims.n_experts_used, self.first());
+        first * used..(first + self.n_tokens()) * used
     }
 
     /// A router is a step function: where one decides, a rounding error may change an expert, so
@@ -314,7 +369,7 @@ impl CpuBackend {
             }
             if let Some(onward) = onward {
                 // SAFETY: these rows are this task's, and it has just computed them.
-                unsafe { onward.quantise(isa, first, (first + step).min(onward.cols)) };
+                unsafe { onward.quantise(isa, 0..onward.tokens, first, (first + step).min(onward.cols)) };
             }
         });
     }
@@ -356,8 +411,8 @@ impl CpuBackend {
 
     /// Norms X to `input` and quantises it.
     fn norm_input(&mut self, norm: &Norm) {
-        let (x, out) = (Shared(self.x.ptr()), Shared(self.input.ptr()));
-        self.prepare(x, out, self.dims.n_embd, self.n_tokens, Some(*norm));
+        let (x, out) = (Shared(self.x_here()), Shared(self.input_here()));
+        self.prepare(x, out, self.dims.n_embd, self.n_tokens(), Some(*norm));
     }
 
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
@@ -400,7 +455,7 @@ impl CpuBackend {
         if self.class != Class::Exact {
             return None;
         }
-        let (fine, tokens) = (self.fine(), self.n_tokens);
+        let (fine, tokens) = (self.fine(), self.n_tokens());
         let Row { packets, pairs } = &mut self.rows[1 - self.row];
         Some(Onward { x, tokens, cols, packets: Shared(packets.ptr()), pairs: Shared(pairs.ptr()), fine })
     }
@@ -416,7 +471,7 @@ impl CpuBackend {
             x,
             pairs,
             xf,
-            tokens: self.n_tokens,
+            tokens: self.n_tokens(),
             class: self.class,
             fine: self.fine(),
             out,
@@ -440,7 +495,7 @@ impl CpuBackend {
         // SAFETY: the buffers hold `n_layers` such parts.
         let (k, v) = unsafe { (self.cache_k.ptr().add(at), self.cache_v.ptr().add(at)) };
         let half = d.kv_type == TensorType::F16;
-        Cache { k, v, half, places: d.places(), table: self.table.as_ptr(), head_dim: d.head_dim }
+        Cache { k, v, half, places: d.places(), table: self.tables.as_ptr(), head_dim: d.head_dim }
     }
 
     /// Where the first position of a page lies in the cache, of each head of each layer.
@@ -455,7 +510,8 @@ impl CpuBackend {
     /// What is left to do with queries and keys of a layer before they meet.
     fn rotation(&mut self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Rotation {
         let cache = self.cache(layer);
-        let d = &self.dims;
+        let (d, first) = (&self.dims, self.first());
+        let pairs = d.rope.freqs.len();
         Rotation {
             layer,
             q: Shared(self.q.ptr()),
@@ -463,12 +519,12 @@ impl CpuBackend {
             v: Shared(self.v.ptr()),
             cache,
             norms: [q_norm.copied(), k_norm.copied()],
-            cos: self.cos.ptr(),
-            sin: self.sin.ptr(),
-            pairs: d.rope.freqs.len(),
+            cos: self.cos[first * pairs..].as_ptr(),
+            sin: self.sin[first * pairs..].as_ptr(),
+            pairs,
             kind: d.rope.kind,
             heads: [d.n_heads, d.n_kv_heads],
-            first_pos: self.first_pos,
+            places: self.places[first..].as_ptr(),
         }
     }
 }
@@ -490,7 +546,8 @@ struct Rotation {
     kind: RopeKind,
     /// Of queries and of keys.
     heads: [usize; 2],
-    first_pos: usize,
+    /// `[token]`.
+    places: *const Place,
 }
 
 // SAFETY: addresses only; see `Rotate`.
@@ -542,9 +599,10 @@ impl Body for Rotate<'_> {
             }
         }
         for (from, to) in [(of.k, of.cache.k), (of.v, of.cache.v)] {
-            // SAFETY: position `first_pos + t` of the head belongs to this task and has a page (checked in `begin`).
+            // SAFETY: the position of token t of the head belongs to this task and has a page (checked in `begin`).
             unsafe {
-                let at = of.cache.at(kv_head, of.first_pos + t);
+                let place = *of.places.add(t);
+                let at = of.cache.of(place.table).at(kv_head, place.position);
                 let x = std::slice::from_raw_parts(from.get().add((t * of.heads[1] + kv_head) * hd), hd);
                 if of.cache.half {
                     let out = std::slice::from_raw_parts_mut(to.cast::<half::f16>().add(at), hd);
@@ -629,37 +687,42 @@ impl Backend for CpuBackend {
         CpuBackend::supports_type(ty)
     }
 
-    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError> {
-        let d = &self.dims;
-        if class == Class::Exact && n_tokens > EXACT_ROWS {
-            let what = format!("an exact pass of {n_tokens} tokens exceeds {EXACT_ROWS} rows");
-            return Err(BackendError::Device { backend: "cpu", what });
-        }
-        if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
-            let what = format!(
-                "a pass of {n_tokens} tokens from position {first_pos} exceeds the batch of {} or the context of {}",
-                d.max_batch, d.n_ctx
-            );
-            return Err(BackendError::Device { backend: "cpu", what });
-        }
-        if Pages::of(first_pos + n_tokens) > self.table.len() {
-            let what =
-                format!("{} pages of the cache hold less than position {}", self.table.len(), first_pos + n_tokens);
-            return Err(BackendError::Device { backend: "cpu", what });
-        }
-        (self.first_pos, self.n_tokens, self.class) = (first_pos, n_tokens, class);
+    fn runs_max(&self) -> usize {
+        self.dims.max_batch
+    }
+
+    fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
+        self.parts = Run::check(runs, &self.dims, "cpu")?;
+        self.first_bulk = self.parts[0];
+        self.class = runs[0].class;
+        self.outputs = 0;
         self.attn_ready = false;
         self.rotation = None;
+        self.places.clear();
+        self.tiles.clear();
+        self.tables.clear();
+        for r in runs {
+            let first = self.places.len() - if r.class == Class::Bulk { self.first_bulk } else { 0 };
+            let tiles = (first..first + r.rows).step_by(TILE);
+            self.tiles.extend(tiles.map(|t| Tile { class: r.class, rows: t..(t + TILE).min(first + r.rows) }));
+            let table = self.tables.len();
+            self.places.extend((r.first_pos..r.first_pos + r.rows).map(|position| Place { position, table }));
+            self.tables.extend_from_slice(r.table);
+        }
         let rope = &self.dims.rope;
         let n = rope.freqs.len();
-        for t in 0..n_tokens {
+        for (t, place) in self.places.iter().enumerate() {
             for (i, f) in rope.freqs.iter().enumerate() {
-                let (s, c) = (f64::from(*f) * (first_pos + t) as f64).sin_cos();
+                let (s, c) = (f64::from(*f) * place.position as f64).sin_cos();
                 self.cos[t * n + i] = c as f32 * rope.magnitude;
                 self.sin[t * n + i] = s as f32 * rope.magnitude;
             }
         }
         Ok(())
+    }
+
+    fn turn_to(&mut self, class: Class) {
+        self.class = class;
     }
 
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
@@ -685,7 +748,7 @@ impl Backend for CpuBackend {
         k_norm: Option<&Norm>,
     ) -> Result<(), BackendError> {
         self.norm_input(norm);
-        let input = self.input.ptr();
+        let input = self.input_here();
         let (pq, pk, pv) = (self.q.ptr(), self.k.ptr(), self.v.ptr());
         let jobs = [
             self.job(q, input, pq, Then::Store),
@@ -698,8 +761,8 @@ impl Backend for CpuBackend {
             // Who attends with a head does the rest of its work first.
             Class::Exact => self.rotation = Some(rotation),
             Class::Bulk => {
-                let (isa, overflow) = (self.isa, &self.overflow);
-                self.pool.run(self.n_tokens, &|_, token| {
+                let (isa, overflow, n_tokens) = (self.isa, &self.overflow, self.n_tokens());
+                self.pool.run(n_tokens, &|_, token| {
                     (0..rotation.heads[1]).for_each(|kv_head| rotation.run(isa, token, kv_head, overflow));
                 });
             }
@@ -710,9 +773,8 @@ impl Backend for CpuBackend {
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
         let (cache, scratch) = (self.cache(layer), self.scratch());
         let d = &self.dims;
-        let tiles = self.n_tokens.div_ceil(TILE);
         let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
-        let (n_heads, n_kv, n_tokens, first_pos) = (d.n_heads, d.n_kv_heads, self.n_tokens, self.first_pos);
+        let (n_heads, n_kv, first) = (d.n_heads, d.n_kv_heads, self.first());
         let isa = self.isa;
         // Exact rows go on quantised, where heads of a group are whole groups of a scale.
         let width = n_heads / n_kv * d.head_dim;
@@ -720,23 +782,28 @@ impl Backend for CpuBackend {
         let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
         let rotation = self.rotation.take();
         assert!(rotation.is_none_or(|r| r.layer == layer), "attention of block {layer} behind the queries of another");
-        let overflow = &self.overflow;
-        self.pool.run(tiles * n_kv, &|thread, task| {
-            let (tile, kv_head) = (task / n_kv, task % n_kv);
+        let (overflow, places) = (&self.overflow, &self.places[first..]);
+        let exact = self.tiles.partition_point(|t| t.class == Class::Exact);
+        let (exact, bulk) = self.tiles.split_at(exact);
+        let tiles = if self.class == Class::Exact { exact } else { bulk };
+        self.pool.run(tiles.len() * n_kv, &|thread, task| {
+            let (tile, kv_head) = (&tiles[task / n_kv], task % n_kv);
             // SAFETY: each thread has its own part of the scratch.
             let (scratch, _) = unsafe { scratch.of(thread) };
-            let tokens = tile * TILE..((tile + 1) * TILE).min(n_tokens);
+            let tokens = tile.rows.clone();
             let (q, out) = (q.get().cast_const(), out.get());
             if let Some(r) = &rotation {
                 tokens.clone().for_each(|token| r.run(isa, token, kv_head, overflow));
             }
-            dispatch(
-                isa,
-                Attend { cache, q, out, n_heads, group: n_heads / n_kv, kv_head, tokens, first_pos, scratch },
-            );
+            let Place { position: first_pos, table } = places[tokens.start];
+            // SAFETY: the table of the run begins there.
+            let cache = unsafe { cache.of(table) };
+            let group = n_heads / n_kv;
+            let attend = Attend { cache, q, out, n_heads, group, kv_head, tokens: tokens.clone(), first_pos, scratch };
+            dispatch(isa, attend);
             if let Some(onward) = onward {
                 // SAFETY: the heads of this group are this task's, and it has just computed them.
-                unsafe { onward.quantise(isa, kv_head * width, (kv_head + 1) * width) };
+                unsafe { onward.quantise(isa, tokens, kv_head * width, (kv_head + 1) * width) };
             }
         });
         if onward.is_some() {
@@ -746,25 +813,27 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
-        let (d, q_dim) = (self.dims.n_embd, self.dims.n_heads * self.dims.head_dim);
-        self.x.copy_within(first * d..(first + n) * d, 0);
-        self.attn.copy_within(first * q_dim..(first + n) * q_dim, 0);
-        if self.attn_ready {
-            let (each, row) = (packets(q_dim), &mut self.rows[self.row]);
-            row.packets.copy_within(first * each..(first + n) * each, 0);
-            row.pairs.copy_within(first * each..(first + n) * each, 0);
+    fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
+        let (d, q_dim, first) = (self.dims.n_embd, self.dims.n_heads * self.dims.head_dim, self.first());
+        for (to, from) in rows.iter().enumerate() {
+            self.x.copy_within((first + from) * d..(first + from + 1) * d, (first + to) * d);
+            self.attn.copy_within(from * q_dim..(from + 1) * q_dim, to * q_dim);
+            if self.attn_ready {
+                let (each, row) = (packets(q_dim), &mut self.rows[self.row]);
+                row.packets.copy_within(from * each..(from + 1) * each, to * each);
+                row.pairs.copy_within(from * each..(from + 1) * each, to * each);
+            }
         }
-        self.n_tokens = n;
+        self.parts[self.class as usize] = rows.len();
         Ok(())
     }
 
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
         let attn = Shared(self.attn.ptr());
         if !self.attn_ready {
-            self.prepare(attn, attn, w.weight.cols, self.n_tokens, None);
+            self.prepare(attn, attn, w.weight.cols, self.n_tokens(), None);
         }
-        let x = self.x.ptr();
+        let x = self.x_here();
         let job = self.job(w, attn.get(), x, Then::Add);
         self.jobs(&[job], None);
         Ok(())
@@ -772,13 +841,13 @@ impl Backend for CpuBackend {
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
         self.norm_input(norm);
-        let (input, hidden, x) = (self.input.ptr(), Shared(self.hidden.ptr()), self.x.ptr());
+        let (input, hidden, x) = (self.input_here(), Shared(self.hidden.ptr()), self.x_here());
         let jobs = [self.job(gate, input, hidden.get(), Then::Silu), self.job(up, input, hidden.get(), Then::Mul)];
         let onward = self.onward(hidden, down.weight.cols);
         self.jobs(&jobs, onward);
         match onward {
             Some(_) => self.row = 1 - self.row,
-            None => self.prepare(hidden, hidden, down.weight.cols, self.n_tokens, None),
+            None => self.prepare(hidden, hidden, down.weight.cols, self.n_tokens(), None),
         }
         let job = self.job(down, hidden.get(), x, Then::Add);
         self.jobs(&[job], None);
@@ -787,26 +856,31 @@ impl Backend for CpuBackend {
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
         self.norm_input(norm);
-        let (input, scores) = (self.input.ptr(), self.experts.scores.ptr());
+        let (input, scores) = (self.input_here(), self.experts.scores.ptr());
         let job = self.job(&Linear { weight: *router, bias: None }, input, scores, Then::Store);
         self.jobs(&[job], None);
         let (n, used) = (self.dims.n_experts, self.dims.n_experts_used);
+        let choices = self.choices();
         let e = &mut self.experts;
-        for t in 0..self.n_tokens {
+        for (t, first) in choices.clone().step_by(used).enumerate() {
             let scores = &mut e.scores[t * n..(t + 1) * n];
-            let choice = t * used..(t + 1) * used;
+            let choice = first..first + used;
             choose(scores, &mut e.ids[choice.clone()], &mut e.weights[choice], params);
         }
-        Ok(&e.ids[..self.n_tokens * used])
+        Ok(&e.ids[choices])
     }
 
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
         let used = self.dims.n_experts_used;
         let d = self.dims.n_embd;
+        let choices = self.choices();
         let x = &mut self.experts;
         x.pairs.clear();
-        x.pairs.extend((0..self.n_tokens * used).filter(|&i| x.ids[i] == e.id));
+        x.pairs.extend(choices.filter(|&i| x.ids[i] == e.id));
         let n = x.pairs.len();
+        if n == 0 {
+            return Ok(());
+        }
         for (i, &pair) in x.pairs.iter().enumerate() {
             let from = pair / used * d;
             x.gathered[i * d..(i + 1) * d].copy_from_slice(&self.input[from..from + d]);
@@ -814,7 +888,7 @@ impl Backend for CpuBackend {
         let (gathered, hidden, result) = (Shared(x.gathered.ptr()), Shared(x.hidden.ptr()), x.result.ptr());
         // The expert's tokens take the place of the pass's, beside the pass's own activations.
         self.swap_quantised();
-        let n_tokens = std::mem::replace(&mut self.n_tokens, n);
+        let n_tokens = std::mem::replace(&mut self.parts[self.class as usize], n);
         self.prepare(gathered, gathered, d, n, None);
         let linear = |weight| Linear { weight, bias: None };
         let jobs = [
@@ -825,7 +899,7 @@ impl Backend for CpuBackend {
         self.prepare(hidden, hidden, e.down.cols, n, None);
         let job = self.job(&linear(e.down), hidden.get(), result, Then::Store);
         self.jobs(&[job], None);
-        self.n_tokens = n_tokens;
+        self.parts[self.class as usize] = n_tokens;
         self.swap_quantised();
         let x = &mut self.experts;
         for (i, &pair) in x.pairs.iter().enumerate() {
@@ -835,21 +909,27 @@ impl Backend for CpuBackend {
     }
 
     fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
-        if self.class != Class::Exact || self.n_tokens != 1 || list.len() < 2 {
+        if self.class != Class::Exact || self.n_tokens() != 1 || list.len() < 2 {
             return list.iter().try_for_each(|e| self.expert(e));
         }
         let (d, n_ff) = (self.dims.n_embd, self.dims.n_ff_expert);
-        let (input, fine) = (self.input.ptr(), self.fine());
+        let (input, fine) = (self.input_here(), self.fine());
         let linear = |weight| Linear { weight, bias: None };
-        for chunk in list.chunks(EXPERTS_AT_ONCE) {
+        let mut left = list;
+        while !left.is_empty() {
             let (hidden, out) = (self.experts.hidden.ptr(), self.experts.out.ptr());
             let (row, pairs) = (self.experts.row.packets.ptr(), self.experts.row.pairs.ptr());
-            let first = self.job(&linear(chunk[0].gate), input, hidden, Then::Silu);
+            let first = self.job(&linear(left[0].gate), input, hidden, Then::Silu);
             let mut up = [[first; 2]; EXPERTS_AT_ONCE];
             let mut down = [[first; 1]; EXPERTS_AT_ONCE];
             let mut onward = [None; EXPERTS_AT_ONCE];
-            for (i, e) in chunk.iter().enumerate() {
-                // SAFETY: the buffers have room for every choice of a token, and a chunk has no more.
+            let mut i = 0;
+            while let Some((e, rest)) = left.split_first().filter(|_| i < EXPERTS_AT_ONCE) {
+                left = rest;
+                let chosen = &self.experts.ids[..self.dims.n_experts_used];
+                // Experts of the pass's other rows may be among them.
+                let Some(choice) = chosen.iter().position(|&id| id == e.id) else { continue };
+                // SAFETY: the buffers have room for every choice of a token, and these are some of them.
                 let (hidden, row, pairs) =
                     unsafe { (hidden.add(i * n_ff), row.add(i * packets(n_ff)), pairs.add(i * packets(n_ff))) };
                 up[i] = [
@@ -859,22 +939,23 @@ impl Backend for CpuBackend {
                 let packets = Shared(row);
                 onward[i] =
                     Some(Onward { x: Shared(hidden), tokens: 1, cols: n_ff, packets, pairs: Shared(pairs), fine });
-                let choice =
-                    self.experts.ids[..self.dims.n_experts_used].iter().position(|&id| id == e.id).unwrap_or(0);
                 // SAFETY: there is a result for each choice.
                 let out = unsafe { out.add(choice * d) };
                 let (job, rows) = self.job(&linear(e.down), hidden, out, Then::Store);
                 down[i] = [(Job { x: row, pairs, ..job }, rows)];
+                i += 1;
             }
-            self.groups(chunk.len(), &|i| (&up[i], onward[i]));
-            self.groups(chunk.len(), &|i| (&down[i], None));
+            if i > 0 {
+                self.groups(i, &|i| (&up[i], onward[i]));
+                self.groups(i, &|i| (&down[i], None));
+            }
         }
         Ok(())
     }
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {
         let (used, d) = (self.dims.n_experts_used, self.dims.n_embd);
-        for pair in 0..self.n_tokens * used {
+        for pair in self.choices() {
             let w = self.experts.weights[pair];
             let x = &mut self.x[pair / used * d..(pair / used + 1) * d];
             x.iter_mut().zip(&self.experts.out[pair * d..]).for_each(|(x, o)| *x += w * o);
@@ -883,29 +964,30 @@ impl Backend for CpuBackend {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
-        let (tokens, max) = (self.n_tokens, self.dims.max_outputs);
+        let (tokens, max) = (self.outputs + self.n_tokens(), self.dims.max_outputs);
         if tokens > max {
             return Err(BackendError::Outputs { backend: "cpu", tokens, max });
         }
+        self.first_output[self.class as usize] = std::mem::replace(&mut self.outputs, tokens);
         self.norm_input(norm);
         Ok(())
     }
 
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
-        let input = self.input.ptr();
-        // SAFETY: the slice's rows end at n_vocab at most.
-        let out = unsafe { self.logits.ptr().add(first_row) };
+        let (input, first) = (self.input_here(), self.first_output[self.class as usize]);
+        let out = self.logits[first * self.dims.n_vocab + first_row..].as_mut_ptr();
         let (job, rows) = self.job(w, input, out, Then::Store);
         self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)], None);
         Ok(())
     }
 
     fn finite(&mut self) -> Result<bool, BackendError> {
-        Ok(super::all_finite(&self.x[..self.n_tokens * self.dims.n_embd]))
+        let (d, first) = (self.dims.n_embd, self.first());
+        Ok(super::all_finite(&self.x[first * d..(first + self.n_tokens()) * d]))
     }
 
     fn logits(&mut self) -> Result<&[f32], BackendError> {
-        Ok(&self.logits[..self.n_tokens * self.dims.n_vocab])
+        Ok(&self.logits[..self.outputs * self.dims.n_vocab])
     }
 
     fn overflow(&self) -> Option<usize> {
@@ -916,17 +998,6 @@ impl Backend for CpuBackend {
         if n == 0 {
             self.overflow.store(0, Relaxed);
         }
-    }
-
-    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
-        let all = self.dims.pages();
-        if let Some(page) = table.iter().find(|p| **p as usize >= all) {
-            let what = format!("page {page} of the cache does not exist; it has {all}");
-            return Err(BackendError::Device { backend: "cpu", what });
-        }
-        self.table.clear();
-        self.table.extend_from_slice(table);
-        Ok(())
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {

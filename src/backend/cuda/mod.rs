@@ -26,10 +26,10 @@ pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffe
 pub use transfer::Transfer;
 
 use super::{
-    Backend, BackendError, Class, DeviceMemory, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Weight,
+    Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Run, Weight,
 };
 use crate::gguf::TensorType;
-use crate::state::{PAGE, PageId, Pages, StateOp};
+use crate::state::{PAGE, PageId, StateOp};
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::{RowsOf, device_error};
 use graph::Recorder;
@@ -152,6 +152,25 @@ impl CudaBackend {
             pitch: d.places() * each,
             rows: d.n_layers * d.n_kv_heads,
         }
+    }
+
+    /// Brings the pages of the sequence at hand to the GPU, as far as they are not there.
+    fn send_pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
+        let known = self.table.iter().zip(table).take_while(|(a, b)| a == b).count();
+        self.table.truncate(known);
+        self.table.extend_from_slice(&table[known..]);
+        if known == table.len() {
+            return Ok(());
+        }
+        let at = self.engine.ws.pass.addr() + 4 * (1 + known) as u64;
+        let new = &self.table[known..];
+        // SAFETY: there is a word for each page of the cache. The source is pageable memory, which the driver has read
+        // when the call returns; kernels read the words in stream order.
+        let sent = unsafe { self.engine.stream.upload(new.as_ptr().cast(), at, 4 * new.len()) };
+        if sent.is_err() {
+            self.table.truncate(known);
+        }
+        sent
     }
 
     fn cache_offset(&self, layer: usize) -> u64 {
@@ -305,49 +324,20 @@ impl Backend for CudaBackend {
         Some(Arc::new(memory::CudaMemory::new(&self.engine.device, &self.engine.stream)))
     }
 
-    fn begin(&mut self, first_pos: usize, n_tokens: usize, class: Class) -> Result<(), BackendError> {
-        let d = &self.dims;
-        if n_tokens == 0 || n_tokens > d.max_batch || first_pos + n_tokens > d.n_ctx {
-            return Err(device_error(format!(
-                "a pass of {n_tokens} tokens from position {first_pos} exceeds the batch of {} or \
-                 the context of {}",
-                d.max_batch, d.n_ctx
-            )));
-        }
-        if class == Class::Exact && n_tokens > EXACT_ROWS {
-            return Err(device_error(format!("an exact pass of {n_tokens} tokens exceeds {EXACT_ROWS} rows")));
-        }
+    fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
+        Run::check(runs, &self.dims, "cuda")?;
+        let [run] = runs else {
+            let what = format!("a pass of {} sequences; on a GPU each has a pass of its own", runs.len());
+            return Err(BackendError::Pass { backend: "cuda", what });
+        };
         self.engine.device.bind()?;
-        (self.tokens, self.engine.class) = (n_tokens, class);
+        (self.tokens, self.engine.class) = (run.rows, run.class);
         self.logits_here = false;
         self.row0 = 0;
-        if Pages::of(first_pos + n_tokens) > self.table.len() {
-            let what =
-                format!("{} pages of the cache hold less than position {}", self.table.len(), first_pos + n_tokens);
-            return Err(device_error(what));
-        }
+        self.send_pages(run.table)?;
         let at = self.engine.ws.pass.addr();
         // SAFETY: the word is the workspace's; kernels read it in stream order.
-        unsafe { self.engine.stream.set(at, first_pos as u32) }
-    }
-
-    fn pages(&mut self, table: &[PageId]) -> Result<(), BackendError> {
-        let all = self.dims.pages();
-        if let Some(page) = table.iter().find(|p| **p as usize >= all) {
-            return Err(device_error(format!("page {page} of the cache does not exist; it has {all}")));
-        }
-        let known = self.table.iter().zip(table).take_while(|(a, b)| a == b).count();
-        self.table.truncate(known);
-        self.table.extend_from_slice(&table[known..]);
-        if known == table.len() {
-            return Ok(());
-        }
-        self.engine.device.bind()?;
-        let at = self.engine.ws.pass.addr() + 4 * (1 + known) as u64;
-        let new = &self.table[known..];
-        // SAFETY: there is a word for each page of the cache. The source is pageable memory, which the driver has read
-        // when the call returns; kernels read the words in stream order.
-        unsafe { self.engine.stream.upload(new.as_ptr().cast(), at, 4 * new.len()) }
+        unsafe { self.engine.stream.set(at, run.first_pos as u32) }
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
@@ -444,12 +434,16 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn keep(&mut self, first: usize, n: usize) -> Result<(), BackendError> {
+    fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
+        let first = rows.first().copied().unwrap_or(0);
+        if !rows.iter().copied().eq(first..first + rows.len()) {
+            return Err(device_error("outputs of a pass that do not follow each other"));
+        }
         if first != 0 {
             self.attn_quantised = false;
         }
         self.row0 += first;
-        self.tokens = n;
+        self.tokens = rows.len();
         Ok(())
     }
 

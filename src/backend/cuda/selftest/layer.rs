@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
-use crate::backend::{Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams};
+use crate::backend::{Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Run};
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
 
@@ -286,10 +286,12 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
     let mut caches = [Cache::default(), Cache::default()];
     let mut rng = Rng::new(3);
     let (mut pos, mut repeated) = (0, 0);
+    let table: Vec<PageId> = (0..d.pages() as PageId).collect();
     for (i, n) in c.passes.iter().enumerate() {
         let rows = random_rows(TensorType::Q8_0, n * N_EMBD, 1.5, rng.word());
         let mut x = widen(&values(TensorType::Q8_0, &rows));
-        g.begin(pos, *n, if *n > EXACT_ROWS { Class::Bulk } else { Class::Exact })?;
+        let class = if *n > EXACT_ROWS { Class::Bulk } else { Class::Exact };
+        g.begin(&[Run { class, first_pos: pos, rows: *n, table: &table }])?;
         g.embed(&rows, TensorType::Q8_0)?;
         let outputs = (*n).min(3);
         let mut want = Vec::new();
@@ -304,7 +306,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
                     report.check(&format!("experts chosen, {n} tokens"), wrong as f64, 0.0);
                 }
             }
-            g.keep(n - outputs, outputs)?;
+            g.keep(&(n - outputs..*n).collect::<Vec<_>>())?;
             g.output_norm(&norm_of(&blocks[0].norm))?;
             g.head(&crate::backend::Linear { weight: head.weight, bias: None }, 0)
         };
@@ -356,15 +358,16 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
         let mut g = CudaBackend::new(device, &d)?;
         let mut out = Vec::new();
         let mut pos = 0;
+        let mut table: Vec<PageId> = (0..d.pages() as PageId).collect();
         while pos < PROMPT + GENERATED {
             if moved && pos == PROMPT {
-                move_pages(&mut g, &d)?;
+                table = move_pages(&mut g, &d)?;
             }
             let (class, n) = match PROMPT.checked_sub(pos) {
                 Some(left @ 1..) => (Class::Bulk, left.min(prompt)),
                 _ => (Class::Exact, generated.min(PROMPT + GENERATED - pos)),
             };
-            g.begin(pos, n, class)?;
+            g.begin(&[Run { class, first_pos: pos, rows: n, table: &table }])?;
             g.embed(&rows[pos * row_bytes..(pos + n) * row_bytes], TensorType::Q8_0)?;
             for (layer, block) in blocks.iter().enumerate() {
                 run_block(&mut g, block, c, layer)?;
@@ -375,7 +378,7 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
             }
             // Of the prompt the last row, of the others all.
             if class == Class::Bulk {
-                g.keep(n - 1, 1)?;
+                g.keep(&[n - 1])?;
             }
             g.output_norm(&norm_of(&blocks[0].norm))?;
             g.head(&crate::backend::Linear { weight: head.weight, bias: None }, 0)?;
@@ -397,7 +400,7 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
 }
 
 /// Brings the prompt's pages to other places: whole ones by way of the host, the last one as a fork's copy.
-fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result {
+fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result<Vec<PageId>> {
     let (n, all) = (Pages::of(PROMPT) as PageId, d.pages() as PageId);
     assert!(all >= 2 * n, "{all} pages");
     let table: Vec<PageId> = (0..n).map(|i| all - 1 - i).collect();
@@ -408,5 +411,5 @@ fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result {
     }
     let positions = PROMPT % PAGE;
     g.apply(&StateOp::Copy { from: n - 1, to: table[n as usize - 1], positions })?;
-    g.pages(&table)
+    Ok(table)
 }
