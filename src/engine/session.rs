@@ -416,14 +416,25 @@ impl Session {
     /// # Errors
     /// [`EngineError::NotFinite`], or why the pass could not be repeated.
     pub fn check_finite(&mut self) -> Result<(), EngineError> {
-        let finite = all_finite(self.backend.logits()?);
-        if let Some(i) = self.backend.overflow() {
-            let what = format!("keys or values of blk.{i} are larger than F16 holds");
-            return Err(EngineError::NotFinite { what, cure: "--kv f32 holds them".into() });
+        if let Some(e) = self.overflow() {
+            return Err(e);
         }
-        if finite {
-            return Ok(());
-        }
+        if all_finite(self.backend.logits()?) { Ok(()) } else { self.where_not_finite() }
+    }
+
+    /// What is to be said of a key or value that became infinite in the cache, which shows in no logits.
+    pub(super) fn overflow(&self) -> Option<EngineError> {
+        let what = format!("keys or values of blk.{} are larger than F16 holds", self.backend.overflow()?);
+        Some(EngineError::NotFinite { what, cure: "--kv f32 holds them".into() })
+    }
+
+    /// Forgets that a key or value became infinite, with the sequences that have such.
+    pub(super) fn forget_overflow(&mut self) {
+        self.backend.truncate(0);
+    }
+
+    /// Repeats the last pass block by block, for an error that says where it ceases to be finite.
+    pub(super) fn where_not_finite(&mut self) -> Result<(), EngineError> {
         let there = |p: &Evaluated| self.pages.len(p.seq).is_ok_and(|len| p.first_pos + p.rows <= len);
         if self.last_parts.is_empty() || !self.last_parts.iter().all(there) {
             let what = "the logits are not".to_owned();
@@ -489,6 +500,34 @@ impl Session {
             return Err(RequestError::InUse.into());
         }
         Ok(self.pages.close(seq)?)
+    }
+
+    /// Tokens of a sequence.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn length(&self, seq: SeqId) -> Result<usize, EngineError> {
+        Ok(self.pages.len(seq)?)
+    }
+
+    /// Pages of the cache that no sequence has.
+    pub fn free_pages(&self) -> usize {
+        self.pages.free_pages()
+    }
+
+    /// Free pages that a sequence takes until it has `positions` tokens.
+    pub(super) fn pages_needed(&self, seq: SeqId, positions: usize) -> Result<usize, EngineError> {
+        Ok(self.pages.needed(seq, positions)?)
+    }
+
+    /// Entries of a row of logits.
+    pub fn n_vocab(&self) -> usize {
+        self.model.n_vocab
+    }
+
+    /// Rows of logits that a pass may have.
+    pub fn max_outputs(&self) -> usize {
+        self.options.outputs
     }
 
     /// Positions the cache holds.
@@ -638,6 +677,9 @@ pub enum RequestError {
     /// Parts of a pass that are none.
     #[error("each sequence is once in a pass, with a token or more, and generated tokens come before prompts")]
     Parts,
+    /// A text whose tokens have all been evaluated: nothing says what comes next.
+    #[error("no token of the text is left to evaluate, so that nothing says what comes next")]
+    NothingLeft,
     /// The sequence that passes go on with cannot end.
     #[error("passes go on with this sequence: it cannot end before another one takes its place")]
     InUse,

@@ -224,6 +224,17 @@ impl Pages {
         Ok(self.seqs[self.find(seq)?].len)
     }
 
+    /// Pages that a sequence takes of those that are free until it has `positions` positions: new ones, and a copy of its
+    /// last one if that holds positions of another sequence too.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn needed(&self, seq: SeqId, positions: usize) -> Result<usize, StateError> {
+        let s = &self.seqs[self.find(seq)?];
+        let shared = !s.len.is_multiple_of(PAGE) && positions > s.len && self.users(s.table[s.len / PAGE]) > 1;
+        Ok(Pages::of(positions).saturating_sub(s.table.len()) + usize::from(shared))
+    }
+
     /// Pages that nobody has.
     pub fn free_pages(&self) -> usize {
         self.free.len()
@@ -303,10 +314,11 @@ mod tests {
             let tokens = self.sequences.get_mut(&seq).unwrap();
             let free = self.pages.free_pages();
             let table = self.pages.table(seq).unwrap().to_vec();
+            let needs = self.pages.needed(seq, tokens.len() + n).unwrap();
             match self.pages.reserve(seq, n, &mut self.ops) {
-                Ok(()) => {}
+                Ok(()) => assert_eq!(free - self.pages.free_pages(), needs),
                 Err(StateError::Full { needed, free: said, .. }) => {
-                    assert!(needed > free && said == free);
+                    assert!(needed == needs && needed > free && said == free);
                     assert!(
                         self.ops.is_empty() && self.pages.table(seq).unwrap() == table,
                         "a refusal changes nothing"

@@ -1,0 +1,334 @@
+//! Several texts that are continued at once: each pass carries tokens of all that have room in it ([`Scheduler`]).
+
+use std::borrow::BorrowMut;
+use std::time::Instant;
+
+use smallvec::SmallVec;
+
+use super::generate::Text;
+use super::schedule::{JobId, Limits, Scheduler, Share};
+use super::session::Part;
+use super::{EngineError, Generation, Request, RequestError, Sampler, Session, StopReason};
+use crate::backend::{Class, EXACT_ROWS, all_finite};
+use crate::model::{ForwardError, Outputs};
+use crate::state::{SeqId, StateError};
+use crate::tokenizer::Tokenizer;
+
+/// Continues texts, each in a sequence of its own; `S` is whose samplers they are.
+pub struct Generator<'t, S> {
+    tokenizer: &'t Tokenizer,
+    scheduler: Scheduler,
+    jobs: Vec<Job<'t, S>>,
+    next_id: u64,
+    shares: Vec<Share>,
+    /// Jobs of the pass's rows of logits, in order.
+    rows: Vec<JobId>,
+}
+
+/// A text that is done with.
+#[derive(Debug)]
+pub struct Ended<S> {
+    /// Which.
+    pub job: JobId,
+    /// What came of it.
+    pub result: Result<Generation, EngineError>,
+    /// Its sequence, which goes on to be: the caller closes it.
+    pub seq: SeqId,
+    /// Its sampler.
+    pub sampler: S,
+}
+
+/// Continues the text of the session's sequence; `show` gets what follows as it becomes certain.
+///
+/// # Errors
+/// Why a pass failed.
+pub fn generate(
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    sampler: &mut Sampler,
+    request: Request,
+    interrupted: &dyn Fn() -> bool,
+    show: &mut dyn FnMut(&str),
+) -> Result<Generation, EngineError> {
+    let mut generator = Generator::new(session, tokenizer);
+    generator.add(session, session.sequence(), sampler, request)?;
+    let mut ended = Vec::new();
+    while ended.is_empty() {
+        if !generator.step(session, interrupted, &mut |_, text| show(text), &mut ended)? && ended.is_empty() {
+            let (needed, free) = (session.free_pages() + generator.lacks(session), session.free_pages());
+            return Err(
+                StateError::Full { positions: request.text.len().saturating_add(request.n), needed, free }.into()
+            );
+        }
+    }
+    ended.swap_remove(0).result
+}
+
+struct Job<'t, S> {
+    id: JobId,
+    seq: SeqId,
+    sampler: S,
+    text: Text<'t>,
+    /// What is left to evaluate of the prompt, and how far it is.
+    prompt: Vec<u32>,
+    done: usize,
+    /// Positions that it may come to take.
+    positions: usize,
+    /// Tokens to generate at most.
+    n: usize,
+    /// The token that was drawn last.
+    token: u32,
+    g: Generation,
+    /// When its first pass began, and when its first token was drawn from.
+    began: Option<Instant>,
+    decode_began: Option<Instant>,
+    /// Why it ended.
+    over: Option<Result<(), EngineError>>,
+}
+
+impl<S: BorrowMut<Sampler>> Job<'_, S> {
+    /// Draws the next token from a row of logits, which is of `position` tokens.
+    fn draw(
+        &mut self,
+        tokenizer: &Tokenizer,
+        logits: &[f32],
+        has_room: bool,
+        interrupted: bool,
+        show: &mut dyn FnMut(&str),
+    ) {
+        let (began, g) = (self.began.unwrap_or_else(Instant::now), &mut self.g);
+        if self.decode_began.is_none() {
+            g.prefill_s = began.elapsed().as_secs_f64();
+            self.decode_began = Some(Instant::now());
+        } else {
+            g.decode_passes += 1;
+        }
+        if g.tokens.len() == self.n {
+            return self.end(StopReason::Length);
+        }
+        let sampler = self.sampler.borrow_mut();
+        let token = sampler.sample(logits);
+        sampler.accept(token);
+        self.token = token;
+        g.first_token_s.get_or_insert_with(|| began.elapsed().as_secs_f64());
+        if tokenizer.is_eog(token) {
+            self.text.end(token, show);
+            return self.end(StopReason::Eos);
+        }
+        g.tokens.push(token);
+        if self.text.push(token, show) {
+            self.end(StopReason::Stop);
+        } else if interrupted {
+            self.end(StopReason::Interrupt);
+        } else if self.g.tokens.len() == self.n {
+            self.end(StopReason::Length);
+        } else if !has_room {
+            self.g.context_full = true;
+            self.end(StopReason::Length);
+        }
+    }
+
+    fn end(&mut self, stop: StopReason) {
+        self.g.stop = stop;
+        self.over = Some(Ok(()));
+    }
+}
+
+impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
+    /// For passes of this session.
+    pub fn new(session: &Session, tokenizer: &'t Tokenizer) -> Generator<'t, S> {
+        let rows = session.max_batch();
+        let parts = session.parts_max().min(session.max_outputs());
+        let limits = Limits { rows, exact: rows.min(EXACT_ROWS), parts };
+        Generator {
+            tokenizer,
+            scheduler: Scheduler::new(limits),
+            jobs: Vec::new(),
+            next_id: 0,
+            shares: Vec::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds a text. Its sequence holds the first `cached` tokens of it already, and is no other text's.
+    ///
+    /// # Errors
+    /// If nothing is left to evaluate, the sequence has ended, or the text and a token more do not fit the context.
+    pub fn add(
+        &mut self,
+        session: &Session,
+        seq: SeqId,
+        mut sampler: S,
+        request: Request<'_>,
+    ) -> Result<JobId, EngineError> {
+        let prompt = request.text.get(request.cached..).unwrap_or_default().to_vec();
+        let (position, n_ctx) = (session.length(seq)?, session.n_ctx());
+        if prompt.is_empty() {
+            return Err(RequestError::NothingLeft.into());
+        }
+        if prompt.len() > n_ctx.saturating_sub(position) {
+            return Err(RequestError::ContextFull { tokens: prompt.len(), position, n_ctx }.into());
+        }
+        // The penalties see the text as it is now, also where an earlier one was cut.
+        sampler.borrow_mut().begin(request.text);
+        let id = JobId(self.next_id);
+        self.next_id += 1;
+        let positions = (position + prompt.len()).saturating_add(request.n).min(n_ctx);
+        self.scheduler.add(id, prompt.len(), session.pages_needed(seq, positions)?);
+        self.jobs.push(Job {
+            id,
+            seq,
+            sampler,
+            text: Text::new(self.tokenizer, &request),
+            g: Generation::new(prompt.len(), request.n.min(n_ctx)),
+            prompt,
+            done: 0,
+            positions,
+            n: request.n,
+            token: 0,
+            began: None,
+            decode_began: None,
+            over: None,
+        });
+        Ok(id)
+    }
+
+    /// Ends a text as it is; it is told of with the next step.
+    pub fn cancel(&mut self, job: JobId) {
+        if let Some(job) = self.jobs.iter_mut().find(|j| j.id == job) {
+            job.end(StopReason::Interrupt);
+        }
+    }
+
+    /// Texts that take part in passes, and those that wait for room in the cache.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.scheduler.running(), self.scheduler.waiting())
+    }
+
+    /// Pages that the text which waits for room first lacks, where others' sequences could give some back.
+    pub fn lacks(&self, session: &Session) -> usize {
+        self.scheduler.lacks(session.free_pages()).map_or(0, |l| l.1)
+    }
+
+    /// Runs a pass. `show` gets texts as they become certain; those that ended are appended to `ended`. False: nobody can
+    /// run, since no text is there or the first that waits lacks pages.
+    ///
+    /// # Errors
+    /// Why the pass failed; the texts are as they were before it.
+    pub fn step(
+        &mut self,
+        session: &mut Session,
+        interrupted: &dyn Fn() -> bool,
+        show: &mut dyn FnMut(JobId, &str),
+        ended: &mut Vec<Ended<S>>,
+    ) -> Result<bool, EngineError> {
+        self.finish(show, ended);
+        let mut shares = std::mem::take(&mut self.shares);
+        self.scheduler.next(session.free_pages(), &mut shares);
+        let ran = match shares.is_empty() {
+            true => Ok(false),
+            false => self.pass(session, &shares, interrupted, show).map(|()| true),
+        };
+        self.shares = shares;
+        self.finish(show, ended);
+        ran
+    }
+
+    fn pass(
+        &mut self,
+        session: &mut Session,
+        shares: &[Share],
+        interrupted: &dyn Fn() -> bool,
+        show: &mut dyn FnMut(JobId, &str),
+    ) -> Result<(), EngineError> {
+        self.rows.clear();
+        let mut parts: SmallVec<[Part<'_>; 2 * EXACT_ROWS]> = SmallVec::new();
+        for share in shares {
+            let Some(job) = self.jobs.iter().find(|j| j.id == share.job) else { continue };
+            let (tokens, outputs) = match share.class {
+                Class::Exact => (std::slice::from_ref(&job.token), Outputs::Last),
+                Class::Bulk => {
+                    let end = job.done + share.rows;
+                    let whole = end == job.prompt.len();
+                    (&job.prompt[job.done..end], if whole { Outputs::Last } else { Outputs::None })
+                }
+            };
+            if outputs == Outputs::Last {
+                self.rows.push(job.id);
+            }
+            parts.push(Part { seq: job.seq, class: share.class, tokens, outputs });
+        }
+        let began = Instant::now();
+        let evaluated = session.eval_parts(&parts, interrupted);
+        drop(parts);
+        match evaluated {
+            Err(EngineError::Forward(ForwardError::Interrupted)) => {
+                self.jobs.iter_mut().for_each(|j| j.end(StopReason::Interrupt));
+                return Ok(());
+            }
+            Err(e) => {
+                self.scheduler.undo(shares);
+                return Err(e);
+            }
+            Ok(()) => {}
+        }
+        for share in shares {
+            let Some(job) = self.jobs.iter_mut().find(|j| j.id == share.job) else { continue };
+            job.began.get_or_insert(began);
+            job.done += if share.class == Class::Bulk { share.rows } else { 0 };
+            self.scheduler.needs(job.id, session.pages_needed(job.seq, job.positions)?);
+        }
+        self.draw(session, interrupted, show)
+    }
+
+    /// Draws a token for each row of logits.
+    fn draw(
+        &mut self,
+        session: &mut Session,
+        interrupted: &dyn Fn() -> bool,
+        show: &mut dyn FnMut(JobId, &str),
+    ) -> Result<(), EngineError> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        let n_vocab = session.n_vocab();
+        let overflow = session.overflow().is_some();
+        let mut wrong: SmallVec<[JobId; EXACT_ROWS]> = SmallVec::new();
+        for (i, id) in self.rows.iter().enumerate() {
+            let Some(job) = self.jobs.iter_mut().find(|j| j.id == *id) else { continue };
+            let has_room = session.length(job.seq)? < session.n_ctx();
+            let logits = &session.any_logits()?[i * n_vocab..(i + 1) * n_vocab];
+            if overflow || !all_finite(logits) {
+                wrong.push(*id);
+            } else {
+                job.draw(self.tokenizer, logits, has_room, interrupted(), &mut |text| show(*id, text));
+            }
+        }
+        // The others go on: what is wrong is of these texts.
+        for id in wrong {
+            let why = session.overflow().map_or_else(|| session.where_not_finite(), Err);
+            if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
+                job.over = Some(why);
+            }
+        }
+        if overflow {
+            session.forget_overflow();
+        }
+        Ok(())
+    }
+
+    /// Hands over the texts that have ended.
+    fn finish(&mut self, show: &mut dyn FnMut(JobId, &str), ended: &mut Vec<Ended<S>>) {
+        while let Some(at) = self.jobs.iter().position(|j| j.over.is_some()) {
+            let mut job = self.jobs.remove(at);
+            self.scheduler.remove(job.id);
+            job.g.decode_s = job.decode_began.map_or(0.0, |began| began.elapsed().as_secs_f64());
+            if job.g.stop != StopReason::Stop {
+                job.text.finish(&mut |text| show(job.id, text));
+            }
+            (job.g.text, job.g.plain) = (job.text.shown, job.text.plain);
+            let result = job.over.unwrap_or(Ok(())).map(|()| job.g);
+            ended.push(Ended { job: job.id, result, seq: job.seq, sampler: job.sampler });
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Texts that are continued at once are those that each gives alone, whatever waits, ends or fails beside them.
+
+mod common;
+
+use nt::backend::BackendKind;
+use nt::engine::{
+    Ended, Generator, JobId, Opened, Options, Request, Sampler, SamplerParams, Session, StopReason, generate,
+};
+use std::collections::HashMap;
+
+struct Asked {
+    prompt: Vec<u32>,
+    n: usize,
+    stops: Vec<String>,
+    params: SamplerParams,
+}
+
+impl Asked {
+    fn request(&self, cached: usize) -> Request<'_> {
+        Request { text: &self.prompt, cached, n: self.n, stops: &self.stops, special: false }
+    }
+}
+
+fn session(opened: &Opened, n_ctx: usize, outputs: usize) -> Session {
+    let options =
+        Options { threads: 2, ram: Some(64 << 20), max_batch: 32, outputs, ..Options::new(BackendKind::Cpu, n_ctx) };
+    Session::new(opened, options, &mut |_, _| ()).unwrap()
+}
+
+fn sampler(opened: &Opened, asked: &Asked) -> Sampler {
+    Sampler::for_model(asked.params.clone(), opened.model.n_vocab, &opened.tokenizer)
+}
+
+fn asked(opened: &Opened, i: u64) -> Asked {
+    let prompt = (0..1 + i * 13 % 70).map(|j| 3 + (i * 31 + j * 7) as u32 % 250).collect();
+    let temp = if i.is_multiple_of(3) { 0.0 } else { 1.2 };
+    let repeat_penalty = if i.is_multiple_of(4) { 1.3 } else { 1.0 };
+    let params =
+        SamplerParams { temp, seed: i, repeat_penalty, ignore_eos: i.is_multiple_of(2), ..SamplerParams::default() };
+    let stop = String::from_utf8_lossy(opened.tokenizer.token_bytes(40 + i as u32)).into_owned();
+    let stops = if i.is_multiple_of(5) && !stop.is_empty() { vec![stop] } else { Vec::new() };
+    Asked { prompt, n: [0, 1, 17, 30][i as usize % 4], stops, params }
+}
+
+/// All at once: the pages of the cache hold a few of them at a time, some are cancelled, and a pass has one or many.
+#[test]
+fn texts_at_once_are_those_of_each_alone() {
+    let d = tempfile::tempdir().unwrap();
+    for file in [common::tiny(3), common::tiny_moe(2)] {
+        let opened = Opened::open(&file.write(d.path(), "m.gguf")).unwrap();
+        let all: Vec<Asked> = (0..24).map(|i| asked(&opened, i)).collect();
+        let alone: Vec<(Vec<u32>, String, StopReason)> = all
+            .iter()
+            .map(|a| {
+                let mut s = session(&opened, 256, 1);
+                let sampler = &mut sampler(&opened, a);
+                let g = generate(&mut s, &opened.tokenizer, sampler, a.request(0), &|| false, &mut |_| ()).unwrap();
+                (g.tokens, g.text, g.stop)
+            })
+            .collect();
+        // With one row of logits, each pass is of one text.
+        for outputs in [1, 16] {
+            let mut s = session(&opened, 256, outputs);
+            let mut generator = Generator::new(&s, &opened.tokenizer);
+            let mut of: HashMap<JobId, usize> = HashMap::new();
+            let mut shown: HashMap<JobId, String> = HashMap::new();
+            let (mut next, mut steps, mut over) = (0, 0, 0);
+            let mut ended: Vec<Ended<Sampler>> = Vec::new();
+            while over < all.len() {
+                while next < all.len() && (next < 8 || steps > 3 * next) {
+                    let seq = s.fork_at(0).unwrap();
+                    let job = generator.add(&s, seq, sampler(&opened, &all[next]), all[next].request(0)).unwrap();
+                    of.insert(job, next);
+                    next += 1;
+                }
+                let show = &mut |job, text: &str| shown.entry(job).or_default().push_str(text);
+                generator.step(&mut s, &|| false, show, &mut ended).unwrap();
+                steps += 1;
+                for e in ended.drain(..) {
+                    let (i, g) = (of[&e.job], e.result.unwrap());
+                    s.close(e.seq).unwrap();
+                    over += 1;
+                    let (tokens, text, stop) = &alone[i];
+                    assert_eq!(shown.remove(&e.job).unwrap_or_default(), g.text, "text {i}");
+                    if i % 7 == 6 {
+                        assert!(tokens.starts_with(&g.tokens), "text {i}, cancelled");
+                    } else {
+                        assert!(g.tokens == *tokens && g.text == *text && g.stop == *stop, "text {i}: {g:?}");
+                    }
+                }
+                // One of them is given up in its middle.
+                let cancelled = of.iter().filter(|(_, i)| **i % 7 == 6 && steps > 9 + **i).map(|(job, _)| *job);
+                cancelled.collect::<Vec<_>>().into_iter().for_each(|job| generator.cancel(job));
+            }
+            assert_eq!((generator.counts(), s.free_pages()), ((0, 0), 4), "pages are given back");
+        }
+    }
+}
+
+/// Guards against one text's error that ends the others: only those with the token whose embedding is no number fail.
+#[test]
+fn a_text_that_is_not_finite_fails_alone() {
+    let d = tempfile::tempdir().unwrap();
+    let mut file = common::tiny(2);
+    let embedding = file.tensor("token_embd.weight");
+    let (row, bytes) = (embedding.shape[0] as usize * 4, embedding.data.len());
+    assert_eq!(bytes % row, 0, "rows of F32");
+    embedding.data[7 * row..8 * row].chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&f32::NAN.to_le_bytes()));
+    let opened = Opened::open(&file.write(d.path(), "m.gguf")).unwrap();
+    let mut s = session(&opened, 512, 16);
+    let mut generator = Generator::new(&s, &opened.tokenizer);
+    let params =
+        SamplerParams { logit_bias: vec![(7, f32::NEG_INFINITY)], ignore_eos: true, ..SamplerParams::default() };
+    for i in 0..6u32 {
+        let prompt = if i % 3 == 1 { vec![20, 7, 30 + i] } else { vec![20, 30 + i] };
+        let a = Asked { prompt, n: 5, stops: Vec::new(), params: params.clone() };
+        let seq = s.fork_at(0).unwrap();
+        generator.add(&s, seq, sampler(&opened, &a), a.request(0)).unwrap();
+    }
+    let mut ended = Vec::new();
+    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    assert_eq!(ended.len(), 6);
+    for e in ended {
+        match e.result {
+            Err(why) => assert!(e.job.0 % 3 == 1 && why.to_string().contains("token_embd"), "{why}"),
+            Ok(g) => assert!(e.job.0 % 3 != 1 && g.tokens.len() == 5, "{g:?}"),
+        }
+    }
+}
