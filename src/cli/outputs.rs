@@ -23,8 +23,8 @@ pub(super) fn check(opened: &Opened, placement: &Placement, others: &[(&str, Opt
     let mut seen: Vec<(&str, Identity)> = Vec::new();
     for (option, path) in outputs.iter().chain(others).filter_map(|(option, path)| Some((*option, (*path)?))) {
         let refused = |why: &str| Err(Failure::usage(format!("{option} {}: {why}", path.display())));
-        if std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device()) {
-            return refused("it is a block device, whose contents would be lost; name a file");
+        if is_block_device(path) {
+            return refused(BLOCK_DEVICE);
         }
         // Pipes and terminals take several.
         let Some(id) = identity(path) else { continue };
@@ -39,6 +39,28 @@ pub(super) fn check(opened: &Opened, placement: &Placement, others: &[(&str, Opt
     Ok(())
 }
 
+/// The same for a command that has no model: `option` names the file, and `read` are the paths that it reads.
+///
+/// # Errors
+/// With exit code 2 if it is a block device, or one of the files that are read.
+pub(super) fn check_one(option: &str, path: &Path, read: &[&Path]) -> Result<(), Failure> {
+    let refused = |why: &str| Err(Failure::usage(format!("{option} {}: {why}", path.display())));
+    if is_block_device(path) {
+        return refused(BLOCK_DEVICE);
+    }
+    let id = identity(path);
+    match id.is_some() && read.iter().any(|other| identity(other) == id) {
+        true => refused("it is the file that is read, which would be lost; name another file"),
+        false => Ok(()),
+    }
+}
+
+const BLOCK_DEVICE: &str = "it is a block device, whose contents would be lost; name a file";
+
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
+}
+
 /// The identity of a file that is there or can be made; `None` for what is no file.
 fn identity(path: &Path) -> Option<Identity> {
     match std::fs::metadata(path) {
@@ -47,6 +69,28 @@ fn identity(path: &Path) -> Option<Identity> {
             let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let m = std::fs::metadata(folder).ok()?;
             Some((m.dev(), m.ino(), Some(path.file_name()?.to_owned())))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `nt probe storage A --plot B` drew over B, whatever it was.
+    #[test]
+    fn what_is_read_is_not_written_over() {
+        let d = tempfile::tempdir().unwrap();
+        let at = |name: &str| d.path().join(name);
+        std::fs::write(at("model"), "x").unwrap();
+        std::os::unix::fs::symlink("model", at("link")).unwrap();
+        assert!(check_one("--plot", &at("plot.svg"), &[&at("model")]).is_ok());
+        for same in ["model", "link"] {
+            assert!(check_one("--plot", &at(same), &[&at("model")]).is_err(), "{same}");
+        }
+        let blocks = std::fs::read_dir("/dev").into_iter().flatten().flatten().map(|e| e.path());
+        for block in blocks.filter(|p| std::fs::metadata(p).is_ok_and(|m| m.file_type().is_block_device())) {
+            assert!(check_one("--plot", &block, &[&at("model")]).is_err(), "{}", block.display());
         }
     }
 }

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value as Json, json};
 
 use super::report::print_line;
-use super::{Failure, interrupt};
+use super::{Failure, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::probe::{self, Pages, ProbeError, Rate, Target, link, memory, plot, storage};
@@ -108,6 +108,9 @@ pub fn run(args: &ProbeArgs) -> Result<(), Failure> {
     if args.plot.is_some() && wanted.storage.is_none() {
         return Err(Failure::usage("--plot draws a storage sweep; add `storage PATH`"));
     }
+    if let (Some(file), Some(path)) = (&args.plot, &wanted.storage) {
+        outputs::check_one("--plot", file, &[path])?;
+    }
     interrupt::install()?;
     let mut rates = Vec::new();
     let mut all = serde_json::Map::new();
@@ -163,6 +166,9 @@ fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result
         }
         None => {
             let target = Target::open(path).map_err(failure)?;
+            if let Some(file) = &args.plot {
+                outputs::check_one("--plot", file, &[&target.path])?;
+            }
             if let Some(note) = target.file.note() {
                 tracing::warn!("{note}");
             }

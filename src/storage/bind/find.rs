@@ -53,7 +53,8 @@ pub(super) fn half_done(name: &str, pci: &str, what: &str) -> DeviceError {
 pub(super) fn recorded(host: &Host, name: &str, records: Vec<Bound>) -> Result<Option<Bound>, DeviceError> {
     let short = name.strip_prefix("/dev/").unwrap_or(name);
     let Some(one) = one_of(name, records)? else { return Ok(None) };
-    if !is_exactly(&one, name) {
+    // An address is nobody else's; a link is another drive's once that one has the label or serial number that it tells of.
+    if !is_exactly(&one, name) || host.link_name(name).is_some() {
         not_reused(host, name, short, &one)?;
     }
     Ok(Some(one))
@@ -79,7 +80,8 @@ fn is_exactly(record: &Bound, name: &str) -> bool {
 
 /// Makes sure that the kernel has not given a bound drive's name to another drive.
 fn not_reused(host: &Host, name: &str, short: &str, record: &Bound) -> Result<(), DeviceError> {
-    let node = record.namespace_of(short).map_or(record.controller.as_str(), |n| n.name.as_str());
+    let before = record.namespace_of(short).map_or(record.controller.as_str(), |n| n.name.as_str());
+    let node = host.link_name(name).unwrap_or_else(|| before.to_owned());
     let taken = ["/sys/class/block", "/sys/class/nvme"].iter().any(|base| host.exists(&format!("{base}/{node}")));
     // A half-done drive may still be the kernel's, under its own name.
     if !taken || driver(host, &record.pci).as_deref() == Some("nvme") {

@@ -16,6 +16,8 @@ use super::DeviceError;
 pub(super) const STATE: &str = "/run/nt";
 /// Most bytes of a record.
 const RECORD_MAX: u64 = 64 << 10;
+/// Most bytes of links in one.
+const LINKS_MAX: usize = 16 << 10;
 
 /// How far a bind or a release has come: the last step that is known to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,7 +73,7 @@ pub struct Bound {
     pub model: String,
     /// IOMMU group.
     pub group: String,
-    /// Names below `/dev/disk`, which are gone while it is bound.
+    /// Links below `/dev`, which are gone while it is bound.
     #[serde(default)]
     pub links: Vec<String>,
     /// Its namespaces.
@@ -120,13 +122,18 @@ impl std::fmt::Display for Standing {
 }
 
 impl Bound {
-    /// The record of a drive that the kernel's driver holds, before anything is done.
-    pub(super) fn of(host: &Host, drive: &Controller) -> Bound {
+    /// The record of a drive that the kernel's driver holds, before anything is done; `name` is what the user called it.
+    pub(super) fn of(host: &Host, drive: &Controller, name: &str) -> Bound {
         let namespace = |n: &super::super::guard::Namespace| BoundNamespace {
             name: n.whole.name.clone(),
             nsid: n.nsid,
             size: n.whole.size,
         };
+        let mut links = links(host, drive);
+        // Any link below `/dev` may have been given.
+        if name.matches('/').count() > 2 && name.len() <= LINKS_MAX && !links.iter().any(|link| link == name) {
+            links.insert(0, name.to_owned());
+        }
         Bound {
             pci: drive.bdf.clone(),
             boot: boot(host),
@@ -137,7 +144,7 @@ impl Bound {
             serial: drive.serial.clone(),
             model: drive.model.clone(),
             group: host.link_name(&format!("{}/iommu_group", drive.pci_path())).unwrap_or_default(),
-            links: links(host, drive),
+            links,
             namespace: drive.namespaces.iter().map(namespace).collect(),
         }
     }
@@ -240,11 +247,26 @@ pub(super) fn taking(host: &Host, group: &str) -> u64 {
     std::fs::metadata(host.real(&format!("/sys/class/vfio/{group}"))).map_or(0, |m| m.ino())
 }
 
-/// Links below `/dev/disk/by-id` that lead to the drive.
+/// Links below `/dev/disk` that lead to the drive, those to whole namespaces first, and no more than a record has room for: a
+/// drive may have hundreds of partitions.
 fn links(host: &Host, drive: &Controller) -> Vec<String> {
-    let folder = "/dev/disk/by-id";
-    let names = host.list(folder).unwrap_or_default().into_iter().map(|n| format!("{folder}/{n}"));
-    names.filter(|n| host.link_name(n).is_some_and(|target| drive.owns(&target))).collect()
+    let folders = host.list("/dev/disk").unwrap_or_default().into_iter().map(|f| format!("/dev/disk/{f}"));
+    let names = folders.flat_map(|folder| {
+        let names = host.list(&folder).unwrap_or_default();
+        names.into_iter().map(move |name| format!("{folder}/{name}"))
+    });
+    let of = |name: String| Some((host.link_name(&name).filter(|target| drive.owns(target))?, name));
+    let (whole, parts): (Vec<_>, Vec<_>) =
+        names.filter_map(of).partition(|(target, _)| drive.namespaces.iter().any(|n| n.whole.name == *target));
+    let mut left = LINKS_MAX;
+    let mut fits = |name: &String| match left.checked_sub(name.len()) {
+        Some(rest) => {
+            left = rest;
+            true
+        }
+        None => false,
+    };
+    whole.into_iter().chain(parts).map(|(_, name)| name).take_while(|name| fits(name)).collect()
 }
 
 /// Where the record of an address lies.

@@ -47,7 +47,7 @@ pub(super) fn bind(
         reasons if reasons.is_empty() => Ok(()),
         reasons => Err(DeviceError::Refused { name: name.into(), reasons }),
     };
-    let result = take(m, &drive, claims, &last, say);
+    let result = take(m, (name, &drive), claims, &last, say);
     if let Err(e) = result {
         return Err(undo(m, &drive.bdf, e, say));
     }
@@ -170,7 +170,7 @@ fn steps(pci: &str) -> [(String, String); 3] {
 }
 
 fn foretell(m: &Machine<'_>, drive: &Controller, say: Say<'_>) {
-    let record = Bound::of(m.host, drive);
+    let record = Bound::of(m.host, drive, "");
     say(&format!("would note it in {}", record::path(&drive.bdf)));
     for (path, text) in steps(&drive.bdf) {
         say(&format!("would write {text} to {path}"));
@@ -182,12 +182,12 @@ fn foretell(m: &Machine<'_>, drive: &Controller, say: Say<'_>) {
 /// more before the kernel's driver lets go.
 fn take(
     m: &Machine<'_>,
-    drive: &Controller,
+    (name, drive): (&str, &Controller),
     claims: Vec<File>,
     last: &dyn Fn(&[File]) -> Result<(), DeviceError>,
     say: Say<'_>,
 ) -> Result<(), DeviceError> {
-    let mut record = Bound::of(m.host, drive);
+    let mut record = Bound::of(m.host, drive, name);
     m.note(&mut record, State::Begun)?;
     let [set, unbind, probe] = steps(&drive.bdf);
     for ((path, text), after) in [(set, State::Override), (unbind, State::Unbound)] {

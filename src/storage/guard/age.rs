@@ -6,6 +6,7 @@ use std::io;
 
 use super::host::{Host, Unreadable};
 use super::node::Node;
+use super::sysfs::Controller;
 
 /// A moment, in seconds and nanoseconds.
 type Moment = (i64, u32);
@@ -28,10 +29,11 @@ impl Times {
     /// of its last change. A file or a folder is changed by who writes to it, too: it was made too late, or was renamed
     /// after its last write.
     fn is_later(&self, since: Moment) -> bool {
+        let renamed = self.changed > since && self.changed != self.written;
         let born = self.born.unwrap_or(self.changed);
         match self.kind {
-            libc::S_IFDIR => self.born.is_some_and(|born| born > since),
-            libc::S_IFREG => born > since || (self.changed > since && self.changed != self.written),
+            libc::S_IFDIR => self.born.is_some_and(|born| born > since) || renamed,
+            libc::S_IFREG => born > since || renamed,
             _ => self.changed > since,
         }
     }
@@ -39,37 +41,64 @@ impl Times {
 
 /// The first step on the way along `path` that may have come there since the machine started, which is before any export
 /// began: folders of configfs do not keep the time when they were made. A node below `/dev` that has the name and the
-/// number that sysfs tells is the kernel's own, and is believed. A mount over a step is not seen.
+/// number that sysfs tells is the kernel's own, and is believed; so is a link to it that is udev's by its notes, unless udev
+/// has it for `controller` as well, to which it may have led before. A mount over a step is not seen.
 ///
 /// # Errors
 /// If an age cannot be told.
-pub fn changed_since_start(host: &Host, path: &str) -> Result<Option<String>, Unreadable> {
+pub fn changed_since_start(host: &Host, controller: &Controller, path: &str) -> Result<Option<String>, Unreadable> {
     let stat = "/proc/stat";
     let started = host.read(stat)?.lines().find_map(|l| l.strip_prefix("btime ")?.trim().parse().ok());
     let since = (started.ok_or_else(|| Unreadable::new(stat, "it does not tell when the machine started"))?, 0);
     let mut steps = Vec::new();
     host.walk(path, &mut |step| steps.push(step.to_owned()));
-    if steps.last().map_or(Ok(false), |last| is_kernels(host, last))? {
-        return Ok(None);
-    }
-    for step in steps {
-        if times(host, &step)?.is_later(since) {
-            return Ok(Some(step));
+    let notes = steps.last().map_or(Ok(None), |last| notes_of_kernels(host, last))?;
+    for step in &steps {
+        let believed = match &notes {
+            // The kernel makes `/dev` and its node anew at each start, and udev the folders of its links.
+            Some(_) if step == "/dev" || Some(step) == steps.last() => true,
+            Some(notes) if step.starts_with("/dev/") => match host.link(step) {
+                Err(_) => true,
+                Ok(_) => is_link_of(host, notes, step)? && !is_link_of_any(host, controller, step)?,
+            },
+            _ => false,
+        };
+        if !believed && times(host, step)?.is_later(since) {
+            return Ok(Some(step.clone()));
         }
     }
     Ok(None)
 }
 
-/// Whether `path` is the node below `/dev` that the kernel made for a device of this name.
-fn is_kernels(host: &Host, path: &str) -> Result<bool, Unreadable> {
-    let Some(name) = path.strip_prefix("/dev/").filter(|name| !name.contains('/')) else { return Ok(false) };
-    let (class, found) = match host.node(path)? {
-        Some(Node::Block(found)) => ("block", found),
-        Some(Node::Char(found)) => ("nvme", found),
-        _ => return Ok(false),
+/// Where udev has its notes on the device whose node the kernel made at `path`, below `/dev` under the device's own name;
+/// none if it did not.
+fn notes_of_kernels(host: &Host, path: &str) -> Result<Option<String>, Unreadable> {
+    let Some(name) = path.strip_prefix("/dev/").filter(|name| !name.contains('/')) else { return Ok(None) };
+    let (class, sort, found) = match host.node(path)? {
+        Some(Node::Block(found)) => ("block", 'b', found),
+        Some(Node::Char(found)) => ("nvme", 'c', found),
+        _ => return Ok(None),
     };
     let number = host.read_if_there(&format!("/sys/class/{class}/{name}/dev"))?;
-    Ok(number.and_then(|n| n.parse().ok()) == Some(found))
+    let is_its = number.and_then(|n| n.parse().ok()) == Some(found);
+    Ok(is_its.then(|| format!("/run/udev/data/{sort}{found}")))
+}
+
+/// Whether udev's notes name this link below `/dev`.
+fn is_link_of(host: &Host, notes: &str, link: &str) -> Result<bool, Unreadable> {
+    let text = host.read_if_there(notes)?.unwrap_or_default();
+    let link = link.strip_prefix("/dev/");
+    Ok(text.lines().any(|l| l.strip_prefix("S:").is_some_and(|name| Some(name) == link)))
+}
+
+/// The same of any block device of `controller`.
+fn is_link_of_any(host: &Host, controller: &Controller, link: &str) -> Result<bool, Unreadable> {
+    for device in controller.devices() {
+        if is_link_of(host, &format!("/run/udev/data/b{}", device.number), link)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The times of `path` itself; no link is followed and no server asked where that can be avoided.
@@ -122,6 +151,8 @@ mod tests {
             ("a file of unknown birth, written since", times(libc::S_IFREG, 11, 11, None), true),
             ("a folder with new files", times(libc::S_IFDIR, 99, 99, Some(9)), false),
             ("a folder made since", times(libc::S_IFDIR, 99, 99, Some(11)), true),
+            ("a folder renamed since", times(libc::S_IFDIR, 11, 5, Some(5)), true),
+            ("a folder of unknown birth with new files", times(libc::S_IFDIR, 99, 99, None), false),
         ] {
             assert_eq!(times.is_later((10, 0)), later, "{what}");
         }

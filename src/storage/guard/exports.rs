@@ -137,7 +137,7 @@ impl Look<'_> {
             }
             Target::Gone if used.is_on() => Some("leads nowhere now".to_owned()),
             Target::Other => match used {
-                Use::Written => age::changed_since_start(self.host, exported)?.map(|step| {
+                Use::Written => age::changed_since_start(self.host, self.controller, exported)?.map(|step| {
                     format!("may have led elsewhere when it was opened: {step} was changed since the machine started")
                 }),
                 _ => None,
@@ -145,8 +145,9 @@ impl Look<'_> {
             Target::Gone => None,
         };
         if let Some(why) = untold {
-            let what =
-                format!("{exported}, exported over {over}, {why}, so the device cannot be told; remove the export");
+            let what = format!(
+                "{exported}, exported over {over}, {why}, so the device cannot be told; remove the export, or export the kernel's own node below /dev"
+            );
             out.push(Reason::new(Check::Unreadable, path, what));
         }
         Ok(())
@@ -201,8 +202,10 @@ impl Look<'_> {
     fn info(&self, base: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
         let path = &format!("{base}/info");
         let text = self.host.read_if_there(path)?.unwrap_or_default();
-        let (over, used) =
-            ("a LIO target", if text.starts_with("Status: DEACTIVATED") { Use::Off } else { Use::Written });
+        // What is set up is open in the kernel, before anything is handed on: it is "DEACTIVATED" then all the same.
+        let is_set_up = self.host.read_if_there(&format!("{base}/enable"))?.is_some_and(|e| e != "0");
+        let is_off = text.starts_with("Status: DEACTIVATED") && !is_set_up;
+        let (over, used) = ("a LIO target", if is_off { Use::Off } else { Use::Written });
         let is_of = |plugin: &str| base.strip_prefix(LIO).is_some_and(|b| b.starts_with(plugin));
         // Memory.
         if is_of("/rd_mcp_") {

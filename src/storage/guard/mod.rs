@@ -181,6 +181,14 @@ pub fn examine(
         let name = &namespace.whole.name;
         said.extend(words::of_tables(&tables).into_iter().map(|s| (name.clone(), s)));
     }
+    if said.len() > SAID_MAX {
+        let path = controller.namespaces.first().map_or(controller.pci_path(), |n| format!("/dev/{}", n.whole.name));
+        let what = format!(
+            "it has more than {SAID_MAX} identifiers and labels, more than tables are searched for; if nothing there is needed, clear it first (`wipefs --all {path}`)"
+        );
+        out.push(Reason::new(Check::Unreadable, &path, what));
+    }
+    said.truncate(SAID_MAX);
     note(&mut out, |out| {
         let words = Words::new(host, controller, said)?;
         note(out, |out| exports::exported(host, controller, &words, out));
@@ -188,6 +196,10 @@ pub fn examine(
     });
     out
 }
+
+/// Most identifiers of one drive that tables are searched for. Whoever could write to a drive can have put more there than
+/// anybody waits for.
+const SAID_MAX: usize = 4096;
 
 /// Runs one check; if it could not be made, that is the reason.
 fn note(out: &mut Vec<Reason>, check: impl FnOnce(&mut Vec<Reason>) -> Result<(), Unreadable>) {
@@ -238,7 +250,9 @@ fn held(
     let mut told = superblocks::said(&head, &tail, &mut far);
     let opinion = opinions::blkid(host, place);
     told.extend(opinion.said);
-    said.extend(told.into_iter().map(|s| (place.device.name.clone(), s)));
+    // What is left out of too many is a refusal, by the one too many.
+    let left = (SAID_MAX + 1).saturating_sub(said.len());
+    said.extend(told.into_iter().take(left).map(|s| (place.device.name.clone(), s)));
     let mut kinds: Vec<String> = signatures::recognise(&head, &tail).into_iter().map(String::from).collect();
     kinds.extend(opinion.holds.filter(|kind| !kinds.contains(kind)));
     let whole = place.part.is_none() && *place.device == namespace.whole;

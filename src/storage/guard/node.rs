@@ -284,3 +284,15 @@ pub fn compare_files(a: &str, b: &str) -> Option<Ordering> {
         _ => None,
     }
 }
+
+/// Whether two descriptors, each with its thread, are of one open file; false where that cannot be told.
+pub fn is_one_file(a: &(String, String), b: &(String, String)) -> bool {
+    const KCMP_FILE: libc::c_int = 0;
+    let number = |text: &String| text.parse::<libc::c_int>().ok();
+    let (Some(a_tid), Some(a_fd), Some(b_tid), Some(b_fd)) = (number(&a.0), number(&a.1), number(&b.0), number(&b.1))
+    else {
+        return false;
+    };
+    // SAFETY: a comparison by the kernel that takes only numbers.
+    unsafe { libc::syscall(libc::SYS_kcmp, a_tid, b_tid, KCMP_FILE, a_fd, b_fd) == 0 }
+}

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::ask::Answer;
 use super::host::{Host, Unreadable};
-use super::node::{Node, compare_files};
+use super::node::{Node, compare_files, is_one_file};
 use super::nodes::Nodes;
 use super::sysfs::Controller;
 use super::{Check, Reason};
@@ -148,7 +148,7 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
         if pid == own_pid.to_string() {
             return Ok(());
         }
-        let (mut tables, mut has_ring, mut folders) = (Vec::new(), false, Vec::new());
+        let (mut tables, mut rings, mut folders) = (Vec::new(), Vec::new(), Vec::new());
         each_thread(host, pid, |folder| {
             search.go_on(host, folder)?;
             folders.push(folder.to_owned());
@@ -156,10 +156,15 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
             if host.is_real() && is_known(&mut tables, tid) {
                 return Ok(());
             }
-            has_ring |= descriptors(host, &nodes, &Thread { pid, folder: folder.to_owned() }, &mut sockets, out)?;
+            for fd in descriptors(host, &nodes, &Thread { pid, folder: folder.to_owned() }, &mut sockets, out)? {
+                let ring = (tid.to_owned(), fd);
+                if !(host.is_real() && rings.iter().any(|other| is_one_file(other, &ring))) {
+                    rings.push(ring);
+                }
+            }
             Ok(())
         })?;
-        mapped(host, &nodes, pid, &folders, has_ring, out)
+        mapped(host, &nodes, pid, &folders, rings.len(), out)
     })?;
     under_way(host, sockets, out)
 }
@@ -190,14 +195,14 @@ fn list(host: &Host, path: &str) -> Result<Vec<String>, Unreadable> {
     }
 }
 
-/// What the descriptors of one thread hold; true if one is an io_uring.
+/// What the descriptors of one thread hold; those that are an io_uring.
 fn descriptors(
     host: &Host,
     nodes: &Nodes,
     thread: &Thread<'_>,
     sockets: &mut Sockets,
     out: &mut Vec<Reason>,
-) -> Result<bool, Unreadable> {
+) -> Result<Vec<String>, Unreadable> {
     let folder = format!("{}/fd", thread.folder);
     // Paths of what may be a node, and their links.
     let (mut paths, mut links) = (Vec::new(), Vec::new());
@@ -241,7 +246,7 @@ fn descriptors(
     for fd in &rings {
         registered(host, nodes, thread, fd, &names, out)?;
     }
-    Ok(!rings.is_empty())
+    Ok(rings)
 }
 
 /// What each of a process's `paths` leads to; nothing, and a reason, where one of them gets no answer.
@@ -278,16 +283,18 @@ fn mapped(
     nodes: &Nodes,
     pid: &str,
     threads: &[String],
-    has_ring: bool,
+    rings: usize,
     out: &mut Vec<Reason>,
 ) -> Result<(), Unreadable> {
-    let mut is_ring = false;
+    let mut rings_mapped = 0;
     let tids = threads.iter().filter_map(|folder| folder.rsplit('/').next()).filter(|tid| *tid != pid);
     for tid in std::iter::once(pid).chain(tids) {
         let folder = format!("/proc/{tid}/map_files");
         let ranges = list(host, &folder)?;
         let paths: Vec<String> = ranges.iter().map(|range| format!("{folder}/{range}")).collect();
-        is_ring |= paths.iter().any(|path| host.link(path).is_ok_and(|link| link.as_os_str() == RING));
+        if paths.iter().any(|path| host.link(path).is_ok_and(|link| link.as_os_str() == RING)) {
+            rings_mapped = rings_mapped.max(number_mapped(host, &format!("/proc/{tid}/maps"))?).max(1);
+        }
         for answer in asked(host, &format!("process {pid}"), &folder, &paths, out) {
             if let Some(name) = held(answer)?.and_then(|n| nodes.device(n)) {
                 let what = format!("process {pid} has /dev/{name} mapped into its memory");
@@ -298,11 +305,24 @@ fn mapped(
             break;
         }
     }
-    if is_ring && !has_ring {
+    if rings_mapped > rings {
         let what = format!("process {pid} has an io_uring without a descriptor, whose files cannot be told; end it");
         push(out, Reason::new(Check::Unreadable, &format!("/proc/{pid}/map_files"), what));
     }
     Ok(())
+}
+
+/// How many rings a process has mapped, by its list of mappings: each ring's queue, and its entries, begin at places of
+/// their own (`IORING_OFF_SQ_RING`, `IORING_OFF_SQES`). A process can use a ring whose descriptor is closed
+/// (`IORING_REGISTER_RING_FDS`).
+fn number_mapped(host: &Host, maps: &str) -> Result<usize, Unreadable> {
+    let text = match host.read(maps) {
+        Err(e) if e.is_gone() => return Ok(0),
+        text => text?,
+    };
+    let starts = text.lines().filter(|l| l.ends_with(RING)).filter_map(|l| l.split_whitespace().nth(2));
+    let starts: Vec<u64> = starts.filter_map(|at| u64::from_str_radix(at, 16).ok()).collect();
+    Ok([0, 0x1000_0000].map(|place| starts.iter().filter(|at| **at == place).count()).into_iter().max().unwrap_or(0))
 }
 
 /// Names by which kernels before 6.10 tell a registered file, and how many descriptors have each.

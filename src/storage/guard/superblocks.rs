@@ -29,7 +29,7 @@ pub enum Sort {
 }
 
 /// One identifier.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Said {
     /// Its sort.
     pub sort: Sort,
@@ -62,6 +62,8 @@ const FIXED: &[(&[u8], usize, usize, usize, usize)] = &[
 const PAGES: [usize; 5] = [4096, 8192, 16384, 32768, 65536];
 /// Where second headers of LUKS2 may lie in the first MiB.
 const LUKS2_SECOND: [usize; 6] = [0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x80000];
+/// Bytes of the longest label, F2FS's.
+const LABEL_MAX: usize = 1024;
 const MD: [u8; 4] = [0xfc, 0x4e, 0x2b, 0xa9];
 
 /// Everything that the first and last bytes of a device say.
@@ -84,14 +86,9 @@ pub fn said(head: &[u8], tail: &[u8], far: Far<'_>) -> Vec<Said> {
     zfs(head, &mut out);
     zfs(tail, &mut out);
     super::fat::said(head, far, &mut out);
-    out.retain(|s| !s.text.is_empty());
-    let mut once: Vec<Said> = Vec::with_capacity(out.len());
-    for said in out {
-        if !once.contains(&said) {
-            once.push(said);
-        }
-    }
-    once
+    let mut seen = std::collections::HashSet::new();
+    out.retain(|s| !s.text.is_empty() && seen.insert(s.clone()));
+    out
 }
 
 /// Adds an identifier.
@@ -105,8 +102,9 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..end]).trim().to_owned()
 }
 
-/// UTF-16LE as text up to the first zero.
+/// UTF-16LE as text up to the first zero, and no more of it than the longest label of a format has.
 pub fn utf16(bytes: &[u8]) -> String {
+    let bytes = &bytes[..bytes.len().min(LABEL_MAX)];
     let units = bytes.chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]]));
     String::from_utf16_lossy(&units.take_while(|u| *u != 0).collect::<Vec<_>>()).trim().to_owned()
 }

@@ -92,6 +92,12 @@ if modprobe nvmet 2>/dev/null; then
     echo -n /dev/$esp >$base/namespaces/1/device_path; echo 1 >$base/namespaces/1/enable
     works "nvmet export of another drive" $nt check $held
     rm /tmp/other
+    echo 0 >$base/namespaces/1/enable; rmdir $base/namespaces/1 $base
+    mkdir $base $base/namespaces/1; ln -s /dev/$held /tmp/link
+    echo -n /tmp/link >$base/namespaces/1/device_path; echo 1 >$base/namespaces/1/enable
+    ln -sfn /dev/$esp /tmp/link
+    refused "nvmet export by a link that leads to another drive now" "may have led elsewhere" $nt check $held
+    rm /tmp/link
     echo 0 >$base/namespaces/1/enable; rmdir $base/namespaces/1 $base; umount /sys/kernel/config
   fi
   rmmod nvmet

@@ -46,8 +46,16 @@ $nt release $dev >/tmp/out 2>&1; grep -q "nt device release --pci $at" /tmp/out 
 works "release by address" $nt release --pci $at
 whole "the kernel has it"
 
+mkdir -p /dev/disk/by-path; ln -s ../../$dev /dev/disk/by-path/pci-$at-nvme-1
+works "bind by a link" $nt bind /dev/disk/by-path/pci-$at-nvme-1
+rm -r /dev/disk
+works "release by the link that is gone" $nt release /dev/disk/by-path/pci-$at-nvme-1
+whole "the kernel has it"
+
 # A table in blocks of 4096 on a drive of 512, with ext4 in its one partition.
 usb=$(drive USB00001)n1
+nt probe storage /dev/$usb --block-size 4KiB --depth 1 --seconds 0 --plot /dev/$dev >/tmp/out 2>&1; code=$?
+[ $code = 2 ] && grep -q "block device" /tmp/out && pass "a plot is not drawn over a drive" || fail "a plot is not drawn over a drive"
 put() { dd of=/dev/$usb bs=1 seek=$1 conv=notrunc 2>/dev/null; }
 printf 'EFI PART' | put 4096
 printf '\002' | put $((4096 + 72))

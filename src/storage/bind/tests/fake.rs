@@ -103,6 +103,13 @@ impl Fake {
         fs::write(at, text).unwrap();
     }
 
+    pub fn link(&self, path: &str, target: &str) {
+        let at = self.real(path);
+        fs::create_dir_all(at.parent().unwrap()).unwrap();
+        let _ = fs::remove_file(&at);
+        symlink(target, at).unwrap();
+    }
+
     pub fn folder(&self, path: &str) {
         fs::create_dir_all(self.real(path)).unwrap();
     }

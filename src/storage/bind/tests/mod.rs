@@ -270,6 +270,31 @@ fn a_name_of_two_drives_is_refused_with_both_addresses() {
     assert_eq!(fake.driver(SPARE).as_deref(), Some("vfio-pci"));
 }
 
+/// `bind` took a drive by any link below `/dev`, and `release` knew those below `by-id` alone. A record of more links than are
+/// read could not be used.
+#[test]
+fn a_drive_is_given_back_by_the_link_that_it_was_bound_by() {
+    for link in ["/dev/disk/by-path/pci-0000:02:00.0-nvme-1", "/dev/disk/by-label/data", "/dev/fast/models"] {
+        let fake = Fake::new();
+        fake.link(link, "../../nvme1n1");
+        fake.link("/dev/disk/by-uuid/1234", "../../nvme1n1");
+        for i in 0..3000 {
+            fake.link(&format!("/dev/disk/by-id/nvme-Model_X_and_a_long_name_of_it-part{i}"), "../../nvme1n1p1");
+        }
+        assert!(matches!(fake.bind(link, None), End::Done), "{link}");
+        std::fs::remove_dir_all(fake.real("/dev/disk")).unwrap();
+        assert!(find_bound(&fake.host, "/dev/disk/by-uuid/1234").is_ok(), "{link}");
+        // Another drive has it now.
+        fake.link(link, "../../nvme0n1");
+        words(&fake.release(link, None), &["given the name to another one", "0000:02:00.0"]);
+        // It is there, and leads nowhere.
+        fake.link(link, "../../nvme1n1");
+        let end = fake.release(link, None);
+        assert!(matches!(end, End::Done), "{link}: {end:?}");
+        fake.is_the_kernels(SPARE);
+    }
+}
+
 /// Records of another boot, of a drive that is gone, and of one in whose place another was put.
 #[test]
 fn stale_records_name_nobody_and_are_removed() {

@@ -88,6 +88,12 @@ const HELD: &[Row] = &[
     ("io_uring that is only mapped", Check::Unreadable, |f| {
         f.link("/proc/77/map_files/1000-2000", "anon_inode:[io_uring]");
     }),
+    ("second io_uring that is only mapped", Check::Unreadable, |f| {
+        f.ring(&[]);
+        f.link("/proc/77/map_files/1000-2000", "anon_inode:[io_uring]");
+        let map = |at: &str| format!("{at} rw-s 00000000 00:0f 1057    anon_inode:[io_uring]\n");
+        f.put("/proc/77/maps", &format!("{}{}", map("1000-2000"), map("3000-4000")));
+    }),
     ("descriptor under way in a socket", Check::Unreadable, |f| {
         f.link("/proc/77/fd/4", "socket:[4711]");
         f.put("/proc/77/fdinfo/4", "pos:\t0\nflags:\t02\nscm_fds: 1\n");
@@ -158,6 +164,32 @@ const HELD: &[Row] = &[
         f.changed("/tmp/old", 999);
         f.link("/tmp/other", "old");
         f.nvmet("/tmp/other");
+    }),
+    ("nvmet export through a link that leads to another drive now", Check::Unreadable, |f| {
+        f.link("/tmp/other", "../dev/nvme0n1");
+        f.nvmet("/tmp/other");
+    }),
+    ("nvmet export through a link below /dev that is not udev's", Check::Unreadable, |f| {
+        f.link("/dev/disk/by-label/data", "../../nvme0n1");
+        f.nvmet("/dev/disk/by-label/data");
+    }),
+    ("nvmet export through a link of udev's that is this drive's, too", Check::Unreadable, |f| {
+        f.link("/dev/disk/by-label/data", "../../nvme0n1");
+        f.put("/run/udev/data/b259:0", "S:disk/by-label/data\n");
+        f.put("/run/udev/data/b259:11", "S:disk/by-label/data\n");
+        f.nvmet("/dev/disk/by-label/data");
+    }),
+    ("LIO file through a link that leads to another drive now", Check::Unreadable, |f| {
+        f.link("/tmp/other", "/dev/nvme0n1");
+        f.fileio("/tmp/other");
+    }),
+    ("LIO file that is set up and handed on to nobody, whose node is gone", Check::Unreadable, |f| {
+        let base = "/sys/kernel/config/target/core/fileio_0/disk";
+        f.put(
+            &format!("{base}/info"),
+            "Status: DEACTIVATED  Max\n TCM FILEIO ID: 0        File: /tmp/other  Size: 9\n",
+        );
+        f.put(&format!("{base}/enable"), "1\n");
     }),
     ("LIO file whose node gave way to a file", Check::Unreadable, |f| {
         f.put("/tmp/other", "");
@@ -407,6 +439,16 @@ fn nodes_of_other_drives_are_no_reason() {
     fake.nvmet("/tmp/other");
     fake.fileio("/tmp/other");
     fake.put("/sys/kernel/config/nvmet/subsystems/t/namespaces/1/device_path", "/dev/nvme0n1");
+    fake.link("/dev/disk/by-id/nvme-Y", "../../nvme0n1");
+    fake.put("/run/udev/data/b259:0", "S:disk/by-id/nvme-Y\n");
+    fake.put("/sys/kernel/config/nvmet/subsystems/t/namespaces/2/device_path", "/dev/disk/by-id/nvme-Y");
+    fake.put("/sys/kernel/config/nvmet/subsystems/t/namespaces/2/enable", "1");
+    fake.link("/proc/77/map_files/7000-8000", "anon_inode:[io_uring]");
+    fake.link("/proc/77/map_files/8000-9000", "anon_inode:[io_uring]");
+    fake.put(
+        "/proc/77/maps",
+        "7000-8000 rw-s 00000000 00:0f 1057    anon_inode:[io_uring]\n8000-9000 rw-s 10000000 00:0f 1057    anon_inode:[io_uring]\n",
+    );
     fake.put("/sys/kernel/config/nvmet/subsystems/t/namespaces/1/enable", "1");
     fake.put(
         "/sys/kernel/config/target/core/fileio_7/off/info",

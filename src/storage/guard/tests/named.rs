@@ -450,3 +450,35 @@ fn a_table_that_is_a_fifo_refuses_and_does_not_hang() {
     assert!(made.success());
     assert!(fake.reasons(&list()).iter().any(|r| r.check == Check::Unreadable && r.path.ends_with("fstab")));
 }
+
+/// Whoever could write to a drive, as members of the group can while it is bound, could fill it with superblocks: telling
+/// each from all others took hours, and their labels more memory than there is.
+#[test]
+fn more_identifiers_than_tables_are_searched_for_refuse() {
+    let mut head = vec![0u8; 4 << 20];
+    for (i, block) in head.chunks_mut(512).enumerate() {
+        block[..8].copy_from_slice(&[0xfc, 0x4e, 0x2b, 0xa9, 1, 0, 0, 0]);
+        block[16..20].copy_from_slice(&(i as u32 + 1).to_le_bytes());
+        block[32..36].copy_from_slice(b"md: ");
+    }
+    let said = superblocks::said(&head, &head, &mut |_, _| Vec::new());
+    assert_eq!(said.len(), 8192 + 2);
+    let fake = clean();
+    fake.stamp("/dev/nvme1n1", 0, &head[..2 << 20]);
+    let reasons = fake.reasons(&list());
+    assert!(reasons.iter().any(|r| r.check == Check::Unreadable && r.what.contains("more than 4096")), "{reasons:?}");
+    // A record of NTFS whose attributes are names, each of which goes on to the end.
+    let mut head = vec![0u8; 1 << 20];
+    head[3..11].copy_from_slice(b"NTFS    ");
+    head[11..14].copy_from_slice(&[0, 2, 1]);
+    head[64] = 128;
+    let mut record = vec![1u8; 64 << 10];
+    record[..4].copy_from_slice(b"FILE");
+    record[20..22].copy_from_slice(&[24, 0]);
+    for at in record[24..].chunks_mut(24) {
+        at[..8].copy_from_slice(&[0x60, 0, 0, 0, 24, 0, 0, 0]);
+        at.get_mut(16..22).into_iter().for_each(|to| to.copy_from_slice(&[0, 0xff, 0, 0, 0, 0]));
+    }
+    let said = superblocks::said(&head, &[], &mut |_, _| record.clone());
+    assert!(said.iter().map(|s| s.text.len()).sum::<usize>() < 8 << 20, "{} labels", said.len());
+}
