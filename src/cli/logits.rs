@@ -9,7 +9,8 @@ use clap::Args;
 use super::args::KvArg;
 use super::{Failure, ModelArg, Placement, npy, outputs, run};
 use crate::backend::Class;
-use crate::engine::Session;
+use crate::engine::{EngineError, Session};
+use crate::machine::pressure::Watch;
 use crate::model::Outputs;
 
 /// Arguments of `nt logits`.
@@ -46,21 +47,35 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, false, &watch)?;
-    let name = args.output.display().to_string();
-    let failed = |e: std::io::Error| Failure::output(&name, &e);
-    let mut out = BufWriter::new(File::create(&args.output).map_err(failed)?);
+    let file = File::create(&args.output).map_err(|e| outputs::failed(&args.output, &e))?;
+    // A part of the matrix has a header that promises more: it is not left behind.
+    let finite =
+        write(args, &mut session, file, (batch, n_vocab), &watch).inspect_err(|_| outputs::forget(&args.output))?;
+    run::write_timeline(&args.placement, &mut session)?;
+    finite.map_err(run::failure)
+}
+
+/// Evaluates the tokens and writes their logits; also returns the first that is not finite, since those are written too.
+fn write(
+    args: &LogitsArgs,
+    session: &mut Session,
+    file: File,
+    (batch, n_vocab): (usize, usize),
+    watch: &Watch,
+) -> Result<Result<(), EngineError>, Failure> {
+    let failed = |e: std::io::Error| outputs::failed(&args.output, &e);
+    let mut out = BufWriter::new(file);
     npy::write_header(&mut out, args.tokens.len(), n_vocab).map_err(failed)?;
     // Logits that are not finite are written too: who compares them wants to see which.
     let mut finite = Ok(());
     for chunk in args.tokens.chunks(batch) {
-        run::evaluate(&mut session, chunk, Class::Bulk, Outputs::All, &watch)?;
+        run::evaluate(session, chunk, Class::Bulk, Outputs::All, watch)?;
         npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
         finite = finite.and_then(|()| session.check_finite());
     }
-    run::write_timeline(&args.placement, &mut session)?;
     out.flush().map_err(failed)?;
     out.get_ref().sync_data().or_else(ignore_unsyncable).map_err(failed)?;
-    finite.map_err(run::failure)
+    Ok(finite)
 }
 
 /// Pipes and devices cannot be synced; a full disk can say so only here.

@@ -79,13 +79,6 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let forecast = Forecast::new(&opened.model, &machine, &options, args.n_prompt.max(1))
         .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
-    if let Some(path) = &args.placement.timeline {
-        write_timeline(path, &forecast.timeline(&machine), &opened)
-            .map_err(|e| Failure::output(&path.display().to_string(), &e))?;
-    }
-    if let Some(path) = &args.html {
-        page::write_plan(path, &forecast, &machine, &opened)?;
-    }
     let shown = Shown {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
         changes: sensitivity(&opened.model, &machine, &options, &forecast),
@@ -93,13 +86,20 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         machine,
         opened,
     };
+    // The result comes first: a file that cannot be written takes nothing from it.
     if args.json {
-        return print_line(&shown.as_json().to_string());
+        print_line(&shown.as_json().to_string())?;
+    } else {
+        let mut out = String::new();
+        // Writing to a string cannot fail.
+        let _ = shown.as_text(&mut out);
+        print_line(out.trim_end())?;
     }
-    let mut out = String::new();
-    // Writing to a string cannot fail.
-    let _ = shown.as_text(&mut out);
-    print_line(out.trim_end())
+    let Shown { forecast, machine, opened, .. } = &shown;
+    if let Some(path) = &args.placement.timeline {
+        write_timeline(path, &forecast.timeline(machine), opened).map_err(|e| outputs::failed(path, &e))?;
+    }
+    args.html.as_ref().map_or(Ok(()), |path| page::write_plan(path, forecast, machine, opened))
 }
 
 fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Result<()> {

@@ -139,32 +139,50 @@ fn finish(
     report.warnings(pressure.as_slice());
     report.generation(g);
     report.predicted(session.predicted_on(&this_machine(opened, session.backend_kind())));
-    write_timeline(&args.placement, session)?;
-    if let Some(path) = &args.html {
-        let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
-        let timings = Timings {
-            prefill: rate.map(|r| (g.prompt_tokens, r)),
-            first_token_s: g.first_token_s,
-            decode: (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s),
-            peak_rss_bytes: crate::machine::peak_rss_bytes(),
-        };
-        page::write(path, session, opened, &session.events(), &timings, &report)?;
-    }
+    // The result comes first: a file that cannot be written takes nothing from it.
     if args.json {
         report::print_line(&report.json(g).to_string())?;
     } else {
         report.print();
     }
-    if let Some(reason) = pressure {
-        return Err(short_of_memory(&reason));
+    let files = write_timeline(&args.placement, session).and_then(|()| write_page(args, opened, session, g, &report));
+    let stopped = match pressure {
+        Some(reason) => Some(short_of_memory(&reason)),
+        None => (g.stop == StopReason::Interrupt).then(Failure::interrupted),
+    };
+    match (stopped, files) {
+        (None, files) => files,
+        (Some(stopped), files) => {
+            // Both are said; the exit code is that of the run.
+            files.err().iter().for_each(|e| say(&format!("nt: {}", super::printable::sentence(&e.to_string()))));
+            Err(stopped)
+        }
     }
-    if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
+}
+
+/// Writes the page, if one was asked for.
+fn write_page(
+    args: &RunArgs,
+    opened: &Opened,
+    session: &mut Session,
+    g: &Generation,
+    report: &Report,
+) -> Result<(), Failure> {
+    let Some(path) = &args.html else { return Ok(()) };
+    let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
+    let timings = Timings {
+        prefill: rate.map(|r| (g.prompt_tokens, r)),
+        first_token_s: g.first_token_s,
+        decode: (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s),
+        peak_rss_bytes: crate::machine::peak_rss_bytes(),
+    };
+    page::write(path, session, opened, &session.events(), &timings, report)
 }
 
 /// Writes the timeline, if one was asked for.
 pub(super) fn write_timeline(placement: &Placement, session: &mut Session) -> Result<(), Failure> {
     match &placement.timeline {
-        Some(path) => session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e)),
+        Some(path) => session.write_timeline(path).map_err(|e| outputs::failed(path, &e)),
         None => Ok(()),
     }
 }
@@ -301,7 +319,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
         true => all(&mut std::io::stdin().lock()),
         false => std::fs::File::open(path).and_then(|mut file| all(&mut file)),
     };
-    let bytes = bytes.map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
+    let bytes = bytes.map_err(|e| Failure::usage(format!("the text {} cannot be read: {e}", path.display())))?;
     if bytes.len() as u64 > TEXT_MAX {
         return Err(Failure::usage(format!(
             "{} is longer than {} MiB, the most a text may have",

@@ -594,6 +594,14 @@ fn chat_saved_and_loaded() {
     let loaded = with("/load FILE\nagain\n");
     assert_eq!((loaded.code, loaded.out.trim_end()), (Some(0), answers[1]), "{}", loaded.err);
     assert!(loaded.err.contains("computed anew"), "{}", loaded.err);
+    // A cache that was damaged behind its first page was believed.
+    let mut other = bytes.clone();
+    let at = first_page + (other.len() - first_page) / 4 * 3;
+    other[at] ^= 1;
+    std::fs::write(&file, &other).unwrap();
+    let loaded = with("/load FILE\nagain\n");
+    assert_eq!((loaded.code, loaded.out.trim_end()), (Some(0), answers[1]), "{}", loaded.err);
+    assert!(loaded.err.contains("computed anew"), "{}", loaded.err);
     // A file that is cut off, or another program's, is refused in a sentence, and not replaced.
     std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
     let cut = with("/load FILE\nhello\n");
