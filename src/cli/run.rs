@@ -45,7 +45,7 @@ pub struct RunArgs {
         conflicts_with = "prompt_file"
     )]
     prompt: Option<String>,
-    /// Read the prompt from a file; - is stdin.
+    /// Read the prompt from a file, without the newline at its end; - is stdin.
     #[arg(short = 'f', long, alias = "file", value_name = "F")]
     prompt_file: Option<PathBuf>,
     /// Tokens to generate at most; fewer where the model ends its text or the context is full. -1 goes on until then
@@ -89,7 +89,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let params = args.sampling.params()?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(p), _) => p.clone(),
-        (None, Some(f)) => read_text(f)?,
+        // The newline that ends a file's last line is no part of the prompt, as in llama.cpp.
+        (None, Some(f)) => {
+            let mut text = read_text(f)?;
+            text.truncate(text.strip_suffix('\n').map_or(text.len(), str::len));
+            text
+        }
         (None, None) => String::new(),
     };
     let opened = open(&args.model, &args.placement)?;
@@ -154,7 +159,7 @@ fn finish(
         (None, files) => files,
         (Some(stopped), files) => {
             // Both are said; the exit code is that of the run.
-            files.err().iter().for_each(|e| say(&format!("nt: {}", super::printable::sentence(&e.to_string()))));
+            files.err().iter().for_each(|e| _ = e.report());
             Err(stopped)
         }
     }
@@ -457,6 +462,9 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &W
     })?;
     for note in session.notes() {
         tracing::warn!("{note}");
+    }
+    if options.vram.is_some() && session.device().is_none() {
+        tracing::warn!("--vram limits nothing here: processors compute, and take what --ram gives");
     }
     // Without a GPU the fallback is a line of the report; where there is one, something is to be mended.
     if let Some(why) = session.fallback().filter(|_| crate::machine::facts::has_nvidia_gpu(&Host::default())) {

@@ -95,6 +95,13 @@ fn no_part_of_a_file_is_left_behind() {
     }
 }
 
+/// Guards against a limit of VRAM that is passed over where none is used.
+#[test]
+fn a_limit_of_vram_without_a_gpu_is_told() {
+    let out = nt(&run(&case("chat-plain.gguf"), &["--vram", "1GiB"]));
+    assert!(out.status.success() && text(&out.stderr).contains("--vram limits nothing"), "{}", text(&out.stderr));
+}
+
 /// Guards against commands of `nt chat` that were mistyped and went to the model as messages. A path, several lines and
 /// what has a space before it are messages.
 #[test]
@@ -195,7 +202,7 @@ fn what_is_missing_is_named() {
     let hidden = "mount -t tmpfs none /proc || exit 77;";
     let there = run("").is_ok_and(|o| o.status.success());
     if let Some(out) = run(hidden).ok().filter(|o| there && o.status.code() != Some(77)) {
-        assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+        assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
         assert!(text(&out.stderr).contains("mount -t proc"), "{}", text(&out.stderr));
     }
 }
@@ -259,4 +266,48 @@ fn a_benchmark_that_is_ended_prints_what_it_has() {
     let printed = text(&out.stdout);
     assert_eq!(out.status.code(), Some(130), "{}", text(&out.stderr));
     assert!(printed.starts_with("prefill     1 tokens") && printed.lines().count() == 1, "{printed:?}");
+}
+
+/// Guards against a plan for a prompt that no run would take.
+#[test]
+fn a_plan_refuses_a_prompt_that_a_run_refuses() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    fails(&["plan", arg(&model), "-p", "99999999999"], 4, &["-p 99999999999", "the context holds"]);
+    fails(&["plan", arg(&model), "-p", "65", "--ctx", "64"], 4, &["holds 64 tokens"]);
+    assert!(nt(&["plan", arg(&model), "--ctx", "64"]).status.success());
+}
+
+/// Guards against a file of another kind being printed as the fault of a machine's description.
+#[test]
+fn a_machine_that_is_none_is_refused_in_a_line() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    let file = d.path().join("machine");
+    std::fs::write(&file, format!("\n{}", "word ".repeat(1000))).unwrap();
+    let out = nt(&["plan", arg(&model), "--machine", arg(&file)]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(2) && err.contains("line 2") && err.len() < 500, "{err}");
+    assert_eq!(err.trim_end().lines().count(), 1, "{err}");
+}
+
+/// Guards against two surprises: the newline of a prompt's file was a part of the prompt, and `-o -` made a file of that
+/// name.
+#[test]
+fn files_and_streams_are_those_of_other_programs() {
+    let d = tempfile::tempdir().unwrap();
+    let model = case("chat-plain.gguf");
+    let prompt = d.path().join("p");
+    let tokens = |text: &str| {
+        std::fs::write(&prompt, text).unwrap();
+        let out = nt(&["run", arg(&model), "-f", arg(&prompt), "-n", "1", "--backend", "cpu", "--json"]);
+        serde_json::from_slice::<Json>(&out.stdout).unwrap()["prompt_tokens"].clone()
+    };
+    assert_eq!(tokens("hello\n"), tokens("hello"));
+    assert_ne!(tokens("hello\n\n"), tokens("hello"));
+    let mut command = Command::new(bin());
+    command.args(["logits", arg(&model), "--tokens", "1", "--backend", "cpu", "-o", "-"]).current_dir(d.path());
+    let out = command.stdout(Stdio::piped()).output().unwrap();
+    assert!(out.status.success() && out.stdout.starts_with(b"\x93NUMPY"), "{}", text(&out.stderr));
+    assert!(!d.path().join("-").exists());
 }
