@@ -4,8 +4,8 @@ use std::io::Write as _;
 use std::os::fd::AsFd;
 
 use super::Failure;
-use super::failure::Stderr;
 use super::interrupt::Waiter;
+use super::streams::Stderr;
 
 /// Bytes of a message at most; no context holds more.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;

@@ -24,6 +24,7 @@ mod report;
 mod run;
 mod selftest;
 mod stage;
+mod streams;
 mod template;
 mod tokenize;
 mod verify;
@@ -126,7 +127,7 @@ fn init_log(cli: &Cli) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .fmt_fields(tracing_subscriber::field::MakeExt::delimited(fields, " "))
-        .with_writer(|| failure::Stderr)
+        .with_writer(|| streams::Stderr)
         .with_target(false)
         .without_time()
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()) && colours())

@@ -6,6 +6,7 @@ use serde_json::{Value as Json, json};
 
 use super::Failure;
 use super::printable::{Shown, printable};
+use super::streams::{Stderr, Stdout};
 use crate::engine::{Generation, Links, Opened, Predicted, Session};
 use crate::flow::Latencies;
 use crate::machine;
@@ -195,7 +196,7 @@ impl Report {
         let mut text = Vec::new();
         // A closed stderr takes nothing from the result, which is printed already; writing to memory cannot fail.
         let _ = self.write(&mut text);
-        let _ = std::io::stderr().lock().write_all(printable(&String::from_utf8_lossy(&text)).as_bytes());
+        let _ = Stderr.write_all(printable(&String::from_utf8_lossy(&text)).as_bytes());
     }
 
     fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
@@ -332,8 +333,7 @@ fn per_s(n: usize, seconds: f64) -> Option<f64> {
 
 /// Prints a line of results on stdout, control characters shown as such.
 pub fn print_line(line: &str) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", printable(line)).and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
+    Stdout.write_all(format!("{}\n", printable(line)).as_bytes()).map_err(|e| Failure::output("stdout", &e))
 }
 
 /// Prints a text that a program reads to the byte; on a terminal, control characters are shown as such.
@@ -369,8 +369,7 @@ impl Text {
 
     fn write(&mut self, text: &str) {
         if self.written.is_ok() {
-            let mut out = std::io::stdout().lock();
-            self.written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            self.written = Stdout.write_all(text.as_bytes());
         }
     }
 

@@ -321,7 +321,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
         input.take(TEXT_MAX + 1).read_to_end(&mut bytes).map(|_| bytes)
     };
     let bytes = match path == Path::new("-") {
-        true => all(&mut std::io::stdin().lock()),
+        true => all(&mut super::streams::Stdin),
         false => std::fs::File::open(path).and_then(|mut file| all(&mut file)),
     };
     let bytes = bytes.map_err(|e| Failure::usage(format!("the text {} cannot be read: {e}", path.display())))?;

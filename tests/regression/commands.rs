@@ -311,3 +311,36 @@ fn files_and_streams_are_those_of_other_programs() {
     assert!(out.status.success() && out.stdout.starts_with(b"\x93NUMPY"), "{}", text(&out.stderr));
     assert!(!d.path().join("-").exists());
 }
+
+/// Guards against streams that another program has made non-blocking (terminals and pipes of some shells and of CI): a
+/// result that does not fit into the pipe at once was cut off, and a text that comes later could not be read.
+#[test]
+fn streams_that_do_not_block_are_waited_for() {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let d = tempfile::tempdir().unwrap();
+    let (model, file) = (case("chat-plain.gguf"), d.path().join("t"));
+    std::fs::write(&file, "hello world ".repeat(20_000)).unwrap();
+    let args = ["tokenize", arg(&model), "--file", arg(&file)];
+    let expected = nt(&args).stdout;
+    assert!(expected.len() > 1 << 16, "{}", expected.len());
+    let (mut from, to) = std::io::pipe().unwrap();
+    fcntl(&to, FcntlArg::F_SETFL(OFlag::O_WRONLY | OFlag::O_NONBLOCK)).unwrap();
+    let mut command = Command::new(bin());
+    let mut child = command.args(args).stdout(to).spawn().unwrap();
+    // With it goes this process's end of the pipe.
+    drop(command);
+    std::thread::sleep(Duration::from_millis(300));
+    let mut printed = Vec::new();
+    std::io::Read::read_to_end(&mut from, &mut printed).unwrap();
+    assert!(child.wait().unwrap().success() && printed == expected, "{} of {}", printed.len(), expected.len());
+    let (from, mut to) = std::io::pipe().unwrap();
+    fcntl(&from, FcntlArg::F_SETFL(OFlag::O_RDONLY | OFlag::O_NONBLOCK)).unwrap();
+    let mut command = Command::new(bin());
+    command.args(["run", arg(&model), "-f", "-", "-n", "1", "--backend", "cpu"]).stdin(from);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    to.write_all(b"hello").unwrap();
+    drop(to);
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", text(&out.stderr));
+}
