@@ -203,7 +203,12 @@ fn outputs_that_cannot_be_written() {
     let path = tiny(1).write(d.path(), "m.gguf");
     let p = path.to_str().unwrap();
     fails(&["logits", p, "--tokens", "1,2", "-o", "/dev/full"], 1, &["/dev/full", "No space left"]);
-    fails(&["logits", p, "--tokens", "1,2", "-o", "/nonexistent/x.npy"], 1, &["/nonexistent/x.npy"]);
+    // Found before anything is computed, so that it is wrong usage.
+    fails(
+        &["logits", p, "--tokens", "1,2", "-o", "/nonexistent/x.npy"],
+        2,
+        &["/nonexistent/x.npy", "there is no folder"],
+    );
     fails(&["logits", p, "--tokens", "1,99999", "-o", "/dev/null"], 2, &["99999", "258"]);
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let out = std::process::Command::new(env!("CARGO_BIN_EXE_nt"))

@@ -4,6 +4,8 @@
 
 mod common;
 
+#[path = "regression/commands.rs"]
+mod commands;
 #[path = "regression/engine.rs"]
 mod engine;
 #[path = "regression/files.rs"]

@@ -60,7 +60,8 @@ fn a_page_that_cannot_be_written_is_named() {
     let d = tempfile::tempdir().unwrap();
     let model = tiny(2).write(d.path(), "m.gguf");
     let args = ["run", model.to_str().unwrap(), "-p", "x", "-n", "1", "--html", "/nonexistent/page.html"];
-    common::fails(&args, 1, &["/nonexistent/page.html"]);
+    // Found before anything is computed, so that it is wrong usage.
+    common::fails(&args, 2, &["/nonexistent/page.html", "there is no folder"]);
 }
 
 /// Answers as Ollama does, one model loaded until it is asked to go.

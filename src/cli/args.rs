@@ -346,7 +346,7 @@ pub struct Placement {
         alias = "batch-size",
         value_name = "N",
         default_value_t = 512,
-        value_parser = clap::value_parser!(u16).range(1..=512)
+        value_parser = batch
     )]
     pub batch: u16,
     /// Ask an Ollama on this machine (OLLAMA_HOST, or 127.0.0.1:11434) to unload its models first.
@@ -396,7 +396,7 @@ pub struct OverrideArgs {
     #[arg(long, alias = "rope-scale", value_name = "FACTOR", value_parser = positive)]
     pub rope_factor: Option<f32>,
     /// Positions that the model was trained on before scaling (default: as the file says).
-    #[arg(long, alias = "yarn-orig-ctx", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 30))]
+    #[arg(long, alias = "yarn-orig-ctx", value_name = "N", value_parser = positions)]
     pub rope_orig_ctx: Option<u32>,
     /// Base of the rotary frequencies (default: as the file says).
     #[arg(long, value_name = "BASE", value_parser = positive)]
@@ -404,6 +404,29 @@ pub struct OverrideArgs {
     /// Factor of the rotary frequencies: 1 / `--rope-factor`.
     #[arg(long, value_name = "SCALE", value_parser = positive, conflicts_with = "rope_factor")]
     pub rope_freq_scale: Option<f32>,
+}
+
+/// A number, with or without a fraction.
+fn number(text: &str) -> Result<f32, String> {
+    text.parse().map_err(|_| "a number was expected".into())
+}
+
+/// A whole number of a range.
+pub(super) fn within<T: std::str::FromStr + PartialOrd + std::fmt::Display>(
+    text: &str,
+    from: T,
+    to: T,
+) -> Result<T, String> {
+    let number = text.parse::<T>().ok().filter(|n| (&from..=&to).contains(&n));
+    number.ok_or_else(|| format!("a whole number from {from} to {to} was expected"))
+}
+
+fn batch(text: &str) -> Result<u16, String> {
+    within(text, 1, 512)
+}
+
+fn positions(text: &str) -> Result<u32, String> {
+    within(text, 1, 1 << 30)
 }
 
 fn positive(text: &str) -> Result<f32, String> {
@@ -457,50 +480,50 @@ impl OverrideArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
     /// Temperature, up to 100; 0 or less takes the most likely token.
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, value_name = "X", default_value_t = 0.8, value_parser = number)]
     pub temp: f32,
     /// Keep this many of the most likely tokens; 0 or less keeps all.
     #[arg(long, value_name = "N", default_value = "40", value_parser = top_k)]
     pub top_k: usize,
     /// Keep the most likely tokens up to this probability mass, 0 to 1; 1 keeps all.
-    #[arg(long, default_value_t = 0.95)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = number)]
     pub top_p: f32,
     /// Keep tokens at least this likely relative to the likeliest, 0 to 1; 0 keeps all.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = number)]
     pub min_p: f32,
     /// Locally typical sampling: keep the tokens whose surprise is nearest the expected one, up to this probability
     /// mass, 0 to 1; 1 keeps all.
-    #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0)]
+    #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0, value_parser = number)]
     pub typical: f32,
     /// Keep tokens whose logits lie at most this many standard deviations below the largest; -1 keeps all.
-    #[arg(long, alias = "top-nsigma", value_name = "N", default_value_t = -1.0)]
+    #[arg(long, alias = "top-nsigma", value_name = "N", default_value_t = -1.0, value_parser = number)]
     pub top_n_sigma: f32,
     /// XTC: with this probability, 0 to 1, drop all tokens above the threshold but the least likely of them; 0 is off.
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = number)]
     pub xtc_probability: f32,
     /// XTC: the probability from which a token counts, 0 to 1; above 0.5 is off.
-    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    #[arg(long, value_name = "P", default_value_t = 0.1, value_parser = number)]
     pub xtc_threshold: f32,
     /// Penalty for tokens among the last ones: their logits are divided by it where positive, else multiplied; 1 is
     /// off.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = number)]
     pub repeat_penalty: f32,
     /// How many of the last tokens count for the repeat, presence and frequency penalties; -1 for the whole text, 0 is
     /// off.
     #[arg(long, value_name = "N", default_value = "64", value_parser = last_n)]
     pub repeat_last_n: usize,
     /// Taken off the logit of each token among the last ones; 0 is off.
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = number)]
     pub presence_penalty: f32,
     /// Taken off the logit of each token among the last ones, for each time it occurs there; 0 is off.
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = number)]
     pub frequency_penalty: f32,
     /// DRY: penalty for a token that would go on with a sequence that occurred before, multiplier × base ^ (its length
     /// − allowed length); 0 is off.
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = number)]
     pub dry_multiplier: f32,
     /// DRY: what each further token of the sequence multiplies the penalty by, at least 1.
-    #[arg(long, value_name = "X", default_value_t = 1.75)]
+    #[arg(long, value_name = "X", default_value_t = 1.75, value_parser = number)]
     pub dry_base: f32,
     /// DRY: length in tokens up to which repeating a sequence is free.
     #[arg(long, value_name = "N", default_value = "2", value_parser = count)]
@@ -528,7 +551,11 @@ impl Sampling {
     /// The sampler's parameters, or what is wrong with them.
     pub fn params(&self) -> Result<SamplerParams, super::Failure> {
         let in_range = |name: &str, v: f32, from: f32, to: f32| {
-            let wrong = || super::Failure::usage(format!("{name} {v} is out of range; {from} to {to} was expected"));
+            let expected = match from == f32::MIN_POSITIVE {
+                true => format!("a number above 0 and up to {to}"),
+                false => format!("{from} to {to}"),
+            };
+            let wrong = || super::Failure::usage(format!("{name} {v} is out of range; {expected} was expected"));
             if (from..=to).contains(&v) { Ok(v) } else { Err(wrong()) }
         };
         let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64);

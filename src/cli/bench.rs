@@ -42,7 +42,7 @@ pub struct BenchArgs {
     #[arg(short = 'd', long, default_value = "0", value_name = "N[,N…]")]
     n_depth: List,
     /// Repetitions that are counted, 1 to 1000, after one that is not.
-    #[arg(short, long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    #[arg(short, long, default_value_t = 5, value_parser = repetitions)]
     repetitions: u16,
     /// Write a row per test as llama-bench does, mean and standard deviation, in place of medians.
     #[arg(short = 'o', long, value_enum, value_name = "FORMAT", conflicts_with = "json")]
@@ -55,6 +55,10 @@ pub struct BenchArgs {
     /// One JSON object.
     #[arg(long)]
     json: bool,
+}
+
+fn repetitions(text: &str) -> Result<u16, String> {
+    super::args::within(text, 1, 1000)
 }
 
 /// `--output`.
@@ -131,7 +135,11 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let tests = tests(args);
     let needed = tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().unwrap_or(1);
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
-        Auto::Given(n) if n < needed => return Err(Failure::limits(format!("--ctx {n} is smaller than {needed}"))),
+        Auto::Given(n) if n < needed => {
+            return Err(Failure::limits(format!(
+                "--ctx {n} holds fewer tokens than the longest test with its depth (-p or -n, and -d), which has {needed}; --ctx {needed} would do"
+            )));
+        }
         Auto::Given(n) => n,
         Auto::Auto => needed,
     };
@@ -143,18 +151,30 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let head = rows.as_ref().and_then(Rows::head);
     head.map_or(Ok(()), |h| print_line(&h))?;
     let mut all = Vec::new();
+    let mut ended = Ok(());
     for test in tests {
-        let measured = measure(&mut session, test, args.repetitions, &tokens, &watch)?;
-        rows.as_ref().map_or(Ok(()), |r| print_line(&r.row(&measured)))?;
-        all.push(measured);
+        match measure(&mut session, test, args.repetitions, &tokens, &watch) {
+            Ok(measured) => {
+                rows.as_ref().map_or(Ok(()), |r| print_line(&r.row(&measured)))?;
+                all.push(measured);
+            }
+            // What was measured before is worth a line.
+            Err(e) if !all.is_empty() => {
+                ended = Err(e);
+                break;
+            }
+            Err(e) => return Err(e),
+        }
     }
     // The probes take memory of their own.
     let peak_rss_bytes = machine::peak_rss_bytes();
     // Laps of the storage probe are no part of the run.
     let events = if args.html.is_some() { session.events() } else { Vec::new() };
-    let session = session.measure_ceilings().map_err(run::failure)?;
-    keep_compute_rate(&session);
-    Outcome { args, session, opened, all, peak_rss_bytes, events }.write()
+    if ended.is_ok() {
+        session = session.measure_ceilings().map_err(run::failure)?;
+        keep_compute_rate(&session);
+    }
+    Outcome { args, session, opened, all, peak_rss_bytes, events }.write().and(ended)
 }
 
 /// Repeats a test; the first time warms caches and settles the ring, and is not counted.
@@ -240,28 +260,28 @@ impl Outcome<'_> {
         let mut report = Report::new(&self.session, &self.opened);
         report.decode_rate(decode_rate);
         report.peak_rss(self.peak_rss_bytes);
-        if let Some(path) = &self.args.placement.timeline {
-            self.session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e))?;
-        }
         let first_token_s = prefill_rate.map(|r| prefill.test.prompt as f64 / r);
-        if let Some(path) = &self.args.html {
-            let timings = Timings {
-                prefill: prefill_rate.map(|r| (prefill.test.prompt, r)),
-                first_token_s,
-                decode: decode_rate,
-                peak_rss_bytes: self.peak_rss_bytes,
-            };
-            page::write(path, &self.session, &self.opened, &self.events, &timings, &report)?;
-        }
+        // The result comes first: a file that cannot be written takes nothing from it.
         if self.args.json {
-            return print_line(&self.as_json(&report, &prefill, &decode, first_token_s).to_string());
+            print_line(&self.as_json(&report, &prefill, &decode, first_token_s).to_string())?;
+        } else {
+            // With -o each row is written as soon as it is measured.
+            for m in self.all.iter().filter(|_| self.args.output.is_none()) {
+                print_line(&line(m))?;
+            }
+            report.print();
         }
-        // With -o each row is written as soon as it is measured.
-        for m in self.all.iter().filter(|_| self.args.output.is_none()) {
-            print_line(&line(m))?;
+        if let Some(path) = &self.args.placement.timeline {
+            self.session.write_timeline(path).map_err(|e| outputs::failed(path, &e))?;
         }
-        report.print();
-        Ok(())
+        let Some(path) = &self.args.html else { return Ok(()) };
+        let timings = Timings {
+            prefill: prefill_rate.map(|r| (prefill.test.prompt, r)),
+            first_token_s,
+            decode: decode_rate,
+            peak_rss_bytes: self.peak_rss_bytes,
+        };
+        page::write(path, &self.session, &self.opened, &self.events, &timings, &report)
     }
 
     /// The contract's JSON: `prefill` and `decode` are the first test of each, `tests` are all.

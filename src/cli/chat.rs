@@ -59,6 +59,7 @@ const COMMANDS: &str = "At the prompt:
   /load F  go on with the conversation in F; what the cache cannot take over is computed anew
   /help    show this
   /exit    end (also /quit, Ctrl-D, or Ctrl-C at the prompt)
+A message that begins with / has a space before it.
 Several lines in one message: end a line with \\ to go on in the next, or put the lines between \"\"\" and \"\"\".
 Ctrl-C in an answer ends the answer. Where the context is full, the oldest turns are left out.";
 
@@ -140,17 +141,17 @@ struct Turn {
 impl Chat<'_> {
     /// The report, and what else was asked for.
     fn finish(&mut self) -> Result<(), Failure> {
-        run::write_timeline(&self.args.placement, &mut self.session)?;
         let report = Report::new(&self.session, self.opened);
-        if !self.args.json {
+        if self.args.json {
+            let mut all = json!({ "messages": self.messages, "answers": self.answered });
+            if let (Json::Object(all), Json::Object(session)) = (&mut all, report.session_json()) {
+                all.extend(session);
+            }
+            report::print_line(&all.to_string())?;
+        } else {
             report.print();
-            return Ok(());
         }
-        let mut all = json!({ "messages": self.messages, "answers": self.answered });
-        if let (Json::Object(all), Json::Object(session)) = (&mut all, report.session_json()) {
-            all.extend(session);
-        }
-        report::print_line(&all.to_string())
+        run::write_timeline(&self.args.placement, &mut self.session)
     }
 
     fn talk(&mut self) -> Result<(), Failure> {
@@ -180,6 +181,10 @@ impl Chat<'_> {
                 command if matches!(command.split_whitespace().next(), Some("/save" | "/load")) => {
                     self.file(command)?
                 }
+                _ if looks_like_command(&text) => self.refuse(Failure::usage(format!(
+                    "{} is no command, and not sent to the model; /help lists the commands, and a space before the / makes it a message",
+                    text.trim()
+                ))),
                 _ => {
                     let mut messages = self.messages.clone();
                     messages.push(json!({ "role": "user", "content": text }));
@@ -238,7 +243,7 @@ impl Chat<'_> {
             format!("loaded: {n} messages, {} tokens of the cache", self.cached.len())
         } else {
             format!(
-                "loaded: {n} messages; their tokens are computed anew, since the cache in the file is not what this model computes here, or the context is too short for it"
+                "loaded: {n} messages; their tokens are computed anew, since the cache in the file is damaged, or not what this model computes here, or the context is too short for it"
             )
         })
     }
@@ -385,6 +390,15 @@ impl Chat<'_> {
         out.map_or(Ok(()), report::Text::end)?;
         Ok(g)
     }
+}
+
+/// Whether a message is a command that was mistyped: one line that begins with `/` and a word of letters, and says no more
+/// than a command may. A path (`/etc/fstab`) is none.
+fn looks_like_command(text: &str) -> bool {
+    let Some(rest) = text.strip_prefix('/') else { return false };
+    let mut words = rest.split_whitespace();
+    let letters = |w: &str| w == "?" || w.chars().all(|c| c.is_ascii_alphabetic());
+    !text.contains('\n') && words.next().is_some_and(letters) && words.count() <= 1
 }
 
 /// Refuses a message of so many tokens where there is room for fewer.

@@ -17,5 +17,5 @@ pub struct CompletionsArgs {
 pub fn run(args: &CompletionsArgs) -> Result<(), Failure> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "nt", &mut script);
-    std::io::Write::write_all(&mut std::io::stdout(), &script).map_err(|e| Failure::output("stdout", &e))
+    std::io::Write::write_all(&mut super::streams::Stdout, &script).map_err(|e| Failure::output("stdout", &e))
 }

@@ -4,8 +4,8 @@ use std::io::Write as _;
 use std::os::fd::AsFd;
 
 use super::Failure;
-use super::failure::Stderr;
 use super::interrupt::Waiter;
+use super::streams::Stderr;
 
 /// Bytes of a message at most; no context holds more.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -133,7 +133,11 @@ impl Entries {
             searched = self.buffer.len();
             match self.source.more(&mut self.buffer)? {
                 None => return Ok(Line::Interrupted),
-                Some(0) if too_long => return Ok(Line::TooLong),
+                Some(0) if too_long => {
+                    // The rest of the line is no message of its own.
+                    self.buffer.clear();
+                    return Ok(Line::TooLong);
+                }
                 Some(0) if self.buffer.is_empty() => return Ok(Line::End),
                 Some(0) => return Ok(Line::Bytes(std::mem::take(&mut self.buffer))),
                 Some(_) => {}
@@ -228,6 +232,9 @@ mod tests {
         let all = entries(&[&long, &long, b"tail\nnext\n"]);
         assert!(matches!(&all[0], Entry::Unusable(why) if why.contains("16 MiB")), "{:?}", all.len());
         assert_eq!(all[1..], [text("next")]);
+        // Stdin ends in the line.
+        let all = entries(&[&long, &long, b"tail"]);
+        assert!(matches!(&all[..], [Entry::Unusable(_)]), "{}", all.len());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use super::streams::Stderr;
 use crate::storage::bind::DeviceError;
 
 impl From<DeviceError> for Failure {
@@ -96,20 +97,4 @@ impl std::fmt::Display for Failure {
 /// speaks too, and must get to its end.
 pub(super) fn say(line: &str) {
     let _ = writeln!(Stderr, "{line}");
-}
-
-/// Stderr, which takes all that is written to it, also where it is closed or full: what is said there is no reason to
-/// end in the middle of a result.
-pub(super) struct Stderr;
-
-impl std::io::Write for Stderr {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let _ = std::io::stderr().write_all(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        let _ = std::io::stderr().flush();
-        Ok(())
-    }
 }

@@ -52,7 +52,11 @@ struct Facts {
 /// Prints the library. A model that cannot run is no failure.
 pub fn run(args: &ListArgs) -> Result<(), Failure> {
     if let Some(gone) = args.folders.iter().find(|f| !f.is_dir()) {
-        return Err(Failure::usage(format!("{}: no such folder", printable(&gone.to_string_lossy()))));
+        let name = printable(&gone.to_string_lossy());
+        return Err(Failure::usage(match gone.exists() {
+            true => format!("{name}: is no folder; `nt inspect {name}` shows a file"),
+            false => format!("{name}: no such folder"),
+        }));
     }
     let places = match args.folders.is_empty() {
         true => library::places(),

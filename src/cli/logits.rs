@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::args::KvArg;
 use super::{Failure, ModelArg, Placement, npy, outputs, run};
 use crate::backend::Class;
-use crate::engine::Session;
+use crate::engine::{EngineError, Session};
+use crate::machine::pressure::Watch;
 use crate::model::Outputs;
 
 /// Arguments of `nt logits`.
@@ -20,7 +21,7 @@ pub struct LogitsArgs {
     /// Token ids, comma separated.
     #[arg(long, value_name = "ID[,ID…]", value_delimiter = ',', required = true, value_parser = token)]
     tokens: Vec<u32>,
-    /// The file: float32, tokens × vocabulary.
+    /// The file: float32, tokens × vocabulary; - is stdout.
     #[arg(short, long, value_name = "OUT.npy")]
     output: PathBuf,
     #[command(flatten)]
@@ -31,11 +32,15 @@ fn token(text: &str) -> Result<u32, String> {
     text.trim().parse().map_err(|_| format!("{text:?} is no id of a token; a whole number from 0 was expected"))
 }
 
+/// The path that stands for stdout.
+const STDOUT: &str = "/dev/stdout";
+
 /// Writes the file. The KV cache is F32 unless `--kv` says otherwise.
 pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     super::interrupt::install()?;
     let opened = run::open(&args.model, &args.placement)?;
-    outputs::check(&opened, &args.placement, &[("-o", Some(&args.output))])?;
+    let output = if args.output == Path::new("-") { Path::new(STDOUT) } else { &args.output };
+    outputs::check(&opened, &args.placement, &[("-o", Some(output))])?;
     let n_vocab = opened.model.n_vocab;
     if let Some(t) = args.tokens.iter().find(|&&t| t as usize >= n_vocab) {
         return Err(Failure::usage(format!("--tokens: {t} is no token of this vocabulary of {n_vocab}")));
@@ -46,21 +51,35 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, false, &watch)?;
-    let name = args.output.display().to_string();
-    let failed = |e: std::io::Error| Failure::output(&name, &e);
-    let mut out = BufWriter::new(File::create(&args.output).map_err(failed)?);
-    npy::write_header(&mut out, args.tokens.len(), n_vocab).map_err(failed)?;
+    let file = File::create(output).map_err(|e| outputs::failed(output, &e))?;
+    // A part of the matrix has a header that promises more: it is not left behind.
+    let finite = write(&args.tokens, &mut session, (file, output), (batch, n_vocab), &watch)
+        .inspect_err(|_| outputs::forget(output))?;
+    run::write_timeline(&args.placement, &mut session)?;
+    finite.map_err(run::failure)
+}
+
+/// Evaluates the tokens and writes their logits; also returns the first that is not finite, since those are written too.
+fn write(
+    tokens: &[u32],
+    session: &mut Session,
+    (file, output): (File, &Path),
+    (batch, n_vocab): (usize, usize),
+    watch: &Watch,
+) -> Result<Result<(), EngineError>, Failure> {
+    let failed = |e: std::io::Error| outputs::failed(output, &e);
+    let mut out = BufWriter::new(file);
+    npy::write_header(&mut out, tokens.len(), n_vocab).map_err(failed)?;
     // Logits that are not finite are written too: who compares them wants to see which.
     let mut finite = Ok(());
-    for chunk in args.tokens.chunks(batch) {
-        run::evaluate(&mut session, chunk, Class::Bulk, Outputs::All, &watch)?;
+    for chunk in tokens.chunks(batch) {
+        run::evaluate(session, chunk, Class::Bulk, Outputs::All, watch)?;
         npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
         finite = finite.and_then(|()| session.check_finite());
     }
-    run::write_timeline(&args.placement, &mut session)?;
     out.flush().map_err(failed)?;
     out.get_ref().sync_data().or_else(ignore_unsyncable).map_err(failed)?;
-    finite.map_err(run::failure)
+    Ok(finite)
 }
 
 /// Pipes and devices cannot be synced; a full disk can say so only here.

@@ -24,6 +24,7 @@ mod report;
 mod run;
 mod selftest;
 mod stage;
+mod streams;
 mod template;
 mod tokenize;
 mod verify;
@@ -62,7 +63,7 @@ fn command() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => match llama::explained(std::env::args_os()) {
             Some(failure) => return failure.report(),
-            None => e.exit(),
+            None => return unparsed(&e),
         },
     };
     init_log(&cli);
@@ -96,7 +97,15 @@ fn command() -> ExitCode {
     }
 }
 
-/// Logs go to stderr: warnings by default, more with `-v`, none with `-q`; `RUST_LOG` overrides.
+/// Prints help, or what is wrong with the command line. Help that cannot be written is a failure as other results are.
+fn unparsed(e: &clap::Error) -> ExitCode {
+    match e.print() {
+        Err(lost) if !e.use_stderr() => Failure::output("stdout", &lost).report(),
+        _ => ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2)),
+    }
+}
+
+/// Logs go to stderr: warnings by default, more with `-v` or as `RUST_LOG` says, none with `-q`.
 fn init_log(cli: &Cli) {
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => "error",
@@ -105,7 +114,10 @@ fn init_log(cli: &Cli) {
         (_, 2) => "debug",
         _ => "trace",
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| format!("nt={level}").into());
+    let asked = std::env::var("RUST_LOG").ok().filter(|f| !f.is_empty() && !cli.quiet);
+    let parsed = asked.as_ref().map(tracing_subscriber::EnvFilter::try_new);
+    let wrong = parsed.as_ref().and_then(|p| p.as_ref().err().map(ToString::to_string));
+    let filter = parsed.and_then(Result::ok).unwrap_or_else(|| format!("nt={level}").into());
     // Texts of files reach the terminal through warnings too.
     let fields = tracing_subscriber::fmt::format::debug_fn(|out, field, value| {
         let text = format!("{value:?}");
@@ -115,9 +127,17 @@ fn init_log(cli: &Cli) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .fmt_fields(tracing_subscriber::field::MakeExt::delimited(fields, " "))
-        .with_writer(|| failure::Stderr)
+        .with_writer(|| streams::Stderr)
         .with_target(false)
         .without_time()
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()) && colours())
         .init();
+    if let Some(why) = wrong {
+        tracing::warn!("RUST_LOG is left out: it is no filter ({why})");
+    }
+}
+
+/// Whether a terminal is to get colours: not one that calls itself dumb, and not where `NO_COLOR` is set.
+fn colours() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && std::env::var_os("TERM").is_some_and(|t| t != "dumb")
 }

@@ -37,7 +37,7 @@ pub fn write(
     report: &Report,
 ) -> Result<(), Failure> {
     let page = page(session, opened, events, timings, report.notes());
-    std::fs::write(path, page.html()).map_err(|e| Failure::output(&path.display().to_string(), &e))
+    super::outputs::write(path, &page.html())
 }
 
 fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings, notes: &[String]) -> Page {
@@ -78,7 +78,7 @@ fn timelines(session: &Session, events: &[Event], units: &[Unit]) -> Vec<Timelin
 /// If the file cannot be written.
 pub fn write_plan(path: &Path, forecast: &Forecast, machine: &Machine, opened: &Opened) -> Result<(), Failure> {
     let page = plan_page(forecast, machine, opened);
-    std::fs::write(path, page.html()).map_err(|e| Failure::output(&path.display().to_string(), &e))
+    super::outputs::write(path, &page.html())
 }
 
 fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {

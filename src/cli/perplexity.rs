@@ -69,7 +69,9 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let mut session = run::start(&opened, options, false, &watch)?;
     let n_chunks = (tokens.len() / n_ctx).min(args.chunks);
     let (mut sum, mut squares, mut n) = (0.0f64, 0.0f64, 0usize);
-    for chunk in tokens.chunks_exact_mut(n_ctx).take(n_chunks) {
+    // Sums of whole chunks, and how many; what ended it before all were scored.
+    let (mut whole, mut ended) = ((0.0, 0.0, 0, 0), Ok(()));
+    'chunks: for chunk in tokens.chunks_exact_mut(n_ctx).take(n_chunks) {
         if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
             chunk[0] = bos;
         }
@@ -77,7 +79,10 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
         let first_scored = n_ctx / 2;
         for (c, part) in chunk.chunks(batch).enumerate() {
             let start = c * batch;
-            run::evaluate(&mut session, part, Class::Bulk, Outputs::All, &watch)?;
+            if let Err(e) = run::evaluate(&mut session, part, Class::Bulk, Outputs::All, &watch) {
+                ended = Err(e);
+                break 'chunks;
+            }
             let logits = session.logits().map_err(run::failure)?;
             for (i, row) in logits.chunks_exact(opened.model.n_vocab).enumerate() {
                 let at = start + i;
@@ -89,8 +94,12 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
                 }
             }
         }
+        whole = (sum, squares, n, whole.3 + 1);
     }
-    run::write_timeline(&args.placement, &mut session)?;
+    let (sum, squares, n, n_chunks) = whole;
+    if n_chunks == 0 {
+        return ended;
+    }
     let mean = sum / n as f64;
     let error = ((squares / n as f64 - mean * mean).max(0.0) / (n as f64 - 1.0).max(1.0)).sqrt() * mean.exp();
     let line = if args.json {
@@ -98,7 +107,8 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     } else {
         format!("perplexity {:.4} +/- {error:.4} over {n_chunks} chunks of {n_ctx} tokens", mean.exp())
     };
-    super::report::print_line(&line)
+    super::report::print_line(&line)?;
+    ended.and(run::write_timeline(&args.placement, &mut session))
 }
 
 fn log_softmax(logits: &[f32], token: u32) -> f64 {

@@ -24,9 +24,9 @@ pub struct PlanArgs {
     /// rtx-3090-gen3x8, rtx-4090, h100, laptop-8gb, cpu-only).
     #[arg(long, value_name = "FILE|PROFILE")]
     machine: Option<String>,
-    /// Tokens of the prompt, for the time to the first token.
-    #[arg(short = 'p', long, value_name = "N", default_value = "512", value_parser = super::args::count)]
-    n_prompt: usize,
+    /// Tokens of the prompt, for the time to the first token (default: 512, or the context where that is shorter).
+    #[arg(short = 'p', long, value_name = "N", value_parser = super::args::count)]
+    n_prompt: Option<usize>,
     /// Rate of the link to the GPU in GB/s, in place of the machine's.
     #[arg(long, value_name = "GB/S", value_parser = rate)]
     link: Option<f64>,
@@ -54,6 +54,8 @@ fn rate(text: &str) -> Result<f64, String> {
 
 /// Context where `--ctx` does not say.
 const CTX_DEFAULT: usize = 4096;
+/// Tokens of the prompt where `-p` does not say.
+const PROMPT_DEFAULT: usize = 512;
 
 /// Plans and prints.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
@@ -71,21 +73,21 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let trained = opened.model.hparams.n_ctx_reach;
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
-        Auto::Auto => CTX_DEFAULT.max(args.n_prompt).min(trained),
+        Auto::Auto => CTX_DEFAULT.max(args.n_prompt.unwrap_or_default()).min(trained),
     };
+    let n_prompt = args.n_prompt.unwrap_or(PROMPT_DEFAULT.min(options.n_ctx));
+    if n_prompt > options.n_ctx {
+        return Err(Failure::limits(format!(
+            "-p {n_prompt}: the context holds {} tokens (the model was trained on {trained}); give a shorter prompt or a larger --ctx",
+            options.n_ctx
+        )));
+    }
     if let Some(beyond) = beyond_training(&opened.model.hparams, options.n_ctx) {
         tracing::warn!("{beyond}");
     }
-    let forecast = Forecast::new(&opened.model, &machine, &options, args.n_prompt.max(1))
+    let forecast = Forecast::new(&opened.model, &machine, &options, n_prompt.max(1))
         .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
-    if let Some(path) = &args.placement.timeline {
-        write_timeline(path, &forecast.timeline(&machine), &opened)
-            .map_err(|e| Failure::output(&path.display().to_string(), &e))?;
-    }
-    if let Some(path) = &args.html {
-        page::write_plan(path, &forecast, &machine, &opened)?;
-    }
     let shown = Shown {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
         changes: sensitivity(&opened.model, &machine, &options, &forecast),
@@ -93,13 +95,20 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         machine,
         opened,
     };
+    // The result comes first: a file that cannot be written takes nothing from it.
     if args.json {
-        return print_line(&shown.as_json().to_string());
+        print_line(&shown.as_json().to_string())?;
+    } else {
+        let mut out = String::new();
+        // Writing to a string cannot fail.
+        let _ = shown.as_text(&mut out);
+        print_line(out.trim_end())?;
     }
-    let mut out = String::new();
-    // Writing to a string cannot fail.
-    let _ = shown.as_text(&mut out);
-    print_line(out.trim_end())
+    let Shown { forecast, machine, opened, .. } = &shown;
+    if let Some(path) = &args.placement.timeline {
+        write_timeline(path, &forecast.timeline(machine), opened).map_err(|e| outputs::failed(path, &e))?;
+    }
+    args.html.as_ref().map_or(Ok(()), |path| page::write_plan(path, forecast, machine, opened))
 }
 
 fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Result<()> {

@@ -28,11 +28,11 @@ pub struct ProbeArgs {
     #[arg(long, value_delimiter = ',', value_parser = block_size)]
     block_size: Vec<u64>,
     /// Reads in flight in the sweep, comma separated, 1 to 256 (default: 1,2,4,8,16,32,64).
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_delimiter = ',', value_parser = depth)]
     depth: Vec<u16>,
     /// Seconds of the sustained read, whose rate plans count with; 0 skips it. It is at the knee, or for a
     /// memory file system and through the page cache at 1 MiB x 16, as weights are read.
-    #[arg(long, default_value_t = 5.0)]
+    #[arg(long, default_value_t = 5.0, value_parser = seconds)]
     seconds: f64,
     /// Pages of the buffers that storage is read to: huge ones, in which weights lie, or small ones, in
     /// which other programs read (for comparing with them).
@@ -60,6 +60,15 @@ impl From<PagesArg> for Pages {
             PagesArg::Small => Pages::Small,
         }
     }
+}
+
+fn depth(text: &str) -> Result<u16, String> {
+    super::args::within(text, 1, 256)
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|s| (0.0..=86_400.0).contains(s));
+    seconds.ok_or_else(|| "a number of seconds from 0 to 86400 was expected".into())
 }
 
 fn block_size(text: &str) -> Result<u64, String> {
@@ -102,9 +111,6 @@ fn wanted(words: &[String]) -> Result<Wanted, String> {
 /// Runs the probes that were asked for.
 pub fn run(args: &ProbeArgs) -> Result<(), Failure> {
     let wanted = wanted(&args.what).map_err(Failure::usage)?;
-    if !(0.0..=86_400.0).contains(&args.seconds) {
-        return Err(Failure::usage(format!("--seconds {}: 0 to 86400 was expected", args.seconds)));
-    }
     if args.plot.is_some() && wanted.storage.is_none() {
         return Err(Failure::usage("--plot draws a storage sweep; add `storage PATH`"));
     }
@@ -183,11 +189,11 @@ fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result
         };
         rates.push(Rate::now("storage", &report.drive, rate, Some(block), Some(depth)));
     }
-    if let Some(file) = &args.plot {
-        std::fs::write(file, plot::svg(&report)).map_err(|e| Failure::output(&file.display().to_string(), &e))?;
-    }
     if !args.json {
         print_storage(&report, &options)?;
+    }
+    if let Some(file) = &args.plot {
+        super::outputs::write(file, &plot::svg(&report))?;
     }
     Ok(report)
 }
@@ -267,7 +273,10 @@ fn by_threads(threads: usize) -> String {
 fn probe_memory(args: &ProbeArgs, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
     let threads = machine::n_cpus();
     let facts = machine::memory(Path::new("/"));
-    let cells = memory::measure(threads, facts.budget(), &mut |_| {});
+    let cells = memory::measure(threads, facts.budget(), &interrupt::interrupted);
+    if interrupt::interrupted() {
+        return Err(Failure::interrupted());
+    }
     let identity = machine::memory_identity(Path::new("/"));
     let best = cells.iter().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
     rates.extend(best.map(|b| Rate::now("memory", &identity, b.bytes_per_s, None, Some(b.threads))));

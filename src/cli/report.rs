@@ -6,6 +6,7 @@ use serde_json::{Value as Json, json};
 
 use super::Failure;
 use super::printable::{Shown, printable};
+use super::streams::{Stderr, Stdout};
 use crate::engine::{Generation, Links, Opened, Predicted, Session};
 use crate::flow::Latencies;
 use crate::machine;
@@ -195,7 +196,7 @@ impl Report {
         let mut text = Vec::new();
         // A closed stderr takes nothing from the result, which is printed already; writing to memory cannot fail.
         let _ = self.write(&mut text);
-        let _ = std::io::stderr().lock().write_all(printable(&String::from_utf8_lossy(&text)).as_bytes());
+        let _ = Stderr.write_all(printable(&String::from_utf8_lossy(&text)).as_bytes());
     }
 
     fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
@@ -227,11 +228,10 @@ impl Report {
             writeln!(out, "backend   {why}")?;
         }
         if let Some((n, s)) = self.prompt {
-            writeln!(
-                out,
-                "prefill   {n} tokens in {s:.2} s{}",
-                per_s(n, s).map_or(String::new(), |r| format!(", {r:.1} tokens/s"))
-            )?;
+            match per_s(n, s) {
+                Some(rate) => writeln!(out, "prefill   {n} tokens in {s:.2} s, {rate:.1} tokens/s")?,
+                None => writeln!(out, "prefill   interrupted, of {n} tokens")?,
+            }
         }
         // A benchmark prints its own medians.
         if let Some(rate) = self.decode_tokens_per_s.filter(|_| self.prompt.is_some()) {
@@ -298,14 +298,16 @@ impl Report {
 /// The part of the contract's JSON that is one generation's.
 pub fn generation_json(g: &Generation) -> Json {
     let decode = (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s);
+    // A prompt that was interrupted has no time.
+    let prefilled = g.prefill_s > 0.0;
     json!({
         "text": g.text,
         "tokens": g.tokens,
         "prompt_tokens": g.prompt_tokens,
         "generated_tokens": g.tokens.len(),
         "stop": g.stop,
-        "prefill": { "seconds": g.prefill_s, "tokens_per_s": per_s(g.prompt_tokens, g.prefill_s), "first_token_s": g.first_token_s },
-        "decode": { "seconds": g.decode_s, "tokens_per_s": decode },
+        "prefill": { "seconds": prefilled.then_some(g.prefill_s), "tokens_per_s": per_s(g.prompt_tokens, g.prefill_s), "first_token_s": g.first_token_s },
+        "decode": { "seconds": prefilled.then_some(g.decode_s), "tokens_per_s": decode },
     })
 }
 
@@ -331,8 +333,7 @@ fn per_s(n: usize, seconds: f64) -> Option<f64> {
 
 /// Prints a line of results on stdout, control characters shown as such.
 pub fn print_line(line: &str) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", printable(line)).and_then(|()| out.flush()).map_err(|e| Failure::output("stdout", &e))
+    Stdout.write_all(format!("{}\n", printable(line)).as_bytes()).map_err(|e| Failure::output("stdout", &e))
 }
 
 /// Prints a text that a program reads to the byte; on a terminal, control characters are shown as such.
@@ -368,8 +369,7 @@ impl Text {
 
     fn write(&mut self, text: &str) {
         if self.written.is_ok() {
-            let mut out = std::io::stdout().lock();
-            self.written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            self.written = Stdout.write_all(text.as_bytes());
         }
     }
 
@@ -381,5 +381,32 @@ impl Text {
         let rest = self.terminal.as_mut().map_or("", Shown::rest);
         self.write(&format!("{rest}\n"));
         self.written.map_err(|e| Failure::output("stdout", &e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::StopReason;
+
+    /// A prompt that was interrupted was said to have been evaluated in 0.00 s.
+    #[test]
+    fn a_prompt_that_was_interrupted_has_no_time() {
+        let g = Generation {
+            tokens: Vec::new(),
+            text: String::new(),
+            plain: String::new(),
+            stop: StopReason::Interrupt,
+            prompt_tokens: 7,
+            prefill_s: 0.0,
+            first_token_s: None,
+            decode_passes: 0,
+            decode_s: 0.0,
+            context_full: false,
+        };
+        let json = generation_json(&g);
+        assert!(json["prefill"]["seconds"].is_null() && json["decode"]["seconds"].is_null(), "{json}");
+        let json = generation_json(&Generation { prefill_s: 0.5, ..g });
+        assert_eq!((json["prefill"]["seconds"].as_f64(), json["decode"]["seconds"].as_f64()), (Some(0.5), Some(0.0)));
     }
 }

@@ -45,7 +45,7 @@ pub struct RunArgs {
         conflicts_with = "prompt_file"
     )]
     prompt: Option<String>,
-    /// Read the prompt from a file; - is stdin.
+    /// Read the prompt from a file, without the newline at its end; - is stdin.
     #[arg(short = 'f', long, alias = "file", value_name = "F")]
     prompt_file: Option<PathBuf>,
     /// Tokens to generate at most; fewer where the model ends its text or the context is full. -1 goes on until then
@@ -89,7 +89,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let params = args.sampling.params()?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(p), _) => p.clone(),
-        (None, Some(f)) => read_text(f)?,
+        // The newline that ends a file's last line is no part of the prompt, as in llama.cpp.
+        (None, Some(f)) => {
+            let mut text = read_text(f)?;
+            text.truncate(text.strip_suffix('\n').map_or(text.len(), str::len));
+            text
+        }
         (None, None) => String::new(),
     };
     let opened = open(&args.model, &args.placement)?;
@@ -139,32 +144,50 @@ fn finish(
     report.warnings(pressure.as_slice());
     report.generation(g);
     report.predicted(session.predicted_on(&this_machine(opened, session.backend_kind())));
-    write_timeline(&args.placement, session)?;
-    if let Some(path) = &args.html {
-        let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
-        let timings = Timings {
-            prefill: rate.map(|r| (g.prompt_tokens, r)),
-            first_token_s: g.first_token_s,
-            decode: (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s),
-            peak_rss_bytes: crate::machine::peak_rss_bytes(),
-        };
-        page::write(path, session, opened, &session.events(), &timings, &report)?;
-    }
+    // The result comes first: a file that cannot be written takes nothing from it.
     if args.json {
         report::print_line(&report.json(g).to_string())?;
     } else {
         report.print();
     }
-    if let Some(reason) = pressure {
-        return Err(short_of_memory(&reason));
+    let files = write_timeline(&args.placement, session).and_then(|()| write_page(args, opened, session, g, &report));
+    let stopped = match pressure {
+        Some(reason) => Some(short_of_memory(&reason)),
+        None => (g.stop == StopReason::Interrupt).then(Failure::interrupted),
+    };
+    match (stopped, files) {
+        (None, files) => files,
+        (Some(stopped), files) => {
+            // Both are said; the exit code is that of the run.
+            files.err().iter().for_each(|e| _ = e.report());
+            Err(stopped)
+        }
     }
-    if g.stop == StopReason::Interrupt { Err(Failure::interrupted()) } else { Ok(()) }
+}
+
+/// Writes the page, if one was asked for.
+fn write_page(
+    args: &RunArgs,
+    opened: &Opened,
+    session: &mut Session,
+    g: &Generation,
+    report: &Report,
+) -> Result<(), Failure> {
+    let Some(path) = &args.html else { return Ok(()) };
+    let rate = (g.prefill_s > 0.0).then(|| g.prompt_tokens as f64 / g.prefill_s);
+    let timings = Timings {
+        prefill: rate.map(|r| (g.prompt_tokens, r)),
+        first_token_s: g.first_token_s,
+        decode: (g.decode_passes > 0).then(|| g.decode_passes as f64 / g.decode_s),
+        peak_rss_bytes: crate::machine::peak_rss_bytes(),
+    };
+    page::write(path, session, opened, &session.events(), &timings, report)
 }
 
 /// Writes the timeline, if one was asked for.
 pub(super) fn write_timeline(placement: &Placement, session: &mut Session) -> Result<(), Failure> {
     match &placement.timeline {
-        Some(path) => session.write_timeline(path).map_err(|e| Failure::output(&path.display().to_string(), &e)),
+        Some(path) => session.write_timeline(path).map_err(|e| outputs::failed(path, &e)),
         None => Ok(()),
     }
 }
@@ -298,10 +321,10 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
         input.take(TEXT_MAX + 1).read_to_end(&mut bytes).map(|_| bytes)
     };
     let bytes = match path == Path::new("-") {
-        true => all(&mut std::io::stdin().lock()),
+        true => all(&mut super::streams::Stdin),
         false => std::fs::File::open(path).and_then(|mut file| all(&mut file)),
     };
-    let bytes = bytes.map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
+    let bytes = bytes.map_err(|e| Failure::usage(format!("the text {} cannot be read: {e}", path.display())))?;
     if bytes.len() as u64 > TEXT_MAX {
         return Err(Failure::usage(format!(
             "{} is longer than {} MiB, the most a text may have",
@@ -439,6 +462,9 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &W
     })?;
     for note in session.notes() {
         tracing::warn!("{note}");
+    }
+    if options.vram.is_some() && session.device().is_none() {
+        tracing::warn!("--vram limits nothing here: processors compute, and take what --ram gives");
     }
     // Without a GPU the fallback is a line of the report; where there is one, something is to be mended.
     if let Some(why) = session.fallback().filter(|_| crate::machine::facts::has_nvidia_gpu(&Host::default())) {

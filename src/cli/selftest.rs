@@ -38,6 +38,7 @@ pub fn run(args: &SelftestArgs) -> Result<(), Failure> {
 fn cuda() -> Result<(), String> {
     use crate::backend::cuda::{Device, selftest};
     let device = Device::open(0).map_err(|e| e.to_string())?;
-    let failed = selftest::selftest(&device, &mut std::io::stdout()).map_err(|e| e.to_string())?;
+    let failed = selftest::selftest(&device, &mut std::io::LineWriter::new(super::streams::Stdout))
+        .map_err(|e| e.to_string())?;
     if failed > 0 { Err(format!("{failed} kernels are out of their bounds")) } else { Ok(()) }
 }

@@ -52,5 +52,5 @@ pub fn run(args: &TokenizeArgs) -> Result<(), Failure> {
     } else {
         format!("{}\n", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))
     };
-    std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes()).map_err(|e| Failure::output("stdout", &e))
+    std::io::Write::write_all(&mut super::streams::Stdout, out.as_bytes()).map_err(|e| Failure::output("stdout", &e))
 }

@@ -3,10 +3,12 @@
 //!
 //! Whether the pages are those that this session would have computed is not believed but shown: the first positions
 //! are computed anew and must come out bit for bit. Where they do not, since the model, the backend or an option is
-//! another, the messages are still of use and the pages are not.
+//! another, the messages are still of use and the pages are not. That they are those that were written is told by a
+//! checksum of each page, behind all of them.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -16,10 +18,11 @@ use super::{EngineError, Session};
 use crate::backend::Class;
 use crate::model::Outputs;
 use crate::state::{PAGE, Pages};
+use crate::storage::extents::crc32c;
 
 /// The first bytes of such a file, and the version of what follows.
 const MAGIC: &[u8; 16] = b"nt conversation\n";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Most bytes of the description behind it: a million tokens and their text.
 const DESCRIPTION_MAX: u64 = 64 << 20;
 
@@ -40,7 +43,7 @@ struct Description {
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
     /// The file system.
-    #[error("{path}: {source}")]
+    #[error("the conversation {path} cannot be read or written: {source}")]
     Io {
         /// The file.
         path: String,
@@ -66,7 +69,14 @@ pub struct Saved {
     file: BufReader<File>,
     path: String,
     description: Description,
+    /// Checksums of the pages.
+    sums: Vec<u32>,
+    /// Pages that were read.
+    read: usize,
 }
+
+/// Bytes of a page's checksum.
+const SUM_BYTES: u64 = 4;
 
 impl Saved {
     /// Reads messages and tokens; pages stay in the file.
@@ -100,11 +110,16 @@ impl Saved {
             return Err(damaged(format!("it is of version {}, and this nt reads {VERSION}", d.version)));
         }
         let pages = d.tokens.len().div_ceil(d.page.max(1)) as u64;
-        let all = pages.checked_mul(d.page_bytes as u64).and_then(|n| n.checked_add(24 + bytes));
+        let of_pages = (d.page_bytes as u64).checked_add(SUM_BYTES).and_then(|n| pages.checked_mul(n));
+        let all = of_pages.and_then(|n| n.checked_add(24 + bytes));
         if d.page == 0 || d.prompt > d.tokens.len() || all != Some(kind.len()) {
             return Err(damaged(format!("it has {} bytes, which is not what it describes", kind.len())));
         }
-        Ok(Saved { file, path: name, description: d })
+        let sums_at = kind.len() - pages * SUM_BYTES;
+        let mut sums = vec![0; (pages * SUM_BYTES) as usize];
+        file.get_ref().read_exact_at(&mut sums, sums_at).map_err(io)?;
+        let sums = sums.chunks_exact(4).map(|s| u32::from_le_bytes([s[0], s[1], s[2], s[3]])).collect();
+        Ok(Saved { file, path: name, description: d, sums, read: 0 })
     }
 
     /// The messages.
@@ -117,9 +132,23 @@ impl Saved {
         (&self.description.tokens, self.description.prompt)
     }
 
-    fn page(&mut self, to: &mut [u8]) -> Result<(), SavedError> {
-        let at = self.path.clone();
-        self.file.read_exact(to).map_err(|source| SavedError::Io { path: at, source })
+    /// Reads the next page. Returns whether it is what was written.
+    fn page(&mut self, to: &mut [u8]) -> Result<bool, SavedError> {
+        let path = self.path.clone();
+        if let Err(source) = self.file.read_exact(to) {
+            return Err(SavedError::Io { path, source });
+        }
+        self.read += 1;
+        Ok(self.sums.get(self.read - 1) == Some(&crc32c(to)))
+    }
+}
+
+/// An error without the name of the temporary file that it came from.
+fn own_words(e: std::io::Error) -> std::io::Error {
+    let inner = e.get_ref().and_then(std::error::Error::source).and_then(|s| s.downcast_ref::<std::io::Error>());
+    match inner.and_then(std::io::Error::raw_os_error) {
+        Some(n) => std::io::Error::from_raw_os_error(n),
+        None => e,
     }
 }
 
@@ -131,7 +160,7 @@ impl Session {
     /// If another file is in the way, it cannot be written, or pages cannot be read.
     pub fn save(&mut self, path: &Path, messages: &[Json], tokens: &[u32], prompt: usize) -> Result<u64, EngineError> {
         let name = path.display().to_string();
-        let io = |source| SavedError::Io { path: name.clone(), source };
+        let io = |source| SavedError::Io { path: name.clone(), source: own_words(source) };
         match File::open(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(io(e).into()),
@@ -161,12 +190,14 @@ impl Session {
         out.write_all(MAGIC).map_err(io)?;
         out.write_all(&(text.len() as u64).to_le_bytes()).map_err(io)?;
         out.write_all(&text).map_err(io)?;
-        let mut page = vec![0; page_bytes];
+        let (mut page, mut sums) = (vec![0; page_bytes], Vec::new());
         for i in 0..Pages::of(tokens.len()) {
             let id = self.pages.table(self.seq)?[i];
             self.backend.read_page(id, &mut page)?;
             out.write_all(&page).map_err(io)?;
+            sums.extend(crc32c(&page).to_le_bytes());
         }
+        out.write_all(&sums).map_err(io)?;
         out.flush().map_err(io)?;
         drop(out);
         temporary.as_file().sync_all().map_err(io)?;
@@ -175,8 +206,8 @@ impl Session {
         Ok(bytes)
     }
 
-    /// Takes the pages of a conversation over. `false`: they are not what this session computes, or the context has no
-    /// room for them; the sequence is empty then.
+    /// Takes the pages of a conversation over. `false`: they are damaged, or not what this session computes, or the
+    /// context has no room for them; the sequence is empty then.
     ///
     /// # Errors
     /// If the file cannot be read, or a pass fails; the sequence is empty then too.
@@ -202,7 +233,9 @@ impl Session {
         let (mut here, mut page) = (vec![0; bytes], vec![0; bytes]);
         let id = self.pages.table(self.seq)?[0];
         self.backend.read_page(id, &mut here)?;
-        saved.page(&mut page)?;
+        if !saved.page(&mut page)? {
+            return Ok(false);
+        }
         // A page is rows of positions, two for each head of each layer.
         let row = bytes / (2 * self.model.blocks.len() * self.model.hparams.n_kv_heads);
         let same = row / PAGE * first;
@@ -212,8 +245,8 @@ impl Session {
         self.truncate(0);
         self.make_room(self.seq, n)?;
         for i in 0..Pages::of(n) {
-            if i > 0 {
-                saved.page(&mut page)?;
+            if i > 0 && !saved.page(&mut page)? {
+                return Ok(false);
             }
             let id = self.pages.table(self.seq)?[i];
             self.backend.write_page(id, &page)?;

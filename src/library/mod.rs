@@ -118,7 +118,8 @@ impl Place {
 pub fn places() -> Vec<Place> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let home = var("HOME");
-    let cache = var("XDG_CACHE_HOME").or_else(|| Some(home.as_ref()?.join(".cache")));
+    // A relative one is to be ignored, as the specification of these folders has it.
+    let cache = var("XDG_CACHE_HOME").filter(|c| c.is_absolute()).or_else(|| Some(home.as_ref()?.join(".cache")));
     let mut all: Vec<Place> = cache.into_iter().map(|c| Place::at(&c.join("nt/models"), false)).collect();
     if let Some(list) = std::env::var_os("NT_MODELS") {
         let named = std::env::split_paths(&list).filter(|p| !p.as_os_str().is_empty());

@@ -29,6 +29,26 @@ pub struct Overrides {
     pub rope_base: Option<f32>,
 }
 
+/// Keys of no architecture that are read.
+const READ: [&str; 10] = [
+    "general.architecture",
+    "general.file_type",
+    "general.name",
+    "general.size_label",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens",
+];
+
+/// Whether a key of the tokenizer is one of the special tokens (`…eos_token_id`) or switches (`…add_bos_token`).
+fn names_a_token_or_says_whether(key: &str) -> bool {
+    let name = key.strip_prefix("tokenizer.ggml.").unwrap_or_default();
+    name.ends_with("_token_id") || name.ends_with("_token_ids") || name.starts_with("add_")
+}
+
 /// Whether a value may stand for another: of its kind, or an integer for a number.
 fn fits(old: &Value, new: &Value) -> bool {
     match old {
@@ -56,12 +76,19 @@ impl Overrides {
         self.apply_rope(m)?;
         let arch = m.str("general.architecture").unwrap_or_default().to_owned();
         let unused = unused_keys(m);
-        let read = |key: &str| {
-            let known = ["general.", "tokenizer.", &format!("{arch}.")].iter().any(|p| key.starts_with(p));
-            known && !unused.iter().any(|u| u == key)
-        };
-        let idle = self.values.iter().filter(|(key, _)| !read(key));
-        Ok(idle.map(|(key, _)| format!("--override-kv {key}: nothing reads that key")).collect())
+        let (own, size) = (format!("{arch}."), format!("{arch}.vocab_size"));
+        let idle = self.values.iter().filter_map(|(key, _)| {
+            let why = match key.as_str() {
+                "general.alignment" => "changes nothing: tensors lie where the file has them",
+                k if k == size => "changes nothing: the embedding's rows are the vocabulary",
+                k if READ.contains(&k) || k.starts_with("tokenizer.chat_template") => return None,
+                k if k.starts_with(&own) && !unused.iter().any(|u| u == k) => return None,
+                k if k.starts_with("tokenizer.ggml.") && names_a_token_or_says_whether(k) => return None,
+                _ => "nothing reads that key",
+            };
+            Some(format!("--override-kv {key}: {why}"))
+        });
+        Ok(idle.collect())
     }
 
     fn apply_rope(&self, m: &mut Metadata) -> Result<(), ModelError> {
@@ -106,11 +133,14 @@ impl Overrides {
             (None, Some(n)) => format!("--rope-orig-ctx {n}"),
             (None, None) => return Ok(()),
         };
-        if m.str(ty) != Some("none") {
-            return Ok(());
-        }
+        let is = match m.str(ty) {
+            Some("none") => "none",
+            // A factor alone is linear scaling; the positions alone are no scaling.
+            None if self.rope_factor.is_none() && self.values.is_empty() => "not set",
+            _ => return Ok(()),
+        };
         let what =
-            format!("is none, so {given} would change nothing; --rope-scaling linear or yarn was expected with it");
+            format!("is {is}, so {given} would change nothing; --rope-scaling linear or yarn was expected with it");
         Err(ModelError::Metadata { key: ty.to_owned(), what })
     }
 }

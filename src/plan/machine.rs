@@ -149,7 +149,11 @@ impl Machine {
     /// # Errors
     /// What is wrong with the text, or a rate or size that cannot be.
     pub fn parse(text: &str) -> Result<Machine, String> {
-        let machine: Machine = toml::from_str(text).map_err(|e| e.to_string())?;
+        // In one line, without the text around it: a file of another kind has lines of any length.
+        let machine: Machine = toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());
+            format!("line {line}: {}", e.message().replace('\n', ", "))
+        })?;
         for (name, rate) in machine.rates() {
             if !(rate.gb_per_s.is_finite() && rate.gb_per_s > 0.0) {
                 return Err(format!("{name}: {} GB/s is no rate", rate.gb_per_s));

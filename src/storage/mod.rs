@@ -203,7 +203,9 @@ pub enum StorageError {
     #[error("io_uring is not available here: {0}; --reader auto falls back to pread")]
     IoUring(std::io::Error),
     /// A thread could not be started.
-    #[error("no thread could be started to read with: {0}")]
+    #[error(
+        "no thread could be started to read with: {0}; raise the limits on processes and memory (ulimit -u, ulimit -v)"
+    )]
     Threads(std::io::Error),
     /// VFIO was asked for where no bound drive holds the weights.
     #[error("{0} is read through the kernel; --reader vfio needs a drive bound to vfio-pci, named by --tier-c")]

@@ -40,7 +40,14 @@ pub fn open_with(path: &Path, flags: i32) -> Result<File> {
         return Err(refuse("it is neither a regular file nor a block device"));
     }
     let again = format!("/proc/self/fd/{}", found.as_raw_fd());
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | flags).open(again)?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | flags).open(again);
+    // The file is there and open: what was not found is /proc.
+    let file = file.map_err(|e| match e.kind() {
+        ErrorKind::NotFound => {
+            refuse("files are opened through /proc, which is not mounted here; mount -t proc proc /proc")
+        }
+        _ => e,
+    })?;
     blocking(&file)?;
     Ok(file)
 }

@@ -232,7 +232,13 @@ impl UringReader {
                     self.requests.chunk_done(chunk, Ok(n as u64), file);
                 }
                 e => {
-                    let what = io::Error::from_raw_os_error(-e).to_string();
+                    let what = match -e {
+                        // What a worker of the kernel's is to do, which cannot be started.
+                        libc::ECANCELED => {
+                            "the kernel could start no thread for it; raise the limit on processes (ulimit -u)".into()
+                        }
+                        e => io::Error::from_raw_os_error(e).to_string(),
+                    };
                     if passing(Some(-e)) {
                         self.requests.put_off(chunk, what, file);
                     } else {

@@ -107,7 +107,7 @@ pub enum TokenizerError {
     },
     /// The thread that renders has too little memory.
     #[error(
-        "the chat template cannot be rendered for want of memory: {0}; raise the limit of address space (ulimit -v, ulimit -d), or free memory"
+        "the chat template cannot be rendered for want of memory: {0}; raise the limits on memory and processes (ulimit -v, ulimit -d, ulimit -u), or free memory"
     )]
     TemplateMemory(String),
 }

@@ -606,6 +606,26 @@ fn chat_saved_and_loaded() {
     assert_eq!(std::fs::read(&file).unwrap(), b"a letter");
 }
 
+/// A cache that was damaged behind its first page, which alone is computed anew for comparison, was believed.
+#[test]
+fn chat_loaded_from_a_damaged_file() {
+    let model = case("chat-plain.gguf");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("c");
+    let with = |commands: &str| chat(&model, &["-n", "6"], commands.replace("FILE", file.to_str().unwrap()).as_bytes());
+    let whole = with(&format!("hello {}\n/save FILE\nagain\n", "world ".repeat(100)));
+    let mut bytes = std::fs::read(&file).unwrap();
+    let described = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) as usize;
+    let d: Json = serde_json::from_slice(&bytes[24..24 + described]).unwrap();
+    let page = d["page_bytes"].as_u64().unwrap() as usize;
+    assert!(bytes.len() > 24 + described + 2 * page, "{d}");
+    bytes[24 + described + page] ^= 0x40;
+    std::fs::write(&file, &bytes).unwrap();
+    let loaded = with("/load FILE\nagain\n");
+    assert_eq!((loaded.code, loaded.out.lines().last()), (Some(0), whole.out.lines().last()), "{}", loaded.err);
+    assert!(loaded.err.contains("computed anew") && loaded.err.contains("damaged"), "{}", loaded.err);
+}
+
 /// Several lines in one message, which were several messages.
 #[test]
 fn chat_message_of_several_lines() {

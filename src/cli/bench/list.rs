@@ -17,7 +17,7 @@ impl FromStr for List {
         let mut counts = Vec::new();
         for part in text.split(',') {
             range(part.trim(), &mut counts).ok_or_else(|| {
-                format!("{part:?} is no count: a number up to {COUNT_MAX} was expected, or a range as 128-1024*2")
+                format!("{part:?} is no count: a number up to {COUNT_MAX} was expected, or a range from less to more as 128-1024*2")
             })?;
             if counts.len() > COUNTS_MAX {
                 return Err(format!("{text:?} names more than {COUNTS_MAX} counts"));
@@ -42,7 +42,7 @@ fn range(text: &str, counts: &mut Vec<usize>) -> Option<()> {
         (rest, 1, 1)
     };
     let (mut next, last) = (number(first)?, number(last)?);
-    if factor > 1 && next == 0 {
+    if factor > 1 && next == 0 || next > last {
         return None;
     }
     while next <= last && counts.len() <= COUNTS_MAX {
@@ -67,8 +67,22 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(List(counts.to_vec())), "{text}");
         }
-        for bad in ["", "x", "1,", "-1", "5-", "1-9*1", "1-9*0", "1-9+0", "0-8*2", "1-2-3", "99999999999", "0-16777216"]
-        {
+        for bad in [
+            "",
+            "x",
+            "1,",
+            "-1",
+            "5-",
+            "1-9*1",
+            "1-9*0",
+            "1-9+0",
+            "0-8*2",
+            "16-8*2",
+            "9-8",
+            "1-2-3",
+            "99999999999",
+            "0-16777216",
+        ] {
             assert!(bad.parse::<List>().is_err(), "{bad}");
         }
     }

@@ -20,13 +20,13 @@ pub struct Cell {
     pub bytes_per_s: f64,
 }
 
-/// Rates by threads: all counts up to four, then powers of two, then `threads` itself.
-pub fn measure(threads: usize, available: Option<u64>, say: &mut dyn FnMut(Cell)) -> Vec<Cell> {
+/// Rates by threads: all counts up to four, then powers of two, then `threads` itself; fewer where `stop` says so.
+pub fn measure(threads: usize, available: Option<u64>, stop: &dyn Fn() -> bool) -> Vec<Cell> {
     let threads = threads.max(1);
     let memory = words(available);
     let cell = |n: usize| Cell { threads: n, bytes_per_s: read(&memory, n) };
     let counts = (1..=threads).filter(|&n| n <= 4 || n.is_power_of_two() || n == threads);
-    counts.map(cell).inspect(|c| say(*c)).collect()
+    counts.take_while(|_| !stop()).map(cell).collect()
 }
 
 /// Bytes a second that `threads` threads read together, of at most a quarter of what is available.
@@ -41,6 +41,14 @@ fn words(available: Option<u64>) -> Vec<u64> {
 
 fn read(memory: &[u64], threads: usize) -> f64 {
     let part = memory.len() / threads;
+    let reading = |part: &[u64]| {
+        let (start, mut bytes) = (Instant::now(), 0u64);
+        while start.elapsed() < TIME {
+            std::hint::black_box(sum(std::hint::black_box(part)));
+            bytes += size_of_val(part) as u64;
+        }
+        rate(bytes, start.elapsed().as_secs_f64())
+    };
     // Held until all threads are there; with fewer than asked for, those that could be had read.
     let gate = RwLock::new(());
     std::thread::scope(|scope| {
@@ -51,17 +59,16 @@ fn read(memory: &[u64], threads: usize) -> f64 {
             .filter_map(|chunk| {
                 let work = || {
                     drop(gate.read());
-                    let (start, mut bytes) = (Instant::now(), 0u64);
-                    while start.elapsed() < TIME {
-                        std::hint::black_box(sum(std::hint::black_box(chunk)));
-                        bytes += size_of_val(chunk) as u64;
-                    }
-                    rate(bytes, start.elapsed().as_secs_f64())
+                    reading(chunk)
                 };
                 std::thread::Builder::new().spawn_scoped(scope, work).ok()
             })
             .collect();
         drop(closed);
+        if workers.is_empty() {
+            // No thread could be had: a rate of nothing would be taken for the machine's.
+            return reading(memory);
+        }
         workers.into_iter().filter_map(|w| w.join().ok()).sum()
     })
 }
@@ -83,8 +90,9 @@ mod tests {
 
     #[test]
     fn each_count_of_threads_is_measured_once() {
-        let cells = measure(2, Some(64 << 20), &mut |_| {});
+        let cells = measure(2, Some(64 << 20), &|| false);
         assert_eq!(cells.iter().map(|c| c.threads).collect::<Vec<_>>(), [1, 2]);
         assert!(cells.iter().all(|c| c.bytes_per_s > 0.0));
+        assert!(measure(2, Some(64 << 20), &|| true).is_empty());
     }
 }

@@ -41,7 +41,11 @@ impl Target {
         } else {
             named
         };
-        let file = DirectFile::open(&path).map_err(|e| fail(e.to_string()))?;
+        // Its own words name the file too.
+        let file = DirectFile::open(&path).map_err(|e| {
+            let (why, name) = (e.to_string(), format!("{}: ", path.display()));
+            fail(why.strip_prefix(&name).unwrap_or(&why).to_owned())
+        })?;
         let meta = file.file.metadata().map_err(|e| fail(e.to_string()))?;
         let is_block = meta.file_type().is_block_device();
         if !is_block && !meta.is_file() {
