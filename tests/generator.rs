@@ -127,3 +127,22 @@ fn a_text_that_is_not_finite_fails_alone() {
         }
     }
 }
+
+/// `nt bench --parallel`: rates of texts that are generated at once.
+#[test]
+fn texts_at_once_are_measured() {
+    let d = tempfile::tempdir().unwrap();
+    let model = common::tiny(3).write(d.path(), "m.gguf");
+    let model = model.to_str().unwrap();
+    let args = ["bench", model, "-p", "0", "-n", "4", "-d", "0,70", "-r", "1", "--parallel", "1,3,8", "-o", "jsonl"];
+    let run = common::nt(&[&args[..], &["--backend", "cpu"]].concat());
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let rows: Vec<serde_json::Value> =
+        String::from_utf8(run.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let of: Vec<(u64, u64)> =
+        rows.iter().map(|r| (r["n_depth"].as_u64().unwrap(), r["n_parallel"].as_u64().unwrap())).collect();
+    assert_eq!(of, [(0, 1), (0, 3), (0, 8), (70, 1), (70, 3), (70, 8)]);
+    for wrong in ["0", "9", "x"] {
+        common::fails(&["bench", model, "-p", "0", "-n", "4", "--parallel", wrong], 2, &["--parallel"]);
+    }
+}

@@ -18,13 +18,14 @@ use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::{Report, print_line};
 use super::{Failure, ModelArg, Placement, interrupt, outputs, run};
-use crate::backend::Class;
-use crate::engine::{Opened, Session};
+use crate::backend::{Class, EXACT_ROWS};
+use crate::engine::{Opened, Part, Session};
 use crate::machine;
 use crate::machine::pressure::Watch;
 use crate::machine::probe::{self, Rate};
 use crate::model::Outputs;
 use crate::pipeline::Event;
+use crate::state::{PAGE, SeqId};
 
 /// Arguments of `nt bench`.
 #[derive(Debug, Args)]
@@ -41,6 +42,10 @@ pub struct BenchArgs {
     /// Tokens in the KV cache before each test; several as for -p.
     #[arg(short = 'd', long, default_value = "0", value_name = "N[,N…]")]
     n_depth: List,
+    /// Texts that are generated at once, a token of each in every pass, 1 to 8; several as for -p. Rates are of all
+    /// together.
+    #[arg(long, default_value = "1", value_name = "N[,N…]")]
+    parallel: List,
     /// Repetitions that are counted, 1 to 1000, after one that is not.
     #[arg(short, long, default_value_t = 5, value_parser = repetitions)]
     repetitions: u16,
@@ -75,12 +80,14 @@ pub(super) enum OutputArg {
 /// Bytes of a pass from which on its rate is kept.
 const COMPUTE_BYTES_MIN: u64 = 256 << 20;
 
-/// What is measured: `prompt` tokens at once or `gen` one at a time, behind `depth` others.
+/// What is measured: `prompt` tokens at once or `gen` one at a time, in so many texts, behind `depth` others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Test {
     prompt: usize,
     generated: usize,
     depth: usize,
+    /// Texts at once; 0 is one.
+    parallel: usize,
 }
 
 /// A test and the seconds of each repetition.
@@ -94,13 +101,30 @@ struct Measured {
 
 impl Test {
     fn tokens(&self) -> usize {
-        self.prompt + self.generated
+        self.prompt + self.generated * self.texts()
     }
 
-    /// `pp512`, `tg128 @ d4096`.
+    fn texts(&self) -> usize {
+        self.parallel.max(1)
+    }
+
+    /// Positions of the cache that it takes: texts share what lies before them, but for the page in which they part.
+    fn positions(&self) -> usize {
+        let each = self.prompt.saturating_add(self.generated);
+        match self.texts() {
+            1 => self.depth.saturating_add(each),
+            n => self.depth.saturating_add(each.saturating_add(2 * PAGE).saturating_mul(n)),
+        }
+    }
+
+    /// `pp512`, `tg128 @ d4096`, `tg128 x4`.
     fn name(&self) -> String {
+        let texts = if self.texts() > 1 { format!(" x{}", self.parallel) } else { String::new() };
         let depth = if self.depth > 0 { format!(" @ d{}", self.depth) } else { String::new() };
-        if self.prompt > 0 { format!("pp{}{depth}", self.prompt) } else { format!("tg{}{depth}", self.generated) }
+        match self.prompt {
+            0 => format!("tg{}{depth}{texts}", self.generated),
+            prompt => format!("pp{prompt}{depth}"),
+        }
     }
 }
 
@@ -115,7 +139,11 @@ impl Measured {
 fn tests(args: &BenchArgs) -> Vec<Test> {
     let of_depth = |&depth: &usize| {
         let prompts = args.n_prompt.0.iter().map(move |&prompt| Test { prompt, depth, ..Test::default() });
-        let generated = args.n_gen.0.iter().map(move |&generated| Test { generated, depth, ..Test::default() });
+        let texts = move |&generated: &usize| {
+            let test = move |&parallel: &usize| Test { generated, depth, parallel, ..Test::default() };
+            args.parallel.0.iter().map(test)
+        };
+        let generated = args.n_gen.0.iter().flat_map(texts);
         prompts.chain(generated).filter(|t| t.tokens() > 0).collect::<Vec<_>>()
     };
     args.n_depth.0.iter().flat_map(of_depth).collect()
@@ -123,6 +151,9 @@ fn tests(args: &BenchArgs) -> Vec<Test> {
 
 /// Runs the benchmark. Tokens are random ids from a fixed seed: speed does not depend on them.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
+    if args.parallel.0.iter().any(|n| !(1..=EXACT_ROWS).contains(n)) {
+        return Err(Failure::usage(format!("--parallel takes 1 to {EXACT_ROWS}, the generated tokens of a pass")));
+    }
     if tests(args).is_empty() {
         return Err(Failure::usage("there is nothing to measure: -p and -n are both 0"));
     }
@@ -133,7 +164,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let (kv, threads) = (options.kv_type, options.threads);
     options.timeline |= args.html.is_some();
     let tests = tests(args);
-    let needed = tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().unwrap_or(1);
+    let needed = tests.iter().map(Test::positions).max().unwrap_or(1);
+    options.outputs = tests.iter().map(Test::texts).max().unwrap_or(1);
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) if n < needed => {
             return Err(Failure::limits(format!(
@@ -145,6 +177,11 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     };
     let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, true, &watch)?;
+    let (texts, most) = (session.max_outputs(), session.parts_max());
+    if texts > most {
+        let why = format!("--parallel {texts}: a pass on {} is of {most} text", session.backend_name());
+        return Err(Failure::limits(format!("{why}; measure --parallel 1, or give --backend cpu")));
+    }
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
     let rows = args.output.map(|format| Rows::new(format, About::new(&session, &opened, kv, threads)));
@@ -201,10 +238,28 @@ fn measure(
         if test.prompt > 0 {
             evaluate(session, &tokens[..test.prompt], Class::Bulk, watch)?;
         }
-        tokens[..test.generated].iter().try_for_each(|&t| evaluate(session, &[t], Class::Exact, watch))?;
+        match test.texts() {
+            1 => tokens[..test.generated].iter().try_for_each(|&t| evaluate(session, &[t], Class::Exact, watch))?,
+            n => at_once(session, n, &tokens[..test.generated], watch)?,
+        }
         measured.seconds.extend((round > 0).then(|| start.elapsed().as_secs_f64()));
     }
     Ok(measured)
+}
+
+/// Evaluates tokens one at a time in `n` texts at once, and waits for the logits of each pass.
+fn at_once(session: &mut Session, n: usize, tokens: &[u32], watch: &Watch) -> Result<(), Failure> {
+    let depth = session.position();
+    let forks = (0..n).map(|_| session.fork_at(depth)).collect::<Result<Vec<_>, _>>().map_err(run::failure)?;
+    let evaluated = tokens.iter().try_for_each(|token| {
+        let tokens = std::slice::from_ref(token);
+        let part = |&seq: &SeqId| Part { seq, class: Class::Exact, tokens, outputs: Outputs::Last };
+        let parts: Vec<Part<'_>> = forks.iter().map(part).collect();
+        session.eval_parts(&parts, &|| run::to_stop(watch)).map_err(run::failure)?;
+        session.logits().map(|_| ()).map_err(run::failure)
+    });
+    forks.into_iter().try_for_each(|seq| session.close(seq)).map_err(run::failure)?;
+    evaluated
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
@@ -292,7 +347,7 @@ impl Outcome<'_> {
         };
         let test = |m: &Measured| {
             let runs = m.rates();
-            json!({ "test": m.test.name(), "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth, "tokens_per_s": median(&runs), "runs": runs })
+            json!({ "test": m.test.name(), "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth, "n_parallel": m.test.texts(), "tokens_per_s": median(&runs), "runs": runs })
         };
         let (device, vram_bytes) = report.device_json();
         let s = &self.session;
@@ -323,6 +378,10 @@ fn line(m: &Measured) -> String {
     let (low, high) = runs.iter().fold((f64::MAX, 0.0f64), |(l, h), &r| (l.min(r), h.max(r)));
     let name = if m.test.prompt > 0 { "prefill" } else { "decode " };
     let depth = if m.test.depth > 0 { format!(" at depth {}", m.test.depth) } else { String::new() };
+    let texts = if m.test.texts() > 1 { format!(" in {} texts", m.test.texts()) } else { String::new() };
     let (n, median) = (m.test.tokens(), median(&runs).unwrap_or(0.0));
-    format!("{name} {n:5} tokens{depth}  {median:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)", runs.len())
+    format!(
+        "{name} {n:5} tokens{texts}{depth}  {median:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)",
+        runs.len()
+    )
 }

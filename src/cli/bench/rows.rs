@@ -231,6 +231,7 @@ impl Rows {
             "n_prompt": m.test.prompt,
             "n_gen": m.test.generated,
             "n_depth": m.test.depth,
+            "n_parallel": m.test.texts(),
             "test_time": machine::probe::utc(m.began_unix_s),
             "avg_ns": avg_ns as u64,
             "stddev_ns": stddev_ns as u64,
