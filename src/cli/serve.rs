@@ -187,7 +187,9 @@ fn keys(path: &Path) -> Result<Vec<String>, Failure> {
         return Err(wrong("it has no key; a line with one was expected".into()));
     }
     if keys.iter().any(|key| key.chars().any(|c| !c.is_ascii_graphic())) {
-        return Err(wrong("a key has characters that no header may have; printable ASCII without spaces was expected".into()));
+        return Err(wrong(
+            "a key has characters that no header may have; printable ASCII without spaces was expected".into(),
+        ));
     }
     Ok(keys)
 }

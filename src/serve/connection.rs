@@ -23,7 +23,13 @@ const BUFFER_BYTES: usize = 64 << 10;
 const REST: Duration = Duration::from_millis(50);
 
 /// Serves `app` on all connections until `closing` turns true; then those at hand have `grace` to end.
-pub async fn serve(listener: TcpListener, app: Router, most: usize, mut closing: watch::Receiver<bool>, grace: Duration) {
+pub async fn serve(
+    listener: TcpListener,
+    app: Router,
+    most: usize,
+    mut closing: watch::Receiver<bool>,
+    grace: Duration,
+) {
     let places = Arc::new(Semaphore::new(most));
     loop {
         let accepted = async {

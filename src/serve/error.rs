@@ -55,8 +55,7 @@ impl ApiError {
 
     /// 401: no key, or a wrong one.
     pub fn key() -> ApiError {
-        let message =
-            "this server needs an API key: send it as Authorization: Bearer KEY (or x-api-key: KEY); the one sent is not one of its keys";
+        let message = "this server needs an API key: send it as Authorization: Bearer KEY (or x-api-key: KEY); the one sent is not one of its keys";
         ApiError { code: Some("invalid_api_key"), ..ApiError::new(401, message) }
     }
 
@@ -87,7 +86,10 @@ impl ApiError {
 
     /// 413: more bytes than a request may have.
     pub fn too_large(limit: u64) -> ApiError {
-        ApiError::new(413, format!("the body of the request has more than the {limit} bytes that one may have (--max-body)"))
+        ApiError::new(
+            413,
+            format!("the body of the request has more than the {limit} bytes that one may have (--max-body)"),
+        )
     }
 
     /// 429: the queue is full.
@@ -119,7 +121,10 @@ impl ApiError {
 
     /// 504: the time that a request may take.
     pub fn timed_out(seconds: u64) -> ApiError {
-        ApiError::new(504, format!("the request was stopped after {seconds} s, the longest that one may take (--timeout)"))
+        ApiError::new(
+            504,
+            format!("the request was stopped after {seconds} s, the longest that one may take (--timeout)"),
+        )
     }
 
     /// What a client of `form` reads.

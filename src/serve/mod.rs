@@ -4,16 +4,20 @@
 //! `worker`, the only one that touches the session, and comes back as events: `steps` tells words, reasoning and
 //! calls apart, the dialect writes them, `stream` sends them. No request reaches the file system.
 
+mod anthropic;
 mod choice;
 mod connection;
 mod error;
 mod fields;
+mod info;
 mod job;
+mod ollama;
 mod openai;
 mod params;
 mod prefix;
 mod prompt;
 mod queue;
+mod responses;
 mod routes;
 mod served;
 mod split;

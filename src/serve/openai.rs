@@ -82,9 +82,17 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
     f.only("audio", &[], "this server writes text only")?;
     f.only("web_search_options", &[], "this server does not search the web")?;
     f.only("verbosity", &[json!("medium")], "the model has no switch for it")?;
-    f.only("continue_final_message", &[json!(false)], "a message of the assistant is not continued; /v1/completions continues a text")?;
+    f.only(
+        "continue_final_message",
+        &[json!(false)],
+        "a message of the assistant is not continued; /v1/completions continues a text",
+    )?;
     f.only("add_generation_prompt", &[json!(true)], "the assistant's turn is always opened")?;
-    f.only("reasoning_format", &["auto", "deepseek"].map(Json::from), "reasoning is always told apart as reasoning_content")?;
+    f.only(
+        "reasoning_format",
+        &["auto", "deepseek"].map(Json::from),
+        "reasoning is always told apart as reasoning_content",
+    )?;
     Ok((Conversation { messages, tools, variables, effort }, one_call))
 }
 
@@ -117,7 +125,8 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bo
 /// What is wrong with it.
 pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prepared, ApiError> {
     let common = common(&mut f, served)?;
-    let given = f.any("prompt").ok_or_else(|| ApiError::field("prompt", "prompt: a text was expected, found nothing"))?;
+    let given =
+        f.any("prompt").ok_or_else(|| ApiError::field("prompt", "prompt: a text was expected, found nothing"))?;
     let tokens = completion_prompt(given, served)?;
     let logprobs = match f.any("logprobs") {
         None | Some(Json::Bool(false)) => None,
@@ -129,10 +138,17 @@ pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prep
     };
     let echo = f.flag("echo")?.unwrap_or(false);
     if echo && logprobs.is_some() {
-        return Err(ApiError::unsupported("echo", "echo: probabilities of the prompt's tokens are not built; leave logprobs out"));
+        return Err(ApiError::unsupported(
+            "echo",
+            "echo: probabilities of the prompt's tokens are not built; leave logprobs out",
+        ));
     }
     f.only("suffix", &[json!("")], "text is only continued, not filled in")?;
-    f.only("best_of", &[json!(1), json!(common.choices)], "the best of several answers is not chosen; n returns all of them")?;
+    f.only(
+        "best_of",
+        &[json!(1), json!(common.choices)],
+        "the best of several answers is not chosen; n returns all of them",
+    )?;
     let (stream, usage) = (common.stream, common.usage);
     let params = params::sampling(&mut f, served)?;
     f.finish()?;

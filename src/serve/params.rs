@@ -40,7 +40,11 @@ fn refuse_others(f: &mut Fields) -> Result<(), ApiError> {
     f.only("dynatemp_range", &[json!(0)], "dynamic temperature is not built")?;
     f.only("min_keep", &[json!(0), json!(1)], "a least number of candidates is not built")?;
     f.only("samplers", &[], "the order of samplers is fixed")?;
-    f.only("t_max_predict_ms", &[json!(0), json!(-1)], "a time limit for one answer is not built; the server has --timeout")?;
+    f.only(
+        "t_max_predict_ms",
+        &[json!(0), json!(-1)],
+        "a time limit for one answer is not built; the server has --timeout",
+    )?;
     f.only("lora", &[json!([])], "adapters are not built")?;
     f.only("post_sampling_probs", &[json!(false)], "probabilities are those before sampling")?;
     f.only("use_beam_search", &[json!(false)], "beam search is not built")?;
@@ -143,7 +147,10 @@ pub fn stops(f: &mut Fields, field: &str) -> Result<Vec<String>, ApiError> {
     let stops = f.texts(field)?;
     let name = f.name(field);
     if stops.len() > STOPS_MAX {
-        return Err(ApiError::field(&name, format!("{name}: at most {STOPS_MAX} texts were expected, found {}", stops.len())));
+        return Err(ApiError::field(
+            &name,
+            format!("{name}: at most {STOPS_MAX} texts were expected, found {}", stops.len()),
+        ));
     }
     if stops.iter().any(String::is_empty) {
         let message = format!("{name}: an empty text is found before the first token, so nothing would be generated");

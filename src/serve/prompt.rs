@@ -197,7 +197,9 @@ fn shortened(text: &str) -> String {
 pub fn no_tools(field: &str) -> ApiError {
     ApiError::unsupported(
         field,
-        format!("{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen and Llama 3)"),
+        format!(
+            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen and Llama 3)"
+        ),
     )
 }
 
@@ -221,7 +223,9 @@ pub fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiEr
         }
         if tool["function"]["strict"] == true {
             let place = format!("{place}.function.strict");
-            let message = format!("{place}: arguments are not constrained to a schema by this version of nt; false asks for none");
+            let message = format!(
+                "{place}: arguments are not constrained to a schema by this version of nt; false asks for none"
+            );
             return Err(ApiError::unsupported(&place, message));
         }
     }
@@ -267,7 +271,9 @@ pub fn task(
         return Err(ApiError::request("the prompt is empty, and this model adds no BOS token"));
     }
     if n > n_ctx {
-        let message = format!("the prompt has {n} tokens, but the context holds {n_ctx}; shorten it, or serve with a larger --ctx");
+        let message = format!(
+            "the prompt has {n} tokens, but the context holds {n_ctx}; shorten it, or serve with a larger --ctx"
+        );
         return Err(ApiError::too_long(message));
     }
     // The last token that is drawn takes no position.

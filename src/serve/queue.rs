@@ -315,7 +315,8 @@ mod tests {
         q.open();
         q.push(a.0).unwrap();
         assert_eq!(q.next(&|| false).unwrap().id, 1);
-        let done = Summary { prompt: 10, prompt_s: 1.0, generated: 50, passes: 49, decode_s: 49.0, ..Summary::default() };
+        let done =
+            Summary { prompt: 10, prompt_s: 1.0, generated: 50, passes: 49, decode_s: 49.0, ..Summary::default() };
         q.ended(End::Done, &done);
         q.push(b.0).unwrap();
         q.next(&|| false).unwrap();

@@ -17,11 +17,11 @@ use tokio::sync::{Semaphore, mpsc};
 use super::error::{ApiError, Form};
 use super::fields::Fields;
 use super::job::Job;
-use super::openai;
 use super::queue::{Phase, Queue, loading};
 use super::served::Served;
 use super::steps::{Prepared, Steps};
 use super::stream::{Stream, whole};
+use super::{anthropic, info, ollama, openai, responses};
 
 /// The longest that a body may take to come.
 const BODY: Duration = Duration::from_secs(60);
@@ -63,6 +63,28 @@ pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router 
         .route("/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
         .route("/completions", post(completions))
+        .route("/metrics", get(metrics))
+        .route("/slots", get(slots))
+        .route("/props", get(props))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .route("/apply-template", post(apply_template))
+        .route("/v1/messages", post(messages))
+        .route("/v1/messages/count_tokens", post(count_tokens))
+        .route("/v1/responses", post(responses))
+        .route("/api/chat", post(ollama_chat))
+        .route("/api/generate", post(ollama_generate))
+        .route("/api/tags", get(ollama_tags))
+        .route("/api/ps", get(ollama_ps))
+        .route("/api/show", post(ollama_show))
+        .route("/api/version", get(ollama_version))
+        .route("/api/pull", any(ollama_library))
+        .route("/api/push", any(ollama_library))
+        .route("/api/create", any(ollama_library))
+        .route("/api/copy", any(ollama_library))
+        .route("/api/delete", any(ollama_library))
+        .route("/api/embed", any(ollama_embed))
+        .route("/api/embeddings", any(ollama_embed))
         .route("/v1/embeddings", any(embeddings))
         .route("/embeddings", any(embeddings))
         .fallback(no_path)
@@ -107,7 +129,8 @@ fn check_origin(headers: &HeaderMap, access: &Access) -> Result<(), ApiError> {
     }
     let name = if host.starts_with('[') { host.split_inclusive(']').next() } else { host.split(':').next() };
     let name = name.unwrap_or("").trim_matches(['[', ']']);
-    let is_local = || name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
+    let is_local =
+        || name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
     if access.loopback && access.keys.is_empty() && !name.is_empty() && !is_local() {
         return Err(ApiError::forbidden(format!(
             "this server answers for names of this machine only, not for {:?} (another --host and keys change that)",
@@ -208,6 +231,85 @@ async fn completions(State(app): Shared, request: Request) -> Response {
     generate(app, request, Form::OpenAi, |served, f, id, _| openai::completions(served, f, id)).await
 }
 
+async fn messages(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::Anthropic, anthropic::messages).await
+}
+
+async fn count_tokens(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, stop| anthropic::count_tokens(served, f, stop)).await, Form::Anthropic)
+}
+
+async fn responses(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::OpenAi, responses::responses).await
+}
+
+async fn ollama_chat(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::Ollama, ollama::chat).await
+}
+
+async fn ollama_generate(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::Ollama, ollama::generate).await
+}
+
+async fn ollama_tags(State(app): Shared) -> Response {
+    answer(200, &ollama::tags(&app.served))
+}
+
+async fn ollama_ps(State(app): Shared) -> Response {
+    answer(200, &ollama::ps(&app.served))
+}
+
+async fn ollama_show(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, _| ollama::show(served, f)).await, Form::Ollama)
+}
+
+async fn ollama_version() -> Response {
+    answer(200, &ollama::version())
+}
+
+async fn ollama_library() -> Response {
+    let message =
+        "this server serves the model that it was started with, and changes no files; `nt list` shows what is there";
+    failed(&ApiError::not_built(message), Form::Ollama)
+}
+
+async fn ollama_embed() -> Response {
+    failed(&ApiError::not_built("embeddings are not built in this version of nt"), Form::Ollama)
+}
+
+async fn metrics(State(app): Shared) -> Response {
+    let text = info::metrics(&app.queue.view(), &app.served);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+async fn slots(State(app): Shared) -> Response {
+    answer(200, &info::slots(&app.queue.view(), &app.served))
+}
+
+async fn props(State(app): Shared) -> Response {
+    answer(200, &info::props(&app.served))
+}
+
+async fn tokenize(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, _| info::tokenize(served, f)).await, Form::OpenAi)
+}
+
+async fn detokenize(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, _| info::detokenize(served, f)).await, Form::OpenAi)
+}
+
+async fn apply_template(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, stop| info::apply_template(served, f, stop)).await, Form::OpenAi)
+}
+
+/// An answer that is there at once.
+fn told(result: Result<Json, ApiError>, form: Form) -> Response {
+    match result {
+        Ok(json) => answer(200, &json),
+        Err(e) => failed(&e, form),
+    }
+}
+
 /// Answers a request that generates.
 async fn generate(app: Arc<App>, request: Request, form: Form, read: Read) -> Response {
     match generated(&app, request, read).await {
@@ -298,7 +400,8 @@ mod tests {
         check_key(&headers(&[("authorization", "Bearer xyz")]), &keys).unwrap();
         check_key(&headers(&[("x-api-key", "abc")]), &keys).unwrap();
         for wrong in ["Bearer ab", "Bearer abcd", "abc", "Basic abc", "Bearer "] {
-            let map: HeaderMap = [(header::AUTHORIZATION, header::HeaderValue::from_static(wrong))].into_iter().collect();
+            let map: HeaderMap =
+                [(header::AUTHORIZATION, header::HeaderValue::from_static(wrong))].into_iter().collect();
             assert_eq!(check_key(&map, &keys).unwrap_err().status, 401, "{wrong}");
         }
     }

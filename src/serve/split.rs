@@ -319,7 +319,9 @@ mod tests {
             let mut joined: Vec<Part> = Vec::new();
             for p in parts {
                 match (joined.last_mut(), p) {
-                    (Some(Part::Words(a)), Part::Words(b)) | (Some(Part::Thought(a)), Part::Thought(b)) => a.push_str(&b),
+                    (Some(Part::Words(a)), Part::Words(b)) | (Some(Part::Thought(a)), Part::Thought(b)) => {
+                        a.push_str(&b)
+                    }
                     (_, p) => joined.push(p),
                 }
             }

@@ -70,7 +70,11 @@ impl<'a> Text<'a> {
         self.with_filter(grown, |filter, show| filter.push(Piece { text, control }, show))
     }
 
-    fn with_filter<T>(&mut self, grown: &mut Grown, work: impl FnOnce(&mut StopFilter, &mut dyn FnMut(Piece)) -> T) -> T {
+    fn with_filter<T>(
+        &mut self,
+        grown: &mut Grown,
+        work: impl FnOnce(&mut StopFilter, &mut dyn FnMut(Piece)) -> T,
+    ) -> T {
         let certain = &mut self.certain;
         let result = work(&mut self.filter, &mut |piece| {
             *certain += piece.text.len();

@@ -124,7 +124,11 @@ impl<'a> Worker<'a> {
             match self.session.eval(rest, class, Outputs::Last, &stop) {
                 Err(EngineError::State(StateError::Full { .. })) => match self.kept.forget() {
                     Some(seq) => self.session.close(seq)?,
-                    None => return Err(Ended::Failed(StateError::Full { positions: rest.len(), needed: 1, free: 0 }.into())),
+                    None => {
+                        return Err(Ended::Failed(
+                            StateError::Full { positions: rest.len(), needed: 1, free: 0 }.into(),
+                        ));
+                    }
                 },
                 other => return Ok(other?),
             }
