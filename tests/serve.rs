@@ -1,6 +1,8 @@
 //! `nt serve` from outside: the binary, a tiny model, and clients that are well-behaved, rude, slow or gone.
 
 mod common;
+#[path = "serve/dialects.rs"]
+mod dialects;
 #[path = "serve/http.rs"]
 mod http;
 #[path = "serve/limits.rs"]

@@ -14,6 +14,18 @@ use super::served::Served;
 use super::split::Call;
 use super::steps::{Answers, Dialect, Prepared, Step, named};
 
+/// Fields that change no text: who asks, where it is billed and computed, and what may be cached.
+const HARMLESS: [&str; 8] = [
+    "metadata",
+    "service_tier",
+    "cache_control",
+    "diagnostics",
+    "inference_geo",
+    "speed",
+    "user_profile_id",
+    "workspace_id",
+];
+
 /// Reads the conversation of a request; the second result says that only one call counts.
 fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool), ApiError> {
     let mut messages = Vec::new();
@@ -43,6 +55,11 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
             let message = "thinking: this model's chat template has no switch for it";
             return Err(ApiError::unsupported("thinking", message));
         }
+    }
+    if let Some(mut output) = f.object("output_config")? {
+        conversation.effort = output.text("effort")?;
+        output.only("format", &[], "answers are not constrained to a schema by this version of nt")?;
+        output.finish()?;
     }
     Ok((conversation, one_call))
 }
@@ -173,7 +190,7 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
     f.only("container", &[], "there are no containers here")?;
     f.only("mcp_servers", &[json!([])], "this server asks no other one")?;
     f.only("output_format", &[], "answers are not constrained to a schema by this version of nt")?;
-    f.ignore(&["metadata", "service_tier"]);
+    f.ignore(&HARMLESS);
     let params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
@@ -197,6 +214,7 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
 pub fn count_tokens(served: &Served, mut f: Fields, stop: &dyn Fn() -> bool) -> Result<Json, ApiError> {
     served.check_name(f.text("model")?.as_deref())?;
     let (conversation, _) = conversation(&mut f, served)?;
+    f.ignore(&HARMLESS);
     f.finish()?;
     Ok(json!({ "input_tokens": prompt::rendered(served, &conversation, stop)?.tokens.len() }))
 }

@@ -9,7 +9,7 @@ use crate::engine::SamplerParams;
 
 /// Fields of all dialects that change no text: whose request it is, how it is billed, stored or cached, and which slot
 /// or preview of the answer the client would like. They may hold anything.
-pub const HARMLESS: [&str; 16] = [
+pub const HARMLESS: [&str; 17] = [
     "user",
     "metadata",
     "store",
@@ -17,6 +17,7 @@ pub const HARMLESS: [&str; 16] = [
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "prompt_cache_options",
     "prediction",
     "id_slot",
     "timings_per_token",

@@ -309,3 +309,19 @@ fn a_port_that_is_taken_is_named() {
     fails(&["serve", path.to_str().unwrap(), "--port", &server.at.port().to_string()], 1, &["--port"]);
     fails(&["serve", path.to_str().unwrap(), "--host", "256.1.1.1"], 2, &["256.1.1.1"]);
 }
+
+/// Requests of different prompts, one after the other: what the first hundreds took is all that it takes.
+#[test]
+fn many_requests_take_no_more_memory() {
+    let (_dir, server) = served(&[]);
+    let round = |from: u32, n: u32| {
+        for i in from..from + n {
+            let messages = json!([{ "role": "user", "content": format!("{} number {i}", i * 7919) }]);
+            server.ok("/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 8 + i % 24, "seed": i }));
+        }
+        server.rss()
+    };
+    let warm = round(0, 300);
+    let end = round(300, 900);
+    assert!(end < warm + (16 << 20), "{warm} bytes after 300 requests, {end} after 1200");
+}

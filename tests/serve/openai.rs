@@ -80,7 +80,7 @@ fn a_stop_text_ends_an_answer_and_is_not_shown() {
     let request =
         json!({ "prompt": "hello", "max_tokens": 40, "temperature": 0, "logit_bias": { "65": 50, "257": -100 } });
     let free = server.ok("/v1/completions", &request);
-    assert_eq!(free["choices"][0]["text"], "b".repeat(40), "a bias of 50 wins");
+    assert_eq!(free["choices"][0]["text"], "A".repeat(40), "a bias of 50 wins");
     let mut request =
         json!({ "prompt": "hello", "max_tokens": 40, "seed": 9, "temperature": 1.5, "logit_bias": { "257": -100 } });
     let free = server.ok("/v1/completions", &request);
