@@ -97,6 +97,9 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
     let (stream, mut conversation) = common(&mut f, served)?;
     let (params, most, stops) = options(&mut f, served)?;
     let list = f.list("messages")?.unwrap_or_default();
+    if list.is_empty() {
+        return loaded(served, f, params, true, stream);
+    }
     let list = list.into_iter().enumerate().map(|(i, m)| as_openai(m, i)).collect::<Result<Vec<_>, _>>()?;
     conversation.messages = prompt::messages(list, served)?;
     conversation.tools = prompt::tools(&mut f, served)?.0;
@@ -121,6 +124,9 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     f.only("template", &[json!("")], "the server's --chat-template is the only one")?;
     f.only("images", &[json!([])], "this server reads text only")?;
     f.only("context", &[json!([])], "what was said before is sent to /api/chat as messages")?;
+    if text.is_empty() && system.is_none() && !raw {
+        return loaded(served, f, params, false, stream);
+    }
     f.finish()?;
     let (tokens, looks) = if raw {
         (served.opened.tokenizer.encode_prompt(&text), Looks::default())
@@ -135,17 +141,32 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, false)), stream })
 }
 
+/// A request without words asks that the model be loaded, which it is: an answer without tokens.
+fn loaded(
+    served: &Arc<Served>,
+    f: Fields,
+    params: SamplerParams,
+    chat: bool,
+    stream: bool,
+) -> Result<Prepared, ApiError> {
+    f.finish()?;
+    let task = prompt::task(served, served.opened.tokenizer.encode_prompt(" "), params, Some(0), Vec::new())?;
+    let dialect = Ollama { load: true, ..Ollama::new(served, chat) };
+    Ok(Prepared { task, looks: Looks::default(), dialect: Box::new(dialect), stream })
+}
+
 /// Ollama's form of answers.
 struct Ollama {
     served: Arc<Served>,
     chat: bool,
+    load: bool,
     since: Instant,
     finish: Option<Finish>,
 }
 
 impl Ollama {
     fn new(served: &Arc<Served>, chat: bool) -> Ollama {
-        Ollama { served: served.clone(), chat, since: Instant::now(), finish: None }
+        Ollama { served: served.clone(), chat, load: false, since: Instant::now(), finish: None }
     }
 
     fn object(&self, text: &str, thought: &str, calls: &[Call], done: bool) -> Json {
@@ -171,7 +192,12 @@ impl Ollama {
 
     fn add_figures(&self, object: &mut Json, s: &Summary) {
         let ns = |seconds: f64| (seconds * 1e9) as u64;
-        object["done_reason"] = if self.finish == Some(Finish::Length) { "length" } else { "stop" }.into();
+        let reason = match self.finish {
+            _ if self.load => "load",
+            Some(Finish::Length) => "length",
+            _ => "stop",
+        };
+        object["done_reason"] = reason.into();
         object["total_duration"] = ns(self.since.elapsed().as_secs_f64()).into();
         // The model was there before.
         object["load_duration"] = 0.into();

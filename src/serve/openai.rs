@@ -16,6 +16,8 @@ use crate::engine::SamplerParams;
 
 /// Most answers to one request.
 const CHOICES_MAX: i64 = 128;
+/// Most tokens of all answers and of their alternatives: what a client may leave in memory by reading slowly.
+const ENTRIES_MAX: usize = 2 << 20;
 /// Most tokens at each place whose probabilities are told.
 const TOP_MAX: i64 = 20;
 
@@ -60,6 +62,14 @@ impl Common {
     ) -> Result<Task, ApiError> {
         let mut task = prompt::task(served, tokens, params, self.max_tokens, self.stops)?;
         (task.choices, task.logprobs, task.reuse) = (self.choices, logprobs, self.reuse);
+        let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(1 + logprobs.unwrap_or(0));
+        if entries > ENTRIES_MAX {
+            let message = format!(
+                "n: {} answers of up to {} tokens, with their probabilities, are more than the {ENTRIES_MAX} that a request may have; lower n, max_tokens or top_logprobs",
+                task.choices, task.max_tokens
+            );
+            return Err(ApiError::field("n", message));
+        }
         Ok(task)
     }
 }

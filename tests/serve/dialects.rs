@@ -104,6 +104,8 @@ fn chat_and_generate_of_ollama() {
     assert_eq!(server.get("/api/ps").json()["models"][0]["model"], "tiny");
     assert!(server.get("/api/version").json()["version"].is_string());
     assert_eq!(server.ok("/api/show", &json!({ "model": "tiny" }))["details"]["family"], "llama");
+    let load = server.ok("/api/generate", &json!({ "model": "tiny", "keep_alive": 0, "stream": false }));
+    assert_eq!((&load["done_reason"], &load["response"]), (&json!("load"), &json!("")));
     for path in ["/api/pull", "/api/delete", "/api/embed"] {
         let reply = server.post(path, &json!({ "model": "x" }));
         assert!(reply.status == 501 && reply.json()["error"].is_string(), "{path}: {}", reply.body);
