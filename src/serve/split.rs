@@ -97,8 +97,10 @@ pub struct Splitter {
     held: String,
     /// White space between words and calls, which belongs to words if more of them come.
     space: String,
-    /// Nothing but calls and reasoning came yet.
-    no_words: bool,
+    /// White space at the beginning of what comes next belongs to neither: it stands behind a mark of reasoning.
+    trims: bool,
+    /// Reasoning has ended.
+    thought_over: bool,
     calls: usize,
 }
 
@@ -106,7 +108,16 @@ impl Splitter {
     /// A splitter at the beginning of an answer.
     pub fn new(looks: &Looks) -> Splitter {
         let mode = if looks.within_thought { Mode::Thought } else { Mode::Start };
-        Splitter { looks: looks.clone(), mode, held: String::new(), space: String::new(), no_words: true, calls: 0 }
+        let trims = looks.within_thought;
+        Splitter {
+            looks: looks.clone(),
+            mode,
+            held: String::new(),
+            space: String::new(),
+            trims,
+            thought_over: false,
+            calls: 0,
+        }
     }
 
     /// How many calls there were.
@@ -117,6 +128,7 @@ impl Splitter {
     /// Adds text.
     pub fn push(&mut self, bits: &[Bit], parts: &mut Vec<Part>) {
         if !self.looks.thinks && self.looks.tools.is_none() {
+            // Nothing is looked for.
             let text: String = bits.iter().filter(|b| !b.control).map(|b| b.text.as_str()).collect();
             if !text.is_empty() {
                 parts.push(Part::Words(text));
@@ -136,7 +148,7 @@ impl Splitter {
     pub fn finish(&mut self, parts: &mut Vec<Part>) {
         let rest = std::mem::take(&mut self.held);
         match self.mode {
-            Mode::Thought => thought(&rest, parts),
+            Mode::Thought => self.thought(&rest, parts),
             Mode::Call => self.ended_call(&rest, true, parts),
             Mode::Start | Mode::Words => self.words(&rest, parts),
             Mode::Over => {}
@@ -159,10 +171,11 @@ impl Splitter {
                 if text.is_empty() {
                     return false;
                 }
-                if self.looks.thinks {
+                if self.looks.thinks && !self.thought_over {
                     if let Some(rest) = text.strip_prefix(THINK) {
-                        self.held = rest.trim_start_matches('\n').to_owned();
+                        self.held = rest.to_owned();
                         self.mode = Mode::Thought;
+                        self.trims = true;
                         return true;
                     }
                     if THINK.starts_with(text) {
@@ -189,14 +202,12 @@ impl Splitter {
             Mode::Thought => {
                 let found = self.held.find(THINK_END);
                 let certain = found.unwrap_or(self.held.len() - overlap(&self.held, THINK_END));
-                thought(&self.held[..certain], parts);
-                self.held.drain(..certain);
+                let text: String = self.held.drain(..certain).collect();
+                self.thought(&text, parts);
                 if found.is_some() {
                     self.held.drain(..THINK_END.len());
                     self.mode = Mode::Start;
-                    self.looks.thinks = false;
-                    // Blank lines between the two belong to neither.
-                    self.looks.within_thought = true;
+                    (self.thought_over, self.trims) = (true, true);
                 }
                 found.is_some()
             }
@@ -229,22 +240,28 @@ impl Splitter {
         }
     }
 
+    /// A text without the white space that it is not to begin with.
+    fn trimmed<'t>(&mut self, text: &'t str) -> &'t str {
+        let text = if self.trims { text.trim_start() } else { text };
+        self.trims &= text.is_empty();
+        text
+    }
+
+    fn thought(&mut self, text: &str, parts: &mut Vec<Part>) {
+        let text = self.trimmed(text);
+        if !text.is_empty() {
+            parts.push(Part::Thought(text.to_owned()));
+        }
+    }
+
     fn words(&mut self, text: &str, parts: &mut Vec<Part>) {
-        let text = match self.no_words && self.looks.within_thought {
-            true => text.trim_start_matches(['\n', '\r', ' ']),
-            false => text,
-        };
+        let text = self.trimmed(text);
         self.space.push_str(text);
-        let end = self.space.trim_end().len();
-        if self.looks.tools.is_none() {
-            if !self.space.is_empty() {
-                parts.push(Part::Words(std::mem::take(&mut self.space)));
-                self.no_words = false;
-            }
-        } else if end > 0 {
+        // Before a call, white space belongs to nothing.
+        let end = if self.looks.tools.is_some() { self.space.trim_end().len() } else { self.space.len() };
+        if end > 0 {
             let rest = self.space.split_off(end);
             parts.push(Part::Words(std::mem::replace(&mut self.space, rest)));
-            self.no_words = false;
         }
     }
 
@@ -266,12 +283,6 @@ impl Splitter {
             }
             None => self.words(text, parts),
         }
-    }
-}
-
-fn thought(text: &str, parts: &mut Vec<Part>) {
-    if !text.is_empty() {
-        parts.push(Part::Thought(text.to_owned()));
     }
 }
 
