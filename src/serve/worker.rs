@@ -85,7 +85,11 @@ impl<'a> Worker<'a> {
         let prompt = &job.task.prompt;
         let seq = self.begin(job, summary)?;
         let result = self.evaluate_prompt(job, summary).and_then(|()| self.answers(job, summary));
-        let n = self.session.position().min(prompt.len());
+        let n = match &result {
+            // Nothing is kept of numbers that are not finite, and the session forgets that there were any.
+            Err(Ended::Failed(EngineError::NotFinite { .. })) => 0,
+            _ => self.session.position().min(prompt.len()),
+        };
         self.session.truncate(n);
         self.session.switch(self.root)?;
         for gone in self.kept.add(seq, prompt[..n].to_vec()) {
