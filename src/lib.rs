@@ -15,6 +15,7 @@ pub mod model;
 pub mod pipeline;
 pub mod plan;
 pub mod report_page;
+pub mod serve;
 pub mod state;
 pub mod storage;
 pub mod tokenizer;

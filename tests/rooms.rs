@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// From the top down.
-const ROOMS: [&str; 16] = [
+const ROOMS: [&str; 17] = [
     "cli",
+    "serve",
     "report_page",
     "library",
     "engine",

@@ -30,6 +30,8 @@ pub(super) enum Command {
     Run(super::run::RunArgs),
     /// Talk with a model; keeps the history and the KV cache.
     Chat(super::chat::ChatArgs),
+    /// Serve a model over HTTP to programs that speak OpenAI's, Anthropic's or Ollama's API.
+    Serve(super::serve::ServeArgs),
     /// List the models on this machine: what fits where, how fast, or why one cannot run.
     List(super::list::ListArgs),
     /// Show hyper-parameters, tensors, types and bytes.
@@ -68,6 +70,7 @@ impl Command {
         Some(match self {
             Command::Run(a) => &mut a.model,
             Command::Chat(a) => &mut a.model,
+            Command::Serve(a) => &mut a.model,
             Command::Inspect(a) => &mut a.model,
             Command::Verify(a) => &mut a.model,
             Command::Tokenize(a) => &mut a.model,

@@ -23,6 +23,7 @@ mod probe;
 mod report;
 mod run;
 mod selftest;
+mod serve;
 mod stage;
 mod streams;
 mod template;
@@ -74,6 +75,7 @@ fn command() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args, cli.verbose > 0),

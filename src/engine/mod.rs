@@ -44,4 +44,5 @@ pub use session::{Options, Part, RequestError, Session};
 pub use source::open_header;
 pub use staged::{StagedDrive, staged_drives};
 pub use start::{OpenBackend, Starting, beyond_training};
+pub use stop::{Piece, StopFilter};
 pub use verify::{Verified, verify};

@@ -49,8 +49,10 @@ const KEY: &str = "tokenizer.chat_template";
 const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 
 /// A model's chat template.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ChatTemplate {
+    /// As it was written.
+    source: String,
     renderer: Arc<Renderer>,
     notes: Vec<String>,
 }
@@ -143,9 +145,14 @@ impl ChatTemplate {
         environment.add_filter("indent", jinja::indent);
         environment.add_filter(rewrite::PLAIN, jinja::plain);
         let renderer = Renderer { environment, bos, eos, variables: serde_json::Map::new(), tool_use: None };
-        let mut template = ChatTemplate { renderer: Arc::new(renderer), notes: Vec::new() };
+        let mut template = ChatTemplate { source: source.to_owned(), renderer: Arc::new(renderer), notes: Vec::new() };
         template.add("chat", source)?;
         Ok(template)
+    }
+
+    /// The template as it was written; of a file with several, the default one.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Parses a template.

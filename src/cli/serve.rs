@@ -1,0 +1,219 @@
+//! `nt serve`: a model for programs that speak HTTP.
+
+use std::net::{TcpListener, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+
+use super::args::{Auto, KvArg};
+use super::failure::say;
+use super::report::Report;
+use super::template::TemplateOptions;
+use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
+use crate::engine::Opened;
+use crate::plan::parse_size;
+use crate::serve::{Access, Limits, Served, Server, unix_s};
+
+/// Arguments of `nt serve`.
+#[derive(Debug, Args)]
+#[command(after_help = EXITS)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub(super) model: ModelArg,
+    /// Address to listen at. Any other than one of this machine alone needs --api-key-file, or --no-key.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen at; 0 takes one that is free. The first line on stderr says which.
+    #[arg(long, default_value_t = 8080)]
+    port: u16,
+    /// File of API keys, one a line; a request must send one of them.
+    #[arg(long, value_name = "F")]
+    api_key_file: Option<PathBuf>,
+    /// Answer everybody who reaches an address that is not of this machine alone.
+    #[arg(long, conflicts_with = "api_key_file")]
+    no_key: bool,
+    /// Name that requests may call the model by (repeat for more); the first stands in answers (default: that of the
+    /// file).
+    #[arg(long, value_name = "NAME")]
+    alias: Vec<String>,
+    #[command(flatten)]
+    template: TemplateOptions,
+    /// Tokens of an answer at most, whatever a request asks for; auto is until the context is full.
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = max_tokens)]
+    max_tokens: Auto<usize>,
+    /// Requests that wait at most; more are told when to come again (429).
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    max_queue: u16,
+    /// Connections at once at most; more wait to be accepted.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..=16384))]
+    max_connections: u16,
+    /// Bytes of a request at most, up to 256 MiB.
+    #[arg(long, value_name = "SIZE", default_value = "4MiB", value_parser = body_size)]
+    max_body: u64,
+    /// Seconds that a request may take, waiting included.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u32).range(1..=604_800))]
+    timeout: u32,
+    /// Seconds after which a stream that has nothing to say gives a sign of life.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=3600))]
+    ping: u16,
+    /// Seconds that the request at hand has to end when the server is asked to stop.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(0..=3600))]
+    grace: u16,
+    #[command(flatten)]
+    sampling: Sampling,
+    #[command(flatten)]
+    placement: Placement,
+}
+
+/// How it ends, for the help.
+const EXITS: &str = "Sampling options are what a request gets that says nothing of them.
+Ctrl-C or SIGTERM ends the server: requests that wait are refused, the one at hand has --grace seconds to end. The exit \
+code is 0 if it ended, 130 if it was cut off. A second signal ends the process at once.";
+
+/// Positions of the KV cache where nothing else is said.
+const CTX_DEFAULT: usize = 4096;
+/// Most bytes of a request.
+const BODY_MAX: u64 = 256 << 20;
+/// Most bytes of a file of keys.
+const KEYS_MAX: u64 = 1 << 20;
+
+fn max_tokens(text: &str) -> Result<Auto<usize>, String> {
+    match text {
+        "auto" | "-1" => Ok(Auto::Auto),
+        other => super::args::count(other).map(Auto::Given),
+    }
+}
+
+fn body_size(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    if (1..=BODY_MAX).contains(&size) { Ok(size) } else { Err("a size from 1 to 256MiB was expected".into()) }
+}
+
+/// Serves until a signal ends it.
+pub fn run(args: &ServeArgs) -> Result<(), Failure> {
+    let defaults = args.sampling.params()?;
+    let keys = args.api_key_file.as_deref().map(keys).transpose()?.unwrap_or_default();
+    let opened = run::open(&args.model, &args.placement)?;
+    outputs::check(&opened, &args.placement, &[])?;
+    args.sampling.check(opened.model.n_vocab)?;
+    let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
+    let tool_use = opened.gguf.metadata.str("tokenizer.chat_template.tool_use").unwrap_or("");
+    let template_source = format!("{}{tool_use}", template.source());
+    let mut options = run::options(&args.placement, KvArg::F16)?;
+    options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
+        Auto::Given(n) => n,
+        Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
+    };
+    let listener = listen(args, &keys)?;
+    let at = listener.local_addr().map_err(|e| Failure::running(format!("asking for the port failed: {e}")))?;
+    let served = Served {
+        names: names(args, &opened),
+        template,
+        template_source,
+        defaults,
+        seed: args.sampling.seed.given(),
+        n_ctx: options.n_ctx,
+        limits: limits(args),
+        started_unix_s: unix_s(),
+        modified_unix_s: modified_unix_s(&opened),
+        plan: std::sync::OnceLock::new(),
+        opened,
+    };
+    // Until here nothing is half done: a signal ends the process.
+    interrupt::install()?;
+    let access = Access { keys, loopback: at.ip().is_loopback() };
+    let server = Server::start(listener, served, access)
+        .map_err(|e| Failure::running(format!("starting to listen at {at} failed: {e}")))?;
+    say(&format!("nt: listening at http://{at} (model {})", server.served().name()));
+    let result = serve(args, &server, options);
+    server.end();
+    result
+}
+
+/// Loads the model and answers requests.
+fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> Result<(), Failure> {
+    let opened = &server.served().opened;
+    let watch = run::prepare(&args.placement);
+    let mut session = run::start(opened, options, true, &watch)?;
+    let report = Report::new(&session, opened);
+    let _ = server.served().plan.set(report.session_json()["plan"].clone());
+    report.print();
+    let cut_off = server.serve(&mut session, &interrupt::interrupted, &|| watch.tripped());
+    run::write_timeline(&args.placement, &mut session)?;
+    match watch.reason() {
+        Some(why) if !interrupt::interrupted() => Err(run::short_of_memory(&why)),
+        _ if cut_off => Err(Failure::interrupted()),
+        _ => Ok(()),
+    }
+}
+
+fn limits(args: &ServeArgs) -> Limits {
+    Limits {
+        body: args.max_body,
+        connections: usize::from(args.max_connections),
+        queue: usize::from(args.max_queue),
+        time: Duration::from_secs(args.timeout.into()),
+        ping: Duration::from_secs(args.ping.into()),
+        tokens: args.max_tokens.given(),
+        grace: Duration::from_secs(args.grace.into()),
+    }
+}
+
+/// Listens at the first of the host's addresses that can be had.
+fn listen(args: &ServeArgs, keys: &[String]) -> Result<TcpListener, Failure> {
+    let at = format!("--host {} --port {}", args.host, args.port);
+    let host = args.host.trim_matches(['[', ']']);
+    let found = (host, args.port).to_socket_addrs();
+    let all: Vec<_> = found.map_err(|e| Failure::usage(format!("{at}: this is no address here: {e}")))?.collect();
+    if keys.is_empty() && !args.no_key && all.iter().any(|a| !a.ip().is_loopback()) {
+        return Err(Failure::usage(format!(
+            "{at}: others than this machine reach that address, so a key is needed: --api-key-file F; or --no-key to answer everybody"
+        )));
+    }
+    TcpListener::bind(&all[..]).map_err(|e| Failure::running(format!("{at}: listening there failed: {e}")))
+}
+
+/// The keys in a file: a line each, blank ones and those that begin with # left out.
+fn keys(path: &Path) -> Result<Vec<String>, Failure> {
+    use std::io::Read as _;
+    let wrong = |what: String| Failure::usage(format!("--api-key-file {}: {what}", path.display()));
+    let mut text = String::new();
+    let read = std::fs::File::open(path).and_then(|f| f.take(KEYS_MAX).read_to_string(&mut text));
+    read.map_err(|e| wrong(e.to_string()))?;
+    let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
+    let keys: Vec<String> = lines.map(str::to_owned).collect();
+    if keys.is_empty() {
+        return Err(wrong("it has no key; a line with one was expected".into()));
+    }
+    if keys.iter().any(|key| key.chars().any(|c| !c.is_ascii_graphic())) {
+        return Err(wrong(
+            "a key has characters that no header may have; printable ASCII without spaces was expected".into(),
+        ));
+    }
+    Ok(keys)
+}
+
+/// What the model is called: aliases, the file's name, its own.
+fn names(args: &ServeArgs, opened: &Opened) -> Vec<String> {
+    let mut names = args.alias.clone();
+    let stem = opened.gguf.shards.first().and_then(|s| s.path.file_stem()).map(|s| s.to_string_lossy().into_owned());
+    let stem = stem.map(|s| s.split("-00001-of-").next().unwrap_or_default().to_owned());
+    // Ollama's files are called after their checksums.
+    let (last, stem): (Vec<_>, Vec<_>) = stem.into_iter().partition(|s| s.starts_with("sha256-"));
+    let own = opened.gguf.metadata.str("general.name").map(str::to_owned);
+    names.extend(stem.into_iter().chain(own).chain(last));
+    names.retain(|n| !n.trim().is_empty());
+    let mut seen = std::collections::HashSet::new();
+    names.retain(|n| seen.insert(n.clone()));
+    if names.is_empty() {
+        names.push("model".into());
+    }
+    names
+}
+
+/// When the model's file was last changed; 0 where nobody says.
+fn modified_unix_s(opened: &Opened) -> u64 {
+    let file = opened.gguf.shards.first().and_then(|s| std::fs::metadata(&s.path).ok()?.modified().ok());
+    file.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map_or(0, |d| d.as_secs())
+}

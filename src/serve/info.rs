@@ -1,0 +1,164 @@
+//! What a server tells of itself: metrics, slots, properties; and its tokenizer and template.
+
+use serde_json::{Value as Json, json};
+
+use super::error::ApiError;
+use super::fields::{Fields, whole, wrong};
+use super::openai;
+use super::prompt;
+use super::queue::View;
+use super::served::Served;
+use crate::engine::SamplerParams;
+
+/// `/metrics` in Prometheus' text form: llama-server's names, vLLM's three gauges, and nt's own.
+pub fn metrics(view: &View, served: &Served) -> String {
+    let c = &view.counters;
+    let (running, waiting) = (usize::from(view.running.is_some()), view.waiting);
+    let used = view.running.map_or(0, |r| r.evaluated + r.generated);
+    let kv = used as f64 / served.n_ctx.max(1) as f64;
+    let rate = |n: u64, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
+    let model = format!("{{model_name={}}}", json!(served.name()));
+    let mut out = String::new();
+    let mut add = |name: &str, kind: &str, help: &str, labels: &str, value: f64| {
+        out.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{labels} {value}\n"));
+    };
+    add("llamacpp:prompt_tokens_total", "counter", "Tokens of prompts that were computed.", "", c.prompt_tokens as f64);
+    add("llamacpp:prompt_seconds_total", "counter", "Seconds for them.", "", c.prompt_s);
+    add("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "", c.generated as f64);
+    add("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds for them.", "", c.decode_s);
+    add("llamacpp:n_decode_total", "counter", "Passes that computed generated tokens.", "", c.passes as f64);
+    let prompt_rate = rate(c.prompt_tokens, c.prompt_s);
+    add("llamacpp:prompt_tokens_seconds", "gauge", "Tokens of prompts per second.", "", prompt_rate);
+    let rate = rate(c.generated, c.decode_s);
+    add("llamacpp:predicted_tokens_seconds", "gauge", "Tokens generated per second.", "", rate);
+    add("llamacpp:requests_processing", "gauge", "Requests being computed.", "", running as f64);
+    add("llamacpp:requests_deferred", "gauge", "Requests that wait.", "", waiting as f64);
+    add("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the context that is in use.", "", kv);
+    add("vllm:num_requests_running", "gauge", "Requests being computed.", &model, running as f64);
+    add("vllm:num_requests_waiting", "gauge", "Requests that wait.", &model, waiting as f64);
+    add("vllm:kv_cache_usage_perc", "gauge", "Share of the context that is in use, 1 for all.", &model, kv);
+    add("nt:requests_done_total", "counter", "Requests answered.", "", c.done as f64);
+    add("nt:requests_cancelled_total", "counter", "Requests whose client went away.", "", c.cancelled as f64);
+    add("nt:requests_failed_total", "counter", "Requests that failed.", "", c.failed as f64);
+    add("nt:requests_refused_total", "counter", "Requests that the full queue refused.", "", c.refused as f64);
+    let cached = c.cached_tokens as f64;
+    add("nt:prompt_tokens_cached_total", "counter", "Tokens of prompts taken from the cache.", "", cached);
+    out
+}
+
+/// `/slots`: there is one.
+pub fn slots(view: &View, served: &Served) -> Json {
+    let r = view.running;
+    json!([{
+        "id": 0,
+        "id_task": r.map_or(-1, |r| r.id as i64),
+        "n_ctx": served.n_ctx,
+        "speculative": false,
+        "is_processing": r.is_some(),
+        "n_prompt_tokens": r.map_or(0, |r| r.prompt),
+        "n_prompt_tokens_processed": r.map_or(0, |r| r.evaluated),
+        "next_token": [{
+            "n_decoded": r.map_or(0, |r| r.generated),
+            "n_remain": r.map_or(-1, |r| r.most.saturating_sub(r.generated) as i64),
+            "has_next_token": r.is_some(),
+        }],
+    }])
+}
+
+fn params(p: &SamplerParams) -> Json {
+    let all = |n: usize| i64::try_from(n).unwrap_or(-1);
+    json!({
+        "temperature": p.temp,
+        "top_k": p.top_k,
+        "top_p": p.top_p,
+        "min_p": p.min_p,
+        "typical_p": p.typical,
+        "top_n_sigma": p.top_n_sigma,
+        "xtc_probability": p.xtc_probability,
+        "xtc_threshold": p.xtc_threshold,
+        "repeat_penalty": p.repeat_penalty,
+        "repeat_last_n": all(p.repeat_last_n),
+        "presence_penalty": p.presence_penalty,
+        "frequency_penalty": p.frequency_penalty,
+        "dry_multiplier": p.dry.multiplier,
+        "dry_base": p.dry.base,
+        "dry_allowed_length": p.dry.allowed_length,
+        "dry_penalty_last_n": all(p.dry.last_n),
+        "ignore_eos": p.ignore_eos,
+    })
+}
+
+/// `/props`.
+pub fn props(served: &Served) -> Json {
+    let t = &served.opened.tokenizer;
+    let token = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(t.token_bytes(id)).into_owned());
+    json!({
+        "default_generation_settings": { "n_ctx": served.n_ctx, "params": params(&served.defaults) },
+        "total_slots": 1,
+        "model_alias": served.name(),
+        // The name alone: where the file lies is no business of a client's.
+        "model_path": served.opened.gguf.shards.first().and_then(|s| s.path.file_name()).map(|n| n.to_string_lossy()),
+        "chat_template": served.template_source,
+        "chat_template_caps": { "supports_tools": served.family().is_some(), "supports_reasoning": served.thinks() },
+        "bos_token": token(t.bos()),
+        "eos_token": token(t.eos()),
+        "modalities": { "vision": false, "audio": false },
+        "build_info": concat!("nt ", env!("CARGO_PKG_VERSION")),
+        "tiers": served.plan.get(),
+    })
+}
+
+/// `/tokenize`.
+///
+/// # Errors
+/// What is wrong with the request.
+pub fn tokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
+    served.check_name(f.text("model")?.as_deref())?;
+    let text =
+        f.text("content")?.ok_or_else(|| ApiError::field("content", "content: a text was expected, found nothing"))?;
+    let add = f.flag("add_special")?.unwrap_or(false);
+    let parse = f.flag("parse_special")?.unwrap_or(true);
+    let pieces = f.flag("with_pieces")?.unwrap_or(false);
+    f.finish()?;
+    let t = &served.opened.tokenizer;
+    let ids = t.encode(&text, add, parse);
+    if !pieces {
+        return Ok(json!({ "tokens": ids }));
+    }
+    let piece = |&id: &u32| {
+        let bytes = t.token_bytes(id);
+        // What is no text is given as bytes.
+        let piece = std::str::from_utf8(bytes).map_or_else(|_| json!(bytes), Json::from);
+        json!({ "id": id, "piece": piece })
+    };
+    Ok(json!({ "tokens": ids.iter().map(piece).collect::<Vec<_>>() }))
+}
+
+/// `/detokenize`.
+///
+/// # Errors
+/// What is wrong with the request.
+pub fn detokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
+    served.check_name(f.text("model")?.as_deref())?;
+    let list =
+        f.list("tokens")?.ok_or_else(|| ApiError::field("tokens", "tokens: a list was expected, found nothing"))?;
+    f.finish()?;
+    let t = &served.opened.tokenizer;
+    let id = |v: &Json| {
+        let id = whole(v).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < t.vocab_size());
+        id.ok_or_else(|| wrong("tokens", &format!("token ids from 0 to {}", t.vocab_size() - 1), v))
+    };
+    let ids = list.iter().map(id).collect::<Result<Vec<_>, _>>()?;
+    Ok(json!({ "content": t.decode(&ids, true) }))
+}
+
+/// `/apply-template`.
+///
+/// # Errors
+/// What is wrong with the request.
+pub fn apply_template(served: &Served, mut f: Fields, stop: &dyn Fn() -> bool) -> Result<Json, ApiError> {
+    served.check_name(f.text("model")?.as_deref())?;
+    let (conversation, _) = openai::conversation(&mut f, served)?;
+    f.finish()?;
+    Ok(json!({ "prompt": prompt::rendered(served, &conversation, stop)?.text }))
+}

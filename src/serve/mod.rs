@@ -1,0 +1,106 @@
+//! A model served over HTTP: the APIs of OpenAI, Anthropic, Ollama and llama-server in front of one session.
+//!
+//! A request goes `connection` → `routes` → its dialect (`openai`, …), which reads it into a [`job::Task`] → `queue` →
+//! `worker`, the only one that touches the session, and comes back as events: `steps` tells words, reasoning and
+//! calls apart, the dialect writes them, `stream` sends them. No request reaches the file system.
+
+mod anthropic;
+mod choice;
+mod connection;
+mod error;
+mod fields;
+mod info;
+mod job;
+mod ollama;
+mod openai;
+mod params;
+mod prefix;
+mod prompt;
+mod queue;
+mod responses;
+mod routes;
+mod served;
+mod split;
+mod steps;
+mod stream;
+mod text;
+mod worker;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use routes::Access;
+pub use served::{Limits, Served, unix_s};
+
+use crate::engine::Session;
+use queue::Queue;
+
+/// Time that connections have to take their last bytes.
+const LAST_BYTES: Duration = Duration::from_secs(5);
+/// Threads that read requests.
+const READERS: usize = 4;
+
+/// A server that listens.
+pub struct Server {
+    served: Arc<Served>,
+    queue: Arc<Queue>,
+    http: std::thread::JoinHandle<()>,
+}
+
+impl Server {
+    /// Begins to listen; requests for text are refused until the model is there.
+    ///
+    /// # Errors
+    /// If the system refuses threads or the listener.
+    pub fn start(listener: std::net::TcpListener, served: Served, access: Access) -> std::io::Result<Server> {
+        listener.set_nonblocking(true)?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(READERS).build()?;
+        let queue = Arc::new(Queue::new(served.limits.queue));
+        let served = Arc::new(served);
+        let app = routes::router(served.clone(), queue.clone(), access);
+        let (connections, closing) = (served.limits.connections, queue.closing());
+        let grace = served.limits.grace + LAST_BYTES;
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::TcpListener::from_std(listener)?
+        };
+        let http = std::thread::Builder::new().name("http".into()).spawn(move || {
+            runtime.block_on(connection::serve(listener, app, connections, closing, grace));
+            runtime.shutdown_timeout(Duration::from_millis(100));
+        })?;
+        Ok(Server { served, queue, http })
+    }
+
+    /// The model.
+    pub fn served(&self) -> &Arc<Served> {
+        &self.served
+    }
+
+    /// Answers requests with a session until `asked` says to stop, or `now` says to stop at once. Then those that wait are
+    /// refused, and the one at hand has its grace. Returns whether it was cut off.
+    pub fn serve(&self, session: &mut Session, asked: &dyn Fn() -> bool, now: &dyn Fn() -> bool) -> bool {
+        self.queue.open();
+        let since = std::cell::Cell::new(None::<Instant>);
+        let cut = std::cell::Cell::new(false);
+        let grace = self.served.limits.grace;
+        let stop = || {
+            if asked() && since.get().is_none() {
+                since.set(Some(Instant::now()));
+                self.queue.close();
+            }
+            let stop = now() || since.get().is_some_and(|s| s.elapsed() > grace);
+            // It is asked in the middle of a job, too.
+            cut.set(cut.get() || stop && self.queue.view().running.is_some());
+            stop
+        };
+        worker::Worker::new(session, &self.served.opened.tokenizer, &self.queue, &stop).work();
+        cut.get()
+    }
+
+    /// Ends all connections.
+    pub fn end(self) {
+        self.queue.close();
+        let _ = self.http.join();
+    }
+}

@@ -1,0 +1,282 @@
+//! Conversations and texts of requests as tokens.
+
+use serde_json::{Map, Value as Json, json};
+
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+use super::job::Task;
+use super::served::Served;
+use super::split::{self, Looks};
+use crate::engine::SamplerParams;
+use crate::tokenizer::{ChatTemplate, TokenizerError};
+
+/// A conversation that is to be answered.
+#[derive(Clone, Debug, Default)]
+pub struct Conversation {
+    /// Messages with `role` and `content`.
+    pub messages: Vec<Json>,
+    /// Tools, as OpenAI describes them.
+    pub tools: Vec<Json>,
+    /// Variables of the template.
+    pub variables: Map<String, Json>,
+    /// How much the model is to reason.
+    pub effort: Option<String>,
+}
+
+/// A conversation as a model sees it.
+#[derive(Clone, Debug)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+}
+
+/// Renders a conversation; ends soon after `stop` says so.
+///
+/// # Errors
+/// What the template says, a variable that it does not read, or that there is not one token.
+pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> Result<Rendered, ApiError> {
+    let mut template = served.template.clone();
+    for (name, value) in &c.variables {
+        set(&mut template, name, value.clone(), &format!("chat_template_kwargs.{name}"))?;
+    }
+    if let Some(effort) = &c.effort {
+        set_effort(&mut template, effort)?;
+    }
+    let tools = (!c.tools.is_empty()).then_some(c.tools.as_slice());
+    let as_objects = with_arguments(&c.messages);
+    let prompt = template.prompt_until(&as_objects, tools, true, stop);
+    let prompt = match prompt {
+        // Some templates add arguments to a text, so they must be one.
+        Err(TokenizerError::Template(_)) if as_objects != c.messages => {
+            template.prompt_until(&c.messages, tools, true, stop)
+        }
+        other => other,
+    };
+    let prompt = prompt.map_err(failure)?;
+    prompt.notes.iter().for_each(|note| tracing::info!("{note}"));
+    let tokens = served.opened.tokenizer.encode_rendered_until(&prompt.text, stop);
+    let tokens = tokens.ok_or_else(|| failure(TokenizerError::Stopped))?;
+    Ok(Rendered { text: prompt.text, tokens })
+}
+
+fn failure(e: TokenizerError) -> ApiError {
+    match e {
+        TokenizerError::Stopped | TokenizerError::TemplateMemory(_) => ApiError::unavailable(e.to_string()),
+        e => ApiError::request(e.to_string()),
+    }
+}
+
+/// Sets a variable that the template reads.
+fn set(template: &mut ChatTemplate, name: &str, value: Json, field: &str) -> Result<(), ApiError> {
+    let before = template.notes().len();
+    template.set_variable(name, value).map_err(|e| ApiError::field(field, e.to_string()))?;
+    match template.notes().get(before) {
+        None => Ok(()),
+        Some(_) => Err(ApiError::unsupported(
+            field,
+            format!("{field}: this model's chat template reads no variable {name}, so it would change nothing"),
+        )),
+    }
+}
+
+/// `none` is no reasoning, where the template has a switch for it.
+fn set_effort(template: &mut ChatTemplate, effort: &str) -> Result<(), ApiError> {
+    let field = "reasoning_effort";
+    if !["none", "minimal", "low", "medium", "high", "xhigh"].contains(&effort) {
+        return Err(wrong(field, "none, minimal, low, medium, high or xhigh", &Json::from(effort)));
+    }
+    let by_name = set(template, field, Json::from(effort), field);
+    match by_name {
+        Err(_) if matches!(effort, "none" | "minimal") => {
+            set(template, "enable_thinking", Json::Bool(false), field).or(by_name)
+        }
+        other => other,
+    }
+}
+
+/// Messages whose calls have arguments as objects, which most templates print as JSON.
+fn with_arguments(messages: &[Json]) -> Vec<Json> {
+    let mut messages = messages.to_vec();
+    for call in messages.iter_mut().filter_map(|m| m.get_mut("tool_calls")?.as_array_mut()).flatten() {
+        if let Some(arguments) = call.pointer_mut("/function/arguments")
+            && let Some(Ok(object @ Json::Object(_))) = arguments.as_str().map(serde_json::from_str)
+        {
+            *arguments = object;
+        }
+    }
+    messages
+}
+
+/// What a message may have besides role and content.
+const MESSAGE_FIELDS: [&str; 8] =
+    ["name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "reasoning", "annotations", "audio"];
+
+/// Checks messages as OpenAI writes them: nothing that the model would not see.
+///
+/// # Errors
+/// For a message that is none, or has what nt cannot give to the model.
+pub fn messages(list: Vec<Json>, served: &Served) -> Result<Vec<Json>, ApiError> {
+    if list.is_empty() {
+        return Err(ApiError::field("messages", "messages: at least one message was expected"));
+    }
+    list.into_iter().enumerate().map(|(i, m)| message(m, i, served)).collect()
+}
+
+fn message(message: Json, i: usize, served: &Served) -> Result<Json, ApiError> {
+    let place = format!("messages[{i}]");
+    let mut f = Fields::of(message.clone(), &place)?;
+    let role = f.text("role")?.unwrap_or_default();
+    if !["system", "developer", "user", "assistant", "tool"].contains(&role.as_str()) {
+        let expected = "system, developer, user, assistant or tool";
+        return Err(wrong(&f.name("role"), expected, &message["role"]));
+    }
+    let (name, content) = (f.name("content"), f.any("content"));
+    let calls = f.list("tool_calls")?.filter(|calls| !calls.is_empty());
+    if (calls.is_some() || role == "tool") && served.family().is_none() {
+        return Err(no_tools(&name));
+    }
+    for (j, call) in calls.iter().flatten().enumerate() {
+        if !call["function"]["name"].is_string() {
+            let name = format!("{}[{j}].function.name", f.name("tool_calls"));
+            return Err(wrong(&name, "a text", &call["function"]["name"]));
+        }
+    }
+    let content = match content {
+        None if role == "assistant" => Json::Null,
+        None => return Err(ApiError::field(&name, format!("{name}: a text was expected, found nothing"))),
+        Some(content) => plain(content, &name)?,
+    };
+    f.only("refusal", &[], "a refusal is not part of what a model sees")?;
+    f.only("audio", &[], "this server reads text only")?;
+    f.ignore(&MESSAGE_FIELDS);
+    f.finish()?;
+    let Json::Object(mut message) = message else { return Ok(message) };
+    for dropped in ["refusal", "annotations", "audio"] {
+        message.remove(dropped);
+    }
+    if calls.is_none() {
+        message.remove("tool_calls");
+    }
+    message.insert("content".into(), content);
+    Ok(Json::Object(message))
+}
+
+/// A content as a text, or as a list of parts that are texts.
+fn plain(content: Json, name: &str) -> Result<Json, ApiError> {
+    let parts = match content {
+        Json::String(_) => return Ok(content),
+        Json::Array(parts) => parts,
+        other => return Err(wrong(name, "a text or a list of parts", &other)),
+    };
+    let part = |(i, part): (usize, Json)| {
+        let place = format!("{name}[{i}]");
+        match (part["type"].as_str(), part["text"].as_str()) {
+            (Some("text" | "input_text" | "output_text"), Some(text)) => Ok(json!({ "type": "text", "text": text })),
+            (Some(other), _) if other != "text" => Err(ApiError::unsupported(
+                &place,
+                format!("{place}: a part of type {:?} was given, but this server reads text only", shortened(other)),
+            )),
+            _ => Err(wrong(&place, "a part of type text with a text", &part)),
+        }
+    };
+    let parts = parts.into_iter().enumerate().map(part).collect::<Result<Vec<_>, _>>()?;
+    // One part is that text; several stay parts, which a template may join in its way.
+    Ok(match &parts[..] {
+        [one] => one["text"].clone(),
+        _ => Json::Array(parts),
+    })
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+/// The refusal of tools for a model whose calls nt cannot read.
+pub fn no_tools(field: &str) -> ApiError {
+    ApiError::unsupported(
+        field,
+        format!(
+            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen and Llama 3)"
+        ),
+    )
+}
+
+/// The tools of a request, as OpenAI writes them, if the model may call them.
+///
+/// # Errors
+/// For a tool that is no function, or a choice that would need a grammar.
+pub fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiError> {
+    let tools = f.list("tools")?.unwrap_or_default();
+    let choice = f.any("tool_choice");
+    let one_call = !f.flag("parallel_tool_calls")?.unwrap_or(true);
+    f.only("functions", &[json!([])], "tools replaces it")?;
+    f.only("function_call", &[json!("none"), json!("auto")], "tool_choice replaces it")?;
+    for (i, tool) in tools.iter().enumerate() {
+        let place = format!("tools[{i}]");
+        if tool["type"].as_str().is_some_and(|t| t != "function") {
+            return Err(ApiError::unsupported(&place, format!("{place}: only tools of type function can be called")));
+        }
+        if !tool["function"]["name"].is_string() {
+            return Err(wrong(&format!("{place}.function.name"), "a text", &tool["function"]["name"]));
+        }
+        if tool["function"]["strict"] == true {
+            let place = format!("{place}.function.strict");
+            let message = format!(
+                "{place}: arguments are not constrained to a schema by this version of nt; false asks for none"
+            );
+            return Err(ApiError::unsupported(&place, message));
+        }
+    }
+    match choice.as_ref().map(|c| c.as_str().unwrap_or("")) {
+        None | Some("auto") => {}
+        Some("none") => return Ok((Vec::new(), one_call)),
+        Some(_) => {
+            let message = "tool_choice: only auto and none are built; a call cannot be forced by this version of nt";
+            return Err(ApiError::unsupported("tool_choice", message));
+        }
+    }
+    if !tools.is_empty() && served.family().is_none() {
+        return Err(no_tools("tools"));
+    }
+    Ok((tools, one_call))
+}
+
+/// What is to be looked for in the answer to a conversation.
+pub fn looks(served: &Served, c: &Conversation, prompt: &str, one_call: bool) -> Looks {
+    let names = c.tools.iter().filter_map(|t| t["function"]["name"].as_str().map(str::to_owned)).collect();
+    let thinks = served.thinks();
+    Looks {
+        thinks,
+        within_thought: thinks && split::within_thought(prompt),
+        tools: served.family().filter(|_| !c.tools.is_empty()).map(|family| (family, names)),
+        one_call,
+    }
+}
+
+/// A task within the limits of the server.
+///
+/// # Errors
+/// If the prompt has no token, or no room.
+pub fn task(
+    served: &Served,
+    prompt: Vec<u32>,
+    params: SamplerParams,
+    max_tokens: Option<usize>,
+    stops: Vec<String>,
+) -> Result<Task, ApiError> {
+    let (n, n_ctx) = (prompt.len(), served.n_ctx);
+    if n == 0 {
+        return Err(ApiError::request("the prompt is empty, and this model adds no BOS token"));
+    }
+    if n > n_ctx {
+        let message = format!(
+            "the prompt has {n} tokens, but the context holds {n_ctx}; shorten it, or serve with a larger --ctx"
+        );
+        return Err(ApiError::too_long(message));
+    }
+    // The last token that is drawn takes no position.
+    let most = max_tokens.unwrap_or(usize::MAX).min(n_ctx - n + 1).min(served.limits.tokens.unwrap_or(usize::MAX));
+    Ok(Task { prompt, params, choices: 1, max_tokens: most, stops, logprobs: None, reuse: true })
+}

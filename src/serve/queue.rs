@@ -1,0 +1,347 @@
+//! Jobs that wait, in the order in which they came, and what is known of their durations. Nobody waits without a bound:
+//! a full queue refuses with the time after which another attempt makes sense.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::error::ApiError;
+use super::job::{Event, Job, Summary};
+
+/// How often a waiting worker looks whether it is to stop.
+const LOOK: Duration = Duration::from_millis(50);
+/// Weight of the latest job in running means.
+const LATEST: f64 = 0.2;
+
+/// Whether jobs are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The model is being loaded.
+    Loading,
+    /// Jobs are taken and done.
+    Open,
+    /// No more jobs are taken.
+    Closing,
+}
+
+/// Sums since the start, and running means.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Jobs that were done to their end.
+    pub done: u64,
+    /// Jobs whose client went away.
+    pub cancelled: u64,
+    /// Jobs that failed.
+    pub failed: u64,
+    /// Requests that the full queue refused.
+    pub refused: u64,
+    /// Tokens of prompts that were computed, and the seconds for them.
+    pub prompt_tokens: u64,
+    /// Seconds.
+    pub prompt_s: f64,
+    /// Tokens of prompts that were taken from the cache.
+    pub cached_tokens: u64,
+    /// Tokens of answers.
+    pub generated: u64,
+    /// Passes that computed one token of an answer each, and the seconds for them.
+    pub passes: u64,
+    /// Seconds.
+    pub decode_s: f64,
+    /// Seconds per token of a prompt, lately.
+    prompt_rate_s: Option<f64>,
+    /// Seconds per pass of one token, lately.
+    decode_rate_s: Option<f64>,
+    /// Tokens of all answers of a job, lately.
+    mean_generated: Option<f64>,
+}
+
+/// The job at hand.
+#[derive(Clone, Copy, Debug)]
+pub struct Running {
+    /// Its number.
+    pub id: u64,
+    /// Tokens of its prompt.
+    pub prompt: usize,
+    /// Of these, cached or computed.
+    pub evaluated: usize,
+    /// Tokens of answers so far.
+    pub generated: usize,
+    /// Tokens of answers at most.
+    pub most: usize,
+}
+
+/// What there is to see of a queue.
+#[derive(Clone, Copy, Debug)]
+pub struct View {
+    /// Whether jobs are taken.
+    pub phase: Phase,
+    /// Jobs that wait.
+    pub waiting: usize,
+    /// The job at hand.
+    pub running: Option<Running>,
+    /// Sums and means.
+    pub counters: Counters,
+}
+
+struct State {
+    waiting: VecDeque<Job>,
+    phase: Phase,
+    running: Option<Running>,
+    counters: Counters,
+}
+
+/// The queue between the side of HTTP and the side of the session.
+pub struct Queue {
+    state: Mutex<State>,
+    came: Condvar,
+    most: usize,
+    closing: tokio::sync::watch::Sender<bool>,
+}
+
+impl Queue {
+    /// A queue of at most `most` jobs, for a model that is being loaded.
+    pub fn new(most: usize) -> Queue {
+        let state = State {
+            waiting: VecDeque::with_capacity(most),
+            phase: Phase::Loading,
+            running: None,
+            counters: Counters::default(),
+        };
+        Queue { state: Mutex::new(state), came: Condvar::new(), most, closing: tokio::sync::watch::Sender::new(false) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The model is loaded: jobs are taken.
+    pub fn open(&self) {
+        let mut state = self.lock();
+        if state.phase == Phase::Loading {
+            state.phase = Phase::Open;
+        }
+    }
+
+    /// Takes no more jobs, and tells those that wait.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        if state.phase == Phase::Closing {
+            return;
+        }
+        state.phase = Phase::Closing;
+        for job in state.waiting.drain(..) {
+            job.tell(Event::Failed(closing()));
+        }
+        self.closing.send_replace(true);
+        self.came.notify_all();
+    }
+
+    /// Becomes `true` when the queue closes.
+    pub fn closing(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// Adds a job.
+    ///
+    /// # Errors
+    /// If the model is being loaded, the queue closes, or it is full; the last with the time to wait.
+    pub fn push(&self, job: Job) -> Result<(), ApiError> {
+        let mut state = self.lock();
+        match state.phase {
+            Phase::Loading => return Err(loading()),
+            Phase::Closing => return Err(closing()),
+            Phase::Open => {}
+        }
+        if state.waiting.len() >= self.most {
+            state.drop_cancelled();
+        }
+        if state.waiting.len() >= self.most {
+            state.counters.refused += 1;
+            return Err(ApiError::busy(state.waiting.len(), state.until_free_s()));
+        }
+        state.waiting.push_back(job);
+        self.came.notify_all();
+        Ok(())
+    }
+
+    /// The next job whose client still waits; `None` once `stop` says so or the queue closes.
+    pub fn next(&self, stop: &dyn Fn() -> bool) -> Option<Job> {
+        loop {
+            // It may close the queue.
+            if stop() {
+                return None;
+            }
+            let mut state = self.lock();
+            state.drop_cancelled();
+            if state.phase == Phase::Closing {
+                return None;
+            }
+            if let Some(job) = state.waiting.pop_front() {
+                let most = job.task.max_tokens.saturating_mul(job.task.choices);
+                let prompt = job.task.prompt.len();
+                state.running = Some(Running { id: job.id, prompt, evaluated: 0, generated: 0, most });
+                return Some(job);
+            }
+            drop(self.came.wait_timeout(state, LOOK));
+        }
+    }
+
+    /// Tells how far the job at hand has come.
+    pub fn progress(&self, evaluated: usize, generated: usize) {
+        if let Some(running) = &mut self.lock().running {
+            (running.evaluated, running.generated) = (evaluated, generated);
+        }
+    }
+
+    /// The job at hand has ended; `summary` says what was computed, whatever its end.
+    pub fn ended(&self, end: End, summary: &Summary) {
+        let mut state = self.lock();
+        state.running = None;
+        state.counters.add(end, summary);
+    }
+
+    /// What there is to see.
+    pub fn view(&self) -> View {
+        let state = self.lock();
+        View {
+            phase: state.phase,
+            waiting: state.waiting.iter().filter(|job| !job.is_cancelled()).count(),
+            running: state.running,
+            counters: state.counters,
+        }
+    }
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// As it was asked to.
+    Done,
+    /// Its client went away.
+    Cancelled,
+    /// By a failure.
+    Failed,
+}
+
+impl State {
+    fn drop_cancelled(&mut self) {
+        let before = self.waiting.len();
+        self.waiting.retain(|job| !job.is_cancelled());
+        self.counters.cancelled += (before - self.waiting.len()) as u64;
+    }
+
+    /// Seconds until the job at hand has ended, by the rates of those before it; at least 1.
+    fn until_free_s(&self) -> u64 {
+        let c = &self.counters;
+        let rest = self.running.map_or(0.0, |r| {
+            let prompt = r.prompt.saturating_sub(r.evaluated) as f64 * c.prompt_rate_s.unwrap_or(0.0);
+            let expected = c.mean_generated.unwrap_or(r.most as f64).max(r.generated as f64 + 1.0).min(r.most as f64);
+            prompt + (expected - r.generated as f64).max(0.0) * c.decode_rate_s.unwrap_or(0.0)
+        });
+        (rest.ceil() as u64).max(1)
+    }
+}
+
+impl Counters {
+    fn add(&mut self, end: End, s: &Summary) {
+        match end {
+            End::Done => self.done += 1,
+            End::Cancelled => self.cancelled += 1,
+            End::Failed => self.failed += 1,
+        }
+        let computed = s.prompt.saturating_sub(s.cached);
+        self.prompt_tokens += computed as u64;
+        self.cached_tokens += s.cached as u64;
+        self.prompt_s += s.prompt_s;
+        self.generated += s.generated as u64;
+        self.passes += s.passes as u64;
+        self.decode_s += s.decode_s;
+        if end != End::Done {
+            return;
+        }
+        let mean = |mean: &mut Option<f64>, latest: f64| {
+            *mean = Some(mean.map_or(latest, |m| m + LATEST * (latest - m)));
+        };
+        if computed > 0 {
+            mean(&mut self.prompt_rate_s, s.prompt_s / computed as f64);
+        }
+        if s.passes > 0 {
+            mean(&mut self.decode_rate_s, s.decode_s / s.passes as f64);
+        }
+        mean(&mut self.mean_generated, s.generated as f64);
+    }
+}
+
+/// The refusal while the model is being loaded.
+pub fn loading() -> ApiError {
+    ApiError::unavailable("the model is being loaded; GET /health says when it is there")
+}
+
+/// The refusal at the end.
+pub fn closing() -> ApiError {
+    ApiError::unavailable("the server is shutting down and takes no more requests")
+}
+
+/// Seconds since a moment.
+pub fn seconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::job::Task;
+    use super::*;
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    fn job(id: u64) -> (Job, UnboundedReceiver<Event>) {
+        let (out, heard) = unbounded_channel();
+        let task = Task {
+            prompt: vec![1; 10],
+            params: Default::default(),
+            choices: 1,
+            max_tokens: 100,
+            stops: vec![],
+            logprobs: None,
+            reuse: true,
+        };
+        (Job { id, task, out, since: Instant::now() }, heard)
+    }
+
+    #[test]
+    fn a_full_queue_refuses_with_an_estimate_and_those_who_left_make_room() {
+        let q = Queue::new(2);
+        let (a, b, c, d) = (job(1), job(2), job(3), job(4));
+        assert_eq!(q.push(job(0).0).unwrap_err().status, 503);
+        q.open();
+        q.push(a.0).unwrap();
+        assert_eq!(q.next(&|| false).unwrap().id, 1);
+        let done =
+            Summary { prompt: 10, prompt_s: 1.0, generated: 50, passes: 49, decode_s: 49.0, ..Summary::default() };
+        q.ended(End::Done, &done);
+        q.push(b.0).unwrap();
+        q.next(&|| false).unwrap();
+        q.progress(10, 20);
+        q.push(c.0).unwrap();
+        q.push(d.0).unwrap();
+        let e = q.push(job(5).0).unwrap_err();
+        // 50 tokens are usual, of which 20 are done, at 1 s each.
+        assert_eq!((e.status, e.retry_after_s), (429, Some(30)));
+        drop(c.1);
+        let (last, _heard) = job(6);
+        q.push(last).unwrap();
+        assert_eq!(q.next(&|| false).unwrap().id, 4);
+        assert_eq!((q.view().counters.refused, q.view().counters.cancelled), (1, 1));
+    }
+
+    #[test]
+    fn a_queue_that_closes_tells_those_who_wait() {
+        let q = Queue::new(2);
+        q.open();
+        let (j, mut heard) = job(1);
+        q.push(j).unwrap();
+        q.close();
+        assert!(matches!(heard.try_recv(), Ok(Event::Failed(e)) if e.status == 503));
+        assert!(q.next(&|| false).is_none() && *q.closing().borrow());
+        assert_eq!(q.push(job(2).0).unwrap_err().status, 503);
+    }
+}

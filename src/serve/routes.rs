@@ -1,0 +1,424 @@
+//! Paths and what answers them; who may ask.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use serde_json::{Value as Json, json};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::error::{ApiError, Form};
+use super::fields::Fields;
+use super::job::Job;
+use super::queue::{Phase, Queue, loading};
+use super::served::Served;
+use super::steps::{Prepared, Steps};
+use super::stream::{Stream, whole};
+use super::{anthropic, info, ollama, openai, responses};
+
+/// The longest that a body may take to come.
+const BODY: Duration = Duration::from_secs(60);
+/// Requests that are read at once: each may take many times its body's bytes.
+const READ_AT_ONCE: usize = 4;
+
+/// Who may ask.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// Keys; none for everybody.
+    pub keys: Vec<String>,
+    /// Whether only names of this machine are taken as the host of a request.
+    pub loopback: bool,
+}
+
+/// What every handler has.
+pub struct App {
+    served: Arc<Served>,
+    queue: Arc<Queue>,
+    access: Access,
+    jobs: AtomicU64,
+    readers: Semaphore,
+}
+
+type Shared = State<Arc<App>>;
+/// Reads a request: its fields, an id for the answer, and whether to stop reading.
+type Read = fn(&Arc<Served>, Fields, &str, &dyn Fn() -> bool) -> Result<Prepared, ApiError>;
+
+/// All paths.
+pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router {
+    let app = Arc::new(App { served, queue, access, jobs: AtomicU64::new(0), readers: Semaphore::new(READ_AT_ONCE) });
+    Router::new()
+        .route("/health", get(health))
+        .route("/v1/health", get(health))
+        .route("/v1/models", get(models))
+        .route("/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/chat/completions", post(chat))
+        .route("/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .route("/completions", post(completions))
+        .route("/metrics", get(metrics))
+        .route("/slots", get(slots))
+        .route("/props", get(props))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .route("/apply-template", post(apply_template))
+        .route("/v1/messages", post(messages))
+        .route("/v1/messages/count_tokens", post(count_tokens))
+        .route("/v1/responses", post(responses))
+        .route("/api/chat", post(ollama_chat))
+        .route("/api/generate", post(ollama_generate))
+        .route("/api/tags", get(ollama_tags))
+        .route("/api/ps", get(ollama_ps))
+        .route("/api/show", post(ollama_show))
+        .route("/api/version", get(ollama_version))
+        .route("/api/pull", any(ollama_library))
+        .route("/api/push", any(ollama_library))
+        .route("/api/create", any(ollama_library))
+        .route("/api/copy", any(ollama_library))
+        .route("/api/delete", any(ollama_library))
+        .route("/api/embed", any(ollama_embed))
+        .route("/api/embeddings", any(ollama_embed))
+        .route("/v1/embeddings", any(embeddings))
+        .route("/embeddings", any(embeddings))
+        .fallback(no_path)
+        .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(app.clone(), allowed))
+        .with_state(app)
+}
+
+/// Whose form errors of a path have.
+fn form(path: &str) -> Form {
+    if path.starts_with("/api/") {
+        Form::Ollama
+    } else if path.starts_with("/v1/messages") {
+        Form::Anthropic
+    } else {
+        Form::OpenAi
+    }
+}
+
+/// Lets a request through whose sender may ask.
+async fn allowed(State(app): Shared, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let form = form(path);
+    let free = matches!(path, "/health" | "/v1/health");
+    match check_origin(request.headers(), &app.access).and_then(|()| match free {
+        true => Ok(()),
+        false => check_key(request.headers(), &app.access.keys),
+    }) {
+        Ok(()) => next.run(request).await,
+        Err(e) => failed(&e, form),
+    }
+}
+
+/// Keeps pages of other sites that a browser shows from asking: they have an origin of their own, or a name of their
+/// own for this machine.
+fn check_origin(headers: &HeaderMap, access: &Access) -> Result<(), ApiError> {
+    let text = |name| headers.get(name).and_then(|v| v.to_str().ok());
+    let host = text(header::HOST).unwrap_or("");
+    let origin = text(header::ORIGIN).map(|o| o.split_once("://").map_or(o, |o| o.1));
+    if origin.is_some_and(|origin| origin != host) {
+        return Err(ApiError::forbidden("pages of other origins may not ask this server (there is no CORS)"));
+    }
+    let name = if host.starts_with('[') { host.split_inclusive(']').next() } else { host.split(':').next() };
+    let name = name.unwrap_or("").trim_matches(['[', ']']);
+    let is_local =
+        || name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
+    if access.loopback && access.keys.is_empty() && !name.is_empty() && !is_local() {
+        return Err(ApiError::forbidden(format!(
+            "this server answers for names of this machine only, not for {:?} (another --host and keys change that)",
+            name.chars().take(100).collect::<String>()
+        )));
+    }
+    Ok(())
+}
+
+fn check_key(headers: &HeaderMap, keys: &[String]) -> Result<(), ApiError> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
+    let given = bearer.or_else(|| headers.get("x-api-key").map(|v| v.as_bytes())).unwrap_or(b"");
+    // All of all keys is compared, so that the time says nothing of them.
+    let known = keys.iter().fold(false, |known, key| known | same(key.as_bytes(), given));
+    if known { Ok(()) } else { Err(ApiError::key()) }
+}
+
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |d, (a, b)| d | (a ^ b)) == 0
+}
+
+/// A JSON answer.
+fn answer(status: u16, json: &Json) -> Response {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    (status, [(header::CONTENT_TYPE, "application/json")], json.to_string()).into_response()
+}
+
+fn failed(e: &ApiError, form: Form) -> Response {
+    let mut response = answer(e.status, &e.json(form));
+    if let Some(s) = e.retry_after_s {
+        response.headers_mut().insert(header::RETRY_AFTER, s.into());
+    }
+    if e.status == 401 {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+    }
+    response
+}
+
+async fn no_path(request: Request) -> Response {
+    let path: String = request.uri().path().chars().take(100).collect();
+    failed(&ApiError::path(format!("there is no {path} here; docs/clients.md lists what there is")), form(&path))
+}
+
+async fn no_method(method: Method, request: Request) -> Response {
+    let path = request.uri().path();
+    failed(&ApiError::method(format!("{path} does not take {method}")), form(path))
+}
+
+async fn embeddings() -> Response {
+    failed(&ApiError::not_built("embeddings are not built in this version of nt"), Form::OpenAi)
+}
+
+async fn health(State(app): Shared) -> Response {
+    match app.queue.view().phase {
+        Phase::Open => answer(200, &json!({ "status": "ok" })),
+        Phase::Loading => failed(&loading(), Form::OpenAi),
+        Phase::Closing => failed(&super::queue::closing(), Form::OpenAi),
+    }
+}
+
+fn model_json(served: &Served) -> Json {
+    let h = &served.opened.model.hparams;
+    json!({
+        "id": served.name(),
+        "object": "model",
+        "created": served.started_unix_s,
+        "owned_by": "nt",
+        "aliases": &served.names[1..],
+        "meta": {
+            "n_vocab": served.opened.model.n_vocab,
+            "n_ctx": served.n_ctx,
+            "n_ctx_train": h.n_ctx_train,
+            "n_embd": h.n_embd,
+            "size": served.opened.gguf.tensor_bytes(),
+        },
+    })
+}
+
+async fn models(State(app): Shared) -> Response {
+    answer(200, &json!({ "object": "list", "data": [model_json(&app.served)] }))
+}
+
+async fn model(State(app): Shared, axum::extract::Path(name): axum::extract::Path<String>) -> Response {
+    match app.served.check_name(Some(&name)) {
+        Ok(()) => answer(200, &model_json(&app.served)),
+        Err(e) => failed(&e, Form::OpenAi),
+    }
+}
+
+async fn chat(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::OpenAi, openai::chat).await
+}
+
+async fn completions(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::OpenAi, |served, f, id, _| openai::completions(served, f, id)).await
+}
+
+async fn messages(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::Anthropic, anthropic::messages).await
+}
+
+async fn count_tokens(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, stop| anthropic::count_tokens(served, f, stop)).await, Form::Anthropic)
+}
+
+async fn responses(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::OpenAi, responses::responses).await
+}
+
+async fn ollama_chat(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::Ollama, ollama::chat).await
+}
+
+async fn ollama_generate(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::Ollama, ollama::generate).await
+}
+
+async fn ollama_tags(State(app): Shared) -> Response {
+    answer(200, &ollama::tags(&app.served))
+}
+
+async fn ollama_ps(State(app): Shared) -> Response {
+    answer(200, &ollama::ps(&app.served))
+}
+
+async fn ollama_show(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, _| ollama::show(served, f)).await, Form::Ollama)
+}
+
+async fn ollama_version() -> Response {
+    answer(200, &ollama::version())
+}
+
+async fn ollama_library() -> Response {
+    let message =
+        "this server serves the model that it was started with, and changes no files; `nt list` shows what is there";
+    failed(&ApiError::not_built(message), Form::Ollama)
+}
+
+async fn ollama_embed() -> Response {
+    failed(&ApiError::not_built("embeddings are not built in this version of nt"), Form::Ollama)
+}
+
+async fn metrics(State(app): Shared) -> Response {
+    let text = info::metrics(&app.queue.view(), &app.served);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+async fn slots(State(app): Shared) -> Response {
+    answer(200, &info::slots(&app.queue.view(), &app.served))
+}
+
+async fn props(State(app): Shared) -> Response {
+    answer(200, &info::props(&app.served))
+}
+
+async fn tokenize(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, _| info::tokenize(served, f)).await, Form::OpenAi)
+}
+
+async fn detokenize(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, _| info::detokenize(served, f)).await, Form::OpenAi)
+}
+
+async fn apply_template(State(app): Shared, request: Request) -> Response {
+    told(with_fields(&app, request, |served, f, stop| info::apply_template(served, f, stop)).await, Form::OpenAi)
+}
+
+/// An answer that is there at once.
+fn told(result: Result<Json, ApiError>, form: Form) -> Response {
+    match result {
+        Ok(json) => answer(200, &json),
+        Err(e) => failed(&e, form),
+    }
+}
+
+/// Answers a request that generates.
+async fn generate(app: Arc<App>, request: Request, form: Form, read: Read) -> Response {
+    match generated(&app, request, read).await {
+        Ok(response) => response,
+        Err(e) => failed(&e, form),
+    }
+}
+
+async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Response, ApiError> {
+    let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
+    let id = format!("{:x}{number:08x}", app.served.started_unix_s);
+    let since = Instant::now();
+    let prepared = with_fields(app, request, move |served, f, stop| read(served, f, &id, stop)).await?;
+    let limits = app.served.limits;
+    let (out, events) = mpsc::unbounded_channel();
+    let Prepared { task, looks, mut dialect, stream } = prepared;
+    let steps = Steps::new(&looks, task.choices);
+    app.queue.push(Job { id: number, task, out, since })?;
+    if !stream {
+        return whole(events, steps, dialect.as_mut(), limits.time).await.map(|json| answer(200, &json));
+    }
+    let headers = [
+        (header::CONTENT_TYPE, dialect.content_type()),
+        (header::CACHE_CONTROL, "no-cache"),
+        // Proxies such as nginx pass on what comes at once.
+        (header::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    let body = Body::new(Stream::new(events, steps, dialect, limits.ping, limits.time));
+    Ok((headers, body).into_response())
+}
+
+/// Reads a body and lets `work` read its fields, where it keeps nobody else from being served. The last argument of `work` says
+/// when the client has gone.
+async fn with_fields<T: Send + 'static>(
+    app: &Arc<App>,
+    request: Request,
+    work: impl FnOnce(&Arc<Served>, Fields, &dyn Fn() -> bool) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let limit = app.served.limits.body;
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|n| n > limit) {
+        return Err(ApiError::too_large(limit));
+    }
+    let most = usize::try_from(limit).unwrap_or(usize::MAX);
+    let body = tokio::time::timeout(BODY, axum::body::to_bytes(request.into_body(), most)).await;
+    let body = match body {
+        Err(_) => return Err(ApiError::slow()),
+        Ok(Err(e)) => {
+            let too_large = std::error::Error::source(&e).is_some_and(|s| s.to_string().contains("length limit"));
+            let broken = || ApiError::request(format!("the body of the request broke off: {e}"));
+            return Err(if too_large { ApiError::too_large(limit) } else { broken() });
+        }
+        Ok(Ok(body)) => body,
+    };
+    let _place = app.readers.acquire().await.map_err(|e| ApiError::failed(e.to_string()))?;
+    let gone = Gone::default();
+    let (flag, served) = (gone.0.clone(), app.served.clone());
+    let read = tokio::task::spawn_blocking(move || {
+        let fields = Fields::parse(&body)?;
+        drop(body);
+        work(&served, fields, &|| flag.load(Ordering::Relaxed))
+    });
+    read.await.map_err(|_| ApiError::failed("the request could not be read"))?
+}
+
+/// Says, once it is dropped, that its future was: the client is gone.
+#[derive(Default)]
+struct Gone(Arc<AtomicBool>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(k, v)| (header::HeaderName::from_static(k), header::HeaderValue::from_static(v))).collect()
+    }
+
+    #[test]
+    fn a_key_is_needed_where_there_are_keys() {
+        let keys = ["abc".to_owned(), "xyz".to_owned()];
+        check_key(&headers(&[]), &[]).unwrap();
+        check_key(&headers(&[("authorization", "Bearer xyz")]), &keys).unwrap();
+        check_key(&headers(&[("x-api-key", "abc")]), &keys).unwrap();
+        for wrong in ["Bearer ab", "Bearer abcd", "abc", "Basic abc", "Bearer "] {
+            let map: HeaderMap =
+                [(header::AUTHORIZATION, header::HeaderValue::from_static(wrong))].into_iter().collect();
+            assert_eq!(check_key(&map, &keys).unwrap_err().status, 401, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn pages_of_other_sites_may_not_ask() {
+        let local = Access { keys: vec![], loopback: true };
+        for host in ["localhost:8080", "127.0.0.1", "[::1]:8080", "LOCALHOST", "127.0.0.9:1"] {
+            check_origin(&headers(&[("host", host)]), &local).unwrap();
+        }
+        assert!(check_origin(&headers(&[("host", "evil.example:8080")]), &local).is_err());
+        check_origin(&headers(&[("host", "box.example")]), &Access::default()).unwrap();
+        let same = headers(&[("host", "localhost:8080"), ("origin", "http://localhost:8080")]);
+        check_origin(&same, &local).unwrap();
+        for origin in ["http://evil.example", "null", "http://localhost:3000"] {
+            let h = headers(&[("host", "localhost:8080"), ("origin", origin)]);
+            assert_eq!(check_origin(&h, &local).unwrap_err().status, 403, "{origin}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The model that is served, and the limits of requests: what every request is read against. Nothing here changes.
+
+use std::time::Duration;
+
+use serde_json::Value as Json;
+
+use super::error::ApiError;
+use super::split::{self, Family};
+use crate::engine::{Opened, SamplerParams};
+use crate::tokenizer::ChatTemplate;
+
+/// Bounds of what requests take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of a body.
+    pub body: u64,
+    /// Connections at once.
+    pub connections: usize,
+    /// Jobs that wait.
+    pub queue: usize,
+    /// The longest that a request may take, waiting included.
+    pub time: Duration,
+    /// Time between signs of life where nothing else is sent.
+    pub ping: Duration,
+    /// Tokens of an answer; `None` until the context is full.
+    pub tokens: Option<usize>,
+    /// Time that running requests have when the server is asked to stop.
+    pub grace: Duration,
+}
+
+/// A model and how it is served.
+pub struct Served {
+    /// Header, tokenizer, structure.
+    pub opened: Opened,
+    /// Its chat template.
+    pub template: ChatTemplate,
+    /// The template's source.
+    pub template_source: String,
+    /// Names that requests may call it by; the first is the one that answers bear.
+    pub names: Vec<String>,
+    /// What sampling parameters are where a request says nothing.
+    pub defaults: SamplerParams,
+    /// The seed where a request gives none; `None` for one from the clock.
+    pub seed: Option<u64>,
+    /// Positions of a sequence.
+    pub n_ctx: usize,
+    /// Bounds.
+    pub limits: Limits,
+    /// When the server started, in seconds since 1970.
+    pub started_unix_s: u64,
+    /// When the file was last changed, in seconds since 1970.
+    pub modified_unix_s: u64,
+    /// Where its weights lie, once they do.
+    pub plan: std::sync::OnceLock<Json>,
+}
+
+impl Served {
+    /// The name that answers bear.
+    pub fn name(&self) -> &str {
+        self.names.first().map_or("model", String::as_str)
+    }
+
+    /// Checks a model that a request names; none is this one.
+    ///
+    /// # Errors
+    /// If it is another one.
+    pub fn check_name(&self, name: Option<&str>) -> Result<(), ApiError> {
+        let Some(name) = name else { return Ok(()) };
+        let plain = name.strip_suffix(":latest").unwrap_or(name);
+        if name.is_empty() || self.names.iter().any(|n| n == name || n == plain) {
+            return Ok(());
+        }
+        let shown: String = name.chars().take(100).collect();
+        Err(ApiError::model(format!(
+            "this server has no model {shown:?}; it serves {:?} (--alias gives it more names)",
+            self.name()
+        )))
+    }
+
+    /// How the model writes calls of tools, if nt can read them.
+    pub fn family(&self) -> Option<Family> {
+        Family::of(&self.template_source)
+    }
+
+    /// Whether the model reasons between `<think>` and `</think>`.
+    pub fn thinks(&self) -> bool {
+        split::thinks(&self.template_source)
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_s() -> u64 {
+    std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_secs())
+}
+
+/// A time in seconds since 1970, as RFC 3339 writes it, in UTC. Days to dates after Howard Hinnant, "chrono-Compatible
+/// Low-Level Date Algorithms", `civil_from_days`.
+pub fn rfc3339(unix_s: u64) -> String {
+    let (days, s) = (unix_s / 86_400, unix_s % 86_400);
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", s / 3600, s / 60 % 60, s % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_dates() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(rfc3339(1_798_761_599), "2026-12-31T23:59:59Z");
+    }
+}

@@ -1,0 +1,33 @@
+"""The `ollama` package, unchanged, against `nt serve`. Usage: ollama_client.py BASE_URL"""
+
+import sys
+
+import ollama
+
+client = ollama.Client(host=sys.argv[1])
+model = client.list().models[0].model
+options = {"temperature": 0, "num_predict": 16}
+ask = [{"role": "user", "content": "Say hello."}]
+print("list:", model, "| ps:", client.ps().models[0].context_length, "| show:", client.show(model).capabilities)
+
+whole = client.chat(model=model, messages=ask, options=options)
+print("chat:", repr(whole.message.content), whole.done_reason, whole.eval_count, "tokens in", whole.eval_duration, "ns")
+streamed = "".join(part.message.content for part in client.chat(model=model, messages=ask, options=options, stream=True))
+assert streamed == whole.message.content
+print("chat, streamed: the same text")
+
+generated = client.generate(model=model, prompt="Say hello.", options=options)
+assert generated.response == whole.message.content
+print("generate: the same text")
+
+for work in [
+    lambda: client.chat(model=model, messages=ask, format="json"),
+    lambda: client.pull("llama3"),
+    lambda: client.delete(model),
+    lambda: client.chat(model="llama3", messages=ask),
+]:
+    try:
+        work()
+        raise AssertionError("not refused")
+    except ollama.ResponseError as e:
+        print(f"refused ({e.status_code}):", e.error)

@@ -1,0 +1,13 @@
+//! `nt serve` from outside: the binary, a tiny model, and clients that are well-behaved, rude, slow or gone.
+
+mod common;
+#[path = "serve/dialects.rs"]
+mod dialects;
+#[path = "serve/http.rs"]
+mod http;
+#[path = "serve/limits.rs"]
+mod limits;
+#[path = "serve/openai.rs"]
+mod openai;
+#[path = "serve/same_text.rs"]
+mod same_text;
