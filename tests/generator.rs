@@ -146,3 +146,47 @@ fn texts_at_once_are_measured() {
         common::fails(&["bench", model, "-p", "0", "-n", "4", "--parallel", wrong], 2, &["--parallel"]);
     }
 }
+
+/// Guards against a text that goes on with an infinite key, which no logits show: it fails, in whatever pass its prompt
+/// was, and texts that come after it are right.
+#[test]
+fn a_text_with_keys_beyond_f16_fails_and_later_ones_do_not() {
+    let d = tempfile::tempdir().unwrap();
+    let mut file = common::tiny(2);
+    let set = |t: &mut common::T, value: &dyn Fn(usize, usize) -> Option<f32>| {
+        let cols = t.shape[0] as usize;
+        for (i, x) in t.data.chunks_exact_mut(4).enumerate() {
+            if let Some(v) = value(i / cols, i % cols) {
+                x.copy_from_slice(&v.to_le_bytes());
+            }
+        }
+    };
+    // Token 7 alone has a first element, which keys are far too large for.
+    set(file.tensor("token_embd.weight"), &|row, col| match (row, col) {
+        (7, _) => Some(if col == 0 { 1.0 } else { 0.0 }),
+        (_, 0) => Some(0.0),
+        _ => None,
+    });
+    set(file.tensor("blk.0.attn_k.weight"), &|_, col| (col == 0).then_some(1e6));
+    let opened = Opened::open(&file.write(d.path(), "m.gguf")).unwrap();
+    let mut s = session(&opened, 1024, 16);
+    let mut generator = Generator::new(&s, &opened.tokenizer);
+    let params =
+        SamplerParams { logit_bias: vec![(7, f32::NEG_INFINITY)], ignore_eos: true, ..SamplerParams::default() };
+    // The first part of its prompt, which has the token, is a pass without logits.
+    let long: Vec<u32> = [7].into_iter().chain((0..99).map(|i| 20 + i)).collect();
+    let mut add = |s: &mut Session, generator: &mut Generator<'_, Sampler>, prompt: Vec<u32>| {
+        let a = Asked { prompt, n: 4, stops: Vec::new(), params: params.clone() };
+        let seq = s.fork_at(0).unwrap();
+        generator.add(s, seq, sampler(&opened, &a), a.request(0)).unwrap()
+    };
+    let bad = add(&mut s, &mut generator, long);
+    let mut ended = Vec::new();
+    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    let later = add(&mut s, &mut generator, vec![20, 30]);
+    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    assert_eq!((ended[0].job, ended[1].job, ended.len()), (bad, later, 2));
+    let why = ended[0].result.as_ref().unwrap_err().to_string();
+    assert!(why.contains("F16"), "{why}");
+    assert_eq!(ended[1].result.as_ref().unwrap().tokens.len(), 4);
+}

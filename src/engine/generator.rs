@@ -87,7 +87,7 @@ struct Job<'t, S> {
 }
 
 impl<S: BorrowMut<Sampler>> Job<'_, S> {
-    /// Draws the next token from a row of logits, which is of `position` tokens.
+    /// Draws the next token from a row of logits.
     fn draw(
         &mut self,
         tokenizer: &Tokenizer,
@@ -277,6 +277,14 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             job.began.get_or_insert(began);
             job.done += if share.class == Class::Bulk { share.rows } else { 0 };
             self.scheduler.needs(job.id, session.pages_needed(job.seq, job.positions)?);
+            // Whose it is cannot be told, and a text that went on with it would be wrong in silence.
+            if let Some(e) = session.overflow() {
+                job.over = Some(Err(e));
+            }
+        }
+        if session.overflow().is_some() {
+            session.forget_overflow();
+            return Ok(());
         }
         self.draw(session, interrupted, show)
     }
@@ -292,13 +300,12 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             return Ok(());
         }
         let n_vocab = session.n_vocab();
-        let overflow = session.overflow().is_some();
         let mut wrong: SmallVec<[JobId; EXACT_ROWS]> = SmallVec::new();
         for (i, id) in self.rows.iter().enumerate() {
             let Some(job) = self.jobs.iter_mut().find(|j| j.id == *id) else { continue };
             let has_room = session.length(job.seq)? < session.n_ctx();
             let logits = &session.any_logits()?[i * n_vocab..(i + 1) * n_vocab];
-            if overflow || !all_finite(logits) {
+            if !all_finite(logits) {
                 wrong.push(*id);
             } else {
                 job.draw(self.tokenizer, logits, has_room, interrupted(), &mut |text| show(*id, text));
@@ -306,13 +313,10 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         }
         // The others go on: what is wrong is of these texts.
         for id in wrong {
-            let why = session.overflow().map_or_else(|| session.where_not_finite(), Err);
+            let why = session.where_not_finite();
             if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
                 job.over = Some(why);
             }
-        }
-        if overflow {
-            session.forget_overflow();
         }
         Ok(())
     }
