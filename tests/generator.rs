@@ -175,7 +175,7 @@ fn a_text_with_keys_beyond_f16_fails_and_later_ones_do_not() {
         SamplerParams { logit_bias: vec![(7, f32::NEG_INFINITY)], ignore_eos: true, ..SamplerParams::default() };
     // The first part of its prompt, which has the token, is a pass without logits.
     let long: Vec<u32> = [7].into_iter().chain((0..99).map(|i| 20 + i)).collect();
-    let mut add = |s: &mut Session, generator: &mut Generator<'_, Sampler>, prompt: Vec<u32>| {
+    let add = |s: &mut Session, generator: &mut Generator<'_, Sampler>, prompt: Vec<u32>| {
         let a = Asked { prompt, n: 4, stops: Vec::new(), params: params.clone() };
         let seq = s.fork_at(0).unwrap();
         generator.add(s, seq, sampler(&opened, &a), a.request(0)).unwrap()
