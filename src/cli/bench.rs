@@ -179,8 +179,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let mut session = run::start(&opened, options, true, &watch)?;
     let (texts, most) = (session.max_outputs(), session.parts_max());
     if texts > most {
-        let why = format!("--parallel {texts}: a pass on {} is of {most} text", session.backend_name());
-        return Err(Failure::limits(format!("{why}; measure --parallel 1, or give --backend cpu")));
+        let why = format!("--parallel {texts}: a pass carries tokens of {most} texts at most");
+        let cure = if most == 1 { "measure --parallel 1, or give --backend cpu" } else { "give a larger --batch" };
+        return Err(Failure::limits(format!("{why} on {}; {cure}", session.backend_name())));
     }
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
@@ -231,7 +232,7 @@ fn measure(
     let mut measured = Measured { test, began_unix_s, ..Measured::default() };
     for round in 0..=repetitions {
         session.truncate(test.depth);
-        if test.generated > 0 && round > 0 {
+        if test.generated > 0 && test.texts() == 1 && round > 0 {
             session.start_measuring();
         }
         let start = Instant::now();
@@ -306,7 +307,9 @@ struct Outcome<'a> {
 impl Outcome<'_> {
     /// The first test of prefill (`prompt`) or of decode: what the report and the page are about.
     fn first(&self, prompt: bool) -> Measured {
-        self.all.iter().find(|m| (m.test.prompt > 0) == prompt).cloned().unwrap_or_default()
+        // What is compared with the roofline is passes of one token.
+        let of = |m: &&Measured| (m.test.prompt > 0) == prompt && m.test.texts() == 1;
+        self.all.iter().find(of).cloned().unwrap_or_default()
     }
 
     fn write(&self) -> Result<(), Failure> {

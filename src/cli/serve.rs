@@ -122,7 +122,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     };
     // Until here nothing is half done: a signal ends the process.
     interrupt::install()?;
-    let access = Access { keys, loopback: at.ip().is_loopback() };
+    let access = Access { keys, loopback: at.ip().is_loopback(), name: hostname() };
     let server = Server::start(listener, served, access)
         .map_err(|e| Failure::running(format!("starting to listen at {at} failed: {e}")))?;
     say(&format!("nt: listening at http://{at} (model {})", server.served().name()));
@@ -216,4 +216,9 @@ fn names(args: &ServeArgs, opened: &Opened) -> Vec<String> {
 fn modified_unix_s(opened: &Opened) -> u64 {
     let file = opened.gguf.shards.first().and_then(|s| std::fs::metadata(&s.path).ok()?.modified().ok());
     file.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map_or(0, |d| d.as_secs())
+}
+
+/// What this machine is called, if the kernel says.
+fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| String::new(), |name| name.trim().to_owned())
 }

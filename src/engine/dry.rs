@@ -71,7 +71,11 @@ impl Breakers {
     fn add(&mut self, tokenizer: &Tokenizer, id: u32, text: &str) {
         let (word, text_bytes) = (tokenizer.token_bytes(id), text.as_bytes());
         if word.windows(text.len()).any(|w| w == text_bytes) {
-            return self.tails.entry(id).or_default().push(Vec::new());
+            let tails = self.tails.entry(id).or_default();
+            if !tails.iter().any(Vec::is_empty) {
+                tails.push(Vec::new());
+            }
+            return;
         }
         // The end of the token may be the beginning of the text.
         for len in (1..text.len().min(word.len() + 1)).rev().filter(|&n| text.is_char_boundary(n)) {

@@ -153,7 +153,8 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
     /// Adds a text. Its sequence holds the first `cached` tokens of it already, and is no other text's.
     ///
     /// # Errors
-    /// If nothing is left to evaluate, the sequence has ended, or the text and a token more do not fit the context.
+    /// If nothing is left to evaluate, a token is not in the vocabulary, the sequence has ended or is another text's, or
+    /// the text does not fit the context.
     pub fn add(
         &mut self,
         session: &Session,
@@ -166,6 +167,13 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         if prompt.is_empty() {
             return Err(RequestError::NothingLeft.into());
         }
+        let n_vocab = session.n_vocab();
+        if let Some(&token) = prompt.iter().find(|t| **t as usize >= n_vocab) {
+            return Err(RequestError::NoSuchToken { token, n_vocab }.into());
+        }
+        if self.jobs.iter().any(|j| j.seq == seq) {
+            return Err(RequestError::Parts.into());
+        }
         if prompt.len() > n_ctx.saturating_sub(position) {
             return Err(RequestError::ContextFull { tokens: prompt.len(), position, n_ctx }.into());
         }
@@ -173,7 +181,8 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         sampler.borrow_mut().begin(request.text);
         let id = JobId(self.next_id);
         self.next_id += 1;
-        let positions = (position + prompt.len()).saturating_add(request.n).min(n_ctx);
+        // The token that is drawn last is not evaluated.
+        let positions = (position + prompt.len()).saturating_add(request.n.saturating_sub(1)).min(n_ctx);
         self.scheduler.add(id, prompt.len(), session.pages_needed(seq, positions)?);
         self.jobs.push(Job {
             id,
@@ -206,15 +215,26 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
     }
 
     /// Pages that the text which waits for room first lacks, where others' sequences could give some back.
-    pub fn lacks(&self, session: &Session) -> usize {
+    pub fn lacks(&mut self, session: &Session) -> usize {
+        self.count_pages(session);
         self.scheduler.lacks(session.free_pages()).map_or(0, |l| l.1)
+    }
+
+    /// Counts anew what each text may take, since others share pages with it and give them back.
+    fn count_pages(&mut self, session: &Session) {
+        for job in &mut self.jobs {
+            match session.pages_needed(job.seq, job.positions) {
+                Ok(pages) => self.scheduler.needs(job.id, pages),
+                Err(e) => job.over = Some(Err(e)),
+            }
+        }
     }
 
     /// Runs a pass. `show` gets texts as they become certain; those that ended are appended to `ended`. False: nobody can
     /// run, since no text is there or the first that waits lacks pages.
     ///
     /// # Errors
-    /// Why the pass failed; the texts are as they were before it.
+    /// Why the pass failed; the texts are as they were before it, or have ended where it was computed and gave no logits.
     pub fn step(
         &mut self,
         session: &mut Session,
@@ -222,6 +242,7 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         show: &mut dyn FnMut(JobId, &str),
         ended: &mut Vec<Ended<S>>,
     ) -> Result<bool, EngineError> {
+        self.count_pages(session);
         self.finish(show, ended);
         let mut shares = std::mem::take(&mut self.shares);
         self.scheduler.next(session.free_pages(), &mut shares);
@@ -276,7 +297,6 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             let Some(job) = self.jobs.iter_mut().find(|j| j.id == share.job) else { continue };
             job.began.get_or_insert(began);
             job.done += if share.class == Class::Bulk { share.rows } else { 0 };
-            self.scheduler.needs(job.id, session.pages_needed(job.seq, job.positions)?);
             // Whose it is cannot be told, and a text that went on with it would be wrong in silence.
             if let Some(e) = session.overflow() {
                 job.over = Some(Err(e));
@@ -286,7 +306,13 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             session.forget_overflow();
             return Ok(());
         }
-        self.draw(session, interrupted, show)
+        let drawn = self.draw(session, interrupted, show);
+        if drawn.is_err() {
+            // Their tokens are evaluated, and nothing says what follows.
+            let of_pass = |j: &&mut Job<'t, S>| j.over.is_none() && shares.iter().any(|s| s.job == j.id);
+            self.jobs.iter_mut().filter(of_pass).for_each(|j| j.end(StopReason::Interrupt));
+        }
+        drawn
     }
 
     /// Draws a token for each row of logits.
@@ -312,11 +338,21 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             }
         }
         // The others go on: what is wrong is of these texts.
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        let mut why = Some(session.where_not_finite());
         for id in wrong {
-            let why = session.where_not_finite();
+            let again = match &why {
+                Some(Err(EngineError::NotFinite { what, cure })) => {
+                    Some(Err(EngineError::NotFinite { what: what.clone(), cure: cure.clone() }))
+                }
+                _ => None,
+            };
             if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
-                job.over = Some(why);
+                job.over = why.take().or(Some(Ok(())));
             }
+            why = again;
         }
         Ok(())
     }

@@ -202,7 +202,7 @@ impl Session {
         let (exact, bulk) = (of(Class::Exact), of(Class::Bulk));
         let (tokens, max) = match exact > EXACT_ROWS {
             true => (exact, EXACT_ROWS),
-            false => (exact + bulk, self.options.max_batch),
+            false => (exact + bulk, self.max_batch()),
         };
         if tokens > max || parts.len() > self.parts_max() {
             return Err(RequestError::TooManyRows { tokens, max, parts: parts.len(), most: self.parts_max() }.into());
@@ -228,8 +228,8 @@ impl Session {
     /// Most tokens that a pass of this class carries.
     fn rows_of_pass(&self, class: Class) -> usize {
         match class {
-            Class::Exact => self.options.max_batch.min(EXACT_ROWS),
-            Class::Bulk => self.options.max_batch,
+            Class::Exact => self.max_batch().min(EXACT_ROWS),
+            Class::Bulk => self.max_batch(),
         }
     }
 
@@ -266,8 +266,13 @@ impl Session {
         let began = Instant::now();
         let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
         let bytes = self.weights.bytes;
+        let overflowed = self.backend.overflow().is_some();
         if let Err(e) = self.evaluate(parts, stop) {
             self.weights.restart();
+            if !overflowed {
+                // Rows that are not committed are nobody's.
+                self.forget_overflow();
+            }
             self.last_parts.clear();
             for p in parts {
                 self.pages.keep(p.seq, self.pages.len(p.seq)?)?;
@@ -423,7 +428,7 @@ impl Session {
     }
 
     /// What is to be said of a key or value that became infinite in the cache, which shows in no logits.
-    pub(super) fn overflow(&self) -> Option<EngineError> {
+    pub fn overflow(&self) -> Option<EngineError> {
         let what = format!("keys or values of blk.{} are larger than F16 holds", self.backend.overflow()?);
         Some(EngineError::NotFinite { what, cure: "--kv f32 holds them".into() })
     }
@@ -569,7 +574,7 @@ impl Session {
 
     /// Most tokens of a pass.
     pub fn max_batch(&self) -> usize {
-        self.options.max_batch
+        self.options.max_batch.min(self.options.n_ctx)
     }
 
     /// Threads that compute.

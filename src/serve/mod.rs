@@ -1,6 +1,6 @@
 //! A model served over HTTP: the APIs of OpenAI, Anthropic, Ollama and llama-server in front of one session.
 //!
-//! A request goes `connection` → `routes` → its dialect (`openai`, …), which reads it into a [`job::Task`] → `queue` →
+//! A request goes `connection` → `routes` → its dialect (`openai`, …), which reads it into a `job::Task` → `queue` →
 //! `worker`, the only one that touches the session, and comes back as events: `steps` tells words, reasoning and
 //! calls apart, the dialect writes them, `stream` sends them. No request reaches the file system.
 

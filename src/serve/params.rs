@@ -86,6 +86,14 @@ pub fn sampling(f: &mut Fields, served: &Served) -> Result<SamplerParams, ApiErr
     p.dry.last_n = f.whole("dry_penalty_last_n", -1, i64::MAX)?.map_or(p.dry.last_n, all_below_zero);
     p.dry.allowed_length = f.whole("dry_allowed_length", 0, i64::MAX)?.map_or(p.dry.allowed_length, all_below_zero);
     let breakers = f.texts("dry_sequence_breakers")?;
+    if breakers.len() > BREAKERS_MAX {
+        let name = f.name("dry_sequence_breakers");
+        let found = breakers.len();
+        return Err(ApiError::field(
+            &name,
+            format!("{name}: at most {BREAKERS_MAX} texts were expected, found {found}"),
+        ));
+    }
     if !breakers.is_empty() {
         p.dry.breakers = breakers;
     }
@@ -140,6 +148,8 @@ fn logit_bias(value: Json, n_vocab: usize) -> Result<Vec<(u32, f32)>, ApiError> 
     pairs.into_iter().map(read).collect()
 }
 
+/// Most texts of a request that interrupt a repetition: each is looked for in the whole vocabulary.
+const BREAKERS_MAX: usize = 16;
 /// Most stop texts of a request.
 const STOPS_MAX: usize = 64;
 

@@ -33,8 +33,10 @@ const READ_AT_ONCE: usize = 4;
 pub struct Access {
     /// Keys; none for everybody.
     pub keys: Vec<String>,
-    /// Whether only names of this machine are taken as the host of a request.
+    /// Whether the server listens at this machine's own address alone.
     pub loopback: bool,
+    /// What this machine is called.
+    pub name: String,
 }
 
 /// What every handler has.
@@ -54,6 +56,8 @@ type Read = fn(&Arc<Served>, Fields, &str, &dyn Fn() -> bool) -> Result<Prepared
 pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router {
     let app = Arc::new(App { served, queue, access, jobs: AtomicU64::new(0), readers: Semaphore::new(READ_AT_ONCE) });
     Router::new()
+        // Clients of Ollama look whether there is one.
+        .route("/", get(async || "Ollama is running (nt serve)\n"))
         .route("/health", get(health))
         .route("/v1/health", get(health))
         .route("/v1/models", get(models))
@@ -108,7 +112,7 @@ fn form(path: &str) -> Form {
 async fn allowed(State(app): Shared, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let form = form(path);
-    let free = matches!(path, "/health" | "/v1/health");
+    let free = matches!(path, "/" | "/health" | "/v1/health");
     match check_origin(request.headers(), &app.access).and_then(|()| match free {
         true => Ok(()),
         false => check_key(request.headers(), &app.access.keys),
@@ -131,9 +135,14 @@ fn check_origin(headers: &HeaderMap, access: &Access) -> Result<(), ApiError> {
     let name = name.unwrap_or("").trim_matches(['[', ']']);
     let is_local =
         || name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
-    if access.loopback && access.keys.is_empty() && !name.is_empty() && !is_local() {
+    // Without keys, a name that somebody else chose for this machine is not taken: a page may have that name.
+    let is_ours = || {
+        let given = name.strip_suffix(".local").unwrap_or(name);
+        !access.loopback && (name.parse::<std::net::IpAddr>().is_ok() || given.eq_ignore_ascii_case(&access.name))
+    };
+    if access.keys.is_empty() && !name.is_empty() && !is_local() && !is_ours() {
         return Err(ApiError::forbidden(format!(
-            "this server answers for names of this machine only, not for {:?} (another --host and keys change that)",
+            "this server answers for names of this machine only, not for {:?} (keys change that)",
             name.chars().take(100).collect::<String>()
         )));
     }
@@ -144,7 +153,8 @@ fn check_key(headers: &HeaderMap, keys: &[String]) -> Result<(), ApiError> {
     if keys.is_empty() {
         return Ok(());
     }
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
+    let scheme = |v: &[u8]| v.len() > 7 && v[..7].eq_ignore_ascii_case(b"Bearer ");
+    let bearer = headers.get(header::AUTHORIZATION).map(|v| v.as_bytes()).filter(|v| scheme(v)).map(|v| &v[7..]);
     let given = bearer.or_else(|| headers.get("x-api-key").map(|v| v.as_bytes())).unwrap_or(b"");
     // All of all keys is compared, so that the time says nothing of them.
     let known = keys.iter().fold(false, |known, key| known | same(key.as_bytes(), given));
@@ -398,6 +408,7 @@ mod tests {
         let keys = ["abc".to_owned(), "xyz".to_owned()];
         check_key(&headers(&[]), &[]).unwrap();
         check_key(&headers(&[("authorization", "Bearer xyz")]), &keys).unwrap();
+        check_key(&headers(&[("authorization", "bearer xyz")]), &keys).unwrap();
         check_key(&headers(&[("x-api-key", "abc")]), &keys).unwrap();
         for wrong in ["Bearer ab", "Bearer abcd", "abc", "Basic abc", "Bearer "] {
             let map: HeaderMap =
@@ -408,12 +419,19 @@ mod tests {
 
     #[test]
     fn pages_of_other_sites_may_not_ask() {
-        let local = Access { keys: vec![], loopback: true };
+        let local = Access { keys: vec![], loopback: true, name: "box".into() };
         for host in ["localhost:8080", "127.0.0.1", "[::1]:8080", "LOCALHOST", "127.0.0.9:1"] {
             check_origin(&headers(&[("host", host)]), &local).unwrap();
         }
         assert!(check_origin(&headers(&[("host", "evil.example:8080")]), &local).is_err());
-        check_origin(&headers(&[("host", "box.example")]), &Access::default()).unwrap();
+        // At another address without keys: addresses and this machine's name, as no page elsewhere has them.
+        let open = Access { loopback: false, ..local.clone() };
+        for host in ["10.0.0.7:8080", "box:8080", "BOX.local", "localhost"] {
+            check_origin(&headers(&[("host", host)]), &open).unwrap();
+        }
+        let evil = headers(&[("host", "evil.example:8080"), ("origin", "http://evil.example:8080")]);
+        assert!(check_origin(&evil, &open).is_err() && check_origin(&evil, &local).is_err());
+        check_origin(&headers(&[("host", "box.example")]), &Access { keys: vec!["k".into()], ..open }).unwrap();
         let same = headers(&[("host", "localhost:8080"), ("origin", "http://localhost:8080")]);
         check_origin(&same, &local).unwrap();
         for origin in ["http://evil.example", "null", "http://localhost:3000"] {

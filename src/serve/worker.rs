@@ -88,6 +88,7 @@ impl<'a> Worker<'a> {
         let n = match &result {
             // Nothing is kept of numbers that are not finite, and the session forgets that there were any.
             Err(Ended::Failed(EngineError::NotFinite { .. })) => 0,
+            Err(_) if self.session.overflow().is_some() => 0,
             _ => self.session.position().min(prompt.len()),
         };
         self.session.truncate(n);
