@@ -190,3 +190,61 @@ fn a_text_with_keys_beyond_f16_fails_and_later_ones_do_not() {
     assert!(why.contains("F16"), "{why}");
     assert_eq!(ended[1].result.as_ref().unwrap().tokens.len(), 4);
 }
+
+/// Guards against passes larger than a context that is no multiple of a page, which would be planned again for ever.
+#[test]
+fn texts_that_fill_a_small_context_together() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::tiny(2).write(d.path(), "m.gguf")).unwrap();
+    let options = Options { threads: 2, ram: Some(64 << 20), outputs: 8, ..Options::new(BackendKind::Cpu, 100) };
+    let mut s = Session::new(&opened, options, &mut |_, _| ()).unwrap();
+    let mut generator = Generator::new(&s, &opened.tokenizer);
+    for i in 0..2 {
+        let params = SamplerParams { ignore_eos: true, ..SamplerParams::default() };
+        let a = Asked { prompt: (0..60).map(|t| 20 + i + t).collect(), n: 4, stops: Vec::new(), params };
+        let seq = s.fork_at(0).unwrap();
+        generator.add(&s, seq, sampler(&opened, &a), a.request(0)).unwrap();
+    }
+    let mut ended = Vec::new();
+    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    assert!(ended.len() == 2 && ended.iter().all(|e| e.result.as_ref().unwrap().tokens.len() == 4));
+}
+
+/// Guards against one text that stops the others: a token that is none, a sequence that is another's or has ended; and
+/// against a text that waits for pages which it no longer needs.
+#[test]
+fn what_is_wrong_with_a_text_is_said_when_it_is_added() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::tiny(2).write(d.path(), "m.gguf")).unwrap();
+    let mut s = session(&opened, 256, 8);
+    let mut generator = Generator::new(&s, &opened.tokenizer);
+    let add = |s: &Session, generator: &mut Generator<'_, Sampler>, seq, prompt: &[u32], cached, n| {
+        let params = SamplerParams { ignore_eos: true, ..SamplerParams::default() };
+        let a = Asked { prompt: prompt.to_vec(), n, stops: Vec::new(), params };
+        generator.add(s, seq, sampler(&opened, &a), a.request(cached)).map_err(|e| e.to_string())
+    };
+    let tokens: Vec<u32> = (0..120).map(|i| i % 200 + 20).collect();
+    s.eval(&tokens[..100], nt::backend::Class::Bulk, nt::model::Outputs::None, &|| false).unwrap();
+    let kept = s.sequence();
+    let (a, b) = (s.fork_at(0).unwrap(), s.fork_at(100).unwrap());
+    assert!(add(&s, &mut generator, a, &[20, 9999], 0, 2).unwrap_err().contains("vocabulary"));
+    assert!(add(&s, &mut generator, a, &[], 0, 2).unwrap_err().contains("no token"));
+    // Both of the kept sequence's pages are read here, and the last is copied: one page more than are free.
+    let whole = add(&s, &mut generator, b, &tokens, 100, usize::MAX).unwrap();
+    assert!(add(&s, &mut generator, b, &tokens, 100, 2).unwrap_err().contains("once in a pass"));
+    let mut ended = Vec::new();
+    assert!(!generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap());
+    assert_eq!(generator.lacks(&s), 1);
+    s.switch(a).unwrap();
+    s.close(kept).unwrap();
+    assert_eq!(generator.lacks(&s), 0);
+    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    assert!(ended[0].job == whole && ended[0].result.as_ref().unwrap().context_full);
+    // A sequence that ends under its text.
+    let c = s.fork_at(0).unwrap();
+    add(&s, &mut generator, c, &[20], 0, 2).unwrap();
+    s.close(c).unwrap();
+    ended.clear();
+    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    assert!(ended[0].result.as_ref().unwrap_err().to_string().contains("has ended"));
+}

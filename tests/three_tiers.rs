@@ -334,8 +334,8 @@ impl Backend for Detached {
         there(&self.memory.gone_in)?;
         self.cpu.logits()
     }
-    fn truncate(&mut self, n: usize) {
-        self.cpu.truncate(n);
+    fn forget_overflow(&mut self) {
+        self.cpu.forget_overflow();
     }
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
         self.cpu.apply(op)

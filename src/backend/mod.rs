@@ -455,8 +455,8 @@ pub trait Backend {
     /// Whether every value of `X` is finite. Waits for the device; no part of an ordinary pass.
     fn finite(&mut self) -> Result<bool, BackendError>;
 
-    /// The first block of which a finite key or value became infinite in an F16 cache since the cache was last
-    /// emptied, where the backend watches for it: such a key may be overlooked, and the logits stay finite.
+    /// The first block of which a finite key or value became infinite in an F16 cache since
+    /// [`Backend::forget_overflow`], where the backend watches for it: such a key may be overlooked, and the logits stay finite.
     fn overflow(&self) -> Option<usize> {
         None
     }
@@ -464,8 +464,8 @@ pub trait Backend {
     /// The logits of the pass in host memory: outputs × `n_vocab`. Waits for the device the first time.
     fn logits(&mut self) -> Result<&[f32], BackendError>;
 
-    /// Forgets the cache beyond the first `n` positions (nothing to do where positions are given).
-    fn truncate(&mut self, n: usize);
+    /// Forgets what [`Backend::overflow`] says: no sequence that goes on has such a key or value.
+    fn forget_overflow(&mut self) {}
 
     /// Does to pages what a sequence needs before its next pass.
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError>;

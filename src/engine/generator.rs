@@ -338,21 +338,19 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             }
         }
         // The others go on: what is wrong is of these texts.
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        let mut why = Some(session.where_not_finite());
+        let mut told = None;
         for id in wrong {
-            let again = match &why {
-                Some(Err(EngineError::NotFinite { what, cure })) => {
-                    Some(Err(EngineError::NotFinite { what: what.clone(), cure: cure.clone() }))
-                }
-                _ => None,
+            // The pass is repeated once for all of them, unless that fails.
+            let why = match told.clone() {
+                Some((what, cure)) => EngineError::NotFinite { what, cure },
+                None => session.where_not_finite(),
             };
-            if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
-                job.over = why.take().or(Some(Ok(())));
+            if let EngineError::NotFinite { what, cure } = &why {
+                told = Some((what.clone(), cure.clone()));
             }
-            why = again;
+            if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
+                job.over = Some(Err(why));
+            }
         }
         Ok(())
     }

@@ -161,6 +161,8 @@ impl Scheduler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
     use std::collections::HashMap;
 
     /// Passes of any size, jobs that come and go: limits hold, pages suffice, nobody starves, prompts come before what
@@ -168,13 +170,8 @@ mod tests {
     #[test]
     fn every_job_gets_on_within_the_limits() {
         for seed in 1..=500u64 {
-            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            let mut below = |n: usize| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state % n as u64) as usize
-            };
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let mut below = |n: usize| rng.random_range(0..n);
             let rows = 1 + below(40);
             let limits = Limits { rows, exact: 8.min(rows), parts: [1, 3, 9, 40][below(4)] };
             let all_pages = 4 + below(20);

@@ -424,7 +424,7 @@ impl Session {
         if let Some(e) = self.overflow() {
             return Err(e);
         }
-        if all_finite(self.backend.logits()?) { Ok(()) } else { self.where_not_finite() }
+        if all_finite(self.backend.logits()?) { Ok(()) } else { Err(self.where_not_finite()) }
     }
 
     /// What is to be said of a key or value that became infinite in the cache, which shows in no logits.
@@ -435,15 +435,22 @@ impl Session {
 
     /// Forgets that a key or value became infinite, with the sequences that have such.
     pub(super) fn forget_overflow(&mut self) {
-        self.backend.truncate(0);
+        self.backend.forget_overflow();
     }
 
     /// Repeats the last pass block by block, for an error that says where it ceases to be finite.
-    pub(super) fn where_not_finite(&mut self) -> Result<(), EngineError> {
+    pub(super) fn where_not_finite(&mut self) -> EngineError {
+        match self.first_not_finite() {
+            Ok((what, cure)) => EngineError::NotFinite { what, cure },
+            Err(e) => e,
+        }
+    }
+
+    /// What of the last pass is the first that is not finite, and what may help.
+    fn first_not_finite(&mut self) -> Result<(String, String), EngineError> {
         let there = |p: &Evaluated| self.pages.len(p.seq).is_ok_and(|len| p.first_pos + p.rows <= len);
         if self.last_parts.is_empty() || !self.last_parts.iter().all(there) {
-            let what = "the logits are not".to_owned();
-            return Err(EngineError::NotFinite { what, cure: "`nt verify` shows whether the file is damaged".into() });
+            return Ok(("the logits are not".into(), "`nt verify` shows whether the file is damaged".into()));
         }
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
@@ -463,7 +470,7 @@ impl Session {
         if !(h.rope_base.is_finite() && h.rope_base >= 1.0) {
             cures.push(format!("metadata {}.rope.freq_base is {} (--rope-freq-base)", h.arch.name(), h.rope_base));
         }
-        Err(EngineError::NotFinite { what, cure: cures.join("; ") })
+        Ok((what, cures.join("; ")))
     }
 
     /// Tokens in the cache, of the sequence that passes go on with.
@@ -545,7 +552,9 @@ impl Session {
         let n = self.position().min(n);
         // The sequence is there, and has as many.
         let _ = self.pages.keep(self.seq, n);
-        self.backend.truncate(n);
+        if n == 0 {
+            self.backend.forget_overflow();
+        }
     }
 
     /// Home of each unit.

@@ -277,6 +277,8 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
     use std::collections::HashMap;
 
     /// A plain model of a cache: what each page holds, written as a backend would.
@@ -377,13 +379,8 @@ mod tests {
     fn sequences_read_what_they_wrote_and_no_page_is_lost() {
         let runs = std::env::var("NT_PAGES_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(1000u64);
         for seed in 0..runs {
-            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            let mut below = |n: usize| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state % n as u64) as usize
-            };
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let mut below = |n: usize| rng.random_range(0..n);
             let mut cache = Cache::new(1 + below(24));
             cache.open();
             for _ in 0..60 {

@@ -8,22 +8,13 @@ use nt::model::Outputs;
 use nt::plan::Tiers;
 use nt::state::SeqId;
 
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
 use super::rows::{bits, model};
 
 const N_VOCAB: u64 = 258;
 const MAX_BATCH: usize = 48;
-
-/// Numbers from a seed.
-struct Seed(u64);
-
-impl Seed {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % n as u64) as usize
-    }
-}
 
 /// A prompt, what is generated behind it, and the logits of its last token and of each generated one.
 struct Text {
@@ -59,7 +50,7 @@ fn alone(opened: &Opened, text: &mut Text) {
 }
 
 /// One pass with tokens of some of the texts.
-fn pass(s: &mut Session, texts: &mut [Text], seed: &mut Seed) {
+fn pass(s: &mut Session, texts: &mut [Text], rng: &mut ChaCha8Rng) {
     let (mut parts, mut room, mut exact) = (Vec::new(), MAX_BATCH, 8);
     for class in [Class::Exact, Class::Bulk] {
         for (i, text) in texts.iter().enumerate() {
@@ -71,8 +62,8 @@ fn pass(s: &mut Session, texts: &mut [Text], seed: &mut Seed) {
                 Class::Bulk if text.done < prompt => (&text.prompt[text.done..], prompt - text.done, 40),
                 _ => continue,
             };
-            let n = (1 + seed.below(most.max(1))).min(left).min(room).min(most);
-            if n == 0 || seed.below(3) == 0 {
+            let n = (1 + rng.random_range(0..most.max(1))).min(left).min(room).min(most);
+            if n == 0 || rng.random_range(0..3) == 0 {
                 continue;
             }
             room -= n;
@@ -90,7 +81,7 @@ fn pass(s: &mut Session, texts: &mut [Text], seed: &mut Seed) {
     }
     // A pass that is given up leaves every sequence as it was.
     let list: Vec<Part> = parts.iter().map(|p| p.1).collect();
-    if seed.below(4) == 0 {
+    if rng.random_range(0..4) == 0 {
         let asked = std::cell::Cell::new(0);
         let stop = || asked.replace(asked.get() + 1) >= 1;
         assert!(s.eval_parts(&list, &stop).is_err());
@@ -115,10 +106,10 @@ fn pass(s: &mut Session, texts: &mut [Text], seed: &mut Seed) {
 fn check(ty: TensorType, experts: bool, seed: u64) {
     let d = tempfile::tempdir().unwrap();
     let opened = Opened::open(&model(3, ty, experts).write(d.path(), "m.gguf")).unwrap();
-    let mut seed = Seed(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut texts: Vec<Text> = (0..5)
         .map(|_| {
-            let mut some = |n: usize| (0..n).map(|_| seed.below(N_VOCAB as usize) as u32).collect::<Vec<_>>();
+            let mut some = |n: usize| (0..n).map(|_| rng.random_range(0..N_VOCAB as usize) as u32).collect::<Vec<_>>();
             let (prompt, generated) = (some(100), some(9));
             Text { prompt, generated, want: Vec::new(), seq: None, done: 0, got: Vec::new() }
         })
@@ -139,7 +130,7 @@ fn check(ty: TensorType, experts: bool, seed: u64) {
             text.got.clear();
         }
         while texts.iter().any(|t| t.done < t.prompt.len() + t.generated.len()) {
-            pass(&mut s, &mut texts, &mut seed);
+            pass(&mut s, &mut texts, &mut rng);
         }
         for (i, text) in texts.iter().enumerate() {
             assert!(text.got == text.want, "{ty}, experts {experts}, {tiers:?}: text {i}");

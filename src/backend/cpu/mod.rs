@@ -994,10 +994,8 @@ impl Backend for CpuBackend {
         self.overflow.load(Relaxed).checked_sub(1)
     }
 
-    fn truncate(&mut self, n: usize) {
-        if n == 0 {
-            self.overflow.store(0, Relaxed);
-        }
+    fn forget_overflow(&mut self) {
+        self.overflow.store(0, Relaxed);
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {

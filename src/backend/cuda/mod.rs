@@ -602,8 +602,6 @@ impl Backend for CudaBackend {
         Ok(&self.engine.ws.logits_host.as_slice()[..n])
     }
 
-    fn truncate(&mut self, _n: usize) {}
-
     fn workspace_bytes(&self) -> u64 {
         self.engine.ws.bytes()
     }
