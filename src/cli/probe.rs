@@ -108,6 +108,9 @@ fn wanted(words: &[String]) -> Result<Wanted, String> {
     Ok(out)
 }
 
+/// Bytes of a read from which on its rate says how fast weights are read.
+const KEPT_BLOCK_MIN: u64 = 128 << 10;
+
 /// Runs the probes that were asked for.
 pub fn run(args: &ProbeArgs) -> Result<(), Failure> {
     let wanted = wanted(&args.what).map_err(Failure::usage)?;
@@ -187,7 +190,13 @@ fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result
             Some(s) => (s.bytes_per_s, s.block_bytes, s.depth),
             None => (k.bytes_per_s, k.block_bytes, k.depth),
         };
-        rates.push(Rate::now("storage", &report.drive, rate, Some(block), Some(depth)));
+        if block >= KEPT_BLOCK_MIN {
+            rates.push(Rate::now("storage", &report.drive, rate, Some(block), Some(depth)));
+        } else {
+            tracing::warn!(
+                "the rate of reads of {block} bytes is not kept for plans, since weights are read in blocks of {KEPT_BLOCK_MIN} bytes and more"
+            );
+        }
     }
     if !args.json {
         print_storage(&report, &options)?;

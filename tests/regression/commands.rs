@@ -344,3 +344,21 @@ fn streams_that_do_not_block_are_waited_for() {
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", text(&out.stderr));
 }
+
+/// Guards against plans that count with the rate of a sweep of small reads: 4 KiB one at a time said that a drive of
+/// 2 GB/s reads 0.05.
+#[test]
+fn a_probe_of_small_reads_is_not_what_plans_count_with() {
+    let d = tempfile::tempdir().unwrap();
+    let file = d.path().join("file");
+    std::fs::write(&file, vec![1; 4 << 20]).unwrap();
+    for (block, kept) in [("4KiB", false), ("1MiB", true)] {
+        let cache = d.path().join(block);
+        let args = ["probe", "storage", arg(&file), "--block-size", block, "--depth", "1", "--seconds", "0"];
+        let out = Command::new(bin()).env("XDG_CACHE_HOME", &cache).args(args).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        let rates = std::fs::read_to_string(cache.join("nt/probe.toml")).unwrap_or_default();
+        assert_eq!(rates.contains("storage"), kept, "{block}: {rates}");
+        assert_eq!(text(&out.stderr).contains("is not kept for plans"), !kept, "{}", text(&out.stderr));
+    }
+}
