@@ -1,4 +1,4 @@
-# about: a model in RAM, streamed through io_uring and through VFIO, damaged, killed, staged, unplugged
+# about: a model in RAM, streamed through io_uring and through VFIO, damaged, killed, staged
 # drives: model bad stage
 # unchanged: model
 . /root/models.sh
@@ -85,22 +85,3 @@ works "logits from the staged drive without a record" logits table smol --tier-c
 bits ram table
 mv /tmp/records/* /var/lib/nt/
 works "release the staged drive" sh /root/scripts/release-vfio.sh $dev
-
-# Taken out of the machine in the middle of a pass. The kernel asks for the drive back and waits until it
-# has it.
-dev=$(drive STAGE001)n1
-address=$(basename "$(readlink -f /sys/class/nvme/${dev%n1}/device)")
-works "bind the drive that will be taken out" sh /root/scripts/bind-vfio.sh $dev
-asuser "exec timeout 150 nt -q run smol --tier-c $dev $tiers -p Hello -n 250 --ctx 300 -t 1" >/tmp/taken 2>&1 & first=$!
-for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -s /tmp/taken ] && break; sleep 1; done
-echo "HOST unplug stage"
-wait $first; code=$?
-cp /tmp/taken /tmp/out
-echo "INFO exit $code: $(tail -c 200 /tmp/taken | tail -1)"
-[ $code = 1 ] && grep -q "on drive STAGE001: .* asks for the drive back" /tmp/out && pass "the run ends, and says why" || fail "the run ends, and says why"
-for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ -e /sys/bus/pci/devices/$address ] || break; sleep 1; done
-[ ! -e /sys/bus/pci/devices/$address ] && pass "the drive is gone" || fail "the drive is gone"
-logits gone smol --tier-c $dev $tiers >/tmp/out 2>&1; code=$?
-sed 's/^/INFO /' /tmp/out
-[ $code = 2 ] && grep -q "$dev: no such drive" /tmp/out && pass "a drive that is gone is named" || fail "a drive that is gone is named"
-works "the other drives are still there" $nt list
