@@ -29,7 +29,8 @@ fn dims(n_embd: usize, n_ff: usize) -> Dims {
         max_outputs: 1,
         n_ctx: 1,
         kv_type: TensorType::F32,
-        rope: Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 },
+        ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 }],
+        beyond: None,
     }
 }
 

@@ -160,11 +160,12 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         max_outputs: 1,
         n_ctx: 1024,
         kv_type: TensorType::F16,
-        rope: Rope {
+        ropes: vec![Rope {
             kind: RopeKind::Norm,
             freqs: (0..64).map(|i| 500000f32.powf(-(i as f32) / 64.0)).collect(),
             magnitude: 1.0,
-        },
+        }],
+        beyond: None,
     };
     let mut b = CudaBackend::new(device, &dims)?;
     if s.name.starts_with("few") {

@@ -8,9 +8,11 @@
 pub mod cpu;
 pub mod cuda;
 mod device;
+mod op;
 pub mod reference;
 
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
+pub use op::{Act, Activation, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
 
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
@@ -47,14 +49,8 @@ impl Weight {
     }
 }
 
-/// A weight matrix with its optional bias (`rows` floats, F32).
-#[derive(Clone, Copy, Debug)]
-pub struct Linear {
-    /// The matrix.
-    pub weight: Weight,
-    /// The bias, one F32 row of `weight.rows` columns.
-    pub bias: Option<Weight>,
-}
+/// A weight matrix with its optional bias, one F32 row of `weight.rows` columns.
+pub type Linear = LinearOf<Weight>;
 
 /// RMS norm: `x / sqrt(mean(x²) + eps) * weight`.
 #[derive(Clone, Copy, Debug)]
@@ -179,11 +175,19 @@ pub struct Dims {
     pub n_ctx: usize,
     /// Element type of the KV cache: F16 or F32.
     pub kv_type: TensorType,
-    /// Rotary embedding of all layers.
-    pub rope: Rope,
+    /// Rotary embeddings; the first is the one of [`Backend::qkv`].
+    pub ropes: Vec<Rope>,
+    /// What passes do that no fused call covers; `None` if there is nothing of the kind, and [`Backend::op`] is not
+    /// called.
+    pub beyond: Option<&'static str>,
 }
 
 impl Dims {
+    /// The rotary embedding of [`Backend::qkv`].
+    pub fn rope(&self) -> &Rope {
+        &self.ropes[0]
+    }
+
     /// Pages of the cache.
     pub fn pages(&self) -> usize {
         Pages::of(self.n_ctx)
@@ -195,34 +199,19 @@ impl Dims {
     }
 }
 
-/// Named activation buffers; each has `max_batch` rows of F32 unless said otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
-    /// Residual stream, `n_embd` wide.
-    X,
-    /// Queries, `n_heads * head_dim`.
-    Q,
-    /// Keys, `n_kv_heads * head_dim`.
-    K,
-    /// Values, `n_kv_heads * head_dim`.
-    V,
-    /// Attention output, `n_heads * head_dim`.
-    Attn,
-    /// FFN hidden state, `n_ff`.
-    Hidden,
-}
-
 /// The three matrices of one routed expert.
 #[derive(Clone, Copy, Debug)]
 pub struct Expert {
     /// Which expert of its block.
     pub id: u32,
     /// Gate, `n_ff_expert` × `n_embd`.
-    pub gate: Weight,
+    pub gate: Linear,
     /// Up, `n_ff_expert` × `n_embd`.
-    pub up: Weight,
+    pub up: Linear,
     /// Down, `n_embd` × `n_ff_expert`.
-    pub down: Weight,
+    pub down: Linear,
+    /// What makes its hidden state.
+    pub how: Activation,
 }
 
 /// How a router's scores become weights.
@@ -246,6 +235,14 @@ pub enum BackendError {
         backend: &'static str,
         /// The list of types with kernels.
         supported: String,
+    },
+    /// The architecture needs what the backend has no kernels for.
+    #[error("{backend} has no kernels for {what}, which this architecture has; processors have (--backend cpu)")]
+    Beyond {
+        /// The backend's name.
+        backend: &'static str,
+        /// What it is.
+        what: &'static str,
     },
     /// A buffer could not be allocated.
     #[error("{backend}: {what} of {bytes} bytes could not be allocated")]
@@ -451,6 +448,19 @@ pub trait Backend {
     /// `logits[o + t][first_row + r] = (w · h + bias)[r]` for one slice of the output head; `o` is the outputs of the class
     /// before, or 0.
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError>;
+
+    /// An operation by itself. Called only where [`Dims::beyond`] says so; [`Op::Keep`] is [`Backend::keep`].
+    ///
+    /// # Errors
+    /// [`BackendError::Beyond`] where it has no kernel.
+    fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: op.what() })
+    }
+
+    /// The experts that [`Op::Route`] has chosen, as [`Backend::route`] returns them.
+    fn chosen(&mut self) -> &[u32] {
+        &[]
+    }
 
     /// Whether every value of `X` is finite. Waits for the device; no part of an ordinary pass.
     fn finite(&mut self) -> Result<bool, BackendError>;

@@ -121,7 +121,7 @@ fn as_json(gguf: &Gguf) -> Json {
 
 fn hparams_json(h: &HParams) -> Json {
     json!({
-        "architecture": h.arch.name(), "n_layers": h.n_layers, "n_embd": h.n_embd, "n_heads": h.n_heads,
+        "architecture": h.arch.name, "n_layers": h.n_layers, "n_embd": h.n_embd, "n_heads": h.n_heads,
         "n_kv_heads": h.n_kv_heads, "head_dim": h.head_dim, "n_ff": h.n_ff, "n_experts": h.n_experts,
         "n_experts_used": h.n_experts_used, "n_ff_expert": h.n_ff_expert, "n_ctx_train": h.n_ctx_train,
         "norm_eps": h.norm_eps, "n_rot": h.n_rot, "rope_base": h.rope_base, "rope_scaling": format!("{:?}", h.rope_scaling),
@@ -150,7 +150,7 @@ fn as_text(gguf: &Gguf, all_tensors: bool) -> String {
             let h = &m.hparams;
             line(format!(
                 "{}: {} blocks, width {}, {} query and {} key/value heads of {}, FFN {}, vocabulary {}{}, context {}",
-                h.arch.name(),
+                h.arch.name,
                 h.n_layers,
                 h.n_embd,
                 h.n_heads,

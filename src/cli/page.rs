@@ -148,7 +148,7 @@ fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
 fn plan_facts(f: &Forecast, machine: &Machine, opened: &Opened) -> Vec<(String, String)> {
     let h = &opened.model.hparams;
     let out = [
-        ("model", format!("{}, {} blocks, {}", h.arch.name(), h.n_layers, format_bytes(opened.gguf.tensor_bytes()))),
+        ("model", format!("{}, {} blocks, {}", h.arch.name, h.n_layers, format_bytes(opened.gguf.tensor_bytes()))),
         ("machine", machine.name.clone()),
         ("buffers", f.n_buffers().to_string()),
         ("context", f.n_ctx.to_string()),
@@ -182,7 +182,7 @@ fn title(opened: &Opened) -> String {
 fn facts(session: &Session, opened: &Opened) -> Vec<(String, String)> {
     let h = &opened.model.hparams;
     let mut out = vec![
-        ("model", format!("{}, {} blocks, {}", h.arch.name(), h.n_layers, format_bytes(opened.gguf.tensor_bytes()))),
+        ("model", format!("{}, {} blocks, {}", h.arch.name, h.n_layers, format_bytes(opened.gguf.tensor_bytes()))),
         ("machine", machine::memory_identity(Path::new("/"))),
     ];
     out.extend(session.device().map(|d| ("device", d)));

@@ -7,7 +7,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendKind, Dims, MemoryUse};
 use crate::machine;
-use crate::model::{Model, UnitKind, rope};
+use crate::model::{Model, Tape, UnitKind};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
     COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site, Tiers, Traffic,
@@ -368,8 +368,7 @@ fn cpu_workspace_bytes(model: &Model, options: &Options) -> u64 {
 
 /// Sizes alone: the rotary frequencies have the right number, and no factors of the file.
 fn dims_of(model: &Model, options: &Options) -> Dims {
-    let h = &model.hparams;
-    dims(model, options, rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, None))
+    dims(model, &Tape::new(model), options, &[])
 }
 
 /// Bytes of VRAM for weights, as a session finds them once its backend has its buffers.

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::backend::{BackendError, reference};
-use crate::gguf::{Gguf, GgufError};
+use crate::gguf::{Gguf, GgufError, TensorInfo};
 use crate::memory::ArenaError;
 use crate::model::{ForwardError, Model, ModelError, Overrides, check_divisors};
 use crate::plan::PlanError;
@@ -105,7 +105,7 @@ impl Opened {
     /// What is missing from it, or what nt does not know.
     pub fn from_header(mut gguf: Gguf) -> Result<Opened, EngineError> {
         let model = Model::new(&gguf)?;
-        check_rope_freqs(&gguf, &model)?;
+        check_rope_divisors(&gguf, &model)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         if tokenizer.vocab_size() > model.n_vocab {
             return Err(ModelError::Metadata {
@@ -128,14 +128,17 @@ impl Opened {
 
 /// Looks at the divisors of rotary frequencies, so that a plan refuses what a run does. They are a few hundred bytes.
 /// Where the file is not there (its place on a drive is recorded), the run looks.
-fn check_rope_freqs(gguf: &Gguf, model: &Model) -> Result<(), ModelError> {
-    let Some(t) = &model.rope_freqs else { return Ok(()) };
+fn check_rope_divisors(gguf: &Gguf, model: &Model) -> Result<(), ModelError> {
+    model.divisors.iter().try_for_each(|t| check_divisors_of(gguf, t))
+}
+
+fn check_divisors_of(gguf: &Gguf, t: &TensorInfo) -> Result<(), ModelError> {
     let mut bytes = vec![0; usize::try_from(t.bytes).unwrap_or(0)];
     let read =
         gguf.shards.get(t.shard).map(|s| File::open(&s.path).and_then(|f| f.read_exact_at(&mut bytes, t.offset)));
-    let mut divisors = vec![0.0; model.hparams.n_rot / 2];
+    let mut divisors = vec![0.0; t.shape.iter().product::<u64>() as usize];
     match read {
-        Some(Ok(())) if reference::dequantize(t.ty, &bytes, &mut divisors) => check_divisors(&divisors),
+        Some(Ok(())) if reference::dequantize(t.ty, &bytes, &mut divisors) => check_divisors(&t.name, &divisors),
         _ => Ok(()),
     }
 }

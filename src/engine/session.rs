@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
-use crate::model::{Batch, ForwardError, Model, NotFinite, Outputs, Scratch, first_not_finite, forward};
+use crate::model::{Batch, ForwardError, Model, NotFinite, Outputs, Scratch, Tape, first_not_finite, forward};
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Home, Plan, Tiers};
 use crate::state::{Pages, SeqId, StateOp};
@@ -120,6 +120,7 @@ pub struct Session {
     pub(super) embedding: Embedding,
     pub(super) rows: Vec<u8>,
     pub(super) row_offsets: Vec<u64>,
+    pub(super) tape: Tape,
     pub(super) scratch: Scratch,
     /// Pages of the cache, and the sequence that passes go on with.
     pub(super) pages: Pages,
@@ -335,7 +336,7 @@ impl Session {
         let [exact, bulk] = &self.wanted;
         let batch = Batch { runs: &runs, rows: &self.rows, outputs: [exact, bulk] };
         let (backend, weights) = (self.backend.as_mut(), &mut self.weights);
-        Ok(forward(&self.model, backend, weights, &batch, &mut self.scratch, stop)?)
+        Ok(forward((&self.model, &self.tape), backend, weights, &batch, &mut self.scratch, stop)?)
     }
 
     /// Makes room for `n` positions behind a sequence. If that fails, the sequence has what it had before.
@@ -455,7 +456,7 @@ impl Session {
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
         let batch = Batch { runs: &runs, rows: &self.rows, outputs: [&[], &[]] };
-        let found = first_not_finite(&self.model, self.backend.as_mut(), &mut self.weights, &batch);
+        let found = first_not_finite((&self.model, &self.tape), self.backend.as_mut(), &mut self.weights, &batch);
         self.weights.restart();
         let what = match found? {
             NotFinite::Embedding => "the rows of token_embd.weight for these tokens are not".to_owned(),
@@ -468,7 +469,7 @@ impl Session {
             cures.push("--kv f32 helps where keys or values exceed what F16 holds".into());
         }
         if !(h.rope_base.is_finite() && h.rope_base >= 1.0) {
-            cures.push(format!("metadata {}.rope.freq_base is {} (--rope-freq-base)", h.arch.name(), h.rope_base));
+            cures.push(format!("metadata {}.rope.freq_base is {} (--rope-freq-base)", h.arch.name, h.rope_base));
         }
         Ok((what, cures.join("; ")))
     }

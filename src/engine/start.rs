@@ -14,7 +14,7 @@ use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, S
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, HParams, Model, Scratch, UnitKind, UnitSpec, check_divisors, rope};
+use crate::model::{ForwardError, HParams, Model, Scratch, Tape, UnitKind, UnitSpec, check_divisors};
 use crate::pipeline::{DeviceUnit, SpanIn, UnitLayout, load, load_to_device};
 use crate::plan::{Home, Limits, Plan, PlanError, UnitPart, UnitSize, format_at_least, format_bytes, place};
 use crate::state::Pages;
@@ -95,18 +95,16 @@ impl Session {
         model.hparams.check_window(options.n_ctx)?;
         let (reader, mut notes) = source::open(&opened.gguf, &options)?;
         notes.extend(beyond_training(&model.hparams, options.n_ctx));
-        let vectors: Vec<&TensorInfo> = model.rope_freqs.iter().chain(&model.widened).collect();
+        let vectors: Vec<&TensorInfo> = model.divisors.iter().chain(&model.widened).collect();
         let bytes = vectors.iter().map(|t| tensor_layout(t, &|f| reader.alignment(f)).slot_bytes).sum();
         let mut small = Arena::new(bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
         // Bound anew so that an early return drops it before the memory.
         let mut reader = reader;
-        let mut vectors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?.into_iter();
-        let divisors = model.rope_freqs.as_ref().and_then(|_| vectors.next());
-        check_divisors(divisors.as_deref().unwrap_or_default())?;
-        let widened: Vec<Vec<f32>> = vectors.collect();
-        let h = &model.hparams;
-        let rope = rope(h.arch.rope_kind(), h.n_rot, h.rope_base, h.rope_scaling, divisors.as_deref());
-        let dims = dims(&model, &options, rope);
+        let mut divisors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?;
+        let widened = divisors.split_off(model.divisors.len());
+        model.divisors.iter().zip(&divisors).try_for_each(|(t, d)| check_divisors(&t.name, d))?;
+        let tape = Tape::new(&model);
+        let dims = dims(&model, &tape, &options, &divisors);
         let sizes = Sizes::new(&model, &|f| reader.alignment(f));
         starting.go_on()?;
         let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
@@ -176,6 +174,7 @@ impl Session {
             last_parts: Vec::with_capacity(EXACT_ROWS),
             wanted: [Vec::with_capacity(EXACT_ROWS), Vec::with_capacity(options.max_batch)],
             scratch: Scratch::for_model(&model, options.max_batch),
+            tape,
             model,
             backend,
             plan,
@@ -538,7 +537,8 @@ fn plan_on_device(
     }
 }
 
-pub(super) fn dims(model: &Model, options: &Options, rope: crate::backend::Rope) -> Dims {
+/// The sizes of a session, whose divisors of rotary frequencies have been read; without them, sizes alone are right.
+pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Vec<f32>]) -> Dims {
     let h = &model.hparams;
     Dims {
         n_layers: h.n_layers,
@@ -555,7 +555,8 @@ pub(super) fn dims(model: &Model, options: &Options, rope: crate::backend::Rope)
         max_outputs: options.outputs.min(options.max_batch),
         n_ctx: options.n_ctx,
         kv_type: options.kv_type,
-        rope,
+        ropes: model.ropes.iter().map(|r| r.rope(h.arch.rope_kind, options.n_ctx, divisors)).collect(),
+        beyond: tape.beyond(model),
     }
 }
 

@@ -1,50 +1,15 @@
 //! Hyper-parameters from GGUF metadata, each checked against stated limits.
 
+use super::arch::{self, Architecture};
 use super::{ModelError, RopeScaling};
-use crate::backend::RopeKind;
+use crate::backend::{Mask, NormKind, Router, Scores};
 use crate::gguf::{Array, Metadata, Value};
-
-/// A supported architecture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arch {
-    /// Llama 2 and 3, Mistral; with experts, Mixtral.
-    Llama,
-    /// Qwen 2 and 2.5: biases on Q, K and V.
-    Qwen2,
-    /// Qwen 3: norms on Q and K.
-    Qwen3,
-    /// Qwen 3 with routed experts.
-    Qwen3Moe,
-}
-
-impl Arch {
-    /// All of them.
-    pub const ALL: [Arch; 4] = [Arch::Llama, Arch::Qwen2, Arch::Qwen3, Arch::Qwen3Moe];
-
-    /// `general.architecture`, which also prefixes the architecture's keys.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Arch::Llama => "llama",
-            Arch::Qwen2 => "qwen2",
-            Arch::Qwen3 => "qwen3",
-            Arch::Qwen3Moe => "qwen3moe",
-        }
-    }
-
-    /// How rotary embedding pairs elements: fixed by the architecture, not by metadata.
-    pub const fn rope_kind(self) -> RopeKind {
-        match self {
-            Arch::Llama => RopeKind::Norm,
-            Arch::Qwen2 | Arch::Qwen3 | Arch::Qwen3Moe => RopeKind::Neox,
-        }
-    }
-}
 
 /// What the metadata say of a model.
 #[derive(Clone, Debug)]
 pub struct HParams {
     /// The architecture.
-    pub arch: Arch,
+    pub arch: &'static Architecture,
     /// Blocks.
     pub n_layers: usize,
     /// Width of the residual stream.
@@ -63,10 +28,12 @@ pub struct HParams {
     pub n_experts_used: usize,
     /// FFN width of one expert.
     pub n_ff_expert: usize,
-    /// Divide the routed experts' weights by their sum.
-    pub expert_weights_norm: bool,
-    /// Multiplies the routed experts' weights.
-    pub expert_weights_scale: f32,
+    /// Blocks that are dense before those with experts; all of a dense model.
+    pub n_dense: usize,
+    /// FFN width of what all tokens pass beside the experts; 0 if there is nothing of the kind.
+    pub n_ff_shared: usize,
+    /// How experts are chosen and weighed.
+    pub router: Router,
     /// Positions the model was trained on.
     pub n_ctx_train: usize,
     /// Positions up to which text keeps its quality: those of the training, or more where rotary scaling
@@ -75,8 +42,38 @@ pub struct HParams {
     /// Tokens that see each other, where fewer than the model was trained on: attention is computed in full, so
     /// no context may be longer.
     pub window: Option<usize>,
-    /// Epsilon of all RMS norms.
+    /// Blocks behind the others that predict further tokens, for speculation.
+    pub n_next: usize,
+    /// Base and scaling of the rotary frequencies of blocks with windows, where they have their own.
+    pub window_rope: Option<(f32, RopeScaling)>,
+    /// Multiplies sine and cosine, beside what scaling does.
+    pub rope_magnitude: f32,
+    /// Whether queries and keys rotate.
+    pub rotates: bool,
+    /// Positions of the training before it was stretched, where divisors of rotary frequencies depend on them.
+    pub n_ctx_original: usize,
+    /// Whether attention and feed-forward part read the same X.
+    pub parallel: bool,
+    /// Scores of attention, masks apart.
+    pub scores: Scores,
+    /// What queries are scaled by, as of [`crate::backend::Op::ScaleByPosition`].
+    pub by_position: Option<(f32, f32, f32)>,
+    /// Who sees whom, by block; all see all earlier ones where there is no entry.
+    pub masks: Vec<Mask>,
+    /// What norms divide by.
+    pub norm: NormKind,
+    /// Whether norms may have biases.
+    pub norm_biases: bool,
+    /// Epsilon of all norms.
     pub norm_eps: f32,
+    /// Multiplies embeddings.
+    pub embedding_scale: f32,
+    /// Multiplies the output of each part of a block.
+    pub residual_scale: f32,
+    /// Multiplies logits.
+    pub logit_scale: f32,
+    /// Caps logits; 0 for none.
+    pub logit_cap: f32,
     /// Elements of a head that rotate.
     pub n_rot: usize,
     /// Base of the rotary frequencies.
@@ -86,7 +83,7 @@ pub struct HParams {
 }
 
 /// Upper limits; real models stay far below each.
-mod limit {
+pub(super) mod limit {
     pub const LAYERS: usize = 1024;
     pub const WIDTH: usize = 1 << 18;
     pub const HEADS: usize = 4096;
@@ -96,22 +93,27 @@ mod limit {
     pub const CTX: usize = 1 << 30;
 }
 
-struct Keys<'a> {
+/// The keys of an architecture.
+pub(super) struct Keys<'a> {
     metadata: &'a Metadata,
-    arch: &'static str,
+    arch: &'static Architecture,
 }
 
 impl Keys<'_> {
-    fn key(&self, name: &str) -> String {
-        format!("{}.{name}", self.arch)
+    fn follows(&self, name: &str) -> bool {
+        self.arch.follows.contains(&name)
     }
 
-    fn error(&self, name: &str, what: String) -> ModelError {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.arch.name)
+    }
+
+    pub fn error(&self, name: &str, what: String) -> ModelError {
         ModelError::Metadata { key: self.key(name), what }
     }
 
     /// An integer in `1..=max`; an array of equal integers counts as one.
-    fn size(&self, name: &str, max: usize) -> Result<Option<usize>, ModelError> {
+    pub fn size(&self, name: &str, max: usize) -> Result<Option<usize>, ModelError> {
         let value = match self.metadata.get(&self.key(name)) {
             None => return Ok(None),
             Some(Value::Array(Array::Int(v))) => match v.split_first() {
@@ -132,11 +134,11 @@ impl Keys<'_> {
         }
     }
 
-    fn required(&self, name: &str, max: usize) -> Result<usize, ModelError> {
+    pub fn required(&self, name: &str, max: usize) -> Result<usize, ModelError> {
         self.size(name, max)?.ok_or_else(|| self.error(name, "is missing".into()))
     }
 
-    fn float(&self, name: &str) -> Result<Option<f32>, ModelError> {
+    pub fn float(&self, name: &str) -> Result<Option<f32>, ModelError> {
         let key = self.key(name);
         match self.metadata.get(&key) {
             None => Ok(None),
@@ -149,7 +151,7 @@ impl Keys<'_> {
 }
 
 /// What a number has to be where the computation divides by it or takes its root or logarithm.
-struct Bounds {
+pub(super) struct Bounds {
     holds: fn(f32) -> bool,
     words: &'static str,
 }
@@ -157,7 +159,7 @@ struct Bounds {
 /// Epsilons of norms.
 const EPSILON: Bounds = Bounds { holds: |v| v > 0.0 && v <= 1.0, words: "a number above 0 and up to 1" };
 /// Bases of rotary frequencies: YaRN divides by their logarithm.
-const BASE: Bounds = Bounds { holds: |v| v > 1.0, words: "a number above 1" };
+pub(super) const BASE: Bounds = Bounds { holds: |v| v > 1.0, words: "a number above 1" };
 /// Factors by which contexts are stretched.
 const FACTOR: Bounds =
     Bounds { holds: |v| (1e-3..=1e6).contains(&v), words: "0 for none, or a number from 0.001 to 1000000" };
@@ -167,8 +169,51 @@ const POSITIVE: Bounds = Bounds { holds: |v| (1e-6..=1e6).contains(&v), words: "
 const SHARE: Bounds = Bounds { holds: |v| v <= 1.0, words: "a number from 0 to 1, or a negative one for 1" };
 
 impl Keys<'_> {
+    /// Whether the file has the key.
+    pub fn has(&self, name: &str) -> bool {
+        self.metadata.get(&self.key(name)).is_some()
+    }
+
+    /// A bool.
+    pub fn bool(&self, name: &str) -> Option<bool> {
+        self.metadata.bool(&self.key(name))
+    }
+
+    /// An integer, 0 among them.
+    pub fn count(&self, name: &str, max: usize) -> Result<usize, ModelError> {
+        match self.metadata.uint(&self.key(name)) {
+            Some(0) => Ok(0),
+            _ => Ok(self.size(name, max)?.unwrap_or(0)),
+        }
+    }
+
+    /// A factor; 0 and no key stand for 1.
+    pub fn factor(&self, name: &str) -> Result<f32, ModelError> {
+        Ok(self.float(name)?.filter(|v| *v != 0.0).unwrap_or(1.0))
+    }
+
+    /// Which of `n` blocks see no more than a window: by an array of bools, or all but each `n`th.
+    ///
+    /// # Errors
+    /// Where the value is neither, or of another length.
+    pub fn windowed(&self, name: &str, default: usize, n: usize) -> Result<Vec<bool>, ModelError> {
+        let every = match self.metadata.get(&self.key(name)) {
+            None => default,
+            Some(Value::Array(Array::Bool(v))) if v.len() >= n => return Ok(v[..n].to_vec()),
+            Some(Value::Array(Array::Int(v))) if v.len() >= n => return Ok(v[..n].iter().map(|x| *x != 0).collect()),
+            Some(found) => match self.metadata.uint(&self.key(name)).and_then(|v| usize::try_from(v).ok()) {
+                Some(every) => every,
+                None => {
+                    let what = format!("a number or an array of {n} bools was expected, found {found}");
+                    return Err(self.error(name, what));
+                }
+            },
+        };
+        Ok((0..n).map(|i| every == 0 || i % every + 1 < every).collect())
+    }
+
     /// A number within bounds.
-    fn bounded(&self, name: &str, bounds: &Bounds) -> Result<Option<f32>, ModelError> {
+    pub fn bounded(&self, name: &str, bounds: &Bounds) -> Result<Option<f32>, ModelError> {
         match self.float(name)? {
             Some(v) if !(bounds.holds)(v) => Err(self.error(name, format!("{} was expected, found {v}", bounds.words))),
             other => Ok(other),
@@ -177,13 +222,28 @@ impl Keys<'_> {
 }
 
 impl HParams {
+    /// Whether block `i` has routed experts.
+    pub fn is_routed(&self, i: usize) -> bool {
+        self.n_experts > 0 && i >= self.n_dense
+    }
+
+    /// Number of the rotary embedding of block `i`.
+    pub fn rope_of(&self, i: usize) -> usize {
+        usize::from(self.window_rope.is_some() && self.mask(i) != Mask::Full)
+    }
+
+    /// Who sees whom in block `i`.
+    pub fn mask(&self, i: usize) -> Mask {
+        self.masks.get(i).copied().unwrap_or(Mask::Full)
+    }
+
     /// Refuses a context of `n_ctx` tokens that is longer than the window in which they should see each other.
     ///
     /// # Errors
     /// With the key and a context that is possible.
     pub fn check_window(&self, n_ctx: usize) -> Result<(), ModelError> {
         let Some(w) = self.window.filter(|&w| n_ctx > w) else { return Ok(()) };
-        let key = format!("{}.attention.sliding_window", self.arch.name());
+        let key = format!("{}.attention.sliding_window", self.arch.name);
         let what = format!(
             "is {w}, but nt computes attention over the whole context of {n_ctx}; give --ctx {w} or less, or --override-kv {key}=int:0 to attend to all tokens as llama.cpp does"
         );
@@ -196,12 +256,11 @@ impl HParams {
             key: "general.architecture".into(),
             what: "is missing; is this a language model?".into(),
         })?;
-        let arch = Arch::ALL.into_iter().find(|a| a.name() == found).ok_or_else(|| ModelError::Architecture {
+        let arch = arch::ALL.iter().find(|a| a.name == found).ok_or_else(|| ModelError::Architecture {
             found: found.to_owned(),
-            supported: Arch::ALL.map(Arch::name).join(", "),
+            supported: arch::ALL.iter().map(|a| a.name).collect::<Vec<_>>().join(", "),
         })?;
-        let keys = Keys { metadata, arch: arch.name() };
-
+        let keys = Keys { metadata, arch };
         let n_embd = keys.required("embedding_length", limit::WIDTH)?;
         let n_heads = keys.required("attention.head_count", limit::HEADS)?;
         let n_kv_heads = keys.size("attention.head_count_kv", limit::HEADS)?.unwrap_or(n_heads);
@@ -231,60 +290,69 @@ impl HParams {
                 keys.error("rope.dimension_count", format!("{n_rot} is odd or larger than a head of {head_dim}"))
             );
         }
-        let n_experts = match metadata.uint(&keys.key("expert_count")) {
-            Some(0) => 0,
-            _ => keys.size("expert_count", limit::EXPERTS)?.unwrap_or(0),
-        };
+        let n_experts = keys.count("expert_count", limit::EXPERTS)?;
         let n_experts_used = if n_experts == 0 { 0 } else { keys.required("expert_used_count", n_experts)? };
-        if arch == Arch::Qwen3Moe && n_experts == 0 {
-            return Err(keys.error("expert_count", "is missing".into()));
-        }
-        let n_ff = if n_experts == 0 {
-            keys.required("feed_forward_length", limit::FF)?
-        } else {
-            keys.size("feed_forward_length", limit::FF)?.unwrap_or(0)
-        };
-        let n_ff_expert = match keys.size("expert_feed_forward_length", limit::FF)? {
-            Some(f) => f,
-            // As llama.cpp divides where the key is missing.
-            None if arch == Arch::Qwen3Moe => n_ff / n_experts_used,
-            None if n_experts > 0 => n_ff,
-            None => 0,
-        };
-        if n_experts > 0 && n_ff_expert == 0 {
-            return Err(keys.error("expert_feed_forward_length", "is missing".into()));
-        }
+        let n_ff = keys.size("feed_forward_length", limit::FF)?;
+        let n_ff_expert = keys.size("expert_feed_forward_length", limit::FF)?.unwrap_or(0);
         let n_ctx_train = keys.required("context_length", limit::CTX)?;
-        let norm_eps = keys
-            .bounded("attention.layer_norm_rms_epsilon", &EPSILON)?
-            .ok_or_else(|| keys.error("attention.layer_norm_rms_epsilon", "is missing".into()))?;
-        if let Some((key, what)) = super::keys::not_followed(metadata, arch.name(), head_dim) {
+        let norm_eps =
+            keys.bounded(arch.norm_eps, &EPSILON)?.ok_or_else(|| keys.error(arch.norm_eps, "is missing".into()))?;
+        if let Some((key, what)) = super::keys::not_followed(metadata, arch, head_dim) {
             return Err(ModelError::Metadata { key, what });
         }
         let rope_scaling = scaling(&keys, n_ctx_train)?;
-        Ok(HParams {
+        let n_layers = keys.required("block_count", limit::LAYERS)?;
+        let scale = keys.factor("expert_weights_scale")?;
+        let mut h = HParams {
             arch,
-            n_layers: keys.required("block_count", limit::LAYERS)?,
+            n_layers,
             n_embd,
             n_heads,
             n_kv_heads,
             head_dim,
-            n_ff,
+            n_ff: n_ff.unwrap_or(0),
             n_experts,
             n_experts_used,
             n_ff_expert,
-            expert_weights_norm: metadata.bool(&keys.key("expert_weights_norm")).unwrap_or(true),
-            expert_weights_scale: keys.float("expert_weights_scale")?.filter(|&s| s != 0.0).unwrap_or(1.0),
+            n_dense: if n_experts == 0 { n_layers } else { 0 },
+            n_ff_shared: 0,
+            router: Router::softmax(keys.bool("expert_weights_norm").unwrap_or(true), scale),
             n_ctx_train,
             n_ctx_reach: reach(&keys, n_ctx_train, rope_scaling)?,
-            window: window(&keys, n_ctx_train)?,
+            window: if keys.follows(WINDOW) { None } else { window(&keys, n_ctx_train)? },
+            n_next: 0,
+            window_rope: None,
+            rope_magnitude: 1.0,
+            rotates: true,
+            n_ctx_original: n_ctx_train,
+            parallel: false,
+            scores: Scores::PLAIN,
+            by_position: None,
+            masks: Vec::new(),
+            norm: NormKind::Rms,
+            norm_biases: false,
             norm_eps,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logit_scale: 1.0,
+            logit_cap: 0.0,
             n_rot,
             rope_base: keys.bounded("rope.freq_base", &BASE)?.unwrap_or(10_000.0),
             rope_scaling,
-        })
+        };
+        (arch.settle)(&keys, &mut h)?;
+        if h.n_ff == 0 && h.n_dense > 0 {
+            return Err(keys.error("feed_forward_length", "is missing".into()));
+        }
+        if n_experts > 0 && h.n_ff_expert == 0 {
+            return Err(keys.error("expert_feed_forward_length", "is missing".into()));
+        }
+        Ok(h)
     }
 }
+
+/// The key of attention's window.
+pub(super) const WINDOW: &str = "attention.sliding_window";
 
 /// Positions that the training and the scaling of rotary frequencies cover together.
 fn reach(keys: &Keys<'_>, n_ctx_train: usize, scaling: RopeScaling) -> Result<usize, ModelError> {
@@ -295,9 +363,9 @@ fn reach(keys: &Keys<'_>, n_ctx_train: usize, scaling: RopeScaling) -> Result<us
 }
 
 fn window(keys: &Keys<'_>, n_ctx_train: usize) -> Result<Option<usize>, ModelError> {
-    match keys.metadata.uint(&keys.key("attention.sliding_window")) {
+    match keys.metadata.uint(&keys.key(WINDOW)) {
         Some(0) => Ok(None),
-        _ => Ok(keys.size("attention.sliding_window", usize::MAX >> 1)?.filter(|&w| w < n_ctx_train)),
+        _ => Ok(keys.size(WINDOW, usize::MAX >> 1)?.filter(|&w| w < n_ctx_train)),
     }
 }
 
@@ -319,6 +387,7 @@ fn scaling(keys: &Keys<'_>, n_ctx_train: usize) -> Result<RopeScaling, ModelErro
         Some(other) => return Err(keys.error("rope.scaling.type", format!("a string was expected, found {other}"))),
     };
     if kind != "yarn"
+        && !keys.follows("rope.scaling.attn_factor")
         && let Some(factor) = keys.float("rope.scaling.attn_factor")?.filter(|&f| f != 1.0)
     {
         let what = format!("{factor} changes attention, and is supported with rope.scaling.type yarn only");

@@ -2,6 +2,7 @@
 //! the value says that nothing changes. Keys that are in no list here or in `hparams` are listed by
 //! `nt inspect` as not used.
 
+use super::arch::{self, Architecture};
 use crate::gguf::{Array, Metadata, Value};
 
 /// A key below the architecture's prefix, the values with which it changes nothing, and what it does.
@@ -109,10 +110,10 @@ fn all(value: &Value, is: &dyn Fn(f64) -> bool) -> bool {
 }
 
 /// The first key that changes the computation in a way that nt does not follow, with a sentence on it.
-pub(super) fn not_followed(m: &Metadata, arch: &str, head_dim: usize) -> Option<(String, String)> {
+pub(super) fn not_followed(m: &Metadata, arch: &Architecture, head_dim: usize) -> Option<(String, String)> {
     let found = |name: &str| {
-        let key = format!("{arch}.{name}");
-        m.get(&key).map(|v| (key, v))
+        let key = format!("{}.{name}", arch.name);
+        m.get(&key).filter(|_| !arch.follows.contains(&name)).map(|v| (key, v))
     };
     let what = |key: String, v: &Value, does: &str, kind: &str| {
         let text = format!(
@@ -140,9 +141,10 @@ pub(super) fn not_followed(m: &Metadata, arch: &str, head_dim: usize) -> Option<
 /// Keys of the architecture that nothing reads, in file order.
 pub fn unused_keys(m: &Metadata) -> Vec<String> {
     let Some(arch) = m.str("general.architecture") else { return Vec::new() };
+    let follows = arch::ALL.iter().find(|a| a.name == arch).map_or(&[][..], |a| a.follows);
     let own = |key: &&str| {
         let name = key.strip_prefix(arch).and_then(|k| k.strip_prefix('.'));
-        name.is_some_and(|n| !READ.contains(&n) && !RULES.iter().any(|r| r.key == n))
+        name.is_some_and(|n| !READ.contains(&n) && !follows.contains(&n) && !RULES.iter().any(|r| r.key == n))
     };
     m.iter().map(|(key, _)| key).filter(own).map(str::to_owned).collect()
 }

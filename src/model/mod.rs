@@ -1,23 +1,31 @@
 //! Architectures: hyper-parameters, tensor names, units, and one forward pass over `Backend`.
 //!
-//! `HParams` are read from GGUF metadata, `Model` finds and checks every tensor and cuts them into
-//! units, `forward` walks the units. Nothing here reads weights or knows where they live.
+//! `HParams` are read from GGUF metadata, a file of `arch` says what an architecture's blocks are made of, `build` finds
+//! and checks every tensor and writes down a `program`: units of bytes, and operations over them. `tape` turns it into
+//! the calls of a backend, and `pass` walks those. Nothing here reads weights or knows where they live.
 
-mod forward;
+mod arch;
+mod build;
 mod hparams;
 mod keys;
-mod layout;
 mod overrides;
+mod pass;
+mod program;
 mod rope;
+mod tape;
 
-pub use forward::{
+pub use arch::Architecture;
+pub use hparams::HParams;
+pub use keys::unused_keys;
+pub use overrides::{Overrides, RopeType};
+pub use pass::{
     Batch, ForwardError, NotFinite, Outputs, Scratch, WeightError, WeightSource, first_not_finite, forward,
 };
-pub use hparams::{Arch, HParams};
-pub use keys::unused_keys;
-pub use layout::{Block, Ffn, HELD, HeadSlice, Held, LinearRef, Model, Role, TensorRef, UnitKind, UnitSpec};
-pub use overrides::{Overrides, RopeType};
-pub use rope::{RopeScaling, check_divisors, rope};
+pub use program::{
+    Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,
+};
+pub use rope::{RopeScaling, RopeSpec, check_divisors};
+pub use tape::Tape;
 
 /// Why a GGUF file holds no model that nt can run.
 #[derive(Debug, thiserror::Error)]

@@ -38,11 +38,11 @@ pub enum RopeScaling {
 ///
 /// # Errors
 /// With the first of them.
-pub fn check_divisors(divisors: &[f32]) -> Result<(), ModelError> {
+pub fn check_divisors(name: &str, divisors: &[f32]) -> Result<(), ModelError> {
     match divisors.iter().position(|d| !d.is_finite() || *d <= 0.0) {
         None => Ok(()),
         Some(i) => Err(ModelError::Values {
-            name: "rope_freqs.weight".into(),
+            name: name.into(),
             what: format!(
                 "number {i} is {}, but rotary frequencies are divided by it, so one above 0 was expected",
                 divisors[i]
@@ -51,8 +51,38 @@ pub fn check_divisors(divisors: &[f32]) -> Result<(), ModelError> {
     }
 }
 
+/// One of a model's rotary embeddings, whose divisors are not read yet.
+#[derive(Clone, Copy, Debug)]
+pub struct RopeSpec {
+    /// Elements of a head that rotate.
+    pub n_rot: usize,
+    /// Base of the frequencies.
+    pub base: f32,
+    /// Their scaling.
+    pub scaling: RopeScaling,
+    /// Number of their divisors in [`super::Model::divisors`].
+    pub divisors: Option<usize>,
+    /// Contexts longer than the first take these divisors in place of those.
+    pub long: Option<(usize, usize)>,
+    /// Multiplies sine and cosine, beside what scaling does.
+    pub magnitude: f32,
+}
+
+impl RopeSpec {
+    /// The embedding for contexts of `n_ctx` tokens, with the divisors that were read; none of them stand for ones.
+    pub fn rope(&self, kind: RopeKind, n_ctx: usize, divisors: &[Vec<f32>]) -> Rope {
+        let which = match self.long {
+            Some((most, long)) if n_ctx > most => Some(long),
+            _ => self.divisors,
+        };
+        let divisors = which.and_then(|i| divisors.get(i)).map(Vec::as_slice);
+        let rope = rope(kind, self.n_rot, self.base, self.scaling, divisors);
+        Rope { magnitude: rope.magnitude * self.magnitude, ..rope }
+    }
+}
+
 /// The rotary embedding of a model. `divisors` is `rope_freqs.weight`: one a pair, if present.
-pub fn rope(kind: RopeKind, n_rot: usize, base: f32, scaling: RopeScaling, divisors: Option<&[f32]>) -> Rope {
+fn rope(kind: RopeKind, n_rot: usize, base: f32, scaling: RopeScaling, divisors: Option<&[f32]>) -> Rope {
     let plain = |i: usize| {
         let f = f64::from(base).powf(-2.0 * i as f64 / n_rot as f64);
         f / divisors.and_then(|d| d.get(i)).map_or(1.0, |&d| f64::from(d))

@@ -311,7 +311,7 @@ pub fn show(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
     f.ignore(&["verbose", "name"]);
     f.finish()?;
     let h = &served.opened.model.hparams;
-    let arch = h.arch.name();
+    let arch = h.arch.name;
     let mut capabilities = vec!["completion"];
     capabilities.extend(served.family().map(|_| "tools"));
     capabilities.extend(served.thinks().then_some("thinking"));

@@ -6,6 +6,7 @@
 
 use super::kernel::{Body, Dot, exp};
 use super::unpack::f16;
+use crate::backend::{Mask, Scores};
 use crate::state::{PAGE, PageId};
 
 /// Positions of a block.
@@ -87,7 +88,19 @@ pub(super) struct Attend<'a> {
     pub tokens: std::ops::Range<usize>,
     /// Position of the tile's first token; the others follow it.
     pub first_pos: usize,
+    pub scores: Scores,
+    /// A score of each head without a value, or null.
+    pub sinks: *const f32,
     pub scratch: &'a mut [f32],
+}
+
+/// The first position that a token at `position` attends to.
+fn first_seen(mask: Mask, position: usize) -> usize {
+    match mask {
+        Mask::Full => 0,
+        Mask::Window(n) => (position + 1).saturating_sub(n),
+        Mask::Chunk(n) => position / n.max(1) * n.max(1),
+    }
 }
 
 /// Floats of scratch that a task needs.
@@ -109,9 +122,10 @@ impl Body for Attend<'_> {
         acc.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
-        let scale = 1.0 / (hd as f32).sqrt();
+        let scale = self.scores.scale.unwrap_or(1.0 / (hd as f32).sqrt());
         let end = self.first_pos + self.tokens.len();
-        for from in (0..end).step_by(BLOCK) {
+        // Blocks begin at multiples of their size, also where the first ones are hidden from all.
+        for from in (first_seen(self.scores.mask, self.first_pos) / BLOCK * BLOCK..end).step_by(BLOCK) {
             let len = (end - from).min(BLOCK);
             // SAFETY: positions below `end` have been stored.
             unsafe {
@@ -120,16 +134,21 @@ impl Body for Attend<'_> {
             }
             for i in 0..n {
                 let token = self.tokens.start + i / group;
-                let visible = (self.first_pos + i / group + 1).saturating_sub(from).min(len);
-                if visible == 0 {
+                let position = self.first_pos + i / group;
+                let visible = (position + 1).saturating_sub(from).min(len);
+                let hidden = first_seen(self.scores.mask, position).saturating_sub(from);
+                if visible <= hidden {
                     continue;
                 }
                 let head = self.kv_head * group + i % group;
                 // SAFETY: queries of every token and head of the pass are there.
                 let q = unsafe { std::slice::from_raw_parts(self.q.add((token * self.n_heads + head) * hd), hd) };
                 let mut block_max = max[i];
-                for (s, k) in scores[..visible].iter_mut().zip(keys.chunks_exact(hd)) {
+                for (s, k) in scores[hidden..visible].iter_mut().zip(keys[hidden * hd..].chunks_exact(hd)) {
                     *s = super::kernel::dot_f32::<D>(q, k) * scale;
+                    if self.scores.cap != 0.0 {
+                        *s = self.scores.cap * (*s / self.scores.cap).tanh();
+                    }
                     block_max = block_max.max(*s);
                 }
                 let acc = &mut acc[i * hd..(i + 1) * hd];
@@ -140,10 +159,10 @@ impl Body for Attend<'_> {
                     acc.iter_mut().for_each(|a| *a *= shrink);
                     max[i] = block_max;
                 }
-                for s in &mut scores[..visible] {
+                for s in &mut scores[hidden..visible] {
                     *s = exp::<D>(*s - block_max);
                 }
-                for (s, v) in scores[..visible].iter().zip(values.chunks_exact(hd)) {
+                for (s, v) in scores[hidden..visible].iter().zip(values[hidden * hd..].chunks_exact(hd)) {
                     sum[i] += s;
                     for (a, v) in acc.iter_mut().zip(v) {
                         *a = D::fma(*s, *v, *a);
@@ -155,6 +174,14 @@ impl Body for Attend<'_> {
             let (token, head) = (self.tokens.start + i / group, self.kv_head * group + i % group);
             // SAFETY: as for the queries; each output belongs to one task.
             let out = unsafe { std::slice::from_raw_parts_mut(self.out.add((token * self.n_heads + head) * hd), hd) };
+            if !self.sinks.is_null() {
+                // SAFETY: there is a sink for each query head, at any alignment.
+                let sink = unsafe { self.sinks.add(head).read_unaligned() };
+                let most = max[i].max(sink);
+                let shrink = (max[i] - most).exp();
+                acc[i * hd..(i + 1) * hd].iter_mut().for_each(|a| *a *= shrink);
+                sum[i] = sum[i] * shrink + (sink - most).exp();
+            }
             let inverse = 1.0 / sum[i];
             out.iter_mut().zip(&acc[i * hd..]).for_each(|(o, a)| *o = a * inverse);
         }

@@ -15,6 +15,10 @@ pub(super) struct Lens {
     pub q: usize,
     pub kv: usize,
     pub hidden: usize,
+    /// What a gate is multiplied with and the output of a part, where operations come one by one.
+    pub up: usize,
+    pub part: usize,
+    pub expert_up: usize,
     pub logits: usize,
     /// Bytes of the keys of all layers, and of the values.
     pub cache: usize,
@@ -57,9 +61,12 @@ impl Lens {
             q: product(&[t, q_dim]),
             kv: product(&[t, kv_dim]),
             hidden: product(&[t, d.n_ff]),
+            up: if d.beyond.is_some() { product(&[t, d.n_ff]) } else { 0 },
+            part: if d.beyond.is_some() { product(&[t, d.n_embd]) } else { 0 },
+            expert_up: if d.beyond.is_some() { product(&[t, d.n_ff_expert]) } else { 0 },
             logits: product(&[d.max_outputs.max(1), d.n_vocab]),
             cache: product(&[d.n_layers, kv_dim, d.places(), d.kv_type.block_bytes()]),
-            rotary: product(&[t, d.rope.freqs.len()]),
+            rotary: product(&[t, d.ropes.iter().map(|r| r.freqs.len()).sum()]),
             scratch_each,
             scratch: product(&[scratch_each, threads]),
             panels_each,
@@ -91,6 +98,9 @@ impl Lens {
             l.kv,
             l.kv,
             l.hidden,
+            l.up,
+            l.part,
+            l.expert_up,
             l.logits,
             l.rotary,
             l.rotary,
@@ -139,16 +149,17 @@ mod tests {
             max_outputs: 3,
             n_ctx,
             kv_type: TensorType::F16,
-            rope: Rope { kind: RopeKind::Norm, freqs: vec![1.0; 8], magnitude: 1.0 },
+            ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 8], magnitude: 1.0 }],
+            beyond: None,
         }
     }
 
     /// Guards against a plan that counts other bytes than the backend takes.
     #[test]
     fn what_is_counted_is_what_is_allocated() {
-        for experts in [0, 5] {
+        for (experts, beyond) in [(0, None), (5, None), (0, Some("windows")), (5, Some("windows"))] {
             for threads in [1, 3] {
-                let d = dims(experts, 50);
+                let d = Dims { beyond, ..dims(experts, 50) };
                 let backend = CpuBackend::new(d.clone(), threads).unwrap();
                 assert_eq!(backend.workspace_bytes(), CpuBackend::workspace_bytes_of(&d, threads));
             }

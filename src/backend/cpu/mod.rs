@@ -9,6 +9,7 @@ mod buf;
 mod isa;
 mod kernel;
 mod lens;
+mod ops;
 mod panel;
 mod pool;
 mod selftest;
@@ -24,8 +25,8 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{
-    Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, RopeKind, RouterParams, Run, Weight,
-    reference,
+    Activation as HowActivated, Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, Op, RopeKind,
+    RouterParams, Run, Scores, Weight, reference,
 };
 use half::slice::HalfFloatSliceExt;
 
@@ -81,6 +82,11 @@ pub struct CpuBackend {
     v: Buf<f32>,
     attn: Buf<f32>,
     hidden: Buf<f32>,
+    /// Of operations one by one.
+    up: Buf<f32>,
+    part: Buf<f32>,
+    /// The buffer whose rows of the class at hand are quantised as they are.
+    ready: Option<super::Act>,
     logits: Buf<f32>,
     /// Keys and values of all layers.
     cache_k: Buf<u8>,
@@ -169,6 +175,7 @@ struct Experts {
     /// Gathered activations and hidden states of one expert's tokens.
     gathered: Buf<f32>,
     hidden: Buf<f32>,
+    up: Buf<f32>,
     quantised: Buf<Activation>,
     result: Buf<f32>,
     /// Hidden states of all experts of one token, `[choice]`, or the exact rows of one expert.
@@ -253,6 +260,7 @@ impl CpuBackend {
             out: Buf::new(l.expert_out, "outputs of experts")?,
             gathered: Buf::new(l.expert_in, "inputs of experts")?,
             hidden: Buf::new(l.expert_hidden, "hidden states of experts")?,
+            up: Buf::new(l.expert_up, "hidden states of experts")?,
             row: Row::new(l.expert_row, "hidden states of experts")?,
             quantised: Buf::new(l.expert_quantised, "inputs of experts")?,
             result: Buf::new(l.expert_in, "results of experts")?,
@@ -276,6 +284,9 @@ impl CpuBackend {
             v: Buf::new(l.kv, "values")?,
             attn: Buf::new(l.q, "attention")?,
             hidden: Buf::new(l.hidden, "hidden states")?,
+            up: Buf::new(l.up, "hidden states")?,
+            part: Buf::new(l.part, "activations")?,
+            ready: None,
             logits: Buf::new(l.logits, "logits")?,
             cache_k: Buf::new(l.cache, "KV cache")?,
             cache_v: Buf::new(l.cache, "KV cache")?,
@@ -417,6 +428,7 @@ impl CpuBackend {
 
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
     fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
+        self.ready = None;
         let (quantised, pairs) = self.quantised();
         let (quantised, pairs) = (Shared(quantised), Shared(pairs));
         let (isa, fine) = (self.isa, self.fine());
@@ -507,11 +519,59 @@ impl CpuBackend {
         (0..d.n_layers * d.n_kv_heads).map(move |row| row * pitch + first)
     }
 
+    /// Attention of a layer; `sinks` are one score a query head.
+    fn attend_by(&mut self, layer: usize, scores: Scores, sinks: Option<Weight>) {
+        let sinks = Shared(sinks.map_or(std::ptr::null_mut(), |w| w.addr as *mut f32));
+        let (cache, scratch) = (self.cache(layer), self.scratch());
+        let d = &self.dims;
+        let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
+        let (n_heads, n_kv, first) = (d.n_heads, d.n_kv_heads, self.first());
+        let isa = self.isa;
+        // Exact rows go on quantised, where heads of a group are whole groups of a scale.
+        let width = n_heads / n_kv * d.head_dim;
+        let cols = n_heads * d.head_dim;
+        let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
+        let rotation = self.rotation.take();
+        assert!(rotation.is_none_or(|r| r.layer == layer), "attention of block {layer} behind the queries of another");
+        let (overflow, places) = (&self.overflow, &self.places[first..]);
+        let exact = self.tiles.partition_point(|t| t.class == Class::Exact);
+        let (exact, bulk) = self.tiles.split_at(exact);
+        let tiles = if self.class == Class::Exact { exact } else { bulk };
+        self.pool.run(tiles.len() * n_kv, &|thread, task| {
+            let (tile, kv_head) = (&tiles[task / n_kv], task % n_kv);
+            // SAFETY: each thread has its own part of the scratch.
+            let (scratch, _) = unsafe { scratch.of(thread) };
+            let tokens = tile.rows.clone();
+            let (q, out) = (q.get().cast_const(), out.get());
+            if let Some(r) = &rotation {
+                tokens.clone().for_each(|token| r.run(isa, token, kv_head, overflow));
+            }
+            let Place { position: first_pos, table } = places[tokens.start];
+            // SAFETY: the table of the run begins there.
+            let cache = unsafe { cache.of(table) };
+            let group = n_heads / n_kv;
+            let sinks = sinks.get().cast_const();
+            let tokens_ = tokens.clone();
+            let attend =
+                Attend { cache, q, out, n_heads, group, kv_head, tokens: tokens_, first_pos, scores, sinks, scratch };
+            dispatch(isa, attend);
+            if let Some(onward) = onward {
+                // SAFETY: the heads of this group are this task's, and it has just computed them.
+                unsafe { onward.quantise(isa, tokens, kv_head * width, (kv_head + 1) * width) };
+            }
+        });
+        if onward.is_some() {
+            self.row = 1 - self.row;
+        }
+        self.attn_ready = onward.is_some();
+        self.ready = None;
+    }
+
     /// What is left to do with queries and keys of a layer before they meet.
     fn rotation(&mut self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Rotation {
         let cache = self.cache(layer);
         let (d, first) = (&self.dims, self.first());
-        let pairs = d.rope.freqs.len();
+        let pairs = d.rope().freqs.len();
         Rotation {
             layer,
             q: Shared(self.q.ptr()),
@@ -522,7 +582,7 @@ impl CpuBackend {
             cos: self.cos[first * pairs..].as_ptr(),
             sin: self.sin[first * pairs..].as_ptr(),
             pairs,
-            kind: d.rope.kind,
+            kind: d.rope().kind,
             heads: [d.n_heads, d.n_kv_heads],
             places: self.places[first..].as_ptr(),
         }
@@ -709,20 +769,24 @@ impl Backend for CpuBackend {
             self.places.extend((r.first_pos..r.first_pos + r.rows).map(|position| Place { position, table }));
             self.tables.extend_from_slice(r.table);
         }
-        let rope = &self.dims.rope;
-        let n = rope.freqs.len();
-        for (t, place) in self.places.iter().enumerate() {
-            for (i, f) in rope.freqs.iter().enumerate() {
-                let (s, c) = (f64::from(*f) * place.position as f64).sin_cos();
-                self.cos[t * n + i] = c as f32 * rope.magnitude;
-                self.sin[t * n + i] = s as f32 * rope.magnitude;
+        let mut first = 0;
+        for rope in &self.dims.ropes {
+            let n = rope.freqs.len();
+            for (t, place) in self.places.iter().enumerate() {
+                for (i, f) in rope.freqs.iter().enumerate() {
+                    let (s, c) = (f64::from(*f) * place.position as f64).sin_cos();
+                    self.cos[first + t * n + i] = c as f32 * rope.magnitude;
+                    self.sin[first + t * n + i] = s as f32 * rope.magnitude;
+                }
             }
+            first += self.dims.max_batch.max(1) * n;
         }
         Ok(())
     }
 
     fn turn_to(&mut self, class: Class) {
         self.class = class;
+        self.ready = None;
     }
 
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
@@ -771,45 +835,7 @@ impl Backend for CpuBackend {
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
-        let (cache, scratch) = (self.cache(layer), self.scratch());
-        let d = &self.dims;
-        let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
-        let (n_heads, n_kv, first) = (d.n_heads, d.n_kv_heads, self.first());
-        let isa = self.isa;
-        // Exact rows go on quantised, where heads of a group are whole groups of a scale.
-        let width = n_heads / n_kv * d.head_dim;
-        let cols = n_heads * d.head_dim;
-        let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
-        let rotation = self.rotation.take();
-        assert!(rotation.is_none_or(|r| r.layer == layer), "attention of block {layer} behind the queries of another");
-        let (overflow, places) = (&self.overflow, &self.places[first..]);
-        let exact = self.tiles.partition_point(|t| t.class == Class::Exact);
-        let (exact, bulk) = self.tiles.split_at(exact);
-        let tiles = if self.class == Class::Exact { exact } else { bulk };
-        self.pool.run(tiles.len() * n_kv, &|thread, task| {
-            let (tile, kv_head) = (&tiles[task / n_kv], task % n_kv);
-            // SAFETY: each thread has its own part of the scratch.
-            let (scratch, _) = unsafe { scratch.of(thread) };
-            let tokens = tile.rows.clone();
-            let (q, out) = (q.get().cast_const(), out.get());
-            if let Some(r) = &rotation {
-                tokens.clone().for_each(|token| r.run(isa, token, kv_head, overflow));
-            }
-            let Place { position: first_pos, table } = places[tokens.start];
-            // SAFETY: the table of the run begins there.
-            let cache = unsafe { cache.of(table) };
-            let group = n_heads / n_kv;
-            let attend = Attend { cache, q, out, n_heads, group, kv_head, tokens: tokens.clone(), first_pos, scratch };
-            dispatch(isa, attend);
-            if let Some(onward) = onward {
-                // SAFETY: the heads of this group are this task's, and it has just computed them.
-                unsafe { onward.quantise(isa, tokens, kv_head * width, (kv_head + 1) * width) };
-            }
-        });
-        if onward.is_some() {
-            self.row = 1 - self.row;
-        }
-        self.attn_ready = onward.is_some();
+        self.attend_by(layer, Scores::PLAIN, None);
         Ok(())
     }
 
@@ -817,6 +843,10 @@ impl Backend for CpuBackend {
         let (d, q_dim, first) = (self.dims.n_embd, self.dims.n_heads * self.dims.head_dim, self.first());
         for (to, from) in rows.iter().enumerate() {
             self.x.copy_within((first + from) * d..(first + from + 1) * d, (first + to) * d);
+            if self.dims.beyond.is_some() {
+                // A feed-forward part may read what attention has read.
+                self.input.copy_within((first + from) * d..(first + from + 1) * d, (first + to) * d);
+            }
             self.attn.copy_within(from * q_dim..(from + 1) * q_dim, to * q_dim);
             if self.attn_ready {
                 let (each, row) = (packets(q_dim), &mut self.rows[self.row]);
@@ -825,6 +855,7 @@ impl Backend for CpuBackend {
             }
         }
         self.parts[self.class as usize] = rows.len();
+        self.ready = None;
         Ok(())
     }
 
@@ -890,14 +921,9 @@ impl Backend for CpuBackend {
         self.swap_quantised();
         let n_tokens = std::mem::replace(&mut self.parts[self.class as usize], n);
         self.prepare(gathered, gathered, d, n, None);
-        let linear = |weight| Linear { weight, bias: None };
-        let jobs = [
-            self.job(&linear(e.gate), gathered.get(), hidden.get(), Then::Silu),
-            self.job(&linear(e.up), gathered.get(), hidden.get(), Then::Mul),
-        ];
-        self.jobs(&jobs, None);
-        self.prepare(hidden, hidden, e.down.cols, n, None);
-        let job = self.job(&linear(e.down), hidden.get(), result, Then::Store);
+        self.expert_hidden(e, gathered.get(), n);
+        self.prepare(hidden, hidden, e.down.weight.cols, n, None);
+        let job = self.job(&e.down, hidden.get(), result, Then::Store);
         self.jobs(&[job], None);
         self.parts[self.class as usize] = n_tokens;
         self.swap_quantised();
@@ -909,17 +935,17 @@ impl Backend for CpuBackend {
     }
 
     fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
-        if self.class != Class::Exact || self.n_tokens() != 1 || list.len() < 2 {
+        let plain = list.iter().all(|e| e.how == HowActivated::Silu);
+        if self.class != Class::Exact || self.n_tokens() != 1 || list.len() < 2 || !plain {
             return list.iter().try_for_each(|e| self.expert(e));
         }
         let (d, n_ff) = (self.dims.n_embd, self.dims.n_ff_expert);
         let (input, fine) = (self.input_here(), self.fine());
-        let linear = |weight| Linear { weight, bias: None };
         let mut left = list;
         while !left.is_empty() {
             let (hidden, out) = (self.experts.hidden.ptr(), self.experts.out.ptr());
             let (row, pairs) = (self.experts.row.packets.ptr(), self.experts.row.pairs.ptr());
-            let first = self.job(&linear(left[0].gate), input, hidden, Then::Silu);
+            let first = self.job(&left[0].gate, input, hidden, Then::Silu);
             let mut up = [[first; 2]; EXPERTS_AT_ONCE];
             let mut down = [[first; 1]; EXPERTS_AT_ONCE];
             let mut onward = [None; EXPERTS_AT_ONCE];
@@ -932,16 +958,13 @@ impl Backend for CpuBackend {
                 // SAFETY: the buffers have room for every choice of a token, and these are some of them.
                 let (hidden, row, pairs) =
                     unsafe { (hidden.add(i * n_ff), row.add(i * packets(n_ff)), pairs.add(i * packets(n_ff))) };
-                up[i] = [
-                    self.job(&linear(e.gate), input, hidden, Then::Silu),
-                    self.job(&linear(e.up), input, hidden, Then::Mul),
-                ];
+                up[i] = [self.job(&e.gate, input, hidden, Then::Silu), self.job(&e.up, input, hidden, Then::Mul)];
                 let packets = Shared(row);
                 onward[i] =
                     Some(Onward { x: Shared(hidden), tokens: 1, cols: n_ff, packets, pairs: Shared(pairs), fine });
                 // SAFETY: there is a result for each choice.
                 let out = unsafe { out.add(choice * d) };
-                let (job, rows) = self.job(&linear(e.down), hidden, out, Then::Store);
+                let (job, rows) = self.job(&e.down, hidden, out, Then::Store);
                 down[i] = [(Job { x: row, pairs, ..job }, rows)];
                 i += 1;
             }
@@ -964,11 +987,7 @@ impl Backend for CpuBackend {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
-        let (tokens, max) = (self.outputs + self.n_tokens(), self.dims.max_outputs);
-        if tokens > max {
-            return Err(BackendError::Outputs { backend: "cpu", tokens, max });
-        }
-        self.first_output[self.class as usize] = std::mem::replace(&mut self.outputs, tokens);
+        self.begin_outputs()?;
         self.norm_input(norm);
         Ok(())
     }
@@ -979,6 +998,14 @@ impl Backend for CpuBackend {
         let (job, rows) = self.job(w, input, out, Then::Store);
         self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)], None);
         Ok(())
+    }
+
+    fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
+        self.run(op)
+    }
+
+    fn chosen(&mut self) -> &[u32] {
+        &self.experts.ids[self.choices()]
     }
 
     fn finite(&mut self) -> Result<bool, BackendError> {
@@ -1045,12 +1072,14 @@ impl Backend for CpuBackend {
             &self.v,
             &self.attn,
             &self.hidden,
+            &self.up,
+            &self.part,
             &self.logits,
             &self.cos,
             &self.sin,
             &self.scratch,
         ];
-        let experts = [&e.scores, &e.weights, &e.out, &e.gathered, &e.hidden, &e.result];
+        let experts = [&e.scores, &e.weights, &e.out, &e.gathered, &e.hidden, &e.up, &e.result];
         floats.into_iter().chain(experts).map(Buf::bytes).sum::<u64>()
             + self.quantised.bytes()
             + self.rows.iter().map(Row::bytes).sum::<u64>()

@@ -70,6 +70,9 @@ impl CudaBackend {
 
     /// Loads the kernels and allocates every buffer of a session with these sizes.
     pub fn new(device: &Arc<Device>, dims: &Dims) -> Result<Self, BackendError> {
+        if let Some(what) = dims.beyond {
+            return Err(BackendError::Beyond { backend: "cuda", what });
+        }
         if !HEAD_DIMS.contains(&dims.head_dim) {
             return Err(device_error(format!(
                 "heads of {} elements have no kernel; supported are {HEAD_DIMS:?}",
@@ -194,12 +197,12 @@ impl CudaBackend {
             n_heads: d.n_heads as i32,
             n_kv_heads: d.n_kv_heads as i32,
             head_dim: d.head_dim as i32,
-            n_rot: 2 * d.rope.freqs.len() as i32,
+            n_rot: 2 * d.rope().freqs.len() as i32,
             n_places: d.places() as i32,
             tokens: self.tokens as i32,
-            neox: i32::from(d.rope.kind == RopeKind::Neox),
+            neox: i32::from(d.rope().kind == RopeKind::Neox),
             cache_f32: i32::from(d.kv_type == TensorType::F32),
-            magnitude: d.rope.magnitude,
+            magnitude: d.rope().magnitude,
             q_eps: q_norm.map_or(0.0, |n| n.eps),
             k_eps: k_norm.map_or(0.0, |n| n.eps),
         };
@@ -529,19 +532,17 @@ impl Backend for CudaBackend {
         let numbers_of = moe.lists.addr() + 4 * (pairs + start) as u64;
         let out = moe.out.addr();
         let norm_f = ws.norm_f.addr();
-        let linear = |w: &Weight| Linear { weight: *w, bias: None };
         let (input, from) = if self.engine.class == Class::Exact {
             // `route` left every row in both forms: the products pick theirs.
             let q = ws.input_q.addr();
             (Inputs { f: norm_f, q, ..Inputs::default() }, tokens_of)
         } else {
-            let to = self.engine.forms(&[e.gate.ty, e.up.ty]);
+            let to = self.engine.forms(&[e.gate.weight.ty, e.up.weight.ty]);
             self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
             (to, 0)
         };
-        let (gate, up) = (linear(&e.gate), linear(&e.up));
-        let hidden = self.engine.hidden(&gate, &up, e.down.ty, n, input, from)?;
-        let target = Target { stride: self.dims.n_embd, ..Target::new(&linear(&e.down), out) };
+        let hidden = self.engine.hidden(&e.gate, &e.up, e.down.weight.ty, n, input, from)?;
+        let target = Target { stride: self.dims.n_embd, ..Target::new(&e.down, out) };
         let rows = Rows { from: 0, to: numbers_of };
         self.engine.products(&[target], n, STORE, hidden, rows)
     }

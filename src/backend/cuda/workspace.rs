@@ -151,7 +151,7 @@ impl Sizes {
             partial: float_bytes(few * key_ranges(d.n_ctx), heads),
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
             cache: ((d.n_layers * kv) as u64).saturating_mul(d.places() as u64).saturating_mul(cache_elem_bytes(d)),
-            freqs: float_bytes(1, d.rope.freqs.len().max(1)),
+            freqs: float_bytes(1, d.rope().freqs.len().max(1)),
             pass: float_bytes(1, 1 + d.pages()),
             logits: float_bytes(d.max_outputs, d.n_vocab),
             rows: float_bytes(batch, d.n_embd),
@@ -189,7 +189,7 @@ impl Workspace {
     pub fn new(device: &Arc<Device>, d: &Dims) -> Result<Workspace, BackendError> {
         let s = Sizes::new(d, device.info.multiprocessors as usize);
         let freqs = device.alloc(s.freqs, "rotary frequencies")?;
-        freqs.write(0, &d.rope.freqs)?;
+        freqs.write(0, &d.rope().freqs)?;
         let pass = device.alloc(s.pass, "position and pages")?;
         // Position 0, then every page in order.
         let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).collect();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
-use crate::backend::{Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Run};
+use crate::backend::{Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Run};
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
 
@@ -84,11 +84,12 @@ fn dims(c: &Case) -> Dims {
         max_outputs: EXACT_ROWS,
         n_ctx: 500,
         kv_type: c.kv_type,
-        rope: Rope {
+        ropes: vec![Rope {
             kind: c.kind,
             freqs: (0..c.head_dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / c.head_dim as f32)).collect(),
             magnitude: 1.0,
-        },
+        }],
+        beyond: None,
     }
 }
 
@@ -154,9 +155,9 @@ fn rotate(x: &mut [f64], d: &Dims, first_pos: usize, heads: usize) {
     let hd = d.head_dim;
     for (i, head) in x.chunks_mut(hd).enumerate() {
         let pos = (first_pos + i / heads) as f32;
-        for (p, freq) in d.rope.freqs.iter().enumerate() {
+        for (p, freq) in d.rope().freqs.iter().enumerate() {
             let (sin, cos) = f64::from(pos * freq).sin_cos();
-            let (a, b) = match d.rope.kind {
+            let (a, b) = match d.rope().kind {
                 RopeKind::Norm => (2 * p, 2 * p + 1),
                 RopeKind::Neox => (p, p + hd / 2),
             };
@@ -272,7 +273,8 @@ fn run_block(g: &mut CudaBackend, b: &Block, c: &Case, layer: usize) -> Result<V
     distinct.dedup();
     for id in distinct {
         let [gate, up, down] = &b.ffn[id as usize];
-        g.expert(&Expert { id, gate: gate.weight, up: up.weight, down: down.weight })?;
+        let (gate, up, down) = (gate.linear(None), up.linear(None), down.linear(None));
+        g.expert(&Expert { id, gate, up, down, how: Activation::Silu })?;
     }
     g.combine_experts()?;
     Ok(ids)

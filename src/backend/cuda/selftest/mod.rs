@@ -87,7 +87,8 @@ fn product_dims() -> Dims {
         max_outputs: 1,
         n_ctx: 64,
         kv_type: TensorType::F16,
-        rope: Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 },
+        ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 }],
+        beyond: None,
     }
 }
 

@@ -1,8 +1,11 @@
-//! One forward pass: walks the units in order, binds their tensors where they have been brought,
-//! and calls the backend. It knows nothing of tiers, files or devices.
+//! One forward pass: walks the stages in order, binds their tensors where they have been brought,
+//! and calls the backend. It knows nothing of architectures, tiers, files or devices.
 
-use super::layout::{Block, Ffn, LinearRef, Model, TensorRef};
-use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, RouterParams, Run, Weight};
+use super::program::{Experts, LinearRef, Model, NormRef, TensorRef};
+use super::tape::{Call, Tape};
+use smallvec::SmallVec;
+
+use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, Op, Run, Weight};
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -104,9 +107,9 @@ impl Batch<'_> {
     }
 }
 
-/// A pass over a batch. `stop` is asked between units. `scratch` is that of earlier passes.
+/// A pass over a batch. `stop` is asked between stages. `scratch` is that of earlier passes.
 pub fn forward(
-    model: &Model,
+    (model, tape): (&Model, &Tape),
     backend: &mut dyn Backend,
     source: &mut dyn WeightSource,
     batch: &Batch,
@@ -115,9 +118,10 @@ pub fn forward(
 ) -> Result<(), ForwardError> {
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
-    let mut pass = Pass::new(model, backend, source, batch, &mut scratch.demanded);
+    let mut pass = Pass::new((model, tape), backend, source, batch, &mut scratch.demanded);
+    pass.keeps = batch.has_outputs();
     // The router's answer is waited for in the middle of a pass.
-    let dense = model.blocks.iter().all(|b| matches!(b.ffn, Ffn::Dense { .. }));
+    let dense = model.stages.iter().all(|s| s.experts.is_none());
     if !batch.is_one_token() || !dense || !pass.source.stays() {
         return pass.all(stop);
     }
@@ -148,7 +152,7 @@ pub enum NotFinite {
 /// # Errors
 /// As [`forward`].
 pub fn first_not_finite(
-    model: &Model,
+    (model, tape): (&Model, &Tape),
     backend: &mut dyn Backend,
     source: &mut dyn WeightSource,
     batch: &Batch,
@@ -156,23 +160,27 @@ pub fn first_not_finite(
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
     let mut demanded = Vec::new();
-    let mut pass = Pass::new(model, backend, source, batch, &mut demanded);
+    let mut pass = Pass::new((model, tape), backend, source, batch, &mut demanded);
     if !pass.finite()? {
         return Ok(NotFinite::Embedding);
     }
-    for (i, block) in model.blocks.iter().enumerate() {
-        pass.block(i, block, false)?;
-        if !pass.finite()? {
-            return Ok(NotFinite::Block(i));
+    for (i, stage) in model.stages.iter().enumerate() {
+        let Some(block) = stage.block else { break };
+        pass.stage(i)?;
+        let ends = model.stages.get(i + 1).is_none_or(|next| next.block != Some(block));
+        if ends && !pass.finite()? {
+            return Ok(NotFinite::Block(block));
         }
     }
     Ok(NotFinite::Head)
 }
+
 /// Experts that are handed to the backend at once.
 const BATCH: usize = 16;
 
 struct Pass<'a> {
     model: &'a Model,
+    tape: &'a Tape,
     backend: &'a mut dyn Backend,
     source: &'a mut dyn WeightSource,
     /// Classes that have rows, in the order of their rows.
@@ -180,12 +188,14 @@ struct Pass<'a> {
     outputs: [&'a [usize]; 2],
     /// Rows of each class.
     rows: [usize; 2],
+    /// Whether rows without outputs are dropped where the program says so.
+    keeps: bool,
     demanded: &'a mut Vec<usize>,
 }
 
 impl<'a> Pass<'a> {
     fn new(
-        model: &'a Model,
+        (model, tape): (&'a Model, &'a Tape),
         backend: &'a mut dyn Backend,
         source: &'a mut dyn WeightSource,
         batch: &Batch<'a>,
@@ -198,7 +208,7 @@ impl<'a> Pass<'a> {
             [0, _] => &[Class::Bulk],
             _ => &[Class::Exact, Class::Bulk],
         };
-        Pass { model, backend, source, classes, outputs: batch.outputs, rows, demanded }
+        Pass { model, tape, backend, source, classes, outputs: batch.outputs, rows, keeps: false, demanded }
     }
 
     fn turn_to(&mut self, class: Class) {
@@ -216,17 +226,18 @@ impl<'a> Pass<'a> {
         Ok(true)
     }
 
-    /// All blocks and the head.
+    /// All stages. Without outputs the slices of the head are still consumed, so that the cycle stays whole.
     fn all(&mut self, stop: &dyn Fn() -> bool) -> Result<(), ForwardError> {
-        let last = self.model.blocks.len() - 1;
-        let wanted = self.outputs.iter().any(|o| !o.is_empty());
-        for (i, block) in self.model.blocks.iter().enumerate() {
+        for (i, stage) in self.model.stages.iter().enumerate() {
             if stop() {
                 return Err(ForwardError::Interrupted);
             }
-            self.block(i, block, i == last && wanted)?;
+            if stage.block.is_none() && !self.keeps {
+                self.classes = &[];
+            }
+            self.stage(i)?;
         }
-        self.head()
+        Ok(())
     }
 
     fn acquire(&mut self, unit: usize) -> Result<(), ForwardError> {
@@ -245,116 +256,127 @@ impl<'a> Pass<'a> {
     }
 
     fn linear(&self, l: &LinearRef) -> Linear {
-        Linear { weight: self.weight(&l.weight), bias: l.bias.as_ref().map(|b| self.weight(b)) }
+        l.map(&mut |t| self.weight(&t))
     }
 
-    fn norm(&self, t: &TensorRef) -> Norm {
-        Norm { weight: self.weight(t), eps: self.model.hparams.norm_eps }
+    /// A norm of a fused call.
+    fn norm(&self, n: &NormRef) -> Norm {
+        let Some(weight) = &n.weight else { unreachable!("a fused norm has a weight") };
+        Norm { weight: self.weight(weight), eps: n.eps }
     }
 
-    /// A block. Behind the attention of the `last` one, only the rows of outputs are kept, and classes without any are
-    /// done with.
-    fn block(&mut self, i: usize, b: &Block, last: bool) -> Result<(), ForwardError> {
-        let unit = b.unit;
-        self.acquire(unit)?;
+    /// A stage: the calls with its unit, then those with the experts that they chose.
+    fn stage(&mut self, i: usize) -> Result<(), ForwardError> {
+        let (stage, calls) = (&self.model.stages[i], &self.tape.stages[i]);
+        self.acquire(stage.unit)?;
+        self.demanded.clear();
+        let mut left = [true; 2];
         for &class in self.classes {
             self.turn_to(class);
-            self.attention(i, b, class, last)?;
+            for call in &calls.with {
+                if let (Call::Keep, true) = (call, self.keeps) {
+                    let outputs = self.outputs[class as usize];
+                    if outputs.is_empty() {
+                        // The rest of the pass is not for this class.
+                        left[class as usize] = false;
+                        break;
+                    }
+                    if outputs.len() < self.rows[class as usize] {
+                        self.backend.keep(outputs)?;
+                    }
+                }
+                self.call(call, stage.experts.as_ref())?;
+            }
         }
-        if last {
-            self.classes = match self.outputs {
-                [_, []] => &[Class::Exact],
-                [[], _] => &[Class::Bulk],
-                _ => self.classes,
-            };
-        }
-        if b.ffn_unit != unit {
-            self.release(unit)?;
-            self.acquire(b.ffn_unit)?;
-        }
-        let norm = self.norm(&b.ffn_norm);
-        match &b.ffn {
-            Ffn::Dense { gate, up, down } => {
-                let (gate, up, down) = (self.linear(gate), self.linear(up), self.linear(down));
+        self.classes = match (left, self.classes) {
+            ([true, false], [Class::Exact, Class::Bulk]) => &[Class::Exact],
+            ([false, true], [Class::Exact, Class::Bulk]) => &[Class::Bulk],
+            _ => self.classes,
+        };
+        match &stage.experts {
+            None => self.release(stage.unit),
+            Some(experts) => {
+                self.release(stage.unit)?;
+                self.experts(experts)?;
                 for &class in self.classes {
                     self.turn_to(class);
-                    self.backend.ffn(&norm, &gate, &up, &down)?;
+                    for call in &calls.after {
+                        self.call(call, None)?;
+                    }
                 }
-                self.release(b.ffn_unit)
-            }
-            Ffn::Experts { router, experts } => {
-                let router = self.weight(router);
-                self.experts(b.ffn_unit, &norm, &router, experts)
+                Ok(())
             }
         }
     }
 
-    fn attention(&mut self, i: usize, b: &Block, class: Class, last: bool) -> Result<(), ForwardError> {
-        let (q_norm, k_norm) = (b.q_norm.as_ref().map(|n| self.norm(n)), b.k_norm.as_ref().map(|n| self.norm(n)));
-        let (norm, q, k, v) = (self.norm(&b.attn_norm), self.linear(&b.q), self.linear(&b.k), self.linear(&b.v));
-        self.backend.qkv(i, &norm, &q, &k, &v, q_norm.as_ref(), k_norm.as_ref())?;
-        self.backend.attend(i)?;
-        if last {
-            let (of, outputs) = (class as usize, self.outputs[class as usize]);
-            if outputs.is_empty() {
-                return Ok(());
+    fn call(&mut self, call: &Call, experts: Option<&Experts>) -> Result<(), ForwardError> {
+        match call {
+            Call::Qkv { layer, norm, w: [q, k, v], head_norms } => {
+                let head_norms = head_norms.as_ref().map(|[q, k]| [self.norm(q), self.norm(k)]);
+                let [q_norm, k_norm] = [0, 1].map(|i| head_norms.as_ref().map(|n| &n[i]));
+                let (norm, q, k, v) = (self.norm(norm), self.linear(q), self.linear(k), self.linear(v));
+                self.backend.qkv(*layer, &norm, &q, &k, &v, q_norm, k_norm)?;
             }
-            if outputs.len() < self.rows[of] {
-                self.backend.keep(outputs)?;
+            Call::Attend { layer } => self.backend.attend(*layer)?,
+            Call::Keep => {}
+            Call::AttnOutput { w } => {
+                let w = self.linear(w);
+                self.backend.attn_output(&w)?;
+            }
+            Call::FeedForward { norm, gate, up, down } => {
+                let (norm, gate, up, down) = (self.norm(norm), self.linear(gate), self.linear(up), self.linear(down));
+                self.backend.ffn(&norm, &gate, &up, &down)?;
+            }
+            Call::Route { norm, router, params } => {
+                let (norm, router) = (self.norm(norm), self.weight(router));
+                let ids = self.backend.route(&norm, &router, params)?;
+                demand(self.demanded, experts, ids);
+            }
+            Call::Combine => self.backend.combine_experts()?,
+            Call::OutputNorm { norm } => {
+                let norm = self.norm(norm);
+                self.backend.output_norm(&norm)?;
+            }
+            Call::Head { w, first_row } => {
+                let w = self.linear(w);
+                self.backend.head(&w, *first_row)?;
+            }
+            Call::Op(op) => {
+                let bound = op.map(&mut |t| self.weight(&t));
+                self.backend.op(&bound)?;
+                if let Op::Route { .. } = op {
+                    demand(self.demanded, experts, self.backend.chosen());
+                }
             }
         }
-        let output = self.linear(&b.output);
-        Ok(self.backend.attn_output(&output)?)
+        Ok(())
     }
 
-    /// The experts of a block, with the unit of its router held. An expert is brought once for all rows of the pass.
-    fn experts(
-        &mut self,
-        shared: usize,
-        norm: &Norm,
-        router: &Weight,
-        experts: &[[TensorRef; 3]],
-    ) -> Result<(), ForwardError> {
-        let params = RouterParams {
-            normalize: self.model.hparams.expert_weights_norm,
-            scale: self.model.hparams.expert_weights_scale,
-        };
-        self.demanded.clear();
-        for &class in self.classes {
-            self.turn_to(class);
-            let ids = self.backend.route(norm, router, &params)?;
-            self.demanded.extend(ids.iter().map(|&e| experts[e as usize][0].unit));
-        }
+    /// The experts that a stage's routers have chosen. An expert is brought once for all rows of the pass.
+    fn experts(&mut self, experts: &Experts) -> Result<(), ForwardError> {
         self.demanded.sort_unstable();
         self.demanded.dedup();
-        self.release(shared)?;
         // Put back below; after an error the next pass makes do with an empty list.
         let mut demanded = std::mem::take(self.demanded);
         self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
-        let first_unit = experts[0][0].unit;
+        let first_unit = experts.list[0][0].weight.unit;
         // Experts that stay where they are need not be computed before the next one is looked at.
-        let mut batch = [Expert { id: 0, gate: *router, up: *router, down: *router }; BATCH];
-        let mut n = 0;
+        let mut batch = SmallVec::<[Expert; BATCH]>::new();
         for &unit in &demanded {
             self.acquire(unit)?;
             let id = unit - first_unit;
-            let [gate, up, down] = experts[id].each_ref().map(|t| self.weight(t));
-            batch[n] = Expert { id: id as u32, gate, up, down };
-            n += 1;
-            if n == BATCH || !self.source.rests(unit) {
-                self.compute(&batch[..n])?;
-                n = 0;
+            let [gate, up, down] = experts.list[id].each_ref().map(|l| self.linear(l));
+            batch.push(Expert { id: id as u32, gate, up, down, how: experts.how });
+            if batch.len() == BATCH || !self.source.rests(unit) {
+                self.compute(&batch)?;
+                batch.clear();
             }
             self.release(unit)?;
         }
-        if n > 0 {
-            self.compute(&batch[..n])?;
+        if !batch.is_empty() {
+            self.compute(&batch)?;
         }
         *self.demanded = demanded;
-        for &class in self.classes {
-            self.turn_to(class);
-            self.backend.combine_experts()?;
-        }
         Ok(())
     }
 
@@ -365,24 +387,11 @@ impl<'a> Pass<'a> {
         }
         Ok(())
     }
+}
 
-    fn head(&mut self) -> Result<(), ForwardError> {
-        let wanted = self.outputs.iter().any(|o| !o.is_empty());
-        for (i, slice) in self.model.head.iter().enumerate() {
-            // Without outputs the slices are still consumed, so that the cycle stays whole.
-            self.acquire(slice.weight.unit)?;
-            let classes = if wanted { self.classes } else { &[] };
-            for &class in classes {
-                self.turn_to(class);
-                if i == 0 {
-                    let norm = self.norm(&self.model.output_norm);
-                    self.backend.output_norm(&norm)?;
-                }
-                let w = self.linear(&LinearRef { weight: slice.weight, bias: slice.bias });
-                self.backend.head(&w, slice.first_row)?;
-            }
-            self.release(slice.weight.unit)?;
-        }
-        Ok(())
+/// Adds the units of the experts with these ids.
+fn demand(demanded: &mut Vec<usize>, experts: Option<&Experts>, ids: &[u32]) {
+    if let Some(experts) = experts {
+        demanded.extend(ids.iter().map(|&e| experts.list[e as usize][0].weight.unit));
     }
 }

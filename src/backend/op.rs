@@ -1,0 +1,309 @@
+//! Operations of a pass one by one, for what no fused call of [`super::Backend`] covers.
+//!
+//! `W` is how a weight is named: by its place in a model, or where it has been brought.
+
+/// An activation buffer: rows of F32, one a token of the class at hand. `X` and `H` last from one unit to the next; the
+/// others may be overwritten by rows of the other class in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// The residual stream, `n_embd` wide.
+    X,
+    /// What products read, `n_embd` wide: X normed.
+    H,
+    /// Queries, `n_heads * head_dim` wide.
+    Q,
+    /// Keys, `n_kv_heads * head_dim` wide.
+    K,
+    /// Values, `n_kv_heads * head_dim` wide.
+    V,
+    /// The output of attention, `n_heads * head_dim` wide.
+    Attn,
+    /// Gate and then hidden state of a feed-forward part, at most `n_ff` wide.
+    Hidden,
+    /// What the gate is multiplied with, at most `n_ff` wide.
+    Up,
+    /// The output of a part before it is added to X, `n_embd` wide.
+    Out,
+}
+
+/// What a norm divides by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// The root of the mean of squares.
+    Rms,
+    /// The standard deviation, after the mean was subtracted.
+    Layer,
+}
+
+/// A norm: `x / sqrt(mean(x²) + eps) * weight + bias`, or with the mean subtracted first.
+#[derive(Clone, Copy, Debug)]
+pub struct NormOf<W> {
+    /// What it divides by.
+    pub kind: NormKind,
+    /// One F32 row; ones where there is none.
+    pub weight: Option<W>,
+    /// One F32 row; zeros where there is none.
+    pub bias: Option<W>,
+    /// Added to the mean of squares.
+    pub eps: f32,
+}
+
+/// A matrix with its optional bias, one F32 row.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearOf<W> {
+    /// The matrix.
+    pub weight: W,
+    /// The bias.
+    pub bias: Option<W>,
+}
+
+/// Which earlier positions a token attends to, itself among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// All.
+    Full,
+    /// The last so many.
+    Window(usize),
+    /// Those since the last multiple of so many.
+    Chunk(usize),
+}
+
+/// How scores of attention come about.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scores {
+    /// Multiplies queries and keys' products; `None` for `1 / sqrt(head_dim)`.
+    pub scale: Option<f32>,
+    /// `cap * tanh(score / cap)`; 0 for none.
+    pub cap: f32,
+    /// Who is attended to.
+    pub mask: Mask,
+}
+
+impl Scores {
+    /// Those of llama.
+    pub const PLAIN: Scores = Scores { scale: None, cap: 0.0, mask: Mask::Full };
+}
+
+/// What makes a hidden state of gate and up: `f(gate) * up`, or `f(gate)` where there is no up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `x / (1 + exp(-x))`.
+    Silu,
+    /// The form with tanh.
+    Gelu,
+    /// `max(x, 0)²`.
+    ReluSquared,
+    /// gpt-oss: gate up to a limit, up within it, `g * sigmoid(1.702 g) * (u + 1)`.
+    ClampedSwiglu {
+        /// The limit.
+        limit: f32,
+    },
+}
+
+/// How scores of a router become choices and weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Router {
+    /// What makes probabilities of scores.
+    pub gating: Gating,
+    /// Divide the chosen weights by their sum.
+    pub normalize: bool,
+    /// Multiply the chosen weights by this (1 for none).
+    pub scale: f32,
+    /// Groups of experts, of which only the best are chosen from: how many, and how many are kept. 1 and 1 for none.
+    pub groups: (usize, usize),
+}
+
+impl Router {
+    /// Softmax over all experts.
+    pub const fn softmax(normalize: bool, scale: f32) -> Router {
+        Router { gating: Gating::Softmax, normalize, scale, groups: (1, 1) }
+    }
+}
+
+/// What makes probabilities of a router's scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gating {
+    /// Softmax over all experts.
+    Softmax,
+    /// Each expert by itself.
+    Sigmoid,
+    /// Softmax over the chosen ones.
+    SoftmaxOfChosen,
+}
+
+/// An operation. Weights are rows back to back; vectors are F32.
+#[derive(Clone, Copy, Debug)]
+pub enum Op<W> {
+    /// `to = norm(from)`, which are as wide.
+    Norm {
+        /// Written.
+        to: Act,
+        /// Read; may be `to`.
+        from: Act,
+        /// The norm.
+        norm: NormOf<W>,
+    },
+    /// The norm of each head of Q or K by itself.
+    HeadNorm {
+        /// Q or K.
+        act: Act,
+        /// The norm, `head_dim` wide.
+        norm: NormOf<W>,
+    },
+    /// `to = weight · from + bias`, or added to `to`.
+    Linear {
+        /// Written, `weight`'s rows wide.
+        to: Act,
+        /// Read, `weight`'s columns wide.
+        from: Act,
+        /// The matrix.
+        w: LinearOf<W>,
+        /// Whether it is added.
+        add: bool,
+    },
+    /// Rotary embedding of each head.
+    Rope {
+        /// Q or K.
+        act: Act,
+        /// Which of [`super::Dims::ropes`].
+        rope: usize,
+    },
+    /// `act *= 1 + by * ln(1 + floor((position + offset) / every))`.
+    ScaleByPosition {
+        /// What is scaled.
+        act: Act,
+        /// Weight of the logarithm.
+        by: f32,
+        /// Positions of a step.
+        every: f32,
+        /// Added to positions.
+        offset: f32,
+    },
+    /// Stores K and V to the cache of a layer.
+    Store {
+        /// The layer.
+        layer: usize,
+    },
+    /// `Attn = softmax(scores of Q and the cache's keys) · values`.
+    Attend {
+        /// The layer.
+        layer: usize,
+        /// The scores.
+        scores: Scores,
+        /// A score of each query head that takes part in the sum and has no value.
+        sinks: Option<W>,
+    },
+    /// From here on only the rows of outputs matter.
+    Keep,
+    /// `to += from`.
+    Add {
+        /// Written.
+        to: Act,
+        /// Read.
+        from: Act,
+    },
+    /// `act *= by`.
+    Scale {
+        /// What is scaled.
+        act: Act,
+        /// The factor.
+        by: f32,
+    },
+    /// `Hidden = f(Hidden) * Up`, or `f(Hidden)`.
+    Activate {
+        /// The function.
+        how: Activation,
+        /// Whether there is Up.
+        gated: bool,
+        /// Columns.
+        width: usize,
+    },
+    /// Scores of H choose experts for each row.
+    Route {
+        /// Scores.
+        w: LinearOf<W>,
+        /// Added to probabilities where experts are chosen, not where they are weighed: one F32 an expert.
+        choose: Option<W>,
+        /// The rest.
+        how: Router,
+    },
+    /// `to = Σ weight * output` of the experts, or added to it, in the order of choices.
+    Combine {
+        /// X or Out.
+        to: Act,
+        /// Whether it is added.
+        add: bool,
+    },
+    /// The rows at hand are outputs from here on.
+    Outputs,
+    /// Rows of logits: `scale * (w · H + bias)`.
+    Head {
+        /// Rows of the head.
+        w: LinearOf<W>,
+        /// Number of the first one.
+        first_row: usize,
+        /// Multiplies.
+        scale: f32,
+        /// `cap * tanh(logit / cap)`; 0 for none.
+        cap: f32,
+    },
+}
+
+impl<W: Copy> NormOf<W> {
+    /// With other names of its weights.
+    pub fn map<V>(&self, f: &mut impl FnMut(W) -> V) -> NormOf<V> {
+        NormOf { kind: self.kind, weight: self.weight.map(&mut *f), bias: self.bias.map(&mut *f), eps: self.eps }
+    }
+}
+
+impl<W: Copy> LinearOf<W> {
+    /// With other names of its weights.
+    pub fn map<V>(&self, f: &mut impl FnMut(W) -> V) -> LinearOf<V> {
+        LinearOf { weight: f(self.weight), bias: self.bias.map(f) }
+    }
+}
+
+impl<W: Copy> Op<W> {
+    /// With other names of its weights.
+    pub fn map<V>(&self, f: &mut impl FnMut(W) -> V) -> Op<V> {
+        match *self {
+            Op::Norm { to, from, ref norm } => Op::Norm { to, from, norm: norm.map(f) },
+            Op::HeadNorm { act, ref norm } => Op::HeadNorm { act, norm: norm.map(f) },
+            Op::Linear { to, from, ref w, add } => Op::Linear { to, from, w: w.map(f), add },
+            Op::Rope { act, rope } => Op::Rope { act, rope },
+            Op::ScaleByPosition { act, by, every, offset } => Op::ScaleByPosition { act, by, every, offset },
+            Op::Store { layer } => Op::Store { layer },
+            Op::Attend { layer, scores, sinks } => Op::Attend { layer, scores, sinks: sinks.map(f) },
+            Op::Keep => Op::Keep,
+            Op::Add { to, from } => Op::Add { to, from },
+            Op::Scale { act, by } => Op::Scale { act, by },
+            Op::Activate { how, gated, width } => Op::Activate { how, gated, width },
+            Op::Route { ref w, choose, how } => {
+                let w = w.map(&mut *f);
+                Op::Route { w, choose: choose.map(f), how }
+            }
+            Op::Combine { to, add } => Op::Combine { to, add },
+            Op::Outputs => Op::Outputs,
+            Op::Head { ref w, first_row, scale, cap } => Op::Head { w: w.map(f), first_row, scale, cap },
+        }
+    }
+
+    /// A few words on what it does, for a backend that cannot.
+    pub fn what(&self) -> &'static str {
+        match self {
+            Op::Norm { norm: NormOf { kind: NormKind::Layer, .. }, .. } => "layer norms",
+            Op::Norm { .. } | Op::HeadNorm { .. } => "norms in unusual places",
+            Op::Linear { .. } => "products in unusual places",
+            Op::Rope { .. } | Op::Store { .. } => "rotary embeddings that differ between layers",
+            Op::ScaleByPosition { .. } => "queries scaled by position",
+            Op::Attend { sinks: Some(_), .. } => "attention sinks",
+            Op::Attend { .. } => "attention windows or capped scores",
+            Op::Keep | Op::Outputs => "norms before the head other than RMS norms",
+            Op::Add { .. } | Op::Scale { .. } => "scaled outputs of parts",
+            Op::Activate { .. } => "activations other than SwiGLU",
+            Op::Route { .. } => "routers other than softmax",
+            Op::Combine { .. } => "sums of experts' outputs before they are added",
+            Op::Head { .. } => "scaled or capped logits",
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! GLM 4: norms before and behind each part, gate and up in one matrix. GLM 4.5 to 4.7: routed experts beside a shared
+//! one, dense blocks first.
+
+use super::{Architecture, PLAIN, ROUTER_KEYS, deepseek_router};
+use crate::backend::{Gating, RopeKind};
+use crate::model::ModelError;
+use crate::model::build::{
+    ATTENTION, Attention, Builder, Choose, FEED_FORWARD, FeedForward, HeadNorms, MIXTURE, Mixture, Reads,
+};
+
+pub(super) const GLM4: Architecture = Architecture {
+    name: "glm4",
+    block: |b, i| {
+        b.attention(i, &Attention { post_norm: Some("post_attention_norm"), ..ATTENTION })?;
+        b.feed_forward(i, &FeedForward { fused: true, post_norm: Some("post_ffw_norm"), ..FEED_FORWARD })
+    },
+    ..PLAIN
+};
+
+pub(super) const GLM4MOE: Architecture = Architecture {
+    name: "glm4moe",
+    rope_kind: RopeKind::Neox,
+    follows: &[ROUTER_KEYS[0], ROUTER_KEYS[1], ROUTER_KEYS[2], ROUTER_KEYS[3], ROUTER_KEYS[4], "nextn_predict_layers"],
+    settle: |keys, h| {
+        if h.n_experts == 0 {
+            return Err(keys.error("expert_count", "is missing".into()));
+        }
+        // The blocks that the file counts include those that predict further tokens.
+        h.n_next = keys.count("nextn_predict_layers", h.n_layers - 1)?;
+        h.n_layers -= h.n_next;
+        deepseek_router(keys, h, Some(Gating::Sigmoid))?;
+        h.n_ff_shared = h.n_ff_expert * keys.count("expert_shared_count", h.n_experts)?;
+        Ok(())
+    },
+    block: mixture_block,
+    ..PLAIN
+};
+
+fn mixture_block(b: &mut Builder<'_>, i: usize) -> Result<(), ModelError> {
+    b.attention(i, &Attention { head_norms: HeadNorms::EachIfThere, ..ATTENTION })?;
+    let norm = "post_attention_norm";
+    if !b.h.is_routed(i) {
+        return b.feed_forward(i, &FeedForward { reads: Reads::Norm(norm), ..FEED_FORWARD });
+    }
+    let shared = (b.h.n_ff_shared > 0).then_some("_shexp");
+    b.mixture(i, &Mixture { norm, choose: Choose::ByBias, shared, ..MIXTURE })
+}

@@ -1,0 +1,36 @@
+//! Phi 3 and 4: projections in one matrix each, rotary frequencies by the length of the context.
+
+use super::{Architecture, PLAIN, WINDOW, main_rope};
+use crate::backend::RopeKind;
+use crate::model::build::{ATTENTION, Builder, FEED_FORWARD, FeedForward};
+use crate::model::{ModelError, RopeSpec};
+
+pub(super) const PHI3: Architecture = Architecture {
+    name: "phi3",
+    rope_kind: RopeKind::Neox,
+    // The window is not followed, as llama.cpp does not.
+    follows: &[WINDOW, "rope.scaling.attn_factor"],
+    settle: |keys, h| {
+        h.rope_magnitude = keys.factor("rope.scaling.attn_factor")?;
+        h.n_ctx_original = keys.size("rope.scaling.original_context_length", usize::MAX >> 1)?.unwrap_or(h.n_ctx_train);
+        Ok(())
+    },
+    ropes,
+    block: |b, i| {
+        b.attention(i, &ATTENTION)?;
+        b.feed_forward(i, &FeedForward { fused: true, ..FEED_FORWARD })
+    },
+    ..PLAIN
+};
+
+fn ropes(b: &mut Builder<'_>) -> Result<(), ModelError> {
+    let short = b.divisors("rope_factors_short.weight")?;
+    let long = b.divisors("rope_factors_long.weight")?;
+    let divisors = match short {
+        Some(short) => Some(short),
+        None => b.divisors("rope_freqs.weight")?,
+    };
+    let long = long.map(|long| (b.h.n_ctx_original, long));
+    b.rope(RopeSpec { divisors, long, ..main_rope(b.h) });
+    Ok(())
+}

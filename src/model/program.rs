@@ -1,0 +1,264 @@
+//! What a model consists of: units of bytes, and the operations of a pass over them, as data.
+//!
+//! A unit is what is fetched and used together: the attention part of a block and its feed-forward part; in a mixture
+//! of experts the part that all tokens share, attention and router, and each expert; a slice of rows of the output head.
+//! The embedding is no unit: a pass needs one row of it per token.
+
+use super::{HParams, RopeSpec};
+use crate::backend::{Act, Activation, LinearOf, NormOf, Op};
+use crate::gguf::{TensorInfo, TensorType};
+
+/// What a unit is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnitKind {
+    /// The attention part of a dense block.
+    Attention(usize),
+    /// The feed-forward part of a dense block.
+    FeedForward(usize),
+    /// What all tokens share of a block with routed experts: its attention part and its router.
+    Shared(usize),
+    /// One routed expert.
+    Expert {
+        /// Its block.
+        layer: usize,
+        /// Its number in the block.
+        expert: usize,
+    },
+    /// A slice of the output head.
+    Head(usize),
+}
+
+/// Some bytes of one of the model's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Index of the shard.
+    pub shard: usize,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// A unit: its kind and the bytes it consists of, by tensor.
+#[derive(Clone, Debug)]
+pub struct UnitSpec {
+    /// What it is.
+    pub kind: UnitKind,
+    /// A name for messages, for example `blk.3 attention` or `blk.3 expert 17`.
+    pub name: String,
+    /// The tensors' bytes. A [`TensorRef`] names one by its index here.
+    pub spans: Vec<Span>,
+}
+
+impl UnitSpec {
+    /// Payload: bytes of all spans.
+    pub fn bytes(&self) -> u64 {
+        self.spans.iter().map(|s| s.bytes).sum()
+    }
+}
+
+/// A tensor (or a slice of one) within a unit, or held apart.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorRef {
+    /// Index into [`Model::units`]; [`HELD`] for a vector that is held apart.
+    pub unit: usize,
+    /// Index into that unit's spans, or into [`Model::held`].
+    pub span: usize,
+    /// Element type.
+    pub ty: TensorType,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+}
+
+/// In place of a unit's number: the vector is one of [`Model::held`].
+pub const HELD: usize = usize::MAX;
+
+/// Elements of a vector that is no part of a unit: backends read vectors as F32, so those of other types are widened when
+/// they are loaded, and stay in memory. So do the biases of experts, which would make three reads more of each.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// Index into [`Model::widened`].
+    pub tensor: usize,
+    /// Number of the first element.
+    pub first: usize,
+}
+
+/// A matrix with its optional bias.
+pub type LinearRef = LinearOf<TensorRef>;
+/// A norm.
+pub type NormRef = NormOf<TensorRef>;
+
+/// The operations with one unit, and those with the experts that they choose.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// The unit.
+    pub unit: usize,
+    /// The block it belongs to; none for slices of the head.
+    pub block: Option<usize>,
+    /// What is done while the unit is held.
+    pub ops: Vec<Op<TensorRef>>,
+    /// What is done afterwards with the experts that [`Op::Route`], the last of `ops`, has chosen.
+    pub experts: Option<Experts>,
+}
+
+/// The routed experts of a block.
+#[derive(Clone, Debug)]
+pub struct Experts {
+    /// Gate, up and down of each expert, each set in a unit of its own.
+    pub list: Vec<[LinearRef; 3]>,
+    /// What makes their hidden states.
+    pub how: Activation,
+    /// What becomes of their outputs, with no weights of a unit.
+    pub after: Vec<Op<TensorRef>>,
+}
+
+/// The units of a block that stand for it where one home is shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Block {
+    /// Unit of the attention part, or of what all tokens share.
+    pub unit: usize,
+    /// Unit of the feed-forward part, its norm included; the same one where all tokens share it. Most of a dense block's
+    /// bytes are in it, and experts have homes of their own.
+    pub ffn_unit: usize,
+}
+
+/// Some rows of the output head.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadSlice {
+    /// The rows.
+    pub weight: TensorRef,
+    /// Number of the first one.
+    pub first_row: usize,
+}
+
+/// A model's structure: everything but the weights.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Hyper-parameters.
+    pub hparams: HParams,
+    /// Rows of the head and of the embedding.
+    pub n_vocab: usize,
+    /// All units in pass order: the parts of each block in turn (experts last), then the head's slices.
+    pub units: Vec<UnitSpec>,
+    /// What a pass does, unit by unit.
+    pub stages: Vec<Stage>,
+    /// The blocks.
+    pub blocks: Vec<Block>,
+    /// The head's slices, in row order. The first one's unit also holds the norm before the head.
+    pub head: Vec<HeadSlice>,
+    /// `token_embd.weight`.
+    pub embedding: TensorInfo,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+    /// Rotary embeddings, by the number that [`Op::Rope`] names.
+    pub ropes: Vec<RopeSpec>,
+    /// Divisors of rotary frequencies, which the loader reads once.
+    pub divisors: Vec<TensorInfo>,
+    /// Vectors that are held apart, as F32.
+    pub widened: Vec<TensorInfo>,
+    /// What is used of them.
+    pub held: Vec<Held>,
+    /// Tensors of the file that the computation does not use, in file order, each with the reason why that
+    /// does no harm; `None` where it changes the result.
+    pub unused: Vec<(String, Option<&'static str>)>,
+}
+
+/// What a matrix does: mixes of tensor types choose by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Queries, keys or the output of attention.
+    Attention,
+    /// Values.
+    Value,
+    /// Gate or up of a feed-forward part.
+    Up,
+    /// Down.
+    Down,
+    /// Scores of experts.
+    Router,
+    /// The output head.
+    Head,
+    /// The embedding, of which a token needs one row.
+    Embedding,
+}
+
+impl Model {
+    /// Bytes of the vectors that are held apart, as F32.
+    pub fn held_bytes(&self) -> u64 {
+        self.widened.iter().map(|t| t.shape.iter().product::<u64>() * 4).sum()
+    }
+
+    /// Units in the order in which a pass consumes them, routed experts apart.
+    pub fn pass_order(&self) -> impl Iterator<Item = usize> {
+        self.units.iter().enumerate().filter(|(_, u)| !matches!(u.kind, UnitKind::Expert { .. })).map(|(i, _)| i)
+    }
+
+    /// Every matrix that a pass multiplies with, with the block it belongs to.
+    pub fn matrices(&self) -> Vec<(Role, Option<usize>, TensorRef)> {
+        let mut all = Vec::new();
+        visit(&mut self.stages.clone(), &mut |role, block, t| all.push((role, block, *t)));
+        all
+    }
+
+    /// The same model with other types of its matrices: sizes are exact, places in the file are not. A
+    /// type whose blocks do not divide a matrix's rows is not taken.
+    pub fn retyped(&self, choose: impl Fn(Role, Option<usize>) -> TensorType) -> Model {
+        let mut model = self.clone();
+        let units = &mut model.units;
+        visit(&mut model.stages, &mut |role, block, t| {
+            let ty = choose(role, block);
+            if let (Some(row_bytes), false) = (ty.row_bytes(t.cols), role == Role::Router) {
+                units[t.unit].spans[t.span].bytes = (t.rows * row_bytes) as u64;
+                t.ty = ty;
+            }
+        });
+        let role = if self.tied { Role::Head } else { Role::Embedding };
+        let ty = choose(role, None);
+        if let Some(row_bytes) = ty.row_bytes(self.hparams.n_embd) {
+            model.embedding.bytes = (self.n_vocab * row_bytes) as u64;
+            model.embedding.ty = ty;
+        }
+        model
+    }
+
+    /// The widest hidden state of a feed-forward part that is no expert; 0 if there is none.
+    pub fn n_ff(&self) -> usize {
+        let ops = self.stages.iter().flat_map(|s| &s.ops);
+        let widths = ops.map(|op| match op {
+            Op::Linear { to: Act::Hidden | Act::Up, w, .. } => w.weight.rows,
+            _ => 0,
+        });
+        widths.max().unwrap_or(0)
+    }
+}
+
+/// Shows every matrix that a pass multiplies with, with the block it belongs to.
+fn visit(stages: &mut [Stage], f: &mut dyn FnMut(Role, Option<usize>, &mut TensorRef)) {
+    for stage in stages {
+        let block = stage.block;
+        for op in &mut stage.ops {
+            match op {
+                Op::Linear { to, from, w, .. } => f(role(*to, *from), block, &mut w.weight),
+                Op::Route { w, .. } => f(Role::Router, block, &mut w.weight),
+                Op::Head { w, .. } => f(Role::Head, None, &mut w.weight),
+                _ => {}
+            }
+        }
+        for [gate, up, down] in stage.experts.iter_mut().flat_map(|e| &mut e.list) {
+            f(Role::Up, block, &mut gate.weight);
+            f(Role::Up, block, &mut up.weight);
+            f(Role::Down, block, &mut down.weight);
+        }
+    }
+}
+
+fn role(to: Act, from: Act) -> Role {
+    match (to, from) {
+        (Act::V, _) => Role::Value,
+        (Act::Hidden | Act::Up, _) => Role::Up,
+        (_, Act::Hidden) => Role::Down,
+        _ => Role::Attention,
+    }
+}
