@@ -111,12 +111,14 @@ pub struct Router {
     pub scale: f32,
     /// Groups of experts, of which only the best are chosen from: how many, and how many are kept. 1 and 1 for none.
     pub groups: (usize, usize),
+    /// Whether weights multiply what experts read, in place of their outputs.
+    pub on_input: bool,
 }
 
 impl Router {
     /// Softmax over all experts.
     pub const fn softmax(normalize: bool, scale: f32) -> Router {
-        Router { gating: Gating::Softmax, normalize, scale, groups: (1, 1) }
+        Router { gating: Gating::Softmax, normalize, scale, groups: (1, 1), on_input: false }
     }
 }
 
@@ -129,6 +131,8 @@ pub enum Gating {
     Sigmoid,
     /// Softmax over the chosen ones.
     SoftmaxOfChosen,
+    /// Each of the chosen ones by itself.
+    SigmoidOfChosen,
 }
 
 /// An operation. Weights are rows back to back; vectors are F32.
@@ -178,6 +182,11 @@ pub enum Op<W> {
         every: f32,
         /// Added to positions.
         offset: f32,
+    },
+    /// `X += table[position]`.
+    AddPosition {
+        /// Rows of `n_embd` F32, one a position.
+        table: W,
     },
     /// Stores K and V to the cache of a layer.
     Store {
@@ -272,6 +281,7 @@ impl<W: Copy> Op<W> {
             Op::Linear { to, from, ref w, add } => Op::Linear { to, from, w: w.map(f), add },
             Op::Rope { act, rope } => Op::Rope { act, rope },
             Op::ScaleByPosition { act, by, every, offset } => Op::ScaleByPosition { act, by, every, offset },
+            Op::AddPosition { table } => Op::AddPosition { table: f(table) },
             Op::Store { layer } => Op::Store { layer },
             Op::Attend { layer, scores, sinks } => Op::Attend { layer, scores, sinks: sinks.map(f) },
             Op::Keep => Op::Keep,
@@ -296,6 +306,7 @@ impl<W: Copy> Op<W> {
             Op::Linear { .. } => "products in unusual places",
             Op::Rope { .. } | Op::Store { .. } => "rotary embeddings that differ between layers",
             Op::ScaleByPosition { .. } => "queries scaled by position",
+            Op::AddPosition { .. } => "embeddings of positions",
             Op::Attend { sinks: Some(_), .. } => "attention sinks",
             Op::Attend { .. } => "attention windows or capped scores",
             Op::Keep | Op::Outputs => "norms before the head other than RMS norms",

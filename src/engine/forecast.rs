@@ -5,7 +5,7 @@ use super::start::{Sizes, dims, make_plan, unit_size, weights_room};
 use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{BackendKind, Dims, MemoryUse};
+use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
 use crate::machine;
 use crate::model::{Model, Tape, UnitKind};
 use crate::pipeline::{Event, EventKind, UnitLayout};
@@ -180,7 +180,7 @@ struct Planned {
 /// The plan that a session with `options` would make on `machine`.
 fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -> Result<Planned, EngineError> {
     model.hparams.check_window(options.n_ctx)?;
-    let site = site(machine, options.backend)?;
+    let site = site(model, machine, options.backend)?;
     let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
     let storage = options.storage && machine.storage.is_some();
     let options = Options { ram: Some(ram_room), storage, ..options.clone() };
@@ -334,11 +334,13 @@ pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
     works
 }
 
-fn site(machine: &Machine, wished: BackendKind) -> Result<Site, EngineError> {
-    match (wished, &machine.gpu) {
-        (BackendKind::Cpu, _) | (BackendKind::Auto, None) => Ok(Site::Cpu),
-        (_, Some(_)) => Ok(Site::Gpu),
-        (BackendKind::Cuda, None) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
+/// Where a session of the model computes: on a GPU, if there is one that has kernels for all that a pass does.
+fn site(model: &Model, machine: &Machine, wished: BackendKind) -> Result<Site, EngineError> {
+    match (wished, &machine.gpu, Tape::new(model).beyond(model)) {
+        (BackendKind::Cpu, ..) | (BackendKind::Auto, None, _) | (BackendKind::Auto, _, Some(_)) => Ok(Site::Cpu),
+        (_, Some(_), None) => Ok(Site::Gpu),
+        (BackendKind::Cuda, Some(_), Some(what)) => Err(BackendError::Beyond { backend: "cuda", what }.into()),
+        (BackendKind::Cuda, None, _) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
     }
 }
 

@@ -20,6 +20,8 @@ const HEAD_SLICE_BYTES_MAX: u64 = 64 << 20;
 pub(super) enum HeadNorms {
     /// None.
     No,
+    /// Of each head by itself, without weights and behind the rotary embedding.
+    PlainAfterRope,
     /// Of each head by itself.
     Each,
     /// As `Each`, if the file has them.
@@ -38,6 +40,8 @@ pub(super) struct Attention {
     pub head_norms: HeadNorms,
     /// Whether queries and keys rotate.
     pub rotates: bool,
+    /// Whether queries are scaled by position, where the model has such a scale.
+    pub by_position: bool,
     pub sinks: bool,
     /// Name of the norm of its output.
     pub post_norm: Option<&'static str>,
@@ -50,6 +54,7 @@ pub(super) const ATTENTION: Attention = Attention {
     norm: Some("attn_norm"),
     head_norms: HeadNorms::No,
     rotates: true,
+    by_position: true,
     sinks: false,
     post_norm: None,
     deferred: false,
@@ -172,6 +177,7 @@ impl Model {
             divisors: Vec::new(),
             widened: Vec::new(),
             held: Vec::new(),
+            start: Vec::new(),
             taken: RefCell::default(),
         };
         let embedding = b.computable(b.find("token_embd.weight")?)?.clone();
@@ -188,14 +194,16 @@ impl Model {
                 });
             }
         };
+        if hparams.embedding_scale != 1.0 {
+            b.start.push(Op::Scale { act: Act::X, by: hparams.embedding_scale });
+        }
         (hparams.arch.ropes)(&mut b)?;
         for i in 0..hparams.n_layers {
             (hparams.arch.block)(&mut b, i)?;
         }
-        if hparams.embedding_scale != 1.0
-            && let Some(first) = b.stages.first_mut()
-        {
-            first.ops.insert(0, Op::Scale { act: Act::X, by: hparams.embedding_scale });
+        let start = std::mem::take(&mut b.start);
+        if let Some(first) = b.stages.first_mut() {
+            first.ops.splice(0..0, start);
         }
         let (head, tied) = b.head(n_vocab)?;
         let unused = b.unused();
@@ -229,6 +237,8 @@ pub(super) struct Builder<'a> {
     divisors: Vec<TensorInfo>,
     widened: Vec<TensorInfo>,
     held: Vec<Held>,
+    /// What is done with embeddings before the first stage's own operations.
+    start: Vec<Op<TensorRef>>,
     /// Names of the tensors that the structure uses.
     taken: RefCell<HashSet<&'a str>>,
 }
@@ -359,6 +369,15 @@ impl<'a> Builder<'a> {
         Ok(LinearRef { weight, bias })
     }
 
+    /// Adds an embedding of its position to each token's, from `position_embd.weight`; behind the first stage's beginning.
+    pub fn positions(&mut self) -> Result<(), ModelError> {
+        let (d, n) = (self.h.n_embd, self.h.n_ctx_train);
+        let t = self.check(self.find("position_embd.weight")?, &[d as u64, n as u64])?;
+        let table = self.hold(t, 0, d * n)?;
+        self.start.push(Op::AddPosition { table });
+        Ok(())
+    }
+
     /// A rotary embedding; its number follows from the order.
     pub fn rope(&mut self, rope: RopeSpec) {
         self.ropes.push(rope);
@@ -477,6 +496,10 @@ impl<'a> Builder<'a> {
         for (act, name, width) in names {
             match norms {
                 HeadNorms::No => {}
+                HeadNorms::PlainAfterRope => {
+                    let norm = NormOf { kind: h.norm, weight: None, bias: None, eps: h.norm_eps };
+                    each.push(Op::HeadNorm { act, norm });
+                }
                 HeadNorms::Whole => {
                     let norm = self.norm(u, &name, width)?;
                     each.push(Op::Norm { to: act, from: act, norm });
@@ -492,11 +515,11 @@ impl<'a> Builder<'a> {
         if a.rotates && h.rotates {
             turn.extend([Act::Q, Act::K].map(|act| Op::Rope { act, rope }));
         }
-        if norms == HeadNorms::EachAfterRope {
+        if matches!(norms, HeadNorms::EachAfterRope | HeadNorms::PlainAfterRope) {
             std::mem::swap(&mut each, &mut turn);
         }
         each.into_iter().chain(turn).for_each(|op| self.op(op));
-        if let Some((by, every, offset)) = h.by_position {
+        if let Some((by, every, offset)) = h.by_position.filter(|_| a.by_position) {
             self.op(Op::ScaleByPosition { act: Act::Q, by, every, offset });
         }
         self.op(Op::Store { layer: i });

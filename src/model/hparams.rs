@@ -52,6 +52,10 @@ pub struct HParams {
     pub rotates: bool,
     /// Positions of the training before it was stretched, where divisors of rotary frequencies depend on them.
     pub n_ctx_original: usize,
+    /// Positions that have an embedding, where positions have one.
+    pub positions: Option<usize>,
+    /// Which blocks have experts: each so many-th, behind the dense ones.
+    pub expert_step: usize,
     /// Whether attention and feed-forward part read the same X.
     pub parallel: bool,
     /// Scores of attention, masks apart.
@@ -224,7 +228,7 @@ impl Keys<'_> {
 impl HParams {
     /// Whether block `i` has routed experts.
     pub fn is_routed(&self, i: usize) -> bool {
-        self.n_experts > 0 && i >= self.n_dense
+        self.n_experts > 0 && i >= self.n_dense && (i + 1).is_multiple_of(self.expert_step)
     }
 
     /// Number of the rotary embedding of block `i`.
@@ -237,11 +241,19 @@ impl HParams {
         self.masks.get(i).copied().unwrap_or(Mask::Full)
     }
 
-    /// Refuses a context of `n_ctx` tokens that is longer than the window in which they should see each other.
+    /// Refuses a context of `n_ctx` tokens that is longer than the window in which they should see each other, or than
+    /// there are embeddings of positions.
     ///
     /// # Errors
     /// With the key and a context that is possible.
     pub fn check_window(&self, n_ctx: usize) -> Result<(), ModelError> {
+        if let Some(n) = self.positions.filter(|&n| n_ctx > n) {
+            let key = format!("{}.context_length", self.arch.name);
+            let what = format!(
+                "is {n}, and later positions have no embedding, but the context is {n_ctx}; give --ctx {n} or less"
+            );
+            return Err(ModelError::Metadata { key, what });
+        }
         let Some(w) = self.window.filter(|&w| n_ctx > w) else { return Ok(()) };
         let key = format!("{}.attention.sliding_window", self.arch.name);
         let what = format!(
@@ -325,6 +337,8 @@ impl HParams {
             rope_magnitude: 1.0,
             rotates: true,
             n_ctx_original: n_ctx_train,
+            positions: None,
+            expert_step: 1,
             parallel: false,
             scores: Scores::PLAIN,
             by_position: None,

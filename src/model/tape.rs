@@ -5,6 +5,7 @@ use crate::backend::{Act, Activation, Gating, NormKind, Op, RouterParams, Scores
 
 /// A call of [`crate::backend::Backend`].
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a model has a few hundred, made once")]
 pub(super) enum Call {
     Qkv { layer: usize, norm: NormRef, w: [LinearRef; 3], head_norms: Option<[NormRef; 2]> },
     Attend { layer: usize },
@@ -42,18 +43,6 @@ impl Tape {
                 left = if taken == 1 { rest } else { &left[taken..] };
             }
             calls
-        };
-        let of = |s: &super::Stage| Calls {
-            with: calls(&s.ops),
-            after: s.experts.as_ref().map_or(Vec::new(), |e| calls(&e.after)),
-        };
-        Tape { stages: model.stages.iter().map(of).collect() }
-    }
-
-    /// The calls of a model's stages, none of them fused.
-    pub fn unfused(model: &Model) -> Tape {
-        let calls = |ops: &[Op<TensorRef>]| {
-            ops.iter().map(|op| if matches!(op, Op::Keep) { Call::Keep } else { Call::Op(*op) }).collect()
         };
         let of = |s: &super::Stage| Calls {
             with: calls(&s.ops),

@@ -182,6 +182,8 @@ struct Experts {
     row: Row,
     /// (token, choice) pairs of the expert at hand.
     pairs: Vec<usize>,
+    /// Whether weights multiply what experts read.
+    on_input: bool,
 }
 
 /// An address that tasks write disjoint parts of.
@@ -265,6 +267,7 @@ impl CpuBackend {
             quantised: Buf::new(l.expert_quantised, "inputs of experts")?,
             result: Buf::new(l.expert_in, "results of experts")?,
             pairs: Vec::with_capacity(l.choices),
+            on_input: false,
         };
         Ok(CpuBackend {
             isa,
@@ -915,6 +918,10 @@ impl Backend for CpuBackend {
         for (i, &pair) in x.pairs.iter().enumerate() {
             let from = pair / used * d;
             x.gathered[i * d..(i + 1) * d].copy_from_slice(&self.input[from..from + d]);
+            if x.on_input {
+                let w = x.weights[pair];
+                x.gathered[i * d..(i + 1) * d].iter_mut().for_each(|v| *v *= w);
+            }
         }
         let (gathered, hidden, result) = (Shared(x.gathered.ptr()), Shared(x.hidden.ptr()), x.result.ptr());
         // The expert's tokens take the place of the pass's, beside the pass's own activations.
@@ -935,7 +942,7 @@ impl Backend for CpuBackend {
     }
 
     fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
-        let plain = list.iter().all(|e| e.how == HowActivated::Silu);
+        let plain = !self.experts.on_input && list.iter().all(|e| e.how == HowActivated::Silu);
         if self.class != Class::Exact || self.n_tokens() != 1 || list.len() < 2 || !plain {
             return list.iter().try_for_each(|e| self.expert(e));
         }
@@ -977,12 +984,7 @@ impl Backend for CpuBackend {
     }
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {
-        let (used, d) = (self.dims.n_experts_used, self.dims.n_embd);
-        for pair in self.choices() {
-            let w = self.experts.weights[pair];
-            let x = &mut self.x[pair / used * d..(pair / used + 1) * d];
-            x.iter_mut().zip(&self.experts.out[pair * d..]).for_each(|(x, o)| *x += w * o);
-        }
+        self.combine(super::Act::X, true);
         Ok(())
     }
 

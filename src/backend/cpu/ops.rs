@@ -16,6 +16,7 @@ impl CpuBackend {
             Op::Linear { to, from, w, add } => self.linear(to, from, &w, add),
             Op::Rope { act, rope } => self.rope(act, rope),
             Op::ScaleByPosition { act, by, every, offset } => self.scale_by_position(act, by, every, offset),
+            Op::AddPosition { table } => self.add_position(table),
             Op::Store { layer } => self.store(layer),
             Op::Attend { layer, scores, sinks } => self.attend_by(layer, scores, sinks),
             Op::Keep => {}
@@ -116,6 +117,19 @@ impl CpuBackend {
         });
     }
 
+    fn add_position(&mut self, table: Weight) {
+        let (first, width) = (self.first(), self.dims.n_embd);
+        let (x, _) = self.rows_of(Act::X);
+        for (t, place) in self.places[first..first + self.n_tokens()].iter().enumerate() {
+            let at = place.position * width;
+            assert!(at + width <= table.cols(), "a position beyond the table");
+            for i in 0..width {
+                // SAFETY: the row lies in X and nobody else has it now; the table has the element, at any alignment.
+                unsafe { *x.get().add(t * width + i) += (table.addr as *const f32).add(at + i).read_unaligned() };
+            }
+        }
+    }
+
     fn store(&mut self, layer: usize) {
         let mut rotation = self.rotation(layer, None, None);
         // What is to be rotated has been.
@@ -183,6 +197,7 @@ impl CpuBackend {
         let (n, used) = (self.dims.n_experts, self.dims.n_experts_used);
         let choices = self.choices();
         let e = &mut self.experts;
+        e.on_input = how.on_input;
         let bias = choose.map_or(std::ptr::null(), |w| w.addr as *const f32);
         let mut chooser = Chooser { bias: (0..n).map(|i| bias_of(bias, i)).collect(), chances: vec![0.0; n], how };
         for (t, first) in choices.step_by(used).enumerate() {
@@ -192,7 +207,8 @@ impl CpuBackend {
         }
     }
 
-    fn combine(&mut self, to: Act, add: bool) {
+    /// Adds the outputs of experts to the rows of `to`, or stores their sums there.
+    pub(super) fn combine(&mut self, to: Act, add: bool) {
         let (used, d) = (self.dims.n_experts_used, self.dims.n_embd);
         let (x, _) = self.rows_of(to);
         for (t, first) in self.choices().step_by(used).enumerate() {
@@ -202,7 +218,7 @@ impl CpuBackend {
                 x.fill(0.0);
             }
             for pair in first..first + used {
-                let w = self.experts.weights[pair];
+                let w = if self.experts.on_input { 1.0 } else { self.experts.weights[pair] };
                 x.iter_mut().zip(&self.experts.out[pair * d..]).for_each(|(x, o)| *x += w * o);
             }
         }
@@ -245,6 +261,7 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
         Op::HeadNorm { act, .. } | Op::Rope { act, .. } | Op::ScaleByPosition { act, .. } | Op::Scale { act, .. } => {
             Some(act)
         }
+        Op::AddPosition { .. } => Some(Act::X),
         Op::Attend { .. } => Some(Act::Attn),
         Op::Activate { .. } => Some(Act::Hidden),
         Op::Store { .. } | Op::Keep | Op::Route { .. } | Op::Outputs | Op::Head { .. } => None,
@@ -332,7 +349,7 @@ impl Chooser {
                 scores.iter_mut().for_each(|s| *s /= sum);
             }
             Gating::Sigmoid => scores.iter_mut().for_each(|s| *s = 1.0 / (1.0 + (-*s).exp())),
-            Gating::SoftmaxOfChosen => {}
+            Gating::SoftmaxOfChosen | Gating::SigmoidOfChosen => {}
         }
         for ((c, s), b) in self.chances.iter_mut().zip(scores.iter()).zip(&self.bias) {
             let chance = s + b;
@@ -359,6 +376,9 @@ impl Chooser {
             weights.iter_mut().for_each(|w| *w = (*w - most).exp());
             let sum: f32 = weights.iter().sum();
             weights.iter_mut().for_each(|w| *w /= sum);
+        }
+        if how.gating == Gating::SigmoidOfChosen {
+            weights.iter_mut().for_each(|w| *w = 1.0 / (1.0 + (-*w).exp()));
         }
         if how.normalize {
             let sum = weights.iter().sum::<f32>().max(LEAST);

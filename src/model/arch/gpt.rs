@@ -1,6 +1,6 @@
 //! Layer norms with biases and feed-forward parts without a gate: StarCoder 2, Falcon, GPT-NeoX.
 
-use super::{Architecture, PLAIN};
+use super::{Architecture, PLAIN, main_rope};
 use crate::backend::{Activation, NormKind, RopeKind};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, FeedForward, Reads};
@@ -50,6 +50,21 @@ pub(super) const GPTNEOX: Architecture = Architecture {
     block: |b, i| match b.h.parallel {
         true => side_by_side(b, i, "attn_norm", "ffn_norm"),
         false => (STARCODER2.block)(b, i),
+    },
+    ..STARCODER2
+};
+
+/// Embeddings of positions in place of rotation.
+pub(super) const GPT2: Architecture = Architecture {
+    name: "gpt2",
+    settle: |keys, h| {
+        h.rotates = false;
+        h.positions = Some(h.n_ctx_train);
+        (STARCODER2.settle)(keys, h)
+    },
+    ropes: |b| {
+        b.rope(main_rope(b.h));
+        b.positions()
     },
     ..STARCODER2
 };

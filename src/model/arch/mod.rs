@@ -88,6 +88,8 @@ pub(super) const ALL: &[&Architecture] = &[
     &gpt::STARCODER2,
     &gpt::FALCON,
     &gpt::GPTNEOX,
+    &gpt::GPT2,
+    &llama::LLAMA4,
 ];
 
 /// The rotary embedding that the metadata describe, with the divisors of `rope_freqs.weight` if there are any; and that
@@ -180,6 +182,7 @@ fn deepseek_router(keys: &Keys<'_>, h: &mut HParams, default: Option<Gating>) ->
         normalize: keys.bool("expert_weights_norm").unwrap_or(false),
         scale: keys.factor("expert_weights_scale")?,
         groups,
+        on_input: false,
     };
     Ok(())
 }
