@@ -141,35 +141,29 @@ fn harmless(name: &str, h: &HParams) -> Option<&'static str> {
     }
 }
 
-impl Model {
-    /// Finds and checks every tensor of `gguf`.
-    ///
-    /// # Errors
-    /// If a tensor or key is missing, of the wrong shape or of a type without kernels, or if the file has
-    /// tensors that the architecture's computation here leaves out.
-    pub fn new(gguf: &Gguf) -> Result<Model, ModelError> {
-        let model = Model::read(gguf)?;
-        let mut left_out = model.unused.iter().filter(|(_, harmless)| harmless.is_none());
-        match left_out.next() {
-            None => Ok(model),
-            Some((first, _)) => Err(ModelError::UnusedTensors {
-                first: first.clone(),
-                more: left_out.count(),
-                arch: model.hparams.arch.name,
-                n_layers: model.hparams.n_layers,
-            }),
-        }
-    }
+/// A file on its way to a [`Model`].
+pub(super) struct Builder<'a> {
+    gguf: &'a Gguf,
+    pub h: &'a HParams,
+    units: Vec<UnitSpec>,
+    stages: Vec<Stage>,
+    blocks: Vec<Block>,
+    ropes: Vec<RopeSpec>,
+    divisors: Vec<TensorInfo>,
+    widened: Vec<TensorInfo>,
+    held: Vec<Held>,
+    /// What is done with embeddings before the first stage's own operations.
+    start: Vec<Op<TensorRef>>,
+    /// Names of the tensors that the structure uses.
+    taken: RefCell<HashSet<&'a str>>,
+}
 
-    /// As [`Model::new`], with the tensors that would be left out listed in [`Model::unused`].
-    ///
-    /// # Errors
-    /// As [`Model::new`], those tensors apart.
-    pub fn read(gguf: &Gguf) -> Result<Model, ModelError> {
-        let hparams = HParams::from_metadata(&gguf.metadata)?;
+/// The whole.
+impl<'a> Builder<'a> {
+    pub fn new(gguf: &'a Gguf, h: &'a HParams) -> Builder<'a> {
         let mut b = Builder {
             gguf,
-            h: &hparams,
+            h,
             units: Vec::new(),
             stages: Vec::new(),
             blocks: Vec::new(),
@@ -180,34 +174,35 @@ impl Model {
             start: Vec::new(),
             taken: RefCell::default(),
         };
-        let embedding = b.computable(b.find("token_embd.weight")?)?.clone();
-        let n_vocab = match embedding.shape[..] {
-            [cols, rows] if cols == hparams.n_embd as u64 && rows < 1 << 31 => rows as usize,
+        if h.embedding_scale != 1.0 {
+            b.start.push(Op::Scale { act: Act::X, by: h.embedding_scale });
+        }
+        b
+    }
+
+    /// The embedding and its rows.
+    pub fn embedding(&self) -> Result<(TensorInfo, usize), ModelError> {
+        let t = self.computable(self.find("token_embd.weight")?)?;
+        let n_embd = self.h.n_embd as u64;
+        match t.shape[..] {
+            [cols, rows] if cols == n_embd && rows < 1 << 31 => Ok((t.clone(), rows as usize)),
             _ => {
-                return Err(ModelError::Shape {
-                    name: embedding.name,
-                    found: embedding.shape,
-                    expected: vec![
-                        hparams.n_embd as u64,
-                        gguf.metadata.strings("tokenizer.ggml.tokens").map_or(0, |t| t.len() as u64),
-                    ],
-                });
+                let tokens = self.gguf.metadata.strings("tokenizer.ggml.tokens").map_or(0, |t| t.len() as u64);
+                Err(ModelError::Shape { name: t.name.clone(), found: t.shape.clone(), expected: vec![n_embd, tokens] })
             }
-        };
-        if hparams.embedding_scale != 1.0 {
-            b.start.push(Op::Scale { act: Act::X, by: hparams.embedding_scale });
         }
-        (hparams.arch.ropes)(&mut b)?;
-        for i in 0..hparams.n_layers {
-            (hparams.arch.block)(&mut b, i)?;
-        }
-        let start = std::mem::take(&mut b.start);
-        if let Some(first) = b.stages.first_mut() {
+    }
+
+    /// The model, once its blocks are built: the head is added.
+    pub fn finish(mut self, embedding: TensorInfo, n_vocab: usize) -> Result<Model, ModelError> {
+        let start = std::mem::take(&mut self.start);
+        if let Some(first) = self.stages.first_mut() {
             first.ops.splice(0..0, start);
         }
-        let (head, tied) = b.head(n_vocab)?;
-        let unused = b.unused();
-        let Builder { units, stages, blocks, ropes, divisors, widened, held, .. } = b;
+        let (head, tied) = self.head(n_vocab)?;
+        let unused = self.unused();
+        let Builder { h, units, stages, blocks, ropes, divisors, widened, held, .. } = self;
+        let hparams = h.clone();
         Ok(Model {
             hparams,
             n_vocab,
@@ -224,23 +219,6 @@ impl Model {
             unused,
         })
     }
-}
-
-/// A file on its way to a [`Model`].
-pub(super) struct Builder<'a> {
-    gguf: &'a Gguf,
-    pub h: &'a HParams,
-    units: Vec<UnitSpec>,
-    stages: Vec<Stage>,
-    blocks: Vec<Block>,
-    ropes: Vec<RopeSpec>,
-    divisors: Vec<TensorInfo>,
-    widened: Vec<TensorInfo>,
-    held: Vec<Held>,
-    /// What is done with embeddings before the first stage's own operations.
-    start: Vec<Op<TensorRef>>,
-    /// Names of the tensors that the structure uses.
-    taken: RefCell<HashSet<&'a str>>,
 }
 
 /// Tensors.

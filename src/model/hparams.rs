@@ -1,6 +1,6 @@
 //! Hyper-parameters from GGUF metadata, each checked against stated limits.
 
-use super::arch::{self, Architecture};
+use super::family::Family;
 use super::{ModelError, RopeScaling};
 use crate::backend::{Mask, NormKind, Router, Scores};
 use crate::gguf::{Array, Metadata, Value};
@@ -9,7 +9,7 @@ use crate::gguf::{Array, Metadata, Value};
 #[derive(Clone, Debug)]
 pub struct HParams {
     /// The architecture.
-    pub arch: &'static Architecture,
+    pub arch: &'static Family,
     /// Blocks.
     pub n_layers: usize,
     /// Width of the residual stream.
@@ -100,7 +100,7 @@ pub(super) mod limit {
 /// The keys of an architecture.
 pub(super) struct Keys<'a> {
     metadata: &'a Metadata,
-    arch: &'static Architecture,
+    arch: &'static Family,
 }
 
 impl Keys<'_> {
@@ -262,16 +262,8 @@ impl HParams {
         Err(ModelError::Metadata { key, what })
     }
 
-    /// Reads and checks the hyper-parameters.
-    pub fn from_metadata(metadata: &Metadata) -> Result<HParams, ModelError> {
-        let found = metadata.str("general.architecture").ok_or_else(|| ModelError::Metadata {
-            key: "general.architecture".into(),
-            what: "is missing; is this a language model?".into(),
-        })?;
-        let arch = arch::ALL.iter().find(|a| a.name == found).ok_or_else(|| ModelError::Architecture {
-            found: found.to_owned(),
-            supported: arch::ALL.iter().map(|a| a.name).collect::<Vec<_>>().join(", "),
-        })?;
+    /// What all architectures read of the metadata, and the keys for what this one reads beside it.
+    pub(super) fn common<'a>(metadata: &'a Metadata, arch: &'static Family) -> Result<(Keys<'a>, HParams), ModelError> {
         let keys = Keys { metadata, arch };
         let n_embd = keys.required("embedding_length", limit::WIDTH)?;
         let n_heads = keys.required("attention.head_count", limit::HEADS)?;
@@ -315,7 +307,7 @@ impl HParams {
         let rope_scaling = scaling(&keys, n_ctx_train)?;
         let n_layers = keys.required("block_count", limit::LAYERS)?;
         let scale = keys.factor("expert_weights_scale")?;
-        let mut h = HParams {
+        let h = HParams {
             arch,
             n_layers,
             n_embd,
@@ -354,14 +346,18 @@ impl HParams {
             rope_base: keys.bounded("rope.freq_base", &BASE)?.unwrap_or(10_000.0),
             rope_scaling,
         };
-        (arch.settle)(&keys, &mut h)?;
-        if h.n_ff == 0 && h.n_dense > 0 {
+        Ok((keys, h))
+    }
+
+    /// Refuses what no architecture can do without.
+    pub(super) fn check(&self, keys: &Keys<'_>) -> Result<(), ModelError> {
+        if self.n_ff == 0 && self.n_dense > 0 {
             return Err(keys.error("feed_forward_length", "is missing".into()));
         }
-        if n_experts > 0 && h.n_ff_expert == 0 {
+        if self.n_experts > 0 && self.n_ff_expert == 0 {
             return Err(keys.error("expert_feed_forward_length", "is missing".into()));
         }
-        Ok(h)
+        Ok(())
     }
 }
 

@@ -2,7 +2,7 @@
 //! the value says that nothing changes. Keys that are in no list here or in `hparams` are listed by
 //! `nt inspect` as not used.
 
-use super::arch::{self, Architecture};
+use super::family::Family;
 use crate::gguf::{Array, Metadata, Value};
 
 /// A key below the architecture's prefix, the values with which it changes nothing, and what it does.
@@ -110,7 +110,7 @@ fn all(value: &Value, is: &dyn Fn(f64) -> bool) -> bool {
 }
 
 /// The first key that changes the computation in a way that nt does not follow, with a sentence on it.
-pub(super) fn not_followed(m: &Metadata, arch: &Architecture, head_dim: usize) -> Option<(String, String)> {
+pub(super) fn not_followed(m: &Metadata, arch: &Family, head_dim: usize) -> Option<(String, String)> {
     let found = |name: &str| {
         let key = format!("{}.{name}", arch.name);
         m.get(&key).filter(|_| !arch.follows.contains(&name)).map(|v| (key, v))
@@ -138,10 +138,8 @@ pub(super) fn not_followed(m: &Metadata, arch: &Architecture, head_dim: usize) -
     })
 }
 
-/// Keys of the architecture that nothing reads, in file order.
-pub fn unused_keys(m: &Metadata) -> Vec<String> {
-    let Some(arch) = m.str("general.architecture") else { return Vec::new() };
-    let follows = arch::ALL.iter().find(|a| a.name == arch).map_or(&[][..], |a| a.follows);
+/// Keys of the architecture that nothing reads, in file order. `follows` are those that it reads beside what all do.
+pub(super) fn unused(m: &Metadata, arch: &str, follows: &[&str]) -> Vec<String> {
     let own = |key: &&str| {
         let name = key.strip_prefix(arch).and_then(|k| k.strip_prefix('.'));
         name.is_some_and(|n| !READ.contains(&n) && !follows.contains(&n) && !RULES.iter().any(|r| r.key == n))

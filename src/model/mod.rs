@@ -6,17 +6,18 @@
 
 mod arch;
 mod build;
+mod family;
 mod hparams;
 mod keys;
 mod overrides;
 mod pass;
 mod program;
+mod read;
 mod rope;
 mod tape;
 
-pub use arch::Architecture;
+pub use family::Family;
 pub use hparams::HParams;
-pub use keys::unused_keys;
 pub use overrides::{Overrides, RopeType};
 pub use pass::{
     Batch, ForwardError, NotFinite, Outputs, Scratch, WeightError, WeightSource, first_not_finite, forward,
@@ -24,6 +25,7 @@ pub use pass::{
 pub use program::{
     Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,
 };
+pub use read::unused_keys;
 pub use rope::{RopeScaling, RopeSpec, check_divisors};
 pub use tape::Tape;
 

@@ -182,6 +182,7 @@ struct Experts {
     row: Row,
     /// (token, choice) pairs of the expert at hand.
     pairs: Vec<usize>,
+    chooser: ops::Chooser,
     /// Whether weights multiply what experts read.
     on_input: bool,
 }
@@ -267,6 +268,7 @@ impl CpuBackend {
             quantised: Buf::new(l.expert_quantised, "inputs of experts")?,
             result: Buf::new(l.expert_in, "results of experts")?,
             pairs: Vec::with_capacity(l.choices),
+            chooser: ops::Chooser::new(dims.n_experts),
             on_input: false,
         };
         Ok(CpuBackend {

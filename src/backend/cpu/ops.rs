@@ -98,10 +98,9 @@ impl CpuBackend {
         });
     }
 
-    /// Every row of `act`, as wide as it is, with its number.
-    fn each_row(&mut self, act: Act, width: Option<usize>, f: impl Fn(usize, &mut [f32])) {
-        let (x, all) = self.rows_of(act);
-        let width = width.unwrap_or(all);
+    /// Every row of `act` with its number.
+    fn each_row(&mut self, act: Act, f: impl Fn(usize, &mut [f32])) {
+        let (x, width) = self.rows_of(act);
         for t in 0..self.n_tokens() {
             // SAFETY: the buffer has these rows, and nobody else has them now.
             f(t, unsafe { std::slice::from_raw_parts_mut(x.get().add(t * width), width) });
@@ -109,12 +108,14 @@ impl CpuBackend {
     }
 
     fn scale_by_position(&mut self, act: Act, by: f32, every: f32, offset: f32) {
+        let (x, width) = self.rows_of(act);
         let first = self.first();
-        let at: Vec<f32> = self.places[first..first + self.n_tokens()].iter().map(|p| p.position as f32).collect();
-        self.each_row(act, None, |t, row| {
-            let factor = 1.0 + by * (((at[t] + offset) / every).floor() + 1.0).ln();
+        for (t, place) in self.places[first..first + self.n_tokens()].iter().enumerate() {
+            // SAFETY: the buffer has this row, and nobody else has it now.
+            let row = unsafe { std::slice::from_raw_parts_mut(x.get().add(t * width), width) };
+            let factor = 1.0 + by * (((place.position as f32 + offset) / every).floor() + 1.0).ln();
             row.iter_mut().for_each(|x| *x *= factor);
-        });
+        }
     }
 
     fn add_position(&mut self, table: Weight) {
@@ -143,7 +144,7 @@ impl CpuBackend {
 
     fn add(&mut self, to: Act, from: Act) {
         let (from, width) = self.rows_of(from);
-        self.each_row(to, None, |t, row| {
+        self.each_row(to, |t, row| {
             // SAFETY: both have rows of this width, of different buffers.
             let from = unsafe { std::slice::from_raw_parts(from.get().add(t * width), width) };
             row.iter_mut().zip(from).for_each(|(x, y)| *x += y);
@@ -151,7 +152,7 @@ impl CpuBackend {
     }
 
     fn scale(&mut self, act: Act, by: f32) {
-        self.each_row(act, None, |_, row| row.iter_mut().for_each(|x| *x *= by));
+        self.each_row(act, |_, row| row.iter_mut().for_each(|x| *x *= by));
     }
 
     fn activate_hidden(&mut self, how: Activation, gated: bool, width: usize) {
@@ -199,11 +200,11 @@ impl CpuBackend {
         let e = &mut self.experts;
         e.on_input = how.on_input;
         let bias = choose.map_or(std::ptr::null(), |w| w.addr as *const f32);
-        let mut chooser = Chooser { bias: (0..n).map(|i| bias_of(bias, i)).collect(), chances: vec![0.0; n], how };
+        e.chooser.begin(how, (0..n).map(|i| bias_of(bias, i)));
         for (t, first) in choices.step_by(used).enumerate() {
             let scores = &mut e.scores[t * n..(t + 1) * n];
             let choice = first..first + used;
-            chooser.choose(scores, &mut e.ids[choice.clone()], &mut e.weights[choice]);
+            e.chooser.choose(scores, &mut e.ids[choice.clone()], &mut e.weights[choice]);
         }
     }
 
@@ -327,18 +328,33 @@ fn bias_of(bias: *const f32, i: usize) -> f32 {
     if bias.is_null() { 0.0 } else { unsafe { bias.add(i).read_unaligned() } }
 }
 
-/// Chooses experts by scores.
-struct Chooser {
+/// Chooses experts by scores. Its lists are kept, so that no token allocates any.
+pub(super) struct Chooser {
+    how: Router,
     /// Added to chances where experts are chosen.
     bias: Vec<f32>,
+    /// By which experts are chosen; those that are no number, chosen already or of a group that is out come last.
     chances: Vec<f32>,
-    how: Router,
+    /// Groups by what they are worth.
+    groups: Vec<(f32, usize)>,
 }
 
 /// Least sum that weights are divided by.
 const LEAST: f32 = 6.103_515_6e-5;
 
 impl Chooser {
+    /// With room for so many experts.
+    pub fn new(experts: usize) -> Chooser {
+        let list = || Vec::with_capacity(experts);
+        Chooser { how: Router::softmax(true, 1.0), bias: list(), chances: list(), groups: Vec::with_capacity(experts) }
+    }
+
+    fn begin(&mut self, how: Router, bias: impl Iterator<Item = f32>) {
+        self.how = how;
+        self.bias.clear();
+        self.bias.extend(bias);
+    }
+
     fn choose(&mut self, scores: &mut [f32], ids: &mut [u32], weights: &mut [f32]) {
         let (n, how) = (scores.len(), self.how);
         match how.gating {
@@ -351,25 +367,23 @@ impl Chooser {
             Gating::Sigmoid => scores.iter_mut().for_each(|s| *s = 1.0 / (1.0 + (-*s).exp())),
             Gating::SoftmaxOfChosen | Gating::SigmoidOfChosen => {}
         }
-        for ((c, s), b) in self.chances.iter_mut().zip(scores.iter()).zip(&self.bias) {
-            let chance = s + b;
-            *c = if chance.is_nan() { f32::NEG_INFINITY } else { chance };
-        }
+        let chance = |c: f32| if c.is_nan() { f32::NEG_INFINITY } else { c };
+        self.chances.clear();
+        self.chances.extend(scores.iter().zip(&self.bias).map(|(s, b)| chance(s + b)));
         let (groups, kept) = how.groups;
         if groups > 1 && n.is_multiple_of(groups) {
             self.keep_groups(n / groups, groups, kept);
         }
-        let mut left: Vec<bool> = vec![true; n];
-        for (id, weight) in ids.iter_mut().zip(weights.iter_mut()) {
+        for i in 0..ids.len() {
+            let (chosen, rest) = ids.split_at_mut(i);
             let mut best: Option<usize> = None;
-            for i in (0..n).filter(|i| left[*i]) {
-                if best.is_none_or(|b| self.chances[i] > self.chances[b]) {
-                    best = Some(i);
+            for e in (0..n).filter(|e| !chosen.contains(&(*e as u32))) {
+                if best.is_none_or(|b| self.chances[e] > self.chances[b]) {
+                    best = Some(e);
                 }
             }
             let best = best.unwrap_or(0);
-            left[best] = false;
-            (*id, *weight) = (best as u32, scores[best]);
+            (rest[0], weights[i]) = (best as u32, scores[best]);
         }
         if how.gating == Gating::SoftmaxOfChosen {
             let most = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -400,10 +414,10 @@ impl Chooser {
             }
             if each == 1 { best[0] } else { best[0] + best[1] }
         };
-        let worths: Vec<f32> = self.chances.chunks_exact(each).map(worth).collect();
-        let mut order: Vec<usize> = (0..groups).collect();
-        order.sort_by(|a, b| worths[*b].total_cmp(&worths[*a]));
-        for &group in order.iter().skip(kept) {
+        self.groups.clear();
+        self.groups.extend(self.chances.chunks_exact(each).take(groups).map(worth).zip(0..));
+        self.groups.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        for &(_, group) in self.groups.iter().skip(kept) {
             self.chances[group * each..(group + 1) * each].fill(f32::NEG_INFINITY);
         }
     }

@@ -1,6 +1,6 @@
 //! Exaone 4: norms behind each part and none before; the largest with windows, and no rotation where there is none.
 
-use super::{Architecture, PATTERN, PLAIN, WINDOW, WINDOW_BASE, windows};
+use super::{Architecture, Family, PATTERN, PLAIN, WINDOW, WINDOW_BASE, windows};
 use crate::backend::{Mask, RopeKind};
 use crate::model::build::{ATTENTION, Attention, FEED_FORWARD, FeedForward, HeadNorms, Reads};
 
@@ -8,10 +8,13 @@ use crate::model::build::{ATTENTION, Attention, FEED_FORWARD, FeedForward, HeadN
 const BLOCKS_WITH_WINDOWS: usize = 64;
 
 pub(super) const EXAONE4: Architecture = Architecture {
-    name: "exaone4",
-    rope_kind: RopeKind::Neox,
-    // With other numbers of blocks, and for rotary frequencies, these are not followed, as llama.cpp does not.
-    follows: &[WINDOW, PATTERN, WINDOW_BASE],
+    family: Family {
+        name: "exaone4",
+        rope_kind: RopeKind::Neox,
+        // With other numbers of blocks, and for rotary frequencies, these are not followed, as llama.cpp does not.
+        follows: &[WINDOW, PATTERN, WINDOW_BASE],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         if h.n_layers == BLOCKS_WITH_WINDOWS {
             windows(keys, h, 4096, 4)?;

@@ -1,15 +1,18 @@
 //! Gemma 2 and 3: windows, norms before and behind each part, GELU, scaled embeddings, caps.
 
-use super::{Architecture, PATTERN, PLAIN, WINDOW, WINDOW_BASE, window_base, windows};
+use super::{Architecture, Family, PATTERN, PLAIN, WINDOW, WINDOW_BASE, window_base, windows};
 use crate::backend::{Activation, RopeKind, Scores};
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, FeedForward, HeadNorms};
 use crate::model::{HParams, ModelError, RopeScaling};
 
 pub(super) const GEMMA2: Architecture = Architecture {
-    name: "gemma2",
-    rope_kind: RopeKind::Neox,
-    follows: &[WINDOW, PATTERN, WINDOW_BASE, "attn_logit_softcapping", "final_logit_softcapping"],
-    tied: true,
+    family: Family {
+        name: "gemma2",
+        rope_kind: RopeKind::Neox,
+        follows: &[WINDOW, PATTERN, WINDOW_BASE, "attn_logit_softcapping", "final_logit_softcapping"],
+        tied: true,
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         windows(keys, h, 4096, 2)?;
         let base = window_base(keys, h.rope_base)?;
@@ -24,9 +27,12 @@ pub(super) const GEMMA2: Architecture = Architecture {
 };
 
 pub(super) const GEMMA3: Architecture = Architecture {
-    name: "gemma3",
-    follows: &[WINDOW, PATTERN, WINDOW_BASE, "final_logit_softcapping"],
-    tied: false,
+    family: Family {
+        name: "gemma3",
+        follows: &[WINDOW, PATTERN, WINDOW_BASE, "final_logit_softcapping"],
+        tied: false,
+        ..GEMMA2.family
+    },
     settle: |keys, h| {
         if windows(keys, h, 0, 6)? {
             h.window_rope = Some((window_base(keys, 10_000.0)?, RopeScaling::None));

@@ -1,7 +1,7 @@
 //! GLM 4: norms before and behind each part, gate and up in one matrix. GLM 4.5 to 4.7: routed experts beside a shared
 //! one, dense blocks first.
 
-use super::{Architecture, PLAIN, ROUTER_KEYS, deepseek_router};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router};
 use crate::backend::{Gating, RopeKind};
 use crate::model::ModelError;
 use crate::model::build::{
@@ -9,7 +9,7 @@ use crate::model::build::{
 };
 
 pub(super) const GLM4: Architecture = Architecture {
-    name: "glm4",
+    family: Family { name: "glm4", ..PLAIN.family },
     block: |b, i| {
         b.attention(i, &Attention { post_norm: Some("post_attention_norm"), ..ATTENTION })?;
         b.feed_forward(i, &FeedForward { fused: true, post_norm: Some("post_ffw_norm"), ..FEED_FORWARD })
@@ -18,9 +18,19 @@ pub(super) const GLM4: Architecture = Architecture {
 };
 
 pub(super) const GLM4MOE: Architecture = Architecture {
-    name: "glm4moe",
-    rope_kind: RopeKind::Neox,
-    follows: &[ROUTER_KEYS[0], ROUTER_KEYS[1], ROUTER_KEYS[2], ROUTER_KEYS[3], ROUTER_KEYS[4], "nextn_predict_layers"],
+    family: Family {
+        name: "glm4moe",
+        rope_kind: RopeKind::Neox,
+        follows: &[
+            ROUTER_KEYS[0],
+            ROUTER_KEYS[1],
+            ROUTER_KEYS[2],
+            ROUTER_KEYS[3],
+            ROUTER_KEYS[4],
+            "nextn_predict_layers",
+        ],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         if h.n_experts == 0 {
             return Err(keys.error("expert_count", "is missing".into()));

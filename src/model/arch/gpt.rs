@@ -1,6 +1,6 @@
 //! Layer norms with biases and feed-forward parts without a gate: StarCoder 2, Falcon, GPT-NeoX.
 
-use super::{Architecture, PLAIN, main_rope};
+use super::{Architecture, Family, PLAIN, main_rope};
 use crate::backend::{Activation, NormKind, RopeKind};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, FeedForward, Reads};
@@ -11,10 +11,13 @@ const EPSILON: &str = "attention.layer_norm_epsilon";
 const UNGATED: FeedForward = FeedForward { how: Activation::Gelu, gated: false, ..FEED_FORWARD };
 
 pub(super) const STARCODER2: Architecture = Architecture {
-    name: "starcoder2",
-    rope_kind: RopeKind::Neox,
-    follows: &[EPSILON],
-    norm_eps: EPSILON,
+    family: Family {
+        name: "starcoder2",
+        rope_kind: RopeKind::Neox,
+        follows: &[EPSILON],
+        norm_eps: EPSILON,
+        ..PLAIN.family
+    },
     settle: |_, h| {
         (h.norm, h.norm_biases) = (NormKind::Layer, true);
         Ok(())
@@ -28,7 +31,7 @@ pub(super) const STARCODER2: Architecture = Architecture {
 
 /// Both parts read the same norm, or (40B) one each of the same X.
 pub(super) const FALCON: Architecture = Architecture {
-    name: "falcon",
+    family: Family { name: "falcon", ..STARCODER2.family },
     block: |b, i| {
         if b.has(&format!("blk.{i}.attn_norm_2.weight")) {
             return side_by_side(b, i, "attn_norm_2", "attn_norm");
@@ -40,8 +43,7 @@ pub(super) const FALCON: Architecture = Architecture {
 };
 
 pub(super) const GPTNEOX: Architecture = Architecture {
-    name: "gptneox",
-    follows: &[EPSILON, PARALLEL],
+    family: Family { name: "gptneox", follows: &[EPSILON, PARALLEL], ..STARCODER2.family },
     settle: |keys, h| {
         let Some(parallel) = keys.bool(PARALLEL) else { return Err(keys.error(PARALLEL, "is missing".into())) };
         h.parallel = parallel;
@@ -56,7 +58,7 @@ pub(super) const GPTNEOX: Architecture = Architecture {
 
 /// Embeddings of positions in place of rotation.
 pub(super) const GPT2: Architecture = Architecture {
-    name: "gpt2",
+    family: Family { name: "gpt2", ..STARCODER2.family },
     settle: |keys, h| {
         h.rotates = false;
         h.positions = Some(h.n_ctx_train);

@@ -1,15 +1,18 @@
 //! gpt-oss: windows in every second block, attention sinks, biases everywhere, softmax over the chosen experts, clamped
 //! SwiGLU.
 
-use super::{Architecture, PATTERN, PLAIN, WINDOW, WINDOW_BASE, plain_betas, window_base, windows};
+use super::{Architecture, Family, PATTERN, PLAIN, WINDOW, WINDOW_BASE, plain_betas, window_base, windows};
 use crate::backend::{Activation, Gating, RopeKind, Router};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, MIXTURE, Mixture};
 
 pub(super) const GPT_OSS: Architecture = Architecture {
-    name: "gpt-oss",
-    rope_kind: RopeKind::Neox,
-    follows: &[WINDOW, PATTERN, WINDOW_BASE],
+    family: Family {
+        name: "gpt-oss",
+        rope_kind: RopeKind::Neox,
+        follows: &[WINDOW, PATTERN, WINDOW_BASE],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         if h.n_experts == 0 {
             return Err(keys.error("expert_count", "is missing".into()));

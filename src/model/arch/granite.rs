@@ -1,14 +1,17 @@
 //! Granite 3 and 4: llama's block with four factors.
 
-use super::{Architecture, PLAIN, ROUTER_KEYS, experts_as_wide_as_ff};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, experts_as_wide_as_ff};
 use crate::backend::Router;
 use crate::model::build::{ATTENTION, Builder, FEED_FORWARD, MIXTURE, Mixture};
 use crate::model::hparams::{Keys, limit};
 use crate::model::{HParams, ModelError};
 
 pub(super) const GRANITE: Architecture = Architecture {
-    name: "granite",
-    follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", "rope.scaling.finetuned"],
+    family: Family {
+        name: "granite",
+        follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", "rope.scaling.finetuned"],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         h.rotates = keys.bool("rope.scaling.finetuned").unwrap_or(true);
         factors(keys, h)
@@ -17,8 +20,11 @@ pub(super) const GRANITE: Architecture = Architecture {
 };
 
 pub(super) const GRANITEMOE: Architecture = Architecture {
-    name: "granitemoe",
-    follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", ROUTER_KEYS[5]],
+    family: Family {
+        name: "granitemoe",
+        follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", ROUTER_KEYS[5]],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         if h.n_experts == 0 {
             return Err(keys.error("expert_count", "is missing".into()));

@@ -1,6 +1,6 @@
 //! Llama 2 and 3, Mistral; with experts, Mixtral. Llama 4.
 
-use super::{Architecture, PLAIN, WINDOW};
+use super::{Architecture, Family, PLAIN, WINDOW};
 use crate::backend::{Gating, Mask, Router};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, HeadNorms, MIXTURE, Mixture};
@@ -28,8 +28,7 @@ const CHUNK: usize = 8192;
 /// Llama 4: every fourth block sees all and does not rotate, the others see a chunk; one expert beside a shared one, whose
 /// weight multiplies what it reads.
 pub(super) const LLAMA4: Architecture = Architecture {
-    name: "llama4",
-    follows: &[WINDOW, STEP, "attention.chunk_size"],
+    family: Family { name: "llama4", follows: &[WINDOW, STEP, "attention.chunk_size"], ..PLAIN.family },
     settle: |keys, h| {
         if h.n_experts == 0 {
             return Err(keys.error("expert_count", "is missing".into()));

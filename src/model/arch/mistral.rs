@@ -1,13 +1,16 @@
 //! Mistral 3: llama's block with queries scaled by position, and YaRN with a magnitude of its own.
 
-use super::{Architecture, PLAIN, experts_as_wide_as_ff};
+use super::{Architecture, Family, PLAIN, experts_as_wide_as_ff};
 use crate::backend::Router;
 use crate::model::RopeScaling;
 use crate::model::hparams::limit;
 
 pub(super) const MISTRAL3: Architecture = Architecture {
-    name: "mistral3",
-    follows: &["attention.temperature_scale", "rope.scaling.yarn_log_multiplier"],
+    family: Family {
+        name: "mistral3",
+        follows: &["attention.temperature_scale", "rope.scaling.yarn_log_multiplier"],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         if h.n_experts > 0 {
             experts_as_wide_as_ff(keys, h)?;

@@ -1,6 +1,6 @@
 //! Mixtures of experts that differ in their routers and in what all tokens pass.
 
-use super::{Architecture, PLAIN, ROUTER_KEYS, deepseek_router, experts_as_wide_as_ff, gating};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, experts_as_wide_as_ff, gating};
 use crate::backend::{Gating, RopeKind, Router};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, Choose, FEED_FORWARD, HeadNorms, MIXTURE, Mixture};
@@ -8,9 +8,7 @@ use crate::model::hparams::{Keys, limit};
 
 /// MiniMax M2: norms of all heads together.
 pub(super) const MINIMAX_M2: Architecture = Architecture {
-    name: "minimax-m2",
-    rope_kind: RopeKind::Neox,
-    follows: &[ROUTER_KEYS[0]],
+    family: Family { name: "minimax-m2", rope_kind: RopeKind::Neox, follows: &[ROUTER_KEYS[0]], ..PLAIN.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         experts_as_wide_as_ff(keys, h)?;
@@ -23,8 +21,7 @@ pub(super) const MINIMAX_M2: Architecture = Architecture {
 
 /// Ernie 4.5 with experts: dense blocks first.
 pub(super) const ERNIE: Architecture = Architecture {
-    name: "ernie4_5-moe",
-    follows: &[ROUTER_KEYS[4], ROUTER_KEYS[5]],
+    family: Family { name: "ernie4_5-moe", follows: &[ROUTER_KEYS[4], ROUTER_KEYS[5]], ..PLAIN.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         h.n_dense = keys.count("leading_dense_block_count", limit::LAYERS)?.min(h.n_layers);
@@ -38,9 +35,7 @@ pub(super) const ERNIE: Architecture = Architecture {
 
 /// Hunyuan with experts: norms of queries and keys behind the rotary embedding.
 pub(super) const HUNYUAN: Architecture = Architecture {
-    name: "hunyuan-moe",
-    rope_kind: RopeKind::Neox,
-    follows: &[ROUTER_KEYS[5]],
+    family: Family { name: "hunyuan-moe", rope_kind: RopeKind::Neox, follows: &[ROUTER_KEYS[5]], ..PLAIN.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         h.n_ff_shared = keys.required("expert_shared_feed_forward_length", limit::FF)?;
@@ -54,9 +49,7 @@ pub(super) const HUNYUAN: Architecture = Architecture {
 
 /// Ling and Ring 2: groups of experts.
 pub(super) const BAILING: Architecture = Architecture {
-    name: "bailingmoe2",
-    rope_kind: RopeKind::Neox,
-    follows: &ROUTER_KEYS,
+    family: Family { name: "bailingmoe2", rope_kind: RopeKind::Neox, follows: &ROUTER_KEYS, ..PLAIN.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         deepseek_router(keys, h, None)?;
@@ -73,7 +66,7 @@ pub(super) const BAILING: Architecture = Architecture {
 
 /// dots.llm1.
 pub(super) const DOTS1: Architecture = Architecture {
-    name: "dots1",
+    family: Family { name: "dots1", ..BAILING.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         deepseek_router(keys, h, None)?;

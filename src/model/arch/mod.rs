@@ -18,50 +18,28 @@ mod qwen;
 mod small;
 
 use super::build::Builder;
+use super::family::{Family, LLAMA};
 use super::hparams::{BASE, Keys, WINDOW, limit};
 use super::{HParams, ModelError, RopeScaling, RopeSpec};
-use crate::backend::{Gating, Mask, RopeKind, Router};
+use crate::backend::{Gating, Mask, Router};
 
 /// An architecture that can be computed.
-pub struct Architecture {
-    /// `general.architecture`, which also prefixes the architecture's keys.
-    pub name: &'static str,
-    /// How rotary embedding pairs elements: fixed by the architecture, not by metadata.
-    pub rope_kind: RopeKind,
-    /// Keys that it reads beside those that all do, or that it follows where others refuse them.
-    pub(super) follows: &'static [&'static str],
-    /// Key of the norms' epsilon.
-    pub(super) norm_eps: &'static str,
-    /// Whether the head is the embedding, whatever the file has.
-    pub(super) tied: bool,
+pub(super) struct Architecture {
+    /// Its name and keys.
+    pub family: Family,
     /// Completes what all architectures read of the metadata.
-    pub(super) settle: fn(&Keys<'_>, &mut HParams) -> Result<(), ModelError>,
+    pub settle: fn(&Keys<'_>, &mut HParams) -> Result<(), ModelError>,
     /// Says what rotary embeddings there are.
-    pub(super) ropes: fn(&mut Builder<'_>) -> Result<(), ModelError>,
+    pub ropes: fn(&mut Builder<'_>) -> Result<(), ModelError>,
     /// Puts a block together.
-    pub(super) block: fn(&mut Builder<'_>, usize) -> Result<(), ModelError>,
-}
-
-impl std::fmt::Debug for Architecture {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name)
-    }
+    pub block: fn(&mut Builder<'_>, usize) -> Result<(), ModelError>,
 }
 
 /// Llama without experts; others say what differs.
-const PLAIN: Architecture = Architecture {
-    name: "llama",
-    rope_kind: RopeKind::Norm,
-    follows: &[],
-    norm_eps: "attention.layer_norm_rms_epsilon",
-    tied: false,
-    settle: |_, _| Ok(()),
-    ropes,
-    block: llama::block,
-};
+const PLAIN: Architecture = Architecture { family: LLAMA, settle: |_, _| Ok(()), ropes, block: llama::block };
 
 /// All of them.
-pub(super) const ALL: &[&Architecture] = &[
+pub(super) static ALL: &[&Architecture] = &[
     &llama::LLAMA,
     &qwen::QWEN2,
     &qwen::QWEN3,

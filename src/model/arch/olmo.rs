@@ -1,15 +1,18 @@
 //! Olmo 2 and 3: norms behind each part and none before, norms of all heads together; Olmo 3 with windows.
 
-use super::{Architecture, PATTERN, PLAIN, WINDOW, WINDOW_BASE, plain_betas, windows};
+use super::{Architecture, Family, PATTERN, PLAIN, WINDOW, WINDOW_BASE, plain_betas, windows};
 use crate::backend::RopeKind;
 use crate::model::RopeScaling;
 use crate::model::build::{ATTENTION, Attention, FEED_FORWARD, FeedForward, HeadNorms, Reads};
 
 pub(super) const OLMO2: Architecture = Architecture {
-    name: "olmo2",
-    rope_kind: RopeKind::Neox,
-    // The base of blocks with windows is not followed, as llama.cpp does not.
-    follows: &[WINDOW, PATTERN, WINDOW_BASE],
+    family: Family {
+        name: "olmo2",
+        rope_kind: RopeKind::Neox,
+        // The base of blocks with windows is not followed, as llama.cpp does not.
+        follows: &[WINDOW, PATTERN, WINDOW_BASE],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         plain_betas(h);
         if windows(keys, h, 0, 4)? && h.rope_scaling != RopeScaling::None {

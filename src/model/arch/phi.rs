@@ -1,15 +1,18 @@
 //! Phi 3 and 4: projections in one matrix each, rotary frequencies by the length of the context.
 
-use super::{Architecture, PLAIN, WINDOW, main_rope};
+use super::{Architecture, Family, PLAIN, WINDOW, main_rope};
 use crate::backend::RopeKind;
 use crate::model::build::{ATTENTION, Builder, FEED_FORWARD, FeedForward};
 use crate::model::{ModelError, RopeSpec};
 
 pub(super) const PHI3: Architecture = Architecture {
-    name: "phi3",
-    rope_kind: RopeKind::Neox,
-    // The window is not followed, as llama.cpp does not.
-    follows: &[WINDOW, "rope.scaling.attn_factor"],
+    family: Family {
+        name: "phi3",
+        rope_kind: RopeKind::Neox,
+        // The window is not followed, as llama.cpp does not.
+        follows: &[WINDOW, "rope.scaling.attn_factor"],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         h.rope_magnitude = keys.factor("rope.scaling.attn_factor")?;
         h.n_ctx_original = keys.size("rope.scaling.original_context_length", usize::MAX >> 1)?.unwrap_or(h.n_ctx_train);

@@ -1,16 +1,20 @@
 //! Qwen 2 and 2.5, with biases on Q, K and V; Qwen 3, with norms on Q and K; Qwen 3 with routed experts.
 
-use super::Architecture;
+use super::{Architecture, Family};
 use crate::backend::RopeKind;
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, HeadNorms, MIXTURE};
 
-pub(super) const QWEN2: Architecture = Architecture { name: "qwen2", rope_kind: RopeKind::Neox, ..super::llama::LLAMA };
+pub(super) const QWEN2: Architecture = Architecture {
+    family: Family { name: "qwen2", rope_kind: RopeKind::Neox, ..super::llama::LLAMA.family },
+    ..super::llama::LLAMA
+};
 
-pub(super) const QWEN3: Architecture = Architecture { name: "qwen3", block: with_head_norms, ..QWEN2 };
+pub(super) const QWEN3: Architecture =
+    Architecture { family: Family { name: "qwen3", ..QWEN2.family }, block: with_head_norms, ..QWEN2 };
 
 pub(super) const QWEN3MOE: Architecture = Architecture {
-    name: "qwen3moe",
+    family: Family { name: "qwen3moe", ..QWEN3.family },
     settle: |keys, h| {
         if h.n_experts == 0 {
             return Err(keys.error("expert_count", "is missing".into()));

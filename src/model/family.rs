@@ -1,0 +1,27 @@
+//! What tells architectures apart before any of their blocks is built.
+
+use crate::backend::RopeKind;
+
+/// An architecture's name and what is fixed by it.
+#[derive(Debug)]
+pub struct Family {
+    /// `general.architecture`, which also prefixes the architecture's keys.
+    pub name: &'static str,
+    /// How rotary embedding pairs elements: fixed by the architecture, not by metadata.
+    pub rope_kind: RopeKind,
+    /// Keys that it reads beside those that all do, or that it follows where others refuse them.
+    pub(super) follows: &'static [&'static str],
+    /// Key of the norms' epsilon.
+    pub(super) norm_eps: &'static str,
+    /// Whether the head is the embedding, whatever the file has.
+    pub(super) tied: bool,
+}
+
+/// Llama's.
+pub(super) const LLAMA: Family = Family {
+    name: "llama",
+    rope_kind: RopeKind::Norm,
+    follows: &[],
+    norm_eps: "attention.layer_norm_rms_epsilon",
+    tied: false,
+};

@@ -1,0 +1,75 @@
+//! From a file's header to a model: its architecture is looked up, and reads the rest.
+
+use super::arch::{ALL, Architecture};
+use super::build::Builder;
+use super::keys;
+use super::{HParams, Model, ModelError};
+use crate::gguf::{Gguf, Metadata};
+
+/// The architecture that a file names.
+fn architecture(metadata: &Metadata) -> Result<&'static Architecture, ModelError> {
+    let found = metadata.str("general.architecture").ok_or_else(|| ModelError::Metadata {
+        key: "general.architecture".into(),
+        what: "is missing; is this a language model?".into(),
+    })?;
+    ALL.iter().find(|a| a.family.name == found).copied().ok_or_else(|| ModelError::Architecture {
+        found: found.to_owned(),
+        supported: ALL.iter().map(|a| a.family.name).collect::<Vec<_>>().join(", "),
+    })
+}
+
+/// Keys of the architecture that nothing reads, in file order.
+pub fn unused_keys(m: &Metadata) -> Vec<String> {
+    let Some(name) = m.str("general.architecture") else { return Vec::new() };
+    let follows = ALL.iter().find(|a| a.family.name == name).map_or(&[][..], |a| a.family.follows);
+    keys::unused(m, name, follows)
+}
+
+impl HParams {
+    /// Reads and checks the hyper-parameters.
+    ///
+    /// # Errors
+    /// If the architecture is not known, or a key is missing, out of bounds or not followed.
+    pub fn from_metadata(metadata: &Metadata) -> Result<HParams, ModelError> {
+        let arch = architecture(metadata)?;
+        let (keys, mut h) = HParams::common(metadata, &arch.family)?;
+        (arch.settle)(&keys, &mut h)?;
+        h.check(&keys)?;
+        Ok(h)
+    }
+}
+
+impl Model {
+    /// Finds and checks every tensor of `gguf`.
+    ///
+    /// # Errors
+    /// If a tensor or key is missing, of the wrong shape or of a type without kernels, or if the file has
+    /// tensors that the architecture's computation here leaves out.
+    pub fn new(gguf: &Gguf) -> Result<Model, ModelError> {
+        let model = Model::read(gguf)?;
+        let mut left_out = model.unused.iter().filter(|(_, harmless)| harmless.is_none());
+        match left_out.next() {
+            None => Ok(model),
+            Some((first, _)) => Err(ModelError::UnusedTensors {
+                first: first.clone(),
+                more: left_out.count(),
+                arch: model.hparams.arch.name,
+                n_layers: model.hparams.n_layers,
+            }),
+        }
+    }
+
+    /// As [`Model::new`], with the tensors that would be left out listed in [`Model::unused`].
+    ///
+    /// # Errors
+    /// As [`Model::new`], those tensors apart.
+    pub fn read(gguf: &Gguf) -> Result<Model, ModelError> {
+        let arch = architecture(&gguf.metadata)?;
+        let hparams = HParams::from_metadata(&gguf.metadata)?;
+        let mut b = Builder::new(gguf, &hparams);
+        let (embedding, n_vocab) = b.embedding()?;
+        (arch.ropes)(&mut b)?;
+        (0..hparams.n_layers).try_for_each(|i| (arch.block)(&mut b, i))?;
+        b.finish(embedding, n_vocab)
+    }
+}
