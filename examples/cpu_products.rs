@@ -30,6 +30,9 @@ fn dims(n_embd: usize, n_ff: usize) -> Dims {
         n_ctx: 1,
         kv_type: TensorType::F32,
         ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 }],
+        n_mix: 0,
+        n_attn: 0,
+        recurrent: None,
         beyond: None,
     }
 }
@@ -77,7 +80,7 @@ fn cached(ty: TensorType, base: u64) -> f64 {
     let ones = vec![1.0f32; cols];
     let norm = norm(&ones);
     let row: Vec<u8> = (0..cols).flat_map(|i| ((i % 7) as f32 - 3.0).to_le_bytes()).collect();
-    backend.begin(&[Run { class: Class::Exact, first_pos: 0, rows: 1, table: &[0] }]).expect("one token");
+    backend.begin(&[Run { class: Class::Exact, first_pos: 0, rows: 1, table: &[0], state: 0 }]).expect("one token");
     backend.embed(&row, TensorType::F32).expect("a row");
     backend.output_norm(&norm).expect("a row");
     let bytes = rows * ty.row_bytes(cols).expect("whole blocks");
@@ -101,7 +104,7 @@ fn products(ty: TensorType, base: u64, bytes: usize, n_embd: usize, n_ff: usize,
     let row: Vec<u8> = (0..n_embd).flat_map(|i| ((i % 7) as f32 - 3.0).to_le_bytes()).collect();
     let mut best = 0.0;
     for _ in 0..rounds {
-        backend.begin(&[Run { class: Class::Exact, first_pos: 0, rows: 1, table: &[0] }]).expect("one token");
+        backend.begin(&[Run { class: Class::Exact, first_pos: 0, rows: 1, table: &[0], state: 0 }]).expect("one token");
         backend.embed(&row, TensorType::F32).expect("a row");
         let start = Instant::now();
         for copy in 0..copies {

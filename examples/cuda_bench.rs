@@ -121,7 +121,7 @@ fn class(n: usize) -> Class {
 /// Begins a pass of one sequence.
 fn begin(b: &mut CudaBackend, first_pos: usize, rows: usize, class: Class) -> Result {
     let table: Vec<PageId> = (0..Pages::of(first_pos + rows) as PageId).collect();
-    b.begin(&[Run { class, first_pos, rows, table: &table }])
+    b.begin(&[Run { class, first_pos, rows, table: &table, state: 0 }])
 }
 
 fn pass(b: &mut CudaBackend, m: &Model, rows: &[u8], pos: usize, n: usize, class: Class) -> Result<f32> {
@@ -165,6 +165,9 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
             freqs: (0..64).map(|i| 500000f32.powf(-(i as f32) / 64.0)).collect(),
             magnitude: 1.0,
         }],
+        n_mix: 0,
+        n_attn: 0,
+        recurrent: None,
         beyond: None,
     };
     let mut b = CudaBackend::new(device, &dims)?;

@@ -12,7 +12,7 @@ mod op;
 pub mod reference;
 
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
-pub use op::{Act, Activation, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
+pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
 
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
@@ -86,6 +86,9 @@ pub struct Run<'a> {
     pub rows: usize,
     /// The pages of the cache ([`crate::state::Pages`]) that hold the sequence: positions `PAGE * i..` lie in `table[i]`.
     pub table: &'a [PageId],
+    /// Where the sequence's recurrent state is read from; the state behind the run is written to this number with its
+    /// lowest bit turned. Nothing is read where `first_pos` is 0.
+    pub state: u32,
 }
 
 impl Run<'_> {
@@ -177,9 +180,54 @@ pub struct Dims {
     pub kv_type: TensorType,
     /// Rotary embeddings; the first is the one of [`Backend::qkv`].
     pub ropes: Vec<Rope>,
+    /// The widest rows of [`Act::Mix`]; 0 for none.
+    pub n_mix: usize,
+    /// The widest rows of [`Act::Attn`], at least the query heads together.
+    pub n_attn: usize,
+    /// Recurrences; `None` for a model without.
+    pub recurrent: Option<Recurrent>,
     /// What passes do that no fused call covers; `None` if there is nothing of the kind, and [`Backend::op`] is not
     /// called.
     pub beyond: Option<&'static str>,
+}
+
+/// Sizes of a model's recurrences, and how many states there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recurrent {
+    /// Layers that have one.
+    pub layers: usize,
+    /// Sequences that have a state at once; each has two copies of it, so that a pass that fails damages none.
+    pub sequences: usize,
+    /// Inputs that a convolution sees.
+    pub taps: usize,
+    /// Key heads.
+    pub n_keys: usize,
+    /// Value heads, a multiple of the key heads.
+    pub n_values: usize,
+    /// Elements of a head.
+    pub dim: usize,
+}
+
+impl Recurrent {
+    /// Channels of a convolution: queries, keys and values.
+    pub fn channels(&self) -> usize {
+        (2 * self.n_keys + self.n_values) * self.dim
+    }
+
+    /// Floats of the last inputs of a layer.
+    pub fn inputs(&self) -> usize {
+        (self.taps - 1) * self.channels()
+    }
+
+    /// Floats of the state of a layer's heads.
+    pub fn matrices(&self) -> usize {
+        self.n_values * self.dim * self.dim
+    }
+
+    /// Floats of one copy of a state, of all layers.
+    pub fn floats(&self) -> usize {
+        self.layers * (self.inputs() + self.matrices())
+    }
 }
 
 impl Dims {

@@ -24,6 +24,14 @@ pub enum Act {
     Up,
     /// The output of a part before it is added to X, `n_embd` wide.
     Out,
+    /// What a recurrence takes in, or queries with their gates, [`super::Dims::n_mix`] wide.
+    Mix,
+    /// Gates of the output of attention or of a recurrence, [`super::Dims::n_attn`] wide.
+    Gates,
+    /// A few numbers a row: how much of what is new a recurrence takes, by head; or one gate.
+    Beta,
+    /// How fast a recurrence forgets, by head.
+    Alpha,
 }
 
 /// What a norm divides by.
@@ -135,6 +143,23 @@ pub enum Gating {
     SigmoidOfChosen,
 }
 
+/// A gated delta net: for each value head, with queries and keys of length 1, `S ← g S; S ← S + k (β (v − Sᵀ k))ᵀ;
+/// out = Sᵀ q / sqrt(dim)`, then `out = norm(out) * silu(gate)`.
+#[derive(Clone, Copy, Debug)]
+pub struct DeltaNet<W> {
+    /// Which of the model's states.
+    pub state: usize,
+    /// `g = exp(decay * softplus(alpha + bias))`: one F32 a head.
+    pub decay: W,
+    /// One F32 a head.
+    pub bias: W,
+    /// RMS norm of each head, `dim` wide.
+    pub norm: NormOf<W>,
+    /// Whether a value head reads the key head of its number modulo theirs, rather than divided by its share; and whether
+    /// Beta and Alpha come apart, rather than by key head in Beta.
+    pub tiled: bool,
+}
+
 /// An operation. Weights are rows back to back; vectors are F32.
 #[derive(Clone, Copy, Debug)]
 pub enum Op<W> {
@@ -188,6 +213,21 @@ pub enum Op<W> {
         /// Rows of `n_embd` F32, one a position.
         table: W,
     },
+    /// Of each head of Mix, the first half becomes Q and the second one Gates.
+    SplitHeads,
+    /// `Attn *= sigmoid(Gates)`.
+    GateAttn,
+    /// `Out *= sigmoid(Beta)`, which is one number a row.
+    GateOut,
+    /// A causal convolution of each channel of Mix with its last inputs, in place, then SiLU.
+    Conv {
+        /// Which of the model's states.
+        state: usize,
+        /// So many F32 of each channel, the newest input's last.
+        w: W,
+    },
+    /// `Attn = delta net of Mix (queries, keys, values), Beta, Alpha and Gates`.
+    DeltaNet(DeltaNet<W>),
     /// Stores K and V to the cache of a layer.
     Store {
         /// The layer.
@@ -282,6 +322,14 @@ impl<W: Copy> Op<W> {
             Op::Rope { act, rope } => Op::Rope { act, rope },
             Op::ScaleByPosition { act, by, every, offset } => Op::ScaleByPosition { act, by, every, offset },
             Op::AddPosition { table } => Op::AddPosition { table: f(table) },
+            Op::SplitHeads => Op::SplitHeads,
+            Op::GateAttn => Op::GateAttn,
+            Op::GateOut => Op::GateOut,
+            Op::Conv { state, w } => Op::Conv { state, w: f(w) },
+            Op::DeltaNet(DeltaNet { state, decay, bias, ref norm, tiled }) => {
+                let (decay, bias) = (f(decay), f(bias));
+                Op::DeltaNet(DeltaNet { state, decay, bias, norm: norm.map(f), tiled })
+            }
             Op::Store { layer } => Op::Store { layer },
             Op::Attend { layer, scores, sinks } => Op::Attend { layer, scores, sinks: sinks.map(f) },
             Op::Keep => Op::Keep,
@@ -307,6 +355,8 @@ impl<W: Copy> Op<W> {
             Op::Rope { .. } | Op::Store { .. } => "rotary embeddings that differ between layers",
             Op::ScaleByPosition { .. } => "queries scaled by position",
             Op::AddPosition { .. } => "embeddings of positions",
+            Op::SplitHeads | Op::GateAttn | Op::GateOut => "gates of attention and of shared experts",
+            Op::Conv { .. } | Op::DeltaNet(_) => "delta nets",
             Op::Attend { sinks: Some(_), .. } => "attention sinks",
             Op::Attend { .. } => "attention windows or capped scores",
             Op::Keep | Op::Outputs => "norms before the head other than RMS norms",

@@ -231,7 +231,9 @@ fn measure(
     let began_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut measured = Measured { test, began_unix_s, ..Measured::default() };
     for round in 0..=repetitions {
-        session.truncate(test.depth);
+        if session.truncate(test.depth) < before.len() {
+            run::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
+        }
         if test.generated > 0 && test.texts() == 1 && round > 0 {
             session.start_measuring();
         }

@@ -366,7 +366,7 @@ impl Chat<'_> {
     fn generate(&mut self, prompt: &[u32]) -> Result<Generation, Failure> {
         // Earlier turns stay cached as far as the rendered text agrees; one token is left to evaluate.
         let agree = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
-        self.session.truncate(agree);
+        let agree = self.session.truncate(agree);
         if agree <= self.prompt {
             self.prompt = prompt.len();
         }

@@ -351,6 +351,7 @@ pub(super) fn open(model: &ModelArg, placement: &Placement) -> Result<Opened, Fa
 /// The session's options from the command line; `n_ctx` and `outputs` are the caller's.
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
     Ok(Options {
+        sequences: 1,
         backend: match p.backend {
             BackendArg::Auto => BackendKind::Auto,
             BackendArg::Cpu => BackendKind::Cpu,

@@ -354,7 +354,7 @@ fn ram_budget(machine: &Machine) -> Option<u64> {
 /// Bytes of the KV cache.
 fn kv_bytes(model: &Model, options: &Options) -> u64 {
     let h = &model.hparams;
-    let factors = [2, h.n_layers, options.n_ctx, h.n_kv_heads, h.head_dim, options.kv_type.block_bytes()];
+    let factors = [2, model.cached.len(), options.n_ctx, h.n_kv_heads, h.head_dim, options.kv_type.block_bytes()];
     factors.into_iter().fold(1, |bytes, f| bytes.saturating_mul(f as u64))
 }
 

@@ -159,6 +159,9 @@ impl Session {
     /// # Errors
     /// If another file is in the way, it cannot be written, or pages cannot be read.
     pub fn save(&mut self, path: &Path, messages: &[Json], tokens: &[u32], prompt: usize) -> Result<u64, EngineError> {
+        if self.pages.recurrent() {
+            return Err(super::session::RequestError::NotKept.into());
+        }
         let name = path.display().to_string();
         let io = |source| SavedError::Io { path: name.clone(), source: own_words(source) };
         match File::open(path) {
@@ -237,7 +240,7 @@ impl Session {
             return Ok(false);
         }
         // A page is rows of positions, two for each head of each layer.
-        let row = bytes / (2 * self.model.blocks.len() * self.model.hparams.n_kv_heads);
+        let row = bytes / (2 * self.model.cached.len() * self.model.hparams.n_kv_heads);
         let same = row / PAGE * first;
         if here.chunks_exact(row).zip(page.chunks_exact(row)).any(|(a, b)| a[..same] != b[..same]) {
             return Ok(false);

@@ -39,6 +39,8 @@ pub struct Options {
     pub verify: bool,
     /// Element type of the KV cache.
     pub kv_type: TensorType,
+    /// Sequences that may have tokens at once, where each has a recurrent state.
+    pub sequences: usize,
     /// Slots of the ring; `None` to choose.
     pub n_buffers: Option<usize>,
     /// Counts of blocks per tier; `None` to choose.
@@ -72,6 +74,7 @@ impl Options {
             reader: ReaderKind::Auto,
             verify: false,
             kv_type: TensorType::F16,
+            sequences: 1,
             n_buffers: None,
             tiers: None,
             stacked: false,
@@ -103,6 +106,7 @@ pub(super) struct Evaluated {
     class: Class,
     first_pos: usize,
     rows: usize,
+    state: u32,
 }
 
 /// Bytes of logits that a pass may take.
@@ -318,7 +322,8 @@ impl Session {
         let mut first = [0; 2];
         for p in parts {
             let (class, rows) = (p.class, p.tokens.len());
-            self.last_parts.push(Evaluated { seq: p.seq, class, first_pos: self.pages.len(p.seq)?, rows });
+            let (first_pos, state) = (self.pages.len(p.seq)?, self.pages.state(p.seq)?);
+            self.last_parts.push(Evaluated { seq: p.seq, class, first_pos, rows, state });
             self.last.extend_from_slice(p.tokens);
             let first = &mut first[class as usize];
             self.wanted[class as usize].extend(match p.outputs {
@@ -430,7 +435,8 @@ impl Session {
 
     /// What is to be said of a key or value that became infinite in the cache, which shows in no logits.
     pub fn overflow(&self) -> Option<EngineError> {
-        let what = format!("keys or values of blk.{} are larger than F16 holds", self.backend.overflow()?);
+        let block = self.model.cached.get(self.backend.overflow()?).copied().unwrap_or(0);
+        let what = format!("keys or values of blk.{block} are larger than F16 holds");
         Some(EngineError::NotFinite { what, cure: "--kv f32 holds them".into() })
     }
 
@@ -489,9 +495,22 @@ impl Session {
     /// pass still goes on with this one.
     ///
     /// # Errors
-    /// If this one has fewer tokens.
+    /// If this one has fewer tokens, or cannot go back to them (see [`Session::reach`]), or if there is no recurrent state
+    /// for one more.
     pub fn fork_at(&mut self, n: usize) -> Result<SeqId, EngineError> {
-        Ok(self.pages.fork_at(self.seq, n)?)
+        let (fork, copy) = self.pages.fork_at(self.seq, n)?;
+        if let Some(copy) = copy
+            && let Err(e) = self.backend.apply(&copy)
+        {
+            self.pages.close(fork)?;
+            return Err(e.into());
+        }
+        Ok(fork)
+    }
+
+    /// How many of the first `n` tokens this sequence can go back to: with a recurrent state all that it has, or none.
+    pub fn reach(&self, n: usize) -> usize {
+        self.pages.reach(self.seq, n).unwrap_or(0)
     }
 
     /// Goes on with another sequence.
@@ -548,14 +567,15 @@ impl Session {
         self.options.n_ctx
     }
 
-    /// Forgets all but the first `n` tokens.
-    pub fn truncate(&mut self, n: usize) {
-        let n = self.position().min(n);
+    /// Forgets all but the first `n` tokens, or, if it cannot go back to them, all. Returns how many are left.
+    pub fn truncate(&mut self, n: usize) -> usize {
+        let n = self.reach(n);
         // The sequence is there, and has as many.
         let _ = self.pages.keep(self.seq, n);
         if n == 0 {
             self.backend.forget_overflow();
         }
+        n
     }
 
     /// Home of each unit.
@@ -695,6 +715,9 @@ pub enum RequestError {
     /// A text whose tokens have all been evaluated: nothing says what comes next.
     #[error("no token of the text is left to evaluate, so that nothing says what comes next")]
     NothingLeft,
+    /// A conversation with a recurrent state.
+    #[error("this architecture has a recurrent state, which files do not keep: its conversations cannot be saved")]
+    NotKept,
     /// The sequence that passes go on with cannot end.
     #[error("passes go on with this sequence: it cannot end before another one takes its place")]
     InUse,
@@ -712,7 +735,7 @@ pub enum RequestError {
 fn runs<'a>(pages: &'a Pages, parts: &[Evaluated]) -> Result<SmallVec<[Run<'a>; 2 * EXACT_ROWS]>, EngineError> {
     let run = |p: &Evaluated| {
         let table = pages.table(p.seq)?;
-        Ok(Run { class: p.class, first_pos: p.first_pos, rows: p.rows, table })
+        Ok(Run { class: p.class, first_pos: p.first_pos, rows: p.rows, table, state: p.state })
     };
     parts.iter().map(run).collect()
 }

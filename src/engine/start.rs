@@ -9,7 +9,7 @@ use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, source};
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{self, Backend, BackendError, DeviceMemory, Dims, EXACT_ROWS, MemoryUse};
+use crate::backend::{self, Act, Backend, BackendError, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent};
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
@@ -164,6 +164,9 @@ impl Session {
         let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
+        if let Some(r) = &dims.recurrent {
+            pages = pages.with_states(r.sequences);
+        }
         let seq = pages.open();
         Ok(Session {
             links,
@@ -541,7 +544,7 @@ fn plan_on_device(
 pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Vec<f32>]) -> Dims {
     let h = &model.hparams;
     Dims {
-        n_layers: h.n_layers,
+        n_layers: model.cached.len(),
         n_embd: h.n_embd,
         n_heads: h.n_heads,
         n_kv_heads: h.n_kv_heads,
@@ -556,6 +559,9 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         n_ctx: options.n_ctx,
         kv_type: options.kv_type,
         ropes: model.ropes.iter().map(|r| r.rope(h.arch.rope_kind, options.n_ctx, divisors)).collect(),
+        n_mix: model.width(Act::Mix),
+        n_attn: model.width(Act::Gates).max(h.n_heads * h.head_dim),
+        recurrent: h.recurrent.map(|r| Recurrent { layers: model.states, sequences: options.sequences, ..r }),
         beyond: tape.beyond(model),
     }
 }

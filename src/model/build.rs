@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use super::program::{Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Span, Stage, TensorRef};
 use super::program::{UnitKind, UnitSpec};
 use super::{HParams, ModelError, RopeSpec};
-use crate::backend::{Act, Activation, NormOf, Op, Scores, computable, reference};
+use crate::backend::{Act, Activation, DeltaNet, NormOf, Op, Recurrent, Scores, computable, reference};
 use crate::gguf::{Gguf, TensorInfo, TensorType};
 
 /// Head slices are no larger than this, nor than the largest other unit.
@@ -43,6 +43,8 @@ pub(super) struct Attention {
     /// Whether queries are scaled by position, where the model has such a scale.
     pub by_position: bool,
     pub sinks: bool,
+    /// Whether queries come with gates of the output, in each head of `attn_q`.
+    pub gated: bool,
     /// Name of the norm of its output.
     pub post_norm: Option<&'static str>,
     /// Whether its output is added to X by the feed-forward part, which reads X without it.
@@ -56,6 +58,7 @@ pub(super) const ATTENTION: Attention = Attention {
     rotates: true,
     by_position: true,
     sinks: false,
+    gated: false,
     post_norm: None,
     deferred: false,
 };
@@ -104,6 +107,8 @@ pub(super) struct Mixture {
     /// Whether router and experts have biases.
     pub biases: bool,
     pub choose: Choose,
+    /// Whether the feed-forward part that all tokens pass has a gate, `ffn_gate_inp_shexp`.
+    pub gated_shared: bool,
     /// Ending of the names of a feed-forward part that all tokens pass, `_shexp` or nothing; none where there is none.
     pub shared: Option<&'static str>,
 }
@@ -120,8 +125,14 @@ pub(super) enum Choose {
 }
 
 /// Mixtral's.
-pub(super) const MIXTURE: Mixture =
-    Mixture { norm: "ffn_norm", how: Activation::Silu, biases: false, choose: Choose::ByScore, shared: None };
+pub(super) const MIXTURE: Mixture = Mixture {
+    norm: "ffn_norm",
+    how: Activation::Silu,
+    biases: false,
+    choose: Choose::ByScore,
+    gated_shared: false,
+    shared: None,
+};
 
 /// Why a tensor that is not used does no harm; `None` if it is not known to do none.
 fn harmless(name: &str, h: &HParams) -> Option<&'static str> {
@@ -148,6 +159,8 @@ pub(super) struct Builder<'a> {
     units: Vec<UnitSpec>,
     stages: Vec<Stage>,
     blocks: Vec<Block>,
+    cached: Vec<usize>,
+    states: usize,
     ropes: Vec<RopeSpec>,
     divisors: Vec<TensorInfo>,
     widened: Vec<TensorInfo>,
@@ -167,6 +180,8 @@ impl<'a> Builder<'a> {
             units: Vec::new(),
             stages: Vec::new(),
             blocks: Vec::new(),
+            cached: Vec::new(),
+            states: 0,
             ropes: Vec::new(),
             divisors: Vec::new(),
             widened: Vec::new(),
@@ -201,7 +216,7 @@ impl<'a> Builder<'a> {
         }
         let (head, tied) = self.head(n_vocab)?;
         let unused = self.unused();
-        let Builder { h, units, stages, blocks, ropes, divisors, widened, held, .. } = self;
+        let Builder { h, units, stages, blocks, cached, states, ropes, divisors, widened, held, .. } = self;
         let hparams = h.clone();
         Ok(Model {
             hparams,
@@ -209,6 +224,8 @@ impl<'a> Builder<'a> {
             units,
             stages,
             blocks,
+            cached,
+            states,
             head,
             embedding,
             tied,
@@ -287,6 +304,11 @@ impl<'a> Builder<'a> {
             bytes: rows as u64 * row_bytes,
         });
         TensorRef { unit, span: spans.len() - 1, ty: t.ty, rows, cols }
+    }
+
+    /// A vector that is the one row of a matrix.
+    fn put_row(&mut self, unit: usize, t: &TensorInfo) -> TensorRef {
+        self.put(unit, t, 0, 1)
     }
 
     /// `len` elements from `first` of a vector: in the unit where they are F32, else held apart.
@@ -444,17 +466,60 @@ impl<'a> Builder<'a> {
         Ok([part(parts[0])?, part(parts[1])?, part(parts[2])?])
     }
 
+    /// Begins block `i`: the unit of its attention part, or of what all tokens share.
+    fn begin(&mut self, i: usize) -> usize {
+        let u = match self.h.is_routed(i) {
+            false => self.unit(UnitKind::Attention(i), format!("blk.{i} attention")),
+            true => self.unit(UnitKind::Shared(i), format!("blk.{i}")),
+        };
+        self.stage(u, Some(i));
+        self.blocks.push(Block { unit: u, ffn_unit: u });
+        u
+    }
+
+    /// A gated delta net in place of attention in block `i`. `tiled`: see [`DeltaNet`].
+    pub fn delta_net(&mut self, i: usize, r: &Recurrent, tiled: bool) -> Result<(), ModelError> {
+        let d = self.h.n_embd;
+        let p = format!("blk.{i}");
+        let u = self.begin(i);
+        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
+        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let (inner, heads) = (r.n_values * r.dim, r.n_values);
+        let mix = self.linear(u, &format!("{p}.attn_qkv"), r.channels(), d)?;
+        let gates = self.linear(u, &format!("{p}.attn_gate"), inner, d)?;
+        self.products(Act::H, [(Act::Mix, mix), (Act::Gates, gates)]);
+        if tiled {
+            let beta = self.linear(u, &format!("{p}.ssm_beta"), heads, d)?;
+            let alpha = self.linear(u, &format!("{p}.ssm_alpha"), heads, d)?;
+            self.products(Act::H, [(Act::Beta, beta), (Act::Alpha, alpha)]);
+        } else {
+            let both = self.linear(u, &format!("{p}.ssm_ba"), 2 * heads, d)?;
+            self.products(Act::H, [(Act::Beta, both)]);
+        }
+        let state = self.states;
+        self.states += 1;
+        let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
+        let w =
+            self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels() as u64])?, 0, r.taps * r.channels())?;
+        self.op(Op::Conv { state, w });
+        let decay = self.vector(u, &format!("{p}.ssm_a"), heads)?;
+        let bias = self.vector(u, &format!("{p}.ssm_dt.bias"), heads)?;
+        let norm = self.norm(u, &format!("{p}.ssm_norm"), r.dim)?;
+        self.op(Op::DeltaNet(DeltaNet { state, decay, bias, norm, tiled }));
+        let w = self.linear(u, &format!("{p}.ssm_out"), d, inner)?;
+        self.output(Act::Attn, w, None, false)?;
+        if i + 1 == self.h.n_layers {
+            self.op(Op::Keep);
+        }
+        Ok(())
+    }
+
     /// The attention part of block `i`, in a unit of its own, or in that of what all tokens share.
     pub fn attention(&mut self, i: usize, a: &Attention) -> Result<(), ModelError> {
         let h = self.h;
         let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim);
         let p = format!("blk.{i}");
-        let u = match h.is_routed(i) {
-            false => self.unit(UnitKind::Attention(i), format!("{p} attention")),
-            true => self.unit(UnitKind::Shared(i), p.clone()),
-        };
-        self.stage(u, Some(i));
-        self.blocks.push(Block { unit: u, ffn_unit: u });
+        let u = self.begin(i);
         let from = match a.norm {
             Some(name) => {
                 let norm = self.norm(u, &format!("{p}.{name}"), d)?;
@@ -463,8 +528,16 @@ impl<'a> Builder<'a> {
             }
             None => Act::X,
         };
-        let [q, k, v] = self.qkv(u, &p)?;
-        self.products(from, [(Act::Q, q), (Act::K, k), (Act::V, v)]);
+        if a.gated {
+            let both = self.linear(u, &format!("{p}.attn_q"), 2 * q_dim, d)?;
+            let k = self.linear(u, &format!("{p}.attn_k"), kv_dim, d)?;
+            let v = self.linear(u, &format!("{p}.attn_v"), kv_dim, d)?;
+            self.products(from, [(Act::Mix, both), (Act::K, k), (Act::V, v)]);
+            self.op(Op::SplitHeads);
+        } else {
+            let [q, k, v] = self.qkv(u, &p)?;
+            self.products(from, [(Act::Q, q), (Act::K, k), (Act::V, v)]);
+        }
         let names = [(Act::Q, format!("{p}.attn_q_norm"), q_dim), (Act::K, format!("{p}.attn_k_norm"), kv_dim)];
         let norms = match a.head_norms {
             HeadNorms::EachIfThere if !self.has(&format!("{}.weight", names[0].1)) => HeadNorms::No,
@@ -500,10 +573,15 @@ impl<'a> Builder<'a> {
         if let Some((by, every, offset)) = h.by_position.filter(|_| a.by_position) {
             self.op(Op::ScaleByPosition { act: Act::Q, by, every, offset });
         }
-        self.op(Op::Store { layer: i });
+        let layer = self.cached.len();
+        self.cached.push(i);
+        self.op(Op::Store { layer });
         let sinks = if a.sinks { Some(self.vector(u, &format!("{p}.attn_sinks.weight"), h.n_heads)?) } else { None };
         let scores = Scores { mask: h.mask(i), ..h.scores };
-        self.op(Op::Attend { layer: i, scores, sinks });
+        self.op(Op::Attend { layer, scores, sinks });
+        if a.gated {
+            self.op(Op::GateAttn);
+        }
         if i + 1 == h.n_layers {
             self.op(Op::Keep);
         }
@@ -582,8 +660,17 @@ impl<'a> Builder<'a> {
         if let Some(ending) = m.shared {
             self.hidden(u, &p, ending, Act::H, h.n_ff_shared, &FeedForward { how: m.how, ..FEED_FORWARD })?;
             let w = self.linear(u, &format!("{p}.ffn_down{ending}"), d, h.n_ff_shared)?;
-            let to = if scaled { Act::Out } else { Act::X };
-            self.op(Op::Linear { to, from: Act::Hidden, w, add: !scaled });
+            if m.gated_shared {
+                let t = self.find(&format!("{p}.ffn_gate_inp{ending}.weight"))?;
+                let gate = self.put_row(u, self.computable(self.check(t, &[d as u64])?)?);
+                self.op(Op::Linear { to: Act::Out, from: Act::Hidden, w, add: false });
+                self.products(Act::H, [(Act::Beta, LinearRef { weight: gate, bias: None })]);
+                self.op(Op::GateOut);
+                self.op(Op::Add { to: Act::X, from: Act::Out });
+            } else {
+                let to = if scaled { Act::Out } else { Act::X };
+                self.op(Op::Linear { to, from: Act::Hidden, w, add: !scaled });
+            }
         }
         let w = match m.biases {
             true => self.linear(u, &format!("{p}.ffn_gate_inp"), n, d)?,

@@ -2,7 +2,7 @@
 
 use super::family::Family;
 use super::{ModelError, RopeScaling};
-use crate::backend::{Mask, NormKind, Router, Scores};
+use crate::backend::{Mask, NormKind, Recurrent, Router, Scores};
 use crate::gguf::{Array, Metadata, Value};
 
 /// What the metadata say of a model.
@@ -56,6 +56,10 @@ pub struct HParams {
     pub positions: Option<usize>,
     /// Which blocks have experts: each so many-th, behind the dense ones.
     pub expert_step: usize,
+    /// Sizes of recurrences, their number and that of sequences apart.
+    pub recurrent: Option<Recurrent>,
+    /// Which blocks attend: each so many-th; the others have a recurrence.
+    pub attends: usize,
     /// Whether attention and feed-forward part read the same X.
     pub parallel: bool,
     /// Scores of attention, masks apart.
@@ -331,6 +335,8 @@ impl HParams {
             n_ctx_original: n_ctx_train,
             positions: None,
             expert_step: 1,
+            recurrent: None,
+            attends: 1,
             parallel: false,
             scores: Scores::PLAIN,
             by_position: None,

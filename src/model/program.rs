@@ -146,6 +146,10 @@ pub struct Model {
     pub stages: Vec<Stage>,
     /// The blocks.
     pub blocks: Vec<Block>,
+    /// Blocks that have a cache of keys and values, by its number.
+    pub cached: Vec<usize>,
+    /// Blocks that have a recurrent state.
+    pub states: usize,
     /// The head's slices, in row order. The first one's unit also holds the norm before the head.
     pub head: Vec<HeadSlice>,
     /// `token_embd.weight`.
@@ -225,9 +229,16 @@ impl Model {
 
     /// The widest hidden state of a feed-forward part that is no expert; 0 if there is none.
     pub fn n_ff(&self) -> usize {
+        self.width(Act::Hidden).max(self.width(Act::Up))
+    }
+
+    /// The widest rows that a product writes to a buffer; 0 if none does.
+    pub fn width(&self, act: Act) -> usize {
         let ops = self.stages.iter().flat_map(|s| &s.ops);
         let widths = ops.map(|op| match op {
-            Op::Linear { to: Act::Hidden | Act::Up, w, .. } => w.weight.rows,
+            Op::Linear { to, w, .. } if *to == act => w.weight.rows,
+            // Half of the heads' rows are gates.
+            Op::SplitHeads if act == Act::Gates => self.hparams.n_heads * self.hparams.head_dim,
             _ => 0,
         });
         widths.max().unwrap_or(0)

@@ -26,6 +26,13 @@ pub enum StateOp {
         /// How many of its positions.
         positions: usize,
     },
+    /// Copies a recurrent state.
+    CopyState {
+        /// The state of another sequence.
+        from: u32,
+        /// One that nobody reads yet.
+        to: u32,
+    },
 }
 
 /// Why a sequence cannot have what was asked for.
@@ -46,6 +53,17 @@ pub enum StateError {
     /// The sequence has ended, or is another cache's.
     #[error("sequence {0} has ended")]
     NoSuchSequence(u64),
+    /// More sequences than there are recurrent states.
+    #[error("there are recurrent states for {0} sequences, and each has one already")]
+    States(usize),
+    /// A sequence with a recurrent state cannot go back.
+    #[error("the sequence has a recurrent state, so of its {len} positions it keeps all or none, not {position}")]
+    Recurrent {
+        /// Positions that were to be kept.
+        position: usize,
+        /// Positions of the sequence.
+        len: usize,
+    },
     /// A position that the sequence has not reached.
     #[error("position {position} lies beyond the {len} of the sequence")]
     Beyond {
@@ -65,6 +83,9 @@ pub struct Pages {
     free: Vec<PageId>,
     seqs: Vec<Sequence>,
     next_id: u64,
+    /// Recurrent states, if sequences have such, and those that no sequence has.
+    states: usize,
+    free_states: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -74,6 +95,8 @@ struct Sequence {
     table: Vec<PageId>,
     /// Positions that are computed.
     len: usize,
+    /// Its recurrent state: the lowest bit says which of two copies is behind those positions.
+    state: Option<u32>,
 }
 
 impl Pages {
@@ -85,7 +108,15 @@ impl Pages {
             free: (0..pages as PageId).rev().collect(),
             seqs: Vec::with_capacity(sequences),
             next_id: 0,
+            states: 0,
+            free_states: Vec::new(),
         }
+    }
+
+    /// The same, for sequences with a recurrent state each, of which there are `states`.
+    #[must_use]
+    pub fn with_states(self, states: usize) -> Pages {
+        Pages { states, free_states: (0..states as u32).rev().map(|s| 2 * s).collect(), ..self }
     }
 
     /// Pages that `positions` positions take.
@@ -97,7 +128,8 @@ impl Pages {
     pub fn open(&mut self) -> SeqId {
         let id = SeqId(self.next_id);
         self.next_id += 1;
-        self.seqs.push(Sequence { id, table: Vec::with_capacity(self.users.len()), len: 0 });
+        let state = self.free_states.pop();
+        self.seqs.push(Sequence { id, table: Vec::with_capacity(self.users.len()), len: 0, state });
         id
     }
 
@@ -108,7 +140,10 @@ impl Pages {
     /// [`StateError::Full`], and nothing has changed; [`StateError::NoSuchSequence`].
     pub fn reserve(&mut self, seq: SeqId, n: usize, ops: &mut Vec<StateOp>) -> Result<(), StateError> {
         let at = self.find(seq)?;
-        let Sequence { table, len, .. } = &self.seqs[at];
+        let Sequence { table, len, state, .. } = &self.seqs[at];
+        if self.states > 0 && state.is_none() {
+            return Err(StateError::States(self.states));
+        }
         let (has, used) = (table.len(), Pages::of(*len));
         let last = Pages::of(len.saturating_add(n)).max(used);
         // The page that the next position lies in, if it holds positions already.
@@ -137,7 +172,7 @@ impl Pages {
     /// [`StateError::NoSuchSequence`].
     pub fn undo(&mut self, seq: SeqId, op: &StateOp) -> Result<(), StateError> {
         let at = self.find(seq)?;
-        let StateOp::Copy { from, to, .. } = *op;
+        let StateOp::Copy { from, to, .. } = *op else { return Ok(()) };
         if let Some(page) = self.seqs[at].table.iter_mut().find(|page| **page == to) {
             *page = from;
             self.users[from as usize] += 1;
@@ -158,6 +193,9 @@ impl Pages {
             return Err(StateError::Beyond { position: s.len.saturating_add(n), len: room });
         }
         s.len += n;
+        if n > 0 {
+            s.state = s.state.map(|state| state ^ 1);
+        }
         Ok(())
     }
 
@@ -171,20 +209,40 @@ impl Pages {
         if n > len {
             return Err(StateError::Beyond { position: n, len });
         }
+        if n != self.reach(seq, n)? {
+            return Err(StateError::Recurrent { position: n, len });
+        }
         self.seqs[at].len = n;
         self.shrink(at, Pages::of(n));
         Ok(())
     }
 
-    /// A sequence that begins with the first `n` positions of another one. Nothing is copied yet.
+    /// How many of the first `n` positions a sequence can go back to: with a recurrent state all that it has, or none.
     ///
     /// # Errors
-    /// [`StateError::Beyond`] if the other one has fewer; [`StateError::NoSuchSequence`].
-    pub fn fork_at(&mut self, seq: SeqId, n: usize) -> Result<SeqId, StateError> {
+    /// [`StateError::NoSuchSequence`].
+    pub fn reach(&self, seq: SeqId, n: usize) -> Result<usize, StateError> {
+        let len = self.seqs[self.find(seq)?].len;
+        Ok(if self.states == 0 || n >= len { n.min(len) } else { 0 })
+    }
+
+    /// A sequence that begins with the first `n` positions of another one. No page is copied yet; a recurrent state must be
+    /// at once, as the second result says.
+    ///
+    /// # Errors
+    /// [`StateError::Beyond`] if the other one has fewer; [`StateError::Recurrent`] if it cannot go back to them;
+    /// [`StateError::States`] if there is no state for one more; [`StateError::NoSuchSequence`].
+    pub fn fork_at(&mut self, seq: SeqId, n: usize) -> Result<(SeqId, Option<StateOp>), StateError> {
         let at = self.find(seq)?;
-        let len = self.seqs[at].len;
+        let (len, state) = (self.seqs[at].len, self.seqs[at].state);
         if n > len {
             return Err(StateError::Beyond { position: n, len });
+        }
+        if n != self.reach(seq, n)? {
+            return Err(StateError::Recurrent { position: n, len });
+        }
+        if self.states > 0 && self.free_states.is_empty() {
+            return Err(StateError::States(self.states));
         }
         let fork = self.open();
         let to = self.seqs.len() - 1;
@@ -194,7 +252,8 @@ impl Pages {
             self.seqs[to].table.push(page);
         }
         self.seqs[to].len = n;
-        Ok(fork)
+        let copy = state.zip(self.seqs[to].state).filter(|_| n > 0).map(|(from, to)| StateOp::CopyState { from, to });
+        Ok((fork, copy))
     }
 
     /// Ends a sequence.
@@ -204,7 +263,8 @@ impl Pages {
     pub fn close(&mut self, seq: SeqId) -> Result<(), StateError> {
         let at = self.find(seq)?;
         self.shrink(at, 0);
-        self.seqs.swap_remove(at);
+        let gone = self.seqs.swap_remove(at);
+        self.free_states.extend(gone.state.map(|state| state & !1));
         Ok(())
     }
 
@@ -214,6 +274,19 @@ impl Pages {
     /// [`StateError::NoSuchSequence`].
     pub fn table(&self, seq: SeqId) -> Result<&[PageId], StateError> {
         Ok(&self.seqs[self.find(seq)?].table)
+    }
+
+    /// The recurrent state of a sequence; 0 where it has none.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn state(&self, seq: SeqId) -> Result<u32, StateError> {
+        Ok(self.seqs[self.find(seq)?].state.unwrap_or(0))
+    }
+
+    /// Whether sequences have recurrent states.
+    pub fn recurrent(&self) -> bool {
+        self.states > 0
     }
 
     /// Positions of a sequence.
@@ -338,7 +411,8 @@ mod tests {
                 self.pages.keep(seq, last).unwrap();
                 return;
             }
-            for StateOp::Copy { from, to, positions } in self.ops.drain(..) {
+            for op in self.ops.drain(..) {
+                let StateOp::Copy { from, to, positions } = op else { unreachable!("no recurrent states here") };
                 let source = self.memory[from as usize];
                 self.memory[to as usize][..positions].copy_from_slice(&source[..positions]);
             }
@@ -399,7 +473,7 @@ mod tests {
                     }
                     5 | 6 if cache.order.len() < 6 => {
                         let n = below(len + 1);
-                        let fork = cache.pages.fork_at(seq, n).unwrap();
+                        let fork = cache.pages.fork_at(seq, n).unwrap().0;
                         let tokens = cache.sequences[&seq][..n].to_vec();
                         cache.sequences.insert(fork, tokens);
                         cache.order.push(fork);

@@ -19,6 +19,12 @@ pub(super) struct Lens {
     pub up: usize,
     pub part: usize,
     pub expert_up: usize,
+    /// Of recurrences, and of attention with gates.
+    pub mix: usize,
+    pub gates: usize,
+    pub heads: usize,
+    /// Recurrent states, each twice.
+    pub states: usize,
     pub logits: usize,
     /// Bytes of the keys of all layers, and of the values.
     pub cache: usize,
@@ -48,7 +54,7 @@ impl Lens {
         let threads = threads.max(1);
         let exact = t.min(EXACT_ROWS);
         let (q_dim, kv_dim) = (product(&[d.n_heads, d.head_dim]), product(&[d.n_kv_heads, d.head_dim]));
-        let widest = d.n_embd.max(q_dim).max(d.n_ff);
+        let widest = d.n_embd.max(q_dim).max(d.n_ff).max(d.n_attn);
         let group = d.n_heads / d.n_kv_heads.max(1);
         let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
         let panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
@@ -58,11 +64,15 @@ impl Lens {
             x: product(&[t, d.n_embd]),
             quantised: product(&[t, packets(widest)]),
             row: product(&[exact, packets(widest)]),
-            q: product(&[t, q_dim]),
+            q: product(&[t, q_dim.max(d.n_attn)]),
             kv: product(&[t, kv_dim]),
             hidden: product(&[t, d.n_ff]),
             up: if d.beyond.is_some() { product(&[t, d.n_ff]) } else { 0 },
             part: if d.beyond.is_some() { product(&[t, d.n_embd]) } else { 0 },
+            mix: product(&[t, d.n_mix]),
+            gates: if d.n_mix > 0 { product(&[t, d.n_attn]) } else { 0 },
+            heads: if d.n_mix > 0 { product(&[t, d.recurrent.map_or(1, |r| 2 * r.n_values)]) } else { 0 },
+            states: d.recurrent.map_or(0, |r| product(&[2, r.sequences, r.floats()])),
             expert_up: if d.beyond.is_some() { product(&[t, d.n_ff_expert]) } else { 0 },
             logits: product(&[d.max_outputs.max(1), d.n_vocab]),
             cache: product(&[d.n_layers, kv_dim, d.places(), d.kv_type.block_bytes()]),
@@ -101,6 +111,11 @@ impl Lens {
             l.up,
             l.part,
             l.expert_up,
+            l.mix,
+            l.gates,
+            l.heads,
+            l.heads,
+            l.states,
             l.logits,
             l.rotary,
             l.rotary,
@@ -150,6 +165,9 @@ mod tests {
             n_ctx,
             kv_type: TensorType::F16,
             ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 8], magnitude: 1.0 }],
+            n_mix: 0,
+            n_attn: 0,
+            recurrent: None,
             beyond: None,
         }
     }

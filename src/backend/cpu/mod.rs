@@ -12,6 +12,7 @@ mod lens;
 mod ops;
 mod panel;
 mod pool;
+mod recurrent;
 mod selftest;
 #[allow(non_camel_case_types, reason = "the types have ggml's names")]
 mod unpack;
@@ -82,6 +83,14 @@ pub struct CpuBackend {
     v: Buf<f32>,
     attn: Buf<f32>,
     hidden: Buf<f32>,
+    mix: Buf<f32>,
+    gates: Buf<f32>,
+    beta: Buf<f32>,
+    alpha: Buf<f32>,
+    /// Recurrent states: `[state][layer]`, the last inputs of convolutions and then the heads' matrices.
+    states: Buf<f32>,
+    /// Runs of the pass.
+    runs: Vec<RunRows>,
     /// Of operations one by one.
     up: Buf<f32>,
     part: Buf<f32>,
@@ -110,6 +119,16 @@ pub struct CpuBackend {
 struct Place {
     position: usize,
     table: usize,
+}
+
+/// Rows of one run, which count from the first of their class, and the state behind what came before.
+#[derive(Clone)]
+struct RunRows {
+    class: Class,
+    rows: std::ops::Range<usize>,
+    /// Whether nothing came before.
+    first: bool,
+    state: u32,
 }
 
 /// Rows of one run that a task of attention takes; they count from the first of their class.
@@ -290,6 +309,12 @@ impl CpuBackend {
             attn: Buf::new(l.q, "attention")?,
             hidden: Buf::new(l.hidden, "hidden states")?,
             up: Buf::new(l.up, "hidden states")?,
+            mix: Buf::new(l.mix, "activations")?,
+            gates: Buf::new(l.gates, "activations")?,
+            beta: Buf::new(l.heads, "activations")?,
+            alpha: Buf::new(l.heads, "activations")?,
+            states: Buf::new(l.states, "recurrent states")?,
+            runs: Vec::with_capacity(dims.max_batch),
             part: Buf::new(l.part, "activations")?,
             ready: None,
             logits: Buf::new(l.logits, "logits")?,
@@ -766,8 +791,11 @@ impl Backend for CpuBackend {
         self.places.clear();
         self.tiles.clear();
         self.tables.clear();
+        self.runs.clear();
         for r in runs {
             let first = self.places.len() - if r.class == Class::Bulk { self.first_bulk } else { 0 };
+            let rows = first..first + r.rows;
+            self.runs.push(RunRows { class: r.class, rows, first: r.first_pos == 0, state: r.state });
             let tiles = (first..first + r.rows).step_by(TILE);
             self.tiles.extend(tiles.map(|t| Tile { class: r.class, rows: t..(t + TILE).min(first + r.rows) }));
             let table = self.tables.len();
@@ -1030,7 +1058,14 @@ impl Backend for CpuBackend {
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
-        let StateOp::Copy { from, to, positions } = *op;
+        let (from, to, positions) = match *op {
+            StateOp::Copy { from, to, positions } => (from, to, positions),
+            StateOp::CopyState { from, to } => {
+                let each = self.dims.recurrent.map_or(0, |r| r.floats());
+                self.states.copy_within(from as usize * each..(from as usize + 1) * each, to as usize * each);
+                return Ok(());
+            }
+        };
         let bytes = positions.min(PAGE) * self.dims.head_dim * self.dims.kv_type.block_bytes();
         for (from, to) in self.page_rows(from).zip(self.page_rows(to)) {
             self.cache_k.copy_within(from..from + bytes, to);
@@ -1077,6 +1112,11 @@ impl Backend for CpuBackend {
             &self.attn,
             &self.hidden,
             &self.up,
+            &self.mix,
+            &self.gates,
+            &self.beta,
+            &self.alpha,
+            &self.states,
             &self.part,
             &self.logits,
             &self.cos,

@@ -7,9 +7,11 @@ use crate::backend::{Act, Activation, BackendError, Expert, Gating, Linear, Norm
 
 impl CpuBackend {
     pub(super) fn run(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
-        if writes(op).is_some_and(|to| self.ready == Some(to)) {
+        let to = writes(op);
+        if to.is_some() && self.ready == to {
             self.ready = None;
         }
+        self.attn_ready &= to != Some(Act::Attn);
         match *op {
             Op::Norm { to, from, norm } => self.norm(to, from, norm),
             Op::HeadNorm { act, norm } => self.head_norm(act, norm),
@@ -17,6 +19,11 @@ impl CpuBackend {
             Op::Rope { act, rope } => self.rope(act, rope),
             Op::ScaleByPosition { act, by, every, offset } => self.scale_by_position(act, by, every, offset),
             Op::AddPosition { table } => self.add_position(table),
+            Op::SplitHeads => self.split_heads(),
+            Op::GateAttn => self.gate_attn(),
+            Op::GateOut => self.gate_out(),
+            Op::Conv { state, w } => self.conv(state, w),
+            Op::DeltaNet(ref net) => self.delta_net(net),
             Op::Store { layer } => self.store(layer),
             Op::Attend { layer, scores, sinks } => self.attend_by(layer, scores, sinks),
             Op::Keep => {}
@@ -46,6 +53,10 @@ impl CpuBackend {
             Act::Attn => (Shared(self.attn.ptr()), q),
             Act::Hidden => (Shared(self.hidden.ptr()), n_ff),
             Act::Up => (Shared(self.up.ptr()), n_ff),
+            Act::Mix => (Shared(self.mix.ptr()), self.dims.n_mix),
+            Act::Gates => (Shared(self.gates.ptr()), self.dims.n_attn),
+            Act::Beta => (Shared(self.beta.ptr()), 0),
+            Act::Alpha => (Shared(self.alpha.ptr()), 0),
         }
     }
 
@@ -263,7 +274,10 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
             Some(act)
         }
         Op::AddPosition { .. } => Some(Act::X),
-        Op::Attend { .. } => Some(Act::Attn),
+        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) => Some(Act::Attn),
+        Op::SplitHeads => Some(Act::Q),
+        Op::GateOut => Some(Act::Out),
+        Op::Conv { .. } => Some(Act::Mix),
         Op::Activate { .. } => Some(Act::Hidden),
         Op::Store { .. } | Op::Keep | Op::Route { .. } | Op::Outputs | Op::Head { .. } => None,
     }

@@ -344,7 +344,9 @@ impl Backend for CudaBackend {
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
-        let StateOp::Copy { from, to, positions } = *op;
+        let StateOp::Copy { from, to, positions } = *op else {
+            return Err(BackendError::Beyond { backend: "cuda", what: "recurrent states" });
+        };
         self.engine.device.bind()?;
         for cache in [&self.engine.ws.k_cache, &self.engine.ws.v_cache] {
             let rows = self.page_rows(cache.addr(), from, positions);

@@ -15,6 +15,7 @@ mod mixtures;
 mod olmo;
 mod phi;
 mod qwen;
+mod qwen35;
 mod small;
 
 use super::build::Builder;
@@ -68,6 +69,9 @@ pub(super) static ALL: &[&Architecture] = &[
     &gpt::GPTNEOX,
     &gpt::GPT2,
     &llama::LLAMA4,
+    &qwen35::QWEN35,
+    &qwen35::QWEN35MOE,
+    &qwen35::QWEN3NEXT,
 ];
 
 /// The rotary embedding that the metadata describe, with the divisors of `rope_freqs.weight` if there are any; and that

@@ -89,6 +89,9 @@ fn dims(c: &Case) -> Dims {
             freqs: (0..c.head_dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / c.head_dim as f32)).collect(),
             magnitude: 1.0,
         }],
+        n_mix: 0,
+        n_attn: 0,
+        recurrent: None,
         beyond: None,
     }
 }
@@ -293,7 +296,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
         let rows = random_rows(TensorType::Q8_0, n * N_EMBD, 1.5, rng.word());
         let mut x = widen(&values(TensorType::Q8_0, &rows));
         let class = if *n > EXACT_ROWS { Class::Bulk } else { Class::Exact };
-        g.begin(&[Run { class, first_pos: pos, rows: *n, table: &table }])?;
+        g.begin(&[Run { class, first_pos: pos, rows: *n, table: &table, state: 0 }])?;
         g.embed(&rows, TensorType::Q8_0)?;
         let outputs = (*n).min(3);
         let mut want = Vec::new();
@@ -369,7 +372,7 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
                 Some(left @ 1..) => (Class::Bulk, left.min(prompt)),
                 _ => (Class::Exact, generated.min(PROMPT + GENERATED - pos)),
             };
-            g.begin(&[Run { class, first_pos: pos, rows: n, table: &table }])?;
+            g.begin(&[Run { class, first_pos: pos, rows: n, table: &table, state: 0 }])?;
             g.embed(&rows[pos * row_bytes..(pos + n) * row_bytes], TensorType::Q8_0)?;
             for (layer, block) in blocks.iter().enumerate() {
                 run_block(&mut g, block, c, layer)?;

@@ -88,6 +88,9 @@ fn product_dims() -> Dims {
         n_ctx: 64,
         kv_type: TensorType::F16,
         ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 }],
+        n_mix: 0,
+        n_attn: 0,
+        recurrent: None,
         beyond: None,
     }
 }

@@ -1,0 +1,273 @@
+//! Recurrences: each row follows from the one before, in whatever pass that was, so that a prompt's bits do not depend on
+//! how it is cut.
+
+use super::kernel::{Body, Dot, dispatch, dot_f32};
+use super::{CpuBackend, RunRows, Shared, norm_scale};
+use crate::backend::{DeltaNet, Weight};
+
+/// Channels of a task of a convolution.
+const CHANNELS: usize = 64;
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+impl CpuBackend {
+    /// Of each head of Mix, the first half to Q and the second one to Gates.
+    pub(super) fn split_heads(&mut self) {
+        let (heads, each) = (self.dims.n_heads, self.dims.head_dim);
+        for i in 0..self.n_tokens() * heads {
+            let (from, to) = (2 * i * each, i * each);
+            self.q[to..to + each].copy_from_slice(&self.mix[from..from + each]);
+            self.gates[to..to + each].copy_from_slice(&self.mix[from + each..from + 2 * each]);
+        }
+    }
+
+    pub(super) fn gate_attn(&mut self) {
+        let n = self.n_tokens() * self.dims.n_heads * self.dims.head_dim;
+        self.attn[..n].iter_mut().zip(&self.gates[..n]).for_each(|(x, g)| *x *= sigmoid(*g));
+    }
+
+    pub(super) fn gate_out(&mut self) {
+        let (d, first) = (self.dims.n_embd, self.first());
+        for t in 0..self.n_tokens() {
+            let gate = sigmoid(self.beta[t]);
+            self.part[(first + t) * d..(first + t + 1) * d].iter_mut().for_each(|x| *x *= gate);
+        }
+    }
+
+    /// Where a layer's part of a state begins.
+    fn state_at(&self, state: u32, layer: usize) -> usize {
+        let Some(r) = self.dims.recurrent else { return 0 };
+        state as usize * r.floats() + layer * (r.inputs() + r.matrices())
+    }
+
+    /// Run `i` of the pass, if it is of the class at hand, with the places of a layer's state: read, and written.
+    fn run_here(&self, i: usize, layer: usize) -> Option<(RunRows, usize, usize)> {
+        let r = self.runs[i].clone();
+        let (from, to) = (self.state_at(r.state, layer), self.state_at(r.state ^ 1, layer));
+        (r.class == self.class).then_some((r, from, to))
+    }
+
+    pub(super) fn conv(&mut self, layer: usize, w: Weight) {
+        let Some(sizes) = self.dims.recurrent else { return };
+        let (width, taps) = (sizes.channels(), sizes.taps);
+        let (mix, states) = (Shared(self.mix.ptr()), Shared(self.states.ptr()));
+        let weights = Shared(w.addr as *mut f32);
+        for i in 0..self.runs.len() {
+            let Some((run, from, to)) = self.run_here(i, layer) else { continue };
+            let (rows, first) = (run.rows.clone(), run.first);
+            self.pool.run(width.div_ceil(CHANNELS), &|_, task| {
+                let channels = task * CHANNELS..((task + 1) * CHANNELS).min(width);
+                for c in channels {
+                    // SAFETY: this task alone has the channel in Mix and in the state that is written; the state that is
+                    // read and the weights are written by nobody. All have `width` channels.
+                    unsafe {
+                        let conv = Convolution {
+                            x: mix.get().add(rows.start * width + c),
+                            rows: rows.len(),
+                            width,
+                            taps,
+                            weights: weights.get().add(c * taps),
+                            old: if first { std::ptr::null() } else { states.get().add(from + c) },
+                            new: states.get().add(to + c),
+                        };
+                        conv.run();
+                    }
+                }
+            });
+        }
+    }
+
+    pub(super) fn delta_net(&mut self, net: &DeltaNet<Weight>) {
+        let Some(sizes) = self.dims.recurrent else { return };
+        let inputs = sizes.inputs();
+        let (heads, dim) = (sizes.n_values, sizes.dim);
+        let share = heads / sizes.n_keys;
+        let (states, isa) = (Shared(self.states.ptr()), self.isa);
+        let (mix, gates, out) = (Shared(self.mix.ptr()), Shared(self.gates.ptr()), Shared(self.attn.ptr()));
+        let (beta, alpha) = (Shared(self.beta.ptr()), Shared(self.alpha.ptr()));
+        let layer = net.state;
+        let net = Shared(std::ptr::from_ref(net).cast_mut());
+        for i in 0..self.runs.len() {
+            let Some((run, from, to)) = self.run_here(i, layer) else { continue };
+            let (rows, first) = (run.rows.clone(), run.first);
+            self.pool.run(heads, &|_, head| {
+                // SAFETY: the description outlives the job. This task alone has the head in the state that is written and
+                // in Attn; all else is read.
+                unsafe {
+                    let net = &*net.get();
+                    let at = inputs + head * dim * dim;
+                    let key = if net.tiled { head % sizes.n_keys } else { head / share };
+                    // Of a key head's numbers in Beta, those of its value heads come first, then their decays.
+                    let grouped = key * 2 * share + head % share;
+                    let (each, b, a) = match net.tiled {
+                        true => (heads, beta.get().add(head), alpha.get().add(head)),
+                        false => (2 * heads, beta.get().add(grouped), beta.get().add(grouped + share)),
+                    };
+                    let of = |w: Weight| (w.addr as *const f32).add(head).read_unaligned();
+                    let step = Head {
+                        dim,
+                        width: sizes.channels(),
+                        query: key * dim,
+                        key: (sizes.n_keys + key) * dim,
+                        value: (2 * sizes.n_keys + head) * dim,
+                        mix: mix.get(),
+                        rows: rows.clone(),
+                        old: if first { std::ptr::null() } else { states.get().add(from + at) },
+                        state: states.get().add(to + at),
+                        beta: b,
+                        alpha: a,
+                        each,
+                        decay: of(net.decay),
+                        bias: of(net.bias),
+                        eps: net.norm.eps,
+                        norm: net.norm.weight.map_or(std::ptr::null(), |w| w.addr as *const f32),
+                        gates: gates.get().add(head * dim),
+                        out: out.get().add(head * dim),
+                        out_width: heads * dim,
+                    };
+                    dispatch(isa, step);
+                }
+            });
+        }
+    }
+}
+
+/// One channel of a convolution over the rows of a run.
+struct Convolution {
+    x: *mut f32,
+    rows: usize,
+    width: usize,
+    taps: usize,
+    weights: *const f32,
+    /// The last inputs before, `width` apart; null for zeros.
+    old: *const f32,
+    new: *mut f32,
+}
+
+impl Convolution {
+    /// # Safety
+    /// The addresses are of `rows` rows and `taps - 1` inputs, which nobody else writes.
+    unsafe fn run(self) {
+        let Convolution { x, rows, width, taps, weights, old, new } = self;
+        let before = taps - 1;
+        // SAFETY: the caller's promise. An output takes the place of its input once the inputs behind it have been kept
+        // in `window`.
+        unsafe {
+            let mut window = [0.0f32; 64];
+            for (i, w) in window[..before].iter_mut().enumerate() {
+                *w = if old.is_null() { 0.0 } else { *old.add(i * width) };
+            }
+            for t in 0..rows {
+                window[before] = *x.add(t * width);
+                let mut sum = 0.0;
+                for (i, w) in window[..taps].iter().enumerate() {
+                    sum += w * weights.add(i).read_unaligned();
+                }
+                *x.add(t * width) = silu(sum);
+                window.copy_within(1..taps, 0);
+            }
+            for (i, w) in window[..before].iter().enumerate() {
+                *new.add(i * width) = *w;
+            }
+        }
+    }
+}
+
+/// One value head of a delta net over the rows of a run.
+struct Head {
+    dim: usize,
+    /// Columns of Mix, and where the head's parts begin in a row.
+    width: usize,
+    query: usize,
+    key: usize,
+    value: usize,
+    mix: *const f32,
+    rows: std::ops::Range<usize>,
+    /// The state before, `[key][value]`; null for zeros.
+    old: *const f32,
+    state: *mut f32,
+    beta: *const f32,
+    alpha: *const f32,
+    /// From one row to the next, of both.
+    each: usize,
+    decay: f32,
+    bias: f32,
+    eps: f32,
+    norm: *const f32,
+    gates: *const f32,
+    out: *mut f32,
+    /// Columns of Gates and Attn.
+    out_width: usize,
+}
+
+impl Body for Head {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        let dim = self.dim;
+        // SAFETY: the caller gives addresses of rows and of a state that this task alone writes.
+        let state = unsafe { std::slice::from_raw_parts_mut(self.state, dim * dim) };
+        if self.old.is_null() {
+            state.fill(0.0);
+        } else {
+            // SAFETY: the other copy of the state is as long, and is not this one.
+            state.copy_from_slice(unsafe { std::slice::from_raw_parts(self.old, dim * dim) });
+        }
+        let unit = |x: &[f32]| 1.0 / (dot_f32::<D>(x, x) + self.eps).sqrt();
+        let mut delta = [0.0f32; 1024];
+        let delta = &mut delta[..dim];
+        for t in self.rows.clone() {
+            // SAFETY: Mix, Gates and Attn have these rows, Beta and Alpha an entry for each.
+            let (q, k, v, gates, out, beta, alpha) = unsafe {
+                let row = self.mix.add(t * self.width);
+                let part = |at: usize| std::slice::from_raw_parts(row.add(at), dim);
+                let at = t * self.out_width;
+                (
+                    part(self.query),
+                    part(self.key),
+                    part(self.value),
+                    std::slice::from_raw_parts(self.gates.add(at), dim),
+                    std::slice::from_raw_parts_mut(self.out.add(at), dim),
+                    *self.beta.add(t * self.each),
+                    *self.alpha.add(t * self.each),
+                )
+            };
+            let (q_unit, k_unit) = (unit(q), unit(k));
+            let x = alpha + self.bias;
+            // softplus
+            let rate = if x > 20.0 { x } else { x.exp().ln_1p() };
+            let keep = (self.decay * rate).exp();
+            delta.fill(0.0);
+            for (row, k) in state.chunks_exact_mut(dim).zip(k) {
+                let k = k * k_unit;
+                for (s, d) in row.iter_mut().zip(delta.iter_mut()) {
+                    *s *= keep;
+                    *d = D::fma(*s, k, *d);
+                }
+            }
+            let beta = sigmoid(beta);
+            delta.iter_mut().zip(v).for_each(|(d, v)| *d = beta * (v - *d));
+            out.fill(0.0);
+            for ((row, k), q) in state.chunks_exact_mut(dim).zip(k).zip(q) {
+                let (k, q) = (k * k_unit, q * q_unit);
+                for ((s, d), o) in row.iter_mut().zip(delta.iter()).zip(out.iter_mut()) {
+                    *s = D::fma(k, *d, *s);
+                    *o = D::fma(*s, q, *o);
+                }
+            }
+            let root = 1.0 / (dim as f32).sqrt();
+            out.iter_mut().for_each(|o| *o *= root);
+            let scale = norm_scale(dot_f32::<D>(out, out) / dim as f32, self.eps);
+            for (i, (o, g)) in out.iter_mut().zip(gates).enumerate() {
+                // SAFETY: the norm has `dim` weights, at any alignment.
+                let w = if self.norm.is_null() { 1.0 } else { unsafe { self.norm.add(i).read_unaligned() } };
+                *o *= scale * w * silu(*g);
+            }
+        }
+    }
+}
