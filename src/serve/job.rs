@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::error::ApiError;
-use super::outbox::Outbox;
+use super::outbox::{Outbox, Weighed};
 use crate::engine::SamplerParams;
 
 /// What is to be generated.
@@ -34,7 +34,7 @@ pub struct Job {
     /// What is to be done.
     pub task: Task,
     /// Where it is told. Once nobody listens, the job is cancelled.
-    pub out: Outbox,
+    pub out: Outbox<Event>,
     /// When it came.
     pub since: Instant,
     /// The longest that it may take, waiting included.
@@ -148,9 +148,8 @@ impl Job {
     }
 }
 
-impl Event {
-    /// About how many bytes it takes while it waits to be read.
-    pub fn bytes(&self) -> usize {
+impl Weighed for Event {
+    fn bytes(&self) -> usize {
         let texts = match self {
             Event::Text { bits, logprobs, .. } => {
                 let bits: usize = bits.iter().map(|b| size_of::<Bit>() + b.text.capacity()).sum();

@@ -7,8 +7,6 @@ use std::task::{Context, Poll};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::job::Event;
-
 /// Bytes of events that one client may leave unread.
 const OWN_MAX: usize = 4 << 20;
 /// Bytes that each may leave unread while all together leave more than [`ALL_MAX`].
@@ -35,30 +33,36 @@ impl Unread {
     }
 }
 
+/// What takes memory while it waits to be read.
+pub trait Weighed {
+    /// About how many bytes.
+    fn bytes(&self) -> usize;
+}
+
 /// Where events are told.
 #[derive(Debug)]
-pub struct Outbox {
-    out: UnboundedSender<Event>,
+pub struct Outbox<E> {
+    out: UnboundedSender<E>,
     unread: Unread,
 }
 
 /// Where they are heard.
 #[derive(Debug)]
-pub struct Inbox {
-    events: UnboundedReceiver<Event>,
+pub struct Inbox<E: Weighed> {
+    events: UnboundedReceiver<E>,
     unread: Unread,
 }
 
 /// A pair for one job; `all` counts the bytes of all of them.
-pub fn outbox(all: &Arc<AtomicUsize>) -> (Outbox, Inbox) {
+pub fn outbox<E: Weighed>(all: &Arc<AtomicUsize>) -> (Outbox<E>, Inbox<E>) {
     let (out, events) = unbounded_channel();
     let unread = Unread { own: Arc::default(), all: all.clone() };
     (Outbox { out, unread: unread.clone() }, Inbox { events, unread })
 }
 
-impl Outbox {
+impl<E: Weighed> Outbox<E> {
     /// Tells an event; a client that is gone hears nothing.
-    pub fn tell(&self, event: Event) {
+    pub fn tell(&self, event: E) {
         let n = event.bytes();
         self.unread.add(n);
         if self.out.send(event).is_err() {
@@ -78,9 +82,9 @@ impl Outbox {
     }
 }
 
-impl Inbox {
+impl<E: Weighed> Inbox<E> {
     /// The next event; `None` if there will be no more.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<E>> {
         let event = self.events.poll_recv(cx);
         if let Poll::Ready(Some(event)) = &event {
             self.unread.take(event.bytes());
@@ -89,7 +93,7 @@ impl Inbox {
     }
 
     /// The next event; `None` if there will be no more.
-    pub async fn hear(&mut self) -> Option<Event> {
+    pub async fn hear(&mut self) -> Option<E> {
         std::future::poll_fn(|cx| self.poll(cx)).await
     }
 
@@ -102,7 +106,7 @@ impl Inbox {
     }
 }
 
-impl Drop for Inbox {
+impl<E: Weighed> Drop for Inbox<E> {
     fn drop(&mut self) {
         self.close();
     }
@@ -110,24 +114,24 @@ impl Drop for Inbox {
 
 #[cfg(test)]
 mod tests {
-    use super::super::job::Bit;
     use super::*;
 
-    fn event(bytes: usize) -> Event {
-        let bits = vec![Bit { text: "x".repeat(bytes), control: false }];
-        Event::Text { choice: 0, bits, logprobs: Vec::new(), tokens: 1 }
+    impl Weighed for usize {
+        fn bytes(&self) -> usize {
+            *self
+        }
     }
 
     #[test]
     fn what_is_not_read_is_counted_until_it_is() {
         let all = Arc::new(AtomicUsize::new(0));
         let (out, mut heard) = outbox(&all);
-        out.tell(event(OWN_MAX / 2));
+        out.tell(OWN_MAX / 2 + 1);
         assert!(!out.is_full());
-        out.tell(event(OWN_MAX / 2));
+        out.tell(OWN_MAX / 2 + 1);
         assert!(out.is_full() && all.load(Ordering::Relaxed) > OWN_MAX);
         let mut cx = Context::from_waker(std::task::Waker::noop());
-        assert!(matches!(heard.poll(&mut cx), Poll::Ready(Some(Event::Text { .. }))));
+        assert!(matches!(heard.poll(&mut cx), Poll::Ready(Some(_))));
         assert!(!out.is_full());
         // Others have left too much.
         all.fetch_add(ALL_MAX, Ordering::Relaxed);
@@ -135,7 +139,7 @@ mod tests {
         all.fetch_sub(ALL_MAX, Ordering::Relaxed);
         drop(heard);
         assert_eq!(all.load(Ordering::Relaxed), 0);
-        out.tell(event(5));
+        out.tell(5);
         assert!(out.is_closed() && all.load(Ordering::Relaxed) == 0);
     }
 }

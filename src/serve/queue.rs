@@ -345,7 +345,7 @@ mod tests {
     use super::super::outbox::{Inbox, outbox};
     use super::*;
 
-    fn job(id: u64) -> (Job, Inbox) {
+    fn job(id: u64) -> (Job, Inbox<Event>) {
         let (out, heard) = outbox(&std::sync::Arc::default());
         let task = Task {
             prompt: vec![1; 10],

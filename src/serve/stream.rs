@@ -20,7 +20,7 @@ const FRAME_BYTES: usize = 16 << 10;
 
 /// A body that grows.
 pub struct Stream {
-    events: Inbox,
+    events: Inbox<Event>,
     steps: Steps,
     dialect: Box<dyn Dialect>,
     /// What is to be sent first.
@@ -39,7 +39,7 @@ impl Stream {
     /// A body of these events; a ping comes where `ping` goes by without one, and an error at `end`, which is `limit`
     /// after the request.
     pub fn new(
-        events: Inbox,
+        events: Inbox<Event>,
         steps: Steps,
         mut dialect: Box<dyn Dialect>,
         ping: Duration,
@@ -129,7 +129,7 @@ impl Body for Stream {
 /// # Errors
 /// Why there is none.
 pub async fn whole(
-    mut events: Inbox,
+    mut events: Inbox<Event>,
     mut steps: Steps,
     dialect: &mut dyn Dialect,
     (end, limit): (Instant, Duration),
