@@ -4,7 +4,7 @@ mod common;
 
 use nt::backend::BackendKind;
 use nt::engine::{
-    Ended, Generator, JobId, Opened, Options, Request, Sampler, SamplerParams, Session, StopReason, generate,
+    Ended, Generator, Grown, JobId, Opened, Options, Request, Sampler, SamplerParams, Session, StopReason, generate,
 };
 use std::collections::HashMap;
 
@@ -73,8 +73,14 @@ fn texts_at_once_are_those_of_each_alone() {
                     of.insert(job, next);
                     next += 1;
                 }
-                let show = &mut |job, text: &str| shown.entry(job).or_default().push_str(text);
-                generator.step(&mut s, &|| false, show, &mut ended).unwrap();
+                let show = &mut |job, grown: Grown<'_>| {
+                    if let Grown::Piece(piece) = grown
+                        && !piece.control
+                    {
+                        shown.entry(job).or_default().push_str(piece.text);
+                    }
+                };
+                generator.step(&mut s, &|_| false, show, &mut ended).unwrap();
                 steps += 1;
                 for e in ended.drain(..) {
                     let (i, g) = (of[&e.job], e.result.unwrap());
@@ -118,7 +124,7 @@ fn a_text_that_is_not_finite_fails_alone() {
         generator.add(&s, seq, sampler(&opened, &a), a.request(0)).unwrap();
     }
     let mut ended = Vec::new();
-    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    while generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap() {}
     assert_eq!(ended.len(), 6);
     for e in ended {
         match e.result {
@@ -182,9 +188,9 @@ fn a_text_with_keys_beyond_f16_fails_and_later_ones_do_not() {
     };
     let bad = add(&mut s, &mut generator, long);
     let mut ended = Vec::new();
-    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    while generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap() {}
     let later = add(&mut s, &mut generator, vec![20, 30]);
-    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    while generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap() {}
     assert_eq!((ended[0].job, ended[1].job, ended.len()), (bad, later, 2));
     let why = ended[0].result.as_ref().unwrap_err().to_string();
     assert!(why.contains("F16"), "{why}");
@@ -206,7 +212,7 @@ fn texts_that_fill_a_small_context_together() {
         generator.add(&s, seq, sampler(&opened, &a), a.request(0)).unwrap();
     }
     let mut ended = Vec::new();
-    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    while generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap() {}
     assert!(ended.len() == 2 && ended.iter().all(|e| e.result.as_ref().unwrap().tokens.len() == 4));
 }
 
@@ -233,18 +239,64 @@ fn what_is_wrong_with_a_text_is_said_when_it_is_added() {
     let whole = add(&s, &mut generator, b, &tokens, 100, usize::MAX).unwrap();
     assert!(add(&s, &mut generator, b, &tokens, 100, 2).unwrap_err().contains("once in a pass"));
     let mut ended = Vec::new();
-    assert!(!generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap());
+    assert!(!generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap());
     assert_eq!(generator.lacks(&s), 1);
     s.switch(a).unwrap();
     s.close(kept).unwrap();
     assert_eq!(generator.lacks(&s), 0);
-    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    while generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap() {}
     assert!(ended[0].job == whole && ended[0].result.as_ref().unwrap().context_full);
     // A sequence that ends under its text.
     let c = s.fork_at(0).unwrap();
     add(&s, &mut generator, c, &[20], 0, 2).unwrap();
     s.close(c).unwrap();
     ended.clear();
-    while generator.step(&mut s, &|| false, &mut |_, _| (), &mut ended).unwrap() {}
+    while generator.step(&mut s, &|_| false, &mut |_, _| (), &mut ended).unwrap() {}
     assert!(ended[0].result.as_ref().unwrap_err().to_string().contains("has ended"));
+}
+
+/// Guards against a pass that is given up for one text that nobody waits for any more, while others are computed in it.
+#[test]
+fn a_text_that_is_interrupted_ends_alone() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::tiny(2).write(d.path(), "m.gguf")).unwrap();
+    let mut s = session(&opened, 512, 8);
+    let mut generator = Generator::new(&s, &opened.tokenizer);
+    let asked = |i: u32| {
+        let params = SamplerParams { ignore_eos: true, ..SamplerParams::default() };
+        Asked { prompt: (0..40 + i).map(|t| 20 + t).collect(), n: 12, stops: Vec::new(), params }
+    };
+    let mut jobs = Vec::new();
+    for i in 0..3 {
+        let (seq, a) = (s.fork_at(0).unwrap(), asked(i));
+        assert!(generator.room(&s) > 0);
+        jobs.push(generator.add_now(&s, seq, sampler(&opened, &a), a.request(0)).unwrap());
+    }
+    let (mut ended, mut steps) = (Vec::new(), 0);
+    loop {
+        // One in its prompt, one in its text.
+        let gone = |job| (job == jobs[0]) || (job == jobs[1] && steps > 6);
+        if !generator.step(&mut s, &gone, &mut |_, _| (), &mut ended).unwrap() {
+            break;
+        }
+        steps += 1;
+    }
+    for e in &ended {
+        let g = e.result.as_ref().unwrap();
+        let expected = if e.job == jobs[2] { StopReason::Length } else { StopReason::Interrupt };
+        assert_eq!(g.stop, expected);
+        assert_eq!(g.tokens.len() == 12, e.job == jobs[2], "{g:?}");
+    }
+    assert_eq!(ended.len(), 3);
+    // All at once, in the middle of a pass: it is given up.
+    let (seq, a) = (s.fork_at(0).unwrap(), asked(9));
+    let last = generator.add(&s, seq, sampler(&opened, &a), a.request(0)).unwrap();
+    let asked_for = std::cell::Cell::new(0);
+    let late = |_| {
+        asked_for.set(asked_for.get() + 1);
+        asked_for.get() > 2
+    };
+    ended.clear();
+    assert!(generator.step(&mut s, &late, &mut |_, _| (), &mut ended).unwrap());
+    assert!(ended[0].job == last && s.length(ended[0].seq).unwrap() == 0);
 }

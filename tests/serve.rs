@@ -3,11 +3,15 @@
 mod common;
 #[path = "serve/dialects.rs"]
 mod dialects;
+#[path = "serve/hostile.rs"]
+mod hostile;
 #[path = "serve/http.rs"]
 mod http;
 #[path = "serve/limits.rs"]
 mod limits;
 #[path = "serve/openai.rs"]
 mod openai;
+#[path = "serve/parallel.rs"]
+mod parallel;
 #[path = "serve/same_text.rs"]
 mod same_text;

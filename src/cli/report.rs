@@ -396,6 +396,7 @@ mod tests {
             tokens: Vec::new(),
             text: String::new(),
             plain: String::new(),
+            stop_text: None,
             stop: StopReason::Interrupt,
             prompt_tokens: 7,
             prefill_s: 0.0,

@@ -11,6 +11,7 @@ use super::failure::say;
 use super::report::Report;
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
+use crate::backend::EXACT_ROWS;
 use crate::engine::Opened;
 use crate::plan::parse_size;
 use crate::serve::{Access, Limits, Served, Server, unix_s};
@@ -39,6 +40,10 @@ pub struct ServeArgs {
     alias: Vec<String>,
     #[command(flatten)]
     template: TemplateOptions,
+    /// Requests that are computed at once at most, a token of each in every pass; they share the positions of --ctx. auto is as
+    /// many as the backend takes in one pass, up to 4. Where that is 1, as on a GPU, they take turns.
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = parallel)]
+    parallel: Auto<usize>,
     /// Tokens of an answer at most, whatever a request asks for; auto is until the context is full.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = max_tokens)]
     max_tokens: Auto<usize>,
@@ -68,11 +73,15 @@ pub struct ServeArgs {
 
 /// How it ends, for the help.
 const EXITS: &str = "Sampling options are what a request gets that says nothing of them.
-Ctrl-C or SIGTERM ends the server: requests that wait are refused, the one at hand has --grace seconds to end. The exit \
-code is 0 if it ended, 130 if it was cut off. A second signal ends the process at once.";
+Ctrl-C or SIGTERM ends the server: requests that wait and new ones are refused (503), those at hand have --grace seconds to end. The exit \
+code is 0 if they ended, 130 if one was cut off. A second signal ends the process at once.";
 
 /// Positions of the KV cache where nothing else is said.
 const CTX_DEFAULT: usize = 4096;
+/// Requests that are computed at once where nothing else is said.
+const PARALLEL_DEFAULT: usize = 4;
+/// Most requests that are computed at once.
+const PARALLEL_MAX: usize = 64;
 /// Most bytes of a request.
 const BODY_MAX: u64 = 256 << 20;
 /// Most bytes of a file of keys.
@@ -82,6 +91,16 @@ fn max_tokens(text: &str) -> Result<Auto<usize>, String> {
     match text {
         "auto" | "-1" => Ok(Auto::Auto),
         other => super::args::count(other).map(Auto::Given),
+    }
+}
+
+fn parallel(text: &str) -> Result<Auto<usize>, String> {
+    match text {
+        "auto" => Ok(Auto::Auto),
+        other => match super::args::count(other)? {
+            n if (1..=PARALLEL_MAX).contains(&n) => Ok(Auto::Given(n)),
+            _ => Err(format!("auto or a number from 1 to {PARALLEL_MAX} was expected")),
+        },
     }
 }
 
@@ -105,6 +124,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
     };
+    options.outputs = args.parallel.given().unwrap_or(PARALLEL_DEFAULT).min(2 * EXACT_ROWS);
     let listener = listen(args, &keys)?;
     let at = listener.local_addr().map_err(|e| Failure::running(format!("asking for the port failed: {e}")))?;
     let served = Served {
@@ -139,7 +159,8 @@ fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> 
     let report = Report::new(&session, opened);
     let _ = server.served().plan.set(report.session_json()["plan"].clone());
     report.print();
-    let cut_off = server.serve(&mut session, &interrupt::interrupted, &|| watch.tripped());
+    let slots = args.parallel.given().unwrap_or_else(|| session.parts_max().min(PARALLEL_DEFAULT));
+    let cut_off = server.serve(&mut session, slots, &interrupt::interrupted, &|| watch.tripped());
     run::write_timeline(&args.placement, &mut session)?;
     match watch.reason() {
         Some(why) if !interrupt::interrupted() => Err(run::short_of_memory(&why)),

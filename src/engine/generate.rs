@@ -32,6 +32,22 @@ pub struct Request<'a> {
     pub special: bool,
 }
 
+/// What there is to tell of a text as it grows.
+#[derive(Clone, Copy, Debug)]
+pub enum Grown<'a> {
+    /// A token of the text was drawn; its text follows, once it is certain.
+    Token {
+        /// The token.
+        id: u32,
+        /// What it was drawn from, a logit for each token of the vocabulary.
+        logits: &'a [f32],
+        /// Bytes of the pieces before those that it is in.
+        at: usize,
+    },
+    /// A piece of the text that is certain, or the name of a control token within it, shown or not.
+    Piece(Piece<'a>),
+}
+
 /// What was generated, and how long it took.
 #[derive(Clone, Debug)]
 pub struct Generation {
@@ -43,6 +59,8 @@ pub struct Generation {
     pub plain: String,
     /// Why it ended.
     pub stop: StopReason,
+    /// The stop text that ended it, if one did.
+    pub stop_text: Option<String>,
     /// Tokens of the prompt that were evaluated now.
     pub prompt_tokens: usize,
     /// From the start of prefill to its logits.
@@ -64,6 +82,7 @@ impl Generation {
             text: String::new(),
             plain: String::new(),
             stop: StopReason::Length,
+            stop_text: None,
             prompt_tokens,
             prefill_s: 0.0,
             first_token_s: None,
@@ -80,6 +99,8 @@ pub(super) struct Text<'a> {
     decoder: Decoder<'a>,
     filter: StopFilter,
     special: bool,
+    /// Bytes of the pieces so far, held back or not.
+    pub(super) added: usize,
     pub(super) shown: String,
     pub(super) plain: String,
 }
@@ -87,42 +108,56 @@ pub(super) struct Text<'a> {
 impl<'a> Text<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, request: &Request) -> Text<'a> {
         let (decoder, filter) = (Decoder::new(tokenizer), StopFilter::new(request.stops));
-        Text { tokenizer, decoder, filter, special: request.special, shown: String::new(), plain: String::new() }
+        Text {
+            tokenizer,
+            decoder,
+            filter,
+            special: request.special,
+            added: 0,
+            shown: String::new(),
+            plain: String::new(),
+        }
     }
 
-    /// Adds a token. Returns whether it completes a stop text.
-    pub(super) fn push(&mut self, token: u32, show: &mut dyn FnMut(&str)) -> bool {
+    /// Adds a token; `tell` gets the pieces that are certain. Returns whether it completes a stop text.
+    pub(super) fn push(&mut self, token: u32, tell: &mut dyn FnMut(Piece)) -> bool {
         if self.tokenizer.is_control(token) {
             let name = String::from_utf8_lossy(self.tokenizer.token_bytes(token));
-            self.add(&name, true, show)
+            self.add(&name, true, tell)
         } else {
             let text = self.decoder.push(token);
-            self.add(&text, false, show)
+            self.add(&text, false, tell)
         }
     }
 
     /// Ends the text with the token that ended it.
-    pub(super) fn end(&mut self, token: u32, show: &mut dyn FnMut(&str)) {
+    pub(super) fn end(&mut self, token: u32, tell: &mut dyn FnMut(Piece)) {
         if self.special && self.tokenizer.is_control(token) {
-            self.push(token, show);
+            self.push(token, tell);
         }
     }
 
-    /// Ends the text: what is held back is shown, unless it completes a stop text.
-    pub(super) fn finish(&mut self, show: &mut dyn FnMut(&str)) {
+    /// Ends the text: what is held back is told, unless it completes a stop text.
+    pub(super) fn finish(&mut self, tell: &mut dyn FnMut(Piece)) {
         let rest = self.decoder.finish();
-        if !self.add(&rest, false, show) {
-            self.with_filter(show, |filter, show| filter.finish(show));
+        if !self.add(&rest, false, tell) {
+            self.with_filter(tell, |filter, tell| filter.finish(tell));
         }
     }
 
-    fn add(&mut self, text: &str, control: bool, show: &mut dyn FnMut(&str)) -> bool {
-        self.with_filter(show, |filter, show| filter.push(Piece { text, control }, show))
+    /// The stop text that was completed.
+    pub(super) fn stop_text(&self) -> Option<String> {
+        self.filter.found().map(str::to_owned)
+    }
+
+    fn add(&mut self, text: &str, control: bool, tell: &mut dyn FnMut(Piece)) -> bool {
+        self.added += text.len();
+        self.with_filter(tell, |filter, tell| filter.push(Piece { text, control }, tell))
     }
 
     fn with_filter<T>(
         &mut self,
-        show: &mut dyn FnMut(&str),
+        tell: &mut dyn FnMut(Piece),
         work: impl FnOnce(&mut StopFilter, &mut dyn FnMut(Piece)) -> T,
     ) -> T {
         let (special, shown, plain) = (self.special, &mut self.shown, &mut self.plain);
@@ -132,8 +167,8 @@ impl<'a> Text<'a> {
             }
             if !piece.control || special {
                 shown.push_str(piece.text);
-                show(piece.text);
             }
+            tell(piece);
         })
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::generate::Text;
+use super::generate::{Grown, Text};
 use super::schedule::{JobId, Limits, Scheduler, Share};
 use super::session::Part;
 use super::{EngineError, Generation, Request, RequestError, Sampler, Session, StopReason};
@@ -54,7 +54,11 @@ pub fn generate(
     generator.add(session, session.sequence(), sampler, request)?;
     let mut ended = Vec::new();
     while ended.is_empty() {
-        if !generator.step(session, interrupted, &mut |_, text| show(text), &mut ended)? && ended.is_empty() {
+        let mut tell = |_, grown: Grown<'_>| match grown {
+            Grown::Piece(piece) if !piece.control || request.special => show(piece.text),
+            _ => {}
+        };
+        if !generator.step(session, &|_| interrupted(), &mut tell, &mut ended)? && ended.is_empty() {
             let (needed, free) = (session.free_pages() + generator.lacks(session), session.free_pages());
             return Err(
                 StateError::Full { positions: request.text.len().saturating_add(request.n), needed, free }.into()
@@ -94,7 +98,7 @@ impl<S: BorrowMut<Sampler>> Job<'_, S> {
         logits: &[f32],
         has_room: bool,
         interrupted: bool,
-        show: &mut dyn FnMut(&str),
+        tell: &mut dyn FnMut(Grown<'_>),
     ) {
         let (began, g) = (self.began.unwrap_or_else(Instant::now), &mut self.g);
         if self.decode_began.is_none() {
@@ -112,11 +116,13 @@ impl<S: BorrowMut<Sampler>> Job<'_, S> {
         self.token = token;
         g.first_token_s.get_or_insert_with(|| began.elapsed().as_secs_f64());
         if tokenizer.is_eog(token) {
-            self.text.end(token, show);
+            self.text.end(token, &mut |piece| tell(Grown::Piece(piece)));
             return self.end(StopReason::Eos);
         }
         g.tokens.push(token);
-        if self.text.push(token, show) {
+        tell(Grown::Token { id: token, logits, at: self.text.added });
+        if self.text.push(token, &mut |piece| tell(Grown::Piece(piece))) {
+            self.g.stop_text = self.text.stop_text();
             self.end(StopReason::Stop);
         } else if interrupted {
             self.end(StopReason::Interrupt);
@@ -159,8 +165,34 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         &mut self,
         session: &Session,
         seq: SeqId,
+        sampler: S,
+        request: Request<'_>,
+    ) -> Result<JobId, EngineError> {
+        self.add_text(session, seq, sampler, request, false)
+    }
+
+    /// Adds a text that takes part from the next pass on, whoever waits for room: the caller has seen that its pages are
+    /// there ([`Generator::room`]), as those of a text that ended just now are.
+    ///
+    /// # Errors
+    /// As [`Generator::add`].
+    pub fn add_now(
+        &mut self,
+        session: &Session,
+        seq: SeqId,
+        sampler: S,
+        request: Request<'_>,
+    ) -> Result<JobId, EngineError> {
+        self.add_text(session, seq, sampler, request, true)
+    }
+
+    fn add_text(
+        &mut self,
+        session: &Session,
+        seq: SeqId,
         mut sampler: S,
         request: Request<'_>,
+        now: bool,
     ) -> Result<JobId, EngineError> {
         let prompt = request.text.get(request.cached..).unwrap_or_default().to_vec();
         let (position, n_ctx) = (session.length(seq)?, session.n_ctx());
@@ -183,7 +215,11 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         self.next_id += 1;
         // The token that is drawn last is not evaluated.
         let positions = (position + prompt.len()).saturating_add(request.n.saturating_sub(1)).min(n_ctx);
-        self.scheduler.add(id, prompt.len(), session.pages_needed(seq, positions)?);
+        let pages = session.pages_needed(seq, positions)?;
+        match now {
+            true => self.scheduler.add_now(id, prompt.len(), pages),
+            false => self.scheduler.add(id, prompt.len(), pages),
+        }
         self.jobs.push(Job {
             id,
             seq,
@@ -220,6 +256,12 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         self.scheduler.lacks(session.free_pages()).map_or(0, |l| l.1)
     }
 
+    /// Pages that are free and promised to no text that takes part in passes.
+    pub fn room(&mut self, session: &Session) -> usize {
+        self.count_pages(session);
+        self.scheduler.room(session.free_pages())
+    }
+
     /// Counts anew what each text may take, since others share pages with it and give them back.
     fn count_pages(&mut self, session: &Session) {
         for job in &mut self.jobs {
@@ -230,28 +272,33 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         }
     }
 
-    /// Runs a pass. `show` gets texts as they become certain; those that ended are appended to `ended`. False: nobody can
-    /// run, since no text is there or the first that waits lacks pages.
+    /// Runs a pass. `tell` hears of texts as they grow; those that ended are appended to `ended`. False: nobody can
+    /// run, since no text is there or the first that waits lacks pages. A text of which `interrupted` says so ends; it is
+    /// asked within passes too, which are given up once nobody is left for whom they are computed.
     ///
     /// # Errors
     /// Why the pass failed; the texts are as they were before it, or have ended where it was computed and gave no logits.
     pub fn step(
         &mut self,
         session: &mut Session,
-        interrupted: &dyn Fn() -> bool,
-        show: &mut dyn FnMut(JobId, &str),
+        interrupted: &dyn Fn(JobId) -> bool,
+        tell: &mut dyn FnMut(JobId, Grown<'_>),
         ended: &mut Vec<Ended<S>>,
     ) -> Result<bool, EngineError> {
         self.count_pages(session);
-        self.finish(show, ended);
+        self.jobs
+            .iter_mut()
+            .filter(|j| j.over.is_none() && interrupted(j.id))
+            .for_each(|j| j.end(StopReason::Interrupt));
+        self.finish(tell, ended);
         let mut shares = std::mem::take(&mut self.shares);
         self.scheduler.next(session.free_pages(), &mut shares);
         let ran = match shares.is_empty() {
             true => Ok(false),
-            false => self.pass(session, &shares, interrupted, show).map(|()| true),
+            false => self.pass(session, &shares, interrupted, tell).map(|()| true),
         };
         self.shares = shares;
-        self.finish(show, ended);
+        self.finish(tell, ended);
         ran
     }
 
@@ -259,8 +306,8 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         &mut self,
         session: &mut Session,
         shares: &[Share],
-        interrupted: &dyn Fn() -> bool,
-        show: &mut dyn FnMut(JobId, &str),
+        interrupted: &dyn Fn(JobId) -> bool,
+        tell: &mut dyn FnMut(JobId, Grown<'_>),
     ) -> Result<(), EngineError> {
         self.rows.clear();
         let mut parts: SmallVec<[Part<'_>; 2 * EXACT_ROWS]> = SmallVec::new();
@@ -280,11 +327,14 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             parts.push(Part { seq: job.seq, class: share.class, tokens, outputs });
         }
         let began = Instant::now();
-        let evaluated = session.eval_parts(&parts, interrupted);
+        let for_nobody = || shares.iter().all(|s| interrupted(s.job));
+        let evaluated = session.eval_parts(&parts, &for_nobody);
         drop(parts);
         match evaluated {
             Err(EngineError::Forward(ForwardError::Interrupted)) => {
-                self.jobs.iter_mut().for_each(|j| j.end(StopReason::Interrupt));
+                self.scheduler.undo(shares);
+                let of_pass = |j: &&mut Job<'t, S>| shares.iter().any(|s| s.job == j.id);
+                self.jobs.iter_mut().filter(of_pass).for_each(|j| j.end(StopReason::Interrupt));
                 return Ok(());
             }
             Err(e) => {
@@ -306,7 +356,7 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             session.forget_overflow();
             return Ok(());
         }
-        let drawn = self.draw(session, interrupted, show);
+        let drawn = self.draw(session, interrupted, tell);
         if drawn.is_err() {
             // Their tokens are evaluated, and nothing says what follows.
             let of_pass = |j: &&mut Job<'t, S>| j.over.is_none() && shares.iter().any(|s| s.job == j.id);
@@ -319,8 +369,8 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
     fn draw(
         &mut self,
         session: &mut Session,
-        interrupted: &dyn Fn() -> bool,
-        show: &mut dyn FnMut(JobId, &str),
+        interrupted: &dyn Fn(JobId) -> bool,
+        tell: &mut dyn FnMut(JobId, Grown<'_>),
     ) -> Result<(), EngineError> {
         if self.rows.is_empty() {
             return Ok(());
@@ -334,7 +384,7 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             if !all_finite(logits) {
                 wrong.push(*id);
             } else {
-                job.draw(self.tokenizer, logits, has_room, interrupted(), &mut |text| show(*id, text));
+                job.draw(self.tokenizer, logits, has_room, interrupted(*id), &mut |grown| tell(*id, grown));
             }
         }
         // The others go on: what is wrong is of these texts.
@@ -356,13 +406,13 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
     }
 
     /// Hands over the texts that have ended.
-    fn finish(&mut self, show: &mut dyn FnMut(JobId, &str), ended: &mut Vec<Ended<S>>) {
+    fn finish(&mut self, tell: &mut dyn FnMut(JobId, Grown<'_>), ended: &mut Vec<Ended<S>>) {
         while let Some(at) = self.jobs.iter().position(|j| j.over.is_some()) {
             let mut job = self.jobs.remove(at);
             self.scheduler.remove(job.id);
             job.g.decode_s = job.decode_began.map_or(0.0, |began| began.elapsed().as_secs_f64());
             if job.g.stop != StopReason::Stop {
-                job.text.finish(&mut |text| show(job.id, text));
+                job.text.finish(&mut |piece| tell(job.id, Grown::Piece(piece)));
             }
             (job.g.text, job.g.plain) = (job.text.shown, job.text.plain);
             let result = job.over.unwrap_or(Ok(())).map(|()| job.g);

@@ -30,7 +30,7 @@ mod window;
 
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
-pub use generate::{Generation, Request, StopReason};
+pub use generate::{Generation, Grown, Request, StopReason};
 pub use generator::{Ended, Generator, generate};
 pub use here::{Here, this_machine};
 pub use links::{Links, Stalls};

@@ -63,6 +63,16 @@ impl Scheduler {
         self.entries.push(Entry { job, prompt, pages, admitted: false });
     }
 
+    /// Adds a job that takes part at once, whoever waits: its pages are free and promised to nobody.
+    pub fn add_now(&mut self, job: JobId, prompt: usize, pages: usize) {
+        self.entries.push(Entry { job, prompt, pages, admitted: true });
+    }
+
+    /// Pages that are promised to nobody, of those that are free.
+    pub fn room(&self, free: usize) -> usize {
+        free.saturating_sub(self.promised())
+    }
+
     /// Forgets a job.
     pub fn remove(&mut self, job: JobId) {
         if let Some(at) = self.entries.iter().position(|e| e.job == job) {

@@ -534,6 +534,19 @@ impl Session {
         Ok(self.pages.close(seq)?)
     }
 
+    /// Forgets all but the first `n` tokens of a sequence.
+    ///
+    /// # Errors
+    /// If it has ended, or has fewer.
+    pub fn keep(&mut self, seq: SeqId, n: usize) -> Result<(), EngineError> {
+        Ok(self.pages.keep(seq, n)?)
+    }
+
+    /// Pages of the cache that no sequence has once these have ended.
+    pub fn free_without(&self, seqs: &[SeqId]) -> usize {
+        self.pages.free_without(seqs)
+    }
+
     /// Tokens of a sequence.
     ///
     /// # Errors
@@ -548,7 +561,10 @@ impl Session {
     }
 
     /// Free pages that a sequence takes until it has `positions` tokens.
-    pub(super) fn pages_needed(&self, seq: SeqId, positions: usize) -> Result<usize, EngineError> {
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn pages_needed(&self, seq: SeqId, positions: usize) -> Result<usize, EngineError> {
         Ok(self.pages.needed(seq, positions)?)
     }
 

@@ -20,6 +20,8 @@ pub struct StopFilter {
     held: String,
     /// Where these names lie in it, ascending.
     names: Vec<std::ops::Range<usize>>,
+    /// The stop text that was found.
+    found: Option<usize>,
 }
 
 impl StopFilter {
@@ -43,13 +45,19 @@ impl StopFilter {
         }
         self.held.push_str(piece.text);
         let found = self.find();
-        let safe = found.unwrap_or_else(|| self.first_beginning());
+        let safe = found.map_or_else(|| self.first_beginning(), |f| f.0);
         self.release(safe, show);
-        if found.is_some() {
+        if let Some((_, stop)) = found {
+            self.found = Some(stop);
             self.held.clear();
             self.names.clear();
         }
         found.is_some()
+    }
+
+    /// The stop text that was found.
+    pub fn found(&self) -> Option<&str> {
+        self.found.map(|i| self.stops[i].as_str())
     }
 
     /// Ends the text: what was held back is shown.
@@ -57,18 +65,19 @@ impl StopFilter {
         self.release(self.held.len(), show);
     }
 
-    /// Where the first stop text begins.
-    fn find(&self) -> Option<usize> {
-        let in_all = self.stops.iter().filter_map(|s| {
+    /// Where the first stop text begins, and which it is: the longest of those that begin there.
+    fn find(&self) -> Option<(usize, usize)> {
+        let first = |found: &(usize, usize)| (found.0, std::cmp::Reverse(self.stops[found.1].len()));
+        let in_all = self.stops.iter().enumerate().filter_map(|(i, s)| {
             let mut ends = self.held.match_indices(s.as_str()).map(|(at, s)| (at, at + s.len()));
-            ends.find(|&(from, to)| !self.cuts_a_name(from) && !self.cuts_a_name(to)).map(|(from, _)| from)
+            ends.find(|&(from, to)| !self.cuts_a_name(from) && !self.cuts_a_name(to)).map(|(from, _)| (from, i))
         });
         if self.names.is_empty() {
-            return in_all.min();
+            return in_all.min_by_key(first);
         }
         let shown = self.shown();
-        let in_shown = self.stops.iter().filter_map(|s| shown.find(s.as_str())).map(|at| self.of_shown(at));
-        in_all.chain(in_shown).min()
+        let in_shown = self.stops.iter().enumerate().filter_map(|(i, s)| Some((self.of_shown(shown.find(s)?), i)));
+        in_all.chain(in_shown).min_by_key(first)
     }
 
     /// Where the longest end begins that may become a stop text; the length of all if there is none.
@@ -160,6 +169,15 @@ mod tests {
     fn a_stop_text_across_pieces_is_cut_off() {
         assert_eq!(run(&["END"], &["one E", "N", "D two"]), ("one ".into(), true));
         assert_eq!(run(&["\n\n", "Ü!"], &["a\n", "b Ü", "!"]), ("a\nb ".into(), true));
+    }
+
+    #[test]
+    fn the_stop_text_that_was_found_is_known() {
+        let stops = ["b", "ab", "abc", "x"].map(String::from);
+        let mut f = StopFilter::new(&stops);
+        assert!(!f.push(Piece { text: "za", control: false }, &mut |_| ()) && f.found().is_none());
+        assert!(f.push(Piece { text: "bcb", control: false }, &mut |_| ()));
+        assert_eq!(f.found(), Some("abc"));
     }
 
     #[test]

@@ -33,6 +33,7 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
         messages.push(json!({ "role": "system", "content": texts(system, "system")? }));
     }
     let list = f.list("messages")?.unwrap_or_default();
+    prompt::check_count(list.len(), "messages", served)?;
     if list.last().is_some_and(|m| m["role"] == "assistant") {
         let message = "messages: the last one is the assistant's, but a message is not continued; end with the user's";
         return Err(ApiError::unsupported("messages", message));
@@ -134,28 +135,37 @@ fn turn(message: Json, i: usize, out: &mut Vec<Json>) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// A tool as OpenAI describes it.
+fn as_function(tool: Json, i: usize) -> Result<Json, ApiError> {
+    let place = format!("tools[{i}]");
+    let mut f = Fields::of(tool, &place)?;
+    if f.text("type")?.is_some_and(|t| t != "custom") {
+        return Err(ApiError::unsupported(&place, format!("{place}: only tools of the client's own can be called")));
+    }
+    let name = f.text("name")?.ok_or_else(|| wrong(&f.name("name"), "a text", &Json::Null))?;
+    let mut function = json!({ "name": name, "parameters": f.any("input_schema") });
+    if let Some(description) = f.text("description")? {
+        function["description"] = description.into();
+    }
+    f.only(
+        "strict",
+        &[json!(false)],
+        "arguments are not constrained to a schema by this version of nt; false asks for none",
+    )?;
+    f.only("input_examples", &[json!([])], "chat templates have no place for examples; describe them in description")?;
+    f.only("defer_loading", &[json!(false)], "all tools are told to the model at once")?;
+    f.only("allowed_callers", &[json!(["direct"])], "a tool is called by the model alone")?;
+    f.ignore(&["cache_control", "eager_input_streaming"]);
+    f.finish()?;
+    Ok(json!({ "type": "function", "function": function }))
+}
+
 /// Tools as OpenAI describes them, and whether only one call counts.
 fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiError> {
     let list = f.list("tools")?.unwrap_or_default();
     let choice = f.object("tool_choice")?;
-    let mut tools = Vec::new();
-    for (i, tool) in list.iter().enumerate() {
-        let place = format!("tools[{i}]");
-        if tool["type"].as_str().is_some_and(|t| t != "custom") {
-            return Err(ApiError::unsupported(
-                &place,
-                format!("{place}: only tools of the client's own can be called"),
-            ));
-        }
-        if !tool["name"].is_string() {
-            return Err(wrong(&format!("{place}.name"), "a text", &tool["name"]));
-        }
-        let mut function = json!({ "name": tool["name"], "parameters": tool["input_schema"] });
-        if tool["description"].is_string() {
-            function["description"] = tool["description"].clone();
-        }
-        tools.push(json!({ "type": "function", "function": function }));
-    }
+    prompt::check_count(list.len(), "tools", served)?;
+    let tools = list.into_iter().enumerate().map(|(i, tool)| as_function(tool, i)).collect::<Result<Vec<_>, _>>()?;
     let mut one_call = false;
     if let Some(mut choice) = choice {
         one_call = choice.flag("disable_parallel_tool_use")?.unwrap_or(false);

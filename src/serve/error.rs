@@ -104,6 +104,11 @@ impl ApiError {
         }
     }
 
+    /// 408: the answer is not read.
+    pub fn unread() -> ApiError {
+        ApiError::new(408, "the answer was stopped, since too much of it waits to be read")
+    }
+
     /// 500: a pass failed.
     pub fn failed(message: impl Into<String>) -> ApiError {
         ApiError::new(500, message)

@@ -44,6 +44,11 @@ impl Fields {
         format!("{}{field}", self.place)
     }
 
+    /// Whether a field is there.
+    pub fn has(&self, field: &str) -> bool {
+        self.left.get(field).is_some_and(|v| !v.is_null())
+    }
+
     /// A field of any type; `null` is one that is not there.
     pub fn any(&mut self, field: &str) -> Option<Json> {
         self.left.remove(field).filter(|v| !v.is_null())

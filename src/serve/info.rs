@@ -6,16 +6,16 @@ use super::error::ApiError;
 use super::fields::{Fields, whole, wrong};
 use super::openai;
 use super::prompt;
-use super::queue::View;
+use super::queue::{Running, View};
 use super::served::Served;
 use crate::engine::SamplerParams;
 
 /// `/metrics` in Prometheus' text form: llama-server's names, vLLM's three gauges, and nt's own.
 pub fn metrics(view: &View, served: &Served) -> String {
     let c = &view.counters;
-    let (running, waiting) = (usize::from(view.running.is_some()), view.waiting);
-    let used = view.running.map_or(0, |r| r.evaluated + r.generated);
-    let kv = used as f64 / served.n_ctx.max(1) as f64;
+    let (running, waiting) = (view.running.len(), view.waiting);
+    let used: usize = view.running.iter().map(|r| r.evaluated + r.generated).sum();
+    let kv = (used as f64 / served.n_ctx.max(1) as f64).min(1.0);
     let rate = |n: u64, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
     let model = format!("{{model_name={}}}", json!(served.name()));
     let mut out = String::new();
@@ -26,7 +26,9 @@ pub fn metrics(view: &View, served: &Served) -> String {
     add("llamacpp:prompt_seconds_total", "counter", "Seconds for them.", "", c.prompt_s);
     add("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "", c.generated as f64);
     add("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds for them.", "", c.decode_s);
-    add("llamacpp:n_decode_total", "counter", "Passes that computed generated tokens.", "", c.passes as f64);
+    add("llamacpp:n_decode_total", "counter", "Passes.", "", c.passes as f64);
+    let busy = if c.passes > 0 { c.texts_of_passes as f64 / c.passes as f64 } else { 0.0 };
+    add("llamacpp:n_busy_slots_per_decode", "gauge", "Texts that a pass had tokens of, on average.", "", busy);
     let prompt_rate = rate(c.prompt_tokens, c.prompt_s);
     add("llamacpp:prompt_tokens_seconds", "gauge", "Tokens of prompts per second.", "", prompt_rate);
     let rate = rate(c.generated, c.decode_s);
@@ -37,6 +39,7 @@ pub fn metrics(view: &View, served: &Served) -> String {
     add("vllm:num_requests_running", "gauge", "Requests being computed.", &model, running as f64);
     add("vllm:num_requests_waiting", "gauge", "Requests that wait.", &model, waiting as f64);
     add("vllm:kv_cache_usage_perc", "gauge", "Share of the context that is in use, 1 for all.", &model, kv);
+    add("nt:slots", "gauge", "Requests that are computed at once at most.", "", view.slots as f64);
     add("nt:requests_done_total", "counter", "Requests answered.", "", c.done as f64);
     add("nt:requests_cancelled_total", "counter", "Requests whose client went away.", "", c.cancelled as f64);
     add("nt:requests_failed_total", "counter", "Requests that failed.", "", c.failed as f64);
@@ -46,11 +49,15 @@ pub fn metrics(view: &View, served: &Served) -> String {
     out
 }
 
-/// `/slots`: there is one.
+/// `/slots`: one for each request that may be computed at once.
 pub fn slots(view: &View, served: &Served) -> Json {
-    let r = view.running;
-    json!([{
-        "id": 0,
+    let slot = |id: usize| slot_json(id, view.running.iter().find(|r| r.slot == id), served);
+    (0..view.slots).map(slot).collect()
+}
+
+fn slot_json(id: usize, r: Option<&Running>, served: &Served) -> Json {
+    json!({
+        "id": id,
         "id_task": r.map_or(-1, |r| r.id as i64),
         "n_ctx": served.n_ctx,
         "speculative": false,
@@ -62,7 +69,7 @@ pub fn slots(view: &View, served: &Served) -> Json {
             "n_remain": r.map_or(-1, |r| r.most.saturating_sub(r.generated) as i64),
             "has_next_token": r.is_some(),
         }],
-    }])
+    })
 }
 
 fn params(p: &SamplerParams) -> Json {
@@ -89,12 +96,12 @@ fn params(p: &SamplerParams) -> Json {
 }
 
 /// `/props`.
-pub fn props(served: &Served) -> Json {
+pub fn props(view: &View, served: &Served) -> Json {
     let t = &served.opened.tokenizer;
     let token = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(t.token_bytes(id)).into_owned());
     json!({
         "default_generation_settings": { "n_ctx": served.n_ctx, "params": params(&served.defaults) },
-        "total_slots": 1,
+        "total_slots": view.slots,
         "model_alias": served.name(),
         // The name alone: where the file lies is no business of a client's.
         "model_path": served.opened.gguf.shards.first().and_then(|s| s.path.file_name()).map(|n| n.to_string_lossy()),
@@ -108,11 +115,19 @@ pub fn props(served: &Served) -> Json {
     })
 }
 
+/// Tokens of a text, and whether their pieces are to be told.
+pub struct Tokenized {
+    /// The tokens.
+    pub ids: Vec<u32>,
+    /// Whether each is told with its text.
+    pub pieces: bool,
+}
+
 /// `/tokenize`.
 ///
 /// # Errors
 /// What is wrong with the request.
-pub fn tokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
+pub fn tokenize(served: &Served, mut f: Fields) -> Result<Tokenized, ApiError> {
     served.check_name(f.text("model")?.as_deref())?;
     let text =
         f.text("content")?.ok_or_else(|| ApiError::field("content", "content: a text was expected, found nothing"))?;
@@ -120,19 +135,11 @@ pub fn tokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
     let parse = f.flag("parse_special")?.unwrap_or(true);
     let pieces = f.flag("with_pieces")?.unwrap_or(false);
     f.finish()?;
-    let t = &served.opened.tokenizer;
-    let ids = t.encode(&text, add, parse);
-    if !pieces {
-        return Ok(json!({ "tokens": ids }));
-    }
-    let piece = |&id: &u32| {
-        let bytes = t.token_bytes(id);
-        // What is no text is given as bytes.
-        let piece = std::str::from_utf8(bytes).map_or_else(|_| json!(bytes), Json::from);
-        json!({ "id": id, "piece": piece })
-    };
-    Ok(json!({ "tokens": ids.iter().map(piece).collect::<Vec<_>>() }))
+    Ok(Tokenized { ids: served.opened.tokenizer.encode(&text, add, parse), pieces })
 }
+
+/// Most tokens of a request to `/detokenize`: each may be a long text.
+const DETOKENIZE_MAX: usize = 1 << 17;
 
 /// `/detokenize`.
 ///
@@ -143,6 +150,10 @@ pub fn detokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
     let list =
         f.list("tokens")?.ok_or_else(|| ApiError::field("tokens", "tokens: a list was expected, found nothing"))?;
     f.finish()?;
+    if list.len() > DETOKENIZE_MAX {
+        let message = format!("tokens: at most {DETOKENIZE_MAX} were expected, found {}", list.len());
+        return Err(ApiError::field("tokens", message));
+    }
     let t = &served.opened.tokenizer;
     let id = |v: &Json| {
         let id = whole(v).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < t.vocab_size());

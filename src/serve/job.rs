@@ -1,9 +1,10 @@
 //! What is asked of whoever computes, and what comes back while it does. This is all that the side of HTTP and the
 //! side of the session know of each other.
 
-use tokio::sync::mpsc::UnboundedSender;
+use std::time::{Duration, Instant};
 
 use super::error::ApiError;
+use super::outbox::{Outbox, Weighed};
 use crate::engine::SamplerParams;
 
 /// What is to be generated.
@@ -33,9 +34,22 @@ pub struct Job {
     /// What is to be done.
     pub task: Task,
     /// Where it is told. Once nobody listens, the job is cancelled.
-    pub out: UnboundedSender<Event>,
+    pub out: Outbox<Event>,
     /// When it came.
-    pub since: std::time::Instant,
+    pub since: Instant,
+    /// The longest that it may take, waiting included.
+    pub limit: Duration,
+}
+
+/// Why a job ends before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// Nobody waits for it any more.
+    Gone,
+    /// It has taken as long as it may.
+    Late,
+    /// Its client leaves too much unread.
+    Unread,
 }
 
 /// A piece of an answer.
@@ -86,6 +100,8 @@ pub struct Summary {
     pub passes: usize,
     /// Seconds for them.
     pub decode_s: f64,
+    /// Tokens of answers that are reasoning, as far as their client tells them apart.
+    pub reasoning: usize,
 }
 
 /// What is told of a job.
@@ -99,6 +115,8 @@ pub enum Event {
         bits: Vec<Bit>,
         /// The tokens.
         logprobs: Vec<TokenLogprob>,
+        /// How many tokens were drawn for it.
+        tokens: usize,
     },
     /// An answer has ended.
     Finished {
@@ -114,13 +132,32 @@ pub enum Event {
 }
 
 impl Job {
+    /// Why it is not to be computed any more, if it is not.
+    pub fn over(&self) -> Option<Over> {
+        match () {
+            () if self.out.is_closed() => Some(Over::Gone),
+            () if self.since.elapsed() >= self.limit => Some(Over::Late),
+            () if self.out.is_full() => Some(Over::Unread),
+            () => None,
+        }
+    }
+
     /// Whether nobody waits for it any more.
     pub fn is_cancelled(&self) -> bool {
         self.out.is_closed()
     }
+}
 
-    /// Tells what happened; a client that is gone hears nothing.
-    pub fn tell(&self, event: Event) {
-        let _ = self.out.send(event);
+impl Weighed for Event {
+    fn bytes(&self) -> usize {
+        let texts = match self {
+            Event::Text { bits, logprobs, .. } => {
+                let bits: usize = bits.iter().map(|b| size_of::<Bit>() + b.text.capacity()).sum();
+                let top = |l: &TokenLogprob| l.top.capacity() * size_of::<(u32, f32)>();
+                bits + logprobs.iter().map(|l| size_of::<TokenLogprob>() + top(l)).sum::<usize>()
+            }
+            _ => 0,
+        };
+        size_of::<Event>() + texts
     }
 }

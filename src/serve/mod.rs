@@ -5,7 +5,7 @@
 //! calls apart, the dialect writes them, `stream` sends them. No request reaches the file system.
 
 mod anthropic;
-mod choice;
+mod budget;
 mod connection;
 mod error;
 mod fields;
@@ -13,6 +13,7 @@ mod info;
 mod job;
 mod ollama;
 mod openai;
+mod outbox;
 mod params;
 mod prefix;
 mod prompt;
@@ -24,6 +25,7 @@ mod split;
 mod steps;
 mod stream;
 mod text;
+mod tokens;
 mod worker;
 
 use std::sync::Arc;
@@ -59,14 +61,13 @@ impl Server {
         let queue = Arc::new(Queue::new(served.limits.queue));
         let served = Arc::new(served);
         let app = routes::router(served.clone(), queue.clone(), access);
-        let (connections, closing) = (served.limits.connections, queue.closing());
-        let grace = served.limits.grace + LAST_BYTES;
+        let (connections, phase) = (served.limits.connections, queue.phase());
         let listener = {
             let _inside = runtime.enter();
             tokio::net::TcpListener::from_std(listener)?
         };
         let http = std::thread::Builder::new().name("http".into()).spawn(move || {
-            runtime.block_on(connection::serve(listener, app, connections, closing, grace));
+            runtime.block_on(connection::serve(listener, app, connections, phase, LAST_BYTES));
             runtime.shutdown_timeout(Duration::from_millis(100));
         })?;
         Ok(Server { served, queue, http })
@@ -77,10 +78,10 @@ impl Server {
         &self.served
     }
 
-    /// Answers requests with a session until `asked` says to stop, or `now` says to stop at once. Then those that wait are
-    /// refused, and the one at hand has its grace. Returns whether it was cut off.
-    pub fn serve(&self, session: &mut Session, asked: &dyn Fn() -> bool, now: &dyn Fn() -> bool) -> bool {
-        self.queue.open();
+    /// Answers requests with a session, `slots` at once, until `asked` says to stop, or `now` says to stop at once. Then
+    /// those that wait are refused, and those at hand have their grace. Returns whether one was cut off.
+    pub fn serve(&self, session: &mut Session, slots: usize, asked: &dyn Fn() -> bool, now: &dyn Fn() -> bool) -> bool {
+        self.queue.open(slots);
         let since = std::cell::Cell::new(None::<Instant>);
         let cut = std::cell::Cell::new(false);
         let grace = self.served.limits.grace;
@@ -91,16 +92,16 @@ impl Server {
             }
             let stop = now() || since.get().is_some_and(|s| s.elapsed() > grace);
             // It is asked in the middle of a job, too.
-            cut.set(cut.get() || stop && self.queue.view().running.is_some());
+            cut.set(cut.get() || stop && !self.queue.view().running.is_empty());
             stop
         };
-        worker::Worker::new(session, &self.served.opened.tokenizer, &self.queue, &stop).work();
+        worker::Worker::new(session, &self.served.opened.tokenizer, &self.queue, &stop, slots).work();
         cut.get()
     }
 
     /// Ends all connections.
     pub fn end(self) {
-        self.queue.close();
+        self.queue.end();
         let _ = self.http.join();
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 
 use super::error::{ApiError, Form};
 use super::fields::Fields;
-use super::job::{Finish, Summary};
+use super::job::{Finish, Summary, Task};
 use super::params;
 use super::prompt::{self, Conversation};
 use super::served::{Served, rfc3339, unix_s};
@@ -19,17 +19,33 @@ use crate::engine::SamplerParams;
 const HARMLESS: [&str; 9] =
     ["num_thread", "num_gpu", "main_gpu", "num_batch", "use_mmap", "use_mlock", "low_vram", "numa", "num_keep"];
 
-/// The sampling parameters in `options`, with the most tokens and the stop texts.
-fn options(f: &mut Fields, served: &Served) -> Result<(SamplerParams, Option<usize>, Vec<String>), ApiError> {
+/// What `options` hold.
+struct Options {
+    params: SamplerParams,
+    /// Tokens of an answer at most.
+    most: Option<usize>,
+    stops: Vec<String>,
+    /// Positions of the context.
+    n_ctx: Option<usize>,
+}
+
+impl Options {
+    fn task(self, served: &Served, tokens: Vec<u32>) -> Result<Task, ApiError> {
+        let task = prompt::task(served, tokens, self.params, self.most, self.stops)?;
+        prompt::within(task, self.n_ctx, "options.num_ctx")
+    }
+}
+
+/// Reads `options`.
+fn options(f: &mut Fields, served: &Served) -> Result<Options, ApiError> {
     let mut o = match f.object("options")? {
         Some(o) => o,
         None => Fields::of(json!({}), "options")?,
     };
     let most = params::max_tokens(&mut o, &["num_predict"])?;
     let stops = params::stops(&mut o, "stop")?;
-    if let Some(n) = o.whole("num_ctx", 1, i64::MAX)?
-        && n as u64 > served.n_ctx as u64
-    {
+    let n_ctx = o.whole("num_ctx", 1, i64::MAX)?.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+    if let Some(n) = n_ctx.filter(|n| *n > served.n_ctx) {
         let message =
             format!("options.num_ctx: {n} positions were asked for, but this server has {} (--ctx)", served.n_ctx);
         return Err(ApiError::field("options.num_ctx", message));
@@ -38,7 +54,7 @@ fn options(f: &mut Fields, served: &Served) -> Result<(SamplerParams, Option<usi
     o.only("penalize_newline", &[json!(true)], "the penalty leaves no token out")?;
     let params = params::sampling(&mut o, served)?;
     o.finish()?;
-    Ok((params, most, stops))
+    Ok(Options { params, most, stops, n_ctx })
 }
 
 /// What both kinds of requests have: whether to stream, and the reasoning that is asked for.
@@ -95,18 +111,20 @@ fn as_openai(mut message: Json, i: usize) -> Result<Json, ApiError> {
 /// What is wrong with it.
 pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
     let (stream, mut conversation) = common(&mut f, served)?;
-    let (params, most, stops) = options(&mut f, served)?;
+    let options = options(&mut f, served)?;
     let list = f.list("messages")?.unwrap_or_default();
     if list.is_empty() {
-        return loaded(served, f, params, true, stream);
+        return loaded(served, f, options.params, true, stream);
     }
+    prompt::check_count(list.len(), "messages", served)?;
     let list = list.into_iter().enumerate().map(|(i, m)| as_openai(m, i)).collect::<Result<Vec<_>, _>>()?;
     conversation.messages = prompt::messages(list, served)?;
-    conversation.tools = prompt::tools(&mut f, served)?.0;
+    let (tools, one_call) = prompt::tools(&mut f, served)?;
+    conversation.tools = tools;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
-    let looks = prompt::looks(served, &conversation, &prompt.text, false);
-    let task = prompt::task(served, prompt.tokens, params, most, stops)?;
+    let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
+    let task = options.task(served, prompt.tokens)?;
     Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, true)), stream })
 }
 
@@ -116,7 +134,7 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
 /// What is wrong with it.
 pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
     let (stream, mut conversation) = common(&mut f, served)?;
-    let (params, most, stops) = options(&mut f, served)?;
+    let options = options(&mut f, served)?;
     let text = f.text("prompt")?.unwrap_or_default();
     let system = f.text("system")?.filter(|s| !s.is_empty());
     let raw = f.flag("raw")?.unwrap_or(false);
@@ -125,7 +143,7 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     f.only("images", &[json!([])], "this server reads text only")?;
     f.only("context", &[json!([])], "what was said before is sent to /api/chat as messages")?;
     if text.is_empty() && system.is_none() && !raw {
-        return loaded(served, f, params, false, stream);
+        return loaded(served, f, options.params, false, stream);
     }
     f.finish()?;
     let (tokens, looks) = if raw {
@@ -137,7 +155,7 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
         let looks = prompt::looks(served, &conversation, &prompt.text, false);
         (prompt.tokens, looks)
     };
-    let task = prompt::task(served, tokens, params, most, stops)?;
+    let task = options.task(served, tokens)?;
     Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, false)), stream })
 }
 

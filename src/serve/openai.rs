@@ -18,6 +18,8 @@ use crate::engine::SamplerParams;
 const CHOICES_MAX: i64 = 128;
 /// Most tokens of all answers and of their alternatives: what a client may leave in memory by reading slowly.
 const ENTRIES_MAX: usize = 2 << 20;
+/// The same where probabilities are told, which take more as text.
+const PROBABLE_MAX: usize = 256 << 10;
 /// Most tokens at each place whose probabilities are told.
 const TOP_MAX: i64 = 20;
 
@@ -63,9 +65,10 @@ impl Common {
         let mut task = prompt::task(served, tokens, params, self.max_tokens, self.stops)?;
         (task.choices, task.logprobs, task.reuse) = (self.choices, logprobs, self.reuse);
         let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(1 + logprobs.unwrap_or(0));
-        if entries > ENTRIES_MAX {
+        let most = if logprobs.is_some() { PROBABLE_MAX } else { ENTRIES_MAX };
+        if entries > most {
             let message = format!(
-                "n: {} answers of up to {} tokens, with their probabilities, are more than the {ENTRIES_MAX} that a request may have; lower n, max_tokens or top_logprobs",
+                "n: {} answers of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
                 task.choices, task.max_tokens
             );
             return Err(ApiError::field("n", message));
@@ -344,6 +347,7 @@ pub fn usage(s: &Summary) -> Json {
         "completion_tokens": s.generated,
         "total_tokens": s.prompt + s.generated,
         "prompt_tokens_details": { "cached_tokens": s.cached },
+        "completion_tokens_details": { "reasoning_tokens": s.reasoning },
     })
 }
 

@@ -85,6 +85,7 @@ pub fn sampling(f: &mut Fields, served: &Served) -> Result<SamplerParams, ApiErr
     p.repeat_last_n = f.whole("repeat_last_n", -1, i64::MAX)?.map_or(p.repeat_last_n, all_below_zero);
     p.dry.last_n = f.whole("dry_penalty_last_n", -1, i64::MAX)?.map_or(p.dry.last_n, all_below_zero);
     p.dry.allowed_length = f.whole("dry_allowed_length", 0, i64::MAX)?.map_or(p.dry.allowed_length, all_below_zero);
+    let has_breakers = f.has("dry_sequence_breakers");
     let breakers = f.texts("dry_sequence_breakers")?;
     if breakers.len() > BREAKERS_MAX {
         let name = f.name("dry_sequence_breakers");
@@ -94,12 +95,12 @@ pub fn sampling(f: &mut Fields, served: &Served) -> Result<SamplerParams, ApiErr
             format!("{name}: at most {BREAKERS_MAX} texts were expected, found {found}"),
         ));
     }
-    if !breakers.is_empty() {
+    if has_breakers {
         p.dry.breakers = breakers;
     }
     p.ignore_eos = f.flag("ignore_eos")?.unwrap_or(d.ignore_eos);
     if let Some(biases) = f.any("logit_bias") {
-        p.logit_bias = logit_bias(biases, served.opened.model.n_vocab)?;
+        p.logit_bias = logit_bias(biases, served)?;
     }
     p.seed = match f.whole("seed", -1, i64::MAX)? {
         Some(seed) if seed >= 0 => seed as u64,
@@ -113,11 +114,16 @@ fn clock() -> u64 {
     std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// Biases as OpenAI writes them, `{"ID": X}`, or as llama-server does, `[[ID, X], …]`; `false` for X bans a token.
-fn logit_bias(value: Json, n_vocab: usize) -> Result<Vec<(u32, f32)>, ApiError> {
+/// Biases as OpenAI writes them, `{"ID": X}`, or as llama-server does, `[[ID, X], …]` or `[["TEXT", X], …]` for each token
+/// of a text; `false` for X bans a token.
+fn logit_bias(value: Json, served: &Served) -> Result<Vec<(u32, f32)>, ApiError> {
+    let n_vocab = served.opened.model.n_vocab;
     let expected = "an object of token ids and biases";
     let pairs: Vec<(Json, Json)> = match value {
-        Json::Object(map) => map.into_iter().map(|(id, x)| (Json::String(id), x)).collect(),
+        Json::Object(map) => {
+            let id = |id: String| id.trim().parse::<u32>().map_or_else(|_| Json::String(id), Json::from);
+            map.into_iter().map(|(key, x)| (id(key), x)).collect()
+        }
         Json::Array(items) => {
             let pair = |item: Json| match item {
                 Json::Array(mut pair) if pair.len() == 2 => {
@@ -130,28 +136,46 @@ fn logit_bias(value: Json, n_vocab: usize) -> Result<Vec<(u32, f32)>, ApiError> 
         }
         other => return Err(wrong("logit_bias", expected, &other)),
     };
-    let read = |(id, x): (Json, Json)| {
-        let number = match &id {
-            Json::String(text) => text.parse::<u32>().ok(),
-            other => whole(other).and_then(|n| u32::try_from(n).ok()),
-        };
-        let known = number.filter(|n| (*n as usize) < n_vocab);
-        let id = known.ok_or_else(|| wrong("logit_bias", &format!("a token id from 0 to {}", n_vocab - 1), &id))?;
-        match &x {
-            Json::Bool(false) => Ok((id, f32::NEG_INFINITY)),
+    let mut biases = Vec::new();
+    for (id, x) in pairs {
+        let bias = match &x {
+            Json::Bool(false) => f32::NEG_INFINITY,
             x => match x.as_f64().filter(|v| v.abs() <= 1e6) {
-                Some(v) => Ok((id, v as f32)),
-                None => Err(wrong(&format!("logit_bias.{id}"), "a number from -1e6 to 1e6, or false", x)),
+                Some(v) => v as f32,
+                None => {
+                    let name = if id.is_number() { format!("logit_bias.{id}") } else { "logit_bias".to_owned() };
+                    return Err(wrong(&name, "a number from -1e6 to 1e6, or false", x));
+                }
             },
+        };
+        match &id {
+            Json::String(text) if text.len() <= BIASED_TEXT_MAX => {
+                biases.extend(served.opened.tokenizer.encode(text, false, true).into_iter().map(|id| (id, bias)));
+            }
+            other => {
+                let number = whole(other).and_then(|n| u32::try_from(n).ok()).filter(|n| (*n as usize) < n_vocab);
+                let expected = format!("token ids from 0 to {}, or short texts", n_vocab - 1);
+                biases.push((number.ok_or_else(|| wrong("logit_bias", &expected, other))?, bias));
+            }
         }
-    };
-    pairs.into_iter().map(read).collect()
+        // All of them are added at each token.
+        if biases.len() > n_vocab {
+            let message = format!("logit_bias: more biases than the {n_vocab} tokens there are");
+            return Err(ApiError::field("logit_bias", message));
+        }
+    }
+    Ok(biases)
 }
+
+/// Bytes of a text whose tokens are biased, at most.
+const BIASED_TEXT_MAX: usize = 1 << 10;
 
 /// Most texts of a request that interrupt a repetition: each is looked for in the whole vocabulary.
 const BREAKERS_MAX: usize = 16;
 /// Most stop texts of a request.
 const STOPS_MAX: usize = 64;
+/// Bytes of a stop text at most: as much is held back and searched at each token.
+const STOP_BYTES_MAX: usize = 1 << 10;
 
 /// The stop texts in a field.
 pub fn stops(f: &mut Fields, field: &str) -> Result<Vec<String>, ApiError> {
@@ -162,6 +186,10 @@ pub fn stops(f: &mut Fields, field: &str) -> Result<Vec<String>, ApiError> {
             &name,
             format!("{name}: at most {STOPS_MAX} texts were expected, found {}", stops.len()),
         ));
+    }
+    if let Some(long) = stops.iter().find(|s| s.len() > STOP_BYTES_MAX) {
+        let message = format!("{name}: texts of at most {STOP_BYTES_MAX} bytes were expected, found {}", long.len());
+        return Err(ApiError::field(&name, message));
     }
     if stops.iter().any(String::is_empty) {
         let message = format!("{name}: an empty text is found before the first token, so nothing would be generated");

@@ -61,6 +61,11 @@ impl<S: Copy + PartialEq> Kept<S> {
         gone
     }
 
+    /// All that prompts are kept in.
+    pub fn all(&self) -> Vec<S> {
+        self.entries.iter().map(|e| e.seq).collect()
+    }
+
     /// Gives the longest unused up, to make room.
     pub fn forget(&mut self) -> Option<S> {
         let at = (0..self.entries.len()).min_by_key(|&i| self.entries[i].used)?;

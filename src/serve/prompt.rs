@@ -113,14 +113,33 @@ fn with_arguments(messages: &[Json]) -> Vec<Json> {
 const MESSAGE_FIELDS: [&str; 8] =
     ["name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "reasoning", "annotations", "audio"];
 
+/// Refuses lists that no prompt has room for, since each of their items is a token or more: before they are rendered,
+/// which takes long for many.
+///
+/// # Errors
+/// If there are more than the context has positions.
+pub fn check_count(n: usize, what: &str, served: &Served) -> Result<(), ApiError> {
+    if n > served.n_ctx {
+        let message = format!(
+            "{what}: {n} of them are more than the {} tokens that the context holds; send fewer, or serve with a larger --ctx",
+            served.n_ctx
+        );
+        return Err(ApiError { param: Some(what.to_owned()), ..ApiError::too_long(message) });
+    }
+    Ok(())
+}
+
 /// Checks messages as OpenAI writes them: nothing that the model would not see.
 ///
 /// # Errors
-/// For a message that is none, or has what nt cannot give to the model.
+/// For a message that is none, has what nt cannot give to the model, or if there are more than the context holds.
 pub fn messages(list: Vec<Json>, served: &Served) -> Result<Vec<Json>, ApiError> {
     if list.is_empty() {
         return Err(ApiError::field("messages", "messages: at least one message was expected"));
     }
+    let parts = |m: &Json| m["content"].as_array().map_or(1, |parts| parts.len().max(1));
+    let calls = |m: &Json| m["tool_calls"].as_array().map_or(0, Vec::len);
+    check_count(list.iter().map(|m| parts(m) + calls(m)).sum(), "messages", served)?;
     list.into_iter().enumerate().map(|(i, m)| message(m, i, served)).collect()
 }
 
@@ -209,6 +228,7 @@ pub fn no_tools(field: &str) -> ApiError {
 /// For a tool that is no function, or a choice that would need a grammar.
 pub fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiError> {
     let tools = f.list("tools")?.unwrap_or_default();
+    check_count(tools.len(), "tools", served)?;
     let choice = f.any("tool_choice");
     let one_call = !f.flag("parallel_tool_calls")?.unwrap_or(true);
     f.only("functions", &[json!([])], "tools replaces it")?;
@@ -253,6 +273,21 @@ pub fn looks(served: &Served, c: &Conversation, prompt: &str, one_call: bool) ->
         tools: served.family().filter(|_| !c.tools.is_empty()).map(|family| (family, names)),
         one_call,
     }
+}
+
+/// A task within a context that its request wants smaller than the server's.
+///
+/// # Errors
+/// If the prompt has no room in it.
+pub fn within(mut task: Task, n_ctx: Option<usize>, field: &str) -> Result<Task, ApiError> {
+    let Some(n_ctx) = n_ctx else { return Ok(task) };
+    let n = task.prompt.len();
+    if n > n_ctx {
+        let message = format!("the prompt has {n} tokens, but {field} asks for a context of {n_ctx}");
+        return Err(ApiError { param: Some(field.to_owned()), ..ApiError::too_long(message) });
+    }
+    task.max_tokens = task.max_tokens.min(n_ctx - n + 1);
+    Ok(task)
 }
 
 /// A task within the limits of the server.

@@ -14,14 +14,16 @@ const LOOK: Duration = Duration::from_millis(50);
 const LATEST: f64 = 0.2;
 
 /// Whether jobs are taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// The model is being loaded.
     Loading,
     /// Jobs are taken and done.
     Open,
-    /// No more jobs are taken.
+    /// No more jobs are taken; those at hand are being ended.
     Closing,
+    /// None is left.
+    Over,
 }
 
 /// Sums since the start, and running means.
@@ -43,9 +45,11 @@ pub struct Counters {
     pub cached_tokens: u64,
     /// Tokens of answers.
     pub generated: u64,
-    /// Passes that computed one token of an answer each, and the seconds for them.
+    /// Passes, and the texts that each had tokens of, summed.
     pub passes: u64,
-    /// Seconds.
+    /// Texts.
+    pub texts_of_passes: u64,
+    /// Seconds in which tokens of answers were computed, summed over answers.
     pub decode_s: f64,
     /// Seconds per token of a prompt, lately.
     prompt_rate_s: Option<f64>,
@@ -55,9 +59,11 @@ pub struct Counters {
     mean_generated: Option<f64>,
 }
 
-/// The job at hand.
+/// A job at hand.
 #[derive(Clone, Copy, Debug)]
 pub struct Running {
+    /// Its slot.
+    pub slot: usize,
     /// Its number.
     pub id: u64,
     /// Tokens of its prompt.
@@ -71,14 +77,16 @@ pub struct Running {
 }
 
 /// What there is to see of a queue.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct View {
     /// Whether jobs are taken.
     pub phase: Phase,
     /// Jobs that wait.
     pub waiting: usize,
-    /// The job at hand.
-    pub running: Option<Running>,
+    /// Jobs at once at most; 0 while that is not known.
+    pub slots: usize,
+    /// Jobs at hand.
+    pub running: Vec<Running>,
     /// Sums and means.
     pub counters: Counters,
 }
@@ -86,7 +94,8 @@ pub struct View {
 struct State {
     waiting: VecDeque<Job>,
     phase: Phase,
-    running: Option<Running>,
+    slots: usize,
+    running: Vec<Running>,
     counters: Counters,
 }
 
@@ -95,7 +104,7 @@ pub struct Queue {
     state: Mutex<State>,
     came: Condvar,
     most: usize,
-    closing: tokio::sync::watch::Sender<bool>,
+    phase: tokio::sync::watch::Sender<Phase>,
 }
 
 impl Queue {
@@ -104,19 +113,26 @@ impl Queue {
         let state = State {
             waiting: VecDeque::with_capacity(most),
             phase: Phase::Loading,
-            running: None,
+            slots: 0,
+            running: Vec::new(),
             counters: Counters::default(),
         };
-        Queue { state: Mutex::new(state), came: Condvar::new(), most, closing: tokio::sync::watch::Sender::new(false) }
+        Queue {
+            state: Mutex::new(state),
+            came: Condvar::new(),
+            most,
+            phase: tokio::sync::watch::Sender::new(Phase::Loading),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The model is loaded: jobs are taken.
-    pub fn open(&self) {
+    /// The model is loaded: jobs are taken, and so many computed at once.
+    pub fn open(&self, slots: usize) {
         let mut state = self.lock();
+        state.slots = slots;
         if state.phase == Phase::Loading {
             state.phase = Phase::Open;
         }
@@ -125,20 +141,27 @@ impl Queue {
     /// Takes no more jobs, and tells those that wait.
     pub fn close(&self) {
         let mut state = self.lock();
-        if state.phase == Phase::Closing {
+        if state.phase >= Phase::Closing {
             return;
         }
         state.phase = Phase::Closing;
         for job in state.waiting.drain(..) {
-            job.tell(Event::Failed(closing()));
+            job.out.tell(Event::Failed(closing()));
         }
-        self.closing.send_replace(true);
+        self.phase.send_replace(Phase::Closing);
         self.came.notify_all();
     }
 
-    /// Becomes `true` when the queue closes.
-    pub fn closing(&self) -> tokio::sync::watch::Receiver<bool> {
-        self.closing.subscribe()
+    /// No job is left, and none will come.
+    pub fn end(&self) {
+        self.close();
+        self.lock().phase = Phase::Over;
+        self.phase.send_replace(Phase::Over);
+    }
+
+    /// Says when the queue closes, and when no job is left.
+    pub fn phase(&self) -> tokio::sync::watch::Receiver<Phase> {
+        self.phase.subscribe()
     }
 
     /// Adds a job.
@@ -149,7 +172,7 @@ impl Queue {
         let mut state = self.lock();
         match state.phase {
             Phase::Loading => return Err(loading()),
-            Phase::Closing => return Err(closing()),
+            Phase::Closing | Phase::Over => return Err(closing()),
             Phase::Open => {}
         }
         if state.waiting.len() >= self.most {
@@ -173,30 +196,49 @@ impl Queue {
             }
             let mut state = self.lock();
             state.drop_cancelled();
-            if state.phase == Phase::Closing {
+            if state.phase >= Phase::Closing {
                 return None;
             }
-            if let Some(job) = state.waiting.pop_front() {
-                let most = job.task.max_tokens.saturating_mul(job.task.choices);
-                let prompt = job.task.prompt.len();
-                state.running = Some(Running { id: job.id, prompt, evaluated: 0, generated: 0, most });
+            if let Some(job) = state.take() {
                 return Some(job);
             }
             drop(self.came.wait_timeout(state, LOOK));
         }
     }
 
-    /// Tells how far the job at hand has come.
-    pub fn progress(&self, evaluated: usize, generated: usize) {
-        if let Some(running) = &mut self.lock().running {
+    /// The job that waits first, if it `fits`, which may not ask the queue for anything.
+    pub fn take_if(&self, fits: &mut dyn FnMut(&Job) -> bool) -> Option<Job> {
+        let mut state = self.lock();
+        state.drop_cancelled();
+        match state.waiting.front() {
+            Some(job) if fits(job) => state.take(),
+            _ => None,
+        }
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.lock().waiting.iter().all(Job::is_cancelled)
+    }
+
+    /// Tells how far a job at hand has come.
+    pub fn progress(&self, id: u64, evaluated: usize, generated: usize) {
+        if let Some(running) = self.lock().running.iter_mut().find(|r| r.id == id) {
             (running.evaluated, running.generated) = (evaluated, generated);
         }
     }
 
-    /// The job at hand has ended; `summary` says what was computed, whatever its end.
-    pub fn ended(&self, end: End, summary: &Summary) {
+    /// Counts a pass with tokens of so many texts.
+    pub fn passed(&self, texts: usize) {
+        let c = &mut self.lock().counters;
+        c.passes += 1;
+        c.texts_of_passes += texts as u64;
+    }
+
+    /// A job at hand has ended; `summary` says what was computed, whatever its end.
+    pub fn ended(&self, id: u64, end: End, summary: &Summary) {
         let mut state = self.lock();
-        state.running = None;
+        state.running.retain(|r| r.id != id);
         state.counters.add(end, summary);
     }
 
@@ -206,7 +248,8 @@ impl Queue {
         View {
             phase: state.phase,
             waiting: state.waiting.iter().filter(|job| !job.is_cancelled()).count(),
-            running: state.running,
+            slots: state.slots,
+            running: state.running.clone(),
             counters: state.counters,
         }
     }
@@ -224,21 +267,31 @@ pub enum End {
 }
 
 impl State {
+    /// Takes the job that waits first, to a slot.
+    fn take(&mut self) -> Option<Job> {
+        let job = self.waiting.pop_front()?;
+        let most = job.task.max_tokens.saturating_mul(job.task.choices);
+        let slot = (0..).find(|slot| self.running.iter().all(|r| r.slot != *slot)).unwrap_or(0);
+        let prompt = job.task.prompt.len();
+        self.running.push(Running { slot, id: job.id, prompt, evaluated: 0, generated: 0, most });
+        Some(job)
+    }
+
     fn drop_cancelled(&mut self) {
         let before = self.waiting.len();
         self.waiting.retain(|job| !job.is_cancelled());
         self.counters.cancelled += (before - self.waiting.len()) as u64;
     }
 
-    /// Seconds until the job at hand has ended, by the rates of those before it; at least 1.
+    /// Seconds until the first of the jobs at hand has ended, by the rates of those before; at least 1.
     fn until_free_s(&self) -> u64 {
         let c = &self.counters;
-        let rest = self.running.map_or(0.0, |r| {
+        let rest = self.running.iter().map(|r| {
             let prompt = r.prompt.saturating_sub(r.evaluated) as f64 * c.prompt_rate_s.unwrap_or(0.0);
             let expected = c.mean_generated.unwrap_or(r.most as f64).max(r.generated as f64 + 1.0).min(r.most as f64);
             prompt + (expected - r.generated as f64).max(0.0) * c.decode_rate_s.unwrap_or(0.0)
         });
-        (rest.ceil() as u64).max(1)
+        (rest.min_by(f64::total_cmp).unwrap_or(0.0).ceil() as u64).max(1)
     }
 }
 
@@ -254,7 +307,6 @@ impl Counters {
         self.cached_tokens += s.cached as u64;
         self.prompt_s += s.prompt_s;
         self.generated += s.generated as u64;
-        self.passes += s.passes as u64;
         self.decode_s += s.decode_s;
         if end != End::Done {
             return;
@@ -290,11 +342,11 @@ pub fn seconds(since: Instant) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::super::job::Task;
+    use super::super::outbox::{Inbox, outbox};
     use super::*;
-    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-    fn job(id: u64) -> (Job, UnboundedReceiver<Event>) {
-        let (out, heard) = unbounded_channel();
+    fn job(id: u64) -> (Job, Inbox<Event>) {
+        let (out, heard) = outbox(&std::sync::Arc::default());
         let task = Task {
             prompt: vec![1; 10],
             params: Default::default(),
@@ -304,7 +356,7 @@ mod tests {
             logprobs: None,
             reuse: true,
         };
-        (Job { id, task, out, since: Instant::now() }, heard)
+        (Job { id, task, out, since: Instant::now(), limit: Duration::from_secs(60) }, heard)
     }
 
     #[test]
@@ -312,15 +364,15 @@ mod tests {
         let q = Queue::new(2);
         let (a, b, c, d) = (job(1), job(2), job(3), job(4));
         assert_eq!(q.push(job(0).0).unwrap_err().status, 503);
-        q.open();
+        q.open(1);
         q.push(a.0).unwrap();
         assert_eq!(q.next(&|| false).unwrap().id, 1);
         let done =
             Summary { prompt: 10, prompt_s: 1.0, generated: 50, passes: 49, decode_s: 49.0, ..Summary::default() };
-        q.ended(End::Done, &done);
+        q.ended(1, End::Done, &done);
         q.push(b.0).unwrap();
         q.next(&|| false).unwrap();
-        q.progress(10, 20);
+        q.progress(2, 10, 20);
         q.push(c.0).unwrap();
         q.push(d.0).unwrap();
         let e = q.push(job(5).0).unwrap_err();
@@ -336,12 +388,13 @@ mod tests {
     #[test]
     fn a_queue_that_closes_tells_those_who_wait() {
         let q = Queue::new(2);
-        q.open();
+        q.open(1);
         let (j, mut heard) = job(1);
         q.push(j).unwrap();
         q.close();
-        assert!(matches!(heard.try_recv(), Ok(Event::Failed(e)) if e.status == 503));
-        assert!(q.next(&|| false).is_none() && *q.closing().borrow());
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(heard.poll(&mut cx), std::task::Poll::Ready(Some(Event::Failed(e))) if e.status == 503));
+        assert!(q.next(&|| false).is_none() && *q.phase().borrow() == Phase::Closing);
         assert_eq!(q.push(job(2).0).unwrap_err().status, 503);
     }
 }

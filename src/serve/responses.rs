@@ -41,6 +41,7 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
         served: served.clone(),
         id: id.to_owned(),
         created: unix_s(),
+        one_call,
         sequence: 0,
         open: None,
         output: Vec::new(),
@@ -55,6 +56,7 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
     match f.any("input") {
         Some(Json::String(text)) => messages.push(json!({ "role": "user", "content": text })),
         Some(Json::Array(items)) => {
+            prompt::check_count(items.len(), "input", served)?;
             for (i, item) in items.into_iter().enumerate() {
                 add(item, i, &mut messages)?;
             }
@@ -63,6 +65,7 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
     }
     // Tools lie flat here.
     let list = f.list("tools")?.unwrap_or_default();
+    prompt::check_count(list.len(), "tools", served)?;
     let mut tools = Vec::new();
     for (i, mut tool) in list.into_iter().enumerate() {
         let place = format!("tools[{i}]");
@@ -148,6 +151,7 @@ struct Responses {
     served: Arc<Served>,
     id: String,
     created: u64,
+    one_call: bool,
     sequence: u64,
     open: Option<Open>,
     output: Vec<Json>,
@@ -202,7 +206,7 @@ impl Responses {
             "instructions": null,
             "model": self.served.name(),
             "output": self.output,
-            "parallel_tool_calls": true,
+            "parallel_tool_calls": !self.one_call,
             "tool_choice": "auto",
             "tools": [],
             "metadata": {},
@@ -213,7 +217,7 @@ impl Responses {
                 "input_tokens": s.prompt,
                 "input_tokens_details": { "cached_tokens": s.cached },
                 "output_tokens": s.generated,
-                "output_tokens_details": { "reasoning_tokens": 0 },
+                "output_tokens_details": { "reasoning_tokens": s.reasoning },
                 "total_tokens": s.prompt + s.generated,
             })),
             "timings": summary.map(|s| timings(s, &self.served)),

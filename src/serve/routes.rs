@@ -1,7 +1,9 @@
 //! Paths and what answers them; who may ask.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -11,22 +13,31 @@ use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
+use hyper::body::Body as _;
 use serde_json::{Value as Json, json};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 
+use super::budget::{Budget, Claim};
+use super::connection::Connection;
 use super::error::{ApiError, Form};
 use super::fields::Fields;
 use super::job::Job;
+use super::outbox::outbox;
 use super::queue::{Phase, Queue, loading};
 use super::served::Served;
 use super::steps::{Prepared, Steps};
 use super::stream::{Stream, whole};
+use super::tokens::Tokens;
 use super::{anthropic, info, ollama, openai, responses};
 
 /// The longest that a body may take to come.
 const BODY: Duration = Duration::from_secs(60);
 /// Requests that are read at once: each may take many times its body's bytes.
 const READ_AT_ONCE: usize = 4;
+/// Bodies of the largest size that may be held at once, beyond what each request may hold in any case.
+const BODIES: u64 = 8;
+/// Bytes that these take at least.
+const BODIES_MIN: u64 = 64 << 20;
 
 /// Who may ask.
 #[derive(Clone, Debug, Default)]
@@ -45,7 +56,11 @@ pub struct App {
     queue: Arc<Queue>,
     access: Access,
     jobs: AtomicU64,
-    readers: Semaphore,
+    readers: Arc<Semaphore>,
+    /// Bytes of bodies.
+    bodies: Arc<Budget>,
+    /// Bytes of answers that wait to be read.
+    unread: Arc<AtomicUsize>,
 }
 
 type Shared = State<Arc<App>>;
@@ -54,7 +69,16 @@ type Read = fn(&Arc<Served>, Fields, &str, &dyn Fn() -> bool) -> Result<Prepared
 
 /// All paths.
 pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router {
-    let app = Arc::new(App { served, queue, access, jobs: AtomicU64::new(0), readers: Semaphore::new(READ_AT_ONCE) });
+    let bodies = usize::try_from(served.limits.body.saturating_mul(BODIES).max(BODIES_MIN)).unwrap_or(usize::MAX);
+    let app = Arc::new(App {
+        served,
+        queue,
+        access,
+        jobs: AtomicU64::new(0),
+        readers: Arc::new(Semaphore::new(READ_AT_ONCE)),
+        bodies: Budget::new(bodies),
+        unread: Arc::default(),
+    });
     Router::new()
         // Clients of Ollama look whether there is one.
         .route("/", get(async || "Ollama is running (nt serve)\n"))
@@ -200,7 +224,7 @@ async fn health(State(app): Shared) -> Response {
     match app.queue.view().phase {
         Phase::Open => answer(200, &json!({ "status": "ok" })),
         Phase::Loading => failed(&loading(), Form::OpenAi),
-        Phase::Closing => failed(&super::queue::closing(), Form::OpenAi),
+        Phase::Closing | Phase::Over => failed(&super::queue::closing(), Form::OpenAi),
     }
 }
 
@@ -297,11 +321,20 @@ async fn slots(State(app): Shared) -> Response {
 }
 
 async fn props(State(app): Shared) -> Response {
-    answer(200, &info::props(&app.served))
+    answer(200, &info::props(&app.queue.view(), &app.served))
 }
 
 async fn tokenize(State(app): Shared, request: Request) -> Response {
-    told(with_fields(&app, request, |served, f, _| info::tokenize(served, f)).await, Form::OpenAi)
+    let tokens = with_fields(&app, request, |served, f, _| info::tokenize(served, f)).await;
+    let mut claim = app.bodies.claim();
+    let body = tokens.and_then(|tokens| {
+        claim.grow(size_of_val(&tokens.ids[..]))?;
+        Ok(Body::new(Tokens::new(app.served.clone(), tokens, claim)))
+    });
+    match body {
+        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Err(e) => failed(&e, Form::OpenAi),
+    }
 }
 
 async fn detokenize(State(app): Shared, request: Request) -> Response {
@@ -332,14 +365,17 @@ async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Respo
     let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
     let id = format!("{:x}{number:08x}", app.served.started_unix_s);
     let since = Instant::now();
+    let connection = request.extensions().get::<Connection>().cloned();
     let prepared = with_fields(app, request, move |served, f, stop| read(served, f, &id, stop)).await?;
     let limits = app.served.limits;
-    let (out, events) = mpsc::unbounded_channel();
+    let end = (tokio::time::Instant::from_std(since) + limits.time, limits.time);
+    let (out, events) = outbox(&app.unread);
     let Prepared { task, looks, mut dialect, stream } = prepared;
     let steps = Steps::new(&looks, task.choices);
-    app.queue.push(Job { id: number, task, out, since })?;
+    let at_work = connection.map(|c| c.at_work());
+    app.queue.push(Job { id: number, task, out, since, limit: limits.time })?;
     if !stream {
-        return whole(events, steps, dialect.as_mut(), limits.time).await.map(|json| answer(200, &json));
+        return whole(events, steps, dialect.as_mut(), end).await.map(|json| answer(200, &json));
     }
     let headers = [
         (header::CONTENT_TYPE, dialect.content_type()),
@@ -347,7 +383,7 @@ async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Respo
         // Proxies such as nginx pass on what comes at once.
         (header::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    let body = Body::new(Stream::new(events, steps, dialect, limits.ping, limits.time));
+    let body = Body::new(Stream::new(events, steps, dialect, limits.ping, end, at_work));
     Ok((headers, body).into_response())
 }
 
@@ -363,26 +399,38 @@ async fn with_fields<T: Send + 'static>(
     if length.is_some_and(|n| n > limit) {
         return Err(ApiError::too_large(limit));
     }
-    let most = usize::try_from(limit).unwrap_or(usize::MAX);
-    let body = tokio::time::timeout(BODY, axum::body::to_bytes(request.into_body(), most)).await;
-    let body = match body {
-        Err(_) => return Err(ApiError::slow()),
-        Ok(Err(e)) => {
-            let too_large = std::error::Error::source(&e).is_some_and(|s| s.to_string().contains("length limit"));
-            let broken = || ApiError::request(format!("the body of the request broke off: {e}"));
-            return Err(if too_large { ApiError::too_large(limit) } else { broken() });
-        }
-        Ok(Ok(body)) => body,
-    };
-    let _place = app.readers.acquire().await.map_err(|e| ApiError::failed(e.to_string()))?;
+    let body = read_body(request.into_body(), limit, app.bodies.claim());
+    let (body, claim) = tokio::time::timeout(BODY, body).await.unwrap_or_else(|_| Err(ApiError::slow()))?;
+    let place = app.readers.clone().acquire_owned().await.map_err(|e| ApiError::failed(e.to_string()))?;
     let gone = Gone::default();
     let (flag, served) = (gone.0.clone(), app.served.clone());
     let read = tokio::task::spawn_blocking(move || {
+        // Bodies of clients that are gone are held until a thread comes to them: as few as are read at once.
+        let _place = place;
+        if flag.load(Ordering::Relaxed) {
+            return Err(ApiError::unavailable("the client is gone"));
+        }
         let fields = Fields::parse(&body)?;
-        drop(body);
+        drop((body, claim));
         work(&served, fields, &|| flag.load(Ordering::Relaxed))
     });
     read.await.map_err(|_| ApiError::failed("the request could not be read"))?
+}
+
+/// A body, and the claim to its bytes.
+async fn read_body(mut body: Body, limit: u64, mut claim: Claim) -> Result<(Vec<u8>, Claim), ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+        let frame = frame.map_err(|e| ApiError::request(format!("the body of the request broke off: {e}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        let n = bytes.len() + data.len();
+        if n as u64 > limit {
+            return Err(ApiError::too_large(limit));
+        }
+        claim.grow(n)?;
+        bytes.extend_from_slice(&data);
+    }
+    Ok((bytes, claim))
 }
 
 /// Says, once it is dropped, that its future was: the client is gone.

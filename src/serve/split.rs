@@ -120,6 +120,11 @@ impl Splitter {
         }
     }
 
+    /// Whether reasoning is at hand.
+    pub fn thinks(&self) -> bool {
+        self.mode == Mode::Thought
+    }
+
     /// How many calls there were.
     pub fn calls(&self) -> usize {
         self.calls

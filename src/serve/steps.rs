@@ -50,24 +50,28 @@ pub enum Step {
 /// Makes steps of events.
 pub struct Steps {
     splitters: Vec<Splitter>,
+    /// Tokens of reasoning.
+    reasoning: usize,
 }
 
 impl Steps {
     /// For so many answers.
     pub fn new(looks: &Looks, choices: usize) -> Steps {
-        Steps { splitters: (0..choices).map(|_| Splitter::new(looks)).collect() }
+        Steps { splitters: (0..choices).map(|_| Splitter::new(looks)).collect(), reasoning: 0 }
     }
 
     /// The steps of an event.
     pub fn of(&mut self, event: Event, tell: &mut dyn FnMut(Step)) {
         let mut parts = Vec::new();
         match event {
-            Event::Done(summary) => tell(Step::Done(summary)),
+            Event::Done(summary) => tell(Step::Done(Summary { reasoning: self.reasoning, ..summary })),
             Event::Failed(e) => tell(Step::Failed(e)),
-            Event::Text { choice, bits, logprobs } => {
+            Event::Text { choice, bits, logprobs, tokens } => {
                 let Some(splitter) = self.splitters.get_mut(choice) else { return };
-                let before = splitter.calls();
+                let (before, thinks) = (splitter.calls(), splitter.thinks());
                 splitter.push(&bits, &mut parts);
+                // The marks count as reasoning.
+                self.reasoning += if thinks || splitter.thinks() { tokens } else { 0 };
                 tell_parts(choice, before, parts, logprobs, tell);
             }
             Event::Finished { choice, finish } => {

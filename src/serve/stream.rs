@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use hyper::body::{Body, Frame};
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Sleep};
 
+use super::connection::AtWork;
 use super::error::ApiError;
 use super::job::Event;
+use super::outbox::Inbox;
 use super::steps::{Answers, Dialect, Step, Steps};
 
 /// Bytes after which what there is to say is sent.
@@ -19,7 +20,7 @@ const FRAME_BYTES: usize = 16 << 10;
 
 /// A body that grows.
 pub struct Stream {
-    events: UnboundedReceiver<Event>,
+    events: Inbox<Event>,
     steps: Steps,
     dialect: Box<dyn Dialect>,
     /// What is to be sent first.
@@ -30,16 +31,20 @@ pub struct Stream {
     /// When the request has taken too long.
     end: Pin<Box<Sleep>>,
     limit: Duration,
+    /// Until the job has ended, the connection gives way to no other.
+    at_work: Option<AtWork>,
 }
 
 impl Stream {
-    /// A body of these events; a ping comes where `ping` goes by without one, and an error after `limit`.
+    /// A body of these events; a ping comes where `ping` goes by without one, and an error at `end`, which is `limit`
+    /// after the request.
     pub fn new(
-        events: UnboundedReceiver<Event>,
+        events: Inbox<Event>,
         steps: Steps,
         mut dialect: Box<dyn Dialect>,
         ping: Duration,
-        limit: Duration,
+        (end, limit): (Instant, Duration),
+        at_work: Option<AtWork>,
     ) -> Stream {
         let mut begin = String::new();
         dialect.begin(&mut begin);
@@ -51,8 +56,9 @@ impl Stream {
             ended: false,
             ping,
             next_ping: Box::pin(tokio::time::sleep(ping)),
-            end: Box::pin(tokio::time::sleep(limit)),
+            end: Box::pin(tokio::time::sleep_until(end)),
             limit,
+            at_work,
         }
     }
 
@@ -62,7 +68,9 @@ impl Stream {
     }
 
     fn add(&mut self, event: Event, out: &mut String) {
-        self.ended |= matches!(event, Event::Done(_) | Event::Failed(_));
+        if matches!(event, Event::Done(_) | Event::Failed(_)) {
+            (self.ended, self.at_work) = (true, None);
+        }
         let dialect = &mut self.dialect;
         self.steps.of(event, &mut |step| dialect.step(step, out));
     }
@@ -85,7 +93,7 @@ impl Body for Stream {
         }
         let mut out = String::new();
         while out.len() < FRAME_BYTES && !this.ended {
-            match this.events.poll_recv(cx) {
+            match this.events.poll(cx) {
                 Poll::Ready(Some(event)) => this.add(event, &mut out),
                 Poll::Ready(None) => {
                     this.add(Event::Failed(ApiError::failed("the answer ended without a reason")), &mut out);
@@ -121,14 +129,14 @@ impl Body for Stream {
 /// # Errors
 /// Why there is none.
 pub async fn whole(
-    mut events: UnboundedReceiver<Event>,
+    mut events: Inbox<Event>,
     mut steps: Steps,
     dialect: &mut dyn Dialect,
-    limit: Duration,
+    (end, limit): (Instant, Duration),
 ) -> Result<serde_json::Value, ApiError> {
     let mut answers = Answers::default();
     let all = async {
-        while let Some(event) = events.recv().await {
+        while let Some(event) = events.hear().await {
             let done = matches!(event, Event::Done(_));
             let mut failed = None;
             steps.of(event, &mut |step: Step| failed = failed.take().or(answers.add(step).err()));
@@ -140,7 +148,7 @@ pub async fn whole(
         }
         Err(ApiError::failed("the answer ended without a reason"))
     };
-    match tokio::time::timeout(limit, all).await {
+    match tokio::time::timeout_at(end, all).await {
         Ok(result) => result?,
         Err(_) => return Err(ApiError::timed_out(limit.as_secs())),
     }

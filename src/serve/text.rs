@@ -1,89 +1,77 @@
-//! The text of an answer as it grows: characters made whole, stop texts cut off, each token with the text that it is in.
+//! What is told of an answer as it grows: its certain text, and each token with the text that it is in.
 
 use std::collections::VecDeque;
 
-use super::job::{Bit, TokenLogprob};
-use crate::engine::{Piece, StopFilter};
-use crate::tokenizer::{Decoder, Tokenizer};
+use super::job::{Bit, Event, Finish, TokenLogprob};
+use crate::engine::Grown;
 
-/// The text of one answer.
-pub struct Text<'a> {
-    tokenizer: &'a Tokenizer,
-    decoder: Decoder<'a>,
-    filter: StopFilter,
-    /// All that was added, names of control tokens included.
-    all: String,
-    /// Bytes of it that are certain.
+/// What is heard of one answer and is yet to be told.
+#[derive(Debug)]
+pub struct Telling {
+    /// Likeliest tokens to tell at each place, if probabilities are told.
+    top: Option<usize>,
+    /// Bytes of the text that are certain.
     certain: usize,
-    /// Tokens that are not told yet, with the byte that they begin at.
+    /// Tokens whose text is not certain yet, with the byte that they begin at.
     waiting: VecDeque<(usize, TokenLogprob)>,
+    bits: Vec<Bit>,
+    logprobs: Vec<TokenLogprob>,
+    /// Tokens drawn, and those that have been told.
+    tokens: usize,
+    told: usize,
 }
 
-/// What became certain.
-#[derive(Debug, Default)]
-pub struct Grown {
-    /// Its text.
-    pub bits: Vec<Bit>,
-    /// Its tokens.
-    pub logprobs: Vec<TokenLogprob>,
-}
-
-impl<'a> Text<'a> {
-    /// A text that ends before any of `stops`.
-    pub fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> Text<'a> {
-        let (decoder, filter) = (Decoder::new(tokenizer), StopFilter::new(stops));
-        Text { tokenizer, decoder, filter, all: String::new(), certain: 0, waiting: VecDeque::new() }
-    }
-
-    /// Adds a token. Returns whether it completes a stop text.
-    pub fn push(&mut self, token: u32, logprob: Option<TokenLogprob>, grown: &mut Grown) -> bool {
-        self.waiting.extend(logprob.map(|l| (self.all.len(), l)));
-        if self.tokenizer.is_control(token) {
-            let name = String::from_utf8_lossy(self.tokenizer.token_bytes(token)).into_owned();
-            self.add(&name, true, grown)
-        } else {
-            let text = self.decoder.push(token);
-            self.add(&text, false, grown)
+impl Telling {
+    /// Of an answer, with the probabilities of so many of the likeliest tokens if they were asked for.
+    pub fn new(top: Option<usize>) -> Telling {
+        Telling {
+            top,
+            certain: 0,
+            waiting: VecDeque::new(),
+            bits: Vec::new(),
+            logprobs: Vec::new(),
+            tokens: 0,
+            told: 0,
         }
     }
 
-    /// Ends the text. Returns whether its last characters complete a stop text.
-    pub fn finish(&mut self, grown: &mut Grown) -> bool {
-        let rest = self.decoder.finish();
-        let found = self.add(&rest, false, grown);
-        if !found {
-            self.with_filter(grown, |filter, show| filter.finish(show));
-            grown.logprobs.extend(self.waiting.drain(..).map(|w| w.1));
+    /// Hears of it.
+    pub fn hear(&mut self, grown: Grown<'_>) {
+        match grown {
+            Grown::Token { id, logits, at } => {
+                self.tokens += 1;
+                self.waiting.extend(self.top.map(|n| (at, logprob(logits, id, n))));
+            }
+            Grown::Piece(piece) => {
+                self.certain += piece.text.len();
+                self.bits.push(Bit { text: piece.text.to_owned(), control: piece.control });
+                while self.waiting.front().is_some_and(|w| w.0 < self.certain) {
+                    self.logprobs.extend(self.waiting.pop_front().map(|w| w.1));
+                }
+            }
         }
-        found
     }
 
-    /// The stop text that was found, of those that were given: the first in the text.
-    pub fn found<'s>(&self, stops: &'s [String]) -> Option<&'s String> {
-        let rest = &self.all[self.certain.min(self.all.len())..];
-        let at = |s: &&String| (rest.find(s.as_str()).unwrap_or(usize::MAX), std::cmp::Reverse(s.len()));
-        stops.iter().filter(|s| !s.is_empty()).min_by_key(at)
+    /// Tokens drawn so far.
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
 
-    fn add(&mut self, text: &str, control: bool, grown: &mut Grown) -> bool {
-        self.all.push_str(text);
-        self.with_filter(grown, |filter, show| filter.push(Piece { text, control }, show))
-    }
-
-    fn with_filter<T>(
-        &mut self,
-        grown: &mut Grown,
-        work: impl FnOnce(&mut StopFilter, &mut dyn FnMut(Piece)) -> T,
-    ) -> T {
-        let certain = &mut self.certain;
-        let result = work(&mut self.filter, &mut |piece| {
-            *certain += piece.text.len();
-            grown.bits.push(Bit { text: piece.text.to_owned(), control: piece.control });
-        });
-        while self.waiting.front().is_some_and(|w| w.0 < self.certain) {
-            grown.logprobs.extend(self.waiting.pop_front().map(|w| w.1));
+    /// Nothing more comes: tokens without a text are told too, those of a stop text apart.
+    pub fn end(&mut self, finish: &Finish) {
+        if !matches!(finish, Finish::Stop(_)) {
+            self.logprobs.extend(self.waiting.drain(..).map(|w| w.1));
         }
-        result
+    }
+
+    /// What there is to tell, if anything.
+    pub fn take(&mut self, choice: usize) -> Option<Event> {
+        if self.bits.is_empty() && self.logprobs.is_empty() {
+            return None;
+        }
+        let tokens = self.tokens - std::mem::replace(&mut self.told, self.tokens);
+        let (bits, logprobs) = (std::mem::take(&mut self.bits), std::mem::take(&mut self.logprobs));
+        Some(Event::Text { choice, bits, logprobs, tokens })
     }
 }
 
@@ -100,6 +88,7 @@ pub fn logprob(logits: &[f32], id: u32, n: usize) -> TokenLogprob {
         if n < all.len() {
             all.select_nth_unstable_by(n - 1, order);
             all.truncate(n);
+            all.shrink_to_fit();
         }
         all.sort_unstable_by(order);
     }
@@ -110,6 +99,7 @@ pub fn logprob(logits: &[f32], id: u32, n: usize) -> TokenLogprob {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Piece;
 
     #[test]
     fn probabilities_are_those_of_the_softmax() {
@@ -118,5 +108,26 @@ mod tests {
         assert!((l.logprob - (1f32.exp() / total).ln()).abs() < 1e-6, "{l:?}");
         assert_eq!(l.top.iter().map(|t| t.0).collect::<Vec<_>>(), [2, 1]);
         assert!(logprob(&[1.0], 9, 0).logprob == f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn a_token_is_told_with_its_text() {
+        let mut t = Telling::new(Some(0));
+        let token = |id, at| Grown::Token { id, logits: &[0.0; 8], at };
+        let piece = |text| Grown::Piece(Piece { text, control: false });
+        t.hear(token(1, 0));
+        assert!(t.take(0).is_none());
+        t.hear(piece("ab"));
+        t.hear(token(2, 2));
+        let ids = |event: Option<Event>| match event {
+            Some(Event::Text { logprobs, tokens, .. }) => (logprobs.iter().map(|l| l.id).collect(), tokens),
+            _ => (Vec::new(), 0),
+        };
+        assert_eq!(ids(t.take(0)), (vec![1], 2));
+        t.hear(token(3, 3));
+        t.end(&Finish::Stop("c".into()));
+        assert!(t.take(0).is_none());
+        t.end(&Finish::Length);
+        assert_eq!(ids(t.take(0)), (vec![2, 3], 1));
     }
 }

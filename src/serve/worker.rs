@@ -1,18 +1,19 @@
-//! Computes jobs, one at a time, with the session that it alone has. A scheduler of batches may take its place: it meets
-//! the rest of the server only in [`Queue::next`], [`Queue::ended`] and the events of a [`Job`].
+//! Computes jobs with the session that it alone has: as many at once as there are slots, a token of each in every pass
+//! ([`Generator`]). It meets the rest of the server in [`Queue`] and in the events of a [`Job`].
+//!
+//! Each answer of a job is a text of the generator in a sequence of its own, a lane. A job has one lane, in which its
+//! answers follow each other, and more while slots and pages are idle. A job begins once the pages that its answer may
+//! come to need are free; prompts that are kept give theirs up for it.
 
-use std::time::Instant;
-
-use super::choice::{Choice, Next};
 use super::error::ApiError;
-use super::job::{Event, Finish, Job, Summary};
+use super::job::{Event, Finish, Job, Over, Summary, Task};
 use super::prefix::Kept;
 use super::queue::{End, Queue, seconds};
-use super::text::Grown;
-use crate::backend::Class;
-use crate::engine::{EngineError, Session};
-use crate::model::{ForwardError, Outputs};
-use crate::state::{SeqId, StateError};
+use super::text::Telling;
+use crate::engine::{
+    Ended, EngineError, Generation, Generator, JobId as TextId, Request, Sampler, Session, StopReason,
+};
+use crate::state::{PAGE, SeqId, StateError};
 use crate::tokenizer::Tokenizer;
 
 /// Computes what is queued, until the queue closes or `stop` says so, which is asked in the middle of passes too.
@@ -21,26 +22,39 @@ pub struct Worker<'a> {
     tokenizer: &'a Tokenizer,
     queue: &'a Queue,
     stop: &'a dyn Fn() -> bool,
+    /// Texts at once.
+    slots: usize,
     /// A sequence without tokens.
     root: SeqId,
     kept: Kept<SeqId>,
+    generator: Generator<'a, Sampler>,
+    active: Vec<Active>,
+    lanes: Vec<Lane>,
+    tellings: Vec<(TextId, Telling)>,
 }
 
-/// Why a job ends before its end.
-enum Ended {
-    /// Nobody waits for it, or the server stops.
-    Cancelled,
-    Failed(EngineError),
+/// A job that is computed.
+struct Active {
+    job: Job,
+    summary: Summary,
+    /// The answer that begins next.
+    next: usize,
+    /// Why it ends before its end.
+    fails: Option<(End, ApiError)>,
 }
 
-impl From<EngineError> for Ended {
-    fn from(e: EngineError) -> Ended {
-        match e {
-            EngineError::Forward(ForwardError::Interrupted) => Ended::Cancelled,
-            e => Ended::Failed(e),
-        }
-    }
+/// An answer that is computed.
+struct Lane {
+    text: TextId,
+    job: u64,
+    choice: usize,
+    seq: SeqId,
+    /// Whether its prompt is kept for others already.
+    shared: bool,
 }
+
+/// A sequence that a job can begin in, and how many tokens of its prompt it has.
+type Place = (SeqId, usize);
 
 impl<'a> Worker<'a> {
     /// A worker with a session that has computed nothing.
@@ -49,130 +63,359 @@ impl<'a> Worker<'a> {
         tokenizer: &'a Tokenizer,
         queue: &'a Queue,
         stop: &'a dyn Fn() -> bool,
+        slots: usize,
     ) -> Worker<'a> {
         let root = session.sequence();
-        Worker { session, tokenizer, queue, stop, root, kept: Kept::new() }
+        let generator = Generator::new(session, tokenizer);
+        Worker {
+            session,
+            tokenizer,
+            queue,
+            stop,
+            slots,
+            root,
+            kept: Kept::new(),
+            generator,
+            active: Vec::new(),
+            lanes: Vec::new(),
+            tellings: Vec::new(),
+        }
     }
 
     /// Works until there is to be no more.
     pub fn work(&mut self) {
-        while let Some(job) = self.queue.next(self.stop) {
-            self.job(&job);
+        loop {
+            if !(self.stop)() {
+                self.take();
+            }
+            if !self.lanes.is_empty() {
+                self.step();
+                continue;
+            }
+            let Some(job) = self.queue.next(self.stop) else { return };
+            let place = self.place(&job.task).transpose();
+            // Nobody else has pages.
+            let full = StateError::Full { positions: job.task.prompt.len(), needed: 1, free: 0 };
+            self.begin(job, place.unwrap_or_else(|| Err(full.into())));
         }
     }
 
-    fn job(&mut self, job: &Job) {
-        let mut summary = Summary { queued_s: seconds(job.since), ..Summary::default() };
-        let ended = self.compute(job, &mut summary);
-        let end = match &ended {
-            Ok(()) => End::Done,
-            Err(Ended::Cancelled) => End::Cancelled,
-            Err(Ended::Failed(_)) => End::Failed,
-        };
-        self.queue.ended(end, &summary);
-        job.tell(match ended {
-            Ok(()) => Event::Done(summary),
-            Err(Ended::Cancelled) => Event::Failed(ApiError::unavailable("the server stopped before the answer's end")),
-            Err(Ended::Failed(e)) => {
-                tracing::warn!("request {}: {e}", job.id);
-                Event::Failed(ApiError::failed(e.to_string()))
+    /// Begins jobs that wait and have room, and more answers of those at hand where slots are idle.
+    fn take(&mut self) {
+        while self.lanes.len() < self.slots {
+            let (queue, mut place) = (self.queue, None);
+            let first = queue.take_if(&mut |job| {
+                place = self.place(&job.task).transpose();
+                place.is_some()
+            });
+            match (first, place) {
+                (Some(job), Some(place)) => self.begin(job, place),
+                _ => break,
             }
-        });
+        }
+        while self.lanes.len() < self.slots && self.queue.is_empty() {
+            match self.spread() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(e) => return self.fail_all(&e),
+            }
+        }
     }
 
-    /// Computes a job in a sequence of its own, whose part of the prompt is kept.
-    fn compute(&mut self, job: &Job, summary: &mut Summary) -> Result<(), Ended> {
-        let prompt = &job.task.prompt;
-        let seq = self.begin(job, summary)?;
-        let result = self.evaluate_prompt(job, summary).and_then(|()| self.answers(job, summary));
-        let n = match &result {
-            // Nothing is kept of numbers that are not finite, and the session forgets that there were any.
-            Err(Ended::Failed(EngineError::NotFinite { .. })) => 0,
-            Err(_) if self.session.overflow().is_some() => 0,
-            _ => self.session.position().min(prompt.len()),
-        };
-        self.session.truncate(n);
+    /// A new sequence with the first `n` tokens of another.
+    fn fork(&mut self, from: SeqId, n: usize) -> Result<SeqId, EngineError> {
+        self.session.switch(from)?;
+        let fork = self.session.fork_at(n);
         self.session.switch(self.root)?;
-        for gone in self.kept.add(seq, prompt[..n].to_vec()) {
+        fork
+    }
+
+    /// Pages that an answer of a task may come to take in a sequence.
+    fn pages(&self, task: &Task, seq: SeqId) -> Result<usize, EngineError> {
+        let positions = task.prompt.len().saturating_add(task.max_tokens.saturating_sub(1));
+        self.session.pages_needed(seq, positions.min(self.session.n_ctx()))
+    }
+
+    /// A sequence for a job that has as much of its prompt as is kept, if there is room for its answer. The last token
+    /// of a prompt is computed in any case, for what follows it. Kept prompts make room if that is enough, or if nobody
+    /// else will.
+    fn place(&mut self, task: &Task) -> Result<Option<Place>, EngineError> {
+        loop {
+            let before_last = &task.prompt[..task.prompt.len() - 1];
+            let found = if task.reuse { self.kept.longest(before_last) } else { None };
+            let (from, cached) = found.unwrap_or((self.root, 0));
+            let seq = self.fork(from, cached)?;
+            let (needed, room) = (self.pages(task, seq)?, self.generator.room(self.session));
+            if needed <= room {
+                return Ok(Some((seq, cached)));
+            }
+            self.session.close(seq)?;
+            let idle = self.session.free_without(&self.kept.all()) - self.session.free_pages();
+            if room + idle < needed && !self.lanes.is_empty() {
+                return Ok(None);
+            }
+            let Some(gone) = self.kept.forget() else { return Ok(None) };
             self.session.close(gone)?;
         }
-        result
     }
 
-    /// Goes on with a new sequence that has as much of the prompt as is kept. Its last token is computed in any case,
-    /// for what follows it.
-    fn begin(&mut self, job: &Job, summary: &mut Summary) -> Result<SeqId, EngineError> {
-        let prompt = &job.task.prompt;
-        let found = if job.task.reuse { self.kept.longest(&prompt[..prompt.len() - 1]) } else { None };
-        let (from, cached) = found.unwrap_or((self.root, 0));
-        (summary.prompt, summary.cached) = (prompt.len(), cached);
-        self.session.switch(from)?;
-        let seq = self.session.fork_at(cached)?;
-        self.session.switch(seq)?;
-        Ok(seq)
-    }
-
-    fn evaluate_prompt(&mut self, job: &Job, summary: &mut Summary) -> Result<(), Ended> {
-        let start = Instant::now();
-        let result = self.evaluate(job, &job.task.prompt[summary.cached..], Class::Bulk);
-        summary.prompt_s = seconds(start);
-        result
-    }
-
-    /// Evaluates tokens behind those of the sequence; prompts that are kept make room for them.
-    fn evaluate(&mut self, job: &Job, tokens: &[u32], class: Class) -> Result<(), Ended> {
-        let began = self.session.position();
-        let stop = || job.is_cancelled() || (self.stop)();
-        loop {
-            // What was computed before room was wanting stays.
-            let rest = &tokens[self.session.position() - began..];
-            match self.session.eval(rest, class, Outputs::Last, &stop) {
-                Err(EngineError::State(StateError::Full { .. })) => match self.kept.forget() {
-                    Some(seq) => self.session.close(seq)?,
-                    None => {
-                        return Err(Ended::Failed(
-                            StateError::Full { positions: rest.len(), needed: 1, free: 0 }.into(),
-                        ));
-                    }
-                },
-                other => return Ok(other?),
+    /// Begins a job in its place.
+    fn begin(&mut self, job: Job, place: Result<Place, EngineError>) {
+        let summary = Summary { queued_s: seconds(job.since), prompt: job.task.prompt.len(), ..Summary::default() };
+        let id = job.id;
+        self.active.push(Active { job, summary, next: 0, fails: None });
+        let begun = place.and_then(|(seq, cached)| {
+            if let Some(active) = self.active.last_mut() {
+                active.summary.cached = cached;
             }
+            self.lane(id, seq, cached).or_else(|e| self.session.close(seq).and(Err(e)))
+        });
+        if let Err(e) = begun {
+            self.fail(id, &e);
+            self.end_job(id, None);
         }
     }
 
-    /// The answers, one after the other, each behind the prompt.
-    fn answers(&mut self, job: &Job, summary: &mut Summary) -> Result<(), Ended> {
-        let first = self.session.logits()?.to_vec();
-        for choice in 0..job.task.choices {
-            self.session.truncate(job.task.prompt.len());
-            let start = Instant::now();
-            let finish = self.answer(job, choice, &first, summary);
-            summary.decode_s += seconds(start);
-            job.tell(Event::Finished { choice, finish: finish? });
-        }
+    /// Begins the next answer of a job in a sequence that has the first tokens of its prompt.
+    fn lane(&mut self, id: u64, seq: SeqId, cached: usize) -> Result<(), EngineError> {
+        let Some(active) = self.active.iter_mut().find(|a| a.job.id == id) else { return Ok(()) };
+        let (task, choice) = (&active.job.task, active.next);
+        let mut params = task.params.clone();
+        params.seed = params.seed.wrapping_add(choice as u64);
+        let sampler = Sampler::for_model(params, self.session.n_vocab(), self.tokenizer);
+        let request = Request { text: &task.prompt, cached, n: task.max_tokens, stops: &task.stops, special: false };
+        let text = self.generator.add_now(self.session, seq, sampler, request)?;
+        self.tellings.push((text, Telling::new(task.logprobs)));
+        active.next += 1;
+        self.lanes.push(Lane { text, job: id, choice, seq, shared: choice > 0 });
         Ok(())
     }
 
-    /// One answer, told as it grows. `first`: the logits behind the prompt.
-    fn answer(&mut self, job: &Job, number: usize, first: &[f32], summary: &mut Summary) -> Result<Finish, Ended> {
-        let mut choice = Choice::new(&job.task, number, first.len(), self.tokenizer);
-        let before = summary.generated;
-        let mut at_prompt = true;
-        loop {
-            let full = self.session.position() >= self.session.n_ctx();
-            let mut grown = Grown::default();
-            let logits = if std::mem::take(&mut at_prompt) { first } else { self.session.logits()? };
-            let next = choice.step(logits, full, &mut grown);
-            summary.generated = before + choice.generated();
-            self.queue.progress(summary.prompt, summary.generated);
-            if !grown.bits.is_empty() || !grown.logprobs.is_empty() {
-                job.tell(Event::Text { choice: number, bits: grown.bits, logprobs: grown.logprobs });
-            }
-            match next {
-                Next::Finished(finish) => return Ok(finish),
-                Next::Evaluate(token) => self.evaluate(job, &[token], Class::Exact)?,
-            }
-            summary.passes += 1;
+    /// Begins another answer of a job that has more to come, next to the one that is computed. False: there is none, or
+    /// no room.
+    fn spread(&mut self) -> Result<bool, EngineError> {
+        let more = self.active.iter().filter(|a| a.fails.is_none() && a.next < a.job.task.choices);
+        let from = more.filter_map(|a| {
+            let n = a.job.task.prompt.len();
+            let has_all = |lane: &&Lane| lane.job == a.job.id && self.session.length(lane.seq).is_ok_and(|l| l >= n);
+            self.lanes.iter().find(has_all).map(|lane| (a, lane.seq))
+        });
+        let Some((active, from)) = from.into_iter().next() else { return Ok(false) };
+        let (id, cached) = (active.job.id, active.job.task.prompt.len() - 1);
+        let seq = self.fork(from, cached)?;
+        let Some(active) = self.active.iter().find(|a| a.job.id == id) else { return Ok(false) };
+        // The sequence that it is forked from may need a copy of its last page now.
+        if self.pages(&active.job.task, seq)? + 1 > self.generator.room(self.session) {
+            self.session.close(seq)?;
+            return Ok(false);
         }
+        self.lane(id, seq, cached).or_else(|e| self.session.close(seq).and(Err(e))).map(|()| true)
+    }
+
+    /// Runs a pass and tells what came of it.
+    fn step(&mut self) {
+        let mut ended = Vec::new();
+        let Worker { generator, session, active, lanes, tellings, stop, .. } = self;
+        let is_over = |text: TextId| {
+            let job = lanes.iter().find(|lane| lane.text == text).map(|lane| lane.job);
+            let active = active.iter().find(|a| Some(a.job.id) == job);
+            stop() || active.is_some_and(|a| a.fails.is_some() || a.job.over().is_some())
+        };
+        let ran = generator.step(
+            session,
+            &is_over,
+            &mut |text, grown| {
+                if let Some((_, telling)) = tellings.iter_mut().find(|t| t.0 == text) {
+                    telling.hear(grown);
+                }
+            },
+            &mut ended,
+        );
+        match ran {
+            Ok(true) => self.queue.passed(self.lanes.len()),
+            Ok(false) if !ended.is_empty() => {}
+            Ok(false) => self.fail_all(&StateError::Full { positions: 1, needed: 1, free: 0 }.into()),
+            Err(e) => self.fail_all(&e),
+        }
+        self.tell();
+        for e in ended {
+            self.lane_ended(e);
+        }
+        self.share();
+    }
+
+    /// Tells what texts have grown by, and how far jobs are.
+    fn tell(&mut self) {
+        for lane in &self.lanes {
+            let telling = self.tellings.iter_mut().find(|t| t.0 == lane.text);
+            let active = self.active.iter().find(|a| a.job.id == lane.job);
+            let (Some((_, telling)), Some(active)) = (telling, active) else { continue };
+            if let Some(event) = telling.take(lane.choice) {
+                active.job.out.tell(event);
+            }
+        }
+        for active in &self.active {
+            let mut evaluated = 0;
+            let mut generated = active.summary.generated;
+            for lane in self.lanes.iter().filter(|lane| lane.job == active.job.id) {
+                evaluated = evaluated.max(self.session.length(lane.seq).unwrap_or(0).min(active.summary.prompt));
+                generated += self.tellings.iter().find(|t| t.0 == lane.text).map_or(0, |t| t.1.tokens());
+            }
+            self.queue.progress(active.job.id, evaluated, generated);
+        }
+    }
+
+    /// Keeps prompts that have just been computed, as far as their pages are full, for others that begin alike.
+    fn share(&mut self) {
+        for i in 0..self.lanes.len() {
+            let Lane { seq, job, shared, .. } = self.lanes[i];
+            let Some(active) = self.active.iter().find(|a| a.job.id == job) else { continue };
+            let prompt = &active.job.task.prompt;
+            if shared || !self.session.length(seq).is_ok_and(|n| n >= prompt.len()) {
+                continue;
+            }
+            self.lanes[i].shared = true;
+            // A page that this answer or the next goes on in would have to be copied.
+            let n = (prompt.len() - 1) / PAGE * PAGE;
+            let tokens = prompt[..n].to_vec();
+            if n > 0
+                && let Ok(fork) = self.fork(seq, n)
+            {
+                self.keep(fork, tokens);
+            }
+        }
+    }
+
+    /// Keeps a prompt in a sequence, and ends what is no longer kept.
+    fn keep(&mut self, seq: SeqId, tokens: Vec<u32>) {
+        for gone in self.kept.add(seq, tokens) {
+            // It is there, and is not the root.
+            let _ = self.session.close(gone);
+        }
+    }
+
+    /// An answer has ended: tells so, and goes on with the job's next one in its place.
+    fn lane_ended(&mut self, e: Ended<Sampler>) {
+        let Some(at) = self.lanes.iter().position(|lane| lane.text == e.job) else { return };
+        let lane = self.lanes.remove(at);
+        let telling = self.tellings.iter().position(|t| t.0 == e.job).map(|at| self.tellings.remove(at).1);
+        let finite = !matches!(e.result, Err(EngineError::NotFinite { .. }));
+        match (e.result, telling) {
+            (Ok(g), Some(telling)) => self.answer_ended(&lane, g, telling),
+            (Ok(_), None) => {}
+            (Err(e), _) => self.fail(lane.job, &e),
+        }
+        let alone = !self.lanes.iter().any(|other| other.job == lane.job);
+        let Some(active) = self.active.iter().find(|a| a.job.id == lane.job) else { return };
+        let more = active.fails.is_none() && active.next < active.job.task.choices;
+        let begins = active.job.task.prompt.len() - 1;
+        // Others that wait come before answers next to the one that every job has.
+        if more && (alone || self.queue.is_empty()) {
+            match self.again(&lane, begins, alone) {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(e) => self.fail(lane.job, &e),
+            }
+        }
+        let keeps = alone && finite;
+        if alone {
+            self.end_job(lane.job, Some(lane.seq).filter(|_| keeps));
+        }
+        if !keeps {
+            // It is there, and is not the root.
+            let _ = self.session.close(lane.seq);
+        }
+    }
+
+    /// Begins the next answer of a job in the sequence of the one that has ended, if there is room, which there is where
+    /// it is the job's only one.
+    fn again(&mut self, lane: &Lane, begins: usize, alone: bool) -> Result<bool, EngineError> {
+        self.session.keep(lane.seq, begins)?;
+        loop {
+            let Some(active) = self.active.iter().find(|a| a.job.id == lane.job) else { return Ok(false) };
+            let (needed, room) = (self.pages(&active.job.task, lane.seq)?, self.generator.room(self.session));
+            if needed <= room {
+                break;
+            }
+            match alone.then(|| self.kept.forget()).flatten() {
+                Some(gone) => self.session.close(gone)?,
+                None if alone => return Err(StateError::Full { positions: begins, needed, free: room }.into()),
+                None => return Ok(false),
+            }
+        }
+        self.lane(lane.job, lane.seq, begins).map(|()| true)
+    }
+
+    /// Adds an answer's figures and tells its end.
+    fn answer_ended(&mut self, lane: &Lane, g: Generation, mut telling: Telling) {
+        let why = (g.stop == StopReason::Interrupt).then(|| self.why_interrupted(lane.job));
+        let Some(active) = self.active.iter_mut().find(|a| a.job.id == lane.job) else { return };
+        let s = &mut active.summary;
+        s.generated += g.tokens.len();
+        s.passes += g.decode_passes;
+        s.decode_s += g.decode_s;
+        match lane.choice {
+            0 => s.prompt_s += g.prefill_s,
+            // The prompt's last token alone.
+            _ => s.decode_s += g.prefill_s,
+        }
+        let finish = match g.stop {
+            StopReason::Interrupt => {
+                active.fails = active.fails.take().or(why);
+                return;
+            }
+            StopReason::Eos => Finish::End,
+            StopReason::Length => Finish::Length,
+            StopReason::Stop => Finish::Stop(g.stop_text.unwrap_or_default()),
+        };
+        telling.end(&finish);
+        if let Some(event) = telling.take(lane.choice) {
+            active.job.out.tell(event);
+        }
+        active.job.out.tell(Event::Finished { choice: lane.choice, finish });
+    }
+
+    /// Why an answer of a job was given up.
+    fn why_interrupted(&self, id: u64) -> (End, ApiError) {
+        let over = self.active.iter().find(|a| a.job.id == id).and_then(|a| Some((a, a.job.over()?)));
+        let e = match over {
+            Some((a, Over::Late)) => ApiError::timed_out(a.job.limit.as_secs()),
+            Some((_, Over::Unread)) => ApiError::unread(),
+            Some((_, Over::Gone)) | None => ApiError::unavailable("the server stopped before the answer's end"),
+        };
+        (End::Cancelled, e)
+    }
+
+    /// A job ends with a failure, once its lanes have.
+    fn fail(&mut self, id: u64, e: &EngineError) {
+        if let Some(active) = self.active.iter_mut().find(|a| a.job.id == id) {
+            tracing::warn!("request {id}: {e}");
+            active.fails.get_or_insert_with(|| (End::Failed, ApiError::failed(e.to_string())));
+        }
+    }
+
+    fn fail_all(&mut self, e: &EngineError) {
+        let all: Vec<u64> = self.active.iter().map(|a| a.job.id).collect();
+        all.into_iter().for_each(|id| self.fail(id, e));
+    }
+
+    /// A job has ended; what its last sequence has of the prompt is kept.
+    fn end_job(&mut self, id: u64, seq: Option<SeqId>) {
+        let Some(at) = self.active.iter().position(|a| a.job.id == id) else { return };
+        let Active { job, summary, fails, .. } = self.active.remove(at);
+        if let Some(seq) = seq {
+            let prompt = &job.task.prompt;
+            let n = self.session.length(seq).unwrap_or(0).min(prompt.len());
+            match self.session.keep(seq, n) {
+                Ok(()) => self.keep(seq, prompt[..n].to_vec()),
+                Err(e) => tracing::warn!("request {id}: {e}"),
+            }
+        }
+        let (end, event) = match fails {
+            None => (End::Done, Event::Done(summary)),
+            Some((end, e)) => (end, Event::Failed(e)),
+        };
+        self.queue.ended(id, end, &summary);
+        job.out.tell(event);
     }
 }

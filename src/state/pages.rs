@@ -313,6 +313,15 @@ impl Pages {
         self.free.len()
     }
 
+    /// Pages that nobody has once these sequences have ended.
+    pub fn free_without(&self, seqs: &[SeqId]) -> usize {
+        let mut users = self.users.clone();
+        for s in self.seqs.iter().filter(|s| seqs.contains(&s.id)) {
+            s.table.iter().for_each(|&page| users[page as usize] -= 1);
+        }
+        users.iter().filter(|n| **n == 0).count()
+    }
+
     fn find(&self, seq: SeqId) -> Result<usize, StateError> {
         self.seqs.iter().position(|s| s.id == seq).ok_or(StateError::NoSuchSequence(seq.0))
     }

@@ -104,6 +104,13 @@ fn chat_and_generate_of_ollama() {
     assert_eq!(server.get("/api/ps").json()["models"][0]["model"], "tiny");
     assert!(server.get("/api/version").json()["version"].is_string());
     assert_eq!(server.ok("/api/show", &json!({ "model": "tiny" }))["details"]["family"], "llama");
+    // A context that is smaller than the server's ends the answer, as a full one does.
+    let n = last["prompt_eval_count"].as_u64().unwrap();
+    let small = json!({ "messages": chat["messages"], "stream": false,
+        "options": { "seed": 5, "temperature": 0.9, "num_ctx": n + 2 } });
+    let cut = server.ok("/api/chat", &small);
+    assert_eq!((&cut["eval_count"], &cut["done_reason"]), (&json!(3), &json!("length")), "{cut}");
+    assert!(expected.starts_with(cut["message"]["content"].as_str().unwrap().trim_end_matches('\u{fffd}')));
     let load = server.ok("/api/generate", &json!({ "model": "tiny", "keep_alive": 0, "stream": false }));
     assert_eq!((&load["done_reason"], &load["response"]), (&json!("load"), &json!("")));
     for path in ["/api/pull", "/api/delete", "/api/embed"] {
@@ -114,6 +121,7 @@ fn chat_and_generate_of_ollama() {
         ("format", json!("json"), "format"),
         ("options", json!({ "mirostat": 1 }), "options.mirostat"),
         ("options", json!({ "num_ctx": 1_000_000 }), "num_ctx"),
+        ("options", json!({ "num_ctx": 9 }), "num_ctx"),
         ("think", json!(true), "think"),
         ("model", json!("llama3"), "llama3"),
     ] {
@@ -200,7 +208,16 @@ fn tools_are_given_to_a_template_that_has_them() {
     let blocks = json!([{ "role": "user", "content": "hi" },
         { "role": "assistant", "content": [{ "type": "tool_use", "id": "c1", "name": "f", "input": { "x": 1 } }] },
         { "role": "user", "content": [{ "type": "tool_result", "tool_use_id": "c1", "content": "5" }] }]);
-    let tools = json!([{ "name": "f", "input_schema": { "type": "object" } }]);
+    let mut tools =
+        json!([{ "name": "f", "input_schema": { "type": "object" }, "cache_control": { "type": "ephemeral" } }]);
+    for (field, value) in [("strict", json!(true)), ("input_examples", json!([{ "x": 1 }])), ("colour", json!("red"))] {
+        let mut tools = tools.clone();
+        tools[0][field] = value;
+        let reply = server.post("/v1/messages/count_tokens", &json!({ "messages": blocks, "tools": tools }));
+        let message = reply.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(reply.status == 400 && message.starts_with(&format!("tools[0].{field}")), "{message}");
+    }
+    tools[0]["strict"] = false.into();
     let counted = server.ok("/v1/messages/count_tokens", &json!({ "messages": blocks, "tools": tools }));
     let tokens = server.ok("/tokenize", &json!({ "content": prompt, "add_special": true }));
     assert_eq!(counted["input_tokens"].as_u64().unwrap(), tokens["tokens"].as_array().unwrap().len() as u64);

@@ -81,6 +81,10 @@ fn a_stop_text_ends_an_answer_and_is_not_shown() {
         json!({ "prompt": "hello", "max_tokens": 40, "temperature": 0, "logit_bias": { "65": 50, "257": -100 } });
     let free = server.ok("/v1/completions", &request);
     assert_eq!(free["choices"][0]["text"], "A".repeat(40), "a bias of 50 wins");
+    // A text stands for each of its tokens, as at llama-server.
+    let text = json!({ "prompt": "hello", "max_tokens": 9, "temperature": 0, "logit_bias": [["A", 50], [257, false]],
+        "dry_multiplier": 0.1, "dry_sequence_breakers": [] });
+    assert_eq!(server.ok("/v1/completions", &text)["choices"][0]["text"], "A".repeat(9));
     let mut request =
         json!({ "prompt": "hello", "max_tokens": 40, "seed": 9, "temperature": 1.5, "logit_bias": { "257": -100 } });
     let free = server.ok("/v1/completions", &request);
@@ -123,6 +127,7 @@ fn what_is_not_understood_is_refused_by_name() {
         (json!({ "stream": "yes" }), "stream"),
         (json!({ "stream_options": { "x": 1 } }), "stream_options.x"),
         (json!({ "logit_bias": { "999": 1 } }), "logit_bias"),
+        (json!({ "logit_bias": [["a", "x"]] }), "logit_bias"),
         (json!({ "logit_bias": { "5": "x" } }), "logit_bias.5"),
         (json!({ "top_logprobs": 3 }), "top_logprobs"),
         (json!({ "response_format": { "type": "json_object" } }), "response_format"),
@@ -185,7 +190,8 @@ fn the_tokenizer_and_the_template_answer_too() {
     let prompt = server.ok("/apply-template", &json!({ "messages": [{ "role": "user", "content": "hi" }] }));
     assert_eq!(prompt["prompt"], "<user>hi<assistant>");
     assert_eq!(server.post("/detokenize", &json!({ "tokens": [-1] })).status, 400);
-    assert_eq!(server.get("/props").json()["total_slots"], 1);
+    assert_eq!(server.get("/props").json()["total_slots"], 4);
+    assert_eq!(server.get("/slots").json().as_array().unwrap().len(), 4);
     assert_eq!(server.get("/slots").json()[0]["is_processing"], false);
     let echo = json!({ "prompt": [104, 105], "echo": true, "max_tokens": 0 });
     let reply: Reply = server.post("/v1/completions", &echo);

@@ -15,7 +15,7 @@ pub fn model() -> File {
 }
 
 /// The text of `nt run` alone.
-fn alone(model: &std::path::Path, prompt: &str, seed: u64, n: usize) -> Json {
+pub fn alone(model: &std::path::Path, prompt: &str, seed: u64, n: usize) -> Json {
     let (seed, n) = (seed.to_string(), n.to_string());
     let args = ["run", model.to_str().unwrap(), "--backend", "cpu", "--threads", "1", "--json", "-p", prompt];
     let out = nt(&[&args[..], &["-n", &n, "--seed", &seed, "--temp", "1.2"]].concat());
@@ -36,10 +36,16 @@ fn of_many_clients_at_once() {
     let stem = "Once upon a time there was a machine that read the same words over and over, and each time it ";
     let prompts: Vec<String> = (0..8).map(|i| format!("{}{i}", &stem[..20 + 9 * i])).collect();
     let expected: Vec<Json> = prompts.iter().enumerate().map(|(i, p)| alone(&path, p, i as u64, 8 + 3 * i)).collect();
-    let server = Server::start(&path, &["--ctx", "256"]);
+    for (parallel, ctx) in [("1", "256"), ("4", "256"), ("4", "1024"), ("12", "1024")] {
+        let server = Server::start(&path, &["--ctx", ctx, "--parallel", parallel]);
+        clients(&server, &prompts, &expected);
+    }
+}
+
+/// 32 of them: some stream, some read whole answers, some go away.
+fn clients(server: &Server, prompts: &[String], expected: &[Json]) {
     std::thread::scope(|scope| {
         for client in 0..32usize {
-            let (server, prompts, expected) = (&server, &prompts, &expected);
             scope.spawn(move || {
                 for turn in 0..4 {
                     let i = (client * 5 + turn * 3) % prompts.len();
