@@ -356,6 +356,7 @@ impl Backend for Detached {
 
 fn options() -> Options {
     Options {
+        sequences: 1,
         backend: BackendKind::Cpu,
         vram: None,
         threads: 2,

@@ -161,6 +161,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let opened = run::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
+    options.sequences += args.parallel.0.iter().max().copied().unwrap_or(1);
     let (kv, threads) = (options.kv_type, options.threads);
     options.timeline |= args.html.is_some();
     let tests = tests(args);

@@ -114,6 +114,12 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let defaults = args.sampling.params()?;
     let keys = args.api_key_file.as_deref().map(keys).transpose()?.unwrap_or_default();
     let opened = run::open(&args.model, &args.placement)?;
+    if opened.model.hparams.recurrent.is_some() {
+        return Err(Failure::usage(format!(
+            "architecture {} has a recurrent state, which requests cannot share yet; `nt run` and `nt chat` compute it",
+            opened.model.hparams.arch.name
+        )));
+    }
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;

@@ -520,4 +520,31 @@ mod tests {
         pages.keep(seq, 0).unwrap();
         assert_eq!(pages.free_pages(), 2);
     }
+
+    /// Guards against a sequence that goes back to a state that is gone, and against two that have one state.
+    #[test]
+    fn recurrent_states_belong_to_one_sequence_and_do_not_go_back() {
+        let mut pages = Pages::new(8, 4).with_states(2);
+        let mut ops = Vec::new();
+        let a = pages.open();
+        pages.reserve(a, 70, &mut ops).unwrap();
+        let before = pages.state(a).unwrap();
+        pages.commit(a, 70).unwrap();
+        assert_eq!(pages.state(a), Ok(before ^ 1), "a pass writes the other copy");
+        assert_eq!((pages.reach(a, 69), pages.reach(a, 70), pages.reach(a, 99)), (Ok(0), Ok(70), Ok(70)));
+        assert_eq!(pages.keep(a, 69), Err(StateError::Recurrent { position: 69, len: 70 }));
+        assert_eq!(pages.fork_at(a, 64), Err(StateError::Recurrent { position: 64, len: 70 }));
+        let (b, copy) = pages.fork_at(a, 70).unwrap();
+        assert_eq!(copy, Some(StateOp::CopyState { from: before ^ 1, to: pages.state(b).unwrap() }));
+        assert!(pages.state(a).unwrap() / 2 != pages.state(b).unwrap() / 2);
+        assert_eq!(pages.fork_at(a, 0), Err(StateError::States(2)));
+        let c = pages.open();
+        assert_eq!(pages.reserve(c, 1, &mut ops), Err(StateError::States(2)));
+        pages.close(b).unwrap();
+        assert!(
+            pages.fork_at(a, 0).is_ok_and(|(_, copy)| copy.is_none()),
+            "nothing is read of a state without positions"
+        );
+        assert_eq!(pages.keep(a, 0), Ok(()));
+    }
 }

@@ -388,7 +388,7 @@ impl Chooser {
         if groups > 1 && n.is_multiple_of(groups) {
             self.keep_groups(n / groups, groups, kept);
         }
-        for i in 0..ids.len() {
+        for (i, weight) in weights.iter_mut().enumerate() {
             let (chosen, rest) = ids.split_at_mut(i);
             let mut best: Option<usize> = None;
             for e in (0..n).filter(|e| !chosen.contains(&(*e as u32))) {
@@ -397,7 +397,7 @@ impl Chooser {
                 }
             }
             let best = best.unwrap_or(0);
-            (rest[0], weights[i]) = (best as u32, scores[best]);
+            (rest[0], *weight) = (best as u32, scores[best]);
         }
         if how.gating == Gating::SoftmaxOfChosen {
             let most = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -23,7 +23,6 @@ pub(super) const PHI3: Architecture = Architecture {
         b.attention(i, &ATTENTION)?;
         b.feed_forward(i, &FeedForward { fused: true, ..FEED_FORWARD })
     },
-    ..PLAIN
 };
 
 fn ropes(b: &mut Builder<'_>) -> Result<(), ModelError> {

@@ -59,7 +59,7 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
         n_values: keys.required("ssm.time_step_rank", limit::HEADS)?,
         dim,
     };
-    if r.n_values % r.n_keys != 0 {
+    if !r.n_values.is_multiple_of(r.n_keys) {
         let what = format!("{} is no multiple of the {} groups", r.n_values, r.n_keys);
         return Err(keys.error("ssm.time_step_rank", what));
     }
