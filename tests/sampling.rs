@@ -175,8 +175,13 @@ fn check(p: &SamplerParams, tokenizer: Option<&Tokenizer>, breakers: &[&[u32]], 
         (0..70).for_each(|i| sampler.accept(i));
         sampler.begin(&last[..60]);
         last[60..].iter().for_each(|&t| sampler.accept(t));
-        let got: Candidates =
-            sampler.distribution(&logits).iter().map(|x| (x.0, f64::from(x.1))).filter(|x| x.1 > 0.0).collect();
+        let got: Candidates = sampler
+            .distribution(&logits)
+            .unwrap()
+            .iter()
+            .map(|x| (x.0, f64::from(x.1)))
+            .filter(|x| x.1 > 0.0)
+            .collect();
         let expected = expected(&logits, &last, p, breakers);
         let ids = |c: &Candidates| {
             let mut ids: Vec<u32> = c.iter().map(|x| x.0).collect();
@@ -280,7 +285,7 @@ fn xtc_is_applied_as_often_as_asked() {
     let mut sampler = Sampler::new(p, 3);
     let logits = [0.6f32, 0.3, 0.1].map(f32::ln);
     // Without XTC 0 is drawn with 0.6; with it, of the two above the threshold only 1 is left.
-    let drawn = (0..4000).filter(|_| sampler.sample(&logits) == 0).count() as f32 / 4000.0;
+    let drawn = (0..4000).filter(|_| sampler.sample(&logits).unwrap() == 0).count() as f32 / 4000.0;
     assert!((drawn - 0.75 * 0.6).abs() < 0.03, "{drawn}");
 }
 
@@ -293,7 +298,7 @@ fn what_ends_a_text_is_never_drawn_where_it_is_ignored() {
         let mut sampler = Sampler::for_model(p, N, &tokenizer);
         let mut logits = vec![0.0; N];
         logits[end as usize] = 50.0;
-        assert!((0..200).all(|_| sampler.sample(&logits) != end));
+        assert!((0..200).all(|_| sampler.sample(&logits).unwrap() != end));
     }
 }
 
@@ -331,11 +336,12 @@ fn bent_logits_and_parameters() {
             logit_bias: vec![(pick(&[0.0, 5.0, 1e9]) as u32, pick(&[f32::INFINITY, f32::NEG_INFINITY, 3.0]))],
             ignore_eos: false,
             seed: round,
+            grammar: None,
         };
         let mut sampler = Sampler::new(p.clone(), n);
         let any = logits.iter().any(|l| l.is_finite());
         for _ in 0..6 {
-            let token = sampler.sample(&logits);
+            let token = sampler.sample(&logits).unwrap();
             assert!((token as usize) < n, "round {round}: {token} of {n}");
             let banned = p.logit_bias[0] == (token, f32::NEG_INFINITY);
             // Certain by the user's word, whatever the model says.

@@ -3,6 +3,8 @@
 mod common;
 #[path = "serve/dialects.rs"]
 mod dialects;
+#[path = "serve/forms.rs"]
+mod forms;
 #[path = "serve/hostile.rs"]
 mod hostile;
 #[path = "serve/http.rs"]

@@ -579,6 +579,7 @@ impl Sampling {
             logit_bias: self.logit_bias.clone(),
             ignore_eos: self.ignore_eos,
             seed: self.seed.given().unwrap_or_else(clock),
+            grammar: None,
         })
     }
 

@@ -44,10 +44,8 @@ const ABSENT: &[Absent] = &[
         "one GPU of one machine computes",
     ),
     absent(&["--jinja", "--no-jinja"], "chat templates are always rendered"),
-    absent(
-        &["--lora", "--lora-scaled", "--mmproj", "-mm", "--grammar", "--grammar-file", "-j", "--json-schema"],
-        "there is nothing like it here",
-    ),
+    absent(&["--lora", "--lora-scaled", "--mmproj", "-mm"], "there is nothing like it here"),
+    absent(&["-j", "-jf"], "--json-schema takes a file, or the schema itself"),
     absent(&["-md", "--model-draft"], "there is no speculative decoding yet"),
 ];
 

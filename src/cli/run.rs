@@ -15,8 +15,8 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
-    EngineError, Generation, Opened, Options, Request, RequestError, Sampler, Session, Starting, StopReason,
-    choose_buffers, generate, nearest, this_machine,
+    ConstraintError, EngineError, Form, Generation, Grammars, Opened, Options, Reasoning, Request, RequestError,
+    Sampler, Session, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -72,6 +72,15 @@ pub struct RunArgs {
     /// Show control tokens by their names.
     #[arg(long)]
     special: bool,
+    /// Hold the text to a JSON Schema, in a file or, beginning with {, as it is given here. The text is JSON that
+    /// conforms to it, or the beginning of such where -n or the context ends it. Keywords that are not followed are
+    /// refused by name.
+    #[arg(long, alias = "json-schema-file", value_name = "FILE", conflicts_with = "grammar")]
+    json_schema: Option<PathBuf>,
+    /// Hold the text to a grammar: llguidance's Lark with a rule `start`, or llama.cpp's GBNF with a rule `root`, in a file
+    /// or, with ::= in it, as it is given here.
+    #[arg(long, alias = "grammar-file", value_name = "FILE")]
+    grammar: Option<PathBuf>,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -86,7 +95,8 @@ pub struct RunArgs {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let params = args.sampling.params()?;
+    let mut params = args.sampling.params()?;
+    let form = form(args)?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(p), _) => p.clone(),
         // The newline that ends a file's last line is no part of the prompt, as in llama.cpp.
@@ -101,7 +111,11 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     args.sampling.check(opened.model.n_vocab)?;
     let mut warnings = Vec::new();
-    let tokens = prompt_tokens(args, &opened, &prompt, &mut warnings)?;
+    let (tokens, reasoning) = prompt_tokens(args, &opened, &prompt, &mut warnings)?;
+    if let Some(form) = &form {
+        let grammars = Grammars::new(&opened.tokenizer).map_err(|e| failure(e.into()))?;
+        params.grammar = Some(grammars.compile(form, reasoning).map_err(|e| failure(e.into()))?);
+    }
     // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
     interrupt::install()?;
     let mut options = options(&args.placement, KvArg::F16)?;
@@ -252,14 +266,34 @@ fn wished_context(prompt: usize, n: usize) -> usize {
     if n == usize::MAX { CTX_UNTIL_FULL.max(prompt.saturating_mul(2)) } else { prompt.saturating_add(n) }
 }
 
-/// The prompt's tokens, through the chat template if asked; `warnings` gets what had to be changed for it.
+/// What the text is held to, if anything.
+fn form(args: &RunArgs) -> Result<Option<Form>, Failure> {
+    if let Some(path) = &args.json_schema {
+        let text = match path.to_str().filter(|text| text.trim_start().starts_with('{')) {
+            Some(text) => text.to_owned(),
+            None => read_text(path)?,
+        };
+        let schema = serde_json::from_str(&text)
+            .map_err(|e| Failure::usage(format!("--json-schema {}: it is not JSON: {e}", path.display())))?;
+        return Ok(Some(Form::Schema(schema)));
+    }
+    let Some(path) = &args.grammar else { return Ok(None) };
+    match path.to_str().filter(|text| text.contains("::=")) {
+        Some(text) => Ok(Some(Form::Grammar(text.to_owned()))),
+        None => read_text(path).map(|text| Some(Form::Grammar(text))),
+    }
+}
+
+/// The prompt's tokens, through the chat template if asked, and whether it lets the model reason; `warnings` gets what
+/// had to be changed for it.
 fn prompt_tokens(
     args: &RunArgs,
     opened: &Opened,
     prompt: &str,
     warnings: &mut Vec<String>,
-) -> Result<Vec<u32>, Failure> {
+) -> Result<(Vec<u32>, Reasoning), Failure> {
     let chat = args.chat || args.system.is_some() || args.template.any();
+    let mut reasoning = Reasoning::None;
     let tokens = if chat {
         let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
         let mut messages = Vec::new();
@@ -269,6 +303,7 @@ fn prompt_tokens(
         rendered.notes.iter().for_each(|note| tracing::warn!("{note}"));
         warnings.extend(template.notes().iter().chain(&rendered.notes).cloned());
         check_size("the prompt with what the template adds", rendered.text.len())?;
+        reasoning = Reasoning::of(template.source(), &rendered.text);
         opened.tokenizer.encode_rendered(&rendered.text)
     } else {
         opened.tokenizer.encode_prompt(prompt)
@@ -276,7 +311,7 @@ fn prompt_tokens(
     if tokens.is_empty() {
         return Err(Failure::usage("the prompt is empty, and this model adds no BOS token"));
     }
-    Ok(tokens)
+    Ok((tokens, reasoning))
 }
 
 /// A template's error with its exit code.
@@ -504,6 +539,8 @@ pub(super) fn failure(e: EngineError) -> Failure {
             Failure::limits(e)
         }
         EngineError::Request(RequestError::ContextFull { .. }) => Failure::limits(e),
+        EngineError::Constraint(ConstraintError::NothingLeft(_) | ConstraintError::Step(_)) => Failure::running(e),
+        EngineError::Constraint(_) => Failure::usage(e),
         EngineError::Request(_) | EngineError::Saved(_) => Failure::usage(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),
         EngineError::Forward(ForwardError::Backend(BackendError::UnsupportedType { .. })) => Failure::usage(e),

@@ -143,6 +143,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         limits: limits(args),
         started_unix_s: unix_s(),
         modified_unix_s: modified_unix_s(&opened),
+        grammars: std::sync::OnceLock::new(),
         plan: std::sync::OnceLock::new(),
         opened,
     };

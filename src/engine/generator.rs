@@ -111,7 +111,13 @@ impl<S: BorrowMut<Sampler>> Job<'_, S> {
             return self.end(StopReason::Length);
         }
         let sampler = self.sampler.borrow_mut();
-        let token = sampler.sample(logits);
+        let token = match sampler.sample(logits) {
+            Ok(token) => token,
+            Err(e) => {
+                self.over = Some(Err(e.into()));
+                return;
+            }
+        };
         sampler.accept(token);
         self.token = token;
         g.first_token_s.get_or_insert_with(|| began.elapsed().as_secs_f64());

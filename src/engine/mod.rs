@@ -5,6 +5,7 @@
 
 mod apart;
 mod ceilings;
+pub mod constraint;
 mod dry;
 mod forecast;
 mod generate;
@@ -28,6 +29,7 @@ mod verify;
 mod weights;
 mod window;
 
+pub use constraint::{ConstraintError, Form, Grammar, Grammars, Reasoning};
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
 pub use generate::{Generation, Grown, Request, StopReason};

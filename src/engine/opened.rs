@@ -62,6 +62,9 @@ pub enum EngineError {
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// What a text is held to.
+    #[error(transparent)]
+    Constraint(#[from] super::constraint::ConstraintError),
     /// A pass whose numbers are not all finite.
     #[error("the numbers of this pass are not finite: {what}; {cure}")]
     NotFinite {

@@ -6,6 +6,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::constraint::{Constraint, ConstraintError, Grammar};
 use super::dry::{Breakers, Dry, DryParams};
 use super::window::Window;
 use crate::tokenizer::Tokenizer;
@@ -45,6 +46,8 @@ pub struct SamplerParams {
     pub ignore_eos: bool,
     /// Seed of the generator.
     pub seed: u64,
+    /// What the text is held to: only its tokens are drawn, whatever is added to the logits of others.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for SamplerParams {
@@ -66,6 +69,7 @@ impl Default for SamplerParams {
             logit_bias: Vec::new(),
             ignore_eos: false,
             seed: 0,
+            grammar: None,
         }
     }
 }
@@ -92,6 +96,7 @@ pub struct Sampler {
     typical: Vec<(f32, u32, f32, f32)>,
     window: Window,
     dry: Dry,
+    constraint: Option<Constraint>,
 }
 
 impl Sampler {
@@ -118,58 +123,86 @@ impl Sampler {
             typical: Vec::with_capacity(if params.typical < 1.0 { n_vocab } else { 0 }),
             window: Window::new(last_n, n_vocab),
             dry: Dry::new(&params.dry, breakers),
+            constraint: params.grammar.as_ref().map(Grammar::begin),
             params,
         }
     }
 
-    /// Forgets the text that the penalties know and tells them of another, a prompt.
+    /// Forgets the text that the penalties know and tells them of another, a prompt. What follows it is held to the
+    /// grammar from its beginning.
     pub fn begin(&mut self, text: &[u32]) {
         self.window.clear();
         self.dry.clear();
-        text.iter().for_each(|&t| self.accept(t));
+        text.iter().for_each(|&t| self.count(t));
+        self.constraint = self.params.grammar.as_ref().map(Grammar::begin);
     }
 
-    /// Tells the sampler of a token in the text, prompt or drawn, for the penalties.
+    /// Tells the sampler of a token that was drawn: the penalties, and the grammar.
     pub fn accept(&mut self, token: u32) {
+        self.count(token);
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(token);
+        }
+    }
+
+    fn count(&mut self, token: u32) {
         self.window.push(token);
         self.dry.push(token);
     }
 
     /// Draws from `logits`, one a token of the vocabulary. A logit that is no number is never drawn.
-    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+    ///
+    /// # Errors
+    /// If the text is held to a grammar and cannot go on in it. Without one there are none.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32, ConstraintError> {
         let greedy = self.params.temp <= 0.0;
-        if greedy && !self.edits() && !self.params.drops_the_likeliest() {
-            return argmax(logits.iter().copied());
+        if greedy && !self.edits() && self.constraint.is_none() && !self.params.drops_the_likeliest() {
+            return Ok(argmax(logits.iter().copied()));
         }
-        self.take(logits);
+        self.take(logits)?;
         if greedy && !self.params.drops_the_likeliest() {
-            return argmax(self.candidates.iter().map(|c| c.1));
+            let at = argmax(self.candidates.iter().map(|c| c.1));
+            return Ok(self.candidates.get(at as usize).map_or(0, |c| c.0));
         }
         self.filter();
-        if greedy { self.candidates.first().map_or(0, |c| c.0) } else { self.draw() }
+        Ok(if greedy { self.candidates.first().map_or(0, |c| c.0) } else { self.draw() })
     }
 
     /// The tokens that could be drawn from `logits` and their probabilities, the likeliest first.
-    pub fn distribution(&mut self, logits: &[f32]) -> Vec<(u32, f32)> {
-        self.take(logits);
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn distribution(&mut self, logits: &[f32]) -> Result<Vec<(u32, f32)>, ConstraintError> {
+        self.take(logits)?;
         self.filter();
         if self.params.temp <= 0.0 {
-            return self.candidates.first().map(|c| (c.0, 1.0)).into_iter().collect();
+            return Ok(self.candidates.first().map(|c| (c.0, 1.0)).into_iter().collect());
         }
         let total = self.exponentiate();
-        self.candidates.iter().map(|c| (c.0, c.1 / total)).collect()
+        Ok(self.candidates.iter().map(|c| (c.0, c.1 / total)).collect())
     }
 
     fn edits(&self) -> bool {
         !self.params.logit_bias.is_empty() || !self.window.is_empty() || self.params.dry.is_on()
     }
 
-    /// Makes candidates of all logits.
-    fn take(&mut self, logits: &[f32]) {
+    /// Makes candidates of the logits: all, or those that the grammar allows.
+    fn take(&mut self, logits: &[f32]) -> Result<(), ConstraintError> {
         self.candidates.clear();
         self.candidates.extend((0u32..).zip(logits).map(|(i, &l)| (i, usable(l))));
         if self.edits() {
             self.edit();
+        }
+        let Some(constraint) = &mut self.constraint else { return Ok(()) };
+        let allowed = constraint.allowed()?;
+        self.candidates.retain(|c| allowed.has(c.0) && c.1 > f32::NEG_INFINITY);
+        match self.candidates.is_empty() {
+            false => Ok(()),
+            true if constraint.may_end() => Err(ConstraintError::NothingLeft(
+                "the text may end, but the tokens that end it are banned or not there (ignore_eos, logit_bias)"
+                    .to_owned(),
+            )),
+            true => Err(ConstraintError::NothingLeft("all that may follow are banned (logit_bias)".to_owned())),
         }
     }
 
@@ -359,22 +392,22 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_maximum() {
         let mut s = sampler(SamplerParams { temp: 0.0, ..Default::default() });
-        assert_eq!(s.sample(&[0.0, 3.0, 3.0, 1.0]), 1);
+        assert_eq!(s.sample(&[0.0, 3.0, 3.0, 1.0]).unwrap(), 1);
     }
 
     #[test]
     fn top_k_of_one_is_greedy_at_any_temperature() {
         let mut s = sampler(SamplerParams { temp: 5.0, top_k: 1, ..Default::default() });
-        assert!((0..50).all(|_| s.sample(&[0.0, 1.0, 1.1, 0.5]) == 2));
+        assert!((0..50).all(|_| s.sample(&[0.0, 1.0, 1.1, 0.5]).unwrap() == 2));
     }
 
     #[test]
     fn top_p_and_min_p_drop_the_tail() {
         let logits = [10.0, 9.9, 0.0, -5.0];
         let mut s = sampler(SamplerParams { temp: 1.0, top_p: 0.9, min_p: 0.0, ..Default::default() });
-        assert!((0..200).all(|_| s.sample(&logits) < 2));
+        assert!((0..200).all(|_| s.sample(&logits).unwrap() < 2));
         let mut s = sampler(SamplerParams { temp: 1.0, top_p: 1.0, min_p: 0.95, ..Default::default() });
-        assert!((0..200).all(|_| s.sample(&logits) == 0));
+        assert!((0..200).all(|_| s.sample(&logits).unwrap() == 0));
     }
 
     #[test]
@@ -382,8 +415,8 @@ mod tests {
         let p = SamplerParams { temp: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 7, ..Default::default() };
         let (mut a, mut b) = (sampler(p.clone()), sampler(p));
         let logits = [0.0, 1.0, 2.0, 0.5];
-        let drawn: Vec<u32> = (0..4000).map(|_| a.sample(&logits)).collect();
-        assert!(drawn.iter().all(|&t| t == b.sample(&logits)));
+        let drawn: Vec<u32> = (0..4000).map(|_| a.sample(&logits).unwrap()).collect();
+        assert!(drawn.iter().all(|&t| t == b.sample(&logits).unwrap()));
         let total: f32 = logits.iter().map(|l| l.exp()).sum();
         for (i, l) in logits.iter().enumerate() {
             let share = drawn.iter().filter(|&&t| t == i as u32).count() as f32 / 4000.0;
@@ -396,7 +429,7 @@ mod tests {
         let mut s = sampler(SamplerParams { temp: 0.0, repeat_penalty: 2.0, ..Default::default() });
         s.accept(1);
         s.accept(1);
-        assert_eq!(s.sample(&[1.4, 3.0, -1.0, 0.0]), 1);
-        assert_eq!(s.sample(&[1.6, 3.0, -1.0, 0.0]), 0);
+        assert_eq!(s.sample(&[1.4, 3.0, -1.0, 0.0]).unwrap(), 1);
+        assert_eq!(s.sample(&[1.6, 3.0, -1.0, 0.0]).unwrap(), 0);
     }
 }

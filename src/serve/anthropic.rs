@@ -6,10 +6,11 @@ use serde_json::{Value as Json, json};
 
 use super::error::{ApiError, Form};
 use super::fields::{Fields, wrong};
+use super::grammar::{self, Wanted};
 use super::job::{Finish, Summary};
 use super::openai::call_id;
 use super::params;
-use super::prompt::{self, Conversation, no_tools};
+use super::prompt::{self, Choice, Conversation, Tools, no_tools};
 use super::served::Served;
 use super::split::Call;
 use super::steps::{Answers, Dialect, Prepared, Step, named};
@@ -27,7 +28,7 @@ const HARMLESS: [&str; 8] = [
 ];
 
 /// Reads the conversation of a request; the second result says that only one call counts.
-fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool), ApiError> {
+fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, Wanted), ApiError> {
     let mut messages = Vec::new();
     if let Some(system) = f.any("system") {
         messages.push(json!({ "role": "system", "content": texts(system, "system")? }));
@@ -41,9 +42,10 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
     for (i, message) in list.into_iter().enumerate() {
         turn(message, i, &mut messages)?;
     }
-    let (tools, one_call) = tools(f, served)?;
+    let Tools { list: tools, choice, one_call } = tools(f, served)?;
+    let mut wanted = grammar::wanted_output(f, "output_format")?;
     let mut conversation =
-        Conversation { messages: prompt::messages(messages, served)?, tools, ..Conversation::default() };
+        Conversation { messages: prompt::messages(messages, served)?, tools, choice, ..Conversation::default() };
     if let Some(mut thinking) = f.object("thinking")? {
         let kind = thinking.text("type")?.unwrap_or_default();
         thinking.ignore(&["display"]);
@@ -59,10 +61,10 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
     }
     if let Some(mut output) = f.object("output_config")? {
         conversation.effort = output.text("effort")?;
-        output.only("format", &[], "answers are not constrained to a schema by this version of nt")?;
+        wanted = grammar::wanted_output(&mut output, "format")?.or(wanted);
         output.finish()?;
     }
-    Ok((conversation, one_call))
+    Ok((conversation, one_call, wanted))
 }
 
 /// A text, or the texts of blocks.
@@ -147,11 +149,9 @@ fn as_function(tool: Json, i: usize) -> Result<Json, ApiError> {
     if let Some(description) = f.text("description")? {
         function["description"] = description.into();
     }
-    f.only(
-        "strict",
-        &[json!(false)],
-        "arguments are not constrained to a schema by this version of nt; false asks for none",
-    )?;
+    if f.flag("strict")?.unwrap_or(false) {
+        function["strict"] = true.into();
+    }
     f.only("input_examples", &[json!([])], "chat templates have no place for examples; describe them in description")?;
     f.only("defer_loading", &[json!(false)], "all tools are told to the model at once")?;
     f.only("allowed_callers", &[json!(["direct"])], "a tool is called by the model alone")?;
@@ -161,28 +161,29 @@ fn as_function(tool: Json, i: usize) -> Result<Json, ApiError> {
 }
 
 /// Tools as OpenAI describes them, and whether only one call counts.
-fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiError> {
+fn tools(f: &mut Fields, served: &Served) -> Result<Tools, ApiError> {
     let list = f.list("tools")?.unwrap_or_default();
     let choice = f.object("tool_choice")?;
     prompt::check_count(list.len(), "tools", served)?;
     let tools = list.into_iter().enumerate().map(|(i, tool)| as_function(tool, i)).collect::<Result<Vec<_>, _>>()?;
-    let mut one_call = false;
+    let (mut one_call, mut forced) = (false, Choice::Auto);
     if let Some(mut choice) = choice {
         one_call = choice.flag("disable_parallel_tool_use")?.unwrap_or(false);
         match choice.text("type")?.as_deref() {
-            Some("none") => return Ok((Vec::new(), false)),
+            Some("none") => return Ok(Tools::default()),
             None | Some("auto") => {}
-            Some(_) => {
-                let message =
-                    "tool_choice: only auto and none are built; a call cannot be forced by this version of nt";
-                return Err(ApiError::unsupported("tool_choice", message));
+            Some("any") => forced = Choice::Required,
+            Some("tool") => forced = Choice::Named(choice.text("name")?.unwrap_or_default()),
+            Some(other) => {
+                return Err(wrong("tool_choice.type", "auto, any, tool or none", &Json::from(other)));
             }
         }
     }
     if !tools.is_empty() && served.family().is_none() {
         return Err(no_tools("tools"));
     }
-    Ok((tools, one_call))
+    let choice = prompt::checked_choice(forced, &tools)?;
+    Ok(Tools { list: tools, choice, one_call })
 }
 
 /// Reads a request to `/v1/messages`.
@@ -196,14 +197,14 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
     let most =
         most.ok_or_else(|| ApiError::field("max_tokens", "max_tokens: a whole number was expected, found nothing"))?;
     let stops = params::stops(&mut f, "stop_sequences")?;
-    let (conversation, one_call) = conversation(&mut f, served)?;
+    let (conversation, one_call, wanted) = conversation(&mut f, served)?;
     f.only("container", &[], "there are no containers here")?;
     f.only("mcp_servers", &[json!([])], "this server asks no other one")?;
-    f.only("output_format", &[], "answers are not constrained to a schema by this version of nt")?;
     f.ignore(&HARMLESS);
-    let params = params::sampling(&mut f, served)?;
+    let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = prompt::task(served, prompt.tokens, params, Some(most), stops)?;
     let dialect = Anthropic {
@@ -223,7 +224,7 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
 /// What is wrong with the request.
 pub fn count_tokens(served: &Served, mut f: Fields, stop: &dyn Fn() -> bool) -> Result<Json, ApiError> {
     served.check_name(f.text("model")?.as_deref())?;
-    let (conversation, _) = conversation(&mut f, served)?;
+    let (conversation, _, _) = conversation(&mut f, served)?;
     f.ignore(&HARMLESS);
     f.finish()?;
     Ok(json!({ "input_tokens": prompt::rendered(served, &conversation, stop)?.tokens.len() }))

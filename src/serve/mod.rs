@@ -6,9 +6,11 @@
 
 mod anthropic;
 mod budget;
+mod calls;
 mod connection;
 mod error;
 mod fields;
+mod grammar;
 mod info;
 mod job;
 mod ollama;

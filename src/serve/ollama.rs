@@ -7,6 +7,7 @@ use serde_json::{Value as Json, json};
 
 use super::error::{ApiError, Form};
 use super::fields::Fields;
+use super::grammar::{self, Wanted};
 use super::job::{Finish, Summary, Task};
 use super::params;
 use super::prompt::{self, Conversation};
@@ -57,11 +58,11 @@ fn options(f: &mut Fields, served: &Served) -> Result<Options, ApiError> {
     Ok(Options { params, most, stops, n_ctx })
 }
 
-/// What both kinds of requests have: whether to stream, and the reasoning that is asked for.
-fn common(f: &mut Fields, served: &Served) -> Result<(bool, Conversation), ApiError> {
+/// What both kinds of requests have: whether to stream, the reasoning that is asked for, and the form of the answer.
+fn common(f: &mut Fields, served: &Served) -> Result<(bool, Conversation, Wanted), ApiError> {
     served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(true);
-    f.only("format", &[json!("")], "answers are not constrained to a grammar or schema by this version of nt")?;
+    let wanted = grammar::wanted_format(f)?;
     f.only("logprobs", &[json!(false)], "probabilities are told by /v1/chat/completions")?;
     f.only("top_logprobs", &[json!(0)], "probabilities are told by /v1/chat/completions")?;
     f.only("truncate", &[json!(true), json!(false)], "true or false was expected")?;
@@ -81,7 +82,7 @@ fn common(f: &mut Fields, served: &Served) -> Result<(bool, Conversation), ApiEr
             return Err(ApiError::unsupported("think", message));
         }
     }
-    Ok((stream, conversation))
+    Ok((stream, conversation, wanted))
 }
 
 /// A message of Ollama's as OpenAI writes it.
@@ -110,8 +111,8 @@ fn as_openai(mut message: Json, i: usize) -> Result<Json, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let (stream, mut conversation) = common(&mut f, served)?;
-    let options = options(&mut f, served)?;
+    let (stream, mut conversation, wanted) = common(&mut f, served)?;
+    let mut options = options(&mut f, served)?;
     let list = f.list("messages")?.unwrap_or_default();
     if list.is_empty() {
         return loaded(served, f, options.params, true, stream);
@@ -119,10 +120,12 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
     prompt::check_count(list.len(), "messages", served)?;
     let list = list.into_iter().enumerate().map(|(i, m)| as_openai(m, i)).collect::<Result<Vec<_>, _>>()?;
     conversation.messages = prompt::messages(list, served)?;
-    let (tools, one_call) = prompt::tools(&mut f, served)?;
-    conversation.tools = tools;
+    let tools = prompt::tools(&mut f, served)?;
+    let one_call = tools.one_call;
+    (conversation.tools, conversation.choice) = (tools.list, tools.choice);
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    grammar::hold(served, &mut options.params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = options.task(served, prompt.tokens)?;
     Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, true)), stream })
@@ -133,8 +136,8 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
 /// # Errors
 /// What is wrong with it.
 pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let (stream, mut conversation) = common(&mut f, served)?;
-    let options = options(&mut f, served)?;
+    let (stream, mut conversation, wanted) = common(&mut f, served)?;
+    let mut options = options(&mut f, served)?;
     let text = f.text("prompt")?.unwrap_or_default();
     let system = f.text("system")?.filter(|s| !s.is_empty());
     let raw = f.flag("raw")?.unwrap_or(false);
@@ -147,11 +150,13 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     }
     f.finish()?;
     let (tokens, looks) = if raw {
+        grammar::hold(served, &mut options.params, wanted, None, "")?;
         (served.opened.tokenizer.encode_prompt(&text), Looks::default())
     } else {
         conversation.messages.extend(system.map(|s| json!({ "role": "system", "content": s })));
         conversation.messages.push(json!({ "role": "user", "content": text }));
         let prompt = prompt::rendered(served, &conversation, stop)?;
+        grammar::hold(served, &mut options.params, wanted, Some((&conversation, false)), &prompt.text)?;
         let looks = prompt::looks(served, &conversation, &prompt.text, false);
         (prompt.tokens, looks)
     };

@@ -6,6 +6,7 @@ use serde_json::{Value as Json, json};
 
 use super::error::{ApiError, Form};
 use super::fields::{Fields, whole, wrong};
+use super::grammar;
 use super::job::{Finish, Summary, Task, TokenLogprob};
 use super::params::{self, HARMLESS};
 use super::prompt::{self, Conversation};
@@ -84,7 +85,7 @@ impl Common {
 pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool), ApiError> {
     let list = f.list("messages")?.unwrap_or_default();
     let messages = prompt::messages(list, served)?;
-    let (tools, one_call) = prompt::tools(f, served)?;
+    let tools = prompt::tools(f, served)?;
     let variables = match f.any("chat_template_kwargs") {
         None => Default::default(),
         Some(Json::Object(map)) => map,
@@ -106,7 +107,8 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
         &["auto", "deepseek"].map(Json::from),
         "reasoning is always told apart as reasoning_content",
     )?;
-    Ok((Conversation { messages, tools, variables, effort }, one_call))
+    let (one_call, choice) = (tools.one_call, tools.choice);
+    Ok((Conversation { messages, tools: tools.list, variables, effort, choice }, one_call))
 }
 
 /// Reads a request to `/v1/chat/completions`.
@@ -123,9 +125,11 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bo
     }
     let logprobs = wanted.then_some(top.unwrap_or(0) as usize);
     let (stream, usage) = (common.stream, common.usage);
-    let params = params::sampling(&mut f, served)?;
+    let wanted = grammar::wanted(&mut f)?;
+    let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = common.task(served, params, prompt.tokens, logprobs)?;
     let dialect = OpenAi::new(served, format!("chatcmpl-{id}"), true, usage, task.choices);
@@ -163,8 +167,10 @@ pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prep
         "the best of several answers is not chosen; n returns all of them",
     )?;
     let (stream, usage) = (common.stream, common.usage);
-    let params = params::sampling(&mut f, served)?;
+    let wanted = grammar::wanted(&mut f)?;
+    let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
+    grammar::hold(served, &mut params, wanted, None, "")?;
     let task = common.task(served, params, tokens, logprobs)?;
     let mut dialect = OpenAi::new(served, format!("cmpl-{id}"), false, usage, task.choices);
     if echo {

@@ -31,12 +31,6 @@ pub const HARMLESS: [&str; 17] = [
 
 /// Fields that would change the text in a way that nt does not do, and what they may hold.
 fn refuse_others(f: &mut Fields) -> Result<(), ApiError> {
-    let constrained = "answers are not constrained to a grammar or schema by this version of nt";
-    f.only("response_format", &[json!({ "type": "text" })], constrained)?;
-    for field in ["grammar", "json_schema", "guided_json", "guided_regex", "guided_choice", "guided_grammar"] {
-        f.only(field, &[json!("")], constrained)?;
-    }
-    f.only("structured_outputs", &[], constrained)?;
     f.only("mirostat", &[json!(0)], "Mirostat is not built")?;
     f.only("dynatemp_range", &[json!(0)], "dynamic temperature is not built")?;
     f.only("min_keep", &[json!(0), json!(1)], "a least number of candidates is not built")?;

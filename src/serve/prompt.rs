@@ -21,6 +21,47 @@ pub struct Conversation {
     pub variables: Map<String, Json>,
     /// How much the model is to reason.
     pub effort: Option<String>,
+    /// Which tools it must call.
+    pub choice: Choice,
+}
+
+/// What an answer must call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// A tool or none, as the model chooses.
+    #[default]
+    Auto,
+    /// Any tool.
+    Required,
+    /// The tool of this name.
+    Named(String),
+}
+
+/// Tools, which of them an answer must call, and whether only one call counts.
+#[derive(Clone, Debug, Default)]
+pub struct Tools {
+    /// As OpenAI describes them; none where the model may not call any.
+    pub list: Vec<Json>,
+    /// Which must be called.
+    pub choice: Choice,
+    /// Only the first call counts.
+    pub one_call: bool,
+}
+
+/// A choice that must name one of the tools.
+///
+/// # Errors
+/// If it does not.
+pub fn checked_choice(choice: Choice, list: &[Json]) -> Result<Choice, ApiError> {
+    let wrong = match &choice {
+        Choice::Auto => return Ok(choice),
+        Choice::Required if list.is_empty() => "there are no tools".to_owned(),
+        Choice::Named(name) if !list.iter().any(|t| t["function"]["name"] == name.as_str()) => {
+            format!("there is no tool {:?}", shortened(name))
+        }
+        _ => return Ok(choice),
+    };
+    Err(ApiError::field("tool_choice", format!("tool_choice: a call is to come, but {wrong}")))
 }
 
 /// A conversation as a model sees it.
@@ -217,7 +258,7 @@ pub fn no_tools(field: &str) -> ApiError {
     ApiError::unsupported(
         field,
         format!(
-            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen and Llama 3)"
+            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen, Llama 3, Mistral, gpt-oss and GLM)"
         ),
     )
 }
@@ -225,14 +266,18 @@ pub fn no_tools(field: &str) -> ApiError {
 /// The tools of a request, as OpenAI writes them, if the model may call them.
 ///
 /// # Errors
-/// For a tool that is no function, or a choice that would need a grammar.
-pub fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiError> {
+/// For a tool that is no function, or a choice of none of them.
+pub fn tools(f: &mut Fields, served: &Served) -> Result<Tools, ApiError> {
     let tools = f.list("tools")?.unwrap_or_default();
     check_count(tools.len(), "tools", served)?;
     let choice = f.any("tool_choice");
     let one_call = !f.flag("parallel_tool_calls")?.unwrap_or(true);
     f.only("functions", &[json!([])], "tools replaces it")?;
     f.only("function_call", &[json!("none"), json!("auto")], "tool_choice replaces it")?;
+    if tools.len() > TOOLS_MAX {
+        let message = format!("tools: at most {TOOLS_MAX} were expected, found {}", tools.len());
+        return Err(ApiError::field("tools", message));
+    }
     for (i, tool) in tools.iter().enumerate() {
         let place = format!("tools[{i}]");
         if tool["type"].as_str().is_some_and(|t| t != "function") {
@@ -241,36 +286,40 @@ pub fn tools(f: &mut Fields, served: &Served) -> Result<(Vec<Json>, bool), ApiEr
         if !tool["function"]["name"].is_string() {
             return Err(wrong(&format!("{place}.function.name"), "a text", &tool["function"]["name"]));
         }
-        if tool["function"]["strict"] == true {
-            let place = format!("{place}.function.strict");
-            let message = format!(
-                "{place}: arguments are not constrained to a schema by this version of nt; false asks for none"
-            );
-            return Err(ApiError::unsupported(&place, message));
-        }
     }
-    match choice.as_ref().map(|c| c.as_str().unwrap_or("")) {
-        None | Some("auto") => {}
-        Some("none") => return Ok((Vec::new(), one_call)),
-        Some(_) => {
-            let message = "tool_choice: only auto and none are built; a call cannot be forced by this version of nt";
-            return Err(ApiError::unsupported("tool_choice", message));
-        }
-    }
+    let choice = match choice {
+        None => Choice::Auto,
+        Some(Json::String(word)) => match word.as_str() {
+            "auto" => Choice::Auto,
+            "none" => return Ok(Tools { one_call, ..Tools::default() }),
+            "required" | "any" => Choice::Required,
+            _ => return Err(wrong("tool_choice", "auto, none, required or a function", &Json::String(word))),
+        },
+        // Under `function` in chats, flat in responses.
+        Some(object) => match object["function"]["name"].as_str().or(object["name"].as_str()) {
+            Some(name) if object["type"] == "function" => Choice::Named(name.to_owned()),
+            _ => return Err(wrong("tool_choice", "auto, none, required or a function by its name", &object)),
+        },
+    };
     if !tools.is_empty() && served.family().is_none() {
         return Err(no_tools("tools"));
     }
-    Ok((tools, one_call))
+    let choice = checked_choice(choice, &tools)?;
+    Ok(Tools { list: tools, choice, one_call })
 }
+
+/// Most tools of a request: each adds a schema to a grammar.
+const TOOLS_MAX: usize = 256;
 
 /// What is to be looked for in the answer to a conversation.
 pub fn looks(served: &Served, c: &Conversation, prompt: &str, one_call: bool) -> Looks {
-    let names = c.tools.iter().filter_map(|t| t["function"]["name"].as_str().map(str::to_owned)).collect();
+    let tools = c.tools.iter().filter_map(split::Tool::of).collect();
     let thinks = served.thinks();
     Looks {
         thinks,
         within_thought: thinks && split::within_thought(prompt),
-        tools: served.family().filter(|_| !c.tools.is_empty()).map(|family| (family, names)),
+        tools: served.family().filter(|_| !c.tools.is_empty()).map(|family| (family, tools)),
+        channels: split::in_channels(&served.template_source),
         one_call,
     }
 }

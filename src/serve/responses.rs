@@ -6,6 +6,7 @@ use serde_json::{Value as Json, json};
 
 use super::error::{ApiError, Form};
 use super::fields::{Fields, wrong};
+use super::grammar::{self, Wanted};
 use super::job::{Finish, Summary};
 use super::openai::{call_id, timings};
 use super::params::{self, HARMLESS};
@@ -22,7 +23,7 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
     served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(false);
     let most = params::max_tokens(&mut f, &["max_output_tokens"])?;
-    let (conversation, one_call) = conversation(&mut f, served)?;
+    let (conversation, one_call, wanted) = conversation(&mut f, served)?;
     f.only("previous_response_id", &[], "answers are not stored here; send the whole conversation as input")?;
     f.only("conversation", &[], "conversations are not stored here; send the whole one as input")?;
     f.only("prompt", &[], "prompts are not stored here; send it as input")?;
@@ -32,9 +33,10 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
     f.only("top_logprobs", &[json!(0)], "probabilities are told by /v1/chat/completions")?;
     f.ignore(&["include", "stream_options"]);
     f.ignore(&HARMLESS);
-    let params = params::sampling(&mut f, served)?;
+    let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = prompt::task(served, prompt.tokens, params, most, Vec::new())?;
     let dialect = Responses {
@@ -50,7 +52,7 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
     Ok(Prepared { task, looks, dialect: Box::new(dialect), stream })
 }
 
-fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool), ApiError> {
+fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, Wanted), ApiError> {
     let mut messages = Vec::new();
     messages.extend(f.text("instructions")?.map(|text| json!({ "role": "system", "content": text })));
     match f.any("input") {
@@ -86,21 +88,24 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool),
         }),
         "",
     )?;
-    let (tools, one_call) = prompt::tools(&mut both, served)?;
+    let tools = prompt::tools(&mut both, served)?;
     let mut effort = None;
     if let Some(mut reasoning) = f.object("reasoning")? {
         effort = reasoning.text("effort")?;
         reasoning.ignore(&["summary", "generate_summary"]);
         reasoning.finish()?;
     }
+    let mut wanted = Wanted::default();
     if let Some(mut text) = f.object("text")? {
-        let constrained = "answers are not constrained to a grammar or schema by this version of nt";
-        text.only("format", &[json!({ "type": "text" })], constrained)?;
+        wanted = grammar::wanted_text(&mut text)?;
         text.only("verbosity", &[json!("medium")], "the model has no switch for it")?;
         text.finish()?;
     }
     let messages = prompt::messages(messages, served)?;
-    Ok((Conversation { messages, tools, effort, ..Conversation::default() }, one_call))
+    let one_call = tools.one_call;
+    let conversation =
+        Conversation { messages, tools: tools.list, effort, choice: tools.choice, ..Conversation::default() };
+    Ok((conversation, one_call, wanted))
 }
 
 /// Adds an item of the input as a message.

@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 
 use super::error::ApiError;
 use super::split::{self, Family};
-use crate::engine::{Opened, SamplerParams};
+use crate::engine::{ConstraintError, Grammars, Opened, SamplerParams};
 use crate::tokenizer::ChatTemplate;
 
 /// Bounds of what requests take.
@@ -50,6 +50,8 @@ pub struct Served {
     pub started_unix_s: u64,
     /// When the file was last changed, in seconds since 1970.
     pub modified_unix_s: u64,
+    /// What holds answers to a form, once one was asked for.
+    pub grammars: std::sync::OnceLock<Result<Grammars, ConstraintError>>,
     /// Where its weights lie, once they do.
     pub plan: std::sync::OnceLock<Json>,
 }
@@ -77,14 +79,22 @@ impl Served {
         )))
     }
 
+    /// What compiles forms of answers for this model's tokens.
+    ///
+    /// # Errors
+    /// If its tokens cannot be held to a form.
+    pub fn grammars(&self) -> Result<&Grammars, ConstraintError> {
+        self.grammars.get_or_init(|| Grammars::new(&self.opened.tokenizer)).as_ref().map_err(Clone::clone)
+    }
+
     /// How the model writes calls of tools, if nt can read them.
     pub fn family(&self) -> Option<Family> {
         Family::of(&self.template_source)
     }
 
-    /// Whether the model reasons between `<think>` and `</think>`.
+    /// Whether the model reasons apart from its answer, between `<think>` and `</think>` or in a channel.
     pub fn thinks(&self) -> bool {
-        split::thinks(&self.template_source)
+        split::thinks(&self.template_source) || split::in_channels(&self.template_source)
     }
 }
 

@@ -1,8 +1,11 @@
 //! What the text of an answer consists of: reasoning, words for the user, calls of tools.
 
-use serde_json::Value as Json;
+mod calls;
+mod channels;
 
 use super::job::Bit;
+use channels::Channels;
+pub use channels::of as in_channels;
 
 /// How a family of models writes calls of tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,10 +14,20 @@ pub enum Family {
     Hermes,
     /// The whole answer is `{"name": …, "parameters": {…}}`, also behind `<|python_tag|>`: Llama 3.
     Llama3,
+    /// `[TOOL_CALLS][{"name": …, "arguments": {…}}]`: Mistral's older models.
+    Mistral,
+    /// `[TOOL_CALLS]NAME[ARGS]{…}`, once or more often: Mistral's newer models.
+    MistralNamed,
+    /// A message to `functions.NAME` in a channel: gpt-oss.
+    Harmony,
+    /// `<tool_call>NAME`, then `<arg_key>…</arg_key><arg_value>…</arg_value>` for each argument, `</tool_call>`: GLM.
+    Glm,
 }
 
 const CALL: &str = "<tool_call>";
 const CALL_END: &str = "</tool_call>";
+const MISTRAL: &str = "[TOOL_CALLS]";
+const ARG_KEY: &str = "<arg_key>";
 const PYTHON: &str = "<|python_tag|>";
 const THINK: &str = "<think>";
 const THINK_END: &str = "</think>";
@@ -24,6 +37,15 @@ impl Family {
     pub fn of(template: &str) -> Option<Family> {
         if !template.contains("tools") {
             None
+        } else if in_channels(template) {
+            Some(Family::Harmony)
+        } else if template.contains(ARG_KEY) {
+            Some(Family::Glm)
+        } else if template.contains(MISTRAL) {
+            Some(if template.contains("[ARGS]") { Family::MistralNamed } else { Family::Mistral })
+        } else if template.contains("<function=") {
+            // Calls as XML, of which nt reads none.
+            None
         } else if template.contains(CALL) {
             Some(Family::Hermes)
         } else if template.contains(PYTHON) || template.contains("ipython") && template.contains("\"parameters\"") {
@@ -32,7 +54,19 @@ impl Family {
             None
         }
     }
+
+    /// What a call among words begins with, and what it ends with, if anything does.
+    fn marks(self) -> Option<(&'static str, Option<&'static str>)> {
+        match self {
+            Family::Hermes | Family::Glm => Some((CALL, Some(CALL_END))),
+            Family::Mistral | Family::MistralNamed => Some((MISTRAL, None)),
+            Family::Llama3 | Family::Harmony => None,
+        }
+    }
 }
+
+/// Marks that may be control tokens, which show nothing.
+const MARKS: [&str; 8] = [CALL, CALL_END, PYTHON, THINK, THINK_END, MISTRAL, "[ARGS]", "[CALL_ID]"];
 
 /// Whether a chat template knows reasoning between `<think>` and `</think>`.
 pub fn thinks(template: &str) -> bool {
@@ -53,6 +87,25 @@ pub struct Call {
     pub arguments: String,
 }
 
+/// A tool that may be called.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// Names of arguments that are texts.
+    pub texts: Vec<String>,
+}
+
+impl Tool {
+    /// A tool as OpenAI describes it.
+    pub fn of(tool: &serde_json::Value) -> Option<Tool> {
+        let function = &tool["function"];
+        let properties = function["parameters"]["properties"].as_object();
+        let texts = properties.into_iter().flatten().filter(|(_, schema)| schema["type"] == "string");
+        Some(Tool { name: function["name"].as_str()?.to_owned(), texts: texts.map(|(key, _)| key.clone()).collect() })
+    }
+}
+
 /// What is looked for in an answer.
 #[derive(Clone, Debug, Default)]
 pub struct Looks {
@@ -60,8 +113,10 @@ pub struct Looks {
     pub thinks: bool,
     /// Whether the answer begins within it.
     pub within_thought: bool,
-    /// Calls, and the names of the tools there are.
-    pub tools: Option<(Family, Vec<String>)>,
+    /// Messages in channels.
+    pub channels: bool,
+    /// Calls, and the tools there are.
+    pub tools: Option<(Family, Vec<Tool>)>,
     /// Only the first call counts; what follows it is left out.
     pub one_call: bool,
 }
@@ -102,6 +157,8 @@ pub struct Splitter {
     /// Reasoning has ended.
     thought_over: bool,
     calls: usize,
+    /// In place of all else.
+    channels: Option<Channels>,
 }
 
 impl Splitter {
@@ -109,6 +166,8 @@ impl Splitter {
     pub fn new(looks: &Looks) -> Splitter {
         let mode = if looks.within_thought { Mode::Thought } else { Mode::Start };
         let trims = looks.within_thought;
+        let tools = || looks.tools.as_ref().map_or_else(Vec::new, |t| t.1.clone());
+        let channels = looks.channels.then(|| Channels::new(tools(), looks.one_call));
         Splitter {
             looks: looks.clone(),
             mode,
@@ -117,6 +176,7 @@ impl Splitter {
             trims,
             thought_over: false,
             calls: 0,
+            channels,
         }
     }
 
@@ -127,11 +187,16 @@ impl Splitter {
 
     /// How many calls there were.
     pub fn calls(&self) -> usize {
-        self.calls
+        self.channels.as_ref().map_or(self.calls, Channels::calls)
     }
 
     /// Adds text.
     pub fn push(&mut self, bits: &[Bit], parts: &mut Vec<Part>) {
+        if let Some(channels) = &mut self.channels {
+            let shown = |b: &&Bit| !b.control || channels::MARKS.contains(&b.text.as_str());
+            bits.iter().filter(shown).for_each(|b| channels.push(&b.text, parts));
+            return;
+        }
         if !self.looks.thinks && self.looks.tools.is_none() {
             // Nothing is looked for.
             let text: String = bits.iter().filter(|b| !b.control).map(|b| b.text.as_str()).collect();
@@ -141,8 +206,7 @@ impl Splitter {
             return;
         }
         for bit in bits {
-            // Markers may be control tokens, which show nothing.
-            if !bit.control || [CALL, CALL_END, PYTHON, THINK, THINK_END].contains(&bit.text.as_str()) {
+            if !bit.control || MARKS.contains(&bit.text.as_str()) {
                 self.held.push_str(&bit.text);
             }
         }
@@ -151,6 +215,9 @@ impl Splitter {
 
     /// Ends the answer.
     pub fn finish(&mut self, parts: &mut Vec<Part>) {
+        if let Some(channels) = &mut self.channels {
+            return channels.finish(parts);
+        }
         let rest = std::mem::take(&mut self.held);
         match self.mode {
             Mode::Thought => self.thought(&rest, parts),
@@ -217,25 +284,26 @@ impl Splitter {
                 found.is_some()
             }
             Mode::Words => {
-                let found = (family == Some(Family::Hermes)).then(|| self.held.find(CALL)).flatten();
-                let open = if family == Some(Family::Hermes) { overlap(&self.held, CALL) } else { 0 };
+                let mark = family.and_then(Family::marks).map(|m| m.0);
+                let found = mark.and_then(|mark| self.held.find(mark));
+                let open = mark.map_or(0, |mark| overlap(&self.held, mark));
                 let certain = found.unwrap_or(self.held.len() - open);
                 let text: String = self.held.drain(..certain).collect();
                 self.words(&text, parts);
                 if found.is_some() {
-                    self.held.drain(..CALL.len());
+                    self.held.drain(..mark.map_or(0, str::len));
                     self.mode = Mode::Call;
                 }
                 found.is_some()
             }
             Mode::Call => {
-                if family != Some(Family::Hermes) {
-                    return false;
-                }
-                let Some(at) = self.held.find(CALL_END) else { return false };
+                let Some((open, close)) = family.and_then(Family::marks) else { return false };
+                // Without a mark of its own, a call ends where the next one begins.
+                let mark = close.unwrap_or(open);
+                let Some(at) = self.held.find(mark) else { return false };
                 let call: String = self.held.drain(..at).collect();
-                self.held.drain(..CALL_END.len());
-                self.mode = Mode::Words;
+                self.held.drain(..mark.len());
+                self.mode = if close.is_some() { Mode::Words } else { Mode::Call };
                 self.ended_call(&call, false, parts);
                 if self.looks.one_call && self.calls > 0 {
                     self.mode = Mode::Over;
@@ -272,9 +340,8 @@ impl Splitter {
 
     /// What was written as a call; text if it is none. `cut`: it has no end.
     fn ended_call(&mut self, text: &str, cut: bool, parts: &mut Vec<Part>) {
-        let Some((family, names)) = self.looks.tools.clone() else { return };
-        let key = if family == Family::Hermes { "arguments" } else { "parameters" };
-        match calls(text, key, &names) {
+        let Some((family, tools)) = self.looks.tools.clone() else { return };
+        match calls::read(family, text, &tools) {
             Some(found) => {
                 let most = if self.looks.one_call { 1 } else { usize::MAX };
                 let found: Vec<Call> = found.into_iter().take(most).collect();
@@ -282,11 +349,13 @@ impl Splitter {
                 self.space.clear();
                 parts.extend(found.into_iter().map(Part::Call));
             }
-            None if family == Family::Hermes => {
-                let end = if cut { "" } else { CALL_END };
-                self.words(&format!("{CALL}{text}{end}"), parts);
-            }
-            None => self.words(text, parts),
+            None => match family.marks() {
+                Some((open, close)) => {
+                    let end = close.filter(|_| !cut).unwrap_or("");
+                    self.words(&format!("{open}{text}{end}"), parts);
+                }
+                None => self.words(text, parts),
+            },
         }
     }
 }
@@ -294,28 +363,6 @@ impl Splitter {
 /// Bytes at the end of `text` that may be the beginning of `marker`.
 fn overlap(text: &str, marker: &str) -> usize {
     (1..marker.len()).rev().find(|&n| text.ends_with(&marker[..n])).unwrap_or(0)
-}
-
-/// The calls in a text that consists of nothing else, to tools that there are.
-fn calls(text: &str, key: &str, names: &[String]) -> Option<Vec<Call>> {
-    let mut found = Vec::new();
-    let mut rest = text;
-    loop {
-        rest = rest.trim_start_matches(|c: char| c.is_whitespace() || c == ';');
-        if rest.is_empty() {
-            return (!found.is_empty()).then_some(found);
-        }
-        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Json>();
-        let value = values.next()?.ok()?;
-        rest = &rest[values.byte_offset()..];
-        let name = value["name"].as_str().filter(|name| names.iter().any(|n| n == name))?.to_owned();
-        let arguments = match value.get(key).or_else(|| value.get("arguments")).or_else(|| value.get("parameters")) {
-            None => "{}".to_owned(),
-            Some(Json::String(text)) => text.clone(),
-            Some(other) => other.to_string(),
-        };
-        found.push(Call { name, arguments });
-    }
 }
 
 #[cfg(test)]
@@ -332,22 +379,34 @@ mod tests {
                 s.push(&[Bit { text: piece.iter().collect(), control: false }], &mut parts);
             }
             s.finish(&mut parts);
-            let mut joined: Vec<Part> = Vec::new();
-            for p in parts {
-                match (joined.last_mut(), p) {
-                    (Some(Part::Words(a)), Part::Words(b)) | (Some(Part::Thought(a)), Part::Thought(b)) => {
-                        a.push_str(&b)
-                    }
-                    (_, p) => joined.push(p),
-                }
-            }
-            joined
+            joined(parts)
         };
         let whole = cut(usize::MAX);
         for n in 1..20 {
             assert_eq!(cut(n), whole, "{text:?} in pieces of {n}");
         }
+        // And in two, at each place.
+        for (at, _) in text.char_indices() {
+            let mut s = Splitter::new(looks);
+            let mut parts = Vec::new();
+            for piece in [&text[..at], &text[at..]] {
+                s.push(&[Bit { text: piece.into(), control: false }], &mut parts);
+            }
+            s.finish(&mut parts);
+            assert_eq!(joined(parts), whole, "{text:?} cut at {at}");
+        }
         whole
+    }
+
+    fn joined(parts: Vec<Part>) -> Vec<Part> {
+        let mut joined: Vec<Part> = Vec::new();
+        for p in parts {
+            match (joined.last_mut(), p) {
+                (Some(Part::Words(a)), Part::Words(b)) | (Some(Part::Thought(a)), Part::Thought(b)) => a.push_str(&b),
+                (_, p) => joined.push(p),
+            }
+        }
+        joined
     }
 
     fn words(t: &str) -> Part {
@@ -359,7 +418,9 @@ mod tests {
     }
 
     fn tools(family: Family) -> Looks {
-        Looks { tools: Some((family, vec!["f".into(), "g".into()])), ..Looks::default() }
+        let tool = |name: &str| Tool { name: name.into(), texts: vec!["zip".into()] };
+        let channels = family == Family::Harmony;
+        Looks { channels, tools: Some((family, vec![tool("f"), tool("g")])), ..Looks::default() }
     }
 
     #[test]
@@ -401,6 +462,78 @@ mod tests {
     }
 
     #[test]
+    fn calls_of_mistral_are_found_in_both_forms() {
+        for family in [Family::Mistral, Family::MistralNamed] {
+            let looks = tools(family);
+            let old = r#"[TOOL_CALLS][{"name": "f", "arguments": {"x": [1, "]"]}, "id": "abc123XYZ"}, {"name": "g", "arguments": {}}]"#;
+            assert_eq!(parts(&looks, old), [call("f", r#"{"x":[1,"]"]}"#), call("g", "{}")]);
+            let new = r#"I look. [TOOL_CALLS]f[ARGS]{"x": "[TOOL"}[TOOL_CALLS]g[CALL_ID]abc123XYZ[ARGS]{}"#;
+            assert_eq!(parts(&looks, new), [words("I look."), call("f", r#"{"x":"[TOOL"}"#), call("g", "{}")]);
+            assert_eq!(parts(&looks, "[TOOL_CALLS]f{\"x\": 1}"), [call("f", r#"{"x":1}"#)]);
+            let one = Looks { one_call: true, ..looks.clone() };
+            assert_eq!(parts(&one, new), [words("I look."), call("f", r#"{"x":"[TOOL"}"#)]);
+            for none in [
+                "[TOOL_CALLS]h[ARGS]{}",
+                "[TOOL_CALLS]f[ARGS]{\"x\"",
+                "[TOOL_CALLS][{\"name\"",
+                "a [TOOL_CALL",
+                "[1, 2]",
+            ] {
+                assert_eq!(parts(&looks, none), [words(none)]);
+            }
+        }
+        // The marks may be control tokens.
+        let mut s = Splitter::new(&tools(Family::MistralNamed));
+        let mut found = Vec::new();
+        for (text, control) in
+            [("[TOOL_CALLS]", true), ("f", false), ("[ARGS]", true), ("{\"x\": 1}", false), ("</s>", true)]
+        {
+            s.push(&[Bit { text: text.into(), control }], &mut found);
+        }
+        s.finish(&mut found);
+        assert_eq!(found, [call("f", r#"{"x":1}"#)]);
+    }
+
+    #[test]
+    fn channels_of_gpt_oss_are_told_apart() {
+        let looks = tools(Family::Harmony);
+        let thought = |t: &str| Part::Thought(t.into());
+        let answer = "<|channel|>analysis<|message|>Hm <|en.<|end|><|start|>assistant<|channel|>final<|message|>Hello.";
+        assert_eq!(parts(&looks, answer), [thought("Hm <|en."), words("Hello.")]);
+        let calls = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"x\": 1}<|call|>";
+        assert_eq!(parts(&looks, calls), [thought("Hm"), call("f", r#"{"x":1}"#)]);
+        // The recipient may stand before the channel, and the call's own end is the token that ends the answer.
+        let before = " to=functions.g<|channel|>commentary json<|message|>{}";
+        assert_eq!(parts(&looks, before), [call("g", "{}")]);
+        let preamble = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|><|start|>assistant to=functions.g<|channel|>commentary<|message|>{}";
+        assert_eq!(parts(&looks, preamble), [words("I look."), call("f", "{}"), call("g", "{}")]);
+        let one = Looks { one_call: true, ..looks.clone() };
+        assert_eq!(parts(&one, preamble), [words("I look."), call("f", "{}")]);
+        // What is no call to a tool that there is, is words; what has no header, too.
+        assert_eq!(parts(&looks, "<|channel|>commentary to=functions.h<|message|>{}"), [words("{}")]);
+        assert_eq!(parts(&looks, "<|channel|>commentary to=functions.f<|message|>{nonsense"), [words("{nonsense")]);
+        assert_eq!(parts(&looks, "plain"), [words("plain")]);
+        assert_eq!(parts(&looks, "<|channel|>analysis<|message|>cut"), [thought("cut")]);
+        assert_eq!(parts(&looks, "<|channel|>anal"), []);
+        let no_tools = Looks { channels: true, ..Looks::default() };
+        assert_eq!(parts(&no_tools, answer), [thought("Hm <|en."), words("Hello.")]);
+    }
+
+    #[test]
+    fn calls_of_glm_are_found() {
+        let looks = Looks { thinks: true, ..tools(Family::Glm) };
+        let text = "<think>hm</think>\nI look.\n<tool_call>f\n<arg_key>zip</arg_key>\n<arg_value>01234</arg_value>\n<arg_key>n</arg_key>\n<arg_value>[1, {\"a\": 2}]</arg_value>\n<arg_key>s</arg_key>\n<arg_value>a <b> text\n</arg_value>\n</tool_call>\n<tool_call>g</tool_call>";
+        let thought = Part::Thought("hm".into());
+        let arguments = r#"{"zip":"01234","n":[1,{"a":2}],"s":"a <b> text\n"}"#;
+        assert_eq!(parts(&looks, text), [thought, words("I look."), call("f", arguments), call("g", "{}")]);
+        for none in
+            ["<tool_call>h</tool_call>", "<tool_call>f<arg_key>x</arg_key></tool_call>", "<tool_call>f\n<arg_key>x"]
+        {
+            assert_eq!(parts(&looks, none), [words(none)]);
+        }
+    }
+
+    #[test]
     fn without_anything_to_look_for_the_text_is_the_text() {
         let looks = Looks::default();
         assert_eq!(parts(&looks, " <think>\n{</think> \n"), [words(" <think>\n{</think> \n")]);
@@ -413,6 +546,11 @@ mod tests {
     fn families_are_known_by_their_templates() {
         assert_eq!(Family::of("{% if tools %}<tool_call>{% endif %}"), Some(Family::Hermes));
         assert_eq!(Family::of("{% if tools %}<|python_tag|>{% endif %}"), Some(Family::Llama3));
+        assert_eq!(Family::of("{% if tools %}[TOOL_CALLS]{% endif %}"), Some(Family::Mistral));
+        assert_eq!(Family::of("{% if tools %}[TOOL_CALLS]f[ARGS]{% endif %}"), Some(Family::MistralNamed));
+        assert_eq!(Family::of("{% if tools %}<tool_call>f<arg_key>{% endif %}"), Some(Family::Glm));
+        assert_eq!(Family::of("{% if tools %}<|channel|>x<|message|>{% endif %}"), Some(Family::Harmony));
+        assert_eq!(Family::of("{% if tools %}<tool_call><function=f>{% endif %}"), None);
         assert_eq!(Family::of("{% for m in messages %}{% endfor %}"), None);
     }
 }

@@ -235,6 +235,11 @@ impl Tokenizer {
         matches!(self.vocab.kind(id), Some(Kind::Control | Kind::Unknown))
     }
 
+    /// Whether a token stands for bytes of a text.
+    pub fn is_shown(&self, id: u32) -> bool {
+        matches!(self.vocab.kind(id), Some(Kind::Normal | Kind::UserDefined | Kind::Byte))
+    }
+
     /// The text of `ids`, bytes that are no character replaced; control tokens show their names
     /// with `render_special`, nothing without.
     pub fn decode(&self, ids: &[u32], render_special: bool) -> String {
