@@ -26,13 +26,11 @@ const ROOMS: [&str; 17] = [
 ];
 
 /// Parts of rooms that use each other in a circle still, as room and parts (none: any of it); each is to go.
-const CIRCLES: [(&str, &[&str]); 6] = [
+const CIRCLES: [(&str, &[&str]); 4] = [
     ("cli", &[]),
     ("engine", &["places", "source", "stripes"]),
     ("plan", &["device", "place"]),
-    ("report_page", &["figures", "html"]),
     ("storage", &["bind", "extents", "guard", "health", "image", "library", "vfio"]),
-    ("tokenizer", &["eog", "load"]),
 ];
 
 fn files(folder: &Path, out: &mut Vec<PathBuf>) {

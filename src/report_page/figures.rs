@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use super::html::{escape, figure};
+use super::markup::{escape, figure};
 use super::{LinkKind, Rates, Row, SpanKind, Timeline, Unit};
 use crate::plan::{Home, format_bytes};
 

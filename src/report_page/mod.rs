@@ -6,6 +6,7 @@
 
 mod figures;
 mod html;
+mod markup;
 mod trace;
 
 pub use trace::{measured, rates};

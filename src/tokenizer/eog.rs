@@ -4,8 +4,7 @@
 
 use std::collections::HashMap;
 
-use super::load::special_id;
-use super::vocab::Kind;
+use super::vocab::{Kind, special_id};
 use crate::gguf::{Metadata, StringArray};
 
 /// Texts that end generation wherever they are tokens. Source: llama.cpp's `llama-vocab.cpp`.

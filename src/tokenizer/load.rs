@@ -2,9 +2,9 @@
 
 use super::bpe::BpeBuilder;
 use super::pretokenize::{self, PreTokenizer};
-use super::vocab::{Kind, Vocab};
+use super::vocab::{Kind, Vocab, special_id};
 use super::{Algorithm, Tokenizer, TokenizerError, eog, special, spm};
-use crate::gguf::{Metadata, StringArray, Value};
+use crate::gguf::{Metadata, StringArray};
 
 fn bad(key: &str, what: impl Into<String>) -> TokenizerError {
     TokenizerError::Metadata { key: format!("tokenizer.ggml.{key}"), what: what.into() }
@@ -158,33 +158,6 @@ fn merges(m: &Metadata, vocab: &Vocab, family: &pretokenize::Family) -> Result<s
         }
     }
     Ok(builder.build(PreTokenizer::new(family)?, family.ignore_merges))
-}
-
-/// A special token's id from metadata; `default` if it is absent, and, with a warning, if the vocabulary has no
-/// such token (as where merging models has lost added tokens), which is what llama.cpp does.
-pub(super) fn special_id(
-    m: &Metadata,
-    key: &str,
-    n: usize,
-    default: Option<u32>,
-    warnings: &mut Vec<String>,
-) -> Option<u32> {
-    let key = format!("tokenizer.ggml.{key}");
-    match m.get(&key) {
-        // -1 (also as an unsigned number) says that there is none.
-        None | Some(Value::Int(-1 | 0xffff_ffff)) => default,
-        Some(v) => match m.u32(&key) {
-            Some(id) if (id as usize) < n => Some(id),
-            _ => {
-                let instead = match default {
-                    Some(id) => format!("token {id} is used instead"),
-                    None => "it is ignored".to_owned(),
-                };
-                warnings.push(format!("metadata {key} is {v}, but there are {n} tokens; {instead}"));
-                default
-            }
-        },
-    }
 }
 
 /// What SentencePiece tokens stand for: in those that are text, U+2581 is a space.

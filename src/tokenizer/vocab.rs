@@ -2,6 +2,8 @@
 
 use std::hash::{BuildHasher, RandomState};
 
+use crate::gguf::{Metadata, Value};
+
 /// What a token is (`tokenizer.ggml.token_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -108,5 +110,32 @@ impl Index {
                 _ => at = (at + 1) & mask,
             }
         }
+    }
+}
+
+/// A special token's id from metadata; `default` if it is absent, and, with a warning, if the vocabulary has no
+/// such token (as where merging models has lost added tokens), which is what llama.cpp does.
+pub(super) fn special_id(
+    m: &Metadata,
+    key: &str,
+    n: usize,
+    default: Option<u32>,
+    warnings: &mut Vec<String>,
+) -> Option<u32> {
+    let key = format!("tokenizer.ggml.{key}");
+    match m.get(&key) {
+        // -1 (also as an unsigned number) says that there is none.
+        None | Some(Value::Int(-1 | 0xffff_ffff)) => default,
+        Some(v) => match m.u32(&key) {
+            Some(id) if (id as usize) < n => Some(id),
+            _ => {
+                let instead = match default {
+                    Some(id) => format!("token {id} is used instead"),
+                    None => "it is ignored".to_owned(),
+                };
+                warnings.push(format!("metadata {key} is {v}, but there are {n} tokens; {instead}"));
+                default
+            }
+        },
     }
 }
