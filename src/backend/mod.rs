@@ -198,25 +198,22 @@ pub struct Recurrent {
     pub layers: usize,
     /// Sequences that have a state at once; each has two copies of it, so that a pass that fails damages none.
     pub sequences: usize,
-    /// Inputs that a convolution sees.
+    /// Inputs that a convolution sees, and its channels.
     pub taps: usize,
-    /// Key heads.
+    /// Its channels; with a delta net its queries, keys and values.
+    pub channels: usize,
+    /// Key heads of a delta net; 0 without one.
     pub n_keys: usize,
-    /// Value heads, a multiple of the key heads.
+    /// Its value heads, a multiple of the key heads.
     pub n_values: usize,
     /// Elements of a head.
     pub dim: usize,
 }
 
 impl Recurrent {
-    /// Channels of a convolution: queries, keys and values.
-    pub fn channels(&self) -> usize {
-        (2 * self.n_keys + self.n_values) * self.dim
-    }
-
     /// Floats of the last inputs of a layer.
     pub fn inputs(&self) -> usize {
-        (self.taps - 1) * self.channels()
+        (self.taps - 1) * self.channels
     }
 
     /// Floats of the state of a layer's heads.

@@ -226,6 +226,13 @@ pub enum Op<W> {
         /// So many F32 of each channel, the newest input's last.
         w: W,
     },
+    /// `Attn = c * conv(b * x)` of the three parts b, c and x of Mix, channel by channel.
+    ShortConv {
+        /// Which of the model's states.
+        state: usize,
+        /// So many F32 of each channel, the newest input's last.
+        w: W,
+    },
     /// `Attn = delta net of Mix (queries, keys, values), Beta, Alpha and Gates`.
     DeltaNet(DeltaNet<W>),
     /// Stores K and V to the cache of a layer.
@@ -326,6 +333,7 @@ impl<W: Copy> Op<W> {
             Op::GateAttn => Op::GateAttn,
             Op::GateOut => Op::GateOut,
             Op::Conv { state, w } => Op::Conv { state, w: f(w) },
+            Op::ShortConv { state, w } => Op::ShortConv { state, w: f(w) },
             Op::DeltaNet(DeltaNet { state, decay, bias, ref norm, tiled }) => {
                 let (decay, bias) = (f(decay), f(bias));
                 Op::DeltaNet(DeltaNet { state, decay, bias, norm: norm.map(f), tiled })
@@ -350,18 +358,25 @@ impl<W: Copy> Op<W> {
     pub fn what(&self) -> &'static str {
         match self {
             Op::Norm { norm: NormOf { kind: NormKind::Layer, .. }, .. } => "layer norms",
-            Op::Norm { .. } | Op::HeadNorm { .. } => "norms in unusual places",
-            Op::Linear { .. } => "products in unusual places",
-            Op::Rope { .. } | Op::Store { .. } => "rotary embeddings that differ between layers",
+            Op::Norm { to: Act::Q | Act::K, .. } => "norms of all heads together",
+            Op::Norm { to: Act::Out, .. } => "norms behind the parts of a block",
+            Op::Norm { .. } => "parts without a norm before them, or side by side",
+            Op::HeadNorm { .. } => "norms of heads behind the rotary embedding",
+            Op::Linear { .. } => "parts of blocks of this make",
+            Op::Rope { rope: 0, .. } | Op::Store { .. } => "blocks without rotary embedding",
+            Op::Rope { .. } => "rotary embeddings that differ between blocks",
             Op::ScaleByPosition { .. } => "queries scaled by position",
             Op::AddPosition { .. } => "embeddings of positions",
             Op::SplitHeads | Op::GateAttn | Op::GateOut => "gates of attention and of shared experts",
             Op::Conv { .. } | Op::DeltaNet(_) => "delta nets",
+            Op::ShortConv { .. } => "short convolutions",
             Op::Attend { sinks: Some(_), .. } => "attention sinks",
             Op::Attend { .. } => "attention windows or capped scores",
             Op::Keep | Op::Outputs => "norms before the head other than RMS norms",
             Op::Add { .. } | Op::Scale { .. } => "scaled outputs of parts",
             Op::Activate { .. } => "activations other than SwiGLU",
+            Op::Route { choose: Some(_), .. } => "routers with biases",
+            Op::Route { how, .. } if how.gating == Gating::Softmax => "experts that all tokens pass",
             Op::Route { .. } => "routers other than softmax",
             Op::Combine { .. } => "sums of experts' outputs before they are added",
             Op::Head { .. } => "scaled or capped logits",

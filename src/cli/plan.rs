@@ -12,6 +12,7 @@ use super::report::print_line;
 use super::{Failure, ModelArg, Placement, outputs, run};
 use crate::backend::BackendKind;
 use crate::engine::{Change, Forecast, Opened, beyond_training, sensitivity, this_machine};
+use crate::model::Tape;
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 
@@ -91,6 +92,10 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let shown = Shown {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
         changes: sensitivity(&opened.model, &machine, &options, &forecast),
+        beyond: match (options.backend, &machine.gpu) {
+            (BackendKind::Auto, Some(_)) => Tape::new(&opened.model).beyond(&opened.model),
+            _ => None,
+        },
         forecast,
         machine,
         opened,
@@ -119,6 +124,8 @@ fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Re
 
 /// What is printed.
 struct Shown {
+    /// What the machine's GPU has no kernels for.
+    beyond: Option<&'static str>,
     forecast: Forecast,
     machine: Machine,
     opened: Opened,
@@ -226,6 +233,9 @@ impl Shown {
         for (what, rate) in self.machine.rates() {
             let mark = if rate.measured { "" } else { "guess: " };
             writeln!(out, "  {what:<22} {:>8.2} GB/s  {mark}{}", rate.gb_per_s, rate.source)?;
+        }
+        if let Some(what) = self.beyond {
+            writeln!(out, "  computed on processors: the GPU has no kernels for {what}")?;
         }
         if self.machine.rates().iter().any(|(_, r)| !r.measured) {
             writeln!(out, "  what follows is as good as these; guesses may be far off")?;

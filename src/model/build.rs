@@ -215,6 +215,7 @@ impl<'a> Builder<'a> {
             first.ops.splice(0..0, start);
         }
         let (head, tied) = self.head(n_vocab)?;
+        self.check_next()?;
         let unused = self.unused();
         let Builder { h, units, stages, blocks, cached, states, ropes, divisors, widened, held, .. } = self;
         let hparams = h.clone();
@@ -350,8 +351,11 @@ impl<'a> Builder<'a> {
     /// A norm of the architecture's kind: a weight, and a bias if the file has one.
     fn norm(&mut self, unit: usize, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
         let weight = Some(self.vector(unit, &format!("{prefix}.weight"), len)?);
+        let name = format!("{prefix}.bias");
         let bias = match self.h.norm_biases {
-            true => self.optional_vector(unit, &format!("{prefix}.bias"), len)?,
+            // Falcon's second norm may have none.
+            true if prefix.ends_with("_2") => self.optional_vector(unit, &name, len)?,
+            true => Some(self.vector(unit, &name, len)?),
             false => None,
         };
         Ok(NormOf { kind: self.h.norm, weight, bias, eps: self.h.norm_eps })
@@ -365,7 +369,11 @@ impl<'a> Builder<'a> {
 
     fn linear(&mut self, unit: usize, prefix: &str, rows: usize, cols: usize) -> Result<LinearRef, ModelError> {
         let weight = self.matrix(unit, &format!("{prefix}.weight"), rows, cols)?;
-        let bias = self.optional_vector(unit, &format!("{prefix}.bias"), rows)?;
+        let name = format!("{prefix}.bias");
+        let bias = match self.h.arch.biases {
+            true => Some(self.vector(unit, &name, rows)?),
+            false => self.optional_vector(unit, &name, rows)?,
+        };
         Ok(LinearRef { weight, bias })
     }
 
@@ -452,6 +460,7 @@ impl<'a> Builder<'a> {
         };
         let bias = match one.and_then(|_| self.optional(&format!("{p}.attn_qkv.bias"))) {
             Some(t) => Some(self.check(t, &[all as u64])?),
+            None if h.arch.biases => Some(self.find(&format!("{p}.attn_qkv.bias"))?),
             None => None,
         };
         let mut part = |(name, first, rows): (&str, usize, usize)| {
@@ -485,7 +494,7 @@ impl<'a> Builder<'a> {
         let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
         self.op(Op::Norm { to: Act::H, from: Act::X, norm });
         let (inner, heads) = (r.n_values * r.dim, r.n_values);
-        let mix = self.linear(u, &format!("{p}.attn_qkv"), r.channels(), d)?;
+        let mix = self.linear(u, &format!("{p}.attn_qkv"), r.channels, d)?;
         let gates = self.linear(u, &format!("{p}.attn_gate"), inner, d)?;
         self.products(Act::H, [(Act::Mix, mix), (Act::Gates, gates)]);
         if tiled {
@@ -499,14 +508,35 @@ impl<'a> Builder<'a> {
         let state = self.states;
         self.states += 1;
         let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
-        let w =
-            self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels() as u64])?, 0, r.taps * r.channels())?;
+        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels as u64])?, 0, r.taps * r.channels)?;
         self.op(Op::Conv { state, w });
         let decay = self.vector(u, &format!("{p}.ssm_a"), heads)?;
         let bias = self.vector(u, &format!("{p}.ssm_dt.bias"), heads)?;
         let norm = self.norm(u, &format!("{p}.ssm_norm"), r.dim)?;
         self.op(Op::DeltaNet(DeltaNet { state, decay, bias, norm, tiled }));
         let w = self.linear(u, &format!("{p}.ssm_out"), d, inner)?;
+        self.output(Act::Attn, w, None, false)?;
+        if i + 1 == self.h.n_layers {
+            self.op(Op::Keep);
+        }
+        Ok(())
+    }
+
+    /// A short convolution in place of attention in block `i`.
+    pub fn short_conv(&mut self, i: usize, r: &Recurrent) -> Result<(), ModelError> {
+        let d = self.h.n_embd;
+        let p = format!("blk.{i}");
+        let u = self.begin(i);
+        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
+        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let mix = self.linear(u, &format!("{p}.shortconv.in_proj"), 3 * d, d)?;
+        self.products(Act::H, [(Act::Mix, mix)]);
+        let state = self.states;
+        self.states += 1;
+        let taps = self.find(&format!("{p}.shortconv.conv.weight"))?;
+        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, d as u64])?, 0, r.taps * d)?;
+        self.op(Op::ShortConv { state, w });
+        let w = self.linear(u, &format!("{p}.shortconv.out_proj"), d, d)?;
         self.output(Act::Attn, w, None, false)?;
         if i + 1 == self.h.n_layers {
             self.op(Op::Keep);
@@ -744,9 +774,20 @@ impl<'a> Builder<'a> {
         Ok(Stack { tensors: vec![t], pitch: rows, offset: 0, rows })
     }
 
+    /// Blocks that are set apart as predicting further tokens must be such, as far as the file has them.
+    fn check_next(&self) -> Result<(), ModelError> {
+        for i in self.h.n_layers..self.h.n_layers + self.h.n_next {
+            let prefix = format!("blk.{i}.");
+            if self.gguf.tensors.iter().any(|t| t.name.starts_with(&prefix)) {
+                self.find(&format!("{prefix}nextn.eh_proj.weight"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The norm before the head, and the head in slices of rows.
     fn head(&mut self, n_vocab: usize) -> Result<(Vec<HeadSlice>, bool), ModelError> {
-        let tied = self.h.arch.tied || !self.has("output.weight");
+        let tied = self.h.arch.tied || !self.has("output.weight") && !self.h.arch.own_head;
         let t = self.find(if tied { "token_embd.weight" } else { "output.weight" })?;
         let t = self.computable(self.check(t, &[self.h.n_embd as u64, n_vocab as u64])?)?;
         let bias = match self.optional("output.bias") {
@@ -763,7 +804,7 @@ impl<'a> Builder<'a> {
             let u = self.unit(UnitKind::Head(i), format!("output rows from {first_row}"));
             self.stage(u, None);
             if i == 0 {
-                let norm = self.norm(u, "output_norm", self.h.n_embd)?;
+                let norm = self.norm(u, self.h.arch.output_norm, self.h.n_embd)?;
                 self.op(Op::Outputs);
                 self.op(Op::Norm { to: Act::H, from: Act::X, norm });
             }

@@ -13,6 +13,12 @@ pub struct Family {
     pub(super) follows: &'static [&'static str],
     /// Key of the norms' epsilon.
     pub(super) norm_eps: &'static str,
+    /// Whether every projection has a bias.
+    pub(super) biases: bool,
+    /// Whether the head must be a tensor of its own.
+    pub(super) own_head: bool,
+    /// Name of the norm before the head.
+    pub(super) output_norm: &'static str,
     /// Whether the head is the embedding, whatever the file has.
     pub(super) tied: bool,
 }
@@ -23,5 +29,8 @@ pub(super) const LLAMA: Family = Family {
     rope_kind: RopeKind::Norm,
     follows: &[],
     norm_eps: "attention.layer_norm_rms_epsilon",
+    biases: false,
+    own_head: false,
+    output_norm: "output_norm",
     tied: false,
 };

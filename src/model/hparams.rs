@@ -58,8 +58,8 @@ pub struct HParams {
     pub expert_step: usize,
     /// Sizes of recurrences, their number and that of sequences apart.
     pub recurrent: Option<Recurrent>,
-    /// Which blocks attend: each so many-th; the others have a recurrence.
-    pub attends: usize,
+    /// Which blocks attend, by block, where some do not; the others have a recurrence.
+    pub attends: Vec<bool>,
     /// Whether attention and feed-forward part read the same X.
     pub parallel: bool,
     /// Scores of attention, masks apart.
@@ -177,14 +177,36 @@ const POSITIVE: Bounds = Bounds { holds: |v| (1e-6..=1e6).contains(&v), words: "
 const SHARE: Bounds = Bounds { holds: |v| v <= 1.0, words: "a number from 0 to 1, or a negative one for 1" };
 
 impl Keys<'_> {
+    /// Heads of keys and values, and which blocks have any, where an architecture has blocks without.
+    fn heads(&self, name: &str) -> Result<(Option<usize>, Vec<bool>), ModelError> {
+        let Some(Value::Array(Array::Int(v))) = self.metadata.get(&self.key(name)).filter(|_| self.follows(name))
+        else {
+            return Ok((self.size(name, limit::HEADS)?, Vec::new()));
+        };
+        let mut some = v.iter().filter(|n| **n != 0);
+        match some.next() {
+            Some(n) if (1..=limit::HEADS as i64).contains(n) && some.all(|other| other == n) => {
+                Ok((Some(*n as usize), v.iter().map(|n| *n != 0).collect()))
+            }
+            _ => {
+                Err(self
+                    .error(name, "differs between blocks that have any, or none has, which is not supported".into()))
+            }
+        }
+    }
+
     /// Whether the file has the key.
     pub fn has(&self, name: &str) -> bool {
         self.metadata.get(&self.key(name)).is_some()
     }
 
-    /// A bool.
-    pub fn bool(&self, name: &str) -> Option<bool> {
-        self.metadata.bool(&self.key(name))
+    /// A bool, and no other value.
+    pub fn bool(&self, name: &str) -> Result<Option<bool>, ModelError> {
+        match self.metadata.get(&self.key(name)) {
+            None => Ok(None),
+            Some(Value::Bool(v)) => Ok(Some(*v)),
+            Some(found) => Err(self.error(name, format!("true or false was expected, found {found}"))),
+        }
     }
 
     /// An integer, 0 among them.
@@ -230,6 +252,11 @@ impl Keys<'_> {
 }
 
 impl HParams {
+    /// Whether block `i` attends.
+    pub fn attends(&self, i: usize) -> bool {
+        self.attends.get(i).copied().unwrap_or(true)
+    }
+
     /// Whether block `i` has routed experts.
     pub fn is_routed(&self, i: usize) -> bool {
         self.n_experts > 0 && i >= self.n_dense && (i + 1).is_multiple_of(self.expert_step)
@@ -271,7 +298,8 @@ impl HParams {
         let keys = Keys { metadata, arch };
         let n_embd = keys.required("embedding_length", limit::WIDTH)?;
         let n_heads = keys.required("attention.head_count", limit::HEADS)?;
-        let n_kv_heads = keys.size("attention.head_count_kv", limit::HEADS)?.unwrap_or(n_heads);
+        let (n_kv_heads, attends) = keys.heads("attention.head_count_kv")?;
+        let n_kv_heads = n_kv_heads.unwrap_or(n_heads);
         if n_heads % n_kv_heads != 0 {
             return Err(keys
                 .error("attention.head_count_kv", format!("{n_kv_heads} does not divide the {n_heads} query heads")));
@@ -324,7 +352,7 @@ impl HParams {
             n_ff_expert,
             n_dense: if n_experts == 0 { n_layers } else { 0 },
             n_ff_shared: 0,
-            router: Router::softmax(keys.bool("expert_weights_norm").unwrap_or(true), scale),
+            router: Router::softmax(keys.bool("expert_weights_norm")?.unwrap_or(true), scale),
             n_ctx_train,
             n_ctx_reach: reach(&keys, n_ctx_train, rope_scaling)?,
             window: if keys.follows(WINDOW) { None } else { window(&keys, n_ctx_train)? },
@@ -336,7 +364,7 @@ impl HParams {
             positions: None,
             expert_step: 1,
             recurrent: None,
-            attends: 1,
+            attends,
             parallel: false,
             scores: Scores::PLAIN,
             by_position: None,

@@ -54,6 +54,7 @@ const RULES: &[Rule] = &[
     rule("expert_gating_func", &[0.0, 1.0], "weighs experts by another function than softmax"),
     rule("nextn_predict_layers", &[0.0], "counts blocks that predict further tokens among the others"),
     rule("full_attention_interval", &[0.0, 1.0], "replaces attention by a recurrence in some blocks"),
+    rule("rope.dimension_sections", &[0.0], "rotates by sections of a head"),
     rule("num_loops", &[0.0, 1.0], "runs the blocks several times"),
     rule("token_shift_count", &[0.0], "mixes tokens with earlier ones"),
     rule("rope.scaling.alpha", &[0.0, 1.0], "scales rotary frequencies"),

@@ -239,6 +239,7 @@ impl Model {
             Op::Linear { to, w, .. } if *to == act => w.weight.rows,
             // Half of the heads' rows are gates.
             Op::SplitHeads if act == Act::Gates => self.hparams.n_heads * self.hparams.head_dim,
+            Op::ShortConv { .. } if act == Act::Gates => self.hparams.n_embd,
             _ => 0,
         });
         widths.max().unwrap_or(0)

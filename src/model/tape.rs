@@ -54,10 +54,17 @@ impl Tape {
     /// What a pass does that is no fused call; `None` if all is.
     pub fn beyond(&self, model: &Model) -> Option<&'static str> {
         let calls = self.stages.iter().flat_map(|s| s.with.iter().chain(&s.after));
-        let mut single = calls.filter_map(|c| match c {
-            Call::Op(op) => Some(op.what()),
-            _ => None,
-        });
+        let single: Vec<&Op<TensorRef>> = calls
+            .filter_map(|c| match c {
+                Call::Op(op) => Some(op),
+                _ => None,
+            })
+            .collect();
+        // Operations that every block has are there one by one because of what stands among them.
+        let ordinary = |op: &Op<TensorRef>| {
+            matches!(op, Op::Norm { to: Act::H, .. } | Op::Linear { .. } | Op::Rope { rope: 0, .. } | Op::Store { .. })
+        };
+        let reason = single.iter().find(|op| !ordinary(op)).or(single.iter().find(|op| matches!(op, Op::Store { .. })));
         let experts = || {
             let all = model.stages.iter().filter_map(|s| s.experts.as_ref());
             let mut others = all.filter_map(|e| match e.how {
@@ -66,7 +73,7 @@ impl Tape {
             });
             others.next()
         };
-        single.next().or_else(experts)
+        reason.or(single.first()).map(|op| op.what()).or_else(experts)
     }
 }
 

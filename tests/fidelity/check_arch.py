@@ -27,7 +27,7 @@ NMSE_MAX_GELU = 2e-6
 GELU = ("gemma", "starcoder2", "falcon", "gptneox", "gpt2")
 # For a quantised type, so many times llama.cpp's own distance from the exact logits.
 PEER_FACTOR = 4
-REFUSED = ("qwen3next-packed", "gemma4", "deepseek2", "lfm2", "mamba2", "nemotron_h")
+REFUSED = ("qwen3next-packed", "gemma4", "deepseek2", "mamba2", "nemotron_h")
 
 
 def nmse(a, b):

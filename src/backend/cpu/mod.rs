@@ -458,7 +458,7 @@ impl CpuBackend {
 
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
     fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
-        self.ready = None;
+        (self.ready, self.attn_ready) = (None, false);
         let (quantised, pairs) = self.quantised();
         let (quantised, pairs) = (Shared(quantised), Shared(pairs));
         let (isa, fine) = (self.isa, self.fine());

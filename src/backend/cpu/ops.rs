@@ -23,6 +23,7 @@ impl CpuBackend {
             Op::GateAttn => self.gate_attn(),
             Op::GateOut => self.gate_out(),
             Op::Conv { state, w } => self.conv(state, w),
+            Op::ShortConv { state, w } => self.short_conv(state, w),
             Op::DeltaNet(ref net) => self.delta_net(net),
             Op::Store { layer } => self.store(layer),
             Op::Attend { layer, scores, sinks } => self.attend_by(layer, scores, sinks),
@@ -274,7 +275,7 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
             Some(act)
         }
         Op::AddPosition { .. } => Some(Act::X),
-        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) => Some(Act::Attn),
+        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) | Op::ShortConv { .. } => Some(Act::Attn),
         Op::SplitHeads => Some(Act::Q),
         Op::GateOut => Some(Act::Out),
         Op::Conv { .. } => Some(Act::Mix),

@@ -55,7 +55,7 @@ impl CpuBackend {
 
     pub(super) fn conv(&mut self, layer: usize, w: Weight) {
         let Some(sizes) = self.dims.recurrent else { return };
-        let (width, taps) = (sizes.channels(), sizes.taps);
+        let (width, taps) = (sizes.channels, sizes.taps);
         let (mix, states) = (Shared(self.mix.ptr()), Shared(self.states.ptr()));
         let weights = Shared(w.addr as *mut f32);
         for i in 0..self.runs.len() {
@@ -68,15 +68,43 @@ impl CpuBackend {
                     // read and the weights are written by nobody. All have `width` channels.
                     unsafe {
                         let conv = Convolution {
-                            x: mix.get().add(rows.start * width + c),
-                            rows: rows.len(),
+                            rows: rows.clone(),
                             width,
                             taps,
                             weights: weights.get().add(c * taps),
                             old: if first { std::ptr::null() } else { states.get().add(from + c) },
                             new: states.get().add(to + c),
                         };
-                        conv.run();
+                        let x = |t: usize| mix.get().add(t * width + c);
+                        conv.run(|t| *x(t), |t, y| *x(t) = silu(y));
+                    }
+                }
+            });
+        }
+    }
+
+    pub(super) fn short_conv(&mut self, layer: usize, w: Weight) {
+        let Some(sizes) = self.dims.recurrent else { return };
+        let (width, taps) = (sizes.channels, sizes.taps);
+        let (mix, states, out) = (Shared(self.mix.ptr()), Shared(self.states.ptr()), Shared(self.attn.ptr()));
+        let weights = Shared(w.addr as *mut f32);
+        for i in 0..self.runs.len() {
+            let Some((run, from, to)) = self.run_here(i, layer) else { continue };
+            let (rows, first) = (run.rows.clone(), run.first);
+            self.pool.run(width.div_ceil(CHANNELS), &|_, task| {
+                for c in task * CHANNELS..((task + 1) * CHANNELS).min(width) {
+                    // SAFETY: as in `conv`; of Attn, this task alone has the channel.
+                    unsafe {
+                        let conv = Convolution {
+                            rows: rows.clone(),
+                            width,
+                            taps,
+                            weights: weights.get().add(c * taps),
+                            old: if first { std::ptr::null() } else { states.get().add(from + c) },
+                            new: states.get().add(to + c),
+                        };
+                        let part = |t: usize, part: usize| *mix.get().add((3 * t + part) * width + c);
+                        conv.run(|t| part(t, 0) * part(t, 2), |t, y| *out.get().add(t * width + c) = part(t, 1) * y);
                     }
                 }
             });
@@ -112,7 +140,7 @@ impl CpuBackend {
                     let of = |w: Weight| (w.addr as *const f32).add(head).read_unaligned();
                     let step = Head {
                         dim,
-                        width: sizes.channels(),
+                        width: sizes.channels,
                         query: key * dim,
                         key: (sizes.n_keys + key) * dim,
                         value: (2 * sizes.n_keys + head) * dim,
@@ -140,8 +168,7 @@ impl CpuBackend {
 
 /// One channel of a convolution over the rows of a run.
 struct Convolution {
-    x: *mut f32,
-    rows: usize,
+    rows: std::ops::Range<usize>,
     width: usize,
     taps: usize,
     weights: *const f32,
@@ -151,25 +178,26 @@ struct Convolution {
 }
 
 impl Convolution {
+    /// Gives `output` what becomes of each row, once its `input` has been asked for.
+    ///
     /// # Safety
-    /// The addresses are of `rows` rows and `taps - 1` inputs, which nobody else writes.
-    unsafe fn run(self) {
-        let Convolution { x, rows, width, taps, weights, old, new } = self;
+    /// The addresses are of `taps` weights and `taps - 1` inputs; `new` is written by nobody else.
+    unsafe fn run(self, input: impl Fn(usize) -> f32, output: impl Fn(usize, f32)) {
+        let Convolution { rows, width, taps, weights, old, new } = self;
         let before = taps - 1;
-        // SAFETY: the caller's promise. An output takes the place of its input once the inputs behind it have been kept
-        // in `window`.
+        // SAFETY: the caller's promise.
         unsafe {
             let mut window = [0.0f32; 64];
             for (i, w) in window[..before].iter_mut().enumerate() {
                 *w = if old.is_null() { 0.0 } else { *old.add(i * width) };
             }
-            for t in 0..rows {
-                window[before] = *x.add(t * width);
+            for t in rows {
+                window[before] = input(t);
                 let mut sum = 0.0;
                 for (i, w) in window[..taps].iter().enumerate() {
                     sum += w * weights.add(i).read_unaligned();
                 }
-                *x.add(t * width) = silu(sum);
+                output(t, sum);
                 window.copy_within(1..taps, 0);
             }
             for (i, w) in window[..before].iter().enumerate() {

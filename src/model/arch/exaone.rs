@@ -1,6 +1,6 @@
 //! Exaone 4: norms behind each part and none before; the largest with windows, and no rotation where there is none.
 
-use super::{Architecture, Family, PATTERN, PLAIN, WINDOW, WINDOW_BASE, windows};
+use super::{Architecture, Family, PATTERN, PLAIN, WINDOW, WINDOW_BASE, ropes, windows};
 use crate::backend::{Mask, RopeKind};
 use crate::model::build::{ATTENTION, Attention, FEED_FORWARD, FeedForward, HeadNorms, Reads};
 
@@ -8,6 +8,7 @@ use crate::model::build::{ATTENTION, Attention, FEED_FORWARD, FeedForward, HeadN
 const BLOCKS_WITH_WINDOWS: usize = 64;
 
 pub(super) const EXAONE4: Architecture = Architecture {
+    ropes,
     family: Family {
         name: "exaone4",
         rope_kind: RopeKind::Neox,

@@ -1,7 +1,7 @@
 //! GLM 4: norms before and behind each part, gate and up in one matrix. GLM 4.5 to 4.7: routed experts beside a shared
 //! one, dense blocks first.
 
-use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, set_blocks_apart};
 use crate::backend::{Gating, RopeKind};
 use crate::model::ModelError;
 use crate::model::build::{
@@ -28,6 +28,8 @@ pub(super) const GLM4MOE: Architecture = Architecture {
             ROUTER_KEYS[3],
             ROUTER_KEYS[4],
             "nextn_predict_layers",
+            // Of text, all sections count the same positions.
+            "rope.dimension_sections",
         ],
         ..PLAIN.family
     },
@@ -36,8 +38,7 @@ pub(super) const GLM4MOE: Architecture = Architecture {
             return Err(keys.error("expert_count", "is missing".into()));
         }
         // The blocks that the file counts include those that predict further tokens.
-        h.n_next = keys.count("nextn_predict_layers", h.n_layers - 1)?;
-        h.n_layers -= h.n_next;
+        set_blocks_apart(keys, h)?;
         deepseek_router(keys, h, Some(Gating::Sigmoid))?;
         h.n_ff_shared = h.n_ff_expert * keys.count("expert_shared_count", h.n_experts)?;
         Ok(())

@@ -43,9 +43,15 @@ pub(super) const FALCON: Architecture = Architecture {
 };
 
 pub(super) const GPTNEOX: Architecture = Architecture {
-    family: Family { name: "gptneox", follows: &[EPSILON, PARALLEL], ..STARCODER2.family },
+    family: Family {
+        name: "gptneox",
+        biases: true,
+        own_head: true,
+        follows: &[EPSILON, PARALLEL],
+        ..STARCODER2.family
+    },
     settle: |keys, h| {
-        let Some(parallel) = keys.bool(PARALLEL) else { return Err(keys.error(PARALLEL, "is missing".into())) };
+        let Some(parallel) = keys.bool(PARALLEL)? else { return Err(keys.error(PARALLEL, "is missing".into())) };
         h.parallel = parallel;
         (STARCODER2.settle)(keys, h)
     },
@@ -58,7 +64,7 @@ pub(super) const GPTNEOX: Architecture = Architecture {
 
 /// Embeddings of positions in place of rotation.
 pub(super) const GPT2: Architecture = Architecture {
-    family: Family { name: "gpt2", ..STARCODER2.family },
+    family: Family { name: "gpt2", biases: true, ..STARCODER2.family },
     settle: |keys, h| {
         h.rotates = false;
         h.positions = Some(h.n_ctx_train);

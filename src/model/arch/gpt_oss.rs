@@ -9,6 +9,7 @@ use crate::model::build::{ATTENTION, Attention, Builder, MIXTURE, Mixture};
 pub(super) const GPT_OSS: Architecture = Architecture {
     family: Family {
         name: "gpt-oss",
+        own_head: true,
         rope_kind: RopeKind::Neox,
         follows: &[WINDOW, PATTERN, WINDOW_BASE],
         ..PLAIN.family

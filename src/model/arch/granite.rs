@@ -1,25 +1,27 @@
 //! Granite 3 and 4: llama's block with four factors.
 
-use super::{Architecture, Family, PLAIN, ROUTER_KEYS, experts_as_wide_as_ff};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, experts_as_wide_as_ff, ropes};
 use crate::backend::Router;
 use crate::model::build::{ATTENTION, Builder, FEED_FORWARD, MIXTURE, Mixture};
 use crate::model::hparams::{Keys, limit};
 use crate::model::{HParams, ModelError};
 
 pub(super) const GRANITE: Architecture = Architecture {
+    ropes,
     family: Family {
         name: "granite",
         follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", "rope.scaling.finetuned"],
         ..PLAIN.family
     },
     settle: |keys, h| {
-        h.rotates = keys.bool("rope.scaling.finetuned").unwrap_or(true);
+        h.rotates = keys.bool("rope.scaling.finetuned")?.unwrap_or(true);
         factors(keys, h)
     },
     ..PLAIN
 };
 
 pub(super) const GRANITEMOE: Architecture = Architecture {
+    ropes,
     family: Family {
         name: "granitemoe",
         follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", ROUTER_KEYS[5]],

@@ -1,12 +1,13 @@
 //! Llama 2 and 3, Mistral; with experts, Mixtral. Llama 4.
 
-use super::{Architecture, Family, PLAIN, WINDOW};
+use super::{Architecture, Family, PLAIN, WINDOW, ropes};
 use crate::backend::{Gating, Mask, Router};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, HeadNorms, MIXTURE, Mixture};
 use crate::model::hparams::limit;
 
 pub(super) const LLAMA: Architecture = Architecture {
+    ropes,
     settle: |_, h| {
         if h.n_ff_expert == 0 {
             h.n_ff_expert = h.n_ff;
@@ -28,6 +29,7 @@ const CHUNK: usize = 8192;
 /// Llama 4: every fourth block sees all and does not rotate, the others see a chunk; one expert beside a shared one, whose
 /// weight multiplies what it reads.
 pub(super) const LLAMA4: Architecture = Architecture {
+    ropes,
     family: Family { name: "llama4", follows: &[WINDOW, STEP, "attention.chunk_size"], ..PLAIN.family },
     settle: |keys, h| {
         if h.n_experts == 0 {

@@ -1,11 +1,12 @@
 //! Mistral 3: llama's block with queries scaled by position, and YaRN with a magnitude of its own.
 
-use super::{Architecture, Family, PLAIN, experts_as_wide_as_ff};
+use super::{Architecture, Family, PLAIN, experts_as_wide_as_ff, ropes};
 use crate::backend::Router;
 use crate::model::RopeScaling;
 use crate::model::hparams::limit;
 
 pub(super) const MISTRAL3: Architecture = Architecture {
+    ropes,
     family: Family {
         name: "mistral3",
         follows: &["attention.temperature_scale", "rope.scaling.yarn_log_multiplier"],

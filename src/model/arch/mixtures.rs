@@ -8,7 +8,13 @@ use crate::model::hparams::{Keys, limit};
 
 /// MiniMax M2: norms of all heads together.
 pub(super) const MINIMAX_M2: Architecture = Architecture {
-    family: Family { name: "minimax-m2", rope_kind: RopeKind::Neox, follows: &[ROUTER_KEYS[0]], ..PLAIN.family },
+    family: Family {
+        name: "minimax-m2",
+        own_head: true,
+        rope_kind: RopeKind::Neox,
+        follows: &[ROUTER_KEYS[0]],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         experts_as_wide_as_ff(keys, h)?;
@@ -21,7 +27,7 @@ pub(super) const MINIMAX_M2: Architecture = Architecture {
 
 /// Ernie 4.5 with experts: dense blocks first.
 pub(super) const ERNIE: Architecture = Architecture {
-    family: Family { name: "ernie4_5-moe", follows: &[ROUTER_KEYS[4], ROUTER_KEYS[5]], ..PLAIN.family },
+    family: Family { name: "ernie4_5-moe", follows: &[ROUTER_KEYS[3], ROUTER_KEYS[4], ROUTER_KEYS[5]], ..PLAIN.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         h.n_dense = keys.count("leading_dense_block_count", limit::LAYERS)?.min(h.n_layers);
@@ -35,7 +41,12 @@ pub(super) const ERNIE: Architecture = Architecture {
 
 /// Hunyuan with experts: norms of queries and keys behind the rotary embedding.
 pub(super) const HUNYUAN: Architecture = Architecture {
-    family: Family { name: "hunyuan-moe", rope_kind: RopeKind::Neox, follows: &[ROUTER_KEYS[5]], ..PLAIN.family },
+    family: Family {
+        name: "hunyuan-moe",
+        rope_kind: RopeKind::Neox,
+        follows: &[ROUTER_KEYS[3], ROUTER_KEYS[5]],
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         h.n_ff_shared = keys.required("expert_shared_feed_forward_length", limit::FF)?;
@@ -49,7 +60,13 @@ pub(super) const HUNYUAN: Architecture = Architecture {
 
 /// Ling and Ring 2: groups of experts.
 pub(super) const BAILING: Architecture = Architecture {
-    family: Family { name: "bailingmoe2", rope_kind: RopeKind::Neox, follows: &ROUTER_KEYS, ..PLAIN.family },
+    family: Family {
+        name: "bailingmoe2",
+        own_head: true,
+        rope_kind: RopeKind::Neox,
+        follows: &ROUTER_KEYS,
+        ..PLAIN.family
+    },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         deepseek_router(keys, h, None)?;

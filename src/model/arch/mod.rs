@@ -9,6 +9,7 @@ mod glm;
 mod gpt;
 mod gpt_oss;
 mod granite;
+mod lfm2;
 mod llama;
 mod mistral;
 mod mixtures;
@@ -37,7 +38,8 @@ pub(super) struct Architecture {
 }
 
 /// Llama without experts; others say what differs.
-const PLAIN: Architecture = Architecture { family: LLAMA, settle: |_, _| Ok(()), ropes, block: llama::block };
+const PLAIN: Architecture =
+    Architecture { family: LLAMA, settle: |_, _| Ok(()), ropes: ropes_alone, block: llama::block };
 
 /// All of them.
 pub(super) static ALL: &[&Architecture] = &[
@@ -72,6 +74,8 @@ pub(super) static ALL: &[&Architecture] = &[
     &qwen35::QWEN35,
     &qwen35::QWEN35MOE,
     &qwen35::QWEN3NEXT,
+    &lfm2::LFM2,
+    &lfm2::LFM2MOE,
 ];
 
 /// The rotary embedding that the metadata describe, with the divisors of `rope_freqs.weight` if there are any; and that
@@ -95,6 +99,26 @@ fn main_rope(h: &HParams) -> RopeSpec {
         long: None,
         magnitude: h.rope_magnitude,
     }
+}
+
+/// The same without divisors, which the architecture has not.
+fn ropes_alone(b: &mut Builder<'_>) -> Result<(), ModelError> {
+    b.rope(main_rope(b.h));
+    if let Some((base, scaling)) = b.h.window_rope {
+        b.rope(RopeSpec { base, scaling, ..main_rope(b.h) });
+    }
+    Ok(())
+}
+
+/// The blocks that the file counts include those that predict further tokens, which come last.
+fn set_blocks_apart(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
+    const KEY: &str = "nextn_predict_layers";
+    h.n_next = keys.count(KEY, limit::LAYERS)?;
+    if h.n_next >= h.n_layers {
+        return Err(keys.error(KEY, format!("is {}, but there are {} blocks in all", h.n_next, h.n_layers)));
+    }
+    h.n_layers -= h.n_next;
+    Ok(())
 }
 
 /// The key of which blocks have windows.
@@ -161,7 +185,7 @@ fn deepseek_router(keys: &Keys<'_>, h: &mut HParams, default: Option<Gating>) ->
     }
     h.router = Router {
         gating: gating(keys, default)?,
-        normalize: keys.bool("expert_weights_norm").unwrap_or(false),
+        normalize: keys.bool("expert_weights_norm")?.unwrap_or(false),
         scale: keys.factor("expert_weights_scale")?,
         groups,
         on_input: false,

@@ -8,9 +8,10 @@ use crate::model::build::{ATTENTION, Attention, FEED_FORWARD, FeedForward, HeadN
 pub(super) const OLMO2: Architecture = Architecture {
     family: Family {
         name: "olmo2",
+        own_head: true,
         rope_kind: RopeKind::Neox,
-        // The base of blocks with windows is not followed, as llama.cpp does not.
-        follows: &[WINDOW, PATTERN, WINDOW_BASE],
+        // The base of blocks with windows and that factor are not followed, as llama.cpp does not.
+        follows: &[WINDOW, PATTERN, WINDOW_BASE, "rope.scaling.yarn_attn_factor"],
         ..PLAIN.family
     },
     settle: |keys, h| {

@@ -3,7 +3,7 @@
 use super::{Architecture, Family, PLAIN, WINDOW, main_rope};
 use crate::backend::RopeKind;
 use crate::model::build::{ATTENTION, Builder, FEED_FORWARD, FeedForward};
-use crate::model::{ModelError, RopeSpec};
+use crate::model::{ModelError, RopeScaling, RopeSpec};
 
 pub(super) const PHI3: Architecture = Architecture {
     family: Family {
@@ -14,7 +14,9 @@ pub(super) const PHI3: Architecture = Architecture {
         ..PLAIN.family
     },
     settle: |keys, h| {
-        h.rope_magnitude = keys.factor("rope.scaling.attn_factor")?;
+        if !matches!(h.rope_scaling, RopeScaling::Yarn { .. }) {
+            h.rope_magnitude = keys.factor("rope.scaling.attn_factor")?;
+        }
         h.n_ctx_original = keys.size("rope.scaling.original_context_length", usize::MAX >> 1)?.unwrap_or(h.n_ctx_train);
         Ok(())
     },

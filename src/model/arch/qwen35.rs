@@ -1,7 +1,7 @@
 //! Qwen 3.5 to 3.8 and Qwen 3 Next: gated delta nets in three blocks of four, attention with gates in the fourth; dense, or
 //! with routed experts beside a gated shared one.
 
-use super::{Architecture, Family, PLAIN};
+use super::{Architecture, Family, PLAIN, set_blocks_apart};
 use crate::backend::{Recurrent, RopeKind, Router};
 use crate::model::build::{
     ATTENTION, Attention, Builder, FEED_FORWARD, FeedForward, HeadNorms, MIXTURE, Mixture, Reads,
@@ -44,21 +44,23 @@ pub(super) const QWEN3NEXT: Architecture = Architecture {
 
 fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     // The blocks that the file counts include those that predict further tokens.
-    h.n_next = keys.count(NEXT, h.n_layers - 1)?;
-    h.n_layers -= h.n_next;
+    set_blocks_apart(keys, h)?;
     if h.n_experts == 0 {
         h.n_dense = h.n_layers;
     }
-    h.attends = keys.size(INTERVAL, limit::LAYERS)?.unwrap_or(4);
+    let interval = keys.size(INTERVAL, limit::LAYERS)?.unwrap_or(4);
+    h.attends = (0..h.n_layers).map(|i| (i + 1).is_multiple_of(interval)).collect();
     let dim = keys.required("ssm.state_size", limit::HEAD_DIM)?;
     let r = Recurrent {
         layers: 0,
         sequences: 0,
-        taps: keys.required("ssm.conv_kernel", 64)?.max(2),
+        taps: keys.required("ssm.conv_kernel", 64)?,
+        channels: 0,
         n_keys: keys.required("ssm.group_count", limit::HEADS)?,
         n_values: keys.required("ssm.time_step_rank", limit::HEADS)?,
         dim,
     };
+    let r = Recurrent { channels: (2 * r.n_keys + r.n_values) * dim, ..r };
     if !r.n_values.is_multiple_of(r.n_keys) {
         let what = format!("{} is no multiple of the {} groups", r.n_values, r.n_keys);
         return Err(keys.error("ssm.time_step_rank", what));
@@ -82,7 +84,7 @@ fn with_experts(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
 }
 
 fn block(b: &mut Builder<'_>, i: usize, tiled: bool) -> Result<(), ModelError> {
-    match b.h.recurrent.filter(|_| !(i + 1).is_multiple_of(b.h.attends)) {
+    match b.h.recurrent.filter(|_| !b.h.attends(i)) {
         Some(r) => b.delta_net(i, &r, tiled)?,
         None => b.attention(i, &Attention { head_norms: HeadNorms::Each, gated: true, ..ATTENTION })?,
     }
