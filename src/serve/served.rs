@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::Value as Json;
 
 use super::error::ApiError;
+use super::job::Pooling;
 use super::split::{self, Family};
 use crate::engine::{ConstraintError, Grammars, Opened, SamplerParams};
 use crate::tokenizer::ChatTemplate;
@@ -52,6 +53,10 @@ pub struct Served {
     pub modified_unix_s: u64,
     /// What holds answers to a form, once one was asked for.
     pub grammars: std::sync::OnceLock<Result<Grammars, ConstraintError>>,
+    /// How vectors of texts are made.
+    pub pooling: Pooling,
+    /// Whether they can be made, once that is known.
+    pub embeds: std::sync::OnceLock<bool>,
     /// Where its weights lie, once they do.
     pub plan: std::sync::OnceLock<Json>,
 }
