@@ -222,7 +222,18 @@ impl<'a> Pass<'a> {
             [0, _] => &[Class::Bulk],
             _ => &[Class::Exact, Class::Bulk],
         };
-        Pass { model, tape, backend, source, classes, outputs: batch.outputs, rows, keeps: false, demanded, hidden: None }
+        Pass {
+            model,
+            tape,
+            backend,
+            source,
+            classes,
+            outputs: batch.outputs,
+            rows,
+            keeps: false,
+            demanded,
+            hidden: None,
+        }
     }
 
     fn turn_to(&mut self, class: Class) {

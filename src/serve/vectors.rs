@@ -157,10 +157,11 @@ fn asked(
 }
 
 impl Asked {
-    /// About how many bytes the answer has.
+    /// About how many bytes the texts and the answer have.
     pub fn bytes(&self, width: usize) -> usize {
+        let texts: usize = self.texts.all.iter().map(|text| size_of_val(&text[..])).sum();
         // A number as text, and as itself.
-        self.texts.all.len().saturating_mul(width).saturating_mul(16)
+        texts + self.texts.all.len().saturating_mul(width).saturating_mul(16)
     }
 }
 

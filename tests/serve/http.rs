@@ -15,6 +15,11 @@ use super::common::bin;
 /// The longest that anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where models are computed: on processors, unless NT_TEST_BACKEND says otherwise.
+pub fn backend() -> String {
+    std::env::var("NT_TEST_BACKEND").unwrap_or_else(|_| "cpu".into())
+}
+
 /// `nt serve` of a model; it ends with this.
 pub struct Server {
     child: Child,
@@ -25,7 +30,7 @@ impl Server {
     /// Serves on processors, with one thread, at a free port; returns once the model is there.
     pub fn start(model: &Path, more: &[&str]) -> Server {
         let mut command = Command::new(bin());
-        command.arg("serve").arg(model).args(["--port", "0", "--backend", "cpu", "--threads", "1"]).args(more);
+        command.arg("serve").arg(model).args(["--port", "0", "--backend", &backend(), "--threads", "1"]).args(more);
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut said = String::new();
@@ -162,7 +167,11 @@ impl Client {
         stream.get_mut().write_all(&[head.as_bytes(), body].concat()).unwrap();
         let mut bytes = Vec::new();
         while !bytes.ends_with(b"\r\n\r\n") {
-            assert!(stream.read_until(b'\n', &mut bytes).unwrap() > 0, "no answer to {}", String::from_utf8_lossy(body));
+            assert!(
+                stream.read_until(b'\n', &mut bytes).unwrap() > 0,
+                "no answer to {}",
+                String::from_utf8_lossy(body)
+            );
         }
         let head = String::from_utf8_lossy(&bytes).to_lowercase();
         let length = head.split("content-length: ").nth(1).map(|l| l.lines().next().unwrap().parse::<usize>().unwrap());

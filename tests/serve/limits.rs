@@ -169,8 +169,14 @@ fn whole_bodies() -> Vec<(&'static str, Json)> {
             json!({ "messages": messages, "max_tokens": 2, "temperature": 0.5, "stop": ["a"], "n": 1, "stream": false,
                 "logit_bias": { "5": 1 }, "tools": [], "seed": 3, "stream_options": { "include_usage": true } }),
         ),
-        ("/v1/completions", json!({ "prompt": "x", "max_tokens": 3, "logprobs": 2, "stop": "y", "echo": false, "top_k": 5 })),
-        ("/v1/completions", json!({ "prompt": [1, 2], "max_tokens": 3, "dry_multiplier": 1, "dry_sequence_breakers": ["a"] })),
+        (
+            "/v1/completions",
+            json!({ "prompt": "x", "max_tokens": 3, "logprobs": 2, "stop": "y", "echo": false, "top_k": 5 }),
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": [1, 2], "max_tokens": 3, "dry_multiplier": 1, "dry_sequence_breakers": ["a"] }),
+        ),
         ("/tokenize", json!({ "content": "hi", "with_pieces": true, "add_special": false })),
         ("/detokenize", json!({ "tokens": [1, 2] })),
         ("/apply-template", json!({ "messages": [{ "role": "user", "content": [{ "type": "text", "text": "a" }] }] })),
@@ -185,8 +191,14 @@ fn whole_bodies() -> Vec<(&'static str, Json)> {
             json!({ "input": messages, "instructions": "i", "max_output_tokens": 2, "reasoning": { "effort": null },
                 "tools": [], "text": { "format": { "type": "text" } } }),
         ),
-        ("/api/chat", json!({ "messages": messages, "options": { "num_predict": 2, "num_ctx": 50, "stop": ["a"] }, "tools": [tool] })),
-        ("/api/generate", json!({ "prompt": "hi", "system": "s", "options": { "seed": 1 }, "raw": false, "stream": true })),
+        (
+            "/api/chat",
+            json!({ "messages": messages, "options": { "num_predict": 2, "num_ctx": 50, "stop": ["a"] }, "tools": [tool] }),
+        ),
+        (
+            "/api/generate",
+            json!({ "prompt": "hi", "system": "s", "options": { "seed": 1 }, "raw": false, "stream": true }),
+        ),
         ("/v1/embeddings", json!({ "input": ["a", "b"], "encoding_format": "float" })),
         ("/api/embed", json!({ "input": ["a", "b"], "truncate": true, "options": { "num_ctx": 5 } })),
     ]
@@ -194,7 +206,18 @@ fn whole_bodies() -> Vec<(&'static str, Json)> {
 
 fn mutations(server: &Server, seed: u64, n: usize) {
     let values = [
-        "null", "-1", "1e999", "1e308", "[]", "{}", "\"\"", "true", "18446744073709551616", "\"\\ud800\"", "[[[]]]", "0.5",
+        "null",
+        "-1",
+        "1e999",
+        "1e308",
+        "[]",
+        "{}",
+        "\"\"",
+        "true",
+        "18446744073709551616",
+        "\"\\ud800\"",
+        "[[[]]]",
+        "0.5",
     ];
     let bodies = whole_bodies();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -227,9 +250,7 @@ fn mutations(server: &Server, seed: u64, n: usize) {
                         *byte ^= 1 << below(8);
                     }
                 }
-                _ => {
-                    body.splice(at.min(body.len())..at.min(body.len()), "[".repeat(below(300)).bytes()).for_each(drop)
-                }
+                _ => body.splice(at.min(body.len())..at.min(body.len()), "[".repeat(below(300)).bytes()).for_each(drop),
             }
         }
         let reply = client.post(path, &body);
