@@ -15,6 +15,7 @@ use crate::backend::EXACT_ROWS;
 use crate::engine::Opened;
 use crate::plan::parse_size;
 use crate::serve::{Access, Limits, Pooling, Served, Server, unix_s};
+use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt serve`.
 #[derive(Debug, Args)]
@@ -152,6 +153,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         defaults,
         seed: args.sampling.seed.given(),
         n_ctx: options.n_ctx,
+        token_bytes_max: longest_token(&opened.tokenizer),
         limits: limits(args),
         started_unix_s: unix_s(),
         modified_unix_s: modified_unix_s(&opened),
@@ -253,6 +255,11 @@ fn names(args: &ServeArgs, opened: &Opened) -> Vec<String> {
         names.push("model".into());
     }
     names
+}
+
+/// Bytes of the longest token.
+fn longest_token(tokenizer: &Tokenizer) -> usize {
+    (0..tokenizer.vocab_size() as u32).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1).max(1)
 }
 
 /// When the model's file was last changed; 0 where nobody says.

@@ -179,9 +179,19 @@ pub fn messages(list: Vec<Json>, served: &Served) -> Result<Vec<Json>, ApiError>
         return Err(ApiError::field("messages", "messages: at least one message was expected"));
     }
     let parts = |m: &Json| m["content"].as_array().map_or(1, |parts| parts.len().max(1));
+    served.check_bytes(list.iter().map(|m| text_bytes(&m["content"])).sum(), "messages")?;
     let calls = |m: &Json| m["tool_calls"].as_array().map_or(0, Vec::len);
     check_count(list.iter().map(|m| parts(m) + calls(m)).sum(), "messages", served)?;
     list.into_iter().enumerate().map(|(i, m)| message(m, i, served)).collect()
+}
+
+/// Bytes of the texts of a content.
+fn text_bytes(content: &Json) -> usize {
+    match content {
+        Json::String(text) => text.len(),
+        Json::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).map(str::len).sum(),
+        _ => 0,
+    }
 }
 
 fn message(message: Json, i: usize, served: &Served) -> Result<Json, ApiError> {

@@ -45,6 +45,8 @@ pub struct Served {
     pub seed: Option<u64>,
     /// Positions of a sequence.
     pub n_ctx: usize,
+    /// Bytes of the longest token.
+    pub token_bytes_max: usize,
     /// Bounds.
     pub limits: Limits,
     /// When the server started, in seconds since 1970.
@@ -90,6 +92,22 @@ impl Served {
     /// If its tokens cannot be held to a form.
     pub fn grammars(&self) -> Result<&Grammars, ConstraintError> {
         self.grammars.get_or_init(|| Grammars::new(&self.opened.tokenizer)).as_ref().map_err(Clone::clone)
+    }
+
+    /// Refuses text that no context has room for, before it is rendered and made tokens, which takes long for much.
+    ///
+    /// # Errors
+    /// If it has more bytes than as many of the longest tokens as the context holds.
+    pub fn check_bytes(&self, bytes: usize, field: &str) -> Result<(), ApiError> {
+        let most = self.n_ctx.saturating_mul(self.token_bytes_max);
+        if bytes <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{field}: {bytes} bytes of text are more than the {} tokens that the context holds, of at most {} bytes each; shorten it, or serve with a larger --ctx",
+            self.n_ctx, self.token_bytes_max
+        );
+        Err(ApiError { param: Some(field.to_owned()), ..ApiError::too_long(message) })
     }
 
     /// How the model writes calls of tools, if nt can read them.

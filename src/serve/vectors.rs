@@ -96,14 +96,17 @@ fn num_ctx(f: &mut Fields, served: &Served) -> Result<usize, ApiError> {
 
 /// Texts as OpenAI gives them: one or several, as words or as tokens.
 fn inputs(input: Json, served: &Served) -> Result<Vec<Vec<u32>>, ApiError> {
-    let encode = |text: &str| served.opened.tokenizer.encode_prompt(text);
+    let encode = |text: &str| {
+        served.check_bytes(text.len(), "input")?;
+        Ok(served.opened.tokenizer.encode_prompt(text))
+    };
     match input {
-        Json::String(text) => Ok(vec![encode(&text)]),
+        Json::String(text) => Ok(vec![encode(&text)?]),
         Json::Array(items) if items.first().is_some_and(Json::is_number) => Ok(vec![ids(&items, served)?]),
         Json::Array(items) => {
             count(items.len(), "input")?;
             let one = |item: &Json| match item {
-                Json::String(text) => Ok(encode(text)),
+                Json::String(text) => encode(text),
                 Json::Array(items) => ids(items, served),
                 other => Err(wrong("input", "texts, or lists of token ids", other)),
             };

@@ -189,3 +189,53 @@ fn what_is_searched_at_each_token_is_bounded() {
     request["max_tokens"] = 240.into();
     assert_eq!(server.post("/v1/completions", &request).json()["error"]["param"], "n");
 }
+
+/// Guards against threads that stay behind, with all that they hold, for clients that go away while their conversation
+/// is rendered.
+#[test]
+fn nothing_stays_behind_for_conversations_that_nobody_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model().write(dir.path(), "m.gguf");
+    let server = Server::start(&path, &["--ctx", "16384"]);
+    let message = json!({ "role": "user", "content": "ab" });
+    let body = json!({ "messages": vec![message; 8000], "max_tokens": 1 }).to_string();
+    server.ok("/v1/completions", &short());
+    let before = server.threads();
+    for _ in 0..6 {
+        let stream = server.send("POST", "/v1/chat/completions", "", body.as_bytes());
+        std::thread::sleep(Duration::from_millis(100));
+        drop(stream);
+    }
+    let began = Instant::now();
+    // Threads that read requests wait for the next ones.
+    while server.threads() > before + 4 {
+        assert!(began.elapsed() < Duration::from_secs(60), "{} threads, {before} at first", server.threads());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    server.ok("/v1/completions", &short());
+}
+
+/// Text that no context has room for is refused by its bytes, before it is read any further.
+#[test]
+fn more_bytes_than_the_context_holds_are_refused_unread() {
+    let (_dir, server) = served(&[]);
+    let long = "a".repeat(3_000_000);
+    let messages = json!([{ "role": "user", "content": [{ "type": "text", "text": long }] }]);
+    for (path, body, param) in [
+        ("/v1/chat/completions", json!({ "messages": messages }), "messages"),
+        ("/v1/responses", json!({ "input": long }), "messages"),
+        ("/v1/completions", json!({ "prompt": long }), "prompt"),
+        ("/v1/completions", json!({ "prompt": vec![1; 1_000_000] }), "prompt"),
+        ("/v1/embeddings", json!({ "input": ["a", long] }), "input"),
+    ] {
+        let reply = server.post(path, &body);
+        let error = &reply.json()["error"];
+        assert_eq!(
+            (reply.status, error["code"].as_str(), error["param"].as_str()),
+            (400, Some("context_length_exceeded"), Some(param)),
+            "{path}: {error}"
+        );
+    }
+    assert_eq!(server.post("/api/generate", &json!({ "prompt": long, "raw": true })).status, 400);
+    assert_eq!(server.post("/v1/messages", &json!({ "messages": messages, "max_tokens": 5 })).status, 400);
+}

@@ -129,6 +129,11 @@ impl Server {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
+    /// Its threads.
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count()
+    }
+
     /// A client that sends one request after the other on a connection.
     pub fn client(&self) -> Client {
         Client { at: self.at, stream: None }
