@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value as Json, json};
 
+use super::common::V;
 use super::http::{Reply, Server};
 use super::same_text::model;
 
@@ -238,4 +239,32 @@ fn more_bytes_than_the_context_holds_are_refused_unread() {
     }
     assert_eq!(server.post("/api/generate", &json!({ "prompt": long, "raw": true })).status, 400);
     assert_eq!(server.post("/v1/messages", &json!({ "messages": messages, "max_tokens": 5 })).status, 400);
+}
+
+/// Guards against renderings that take more memory than they may, and then keep it: lists of nothing, in tools and in what
+/// was called before.
+#[test]
+fn values_without_number_are_refused_before_a_template_sees_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = model();
+    let template = "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}";
+    file.set("tokenizer.chat_template", V::Str(template.into()));
+    let server = Server::start(&file.write(dir.path(), "m.gguf"), &["--ctx", "4096"]);
+    server.ok("/v1/completions", &short());
+    let (before, threads) = (server.rss(), server.threads());
+    let many = json!({ "a": vec![json!({}); 900_000] });
+    let tool = json!({ "type": "function", "function": { "name": "f", "parameters": many } });
+    let call = json!({ "id": "1", "type": "function", "function": { "name": "f", "arguments": many.to_string() } });
+    let hi = json!({ "role": "user", "content": "hi" });
+    for _ in 0..3 {
+        for request in [
+            json!({ "messages": [hi], "tools": [tool] }),
+            json!({ "messages": [hi, { "role": "assistant", "content": null, "tool_calls": [call] }, hi] }),
+        ] {
+            let reply = server.post("/v1/chat/completions", &request);
+            assert_eq!((reply.status, reply.json()["error"]["code"].as_str()), (400, Some("context_length_exceeded")));
+        }
+    }
+    assert!(server.threads() <= threads + 4, "threads stay behind");
+    assert!(server.rss() - before < 700 * MIB, "{} MiB more", (server.rss() - before) / MIB);
 }
