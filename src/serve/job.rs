@@ -53,6 +53,7 @@ impl Texts {
 
 /// What is to be done.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there are few, and nearly all are of the larger kind")]
 pub enum Work {
     /// A text is to be continued.
     Answer(Task),
