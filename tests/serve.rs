@@ -17,3 +17,7 @@ mod openai;
 mod parallel;
 #[path = "serve/same_text.rs"]
 mod same_text;
+#[path = "serve/soak.rs"]
+mod soak;
+#[path = "serve/vectors.rs"]
+mod vectors;

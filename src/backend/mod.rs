@@ -490,6 +490,21 @@ pub trait Backend {
     /// rows first, with the class's slices of the head behind it.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;
 
+    /// Whether [`Backend::hidden`] can be asked for.
+    fn gives_hidden(&self) -> bool {
+        false
+    }
+
+    /// Appends `h`, or `norm(X)` where a norm is given, of the rows of the class at hand to `out`: `T` × `n_embd`, what the
+    /// head would be given. Waits for the device.
+    ///
+    /// # Errors
+    /// Where [`Backend::gives_hidden`] says no.
+    fn hidden(&mut self, _norm: Option<&Norm>, _out: &mut Vec<f32>) -> Result<(), BackendError> {
+        let what = "final hidden states are not given by this backend; --backend cpu gives them".into();
+        Err(BackendError::Pass { backend: self.name(), what })
+    }
+
     /// `logits[o + t][first_row + r] = (w · h + bias)[r]` for one slice of the output head; `o` is the outputs of the class
     /// before, or 0.
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError>;

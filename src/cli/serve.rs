@@ -14,7 +14,8 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
 use crate::backend::EXACT_ROWS;
 use crate::engine::Opened;
 use crate::plan::parse_size;
-use crate::serve::{Access, Limits, Served, Server, unix_s};
+use crate::serve::{Access, Limits, Pooling, Served, Server, unix_s};
+use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt serve`.
 #[derive(Debug, Args)]
@@ -44,6 +45,10 @@ pub struct ServeArgs {
     /// many as the backend takes in one pass, up to 4. Where that is 1, as on a GPU, they take turns.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = parallel)]
     parallel: Auto<usize>,
+    /// How the hidden states of a text's tokens become its vector (/v1/embeddings, /api/embed): their mean, or the last
+    /// one. The model's card says what it was trained for.
+    #[arg(long, value_name = "mean|last", default_value = "mean", value_parser = pooling)]
+    pooling: Pooling,
     /// Tokens of an answer at most, whatever a request asks for; auto is until the context is full.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = max_tokens)]
     max_tokens: Auto<usize>,
@@ -104,6 +109,14 @@ fn parallel(text: &str) -> Result<Auto<usize>, String> {
     }
 }
 
+fn pooling(text: &str) -> Result<Pooling, String> {
+    match text {
+        "mean" => Ok(Pooling::Mean),
+        "last" => Ok(Pooling::Last),
+        _ => Err("mean or last was expected".into()),
+    }
+}
+
 fn body_size(text: &str) -> Result<u64, String> {
     let size = parse_size(text)?;
     if (1..=BODY_MAX).contains(&size) { Ok(size) } else { Err("a size from 1 to 256MiB was expected".into()) }
@@ -140,10 +153,13 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         defaults,
         seed: args.sampling.seed.given(),
         n_ctx: options.n_ctx,
+        token_bytes_max: longest_token(&opened.tokenizer),
         limits: limits(args),
         started_unix_s: unix_s(),
         modified_unix_s: modified_unix_s(&opened),
         grammars: std::sync::OnceLock::new(),
+        pooling: args.pooling,
+        embeds: std::sync::OnceLock::new(),
         plan: std::sync::OnceLock::new(),
         opened,
     };
@@ -166,6 +182,7 @@ fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> 
     let report = Report::new(&session, opened);
     let _ = server.served().plan.set(report.session_json()["plan"].clone());
     report.print();
+    let _ = server.served().embeds.set(session.gives_hidden());
     let slots = args.parallel.given().unwrap_or_else(|| session.parts_max().min(PARALLEL_DEFAULT));
     let cut_off = server.serve(&mut session, slots, &interrupt::interrupted, &|| watch.tripped());
     run::write_timeline(&args.placement, &mut session)?;
@@ -238,6 +255,11 @@ fn names(args: &ServeArgs, opened: &Opened) -> Vec<String> {
         names.push("model".into());
     }
     names
+}
+
+/// Bytes of the longest token.
+fn longest_token(tokenizer: &Tokenizer) -> usize {
+    (0..tokenizer.vocab_size() as u32).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1).max(1)
 }
 
 /// When the model's file was last changed; 0 where nobody says.

@@ -135,6 +135,8 @@ pub struct Session {
     pub(super) last_parts: Vec<Evaluated>,
     /// Rows whose logits the pass at hand computes, by class.
     pub(super) wanted: [Vec<usize>; 2],
+    /// Whether the pass at hand gives final hidden states.
+    pub(super) wants_hidden: bool,
     pub(super) links: Links,
     pub(super) measuring: bool,
     /// Where units lie that are resident in RAM.
@@ -219,6 +221,45 @@ impl Session {
         }
         self.check(parts)?;
         self.pass(parts, stop)
+    }
+
+    /// Evaluates tokens of a prompt behind those of a sequence, in one pass, and returns their final hidden states: tokens ×
+    /// `n_embd`, behind the output norm.
+    ///
+    /// # Errors
+    /// As [`Session::eval_parts`], or where the backend does not give them ([`Session::gives_hidden`]).
+    pub fn hidden(&mut self, seq: SeqId, tokens: &[u32], stop: &dyn Fn() -> bool) -> Result<&[f32], EngineError> {
+        self.wants_hidden = true;
+        let part = Part { seq, class: Class::Bulk, tokens, outputs: Outputs::None };
+        let evaluated = self.eval_parts(&[part], stop);
+        self.wants_hidden = false;
+        evaluated?;
+        if let Some(e) = self.overflow() {
+            self.forget_overflow();
+            return Err(e);
+        }
+        match all_finite(self.scratch.hidden()) {
+            true => Ok(self.scratch.hidden()),
+            false => Err(self.where_not_finite()),
+        }
+    }
+
+    /// Whether the backend gives final hidden states.
+    pub fn gives_hidden(&self) -> bool {
+        self.backend.gives_hidden()
+    }
+
+    /// Elements of a hidden state.
+    pub fn n_embd(&self) -> usize {
+        self.model.hparams.n_embd
+    }
+
+    /// Takes the pages that a sequence needs for `n` more positions now.
+    ///
+    /// # Errors
+    /// If they are not free, or the sequence has ended.
+    pub fn reserve(&mut self, seq: SeqId, n: usize) -> Result<(), EngineError> {
+        self.make_room(seq, n)
     }
 
     /// Most sequences that a pass may have tokens of; more than one may be of both classes.
@@ -339,7 +380,7 @@ impl Session {
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
         let [exact, bulk] = &self.wanted;
-        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [exact, bulk] };
+        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [exact, bulk], hidden: self.wants_hidden };
         let (backend, weights) = (self.backend.as_mut(), &mut self.weights);
         Ok(forward((&self.model, &self.tape), backend, weights, &batch, &mut self.scratch, stop)?)
     }
@@ -461,7 +502,7 @@ impl Session {
         }
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
-        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [&[], &[]] };
+        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [&[], &[]], hidden: false };
         let found = first_not_finite((&self.model, &self.tape), self.backend.as_mut(), &mut self.weights, &batch);
         self.weights.restart();
         let what = match found? {

@@ -176,6 +176,7 @@ impl Session {
             last: Vec::with_capacity(options.max_batch),
             last_parts: Vec::with_capacity(EXACT_ROWS),
             wanted: [Vec::with_capacity(EXACT_ROWS), Vec::with_capacity(options.max_batch)],
+            wants_hidden: false,
             scratch: Scratch::for_model(&model, options.max_batch),
             tape,
             model,

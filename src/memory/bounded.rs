@@ -1,8 +1,9 @@
 //! Work on outside data that may take any amount of memory and time, on a thread of its own and within limits.
 //!
 //! A thread that exceeds them can be neither ended nor unwound from outside, and an allocator must not unwind. It is
-//! left behind: it sleeps in its next allocation until the process ends, and what it held, at most the limit, is lost.
-//! The work is therefore given what it needs by value and must hold no lock that others wait for.
+//! asked to end first ([`is_asked_to_end`]), and left behind if it does not: it sleeps in its next allocation until the
+//! process ends, and what it held, at most the limit, is lost. The work is therefore given what it needs by value and
+//! must hold no lock that others wait for; where it takes long, it looks whether it is asked.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
@@ -59,11 +60,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Where the thread's own clock cannot be read, this many times its limit in real time.
 const REAL_TIME_FACTOR: u32 = 10;
 
+/// Time that work has to end once it is asked to.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// Runs `work` within `limits`, and until `stop` says so.
 ///
 /// # Errors
 ///
-/// With what was exceeded; the thread then stays behind, unless it panicked.
+/// With what was exceeded; the thread then stays behind, unless it panicked or ended when it was asked to.
 pub fn run<T: Send + 'static>(
     limits: &Limits,
     stop: &dyn Fn() -> bool,
@@ -98,7 +102,7 @@ pub fn run<T: Send + 'static>(
             return Err(Exceeded::Heap);
         }
         if stop() {
-            meter.state.store(LEFT_BEHIND, Ordering::Release);
+            end(&meter, &receiver);
             return Err(Exceeded::Stopped);
         }
         let late = match meter.cpu_time() {
@@ -106,10 +110,23 @@ pub fn run<T: Send + 'static>(
             None => start.elapsed() > limits.cpu * REAL_TIME_FACTOR,
         };
         if late {
-            meter.state.store(LEFT_BEHIND, Ordering::Release);
+            end(&meter, &receiver);
             return Err(Exceeded::Cpu);
         }
     }
+}
+
+/// Asks a thread to end, and leaves it behind if it does not.
+fn end<T>(meter: &Meter, receiver: &mpsc::Receiver<T>) {
+    meter.state.store(ASKED, Ordering::Release);
+    if let Err(RecvTimeoutError::Timeout) = receiver.recv_timeout(GRACE) {
+        meter.state.store(LEFT_BEHIND, Ordering::Release);
+    }
+}
+
+/// Whether this thread does the work of [`run`] and nobody wants its result any more.
+pub fn is_asked_to_end() -> bool {
+    meter().is_some_and(|meter| meter.state.load(Ordering::Acquire) == ASKED)
 }
 
 /// The message of a panic.
@@ -123,6 +140,8 @@ const RUNNING: u8 = 0;
 const OVER: u8 = 1;
 /// Nobody waits for the thread any more.
 const LEFT_BEHIND: u8 = 2;
+/// Nobody waits for the thread's result, but for its end.
+const ASKED: u8 = 3;
 
 /// Counts what one thread allocates.
 struct Meter {
@@ -144,7 +163,7 @@ impl Meter {
         if self.left.fetch_sub(bytes, Ordering::Relaxed) < bytes {
             self.state.store(OVER, Ordering::Release);
         }
-        while self.state.load(Ordering::Acquire) != RUNNING {
+        while matches!(self.state.load(Ordering::Acquire), OVER | LEFT_BEHIND) {
             std::thread::sleep(Duration::from_secs(3600));
         }
     }
@@ -249,6 +268,26 @@ mod tests {
         let result = run(&LIMITS, &|| false, move || while seen.load(Ordering::Relaxed) == 0 {});
         end.store(1, Ordering::Relaxed);
         assert!(matches!(result, Err(Exceeded::Cpu)), "{result:?}");
+    }
+
+    /// Guards against a thread that stays behind with all that it holds each time that somebody loses patience.
+    #[test]
+    fn work_that_looks_whether_it_is_asked_to_ends() {
+        let kept = Arc::new(());
+        let held = Arc::clone(&kept);
+        let limits = Limits { cpu: Duration::from_secs(3600), ..LIMITS };
+        let result = run(&limits, &|| true, move || {
+            let _held = held;
+            while !is_asked_to_end() {
+                std::hint::black_box(vec![1; 100]);
+            }
+        });
+        assert!(matches!(result, Err(Exceeded::Stopped)), "{result:?}");
+        // The thread's last steps.
+        while Arc::strong_count(&kept) > 1 {
+            std::thread::yield_now();
+        }
+        assert!(!is_asked_to_end());
     }
 
     #[test]

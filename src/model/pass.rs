@@ -14,12 +14,20 @@ pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, Default)]
 pub struct Scratch {
     demanded: Vec<usize>,
+    /// Final hidden states of the last pass that had them.
+    hidden: Vec<f32>,
 }
 
 impl Scratch {
     /// With room for every pass of `model`.
     pub fn for_model(model: &Model, max_batch: usize) -> Scratch {
-        Scratch { demanded: Vec::with_capacity(model.hparams.n_experts_used * max_batch) }
+        let demanded = Vec::with_capacity(model.hparams.n_experts_used * max_batch);
+        Scratch { demanded, hidden: Vec::new() }
+    }
+
+    /// Final hidden states of the last pass of [`Batch::hidden`], tokens × `n_embd`, behind the output norm.
+    pub fn hidden(&self) -> &[f32] {
+        &self.hidden
     }
 }
 
@@ -89,6 +97,8 @@ pub struct Batch<'a> {
     /// Rows whose logits are computed, ascending, of the exact rows and of the bulk ones; each counts from the first row of
     /// its class.
     pub outputs: [&'a [usize]; 2],
+    /// Whether the final hidden states of all rows are wanted in place of logits ([`Scratch::hidden`]).
+    pub hidden: bool,
 }
 
 impl Batch<'_> {
@@ -118,8 +128,10 @@ pub fn forward(
 ) -> Result<(), ForwardError> {
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
+    scratch.hidden.clear();
     let mut pass = Pass::new((model, tape), backend, source, batch, &mut scratch.demanded);
     pass.keeps = batch.has_outputs();
+    pass.hidden = batch.hidden.then_some(&mut scratch.hidden);
     // The router's answer is waited for in the middle of a pass.
     let dense = model.stages.iter().all(|s| s.experts.is_none());
     if !batch.is_one_token() || !dense || !pass.source.stays() {
@@ -191,6 +203,8 @@ struct Pass<'a> {
     /// Whether rows without outputs are dropped where the program says so.
     keeps: bool,
     demanded: &'a mut Vec<usize>,
+    /// Where final hidden states go, where they are wanted in place of logits.
+    hidden: Option<&'a mut Vec<f32>>,
 }
 
 impl<'a> Pass<'a> {
@@ -208,7 +222,18 @@ impl<'a> Pass<'a> {
             [0, _] => &[Class::Bulk],
             _ => &[Class::Exact, Class::Bulk],
         };
-        Pass { model, tape, backend, source, classes, outputs: batch.outputs, rows, keeps: false, demanded }
+        Pass {
+            model,
+            tape,
+            backend,
+            source,
+            classes,
+            outputs: batch.outputs,
+            rows,
+            keeps: false,
+            demanded,
+            hidden: None,
+        }
     }
 
     fn turn_to(&mut self, class: Class) {
@@ -233,11 +258,35 @@ impl<'a> Pass<'a> {
                 return Err(ForwardError::Interrupted);
             }
             if stage.block.is_none() && !self.keeps {
+                if let Some(out) = self.hidden.take() {
+                    self.hidden(i, out)?;
+                    self.classes = &[];
+                    continue;
+                }
                 self.classes = &[];
             }
             self.stage(i)?;
         }
         Ok(())
+    }
+
+    /// Stage `i`, the first of the head, up to its product: gives the final hidden states.
+    fn hidden(&mut self, i: usize, out: &mut Vec<f32>) -> Result<(), ForwardError> {
+        let unit = self.model.stages[i].unit;
+        self.acquire(unit)?;
+        for &class in self.classes {
+            self.turn_to(class);
+            let mut norm = None;
+            for call in &self.tape.stages[i].with {
+                match call {
+                    Call::OutputNorm { norm: fused } => norm = Some(self.norm(fused)),
+                    Call::Head { .. } | Call::Op(Op::Head { .. } | Op::Outputs) => {}
+                    other => self.call(other, None)?,
+                }
+            }
+            self.backend.hidden(norm.as_ref(), out)?;
+        }
+        self.release(unit)
     }
 
     fn acquire(&mut self, unit: usize) -> Result<(), ForwardError> {

@@ -26,13 +26,73 @@ pub struct Task {
     pub reuse: bool,
 }
 
-/// A task in the queue.
+/// How the hidden states of a text become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean.
+    Mean,
+    /// That of the last token.
+    Last,
+}
+
+/// Texts whose vectors are to be computed.
+#[derive(Clone, Debug)]
+pub struct Texts {
+    /// One or more, of a token or more each.
+    pub all: Vec<Vec<u32>>,
+    /// How.
+    pub pooling: Pooling,
+}
+
+impl Texts {
+    /// Tokens of the longest.
+    pub fn longest(&self) -> usize {
+        self.all.iter().map(Vec::len).max().unwrap_or(0)
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there are few, and nearly all are of the larger kind")]
+pub enum Work {
+    /// A text is to be continued.
+    Answer(Task),
+    /// Vectors are to be made of texts.
+    Embed(Texts),
+}
+
+impl Work {
+    /// Tokens of prompts.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Work::Answer(task) => task.prompt.len(),
+            Work::Embed(texts) => texts.all.iter().map(Vec::len).sum(),
+        }
+    }
+
+    /// Tokens of answers at most.
+    pub fn most(&self) -> usize {
+        match self {
+            Work::Answer(task) => task.max_tokens.saturating_mul(task.choices),
+            Work::Embed(_) => 0,
+        }
+    }
+}
+
+/// Work in the queue.
 #[derive(Debug)]
 pub struct Job {
-    /// Its number.
-    pub id: u64,
+    /// Whose it is.
+    pub ticket: Ticket,
     /// What is to be done.
-    pub task: Task,
+    pub work: Work,
+}
+
+/// Who waits for a job, and how long.
+#[derive(Debug)]
+pub struct Ticket {
+    /// The job's number.
+    pub id: u64,
     /// Where it is told. Once nobody listens, the job is cancelled.
     pub out: Outbox<Event>,
     /// When it came.
@@ -125,13 +185,15 @@ pub enum Event {
         /// Why.
         finish: Finish,
     },
-    /// All answers have ended.
+    /// Vectors of all texts, in order.
+    Vectors(Vec<Vec<f32>>),
+    /// All is told.
     Done(Summary),
     /// There will be no more.
     Failed(ApiError),
 }
 
-impl Job {
+impl Ticket {
     /// Why it is not to be computed any more, if it is not.
     pub fn over(&self) -> Option<Over> {
         match () {
@@ -139,6 +201,15 @@ impl Job {
             () if self.since.elapsed() >= self.limit => Some(Over::Late),
             () if self.out.is_full() => Some(Over::Unread),
             () => None,
+        }
+    }
+
+    /// What is told of a job that was given up: why it is over, or that the server stops.
+    pub fn why(&self) -> ApiError {
+        match self.over() {
+            Some(Over::Late) => ApiError::timed_out(self.limit.as_secs()),
+            Some(Over::Unread) => ApiError::unread(),
+            Some(Over::Gone) | None => ApiError::unavailable("the server stopped before the answer's end"),
         }
     }
 
@@ -156,6 +227,7 @@ impl Weighed for Event {
                 let top = |l: &TokenLogprob| l.top.capacity() * size_of::<(u32, f32)>();
                 bits + logprobs.iter().map(|l| size_of::<TokenLogprob>() + top(l)).sum::<usize>()
             }
+            Event::Vectors(vectors) => vectors.iter().map(|v| size_of_val(&v[..])).sum(),
             _ => 0,
         };
         size_of::<Event>() + texts

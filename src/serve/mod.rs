@@ -8,6 +8,7 @@ mod anthropic;
 mod budget;
 mod calls;
 mod connection;
+mod embedding;
 mod error;
 mod fields;
 mod grammar;
@@ -28,11 +29,13 @@ mod steps;
 mod stream;
 mod text;
 mod tokens;
+mod vectors;
 mod worker;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use job::Pooling;
 pub use routes::Access;
 pub use served::{Limits, Served, unix_s};
 

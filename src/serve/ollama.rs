@@ -149,6 +149,7 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
         return loaded(served, f, options.params, false, stream);
     }
     f.finish()?;
+    served.check_bytes(text.len(), "prompt")?;
     let (tokens, looks) = if raw {
         grammar::hold(served, &mut options.params, wanted, None, "")?;
         (served.opened.tokenizer.encode_prompt(&text), Looks::default())

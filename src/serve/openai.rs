@@ -184,11 +184,15 @@ fn completion_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError>
     let expected = "a text or a list of token ids";
     let n_vocab = served.opened.model.n_vocab;
     match given {
-        Json::String(text) => Ok(served.opened.tokenizer.encode_prompt(&text)),
+        Json::String(text) => {
+            served.check_bytes(text.len(), "prompt")?;
+            Ok(served.opened.tokenizer.encode_prompt(&text))
+        }
         Json::Array(mut items) if items.len() == 1 && !items[0].is_number() => {
             completion_prompt(items.pop().unwrap_or_default(), served)
         }
         Json::Array(items) if items.first().is_some_and(Json::is_number) => {
+            prompt::check_count(items.len(), "prompt", served)?;
             let id = |v: &Json| {
                 let id = whole(v).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < n_vocab);
                 id.ok_or_else(|| wrong("prompt", &format!("token ids from 0 to {}", n_vocab - 1), v))

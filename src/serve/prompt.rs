@@ -87,6 +87,7 @@ pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> R
     }
     let tools = (!c.tools.is_empty()).then_some(c.tools.as_slice());
     let as_objects = with_arguments(&c.messages);
+    check_values(as_objects.iter().chain(&c.tools).chain(c.variables.values()), served)?;
     let prompt = template.prompt_until(&as_objects, tools, true, stop);
     let prompt = match prompt {
         // Some templates add arguments to a text, so they must be one.
@@ -100,6 +101,33 @@ pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> R
     let tokens = served.opened.tokenizer.encode_rendered_until(&prompt.text, stop);
     let tokens = tokens.ok_or_else(|| failure(TokenizerError::Stopped))?;
     Ok(Rendered { text: prompt.text, tokens })
+}
+
+/// Values of JSON per token that a conversation may have, and those that it may have in any case.
+const VALUES_OF_A_TOKEN: usize = 4;
+const VALUES_MIN: usize = 4096;
+
+/// Refuses conversations of more values than any prompt has room for: each takes a hundred times its bytes while a
+/// template is at work.
+fn check_values<'a>(all: impl Iterator<Item = &'a Json>, served: &Served) -> Result<(), ApiError> {
+    let (n, most) = (all.map(values).sum::<usize>(), VALUES_MIN + VALUES_OF_A_TOKEN * served.n_ctx);
+    if n > most {
+        let message = format!(
+            "messages and tools consist of {n} values, more than {most}, which the {} tokens that the context holds have no room for",
+            served.n_ctx
+        );
+        return Err(ApiError::too_long(message));
+    }
+    Ok(())
+}
+
+/// Values that a value consists of, itself among them.
+fn values(json: &Json) -> usize {
+    1 + match json {
+        Json::Array(items) => items.iter().map(values).sum(),
+        Json::Object(fields) => fields.values().map(values).sum(),
+        _ => 0,
+    }
 }
 
 fn failure(e: TokenizerError) -> ApiError {
@@ -179,9 +207,19 @@ pub fn messages(list: Vec<Json>, served: &Served) -> Result<Vec<Json>, ApiError>
         return Err(ApiError::field("messages", "messages: at least one message was expected"));
     }
     let parts = |m: &Json| m["content"].as_array().map_or(1, |parts| parts.len().max(1));
+    served.check_bytes(list.iter().map(|m| text_bytes(&m["content"])).sum(), "messages")?;
     let calls = |m: &Json| m["tool_calls"].as_array().map_or(0, Vec::len);
     check_count(list.iter().map(|m| parts(m) + calls(m)).sum(), "messages", served)?;
     list.into_iter().enumerate().map(|(i, m)| message(m, i, served)).collect()
+}
+
+/// Bytes of the texts of a content.
+fn text_bytes(content: &Json) -> usize {
+    match content {
+        Json::String(text) => text.len(),
+        Json::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).map(str::len).sum(),
+        _ => 0,
+    }
 }
 
 fn message(message: Json, i: usize, served: &Served) -> Result<Json, ApiError> {

@@ -146,7 +146,7 @@ impl Queue {
         }
         state.phase = Phase::Closing;
         for job in state.waiting.drain(..) {
-            job.out.tell(Event::Failed(closing()));
+            job.ticket.out.tell(Event::Failed(closing()));
         }
         self.phase.send_replace(Phase::Closing);
         self.came.notify_all();
@@ -218,7 +218,7 @@ impl Queue {
 
     /// Whether nobody waits.
     pub fn is_empty(&self) -> bool {
-        self.lock().waiting.iter().all(Job::is_cancelled)
+        self.lock().waiting.iter().all(|job| job.ticket.is_cancelled())
     }
 
     /// Tells how far a job at hand has come.
@@ -247,7 +247,7 @@ impl Queue {
         let state = self.lock();
         View {
             phase: state.phase,
-            waiting: state.waiting.iter().filter(|job| !job.is_cancelled()).count(),
+            waiting: state.waiting.iter().filter(|job| !job.ticket.is_cancelled()).count(),
             slots: state.slots,
             running: state.running.clone(),
             counters: state.counters,
@@ -270,16 +270,16 @@ impl State {
     /// Takes the job that waits first, to a slot.
     fn take(&mut self) -> Option<Job> {
         let job = self.waiting.pop_front()?;
-        let most = job.task.max_tokens.saturating_mul(job.task.choices);
+        let most = job.work.most();
         let slot = (0..).find(|slot| self.running.iter().all(|r| r.slot != *slot)).unwrap_or(0);
-        let prompt = job.task.prompt.len();
-        self.running.push(Running { slot, id: job.id, prompt, evaluated: 0, generated: 0, most });
+        let prompt = job.work.tokens();
+        self.running.push(Running { slot, id: job.ticket.id, prompt, evaluated: 0, generated: 0, most });
         Some(job)
     }
 
     fn drop_cancelled(&mut self) {
         let before = self.waiting.len();
-        self.waiting.retain(|job| !job.is_cancelled());
+        self.waiting.retain(|job| !job.ticket.is_cancelled());
         self.counters.cancelled += (before - self.waiting.len()) as u64;
     }
 
@@ -341,7 +341,7 @@ pub fn seconds(since: Instant) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::job::Task;
+    use super::super::job::{Task, Ticket, Work};
     use super::super::outbox::{Inbox, outbox};
     use super::*;
 
@@ -356,7 +356,8 @@ mod tests {
             logprobs: None,
             reuse: true,
         };
-        (Job { id, task, out, since: Instant::now(), limit: Duration::from_secs(60) }, heard)
+        let ticket = Ticket { id, out, since: Instant::now(), limit: Duration::from_secs(60) };
+        (Job { ticket, work: Work::Answer(task) }, heard)
     }
 
     #[test]
@@ -366,7 +367,7 @@ mod tests {
         assert_eq!(q.push(job(0).0).unwrap_err().status, 503);
         q.open(1);
         q.push(a.0).unwrap();
-        assert_eq!(q.next(&|| false).unwrap().id, 1);
+        assert_eq!(q.next(&|| false).unwrap().ticket.id, 1);
         let done =
             Summary { prompt: 10, prompt_s: 1.0, generated: 50, passes: 49, decode_s: 49.0, ..Summary::default() };
         q.ended(1, End::Done, &done);
@@ -381,7 +382,7 @@ mod tests {
         drop(c.1);
         let (last, _heard) = job(6);
         q.push(last).unwrap();
-        assert_eq!(q.next(&|| false).unwrap().id, 4);
+        assert_eq!(q.next(&|| false).unwrap().ticket.id, 4);
         assert_eq!((q.view().counters.refused, q.view().counters.cancelled), (1, 1));
     }
 

@@ -21,13 +21,14 @@ use super::budget::{Budget, Claim};
 use super::connection::Connection;
 use super::error::{ApiError, Form};
 use super::fields::Fields;
-use super::job::Job;
+use super::job::{Event, Job, Ticket, Work};
 use super::outbox::outbox;
 use super::queue::{Phase, Queue, loading};
 use super::served::Served;
 use super::steps::{Prepared, Steps};
 use super::stream::{Stream, whole};
 use super::tokens::Tokens;
+use super::vectors::{self, Asked};
 use super::{anthropic, info, ollama, openai, responses};
 
 /// The longest that a body may take to come.
@@ -111,10 +112,10 @@ pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router 
         .route("/api/create", any(ollama_library))
         .route("/api/copy", any(ollama_library))
         .route("/api/delete", any(ollama_library))
-        .route("/api/embed", any(ollama_embed))
-        .route("/api/embeddings", any(ollama_embed))
-        .route("/v1/embeddings", any(embeddings))
-        .route("/embeddings", any(embeddings))
+        .route("/api/embed", post(ollama_embed))
+        .route("/api/embeddings", post(ollama_embed_one))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/embeddings", post(embeddings))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn_with_state(app.clone(), allowed))
@@ -216,8 +217,8 @@ async fn no_method(method: Method, request: Request) -> Response {
     failed(&ApiError::method(format!("{path} does not take {method}")), form(path))
 }
 
-async fn embeddings() -> Response {
-    failed(&ApiError::not_built("embeddings are not built in this version of nt"), Form::OpenAi)
+async fn embeddings(State(app): Shared, request: Request) -> Response {
+    embed(&app, request, Form::OpenAi, vectors::openai).await
 }
 
 async fn health(State(app): Shared) -> Response {
@@ -307,8 +308,12 @@ async fn ollama_library() -> Response {
     failed(&ApiError::not_built(message), Form::Ollama)
 }
 
-async fn ollama_embed() -> Response {
-    failed(&ApiError::not_built("embeddings are not built in this version of nt"), Form::Ollama)
+async fn ollama_embed(State(app): Shared, request: Request) -> Response {
+    embed(&app, request, Form::Ollama, vectors::ollama).await
+}
+
+async fn ollama_embed_one(State(app): Shared, request: Request) -> Response {
+    embed(&app, request, Form::Ollama, vectors::ollama_one).await
 }
 
 async fn metrics(State(app): Shared) -> Response {
@@ -373,7 +378,8 @@ async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Respo
     let Prepared { task, looks, mut dialect, stream } = prepared;
     let steps = Steps::new(&looks, task.choices);
     let at_work = connection.map(|c| c.at_work());
-    app.queue.push(Job { id: number, task, out, since, limit: limits.time })?;
+    let ticket = Ticket { id: number, out, since, limit: limits.time };
+    app.queue.push(Job { ticket, work: Work::Answer(task) })?;
     if !stream {
         return whole(events, steps, dialect.as_mut(), end).await.map(|json| answer(200, &json));
     }
@@ -385,6 +391,58 @@ async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Respo
     ];
     let body = Body::new(Stream::new(events, steps, dialect, limits.ping, end, at_work));
     Ok((headers, body).into_response())
+}
+
+/// Answers a request for vectors.
+async fn embed(
+    app: &Arc<App>,
+    request: Request,
+    form: Form,
+    read: fn(&Served, Fields) -> Result<Asked, ApiError>,
+) -> Response {
+    match embedded(app, request, read).await {
+        Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
+        Err(e) => failed(&e, form),
+    }
+}
+
+async fn embedded(
+    app: &Arc<App>,
+    request: Request,
+    read: fn(&Served, Fields) -> Result<Asked, ApiError>,
+) -> Result<String, ApiError> {
+    let since = Instant::now();
+    let limits = app.served.limits;
+    let connection = request.extensions().get::<Connection>().cloned();
+    let asked = with_fields(app, request, move |served, f, _| read(served, f)).await?;
+    if app.served.embeds.get() == Some(&false) {
+        let message = "vectors of texts need final hidden states, which the GPU's backend does not give; serve with --backend cpu";
+        return Err(ApiError::not_built(message));
+    }
+    let mut claim = app.bodies.claim();
+    claim.grow(asked.bytes(app.served.opened.model.hparams.n_embd))?;
+    let Asked { texts, written, since: read_at } = asked;
+    let (out, mut events) = outbox(&app.unread);
+    let _at_work = connection.map(|c| c.at_work());
+    let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
+    let ticket = Ticket { id: number, out, since, limit: limits.time };
+    app.queue.push(Job { ticket, work: Work::Embed(texts) })?;
+    let all = async {
+        let mut found = Vec::new();
+        while let Some(event) = events.hear().await {
+            match event {
+                Event::Vectors(vectors) => found = vectors,
+                Event::Done(summary) => return Ok((found, summary)),
+                Event::Failed(e) => return Err(e),
+                Event::Text { .. } | Event::Finished { .. } => {}
+            }
+        }
+        Err(ApiError::failed("the answer ended without a reason"))
+    };
+    let end = tokio::time::Instant::from_std(since) + limits.time;
+    let result = tokio::time::timeout_at(end, all).await;
+    let (found, summary) = result.unwrap_or_else(|_| Err(ApiError::timed_out(limits.time.as_secs())))?;
+    Ok(vectors::answer(&found, written, read_at, &summary, &app.served))
 }
 
 /// Reads a body and lets `work` read its fields, where it keeps nobody else from being served. The last argument of `work` says

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::Value as Json;
 
 use super::error::ApiError;
+use super::job::Pooling;
 use super::split::{self, Family};
 use crate::engine::{ConstraintError, Grammars, Opened, SamplerParams};
 use crate::tokenizer::ChatTemplate;
@@ -44,6 +45,8 @@ pub struct Served {
     pub seed: Option<u64>,
     /// Positions of a sequence.
     pub n_ctx: usize,
+    /// Bytes of the longest token.
+    pub token_bytes_max: usize,
     /// Bounds.
     pub limits: Limits,
     /// When the server started, in seconds since 1970.
@@ -52,6 +55,10 @@ pub struct Served {
     pub modified_unix_s: u64,
     /// What holds answers to a form, once one was asked for.
     pub grammars: std::sync::OnceLock<Result<Grammars, ConstraintError>>,
+    /// How vectors of texts are made.
+    pub pooling: Pooling,
+    /// Whether they can be made, once that is known.
+    pub embeds: std::sync::OnceLock<bool>,
     /// Where its weights lie, once they do.
     pub plan: std::sync::OnceLock<Json>,
 }
@@ -85,6 +92,22 @@ impl Served {
     /// If its tokens cannot be held to a form.
     pub fn grammars(&self) -> Result<&Grammars, ConstraintError> {
         self.grammars.get_or_init(|| Grammars::new(&self.opened.tokenizer)).as_ref().map_err(Clone::clone)
+    }
+
+    /// Refuses text that no context has room for, before it is rendered and made tokens, which takes long for much.
+    ///
+    /// # Errors
+    /// If it has more bytes than as many of the longest tokens as the context holds.
+    pub fn check_bytes(&self, bytes: usize, field: &str) -> Result<(), ApiError> {
+        let most = self.n_ctx.saturating_mul(self.token_bytes_max);
+        if bytes <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{field}: {bytes} bytes of text are more than the {} tokens that the context holds, of at most {} bytes each; shorten it, or serve with a larger --ctx",
+            self.n_ctx, self.token_bytes_max
+        );
+        Err(ApiError { param: Some(field.to_owned()), ..ApiError::too_long(message) })
     }
 
     /// How the model writes calls of tools, if nt can read them.

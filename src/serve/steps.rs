@@ -66,6 +66,8 @@ impl Steps {
         match event {
             Event::Done(summary) => tell(Step::Done(Summary { reasoning: self.reasoning, ..summary })),
             Event::Failed(e) => tell(Step::Failed(e)),
+            // Of jobs that have no answers.
+            Event::Vectors(_) => {}
             Event::Text { choice, bits, logprobs, tokens } => {
                 let Some(splitter) = self.splitters.get_mut(choice) else { return };
                 let (before, thinks) = (splitter.calls(), splitter.thinks());

@@ -5,8 +5,9 @@
 //! answers follow each other, and more while slots and pages are idle. A job begins once the pages that its answer may
 //! come to need are free; prompts that are kept give theirs up for it.
 
+use super::embedding::Embedding;
 use super::error::ApiError;
-use super::job::{Event, Finish, Job, Over, Summary, Task};
+use super::job::{Event, Finish, Job, Summary, Task, Ticket, Work};
 use super::prefix::Kept;
 use super::queue::{End, Queue, seconds};
 use super::text::Telling;
@@ -31,11 +32,14 @@ pub struct Worker<'a> {
     active: Vec<Active>,
     lanes: Vec<Lane>,
     tellings: Vec<(TextId, Telling)>,
+    /// Texts whose states are computed, in passes between the others.
+    embeddings: Vec<Embedding>,
 }
 
-/// A job that is computed.
+/// A job whose answers are computed.
 struct Active {
-    job: Job,
+    ticket: Ticket,
+    task: Task,
     summary: Summary,
     /// The answer that begins next.
     next: usize,
@@ -79,6 +83,7 @@ impl<'a> Worker<'a> {
             active: Vec::new(),
             lanes: Vec::new(),
             tellings: Vec::new(),
+            embeddings: Vec::new(),
         }
     }
 
@@ -88,24 +93,32 @@ impl<'a> Worker<'a> {
             if !(self.stop)() {
                 self.take();
             }
-            if !self.lanes.is_empty() {
-                self.step();
+            if self.busy() > 0 {
+                if !self.lanes.is_empty() {
+                    self.step();
+                }
+                self.embed();
                 continue;
             }
             let Some(job) = self.queue.next(self.stop) else { return };
-            let place = self.place(&job.task).transpose();
+            let place = self.place(&job.work).transpose();
             // Nobody else has pages.
-            let full = StateError::Full { positions: job.task.prompt.len(), needed: 1, free: 0 };
+            let full = StateError::Full { positions: job.work.tokens(), needed: 1, free: 0 };
             self.begin(job, place.unwrap_or_else(|| Err(full.into())));
         }
     }
 
+    /// Slots in use.
+    fn busy(&self) -> usize {
+        self.lanes.len() + self.embeddings.len()
+    }
+
     /// Begins jobs that wait and have room, and more answers of those at hand where slots are idle.
     fn take(&mut self) {
-        while self.lanes.len() < self.slots {
+        while self.busy() < self.slots {
             let (queue, mut place) = (self.queue, None);
             let first = queue.take_if(&mut |job| {
-                place = self.place(&job.task).transpose();
+                place = self.place(&job.work).transpose();
                 place.is_some()
             });
             match (first, place) {
@@ -113,7 +126,7 @@ impl<'a> Worker<'a> {
                 _ => break,
             }
         }
-        while self.lanes.len() < self.slots && self.queue.is_empty() {
+        while self.busy() < self.slots && self.queue.is_empty() {
             match self.spread() {
                 Ok(true) => {}
                 Ok(false) => break,
@@ -136,22 +149,28 @@ impl<'a> Worker<'a> {
         self.session.pages_needed(seq, positions.min(self.session.n_ctx()))
     }
 
-    /// A sequence for a job that has as much of its prompt as is kept, if there is room for its answer. The last token
-    /// of a prompt is computed in any case, for what follows it. Kept prompts make room if that is enough, or if nobody
-    /// else will.
-    fn place(&mut self, task: &Task) -> Result<Option<Place>, EngineError> {
+    /// A sequence for a job that has as much of its prompt as is kept, if there is room for what is computed in it. The
+    /// last token of a prompt is computed in any case, for what follows it. Kept prompts make room if that is enough, or
+    /// if nobody else will.
+    fn place(&mut self, work: &Work) -> Result<Option<Place>, EngineError> {
         loop {
-            let before_last = &task.prompt[..task.prompt.len() - 1];
-            let found = if task.reuse { self.kept.longest(before_last) } else { None };
+            let found = match work {
+                Work::Answer(task) if task.reuse => self.kept.longest(&task.prompt[..task.prompt.len() - 1]),
+                _ => None,
+            };
             let (from, cached) = found.unwrap_or((self.root, 0));
             let seq = self.fork(from, cached)?;
-            let (needed, room) = (self.pages(task, seq)?, self.generator.room(self.session));
+            let needed = match work {
+                Work::Answer(task) => self.pages(task, seq)?,
+                Work::Embed(texts) => self.session.pages_needed(seq, texts.longest())?,
+            };
+            let room = self.generator.room(self.session);
             if needed <= room {
                 return Ok(Some((seq, cached)));
             }
             self.session.close(seq)?;
             let idle = self.session.free_without(&self.kept.all()) - self.session.free_pages();
-            if room + idle < needed && !self.lanes.is_empty() {
+            if room + idle < needed && self.busy() > 0 {
                 return Ok(None);
             }
             let Some(gone) = self.kept.forget() else { return Ok(None) };
@@ -161,9 +180,20 @@ impl<'a> Worker<'a> {
 
     /// Begins a job in its place.
     fn begin(&mut self, job: Job, place: Result<Place, EngineError>) {
-        let summary = Summary { queued_s: seconds(job.since), prompt: job.task.prompt.len(), ..Summary::default() };
-        let id = job.id;
-        self.active.push(Active { job, summary, next: 0, fails: None });
+        let Job { ticket, work } = job;
+        let summary = Summary { queued_s: seconds(ticket.since), prompt: work.tokens(), ..Summary::default() };
+        let id = ticket.id;
+        let task = match work {
+            Work::Answer(task) => task,
+            Work::Embed(texts) => {
+                let mut embedding = Embedding::new(ticket, texts, summary);
+                return match place.and_then(|(seq, _)| embedding.begin(self.session, seq)) {
+                    Ok(()) => self.embeddings.push(embedding),
+                    Err(e) => embedding.end(self.session, self.queue, Err(e)),
+                };
+            }
+        };
+        self.active.push(Active { ticket, task, summary, next: 0, fails: None });
         let begun = place.and_then(|(seq, cached)| {
             if let Some(active) = self.active.last_mut() {
                 active.summary.cached = cached;
@@ -178,8 +208,8 @@ impl<'a> Worker<'a> {
 
     /// Begins the next answer of a job in a sequence that has the first tokens of its prompt.
     fn lane(&mut self, id: u64, seq: SeqId, cached: usize) -> Result<(), EngineError> {
-        let Some(active) = self.active.iter_mut().find(|a| a.job.id == id) else { return Ok(()) };
-        let (task, choice) = (&active.job.task, active.next);
+        let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) else { return Ok(()) };
+        let (task, choice) = (&active.task, active.next);
         let mut params = task.params.clone();
         params.seed = params.seed.wrapping_add(choice as u64);
         let sampler = Sampler::for_model(params, self.session.n_vocab(), self.tokenizer);
@@ -194,18 +224,18 @@ impl<'a> Worker<'a> {
     /// Begins another answer of a job that has more to come, next to the one that is computed. False: there is none, or
     /// no room.
     fn spread(&mut self) -> Result<bool, EngineError> {
-        let more = self.active.iter().filter(|a| a.fails.is_none() && a.next < a.job.task.choices);
+        let more = self.active.iter().filter(|a| a.fails.is_none() && a.next < a.task.choices);
         let from = more.filter_map(|a| {
-            let n = a.job.task.prompt.len();
-            let has_all = |lane: &&Lane| lane.job == a.job.id && self.session.length(lane.seq).is_ok_and(|l| l >= n);
+            let n = a.task.prompt.len();
+            let has_all = |lane: &&Lane| lane.job == a.ticket.id && self.session.length(lane.seq).is_ok_and(|l| l >= n);
             self.lanes.iter().find(has_all).map(|lane| (a, lane.seq))
         });
         let Some((active, from)) = from.into_iter().next() else { return Ok(false) };
-        let (id, cached) = (active.job.id, active.job.task.prompt.len() - 1);
+        let (id, cached) = (active.ticket.id, active.task.prompt.len() - 1);
         let seq = self.fork(from, cached)?;
-        let Some(active) = self.active.iter().find(|a| a.job.id == id) else { return Ok(false) };
+        let Some(active) = self.active.iter().find(|a| a.ticket.id == id) else { return Ok(false) };
         // The sequence that it is forked from may need a copy of its last page now.
-        if self.pages(&active.job.task, seq)? + 1 > self.generator.room(self.session) {
+        if self.pages(&active.task, seq)? + 1 > self.generator.room(self.session) {
             self.session.close(seq)?;
             return Ok(false);
         }
@@ -218,8 +248,8 @@ impl<'a> Worker<'a> {
         let Worker { generator, session, active, lanes, tellings, stop, .. } = self;
         let is_over = |text: TextId| {
             let job = lanes.iter().find(|lane| lane.text == text).map(|lane| lane.job);
-            let active = active.iter().find(|a| Some(a.job.id) == job);
-            stop() || active.is_some_and(|a| a.fails.is_some() || a.job.over().is_some())
+            let active = active.iter().find(|a| Some(a.ticket.id) == job);
+            stop() || active.is_some_and(|a| a.fails.is_some() || a.ticket.over().is_some())
         };
         let ran = generator.step(
             session,
@@ -244,24 +274,35 @@ impl<'a> Worker<'a> {
         self.share();
     }
 
+    /// Runs a pass of each job that wants hidden states.
+    fn embed(&mut self) {
+        let mut i = 0;
+        while i < self.embeddings.len() {
+            match self.embeddings[i].step(self.session, self.stop, self.queue) {
+                Ok(false) => i += 1,
+                ended => self.embeddings.remove(i).end(self.session, self.queue, ended),
+            }
+        }
+    }
+
     /// Tells what texts have grown by, and how far jobs are.
     fn tell(&mut self) {
         for lane in &self.lanes {
             let telling = self.tellings.iter_mut().find(|t| t.0 == lane.text);
-            let active = self.active.iter().find(|a| a.job.id == lane.job);
+            let active = self.active.iter().find(|a| a.ticket.id == lane.job);
             let (Some((_, telling)), Some(active)) = (telling, active) else { continue };
             if let Some(event) = telling.take(lane.choice) {
-                active.job.out.tell(event);
+                active.ticket.out.tell(event);
             }
         }
         for active in &self.active {
             let mut evaluated = 0;
             let mut generated = active.summary.generated;
-            for lane in self.lanes.iter().filter(|lane| lane.job == active.job.id) {
+            for lane in self.lanes.iter().filter(|lane| lane.job == active.ticket.id) {
                 evaluated = evaluated.max(self.session.length(lane.seq).unwrap_or(0).min(active.summary.prompt));
                 generated += self.tellings.iter().find(|t| t.0 == lane.text).map_or(0, |t| t.1.tokens());
             }
-            self.queue.progress(active.job.id, evaluated, generated);
+            self.queue.progress(active.ticket.id, evaluated, generated);
         }
     }
 
@@ -269,8 +310,8 @@ impl<'a> Worker<'a> {
     fn share(&mut self) {
         for i in 0..self.lanes.len() {
             let Lane { seq, job, shared, .. } = self.lanes[i];
-            let Some(active) = self.active.iter().find(|a| a.job.id == job) else { continue };
-            let prompt = &active.job.task.prompt;
+            let Some(active) = self.active.iter().find(|a| a.ticket.id == job) else { continue };
+            let prompt = &active.task.prompt;
             if shared || !self.session.length(seq).is_ok_and(|n| n >= prompt.len()) {
                 continue;
             }
@@ -306,9 +347,9 @@ impl<'a> Worker<'a> {
             (Err(e), _) => self.fail(lane.job, &e),
         }
         let alone = !self.lanes.iter().any(|other| other.job == lane.job);
-        let Some(active) = self.active.iter().find(|a| a.job.id == lane.job) else { return };
-        let more = active.fails.is_none() && active.next < active.job.task.choices;
-        let begins = active.job.task.prompt.len() - 1;
+        let Some(active) = self.active.iter().find(|a| a.ticket.id == lane.job) else { return };
+        let more = active.fails.is_none() && active.next < active.task.choices;
+        let begins = active.task.prompt.len() - 1;
         // Others that wait come before answers next to the one that every job has.
         if more && (alone || self.queue.is_empty()) {
             match self.again(&lane, begins, alone) {
@@ -332,8 +373,8 @@ impl<'a> Worker<'a> {
     fn again(&mut self, lane: &Lane, begins: usize, alone: bool) -> Result<bool, EngineError> {
         self.session.keep(lane.seq, begins)?;
         loop {
-            let Some(active) = self.active.iter().find(|a| a.job.id == lane.job) else { return Ok(false) };
-            let (needed, room) = (self.pages(&active.job.task, lane.seq)?, self.generator.room(self.session));
+            let Some(active) = self.active.iter().find(|a| a.ticket.id == lane.job) else { return Ok(false) };
+            let (needed, room) = (self.pages(&active.task, lane.seq)?, self.generator.room(self.session));
             if needed <= room {
                 break;
             }
@@ -348,8 +389,7 @@ impl<'a> Worker<'a> {
 
     /// Adds an answer's figures and tells its end.
     fn answer_ended(&mut self, lane: &Lane, g: Generation, mut telling: Telling) {
-        let why = (g.stop == StopReason::Interrupt).then(|| self.why_interrupted(lane.job));
-        let Some(active) = self.active.iter_mut().find(|a| a.job.id == lane.job) else { return };
+        let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == lane.job) else { return };
         let s = &mut active.summary;
         s.generated += g.tokens.len();
         s.passes += g.decode_passes;
@@ -361,7 +401,7 @@ impl<'a> Worker<'a> {
         }
         let finish = match g.stop {
             StopReason::Interrupt => {
-                active.fails = active.fails.take().or(why);
+                active.fails.get_or_insert_with(|| (End::Cancelled, active.ticket.why()));
                 return;
             }
             StopReason::Eos => Finish::End,
@@ -370,41 +410,30 @@ impl<'a> Worker<'a> {
         };
         telling.end(&finish);
         if let Some(event) = telling.take(lane.choice) {
-            active.job.out.tell(event);
+            active.ticket.out.tell(event);
         }
-        active.job.out.tell(Event::Finished { choice: lane.choice, finish });
-    }
-
-    /// Why an answer of a job was given up.
-    fn why_interrupted(&self, id: u64) -> (End, ApiError) {
-        let over = self.active.iter().find(|a| a.job.id == id).and_then(|a| Some((a, a.job.over()?)));
-        let e = match over {
-            Some((a, Over::Late)) => ApiError::timed_out(a.job.limit.as_secs()),
-            Some((_, Over::Unread)) => ApiError::unread(),
-            Some((_, Over::Gone)) | None => ApiError::unavailable("the server stopped before the answer's end"),
-        };
-        (End::Cancelled, e)
+        active.ticket.out.tell(Event::Finished { choice: lane.choice, finish });
     }
 
     /// A job ends with a failure, once its lanes have.
     fn fail(&mut self, id: u64, e: &EngineError) {
-        if let Some(active) = self.active.iter_mut().find(|a| a.job.id == id) {
+        if let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) {
             tracing::warn!("request {id}: {e}");
             active.fails.get_or_insert_with(|| (End::Failed, ApiError::failed(e.to_string())));
         }
     }
 
     fn fail_all(&mut self, e: &EngineError) {
-        let all: Vec<u64> = self.active.iter().map(|a| a.job.id).collect();
+        let all: Vec<u64> = self.active.iter().map(|a| a.ticket.id).collect();
         all.into_iter().for_each(|id| self.fail(id, e));
     }
 
     /// A job has ended; what its last sequence has of the prompt is kept.
     fn end_job(&mut self, id: u64, seq: Option<SeqId>) {
-        let Some(at) = self.active.iter().position(|a| a.job.id == id) else { return };
-        let Active { job, summary, fails, .. } = self.active.remove(at);
+        let Some(at) = self.active.iter().position(|a| a.ticket.id == id) else { return };
+        let Active { ticket, task, summary, fails, .. } = self.active.remove(at);
         if let Some(seq) = seq {
-            let prompt = &job.task.prompt;
+            let prompt = &task.prompt;
             let n = self.session.length(seq).unwrap_or(0).min(prompt.len());
             match self.session.keep(seq, n) {
                 Ok(()) => self.keep(seq, prompt[..n].to_vec()),
@@ -416,6 +445,6 @@ impl<'a> Worker<'a> {
             Some((end, e)) => (end, Event::Failed(e)),
         };
         self.queue.ended(id, end, &summary);
-        job.out.tell(event);
+        ticket.out.tell(event);
     }
 }

@@ -8,6 +8,7 @@ use serde_json::{Value as Json, json};
 
 use super::TokenizerError;
 use super::shown::{QUOTED, Shown, shown};
+use crate::memory::bounded;
 
 /// A prompt in which no message's words are missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +87,10 @@ impl Attempt {
             let probe = render(&marked).ok();
             let markup = probe.as_deref().map(|probe| without_marks(probe, salt)).unwrap_or_default();
             for (i, m) in messages.iter().enumerate().filter(|(_, m)| must_show(m)) {
+                // Each message is looked for in all of the text.
+                if bounded::is_asked_to_end() {
+                    return Attempt { messages, text: Err(TokenizerError::Stopped), missing, as_data, cut, notes };
+                }
                 let found = match &probe {
                     Some(probe) => find_mark(probe, &mark(salt, i)),
                     // What the template says of a mark it may not say of the words themselves.

@@ -20,11 +20,20 @@ generated = client.generate(model=model, prompt="Say hello.", options=options)
 assert generated.response == whole.message.content
 print("generate: the same text")
 
+vectors = client.embed(model=model, input=["Say hello.", "Say goodbye."])
+older = client.embeddings(model=model, prompt="Say hello.")
+assert list(older.embedding) == list(vectors.embeddings[0])
+print("embed:", len(vectors.embeddings), "vectors of", len(vectors.embeddings[0]), "elements,", vectors.prompt_eval_count, "tokens")
+cut = client.chat(model=model, messages=ask, options={"temperature": 0, "num_ctx": whole.prompt_eval_count + 4})
+assert cut.done_reason == "length" and whole.message.content.startswith(cut.message.content)
+print("num_ctx: ends after", cut.eval_count, "tokens")
+
 for work in [
     lambda: client.chat(model=model, messages=ask, format="json"),
     lambda: client.pull("llama3"),
     lambda: client.delete(model),
     lambda: client.chat(model="llama3", messages=ask),
+    lambda: client.chat(model=model, messages=ask, options={"num_ctx": 131072}),
 ]:
     try:
         work()

@@ -46,6 +46,13 @@ events = list(client.responses.create(model=model, input="Say hello.", max_outpu
 assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == answer.output_text
 print("responses, streamed:", events[0].type, "...", events[-1].type)
 
+similar = client.embeddings.create(model=model, input=["A cat sits on the mat.", "A cat is sitting on a mat.", "Shares fell by 3 %."])
+dot = lambda i, j: sum(a * b for a, b in zip(similar.data[i].embedding, similar.data[j].embedding))
+as_numbers = client.embeddings.create(model=model, input="A cat sits on the mat.", encoding_format="float")
+assert max(abs(a - b) for a, b in zip(as_numbers.data[0].embedding, similar.data[0].embedding)) < 1e-6
+assert dot(0, 1) > dot(0, 2)
+print("embeddings:", len(similar.data[0].embedding), "elements;", round(dot(0, 1), 3), "and", round(dot(0, 2), 3), similar.usage)
+
 
 def refused(error, **more):
     try:

@@ -113,7 +113,7 @@ fn chat_and_generate_of_ollama() {
     assert!(expected.starts_with(cut["message"]["content"].as_str().unwrap().trim_end_matches('\u{fffd}')));
     let load = server.ok("/api/generate", &json!({ "model": "tiny", "keep_alive": 0, "stream": false }));
     assert_eq!((&load["done_reason"], &load["response"]), (&json!("load"), &json!("")));
-    for path in ["/api/pull", "/api/delete", "/api/embed"] {
+    for path in ["/api/pull", "/api/delete"] {
         let reply = server.post(path, &json!({ "model": "x" }));
         assert!(reply.status == 501 && reply.json()["error"].is_string(), "{path}: {}", reply.body);
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value as Json, json};
 
+use super::common::V;
 use super::http::{Reply, Server};
 use super::same_text::model;
 
@@ -188,4 +189,82 @@ fn what_is_searched_at_each_token_is_bounded() {
     request["n"] = 128.into();
     request["max_tokens"] = 240.into();
     assert_eq!(server.post("/v1/completions", &request).json()["error"]["param"], "n");
+}
+
+/// Guards against threads that stay behind, with all that they hold, for clients that go away while their conversation
+/// is rendered.
+#[test]
+fn nothing_stays_behind_for_conversations_that_nobody_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model().write(dir.path(), "m.gguf");
+    let server = Server::start(&path, &["--ctx", "16384"]);
+    let message = json!({ "role": "user", "content": "ab" });
+    let body = json!({ "messages": vec![message; 8000], "max_tokens": 1 }).to_string();
+    server.ok("/v1/completions", &short());
+    let before = server.threads();
+    for _ in 0..6 {
+        let stream = server.send("POST", "/v1/chat/completions", "", body.as_bytes());
+        std::thread::sleep(Duration::from_millis(100));
+        drop(stream);
+    }
+    let began = Instant::now();
+    // Threads that read requests wait for the next ones.
+    while server.threads() > before + 4 {
+        assert!(began.elapsed() < Duration::from_secs(60), "{} threads, {before} at first", server.threads());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    server.ok("/v1/completions", &short());
+}
+
+/// Text that no context has room for is refused by its bytes, before it is read any further.
+#[test]
+fn more_bytes_than_the_context_holds_are_refused_unread() {
+    let (_dir, server) = served(&[]);
+    let long = "a".repeat(3_000_000);
+    let messages = json!([{ "role": "user", "content": [{ "type": "text", "text": long }] }]);
+    for (path, body, param) in [
+        ("/v1/chat/completions", json!({ "messages": messages }), "messages"),
+        ("/v1/responses", json!({ "input": long }), "messages"),
+        ("/v1/completions", json!({ "prompt": long }), "prompt"),
+        ("/v1/completions", json!({ "prompt": vec![1; 1_000_000] }), "prompt"),
+        ("/v1/embeddings", json!({ "input": ["a", long] }), "input"),
+    ] {
+        let reply = server.post(path, &body);
+        let error = &reply.json()["error"];
+        assert_eq!(
+            (reply.status, error["code"].as_str(), error["param"].as_str()),
+            (400, Some("context_length_exceeded"), Some(param)),
+            "{path}: {error}"
+        );
+    }
+    assert_eq!(server.post("/api/generate", &json!({ "prompt": long, "raw": true })).status, 400);
+    assert_eq!(server.post("/v1/messages", &json!({ "messages": messages, "max_tokens": 5 })).status, 400);
+}
+
+/// Guards against renderings that take more memory than they may, and then keep it: lists of nothing, in tools and in what
+/// was called before.
+#[test]
+fn values_without_number_are_refused_before_a_template_sees_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = model();
+    let template = "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}";
+    file.set("tokenizer.chat_template", V::Str(template.into()));
+    let server = Server::start(&file.write(dir.path(), "m.gguf"), &["--ctx", "4096"]);
+    server.ok("/v1/completions", &short());
+    let (before, threads) = (server.rss(), server.threads());
+    let many = json!({ "a": vec![json!({}); 900_000] });
+    let tool = json!({ "type": "function", "function": { "name": "f", "parameters": many } });
+    let call = json!({ "id": "1", "type": "function", "function": { "name": "f", "arguments": many.to_string() } });
+    let hi = json!({ "role": "user", "content": "hi" });
+    for _ in 0..3 {
+        for request in [
+            json!({ "messages": [hi], "tools": [tool] }),
+            json!({ "messages": [hi, { "role": "assistant", "content": null, "tool_calls": [call] }, hi] }),
+        ] {
+            let reply = server.post("/v1/chat/completions", &request);
+            assert_eq!((reply.status, reply.json()["error"]["code"].as_str()), (400, Some("context_length_exceeded")));
+        }
+    }
+    assert!(server.threads() <= threads + 4, "threads stay behind");
+    assert!(server.rss() - before < 700 * MIB, "{} MiB more", (server.rss() - before) / MIB);
 }

@@ -15,6 +15,11 @@ use super::common::bin;
 /// The longest that anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where models are computed: on processors, unless NT_TEST_BACKEND says otherwise.
+pub fn backend() -> String {
+    std::env::var("NT_TEST_BACKEND").unwrap_or_else(|_| "cpu".into())
+}
+
 /// `nt serve` of a model; it ends with this.
 pub struct Server {
     child: Child,
@@ -25,7 +30,7 @@ impl Server {
     /// Serves on processors, with one thread, at a free port; returns once the model is there.
     pub fn start(model: &Path, more: &[&str]) -> Server {
         let mut command = Command::new(bin());
-        command.arg("serve").arg(model).args(["--port", "0", "--backend", "cpu", "--threads", "1"]).args(more);
+        command.arg("serve").arg(model).args(["--port", "0", "--backend", &backend(), "--threads", "1"]).args(more);
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut said = String::new();
@@ -119,6 +124,21 @@ impl Server {
         }
     }
 
+    /// Files that it has open, connections among them.
+    pub fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    /// Its threads.
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count()
+    }
+
+    /// A client that sends one request after the other on a connection.
+    pub fn client(&self) -> Client {
+        Client { at: self.at, stream: None }
+    }
+
     /// Resident memory, in bytes.
     pub fn rss(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -131,6 +151,51 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A client that keeps its connection.
+pub struct Client {
+    at: SocketAddr,
+    stream: Option<BufReader<TcpStream>>,
+}
+
+impl Client {
+    /// Sends a request and reads its answer.
+    pub fn post(&mut self, path: &str, body: &[u8]) -> Reply {
+        let mut stream = self.stream.take().unwrap_or_else(|| {
+            let stream = TcpStream::connect(self.at).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            BufReader::new(stream)
+        });
+        let head = format!("POST {path} HTTP/1.1\r\nHost: {}\r\nContent-Length: {}\r\n\r\n", self.at, body.len());
+        stream.get_mut().write_all(&[head.as_bytes(), body].concat()).unwrap();
+        let mut bytes = Vec::new();
+        while !bytes.ends_with(b"\r\n\r\n") {
+            assert!(
+                stream.read_until(b'\n', &mut bytes).unwrap() > 0,
+                "no answer to {}",
+                String::from_utf8_lossy(body)
+            );
+        }
+        let head = String::from_utf8_lossy(&bytes).to_lowercase();
+        let length = head.split("content-length: ").nth(1).map(|l| l.lines().next().unwrap().parse::<usize>().unwrap());
+        match length {
+            Some(n) => {
+                let at = bytes.len();
+                bytes.resize(at + n, 0);
+                stream.read_exact(&mut bytes[at..]).unwrap();
+            }
+            None => {
+                while !bytes.ends_with(b"\r\n0\r\n\r\n") {
+                    assert!(stream.read_until(b'\n', &mut bytes).unwrap() > 0, "an answer without an end");
+                }
+            }
+        }
+        if !head.contains("connection: close") {
+            self.stream = Some(stream);
+        }
+        Reply::parse(&bytes)
     }
 }
 

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value as Json, json};
 
 use super::common::fails;
@@ -141,14 +143,68 @@ fn a_body_that_is_too_large_is_refused_before_it_is_read() {
     server.ok("/v1/completions", &short());
 }
 
-/// Bodies of bytes, cut, nested, repeated and of wrong types, from a seed: each is answered, and none is waited for.
+/// Bodies of bytes, cut, nested, repeated and of wrong types, from a seed, 10,000 to all paths that read any: each is
+/// answered, and none is waited for.
 #[test]
 fn any_body_is_answered() {
-    let (_dir, server) = served(&[]);
-    let chat = json!({ "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 2, "temperature": 0.5, "stop": ["a"],
-        "n": 1, "stream": false, "logit_bias": { "5": 1 }, "tools": [], "seed": 3, "stream_options": { "include_usage": true } });
-    let seeds =
-        [chat, short(), json!({ "content": "hi", "tokens": [1, 2], "messages": [{ "role": "user", "content": [] }] })];
+    let (_dir, server) = served(&["--max-tokens", "4"]);
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let server = &server;
+            scope.spawn(move || mutations(server, seed, 2500));
+        }
+    });
+    server.until("llamacpp:requests_processing", |n| n == 0.0);
+    server.until("llamacpp:requests_deferred", |n| n == 0.0);
+    server.ok("/v1/completions", &short());
+}
+
+/// Requests that are whole, of each kind.
+fn whole_bodies() -> Vec<(&'static str, Json)> {
+    let messages = json!([{ "role": "user", "content": "hi" }]);
+    let tool = json!({ "type": "function", "function": { "name": "f", "parameters": {} } });
+    vec![
+        (
+            "/v1/chat/completions",
+            json!({ "messages": messages, "max_tokens": 2, "temperature": 0.5, "stop": ["a"], "n": 1, "stream": false,
+                "logit_bias": { "5": 1 }, "tools": [], "seed": 3, "stream_options": { "include_usage": true } }),
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": "x", "max_tokens": 3, "logprobs": 2, "stop": "y", "echo": false, "top_k": 5 }),
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": [1, 2], "max_tokens": 3, "dry_multiplier": 1, "dry_sequence_breakers": ["a"] }),
+        ),
+        ("/tokenize", json!({ "content": "hi", "with_pieces": true, "add_special": false })),
+        ("/detokenize", json!({ "tokens": [1, 2] })),
+        ("/apply-template", json!({ "messages": [{ "role": "user", "content": [{ "type": "text", "text": "a" }] }] })),
+        (
+            "/v1/messages",
+            json!({ "system": "s", "messages": messages, "max_tokens": 2, "stop_sequences": ["a"], "tools": [{ "name": "f" }],
+                "tool_choice": { "type": "none" } }),
+        ),
+        ("/v1/messages/count_tokens", json!({ "messages": messages, "thinking": { "type": "disabled" } })),
+        (
+            "/v1/responses",
+            json!({ "input": messages, "instructions": "i", "max_output_tokens": 2, "reasoning": { "effort": null },
+                "tools": [], "text": { "format": { "type": "text" } } }),
+        ),
+        (
+            "/api/chat",
+            json!({ "messages": messages, "options": { "num_predict": 2, "num_ctx": 50, "stop": ["a"] }, "tools": [tool] }),
+        ),
+        (
+            "/api/generate",
+            json!({ "prompt": "hi", "system": "s", "options": { "seed": 1 }, "raw": false, "stream": true }),
+        ),
+        ("/v1/embeddings", json!({ "input": ["a", "b"], "encoding_format": "float" })),
+        ("/api/embed", json!({ "input": ["a", "b"], "truncate": true, "options": { "num_ctx": 5 } })),
+    ]
+}
+
+fn mutations(server: &Server, seed: u64, n: usize) {
     let values = [
         "null",
         "-1",
@@ -163,42 +219,46 @@ fn any_body_is_answered() {
         "[[[]]]",
         "0.5",
     ];
-    let paths = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/apply-template"];
-    let mut state = 20_261_126u64;
-    let mut random = |n: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % n
-    };
-    for i in 0..1500 {
-        let mut body = seeds[i % seeds.len()].to_string().into_bytes();
-        for _ in 0..1 + random(3) {
-            let at = random(body.len().max(1));
-            match random(5) {
+    let bodies = whole_bodies();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut below = |n: usize| rng.random_range(0..n.max(1));
+    let mut client = server.client();
+    for _ in 0..n {
+        let (path, body) = &bodies[below(bodies.len())];
+        let mut body = body.to_string().into_bytes();
+        for _ in 0..1 + below(3) {
+            let at = below(body.len());
+            match below(6) {
                 0 => body.truncate(at),
-                1 => body.insert(at.min(body.len()), random(256) as u8),
+                1 => body.insert(at.min(body.len()), below(256) as u8),
                 2 => {
                     // A value in place of another.
                     let from = body[at.min(body.len())..].iter().position(|b| *b == b':').map(|p| at + p + 1);
                     if let Some(from) = from {
                         let to =
                             body[from..].iter().position(|b| matches!(b, b',' | b'}')).map_or(body.len(), |p| from + p);
-                        body.splice(from..to, values[random(values.len())].bytes());
+                        body.splice(from..to, values[below(values.len())].bytes());
                     }
                 }
                 3 => {
                     let piece = body[at.min(body.len())..].to_vec();
                     body.extend(piece);
                 }
-                _ => {
-                    body.splice(at.min(body.len())..at.min(body.len()), "[".repeat(random(300)).bytes()).for_each(drop)
+                4 => {
+                    // Another bit.
+                    if let Some(byte) = body.get_mut(at) {
+                        *byte ^= 1 << below(8);
+                    }
                 }
+                _ => body.splice(at.min(body.len())..at.min(body.len()), "[".repeat(below(300)).bytes()).for_each(drop),
             }
         }
-        let reply = Reply::read(server.send("POST", paths[random(paths.len())], "", &body));
-        assert!(matches!(reply.status, 200 | 400 | 404), "{}: {}", reply.status, String::from_utf8_lossy(&body));
-        assert!(reply.status == 200 || reply.json()["error"]["message"].is_string(), "{}", reply.body);
+        let reply = client.post(path, &body);
+        let shown = String::from_utf8_lossy(&body);
+        assert!(matches!(reply.status, 200 | 400 | 404), "{path} {}: {shown}", reply.status);
+        let error = |json: Json| json["error"]["message"].is_string() || json["error"].is_string();
+        assert!(reply.status == 200 || error(reply.json()), "{path} {shown}: {}", reply.body);
     }
-    server.ok("/v1/completions", &short());
 }
 
 /// Heads that are none, bodies that never come, connections that end anywhere.

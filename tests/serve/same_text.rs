@@ -3,7 +3,7 @@
 use serde_json::{Value as Json, json};
 
 use super::common::{File, V, nt, tiny};
-use super::http::{Reply, Server};
+use super::http::{Reply, Server, backend};
 
 /// A template whose prompts begin alike.
 const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
@@ -17,7 +17,7 @@ pub fn model() -> File {
 /// The text of `nt run` alone.
 pub fn alone(model: &std::path::Path, prompt: &str, seed: u64, n: usize) -> Json {
     let (seed, n) = (seed.to_string(), n.to_string());
-    let args = ["run", model.to_str().unwrap(), "--backend", "cpu", "--threads", "1", "--json", "-p", prompt];
+    let args = ["run", model.to_str().unwrap(), "--backend", &backend(), "--threads", "1", "--json", "-p", prompt];
     let out = nt(&[&args[..], &["-n", &n, "--seed", &seed, "--temp", "1.2"]].concat());
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     serde_json::from_slice(&out.stdout).unwrap()
@@ -118,7 +118,7 @@ fn where_the_context_is_full() {
     for (round, n) in [150, 199, 100, 180, 150, 5].into_iter().enumerate() {
         let prompt: String = (0..n - 1).map(|i| char::from(b'a' + ((i * (round % 2 + 1)) % 23) as u8)).collect();
         let (n, seed) = (n.to_string(), "3");
-        let args = ["run", path.to_str().unwrap(), "--backend", "cpu", "--json", "--temp", "1.2", "--ctx", "200"];
+        let args = ["run", path.to_str().unwrap(), "--backend", &backend(), "--json", "--temp", "1.2", "--ctx", "200"];
         let out = nt(&[&args[..], &["-p", &prompt, "-n", "-1", "--seed", seed]].concat());
         let expected: Json = serde_json::from_slice(&out.stdout).unwrap();
         let answer = server.ok("/v1/completions", &json!({ "prompt": prompt, "seed": 3, "temperature": 1.2 }));

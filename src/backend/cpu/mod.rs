@@ -1024,6 +1024,19 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn gives_hidden(&self) -> bool {
+        true
+    }
+
+    fn hidden(&mut self, norm: Option<&Norm>, out: &mut Vec<f32>) -> Result<(), BackendError> {
+        if let Some(norm) = norm {
+            self.norm_input(norm);
+        }
+        let (d, first) = (self.dims.n_embd, self.first());
+        out.extend_from_slice(&self.input[first * d..(first + self.n_tokens()) * d]);
+        Ok(())
+    }
+
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
         let (input, first) = (self.input_here(), self.first_output[self.class as usize]);
         let out = self.logits[first * self.dims.n_vocab + first_row..].as_mut_ptr();
