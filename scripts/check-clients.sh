@@ -18,21 +18,38 @@ fi
 "$venv/bin/pip" list 2>/dev/null | grep -E '^(openai|anthropic|ollama) '
 
 log=$(mktemp)
-"$nt" serve "$model" --port 0 --backend cpu 2>"$log" &
-server=$!
+server=
 trap 'kill $server 2>/dev/null || true; wait $server 2>/dev/null || true; rm -f "$log"' EXIT
-base=
-for _ in $(seq 600); do
-    base=$(sed -n 's/.*listening at \(http:[^ ]*\).*/\1/p' "$log")
-    [ -n "$base" ] && "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$base/health')" 2>/dev/null && break
-    kill -0 $server 2>/dev/null || { cat "$log" >&2; exit 1; }
-    sleep 0.1
-done
 
+# serve MORE…: starts a server and waits until it answers; sets base.
+serve() {
+    "$nt" serve "$model" --port 0 --backend cpu "$@" 2>"$log" &
+    server=$!
+    base=
+    for _ in $(seq 600); do
+        base=$(sed -n 's/.*listening at \(http:[^ ]*\).*/\1/p' "$log")
+        [ -n "$base" ] && "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$base/health')" 2>/dev/null && return
+        kill -0 $server 2>/dev/null || break
+        sleep 0.1
+    done
+    cat "$log" >&2
+    exit 1
+}
+
+# end: asks it to end, and expects that it does.
+end() {
+    kill -TERM $server
+    wait $server
+    echo "== the server ended with 0"
+}
+
+serve
 for client in openai anthropic ollama; do
     echo "== $client"
     "$venv/bin/python" "tests/clients/${client}_client.py" "$base"
 done
-kill -TERM $server
-wait $server
-echo "== the server ended with 0"
+end
+echo "== tools, with a template that has them"
+serve --chat-template tests/clients/hermes.jinja
+"$venv/bin/python" tests/clients/tools_client.py "$base"
+end

@@ -419,7 +419,12 @@ impl<'a> Worker<'a> {
     fn fail(&mut self, id: u64, e: &EngineError) {
         if let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) {
             tracing::warn!("request {id}: {e}");
-            active.fails.get_or_insert_with(|| (End::Failed, ApiError::failed(e.to_string())));
+            let error = match e {
+                // What the request asks for cannot be had, and nothing else is wrong.
+                EngineError::Constraint(e) => ApiError::request(e.to_string()),
+                e => ApiError::failed(e.to_string()),
+            };
+            active.fails.get_or_insert((End::Failed, error));
         }
     }
 

@@ -1,5 +1,6 @@
 """The `ollama` package, unchanged, against `nt serve`. Usage: ollama_client.py BASE_URL"""
 
+import json
 import sys
 
 import ollama
@@ -29,7 +30,7 @@ assert cut.done_reason == "length" and whole.message.content.startswith(cut.mess
 print("num_ctx: ends after", cut.eval_count, "tokens")
 
 for work in [
-    lambda: client.chat(model=model, messages=ask, format="json"),
+    lambda: client.chat(model=model, messages=ask, format={"not": {}}),
     lambda: client.pull("llama3"),
     lambda: client.delete(model),
     lambda: client.chat(model="llama3", messages=ask),
@@ -40,3 +41,8 @@ for work in [
         raise AssertionError("not refused")
     except ollama.ResponseError as e:
         print(f"refused ({e.status_code}):", e.error)
+
+schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}, "required": ["name"], "additionalProperties": False}
+held = client.chat(model=model, messages=ask, format=schema, options={"temperature": 0, "num_predict": 60})
+assert list(json.loads(held.message.content)) == ["name"]
+print("format:", held.message.content)

@@ -2,8 +2,10 @@
 
 import sys
 import threading
+from typing import Literal
 
 import openai
+import pydantic
 
 base = sys.argv[1]
 client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
@@ -66,9 +68,33 @@ def refused(error, **more):
 tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 refused(openai.NotFoundError, model="gpt-5")
 refused(openai.BadRequestError, temperature=1000)
-refused(openai.BadRequestError, response_format={"type": "json_object"})
+refused(openai.BadRequestError, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
 refused(openai.BadRequestError, tools=[tool])
 refused(openai.BadRequestError, messages=[{"role": "user", "content": "word " * 20000}])
+
+
+class City(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=20)
+    continent: Literal["Africa", "America", "Asia", "Europe", "Oceania"]
+    capital: bool
+
+
+parsed = client.chat.completions.parse(model=model, messages=ask, response_format=City, max_tokens=80, temperature=0)
+assert isinstance(parsed.choices[0].message.parsed, City)
+print("parse:", parsed.choices[0].message.parsed)
+with client.chat.completions.stream(model=model, messages=ask, response_format=City, max_tokens=80, temperature=0) as helper:
+    assert helper.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
+answer = client.responses.parse(model=model, input=ask, text_format=City, max_output_tokens=80, temperature=0)
+assert answer.output_parsed == parsed.choices[0].message.parsed
+print("responses.parse: the same")
+cut = client.chat.completions.create(
+    model=model, messages=ask, response_format={"type": "json_object"}, max_tokens=3, temperature=0
+).choices[0]
+print("json_object, cut:", repr(cut.message.content), cut.finish_reason)
+assert cut.finish_reason == "length" and cut.message.content.startswith("{")
+for body in [{"grammar": 'root ::= "yes" | "no"'}, {"guided_choice": ["yes", "no"]}, {"guided_regex": "yes|no"}]:
+    told = client.chat.completions.create(model=model, messages=ask, extra_body=body).choices[0].message.content
+    assert told in ["yes", "no"], told
 
 # A client that goes away in the middle, and those behind it.
 gone = client.chat.completions.create(model=model, messages=ask, max_tokens=2000, stream=True, logit_bias={"2": -100})

@@ -58,6 +58,12 @@ pub(super) fn sentence(said: &str) -> String {
         Some(keys) => format!("keywords that are not followed: {}", keys.replace('"', "")),
         None => said,
     };
+    let said = if said == "NoExtensionBias" { "nothing conforms to it".to_owned() } else { said };
+    let said = said.strip_prefix("Parser Error: ").map_or(said.clone(), str::to_owned);
+    let said = match said.strip_prefix("Unknown format: ") {
+        Some(name) => format!("format: {name} is not known"),
+        None => said,
+    };
     let said = match said.starts_with("oneOf constraints are not supported") {
         true => "oneOf: two of its schemas may hold at once, or it cannot be told that they do not; anyOf may be meant"
             .into(),

@@ -93,11 +93,11 @@ const STACK_OF_A_BYTE: usize = 4 << 10;
 /// Stack in any case.
 const STACK_BYTES: usize = 16 << 20;
 /// Memory of compiling.
-const HEAP_BYTES: usize = 192 << 20;
+const HEAP_BYTES: usize = 128 << 20;
 /// Time of a processor for compiling.
-const CPU: Duration = Duration::from_secs(5);
+const CPU: Duration = Duration::from_secs(4);
 /// How many compilations are given up on at most: each keeps its memory.
-const ABANDONED_MAX: usize = 8;
+const ABANDONED_MAX: usize = 16;
 
 static ABANDONED: AtomicUsize = AtomicUsize::new(0);
 

@@ -11,7 +11,9 @@ use serde_json::{Map, Value as Json, json};
 use super::SCHEMA_MAX;
 
 /// Most subschemas of a schema.
-const SUBSCHEMAS_MAX: usize = 10_000;
+const SUBSCHEMAS_MAX: usize = 5_000;
+/// Largest `multipleOf`, in its last digit's unit: each remainder is a state.
+const MULTIPLE_MAX: u64 = 10_000;
 /// Most entries of `oneOf` and of `patternProperties`: each is compared with each.
 const COMPARED_MAX: usize = 200;
 /// Formats of OpenAPI that say nothing of the characters of a string, or belong to numbers.
@@ -22,6 +24,9 @@ const SPACE: &str = r"( |\n{1,2}[ \t]{0,20})";
 /// What may stand behind a backslash. Other characters than these have one form only, so that names of objects can be
 /// told apart.
 const ESCAPES: &str = r#"nrbtf\""#;
+
+/// Keywords that are counts.
+const COUNTS: [&str; 6] = ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"];
 
 const ONE: [&str; 12] = [
     "additionalProperties",
@@ -66,6 +71,10 @@ pub(super) fn prepared(schema: &Json) -> Result<(Json, usize), String> {
             walk.schema(target, &place)?;
         }
     }
+    // Where schemas are combined, a number may have to be a multiple of all of them.
+    if walk.combines && walk.multiples.len() > 1 && common(&walk.multiples).is_none() {
+        return Err(format!("multipleOf: the least common multiple of all is more than {MULTIPLE_MAX}"));
+    }
     if let (Some(place), false) = (walk.inner_id, seen.is_empty()) {
         return Err(format!("{place}: references would be relative to it, which is not followed"));
     }
@@ -83,6 +92,10 @@ struct Walk {
     references: Vec<String>,
     /// The place of an `$id` that is not the whole schema's.
     inner_id: Option<String>,
+    /// The digits of each `multipleOf`.
+    multiples: Vec<(u64, u32)>,
+    /// Whether schemas are combined.
+    combines: bool,
 }
 
 impl Walk {
@@ -125,6 +138,14 @@ impl Walk {
         if map.get("format").and_then(Json::as_str).is_some_and(|f| WITHOUT_FORM.contains(&f)) {
             map.remove("format");
         }
+        // A whole number may be written as 2.0.
+        for key in COUNTS {
+            if let Some(count) =
+                map.get(key).and_then(Json::as_f64).filter(|n| n.fract() == 0.0 && (0.0..9e15).contains(n))
+            {
+                map.insert(key.to_owned(), (count as u64).into());
+            }
+        }
         if !place.is_empty() && map.get("$id").is_some_and(Json::is_string) {
             self.inner_id = Some(at("$id"));
         }
@@ -137,6 +158,10 @@ impl Walk {
                 return Err(format!("{}: it has {n} entries, more than the {COMPARED_MAX} it may have", at(key)));
             }
         }
+        if let Some(multiple) = map.get("multipleOf") {
+            self.multiples.push(digits(multiple).map_err(|e| format!("{}: {e}", at("multipleOf")))?);
+        }
+        self.combines |= ["allOf", "anyOf", "oneOf", "$ref"].iter().any(|k| map.contains_key(*k));
         for key in ["const", "enum"] {
             map.get(key).map_or(Ok(()), constant).map_err(|e| format!("{}: {e}", at(key)))?;
         }
@@ -183,6 +208,37 @@ fn constant(value: &Json) -> Result<(), String> {
         Json::Object(fields) => fields.values().try_for_each(constant),
         Json::Null | Json::Bool(_) => Ok(()),
     }
+}
+
+/// The digits of a number as a whole one, and how many of them stand behind the point.
+fn digits(number: &Json) -> Result<(u64, u32), String> {
+    let text = number.to_string();
+    let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((&text, "0"));
+    let behind = mantissa.split_once('.').map_or(0, |(_, fraction)| fraction.trim_end_matches('0').len()) as i64;
+    let all = mantissa.split_once('.').map_or(mantissa.to_owned(), |(w, f)| format!("{w}{}", f.trim_end_matches('0')));
+    let behind = behind - exponent.parse::<i64>().unwrap_or(i64::from(i32::MAX));
+    let value = all.trim_start_matches('-').parse::<u64>().ok();
+    let value = value.and_then(|n| n.checked_mul(10u64.checked_pow(u32::try_from(-behind.min(0)).ok()?)?));
+    match (value.filter(|n| *n <= MULTIPLE_MAX), u32::try_from(behind.max(0))) {
+        (Some(value), Ok(behind)) => Ok((value, behind)),
+        _ => Err(format!("{text} has too many digits; up to {MULTIPLE_MAX} are followed")),
+    }
+}
+
+/// The least common multiple of numbers as [`digits`] gives them, in the unit of the last digit of any, if it is not too
+/// large.
+fn common(multiples: &[(u64, u32)]) -> Option<u64> {
+    let most = multiples.iter().map(|m| m.1).max().unwrap_or(0);
+    multiples.iter().try_fold(1, |all, &(n, behind)| lcm(all, n.checked_mul(10u64.checked_pow(most - behind)?)?))
+}
+
+/// The least common multiple, if it is not too large.
+fn lcm(a: u64, b: u64) -> Option<u64> {
+    let (mut x, mut y) = (a.max(1), b.max(1));
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    (a.max(1) / x).checked_mul(b.max(1)).filter(|n| *n <= MULTIPLE_MAX)
 }
 
 /// Refuses a least number of names where a name that the schema does not give could be written twice.
