@@ -3,7 +3,8 @@
 
 For each case of arch/goldens.npz: the prompt in one pass, in chunks of 7 with all weights on storage and two buffers
 (the same bits), and in parts whose last tokens are generated ones, all against llama.cpp's logits at three positions.
-Architectures that nt does not compute must be refused by name.
+Architectures that nt does not compute must be refused by name, and so must files without a tensor that the architecture
+has.
 
     pip install gguf==0.19.0 numpy
     tests/fidelity/check_arch.py target/release/nt [--only NAME] [--extra "--backend cpu"] [--jobs N]
@@ -28,6 +29,17 @@ GELU = ("gemma", "starcoder2", "falcon", "gptneox", "gpt2")
 # For a quantised type, so many times llama.cpp's own distance from the exact logits.
 PEER_FACTOR = 4
 REFUSED = ("qwen3next-packed", "gemma4", "deepseek2", "mamba2", "nemotron_h")
+
+
+# Tensors that an architecture cannot do without, though others can.
+NEEDED = [
+    ("gptneox", "blk.0.ffn_norm.bias"),
+    ("gptneox", "blk.0.ffn_up.bias"),
+    ("gpt2", "blk.0.attn_qkv.bias"),
+    ("falcon", "output_norm.bias"),
+    ("gpt-oss", "output.weight"),
+    ("qwen35-mtp", "blk.4.nextn.eh_proj.weight"),
+]
 
 
 def nmse(a, b):
@@ -72,6 +84,24 @@ def check(nt, goldens, case, extra):
     return ok, f"{'ok  ' if ok else 'FAIL'} {name:18} prompt {exact:.1e}  generated {decoded:.1e}  limit {limit:.0e}"
 
 
+def check_needed(nt, case, tensor):
+    """A model whose tensor has another name."""
+    with tempfile.TemporaryDirectory() as d:
+        model = f"{d}/m.gguf"
+        synth = [sys.executable, f"{HERE}/arch/synth_arch.py", case["preset"], model, "--seed", str(case["seed"])]
+        subprocess.run([*synth, "--shape", json.dumps(case["shape"]), "--type", case["type"]], check=True)
+        with open(model, "rb") as f:
+            data = f.read()
+        name = len(tensor).to_bytes(8, "little") + tensor.encode()
+        other = name[:-1] + b"_"
+        with open(model, "wb") as f:
+            f.write(data.replace(name, other, 1))
+        done = subprocess.run([nt, "-q", "logits", model, "--tokens", "1", "-o", f"{d}/o.npy"], capture_output=True, text=True)
+    error = done.stderr.strip()
+    ok = name in data and done.returncode == 2 and tensor in error
+    return ok, f"{'ok  ' if ok else 'FAIL'} {case['name']:18} without {tensor}: {error or 'is computed'}"[:200]
+
+
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("nt")
@@ -83,11 +113,13 @@ def main():
     todo = [c for c in json.loads(str(goldens["cases"])) if args.only in c["name"]]
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for run in [pool.submit(check, args.nt, goldens, c, shlex.split(args.extra)) for c in todo]:
+        runs = [pool.submit(check, args.nt, goldens, c, shlex.split(args.extra)) for c in todo]
+        runs += [pool.submit(check_needed, args.nt, c, t) for c in todo for name, t in NEEDED if name == c["name"]]
+        for run in runs:
             ok, line = run.result()
             failed += not ok
             print(line, flush=True)
-    print(f"{len(todo) - failed} passed, {failed} failed")
+    print(f"{len(runs) - failed} passed, {failed} failed")
     return 1 if failed or not todo else 0
 
 
