@@ -40,22 +40,31 @@ fn placements() -> Vec<Vec<&'static str>> {
 fn a_prompt_cut_into_passes() {
     let d = tempfile::tempdir().unwrap();
     let models = [tiny(3).write(d.path(), "m.gguf"), common::tiny_moe(3).write(d.path(), "moe.gguf")];
-    let by = |isa: &str, model: &Path, more: &[&str]| {
+    let by = |isa: &str, kv: &str, model: &Path, more: &[&str]| {
         let out = d.path().join("cut.npy");
         let tokens = (0..90).map(|i| (i * 37 % 258).to_string()).collect::<Vec<_>>().join(",");
         let mut command = std::process::Command::new(common::bin());
-        command.env("NT_CPU", isa).arg("logits").arg(model).args(["--tokens", &tokens, "--kv", "f16", "-o"]);
+        command.env("NT_CPU", isa).arg("logits").arg(model).args(["--tokens", &tokens, "--kv", kv, "-o"]);
         let run = command.arg(&out).args(more).output().unwrap();
         assert!(run.status.success(), "{more:?}: {}", String::from_utf8_lossy(&run.stderr));
         std::fs::read(&out).unwrap()
     };
     for model in &models {
-        for isa in ["scalar", "avx2", "avx512"] {
-            let whole = by(isa, model, &[]);
+        for isa in ["scalar", "avx2", "avx512", "amx"] {
+            let whole = by(isa, "f16", model, &[]);
             for batch in ["1", "7", "64", "89"] {
-                assert!(by(isa, model, &["--batch", batch]) == whole, "{isa}, {batch}");
+                assert!(by(isa, "f16", model, &["--batch", batch]) == whole, "{isa}, {batch}");
             }
-            assert!(by(isa, model, &["-b", "7", "--tiers", "0:1:2"]) == whole, "{isa}, streamed");
+            assert!(by(isa, "f16", model, &["-b", "7", "--tiers", "0:1:2"]) == whole, "{isa}, streamed");
+        }
+    }
+    // Heads of 32, a block of the cache.
+    let model = common::sized(3, 128, 96).write(d.path(), "wide.gguf");
+    for isa in ["scalar", "avx2", "avx512", "amx"] {
+        let whole = by(isa, "q8_0", &model, &[]);
+        assert!(whole != by(isa, "f16", &model, &[]), "{isa}: the cache is of bytes");
+        for batch in ["1", "7", "64"] {
+            assert!(by(isa, "q8_0", &model, &["--batch", batch, "--tiers", "0:1:2"]) == whole, "{isa}, {batch}");
         }
     }
     // The text that follows is that of the whole prompt too.

@@ -176,7 +176,7 @@ pub struct Dims {
     pub max_outputs: usize,
     /// Positions the KV cache holds.
     pub n_ctx: usize,
-    /// Element type of the KV cache: F16 or F32.
+    /// Type of the KV cache: F16, F32 or Q8_0.
     pub kv_type: TensorType,
     /// Rotary embeddings; the first is the one of [`Backend::qkv`].
     pub ropes: Vec<Rope>,
@@ -231,6 +231,12 @@ impl Dims {
     /// The rotary embedding of [`Backend::qkv`].
     pub fn rope(&self) -> &Rope {
         &self.ropes[0]
+    }
+
+    /// Bytes that the cache takes for the key of a head at a position, and for its value.
+    pub fn kv_bytes(&self) -> usize {
+        let ty = self.kv_type;
+        self.head_dim.div_ceil(ty.block_elems()).saturating_mul(ty.block_bytes())
     }
 
     /// Pages of the cache.
@@ -288,6 +294,14 @@ pub enum BackendError {
         backend: &'static str,
         /// What it is.
         what: &'static str,
+    },
+    /// A type of the KV cache that the backend has no kernels for.
+    #[error("{backend} has no kernels for a KV cache of {ty} (--kv); processors have (--backend cpu)")]
+    Cache {
+        /// The backend's name.
+        backend: &'static str,
+        /// The type.
+        ty: TensorType,
     },
     /// A buffer could not be allocated.
     #[error("{backend}: {what} of {bytes} bytes could not be allocated")]

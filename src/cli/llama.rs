@@ -37,7 +37,7 @@ const ABSENT: &[Absent] = &[
         &["--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io", "-ndio", "--no-direct-io"],
         "weights are read past the page cache, as far as they do not stay in memory; --tier-c none forbids reading them while it runs",
     ),
-    absent(&["-ctk", "--cache-type-k", "-ctv", "--cache-type-v"], "--kv f16 or --kv f32 sets the type of both"),
+    absent(&["-ctk", "--cache-type-k", "-ctv", "--cache-type-v"], "--kv f16, f32 or q8_0 sets the type of both"),
     absent(&["-fa", "--flash-attn"], "there is nothing to choose"),
     absent(
         &["-sm", "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu", "--rpc", "-dev", "--device"],

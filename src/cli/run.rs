@@ -402,6 +402,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         kv_type: match p.kv.unwrap_or(kv_default) {
             KvArg::F16 => TensorType::F16,
             KvArg::F32 => TensorType::F32,
+            KvArg::Q8_0 => TensorType::Q8_0,
         },
         n_buffers: p.n_buffers.given(),
         tiers: p.tiers,

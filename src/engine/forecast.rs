@@ -6,6 +6,7 @@ use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
+use crate::gguf::TensorType;
 use crate::machine;
 use crate::model::{Model, Tape, UnitKind};
 use crate::pipeline::{Event, EventKind, UnitLayout};
@@ -180,7 +181,8 @@ struct Planned {
 /// The plan that a session with `options` would make on `machine`.
 fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -> Result<Planned, EngineError> {
     model.hparams.check_window(options.n_ctx)?;
-    let site = site(model, machine, options.backend)?;
+    model.hparams.check_cache(options.kv_type)?;
+    let site = site(model, machine, options)?;
     let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
     let storage = options.storage && machine.storage.is_some();
     let options = Options { ram: Some(ram_room), storage, ..options.clone() };
@@ -335,11 +337,17 @@ pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
 }
 
 /// Where a session of the model computes: on a GPU, if there is one that has kernels for all that a pass does.
-fn site(model: &Model, machine: &Machine, wished: BackendKind) -> Result<Site, EngineError> {
-    match (wished, &machine.gpu, Tape::new(model).beyond(model)) {
+fn site(model: &Model, machine: &Machine, options: &Options) -> Result<Site, EngineError> {
+    let (wished, ty) = (options.backend, options.kv_type);
+    let cache = || BackendError::Cache { backend: "cuda", ty };
+    let refused = match Tape::new(model).beyond(model) {
+        Some(what) => Some(BackendError::Beyond { backend: "cuda", what }),
+        None => (!matches!(ty, TensorType::F16 | TensorType::F32)).then(cache),
+    };
+    match (wished, &machine.gpu, refused) {
         (BackendKind::Cpu, ..) | (BackendKind::Auto, None, _) | (BackendKind::Auto, _, Some(_)) => Ok(Site::Cpu),
         (_, Some(_), None) => Ok(Site::Gpu),
-        (BackendKind::Cuda, Some(_), Some(what)) => Err(BackendError::Beyond { backend: "cuda", what }.into()),
+        (BackendKind::Cuda, Some(_), Some(why)) => Err(why.into()),
         (BackendKind::Cuda, None, _) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
     }
 }
@@ -354,7 +362,8 @@ fn ram_budget(machine: &Machine) -> Option<u64> {
 /// Bytes of the KV cache.
 fn kv_bytes(model: &Model, options: &Options) -> u64 {
     let h = &model.hparams;
-    let factors = [2, model.cached.len(), options.n_ctx, h.n_kv_heads, h.head_dim, options.kv_type.block_bytes()];
+    let row = options.kv_type.row_bytes(h.head_dim).unwrap_or(0);
+    let factors = [2, model.cached.len(), options.n_ctx, h.n_kv_heads, row];
     factors.into_iter().fold(1, |bytes, f| bytes.saturating_mul(f as u64))
 }
 

@@ -37,6 +37,9 @@ struct Description {
     prompt: usize,
     page: usize,
     page_bytes: usize,
+    /// The type of the cache; files of earlier versions do not say it.
+    #[serde(default)]
+    kv: Option<String>,
 }
 
 /// Why a conversation could not be saved or loaded.
@@ -184,6 +187,7 @@ impl Session {
             prompt: prompt.min(tokens.len()),
             page: PAGE,
             page_bytes,
+            kv: Some(self.options.kv_type.to_string()),
         };
         let text = serde_json::to_vec(&description).map_err(|e| io(e.into()))?;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -227,7 +231,8 @@ impl Session {
         let d = &saved.description;
         let (n, bytes) = (d.tokens.len(), self.backend.page_bytes());
         let known = d.tokens.iter().all(|t| (*t as usize) < self.model.n_vocab);
-        if n == 0 || d.prompt == 0 || !known || n > self.n_ctx() || (d.page, d.page_bytes) != (PAGE, bytes) {
+        let other = d.kv.as_ref().is_some_and(|ty| *ty != self.options.kv_type.to_string());
+        if other || n == 0 || d.prompt == 0 || !known || n > self.n_ctx() || (d.page, d.page_bytes) != (PAGE, bytes) {
             return Ok(false);
         }
         // The first positions, computed here.

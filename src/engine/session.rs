@@ -476,8 +476,9 @@ impl Session {
 
     /// What is to be said of a key or value that became infinite in the cache, which shows in no logits.
     pub fn overflow(&self) -> Option<EngineError> {
+        let ty = self.options.kv_type;
         let block = self.model.cached.get(self.backend.overflow()?).copied().unwrap_or(0);
-        let what = format!("keys or values of blk.{block} are larger than F16 holds");
+        let what = format!("keys or values of blk.{block} are larger than {ty} holds");
         Some(EngineError::NotFinite { what, cure: "--kv f32 holds them".into() })
     }
 
@@ -512,8 +513,8 @@ impl Session {
         };
         let h = &self.model.hparams;
         let mut cures = vec!["`nt verify` shows whether the file is damaged".to_owned()];
-        if self.options.kv_type == TensorType::F16 {
-            cures.push("--kv f32 helps where keys or values exceed what F16 holds".into());
+        if self.options.kv_type != TensorType::F32 {
+            cures.push(format!("--kv f32 helps where keys or values exceed what {} holds", self.options.kv_type));
         }
         if !(h.rope_base.is_finite() && h.rope_base >= 1.0) {
             cures.push(format!("metadata {}.rope.freq_base is {} (--rope-freq-base)", h.arch.name, h.rope_base));

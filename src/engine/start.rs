@@ -93,6 +93,7 @@ impl Session {
     ) -> Result<Session, EngineError> {
         let model = opened.model.clone();
         model.hparams.check_window(options.n_ctx)?;
+        model.hparams.check_cache(options.kv_type)?;
         let (reader, mut notes) = source::open(&opened.gguf, &options)?;
         notes.extend(beyond_training(&model.hparams, options.n_ctx));
         let vectors: Vec<&TensorInfo> = model.divisors.iter().chain(&model.widened).collect();

@@ -3,7 +3,7 @@
 use super::family::Family;
 use super::{ModelError, RopeScaling};
 use crate::backend::{Mask, NormKind, Recurrent, Router, Scores};
-use crate::gguf::{Array, Metadata, Value};
+use crate::gguf::{Array, Metadata, TensorType, Value};
 
 /// What the metadata say of a model.
 #[derive(Clone, Debug)]
@@ -290,6 +290,20 @@ impl HParams {
         let what = format!(
             "is {w}, but nt computes attention over the whole context of {n_ctx}; give --ctx {w} or less, or --override-kv {key}=int:0 to attend to all tokens as llama.cpp does"
         );
+        Err(ModelError::Metadata { key, what })
+    }
+
+    /// That heads are whole blocks of the KV cache's type.
+    ///
+    /// # Errors
+    /// With the key and a type that is possible.
+    pub fn check_cache(&self, ty: TensorType) -> Result<(), ModelError> {
+        if ty.row_bytes(self.head_dim).is_some() {
+            return Ok(());
+        }
+        let key = format!("{}.attention.key_length", self.arch.name);
+        let (head, block) = (self.head_dim, ty.block_elems());
+        let what = format!("makes heads of {head}, but a KV cache of {ty} has blocks of {block}; give --kv f16");
         Err(ModelError::Metadata { key, what })
     }
 

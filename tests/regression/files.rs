@@ -577,6 +577,27 @@ fn caches_that_overflow() {
     works(&["run", p, "-p", "hello", "-n", "2", "--kv", "f32"]);
 }
 
+/// A cache of Q8_0: heads that are no whole blocks are refused, and so is what a scale in half precision does not hold.
+#[test]
+fn caches_of_bytes() {
+    let d = dir();
+    let path = tiny(2).write(d.path(), "narrow.gguf");
+    let p = path.to_str().unwrap();
+    for command in ["run", "plan"] {
+        let more: &[&str] = if command == "run" { &["-p", "hello", "-n", "2"] } else { &[] };
+        let args = [&[command, p, "--kv", "q8_0", "--backend", "cpu"], more].concat();
+        fails(&args, 2, &["heads of 16", "blocks of 32", "--kv f16"]);
+    }
+    let mut f = crate::common::sized(2, 128, 96);
+    let path = f.write(d.path(), "wide.gguf");
+    works(&["run", path.to_str().unwrap(), "-p", "hello", "-n", "2", "--kv", "q8_0"]);
+    let v = f.tensor("blk.1.attn_v.weight");
+    let large: Vec<f32> = v.data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()) * 1e9).collect();
+    v.data = floats(large);
+    let path = f.write(d.path(), "large.gguf");
+    fails(&["run", path.to_str().unwrap(), "-p", "hello", "-n", "2", "--kv", "q8_0"], 1, &["blk.1 ", "Q8_0 holds"]);
+}
+
 /// Activations so near zero that the inverse of their scale is infinite: their sum overflowed.
 #[test]
 fn activations_near_zero() {

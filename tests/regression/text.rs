@@ -594,6 +594,10 @@ fn chat_saved_and_loaded() {
     let loaded = with("/load FILE\nagain\n");
     assert_eq!((loaded.code, loaded.out.trim_end()), (Some(0), answers[1]), "{}", loaded.err);
     assert!(loaded.err.contains("computed anew"), "{}", loaded.err);
+    // Of another type of cache.
+    std::fs::write(&file, &bytes).unwrap();
+    let loaded = chat(&model, &["-n", "6", "--kv", "f32"], format!("/load {}\nagain\n", file.display()).as_bytes());
+    assert!(loaded.code == Some(0) && loaded.err.contains("computed anew"), "{}", loaded.err);
     // A file that is cut off, or another program's, is refused in a sentence, and not replaced.
     std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
     let cut = with("/load FILE\nhello\n");

@@ -26,21 +26,22 @@ struct Text {
     got: Vec<Vec<u32>>,
 }
 
-fn session(opened: &Opened, tiers: Tiers) -> Session {
+fn session(opened: &Opened, kv_type: TensorType, tiers: Tiers) -> Session {
     let options = Options {
         threads: 2,
         ram: Some(1 << 30),
         max_batch: MAX_BATCH,
         outputs: MAX_BATCH,
         tiers: Some(tiers),
+        kv_type,
         ..Options::new(nt::backend::BackendKind::Cpu, 1024)
     };
     let starting = &mut Starting { progress: &mut |_, _| (), stop: &|| false };
     Session::start(opened, options, starting).unwrap()
 }
 
-fn alone(opened: &Opened, text: &mut Text) {
-    let mut s = session(opened, Tiers { a: 0, b: 3, c: 0 });
+fn alone(opened: &Opened, kv: TensorType, text: &mut Text) {
+    let mut s = session(opened, kv, Tiers { a: 0, b: 3, c: 0 });
     s.eval(&text.prompt, Class::Bulk, Outputs::Last, &|| false).unwrap();
     text.want.push(bits(&mut s));
     for t in &text.generated {
@@ -103,7 +104,7 @@ fn pass(s: &mut Session, texts: &mut [Text], rng: &mut ChaCha8Rng) {
     assert!(logits.next().is_none(), "more logits than were asked for");
 }
 
-fn check(ty: TensorType, experts: bool, seed: u64) {
+fn check(ty: TensorType, kv: TensorType, experts: bool, seed: u64) {
     let d = tempfile::tempdir().unwrap();
     let opened = Opened::open(&model(3, ty, experts).write(d.path(), "m.gguf")).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -120,9 +121,9 @@ fn check(ty: TensorType, experts: bool, seed: u64) {
     // Two that share their beginning, in the middle of a page.
     let beginning = texts[3].prompt[..20].to_vec();
     texts[4].prompt[..20].copy_from_slice(&beginning);
-    texts.iter_mut().for_each(|t| alone(&opened, t));
+    texts.iter_mut().for_each(|t| alone(&opened, kv, t));
     for tiers in [Tiers { a: 0, b: 3, c: 0 }, Tiers { a: 0, b: 1, c: 2 }] {
-        let mut s = session(&opened, tiers);
+        let mut s = session(&opened, kv, tiers);
         s.eval(&beginning, Class::Bulk, Outputs::None, &|| false).unwrap();
         for (i, text) in texts.iter_mut().enumerate() {
             let begun = if i >= 3 { beginning.len() } else { 0 };
@@ -133,7 +134,7 @@ fn check(ty: TensorType, experts: bool, seed: u64) {
             pass(&mut s, &mut texts, &mut rng);
         }
         for (i, text) in texts.iter().enumerate() {
-            assert!(text.got == text.want, "{ty}, experts {experts}, {tiers:?}: text {i}");
+            assert!(text.got == text.want, "{ty}, cache {kv}, experts {experts}, {tiers:?}: text {i}");
             s.close(text.seq.unwrap()).unwrap();
         }
     }
@@ -143,9 +144,10 @@ fn check(ty: TensorType, experts: bool, seed: u64) {
 #[test]
 fn sequences_together_have_the_bits_of_each_alone() {
     for (i, ty) in [TensorType::Q4_K, TensorType::Q8_0, TensorType::F16].into_iter().enumerate() {
-        check(ty, false, i as u64 + 1);
-        check(ty, true, i as u64 + 11);
+        check(ty, TensorType::F16, false, i as u64 + 1);
+        check(ty, TensorType::F16, true, i as u64 + 11);
     }
+    check(TensorType::Q4_K, TensorType::Q8_0, false, 21);
 }
 
 /// What cannot be one pass is refused in a sentence, and nothing has changed.
@@ -153,7 +155,7 @@ fn sequences_together_have_the_bits_of_each_alone() {
 fn parts_that_are_no_pass() {
     let d = tempfile::tempdir().unwrap();
     let opened = Opened::open(&model(3, TensorType::Q8_0, false).write(d.path(), "m.gguf")).unwrap();
-    let mut s = session(&opened, Tiers { a: 0, b: 3, c: 0 });
+    let mut s = session(&opened, TensorType::F16, Tiers { a: 0, b: 3, c: 0 });
     let (a, b) = (s.sequence(), s.fork_at(0).unwrap());
     let part = |seq, class, tokens: &'static [u32]| Part { seq, class, tokens, outputs: Outputs::All };
     let (exact, bulk) = (Class::Exact, Class::Bulk);

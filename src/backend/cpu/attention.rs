@@ -4,9 +4,12 @@
 //! precision a block of positions at a time and used by all query heads of the group and all
 //! tokens of the tile.
 
+use half::slice::HalfFloatSliceExt;
+
 use super::kernel::{Body, Dot, exp};
 use super::unpack::f16;
-use crate::backend::{Mask, Scores};
+use crate::backend::{Class, Mask, Scores};
+use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId};
 
 /// Positions of a block.
@@ -19,8 +22,10 @@ pub(super) const TILE: usize = 8;
 pub(super) struct Cache {
     pub k: *mut u8,
     pub v: *mut u8,
-    /// Whether elements are half precision.
-    pub half: bool,
+    /// F16, F32 or Q8_0.
+    pub ty: TensorType,
+    /// Bytes of a head at a position.
+    pub each: usize,
     /// Places of a head.
     pub places: usize,
     /// The page of each [`PAGE`] positions.
@@ -47,7 +52,7 @@ impl Cache {
         Cache { table: unsafe { self.table.add(table) }, ..self }
     }
 
-    /// Where a head has a position, in elements.
+    /// Where a head has a position, in bytes.
     ///
     /// # Safety
     /// The position has a page in the table.
@@ -55,28 +60,88 @@ impl Cache {
     pub unsafe fn at(&self, head: usize, position: usize) -> usize {
         // SAFETY: the caller vouches for the page.
         let page = unsafe { *self.table.add(position / PAGE) } as usize;
-        (head * self.places + page * PAGE + position % PAGE) * self.head_dim
+        (head * self.places + page * PAGE + position % PAGE) * self.each
     }
 
     /// Positions `from..from + n` of a head, which lie in one page, in single precision.
     #[inline(always)]
     unsafe fn load(&self, base: *const u8, head: usize, from: usize, n: usize, out: &mut [f32]) {
-        let n = n * self.head_dim;
+        let out = &mut out[..n * self.head_dim];
         // SAFETY: the caller asks for positions that the cache holds.
         unsafe {
-            let at = self.at(head, from);
-            if self.half {
-                let x = std::slice::from_raw_parts(base.cast::<u16>().add(at), n);
-                out[..n].iter_mut().zip(x).for_each(|(o, h)| *o = f16(*h));
-            } else {
-                out[..n].copy_from_slice(std::slice::from_raw_parts(base.cast::<f32>().add(at), n));
+            let from = base.add(self.at(head, from));
+            match self.ty {
+                TensorType::F16 => {
+                    let x = std::slice::from_raw_parts(from.cast::<u16>(), out.len());
+                    out.iter_mut().zip(x).for_each(|(o, h)| *o = f16(*h));
+                }
+                TensorType::Q8_0 => {
+                    let (blocks, _) = std::slice::from_raw_parts(from, n * self.each).as_chunks::<Q8_BYTES>();
+                    let (out, _) = out.as_chunks_mut::<Q8_ELEMS>();
+                    out.iter_mut().zip(blocks).for_each(|(out, block)| load_q8(block, out));
+                }
+                _ => out.copy_from_slice(std::slice::from_raw_parts(from.cast::<f32>(), out.len())),
+            }
+        }
+    }
+
+    /// Stores the key or value `x` of a head where [`Cache::at`] says; whether it is too large for the cache.
+    ///
+    /// # Safety
+    /// The place is the caller's alone.
+    #[inline(always)]
+    pub unsafe fn store(&self, base: *mut u8, at: usize, x: &[f32]) -> bool {
+        // SAFETY: a place has `each` bytes.
+        unsafe {
+            let to = base.add(at);
+            match self.ty {
+                TensorType::F16 => {
+                    let out = std::slice::from_raw_parts_mut(to.cast::<half::f16>(), x.len());
+                    out.convert_from_f32_slice(x);
+                    out.iter().zip(x).any(|(o, x)| o.is_infinite() && x.is_finite())
+                }
+                TensorType::Q8_0 => {
+                    let (out, _) = std::slice::from_raw_parts_mut(to, self.each).as_chunks_mut::<Q8_BYTES>();
+                    let (x, _) = x.as_chunks::<Q8_ELEMS>();
+                    x.iter().zip(out).fold(false, |over, (x, out)| store_q8(x, out) | over)
+                }
+                _ => {
+                    std::slice::from_raw_parts_mut(to.cast::<f32>(), x.len()).copy_from_slice(x);
+                    false
+                }
             }
         }
     }
 }
 
+/// Elements and bytes of a block of Q8_0: a scale in half precision, and signed bytes.
+const Q8_ELEMS: usize = TensorType::Q8_0.block_elems();
+const Q8_BYTES: usize = TensorType::Q8_0.block_bytes();
+
+#[inline(always)]
+fn load_q8(block: &[u8; Q8_BYTES], out: &mut [f32; Q8_ELEMS]) {
+    let d = f16(u16::from_le_bytes([block[0], block[1]]));
+    out.iter_mut().zip(&block[2..]).for_each(|(o, q)| *o = d * f32::from(*q as i8));
+}
+
+/// Rounds as ggml's `quantize_row_q8_0_ref` does; whether the values are too large. Where one is not finite, neither is
+/// the scale.
+#[inline(always)]
+fn store_q8(x: &[f32; Q8_ELEMS], out: &mut [u8; Q8_BYTES]) -> bool {
+    // Magnitudes are compared as bits, in whose order what is not finite comes last.
+    let max = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
+    let d = if max.is_finite() { max / 127.0 } else { f32::NAN };
+    let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+    let scale = half::f16::from_f32(d);
+    out[..2].copy_from_slice(&scale.to_le_bytes());
+    out[2..].iter_mut().zip(x).for_each(|(q, v)| *q = (v * inverse).round() as i8 as u8);
+    scale.is_infinite()
+}
+
 /// One task.
 pub(super) struct Attend<'a> {
+    /// Class of the tokens: it decides how scores are summed.
+    pub class: Class,
     pub cache: Cache,
     /// Queries and outputs: `[token][head][head_dim]`.
     pub q: *const f32,
@@ -105,20 +170,94 @@ fn first_seen(mask: Mask, position: usize) -> usize {
 
 /// Floats of scratch that a task needs.
 pub(super) fn scratch_len(head_dim: usize, group: usize) -> usize {
-    2 * BLOCK * head_dim + TILE * group * (head_dim + 2) + BLOCK
+    3 * BLOCK * head_dim + TILE * group * (head_dim + 2 + BLOCK)
+}
+
+impl Attend<'_> {
+    /// Query `i` of the tile: `[token][head of the group]`.
+    #[inline(always)]
+    fn query(&self, i: usize) -> &[f32] {
+        let (token, head) = (self.tokens.start + i / self.group, self.kv_head * self.group + i % self.group);
+        let hd = self.cache.head_dim;
+        // SAFETY: queries of every token and head of the pass are there.
+        unsafe { std::slice::from_raw_parts(self.q.add((token * self.n_heads + head) * hd), hd) }
+    }
+
+    /// Scores of `n` queries with a block of keys: `[dimension][position]`.
+    #[inline(always)]
+    fn scores_of_all<D: Dot>(&self, keys: &[f32], n: usize, scale: f32, scores: &mut [[f32; BLOCK]]) {
+        /// Queries that meet a key while it is in registers.
+        const AT_ONCE: usize = 4;
+        let mut i = 0;
+        while i + AT_ONCE <= n {
+            let q: [_; AT_ONCE] = std::array::from_fn(|j| self.query(i + j));
+            scores[i..i + AT_ONCE].copy_from_slice(&scores_of::<D, AT_ONCE>(q, keys, scale));
+            i += AT_ONCE;
+        }
+        for (i, scores) in scores.iter_mut().enumerate().take(n).skip(i) {
+            [*scores] = scores_of::<D, 1>([self.query(i)], keys, scale);
+        }
+    }
+}
+
+/// Scores of some queries with a block of keys; a score is summed over the dimensions in order.
+#[inline(always)]
+fn scores_of<D: Dot, const N: usize>(q: [&[f32]; N], keys: &[f32], scale: f32) -> [[f32; BLOCK]; N] {
+    let mut sums = [[0.0; BLOCK]; N];
+    for (d, keys) in keys.as_chunks::<BLOCK>().0.iter().enumerate() {
+        for (q, sums) in q.iter().zip(&mut sums) {
+            for (s, k) in sums.iter_mut().zip(keys) {
+                *s = D::fma(q[d], *k, *s);
+            }
+        }
+    }
+    sums.map(|sums| sums.map(|s| s * scale))
+}
+
+/// Adds the values of some positions, each times its weight, to `acc`; an element is summed over the positions in order.
+#[inline(always)]
+fn mix<D: Dot>(weights: &[f32], values: &[f32], acc: &mut [f32]) {
+    let hd = acc.len();
+    let mut at = 0;
+    while at + 64 <= hd {
+        part::<D, 64>(weights, values, hd, at, acc);
+        at += 64;
+    }
+    while at + 16 <= hd {
+        part::<D, 16>(weights, values, hd, at, acc);
+        at += 16;
+    }
+    for at in at..hd {
+        part::<D, 1>(weights, values, hd, at, acc);
+    }
+}
+
+/// `N` elements of [`mix`], in registers.
+#[inline(always)]
+fn part<D: Dot, const N: usize>(weights: &[f32], values: &[f32], hd: usize, at: usize, acc: &mut [f32]) {
+    let Some(to) = acc[at..].first_chunk_mut::<N>() else { return };
+    let mut sums = *to;
+    for (w, v) in weights.iter().zip(values.chunks_exact(hd)) {
+        for (s, v) in sums.iter_mut().zip(&v[at..at + N]) {
+            *s = D::fma(*w, *v, *s);
+        }
+    }
+    *to = sums;
 }
 
 impl Body for Attend<'_> {
     #[inline(always)]
-    fn run<D: Dot>(self) {
+    fn run<D: Dot>(mut self) {
+        let scratch = std::mem::take(&mut self.scratch);
         let (hd, group) = (self.cache.head_dim, self.group);
         let n = self.tokens.len() * group;
-        let (keys, rest) = self.scratch.split_at_mut(BLOCK * hd);
+        let (keys, rest) = scratch.split_at_mut(BLOCK * hd);
         let (values, rest) = rest.split_at_mut(BLOCK * hd);
         let (acc, rest) = rest.split_at_mut(n * hd);
         let (max, rest) = rest.split_at_mut(n);
         let (sum, rest) = rest.split_at_mut(n);
-        let scores = &mut rest[..BLOCK];
+        let (turned, rest) = rest.split_at_mut(BLOCK * hd);
+        let (scores, _) = rest.as_chunks_mut::<BLOCK>();
         acc.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
@@ -132,20 +271,25 @@ impl Body for Attend<'_> {
                 self.cache.load(self.cache.k, self.kv_head, from, len, keys);
                 self.cache.load(self.cache.v, self.kv_head, from, len, values);
             }
-            for i in 0..n {
-                let token = self.tokens.start + i / group;
+            if self.class == Class::Bulk {
+                D::turn(keys, hd, turned);
+                self.scores_of_all::<D>(turned, n, scale, scores);
+            }
+            for (i, scores) in scores[..n].iter_mut().enumerate() {
                 let position = self.first_pos + i / group;
                 let visible = (position + 1).saturating_sub(from).min(len);
                 let hidden = first_seen(self.scores.mask, position).saturating_sub(from);
                 if visible <= hidden {
                     continue;
                 }
-                let head = self.kv_head * group + i % group;
-                // SAFETY: queries of every token and head of the pass are there.
-                let q = unsafe { std::slice::from_raw_parts(self.q.add((token * self.n_heads + head) * hd), hd) };
+                if self.class == Class::Exact {
+                    let q = self.query(i);
+                    for (s, k) in scores[hidden..visible].iter_mut().zip(keys[hidden * hd..].chunks_exact(hd)) {
+                        *s = super::kernel::dot_f32::<D>(q, k) * scale;
+                    }
+                }
                 let mut block_max = max[i];
-                for (s, k) in scores[hidden..visible].iter_mut().zip(keys[hidden * hd..].chunks_exact(hd)) {
-                    *s = super::kernel::dot_f32::<D>(q, k) * scale;
+                for s in &mut scores[hidden..visible] {
                     if self.scores.cap != 0.0 {
                         *s = self.scores.cap * (*s / self.scores.cap).tanh();
                     }
@@ -162,12 +306,8 @@ impl Body for Attend<'_> {
                 for s in &mut scores[hidden..visible] {
                     *s = exp::<D>(*s - block_max);
                 }
-                for (s, v) in scores[hidden..visible].iter().zip(values[hidden * hd..].chunks_exact(hd)) {
-                    sum[i] += s;
-                    for (a, v) in acc.iter_mut().zip(v) {
-                        *a = D::fma(*s, *v, *a);
-                    }
-                }
+                sum[i] = scores[hidden..visible].iter().fold(sum[i], |sum, s| sum + s);
+                mix::<D>(&scores[hidden..visible], &values[hidden * hd..], acc);
             }
         }
         for i in 0..n {
@@ -184,6 +324,37 @@ impl Body for Attend<'_> {
             }
             let inverse = 1.0 / sum[i];
             out.iter_mut().zip(&acc[i * hd..]).for_each(|(o, a)| *o = a * inverse);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against a cache of Q8_0 that rounds in its own way, or hides values that are not finite or too large.
+    #[test]
+    fn blocks_of_bytes_are_those_of_ggml() {
+        let mut x = [0.0f32; Q8_ELEMS];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = (i as f32 - 11.5) * 0.5;
+        }
+        let mut block = [0u8; Q8_BYTES];
+        assert!(!store_q8(&x, &mut block));
+        // The largest is 9.75: a scale of 9.75 / 127, whose inverse makes halves of 0.5 / 9.75 * 127 = 6.51.
+        assert_eq!(half::f16::from_le_bytes([block[0], block[1]]), half::f16::from_f32(9.75 / 127.0));
+        let want = x.map(|v| (v * (1.0 / (9.75f32 / 127.0))).round() as i8);
+        assert!(block[2..].iter().zip(want).all(|(q, w)| *q as i8 == w), "{block:?}");
+        let mut back = [0.0; Q8_ELEMS];
+        load_q8(&block, &mut back);
+        assert!(back.iter().zip(&x).all(|(b, x)| (b - x).abs() < 0.04), "{back:?}");
+        assert!(!store_q8(&[0.0; Q8_ELEMS], &mut block) && block == [0; Q8_BYTES]);
+        assert!(store_q8(&[1e8; Q8_ELEMS], &mut block));
+        for bad in [f32::NAN, f32::INFINITY] {
+            x[3] = bad;
+            store_q8(&x, &mut block);
+            load_q8(&block, &mut back);
+            assert!(back.iter().all(|b| !b.is_finite()), "{bad}: {back:?}");
         }
     }
 }

@@ -9,11 +9,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL with VNNI, and all of [`Isa::Avx2`].
     Avx512,
+    /// AMX with bfloat16 for bulk rows, and all of [`Isa::Avx512`] for the rest.
+    Amx,
 }
 
 impl Isa {
     /// All sets, the plainest first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// The name that `NT_CPU` takes.
     pub const fn name(self) -> &'static str {
@@ -21,6 +23,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 
@@ -38,7 +41,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni");
             if avx2 && avx512 {
-                return Isa::Avx512;
+                return if super::x86::amx::available() { Isa::Amx } else { Isa::Avx512 };
             }
             if avx2 {
                 return Isa::Avx2;

@@ -4,6 +4,7 @@
 //! differs between sets is the trait [`Dot`]. An output is computed by one thread in an order that
 //! follows from the shapes alone.
 
+use super::attention::BLOCK;
 use super::isa::Isa;
 use super::panel::{self, Panel, ROWS};
 use super::unpack::{self, PACKET, Packet, SUB, SUBS};
@@ -125,6 +126,14 @@ pub(super) trait Dot: Sized {
         bytemuck::cast_slice_mut(std::slice::from_mut(to)).copy_from_slice(rows);
     }
 
+    /// Brings a block of keys, `hd` floats each, to the order `[dimension][position]`.
+    #[inline(always)]
+    fn turn(keys: &[f32], hd: usize, to: &mut [f32]) {
+        for (d, to) in to.chunks_exact_mut(BLOCK).enumerate() {
+            to.iter_mut().zip(keys.chunks_exact(hd)).for_each(|(to, key)| *to = key[d]);
+        }
+    }
+
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         if Self::FMA { a.mul_add(b, c) } else { a * b + c }
@@ -207,6 +216,8 @@ pub(super) struct Job {
     pub class: Class,
     /// Whether what rounding left of the activations counts.
     pub fine: bool,
+    /// Whether `x` is in tiles (`x86::amx`).
+    pub tiled: bool,
     /// Output of row r, token t: `out[t * stride + r]`.
     pub out: *mut f32,
     pub stride: usize,
@@ -268,6 +279,35 @@ pub(super) unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
     }
 }
 
+/// Writes the first `n` of 16 outputs of rows side by side.
+///
+/// # Safety
+/// The contract of [`Rows`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "tiles are of x86-64"))]
+pub(super) unsafe fn put_row<D: Dot>(j: &Job, row: usize, n: usize, t: usize, mut v: [f32; ROWS]) {
+    // SAFETY: as in `put`.
+    unsafe {
+        if !j.bias.is_null() {
+            for (r, v) in v[..n].iter_mut().enumerate() {
+                *v += j.bias.add(row + r).read_unaligned();
+            }
+        }
+        let out = std::slice::from_raw_parts_mut(j.out.add(t * j.stride + row), n);
+        let mut old = [0.0; ROWS];
+        if matches!(j.then, Then::Add | Then::Mul) {
+            old[..n].copy_from_slice(out);
+        }
+        match j.then {
+            Then::Store => {}
+            Then::Add => v.iter_mut().zip(old).for_each(|(v, old)| *v += old),
+            Then::Silu => v.iter_mut().for_each(|v| *v = silu::<D>(*v)),
+            Then::Mul => v.iter_mut().zip(old).for_each(|(v, old)| *v *= old),
+        }
+        out.copy_from_slice(&v[..n]);
+    }
+}
+
 /// Packets of a row that are unpacked before they are multiplied: a load that comes
 /// too soon after the narrower stores it spans waits for them to reach the cache.
 const AHEAD: usize = 8;
@@ -282,6 +322,10 @@ pub(super) fn panel_scratch(cols: usize) -> usize {
 unsafe fn quantised<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [Panel]) {
     // SAFETY: passed on to the caller.
     unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if j.tiled {
+            return super::x86::amx::all_rows::<D>(j, from, to, scratch);
+        }
         match (j.class, j.fine, unpack::is_wide(j.ty)) {
             (Class::Bulk, _, _) => panel::all_rows::<D>(j, from, to, scratch),
             (Class::Exact, false, false) => exact::<D, false, false>(j, from, to, scratch),
@@ -522,7 +566,7 @@ pub(super) fn dispatch<B: Body>(isa: Isa, body: B) {
         }
         match isa {
             // SAFETY: `Isa` values other than Scalar come from detection on this machine.
-            Isa::Avx512 => return unsafe { avx512(body) },
+            Isa::Amx | Isa::Avx512 => return unsafe { avx512(body) },
             // SAFETY: as above.
             Isa::Avx2 => return unsafe { avx2(body) },
             Isa::Scalar => {}

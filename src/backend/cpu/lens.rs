@@ -1,7 +1,11 @@
 //! The length of every buffer of a session: what the backend allocates, and what a plan counts before it.
 
+#[cfg(target_arch = "x86_64")]
+use super::isa::Isa;
 use super::kernel::{self, Activation, Paired};
 use super::panel::Panel;
+#[cfg(target_arch = "x86_64")]
+use super::x86::amx;
 use super::{EXPERTS_AT_ONCE, attention, packets};
 use crate::backend::{Dims, EXACT_ROWS};
 
@@ -33,6 +37,8 @@ pub(super) struct Lens {
     pub scratch: usize,
     pub panels_each: usize,
     pub panels: usize,
+    /// Most rows of weights of a task whose activations are in tiles.
+    pub task_rows: usize,
     pub scores: usize,
     pub choices: usize,
     pub expert_out: usize,
@@ -57,12 +63,21 @@ impl Lens {
         let widest = d.n_embd.max(q_dim).max(d.n_ff).max(d.n_attn);
         let group = d.n_heads / d.n_kv_heads.max(1);
         let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
-        let panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
+        let mut panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
+        let mut quantised = product(&[t, packets(widest)]);
+        let mut task_rows = 0;
+        #[cfg(target_arch = "x86_64")]
+        if Isa::detect() == Isa::Amx && d.n_experts == 0 {
+            quantised = quantised.max(amx::input_len(t, packets(widest)));
+            task_rows = amx::task_rows(d.n_vocab.max(d.n_ff), threads);
+            panels_each = panels_each.max(amx::scratch_len(t, task_rows));
+        }
         let choices = product(&[t, d.n_experts_used]);
         let of_expert = |n: usize| if choices > 0 { product(&[t, n]) } else { 0 };
         Lens {
             x: product(&[t, d.n_embd]),
-            quantised: product(&[t, packets(widest)]),
+            quantised,
+            task_rows,
             row: product(&[exact, packets(widest)]),
             q: product(&[t, q_dim.max(d.n_attn)]),
             kv: product(&[t, kv_dim]),
@@ -75,7 +90,7 @@ impl Lens {
             states: d.recurrent.map_or(0, |r| product(&[2, r.sequences, r.floats()])),
             expert_up: if d.beyond.is_some() { product(&[t, d.n_ff_expert]) } else { 0 },
             logits: product(&[d.max_outputs.max(1), d.n_vocab]),
-            cache: product(&[d.n_layers, kv_dim, d.places(), d.kv_type.block_bytes()]),
+            cache: product(&[d.n_layers, d.n_kv_heads, d.places(), d.kv_bytes()]),
             rotary: product(&[t, d.ropes.iter().map(|r| r.freqs.len()).sum()]),
             scratch_each,
             scratch: product(&[scratch_each, threads]),

@@ -29,8 +29,6 @@ use super::{
     Activation as HowActivated, Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, Op, RopeKind,
     RouterParams, Run, Scores, Weight, reference,
 };
-use half::slice::HalfFloatSliceExt;
-
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
 use attention::{Attend, Cache, TILE};
@@ -40,6 +38,8 @@ use lens::Lens;
 use panel::Panel;
 use pool::Pool;
 use unpack::{PACKET, SUB, SUBS};
+#[cfg(target_arch = "x86_64")]
+use x86::amx;
 
 /// Rows of weights of a task with exact rows: few, so that threads end together; a whole number of groups that share a
 /// scale.
@@ -107,6 +107,8 @@ pub struct CpuBackend {
     scratch_each: usize,
     panels: Buf<Panel>,
     panels_each: usize,
+    /// Most rows of weights of a task whose activations are in tiles.
+    task_rows: usize,
     experts: Experts,
     /// What exact rows leave of a layer's queries and keys to those that attend.
     rotation: Option<Rotation>,
@@ -326,6 +328,7 @@ impl CpuBackend {
             scratch_each: l.scratch_each,
             panels: Buf::new(l.panels, "scratch")?,
             panels_each: l.panels_each,
+            task_rows: l.task_rows,
             experts,
             pool: Pool::new(threads).map_err(|source| BackendError::Threads { threads, source })?,
             rotation: None,
@@ -379,6 +382,22 @@ impl CpuBackend {
         self.dims.n_experts > 0
     }
 
+    /// Whether the input of products is in tiles. What rounding leaves is too much where a router decides.
+    fn tiled(&self) -> bool {
+        cfg!(target_arch = "x86_64") && self.isa == Isa::Amx && self.class == Class::Bulk && !self.fine()
+    }
+
+    /// Rows of weights of a task with bulk rows, of `rows` in all.
+    fn rows_of_bulk(&self, rows: usize) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if self.tiled() {
+            // As many as there is scratch for.
+            return amx::task_rows(rows, self.pool.threads()).min(self.task_rows);
+        }
+        let _ = rows;
+        ROWS_OF_BULK
+    }
+
     /// Runs jobs over the same rows: each thread does all jobs for its rows, in order. What they compute of exact rows
     /// may be quantised onward.
     fn jobs(&mut self, jobs: &[(Job, usize)], onward: Option<Onward>) {
@@ -393,7 +412,7 @@ impl CpuBackend {
             // What is quantised onward has a scale for each 16 rows.
             Class::Exact if onward.is_some() => ROWS_OF_EXACT,
             Class::Exact => rows_of_exact(first),
-            Class::Bulk => ROWS_OF_BULK,
+            Class::Bulk => self.rows_of_bulk(rows(first)),
         };
         let each = rows(first).div_ceil(step);
         let (scratch, isa) = (self.scratch(), self.isa);
@@ -420,7 +439,7 @@ impl CpuBackend {
     fn stacked(&mut self, jobs: &[(Job, usize)]) {
         let step = match self.class {
             Class::Exact => rows_of_exact(&jobs[..1]),
-            Class::Bulk => ROWS_OF_BULK,
+            Class::Bulk => self.rows_of_bulk(jobs.iter().map(|j| j.1).sum()),
         };
         let (scratch, isa) = (self.scratch(), self.isa);
         let tasks = jobs.iter().map(|(_, rows)| rows.div_ceil(step)).sum();
@@ -461,8 +480,9 @@ impl CpuBackend {
         (self.ready, self.attn_ready) = (None, false);
         let (quantised, pairs) = self.quantised();
         let (quantised, pairs) = (Shared(quantised), Shared(pairs));
-        let (isa, fine) = (self.isa, self.fine());
-        self.pool.run(n, &|_, t| {
+        let (isa, fine, tiled) = (self.isa, self.fine(), self.tiled());
+        let rows = if tiled && norm.is_none() { 0 } else { n };
+        self.pool.run(rows, &|_, t| {
             // SAFETY: task t reads and writes row t only; the buffers have `n` rows of these sizes,
             // and a norm's weight has `cols` floats (checked when the model was opened).
             unsafe {
@@ -474,6 +494,9 @@ impl CpuBackend {
                     dispatch(isa, RmsNorm { x: from, weight: norm.weight.addr as *const f32, eps: norm.eps, out });
                     x = to;
                 }
+                if tiled {
+                    return;
+                }
                 let out = quantised.get().add(t * packets(cols));
                 // Null stays null.
                 let pairs = if pairs.get().is_null() { pairs.get() } else { pairs.get().add(t * packets(cols)) };
@@ -481,6 +504,14 @@ impl CpuBackend {
                 dispatch(isa, Quantise { x, cols, from: 0, to, out, pairs, fine });
             }
         });
+        #[cfg(target_arch = "x86_64")]
+        if tiled {
+            let (x, packets) = (if norm.is_some() { out } else { x }, packets(cols));
+            self.pool.run(n.div_ceil(amx::TOKENS) * packets, &|_, task| {
+                let (tile, packet, out) = (task / packets, task % packets, quantised.get());
+                dispatch(isa, amx::Tile { x: x.get(), cols, tokens: n, tile, packet, out });
+            });
+        }
     }
 
     /// Where quantised activations of the pass's class lie, in both orders; bulk rows have but one.
@@ -516,6 +547,7 @@ impl CpuBackend {
             tokens: self.n_tokens(),
             class: self.class,
             fine: self.fine(),
+            tiled: self.tiled() && l.weight.ty.block_elems() > 1,
             out,
             stride: l.weight.rows,
             then,
@@ -533,18 +565,18 @@ impl CpuBackend {
 
     fn cache(&mut self, layer: usize) -> Cache {
         let d = &self.dims;
-        let at = layer * d.n_kv_heads * d.places() * d.head_dim * d.kv_type.block_bytes();
+        let at = layer * d.n_kv_heads * d.places() * d.kv_bytes();
         // SAFETY: the buffers hold `n_layers` such parts.
         let (k, v) = unsafe { (self.cache_k.ptr().add(at), self.cache_v.ptr().add(at)) };
-        let half = d.kv_type == TensorType::F16;
-        Cache { k, v, half, places: d.places(), table: self.tables.as_ptr(), head_dim: d.head_dim }
+        let (ty, each) = (d.kv_type, d.kv_bytes());
+        Cache { k, v, ty, each, places: d.places(), table: self.tables.as_ptr(), head_dim: d.head_dim }
     }
 
     /// Where the first position of a page lies in the cache, of each head of each layer.
     fn page_rows(&self, page: PageId) -> impl Iterator<Item = usize> + use<> {
         let d = &self.dims;
         assert!((page as usize) < d.pages(), "page {page} of {}", d.pages());
-        let each = d.head_dim * d.kv_type.block_bytes();
+        let each = d.kv_bytes();
         let (first, pitch) = (page as usize * PAGE * each, d.places() * each);
         (0..d.n_layers * d.n_kv_heads).map(move |row| row * pitch + first)
     }
@@ -566,6 +598,7 @@ impl CpuBackend {
         let (overflow, places) = (&self.overflow, &self.places[first..]);
         let exact = self.tiles.partition_point(|t| t.class == Class::Exact);
         let (exact, bulk) = self.tiles.split_at(exact);
+        let class = self.class;
         let tiles = if self.class == Class::Exact { exact } else { bulk };
         self.pool.run(tiles.len() * n_kv, &|thread, task| {
             let (tile, kv_head) = (&tiles[task / n_kv], task % n_kv);
@@ -582,8 +615,20 @@ impl CpuBackend {
             let group = n_heads / n_kv;
             let sinks = sinks.get().cast_const();
             let tokens_ = tokens.clone();
-            let attend =
-                Attend { cache, q, out, n_heads, group, kv_head, tokens: tokens_, first_pos, scores, sinks, scratch };
+            let attend = Attend {
+                class,
+                cache,
+                q,
+                out,
+                n_heads,
+                group,
+                kv_head,
+                tokens: tokens_,
+                first_pos,
+                scores,
+                sinks,
+                scratch,
+            };
             dispatch(isa, attend);
             if let Some(onward) = onward {
                 // SAFETY: the heads of this group are this task's, and it has just computed them.
@@ -694,13 +739,7 @@ impl Body for Rotate<'_> {
                 let place = *of.places.add(t);
                 let at = of.cache.of(place.table).at(kv_head, place.position);
                 let x = std::slice::from_raw_parts(from.get().add((t * of.heads[1] + kv_head) * hd), hd);
-                if of.cache.half {
-                    let out = std::slice::from_raw_parts_mut(to.cast::<half::f16>().add(at), hd);
-                    out.convert_from_f32_slice(x);
-                    *over |= out.iter().zip(x).any(|(o, x)| o.is_infinite() && x.is_finite());
-                } else {
-                    std::slice::from_raw_parts_mut(to.cast::<f32>().add(at), hd).copy_from_slice(x);
-                }
+                *over |= of.cache.store(to, at, x);
             }
         }
     }
@@ -1079,7 +1118,7 @@ impl Backend for CpuBackend {
                 return Ok(());
             }
         };
-        let bytes = positions.min(PAGE) * self.dims.head_dim * self.dims.kv_type.block_bytes();
+        let bytes = positions.min(PAGE) * self.dims.kv_bytes();
         for (from, to) in self.page_rows(from).zip(self.page_rows(to)) {
             self.cache_k.copy_within(from..from + bytes, to);
             self.cache_v.copy_within(from..from + bytes, to);
@@ -1089,13 +1128,13 @@ impl Backend for CpuBackend {
 
     fn page_bytes(&self) -> usize {
         let d = &self.dims;
-        2 * d.n_layers * d.n_kv_heads * PAGE * d.head_dim * d.kv_type.block_bytes()
+        2 * d.n_layers * d.n_kv_heads * PAGE * d.kv_bytes()
     }
 
     fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
         assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
         let (keys, values) = to.split_at_mut(to.len() / 2);
-        let each = PAGE * self.dims.head_dim * self.dims.kv_type.block_bytes();
+        let each = PAGE * self.dims.kv_bytes();
         for ((at, k), v) in self.page_rows(page).zip(keys.chunks_exact_mut(each)).zip(values.chunks_exact_mut(each)) {
             k.copy_from_slice(&self.cache_k[at..at + each]);
             v.copy_from_slice(&self.cache_v[at..at + each]);
@@ -1106,7 +1145,7 @@ impl Backend for CpuBackend {
     fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
         assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
         let (keys, values) = from.split_at(from.len() / 2);
-        let each = PAGE * self.dims.head_dim * self.dims.kv_type.block_bytes();
+        let each = PAGE * self.dims.kv_bytes();
         for ((at, k), v) in self.page_rows(page).zip(keys.chunks_exact(each)).zip(values.chunks_exact(each)) {
             self.cache_k[at..at + each].copy_from_slice(k);
             self.cache_v[at..at + each].copy_from_slice(v);

@@ -86,6 +86,11 @@ impl Pool {
         Ok(pool)
     }
 
+    /// Threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
     /// Runs `body(thread, task)` for every task of `0..tasks` and returns when all are done.
     pub fn run(&mut self, tasks: usize, body: Body<'_>) {
         if self.workers.is_empty() || tasks <= 1 {

@@ -5,7 +5,10 @@ use rand_chacha::ChaCha8Rng;
 
 use super::isa::Isa;
 use super::kernel::{Activation, Job, Paired, Quantise, Rows, TYPES, Then, dispatch, panel_scratch};
+use super::panel::Panel;
 use super::unpack::{PACKET, SUBS};
+#[cfg(target_arch = "x86_64")]
+use super::x86::amx;
 use crate::backend::{Class, EXACT_ROWS, reference};
 use crate::gguf::TensorType;
 
@@ -113,6 +116,17 @@ impl Case {
             let (to, out, pairs) = (packets * SUBS, q.as_mut_ptr(), p.as_mut_ptr());
             dispatch(isa, Quantise { x: x.as_ptr(), cols, from: 0, to, out, pairs, fine });
         }
+        let tiled = isa == Isa::Amx && class == Class::Bulk && !fine && self.ty.block_elems() > 1;
+        let mut panels: Vec<Panel> = vec![bytemuck::Zeroable::zeroed(); panel_scratch(cols)];
+        #[cfg(target_arch = "x86_64")]
+        if tiled {
+            quantised.resize(amx::input_len(tokens, packets), bytemuck::Zeroable::zeroed());
+            panels.resize(amx::scratch_len(tokens, self.rows), bytemuck::Zeroable::zeroed());
+            for task in 0..tokens.div_ceil(amx::TOKENS) * packets {
+                let (tile, packet, out) = (task / packets, task % packets, quantised.as_mut_ptr());
+                dispatch(isa, amx::Tile { x: x.as_ptr(), cols, tokens, tile, packet, out });
+            }
+        }
         let mut out = vec![f32::NAN; tokens * self.rows];
         let job = Job {
             weights: self.weights.as_ptr(),
@@ -125,11 +139,11 @@ impl Case {
             tokens,
             class,
             fine,
+            tiled,
             out: out.as_mut_ptr(),
             stride: self.rows,
             then: Then::Store,
         };
-        let mut panels = vec![bytemuck::Zeroable::zeroed(); panel_scratch(cols)];
         let scratch = &mut vec![0.0; cols];
         dispatch(isa, Rows { job: &job, from: 0, to: self.rows, scratch, panels: &mut panels });
         out

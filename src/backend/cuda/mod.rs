@@ -80,7 +80,7 @@ impl CudaBackend {
             )));
         }
         if dims.kv_type != TensorType::F16 && dims.kv_type != TensorType::F32 {
-            return Err(product::unsupported(dims.kv_type));
+            return Err(BackendError::Cache { backend: "cuda", ty: dims.kv_type });
         }
         let kernels = Kernels::load(device, dims.head_dim)?;
         let ws = Workspace::new(device, dims)?;

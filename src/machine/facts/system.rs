@@ -8,7 +8,7 @@ use crate::storage::guard::Host;
 
 /// Processor features that kernels of this program ask for.
 const FEATURES: [&str; 9] =
-    ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"];
+    ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16"];
 
 /// Processors.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::super::attention::BLOCK;
 use super::super::kernel::{Activation, REST};
 use super::super::panel::{Panel, ROWS};
 use super::super::unpack::{PACKET, Packet, SUB, SUBS};
@@ -96,15 +97,44 @@ pub(super) unsafe fn interleave(rows: &[Packet; ROWS], to: &mut Panel) {
     }
 }
 
-/// Transposes 16 by 16 words; rows are `stride` apart at `from` and back to back at `to`.
+/// Brings a block of keys to the order `[dimension][position]`; see [`Dot::turn`](super::Dot::turn).
+///
+/// # Safety
+/// The machine has AVX-512 F.
 #[inline(always)]
-unsafe fn transpose(from: *const i32, stride: usize, to: *mut i32) {
+pub(super) unsafe fn turn(keys: &[f32], hd: usize, to: &mut [f32]) {
+    let whole = hd / 16 * 16;
+    assert!(keys.len() >= BLOCK * hd && to.len() >= BLOCK * hd, "a block of heads of {hd}");
+    let mut square = Square([0; 256]);
+    for first in (0..BLOCK).step_by(16) {
+        for d in (0..whole).step_by(16) {
+            // SAFETY: 16 rows of 16 words each lie in the keys.
+            unsafe { transpose(keys.as_ptr().add(first * hd + d).cast(), hd, square.0.as_mut_ptr()) };
+            for (i, row) in bytemuck::cast_slice::<i32, f32>(&square.0).as_chunks::<16>().0.iter().enumerate() {
+                to[(d + i) * BLOCK + first..][..16].copy_from_slice(row);
+            }
+        }
+    }
+    for d in whole..hd {
+        to[d * BLOCK..][..BLOCK].iter_mut().zip(keys.chunks_exact(hd)).for_each(|(to, key)| *to = key[d]);
+    }
+}
+
+#[repr(C, align(64))]
+struct Square([i32; 256]);
+
+/// Transposes 16 by 16 words; rows are `stride` apart at `from` and back to back at `to`.
+///
+/// # Safety
+/// The machine has AVX-512 F; 16 rows can be read, and 256 words written, aligned to 64 bytes.
+#[inline(always)]
+pub(super) unsafe fn transpose(from: *const i32, stride: usize, to: *mut i32) {
     // SAFETY: the caller gives 16 readable rows and 256 writable words, 64-byte aligned.
     unsafe {
         let mut a = [_mm512_setzero_si512(); 16];
         let mut b = a;
         for (r, a) in a.iter_mut().enumerate() {
-            *a = _mm512_load_si512(from.add(stride * r).cast());
+            *a = _mm512_loadu_si512(from.add(stride * r).cast());
         }
         for r in 0..8 {
             b[2 * r] = _mm512_unpacklo_epi32(a[2 * r], a[2 * r + 1]);

@@ -1,6 +1,7 @@
 //! What the instruction sets of x86-64 do in their own way: products of packets here, products of
 //! rows (decode) and of panels (prefill) in a file each.
 
+pub(super) mod amx;
 mod avx2_panel;
 mod avx2_row;
 mod avx512_panel;
@@ -178,6 +179,12 @@ impl Dot for Avx512 {
             }
             acc
         }
+    }
+
+    #[inline(always)]
+    fn turn(keys: &[f32], hd: usize, to: &mut [f32]) {
+        // SAFETY: this set is chosen where the machine has AVX-512.
+        unsafe { avx512_panel::turn(keys, hd, to) }
     }
 
     #[inline(always)]
