@@ -54,8 +54,10 @@ impl Server {
 
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.at).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        // A model that is soaked may be a large one, and many wait for it.
+        let patience = std::env::var_os("NT_SOAK_MODEL").map_or(PATIENCE, |_| 60 * PATIENCE);
+        stream.set_read_timeout(Some(patience)).unwrap();
+        stream.set_write_timeout(Some(patience)).unwrap();
         stream
     }
 

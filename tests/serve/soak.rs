@@ -184,7 +184,7 @@ fn client(server: &Server, next: &AtomicUsize, all: usize, seen: &Seen, rss: &Mu
             4..6 => malformed(server, &mut rng, seen),
             _ => whole(server, &mut rng, seen),
         }
-        if i % (all / 50).max(1) == 0 {
+        if i.is_multiple_of((all / 50).max(1)) {
             rss.lock().unwrap().push(server.rss());
         }
     }
