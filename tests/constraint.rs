@@ -160,6 +160,7 @@ fn keywords_that_are_not_followed_are_named() {
         (json!(false), "nothing conforms"),
         (json!({ "type": "string", "minLength": 3, "maxLength": 2 }), "nothing conforms"),
         (json!({ "type": "thing" }), "thing"),
+        (json!({ "maxItems": "\u{e9}".repeat(120) }), "wrong type"),
         (json!([1]), "an object"),
     ] {
         let e = compile(&Form::Schema(schema.clone())).unwrap_err().to_string();
