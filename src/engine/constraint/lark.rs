@@ -44,6 +44,8 @@ pub(super) fn check_regex(text: &str) -> Result<(), String> {
 pub(super) fn sentence(said: &str) -> String {
     let said = said.split("\n<").next().unwrap_or(said);
     let said = match said.strip_prefix("panic: ") {
+        // It cuts the value that it is about to show within a character.
+        Some(what) if what.contains("char boundary") => "a keyword has a value of the wrong type".to_owned(),
         Some(what) => format!("it is beyond what llguidance can do ({what})"),
         None => said.to_owned(),
     };

@@ -82,8 +82,10 @@ pub enum Form {
     },
 }
 
-/// Most bytes of a grammar or expression.
+/// Most bytes of a grammar.
 const GRAMMAR_MAX: usize = 64 << 10;
+/// Most bytes of an expression.
+const REGEX_MAX: usize = 8 << 10;
 /// Most bytes of the JSON of a schema.
 const SCHEMA_MAX: usize = 1 << 20;
 /// Stack that compiling takes for a subschema, where each refers to the next.
@@ -171,7 +173,7 @@ impl Grammars {
 
     fn compile_gbnf(&self, text: &str, reasoning: Reasoning) -> Result<Grammar, ConstraintError> {
         if text.len() > GRAMMAR_MAX {
-            return Err(too_long(text));
+            return Err(too_long(text, GRAMMAR_MAX));
         }
         let (env, text) = (self.factory.tok_env().clone(), text.to_owned());
         let before = self.before(reasoning).cloned();
@@ -242,7 +244,8 @@ impl Parts {
                 GrammarWithLexer::from_json_schema(schema)
             }
             Form::Made { lark, .. } => GrammarWithLexer::from_lark(lark.clone()),
-            Form::Grammar(text) | Form::Regex(text) if text.len() > GRAMMAR_MAX => return Err(too_long(text)),
+            Form::Grammar(text) if text.len() > GRAMMAR_MAX => return Err(too_long(text, GRAMMAR_MAX)),
+            Form::Regex(text) if text.len() > REGEX_MAX => return Err(too_long(text, REGEX_MAX)),
             Form::Grammar(text) if gbnf::is_gbnf(text) => {
                 let what = "one of llama.cpp (GBNF) cannot be part of another; write it in Lark";
                 return Err(ConstraintError::Grammar(what.to_owned()));
@@ -266,8 +269,8 @@ impl Parts {
     }
 }
 
-fn too_long(text: &str) -> ConstraintError {
-    ConstraintError::Grammar(format!("it has {} bytes, more than the {GRAMMAR_MAX} that one may have", text.len()))
+fn too_long(text: &str, most: usize) -> ConstraintError {
+    ConstraintError::Grammar(format!("it has {} bytes, more than the {most} that one may have", text.len()))
 }
 
 fn named(name: &str, grammar: GrammarWithLexer) -> GrammarWithLexer {
