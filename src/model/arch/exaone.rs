@@ -28,5 +28,4 @@ pub(super) const EXAONE4: Architecture = Architecture {
         b.attention(i, &Attention { norm: None, head_norms: HeadNorms::Each, rotates, post_norm, ..ATTENTION })?;
         b.feed_forward(i, &FeedForward { reads: Reads::X, post_norm: Some("post_ffw_norm"), ..FEED_FORWARD })
     },
-    ..PLAIN
 };

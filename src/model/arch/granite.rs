@@ -37,7 +37,6 @@ pub(super) const GRANITEMOE: Architecture = Architecture {
         factors(keys, h)
     },
     block,
-    ..PLAIN
 };
 
 fn factors(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {

@@ -62,7 +62,6 @@ pub(super) const LLAMA4: Architecture = Architecture {
             b.feed_forward(i, &FEED_FORWARD)
         }
     },
-    ..PLAIN
 };
 
 const STEP: &str = "interleave_moe_layer_step";
