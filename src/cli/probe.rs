@@ -9,7 +9,7 @@ use super::report::print_line;
 use super::{Failure, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::machine;
-use crate::machine::probe::{self, Pages, ProbeError, Rate, Target, link, memory, plot, storage};
+use crate::machine::probe::{self, KEPT_BLOCK_MIN, Pages, ProbeError, Rate, Target, link, memory, plot, storage};
 use crate::plan::parse_size;
 use crate::storage::guard::Host;
 
@@ -107,9 +107,6 @@ fn wanted(words: &[String]) -> Result<Wanted, String> {
     }
     Ok(out)
 }
-
-/// Bytes of a read from which on its rate says how fast weights are read.
-const KEPT_BLOCK_MIN: u64 = 128 << 10;
 
 /// Runs the probes that were asked for.
 pub fn run(args: &ProbeArgs) -> Result<(), Failure> {

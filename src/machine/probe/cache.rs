@@ -75,6 +75,9 @@ pub fn file() -> Option<PathBuf> {
     Some(base.join("nt/probe.toml"))
 }
 
+/// Least bytes of a read whose rate says something of how weights are read.
+pub const KEPT_BLOCK_MIN: u64 = 128 << 10;
+
 /// The last measured rate of this kind and device, if there is one.
 pub fn measured(kind: &str, identity: &str) -> Option<Rate> {
     find(&file()?, kind, identity)
@@ -98,8 +101,10 @@ fn load(path: &Path) -> Cache {
     text.and_then(|t| toml::from_str(&t).ok()).unwrap_or_default()
 }
 
+/// The last rate of a device. Those of smaller reads than weights are read in are none: older versions kept such.
 fn find(path: &Path, kind: &str, identity: &str) -> Option<Rate> {
-    load(path).rate.into_iter().find(|r| r.kind == kind && r.identity == identity)
+    let kept = |r: &Rate| r.block_bytes.is_none_or(|b| b >= KEPT_BLOCK_MIN);
+    load(path).rate.into_iter().find(|r| r.kind == kind && r.identity == identity && kept(r))
 }
 
 fn store(path: &Path, rates: &[Rate]) -> std::io::Result<()> {
@@ -137,13 +142,16 @@ mod tests {
         let d = tempfile::tempdir().unwrap();
         let path = d.path().join("nt/probe.toml");
         assert_eq!(find(&path, "storage", "a"), None);
-        let (a, b) = (Rate::now("storage", "a", 1e9, Some(4096), None), Rate::now("memory", "a", 2e9, None, Some(2)));
+        let (a, b) =
+            (Rate::now("storage", "a", 1e9, Some(1 << 20), None), Rate::now("memory", "a", 2e9, None, Some(2)));
         store(&path, &[a.clone(), b.clone()]).unwrap();
         let newer = Rate { bytes_per_s: 3e9, ..a };
         store(&path, std::slice::from_ref(&newer)).unwrap();
         assert_eq!(find(&path, "storage", "a"), Some(newer));
         assert_eq!(find(&path, "memory", "a"), Some(b));
         assert_eq!(find(&path, "storage", "b"), None);
+        store(&path, &[Rate::now("storage", "a", 5e7, Some(4096), None)]).unwrap();
+        assert_eq!(find(&path, "storage", "a"), None, "small reads say nothing of weights");
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod target;
 mod walk;
 
 pub use by_reader::{BoundDrive, open_bound};
-pub use cache::{Rate, file as cache_file, measured, record, today, utc};
+pub use cache::{KEPT_BLOCK_MIN, Rate, file as cache_file, measured, record, today, utc};
 pub use latency::{Latencies, Latency};
 pub use queue::{Pages, Span};
 pub use target::Target;
