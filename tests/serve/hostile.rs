@@ -31,6 +31,17 @@ fn begin(server: &Server, request: &Json) -> std::net::TcpStream {
     server.send("POST", "/v1/completions", "", request.to_string().as_bytes())
 }
 
+/// A request whose `param` exceeds the context is refused.
+fn refused_as_too_long(server: &Server, path: &str, body: &Json, param: &str) {
+    let reply = server.post(path, body);
+    let error = &reply.json()["error"];
+    assert_eq!(
+        (reply.status, error["code"].as_str(), error["param"].as_str()),
+        (400, Some("context_length_exceeded"), Some(param)),
+        "{path}: {error}"
+    );
+}
+
 /// Guards against bodies of clients that have gone, which wait to be parsed without a bound.
 #[test]
 fn bodies_of_clients_that_went_away_are_bounded_in_sum() {
@@ -73,13 +84,7 @@ fn more_items_than_the_context_has_tokens_are_refused_unread() {
         ("/apply-template", json!({ "messages": many(message.clone()) }), "messages"),
         ("/v1/responses", json!({ "input": many(message.clone()) }), "input"),
     ] {
-        let reply = server.post(path, &body);
-        let error = &reply.json()["error"];
-        assert_eq!(
-            (reply.status, error["code"].as_str(), error["param"].as_str()),
-            (400, Some("context_length_exceeded"), Some(param)),
-            "{path}: {error}"
-        );
+        refused_as_too_long(&server, path, &body, param);
     }
     for path in ["/v1/messages", "/v1/messages/count_tokens", "/api/chat"] {
         let reply = server.post(path, &json!({ "messages": many(message.clone()), "max_tokens": 5 }));
@@ -229,13 +234,7 @@ fn more_bytes_than_the_context_holds_are_refused_unread() {
         ("/v1/completions", json!({ "prompt": vec![1; 1_000_000] }), "prompt"),
         ("/v1/embeddings", json!({ "input": ["a", long] }), "input"),
     ] {
-        let reply = server.post(path, &body);
-        let error = &reply.json()["error"];
-        assert_eq!(
-            (reply.status, error["code"].as_str(), error["param"].as_str()),
-            (400, Some("context_length_exceeded"), Some(param)),
-            "{path}: {error}"
-        );
+        refused_as_too_long(&server, path, &body, param);
     }
     assert_eq!(server.post("/api/generate", &json!({ "prompt": long, "raw": true })).status, 400);
     assert_eq!(server.post("/v1/messages", &json!({ "messages": messages, "max_tokens": 5 })).status, 400);

@@ -284,7 +284,7 @@ pub(super) unsafe fn put<D: Dot>(j: &Job, row: usize, t: usize, mut v: f32) {
 /// # Safety
 /// The contract of [`Rows`].
 #[inline(always)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "tiles are of x86-64"))]
+#[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn put_row<D: Dot>(j: &Job, row: usize, n: usize, t: usize, mut v: [f32; ROWS]) {
     // SAFETY: as in `put`.
     unsafe {

@@ -54,57 +54,51 @@ impl CpuBackend {
     }
 
     pub(super) fn conv(&mut self, layer: usize, w: Weight) {
-        let Some(sizes) = self.dims.recurrent else { return };
-        let (width, taps) = (sizes.channels, sizes.taps);
-        let (mix, states) = (Shared(self.mix.ptr()), Shared(self.states.ptr()));
-        let weights = Shared(w.addr as *mut f32);
-        for i in 0..self.runs.len() {
-            let Some((run, from, to)) = self.run_here(i, layer) else { continue };
-            let (rows, first) = (run.rows.clone(), run.first);
-            self.pool.run(width.div_ceil(CHANNELS), &|_, task| {
-                let channels = task * CHANNELS..((task + 1) * CHANNELS).min(width);
-                for c in channels {
-                    // SAFETY: this task alone has the channel in Mix and in the state that is written; the state that is
-                    // read and the weights are written by nobody. All have `width` channels.
-                    unsafe {
-                        let conv = Convolution {
-                            rows: rows.clone(),
-                            width,
-                            taps,
-                            weights: weights.get().add(c * taps),
-                            old: if first { std::ptr::null() } else { states.get().add(from + c) },
-                            new: states.get().add(to + c),
-                        };
-                        let x = |t: usize| mix.get().add(t * width + c);
-                        conv.run(|t| *x(t), |t, y| *x(t) = silu(y));
-                    }
-                }
-            });
-        }
+        let width = self.dims.recurrent.map_or(0, |r| r.channels);
+        let mix = Shared(self.mix.ptr());
+        // SAFETY: Mix has these rows and channels; a channel is read and written by its task alone.
+        let x = move |t: usize, c: usize| unsafe { &mut *mix.get().add(t * width + c) };
+        self.convolve(layer, w, &|t, c| *x(t, c), &|t, c, y| *x(t, c) = silu(y));
     }
 
     pub(super) fn short_conv(&mut self, layer: usize, w: Weight) {
+        let width = self.dims.recurrent.map_or(0, |r| r.channels);
+        let (mix, out) = (Shared(self.mix.ptr()), Shared(self.attn.ptr()));
+        // SAFETY: a row of Mix has three parts of these channels, which nobody writes.
+        let part = move |t: usize, part: usize, c: usize| unsafe { *mix.get().add((3 * t + part) * width + c) };
+        // SAFETY: a row of Attn has room for the channels; each is written by its task alone.
+        let put = move |t: usize, c: usize, y: f32| unsafe { *out.get().add(t * width + c) = y };
+        self.convolve(layer, w, &|t, c| part(t, 0, c) * part(t, 2, c), &|t, c, y| put(t, c, part(t, 1, c) * y));
+    }
+
+    /// Convolves each channel of a layer with its last inputs: `output` gets what becomes of a row's `input`. A channel is
+    /// one task's alone.
+    fn convolve(
+        &mut self,
+        layer: usize,
+        w: Weight,
+        input: &(dyn Fn(usize, usize) -> f32 + Sync),
+        output: &(dyn Fn(usize, usize, f32) + Sync),
+    ) {
         let Some(sizes) = self.dims.recurrent else { return };
         let (width, taps) = (sizes.channels, sizes.taps);
-        let (mix, states, out) = (Shared(self.mix.ptr()), Shared(self.states.ptr()), Shared(self.attn.ptr()));
-        let weights = Shared(w.addr as *mut f32);
+        let (states, weights) = (Shared(self.states.ptr()), Shared(w.addr as *mut f32));
         for i in 0..self.runs.len() {
             let Some((run, from, to)) = self.run_here(i, layer) else { continue };
-            let (rows, first) = (run.rows.clone(), run.first);
             self.pool.run(width.div_ceil(CHANNELS), &|_, task| {
                 for c in task * CHANNELS..((task + 1) * CHANNELS).min(width) {
-                    // SAFETY: as in `conv`; of Attn, this task alone has the channel.
+                    // SAFETY: this task alone has the channel in the state that is written; the state that is read and
+                    // the weights are written by nobody. All have `width` channels.
                     unsafe {
                         let conv = Convolution {
-                            rows: rows.clone(),
+                            rows: run.rows.clone(),
                             width,
                             taps,
                             weights: weights.get().add(c * taps),
-                            old: if first { std::ptr::null() } else { states.get().add(from + c) },
+                            old: if run.first { std::ptr::null() } else { states.get().add(from + c) },
                             new: states.get().add(to + c),
                         };
-                        let part = |t: usize, part: usize| *mix.get().add((3 * t + part) * width + c);
-                        conv.run(|t| part(t, 0) * part(t, 2), |t, y| *out.get().add(t * width + c) = part(t, 1) * y);
+                        conv.run(|t| input(t, c), |t, y| output(t, c, y));
                     }
                 }
             });
