@@ -164,6 +164,8 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 struct Tagged {
     app: TowerToHyperService<Router>,
     connection: Connection,
+    /// A request has come.
+    seen: Arc<Notify>,
 }
 
 impl hyper::service::Service<hyper::Request<Incoming>> for Tagged {
@@ -172,6 +174,7 @@ impl hyper::service::Service<hyper::Request<Incoming>> for Tagged {
     type Future = <TowerToHyperService<Router> as hyper::service::Service<hyper::Request<Incoming>>>::Future;
 
     fn call(&self, mut request: hyper::Request<Incoming>) -> Self::Future {
+        self.seen.notify_one();
         request.extensions_mut().insert(self.connection.clone());
         self.app.call(request)
     }
@@ -188,15 +191,22 @@ async fn serve_one(stream: TcpStream, app: Router, connection: Connection, mut p
     // While the server closes, a client is told so, once.
     let closes = *phase.borrow() >= Phase::Closing;
     builder.keep_alive(!closes);
-    let app = Tagged { app: TowerToHyperService::new(app), connection };
+    let seen = Arc::new(Notify::new());
+    let app = Tagged { app: TowerToHyperService::new(app), connection, seen: seen.clone() };
     let served = builder.serve_connection(io, app);
     tokio::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
         () = closed_by_client(watched) => return,
         () = reached(&mut phase, Phase::Closing), if !closes => {
-            served.as_mut().graceful_shutdown();
-            served.await
+            // A connection that was made just now has its first request under way: it is answered, not dropped.
+            tokio::select! {
+                ended = served.as_mut() => ended,
+                _ = tokio::time::timeout(LOOK, seen.notified()) => {
+                    served.as_mut().graceful_shutdown();
+                    served.await
+                }
+            }
         }
     };
     if let Err(e) = ended {
