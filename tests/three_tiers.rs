@@ -13,13 +13,13 @@ use std::time::Duration;
 use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
-    Backend, BackendError, BackendKind, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Linear, MemoryUse,
-    Norm, Pinned, RouterParams, Run, Weight,
+    Backend, BackendError, BackendKind, Both, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Hands,
+    Linear, MemoryUse, Norm, Pinned, RouterParams, Run, Weight,
 };
-use nt::engine::{EngineError, Opened, Options, Session};
+use nt::engine::{EngineError, Opened, Options, Session, Sites};
 use nt::gguf::TensorType;
-use nt::model::Outputs;
-use nt::plan::Tiers;
+use nt::model::{Outputs, UnitKind, UnitSpec};
+use nt::plan::{Home, Tiers};
 use nt::state::{PageId, StateOp};
 use nt::storage::ReaderKind;
 
@@ -41,6 +41,8 @@ struct Memory {
     repeated: Arc<Mutex<u64>>,
     /// Copies that were asked for and have not ended.
     flying: Arc<AtomicU64>,
+    /// Parts that processors were given.
+    handed: Arc<Mutex<u64>>,
 }
 
 struct Owned {
@@ -218,6 +220,8 @@ struct Detached {
     recording: Option<Vec<Call>>,
     recorded: Option<Vec<Call>>,
     failed_once: bool,
+    given: [Vec<f32>; 2],
+    answers: [Vec<f32>; 2],
 }
 
 impl Detached {
@@ -354,10 +358,45 @@ impl Backend for Detached {
     }
 }
 
+/// Rows on their way to processors and back. Operations run when they are called, so that nothing is called ahead.
+impl Hands for Detached {
+    fn works_ahead(&self) -> bool {
+        false
+    }
+    fn give(&mut self, place: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        self.given[place] = self.cpu.rows().to_vec();
+        Ok(())
+    }
+    fn give_routed(&mut self, place: usize) -> Result<(), BackendError> {
+        self.given[place] = self.cpu.routed_rows().to_vec();
+        Ok(())
+    }
+    fn given(&mut self, place: usize) -> Result<&[f32], BackendError> {
+        there(&self.memory.gone_in)?;
+        *self.memory.handed.lock().unwrap() += 1;
+        Ok(&self.given[place])
+    }
+    fn take(&mut self, place: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        self.cpu.set_rows(&self.answers[place]);
+        Ok(())
+    }
+    fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
+        self.cpu.set_expert_rows(pairs, &self.answers[place]);
+        Ok(())
+    }
+    fn answer(&mut self, place: usize, rows: &[f32]) {
+        self.answers[place] = rows.to_vec();
+    }
+    fn answer_all(&mut self) {}
+}
+
 fn options() -> Options {
     Options {
         sequences: 1,
         backend: BackendKind::Cpu,
+        sites: Sites::One,
         vram: None,
         threads: 2,
         ram: Some(64 << 20),
@@ -377,11 +416,21 @@ fn options() -> Options {
 }
 
 fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Session, EngineError> {
-    let memory = memory.clone();
+    let (memory, sites) = (memory.clone(), options.sites);
     let open = move |dims: &Dims| -> Result<(Box<dyn Backend>, Option<String>), BackendError> {
-        let cpu = CpuBackend::new(dims.clone(), 2)?;
-        let (recording, recorded) = (None, None);
-        Ok((Box::new(Detached { cpu, memory: memory.clone(), recording, recorded, failed_once: false }), None))
+        let detached = Detached {
+            cpu: CpuBackend::new(dims.clone(), 2)?,
+            memory: memory.clone(),
+            recording: None,
+            recorded: None,
+            failed_once: false,
+            given: Default::default(),
+            answers: Default::default(),
+        };
+        match sites {
+            Sites::One => Ok((Box::new(detached), None)),
+            _ => Ok((Box::new(Both::new(Box::new(detached), dims, 2)?), None)),
+        }
     };
     Session::with_backend(opened, options, &open, &mut |_, _| ())
 }
@@ -550,4 +599,69 @@ fn memory_that_is_refused_shrinks_tier_a() {
     let o = Options { vram: Some(100 << 10), ..options() };
     let e = start(&opened, o, &memory).err().unwrap().to_string();
     assert!(e.contains("VRAM is too small"), "{e}");
+}
+
+/// With processors beside the second memory, which compute from RAM what rests there: the bits are theirs, since here both
+/// sites have the same kernels, and each part in RAM is computed once a token that is generated.
+#[test]
+fn two_sites() {
+    let d = tempfile::tempdir().unwrap();
+    for (path, routed) in
+        [(tiny(6).write(d.path(), "m.gguf"), false), (common::tiny_moe(6).write(d.path(), "e.gguf"), true)]
+    {
+        let opened = Opened::open(&path).unwrap();
+        let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
+        let mut handed = HashSet::new();
+        for o in placements() {
+            let memory = Arc::new(Memory::default());
+            let what = format!("{:?} {:?} {:?} {:?}", o.tiers, o.n_buffers, o.vram, o.ram);
+            let mut session = start(&opened, Options { sites: Sites::Both, ..o }, &memory).unwrap();
+            for _ in 0..2 {
+                assert!(logits(&mut session).unwrap() == want, "{what}");
+            }
+            let in_ram = |(home, unit): (&Home, &UnitSpec)| {
+                *home == Home::B && matches!(unit.kind, UnitKind::FeedForward(_) | UnitKind::Expert { .. })
+            };
+            let parts = session.homes().iter().zip(&opened.model.units).filter(|u| in_ram(*u)).count() as u64;
+            let n = *memory.handed.lock().unwrap();
+            // Ten tokens were generated; of experts in RAM, those that they chose.
+            assert!(if routed { (n > 0) == (parts > 0) } else { n == 10 * parts }, "{what}: {n} for {parts}");
+            handed.insert(n);
+            drop(session);
+            assert_eq!(*memory.used.lock().unwrap(), 0, "{what}");
+        }
+        assert!(handed.len() > 3, "{handed:?}");
+    }
+}
+
+/// Guards against a pass that waits for ever for the rest of one that was given up.
+#[test]
+fn two_sites_go_on_after_a_pass_that_was_given_up_and_end_with_the_device() {
+    let d = tempfile::tempdir().unwrap();
+    for path in [tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf")] {
+        let opened = Opened::open(&path).unwrap();
+        let o = Options { tiers: Some(Tiers { a: 1, b: 3, c: 2 }), sites: Sites::Both, ..options() };
+        let memory = Arc::new(Memory::default());
+        let mut session = start(&opened, o.clone(), &memory).unwrap();
+        let want = logits(&mut session).unwrap();
+        for after in 0..14 {
+            let asked = std::cell::Cell::new(0);
+            let stop = || asked.replace(asked.get() + 1) >= after;
+            session.truncate(0);
+            session.eval(&[1, 2, 3], Class::Bulk, Outputs::Last, &|| false).unwrap();
+            let stopped = session.eval(&[7], Class::Exact, Outputs::Last, &stop);
+            assert_eq!(stopped.is_err(), asked.get() > after, "after {after}");
+            assert!(logits(&mut session).unwrap() == want, "after {after}");
+        }
+        for calls in 0..60 {
+            let memory = Arc::new(Memory::default());
+            let mut session = start(&opened, o.clone(), &memory).unwrap();
+            logits(&mut session).unwrap();
+            *memory.gone_in.lock().unwrap() = Some(calls);
+            let e = (0..9).find_map(|_| logits(&mut session).err()).expect("nine passes without a device").to_string();
+            assert!(e.contains("the device is gone"), "{calls}: {e}");
+            drop(session);
+            assert_eq!(*memory.used.lock().unwrap(), 0, "{calls}");
+        }
+    }
 }

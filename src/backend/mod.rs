@@ -5,12 +5,14 @@
 //! under fixed names; weights are addressed where the ring has brought them. Nothing outside this
 //! room asks which backend runs.
 
+mod both;
 pub mod cpu;
 pub mod cuda;
 mod device;
 mod op;
 pub mod reference;
 
+pub use both::{Both, Hands};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
 
@@ -387,20 +389,24 @@ pub fn computable(ty: TensorType) -> bool {
     cpu::CpuBackend::supports_type(ty) || cuda::CudaBackend::supports_type(ty)
 }
 
-/// Makes a backend for sessions of these sizes; `threads` compute on processors. With
+/// Makes a backend for sessions of these sizes; `threads` compute on processors, and with `both` beside a GPU too. With
 /// [`BackendKind::Auto`], the second result says why there is no GPU.
 pub fn open(
     kind: BackendKind,
+    both: bool,
     dims: &Dims,
     threads: usize,
 ) -> Result<(Box<dyn Backend>, Option<String>), BackendError> {
-    let gpu = || cuda::Device::open(0).and_then(|device| cuda::CudaBackend::new(&device, dims));
+    let gpu = || -> Result<Box<dyn Backend>, BackendError> {
+        let gpu = cuda::CudaBackend::new(&cuda::Device::open(0)?, dims)?;
+        Ok(if both && gpu.hands_over() { Box::new(Both::new(Box::new(gpu), dims, threads)?) } else { Box::new(gpu) })
+    };
     let cpu = || cpu::CpuBackend::new(dims.clone(), threads);
     match kind {
         BackendKind::Cpu => Ok((Box::new(cpu()?), None)),
-        BackendKind::Cuda => Ok((Box::new(gpu()?), None)),
+        BackendKind::Cuda => Ok((gpu()?, None)),
         BackendKind::Auto => match gpu() {
-            Ok(backend) => Ok((Box::new(backend), None)),
+            Ok(backend) => Ok((backend, None)),
             Err(e @ BackendError::OutOfMemory { .. }) => Err(e),
             Err(e) => Ok((Box::new(cpu()?), Some(format!("computing on processors: {e}")))),
         },
@@ -423,6 +429,34 @@ pub trait Backend {
     fn device(&self) -> Option<std::sync::Arc<dyn DeviceMemory>> {
         None
     }
+
+    /// Processors beside the device that compute feed-forward parts and experts of exact rows from weights in RAM; `None`
+    /// where there are none.
+    fn computes_in_ram(&self) -> Option<usize> {
+        None
+    }
+
+    /// Operations called from here on, until [`Backend::end_part`], are of a feed-forward part whose weights are in RAM:
+    /// they read and write X alone, and all that they write for others is X.
+    ///
+    /// # Errors
+    /// Where [`Backend::computes_in_ram`] says no.
+    fn begin_part(&mut self) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "parts in RAM" })
+    }
+
+    /// Ends a part in RAM.
+    fn end_part(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Does what was put off, before the caller waits for something else.
+    fn catch_up(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// The pass has failed: nothing is to wait for the rest of it.
+    fn abandon(&mut self) {}
 
     /// Most runs that a pass may have. Where it is more than one, they may be of both classes.
     fn runs_max(&self) -> usize {
@@ -503,6 +537,14 @@ pub trait Backend {
     /// `h = norm(X)` for the head; the rows present are the outputs. Called once for each class that has outputs, exact
     /// rows first, with the class's slices of the head behind it.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;
+
+    /// [`Backend::experts`] of weights in RAM, before those of the others.
+    ///
+    /// # Errors
+    /// Where [`Backend::computes_in_ram`] says no.
+    fn experts_in_ram(&mut self, _list: &[Expert]) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "experts in RAM" })
+    }
 
     /// Whether [`Backend::hidden`] can be asked for.
     fn gives_hidden(&self) -> bool {

@@ -252,6 +252,19 @@ pub enum BackendArg {
     Cuda,
 }
 
+/// What computes, a GPU or processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SiteArg {
+    /// A GPU that can, with processors beside it where that is faster; else processors.
+    Auto,
+    /// A GPU alone.
+    Gpu,
+    /// Processors alone.
+    Cpu,
+    /// A GPU, and processors for all that rests in RAM and that they can compute there.
+    Both,
+}
+
 /// Order of the tiers over the depth of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LayoutArg {
@@ -295,6 +308,10 @@ pub struct Placement {
     /// Where operations run; auto is a GPU that can, else processors.
     #[arg(long, value_enum, default_value = "auto")]
     pub backend: BackendArg,
+    /// What computes. auto is a GPU, and beside it processors compute feed-forward parts and experts where they lie in RAM, while
+    /// generating, as many as rates of `nt probe` make fastest; or processors alone where no GPU can.
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "backend")]
+    pub site: SiteArg,
     /// Threads that compute on processors, 1 to 1024; auto (also 0 and -1) is all processors of this process.
     #[arg(long, short = 't', value_name = "auto|N", default_value = "auto", value_parser = auto_threads)]
     pub threads: Auto<usize>,
@@ -337,9 +354,8 @@ pub struct Placement {
     /// once, stacked is for comparison.
     #[arg(long, value_enum, default_value = "interleaved", requires = "tiers")]
     pub layout: LayoutArg,
-    /// Compute at one site only, so that results have the same bits wherever units live. That is how
-    /// every run computes so far.
-    #[arg(long)]
+    /// Compute at one site only, so that results have the same bits wherever units live.
+    #[arg(long, conflicts_with = "site")]
     pub exact: bool,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg};
+use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg, SiteArg};
 use super::failure::say;
 use super::page::{self, Timings};
 use super::report::{self, Report};
@@ -16,7 +16,7 @@ use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
     ConstraintError, EngineError, Form, Generation, Grammars, Opened, Options, Reasoning, Request, RequestError,
-    Sampler, Session, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
+    Sampler, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -387,10 +387,15 @@ pub(super) fn open(model: &ModelArg, placement: &Placement) -> Result<Opened, Fa
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
     Ok(Options {
         sequences: 1,
-        backend: match p.backend {
-            BackendArg::Auto => BackendKind::Auto,
-            BackendArg::Cpu => BackendKind::Cpu,
-            BackendArg::Cuda => BackendKind::Cuda,
+        backend: match (p.site, p.backend) {
+            (SiteArg::Auto, BackendArg::Auto) => BackendKind::Auto,
+            (SiteArg::Cpu, _) | (SiteArg::Auto, BackendArg::Cpu) => BackendKind::Cpu,
+            (SiteArg::Gpu | SiteArg::Both, _) | (SiteArg::Auto, BackendArg::Cuda) => BackendKind::Cuda,
+        },
+        sites: match p.site {
+            SiteArg::Both => Sites::Both,
+            SiteArg::Auto if !p.exact => Sites::Auto,
+            _ => Sites::One,
         },
         vram: p.vram.given(),
         threads: p.threads.given().unwrap_or_else(crate::machine::n_cpus),

@@ -8,6 +8,8 @@ use crate::model::{Held, Model};
 pub(super) struct Apart {
     /// Address of each of the model's held vectors.
     pub addresses: Vec<u64>,
+    /// The same in RAM.
+    pub in_ram: Vec<u64>,
     /// Where processors read them.
     _host: Vec<Vec<f32>>,
     _device: Option<DeviceAlloc>,
@@ -22,9 +24,9 @@ impl Apart {
             let of = |h: &Held| bases[h.tensor] + 4 * h.first as u64;
             model.held.iter().map(of).collect::<Vec<_>>()
         };
+        let in_ram = address(&widened.iter().map(|v| v.as_ptr() as u64).collect::<Vec<_>>());
         let Some(device) = device.filter(|_| !widened.is_empty()) else {
-            let bases: Vec<u64> = widened.iter().map(|v| v.as_ptr() as u64).collect();
-            return Ok(Apart { addresses: address(&bases), _host: widened, _device: None });
+            return Ok(Apart { addresses: in_ram.clone(), in_ram, _host: widened, _device: None });
         };
         let mut all: Vec<f32> = Vec::new();
         let mut bases = Vec::with_capacity(widened.len());
@@ -42,6 +44,6 @@ impl Apart {
         engine.wait_copied(0)?;
         engine.settle()?;
         bases.iter_mut().for_each(|b| *b += memory.addr);
-        Ok(Apart { addresses: address(&bases), _host: Vec::new(), _device: Some(memory) })
+        Ok(Apart { addresses: address(&bases), in_ram, _host: widened, _device: Some(memory) })
     }
 }

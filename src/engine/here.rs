@@ -9,8 +9,18 @@ use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::facts::{Facts, Gpu};
 use crate::machine::probe::{self, Target};
-use crate::plan::{CpuSide, GpuSide, Machine, RamSide, Rate, Speed, StorageSide};
+use crate::plan::{CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
 use crate::storage::guard::Host;
+
+/// The rates by which work is divided between a GPU and processors: measured before, or guessed.
+pub(super) fn site_rates() -> SiteRates {
+    let facts = Facts::read(&Host::default());
+    let link = match Device::open(0) {
+        Ok(device) => link(&device, &facts).bytes_per_s(),
+        Err(_) => LINK_GUESS,
+    };
+    SiteRates { ram: ram().read.bytes_per_s(), link }
+}
 
 /// Guessed rate of memory for each thread, up to two channels' worth.
 const RAM_A_THREAD: f64 = 10e9;
@@ -125,17 +135,21 @@ fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
     }
 }
 
-fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
-    let i = &device.info;
-    let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&i.pci_address));
-    let (free, total) = device.mem_info().unwrap_or((i.total_bytes, i.total_bytes));
-    let link = cached("h2d", "nt probe", &probe::link::identity(device)).unwrap_or_else(|| {
+fn link(device: &std::sync::Arc<Device>, facts: &Facts) -> Rate {
+    let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&device.info.pci_address));
+    cached("h2d", "nt probe", &probe::link::identity(device)).unwrap_or_else(|| {
         let (rate, source) = match fact.and_then(|f| f.link.max) {
             Some(speed) => (speed.bytes_per_s() * LINK_SHARE, format!("0.8 of PCIe {speed}")),
             None => (LINK_GUESS, "of a common slot".into()),
         };
         Rate::guess(rate, format!("{source}; `nt probe link` measures it"))
-    });
+    })
+}
+
+fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
+    let i = &device.info;
+    let (free, total) = device.mem_info().unwrap_or((i.total_bytes, i.total_bytes));
+    let link = link(device, facts);
     let memory = vram_rate(device);
     let tflops = GEMM_A_MULTIPROCESSOR * f64::from(i.multiprocessors);
     let source = "from the number of multiprocessors; `nt bench` measures it".into();

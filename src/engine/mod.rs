@@ -4,6 +4,7 @@
 //! ring and a backend; `generate` turns a prompt into text.
 
 mod apart;
+mod beside;
 mod ceilings;
 pub mod constraint;
 mod dry;
@@ -29,6 +30,7 @@ mod verify;
 mod weights;
 mod window;
 
+pub use beside::Sites;
 pub use constraint::{ConstraintError, Form, Grammar, Grammars, Reasoning};
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest};

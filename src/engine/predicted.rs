@@ -112,6 +112,10 @@ impl Session {
             let apart = apart(&self.model, attention);
             self.weights.feed = Box::new(Still { slots, n, apart, next: 0 });
         }
+        if let Some(beside) = &mut self.weights.beside {
+            // Nothing is to be brought.
+            beside.class = Class::Exact;
+        }
         let links = self.links;
         let mut pass = || -> Result<(), EngineError> {
             self.truncate(0);

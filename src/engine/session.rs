@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{EngineError, Links};
+use super::{EngineError, Links, Sites};
 use smallvec::SmallVec;
 
 use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
@@ -24,6 +24,8 @@ pub struct Options {
     pub backend: BackendKind,
     /// Bytes to take of a GPU's memory, everything counted; `None` for what is free, less a margin.
     pub vram: Option<u64>,
+    /// Which sites compute, where the backend is a device with memory of its own.
+    pub sites: Sites,
     /// Threads that compute.
     pub threads: usize,
     /// Bytes that weights may take in RAM; `None` for what the machine can spare.
@@ -67,6 +69,7 @@ impl Options {
         Options {
             backend,
             vram: None,
+            sites: Sites::Auto,
             threads: crate::machine::n_cpus(),
             ram: None,
             storage: true,
@@ -314,6 +317,7 @@ impl Session {
         let bytes = self.weights.bytes;
         let overflowed = self.backend.overflow().is_some();
         if let Err(e) = self.evaluate(parts, stop) {
+            self.backend.abandon();
             self.weights.restart();
             if !overflowed {
                 // Rows that are not committed are nobody's.
@@ -505,6 +509,7 @@ impl Session {
         let runs = runs(&self.pages, &self.last_parts)?;
         let batch = Batch { runs: &runs, rows: &self.rows, outputs: [&[], &[]], hidden: false };
         let found = first_not_finite((&self.model, &self.tape), self.backend.as_mut(), &mut self.weights, &batch);
+        self.backend.abandon();
         self.weights.restart();
         let what = match found? {
             NotFinite::Embedding => "the rows of token_embd.weight for these tokens are not".to_owned(),

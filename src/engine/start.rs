@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::apart::Apart;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
-use super::{EngineError, Links, Opened, Options, Session, source};
+use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{self, Act, Backend, BackendError, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent};
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
@@ -68,8 +68,8 @@ impl Session {
     /// # Errors
     /// Whatever keeps the model from being run within the limits; [`ForwardError::Interrupted`] if it was to stop.
     pub fn start(opened: &Opened, options: Options, starting: &mut Starting<'_>) -> Result<Session, EngineError> {
-        let (kind, threads) = (options.backend, options.threads);
-        Session::start_on(opened, options, &|dims| backend::open(kind, dims, threads), starting)
+        let (kind, threads, both) = (options.backend, options.threads, options.sites != Sites::One);
+        Session::start_on(opened, options, &|dims| backend::open(kind, both, dims, threads), starting)
     }
 
     /// As [`Session::new`], on the backend that `open_backend` makes.
@@ -164,6 +164,11 @@ impl Session {
         let traced = options.timeline && places.device.is_none();
         let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
+        if backend.computes_in_ram().is_some()
+            && let Some(chosen) = beside::choose(&model, &plan, options.sites, &here::site_rates)
+        {
+            weights.beside = Some(beside::beside(&model, &plan, &chosen, &places.in_ram, apart.in_ram.clone()));
+        }
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
         if let Some(r) = &dims.recurrent {
             pages = pages.with_states(r.sequences);

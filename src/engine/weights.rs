@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::flow::{Feed, Flow};
+use crate::backend::Class;
+use crate::flow::{Feed, Flow, Place, Step};
 use crate::model::{HELD, WeightError, WeightSource};
 use crate::pipeline::{EventKind, UnitLayout};
 
@@ -27,6 +28,20 @@ pub(super) struct Weights {
     unit_bytes: Vec<u64>,
     /// Addresses, in the backend's memory, of vectors that are held apart from the units.
     pub apart: Vec<u64>,
+    /// What processors beside a device compute.
+    pub beside: Option<Beside>,
+}
+
+/// Units that processors beside a device compute from RAM in passes of exact rows, while prompts have them brought.
+pub(super) struct Beside {
+    /// Their addresses in RAM; none of other units.
+    pub units: Vec<Option<u64>>,
+    /// Addresses in RAM of vectors that are held apart.
+    pub apart: Vec<u64>,
+    /// What streams in a pass of exact rows, and in one of a prompt.
+    pub steps: [Vec<Step>; 2],
+    /// What the flow brings now.
+    pub class: Class,
 }
 
 impl Weights {
@@ -54,6 +69,26 @@ impl Weights {
             traced,
             unit_bytes,
             apart: Vec::new(),
+            beside: None,
+        }
+    }
+
+    /// Where processors beside a device compute a unit, in the pass at hand.
+    fn in_ram(&self, unit: usize) -> Option<u64> {
+        let beside = self.beside.as_ref().filter(|b| b.class == Class::Exact)?;
+        beside.units[unit]
+    }
+
+    /// Where a unit is computed that is not brought in the pass at hand.
+    fn here(&self, unit: usize) -> Option<u64> {
+        self.resident[unit].or_else(|| self.in_ram(unit))
+    }
+
+    /// Whether passes like this one have holes for experts.
+    fn streams_experts(&self) -> bool {
+        match &self.beside {
+            Some(b) => b.steps[b.class as usize].contains(&Step::Hole),
+            None => self.any_streamed_expert,
         }
     }
 
@@ -65,8 +100,22 @@ impl Weights {
 }
 
 impl WeightSource for Weights {
+    fn begin(&mut self, class: Class) -> Result<(), WeightError> {
+        if let Some(beside) = &mut self.beside
+            && beside.class != class
+        {
+            beside.class = class;
+            self.flow.reschedule(Place::Device, beside.steps[class as usize].clone());
+        }
+        Ok(())
+    }
+
+    fn in_ram(&self, unit: usize) -> bool {
+        Weights::in_ram(self, unit).is_some()
+    }
+
     fn acquire(&mut self, unit: usize) -> Result<(), WeightError> {
-        let base = match self.resident[unit] {
+        let base = match self.here(unit) {
             Some(addr) => addr,
             None => self.feed.acquire(unit)?,
         };
@@ -80,7 +129,9 @@ impl WeightSource for Weights {
 
     fn span(&self, unit: usize, span: usize) -> u64 {
         if unit == HELD {
-            return self.apart[span];
+            let of_host = self.held.is_some_and(|(unit, _)| self.in_ram(unit).is_some());
+            let beside = self.beside.as_ref().filter(|_| of_host);
+            return beside.map_or(&self.apart, |b| &b.apart)[span];
         }
         let (held, base) = self.held.unwrap_or((usize::MAX, 0));
         assert_eq!(held, unit, "a span of a unit that is not held");
@@ -92,7 +143,7 @@ impl WeightSource for Weights {
         if self.traced {
             self.flow.trace(EventKind::Compute, unit, 0, self.since, Instant::now());
         }
-        match self.resident[unit] {
+        match self.here(unit) {
             Some(_) => Ok(()),
             None => self.feed.release().map_err(WeightError::from),
         }
@@ -100,10 +151,12 @@ impl WeightSource for Weights {
 
     fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError> {
         // Resident experts first: they compute while the others are brought.
-        units.sort_unstable_by_key(|&u| (self.resident[u].is_none(), u));
-        if self.any_streamed_expert {
-            self.streamed.clear();
-            self.streamed.extend(units.iter().copied().filter(|&u| self.resident[u].is_none()));
+        units.sort_unstable_by_key(|&u| (self.here(u).is_none(), u));
+        if self.streams_experts() {
+            let mut streamed = std::mem::take(&mut self.streamed);
+            streamed.clear();
+            streamed.extend(units.iter().copied().filter(|&u| self.here(u).is_none()));
+            self.streamed = streamed;
             self.feed.demand(&self.streamed);
         }
         Ok(())
@@ -111,7 +164,7 @@ impl WeightSource for Weights {
 
     /// The timeline shows each unit's computing: with it, none is put off.
     fn rests(&self, unit: usize) -> bool {
-        !self.traced && self.resident[unit].is_some()
+        !self.traced && self.here(unit).is_some()
     }
 
     /// The timeline shows the units of each pass: with it, each is acquired.

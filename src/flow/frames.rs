@@ -386,6 +386,12 @@ impl<C: Clone> Frames<C> {
         }
     }
 
+    /// The machine with the links that another one has: those that are dead stay so.
+    pub fn with_links_of(mut self, other: &Frames<C>) -> Frames<C> {
+        self.dead.clone_from(&other.dead);
+        self
+    }
+
     /// The pool of `place` that `unit` goes through, if it does.
     fn pool_of(&self, place: Place, unit: usize) -> Option<usize> {
         let through = crosses(&self.spec, unit, place);

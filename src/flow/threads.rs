@@ -352,7 +352,8 @@ impl Flow {
             }
             state = self.shared.news.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner).0;
         }
-        state.frames = Frames::new(Spec { site, steps, ..self.spec.clone() });
+        let next = Frames::new(Spec { site, steps, ..self.spec.clone() });
+        state.frames = next.with_links_of(&state.frames);
         state.paused = false;
         self.shared.wake(&mut state);
     }

@@ -33,6 +33,16 @@ impl Scratch {
 
 /// Where a pass gets its units from: the ring, behind one call a unit.
 pub trait WeightSource {
+    /// A pass begins whose rows are of this class, or, where it has both, of [`Class::Bulk`].
+    fn begin(&mut self, _class: Class) -> Result<(), WeightError> {
+        Ok(())
+    }
+
+    /// Whether `unit` is computed from RAM by processors beside a device, in the pass at hand.
+    fn in_ram(&self, _unit: usize) -> bool {
+        false
+    }
+
     /// Waits for `unit` (units come in pass order; experts in the order demanded) and returns, for
     /// span `i` of the unit, the address of its first byte through [`WeightSource::span`].
     fn acquire(&mut self, unit: usize) -> Result<(), WeightError>;
@@ -111,6 +121,10 @@ impl Batch<'_> {
         self.outputs.iter().any(|o| !o.is_empty())
     }
 
+    fn class(&self) -> Class {
+        if self.runs.iter().all(|r| r.class == Class::Exact) { Class::Exact } else { Class::Bulk }
+    }
+
     /// Whether a pass is made of one token whose logits are wanted: the kind that is repeated most.
     fn is_one_token(&self) -> bool {
         matches!(self.runs, [Run { class: Class::Exact, rows: 1, .. }]) && self.has_outputs()
@@ -126,6 +140,7 @@ pub fn forward(
     scratch: &mut Scratch,
     stop: &dyn Fn() -> bool,
 ) -> Result<(), ForwardError> {
+    source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
     scratch.hidden.clear();
@@ -169,6 +184,7 @@ pub fn first_not_finite(
     source: &mut dyn WeightSource,
     batch: &Batch,
 ) -> Result<NotFinite, ForwardError> {
+    source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
     let mut demanded = Vec::new();
@@ -290,6 +306,10 @@ impl<'a> Pass<'a> {
     }
 
     fn acquire(&mut self, unit: usize) -> Result<(), ForwardError> {
+        if !self.source.rests(unit) {
+            // It may have to be waited for.
+            self.backend.catch_up()?;
+        }
         self.source.acquire(unit).map_err(ForwardError::Weights)
     }
 
@@ -319,6 +339,10 @@ impl<'a> Pass<'a> {
         let (stage, calls) = (&self.model.stages[i], &self.tape.stages[i]);
         self.acquire(stage.unit)?;
         self.demanded.clear();
+        let in_ram = self.source.in_ram(stage.unit);
+        if in_ram {
+            self.backend.begin_part()?;
+        }
         let mut left = [true; 2];
         for &class in self.classes {
             self.turn_to(class);
@@ -336,6 +360,9 @@ impl<'a> Pass<'a> {
                 }
                 self.call(call, stage.experts.as_ref())?;
             }
+        }
+        if in_ram {
+            self.backend.end_part()?;
         }
         self.classes = match (left, self.classes) {
             ([true, false], [Class::Exact, Class::Bulk]) => &[Class::Exact],
@@ -411,11 +438,19 @@ impl<'a> Pass<'a> {
         let first_unit = experts.list[0][0].weight.unit;
         // Experts that stay where they are need not be computed before the next one is looked at.
         let mut batch = SmallVec::<[Expert; BATCH]>::new();
+        let of_host = |source: &dyn WeightSource, unit: &usize| source.in_ram(*unit);
         for &unit in &demanded {
-            self.acquire(unit)?;
-            let id = unit - first_unit;
-            let [gate, up, down] = experts.list[id].each_ref().map(|l| self.linear(l));
-            batch.push(Expert { id: id as u32, gate, up, down, how: experts.how });
+            if of_host(self.source, &unit) {
+                let expert = self.expert(experts, unit, first_unit)?;
+                self.backend.experts_in_ram(&[expert])?;
+                self.release(unit)?;
+            }
+        }
+        for &unit in &demanded {
+            if of_host(self.source, &unit) {
+                continue;
+            }
+            batch.push(self.expert(experts, unit, first_unit)?);
             if batch.len() == BATCH || !self.source.rests(unit) {
                 self.compute(&batch)?;
                 batch.clear();
@@ -427,6 +462,14 @@ impl<'a> Pass<'a> {
         }
         *self.demanded = demanded;
         Ok(())
+    }
+
+    /// An expert whose unit is acquired now.
+    fn expert(&mut self, experts: &Experts, unit: usize, first_unit: usize) -> Result<Expert, ForwardError> {
+        self.acquire(unit)?;
+        let id = unit - first_unit;
+        let [gate, up, down] = experts.list[id].each_ref().map(|l| self.linear(l));
+        Ok(Expert { id: id as u32, gate, up, down, how: experts.how })
     }
 
     fn compute(&mut self, experts: &[Expert]) -> Result<(), ForwardError> {

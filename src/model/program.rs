@@ -103,6 +103,30 @@ pub struct Stage {
     pub experts: Option<Experts>,
 }
 
+impl Stage {
+    /// Whether its operations could be computed elsewhere with X alone: they read nothing else that others have left, and
+    /// leave nothing else.
+    pub fn takes_x_alone(&self) -> bool {
+        if self.experts.is_some() {
+            return false;
+        }
+        let (mut own, mut kept) = (Vec::new(), true);
+        for op in &self.ops {
+            let (reads, writes) = match *op {
+                Op::Norm { to, from, .. } => ([Some(from), None], to),
+                Op::Linear { to, from, add, .. } => ([Some(from), add.then_some(to)], to),
+                Op::Activate { gated, .. } => ([Some(Act::Hidden), gated.then_some(Act::Up)], Act::Hidden),
+                Op::Add { to, from } => ([Some(from), Some(to)], to),
+                Op::Scale { act, .. } => ([Some(act), None], act),
+                _ => return false,
+            };
+            kept &= reads.iter().flatten().all(|act| *act == Act::X || own.contains(act));
+            own.push(writes);
+        }
+        kept && own.contains(&Act::X)
+    }
+}
+
 /// The routed experts of a block.
 #[derive(Clone, Debug)]
 pub struct Experts {

@@ -11,6 +11,7 @@ mod kernel;
 mod lens;
 mod ops;
 mod panel;
+mod part;
 mod pool;
 mod recurrent;
 mod selftest;

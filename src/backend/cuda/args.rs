@@ -182,6 +182,16 @@ pub(super) struct CombineArgs {
     pub n: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct HandArgs {
+    pub from: u64,
+    pub to: u64,
+    pub idx: u64,
+    pub n: i32,
+    pub rows: i32,
+}
+
 /// Asserts size and offsets of each structure, as `ARGS_SIZE` and `ARGS_FIELD` do in `kernels/`; the table is
 /// compared with those lines by a test.
 macro_rules! layouts {
@@ -207,6 +217,7 @@ layouts! {
     PrepArgs 80 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72 }
     RopeArgs 120 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
+    HandArgs 32 { from 0, to 8, idx 16, n 24, rows 28 }
     CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
 }
 
@@ -222,6 +233,7 @@ mod tests {
             include_str!("../../../kernels/gemv.cuh"),
             include_str!("../../../kernels/bulk.cu"),
             include_str!("../../../kernels/plain.cu"),
+            include_str!("../../../kernels/hand.cu"),
             include_str!("../../../kernels/dequant.cu"),
             include_str!("../../../kernels/gemm.cuh"),
             include_str!("../../../kernels/attn.cu"),

@@ -114,6 +114,11 @@ impl Device {
         Ok(Arc::new(device))
     }
 
+    /// One of the driver's numbers about it.
+    pub(super) fn attribute(&self, a: sys::CUdevice_attribute) -> Result<u32, BackendError> {
+        attribute(self.dev, a)
+    }
+
     /// Makes the device current in this thread; to be called in each thread that uses it.
     pub fn bind(&self) -> Result<(), BackendError> {
         // SAFETY: ctx is retained until drop.

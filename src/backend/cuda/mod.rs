@@ -6,6 +6,7 @@
 mod args;
 mod driver;
 mod graph;
+mod handover;
 mod memory;
 mod modules;
 mod product;
@@ -33,6 +34,7 @@ use crate::state::{PAGE, PageId, StateOp};
 use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
 use driver::{RowsOf, device_error};
 use graph::Recorder;
+use handover::Handover;
 use modules::{HEAD_DIMS, Kernels};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
 use workspace::{Workspace, cache_elem_bytes, key_ranges};
@@ -55,6 +57,8 @@ pub struct CudaBackend {
     expert_starts: Vec<u32>,
     /// Pages of the sequence at hand, as they are in the GPU's memory.
     table: Vec<PageId>,
+    /// The way to processors and back, where there is one.
+    handover: Option<Handover>,
 }
 
 impl CudaBackend {
@@ -96,6 +100,7 @@ impl CudaBackend {
             expert_starts: vec![0; dims.n_experts + 1],
             table: (0..dims.pages() as PageId).collect(),
             recorder: Recorder::new(),
+            handover: Handover::new(device, dims)?,
         })
     }
 

@@ -84,6 +84,7 @@ pub(super) struct Kernels {
     pub rope_store: Func,
     pub route_topk: Func,
     pub combine: Func,
+    pub hand_rows: Func,
 }
 
 // SAFETY: function and module handles may be used from any thread with the context bound.
@@ -148,6 +149,7 @@ impl Kernels {
             rope_store: l.get("ops", "rope_store")?,
             route_topk: l.get("ops", "route_topk")?,
             combine: l.get("ops", "combine")?,
+            hand_rows: l.get("hand", "hand_rows")?,
             modules: loader.modules,
         })
     }

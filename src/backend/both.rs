@@ -1,0 +1,430 @@
+//! A device and processors in one pass: the device computes what rests in its memory or is brought there, processors
+//! what rests in RAM, where it lies.
+//!
+//! The device's operations are called ahead. Where a part of the pass is for processors, the device is to hand its rows
+//! over and to wait for them in the order of its operations; the part itself is put off until the next one is called, or
+//! until something waits for the device. So the device has work queued behind each part, and no thread is needed that
+//! would do nothing but wait.
+
+use std::sync::Arc;
+
+use super::cpu::CpuBackend;
+use super::{Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RouterParams, Run, Weight};
+use crate::gguf::TensorType;
+use crate::state::{PageId, StateOp};
+
+/// Places in host memory through which rows go: one part is computed while the next is handed over.
+pub const PLACES: usize = 2;
+
+/// A device that hands rows to the host and takes them back in the order of its operations. Rows are of class
+/// [`Class::Exact`]. None but [`Hands::given`] waits.
+pub trait Hands: Backend {
+    /// Whether operations may be called behind [`Hands::take`] before there is an answer.
+    fn works_ahead(&self) -> bool;
+
+    /// X of the rows at hand goes to `place`.
+    fn give(&mut self, place: usize) -> Result<(), BackendError>;
+
+    /// What the experts of the last routing read goes to `place`: `T` × `n_embd`.
+    fn give_routed(&mut self, place: usize) -> Result<(), BackendError>;
+
+    /// Waits for what was given last at `place`, and returns it.
+    fn given(&mut self, place: usize) -> Result<&[f32], BackendError>;
+
+    /// X of the rows at hand becomes the answer at `place`, for which operations called from here on wait.
+    fn take(&mut self, place: usize) -> Result<(), BackendError>;
+
+    /// The outputs of experts of these (row, choice) pairs become those of the answer at `place`, which has a row of `n_embd`
+    /// for every pair of the routing; operations called from here on wait for it.
+    fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError>;
+
+    /// Answers at `place`: as many floats as will be taken.
+    fn answer(&mut self, place: usize, rows: &[f32]);
+
+    /// Whatever waits for an answer goes on with what is there, since the pass has failed.
+    fn answer_all(&mut self);
+}
+
+/// An operation with a feed-forward part in RAM.
+#[derive(Clone, Copy)]
+#[expect(clippy::large_enum_variant, reason = "a part has a handful")]
+enum Call {
+    FeedForward { norm: Norm, gate: Linear, up: Linear, down: Linear },
+    Op(Op<Weight>),
+}
+
+/// A part for processors.
+#[derive(Default)]
+struct Part {
+    place: usize,
+    calls: Vec<Call>,
+    experts: Vec<Expert>,
+    /// What each row has chosen, where there are experts.
+    ids: Vec<u32>,
+    answered: bool,
+}
+
+impl Part {
+    fn clear(&mut self) {
+        self.calls.clear();
+        self.experts.clear();
+        self.ids.clear();
+        self.answered = false;
+    }
+}
+
+/// The backend. Fields are dropped in this order.
+pub struct Both {
+    device: Box<dyn Hands>,
+    cpu: CpuBackend,
+    /// The part that was put off.
+    late: Option<Part>,
+    /// The one that is being called.
+    open: Option<Part>,
+    /// Not in use, kept for their lists.
+    spare: Vec<Part>,
+    next: usize,
+    /// Choices of the rows at hand.
+    chosen: Vec<u32>,
+    /// Which (row, choice) pairs are the host's.
+    pairs: Vec<u32>,
+    name: &'static str,
+}
+
+impl Both {
+    /// `device` with `threads` processors for models with these sizes.
+    ///
+    /// # Errors
+    /// If memory or threads cannot be had.
+    pub fn new(device: Box<dyn Hands>, dims: &Dims, threads: usize) -> Result<Both, BackendError> {
+        let cpu = CpuBackend::for_parts(dims, threads)?;
+        let spare = (0..PLACES + 1).map(|_| Part::default()).collect();
+        let choices = dims.n_experts_used * dims.max_batch;
+        Ok(Both {
+            name: device.name(),
+            device,
+            cpu,
+            late: None,
+            open: None,
+            spare,
+            next: 0,
+            chosen: Vec::with_capacity(choices),
+            pairs: Vec::with_capacity(choices),
+        })
+    }
+
+    fn new_part(&mut self) -> Part {
+        let mut part = self.spare.pop().unwrap_or_default();
+        part.place = self.next;
+        self.next = (self.next + 1) % PLACES;
+        part
+    }
+
+    /// Computes a part and hands it back.
+    fn compute(&mut self, part: &Part) -> Result<(), BackendError> {
+        let rows = self.device.given(part.place)?;
+        if !part.experts.is_empty() {
+            self.cpu.begin_experts(rows, &part.ids);
+            self.cpu.experts(&part.experts)?;
+            self.device.answer(part.place, self.cpu.expert_rows());
+            return Ok(());
+        }
+        self.cpu.begin_part(rows);
+        for call in &part.calls {
+            match call {
+                Call::FeedForward { norm, gate, up, down } => self.cpu.ffn(norm, gate, up, down)?,
+                Call::Op(op) => self.cpu.op(op)?,
+            }
+        }
+        self.device.answer(part.place, self.cpu.part());
+        Ok(())
+    }
+
+    /// Computes the part that was put off.
+    fn catch_up(&mut self) -> Result<(), BackendError> {
+        let Some(mut part) = self.late.take() else { return Ok(()) };
+        let computed = if part.answered { Ok(()) } else { self.compute(&part) };
+        part.clear();
+        self.spare.push(part);
+        if computed.is_err() {
+            self.device.answer_all();
+        }
+        computed
+    }
+
+    /// Computes what is known of the part that is being called: experts.
+    fn catch_up_with_experts(&mut self) -> Result<(), BackendError> {
+        let Some(mut part) = self.open.take_if(|part| !part.experts.is_empty() && !part.answered) else {
+            return Ok(());
+        };
+        part.answered = true;
+        let computed = self.compute(&part);
+        self.open = Some(part);
+        computed
+    }
+
+    /// Puts a part off whose answer the device takes by `take`; the one before is computed.
+    fn put_off(
+        &mut self,
+        part: Part,
+        take: impl FnOnce(&mut dyn Hands, &Part) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        if self.device.works_ahead() {
+            take(self.device.as_mut(), &part)?;
+            self.catch_up()?;
+            self.late = Some(part);
+            return Ok(());
+        }
+        let place = part.place;
+        self.late = Some(part);
+        self.catch_up()?;
+        take(self.device.as_mut(), &Part { place, ..Part::default() })
+    }
+
+    /// The outputs of experts in RAM go to the device.
+    fn end_experts(&mut self) -> Result<(), BackendError> {
+        let Some(part) = self.open.take() else { return Ok(()) };
+        let of_host = |id: &u32| part.experts.iter().any(|e| e.id == *id);
+        self.pairs.clear();
+        self.pairs.extend((0u32..).zip(&part.ids).filter(|(_, id)| of_host(id)).map(|(pair, _)| pair));
+        let pairs = std::mem::take(&mut self.pairs);
+        let put_off = self.put_off(part, |device, part| device.take_experts(part.place, &pairs));
+        self.pairs = pairs;
+        put_off
+    }
+
+    /// Forgets what was put off, of a pass that has failed.
+    fn forget(&mut self) {
+        if self.late.is_some() || self.open.is_some() {
+            self.device.answer_all();
+        }
+        let left = [self.late.take(), self.open.take()];
+        self.spare.extend(left.into_iter().flatten().map(|mut part| {
+            part.clear();
+            part
+        }));
+    }
+
+    /// The part that operations belong to, if they are for processors.
+    fn in_part(&mut self, call: Call) -> bool {
+        match &mut self.open {
+            Some(part) if part.experts.is_empty() => {
+                part.calls.push(call);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Drop for Both {
+    fn drop(&mut self) {
+        // The device's work must end before its memory is given back.
+        self.forget();
+    }
+}
+
+impl Backend for Both {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn supports(&self, ty: TensorType) -> bool {
+        self.device.supports(ty)
+    }
+
+    fn device(&self) -> Option<Arc<dyn DeviceMemory>> {
+        self.device.device()
+    }
+
+    fn computes_in_ram(&self) -> Option<usize> {
+        Some(self.cpu.threads())
+    }
+
+    fn begin_part(&mut self) -> Result<(), BackendError> {
+        let part = self.new_part();
+        self.device.give(part.place)?;
+        self.open = Some(part);
+        Ok(())
+    }
+
+    fn end_part(&mut self) -> Result<(), BackendError> {
+        match self.open.take() {
+            Some(part) => self.put_off(part, |device, part| device.take(part.place)),
+            None => Ok(()),
+        }
+    }
+
+    fn catch_up(&mut self) -> Result<(), BackendError> {
+        Both::catch_up(self)?;
+        self.catch_up_with_experts()
+    }
+
+    fn abandon(&mut self) {
+        self.forget();
+    }
+
+    fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
+        self.forget();
+        self.device.begin(runs)
+    }
+
+    fn turn_to(&mut self, class: Class) {
+        self.device.turn_to(class);
+    }
+
+    fn begin_stretch(&mut self) -> Result<bool, BackendError> {
+        self.device.begin_stretch()
+    }
+
+    fn end_stretch(&mut self, complete: bool) -> Result<bool, BackendError> {
+        self.device.end_stretch(complete)
+    }
+
+    fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        self.device.embed(rows, ty)
+    }
+
+    fn qkv(
+        &mut self,
+        layer: usize,
+        norm: &Norm,
+        q: &Linear,
+        k: &Linear,
+        v: &Linear,
+        q_norm: Option<&Norm>,
+        k_norm: Option<&Norm>,
+    ) -> Result<(), BackendError> {
+        self.device.qkv(layer, norm, q, k, v, q_norm, k_norm)
+    }
+
+    fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
+        self.device.attend(layer)
+    }
+
+    fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
+        self.device.keep(rows)
+    }
+
+    fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
+        self.device.attn_output(w)
+    }
+
+    fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        if self.in_part(Call::FeedForward { norm: *norm, gate: *gate, up: *up, down: *down }) {
+            return Ok(());
+        }
+        self.device.ffn(norm, gate, up, down)
+    }
+
+    fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
+        self.catch_up()?;
+        let ids = self.device.route(norm, router, params)?;
+        self.chosen.clear();
+        self.chosen.extend_from_slice(ids);
+        Ok(&self.chosen)
+    }
+
+    fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
+        self.device.expert(e)
+    }
+
+    fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+        self.device.experts(list)
+    }
+
+    fn experts_in_ram(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+        if self.open.is_none() {
+            let mut part = self.new_part();
+            part.ids.extend_from_slice(&self.chosen);
+            self.device.give_routed(part.place)?;
+            self.open = Some(part);
+        }
+        if let Some(part) = &mut self.open {
+            part.experts.extend_from_slice(list);
+        }
+        Ok(())
+    }
+
+    fn combine_experts(&mut self) -> Result<(), BackendError> {
+        self.end_experts()?;
+        self.device.combine_experts()
+    }
+
+    fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
+        self.device.output_norm(norm)
+    }
+
+    fn gives_hidden(&self) -> bool {
+        self.device.gives_hidden()
+    }
+
+    fn hidden(&mut self, norm: Option<&Norm>, out: &mut Vec<f32>) -> Result<(), BackendError> {
+        self.catch_up()?;
+        self.device.hidden(norm, out)
+    }
+
+    fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
+        self.device.head(w, first_row)
+    }
+
+    fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
+        if self.in_part(Call::Op(*op)) {
+            return Ok(());
+        }
+        match op {
+            Op::Route { .. } => self.catch_up()?,
+            Op::Combine { .. } => self.end_experts()?,
+            _ => {}
+        }
+        self.device.op(op)
+    }
+
+    fn chosen(&mut self) -> &[u32] {
+        let ids = self.device.chosen();
+        self.chosen.clear();
+        self.chosen.extend_from_slice(ids);
+        &self.chosen
+    }
+
+    fn finite(&mut self) -> Result<bool, BackendError> {
+        self.catch_up()?;
+        self.device.finite()
+    }
+
+    fn overflow(&self) -> Option<usize> {
+        self.device.overflow()
+    }
+
+    fn logits(&mut self) -> Result<&[f32], BackendError> {
+        self.catch_up()?;
+        self.device.logits()
+    }
+
+    fn forget_overflow(&mut self) {
+        self.device.forget_overflow();
+    }
+
+    fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
+        self.catch_up()?;
+        self.device.apply(op)
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.device.page_bytes()
+    }
+
+    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        self.catch_up()?;
+        self.device.read_page(page, to)
+    }
+
+    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        self.catch_up()?;
+        self.device.write_page(page, from)
+    }
+
+    fn workspace_bytes(&self) -> u64 {
+        self.device.workspace_bytes()
+    }
+}

@@ -1,0 +1,244 @@
+//! Rows that processors compute in the middle of a pass: to host memory and back in the order of the stream, without a wait of
+//! the host. A word in host memory says what is there: the GPU writes it behind its rows and waits for the other side's by memory
+//! operations of the stream.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys;
+
+use super::args::HandArgs;
+use super::driver::{Device, PinnedBuffer, Stream, check, device_error};
+use super::{CudaBackend, no_experts};
+use crate::backend::both::PLACES;
+use crate::backend::{BackendError, Dims, EXACT_ROWS, Hands};
+
+/// Words between two that are written by different sides: cache lines come in pairs.
+const APART: usize = 32;
+/// Looks at a word before the clock is looked at.
+const SPINS: u32 = 2000;
+/// Longest wait for the GPU: no pass takes nearly as long.
+const WAIT_MAX: Duration = Duration::from_secs(120);
+
+/// Places in host memory, and how far each side is.
+pub(super) struct Handover {
+    /// What the GPU gives, and what it is answered.
+    given: [PinnedBuffer<f32>; PLACES],
+    answers: [PinnedBuffer<f32>; PLACES],
+    /// Numbers of the pairs whose outputs are taken.
+    pairs: [PinnedBuffer<u32>; PLACES],
+    /// For each place: how often something was given, and answered.
+    words: PinnedBuffer<u32>,
+    /// How often each place was used, and how many floats were given last.
+    uses: [u32; PLACES],
+    floats: [usize; PLACES],
+}
+
+impl Handover {
+    /// For sessions of these sizes; `None` where the GPU's streams have no memory operations.
+    ///
+    /// # Errors
+    /// If memory cannot be had.
+    pub fn new(device: &Arc<Device>, d: &Dims) -> Result<Option<Handover>, BackendError> {
+        if !device.waits_for_words()? {
+            return Ok(None);
+        }
+        let (rows, row) = (d.max_batch.min(EXACT_ROWS), d.n_embd);
+        let floats = |rows: usize| device.alloc_pinned(rows * row, "rows for processors");
+        let pairs = rows * d.n_experts_used;
+        Ok(Some(Handover {
+            given: [floats(rows)?, floats(rows)?],
+            answers: [floats(rows.max(pairs))?, floats(rows.max(pairs))?],
+            pairs: [device.alloc_pinned(pairs, "pairs")?, device.alloc_pinned(pairs, "pairs")?],
+            words: device.alloc_pinned(2 * PLACES * APART, "words")?,
+            uses: [0; PLACES],
+            floats: [0; PLACES],
+        }))
+    }
+
+    fn word(&self, number: usize) -> (&AtomicU32, u64) {
+        let at = std::ptr::from_ref(&self.words.as_slice()[number * APART]);
+        // SAFETY: a word of the buffer, which this side touches as an atomic alone.
+        (unsafe { AtomicU32::from_ptr(at.cast_mut()) }, at as u64)
+    }
+
+    /// The word that says what was given at `place`, and its address.
+    fn given_word(&self, place: usize) -> (&AtomicU32, u64) {
+        self.word(2 * place)
+    }
+
+    /// The word that says what was answered.
+    fn answer_word(&self, place: usize) -> (&AtomicU32, u64) {
+        self.word(2 * place + 1)
+    }
+}
+
+fn address<T: bytemuck::Pod>(buffer: &PinnedBuffer<T>) -> u64 {
+    buffer.as_slice().as_ptr() as u64
+}
+
+fn none() -> BackendError {
+    device_error("this GPU cannot wait for processors")
+}
+
+impl CudaBackend {
+    /// Whether rows can go to processors and back ([`Hands`]).
+    pub fn hands_over(&self) -> bool {
+        self.handover.is_some()
+    }
+
+    /// Copies rows of `n` floats, those of `idx` or the first ones.
+    ///
+    /// # Safety
+    /// Both have the rows, and `idx` is 0 or as many numbers of them, until the kernel has run.
+    unsafe fn hand_rows(&self, from: u64, to: u64, idx: u64, n: usize, rows: usize) -> Result<(), BackendError> {
+        let a = HandArgs { from, to, idx, n: n as i32, rows: rows as i32 };
+        let grid = (n.div_ceil(1024) as u32, rows as u32, 1);
+        // SAFETY: HandArgs is what hand_rows declares; the rest is the caller's promise.
+        unsafe { self.engine.launch(self.engine.kernels.hand_rows, grid, 256, 0, &a) }
+    }
+
+    /// Rows at `from` to `place`, and the word that says so.
+    fn give_rows(&mut self, place: usize, from: u64) -> Result<(), BackendError> {
+        let (rows, n) = (self.tokens, self.dims.n_embd);
+        let h = self.handover.as_mut().ok_or_else(none)?;
+        if rows * n > h.given[place].as_slice().len() {
+            return Err(device_error(format!("{rows} rows are too many for processors")));
+        }
+        h.floats[place] = rows * n;
+        h.uses[place] = h.uses[place].wrapping_add(1);
+        let (use_, to, (_, word)) = (h.uses[place], address(&h.given[place]), h.given_word(place));
+        // SAFETY: both hold the rows, as checked above; the host reads them when the word says so. The place's last use is over:
+        // its answer was taken before this in the stream.
+        unsafe {
+            self.hand_rows(from, to, 0, n, rows)?;
+            self.engine.stream.write_word(word, use_)
+        }
+    }
+
+    /// The stream waits for the answer at `place`.
+    fn await_answer(&self, place: usize) -> Result<u64, BackendError> {
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        // SAFETY: a word of the buffer; [`Hands::answer`] or [`Hands::answer_all`] will write it.
+        unsafe { self.engine.stream.await_word(h.answer_word(place).1, h.uses[place])? };
+        Ok(address(&h.answers[place]))
+    }
+}
+
+impl Hands for CudaBackend {
+    fn works_ahead(&self) -> bool {
+        true
+    }
+
+    fn give(&mut self, place: usize) -> Result<(), BackendError> {
+        let x = self.x();
+        self.give_rows(place, x)
+    }
+
+    fn give_routed(&mut self, place: usize) -> Result<(), BackendError> {
+        let normed = self.engine.ws.norm_f.addr();
+        self.give_rows(place, normed)
+    }
+
+    fn given(&mut self, place: usize) -> Result<&[f32], BackendError> {
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        let (word, _) = h.given_word(place);
+        let (began, mut looks) = (Instant::now(), 0u32);
+        while word.load(Ordering::Acquire) != h.uses[place] {
+            looks += 1;
+            if looks % SPINS != 0 {
+                std::hint::spin_loop();
+                continue;
+            }
+            // An error of the GPU shows in its stream.
+            self.engine.stream.is_idle()?;
+            if began.elapsed() > WAIT_MAX {
+                let s = WAIT_MAX.as_secs();
+                return Err(device_error(format!(
+                    "rows for processors have not come in {s} s; the GPU hangs (`dmesg` has lines with Xid then)"
+                )));
+            }
+            std::thread::yield_now();
+        }
+        Ok(&h.given[place].as_slice()[..h.floats[place]])
+    }
+
+    fn take(&mut self, place: usize) -> Result<(), BackendError> {
+        let answer = self.await_answer(place)?;
+        let (x, rows, n) = (self.x(), self.tokens, self.dims.n_embd);
+        self.engine.ws.rooms.check("rows of processors", x, (rows * n * 4) as u64)?;
+        // SAFETY: an answer has as many rows as were given, which X has.
+        unsafe { self.hand_rows(answer, x, 0, n, rows) }
+    }
+
+    fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
+        let (n, all) = (self.dims.n_embd, self.tokens * self.dims.n_experts_used);
+        let h = self.handover.as_mut().ok_or_else(none)?;
+        if pairs.len() > h.pairs[place].as_slice().len() || pairs.iter().any(|p| *p as usize >= all) {
+            return Err(device_error(format!("{} pairs of experts are too many for processors", pairs.len())));
+        }
+        h.pairs[place].as_mut_slice()[..pairs.len()].copy_from_slice(pairs);
+        let idx = address(&h.pairs[place]);
+        let answer = self.await_answer(place)?;
+        let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
+        self.engine.ws.rooms.check("experts of processors", out, (all * n * 4) as u64)?;
+        // SAFETY: an answer and the outputs have a row for each pair, of which these are some, as checked above; the list is
+        // written anew when this use of the place is over.
+        unsafe { self.hand_rows(answer, out, idx, n, pairs.len()) }
+    }
+
+    fn answer(&mut self, place: usize, rows: &[f32]) {
+        let Some(h) = &mut self.handover else { return };
+        h.answers[place].as_mut_slice()[..rows.len()].copy_from_slice(rows);
+        h.answer_word(place).0.store(h.uses[place], Ordering::Release);
+    }
+
+    fn answer_all(&mut self) {
+        let Some(h) = &self.handover else { return };
+        for place in 0..PLACES {
+            h.answer_word(place).0.store(h.uses[place], Ordering::Release);
+        }
+        // What is left of the pass runs out on what is there.
+        let _ = self.engine.device.bind().and_then(|()| self.engine.stream.synchronize());
+    }
+}
+
+impl Device {
+    /// Whether streams of this GPU can wait for words in memory.
+    pub(super) fn waits_for_words(&self) -> Result<bool, BackendError> {
+        // Since version 2 of these operations the driver offers them wherever they work.
+        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS;
+        Ok(self.attribute(attribute)? != 0)
+    }
+}
+
+impl Stream {
+    /// Writes a word of host memory behind what was called before, which others see first.
+    ///
+    /// # Safety
+    /// The word is pinned memory that stays until this has run, aligned to 4.
+    pub(super) unsafe fn write_word(&self, addr: u64, value: u32) -> Result<(), BackendError> {
+        // SAFETY: the caller vouches for the word.
+        check(unsafe { sys::cuStreamWriteValue32_v2(self.raw(), addr, value, 0) }, "a word for processors")
+    }
+
+    /// What is called from here on waits until the word is `value` or more, in the order of wrapping numbers.
+    ///
+    /// # Safety
+    /// As [`Stream::write_word`]; the word will be written, or nothing behind this ever runs.
+    pub(super) unsafe fn await_word(&self, addr: u64, value: u32) -> Result<(), BackendError> {
+        // CU_STREAM_WAIT_VALUE_GEQ is 0.
+        // SAFETY: the caller vouches for the word.
+        check(unsafe { sys::cuStreamWaitValue32_v2(self.raw(), addr, value, 0) }, "a wait for processors")
+    }
+
+    /// Whether all its work is done; an error if some of it failed.
+    pub(super) fn is_idle(&self) -> Result<bool, BackendError> {
+        // SAFETY: the stream is live.
+        match unsafe { sys::cuStreamQuery(self.raw()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            r => check(r, "GPU work failed").map(|()| true),
+        }
+    }
+}

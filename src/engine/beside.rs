@@ -1,0 +1,88 @@
+//! Which units processors beside a device compute from RAM.
+
+use super::start::schedule;
+use super::weights::Beside;
+use crate::backend::Class;
+use crate::memory::Region;
+use crate::model::{Model, UnitKind};
+use crate::plan::{Home, Plan, SiteRates, assign};
+
+/// Seconds of a pass of one row beside what rests in RAM or is brought from there: attention and what a device holds, of a
+/// rate that any has.
+const DEVICE_RATE: f64 = 400e9;
+
+/// Which sites compute where a device has memory of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sites {
+    /// The device, and processors beside it where that is faster.
+    Auto,
+    /// The device alone: a text does not depend on where weights rest.
+    One,
+    /// Both: processors compute whatever they can of what rests in RAM, if that is faster or not.
+    Both,
+}
+
+/// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, or an expert.
+fn computable(model: &Model) -> Vec<bool> {
+    let mut of = vec![false; model.units.len()];
+    for stage in &model.stages {
+        if matches!(model.units[stage.unit].kind, UnitKind::FeedForward(_)) {
+            of[stage.unit] = stage.takes_x_alone();
+        }
+        for [gate, ..] in stage.experts.iter().flat_map(|e| &e.list) {
+            of[gate.weight.unit] = true;
+        }
+    }
+    of
+}
+
+/// The units that processors compute; `None` if there are none.
+pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() -> SiteRates) -> Option<Vec<bool>> {
+    if sites == Sites::One {
+        return None;
+    }
+    let mut chosen = computable(model);
+    for (c, home) in chosen.iter_mut().zip(&plan.homes) {
+        *c &= *home == Home::B;
+    }
+    if !chosen.contains(&true) {
+        return None;
+    }
+    if sites == Sites::Auto {
+        let routed = |u: usize| matches!(model.units[u].kind, UnitKind::Expert { .. });
+        let bytes = |u: usize| model.units[u].bytes();
+        // Which experts a token wants is not known ahead, so that no link can bring them in time.
+        let parts: Vec<usize> = (0..chosen.len()).filter(|&u| chosen[u] && !routed(u)).collect();
+        let sizes: Vec<u64> = parts.iter().map(|&u| bytes(u)).collect();
+        let carried = |u: &usize| plan.homes[*u] != Home::A && !chosen[*u] && !routed(*u);
+        let others: u64 = (0..chosen.len()).filter(carried).map(bytes).sum();
+        let here: u64 = (0..chosen.len()).filter(|&u| plan.homes[u] == Home::A && !routed(u)).map(bytes).sum();
+        let divided = assign(&sizes, others, here as f64 / DEVICE_RATE, &rates().rounded());
+        for (unit, computed) in parts.into_iter().zip(divided) {
+            chosen[unit] = computed;
+        }
+    }
+    chosen.contains(&true).then_some(chosen)
+}
+
+/// What the session's weights need to know of them. `in_ram` are the regions of units that rest in RAM.
+pub(super) fn beside(
+    model: &Model,
+    plan: &Plan,
+    chosen: &[bool],
+    in_ram: &[Option<Region>],
+    apart: Vec<u64>,
+) -> Beside {
+    let steps = |class: Class| {
+        let streams = |u: usize| plan.homes[u] != Home::A && !(class == Class::Exact && chosen[u]);
+        schedule(model, &streams)
+    };
+    let address = |(region, chosen): (&Option<Region>, &bool)| region.filter(|_| *chosen).map(|r| r.addr() as u64);
+    Beside {
+        units: in_ram.iter().zip(chosen).map(address).collect(),
+        apart,
+        steps: [steps(Class::Exact), steps(Class::Bulk)],
+        // What the flow begins with.
+        class: Class::Bulk,
+    }
+}
