@@ -399,7 +399,11 @@ pub fn open(
 ) -> Result<(Box<dyn Backend>, Option<String>), BackendError> {
     let gpu = || -> Result<Box<dyn Backend>, BackendError> {
         let gpu = cuda::CudaBackend::new(&cuda::Device::open(0)?, dims)?;
-        Ok(if both && gpu.hands_over() { Box::new(Both::new(Box::new(gpu), dims, threads)?) } else { Box::new(gpu) })
+        Ok(if both && gpu.hands_over() {
+            Box::new(Both::new(Box::new(gpu), dims, beside_gpu(threads))?)
+        } else {
+            Box::new(gpu)
+        })
     };
     let cpu = || cpu::CpuBackend::new(dims.clone(), threads);
     match kind {
@@ -411,6 +415,11 @@ pub fn open(
             Err(e) => Ok((Box::new(cpu()?), Some(format!("computing on processors: {e}")))),
         },
     }
+}
+
+/// Threads that compute beside a GPU, where `threads` would by themselves: one processor drives the links.
+fn beside_gpu(threads: usize) -> usize {
+    threads.min(crate::machine::n_cpus() - 1).max(1)
 }
 
 /// The operations of a forward pass. `T` is the number of tokens of the pass, of the class at hand.

@@ -130,7 +130,7 @@ pub fn run(args: &ProbeArgs) -> Result<(), Failure> {
         all.insert("memory".into(), probe_memory(args, &mut rates)?);
     }
     if wanted.link {
-        all.insert("link".into(), probe_link(args, !args.what.is_empty(), stored, &mut rates)?);
+        all.insert("link".into(), probe_link(args, !args.what.is_empty(), stored, wanted.memory, &mut rates)?);
     }
     if let Err(e) = probe::record(&rates) {
         tracing::warn!("the measured rates could not be kept: {e}");
@@ -296,11 +296,12 @@ fn probe_memory(args: &ProbeArgs, rates: &mut Vec<Rate>) -> Result<Json, Failure
 }
 
 /// `asked`: without a GPU, a link that was named is an error, and null otherwise.
-/// `stored` names what was read for storage, and the knee found there.
+/// `stored` names what was read for storage, and the knee found there; `with_memory` asks for both at once.
 fn probe_link(
     args: &ProbeArgs,
     asked: bool,
     stored: Option<(&Path, storage::Cell)>,
+    with_memory: bool,
     rates: &mut Vec<Rate>,
 ) -> Result<Json, Failure> {
     let device = match Device::open(0) {
@@ -320,6 +321,16 @@ fn probe_link(
         report.with_storage = Some(together.map_err(failure)?);
     }
     let identity = link::identity(&device);
+    if with_memory {
+        // One processor drives the link.
+        let threads = (machine::n_cpus() - 1).max(1);
+        let root = Path::new("/");
+        let b = link::with_memory(&device, threads, machine::memory(root).budget()).map_err(failure)?;
+        report.with_memory = Some(b);
+        let memory = machine::memory_identity(root);
+        rates.push(Rate::now("memory beside h2d", &memory, b.memory, None, Some(b.threads)));
+        rates.push(Rate::now("h2d beside memory", &identity, b.h2d, None, None));
+    }
     let mut keep = |kind: &str, rate: fn(&link::Cell) -> f64| {
         let best = report.cells.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
         rates.extend(best.map(|c| Rate::now(kind, &identity, rate(c), Some(c.bytes as u64), None)));
@@ -344,6 +355,10 @@ fn print_link(report: &link::Report) -> Result<(), Failure> {
     }
     let (to, from) = report.both_at_once;
     print_line(&format!("  both ways at once: {} to the GPU, {} from it", gb(to), gb(from)))?;
+    if let Some(b) = report.with_memory {
+        let n = b.threads;
+        print_line(&format!("  while {n} threads read memory: {} to the GPU, {} to them", gb(b.h2d), gb(b.memory)))?;
+    }
     let Some(t) = report.with_storage else { return Ok(()) };
     let (block, depth) = (plot::size(t.block_bytes), t.depth);
     print_line(&format!(

@@ -7,8 +7,7 @@ use crate::memory::Region;
 use crate::model::{Model, UnitKind};
 use crate::plan::{Home, Plan, SiteRates, assign};
 
-/// Seconds of a pass of one row beside what rests in RAM or is brought from there: attention and what a device holds, of a
-/// rate that any has.
+/// A rate at which devices read their memory, in bytes a second: how long they take for what they hold matters little here.
 const DEVICE_RATE: f64 = 400e9;
 
 /// Which sites compute where a device has memory of its own.
@@ -85,4 +84,13 @@ pub(super) fn beside(
         // What the flow begins with.
         class: Class::Bulk,
     }
+}
+
+/// The plan as passes of exact rows see it: what processors compute in RAM is brought nowhere.
+pub(super) fn as_exact(plan: &Plan, beside: Option<&[bool]>) -> Plan {
+    let mut plan = plan.clone();
+    for (home, _) in plan.homes.iter_mut().zip(beside.unwrap_or(&[])).filter(|(_, b)| **b) {
+        *home = Home::A;
+    }
+    plan
 }

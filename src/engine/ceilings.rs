@@ -27,6 +27,9 @@ impl Session {
         self.links.ram_ceiling =
             Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
         self.links.ceilings_from = Some("measured after the run");
+        if self.device.is_some() {
+            self.links.ram_and_link_ceiling = ram_and_link();
+        }
         // Nothing else is carried while a link is measured.
         self.weights.flow.reschedule(Place::Host, Vec::new());
         if let Some(d) = &self.device {
@@ -55,9 +58,11 @@ impl Session {
             let drive = machine::probe::Target::open(model).ok();
             l.nvme_ceiling = drive.and_then(|d| recall("storage", &d.identity));
         }
-        if self.device.is_some() {
-            let device = crate::backend::cuda::Device::open(0).ok();
-            l.gpu_ceiling = device.and_then(|d| recall("h2d", &machine::probe::link::identity(&d)));
+        if self.device.is_some()
+            && let Ok(device) = crate::backend::cuda::Device::open(0)
+        {
+            l.gpu_ceiling = recall("h2d", &machine::probe::link::identity(&device));
+            l.ram_and_link_ceiling = ram_and_link();
         }
         let any = l.ram_ceiling.or(l.nvme_ceiling).or(l.gpu_ceiling);
         l.ceilings_from = any.map(|_| "rates that nt probe measured before");
@@ -94,6 +99,14 @@ impl Session {
         flow.reschedule(Place::Host, Vec::new());
         Ok(Some(rate))
     }
+}
+
+/// What processors and the link read of RAM at once, as `nt probe` has measured it.
+fn ram_and_link() -> Option<f64> {
+    let device = crate::backend::cuda::Device::open(0).ok()?;
+    let rate = |kind, identity: &str| Some(machine::probe::measured(kind, identity)?.bytes_per_s);
+    let memory = rate("memory beside h2d", &machine::memory_identity(Path::new("/")))?;
+    Some(memory + rate("h2d beside memory", &machine::probe::link::identity(&device))?)
 }
 
 /// Bytes per second of copies from pinned memory to a slot; `None` where they cannot be timed.

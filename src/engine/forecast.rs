@@ -11,8 +11,8 @@ use crate::machine;
 use crate::model::{Model, Tape, UnitKind};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
-    COPY_GAP_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site, Tiers, Traffic,
-    UnitPart, UnitWork, format_at_least, pass_s, roofline,
+    COPY_GAP_S, HAND_OVER_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site,
+    Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -37,6 +37,10 @@ pub struct Forecast {
     pub plan: Plan,
     /// The units, in the order of the plan's homes.
     pub units: Vec<UnitWork>,
+    /// Those that processors beside a GPU compute from RAM while tokens are generated; `None` for none.
+    pub beside: Option<Vec<bool>>,
+    /// Threads that compute on processors.
+    pub threads: usize,
     /// Positions of the KV cache.
     pub n_ctx: usize,
     /// Bytes of the KV cache.
@@ -112,8 +116,14 @@ impl Forecast {
     ) -> Result<Forecast, EngineError> {
         let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
             planned(model, machine, options, sizes)?;
+        let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
+        let rates = machine.site_rates(threads).filter(|_| site == Site::Gpu);
+        let beside = rates.and_then(|rates| super::beside::choose(model, &plan, options.sites, &|| rates));
+        let work = Work { units, plan: &plan, beside: beside.as_deref(), machine, site, threads };
         Ok(Forecast {
-            prediction: Prediction::new(units, &plan, machine, site, prompt, options.max_batch),
+            prediction: Prediction::new(&work, prompt, options.max_batch),
+            beside,
+            threads,
             site,
             plan,
             units: units.to_vec(),
@@ -128,22 +138,40 @@ impl Forecast {
 
     /// The same plan where each pass begins with an empty ring.
     pub fn without_wrap(mut self, machine: &Machine) -> Forecast {
+        let (setup, work) = {
+            let work = self.work(machine);
+            (work.setup(&self.prediction.rates, true), work.decode())
+        };
         let p = &mut self.prediction;
-        let setup = setup(&self.units, &self.plan, &p.rates, self.site == Site::Gpu);
-        let work = decode_work(&self.units, machine, self.site);
         p.simulated = p.simulated.map(|_| Setup { wrap: false, ..setup }.settled(&work));
         self
     }
 
     /// What would happen when: the prompt's first passes from an empty ring, then some one-token passes.
     pub fn timeline(&self, machine: &Machine) -> Vec<Event> {
-        let setup = setup(&self.units, &self.plan, &self.prediction.rates, self.site == Site::Gpu);
-        let decode = decode_work(&self.units, machine, self.site);
+        let work = self.work(machine);
+        let decode = work.decode();
         let batch = self.prediction.batch;
         let prefill = prefill_work(&self.units, machine, self.site, batch);
-        let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
-        let tokens = prefill.iter().map(|_| batch).chain(std::iter::repeat(1));
-        with_passes(setup.run(&passes), tokens)
+        let rates = &self.prediction.rates;
+        if self.beside.is_none() {
+            let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
+            let tokens = prefill.iter().map(|_| batch).chain(std::iter::repeat(1));
+            return with_passes(work.setup(rates, false).run(&passes), tokens);
+        }
+        // Between a prompt and what is generated the flow begins anew with other units.
+        let passes: Vec<&PassWork> = prefill.iter().collect();
+        let mut events = with_passes(work.setup(rates, false).run(&passes), std::iter::repeat(batch));
+        let end = events.iter().map(|e| e.end_ns).max().unwrap_or(0);
+        let generated = work.setup(rates, true).run(&[&decode; PASSES_SHOWN]);
+        let shift = |e: Event| Event { start_ns: e.start_ns + end, end_ns: e.end_ns + end, ..e };
+        events.extend(with_passes(generated, std::iter::repeat(1)).into_iter().map(shift));
+        events
+    }
+
+    fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
+        let beside = self.beside.as_deref();
+        Work { units: &self.units, plan: &self.plan, beside, machine, site: self.site, threads: self.threads }
     }
 
     /// Units and bytes of a tier.
@@ -197,28 +225,52 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
     Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room })
 }
 
+/// What a prediction is made of.
+struct Work<'a> {
+    units: &'a [UnitWork],
+    plan: &'a Plan,
+    beside: Option<&'a [bool]>,
+    machine: &'a Machine,
+    site: Site,
+    threads: usize,
+}
+
+impl Work<'_> {
+    fn on_device(&self) -> bool {
+        self.site == Site::Gpu
+    }
+
+    /// The simulator, of passes of one token or of a prompt.
+    fn setup(&self, rates: &Rates, exact: bool) -> Setup {
+        let plan = super::beside::as_exact(self.plan, self.beside.filter(|_| exact));
+        setup(self.units, &plan, rates, self.on_device())
+    }
+
+    /// A pass of one token.
+    fn decode(&self) -> PassWork {
+        let unit_s = decode_seconds(self.units, self.beside, self.machine, self.site, self.threads);
+        PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1) }
+    }
+}
+
 impl Prediction {
-    fn new(
-        units: &[UnitWork],
-        plan: &Plan,
-        machine: &Machine,
-        site: Site,
-        prompt: usize,
-        max_batch: usize,
-    ) -> Prediction {
+    fn new(work: &Work<'_>, prompt: usize, max_batch: usize) -> Prediction {
+        let &Work { units, plan, machine, site, .. } = work;
         let rates = rates(machine);
-        let on_device = site == Site::Gpu;
-        let traffic = Traffic::new(units, &plan.homes, on_device, 1);
-        let compute: f64 = units.iter().map(|u| u.decode_s(machine, site) * u.share).sum();
+        let on_device = work.on_device();
+        let traffic = Traffic::new(units, &plan.homes, work.beside, on_device, 1);
+        let one = work.decode();
+        let compute: f64 = units.iter().zip(&one.unit_s).map(|(u, s)| s * u.share).sum();
         let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
-        let setup = setup(units, plan, &rates, on_device);
-        let simulated = decode.map(|_| setup.settled(&decode_work(units, machine, site)));
+        let simulated = decode.map(|_| work.setup(&rates, true).settled(&one));
         let batch = prompt.clamp(1, max_batch);
         let prefill = prefill_work(units, machine, site, batch).and_then(|work| {
             let compute: f64 = units.iter().zip(&work.unit_s).map(|(u, s)| s * u.used_by(batch)).sum();
-            roofline(&Traffic::new(units, &plan.homes, on_device, batch), &rates, Some(compute + pass_s(site)))
+            let traffic = Traffic::new(units, &plan.homes, None, on_device, batch);
+            roofline(&traffic, &rates, Some(compute + pass_s(site)))
         });
         let resident = units.iter().zip(&plan.homes).filter(|(_, h)| **h != Home::C).map(|(u, _)| u.bytes).sum::<u64>();
+        let setup = work.setup(&rates, false);
         Prediction {
             traffic,
             decode,
@@ -231,6 +283,26 @@ impl Prediction {
             rates,
         }
     }
+}
+
+/// Seconds of each unit in a pass of one token, on the site that computes it.
+pub(super) fn decode_seconds(
+    units: &[UnitWork],
+    beside: Option<&[bool]>,
+    machine: &Machine,
+    site: Site,
+    threads: usize,
+) -> Vec<f64> {
+    let rates = machine.site_rates(threads);
+    let of = |(i, u): (usize, &UnitWork)| match (&rates, beside.is_some_and(|b| b[i])) {
+        // The experts of a layer are handed over together.
+        (Some(rates), true) => {
+            let hand_over = if u.size.routed() { HAND_OVER_S * u.share } else { HAND_OVER_S };
+            u.bytes as f64 / rates.ram + hand_over
+        }
+        _ => u.decode_s(machine, site),
+    };
+    units.iter().enumerate().map(of).collect()
 }
 
 /// The events of simulated passes over so many tokens each, the passes themselves among them.
@@ -269,11 +341,6 @@ fn experts(units: &[UnitWork], tokens: usize) -> usize {
     (of_block as f64 * e.used_by(tokens)).round() as usize
 }
 
-fn decode_work(units: &[UnitWork], machine: &Machine, site: Site) -> PassWork {
-    let unit_s = units.iter().map(|u| u.decode_s(machine, site)).collect();
-    PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, 1) }
-}
-
 fn prefill_work(units: &[UnitWork], machine: &Machine, site: Site, tokens: usize) -> Option<PassWork> {
     let unit_s = units.iter().map(|u| u.prefill_s(machine, site, tokens)).collect::<Option<_>>()?;
     Some(PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, tokens) })
@@ -306,6 +373,12 @@ fn rates(machine: &Machine) -> Rates {
         vram: machine.gpu.as_ref().map(|g| g.memory.bytes_per_s()),
         gpu: machine.gpu.as_ref().map(|g| g.link.bytes_per_s()),
         ram: Some(machine.ram.read.bytes_per_s()),
+        ram_and_link: machine.site_rates(machine.cpu.threads).map(|_| {
+            let g = machine.gpu.as_ref();
+            let beside = machine.ram.beside.as_ref().zip(g.and_then(|g| g.link_beside.as_ref()));
+            let alone = machine.ram.read.bytes_per_s();
+            beside.map_or(alone, |(r, l)| r.bytes_per_s() + l.bytes_per_s()).max(alone)
+        }),
         nvme: machine.storage_bytes_per_s(),
         copies: machine.storage.as_ref().is_some_and(|s| s.copies),
     }

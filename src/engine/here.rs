@@ -12,14 +12,14 @@ use crate::machine::probe::{self, Target};
 use crate::plan::{CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
 use crate::storage::guard::Host;
 
-/// The rates by which work is divided between a GPU and processors: measured before, or guessed.
-pub(super) fn site_rates() -> SiteRates {
+/// The rates by which work is divided between a GPU and `threads` processors: measured before, or guessed.
+pub(super) fn site_rates(threads: usize) -> SiteRates {
     let facts = Facts::read(&Host::default());
-    let link = match Device::open(0) {
-        Ok(device) => link(&device, &facts).bytes_per_s(),
-        Err(_) => LINK_GUESS,
+    let (link, beside) = match Device::open(0) {
+        Ok(device) => (link(&device, &facts), link_beside(&device)),
+        Err(_) => (Rate::guess(LINK_GUESS, ""), None),
     };
-    SiteRates { ram: ram().read.bytes_per_s(), link }
+    SiteRates::of(&ram(), machine::n_cpus(), threads, &link, beside.as_ref())
 }
 
 /// Guessed rate of memory for each thread, up to two channels' worth.
@@ -86,7 +86,8 @@ fn ram() -> RamSide {
         let guess = (RAM_A_THREAD * machine::n_cpus() as f64).min(RAM_GUESS_MAX);
         Rate::guess(guess, "from the number of processors; `nt probe memory` measures it")
     });
-    RamSide { size: memory.total.or(available).unwrap_or(0), available, budget: memory.budget(), read }
+    let beside = cached("memory beside h2d", "nt probe", &machine::memory_identity(root));
+    RamSide { size: memory.total.or(available).unwrap_or(0), available, budget: memory.budget(), read, beside }
 }
 
 fn cpu(facts: &Facts) -> CpuSide {
@@ -135,6 +136,10 @@ fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
     }
 }
 
+fn link_beside(device: &std::sync::Arc<Device>) -> Option<Rate> {
+    cached("h2d beside memory", "nt probe", &probe::link::identity(device))
+}
+
 fn link(device: &std::sync::Arc<Device>, facts: &Facts) -> Rate {
     let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&device.info.pci_address));
     cached("h2d", "nt probe", &probe::link::identity(device)).unwrap_or_else(|| {
@@ -161,6 +166,7 @@ fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
         multiprocessors: i.multiprocessors as usize,
         memory,
         link,
+        link_beside: link_beside(device),
         gemm: Some(Speed { tflops, measured: false, source }),
     }
 }

@@ -37,6 +37,8 @@ pub struct Links {
     pub bytes_per_pass: u64,
     /// Of those, over the link to the device.
     pub gpu_bytes_per_pass: u64,
+    /// Of all, computed by processors beside a device, from RAM.
+    pub beside_bytes_per_pass: u64,
     /// Whether reads from storage are copies by processors ([`crate::storage::Reader::copies`]).
     pub storage_copies: bool,
     /// Of all, from storage.
@@ -49,6 +51,8 @@ pub struct Links {
     pub vram_ceiling: Option<f64>,
     /// Measured ceiling of memory reads.
     pub ram_ceiling: Option<f64>,
+    /// Measured ceiling of memory where processors and the link to the device read it at once, of both together.
+    pub ram_and_link_ceiling: Option<f64>,
     /// Measured seconds of a one-token pass that brings nothing.
     pub compute_s: Option<f64>,
     /// Whether only passes of one token were counted.
@@ -117,6 +121,7 @@ impl Links {
             all: self.bytes_per_pass as f64,
             over_link: self.gpu_bytes_per_pass as f64,
             from_storage: self.nvme_bytes_per_pass as f64,
+            beside: self.beside_bytes_per_pass as f64,
             on_device: self.on_device,
         }
     }
@@ -127,6 +132,7 @@ impl Links {
             vram: self.vram_ceiling,
             gpu: self.gpu_ceiling,
             ram: self.ram_ceiling,
+            ram_and_link: self.ram_and_link_ceiling,
             nvme: self.nvme_ceiling,
             copies: self.storage_copies,
         }

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::forecast::{PASSES_SHOWN, setup, with_passes, works};
+use super::beside::as_exact;
+use super::forecast::{PASSES_SHOWN, decode_seconds, setup, with_passes, works};
 use super::start::{apart, device_slots};
 use super::{EngineError, Session};
 use crate::backend::Class;
@@ -43,9 +44,17 @@ impl Session {
     /// A one-token pass whose units take shares of the measured time by their bytes.
     fn measured_work(&self) -> Option<PassWork> {
         let compute_s = self.links.compute_s?;
-        let all: f64 = self.units_bytes().sum();
+        // Processors beside a device take longer for a byte than it does.
+        let slower = match (self.links.vram_ceiling, self.links.ram_ceiling) {
+            (Some(vram), Some(ram)) => vram / ram,
+            _ => 1.0,
+        };
+        let beside = self.beside().unwrap_or_default();
+        let factor = |u: usize| if beside.get(u) == Some(&true) { slower } else { 1.0 };
+        let weights: Vec<f64> = self.units_bytes().enumerate().map(|(u, b)| b * factor(u)).collect();
+        let all: f64 = weights.iter().sum();
         let beside_s = pass_s(self.site()).min(compute_s);
-        let unit_s = self.units_bytes().map(|b| (compute_s - beside_s) * b / all).collect();
+        let unit_s = weights.iter().map(|w| (compute_s - beside_s) * w / all).collect();
         Some(PassWork { unit_s, beside_s, experts: 0 })
     }
 
@@ -64,11 +73,13 @@ impl Session {
             vram: gpu.and_then(|g| measured(&g.memory)),
             gpu: gpu.and_then(|g| measured(&g.link)),
             ram: measured(&machine.ram.read),
+            ram_and_link: self.links.ram_and_link_ceiling,
             nvme: storage.and_then(|s| Some(measured(&s.read)? * s.drives as f64)),
             copies: self.links.storage_copies,
         };
         let units = works(&self.model, &self.weights.layouts);
-        let unit_s = units.iter().map(|u| u.decode_s(machine, site)).collect();
+        let beside = self.beside();
+        let unit_s = decode_seconds(&units, beside.as_deref(), machine, site, self.threads());
         let experts = self.model.hparams.n_experts_used;
         let work = PassWork { unit_s, beside_s: pass_s(site), experts };
         Some(Predicted { pass: self.simulator(&rates)?.settled(&work), rates })
@@ -76,13 +87,14 @@ impl Session {
 
     /// The session's own plan for the simulator; `None` where a rate that it needs is missing.
     fn simulator(&self, rates: &Rates) -> Option<Setup> {
-        let streams = |home| self.plan.homes.contains(&home);
+        let plan = as_exact(&self.plan, self.beside().as_deref());
+        let streams = |home| plan.homes.contains(&home);
         let needs_link = self.device.is_some() && (streams(Home::B) || streams(Home::C));
         if streams(Home::C) && rates.nvme.is_none() || needs_link && rates.gpu.is_none() {
             return None;
         }
         let units = works(&self.model, &self.weights.layouts);
-        Some(setup(&units, &self.plan, rates, self.device.is_some()))
+        Some(setup(&units, &plan, rates, self.device.is_some()))
     }
 
     fn site(&self) -> Site {

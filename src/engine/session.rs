@@ -314,7 +314,7 @@ impl Session {
     fn pass(&mut self, parts: &[Part<'_>], stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
         let began = Instant::now();
         let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
-        let bytes = self.weights.bytes;
+        let (bytes, beside_bytes) = (self.weights.bytes, self.weights.beside_bytes);
         let overflowed = self.backend.overflow().is_some();
         if let Err(e) = self.evaluate(parts, stop) {
             self.backend.abandon();
@@ -352,7 +352,7 @@ impl Session {
             l.link_wait_s += (fed_after.stall - fed.stall).as_secs_f64();
             l.gpu_timed = fed_after.timed;
             l.ram_bytes += match self.device {
-                Some(_) => fed_after.bytes - fed.bytes,
+                Some(_) => fed_after.bytes - fed.bytes + (self.weights.beside_bytes - beside_bytes),
                 None => self.weights.bytes - bytes,
             };
         }
@@ -641,6 +641,12 @@ impl Session {
         n
     }
 
+    /// Which units processors beside a device compute from RAM while tokens are generated; none if there are no such
+    /// processors.
+    pub fn beside(&self) -> Option<Vec<bool>> {
+        self.weights.beside.as_ref().map(|b| b.units.iter().map(Option::is_some).collect())
+    }
+
     /// Home of each unit.
     pub fn homes(&self) -> &[Home] {
         &self.plan.homes
@@ -714,6 +720,7 @@ impl Session {
                 bytes_per_pass: l.bytes_per_pass,
                 nvme_bytes_per_pass: l.nvme_bytes_per_pass,
                 gpu_bytes_per_pass: l.gpu_bytes_per_pass,
+                beside_bytes_per_pass: l.beside_bytes_per_pass,
                 on_device: l.on_device,
                 storage_copies: l.storage_copies,
                 measured_one_token: true,

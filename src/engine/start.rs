@@ -148,7 +148,11 @@ impl Session {
         let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
-        let links = Links { storage_copies: reader.copies(), ..links(&model, &plan, places.device.is_some()) };
+        let chosen = backend
+            .computes_in_ram()
+            .and_then(|threads| beside::choose(&model, &plan, options.sites, &|| here::site_rates(threads)));
+        let links = links(&model, &plan, chosen.as_deref(), places.device.is_some());
+        let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
 
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
@@ -164,11 +168,8 @@ impl Session {
         let traced = options.timeline && places.device.is_none();
         let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
-        if backend.computes_in_ram().is_some()
-            && let Some(chosen) = beside::choose(&model, &plan, options.sites, &here::site_rates)
-        {
-            weights.beside = Some(beside::beside(&model, &plan, &chosen, &places.in_ram, apart.in_ram.clone()));
-        }
+        weights.beside =
+            chosen.map(|chosen| beside::beside(&model, &plan, &chosen, &places.in_ram, apart.in_ram.clone()));
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
         if let Some(r) = &dims.recurrent {
             pages = pages.with_states(r.sequences);
@@ -594,11 +595,12 @@ pub(super) fn schedule(model: &Model, streamed: &dyn Fn(usize) -> bool) -> Vec<S
 }
 
 /// Bytes that a one-token pass reads, by tier. Experts count by the share that is used.
-fn links(model: &Model, plan: &Plan, on_device: bool) -> Links {
+fn links(model: &Model, plan: &Plan, beside: Option<&[bool]>, on_device: bool) -> Links {
     let h = &model.hparams;
-    let bytes = |wanted: &dyn Fn(Home) -> bool| {
-        let of = model.units.iter().zip(&plan.homes).filter(|(_, home)| wanted(**home));
-        of.map(|(u, _)| match u.kind {
+    let of_host = |u: usize| beside.is_some_and(|b| b[u]);
+    let bytes = |wanted: &dyn Fn(usize, Home) -> bool| {
+        let of = model.units.iter().zip(&plan.homes).enumerate().filter(|(i, (_, home))| wanted(*i, **home));
+        of.map(|(_, (u, _))| match u.kind {
             UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
             _ => u.bytes() as f64,
         })
@@ -606,9 +608,10 @@ fn links(model: &Model, plan: &Plan, on_device: bool) -> Links {
     };
     Links {
         on_device,
-        bytes_per_pass: bytes(&|_| true),
-        gpu_bytes_per_pass: if on_device { bytes(&|home| home != Home::A) } else { 0 },
-        nvme_bytes_per_pass: bytes(&|home| home == Home::C),
+        bytes_per_pass: bytes(&|_, _| true),
+        gpu_bytes_per_pass: if on_device { bytes(&|u, home| home != Home::A && !of_host(u)) } else { 0 },
+        beside_bytes_per_pass: bytes(&|u, _| of_host(u)),
+        nvme_bytes_per_pass: bytes(&|_, home| home == Home::C),
         ..Links::default()
     }
 }

@@ -28,8 +28,9 @@ pub(super) struct Weights {
     unit_bytes: Vec<u64>,
     /// Addresses, in the backend's memory, of vectors that are held apart from the units.
     pub apart: Vec<u64>,
-    /// What processors beside a device compute.
+    /// What processors beside a device compute, and bytes of weights that they were handed.
     pub beside: Option<Beside>,
+    pub beside_bytes: u64,
 }
 
 /// Units that processors beside a device compute from RAM in passes of exact rows, while prompts have them brought.
@@ -70,6 +71,7 @@ impl Weights {
             unit_bytes,
             apart: Vec::new(),
             beside: None,
+            beside_bytes: 0,
         }
     }
 
@@ -120,6 +122,9 @@ impl WeightSource for Weights {
             None => self.feed.acquire(unit)?,
         };
         self.bytes += self.unit_bytes[unit];
+        if self.in_ram(unit).is_some() {
+            self.beside_bytes += self.unit_bytes[unit];
+        }
         if self.traced {
             self.since = Instant::now();
         }

@@ -1,9 +1,11 @@
 //! Who computes what rests in RAM beside a device: processors where it lies, or the device, to which a link brings it.
 
-/// What the division follows from.
+use super::machine::{RamSide, Rate};
+
+/// What the division follows from: rates while both work.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SiteRates {
-    /// Bytes a second that processors read of RAM.
+    /// Bytes a second of weights that processors compute.
     pub ram: f64,
     /// Bytes a second of the link to the device.
     pub link: f64,
@@ -11,11 +13,26 @@ pub struct SiteRates {
 
 /// Seconds from the end of the device's work to the beginning of the processors', and back: measured while copies fill the link.
 pub const HAND_OVER_S: f64 = 50e-6;
-/// Bytes of RAM's rate that a byte of the link takes from processors. Of a server's memory it was seen to take a seventh; memory of
-/// two channels, which processors fill alone, gives all of it.
-pub const CONTENTION: f64 = 0.5;
+/// Share of what processors read of RAM at which one-token products read weights (16 processors of a Xeon).
+const PRODUCTS: f64 = 0.91;
+/// Bytes of RAM's rate that a byte of the link takes from processors, where it is not measured: of a server's memory it was seen to take
+/// a seventh; memory of two channels, which processors fill alone, gives all of it.
+const CONTENTION: f64 = 0.5;
+/// Share of its rate that a link keeps beside processors that read, where it is not measured.
+const LINK_BESIDE: f64 = 0.9;
+/// A few threads read more each than all do.
+const FEW_THREADS: f64 = 1.25;
 
 impl SiteRates {
+    /// Of a machine whose rates were measured by `all` threads, for `threads` of them.
+    pub fn of(ram: &RamSide, all: usize, threads: usize, link: &Rate, link_beside: Option<&Rate>) -> SiteRates {
+        let (read, link) = (ram.read.bytes_per_s(), link.bytes_per_s());
+        let estimate = (read - CONTENTION * link).max(read / 4.0);
+        let beside = ram.beside.as_ref().map_or(estimate, Rate::bytes_per_s);
+        let share = (threads as f64 / all.max(1) as f64 * FEW_THREADS).min(1.0);
+        SiteRates { ram: beside * share * PRODUCTS, link: link_beside.map_or(link * LINK_BESIDE, Rate::bytes_per_s) }
+    }
+
     /// In steps of a twentieth, so that a plan does not change with each measurement.
     pub fn rounded(self) -> SiteRates {
         let round = |rate: f64| 1.05f64.powf((rate.max(1.0).ln() / 1.05f64.ln()).round());
@@ -25,9 +42,8 @@ impl SiteRates {
     /// Seconds of a pass of one row in which processors compute `computed` bytes in `parts` parts and the link brings
     /// `carried`; `other_s` seconds are the device's own.
     pub fn pass_s(&self, computed: u64, parts: usize, carried: u64, other_s: f64) -> f64 {
-        let (computed, carried) = (computed as f64, carried as f64);
-        let chain = (computed + CONTENTION * carried) / self.ram + other_s + parts as f64 * HAND_OVER_S;
-        chain.max(carried / self.link)
+        let chain = computed as f64 / self.ram + other_s + parts as f64 * HAND_OVER_S;
+        chain.max(carried as f64 / self.link)
     }
 }
 

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::parse_size;
+use super::{SiteRates, parse_size};
 
 /// What a link carries.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,6 +69,9 @@ pub struct GpuSide {
     pub memory: Rate,
     /// Rate of copies from pinned memory to it.
     pub link: Rate,
+    /// The same while processors read memory; estimated if absent.
+    #[serde(default)]
+    pub link_beside: Option<Rate>,
     /// Products in prefill; unknown if absent.
     pub gemm: Option<Speed>,
 }
@@ -89,6 +92,9 @@ pub struct RamSide {
     pub budget: Option<u64>,
     /// Rate at which all processors read it together.
     pub read: Rate,
+    /// The same while the link to a GPU carries what it can; estimated if absent.
+    #[serde(default)]
+    pub beside: Option<Rate>,
 }
 
 /// Storage that tier C is read from.
@@ -177,9 +183,17 @@ impl Machine {
     /// All rates, named as messages call them.
     pub fn rates(&self) -> Vec<(&'static str, &Rate)> {
         let gpu = self.gpu.iter().flat_map(|g| [("VRAM", &g.memory), ("link to the GPU", &g.link)]);
+        let link_beside = self.gpu.iter().filter_map(|g| Some(("link beside reads of RAM", g.link_beside.as_ref()?)));
+        let beside = self.ram.beside.iter().map(|r| ("RAM beside the link", r));
         let storage = self.storage.iter().map(|s| ("storage", &s.read));
         let decode = self.cpu.decode.iter().map(|r| ("decode by processors", r));
-        gpu.chain(storage).chain([("RAM", &self.ram.read)]).chain(decode).collect()
+        gpu.chain(storage).chain([("RAM", &self.ram.read)]).chain(decode).chain(link_beside).chain(beside).collect()
+    }
+
+    /// The rates by which work is divided between the GPU and `threads` processors; `None` without a GPU.
+    pub fn site_rates(&self, threads: usize) -> Option<SiteRates> {
+        let gpu = self.gpu.as_ref()?;
+        Some(SiteRates::of(&self.ram, self.cpu.threads, threads, &gpu.link, gpu.link_beside.as_ref()))
     }
 
     /// Bytes a second of all drives together.

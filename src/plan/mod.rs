@@ -9,7 +9,7 @@ mod simulate;
 mod work;
 
 pub use crate::units::{format_at_least, format_bytes, parse_size};
-pub use assign::{SiteRates, assign};
+pub use assign::{HAND_OVER_S, SiteRates, assign};
 pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
 pub use place::{BUFFERS_MAX, Home, Limits, Plan, PlanError, Tiers, UnitPart, UnitSize, place};
 pub use predict::{COPY_TRANSFERS, LinkName, Rates, Roofline, Traffic, roofline};

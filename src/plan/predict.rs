@@ -50,6 +50,8 @@ pub struct Rates {
     pub gpu: Option<f64>,
     /// Reads of RAM.
     pub ram: Option<f64>,
+    /// Reads of RAM by processors and the link to the GPU at once, together.
+    pub ram_and_link: Option<f64>,
     /// Reads of storage, of all drives together.
     pub nvme: Option<f64>,
     /// Whether those are copies by processors.
@@ -65,29 +67,42 @@ pub struct Traffic {
     pub over_link: f64,
     /// Of all, read from storage.
     pub from_storage: f64,
+    /// Of all, computed by processors beside a GPU, from RAM.
+    pub beside: f64,
     /// Whether a GPU computes from its own memory.
     pub on_device: bool,
 }
 
 impl Traffic {
-    /// Of a pass over `tokens` tokens with units at these homes.
-    pub fn new(units: &[UnitWork], homes: &[Home], on_device: bool, tokens: usize) -> Traffic {
+    /// Of a pass over `tokens` tokens with units at these homes, of which processors beside a GPU compute some.
+    pub fn new(units: &[UnitWork], homes: &[Home], beside: Option<&[bool]>, on_device: bool, tokens: usize) -> Traffic {
+        let of_host = beside.map_or(0.0, |beside| {
+            let of = units.iter().zip(beside).filter(|(_, b)| **b);
+            of.map(|(u, _)| u.bytes as f64 * u.used_by(tokens)).sum()
+        });
         let bytes = |wanted: &dyn Fn(Home) -> bool| {
             let of = units.iter().zip(homes).filter(|(_, h)| wanted(**h));
             of.map(|(u, _)| u.bytes as f64 * u.used_by(tokens)).sum::<f64>()
         };
         Traffic {
             all: bytes(&|_| true),
-            over_link: if on_device { bytes(&|h| h != Home::A) } else { 0.0 },
+            over_link: if on_device { bytes(&|h| h != Home::A) - of_host } else { 0.0 },
             from_storage: bytes(&|h| h == Home::C),
+            beside: of_host,
             on_device,
         }
     }
 
     /// Bytes through RAM.
     pub fn through_ram(&self, copies: bool) -> f64 {
-        let computed = if self.on_device { self.over_link } else { self.all };
+        let computed = if self.on_device { self.over_link + self.beside } else { self.all };
         computed + if copies { COPY_TRANSFERS } else { 1.0 } * self.from_storage
+    }
+
+    /// What RAM gives, to processors and the link together where both take of it.
+    fn of_ram(&self, rates: &Rates) -> Option<f64> {
+        let both = rates.ram_and_link.filter(|_| self.beside > 0.0 && self.over_link > 0.0);
+        both.or(rates.ram)
     }
 
     /// Least seconds of a pass by link, for the rates that are known.
@@ -96,8 +111,8 @@ impl Traffic {
         [
             bound(LinkName::Nvme, self.from_storage, rates.nvme),
             bound(LinkName::Gpu, self.over_link, rates.gpu.filter(|_| self.on_device)),
-            bound(LinkName::Vram, self.all, rates.vram.filter(|_| self.on_device)),
-            bound(LinkName::Ram, self.through_ram(rates.copies), rates.ram),
+            bound(LinkName::Vram, self.all - self.beside, rates.vram.filter(|_| self.on_device)),
+            bound(LinkName::Ram, self.through_ram(rates.copies), self.of_ram(rates)),
         ]
         .into_iter()
         .flatten()
@@ -131,8 +146,15 @@ pub fn roofline(traffic: &Traffic, rates: &Rates, compute_s: Option<f64>) -> Opt
 mod tests {
     use super::*;
 
-    const TRAFFIC: Traffic = Traffic { all: 10.0, over_link: 6.0, from_storage: 2.0, on_device: true };
-    const RATES: Rates = Rates { vram: Some(100.0), gpu: Some(3.0), ram: Some(40.0), nvme: Some(2.0), copies: false };
+    const TRAFFIC: Traffic = Traffic { all: 10.0, over_link: 6.0, from_storage: 2.0, beside: 0.0, on_device: true };
+    const RATES: Rates = Rates {
+        vram: Some(100.0),
+        gpu: Some(3.0),
+        ram: Some(40.0),
+        ram_and_link: None,
+        nvme: Some(2.0),
+        copies: false,
+    };
 
     #[test]
     fn a_machine_worked_by_hand() {
@@ -146,6 +168,17 @@ mod tests {
         // Copies by processors: (6 + 2.35 * 2)/40.
         let r = roofline(&TRAFFIC, &Rates { gpu: Some(60.0), nvme: Some(20.0), copies: true, ..RATES }, None).unwrap();
         assert_eq!((r.seconds, r.bound_by), ((6.0 + 2.0 * COPY_TRANSFERS) / 40.0, LinkName::Ram));
+    }
+
+    /// What processors beside a GPU compute crosses no link, and RAM gives more to two that ask than to one.
+    #[test]
+    fn two_sites_share_ram() {
+        // 4/3 over the link, (4 + 6)/40 through RAM, (10 - 6)/100 from VRAM.
+        let t = Traffic { over_link: 4.0, beside: 6.0, from_storage: 0.0, ..TRAFFIC };
+        assert_eq!(t.bounds(&RATES).iter().find(|b| b.0 == LinkName::Ram).unwrap().1, 0.25);
+        assert_eq!(t.bounds(&RATES).iter().find(|b| b.0 == LinkName::Vram).unwrap().1, 0.04);
+        let both = Rates { ram_and_link: Some(50.0), ..RATES };
+        assert_eq!(t.bounds(&both).iter().find(|b| b.0 == LinkName::Ram).unwrap().1, 0.2);
     }
 
     #[test]

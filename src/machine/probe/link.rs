@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::queue::Queue;
-use super::{Latencies, Pages, ProbeError, Target, rate, storage};
+use super::{Latencies, Pages, ProbeError, Target, memory, rate, storage};
 use crate::backend::cuda::{Device, Stream};
 
 /// Sizes of one copy, in bytes.
@@ -16,6 +16,8 @@ const TIME: Duration = Duration::from_millis(200);
 const TOGETHER_TIME: Duration = Duration::from_secs(2);
 /// Copies handed over before the first is waited for.
 const BATCH: usize = 16;
+/// Pieces of pinned memory that are copied in turn beside reads of memory.
+const PARTS: usize = 8;
 
 /// Rates of copies of one size, bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -45,6 +47,19 @@ pub struct Report {
     pub both_at_once: (f64, f64),
     /// Copies to the GPU while storage is read, as in a run of three tiers; null without storage.
     pub with_storage: Option<Together>,
+    /// Copies to the GPU while processors read memory, as in a run of two sites; null unless memory is measured too.
+    pub with_memory: Option<Beside>,
+}
+
+/// Memory and the link at the same time, bytes per second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Beside {
+    /// Pinned memory to the GPU.
+    pub h2d: f64,
+    /// Memory to processors.
+    pub memory: f64,
+    /// Threads that read it.
+    pub threads: usize,
 }
 
 /// Storage and the link at the same time, bytes per second.
@@ -113,6 +128,7 @@ pub fn measure(device: &Arc<Device>, stop: &dyn Fn() -> bool, say: &mut dyn FnMu
         cells,
         both_at_once: (each, each),
         with_storage: None,
+        with_memory: None,
     })
 }
 
@@ -147,6 +163,33 @@ pub fn with_storage(
         };
         let reads = reads.join().unwrap_or(Err(ProbeError::Interrupted))?;
         Ok(Together { h2d: copies?, storage: reads.rate(), block_bytes: at.block_bytes, depth: at.depth })
+    })
+}
+
+/// Copies to the GPU from memory beyond any cache for as long as `threads` threads read other memory.
+///
+/// # Errors
+/// The driver's.
+pub fn with_memory(device: &Arc<Device>, threads: usize, available: Option<u64>) -> Result<Beside, ProbeError> {
+    let bytes = SIZES[SIZES.len() - 1];
+    let (stream, gpu) = (device.stream()?, device.alloc(bytes as u64, "the probe")?);
+    let parts = available.map_or(PARTS, |a| PARTS.min((a / 8) as usize / bytes)).max(1);
+    let mut host = device.alloc_pinned::<u8>(parts * bytes, "the probe")?;
+    let host = host.as_mut_slice().as_mut_ptr();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| {
+            let rate = memory::rate_of(threads, available);
+            over.store(true, Ordering::Relaxed);
+            rate
+        });
+        // SAFETY: each part of the pinned memory lies within it; all outlive the call, which waits for every copy.
+        let copies: Vec<_> =
+            (0..parts).map(|i| (&stream, unsafe { host.add(i * bytes) }, gpu.addr(), Way::ToGpu)).collect();
+        // SAFETY: as above; one stream does its copies in order, so that they may share the GPU's buffer.
+        let each = unsafe { timed_until(&copies, bytes, &|_| over.load(Ordering::Relaxed)) };
+        let memory = reads.join().map_err(|_| ProbeError::Interrupted)?;
+        Ok(Beside { h2d: each? * parts as f64, memory, threads })
     })
 }
 

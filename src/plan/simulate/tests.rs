@@ -33,7 +33,8 @@ fn work(setup: &Setup, each_s: f64) -> PassWork {
     PassWork { unit_s: vec![each_s; setup.units.len()], beside_s: 0.0, experts: 0 }
 }
 
-const RATES: Rates = Rates { vram: None, gpu: Some(100.0), ram: None, nvme: Some(50.0), copies: false };
+const RATES: Rates =
+    Rates { vram: None, gpu: Some(100.0), ram: None, ram_and_link: None, nvme: Some(50.0), copies: false };
 
 fn near(a: f64, b: f64) -> bool {
     (a - b).abs() <= 1e-6 * b.abs()
@@ -140,8 +141,14 @@ fn random(seed: u64) -> (Setup, PassWork) {
     units.push(unit(80, home(&mut rng), None));
     let slots = rng.random_range(2..7);
     let mut rate = || Some(f64::from(rng.random_range(20..400u32)));
-    let rates =
-        Rates { vram: None, gpu: rate(), ram: rate().map(|r| 3.0 * r), nvme: rate(), copies: seed.is_multiple_of(3) };
+    let rates = Rates {
+        vram: None,
+        gpu: rate(),
+        ram: rate().map(|r| 3.0 * r),
+        ram_and_link: None,
+        nvme: rate(),
+        copies: seed.is_multiple_of(3),
+    };
     let each = f64::from(rng.random_range(1..100u32)) / 100.0;
     let setup = Setup {
         units,
@@ -194,7 +201,7 @@ fn no_pass_is_faster_than_the_roofline() {
             .collect();
         let homes: Vec<Home> = setup.units.iter().map(|u| u.home).collect();
         let compute = pass.unit_s.iter().sum::<f64>() + pass.beside_s;
-        let r = roofline(&Traffic::new(&works, &homes, setup.on_device, 1), &setup.rates, Some(compute)).unwrap();
+        let r = roofline(&Traffic::new(&works, &homes, None, setup.on_device, 1), &setup.rates, Some(compute)).unwrap();
         let s = setup.settled(&pass).seconds;
         // A mean of four passes may begin and end at other points of the ring's turn.
         assert!(s >= r.seconds * 0.97, "seed {seed}: {s} < {r:?}");
