@@ -47,7 +47,6 @@ pub trait Hands: Backend {
 
 /// An operation with a feed-forward part in RAM.
 #[derive(Clone, Copy)]
-#[expect(clippy::large_enum_variant, reason = "a part has a handful")]
 enum Call {
     FeedForward { norm: Norm, gate: Linear, up: Linear, down: Linear },
     Op(Op<Weight>),

@@ -191,7 +191,8 @@ impl Shown {
         });
         json!({
             "machine": self.machine,
-            "site": f.site,
+            "site": if f.beside.is_some() { json!("both") } else { json!(f.site) },
+            "beside": f.computed_beside().map(|(units, bytes)| json!({ "site": "cpu", "units": units, "bytes": bytes, "threads": f.threads })),
             "n_buffers": f.n_buffers(),
             "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.plan.embedding_resident },
             "memory": {
@@ -254,6 +255,10 @@ impl Shown {
         for (home, name) in names.into_iter().filter(|(h, _)| *h != Home::A || f.site == Site::Gpu) {
             let (units, bytes) = f.tier(home);
             writeln!(out, "  {name:<14} {units:>5} units  {:>11}", format_bytes(bytes))?;
+        }
+        if let Some((units, bytes)) = f.computed_beside() {
+            let (bytes, threads) = (format_bytes(bytes), f.threads);
+            writeln!(out, "  while generating, {threads} processors compute {units} units ({bytes}) of those in RAM")?;
         }
         let slots = |n: usize, bytes: u64, attention: u64| match (n, attention) {
             (0, _) => "no slots".into(),

@@ -23,6 +23,8 @@ pub struct Report {
     links: Links,
     predicted: Option<Predicted>,
     device: Option<String>,
+    /// Units, bytes and threads of processors beside the device.
+    beside: Option<(usize, u64, usize)>,
     vram_bytes: Option<u64>,
     peak_rss_bytes: Option<u64>,
     notes: Vec<String>,
@@ -53,6 +55,10 @@ impl Report {
             links: session.links(),
             predicted: session.predicted(),
             device: session.device(),
+            beside: session.beside().map(|beside| {
+                let of = opened.model.units.iter().zip(beside).filter(|(_, b)| *b);
+                (of.clone().count(), of.map(|(u, _)| u.bytes()).sum(), session.threads_beside())
+            }),
             vram_bytes: session.vram_bytes(),
             peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
@@ -107,7 +113,25 @@ impl Report {
     }
 
     fn site(&self) -> &'static str {
-        if self.device.is_some() { "gpu" } else { "cpu" }
+        match (&self.device, self.beside) {
+            (Some(_), Some(_)) => "both",
+            (Some(_), None) => "gpu",
+            (None, _) => "cpu",
+        }
+    }
+
+    /// What computes which of the weights; of processors beside a device, while tokens are generated.
+    fn sites_json(&self) -> Json {
+        let all: (usize, u64) = self.homes.iter().fold((0, 0), |sum, h| (sum.0 + h.0, sum.1 + h.1));
+        let site = |name, units, bytes: u64| json!({ "site": name, "units": units, "bytes": bytes });
+        match (&self.device, self.beside) {
+            (Some(_), Some((units, bytes, threads))) => {
+                let cpu = json!({ "site": "cpu", "units": units, "bytes": bytes, "threads": threads });
+                json!([site("gpu", all.0 - units, all.1 - bytes), cpu])
+            }
+            (Some(_), None) => json!([site("gpu", all.0, all.1)]),
+            (None, _) => json!([site("cpu", all.0, all.1)]),
+        }
     }
 
     /// `plan` of the contract's JSON.
@@ -175,6 +199,7 @@ impl Report {
             "reader": self.reader,
             "device": self.device,
             "site": self.site(),
+            "sites": self.sites_json(),
             "n_buffers": self.n_buffers,
             "plan": self.plan_json(),
             "links": self.links_json(),
@@ -221,6 +246,13 @@ impl Report {
             self.n_buffers,
             self.backend
         )?;
+        if let Some((units, bytes, threads)) = self.beside {
+            let bytes = format_bytes(bytes);
+            writeln!(
+                out,
+                "sites     while generating, {threads} processors compute {units} of the units in RAM ({bytes})"
+            )?;
+        }
         if let Some((n_ctx, reach)) = self.beyond {
             writeln!(out, "context   {n_ctx} tokens, {reach} of them trained: text gets worse beyond")?;
         }

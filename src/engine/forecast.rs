@@ -174,6 +174,12 @@ impl Forecast {
         Work { units: &self.units, plan: &self.plan, beside, machine, site: self.site, threads: self.threads }
     }
 
+    /// Units that processors beside a GPU compute, and their bytes; `None` if there are none.
+    pub fn computed_beside(&self) -> Option<(usize, u64)> {
+        let of = self.units.iter().zip(self.beside.as_ref()?).filter(|(_, b)| **b);
+        Some((of.clone().count(), of.map(|(u, _)| u.bytes).sum()))
+    }
+
     /// Units and bytes of a tier.
     pub fn tier(&self, home: Home) -> (usize, u64) {
         let of = self.units.iter().zip(&self.plan.homes).filter(|(_, h)| **h == home);

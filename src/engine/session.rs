@@ -647,6 +647,11 @@ impl Session {
         self.weights.beside.as_ref().map(|b| b.units.iter().map(Option::is_some).collect())
     }
 
+    /// Threads of processors beside a device; 0 without.
+    pub fn threads_beside(&self) -> usize {
+        self.backend.computes_in_ram().unwrap_or(0)
+    }
+
     /// Home of each unit.
     pub fn homes(&self) -> &[Home] {
         &self.plan.homes

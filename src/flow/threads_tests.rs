@@ -182,6 +182,10 @@ fn what_made_the_reader_end_is_told_and_stays() {
             assert!(rows.contains("controller was reset"), "{rows}");
             s.give_up();
         }
+        // Another schedule does not bring it back.
+        s.reschedule(Place::Host, [5, 3].map(Step::Unit).to_vec());
+        let e = (0..2).find_map(|i| check(&s, [5, 3][i], &data).err()).unwrap().to_string();
+        assert!(e.contains("unit ") && e.contains("controller was reset"), "{e}");
     }
 }
 
