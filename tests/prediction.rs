@@ -8,7 +8,7 @@ mod skeleton;
 use std::path::Path;
 
 use nt::backend::BackendKind;
-use nt::engine::{Forecast, Opened, Options};
+use nt::engine::{Forecast, Opened, Options, Sites};
 use nt::plan::{Machine, Rate, StorageSide, parse_size};
 use serde_json::Value;
 use skeleton::{LLAMA3_8B, LLAMA3_70B, QWEN2_32B, skeleton};
@@ -18,7 +18,9 @@ const DRIVER_BYTES: u64 = 585_000_000;
 
 /// Options of `nt bench`'s words.
 fn options(args: &str, n_ctx: usize) -> Options {
-    let mut o = Options { threads: 16, n_buffers: Some(3), ..Options::new(BackendKind::Auto, n_ctx) };
+    // They were measured before processors computed beside a GPU.
+    let sites = Sites::One;
+    let mut o = Options { threads: 16, n_buffers: Some(3), sites, ..Options::new(BackendKind::Auto, n_ctx) };
     let mut words = args.split_whitespace();
     while let (Some(name), Some(value)) = (words.next(), words.next()) {
         match name {

@@ -368,6 +368,17 @@ impl Hands for Detached {
         self.given[place] = self.cpu.rows().to_vec();
         Ok(())
     }
+    fn route_and_give(
+        &mut self,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+        place: usize,
+    ) -> Result<&[u32], BackendError> {
+        self.cpu.route(norm, router, params)?;
+        self.give_routed(place)?;
+        Ok(self.cpu.chosen())
+    }
     fn give_routed(&mut self, place: usize) -> Result<(), BackendError> {
         self.given[place] = self.cpu.routed_rows().to_vec();
         Ok(())

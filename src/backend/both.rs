@@ -25,6 +25,15 @@ pub trait Hands: Backend {
     /// X of the rows at hand goes to `place`.
     fn give(&mut self, place: usize) -> Result<(), BackendError>;
 
+    /// [`Backend::route`], with what the experts read at `place` as by [`Hands::give_routed`].
+    fn route_and_give(
+        &mut self,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+        place: usize,
+    ) -> Result<&[u32], BackendError>;
+
     /// What the experts of the last routing read goes to `place`: `T` × `n_embd`.
     fn give_routed(&mut self, place: usize) -> Result<(), BackendError>;
 
@@ -83,6 +92,8 @@ pub struct Both {
     /// Not in use, kept for their lists.
     spare: Vec<Part>,
     next: usize,
+    /// Whether experts in RAM are expected of the next routing.
+    expects: bool,
     /// Choices of the rows at hand.
     chosen: Vec<u32>,
     /// Which (row, choice) pairs are the host's.
@@ -107,6 +118,7 @@ impl Both {
             open: None,
             spare,
             next: 0,
+            expects: false,
             chosen: Vec::with_capacity(choices),
             pairs: Vec::with_capacity(choices),
         })
@@ -182,7 +194,13 @@ impl Both {
 
     /// The outputs of experts in RAM go to the device.
     fn end_experts(&mut self) -> Result<(), BackendError> {
-        let Some(part) = self.open.take() else { return Ok(()) };
+        let Some(mut part) = self.open.take() else { return Ok(()) };
+        if part.experts.is_empty() {
+            // None of those in RAM was chosen.
+            part.clear();
+            self.spare.push(part);
+            return Ok(());
+        }
         let of_host = |id: &u32| part.experts.iter().any(|e| e.id == *id);
         self.pairs.clear();
         self.pairs.extend((0u32..).zip(&part.ids).filter(|(_, id)| of_host(id)).map(|(pair, _)| pair));
@@ -194,6 +212,7 @@ impl Both {
 
     /// Forgets what was put off, of a pass that has failed.
     fn forget(&mut self) {
+        self.expects = false;
         if self.late.is_some() || self.open.is_some() {
             self.device.answer_all();
         }
@@ -207,7 +226,7 @@ impl Both {
     /// The part that operations belong to, if they are for processors.
     fn in_part(&mut self, call: Call) -> bool {
         match &mut self.open {
-            Some(part) if part.experts.is_empty() => {
+            Some(part) if part.ids.is_empty() => {
                 part.calls.push(call);
                 true
             }
@@ -247,6 +266,10 @@ impl Backend for Both {
         Ok(())
     }
 
+    fn expect_experts_in_ram(&mut self) {
+        self.expects = true;
+    }
+
     fn end_part(&mut self) -> Result<(), BackendError> {
         match self.open.take() {
             Some(part) => self.put_off(part, |device, part| device.take(part.place)),
@@ -264,7 +287,7 @@ impl Backend for Both {
     }
 
     fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
-        self.forget();
+        Both::catch_up(self)?;
         self.device.begin(runs)
     }
 
@@ -317,10 +340,18 @@ impl Backend for Both {
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
-        self.catch_up()?;
-        let ids = self.device.route(norm, router, params)?;
+        Both::catch_up(self)?;
+        let part = std::mem::take(&mut self.expects).then(|| self.new_part());
+        let ids = match &part {
+            Some(part) => self.device.route_and_give(norm, router, params, part.place)?,
+            None => self.device.route(norm, router, params)?,
+        };
         self.chosen.clear();
         self.chosen.extend_from_slice(ids);
+        self.open = part.map(|mut part| {
+            part.ids.extend_from_slice(&self.chosen);
+            part
+        });
         Ok(&self.chosen)
     }
 

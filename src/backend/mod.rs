@@ -454,6 +454,9 @@ pub trait Backend {
         Err(BackendError::Beyond { backend: self.name(), what: "parts in RAM" })
     }
 
+    /// Some of the experts that [`Backend::route`], called next, may choose are in RAM: what they read is handed over at once.
+    fn expect_experts_in_ram(&mut self) {}
+
     /// Ends a part in RAM.
     fn end_part(&mut self) -> Result<(), BackendError> {
         Ok(())

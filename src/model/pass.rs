@@ -150,7 +150,9 @@ pub fn forward(
     // The router's answer is waited for in the middle of a pass.
     let dense = model.stages.iter().all(|s| s.experts.is_none());
     if !batch.is_one_token() || !dense || !pass.source.stays() {
-        return pass.all(stop);
+        pass.all(stop)?;
+        // Whoever waits for the device next need not know of what was put off.
+        return Ok(pass.backend.catch_up()?);
     }
     if pass.backend.begin_stretch()? {
         pass.source.repeated();
@@ -221,6 +223,15 @@ struct Pass<'a> {
     demanded: &'a mut Vec<usize>,
     /// Where final hidden states go, where they are wanted in place of logits.
     hidden: Option<&'a mut Vec<f32>>,
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Nothing that is dropped behind this is to wait for the rest.
+            self.backend.abandon();
+        }
+    }
 }
 
 impl<'a> Pass<'a> {
@@ -342,6 +353,10 @@ impl<'a> Pass<'a> {
         let in_ram = self.source.in_ram(stage.unit);
         if in_ram {
             self.backend.begin_part()?;
+        }
+        let of_host = |l: &[LinearRef; 3]| self.source.in_ram(l[0].weight.unit);
+        if stage.experts.as_ref().is_some_and(|e| e.list.iter().any(of_host)) {
+            self.backend.expect_experts_in_ram();
         }
         let mut left = [true; 2];
         for &class in self.classes {

@@ -12,7 +12,7 @@ use super::args::HandArgs;
 use super::driver::{Device, PinnedBuffer, Stream, check, device_error};
 use super::{CudaBackend, no_experts};
 use crate::backend::both::PLACES;
-use crate::backend::{BackendError, Dims, EXACT_ROWS, Hands};
+use crate::backend::{BackendError, Dims, EXACT_ROWS, Hands, Norm, RouterParams, Weight};
 
 /// Words between two that are written by different sides: cache lines come in pairs.
 const APART: usize = 32;
@@ -134,6 +134,24 @@ impl Hands for CudaBackend {
     fn give(&mut self, place: usize) -> Result<(), BackendError> {
         let x = self.x();
         self.give_rows(place, x)
+    }
+
+    fn route_and_give(
+        &mut self,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+        place: usize,
+    ) -> Result<&[u32], BackendError> {
+        let pairs = self.tokens * self.dims.n_experts_used;
+        // The router writes its choices where the host reads them.
+        let ids = address(&self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.ids_host);
+        self.choose_experts(norm, router, params, ids)?;
+        self.grouped = false;
+        self.give_routed(place)?;
+        self.given(place)?;
+        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
+        Ok(&moe.ids_host.as_slice()[..pairs])
     }
 
     fn give_routed(&mut self, place: usize) -> Result<(), BackendError> {

@@ -55,6 +55,8 @@ pub struct CudaBackend {
     logits_here: bool,
     /// Start of each expert's tokens in the lists of the last routing, one more than experts.
     expert_starts: Vec<u32>,
+    /// The lists are those of the last routing.
+    grouped: bool,
     /// Pages of the sequence at hand, as they are in the GPU's memory.
     table: Vec<PageId>,
     /// The way to processors and back, where there is one.
@@ -98,6 +100,7 @@ impl CudaBackend {
             rows_sent: device.event(false)?,
             logits_here: false,
             expert_starts: vec![0; dims.n_experts + 1],
+            grouped: false,
             table: (0..dims.pages() as PageId).collect(),
             recorder: Recorder::new(),
             handover: Handover::new(device, dims)?,
@@ -283,8 +286,56 @@ impl CudaBackend {
         usize::from(self.dims.kv_type == TensorType::F32)
     }
 
+    /// Launches a router: ids of its choices to `ids`, which kernels can write, their weights to the workspace; what experts read is left
+    /// there normed.
+    fn choose_experts(
+        &mut self,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+        ids: u64,
+    ) -> Result<(), BackendError> {
+        let exact = self.engine.class == Class::Exact;
+        let ws = &self.engine.ws;
+        let q = if exact { ws.input_q.addr() } else { 0 };
+        let f = ws.norm_f.addr();
+        let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
+        let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
+        let target = Target { weight: *router, bias: 0, out: moe.scores.addr(), stride: experts };
+        let args = RouteArgs {
+            scores: moe.scores.addr(),
+            ids,
+            weights: moe.weights.addr(),
+            tokens: self.tokens as i32,
+            experts: experts as i32,
+            used: used as i32,
+            normalize: i32::from(params.normalize),
+            scale: params.scale,
+        };
+        self.norm(norm, Inputs { f, q, ..Inputs::default() })?;
+        if form(router.ty, Class::Exact) == Form::Float {
+            self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
+        } else {
+            let h = self.engine.ws.halves.addr();
+            if !exact {
+                self.norm(norm, Inputs { h, ..Inputs::default() })?;
+            }
+            self.engine.products(
+                &[target],
+                self.tokens,
+                STORE,
+                Inputs { f, q, h, ..Inputs::default() },
+                Rows::default(),
+            )?;
+        }
+        let kernel = self.engine.kernels.route_topk;
+        // SAFETY: RouteArgs is what route_topk declares; the caller's buffer has a word for each choice.
+        unsafe { self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args) }
+    }
+
     /// Groups the (token, choice) pairs of the last routing by expert, and sends the lists.
     fn group_by_expert(&mut self) -> Result<(), BackendError> {
+        self.grouped = true;
         let used = self.dims.n_experts_used;
         let pairs = self.tokens * used;
         let Some(moe) = self.engine.ws.moe.as_mut() else {
@@ -478,48 +529,12 @@ impl Backend for CudaBackend {
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
-        let exact = self.engine.class == Class::Exact;
-        let ws = &self.engine.ws;
-        let q = if exact { ws.input_q.addr() } else { 0 };
-        let f = ws.norm_f.addr();
-        let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
-        let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
-        let target = Target { weight: *router, bias: 0, out: moe.scores.addr(), stride: experts };
-        let args = RouteArgs {
-            scores: moe.scores.addr(),
-            ids: moe.ids.addr(),
-            weights: moe.weights.addr(),
-            tokens: self.tokens as i32,
-            experts: experts as i32,
-            used: used as i32,
-            normalize: i32::from(params.normalize),
-            scale: params.scale,
-        };
-        let pairs = self.tokens * used;
+        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
         let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
-        self.norm(norm, Inputs { f, q, ..Inputs::default() })?;
-        if form(router.ty, Class::Exact) == Form::Float {
-            self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
-        } else {
-            let h = self.engine.ws.halves.addr();
-            if !exact {
-                self.norm(norm, Inputs { h, ..Inputs::default() })?;
-            }
-            self.engine.products(
-                &[target],
-                self.tokens,
-                STORE,
-                Inputs { f, q, h, ..Inputs::default() },
-                Rows::default(),
-            )?;
-        }
-        let kernel = self.engine.kernels.route_topk;
-        // SAFETY: RouteArgs is what route_topk declares; the pinned ids are read only after the
-        // wait below.
-        unsafe {
-            self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args)?;
-            self.engine.stream.download(src, dst, pairs * 4)?;
-        }
+        self.choose_experts(norm, router, params, src)?;
+        let pairs = self.tokens * self.dims.n_experts_used;
+        // SAFETY: both hold the pairs; the pinned ids are read only after the wait below.
+        unsafe { self.engine.stream.download(src, dst, pairs * 4)? };
         self.engine.stream.synchronize()?;
         self.group_by_expert()?;
         let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
@@ -527,6 +542,9 @@ impl Backend for CudaBackend {
     }
 
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
+        if !self.grouped {
+            self.group_by_expert()?;
+        }
         let start = self.expert_starts[e.id as usize] as usize;
         let n = self.expert_starts[e.id as usize + 1] as usize - start;
         if n == 0 {
