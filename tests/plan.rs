@@ -46,7 +46,7 @@ fn the_predecessors_cases_are_predicted() {
     let d = tempfile::tempdir().unwrap();
     let m = skeleton(d.path(), "70b.gguf", LLAMA3_70B, "Q6_K");
     let case = |m: &str, args: &[&str]| speed(&plan(&[&[m, "--machine"], args].concat()));
-    let theirs = ["--layout", "stacked", "--n-buffers", "2", "--no-wrap"];
+    let theirs = ["--layout", "stacked", "--n-buffers", "2", "--no-wrap", "--exact"];
     let m = m.to_str().unwrap();
     let tiers = ["rtx-3090-gen3x8", "--tiers", "20:30:30"];
     let stacked = case(m, &[&tiers[..], &theirs].concat());
@@ -58,6 +58,28 @@ fn the_predecessors_cases_are_predicted() {
     let link = ["rtx-5060-ti", "--tiers", "19:45:0", "--link", "25.2"];
     let s = case(m.to_str().unwrap(), &[&link[..], &theirs].concat());
     assert!((1.5..1.95).contains(&s), "{s}, 1.7 measured");
+}
+
+/// Processors beside a GPU compute what rests in RAM; which and how fast follows from the machine alone.
+#[test]
+fn two_sites_are_planned_where_a_model_rests_in_ram() {
+    let d = tempfile::tempdir().unwrap();
+    let m = skeleton(d.path(), "32b.gguf", QWEN2_32B, "Q4_K_M");
+    let m = m.to_str().unwrap();
+    for (machine, least) in [("h100", 1.6), ("rtx-5060-ti", 1.1), ("rtx-3090-gen3x8", 1.5)] {
+        let args = [m, "--machine", machine, "--vram", "8GB", "--ram", "16GiB", "--tier-c", "none"];
+        let (both, again) = (plan(&args), plan(&args));
+        assert_eq!(both, again);
+        let one = plan(&[&args[..], &["--exact"]].concat());
+        assert_eq!((both["site"].as_str(), one["site"].as_str()), (Some("both"), Some("gpu")), "{machine}");
+        assert!(one["beside"].is_null() && both["beside"]["units"].as_u64() > Some(0), "{both}");
+        let factor = speed(&both) / speed(&one);
+        assert!(factor > least, "{machine}: {factor}");
+        let all = plan(&[&args[..], &["--site", "both"]].concat());
+        assert!(all["beside"]["units"].as_u64() >= both["beside"]["units"].as_u64(), "{machine}");
+    }
+    let fits = plan(&[m, "--machine", "h100"]);
+    assert!(fits["site"] == "gpu" && fits["beside"].is_null(), "{fits}");
 }
 
 #[test]

@@ -378,7 +378,9 @@ impl Backend for Both {
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {
         self.end_experts()?;
-        self.device.combine_experts()
+        self.device.combine_experts()?;
+        // A router comes next, which waits: what is called before it is done sooner than the device is with its part of it.
+        Both::catch_up(self)
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
@@ -404,7 +406,11 @@ impl Backend for Both {
         }
         match op {
             Op::Route { .. } => self.catch_up()?,
-            Op::Combine { .. } => self.end_experts()?,
+            Op::Combine { .. } => {
+                self.end_experts()?;
+                self.device.op(op)?;
+                return Both::catch_up(self);
+            }
             _ => {}
         }
         self.device.op(op)

@@ -72,6 +72,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     }
     let mut options = run::options(&args.placement, KvArg::F16)?;
     let trained = opened.model.hparams.n_ctx_reach;
+    // Of a machine that one does not have, all processors compute.
+    options.threads = args.placement.threads.given().unwrap_or(machine.cpu.threads);
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.max(args.n_prompt.unwrap_or_default()).min(trained),

@@ -7,9 +7,6 @@ use crate::memory::Region;
 use crate::model::{Model, UnitKind};
 use crate::plan::{Home, Plan, SiteRates, assign};
 
-/// A rate at which devices read their memory, in bytes a second: how long they take for what they hold matters little here.
-const DEVICE_RATE: f64 = 400e9;
-
 /// Which sites compute where a device has memory of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sites {
@@ -56,7 +53,7 @@ pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() 
         let carried = |u: &usize| plan.homes[*u] != Home::A && !chosen[*u] && !routed(*u);
         let others: u64 = (0..chosen.len()).filter(carried).map(bytes).sum();
         let here: u64 = (0..chosen.len()).filter(|&u| plan.homes[u] == Home::A && !routed(u)).map(bytes).sum();
-        let divided = assign(&sizes, others, here as f64 / DEVICE_RATE, &rates().rounded());
+        let divided = assign(&sizes, others, here, &rates().rounded());
         for (unit, computed) in parts.into_iter().zip(divided) {
             chosen[unit] = computed;
         }

@@ -248,8 +248,12 @@ impl Work<'_> {
 
     /// The simulator, of passes of one token or of a prompt.
     fn setup(&self, rates: &Rates, exact: bool) -> Setup {
-        let plan = super::beside::as_exact(self.plan, self.beside.filter(|_| exact));
-        setup(self.units, &plan, rates, self.on_device())
+        let beside = self.beside.filter(|_| exact);
+        let plan = super::beside::as_exact(self.plan, beside);
+        let both = beside.and_then(|_| self.machine.site_rates(self.threads));
+        // Beside processors that read the same memory the link is slower.
+        let rates = Rates { gpu: both.map(|r| r.link).or(rates.gpu), ..*rates };
+        setup(self.units, &plan, &rates, self.on_device())
     }
 
     /// A pass of one token.

@@ -15,11 +15,16 @@ use crate::storage::guard::Host;
 /// The rates by which work is divided between a GPU and `threads` processors: measured before, or guessed.
 pub(super) fn site_rates(threads: usize) -> SiteRates {
     let facts = Facts::read(&Host::default());
-    let (link, beside) = match Device::open(0) {
-        Ok(device) => (link(&device, &facts), link_beside(&device)),
-        Err(_) => (Rate::guess(LINK_GUESS, ""), None),
+    let guess = |rate| Rate::guess(rate, "of a common GPU");
+    let (vram, link, beside) = match Device::open(0) {
+        Ok(device) => {
+            // A session leaves no room to measure it.
+            let vram = cached("vram", "copies within VRAM", &probe::link::identity(&device));
+            (vram.unwrap_or_else(|| guess(VRAM_GUESS)), link(&device, &facts), link_beside(&device))
+        }
+        Err(_) => (guess(VRAM_GUESS), guess(LINK_GUESS), None),
     };
-    SiteRates::of(&ram(), machine::n_cpus(), threads, &link, beside.as_ref())
+    SiteRates::of(&ram(), (machine::n_cpus(), threads), &vram, &link, beside.as_ref())
 }
 
 /// Guessed rate of memory for each thread, up to two channels' worth.

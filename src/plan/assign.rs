@@ -9,54 +9,70 @@ pub struct SiteRates {
     pub ram: f64,
     /// Bytes a second of the link to the device.
     pub link: f64,
+    /// Bytes a second of weights that the device computes from its own memory.
+    pub device: f64,
 }
 
 /// Seconds from the end of the device's work to the beginning of the processors', and back: measured while copies fill the link.
 pub const HAND_OVER_S: f64 = 50e-6;
 /// Share of what processors read of RAM at which one-token products read weights (16 processors of a Xeon).
 const PRODUCTS: f64 = 0.91;
-/// Bytes of RAM's rate that a byte of the link takes from processors, where it is not measured: of a server's memory it was seen to take
-/// a seventh; memory of two channels, which processors fill alone, gives all of it.
-const CONTENTION: f64 = 0.5;
-/// Share of its rate that a link keeps beside processors that read, where it is not measured.
-const LINK_BESIDE: f64 = 0.9;
+/// Bytes of RAM's rate that a byte of the link takes from processors, where it is not measured: all, as of memory that processors fill
+/// alone. Of one server's memory it was seen to take a seventh, of another's all.
+const CONTENTION: f64 = 1.0;
+/// Share of its rate that a link keeps beside processors that read, where it is not measured, and of that beside products.
+const LINK_BESIDE: f64 = 0.95;
+const LINK_BESIDE_PRODUCTS: f64 = 0.9;
+/// Share of a device's memory rate at which one-token products read weights.
+const PRODUCTS_ON_DEVICE: f64 = 0.67;
 /// A few threads read more each than all do.
 const FEW_THREADS: f64 = 1.25;
 
 impl SiteRates {
-    /// Of a machine whose rates were measured by `all` threads, for `threads` of them.
-    pub fn of(ram: &RamSide, all: usize, threads: usize, link: &Rate, link_beside: Option<&Rate>) -> SiteRates {
+    /// Of RAM that `all` threads read, for `threads` of them, and a device with this memory and link.
+    pub fn of(
+        ram: &RamSide,
+        (all, threads): (usize, usize),
+        vram: &Rate,
+        link: &Rate,
+        link_beside: Option<&Rate>,
+    ) -> SiteRates {
         let (read, link) = (ram.read.bytes_per_s(), link.bytes_per_s());
         let estimate = (read - CONTENTION * link).max(read / 4.0);
         let beside = ram.beside.as_ref().map_or(estimate, Rate::bytes_per_s);
         let share = (threads as f64 / all.max(1) as f64 * FEW_THREADS).min(1.0);
-        SiteRates { ram: beside * share * PRODUCTS, link: link_beside.map_or(link * LINK_BESIDE, Rate::bytes_per_s) }
+        SiteRates {
+            ram: beside * share * PRODUCTS,
+            link: link_beside.map_or(link * LINK_BESIDE, Rate::bytes_per_s) * LINK_BESIDE_PRODUCTS,
+            device: vram.bytes_per_s() * PRODUCTS_ON_DEVICE,
+        }
     }
 
     /// In steps of a twentieth, so that a plan does not change with each measurement.
     pub fn rounded(self) -> SiteRates {
         let round = |rate: f64| 1.05f64.powf((rate.max(1.0).ln() / 1.05f64.ln()).round());
-        SiteRates { ram: round(self.ram), link: round(self.link) }
+        SiteRates { ram: round(self.ram), link: round(self.link), device: round(self.device) }
     }
 
     /// Seconds of a pass of one row in which processors compute `computed` bytes in `parts` parts and the link brings
-    /// `carried`; `other_s` seconds are the device's own.
-    pub fn pass_s(&self, computed: u64, parts: usize, carried: u64, other_s: f64) -> f64 {
-        let chain = computed as f64 / self.ram + other_s + parts as f64 * HAND_OVER_S;
+    /// `carried`; the device has `here` bytes of its own. The sites work in turn, the link beside them.
+    pub fn pass_s(&self, computed: u64, parts: usize, carried: u64, here: u64) -> f64 {
+        let on_device = (here + carried) as f64 / self.device;
+        let chain = computed as f64 / self.ram + on_device + parts as f64 * HAND_OVER_S;
         chain.max(carried as f64 / self.link)
     }
 }
 
 /// Which of the parts of these sizes, in the order of a pass, processors compute, so that a pass of one row is shortest;
-/// `carried` bytes are brought in any case, and `other_s` seconds are the device's own. They lie spread over the depth, so that the link
+/// `carried` bytes are brought in any case, and `here` bytes are in the device's memory. They lie spread over the depth, so that the link
 /// has time for the others.
-pub fn assign(sizes: &[u64], carried: u64, other_s: f64, rates: &SiteRates) -> Vec<bool> {
+pub fn assign(sizes: &[u64], carried: u64, here: u64, rates: &SiteRates) -> Vec<bool> {
     let n = sizes.len();
     let divided = |k: usize| -> Vec<bool> { (0..n).map(|i| (i + 1) * k / n > i * k / n).collect() };
     let seconds = |k: usize| {
         let computed: u64 = sizes.iter().zip(divided(k)).filter(|(_, computed)| *computed).map(|(s, _)| s).sum();
         let all: u64 = sizes.iter().sum();
-        rates.pass_s(computed, k, carried + all - computed, other_s)
+        rates.pass_s(computed, k, carried + all - computed, here)
     };
     let best = (0..=n).min_by(|&a, &b| seconds(a).total_cmp(&seconds(b)));
     divided(best.unwrap_or(0))
@@ -72,7 +88,7 @@ mod tests {
     fn the_faster_way_takes_more() {
         let sizes = vec![251 * MB; 52];
         let share = |ram: f64, link: f64| {
-            let units = assign(&sizes, 0, 4e-3, &SiteRates { ram, link });
+            let units = assign(&sizes, 0, 6 << 30, &SiteRates { ram, link, device: 2e12 });
             units.iter().filter(|u| **u).count()
         };
         assert_eq!(share(130e9, 1.0), 52);
@@ -84,7 +100,7 @@ mod tests {
 
     #[test]
     fn parts_lie_spread() {
-        let units = assign(&[100 * MB; 40], 0, 0.0, &SiteRates { ram: 50e9, link: 50e9 });
+        let units = assign(&[100 * MB; 40], 0, 0, &SiteRates { ram: 50e9, link: 50e9, device: 1e12 });
         let k = units.iter().filter(|u| **u).count();
         for half in units.chunks(20) {
             let here = half.iter().filter(|u| **u).count();
@@ -94,16 +110,16 @@ mod tests {
 
     #[test]
     fn what_is_carried_in_any_case_leaves_the_rest_to_processors() {
-        let rates = SiteRates { ram: 100e9, link: 50e9 };
-        let count = |carried| assign(&[100 * MB; 20], carried, 0.0, &rates).iter().filter(|u| **u).count();
+        let rates = SiteRates { ram: 100e9, link: 50e9, device: 1e12 };
+        let count = |carried| assign(&[100 * MB; 20], carried, 0, &rates).iter().filter(|u| **u).count();
         assert!(count(3 << 30) > count(0));
         assert_eq!(count(100 << 30), 20);
     }
 
     #[test]
     fn rates_are_rounded() {
-        let a = SiteRates { ram: 100e9, link: 50e9 }.rounded();
-        let b = SiteRates { ram: 101e9, link: 50.2e9 }.rounded();
+        let a = SiteRates { ram: 100e9, link: 50e9, device: 1e12 }.rounded();
+        let b = SiteRates { ram: 101e9, link: 50.2e9, device: 1.01e12 }.rounded();
         assert_eq!(a, b);
         assert!((a.ram / 100e9 - 1.0).abs() < 0.05);
     }

@@ -193,7 +193,7 @@ impl Machine {
     /// The rates by which work is divided between the GPU and `threads` processors; `None` without a GPU.
     pub fn site_rates(&self, threads: usize) -> Option<SiteRates> {
         let gpu = self.gpu.as_ref()?;
-        Some(SiteRates::of(&self.ram, self.cpu.threads, threads, &gpu.link, gpu.link_beside.as_ref()))
+        Some(SiteRates::of(&self.ram, (self.cpu.threads, threads), &gpu.memory, &gpu.link, gpu.link_beside.as_ref()))
     }
 
     /// Bytes a second of all drives together.
