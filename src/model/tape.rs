@@ -51,6 +51,16 @@ impl Tape {
         Tape { stages: model.stages.iter().map(of).collect() }
     }
 
+    /// What a pass does that a backend `can` not; `None` if it can all.
+    pub fn lacks(&self, can: impl Fn(&Op<TensorRef>) -> bool) -> Option<&'static str> {
+        let calls = self.stages.iter().flat_map(|s| s.with.iter().chain(&s.after));
+        let mut lacking = calls.filter_map(|c| match c {
+            Call::Op(op) if !can(op) => Some(op.what()),
+            _ => None,
+        });
+        lacking.next()
+    }
+
     /// What a pass does that is no fused call; `None` if all is.
     pub fn beyond(&self, model: &Model) -> Option<&'static str> {
         let calls = self.stages.iter().flat_map(|s| s.with.iter().chain(&s.after));

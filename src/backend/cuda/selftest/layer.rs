@@ -93,6 +93,7 @@ fn dims(c: &Case) -> Dims {
         n_attn: 0,
         recurrent: None,
         beyond: None,
+        no_kernel: None,
     }
 }
 

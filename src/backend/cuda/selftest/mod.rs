@@ -92,6 +92,7 @@ fn product_dims() -> Dims {
         n_attn: 0,
         recurrent: None,
         beyond: None,
+        no_kernel: None,
     }
 }
 
