@@ -187,3 +187,191 @@ extern "C" __global__ void __launch_bounds__(256) act_sum(const __grid_constant_
     }
     a.x[i] = a.add ? a.x[i] + s : s;
 }
+
+// Recurrences. A state has two copies: a pass reads the one whose number lies at `state`, or nothing where it begins at
+// position 0, and writes that of the number with its lowest bit turned. Each row follows from the one before.
+struct States {
+    float* all;        // copies, `floats` each
+    const int* pass;   // see first_position
+    const int* state;
+    int floats, offset;  // of a copy; where the layer's part of it begins
+    __device__ __forceinline__ const float* old() const {
+        return first_position(pass) == 0 ? nullptr : all + (size_t)*state * floats + offset;
+    }
+    __device__ __forceinline__ float* next() const { return all + (size_t)(*state ^ 1) * floats + offset; }
+};
+ARGS_SIZE(States, 32); ARGS_FIELD(States, all, 0); ARGS_FIELD(States, pass, 8); ARGS_FIELD(States, state, 16);
+ARGS_FIELD(States, floats, 24); ARGS_FIELD(States, offset, 28);
+
+struct ConvArgs {
+    States states;    // [taps - 1][channels]: the last inputs
+    float* mix;       // rows × channels, in place; short_conv: rows × 3 × channels, read
+    float* out;       // short_conv: rows × channels
+    const float* w;   // channels × taps, the newest input's last
+    int rows, channels, taps;
+};
+ARGS_SIZE(ConvArgs, 72); ARGS_FIELD(ConvArgs, states, 0); ARGS_FIELD(ConvArgs, mix, 32); ARGS_FIELD(ConvArgs, out, 40);
+ARGS_FIELD(ConvArgs, w, 48); ARGS_FIELD(ConvArgs, rows, 56); ARGS_FIELD(ConvArgs, channels, 60);
+ARGS_FIELD(ConvArgs, taps, 64);
+
+#define TAPS_MAX 8
+#define ROWS_AHEAD 8
+
+// One thread a channel. SHORT: out = c * conv(b * x) of the parts b, c and x; else mix = silu(conv(mix)).
+template <bool SHORT>
+__device__ __forceinline__ void convolve(const ConvArgs& a) {
+    const int c = blockIdx.x * 128 + threadIdx.x, n = a.channels;
+    pdl_launch();
+    pdl_wait();
+    if (c >= n) return;
+    // The last TAPS_MAX inputs, the newest one last; those before `taps` have no weight.
+    float window[TAPS_MAX], w[TAPS_MAX];
+    const float* old = a.states.old();
+    const int shift = TAPS_MAX - a.taps;
+#pragma unroll
+    for (int i = 0; i < TAPS_MAX; i++) {
+        w[i] = i >= shift ? a.w[(size_t)c * a.taps + i - shift] : 0.0f;
+        window[i] = i > shift && old ? old[(size_t)(i - shift - 1) * n + c] : 0.0f;
+    }
+    for (int t0 = 0; t0 < a.rows; t0 += ROWS_AHEAD) {
+        float x[ROWS_AHEAD], gate[ROWS_AHEAD];
+#pragma unroll
+        for (int i = 0; i < ROWS_AHEAD; i++) {
+            const size_t t = t0 + i;
+            const bool here = t0 + i < a.rows;
+            gate[i] = 0.0f;
+            if (SHORT) {
+                const float* row = a.mix + 3 * t * n + c;
+                x[i] = here ? row[0] * row[2 * n] : 0.0f;
+                if (here) gate[i] = row[n];
+            } else {
+                x[i] = here ? a.mix[t * n + c] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS_AHEAD; i++) {
+            if (t0 + i >= a.rows) break;
+            const size_t at = (size_t)(t0 + i) * n + c;
+#pragma unroll
+            for (int k = 0; k < TAPS_MAX - 1; k++) window[k] = window[k + 1];
+            window[TAPS_MAX - 1] = x[i];
+            float sum = 0.0f;
+#pragma unroll
+            for (int k = 0; k < TAPS_MAX; k++) sum = __fmaf_rn(window[k], w[k], sum);
+            if (SHORT) a.out[at] = gate[i] * sum;
+            else a.mix[at] = silu(sum);
+        }
+    }
+    float* next = a.states.next();
+#pragma unroll
+    for (int i = 0; i < TAPS_MAX; i++)
+        if (i > shift) next[(size_t)(i - shift - 1) * n + c] = window[i];
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv(const __grid_constant__ ConvArgs a) { convolve<false>(a); }
+extern "C" __global__ void __launch_bounds__(128) short_conv(const __grid_constant__ ConvArgs a) { convolve<true>(a); }
+
+struct DeltaArgs {
+    States states;        // [head][key][value]
+    const float* mix;     // rows × channels: queries and keys of n_keys heads, then values of n_values
+    const float* beta;    // rows × each
+    const float* alpha;
+    const float* gates;   // rows × n_values × dim
+    float* out;           // as gates
+    const float* decay;   // one a value head
+    const float* bias;
+    const float* norm;    // dim, or null for ones
+    int rows, channels, n_keys, n_values;
+    int each;             // numbers of a row of beta, and of alpha
+    int tiled;            // see DeltaNet in src/backend/op.rs
+    float eps;
+};
+ARGS_SIZE(DeltaArgs, 128); ARGS_FIELD(DeltaArgs, states, 0); ARGS_FIELD(DeltaArgs, mix, 32); ARGS_FIELD(DeltaArgs, beta, 40);
+ARGS_FIELD(DeltaArgs, alpha, 48); ARGS_FIELD(DeltaArgs, gates, 56); ARGS_FIELD(DeltaArgs, out, 64);
+ARGS_FIELD(DeltaArgs, decay, 72); ARGS_FIELD(DeltaArgs, bias, 80); ARGS_FIELD(DeltaArgs, norm, 88);
+ARGS_FIELD(DeltaArgs, rows, 96); ARGS_FIELD(DeltaArgs, channels, 100); ARGS_FIELD(DeltaArgs, n_keys, 104);
+ARGS_FIELD(DeltaArgs, n_values, 108); ARGS_FIELD(DeltaArgs, each, 112); ARGS_FIELD(DeltaArgs, tiled, 116);
+ARGS_FIELD(DeltaArgs, eps, 120);
+
+// What a thread brings of a row before the row before it is done.
+struct DeltaRow {
+    float q, k, v, gate, alpha, beta;
+};
+
+// One block a value head, four threads a column of its state, which stays in registers: thread 4 j + p has the rows
+// 4 i + p of column j.
+template <int DIM>
+__device__ __forceinline__ void delta(const DeltaArgs& a) {
+    constexpr int N = DIM / 4;
+    // Two rows' worth: who is ahead writes the other one.
+    __shared__ float qs[2][DIM], ks[2][DIM], os[2][DIM];
+    const int tid = threadIdx.x, lane = tid & 31, j = tid >> 2, p = tid & 3, head = blockIdx.x;
+    const int share = a.n_values / a.n_keys, key = a.tiled ? head % a.n_keys : head / share;
+    const int grouped = key * 2 * share + head % share;
+    const int at_beta = a.tiled ? head : grouped, at_alpha = a.tiled ? head : grouped + share;
+    const float decay = a.decay[head], bias = a.bias[head], weight = a.norm ? a.norm[j] : 1.0f;
+    pdl_launch();
+    pdl_wait();
+    const float* old = a.states.old();
+    float s[N];
+    const size_t own = (size_t)head * DIM * DIM + j;
+#pragma unroll
+    for (int i = 0; i < N; i++) s[i] = old ? old[own + (size_t)(4 * i + p) * DIM] : 0.0f;
+    auto bring = [&](int t) {
+        DeltaRow r;
+        const float* row = a.mix + (size_t)t * a.channels;
+        r.q = row[key * DIM + j];
+        r.k = row[(a.n_keys + key) * DIM + j];
+        r.v = row[(2 * a.n_keys + head) * DIM + j];
+        r.gate = a.gates[((size_t)t * a.n_values + head) * DIM + j];
+        r.beta = a.beta[(size_t)t * a.each + at_beta];
+        r.alpha = a.alpha[(size_t)t * a.each + at_alpha];
+        return r;
+    };
+    DeltaRow here = bring(0);
+    for (int t = 0; t < a.rows; t++) {
+        const DeltaRow r = here;
+        float *q = qs[t & 1], *k = ks[t & 1], *o = os[t & 1];
+        if (p == 0) q[j] = r.q, k[j] = r.k;
+        __syncthreads();
+        if (t + 1 < a.rows) here = bring(t + 1);
+        float q2 = 0.0f, k2 = 0.0f;
+#pragma unroll
+        for (int i = lane; i < DIM; i += 32) q2 = __fmaf_rn(q[i], q[i], q2), k2 = __fmaf_rn(k[i], k[i], k2);
+        const float q_unit = 1.0f / sqrtf(warp_sum(q2) + a.eps), k_unit = 1.0f / sqrtf(warp_sum(k2) + a.eps);
+        const float x = r.alpha + bias;
+        const float keep = expf(decay * (x > 20.0f ? x : log1pf(expf(x))));
+        float d = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            s[i] *= keep;
+            d = __fmaf_rn(s[i], k[4 * i + p] * k_unit, d);
+        }
+        d += __shfl_xor_sync(0xffffffffu, d, 1);
+        d += __shfl_xor_sync(0xffffffffu, d, 2);
+        d = (r.v - d) / (1.0f + expf(-r.beta));
+        float y = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            s[i] = __fmaf_rn(k[4 * i + p] * k_unit, d, s[i]);
+            y = __fmaf_rn(s[i], q[4 * i + p] * q_unit, y);
+        }
+        y += __shfl_xor_sync(0xffffffffu, y, 1);
+        y += __shfl_xor_sync(0xffffffffu, y, 2);
+        y *= rsqrtf((float)DIM);
+        if (p == 0) o[j] = y;
+        __syncthreads();
+        float y2 = 0.0f;
+#pragma unroll
+        for (int i = lane; i < DIM; i += 32) y2 = __fmaf_rn(o[i], o[i], y2);
+        const float scale = norm_scale(warp_sum(y2), DIM, a.eps);
+        if (p == 0) a.out[((size_t)t * a.n_values + head) * DIM + j] = y * scale * weight * silu(r.gate);
+    }
+    float* next = a.states.next();
+#pragma unroll
+    for (int i = 0; i < N; i++) next[own + (size_t)(4 * i + p) * DIM] = s[i];
+}
+
+extern "C" __global__ void __launch_bounds__(128) delta_32(const __grid_constant__ DeltaArgs a) { delta<32>(a); }
+extern "C" __global__ void __launch_bounds__(256) delta_64(const __grid_constant__ DeltaArgs a) { delta<64>(a); }
+extern "C" __global__ void __launch_bounds__(512) delta_128(const __grid_constant__ DeltaArgs a) { delta<128>(a); }

@@ -253,6 +253,49 @@ pub(super) struct SumArgs {
     pub add: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct States {
+    pub all: u64,
+    pub pass: u64,
+    pub state: u64,
+    pub floats: i32,
+    pub offset: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ConvArgs {
+    pub states: States,
+    pub mix: u64,
+    pub out: u64,
+    pub w: u64,
+    pub rows: i32,
+    pub channels: i32,
+    pub taps: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct DeltaArgs {
+    pub states: States,
+    pub mix: u64,
+    pub beta: u64,
+    pub alpha: u64,
+    pub gates: u64,
+    pub out: u64,
+    pub decay: u64,
+    pub bias: u64,
+    pub norm: u64,
+    pub rows: i32,
+    pub channels: i32,
+    pub n_keys: i32,
+    pub n_values: i32,
+    pub each: i32,
+    pub tiled: i32,
+    pub eps: f32,
+}
+
 /// Asserts size and offsets of each structure, as `ARGS_SIZE` and `ARGS_FIELD` do in `kernels/`; the table is
 /// compared with those lines by a test.
 macro_rules! layouts {
@@ -282,6 +325,9 @@ layouts! {
     CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
     ActArgs 56 { x 0, y 8, z 16, pass 24, rows 32, n 36, each 40, by 44, cap 48 }
     RouteByArgs 64 { scores 0, bias 8, ids 16, weights 24, tokens 32, experts 36, used 40, gating 44, normalize 48, groups 52, kept 56, scale 60 }
+    States 32 { all 0, pass 8, state 16, floats 24, offset 28 }
+    ConvArgs 72 { states 0, mix 32, out 40, w 48, rows 56, channels 60, taps 64 }
+    DeltaArgs 128 { states 0, mix 32, beta 40, alpha 48, gates 56, out 64, decay 72, bias 80, norm 88, rows 96, channels 100, n_keys 104, n_values 108, each 112, tiled 116, eps 120 }
     SumArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32, add 36 }
 }
 

@@ -85,6 +85,9 @@ impl CudaBackend {
         if let Some(what) = dims.no_kernel {
             return Some(BackendError::Beyond { backend: "cuda", what });
         }
+        if let Some(what) = dims.recurrent.and_then(|r| ops::refuses(&r)) {
+            return Some(BackendError::Beyond { backend: "cuda", what });
+        }
         if !HEAD_DIMS.contains(&dims.head_dim) {
             return Some(BackendError::Beyond { backend: "cuda", what: OTHER_HEADS });
         }
@@ -191,6 +194,11 @@ impl CudaBackend {
             self.table.truncate(known);
         }
         sent
+    }
+
+    /// Where kernels read which recurrent state the pass begins with.
+    fn state_word(&self) -> u64 {
+        self.engine.ws.pass.addr() + 4 * (1 + self.dims.pages()) as u64
     }
 
     fn cache_offset(&self, layer: usize) -> u64 {
@@ -336,7 +344,7 @@ impl CudaBackend {
         ids: u64,
     ) -> Result<(), BackendError> {
         let exact = self.engine.class == Class::Exact;
-        self.waiting.forget_forms();
+        self.waiting.begin_fused();
         self.waiting.on_input = false;
         let ws = &self.engine.ws;
         let q = if exact { ws.input_q.addr() } else { 0 };
@@ -455,14 +463,22 @@ impl Backend for CudaBackend {
         self.send_pages(run.table)?;
         let at = self.engine.ws.pass.addr();
         // SAFETY: the word is the workspace's; kernels read it in stream order.
-        unsafe { self.engine.stream.set(at, run.first_pos as u32) }
+        unsafe { self.engine.stream.set(at, run.first_pos as u32)? };
+        let Some(recurrent) = self.dims.recurrent else { return Ok(()) };
+        if run.state as usize >= 2 * recurrent.sequences {
+            let what = format!("recurrent state {} does not exist; there are {}", run.state, 2 * recurrent.sequences);
+            return Err(BackendError::Pass { backend: "cuda", what });
+        }
+        // SAFETY: as above.
+        unsafe { self.engine.stream.set(self.state_word(), run.state) }
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
-        let StateOp::Copy { from, to, positions } = *op else {
-            return Err(BackendError::Beyond { backend: "cuda", what: "recurrent states" });
-        };
         self.engine.device.bind()?;
+        let (from, to, positions) = match *op {
+            StateOp::Copy { from, to, positions } => (from, to, positions),
+            StateOp::CopyState { from, to } => return self.copy_state(from, to),
+        };
         for cache in [&self.engine.ws.k_cache, &self.engine.ws.v_cache] {
             let rows = self.page_rows(cache.addr(), from, positions);
             let to = self.page_rows(cache.addr(), to, positions);
@@ -539,7 +555,7 @@ impl Backend for CudaBackend {
         k_norm: Option<&Norm>,
     ) -> Result<(), BackendError> {
         let types = [q.weight.ty, k.weight.ty, v.weight.ty];
-        self.waiting.forget_forms();
+        self.waiting.begin_fused();
         let input = self.normed(norm, &types)?;
         let ws = &self.engine.ws;
         let targets = [Target::new(q, ws.q.addr()), Target::new(k, ws.k.addr()), Target::new(v, ws.v.addr())];
@@ -584,9 +600,15 @@ impl Backend for CudaBackend {
     }
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
-        self.waiting.forget_forms();
-        let input = self.normed(norm, &[gate.weight.ty, up.weight.ty])?;
+        self.waiting.begin_fused();
+        let types = [gate.weight.ty, up.weight.ty];
+        // A router behind this part reads what it reads.
+        let input = match self.dims.beyond.is_some() && self.dims.n_experts > 0 {
+            true => self.normed_for_all(norm, &types)?,
+            false => self.normed(norm, &types)?,
+        };
         let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
+        self.waiting.made_hidden(&hidden);
         let target = Target::new(down, self.x());
         self.engine.products(&[target], self.tokens, ADD, hidden, Rows::default())
     }
@@ -655,7 +677,7 @@ impl Backend for CudaBackend {
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
         self.check_outputs()?;
-        self.waiting.forget_forms();
+        self.waiting.begin_fused();
         // The head's type is not known yet: every form that it may want.
         let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0]);
         let q = if self.dims.n_embd.is_multiple_of(32) { to.q } else { 0 };

@@ -46,6 +46,10 @@ pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, Te
 /// Head sizes with attention kernels.
 pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
 
+/// Sizes of delta nets' heads with kernels, and the most inputs that a convolution sees.
+pub(super) const DELTA_DIMS: [usize; 3] = [32, 64, 128];
+pub(super) const TAPS_MAX: usize = 8;
+
 /// Largest batch of each matrix-times-vectors kernel of `gemv.cu` and `bulk.cu`.
 pub(super) const GEMV_BATCHES: [usize; 4] = [1, 2, 4, 8];
 
@@ -104,6 +108,10 @@ pub(super) struct Acts {
     pub logits: Func,
     pub sum: Func,
     pub route_by: Func,
+    pub conv: Func,
+    pub short_conv: Func,
+    /// By [`DELTA_DIMS`].
+    pub delta: [Func; 3],
 }
 
 impl Acts {
@@ -119,6 +127,9 @@ impl Acts {
             logits: get("act_logits")?,
             sum: get("act_sum")?,
             route_by: get("route_by")?,
+            conv: get("conv")?,
+            short_conv: get("short_conv")?,
+            delta: [get("delta_32")?, get("delta_64")?, get("delta_128")?],
         })
     }
 }

@@ -6,14 +6,15 @@
 
 use smallvec::SmallVec;
 
-use super::args::{ADD, ActArgs, RouteByArgs, STORE, SumArgs};
+use super::args::{ADD, ActArgs, ConvArgs, DeltaArgs, RouteByArgs, STORE, States, SumArgs};
 use super::driver::device_error;
-use super::modules::Func;
+use super::modules::{DELTA_DIMS, Func, TAPS_MAX};
 use super::product::{Form, Inputs, Prep, Raw, Rows, Target, form};
 use super::workspace::float_bytes;
 use super::{CudaBackend, no_experts};
 use crate::backend::{
-    Act, Activation, BackendError, Class, Gating, Linear, Mask, Norm, NormKind, NormOf, Op, Router, Scores, Weight,
+    Act, Activation, Backend, BackendError, Class, DeltaNet, Gating, Linear, Mask, Norm, NormKind, NormOf, Op,
+    Recurrent, Router, Scores, Weight,
 };
 use crate::gguf::TensorType;
 
@@ -37,6 +38,8 @@ pub(super) struct Waiting {
     halves: Option<Act>,
     /// First row of H that is still wanted.
     pub h_row0: usize,
+    /// H is there in floats: fused calls make it in the forms alone that they read.
+    h_there: bool,
     /// Whether weights of experts multiply what they read.
     pub on_input: bool,
 }
@@ -45,6 +48,19 @@ impl Waiting {
     /// The forms in which activations lie are no longer theirs.
     pub fn forget_forms(&mut self) {
         (self.quantised, self.halves) = (None, None);
+    }
+
+    /// A fused call makes H, in the forms alone that it reads.
+    pub fn begin_fused(&mut self) {
+        self.forget_forms();
+        self.h_there = false;
+    }
+
+    /// A hidden state in this form has been made, where activations may have lain.
+    pub fn made_hidden(&mut self, hidden: &Inputs) {
+        if hidden.h != 0 {
+            self.halves = None;
+        }
     }
 
     /// `act` is written: its forms are those of what it was.
@@ -121,7 +137,6 @@ impl CudaBackend {
             Op::HeadNorm { .. } => false,
             Op::Rope { act, .. } => matches!(act, Act::Q | Act::K),
             Op::ScaleByPosition { act, .. } => *act == Act::Q,
-            Op::Conv { .. } | Op::ShortConv { .. } | Op::DeltaNet(_) => false,
             _ => true,
         }
     }
@@ -191,9 +206,11 @@ impl CudaBackend {
             Op::Combine { to, add } => self.sum_experts(to, add)?,
             Op::Outputs => self.check_outputs()?,
             Op::Head { ref w, first_row, scale, cap } => self.head_by(w, first_row, scale, cap)?,
-            Op::Linear { .. } | Op::Conv { .. } | Op::ShortConv { .. } | Op::DeltaNet(_) => {
-                return Err(BackendError::Beyond { backend: "cuda", what: op.what() });
-            }
+            Op::Conv { state, w } => self.convolve(state, w, false)?,
+            Op::ShortConv { state, w } => self.convolve(state, w, true)?,
+            Op::DeltaNet(ref net) => self.delta_net(net)?,
+            // Above.
+            Op::Linear { .. } => {}
         }
         if let Some(to) = writes(op) {
             self.waiting.written(to);
@@ -240,6 +257,9 @@ impl CudaBackend {
 
     /// The rows of `from` in the forms that weights of these types take.
     fn inputs(&mut self, from: Act, cols: usize, types: &[TensorType]) -> Result<Inputs> {
+        if from == Act::H && !self.waiting.h_there {
+            return Err(device_error("the input of a fused call is read by an operation behind it"));
+        }
         let (x, _) = self.act(from);
         let wanted = self.engine.forms(types);
         let mut input = Inputs::default();
@@ -309,9 +329,7 @@ impl CudaBackend {
         let types = [gate.weight.ty, up.unwrap_or(gate).weight.ty];
         let input = self.inputs(from, gate.weight.cols, &types)?;
         let hidden = self.engine.hidden_by(how, &gate, up.as_ref(), w.weight.ty, self.tokens, input, 0)?;
-        if hidden.h != 0 {
-            self.waiting.halves = None;
-        }
+        self.waiting.made_hidden(&hidden);
         self.product(to, w, add, hidden)
     }
 
@@ -361,7 +379,7 @@ impl CudaBackend {
         let (x, width) = self.act(from);
         let mut forms = Inputs::default();
         if to == Act::H {
-            self.waiting.h_row0 = 0;
+            (self.waiting.h_row0, self.waiting.h_there) = (0, true);
             match self.engine.class {
                 Class::Exact if width.is_multiple_of(32) => forms.q = self.engine.ws.input_q.addr(),
                 Class::Exact => {}
@@ -378,6 +396,13 @@ impl CudaBackend {
             self.waiting.halves = Some(to);
         }
         Ok(())
+    }
+
+    /// `norm(X)` as H, in floats too, and in the forms that weights of these types want.
+    pub(super) fn normed_for_all(&mut self, norm: &Norm, types: &[TensorType]) -> Result<Inputs> {
+        let norm = NormOf { kind: NormKind::Rms, weight: Some(norm.weight), bias: None, eps: norm.eps };
+        self.norm_act(Act::H, Act::X, norm)?;
+        self.inputs(Act::H, self.dims.n_embd, types)
     }
 
     fn add_position(&self, table: Weight) -> Result {
@@ -408,7 +433,7 @@ impl CudaBackend {
     }
 
     fn route_by(&mut self, w: &Linear, choose: Option<Weight>, how: Router) -> Result {
-        if self.waiting.h_row0 != 0 {
+        if self.waiting.h_row0 != 0 || !self.waiting.h_there {
             return Err(device_error("a router behind a norm of other rows"));
         }
         let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
@@ -503,12 +528,99 @@ impl CudaBackend {
 
     fn head_by(&mut self, w: &Linear, first_row: usize, scale: f32, cap: f32) -> Result {
         let x = self.engine.ws.logits.addr() + 4 * first_row as u64;
-        let input = self.inputs(Act::H, w.weight.cols, &[w.weight.ty])?;
-        let target = Target { stride: self.dims.n_vocab, ..Target::new(w, x) };
-        self.engine.products(&[target], self.tokens, STORE, input, Rows::default())?;
+        self.head(w, first_row)?;
         let a = ActArgs { x, each: self.dims.n_vocab as i32, by: scale, cap, ..ActArgs::default() };
         self.each_element(self.engine.kernels.acts.logits, a, w.weight.rows)
     }
+}
+
+/// Recurrences.
+impl CudaBackend {
+    pub(super) fn copy_state(&self, from: u32, to: u32) -> Result {
+        let bytes = self.dims.recurrent.map_or(0, |r| 4 * r.floats() as u64);
+        let at = |state: u32| self.engine.ws.acts.states.addr() + u64::from(state) * bytes;
+        self.engine.ws.rooms.check("a recurrent state", at(from), bytes)?;
+        self.engine.ws.rooms.check("a recurrent state", at(to), bytes)?;
+        // SAFETY: both copies lie in the buffer, as checked above, and are not the same one, since nobody reads `to` yet.
+        unsafe { self.engine.stream.copy(at(from), at(to), bytes as usize) }
+    }
+
+    /// The states as kernels of a layer see them, `inner` floats behind the beginning of its part.
+    fn states(&self, sizes: &Recurrent, layer: usize, inner: usize) -> States {
+        let ws = &self.engine.ws;
+        States {
+            all: ws.acts.states.addr(),
+            pass: ws.pass.addr(),
+            state: self.state_word(),
+            floats: sizes.floats() as i32,
+            offset: (layer * (sizes.inputs() + sizes.matrices()) + inner) as i32,
+        }
+    }
+
+    fn convolve(&mut self, layer: usize, w: Weight, short: bool) -> Result {
+        let sizes = self.dims.recurrent.ok_or_else(no_state)?;
+        let (mix, out) = (self.act(Act::Mix).0, self.act(Act::Attn).0);
+        let (channels, rooms) = (sizes.channels, &self.engine.ws.rooms);
+        let written = if short { out } else { mix };
+        rooms.check("a convolution", written, float_bytes(self.tokens, channels))?;
+        let a = ConvArgs {
+            states: self.states(&sizes, layer, 0),
+            mix,
+            out,
+            w: w.addr,
+            rows: self.tokens as i32,
+            channels: channels as i32,
+            taps: sizes.taps as i32,
+        };
+        let acts = &self.engine.kernels.acts;
+        let f = if short { acts.short_conv } else { acts.conv };
+        // SAFETY: ConvArgs is what the kernels declare; `refuses` has checked the number of inputs, `begin` the state's
+        // number, and the room for results is checked above.
+        unsafe { self.engine.launch(f, (channels.div_ceil(128) as u32, 1, 1), 128, 0, &a) }
+    }
+
+    fn delta_net(&mut self, net: &DeltaNet<Weight>) -> Result {
+        let sizes = self.dims.recurrent.ok_or_else(no_state)?;
+        let (dim, heads) = (sizes.dim, sizes.n_values);
+        let kernel = DELTA_DIMS.iter().position(|d| *d == dim).ok_or_else(no_state)?;
+        let (beta, alpha, out) = (self.act(Act::Beta).0, self.act(Act::Alpha).0, self.act(Act::Attn).0);
+        self.engine.ws.rooms.check("a delta net", out, float_bytes(self.tokens, heads * dim))?;
+        let a = DeltaArgs {
+            states: self.states(&sizes, net.state, sizes.inputs()),
+            mix: self.act(Act::Mix).0,
+            beta,
+            alpha: if net.tiled { alpha } else { beta },
+            gates: self.act(Act::Gates).0,
+            out,
+            decay: net.decay.addr,
+            bias: net.bias.addr,
+            norm: net.norm.weight.map_or(0, |w| w.addr),
+            rows: self.tokens as i32,
+            channels: sizes.channels as i32,
+            n_keys: sizes.n_keys as i32,
+            n_values: heads as i32,
+            each: if net.tiled { heads } else { 2 * heads } as i32,
+            tiled: i32::from(net.tiled),
+            eps: net.norm.eps,
+        };
+        let f = self.engine.kernels.acts.delta[kernel];
+        // SAFETY: DeltaArgs is what delta_* declare; `begin` has checked the state's number, and the room for results is
+        // checked above.
+        unsafe { self.engine.launch(f, (heads as u32, 1, 1), 4 * dim as u32, 0, &a) }
+    }
+}
+
+fn no_state() -> BackendError {
+    device_error("the model has no such recurrence")
+}
+
+/// What of a model's recurrences has no kernel.
+pub(super) fn refuses(r: &Recurrent) -> Option<&'static str> {
+    if r.taps > TAPS_MAX {
+        return Some("convolutions of more than 8 inputs");
+    }
+    let delta = r.n_values > 0 && !DELTA_DIMS.contains(&r.dim);
+    delta.then_some("delta nets with heads of other sizes than 32, 64 and 128 elements")
 }
 
 /// What an operation writes whose forms may lie somewhere; those that are written by functions above say it themselves.
@@ -520,6 +632,8 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
         Op::GateAttn => Some(Act::Attn),
         Op::GateOut => Some(Act::Out),
         Op::SplitHeads | Op::Store { .. } => Some(Act::Q),
+        Op::Conv { .. } => Some(Act::Mix),
+        Op::ShortConv { .. } | Op::DeltaNet(_) => Some(Act::Attn),
         _ => None,
     }
 }

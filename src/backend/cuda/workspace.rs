@@ -86,7 +86,8 @@ pub(super) struct Workspace {
     pub k_cache: DeviceBuffer,
     pub v_cache: DeviceBuffer,
     pub freqs: DeviceBuffer,
-    /// Position of the pass's first token, then the page of each [`PAGE`](crate::state::PAGE) positions, where kernels read them.
+    /// Position of the pass's first token, then the page of each [`PAGE`](crate::state::PAGE) positions, then the number of
+    /// the recurrent state that is read, where kernels read them.
     pub pass: DeviceBuffer,
     pub logits: DeviceBuffer,
     pub logits_host: PinnedBuffer<f32>,
@@ -105,31 +106,35 @@ pub(super) struct ActBuffers {
     pub gates: DeviceBuffer,
     pub beta: DeviceBuffer,
     pub alpha: DeviceBuffer,
+    /// Recurrent states: `[state][layer]`, the last inputs of convolutions and then the heads' matrices.
+    pub states: DeviceBuffer,
 }
 
 impl ActBuffers {
-    /// Bytes of outputs, Mix, Gates, Beta and Alpha.
-    fn sizes(d: &Dims) -> [u64; 5] {
+    /// Bytes of outputs, Mix, Gates, Beta, Alpha and states.
+    fn sizes(d: &Dims) -> [u64; 6] {
         let batch = d.max_batch;
         let rows = |wanted: bool, width| if wanted { float_bytes(batch, width) } else { 0 };
         let mixes = d.n_mix > 0;
         let numbers = rows(mixes, d.recurrent.map_or(1, |r| 2 * r.n_values.max(1)));
-        [rows(d.beyond.is_some(), d.n_embd), rows(mixes, d.n_mix), rows(mixes, d.n_attn), numbers, numbers]
+        let states = d.recurrent.map_or(0, |r| float_bytes(2 * r.sequences, r.floats()));
+        [rows(d.beyond.is_some(), d.n_embd), rows(mixes, d.n_mix), rows(mixes, d.n_attn), numbers, numbers, states]
     }
 
     fn new(device: &Arc<Device>, d: &Dims) -> Result<ActBuffers, BackendError> {
-        let [out, mix, gates, beta, alpha] = ActBuffers::sizes(d);
+        let [out, mix, gates, beta, alpha, states] = ActBuffers::sizes(d);
         Ok(ActBuffers {
             out: device.alloc(out, "outputs of parts")?,
             mix: device.alloc(mix, "activations")?,
             gates: device.alloc(gates, "gates")?,
             beta: device.alloc(beta, "gates")?,
             alpha: device.alloc(alpha, "gates")?,
+            states: device.alloc(states, "recurrent states")?,
         })
     }
 
-    fn all(&self) -> [&DeviceBuffer; 5] {
-        [&self.out, &self.mix, &self.gates, &self.beta, &self.alpha]
+    fn all(&self) -> [&DeviceBuffer; 6] {
+        [&self.out, &self.mix, &self.gates, &self.beta, &self.alpha, &self.states]
     }
 }
 
@@ -191,7 +196,7 @@ impl Sizes {
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
             cache: ((d.n_layers * kv) as u64).saturating_mul(d.places() as u64).saturating_mul(cache_elem_bytes(d)),
             freqs: float_bytes(1, d.ropes.iter().map(|r| r.freqs.len()).sum::<usize>().max(1)),
-            pass: float_bytes(1, 1 + d.pages()),
+            pass: float_bytes(1, 2 + d.pages()),
             logits: float_bytes(d.max_outputs, d.n_vocab),
             rows: float_bytes(batch, d.n_embd),
         }
@@ -234,8 +239,8 @@ impl Workspace {
         let all: Vec<f32> = d.ropes.iter().flat_map(|r| &r.freqs).copied().collect();
         freqs.write(0, &all)?;
         let pass = device.alloc(s.pass, "position and pages")?;
-        // Position 0, then every page in order.
-        let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).collect();
+        // Position 0, then every page in order, then state 0.
+        let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).chain(std::iter::once(0)).collect();
         pass.write(0, &words)?;
         let mut ws = Workspace {
             rooms: Rooms::default(),
