@@ -20,13 +20,14 @@ struct PrepArgs {
     const int* by_idx;
     int how;           // prep_activate: see ACTIVATE_*
     int layer;         // prep_norms: the mean is subtracted first
+    int add;           // prep_norms: to f, rather than in its place
 };
-ARGS_SIZE(PrepArgs, 112); ARGS_FIELD(PrepArgs, x, 0); ARGS_FIELD(PrepArgs, up, 8); ARGS_FIELD(PrepArgs, w, 16);
+ARGS_SIZE(PrepArgs, 120); ARGS_FIELD(PrepArgs, x, 0); ARGS_FIELD(PrepArgs, up, 8); ARGS_FIELD(PrepArgs, w, 16);
 ARGS_FIELD(PrepArgs, idx, 24); ARGS_FIELD(PrepArgs, f, 32); ARGS_FIELD(PrepArgs, q, 40);
 ARGS_FIELD(PrepArgs, h, 48); ARGS_FIELD(PrepArgs, scale, 56); ARGS_FIELD(PrepArgs, n, 64);
 ARGS_FIELD(PrepArgs, pitch, 68); ARGS_FIELD(PrepArgs, eps, 72); ARGS_FIELD(PrepArgs, limit, 76);
 ARGS_FIELD(PrepArgs, b, 80); ARGS_FIELD(PrepArgs, by, 88); ARGS_FIELD(PrepArgs, by_idx, 96);
-ARGS_FIELD(PrepArgs, how, 104); ARGS_FIELD(PrepArgs, layer, 108);
+ARGS_FIELD(PrepArgs, how, 104); ARGS_FIELD(PrepArgs, layer, 108); ARGS_FIELD(PrepArgs, add, 112);
 
 #define PREP_COPY 0
 #define PREP_NORM 1
@@ -120,7 +121,10 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
     // Other parts of the row may be other blocks' work.
     const int first = blockIdx.y * threads, step = gridDim.y * threads;
     if (a.f)
-        for (int i = first + tid; i < n; i += step) a.f[(size_t)row * n + i] = value(i);
+        for (int i = first + tid; i < n; i += step) {
+            float* to = a.f + (size_t)row * n + i;
+            *to = MODE == PREP_NORMS && a.add ? *to + value(i) : value(i);
+        }
     if (a.q) {
         // Eight threads a block of 32; n is a multiple of 32, so whole groups of eight take part.
         for (int i0 = first; i0 < n / 4; i0 += step) {

@@ -98,6 +98,9 @@ fn fused(ops: &[Op<TensorRef>]) -> Option<(Call, usize)> {
         [Op::Keep, ..] => Some((Call::Keep, 1)),
         [Op::Attend { layer, scores: Scores::PLAIN, sinks: None }, ..] => Some((Call::Attend { layer }, 1)),
         [Op::Linear { to: Act::X, from: Act::Attn, w, add: true }, ..] => Some((Call::AttnOutput { w }, 1)),
+        [Op::Norm { to: Act::Out, from: Act::Out, norm }, Op::Add { to: Act::X, from: Act::Out }, ..] => {
+            Some((Call::Op(Op::AddNormed { norm }), 2))
+        }
         [Op::Combine { to: Act::X, add: true }, ..] => Some((Call::Combine, 1)),
         [Op::Head { w, first_row, scale: 1.0, cap: 0.0 }, ..] => Some((Call::Head { w, first_row }, 1)),
         [Op::Outputs, Op::Norm { to: Act::H, from: Act::X, norm }, ..] if plain(&norm) => {

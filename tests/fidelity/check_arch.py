@@ -4,13 +4,15 @@
 For each case of arch/goldens.npz: the prompt in one pass, in chunks of 7 with all weights on storage and two buffers
 (the same bits), and in parts whose last tokens are generated ones, all against llama.cpp's logits at three positions.
 Architectures that nt does not compute must be refused by name, and so must files without a tensor that the architecture
-has. On a GPU (`--backend cuda`) every position is compared with processors', too, of the same model and of one in Q8_0.
+has. The model in Q8_0 is compared with itself in F32. On a GPU (`--backend cuda`) every position is compared with
+processors', too.
 
     pip install gguf==0.19.0 numpy
     tests/fidelity/check_arch.py target/release/nt [--only NAME] [--backend cpu|cuda] [--extra "-t 4"] [--jobs N]
 """
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -28,8 +30,10 @@ NMSE_MAX_GELU = 2e-6
 # Tensor cores multiply halves; and no position may be so many times worse than the median.
 NMSE_MAX_CUDA = 1e-5
 OUTLIER_MAX = 10
-# With weights in Q8_0 both sides round activations, each in its own way.
-NMSE_MAX_CUDA_Q8 = 1e-3
+# With weights in Q8_0, beside those in F32: what rounding weights and activations adds, of half of the positions.
+NMSE_MAX_Q8 = 1e-2
+# Tokens of `parts` that are generated ones.
+GENERATED = 4
 GELU = ("gemma", "starcoder2", "falcon", "gptneox", "gpt2")
 # For a quantised type, so many times llama.cpp's own distance from the exact logits.
 PEER_FACTOR = 4
@@ -65,13 +69,18 @@ class Runs:
         done = subprocess.run(command, capture_output=True, text=True)
         return (np.load(self.out), "") if done.returncode == 0 else (None, done.stderr.strip())
 
-    def blocks(self):
+    @functools.cache
+    def hparams(self):
         shown = subprocess.run([self.nt, "inspect", self.model, "--json"], check=True, capture_output=True, text=True)
-        return json.loads(shown.stdout)["hparams"]["n_layers"]
+        return json.loads(shown.stdout)["hparams"]
+
+    def depth(self):
+        """How much more rounding may add up than in a few blocks."""
+        return max(1, self.hparams()["n_layers"] / 8)
 
     def placed(self, whole, *more):
         """What is wrong with the bits of other placements; nothing if they are those of `whole`."""
-        n = self.blocks()
+        n = self.hparams()["n_layers"]
         for tiers in (f"0:0:{n}", *more):
             got, error = self.logits("--tiers", tiers, "--n-buffers", "2", "--batch", "7")
             if got is None or not np.array_equal(whole, got):
@@ -95,44 +104,53 @@ def check(nt, goldens, case, backend, extra):
             return ok, f"{'ok  ' if ok else 'FAIL'} {name:18} {error or 'is computed, but counted as refused'}"[:160]
         if whole is None:
             return False, f"FAIL {name:18} {error}"
-        wrong = runs.placed(whole, *["1:1:" + str(runs.blocks() - 2)] * (backend == "cuda"))
+        wrong = runs.placed(whole, *["1:1:" + str(runs.hparams()["n_layers"] - 2)] * (backend == "cuda"))
         if wrong:
             return False, f"FAIL {name:18} {wrong}"
         parts, error = runs.logits("--parts", ",".join(map(str, case["parts"])))
         if parts is None:
             return False, f"FAIL {name:18} in parts: {error}"
-        beside, shown = check_beside(runs, case, whole, parts, d, extra) if backend == "cuda" else (True, "")
+        depth = runs.depth()
+        checks = [check_quantised(runs, case, whole, parts, d)] if case["type"] == "F32" else []
+        checks += [check_beside(runs, case, whole, d)] if backend == "cuda" else []
     limit = NMSE_MAX_GELU if name.startswith(GELU) else NMSE_MAX
-    limit = max(limit, NMSE_MAX_CUDA if backend == "cuda" else 0) + PEER_FACTOR * case["peer_nmse"]
+    if backend == "cuda":
+        # Of a generated token there is one position, and it may be one of the worse.
+        limit = NMSE_MAX_CUDA * depth
+    peer = PEER_FACTOR * case["peer_nmse"]
     exact, decoded = nmse(whole[golden["positions"]], golden["exact"]), nmse(parts[-1:], golden["in_parts"])
-    ok = exact < limit and decoded < limit and bool(np.isfinite(whole).all()) and beside
-    line = f"{name:18} prompt {exact:.1e}  generated {decoded:.1e}  limit {limit:.0e}{shown}"
+    ok = exact < limit + peer and decoded < limit * (2 if backend == "cuda" else 1) + peer
+    ok &= bool(np.isfinite(whole).all()) and all(fine for fine, _ in checks)
+    shown = "".join(text for _, text in checks)
+    line = f"{name:18} prompt {exact:.1e}  generated {decoded:.1e}  limit {limit + peer:.0e}{shown}"
     return ok, f"{'ok  ' if ok else 'FAIL'} {line}"
 
 
-def check_beside(runs, case, whole, parts, d, extra):
-    """A GPU's logits beside those of processors: of all positions, and of the model in Q8_0."""
-    on_cpu = ("--backend", "cpu")
-    in_parts = ("--parts", ",".join(map(str, case["parts"])))
-    by_cpu = Runs(runs.nt, case, case["type"], runs.tokens, d, on_cpu)
-    limit = NMSE_MAX_CUDA + PEER_FACTOR * case["peer_nmse"]
-    ok, shown = True, ""
-    for what, ours, theirs in (("all", whole, by_cpu.logits()[0]), ("in parts", parts, by_cpu.logits(*in_parts)[0])):
-        each = [nmse(a, b) for a, b in zip(ours, theirs)]
-        outlier = max(each) / max(np.median(each), 1e-12)
-        ok &= nmse(ours, theirs) < limit and (outlier <= OUTLIER_MAX or what != "all")
-        shown += f"  {what} {nmse(ours, theirs):.1e} (worst {outlier:.1f} medians, at {int(np.argmax(each))})"
-    quantised = Runs(runs.nt, case, "Q8_0", runs.tokens, d, extra)
-    ours, error = quantised.logits(*in_parts)
-    if ours is None:
-        return False, shown + f"  Q8_0: {error}"
-    theirs, _ = Runs(runs.nt, case, "Q8_0", runs.tokens, d, on_cpu).logits(*in_parts)
-    each = [nmse(a, b) for a, b in zip(ours, theirs)]
-    ok &= float(np.median(each)) < NMSE_MAX_CUDA_Q8
-    shown += f"  Q8_0 {np.median(each):.1e}, last {each[-1]:.1e}"
-    whole, error = quantised.logits()
-    wrong = error if whole is None else quantised.placed(whole)
-    return ok and not wrong, shown + (f"  Q8_0 {wrong}" if wrong else "")
+def check_beside(runs, case, whole, d):
+    """A GPU's logits beside those of processors, position by position."""
+    theirs, _ = Runs(runs.nt, case, case["type"], runs.tokens, d, ("--backend", "cpu")).logits()
+    each = np.array([nmse(a, b) for a, b in zip(whole, theirs)])
+    # Where two experts are nearly as good, a rounding may choose the other one.
+    allowed = 1 + len(each) // 50 if runs.hparams()["n_experts"] else 0
+    middle = float(np.median(each))
+    beyond = np.flatnonzero(each > OUTLIER_MAX * middle)
+    ok = len(beyond) <= allowed and middle < NMSE_MAX_CUDA * runs.depth() + PEER_FACTOR * case["peer_nmse"]
+    more = f", {len(beyond)} beyond {OUTLIER_MAX} times that ({', '.join(map(str, beyond[:5]))})" if len(beyond) else ""
+    return ok, f"  all {middle:.1e}{more}"
+
+
+def check_quantised(runs, case, whole, parts, d):
+    """The same model in Q8_0 beside itself in F32."""
+    quantised = Runs(runs.nt, case, "Q8_0", runs.tokens, d, runs.extra)
+    got, error = quantised.logits()
+    if got is None:
+        return False, f"  Q8_0: {error}"
+    wrong = quantised.placed(got) if "cuda" in runs.extra else ""
+    in_parts, _ = quantised.logits("--parts", ",".join(map(str, case["parts"])))
+    exact = in_parts is not None and np.array([nmse(a, b) for a, b in zip(in_parts[-GENERATED:], parts[-GENERATED:])])
+    middles = [float(np.median([nmse(a, b) for a, b in zip(got, whole)])), float(np.median(exact))]
+    shown = f"  Q8_0 {middles[0]:.1e}, {middles[1]:.1e}"
+    return max(middles) < NMSE_MAX_Q8 and not wrong, shown + (f" {wrong}" if wrong else "")
 
 
 def check_needed(nt, case, tensor):
@@ -161,7 +179,8 @@ def main():
     a.add_argument("--extra", default="", help="options of every run")
     a.add_argument("--jobs", type=int, default=2)
     args = a.parse_args()
-    goldens = np.load(f"{HERE}/arch/goldens.npz")
+    with np.load(f"{HERE}/arch/goldens.npz") as npz:
+        goldens = dict(npz)
     todo = [c for c in json.loads(str(goldens["cases"])) if args.only in c["name"]]
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:

@@ -588,7 +588,7 @@ impl Backend for CudaBackend {
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
         let types = [w.weight.ty];
         let mut input = self.engine.forms(&types);
-        let width = self.heads_width();
+        let width = w.weight.cols;
         match self.engine.form(w.weight.ty) {
             Form::Float => input.f = self.attn(),
             Form::Quant if self.waiting.quantised == Some(Act::Attn) => {}

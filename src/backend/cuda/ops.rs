@@ -197,6 +197,12 @@ impl CudaBackend {
                     width,
                 )?;
             }
+            Op::AddNormed { norm } => {
+                let norm = norm.map(&mut |w: Weight| w.addr);
+                let forms = Inputs { f: self.x(), ..Inputs::default() };
+                let (out, n) = self.act(Act::Out);
+                self.engine.prepare(Prep::AddNormed(norm), out, 0, n, self.tokens, forms)?;
+            }
             Op::Scale { act, by } => {
                 let (x, width) = self.act(act);
                 self.each_element(self.engine.kernels.acts.scale, ActArgs { x, by, ..ActArgs::default() }, width)?;
@@ -628,12 +634,50 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
     match *op {
         Op::Add { to, .. } | Op::Combine { to, .. } => Some(to),
         Op::Scale { act, .. } => Some(act),
-        Op::AddPosition { .. } => Some(Act::X),
+        Op::AddPosition { .. } | Op::AddNormed { .. } => Some(Act::X),
         Op::GateAttn => Some(Act::Attn),
         Op::GateOut => Some(Act::Out),
         Op::SplitHeads | Op::Store { .. } => Some(Act::Q),
         Op::Conv { .. } => Some(Act::Mix),
         Op::ShortConv { .. } | Op::DeltaNet(_) => Some(Act::Attn),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::product::activation;
+    use super::*;
+
+    /// Guards against a router or an activation that the two sides number differently.
+    #[test]
+    fn kernels_have_the_same_numbers() {
+        let acts = include_str!("../../../kernels/acts.cu");
+        let ops = include_str!("../../../kernels/ops.cu");
+        let has = |source: &str, name: &str, n: i32| {
+            assert!(source.contains(&format!("#define {name} {n}\n")), "no {name} {n}");
+        };
+        has(acts, "GATING_SOFTMAX", number_of(Gating::Softmax));
+        has(acts, "GATING_SIGMOID", number_of(Gating::Sigmoid));
+        has(acts, "GATING_SOFTMAX_OF_CHOSEN", number_of(Gating::SoftmaxOfChosen));
+        has(acts, "GATING_SIGMOID_OF_CHOSEN", number_of(Gating::SigmoidOfChosen));
+        has(acts, "TAPS_MAX", TAPS_MAX as i32);
+        has(ops, "ACTIVATE_SILU", activation(Activation::Silu).0);
+        has(ops, "ACTIVATE_GELU", activation(Activation::Gelu).0);
+        has(ops, "ACTIVATE_RELU2", activation(Activation::ReluSquared).0);
+        has(ops, "ACTIVATE_CLAMPED", activation(Activation::ClampedSwiglu { limit: 7.0 }).0);
+    }
+
+    #[test]
+    fn what_has_no_kernel_is_refused_by_name() {
+        let plain: NormOf<usize> = NormOf { kind: NormKind::Rms, weight: None, bias: None, eps: 1e-5 };
+        assert!(CudaBackend::can(&Op::HeadNorm { act: Act::Q, norm: plain }));
+        let layer = NormOf { kind: NormKind::Layer, ..plain };
+        assert!(!CudaBackend::can(&Op::HeadNorm { act: Act::Q, norm: layer }));
+        assert!(!CudaBackend::can(&Op::<usize>::ScaleByPosition { act: Act::K, by: 1.0, every: 1.0, offset: 0.0 }));
+        let sizes = Recurrent { layers: 1, sequences: 1, taps: 4, channels: 512, n_keys: 1, n_values: 2, dim: 128 };
+        assert_eq!(refuses(&sizes), None);
+        assert!(refuses(&Recurrent { dim: 48, ..sizes }).is_some_and(|what| what.contains("delta nets")));
+        assert!(refuses(&Recurrent { taps: 9, ..sizes }).is_some_and(|what| what.contains("convolutions")));
     }
 }

@@ -86,6 +86,8 @@ pub(super) enum Prep {
     Swiglu(u64),
     /// A norm of any kind.
     Norms(NormOf<u64>),
+    /// A norm of any kind, added to what lies there.
+    AddNormed(NormOf<u64>),
     /// An activation, of SwiGLU's kind with the rows at this address if it is not 0.
     Activate(Activation, u64),
     /// Row i multiplied by the float of the first address that the number of the second one names.
@@ -93,7 +95,7 @@ pub(super) enum Prep {
 }
 
 /// An activation's number in `kernels/ops.cu`, and its limit.
-fn activation(how: Activation) -> (i32, f32) {
+pub(super) fn activation(how: Activation) -> (i32, f32) {
     match how {
         Activation::Silu => (0, 0.0),
         Activation::Gelu => (1, 0.0),
@@ -231,7 +233,8 @@ impl Engine {
                 a.up = up;
                 self.kernels.prep_swiglu
             }
-            Prep::Norms(norm) => {
+            Prep::Norms(norm) | Prep::AddNormed(norm) => {
+                a.add = i32::from(matches!(prep, Prep::AddNormed(_)));
                 (a.w, a.b, a.eps) = (norm.weight.unwrap_or(0), norm.bias.unwrap_or(0), norm.eps);
                 a.layer = i32::from(norm.kind == NormKind::Layer);
                 self.kernels.prep_norms
@@ -250,7 +253,7 @@ impl Engine {
         // Enough threads for a row; many rows share the machine instead. A norm's order of summation follows from it.
         let threads = if n > 8192 || (exact && n > 1024) { 1024 } else { 256 };
         // Few long rows are divided among blocks, where that can be done.
-        let whole = matches!(prep, Prep::Norm(..) | Prep::Norms(_)) || to.h != 0 || !exact;
+        let whole = matches!(prep, Prep::Norm(..) | Prep::Norms(_) | Prep::AddNormed(_)) || to.h != 0 || !exact;
         let parts = if whole { 1 } else { n.div_ceil(4 * threads as usize) };
         // SAFETY: PrepArgs is what prep_* declare; all outputs hold `rows` rows of `n`, as checked above.
         unsafe { self.launch(f, (rows as u32, parts as u32, 1), threads, 0, &a) }
