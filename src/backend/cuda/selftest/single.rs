@@ -173,7 +173,13 @@ fn feed_forward(ty: TensorType, how: Activation, gated: bool, from: Act) -> Prog
     }
     p.op(Op::Activate { how, gated, width: N_FF });
     let w = p.biased(N_EMBD, N_FF);
-    p.op(Op::Linear { to: Act::X, from: Act::Hidden, w, add: true });
+    if from == Act::H {
+        p.op(Op::Linear { to: Act::X, from: Act::Hidden, w, add: true });
+        return p;
+    }
+    p.op(Op::Linear { to: Act::Out, from: Act::Hidden, w, add: false });
+    let norm = p.norm(NormKind::Rms, N_EMBD, false);
+    p.op(Op::AddNormed { norm });
     p
 }
 
@@ -379,21 +385,29 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         for p in programs(ty) {
             let there = Bound::on_device(&p, device)?;
             let mut g = CudaBackend::new(device, &p.dims)?;
-            check_program(&mut g, &there, &p, report)?;
+            check_program(&mut g, &there, &p, &PASSES, report)?;
             check_cuts(&mut g, &there, &p, report)?;
         }
         check_head(device, ty, report)?;
     }
+    // Long enough for ranges of keys of several sizes.
+    for mask in [Mask::Window(100), Mask::Chunk(1500)] {
+        let mut p = attention(F32, mask, 0.0, true);
+        (p.dims.n_ctx, p.name) = (5000, format!("{}, long", p.name));
+        let there = Bound::on_device(&p, device)?;
+        let passes: Vec<usize> = std::iter::repeat_n(200, 22).chain([1, 5, 97, 1, 8]).collect();
+        check_program(&mut CudaBackend::new(device, &p.dims)?, &there, &p, &passes, report)?;
+    }
     Ok(())
 }
 
-fn check_program(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Report) -> Result {
+fn check_program(g: &mut CudaBackend, there: &Bound, p: &Program, passes: &[usize], report: &mut Report) -> Result {
     let here = Bound::on_host(p);
     let mut c = CpuBackend::new(p.dims.clone(), 2)?;
     let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
     let mut rng = Rng::new(3);
     let mut first_pos = 0;
-    for (i, &rows) in PASSES.iter().enumerate() {
+    for (i, &rows) in passes.iter().enumerate() {
         let x = random_rows(F32, rows * N_EMBD, 1.5, rng.word());
         let runs = [Run { class: class_of(rows), first_pos, rows, table: &table, state: i as u32 & 1 }];
         let mut chosen = Vec::new();
