@@ -34,6 +34,7 @@ fn dims(n_embd: usize, n_ff: usize) -> Dims {
         n_attn: 0,
         recurrent: None,
         beyond: None,
+        no_kernel: None,
     }
 }
 

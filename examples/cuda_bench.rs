@@ -169,6 +169,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         n_attn: 0,
         recurrent: None,
         beyond: None,
+        no_kernel: None,
     };
     let mut b = CudaBackend::new(device, &dims)?;
     if s.name.starts_with("few") {

@@ -18,12 +18,25 @@ struct AttnArgs {
     int n_heads, n_kv_heads, n_places;
     int tokens;
     const int* pass;  // see first_position
-    float scale;           // log2(e) / sqrt(HD)
+    float scale;           // of scores, times log2(e)
+    // From here on for the kernels that end in _by.
+    float cap;             // scores become cap * tanh(score / cap), times log2(e); 0 for none
+    const float* sinks;    // a score of each query head that takes part in the sum and has no value, or null
+    int window, chunk;     // see first_seen
 };
-ARGS_SIZE(AttnArgs, 72); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
+ARGS_SIZE(AttnArgs, 88); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
 ARGS_FIELD(AttnArgs, out, 24); ARGS_FIELD(AttnArgs, ml, 32); ARGS_FIELD(AttnArgs, n_heads, 40);
 ARGS_FIELD(AttnArgs, n_kv_heads, 44); ARGS_FIELD(AttnArgs, n_places, 48); ARGS_FIELD(AttnArgs, tokens, 52);
-ARGS_FIELD(AttnArgs, pass, 56); ARGS_FIELD(AttnArgs, scale, 64);
+ARGS_FIELD(AttnArgs, pass, 56); ARGS_FIELD(AttnArgs, scale, 64); ARGS_FIELD(AttnArgs, cap, 68);
+ARGS_FIELD(AttnArgs, sinks, 72); ARGS_FIELD(AttnArgs, window, 80); ARGS_FIELD(AttnArgs, chunk, 84);
+
+#define LOG2_E 1.4426950408889634f
+
+// The first key that a position sees: all, the last `window` ones, or those since the last multiple of `chunk`.
+__device__ __forceinline__ int first_seen(int position, int window, int chunk) {
+    if (window > 0) return max(position + 1 - window, 0);
+    return chunk > 0 ? position / chunk * chunk : 0;
+}
 
 // Where range i of the keys begins: 32 ranges of 64 keys, then 16 of each size twice that before. So many blocks have
 // work soon, and the number of ranges stays small (`workspace.rs` computes the same).
@@ -31,6 +44,13 @@ __device__ __forceinline__ int range_begin(int i) {
     if (i < 32) return 64 * i;
     const int k = (i - 32) >> 4;
     return (2048 + 128 * ((i - 32) & 15)) << k;
+}
+
+// The range that holds a key.
+__device__ __forceinline__ int range_of(int key) {
+    if (key < 2048) return key / 64;
+    const int k = 31 - __clz(key >> 11);
+    return 32 + 16 * k + (key - (2048 << k)) / (128 << k);
 }
 
 #define NEG_BIG (-1e30f)
@@ -61,7 +81,9 @@ __device__ __forceinline__ void load_keys(u8* dst, const void* cache, size_t bas
     cp_commit();
 }
 
-template <int HD, bool F32, bool DECODE>
+// BY: scores are capped, keys are hidden behind a window, or there are sinks. Keys that a row does not see add zero to its
+// sums, so that rows of a tile may begin at different ones.
+template <int HD, bool F32, bool DECODE, bool BY>
 __device__ __forceinline__ void attend(const AttnArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
     constexpr int PITCH = (HD + 8) * 2;
@@ -83,7 +105,8 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     // The last ranges are the longest: start them first.
     const int range = gridDim.z - 1 - blockIdx.z;
     const int seen = first_pos + last_t + 1;
-    const int begin = DECODE ? range_begin(range) : 0;
+    const int unhidden = BY ? first_seen(first_pos + m0 / group, a.window, a.chunk) / KT * KT : 0;
+    const int begin = max(DECODE ? range_begin(range) : 0, unhidden);
     const int end = DECODE ? min(range_begin(range + 1), seen) : seen;
     static_assert(PAGE % KT == 0, "tiles lie in one page");
     auto base = [&](int place) { return ((size_t)kvh * a.n_places + place) * HD; };
@@ -91,7 +114,7 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     int place = begin < end ? place_of(a.pass, begin) : 0;
     const int row_w = DECODE ? 0 : warp * 16, key_w = DECODE ? warp * 16 : 0;
     pdl_launch();
-    if (DECODE && begin >= first_pos + a.tokens) return;
+    if (DECODE && (begin >= first_pos + a.tokens || (BY && begin >= range_begin(range + 1)))) return;
     pdl_wait();
 
     for (int c = tid; c < BM * (HD / 4); c += 128) {
@@ -111,10 +134,12 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
 #pragma unroll
         for (int e = 0; e < 4; e++) o[i][e] = 0.0f;
     float mx[2] = {NEG_BIG, NEG_BIG}, sum[2] = {0.0f, 0.0f};
-    int pos[2];
+    int pos[2], low[2];
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int h = 0; h < 2; h++) {
         pos[h] = first_pos + (m0 + row_w + (lane >> 2) + 8 * h) / group;
+        low[h] = BY ? first_seen(pos[h], a.window, a.chunk) : 0;
+    }
 
     if (begin < end) load_keys<HD, F32, KT>(sk, a.k, base(place), begin, end, tid);
     for (int k0 = begin; k0 < end; k0 += KT) {
@@ -141,13 +166,19 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
                 mma_f16(s[2 * j + 1], fq, fk[2], fk[3]);
             }
         }
+        if (BY && a.cap != 0.0f) {
+#pragma unroll
+            for (int j = 0; j < KW / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[j][e] = a.cap * tanhf(s[j][e] / a.cap);
+        }
         float nm[2] = {mx[0], mx[1]};
 #pragma unroll
         for (int j = 0; j < KW / 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int key = k0 + key_w + j * 8 + (lane & 3) * 2 + (e & 1);
-                if (key > pos[e >> 1] || key >= end) s[j][e] = -1e38f;
+                if (key > pos[e >> 1] || key >= end || (BY && key < low[e >> 1])) s[j][e] = -1e38f;
                 nm[e >> 1] = fmaxf(nm[e >> 1], s[j][e]);
             }
 #pragma unroll
@@ -201,6 +232,11 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
             int m = m0 + row_w + (lane >> 2) + 8 * h;
             if (m >= rows) continue;
             float inv = 1.0f / sum[h];
+            if (BY && a.sinks) {
+                const float sink = a.sinks[kvh * group + m % group] * LOG2_E, most = fmaxf(mx[h], sink);
+                const float f = exp2f(mx[h] - most);
+                inv = f / __fmaf_rn(sum[h], f, exp2f(sink - most));
+            }
             float* dst = a.out + ((size_t)(m / group) * a.n_heads + kvh * group + m % group) * HD;
 #pragma unroll
             for (int i = 0; i < HD / 8; i++)
@@ -245,15 +281,21 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     }
 }
 
-#define ATTN(HD)                                                                            \
-    extern "C" __global__ void __launch_bounds__(128)                                       \
-        attn_decode_f16_##HD(const __grid_constant__ AttnArgs a) { attend<HD, false, true>(a); }  \
-    extern "C" __global__ void __launch_bounds__(128)                                       \
-        attn_decode_f32_##HD(const __grid_constant__ AttnArgs a) { attend<HD, true, true>(a); }   \
-    extern "C" __global__ void __launch_bounds__(128)                                       \
-        attn_prefill_f16_##HD(const __grid_constant__ AttnArgs a) { attend<HD, false, false>(a); } \
-    extern "C" __global__ void __launch_bounds__(128)                                       \
-        attn_prefill_f32_##HD(const __grid_constant__ AttnArgs a) { attend<HD, true, false>(a); }
+#define ATTN_ONE(NAME, HD, F32, DECODE, BY)                                                 \
+    extern "C" __global__ void __launch_bounds__(128) NAME(const __grid_constant__ AttnArgs a) { \
+        attend<HD, F32, DECODE, BY>(a);                                                     \
+    }
+#define ATTN(HD)                                             \
+    ATTN_ONE(attn_decode_f16_##HD, HD, false, true, false)   \
+    ATTN_ONE(attn_decode_f32_##HD, HD, true, true, false)    \
+    ATTN_ONE(attn_prefill_f16_##HD, HD, false, false, false) \
+    ATTN_ONE(attn_prefill_f32_##HD, HD, true, false, false)  \
+    ATTN_ONE(attn_decode_f16_##HD##_by, HD, false, true, true)   \
+    ATTN_ONE(attn_decode_f32_##HD##_by, HD, true, true, true)    \
+    ATTN_ONE(attn_prefill_f16_##HD##_by, HD, false, false, true) \
+    ATTN_ONE(attn_prefill_f32_##HD##_by, HD, true, false, true)
+ATTN(16)
+ATTN(32)
 ATTN(64)
 ATTN(80)
 ATTN(96)
@@ -267,10 +309,13 @@ struct MergeArgs {
     XBlk* q;             // tokens × width / 32, or null
     int tokens, width, head_dim;
     const int* pass;
+    const float* sinks;  // as in AttnArgs
+    int window, chunk;
 };
-ARGS_SIZE(MergeArgs, 56); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
+ARGS_SIZE(MergeArgs, 72); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
 ARGS_FIELD(MergeArgs, out, 16); ARGS_FIELD(MergeArgs, q, 24); ARGS_FIELD(MergeArgs, tokens, 32);
 ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, pass, 48);
+ARGS_FIELD(MergeArgs, sinks, 56); ARGS_FIELD(MergeArgs, window, 64); ARGS_FIELD(MergeArgs, chunk, 68);
 
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
 extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
@@ -288,14 +333,18 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
     if (e < a.width) {
         const int h = e / a.head_dim;
         float big = NEG_BIG, total = 0.0f;
-        for (int s = 0; range_begin(s) < keys; s++)
+        const int first = range_of(first_seen(keys - 1, a.window, a.chunk));
+        for (int s = first; range_begin(s) < keys; s++)
             big = fmaxf(big, a.ml[((size_t)s * a.tokens + t) * n_heads + h].x);
-        for (int s = 0; range_begin(s) < keys; s++) {
+        const float sink = a.sinks ? a.sinks[h] * LOG2_E : NEG_BIG;
+        big = fmaxf(big, sink);
+        for (int s = first; range_begin(s) < keys; s++) {
             float2 ml = a.ml[((size_t)s * a.tokens + t) * n_heads + h];
             float f = exp2f(ml.x - big);
             total = __fmaf_rn(f, ml.y, total);
             v = __fmaf_rn(f, a.part[((size_t)s * a.tokens + t) * a.width + e], v);
         }
+        if (a.sinks) total += exp2f(sink - big);
         v /= total;
         a.out[(size_t)t * a.width + e] = v;
     }

@@ -6,7 +6,7 @@
 struct PrepArgs {
     const float* x;    // rows × n (row idx[i] instead of i if given), stride n
     const float* up;   // the second operand of SwiGLU
-    const float* w;    // weight of the norm
+    const float* w;    // weight of the norm; in prep_norms null for ones
     const int* idx;
     float* f;          // rows × n floats, or null
     XBlk* q;           // rows × n / 32 quantised blocks, or null
@@ -14,15 +14,50 @@ struct PrepArgs {
     float* scale;
     int n, pitch;
     float eps;
+    float limit;       // of prep_activate
+    const float* b;    // prep_norms: bias of the norm, or null
+    const float* by;   // prep_scaled: row i is multiplied by by[by_idx[i]]
+    const int* by_idx;
+    int how;           // prep_activate: see ACTIVATE_*
+    int layer;         // prep_norms: the mean is subtracted first
+    int add;           // prep_norms: to f, rather than in its place
 };
-ARGS_SIZE(PrepArgs, 80); ARGS_FIELD(PrepArgs, x, 0); ARGS_FIELD(PrepArgs, up, 8); ARGS_FIELD(PrepArgs, w, 16);
+ARGS_SIZE(PrepArgs, 120); ARGS_FIELD(PrepArgs, x, 0); ARGS_FIELD(PrepArgs, up, 8); ARGS_FIELD(PrepArgs, w, 16);
 ARGS_FIELD(PrepArgs, idx, 24); ARGS_FIELD(PrepArgs, f, 32); ARGS_FIELD(PrepArgs, q, 40);
 ARGS_FIELD(PrepArgs, h, 48); ARGS_FIELD(PrepArgs, scale, 56); ARGS_FIELD(PrepArgs, n, 64);
-ARGS_FIELD(PrepArgs, pitch, 68); ARGS_FIELD(PrepArgs, eps, 72);
+ARGS_FIELD(PrepArgs, pitch, 68); ARGS_FIELD(PrepArgs, eps, 72); ARGS_FIELD(PrepArgs, limit, 76);
+ARGS_FIELD(PrepArgs, b, 80); ARGS_FIELD(PrepArgs, by, 88); ARGS_FIELD(PrepArgs, by_idx, 96);
+ARGS_FIELD(PrepArgs, how, 104); ARGS_FIELD(PrepArgs, layer, 108); ARGS_FIELD(PrepArgs, add, 112);
 
 #define PREP_COPY 0
 #define PREP_NORM 1
 #define PREP_SWIGLU 2
+#define PREP_NORMS 3
+#define PREP_ACTIVATE 4
+#define PREP_SCALED 5
+
+// src/backend/cuda/product.rs has the same numbers.
+#define ACTIVATE_SILU 0
+#define ACTIVATE_GELU 1
+#define ACTIVATE_RELU2 2
+#define ACTIVATE_CLAMPED 3
+
+// f(x), times up where there is one.
+__device__ __forceinline__ float activate(int how, float limit, float x, bool gated, float up) {
+    if (how == ACTIVATE_CLAMPED) {
+        const float g = fminf(x, limit), u = fmaxf(-limit, fminf(up, limit));
+        return g / (1.0f + __expf(-1.702f * g)) * (u + 1.0f);
+    }
+    float v;
+    if (how == ACTIVATE_GELU) {
+        v = 0.5f * x * (1.0f + tanhf(0.7978846f * x * (1.0f + 0.044715f * x * x)));
+    } else if (how == ACTIVATE_RELU2) {
+        v = fmaxf(x, 0.0f) * fmaxf(x, 0.0f);
+    } else {
+        v = silu(x);
+    }
+    return gated ? v * up : v;
+}
 
 __device__ __forceinline__ float block_reduce(float v, bool max, float* shared) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
@@ -53,8 +88,19 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
     pdl_wait();
     const int row = blockIdx.x, n = a.n, tid = threadIdx.x, threads = blockDim.x;
     const float* x = a.x + (size_t)(a.idx ? a.idx[row] : row) * n;
-    const float* up = MODE == PREP_SWIGLU ? a.up + (size_t)row * n : nullptr;
-    float rs = 1.0f;
+    const float* up = MODE == PREP_SWIGLU || (MODE == PREP_ACTIVATE && a.up) ? a.up + (size_t)row * n : nullptr;
+    float rs = 1.0f, mean = 0.0f;
+    if (MODE == PREP_NORMS) {
+        if (a.layer) {
+            float s = 0.0f;
+            for (int i = tid; i < n; i += threads) s += x[i];
+            mean = block_reduce(s, false, shared) / (float)n;
+        }
+        float s = 0.0f;
+        for (int i = tid; i < n; i += threads) s += (x[i] - mean) * (x[i] - mean);
+        rs = norm_scale(block_reduce(s, false, shared), n, a.eps);
+    }
+    if (MODE == PREP_SCALED) rs = a.by[a.by_idx[row]];
     if (MODE == PREP_NORM) {
         float s = 0.0f;
 #pragma unroll 4
@@ -64,12 +110,21 @@ __device__ __forceinline__ void prep(const PrepArgs& a) {
     auto value = [&](int i) -> float {
         if (MODE == PREP_NORM) return x[i] * rs * a.w[i];
         if (MODE == PREP_SWIGLU) return silu(x[i]) * up[i];
+        if (MODE == PREP_NORMS) {
+            const float v = (x[i] - mean) * rs * (a.w ? a.w[i] : 1.0f);
+            return a.b ? v + a.b[i] : v;
+        }
+        if (MODE == PREP_ACTIVATE) return activate(a.how, a.limit, x[i], up != nullptr, up ? up[i] : 0.0f);
+        if (MODE == PREP_SCALED) return x[i] * rs;
         return x[i];
     };
     // Other parts of the row may be other blocks' work.
     const int first = blockIdx.y * threads, step = gridDim.y * threads;
     if (a.f)
-        for (int i = first + tid; i < n; i += step) a.f[(size_t)row * n + i] = value(i);
+        for (int i = first + tid; i < n; i += step) {
+            float* to = a.f + (size_t)row * n + i;
+            *to = MODE == PREP_NORMS && a.add ? *to + value(i) : value(i);
+        }
     if (a.q) {
         // Eight threads a block of 32; n is a multiple of 32, so whole groups of eight take part.
         for (int i0 = first; i0 < n / 4; i0 += step) {
@@ -109,12 +164,22 @@ extern "C" __global__ void __launch_bounds__(1024) prep_norm(const __grid_consta
 extern "C" __global__ void __launch_bounds__(1024) prep_swiglu(const __grid_constant__ PrepArgs a) {
     prep<PREP_SWIGLU>(a);
 }
+// Also in place, where floats alone are written: a thread reads an element before it writes it, and no other's.
+extern "C" __global__ void __launch_bounds__(1024) prep_norms(const __grid_constant__ PrepArgs a) {
+    prep<PREP_NORMS>(a);
+}
+extern "C" __global__ void __launch_bounds__(1024) prep_activate(const __grid_constant__ PrepArgs a) {
+    prep<PREP_ACTIVATE>(a);
+}
+extern "C" __global__ void __launch_bounds__(1024) prep_scaled(const __grid_constant__ PrepArgs a) {
+    prep<PREP_SCALED>(a);
+}
 
 struct RopeArgs {
     float* q;          // tokens × n_heads × head_dim, rotated in place
     const float* k;    // tokens × n_kv_heads × head_dim
     const float* v;
-    const float* q_norm;  // head_dim, or null
+    const float* q_norm;  // head_dim, or null for ones
     const float* k_norm;
     const float* freqs;   // n_rot / 2
     const int* pass;      // see first_position
@@ -125,14 +190,19 @@ struct RopeArgs {
     int neox;          // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
     int cache_f32;
     float magnitude, q_eps, k_eps;
+    int q_when, k_when;   // norms: 0 none, 1 before the rotary embedding, 2 behind it
+    // Queries are multiplied by 1 + by * ln(1 + floor((position + offset) / every)); 0 for none.
+    float by, every, offset;
 };
-ARGS_SIZE(RopeArgs, 120); ARGS_FIELD(RopeArgs, q, 0); ARGS_FIELD(RopeArgs, k, 8); ARGS_FIELD(RopeArgs, v, 16);
+ARGS_SIZE(RopeArgs, 136); ARGS_FIELD(RopeArgs, q, 0); ARGS_FIELD(RopeArgs, k, 8); ARGS_FIELD(RopeArgs, v, 16);
 ARGS_FIELD(RopeArgs, q_norm, 24); ARGS_FIELD(RopeArgs, k_norm, 32); ARGS_FIELD(RopeArgs, freqs, 40);
 ARGS_FIELD(RopeArgs, pass, 48); ARGS_FIELD(RopeArgs, k_cache, 56); ARGS_FIELD(RopeArgs, v_cache, 64);
 ARGS_FIELD(RopeArgs, n_heads, 72); ARGS_FIELD(RopeArgs, n_kv_heads, 76); ARGS_FIELD(RopeArgs, head_dim, 80);
 ARGS_FIELD(RopeArgs, n_rot, 84); ARGS_FIELD(RopeArgs, n_places, 88); ARGS_FIELD(RopeArgs, tokens, 92);
 ARGS_FIELD(RopeArgs, neox, 96); ARGS_FIELD(RopeArgs, cache_f32, 100); ARGS_FIELD(RopeArgs, magnitude, 104);
-ARGS_FIELD(RopeArgs, q_eps, 108); ARGS_FIELD(RopeArgs, k_eps, 112);
+ARGS_FIELD(RopeArgs, q_eps, 108); ARGS_FIELD(RopeArgs, k_eps, 112); ARGS_FIELD(RopeArgs, q_when, 116);
+ARGS_FIELD(RopeArgs, k_when, 120); ARGS_FIELD(RopeArgs, by, 124); ARGS_FIELD(RopeArgs, every, 128);
+ARGS_FIELD(RopeArgs, offset, 132);
 
 __device__ __forceinline__ void cache_store(void* cache, size_t at, float v, int f32) {
     if (f32) {
@@ -140,6 +210,12 @@ __device__ __forceinline__ void cache_store(void* cache, size_t at, float v, int
     } else {
         ((u16*)cache)[at] = f2h(v);
     }
+}
+
+// RMS norm of a head in place, whose sum of squares is that of each lane's elements.
+__device__ __forceinline__ void norm_head(float* x, const float* w, int n, float squares, float eps, int lane) {
+    const float rs = norm_scale(warp_sum(squares), n, eps);
+    for (int i = lane; i < n; i += 32) x[i] = w ? x[i] * rs * w[i] : x[i] * rs;
 }
 
 // Norm of each head, rotary embedding, store to the cache: one warp a head of a token.
@@ -172,10 +248,9 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
         x[i] = v;
         s += v * v;
     }
-    if (norm) {
-        float rs = norm_scale(warp_sum(s), hd, is_q ? a.q_eps : a.k_eps);
-        for (int i = lane; i < hd; i += 32) x[i] = x[i] * rs * norm[i];
-    }
+    const int when = is_q ? a.q_when : a.k_when;
+    const float eps = is_q ? a.q_eps : a.k_eps;
+    if (when == 1) norm_head(x, norm, hd, s, eps, lane);
     __syncwarp();
     for (int i = lane; i < a.n_rot / 2; i += 32) {
         int i0 = a.neox ? i : 2 * i, i1 = a.neox ? i + a.n_rot / 2 : 2 * i + 1;
@@ -188,6 +263,15 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
         x[i1] = u * sn + v * cs;
     }
     __syncwarp();
+    if (when == 2) {
+        s = 0.0f;
+        for (int i = lane; i < hd; i += 32) s += x[i] * x[i];
+        norm_head(x, norm, hd, s, eps, lane);
+    }
+    if (is_q && a.by != 0.0f) {
+        const float factor = 1.0f + a.by * logf(floorf(((float)pos + a.offset) / a.every) + 1.0f);
+        for (int i = lane; i < hd; i += 32) x[i] *= factor;
+    }
     if (is_q) {
         float* q = a.q + ((size_t)t * a.n_heads + h) * hd;
         for (int i = lane; i < hd; i += 32) q[i] = x[i];

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks nt on this machine's GPU: kernels, fidelity, the same bits for every placement and cut of a prompt, and compute-sanitizer's
+# Checks nt on this machine's GPU: kernels, fidelity, every architecture, the same bits for every placement and cut of a prompt, and compute-sanitizer's
 # four tools over the kernels' self-test and over passes of every placement.
 #
 #   scripts/check-gpu.sh [NT] [MODEL]     NT: the binary (target/release/nt)
@@ -126,6 +126,10 @@ tail -1 "$work/selftest"
 echo "== fidelity against llama.cpp's golden results"
 python3 tests/fidelity/check.py "$nt" --extra "--backend cuda" --jobs 6 > "$work/fidelity" || failed=1
 grep -v '^ok' "$work/fidelity"
+
+echo "== every architecture against llama.cpp's golden results and processors"
+python3 tests/fidelity/check_arch.py "$nt" --backend cuda --jobs 6 > "$work/arch" || failed=1
+grep -v '^ok' "$work/arch"
 
 echo "== the same bits for every placement"
 tokens=$(seq -s, 1 7 400)

@@ -191,6 +191,8 @@ pub struct Dims {
     /// What passes do that no fused call covers; `None` if there is nothing of the kind, and [`Backend::op`] is not
     /// called.
     pub beyond: Option<&'static str>,
+    /// What of it has no kernel on a GPU.
+    pub no_kernel: Option<&'static str>,
 }
 
 /// Sizes of a model's recurrences, and how many states there are.

@@ -258,6 +258,11 @@ pub enum Op<W> {
         /// Read.
         from: Act,
     },
+    /// `X += norm(Out)`: a norm and a sum that follow each other.
+    AddNormed {
+        /// The norm, `n_embd` wide.
+        norm: NormOf<W>,
+    },
     /// `act *= by`.
     Scale {
         /// What is scaled.
@@ -342,6 +347,7 @@ impl<W: Copy> Op<W> {
             Op::Attend { layer, scores, sinks } => Op::Attend { layer, scores, sinks: sinks.map(f) },
             Op::Keep => Op::Keep,
             Op::Add { to, from } => Op::Add { to, from },
+            Op::AddNormed { ref norm } => Op::AddNormed { norm: norm.map(f) },
             Op::Scale { act, by } => Op::Scale { act, by },
             Op::Activate { how, gated, width } => Op::Activate { how, gated, width },
             Op::Route { ref w, choose, how } => {
@@ -359,7 +365,7 @@ impl<W: Copy> Op<W> {
         match self {
             Op::Norm { norm: NormOf { kind: NormKind::Layer, .. }, .. } => "layer norms",
             Op::Norm { to: Act::Q | Act::K, .. } => "norms of all heads together",
-            Op::Norm { to: Act::Out, .. } => "norms behind the parts of a block",
+            Op::Norm { to: Act::Out, .. } | Op::AddNormed { .. } => "norms behind the parts of a block",
             Op::Norm { .. } => "parts without a norm before them, or side by side",
             Op::HeadNorm { .. } => "norms of heads behind the rotary embedding",
             Op::Linear { .. } => "parts of blocks of this make",

@@ -10,9 +10,8 @@ use super::args::{Auto, KvArg};
 use super::page;
 use super::report::print_line;
 use super::{Failure, ModelArg, Placement, outputs, run};
-use crate::backend::BackendKind;
-use crate::engine::{Change, Forecast, Opened, beyond_training, sensitivity, this_machine};
-use crate::model::Tape;
+use crate::backend::{BackendError, BackendKind};
+use crate::engine::{Change, Forecast, Opened, beyond_training, refused_by_gpu, sensitivity, this_machine};
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 
@@ -95,7 +94,11 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
         changes: sensitivity(&opened.model, &machine, &options, &forecast),
         beyond: match (options.backend, &machine.gpu) {
-            (BackendKind::Auto, Some(_)) => Tape::new(&opened.model).beyond(&opened.model),
+            (BackendKind::Auto, Some(_)) => refused_by_gpu(&opened.model, &options).map(|why| match why {
+                BackendError::Beyond { what, .. } => what.to_owned(),
+                BackendError::Cache { ty, .. } => format!("a KV cache of {ty}"),
+                other => other.to_string(),
+            }),
             _ => None,
         },
         forecast,
@@ -127,7 +130,7 @@ fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Re
 /// What is printed.
 struct Shown {
     /// What the machine's GPU has no kernels for.
-    beyond: Option<&'static str>,
+    beyond: Option<String>,
     forecast: Forecast,
     machine: Machine,
     opened: Opened,
@@ -237,7 +240,7 @@ impl Shown {
             let mark = if rate.measured { "" } else { "guess: " };
             writeln!(out, "  {what:<22} {:>8.2} GB/s  {mark}{}", rate.gb_per_s, rate.source)?;
         }
-        if let Some(what) = self.beyond {
+        if let Some(what) = &self.beyond {
             writeln!(out, "  computed on processors: the GPU has no kernels for {what}")?;
         }
         if self.machine.rates().iter().any(|(_, r)| !r.measured) {

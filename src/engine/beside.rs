@@ -26,7 +26,8 @@ fn computable(model: &Model) -> Vec<bool> {
             of[stage.unit] = stage.takes_x_alone();
         }
         for [gate, ..] in stage.experts.iter().flat_map(|e| &e.list) {
-            of[gate.weight.unit] = true;
+            // What experts are handed is not weighed.
+            of[gate.weight.unit] = !model.hparams.router.on_input;
         }
     }
     of

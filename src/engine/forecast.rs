@@ -6,7 +6,6 @@ use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
-use crate::gguf::TensorType;
 use crate::machine;
 use crate::model::{Model, Tape, UnitKind};
 use crate::pipeline::{Event, EventKind, UnitLayout};
@@ -421,18 +420,17 @@ pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
 
 /// Where a session of the model computes: on a GPU, if there is one that has kernels for all that a pass does.
 fn site(model: &Model, machine: &Machine, options: &Options) -> Result<Site, EngineError> {
-    let (wished, ty) = (options.backend, options.kv_type);
-    let cache = || BackendError::Cache { backend: "cuda", ty };
-    let refused = match Tape::new(model).beyond(model) {
-        Some(what) => Some(BackendError::Beyond { backend: "cuda", what }),
-        None => (!matches!(ty, TensorType::F16 | TensorType::F32)).then(cache),
-    };
-    match (wished, &machine.gpu, refused) {
+    match (options.backend, &machine.gpu, refused_by_gpu(model, options)) {
         (BackendKind::Cpu, ..) | (BackendKind::Auto, None, _) | (BackendKind::Auto, _, Some(_)) => Ok(Site::Cpu),
         (_, Some(_), None) => Ok(Site::Gpu),
         (BackendKind::Cuda, Some(_), Some(why)) => Err(why.into()),
         (BackendKind::Cuda, None, _) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
     }
+}
+
+/// Why a GPU does not compute the model; `None` if it does.
+pub fn refused_by_gpu(model: &Model, options: &Options) -> Option<BackendError> {
+    CudaBackend::refuses(&dims_of(model, options))
 }
 
 fn ram_budget(machine: &Machine) -> Option<u64> {

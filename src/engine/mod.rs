@@ -33,7 +33,7 @@ mod window;
 pub use beside::Sites;
 pub use constraint::{ConstraintError, Form, Grammar, Grammars, Reasoning};
 pub use dry::DryParams;
-pub use forecast::{Forecast, Prediction, choose_buffers, nearest};
+pub use forecast::{Forecast, Prediction, choose_buffers, nearest, refused_by_gpu};
 pub use generate::{Generation, Grown, Request, StopReason};
 pub use generator::{Ended, Generator, generate};
 pub use here::{Here, this_machine};

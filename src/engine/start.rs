@@ -9,6 +9,7 @@ use super::session::{Embedding, OnDevice, stream_error};
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::CudaBackend;
 use crate::backend::{self, Act, Backend, BackendError, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent};
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
 use crate::gguf::{TensorInfo, TensorType};
@@ -571,6 +572,7 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         n_attn: model.width(Act::Gates).max(h.n_heads * h.head_dim),
         recurrent: h.recurrent.map(|r| Recurrent { layers: model.states, sequences: options.sequences, ..r }),
         beyond: tape.beyond(model),
+        no_kernel: tape.lacks(CudaBackend::can),
     }
 }
 

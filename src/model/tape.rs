@@ -51,6 +51,16 @@ impl Tape {
         Tape { stages: model.stages.iter().map(of).collect() }
     }
 
+    /// What a pass does that a backend `can` not; `None` if it can all.
+    pub fn lacks(&self, can: impl Fn(&Op<TensorRef>) -> bool) -> Option<&'static str> {
+        let calls = self.stages.iter().flat_map(|s| s.with.iter().chain(&s.after));
+        let mut lacking = calls.filter_map(|c| match c {
+            Call::Op(op) if !can(op) => Some(op.what()),
+            _ => None,
+        });
+        lacking.next()
+    }
+
     /// What a pass does that is no fused call; `None` if all is.
     pub fn beyond(&self, model: &Model) -> Option<&'static str> {
         let calls = self.stages.iter().flat_map(|s| s.with.iter().chain(&s.after));
@@ -88,6 +98,9 @@ fn fused(ops: &[Op<TensorRef>]) -> Option<(Call, usize)> {
         [Op::Keep, ..] => Some((Call::Keep, 1)),
         [Op::Attend { layer, scores: Scores::PLAIN, sinks: None }, ..] => Some((Call::Attend { layer }, 1)),
         [Op::Linear { to: Act::X, from: Act::Attn, w, add: true }, ..] => Some((Call::AttnOutput { w }, 1)),
+        [Op::Norm { to: Act::Out, from: Act::Out, norm }, Op::Add { to: Act::X, from: Act::Out }, ..] => {
+            Some((Call::Op(Op::AddNormed { norm }), 2))
+        }
         [Op::Combine { to: Act::X, add: true }, ..] => Some((Call::Combine, 1)),
         [Op::Head { w, first_row, scale: 1.0, cap: 0.0 }, ..] => Some((Call::Head { w, first_row }, 1)),
         [Op::Outputs, Op::Norm { to: Act::H, from: Act::X, norm }, ..] if plain(&norm) => {

@@ -184,6 +184,7 @@ mod tests {
             n_attn: 0,
             recurrent: None,
             beyond: None,
+            no_kernel: None,
         }
     }
 

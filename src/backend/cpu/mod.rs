@@ -63,6 +63,8 @@ pub struct CpuBackend {
     /// Rows of logits, and the first one of each class.
     outputs: usize,
     first_output: [usize; 2],
+    /// Whether what the head reads is quantised, by class.
+    head_ready: [bool; 2],
     /// The class at hand.
     class: Class,
     /// Where each row of the pass lies in its sequence, and the rows of each run.
@@ -299,6 +301,7 @@ impl CpuBackend {
             first_bulk: 0,
             outputs: 0,
             first_output: [0; 2],
+            head_ready: [false; 2],
             class: Class::Bulk,
             x: Buf::new(l.x, "activations")?,
             input: Buf::new(l.x, "activations")?,
@@ -826,6 +829,7 @@ impl Backend for CpuBackend {
         self.first_bulk = self.parts[0];
         self.class = runs[0].class;
         self.outputs = 0;
+        self.head_ready = [false; 2];
         self.attn_ready = false;
         self.rotation = None;
         self.places.clear();
@@ -1061,6 +1065,7 @@ impl Backend for CpuBackend {
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
         self.begin_outputs()?;
         self.norm_input(norm);
+        self.head_ready[self.class as usize] = true;
         Ok(())
     }
 
@@ -1079,6 +1084,10 @@ impl Backend for CpuBackend {
 
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
         let (input, first) = (self.input_here(), self.first_output[self.class as usize]);
+        if !std::mem::replace(&mut self.head_ready[self.class as usize], true) {
+            // Its norm was none of `output_norm`.
+            self.prepare(Shared(input), Shared(input), self.dims.n_embd, self.n_tokens(), None);
+        }
         let out = self.logits[first * self.dims.n_vocab + first_row..].as_mut_ptr();
         let (job, rows) = self.job(w, input, out, Then::Store);
         self.jobs(&[(Job { stride: self.dims.n_vocab, ..job }, rows)], None);

@@ -29,6 +29,10 @@ impl CpuBackend {
             Op::Attend { layer, scores, sinks } => self.attend_by(layer, scores, sinks),
             Op::Keep => {}
             Op::Add { to, from } => self.add(to, from),
+            Op::AddNormed { norm } => {
+                self.norm(Act::Out, Act::Out, norm);
+                self.add(Act::X, Act::Out);
+            }
             Op::Scale { act, by } => self.scale(act, by),
             Op::Activate { how, gated, width } => self.activate_hidden(how, gated, width),
             Op::Route { w, choose, how } => self.route_by(&w, choose, how),
@@ -274,7 +278,7 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
         Op::HeadNorm { act, .. } | Op::Rope { act, .. } | Op::ScaleByPosition { act, .. } | Op::Scale { act, .. } => {
             Some(act)
         }
-        Op::AddPosition { .. } => Some(Act::X),
+        Op::AddPosition { .. } | Op::AddNormed { .. } => Some(Act::X),
         Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) | Op::ShortConv { .. } => Some(Act::Attn),
         Op::SplitHeads => Some(Act::Q),
         Op::GateOut => Some(Act::Out),

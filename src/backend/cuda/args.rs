@@ -102,6 +102,10 @@ pub(super) struct AttnArgs {
     pub tokens: i32,
     pub pass: u64,
     pub scale: f32,
+    pub cap: f32,
+    pub sinks: u64,
+    pub window: i32,
+    pub chunk: i32,
 }
 
 #[repr(C)]
@@ -115,6 +119,9 @@ pub(super) struct MergeArgs {
     pub width: i32,
     pub head_dim: i32,
     pub pass: u64,
+    pub sinks: u64,
+    pub window: i32,
+    pub chunk: i32,
 }
 
 #[repr(C)]
@@ -131,6 +138,13 @@ pub(super) struct PrepArgs {
     pub n: i32,
     pub pitch: i32,
     pub eps: f32,
+    pub limit: f32,
+    pub b: u64,
+    pub by: u64,
+    pub by_idx: u64,
+    pub how: i32,
+    pub layer: i32,
+    pub add: i32,
 }
 
 #[repr(C)]
@@ -156,6 +170,11 @@ pub(super) struct RopeArgs {
     pub magnitude: f32,
     pub q_eps: f32,
     pub k_eps: f32,
+    pub q_when: i32,
+    pub k_when: i32,
+    pub by: f32,
+    pub every: f32,
+    pub offset: f32,
 }
 
 #[repr(C)]
@@ -192,6 +211,92 @@ pub(super) struct HandArgs {
     pub rows: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ActArgs {
+    pub x: u64,
+    pub y: u64,
+    pub z: u64,
+    pub pass: u64,
+    pub rows: i32,
+    pub n: i32,
+    pub each: i32,
+    pub by: f32,
+    pub cap: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RouteByArgs {
+    pub scores: u64,
+    pub bias: u64,
+    pub ids: u64,
+    pub weights: u64,
+    pub tokens: i32,
+    pub experts: i32,
+    pub used: i32,
+    pub gating: i32,
+    pub normalize: i32,
+    pub groups: i32,
+    pub kept: i32,
+    pub scale: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct SumArgs {
+    pub x: u64,
+    pub out: u64,
+    pub weights: u64,
+    pub tokens: i32,
+    pub used: i32,
+    pub n: i32,
+    pub add: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct States {
+    pub all: u64,
+    pub pass: u64,
+    pub state: u64,
+    pub floats: i32,
+    pub offset: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ConvArgs {
+    pub states: States,
+    pub mix: u64,
+    pub out: u64,
+    pub w: u64,
+    pub rows: i32,
+    pub channels: i32,
+    pub taps: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct DeltaArgs {
+    pub states: States,
+    pub mix: u64,
+    pub beta: u64,
+    pub alpha: u64,
+    pub gates: u64,
+    pub out: u64,
+    pub decay: u64,
+    pub bias: u64,
+    pub norm: u64,
+    pub rows: i32,
+    pub channels: i32,
+    pub n_keys: i32,
+    pub n_values: i32,
+    pub each: i32,
+    pub tiled: i32,
+    pub eps: f32,
+}
+
 /// Asserts size and offsets of each structure, as `ARGS_SIZE` and `ARGS_FIELD` do in `kernels/`; the table is
 /// compared with those lines by a test.
 macro_rules! layouts {
@@ -212,13 +317,19 @@ layouts! {
     PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
     DequantArgs 32 { w 0, out 8, rows 16, cols 20, pitch 24 }
     GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64, cols 68 }
-    AttnArgs 72 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_places 48, tokens 52, pass 56, scale 64 }
-    MergeArgs 56 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, pass 48 }
-    PrepArgs 80 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72 }
-    RopeArgs 120 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112 }
+    AttnArgs 88 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_places 48, tokens 52, pass 56, scale 64, cap 68, sinks 72, window 80, chunk 84 }
+    MergeArgs 72 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, pass 48, sinks 56, window 64, chunk 68 }
+    PrepArgs 120 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72, limit 76, b 80, by 88, by_idx 96, how 104, layer 108, add 112 }
+    RopeArgs 136 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112, q_when 116, k_when 120, by 124, every 128, offset 132 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
     HandArgs 32 { from 0, to 8, idx 16, n 24, rows 28 }
     CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
+    ActArgs 56 { x 0, y 8, z 16, pass 24, rows 32, n 36, each 40, by 44, cap 48 }
+    RouteByArgs 64 { scores 0, bias 8, ids 16, weights 24, tokens 32, experts 36, used 40, gating 44, normalize 48, groups 52, kept 56, scale 60 }
+    States 32 { all 0, pass 8, state 16, floats 24, offset 28 }
+    ConvArgs 72 { states 0, mix 32, out 40, w 48, rows 56, channels 60, taps 64 }
+    DeltaArgs 128 { states 0, mix 32, beta 40, alpha 48, gates 56, out 64, decay 72, bias 80, norm 88, rows 96, channels 100, n_keys 104, n_values 108, each 112, tiled 116, eps 120 }
+    SumArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32, add 36 }
 }
 
 #[cfg(test)]
@@ -238,6 +349,7 @@ mod tests {
             include_str!("../../../kernels/gemm.cuh"),
             include_str!("../../../kernels/attn.cu"),
             include_str!("../../../kernels/ops.cu"),
+            include_str!("../../../kernels/acts.cu"),
         ]
         .concat();
         let has = |line: String| assert!(sources.contains(&line), "no {line} in kernels/");

@@ -186,6 +186,7 @@ impl Hands for CudaBackend {
         let answer = self.await_answer(place)?;
         let (x, rows, n) = (self.x(), self.tokens, self.dims.n_embd);
         self.engine.ws.rooms.check("rows of processors", x, (rows * n * 4) as u64)?;
+        self.waiting.forget_forms();
         // SAFETY: an answer has as many rows as were given, which X has.
         unsafe { self.hand_rows(answer, x, 0, n, rows) }
     }

@@ -9,6 +9,7 @@ mod graph;
 mod handover;
 mod memory;
 mod modules;
+mod ops;
 mod product;
 pub mod selftest;
 mod tiling;
@@ -27,7 +28,8 @@ pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffe
 pub use transfer::Transfer;
 
 use super::{
-    Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, RopeKind, RouterParams, Run, Weight,
+    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, RouterParams, Run,
+    Scores, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
@@ -36,8 +38,12 @@ use driver::{RowsOf, device_error};
 use graph::Recorder;
 use handover::Handover;
 use modules::{HEAD_DIMS, Kernels};
+use ops::{Heads, Waiting, lengths};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
 use workspace::{Workspace, cache_elem_bytes, key_ranges};
+
+/// Heads without attention kernels; see [`HEAD_DIMS`].
+const OTHER_HEADS: &str = "heads of other sizes than 16, 32, 64, 80, 96, 128 and 256 elements";
 
 /// Runs the operations of a forward pass on one GPU.
 pub struct CudaBackend {
@@ -48,8 +54,8 @@ pub struct CudaBackend {
     tokens: usize,
     /// First row of X and Attn that is still wanted ([`Backend::keep`]).
     row0: usize,
-    /// The attention output is also there quantised.
-    attn_quantised: bool,
+    /// What operations leave to later ones, and the forms in which activations lie.
+    waiting: Waiting,
     rows_sent: Event,
     /// The pass's logits are in host memory.
     logits_here: bool,
@@ -74,19 +80,25 @@ impl CudaBackend {
         workspace::bytes_needed(dims, multiprocessors)
     }
 
-    /// Loads the kernels and allocates every buffer of a session with these sizes.
-    pub fn new(device: &Arc<Device>, dims: &Dims) -> Result<Self, BackendError> {
-        if let Some(what) = dims.beyond {
-            return Err(BackendError::Beyond { backend: "cuda", what });
+    /// Why there are no kernels for such a session; `None` if there are.
+    pub fn refuses(dims: &Dims) -> Option<BackendError> {
+        if let Some(what) = dims.no_kernel {
+            return Some(BackendError::Beyond { backend: "cuda", what });
+        }
+        if let Some(what) = dims.recurrent.and_then(|r| ops::refuses(&r)) {
+            return Some(BackendError::Beyond { backend: "cuda", what });
         }
         if !HEAD_DIMS.contains(&dims.head_dim) {
-            return Err(device_error(format!(
-                "heads of {} elements have no kernel; supported are {HEAD_DIMS:?}",
-                dims.head_dim
-            )));
+            return Some(BackendError::Beyond { backend: "cuda", what: OTHER_HEADS });
         }
-        if dims.kv_type != TensorType::F16 && dims.kv_type != TensorType::F32 {
-            return Err(BackendError::Cache { backend: "cuda", ty: dims.kv_type });
+        let cache = matches!(dims.kv_type, TensorType::F16 | TensorType::F32);
+        (!cache).then_some(BackendError::Cache { backend: "cuda", ty: dims.kv_type })
+    }
+
+    /// Loads the kernels and allocates every buffer of a session with these sizes.
+    pub fn new(device: &Arc<Device>, dims: &Dims) -> Result<Self, BackendError> {
+        if let Some(why) = CudaBackend::refuses(dims) {
+            return Err(why);
         }
         let kernels = Kernels::load(device, dims.head_dim)?;
         let ws = Workspace::new(device, dims)?;
@@ -96,7 +108,7 @@ impl CudaBackend {
             dims: dims.clone(),
             tokens: 0,
             row0: 0,
-            attn_quantised: false,
+            waiting: Waiting::default(),
             rows_sent: device.event(false)?,
             logits_here: false,
             expert_starts: vec![0; dims.n_experts + 1],
@@ -184,35 +196,54 @@ impl CudaBackend {
         sent
     }
 
+    /// Where kernels read which recurrent state the pass begins with.
+    fn state_word(&self) -> u64 {
+        self.engine.ws.pass.addr() + 4 * (1 + self.dims.pages()) as u64
+    }
+
     fn cache_offset(&self, layer: usize) -> u64 {
         let d = &self.dims;
         (layer * d.places() * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
     }
 
-    fn rope_store(&self, layer: usize, q_norm: Option<&Norm>, k_norm: Option<&Norm>) -> Result<(), BackendError> {
+    fn rope_store(&self, layer: usize, heads: &Heads) -> Result<(), BackendError> {
         let (d, ws) = (&self.dims, &self.engine.ws);
         let offset = self.cache_offset(layer);
+        let [rope, of_keys] = heads.ropes;
+        if rope != of_keys {
+            return Err(device_error("queries and keys rotate differently"));
+        }
+        let before: usize = d.ropes[..rope.unwrap_or(0)].iter().map(|r| r.freqs.len()).sum();
+        let rope = rope.and_then(|i| d.ropes.get(i));
+        let [q_norm, k_norm] = heads.norms;
+        let when = |n: Option<ops::HeadNorm>| n.map_or(0, |n| 1 + i32::from(n.behind));
+        let (by, every, offset_by) = heads.scale.unwrap_or((0.0, 1.0, 0.0));
         let a = RopeArgs {
             q: ws.q.addr(),
             k: ws.k.addr(),
             v: ws.v.addr(),
-            q_norm: q_norm.map_or(0, |n| n.weight.addr),
-            k_norm: k_norm.map_or(0, |n| n.weight.addr),
-            freqs: ws.freqs.addr(),
+            q_norm: q_norm.map_or(0, |n| n.weight),
+            k_norm: k_norm.map_or(0, |n| n.weight),
+            freqs: ws.freqs.addr() + 4 * before as u64,
             pass: ws.pass.addr(),
             k_cache: ws.k_cache.addr() + offset,
             v_cache: ws.v_cache.addr() + offset,
             n_heads: d.n_heads as i32,
             n_kv_heads: d.n_kv_heads as i32,
             head_dim: d.head_dim as i32,
-            n_rot: 2 * d.rope().freqs.len() as i32,
+            n_rot: rope.map_or(0, |r| 2 * r.freqs.len() as i32),
             n_places: d.places() as i32,
             tokens: self.tokens as i32,
-            neox: i32::from(d.rope().kind == RopeKind::Neox),
+            neox: i32::from(rope.is_some_and(|r| r.kind == RopeKind::Neox)),
             cache_f32: i32::from(d.kv_type == TensorType::F32),
-            magnitude: d.rope().magnitude,
+            magnitude: rope.map_or(1.0, |r| r.magnitude),
             q_eps: q_norm.map_or(0.0, |n| n.eps),
             k_eps: k_norm.map_or(0.0, |n| n.eps),
+            q_when: when(q_norm),
+            k_when: when(k_norm),
+            by,
+            every,
+            offset: offset_by,
         };
         let warps = self.tokens * (d.n_heads + 2 * d.n_kv_heads);
         let f = self.engine.kernels.rope_store;
@@ -221,8 +252,10 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a) }
     }
 
-    fn attn_args(&self, layer: usize) -> AttnArgs {
+    fn attn_args(&self, layer: usize, scores: &Scores, sinks: u64) -> AttnArgs {
+        use std::f32::consts::LOG2_E;
         let (d, ws) = (&self.dims, &self.engine.ws);
+        let (window, chunk) = lengths(scores.mask);
         let offset = self.cache_offset(layer);
         AttnArgs {
             q: ws.q.addr(),
@@ -235,46 +268,61 @@ impl CudaBackend {
             n_places: d.places() as i32,
             tokens: self.tokens as i32,
             pass: ws.pass.addr(),
-            scale: std::f32::consts::LOG2_E / (d.head_dim as f32).sqrt(),
+            scale: scores.scale.map_or(LOG2_E / (d.head_dim as f32).sqrt(), |s| LOG2_E * s),
+            cap: LOG2_E * scores.cap,
+            sinks,
+            window,
+            chunk,
         }
     }
 
-    fn attend_prefill(&self, layer: usize) -> Result<(), BackendError> {
+    /// The kernel of this cache, of decoding (0) or of prompts (1).
+    fn attn_kernel(&self, a: &AttnArgs, which: usize) -> modules::Func {
+        let k = &self.engine.kernels;
+        let plain = a.cap == 0.0 && a.sinks == 0 && a.window == 0 && a.chunk == 0;
+        (if plain { &k.attn } else { &k.attn_by })[self.cache_kind()][which]
+    }
+
+    fn attend_prefill(&self, layer: usize, scores: &Scores, sinks: u64) -> Result<(), BackendError> {
         let d = &self.dims;
-        let a = self.attn_args(layer);
+        let a = self.attn_args(layer, scores, sinks);
         let rows = self.tokens * (d.n_heads / d.n_kv_heads);
         let keys = if d.head_dim == 256 { 32 } else { 64 };
         let shared = (64 + 2 * keys) * (d.head_dim + 8) * 2;
-        let f = self.engine.kernels.attn[self.cache_kind()][1];
+        let f = self.attn_kernel(&a, 1);
         let grid = (rows.div_ceil(64) as u32, d.n_kv_heads as u32, 1);
         // SAFETY: AttnArgs is what attn_prefill_* declare; the cache holds all positions.
         unsafe { self.engine.launch(f, grid, 128, shared, &a) }
     }
 
     /// Keys are divided into ranges at fixed positions, a block each; those beyond the pass's keys end at once.
-    fn attend_decode(&mut self, layer: usize) -> Result<(), BackendError> {
+    fn attend_decode(&mut self, layer: usize, scores: &Scores, sinks: u64) -> Result<(), BackendError> {
         let d = &self.dims;
         let tiles = (self.tokens * (d.n_heads / d.n_kv_heads)).div_ceil(16);
         let ranges = key_ranges(d.n_ctx);
         let ws = &self.engine.ws;
-        let a = AttnArgs { out: ws.partial.addr(), ..self.attn_args(layer) };
+        let a = AttnArgs { out: ws.partial.addr(), ..self.attn_args(layer, scores, sinks) };
         let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
-        let f = self.engine.kernels.attn[self.cache_kind()][0];
+        let f = self.attn_kernel(&a, 0);
         let grid = (tiles as u32, d.n_kv_heads as u32, ranges as u32);
         // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for all ranges of up to
         // EXACT_ROWS tokens, and `begin` has checked their number.
         unsafe { self.engine.launch(f, grid, 128, shared, &a)? };
         let width = self.heads_width();
-        self.attn_quantised = width.is_multiple_of(32);
+        let quantises = width.is_multiple_of(32);
+        self.waiting.quantised = quantises.then_some(Act::Attn);
         let m = MergeArgs {
             part: ws.partial.addr(),
             ml: ws.partial_ml.addr(),
             out: ws.attn.addr(),
-            q: if self.attn_quantised { ws.input_q.addr() } else { 0 },
+            q: if quantises { ws.input_q.addr() } else { 0 },
             tokens: self.tokens as i32,
             width: width as i32,
             head_dim: d.head_dim as i32,
             pass: ws.pass.addr(),
+            sinks,
+            window: a.window,
+            chunk: a.chunk,
         };
         let warps = self.tokens * width.div_ceil(32);
         let f = self.engine.kernels.attn_merge;
@@ -296,6 +344,8 @@ impl CudaBackend {
         ids: u64,
     ) -> Result<(), BackendError> {
         let exact = self.engine.class == Class::Exact;
+        self.waiting.begin_fused();
+        self.waiting.on_input = false;
         let ws = &self.engine.ws;
         let q = if exact { ws.input_q.addr() } else { 0 };
         let f = ws.norm_f.addr();
@@ -331,6 +381,22 @@ impl CudaBackend {
         let kernel = self.engine.kernels.route_topk;
         // SAFETY: RouteArgs is what route_topk declares; the caller's buffer has a word for each choice.
         unsafe { self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args) }
+    }
+
+    /// Brings the choices of a router to the host, and groups them.
+    fn wait_for_choices(&mut self) -> Result<(), BackendError> {
+        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
+        let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
+        // SAFETY: both hold a number for each choice of a batch; the host's are read only after the wait below.
+        unsafe { self.engine.stream.download(src, dst, self.tokens * self.dims.n_experts_used * 4)? };
+        self.engine.stream.synchronize()?;
+        self.group_by_expert()
+    }
+
+    /// More outputs than the session has room for are refused.
+    fn check_outputs(&self) -> Result<(), BackendError> {
+        let (tokens, max) = (self.tokens, self.dims.max_outputs);
+        if tokens > max { Err(BackendError::Outputs { backend: "cuda", tokens, max }) } else { Ok(()) }
     }
 
     /// Groups the (token, choice) pairs of the last routing by expert, and sends the lists.
@@ -393,17 +459,26 @@ impl Backend for CudaBackend {
         (self.tokens, self.engine.class) = (run.rows, run.class);
         self.logits_here = false;
         self.row0 = 0;
+        self.waiting = Waiting::default();
         self.send_pages(run.table)?;
         let at = self.engine.ws.pass.addr();
         // SAFETY: the word is the workspace's; kernels read it in stream order.
-        unsafe { self.engine.stream.set(at, run.first_pos as u32) }
+        unsafe { self.engine.stream.set(at, run.first_pos as u32)? };
+        let Some(recurrent) = self.dims.recurrent else { return Ok(()) };
+        if run.state as usize >= 2 * recurrent.sequences {
+            let what = format!("recurrent state {} does not exist; there are {}", run.state, 2 * recurrent.sequences);
+            return Err(BackendError::Pass { backend: "cuda", what });
+        }
+        // SAFETY: as above.
+        unsafe { self.engine.stream.set(self.state_word(), run.state) }
     }
 
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
-        let StateOp::Copy { from, to, positions } = *op else {
-            return Err(BackendError::Beyond { backend: "cuda", what: "recurrent states" });
-        };
         self.engine.device.bind()?;
+        let (from, to, positions) = match *op {
+            StateOp::Copy { from, to, positions } => (from, to, positions),
+            StateOp::CopyState { from, to } => return self.copy_state(from, to),
+        };
         for cache in [&self.engine.ws.k_cache, &self.engine.ws.v_cache] {
             let rows = self.page_rows(cache.addr(), from, positions);
             let to = self.page_rows(cache.addr(), to, positions);
@@ -480,18 +555,19 @@ impl Backend for CudaBackend {
         k_norm: Option<&Norm>,
     ) -> Result<(), BackendError> {
         let types = [q.weight.ty, k.weight.ty, v.weight.ty];
+        self.waiting.begin_fused();
         let input = self.normed(norm, &types)?;
         let ws = &self.engine.ws;
         let targets = [Target::new(q, ws.q.addr()), Target::new(k, ws.k.addr()), Target::new(v, ws.v.addr())];
         self.engine.products(&targets, self.tokens, STORE, input, Rows::default())?;
-        self.rope_store(layer, q_norm, k_norm)
+        self.rope_store(layer, &Heads::fused([q_norm, k_norm]))
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
-        self.attn_quantised = false;
+        self.waiting.forget_forms();
         match self.engine.class {
-            Class::Exact => self.attend_decode(layer),
-            Class::Bulk => self.attend_prefill(layer),
+            Class::Exact => self.attend_decode(layer, &Scores::PLAIN, 0),
+            Class::Bulk => self.attend_prefill(layer, &Scores::PLAIN, 0),
         }
     }
 
@@ -501,9 +577,10 @@ impl Backend for CudaBackend {
             return Err(device_error("outputs of a pass that do not follow each other"));
         }
         if first != 0 {
-            self.attn_quantised = false;
+            self.waiting.forget_forms();
         }
         self.row0 += first;
+        self.waiting.h_row0 += first;
         self.tokens = rows.len();
         Ok(())
     }
@@ -511,34 +588,36 @@ impl Backend for CudaBackend {
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
         let types = [w.weight.ty];
         let mut input = self.engine.forms(&types);
-        let width = self.heads_width();
+        let width = w.weight.cols;
         match self.engine.form(w.weight.ty) {
             Form::Float => input.f = self.attn(),
-            Form::Quant if self.attn_quantised => {}
+            Form::Quant if self.waiting.quantised == Some(Act::Attn) => {}
             _ => self.engine.prepare(Prep::Copy, self.attn(), 0, width, self.tokens, input)?,
         }
         let target = Target::new(w, self.x());
+        self.waiting.forget_forms();
         self.engine.products(&[target], self.tokens, ADD, input, Rows::default())
     }
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
-        let input = self.normed(norm, &[gate.weight.ty, up.weight.ty])?;
+        self.waiting.begin_fused();
+        let types = [gate.weight.ty, up.weight.ty];
+        // A router behind this part reads what it reads.
+        let input = match self.dims.beyond.is_some() && self.dims.n_experts > 0 {
+            true => self.normed_for_all(norm, &types)?,
+            false => self.normed(norm, &types)?,
+        };
         let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
+        self.waiting.made_hidden(&hidden);
         let target = Target::new(down, self.x());
         self.engine.products(&[target], self.tokens, ADD, hidden, Rows::default())
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
-        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
-        let (src, dst) = (moe.ids.addr(), moe.ids_host.as_slice().as_ptr().cast_mut().cast());
-        self.choose_experts(norm, router, params, src)?;
-        let pairs = self.tokens * self.dims.n_experts_used;
-        // SAFETY: both hold the pairs; the pinned ids are read only after the wait below.
-        unsafe { self.engine.stream.download(src, dst, pairs * 4)? };
-        self.engine.stream.synchronize()?;
-        self.group_by_expert()?;
-        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
-        Ok(&moe.ids_host.as_slice()[..pairs])
+        let ids = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.ids.addr();
+        self.choose_experts(norm, router, params, ids)?;
+        self.wait_for_choices()?;
+        Ok(self.chosen())
     }
 
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
@@ -557,22 +636,29 @@ impl Backend for CudaBackend {
         let numbers_of = moe.lists.addr() + 4 * (pairs + start) as u64;
         let out = moe.out.addr();
         let norm_f = ws.norm_f.addr();
-        let (input, from) = if self.engine.class == Class::Exact {
+        let types = [e.gate.weight.ty, e.up.weight.ty];
+        let (input, from) = if self.waiting.on_input {
+            (self.weighed_inputs(&types, tokens_of, numbers_of, n)?, 0)
+        } else if self.engine.class == Class::Exact {
             // `route` left every row in both forms: the products pick theirs.
             let q = ws.input_q.addr();
             (Inputs { f: norm_f, q, ..Inputs::default() }, tokens_of)
         } else {
-            let to = self.engine.forms(&[e.gate.weight.ty, e.up.weight.ty]);
+            let to = self.engine.forms(&types);
             self.engine.prepare(Prep::Copy, norm_f, tokens_of, self.dims.n_embd, n, to)?;
             (to, 0)
         };
-        let hidden = self.engine.hidden(&e.gate, &e.up, e.down.weight.ty, n, input, from)?;
+        self.waiting.forget_forms();
+        let hidden = self.engine.hidden_by(e.how, &e.gate, Some(&e.up), e.down.weight.ty, n, input, from)?;
         let target = Target { stride: self.dims.n_embd, ..Target::new(&e.down, out) };
         let rows = Rows { from: 0, to: numbers_of };
         self.engine.products(&[target], n, STORE, hidden, rows)
     }
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {
+        if self.waiting.on_input {
+            return self.sum_experts(Act::X, true);
+        }
         let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
         let n = self.dims.n_embd;
         let a = CombineArgs {
@@ -590,10 +676,8 @@ impl Backend for CudaBackend {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
-        let (tokens, max) = (self.tokens, self.dims.max_outputs);
-        if tokens > max {
-            return Err(BackendError::Outputs { backend: "cuda", tokens, max });
-        }
+        self.check_outputs()?;
+        self.waiting.begin_fused();
         // The head's type is not known yet: every form that it may want.
         let to = self.engine.forms(&[TensorType::F32, TensorType::Q8_0]);
         let q = if self.dims.n_embd.is_multiple_of(32) { to.q } else { 0 };
@@ -605,6 +689,15 @@ impl Backend for CudaBackend {
         let out = self.engine.ws.logits.addr() + 4 * first_row as u64;
         let target = Target { stride: self.dims.n_vocab, ..Target::new(w, out) };
         self.engine.products(&[target], self.tokens, STORE, input, Rows::default())
+    }
+
+    fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
+        self.run(op)
+    }
+
+    fn chosen(&mut self) -> &[u32] {
+        let pairs = self.tokens * self.dims.n_experts_used;
+        self.engine.ws.moe.as_ref().map_or(&[], |moe| &moe.ids_host.as_slice()[..pairs])
     }
 
     fn finite(&mut self) -> Result<bool, BackendError> {

@@ -44,7 +44,11 @@ pub(super) const QUANTS: [TensorType; 13] = [
 pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, TensorType::BF16];
 
 /// Head sizes with attention kernels.
-pub(super) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
+
+/// Sizes of delta nets' heads with kernels, and the most inputs that a convolution sees.
+pub(super) const DELTA_DIMS: [usize; 3] = [32, 64, 128];
+pub(super) const TAPS_MAX: usize = 8;
 
 /// Largest batch of each matrix-times-vectors kernel of `gemv.cu` and `bulk.cu`.
 pub(super) const GEMV_BATCHES: [usize; 4] = [1, 2, 4, 8];
@@ -77,6 +81,8 @@ pub(super) struct Kernels {
     pub thin: Vec<[Func; 2]>,
     /// `[f16, f32][decode, prefill]` for the session's head size.
     pub attn: [[Func; 2]; 2],
+    /// The same with caps of scores, windows and sinks.
+    pub attn_by: [[Func; 2]; 2],
     pub attn_merge: Func,
     pub prep_copy: Func,
     pub prep_norm: Func,
@@ -85,6 +91,47 @@ pub(super) struct Kernels {
     pub route_topk: Func,
     pub combine: Func,
     pub hand_rows: Func,
+    pub prep_norms: Func,
+    pub prep_activate: Func,
+    pub prep_scaled: Func,
+    pub acts: Acts,
+}
+
+/// Kernels of single operations.
+pub(super) struct Acts {
+    pub add: Func,
+    pub scale: Func,
+    pub position: Func,
+    pub gate: Func,
+    pub gate_row: Func,
+    pub split: Func,
+    pub logits: Func,
+    pub sum: Func,
+    pub route_by: Func,
+    pub conv: Func,
+    pub short_conv: Func,
+    /// By [`DELTA_DIMS`].
+    pub delta: [Func; 3],
+}
+
+impl Acts {
+    fn load(l: &Loader) -> Result<Acts, BackendError> {
+        let get = |name: &str| l.get("acts", name);
+        Ok(Acts {
+            add: get("act_add")?,
+            scale: get("act_scale")?,
+            position: get("act_position")?,
+            gate: get("act_gate")?,
+            gate_row: get("act_gate_row")?,
+            split: get("act_split")?,
+            logits: get("act_logits")?,
+            sum: get("act_sum")?,
+            route_by: get("route_by")?,
+            conv: get("conv")?,
+            short_conv: get("short_conv")?,
+            delta: [get("delta_32")?, get("delta_64")?, get("delta_128")?],
+        })
+    }
 }
 
 // SAFETY: function and module handles may be used from any thread with the context bound.
@@ -122,11 +169,9 @@ impl Kernels {
                 Ok([l.get("plain", &format!("plain_{t}_1"))?, l.get("plain", &format!("plain_{t}_8"))?])
             })
             .collect::<Result<_, _>>()?;
-        let attn = |cache: &str| -> Result<[Func; 2], BackendError> {
-            Ok([
-                l.get("attn", &format!("attn_decode_{cache}_{head_dim}"))?,
-                l.get("attn", &format!("attn_prefill_{cache}_{head_dim}"))?,
-            ])
+        let attn = |ending: &str| -> Result<[[Func; 2]; 2], BackendError> {
+            let get = |kind: &str| l.get("attn", &format!("attn_{kind}_{head_dim}{ending}"));
+            Ok([[get("decode_f16")?, get("prefill_f16")?], [get("decode_f32")?, get("prefill_f32")?]])
         };
         Ok(Kernels {
             device: Arc::clone(device),
@@ -141,7 +186,8 @@ impl Kernels {
                 .iter()
                 .map(|t| Ok([l.get("thin", &format!("thin_{t}_16"))?, l.get("thin", &format!("thin_{t}_64"))?]))
                 .collect::<Result<_, BackendError>>()?,
-            attn: [attn("f16")?, attn("f32")?],
+            attn: attn("")?,
+            attn_by: attn("_by")?,
             attn_merge: l.get("attn", "attn_merge")?,
             prep_copy: l.get("ops", "prep_copy")?,
             prep_norm: l.get("ops", "prep_norm")?,
@@ -150,6 +196,10 @@ impl Kernels {
             route_topk: l.get("ops", "route_topk")?,
             combine: l.get("ops", "combine")?,
             hand_rows: l.get("hand", "hand_rows")?,
+            prep_norms: l.get("ops", "prep_norms")?,
+            prep_activate: l.get("ops", "prep_activate")?,
+            prep_scaled: l.get("ops", "prep_scaled")?,
+            acts: Acts::load(l)?,
             modules: loader.modules,
         })
     }

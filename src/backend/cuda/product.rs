@@ -13,7 +13,7 @@ use super::driver::{Device, Stream, device_error};
 use super::modules::{Func, Kernels, PLAINS, QUANTS};
 use super::vectors::step_bytes;
 use super::workspace::{Workspace, float_bytes, half_bytes, pitch, quant_bytes};
-use crate::backend::{BackendError, Class, Linear, Weight};
+use crate::backend::{Activation, BackendError, Class, Linear, NormKind, NormOf, Weight};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -84,6 +84,24 @@ pub(super) enum Prep {
     Norm(u64, f32),
     /// SwiGLU with the rows at this address.
     Swiglu(u64),
+    /// A norm of any kind.
+    Norms(NormOf<u64>),
+    /// A norm of any kind, added to what lies there.
+    AddNormed(NormOf<u64>),
+    /// An activation, of SwiGLU's kind with the rows at this address if it is not 0.
+    Activate(Activation, u64),
+    /// Row i multiplied by the float of the first address that the number of the second one names.
+    Scaled(u64, u64),
+}
+
+/// An activation's number in `kernels/ops.cu`, and its limit.
+pub(super) fn activation(how: Activation) -> (i32, f32) {
+    match how {
+        Activation::Silu => (0, 0.0),
+        Activation::Gelu => (1, 0.0),
+        Activation::ReluSquared => (2, 0.0),
+        Activation::ClampedSwiglu { limit } => (3, limit),
+    }
 }
 
 /// Where the forms of the activations lie; 0 where they are absent.
@@ -215,12 +233,27 @@ impl Engine {
                 a.up = up;
                 self.kernels.prep_swiglu
             }
+            Prep::Norms(norm) | Prep::AddNormed(norm) => {
+                a.add = i32::from(matches!(prep, Prep::AddNormed(_)));
+                (a.w, a.b, a.eps) = (norm.weight.unwrap_or(0), norm.bias.unwrap_or(0), norm.eps);
+                a.layer = i32::from(norm.kind == NormKind::Layer);
+                self.kernels.prep_norms
+            }
+            Prep::Activate(how, up) => {
+                (a.how, a.limit) = activation(how);
+                a.up = up;
+                self.kernels.prep_activate
+            }
+            Prep::Scaled(by, numbers) => {
+                (a.by, a.by_idx) = (by, numbers);
+                self.kernels.prep_scaled
+            }
         };
         let exact = self.class == Class::Exact;
         // Enough threads for a row; many rows share the machine instead. A norm's order of summation follows from it.
         let threads = if n > 8192 || (exact && n > 1024) { 1024 } else { 256 };
         // Few long rows are divided among blocks, where that can be done.
-        let whole = matches!(prep, Prep::Norm(..)) || to.h != 0 || !exact;
+        let whole = matches!(prep, Prep::Norm(..) | Prep::Norms(_) | Prep::AddNormed(_)) || to.h != 0 || !exact;
         let parts = if whole { 1 } else { n.div_ceil(4 * threads as usize) };
         // SAFETY: PrepArgs is what prep_* declare; all outputs hold `rows` rows of `n`, as checked above.
         unsafe { self.launch(f, (rows as u32, parts as u32, 1), threads, 0, &a) }
@@ -303,6 +336,37 @@ impl Engine {
             self.products(&targets, tokens, STORE, input, rows)?;
             self.prepare(Prep::Swiglu(up_f), gate_f, 0, ff, tokens, out)?;
         }
+        Ok(out)
+    }
+
+    /// As [`Engine::hidden`] with any activation, and without `up` where there is none.
+    #[allow(clippy::too_many_arguments, reason = "a product with what becomes of it")]
+    pub fn hidden_by(
+        &mut self,
+        how: Activation,
+        gate: &Linear,
+        up: Option<&Linear>,
+        down: TensorType,
+        tokens: usize,
+        input: Inputs,
+        from: u64,
+    ) -> Result<Inputs> {
+        if let (Activation::Silu, Some(up)) = (how, up) {
+            return self.hidden(gate, up, down, tokens, input, from);
+        }
+        let (gate_f, up_f) = (self.ws.gate.addr(), self.ws.up.addr());
+        let gate_to = Target::new(gate, gate_f);
+        let targets = [gate_to, up.map_or(gate_to, |up| Target::new(up, up_f))];
+        let targets = &targets[..if up.is_some() { 2 } else { 1 }];
+        self.products(targets, tokens, STORE, input, Rows { from, to: 0 })?;
+        let mut out = Inputs::default();
+        match self.form(down) {
+            Form::Float => out.f = gate_f,
+            Form::Quant => out.q = self.ws.hidden_q.addr(),
+            Form::Half => out.h = self.ws.halves.addr(),
+        }
+        let up_f = if up.is_some() { up_f } else { 0 };
+        self.prepare(Prep::Activate(how, up_f), gate_f, 0, gate.weight.rows, tokens, out)?;
         Ok(out)
     }
 

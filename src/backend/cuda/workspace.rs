@@ -86,7 +86,8 @@ pub(super) struct Workspace {
     pub k_cache: DeviceBuffer,
     pub v_cache: DeviceBuffer,
     pub freqs: DeviceBuffer,
-    /// Position of the pass's first token, then the page of each [`PAGE`](crate::state::PAGE) positions, where kernels read them.
+    /// Position of the pass's first token, then the page of each [`PAGE`](crate::state::PAGE) positions, then the number of
+    /// the recurrent state that is read, where kernels read them.
     pub pass: DeviceBuffer,
     pub logits: DeviceBuffer,
     pub logits_host: PinnedBuffer<f32>,
@@ -94,6 +95,47 @@ pub(super) struct Workspace {
     pub rows: DeviceBuffer,
     pub rows_host: PinnedBuffer<u8>,
     pub moe: Option<MoeBuffers>,
+    pub acts: ActBuffers,
+}
+
+/// Activations of single operations; empty where a program has none.
+pub(super) struct ActBuffers {
+    /// Outputs of parts before they are added to X.
+    pub out: DeviceBuffer,
+    pub mix: DeviceBuffer,
+    pub gates: DeviceBuffer,
+    pub beta: DeviceBuffer,
+    pub alpha: DeviceBuffer,
+    /// Recurrent states: `[state][layer]`, the last inputs of convolutions and then the heads' matrices.
+    pub states: DeviceBuffer,
+}
+
+impl ActBuffers {
+    /// Bytes of outputs, Mix, Gates, Beta, Alpha and states.
+    fn sizes(d: &Dims) -> [u64; 6] {
+        let batch = d.max_batch;
+        let rows = |wanted: bool, width| if wanted { float_bytes(batch, width) } else { 0 };
+        let mixes = d.n_mix > 0;
+        let numbers = rows(mixes, d.recurrent.map_or(1, |r| 2 * r.n_values.max(1)));
+        let states = d.recurrent.map_or(0, |r| float_bytes(2 * r.sequences, r.floats()));
+        [rows(d.beyond.is_some(), d.n_embd), rows(mixes, d.n_mix), rows(mixes, d.n_attn), numbers, numbers, states]
+    }
+
+    fn new(device: &Arc<Device>, d: &Dims) -> Result<ActBuffers, BackendError> {
+        let [out, mix, gates, beta, alpha, states] = ActBuffers::sizes(d);
+        Ok(ActBuffers {
+            out: device.alloc(out, "outputs of parts")?,
+            mix: device.alloc(mix, "activations")?,
+            gates: device.alloc(gates, "gates")?,
+            beta: device.alloc(beta, "gates")?,
+            alpha: device.alloc(alpha, "gates")?,
+            states: device.alloc(states, "recurrent states")?,
+        })
+    }
+
+    fn all(&self) -> [&DeviceBuffer; 6] {
+        [&self.out, &self.mix, &self.gates, &self.beta, &self.alpha, &self.states]
+    }
 }
 
 pub(super) struct MoeBuffers {
@@ -112,6 +154,7 @@ pub(super) struct MoeBuffers {
 struct Sizes {
     x: u64,
     q: u64,
+    attn: u64,
     kv: u64,
     ff: u64,
     norm_f: u64,
@@ -134,13 +177,14 @@ impl Sizes {
         let heads = d.n_heads * d.head_dim;
         let kv = d.n_kv_heads * d.head_dim;
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
-        let wide = d.n_embd.max(heads).max(ff);
+        let wide = d.n_embd.max(heads).max(ff).max(d.n_attn);
         let few = batch.min(EXACT_ROWS);
         let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128).max(1)) * 128;
         let (least, most) = SCRATCH_BYTES;
         Sizes {
             x: float_bytes(batch, d.n_embd),
             q: float_bytes(batch, heads),
+            attn: float_bytes(batch, heads.max(d.n_attn)),
             kv: float_bytes(batch, kv),
             ff: float_bytes(batch, ff),
             norm_f: float_bytes(batch, d.n_embd).max(float_bytes(few, wide)),
@@ -151,17 +195,19 @@ impl Sizes {
             partial: float_bytes(few * key_ranges(d.n_ctx), heads),
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
             cache: ((d.n_layers * kv) as u64).saturating_mul(d.places() as u64).saturating_mul(cache_elem_bytes(d)),
-            freqs: float_bytes(1, d.rope().freqs.len().max(1)),
-            pass: float_bytes(1, 1 + d.pages()),
+            freqs: float_bytes(1, d.ropes.iter().map(|r| r.freqs.len()).sum::<usize>().max(1)),
+            pass: float_bytes(1, 2 + d.pages()),
             logits: float_bytes(d.max_outputs, d.n_vocab),
             rows: float_bytes(batch, d.n_embd),
         }
     }
 
-    /// All buffers together. Queries and the attention output, keys and values, and so on come in pairs.
+    /// All buffers together. Keys and values, gate and up, and so on come in pairs.
     fn total(&self) -> u64 {
         let once = [
             self.x,
+            self.q,
+            self.attn,
             self.norm_f,
             self.halves,
             self.halves_scale,
@@ -173,7 +219,7 @@ impl Sizes {
             self.logits,
             self.rows,
         ];
-        let pairs = [self.q, self.kv, self.ff, self.quants, self.cache];
+        let pairs = [self.kv, self.ff, self.quants, self.cache];
         once.iter().chain(&pairs).chain(&pairs).fold(0, |sum, bytes| u64::saturating_add(sum, *bytes))
     }
 }
@@ -182,17 +228,19 @@ impl Sizes {
 /// with that many multiprocessors.
 pub(super) fn bytes_needed(d: &Dims, multiprocessors: usize) -> u64 {
     let moe = if d.n_experts > 0 { MoeBuffers::words(d).iter().sum::<usize>() as u64 * 4 } else { 0 };
-    Sizes::new(d, multiprocessors).total().saturating_add(moe)
+    let acts = ActBuffers::sizes(d).iter().fold(0, |sum, bytes| u64::saturating_add(sum, *bytes));
+    Sizes::new(d, multiprocessors).total().saturating_add(moe).saturating_add(acts)
 }
 
 impl Workspace {
     pub fn new(device: &Arc<Device>, d: &Dims) -> Result<Workspace, BackendError> {
         let s = Sizes::new(d, device.info.multiprocessors as usize);
         let freqs = device.alloc(s.freqs, "rotary frequencies")?;
-        freqs.write(0, &d.rope().freqs)?;
+        let all: Vec<f32> = d.ropes.iter().flat_map(|r| &r.freqs).copied().collect();
+        freqs.write(0, &all)?;
         let pass = device.alloc(s.pass, "position and pages")?;
-        // Position 0, then every page in order.
-        let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).collect();
+        // Position 0, then every page in order, then state 0.
+        let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).chain(std::iter::once(0)).collect();
         pass.write(0, &words)?;
         let mut ws = Workspace {
             rooms: Rooms::default(),
@@ -200,7 +248,7 @@ impl Workspace {
             q: device.alloc(s.q, "queries")?,
             k: device.alloc(s.kv, "keys")?,
             v: device.alloc(s.kv, "values")?,
-            attn: device.alloc(s.q, "attention output")?,
+            attn: device.alloc(s.attn, "attention output")?,
             gate: device.alloc(s.ff, "hidden state")?,
             up: device.alloc(s.ff, "hidden state")?,
             norm_f: device.alloc(s.norm_f, "normed input")?,
@@ -220,6 +268,7 @@ impl Workspace {
             rows: device.alloc(s.rows, "embedding rows")?,
             rows_host: device.alloc_pinned(s.rows as usize, "embedding rows")?,
             moe: if d.n_experts > 0 { Some(MoeBuffers::new(device, d)?) } else { None },
+            acts: ActBuffers::new(device, d)?,
         };
         ws.rooms = Rooms(ws.buffers().map(|b| (b.addr(), b.bytes())).collect());
         Ok(ws)
@@ -250,7 +299,7 @@ impl Workspace {
             &self.logits,
             &self.rows,
         ];
-        own.into_iter().chain(moe)
+        own.into_iter().chain(moe).chain(self.acts.all())
     }
 
     pub fn bytes(&self) -> u64 {

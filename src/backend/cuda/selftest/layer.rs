@@ -3,14 +3,12 @@
 
 use std::sync::Arc;
 
-use super::{Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
+use super::{F32, Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
 use crate::backend::{Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Run};
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
-
-const F32: TensorType = TensorType::F32;
 
 struct Case {
     ty: TensorType,
@@ -93,6 +91,7 @@ fn dims(c: &Case) -> Dims {
         n_attn: 0,
         recurrent: None,
         beyond: None,
+        no_kernel: None,
     }
 }
 

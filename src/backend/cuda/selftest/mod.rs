@@ -2,6 +2,7 @@
 
 mod blocks;
 mod layer;
+mod single;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use super::product::{Form, Inputs, Prep, Rows, Target, form};
 use super::{CudaBackend, DeviceBuffer, Dims, Linear, Weight};
 use crate::backend::{BackendError, Class, EXACT_ROWS, Rope, RopeKind};
 use crate::gguf::TensorType;
+
+const F32: TensorType = TensorType::F32;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
 
@@ -66,6 +69,7 @@ pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
     check_room(device, &mut backend, &mut report)?;
     drop(wide);
     layer::check_layers(device, &mut report)?;
+    single::check_single(device, &mut report)?;
     let (checks, failed) = (report.checks, report.failed);
     let _ = writeln!(report.out, "{checks} checks, {failed} failed, {}", device.info.name);
     Ok(failed)
@@ -92,6 +96,7 @@ fn product_dims() -> Dims {
         n_attn: 0,
         recurrent: None,
         beyond: None,
+        no_kernel: None,
     }
 }
 
