@@ -7,6 +7,7 @@
 //! would do nothing but wait.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::cpu::CpuBackend;
 use super::{Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RouterParams, Run, Weight};
@@ -81,6 +82,17 @@ impl Part {
     }
 }
 
+/// How processors beside a device spent their time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// Computing.
+    pub computed: Duration,
+    /// Waiting for rows of the device.
+    pub waited: Duration,
+    /// Parts that were computed.
+    pub parts: u64,
+}
+
 /// The backend. Fields are dropped in this order.
 pub struct Both {
     device: Box<dyn Hands>,
@@ -98,6 +110,7 @@ pub struct Both {
     chosen: Vec<u32>,
     /// Which (row, choice) pairs are the host's.
     pairs: Vec<u32>,
+    beside: Beside,
     name: &'static str,
 }
 
@@ -121,6 +134,7 @@ impl Both {
             expects: false,
             chosen: Vec::with_capacity(choices),
             pairs: Vec::with_capacity(choices),
+            beside: Beside::default(),
         })
     }
 
@@ -133,11 +147,16 @@ impl Both {
 
     /// Computes a part and hands it back.
     fn compute(&mut self, part: &Part) -> Result<(), BackendError> {
+        let began = Instant::now();
         let rows = self.device.given(part.place)?;
+        let given = Instant::now();
+        self.beside.waited += given - began;
+        self.beside.parts += 1;
         if !part.experts.is_empty() {
             self.cpu.begin_experts(rows, &part.ids);
             self.cpu.experts(&part.experts)?;
             self.device.answer(part.place, self.cpu.expert_rows());
+            self.beside.computed += given.elapsed();
             return Ok(());
         }
         self.cpu.begin_part(rows);
@@ -148,6 +167,7 @@ impl Both {
             }
         }
         self.device.answer(part.place, self.cpu.part());
+        self.beside.computed += given.elapsed();
         Ok(())
     }
 
@@ -257,6 +277,10 @@ impl Backend for Both {
 
     fn computes_in_ram(&self) -> Option<usize> {
         Some(self.cpu.threads())
+    }
+
+    fn beside(&self) -> Beside {
+        self.beside
     }
 
     fn begin_part(&mut self) -> Result<(), BackendError> {

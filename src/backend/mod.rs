@@ -12,7 +12,7 @@ mod device;
 mod op;
 pub mod reference;
 
-pub use both::{Both, Hands};
+pub use both::{Beside, Both, Hands};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
 
@@ -445,6 +445,11 @@ pub trait Backend {
     /// where there are none.
     fn computes_in_ram(&self) -> Option<usize> {
         None
+    }
+
+    /// How those spent their time so far.
+    fn beside(&self) -> Beside {
+        Beside::default()
     }
 
     /// Operations called from here on, until [`Backend::end_part`], are of a feed-forward part whose weights are in RAM:

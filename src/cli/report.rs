@@ -126,7 +126,12 @@ impl Report {
         let site = |name, units, bytes: u64| json!({ "site": name, "units": units, "bytes": bytes });
         match (&self.device, self.beside) {
             (Some(_), Some((units, bytes, threads))) => {
-                let cpu = json!({ "site": "cpu", "units": units, "bytes": bytes, "threads": threads });
+                let l = &self.links;
+                let (busy, waits) = l.beside_busy().unzip();
+                let cpu = json!({
+                    "site": "cpu", "units": units, "bytes": bytes, "threads": threads, "gb_per_s": l.beside_gb_per_s(),
+                    "busy": busy, "waits_for_gpu": waits,
+                });
                 json!([site("gpu", all.0 - units, all.1 - bytes), cpu])
             }
             (Some(_), None) => json!([site("gpu", all.0, all.1)]),
@@ -248,10 +253,15 @@ impl Report {
         )?;
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
-            writeln!(
+            write!(
                 out,
                 "sites     while generating, {threads} processors compute {units} of the units in RAM ({bytes})"
             )?;
+            if let (Some(rate), Some((busy, waits))) = (self.links.beside_gb_per_s(), self.links.beside_busy()) {
+                let (busy, waits) = (busy * 100.0, waits * 100.0);
+                write!(out, ", {rate:.2} GB/s, busy {busy:.0} %, waiting for the GPU {waits:.0} %")?;
+            }
+            writeln!(out)?;
         }
         if let Some((n_ctx, reach)) = self.beyond {
             writeln!(out, "context   {n_ctx} tokens, {reach} of them trained: text gets worse beyond")?;

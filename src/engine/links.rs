@@ -31,6 +31,12 @@ pub struct Links {
     pub gpu_timed: bool,
     /// Whether weights are computed from a device's own memory.
     pub on_device: bool,
+    /// Seconds in which processors beside a device computed, of those, and in which they waited for its rows.
+    pub beside_busy_s: f64,
+    /// See [`Links::beside_busy_s`].
+    pub beside_wait_s: f64,
+    /// Bytes of weights that they computed.
+    pub beside_bytes: u64,
     /// Bytes of weights that were read from RAM in those passes, by computing or copying.
     pub ram_bytes: u64,
     /// Bytes of weights a pass reads in all tiers.
@@ -108,6 +114,17 @@ impl Links {
             link_s: (self.gpu_bytes > 0).then_some(self.link_wait_s),
             compute_s: full.map(|s| s.max(0.0)),
         }
+    }
+
+    /// GB/s of weights that processors beside a device computed, over the passes' time.
+    pub fn beside_gb_per_s(&self) -> Option<f64> {
+        (self.beside_bytes > 0 && self.pass_s > 0.0).then(|| self.beside_bytes as f64 / self.pass_s / 1e9)
+    }
+
+    /// Shares of the passes' time in which those computed, and in which they waited for the device's rows.
+    pub fn beside_busy(&self) -> Option<(f64, f64)> {
+        let share = |s: f64| (s / self.pass_s).min(1.0);
+        (self.beside_bytes > 0 && self.pass_s > 0.0).then(|| (share(self.beside_busy_s), share(self.beside_wait_s)))
     }
 
     /// GB/s of weights through memory.

@@ -314,6 +314,7 @@ impl Session {
     fn pass(&mut self, parts: &[Part<'_>], stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
         let began = Instant::now();
         let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
+        let before = self.backend.beside();
         let (bytes, beside_bytes) = (self.weights.bytes, self.weights.beside_bytes);
         let overflowed = self.backend.overflow().is_some();
         if let Err(e) = self.evaluate(parts, stop) {
@@ -351,6 +352,10 @@ impl Session {
             l.gpu_busy_s += (fed_after.busy - fed.busy).as_secs_f64();
             l.link_wait_s += (fed_after.stall - fed.stall).as_secs_f64();
             l.gpu_timed = fed_after.timed;
+            let beside = self.backend.beside();
+            l.beside_busy_s += (beside.computed - before.computed).as_secs_f64();
+            l.beside_wait_s += (beside.waited - before.waited).as_secs_f64();
+            l.beside_bytes += self.weights.beside_bytes - beside_bytes;
             l.ram_bytes += match self.device {
                 Some(_) => fed_after.bytes - fed.bytes + (self.weights.beside_bytes - beside_bytes),
                 None => self.weights.bytes - bytes,

