@@ -469,9 +469,9 @@ ARGS_FIELD(SortArgs, each, 36); ARGS_FIELD(SortArgs, most, 40);
 
 // One block. The order of an expert's rows follows from chance, and no row's result from its place.
 extern "C" __global__ void __launch_bounds__(1024) sort_rows(const __grid_constant__ SortArgs a) {
-    extern __shared__ __align__(16) u8 smem[];
+    extern __shared__ __align__(16) u8 room[];
     __shared__ int total;
-    int *count = (int*)smem, *next = count + a.experts, *tile = next + a.experts;
+    int *count = (int*)room, *next = count + a.experts, *tile = next + a.experts;
     const int tid = threadIdx.x, lane = tid & 31;
     pdl_launch();
     for (int i = tid; i < a.experts; i += 1024) count[i] = 0;
