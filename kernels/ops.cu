@@ -364,6 +364,6 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
     const int t = (int)(i / a.n), e = (int)(i % a.n);
     float s = 0.0f;
     for (int j = 0; j < a.used; j++)
-        s += a.weights[t * a.used + j] * a.out[((size_t)t * a.used + j) * a.n + e];
+        s = __fmaf_rn(a.weights[t * a.used + j], a.out[((size_t)t * a.used + j) * a.n + e], s);
     a.x[i] += s;
 }

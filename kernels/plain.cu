@@ -1,6 +1,6 @@
-// Matrix times up to eight vectors for weights that are not quantised (F32, F16, BF16), all in
-// F32 arithmetic. One warp a row. Also the router of a mixture of experts.
-#include "common.cuh"
+// Matrix times vectors for weights that are not quantised (F32, F16, BF16), all in F32 arithmetic. One warp a row and
+// up to eight vectors. Also the router of a mixture of experts.
+#include "plain.cuh"
 
 struct PlainArgs {
     const u8* w;
@@ -19,47 +19,11 @@ ARGS_FIELD(PlainArgs, out_idx, 40); ARGS_FIELD(PlainArgs, rows, 48); ARGS_FIELD(
 ARGS_FIELD(PlainArgs, stride, 56); ARGS_FIELD(PlainArgs, tokens, 60); ARGS_FIELD(PlainArgs, mode, 64);
 ARGS_FIELD(PlainArgs, vector, 68);
 
-struct PF32 {
-    static const int BYTES = 4;
-    static __device__ __forceinline__ float one(const u8* p) { return *(const float*)p; }
-    static __device__ __forceinline__ void eight(const u8* p, float* v) {
-        float4 a = *(const float4*)p, b = *(const float4*)(p + 16);
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-        v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    }
-};
-struct PF16 {
-    static const int BYTES = 2;
-    static __device__ __forceinline__ float conv(u16 h) { return h2f(h); }
-    static __device__ __forceinline__ float one(const u8* p) { return conv(*(const u16*)p); }
-    static __device__ __forceinline__ void eight(const u8* p, float* v) {
-        uint4 a = *(const uint4*)p;
-        u32 w[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[2 * i] = conv((u16)w[i]);
-            v[2 * i + 1] = conv((u16)(w[i] >> 16));
-        }
-    }
-};
-struct PBF16 {
-    static const int BYTES = 2;
-    static __device__ __forceinline__ float one(const u8* p) { return bf2f(*(const u16*)p); }
-    static __device__ __forceinline__ void eight(const u8* p, float* v) {
-        uint4 a = *(const uint4*)p;
-        u32 w[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[2 * i] = __uint_as_float(w[i] << 16);
-            v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
-        }
-    }
-};
-
 template <class P, int NT>
 __device__ __forceinline__ void plain(const PlainArgs& a) {
     const int lane = threadIdx.x & 31;
     const int row = blockIdx.x * 8 + (threadIdx.x >> 5);
+    const int first = blockIdx.y * NT, tokens = min(NT, a.tokens - first);
     pdl_launch();
     pdl_wait();
     if (row >= a.rows) return;
@@ -68,7 +32,7 @@ __device__ __forceinline__ void plain(const PlainArgs& a) {
     float acc[NT];
 #pragma unroll
     for (int t = 0; t < NT; t++) {
-        int r = t < a.tokens ? (a.in_idx ? a.in_idx[t] : t) : 0;
+        int r = t < tokens ? (a.in_idx ? a.in_idx[first + t] : first + t) : 0;
         x[t] = a.x + (size_t)r * a.cols;
         acc[t] = 0.0f;
     }
@@ -78,7 +42,7 @@ __device__ __forceinline__ void plain(const PlainArgs& a) {
             P::eight(w + (size_t)k * P::BYTES, v);
 #pragma unroll
             for (int t = 0; t < NT; t++) {
-                if (t >= a.tokens) continue;
+                if (t >= tokens) continue;
                 float4 p = *(const float4*)(x[t] + k), q = *(const float4*)(x[t] + k + 4);
                 // One order, whatever the number of tokens.
                 const float u[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
@@ -93,16 +57,16 @@ __device__ __forceinline__ void plain(const PlainArgs& a) {
             float v = P::one(w + (size_t)k * P::BYTES);
 #pragma unroll
             for (int t = 0; t < NT; t++)
-                if (t < a.tokens) acc[t] = __fmaf_rn(v, x[t][k], acc[t]);
+                if (t < tokens) acc[t] = __fmaf_rn(v, x[t][k], acc[t]);
         }
     }
 #pragma unroll
     for (int t = 0; t < NT; t++) {
-        if (t >= a.tokens) continue;
+        if (t >= tokens) continue;
         float v = warp_sum(acc[t]);
         if (lane != 0) continue;
         if (a.bias) v += a.bias[row];
-        int r = a.out_idx ? a.out_idx[t] : t;
+        int r = a.out_idx ? a.out_idx[first + t] : first + t;
         float* o = a.out + (size_t)r * a.stride + row;
         *o = a.mode == 1 ? *o + v : v;
     }

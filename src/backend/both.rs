@@ -407,6 +407,20 @@ impl Backend for Both {
         Both::catch_up(self)
     }
 
+    fn hold_experts(&mut self, layer: usize, list: &[Expert]) -> Result<bool, BackendError> {
+        self.device.hold_experts(layer, list)
+    }
+
+    fn mixture(
+        &mut self,
+        layer: usize,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+    ) -> Result<(), BackendError> {
+        self.device.mixture(layer, norm, router, params)
+    }
+
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
         self.device.output_norm(norm)
     }

@@ -553,6 +553,27 @@ pub trait Backend {
     /// `X[t] += Σ weight[t][j] * out[t][j]`, in the fixed order of `j`, after all experts.
     fn combine_experts(&mut self) -> Result<(), BackendError>;
 
+    /// Keeps where the experts of block `layer` lie, all of them, which rest there as long as the backend is. Returns whether
+    /// [`Backend::mixture`] may be called for the block. Not called during a stretch.
+    fn hold_experts(&mut self, _layer: usize, _list: &[Expert]) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    /// [`Backend::route`], [`Backend::experts`] with all that were chosen, and [`Backend::combine_experts`], with the same
+    /// bits and without waiting for the device. Only for a block whose experts are held.
+    ///
+    /// # Errors
+    /// [`BackendError::Pass`] for any other.
+    fn mixture(
+        &mut self,
+        layer: usize,
+        _norm: &Norm,
+        _router: &Weight,
+        _params: &RouterParams,
+    ) -> Result<(), BackendError> {
+        Err(BackendError::Pass { backend: self.name(), what: format!("the experts of block {layer} are not held") })
+    }
+
     /// `h = norm(X)` for the head; the rows present are the outputs. Called once for each class that has outputs, exact
     /// rows first, with the class's slices of the head behind it.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;

@@ -1,5 +1,6 @@
 //! The forward pass's view of the weights: resident units at once, streamed ones when they are there.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +16,8 @@ pub(super) struct Weights {
     pub resident: Vec<Option<u64>>,
     /// Whether any expert is streamed: then every block has a hole in the schedule.
     any_streamed_expert: bool,
+    /// Bytes of the units that every pass uses: all but the routed experts.
+    shared_bytes: u64,
     pub feed: Box<dyn Feed>,
     pub flow: Arc<Flow>,
     /// The unit that is held and its address.
@@ -56,11 +59,14 @@ impl Weights {
         traced: bool,
     ) -> Weights {
         let any_streamed_expert = routed.iter().zip(&resident).any(|(r, home)| *r && home.is_none());
+        let shared = routed.iter().zip(&unit_bytes).filter(|(r, _)| !**r);
+        let shared_bytes = shared.map(|(_, bytes)| bytes).sum();
         let n_routed = routed.iter().filter(|r| **r).count();
         Weights {
             layouts,
             resident,
             any_streamed_expert,
+            shared_bytes,
             feed,
             flow,
             held: None,
@@ -178,6 +184,16 @@ impl WeightSource for Weights {
     }
 
     fn repeated(&mut self) {
-        self.bytes += self.unit_bytes.iter().sum::<u64>();
+        self.bytes += self.shared_bytes;
+    }
+
+    fn at_rest(&self, unit: usize, span: usize) -> Option<u64> {
+        let base = self.resident[unit].filter(|_| !self.traced)?;
+        Some(base + self.layouts[unit].span_offsets[span])
+    }
+
+    fn used(&mut self, units: Range<usize>, chosen: usize) {
+        let n = units.len().max(1);
+        self.bytes += self.unit_bytes[units].iter().sum::<u64>() / n as u64 * chosen as u64;
     }
 }

@@ -1,9 +1,10 @@
 //! One forward pass: walks the stages in order, binds their tensors where they have been brought,
 //! and calls the backend. It knows nothing of architectures, tiers, files or devices.
 
-use super::program::{Experts, LinearRef, Model, NormRef, TensorRef};
-use super::tape::{Call, Tape};
+use super::program::{Experts, LinearRef, Model, NormRef, Stage, TensorRef};
+use super::tape::{Call, Calls, Tape};
 use smallvec::SmallVec;
+use std::ops::Range;
 
 use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, Op, Run, Weight};
 
@@ -14,6 +15,8 @@ pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, Default)]
 pub struct Scratch {
     demanded: Vec<usize>,
+    /// By stage, whether the backend holds its experts; empty before the first pass.
+    resting: Vec<bool>,
     /// Final hidden states of the last pass that had them.
     hidden: Vec<f32>,
 }
@@ -22,7 +25,7 @@ impl Scratch {
     /// With room for every pass of `model`.
     pub fn for_model(model: &Model, max_batch: usize) -> Scratch {
         let demanded = Vec::with_capacity(model.hparams.n_experts_used * max_batch);
-        Scratch { demanded, hidden: Vec::new() }
+        Scratch { demanded, ..Scratch::default() }
     }
 
     /// Final hidden states of the last pass of [`Batch::hidden`], tokens × `n_embd`, behind the output norm.
@@ -59,6 +62,14 @@ pub trait WeightSource {
         false
     }
 
+    /// Address of a span of a unit that stays where it is as long as the backend is; `None` for any other.
+    fn at_rest(&self, _unit: usize, _span: usize) -> Option<u64> {
+        None
+    }
+
+    /// As many of the experts in `units` as `chosen` were used where they rest, none of them acquired.
+    fn used(&mut self, _units: Range<usize>, _chosen: usize) {}
+
     /// Announces experts that will be acquired next; reorders them into the order in which they
     /// come fastest.
     fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError>;
@@ -68,7 +79,7 @@ pub trait WeightSource {
         false
     }
 
-    /// A pass has used every unit without acquiring any.
+    /// A pass has used every unit without acquiring any; of experts those that [`WeightSource::used`] says.
     fn repeated(&mut self) {}
 }
 
@@ -144,24 +155,65 @@ pub fn forward(
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
     scratch.hidden.clear();
+    if scratch.resting.is_empty() {
+        scratch.resting = resting((model, tape), backend, source)?;
+    }
     let mut pass = Pass::new((model, tape), backend, source, batch, &mut scratch.demanded);
     pass.keeps = batch.has_outputs();
     pass.hidden = batch.hidden.then_some(&mut scratch.hidden);
-    // The router's answer is waited for in the middle of a pass.
-    let dense = model.stages.iter().all(|s| s.experts.is_none());
-    if !batch.is_one_token() || !dense || !pass.source.stays() {
+    pass.resting = &scratch.resting;
+    // The router's answer is waited for in the middle of a pass, except where all experts rest.
+    let waits = model.stages.iter().zip(&scratch.resting).any(|(s, rest)| s.experts.is_some() && !rest);
+    if !batch.is_one_token() || waits || !pass.source.stays() {
         pass.all(stop)?;
         // Whoever waits for the device next need not know of what was put off.
         return Ok(pass.backend.catch_up()?);
     }
     if pass.backend.begin_stretch()? {
-        pass.source.repeated();
+        pass.repeated();
         return Ok(());
     }
     let called = pass.all(stop);
     let done = pass.backend.end_stretch(called.is_ok());
     called?;
     if done? { Ok(()) } else { pass.all(stop) }
+}
+
+/// Has the backend hold the experts of each stage that all rest, and says of which it does.
+fn resting(
+    (model, tape): (&Model, &Tape),
+    backend: &mut dyn Backend,
+    source: &dyn WeightSource,
+) -> Result<Vec<bool>, ForwardError> {
+    let stages = model.stages.iter().zip(&tape.stages);
+    let of = |(stage, calls): (&Stage, &Calls)| -> Result<bool, ForwardError> {
+        // One call makes what these would.
+        let [Some(Call::Route { .. }), Some(Call::Combine)] = [calls.with.last(), calls.after.first()] else {
+            return Ok(false);
+        };
+        let (Some(block), Some(experts)) = (stage.block, &stage.experts) else {
+            return Ok(false);
+        };
+        let linear = |l: &LinearRef| match l.bias {
+            None => source
+                .at_rest(l.weight.unit, l.weight.span)
+                .map(|addr| Linear { weight: bound(addr, &l.weight), bias: None }),
+            Some(_) => None,
+        };
+        let expert = |(id, [gate, up, down]): (usize, &[LinearRef; 3])| {
+            Some(Expert { id: id as u32, gate: linear(gate)?, up: linear(up)?, down: linear(down)?, how: experts.how })
+        };
+        let list: Option<Vec<Expert>> = experts.list.iter().enumerate().map(expert).collect();
+        Ok(list.map_or(Ok(false), |list| backend.hold_experts(block, &list))?)
+    };
+    stages.map(of).collect()
+}
+
+/// A tensor at an address that the source gave.
+fn bound(addr: u64, t: &TensorRef) -> Weight {
+    // SAFETY: the loader has checked that the span holds the tensor's bytes. Its unit is held (`span` asserts it), and its
+    // operations are called before it is released; or it rests there as long as the backend is (`at_rest`).
+    unsafe { Weight::new(addr, t.ty, t.rows, t.cols) }
 }
 
 /// Where a pass stops being finite.
@@ -221,6 +273,8 @@ struct Pass<'a> {
     /// Whether rows without outputs are dropped where the program says so.
     keeps: bool,
     demanded: &'a mut Vec<usize>,
+    /// By stage, whether the backend holds its experts; empty for none.
+    resting: &'a [bool],
     /// Where final hidden states go, where they are wanted in place of logits.
     hidden: Option<&'a mut Vec<f32>>,
 }
@@ -259,6 +313,7 @@ impl<'a> Pass<'a> {
             rows,
             keeps: false,
             demanded,
+            resting: &[],
             hidden: None,
         }
     }
@@ -329,10 +384,7 @@ impl<'a> Pass<'a> {
     }
 
     fn weight(&self, t: &TensorRef) -> Weight {
-        let addr = self.source.span(t.unit, t.span);
-        // SAFETY: the unit is held (`span` asserts it), its operations are called before it is released, and the
-        // loader has checked that the span holds the tensor's bytes.
-        unsafe { Weight::new(addr, t.ty, t.rows, t.cols) }
+        bound(self.source.span(t.unit, t.span), t)
     }
 
     fn linear(&self, l: &LinearRef) -> Linear {
@@ -348,6 +400,7 @@ impl<'a> Pass<'a> {
     /// A stage: the calls with its unit, then those with the experts that they chose.
     fn stage(&mut self, i: usize) -> Result<(), ForwardError> {
         let (stage, calls) = (&self.model.stages[i], &self.tape.stages[i]);
+        let rest = self.resting.get(i).copied().unwrap_or(false);
         self.acquire(stage.unit)?;
         self.demanded.clear();
         let in_ram = self.source.in_ram(stage.unit);
@@ -371,9 +424,16 @@ impl<'a> Pass<'a> {
                     }
                     if outputs.len() < self.rows[class as usize] {
                         self.backend.keep(outputs)?;
+                        self.rows[class as usize] = outputs.len();
                     }
                 }
-                self.call(call, stage.experts.as_ref())?;
+                match (call, stage.block) {
+                    (Call::Route { norm, router, params }, Some(block)) if rest => {
+                        let (norm, router) = (self.norm(norm), self.weight(router));
+                        self.backend.mixture(block, &norm, &router, params)?;
+                    }
+                    _ => self.call(call, stage.experts.as_ref())?,
+                }
             }
         }
         if in_ram {
@@ -388,10 +448,18 @@ impl<'a> Pass<'a> {
             None => self.release(stage.unit),
             Some(experts) => {
                 self.release(stage.unit)?;
-                self.experts(experts)?;
+                if rest {
+                    // A hole that others fill is closed without any.
+                    self.source.demand(&mut []).map_err(ForwardError::Weights)?;
+                    let rows = self.classes.iter().map(|c| self.rows[*c as usize]).sum();
+                    self.used(experts, rows);
+                } else {
+                    self.experts(experts)?;
+                }
                 for &class in self.classes {
                     self.turn_to(class);
-                    for call in &calls.after {
+                    // Where experts rest, their sum has been made.
+                    for call in calls.after.iter().skip(usize::from(rest)) {
                         self.call(call, None)?;
                     }
                 }
@@ -441,6 +509,21 @@ impl<'a> Pass<'a> {
             }
         }
         Ok(())
+    }
+
+    /// A pass of one token was repeated.
+    fn repeated(&mut self) {
+        self.source.repeated();
+        for experts in self.model.stages.iter().filter_map(|s| s.experts.as_ref()) {
+            self.used(experts, 1);
+        }
+    }
+
+    /// Experts that rest were used by so many rows.
+    fn used(&mut self, experts: &Experts, rows: usize) {
+        let (first, n) = (experts.list[0][0].weight.unit, experts.list.len());
+        let chosen = rows.saturating_mul(self.model.hparams.n_experts_used).min(n);
+        self.source.used(first..first + n, chosen);
     }
 
     /// The experts that a stage's routers have chosen. An expert is brought once for all rows of the pass.

@@ -311,7 +311,80 @@ macro_rules! layouts {
     };
 }
 
+/// The router's product of exact rows, with their norm.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RouterArgs {
+    pub x: u64,
+    pub norm: u64,
+    pub w: u64,
+    pub f: u64,
+    pub q: u64,
+    pub scores: u64,
+    pub n: i32,
+    pub experts: i32,
+    pub eps: f32,
+}
+
+/// Experts of exact rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ExpertsArgs {
+    pub table: u64,
+    pub scores: u64,
+    pub q: u64,
+    pub f: u64,
+    pub hidden: u64,
+    pub x: u64,
+    pub experts: i32,
+    pub used: i32,
+    pub n: i32,
+    pub ff: i32,
+    pub row_warps: i32,
+    pub piece: i32,
+    pub each: i32,
+    pub row_room: i32,
+    pub normalize: i32,
+    pub scale: f32,
+}
+
+/// Bulk rows by expert.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct SortArgs {
+    pub ids: u64,
+    pub lists: u64,
+    pub tiles: u64,
+    pub pairs: i32,
+    pub used: i32,
+    pub experts: i32,
+    pub each: i32,
+    pub most: i32,
+}
+
+/// Experts of bulk rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct GroupedArgs {
+    pub table: u64,
+    pub tiles: u64,
+    pub x: u64,
+    pub scale: u64,
+    pub from: u64,
+    pub to: u64,
+    pub out: [u64; 2],
+    pub rows: i32,
+    pub cols: i32,
+    pub pitch: i32,
+    pub stride: i32,
+    pub first: i32,
+}
+
 layouts! {
+    RouterArgs 64 { x 0, norm 8, w 16, f 24, q 32, scores 40, n 48, experts 52, eps 56 }
+    ExpertsArgs 88 { table 0, scores 8, q 16, f 24, hidden 32, x 40, experts 48, used 52, n 56, ff 60, row_warps 64, piece 68, each 72, row_room 76, normalize 80, scale 84 }
+    SortArgs 48 { ids 0, lists 8, tiles 16, pairs 24, used 28, experts 32, each 36, most 40 }
+    GroupedArgs 88 { table 0, tiles 8, x 16, scale 24, from 32, to 40, out 48, rows 64, cols 68, pitch 72, stride 76, first 80 }
     GemvArgs 184 { w 0, bias 24, out 48, rows 72, stride 84, segments 96, cols 100, tokens 104, mode 108, x 112, in_idx 120, out_idx 128, hidden_q 136, raw 144, norm 152, eps 160, row_warps 164, piece 168, stages 172, run_pitch 176 }
     QuantiseArgs 32 { x 0, norm 8, q 16, eps 24, cols 28 }
     PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
@@ -350,6 +423,7 @@ mod tests {
             include_str!("../../../kernels/attn.cu"),
             include_str!("../../../kernels/ops.cu"),
             include_str!("../../../kernels/acts.cu"),
+            include_str!("../../../kernels/moe.cu"),
         ]
         .concat();
         let has = |line: String| assert!(sources.contains(&line), "no {line} in kernels/");

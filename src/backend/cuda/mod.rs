@@ -9,6 +9,7 @@ mod graph;
 mod handover;
 mod memory;
 mod modules;
+mod moe;
 mod ops;
 mod product;
 pub mod selftest;
@@ -39,7 +40,7 @@ use graph::Recorder;
 use handover::Handover;
 use modules::{HEAD_DIMS, Kernels};
 use ops::{Heads, Waiting, lengths};
-use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target, form};
+use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target};
 use workspace::{Workspace, cache_elem_bytes, key_ranges};
 
 /// Heads without attention kernels; see [`HEAD_DIMS`].
@@ -63,6 +64,8 @@ pub struct CudaBackend {
     expert_starts: Vec<u32>,
     /// The lists are those of the last routing.
     grouped: bool,
+    /// By layer, experts whose addresses are in the tables.
+    resting: Vec<Option<moe::Resting>>,
     /// Pages of the sequence at hand, as they are in the GPU's memory.
     table: Vec<PageId>,
     /// The way to processors and back, where there is one.
@@ -113,6 +116,7 @@ impl CudaBackend {
             logits_here: false,
             expert_starts: vec![0; dims.n_experts + 1],
             grouped: false,
+            resting: Vec::new(),
             table: (0..dims.pages() as PageId).collect(),
             recorder: Recorder::new(),
             handover: Handover::new(device, dims)?,
@@ -332,55 +336,6 @@ impl CudaBackend {
 
     fn cache_kind(&self) -> usize {
         usize::from(self.dims.kv_type == TensorType::F32)
-    }
-
-    /// Launches a router: ids of its choices to `ids`, which kernels can write, their weights to the workspace; what experts read is left
-    /// there normed.
-    fn choose_experts(
-        &mut self,
-        norm: &Norm,
-        router: &Weight,
-        params: &RouterParams,
-        ids: u64,
-    ) -> Result<(), BackendError> {
-        let exact = self.engine.class == Class::Exact;
-        self.waiting.begin_fused();
-        self.waiting.on_input = false;
-        let ws = &self.engine.ws;
-        let q = if exact { ws.input_q.addr() } else { 0 };
-        let f = ws.norm_f.addr();
-        let moe = ws.moe.as_ref().ok_or_else(no_experts)?;
-        let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
-        let target = Target { weight: *router, bias: 0, out: moe.scores.addr(), stride: experts };
-        let args = RouteArgs {
-            scores: moe.scores.addr(),
-            ids,
-            weights: moe.weights.addr(),
-            tokens: self.tokens as i32,
-            experts: experts as i32,
-            used: used as i32,
-            normalize: i32::from(params.normalize),
-            scale: params.scale,
-        };
-        self.norm(norm, Inputs { f, q, ..Inputs::default() })?;
-        if form(router.ty, Class::Exact) == Form::Float {
-            self.engine.plain(&target, self.tokens, STORE, f, Rows::default())?;
-        } else {
-            let h = self.engine.ws.halves.addr();
-            if !exact {
-                self.norm(norm, Inputs { h, ..Inputs::default() })?;
-            }
-            self.engine.products(
-                &[target],
-                self.tokens,
-                STORE,
-                Inputs { f, q, h, ..Inputs::default() },
-                Rows::default(),
-            )?;
-        }
-        let kernel = self.engine.kernels.route_topk;
-        // SAFETY: RouteArgs is what route_topk declares; the caller's buffer has a word for each choice.
-        unsafe { self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args) }
     }
 
     /// Brings the choices of a router to the host, and groups them.
@@ -659,20 +614,21 @@ impl Backend for CudaBackend {
         if self.waiting.on_input {
             return self.sum_experts(Act::X, true);
         }
-        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
-        let n = self.dims.n_embd;
-        let a = CombineArgs {
-            x: self.x(),
-            out: moe.out.addr(),
-            weights: moe.weights.addr(),
-            tokens: self.tokens as i32,
-            used: self.dims.n_experts_used as i32,
-            n: n as i32,
-        };
-        let f = self.engine.kernels.combine;
-        let blocks = (self.tokens * n).div_ceil(256) as u32;
-        // SAFETY: CombineArgs is what combine declares.
-        unsafe { self.engine.launch(f, (blocks, 1, 1), 256, 0, &a) }
+        self.combine()
+    }
+
+    fn hold_experts(&mut self, layer: usize, list: &[Expert]) -> Result<bool, BackendError> {
+        self.hold(layer, list)
+    }
+
+    fn mixture(
+        &mut self,
+        layer: usize,
+        norm: &Norm,
+        router: &Weight,
+        params: &RouterParams,
+    ) -> Result<(), BackendError> {
+        self.mixture_at(layer, norm, router, params)
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {

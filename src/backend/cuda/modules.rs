@@ -95,6 +95,7 @@ pub(super) struct Kernels {
     pub prep_activate: Func,
     pub prep_scaled: Func,
     pub acts: Acts,
+    pub experts: ExpertKernels,
 }
 
 /// Kernels of single operations.
@@ -132,6 +133,19 @@ impl Acts {
             delta: [get("delta_32")?, get("delta_64")?, get("delta_128")?],
         })
     }
+}
+
+/// Those of `moe.cu`, by type in the order of [`QUANTS`], then of [`PLAINS`].
+pub(super) struct ExpertKernels {
+    /// Gate, up and SwiGLU of exact rows.
+    pub gate_up: Vec<Func>,
+    /// Down of exact rows, which also adds the choices up.
+    pub down: Vec<Func>,
+    /// A matrix of bulk rows, in tiles of 16, of 48 and of 64.
+    pub grouped: Vec<[Func; 3]>,
+    pub sort: Func,
+    /// By type in the order of [`PLAINS`].
+    pub router: Vec<Func>,
 }
 
 // SAFETY: function and module handles may be used from any thread with the context bound.
@@ -200,6 +214,19 @@ impl Kernels {
             prep_activate: l.get("ops", "prep_activate")?,
             prep_scaled: l.get("ops", "prep_scaled")?,
             acts: Acts::load(l)?,
+            experts: ExpertKernels {
+                gate_up: all.iter().map(|t| l.get("moe", &format!("gate_up_{t}"))).collect::<Result<_, _>>()?,
+                down: all.iter().map(|t| l.get("moe", &format!("down_{t}"))).collect::<Result<_, _>>()?,
+                grouped: all
+                    .iter()
+                    .map(|t| {
+                        let get = |rows: usize| l.get("moe", &format!("grouped_{t}_{rows}"));
+                        Ok([get(16)?, get(48)?, get(64)?])
+                    })
+                    .collect::<Result<_, BackendError>>()?,
+                sort: l.get("moe", "sort_rows")?,
+                router: PLAINS.iter().map(|t| l.get("moe", &format!("router_{t}"))).collect::<Result<_, _>>()?,
+            },
             modules: loader.modules,
         })
     }

@@ -25,13 +25,18 @@ const CONVERT_BLOCKS: usize = 4;
 const THIN_TOKENS: usize = 64;
 /// Tokens of a block of its kernels, and rows.
 const THIN: [usize; 2] = [16, 64];
-const THIN_ROWS: usize = 32;
+pub(super) const THIN_ROWS: usize = 32;
+
+/// Shared memory of a block of `thin.cuh` that keeps so many rows of tokens' chunks.
+pub(super) fn thin_bytes(ty: TensorType, rows: usize) -> usize {
+    let lines = ((256 / ty.block_elems() * ty.block_bytes() + 30) / 16) | 1;
+    let pitch = (256 + 8) * 2;
+    4 * THIN_ROWS * lines * 16 + (2 * THIN_ROWS + rows) * pitch
+}
 
 /// Which of [`THIN`] takes so many tokens, and its bytes of shared memory; `None` if not even the smaller one fits.
 fn thin(ty: TensorType, tokens: usize, shared: usize) -> Option<(usize, usize)> {
-    let lines = ((256 / ty.block_elems() * ty.block_bytes() + 30) / 16) | 1;
-    let pitch = (256 + 8) * 2;
-    let bytes = |size: usize| 4 * THIN_ROWS * lines * 16 + (2 * THIN_ROWS + 3 * THIN[size]) * pitch;
+    let bytes = |size: usize| thin_bytes(ty, 3 * THIN[size]);
     let size = usize::from(tokens > THIN[0] && bytes(1) <= shared);
     (bytes(size) <= shared).then_some((size, bytes(size)))
 }
@@ -57,12 +62,12 @@ pub(super) fn quant_index(ty: TensorType) -> Option<usize> {
     QUANTS.iter().position(|t| *t == ty)
 }
 
-fn plain_index(ty: TensorType) -> Option<usize> {
+pub(super) fn plain_index(ty: TensorType) -> Option<usize> {
     PLAINS.iter().position(|t| *t == ty)
 }
 
 /// Place of a type in the tables of converting kernels.
-fn any_index(ty: TensorType) -> Option<usize> {
+pub(super) fn any_index(ty: TensorType) -> Option<usize> {
     quant_index(ty).or_else(|| plain_index(ty).map(|i| i + QUANTS.len()))
 }
 
@@ -375,31 +380,24 @@ impl Engine {
         let w = t.weight;
         let kind = plain_index(w.ty).ok_or_else(|| unsupported(w.ty))?;
         self.check_target(t, tokens, rows)?;
-        let mut done = 0;
-        while done < tokens {
-            let n = (tokens - done).min(8);
-            let picked = rows.skip(done);
-            let a = PlainArgs {
-                w: w.addr,
-                bias: t.bias,
-                out: if rows.to == 0 { t.out + (done * t.stride * 4) as u64 } else { t.out },
-                x: if rows.from == 0 { x + (done * w.cols * 4) as u64 } else { x },
-                in_idx: picked.from,
-                out_idx: picked.to,
-                rows: w.rows as i32,
-                cols: w.cols as i32,
-                stride: t.stride as i32,
-                tokens: n as i32,
-                mode,
-                vector: i32::from(w.cols.is_multiple_of(8) && w.addr.is_multiple_of(16)),
-            };
-            let f = self.kernels.plain[kind][usize::from(n > 1)];
-            // SAFETY: PlainArgs is what plain_* declare; shapes were checked by the loader, the room for results
-            // above.
-            unsafe { self.launch(f, (w.rows.div_ceil(8) as u32, 1, 1), 256, 0, &a)? };
-            done += n;
-        }
-        Ok(())
+        let a = PlainArgs {
+            w: w.addr,
+            bias: t.bias,
+            out: t.out,
+            x,
+            in_idx: rows.from,
+            out_idx: rows.to,
+            rows: w.rows as i32,
+            cols: w.cols as i32,
+            stride: t.stride as i32,
+            tokens: tokens as i32,
+            mode,
+            vector: i32::from(w.cols.is_multiple_of(8) && w.addr.is_multiple_of(16)),
+        };
+        let f = self.kernels.plain[kind][usize::from(tokens > 1)];
+        let grid = (w.rows.div_ceil(8) as u32, tokens.div_ceil(8) as u32, 1);
+        // SAFETY: PlainArgs is what plain_* declare; shapes were checked by the loader, the room for results above.
+        unsafe { self.launch(f, grid, 256, 0, &a) }
     }
 
     /// Weights to halves (rows padded) or floats (rows back to back).

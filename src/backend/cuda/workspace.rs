@@ -148,6 +148,10 @@ pub(super) struct MoeBuffers {
     pub lists_host: PinnedBuffer<u32>,
     /// One row a (token, choice).
     pub out: DeviceBuffer,
+    /// Addresses of gate, up and down of each expert of each layer, where they rest.
+    pub tables: DeviceBuffer,
+    /// Expert, first place in the lists and rows of each tile of bulk rows.
+    pub tiles: DeviceBuffer,
 }
 
 /// Bytes of every buffer of a session in device memory.
@@ -177,6 +181,8 @@ impl Sizes {
         let heads = d.n_heads * d.head_dim;
         let kv = d.n_kv_heads * d.head_dim;
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
+        // All choices of a pass are computed at once where the experts rest.
+        let pairs = batch.saturating_mul(d.n_experts_used);
         let wide = d.n_embd.max(heads).max(ff).max(d.n_attn);
         let few = batch.min(EXACT_ROWS);
         let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128).max(1)) * 128;
@@ -186,11 +192,11 @@ impl Sizes {
             q: float_bytes(batch, heads),
             attn: float_bytes(batch, heads.max(d.n_attn)),
             kv: float_bytes(batch, kv),
-            ff: float_bytes(batch, ff),
+            ff: float_bytes(batch, ff).max(float_bytes(pairs, d.n_ff_expert)),
             norm_f: float_bytes(batch, d.n_embd).max(float_bytes(few, wide)),
             quants: quant_bytes(few, wide),
-            halves: half_bytes(batch, wide),
-            halves_scale: float_bytes(batch, 1),
+            halves: half_bytes(batch, wide).max(half_bytes(pairs, d.n_ff_expert)),
+            halves_scale: float_bytes(batch.max(pairs), 1),
             scratch: half_bytes(tile_rows, wide).clamp(least, most).max(half_bytes(128, wide)),
             partial: float_bytes(few * key_ranges(d.n_ctx), heads),
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
@@ -275,7 +281,7 @@ impl Workspace {
     }
 
     fn buffers(&self) -> impl Iterator<Item = &DeviceBuffer> {
-        let moe = self.moe.iter().flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out]);
+        let moe = self.moe.iter().flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles]);
         let own = [
             &self.x,
             &self.q,
@@ -307,20 +313,34 @@ impl Workspace {
     }
 }
 
+/// Most tiles of `each` rows into which the rows of `pairs` choices fall by expert.
+pub(super) fn tiles_most(pairs: usize, experts: usize, each: usize) -> usize {
+    pairs.min(pairs / each + experts)
+}
+
 /// Bytes of one element of the KV cache.
 pub(super) fn cache_elem_bytes(d: &Dims) -> u64 {
     if d.kv_type == TensorType::F32 { 4 } else { 2 }
 }
 
 impl MoeBuffers {
-    /// Words of scores, ids, weights, lists and outputs.
-    fn words(d: &Dims) -> [usize; 5] {
+    /// Words of scores, ids, weights, lists, outputs, tables and tiles.
+    fn words(d: &Dims) -> [usize; 7] {
         let pairs = d.max_batch * d.n_experts_used;
-        [d.max_batch * d.n_experts, pairs, pairs, 2 * pairs, pairs * d.n_embd]
+        let tables = d.n_layers * d.n_experts * 3 * 2;
+        [
+            d.max_batch * d.n_experts,
+            pairs,
+            pairs,
+            2 * pairs,
+            pairs * d.n_embd,
+            tables,
+            3 * tiles_most(pairs, d.n_experts, 16),
+        ]
     }
 
     fn new(device: &Arc<Device>, d: &Dims) -> Result<MoeBuffers, BackendError> {
-        let [scores, ids, weights, lists, out] = MoeBuffers::words(d);
+        let [scores, ids, weights, lists, out, tables, tiles] = MoeBuffers::words(d);
         let words = |n: usize, what| device.alloc(n as u64 * 4, what);
         Ok(MoeBuffers {
             scores: words(scores, "router scores")?,
@@ -330,6 +350,8 @@ impl MoeBuffers {
             lists: words(lists, "tokens of experts")?,
             lists_host: device.alloc_pinned(lists, "tokens of experts")?,
             out: words(out, "outputs of experts")?,
+            tables: words(tables, "addresses of experts")?,
+            tiles: words(tiles, "tiles of experts")?,
         })
     }
 }

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod layer;
+mod moe;
 mod single;
 
 use std::io::Write;
@@ -70,6 +71,7 @@ pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
     drop(wide);
     layer::check_layers(device, &mut report)?;
     single::check_single(device, &mut report)?;
+    moe::check_experts(device, &mut report)?;
     let (checks, failed) = (report.checks, report.failed);
     let _ = writeln!(report.out, "{checks} checks, {failed} failed, {}", device.info.name);
     Ok(failed)
@@ -111,13 +113,16 @@ impl Matrix {
     fn random(device: &Arc<Device>, ty: TensorType, rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
         // Norms and biases (single rows) are about as large as in models.
         let scale = if rows == 1 { 2.0 } else { 2.0 / (cols as f32).sqrt() };
-        let bytes = random_rows(ty, rows * cols, scale, seed);
+        Matrix::of(device, ty, rows, cols, &random_rows(ty, rows * cols, scale, seed))
+    }
+
+    fn of(device: &Arc<Device>, ty: TensorType, rows: usize, cols: usize, bytes: &[u8]) -> Result<Matrix> {
         let buffer = device.alloc(bytes.len() as u64 + 32, "weights")?;
-        buffer.write(32, &bytes)?;
+        buffer.write(32, bytes)?;
         Ok(Matrix {
             weight: Weight { addr: buffer.addr() + 32, ty, rows, cols },
             _buffer: buffer,
-            values: values(ty, &bytes),
+            values: values(ty, bytes),
         })
     }
 

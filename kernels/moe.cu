@@ -1,0 +1,569 @@
+// Mixtures of experts whose weights all rest in device memory: nothing here waits for the host. A table gives the
+// addresses of each expert's gate, up and down; kernels read it by the ids that the router has chosen.
+//
+// Exact rows: `router_*` norms a row and scores the experts; `gate_up_*` and `down_*` choose among them, compute each
+// (token, choice) for itself, and `down_*` adds the choices up. A row's sums are made in the order of the kernels that compute one expert
+// (bulk.cu, before compute capability 9.0 gemv.cu; plain.cu), so its bits are those of a streamed expert.
+// Bulk rows: `sort_rows` lists the rows of each expert, `grouped_*` multiplies a tile of them at a time (thin.cuh).
+#include "plain.cuh"
+#include "thin.cuh"
+#include "tiles.cuh"
+
+struct RouterArgs {
+    const float* x;     // tokens × n
+    const float* norm;  // n
+    const u8* w;        // experts × n
+    float* f;           // tokens × n, normed
+    XBlk* q;            // tokens × n / 32, the same quantised
+    float* scores;      // tokens × experts
+    int n, experts;
+    float eps;
+};
+ARGS_SIZE(RouterArgs, 64); ARGS_FIELD(RouterArgs, x, 0); ARGS_FIELD(RouterArgs, norm, 8); ARGS_FIELD(RouterArgs, w, 16);
+ARGS_FIELD(RouterArgs, f, 24); ARGS_FIELD(RouterArgs, q, 32); ARGS_FIELD(RouterArgs, scores, 40);
+ARGS_FIELD(RouterArgs, n, 48); ARGS_FIELD(RouterArgs, experts, 52); ARGS_FIELD(RouterArgs, eps, 56);
+
+#define ROUTER_WARPS 4  // experts of a block
+
+// Norm and scores: a block has one token and ROUTER_WARPS experts, the last block of a token none; that one stores the
+// normed row. Weights are on their way before the predecessor has ended.
+template <class P>
+__device__ __forceinline__ void router(const RouterArgs& a) {
+    extern __shared__ __align__(16) u8 smem[];
+    __shared__ float part[ROUTER_WARPS];
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, threads = ROUTER_WARPS * 32;
+    const int t = blockIdx.y, n4 = a.n / 4, row_bytes = a.n * P::BYTES;
+    const int expert = (int)blockIdx.x * ROUTER_WARPS + warp;
+    const bool stores = blockIdx.x + 1 == gridDim.x, scores = !stores && expert < a.experts;
+    float* xs = (float*)smem;
+    float* ws = xs + a.n;
+    u8* rows = (u8*)(ws + a.n);
+    const u8* src = a.w + (size_t)expert * row_bytes;
+    if (scores)
+        for (int i = lane * 16; i < row_bytes; i += 512) cp_async16(rows + warp * row_bytes + i, src + i);
+    for (int i = tid; i < n4; i += threads) cp_async16(ws + 4 * i, a.norm + 4 * i);
+    cp_commit();
+    pdl_launch();
+    pdl_wait();
+    const float4* x = (const float4*)(a.x + (size_t)t * a.n);
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = tid; i < n4; i += threads) {
+        const float4 v = __ldcg(x + i);
+        ((float4*)xs)[i] = v;
+        sum = __fmaf_rn(v.x, v.x, sum);
+        sum = __fmaf_rn(v.y, v.y, sum);
+        sum = __fmaf_rn(v.z, v.z, sum);
+        sum = __fmaf_rn(v.w, v.w, sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) part[warp] = sum;
+    cp_wait<0>();
+    __syncthreads();
+    sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < ROUTER_WARPS; i++) sum += part[i];
+    const float rs = norm_scale(sum, a.n, a.eps);
+    for (int i0 = 0; i0 < n4; i0 += threads) {
+        const int i = i0 + tid;
+        float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (i < n4) {
+            const float4 v = ((const float4*)xs)[i], w = ((const float4*)ws)[i];
+            y = make_float4(v.x * rs * w.x, v.y * rs * w.y, v.z * rs * w.z, v.w * rs * w.w);
+            ((float4*)xs)[i] = y;
+            if (stores) ((float4*)(a.f + (size_t)t * a.n))[i] = y;
+        }
+        if (stores) quantise_four(y, a.q + (size_t)t * (a.n / 32), i, i < n4);
+    }
+    __syncthreads();
+    if (!scores) return;
+    float acc = 0.0f;
+    for (int k = lane * 8; k < a.n; k += 256) {
+        float v[8];
+        P::eight(rows + warp * row_bytes + k * P::BYTES, v);
+        const float4 p = *(const float4*)(xs + k), q = *(const float4*)(xs + k + 4);
+        const float u[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
+        float s = __fmul_rn(v[0], u[0]);
+#pragma unroll
+        for (int i = 1; i < 8; i++) s = __fmaf_rn(v[i], u[i], s);
+        acc += s;
+    }
+    acc = warp_sum(acc);
+    if (lane == 0) a.scores[(size_t)t * a.experts + expert] = acc;
+}
+
+#define ROUTER(T)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(ROUTER_WARPS * 32) router_##T(const __grid_constant__ RouterArgs a) { \
+        router<P##T>(a);                                                                                                 \
+    }
+ROUTER(F32)
+ROUTER(F16)
+ROUTER(BF16)
+
+struct ExpertsArgs {
+    const u64* table;     // experts × (gate, up, down)
+    const float* scores;  // tokens × experts
+    const XBlk* q;        // tokens × n / 32
+    const float* f;       // tokens × n
+    float* hidden;        // tokens × used × ff
+    float* x;             // tokens × n, to which down adds
+    int experts, used, n, ff;
+    int row_warps, piece;  // the order of sums, as GemvArgs
+    int each;              // pairs of rows of a warp (gate_up_*), rows of a block (down_*)
+    int row_room;          // bytes of shared memory of a row
+    int normalize;         // of the weights, as RouteArgs
+    float scale;
+};
+ARGS_SIZE(ExpertsArgs, 88); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
+ARGS_FIELD(ExpertsArgs, q, 16); ARGS_FIELD(ExpertsArgs, f, 24); ARGS_FIELD(ExpertsArgs, hidden, 32);
+ARGS_FIELD(ExpertsArgs, x, 40); ARGS_FIELD(ExpertsArgs, experts, 48); ARGS_FIELD(ExpertsArgs, used, 52);
+ARGS_FIELD(ExpertsArgs, n, 56); ARGS_FIELD(ExpertsArgs, ff, 60); ARGS_FIELD(ExpertsArgs, row_warps, 64);
+ARGS_FIELD(ExpertsArgs, piece, 68); ARGS_FIELD(ExpertsArgs, each, 72); ARGS_FIELD(ExpertsArgs, row_room, 76);
+ARGS_FIELD(ExpertsArgs, normalize, 80); ARGS_FIELD(ExpertsArgs, scale, 84);
+
+#define DOWN_THREADS 512
+#define DOWN_WARPS (DOWN_THREADS / 32)
+#define USED_MAX 32   // choices of a token, a lane each
+#define EACH_MAX 16   // rows of a block of down_*
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// A lane takes one part of a super-block at a time: gemv.cu.
+template <class B>
+struct Order {
+    static const int SUBS = 1;
+    static const int UNITS = B::ELEMS == 32 ? 1 : 8;
+    static __device__ __forceinline__ int sub(int j, int) { return j; }
+};
+#else
+template <class B>
+struct Order : Lanes<B> {};
+#endif
+
+#define NO_EXPERT 0x7fffffff
+
+// What a token has chosen, of lane j the j-th.
+struct Choice {
+    int id;
+    float weight;
+};
+
+// What route_topk does with the scores of a token, by one warp in registers: its first `many` choices. Weights are right if
+// those are all. Every block chooses for itself: cheaper than to wait for one that does it for all.
+template <int K>
+__device__ __forceinline__ Choice choose(const ExpertsArgs& a, const float* scores, int many, int lane) {
+    float s[K], big = -1e38f, sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        s[k] = lane + 32 * k < a.experts ? __ldcg(scores + lane + 32 * k) : -1e38f;
+        big = fmaxf(big, s[k]);
+    }
+    big = warp_max(big);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const bool is = lane + 32 * k < a.experts;
+        s[k] = is ? expf(s[k] - big) : -2.0f;
+        if (is) sum += s[k];
+    }
+    sum = warp_sum(sum);
+    float chosen = 0.0f;
+    Choice mine = {0, 0.0f};
+    for (int j = 0; j < many; j++) {
+        float best = -1.0f;
+        int id = NO_EXPERT;
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (s[k] > best) best = s[k], id = lane + 32 * k;
+        // What is left is not negative, so that it compares as integers do; lanes that found none have no bit.
+        const u32 bits = id == NO_EXPERT ? 0u : __float_as_uint(best) + 1u;
+        const u32 most = __reduce_max_sync(0xffffffffu, bits);
+        id = __reduce_min_sync(0xffffffffu, bits == most ? id : NO_EXPERT);
+        best = __uint_as_float(most - 1u);
+        // Scores that are not numbers are never chosen by comparison: the lowest id that is left.
+        if (most == 0u) {
+            best = 0.0f;
+            id = NO_EXPERT;
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (s[k] != -2.0f) id = min(id, lane + 32 * k);
+            id = __reduce_min_sync(0xffffffffu, id);
+        }
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (lane + 32 * k == id) s[k] = -2.0f;
+        best /= sum;
+        chosen += best;
+        if (lane == j) mine = {id, best};
+    }
+    if (a.normalize) mine.weight /= chosen;
+    mine.weight *= a.scale;
+    return mine;
+}
+
+__device__ __forceinline__ Choice choose(const ExpertsArgs& a, int t, int many, int lane) {
+    const float* scores = a.scores + (size_t)t * a.experts;
+    return a.experts <= 128 ? choose<4>(a, scores, many, lane) : choose<16>(a, scores, many, lane);
+}
+
+// Starts the copy of a row of `len` bytes to `to`, where it will lie at to + staged_at(src).
+template <class B>
+__device__ __forceinline__ void fetch_row(u8* to, const u8* src, int len, int lane) {
+    if (B::BYTES % 16 == 0 && ((size_t)src & 15) != 0) {
+        for (int c = lane * 4; c < len; c += 128) cp_async4(to + c, src + c);
+        return;
+    }
+    const u8* first = (const u8*)((size_t)src & ~(size_t)15);
+    const int lines = (int)((src + len + 15 - first) >> 4);
+#pragma unroll 3
+    for (int i = lane; i < lines; i += 32) cp_async16(to + 16 * i, first + 16 * i);
+}
+
+// Sums of two rows of weights in shared memory with one row of activations of `cols` columns.
+template <class B>
+__device__ __forceinline__ float2 two_rows(const ExpertsArgs& a, const u8* b0, const u8* b1, const XBlk* xs, int cols, int lane) {
+    typedef Order<B> O;
+    const int units = cols / B::ELEMS * O::UNITS, steps = (units + 31) / 32;
+    const int j = lane % O::UNITS;
+    float v0 = 0.0f, v1 = 0.0f;
+    // Each share of the steps that a warp of bulk.cu has, then the shares in order. Those behind the last step are zero.
+    for (int kq = 0; kq < min(a.row_warps, min(a.piece, steps)); kq++) {
+        float acc0 = 0.0f, acc1 = 0.0f;
+        for (int first = 0; first < steps; first += a.piece) {
+            for (int s = first + kq; s < min(first + a.piece, steps); s += a.row_warps) {
+                const int unit = s * 32 + lane;
+                if (unit >= units) continue;
+                const int block = unit / O::UNITS;
+#pragma unroll
+                for (int k = 0; k < O::SUBS; k++) {
+                    const int sub = B::ELEMS == 32 ? 0 : O::sub(j, k);
+                    Quants q0, q1;
+                    B::decode(b0 + block * B::BYTES, sub, q0);
+                    B::decode(b1 + block * B::BYTES, sub, q1);
+                    const Activations x(xs + (B::ELEMS == 32 ? unit : block * 8 + sub));
+                    acc0 = dot<B>(q0, x.q, x.d, x.s, acc0);
+                    acc1 = dot<B>(q1, x.q, x.d, x.s, acc1);
+                }
+            }
+        }
+        acc0 = warp_sum(acc0);
+        acc1 = warp_sum(acc1);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+        v0 = acc0, v1 = acc1;
+#else
+        v0 += acc0, v1 += acc1;
+#endif
+    }
+    return make_float2(v0, v1);
+}
+
+// As plain.cu, with rows that are read from memory.
+template <class P>
+__device__ __forceinline__ float2 two_rows_plain(const u8* w0, const u8* w1, const float* x, int cols, int lane) {
+    float acc0 = 0.0f, acc1 = 0.0f;
+    for (int k = lane * 8; k < cols; k += 256) {
+        float v[8], w[8];
+        P::eight(w0 + (size_t)k * P::BYTES, v);
+        P::eight(w1 + (size_t)k * P::BYTES, w);
+        const float4 p = __ldcg((const float4*)(x + k)), q = __ldcg((const float4*)(x + k + 4));
+        const float u[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
+        float s0 = __fmul_rn(v[0], u[0]), s1 = __fmul_rn(w[0], u[0]);
+#pragma unroll
+        for (int i = 1; i < 8; i++) {
+            s0 = __fmaf_rn(v[i], u[i], s0);
+            s1 = __fmaf_rn(w[i], u[i], s1);
+        }
+        acc0 += s0;
+        acc1 += s1;
+    }
+    return make_float2(warp_sum(acc0), warp_sum(acc1));
+}
+
+// Where gate and up of a pair's expert lie: by the first warp of a block, for all of them behind a barrier.
+__device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int lane, const u8** at) {
+    const int j = pair % a.used;
+    const Choice c = choose(a, pair / a.used, j + 1, lane);
+    const int id = __shfl_sync(0xffffffffu, c.id, j);
+    if (lane < 2) at[lane] = (const u8*)a.table[(size_t)id * 3 + lane];
+}
+
+// hidden[pair] = silu(gate · x) * (up · x). The predecessor left the scores. Successors are let in only when it has ended:
+// `down_*` reads the scores before this kernel is done.
+template <class B>
+__device__ __forceinline__ void gate_up(const ExpertsArgs& a) {
+    extern __shared__ __align__(16) u8 smem[];
+    __shared__ const u8* at[2];
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+    const int pair = blockIdx.y, nb = a.n / 32, row_bytes = a.n / B::ELEMS * B::BYTES;
+    const int row0 = (blockIdx.x * WARPS + warp) * a.each, n = min(a.each, a.ff - row0);
+    u8* mine = smem + warp * a.each * 2 * a.row_room;
+    XBlk* xs = (XBlk*)(smem + WARPS * a.each * 2 * a.row_room);
+    pdl_wait();
+    pdl_launch();
+    if (warp == 0) {
+        find_expert(a, pair, lane, at);
+    } else {
+        const u64* src = (const u64*)(a.q + (size_t)(pair / a.used) * nb);
+#pragma unroll 2
+        for (int i = tid - 32; i < nb * 5; i += (WARPS - 1) * 32) ((u64*)xs)[i] = __ldcg(src + i);
+    }
+    __syncthreads();
+    const u8 *gate = at[0] + (size_t)row0 * row_bytes, *up = at[1] + (size_t)row0 * row_bytes;
+    for (int i = 0; i < n; i++) {
+        fetch_row<B>(mine + 2 * i * a.row_room, gate + (size_t)i * row_bytes, row_bytes, lane);
+        fetch_row<B>(mine + (2 * i + 1) * a.row_room, up + (size_t)i * row_bytes, row_bytes, lane);
+    }
+    cp_commit();
+    cp_wait<0>();
+    __syncwarp();
+    float* out = a.hidden + (size_t)pair * a.ff + row0;
+    for (int i = 0; i < n; i++) {
+        const float2 v = two_rows<B>(a, mine + 2 * i * a.row_room + staged_at<B>(gate + (size_t)i * row_bytes),
+                                     mine + (2 * i + 1) * a.row_room + staged_at<B>(up + (size_t)i * row_bytes), xs, a.n, lane);
+        if (lane == 0) out[i] = silu(v.x) * v.y;
+    }
+}
+
+template <class P>
+__device__ __forceinline__ void gate_up_plain(const ExpertsArgs& a) {
+    __shared__ const u8* at[2];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pair = blockIdx.y;
+    pdl_wait();
+    pdl_launch();
+    if (warp == 0) find_expert(a, pair, lane, at);
+    __syncthreads();
+    for (int i = 0; i < a.each; i++) {
+        const int row = (blockIdx.x * WARPS + warp) * a.each + i;
+        if (row >= a.ff) return;
+        const size_t from = (size_t)row * a.n * P::BYTES;
+        const float2 v = two_rows_plain<P>(at[0] + from, at[1] + from, a.f + (size_t)(pair / a.used) * a.n, a.n, lane);
+        if (lane == 0) a.hidden[(size_t)pair * a.ff + row] = silu(v.x) * v.y;
+    }
+}
+
+// What down_* share: where the experts of a token lie, their weights, and the sums of a block's rows by choice.
+struct Choices {
+    const u8* at[USED_MAX];
+    float weights[USED_MAX];
+    float out[USED_MAX * EACH_MAX];
+};
+
+__device__ __forceinline__ void find_experts(const ExpertsArgs& a, int t, Choices& c) {
+    const int lane = threadIdx.x;
+    if (lane < 32) {
+        const Choice mine = choose(a, t, a.used, lane);
+        if (lane < a.used) {
+            c.at[lane] = (const u8*)a.table[(size_t)mine.id * 3 + 2];
+            c.weights[lane] = mine.weight;
+        }
+    }
+    __syncthreads();
+}
+
+// x[t][row] += Σ weights[j] * out[j][row] in the order of `combine`; `x` is that row of the token.
+__device__ __forceinline__ void add_choices(const ExpertsArgs& a, const Choices& c, int row0, float* x) {
+    const int r = threadIdx.x;
+    if (r >= a.each || row0 + r >= a.n) return;
+    float s = 0.0f;
+    for (int j = 0; j < a.used; j++) s = __fmaf_rn(c.weights[j], c.out[j * a.each + r], s);
+    x[row0 + r] += s;
+}
+
+// A block has `each` rows of down in all experts of one token. Weights are on their way while the predecessor, `gate_up_*`,
+// still runs.
+template <class B>
+__device__ __forceinline__ void down(const ExpertsArgs& a) {
+    extern __shared__ __align__(16) u8 smem[];
+    __shared__ Choices c;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+    const int t = blockIdx.y, row0 = blockIdx.x * a.each, row_bytes = a.ff / B::ELEMS * B::BYTES;
+    const int half = a.each / 2, items = a.used * half;
+    XBlk* xs = (XBlk*)(smem + a.used * a.each * a.row_room);
+    pdl_launch();
+    find_experts(a, t, c);
+    auto source = [&](int item, int i) {
+        return c.at[item / half] + (size_t)min(row0 + item % half * 2 + i, a.n - 1) * row_bytes;
+    };
+    for (int item = warp; item < items; item += DOWN_WARPS) {
+        fetch_row<B>(smem + 2 * item * a.row_room, source(item, 0), row_bytes, lane);
+        fetch_row<B>(smem + (2 * item + 1) * a.row_room, source(item, 1), row_bytes, lane);
+    }
+    cp_commit();
+    pdl_wait();
+    const float4* hidden = (const float4*)(a.hidden + (size_t)t * a.used * a.ff);
+    const int all = a.used * a.ff / 4;
+    for (int i0 = 0; i0 < all; i0 += 4 * DOWN_THREADS) {
+        float4 v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int i = i0 + k * DOWN_THREADS + tid;
+            v[k] = i < all ? __ldcg(hidden + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int i = i0 + k * DOWN_THREADS + tid;
+            if (i - tid < all) quantise_four(v[k], xs, i, i < all);
+        }
+    }
+    cp_wait<0>();
+    __syncthreads();
+    for (int item = warp; item < items; item += DOWN_WARPS) {
+        const float2 v = two_rows<B>(a, smem + 2 * item * a.row_room + staged_at<B>(source(item, 0)),
+                                     smem + (2 * item + 1) * a.row_room + staged_at<B>(source(item, 1)),
+                                     xs + item / half * (a.ff / 32), a.ff, lane);
+        if (lane == 0) {
+            c.out[2 * item] = v.x;
+            c.out[2 * item + 1] = v.y;
+        }
+    }
+    __syncthreads();
+    add_choices(a, c, row0, a.x + (size_t)t * a.n);
+}
+
+template <class P>
+__device__ __forceinline__ void down_plain(const ExpertsArgs& a) {
+    __shared__ Choices c;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+    const int t = blockIdx.y, row0 = blockIdx.x * a.each, half = a.each / 2;
+    pdl_launch();
+    find_experts(a, t, c);
+    pdl_wait();
+    for (int item = warp; item < a.used * half; item += DOWN_WARPS) {
+        const int row = row0 + item % half * 2;
+        const u8* w = c.at[item / half];
+        const size_t row_bytes = (size_t)a.ff * P::BYTES;
+        const float2 v = two_rows_plain<P>(w + min(row, a.n - 1) * row_bytes, w + min(row + 1, a.n - 1) * row_bytes,
+                                           a.hidden + (size_t)(t * a.used + item / half) * a.ff, a.ff, lane);
+        if (lane == 0) {
+            c.out[2 * item] = v.x;
+            c.out[2 * item + 1] = v.y;
+        }
+    }
+    __syncthreads();
+    add_choices(a, c, row0, a.x + (size_t)t * a.n);
+}
+
+#define EXACT(T, GATE_UP, DOWN)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) gate_up_##T(const __grid_constant__ ExpertsArgs a) { \
+        GATE_UP(a);                                                                                                \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(DOWN_THREADS, 1) down_##T(const __grid_constant__ ExpertsArgs a) {   \
+        DOWN(a);                                                                                                   \
+    }
+#define EXACT_QUANT(T) EXACT(T, gate_up<B##T>, down<B##T>)
+#define EXACT_PLAIN(T) EXACT(T, gate_up_plain<P##T>, down_plain<P##T>)
+FOR_EACH_QUANT(EXACT_QUANT)
+EXACT_PLAIN(F32)
+EXACT_PLAIN(F16)
+EXACT_PLAIN(BF16)
+
+struct SortArgs {
+    const u32* ids;  // pairs: tokens × used
+    int* lists;      // tokens of the pairs by expert, then the pairs' numbers
+    int* tiles;      // `most` times expert, first place in the lists, rows; no expert is -1
+    int pairs, used, experts;
+    int each;        // rows of a tile
+    int most;        // tiles there is room for
+};
+ARGS_SIZE(SortArgs, 48); ARGS_FIELD(SortArgs, ids, 0); ARGS_FIELD(SortArgs, lists, 8); ARGS_FIELD(SortArgs, tiles, 16);
+ARGS_FIELD(SortArgs, pairs, 24); ARGS_FIELD(SortArgs, used, 28); ARGS_FIELD(SortArgs, experts, 32);
+ARGS_FIELD(SortArgs, each, 36); ARGS_FIELD(SortArgs, most, 40);
+
+// One block. The order of an expert's rows follows from chance, and no row's result from its place.
+extern "C" __global__ void __launch_bounds__(1024) sort_rows(const __grid_constant__ SortArgs a) {
+    extern __shared__ __align__(16) u8 room[];
+    __shared__ int total;
+    int *count = (int*)room, *next = count + a.experts, *tile = next + a.experts;
+    const int tid = threadIdx.x, lane = tid & 31;
+    pdl_launch();
+    for (int i = tid; i < a.experts; i += 1024) count[i] = 0;
+    __syncthreads();
+    pdl_wait();
+    for (int i = tid; i < a.pairs; i += 1024) atomicAdd(count + __ldcg(a.ids + i), 1);
+    __syncthreads();
+    if (tid < 32) {
+        int rows = 0, tiles = 0;
+        for (int i0 = 0; i0 < a.experts; i0 += 32) {
+            const int i = i0 + lane, n = i < a.experts ? count[i] : 0, m = (n + a.each - 1) / a.each;
+            int r = n, s = m;
+#pragma unroll
+            for (int o = 1; o < 32; o <<= 1) {
+                const int r1 = __shfl_up_sync(0xffffffffu, r, o), s1 = __shfl_up_sync(0xffffffffu, s, o);
+                if (lane >= o) r += r1, s += s1;
+            }
+            if (i < a.experts) {
+                next[i] = rows + r - n;
+                tile[i] = tiles + s - m;
+            }
+            rows += __shfl_sync(0xffffffffu, r, 31);
+            tiles += __shfl_sync(0xffffffffu, s, 31);
+        }
+        if (lane == 0) total = tiles;
+    }
+    __syncthreads();
+    for (int e = tid; e < a.experts; e += 1024)
+        for (int at = 0, i = tile[e]; at < count[e]; at += a.each, i++) {
+            a.tiles[3 * i] = e;
+            a.tiles[3 * i + 1] = next[e] + at;
+            a.tiles[3 * i + 2] = min(a.each, count[e] - at);
+        }
+    for (int i = total + tid; i < a.most; i += 1024) a.tiles[3 * i] = -1;
+    __syncthreads();
+    for (int i = tid; i < a.pairs; i += 1024) {
+        const int at = atomicAdd(next + __ldcg(a.ids + i), 1);
+        a.lists[at] = i / a.used;
+        a.lists[a.pairs + at] = i;
+    }
+}
+
+struct GroupedArgs {
+    const u64* table;    // experts × (gate, up, down)
+    const int* tiles;    // as SortArgs
+    const u16* x;        // rows of pitch halves
+    const float* scale;  // of each row of x
+    const int* from;     // row of x by place in the lists; null: the place itself
+    const int* to;       // row of the results likewise
+    float* out[2];       // of matrix `first`, and of the next one
+    int rows, cols, pitch, stride;
+    int first;           // which of the table's three
+};
+ARGS_SIZE(GroupedArgs, 88); ARGS_FIELD(GroupedArgs, table, 0); ARGS_FIELD(GroupedArgs, tiles, 8);
+ARGS_FIELD(GroupedArgs, x, 16); ARGS_FIELD(GroupedArgs, scale, 24); ARGS_FIELD(GroupedArgs, from, 32);
+ARGS_FIELD(GroupedArgs, to, 40); ARGS_FIELD(GroupedArgs, out, 48); ARGS_FIELD(GroupedArgs, rows, 64);
+ARGS_FIELD(GroupedArgs, cols, 68); ARGS_FIELD(GroupedArgs, pitch, 72); ARGS_FIELD(GroupedArgs, stride, 76);
+ARGS_FIELD(GroupedArgs, first, 80);
+
+// A block has 32 rows of one matrix of one expert, and a tile of the rows that chose it.
+template <class B, int MT, int XS>
+__device__ __forceinline__ void grouped(const GroupedArgs& a) {
+    pdl_wait();
+    const int *tile = a.tiles + 3 * blockIdx.x, expert = __ldcg(tile);
+    if (expert < 0) return;
+    const int at = __ldcg(tile + 1), z = blockIdx.z;
+    GemmArgs g;
+    g.x = a.from ? a.x : a.x + (size_t)at * a.pitch;
+    g.w = (const u16*)a.table[expert * 3 + a.first + z];
+    g.scale = a.from ? a.scale : a.scale + at;
+    g.bias = nullptr;
+    g.out = a.to ? a.out[z] : a.out[z] + (size_t)at * a.stride;
+    g.out_idx = a.to ? a.to + at : nullptr;
+    g.tokens = __ldcg(tile + 2);
+    g.rows = a.rows;
+    g.pitch = a.pitch;
+    g.stride = a.stride;
+    g.mode = 0;
+    g.cols = a.cols;
+    thin<B, MT, XS>(g, a.from ? a.from + at : nullptr, 0, blockIdx.y * BN);
+}
+
+// In tiles of 48 two blocks share a multiprocessor.
+#define GROUPED(T, B, SIZE, XS, BLOCKS)                                                                    \
+    extern "C" __global__ void __launch_bounds__(2 * SIDE, BLOCKS)                                         \
+        grouped_##T##_##SIZE(const __grid_constant__ GroupedArgs a) {                                      \
+        grouped<B, SIZE / 16, XS>(a);                                                                      \
+    }
+#define GROUPED_QUANT(T) GROUPED(T, B##T, 16, 3, 2) GROUPED(T, B##T, 48, 2, 2) GROUPED(T, B##T, 64, 3, 1)
+#define GROUPED_PLAIN(T) \
+    GROUPED(T, Whole<P##T>, 16, 3, 2) GROUPED(T, Whole<P##T>, 48, 2, 1) GROUPED(T, Whole<P##T>, 64, 3, 1)
+FOR_EACH_QUANT(GROUPED_QUANT)
+GROUPED_PLAIN(F32)
+GROUPED_PLAIN(F16)
+GROUPED_PLAIN(BF16)

@@ -1,0 +1,397 @@
+//! Routed experts that all rest in the GPU's memory: router, choice, experts and their sum, without a wait for the host.
+//!
+//! A table in device memory has the addresses of each expert's matrices; kernels read it by the ids that the router left
+//! there. Sums are made in the order of the kernels that compute one expert at a time, so a row's bits are the same
+//! where experts are streamed.
+
+use super::args::{ExpertsArgs, GroupedArgs, RouterArgs, STORE, SortArgs, XBLK_BYTES};
+use super::driver::device_error;
+use super::modules::Vectors;
+use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, any_index, form, plain_index};
+use super::product::{quant_index, thin_bytes, unsupported};
+use super::tiling::{Product, WARPS, tiling};
+use super::workspace::{MoeBuffers, float_bytes, pitch, tiles_most};
+use super::{CombineArgs, CudaBackend, RouteArgs, no_experts};
+use crate::backend::{Activation, BackendError, Class, Expert, Norm, RouterParams, Weight};
+use crate::gguf::TensorType;
+
+type Result<T = ()> = std::result::Result<T, BackendError>;
+
+/// Threads of the kernels of `moe.cu`, and rows and choices that they have room for.
+const ROUTER_WARPS: usize = 4;
+const DOWN_THREADS: u32 = 512;
+const EACH_MAX: usize = 16;
+const USED_MAX: usize = 32;
+const EXPERTS_MAX: usize = 512;
+/// Shared memory that `down_*` declares itself.
+const CHOICES_BYTES: usize = (EACH_MAX + 3) * USED_MAX * 4;
+/// Blocks of `gate_up_*` that a multiprocessor takes at once.
+const GATE_UP_BLOCKS: usize = 3;
+/// Most pairs of rows of one of its warps.
+const GATE_UP_EACH: usize = 4;
+/// Rows of a tile of `grouped_*`, and chunks of them that it keeps.
+const TILES: [(usize, usize); 3] = [(16, 3), (48, 2), (64, 3)];
+
+/// How exact rows meet one matrix of an expert.
+#[derive(Clone, Copy, Debug)]
+struct Exact {
+    row_warps: usize,
+    piece: usize,
+    /// Bytes of shared memory of a row; 0 where it is read from memory.
+    row_room: usize,
+}
+
+/// The experts of a block that rest: what they have in common. Their addresses are in the tables.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Resting {
+    /// Type of gate and up.
+    up: TensorType,
+    /// Type of down.
+    down: TensorType,
+    exact_up: Exact,
+    exact_down: Exact,
+}
+
+/// Bytes of the addresses of a block's experts.
+fn table_bytes(experts: usize) -> u64 {
+    experts as u64 * 3 * 8
+}
+
+impl Engine {
+    fn moe(&self) -> Result<&MoeBuffers> {
+        self.ws.moe.as_ref().ok_or_else(no_experts)
+    }
+
+    /// The order of sums of the kernels for one expert; `None` if they have none for such a matrix.
+    fn exact_order(&self, ty: TensorType, rows: usize, cols: usize, swiglu: bool) -> Option<Exact> {
+        if quant_index(ty).is_none() {
+            return Some(Exact { row_warps: 1, piece: 1, row_room: 0 });
+        }
+        let row_room = (ty.row_bytes(cols)? + 30) / 16 * 16 + 16;
+        let (row_warps, piece) = match &self.kernels.vectors {
+            Vectors::Warps(_) => (1, cols.div_ceil(1024)),
+            Vectors::Bulk { .. } => {
+                let product = Product { ty, cols, rows: &[rows], swiglu, activations: cols / 32 * XBLK_BYTES };
+                let info = &self.device.info;
+                let t = tiling(&product, info.multiprocessors as usize, info.shared_bytes as usize)?;
+                (t.row_warps, t.piece)
+            }
+        };
+        Some(Exact { row_warps, piece, row_room })
+    }
+}
+
+/// Shared memory of a block of `grouped_*`, by its place in [`TILES`].
+fn tile_bytes(ty: TensorType, size: usize) -> usize {
+    let (rows, chunks) = TILES[size];
+    thin_bytes(ty, rows * chunks)
+}
+
+/// Whether the kernels of `moe.cu` read this matrix of `rows` × `cols`.
+fn readable(w: &Weight, (rows, cols): (usize, usize)) -> bool {
+    let align = match quant_index(w.ty) {
+        Some(_) if w.ty.block_bytes().is_multiple_of(16) => 4,
+        Some(_) => 1,
+        None => 16,
+    };
+    (w.rows, w.cols) == (rows, cols) && w.addr.is_multiple_of(align)
+}
+
+impl CudaBackend {
+    /// What the experts have in common; `None` if the kernels of `moe.cu` do not compute such ones.
+    fn resting_of(&self, list: &[Expert]) -> Option<Resting> {
+        let (n, ff) = (self.dims.n_embd, self.dims.n_ff_expert);
+        let first = list.first()?;
+        let (up, down) = (first.up.weight.ty, first.down.weight.ty);
+        let same = |e: &Expert| {
+            let linears = [&e.gate, &e.up, &e.down];
+            e.how == Activation::Silu
+                && linears.iter().all(|l| l.bias.is_none())
+                && (e.gate.weight.ty, e.up.weight.ty, e.down.weight.ty) == (up, up, down)
+                && readable(&e.gate.weight, (ff, n))
+                && readable(&e.up.weight, (ff, n))
+                && readable(&e.down.weight, (n, ff))
+        };
+        let shared = self.engine.device.info.shared_bytes as usize;
+        let fits = any_index(up).is_some()
+            && any_index(down).is_some()
+            && tile_bytes(up, 0) <= shared
+            && tile_bytes(down, 0) <= shared
+            && n.is_multiple_of(32)
+            && ff.is_multiple_of(32);
+        let chosen = self.dims.n_experts_used <= USED_MAX && self.dims.n_experts <= EXPERTS_MAX;
+        if !fits || !chosen || !list.iter().all(same) {
+            return None;
+        }
+        let exact_up = self.engine.exact_order(up, ff, n, true)?;
+        let exact_down = self.engine.exact_order(down, n, ff, false)?;
+        let resting = Resting { up, down, exact_up, exact_down };
+        (self.up_bytes(&resting, 1) <= shared && self.down_bytes(&resting, 2) + CHOICES_BYTES <= shared)
+            .then_some(resting)
+    }
+
+    /// Shared memory of a block of `gate_up_*` whose warps have `each` pairs of rows.
+    fn up_bytes(&self, r: &Resting, each: usize) -> usize {
+        match r.exact_up.row_room {
+            0 => 0,
+            room => WARPS * each * 2 * room + self.dims.n_embd / 32 * XBLK_BYTES,
+        }
+    }
+
+    /// Shared memory of a block of `down_*` of `each` rows, beside [`CHOICES_BYTES`].
+    fn down_bytes(&self, r: &Resting, each: usize) -> usize {
+        match r.exact_down.row_room {
+            0 => 0,
+            room => self.dims.n_experts_used * (each * room + self.dims.n_ff_expert / 32 * XBLK_BYTES),
+        }
+    }
+
+    pub(super) fn hold(&mut self, layer: usize, list: &[Expert]) -> Result<bool> {
+        let experts = self.dims.n_experts;
+        if layer >= self.dims.n_layers || list.len() != experts {
+            return Ok(false);
+        }
+        self.resting.resize(self.dims.n_layers, None);
+        self.resting[layer] = self.resting_of(list);
+        if self.resting[layer].is_none() {
+            return Ok(false);
+        }
+        let mut table = vec![[0u64; 3]; experts];
+        for e in list {
+            let row =
+                table.get_mut(e.id as usize).ok_or_else(|| device_error(format!("there is no expert {}", e.id)))?;
+            *row = [e.gate.weight.addr, e.up.weight.addr, e.down.weight.addr];
+        }
+        self.engine.device.bind()?;
+        self.engine.moe()?.tables.write(layer as u64 * table_bytes(experts), table.as_flattened())?;
+        Ok(true)
+    }
+
+    /// Launches a router: ids of its choices to `ids`, which kernels can write, their weights to the workspace; what experts
+    /// read is left there normed.
+    pub(super) fn choose_experts(&mut self, norm: &Norm, router: &Weight, params: &RouterParams, ids: u64) -> Result {
+        self.begin_experts();
+        self.score(norm, router, false)?;
+        self.pick(params, ids)
+    }
+
+    /// What experts read is what their router's fused call leaves.
+    fn begin_experts(&mut self) {
+        self.waiting.begin_fused();
+        self.waiting.on_input = false;
+    }
+
+    /// Experts and weights of all rows, by their scores.
+    fn pick(&self, params: &RouterParams, ids: u64) -> Result {
+        let moe = self.engine.moe()?;
+        let args = RouteArgs {
+            scores: moe.scores.addr(),
+            ids,
+            weights: moe.weights.addr(),
+            tokens: self.tokens as i32,
+            experts: self.dims.n_experts as i32,
+            used: self.dims.n_experts_used as i32,
+            normalize: i32::from(params.normalize),
+            scale: params.scale,
+        };
+        let kernel = self.engine.kernels.route_topk;
+        // SAFETY: RouteArgs is what route_topk declares; weights have room for the choices of all tokens, and so has the caller's
+        // buffer of ids.
+        unsafe { self.engine.launch(kernel, (self.tokens as u32, 1, 1), 32, 0, &args) }
+    }
+
+    /// Norms the pass's rows and scores the experts; with `halves` bulk rows are there as halves, too.
+    fn score(&mut self, norm: &Norm, router: &Weight, halves: bool) -> Result {
+        let exact = self.engine.class == Class::Exact;
+        if exact && let Some(shared) = self.router_room(norm, router) {
+            return self.router(norm, router, shared);
+        }
+        let quantised = form(router.ty, Class::Exact) != Form::Float;
+        let ws = &self.engine.ws;
+        let input = Inputs {
+            f: ws.norm_f.addr(),
+            q: if exact { ws.input_q.addr() } else { 0 },
+            h: if !exact && (quantised || halves) { ws.halves.addr() } else { 0 },
+            ..Inputs::default()
+        };
+        let (out, stride) = (self.engine.moe()?.scores.addr(), self.dims.n_experts);
+        let target = Target { weight: *router, bias: 0, out, stride };
+        self.norm(norm, input)?;
+        if quantised {
+            return self.engine.products(&[target], self.tokens, STORE, input, Rows::default());
+        }
+        self.engine.plain(&target, self.tokens, STORE, input.f, Rows::default())
+    }
+
+    /// Shared memory of `router_*`; `None` if it does not take such a router.
+    fn router_room(&self, norm: &Norm, router: &Weight) -> Option<usize> {
+        let n = self.dims.n_embd;
+        plain_index(router.ty)?;
+        let bytes = 8 * n + ROUTER_WARPS * router.ty.row_bytes(n)?;
+        let aligned = n.is_multiple_of(32) && router.addr.is_multiple_of(16) && norm.weight.addr.is_multiple_of(16);
+        (aligned && bytes + 1024 <= self.engine.device.info.shared_bytes as usize).then_some(bytes)
+    }
+
+    fn router(&self, norm: &Norm, router: &Weight, shared: usize) -> Result {
+        let (ws, experts) = (&self.engine.ws, self.dims.n_experts);
+        let kind = plain_index(router.ty).ok_or_else(|| unsupported(router.ty))?;
+        let a = RouterArgs {
+            x: self.x(),
+            norm: norm.weight.addr,
+            w: router.addr,
+            f: ws.norm_f.addr(),
+            q: ws.input_q.addr(),
+            scores: self.engine.moe()?.scores.addr(),
+            n: self.dims.n_embd as i32,
+            experts: experts as i32,
+            eps: norm.eps,
+        };
+        let f = self.engine.kernels.experts.router[kind];
+        let grid = (experts.div_ceil(ROUTER_WARPS) as u32 + 1, self.tokens as u32, 1);
+        // SAFETY: RouterArgs is what router_* declare; the workspace has room for up to EXACT_ROWS tokens, whose number
+        // `begin` has checked.
+        unsafe { self.engine.launch(f, grid, 32 * ROUTER_WARPS as u32, shared, &a) }
+    }
+
+    pub(super) fn mixture_at(&mut self, layer: usize, norm: &Norm, router: &Weight, params: &RouterParams) -> Result {
+        let resting = self.resting.get(layer).copied().flatten();
+        let resting = resting.ok_or_else(|| device_error(format!("the experts of block {layer} are not held")))?;
+        self.begin_experts();
+        let table = self.engine.moe()?.tables.addr() + layer as u64 * table_bytes(self.dims.n_experts);
+        match self.engine.class {
+            Class::Exact => {
+                self.score(norm, router, false)?;
+                self.exact(&resting, table, params)
+            }
+            Class::Bulk => {
+                self.score(norm, router, true)?;
+                self.pick(params, self.engine.moe()?.ids.addr())?;
+                self.grouped(&resting, table)
+            }
+        }
+    }
+
+    /// The arguments of the kernels of exact rows, for matrices that are met like this.
+    fn exact_args(&self, exact: &Exact, table: u64, params: &RouterParams, each: usize) -> Result<ExpertsArgs> {
+        let (ws, d) = (&self.engine.ws, &self.dims);
+        Ok(ExpertsArgs {
+            table,
+            scores: self.engine.moe()?.scores.addr(),
+            q: ws.input_q.addr(),
+            f: ws.norm_f.addr(),
+            hidden: ws.gate.addr(),
+            x: self.x(),
+            experts: d.n_experts as i32,
+            used: d.n_experts_used as i32,
+            n: d.n_embd as i32,
+            ff: d.n_ff_expert as i32,
+            row_warps: exact.row_warps as i32,
+            piece: exact.piece as i32,
+            each: each as i32,
+            row_room: exact.row_room as i32,
+            normalize: i32::from(params.normalize),
+            scale: params.scale,
+        })
+    }
+
+    fn exact(&self, r: &Resting, table: u64, params: &RouterParams) -> Result {
+        let (e, n, ff) = (&self.engine, self.dims.n_embd, self.dims.n_ff_expert);
+        let (pairs, sms) = (self.tokens * self.dims.n_experts_used, e.device.info.multiprocessors as usize);
+        let shared = e.device.info.shared_bytes as usize;
+        let kind = |ty| any_index(ty).ok_or_else(|| unsupported(ty));
+        e.ws.rooms.check("hidden state of experts", e.ws.gate.addr(), float_bytes(pairs, ff))?;
+        // All blocks at once, where that can be.
+        let blocks = |each: usize| ff.div_ceil(WARPS * each) * pairs;
+        let fits = |each: &usize| self.up_bytes(r, *each) <= shared / GATE_UP_BLOCKS;
+        let each = (1..=GATE_UP_EACH).take_while(fits).find(|each| blocks(*each) <= GATE_UP_BLOCKS * sms).unwrap_or(1);
+        let f = e.kernels.experts.gate_up[kind(r.up)?];
+        let grid = (ff.div_ceil(WARPS * each) as u32, pairs as u32, 1);
+        let a = self.exact_args(&r.exact_up, table, params, each)?;
+        // SAFETY: ExpertsArgs is what gate_up_* declare; the table has all experts that the scores are of, `hold` has
+        // checked shapes and alignment, and there is room for the results as checked above.
+        unsafe { e.launch(f, grid, 32 * WARPS as u32, self.up_bytes(r, each), &a)? };
+        let wanted = (n * self.tokens).div_ceil(sms).next_multiple_of(2).clamp(2, EACH_MAX);
+        let fits = |each: &usize| self.down_bytes(r, *each) + CHOICES_BYTES <= shared;
+        let each = (2..=wanted).rev().step_by(2).find(fits).unwrap_or(2);
+        let f = e.kernels.experts.down[kind(r.down)?];
+        let grid = (n.div_ceil(each) as u32, self.tokens as u32, 1);
+        let a = self.exact_args(&r.exact_down, table, params, each)?;
+        // SAFETY: as above; X holds a row for each token. The scores, which the kernel reads before its predecessor has
+        // ended, were written by a kernel that the predecessor waited for before it let this one in.
+        unsafe { e.launch(f, grid, DOWN_THREADS, self.down_bytes(r, each), &a) }
+    }
+
+    fn grouped(&self, r: &Resting, table: u64) -> Result {
+        let (e, ws, moe) = (&self.engine, &self.engine.ws, self.engine.moe()?);
+        let (n, ff, experts) = (self.dims.n_embd, self.dims.n_ff_expert, self.dims.n_experts);
+        let used = self.dims.n_experts_used;
+        let pairs = self.tokens * used;
+        let shared = e.device.info.shared_bytes as usize;
+        // Tiles that hold most experts' rows, if they are about as many as the average: what a tile has is turned to halves
+        // for that tile alone.
+        let rows = pairs.div_ceil(experts);
+        let wanted = TILES.iter().position(|(each, _)| rows * 4 <= each * 3).unwrap_or(TILES.len() - 1);
+        let fits = |size: &usize| tile_bytes(r.up, *size).max(tile_bytes(r.down, *size)) <= shared;
+        let size = (0..=wanted).rev().find(fits).unwrap_or(0);
+        let each = TILES[size].0;
+        let most = tiles_most(pairs, experts, each);
+        let sort = SortArgs {
+            ids: moe.ids.addr(),
+            lists: moe.lists.addr(),
+            tiles: moe.tiles.addr(),
+            pairs: pairs as i32,
+            used: used as i32,
+            experts: experts as i32,
+            each: each as i32,
+            most: most as i32,
+        };
+        ws.rooms.check("tiles of experts", moe.tiles.addr(), float_bytes(most, 3))?;
+        // SAFETY: SortArgs is what sort_rows declares; the lists have room for all choices, the tiles as checked.
+        unsafe { e.launch(e.kernels.experts.sort, (1, 1, 1), 1024, 12 * experts, &sort)? };
+        let [gate, up] = [ws.gate.addr(), ws.up.addr()];
+        for out in [gate, up] {
+            ws.rooms.check("hidden state of experts", out, float_bytes(pairs, ff))?;
+        }
+        let args = |rows: usize, cols: usize| GroupedArgs {
+            table,
+            tiles: moe.tiles.addr(),
+            x: ws.halves.addr(),
+            scale: ws.halves_scale.addr(),
+            rows: rows as i32,
+            cols: cols as i32,
+            pitch: pitch(cols) as i32,
+            stride: rows as i32,
+            ..GroupedArgs::default()
+        };
+        let launch = |ty, matrices: u32, a: &GroupedArgs| -> Result {
+            let kind = any_index(ty).ok_or_else(|| unsupported(ty))?;
+            let grid = (most as u32, (a.rows as usize).div_ceil(THIN_ROWS) as u32, matrices);
+            // SAFETY: GroupedArgs is what grouped_* declare; tiles name rows and experts that there are, `hold` has
+            // checked shapes and alignment, and results have room: gate and up as checked, those of down a row a choice.
+            unsafe { e.launch(e.kernels.experts.grouped[kind][size], grid, 512, tile_bytes(ty, size), a) }
+        };
+        launch(r.up, 2, &GroupedArgs { from: moe.lists.addr(), out: [gate, up], ..args(ff, n) })?;
+        e.prepare(Prep::Swiglu(up), gate, 0, ff, pairs, Inputs { h: ws.halves.addr(), ..Inputs::default() })?;
+        let to = moe.lists.addr() + 4 * pairs as u64;
+        launch(r.down, 1, &GroupedArgs { to, out: [moe.out.addr(), 0], first: 2, ..args(n, ff) })?;
+        self.combine()
+    }
+
+    /// `X += Σ weight · out` over the choices of each token, in their order.
+    pub(super) fn combine(&self) -> Result {
+        let moe = self.engine.moe()?;
+        let n = self.dims.n_embd;
+        let a = CombineArgs {
+            x: self.x(),
+            out: moe.out.addr(),
+            weights: moe.weights.addr(),
+            tokens: self.tokens as i32,
+            used: self.dims.n_experts_used as i32,
+            n: n as i32,
+        };
+        let f = self.engine.kernels.combine;
+        let blocks = (self.tokens * n).div_ceil(256) as u32;
+        // SAFETY: CombineArgs is what combine declares.
+        unsafe { self.engine.launch(f, (blocks, 1, 1), 256, 0, &a) }
+    }
+}

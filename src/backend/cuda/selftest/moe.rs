@@ -1,0 +1,136 @@
+//! Experts that rest against the same experts one at a time: the bits must be the same, whatever the types, whoever chose
+//! which, and however many rows there are.
+
+use std::sync::Arc;
+
+use super::{Matrix, Report, Result, Rng, product_dims};
+use crate::backend::cuda::modules::{PLAINS, QUANTS};
+use crate::backend::cuda::{CudaBackend, Device};
+use crate::backend::{Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, RouterParams, Run};
+use crate::gguf::TensorType;
+use crate::state::PageId;
+
+/// Types of gate and up, and of down; inputs and hidden values; experts and choices.
+struct Case {
+    up: TensorType,
+    down: TensorType,
+    n: usize,
+    ff: usize,
+    experts: usize,
+    used: usize,
+}
+
+const ROWS: [usize; 9] = [1, 2, 3, 5, 8, 9, 40, 150, 512];
+
+pub(super) fn check_experts(device: &Arc<Device>, report: &mut Report) -> Result {
+    for ty in QUANTS.into_iter().chain(PLAINS) {
+        check_case(device, &Case { up: ty, down: ty, n: 512, ff: 256, experts: 12, used: 4 }, report)?;
+    }
+    let more = [
+        (TensorType::Q4_K, TensorType::Q6_K, 2048, 768, 20, 8),
+        (TensorType::Q5_K, TensorType::Q8_0, 2304, 1280, 9, 3),
+        (TensorType::MXFP4, TensorType::MXFP4, 2880, 2880, 6, 4),
+        (TensorType::Q8_0, TensorType::F16, 1056, 1440, 7, 2),
+        (TensorType::Q4_K, TensorType::Q4_K, 6144, 4096, 5, 2),
+    ];
+    for (up, down, n, ff, experts, used) in more {
+        check_case(device, &Case { up, down, n, ff, experts, used }, report)?;
+    }
+    Ok(())
+}
+
+fn dims(c: &Case) -> Dims {
+    Dims {
+        n_layers: 2,
+        n_embd: c.n,
+        n_ff: 0,
+        n_experts: c.experts,
+        n_experts_used: c.used,
+        n_ff_expert: c.ff,
+        max_batch: 512,
+        n_ctx: 512,
+        ..product_dims()
+    }
+}
+
+/// A router that sends every row to expert 1, none to expert 2 and the others by chance, for inputs whose mean is positive
+/// before they are multiplied by the norm's weights.
+fn router(device: &Arc<Device>, c: &Case, norm: &Matrix) -> Result<Matrix> {
+    let mut rows = Rng::new(5).floats(c.experts * c.n, 2.0 / (c.n as f32).sqrt());
+    for (i, w) in norm.values.iter().enumerate() {
+        let along = 12.0 / c.n as f32 * w.signum();
+        (rows[c.n + i], rows[2 * c.n + i]) = (along, -along);
+    }
+    let bytes: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
+    Matrix::of(device, TensorType::F32, c.experts, c.n, &bytes)
+}
+
+fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
+    let d = dims(c);
+    let mut g = CudaBackend::new(device, &d)?;
+    let weight = Matrix::random(device, TensorType::F32, 1, c.n, 3)?;
+    let norm = Norm { weight: weight.weight, eps: 1e-5 };
+    let router = router(device, c, &weight)?;
+    let mut matrices = Vec::new();
+    for e in 0..c.experts as u64 {
+        matrices.push([
+            Matrix::random(device, c.up, c.ff, c.n, 100 + e)?,
+            Matrix::random(device, c.up, c.ff, c.n, 200 + e)?,
+            Matrix::random(device, c.down, c.n, c.ff, 300 + e)?,
+        ]);
+    }
+    let expert = |(id, m): (usize, &[Matrix; 3])| {
+        let [gate, up, down] = m.each_ref().map(|m| m.linear(None));
+        Expert { id: id as u32, gate, up, down, how: Activation::Silu }
+    };
+    let list: Vec<Expert> = matrices.iter().enumerate().map(expert).collect();
+    // The second block's table: the first one's stays as it was allocated.
+    let held = g.hold_experts(1, &list)?;
+    let name = format!("{}, {} {}x{}, {} of {}", c.up, c.down, c.n, c.ff, c.used, c.experts);
+    report.check(&format!("experts held: {name}"), f64::from(u8::from(!held)), 0.0);
+    if !held {
+        return Ok(());
+    }
+    let params = RouterParams { normalize: true, scale: 1.5 };
+    let table: Vec<PageId> = (0..d.pages() as PageId).collect();
+    let x: Vec<f32> = Rng::new(8).floats(512 * c.n, 2.0).iter().map(|v| v + 0.7).collect();
+    let mut pass = |rows: usize, held: bool| -> Result<(Vec<u32>, Vec<u32>)> {
+        let class = if rows > EXACT_ROWS { Class::Bulk } else { Class::Exact };
+        g.begin(&[Run { class, first_pos: 0, rows, table: &table, state: 0 }])?;
+        g.engine.ws.x.write(0, &x[..rows * c.n])?;
+        let mut ids = Vec::new();
+        if held {
+            g.mixture(1, &norm, &router.weight, &params)?;
+        } else {
+            ids = g.route(&norm, &router.weight, &params)?.to_vec();
+            let chosen = |e: &&Expert| ids.contains(&e.id);
+            for e in list.iter().filter(chosen) {
+                g.expert(e)?;
+            }
+            g.combine_experts()?;
+        }
+        let mut got = vec![0.0f32; rows * c.n];
+        g.engine.ws.x.read(0, &mut got)?;
+        Ok((got.iter().map(|v| v.to_bits()).collect(), ids))
+    };
+    let mut firsts: [Option<Vec<u32>>; 2] = [None, None];
+    for rows in ROWS {
+        let (want, ids) = pass(rows, false)?;
+        let (got, _) = pass(rows, true)?;
+        let other = want.iter().zip(&got).filter(|(a, b)| a != b).count();
+        let still = got.iter().zip(&x).filter(|(a, b)| **a == b.to_bits()).count();
+        report.check(&format!("other bits of {rows} rows: {name}"), other as f64, 0.0);
+        report.check(&format!("rows left as they were, {rows}: {name}"), still as f64, (rows * c.n / 50) as f64);
+        // The first row is the same in every pass of its class.
+        let first = &mut firsts[usize::from(rows > EXACT_ROWS)];
+        let first = first.get_or_insert_with(|| got[..c.n].to_vec());
+        let other = first.iter().zip(&got).filter(|(a, b)| a != b).count();
+        report.check(&format!("other bits of a row among {rows}: {name}"), other as f64, 0.0);
+        if rows == 512 {
+            let of = |id: u32| ids.iter().filter(|i| **i == id).count();
+            let wrong = of(1).abs_diff(512) + of(2);
+            report.check(&format!("rows of expert 1 and of expert 2: {name}"), wrong as f64, 0.0);
+        }
+    }
+    Ok(())
+}
