@@ -44,8 +44,11 @@ passes() {
         sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q logits "$work/$name.gguf" --tokens "$(seq -s, 1 7 $((7 * tokens)))" \
           -o "$work/$tool.npy" --backend cuda --tiers "$tiers"
       done
+      # Tools that let a launch return when its kernel has run would wait for an answer that comes after it.
+      CUDA_LAUNCH_BLOCKING=1 sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q run "$work/$name.gguf" -p "one two" -n 3 --temp 0 \
+        --site both --tiers "$tiers"
       # Some passes of one token after each other: recorded, and repeated from the recording.
-      sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q run "$work/$name.gguf" -p "one two" -n 4 --temp 0 --backend cuda --tiers "$tiers"
+      sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q run "$work/$name.gguf" -p "one two" -n 4 --temp 0 --backend cuda --exact --tiers "$tiers"
     done
   done
 }
@@ -152,7 +155,7 @@ for preset in "qwen2-tiny Q4_K_M" "qwen3moe-tiny Q8_0"; do
 done
 
 echo "== two sites: generated tokens near those of the GPU alone, the same bits whenever the sites are the same"
-parts=200,$(yes 1 | head -20 | paste -sd,)
+parts=200$(printf ',1%.0s' $(seq 20))
 tokens=$(seq 1 220 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7 % 500 }')
 for preset in "qwen2-tiny F16" "qwen2-tiny Q4_K_M" "qwen3moe-tiny F16" "qwen3moe-tiny Q8_0"; do
   read -r name mix <<< "$preset"

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -41,8 +41,11 @@ struct Memory {
     repeated: Arc<Mutex<u64>>,
     /// Copies that were asked for and have not ended.
     flying: Arc<AtomicU64>,
-    /// Parts that processors were given.
+    /// Parts that processors were given, and at which of them one panics.
     handed: Arc<Mutex<u64>>,
+    panics_at: Arc<Mutex<u64>>,
+    /// Operations are queued.
+    ahead: bool,
 }
 
 struct Owned {
@@ -220,16 +223,60 @@ struct Detached {
     recording: Option<Vec<Call>>,
     recorded: Option<Vec<Call>>,
     failed_once: bool,
-    given: [Vec<f32>; 2],
-    answers: [Vec<f32>; 2],
+    given: [Option<Vec<f32>>; 2],
+    answers: [Option<Vec<f32>>; 2],
+    /// Operations are queued, and run when something waits for them.
+    ahead: bool,
+    queue: VecDeque<Queued>,
+}
+
+/// An operation of a device that is called ahead.
+enum Queued {
+    Call(Call),
+    Give(usize),
+    Take(usize),
+    TakeExperts(usize, Vec<u32>),
 }
 
 impl Detached {
     fn call(&mut self, f: impl Fn(&mut CpuBackend) -> Result<(), BackendError> + 'static) -> Result<(), BackendError> {
         match &mut self.recording {
             Some(calls) => calls.push(Box::new(f)),
+            None if self.ahead => self.queue.push_back(Queued::Call(Box::new(f))),
             None => f(&mut self.cpu)?,
         }
+        Ok(())
+    }
+
+    /// Runs what is queued, up to a wait for an answer that is not there.
+    fn advance(&mut self) -> Result<(), BackendError> {
+        while let Some(queued) = self.queue.pop_front() {
+            match queued {
+                Queued::Call(f) => f(&mut self.cpu)?,
+                Queued::Give(place) => self.given[place] = Some(self.cpu.rows().to_vec()),
+                Queued::Take(place) => match self.answers[place].take() {
+                    Some(rows) => self.cpu.set_rows(&rows),
+                    None => {
+                        self.queue.push_front(Queued::Take(place));
+                        return Ok(());
+                    }
+                },
+                Queued::TakeExperts(place, pairs) => match self.answers[place].take() {
+                    Some(rows) => self.cpu.set_expert_rows(&pairs, &rows),
+                    None => {
+                        self.queue.push_front(Queued::TakeExperts(place, pairs));
+                        return Ok(());
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for all that was called. A device would wait for ever where this fails.
+    fn finish(&mut self) -> Result<(), BackendError> {
+        self.advance()?;
+        assert!(self.queue.is_empty(), "something waits for the device, which waits for an answer");
         Ok(())
     }
 
@@ -256,6 +303,7 @@ impl Backend for Detached {
         self.cpu.runs_max()
     }
     fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
+        self.finish()?;
         self.cpu.begin(runs)
     }
     fn turn_to(&mut self, class: Class) {
@@ -314,13 +362,15 @@ impl Backend for Detached {
         self.call(move |cpu| cpu.ffn(&norm, &gate, &up, &down))
     }
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
+        self.finish()?;
         self.cpu.route(norm, router, params)
     }
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
-        self.cpu.expert(e)
+        let e = *e;
+        self.call(move |cpu| cpu.expert(&e))
     }
     fn combine_experts(&mut self) -> Result<(), BackendError> {
-        self.cpu.combine_experts()
+        self.call(CpuBackend::combine_experts)
     }
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
         let norm = *norm;
@@ -332,16 +382,19 @@ impl Backend for Detached {
         self.call(move |cpu| cpu.head(&w, first_row))
     }
     fn finite(&mut self) -> Result<bool, BackendError> {
+        self.finish()?;
         self.cpu.finite()
     }
     fn logits(&mut self) -> Result<&[f32], BackendError> {
         there(&self.memory.gone_in)?;
+        self.finish()?;
         self.cpu.logits()
     }
     fn forget_overflow(&mut self) {
         self.cpu.forget_overflow();
     }
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError> {
+        self.finish()?;
         self.cpu.apply(op)
     }
     fn page_bytes(&self) -> usize {
@@ -361,12 +414,12 @@ impl Backend for Detached {
 /// Rows on their way to processors and back. Operations run when they are called, so that nothing is called ahead.
 impl Hands for Detached {
     fn works_ahead(&self) -> bool {
-        false
+        self.ahead
     }
     fn give(&mut self, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
-        self.given[place] = self.cpu.rows().to_vec();
-        Ok(())
+        self.queue.push_back(Queued::Give(place));
+        if self.ahead { Ok(()) } else { self.finish() }
     }
     fn route_and_give(
         &mut self,
@@ -375,32 +428,41 @@ impl Hands for Detached {
         params: &RouterParams,
         place: usize,
     ) -> Result<&[u32], BackendError> {
+        self.finish()?;
         self.cpu.route(norm, router, params)?;
         self.give_routed(place)?;
         Ok(self.cpu.chosen())
     }
     fn give_routed(&mut self, place: usize) -> Result<(), BackendError> {
-        self.given[place] = self.cpu.routed_rows().to_vec();
+        self.finish()?;
+        self.given[place] = Some(self.cpu.routed_rows().to_vec());
         Ok(())
     }
     fn given(&mut self, place: usize) -> Result<&[f32], BackendError> {
         there(&self.memory.gone_in)?;
-        *self.memory.handed.lock().unwrap() += 1;
-        Ok(&self.given[place])
+        self.advance()?;
+        let mut handed = self.memory.handed.lock().unwrap();
+        *handed += 1;
+        assert!(*handed != *self.memory.panics_at.lock().unwrap(), "a processor panics");
+        Ok(self.given[place].as_ref().expect("rows that were given, before a wait for another answer"))
     }
     fn take(&mut self, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
-        self.cpu.set_rows(&self.answers[place]);
-        Ok(())
+        self.queue.push_back(Queued::Take(place));
+        if self.ahead { Ok(()) } else { self.finish() }
     }
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
-        self.cpu.set_expert_rows(pairs, &self.answers[place]);
-        Ok(())
+        self.queue.push_back(Queued::TakeExperts(place, pairs.to_vec()));
+        if self.ahead { Ok(()) } else { self.finish() }
     }
     fn answer(&mut self, place: usize, rows: &[f32]) {
-        self.answers[place] = rows.to_vec();
+        self.answers[place] = Some(rows.to_vec());
     }
-    fn answer_all(&mut self) {}
+    fn answer_all(&mut self) {
+        // What is left runs out on what is there, and is dropped.
+        self.queue.clear();
+        (self.given, self.answers) = Default::default();
+    }
 }
 
 fn options() -> Options {
@@ -437,6 +499,8 @@ fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Sess
             failed_once: false,
             given: Default::default(),
             answers: Default::default(),
+            ahead: memory.ahead,
+            queue: VecDeque::new(),
         };
         match sites {
             Sites::One => Ok((Box::new(detached), None)),
@@ -673,6 +737,56 @@ fn two_sites_go_on_after_a_pass_that_was_given_up_and_end_with_the_device() {
             assert!(e.contains("the device is gone"), "{calls}: {e}");
             drop(session);
             assert_eq!(*memory.used.lock().unwrap(), 0, "{calls}");
+        }
+    }
+}
+
+/// Guards against hangs on a device whose operations are called ahead: nothing may wait for it while it waits for an answer,
+/// after passes with and without logits, of one row and of several, given up anywhere, or ended by a panic.
+#[test]
+fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
+    let d = tempfile::tempdir().unwrap();
+    for path in [tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf")] {
+        let opened = Opened::open(&path).unwrap();
+        let cpu = |tokens: &[u32]| {
+            let mut session = Session::new(&opened, options(), &mut |_, _| ()).unwrap();
+            session.eval(&[1, 2, 3], Class::Bulk, Outputs::None, &|| false).unwrap();
+            session.eval(tokens, Class::Exact, Outputs::All, &|| false).unwrap();
+            session.logits().unwrap().to_vec()
+        };
+        let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
+        // Attention and cache in the second memory, so that no frame is used behind its release.
+        for vram in [700 << 10, 900 << 10] {
+            let o = Options { vram: Some(vram), sites: Sites::Both, ..options() };
+            let memory = Arc::new(Memory { ahead: true, ..Memory::default() });
+            let mut session = start(&opened, o.clone(), &memory).unwrap();
+            assert!(logits(&mut session).unwrap() == want, "{vram}");
+            assert!(*memory.handed.lock().unwrap() > 0, "{vram}");
+            for rows in [1, 2, 3, 8] {
+                let tokens: Vec<u32> = (0..rows).map(|i| 7 + i * 31).collect();
+                session.truncate(0);
+                session.eval(&[1, 2, 3], Class::Bulk, Outputs::None, &|| false).unwrap();
+                session.eval(&tokens, Class::Exact, Outputs::None, &|| false).unwrap();
+                session.truncate(3);
+                session.eval(&tokens, Class::Exact, Outputs::All, &|| false).unwrap();
+                assert!(session.logits().unwrap() == cpu(&tokens), "{vram}, {rows} rows");
+            }
+            for after in 0..14 {
+                let asked = std::cell::Cell::new(0);
+                let stop = || asked.replace(asked.get() + 1) >= after;
+                session.truncate(3);
+                let _ = session.eval(&[7], Class::Exact, Outputs::Last, &stop);
+                assert!(logits(&mut session).unwrap() == want, "after {after}");
+            }
+            for part in 1..9 {
+                let memory =
+                    Arc::new(Memory { ahead: true, panics_at: Arc::new(Mutex::new(part)), ..Memory::default() });
+                let mut session = start(&opened, o.clone(), &memory).unwrap();
+                let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| logits(&mut session)));
+                assert!(panicked.is_err(), "part {part}");
+                drop(session);
+                assert_eq!(*memory.used.lock().unwrap(), 0, "part {part}");
+            }
         }
     }
 }

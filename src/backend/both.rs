@@ -14,6 +14,10 @@ use super::{Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, No
 use crate::gguf::TensorType;
 use crate::state::{PageId, StateOp};
 
+/// Most operations that are called behind a part that is put off: a device's queue has an end, behind which calls would
+/// wait for an answer that comes after them.
+const AHEAD_MAX: usize = 64;
+
 /// Places in host memory through which rows go: one part is computed while the next is handed over.
 pub const PLACES: usize = 2;
 
@@ -103,9 +107,11 @@ pub struct Both {
     open: Option<Part>,
     /// Not in use, kept for their lists.
     spare: Vec<Part>,
-    next: usize,
+    turn: usize,
     /// Whether experts in RAM are expected of the next routing.
     expects: bool,
+    /// Operations that were called behind the part that was put off.
+    ahead: usize,
     /// Choices of the rows at hand.
     chosen: Vec<u32>,
     /// Which (row, choice) pairs are the host's.
@@ -130,8 +136,9 @@ impl Both {
             late: None,
             open: None,
             spare,
-            next: 0,
+            turn: 0,
             expects: false,
+            ahead: 0,
             chosen: Vec::with_capacity(choices),
             pairs: Vec::with_capacity(choices),
             beside: Beside::default(),
@@ -140,8 +147,8 @@ impl Both {
 
     fn new_part(&mut self) -> Part {
         let mut part = self.spare.pop().unwrap_or_default();
-        part.place = self.next;
-        self.next = (self.next + 1) % PLACES;
+        part.place = self.turn;
+        self.turn = (self.turn + 1) % PLACES;
         part
     }
 
@@ -203,7 +210,7 @@ impl Both {
         if self.device.works_ahead() {
             take(self.device.as_mut(), &part)?;
             self.catch_up()?;
-            self.late = Some(part);
+            (self.late, self.ahead) = (Some(part), 0);
             return Ok(());
         }
         let place = part.place;
@@ -233,14 +240,23 @@ impl Both {
     /// Forgets what was put off, of a pass that has failed.
     fn forget(&mut self) {
         self.expects = false;
-        if self.late.is_some() || self.open.is_some() {
-            self.device.answer_all();
-        }
+        // Also where a part was lost on its way, by a panic.
+        self.device.answer_all();
         let left = [self.late.take(), self.open.take()];
         self.spare.extend(left.into_iter().flatten().map(|mut part| {
             part.clear();
             part
         }));
+    }
+
+    /// The device, for one more operation.
+    fn next(&mut self) -> Result<&mut dyn Hands, BackendError> {
+        self.ahead += 1;
+        if self.ahead > AHEAD_MAX {
+            self.ahead = 0;
+            self.catch_up()?;
+        }
+        Ok(self.device.as_mut())
     }
 
     /// The part that operations belong to, if they are for processors.
@@ -315,6 +331,10 @@ impl Backend for Both {
         self.device.begin(runs)
     }
 
+    fn runs_max(&self) -> usize {
+        self.device.runs_max()
+    }
+
     fn turn_to(&mut self, class: Class) {
         self.device.turn_to(class);
     }
@@ -341,26 +361,26 @@ impl Backend for Both {
         q_norm: Option<&Norm>,
         k_norm: Option<&Norm>,
     ) -> Result<(), BackendError> {
-        self.device.qkv(layer, norm, q, k, v, q_norm, k_norm)
+        self.next()?.qkv(layer, norm, q, k, v, q_norm, k_norm)
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
-        self.device.attend(layer)
+        self.next()?.attend(layer)
     }
 
     fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
-        self.device.keep(rows)
+        self.next()?.keep(rows)
     }
 
     fn attn_output(&mut self, w: &Linear) -> Result<(), BackendError> {
-        self.device.attn_output(w)
+        self.next()?.attn_output(w)
     }
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
         if self.in_part(Call::FeedForward { norm: *norm, gate: *gate, up: *up, down: *down }) {
             return Ok(());
         }
-        self.device.ffn(norm, gate, up, down)
+        self.next()?.ffn(norm, gate, up, down)
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
@@ -380,11 +400,11 @@ impl Backend for Both {
     }
 
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError> {
-        self.device.expert(e)
+        self.next()?.expert(e)
     }
 
     fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
-        self.device.experts(list)
+        self.next()?.experts(list)
     }
 
     fn experts_in_ram(&mut self, list: &[Expert]) -> Result<(), BackendError> {
@@ -395,6 +415,7 @@ impl Backend for Both {
             self.open = Some(part);
         }
         if let Some(part) = &mut self.open {
+            assert!(!part.answered, "experts in RAM come before the others");
             part.experts.extend_from_slice(list);
         }
         Ok(())
@@ -422,7 +443,7 @@ impl Backend for Both {
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {
-        self.device.output_norm(norm)
+        self.next()?.output_norm(norm)
     }
 
     fn gives_hidden(&self) -> bool {
@@ -435,7 +456,7 @@ impl Backend for Both {
     }
 
     fn head(&mut self, w: &Linear, first_row: usize) -> Result<(), BackendError> {
-        self.device.head(w, first_row)
+        self.next()?.head(w, first_row)
     }
 
     fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
@@ -443,15 +464,18 @@ impl Backend for Both {
             return Ok(());
         }
         match op {
-            Op::Route { .. } => self.catch_up()?,
+            Op::Route { .. } => {
+                self.expects = false;
+                Both::catch_up(self)?;
+            }
             Op::Combine { .. } => {
                 self.end_experts()?;
-                self.device.op(op)?;
+                self.next()?.op(op)?;
                 return Both::catch_up(self);
             }
             _ => {}
         }
-        self.device.op(op)
+        self.next()?.op(op)
     }
 
     fn chosen(&mut self) -> &[u32] {

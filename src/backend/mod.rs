@@ -391,18 +391,18 @@ pub fn computable(ty: TensorType) -> bool {
     cpu::CpuBackend::supports_type(ty) || cuda::CudaBackend::supports_type(ty)
 }
 
-/// Makes a backend for sessions of these sizes; `threads` compute on processors, and with `both` beside a GPU too. With
+/// Makes a backend for sessions of these sizes; `threads` compute on processors, and `beside` of them beside a GPU, if not 0. With
 /// [`BackendKind::Auto`], the second result says why there is no GPU.
 pub fn open(
     kind: BackendKind,
-    both: bool,
     dims: &Dims,
     threads: usize,
+    beside: usize,
 ) -> Result<(Box<dyn Backend>, Option<String>), BackendError> {
     let gpu = || -> Result<Box<dyn Backend>, BackendError> {
         let gpu = cuda::CudaBackend::new(&cuda::Device::open(0)?, dims)?;
-        Ok(if both && gpu.hands_over() {
-            Box::new(Both::new(Box::new(gpu), dims, beside_gpu(threads))?)
+        Ok(if beside > 0 && gpu.hands_over() {
+            Box::new(Both::new(Box::new(gpu), dims, beside)?)
         } else {
             Box::new(gpu)
         })
@@ -417,11 +417,6 @@ pub fn open(
             Err(e) => Ok((Box::new(cpu()?), Some(format!("computing on processors: {e}")))),
         },
     }
-}
-
-/// Threads that compute beside a GPU, where `threads` would by themselves: one processor drives the links.
-fn beside_gpu(threads: usize) -> usize {
-    threads.min(crate::machine::n_cpus() - 1).max(1)
 }
 
 /// The operations of a forward pass. `T` is the number of tokens of the pass, of the class at hand.

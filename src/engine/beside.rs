@@ -1,6 +1,6 @@
 //! Which units processors beside a device compute from RAM.
 
-use super::start::schedule;
+use super::steps::schedule;
 use super::weights::Beside;
 use crate::backend::Class;
 use crate::memory::Region;

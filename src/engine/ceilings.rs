@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::session::stream_error;
-use super::start::schedule;
+use super::steps::schedule;
 use super::{EngineError, Session};
 use crate::backend::CopyEngine;
 use crate::flow::{Place, Step};
@@ -28,7 +28,8 @@ impl Session {
             Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
         self.links.ceilings_from = Some("measured after the run");
         if self.device.is_some() {
-            self.links.ram_and_link_ceiling = ram_and_link();
+            // Less than RAM alone gives is no ceiling.
+            self.links.ram_and_link_ceiling = ram_and_link().map(|r| r.max(self.links.ram_ceiling.unwrap_or(0.0)));
         }
         // Nothing else is carried while a link is measured.
         self.weights.flow.reschedule(Place::Host, Vec::new());
@@ -62,7 +63,7 @@ impl Session {
             && let Ok(device) = crate::backend::cuda::Device::open(0)
         {
             l.gpu_ceiling = recall("h2d", &machine::probe::link::identity(&device));
-            l.ram_and_link_ceiling = ram_and_link();
+            l.ram_and_link_ceiling = ram_and_link().map(|r| r.max(l.ram_ceiling.unwrap_or(0.0)));
         }
         let any = l.ram_ceiling.or(l.nvme_ceiling).or(l.gpu_ceiling);
         l.ceilings_from = any.map(|_| "rates that nt probe measured before");

@@ -1,6 +1,7 @@
 //! What a model will do on a machine, from its header alone: the plan that a session would make, and the
 //! speed that the machine's rates allow.
 
+use super::here::DRIVER_BYTES;
 use super::start::{Sizes, dims, make_plan, unit_size, weights_room};
 use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
@@ -15,9 +16,6 @@ use crate::plan::{
 };
 use crate::storage::Alignment;
 
-/// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
-/// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
-pub(super) const DRIVER_BYTES: u64 = 560 << 20;
 /// Numbers of buffers that are tried where none is given.
 const BUFFERS_TRIED: std::ops::RangeInclusive<usize> = 2..=6;
 /// One-token passes of a timeline.
@@ -306,7 +304,7 @@ pub(super) fn decode_seconds(
     let of = |(i, u): (usize, &UnitWork)| match (&rates, beside.is_some_and(|b| b[i])) {
         // The experts of a layer are handed over together.
         (Some(rates), true) => {
-            let hand_over = if u.size.routed() { HAND_OVER_S * u.share } else { HAND_OVER_S };
+            let hand_over = if u.size.routed() { HAND_OVER_S / experts(units, 1).max(1) as f64 } else { HAND_OVER_S };
             u.bytes as f64 / rates.ram + hand_over
         }
         _ => u.decode_s(machine, site),

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use super::Opened;
-use super::forecast::DRIVER_BYTES;
 use crate::backend::BackendKind;
 use crate::backend::cuda::Device;
 use crate::machine;
@@ -12,16 +11,20 @@ use crate::machine::probe::{self, Target};
 use crate::plan::{CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
 use crate::storage::guard::Host;
 
+/// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
+/// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
+pub(super) const DRIVER_BYTES: u64 = 560 << 20;
+/// Threads that compute beside a GPU, where `threads` would by themselves: one processor drives the links.
+pub(super) fn threads_beside(threads: usize) -> usize {
+    threads.min(machine::n_cpus().saturating_sub(1)).max(1)
+}
+
 /// The rates by which work is divided between a GPU and `threads` processors: measured before, or guessed.
 pub(super) fn site_rates(threads: usize) -> SiteRates {
     let facts = Facts::read(&Host::default());
     let guess = |rate| Rate::guess(rate, "of a common GPU");
     let (vram, link, beside) = match Device::open(0) {
-        Ok(device) => {
-            // A session leaves no room to measure it.
-            let vram = cached("vram", "copies within VRAM", &probe::link::identity(&device));
-            (vram.unwrap_or_else(|| guess(VRAM_GUESS)), link(&device, &facts), link_beside(&device))
-        }
+        Ok(device) => (vram_rate(&device), link(&device, &facts), link_beside(&device)),
         Err(_) => (guess(VRAM_GUESS), guess(LINK_GUESS), None),
     };
     SiteRates::of(&ram(), (machine::n_cpus(), threads), &vram, &link, beside.as_ref())

@@ -24,6 +24,7 @@ mod session;
 mod source;
 mod staged;
 mod start;
+mod steps;
 mod stop;
 mod stripes;
 mod verify;

@@ -69,9 +69,11 @@ impl Session {
         };
         computed?;
         let storage = machine.storage.as_ref();
+        // Beside processors that read the same memory the link is slower.
+        let both = self.weights.beside.as_ref().and_then(|_| machine.site_rates(self.threads_beside()));
         let rates = Rates {
             vram: gpu.and_then(|g| measured(&g.memory)),
-            gpu: gpu.and_then(|g| measured(&g.link)),
+            gpu: gpu.and_then(|g| measured(&g.link)).map(|link| both.map_or(link, |b| b.link)),
             ram: measured(&machine.ram.read),
             ram_and_link: self.links.ram_and_link_ceiling,
             nvme: storage.and_then(|s| Some(measured(&s.read)? * s.drives as f64)),
@@ -79,7 +81,7 @@ impl Session {
         };
         let units = works(&self.model, &self.weights.layouts);
         let beside = self.beside();
-        let unit_s = decode_seconds(&units, beside.as_deref(), machine, site, self.threads());
+        let unit_s = decode_seconds(&units, beside.as_deref(), machine, site, self.threads_beside());
         let experts = self.model.hparams.n_experts_used;
         let work = PassWork { unit_s, beside_s: pass_s(site), experts };
         Some(Predicted { pass: self.simulator(&rates)?.settled(&work), rates })

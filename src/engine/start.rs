@@ -6,12 +6,15 @@ use std::sync::Arc;
 
 use super::apart::Apart;
 use super::session::{Embedding, OnDevice, stream_error};
+use super::steps::schedule;
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{self, Act, Backend, BackendError, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent};
-use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Step, Units};
+use crate::backend::{
+    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent,
+};
+use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
@@ -69,8 +72,9 @@ impl Session {
     /// # Errors
     /// Whatever keeps the model from being run within the limits; [`ForwardError::Interrupted`] if it was to stop.
     pub fn start(opened: &Opened, options: Options, starting: &mut Starting<'_>) -> Result<Session, EngineError> {
-        let (kind, threads, both) = (options.backend, options.threads, options.sites != Sites::One);
-        Session::start_on(opened, options, &|dims| backend::open(kind, both, dims, threads), starting)
+        let (kind, threads) = (options.backend, options.threads);
+        let beside = if options.sites == Sites::One { 0 } else { here::threads_beside(threads) };
+        Session::start_on(opened, options, &|dims| backend::open(kind, dims, threads, beside), starting)
     }
 
     /// As [`Session::new`], on the backend that `open_backend` makes.
@@ -105,12 +109,19 @@ impl Session {
         let mut divisors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?;
         let widened = divisors.split_off(model.divisors.len());
         model.divisors.iter().zip(&divisors).try_for_each(|(t, d)| check_divisors(&t.name, d))?;
+        // Before the backend takes memory, of which a rate that is not known yet is measured, once.
+        let both = options.sites != Sites::One && options.backend != BackendKind::Cpu;
+        let rates = both.then(|| here::site_rates(here::threads_beside(options.threads)));
         let tape = Tape::new(&model);
         let dims = dims(&model, &tape, &options, &divisors);
         let sizes = Sizes::new(&model, &|f| reader.alignment(f));
         starting.go_on()?;
         let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
         check_types(&model, backend.as_ref())?;
+        if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
+            let why = "--site both: this GPU's driver has no waits for words in memory, so that it cannot wait for processors";
+            return Err(EngineError::Memory(format!("{why}; --site gpu computes on the GPU alone")));
+        }
         starting.go_on()?;
 
         let memory = backend.device();
@@ -149,9 +160,9 @@ impl Session {
         let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
-        let chosen = backend
-            .computes_in_ram()
-            .and_then(|threads| beside::choose(&model, &plan, options.sites, &|| here::site_rates(threads)));
+        let chosen = backend.computes_in_ram().and_then(|threads| {
+            beside::choose(&model, &plan, options.sites, &|| rates.unwrap_or_else(|| here::site_rates(threads)))
+        });
         let links = links(&model, &plan, chosen.as_deref(), places.device.is_some());
         let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
@@ -574,26 +585,6 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         beyond: tape.beyond(model),
         no_kernel: tape.lacks(CudaBackend::can),
     }
-}
-
-fn streams_experts(model: &Model, streamed: &dyn Fn(usize) -> bool) -> bool {
-    model.units.iter().enumerate().any(|(i, u)| streamed(i) && matches!(u.kind, UnitKind::Expert { .. }))
-}
-
-/// A ring's schedule: streamed units in pass order, a hole where experts are streamed.
-pub(super) fn schedule(model: &Model, streamed: &dyn Fn(usize) -> bool) -> Vec<Step> {
-    let holes = streams_experts(model, streamed);
-    let mut steps = Vec::new();
-    for u in model.pass_order() {
-        if streamed(u) {
-            steps.push(Step::Unit(u));
-        }
-        let routes = model.units.get(u + 1).is_some_and(|next| matches!(next.kind, UnitKind::Expert { .. }));
-        if holes && routes {
-            steps.push(Step::Hole);
-        }
-    }
-    steps
 }
 
 /// Bytes that a one-token pass reads, by tier. Experts count by the share that is used.

@@ -389,6 +389,8 @@ impl<C: Clone> Frames<C> {
     /// The machine with the links that another one has: those that are dead stay so.
     pub fn with_links_of(mut self, other: &Frames<C>) -> Frames<C> {
         self.dead.clone_from(&other.dead);
+        // A copy that failed after its unit was handed over is still to be told of.
+        self.late.clone_from(&other.late);
         self
     }
 

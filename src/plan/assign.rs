@@ -40,7 +40,9 @@ impl SiteRates {
         let (read, link) = (ram.read.bytes_per_s(), link.bytes_per_s());
         let estimate = (read - CONTENTION * link).max(read / 4.0);
         let beside = ram.beside.as_ref().map_or(estimate, Rate::bytes_per_s);
-        let share = (threads as f64 / all.max(1) as f64 * FEW_THREADS).min(1.0);
+        // What is measured is measured by all but one, which drives the link.
+        let share = (threads as f64 / all.saturating_sub(1).max(1) as f64).min(1.0);
+        let share = if share < 1.0 { (share * FEW_THREADS).min(1.0) } else { 1.0 };
         SiteRates {
             ram: beside * share * PRODUCTS,
             link: link_beside.map_or(link * LINK_BESIDE, Rate::bytes_per_s) * LINK_BESIDE_PRODUCTS,

@@ -361,6 +361,11 @@ impl<T: bytemuck::Pod> PinnedBuffer<T> {
         unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
     }
 
+    /// Address of the first element, in this process and on the device.
+    pub fn ptr(&self) -> *mut T {
+        self.ptr
+    }
+
     /// The elements, to be written while no copy uses them.
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: as above, and self is borrowed mutably.

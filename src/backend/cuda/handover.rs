@@ -30,6 +30,10 @@ pub(super) struct Handover {
     pairs: [PinnedBuffer<u32>; PLACES],
     /// For each place: how often something was given, and answered.
     words: PinnedBuffer<u32>,
+    /// The GPU did not come in time: it is not waited for again.
+    lost: bool,
+    /// Operations may be called behind a wait.
+    ahead: bool,
     /// How often each place was used, and how many floats were given last.
     uses: [u32; PLACES],
     floats: [usize; PLACES],
@@ -52,15 +56,19 @@ impl Handover {
             answers: [floats(rows.max(pairs))?, floats(rows.max(pairs))?],
             pairs: [device.alloc_pinned(pairs, "pairs")?, device.alloc_pinned(pairs, "pairs")?],
             words: device.alloc_pinned(2 * PLACES * APART, "words")?,
+            lost: false,
+            ahead: launches_ahead(),
             uses: [0; PLACES],
             floats: [0; PLACES],
         }))
     }
 
     fn word(&self, number: usize) -> (&AtomicU32, u64) {
-        let at = std::ptr::from_ref(&self.words.as_slice()[number * APART]);
-        // SAFETY: a word of the buffer, which this side touches as an atomic alone.
-        (unsafe { AtomicU32::from_ptr(at.cast_mut()) }, at as u64)
+        assert!(number < 2 * PLACES, "word {number}");
+        // SAFETY: within the buffer, which has as many words, each with its distance.
+        let at = unsafe { self.words.ptr().add(number * APART) };
+        // SAFETY: the word stays as long as the buffer, and is touched as an atomic alone.
+        (unsafe { AtomicU32::from_ptr(at) }, at as u64)
     }
 
     /// The word that says what was given at `place`, and its address.
@@ -76,6 +84,11 @@ impl Handover {
 
 fn address<T: bytemuck::Pod>(buffer: &PinnedBuffer<T>) -> u64 {
     buffer.as_slice().as_ptr() as u64
+}
+
+/// Whether a launch returns before the kernel has run: not for debuggers that ask the driver for that.
+fn launches_ahead() -> bool {
+    std::env::var_os("CUDA_LAUNCH_BLOCKING").is_none_or(|v| v == "0")
 }
 
 fn none() -> BackendError {
@@ -109,8 +122,8 @@ impl CudaBackend {
         h.floats[place] = rows * n;
         h.uses[place] = h.uses[place].wrapping_add(1);
         let (use_, to, (_, word)) = (h.uses[place], address(&h.given[place]), h.given_word(place));
-        // SAFETY: both hold the rows, as checked above; the host reads them when the word says so. The place's last use is over:
-        // its answer was taken before this in the stream.
+        // SAFETY: both hold the rows, as checked above; the host reads them when the word says so, and has read the last ones of
+        // this place: parts are computed in order, and there is one place more than parts that are put off.
         unsafe {
             self.hand_rows(from, to, 0, n, rows)?;
             self.engine.stream.write_word(word, use_)
@@ -128,7 +141,7 @@ impl CudaBackend {
 
 impl Hands for CudaBackend {
     fn works_ahead(&self) -> bool {
-        true
+        self.handover.as_ref().is_some_and(|h| h.ahead)
     }
 
     fn give(&mut self, place: usize) -> Result<(), BackendError> {
@@ -160,10 +173,9 @@ impl Hands for CudaBackend {
     }
 
     fn given(&mut self, place: usize) -> Result<&[f32], BackendError> {
-        let h = self.handover.as_ref().ok_or_else(none)?;
-        let (word, _) = h.given_word(place);
+        let h = self.handover.as_mut().ok_or_else(none)?;
         let (began, mut looks) = (Instant::now(), 0u32);
-        while word.load(Ordering::Acquire) != h.uses[place] {
+        while h.given_word(place).0.load(Ordering::Acquire) != h.uses[place] {
             looks += 1;
             if looks % SPINS != 0 {
                 std::hint::spin_loop();
@@ -172,6 +184,7 @@ impl Hands for CudaBackend {
             // An error of the GPU shows in its stream.
             self.engine.stream.is_idle()?;
             if began.elapsed() > WAIT_MAX {
+                h.lost = true;
                 let s = WAIT_MAX.as_secs();
                 return Err(device_error(format!(
                     "rows for processors have not come in {s} s; the GPU hangs (`dmesg` has lines with Xid then)"
@@ -203,7 +216,7 @@ impl Hands for CudaBackend {
         let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
         self.engine.ws.rooms.check("experts of processors", out, (all * n * 4) as u64)?;
         // SAFETY: an answer and the outputs have a row for each pair, of which these are some, as checked above; the list is
-        // written anew when this use of the place is over.
+        // written anew for a later routing, which the host waits for, so that this has run.
         unsafe { self.hand_rows(answer, out, idx, n, pairs.len()) }
     }
 
@@ -217,6 +230,9 @@ impl Hands for CudaBackend {
         let Some(h) = &self.handover else { return };
         for place in 0..PLACES {
             h.answer_word(place).0.store(h.uses[place], Ordering::Release);
+        }
+        if h.lost {
+            return;
         }
         // What is left of the pass runs out on what is there.
         let _ = self.engine.device.bind().and_then(|()| self.engine.stream.synchronize());
