@@ -227,6 +227,8 @@ struct Detached {
     answers: [Option<Vec<f32>>; 2],
     /// Operations are queued, and run when something waits for them.
     ahead: bool,
+    /// Those of the pass at hand: none of a prompt, whose units come through frames that are filled anew.
+    queues: bool,
     queue: VecDeque<Queued>,
 }
 
@@ -242,7 +244,7 @@ impl Detached {
     fn call(&mut self, f: impl Fn(&mut CpuBackend) -> Result<(), BackendError> + 'static) -> Result<(), BackendError> {
         match &mut self.recording {
             Some(calls) => calls.push(Box::new(f)),
-            None if self.ahead => self.queue.push_back(Queued::Call(Box::new(f))),
+            None if self.queues => self.queue.push_back(Queued::Call(Box::new(f))),
             None => f(&mut self.cpu)?,
         }
         Ok(())
@@ -304,6 +306,7 @@ impl Backend for Detached {
     }
     fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
         self.finish()?;
+        self.queues = self.ahead && runs.iter().all(|r| r.class == Class::Exact);
         self.cpu.begin(runs)
     }
     fn turn_to(&mut self, class: Class) {
@@ -500,6 +503,7 @@ fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Sess
             given: Default::default(),
             answers: Default::default(),
             ahead: memory.ahead,
+            queues: false,
             queue: VecDeque::new(),
         };
         match sites {
@@ -756,7 +760,7 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
         };
         let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
         // Attention and cache in the second memory, so that no frame is used behind its release.
-        for vram in [700 << 10, 900 << 10] {
+        for vram in [650 << 10, 700 << 10] {
             let o = Options { vram: Some(vram), sites: Sites::Both, ..options() };
             let memory = Arc::new(Memory { ahead: true, ..Memory::default() });
             let mut session = start(&opened, o.clone(), &memory).unwrap();
