@@ -380,15 +380,33 @@ fn class_of(rows: usize) -> Class {
     if rows > EXACT_ROWS { Class::Bulk } else { Class::Exact }
 }
 
+/// Backends by their sizes: loading kernels takes longer than the checks do.
+struct Backends(Vec<(String, CudaBackend)>);
+
+impl Backends {
+    fn of(&mut self, device: &Arc<Device>, dims: &Dims) -> Result<&mut CudaBackend> {
+        let key = format!("{dims:?}");
+        let at = match self.0.iter().position(|(sizes, _)| *sizes == key) {
+            Some(at) => at,
+            None => {
+                self.0.push((key, CudaBackend::new(device, dims)?));
+                self.0.len() - 1
+            }
+        };
+        Ok(&mut self.0[at].1)
+    }
+}
+
 pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result {
+    let mut backends = Backends(Vec::new());
     for ty in [F32, TensorType::Q8_0, TensorType::MXFP4] {
         for p in programs(ty) {
             let there = Bound::on_device(&p, device)?;
-            let mut g = CudaBackend::new(device, &p.dims)?;
-            check_program(&mut g, &there, &p, &PASSES, report)?;
-            check_cuts(&mut g, &there, &p, report)?;
+            let g = backends.of(device, &p.dims)?;
+            check_program(g, &there, &p, &PASSES, report)?;
+            check_cuts(g, &there, &p, report)?;
         }
-        check_head(device, ty, report)?;
+        check_head(device, ty, backends.of(device, &dims())?, report)?;
     }
     // Long enough for ranges of keys of several sizes.
     for mask in [Mask::Window(100), Mask::Chunk(1500)] {
@@ -462,13 +480,12 @@ fn check_cuts(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Repo
 }
 
 /// Logits with a scale and a cap, in two slices.
-fn check_head(device: &Arc<Device>, ty: TensorType, report: &mut Report) -> Result {
+fn check_head(device: &Arc<Device>, ty: TensorType, g: &mut CudaBackend, report: &mut Report) -> Result {
     let mut p = Program::new("head", ty);
     p.normed(NormKind::Layer);
     let first = 40;
     let slices = [first, N_VOCAB - first].map(|rows| p.linear(rows, N_EMBD));
     let there = Bound::on_device(&p, device)?;
-    let mut g = CudaBackend::new(device, &p.dims)?;
     let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
     for (rows, outputs) in [(1, 1), (20, 3)] {
         let x = random_rows(F32, rows * N_EMBD, 1.5, 9);
@@ -482,7 +499,7 @@ fn check_head(device: &Arc<Device>, ty: TensorType, report: &mut Report) -> Resu
             g.op(&Op::Head { w: there.linear(&w), first_row, scale: 0.5, cap: 2.0 })?;
         }
         let got = g.logits()?.to_vec();
-        let h = hidden(&g, outputs)?;
+        let h = hidden(g, outputs)?;
         let mut want = Vec::new();
         for h in h.chunks(N_EMBD) {
             for w in slices {
