@@ -98,7 +98,7 @@ impl Program {
     /// Queries, keys and values of `from`.
     fn qkv(&mut self, from: Act) {
         for (to, heads) in [(Act::Q, HEADS), (Act::K, KV_HEADS), (Act::V, KV_HEADS)] {
-            let w = self.biased(heads * HEAD_DIM, N_EMBD);
+            let w = self.biased(heads * self.dims.head_dim, N_EMBD);
             self.op(Op::Linear { to, from, w, add: false });
         }
     }
@@ -136,11 +136,18 @@ fn dims() -> Dims {
 
 /// Attention with all that may differ, and what comes behind it.
 fn attention(ty: TensorType, mask: Mask, cap: f32, sinks: bool) -> Program {
-    let mut p = Program::new(&format!("attention {mask:?}, cap {cap}, sinks {sinks}"), ty);
+    attention_of(dims(), ty, mask, cap, sinks)
+}
+
+/// The same with heads and a cache of other kinds.
+fn attention_of(dims: Dims, ty: TensorType, mask: Mask, cap: f32, sinks: bool) -> Program {
+    let (head_dim, cache) = (dims.head_dim, dims.kv_type);
+    let mut p = Program::new(&format!("attention {mask:?}, cap {cap}, sinks {sinks}, {head_dim}, {cache}"), ty);
+    p.dims = dims;
     p.op(Op::Scale { act: Act::X, by: 1.5 });
     p.normed(NormKind::Layer);
     p.qkv(Act::H);
-    let whole = p.norm(NormKind::Rms, KV_HEADS * HEAD_DIM, false);
+    let whole = p.norm(NormKind::Rms, KV_HEADS * head_dim, false);
     p.op(Op::Norm { to: Act::K, from: Act::K, norm: whole });
     let norm = NormOf { kind: NormKind::Rms, weight: None, bias: None, eps: 1e-5 };
     p.op(Op::Rope { act: Act::Q, rope: 1 });
@@ -149,9 +156,10 @@ fn attention(ty: TensorType, mask: Mask, cap: f32, sinks: bool) -> Program {
     p.op(Op::ScaleByPosition { act: Act::Q, by: 0.3, every: 16.0, offset: 1.0 });
     p.op(Op::Store { layer: 0 });
     let sinks = sinks.then(|| p.vector(HEADS));
-    let scores = Scores { scale: Some(0.6), cap, mask };
+    // Keys have length `sqrt(head_dim)`, and queries have as well.
+    let scores = Scores { scale: Some(3.4 / (head_dim as f32).sqrt()), cap, mask };
     p.op(Op::Attend { layer: 0, scores, sinks });
-    let w = p.linear(N_EMBD, HEADS * HEAD_DIM);
+    let w = p.linear(N_EMBD, HEADS * head_dim);
     p.op(Op::Linear { to: Act::Out, from: Act::Attn, w, add: false });
     let norm = p.norm(NormKind::Rms, N_EMBD, false);
     p.op(Op::Norm { to: Act::Out, from: Act::Out, norm });
@@ -380,15 +388,48 @@ fn class_of(rows: usize) -> Class {
     if rows > EXACT_ROWS { Class::Bulk } else { Class::Exact }
 }
 
+/// Backends by their sizes: loading kernels takes longer than the checks do.
+struct Backends(Vec<(String, CudaBackend)>);
+
+impl Backends {
+    fn of(&mut self, device: &Arc<Device>, dims: &Dims) -> Result<&mut CudaBackend> {
+        let key = format!("{dims:?}");
+        let at = match self.0.iter().position(|(sizes, _)| *sizes == key) {
+            Some(at) => at,
+            None => {
+                self.0.push((key, CudaBackend::new(device, dims)?));
+                self.0.len() - 1
+            }
+        };
+        Ok(&mut self.0[at].1)
+    }
+}
+
 pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result {
+    let mut backends = Backends(Vec::new());
     for ty in [F32, TensorType::Q8_0, TensorType::MXFP4] {
         for p in programs(ty) {
             let there = Bound::on_device(&p, device)?;
-            let mut g = CudaBackend::new(device, &p.dims)?;
-            check_program(&mut g, &there, &p, &PASSES, report)?;
-            check_cuts(&mut g, &there, &p, report)?;
+            let g = backends.of(device, &p.dims)?;
+            check_program(g, &there, &p, &PASSES, report)?;
+            check_cuts(g, &there, &p, report)?;
         }
-        check_head(device, ty, report)?;
+        check_head(device, ty, backends.of(device, &dims())?, report)?;
+    }
+    for (head_dim, mask) in [
+        (16, Mask::Window(20)),
+        (64, Mask::Window(33)),
+        (80, Mask::Full),
+        (96, Mask::Chunk(48)),
+        (128, Mask::Window(100)),
+        (256, Mask::Window(70)),
+    ] {
+        let wide = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, ..dims() };
+        let p = attention_of(wide, F32, mask, if head_dim == 80 { 8.0 } else { 0.0 }, head_dim != 96);
+        let there = Bound::on_device(&p, device)?;
+        let mut g = CudaBackend::new(device, &p.dims)?;
+        check_program(&mut g, &there, &p, &PASSES, report)?;
+        check_cuts(&mut g, &there, &p, report)?;
     }
     // Long enough for ranges of keys of several sizes.
     for mask in [Mask::Window(100), Mask::Chunk(1500)] {
@@ -462,13 +503,12 @@ fn check_cuts(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Repo
 }
 
 /// Logits with a scale and a cap, in two slices.
-fn check_head(device: &Arc<Device>, ty: TensorType, report: &mut Report) -> Result {
+fn check_head(device: &Arc<Device>, ty: TensorType, g: &mut CudaBackend, report: &mut Report) -> Result {
     let mut p = Program::new("head", ty);
     p.normed(NormKind::Layer);
     let first = 40;
     let slices = [first, N_VOCAB - first].map(|rows| p.linear(rows, N_EMBD));
     let there = Bound::on_device(&p, device)?;
-    let mut g = CudaBackend::new(device, &p.dims)?;
     let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
     for (rows, outputs) in [(1, 1), (20, 3)] {
         let x = random_rows(F32, rows * N_EMBD, 1.5, 9);
@@ -482,7 +522,7 @@ fn check_head(device: &Arc<Device>, ty: TensorType, report: &mut Report) -> Resu
             g.op(&Op::Head { w: there.linear(&w), first_row, scale: 0.5, cap: 2.0 })?;
         }
         let got = g.logits()?.to_vec();
-        let h = hidden(&g, outputs)?;
+        let h = hidden(g, outputs)?;
         let mut want = Vec::new();
         for h in h.chunks(N_EMBD) {
             for w in slices {
@@ -499,4 +539,35 @@ fn check_head(device: &Arc<Device>, ty: TensorType, report: &mut Report) -> Resu
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against a check that fails on a GPU because of the check.
+    #[test]
+    fn programs_run_on_processors() {
+        let mut all: Vec<Program> = [F32, TensorType::Q8_0].into_iter().flat_map(programs).collect();
+        let wide = Dims { head_dim: 256, kv_type: TensorType::F16, n_attn: HEADS * 256, ..dims() };
+        all.push(attention_of(wide, F32, Mask::Window(70), 0.0, true));
+        for p in all {
+            let here = Bound::on_host(&p);
+            let mut c = CpuBackend::new(p.dims.clone(), 1).unwrap();
+            let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
+            let (mut first_pos, mut state) = (0, 0);
+            for rows in [20, 1, 3] {
+                let x = random_rows(F32, rows * N_EMBD, 1.5, rows as u64);
+                c.begin(&[Run { class: class_of(rows), first_pos, rows, table: &table, state }]).unwrap();
+                c.embed(&x, F32).unwrap();
+                here.run(&p, &mut c).unwrap();
+                let mut h = Vec::new();
+                c.hidden(None, &mut h).unwrap();
+                let squares: f64 = widen(&h).iter().map(|v| v * v).sum();
+                // A norm without weights.
+                assert!((squares / (rows * N_EMBD) as f64 - 1.0).abs() < 1e-3, "{}: {squares}", p.name);
+                (first_pos, state) = (first_pos + rows, state ^ 1);
+            }
+        }
+    }
 }
