@@ -24,10 +24,12 @@ def main():
     w = GGUFWriter(out, p["arch"])
     w.add_name(f"synthetic {preset} {mix}")
     metadata(w, p, 8192)
-    data_bytes = 0
+    data_bytes, divisors = 0, None
     for name, shape, qtype in plan(p, mix):
         qtype = qtype or T.F32
         block, size = GGML_QUANT_SIZES[qtype]
+        if name == "rope_freqs.weight":
+            divisors = data_bytes, np.ones(shape, np.float32)
         rows = (*shape[:-1], shape[-1] // block * size)
         w.add_tensor_info(name, rows, np.dtype(np.uint8), int(np.prod(rows)), raw_dtype=qtype)
         data_bytes += -(-int(np.prod(rows)) // 32) * 32
@@ -37,7 +39,12 @@ def main():
     w.close()
     with open(out, "r+b") as f:
         header = f.seek(0, 2)
-        f.truncate(-(-header // 32) * 32 + data_bytes)
+        data = -(-header // 32) * 32
+        f.truncate(data + data_bytes)
+        if divisors:
+            # Zeros are no divisors: these are looked at.
+            f.seek(data + divisors[0])
+            f.write(divisors[1].tobytes())
     return 0
 
 
