@@ -274,3 +274,25 @@ fn sigint_keeps_text_and_report() {
     assert_eq!(json["stop"], "interrupt");
     assert!(json["generated_tokens"].as_u64().unwrap() > 0);
 }
+
+/// What contradicts itself is refused; what does not is taken, with the site in the report.
+#[test]
+fn sites_that_contradict_the_backend() {
+    let d = dir();
+    let path = tiny(2).write(d.path(), "m.gguf");
+    for (args, words) in [
+        (&["--site", "gpu", "--backend", "cpu"][..], "--backend cpu leaves no GPU"),
+        (&["--site", "both", "--backend", "cpu"], "--backend cpu leaves no GPU"),
+        (&["--site", "cpu", "--backend", "cuda"], "contradict each other"),
+        (&["--site", "both", "--exact"], "--exact computes at one site"),
+        (&["--site", "here"], "possible values: auto, gpu, cpu, both"),
+    ] {
+        run(&path, args, 2, &[words]);
+    }
+    for args in [&["--site", "cpu"][..], &["--site", "cpu", "--exact"], &["--site", "auto", "--backend", "cpu"]] {
+        let all = [&["run", path.to_str().unwrap(), "-p", "hello", "-n", "4", "--json"], args].concat();
+        let out = nt(&all);
+        let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!((&json["site"], &json["sites"][0]["site"]), (&"cpu".into(), &"cpu".into()), "{args:?}");
+    }
+}

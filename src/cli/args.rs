@@ -310,7 +310,7 @@ pub struct Placement {
     pub backend: BackendArg,
     /// What computes. auto is a GPU, and beside it processors compute feed-forward parts and experts where they lie in RAM, while
     /// generating, as many as rates of `nt probe` make fastest; or processors alone where no GPU can.
-    #[arg(long, value_enum, default_value = "auto", conflicts_with = "backend")]
+    #[arg(long, value_enum, default_value = "auto")]
     pub site: SiteArg,
     /// Threads that compute on processors, 1 to 1024; auto (also 0 and -1) is all processors of this process.
     #[arg(long, short = 't', value_name = "auto|N", default_value = "auto", value_parser = auto_threads)]
@@ -355,7 +355,7 @@ pub struct Placement {
     #[arg(long, value_enum, default_value = "interleaved", requires = "tiers")]
     pub layout: LayoutArg,
     /// Compute at one site only, so that results have the same bits wherever units live.
-    #[arg(long, conflicts_with = "site")]
+    #[arg(long)]
     pub exact: bool,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.

@@ -385,18 +385,11 @@ pub(super) fn open(model: &ModelArg, placement: &Placement) -> Result<Opened, Fa
 
 /// The session's options from the command line; `n_ctx` and `outputs` are the caller's.
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
+    let (backend, sites) = sites(p)?;
     Ok(Options {
         sequences: 1,
-        backend: match (p.site, p.backend) {
-            (SiteArg::Auto, BackendArg::Auto) => BackendKind::Auto,
-            (SiteArg::Cpu, _) | (SiteArg::Auto, BackendArg::Cpu) => BackendKind::Cpu,
-            (SiteArg::Gpu | SiteArg::Both, _) | (SiteArg::Auto, BackendArg::Cuda) => BackendKind::Cuda,
-        },
-        sites: match p.site {
-            SiteArg::Both => Sites::Both,
-            SiteArg::Auto if !p.exact => Sites::Auto,
-            _ => Sites::One,
-        },
+        backend,
+        sites,
         vram: p.vram.given(),
         threads: p.threads.given().unwrap_or_else(crate::machine::n_cpus),
         ram: p.ram.given(),
@@ -417,6 +410,30 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         outputs: 1,
         timeline: p.timeline.is_some(),
     })
+}
+
+/// What computes.
+fn sites(p: &Placement) -> Result<(BackendKind, Sites), Failure> {
+    let backend = match (p.site, p.backend) {
+        (SiteArg::Gpu | SiteArg::Both, BackendArg::Cpu) => {
+            return Err(Failure::usage("--backend cpu leaves no GPU for --site gpu or both; leave one of them away"));
+        }
+        (SiteArg::Cpu, BackendArg::Cuda) => {
+            return Err(Failure::usage("--backend cuda and --site cpu contradict each other; leave one of them away"));
+        }
+        (SiteArg::Auto, BackendArg::Auto) => BackendKind::Auto,
+        (SiteArg::Cpu, _) | (_, BackendArg::Cpu) => BackendKind::Cpu,
+        _ => BackendKind::Cuda,
+    };
+    let sites = match (p.site, p.exact) {
+        (SiteArg::Both, true) => {
+            return Err(Failure::usage("--exact computes at one site, --site both at two; leave one of them away"));
+        }
+        (SiteArg::Both, false) => Sites::Both,
+        (SiteArg::Auto, false) => Sites::Auto,
+        _ => Sites::One,
+    };
+    Ok((backend, sites))
 }
 
 /// The reader that `--reader` asks for.

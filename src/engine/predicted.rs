@@ -52,10 +52,12 @@ impl Session {
         let beside = self.beside().unwrap_or_default();
         let factor = |u: usize| if beside.get(u) == Some(&true) { slower } else { 1.0 };
         let weights: Vec<f64> = self.units_bytes().enumerate().map(|(u, b)| b * factor(u)).collect();
-        let all: f64 = weights.iter().sum();
+        // Of experts a pass uses as many as a token chooses.
+        let units = works(&self.model, &self.weights.layouts);
+        let all: f64 = weights.iter().zip(&units).map(|(w, u)| w * u.share).sum();
         let beside_s = pass_s(self.site()).min(compute_s);
         let unit_s = weights.iter().map(|w| (compute_s - beside_s) * w / all).collect();
-        Some(PassWork { unit_s, beside_s, experts: 0 })
+        Some(PassWork { unit_s, beside_s, experts: self.model.hparams.n_experts_used })
     }
 
     /// The prediction from a machine's rates; `None` where one that it needs is a guess.
