@@ -114,7 +114,7 @@ def check(nt, goldens, case, backend, extra):
             return False, f"FAIL {name:18} in parts: {error}"
         depth = runs.depth()
         checks = [check_quantised(runs, case, whole, parts, d)] if case["type"] == "F32" else []
-        checks += [check_beside(runs, case, whole, d)] if backend == "cuda" else []
+        checks += [check_beside(runs, case, whole, d), check_both(runs, case, parts, d)] if backend == "cuda" else []
     limit = NMSE_MAX_GELU if name.startswith(GELU) else NMSE_MAX
     if backend == "cuda":
         # Of a generated token there is one position, and it may be one of the worse.
@@ -139,6 +139,19 @@ def check_beside(runs, case, whole, d):
     ok = len(beyond) <= allowed and middle < NMSE_MAX_CUDA * runs.depth() + PEER_FACTOR * case["peer_nmse"]
     more = f", {len(beyond)} beyond {OUTLIER_MAX} times that ({', '.join(map(str, beyond[:5]))})" if len(beyond) else ""
     return ok, f"  all {middle:.1e}{more}"
+
+
+def check_both(runs, case, parts, d):
+    """A GPU with processors that compute what rests in RAM, of generated tokens."""
+    both = Runs(runs.nt, case, case["type"], runs.tokens, d, ("--site", "both"))
+    n = runs.hparams()["n_layers"]
+    got, error = both.logits("--tiers", f"0:{n}:0", "--parts", ",".join(map(str, case["parts"])))
+    if got is None:
+        return False, f"  two sites: {error}"
+    same = np.array_equal(got[:-GENERATED], parts[:-GENERATED])
+    middle = float(np.median([nmse(a, b) for a, b in zip(got[-GENERATED:], parts[-GENERATED:])]))
+    ok = same and middle < NMSE_MAX_CUDA * runs.depth() + PEER_FACTOR * case["peer_nmse"]
+    return ok, f"  two sites {middle:.1e}" + ("" if same else ", prompt OTHER BITS")
 
 
 def check_quantised(runs, case, whole, parts, d):
