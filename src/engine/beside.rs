@@ -2,9 +2,9 @@
 
 use super::steps::schedule;
 use super::weights::Beside;
-use crate::backend::Class;
+use crate::backend::{Act, Activation, Class, Gating, Op};
 use crate::memory::Region;
-use crate::model::{Model, UnitKind};
+use crate::model::{Experts, Model, Stage, UnitKind};
 use crate::plan::{Home, Plan, SiteRates, assign};
 
 /// Which sites compute where a device has memory of its own.
@@ -18,16 +18,32 @@ pub enum Sites {
     Both,
 }
 
+/// Whether the experts of a stage are chosen and computed as in Qwen 3: by a softmax over all, with SwiGLU and no biases. Others have
+/// not been run beside a GPU, and have to be asked for.
+fn is_plain(stage: &Stage, experts: &Experts) -> bool {
+    let routes = match stage.ops.as_slice() {
+        [.., Op::Norm { to: Act::H, from: Act::X, .. }, Op::Route { w, choose: None, how }] => {
+            w.bias.is_none() && how.gating == Gating::Softmax && how.groups == (1, 1) && !how.on_input
+        }
+        _ => false,
+    };
+    let sums = matches!(experts.after.as_slice(), [Op::Combine { to: Act::X, add: true }]);
+    let plain = experts.how == Activation::Silu && experts.list.iter().flatten().all(|l| l.bias.is_none());
+    plain && routes && sums
+}
+
 /// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, or an expert.
-fn computable(model: &Model) -> Vec<bool> {
+fn computable(model: &Model, sites: Sites) -> Vec<bool> {
     let mut of = vec![false; model.units.len()];
     for stage in &model.stages {
         if matches!(model.units[stage.unit].kind, UnitKind::FeedForward(_)) {
             of[stage.unit] = stage.takes_x_alone();
         }
-        for [gate, ..] in stage.experts.iter().flat_map(|e| &e.list) {
-            // What experts are handed is not weighed.
-            of[gate.weight.unit] = !model.hparams.router.on_input;
+        let Some(experts) = &stage.experts else { continue };
+        // What experts are handed is not weighed.
+        let here = !model.hparams.router.on_input && (sites == Sites::Both || is_plain(stage, experts));
+        for [gate, ..] in &experts.list {
+            of[gate.weight.unit] = here;
         }
     }
     of
@@ -38,7 +54,7 @@ pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() 
     if sites == Sites::One {
         return None;
     }
-    let mut chosen = computable(model);
+    let mut chosen = computable(model, sites);
     for (c, home) in chosen.iter_mut().zip(&plan.homes) {
         *c &= *home == Home::B;
     }
