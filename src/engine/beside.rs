@@ -3,6 +3,7 @@
 use super::steps::schedule;
 use super::weights::Beside;
 use crate::backend::{Act, Activation, Class, Gating, Op};
+use crate::flow::Step;
 use crate::memory::Region;
 use crate::model::{Experts, Model, Stage, UnitKind};
 use crate::plan::{Home, Plan, SiteRates, assign};
@@ -91,10 +92,12 @@ pub(super) fn beside(
         schedule(model, &streams)
     };
     let address = |(region, chosen): (&Option<Region>, &bool)| region.filter(|_| *chosen).map(|r| r.addr() as u64);
+    let steps = [steps(Class::Exact), steps(Class::Bulk)];
     Beside {
         units: in_ram.iter().zip(chosen).map(address).collect(),
         apart,
-        steps: [steps(Class::Exact), steps(Class::Bulk)],
+        holes: steps.each_ref().map(|s| s.contains(&Step::Hole)),
+        steps,
         // What the flow begins with.
         class: Class::Bulk,
     }

@@ -7,6 +7,7 @@ use super::session::stream_error;
 use super::steps::schedule;
 use super::{EngineError, Session};
 use crate::backend::CopyEngine;
+use crate::backend::cuda::Device;
 use crate::flow::{Place, Step};
 use crate::machine;
 use crate::memory::Region;
@@ -27,9 +28,10 @@ impl Session {
         self.links.ram_ceiling =
             Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
         self.links.ceilings_from = Some("measured after the run");
-        if self.device.is_some() {
-            // Less than RAM alone gives is no ceiling.
-            self.links.ram_and_link_ceiling = ram_and_link().map(|r| r.max(self.links.ram_ceiling.unwrap_or(0.0)));
+        if self.device.is_some()
+            && let Ok(device) = Device::open(0)
+        {
+            self.links.ram_and_link_ceiling = ram_and_link(&device, self.links.ram_ceiling);
         }
         // Nothing else is carried while a link is measured.
         self.weights.flow.reschedule(Place::Host, Vec::new());
@@ -60,10 +62,10 @@ impl Session {
             l.nvme_ceiling = drive.and_then(|d| recall("storage", &d.identity));
         }
         if self.device.is_some()
-            && let Ok(device) = crate::backend::cuda::Device::open(0)
+            && let Ok(device) = Device::open(0)
         {
             l.gpu_ceiling = recall("h2d", &machine::probe::link::identity(&device));
-            l.ram_and_link_ceiling = ram_and_link().map(|r| r.max(l.ram_ceiling.unwrap_or(0.0)));
+            l.ram_and_link_ceiling = ram_and_link(&device, l.ram_ceiling);
         }
         let any = l.ram_ceiling.or(l.nvme_ceiling).or(l.gpu_ceiling);
         l.ceilings_from = any.map(|_| "rates that nt probe measured before");
@@ -102,12 +104,12 @@ impl Session {
     }
 }
 
-/// What processors and the link read of RAM at once, as `nt probe` has measured it.
-fn ram_and_link() -> Option<f64> {
-    let device = crate::backend::cuda::Device::open(0).ok()?;
+/// What processors and the link read of RAM at once, as `nt probe` has measured it; no less than processors read alone.
+fn ram_and_link(device: &Device, alone: Option<f64>) -> Option<f64> {
     let rate = |kind, identity: &str| Some(machine::probe::measured(kind, identity)?.bytes_per_s);
     let memory = rate("memory beside h2d", &machine::memory_identity(Path::new("/")))?;
-    Some(memory + rate("h2d beside memory", &machine::probe::link::identity(&device))?)
+    let link = rate("h2d beside memory", &machine::probe::link::identity(device))?;
+    Some((memory + link).max(alone.unwrap_or(0.0)))
 }
 
 /// Bytes per second of copies from pinned memory to a slot; `None` where they cannot be timed.

@@ -301,10 +301,11 @@ pub(super) fn decode_seconds(
     threads: usize,
 ) -> Vec<f64> {
     let rates = machine.site_rates(threads);
+    // The experts of a layer are handed over together.
+    let of_expert = HAND_OVER_S / experts(units, 1).max(1) as f64;
     let of = |(i, u): (usize, &UnitWork)| match (&rates, beside.is_some_and(|b| b[i])) {
-        // The experts of a layer are handed over together.
         (Some(rates), true) => {
-            let hand_over = if u.size.routed() { HAND_OVER_S / experts(units, 1).max(1) as f64 } else { HAND_OVER_S };
+            let hand_over = if u.size.routed() { of_expert } else { HAND_OVER_S };
             u.bytes as f64 / rates.ram + hand_over
         }
         _ => u.decode_s(machine, site),
@@ -380,12 +381,7 @@ fn rates(machine: &Machine) -> Rates {
         vram: machine.gpu.as_ref().map(|g| g.memory.bytes_per_s()),
         gpu: machine.gpu.as_ref().map(|g| g.link.bytes_per_s()),
         ram: Some(machine.ram.read.bytes_per_s()),
-        ram_and_link: machine.site_rates(machine.cpu.threads).map(|_| {
-            let g = machine.gpu.as_ref();
-            let beside = machine.ram.beside.as_ref().zip(g.and_then(|g| g.link_beside.as_ref()));
-            let alone = machine.ram.read.bytes_per_s();
-            beside.map_or(alone, |(r, l)| r.bytes_per_s() + l.bytes_per_s()).max(alone)
-        }),
+        ram_and_link: machine.ram_and_link(),
         nvme: machine.storage_bytes_per_s(),
         copies: machine.storage.as_ref().is_some_and(|s| s.copies),
     }

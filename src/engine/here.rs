@@ -14,6 +14,7 @@ use crate::storage::guard::Host;
 /// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
 /// weights (docs/benchmarks.md); drivers of smaller GPUs take less.
 pub(super) const DRIVER_BYTES: u64 = 560 << 20;
+
 /// Threads that compute beside a GPU, where `threads` would by themselves: one processor drives the links.
 pub(super) fn threads_beside(threads: usize) -> usize {
     threads.min(machine::n_cpus().saturating_sub(1)).max(1)
@@ -21,13 +22,23 @@ pub(super) fn threads_beside(threads: usize) -> usize {
 
 /// The rates by which work is divided between a GPU and `threads` processors: measured before, or guessed.
 pub(super) fn site_rates(threads: usize) -> SiteRates {
-    let facts = Facts::read(&Host::default());
     let guess = |rate| Rate::guess(rate, "of a common GPU");
     let (vram, link, beside) = match Device::open(0) {
-        Ok(device) => (vram_rate(&device), link(&device, &facts), link_beside(&device)),
+        Ok(device) => {
+            let facts = Facts::read(&Host::default());
+            (vram_rate(&device), link(&device, &facts), link_beside(&device))
+        }
         Err(_) => (guess(VRAM_GUESS), guess(LINK_GUESS), None),
     };
     SiteRates::of(&ram(), (machine::n_cpus(), threads), &vram, &link, beside.as_ref())
+}
+
+/// What is to be said where the division between sites counts with guesses.
+pub(super) fn guessed_sites() -> Option<String> {
+    let identity = machine::memory_identity(Path::new("/"));
+    probe::measured("memory beside h2d", &identity).is_none().then(|| {
+        "how much of the work processors do beside the GPU follows from guessed rates; `nt probe memory link` measures them, once".into()
+    })
 }
 
 /// Guessed rate of memory for each thread, up to two channels' worth.

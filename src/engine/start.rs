@@ -163,6 +163,8 @@ impl Session {
         let chosen = backend.computes_in_ram().and_then(|threads| {
             beside::choose(&model, &plan, options.sites, &|| rates.unwrap_or_else(|| here::site_rates(threads)))
         });
+        let guesses = chosen.is_some() && options.sites == Sites::Auto;
+        notes.extend(guesses.then(here::guessed_sites).flatten());
         let links = links(&model, &plan, chosen.as_deref(), places.device.is_some());
         let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;

@@ -44,6 +44,8 @@ pub(super) struct Beside {
     pub apart: Vec<u64>,
     /// What streams in a pass of exact rows, and in one of a prompt.
     pub steps: [Vec<Step>; 2],
+    /// Whether those have holes for experts.
+    pub holes: [bool; 2],
     /// What the flow brings now.
     pub class: Class,
 }
@@ -95,7 +97,7 @@ impl Weights {
     /// Whether passes like this one have holes for experts.
     fn streams_experts(&self) -> bool {
         match &self.beside {
-            Some(b) => b.steps[b.class as usize].contains(&Step::Hole),
+            Some(b) => b.holes[b.class as usize],
             None => self.any_streamed_expert,
         }
     }

@@ -536,16 +536,15 @@ impl<'a> Pass<'a> {
         let first_unit = experts.list[0][0].weight.unit;
         // Experts that stay where they are need not be computed before the next one is looked at.
         let mut batch = SmallVec::<[Expert; BATCH]>::new();
-        let of_host = |source: &dyn WeightSource, unit: &usize| source.in_ram(*unit);
         for &unit in &demanded {
-            if of_host(self.source, &unit) {
+            if self.source.in_ram(unit) {
                 let expert = self.expert(experts, unit, first_unit)?;
                 self.backend.experts_in_ram(&[expert])?;
                 self.release(unit)?;
             }
         }
         for &unit in &demanded {
-            if of_host(self.source, &unit) {
+            if self.source.in_ram(unit) {
                 continue;
             }
             batch.push(self.expert(experts, unit, first_unit)?);

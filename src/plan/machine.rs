@@ -196,6 +196,13 @@ impl Machine {
         Some(SiteRates::of(&self.ram, (self.cpu.threads, threads), &gpu.memory, &gpu.link, gpu.link_beside.as_ref()))
     }
 
+    /// Bytes a second that processors and the link to the GPU read of RAM at once; `None` where they were not measured together.
+    pub fn ram_and_link(&self) -> Option<f64> {
+        let (ram, link) = (self.ram.beside.as_ref()?, self.gpu.as_ref()?.link_beside.as_ref()?);
+        // Less than processors alone read is no bound.
+        Some((ram.bytes_per_s() + link.bytes_per_s()).max(self.ram.read.bytes_per_s()))
+    }
+
     /// Bytes a second of all drives together.
     pub fn storage_bytes_per_s(&self) -> Option<f64> {
         self.storage.as_ref().map(|s| s.read.bytes_per_s() * s.drives as f64)
