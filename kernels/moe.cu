@@ -101,25 +101,34 @@ ROUTER(F16)
 ROUTER(BF16)
 
 struct ExpertsArgs {
-    const u64* table;     // experts × (gate, up, down)
+    const u64* table;     // experts × TABLE: gate, up, down, then a bias of each or 0
     const float* scores;  // tokens × experts
     const XBlk* q;        // tokens × n / 32
     const float* f;       // tokens × n
     float* hidden;        // tokens × used × ff
-    float* x;             // tokens × n, to which down adds
+    float* x;             // tokens × n, what down makes
+    const u32* ids;       // tokens × used that others chose, with their weights; null: chosen by the scores
+    const float* weights;
     int experts, used, n, ff;
     int row_warps, piece;  // the order of sums, as GemvArgs
     int each;              // pairs of rows of a warp (gate_up_*), rows of a block (down_*)
     int row_room;          // bytes of shared memory of a row
     int normalize;         // of the weights, as RouteArgs
     float scale;
+    int how;               // ACTIVATE_*
+    float limit;           // of that
+    int add;               // to x, rather than in its place
 };
-ARGS_SIZE(ExpertsArgs, 88); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
+ARGS_SIZE(ExpertsArgs, 120); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
 ARGS_FIELD(ExpertsArgs, q, 16); ARGS_FIELD(ExpertsArgs, f, 24); ARGS_FIELD(ExpertsArgs, hidden, 32);
-ARGS_FIELD(ExpertsArgs, x, 40); ARGS_FIELD(ExpertsArgs, experts, 48); ARGS_FIELD(ExpertsArgs, used, 52);
-ARGS_FIELD(ExpertsArgs, n, 56); ARGS_FIELD(ExpertsArgs, ff, 60); ARGS_FIELD(ExpertsArgs, row_warps, 64);
-ARGS_FIELD(ExpertsArgs, piece, 68); ARGS_FIELD(ExpertsArgs, each, 72); ARGS_FIELD(ExpertsArgs, row_room, 76);
-ARGS_FIELD(ExpertsArgs, normalize, 80); ARGS_FIELD(ExpertsArgs, scale, 84);
+ARGS_FIELD(ExpertsArgs, x, 40); ARGS_FIELD(ExpertsArgs, ids, 48); ARGS_FIELD(ExpertsArgs, weights, 56);
+ARGS_FIELD(ExpertsArgs, experts, 64); ARGS_FIELD(ExpertsArgs, used, 68); ARGS_FIELD(ExpertsArgs, n, 72);
+ARGS_FIELD(ExpertsArgs, ff, 76); ARGS_FIELD(ExpertsArgs, row_warps, 80); ARGS_FIELD(ExpertsArgs, piece, 84);
+ARGS_FIELD(ExpertsArgs, each, 88); ARGS_FIELD(ExpertsArgs, row_room, 92); ARGS_FIELD(ExpertsArgs, normalize, 96);
+ARGS_FIELD(ExpertsArgs, scale, 100); ARGS_FIELD(ExpertsArgs, how, 104); ARGS_FIELD(ExpertsArgs, limit, 108);
+ARGS_FIELD(ExpertsArgs, add, 112);
+
+#define TABLE 6  // addresses of an expert
 
 #define DOWN_THREADS 512
 #define DOWN_WARPS (DOWN_THREADS / 32)
@@ -277,20 +286,32 @@ __device__ __forceinline__ float2 two_rows_plain(const u8* w0, const u8* w1, con
     return make_float2(warp_sum(acc0), warp_sum(acc1));
 }
 
-// Where gate and up of a pair's expert lie: by the first warp of a block, for all of them behind a barrier.
+// Where gate and up of a pair's expert lie, then their biases: by the first warp of a block, for all of them behind a barrier.
 __device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int lane, const u8** at) {
     const int j = pair % a.used;
-    const Choice c = choose(a, pair / a.used, j + 1, lane);
-    const int id = __shfl_sync(0xffffffffu, c.id, j);
-    if (lane < 2) at[lane] = (const u8*)a.table[(size_t)id * 3 + lane];
+    int id;
+    if (a.ids) {
+        id = (int)__ldcg(a.ids + pair);
+    } else {
+        const Choice c = choose(a, pair / a.used, j + 1, lane);
+        id = __shfl_sync(0xffffffffu, c.id, j);
+    }
+    if (lane < 4) at[lane] = (const u8*)a.table[(size_t)id * TABLE + lane + lane / 2];
 }
 
-// hidden[pair] = silu(gate · x) * (up · x). The predecessor left the scores. Successors are let in only when it has ended:
+// What gate and up of a row become.
+__device__ __forceinline__ float hidden_of(const ExpertsArgs& a, const u8* const* at, int row, float2 v) {
+    if (at[2]) v.x += ((const float*)at[2])[row];
+    if (at[3]) v.y += ((const float*)at[3])[row];
+    return activate(a.how, a.limit, v.x, true, v.y);
+}
+
+// hidden[pair] = f(gate · x) * (up · x). The predecessor left the scores, or the ids. Successors are let in only when it has ended:
 // `down_*` reads the scores before this kernel is done.
 template <class B>
 __device__ __forceinline__ void gate_up(const ExpertsArgs& a) {
     extern __shared__ __align__(16) u8 smem[];
-    __shared__ const u8* at[2];
+    __shared__ const u8* at[4];
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
     const int pair = blockIdx.y, nb = a.n / 32, row_bytes = a.n / B::ELEMS * B::BYTES;
     const int row0 = (blockIdx.x * WARPS + warp) * a.each, n = min(a.each, a.ff - row0);
@@ -318,13 +339,13 @@ __device__ __forceinline__ void gate_up(const ExpertsArgs& a) {
     for (int i = 0; i < n; i++) {
         const float2 v = two_rows<B>(a, mine + 2 * i * a.row_room + staged_at<B>(gate + (size_t)i * row_bytes),
                                      mine + (2 * i + 1) * a.row_room + staged_at<B>(up + (size_t)i * row_bytes), xs, a.n, lane);
-        if (lane == 0) out[i] = silu(v.x) * v.y;
+        if (lane == 0) out[i] = hidden_of(a, at, row0 + i, v);
     }
 }
 
 template <class P>
 __device__ __forceinline__ void gate_up_plain(const ExpertsArgs& a) {
-    __shared__ const u8* at[2];
+    __shared__ const u8* at[4];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pair = blockIdx.y;
     pdl_wait();
     pdl_launch();
@@ -335,13 +356,14 @@ __device__ __forceinline__ void gate_up_plain(const ExpertsArgs& a) {
         if (row >= a.ff) return;
         const size_t from = (size_t)row * a.n * P::BYTES;
         const float2 v = two_rows_plain<P>(at[0] + from, at[1] + from, a.f + (size_t)(pair / a.used) * a.n, a.n, lane);
-        if (lane == 0) a.hidden[(size_t)pair * a.ff + row] = silu(v.x) * v.y;
+        if (lane == 0) a.hidden[(size_t)pair * a.ff + row] = hidden_of(a, at, row, v);
     }
 }
 
 // What down_* share: where the experts of a token lie, their weights, and the sums of a block's rows by choice.
 struct Choices {
     const u8* at[USED_MAX];
+    const float* bias[USED_MAX];
     float weights[USED_MAX];
     float out[USED_MAX * EACH_MAX];
 };
@@ -349,22 +371,39 @@ struct Choices {
 __device__ __forceinline__ void find_experts(const ExpertsArgs& a, int t, Choices& c) {
     const int lane = threadIdx.x;
     if (lane < 32) {
-        const Choice mine = choose(a, t, a.used, lane);
+        Choice mine = {0, 0.0f};
+        if (!a.ids) {
+            mine = choose(a, t, a.used, lane);
+        } else if (lane < a.used) {
+            mine = {(int)__ldcg(a.ids + (size_t)t * a.used + lane), __ldcg(a.weights + (size_t)t * a.used + lane)};
+        }
         if (lane < a.used) {
-            c.at[lane] = (const u8*)a.table[(size_t)mine.id * 3 + 2];
+            const u64* row = a.table + (size_t)mine.id * TABLE;
+            c.at[lane] = (const u8*)row[2];
+            c.bias[lane] = (const float*)row[5];
             c.weights[lane] = mine.weight;
         }
     }
     __syncthreads();
 }
 
-// x[t][row] += Σ weights[j] * out[j][row] in the order of `combine`; `x` is that row of the token.
+// A pair of rows of an expert, from `row` on.
+__device__ __forceinline__ void keep_pair(const ExpertsArgs& a, Choices& c, int j, int row, float* out, float2 v) {
+    if (c.bias[j]) {
+        v.x += c.bias[j][min(row, a.n - 1)];
+        v.y += c.bias[j][min(row + 1, a.n - 1)];
+    }
+    out[0] = v.x;
+    out[1] = v.y;
+}
+
+// x[t][row] += Σ weights[j] * out[j][row], or = that, in the order of `combine`; `x` is that row of the token.
 __device__ __forceinline__ void add_choices(const ExpertsArgs& a, const Choices& c, int row0, float* x) {
     const int r = threadIdx.x;
     if (r >= a.each || row0 + r >= a.n) return;
     float s = 0.0f;
     for (int j = 0; j < a.used; j++) s = __fmaf_rn(c.weights[j], c.out[j * a.each + r], s);
-    x[row0 + r] += s;
+    x[row0 + r] = a.add ? x[row0 + r] + s : s;
 }
 
 // A block has `each` rows of down in all experts of one token. Weights are on their way while the predecessor, `gate_up_*`,
@@ -409,10 +448,7 @@ __device__ __forceinline__ void down(const ExpertsArgs& a) {
         const float2 v = two_rows<B>(a, smem + 2 * item * a.row_room + staged_at<B>(source(item, 0)),
                                      smem + (2 * item + 1) * a.row_room + staged_at<B>(source(item, 1)),
                                      xs + item / half * (a.ff / 32), a.ff, lane);
-        if (lane == 0) {
-            c.out[2 * item] = v.x;
-            c.out[2 * item + 1] = v.y;
-        }
+        if (lane == 0) keep_pair(a, c, item / half, row0 + item % half * 2, c.out + 2 * item, v);
     }
     __syncthreads();
     add_choices(a, c, row0, a.x + (size_t)t * a.n);
@@ -432,10 +468,7 @@ __device__ __forceinline__ void down_plain(const ExpertsArgs& a) {
         const size_t row_bytes = (size_t)a.ff * P::BYTES;
         const float2 v = two_rows_plain<P>(w + min(row, a.n - 1) * row_bytes, w + min(row + 1, a.n - 1) * row_bytes,
                                            a.hidden + (size_t)(t * a.used + item / half) * a.ff, a.ff, lane);
-        if (lane == 0) {
-            c.out[2 * item] = v.x;
-            c.out[2 * item + 1] = v.y;
-        }
+        if (lane == 0) keep_pair(a, c, item / half, row, c.out + 2 * item, v);
     }
     __syncthreads();
     add_choices(a, c, row0, a.x + (size_t)t * a.n);
@@ -515,7 +548,7 @@ extern "C" __global__ void __launch_bounds__(1024) sort_rows(const __grid_consta
 }
 
 struct GroupedArgs {
-    const u64* table;    // experts × (gate, up, down)
+    const u64* table;    // as ExpertsArgs
     const int* tiles;    // as SortArgs
     const u16* x;        // rows of pitch halves
     const float* scale;  // of each row of x
@@ -523,7 +556,7 @@ struct GroupedArgs {
     const int* to;       // row of the results likewise
     float* out[2];       // of matrix `first`, and of the next one
     int rows, cols, pitch, stride;
-    int first;           // which of the table's three
+    int first;           // which of the table's first three
 };
 ARGS_SIZE(GroupedArgs, 88); ARGS_FIELD(GroupedArgs, table, 0); ARGS_FIELD(GroupedArgs, tiles, 8);
 ARGS_FIELD(GroupedArgs, x, 16); ARGS_FIELD(GroupedArgs, scale, 24); ARGS_FIELD(GroupedArgs, from, 32);
@@ -540,9 +573,9 @@ __device__ __forceinline__ void grouped(const GroupedArgs& a) {
     const int at = __ldcg(tile + 1), z = blockIdx.z;
     GemmArgs g;
     g.x = a.from ? a.x : a.x + (size_t)at * a.pitch;
-    g.w = (const u16*)a.table[expert * 3 + a.first + z];
+    g.w = (const u16*)a.table[expert * TABLE + a.first + z];
     g.scale = a.from ? a.scale : a.scale + at;
-    g.bias = nullptr;
+    g.bias = (const float*)a.table[expert * TABLE + 3 + a.first + z];
     g.out = a.to ? a.out[z] : a.out[z] + (size_t)at * a.stride;
     g.out_idx = a.to ? a.to + at : nullptr;
     g.tokens = __ldcg(tile + 2);

@@ -36,29 +36,6 @@ ARGS_FIELD(PrepArgs, how, 104); ARGS_FIELD(PrepArgs, layer, 108); ARGS_FIELD(Pre
 #define PREP_ACTIVATE 4
 #define PREP_SCALED 5
 
-// src/backend/cuda/product.rs has the same numbers.
-#define ACTIVATE_SILU 0
-#define ACTIVATE_GELU 1
-#define ACTIVATE_RELU2 2
-#define ACTIVATE_CLAMPED 3
-
-// f(x), times up where there is one.
-__device__ __forceinline__ float activate(int how, float limit, float x, bool gated, float up) {
-    if (how == ACTIVATE_CLAMPED) {
-        const float g = fminf(x, limit), u = fmaxf(-limit, fminf(up, limit));
-        return g / (1.0f + __expf(-1.702f * g)) * (u + 1.0f);
-    }
-    float v;
-    if (how == ACTIVATE_GELU) {
-        v = 0.5f * x * (1.0f + tanhf(0.7978846f * x * (1.0f + 0.044715f * x * x)));
-    } else if (how == ACTIVATE_RELU2) {
-        v = fmaxf(x, 0.0f) * fmaxf(x, 0.0f);
-    } else {
-        v = silu(x);
-    }
-    return gated ? v * up : v;
-}
-
 __device__ __forceinline__ float block_reduce(float v, bool max, float* shared) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     v = max ? warp_max(v) : warp_sum(v);

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cpu::CpuBackend;
-use super::{Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RouterParams, Run, Weight};
+use super::{
+    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, Router, RouterParams, Run, Weight,
+};
 use crate::gguf::TensorType;
 use crate::state::{PageId, StateOp};
 
@@ -440,6 +442,17 @@ impl Backend for Both {
         params: &RouterParams,
     ) -> Result<(), BackendError> {
         self.device.mixture(layer, norm, router, params)
+    }
+
+    fn mixture_by(
+        &mut self,
+        layer: usize,
+        w: &Linear,
+        choose: Option<Weight>,
+        how: Router,
+        sum: (Act, bool),
+    ) -> Result<(), BackendError> {
+        self.device.mixture_by(layer, w, choose, how, sum)
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {

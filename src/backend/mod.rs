@@ -569,6 +569,22 @@ pub trait Backend {
         Err(BackendError::Pass { backend: self.name(), what: format!("the experts of block {layer} are not held") })
     }
 
+    /// [`Op::Route`], [`Backend::experts`] with all that were chosen, and [`Op::Combine`] to the activations of `sum`, in their place or
+    /// added to them, as [`Backend::mixture`]. Weights do not multiply what experts read.
+    ///
+    /// # Errors
+    /// [`BackendError::Pass`] where the experts are not held.
+    fn mixture_by(
+        &mut self,
+        layer: usize,
+        _w: &Linear,
+        _choose: Option<Weight>,
+        _how: Router,
+        _sum: (Act, bool),
+    ) -> Result<(), BackendError> {
+        Err(BackendError::Pass { backend: self.name(), what: format!("the experts of block {layer} are not held") })
+    }
+
     /// `h = norm(X)` for the head; the rows present are the outputs. Called once for each class that has outputs, exact
     /// rows first, with the class's slices of the head behind it.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::engine::{DryParams, SamplerParams};
+use crate::engine::{DryParams, Options, SamplerParams};
 use crate::gguf::{Metadata, Value};
 use crate::library;
 use crate::model::{HParams, Overrides, RopeType};
@@ -361,15 +361,15 @@ pub struct Placement {
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
-    /// Tokens of the prompt that a pass evaluates at once, 1 to 512: fewer take less memory and more time. The text is
-    /// the same for any number.
+    /// Tokens of the prompt that a pass evaluates at once, 1 to 4096: each pass brings or reads all weights once, so that more take
+    /// less time for a long prompt, and more memory. The text is the same for any number.
     #[arg(
         long,
         short = 'b',
         visible_alias = "ubatch-size",
         alias = "batch-size",
         value_name = "N",
-        default_value_t = 512,
+        default_value_t = Options::BATCH as u16,
         value_parser = batch
     )]
     pub batch: u16,
@@ -446,7 +446,7 @@ pub(super) fn within<T: std::str::FromStr + PartialOrd + std::fmt::Display>(
 }
 
 fn batch(text: &str) -> Result<u16, String> {
-    within(text, 1, 512)
+    within(text, 1, Options::MAX_BATCH as u16)
 }
 
 fn positions(text: &str) -> Result<u32, String> {

@@ -2,10 +2,10 @@
 
 use super::steps::schedule;
 use super::weights::Beside;
-use crate::backend::{Act, Activation, Class, Gating, Op};
+use crate::backend::Class;
 use crate::flow::Step;
 use crate::memory::Region;
-use crate::model::{Experts, Model, Stage, UnitKind};
+use crate::model::{Model, UnitKind};
 use crate::plan::{Home, Plan, SiteRates, assign};
 
 /// Which sites compute where a device has memory of its own.
@@ -19,22 +19,8 @@ pub enum Sites {
     Both,
 }
 
-/// Whether the experts of a stage are chosen and computed as in Qwen 3: by a softmax over all, with SwiGLU and no biases. Others have
-/// not been run beside a GPU, and have to be asked for.
-fn is_plain(stage: &Stage, experts: &Experts) -> bool {
-    let routes = match stage.ops.as_slice() {
-        [.., Op::Norm { to: Act::H, from: Act::X, .. }, Op::Route { w, choose: None, how }] => {
-            w.bias.is_none() && how.gating == Gating::Softmax && how.groups == (1, 1) && !how.on_input
-        }
-        _ => false,
-    };
-    let sums = matches!(experts.after.as_slice(), [Op::Combine { to: Act::X, add: true }]);
-    let plain = experts.how == Activation::Silu && experts.list.iter().flatten().all(|l| l.bias.is_none());
-    plain && routes && sums
-}
-
 /// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, or an expert.
-fn computable(model: &Model, sites: Sites) -> Vec<bool> {
+fn computable(model: &Model) -> Vec<bool> {
     let mut of = vec![false; model.units.len()];
     for stage in &model.stages {
         if matches!(model.units[stage.unit].kind, UnitKind::FeedForward(_)) {
@@ -42,7 +28,7 @@ fn computable(model: &Model, sites: Sites) -> Vec<bool> {
         }
         let Some(experts) = &stage.experts else { continue };
         // What experts are handed is not weighed.
-        let here = !model.hparams.router.on_input && (sites == Sites::Both || is_plain(stage, experts));
+        let here = !model.hparams.router.on_input;
         for [gate, ..] in &experts.list {
             of[gate.weight.unit] = here;
         }
@@ -55,7 +41,7 @@ pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() 
     if sites == Sites::One {
         return None;
     }
-    let mut chosen = computable(model, sites);
+    let mut chosen = computable(model);
     for (c, home) in chosen.iter_mut().zip(&plan.homes) {
         *c &= *home == Home::B;
     }

@@ -60,8 +60,10 @@ pub struct Options {
 }
 
 impl Options {
-    /// Most tokens of a pass, and the default: results do not depend on how a prompt is cut.
-    pub const MAX_BATCH: usize = 512;
+    /// Tokens of a pass unless told: results do not depend on how a prompt is cut.
+    pub const BATCH: usize = 512;
+    /// Most tokens of a pass.
+    pub const MAX_BATCH: usize = 4096;
 
     /// A context of `n_ctx` positions and one row of logits on a backend, all else as the machine and the planner
     /// choose; no timeline.
@@ -82,7 +84,7 @@ impl Options {
             tiers: None,
             stacked: false,
             n_ctx,
-            max_batch: Options::MAX_BATCH,
+            max_batch: Options::BATCH,
             outputs: 1,
             timeline: false,
         }
@@ -173,7 +175,7 @@ pub(super) struct Embedding {
 impl Session {
     /// Rows of logits a pass should ask for at once, so that they stay small.
     pub fn outputs_at_once(n_vocab: usize) -> usize {
-        (LOGITS_BYTES_MAX / 4 / n_vocab.max(1)).clamp(1, Options::MAX_BATCH)
+        (LOGITS_BYTES_MAX / 4 / n_vocab.max(1)).clamp(1, Options::BATCH)
     }
 
     /// Evaluates `tokens` of one class after what the cache holds: prompts are [`Class::Bulk`], in passes of at most

@@ -1,12 +1,12 @@
 //! One forward pass: walks the stages in order, binds their tensors where they have been brought,
 //! and calls the backend. It knows nothing of architectures, tiers, files or devices.
 
-use super::program::{Experts, LinearRef, Model, NormRef, Stage, TensorRef};
+use super::program::{Experts, HELD, LinearRef, Model, NormRef, Stage, TensorRef};
 use super::tape::{Call, Calls, Tape};
 use smallvec::SmallVec;
 use std::ops::Range;
 
-use crate::backend::{Backend, BackendError, Class, Expert, Linear, Norm, Op, Run, Weight};
+use crate::backend::{Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Run, Weight};
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -188,17 +188,24 @@ fn resting(
     let stages = model.stages.iter().zip(&tape.stages);
     let of = |(stage, calls): (&Stage, &Calls)| -> Result<bool, ForwardError> {
         // One call makes what these would.
-        let [Some(Call::Route { .. }), Some(Call::Combine)] = [calls.with.last(), calls.after.first()] else {
-            return Ok(false);
-        };
+        match (calls.with.last(), calls.after.first().and_then(sum_of)) {
+            (Some(Call::Route { .. }), Some((Act::X, true))) => {}
+            (Some(Call::Op(Op::Route { how, .. })), Some(_)) if !how.on_input => {}
+            _ => return Ok(false),
+        }
         let (Some(block), Some(experts)) = (stage.block, &stage.experts) else {
             return Ok(false);
         };
-        let linear = |l: &LinearRef| match l.bias {
-            None => source
-                .at_rest(l.weight.unit, l.weight.span)
-                .map(|addr| Linear { weight: bound(addr, &l.weight), bias: None }),
-            Some(_) => None,
+        let at = |t: &TensorRef| match t.unit {
+            HELD => Some(bound(source.span(HELD, t.span), t)),
+            unit => source.at_rest(unit, t.span).map(|addr| bound(addr, t)),
+        };
+        let linear = |l: &LinearRef| {
+            let bias = match &l.bias {
+                Some(bias) => Some(at(bias)?),
+                None => None,
+            };
+            Some(Linear { weight: at(&l.weight)?, bias })
         };
         let expert = |(id, [gate, up, down]): (usize, &[LinearRef; 3])| {
             Some(Expert { id: id as u32, gate: linear(gate)?, up: linear(up)?, down: linear(down)?, how: experts.how })
@@ -207,6 +214,15 @@ fn resting(
         Ok(list.map_or(Ok(false), |list| backend.hold_experts(block, &list))?)
     };
     stages.map(of).collect()
+}
+
+/// Where a call puts the sum of experts, and whether it is added there.
+fn sum_of(call: &Call) -> Option<(Act, bool)> {
+    match *call {
+        Call::Combine => Some((Act::X, true)),
+        Call::Op(Op::Combine { to, add }) => Some((to, add)),
+        _ => None,
+    }
 }
 
 /// A tensor at an address that the source gave.
@@ -431,6 +447,11 @@ impl<'a> Pass<'a> {
                     (Call::Route { norm, router, params }, Some(block)) if rest => {
                         let (norm, router) = (self.norm(norm), self.weight(router));
                         self.backend.mixture(block, &norm, &router, params)?;
+                    }
+                    (Call::Op(Op::Route { w, choose, how }), Some(block)) if rest => {
+                        let (w, choose) = (self.linear(w), choose.map(|t| self.weight(&t)));
+                        let Some(sum) = calls.after.first().and_then(sum_of) else { continue };
+                        self.backend.mixture_by(block, &w, choose, *how, sum)?;
                     }
                     _ => self.call(call, stage.experts.as_ref())?,
                 }

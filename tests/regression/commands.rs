@@ -174,8 +174,8 @@ fn numbers_that_are_none_are_told_what_was_expected() {
         ("--temp", "abc", "a number was expected"),
         ("--top-p", "", "a number was expected"),
         ("--dry-base", "x", "a number was expected"),
-        ("--batch", many, "from 1 to 512"),
-        ("--batch", "0", "from 1 to 512"),
+        ("--batch", many, "from 1 to 4096"),
+        ("--batch", "0", "from 1 to 4096"),
         ("--rope-orig-ctx", many, "a whole number from 1"),
         ("--repeat-penalty", "0", "a number above 0 and up to 1000000"),
     ] {

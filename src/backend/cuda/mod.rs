@@ -29,8 +29,8 @@ pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffe
 pub use transfer::Transfer;
 
 use super::{
-    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, RouterParams, Run,
-    Scores, Weight,
+    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, Router, RouterParams,
+    Run, Scores, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
@@ -629,6 +629,17 @@ impl Backend for CudaBackend {
         params: &RouterParams,
     ) -> Result<(), BackendError> {
         self.mixture_at(layer, norm, router, params)
+    }
+
+    fn mixture_by(
+        &mut self,
+        layer: usize,
+        w: &Linear,
+        choose: Option<Weight>,
+        how: Router,
+        sum: (Act, bool),
+    ) -> Result<(), BackendError> {
+        self.mixture_by(layer, w, choose, how, sum)
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {

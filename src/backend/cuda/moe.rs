@@ -7,12 +7,12 @@
 use super::args::{ExpertsArgs, GroupedArgs, RouterArgs, STORE, SortArgs, XBLK_BYTES};
 use super::driver::device_error;
 use super::modules::Vectors;
-use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, any_index, form, plain_index};
+use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, activation, any_index, form, plain_index};
 use super::product::{quant_index, thin_bytes, unsupported};
 use super::tiling::{Product, WARPS, tiling};
 use super::workspace::{MoeBuffers, float_bytes, pitch, tiles_most};
 use super::{CombineArgs, CudaBackend, RouteArgs, no_experts};
-use crate::backend::{Activation, BackendError, Class, Expert, Norm, RouterParams, Weight};
+use crate::backend::{Act, Activation, BackendError, Class, Expert, Norm, RouterParams, Weight};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -41,9 +41,22 @@ struct Exact {
     row_room: usize,
 }
 
+/// What chose the experts of exact rows, and where their sum goes.
+#[derive(Clone, Copy, Debug)]
+struct Sum {
+    /// A softmax over all scores, by each block for itself; else the choices lie in the workspace.
+    softmax: Option<RouterParams>,
+    /// Address of the rows.
+    to: u64,
+    /// Added to what lies there.
+    add: bool,
+}
+
 /// The experts of a block that rest: what they have in common. Their addresses are in the tables.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Resting {
+    /// What makes hidden states.
+    how: Activation,
     /// Type of gate and up.
     up: TensorType,
     /// Type of down.
@@ -52,9 +65,12 @@ pub(super) struct Resting {
     exact_down: Exact,
 }
 
+/// Addresses of an expert: its matrices, then the bias of each or 0.
+const TABLE: usize = 6;
+
 /// Bytes of the addresses of a block's experts.
 fn table_bytes(experts: usize) -> u64 {
-    experts as u64 * 3 * 8
+    (experts * TABLE * 8) as u64
 }
 
 impl Engine {
@@ -63,7 +79,7 @@ impl Engine {
     }
 
     /// The order of sums of the kernels for one expert; `None` if they have none for such a matrix.
-    fn exact_order(&self, ty: TensorType, rows: usize, cols: usize, swiglu: bool) -> Option<Exact> {
+    fn exact_order(&self, ty: TensorType, rows: &[usize], cols: usize, swiglu: bool) -> Option<Exact> {
         if quant_index(ty).is_none() {
             return Some(Exact { row_warps: 1, piece: 1, row_room: 0 });
         }
@@ -71,7 +87,7 @@ impl Engine {
         let (row_warps, piece) = match &self.kernels.vectors {
             Vectors::Warps(_) => (1, cols.div_ceil(1024)),
             Vectors::Bulk { .. } => {
-                let product = Product { ty, cols, rows: &[rows], swiglu, activations: cols / 32 * XBLK_BYTES };
+                let product = Product { ty, cols, rows, swiglu, activations: cols / 32 * XBLK_BYTES };
                 let info = &self.device.info;
                 let t = tiling(&product, info.multiprocessors as usize, info.shared_bytes as usize)?;
                 (t.row_warps, t.piece)
@@ -105,8 +121,9 @@ impl CudaBackend {
         let (up, down) = (first.up.weight.ty, first.down.weight.ty);
         let same = |e: &Expert| {
             let linears = [&e.gate, &e.up, &e.down];
-            e.how == Activation::Silu
-                && linears.iter().all(|l| l.bias.is_none())
+            let biases = linears.iter().filter_map(|l| l.bias);
+            e.how == first.how
+                && biases.fold(true, |all, b| all && b.ty == TensorType::F32 && b.addr.is_multiple_of(4))
                 && (e.gate.weight.ty, e.up.weight.ty, e.down.weight.ty) == (up, up, down)
                 && readable(&e.gate.weight, (ff, n))
                 && readable(&e.up.weight, (ff, n))
@@ -123,9 +140,13 @@ impl CudaBackend {
         if !fits || !chosen || !list.iter().all(same) {
             return None;
         }
-        let exact_up = self.engine.exact_order(up, ff, n, true)?;
-        let exact_down = self.engine.exact_order(down, n, ff, false)?;
-        let resting = Resting { up, down, exact_up, exact_down };
+        // Gate and up are one product whose halves meet, or two of one launch: `Engine::hidden_by`.
+        let exact_up = match first.how {
+            Activation::Silu => self.engine.exact_order(up, &[ff], n, true)?,
+            _ => self.engine.exact_order(up, &[ff, ff], n, false)?,
+        };
+        let exact_down = self.engine.exact_order(down, &[n], ff, false)?;
+        let resting = Resting { how: first.how, up, down, exact_up, exact_down };
         (self.up_bytes(&resting, 1) <= shared && self.down_bytes(&resting, 2) + CHOICES_BYTES <= shared)
             .then_some(resting)
     }
@@ -156,11 +177,13 @@ impl CudaBackend {
         if self.resting[layer].is_none() {
             return Ok(false);
         }
-        let mut table = vec![[0u64; 3]; experts];
+        let mut table = vec![[0u64; TABLE]; experts];
         for e in list {
             let row =
                 table.get_mut(e.id as usize).ok_or_else(|| device_error(format!("there is no expert {}", e.id)))?;
-            *row = [e.gate.weight.addr, e.up.weight.addr, e.down.weight.addr];
+            for (i, l) in [&e.gate, &e.up, &e.down].into_iter().enumerate() {
+                (row[i], row[3 + i]) = (l.weight.addr, l.bias.map_or(0, |b| b.addr));
+            }
         }
         self.engine.device.bind()?;
         self.engine.moe()?.tables.write(layer as u64 * table_bytes(experts), table.as_flattened())?;
@@ -254,33 +277,59 @@ impl CudaBackend {
     }
 
     pub(super) fn mixture_at(&mut self, layer: usize, norm: &Norm, router: &Weight, params: &RouterParams) -> Result {
-        let resting = self.resting.get(layer).copied().flatten();
-        let resting = resting.ok_or_else(|| device_error(format!("the experts of block {layer} are not held")))?;
+        let (resting, table) = self.resting_at(layer)?;
         self.begin_experts();
-        let table = self.engine.moe()?.tables.addr() + layer as u64 * table_bytes(self.dims.n_experts);
         match self.engine.class {
             Class::Exact => {
                 self.score(norm, router, false)?;
-                self.exact(&resting, table, params)
+                self.exact(&resting, table, &Sum { softmax: Some(*params), to: self.x(), add: true })
             }
             Class::Bulk => {
                 self.score(norm, router, true)?;
                 self.pick(params, self.engine.moe()?.ids.addr())?;
-                self.grouped(&resting, table)
+                self.grouped(&resting, table)?;
+                self.combine()
+            }
+        }
+    }
+
+    /// The experts of a block, and the address of their table.
+    fn resting_at(&self, layer: usize) -> Result<(Resting, u64)> {
+        let resting = self.resting.get(layer).copied().flatten();
+        let resting = resting.ok_or_else(|| device_error(format!("the experts of block {layer} are not held")))?;
+        Ok((resting, self.engine.moe()?.tables.addr() + layer as u64 * table_bytes(self.dims.n_experts)))
+    }
+
+    /// Experts that a router of any kind has chosen, which has left them in the workspace: their sum to `to`.
+    pub(super) fn chosen_experts(&mut self, layer: usize, to: Act, add: bool) -> Result {
+        let (resting, table) = self.resting_at(layer)?;
+        let (x, n) = self.act(to);
+        match self.engine.class {
+            Class::Exact => {
+                self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
+                self.exact(&resting, table, &Sum { softmax: None, to: x, add })
+            }
+            Class::Bulk => {
+                self.grouped(&resting, table)?;
+                self.sum_experts(to, add)
             }
         }
     }
 
     /// The arguments of the kernels of exact rows, for matrices that are met like this.
-    fn exact_args(&self, exact: &Exact, table: u64, params: &RouterParams, each: usize) -> Result<ExpertsArgs> {
-        let (ws, d) = (&self.engine.ws, &self.dims);
+    fn exact_args(&self, r: &Resting, exact: &Exact, table: u64, sum: &Sum, each: usize) -> Result<ExpertsArgs> {
+        let (ws, d, moe) = (&self.engine.ws, &self.dims, self.engine.moe()?);
+        let chosen = |addr| if sum.softmax.is_none() { addr } else { 0 };
+        let (how, limit) = activation(r.how);
         Ok(ExpertsArgs {
             table,
-            scores: self.engine.moe()?.scores.addr(),
+            scores: moe.scores.addr(),
             q: ws.input_q.addr(),
             f: ws.norm_f.addr(),
             hidden: ws.gate.addr(),
-            x: self.x(),
+            x: sum.to,
+            ids: chosen(moe.ids.addr()),
+            weights: chosen(moe.weights.addr()),
             experts: d.n_experts as i32,
             used: d.n_experts_used as i32,
             n: d.n_embd as i32,
@@ -289,12 +338,15 @@ impl CudaBackend {
             piece: exact.piece as i32,
             each: each as i32,
             row_room: exact.row_room as i32,
-            normalize: i32::from(params.normalize),
-            scale: params.scale,
+            normalize: i32::from(sum.softmax.is_some_and(|p| p.normalize)),
+            scale: sum.softmax.map_or(1.0, |p| p.scale),
+            how,
+            limit,
+            add: i32::from(sum.add),
         })
     }
 
-    fn exact(&self, r: &Resting, table: u64, params: &RouterParams) -> Result {
+    fn exact(&self, r: &Resting, table: u64, sum: &Sum) -> Result {
         let (e, n, ff) = (&self.engine, self.dims.n_embd, self.dims.n_ff_expert);
         let (pairs, sms) = (self.tokens * self.dims.n_experts_used, e.device.info.multiprocessors as usize);
         let shared = e.device.info.shared_bytes as usize;
@@ -306,7 +358,7 @@ impl CudaBackend {
         let each = (1..=GATE_UP_EACH).take_while(fits).find(|each| blocks(*each) <= GATE_UP_BLOCKS * sms).unwrap_or(1);
         let f = e.kernels.experts.gate_up[kind(r.up)?];
         let grid = (ff.div_ceil(WARPS * each) as u32, pairs as u32, 1);
-        let a = self.exact_args(&r.exact_up, table, params, each)?;
+        let a = self.exact_args(r, &r.exact_up, table, sum, each)?;
         // SAFETY: ExpertsArgs is what gate_up_* declare; the table has all experts that the scores are of, `hold` has
         // checked shapes and alignment, and there is room for the results as checked above.
         unsafe { e.launch(f, grid, 32 * WARPS as u32, self.up_bytes(r, each), &a)? };
@@ -315,12 +367,13 @@ impl CudaBackend {
         let each = (2..=wanted).rev().step_by(2).find(fits).unwrap_or(2);
         let f = e.kernels.experts.down[kind(r.down)?];
         let grid = (n.div_ceil(each) as u32, self.tokens as u32, 1);
-        let a = self.exact_args(&r.exact_down, table, params, each)?;
-        // SAFETY: as above; X holds a row for each token. The scores, which the kernel reads before its predecessor has
-        // ended, were written by a kernel that the predecessor waited for before it let this one in.
+        let a = self.exact_args(r, &r.exact_down, table, sum, each)?;
+        // SAFETY: as above; there is a row of results for each token. The scores or choices, which the kernel reads before its
+        // predecessor has ended, were written by a kernel that the predecessor waited for before it let this one in.
         unsafe { e.launch(f, grid, DOWN_THREADS, self.down_bytes(r, each), &a) }
     }
 
+    /// The outputs of the experts of bulk rows, a row a choice.
     fn grouped(&self, r: &Resting, table: u64) -> Result {
         let (e, ws, moe) = (&self.engine, &self.engine.ws, self.engine.moe()?);
         let (n, ff, experts) = (self.dims.n_embd, self.dims.n_ff_expert, self.dims.n_experts);
@@ -371,10 +424,13 @@ impl CudaBackend {
             unsafe { e.launch(e.kernels.experts.grouped[kind][size], grid, 512, tile_bytes(ty, size), a) }
         };
         launch(r.up, 2, &GroupedArgs { from: moe.lists.addr(), out: [gate, up], ..args(ff, n) })?;
-        e.prepare(Prep::Swiglu(up), gate, 0, ff, pairs, Inputs { h: ws.halves.addr(), ..Inputs::default() })?;
+        let prep = match r.how {
+            Activation::Silu => Prep::Swiglu(up),
+            how => Prep::Activate(how, up),
+        };
+        e.prepare(prep, gate, 0, ff, pairs, Inputs { h: ws.halves.addr(), ..Inputs::default() })?;
         let to = moe.lists.addr() + 4 * pairs as u64;
-        launch(r.down, 1, &GroupedArgs { to, out: [moe.out.addr(), 0], first: 2, ..args(n, ff) })?;
-        self.combine()
+        launch(r.down, 1, &GroupedArgs { to, out: [moe.out.addr(), 0], first: 2, ..args(n, ff) })
     }
 
     /// `X += Σ weight · out` over the choices of each token, in their order.

@@ -208,7 +208,10 @@ impl CudaBackend {
                 self.each_element(self.engine.kernels.acts.scale, ActArgs { x, by, ..ActArgs::default() }, width)?;
             }
             Op::Activate { how, gated, width } => self.activate(how, gated, width)?,
-            Op::Route { ref w, choose, how } => self.route_by(w, choose, how)?,
+            Op::Route { ref w, choose, how } => {
+                self.route_by(w, choose, how)?;
+                self.wait_for_choices()?;
+            }
             Op::Combine { to, add } => self.sum_experts(to, add)?,
             Op::Outputs => self.check_outputs()?,
             Op::Head { ref w, first_row, scale, cap } => self.head_by(w, first_row, scale, cap)?,
@@ -226,7 +229,7 @@ impl CudaBackend {
 
     /// Where the rows at hand begin, and how wide they are. Hidden states and numbers of heads are as wide as their
     /// products say.
-    fn act(&self, act: Act) -> (u64, usize) {
+    pub(super) fn act(&self, act: Act) -> (u64, usize) {
         let (d, ws) = (&self.dims, &self.engine.ws);
         let (n_embd, heads) = (d.n_embd, self.heads_width());
         match act {
@@ -480,8 +483,30 @@ impl CudaBackend {
         let f = self.engine.kernels.acts.route_by;
         // SAFETY: RouteByArgs is what route_by declares; scores, ids and weights have rows for every token of a batch, and
         // there are no more choices than experts.
-        unsafe { self.engine.launch(f, (self.tokens as u32, 1, 1), 32, shared, &a)? };
-        self.wait_for_choices()
+        unsafe { self.engine.launch(f, (self.tokens as u32, 1, 1), 32, shared, &a) }
+    }
+
+    pub(super) fn mixture_by(
+        &mut self,
+        layer: usize,
+        w: &Linear,
+        choose: Option<Weight>,
+        how: Router,
+        (to, add): (Act, bool),
+    ) -> Result {
+        if how.on_input {
+            return Err(device_error("experts that are held, and whose inputs are weighed"));
+        }
+        self.settle()?;
+        self.route_by(w, choose, how)?;
+        if self.engine.class == Class::Bulk && self.waiting.halves != Some(Act::H) {
+            let (x, n) = self.act(Act::H);
+            let h = self.engine.ws.halves.addr();
+            self.engine.prepare(Prep::Copy, x, 0, n, self.tokens, Inputs { h, ..Inputs::default() })?;
+        }
+        self.waiting.forget_forms();
+        self.waiting.written(to);
+        self.chosen_experts(layer, to, add)
     }
 
     /// The rows that an expert reads, times their weights: `n` of them, by the numbers of tokens and of choices.

@@ -148,7 +148,7 @@ pub(super) struct MoeBuffers {
     pub lists_host: PinnedBuffer<u32>,
     /// One row a (token, choice).
     pub out: DeviceBuffer,
-    /// Addresses of gate, up and down of each expert of each layer, where they rest.
+    /// Addresses of gate, up and down of each expert of each layer and of their biases, where they rest.
     pub tables: DeviceBuffer,
     /// Expert, first place in the lists and rows of each tile of bulk rows.
     pub tiles: DeviceBuffer,
@@ -327,7 +327,7 @@ impl MoeBuffers {
     /// Words of scores, ids, weights, lists, outputs, tables and tiles.
     fn words(d: &Dims) -> [usize; 7] {
         let pairs = d.max_batch * d.n_experts_used;
-        let tables = d.n_layers * d.n_experts * 3 * 2;
+        let tables = d.n_layers * d.n_experts * 6 * 2;
         [
             d.max_batch * d.n_experts,
             pairs,

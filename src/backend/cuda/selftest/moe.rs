@@ -6,11 +6,15 @@ use std::sync::Arc;
 use super::{Matrix, Report, Result, Rng, product_dims};
 use crate::backend::cuda::modules::{PLAINS, QUANTS};
 use crate::backend::cuda::{CudaBackend, Device};
-use crate::backend::{Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, RouterParams, Run};
+use crate::backend::{
+    Act, Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Gating, Linear, Norm, NormKind, NormOf, Op, Router,
+    RouterParams, Run,
+};
 use crate::gguf::TensorType;
 use crate::state::PageId;
 
-/// Types of gate and up, and of down; inputs and hidden values; experts and choices.
+/// Types of gate and up, and of down; inputs and hidden values; experts and choices; and, but for a plain softmax and SwiGLU
+/// without biases, how experts are chosen and computed.
 struct Case {
     up: TensorType,
     down: TensorType,
@@ -18,13 +22,22 @@ struct Case {
     ff: usize,
     experts: usize,
     used: usize,
+    by: Option<By>,
+}
+
+/// Another router, with what is added to its chances, and experts with biases; whether their sum is added to X or put to Out.
+#[derive(Clone, Copy)]
+struct By {
+    how: Activation,
+    router: Router,
+    to: Act,
 }
 
 const ROWS: [usize; 9] = [1, 2, 3, 5, 8, 9, 40, 150, 512];
 
 pub(super) fn check_experts(device: &Arc<Device>, report: &mut Report) -> Result {
     for ty in QUANTS.into_iter().chain(PLAINS) {
-        check_case(device, &Case { up: ty, down: ty, n: 512, ff: 256, experts: 12, used: 4 }, report)?;
+        check_case(device, &Case { up: ty, down: ty, n: 512, ff: 256, experts: 12, used: 4, by: None }, report)?;
     }
     let more = [
         (TensorType::Q4_K, TensorType::Q6_K, 2048, 768, 20, 8),
@@ -34,7 +47,19 @@ pub(super) fn check_experts(device: &Arc<Device>, report: &mut Report) -> Result
         (TensorType::Q4_K, TensorType::Q4_K, 6144, 4096, 5, 2),
     ];
     for (up, down, n, ff, experts, used) in more {
-        check_case(device, &Case { up, down, n, ff, experts, used }, report)?;
+        check_case(device, &Case { up, down, n, ff, experts, used, by: None }, report)?;
+    }
+    let router = |gating| Router { gating, ..Router::softmax(true, 1.5) };
+    let clamped = Activation::ClampedSwiglu { limit: 7.0 };
+    let others = [
+        (TensorType::MXFP4, 2880, 2880, clamped, router(Gating::SoftmaxOfChosen), Act::X),
+        (TensorType::Q4_K, 2048, 768, Activation::Silu, Router { groups: (4, 2), ..router(Gating::Sigmoid) }, Act::X),
+        (TensorType::Q8_0, 1056, 1440, Activation::Gelu, Router::softmax(true, 0.5), Act::Out),
+        (TensorType::F16, 512, 256, clamped, router(Gating::SigmoidOfChosen), Act::Out),
+    ];
+    for (ty, n, ff, how, router, to) in others {
+        let by = Some(By { how, router, to });
+        check_case(device, &Case { up: ty, down: ty, n, ff, experts: 12, used: 4, by }, report)?;
     }
     Ok(())
 }
@@ -49,6 +74,7 @@ fn dims(c: &Case) -> Dims {
         n_ff_expert: c.ff,
         max_batch: 512,
         n_ctx: 512,
+        beyond: c.by.map(|_| "other routers"),
         ..product_dims()
     }
 }
@@ -79,9 +105,14 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
             Matrix::random(device, c.down, c.n, c.ff, 300 + e)?,
         ]);
     }
+    let bias = |n, seed| Matrix::random(device, TensorType::F32, 1, n, seed);
+    let biases = [bias(c.ff, 21)?, bias(c.ff, 22)?, bias(c.n, 23)?, bias(c.experts, 24)?];
+    let [of_gate, of_up, of_down, choose] = biases.each_ref().map(|m| c.by.map(|_| m.weight));
     let expert = |(id, m): (usize, &[Matrix; 3])| {
         let [gate, up, down] = m.each_ref().map(|m| m.linear(None));
-        Expert { id: id as u32, gate, up, down, how: Activation::Silu }
+        let how = c.by.map_or(Activation::Silu, |by| by.how);
+        let (gate, up) = (Linear { bias: of_gate, ..gate }, Linear { bias: of_up, ..up });
+        Expert { id: id as u32, gate, up, down: Linear { bias: of_down, ..down }, how }
     };
     let list: Vec<Expert> = matrices.iter().enumerate().map(expert).collect();
     // The second block's table: the first one's stays as it was allocated.
@@ -99,7 +130,21 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
         g.begin(&[Run { class, first_pos: 0, rows, table: &table, state: 0 }])?;
         g.engine.ws.x.write(0, &x[..rows * c.n])?;
         let mut ids = Vec::new();
-        if held {
+        if let Some(by) = c.by {
+            let norm = NormOf { kind: NormKind::Rms, weight: Some(weight.weight), bias: None, eps: 1e-5 };
+            g.op(&Op::Norm { to: Act::H, from: Act::X, norm })?;
+            let (w, add) = (Linear { weight: router.weight, bias: None }, by.to == Act::X);
+            if held {
+                g.mixture_by(1, &w, choose, by.router, (by.to, add))?;
+            } else {
+                g.op(&Op::Route { w, choose, how: by.router })?;
+                ids = g.chosen().to_vec();
+                for e in list.iter().filter(|e| ids.contains(&e.id)) {
+                    g.expert(e)?;
+                }
+                g.op(&Op::Combine { to: by.to, add })?;
+            }
+        } else if held {
             g.mixture(1, &norm, &router.weight, &params)?;
         } else {
             ids = g.route(&norm, &router.weight, &params)?.to_vec();
@@ -110,7 +155,10 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
             g.combine_experts()?;
         }
         let mut got = vec![0.0f32; rows * c.n];
-        g.engine.ws.x.read(0, &mut got)?;
+        match c.by {
+            Some(By { to: Act::Out, .. }) => g.engine.ws.acts.out.read(0, &mut got)?,
+            _ => g.engine.ws.x.read(0, &mut got)?,
+        }
         Ok((got.iter().map(|v| v.to_bits()).collect(), ids))
     };
     let mut firsts: [Option<Vec<u32>>; 2] = [None, None];
@@ -126,7 +174,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
         let first = first.get_or_insert_with(|| got[..c.n].to_vec());
         let other = first.iter().zip(&got).filter(|(a, b)| a != b).count();
         report.check(&format!("other bits of a row among {rows}: {name}"), other as f64, 0.0);
-        if rows == 512 {
+        if rows == 512 && c.by.is_none() {
             let of = |id: u32| ids.iter().filter(|i| **i == id).count();
             let wrong = of(1).abs_diff(512) + of(2);
             report.check(&format!("rows of expert 1 and of expert 2: {name}"), wrong as f64, 0.0);
