@@ -16,6 +16,8 @@ use nt::memory::Arena;
 fn dims(n_embd: usize, n_ff: usize) -> Dims {
     Dims {
         n_layers: 1,
+        n_blocks: 1,
+        expert_bytes: 0,
         n_embd,
         n_heads: 1,
         n_kv_heads: 1,

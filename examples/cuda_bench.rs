@@ -147,6 +147,8 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
     let m = make(device, s)?;
     let dims = Dims {
         n_layers: s.layers,
+        n_blocks: s.layers,
+        expert_bytes: 0,
         n_embd: s.embd,
         n_heads: s.heads,
         n_kv_heads: s.kv_heads,

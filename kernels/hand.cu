@@ -5,7 +5,7 @@
 struct HandArgs {
     const float* from;  // rows of n floats
     float* to;
-    const int* idx;     // the rows, in both; null for the first ones
+    const int* idx;     // the rows, in both, -1 for none; null for the first ones
     int n, rows;
 };
 ARGS_SIZE(HandArgs, 32); ARGS_FIELD(HandArgs, from, 0); ARGS_FIELD(HandArgs, to, 8); ARGS_FIELD(HandArgs, idx, 16);
@@ -17,8 +17,8 @@ extern "C" __global__ void __launch_bounds__(256) hand_rows(const __grid_constan
     pdl_launch();
     pdl_wait();
     const int at = (blockIdx.x * 256 + threadIdx.x) * 4;
-    const int row = a.idx ? a.idx[blockIdx.y] : blockIdx.y;
-    if (at >= a.n) return;
+    const int row = a.idx ? *(const volatile int*)(a.idx + blockIdx.y) : blockIdx.y;
+    if (at >= a.n || row < 0) return;
     const float* from = a.from + (size_t)row * a.n + at;
     float* to = a.to + (size_t)row * a.n + at;
     if (a.n % 4 == 0) {

@@ -118,17 +118,22 @@ struct ExpertsArgs {
     int how;               // ACTIVATE_*
     float limit;           // of that
     int add;               // to x, rather than in its place
+    int share;             // of what is chosen in RAM 256ths are for processors; then x has a row for each choice. -1: for none
+    const u8* landing;     // where the others in RAM have been brought, in the order of choices; null: they are read in RAM
+    u64 slot;              // bytes of one of them
 };
-ARGS_SIZE(ExpertsArgs, 120); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
+ARGS_SIZE(ExpertsArgs, 136); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
 ARGS_FIELD(ExpertsArgs, q, 16); ARGS_FIELD(ExpertsArgs, f, 24); ARGS_FIELD(ExpertsArgs, hidden, 32);
 ARGS_FIELD(ExpertsArgs, x, 40); ARGS_FIELD(ExpertsArgs, ids, 48); ARGS_FIELD(ExpertsArgs, weights, 56);
 ARGS_FIELD(ExpertsArgs, experts, 64); ARGS_FIELD(ExpertsArgs, used, 68); ARGS_FIELD(ExpertsArgs, n, 72);
 ARGS_FIELD(ExpertsArgs, ff, 76); ARGS_FIELD(ExpertsArgs, row_warps, 80); ARGS_FIELD(ExpertsArgs, piece, 84);
 ARGS_FIELD(ExpertsArgs, each, 88); ARGS_FIELD(ExpertsArgs, row_room, 92); ARGS_FIELD(ExpertsArgs, normalize, 96);
 ARGS_FIELD(ExpertsArgs, scale, 100); ARGS_FIELD(ExpertsArgs, how, 104); ARGS_FIELD(ExpertsArgs, limit, 108);
-ARGS_FIELD(ExpertsArgs, add, 112);
+ARGS_FIELD(ExpertsArgs, add, 112); ARGS_FIELD(ExpertsArgs, share, 116);
+ARGS_FIELD(ExpertsArgs, landing, 120); ARGS_FIELD(ExpertsArgs, slot, 128);
 
 #define TABLE 6  // addresses of an expert
+#define IN_RAM (1ull << 63)  // in the first of them
 
 #define DOWN_THREADS 512
 #define DOWN_WARPS (DOWN_THREADS / 32)
@@ -286,17 +291,47 @@ __device__ __forceinline__ float2 two_rows_plain(const u8* w0, const u8* w1, con
     return make_float2(warp_sum(acc0), warp_sum(acc1));
 }
 
+#define OF_PROCESSORS (-2)
+
+// Where a choice of a token is computed: OF_PROCESSORS, which have the first ones of those in RAM; its place among those that
+// are brought; -1 in device memory. By a warp, whose lane j has the j-th choice.
+__device__ __forceinline__ int site_of(const ExpertsArgs& a, int id, int lane) {
+    if (a.share < 0) return -1;
+    const bool ram = lane < a.used && (a.table[(size_t)id * TABLE] & IN_RAM);
+    const u32 all = __ballot_sync(0xffffffffu, ram);
+    const int most = (__popc(all) * a.share + 128) >> 8, mine = __popc(all & ((1u << lane) - 1));
+    return !ram ? -1 : mine < most ? OF_PROCESSORS : mine - most;
+}
+
+// Matrix `k` of an expert.
+__device__ __forceinline__ const u8* matrix_of(const ExpertsArgs& a, int id, int k, int site) {
+    const u64* row = a.table + (size_t)id * TABLE;
+    const u64 first = row[0] & ~IN_RAM, at = k == 0 ? first : row[k];
+    if (site < 0 || !a.landing) return (const u8*)at;
+    // As src/backend/cuda/handover.rs brings it.
+    const u64 low = min(first, min(row[1], row[2])) & ~127ull;
+    return a.landing + (size_t)site * a.slot + (at - low);
+}
+
 // Where gate and up of a pair's expert lie, then their biases: by the first warp of a block, for all of them behind a barrier.
+// Null if it is for processors.
 __device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int lane, const u8** at) {
     const int j = pair % a.used;
-    int id;
+    int id, site = -1;
     if (a.ids) {
-        id = (int)__ldcg(a.ids + pair);
+        const int mine = lane < a.used ? (int)__ldcg(a.ids + pair - j + lane) : 0;
+        id = __shfl_sync(0xffffffffu, mine, j);
+        site = __shfl_sync(0xffffffffu, site_of(a, mine, lane), j);
+        if (site == OF_PROCESSORS) {
+            if (lane < 4) at[lane] = nullptr;
+            return;
+        }
     } else {
         const Choice c = choose(a, pair / a.used, j + 1, lane);
         id = __shfl_sync(0xffffffffu, c.id, j);
     }
-    if (lane < 4) at[lane] = (const u8*)a.table[(size_t)id * TABLE + lane + lane / 2];
+    if (lane < 2) at[lane] = matrix_of(a, id, lane, site);
+    else if (lane < 4) at[lane] = (const u8*)a.table[(size_t)id * TABLE + lane + 1];
 }
 
 // What gate and up of a row become.
@@ -327,6 +362,11 @@ __device__ __forceinline__ void gate_up(const ExpertsArgs& a) {
         for (int i = tid - 32; i < nb * 5; i += (WARPS - 1) * 32) ((u64*)xs)[i] = __ldcg(src + i);
     }
     __syncthreads();
+    if (!at[0]) {
+        // What down quantises with the others'.
+        if (lane < n) a.hidden[(size_t)pair * a.ff + row0 + lane] = 0.0f;
+        return;
+    }
     const u8 *gate = at[0] + (size_t)row0 * row_bytes, *up = at[1] + (size_t)row0 * row_bytes;
     for (int i = 0; i < n; i++) {
         fetch_row<B>(mine + 2 * i * a.row_room, gate + (size_t)i * row_bytes, row_bytes, lane);
@@ -353,7 +393,7 @@ __device__ __forceinline__ void gate_up_plain(const ExpertsArgs& a) {
     __syncthreads();
     for (int i = 0; i < a.each; i++) {
         const int row = (blockIdx.x * WARPS + warp) * a.each + i;
-        if (row >= a.ff) return;
+        if (row >= a.ff || !at[0]) return;
         const size_t from = (size_t)row * a.n * P::BYTES;
         const float2 v = two_rows_plain<P>(at[0] + from, at[1] + from, a.f + (size_t)(pair / a.used) * a.n, a.n, lane);
         if (lane == 0) a.hidden[(size_t)pair * a.ff + row] = hidden_of(a, at, row, v);
@@ -372,14 +412,16 @@ __device__ __forceinline__ void find_experts(const ExpertsArgs& a, int t, Choice
     const int lane = threadIdx.x;
     if (lane < 32) {
         Choice mine = {0, 0.0f};
+        int site = -1;
         if (!a.ids) {
             mine = choose(a, t, a.used, lane);
         } else if (lane < a.used) {
             mine = {(int)__ldcg(a.ids + (size_t)t * a.used + lane), __ldcg(a.weights + (size_t)t * a.used + lane)};
         }
+        if (a.ids) site = site_of(a, mine.id, lane);
         if (lane < a.used) {
             const u64* row = a.table + (size_t)mine.id * TABLE;
-            c.at[lane] = (const u8*)row[2];
+            c.at[lane] = site == OF_PROCESSORS ? nullptr : matrix_of(a, mine.id, 2, site);
             c.bias[lane] = (const float*)row[5];
             c.weights[lane] = mine.weight;
         }
@@ -400,6 +442,13 @@ __device__ __forceinline__ void keep_pair(const ExpertsArgs& a, Choices& c, int 
 // x[t][row] += Σ weights[j] * out[j][row], or = that, in the order of `combine`; `x` is that row of the token.
 __device__ __forceinline__ void add_choices(const ExpertsArgs& a, const Choices& c, int row0, float* x) {
     const int r = threadIdx.x;
+    if (a.share >= 0) {
+        for (int i = r; i < a.used * a.each; i += DOWN_THREADS) {
+            const int j = i / a.each, row = row0 + i % a.each;
+            if (c.at[j] && row < a.n) x[(size_t)j * a.n + row] = c.out[i];
+        }
+        return;
+    }
     if (r >= a.each || row0 + r >= a.n) return;
     float s = 0.0f;
     for (int j = 0; j < a.used; j++) s = __fmaf_rn(c.weights[j], c.out[j * a.each + r], s);
@@ -422,6 +471,7 @@ __device__ __forceinline__ void down(const ExpertsArgs& a) {
         return c.at[item / half] + (size_t)min(row0 + item % half * 2 + i, a.n - 1) * row_bytes;
     };
     for (int item = warp; item < items; item += DOWN_WARPS) {
+        if (!c.at[item / half]) continue;
         fetch_row<B>(smem + 2 * item * a.row_room, source(item, 0), row_bytes, lane);
         fetch_row<B>(smem + (2 * item + 1) * a.row_room, source(item, 1), row_bytes, lane);
     }
@@ -445,13 +495,14 @@ __device__ __forceinline__ void down(const ExpertsArgs& a) {
     cp_wait<0>();
     __syncthreads();
     for (int item = warp; item < items; item += DOWN_WARPS) {
+        if (!c.at[item / half]) continue;
         const float2 v = two_rows<B>(a, smem + 2 * item * a.row_room + staged_at<B>(source(item, 0)),
                                      smem + (2 * item + 1) * a.row_room + staged_at<B>(source(item, 1)),
                                      xs + item / half * (a.ff / 32), a.ff, lane);
         if (lane == 0) keep_pair(a, c, item / half, row0 + item % half * 2, c.out + 2 * item, v);
     }
     __syncthreads();
-    add_choices(a, c, row0, a.x + (size_t)t * a.n);
+    add_choices(a, c, row0, a.x + (size_t)t * a.n * (a.share >= 0 ? a.used : 1));
 }
 
 template <class P>
@@ -465,13 +516,14 @@ __device__ __forceinline__ void down_plain(const ExpertsArgs& a) {
     for (int item = warp; item < a.used * half; item += DOWN_WARPS) {
         const int row = row0 + item % half * 2;
         const u8* w = c.at[item / half];
+        if (!w) continue;
         const size_t row_bytes = (size_t)a.ff * P::BYTES;
         const float2 v = two_rows_plain<P>(w + min(row, a.n - 1) * row_bytes, w + min(row + 1, a.n - 1) * row_bytes,
                                            a.hidden + (size_t)(t * a.used + item / half) * a.ff, a.ff, lane);
         if (lane == 0) keep_pair(a, c, item / half, row, c.out + 2 * item, v);
     }
     __syncthreads();
-    add_choices(a, c, row0, a.x + (size_t)t * a.n);
+    add_choices(a, c, row0, a.x + (size_t)t * a.n * (a.share >= 0 ? a.used : 1));
 }
 
 #define EXACT(T, GATE_UP, DOWN)                                                                                    \

@@ -14,7 +14,7 @@ use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
     Backend, BackendError, BackendKind, Both, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Hands,
-    Linear, MemoryUse, Norm, Pinned, RouterParams, Run, Weight,
+    Linear, MemoryUse, Norm, Pinned, RouterParams, Routing, Run, Share, Weight,
 };
 use nt::engine::{EngineError, Opened, Options, Session, Sites};
 use nt::gguf::TensorType;
@@ -46,6 +46,9 @@ struct Memory {
     panics_at: Arc<Mutex<u64>>,
     /// Operations are queued.
     ahead: bool,
+    /// Experts in RAM are computed by both sites; and (row, choice) pairs that processors had of those.
+    shares: bool,
+    shared: Arc<Mutex<usize>>,
 }
 
 struct Owned {
@@ -230,6 +233,11 @@ struct Detached {
     /// Those of the pass at hand: none of a prompt, whose units come through frames that are filled anew.
     queues: bool,
     queue: VecDeque<Queued>,
+    /// Experts of blocks that processors compute, too, whether each lies in RAM, and their share; and choices that were given.
+    shared: Vec<(Vec<Expert>, Vec<bool>, Share)>,
+    chosen: [Vec<u32>; 2],
+    answered: [Vec<u32>; 2],
+    used: usize,
 }
 
 /// An operation of a device that is called ahead.
@@ -238,6 +246,8 @@ enum Queued {
     Give(usize),
     Take(usize),
     TakeExperts(usize, Vec<u32>),
+    Mix(usize, Routing, usize),
+    EndMix(usize),
 }
 
 impl Detached {
@@ -263,6 +273,18 @@ impl Detached {
                         return Ok(());
                     }
                 },
+                Queued::Mix(layer, routing, place) => self.mix_now(layer, &routing, place)?,
+                Queued::EndMix(place) => match self.answers[place].take() {
+                    Some(rows) => {
+                        self.cpu.set_expert_rows(&self.answered[place], &rows);
+                        self.cpu.combine_experts()?;
+                        *self.memory.shared.lock().unwrap() += self.answered[place].len();
+                    }
+                    None => {
+                        self.queue.push_front(Queued::EndMix(place));
+                        return Ok(());
+                    }
+                },
                 Queued::TakeExperts(place, pairs) => match self.answers[place].take() {
                     Some(rows) => self.cpu.set_expert_rows(&pairs, &rows),
                     None => {
@@ -273,6 +295,27 @@ impl Detached {
             }
         }
         Ok(())
+    }
+
+    fn mix_now(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
+        let Routing::Softmax { norm, router, params } = routing else { panic!("a router of another kind") };
+        let ids = self.cpu.route(norm, router, params)?.to_vec();
+        self.given[place] = Some(self.cpu.routed_rows().to_vec());
+        let (list, in_ram, share) = &self.shared[layer];
+        let mut own = Vec::new();
+        for row in ids.chunks(self.used) {
+            let of_host = share.of(row.iter().filter(|id| in_ram[**id as usize]).count());
+            let mut seen = 0;
+            for id in row {
+                seen += usize::from(in_ram[*id as usize]);
+                if !in_ram[*id as usize] || seen > of_host {
+                    own.push(*id);
+                }
+            }
+        }
+        let own: Vec<Expert> = list.iter().filter(|e| own.contains(&e.id)).copied().collect();
+        self.chosen[place] = ids;
+        self.cpu.experts(&own)
     }
 
     /// Waits for all that was called. A device would wait for ever where this fails.
@@ -458,6 +501,35 @@ impl Hands for Detached {
         self.queue.push_back(Queued::TakeExperts(place, pairs.to_vec()));
         if self.ahead { Ok(()) } else { self.finish() }
     }
+    fn hold_shared(
+        &mut self,
+        layer: usize,
+        list: &[Expert],
+        in_ram: &[bool],
+        share: Share,
+    ) -> Result<bool, BackendError> {
+        self.shared.resize_with(self.shared.len().max(layer + 1), || (Vec::new(), Vec::new(), Share(0)));
+        self.shared[layer] = (list.to_vec(), in_ram.to_vec(), share);
+        Ok(self.memory.shares)
+    }
+    fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        self.queue.push_back(Queued::Mix(layer, *routing, place));
+        if self.ahead { Ok(()) } else { self.finish() }
+    }
+    fn given_routed(&mut self, place: usize) -> Result<(&[f32], &[u32]), BackendError> {
+        self.given(place)?;
+        Ok((self.given[place].as_ref().unwrap(), &self.chosen[place]))
+    }
+    fn end_mix(&mut self, place: usize, _routing: &Routing) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        self.queue.push_back(Queued::EndMix(place));
+        if self.ahead { Ok(()) } else { self.finish() }
+    }
+    fn answer_experts(&mut self, place: usize, pairs: &[u32], rows: &[f32]) {
+        self.answered[place] = pairs.to_vec();
+        self.answers[place] = Some(rows.to_vec());
+    }
     fn answer(&mut self, place: usize, rows: &[f32]) {
         self.answers[place] = Some(rows.to_vec());
     }
@@ -505,6 +577,10 @@ fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Sess
             ahead: memory.ahead,
             queues: false,
             queue: VecDeque::new(),
+            shared: Vec::new(),
+            chosen: Default::default(),
+            answered: Default::default(),
+            used: dims.n_experts_used,
         };
         match sites {
             Sites::One => Ok((Box::new(detached), None)),
@@ -691,9 +767,9 @@ fn two_sites() {
         let opened = Opened::open(&path).unwrap();
         let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
         let mut handed = HashSet::new();
-        for o in placements() {
-            let memory = Arc::new(Memory::default());
-            let what = format!("{:?} {:?} {:?} {:?}", o.tiers, o.n_buffers, o.vram, o.ram);
+        for (o, shares) in placements().into_iter().flat_map(|o| [(o.clone(), false), (o, true)]) {
+            let memory = Arc::new(Memory { shares, ..Memory::default() });
+            let what = format!("{:?} {:?} {:?} {:?}, shares {shares}", o.tiers, o.n_buffers, o.vram, o.ram);
             let mut session = start(&opened, Options { sites: Sites::Both, ..o }, &memory).unwrap();
             for _ in 0..2 {
                 assert!(logits(&mut session).unwrap() == want, "{what}");
@@ -717,10 +793,12 @@ fn two_sites() {
 #[test]
 fn two_sites_go_on_after_a_pass_that_was_given_up_and_end_with_the_device() {
     let d = tempfile::tempdir().unwrap();
-    for path in [tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf")] {
-        let opened = Opened::open(&path).unwrap();
+    let (dense, routed) = (tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf"));
+    for (path, shares) in [(&dense, false), (&routed, false), (&routed, true)] {
+        let opened = Opened::open(path).unwrap();
         let o = Options { tiers: Some(Tiers { a: 1, b: 3, c: 2 }), sites: Sites::Both, ..options() };
-        let memory = Arc::new(Memory::default());
+        let new = || Arc::new(Memory { shares, ..Memory::default() });
+        let memory = new();
         let mut session = start(&opened, o.clone(), &memory).unwrap();
         let want = logits(&mut session).unwrap();
         for after in 0..14 {
@@ -733,7 +811,7 @@ fn two_sites_go_on_after_a_pass_that_was_given_up_and_end_with_the_device() {
             assert!(logits(&mut session).unwrap() == want, "after {after}");
         }
         for calls in 0..60 {
-            let memory = Arc::new(Memory::default());
+            let memory = new();
             let mut session = start(&opened, o.clone(), &memory).unwrap();
             logits(&mut session).unwrap();
             *memory.gone_in.lock().unwrap() = Some(calls);
@@ -750,8 +828,9 @@ fn two_sites_go_on_after_a_pass_that_was_given_up_and_end_with_the_device() {
 #[test]
 fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
     let d = tempfile::tempdir().unwrap();
-    for path in [tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf")] {
-        let opened = Opened::open(&path).unwrap();
+    let (dense, routed) = (tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf"));
+    for (path, shares) in [(&dense, false), (&routed, false), (&routed, true)] {
+        let opened = Opened::open(path).unwrap();
         let cpu = |tokens: &[u32]| {
             let mut session = Session::new(&opened, options(), &mut |_, _| ()).unwrap();
             session.eval(&[1, 2, 3], Class::Bulk, Outputs::None, &|| false).unwrap();
@@ -762,10 +841,11 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
         // Attention and cache in the second memory, so that no frame is used behind its release.
         for vram in [650 << 10, 700 << 10] {
             let o = Options { vram: Some(vram), sites: Sites::Both, ..options() };
-            let memory = Arc::new(Memory { ahead: true, ..Memory::default() });
+            let memory = Arc::new(Memory { ahead: true, shares, ..Memory::default() });
             let mut session = start(&opened, o.clone(), &memory).unwrap();
             assert!(logits(&mut session).unwrap() == want, "{vram}");
             assert!(*memory.handed.lock().unwrap() > 0, "{vram}");
+            assert!((*memory.shared.lock().unwrap() > 0) == shares, "{vram}");
             for rows in [1, 2, 3, 8] {
                 let tokens: Vec<u32> = (0..rows).map(|i| 7 + i * 31).collect();
                 session.truncate(0);
@@ -783,8 +863,12 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
                 assert!(logits(&mut session).unwrap() == want, "after {after}");
             }
             for part in 1..9 {
-                let memory =
-                    Arc::new(Memory { ahead: true, panics_at: Arc::new(Mutex::new(part)), ..Memory::default() });
+                let memory = Arc::new(Memory {
+                    ahead: true,
+                    shares,
+                    panics_at: Arc::new(Mutex::new(part)),
+                    ..Memory::default()
+                });
                 let mut session = start(&opened, o.clone(), &memory).unwrap();
                 let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| logits(&mut session)));
                 assert!(panicked.is_err(), "part {part}");

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use super::cpu::CpuBackend;
 use super::{
-    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, Router, RouterParams, Run, Weight,
+    Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RouterParams, Routing, Run, Share,
+    Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PageId, StateOp};
@@ -54,6 +55,36 @@ pub trait Hands: Backend {
     /// for every pair of the routing; operations called from here on wait for it.
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError>;
 
+    /// Keeps where the experts of block `layer` lie, in RAM those of `in_ram`, of which `share` is for processors. Returns whether
+    /// [`Hands::mix`] may be called for the block.
+    fn hold_shared(
+        &mut self,
+        _layer: usize,
+        _list: &[Expert],
+        _in_ram: &[bool],
+        _share: Share,
+    ) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    /// Chooses experts, gives what they read and the choices to `place`, and computes those that are the device's.
+    fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError>;
+
+    /// Waits for what [`Hands::mix`] gave last at `place`, and returns it: rows, and the choices of each.
+    fn given_routed(&mut self, place: usize) -> Result<(&[f32], &[u32]), BackendError>;
+
+    /// Brings the experts in RAM that a single row has chosen and that are not for processors to the device, in the order of choices:
+    /// `list` as processors read them. Called for every [`Hands::mix`] of one row once its choices are known.
+    fn fetch(&mut self, _place: usize, _list: &[Expert]) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Adds the outputs of all experts up, the processors' from the answer at `place`, for which operations called from here on wait.
+    fn end_mix(&mut self, place: usize, routing: &Routing) -> Result<(), BackendError>;
+
+    /// Answers [`Hands::mix`] with the outputs of these (row, choice) pairs; `rows` has a row for every pair.
+    fn answer_experts(&mut self, place: usize, pairs: &[u32], rows: &[f32]);
+
     /// Answers at `place`: as many floats as will be taken.
     fn answer(&mut self, place: usize, rows: &[f32]);
 
@@ -77,10 +108,13 @@ struct Part {
     /// What each row has chosen, where there are experts.
     ids: Vec<u32>,
     answered: bool,
+    /// The block whose experts both sites compute.
+    layer: Option<usize>,
 }
 
 impl Part {
     fn clear(&mut self) {
+        self.layer = None;
         self.calls.clear();
         self.experts.clear();
         self.ids.clear();
@@ -118,6 +152,13 @@ pub struct Both {
     chosen: Vec<u32>,
     /// Which (row, choice) pairs are the host's.
     pairs: Vec<u32>,
+    /// By block: the experts that both sites compute, those in RAM as processors read them.
+    shared: Vec<Vec<Option<Expert>>>,
+    share: Share,
+    /// Choices of a row, and experts that processors compute for a part.
+    used: usize,
+    of_host: Vec<Expert>,
+    brought: Vec<Expert>,
     beside: Beside,
     name: &'static str,
 }
@@ -143,6 +184,11 @@ impl Both {
             ahead: 0,
             chosen: Vec::with_capacity(choices),
             pairs: Vec::with_capacity(choices),
+            shared: Vec::new(),
+            share: Share(0),
+            used: dims.n_experts_used,
+            of_host: Vec::with_capacity(dims.n_experts),
+            brought: Vec::with_capacity(dims.n_experts_used),
             beside: Beside::default(),
         })
     }
@@ -156,6 +202,9 @@ impl Both {
 
     /// Computes a part and hands it back.
     fn compute(&mut self, part: &Part) -> Result<(), BackendError> {
+        if let Some(layer) = part.layer {
+            return self.compute_shared(layer, part.place);
+        }
         let began = Instant::now();
         let rows = self.device.given(part.place)?;
         let given = Instant::now();
@@ -176,6 +225,44 @@ impl Both {
             }
         }
         self.device.answer(part.place, self.cpu.part());
+        self.beside.computed += given.elapsed();
+        Ok(())
+    }
+
+    /// Computes the experts of a block that are the processors'.
+    fn compute_shared(&mut self, layer: usize, place: usize) -> Result<(), BackendError> {
+        let began = Instant::now();
+        let (_, ids) = self.device.given_routed(place)?;
+        let given = Instant::now();
+        self.beside.waited += given - began;
+        let experts = self.shared.get(layer).map_or(&[][..], Vec::as_slice);
+        self.pairs.clear();
+        self.of_host.clear();
+        self.brought.clear();
+        let alone = ids.len() <= self.used;
+        for (row, chosen) in ids.chunks(self.used.max(1)).enumerate() {
+            let in_ram = || (0..).zip(chosen).filter_map(|(j, id)| Some((j, experts.get(*id as usize)?.as_ref()?)));
+            let most = self.share.of(in_ram().count());
+            if alone {
+                self.brought.extend(in_ram().skip(most).map(|(_, expert)| *expert));
+            }
+            for (j, expert) in in_ram().take(most) {
+                self.pairs.push((row * self.used) as u32 + j);
+                if !self.of_host.iter().any(|e| e.id == expert.id) {
+                    self.of_host.push(*expert);
+                }
+            }
+        }
+        if alone {
+            self.device.fetch(place, &self.brought)?;
+        }
+        if !self.pairs.is_empty() {
+            let (rows, ids) = self.device.given_routed(place)?;
+            self.cpu.begin_experts(rows, ids);
+            self.cpu.experts(&self.of_host)?;
+            self.beside.parts += 1;
+        }
+        self.device.answer_experts(place, &self.pairs, self.cpu.expert_rows());
         self.beside.computed += given.elapsed();
         Ok(())
     }
@@ -434,25 +521,32 @@ impl Backend for Both {
         self.device.hold_experts(layer, list)
     }
 
-    fn mixture(
-        &mut self,
-        layer: usize,
-        norm: &Norm,
-        router: &Weight,
-        params: &RouterParams,
-    ) -> Result<(), BackendError> {
-        self.device.mixture(layer, norm, router, params)
+    fn mixture(&mut self, layer: usize, routing: &Routing) -> Result<(), BackendError> {
+        self.device.mixture(layer, routing)
     }
 
-    fn mixture_by(
+    fn share_experts(
         &mut self,
         layer: usize,
-        w: &Linear,
-        choose: Option<Weight>,
-        how: Router,
-        sum: (Act, bool),
-    ) -> Result<(), BackendError> {
-        self.device.mixture_by(layer, w, choose, how, sum)
+        list: &[Expert],
+        of_host: &[Option<Expert>],
+        share: Share,
+    ) -> Result<bool, BackendError> {
+        let in_ram: Vec<bool> = of_host.iter().map(Option::is_some).collect();
+        if !self.device.hold_shared(layer, list, &in_ram, share)? {
+            return Ok(false);
+        }
+        self.share = share;
+        self.shared.resize_with(self.shared.len().max(layer + 1), Vec::new);
+        self.shared[layer] = of_host.to_vec();
+        Ok(true)
+    }
+
+    fn shared_mixture(&mut self, layer: usize, routing: &Routing) -> Result<(), BackendError> {
+        let mut part = self.new_part();
+        part.layer = Some(layer);
+        self.device.mix(layer, routing, part.place)?;
+        self.put_off(part, |device, part| device.end_mix(part.place, routing))
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {

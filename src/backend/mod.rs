@@ -152,8 +152,12 @@ pub struct Rope {
 /// Sizes that are fixed for a session; every workspace buffer follows from them.
 #[derive(Clone, Debug)]
 pub struct Dims {
-    /// Blocks (layers), one KV cache each.
+    /// Layers with a KV cache, one each.
     pub n_layers: usize,
+    /// Blocks of the model; those with recurrences have no KV cache.
+    pub n_blocks: usize,
+    /// Bytes of the largest expert; 0 if there are none.
+    pub expert_bytes: u64,
     /// Width of the residual stream.
     pub n_embd: usize,
     /// Query heads.
@@ -276,6 +280,42 @@ pub struct RouterParams {
     pub normalize: bool,
     /// Multiply the chosen weights by this (1 for none).
     pub scale: f32,
+}
+
+/// How the experts of a block are chosen, and where their sum goes.
+#[derive(Clone, Copy, Debug)]
+pub enum Routing {
+    /// [`Backend::route`] and [`Backend::combine_experts`].
+    Softmax {
+        /// Of what router and experts read.
+        norm: Norm,
+        /// The router.
+        router: Weight,
+        /// Its weights.
+        params: RouterParams,
+    },
+    /// [`Op::Route`] and [`Op::Combine`]. Weights do not multiply what experts read.
+    By {
+        /// Scores.
+        w: Linear,
+        /// Added to probabilities where experts are chosen.
+        choose: Option<Weight>,
+        /// The rest.
+        how: Router,
+        /// The activations that the sum goes to, in their place or added to them.
+        sum: (Act, bool),
+    },
+}
+
+/// How many of the experts in RAM that a row has chosen are for processors, in 256ths; a device reads the others over its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share(pub u32);
+
+impl Share {
+    /// Of so many choices, rounded.
+    pub fn of(self, choices: usize) -> usize {
+        ((choices as u64 * u64::from(self.0) + 128) >> 8) as usize
+    }
 }
 
 /// Why a backend could not do what was asked.
@@ -554,35 +594,34 @@ pub trait Backend {
         Ok(false)
     }
 
-    /// [`Backend::route`], [`Backend::experts`] with all that were chosen, and [`Backend::combine_experts`], with the same
-    /// bits and without waiting for the device. Only for a block whose experts are held.
+    /// What chooses experts, [`Backend::experts`] with all that were chosen, and their sum, with the bits of these calls and without
+    /// waiting for the device. Only for a block whose experts are held.
     ///
     /// # Errors
     /// [`BackendError::Pass`] for any other.
-    fn mixture(
-        &mut self,
-        layer: usize,
-        _norm: &Norm,
-        _router: &Weight,
-        _params: &RouterParams,
-    ) -> Result<(), BackendError> {
+    fn mixture(&mut self, layer: usize, _routing: &Routing) -> Result<(), BackendError> {
         Err(BackendError::Pass { backend: self.name(), what: format!("the experts of block {layer} are not held") })
     }
 
-    /// [`Op::Route`], [`Backend::experts`] with all that were chosen, and [`Op::Combine`] to the activations of `sum`, in their place or
-    /// added to them, as [`Backend::mixture`]. Weights do not multiply what experts read.
+    /// Keeps where the experts of block `layer` lie that both sites compute: `list` as the device reads them, all of them, and
+    /// `of_host` those in RAM as processors do. Returns whether [`Backend::shared_mixture`] may be called for the block.
+    fn share_experts(
+        &mut self,
+        _layer: usize,
+        _list: &[Expert],
+        _of_host: &[Option<Expert>],
+        _share: Share,
+    ) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    /// [`Backend::mixture`] of exact rows by both sites: of a row's choices in RAM processors compute as many as [`Share`] says, the
+    /// first ones; the device the others.
     ///
     /// # Errors
-    /// [`BackendError::Pass`] where the experts are not held.
-    fn mixture_by(
-        &mut self,
-        layer: usize,
-        _w: &Linear,
-        _choose: Option<Weight>,
-        _how: Router,
-        _sum: (Act, bool),
-    ) -> Result<(), BackendError> {
-        Err(BackendError::Pass { backend: self.name(), what: format!("the experts of block {layer} are not held") })
+    /// [`BackendError::Pass`] for a block whose experts are not shared.
+    fn shared_mixture(&mut self, layer: usize, _routing: &Routing) -> Result<(), BackendError> {
+        Err(BackendError::Pass { backend: self.name(), what: format!("the experts of block {layer} are not shared") })
     }
 
     /// `h = norm(X)` for the head; the rows present are the outputs. Called once for each class that has outputs, exact

@@ -2,7 +2,7 @@
 
 use super::steps::schedule;
 use super::weights::Beside;
-use crate::backend::Class;
+use crate::backend::{Class, Share};
 use crate::flow::Step;
 use crate::memory::Region;
 use crate::model::{Model, UnitKind};
@@ -72,6 +72,7 @@ pub(super) fn beside(
     chosen: &[bool],
     in_ram: &[Option<Region>],
     apart: Vec<u64>,
+    share: Share,
 ) -> Beside {
     let steps = |class: Class| {
         let streams = |u: usize| plan.homes[u] != Home::A && !(class == Class::Exact && chosen[u]);
@@ -86,7 +87,16 @@ pub(super) fn beside(
         steps,
         // What the flow begins with.
         class: Class::Bulk,
+        share,
     }
+}
+
+/// How many of a row's experts in RAM are for processors, so that they and a device that reads the others over its link end
+/// together: in steps of a twentieth, as rates are.
+pub(super) fn share(rates: &SiteRates) -> Share {
+    let rates = rates.rounded();
+    let twentieths = (20.0 * rates.ram / (rates.ram + rates.link)).round();
+    Share((twentieths * 256.0 / 20.0).round() as u32)
 }
 
 /// The plan as passes of exact rows see it: what processors compute in RAM is brought nowhere.

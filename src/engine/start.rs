@@ -12,7 +12,7 @@ use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, s
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{
-    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent,
+    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent, Share,
 };
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
@@ -160,12 +160,17 @@ impl Session {
         let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
+        let site_rates = |threads| rates.unwrap_or_else(|| here::site_rates(threads));
         let chosen = backend.computes_in_ram().and_then(|threads| {
-            beside::choose(&model, &plan, options.sites, &|| rates.unwrap_or_else(|| here::site_rates(threads)))
+            let units = beside::choose(&model, &plan, options.sites, &|| site_rates(threads))?;
+            let routed = units.iter().zip(&model.units).any(|(c, u)| *c && matches!(u.kind, UnitKind::Expert { .. }));
+            // Processors compute all of what no router chooses.
+            let share = if routed { beside::share(&site_rates(threads)) } else { Share(256) };
+            Some((units, share))
         });
         let guesses = chosen.is_some() && options.sites == Sites::Auto;
         notes.extend(guesses.then(here::guessed_sites).flatten());
-        let links = links(&model, &plan, chosen.as_deref(), places.device.is_some());
+        let links = links(&model, &plan, chosen.as_ref().map(|(units, _)| units.as_slice()), places.device.is_some());
         let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
 
@@ -182,8 +187,8 @@ impl Session {
         let traced = options.timeline && places.device.is_none();
         let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
-        weights.beside =
-            chosen.map(|chosen| beside::beside(&model, &plan, &chosen, &places.in_ram, apart.in_ram.clone()));
+        weights.beside = chosen
+            .map(|(units, share)| beside::beside(&model, &plan, &units, &places.in_ram, apart.in_ram.clone(), share));
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
         if let Some(r) = &dims.recurrent {
             pages = pages.with_states(r.sequences);
@@ -567,6 +572,8 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
     let h = &model.hparams;
     Dims {
         n_layers: model.cached.len(),
+        n_blocks: h.n_layers,
+        expert_bytes: model.largest_expert(),
         n_embd: h.n_embd,
         n_heads: h.n_heads,
         n_kv_heads: h.n_kv_heads,

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::Class;
+use crate::backend::{Class, Share};
 use crate::flow::{Feed, Flow, Place, Step};
 use crate::model::{HELD, WeightError, WeightSource};
 use crate::pipeline::{EventKind, UnitLayout};
@@ -48,6 +48,8 @@ pub(super) struct Beside {
     pub holes: [bool; 2],
     /// What the flow brings now.
     pub class: Class,
+    /// How many of a row's experts in RAM processors compute; the device reads the others.
+    pub share: Share,
 }
 
 impl Weights {
@@ -194,8 +196,27 @@ impl WeightSource for Weights {
         Some(base + self.layouts[unit].span_offsets[span])
     }
 
+    fn at_rest_in_ram(&self, unit: usize, span: usize) -> Option<u64> {
+        let beside = self.beside.as_ref().filter(|_| !self.traced)?;
+        if unit == HELD {
+            return beside.apart.get(span).copied();
+        }
+        Some(beside.units[unit]? + self.layouts[unit].span_offsets[span])
+    }
+
+    fn share(&self) -> Option<Share> {
+        self.beside.as_ref().map(|b| b.share)
+    }
+
     fn used(&mut self, units: Range<usize>, chosen: usize) {
-        let n = units.len().max(1);
-        self.bytes += self.unit_bytes[units].iter().sum::<u64>() / n as u64 * chosen as u64;
+        let n = units.len().max(1) as u64;
+        let (all, chosen) = (self.unit_bytes[units.clone()].iter().sum::<u64>(), chosen as u64);
+        self.bytes += all / n * chosen;
+        if let Some(beside) = self.beside.as_ref().filter(|b| b.class == Class::Exact) {
+            // As many of each as there are, on average.
+            let in_ram = units.filter(|u| beside.units[*u].is_some());
+            let in_ram: u64 = in_ram.map(|u| self.unit_bytes[u]).sum();
+            self.beside_bytes += in_ram / n * chosen * u64::from(beside.share.0) / 256;
+        }
     }
 }

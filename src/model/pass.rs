@@ -6,7 +6,7 @@ use super::tape::{Call, Calls, Tape};
 use smallvec::SmallVec;
 use std::ops::Range;
 
-use crate::backend::{Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Run, Weight};
+use crate::backend::{Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Routing, Run, Share, Weight};
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -15,8 +15,8 @@ pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, Default)]
 pub struct Scratch {
     demanded: Vec<usize>,
-    /// By stage, whether the backend holds its experts; empty before the first pass.
-    resting: Vec<bool>,
+    /// By stage, how its experts are computed; empty before the first pass.
+    resting: Vec<Rest>,
     /// Final hidden states of the last pass that had them.
     hidden: Vec<f32>,
 }
@@ -64,6 +64,17 @@ pub trait WeightSource {
 
     /// Address of a span of a unit that stays where it is as long as the backend is; `None` for any other.
     fn at_rest(&self, _unit: usize, _span: usize) -> Option<u64> {
+        None
+    }
+
+    /// Address in RAM of a span of a unit that processors beside a device compute where it rests, in passes of exact rows; with
+    /// [`super::HELD`] of a vector that is held apart.
+    fn at_rest_in_ram(&self, _unit: usize, _span: usize) -> Option<u64> {
+        None
+    }
+
+    /// How many of a row's experts in RAM are for processors, where a device reads the others.
+    fn share(&self) -> Option<Share> {
         None
     }
 
@@ -163,7 +174,7 @@ pub fn forward(
     pass.hidden = batch.hidden.then_some(&mut scratch.hidden);
     pass.resting = &scratch.resting;
     // The router's answer is waited for in the middle of a pass, except where all experts rest.
-    let waits = model.stages.iter().zip(&scratch.resting).any(|(s, rest)| s.experts.is_some() && !rest);
+    let waits = model.stages.iter().zip(&scratch.resting).any(|(s, rest)| s.experts.is_some() && *rest != Rest::Here);
     if !batch.is_one_token() || waits || !pass.source.stays() {
         pass.all(stop)?;
         // Whoever waits for the device next need not know of what was put off.
@@ -179,39 +190,62 @@ pub fn forward(
     if done? { Ok(()) } else { pass.all(stop) }
 }
 
+/// How the experts of a stage are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// One by one: some are brought.
+    No,
+    /// By one call: all rest in the backend's memory.
+    Here,
+    /// Exact rows by one call: all rest, some of them in RAM, which processors beside a device read.
+    Shared,
+}
+
 /// Has the backend hold the experts of each stage that all rest, and says of which it does.
 fn resting(
     (model, tape): (&Model, &Tape),
     backend: &mut dyn Backend,
     source: &dyn WeightSource,
-) -> Result<Vec<bool>, ForwardError> {
+) -> Result<Vec<Rest>, ForwardError> {
+    let here = |t: &TensorRef| match t.unit {
+        HELD => Some(source.span(HELD, t.span)),
+        unit => source.at_rest(unit, t.span),
+    };
+    let in_ram = |t: &TensorRef| source.at_rest_in_ram(t.unit, t.span);
+    type At<'a> = &'a dyn Fn(&TensorRef) -> Option<u64>;
+    let expert = |id: usize, how, l: &[LinearRef; 3], matrices: At<'_>, vectors: At<'_>| {
+        let linear = |l: &LinearRef| {
+            let bias = match &l.bias {
+                Some(bias) => Some(bound(vectors(bias)?, bias)),
+                None => None,
+            };
+            Some(Linear { weight: bound(matrices(&l.weight)?, &l.weight), bias })
+        };
+        let [gate, up, down] = [linear(&l[0])?, linear(&l[1])?, linear(&l[2])?];
+        Some(Expert { id: id as u32, gate, up, down, how })
+    };
     let stages = model.stages.iter().zip(&tape.stages);
-    let of = |(stage, calls): (&Stage, &Calls)| -> Result<bool, ForwardError> {
+    let of = |(stage, calls): (&Stage, &Calls)| -> Result<Rest, ForwardError> {
         // One call makes what these would.
         match (calls.with.last(), calls.after.first().and_then(sum_of)) {
             (Some(Call::Route { .. }), Some((Act::X, true))) => {}
             (Some(Call::Op(Op::Route { how, .. })), Some(_)) if !how.on_input => {}
-            _ => return Ok(false),
+            _ => return Ok(Rest::No),
         }
         let (Some(block), Some(experts)) = (stage.block, &stage.experts) else {
-            return Ok(false);
+            return Ok(Rest::No);
         };
-        let at = |t: &TensorRef| match t.unit {
-            HELD => Some(bound(source.span(HELD, t.span), t)),
-            unit => source.at_rest(unit, t.span).map(|addr| bound(addr, t)),
-        };
-        let linear = |l: &LinearRef| {
-            let bias = match &l.bias {
-                Some(bias) => Some(at(bias)?),
-                None => None,
-            };
-            Some(Linear { weight: at(&l.weight)?, bias })
-        };
-        let expert = |(id, [gate, up, down]): (usize, &[LinearRef; 3])| {
-            Some(Expert { id: id as u32, gate: linear(gate)?, up: linear(up)?, down: linear(down)?, how: experts.how })
-        };
-        let list: Option<Vec<Expert>> = experts.list.iter().enumerate().map(expert).collect();
-        Ok(list.map_or(Ok(false), |list| backend.hold_experts(block, &list))?)
+        let all = || experts.list.iter().enumerate();
+        let list: Option<Vec<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &here, &here)).collect();
+        if let Some(list) = list {
+            return Ok(if backend.hold_experts(block, &list)? { Rest::Here } else { Rest::No });
+        }
+        let Some(share) = source.share() else { return Ok(Rest::No) };
+        let either = |t: &TensorRef| here(t).or_else(|| in_ram(t));
+        let list: Option<Vec<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &either, &here)).collect();
+        let Some(list) = list else { return Ok(Rest::No) };
+        let of_host: Vec<Option<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &in_ram, &in_ram)).collect();
+        Ok(if backend.share_experts(block, &list, &of_host, share)? { Rest::Shared } else { Rest::No })
     };
     stages.map(of).collect()
 }
@@ -290,7 +324,7 @@ struct Pass<'a> {
     keeps: bool,
     demanded: &'a mut Vec<usize>,
     /// By stage, whether the backend holds its experts; empty for none.
-    resting: &'a [bool],
+    resting: &'a [Rest],
     /// Where final hidden states go, where they are wanted in place of logits.
     hidden: Option<&'a mut Vec<f32>>,
 }
@@ -416,7 +450,10 @@ impl<'a> Pass<'a> {
     /// A stage: the calls with its unit, then those with the experts that they chose.
     fn stage(&mut self, i: usize) -> Result<(), ForwardError> {
         let (stage, calls) = (&self.model.stages[i], &self.tape.stages[i]);
-        let rest = self.resting.get(i).copied().unwrap_or(false);
+        let rest = match self.resting.get(i).copied().unwrap_or(Rest::No) {
+            Rest::Shared if *self.classes != [Class::Exact] => Rest::No,
+            rest => rest,
+        };
         self.acquire(stage.unit)?;
         self.demanded.clear();
         let in_ram = self.source.in_ram(stage.unit);
@@ -424,7 +461,7 @@ impl<'a> Pass<'a> {
             self.backend.begin_part()?;
         }
         let of_host = |l: &[LinearRef; 3]| self.source.in_ram(l[0].weight.unit);
-        if stage.experts.as_ref().is_some_and(|e| e.list.iter().any(of_host)) {
+        if rest == Rest::No && stage.experts.as_ref().is_some_and(|e| e.list.iter().any(of_host)) {
             self.backend.expect_experts_in_ram();
         }
         let mut left = [true; 2];
@@ -443,15 +480,10 @@ impl<'a> Pass<'a> {
                         self.rows[class as usize] = outputs.len();
                     }
                 }
-                match (call, stage.block) {
-                    (Call::Route { norm, router, params }, Some(block)) if rest => {
-                        let (norm, router) = (self.norm(norm), self.weight(router));
-                        self.backend.mixture(block, &norm, &router, params)?;
-                    }
-                    (Call::Op(Op::Route { w, choose, how }), Some(block)) if rest => {
-                        let (w, choose) = (self.linear(w), choose.map(|t| self.weight(&t)));
-                        let Some(sum) = calls.after.first().and_then(sum_of) else { continue };
-                        self.backend.mixture_by(block, &w, choose, *how, sum)?;
+                match (stage.block, self.routing(call, calls)) {
+                    (Some(block), Some(routing)) if rest == Rest::Here => self.backend.mixture(block, &routing)?,
+                    (Some(block), Some(routing)) if rest == Rest::Shared => {
+                        self.backend.shared_mixture(block, &routing)?;
                     }
                     _ => self.call(call, stage.experts.as_ref())?,
                 }
@@ -469,7 +501,7 @@ impl<'a> Pass<'a> {
             None => self.release(stage.unit),
             Some(experts) => {
                 self.release(stage.unit)?;
-                if rest {
+                if rest != Rest::No {
                     // A hole that others fill is closed without any.
                     self.source.demand(&mut []).map_err(ForwardError::Weights)?;
                     let rows = self.classes.iter().map(|c| self.rows[*c as usize]).sum();
@@ -480,12 +512,28 @@ impl<'a> Pass<'a> {
                 for &class in self.classes {
                     self.turn_to(class);
                     // Where experts rest, their sum has been made.
-                    for call in calls.after.iter().skip(usize::from(rest)) {
+                    for call in calls.after.iter().skip(usize::from(rest != Rest::No)) {
                         self.call(call, None)?;
                     }
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// What chooses experts, if `call` does.
+    fn routing(&self, call: &Call, calls: &Calls) -> Option<Routing> {
+        match call {
+            Call::Route { norm, router, params } => {
+                Some(Routing::Softmax { norm: self.norm(norm), router: self.weight(router), params: *params })
+            }
+            Call::Op(Op::Route { w, choose, how }) => Some(Routing::By {
+                w: self.linear(w),
+                choose: choose.map(|t| self.weight(&t)),
+                how: *how,
+                sum: calls.after.first().and_then(sum_of)?,
+            }),
+            _ => None,
         }
     }
 

@@ -256,6 +256,12 @@ impl Model {
         self.width(Act::Hidden).max(self.width(Act::Up))
     }
 
+    /// Bytes of the largest routed expert; 0 if there is none.
+    pub fn largest_expert(&self) -> u64 {
+        let routed = self.units.iter().filter(|u| matches!(u.kind, UnitKind::Expert { .. }));
+        routed.map(UnitSpec::bytes).max().unwrap_or(0)
+    }
+
     /// The widest rows that a product writes to a buffer; 0 if none does.
     pub fn width(&self, act: Act) -> usize {
         let ops = self.stages.iter().flat_map(|s| &s.ops);

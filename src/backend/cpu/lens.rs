@@ -166,6 +166,8 @@ mod tests {
     fn dims(n_experts: usize, n_ctx: usize) -> Dims {
         Dims {
             n_layers: 3,
+            n_blocks: 3,
+            expert_bytes: 0,
             n_embd: 96,
             n_heads: 6,
             n_kv_heads: 2,

@@ -12,6 +12,8 @@ impl CpuBackend {
     pub fn for_parts(dims: &Dims, threads: usize) -> Result<CpuBackend, BackendError> {
         let small = Dims {
             n_layers: 0,
+            n_blocks: 0,
+            expert_bytes: 0,
             n_vocab: 1,
             max_batch: dims.max_batch.min(EXACT_ROWS),
             max_outputs: 1,

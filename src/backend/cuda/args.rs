@@ -351,6 +351,9 @@ pub(super) struct ExpertsArgs {
     pub how: i32,
     pub limit: f32,
     pub add: i32,
+    pub share: i32,
+    pub landing: u64,
+    pub slot: u64,
 }
 
 /// Bulk rows by expert.
@@ -387,7 +390,7 @@ pub(super) struct GroupedArgs {
 
 layouts! {
     RouterArgs 64 { x 0, norm 8, w 16, f 24, q 32, scores 40, n 48, experts 52, eps 56 }
-    ExpertsArgs 120 { table 0, scores 8, q 16, f 24, hidden 32, x 40, ids 48, weights 56, experts 64, used 68, n 72, ff 76, row_warps 80, piece 84, each 88, row_room 92, normalize 96, scale 100, how 104, limit 108, add 112 }
+    ExpertsArgs 136 { table 0, scores 8, q 16, f 24, hidden 32, x 40, ids 48, weights 56, experts 64, used 68, n 72, ff 76, row_warps 80, piece 84, each 88, row_room 92, normalize 96, scale 100, how 104, limit 108, add 112, share 116, landing 120, slot 128 }
     SortArgs 48 { ids 0, lists 8, tiles 16, pairs 24, used 28, experts 32, each 36, most 40 }
     GroupedArgs 88 { table 0, tiles 8, x 16, scale 24, from 32, to 40, out 48, rows 64, cols 68, pitch 72, stride 76, first 80 }
     GemvArgs 184 { w 0, bias 24, out 48, rows 72, stride 84, segments 96, cols 100, tokens 104, mode 108, x 112, in_idx 120, out_idx 128, hidden_q 136, raw 144, norm 152, eps 160, row_warps 164, piece 168, stages 172, run_pitch 176 }

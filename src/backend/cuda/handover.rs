@@ -10,14 +10,17 @@ use cudarc::driver::sys;
 
 use super::args::HandArgs;
 use super::driver::{Device, PinnedBuffer, Stream, check, device_error};
+use super::workspace::landing_slot;
 use super::{CudaBackend, no_experts};
 use crate::backend::both::PLACES;
-use crate::backend::{BackendError, Dims, EXACT_ROWS, Hands, Norm, RouterParams, Weight};
+use crate::backend::{BackendError, Dims, EXACT_ROWS, Expert, Hands, Norm, RouterParams, Routing, Share, Weight};
 
 /// Words between two that are written by different sides: cache lines come in pairs.
 const APART: usize = 32;
 /// Looks at a word before the clock is looked at.
 const SPINS: u32 = 2000;
+/// Behind a list of pairs.
+const NO_PAIR: u32 = u32::MAX;
 /// Longest wait for the GPU: no pass takes nearly as long.
 const WAIT_MAX: Duration = Duration::from_secs(120);
 
@@ -28,8 +31,12 @@ pub(super) struct Handover {
     answers: [PinnedBuffer<f32>; PLACES],
     /// Numbers of the pairs whose outputs are taken.
     pairs: [PinnedBuffer<u32>; PLACES],
-    /// For each place: how often something was given, and answered.
+    /// Choices of the rows that were given.
+    ids: [PinnedBuffer<u32>; PLACES],
+    /// For each place: how often something was given, and answered; then how often experts were brought.
     words: PinnedBuffer<u32>,
+    /// Brings experts.
+    copies: Stream,
     /// The GPU did not come in time: it is not waited for again.
     lost: bool,
     /// Operations may be called behind a wait.
@@ -55,7 +62,9 @@ impl Handover {
             given: [floats(rows)?, floats(rows)?],
             answers: [floats(rows.max(pairs))?, floats(rows.max(pairs))?],
             pairs: [device.alloc_pinned(pairs, "pairs")?, device.alloc_pinned(pairs, "pairs")?],
-            words: device.alloc_pinned(2 * PLACES * APART, "words")?,
+            ids: [device.alloc_pinned(pairs, "choices")?, device.alloc_pinned(pairs, "choices")?],
+            words: device.alloc_pinned(3 * PLACES * APART, "words")?,
+            copies: device.stream()?,
             lost: false,
             ahead: launches_ahead(),
             uses: [0; PLACES],
@@ -64,7 +73,7 @@ impl Handover {
     }
 
     fn word(&self, number: usize) -> (&AtomicU32, u64) {
-        assert!(number < 2 * PLACES, "word {number}");
+        assert!(number < 3 * PLACES, "word {number}");
         // SAFETY: within the buffer, which has as many words, each with its distance.
         let at = unsafe { self.words.ptr().add(number * APART) };
         // SAFETY: the word stays as long as the buffer, and is touched as an atomic alone.
@@ -74,6 +83,11 @@ impl Handover {
     /// The word that says what was given at `place`, and its address.
     fn given_word(&self, place: usize) -> (&AtomicU32, u64) {
         self.word(2 * place)
+    }
+
+    /// The word that says which experts were brought.
+    fn landed_word(&self, place: usize) -> (&AtomicU32, u64) {
+        self.word(2 * PLACES + place)
     }
 
     /// The word that says what was answered.
@@ -89,6 +103,15 @@ fn address<T: bytemuck::Pod>(buffer: &PinnedBuffer<T>) -> u64 {
 /// Whether a launch returns before the kernel has run: not for debuggers that ask the driver for that.
 fn launches_ahead() -> bool {
     std::env::var_os("CUDA_LAUNCH_BLOCKING").is_none_or(|v| v == "0")
+}
+
+/// Where an expert's matrices begin in RAM, on a line, and the bytes from there to their end.
+fn extent(e: &Expert) -> (u64, u64) {
+    let all = [&e.gate.weight, &e.up.weight, &e.down.weight];
+    let bytes = |w: &Weight| w.ty.row_bytes(w.cols).unwrap_or(0) as u64 * w.rows as u64;
+    let low = all.iter().map(|w| w.addr).min().unwrap_or(0) & !127;
+    let end = all.iter().map(|w| w.addr + bytes(w)).max().unwrap_or(0);
+    (low, end - low)
 }
 
 fn none() -> BackendError {
@@ -220,6 +243,95 @@ impl Hands for CudaBackend {
         unsafe { self.hand_rows(answer, out, idx, n, pairs.len()) }
     }
 
+    fn hold_shared(
+        &mut self,
+        layer: usize,
+        list: &[Expert],
+        in_ram: &[bool],
+        share: Share,
+    ) -> Result<bool, BackendError> {
+        // Experts in RAM are brought in one copy each.
+        let slot = landing_slot(&self.dims);
+        if list.iter().zip(in_ram).any(|(e, ram)| *ram && extent(e).1 > slot) {
+            return Ok(false);
+        }
+        self.hold_shared_at(layer, list, in_ram, share)
+    }
+
+    fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
+        let (rows, used) = (self.tokens, self.dims.n_experts_used);
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        if rows * used > h.ids[place].as_slice().len() {
+            return Err(device_error(format!("{rows} rows are too many for processors")));
+        }
+        let to = address(&h.ids[place]);
+        self.mix_at(layer, routing, |gpu| {
+            let ids = gpu.engine.ws.moe.as_ref().ok_or_else(no_experts)?.ids.addr();
+            // SAFETY: both hold a word for each choice, as checked above; the host has read the last ones of this place.
+            unsafe { gpu.hand_rows(ids, to, 0, used, rows)? };
+            gpu.give_routed(place)?;
+            if rows > 1 {
+                return Ok(false);
+            }
+            let h = gpu.handover.as_ref().ok_or_else(none)?;
+            // SAFETY: a word of the buffer; [`Hands::fetch`] has it written, or [`Hands::answer_all`].
+            unsafe { gpu.engine.stream.await_word(h.landed_word(place).1, h.uses[place])? };
+            Ok(true)
+        })
+    }
+
+    fn given_routed(&mut self, place: usize) -> Result<(&[f32], &[u32]), BackendError> {
+        self.given(place)?;
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        let floats = h.floats[place];
+        let choices = floats / self.dims.n_embd.max(1) * self.dims.n_experts_used;
+        Ok((&h.given[place].as_slice()[..floats], &h.ids[place].as_slice()[..choices]))
+    }
+
+    fn fetch(&mut self, place: usize, list: &[Expert]) -> Result<(), BackendError> {
+        let landing = &self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.landing;
+        let slot = landing_slot(&self.dims);
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        for (i, e) in (0..).zip(list) {
+            let (low, bytes) = extent(e);
+            if bytes > slot || i >= self.dims.n_experts_used as u64 {
+                return Err(device_error(format!("expert {} of {bytes} bytes has no room", e.id)));
+            }
+            // SAFETY: the extent lies in the arena, which outlives this (`share_experts`); the slot has room, and the kernels that
+            // read it wait for the word behind this copy, as this waits for the router behind those before.
+            unsafe { h.copies.upload(low as *const u8, landing.addr() + i * slot, bytes as usize)? };
+        }
+        // SAFETY: a word of the buffer.
+        unsafe { h.copies.write_word(h.landed_word(place).1, h.uses[place]) }
+    }
+
+    fn end_mix(&mut self, place: usize, routing: &Routing) -> Result<(), BackendError> {
+        let (n, all) = (self.dims.n_embd, self.tokens * self.dims.n_experts_used);
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        let idx = address(&h.pairs[place]);
+        let answer = self.await_answer(place)?;
+        let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
+        self.engine.ws.rooms.check("experts of processors", out, (all * n * 4) as u64)?;
+        // SAFETY: an answer and the outputs have a row for each pair, and the list a word, which names one of them or none; the host
+        // writes it before the word that is waited for.
+        unsafe { self.hand_rows(answer, out, idx, n, all)? };
+        self.sum(routing)
+    }
+
+    fn answer_experts(&mut self, place: usize, pairs: &[u32], rows: &[f32]) {
+        let n = self.dims.n_embd;
+        let Some(h) = &mut self.handover else { return };
+        let to = h.answers[place].as_mut_slice();
+        for pair in pairs {
+            let at = *pair as usize * n;
+            to[at..at + n].copy_from_slice(&rows[at..at + n]);
+        }
+        let list = h.pairs[place].as_mut_slice();
+        list[..pairs.len()].copy_from_slice(pairs);
+        list[pairs.len()..].fill(NO_PAIR);
+        h.answer_word(place).0.store(h.uses[place], Ordering::Release);
+    }
+
     fn answer(&mut self, place: usize, rows: &[f32]) {
         let Some(h) = &mut self.handover else { return };
         h.answers[place].as_mut_slice()[..rows.len()].copy_from_slice(rows);
@@ -230,12 +342,14 @@ impl Hands for CudaBackend {
         let Some(h) = &self.handover else { return };
         for place in 0..PLACES {
             h.answer_word(place).0.store(h.uses[place], Ordering::Release);
+            h.landed_word(place).0.store(h.uses[place], Ordering::Release);
         }
         if h.lost {
             return;
         }
         // What is left of the pass runs out on what is there.
-        let _ = self.engine.device.bind().and_then(|()| self.engine.stream.synchronize());
+        let _ = self.engine.device.bind().and_then(|()| h.copies.synchronize());
+        let _ = self.engine.stream.synchronize();
     }
 }
 

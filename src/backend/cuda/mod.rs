@@ -29,8 +29,8 @@ pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffe
 pub use transfer::Transfer;
 
 use super::{
-    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, Router, RouterParams,
-    Run, Scores, Weight,
+    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, RouterParams, Routing,
+    Run, Scores, Share, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
@@ -66,6 +66,8 @@ pub struct CudaBackend {
     grouped: bool,
     /// By layer, experts whose addresses are in the tables.
     resting: Vec<Option<moe::Resting>>,
+    /// Those that processors compute, too.
+    shared: Vec<Option<(moe::Resting, Share)>>,
     /// Pages of the sequence at hand, as they are in the GPU's memory.
     table: Vec<PageId>,
     /// The way to processors and back, where there is one.
@@ -117,6 +119,7 @@ impl CudaBackend {
             expert_starts: vec![0; dims.n_experts + 1],
             grouped: false,
             resting: Vec::new(),
+            shared: Vec::new(),
             table: (0..dims.pages() as PageId).collect(),
             recorder: Recorder::new(),
             handover: Handover::new(device, dims)?,
@@ -621,25 +624,8 @@ impl Backend for CudaBackend {
         self.hold(layer, list)
     }
 
-    fn mixture(
-        &mut self,
-        layer: usize,
-        norm: &Norm,
-        router: &Weight,
-        params: &RouterParams,
-    ) -> Result<(), BackendError> {
-        self.mixture_at(layer, norm, router, params)
-    }
-
-    fn mixture_by(
-        &mut self,
-        layer: usize,
-        w: &Linear,
-        choose: Option<Weight>,
-        how: Router,
-        sum: (Act, bool),
-    ) -> Result<(), BackendError> {
-        self.mixture_by(layer, w, choose, how, sum)
+    fn mixture(&mut self, layer: usize, routing: &Routing) -> Result<(), BackendError> {
+        self.mixture_at(layer, routing)
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {

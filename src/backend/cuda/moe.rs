@@ -10,9 +10,9 @@ use super::modules::Vectors;
 use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, activation, any_index, form, plain_index};
 use super::product::{quant_index, thin_bytes, unsupported};
 use super::tiling::{Product, WARPS, tiling};
-use super::workspace::{MoeBuffers, float_bytes, pitch, tiles_most};
+use super::workspace::{MoeBuffers, float_bytes, landing_slot, pitch, tiles_most};
 use super::{CombineArgs, CudaBackend, RouteArgs, no_experts};
-use crate::backend::{Act, Activation, BackendError, Class, Expert, Norm, RouterParams, Weight};
+use crate::backend::{Activation, BackendError, Class, Expert, Norm, RouterParams, Routing, Share, Weight};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -48,8 +48,19 @@ struct Sum {
     softmax: Option<RouterParams>,
     /// Address of the rows.
     to: u64,
-    /// Added to what lies there.
-    add: bool,
+    how: SumHow,
+}
+
+/// What becomes of the outputs of exact rows' experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SumHow {
+    /// Their sum is added to what lies there.
+    Add,
+    /// Their sum is put there.
+    Store,
+    /// Each has a row of its own, but for those of processors, which are so many 256ths of those in RAM; the others in RAM have been
+    /// brought to the landing, or are read where they are.
+    Beside { share: u32, landed: bool },
 }
 
 /// The experts of a block that rest: what they have in common. Their addresses are in the tables.
@@ -67,6 +78,8 @@ pub(super) struct Resting {
 
 /// Addresses of an expert: its matrices, then the bias of each or 0.
 const TABLE: usize = 6;
+/// In the first address of an expert: it lies in RAM, which processors read.
+const IN_RAM: u64 = 1 << 63;
 
 /// Bytes of the addresses of a block's experts.
 fn table_bytes(experts: usize) -> u64 {
@@ -169,25 +182,32 @@ impl CudaBackend {
 
     pub(super) fn hold(&mut self, layer: usize, list: &[Expert]) -> Result<bool> {
         let experts = self.dims.n_experts;
-        if layer >= self.dims.n_layers || list.len() != experts {
+        if layer >= self.dims.n_blocks || list.len() != experts {
             return Ok(false);
         }
-        self.resting.resize(self.dims.n_layers, None);
+        self.resting.resize(self.dims.n_blocks, None);
         self.resting[layer] = self.resting_of(list);
         if self.resting[layer].is_none() {
             return Ok(false);
         }
-        let mut table = vec![[0u64; TABLE]; experts];
+        self.write_table(layer, list, |_| false)?;
+        Ok(true)
+    }
+
+    fn write_table(&self, layer: usize, list: &[Expert], in_ram: impl Fn(usize) -> bool) -> Result {
+        let mut table = vec![[0u64; TABLE]; list.len()];
         for e in list {
             let row =
                 table.get_mut(e.id as usize).ok_or_else(|| device_error(format!("there is no expert {}", e.id)))?;
             for (i, l) in [&e.gate, &e.up, &e.down].into_iter().enumerate() {
                 (row[i], row[3 + i]) = (l.weight.addr, l.bias.map_or(0, |b| b.addr));
             }
+            if in_ram(e.id as usize) {
+                row[0] |= IN_RAM;
+            }
         }
         self.engine.device.bind()?;
-        self.engine.moe()?.tables.write(layer as u64 * table_bytes(experts), table.as_flattened())?;
-        Ok(true)
+        self.engine.moe()?.tables.write(layer as u64 * table_bytes(list.len()), table.as_flattened())
     }
 
     /// Launches a router: ids of its choices to `ids`, which kernels can write, their weights to the workspace; what experts
@@ -276,44 +296,97 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, grid, 32 * ROUTER_WARPS as u32, shared, &a) }
     }
 
-    pub(super) fn mixture_at(&mut self, layer: usize, norm: &Norm, router: &Weight, params: &RouterParams) -> Result {
-        let (resting, table) = self.resting_at(layer)?;
-        self.begin_experts();
-        match self.engine.class {
-            Class::Exact => {
+    pub(super) fn mixture_at(&mut self, layer: usize, routing: &Routing) -> Result {
+        let held = self.resting.get(layer).copied().flatten();
+        let (resting, table) = self.held_at(layer, held)?;
+        match (self.engine.class, routing) {
+            (Class::Exact, Routing::Softmax { norm, router, params }) => {
+                self.begin_experts();
                 self.score(norm, router, false)?;
-                self.exact(&resting, table, &Sum { softmax: Some(*params), to: self.x(), add: true })
+                self.exact(&resting, table, &Sum { softmax: Some(*params), to: self.x(), how: SumHow::Add })
             }
-            Class::Bulk => {
-                self.score(norm, router, true)?;
-                self.pick(params, self.engine.moe()?.ids.addr())?;
+            (Class::Exact, Routing::By { w, choose, how, sum: (to, add) }) => {
+                self.choose_by(w, *choose, *how)?;
+                self.waiting.written(*to);
+                let (x, n) = self.act(*to);
+                self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
+                let how = if *add { SumHow::Add } else { SumHow::Store };
+                self.exact(&resting, table, &Sum { softmax: None, to: x, how })
+            }
+            (Class::Bulk, _) => {
+                match routing {
+                    Routing::Softmax { norm, router, params } => {
+                        self.begin_experts();
+                        self.score(norm, router, true)?;
+                        self.pick(params, self.engine.moe()?.ids.addr())?;
+                    }
+                    Routing::By { w, choose, how, .. } => self.choose_by(w, *choose, *how)?,
+                }
                 self.grouped(&resting, table)?;
-                self.combine()
+                self.sum(routing)
             }
         }
     }
 
-    /// The experts of a block, and the address of their table.
-    fn resting_at(&self, layer: usize) -> Result<(Resting, u64)> {
-        let resting = self.resting.get(layer).copied().flatten();
-        let resting = resting.ok_or_else(|| device_error(format!("the experts of block {layer} are not held")))?;
-        Ok((resting, self.engine.moe()?.tables.addr() + layer as u64 * table_bytes(self.dims.n_experts)))
-    }
-
-    /// Experts that a router of any kind has chosen, which has left them in the workspace: their sum to `to`.
-    pub(super) fn chosen_experts(&mut self, layer: usize, to: Act, add: bool) -> Result {
-        let (resting, table) = self.resting_at(layer)?;
-        let (x, n) = self.act(to);
-        match self.engine.class {
-            Class::Exact => {
-                self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
-                self.exact(&resting, table, &Sum { softmax: None, to: x, add })
-            }
-            Class::Bulk => {
-                self.grouped(&resting, table)?;
+    /// The outputs of all choices, added up.
+    pub(super) fn sum(&mut self, routing: &Routing) -> Result {
+        match *routing {
+            Routing::Softmax { .. } => self.combine(),
+            Routing::By { sum: (to, add), .. } => {
+                self.waiting.written(to);
                 self.sum_experts(to, add)
             }
         }
+    }
+
+    /// The experts of a block that processors beside this device compute, too. Rows are exact ones.
+    pub(super) fn hold_shared_at(
+        &mut self,
+        layer: usize,
+        list: &[Expert],
+        in_ram: &[bool],
+        share: Share,
+    ) -> Result<bool> {
+        if layer >= self.dims.n_blocks || list.len() != self.dims.n_experts || in_ram.len() != list.len() {
+            return Ok(false);
+        }
+        self.shared.resize(self.dims.n_blocks, None);
+        self.shared[layer] = self.resting_of(list).map(|r| (r, share));
+        if self.shared[layer].is_none() {
+            return Ok(false);
+        }
+        self.write_table(layer, list, |id| in_ram[id])?;
+        Ok(true)
+    }
+
+    /// Chooses experts; `give` is called behind it, and says whether those in RAM come to the landing. Then those are computed that
+    /// are not for processors, into a row a choice.
+    pub(super) fn mix_at(
+        &mut self,
+        layer: usize,
+        routing: &Routing,
+        give: impl FnOnce(&mut CudaBackend) -> Result<bool>,
+    ) -> Result {
+        let held = self.shared.get(layer).copied().flatten();
+        let (resting, table) = self.held_at(layer, held.map(|(r, _)| r))?;
+        match routing {
+            Routing::Softmax { norm, router, params } => {
+                self.begin_experts();
+                self.score(norm, router, false)?;
+                self.pick(params, self.engine.moe()?.ids.addr())?;
+            }
+            Routing::By { w, choose, how, .. } => self.choose_by(w, *choose, *how)?,
+        }
+        let landed = give(self)?;
+        let to = self.engine.moe()?.out.addr();
+        let share = held.map_or(0, |(_, share)| share.0);
+        self.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Beside { share, landed } })
+    }
+
+    /// Experts that are held, and the address of their table.
+    fn held_at(&self, layer: usize, held: Option<Resting>) -> Result<(Resting, u64)> {
+        let held = held.ok_or_else(|| device_error(format!("the experts of block {layer} are not held")))?;
+        Ok((held, self.engine.moe()?.tables.addr() + layer as u64 * table_bytes(self.dims.n_experts)))
     }
 
     /// The arguments of the kernels of exact rows, for matrices that are met like this.
@@ -342,7 +415,10 @@ impl CudaBackend {
             scale: sum.softmax.map_or(1.0, |p| p.scale),
             how,
             limit,
-            add: i32::from(sum.add),
+            add: i32::from(sum.how == SumHow::Add),
+            share: if let SumHow::Beside { share, .. } = sum.how { share as i32 } else { -1 },
+            landing: if let SumHow::Beside { landed: true, .. } = sum.how { moe.landing.addr() } else { 0 },
+            slot: landing_slot(d),
         })
     }
 

@@ -64,7 +64,7 @@ impl Waiting {
     }
 
     /// `act` is written: its forms are those of what it was.
-    fn written(&mut self, act: Act) {
+    pub fn written(&mut self, act: Act) {
         for ready in [&mut self.quantised, &mut self.halves] {
             if *ready == Some(act) {
                 *ready = None;
@@ -486,14 +486,8 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, (self.tokens as u32, 1, 1), 32, shared, &a) }
     }
 
-    pub(super) fn mixture_by(
-        &mut self,
-        layer: usize,
-        w: &Linear,
-        choose: Option<Weight>,
-        how: Router,
-        (to, add): (Act, bool),
-    ) -> Result {
+    /// The choices of a router of any kind to the workspace, with what experts read in the forms that the kernels of `moe.cu` want.
+    pub(super) fn choose_by(&mut self, w: &Linear, choose: Option<Weight>, how: Router) -> Result {
         if how.on_input {
             return Err(device_error("experts that are held, and whose inputs are weighed"));
         }
@@ -505,8 +499,7 @@ impl CudaBackend {
             self.engine.prepare(Prep::Copy, x, 0, n, self.tokens, Inputs { h, ..Inputs::default() })?;
         }
         self.waiting.forget_forms();
-        self.waiting.written(to);
-        self.chosen_experts(layer, to, add)
+        Ok(())
     }
 
     /// The rows that an expert reads, times their weights: `n` of them, by the numbers of tokens and of choices.

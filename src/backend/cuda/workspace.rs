@@ -18,6 +18,8 @@ pub(super) fn key_ranges(keys: usize) -> usize {
     ranges
 }
 
+/// Most bytes between the pieces of an expert in RAM.
+const LANDING_GAPS: u64 = 64 << 10;
 /// Room for weights as halves, the unit of the tensor-core products: at least the first, and up to
 /// the second if the widest matrix needs it for one tile a multiprocessor.
 const SCRATCH_BYTES: (u64, u64) = (64 << 20, 256 << 20);
@@ -152,6 +154,8 @@ pub(super) struct MoeBuffers {
     pub tables: DeviceBuffer,
     /// Expert, first place in the lists and rows of each tile of bulk rows.
     pub tiles: DeviceBuffer,
+    /// Experts that a row has chosen and that are brought, [`landing_slot`] bytes each.
+    pub landing: DeviceBuffer,
 }
 
 /// Bytes of every buffer of a session in device memory.
@@ -281,7 +285,10 @@ impl Workspace {
     }
 
     fn buffers(&self) -> impl Iterator<Item = &DeviceBuffer> {
-        let moe = self.moe.iter().flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles]);
+        let moe = self
+            .moe
+            .iter()
+            .flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles, &m.landing]);
         let own = [
             &self.x,
             &self.q,
@@ -323,11 +330,16 @@ pub(super) fn cache_elem_bytes(d: &Dims) -> u64 {
     if d.kv_type == TensorType::F32 { 4 } else { 2 }
 }
 
+/// Room for an expert as it lies in RAM: three pieces, each in whole pages.
+pub(super) fn landing_slot(d: &Dims) -> u64 {
+    if d.expert_bytes == 0 { 0 } else { (d.expert_bytes + LANDING_GAPS).next_multiple_of(256) }
+}
+
 impl MoeBuffers {
-    /// Words of scores, ids, weights, lists, outputs, tables and tiles.
-    fn words(d: &Dims) -> [usize; 7] {
+    /// Words of scores, ids, weights, lists, outputs, tables, tiles and landing.
+    fn words(d: &Dims) -> [usize; 8] {
         let pairs = d.max_batch * d.n_experts_used;
-        let tables = d.n_layers * d.n_experts * 6 * 2;
+        let tables = d.n_blocks * d.n_experts * 6 * 2;
         [
             d.max_batch * d.n_experts,
             pairs,
@@ -336,11 +348,12 @@ impl MoeBuffers {
             pairs * d.n_embd,
             tables,
             3 * tiles_most(pairs, d.n_experts, 16),
+            d.n_experts_used * landing_slot(d) as usize / 4,
         ]
     }
 
     fn new(device: &Arc<Device>, d: &Dims) -> Result<MoeBuffers, BackendError> {
-        let [scores, ids, weights, lists, out, tables, tiles] = MoeBuffers::words(d);
+        let [scores, ids, weights, lists, out, tables, tiles, landing] = MoeBuffers::words(d);
         let words = |n: usize, what| device.alloc(n as u64 * 4, what);
         Ok(MoeBuffers {
             scores: words(scores, "router scores")?,
@@ -352,6 +365,7 @@ impl MoeBuffers {
             out: words(out, "outputs of experts")?,
             tables: words(tables, "addresses of experts")?,
             tiles: words(tiles, "tiles of experts")?,
+            landing: words(landing.max(1), "experts that are brought")?,
         })
     }
 }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use super::{F32, Matrix, Report, Result, Rng, nmse, random_rows, silu, values, widen};
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
-use crate::backend::{Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Run};
+use crate::backend::{
+    Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Routing, Run,
+};
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
 
@@ -69,6 +71,8 @@ pub(super) fn check_layers(device: &Arc<Device>, report: &mut Report) -> Result 
 fn dims(c: &Case) -> Dims {
     Dims {
         n_layers: 2,
+        n_blocks: 2,
+        expert_bytes: 0,
         n_embd: N_EMBD,
         n_heads: c.heads,
         n_kv_heads: c.kv_heads,
@@ -280,7 +284,7 @@ fn run_block(g: &mut CudaBackend, b: &Block, c: &Case, layer: usize, rest: bool)
     };
     let params = RouterParams { normalize: true, scale: 1.0 };
     if rest {
-        g.mixture(layer, &norm, &router.weight, &params)?;
+        g.mixture(layer, &Routing::Softmax { norm, router: router.weight, params })?;
         return Ok(Vec::new());
     }
     let ids = g.route(&norm, &router.weight, &params)?.to_vec();

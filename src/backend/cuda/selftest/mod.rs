@@ -80,6 +80,8 @@ pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
 fn product_dims() -> Dims {
     Dims {
         n_layers: 1,
+        n_blocks: 1,
+        expert_bytes: 0,
         n_embd: 4352,
         n_heads: 4,
         n_kv_heads: 1,

@@ -8,7 +8,7 @@ use crate::backend::cuda::modules::{PLAINS, QUANTS};
 use crate::backend::cuda::{CudaBackend, Device};
 use crate::backend::{
     Act, Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Gating, Linear, Norm, NormKind, NormOf, Op, Router,
-    RouterParams, Run,
+    RouterParams, Routing, Run,
 };
 use crate::gguf::TensorType;
 use crate::state::PageId;
@@ -66,7 +66,9 @@ pub(super) fn check_experts(device: &Arc<Device>, report: &mut Report) -> Result
 
 fn dims(c: &Case) -> Dims {
     Dims {
-        n_layers: 2,
+        n_layers: 1,
+        n_blocks: 2,
+        expert_bytes: 0,
         n_embd: c.n,
         n_ff: 0,
         n_experts: c.experts,
@@ -135,7 +137,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
             g.op(&Op::Norm { to: Act::H, from: Act::X, norm })?;
             let (w, add) = (Linear { weight: router.weight, bias: None }, by.to == Act::X);
             if held {
-                g.mixture_by(1, &w, choose, by.router, (by.to, add))?;
+                g.mixture(1, &Routing::By { w, choose, how: by.router, sum: (by.to, add) })?;
             } else {
                 g.op(&Op::Route { w, choose, how: by.router })?;
                 ids = g.chosen().to_vec();
@@ -145,7 +147,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
                 g.op(&Op::Combine { to: by.to, add })?;
             }
         } else if held {
-            g.mixture(1, &norm, &router.weight, &params)?;
+            g.mixture(1, &Routing::Softmax { norm, router: router.weight, params })?;
         } else {
             ids = g.route(&norm, &router.weight, &params)?.to_vec();
             let chosen = |e: &&Expert| ids.contains(&e.id);

@@ -112,6 +112,8 @@ fn dims() -> Dims {
     };
     Dims {
         n_layers: 1,
+        n_blocks: 1,
+        expert_bytes: 0,
         n_embd: N_EMBD,
         n_heads: HEADS,
         n_kv_heads: KV_HEADS,
