@@ -5,6 +5,7 @@
 // boundary, other multiples of four on a four-byte one, other even sizes on an even address.
 #pragma once
 #include "common.cuh"
+#include "grids.cuh"
 
 struct Quants {
     u32 q[8];
@@ -355,9 +356,269 @@ struct BIQ4_XS {
     }
 };
 
+// The grids of the IQ types in shared memory, where lanes that look up different entries wait least for each other. A kernel
+// fills those of its type (`fill_grid`) and meets at a barrier before it decodes. `expand` makes an entry of 32 bits of the
+// codes' 16.
+
+// Eight codes of IQ1, 0 to 2: the first four in the low halves of the bytes, the other four in the high ones.
+struct GridIQ1 {
+    static const int WORDS = 2048;
+    static __device__ __forceinline__ u32 spread(u32 x) {
+        x = (x | x << 12) & 0x000f000fu;
+        return (x | x << 6) & 0x03030303u;
+    }
+    static __device__ __forceinline__ u32 expand(int i) {
+        const u32 w = GRID_IQ1[i];
+        return spread(w & 255) | spread(w >> 8) << 4;
+    }
+};
+
+// Eight codes of IQ2, 0 to 2, a nibble each: with bit 2 for the sign, they select bytes of a pair of words.
+__device__ __forceinline__ u32 nibbles_of_pairs(u32 x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0fu;
+    return (x | x << 2) & 0x33333333u;
+}
+struct GridIQ2_XXS {
+    static const int WORDS = 256;
+    static __device__ __forceinline__ u32 expand(int i) { return nibbles_of_pairs(GRID_IQ2_XXS[i]); }
+};
+struct GridIQ2_XS {
+    static const int WORDS = 512;
+    static __device__ __forceinline__ u32 expand(int i) { return nibbles_of_pairs(GRID_IQ2_XS[i]); }
+};
+struct GridIQ2_S {
+    static const int WORDS = 1024;
+    static __device__ __forceinline__ u32 expand(int i) { return nibbles_of_pairs(GRID_IQ2_S[i]); }
+};
+
+// Four values of IQ3, a byte each.
+__device__ __forceinline__ u32 bytes_of_nibbles(u32 x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    return (x | x << 4) & 0x0f0f0f0fu;
+}
+struct GridIQ3_XXS {
+    static const int WORDS = 256;
+    // 4, 12, … 52, 62.
+    static __device__ __forceinline__ u32 expand(int i) {
+        const u32 c = bytes_of_nibbles(GRID_IQ3_XXS[i]);
+        return c * 8 + 0x04040404u + ((c & c >> 1 & c >> 2) & 0x01010101u) * 2;
+    }
+};
+struct GridIQ3_S {
+    static const int WORDS = 512;
+    // Odd numbers.
+    static __device__ __forceinline__ u32 expand(int i) { return bytes_of_nibbles(GRID_IQ3_S[i]) * 2 + 0x01010101u; }
+};
+
+template <class G>
+__device__ __forceinline__ u32* grid_words() {
+    __shared__ u32 words[G::WORDS];
+    return words;
+}
+template <class G>
+__device__ __forceinline__ void fill(int tid, int threads) {
+    u32* words = grid_words<G>();
+    for (int i = tid; i < G::WORDS; i += threads) words[i] = G::expand(i);
+}
+// The entry at a byte of the table: four times its index.
+template <class G>
+__device__ __forceinline__ u32 entry(u32 at) {
+    return *(const u32*)((const u8*)grid_words<G>() + at);
+}
+
+// Four nibbles of codes and signs to four values of IQ2.
+__device__ __forceinline__ u32 iq2_values(u32 nibbles) { return __byte_perm(0x002b1908u, 0x00d5e7f8u, nibbles); }
+
+// Eight values of IQ2: an entry of a grid, and eight signs in the lowest bits of a word that has at most ten. By
+// multiplications rather than shifts: they have a pipe of their own.
+__device__ __forceinline__ void iq2_eight(u32 codes, u32 signs, u32* q) {
+    u32 x = (signs * 0x4004u) & 0x003c003cu;
+    x = (x * 0x41u) & 0x0c0c0c0cu;
+    x = ((x * 9u) & 0x44444444u) | codes;
+    q[0] = iq2_values(x);
+    q[1] = iq2_values(x >> 16);
+}
+// Seven signs and the eighth, by which an even number of them is negative; two bits above that mean nothing.
+__device__ __forceinline__ u32 even_signs(u32 seven) { return seven + __popc(seven) * 128; }
+
+// Four values of IQ3_XXS with the signs in the lowest four bits. The complement of a value is below 255: adding 1 carries
+// to no other byte.
+__device__ __forceinline__ u32 iq3_xxs_four(u32 values, u32 signs) {
+    const u32 s = ((signs & 15) * 0x00204081u) & 0x01010101u;
+    return (values ^ (s * 255u)) + s;
+}
+// Four values of IQ3_S likewise: those of an odd number differ from their negatives in all bits but the lowest.
+__device__ __forceinline__ u32 iq3_s_four(u32 values, u32 signs) {
+    const u32 m = __byte_perm((signs & 15) * 0x10204080u, 0, 0xba98u);
+    return values ^ (m & 0xfefefefeu);
+}
+
+// Types with grids: 256 elements of which each 32 have bytes of their own.
+struct Gridded {
+    static const int ELEMS = 256;
+    static const int SHARED = 1;
+    static const bool APART = false;
+};
+
+struct BIQ1_S : Gridded {
+    static const int BYTES = 50;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u16* w = (const u16*)(p + 2 + 4 * sub);
+        const u32 low = w[0] | (u32)w[1] << 16, high = *(const u16*)(p + 34 + 2 * sub);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 at = ((l ? low >> (8 * l - 2) : low << 2) & 0x3fcu) | ((high << (10 - 3 * l)) & 0x1c00u);
+            const u32 e = entry<GridIQ1>(at);
+            o.q[2 * l] = e & 0x0f0f0f0fu;
+            o.q[2 * l + 1] = (e >> 4) & 0x0f0f0f0fu;
+        }
+        o.a0 = o.a1 = h2f(ld_half(p)) * (float)(2 * ((high >> 12) & 7) + 1);
+        o.m0 = o.m1 = o.a0 * (high >> 15 ? 1.125f : 0.875f);
+    }
+};
+
+struct BIQ1_M : Gridded {
+    static const int BYTES = 56;
+    static const bool HALVES = true, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u32 low = ld32(p + 4 * sub), high = *(const u16*)(p + 32 + 2 * sub);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 at = ((l ? low >> (8 * l - 2) : low << 2) & 0x3fcu) | ((l < 3 ? high << (10 - 4 * l) : high >> 2) & 0x1c00u);
+            const u32 e = entry<GridIQ1>(at);
+            // Eighths, 9 above the value with its offset of an eighth up or down.
+            const u32 up = (high >> (4 * l)) & 8 ? 0u : 0x02020202u;
+            o.q[2 * l] = (e & 0x0f0f0f0fu) * 8 + up;
+            o.q[2 * l + 1] = ((e >> 4) & 0x0f0f0f0fu) * 8 + up;
+        }
+        const u32 s = ld32(p + 48), t = ld32(p + 52);
+        const u32 d = (s >> 12 & 0x000fu) | (s >> 24 & 0x00f0u) | (t >> 4 & 0x0f00u) | (t >> 16 & 0xf000u);
+        const u32 scales = (sub < 4 ? s : t) >> (16 * (sub >> 1 & 1) + 6 * (sub & 1));
+        const float eighth = 0.125f * h2f((u16)d);
+        o.a0 = eighth * (float)(2 * (scales & 7) + 1);
+        o.a1 = eighth * (float)(2 * (scales >> 3 & 7) + 1);
+        o.m0 = 9.0f * o.a0;
+        o.m1 = 9.0f * o.a1;
+    }
+};
+
+// A scale of IQ2 and IQ3_XXS: 4 bits and a half.
+__device__ __forceinline__ float half_more(u32 s) { return (float)(s & 15) + 0.5f; }
+
+struct BIQ2_XXS : Gridded {
+    static const int BYTES = 66;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2];
+        ld_words<2>(p + 2 + 8 * sub, w);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 e = entry<GridIQ2_XXS>((l ? w[0] >> (8 * l - 2) : w[0] << 2) & 0x3fcu);
+            iq2_eight(e, even_signs(w[1] >> (7 * l) & 127), o.q + 2 * l);
+        }
+        o.a0 = o.a1 = 0.25f * h2f(ld_half(p)) * half_more(w[1] >> 28);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+// The two scales of a part of IQ2_XS and IQ2_S.
+__device__ __forceinline__ void scales_iq2(const u8* p, u32 byte, Quants& o) {
+    const float d = 0.25f * h2f(ld_half(p));
+    o.a0 = d * half_more(byte);
+    o.a1 = d * half_more(byte >> 4);
+    o.m0 = o.m1 = 0.0f;
+}
+
+struct BIQ2_XS : Gridded {
+    static const int BYTES = 74;
+    static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2];
+        ld_words<2>(p + 2 + 8 * sub, w);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            iq2_eight(entry<GridIQ2_XS>((w[k] << 2) & 0x7fcu), even_signs(w[k] >> 9 & 127), o.q + 4 * k);
+            iq2_eight(entry<GridIQ2_XS>((w[k] >> 14) & 0x7fcu), even_signs(w[k] >> 25), o.q + 4 * k + 2);
+        }
+        scales_iq2(p, p[66 + sub], o);
+    }
+};
+
+struct BIQ2_S : Gridded {
+    static const int BYTES = 82;
+    static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u16 *w = (const u16*)(p + 2 + 4 * sub), *s = (const u16*)(p + 34 + 4 * sub);
+        const u32 low = w[0] | (u32)w[1] << 16, signs = s[0] | (u32)s[1] << 16, high = p[66 + sub];
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 at = ((l ? low >> (8 * l - 2) : low << 2) & 0x3fcu) | ((high << (10 - 2 * l)) & 0xc00u);
+            iq2_eight(entry<GridIQ2_S>(at), __byte_perm(signs, 0, 0x4440u | l), o.q + 2 * l);
+        }
+        scales_iq2(p, p[74 + sub], o);
+    }
+};
+
+struct BIQ3_XXS : Gridded {
+    static const int BYTES = 98;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2];
+        ld_words<2>(p + 2 + 8 * sub, w);
+        const u16* c = (const u16*)(p + 66 + 4 * sub);
+        const u32 codes = c[0] | (u32)c[1] << 16;
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 signs = even_signs(codes >> (7 * l) & 127);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int byte = 2 * (l & 1) + k;
+                const u32 e = entry<GridIQ3_XXS>((byte ? w[l >> 1] >> (8 * byte - 2) : w[l >> 1] << 2) & 0x3fcu);
+                o.q[2 * l + k] = iq3_xxs_four(e, signs >> (4 * k));
+            }
+        }
+        o.a0 = o.a1 = 0.5f * h2f(ld_half(p)) * half_more(codes >> 28);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+struct BIQ3_S : Gridded {
+    static const int BYTES = 110;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2];
+        ld_words<2>(p + 2 + 8 * sub, w);
+        const u16* s = (const u16*)(p + 74 + 4 * sub);
+        const u32 signs = s[0] | (u32)s[1] << 16, high = p[66 + sub];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const u32 low = w[i >> 2];
+            const int byte = i & 3;
+            const u32 at = ((byte ? low >> (8 * byte - 2) : low << 2) & 0x3fcu) | ((high << (10 - i)) & 0x400u);
+            o.q[i] = iq3_s_four(entry<GridIQ3_S>(at), signs >> (4 * i));
+        }
+        o.a0 = o.a1 = h2f(ld_half(p)) * (float)(2 * (p[106 + (sub >> 1)] >> (4 * (sub & 1)) & 15) + 1);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+// Fills the table that the type's decoder reads, by `threads` threads of the block; none for most types.
+template <class B>
+__device__ __forceinline__ void fill_grid(int, int) {}
+#define FILLS(T, G)                                                              \
+    template <>                                                                  \
+    __device__ __forceinline__ void fill_grid<B##T>(int tid, int threads) {      \
+        fill<Grid##G>(tid, threads);                                             \
+    }
+FILLS(IQ1_S, IQ1) FILLS(IQ1_M, IQ1) FILLS(IQ2_XXS, IQ2_XXS) FILLS(IQ2_XS, IQ2_XS) FILLS(IQ2_S, IQ2_S)
+FILLS(IQ3_XXS, IQ3_XXS) FILLS(IQ3_S, IQ3_S)
+
 #define FOR_EACH_QUANT(X) \
     X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
-    X(IQ4_NL) X(IQ4_XS) X(MXFP4)
+    X(IQ4_NL) X(IQ4_XS) X(MXFP4) \
+    X(IQ1_S) X(IQ1_M) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S)
 
 // Word i of a part as four values. Bytes become floats by way of a mantissa: conversions run at an eighth of the rate.
 template <class B>
