@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::super::kernel::{Activation, Dot, REST};
 use super::super::unpack::PACKET;
-use super::{Avx2, ask_ahead, grids};
+use super::{Avx2, ask_ahead, supers};
 use crate::gguf::TensorType;
 
 /// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
@@ -30,7 +30,7 @@ pub(super) unsafe fn row<const FINE: bool>(
             TensorType::Q4_K => k4::<144, false, FINE>(row, x, cols),
             TensorType::Q5_K => k4::<176, true, FINE>(row, x, cols),
             TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
-            _ => return grids::row_avx2::<FINE>(ty, row, x, cols),
+            _ => return supers::row_avx2::<FINE>(ty, row, x, cols),
         };
         Some(Avx2::sum(sums))
     }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::super::kernel::{Activation, Paired, REST};
 use super::super::unpack::PACKET;
-use super::{ask_ahead, grids};
+use super::{ask_ahead, supers};
 use crate::gguf::TensorType;
 
 /// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
@@ -31,14 +31,14 @@ pub(super) unsafe fn row<const FINE: bool>(
             TensorType::Q4_K => k4::<144, false, FINE>(row, x, pairs, cols),
             TensorType::Q5_K => k4::<176, true, FINE>(row, x, pairs, cols),
             TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
-            _ => return grids::row_avx512::<FINE>(ty, row, x, cols),
+            _ => return supers::row_avx512::<FINE>(ty, row, x, cols),
         })
     }
 }
 
 /// Sums of products of 64 quants with 64 activations, four to a lane.
 #[inline(always)]
-unsafe fn products<const FINE: bool>(q: __m512i, x: *const i8, rest: *const i8) -> __m512 {
+pub(super) unsafe fn products<const FINE: bool>(q: __m512i, x: *const i8, rest: *const i8) -> __m512 {
     // SAFETY: the caller vouches for AVX-512 VNNI and for 64 readable bytes behind each address.
     unsafe {
         let zero = _mm512_setzero_si512();
