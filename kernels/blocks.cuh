@@ -413,44 +413,70 @@ struct GridIQ3_S {
 
 template <class G>
 __device__ __forceinline__ u32* grid_words() {
-    __shared__ u32 words[G::WORDS];
+    __shared__ u32 words[G::WORDS + 1];
     return words;
 }
 template <class G>
 __device__ __forceinline__ void fill(int tid, int threads) {
     u32* words = grid_words<G>();
     for (int i = tid; i < G::WORDS; i += threads) words[i] = G::expand(i);
+    if (tid == 0) words[G::WORDS] = 0x002b1908u;
 }
-// The entry at a byte of the table: four times its index.
 template <class G>
 __device__ __forceinline__ u32 entry(u32 at) {
-    return *(const u32*)((const u8*)grid_words<G>() + at);
+    return grid_words<G>()[at];
+}
+// The values of IQ2, from memory: a constant would be brought to a register anew for each use.
+template <class G>
+__device__ __forceinline__ u32 iq2_low() {
+    return grid_words<G>()[G::WORDS];
 }
 
-// Four nibbles of codes and signs to four values of IQ2.
-__device__ __forceinline__ u32 iq2_values(u32 nibbles) { return __byte_perm(0x002b1908u, 0x00d5e7f8u, nibbles); }
+// N words that start at any even byte.
+template <int N>
+__device__ __forceinline__ void ld_halves(const u8* p, u32* out) {
+    const u16* h = (const u16*)p;
+#pragma unroll
+    for (int i = 0; i < N; i++) out[i] = h[2 * i] | (u32)h[2 * i + 1] << 16;
+}
 
-// Eight values of IQ2: an entry of a grid, and eight signs in the lowest bits of a word that has at most ten. By
-// multiplications rather than shifts: they have a pipe of their own.
-__device__ __forceinline__ void iq2_eight(u32 codes, u32 signs, u32* q) {
-    u32 x = (signs * 0x4004u) & 0x003c003cu;
+// What `prmt` does with four bits of a selector: bit 3 fills a byte with its sign. (__byte_perm cuts them to three bits, which
+// costs an instruction.)
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
+
+// Byte l of a word.
+__device__ __forceinline__ u32 byte_of(u32 w, int l) { return __byte_perm(w, 0, 0x4440u | l); }
+
+// Eight signs for `iq2_eight`, to bits 2 to 11 of two halves: the seven of a word, and an eighth by which an even number of
+// them is negative. By multiplications rather than shifts: they have a pipe of their own.
+__device__ __forceinline__ u32 iq2_even(u32 seven) { return seven * 0x4004u + __popc(seven) * (128 * 0x4004u); }
+// Eight signs of IQ2_S.
+__device__ __forceinline__ u32 iq2_signs(u32 eight) { return eight * 0x4004u; }
+
+// Eight values of IQ2: an entry of a grid, and eight signs. `low` are the values 8, 25 and 43.
+__device__ __forceinline__ void iq2_eight(u32 low, u32 codes, u32 signs, u32* q) {
+    u32 x = signs & 0x003c003cu;
     x = (x * 0x41u) & 0x0c0c0c0cu;
     x = ((x * 9u) & 0x44444444u) | codes;
-    q[0] = iq2_values(x);
-    q[1] = iq2_values(x >> 16);
+    q[0] = permute(low, 0x00d5e7f8u, x);
+    q[1] = permute(low, 0x00d5e7f8u, x >> 16);
 }
-// Seven signs and the eighth, by which an even number of them is negative; two bits above that mean nothing.
+// Seven signs and the eighth; two bits above that mean nothing.
 __device__ __forceinline__ u32 even_signs(u32 seven) { return seven + __popc(seven) * 128; }
 
-// Four values of IQ3_XXS with the signs in the lowest four bits. The complement of a value is below 255: adding 1 carries
-// to no other byte.
+// Four values of IQ3_XXS with the signs in the lowest four bits of at most seven. The complement of a value is below 255:
+// adding 1 carries to no other byte.
 __device__ __forceinline__ u32 iq3_xxs_four(u32 values, u32 signs) {
-    const u32 s = ((signs & 15) * 0x00204081u) & 0x01010101u;
+    const u32 s = (signs * 0x00204081u) & 0x01010101u;
     return (values ^ (s * 255u)) + s;
 }
 // Four values of IQ3_S likewise: those of an odd number differ from their negatives in all bits but the lowest.
 __device__ __forceinline__ u32 iq3_s_four(u32 values, u32 signs) {
-    const u32 m = __byte_perm((signs & 15) * 0x10204080u, 0, 0xba98u);
+    const u32 m = permute((signs & 15) * 0x10204080u, 0, 0xba98u);
     return values ^ (m & 0xfefefefeu);
 }
 
@@ -465,12 +491,12 @@ struct BIQ1_S : Gridded {
     static const int BYTES = 50;
     static const bool HALVES = false, MINS = true;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        const u16* w = (const u16*)(p + 2 + 4 * sub);
-        const u32 low = w[0] | (u32)w[1] << 16, high = *(const u16*)(p + 34 + 2 * sub);
+        u32 low;
+        ld_halves<1>(p + 2 + 4 * sub, &low);
+        const u32 high = *(const u16*)(p + 34 + 2 * sub);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
-            const u32 at = ((l ? low >> (8 * l - 2) : low << 2) & 0x3fcu) | ((high << (10 - 3 * l)) & 0x1c00u);
-            const u32 e = entry<GridIQ1>(at);
+            const u32 e = entry<GridIQ1>(byte_of(low, l) | ((l < 3 ? high << (8 - 3 * l) : high >> 1) & 0x700u));
             o.q[2 * l] = e & 0x0f0f0f0fu;
             o.q[2 * l + 1] = (e >> 4) & 0x0f0f0f0fu;
         }
@@ -486,8 +512,7 @@ struct BIQ1_M : Gridded {
         const u32 low = ld32(p + 4 * sub), high = *(const u16*)(p + 32 + 2 * sub);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
-            const u32 at = ((l ? low >> (8 * l - 2) : low << 2) & 0x3fcu) | ((l < 3 ? high << (10 - 4 * l) : high >> 2) & 0x1c00u);
-            const u32 e = entry<GridIQ1>(at);
+            const u32 e = entry<GridIQ1>(byte_of(low, l) | ((l < 2 ? high << (8 - 4 * l) : high >> (4 * l - 8)) & 0x700u));
             // Eighths, 9 above the value with its offset of an eighth up or down.
             const u32 up = (high >> (4 * l)) & 8 ? 0u : 0x02020202u;
             o.q[2 * l] = (e & 0x0f0f0f0fu) * 8 + up;
@@ -512,12 +537,11 @@ struct BIQ2_XXS : Gridded {
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
         u32 w[2];
-        ld_words<2>(p + 2 + 8 * sub, w);
+        ld_halves<2>(p + 2 + 8 * sub, w);
+        const u32 low = iq2_low<GridIQ2_XXS>();
 #pragma unroll
-        for (int l = 0; l < 4; l++) {
-            const u32 e = entry<GridIQ2_XXS>((l ? w[0] >> (8 * l - 2) : w[0] << 2) & 0x3fcu);
-            iq2_eight(e, even_signs(w[1] >> (7 * l) & 127), o.q + 2 * l);
-        }
+        for (int l = 0; l < 4; l++)
+            iq2_eight(low, entry<GridIQ2_XXS>(byte_of(w[0], l)), iq2_even(w[1] >> (7 * l) & 127), o.q + 2 * l);
         o.a0 = o.a1 = 0.25f * h2f(ld_half(p)) * half_more(w[1] >> 28);
         o.m0 = o.m1 = 0.0f;
     }
@@ -535,13 +559,11 @@ struct BIQ2_XS : Gridded {
     static const int BYTES = 74;
     static const bool HALVES = true, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        u32 w[2];
-        ld_words<2>(p + 2 + 8 * sub, w);
+        const u16* w = (const u16*)(p + 2 + 8 * sub);
+        const u32 low = iq2_low<GridIQ2_XS>();
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            iq2_eight(entry<GridIQ2_XS>((w[k] << 2) & 0x7fcu), even_signs(w[k] >> 9 & 127), o.q + 4 * k);
-            iq2_eight(entry<GridIQ2_XS>((w[k] >> 14) & 0x7fcu), even_signs(w[k] >> 25), o.q + 4 * k + 2);
-        }
+        for (int l = 0; l < 4; l++)
+            iq2_eight(low, entry<GridIQ2_XS>(w[l] & 511), iq2_even(w[l] >> 9), o.q + 2 * l);
         scales_iq2(p, p[66 + sub], o);
     }
 };
@@ -550,12 +572,14 @@ struct BIQ2_S : Gridded {
     static const int BYTES = 82;
     static const bool HALVES = true, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        const u16 *w = (const u16*)(p + 2 + 4 * sub), *s = (const u16*)(p + 34 + 4 * sub);
-        const u32 low = w[0] | (u32)w[1] << 16, signs = s[0] | (u32)s[1] << 16, high = p[66 + sub];
+        u32 w, signs;
+        ld_halves<1>(p + 2 + 4 * sub, &w);
+        ld_halves<1>(p + 34 + 4 * sub, &signs);
+        const u32 low = iq2_low<GridIQ2_S>(), high = p[66 + sub];
 #pragma unroll
         for (int l = 0; l < 4; l++) {
-            const u32 at = ((l ? low >> (8 * l - 2) : low << 2) & 0x3fcu) | ((high << (10 - 2 * l)) & 0xc00u);
-            iq2_eight(entry<GridIQ2_S>(at), __byte_perm(signs, 0, 0x4440u | l), o.q + 2 * l);
+            const u32 e = entry<GridIQ2_S>(byte_of(w, l) | ((high << (8 - 2 * l)) & 0x300u));
+            iq2_eight(low, e, iq2_signs(byte_of(signs, l)), o.q + 2 * l);
         }
         scales_iq2(p, p[74 + sub], o);
     }
@@ -565,19 +589,14 @@ struct BIQ3_XXS : Gridded {
     static const int BYTES = 98;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        u32 w[2];
-        ld_words<2>(p + 2 + 8 * sub, w);
-        const u16* c = (const u16*)(p + 66 + 4 * sub);
-        const u32 codes = c[0] | (u32)c[1] << 16;
+        u32 w[2], codes;
+        ld_halves<2>(p + 2 + 8 * sub, w);
+        ld_halves<1>(p + 66 + 4 * sub, &codes);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
-            const u32 signs = even_signs(codes >> (7 * l) & 127);
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const int byte = 2 * (l & 1) + k;
-                const u32 e = entry<GridIQ3_XXS>((byte ? w[l >> 1] >> (8 * byte - 2) : w[l >> 1] << 2) & 0x3fcu);
-                o.q[2 * l + k] = iq3_xxs_four(e, signs >> (4 * k));
-            }
+            const u32 seven = codes >> (7 * l) & 127, at = 2 * (l & 1);
+            o.q[2 * l] = iq3_xxs_four(entry<GridIQ3_XXS>(byte_of(w[l >> 1], at)), seven);
+            o.q[2 * l + 1] = iq3_xxs_four(entry<GridIQ3_XXS>(byte_of(w[l >> 1], at + 1)), even_signs(seven) >> 4);
         }
         o.a0 = o.a1 = 0.5f * h2f(ld_half(p)) * half_more(codes >> 28);
         o.m0 = o.m1 = 0.0f;
@@ -588,16 +607,14 @@ struct BIQ3_S : Gridded {
     static const int BYTES = 110;
     static const bool HALVES = false, MINS = false;
     static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
-        u32 w[2];
-        ld_words<2>(p + 2 + 8 * sub, w);
-        const u16* s = (const u16*)(p + 74 + 4 * sub);
-        const u32 signs = s[0] | (u32)s[1] << 16, high = p[66 + sub];
+        u32 w[2], signs;
+        ld_halves<2>(p + 2 + 8 * sub, w);
+        ld_halves<1>(p + 74 + 4 * sub, &signs);
+        const u32 high = p[66 + sub];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const u32 low = w[i >> 2];
-            const int byte = i & 3;
-            const u32 at = ((byte ? low >> (8 * byte - 2) : low << 2) & 0x3fcu) | ((high << (10 - i)) & 0x400u);
-            o.q[i] = iq3_s_four(entry<GridIQ3_S>(at), signs >> (4 * i));
+            const u32 e = entry<GridIQ3_S>(byte_of(w[i >> 2], i & 3) | ((high << (8 - i)) & 0x100u));
+            o.q[i] = iq3_s_four(e, signs >> (4 * i));
         }
         o.a0 = o.a1 = h2f(ld_half(p)) * (float)(2 * (p[106 + (sub >> 1)] >> (4 * (sub & 1)) & 15) + 1);
         o.m0 = o.m1 = 0.0f;

@@ -47,13 +47,13 @@ pub(super) const QUANTS: [TensorType; 20] = [
     TensorType::IQ3_S,
 ];
 
-/// Shared memory that a kernel of this type declares for the type's grid, as `blocks.cuh`.
+/// Shared memory that a kernel of this type declares for the type's grid and a word behind it, as `blocks.cuh`.
 pub(super) fn grid_bytes(ty: TensorType) -> usize {
     match ty {
-        TensorType::IQ1_S | TensorType::IQ1_M => 8192,
-        TensorType::IQ2_S => 4096,
-        TensorType::IQ2_XS | TensorType::IQ3_S => 2048,
-        TensorType::IQ2_XXS | TensorType::IQ3_XXS => 1024,
+        TensorType::IQ1_S | TensorType::IQ1_M => 8196,
+        TensorType::IQ2_S => 4100,
+        TensorType::IQ2_XS | TensorType::IQ3_S => 2052,
+        TensorType::IQ2_XXS | TensorType::IQ3_XXS => 1028,
         _ => 0,
     }
 }
