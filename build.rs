@@ -15,7 +15,8 @@ use std::{env, fs, thread};
 const ARCHS: &[&str] = &["80", "86", "89", "90", "120"];
 /// Virtual architecture of the PTX: GPUs that are newer than all cubins compile it when loading.
 const PTX_ARCH: &str = "90";
-const HEADERS: &[&str] = &["common.cuh", "blocks.cuh", "gemv.cuh", "tiles.cuh", "gemm.cuh", "plain.cuh", "thin.cuh"];
+const HEADERS: &[&str] =
+    &["common.cuh", "grids.cuh", "blocks.cuh", "gemv.cuh", "tiles.cuh", "gemm.cuh", "plain.cuh", "thin.cuh"];
 const UNITS: &[&str] = &["bulk", "gemv", "plain", "dequant", "gemm", "thin", "attn", "ops", "hand", "acts", "moe"];
 
 struct Job {
@@ -33,6 +34,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let kernels = root.join("kernels");
+    write_grids(&out, &kernels);
     let jobs = match find_nvcc() {
         Some(nvcc) => compile_all(&nvcc, &kernels, &out),
         None => {
@@ -103,6 +105,40 @@ fn compile(nvcc: &Path, kernels: &Path, job: &Job) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{} for {}_{}:\n{}", job.unit, kind, job.arch, String::from_utf8_lossy(&output.stderr)))
+}
+
+/// Tables of `kernels/grids.cuh`: name, the values of its codes as bytes, bits of a code.
+const GRIDS: &[(&str, &[u8], u32)] = &[
+    ("IQ1", &[0, 1, 2], 2),
+    ("IQ2_XXS", &[8, 25, 43], 2),
+    ("IQ2_XS", &[8, 25, 43], 2),
+    ("IQ2_S", &[8, 25, 43], 2),
+    ("IQ3_XXS", &[4, 12, 20, 28, 36, 44, 52, 62], 4),
+    ("IQ3_S", &[1, 3, 5, 7, 9, 11, 13, 15], 4),
+];
+
+/// Writes the Rust tables that `src/gguf/grids.rs` includes: each word of 16 bits becomes one of a byte a code.
+fn write_grids(out: &Path, kernels: &Path) {
+    let source = fs::read_to_string(kernels.join("grids.cuh")).expect("kernels/grids.cuh is readable");
+    let mut text = String::new();
+    for (name, values, bits) in GRIDS {
+        let table = source.split_once(&format!(" GRID_{name}[")).expect("grids.cuh has every table").1;
+        let body = table.split_once('{').and_then(|(_, t)| t.split_once('}')).expect("a table has braces").0;
+        let words: Vec<String> = body
+            .split(',')
+            .filter_map(|word| word.trim().strip_prefix("0x"))
+            .map(|word| {
+                let word = u32::from_str_radix(word, 16).expect("a word is hexadecimal");
+                let code = |i: u32| values[(word >> (bits * i) & ((1 << bits) - 1)) as usize];
+                let bytes = (0..16 / bits).rev().map(code);
+                bytes.fold(String::from("0x"), |all, byte| all + &format!("{byte:02x}"))
+            })
+            .collect();
+        let ty = if *bits == 2 { "u64" } else { "u32" };
+        let n = words.len();
+        let _ = writeln!(text, "/// The grid of {name}.\npub static {name}: [{ty}; {n}] = [{}];", words.join(", "));
+    }
+    fs::write(out.join("grids.rs"), text).expect("OUT_DIR is writable");
 }
 
 /// Writes the Rust tables that `src/backend/cuda/modules.rs` includes.

@@ -5,6 +5,7 @@
 // boundary, other multiples of four on a four-byte one, other even sizes on an even address.
 #pragma once
 #include "common.cuh"
+#include "grids.cuh"
 
 struct Quants {
     u32 q[8];
@@ -355,9 +356,286 @@ struct BIQ4_XS {
     }
 };
 
+// The grids of the IQ types in shared memory, where lanes that look up different entries wait least for each other. A kernel
+// fills those of its type (`fill_grid`) and meets at a barrier before it decodes. `expand` makes an entry of 32 bits of the
+// codes' 16.
+
+// Eight codes of IQ1, 0 to 2: the first four in the low halves of the bytes, the other four in the high ones.
+struct GridIQ1 {
+    static const int WORDS = 2048;
+    static __device__ __forceinline__ u32 spread(u32 x) {
+        x = (x | x << 12) & 0x000f000fu;
+        return (x | x << 6) & 0x03030303u;
+    }
+    static __device__ __forceinline__ u32 expand(int i) {
+        const u32 w = GRID_IQ1[i];
+        return spread(w & 255) | spread(w >> 8) << 4;
+    }
+};
+
+// Eight codes of IQ2, 0 to 2, a nibble each: with bit 2 for the sign, they select bytes of a pair of words.
+__device__ __forceinline__ u32 nibbles_of_pairs(u32 x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0fu;
+    return (x | x << 2) & 0x33333333u;
+}
+struct GridIQ2_XXS {
+    static const int WORDS = 256;
+    static __device__ __forceinline__ u32 expand(int i) { return nibbles_of_pairs(GRID_IQ2_XXS[i]); }
+};
+struct GridIQ2_XS {
+    static const int WORDS = 512;
+    static __device__ __forceinline__ u32 expand(int i) { return nibbles_of_pairs(GRID_IQ2_XS[i]); }
+};
+struct GridIQ2_S {
+    static const int WORDS = 1024;
+    static __device__ __forceinline__ u32 expand(int i) { return nibbles_of_pairs(GRID_IQ2_S[i]); }
+};
+
+// Four values of IQ3, a byte each.
+__device__ __forceinline__ u32 bytes_of_nibbles(u32 x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    return (x | x << 4) & 0x0f0f0f0fu;
+}
+struct GridIQ3_XXS {
+    static const int WORDS = 256;
+    // 4, 12, … 52, 62.
+    static __device__ __forceinline__ u32 expand(int i) {
+        const u32 c = bytes_of_nibbles(GRID_IQ3_XXS[i]);
+        return c * 8 + 0x04040404u + ((c & c >> 1 & c >> 2) & 0x01010101u) * 2;
+    }
+};
+struct GridIQ3_S {
+    static const int WORDS = 512;
+    // Odd numbers.
+    static __device__ __forceinline__ u32 expand(int i) { return bytes_of_nibbles(GRID_IQ3_S[i]) * 2 + 0x01010101u; }
+};
+
+template <class G>
+__device__ __forceinline__ u32* grid_words() {
+    __shared__ u32 words[G::WORDS + 1];
+    return words;
+}
+template <class G>
+__device__ __forceinline__ void fill(int tid, int threads) {
+    u32* words = grid_words<G>();
+    for (int i = tid; i < G::WORDS; i += threads) words[i] = G::expand(i);
+    if (tid == 0) words[G::WORDS] = 0x002b1908u;
+}
+template <class G>
+__device__ __forceinline__ u32 entry(u32 at) {
+    return grid_words<G>()[at];
+}
+// The values of IQ2, from memory: a constant would be brought to a register anew for each use.
+template <class G>
+__device__ __forceinline__ u32 iq2_low() {
+    return grid_words<G>()[G::WORDS];
+}
+
+// N words that start at any even byte.
+template <int N>
+__device__ __forceinline__ void ld_halves(const u8* p, u32* out) {
+    const u16* h = (const u16*)p;
+#pragma unroll
+    for (int i = 0; i < N; i++) out[i] = h[2 * i] | (u32)h[2 * i + 1] << 16;
+}
+
+// What `prmt` does with four bits of a selector: bit 3 fills a byte with its sign. (__byte_perm cuts them to three bits, which
+// costs an instruction.)
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
+
+// Byte l of a word.
+__device__ __forceinline__ u32 byte_of(u32 w, int l) { return __byte_perm(w, 0, 0x4440u | l); }
+
+// Eight signs for `iq2_eight`, to bits 2 to 11 of two halves: the seven of a word, and an eighth by which an even number of
+// them is negative. By multiplications rather than shifts: they have a pipe of their own.
+__device__ __forceinline__ u32 iq2_even(u32 seven) { return seven * 0x4004u + __popc(seven) * (128 * 0x4004u); }
+// Eight signs of IQ2_S.
+__device__ __forceinline__ u32 iq2_signs(u32 eight) { return eight * 0x4004u; }
+
+// Eight values of IQ2: an entry of a grid, and eight signs. `low` are the values 8, 25 and 43.
+__device__ __forceinline__ void iq2_eight(u32 low, u32 codes, u32 signs, u32* q) {
+    u32 x = signs & 0x003c003cu;
+    x = (x * 0x41u) & 0x0c0c0c0cu;
+    x = ((x * 9u) & 0x44444444u) | codes;
+    q[0] = permute(low, 0x00d5e7f8u, x);
+    q[1] = permute(low, 0x00d5e7f8u, x >> 16);
+}
+// Seven signs and the eighth; two bits above that mean nothing.
+__device__ __forceinline__ u32 even_signs(u32 seven) { return seven + __popc(seven) * 128; }
+
+// Four values of IQ3_XXS with the signs in the lowest four bits of at most seven. The complement of a value is below 255:
+// adding 1 carries to no other byte.
+__device__ __forceinline__ u32 iq3_xxs_four(u32 values, u32 signs) {
+    const u32 s = (signs * 0x00204081u) & 0x01010101u;
+    return (values ^ (s * 255u)) + s;
+}
+// Four values of IQ3_S likewise: those of an odd number differ from their negatives in all bits but the lowest.
+__device__ __forceinline__ u32 iq3_s_four(u32 values, u32 signs) {
+    const u32 m = permute((signs & 15) * 0x10204080u, 0, 0xba98u);
+    return values ^ (m & 0xfefefefeu);
+}
+
+// Types with grids: 256 elements of which each 32 have bytes of their own.
+struct Gridded {
+    static const int ELEMS = 256;
+    static const int SHARED = 1;
+    static const bool APART = false;
+};
+
+struct BIQ1_S : Gridded {
+    static const int BYTES = 50;
+    static const bool HALVES = false, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 low;
+        ld_halves<1>(p + 2 + 4 * sub, &low);
+        const u32 high = *(const u16*)(p + 34 + 2 * sub);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 e = entry<GridIQ1>(byte_of(low, l) | ((l < 3 ? high << (8 - 3 * l) : high >> 1) & 0x700u));
+            o.q[2 * l] = e & 0x0f0f0f0fu;
+            o.q[2 * l + 1] = (e >> 4) & 0x0f0f0f0fu;
+        }
+        o.a0 = o.a1 = h2f(ld_half(p)) * (float)(2 * ((high >> 12) & 7) + 1);
+        o.m0 = o.m1 = o.a0 * (high >> 15 ? 1.125f : 0.875f);
+    }
+};
+
+struct BIQ1_M : Gridded {
+    static const int BYTES = 56;
+    static const bool HALVES = true, MINS = true;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u32 low = ld32(p + 4 * sub), high = *(const u16*)(p + 32 + 2 * sub);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 e = entry<GridIQ1>(byte_of(low, l) | ((l < 2 ? high << (8 - 4 * l) : high >> (4 * l - 8)) & 0x700u));
+            // Eighths, 9 above the value with its offset of an eighth up or down.
+            const u32 up = (high >> (4 * l)) & 8 ? 0u : 0x02020202u;
+            o.q[2 * l] = (e & 0x0f0f0f0fu) * 8 + up;
+            o.q[2 * l + 1] = ((e >> 4) & 0x0f0f0f0fu) * 8 + up;
+        }
+        const u32 s = ld32(p + 48), t = ld32(p + 52);
+        const u32 d = (s >> 12 & 0x000fu) | (s >> 24 & 0x00f0u) | (t >> 4 & 0x0f00u) | (t >> 16 & 0xf000u);
+        const u32 scales = (sub < 4 ? s : t) >> (16 * (sub >> 1 & 1) + 6 * (sub & 1));
+        const float eighth = 0.125f * h2f((u16)d);
+        o.a0 = eighth * (float)(2 * (scales & 7) + 1);
+        o.a1 = eighth * (float)(2 * (scales >> 3 & 7) + 1);
+        o.m0 = 9.0f * o.a0;
+        o.m1 = 9.0f * o.a1;
+    }
+};
+
+// A scale of IQ2 and IQ3_XXS: 4 bits and a half.
+__device__ __forceinline__ float half_more(u32 s) { return (float)(s & 15) + 0.5f; }
+
+struct BIQ2_XXS : Gridded {
+    static const int BYTES = 66;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2];
+        ld_halves<2>(p + 2 + 8 * sub, w);
+        const u32 low = iq2_low<GridIQ2_XXS>();
+#pragma unroll
+        for (int l = 0; l < 4; l++)
+            iq2_eight(low, entry<GridIQ2_XXS>(byte_of(w[0], l)), iq2_even(w[1] >> (7 * l) & 127), o.q + 2 * l);
+        o.a0 = o.a1 = 0.25f * h2f(ld_half(p)) * half_more(w[1] >> 28);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+// The two scales of a part of IQ2_XS and IQ2_S.
+__device__ __forceinline__ void scales_iq2(const u8* p, u32 byte, Quants& o) {
+    const float d = 0.25f * h2f(ld_half(p));
+    o.a0 = d * half_more(byte);
+    o.a1 = d * half_more(byte >> 4);
+    o.m0 = o.m1 = 0.0f;
+}
+
+struct BIQ2_XS : Gridded {
+    static const int BYTES = 74;
+    static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        const u16* w = (const u16*)(p + 2 + 8 * sub);
+        const u32 low = iq2_low<GridIQ2_XS>();
+#pragma unroll
+        for (int l = 0; l < 4; l++)
+            iq2_eight(low, entry<GridIQ2_XS>(w[l] & 511), iq2_even(w[l] >> 9), o.q + 2 * l);
+        scales_iq2(p, p[66 + sub], o);
+    }
+};
+
+struct BIQ2_S : Gridded {
+    static const int BYTES = 82;
+    static const bool HALVES = true, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w, signs;
+        ld_halves<1>(p + 2 + 4 * sub, &w);
+        ld_halves<1>(p + 34 + 4 * sub, &signs);
+        const u32 low = iq2_low<GridIQ2_S>(), high = p[66 + sub];
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 e = entry<GridIQ2_S>(byte_of(w, l) | ((high << (8 - 2 * l)) & 0x300u));
+            iq2_eight(low, e, iq2_signs(byte_of(signs, l)), o.q + 2 * l);
+        }
+        scales_iq2(p, p[74 + sub], o);
+    }
+};
+
+struct BIQ3_XXS : Gridded {
+    static const int BYTES = 98;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2], codes;
+        ld_halves<2>(p + 2 + 8 * sub, w);
+        ld_halves<1>(p + 66 + 4 * sub, &codes);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const u32 seven = codes >> (7 * l) & 127, at = 2 * (l & 1);
+            o.q[2 * l] = iq3_xxs_four(entry<GridIQ3_XXS>(byte_of(w[l >> 1], at)), seven);
+            o.q[2 * l + 1] = iq3_xxs_four(entry<GridIQ3_XXS>(byte_of(w[l >> 1], at + 1)), even_signs(seven) >> 4);
+        }
+        o.a0 = o.a1 = 0.5f * h2f(ld_half(p)) * half_more(codes >> 28);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+struct BIQ3_S : Gridded {
+    static const int BYTES = 110;
+    static const bool HALVES = false, MINS = false;
+    static __device__ __forceinline__ void decode(const u8* p, int sub, Quants& o) {
+        u32 w[2], signs;
+        ld_halves<2>(p + 2 + 8 * sub, w);
+        ld_halves<1>(p + 74 + 4 * sub, &signs);
+        const u32 high = p[66 + sub];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const u32 e = entry<GridIQ3_S>(byte_of(w[i >> 2], i & 3) | ((high << (8 - i)) & 0x100u));
+            o.q[i] = iq3_s_four(e, signs >> (4 * i));
+        }
+        o.a0 = o.a1 = h2f(ld_half(p)) * (float)(2 * (p[106 + (sub >> 1)] >> (4 * (sub & 1)) & 15) + 1);
+        o.m0 = o.m1 = 0.0f;
+    }
+};
+
+// Fills the table that the type's decoder reads, by `threads` threads of the block; none for most types.
+template <class B>
+__device__ __forceinline__ void fill_grid(int, int) {}
+#define FILLS(T, G)                                                              \
+    template <>                                                                  \
+    __device__ __forceinline__ void fill_grid<B##T>(int tid, int threads) {      \
+        fill<Grid##G>(tid, threads);                                             \
+    }
+FILLS(IQ1_S, IQ1) FILLS(IQ1_M, IQ1) FILLS(IQ2_XXS, IQ2_XXS) FILLS(IQ2_XS, IQ2_XS) FILLS(IQ2_S, IQ2_S)
+FILLS(IQ3_XXS, IQ3_XXS) FILLS(IQ3_S, IQ3_S)
+
 #define FOR_EACH_QUANT(X) \
     X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
-    X(IQ4_NL) X(IQ4_XS) X(MXFP4)
+    X(IQ4_NL) X(IQ4_XS) X(MXFP4) \
+    X(IQ1_S) X(IQ1_M) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S)
 
 // Word i of a part as four values. Bytes become floats by way of a mantissa: conversions run at an eighth of the rate.
 template <class B>

@@ -209,6 +209,8 @@ __device__ __forceinline__ void bulk(const GemvArgs& a) {
         return;
     }
     const int units = a.cols / B::ELEMS * Lanes<B>::UNITS;
+    // All warps that decode meet behind the activations.
+    fill_grid<B>(threadIdx.x, WARPS * 32);
     if constexpr (NT == 1) {
         load_activations(a, xs, nb);
     } else {

@@ -31,6 +31,8 @@ __device__ __forceinline__ void dequant(const DequantArgs& a) {
                      min(Step<B>::BYTES, row_bytes - (int)(i % steps) * Step<B>::BYTES), lane);
         cp_commit();
     };
+    fill_grid<B>(threadIdx.x, 256);
+    __syncthreads();
     pdl_wait();
     fetch(item, 0);
     for (int slot = 0; item < items; item += stride, slot ^= 1) {

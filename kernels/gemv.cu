@@ -117,6 +117,7 @@ __device__ __forceinline__ void gemv(const GemvArgs& a) {
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
+    fill_grid<B>(threadIdx.x, WARPS * 32);
     load_activations(a, xs, nb);
 
     int slot = 0;

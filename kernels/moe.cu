@@ -352,6 +352,7 @@ __device__ __forceinline__ void gate_up(const ExpertsArgs& a) {
     const int row0 = (blockIdx.x * WARPS + warp) * a.each, n = min(a.each, a.ff - row0);
     u8* mine = smem + warp * a.each * 2 * a.row_room;
     XBlk* xs = (XBlk*)(smem + WARPS * a.each * 2 * a.row_room);
+    fill_grid<B>(tid, WARPS * 32);
     pdl_wait();
     pdl_launch();
     if (warp == 0) {
@@ -466,6 +467,7 @@ __device__ __forceinline__ void down(const ExpertsArgs& a) {
     const int half = a.each / 2, items = a.used * half;
     XBlk* xs = (XBlk*)(smem + a.used * a.each * a.row_room);
     pdl_launch();
+    fill_grid<B>(tid, DOWN_THREADS);
     find_experts(a, t, c);
     auto source = [&](int item, int i) {
         return c.at[item / half] + (size_t)min(row0 + item % half * 2 + i, a.n - 1) * row_bytes;

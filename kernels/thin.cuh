@@ -212,6 +212,7 @@ __device__ __forceinline__ void thin(const GemmArgs& a, const int* from, int m0,
         // Weights are nobody's output: they may come while the predecessor still runs.
 #pragma unroll
         for (int i = 0; i < STAGES; i++) turner.fetch(i);
+        fill_grid<B>(threadIdx.x, SIDE);
         cp_wait<STAGES - 1>();
     } else {
         pdl_wait();

@@ -21,5 +21,5 @@ fn agrees_with_gguf_py() {
         rest = &values[4 * elems..];
         seen += 1;
     }
-    assert_eq!(seen, 15);
+    assert_eq!(seen, 22);
 }

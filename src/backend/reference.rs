@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::gguf::TensorType;
+use crate::gguf::{TensorType, grids};
 
 /// The types whose rows can be dequantised.
 pub const TYPES: &[TensorType] = &[
@@ -22,6 +22,13 @@ pub const TYPES: &[TensorType] = &[
     TensorType::IQ4_NL,
     TensorType::IQ4_XS,
     TensorType::MXFP4,
+    TensorType::IQ1_S,
+    TensorType::IQ1_M,
+    TensorType::IQ2_XXS,
+    TensorType::IQ2_XS,
+    TensorType::IQ2_S,
+    TensorType::IQ3_XXS,
+    TensorType::IQ3_S,
 ];
 
 /// The sixteen values of IQ4_NL and IQ4_XS.
@@ -136,7 +143,93 @@ fn block(ty: TensorType, b: &[u8], y: &mut [f32]) {
             }
         }
         TensorType::MXFP4 => nibbles(&b[1..], y, |q, _| e8m0_half(b[0]) * f32::from(FP4_VALUES[usize::from(q)])),
-        _ => unreachable!("checked by the caller"),
+        _ => grid_block(ty, b, y),
+    }
+}
+
+/// A block of one of the types with grids: 32 elements at a time, which share their scales' bits.
+fn grid_block(ty: TensorType, b: &[u8], y: &mut [f32]) {
+    for (j, y) in y.chunks_exact_mut(32).enumerate() {
+        match ty {
+            TensorType::IQ1_S | TensorType::IQ1_M => iq1(ty, b, j, y),
+            TensorType::IQ2_XXS | TensorType::IQ2_XS | TensorType::IQ2_S => iq2(ty, b, j, y),
+            TensorType::IQ3_XXS | TensorType::IQ3_S => iq3(ty, b, j, y),
+            _ => unreachable!("checked by the caller"),
+        }
+    }
+}
+
+fn word16(b: &[u8], at: usize) -> u32 {
+    u32::from(u16::from_le_bytes([b[at], b[at + 1]]))
+}
+
+fn word32(b: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
+}
+
+/// Elements `32j..32j + 32` of a block of IQ1: eight to an index of 11 bits, with an offset of an eighth up or down.
+fn iq1(ty: TensorType, b: &[u8], j: usize, y: &mut [f32]) {
+    for (l, y) in y.chunks_exact_mut(8).enumerate() {
+        let (scale, low, high, down) = if ty == TensorType::IQ1_S {
+            let qh = word16(b, 34 + 2 * j);
+            let scale = half_at(b, 0) * (2 * (qh >> 12 & 7) + 1) as f32;
+            (scale, b[2 + 4 * j + l], qh >> (3 * l) & 7, qh >> 15)
+        } else {
+            let words = [48, 50, 52, 54].map(|at| word16(b, at) as u16);
+            let scale = u32::from(words[j / 2]) >> (6 * (j % 2) + 3 * (l / 2)) & 7;
+            let scale = f16::from_bits(grids::iq1m_scale(words)).to_f32() * (2 * scale + 1) as f32;
+            let qh = u32::from(b[32 + 2 * j + l / 2]) >> (4 * (l % 2));
+            (scale, b[4 * j + l], qh & 7, qh >> 3 & 1)
+        };
+        let delta = if down == 1 { -0.125 } else { 0.125 };
+        let grid = grids::IQ1[(u32::from(low) | high << 8) as usize].to_le_bytes();
+        y.iter_mut().zip(grid).for_each(|(y, g)| *y = scale * (f32::from(g) - 1.0 + delta));
+    }
+}
+
+/// Elements `32j..32j + 32` of a block of IQ2: eight to an index of 8, 9 or 10 bits.
+fn iq2(ty: TensorType, b: &[u8], j: usize, y: &mut [f32]) {
+    for (l, y) in y.chunks_exact_mut(8).enumerate() {
+        let nibble = |at: usize| u32::from(b[at + j]) >> (4 * (l / 2)) & 15;
+        let (scale, grid, signs) = match ty {
+            TensorType::IQ2_XXS => {
+                let signs = word32(b, 2 + 8 * j + 4);
+                (signs >> 28, grids::IQ2_XXS[usize::from(b[2 + 8 * j + l])], grids::even_signs(signs >> (7 * l)))
+            }
+            TensorType::IQ2_XS => {
+                let q = word16(b, 2 + 8 * j + 2 * l);
+                (nibble(66), grids::IQ2_XS[(q & 511) as usize], grids::even_signs(q >> 9))
+            }
+            _ => {
+                let high = usize::from(b[66 + j]) >> (2 * l) & 3;
+                (nibble(74), grids::IQ2_S[usize::from(b[2 + 4 * j + l]) | high << 8], b[34 + 4 * j + l])
+            }
+        };
+        signed(half_at(b, 0) * (0.5 + scale as f32) * 0.25, &grid.to_le_bytes(), signs, y);
+    }
+}
+
+/// Elements `32j..32j + 32` of a block of IQ3: four to an index of 8 or 9 bits.
+fn iq3(ty: TensorType, b: &[u8], j: usize, y: &mut [f32]) {
+    for (l, y) in y.chunks_exact_mut(4).enumerate() {
+        let low = usize::from(b[2 + 8 * j + l]);
+        let (scale, grid, signs) = if ty == TensorType::IQ3_XXS {
+            let signs = word32(b, 66 + 4 * j);
+            let scale = (0.5 + (signs >> 28) as f32) * 0.5;
+            (scale, grids::IQ3_XXS[low], grids::even_signs(signs >> (7 * (l / 2))))
+        } else {
+            let scale = 1.0 + 2.0 * f32::from(b[106 + j / 2] >> (4 * (j % 2)) & 15);
+            (scale, grids::IQ3_S[low | (usize::from(b[66 + j]) >> l & 1) << 8], b[74 + 4 * j + l / 2])
+        };
+        signed(half_at(b, 0) * scale, &grid.to_le_bytes(), signs >> (4 * (l % 2)), y);
+    }
+}
+
+/// Magnitudes with their signs, bit i set where value i is negative, times `scale`.
+fn signed(scale: f32, magnitudes: &[u8], signs: u8, y: &mut [f32]) {
+    for (i, (y, &m)) in y.iter_mut().zip(magnitudes).enumerate() {
+        let sign = if signs >> i & 1 == 1 { -1.0 } else { 1.0 };
+        *y = scale * f32::from(m) * sign;
     }
 }
 

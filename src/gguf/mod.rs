@@ -6,6 +6,7 @@
 
 mod error;
 mod file;
+pub(crate) mod grids;
 mod header;
 mod types;
 mod value;

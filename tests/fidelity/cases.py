@@ -3,6 +3,10 @@
 PRESETS = ["llama-tiny", "llama3-tiny", "qwen2-tiny", "qwen3-tiny", "qwen3moe-tiny"]
 TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_M Q4_K_M Q5_K_M Q6_K IQ4_NL IQ4_XS MXFP4".split()
 
+# Types that look weights up in grids, and mixes of them: one dense preset and one of experts.
+GRID_PRESETS = ["llama3-tiny", "qwen3moe-tiny"]
+GRID_TYPES = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ2_M IQ3_M".split()
+
 # What the presets leave out: scaled rotary embedding, one KV head, widths that fill no tile,
 # heads that rotate in part, long prompts.
 SHAPES = [
@@ -21,6 +25,9 @@ def cases():
         for j, mix in enumerate(TYPES):
             yield preset, mix, 100 + i * 20 + j, 48, {}
     yield from SHAPES
+    for i, preset in enumerate(GRID_PRESETS):
+        for j, mix in enumerate(GRID_TYPES):
+            yield preset, mix, 300 + i * 20 + j, 48, {}
 
 
 def name(preset, mix, seed):

@@ -421,7 +421,8 @@ impl Unpack<'_> {
 impl Body for Unpack<'_> {
     #[inline(always)]
     fn run<D: Dot>(self) {
-        use unpack::{IQ4_NL, IQ4_XS, MXFP4Block, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+        use unpack::{IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS, IQ4_NL, IQ4_XS, MXFP4Block};
+        use unpack::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
         match self.job.ty {
             TensorType::Q4_0 => self.unpack::<Q4_0>(),
             TensorType::Q4_1 => self.unpack::<Q4_1>(),
@@ -436,6 +437,13 @@ impl Body for Unpack<'_> {
             TensorType::IQ4_NL => self.unpack::<IQ4_NL>(),
             TensorType::IQ4_XS => self.unpack::<IQ4_XS>(),
             TensorType::MXFP4 => self.unpack::<MXFP4Block>(),
+            TensorType::IQ1_S => self.unpack::<IQ1_S>(),
+            TensorType::IQ1_M => self.unpack::<IQ1_M>(),
+            TensorType::IQ2_XXS => self.unpack::<IQ2_XXS>(),
+            TensorType::IQ2_XS => self.unpack::<IQ2_XS>(),
+            TensorType::IQ2_S => self.unpack::<IQ2_S>(),
+            TensorType::IQ3_XXS => self.unpack::<IQ3_XXS>(),
+            TensorType::IQ3_S => self.unpack::<IQ3_S>(),
             _ => unreachable!("types are checked when the model is opened"),
         }
     }
@@ -526,7 +534,7 @@ unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32], pane
 }
 
 /// Types with kernels.
-pub(super) const TYPES: [TensorType; 16] = [
+pub(super) const TYPES: [TensorType; 23] = [
     TensorType::F32,
     TensorType::F16,
     TensorType::BF16,
@@ -543,6 +551,13 @@ pub(super) const TYPES: [TensorType; 16] = [
     TensorType::IQ4_NL,
     TensorType::IQ4_XS,
     TensorType::MXFP4,
+    TensorType::IQ1_S,
+    TensorType::IQ1_M,
+    TensorType::IQ2_XXS,
+    TensorType::IQ2_XS,
+    TensorType::IQ2_S,
+    TensorType::IQ3_XXS,
+    TensorType::IQ3_S,
 ];
 
 /// A body that is compiled for each instruction set.

@@ -56,7 +56,8 @@ pub(super) unsafe fn all_rows<D: Dot>(j: &Job, from: usize, to: usize, scratch: 
             match (j.fine, unpack::is_wide(j.ty), unpack::is_paired(j.ty)) {
                 (false, false, false) => all_tokens::<D, false, false, false>(j, first, n, block),
                 (false, false, true) => all_tokens::<D, false, false, true>(j, first, n, block),
-                (false, true, _) => all_tokens::<D, true, false, true>(j, first, n, block),
+                (false, true, false) => all_tokens::<D, true, false, false>(j, first, n, block),
+                (false, true, true) => all_tokens::<D, true, false, true>(j, first, n, block),
                 (true, false, _) => all_tokens::<D, false, true, false>(j, first, n, block),
                 (true, true, _) => all_tokens::<D, true, true, false>(j, first, n, block),
             }

@@ -80,6 +80,11 @@ fn random_rows(rng: &mut ChaCha8Rng, ty: TensorType, rows: usize, cols: usize) -
             block[0] = rng.random_range(120..130);
             continue;
         }
+        if ty == TensorType::IQ1_M {
+            // The highest nibble of its scale, the others being random: from 2^-7 to 2^-3.
+            block[55] = block[55] & 15 | 0x20;
+            continue;
+        }
         for &at in fields {
             block[at..at + 2].copy_from_slice(&half::f16::from_f32(rng.random_range(0.01f32..0.1)).to_le_bytes());
         }

@@ -6,7 +6,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "indices are the layouts' own")]
 
-use crate::gguf::TensorType;
+use crate::gguf::{TensorType, grids};
 
 /// Elements of a packet.
 pub(super) const PACKET: usize = 256;
@@ -56,12 +56,30 @@ pub(super) const MXFP4: [u8; 16] = [128, 129, 130, 131, 132, 134, 136, 140, 128,
 
 /// Whether `q` uses all 8 bits (with a bias of 128), which 16-bit sums of products cannot hold.
 pub(super) fn is_wide(ty: TensorType) -> bool {
-    matches!(ty, TensorType::Q8_0 | TensorType::IQ4_NL | TensorType::IQ4_XS | TensorType::MXFP4)
+    matches!(
+        ty,
+        TensorType::Q8_0
+            | TensorType::IQ4_NL
+            | TensorType::IQ4_XS
+            | TensorType::MXFP4
+            | TensorType::IQ2_XXS
+            | TensorType::IQ2_XS
+            | TensorType::IQ2_S
+            | TensorType::IQ3_XXS
+    )
 }
 
 /// Whether 32 elements share a scale and a min: two groups of a packet.
 pub(super) fn is_paired(ty: TensorType) -> bool {
-    !matches!(ty, TensorType::Q2_K | TensorType::Q3_K | TensorType::Q6_K)
+    !matches!(
+        ty,
+        TensorType::Q2_K
+            | TensorType::Q3_K
+            | TensorType::Q6_K
+            | TensorType::IQ1_M
+            | TensorType::IQ2_XS
+            | TensorType::IQ2_S
+    )
 }
 
 /// A quantised type, known when the code is compiled.
@@ -243,6 +261,127 @@ quant!(IQ4_XS, 256, 136, |b, p, _at| {
         set32(p, 32 * i, scale, 128.0 * scale);
     }
 });
+
+quant!(IQ1_S, 256, 50, |b, p, _at| {
+    let d = half_at(b, 0);
+    for j in 0..8 {
+        let qh = word16(b, 34 + 2 * j);
+        let scale = d * (2 * (qh >> 12 & 7) + 1) as f32;
+        set32(p, 32 * j, scale, scale * if qh >> 15 == 1 { 1.125 } else { 0.875 });
+        for l in 0..4 {
+            let grid = grids::IQ1[usize::from(b[2 + 4 * j + l]) | (qh >> (3 * l) & 7) << 8];
+            eight(p, 32 * j + 8 * l, grid);
+        }
+    }
+});
+quant!(IQ1_M, 256, 56, |b, p, _at| {
+    let words = std::array::from_fn(|i| word16(b, 48 + 2 * i) as u16);
+    // Eighths: a value and its offset of an eighth up or down, plus 9, are at most 18.
+    let d = 0.125 * f16(grids::iq1m_scale(words));
+    for i in 0..SUBS {
+        let scale = d * (2 * (words[i / 4] >> (3 * (i % 4)) & 7) + 1) as f32;
+        p.scale[i] = scale;
+        p.min[i] = 9.0 * scale;
+        for l in 0..2 {
+            let qh = usize::from(b[32 + i]) >> (4 * l);
+            let up = if qh & 8 == 0 { 0x0202_0202_0202_0202 } else { 0 };
+            eight(p, SUB * i + 8 * l, 8 * grids::IQ1[usize::from(b[2 * i + l]) | (qh & 7) << 8] + up);
+        }
+    }
+});
+quant!(IQ2_XXS, 256, 66, |b, p, _at| {
+    let d = 0.25 * half_at(b, 0);
+    for j in 0..8 {
+        let codes = word32(b, 6 + 8 * j);
+        let scale = d * (0.5 + (codes >> 28) as f32);
+        set32(p, 32 * j, scale, 128.0 * scale);
+        for l in 0..4 {
+            let grid = grids::IQ2_XXS[usize::from(b[2 + 8 * j + l])];
+            eight(p, 32 * j + 8 * l, signed(grid, grids::even_signs(codes >> (7 * l))));
+        }
+    }
+});
+quant!(IQ2_XS, 256, 74, |b, p, _at| {
+    scales_iq2(&b[66..74], half_at(b, 0), p);
+    for i in 0..PACKET / 8 {
+        let q = word16(b, 2 + 2 * i);
+        eight(p, 8 * i, signed(grids::IQ2_XS[q & 511], grids::even_signs((q >> 9) as u32)));
+    }
+});
+quant!(IQ2_S, 256, 82, |b, p, _at| {
+    scales_iq2(&b[74..82], half_at(b, 0), p);
+    for i in 0..PACKET / 8 {
+        let high = usize::from(b[66 + i / 4]) >> (2 * (i % 4)) & 3;
+        eight(p, 8 * i, signed(grids::IQ2_S[usize::from(b[2 + i]) | high << 8], b[34 + i]));
+    }
+});
+quant!(IQ3_XXS, 256, 98, |b, p, _at| {
+    let d = 0.5 * half_at(b, 0);
+    for j in 0..8 {
+        let codes = word32(b, 66 + 4 * j);
+        let scale = d * (0.5 + (codes >> 28) as f32);
+        set32(p, 32 * j, scale, 128.0 * scale);
+        for l in 0..4 {
+            let at = 2 + 8 * j + 2 * l;
+            let grid = two(grids::IQ3_XXS[usize::from(b[at])], grids::IQ3_XXS[usize::from(b[at + 1])]);
+            eight(p, 32 * j + 8 * l, signed(grid, grids::even_signs(codes >> (7 * l))));
+        }
+    }
+});
+quant!(IQ3_S, 256, 110, |b, p, _at| {
+    let d = half_at(b, 0);
+    for j in 0..8 {
+        let scale = d * f32::from(2 * (b[106 + j / 2] >> (4 * (j % 2)) & 15) + 1);
+        set32(p, 32 * j, scale, 15.0 * scale);
+        for l in 0..4 {
+            let entry = |i: usize| grids::IQ3_S[usize::from(b[2 + 8 * j + i]) | (usize::from(b[66 + j]) >> i & 1) << 8];
+            let grid = signed(two(entry(2 * l), entry(2 * l + 1)), b[74 + 4 * j + l]);
+            // From 128 down to 15, as what is left: bytes between 113 and 143.
+            eight(p, 32 * j + 8 * l, grid - 113 * ONES);
+        }
+    }
+});
+
+/// 1 in each byte.
+const ONES: u64 = 0x0101_0101_0101_0101;
+
+#[inline(always)]
+fn word16(b: &[u8], at: usize) -> usize {
+    usize::from(u16::from_le_bytes([b[at], b[at + 1]]))
+}
+
+#[inline(always)]
+fn word32(b: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
+}
+
+#[inline(always)]
+fn two(low: u32, high: u32) -> u64 {
+    u64::from(low) | u64::from(high) << 32
+}
+
+#[inline(always)]
+fn eight(p: &mut Packet, at: usize, values: u64) {
+    p.q[at..at + 8].copy_from_slice(&values.to_le_bytes());
+}
+
+/// Eight magnitudes from 1 to 127 with their signs, bit i set where value i is negative, each plus 128.
+#[inline(always)]
+fn signed(magnitudes: u64, signs: u8) -> u64 {
+    let bits = (u64::from(signs) * ONES) & 0x8040_2010_0804_0201;
+    let negative = (bits + 0x7f * ONES) >> 7 & ONES;
+    // The complement of a magnitude is below 255: adding 1 carries to no other byte.
+    ((magnitudes ^ (negative * 0xff)) + negative) ^ (0x80 * ONES)
+}
+
+/// The packed 4-bit scales of IQ2_XS and IQ2_S.
+#[inline(always)]
+fn scales_iq2(scales: &[u8], d: f32, p: &mut Packet) {
+    for i in 0..SUBS {
+        p.scale[i] = 0.25 * d * (0.5 + f32::from(scales[i / 2] >> (4 * (i % 2)) & 15));
+        p.min[i] = 128.0 * p.scale[i];
+    }
+}
 
 /// The packed 6-bit scales and mins of Q4_K and Q5_K, eight at a time.
 #[inline(always)]

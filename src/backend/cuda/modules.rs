@@ -24,7 +24,7 @@ mod embedded {
 }
 
 /// Quantised types with kernels, in the order of their tables.
-pub(super) const QUANTS: [TensorType; 13] = [
+pub(super) const QUANTS: [TensorType; 20] = [
     TensorType::Q8_0,
     TensorType::Q4_0,
     TensorType::Q4_1,
@@ -38,7 +38,25 @@ pub(super) const QUANTS: [TensorType; 13] = [
     TensorType::IQ4_NL,
     TensorType::IQ4_XS,
     TensorType::MXFP4,
+    TensorType::IQ1_S,
+    TensorType::IQ1_M,
+    TensorType::IQ2_XXS,
+    TensorType::IQ2_XS,
+    TensorType::IQ2_S,
+    TensorType::IQ3_XXS,
+    TensorType::IQ3_S,
 ];
+
+/// Shared memory that a kernel of this type declares for the type's grid and a word behind it, as `blocks.cuh`.
+pub(super) fn grid_bytes(ty: TensorType) -> usize {
+    match ty {
+        TensorType::IQ1_S | TensorType::IQ1_M => 8196,
+        TensorType::IQ2_S => 4100,
+        TensorType::IQ2_XS | TensorType::IQ3_S => 2052,
+        TensorType::IQ2_XXS | TensorType::IQ3_XXS => 1028,
+        _ => 0,
+    }
+}
 
 /// Types that are not quantised.
 pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, TensorType::BF16];

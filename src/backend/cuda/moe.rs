@@ -6,7 +6,7 @@
 
 use super::args::{ExpertsArgs, GroupedArgs, RouterArgs, STORE, SortArgs, XBLK_BYTES};
 use super::driver::device_error;
-use super::modules::Vectors;
+use super::modules::{Vectors, grid_bytes};
 use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, activation, any_index, form, plain_index};
 use super::product::{quant_index, thin_bytes, unsupported};
 use super::tiling::{Product, WARPS, tiling};
@@ -145,8 +145,8 @@ impl CudaBackend {
         let shared = self.engine.device.info.shared_bytes as usize;
         let fits = any_index(up).is_some()
             && any_index(down).is_some()
-            && tile_bytes(up, 0) <= shared
-            && tile_bytes(down, 0) <= shared
+            && tile_bytes(up, 0) + grid_bytes(up) <= shared
+            && tile_bytes(down, 0) + grid_bytes(down) <= shared
             && n.is_multiple_of(32)
             && ff.is_multiple_of(32);
         let chosen = self.dims.n_experts_used <= USED_MAX && self.dims.n_experts <= EXPERTS_MAX;
@@ -160,7 +160,8 @@ impl CudaBackend {
         };
         let exact_down = self.engine.exact_order(down, &[n], ff, false)?;
         let resting = Resting { how: first.how, up, down, exact_up, exact_down };
-        (self.up_bytes(&resting, 1) <= shared && self.down_bytes(&resting, 2) + CHOICES_BYTES <= shared)
+        (self.up_bytes(&resting, 1) + grid_bytes(up) <= shared
+            && self.down_bytes(&resting, 2) + CHOICES_BYTES + grid_bytes(down) <= shared)
             .then_some(resting)
     }
 
@@ -430,7 +431,7 @@ impl CudaBackend {
         e.ws.rooms.check("hidden state of experts", e.ws.gate.addr(), float_bytes(pairs, ff))?;
         // All blocks at once, where that can be.
         let blocks = |each: usize| ff.div_ceil(WARPS * each) * pairs;
-        let fits = |each: &usize| self.up_bytes(r, *each) <= shared / GATE_UP_BLOCKS;
+        let fits = |each: &usize| self.up_bytes(r, *each) + grid_bytes(r.up) <= shared / GATE_UP_BLOCKS;
         let each = (1..=GATE_UP_EACH).take_while(fits).find(|each| blocks(*each) <= GATE_UP_BLOCKS * sms).unwrap_or(1);
         let f = e.kernels.experts.gate_up[kind(r.up)?];
         let grid = (ff.div_ceil(WARPS * each) as u32, pairs as u32, 1);
@@ -439,7 +440,7 @@ impl CudaBackend {
         // checked shapes and alignment, and there is room for the results as checked above.
         unsafe { e.launch(f, grid, 32 * WARPS as u32, self.up_bytes(r, each), &a)? };
         let wanted = (n * self.tokens).div_ceil(sms).next_multiple_of(2).clamp(2, EACH_MAX);
-        let fits = |each: &usize| self.down_bytes(r, *each) + CHOICES_BYTES <= shared;
+        let fits = |each: &usize| self.down_bytes(r, *each) + CHOICES_BYTES + grid_bytes(r.down) <= shared;
         let each = (2..=wanted).rev().step_by(2).find(fits).unwrap_or(2);
         let f = e.kernels.experts.down[kind(r.down)?];
         let grid = (n.div_ceil(each) as u32, self.tokens as u32, 1);
@@ -460,7 +461,8 @@ impl CudaBackend {
         // for that tile alone.
         let rows = pairs.div_ceil(experts);
         let wanted = TILES.iter().position(|(each, _)| rows * 4 <= each * 3).unwrap_or(TILES.len() - 1);
-        let fits = |size: &usize| tile_bytes(r.up, *size).max(tile_bytes(r.down, *size)) <= shared;
+        let bytes = |ty, size| tile_bytes(ty, size) + grid_bytes(ty);
+        let fits = |size: &usize| bytes(r.up, *size).max(bytes(r.down, *size)) <= shared;
         let size = (0..=wanted).rev().find(fits).unwrap_or(0);
         let each = TILES[size].0;
         let most = tiles_most(pairs, experts, each);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::args::{DequantArgs, GemmArgs, PlainArgs, PrepArgs, STORE, SWIGLU};
 use super::driver::{Device, Stream, device_error};
-use super::modules::{Func, Kernels, PLAINS, QUANTS};
+use super::modules::{Func, Kernels, PLAINS, QUANTS, grid_bytes};
 use super::vectors::step_bytes;
 use super::workspace::{Workspace, float_bytes, half_bytes, pitch, quant_bytes};
 use crate::backend::{Activation, BackendError, Class, Linear, NormKind, NormOf, Weight};
@@ -36,7 +36,7 @@ pub(super) fn thin_bytes(ty: TensorType, rows: usize) -> usize {
 
 /// Which of [`THIN`] takes so many tokens, and its bytes of shared memory; `None` if not even the smaller one fits.
 fn thin(ty: TensorType, tokens: usize, shared: usize) -> Option<(usize, usize)> {
-    let bytes = |size: usize| thin_bytes(ty, 3 * THIN[size]);
+    let (bytes, shared) = (|size: usize| thin_bytes(ty, 3 * THIN[size]), shared.saturating_sub(grid_bytes(ty)));
     let size = usize::from(tokens > THIN[0] && bytes(1) <= shared);
     (bytes(size) <= shared).then_some((size, bytes(size)))
 }

@@ -1,5 +1,6 @@
 //! How `kernels/bulk.cu` cuts a product's rows into tiles. Pure arithmetic.
 
+use super::modules::grid_bytes;
 use crate::gguf::TensorType;
 
 /// Warps of a block that compute.
@@ -52,6 +53,11 @@ fn shared_parts(ty: TensorType) -> usize {
     }
 }
 
+/// Instructions of a warp for a step of two rows: to look weights up in a grid takes more than to cut them from words.
+fn step_cycles(ty: TensorType) -> usize {
+    if grid_bytes(ty) > 0 { 220 } else { 80 * shared_parts(ty) }
+}
+
 /// Weights of a step, in which each lane takes its part once, and their bytes.
 fn step(ty: TensorType) -> (usize, usize) {
     let elems = 32 * 32 * shared_parts(ty);
@@ -72,7 +78,8 @@ fn least_ring(ty: TensorType) -> usize {
 /// The tiling that should take least time on a GPU with so many multiprocessors, whose blocks may have
 /// `shared` bytes; `None` if not even single steps of two rows fit beside the activations.
 pub(super) fn tiling(p: &Product, multiprocessors: usize, shared: usize) -> Option<Tiling> {
-    let room_of = |blocks: usize| ((shared + 1024) / blocks).checked_sub(FIXED_BYTES + p.activations);
+    let fixed = FIXED_BYTES + grid_bytes(p.ty) + p.activations;
+    let room_of = |blocks: usize| ((shared + 1024) / blocks).checked_sub(fixed);
     let fits = |room: &usize| *room >= least_ring(p.ty);
     let (room, blocks) = match room_of(BLOCKS).filter(|r| *r >= RING_BYTES / 2 && fits(r)) {
         Some(room) => (room, BLOCKS),
@@ -96,7 +103,7 @@ pub(super) fn tiling(p: &Product, multiprocessors: usize, shared: usize) -> Opti
         .filter(|&w| 2 * slots(w) * row_bytes <= TILE_BYTES && 2 * whole(w).0 * whole(w).1 <= room)
         .min_by_key(|&w| {
             // Processor cycles of a tile: its bytes at the memory's rate, or the work of its warps.
-            let (bytes, per_warp) = (2 * slots(w) * row_bytes, steps.div_ceil(w) * 80 * shared_parts(p.ty) + 150);
+            let (bytes, per_warp) = (2 * slots(w) * row_bytes, steps.div_ceil(w) * step_cycles(p.ty) + 150);
             let cycles = (bytes * blocks / 13).max(per_warp * WARPS * blocks / 3);
             tiles(w).div_ceil(blocks * multiprocessors) * (cycles + 200)
         });
@@ -119,8 +126,8 @@ pub(super) fn tiling(p: &Product, multiprocessors: usize, shared: usize) -> Opti
 }
 
 impl Tiling {
-    /// The same rows, warps and pieces, in whose order sums are made, beside `activations` bytes of more tokens:
-    /// with fewer stages, or fewer blocks that share a multiprocessor. `None` if not even two stages fit.
+    /// The same rows, warps and pieces, in whose order sums are made, beside `activations` bytes of more tokens and the
+    /// type's grid: with fewer stages, or fewer blocks that share a multiprocessor. `None` if not even two stages fit.
     pub fn beside(self, activations: usize, shared: usize) -> Option<Tiling> {
         let stage = self.ring / self.stages;
         let stages = |blocks: usize| {
@@ -182,10 +189,11 @@ mod tests {
                     let activations = cols / 32 * 40 * tokens;
                     let p = Product { ty, cols, rows: &[7, 33][..if swiglu { 1 } else { 2 }], swiglu, activations };
                     let Some(t) = tiling(&p, gpu.0, gpu.1) else {
-                        assert!(activations + least_ring(ty) + FIXED_BYTES > gpu.1, "{p:?}");
+                        assert!(activations + grid_bytes(ty) + least_ring(ty) + FIXED_BYTES > gpu.1, "{p:?}");
                         continue;
                     };
-                    assert!(t.ring + activations + FIXED_BYTES <= gpu.1 + 1024, "{p:?}: {t:?}");
+                    let all = t.ring + activations + grid_bytes(ty) + FIXED_BYTES;
+                    assert!(all <= gpu.1 + 1024, "{p:?}: {t:?}");
                     assert!(t.stages >= 2 && t.piece >= 1 && WARPS.is_multiple_of(t.row_warps), "{p:?}: {t:?}");
                 }
             }
@@ -206,9 +214,9 @@ mod tests {
                     let one = of(ty, cols, rows, swiglu, 1, gpu);
                     for tokens in 2..=8 {
                         let activations = cols / 32 * 40 * tokens;
-                        let Some(t) = one.beside(activations, gpu.1) else {
+                        let Some(t) = one.beside(activations + grid_bytes(ty), gpu.1) else {
                             assert!(
-                                activations + 2 * one.ring / one.stages + FIXED_BYTES > gpu.1,
+                                activations + grid_bytes(ty) + 2 * one.ring / one.stages + FIXED_BYTES > gpu.1,
                                 "{ty} {cols} {tokens}"
                             );
                             continue;

@@ -2,7 +2,7 @@
 
 use super::args::{GemvArgs, QuantiseArgs, SWIGLU, XBLK_BYTES};
 use super::driver::device_error;
-use super::modules::{Func, GEMV_BATCHES, Vectors};
+use super::modules::{Func, GEMV_BATCHES, Vectors, grid_bytes};
 use super::product::{Engine, Inputs, Raw, Rows, Target, quant_index, unsupported};
 use super::tiling::{Product, THREADS, WARPS, tiling};
 use super::workspace::quant_bytes;
@@ -177,7 +177,8 @@ impl Engine {
     fn by_warps(&mut self, call: &Call, f: [Func; 4], done: usize, left: usize) -> Result<usize> {
         let token_bytes = call.token_bytes();
         let ring = ring_bytes(call.ty);
-        let most = (self.device.info.shared_bytes as usize).saturating_sub(ring + 2560) / token_bytes;
+        let most =
+            (self.device.info.shared_bytes as usize).saturating_sub(ring + grid_bytes(call.ty) + 2560) / token_bytes;
         let largest = GEMV_BATCHES.iter().rposition(|b| *b <= most).ok_or_else(|| self.too_wide(call.cols))?;
         let size = (0..=largest).find(|i| GEMV_BATCHES[*i] >= left).unwrap_or(largest);
         let n = left.min(GEMV_BATCHES[size]);
@@ -198,7 +199,7 @@ impl Engine {
         let shared = info.shared_bytes as usize;
         let one = tiling(&product, info.multiprocessors as usize, shared).ok_or_else(|| self.too_wide(cols))?;
         let most = left.min(GEMV_BATCHES[GEMV_BATCHES.len() - 1]);
-        let more = (2..=most).rev().find_map(|n| Some((n, one.beside(n * activations, shared)?)));
+        let more = (2..=most).rev().find_map(|n| Some((n, one.beside(n * activations + grid_bytes(ty), shared)?)));
         let (n, t) = more.unwrap_or((1, one));
         let size = GEMV_BATCHES.iter().position(|b| *b >= n).unwrap_or(GEMV_BATCHES.len() - 1);
         let mut a = call.args(done, n);

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::super::kernel::{Activation, Dot, REST};
 use super::super::unpack::PACKET;
-use super::{Avx2, ask_ahead};
+use super::{Avx2, ask_ahead, supers};
 use crate::gguf::TensorType;
 
 /// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
@@ -30,7 +30,7 @@ pub(super) unsafe fn row<const FINE: bool>(
             TensorType::Q4_K => k4::<144, false, FINE>(row, x, cols),
             TensorType::Q5_K => k4::<176, true, FINE>(row, x, cols),
             TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
-            _ => return None,
+            _ => return supers::row_avx2::<FINE>(ty, row, x, cols),
         };
         Some(Avx2::sum(sums))
     }
@@ -46,11 +46,26 @@ unsafe fn dot(q: __m256i, x: __m256i) -> __m256 {
 
 /// Sums of products of 32 weights with elements `32j..32j + 32` of an activation.
 #[inline(always)]
-unsafe fn products<const FINE: bool>(q: __m256i, a: &Activation, j: usize) -> __m256 {
+pub(super) unsafe fn products<const FINE: bool>(q: __m256i, a: &Activation, j: usize) -> __m256 {
     // SAFETY: j is below 8; the caller vouches for AVX2 and FMA.
     unsafe {
         let sums = dot(q, quants(&a.q, j));
         if FINE { _mm256_fmadd_ps(dot(q, quants(&a.rest, j)), _mm256_set1_ps(REST), sums) } else { sums }
+    }
+}
+
+/// The same of magnitudes and a -1 or 1 for each: the activations take the signs.
+#[inline(always)]
+pub(super) unsafe fn signed_products<const FINE: bool>(q: __m256i, signs: __m256i, a: &Activation, j: usize) -> __m256 {
+    // SAFETY: j is below 8; the caller vouches for AVX2 and FMA.
+    unsafe {
+        let sums = dot(q, _mm256_sign_epi8(quants(&a.q, j), signs));
+        if FINE {
+            let rest = dot(q, _mm256_sign_epi8(quants(&a.rest, j), signs));
+            _mm256_fmadd_ps(rest, _mm256_set1_ps(REST), sums)
+        } else {
+            sums
+        }
     }
 }
 
@@ -63,7 +78,7 @@ unsafe fn quants(of: &[i8; PACKET], j: usize) -> __m256i {
 
 /// Entries 2j and 2j + 1 of 16 in the lanes of their elements.
 #[inline(always)]
-unsafe fn pair(of: &[f32; 16], j: usize) -> __m256 {
+pub(super) unsafe fn pair(of: &[f32; 16], j: usize) -> __m256 {
     // SAFETY: j is below 8; the caller vouches for AVX2.
     unsafe {
         let two = _mm_castsi128_ps(_mm_loadl_epi64(of.as_ptr().add(2 * j).cast()));
@@ -130,7 +145,7 @@ unsafe fn q8_0<const FINE: bool>(row: *const u8, x: *const Activation, cols: usi
 
 /// `acc` less mins times sums.
 #[inline(always)]
-unsafe fn less_mins(mins: [__m256; 2], a: &Activation, acc: __m256) -> __m256 {
+pub(super) unsafe fn less_mins(mins: [__m256; 2], a: &Activation, acc: __m256) -> __m256 {
     // SAFETY: the caller vouches for AVX and FMA.
     unsafe {
         let acc = _mm256_fnmadd_ps(mins[0], _mm256_load_ps(a.sum.as_ptr()), acc);
@@ -140,7 +155,7 @@ unsafe fn less_mins(mins: [__m256; 2], a: &Activation, acc: __m256) -> __m256 {
 
 /// Scale of each 16: the weights' times the activation's.
 #[inline(always)]
-unsafe fn scaled(scales: [__m256; 2], a: &Activation) -> Scales {
+pub(super) unsafe fn scaled(scales: [__m256; 2], a: &Activation) -> Scales {
     let mut out = Scales([0.0; 16]);
     for (h, scales) in scales.into_iter().enumerate() {
         // SAFETY: both sides have 16 floats; the caller vouches for AVX.
@@ -153,7 +168,7 @@ unsafe fn scaled(scales: [__m256; 2], a: &Activation) -> Scales {
 }
 
 /// Scales of a packet.
-struct Scales([f32; 16]);
+pub(super) struct Scales(pub(super) [f32; 16]);
 
 /// Eight bytes as 16 floats, each twice, times `d`.
 #[inline(always)]

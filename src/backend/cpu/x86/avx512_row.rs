@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::super::kernel::{Activation, Paired, REST};
 use super::super::unpack::PACKET;
-use super::ask_ahead;
+use super::{ask_ahead, supers};
 use crate::gguf::TensorType;
 
 /// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
@@ -31,14 +31,14 @@ pub(super) unsafe fn row<const FINE: bool>(
             TensorType::Q4_K => k4::<144, false, FINE>(row, x, pairs, cols),
             TensorType::Q5_K => k4::<176, true, FINE>(row, x, pairs, cols),
             TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
-            _ => return None,
+            _ => return supers::row_avx512::<FINE>(ty, row, x, cols),
         })
     }
 }
 
 /// Sums of products of 64 quants with 64 activations, four to a lane.
 #[inline(always)]
-unsafe fn products<const FINE: bool>(q: __m512i, x: *const i8, rest: *const i8) -> __m512 {
+pub(super) unsafe fn products<const FINE: bool>(q: __m512i, x: *const i8, rest: *const i8) -> __m512 {
     // SAFETY: the caller vouches for AVX-512 VNNI and for 64 readable bytes behind each address.
     unsafe {
         let zero = _mm512_setzero_si512();
@@ -51,9 +51,27 @@ unsafe fn products<const FINE: bool>(q: __m512i, x: *const i8, rest: *const i8) 
     }
 }
 
+/// The same of magnitudes with quarter `i` of a packet, of which those whose bits are set in `negative` change their signs.
+#[inline(always)]
+pub(super) unsafe fn signed_products<const FINE: bool>(q: __m512i, negative: u64, a: &Activation, i: usize) -> __m512 {
+    // SAFETY: i is below 4; the caller vouches for AVX-512 BW and VNNI.
+    unsafe {
+        let zero = _mm512_setzero_si512();
+        let x = _mm512_load_si512(a.q.as_ptr().add(64 * i).cast());
+        let x = _mm512_mask_sub_epi8(x, negative, zero, x);
+        let sums = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, q, x));
+        if !FINE {
+            return sums;
+        }
+        let x = _mm512_load_si512(a.rest.as_ptr().add(64 * i).cast());
+        let x = _mm512_mask_sub_epi8(x, negative, zero, x);
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, q, x)), _mm512_set1_ps(REST), sums)
+    }
+}
+
 /// Which of 16 scales each lane takes: four lanes each of `first`, `first + 1`, `first + 2 + skip` and the next.
 #[inline(always)]
-unsafe fn lanes(first: i32, skip: i32) -> __m512i {
+pub(super) unsafe fn lanes(first: i32, skip: i32) -> __m512i {
     let (b, c, d) = (first + 1, first + 2 + skip, first + 3 + skip);
     // SAFETY: the caller vouches for AVX-512.
     unsafe { _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, first, first, first, first) }

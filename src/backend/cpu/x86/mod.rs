@@ -6,6 +6,7 @@ mod avx2_panel;
 mod avx2_row;
 mod avx512_panel;
 mod avx512_row;
+mod supers;
 
 use std::arch::x86_64::*;
 

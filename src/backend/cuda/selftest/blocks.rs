@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use crate::backend::cuda::modules::grid_bytes;
+use crate::backend::reference;
 use crate::gguf::TensorType;
 
 /// A small generator with a fixed seed (xorshift64*).
@@ -66,11 +68,22 @@ pub fn random_rows(ty: TensorType, elems: usize, scale: f32, seed: u64) -> Vec<u
         TensorType::Q2_K => 45.0,
         TensorType::Q3_K => 128.0,
         TensorType::Q6_K | TensorType::IQ4_XS => 32.0 * 127.0,
+        TensorType::IQ1_S | TensorType::IQ1_M => 15.0 * 1.125,
+        TensorType::IQ2_XXS | TensorType::IQ2_XS | TensorType::IQ2_S => 15.5 * 0.25 * 43.0,
+        TensorType::IQ3_XXS => 15.5 * 0.5 * 62.0,
+        TensorType::IQ3_S => 31.0 * 15.0,
         _ => 16.0,
     };
     for block in out.chunks_mut(size) {
         if ty == TensorType::MXFP4 {
             block[0] = (126.0 + (scale / 12.0).log2()) as u8;
+            continue;
+        }
+        if ty == TensorType::IQ1_M {
+            let d = f16::from_f32(scale / reach * (1.0 + 0.5 * rng.unit()));
+            for (k, at) in [49, 51, 53, 55].into_iter().enumerate() {
+                block[at] = block[at] & 15 | ((d.to_bits() >> (4 * k) & 15) << 4) as u8;
+            }
             continue;
         }
         for at in scale_offsets(ty) {
@@ -155,8 +168,13 @@ fn value(ty: TensorType, b: &[u8], i: usize) -> f32 {
     }
 }
 
-/// The values of whole blocks.
+/// The values of whole blocks. Types with grids have one plain reading, which is checked against gguf-py's.
 pub fn values(ty: TensorType, bytes: &[u8]) -> Vec<f32> {
+    if grid_bytes(ty) > 0 {
+        let mut out = vec![f32::NAN; bytes.len() / ty.block_bytes() * ty.block_elems()];
+        reference::dequantize(ty, bytes, &mut out);
+        return out;
+    }
     let n = ty.block_elems();
     bytes.chunks(ty.block_bytes()).flat_map(|b| (0..n).map(move |i| value(ty, b, i))).collect()
 }
