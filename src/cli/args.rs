@@ -34,6 +34,8 @@ pub(super) enum Command {
     Serve(super::serve::ServeArgs),
     /// List the models on this machine: what fits where, how fast, or why one cannot run.
     List(super::list::ListArgs),
+    /// Fetch a model from Hugging Face or any other address into the library; goes on where it was cut off.
+    Pull(super::pull::PullArgs),
     /// Show hyper-parameters, tensors, types and bytes.
     Inspect(super::inspect::InspectArgs),
     /// Compare every tensor's bytes with the record of `nt device extents` or `nt stage`.
@@ -81,6 +83,7 @@ impl Command {
             Command::Bench(a) => &mut a.model,
             Command::Stage(a) => &mut a.model,
             Command::List(_)
+            | Command::Pull(_)
             | Command::Selftest(_)
             | Command::Probe(_)
             | Command::Device(_)

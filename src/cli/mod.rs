@@ -20,6 +20,7 @@ mod perplexity;
 mod plan;
 mod printable;
 mod probe;
+mod pull;
 mod report;
 mod run;
 mod selftest;
@@ -77,6 +78,7 @@ fn command() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
+        Command::Pull(args) => pull::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args, cli.verbose > 0),
         Command::Tokenize(args) => tokenize::run(&args),

@@ -2,13 +2,14 @@
 //!
 //! A library is a list of places: folders of GGUF files, Ollama's stores (through their manifests), and what was
 //! recorded of drives or staged on them. Folders are listed and small manifests read, no header and no weights:
-//! [`Entry::open`] reads one model's header. Nothing is ever written, nothing but a regular file is opened, and a
-//! file that cannot be used is an entry with its reason.
+//! [`Entry::open`] reads one model's header. Nothing but a regular file is opened, and a file that cannot be used is an
+//! entry with its reason. Only [`pull`] writes: it fetches a model into the first folder.
 
 mod drives;
 mod folder;
 mod lookup;
 mod ollama;
+mod pull;
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -17,6 +18,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 pub use lookup::{LookupError, find, is_bare};
+pub use pull::{Progress, PullError, Pulled, PulledFile, Request as PullRequest, pull};
 
 use crate::engine::{self, EngineError};
 use crate::gguf::{Gguf, GgufError};
@@ -134,6 +136,14 @@ pub fn places() -> Vec<Place> {
     let mut seen = BTreeSet::new();
     all.retain(|p| seen.insert(p.path.canonicalize().unwrap_or_else(|_| p.path.clone())));
     all
+}
+
+/// The folder that models are fetched into: the first of `$NT_MODELS` that is no store of Ollama's, else `nt/models` in
+/// the user's cache; `None` where there is neither.
+pub fn home() -> Option<PathBuf> {
+    let all = places();
+    let folder = |named| all.iter().find(|p| p.named == named && p.kind == Kind::Folder).map(|p| p.path.clone());
+    folder(true).or_else(|| folder(false))
 }
 
 /// Lists what lies in `places`. Reads folders and manifests alone.

@@ -279,3 +279,84 @@ fn a_closed_stderr_is_no_panic() {
     let code = std::fs::read_to_string(&codes).unwrap();
     assert!(!code.contains("code 101"), "{code}");
 }
+
+/// A server of one file that may say nothing more after some bytes.
+fn file_server(file: Vec<u8>, stalls_at: usize) -> String {
+    use std::io::{BufRead, BufReader, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut bodies = 0;
+        for stream in listener.incoming().flatten() {
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+            let range = lines.take_while(|l| !l.is_empty()).find_map(|l| {
+                let range = l.to_lowercase().strip_prefix("range: bytes=")?.to_owned();
+                let (from, to) = range.split_once('-')?;
+                Some((from.parse::<usize>().ok()?, to.parse::<usize>().ok()))
+            });
+            let (from, to) = range.map_or((0, file.len() - 1), |(from, to)| (from, to.unwrap_or(file.len() - 1)));
+            let head = format!(
+                "HTTP/1.1 206 X\r\nConnection: close\r\nETag: \"a\"\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{to}/{}\r\n\r\n",
+                to - from + 1,
+                file.len()
+            );
+            // Whoever asks for all of it without a range gets it so.
+            let head = if range.is_some() { head } else { head.replace("206", "200") };
+            let mut body = &file[from..=to];
+            bodies += usize::from(to > from);
+            let stalls = to > from && bodies == 1;
+            if stalls {
+                body = &body[..stalls_at.min(body.len())];
+            }
+            let mut stream = stream;
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+            if stalls {
+                std::thread::spawn(move || {
+                    std::thread::sleep(std::time::Duration::from_secs(60));
+                    drop(stream);
+                });
+            }
+        }
+    });
+    format!("http://{at}")
+}
+
+/// Users had to download models by hand, and began again after Ctrl-C.
+#[test]
+fn a_pulled_model_is_stopped_resumed_listed_and_run() {
+    let home = Home::new();
+    let bytes = tiny(2).bytes();
+    let base = file_server(bytes.clone(), 10_000);
+    let url = format!("{base}/dir/pulled.gguf?key=1");
+    let mut first = Command::new(bin())
+        .args(["pull", &url])
+        .env("HOME", home.dir.path())
+        .env_remove("XDG_CACHE_HOME")
+        .env_remove("NT_MODELS")
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let part = home.models().join("pulled.gguf.part");
+    let began = std::time::Instant::now();
+    while fs::metadata(&part).map_or(0, |m| m.len()) < 10_000 {
+        assert!(began.elapsed().as_secs() < 60, "nothing comes");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
+    let mut err = String::new();
+    std::io::Read::read_to_string(&mut first.stderr.take().unwrap(), &mut err).unwrap();
+    assert_eq!(first.wait().unwrap().code(), Some(130), "{err}");
+    assert!(err.contains("the same command goes on from there"), "{err}");
+    assert!(home.list().is_empty());
+    let out = home.nt(&["pull", &url, "--json"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let said: Json = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(said["name"], "pulled");
+    assert_eq!(said["fetched_bytes"], bytes.len() - 10_000);
+    assert_eq!(said["files"][0]["path"], home.models().join("pulled.gguf").display().to_string());
+    assert_eq!(home.list()[0]["name"], "pulled");
+    assert!(home.run("pulled").status.success());
+    let again = home.nt(&["pull", &url]);
+    assert!(again.status.success() && String::from_utf8_lossy(&again.stdout).starts_with("pulled  "));
+    refused(&home.nt(&["pull", "pulled"]), &["https://", "hf:OWNER/NAME:FILE.gguf"]);
+}
