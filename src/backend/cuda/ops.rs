@@ -671,7 +671,7 @@ mod tests {
     #[test]
     fn kernels_have_the_same_numbers() {
         let acts = include_str!("../../../kernels/acts.cu");
-        let ops = include_str!("../../../kernels/ops.cu");
+        let common = include_str!("../../../kernels/common.cuh");
         let has = |source: &str, name: &str, n: i32| {
             assert!(source.contains(&format!("#define {name} {n}\n")), "no {name} {n}");
         };
@@ -680,10 +680,10 @@ mod tests {
         has(acts, "GATING_SOFTMAX_OF_CHOSEN", number_of(Gating::SoftmaxOfChosen));
         has(acts, "GATING_SIGMOID_OF_CHOSEN", number_of(Gating::SigmoidOfChosen));
         has(acts, "TAPS_MAX", TAPS_MAX as i32);
-        has(ops, "ACTIVATE_SILU", activation(Activation::Silu).0);
-        has(ops, "ACTIVATE_GELU", activation(Activation::Gelu).0);
-        has(ops, "ACTIVATE_RELU2", activation(Activation::ReluSquared).0);
-        has(ops, "ACTIVATE_CLAMPED", activation(Activation::ClampedSwiglu { limit: 7.0 }).0);
+        has(common, "ACTIVATE_SILU", activation(Activation::Silu).0);
+        has(common, "ACTIVATE_GELU", activation(Activation::Gelu).0);
+        has(common, "ACTIVATE_RELU2", activation(Activation::ReluSquared).0);
+        has(common, "ACTIVATE_CLAMPED", activation(Activation::ClampedSwiglu { limit: 7.0 }).0);
     }
 
     #[test]
