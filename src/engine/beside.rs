@@ -72,7 +72,7 @@ pub(super) fn beside(
     chosen: &[bool],
     in_ram: &[Option<Region>],
     apart: Vec<u64>,
-    share: Share,
+    share: Option<Share>,
 ) -> Beside {
     let steps = |class: Class| {
         let streams = |u: usize| plan.homes[u] != Home::A && !(class == Class::Exact && chosen[u]);
@@ -91,12 +91,25 @@ pub(super) fn beside(
     }
 }
 
-/// How many of a row's experts in RAM are for processors, so that they and a device that reads the others over its link end
-/// together: in steps of a twentieth, as rates are.
-pub(super) fn share(rates: &SiteRates) -> Share {
-    let rates = rates.rounded();
+/// Part of the experts that must rest in RAM before a link brings some of what a row has chosen of them: with fewer, what it takes to
+/// have them brought was measured to be longer than what it wins.
+const SHARED_FROM: f64 = 0.6;
+
+/// How many of a row's experts in RAM are for processors, so that they end together with a link that brings the others to the
+/// device: in steps of a twentieth, as rates are. `None` where processors are faster alone. `units` are what they can compute.
+pub(super) fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates) -> Option<Share> {
+    let routed = |u: &usize| matches!(model.units[*u].kind, UnitKind::Expert { .. });
+    let (mut all, mut here) = (0u64, 0u64);
+    for u in (0..units.len()).filter(routed) {
+        all += model.units[u].bytes();
+        here += if units[u] { model.units[u].bytes() } else { 0 };
+    }
+    if all == 0 || (here as f64) < SHARED_FROM * all as f64 {
+        return None;
+    }
+    let rates = rates().rounded();
     let twentieths = (20.0 * rates.ram / (rates.ram + rates.link)).round();
-    Share((twentieths * 256.0 / 20.0).round() as u32)
+    Some(Share((twentieths * 256.0 / 20.0).round() as u32))
 }
 
 /// The plan as passes of exact rows see it: what processors compute in RAM is brought nowhere.

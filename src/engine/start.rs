@@ -12,7 +12,7 @@ use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, s
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{
-    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent, Share,
+    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent,
 };
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
@@ -164,9 +164,7 @@ impl Session {
         let site_rates = |threads| rates.unwrap_or_else(|| here::site_rates(threads));
         let chosen = backend.computes_in_ram().and_then(|threads| {
             let units = beside::choose(&model, &plan, options.sites, &|| site_rates(threads))?;
-            let routed = units.iter().zip(&model.units).any(|(c, u)| *c && matches!(u.kind, UnitKind::Expert { .. }));
-            // Processors compute all of what no router chooses.
-            let share = if routed { beside::share(&site_rates(threads)) } else { Share(256) };
+            let share = beside::share(&model, &units, &|| site_rates(threads));
             Some((units, share))
         });
         let guesses = chosen.is_some() && options.sites == Sites::Auto;

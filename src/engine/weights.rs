@@ -48,8 +48,9 @@ pub(super) struct Beside {
     pub holes: [bool; 2],
     /// What the flow brings now.
     pub class: Class,
-    /// How many of a row's experts in RAM processors compute; the device reads the others.
-    pub share: Share,
+    /// How many of a row's experts in RAM processors compute, where the others are brought to the device; none where processors
+    /// compute all of them.
+    pub share: Option<Share>,
 }
 
 impl Weights {
@@ -205,18 +206,20 @@ impl WeightSource for Weights {
     }
 
     fn share(&self) -> Option<Share> {
-        self.beside.as_ref().map(|b| b.share)
+        self.beside.as_ref()?.share
     }
 
     fn used(&mut self, units: Range<usize>, chosen: usize) {
         let n = units.len().max(1) as u64;
         let (all, chosen) = (self.unit_bytes[units.clone()].iter().sum::<u64>(), chosen as u64);
         self.bytes += all / n * chosen;
-        if let Some(beside) = self.beside.as_ref().filter(|b| b.class == Class::Exact) {
+        if let Some(beside) = self.beside.as_ref().filter(|b| b.class == Class::Exact)
+            && let Some(share) = beside.share
+        {
             // As many of each as there are, on average.
             let in_ram = units.filter(|u| beside.units[*u].is_some());
             let in_ram: u64 = in_ram.map(|u| self.unit_bytes[u]).sum();
-            self.beside_bytes += in_ram / n * chosen * u64::from(beside.share.0) / 256;
+            self.beside_bytes += in_ram / n * chosen * u64::from(share.0) / 256;
         }
     }
 }
