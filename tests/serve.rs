@@ -1,8 +1,12 @@
 //! `nt serve` from outside: the binary, a tiny model, and clients that are well-behaved, rude, slow or gone.
 
+#[path = "serve/attacks.rs"]
+mod attacks;
 mod common;
 #[path = "serve/dialects.rs"]
 mod dialects;
+#[path = "serve/disk.rs"]
+mod disk;
 #[path = "serve/forms.rs"]
 mod forms;
 #[path = "serve/hostile.rs"]
@@ -13,8 +17,12 @@ mod http;
 mod limits;
 #[path = "serve/openai.rs"]
 mod openai;
+#[path = "serve/page.rs"]
+mod page;
 #[path = "serve/parallel.rs"]
 mod parallel;
+#[path = "serve/recurrent.rs"]
+mod recurrent;
 #[path = "serve/same_text.rs"]
 mod same_text;
 #[path = "serve/soak.rs"]

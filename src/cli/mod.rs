@@ -45,6 +45,9 @@ const STACK_BYTES: usize = 8 << 20;
 
 /// Entry point of the binary. Where the system gives less than the usual stack (`ulimit -s`), a thread has it.
 pub fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|a| a == crate::engine::constraint::VET_ARGUMENT) {
+        return crate::engine::constraint::vet_main();
+    }
     interrupt::ignore_file_size_signal();
     let enough = getrlimit(Resource::RLIMIT_STACK).is_ok_and(|(soft, _)| soft >= STACK_BYTES as u64);
     if enough {

@@ -14,7 +14,7 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
 use crate::backend::EXACT_ROWS;
 use crate::engine::Opened;
 use crate::plan::parse_size;
-use crate::serve::{Access, Limits, Pooling, Served, Server, unix_s};
+use crate::serve::{Access, Limits, Pooling, Served, Server, Shelf, unix_s};
 use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt serve`.
@@ -42,13 +42,20 @@ pub struct ServeArgs {
     #[command(flatten)]
     template: TemplateOptions,
     /// Requests that are computed at once at most, a token of each in every pass; they share the positions of --ctx. auto is as
-    /// many as the backend takes in one pass, up to 4. Where that is 1, as on a GPU, they take turns.
+    /// many as the backend takes in one pass, up to 4 (2 of an architecture with recurrent states). Where that is 1, as on a GPU, they take turns.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = parallel)]
     parallel: Auto<usize>,
     /// How the hidden states of a text's tokens become its vector (/v1/embeddings, /api/embed): their mean, or the last
-    /// one. The model's card says what it was trained for.
-    #[arg(long, value_name = "mean|last", default_value = "mean", value_parser = pooling)]
-    pooling: Pooling,
+    /// one. auto is what the model's metadata says (pooling_type), else the mean.
+    #[arg(long, value_name = "auto|mean|last", default_value = "auto", value_parser = pooling)]
+    pooling: Auto<Pooling>,
+    /// Folder in which prompts are kept when the server ends, so that the next one need not compute them again; for its
+    /// owner alone.
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Bytes of that folder's prompts at most; those used longest ago go first.
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
+    cache_size: u64,
     /// Tokens of an answer at most, whatever a request asks for; auto is until the context is full.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = max_tokens)]
     max_tokens: Auto<usize>,
@@ -85,6 +92,8 @@ code is 0 if they ended, 130 if one was cut off. A second signal ends the proces
 const CTX_DEFAULT: usize = 4096;
 /// Requests that are computed at once where nothing else is said.
 const PARALLEL_DEFAULT: usize = 4;
+/// The same where each has a recurrent state, which may take 100 MB.
+const PARALLEL_RECURRENT: usize = 2;
 /// Most requests that are computed at once.
 const PARALLEL_MAX: usize = 64;
 /// Most bytes of a request.
@@ -109,11 +118,21 @@ fn parallel(text: &str) -> Result<Auto<usize>, String> {
     }
 }
 
-fn pooling(text: &str) -> Result<Pooling, String> {
+fn pooling(text: &str) -> Result<Auto<Pooling>, String> {
     match text {
-        "mean" => Ok(Pooling::Mean),
-        "last" => Ok(Pooling::Last),
-        _ => Err("mean or last was expected".into()),
+        "auto" => Ok(Auto::Auto),
+        "mean" => Ok(Auto::Given(Pooling::Mean)),
+        "last" => Ok(Auto::Given(Pooling::Last)),
+        _ => Err("auto, mean or last was expected".into()),
+    }
+}
+
+/// What the model was made for: `pooling_type` 3 is the last token (llama.cpp's `llama_pooling_type`).
+fn own_pooling(opened: &Opened) -> Pooling {
+    let key = format!("{}.pooling_type", opened.model.hparams.arch.name);
+    match opened.gguf.metadata.uint(&key) {
+        Some(3) => Pooling::Last,
+        _ => Pooling::Mean,
     }
 }
 
@@ -127,12 +146,6 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let defaults = args.sampling.params()?;
     let keys = args.api_key_file.as_deref().map(keys).transpose()?.unwrap_or_default();
     let opened = run::open(&args.model, &args.placement)?;
-    if opened.model.hparams.recurrent.is_some() {
-        return Err(Failure::usage(format!(
-            "architecture {} has a recurrent state, which requests cannot share yet; `nt run` and `nt chat` compute it",
-            opened.model.hparams.arch.name
-        )));
-    }
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
@@ -143,7 +156,17 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
     };
+    let recurrent = opened.model.hparams.recurrent.is_some();
+    if recurrent {
+        // Each request has a state, so has the empty sequence that all begin from, and one that is being begun.
+        options.sequences = args.parallel.given().unwrap_or(PARALLEL_RECURRENT) + 2;
+    }
     options.outputs = args.parallel.given().unwrap_or(PARALLEL_DEFAULT).min(2 * EXACT_ROWS);
+    let shelf = args.cache_dir.as_deref().map(|dir| {
+        Shelf::new(dir, args.cache_size, &opened, options.kv_type)
+            .map_err(|e| Failure::usage(format!("--cache-dir {}: it cannot be written to: {e}", dir.display())))
+    });
+    let shelf = shelf.transpose()?;
     let listener = listen(args, &keys)?;
     let at = listener.local_addr().map_err(|e| Failure::running(format!("asking for the port failed: {e}")))?;
     let served = Served {
@@ -158,9 +181,10 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         started_unix_s: unix_s(),
         modified_unix_s: modified_unix_s(&opened),
         grammars: std::sync::OnceLock::new(),
-        pooling: args.pooling,
+        shelf,
+        pooling: args.pooling.given().unwrap_or_else(|| own_pooling(&opened)),
         embeds: std::sync::OnceLock::new(),
-        plan: std::sync::OnceLock::new(),
+        session: std::sync::OnceLock::new(),
         opened,
     };
     // Until here nothing is half done: a signal ends the process.
@@ -180,10 +204,11 @@ fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> 
     let watch = run::prepare(&args.placement);
     let mut session = run::start(opened, options, true, &watch)?;
     let report = Report::new(&session, opened);
-    let _ = server.served().plan.set(report.session_json()["plan"].clone());
+    let _ = server.served().session.set(report.session_json());
     report.print();
     let _ = server.served().embeds.set(session.gives_hidden());
-    let slots = args.parallel.given().unwrap_or_else(|| session.parts_max().min(PARALLEL_DEFAULT));
+    let most = if opened.model.hparams.recurrent.is_some() { PARALLEL_RECURRENT } else { PARALLEL_DEFAULT };
+    let slots = args.parallel.given().unwrap_or_else(|| session.parts_max().min(most));
     let cut_off = server.serve(&mut session, slots, &interrupt::interrupted, &|| watch.tripped());
     run::write_timeline(&args.placement, &mut session)?;
     match watch.reason() {

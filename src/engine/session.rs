@@ -562,6 +562,11 @@ impl Session {
         Ok(fork)
     }
 
+    /// Whether sequences have a recurrent state each, and cannot go back.
+    pub fn recurrent(&self) -> bool {
+        self.pages.recurrent()
+    }
+
     /// How many of the first `n` tokens this sequence can go back to: with a recurrent state all that it has, or none.
     pub fn reach(&self, n: usize) -> usize {
         self.pages.reach(self.seq, n).unwrap_or(0)

@@ -60,7 +60,8 @@ const RULES: &[Rule] = &[
     rule("rope.scaling.alpha", &[0.0, 1.0], "scales rotary frequencies"),
     rule("rope.scaling.yarn_log_multiplier", &[0.0], "changes YaRN's magnitude"),
     rule("rope.scaling.yarn_attn_factor", &[0.0, 1.0], "changes YaRN's magnitude"),
-    rule("pooling_type", &[0.0], "makes embeddings of texts in place of a next token"),
+    // Means and last tokens are what `nt serve` makes vectors of.
+    rule("pooling_type", &[0.0, 1.0, 3.0], "makes vectors of texts by another way than their mean or last token"),
 ];
 
 /// Keys that are read, by `hparams` or by the checks of this file.

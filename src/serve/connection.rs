@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, Sleep};
 
+use super::job::Client;
 use super::queue::Phase;
 
 /// The longest that a client may take for a head, and a connection may rest between requests.
@@ -66,14 +67,20 @@ impl Registry {
 pub struct Connection {
     registry: Arc<Registry>,
     id: u64,
+    client: Client,
 }
 
 impl Connection {
-    fn new(registry: &Arc<Registry>, id: u64) -> (Connection, Arc<Notify>) {
+    fn new(registry: &Arc<Registry>, id: u64, client: Client) -> (Connection, Arc<Notify>) {
         let evict = Arc::new(Notify::new());
         let entry = Entry { id, rests: Some(Instant::now()), evict: evict.clone() };
         registry.with(|all| all.push(entry));
-        (Connection { registry: registry.clone(), id }, evict)
+        (Connection { registry: registry.clone(), id, client }, evict)
+    }
+
+    /// Whose it is, by its address.
+    pub fn client(&self) -> Client {
+        self.client
     }
 
     fn set(&self, rests: Option<Instant>) {
@@ -130,10 +137,10 @@ pub async fn serve(listener: TcpListener, app: Router, most: usize, phase: watch
             () = reached(&mut over, Phase::Over) => break,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 let (app, phase) = (app.clone(), phase.clone());
                 id += 1;
-                let (connection, evict) = Connection::new(&registry, id);
+                let (connection, evict) = Connection::new(&registry, id, Client::at(from.ip()));
                 tokio::spawn(async move {
                     let listed = Listed(connection);
                     tokio::select! {
@@ -308,7 +315,7 @@ mod tests {
     #[test]
     fn the_connection_that_rested_for_longest_gives_way() {
         let registry = Arc::new(Registry::default());
-        let all: Vec<_> = (0..3).map(|id| Connection::new(&registry, id)).collect();
+        let all: Vec<_> = (0..3).map(|id| Connection::new(&registry, id, Client::Key(0))).collect();
         let evicted = |i: usize| {
             let mut cx = Context::from_waker(std::task::Waker::noop());
             std::pin::pin!(all[i].1.notified()).poll(&mut cx).is_ready()

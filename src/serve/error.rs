@@ -104,6 +104,14 @@ impl ApiError {
         }
     }
 
+    /// 429: one client has its share of the queue.
+    pub fn share(waiting: usize, most: usize, retry_after_s: u64) -> ApiError {
+        let message = format!(
+            "{waiting} requests of this client wait, its share of the queue of {most}; by the rates measured here a place is free in about {retry_after_s} s"
+        );
+        ApiError { message, ..ApiError::busy(waiting, retry_after_s) }
+    }
+
     /// 408: the answer is not read.
     pub fn unread() -> ApiError {
         ApiError::new(408, "the answer was stopped, since too much of it waits to be read")

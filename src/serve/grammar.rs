@@ -256,7 +256,7 @@ fn at_fault(served: &Served, form: &Form, e: ConstraintError, field: &str) -> Ap
     }
     let message = format!("{field}: {why}");
     match why {
-        ConstraintError::Exhausted(_) => ApiError::unavailable(message),
+        ConstraintError::Exhausted { .. } => ApiError::unavailable(message),
         _ => ApiError::unsupported(&field, message),
     }
 }

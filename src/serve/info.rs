@@ -72,6 +72,48 @@ fn slot_json(id: usize, r: Option<&Running>, served: &Served) -> Json {
     })
 }
 
+/// `/machine`: what the page at `/` shows. Bytes and sums only grow, so that whoever asks twice knows rates.
+pub fn machine(view: &View, served: &Served) -> Json {
+    let (c, l) = (&view.counters, &view.links);
+    let session = |key: &str| served.session.get().and_then(|s| s.get(key)).cloned().unwrap_or_default();
+    let link = |bytes: u64, per_pass: u64, busy_s: Option<f64>, ceiling: Option<f64>| json!({ "bytes": bytes, "used": per_pass > 0, "busy_s": busy_s, "ceiling_gb_per_s": ceiling.map(|c| c / 1e9) });
+    let from_ram =
+        l.bytes_per_pass.saturating_sub(l.nvme_bytes_per_pass) * u64::from(!l.on_device) + l.beside_bytes_per_pass;
+    let running = view.running.iter().map(|r| {
+        json!({ "slot": r.slot, "prompt": r.prompt, "evaluated": r.evaluated, "generated": r.generated, "most": r.most })
+    });
+    let at_hand = |of: fn(&Running) -> usize| view.running.iter().map(|r| of(r) as u64).sum::<u64>();
+    json!({
+        "model": served.name(),
+        "version": concat!("nt ", env!("CARGO_PKG_VERSION")),
+        "phase": view.phase.name(),
+        "time_s": view.up_s,
+        "n_ctx": served.n_ctx,
+        "backend": session("backend"),
+        "device": session("device"),
+        "site": session("site"),
+        "reader": session("reader"),
+        "plan": session("plan"),
+        "roofline": session("roofline"),
+        "links": {
+            "nvme": link(l.nvme_bytes, l.nvme_bytes_per_pass, Some(l.nvme_busy_s), l.nvme_ceiling),
+            "ram": link(l.ram_bytes, from_ram, None, l.ram_ceiling),
+            "gpu": link(l.gpu_bytes, l.gpu_bytes_per_pass, l.gpu_timed.then_some(l.gpu_busy_s), l.gpu_ceiling),
+        },
+        "passes": { "count": l.passes, "seconds": l.pass_s },
+        "queue": {
+            "slots": view.slots, "waiting": view.waiting, "most": served.limits.queue,
+            "running": running.collect::<Vec<_>>(),
+        },
+        "totals": {
+            "done": c.done, "cancelled": c.cancelled, "failed": c.failed, "refused": c.refused,
+            "prompt_tokens": c.prompt_tokens + at_hand(|r| r.evaluated.saturating_sub(r.cached)),
+            "cached_tokens": c.cached_tokens,
+            "generated": c.generated + at_hand(|r| r.generated),
+        },
+    })
+}
+
 fn params(p: &SamplerParams) -> Json {
     let all = |n: usize| i64::try_from(n).unwrap_or(-1);
     json!({
@@ -111,7 +153,7 @@ pub fn props(view: &View, served: &Served) -> Json {
         "eos_token": token(t.eos()),
         "modalities": { "vision": false, "audio": false },
         "build_info": concat!("nt ", env!("CARGO_PKG_VERSION")),
-        "tiers": served.plan.get(),
+        "tiers": served.plan(),
     })
 }
 

@@ -1,6 +1,7 @@
 //! What is asked of whoever computes, and what comes back while it does. This is all that the side of HTTP and the
 //! side of the session know of each other.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::error::ApiError;
@@ -88,11 +89,33 @@ pub struct Job {
     pub work: Work,
 }
 
+/// Whose requests share a queue's places: that of a key, or of an address where there are none. A network of 2^64
+/// addresses of IPv6 is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Client {
+    /// The number of its key.
+    Key(usize),
+    /// Its address, or the first half of it.
+    Address(IpAddr),
+}
+
+impl Client {
+    /// The client at an address.
+    pub fn at(address: IpAddr) -> Client {
+        Client::Address(match address.to_canonical() {
+            IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) >> 64 << 64).into()),
+            v4 => v4,
+        })
+    }
+}
+
 /// Who waits for a job, and how long.
 #[derive(Debug)]
 pub struct Ticket {
     /// The job's number.
     pub id: u64,
+    /// Whose it is.
+    pub client: Client,
     /// Where it is told. Once nobody listens, the job is cancelled.
     pub out: Outbox<Event>,
     /// When it came.

@@ -8,6 +8,7 @@ mod anthropic;
 mod budget;
 mod calls;
 mod connection;
+mod disk;
 mod embedding;
 mod error;
 mod fields;
@@ -17,6 +18,7 @@ mod job;
 mod ollama;
 mod openai;
 mod outbox;
+mod page;
 mod params;
 mod prefix;
 mod prompt;
@@ -35,6 +37,7 @@ mod worker;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use disk::Shelf;
 pub use job::Pooling;
 pub use routes::Access;
 pub use served::{Limits, Served, unix_s};
@@ -86,7 +89,7 @@ impl Server {
     /// Answers requests with a session, `slots` at once, until `asked` says to stop, or `now` says to stop at once. Then
     /// those that wait are refused, and those at hand have their grace. Returns whether one was cut off.
     pub fn serve(&self, session: &mut Session, slots: usize, asked: &dyn Fn() -> bool, now: &dyn Fn() -> bool) -> bool {
-        self.queue.open(slots);
+        self.queue.carried(session.links());
         let since = std::cell::Cell::new(None::<Instant>);
         let cut = std::cell::Cell::new(false);
         let grace = self.served.limits.grace;
@@ -100,7 +103,12 @@ impl Server {
             cut.set(cut.get() || stop && !self.queue.view().running.is_empty());
             stop
         };
-        worker::Worker::new(session, &self.served.opened.tokenizer, &self.queue, &stop, slots).work();
+        let (tokenizer, shelf) = (&self.served.opened.tokenizer, self.served.shelf.as_ref());
+        let mut worker = worker::Worker::new(session, tokenizer, &self.queue, &stop, slots, shelf);
+        worker.load();
+        self.queue.open(slots);
+        worker.work();
+        worker.save();
         cut.get()
     }
 

@@ -317,7 +317,7 @@ pub fn tags(served: &Served) -> Json {
 pub fn ps(served: &Served) -> Json {
     let mut entry = entry(served);
     entry["expires_at"] = "9999-12-31T23:59:59Z".into();
-    entry["size_vram"] = served.plan.get().map_or(json!(0), |plan| plan["a"]["bytes"].clone());
+    entry["size_vram"] = served.plan().map_or(json!(0), |plan| plan["a"]["bytes"].clone());
     entry["context_length"] = served.n_ctx.into();
     json!({ "models": [entry] })
 }

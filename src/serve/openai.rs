@@ -377,7 +377,7 @@ pub fn timings(s: &Summary, served: &Served) -> Json {
         "predicted_per_token_ms": each_ms(s.generated, s.decode_s),
         "predicted_per_second": rate(s.generated, s.decode_s),
         "queued_ms": 1e3 * s.queued_s,
-        "tiers": served.plan.get(),
+        "tiers": served.plan(),
     })
 }
 

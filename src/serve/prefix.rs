@@ -66,6 +66,13 @@ impl<S: Copy + PartialEq> Kept<S> {
         self.entries.iter().map(|e| e.seq).collect()
     }
 
+    /// Prompts and what they are kept in, the one that was used last first.
+    pub fn by_use(&self) -> impl Iterator<Item = (S, &[u32])> {
+        let mut entries: Vec<&Entry<S>> = self.entries.iter().collect();
+        entries.sort_by_key(|e| std::cmp::Reverse(e.used));
+        entries.into_iter().map(|e| (e.seq, &e.tokens[..]))
+    }
+
     /// Gives the longest unused up, to make room.
     pub fn forget(&mut self) -> Option<S> {
         let at = (0..self.entries.len()).min_by_key(|&i| self.entries[i].used)?;

@@ -1,12 +1,14 @@
-//! Jobs that wait, in the order in which they came, and what is known of their durations. Nobody waits without a bound:
-//! a full queue refuses with the time after which another attempt makes sense.
+//! Jobs that wait, and what is known of their durations. Nobody waits without a bound: a full queue refuses with the time
+//! after which another attempt makes sense. Clients take turns, each with its jobs in the order in which they came, and
+//! none may have all of the queue.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::ApiError;
-use super::job::{Event, Job, Summary};
+use super::job::{Client, Event, Job, Summary};
+use crate::engine::Links;
 
 /// How often a waiting worker looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(50);
@@ -24,6 +26,18 @@ pub enum Phase {
     Closing,
     /// None is left.
     Over,
+}
+
+impl Phase {
+    /// Its name for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Loading => "loading",
+            Phase::Open => "open",
+            Phase::Closing => "closing",
+            Phase::Over => "over",
+        }
+    }
 }
 
 /// Sums since the start, and running means.
@@ -70,6 +84,8 @@ pub struct Running {
     pub prompt: usize,
     /// Of these, cached or computed.
     pub evaluated: usize,
+    /// Of those, cached.
+    pub cached: usize,
     /// Tokens of answers so far.
     pub generated: usize,
     /// Tokens of answers at most.
@@ -89,14 +105,22 @@ pub struct View {
     pub running: Vec<Running>,
     /// Sums and means.
     pub counters: Counters,
+    /// What the links have carried.
+    pub links: Links,
+    /// Seconds since the start.
+    pub up_s: f64,
 }
 
 struct State {
     waiting: VecDeque<Job>,
+    /// For each client whose jobs wait, the turn at which it was served last, or came.
+    turns: BTreeMap<Client, u64>,
+    turn: u64,
     phase: Phase,
     slots: usize,
     running: Vec<Running>,
     counters: Counters,
+    links: Links,
 }
 
 /// The queue between the side of HTTP and the side of the session.
@@ -105,6 +129,7 @@ pub struct Queue {
     came: Condvar,
     most: usize,
     phase: tokio::sync::watch::Sender<Phase>,
+    since: Instant,
 }
 
 impl Queue {
@@ -112,16 +137,20 @@ impl Queue {
     pub fn new(most: usize) -> Queue {
         let state = State {
             waiting: VecDeque::with_capacity(most),
+            turns: BTreeMap::new(),
+            turn: 0,
             phase: Phase::Loading,
             slots: 0,
             running: Vec::new(),
             counters: Counters::default(),
+            links: Links::default(),
         };
         Queue {
             state: Mutex::new(state),
             came: Condvar::new(),
             most,
             phase: tokio::sync::watch::Sender::new(Phase::Loading),
+            since: Instant::now(),
         }
     }
 
@@ -182,6 +211,19 @@ impl Queue {
             state.counters.refused += 1;
             return Err(ApiError::busy(state.waiting.len(), state.until_free_s()));
         }
+        let client = job.ticket.client;
+        let own = |state: &State| state.waiting.iter().filter(|j| j.ticket.client == client).count();
+        if own(&state) >= share(self.most) {
+            state.drop_cancelled();
+        }
+        let waiting = own(&state);
+        if waiting >= share(self.most) {
+            state.counters.refused += 1;
+            return Err(ApiError::share(waiting, self.most, state.until_free_s()));
+        }
+        // Who comes anew has its turn behind those who wait.
+        let turn = state.turn;
+        state.turns.entry(client).or_insert(turn);
         state.waiting.push_back(job);
         self.came.notify_all();
         Ok(())
@@ -206,11 +248,11 @@ impl Queue {
         }
     }
 
-    /// The job that waits first, if it `fits`, which may not ask the queue for anything.
+    /// The job whose turn it is, if it `fits`, which may not ask the queue for anything.
     pub fn take_if(&self, fits: &mut dyn FnMut(&Job) -> bool) -> Option<Job> {
         let mut state = self.lock();
         state.drop_cancelled();
-        match state.waiting.front() {
+        match state.first().and_then(|at| state.waiting.get(at)) {
             Some(job) if fits(job) => state.take(),
             _ => None,
         }
@@ -235,6 +277,18 @@ impl Queue {
         c.texts_of_passes += texts as u64;
     }
 
+    /// Tells what the links have carried.
+    pub fn carried(&self, links: Links) {
+        self.lock().links = links;
+    }
+
+    /// A job at hand begins with so many tokens of its prompt from the cache.
+    pub fn cached(&self, id: u64, n: usize) {
+        if let Some(running) = self.lock().running.iter_mut().find(|r| r.id == id) {
+            (running.cached, running.evaluated) = (n, n);
+        }
+    }
+
     /// A job at hand has ended; `summary` says what was computed, whatever its end.
     pub fn ended(&self, id: u64, end: End, summary: &Summary) {
         let mut state = self.lock();
@@ -251,8 +305,15 @@ impl Queue {
             slots: state.slots,
             running: state.running.clone(),
             counters: state.counters,
+            links: state.links,
+            up_s: seconds(self.since),
         }
     }
+}
+
+/// Places that one client may have of a queue of `most`: all but a quarter.
+fn share(most: usize) -> usize {
+    most - most / 4
 }
 
 /// How a job ended.
@@ -267,20 +328,39 @@ pub enum End {
 }
 
 impl State {
-    /// Takes the job that waits first, to a slot.
+    /// Where the job is whose turn it is: the first one of the client that was served longest ago.
+    fn first(&self) -> Option<usize> {
+        let turn = |job: &Job| self.turns.get(&job.ticket.client).copied().unwrap_or(0);
+        self.waiting.iter().enumerate().min_by_key(|(at, job)| (turn(job), *at)).map(|(at, _)| at)
+    }
+
+    /// Forgets the turns of clients that wait for nothing.
+    fn forget_turns(&mut self) {
+        let waiting: BTreeSet<Client> = self.waiting.iter().map(|job| job.ticket.client).collect();
+        self.turns.retain(|client, _| waiting.contains(client));
+    }
+
+    /// Takes the job whose turn it is, to a slot.
     fn take(&mut self) -> Option<Job> {
-        let job = self.waiting.pop_front()?;
+        let job = self.waiting.remove(self.first()?)?;
+        self.turn += 1;
+        self.turns.insert(job.ticket.client, self.turn);
+        self.forget_turns();
         let most = job.work.most();
         let slot = (0..).find(|slot| self.running.iter().all(|r| r.slot != *slot)).unwrap_or(0);
         let prompt = job.work.tokens();
-        self.running.push(Running { slot, id: job.ticket.id, prompt, evaluated: 0, generated: 0, most });
+        self.running.push(Running { slot, id: job.ticket.id, prompt, evaluated: 0, cached: 0, generated: 0, most });
         Some(job)
     }
 
     fn drop_cancelled(&mut self) {
         let before = self.waiting.len();
         self.waiting.retain(|job| !job.ticket.is_cancelled());
-        self.counters.cancelled += (before - self.waiting.len()) as u64;
+        let gone = before - self.waiting.len();
+        self.counters.cancelled += gone as u64;
+        if gone > 0 {
+            self.forget_turns();
+        }
     }
 
     /// Seconds until the first of the jobs at hand has ended, by the rates of those before; at least 1.
@@ -346,6 +426,10 @@ mod tests {
     use super::*;
 
     fn job(id: u64) -> (Job, Inbox<Event>) {
+        job_of(id, 1)
+    }
+
+    fn job_of(id: u64, client: usize) -> (Job, Inbox<Event>) {
         let (out, heard) = outbox(&std::sync::Arc::default());
         let task = Task {
             prompt: vec![1; 10],
@@ -356,7 +440,8 @@ mod tests {
             logprobs: None,
             reuse: true,
         };
-        let ticket = Ticket { id, out, since: Instant::now(), limit: Duration::from_secs(60) };
+        let ticket =
+            Ticket { id, client: Client::Key(client), out, since: Instant::now(), limit: Duration::from_secs(60) };
         (Job { ticket, work: Work::Answer(task) }, heard)
     }
 
@@ -384,6 +469,35 @@ mod tests {
         q.push(last).unwrap();
         assert_eq!(q.next(&|| false).unwrap().ticket.id, 4);
         assert_eq!((q.view().counters.refused, q.view().counters.cancelled), (1, 1));
+    }
+
+    /// Guards against a client that fills the queue, after which everybody else is refused or waits for all of it.
+    #[test]
+    fn clients_take_turns_and_none_has_all_of_the_queue() {
+        let q = Queue::new(8);
+        q.open(1);
+        let mut heard = Vec::new();
+        let mut push = |id, client| {
+            let (job, inbox) = job_of(id, client);
+            heard.push(inbox);
+            q.push(job)
+        };
+        for id in 0..6 {
+            push(id, 1).unwrap();
+        }
+        let e = push(6, 1).unwrap_err();
+        assert!(e.status == 429 && e.message.contains("share of the queue of 8"), "{e:?}");
+        push(10, 2).unwrap();
+        push(20, 3).unwrap();
+        assert_eq!(push(30, 4).unwrap_err().status, 429);
+        let next = || q.next(&|| false).unwrap().ticket.id;
+        assert_eq!([next(), next(), next(), next()], [0, 10, 20, 1]);
+        // One that comes again does not go before those who wait.
+        push(11, 2).unwrap();
+        push(12, 2).unwrap();
+        assert_eq!([next(), next(), next(), next()], [2, 11, 3, 12]);
+        assert_eq!([next(), next()], [4, 5]);
+        assert!(q.is_empty() && q.lock().turns.is_empty());
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::budget::{Budget, Claim};
 use super::connection::Connection;
 use super::error::{ApiError, Form};
 use super::fields::Fields;
-use super::job::{Event, Job, Ticket, Work};
+use super::job::{Client, Event, Job, Ticket, Work};
 use super::outbox::outbox;
 use super::queue::{Phase, Queue, loading};
 use super::served::Served;
@@ -29,7 +29,7 @@ use super::steps::{Prepared, Steps};
 use super::stream::{Stream, whole};
 use super::tokens::Tokens;
 use super::vectors::{self, Asked};
-use super::{anthropic, info, ollama, openai, responses};
+use super::{anthropic, info, ollama, openai, page, responses};
 
 /// The longest that a body may take to come.
 const BODY: Duration = Duration::from_secs(60);
@@ -81,8 +81,7 @@ pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router 
         unread: Arc::default(),
     });
     Router::new()
-        // Clients of Ollama look whether there is one.
-        .route("/", get(async || "Ollama is running (nt serve)\n"))
+        .route("/", get(root))
         .route("/health", get(health))
         .route("/v1/health", get(health))
         .route("/v1/models", get(models))
@@ -95,6 +94,7 @@ pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router 
         .route("/metrics", get(metrics))
         .route("/slots", get(slots))
         .route("/props", get(props))
+        .route("/machine", get(machine))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route("/apply-template", post(apply_template))
@@ -134,15 +134,25 @@ fn form(path: &str) -> Form {
 }
 
 /// Lets a request through whose sender may ask.
-async fn allowed(State(app): Shared, request: Request, next: Next) -> Response {
+async fn allowed(State(app): Shared, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let form = form(path);
     let free = matches!(path, "/" | "/health" | "/v1/health");
     match check_origin(request.headers(), &app.access).and_then(|()| match free {
-        true => Ok(()),
+        true => Ok(None),
         false => check_key(request.headers(), &app.access.keys),
     }) {
-        Ok(()) => next.run(request).await,
+        Ok(key) => {
+            if let Some(key) = key {
+                request.extensions_mut().insert(Client::Key(key));
+            }
+            let mut response = next.run(request).await;
+            let headers = response.headers_mut();
+            headers.insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+            let name = header::HeaderName::from_static("cross-origin-resource-policy");
+            headers.insert(name, header::HeaderValue::from_static("same-origin"));
+            response
+        }
         Err(e) => failed(&e, form),
     }
 }
@@ -150,14 +160,19 @@ async fn allowed(State(app): Shared, request: Request, next: Next) -> Response {
 /// Keeps pages of other sites that a browser shows from asking: they have an origin of their own, or a name of their
 /// own for this machine.
 fn check_origin(headers: &HeaderMap, access: &Access) -> Result<(), ApiError> {
-    let text = |name| headers.get(name).and_then(|v| v.to_str().ok());
+    let text = |name| headers.get(name).map(|v| v.to_str().unwrap_or("?"));
     let host = text(header::HOST).unwrap_or("");
     let origin = text(header::ORIGIN).map(|o| o.split_once("://").map_or(o, |o| o.1));
-    if origin.is_some_and(|origin| origin != host) {
+    // What a browser says of a request without an origin, such as that for a picture; a link to here is none of those.
+    let site = headers.get("sec-fetch-site").is_some_and(|v| v == "cross-site" || v == "same-site");
+    let link = headers.get("sec-fetch-mode").is_some_and(|v| v == "navigate");
+    if origin.is_some_and(|origin| origin != host) || site && !link {
         return Err(ApiError::forbidden("pages of other origins may not ask this server (there is no CORS)"));
     }
-    let name = if host.starts_with('[') { host.split_inclusive(']').next() } else { host.split(':').next() };
-    let name = name.unwrap_or("").trim_matches(['[', ']']);
+    if headers.get_all(header::HOST).iter().count() > 1 {
+        return Err(ApiError::forbidden("the request has two hosts"));
+    }
+    let name = host_name(host);
     let is_local =
         || name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
     // Without keys, a name that somebody else chose for this machine is not taken: a page may have that name.
@@ -174,16 +189,29 @@ fn check_origin(headers: &HeaderMap, access: &Access) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn check_key(headers: &HeaderMap, keys: &[String]) -> Result<(), ApiError> {
+/// The name or address of a `Host` header without its port; one that is none stays as it is.
+fn host_name(host: &str) -> &str {
+    let (name, rest) = match host.strip_prefix('[').and_then(|h| h.split_once(']')) {
+        Some(found) => found,
+        None => host.split_at(host.find(':').unwrap_or(host.len())),
+    };
+    let port = rest.strip_prefix(':').unwrap_or(rest);
+    let is_port = rest.is_empty() || rest.len() > port.len() && port.bytes().all(|b| b.is_ascii_digit());
+    if is_port { name } else { host }
+}
+
+/// Which key a request has; `None` where none is needed.
+fn check_key(headers: &HeaderMap, keys: &[String]) -> Result<Option<usize>, ApiError> {
     if keys.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let scheme = |v: &[u8]| v.len() > 7 && v[..7].eq_ignore_ascii_case(b"Bearer ");
     let bearer = headers.get(header::AUTHORIZATION).map(|v| v.as_bytes()).filter(|v| scheme(v)).map(|v| &v[7..]);
     let given = bearer.or_else(|| headers.get("x-api-key").map(|v| v.as_bytes())).unwrap_or(b"");
     // All of all keys is compared, so that the time says nothing of them.
-    let known = keys.iter().fold(false, |known, key| known | same(key.as_bytes(), given));
-    if known { Ok(()) } else { Err(ApiError::key()) }
+    let known =
+        |found: Option<usize>, (i, key): (usize, &String)| if same(key.as_bytes(), given) { Some(i) } else { found };
+    keys.iter().enumerate().fold(None, known).map(Some).ok_or_else(ApiError::key)
 }
 
 fn same(a: &[u8], b: &[u8]) -> bool {
@@ -219,6 +247,10 @@ async fn no_method(method: Method, request: Request) -> Response {
 
 async fn embeddings(State(app): Shared, request: Request) -> Response {
     embed(&app, request, Form::OpenAi, vectors::openai).await
+}
+
+async fn root(headers: HeaderMap) -> Response {
+    page::root(&headers)
 }
 
 async fn health(State(app): Shared) -> Response {
@@ -329,6 +361,10 @@ async fn props(State(app): Shared) -> Response {
     answer(200, &info::props(&app.queue.view(), &app.served))
 }
 
+async fn machine(State(app): Shared) -> Response {
+    answer(200, &info::machine(&app.queue.view(), &app.served))
+}
+
 async fn tokenize(State(app): Shared, request: Request) -> Response {
     let tokens = with_fields(&app, request, |served, f, _| info::tokenize(served, f)).await;
     let mut claim = app.bodies.claim();
@@ -366,11 +402,20 @@ async fn generate(app: Arc<App>, request: Request, form: Form, read: Read) -> Re
     }
 }
 
+/// The connection of a request, and whose it is.
+fn sender(request: &Request) -> (Option<Connection>, Client) {
+    let connection = request.extensions().get::<Connection>().cloned();
+    let key = request.extensions().get::<Client>().copied();
+    let address = || connection.as_ref().map_or(Client::Key(0), Connection::client);
+    let client = key.unwrap_or_else(address);
+    (connection, client)
+}
+
 async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Response, ApiError> {
     let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
     let id = format!("{:x}{number:08x}", app.served.started_unix_s);
     let since = Instant::now();
-    let connection = request.extensions().get::<Connection>().cloned();
+    let (connection, client) = sender(&request);
     let prepared = with_fields(app, request, move |served, f, stop| read(served, f, &id, stop)).await?;
     let limits = app.served.limits;
     let end = (tokio::time::Instant::from_std(since) + limits.time, limits.time);
@@ -378,7 +423,7 @@ async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Respo
     let Prepared { task, looks, mut dialect, stream } = prepared;
     let steps = Steps::new(&looks, task.choices);
     let at_work = connection.map(|c| c.at_work());
-    let ticket = Ticket { id: number, out, since, limit: limits.time };
+    let ticket = Ticket { id: number, client, out, since, limit: limits.time };
     app.queue.push(Job { ticket, work: Work::Answer(task) })?;
     if !stream {
         return whole(events, steps, dialect.as_mut(), end).await.map(|json| answer(200, &json));
@@ -413,7 +458,7 @@ async fn embedded(
 ) -> Result<String, ApiError> {
     let since = Instant::now();
     let limits = app.served.limits;
-    let connection = request.extensions().get::<Connection>().cloned();
+    let (connection, client) = sender(&request);
     let asked = with_fields(app, request, move |served, f, _| read(served, f)).await?;
     if app.served.embeds.get() == Some(&false) {
         let message = "vectors of texts need final hidden states, which the GPU's backend does not give; serve with --backend cpu";
@@ -425,7 +470,7 @@ async fn embedded(
     let (out, mut events) = outbox(&app.unread);
     let _at_work = connection.map(|c| c.at_work());
     let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
-    let ticket = Ticket { id: number, out, since, limit: limits.time };
+    let ticket = Ticket { id: number, client, out, since, limit: limits.time };
     app.queue.push(Job { ticket, work: Work::Embed(texts) })?;
     let all = async {
         let mut found = Vec::new();
@@ -512,10 +557,10 @@ mod tests {
     #[test]
     fn a_key_is_needed_where_there_are_keys() {
         let keys = ["abc".to_owned(), "xyz".to_owned()];
-        check_key(&headers(&[]), &[]).unwrap();
-        check_key(&headers(&[("authorization", "Bearer xyz")]), &keys).unwrap();
-        check_key(&headers(&[("authorization", "bearer xyz")]), &keys).unwrap();
-        check_key(&headers(&[("x-api-key", "abc")]), &keys).unwrap();
+        assert_eq!(check_key(&headers(&[]), &[]), Ok(None));
+        assert_eq!(check_key(&headers(&[("authorization", "Bearer xyz")]), &keys), Ok(Some(1)));
+        assert_eq!(check_key(&headers(&[("authorization", "bearer xyz")]), &keys), Ok(Some(1)));
+        assert_eq!(check_key(&headers(&[("x-api-key", "abc")]), &keys), Ok(Some(0)));
         for wrong in ["Bearer ab", "Bearer abcd", "abc", "Basic abc", "Bearer "] {
             let map: HeaderMap =
                 [(header::AUTHORIZATION, header::HeaderValue::from_static(wrong))].into_iter().collect();

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value as Json;
 
+use super::disk::Shelf;
 use super::error::ApiError;
 use super::job::Pooling;
 use super::split::{self, Family};
@@ -55,12 +56,14 @@ pub struct Served {
     pub modified_unix_s: u64,
     /// What holds answers to a form, once one was asked for.
     pub grammars: std::sync::OnceLock<Result<Grammars, ConstraintError>>,
+    /// Where prompts are kept while no server runs.
+    pub shelf: Option<Shelf>,
     /// How vectors of texts are made.
     pub pooling: Pooling,
     /// Whether they can be made, once that is known.
     pub embeds: std::sync::OnceLock<bool>,
-    /// Where its weights lie, once they do.
-    pub plan: std::sync::OnceLock<Json>,
+    /// Where its weights lie and what computes them, once that is known: `session` of `nt run --json`.
+    pub session: std::sync::OnceLock<Json>,
 }
 
 impl Served {
@@ -108,6 +111,11 @@ impl Served {
             self.n_ctx, self.token_bytes_max
         );
         Err(ApiError { param: Some(field.to_owned()), ..ApiError::too_long(message) })
+    }
+
+    /// Where its weights lie, once they do.
+    pub fn plan(&self) -> Option<&Json> {
+        self.session.get()?.get("plan")
     }
 
     /// How the model writes calls of tools, if nt can read them.

@@ -5,6 +5,7 @@
 //! answers follow each other, and more while slots and pages are idle. A job begins once the pages that its answer may
 //! come to need are free; prompts that are kept give theirs up for it.
 
+use super::disk::Shelf;
 use super::embedding::Embedding;
 use super::error::ApiError;
 use super::job::{Event, Finish, Job, Summary, Task, Ticket, Work};
@@ -34,6 +35,8 @@ pub struct Worker<'a> {
     tellings: Vec<(TextId, Telling)>,
     /// Texts whose states are computed, in passes between the others.
     embeddings: Vec<Embedding>,
+    /// Where prompts are kept while no server runs.
+    shelf: Option<&'a Shelf>,
 }
 
 /// A job whose answers are computed.
@@ -68,6 +71,7 @@ impl<'a> Worker<'a> {
         queue: &'a Queue,
         stop: &'a dyn Fn() -> bool,
         slots: usize,
+        shelf: Option<&'a Shelf>,
     ) -> Worker<'a> {
         let root = session.sequence();
         let generator = Generator::new(session, tokenizer);
@@ -84,6 +88,21 @@ impl<'a> Worker<'a> {
             lanes: Vec::new(),
             tellings: Vec::new(),
             embeddings: Vec::new(),
+            shelf,
+        }
+    }
+
+    /// Takes over the prompts that are kept on disk.
+    pub fn load(&mut self) {
+        if let Some(shelf) = self.shelf {
+            shelf.load(self.session, self.root, &mut self.kept, self.stop);
+        }
+    }
+
+    /// Keeps prompts on disk for the next server.
+    pub fn save(&mut self) {
+        if let Some(shelf) = self.shelf {
+            shelf.save(self.session, self.root, &self.kept);
         }
     }
 
@@ -98,6 +117,7 @@ impl<'a> Worker<'a> {
                     self.step();
                 }
                 self.embed();
+                self.queue.carried(self.session.links());
                 continue;
             }
             let Some(job) = self.queue.next(self.stop) else { return };
@@ -198,6 +218,7 @@ impl<'a> Worker<'a> {
             if let Some(active) = self.active.last_mut() {
                 active.summary.cached = cached;
             }
+            self.queue.cached(id, cached);
             self.lane(id, seq, cached).or_else(|e| self.session.close(seq).and(Err(e)))
         });
         if let Err(e) = begun {
@@ -224,6 +245,10 @@ impl<'a> Worker<'a> {
     /// Begins another answer of a job that has more to come, next to the one that is computed. False: there is none, or
     /// no room.
     fn spread(&mut self) -> Result<bool, EngineError> {
+        // A state is behind all tokens of its sequence, and the last one of the prompt is computed again.
+        if self.session.recurrent() {
+            return Ok(false);
+        }
         let more = self.active.iter().filter(|a| a.fails.is_none() && a.next < a.task.choices);
         let from = more.filter_map(|a| {
             let n = a.task.prompt.len();
@@ -308,6 +333,9 @@ impl<'a> Worker<'a> {
 
     /// Keeps prompts that have just been computed, as far as their pages are full, for others that begin alike.
     fn share(&mut self) {
+        if self.session.recurrent() {
+            return;
+        }
         for i in 0..self.lanes.len() {
             let Lane { seq, job, shared, .. } = self.lanes[i];
             let Some(active) = self.active.iter().find(|a| a.ticket.id == job) else { continue };
@@ -349,7 +377,7 @@ impl<'a> Worker<'a> {
         let alone = !self.lanes.iter().any(|other| other.job == lane.job);
         let Some(active) = self.active.iter().find(|a| a.ticket.id == lane.job) else { return };
         let more = active.fails.is_none() && active.next < active.task.choices;
-        let begins = active.task.prompt.len() - 1;
+        let begins = if self.session.recurrent() { 0 } else { active.task.prompt.len() - 1 };
         // Others that wait come before answers next to the one that every job has.
         if more && (alone || self.queue.is_empty()) {
             match self.again(&lane, begins, alone) {
@@ -358,7 +386,7 @@ impl<'a> Worker<'a> {
                 Err(e) => self.fail(lane.job, &e),
             }
         }
-        let keeps = alone && finite;
+        let keeps = alone && finite && !self.session.recurrent();
         if alone {
             self.end_job(lane.job, Some(lane.seq).filter(|_| keeps));
         }

@@ -190,7 +190,7 @@ fn keys_that_nothing_follows() {
         ("nextn_predict_layers", V::U32(1)),
         ("expert_gating_func", V::U32(2)),
         ("leading_dense_block_count", V::U32(1)),
-        ("pooling_type", V::U32(3)),
+        ("pooling_type", V::U32(2)),
     ] {
         refused_file(&with(key, v), &[&format!("llama.{key}"), "--override-kv"]);
     }

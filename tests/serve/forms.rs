@@ -320,6 +320,26 @@ fn the_form_begins_behind_reasoning() {
     assert!(ended <= 3);
 }
 
+/// Guards against forms whose memory is lost, after so many of which no more were taken until nt was started again:
+/// another process compiles them first.
+#[test]
+fn forms_are_tried_in_another_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_with(&model().write(dir.path(), "tiny.gguf"), &[], &[("NT_VET_FORMS", "1")]);
+    let fine = [person(), json!({ "grammar": "root ::= \"yes\" | \"no\"" })];
+    let ask = |form: &Json| match form.get("grammar") {
+        Some(_) => form.clone(),
+        None => json!({ "json_schema": form }),
+    };
+    let texts = || fine.iter().map(|f| server.ok("/v1/chat/completions", &chat(ask(f)))["choices"].clone());
+    let before: Vec<Json> = texts().collect();
+    let rss = server.rss();
+    let reply = server.post("/v1/chat/completions", &chat(json!({ "grammar": "root ::= root \"a\"" })));
+    assert!(reply.status == 400 && reply.body.contains("grammar"), "{}", reply.body);
+    assert_eq!(texts().collect::<Vec<_>>(), before);
+    assert!(server.rss() < rss + (64 << 20), "memory stays behind");
+}
+
 /// What would take all time or memory is refused with a sentence, and others are served meanwhile and after.
 #[test]
 fn hostile_forms_stop_nobody() {

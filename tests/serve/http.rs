@@ -29,7 +29,13 @@ pub struct Server {
 impl Server {
     /// Serves on processors, with one thread, at a free port; returns once the model is there.
     pub fn start(model: &Path, more: &[&str]) -> Server {
+        Server::start_with(model, more, &[])
+    }
+
+    /// The same with variables of its environment.
+    pub fn start_with(model: &Path, more: &[&str], env: &[(&str, &str)]) -> Server {
         let mut command = Command::new(bin());
+        command.envs(env.iter().copied());
         command.arg("serve").arg(model).args(["--port", "0", "--backend", &backend(), "--threads", "1"]).args(more);
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();

@@ -96,8 +96,13 @@ fn vectors_in_the_forms_of_openai() {
     }
     // The last token's state, of another server.
     let last = Server::start(&path, &["--pooling", "last"]);
+    // What the file says, where the command line does not.
+    let mut file = super::same_text::model();
+    file.set("llama.pooling_type", super::common::V::U32(3));
+    let own = Server::start(&file.write(path.parent().unwrap(), "own.gguf"), &[]);
     let other = numbers(&last.ok("/v1/embeddings", &json!({ "input": text }))["data"][0]["embedding"]);
     assert!(cosine(&vector, &other) < 0.999, "poolings differ");
+    assert_eq!(numbers(&own.ok("/v1/embeddings", &json!({ "input": text }))["data"][0]["embedding"]), other);
 }
 
 #[test]

@@ -12,12 +12,15 @@ mod lark;
 mod live;
 mod schema;
 mod tokens;
+mod vet;
 
 pub use before::Reasoning;
 use before::{Before, Piece};
 pub use lark::quoted;
 pub use live::Constraint;
 use live::Matcher;
+pub use vet::{ARGUMENT as VET_ARGUMENT, main as vet_main};
+use vet::{Refused, Source};
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -45,11 +48,16 @@ pub enum ConstraintError {
     /// Compiling takes too much.
     #[error("the schema or grammar is too complex: {0}; make it smaller")]
     TooComplex(String),
-    /// Too many were given up on, whose memory is lost.
+    /// So many were given up on, whose memory is lost, that others are compiled by another process first, and there is none.
     #[error(
-        "{0} schemas or grammars were given up on because they took too much memory or time, and no more are taken until nt is started again"
+        "{given_up} schemas or grammars took too much memory or time, so that others are compiled in a process of their own first, which failed: {why}"
     )]
-    Exhausted(usize),
+    Exhausted {
+        /// How many.
+        given_up: usize,
+        /// What was wrong with it.
+        why: String,
+    },
     /// No token may follow.
     #[error("no token is left that the schema or grammar allows here: {0}")]
     NothingLeft(String),
@@ -98,8 +106,10 @@ const STACK_BYTES: usize = 16 << 20;
 const HEAP_BYTES: usize = 128 << 20;
 /// Time of a processor for compiling.
 const CPU: Duration = Duration::from_secs(4);
-/// How many compilations are given up on at most: each keeps its memory.
+/// How many compilations are given up on here: each keeps its memory. From then on another process compiles first.
 const ABANDONED_MAX: usize = 16;
+/// How many at most, those among them that went well in the other process.
+const ABANDONED_LIMIT: usize = 2 * ABANDONED_MAX;
 
 static ABANDONED: AtomicUsize = AtomicUsize::new(0);
 
@@ -158,13 +168,9 @@ impl Grammars {
             Form::Grammar(_) | Form::Regex(_) => ConstraintError::Grammar,
         };
         let factory = self.factory.clone();
-        self.bounded(stack_bytes, wrong, move || {
-            let matcher = llguidance::Matcher::new(factory.create_parser(grammar));
-            match matcher.get_error() {
-                Some(e) => Err(e),
-                None => Ok(Matcher::Lexemes(Box::new(matcher))),
-            }
-        })
+        let source = || Source::Lexemes(grammar.clone());
+        self.vetted(stack_bytes, wrong, &source)?;
+        self.bounded(stack_bytes, wrong, move || compiled_lexemes(&factory, grammar))
     }
 
     fn before(&self, reasoning: Reasoning) -> Option<&Before> {
@@ -175,12 +181,33 @@ impl Grammars {
         if text.len() > GRAMMAR_MAX {
             return Err(too_long(text, GRAMMAR_MAX));
         }
-        let (env, text) = (self.factory.tok_env().clone(), text.to_owned());
+        let (factory, text) = (self.factory.clone(), text.to_owned());
         let before = self.before(reasoning).cloned();
-        self.bounded(STACK_BYTES, ConstraintError::Grammar, move || {
-            let gbnf = Arc::new(gbnf::Gbnf::new(&text, env.tok_trie(), before.as_ref())?);
-            Ok(Matcher::Characters(Box::new(gbnf::Matcher::new(gbnf)?), env))
-        })
+        self.vetted(STACK_BYTES, ConstraintError::Grammar, &|| Source::Characters(text.clone()))?;
+        self.bounded(STACK_BYTES, ConstraintError::Grammar, move || compiled_gbnf(&factory, &text, before.as_ref()))
+    }
+
+    /// Has a form compiled by another process, once many were given up on in this one.
+    fn vetted(
+        &self,
+        stack_bytes: usize,
+        wrong: fn(String) -> ConstraintError,
+        source: &dyn Fn() -> Source,
+    ) -> Result<(), ConstraintError> {
+        let given_up = ABANDONED.load(Ordering::Relaxed);
+        if given_up < ABANDONED_MAX && std::env::var_os("NT_VET_FORMS").is_none() {
+            return Ok(());
+        }
+        if given_up >= ABANDONED_LIMIT {
+            let why = "forms that went well there were given up on here too; start nt again".to_owned();
+            return Err(ConstraintError::Exhausted { given_up, why });
+        }
+        match vet::vet(&self.factory, &self.eog, &source(), stack_bytes) {
+            Ok(()) => Ok(()),
+            Err(Refused::Wrong(said)) => Err(wrong(lark::sentence(&said))),
+            Err(Refused::TooMuch(said)) => Err(ConstraintError::TooComplex(said)),
+            Err(Refused::Nobody(why)) => Err(ConstraintError::Exhausted { given_up, why }),
+        }
     }
 
     /// Lets `work` compile within limits, and looks whether anything may come first.
@@ -190,10 +217,6 @@ impl Grammars {
         wrong: fn(String) -> ConstraintError,
         work: impl FnOnce() -> Result<Matcher, String> + Send + 'static,
     ) -> Result<Grammar, ConstraintError> {
-        let abandoned = ABANDONED.load(Ordering::Relaxed);
-        if abandoned >= ABANDONED_MAX {
-            return Err(ConstraintError::Exhausted(abandoned));
-        }
         let limits = bounded::Limits { stack_bytes, heap_bytes: HEAP_BYTES, cpu: CPU };
         let compiled = bounded::run(&limits, &|| false, move || {
             let matcher = work()?;
@@ -209,6 +232,22 @@ impl Grammars {
             Err(e) => Err(given_up(e)),
         }
     }
+}
+
+/// What compiling a form comes down to.
+fn compiled_lexemes(factory: &ParserFactory, grammar: TopLevelGrammar) -> Result<Matcher, String> {
+    let matcher = llguidance::Matcher::new(factory.create_parser(grammar));
+    match matcher.get_error() {
+        Some(e) => Err(e),
+        None => Ok(Matcher::Lexemes(Box::new(matcher))),
+    }
+}
+
+/// The same for GBNF.
+fn compiled_gbnf(factory: &ParserFactory, text: &str, before: Option<&Before>) -> Result<Matcher, String> {
+    let env = factory.tok_env().clone();
+    let gbnf = Arc::new(gbnf::Gbnf::new(text, env.tok_trie(), before)?);
+    Ok(Matcher::Characters(Box::new(gbnf::Matcher::new(gbnf)?), env))
 }
 
 /// Limits of a parser: a grammar that exceeds one is refused, and a step that does ends the text with an error. With

@@ -17,12 +17,16 @@ const TOKENS_MAX: usize = (1 << 24) - 2;
 
 /// A factory for the tokens of a tokenizer.
 pub(super) fn factory(tokenizer: &Tokenizer) -> Result<ParserFactory, String> {
-    let n = tokenizer.vocab_size();
+    let n = tokenizer.vocab_size().min(TOKENS_MAX + 1);
+    factory_of((0..n as u32).map(|id| word(tokenizer, id)).collect(), tokenizer.eog_ids().to_vec())
+}
+
+/// A factory for tokens of these bytes, of which `eog` end a text.
+pub(super) fn factory_of(words: Vec<Vec<u8>>, eog: Vec<u32>) -> Result<ParserFactory, String> {
+    let n = words.len();
     if n == 0 || n > TOKENS_MAX {
         return Err(format!("the tokenizer has {n} tokens, but 1 to {TOKENS_MAX} were expected"));
     }
-    let words: Vec<Vec<u8>> = (0..n as u32).map(|id| word(tokenizer, id)).collect();
-    let eog = tokenizer.eog_ids().to_vec();
     // The trie walks itself recursively, as deep as its longest token.
     let limits = Limits { stack_bytes: 16 << 20, heap_bytes: 2 << 30, cpu: Duration::from_secs(120) };
     let made = bounded::run(&limits, &|| false, move || {
