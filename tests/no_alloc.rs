@@ -79,6 +79,14 @@ fn one_token_passes_allocate_nothing() {
             assert_eq!(streams, ram < 64 << 20, "{name} with {ram} bytes of RAM");
             decode_allocates_nothing(&format!("{name} with {ram} bytes of RAM"), &mut session, |t| t % 258);
         }
+        if name == "experts" {
+            let path = common::many_experts(6).write(d.path(), "cached.gguf");
+            let opened = Opened::open(&path).unwrap();
+            let mut session = Session::new(&opened, options(6 << 20), &mut |_, _| ()).unwrap();
+            assert!(!session.caches().is_empty());
+            decode_allocates_nothing("experts with caches", &mut session, |t| t * 37 % 258);
+            assert!(session.links().caches.counts.misses > 0);
+        }
         common::record(&path, &data);
         // Compared reads are of whole chunks, so that the buffers alone take megabytes: the tiers are given.
         let tiers = Some(Tiers { a: 0, b: 2, c: 4 });

@@ -24,7 +24,7 @@ fn a_70b_without_its_weights_is_planned_on_every_profile() {
     let d = tempfile::tempdir().unwrap();
     let m = skeleton(d.path(), "70b.gguf", LLAMA3_70B, "Q6_K");
     let m = m.to_str().unwrap();
-    for profile in ["rtx-5060-ti", "rtx-3090-gen3x8", "rtx-4090", "h100", "laptop-8gb", "cpu-only"] {
+    for profile in ["rtx-5060-ti", "rtx-3090-gen3x8", "rtx-4080-64gb", "rtx-4090", "h100", "laptop-8gb", "cpu-only"] {
         let v = plan(&[m, "--machine", profile]);
         assert_eq!(v["plan"]["blocks"].as_str().unwrap().len(), 80, "{profile}");
         assert!(speed(&v) <= v["roofline"]["decode"]["tokens_per_s"].as_f64().unwrap() * 1.01, "{profile}: {v}");
@@ -155,4 +155,43 @@ fn a_benchmark_says_what_the_simulator_expected() {
     let v: Value = serde_json::from_slice(&out.stdout).unwrap();
     let p = &v["prediction"];
     assert!(p["tokens_per_s"].as_f64() > Some(0.0) && p["achieved"].as_f64() > Some(0.0), "{v}");
+}
+
+/// Caches of experts, how often they hit and what is left to read, for experts that are all as likely, by Zipf's law and by
+/// a trace.
+#[test]
+fn caches_of_experts_are_predicted() {
+    let d = tempfile::tempdir().unwrap();
+    let m = common::many_experts(4).write(d.path(), "m.gguf");
+    let trace = d.path().join("t.jsonl");
+    let token = |t: usize| format!("[{}]\n", vec![format!("[{},{}]", t % 4, 4 + t % 3); 4].join(","));
+    std::fs::write(&trace, (0..12).map(token).collect::<String>()).unwrap();
+    let plan = |more: &[&str]| {
+        let args = ["plan", m.to_str().unwrap(), "--backend", "cpu", "--ctx", "64", "--json", "--machine", "cpu-only"];
+        let out = nt(&[&args[..], &["-b", "16"], more].concat());
+        assert!(out.status.success(), "{more:?}: {}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice::<serde_json::Value>(&out.stdout).unwrap()
+    };
+    let ram = ["--ram", "5MiB"];
+    let by = |routing: &str| plan(&[&ram[..], &["--routing", routing]].concat());
+    let trace = format!("trace:{}", trace.display());
+    let all = [plan(&ram), by("uniform"), by("zipf:1.2"), by(&trace)];
+    let slots = all[0]["caches"]["slots"].as_f64().unwrap();
+    let rates: Vec<f64> = all.iter().map(|p| p["caches"]["hit_rate"].as_f64().unwrap()).collect();
+    assert!((rates[0] - slots / 64.0).abs() < 1e-9 && (rates[1] - rates[0]).abs() < 0.05, "{rates:?}");
+    // A trace of seven experts a layer fits.
+    assert!(rates[2] > rates[0] + 0.05 && rates[3] == 1.0, "{rates:?}");
+    let bytes: Vec<f64> = all.iter().map(|p| p["storage_bytes_per_token"].as_f64().unwrap()).collect();
+    assert!(bytes[0] > bytes[2] && bytes[2] > bytes[3] && bytes[3] == 0.0, "{bytes:?}");
+    let speed = |p: &serde_json::Value| p["simulated"]["tokens_per_s"].as_f64().unwrap();
+    assert!(speed(&all[3]) > speed(&all[0]), "{} {}", speed(&all[3]), speed(&all[0]));
+    assert!(plan(&["--ram", "3MiB"])["caches"].is_null());
+    for (wrong, word) in
+        [("zipf:x", "zipf:S"), ("often", "uniform"), ("trace:", "trace:FILE"), ("trace:/none", "/none")]
+    {
+        let args = ["plan", m.to_str().unwrap(), "--backend", "cpu", "--routing", wrong];
+        fails(&args, 2, &[word]);
+    }
+    let dense = tiny(2).write(d.path(), "dense.gguf");
+    fails(&["plan", dense.to_str().unwrap(), "--backend", "cpu", "--routing", "uniform"], 2, &["no routed experts"]);
 }

@@ -154,3 +154,30 @@ fn processors_without_a_gpu_are_no_warning() {
             && all["warnings"] == serde_json::json!([])
     );
 }
+
+/// Experts by where they lay, of a routing that is forced: the caches hit as `nt plan` says.
+#[test]
+fn a_forced_routing_hits_as_predicted() {
+    let d = tempfile::tempdir().unwrap();
+    let model = common::many_experts(4).write(d.path(), "m.gguf");
+    let bench = |routing: &[&str]| {
+        let args = ["bench", model.to_str().unwrap(), "--backend", "cpu", "--threads", "1", "--ram", "5MiB"];
+        let more = ["-p", "0", "-n", "100", "-r", "2", "-b", "16", "--json"];
+        let out = nt(&[&args[..], &more, routing].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice::<serde_json::Value>(&out.stdout).unwrap()
+    };
+    let uniform = bench(&["--routing", "uniform"]);
+    let e = &uniform["experts"];
+    let (c, hit) = (&e["caches"], e["caches"]["hit_rate"].as_f64().unwrap());
+    let slots = c["slots"].as_f64().unwrap() / c["experts"].as_f64().unwrap();
+    assert!((hit - slots).abs() < 0.06, "{e}");
+    assert_eq!(e["uses"], 2 * 100 * 4 * 2, "two of each layer for each token that counts: {e}");
+    let shares: f64 = ["vram", "ram", "cache", "storage"].iter().map(|w| e[w].as_f64().unwrap()).sum();
+    assert!((shares - 1.0).abs() < 1e-9 && e["storage"].as_f64().unwrap() > 0.1, "{e}");
+    assert!(c["in_flight"].as_f64().unwrap() >= 1.0 && c["misses_max"] == 2, "{e}");
+    assert_eq!(bench(&["--routing", "uniform"])["experts"]["caches"]["hits"], c["hits"], "the same again");
+    let zipf = bench(&["--routing", "zipf:1.5"]);
+    assert!(zipf["experts"]["caches"]["hit_rate"].as_f64().unwrap() > hit + 0.05, "{}", zipf["experts"]);
+    assert!(zipf["routing"].as_str().unwrap().contains("Zipf") && bench(&[])["routing"].is_null());
+}

@@ -102,6 +102,83 @@ fn experts() {
     }
 }
 
+/// Guards against bits that depend on what a cache of experts holds: cold, warm, and behind prompts that pass by it.
+#[test]
+fn cached_experts() {
+    use nt::backend::{BackendKind, Class};
+    use nt::engine::{Opened, Options, Session};
+    use nt::model::Outputs;
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::many_experts(6).write(d.path(), "m.gguf")).unwrap();
+    let start = |ram: u64, caches: bool, threads: usize| {
+        let options = Options {
+            threads,
+            ram: Some(ram << 10),
+            caches,
+            outputs: 8,
+            max_batch: 16,
+            ..Options::new(BackendKind::Cpu, 200)
+        };
+        Session::new(&opened, options, &mut |_, _| ()).unwrap()
+    };
+    let logits = |session: &mut Session| {
+        session.truncate(0);
+        let mut all = Vec::new();
+        let mut eval = |tokens: &[u32], class: Class| {
+            session.eval(tokens, class, Outputs::All, &|| false).unwrap();
+            all.extend_from_slice(session.logits().unwrap());
+        };
+        let tokens: Vec<u32> = (0..200).map(|i| i * 37 % 258).collect();
+        eval(&tokens[..8], Class::Bulk);
+        (8..40).for_each(|i| eval(&tokens[i..=i], Class::Exact));
+        eval(&tokens[40..48], Class::Bulk);
+        eval(&tokens[48..56], Class::Exact);
+        all
+    };
+    let want = logits(&mut start(64 << 10, true, 2));
+    for (ram, caches, threads) in [(5200, true, 1), (6500, true, 2), (8000, true, 2), (6500, false, 2)] {
+        let mut session = start(ram, caches, threads);
+        assert_eq!(session.caches().is_empty(), !caches, "{ram} KiB");
+        for round in 0..3 {
+            assert!(logits(&mut session) == want, "{ram} KiB, caches {caches}, round {round}");
+        }
+        let c = session.links().caches.counts;
+        assert_eq!((caches, caches), (c.hits > 0, c.misses > 0), "{c:?}");
+        assert!(session.links().expert_uses[2] > 0);
+    }
+}
+
+/// A read of an expert that fails in the middle of a pass ends that pass with one error that names it; the next one, once the file
+/// is whole again, has the bits that it would have had.
+#[test]
+fn a_failed_read_of_an_expert_ends_one_pass() {
+    use nt::backend::{BackendKind, Class};
+    use nt::engine::{Opened, Options, Session};
+    use nt::model::Outputs;
+    let d = tempfile::tempdir().unwrap();
+    let path = common::many_experts(6).write(d.path(), "m.gguf");
+    let whole = std::fs::read(&path).unwrap();
+    let opened = Opened::open(&path).unwrap();
+    let options = Options { threads: 2, ram: Some(5500 << 10), max_batch: 16, ..Options::new(BackendKind::Cpu, 200) };
+    let mut session = Session::new(&opened, options, &mut |_, _| ()).unwrap();
+    assert!(!session.caches().is_empty());
+    let eval = |session: &mut Session, n: u32| {
+        session.truncate(0);
+        (0..n).try_for_each(|i| session.eval(&[i * 37 % 258], Class::Exact, Outputs::Last, &|| false))
+    };
+    eval(&mut session, 30).unwrap();
+    let want = session.logits().unwrap().to_vec();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    for round in 0..3 {
+        file.set_len(whole.len() as u64 / 3).unwrap();
+        let e = eval(&mut session, 60).unwrap_err().to_string();
+        assert!(e.contains(" expert ") && e.contains("m.gguf"), "{e}");
+        std::os::unix::fs::FileExt::write_all_at(&file, &whole, 0).unwrap();
+        eval(&mut session, 30).unwrap();
+        assert!(session.logits().unwrap() == want, "round {round}");
+    }
+}
+
 #[test]
 fn striped_over_copies() {
     let d = tempfile::tempdir().unwrap();

@@ -415,6 +415,10 @@ impl Backend for Detached {
         let e = *e;
         self.call(move |cpu| cpu.expert(&e))
     }
+    fn choose_instead(&mut self, ids: &[u32]) -> Result<(), BackendError> {
+        self.cpu.choose_instead(ids)
+    }
+
     fn combine_experts(&mut self) -> Result<(), BackendError> {
         self.call(CpuBackend::combine_experts)
     }
@@ -553,6 +557,8 @@ fn options() -> Options {
         reader: ReaderKind::Auto,
         verify: false,
         kv_type: TensorType::F32,
+        caches: true,
+        routing: None,
         n_buffers: None,
         tiers: None,
         stacked: false,
@@ -648,6 +654,53 @@ fn dense() {
 fn experts() {
     let d = tempfile::tempdir().unwrap();
     same_bits(&common::tiny_moe(6).write(d.path(), "moe.gguf"), false);
+}
+
+/// Experts on storage with caches in RAM, as many slots as the room allows.
+fn cached() -> Vec<Options> {
+    let with = |vram: u64, ram: u64| Options { vram: Some(vram << 10), ram: Some(ram << 10), ..options() };
+    vec![with(1 << 10, 4 << 10), with(1 << 10, 6 << 10), with(2 << 10, 4 << 10), with(1 << 10, 2 << 10)]
+}
+
+/// The bits are those of processors, whatever caches hold, cold and warm: with a device that is brought each expert, and with
+/// processors beside it that compute those of caches.
+#[test]
+fn caches_of_experts() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::many_experts(6).write(d.path(), "m.gguf")).unwrap();
+    // Eight tokens at once choose more experts than a cache holds.
+    let logits = |session: &mut Session| {
+        let mut all = logits(session).unwrap();
+        session.eval(&[7, 130, 33, 250, 91, 12, 180, 66], Class::Exact, Outputs::All, &|| false).unwrap();
+        all.extend_from_slice(session.logits().unwrap());
+        all
+    };
+    let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap());
+    for sites in [Sites::One, Sites::Both] {
+        let (mut hits, mut none) = (0, 0);
+        for o in cached() {
+            let memory = Arc::new(Memory::default());
+            let what = format!("{sites:?} {:?} {:?}", o.vram, o.ram);
+            let mut session = start(&opened, Options { sites, ..o }, &memory).unwrap_or_else(|e| panic!("{what}: {e}"));
+            for _ in 0..4 {
+                assert!(logits(&mut session) == want, "{what}");
+            }
+            let links = session.links();
+            match session.caches().is_empty() {
+                true => none += 1,
+                false => {
+                    let c = links.caches.counts;
+                    assert!(c.misses > 0, "{what}: {c:?}");
+                    assert_eq!(c.hits + c.misses, links.expert_uses[2], "{what}");
+                    assert!(*memory.handed.lock().unwrap() > 0 || sites == Sites::One, "{what}");
+                    hits += c.hits;
+                }
+            }
+            drop(session);
+            assert_eq!(*memory.used.lock().unwrap(), 0, "{what}");
+        }
+        assert!(hits > 0 && none > 0, "{sites:?}: some have caches, and some no room for them");
+    }
 }
 
 #[test]

@@ -107,6 +107,9 @@ struct Part {
     experts: Vec<Expert>,
     /// What each row has chosen, where there are experts.
     ids: Vec<u32>,
+    /// Rows of experts have come, and so many of the experts are computed.
+    begun: bool,
+    done: usize,
     answered: bool,
     /// The block whose experts both sites compute.
     layer: Option<usize>,
@@ -118,6 +121,7 @@ impl Part {
         self.calls.clear();
         self.experts.clear();
         self.ids.clear();
+        (self.begun, self.done) = (false, 0);
         self.answered = false;
     }
 }
@@ -201,22 +205,20 @@ impl Both {
     }
 
     /// Computes a part and hands it back.
-    fn compute(&mut self, part: &Part) -> Result<(), BackendError> {
+    fn compute(&mut self, part: &mut Part) -> Result<(), BackendError> {
         if let Some(layer) = part.layer {
             return self.compute_shared(layer, part.place);
+        }
+        if !part.experts.is_empty() {
+            self.compute_experts(part)?;
+            self.device.answer(part.place, self.cpu.expert_rows());
+            return Ok(());
         }
         let began = Instant::now();
         let rows = self.device.given(part.place)?;
         let given = Instant::now();
         self.beside.waited += given - began;
         self.beside.parts += 1;
-        if !part.experts.is_empty() {
-            self.cpu.begin_experts(rows, &part.ids);
-            self.cpu.experts(&part.experts)?;
-            self.device.answer(part.place, self.cpu.expert_rows());
-            self.beside.computed += given.elapsed();
-            return Ok(());
-        }
         self.cpu.begin_part(rows);
         for call in &part.calls {
             match call {
@@ -267,10 +269,27 @@ impl Both {
         Ok(())
     }
 
+    /// Computes those experts of a part that are not.
+    fn compute_experts(&mut self, part: &mut Part) -> Result<(), BackendError> {
+        if !part.begun {
+            let began = Instant::now();
+            let rows = self.device.given(part.place)?;
+            self.beside.waited += began.elapsed();
+            self.beside.parts += 1;
+            self.cpu.begin_experts(rows, &part.ids);
+            part.begun = true;
+        }
+        let began = Instant::now();
+        self.cpu.experts(&part.experts[part.done..])?;
+        part.done = part.experts.len();
+        self.beside.computed += began.elapsed();
+        Ok(())
+    }
+
     /// Computes the part that was put off.
     fn catch_up(&mut self) -> Result<(), BackendError> {
         let Some(mut part) = self.late.take() else { return Ok(()) };
-        let computed = if part.answered { Ok(()) } else { self.compute(&part) };
+        let computed = if part.answered { Ok(()) } else { self.compute(&mut part) };
         part.clear();
         self.spare.push(part);
         if computed.is_err() {
@@ -285,7 +304,7 @@ impl Both {
             return Ok(());
         };
         part.answered = true;
-        let computed = self.compute(&part);
+        let computed = self.compute(&mut part);
         self.open = Some(part);
         computed
     }
@@ -510,6 +529,13 @@ impl Backend for Both {
         Ok(())
     }
 
+    fn experts_so_far(&mut self) -> Result<(), BackendError> {
+        let Some(mut part) = self.open.take() else { return Ok(()) };
+        let computed = if part.experts.is_empty() || part.answered { Ok(()) } else { self.compute_experts(&mut part) };
+        self.open = Some(part);
+        computed
+    }
+
     fn combine_experts(&mut self) -> Result<(), BackendError> {
         self.end_experts()?;
         self.device.combine_experts()?;
@@ -583,6 +609,16 @@ impl Backend for Both {
             _ => {}
         }
         self.next()?.op(op)
+    }
+
+    fn choose_instead(&mut self, ids: &[u32]) -> Result<(), BackendError> {
+        self.device.choose_instead(ids)?;
+        self.chosen.clear();
+        self.chosen.extend_from_slice(ids);
+        if let Some(part) = self.open.as_mut().filter(|part| !part.ids.is_empty()) {
+            part.ids.copy_from_slice(ids);
+        }
+        Ok(())
     }
 
     fn chosen(&mut self) -> &[u32] {

@@ -636,6 +636,14 @@ pub trait Backend {
         Err(BackendError::Beyond { backend: self.name(), what: "experts in RAM" })
     }
 
+    /// The next of the experts in RAM has to be waited for: those that were called may be computed meanwhile.
+    ///
+    /// # Errors
+    /// As [`Backend::catch_up`].
+    fn experts_so_far(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Whether [`Backend::hidden`] can be asked for.
     fn gives_hidden(&self) -> bool {
         false
@@ -661,6 +669,15 @@ pub trait Backend {
     /// [`BackendError::Beyond`] where it has no kernel.
     fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
         Err(BackendError::Beyond { backend: self.name(), what: op.what() })
+    }
+
+    /// The experts of the rows at hand become these, `T` × choices, no two of a row the same, with the weights of those that the
+    /// router has just chosen: for benchmarks.
+    ///
+    /// # Errors
+    /// Where a backend cannot.
+    fn choose_instead(&mut self, _ids: &[u32]) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "a routing that is forced" })
     }
 
     /// The experts that [`Op::Route`] has chosen, as [`Backend::route`] returns them.

@@ -17,6 +17,7 @@ use self::rows::{About, Rows};
 use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::{Report, print_line};
+use super::routing::RoutingArg;
 use super::{Failure, ModelArg, Placement, interrupt, outputs, run};
 use crate::backend::{Class, EXACT_ROWS};
 use crate::engine::{Opened, Part, Session};
@@ -52,6 +53,11 @@ pub struct BenchArgs {
     /// Write a row per test as llama-bench does, mean and standard deviation, in place of medians.
     #[arg(short = 'o', long, value_enum, value_name = "FORMAT", conflicts_with = "json")]
     output: Option<OutputArg>,
+    /// Force the experts that tokens choose, in place of their routers' choices: each as likely, by Zipf's law, or as in
+    /// FILE, a JSON list per token. Routers are computed still, and what they chose is dropped; a layer whose experts are all
+    /// in VRAM keeps it.
+    #[arg(long, value_name = "uniform|zipf:S|trace:FILE")]
+    routing: Option<RoutingArg>,
     #[command(flatten)]
     placement: Placement,
     /// Write a page with figures, tier map, timeline and rates, which any browser opens.
@@ -164,6 +170,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     options.sequences += args.parallel.0.iter().max().copied().unwrap_or(1);
     let (kv, threads) = (options.kv_type, options.threads);
     options.timeline |= args.html.is_some();
+    options.routing = args.routing.as_ref().map(|r| r.of(&opened)).transpose()?;
     let tests = tests(args);
     let needed = tests.iter().map(Test::positions).max().unwrap_or(1);
     options.outputs = tests.iter().map(Test::texts).max().unwrap_or(1);
@@ -330,6 +337,9 @@ impl Outcome<'_> {
             for m in self.all.iter().filter(|_| self.args.output.is_none()) {
                 print_line(&line(m))?;
             }
+            if let Some(routing) = self.session.routing().filter(|_| self.args.output.is_none()) {
+                print_line(&format!("routing   {}", routing.describe()))?;
+            }
             report.print();
         }
         if let Some(path) = &self.args.placement.timeline {
@@ -365,6 +375,8 @@ impl Outcome<'_> {
             "plan": report.plan_json(),
             "links": report.links_json(),
             "stall": report.stall_json(),
+            "experts": report.experts_json(),
+            "routing": s.routing().map(|r| r.describe()),
             "roofline": report.roofline_json(),
             "prediction": report.prediction_json(),
             "n_buffers": s.n_slots(),

@@ -22,6 +22,7 @@ mod printable;
 mod probe;
 mod pull;
 mod report;
+mod routing;
 mod run;
 mod selftest;
 mod serve;

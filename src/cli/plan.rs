@@ -9,9 +9,12 @@ use serde_json::{Value as Json, json};
 use super::args::{Auto, KvArg};
 use super::page;
 use super::report::print_line;
+use super::routing::RoutingArg;
 use super::{Failure, ModelArg, Placement, outputs, run};
 use crate::backend::{BackendError, BackendKind};
-use crate::engine::{Change, Forecast, Opened, beyond_training, refused_by_gpu, sensitivity, this_machine};
+use crate::engine::{
+    Change, Forecast, Opened, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
+};
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 
@@ -21,7 +24,7 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
     /// Another machine than this one: a TOML file, or a profile that is shipped (rtx-5060-ti,
-    /// rtx-3090-gen3x8, rtx-4090, h100, laptop-8gb, cpu-only).
+    /// rtx-3090-gen3x8, rtx-4080-64gb, rtx-4090, h100, laptop-8gb, cpu-only).
     #[arg(long, value_name = "FILE|PROFILE")]
     machine: Option<String>,
     /// Tokens of the prompt, for the time to the first token (default: 512, or the context where that is shorter).
@@ -37,6 +40,10 @@ pub struct PlanArgs {
     /// comparison.
     #[arg(long)]
     no_wrap: bool,
+    /// Count with these experts of each token: each as likely, by Zipf's law, or as in FILE, a JSON list per token (`nt bench
+    /// --routing` forces them).
+    #[arg(long, value_name = "uniform|zipf:S|trace:FILE")]
+    routing: Option<RoutingArg>,
     #[command(flatten)]
     placement: Placement,
     /// Write a page about the plan to FILE: what is printed, the tier map and the simulator's timeline.
@@ -70,6 +77,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         storage.read = given(gb);
     }
     let mut options = run::options(&args.placement, KvArg::F16)?;
+    options.routing = args.routing.as_ref().map(|r| r.of(&opened)).transpose()?;
+    let routing = options.routing.as_ref().map_or_else(|| "each expert as likely".into(), |r| r.describe());
     let trained = opened.model.hparams.n_ctx_reach;
     // Of a machine that one does not have, all processors compute.
     options.threads = args.placement.threads.given().unwrap_or(machine.cpu.threads);
@@ -101,6 +110,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             }),
             _ => None,
         },
+        routing,
         forecast,
         machine,
         opened,
@@ -131,6 +141,8 @@ fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Re
 struct Shown {
     /// What the machine's GPU has no kernels for.
     beyond: Option<String>,
+    /// What experts are counted with.
+    routing: String,
     forecast: Forecast,
     machine: Machine,
     opened: Opened,
@@ -207,6 +219,11 @@ impl Shown {
                 "kv_bytes": f.kv_bytes, "ctx": f.n_ctx, "ctx_max": self.ctx_max,
                 "ctx_trained": self.opened.model.hparams.n_ctx_train,
             },
+            "caches": f.caches().map(|(slots, experts, layers, hits)| json!({
+                "layers": layers, "slots": slots, "experts": experts, "bytes": f.plan.cache_bytes(), "routing": self.routing,
+                "hit_rate": hits, "misses_per_layer": f.misses_per_layer(),
+            })),
+            "storage_bytes_per_token": p.traffic.from_storage,
             "roofline": {
                 "decode": roofline(p.decode, 1),
                 "prefill": roofline(p.prefill, p.batch),
@@ -292,6 +309,22 @@ impl Shown {
             format_bytes(f.ram_room.saturating_sub(f.ram_workspace_bytes)),
             slots(plan.n_slots, plan.slot_bytes, plan.attention_slot_bytes),
         )?;
+        if let Some((slots, experts, layers, hits)) = f.caches() {
+            writeln!(
+                out,
+                "caches    {} of {} experts per layer ({}), hit {:.1} % with {}; {:.2} misses per layer and {} from storage per token",
+                slots / layers,
+                experts / layers,
+                format_bytes(plan.cache_bytes()),
+                hits * 100.0,
+                self.routing,
+                f.misses_per_layer(),
+                format_bytes(f.prediction.traffic.from_storage as u64)
+            )?;
+        }
+        if let Some(few) = plan.too_few_slots {
+            writeln!(out, "caches    none: {}", too_few_slots(few))?;
+        }
         let fits = self.ctx_max.map_or(String::new(), |n| format!(", at most {n} would fit"));
         writeln!(out, "context   {} of {} trained{fits}", f.n_ctx, self.opened.model.hparams.n_ctx_train)
     }

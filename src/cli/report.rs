@@ -21,6 +21,8 @@ pub struct Report {
     /// Blocks on storage, and all.
     blocks: (usize, usize),
     links: Links,
+    /// Slots of caches, and the experts on storage that they are for, of all layers; and how many layers.
+    caches: (usize, usize, usize),
     predicted: Option<Predicted>,
     device: Option<String>,
     /// Units, bytes and threads of processors beside the device.
@@ -53,6 +55,7 @@ impl Report {
             homes,
             blocks: blocks_on_storage(session, opened),
             links: session.links(),
+            caches: session.caches().iter().fold((0, 0, 0), |(s, e, n), c| (s + c.slots, e + c.experts, n + 1)),
             predicted: session.predicted(),
             device: session.device(),
             beside: session.beside().map(|beside| {
@@ -156,6 +159,26 @@ impl Report {
         })
     }
 
+    /// Where the experts lay that generated tokens used, and what caches in RAM did; null without experts.
+    pub fn experts_json(&self) -> Json {
+        let l = &self.links;
+        let Some([vram, ram, cache, storage]) = l.expert_shares() else { return Json::Null };
+        let c = l.caches.counts;
+        let (slots, experts, layers) = self.caches;
+        let of = |n: u64, all: u64| (all > 0).then(|| n as f64 / all as f64);
+        let caches = (layers > 0).then(|| {
+            json!({
+                "layers": layers, "slots": slots, "experts": experts, "hits": c.hits, "misses": c.misses,
+                "hit_rate": of(c.hits, c.hits + c.misses), "misses_per_layer": of(c.misses, c.demands),
+                "misses_max": c.misses_max, "in_flight": l.caches.depth(),
+            })
+        });
+        json!({
+            "uses": l.expert_uses.iter().sum::<u64>(), "vram": vram, "ram": ram, "cache": cache, "storage": storage,
+            "caches": caches,
+        })
+    }
+
     /// Stall time by cause, in seconds of the passes, and the seconds of those passes.
     pub fn stall_json(&self) -> Json {
         let s = self.links.stalls();
@@ -209,6 +232,7 @@ impl Report {
             "plan": self.plan_json(),
             "links": self.links_json(),
             "stall": self.stall_json(),
+            "experts": self.experts_json(),
             "roofline": self.roofline_json(),
             "prediction": self.prediction_json(),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -292,6 +316,7 @@ impl Report {
             let busy = self.links.gpu_busy().map_or(String::new(), |b| format!(", busy {:.0} %", b * 100.0));
             writeln!(out, "link      {} copied to VRAM, {rate:.2} GB/s{busy}", format_bytes(self.links.gpu_bytes))?;
         }
+        self.write_experts(out)?;
         self.write_waits(out)?;
         if let Some((tokens_per_s, bound_by)) = self.links.roofline() {
             let from = self.links.ceilings_from.map_or(String::new(), |f| format!(" ({f})"));
@@ -320,6 +345,29 @@ impl Report {
 }
 
 impl Report {
+    fn write_experts(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let l = &self.links;
+        let (slots, experts, layers) = self.caches;
+        // Where all experts rest there is nothing to tell.
+        let Some(shares) = l.expert_shares().filter(|s| layers > 0 || s[3] > 0.0) else { return Ok(()) };
+        let names = ["in VRAM", "in RAM", "in RAM's caches", "from storage"];
+        let told = shares.iter().zip(names).filter(|(s, _)| **s > 0.0);
+        let told: Vec<String> = told.map(|(s, name)| format!("{:.1} % {name}", s * 100.0)).collect();
+        write!(out, "experts   {}", told.join(", "))?;
+        let c = l.caches.counts;
+        if layers > 0 && c.demands > 0 {
+            let rate = c.hits as f64 / (c.hits + c.misses).max(1) as f64 * 100.0;
+            let misses = c.misses as f64 / c.demands as f64;
+            let flight = l.caches.depth().map_or(String::new(), |d| format!(", {d:.1} in flight"));
+            let (slots, experts, most) = (slots / layers, experts / layers, c.misses_max);
+            write!(
+                out,
+                "; caches of {slots} of {experts} per layer hit {rate:.1} %, {misses:.2} misses per layer and token (at most {most}){flight}"
+            )?;
+        }
+        writeln!(out)
+    }
+
     fn write_waits(&self, out: &mut impl Write) -> std::io::Result<()> {
         let (s, l) = (self.links.stalls(), &self.links);
         let streams = self.homes[2].0 > 0 || l.on_device && self.homes[1].0 > 0;

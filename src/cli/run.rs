@@ -402,6 +402,8 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
             KvArg::F32 => TensorType::F32,
             KvArg::Q8_0 => TensorType::Q8_0,
         },
+        caches: true,
+        routing: None,
         n_buffers: p.n_buffers.given(),
         tiers: p.tiers,
         stacked: p.layout == LayoutArg::Stacked,

@@ -1,5 +1,6 @@
 //! Which units processors beside a device compute from RAM.
 
+use super::sizes::unit_sizes;
 use super::steps::schedule;
 use super::weights::Beside;
 use crate::backend::{Class, Share};
@@ -42,8 +43,9 @@ pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() 
         return None;
     }
     let mut chosen = computable(model);
-    for (c, home) in chosen.iter_mut().zip(&plan.homes) {
-        *c &= *home == Home::B;
+    let cached = plan.cache_of(&unit_sizes(model));
+    for (u, c) in chosen.iter_mut().enumerate() {
+        *c &= plan.homes[u] == Home::B || cached[u].is_some();
     }
     if !chosen.contains(&true) {
         return None;
@@ -75,13 +77,15 @@ pub(super) fn beside(
     share: Option<Share>,
 ) -> Beside {
     let steps = |class: Class| {
-        let streams = |u: usize| plan.homes[u] != Home::A && !(class == Class::Exact && chosen[u]);
+        let rests = |u: usize| class == Class::Exact && chosen[u] && plan.homes[u] == Home::B;
+        let streams = |u: usize| plan.homes[u] != Home::A && !rests(u);
         schedule(model, &streams)
     };
     let address = |(region, chosen): (&Option<Region>, &bool)| region.filter(|_| *chosen).map(|r| r.addr() as u64);
     let steps = [steps(Class::Exact), steps(Class::Bulk)];
     Beside {
         units: in_ram.iter().zip(chosen).map(address).collect(),
+        cached: chosen.iter().zip(&plan.homes).map(|(c, home)| *c && *home == Home::C).collect(),
         apart,
         holes: steps.each_ref().map(|s| s.contains(&Step::Hole)),
         steps,
@@ -116,7 +120,9 @@ pub(super) fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates
 pub(super) fn as_exact(plan: &Plan, beside: Option<&[bool]>) -> Plan {
     let mut plan = plan.clone();
     for (home, _) in plan.homes.iter_mut().zip(beside.unwrap_or(&[])).filter(|(_, b)| **b) {
-        *home = Home::A;
+        if *home == Home::B {
+            *home = Home::A;
+        }
     }
     plan
 }

@@ -34,7 +34,7 @@ impl Session {
             self.links.ram_and_link_ceiling = ram_and_link(&device, self.links.ram_ceiling);
         }
         // Nothing else is carried while a link is measured.
-        self.weights.flow.reschedule(Place::Host, Vec::new());
+        self.weights.flow.reschedule(Place::Host, Vec::new(), Vec::new());
         if let Some(d) = &self.device {
             self.links.vram_ceiling = d.memory.memory_rate()?;
             if self.plan.device_slots > 0 {
@@ -79,7 +79,7 @@ impl Session {
             let before = flow.storage().bytes;
             for step in &steps {
                 match step {
-                    Step::Hole => flow.demand(&[]),
+                    Step::Hole => flow.demand(&mut [], false),
                     Step::Unit(u) => {
                         let taken = flow.acquire(*u).map_err(stream_error)?;
                         flow.release(taken);
@@ -91,7 +91,7 @@ impl Session {
         if steps.iter().all(|s| *s == Step::Hole) {
             return Ok(None);
         }
-        flow.reschedule(Place::Host, steps.clone());
+        flow.reschedule(Place::Host, steps.clone(), Vec::new());
         lap()?;
         let began = Instant::now();
         let mut bytes = 0;
@@ -99,7 +99,7 @@ impl Session {
             bytes += lap()?;
         }
         let rate = bytes as f64 / began.elapsed().as_secs_f64();
-        flow.reschedule(Place::Host, Vec::new());
+        flow.reschedule(Place::Host, Vec::new(), Vec::new());
         Ok(Some(rate))
     }
 }

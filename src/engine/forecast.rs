@@ -2,7 +2,9 @@
 //! speed that the machine's rates allow.
 
 use super::here::DRIVER_BYTES;
-use super::start::{Sizes, dims, make_plan, unit_size, weights_room};
+use super::hits::{caching, hit_rates_of};
+use super::sizes::{unit_size, unit_sizes};
+use super::start::{Sizes, dims, make_plan, weights_room};
 use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
@@ -11,8 +13,8 @@ use crate::machine;
 use crate::model::{Model, Tape, UnitKind};
 use crate::pipeline::{Event, EventKind, UnitLayout};
 use crate::plan::{
-    COPY_GAP_S, HAND_OVER_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit, Site,
-    Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
+    COPY_GAP_S, Cache, Caching, HAND_OVER_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares,
+    SimUnit, Site, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -52,6 +54,8 @@ pub struct Forecast {
     pub ram_room: u64,
     /// What passes take.
     pub prediction: Prediction,
+    /// Caches of experts, as the simulator sees them.
+    caching: Caching,
 }
 
 /// What passes take.
@@ -113,17 +117,25 @@ impl Forecast {
     ) -> Result<Forecast, EngineError> {
         let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
             planned(model, machine, options, sizes)?;
+        let mut units = units.to_vec();
+        let rates = hit_rates_of(model, &plan, options.routing.as_deref());
+        for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
+            u.miss = cache.map_or(1.0, |c| 1.0 - rates[c]);
+        }
         let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
         let rates = machine.site_rates(threads).filter(|_| site == Site::Gpu);
         let beside = rates.and_then(|rates| super::beside::choose(model, &plan, options.sites, &|| rates));
-        let work = Work { units, plan: &plan, beside: beside.as_deref(), machine, site, threads };
+        let caching = caching(model, &plan, options.routing.as_ref(), beside.as_deref());
+        let work =
+            Work { units: &units, plan: &plan, beside: beside.as_deref(), machine, site, threads, caching: &caching };
         Ok(Forecast {
             prediction: Prediction::new(&work, prompt, options.max_batch),
             beside,
             threads,
             site,
             plan,
-            units: units.to_vec(),
+            caching,
+            units,
             n_ctx: options.n_ctx,
             kv_bytes: kv_bytes(model, options),
             workspace_bytes,
@@ -168,13 +180,37 @@ impl Forecast {
 
     fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
         let beside = self.beside.as_deref();
-        Work { units: &self.units, plan: &self.plan, beside, machine, site: self.site, threads: self.threads }
+        Work {
+            units: &self.units,
+            plan: &self.plan,
+            beside,
+            machine,
+            site: self.site,
+            threads: self.threads,
+            caching: &self.caching,
+        }
     }
 
     /// Units that processors beside a GPU compute, and their bytes; `None` if there are none.
     pub fn computed_beside(&self) -> Option<(usize, u64)> {
         let of = self.units.iter().zip(self.beside.as_ref()?).filter(|(_, b)| **b);
         Some((of.clone().count(), of.map(|(u, _)| u.bytes).sum()))
+    }
+
+    /// Slots of the caches of experts, experts that they are for, both of all layers, the caches' number, and the share of uses
+    /// that are expected there; `None` without caches.
+    pub fn caches(&self) -> Option<(usize, usize, usize, f64)> {
+        let caches = &self.plan.caches;
+        let sum = |of: &dyn Fn(&Cache) -> usize| caches.iter().map(of).sum::<usize>();
+        let of = self.units.iter().zip(&self.caching.of).filter(|(_, c)| c.is_some()).map(|(u, _)| u);
+        let (uses, misses) = of.fold((0.0, 0.0), |(n, m), u| (n + u.share, m + u.share * u.miss));
+        (!caches.is_empty()).then(|| (sum(&|c| c.slots), sum(&|c| c.experts), caches.len(), 1.0 - misses / uses))
+    }
+
+    /// Experts of a layer that a token chooses on storage and that no cache is expected to have; the mean over layers with caches.
+    pub fn misses_per_layer(&self) -> f64 {
+        let of = self.units.iter().zip(&self.caching.of).filter(|(_, c)| c.is_some());
+        of.map(|(u, _)| u.share * u.miss).sum::<f64>() / self.plan.caches.len().max(1) as f64
     }
 
     /// Units and bytes of a tier.
@@ -236,6 +272,7 @@ struct Work<'a> {
     machine: &'a Machine,
     site: Site,
     threads: usize,
+    caching: &'a Caching,
 }
 
 impl Work<'_> {
@@ -250,13 +287,17 @@ impl Work<'_> {
         let both = beside.and_then(|_| self.machine.site_rates(self.threads));
         // Beside processors that read the same memory the link is slower.
         let rates = Rates { gpu: both.map(|r| r.link).or(rates.gpu), ..*rates };
-        setup(self.units, &plan, &rates, self.on_device())
+        let mut caching = self.caching.clone();
+        if !exact {
+            caching.in_ram.clear();
+        }
+        setup(self.units, &plan, &rates, self.on_device(), caching)
     }
 
     /// A pass of one token.
     fn decode(&self) -> PassWork {
         let unit_s = decode_seconds(self.units, self.beside, self.machine, self.site, self.threads);
-        PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1) }
+        PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1), prompt: false }
     }
 }
 
@@ -327,7 +368,7 @@ pub(super) fn with_passes(outcome: Outcome, tokens: impl Iterator<Item = usize>)
 }
 
 /// What the simulator needs to know.
-pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: bool) -> Setup {
+pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: bool, caching: Caching) -> Setup {
     Setup {
         units: units.iter().zip(&plan.homes).map(|(u, &home)| SimUnit { size: u.size, home }).collect(),
         on_device,
@@ -339,6 +380,7 @@ pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: b
         copy_gap_s: COPY_GAP_S,
         wrap: true,
         seed: 1,
+        caching,
     }
 }
 
@@ -351,7 +393,7 @@ fn experts(units: &[UnitWork], tokens: usize) -> usize {
 
 fn prefill_work(units: &[UnitWork], machine: &Machine, site: Site, tokens: usize) -> Option<PassWork> {
     let unit_s = units.iter().map(|u| u.prefill_s(machine, site, tokens)).collect::<Option<_>>()?;
-    Some(PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, tokens) })
+    Some(PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, tokens), prompt: true })
 }
 
 /// Seconds from the prompt to its last pass's end.
@@ -390,14 +432,15 @@ fn rates(machine: &Machine) -> Rates {
 /// What each unit of the model asks of a pass.
 pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
     let h = &model.hparams;
-    let of = |(u, l): (&crate::model::UnitSpec, _)| UnitWork {
-        size: unit_size((u, l)),
+    let of = |(u, l): (&crate::model::UnitSpec, &UnitLayout)| UnitWork {
+        size: unit_size(u, l.slot_bytes),
         bytes: u.bytes(),
         matrices: Vec::new(),
         share: match u.kind {
             UnitKind::Expert { .. } => h.n_experts_used as f64 / h.n_experts as f64,
             _ => 1.0,
         },
+        miss: 1.0,
     };
     let mut works: Vec<UnitWork> = model.units.iter().zip(layouts).map(of).collect();
     for (_, _, t) in model.matrices() {

@@ -1,6 +1,6 @@
 //! What the links carried, and the roofline they allow.
 
-use crate::flow::Latencies;
+use crate::flow::{CacheStats, Latencies};
 use crate::plan::{Rates, Traffic, roofline};
 
 /// Bytes, times and rates of a session's links. Rates are bytes a second.
@@ -61,6 +61,10 @@ pub struct Links {
     pub ram_and_link_ceiling: Option<f64>,
     /// Measured seconds of a one-token pass that brings nothing.
     pub compute_s: Option<f64>,
+    /// Experts that single tokens used, of those at home in VRAM, in RAM and on storage.
+    pub expert_uses: [u64; 3],
+    /// What caches in RAM had of the last.
+    pub caches: CacheStats,
     /// Whether only passes of one token were counted.
     pub measured_one_token: bool,
     /// Where the ceilings come from, in words.
@@ -130,6 +134,15 @@ impl Links {
     /// GB/s of weights through memory.
     pub fn ram_gb_per_s(&self) -> Option<f64> {
         (self.pass_s > 0.0).then(|| self.ram_bytes as f64 / self.pass_s / 1e9)
+    }
+
+    /// Shares of the experts that single tokens used that lay in VRAM, in RAM to stay, in RAM's caches, and on storage;
+    /// `None` before any.
+    pub fn expert_shares(&self) -> Option<[f64; 4]> {
+        let [vram, ram, storage] = self.expert_uses;
+        let cached = self.caches.counts.hits.min(storage);
+        let all = (vram + ram + storage) as f64;
+        (all > 0.0).then(|| [vram, ram, cached, storage - cached].map(|n| n as f64 / all))
     }
 
     /// Bytes of a one-token pass.

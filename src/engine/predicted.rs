@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::beside::as_exact;
 use super::forecast::{PASSES_SHOWN, decode_seconds, setup, with_passes, works};
+use super::hits::caching;
 use super::start::{apart, device_slots};
 use super::{EngineError, Session};
 use crate::backend::Class;
@@ -57,7 +58,7 @@ impl Session {
         let all: f64 = weights.iter().zip(&units).map(|(w, u)| w * u.share).sum();
         let beside_s = pass_s(self.site()).min(compute_s);
         let unit_s = weights.iter().map(|w| (compute_s - beside_s) * w / all).collect();
-        Some(PassWork { unit_s, beside_s, experts: self.model.hparams.n_experts_used })
+        Some(PassWork { unit_s, beside_s, experts: self.model.hparams.n_experts_used, prompt: false })
     }
 
     /// The prediction from a machine's rates; `None` where one that it needs is a guess.
@@ -85,7 +86,7 @@ impl Session {
         let beside = self.beside();
         let unit_s = decode_seconds(&units, beside.as_deref(), machine, site, self.threads_beside());
         let experts = self.model.hparams.n_experts_used;
-        let work = PassWork { unit_s, beside_s: pass_s(site), experts };
+        let work = PassWork { unit_s, beside_s: pass_s(site), experts, prompt: false };
         Some(Predicted { pass: self.simulator(&rates)?.settled(&work), rates })
     }
 
@@ -98,7 +99,8 @@ impl Session {
             return None;
         }
         let units = works(&self.model, &self.weights.layouts);
-        Some(setup(&units, &plan, rates, self.device.is_some()))
+        let caching = caching(&self.model, &plan, self.options.routing.as_ref(), self.beside().as_deref());
+        Some(setup(&units, &plan, rates, self.device.is_some(), caching))
     }
 
     fn site(&self) -> Site {
@@ -119,7 +121,7 @@ impl Session {
                 return Ok(None);
             }
             // What is computed from is not written any more.
-            self.weights.flow.reschedule(Place::Host, Vec::new());
+            self.weights.flow.reschedule(Place::Host, Vec::new(), Vec::new());
             let p = &self.plan;
             let (slots, n, attention) = match &self.device {
                 Some(d) => (device_slots(p, d.slots.addr), p.device_slots, p.device_attention_slot_bytes),
@@ -172,7 +174,7 @@ impl Feed for Still {
         Ok(())
     }
 
-    fn demand(&mut self, _: &[usize]) {}
+    fn demand(&mut self, _: &mut [usize], _: bool) {}
 
     fn restart(&mut self) {}
 }

@@ -11,9 +11,11 @@ use smallvec::SmallVec;
 use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
-use crate::model::{Batch, ForwardError, Model, NotFinite, Outputs, Scratch, Tape, first_not_finite, forward};
+use crate::model::{
+    Batch, ForcedRouting, ForwardError, Model, NotFinite, Outputs, Scratch, Tape, first_not_finite, forward,
+};
 use crate::pipeline::{Event, EventKind, StreamError};
-use crate::plan::{Home, Plan, Tiers};
+use crate::plan::{Cache, Home, Plan, Tiers};
 use crate::state::{Pages, SeqId, StateOp};
 use crate::storage::{FileId, ReaderKind};
 
@@ -43,6 +45,10 @@ pub struct Options {
     pub kv_type: TensorType,
     /// Sequences that may have tokens at once, where each has a recurrent state.
     pub sequences: usize,
+    /// Whether experts that stay on storage may have caches in RAM.
+    pub caches: bool,
+    /// The experts that tokens choose, in place of their routers' choices; for benchmarks and predictions.
+    pub routing: Option<Arc<ForcedRouting>>,
     /// Slots of the ring; `None` to choose.
     pub n_buffers: Option<usize>,
     /// Counts of blocks per tier; `None` to choose.
@@ -80,6 +86,8 @@ impl Options {
             verify: false,
             kv_type: TensorType::F16,
             sequences: 1,
+            caches: true,
+            routing: None,
             n_buffers: None,
             tiers: None,
             stacked: false,
@@ -318,6 +326,7 @@ impl Session {
         let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
         let before = self.backend.beside();
         let (bytes, beside_bytes) = (self.weights.bytes, self.weights.beside_bytes);
+        let (uses, caches) = (self.weights.uses, self.weights.flow.caches());
         let overflowed = self.backend.overflow().is_some();
         if let Err(e) = self.evaluate(parts, stop) {
             self.backend.abandon();
@@ -358,6 +367,13 @@ impl Session {
             l.beside_busy_s += (beside.computed - before.computed).as_secs_f64();
             l.beside_wait_s += (beside.waited - before.waited).as_secs_f64();
             l.beside_bytes += self.weights.beside_bytes - beside_bytes;
+            for (n, (now, before)) in l.expert_uses.iter_mut().zip(self.weights.uses.iter().zip(uses)) {
+                *n += now - before;
+            }
+            // Prompts pass caches by: what they read says nothing of these.
+            if parts.iter().all(|p| p.class == Class::Exact) {
+                l.caches.add(&self.weights.flow.caches().since(&caches));
+            }
             l.ram_bytes += match self.device {
                 Some(_) => fed_after.bytes - fed.bytes + (self.weights.beside_bytes - beside_bytes),
                 None => self.weights.bytes - bytes,
@@ -656,12 +672,23 @@ impl Session {
     /// Which units processors beside a device compute from RAM while tokens are generated; none if there are no such
     /// processors.
     pub fn beside(&self) -> Option<Vec<bool>> {
-        self.weights.beside.as_ref().map(|b| b.units.iter().map(Option::is_some).collect())
+        let of = |(here, cached): (&Option<u64>, &bool)| here.is_some() || *cached;
+        self.weights.beside.as_ref().map(|b| b.units.iter().zip(&b.cached).map(of).collect())
     }
 
     /// Threads of processors beside a device; 0 without.
     pub fn threads_beside(&self) -> usize {
         self.backend.computes_in_ram().unwrap_or(0)
+    }
+
+    /// Caches in RAM of experts that live on storage; none where those have none.
+    pub fn caches(&self) -> &[Cache] {
+        &self.plan.caches
+    }
+
+    /// The routing that is forced, if one is.
+    pub fn routing(&self) -> Option<&ForcedRouting> {
+        self.options.routing.as_deref()
     }
 
     /// Home of each unit.

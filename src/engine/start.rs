@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::apart::Apart;
+use super::hits::hit_rates_of;
 use super::session::{Embedding, OnDevice, stream_error};
+use super::sizes::{unit_size, unit_sizes};
 use super::steps::schedule;
 use super::weights::Weights;
 use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, source};
@@ -14,13 +16,13 @@ use crate::backend::cuda::CudaBackend;
 use crate::backend::{
     self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent,
 };
-use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, PoolSpec, Spec, Units};
+use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, Policy, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{ForwardError, HParams, Model, Scratch, Tape, UnitKind, UnitSpec, check_divisors};
+use crate::model::{ForcedRouting, ForwardError, HParams, Model, Scratch, Tape, UnitKind, UnitSpec, check_divisors};
 use crate::pipeline::{DeviceUnit, SpanIn, UnitLayout, load, load_to_device};
-use crate::plan::{Home, Limits, Plan, PlanError, UnitPart, UnitSize, format_at_least, format_bytes, place};
+use crate::plan::{Cache, Home, Limits, Plan, PlanError, TooFewSlots, UnitSize, format_at_least, format_bytes, place};
 use crate::state::Pages;
 use crate::storage::{Alignment, FileId, Reader, StorageError};
 
@@ -167,9 +169,11 @@ impl Session {
             let share = beside::share(&model, &units, &|| site_rates(threads));
             Some((units, share))
         });
+        notes.extend(plan.too_few_slots.map(too_few_slots));
         let guesses = chosen.is_some() && options.sites == Sites::Auto;
         notes.extend(guesses.then(here::guessed_sites).flatten());
-        let links = links(&model, &plan, chosen.as_ref().map(|(units, _)| units.as_slice()), places.device.is_some());
+        let units = chosen.as_ref().map(|(units, _)| units.as_slice());
+        let links = links(&model, &plan, units, places.device.is_some(), options.routing.as_deref());
         let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
 
@@ -184,7 +188,8 @@ impl Session {
         notes.dedup();
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
-        let mut weights = Weights::new(sizes.layouts, resident, &routed, unit_bytes, feed, flow, traced);
+        let homes = (plan.homes.clone(), &routed[..]);
+        let mut weights = Weights::new(sizes.layouts, resident, homes, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
         weights.beside = chosen
             .map(|(units, share)| beside::beside(&model, &plan, &units, &places.in_ram, apart.in_ram.clone(), share));
@@ -193,6 +198,10 @@ impl Session {
             pages = pages.with_states(r.sequences);
         }
         let seq = pages.open();
+        let mut scratch = Scratch::for_model(&model, options.max_batch);
+        if let Some(routing) = &options.routing {
+            scratch.force(Arc::clone(routing), options.max_batch);
+        }
         Ok(Session {
             links,
             weights,
@@ -202,7 +211,7 @@ impl Session {
             last_parts: Vec::with_capacity(EXACT_ROWS),
             wanted: [Vec::with_capacity(EXACT_ROWS), Vec::with_capacity(options.max_batch)],
             wants_hidden: false,
-            scratch: Scratch::for_model(&model, options.max_batch),
+            scratch,
             tape,
             model,
             backend,
@@ -247,6 +256,13 @@ fn larger_batch(model: &Model, plan: &Plan, options: &Options) -> Option<String>
         let (bytes, batch) = (format_bytes(bytes), options.max_batch);
         format!("each {batch} tokens of a prompt bring {bytes} of experts to the GPU; --batch 2048 makes long prompts faster, for some VRAM")
     })
+}
+
+/// A note that experts on storage have no caches.
+pub fn too_few_slots(TooFewSlots { slots, floor }: TooFewSlots) -> String {
+    format!(
+        "RAM has room for {slots} experts of each layer, and a cache keeps little with fewer than {floor}, three for each that a token chooses: so experts rest in RAM in part; a larger --ram gives caches"
+    )
 }
 
 /// The error of a backend that could not be opened; where memory for processors was refused, that of the plan
@@ -320,6 +336,7 @@ struct Places {
     arena: Arena,
     rows: Region,
     slots: Vec<Region>,
+    caches: Vec<Region>,
     in_ram: Vec<Option<Region>>,
     embedding: Option<Region>,
 }
@@ -335,7 +352,8 @@ impl Places {
             in_ram.push(if *home == Home::B { Some(take(l.slot_bytes)?) } else { None });
         }
         let embedding = if plan.embedding_resident { Some(take(sizes.embedding.slot_bytes)?) } else { None };
-        Ok(Places { arena, rows, slots, in_ram, embedding, device: None })
+        let caches = plan.cache_slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
+        Ok(Places { arena, rows, slots, caches, in_ram, embedding, device: None })
     }
 }
 
@@ -416,7 +434,10 @@ impl Streams<'_> {
             spec: spec(self.model, self.plan, device.is_some()),
             layouts: Arc::clone(&self.sizes.layouts),
             names: self.names,
-            frames: if self.plan.homes.contains(&Home::C) { places.slots.clone() } else { Vec::new() },
+            frames: match self.plan.homes.contains(&Home::C) {
+                true => [&places.slots[..], &places.caches].concat(),
+                false => Vec::new(),
+            },
             rows: places.rows,
             trace_events: if self.options.timeline { TRACE_EVENTS } else { 0 },
             n_files,
@@ -443,6 +464,7 @@ fn spec(model: &Model, plan: &Plan, on_device: bool) -> Spec {
     };
     let in_ram = if plan.homes.contains(&Home::C) { plan.n_slots } else { 0 };
     let mut pools = PoolSpec::rings(Place::Host, in_ram, model.units.len(), apart(model, plan.attention_slot_bytes));
+    pools.extend(caches(model, plan));
     let attention = apart(model, plan.device_attention_slot_bytes);
     pools.extend(PoolSpec::rings(Place::Device, plan.device_slots, model.units.len(), attention));
     let streams = |u: usize| plan.homes[u] == Home::C || on_device && plan.homes[u] == Home::B;
@@ -450,11 +472,24 @@ fn spec(model: &Model, plan: &Plan, on_device: bool) -> Spec {
         homes: plan.homes.iter().map(rests).collect(),
         routed: model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect(),
         site: if on_device { Place::Device } else { Place::Host },
+        in_ram: Vec::new(),
         steps: schedule(model, &streams),
         demand_max: model.hparams.n_experts,
         pools,
         links: flow::links(),
     }
+}
+
+/// A pool for each cache, in their order.
+fn caches(model: &Model, plan: &Plan) -> Vec<PoolSpec> {
+    let of = plan.cache_of(&unit_sizes(model));
+    let pool = |(i, c): (usize, &Cache)| PoolSpec {
+        place: Place::Host,
+        frames: c.slots,
+        policy: Policy::Cache,
+        members: of.iter().map(|cache| *cache == Some(i)).collect(),
+    };
+    plan.caches.iter().enumerate().map(pool).collect()
 }
 
 /// Addresses of the slots on a device, which begin at `base`.
@@ -498,17 +533,6 @@ fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
     (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
 }
 
-pub(super) fn unit_size((unit, layout): (&UnitSpec, &UnitLayout)) -> UnitSize {
-    let (block, part) = match unit.kind {
-        UnitKind::Attention(i) => (Some(i), UnitPart::Attention),
-        UnitKind::FeedForward(i) => (Some(i), UnitPart::FeedForward),
-        UnitKind::Shared(i) => (Some(i), UnitPart::Shared),
-        UnitKind::Expert { layer, .. } => (Some(layer), UnitPart::Expert),
-        UnitKind::Head(_) => (None, UnitPart::Head),
-    };
-    UnitSize { slot_bytes: layout.slot_bytes, block, part }
-}
-
 /// The plan, for `vram` bytes of device memory if weights are computed there; `workspace` bytes of RAM are the
 /// backend's.
 pub(super) fn make_plan(
@@ -518,7 +542,8 @@ pub(super) fn make_plan(
     workspace: u64,
     options: &Options,
 ) -> Result<Plan, PlanError> {
-    let units: Vec<UnitSize> = model.units.iter().zip(sizes.layouts.iter()).map(unit_size).collect();
+    let units: Vec<UnitSize> =
+        model.units.iter().zip(sizes.layouts.iter()).map(|(u, l)| unit_size(u, l.slot_bytes)).collect();
     // A tied head in RAM serves the embedding's rows too.
     let wants_embedding = !model.tied || vram.is_some();
     let limits = Limits {
@@ -531,6 +556,7 @@ pub(super) fn make_plan(
         reserved: sizes.rows,
         workspace,
         embedding: wants_embedding.then_some(sizes.embedding.slot_bytes),
+        cached_choices: if options.caches { model.hparams.n_experts_used } else { 0 },
     };
     place(&units, &limits)
 }
@@ -607,24 +633,35 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
     }
 }
 
-/// Bytes that a one-token pass reads, by tier. Experts count by the share that is used.
-fn links(model: &Model, plan: &Plan, beside: Option<&[bool]>, on_device: bool) -> Links {
+/// Bytes that a one-token pass reads, by tier. Experts count by the share that is used, those with a cache by how
+/// often it hits.
+fn links(
+    model: &Model,
+    plan: &Plan,
+    beside: Option<&[bool]>,
+    on_device: bool,
+    routing: Option<&ForcedRouting>,
+) -> Links {
     let h = &model.hparams;
     let of_host = |u: usize| beside.is_some_and(|b| b[u]);
+    let used = |u: &UnitSpec| match u.kind {
+        UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
+        _ => u.bytes() as f64,
+    };
     let bytes = |wanted: &dyn Fn(usize, Home) -> bool| {
         let of = model.units.iter().zip(&plan.homes).enumerate().filter(|(i, (_, home))| wanted(*i, **home));
-        of.map(|(_, (u, _))| match u.kind {
-            UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
-            _ => u.bytes() as f64,
-        })
-        .sum::<f64>() as u64
+        of.map(|(_, (u, _))| used(u)).sum::<f64>() as u64
     };
+    let cached = plan.cache_of(&unit_sizes(model));
+    let rates = hit_rates_of(model, plan, routing);
+    let hits = |u: usize| cached[u].map_or(0.0, |c| rates[c] * used(&model.units[u]));
+    let from_caches = (0..model.units.len()).map(hits).sum::<f64>() as u64;
     Links {
         on_device,
         bytes_per_pass: bytes(&|_, _| true),
         gpu_bytes_per_pass: if on_device { bytes(&|u, home| home != Home::A && !of_host(u)) } else { 0 },
         beside_bytes_per_pass: bytes(&|u, _| of_host(u)),
-        nvme_bytes_per_pass: bytes(&|_, home| home == Home::C),
+        nvme_bytes_per_pass: bytes(&|_, home| home == Home::C).saturating_sub(from_caches),
         ..Links::default()
     }
 }

@@ -8,6 +8,7 @@ use crate::backend::{Class, Share};
 use crate::flow::{Feed, Flow, Place, Step};
 use crate::model::{HELD, WeightError, WeightSource};
 use crate::pipeline::{EventKind, UnitLayout};
+use crate::plan::Home;
 
 /// Resident and streamed units of a session.
 pub(super) struct Weights {
@@ -23,7 +24,12 @@ pub(super) struct Weights {
     /// The unit that is held and its address.
     held: Option<(usize, u64)>,
     since: Instant,
-    streamed: Vec<usize>,
+    /// Class of the pass at hand.
+    class: Class,
+    /// Home of each unit.
+    homes: Vec<Home>,
+    /// Uses of experts by single tokens, of those at home in VRAM, RAM and on storage.
+    pub uses: [u64; 3],
     /// Bytes of weights handed to compute.
     pub bytes: u64,
     /// Keep computing in the timeline.
@@ -38,8 +44,10 @@ pub(super) struct Weights {
 
 /// Units that processors beside a device compute from RAM in passes of exact rows, while prompts have them brought.
 pub(super) struct Beside {
-    /// Their addresses in RAM; none of other units.
+    /// Addresses in RAM of those that rest there; none of other units.
     pub units: Vec<Option<u64>>,
+    /// By unit, whether it is one whose home is storage, which passes through a cache in RAM.
+    pub cached: Vec<bool>,
     /// Addresses in RAM of vectors that are held apart.
     pub apart: Vec<u64>,
     /// What streams in a pass of exact rows, and in one of a prompt.
@@ -57,7 +65,7 @@ impl Weights {
     pub fn new(
         layouts: Arc<[UnitLayout]>,
         resident: Vec<Option<u64>>,
-        routed: &[bool],
+        (homes, routed): (Vec<Home>, &[bool]),
         unit_bytes: Vec<u64>,
         feed: Box<dyn Feed>,
         flow: Arc<Flow>,
@@ -66,7 +74,6 @@ impl Weights {
         let any_streamed_expert = routed.iter().zip(&resident).any(|(r, home)| *r && home.is_none());
         let shared = routed.iter().zip(&unit_bytes).filter(|(r, _)| !**r);
         let shared_bytes = shared.map(|(_, bytes)| bytes).sum();
-        let n_routed = routed.iter().filter(|r| **r).count();
         Weights {
             layouts,
             resident,
@@ -76,7 +83,9 @@ impl Weights {
             flow,
             held: None,
             since: Instant::now(),
-            streamed: Vec::with_capacity(n_routed),
+            class: Class::Bulk,
+            homes,
+            uses: [0; 3],
             bytes: 0,
             traced,
             unit_bytes,
@@ -86,15 +95,14 @@ impl Weights {
         }
     }
 
-    /// Where processors beside a device compute a unit, in the pass at hand.
-    fn in_ram(&self, unit: usize) -> Option<u64> {
-        let beside = self.beside.as_ref().filter(|b| b.class == Class::Exact)?;
-        beside.units[unit]
+    /// What processors beside a device compute, in the pass at hand.
+    fn of_host(&self) -> Option<&Beside> {
+        self.beside.as_ref().filter(|b| b.class == Class::Exact)
     }
 
     /// Where a unit is computed that is not brought in the pass at hand.
     fn here(&self, unit: usize) -> Option<u64> {
-        self.resident[unit].or_else(|| self.in_ram(unit))
+        self.resident[unit].or_else(|| self.of_host()?.units[unit])
     }
 
     /// Whether passes like this one have holes for experts.
@@ -114,26 +122,29 @@ impl Weights {
 
 impl WeightSource for Weights {
     fn begin(&mut self, class: Class) -> Result<(), WeightError> {
+        self.class = class;
         if let Some(beside) = &mut self.beside
             && beside.class != class
         {
             beside.class = class;
-            self.flow.reschedule(Place::Device, beside.steps[class as usize].clone());
+            let in_ram = if class == Class::Exact { beside.cached.clone() } else { Vec::new() };
+            self.flow.reschedule(Place::Device, beside.steps[class as usize].clone(), in_ram);
         }
         Ok(())
     }
 
     fn in_ram(&self, unit: usize) -> bool {
-        Weights::in_ram(self, unit).is_some()
+        self.of_host().is_some_and(|b| b.units[unit].is_some() || b.cached[unit])
     }
 
     fn acquire(&mut self, unit: usize) -> Result<(), WeightError> {
         let base = match self.here(unit) {
             Some(addr) => addr,
+            None if self.in_ram(unit) => self.feed.acquire_in_ram(unit)?,
             None => self.feed.acquire(unit)?,
         };
         self.bytes += self.unit_bytes[unit];
-        if self.in_ram(unit).is_some() {
+        if self.in_ram(unit) {
             self.beside_bytes += self.unit_bytes[unit];
         }
         if self.traced {
@@ -145,7 +156,7 @@ impl WeightSource for Weights {
 
     fn span(&self, unit: usize, span: usize) -> u64 {
         if unit == HELD {
-            let of_host = self.held.is_some_and(|(unit, _)| self.in_ram(unit).is_some());
+            let of_host = self.held.is_some_and(|(unit, _)| self.in_ram(unit));
             let beside = self.beside.as_ref().filter(|_| of_host);
             return beside.map_or(&self.apart, |b| &b.apart)[span];
         }
@@ -168,14 +179,18 @@ impl WeightSource for Weights {
     fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError> {
         // Resident experts first: they compute while the others are brought.
         units.sort_unstable_by_key(|&u| (self.here(u).is_none(), u));
+        if self.class == Class::Exact {
+            units.iter().for_each(|&u| self.uses[self.homes[u] as usize] += 1);
+        }
         if self.streams_experts() {
-            let mut streamed = std::mem::take(&mut self.streamed);
-            streamed.clear();
-            streamed.extend(units.iter().copied().filter(|&u| self.here(u).is_none()));
-            self.streamed = streamed;
-            self.feed.demand(&self.streamed);
+            let here = units.partition_point(|&u| self.here(u).is_some());
+            self.feed.demand(&mut units[here..], self.class == Class::Bulk);
         }
         Ok(())
+    }
+
+    fn is_ready(&self, unit: usize) -> bool {
+        !self.traced && self.here(unit).is_none() && self.feed.is_ready(unit)
     }
 
     /// The timeline shows each unit's computing: with it, none is put off.
@@ -211,6 +226,13 @@ impl WeightSource for Weights {
 
     fn used(&mut self, units: Range<usize>, chosen: usize) {
         let n = units.len().max(1) as u64;
+        if self.class == Class::Exact {
+            // Those of a layer that all rest are used in proportion.
+            let at = |home: Home| self.homes[units.clone()].iter().filter(|h| **h == home).count() as u64;
+            let in_vram = chosen as u64 * at(Home::A) / n;
+            self.uses[Home::A as usize] += in_vram;
+            self.uses[Home::B as usize] += chosen as u64 - in_vram;
+        }
         let (all, chosen) = (self.unit_bytes[units.clone()].iter().sum::<u64>(), chosen as u64);
         self.bytes += all / n * chosen;
         if let Some(beside) = self.beside.as_ref().filter(|b| b.class == Class::Exact)

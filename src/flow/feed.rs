@@ -14,14 +14,29 @@ pub trait Feed {
     /// Why it will not come; the pass is then to be given up.
     fn acquire(&mut self, unit: usize) -> Result<u64, StreamError>;
 
-    /// Gives the unit acquired last back; operations called so far may still use it.
+    /// The same for a unit that processors beside a device use: returns its address in RAM.
+    ///
+    /// # Errors
+    /// As [`Feed::acquire`].
+    fn acquire_in_ram(&mut self, unit: usize) -> Result<u64, StreamError> {
+        self.acquire(unit)
+    }
+
+    /// Whether `unit`, which is demanded and comes next, may be acquired at once, while others are held still: all are
+    /// given back by the next release.
+    fn is_ready(&self, _unit: usize) -> bool {
+        false
+    }
+
+    /// Gives the unit acquired last back, and those before it; on a device, operations called so far may still use it.
     ///
     /// # Errors
     /// If the device is gone.
     fn release(&mut self) -> Result<(), StreamError>;
 
-    /// Announces the streamed units that will be acquired next, where the schedule has a hole.
-    fn demand(&mut self, units: &[usize]);
+    /// Announces the streamed units that will be acquired next, where the schedule has a hole, and puts them into the
+    /// order in which they are to be acquired. `passing`: they are a prompt's.
+    fn demand(&mut self, units: &mut [usize], passing: bool);
 
     /// Gives a pass up; the next one begins with the schedule's first unit.
     fn restart(&mut self);
@@ -32,7 +47,8 @@ pub struct Units {
     flow: Arc<Flow>,
     frames: Vec<u64>,
     engine: Option<Arc<dyn CopyEngine>>,
-    held: Option<Taken>,
+    /// What was acquired last, and whether it is in a device's frame.
+    held: Option<(Taken, bool)>,
 }
 
 impl Units {
@@ -58,13 +74,25 @@ impl Feed for Units {
         if let Some(engine) = &self.engine {
             engine.acquire(taken.frame).map_err(device)?;
         }
-        self.held = Some(taken);
+        self.held = Some((taken, self.engine.is_some()));
         Ok(self.frames[taken.frame])
     }
 
+    fn acquire_in_ram(&mut self, unit: usize) -> Result<u64, StreamError> {
+        let taken = self.flow.acquire(unit)?;
+        self.held = Some((taken, false));
+        Ok(self.flow.address(taken.frame))
+    }
+
+    fn is_ready(&self, unit: usize) -> bool {
+        // Frames of a device are given back one by one.
+        let in_ram = self.engine.is_none() || matches!(self.held, Some((_, false)));
+        in_ram && self.flow.is_ready(unit)
+    }
+
     fn release(&mut self) -> Result<(), StreamError> {
-        if let Some(taken) = self.held.take() {
-            if let Some(engine) = &self.engine {
+        if let Some((taken, on_device)) = self.held.take() {
+            if let Some(engine) = self.engine.as_ref().filter(|_| on_device) {
                 engine.release(taken.frame).map_err(device)?;
             }
             self.flow.release(taken);
@@ -72,8 +100,8 @@ impl Feed for Units {
         Ok(())
     }
 
-    fn demand(&mut self, units: &[usize]) {
-        self.flow.demand(units);
+    fn demand(&mut self, units: &mut [usize], passing: bool) {
+        self.flow.demand(units, passing);
     }
 
     fn restart(&mut self) {

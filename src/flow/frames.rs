@@ -10,6 +10,10 @@
 //! nobody claims, copies from or writes to is free. Moves over a link start in the order of ranks too, also where the
 //! source of the earliest is still on its way: copies to a device queue in a stream, where one that waits for the last
 //! use of its frame would hold up an earlier one behind it.
+//!
+//! Pools of [`Policy::Cache`] keep experts from pass to pass, a pool per layer. An expert that is demanded goes through
+//! its layer's cache; one of a prompt, which wants most experts of a layer, only if it is there or a frame is empty, and else
+//! through the ring, so that a prompt evicts nothing.
 
 use std::collections::VecDeque;
 
@@ -34,6 +38,9 @@ pub enum Policy {
     Ring,
     /// One that holds the unit already, else the one whose last use is the oldest.
     Lru,
+    /// As [`Policy::Lru`], for routed units alone, which have a ring of the place next to it: what a prompt demands
+    /// goes there, unless the cache holds it or has an empty frame.
+    Cache,
 }
 
 /// One step of the cyclic schedule.
@@ -68,7 +75,7 @@ pub struct PoolSpec {
     pub frames: usize,
     /// Who gets which.
     pub policy: Policy,
-    /// By unit, whether it goes to these frames; no two pools of a place have a member in common.
+    /// By unit, whether it goes to these frames; no two caches of a place have a member in common, and no two others.
     pub members: Vec<bool>,
 }
 
@@ -92,6 +99,8 @@ pub struct Spec {
     pub routed: Vec<bool>,
     /// Where units are used: [`Place::Host`] or [`Place::Device`].
     pub site: Place,
+    /// By unit, whether it is used in RAM though `site` is a device; empty for none.
+    pub in_ram: Vec<bool>,
     /// Streamed units of a pass in the order of their use.
     pub steps: Vec<Step>,
     /// Most units that are demanded at once.
@@ -100,6 +109,38 @@ pub struct Spec {
     pub pools: Vec<PoolSpec>,
     /// Links by their ends.
     pub links: Vec<(Place, Place)>,
+}
+
+impl Spec {
+    /// Where a unit is used.
+    fn site_of(&self, unit: usize) -> Place {
+        if self.in_ram.get(unit) == Some(&true) { Place::Host } else { self.site }
+    }
+}
+
+/// How often demanded units that have a cache were in it, since the machine was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheCounts {
+    /// Demands: layers of passes.
+    pub demands: u64,
+    /// They were there, or on their way.
+    pub hits: u64,
+    /// They were brought.
+    pub misses: u64,
+    /// Demands with a miss.
+    pub missed: u64,
+    /// Most misses of one demand.
+    pub misses_max: u64,
+}
+
+impl CacheCounts {
+    fn add(&mut self, hits: u64, misses: u64) {
+        self.demands += 1;
+        self.hits += hits;
+        self.misses += misses;
+        self.missed += u64::from(misses > 0);
+        self.misses_max = self.misses_max.max(misses);
+    }
 }
 
 /// Bytes of a unit on their way into a frame. Frames are numbered by place.
@@ -164,14 +205,16 @@ impl<C> Frame<C> {
     /// Whether it may be given to another unit.
     fn is_free(&self) -> bool {
         let copied = self.copies > 0 && !mutant("copied-from");
-        self.claims == 0 && !copied && !matches!(self.content, Content::Filling { .. })
+        (self.claims == 0 || mutant("evicts-what-is-wanted"))
+            && !copied
+            && !matches!(self.content, Content::Filling { .. })
     }
 
     /// Whether it holds `unit`, or soon will, for a want that has no frame.
     fn serves(&self, unit: usize, policy: Policy) -> bool {
         match self.content {
             Content::Filling { unit: u, used, .. } | Content::Ready { unit: u, used } => {
-                u == unit && (policy == Policy::Lru || self.claims == 0 && !used)
+                u == unit && (policy != Policy::Ring || self.claims == 0 && !used)
             }
             _ => false,
         }
@@ -197,7 +240,6 @@ impl Want {
 struct Pool<C> {
     place: Place,
     policy: Policy,
-    members: Vec<bool>,
     frames: Vec<Frame<C>>,
     /// Number of its first frame in its place.
     first: usize,
@@ -213,6 +255,8 @@ struct Pool<C> {
     step: u32,
     /// The frame that was given out last.
     turn: usize,
+    /// Empty frames that units of a prompt may have, while they are demanded.
+    room: usize,
 }
 
 impl<C> Pool<C> {
@@ -265,7 +309,7 @@ impl<C> Pool<C> {
         let there = (0..self.frames.len()).find(|&f| self.frames[f].serves(unit, self.policy));
         // One that waits for its move has nothing in it yet.
         let wanted = || self.wants.iter().find(|w| w.unit == unit && w.frame.is_some())?.frame;
-        there.or_else(|| if self.policy == Policy::Lru { wanted() } else { None })
+        there.or_else(|| if self.policy == Policy::Ring { None } else { wanted() })
     }
 
     /// The free frame whose turn it is.
@@ -274,8 +318,30 @@ impl<C> Pool<C> {
         let in_turn = (1..=n).map(|i| (self.turn + i) % n).filter(|&f| self.frames[f].is_free());
         match self.policy {
             Policy::Ring => in_turn.take(1).next(),
-            Policy::Lru => in_turn.min_by_key(|&f| self.frames[f].last),
+            // An empty one has no last use: it comes first.
+            Policy::Lru | Policy::Cache => in_turn.min_by_key(|&f| self.age(f)),
         }
+    }
+
+    /// The last use of what a frame holds; none comes before any.
+    fn age(&self, f: usize) -> Option<Rank> {
+        let frame = &self.frames[f];
+        frame.last.filter(|_| !matches!(frame.content, Content::Empty))
+    }
+
+    /// Whether a frame holds `unit`, or will.
+    fn holds(&self, unit: usize) -> bool {
+        self.serving(unit).is_some()
+    }
+
+    /// Whether a frame with nothing to do holds `unit`: it may be used at once.
+    fn has(&self, unit: usize) -> bool {
+        self.frames.iter().any(|f| matches!(f.content, Content::Ready { unit: u, .. } if u == unit))
+    }
+
+    /// Frames with nothing in them that nobody claims.
+    fn empty(&self) -> usize {
+        self.frames.iter().filter(|f| f.claims == 0 && matches!(f.content, Content::Empty)).count()
     }
 
     /// Whether a want is for something behind a hole that is not filled.
@@ -320,11 +386,33 @@ impl<C> Pool<C> {
     }
 }
 
+/// Pools of a place that a unit goes through.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ways {
+    plain: Option<u16>,
+    cache: Option<u16>,
+}
+
+/// The pools of `place` by unit.
+fn ways(spec: &Spec, place: Place) -> Vec<Ways> {
+    let find = |unit: usize, cache: bool| {
+        let of = |p: &PoolSpec| p.place == place && p.members[unit] && (p.policy == Policy::Cache) == cache;
+        spec.pools.iter().position(of).map(|p| p as u16)
+    };
+    (0..spec.homes.len()).map(|u| Ways { plain: find(u, false), cache: find(u, true) }).collect()
+}
+
 /// The machine. `C` is the cause of a failure.
 #[derive(Clone, Debug)]
 pub struct Frames<C> {
     spec: Spec,
     pools: Vec<Pool<C>>,
+    /// By place (RAM, device) and unit, the pool that is no cache, and the one that is.
+    through: [Vec<Ways>; 2],
+    /// Whether what is demanded is a prompt's.
+    passing: bool,
+    /// Of single tokens, and of prompts.
+    counts: [CacheCounts; 2],
     dead: Vec<Option<C>>,
     /// The step that the consumer comes to next, and its pass.
     pass: u32,
@@ -350,12 +438,12 @@ impl<C: Clone> Frames<C> {
         let mut pools: Vec<Pool<C>> = Vec::with_capacity(spec.pools.len());
         for p in &spec.pools {
             let first = pools.iter().filter(|q| q.place == p.place).map(|q| q.frames.len()).sum();
-            let passes = |u: usize| p.members[u] && crosses(&spec, u, p.place);
+            // What is demanded alone goes through a cache.
+            let passes = |u: usize| p.policy != Policy::Cache && p.members[u] && crosses(&spec, u, p.place);
             let frame = || Frame { content: Content::Empty, claims: 0, copies: 0, last: None };
             pools.push(Pool {
                 place: p.place,
                 policy: p.policy,
-                members: p.members.clone(),
                 frames: (0..p.frames).map(|_| frame()).collect(),
                 first,
                 wants: VecDeque::with_capacity(2 * p.frames + 2 * spec.demand_max + 2),
@@ -367,9 +455,13 @@ impl<C: Clone> Frames<C> {
                 pass: 0,
                 step: 0,
                 turn: p.frames.saturating_sub(1),
+                room: 0,
             });
         }
         Frames {
+            through: [Place::Host, Place::Device].map(|place| ways(&spec, place)),
+            passing: false,
+            counts: Default::default(),
             dead: spec.links.iter().map(|_| None).collect(),
             pools,
             pass: 0,
@@ -394,10 +486,67 @@ impl<C: Clone> Frames<C> {
         self
     }
 
-    /// The pool of `place` that `unit` goes through, if it does.
+    /// The same machine with another schedule and other sites: caches keep what they hold, and all else is forgotten.
+    /// Nothing may be in flight.
+    pub fn rescheduled(&self, site: Place, steps: Vec<Step>, in_ram: Vec<bool>) -> Frames<C> {
+        let mut next = Frames::new(Spec { site, steps, in_ram, ..self.spec.clone() }).with_links_of(self);
+        // Later than all uses so far, which caches remember.
+        next.pass = self.pass + 1;
+        next.given_up = Rank { pass: next.pass, step: 0, nth: 0 };
+        (next.counts, next.next_id) = (self.counts, self.next_id);
+        for (pool, old) in next.pools.iter_mut().zip(&self.pools) {
+            pool.pass = next.pass;
+            if pool.policy != Policy::Cache {
+                continue;
+            }
+            for (frame, old) in pool.frames.iter_mut().zip(&old.frames) {
+                if matches!(old.content, Content::Ready { .. }) {
+                    (frame.content, frame.last) = (old.content.clone(), old.last);
+                }
+            }
+        }
+        next
+    }
+
+    /// Fills the caches of these units with them, the one that was used longest ago first: a machine that has run before.
+    pub fn fill(&mut self, units: &[usize]) {
+        for (&unit, nth) in units.iter().zip(0..) {
+            let Some(cache) = self.ways(Place::Host, unit).cache else { continue };
+            let empty = |f: &&mut Frame<C>| matches!(f.content, Content::Empty) && f.claims == 0;
+            if let Some(frame) = self.pools[usize::from(cache)].frames.iter_mut().find(empty) {
+                frame.content = Content::Ready { unit, used: true };
+                frame.last = Some(Rank { pass: 0, step: 0, nth });
+            }
+        }
+    }
+
+    fn ways(&self, place: Place, unit: usize) -> Ways {
+        match place {
+            Place::Storage => Ways::default(),
+            Place::Host => self.through[0][unit],
+            Place::Device => self.through[1][unit],
+        }
+    }
+
+    /// The pool of `place` that `unit` goes through, if it does; where that may be a cache, see [`Frames::pool_for`].
     fn pool_of(&self, place: Place, unit: usize) -> Option<usize> {
-        let through = crosses(&self.spec, unit, place);
-        self.pools.iter().position(|p| through && p.place == place && p.members[unit])
+        let Ways { plain, cache } = self.ways(place, unit);
+        plain.or(cache).filter(|_| crosses(&self.spec, unit, place)).map(usize::from)
+    }
+
+    /// The pool of `place` for a demand of `unit`.
+    fn pool_for(&self, place: Place, unit: usize) -> Option<usize> {
+        let pool = self.pool_of(place, unit)?;
+        let cache = self.ways(place, unit).cache.map(usize::from);
+        let goes = |c: &usize| !self.passing || self.pools[*c].holds(unit) || self.pools[*c].room > 0;
+        Some(cache.filter(goes).unwrap_or(pool))
+    }
+
+    /// The pool of `place` that has the want of `unit` with this rank, or would have it.
+    fn pool_with(&self, place: Place, unit: usize, rank: Rank) -> Option<usize> {
+        let pool = self.pool_of(place, unit)?;
+        let cache = self.ways(place, unit).cache.map(usize::from);
+        Some(cache.filter(|&c| self.pools[c].position(rank).is_some()).unwrap_or(pool))
     }
 
     /// Takes steps from the schedule until a pool has one want more than frames.
@@ -435,7 +584,8 @@ impl<C: Clone> Frames<C> {
 
     /// Whether the place of use has, for this use, what pool `p` would be a stage for.
     fn is_served(&self, unit: usize, rank: Rank, p: usize) -> bool {
-        let Some(last) = self.pool_of(self.spec.site, unit).filter(|last| *last != p) else { return false };
+        let last = self.pool_of(self.spec.site_of(unit), unit).filter(|last| *last != p);
+        let Some(last) = last else { return false };
         let pool = &self.pools[last];
         let frame = pool.position(rank).and_then(|at| pool.wants[at].frame);
         frame.is_some_and(|f| !matches!(pool.frames[f].content, Content::Empty | Content::Failed(_)))
@@ -462,10 +612,14 @@ impl<C: Clone> Frames<C> {
         let (from, to) = self.spec.links[link];
         let Some((q, at)) = self.waiting(to) else { return };
         let Want { unit, rank, .. } = self.pools[q].wants[at];
-        let Some(p) = self.pool_of(from, unit) else { return };
+        let Some(p) = self.pool_with(from, unit, rank) else { return };
+        if self.pools[p].position(rank).is_some() || rank.nth >= HINTS || mutant("no-stage") {
+            return;
+        }
+        let Some(p) = self.pool_for(from, unit) else { return };
         let pool = &mut self.pools[p];
-        let comes = (rank.pass, rank.step) >= (pool.pass, pool.step) || rank.nth >= HINTS;
-        if comes || pool.position(rank).is_some() || mutant("no-stage") {
+        // Caches take nothing from the schedule.
+        if pool.policy != Policy::Cache && (rank.pass, rank.step) >= (pool.pass, pool.step) {
             return;
         }
         pool.add(unit, rank);
@@ -510,7 +664,7 @@ impl<C: Clone> Frames<C> {
         if self.spec.homes[want.unit] == from {
             return Some(None);
         }
-        let pool = &self.pools[self.pool_of(from, want.unit)?];
+        let pool = &self.pools[self.pool_with(from, want.unit, want.rank)?];
         let f = pool.wants[pool.position(want.rank)?].frame?;
         matches!(pool.frames[f].content, Content::Ready { .. }).then_some(Some(pool.first + f))
     }
@@ -582,7 +736,7 @@ impl<C: Clone> Frames<C> {
         let from = self.spec.links[link].0;
         if m.from.is_some()
             && ok
-            && let Some(p) = self.pool_of(from, m.unit)
+            && let Some(p) = self.pool_with(from, m.unit, m.rank)
             && let Some(at) = self.pools[p].position(m.rank)
         {
             // The stage has served.
@@ -602,7 +756,7 @@ impl<C: Clone> Frames<C> {
     /// it was begun for, if that is still there and no guess; else it is counted. Whoever claims the frame meanwhile is
     /// brought anew.
     fn failed(&mut self, m: Move, cause: C) {
-        let at_site = self.pools[m.pool].place == self.spec.site;
+        let at_site = self.pools[m.pool].place == self.spec.site_of(m.unit);
         let given_up = self.given_up;
         let Pool { wants, frames, first, hints, .. } = &mut self.pools[m.pool];
         let f = m.to - *first;
@@ -631,7 +785,7 @@ impl<C: Clone> Frames<C> {
 
     /// Notes that the consumer may ask again.
     fn decided(&mut self, m: &Move, failed: bool) {
-        let at_site = self.pools[m.pool].place == self.spec.site && !mutant("news");
+        let at_site = self.pools[m.pool].place == self.spec.site_of(m.unit) && !mutant("news");
         if self.awaited.is_some() && (at_site || failed) {
             self.news = true;
         }
@@ -654,7 +808,8 @@ impl<C: Clone> Frames<C> {
         if let Some(cause) = self.late.take() {
             return Hold::Failed(cause);
         }
-        let Some(p) = self.pool_of(self.spec.site, unit) else { unreachable!("unit {unit} goes through no frame") };
+        let p = self.pool_with(self.spec.site_of(unit), unit, rank);
+        let Some(p) = p else { unreachable!("unit {unit} goes through no frame") };
         self.pull(p);
         let pool = &mut self.pools[p];
         pool.place();
@@ -690,13 +845,14 @@ impl<C: Clone> Frames<C> {
     /// Why a unit that is not there will not come: a link on its way is gone, or an earlier stage has failed.
     fn cause_upstream(&mut self, unit: usize, rank: Rank) -> Option<C> {
         let want = Want { unit, rank, frame: None, held: false };
+        let site = self.spec.site_of(unit);
         for (link, &(_, to)) in self.spec.links.iter().enumerate() {
-            let there = to != self.spec.site && self.source(to, &want).is_some();
+            let there = to != site && self.source(to, &want).is_some();
             if !there && self.dead[link].is_some() && self.pool_of(to, unit).is_some() {
                 return self.dead[link].clone();
             }
         }
-        let stages = self.pools.iter_mut().filter(|p| p.place != self.spec.site);
+        let stages = self.pools.iter_mut().filter(|p| p.place != site);
         for pool in stages {
             if let Some(f) = pool.position(rank).and_then(|at| pool.wants[at].frame)
                 && let Content::Failed(cause) = &pool.frames[f].content
@@ -723,27 +879,68 @@ impl<C: Clone> Frames<C> {
         }
     }
 
-    /// Fills the hole that is next with streamed units, in the order in which they will be asked for.
-    pub fn demand(&mut self, units: &[usize]) {
+    /// Fills the hole that is next with streamed units, and puts them into the order in which they will be asked for: those
+    /// used in RAM before those used on a device, and of each those that a cache has before others. `passing`: they are a
+    /// prompt's, which uses most units once and is to evict nothing.
+    pub fn demand(&mut self, units: &mut [usize], passing: bool) {
         let at = Rank { pass: self.pass, step: self.step, nth: 0 };
         if self.spec.steps.get(self.step as usize) != Some(&Step::Hole) || self.demanded.1 > 0 {
             unreachable!("units were demanded at {at:?}, where there is no hole");
         }
         self.demanded = (1, 1 + units.len() as u32);
-        for p in 0..self.pools.len() {
-            self.pools[p].forget_all(|w| w.is_hint() && w.rank.pass == at.pass && w.rank.step == at.step);
+        self.passing = passing;
+        self.sort(units);
+        for pool in &mut self.pools {
+            if pool.hints > 0 {
+                pool.forget_all(|w| w.is_hint() && w.rank.pass == at.pass && w.rank.step == at.step);
+            }
             // A pool that has not come to this hole will find it filled.
-            if self.pools[p].holes.front() == Some(&at) {
-                self.pools[p].holes.pop_front();
+            if pool.holes.front() == Some(&at) {
+                pool.holes.pop_front();
             }
-            for (&unit, nth) in units.iter().zip(1..) {
-                if self.pool_of(self.pools[p].place, unit) == Some(p) {
-                    self.pools[p].add(unit, Rank { nth, ..at });
+        }
+        let (mut hits, mut misses) = (0, 0);
+        for (&unit, nth) in units.iter().zip(1..) {
+            for place in [Place::Host, Place::Device] {
+                let Some(p) = self.pool_for(place, unit) else { continue };
+                if self.ways(place, unit).cache.is_some() {
+                    let pool = &mut self.pools[p];
+                    let hit = pool.policy == Policy::Cache && pool.holds(unit);
+                    *(if hit { &mut hits } else { &mut misses }) += 1;
+                    pool.room = pool.room.saturating_sub(usize::from(!hit));
                 }
+                self.pools[p].add(unit, Rank { nth, ..at });
             }
+        }
+        // What is there can be told at once.
+        self.pools.iter_mut().filter(|p| p.policy == Policy::Cache && !p.wants.is_empty()).for_each(Pool::place);
+        if hits + misses > 0 {
+            self.counts[usize::from(passing)].add(hits, misses);
         }
         if units.is_empty() {
             self.consumed();
+        }
+    }
+
+    /// Puts demanded units into their order, and counts the empty frames of their caches.
+    fn sort(&mut self, units: &mut [usize]) {
+        for unit in units.iter() {
+            for through in &self.through {
+                if let Some(c) = through[*unit].cache {
+                    let pool = &mut self.pools[usize::from(c)];
+                    pool.room = pool.empty();
+                }
+            }
+        }
+        let key = |unit: usize| {
+            let cache = self.ways(Place::Host, unit).cache;
+            let missing = cache.is_none_or(|c| !self.pools[usize::from(c)].has(unit));
+            (self.spec.site_of(unit) == Place::Device, missing)
+        };
+        // By insertion: they are few, the order of equals stays, and nothing is allocated.
+        for i in 1..units.len() {
+            let at = units[..i].partition_point(|&u| key(u) <= key(units[i]));
+            units[at..=i].rotate_right(1);
         }
     }
 
@@ -756,8 +953,11 @@ impl<C: Clone> Frames<C> {
             return false;
         }
         let mut taken = false;
-        for pool in &mut self.pools {
-            if pool.hints < pool.frames.len() && pool.members[unit] && crosses(&self.spec, unit, pool.place) {
+        self.passing = false;
+        for place in [Place::Host, Place::Device] {
+            let Some(p) = self.pool_for(place, unit) else { continue };
+            let pool = &mut self.pools[p];
+            if pool.hints < pool.frames.len() {
                 let same = |w: &&Want| w.is_hint() && (w.rank.pass, w.rank.step) == (pass, step);
                 if pool.wants.iter().filter(same).any(|w| w.unit == unit) {
                     continue;
@@ -817,6 +1017,24 @@ impl<C: Clone> Frames<C> {
         self.unused_failures
     }
 
+    /// Uses of units that have a cache, of single tokens or of prompts.
+    pub fn cache_counts(&self, passing: bool) -> CacheCounts {
+        self.counts[usize::from(passing)]
+    }
+
+    /// Whether [`Frames::hold`] would hand the unit that is demanded next over at once, from a cache, whose frames may be
+    /// held many at a time.
+    pub fn is_ready(&self, unit: usize) -> bool {
+        let rank = Rank { pass: self.pass, step: self.step, nth: self.demanded.0 };
+        let pool = self.pool_with(self.spec.site_of(unit), unit, rank).map(|p| &self.pools[p]);
+        let want = pool.and_then(|pool| Some((pool, pool.wants[pool.position(rank)?])));
+        want.is_some_and(|(pool, w)| {
+            let kept = pool.policy == Policy::Cache;
+            let has = |f: usize| matches!(pool.frames[f].content, Content::Ready { .. });
+            kept && w.unit == unit && self.late.is_none() && w.frame.is_some_and(has)
+        })
+    }
+
     /// Frames of a place, of all pools.
     pub fn frames_of(&self, place: Place) -> usize {
         self.pools.iter().filter(|p| p.place == place).map(|p| p.frames.len()).sum()
@@ -838,7 +1056,7 @@ fn crosses(spec: &Spec, unit: usize, place: Place) -> bool {
     match place {
         Place::Storage => false,
         Place::Host => home == Place::Storage,
-        Place::Device => spec.site == Place::Device && home != Place::Device,
+        Place::Device => spec.site_of(unit) == Place::Device && home != Place::Device,
     }
 }
 

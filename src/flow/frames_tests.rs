@@ -22,6 +22,7 @@ fn spec(site: Place, frames: usize, scheduled: usize, holes: &[usize], in_ram: &
         homes: (0..n).map(rests).collect(),
         routed: (0..n).map(|u| u >= scheduled).collect(),
         site,
+        in_ram: Vec::new(),
         steps,
         demand_max: 8,
         pools,
@@ -70,7 +71,7 @@ fn behind_a_hole_a_frame_stays_free() {
     assert!(first.iter().all(|m| !m.urgent));
     frames.moved(STORAGE, first[0], Ok(()));
     assert_eq!(use_up(&mut frames, 0), 0);
-    frames.demand(&[7, 8, 9]);
+    frames.demand(&mut [7, 8, 9], false);
     let demanded = moves(&mut frames, STORAGE);
     assert_eq!(units_and_frames(&demanded), [(7, 2), (8, 0)]);
     assert!(demanded.iter().all(|m| m.urgent));
@@ -139,7 +140,7 @@ fn a_guess_takes_what_nobody_needs_and_its_failure_is_counted() {
     frames.moved(STORAGE, guesses[1], Ok(()));
     frames.moved(STORAGE, first, Ok(()));
     use_up(&mut frames, 0);
-    frames.demand(&[5, 6]);
+    frames.demand(&mut [5, 6], false);
     let again = frames.next_move(STORAGE).unwrap();
     assert_eq!((again.unit, again.urgent, frames.unused_failures()), (5, true, 1));
     frames.moved(STORAGE, again, Ok(()));
@@ -178,7 +179,7 @@ fn the_least_recently_used_frame_is_given_out_and_what_is_there_stays() {
         };
         for (i, &unit) in [0].iter().chain(experts).enumerate() {
             if i == 1 {
-                frames.demand(experts);
+                frames.demand(&mut experts.to_vec(), false);
             }
             bring(&mut frames);
             let Hold::Ready(_, rank) = frames.hold(unit) else { panic!("unit {unit} is not there") };
@@ -191,4 +192,113 @@ fn the_least_recently_used_frame_is_given_out_and_what_is_there_stays() {
     assert_eq!(pass(&[6, 7]), [7]);
     assert_eq!(pass(&[6]), Vec::<usize>::new());
     assert!(Rank { pass: 1, step: 0, nth: 0 } > Rank { pass: 0, step: 9, nth: 9 });
+}
+
+/// A cache of three frames for units 2 to 11 next to a ring of two for all.
+fn with_cache(site: Place) -> Spec {
+    let mut spec = spec(site, 2, 2, &[1], &[]);
+    let members = (0..12).map(|u| u >= 2).collect();
+    spec.pools.insert(1, PoolSpec { place: Place::Host, frames: 3, policy: Policy::Cache, members });
+    spec
+}
+
+/// One pass; the units that were read.
+fn pass(frames: &mut Frames<()>, experts: &[usize], passing: bool) -> Vec<usize> {
+    let mut read = Vec::new();
+    let mut hold = |frames: &mut Frames<()>, unit: usize| loop {
+        while let Some(m) = frames.next_move(STORAGE) {
+            read.push(m.unit);
+            frames.moved(STORAGE, m, Ok(()));
+        }
+        while let Some(m) = frames.next_move(COPIES) {
+            frames.queued(COPIES, m);
+            frames.moved(COPIES, m, Ok(()));
+        }
+        if let Hold::Ready(_, rank) = frames.hold(unit) {
+            return frames.reached(rank);
+        }
+    };
+    hold(frames, 0);
+    hold(frames, 1);
+    let mut order = experts.to_vec();
+    frames.demand(&mut order, passing);
+    order.iter().for_each(|&u| hold(frames, u));
+    read.retain(|u| *u >= 2);
+    read
+}
+
+#[test]
+fn a_cache_keeps_what_was_used_last() {
+    for site in [Place::Host, Place::Device] {
+        let mut frames: Frames<()> = Frames::new(with_cache(site));
+        assert_eq!(pass(&mut frames, &[5, 6], false), [5, 6]);
+        assert_eq!(pass(&mut frames, &[6, 5, 7], false), [7]);
+        // Unit 6 was used first: what is there comes in the order given.
+        assert_eq!(pass(&mut frames, &[8], false), [8]);
+        assert_eq!(pass(&mut frames, &[5, 7], false), [0; 0]);
+        assert_eq!(pass(&mut frames, &[6], false), [6]);
+        let c = frames.cache_counts(false);
+        assert_eq!((c.demands, c.hits, c.misses, c.missed, c.misses_max), (5, 4, 5, 4, 2));
+    }
+}
+
+/// What is there comes first, whatever the order given, and all that is missing is asked for at once.
+#[test]
+fn misses_are_in_flight_together_behind_what_is_there() {
+    let mut frames: Frames<()> = Frames::new(with_cache(Place::Host));
+    pass(&mut frames, &[5], false);
+    use_all(&mut frames, &[0, 1]);
+    let mut order = [7, 5, 9];
+    frames.demand(&mut order, false);
+    assert_eq!(order, [5, 7, 9]);
+    assert!(frames.is_ready(5) && !frames.is_ready(7));
+    let moves: Vec<Move> = std::iter::from_fn(|| frames.next_move(STORAGE)).collect();
+    assert_eq!(moves.iter().filter(|m| m.urgent).map(|m| m.unit).collect::<Vec<_>>(), [7, 9]);
+    // Several of a cache may be held; all are given back at once.
+    let Hold::Ready(_, first) = frames.hold(5) else { panic!("it is there") };
+    assert!(!frames.is_ready(7));
+    moves.into_iter().for_each(|m| frames.moved(STORAGE, m, Ok(())));
+    assert!(frames.is_ready(7));
+    let Hold::Ready(..) = frames.hold(7) else { panic!("it is there") };
+    let Hold::Ready(_, last) = frames.hold(9) else { panic!("it is there") };
+    assert!(first < last);
+    frames.reached(last);
+    frames.check();
+}
+
+fn use_all(frames: &mut Frames<()>, units: &[usize]) {
+    for &unit in units {
+        while let Some(m) = frames.next_move(STORAGE) {
+            frames.moved(STORAGE, m, Ok(()));
+        }
+        let Hold::Ready(_, rank) = frames.hold(unit) else { panic!("unit {unit} is not there") };
+        frames.reached(rank);
+    }
+}
+
+/// A prompt fills what is empty, uses what is there, and evicts nothing.
+#[test]
+fn a_prompt_passes_a_cache_by() {
+    let mut frames: Frames<()> = Frames::new(with_cache(Place::Host));
+    assert_eq!(pass(&mut frames, &[5, 6], false), [5, 6]);
+    let all: Vec<usize> = (2..12).collect();
+    assert_eq!(pass(&mut frames, &all, true).len(), 8, "all but those that are there");
+    assert_eq!(pass(&mut frames, &[5, 6, 2], false), [0; 0], "one found an empty frame");
+    assert_eq!(pass(&mut frames, &all, true).len(), 7);
+    assert_eq!(pass(&mut frames, &[5, 6, 2], false), [0; 0]);
+    assert_eq!(frames.cache_counts(true).hits, 5);
+}
+
+/// Between prompts and what is generated sites change, and caches keep what they hold and when it was used.
+#[test]
+fn a_cache_outlives_its_schedule() {
+    let mut frames: Frames<()> = Frames::new(with_cache(Place::Device));
+    pass(&mut frames, &[5, 6], false);
+    pass(&mut frames, &[7], false);
+    let (steps, in_ram) = (with_cache(Place::Device).steps, (0..12).map(|u| u >= 2).collect());
+    frames = frames.rescheduled(Place::Device, steps.clone(), in_ram);
+    assert_eq!(pass(&mut frames, &[5, 7], false), [0; 0]);
+    frames = frames.rescheduled(Place::Device, steps, Vec::new());
+    assert_eq!(pass(&mut frames, &[8], false), [8]);
+    assert_eq!(pass(&mut frames, &[5, 7], false), [0; 0], "unit 6 was used longest ago");
 }

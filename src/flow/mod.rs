@@ -19,10 +19,10 @@ mod threads_tests;
 mod upload;
 
 pub use feed::{Feed, Units};
-pub use frames::{Frames, Hold, Move, Place, Policy, PoolSpec, Rank, Spec, Step};
+pub use frames::{CacheCounts, Frames, Hold, Move, Place, Policy, PoolSpec, Rank, Spec, Step};
 pub use latency::Latencies;
 pub use link::{Carried, Cause, Done, Link, Refusal};
-pub use threads::{DeviceConfig, Flow, FlowConfig, LinkStats, Taken, links};
+pub use threads::{CacheStats, DeviceConfig, Flow, FlowConfig, LinkStats, Taken, links};
 pub use upload::COPIES_MAX;
 
 #[cfg(test)]

@@ -13,13 +13,14 @@ use rand_chacha::ChaCha8Rng;
 use super::frames::{Frames, Hold, Move, Place, Policy, PoolSpec, Rank, Spec, Step};
 
 /// Lines that were made wrong on purpose, and what that does; each makes the simulation fail.
-const MUTANTS: [(&str, &str); 7] = [
+const MUTANTS: [(&str, &str); 8] = [
     ("copied-from", "Frame::is_free: a host frame is refilled while a copy reads it"),
     ("last-frame-to-prefetch", "Pool::leaves_one: what is prefetched behind a hole takes the last frame"),
     ("news", "Frames::decided: the consumer is not told that its unit has come"),
     ("brought-while-held", "Frames::waiting: a unit is brought anew into the frame that it is computed from"),
     ("no-stage", "Frames::want_stage: who counted on a move that was given back never gets its stage"),
     ("used-and-silent", "Frames::failed: a copy fails after its unit was handed over, and nothing says so"),
+    ("evicts-what-is-wanted", "Frame::is_free: a frame is given away that waits for its use"),
     ("told-again", "Frames::hold: a cause stays with its frame and is told again"),
 ];
 
@@ -33,6 +34,23 @@ struct Case {
     die: f64,
     give_up: f64,
     hints: bool,
+    /// Share of demands that are a prompt's.
+    passing: f64,
+    /// Other units that are used in RAM, which take turns with those of `spec`.
+    turns: Option<Vec<bool>>,
+}
+
+/// Caches of some of the experts, for which the rings of RAM stay.
+fn caches(rng: &mut ChaCha8Rng, n_dense: usize, n: usize) -> Vec<PoolSpec> {
+    let layers = rng.random_range(1..3);
+    let all = rng.random_range(0..2) == 0;
+    let pool = |layer: usize, frames: usize| PoolSpec {
+        place: Place::Host,
+        frames,
+        policy: Policy::Cache,
+        members: (0..n).map(|u| u >= n_dense && u % layers == layer && (all || u % 3 > 0)).collect(),
+    };
+    (0..layers).map(|layer| pool(layer, rng.random_range(2..6))).collect()
 }
 
 fn case(rng: &mut ChaCha8Rng) -> Case {
@@ -64,12 +82,20 @@ fn case(rng: &mut ChaCha8Rng) -> Case {
             pool(vec![true; n]);
         }
     }
+    let mut in_ram = Vec::new();
+    if n_experts > 0 && rng.random_range(0..2) == 0 {
+        pools.extend(caches(rng, n_dense, n));
+        if device && rng.random_range(0..2) == 0 {
+            in_ram = (0..n).map(|u| u >= n_dense && homes[u] == Place::Storage).collect();
+        }
+    }
+    let turns = (rng.random_range(0..3) == 0).then(|| if in_ram.is_empty() { Vec::new() } else { vec![false; n] });
     let links = vec![(Place::Storage, Place::Host), (Place::Host, Place::Device)];
     let site = if device { Place::Device } else { Place::Host };
     let routed = (0..n).map(|u| u >= n_dense).collect();
     let rough = rng.random_range(0..3) == 0;
     Case {
-        spec: Spec { homes, routed, site, steps, demand_max: 8, pools, links },
+        spec: Spec { homes, routed, site, in_ram, steps, demand_max: 8, pools, links },
         experts: (n_dense..n).collect(),
         passes: rng.random_range(2..9),
         fail: if rough { 0.03 } else { 0.0 },
@@ -77,6 +103,8 @@ fn case(rng: &mut ChaCha8Rng) -> Case {
         die: if rough && rng.random_range(0..4) == 0 { 0.01 } else { 0.0 },
         give_up: [0.0, 0.03][rng.random_range(0..2)],
         hints: rng.random_range(0..2) == 0,
+        passing: [0.0, 0.3][rng.random_range(0..2)],
+        turns,
     }
 }
 
@@ -127,8 +155,8 @@ struct Compute {
 enum Consumer {
     Go,
     Waits,
-    /// Computes from a host frame.
-    Computes(usize, usize, Rank),
+    /// Computes from host frames, up to this use.
+    Computes(Rank),
     /// Calls what is to be computed from a device frame once so many copies have ended.
     Calls(usize, usize, Rank, u64),
 }
@@ -149,6 +177,8 @@ struct World {
     last_copy: Vec<u64>,
     last_compute: Vec<u64>,
     consumer: Consumer,
+    /// Host frames that are computed from, and their units.
+    held: Vec<(usize, usize)>,
     todo: VecDeque<usize>,
     step: usize,
     pass: u32,
@@ -162,6 +192,7 @@ struct World {
     /// Failures that were told after the unit had been handed over.
     late: usize,
     handed: BTreeSet<Rank>,
+    rescheduled: usize,
     over: bool,
 }
 
@@ -186,6 +217,7 @@ impl World {
             last_copy: vec![0; counts[1]],
             last_compute: vec![0; counts[1]],
             consumer: Consumer::Go,
+            held: Vec::new(),
             todo: VecDeque::new(),
             step: 0,
             pass: 0,
@@ -196,6 +228,7 @@ impl World {
             ever_given_up: false,
             late: 0,
             handed: BTreeSet::new(),
+            rescheduled: 0,
             over: false,
             rng,
             case,
@@ -388,10 +421,20 @@ impl World {
     fn consume(&mut self) -> bool {
         match self.consumer {
             Consumer::Waits => return false,
-            Consumer::Computes(frame, unit, rank) => {
-                let memory = &self.memory[0][frame];
-                assert!(memory.unit == Some(unit) && !memory.written, "frame {frame} does not hold unit {unit}");
-                self.memory[0][frame].readers -= 1;
+            Consumer::Computes(rank) => {
+                // Those of caches may be held together.
+                if let Some(&next) = self.todo.front()
+                    && self.frames.is_ready(next)
+                    && self.chance(0.7)
+                {
+                    self.hold(next);
+                    return true;
+                }
+                for (frame, unit) in std::mem::take(&mut self.held) {
+                    let memory = &mut self.memory[0][frame];
+                    assert!(memory.unit == Some(unit) && !memory.written, "frame {frame} does not hold unit {unit}");
+                    memory.readers -= 1;
+                }
                 self.consumer = Consumer::Go;
                 self.frames.reached(rank);
                 self.wake();
@@ -440,7 +483,8 @@ impl World {
                     of.swap(i, j);
                 }
                 of.truncate(n);
-                self.frames.demand(&of);
+                let passing = self.chance(self.case.passing);
+                self.frames.demand(&mut of, passing);
                 self.wake();
                 self.todo.extend(of);
                 self.step += 1;
@@ -457,11 +501,13 @@ impl World {
                 assert!(silent.is_none(), "computed from copy {silent:?}, which failed, and nothing was said");
                 self.todo.pop_front();
                 self.handed.insert(rank);
-                if self.case.spec.site == Place::Host {
+                let in_ram = self.case.spec.in_ram.get(unit) == Some(&true);
+                if self.case.spec.site == Place::Host || in_ram {
                     let memory = &mut self.memory[0][frame];
                     assert!(memory.unit == Some(unit) && !memory.written, "frame {frame} was handed over too early");
                     memory.readers += 1;
-                    self.consumer = Consumer::Computes(frame, unit, rank);
+                    self.held.push((frame, unit));
+                    self.consumer = Consumer::Computes(rank);
                 } else {
                     self.consumer = Consumer::Calls(frame, unit, rank, self.last_copy[frame]);
                 }
@@ -491,6 +537,10 @@ impl World {
         while !self.computes.is_empty() {
             assert!(self.run_computes() || self.run_copies(), "the device hangs");
         }
+        for (frame, _) in self.held.drain(..) {
+            self.memory[0][frame].readers -= 1;
+        }
+        self.consumer = Consumer::Go;
         self.frames.give_up();
         self.wake();
         self.poison.clear();
@@ -511,6 +561,21 @@ impl World {
         }
         self.pass += 1;
         self.over |= self.pass >= self.case.passes;
+        self.take_turns();
+    }
+
+    /// Goes on with other units used in RAM, where nothing is in flight.
+    fn take_turns(&mut self) {
+        let idle = |l: &Link| l.flying.is_empty() && l.ended.is_empty() && !matches!(l.thread, Thread::Start(_));
+        let quiet = self.links.iter().all(idle) && self.stream.is_empty() && self.computes.is_empty();
+        let Some(other) = self.case.turns.take_if(|_| quiet) else { return };
+        let Spec { site, steps, in_ram, .. } = &mut self.case.spec;
+        let before = std::mem::replace(in_ram, other);
+        self.frames = self.frames.rescheduled(*site, steps.clone(), in_ram.clone());
+        self.case.turns = Some(before);
+        self.pass += 1;
+        self.rescheduled += 1;
+        self.wake();
     }
 }
 
@@ -522,6 +587,7 @@ fn runs() -> u64 {
 fn every_unit_arrives_whole_whatever_links_do() {
     // What happened on the way, so that nobody takes a quiet script for a strict one.
     let (mut told, mut late, mut unused, mut died, mut given_up) = (0, 0, 0, 0, 0);
+    let (mut rescheduled, mut hits, mut passed) = (0, 0, 0);
     for seed in 0..runs() {
         let run = std::panic::catch_unwind(|| {
             let mut world = World::new(seed);
@@ -534,9 +600,14 @@ fn every_unit_arrives_whole_whatever_links_do() {
         unused += world.frames.unused_failures();
         died += world.deaths.len();
         given_up += usize::from(world.ever_given_up);
+        rescheduled += world.rescheduled as u64;
+        hits += world.frames.cache_counts(false).hits;
+        passed += world.frames.cache_counts(true).misses;
     }
     let (n, all) = (runs() as usize, (told, late, unused, died, given_up));
     assert!(told > n / 10 && late > n / 100 && unused > runs() / 50 && died > n / 100 && given_up > n / 4, "{all:?}");
+    let all = (rescheduled, hits, passed);
+    assert!(rescheduled > runs() / 20 && hits > runs() / 4 && passed > runs() / 10, "{all:?}");
 }
 
 /// The simulation sees each of the lines that [`MUTANTS`] names.

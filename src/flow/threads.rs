@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::frames::{Frames, Hold, Move, Place, Rank, Spec, Step};
+use super::frames::{CacheCounts, Frames, Hold, Move, Place, Rank, Spec, Step};
 use super::latency::Latencies;
 use super::link::{Carried, Cause, Done, Link, Refusal};
 use super::reader::ReaderLink;
@@ -78,6 +78,52 @@ pub struct LinkStats {
     pub starts: Latencies,
 }
 
+/// What caches of experts did for single tokens.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CacheStats {
+    /// How often experts were there.
+    pub counts: CacheCounts,
+    /// Time in which a demanded unit was being read.
+    pub missing: Duration,
+    /// The same, of each such unit.
+    pub missing_all: Duration,
+}
+
+impl CacheStats {
+    /// Demanded units in flight, the mean over the time in which there were any; `None` if there never were.
+    pub fn depth(&self) -> Option<f64> {
+        (self.missing > Duration::ZERO).then(|| self.missing_all.as_secs_f64() / self.missing.as_secs_f64())
+    }
+
+    /// Adds what was counted at another time.
+    pub fn add(&mut self, more: &CacheStats) {
+        let (c, m) = (&mut self.counts, &more.counts);
+        c.demands += m.demands;
+        c.hits += m.hits;
+        c.misses += m.misses;
+        c.missed += m.missed;
+        c.misses_max = c.misses_max.max(m.misses_max);
+        self.missing += more.missing;
+        self.missing_all += more.missing_all;
+    }
+
+    /// What was counted since `before`, an earlier state of this; the most misses of a demand are those of all time.
+    pub fn since(&self, before: &CacheStats) -> CacheStats {
+        let (c, b) = (self.counts, before.counts);
+        CacheStats {
+            counts: CacheCounts {
+                demands: c.demands - b.demands,
+                hits: c.hits - b.hits,
+                misses: c.misses - b.misses,
+                missed: c.missed - b.missed,
+                misses_max: c.misses_max,
+            },
+            missing: self.missing - before.missing,
+            missing_all: self.missing_all - before.missing_all,
+        }
+    }
+}
+
 impl Default for LinkStats {
     fn default() -> LinkStats {
         let (busy, stall) = (Duration::ZERO, Duration::ZERO);
@@ -126,10 +172,24 @@ struct State {
     dead: Option<Cause>,
     /// Since when copies have nothing to carry because their units are being read.
     starved: Option<Instant>,
+    /// Demanded units that are being read, and since when it has been as many.
+    missing: (u32, Instant),
+    caches: CacheStats,
     trace: Trace,
 }
 
 impl State {
+    /// Counts a demanded unit whose read has begun (`by` 1) or ended (-1).
+    fn missing(&mut self, by: i32) {
+        let now = Instant::now();
+        let (n, since) = self.missing;
+        if n > 0 {
+            self.caches.missing += now - since;
+            self.caches.missing_all += (now - since) * n;
+        }
+        self.missing = (n.saturating_add_signed(by), now);
+    }
+
     /// Counts the time in which copies to a device stand still for reads as storage's stall.
     fn note_starvation(&mut self) {
         let idle = self.threads.get(COPIES).is_some_and(|t| t.sleep == Sleep::Idle);
@@ -206,7 +266,6 @@ pub struct Taken {
 pub struct Flow {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    spec: Spec,
     names: Arc<[String]>,
     frames: Vec<Region>,
     rows: Region,
@@ -244,20 +303,21 @@ impl Flow {
             alarms: links.iter().map(|l| bells(l.as_ref())).collect(),
             news: Condvar::new(),
             state: Mutex::new(State {
-                frames: Frames::new(config.spec.clone()),
+                frames: Frames::new(config.spec),
                 threads: (0..links.len()).map(thread).collect(),
                 rows: Rows::default(),
                 paused: false,
                 stop: false,
                 dead: None,
                 starved: None,
+                missing: (0, Instant::now()),
+                caches: CacheStats::default(),
                 trace: Trace::new(config.trace_events),
             }),
         });
         let mut flow = Flow {
             shared,
             threads: Vec::with_capacity(links.len()),
-            spec: config.spec,
             names: config.names,
             frames: config.frames,
             rows: config.rows,
@@ -325,11 +385,22 @@ impl Flow {
         self.shared.wake(&mut state);
     }
 
-    /// Announces the streamed units that will be acquired next (see [`Frames::demand`]).
-    pub fn demand(&self, units: &[usize]) {
+    /// Announces the streamed units that will be acquired next, in the order that they get (see [`Frames::demand`]).
+    pub fn demand(&self, units: &mut [usize], passing: bool) {
         let mut state = self.shared.lock();
-        state.frames.demand(units);
+        state.frames.demand(units, passing);
         self.shared.wake(&mut state);
+    }
+
+    /// Whether the demanded unit that comes next is there (see [`Frames::is_ready`]).
+    pub fn is_ready(&self, unit: usize) -> bool {
+        self.shared.lock().frames.is_ready(unit)
+    }
+
+    /// What caches did so far.
+    pub fn caches(&self) -> CacheStats {
+        let state = self.shared.lock();
+        CacheStats { counts: state.frames.cache_counts(false), ..state.caches }
     }
 
     /// Gives a pass up; the next one begins with the schedule's first unit. Nothing may use acquired frames any more.
@@ -339,9 +410,10 @@ impl Flow {
         self.shared.wake(&mut state);
     }
 
-    /// Waits until nothing is in flight and goes on with another schedule, for use in `site`. Nothing may use acquired
-    /// frames any more; what they hold is forgotten. Without steps, nothing is written to a frame from here on.
-    pub fn reschedule(&self, site: Place, steps: Vec<Step>) {
+    /// Waits until nothing is in flight and goes on with another schedule, for use in `site` or, where `in_ram` says so, in
+    /// RAM. Nothing may use acquired frames any more; what they hold is forgotten, but for caches. Without steps, nothing
+    /// is written to a frame from here on.
+    pub fn reschedule(&self, site: Place, steps: Vec<Step>, in_ram: Vec<bool>) {
         let mut state = self.shared.lock();
         state.paused = true;
         while state.threads.iter().any(|t| !matches!(t.sleep, Sleep::Idle | Sleep::Gone)) {
@@ -352,8 +424,7 @@ impl Flow {
             }
             state = self.shared.news.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner).0;
         }
-        let next = Frames::new(Spec { site, steps, ..self.spec.clone() });
-        state.frames = next.with_links_of(&state.frames);
+        state.frames = state.frames.rescheduled(site, steps, in_ram);
         state.paused = false;
         self.shared.wake(&mut state);
     }
@@ -361,6 +432,11 @@ impl Flow {
     /// Addresses of the frames in RAM.
     pub fn addresses(&self) -> impl Iterator<Item = u64> {
         self.frames.iter().map(|s| s.addr() as u64)
+    }
+
+    /// Address of a frame in RAM.
+    pub fn address(&self, frame: usize) -> u64 {
+        self.frames[frame].addr() as u64
     }
 
     /// Reads `bytes` bytes of `file` at each of `offsets` into `out`, back to back.
@@ -582,7 +658,12 @@ impl Worker {
     fn started(&mut self, state: &mut State) {
         for (m, result) in self.taken.drain(..) {
             match result {
-                Ok(()) => state.frames.queued(self.number, m),
+                Ok(()) => {
+                    state.frames.queued(self.number, m);
+                    if self.number == STORAGE && m.urgent {
+                        state.missing(1);
+                    }
+                }
                 Err(Refusal::Busy) => state.frames.give_back(self.number, m),
                 Err(Refusal::Refused(cause)) => state.frames.moved(self.number, m, Err(cause)),
                 Err(Refusal::Dead(cause)) => {
@@ -608,7 +689,12 @@ impl Worker {
                     state.rows.result = Some(result);
                     self.shared.news.notify_all();
                 }
-                Done::Moved(m, result) => state.frames.moved(self.number, m, result.map(|_| ())),
+                Done::Moved(m, result) => {
+                    if self.number == STORAGE && m.urgent {
+                        state.missing(-1);
+                    }
+                    state.frames.moved(self.number, m, result.map(|_| ()));
+                }
             }
         }
         self.shared.wake(state);

@@ -35,6 +35,7 @@ fn streamer_on(
         homes: vec![Place::Storage; n],
         routed: (0..n).map(|u| u >= n / 2 && holes).collect(),
         site: Place::Host,
+        in_ram: Vec::new(),
         steps: steps.collect(),
         demand_max: n,
         pools: PoolSpec::rings(Place::Host, slots, n, None),
@@ -96,7 +97,7 @@ fn demanded_units_come_before_the_next_block() {
         for _ in 0..4 {
             for unit in 0..6 {
                 check(&s, unit, &data).unwrap();
-                s.demand(&[11 - unit, 6, 11 - unit]);
+                s.demand(&mut [11 - unit, 6, 11 - unit], false);
                 for d in [11 - unit, 6, 11 - unit] {
                     check(&s, d, &data).unwrap();
                 }
@@ -183,7 +184,7 @@ fn what_made_the_reader_end_is_told_and_stays() {
             s.give_up();
         }
         // Another schedule does not bring it back.
-        s.reschedule(Place::Host, [5, 3].map(Step::Unit).to_vec());
+        s.reschedule(Place::Host, [5, 3].map(Step::Unit).to_vec(), Vec::new());
         let e = (0..2).find_map(|i| check(&s, [5, 3][i], &data).err()).unwrap().to_string();
         assert!(e.contains("unit ") && e.contains("controller was reset"), "{e}");
     }
@@ -204,12 +205,12 @@ fn a_flow_is_rescheduled() {
         let script = Script { seed, delay_max: 4, ..Script::default() };
         let (_arena, s, data) = streamer(12, 2 + seed as usize % 4, false, script);
         (0..seed as usize % 6).for_each(|unit| check(&s, unit, &data).unwrap());
-        s.reschedule(Place::Host, Vec::new());
+        s.reschedule(Place::Host, Vec::new(), Vec::new());
         let bytes = s.storage().bytes;
         let mut row = [0; 300];
         s.read_rows(FileId(0), &[977], 300, &mut row).unwrap();
         assert_eq!((&row[..], s.storage().bytes), (&data[977..][..300], bytes + 300));
-        s.reschedule(Place::Host, [5, 3, 11].map(Step::Unit).to_vec());
+        s.reschedule(Place::Host, [5, 3, 11].map(Step::Unit).to_vec(), Vec::new());
         for unit in [5, 3, 11, 5, 3, 11, 5] {
             check(&s, unit, &data).unwrap();
         }

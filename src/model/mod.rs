@@ -14,6 +14,7 @@ mod pass;
 mod program;
 mod read;
 mod rope;
+mod routing;
 mod tape;
 
 pub use family::Family;
@@ -27,6 +28,7 @@ pub use program::{
 };
 pub use read::unused_keys;
 pub use rope::{RopeScaling, RopeSpec, check_divisors};
+pub use routing::{ForcedRouting, Mixture, Routes, RoutingError};
 pub use tape::Tape;
 
 /// Why a GGUF file holds no model that nt can run.

@@ -2,9 +2,11 @@
 //! and calls the backend. It knows nothing of architectures, tiers, files or devices.
 
 use super::program::{Experts, HELD, LinearRef, Model, NormRef, Stage, TensorRef};
+use super::routing::ForcedRouting;
 use super::tape::{Call, Calls, Tape};
 use smallvec::SmallVec;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::backend::{Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Routing, Run, Share, Weight};
 
@@ -19,6 +21,30 @@ pub struct Scratch {
     resting: Vec<Rest>,
     /// Final hidden states of the last pass that had them.
     hidden: Vec<f32>,
+    /// What tokens choose in place of their routers' choices.
+    forced: Option<Forced>,
+}
+
+/// A routing that is forced.
+#[derive(Debug)]
+struct Forced {
+    routing: Arc<ForcedRouting>,
+    /// Tokens of the passes before.
+    token: u64,
+    /// Choices of the rows at hand.
+    ids: Vec<u32>,
+}
+
+impl Forced {
+    /// The choices of `n` (row, choice) pairs, of which the first row is the pass's `first`; `layer` counts those with experts.
+    fn choose(&mut self, layer: usize, first: usize, n: usize) -> &[u32] {
+        self.ids.clear();
+        self.ids.resize(n, 0);
+        for (row, ids) in self.ids.chunks_mut(self.routing.mixture().used).enumerate() {
+            self.routing.choose(layer, self.token + (first + row) as u64, ids);
+        }
+        &self.ids
+    }
 }
 
 impl Scratch {
@@ -26,6 +52,13 @@ impl Scratch {
     pub fn for_model(model: &Model, max_batch: usize) -> Scratch {
         let demanded = Vec::with_capacity(model.hparams.n_experts_used * max_batch);
         Scratch { demanded, ..Scratch::default() }
+    }
+
+    /// Forces a routing on all passes to come, of at most so many rows. Routers are computed still; where the backend holds all
+    /// experts of a layer, so that none is moved, theirs are taken.
+    pub fn force(&mut self, routing: Arc<ForcedRouting>, max_batch: usize) {
+        let ids = Vec::with_capacity(routing.mixture().used * max_batch);
+        self.forced = Some(Forced { routing, token: 0, ids });
     }
 
     /// Final hidden states of the last pass of [`Batch::hidden`], tokens × `n_embd`, behind the output norm.
@@ -54,8 +87,13 @@ pub trait WeightSource {
     /// apart.
     fn span(&self, unit: usize, span: usize) -> u64;
 
-    /// Gives the unit back; its memory may be reused once the work issued so far has run.
+    /// Gives the unit back, and experts acquired before it; its memory may be reused once the work issued so far has run.
     fn release(&mut self, unit: usize) -> Result<(), WeightError>;
+
+    /// Whether `unit`, an expert that was demanded and comes next, may be acquired at once and held with those before it.
+    fn is_ready(&self, _unit: usize) -> bool {
+        false
+    }
 
     /// Whether `unit` stays where it is after it was released.
     fn rests(&self, _unit: usize) -> bool {
@@ -173,10 +211,14 @@ pub fn forward(
     pass.keeps = batch.has_outputs();
     pass.hidden = batch.hidden.then_some(&mut scratch.hidden);
     pass.resting = &scratch.resting;
+    pass.forced = scratch.forced.as_mut();
     // The router's answer is waited for in the middle of a pass, except where all experts rest.
     let waits = model.stages.iter().zip(&scratch.resting).any(|(s, rest)| s.experts.is_some() && *rest != Rest::Here);
     if !batch.is_one_token() || waits || !pass.source.stays() {
         pass.all(stop)?;
+        if let Some(forced) = &mut pass.forced {
+            forced.token += batch.tokens() as u64;
+        }
         // Whoever waits for the device next need not know of what was put off.
         return Ok(pass.backend.catch_up()?);
     }
@@ -327,6 +369,13 @@ struct Pass<'a> {
     resting: &'a [Rest],
     /// Where final hidden states go, where they are wanted in place of logits.
     hidden: Option<&'a mut Vec<f32>>,
+    /// What tokens choose in place of their routers' choices.
+    forced: Option<&'a mut Forced>,
+    /// The stage at hand, of those with experts; and the first row of the class at hand.
+    routed: usize,
+    first_row: usize,
+    /// An expert for processors beside a device that is held until they have computed it, with those before it.
+    of_host: Option<usize>,
 }
 
 impl Drop for Pass<'_> {
@@ -365,10 +414,15 @@ impl<'a> Pass<'a> {
             demanded,
             resting: &[],
             hidden: None,
+            forced: None,
+            routed: 0,
+            first_row: 0,
+            of_host: None,
         }
     }
 
     fn turn_to(&mut self, class: Class) {
+        self.first_row = if class == Class::Bulk { self.rows[Class::Exact as usize] } else { 0 };
         self.backend.turn_to(class);
     }
 
@@ -454,6 +508,9 @@ impl<'a> Pass<'a> {
             Rest::Shared if *self.classes != [Class::Exact] => Rest::No,
             rest => rest,
         };
+        if self.forced.is_some() {
+            self.routed = self.model.stages[..i].iter().filter(|s| s.experts.is_some()).count();
+        }
         self.acquire(stage.unit)?;
         self.demanded.clear();
         let in_ram = self.source.in_ram(stage.unit);
@@ -516,6 +573,10 @@ impl<'a> Pass<'a> {
                         self.call(call, None)?;
                     }
                 }
+                if let Some(unit) = self.of_host.take() {
+                    self.backend.catch_up()?;
+                    self.release(unit)?;
+                }
                 Ok(())
             }
         }
@@ -558,7 +619,15 @@ impl<'a> Pass<'a> {
             Call::Route { norm, router, params } => {
                 let (norm, router) = (self.norm(norm), self.weight(router));
                 let ids = self.backend.route(&norm, &router, params)?;
-                demand(self.demanded, experts, ids);
+                match &mut self.forced {
+                    None => demand(self.demanded, experts, ids),
+                    Some(forced) => {
+                        let n = ids.len();
+                        let ids = forced.choose(self.routed, self.first_row, n);
+                        self.backend.choose_instead(ids)?;
+                        demand(self.demanded, experts, ids);
+                    }
+                }
             }
             Call::Combine => self.backend.combine_experts()?,
             Call::OutputNorm { norm } => {
@@ -573,7 +642,16 @@ impl<'a> Pass<'a> {
                 let bound = op.map(&mut |t| self.weight(&t));
                 self.backend.op(&bound)?;
                 if let Op::Route { .. } = op {
-                    demand(self.demanded, experts, self.backend.chosen());
+                    let ids = self.backend.chosen();
+                    match &mut self.forced {
+                        None => demand(self.demanded, experts, ids),
+                        Some(forced) => {
+                            let n = ids.len();
+                            let ids = forced.choose(self.routed, self.first_row, n);
+                            self.backend.choose_instead(ids)?;
+                            demand(self.demanded, experts, ids);
+                        }
+                    }
                 }
             }
         }
@@ -603,45 +681,73 @@ impl<'a> Pass<'a> {
         let mut demanded = std::mem::take(self.demanded);
         self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
         let first_unit = experts.list[0][0].weight.unit;
-        // Experts that stay where they are need not be computed before the next one is looked at.
-        let mut batch = SmallVec::<[Expert; BATCH]>::new();
         for &unit in &demanded {
             if self.source.in_ram(unit) {
-                let expert = self.expert(experts, unit, first_unit)?;
-                self.backend.experts_in_ram(&[expert])?;
-                self.release(unit)?;
+                self.expert_in_ram(experts, unit, first_unit)?;
             }
         }
+        // Experts that are there and stay need not be computed before the next one is looked at.
+        let mut batch = SmallVec::<[(usize, Expert); BATCH]>::new();
         for &unit in &demanded {
             if self.source.in_ram(unit) {
                 continue;
             }
-            batch.push(self.expert(experts, unit, first_unit)?);
-            if batch.len() == BATCH || !self.source.rests(unit) {
-                self.compute(&batch)?;
-                batch.clear();
+            let there = self.source.rests(unit) || self.source.is_ready(unit);
+            if batch.len() == BATCH || !there {
+                self.compute(&mut batch)?;
             }
-            self.release(unit)?;
+            batch.push((unit, self.expert(experts, unit, first_unit)?));
         }
-        if !batch.is_empty() {
-            self.compute(&batch)?;
-        }
+        self.compute(&mut batch)?;
         *self.demanded = demanded;
+        Ok(())
+    }
+
+    /// Hands an expert to processors beside a device.
+    fn expert_in_ram(&mut self, experts: &Experts, unit: usize, first_unit: usize) -> Result<(), ForwardError> {
+        let rests = self.source.rests(unit);
+        if !rests && !self.source.is_ready(unit) {
+            // It is waited for, maybe until a frame of those that are held is free.
+            self.backend.experts_so_far()?;
+            if let Some(held) = self.of_host.take() {
+                self.release(held)?;
+            }
+        }
+        self.source.acquire(unit).map_err(ForwardError::Weights)?;
+        let expert = self.bind(experts, unit, first_unit);
+        self.backend.experts_in_ram(&[expert])?;
+        if rests {
+            return self.release(unit);
+        }
+        self.of_host = Some(unit);
         Ok(())
     }
 
     /// An expert whose unit is acquired now.
     fn expert(&mut self, experts: &Experts, unit: usize, first_unit: usize) -> Result<Expert, ForwardError> {
         self.acquire(unit)?;
-        let id = unit - first_unit;
-        let [gate, up, down] = experts.list[id].each_ref().map(|l| self.linear(l));
-        Ok(Expert { id: id as u32, gate, up, down, how: experts.how })
+        Ok(self.bind(experts, unit, first_unit))
     }
 
-    fn compute(&mut self, experts: &[Expert]) -> Result<(), ForwardError> {
+    /// An expert whose unit was acquired last.
+    fn bind(&self, experts: &Experts, unit: usize, first_unit: usize) -> Expert {
+        let id = unit - first_unit;
+        let [gate, up, down] = experts.list[id].each_ref().map(|l| self.linear(l));
+        Expert { id: id as u32, gate, up, down, how: experts.how }
+    }
+
+    /// Computes experts and gives them back.
+    fn compute(&mut self, batch: &mut SmallVec<[(usize, Expert); BATCH]>) -> Result<(), ForwardError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let experts: SmallVec<[Expert; BATCH]> = batch.iter().map(|(_, e)| *e).collect();
         for &class in self.classes {
             self.turn_to(class);
-            self.backend.experts(experts)?;
+            self.backend.experts(&experts)?;
+        }
+        for (unit, _) in batch.drain(..).rev() {
+            self.release(unit)?;
         }
         Ok(())
     }

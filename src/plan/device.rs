@@ -1,8 +1,8 @@
 //! Placement for a backend with memory of its own: homes A, B and C.
 
 use super::place::{
-    BUFFERS_DEFAULT, BUFFERS_MIN, Home, Limits, Plan, PlanError, SlotSizes, Tiers, UnitPart, UnitSize, slot_sizes,
-    spread,
+    BUFFERS_DEFAULT, BUFFERS_MIN, Cache, Home, Limits, Plan, PlanError, SlotSizes, Tiers, TooFewSlots, UnitPart,
+    UnitSize, caches, slot_sizes, spread,
 };
 
 /// Staging slots that loading tier A takes where nothing streams from storage.
@@ -22,6 +22,7 @@ pub(super) fn place(units: &[UnitSize], limits: &Limits, vram: u64) -> Result<Pl
 struct Slots {
     device: usize,
     staging: usize,
+    caches: Result<Vec<Cache>, Option<TooFewSlots>>,
 }
 
 /// Number of device slots that hold any unit `streamed`, and the room that they leave.
@@ -47,7 +48,8 @@ fn device_slots(
 fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -> Result<Slots, PlanError> {
     if units.iter().map(|u| u.slot_bytes).sum::<u64>() <= vram {
         homes.fill(Home::A);
-        return Ok(Slots { device: 0, staging: fill_ram(units, limits, homes)? });
+        let (staging, caches) = fill_ram(units, limits, homes)?;
+        return Ok(Slots { device: 0, staging, caches });
     }
     // The head is read whole on every pass. Attention parts are small, and next to the KV cache here: what streams is
     // alike without them, and buffers have no slots for them.
@@ -62,7 +64,8 @@ fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -
     // Every token uses the shared units, and only some experts.
     let room = spread(units, homes, Home::A, room, |u| matches!(u.part, UnitPart::FeedForward | UnitPart::Shared));
     spread(units, homes, Home::A, room, UnitSize::routed);
-    Ok(Slots { device, staging: fill_ram(units, limits, homes)? })
+    let (staging, caches) = fill_ram(units, limits, homes)?;
+    Ok(Slots { device, staging, caches })
 }
 
 /// Number of the staging buffers that `homes` want, and bytes of their slots. What is loaded to VRAM goes through the
@@ -88,14 +91,17 @@ fn staging(units: &[UnitSize], limits: &Limits, homes: &[Home], from_storage: bo
     (n, sizes)
 }
 
-/// Gives what is not in A a home in RAM, as far as it goes; returns the number of staging slots.
-fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<usize, PlanError> {
+/// Staging slots, and caches of what is left on storage.
+type InRam = (usize, Result<Vec<Cache>, Option<TooFewSlots>>);
+
+/// Gives what is not in A a home in RAM, as far as it goes, or caches.
+fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<InRam, PlanError> {
     let rest: u64 = units.iter().zip(&*homes).filter(|(_, h)| **h == Home::C).map(|(u, _)| u.slot_bytes).sum();
     let (n, slot) = staging(units, limits, homes, false);
     let needed = rest + limits.reserved + n as u64 * slot.sum();
     if needed <= limits.ram {
         homes.iter_mut().filter(|h| **h == Home::C).for_each(|h| *h = Home::B);
-        return Ok(n);
+        return Ok((n, Err(None)));
     }
     if !limits.storage {
         return Err(PlanError::NoStorage { workspace: 0, needed, ram: limits.ram });
@@ -112,8 +118,12 @@ fn fill_ram(units: &[UnitSize], limits: &Limits, homes: &mut [Home]) -> Result<u
     let outside: Vec<bool> = homes.iter().map(|h| *h == Home::C).collect();
     let left = spread_where(units, homes, &outside, room, |u| u.part == UnitPart::Attention);
     let left = spread_where(units, homes, &outside, left, |u| u.part != UnitPart::Attention && !u.routed());
-    spread_where(units, homes, &outside, left, UnitSize::routed);
-    Ok(n)
+    let shared = units.iter().zip(&*homes).all(|(u, h)| u.routed() || *h != Home::C);
+    let caches = if shared { caches(units, homes, left, limits) } else { Err(None) };
+    if caches.is_err() {
+        spread_where(units, homes, &outside, left, UnitSize::routed);
+    }
+    Ok((n, caches))
 }
 
 /// [`spread`] in RAM over those units alone that `outside` marks.
@@ -183,7 +193,7 @@ fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mu
     if needed > limits.ram {
         return Err(PlanError::TiersTooLarge { a, b, c, workspace: 0, needed, ram: limits.ram });
     }
-    Ok(Slots { device: n, staging })
+    Ok(Slots { device: n, staging, caches: Err(None) })
 }
 
 /// The home of each block: interleaved over the depth in proportion, or one tier after the other.
@@ -213,7 +223,9 @@ fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, slots: Slots) -
     // The largest unit that is read may have found a home in RAM since room was left for slots.
     let (_, sizes) = staging(units, limits, &homes, homes.contains(&Home::C));
     let n_slots = slots.staging;
-    let mut ram_bytes = of(Home::B).sum::<u64>() + n_slots as u64 * sizes.sum() + limits.reserved;
+    let (caches, too_few_slots) = slots.caches.map_or_else(|few| (Vec::new(), few), |caches| (caches, None));
+    let cached: u64 = caches.iter().map(Cache::bytes).sum();
+    let mut ram_bytes = of(Home::B).sum::<u64>() + n_slots as u64 * sizes.sum() + limits.reserved + cached;
     let fits = |e: &u64| !homes.contains(&Home::C) && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
@@ -229,6 +241,8 @@ fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, slots: Slots) -
         device_attention_slot_bytes: on_device.attention,
         vram_bytes,
         homes,
+        caches,
+        too_few_slots,
     }
 }
 
@@ -252,6 +266,7 @@ mod tests {
             reserved: 0,
             workspace: 0,
             embedding: None,
+            cached_choices: 0,
         }
     }
 

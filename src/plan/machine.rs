@@ -140,9 +140,10 @@ pub struct Machine {
 }
 
 /// Profiles that are shipped, by name.
-pub const PROFILES: [(&str, &str); 6] = [
+pub const PROFILES: [(&str, &str); 7] = [
     ("rtx-5060-ti", include_str!("../../profiles/rtx-5060-ti.toml")),
     ("rtx-3090-gen3x8", include_str!("../../profiles/rtx-3090-gen3x8.toml")),
+    ("rtx-4080-64gb", include_str!("../../profiles/rtx-4080-64gb.toml")),
     ("rtx-4090", include_str!("../../profiles/rtx-4090.toml")),
     ("h100", include_str!("../../profiles/h100.toml")),
     ("laptop-8gb", include_str!("../../profiles/laptop-8gb.toml")),

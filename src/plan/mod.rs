@@ -2,6 +2,7 @@
 
 mod assign;
 mod device;
+mod hits;
 mod machine;
 mod place;
 mod predict;
@@ -10,8 +11,9 @@ mod work;
 
 pub use crate::units::{format_at_least, format_bytes, parse_size};
 pub use assign::{HAND_OVER_S, SiteRates, assign};
+pub use hits::{Replay, hit_rates, replay};
 pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
-pub use place::{BUFFERS_MAX, Home, Limits, Plan, PlanError, Tiers, UnitPart, UnitSize, place};
+pub use place::{BUFFERS_MAX, Cache, Home, Limits, Plan, PlanError, Tiers, TooFewSlots, UnitPart, UnitSize, place};
 pub use predict::{COPY_TRANSFERS, LinkName, Rates, Roofline, Traffic, roofline};
-pub use simulate::{COPY_GAP_S, Outcome, PassWork, Setup, Shares, SimUnit};
+pub use simulate::{COPY_GAP_S, Caching, Outcome, PassWork, Setup, Shares, SimCache, SimUnit};
 pub use work::{Site, UnitWork, cpu_decode_bytes_per_s, pass_s};

@@ -97,6 +97,8 @@ pub struct Limits {
     pub workspace: u64,
     /// Bytes of the embedding, kept resident if everything else is; `None` if it is the head.
     pub embedding: Option<u64>,
+    /// Experts that a token chooses in each layer, where those that stay on storage may have caches in RAM; 0 for no caches.
+    pub cached_choices: usize,
 }
 
 /// Buffers when nothing else is said: one computing, one complete, one filling.
@@ -105,6 +107,32 @@ pub(super) const BUFFERS_DEFAULT: usize = 3;
 pub(super) const BUFFERS_MIN: usize = 2;
 /// Most slots that may be asked for.
 pub const BUFFERS_MAX: usize = 64;
+
+/// Frames in RAM that keep a layer's experts from pass to pass, of those whose home is storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache {
+    /// The layer.
+    pub block: usize,
+    /// Its experts on storage.
+    pub experts: usize,
+    /// Frames, fewer than experts.
+    pub slots: usize,
+    /// Bytes of each.
+    pub slot_bytes: u64,
+}
+
+/// Slots per layer for which there is room, and the fewest of which a cache is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooFewSlots {
+    /// Room for so many.
+    pub slots: usize,
+    /// That were to be so many.
+    pub floor: usize,
+}
+
+/// Slots of a cache for each expert that a token chooses: below three times as many, what a token brings is gone before it
+/// is wanted again.
+const SLOTS_PER_CHOICE: usize = 3;
 
 /// Where every unit lives, and the buffers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,9 +157,32 @@ pub struct Plan {
     pub device_attention_slot_bytes: u64,
     /// Bytes of VRAM for weights: resident units and slots.
     pub vram_bytes: u64,
+    /// Caches in RAM of experts that live on storage, by layer; none where those have none.
+    pub caches: Vec<Cache>,
+    /// Why there are none, where the room for them is too small.
+    pub too_few_slots: Option<TooFewSlots>,
 }
 
 impl Plan {
+    /// Bytes of every frame of the caches, in their order.
+    pub fn cache_slots(&self) -> impl Iterator<Item = u64> + '_ {
+        self.caches.iter().flat_map(|c| std::iter::repeat_n(c.slot_bytes, c.slots))
+    }
+
+    /// Bytes of all caches.
+    pub fn cache_bytes(&self) -> u64 {
+        self.caches.iter().map(Cache::bytes).sum()
+    }
+
+    /// The cache of each of these units that has one.
+    pub fn cache_of(&self, units: &[UnitSize]) -> Vec<Option<usize>> {
+        let of = |(u, home): (&UnitSize, &Home)| {
+            let cached = u.routed() && *home == Home::C;
+            self.caches.iter().position(|c| cached && u.block == Some(c.block))
+        };
+        units.iter().zip(&self.homes).map(of).collect()
+    }
+
     /// Bytes of every slot in RAM: one of each buffer, then those for attention parts.
     pub fn slots(&self) -> impl Iterator<Item = u64> + use<> {
         all_slots(self.n_slots, self.slot_bytes, self.attention_slot_bytes)
@@ -141,6 +192,61 @@ impl Plan {
     pub fn slots_on_device(&self) -> impl Iterator<Item = u64> + use<> {
         all_slots(self.device_slots, self.device_slot_bytes, self.device_attention_slot_bytes)
     }
+}
+
+impl Cache {
+    /// Bytes of its frames.
+    pub fn bytes(&self) -> u64 {
+        self.slots as u64 * self.slot_bytes
+    }
+
+    /// Chance that an expert is there if all are as likely to be wanted.
+    pub fn uniform_hits(&self) -> f64 {
+        self.slots as f64 / self.experts.max(1) as f64
+    }
+}
+
+/// Caches for the experts at home on storage, in `room` bytes: of each layer the same share, and then slot by slot what is
+/// left. An error where a layer would have fewer than [`SLOTS_PER_CHOICE`] slots for each of the choices that fall on those.
+pub(super) fn caches(
+    units: &[UnitSize],
+    homes: &[Home],
+    room: u64,
+    limits: &Limits,
+) -> Result<Vec<Cache>, Option<TooFewSlots>> {
+    let blocks = units.iter().filter_map(|u| u.block).max().map_or(0, |b| b + 1);
+    // Of each layer: experts, those on storage, and the bytes of its largest.
+    let mut layers = vec![(0usize, 0usize, 0u64); blocks];
+    for (u, home) in units.iter().zip(homes).filter(|(u, _)| u.routed()) {
+        let Some(layer) = u.block.map(|b| &mut layers[b]) else { continue };
+        layer.0 += 1;
+        if *home == Home::C {
+            layer.1 += 1;
+            layer.2 = layer.2.max(u.slot_bytes);
+        }
+    }
+    let all: u64 = layers.iter().map(|l| l.1 as u64 * l.2).sum();
+    if limits.cached_choices == 0 || limits.tiers.is_some() || all == 0 {
+        return Err(None);
+    }
+    let share = (room as f64 / all as f64).min(1.0);
+    let mut caches = Vec::new();
+    for (block, &(all, experts, slot_bytes)) in layers.iter().enumerate().filter(|(_, l)| l.1 > 0) {
+        let floor = (SLOTS_PER_CHOICE * limits.cached_choices * experts).div_ceil(all);
+        let slots = (experts as f64 * share) as usize;
+        if slots < floor || slots >= experts {
+            return Err(Some(TooFewSlots { slots, floor }).filter(|f| f.slots < f.floor));
+        }
+        caches.push(Cache { block, experts, slots, slot_bytes });
+    }
+    let mut left = room.saturating_sub(caches.iter().map(Cache::bytes).sum());
+    for c in &mut caches {
+        if c.slot_bytes <= left && c.slots + 1 < c.experts {
+            left -= c.slot_bytes;
+            c.slots += 1;
+        }
+    }
+    Ok(caches)
 }
 
 fn all_slots(n: usize, slot: u64, attention: u64) -> impl Iterator<Item = u64> + use<> {
@@ -284,7 +390,7 @@ pub fn place(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
 fn place_by_room(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError> {
     let needed = units.iter().map(|u| u.slot_bytes).sum::<u64>() + limits.reserved;
     if needed <= limits.ram {
-        return Ok(finish(units, vec![Home::B; units.len()], 0, limits));
+        return Ok(finish(units, vec![Home::B; units.len()], 0, limits, Err(None)));
     }
     if !limits.storage {
         return Err(PlanError::NoStorage { workspace: 0, needed, ram: limits.ram });
@@ -301,8 +407,12 @@ fn place_by_room(units: &[UnitSize], limits: &Limits) -> Result<Plan, PlanError>
     let left = spread(units, &mut homes, Home::B, room, of);
     // Every token uses the shared units, and only some experts: shared ones are resident first.
     let left = spread(units, &mut homes, Home::B, left, |u| !of(u) && !u.routed());
-    spread(units, &mut homes, Home::B, left, UnitSize::routed);
-    Ok(finish(units, homes, n_slots, limits))
+    let shared = units.iter().zip(&homes).all(|(u, h)| u.routed() || *h == Home::B);
+    let caches = if shared { caches(units, &homes, left, limits) } else { Err(None) };
+    if caches.is_err() {
+        spread(units, &mut homes, Home::B, left, UnitSize::routed);
+    }
+    Ok(finish(units, homes, n_slots, limits, caches))
 }
 
 fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan, PlanError> {
@@ -341,7 +451,7 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
     } else {
         spread(units, &mut homes, Home::B, limits.ram - needed, |u| u.block.is_none());
     }
-    Ok(finish(units, homes, n_slots, limits))
+    Ok(finish(units, homes, n_slots, limits, Err(None)))
 }
 
 /// Bytes of the slots that a buffer has for `streamed` units: one for attention parts (0 where there are none, or nothing
@@ -423,13 +533,21 @@ pub(super) fn spread(
     left
 }
 
-fn finish(units: &[UnitSize], homes: Vec<Home>, n_slots: usize, limits: &Limits) -> Plan {
+fn finish(
+    units: &[UnitSize],
+    homes: Vec<Home>,
+    n_slots: usize,
+    limits: &Limits,
+    caches: Result<Vec<Cache>, Option<TooFewSlots>>,
+) -> Plan {
     let sum =
         |home: Home| units.iter().zip(&homes).filter(|(_, h)| **h == home).map(|(u, _)| u.slot_bytes).sum::<u64>();
     let streamed = units.iter().zip(&homes).filter(|(_, h)| **h == Home::C);
     let sizes = slot_sizes(streamed.map(|(u, _)| u));
     let n_slots = if sizes.slot == 0 { 0 } else { n_slots };
-    let mut ram_bytes = sum(Home::B) + n_slots as u64 * sizes.sum() + limits.reserved;
+    let (caches, too_few_slots) = caches.map_or_else(|few| (Vec::new(), few), |caches| (caches, None));
+    let cached: u64 = caches.iter().map(Cache::bytes).sum();
+    let mut ram_bytes = sum(Home::B) + n_slots as u64 * sizes.sum() + limits.reserved + cached;
     let fits = |e: &u64| n_slots == 0 && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
@@ -444,6 +562,8 @@ fn finish(units: &[UnitSize], homes: Vec<Home>, n_slots: usize, limits: &Limits)
         device_slot_bytes: 0,
         device_attention_slot_bytes: 0,
         vram_bytes: 0,
+        caches,
+        too_few_slots,
     }
 }
 
@@ -476,6 +596,7 @@ pub(super) mod tests {
             reserved: 0,
             workspace: 0,
             embedding: None,
+            cached_choices: 0,
         }
     }
 
@@ -542,6 +663,53 @@ pub(super) mod tests {
         assert!(p.homes[..5].iter().all(|&h| h == Home::B));
         assert!(p.homes[5..].contains(&Home::B) && p.homes[5..].contains(&Home::C));
         assert!(p.ram_bytes <= 850);
+    }
+
+    /// 64 experts of which a token chooses 4 in each of 4 blocks, 40 bytes each.
+    fn routed() -> Vec<UnitSize> {
+        let of = |i| {
+            let shared = UnitSize { slot_bytes: 100, block: Some(i), part: UnitPart::Shared };
+            let expert = UnitSize { slot_bytes: 40, block: Some(i), part: UnitPart::Expert };
+            std::iter::once(shared).chain(std::iter::repeat_n(expert, 64))
+        };
+        (0..4).flat_map(of).collect()
+    }
+
+    #[test]
+    fn experts_on_storage_have_a_cache_in_each_layer() {
+        // 400 of shared parts and room for three slots of 100 leave 4 × 20 slots and one more.
+        let with = |ram| Limits { cached_choices: 4, ..limits(ram) };
+        let p = place(&routed(), &with(400 + 300 + 4 * 20 * 40 + 50)).unwrap();
+        assert_eq!(p.caches.iter().map(|c| c.slots).collect::<Vec<_>>(), [21, 20, 20, 20]);
+        assert!(p.caches.iter().enumerate().all(|(i, c)| (c.block, c.experts, c.slot_bytes) == (i, 64, 40)));
+        assert_eq!((p.ram_bytes, p.cache_bytes(), p.too_few_slots), (400 + 120 + 81 * 40, 81 * 40, None));
+        assert!(routed().iter().zip(&p.homes).all(|(u, h)| (*h == Home::C) == u.routed()));
+        let of = p.cache_of(&routed());
+        assert_eq!((of[0], of[1], of[64], of[66]), (None, Some(0), Some(0), Some(1)));
+        assert_eq!(p.cache_slots().sum::<u64>(), p.cache_bytes());
+        // All of them fit.
+        let p = place(&routed(), &with(400 + 256 * 40)).unwrap();
+        assert!(p.caches.is_empty() && p.homes.iter().all(|h| *h == Home::B));
+    }
+
+    /// Below three slots for each choice a cache hits little: as many experts are resident.
+    #[test]
+    fn too_small_a_cache_is_none() {
+        let with = |slots: u64| Limits { cached_choices: 4, ..limits(400 + 300 + 4 * slots * 40) };
+        let p = place(&routed(), &with(11)).unwrap();
+        assert_eq!((p.caches.len(), p.too_few_slots), (0, Some(TooFewSlots { slots: 11, floor: 12 })));
+        assert_eq!(p.homes.iter().filter(|h| **h == Home::B).count(), 4 + 44);
+        assert_eq!(place(&routed(), &with(12)).unwrap().caches.len(), 4);
+        // With counts of blocks that are given, and where nothing is to have a cache.
+        let none = Limits { cached_choices: 0, ..with(30) };
+        let given = Limits { tiers: Some(Tiers { a: 0, b: 1, c: 3 }), ..with(60) };
+        for l in [none, given] {
+            let p = place(&routed(), &l).unwrap();
+            assert_eq!((p.caches.len(), p.too_few_slots), (0, None));
+        }
+        // Experts in VRAM take their share of the choices.
+        let p = place(&routed(), &Limits { vram: Some(400 + 300 + 128 * 40), ..with(10) }).unwrap();
+        assert!(p.caches.iter().all(|c| c.experts == 32 && c.slots >= 6), "{:?}", p.caches);
     }
 
     #[test]

@@ -84,10 +84,12 @@ impl Traffic {
             let of = units.iter().zip(homes).filter(|(_, h)| wanted(**h));
             of.map(|(u, _)| u.bytes as f64 * u.used_by(tokens)).sum::<f64>()
         };
+        let read = units.iter().zip(homes).filter(|(_, h)| **h == Home::C);
+        let missed = read.map(|(u, _)| u.bytes as f64 * u.used_by(tokens) * u.miss).sum();
         Traffic {
             all: bytes(&|_| true),
             over_link: if on_device { bytes(&|h| h != Home::A) - of_host } else { 0.0 },
-            from_storage: bytes(&|h| h == Home::C),
+            from_storage: missed,
             beside: of_host,
             on_device,
         }

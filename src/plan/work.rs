@@ -14,6 +14,8 @@ pub struct UnitWork {
     pub matrices: Vec<(TensorType, u64, u64)>,
     /// Share of one-token passes that use it: 1, or for a routed expert the chosen ones' part of all.
     pub share: f64,
+    /// Share of its uses in which a cache in RAM has it not, where its home is storage: 1 without a cache.
+    pub miss: f64,
 }
 
 /// Share of what VRAM carries at which one-token products read weights of a type, on an H100
@@ -120,7 +122,7 @@ mod tests {
             Some(_) => UnitPart::FeedForward,
         };
         let size = UnitSize { slot_bytes: bytes, block, part };
-        UnitWork { size, bytes, matrices: vec![(TensorType::Q8_0, bytes, bytes * 32 / 34)], share }
+        UnitWork { size, bytes, matrices: vec![(TensorType::Q8_0, bytes, bytes * 32 / 34)], share, miss: 1.0 }
     }
 
     #[test]

@@ -190,26 +190,35 @@ pub fn sized(layers: u64, d: u64, f: u64) -> File {
 
 /// [`tiny`] with four experts a block, of which two are used.
 pub fn tiny_moe(layers: u64) -> File {
+    with_experts(layers, 4)
+}
+
+/// [`tiny`] with 16 experts a block, of which two are used: enough for caches of them.
+pub fn many_experts(layers: u64) -> File {
+    with_experts(layers, 16)
+}
+
+fn with_experts(layers: u64, n: u64) -> File {
     let mut f = tiny(layers);
-    f.set("llama.expert_count", V::U32(4));
+    f.set("llama.expert_count", V::U32(n as u32));
     f.set("llama.expert_used_count", V::U32(2));
     for i in 0..layers {
         for what in ["gate", "up", "down"] {
             let t = f.tensor(&format!("blk.{i}.ffn_{what}.weight"));
             t.name = format!("blk.{i}.ffn_{what}_exps.weight");
-            t.shape.push(4);
+            t.shape.push(n);
             let one = t.data.clone();
-            for e in 1..4u8 {
+            for e in 1..n {
                 // Other experts are the first with other signs here and there.
                 t.data.extend(one.chunks(4).enumerate().flat_map(|(j, v)| {
-                    let flip = if j % (2 + e as usize) == 0 { 0x80 } else { 0 };
+                    let flip = if (j as u64).is_multiple_of(2 + e) { 0x80 } else { 0 };
                     [v[0], v[1], v[2], v[3] ^ flip]
                 }));
             }
         }
         let norm = f.tensor(&format!("blk.{i}.attn_q.weight")).clone();
-        let data = norm.data[..64 * 4 * 4].to_vec();
-        f.tensors.push(T { name: format!("blk.{i}.ffn_gate_inp.weight"), shape: vec![64, 4], ty: 0, data });
+        let data = norm.data[..64 * 4 * n as usize].to_vec();
+        f.tensors.push(T { name: format!("blk.{i}.ffn_gate_inp.weight"), shape: vec![64, n], ty: 0, data });
     }
     f
 }

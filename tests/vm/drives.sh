@@ -3,7 +3,7 @@
 
 # drive NAME KIND[:MIB] [PROPERTY…], as suites declare their own.
 #   KIND   blank (zeros), random (unknown bytes), ext4 (empty), model (ext4 with smol.gguf on it), big (ext4 with
-#          a model of 4 GiB, big.gguf), tiny (ext4 with tiny.gguf on it, 10 MiB that can be staged and verified)
+#          a model of 4 GiB, big.gguf), experts (ext4 with experts.gguf, a mixture of 40 MiB), tiny (ext4 with tiny.gguf on it, 10 MiB that can be staged and verified)
 #   serial=S           serial number, default the name in capitals and 0001; %20 is a space
 #   ns=P,P             properties of a namespace, `-device nvme-ns`; twice for two namespaces of half the size
 #   port=NAME          the next function of that drive's slot, in its IOMMU group
@@ -48,6 +48,7 @@ make_image() {
     ext4) truncate -s "${mib}M" "$image" && mke2fs -q -F -t ext4 "$image" >/dev/null 2>&1 ;;
     model) cp --sparse=always --reflink=auto "$(filled model smol.gguf "$mib")" "$image" ;;
     tiny) mv "$(filled tiny tiny.gguf "$mib")" "$image" ;;
+    experts) mv "$(filled experts experts.gguf "$mib")" "$image" ;;
     big) mv "$(filled big big.gguf "$mib")" "$image" ;;
     *) die "$0: drive $name: no kind $kind" ;;
   esac
@@ -64,6 +65,10 @@ filled() {
       need_pip gguf==0.19.0 numpy==2.4.6 >&2
       python3 tests/fidelity/synth_gguf.py llama-tiny Q4_0 "$work/big/big.gguf" --layers 36 \
         --shape '{"D": 4096, "F": 14336, "H": 32, "K": 8}' >/dev/null
+    elif [ "$1" = experts ]; then
+      need_pip gguf==0.19.0 numpy==2.4.6 >&2
+      python3 tests/fidelity/synth_gguf.py qwen3moe-tiny Q8_0 "$work/experts/experts.gguf" --layers 6 \
+        --shape '{"E": 32, "used": 4}' >/dev/null
     elif [ "$1" = tiny ]; then
       python3 tests/vm/small_gguf.py "$work/tiny/tiny.gguf" 10
     else

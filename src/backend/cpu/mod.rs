@@ -1098,6 +1098,12 @@ impl Backend for CpuBackend {
         self.run(op)
     }
 
+    fn choose_instead(&mut self, ids: &[u32]) -> Result<(), BackendError> {
+        let choices = self.choices();
+        self.experts.ids[choices].copy_from_slice(ids);
+        Ok(())
+    }
+
     fn chosen(&mut self) -> &[u32] {
         &self.experts.ids[self.choices()]
     }

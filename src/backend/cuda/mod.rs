@@ -648,6 +648,15 @@ impl Backend for CudaBackend {
         self.run(op)
     }
 
+    fn choose_instead(&mut self, ids: &[u32]) -> Result<(), BackendError> {
+        let moe = self.engine.ws.moe.as_mut().ok_or_else(no_experts)?;
+        // What was sent of the lists by expert may be on its way still.
+        self.engine.stream.synchronize()?;
+        moe.ids_host.as_mut_slice()[..ids.len()].copy_from_slice(ids);
+        self.grouped = false;
+        Ok(())
+    }
+
     fn chosen(&mut self) -> &[u32] {
         let pairs = self.tokens * self.dims.n_experts_used;
         self.engine.ws.moe.as_ref().map_or(&[], |moe| &moe.ids_host.as_slice()[..pairs])

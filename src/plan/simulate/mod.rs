@@ -8,7 +8,10 @@
 mod share;
 mod world;
 
+use std::sync::Arc;
+
 use super::{Home, LinkName, Rates, UnitSize};
+use crate::model::ForcedRouting;
 use crate::pipeline::Event;
 use world::World;
 
@@ -42,8 +45,32 @@ pub struct Setup {
     pub copy_gap_s: f64,
     /// Whether the next pass is brought while this one ends. A predecessor's did not.
     pub wrap: bool,
-    /// Decides which experts are chosen.
+    /// Decides which experts are chosen where no routing does.
     pub seed: u64,
+    /// Caches of experts in RAM.
+    pub caching: Caching,
+}
+
+/// Frames of a layer's experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SimCache {
+    /// How many.
+    pub slots: usize,
+    /// Which of the layers with experts it belongs to.
+    pub number: usize,
+}
+
+/// Caches of experts in RAM, warm from the beginning.
+#[derive(Clone, Debug, Default)]
+pub struct Caching {
+    /// The caches.
+    pub caches: Vec<SimCache>,
+    /// By unit, the cache that it goes through; empty for none.
+    pub of: Vec<Option<usize>>,
+    /// By unit, whether processors beside a device compute it from its frame in RAM; empty for none.
+    pub in_ram: Vec<bool>,
+    /// What tokens choose.
+    pub routing: Option<Arc<ForcedRouting>>,
 }
 
 /// Seconds of computing in one pass.
@@ -55,6 +82,8 @@ pub struct PassWork {
     pub beside_s: f64,
     /// Experts that are used of each block.
     pub experts: usize,
+    /// Whether it is of a prompt, which chooses by chance and evicts nothing from caches.
+    pub prompt: bool,
 }
 
 /// Where a pass's time went, in seconds.

@@ -26,11 +26,12 @@ fn setup(homes: &str, on_device: bool, slots: usize, rates: Rates) -> Setup {
         copy_gap_s: 0.0,
         wrap: true,
         seed: 1,
+        caching: Caching::default(),
     }
 }
 
 fn work(setup: &Setup, each_s: f64) -> PassWork {
-    PassWork { unit_s: vec![each_s; setup.units.len()], beside_s: 0.0, experts: 0 }
+    PassWork { unit_s: vec![each_s; setup.units.len()], beside_s: 0.0, experts: 0, prompt: false }
 }
 
 const RATES: Rates =
@@ -155,6 +156,7 @@ fn random(seed: u64) -> (Setup, PassWork) {
         on_device,
         staging_slots: slots,
         staging_attention: seed.is_multiple_of(2),
+        caching: Caching::default(),
         device_slots: slots,
         device_attention: seed.is_multiple_of(2),
         rates,
@@ -162,7 +164,7 @@ fn random(seed: u64) -> (Setup, PassWork) {
         wrap: true,
         seed,
     };
-    let pass = PassWork { unit_s: vec![each; setup.units.len()], beside_s: 0.01, experts: experts / 2 };
+    let pass = PassWork { unit_s: vec![each; setup.units.len()], beside_s: 0.01, experts: experts / 2, prompt: false };
     (setup, pass)
 }
 
@@ -197,7 +199,7 @@ fn no_pass_is_faster_than_the_roofline() {
         let works: Vec<UnitWork> = setup
             .units
             .iter()
-            .map(|u| UnitWork { size: u.size, bytes: u.size.slot_bytes, matrices: vec![], share: 1.0 })
+            .map(|u| UnitWork { size: u.size, bytes: u.size.slot_bytes, matrices: vec![], share: 1.0, miss: 1.0 })
             .collect();
         let homes: Vec<Home> = setup.units.iter().map(|u| u.home).collect();
         let compute = pass.unit_s.iter().sum::<f64>() + pass.beside_s;

@@ -6,9 +6,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::share::{Demand, speeds};
-use super::{Outcome, PassWork, Setup, Shares};
-use crate::flow::{COPIES_MAX, Frames, Hold, Move, Place, PoolSpec, Rank, Spec, Step, links};
+use super::{Outcome, PassWork, Setup, Shares, SimCache};
+use crate::flow::{COPIES_MAX, Frames, Hold, Move, Place, Policy, PoolSpec, Rank, Spec, Step, links};
 use crate::pipeline::{Event, EventKind};
+use crate::plan::hits::held;
 use crate::plan::{COPY_TRANSFERS, Home, UnitPart};
 
 /// The links of the machine.
@@ -26,6 +27,9 @@ const COPY_PROCESSORS: f64 = 0.85;
 
 /// Most of RAM's rate that a drive may take.
 const READ_SHARE_MAX: f64 = 0.9;
+
+/// Tokens before the first that is simulated, which have filled caches.
+const TOKENS_BEFORE: u64 = 512;
 
 /// Something that runs, alone of its kind.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +78,8 @@ pub(super) struct World<'a> {
     frames: Frames<()>,
     holes: bool,
     rng: ChaCha8Rng,
+    /// Tokens so far.
+    token: u64,
 
     /// Reads that were taken, of which one runs at a time.
     reads: VecDeque<Move>,
@@ -104,7 +110,8 @@ pub(super) struct World<'a> {
 
 impl<'a> World<'a> {
     pub fn new(setup: &'a Setup) -> World<'a> {
-        let frames = Frames::new(spec(setup));
+        let mut frames = Frames::new(spec(setup));
+        fill_caches(&mut frames, setup);
         let n = frames.frames_of(Place::Device);
         World {
             setup,
@@ -112,6 +119,7 @@ impl<'a> World<'a> {
             holes: streams_experts(setup),
             frames,
             rng: ChaCha8Rng::seed_from_u64(setup.seed),
+            token: TOKENS_BEFORE,
             reads: VecDeque::new(),
             reading: None,
             copies: VecDeque::new(),
@@ -149,6 +157,7 @@ impl<'a> World<'a> {
                     break;
                 }
             }
+            self.token += u64::from(!pass.prompt);
             self.shares.seconds = self.now - began;
             done.push(std::mem::take(&mut self.shares));
         }
@@ -235,7 +244,7 @@ impl<'a> World<'a> {
             }
             Some(Do::Route(shared)) if idle => {
                 self.program.pop_front();
-                self.route(shared, pass.experts);
+                self.route(shared, pass);
                 true
             }
             Some(Do::Beside) if idle => {
@@ -263,7 +272,11 @@ impl<'a> World<'a> {
             return true;
         }
         let Hold::Ready(slot, rank) = self.frames.hold(unit) else { return false };
-        if self.setup.on_device {
+        if self.setup.caching.in_ram.get(unit) == Some(&true) {
+            // Processors beside the device; the frame stays until the next token's choice.
+            self.push_compute(Compute { slot, ..resident });
+            self.frames.reached(rank);
+        } else if self.setup.on_device {
             self.push_compute(Compute { slot, after_copies: self.last_copy[slot], ..resident });
             self.last_compute[slot] = self.computes_called;
             self.frames.reached(rank);
@@ -275,19 +288,30 @@ impl<'a> World<'a> {
     }
 
     /// Chooses experts of the block whose shared part is `shared`; resident ones are computed first.
-    fn route(&mut self, shared: usize, experts: usize) {
-        let units = &self.setup.units;
+    fn route(&mut self, shared: usize, pass: &PassWork) {
+        let (units, experts) = (&self.setup.units, pass.experts);
         let n = units[shared + 1..].iter().take_while(|u| u.size.routed()).count();
         let mut of: Vec<usize> = (shared + 1..=shared + n).collect();
-        for i in 0..experts.min(n) {
-            let j = self.rng.random_range(i..n);
-            of.swap(i, j);
+        match self.setup.caching.routing.as_ref().filter(|_| !pass.prompt) {
+            Some(routing) => {
+                let routed = |i: &usize| units[*i].size.routed() && !units[*i - 1].size.routed();
+                let number = (1..=shared).filter(routed).count();
+                let mut ids = vec![0; experts.min(n)];
+                routing.choose(number, self.token, &mut ids);
+                of = ids.into_iter().map(|e| shared + 1 + e as usize).collect();
+            }
+            None => {
+                for i in 0..experts.min(n) {
+                    let j = self.rng.random_range(i..n);
+                    of.swap(i, j);
+                }
+                of.truncate(experts.min(n));
+            }
         }
-        of.truncate(experts.min(n));
         of.sort_unstable_by_key(|&u| (streams(self.setup, u), u));
         if self.holes {
-            let streamed: Vec<usize> = of.iter().copied().filter(|&u| streams(self.setup, u)).collect();
-            self.frames.demand(&streamed);
+            let here = of.partition_point(|&u| !streams(self.setup, u));
+            self.frames.demand(&mut of[here..], pass.prompt);
         }
         for u in of.into_iter().rev() {
             self.program.push_front(Do::Compute(u));
@@ -468,6 +492,13 @@ fn spec(setup: &Setup) -> Spec {
         PoolSpec::rings(place, n, units.len(), attention.then(apart))
     };
     let mut pools = rings(Place::Host, setup.staging_slots, setup.staging_attention);
+    let cache = |(i, c): (usize, &SimCache)| PoolSpec {
+        place: Place::Host,
+        frames: c.slots,
+        policy: Policy::Cache,
+        members: setup.caching.of.iter().map(|of| *of == Some(i)).collect(),
+    };
+    pools.extend(setup.caching.caches.iter().enumerate().map(cache));
     if setup.on_device {
         pools.extend(rings(Place::Device, setup.device_slots, setup.device_attention));
     }
@@ -475,10 +506,24 @@ fn spec(setup: &Setup) -> Spec {
         homes: units.iter().map(|u| rests(u.home)).collect(),
         routed: units.iter().map(|u| u.size.routed()).collect(),
         site: if setup.on_device { Place::Device } else { Place::Host },
+        in_ram: setup.caching.in_ram.clone(),
         steps: schedule(setup),
         demand_max: most_experts(setup),
         pools,
         links: links(),
+    }
+}
+
+/// Fills caches with what the tokens before would have left there.
+fn fill_caches(frames: &mut Frames<()>, setup: &Setup) {
+    let Some(routing) = &setup.caching.routing else { return };
+    for (i, c) in setup.caching.caches.iter().enumerate() {
+        let routed = |u: usize| setup.units[u].size.routed();
+        // Where the experts of the cache's layer begin.
+        let of_layer = (1..setup.units.len()).filter(|&u| routed(u) && !routed(u - 1)).nth(c.number).unwrap_or(0);
+        let cached = |e: usize| setup.caching.of.get(of_layer + e) == Some(&Some(i));
+        let held = held(routing, c.number, c.slots, TOKENS_BEFORE, &cached);
+        frames.fill(&held.into_iter().map(|e| of_layer + e).collect::<Vec<_>>());
     }
 }
 

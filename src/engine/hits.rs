@@ -1,0 +1,60 @@
+//! What caches of experts are expected to have.
+
+use std::sync::Arc;
+
+use super::sizes::unit_sizes;
+use crate::model::{ForcedRouting, Mixture, Model, Routes, UnitKind};
+use crate::plan::{Caching, Home, Plan, SimCache, hit_rates};
+
+/// Blocks with routed experts, in their order, and the first unit of each block's experts.
+fn routed(model: &Model) -> Vec<(usize, usize)> {
+    let mut blocks: Vec<(usize, usize)> = Vec::new();
+    for (unit, u) in model.units.iter().enumerate() {
+        if let UnitKind::Expert { layer, .. } = u.kind
+            && blocks.last().is_none_or(|b| b.0 != layer)
+        {
+            blocks.push((layer, unit));
+        }
+    }
+    blocks
+}
+
+/// The mixture of a model: no layers where it has none.
+pub fn mixture(model: &Model) -> Mixture {
+    let h = &model.hparams;
+    Mixture { layers: routed(model).len(), experts: h.n_experts, used: h.n_experts_used }
+}
+
+/// Which of the layers with experts each cache belongs to.
+fn numbers(plan: &Plan, blocks: &[(usize, usize)]) -> Vec<usize> {
+    plan.caches.iter().map(|c| blocks.iter().position(|b| b.0 == c.block).unwrap_or(0)).collect()
+}
+
+/// The share of uses that each cache of a plan will have there.
+pub(super) fn hit_rates_of(model: &Model, plan: &Plan, routing: Option<&ForcedRouting>) -> Vec<f64> {
+    let blocks = routed(model);
+    let first = |block: usize| blocks.iter().find(|b| b.0 == block).map_or(0, |b| b.1);
+    let cached = |block: usize, expert: usize| plan.homes[first(block) + expert] == Home::C;
+    hit_rates(&plan.caches, &numbers(plan, &blocks), routing, &cached)
+}
+
+/// What the simulator is to know of a plan's caches.
+pub(super) fn caching(
+    model: &Model,
+    plan: &Plan,
+    routing: Option<&Arc<ForcedRouting>>,
+    beside: Option<&[bool]>,
+) -> Caching {
+    if plan.caches.is_empty() && routing.is_none() {
+        return Caching::default();
+    }
+    let numbers = numbers(plan, &routed(model));
+    let uniform = || ForcedRouting::new(mixture(model), Routes::Uniform, 1).ok().map(Arc::new);
+    let stays = |u: usize| beside.is_some_and(|b| b[u]) && plan.homes[u] == Home::C;
+    Caching {
+        caches: plan.caches.iter().zip(numbers).map(|(c, number)| SimCache { slots: c.slots, number }).collect(),
+        of: plan.cache_of(&unit_sizes(model)),
+        in_ram: (0..plan.homes.len()).map(stays).collect(),
+        routing: routing.cloned().or_else(uniform),
+    }
+}
