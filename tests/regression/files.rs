@@ -664,7 +664,7 @@ fn other_ids_beyond_the_vocabulary() {
 /// A plan was made for a file that cannot be run.
 #[test]
 fn a_type_without_kernels() {
-    refused_by_all(&case("type-iq3-xxs.gguf"), &["blk.0.ffn_up.weight", "IQ3_XXS", "Q4_K"]);
+    refused_by_all(&case("type-tq2-0.gguf"), &["blk.0.ffn_up.weight", "TQ2_0", "Q4_K"]);
 }
 
 /// The same for the embedding and for a norm in such a type.
@@ -674,8 +674,8 @@ fn other_places_of_types_without_kernels() {
     f.set("llama.embedding_length", V::U32(256));
     f.tensors.retain(|t| t.name == "token_embd.weight");
     let t = f.tensor("token_embd.weight");
-    (t.shape, t.ty, t.data) = (vec![256, 258], 16, vec![0; 258 * 66]);
-    refused_file(&f, &["token_embd.weight", "IQ2_XXS"]);
+    (t.shape, t.ty, t.data) = (vec![256, 258], 35, vec![0; 258 * 66]);
+    refused_file(&f, &["token_embd.weight", "TQ2_0"]);
     let mut f = tiny(1);
     let t = f.tensor("blk.0.attn_norm.weight");
     (t.ty, t.data) = (24, vec![0; 64]);

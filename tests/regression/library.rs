@@ -96,10 +96,10 @@ fn sharded(dir: &Path, name: &str) {
 }
 
 /// A model with one matrix of a type that nothing multiplies.
-fn iq3() -> File {
+fn tq2() -> File {
     let mut file = tiny(1);
     let down = file.tensor("blk.0.ffn_down.weight");
-    (down.ty, down.shape, down.data) = (18, vec![256, 64], vec![0; 98 * 64]);
+    (down.ty, down.shape, down.data) = (35, vec![256, 64], vec![0; 66 * 64]);
     file.set("llama.feed_forward_length", V::U32(256));
     for name in ["gate", "up"] {
         let t = file.tensor(&format!("blk.0.ffn_{name}.weight"));
@@ -192,7 +192,7 @@ fn a_list_ends_on_no_file() {
     sharded(&home.models(), "parts");
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n";
     fs::write(home.models().join("lfs.gguf"), pointer).unwrap();
-    iq3().write(&home.models(), "iq3.gguf");
+    tq2().write(&home.models(), "tq2.gguf");
     fs::write(home.models().join("empty.gguf"), b"").unwrap();
     fs::write(home.models().join("\x1b[31mred.gguf"), b"GGUF").unwrap();
     fs::write(home.models().join("last-00002-of-00002.gguf"), b"GGUF").unwrap();
@@ -218,7 +218,7 @@ fn a_list_ends_on_no_file() {
     assert_eq!(by_name("parts")["shards"], 2);
     for (name, words) in [
         ("lfs", "Git LFS pointer"),
-        ("iq3", "IQ3_XXS"),
+        ("tq2", "TQ2_0"),
         ("empty", "empty"),
         ("\\u{1b}[31mred", "red.gguf"),
         ("last", "shard 1 of 2 is missing"),
