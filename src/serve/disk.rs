@@ -62,11 +62,17 @@ impl Shelf {
         Ok(Shelf { folder: folder.into(), most, model: hex(sum) })
     }
 
-    /// The folder's files, the one that was used last first; only those of this model, or all.
-    fn files(&self, all: bool) -> Vec<Shelved> {
+    /// What the names of files begin with whose bits this session computes.
+    fn prefix(&self, session: &Session) -> String {
+        let backend: String = session.backend_name().chars().filter(char::is_ascii_alphanumeric).collect();
+        format!("{}-{backend}-", self.model)
+    }
+
+    /// The folder's files whose names begin so, the one that was used last first.
+    fn files(&self, prefix: &str) -> Vec<Shelved> {
         let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         let mut files: Vec<Shelved> = entries
-            .filter(|e| e.file_name().to_str().is_some_and(|n| n.ends_with(END) && (all || n.starts_with(&self.model))))
+            .filter(|e| e.file_name().to_str().is_some_and(|n| n.ends_with(END) && n.starts_with(prefix)))
             .filter_map(|e| {
                 let meta = e.metadata().ok().filter(fs::Metadata::is_file)?;
                 let used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
@@ -79,8 +85,12 @@ impl Shelf {
 
     /// Takes prompts over into sequences next to `root`, as long as half of the cache stays free.
     pub fn load(&self, session: &mut Session, root: SeqId, kept: &mut Kept<SeqId>, stop: &dyn Fn() -> bool) {
+        // A state behind all tokens is in no page.
+        if session.recurrent() {
+            return;
+        }
         let free = session.free_pages();
-        for file in self.files(false) {
+        for file in self.files(&self.prefix(session)) {
             if stop() || session.free_pages() < free / 2 {
                 return;
             }
@@ -114,6 +124,9 @@ impl Shelf {
         };
         let (tokens, prompt) = saved.tokens();
         let tokens = tokens.to_vec();
+        if tokens.len() > session.n_ctx() {
+            return Ok(None);
+        }
         let needed = session.pages_needed(root, tokens.len()).map_err(|e| e.to_string())?;
         if needed + spare > session.free_pages() {
             return Ok(None);
@@ -143,7 +156,7 @@ impl Shelf {
         for (seq, tokens) in kept.by_use() {
             let mut sum = Sha256::new();
             tokens.iter().for_each(|t| sum.update(t.to_le_bytes()));
-            let path = self.folder.join(format!("{}-{}{END}", self.model, hex(sum)));
+            let path = self.folder.join(format!("{}{}{END}", self.prefix(session), hex(sum)));
             let written = self.save_one(&path, session, seq, tokens);
             let _ = session.switch(root);
             match written {
@@ -175,7 +188,7 @@ impl Shelf {
     /// Removes files, those used longest ago first, until the rest is within the bound.
     fn prune(&self) {
         let mut sum = 0u64;
-        for file in self.files(true) {
+        for file in self.files("") {
             sum = sum.saturating_add(file.bytes);
             if sum > self.most {
                 tracing::info!(

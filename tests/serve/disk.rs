@@ -62,6 +62,12 @@ fn prompts_outlast_the_server_that_computed_them() {
         let (cached, again) = asked(&path, &folder, &[], &prompt);
         assert!(cached == 0 && again == text, "byte {at}: {cached} {again}");
     }
+    // A context that is too short for it leaves it as it is.
+    let before = files(&folder);
+    let short = &["--ctx", "64"];
+    asked(&path, &folder, short, "x");
+    assert!(before.iter().all(|f| f.exists()));
+    assert!(asked(&path, &folder, &[], &prompt).0 > 0);
     // No room for any.
     asked(&path, &folder, &["--cache-size", "1"], &prompt);
     assert!(files(&folder).is_empty());
