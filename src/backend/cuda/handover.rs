@@ -270,10 +270,11 @@ impl Hands for CudaBackend {
             // SAFETY: both hold a word for each choice, as checked above; the host has read the last ones of this place.
             unsafe { gpu.hand_rows(ids, to, 0, used, rows)? };
             gpu.give_routed(place)?;
-            if rows > 1 {
+            let h = gpu.handover.as_ref().ok_or_else(none)?;
+            // A launch that returns when its kernel has run would wait for experts that the host brings after it.
+            if rows > 1 || !h.ahead {
                 return Ok(false);
             }
-            let h = gpu.handover.as_ref().ok_or_else(none)?;
             // SAFETY: a word of the buffer; [`Hands::fetch`] has it written, or [`Hands::answer_all`].
             unsafe { gpu.engine.stream.await_word(h.landed_word(place).1, h.uses[place])? };
             Ok(true)
