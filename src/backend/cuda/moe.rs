@@ -134,9 +134,9 @@ impl CudaBackend {
         let (up, down) = (first.up.weight.ty, first.down.weight.ty);
         let same = |e: &Expert| {
             let linears = [&e.gate, &e.up, &e.down];
-            let biases = linears.iter().filter_map(|l| l.bias);
+            let mut biases = linears.iter().filter_map(|l| l.bias);
             e.how == first.how
-                && biases.fold(true, |all, b| all && b.ty == TensorType::F32 && b.addr.is_multiple_of(4))
+                && biases.all(|b| b.ty == TensorType::F32 && b.addr.is_multiple_of(4))
                 && (e.gate.weight.ty, e.up.weight.ty, e.down.weight.ty) == (up, up, down)
                 && readable(&e.gate.weight, (ff, n))
                 && readable(&e.up.weight, (ff, n))
