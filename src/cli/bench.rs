@@ -55,7 +55,7 @@ pub struct BenchArgs {
     output: Option<OutputArg>,
     /// Force the experts that tokens choose, in place of their routers' choices: each as likely, by Zipf's law, or as in
     /// FILE, a JSON list per token. Routers are computed still, and what they chose is dropped; a layer whose experts are all
-    /// in VRAM keeps it.
+    /// in VRAM keeps it. Beside a GPU processors compute all experts in RAM then, which are else divided with it.
     #[arg(long, value_name = "uniform|zipf:S|trace:FILE")]
     routing: Option<RoutingArg>,
     #[command(flatten)]

@@ -505,7 +505,8 @@ impl<'a> Pass<'a> {
     fn stage(&mut self, i: usize) -> Result<(), ForwardError> {
         let (stage, calls) = (&self.model.stages[i], &self.tape.stages[i]);
         let rest = match self.resting.get(i).copied().unwrap_or(Rest::No) {
-            Rest::Shared if *self.classes != [Class::Exact] => Rest::No,
+            // Who chooses by itself cannot be told what to choose.
+            Rest::Shared if *self.classes != [Class::Exact] || self.forced.is_some() => Rest::No,
             rest => rest,
         };
         if self.forced.is_some() {
