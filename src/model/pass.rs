@@ -538,11 +538,10 @@ impl<'a> Pass<'a> {
                         self.rows[class as usize] = outputs.len();
                     }
                 }
-                match (stage.block, self.routing(call, calls)) {
+                let routing = if rest == Rest::No { None } else { self.routing(call, calls) };
+                match (stage.block, routing) {
                     (Some(block), Some(routing)) if rest == Rest::Here => self.backend.mixture(block, &routing)?,
-                    (Some(block), Some(routing)) if rest == Rest::Shared => {
-                        self.backend.shared_mixture(block, &routing)?;
-                    }
+                    (Some(block), Some(routing)) => self.backend.shared_mixture(block, &routing)?,
                     _ => self.call(call, stage.experts.as_ref())?,
                 }
             }
@@ -620,15 +619,11 @@ impl<'a> Pass<'a> {
             Call::Route { norm, router, params } => {
                 let (norm, router) = (self.norm(norm), self.weight(router));
                 let ids = self.backend.route(&norm, &router, params)?;
-                match &mut self.forced {
-                    None => demand(self.demanded, experts, ids),
-                    Some(forced) => {
-                        let n = ids.len();
-                        let ids = forced.choose(self.routed, self.first_row, n);
-                        self.backend.choose_instead(ids)?;
-                        demand(self.demanded, experts, ids);
-                    }
+                let n = ids.len();
+                if self.forced.is_none() {
+                    demand(self.demanded, experts, ids);
                 }
+                self.choose_instead(experts, n)?;
             }
             Call::Combine => self.backend.combine_experts()?,
             Call::OutputNorm { norm } => {
@@ -644,17 +639,23 @@ impl<'a> Pass<'a> {
                 self.backend.op(&bound)?;
                 if let Op::Route { .. } = op {
                     let ids = self.backend.chosen();
-                    match &mut self.forced {
-                        None => demand(self.demanded, experts, ids),
-                        Some(forced) => {
-                            let n = ids.len();
-                            let ids = forced.choose(self.routed, self.first_row, n);
-                            self.backend.choose_instead(ids)?;
-                            demand(self.demanded, experts, ids);
-                        }
+                    let n = ids.len();
+                    if self.forced.is_none() {
+                        demand(self.demanded, experts, ids);
                     }
+                    self.choose_instead(experts, n)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Where a routing is forced, its choices for `n` (row, choice) pairs are wanted in place of the router's.
+    fn choose_instead(&mut self, experts: Option<&Experts>, n: usize) -> Result<(), ForwardError> {
+        if let Some(forced) = &mut self.forced {
+            let ids = forced.choose(self.routed, self.first_row, n);
+            self.backend.choose_instead(ids)?;
+            demand(self.demanded, experts, ids);
         }
         Ok(())
     }

@@ -4,21 +4,10 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use serde_json::{Value as Json, json};
+use serde_json::json;
 
+use super::hostile::{served, short};
 use super::http::{Reply, Server};
-use super::same_text::model;
-
-fn served(more: &[&str]) -> (tempfile::TempDir, Server) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = model().write(dir.path(), "m.gguf");
-    let server = Server::start(&path, more);
-    (dir, server)
-}
-
-fn short() -> Json {
-    json!({ "prompt": "x", "max_tokens": 3, "seed": 1, "ignore_eos": true })
-}
 
 /// Sends bytes as they are and reads to the end; the status, or `None` where the connection just ended.
 fn raw(server: &Server, bytes: &[u8]) -> (Option<u16>, String) {

@@ -12,14 +12,14 @@ use super::same_text::model;
 
 const MIB: u64 = 1 << 20;
 
-fn served(more: &[&str]) -> (tempfile::TempDir, Server) {
+pub fn served(more: &[&str]) -> (tempfile::TempDir, Server) {
     let dir = tempfile::tempdir().unwrap();
     let path = model().write(dir.path(), "m.gguf");
     let server = Server::start(&path, more);
     (dir, server)
 }
 
-fn short() -> Json {
+pub fn short() -> Json {
     json!({ "prompt": "x", "max_tokens": 3, "seed": 1, "ignore_eos": true })
 }
 
