@@ -121,8 +121,9 @@ struct ExpertsArgs {
     int share;             // of what is chosen in RAM 256ths are for processors; then x has a row for each choice. -1: for none
     const u8* landing;     // where the others in RAM have been brought, in the order of choices; null: they are read in RAM
     u64 slot;              // bytes of one of them
+    int which;             // WHICH_*, where some are in RAM
 };
-ARGS_SIZE(ExpertsArgs, 136); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
+ARGS_SIZE(ExpertsArgs, 144); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
 ARGS_FIELD(ExpertsArgs, q, 16); ARGS_FIELD(ExpertsArgs, f, 24); ARGS_FIELD(ExpertsArgs, hidden, 32);
 ARGS_FIELD(ExpertsArgs, x, 40); ARGS_FIELD(ExpertsArgs, ids, 48); ARGS_FIELD(ExpertsArgs, weights, 56);
 ARGS_FIELD(ExpertsArgs, experts, 64); ARGS_FIELD(ExpertsArgs, used, 68); ARGS_FIELD(ExpertsArgs, n, 72);
@@ -130,7 +131,12 @@ ARGS_FIELD(ExpertsArgs, ff, 76); ARGS_FIELD(ExpertsArgs, row_warps, 80); ARGS_FI
 ARGS_FIELD(ExpertsArgs, each, 88); ARGS_FIELD(ExpertsArgs, row_room, 92); ARGS_FIELD(ExpertsArgs, normalize, 96);
 ARGS_FIELD(ExpertsArgs, scale, 100); ARGS_FIELD(ExpertsArgs, how, 104); ARGS_FIELD(ExpertsArgs, limit, 108);
 ARGS_FIELD(ExpertsArgs, add, 112); ARGS_FIELD(ExpertsArgs, share, 116);
-ARGS_FIELD(ExpertsArgs, landing, 120); ARGS_FIELD(ExpertsArgs, slot, 128);
+ARGS_FIELD(ExpertsArgs, landing, 120); ARGS_FIELD(ExpertsArgs, slot, 128); ARGS_FIELD(ExpertsArgs, which, 136);
+
+// Of a token's choices that are not for processors:
+#define WHICH_ALL 0
+#define WHICH_HERE 1     // those in device memory
+#define WHICH_BROUGHT 2  // the others
 
 #define TABLE 6  // addresses of an expert
 #define IN_RAM (1ull << 63)  // in the first of them
@@ -295,12 +301,18 @@ __device__ __forceinline__ float2 two_rows_plain(const u8* w0, const u8* w1, con
 
 // Where a choice of a token is computed: OF_PROCESSORS, which have the first ones of those in RAM; its place among those that
 // are brought; -1 in device memory. By a warp, whose lane j has the j-th choice.
-__device__ __forceinline__ int site_of(const ExpertsArgs& a, int id, int lane) {
+template <class Args>
+__device__ __forceinline__ int site_of(const Args& a, int id, int lane) {
     if (a.share < 0) return -1;
     const bool ram = lane < a.used && (a.table[(size_t)id * TABLE] & IN_RAM);
     const u32 all = __ballot_sync(0xffffffffu, ram);
     const int most = (__popc(all) * a.share + 128) >> 8, mine = __popc(all & ((1u << lane) - 1));
     return !ram ? -1 : mine < most ? OF_PROCESSORS : mine - most;
+}
+
+// Whether a choice with this site is for this launch.
+__device__ __forceinline__ bool is_meant(const ExpertsArgs& a, int site) {
+    return site != OF_PROCESSORS && (a.which == WHICH_ALL || (site < 0) == (a.which == WHICH_HERE));
 }
 
 // Matrix `k` of an expert.
@@ -314,7 +326,7 @@ __device__ __forceinline__ const u8* matrix_of(const ExpertsArgs& a, int id, int
 }
 
 // Where gate and up of a pair's expert lie, then their biases: by the first warp of a block, for all of them behind a barrier.
-// Null if it is for processors.
+// Null if it is not for this launch.
 __device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int lane, const u8** at) {
     const int j = pair % a.used;
     int id, site = -1;
@@ -322,7 +334,7 @@ __device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int 
         const int mine = lane < a.used ? (int)__ldcg(a.ids + pair - j + lane) : 0;
         id = __shfl_sync(0xffffffffu, mine, j);
         site = __shfl_sync(0xffffffffu, site_of(a, mine, lane), j);
-        if (site == OF_PROCESSORS) {
+        if (!is_meant(a, site)) {
             if (lane < 4) at[lane] = nullptr;
             return;
         }
@@ -422,7 +434,7 @@ __device__ __forceinline__ void find_experts(const ExpertsArgs& a, int t, Choice
         if (a.ids) site = site_of(a, mine.id, lane);
         if (lane < a.used) {
             const u64* row = a.table + (size_t)mine.id * TABLE;
-            c.at[lane] = site == OF_PROCESSORS ? nullptr : matrix_of(a, mine.id, 2, site);
+            c.at[lane] = is_meant(a, site) ? matrix_of(a, mine.id, 2, site) : nullptr;
             c.bias[lane] = (const float*)row[5];
             c.weights[lane] = mine.weight;
         }
@@ -654,3 +666,64 @@ FOR_EACH_QUANT(GROUPED_QUANT)
 GROUPED_PLAIN(F32)
 GROUPED_PLAIN(F16)
 GROUPED_PLAIN(BF16)
+
+struct BesideArgs {
+    const u64* table;      // as ExpertsArgs
+    const u32* ids;        // tokens × used
+    const float* weights;  // tokens × used
+    const float* out;      // tokens × used × n, of the choices that were computed here
+    const float* answers;  // the same of processors, in host memory
+    float* x;              // tokens × n
+    int used, n, share;    // as ExpertsArgs
+    int add;               // to x, rather than in its place
+};
+ARGS_SIZE(BesideArgs, 64); ARGS_FIELD(BesideArgs, table, 0); ARGS_FIELD(BesideArgs, ids, 8); ARGS_FIELD(BesideArgs, weights, 16);
+ARGS_FIELD(BesideArgs, out, 24); ARGS_FIELD(BesideArgs, answers, 32); ARGS_FIELD(BesideArgs, x, 40);
+ARGS_FIELD(BesideArgs, used, 48); ARGS_FIELD(BesideArgs, n, 52); ARGS_FIELD(BesideArgs, share, 56); ARGS_FIELD(BesideArgs, add, 60);
+
+#define AT_ONCE 8  // rows of a thread that are on their way at once
+
+// The choices of a token, added up in the order of `combine`. A thread has four columns; n is a multiple of 4.
+extern "C" __global__ void __launch_bounds__(64) combine_beside(const __grid_constant__ BesideArgs a) {
+    __shared__ float weights[USED_MAX];
+    __shared__ bool of_host[USED_MAX];
+    const int tid = threadIdx.x, t = blockIdx.y, at = (blockIdx.x * 64 + tid) * 4;
+    pdl_launch();
+    pdl_wait();
+    if (tid < 32) {
+        const int id = tid < a.used ? (int)__ldcg(a.ids + (size_t)t * a.used + tid) : 0;
+        of_host[tid] = site_of(a, id, tid) == OF_PROCESSORS;
+        weights[tid] = tid < a.used ? __ldcg(a.weights + (size_t)t * a.used + tid) : 0.0f;
+    }
+    __syncthreads();
+    if (at >= a.n) return;
+    float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int j0 = 0; j0 < a.used; j0 += AT_ONCE) {
+        float4 v[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (j0 + k >= a.used) break;
+            const size_t row = ((size_t)t * a.used + j0 + k) * a.n + at;
+            if (of_host[j0 + k])
+                asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(v[k].x), "=f"(v[k].y), "=f"(v[k].z), "=f"(v[k].w) : "l"(a.answers + row));
+            else
+                v[k] = __ldcg((const float4*)(a.out + row));
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (j0 + k >= a.used) break;
+            const float w = weights[j0 + k];
+            s.x = __fmaf_rn(w, v[k].x, s.x);
+            s.y = __fmaf_rn(w, v[k].y, s.y);
+            s.z = __fmaf_rn(w, v[k].z, s.z);
+            s.w = __fmaf_rn(w, v[k].w, s.w);
+        }
+    }
+    float4* x = (float4*)(a.x + (size_t)t * a.n + at);
+    if (a.add) {
+        const float4 was = *x;
+        s.x += was.x, s.y += was.y, s.z += was.z, s.w += was.w;
+    }
+    *x = s;
+}

@@ -216,15 +216,15 @@ impl CopyEngine for Late {
     }
 }
 
-type Call = Box<dyn Fn(&mut CpuBackend) -> Result<(), BackendError>>;
+type Call = Arc<dyn Fn(&mut CpuBackend) -> Result<(), BackendError>>;
 
 /// Processors that compute from the second memory. Operations of a stretch are recorded, not run, and then
 /// repeated; the first recording fails.
 struct Detached {
     cpu: CpuBackend,
     memory: Arc<Memory>,
-    recording: Option<Vec<Call>>,
-    recorded: Option<Vec<Call>>,
+    recording: Option<Vec<Queued>>,
+    recorded: Option<Vec<Queued>>,
     failed_once: bool,
     given: [Option<Vec<f32>>; 2],
     answers: [Option<Vec<f32>>; 2],
@@ -241,6 +241,7 @@ struct Detached {
 }
 
 /// An operation of a device that is called ahead.
+#[derive(Clone)]
 enum Queued {
     Call(Call),
     Give(usize),
@@ -252,12 +253,25 @@ enum Queued {
 
 impl Detached {
     fn call(&mut self, f: impl Fn(&mut CpuBackend) -> Result<(), BackendError> + 'static) -> Result<(), BackendError> {
-        match &mut self.recording {
-            Some(calls) => calls.push(Box::new(f)),
-            None if self.queues => self.queue.push_back(Queued::Call(Box::new(f))),
-            None => f(&mut self.cpu)?,
+        if self.recording.is_none() && !self.queues {
+            return f(&mut self.cpu);
         }
+        self.queue(Queued::Call(Arc::new(f)));
         Ok(())
+    }
+
+    /// Keeps an operation, for a recording or for later.
+    fn queue(&mut self, operation: Queued) {
+        match &mut self.recording {
+            Some(recording) => recording.push(operation),
+            None => self.queue.push_back(operation),
+        }
+    }
+
+    /// Keeps an operation that others wait for.
+    fn hand(&mut self, operation: Queued) -> Result<(), BackendError> {
+        self.queue(operation);
+        if self.ahead || self.recording.is_some() { Ok(()) } else { self.finish() }
     }
 
     /// Runs what is queued, up to a wait for an answer that is not there.
@@ -326,10 +340,11 @@ impl Detached {
     }
 
     fn repeat(&mut self) -> Result<bool, BackendError> {
-        let Some(calls) = &self.recorded else {
+        let Some(recorded) = &self.recorded else {
             return Ok(false);
         };
-        calls.iter().try_for_each(|f| f(&mut self.cpu))?;
+        self.queue.extend(recorded.iter().cloned());
+        self.advance()?;
         Ok(true)
     }
 }
@@ -468,8 +483,7 @@ impl Hands for Detached {
     }
     fn give(&mut self, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
-        self.queue.push_back(Queued::Give(place));
-        if self.ahead { Ok(()) } else { self.finish() }
+        self.hand(Queued::Give(place))
     }
     fn route_and_give(
         &mut self,
@@ -498,12 +512,10 @@ impl Hands for Detached {
     }
     fn take(&mut self, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
-        self.queue.push_back(Queued::Take(place));
-        if self.ahead { Ok(()) } else { self.finish() }
+        self.hand(Queued::Take(place))
     }
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
-        self.queue.push_back(Queued::TakeExperts(place, pairs.to_vec()));
-        if self.ahead { Ok(()) } else { self.finish() }
+        self.hand(Queued::TakeExperts(place, pairs.to_vec()))
     }
     fn hold_shared(
         &mut self,
@@ -518,17 +530,18 @@ impl Hands for Detached {
     }
     fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
-        self.queue.push_back(Queued::Mix(layer, *routing, place));
-        if self.ahead { Ok(()) } else { self.finish() }
+        self.hand(Queued::Mix(layer, *routing, place))
     }
     fn given_routed(&mut self, place: usize) -> Result<(&[f32], &[u32]), BackendError> {
         self.given(place)?;
         Ok((self.given[place].as_ref().unwrap(), &self.chosen[place]))
     }
-    fn end_mix(&mut self, place: usize, _routing: &Routing) -> Result<(), BackendError> {
+    fn end_mix(&mut self, _layer: usize, place: usize, _routing: &Routing) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
-        self.queue.push_back(Queued::EndMix(place));
-        if self.ahead { Ok(()) } else { self.finish() }
+        self.hand(Queued::EndMix(place))
+    }
+    fn records(&self) -> bool {
+        self.recording.is_some()
     }
     fn answer_experts(&mut self, place: usize, pairs: &[u32], rows: &[f32]) {
         self.answered[place] = pairs.to_vec();
@@ -560,6 +573,7 @@ fn options() -> Options {
         caches: true,
         routing: None,
         n_buffers: None,
+        more_frames: false,
         tiers: None,
         stacked: false,
         n_ctx: 64,
@@ -899,6 +913,12 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
             assert!(logits(&mut session).unwrap() == want, "{vram}");
             assert!(*memory.handed.lock().unwrap() > 0, "{vram}");
             assert!((*memory.shared.lock().unwrap() > 0) == shares, "{vram}");
+            // Where no answer of a router is waited for, passes of one token are recorded, with what processors compute in them.
+            let repeats = || *memory.repeated.lock().unwrap();
+            let first = repeats();
+            assert_eq!(first > 0, shares || path == &dense, "{vram}");
+            assert!(logits(&mut session).unwrap() == want, "{vram}, repeated");
+            assert_eq!(repeats() - first, if first > 0 { 5 } else { 0 }, "{vram}");
             for rows in [1, 2, 3, 8] {
                 let tokens: Vec<u32> = (0..rows).map(|i| 7 + i * 31).collect();
                 session.truncate(0);
@@ -915,7 +935,7 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
                 let _ = session.eval(&[7], Class::Exact, Outputs::Last, &stop);
                 assert!(logits(&mut session).unwrap() == want, "after {after}");
             }
-            for part in 1..9 {
+            for part in (1..9).chain([11, 15]) {
                 let memory = Arc::new(Memory {
                     ahead: true,
                     shares,

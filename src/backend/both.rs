@@ -79,8 +79,18 @@ pub trait Hands: Backend {
         Ok(())
     }
 
-    /// Adds the outputs of all experts up, the processors' from the answer at `place`, for which operations called from here on wait.
-    fn end_mix(&mut self, place: usize, routing: &Routing) -> Result<(), BackendError>;
+    /// Adds the outputs of all experts of block `layer` up, the processors' from the answer at `place`, for which operations called
+    /// from here on wait.
+    fn end_mix(&mut self, layer: usize, place: usize, routing: &Routing) -> Result<(), BackendError>;
+
+    /// Whether what is called now is recorded, and none of it runs before [`Backend::end_stretch`].
+    fn records(&self) -> bool {
+        false
+    }
+
+    /// What a recording gives to `place` is about to be waited for: it was given once more, as [`Hands::give`] and [`Hands::mix`] did
+    /// when they were recorded.
+    fn give_again(&mut self, _place: usize) {}
 
     /// Answers [`Hands::mix`] with the outputs of these (row, choice) pairs; `rows` has a row for every pair.
     fn answer_experts(&mut self, place: usize, pairs: &[u32], rows: &[f32]);
@@ -126,6 +136,12 @@ impl Part {
     }
 }
 
+/// A part that is computed each time a recorded pass is repeated.
+enum Repeated {
+    Calls { place: usize, calls: Vec<Call> },
+    Shared { place: usize, layer: usize },
+}
+
 /// How processors beside a device spent their time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beside {
@@ -152,6 +168,9 @@ pub struct Both {
     expects: bool,
     /// Operations that were called behind the part that was put off.
     ahead: usize,
+    /// The device records what is called; what it has recorded has these parts, in this order.
+    records: bool,
+    recorded: Vec<Arc<Repeated>>,
     /// Choices of the rows at hand.
     chosen: Vec<u32>,
     /// Which (row, choice) pairs are the host's.
@@ -186,6 +205,8 @@ impl Both {
             turn: 0,
             expects: false,
             ahead: 0,
+            records: false,
+            recorded: Vec::new(),
             chosen: Vec::with_capacity(choices),
             pairs: Vec::with_capacity(choices),
             shared: Vec::new(),
@@ -214,21 +235,60 @@ impl Both {
             self.device.answer(part.place, self.cpu.expert_rows());
             return Ok(());
         }
+        self.compute_calls(part.place, &part.calls)
+    }
+
+    /// Computes a feed-forward part.
+    fn compute_calls(&mut self, place: usize, calls: &[Call]) -> Result<(), BackendError> {
         let began = Instant::now();
-        let rows = self.device.given(part.place)?;
+        let rows = self.device.given(place)?;
         let given = Instant::now();
         self.beside.waited += given - began;
         self.beside.parts += 1;
         self.cpu.begin_part(rows);
-        for call in &part.calls {
+        for call in calls {
             match call {
                 Call::FeedForward { norm, gate, up, down } => self.cpu.ffn(norm, gate, up, down)?,
                 Call::Op(op) => self.cpu.op(op)?,
             }
         }
-        self.device.answer(part.place, self.cpu.part());
+        self.device.answer(place, self.cpu.part());
         self.beside.computed += given.elapsed();
         Ok(())
+    }
+
+    /// Computes the parts of the recording that now runs.
+    fn compute_recorded(&mut self) -> Result<(), BackendError> {
+        for i in 0..self.recorded.len() {
+            let part = Arc::clone(&self.recorded[i]);
+            let computed = match *part {
+                Repeated::Calls { place, ref calls } => {
+                    self.device.give_again(place);
+                    self.compute_calls(place, calls)
+                }
+                Repeated::Shared { place, layer } => {
+                    self.device.give_again(place);
+                    self.compute_shared(layer, place)
+                }
+            };
+            if computed.is_err() {
+                self.device.answer_all();
+                return computed;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a part of the recording.
+    fn record(&mut self, mut part: Part) {
+        let place = part.place;
+        let repeated = match part.layer {
+            Some(layer) => Repeated::Shared { place, layer },
+            None => Repeated::Calls { place, calls: part.calls.clone() },
+        };
+        self.recorded.push(Arc::new(repeated));
+        part.clear();
+        self.spare.push(part);
     }
 
     /// Computes the experts of a block that are the processors'.
@@ -315,6 +375,11 @@ impl Both {
         part: Part,
         take: impl FnOnce(&mut dyn Hands, &Part) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
+        if self.records {
+            take(self.device.as_mut(), &part)?;
+            self.record(part);
+            return Ok(());
+        }
         if self.device.works_ahead() {
             take(self.device.as_mut(), &part)?;
             self.catch_up()?;
@@ -347,7 +412,7 @@ impl Both {
 
     /// Forgets what was put off, of a pass that has failed.
     fn forget(&mut self) {
-        self.expects = false;
+        (self.expects, self.records) = (false, false);
         // Also where a part was lost on its way, by a panic.
         self.device.answer_all();
         let left = [self.late.take(), self.open.take()];
@@ -448,11 +513,28 @@ impl Backend for Both {
     }
 
     fn begin_stretch(&mut self) -> Result<bool, BackendError> {
-        self.device.begin_stretch()
+        if !self.device.works_ahead() {
+            // Whoever launches a recording would wait for its end.
+            return Ok(false);
+        }
+        if self.device.begin_stretch()? {
+            return self.compute_recorded().map(|()| true);
+        }
+        self.records = self.device.records();
+        self.recorded.clear();
+        Ok(false)
     }
 
     fn end_stretch(&mut self, complete: bool) -> Result<bool, BackendError> {
-        self.device.end_stretch(complete)
+        if !std::mem::take(&mut self.records) {
+            // Nothing was recorded: what was called has run, all but the part that was put off.
+            return if complete { self.catch_up().map(|()| true) } else { Ok(true) };
+        }
+        let runs = self.device.end_stretch(complete)?;
+        if runs {
+            self.compute_recorded()?;
+        }
+        Ok(runs)
     }
 
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
@@ -572,7 +654,7 @@ impl Backend for Both {
         let mut part = self.new_part();
         part.layer = Some(layer);
         self.device.mix(layer, routing, part.place)?;
-        self.put_off(part, |device, part| device.end_mix(part.place, routing))
+        self.put_off(part, |device, part| device.end_mix(layer, part.place, routing))
     }
 
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError> {

@@ -312,6 +312,9 @@ pub enum Routing {
 pub struct Share(pub u32);
 
 impl Share {
+    /// All of them.
+    pub const ALL: Share = Share(256);
+
     /// Of so many choices, rounded.
     pub fn of(self, choices: usize) -> usize {
         ((choices as u64 * u64::from(self.0) + 128) >> 8) as usize

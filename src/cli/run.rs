@@ -405,6 +405,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         caches: true,
         routing: None,
         n_buffers: p.n_buffers.given(),
+        more_frames: p.n_buffers.given().is_none(),
         tiers: p.tiers,
         stacked: p.layout == LayoutArg::Stacked,
         n_ctx: 0,

@@ -95,20 +95,11 @@ pub(super) fn beside(
     }
 }
 
-/// Part of the experts that must rest in RAM before a link brings some of what a row has chosen of them: with fewer, what it takes to
-/// have them brought was measured to be longer than what it wins.
-const SHARED_FROM: f64 = 0.6;
-
 /// How many of a row's experts in RAM are for processors, so that they end together with a link that brings the others to the
-/// device: in steps of a twentieth, as rates are. `None` where processors are faster alone. `units` are what they can compute.
+/// device: in steps of a twentieth, as rates are. `None` where they have none. `units` are what they can compute.
 pub(super) fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates) -> Option<Share> {
     let routed = |u: &usize| matches!(model.units[*u].kind, UnitKind::Expert { .. });
-    let (mut all, mut here) = (0u64, 0u64);
-    for u in (0..units.len()).filter(routed) {
-        all += model.units[u].bytes();
-        here += if units[u] { model.units[u].bytes() } else { 0 };
-    }
-    if all == 0 || (here as f64) < SHARED_FROM * all as f64 {
+    if !(0..units.len()).any(|u| units[u] && routed(&u)) {
         return None;
     }
     let rates = rates().rounded();

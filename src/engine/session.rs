@@ -51,6 +51,8 @@ pub struct Options {
     pub routing: Option<Arc<ForcedRouting>>,
     /// Slots of the ring; `None` to choose.
     pub n_buffers: Option<usize>,
+    /// Whether experts may have more frames on a device than that, so that a prompt's are brought while its attention is computed.
+    pub more_frames: bool,
     /// Counts of blocks per tier; `None` to choose.
     pub tiers: Option<Tiers>,
     /// Tiers one after the other instead of interleaved, where their counts are given.
@@ -89,6 +91,7 @@ impl Options {
             caches: true,
             routing: None,
             n_buffers: None,
+            more_frames: true,
             tiers: None,
             stacked: false,
             n_ctx,

@@ -550,6 +550,7 @@ pub(super) fn make_plan(
         ram: options.ram.or_else(|| machine::memory(Path::new("/")).budget()).unwrap_or(u64::MAX / 4),
         vram,
         n_buffers: options.n_buffers,
+        more_frames: options.more_frames,
         tiers: options.tiers,
         stacked: options.stacked,
         storage: options.storage,

@@ -193,6 +193,10 @@ impl WeightSource for Weights {
         !self.traced && self.here(unit).is_none() && self.feed.is_ready(unit)
     }
 
+    fn is_near(&self, unit: usize) -> bool {
+        self.here(unit).is_none() && self.homes[unit] == Home::B
+    }
+
     /// The timeline shows each unit's computing: with it, none is put off.
     fn rests(&self, unit: usize) -> bool {
         !self.traced && self.here(unit).is_some()
@@ -200,7 +204,7 @@ impl WeightSource for Weights {
 
     /// The timeline shows the units of each pass: with it, each is acquired.
     fn stays(&self) -> bool {
-        !self.traced && self.resident.iter().all(Option::is_some)
+        !self.traced && (0..self.resident.len()).all(|unit| self.here(unit).is_some())
     }
 
     fn repeated(&mut self) {

@@ -17,6 +17,7 @@ pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, Default)]
 pub struct Scratch {
     demanded: Vec<usize>,
+    ahead: Vec<usize>,
     /// By stage, how its experts are computed; empty before the first pass.
     resting: Vec<Rest>,
     /// Final hidden states of the last pass that had them.
@@ -51,7 +52,8 @@ impl Scratch {
     /// With room for every pass of `model`.
     pub fn for_model(model: &Model, max_batch: usize) -> Scratch {
         let demanded = Vec::with_capacity(model.hparams.n_experts_used * max_batch);
-        Scratch { demanded, ..Scratch::default() }
+        let ahead = Vec::with_capacity(model.hparams.n_experts);
+        Scratch { demanded, ahead, ..Scratch::default() }
     }
 
     /// Forces a routing on all passes to come, of at most so many rows. Routers are computed still; where the backend holds all
@@ -95,6 +97,11 @@ pub trait WeightSource {
         false
     }
 
+    /// Whether `unit` is brought from RAM for each use.
+    fn is_near(&self, _unit: usize) -> bool {
+        false
+    }
+
     /// Whether `unit` stays where it is after it was released.
     fn rests(&self, _unit: usize) -> bool {
         false
@@ -123,7 +130,7 @@ pub trait WeightSource {
     /// come fastest.
     fn demand(&mut self, units: &mut [usize]) -> Result<(), WeightError>;
 
-    /// Whether every unit stays where it is, so that passes may be repeated without acquiring any.
+    /// Whether every unit stays where it is computed, so that passes of this class may be repeated without acquiring any.
     fn stays(&self) -> bool {
         false
     }
@@ -207,13 +214,18 @@ pub fn forward(
     if scratch.resting.is_empty() {
         scratch.resting = resting((model, tape), backend, source)?;
     }
-    let mut pass = Pass::new((model, tape), backend, source, batch, &mut scratch.demanded);
+    let mut pass = Pass::new((model, tape), backend, source, batch, (&mut scratch.demanded, &mut scratch.ahead));
     pass.keeps = batch.has_outputs();
     pass.hidden = batch.hidden.then_some(&mut scratch.hidden);
     pass.resting = &scratch.resting;
     pass.forced = scratch.forced.as_mut();
     // The router's answer is waited for in the middle of a pass, except where all experts rest.
-    let waits = model.stages.iter().zip(&scratch.resting).any(|(s, rest)| s.experts.is_some() && *rest != Rest::Here);
+    let waits = |(stage, rest): (&Stage, &Rest)| match rest {
+        Rest::Here => false,
+        Rest::Shared => pass.forced.is_some(),
+        Rest::No => stage.experts.is_some(),
+    };
+    let waits = model.stages.iter().zip(&scratch.resting).any(waits);
     if !batch.is_one_token() || waits || !pass.source.stays() {
         pass.all(stop)?;
         if let Some(forced) = &mut pass.forced {
@@ -229,7 +241,11 @@ pub fn forward(
     let called = pass.all(stop);
     let done = pass.backend.end_stretch(called.is_ok());
     called?;
-    if done? { Ok(()) } else { pass.all(stop) }
+    if done? {
+        return Ok(());
+    }
+    pass.all(stop)?;
+    Ok(pass.backend.catch_up()?)
 }
 
 /// How the experts of a stage are computed.
@@ -333,8 +349,8 @@ pub fn first_not_finite(
     source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
     backend.embed(batch.rows, model.embedding.ty)?;
-    let mut demanded = Vec::new();
-    let mut pass = Pass::new((model, tape), backend, source, batch, &mut demanded);
+    let (mut demanded, mut ahead) = (Vec::new(), Vec::new());
+    let mut pass = Pass::new((model, tape), backend, source, batch, (&mut demanded, &mut ahead));
     if !pass.finite()? {
         return Ok(NotFinite::Embedding);
     }
@@ -351,6 +367,8 @@ pub fn first_not_finite(
 
 /// Experts that are handed to the backend at once.
 const BATCH: usize = 16;
+/// Choices per expert from which a prompt takes nearly all experts of a block: of random ones one in 3000 is left out.
+const ALL_FROM: usize = 8;
 
 struct Pass<'a> {
     model: &'a Model,
@@ -365,6 +383,8 @@ struct Pass<'a> {
     /// Whether rows without outputs are dropped where the program says so.
     keeps: bool,
     demanded: &'a mut Vec<usize>,
+    /// Experts of the block at hand that were asked for before its router had chosen, in the order in which they come.
+    ahead: &'a mut Vec<usize>,
     /// By stage, whether the backend holds its experts; empty for none.
     resting: &'a [Rest],
     /// Where final hidden states go, where they are wanted in place of logits.
@@ -393,7 +413,7 @@ impl<'a> Pass<'a> {
         backend: &'a mut dyn Backend,
         source: &'a mut dyn WeightSource,
         batch: &Batch<'a>,
-        demanded: &'a mut Vec<usize>,
+        (demanded, ahead): (&'a mut Vec<usize>, &'a mut Vec<usize>),
     ) -> Pass<'a> {
         let rows = [Class::Exact, Class::Bulk]
             .map(|class| batch.runs.iter().filter(|r| r.class == class).map(|r| r.rows).sum());
@@ -412,6 +432,7 @@ impl<'a> Pass<'a> {
             rows,
             keeps: false,
             demanded,
+            ahead,
             resting: &[],
             hidden: None,
             forced: None,
@@ -514,6 +535,9 @@ impl<'a> Pass<'a> {
         }
         self.acquire(stage.unit)?;
         self.demanded.clear();
+        if let (Rest::No, Some(experts)) = (rest, &stage.experts) {
+            self.bring_ahead(experts, calls)?;
+        }
         let in_ram = self.source.in_ram(stage.unit);
         if in_ram {
             self.backend.begin_part()?;
@@ -681,8 +705,13 @@ impl<'a> Pass<'a> {
         self.demanded.dedup();
         // Put back below; after an error the next pass makes do with an empty list.
         let mut demanded = std::mem::take(self.demanded);
-        self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
         let first_unit = experts.list[0][0].weight.unit;
+        if !self.ahead.is_empty() {
+            self.experts_ahead(experts, &demanded)?;
+            *self.demanded = demanded;
+            return Ok(());
+        }
+        self.source.demand(&mut demanded).map_err(ForwardError::Weights)?;
         for &unit in &demanded {
             if self.source.in_ram(unit) {
                 self.expert_in_ram(experts, unit, first_unit)?;
@@ -702,6 +731,46 @@ impl<'a> Pass<'a> {
         }
         self.compute(&mut batch)?;
         *self.demanded = demanded;
+        Ok(())
+    }
+
+    /// Has all experts of a block brought before its router has chosen, where a prompt is so long that it takes nearly all of them:
+    /// the link need not wait for attention then.
+    fn bring_ahead(&mut self, experts: &Experts, calls: &Calls) -> Result<(), ForwardError> {
+        self.ahead.clear();
+        let units = || experts.list.iter().map(|l| l[0].weight.unit);
+        let drops = self.keeps && calls.with.iter().any(|call| matches!(call, Call::Keep));
+        let rows = if drops { self.outputs[Class::Bulk as usize].len() } else { self.rows[Class::Bulk as usize] };
+        let choices = rows * self.model.hparams.n_experts_used;
+        let near = |unit| self.source.rests(unit) || self.source.is_near(unit);
+        if choices < ALL_FROM * experts.list.len() || !units().all(near) || !units().any(|u| self.source.is_near(u)) {
+            return Ok(());
+        }
+        self.ahead.extend(units());
+        self.source.demand(self.ahead).map_err(ForwardError::Weights)
+    }
+
+    /// Computes those of the experts that were brought ahead that are among `chosen`, which is in ascending order.
+    fn experts_ahead(&mut self, experts: &Experts, chosen: &[usize]) -> Result<(), ForwardError> {
+        let first_unit = experts.list[0][0].weight.unit;
+        let ahead = std::mem::take(self.ahead);
+        let mut batch = SmallVec::<[(usize, Expert); BATCH]>::new();
+        for &unit in &ahead {
+            let (rests, wanted) = (self.source.rests(unit), chosen.binary_search(&unit).is_ok());
+            if batch.len() == BATCH || !rests {
+                self.compute(&mut batch)?;
+            }
+            match (rests, wanted) {
+                (_, true) => batch.push((unit, self.expert(experts, unit, first_unit)?)),
+                (false, false) => {
+                    self.acquire(unit)?;
+                    self.release(unit)?;
+                }
+                (true, false) => {}
+            }
+        }
+        self.compute(&mut batch)?;
+        *self.ahead = ahead;
         Ok(())
     }
 

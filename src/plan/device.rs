@@ -25,6 +25,11 @@ struct Slots {
     caches: Result<Vec<Cache>, Option<TooFewSlots>>,
 }
 
+/// Bytes of experts that are brought ahead of a prompt's router: what a link carries while attention is computed.
+const AHEAD_BYTES: u64 = 64 << 20;
+/// Most of the device memory for weights that is left to those: one part in so many.
+const AHEAD_PART: u64 = 16;
+
 /// Number of device slots that hold any unit `streamed`, and the room that they leave.
 fn device_slots(
     units: &[UnitSize],
@@ -39,6 +44,9 @@ fn device_slots(
         None if needed(BUFFERS_DEFAULT) <= vram / 2 => BUFFERS_DEFAULT,
         None => BUFFERS_MIN,
     };
+    let largest = units.iter().filter(|u| streamed(u)).max_by_key(|u| u.slot_bytes);
+    let experts = limits.more_frames && largest.is_some_and(UnitSize::routed);
+    let n = if experts { n.max((AHEAD_BYTES.min(vram / AHEAD_PART) / slot_bytes) as usize) } else { n };
     match vram.checked_sub(needed(n)) {
         Some(room) => Ok((n, room)),
         None => Err(PlanError::DeviceSlotsTooLarge { vram, slot_bytes, n_buffers: n }),
@@ -260,6 +268,7 @@ mod tests {
             ram,
             vram: Some(vram),
             n_buffers: None,
+            more_frames: false,
             tiers: None,
             stacked: false,
             storage: true,

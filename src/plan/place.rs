@@ -84,6 +84,8 @@ pub struct Limits {
     pub vram: Option<u64>,
     /// Slots; `None` to choose.
     pub n_buffers: Option<usize>,
+    /// Whether experts may have more slots on a device than that.
+    pub more_frames: bool,
     /// Counts of blocks per tier; `None` to choose.
     pub tiers: Option<Tiers>,
     /// Tiers one after the other instead of interleaved, where their counts are given.
@@ -590,6 +592,7 @@ pub(super) mod tests {
             ram,
             vram: None,
             n_buffers: None,
+            more_frames: false,
             tiers: None,
             stacked: false,
             storage: true,

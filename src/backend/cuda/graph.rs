@@ -47,6 +47,11 @@ impl Recorder {
         Recorder { graph: None, recording: false, works: Recorder::wanted() }
     }
 
+    /// Whether the stream takes launches and runs none.
+    pub fn records(&self) -> bool {
+        self.recording
+    }
+
     /// Launches the recording if there is one (`true`), or starts it, if that works here.
     pub fn begin(&mut self, stream: &Stream) -> Result<bool> {
         if let Some(graph) = &self.graph {

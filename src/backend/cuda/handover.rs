@@ -19,8 +19,8 @@ use crate::backend::{BackendError, Dims, EXACT_ROWS, Expert, Hands, Norm, Router
 const APART: usize = 32;
 /// Looks at a word before the clock is looked at.
 const SPINS: u32 = 2000;
-/// Behind a list of pairs.
-const NO_PAIR: u32 = u32::MAX;
+/// A word for all waits of a pass that has failed: behind every other.
+const LET_GO: u32 = 1 << 30;
 /// Longest wait for the GPU: no pass takes nearly as long.
 const WAIT_MAX: Duration = Duration::from_secs(120);
 
@@ -29,8 +29,6 @@ pub(super) struct Handover {
     /// What the GPU gives, and what it is answered.
     given: [PinnedBuffer<f32>; PLACES],
     answers: [PinnedBuffer<f32>; PLACES],
-    /// Numbers of the pairs whose outputs are taken.
-    pairs: [PinnedBuffer<u32>; PLACES],
     /// Choices of the rows that were given.
     ids: [PinnedBuffer<u32>; PLACES],
     /// For each place: how often something was given, and answered; then how often experts were brought.
@@ -41,7 +39,7 @@ pub(super) struct Handover {
     lost: bool,
     /// Operations may be called behind a wait.
     ahead: bool,
-    /// How often each place was used, and how many floats were given last.
+    /// How often each place was used since its words began anew, and how many floats were given last.
     uses: [u32; PLACES],
     floats: [usize; PLACES],
 }
@@ -61,7 +59,6 @@ impl Handover {
         Ok(Some(Handover {
             given: [floats(rows)?, floats(rows)?],
             answers: [floats(rows.max(pairs))?, floats(rows.max(pairs))?],
-            pairs: [device.alloc_pinned(pairs, "pairs")?, device.alloc_pinned(pairs, "pairs")?],
             ids: [device.alloc_pinned(pairs, "choices")?, device.alloc_pinned(pairs, "choices")?],
             words: device.alloc_pinned(3 * PLACES * APART, "words")?,
             copies: device.stream()?,
@@ -94,6 +91,13 @@ impl Handover {
     fn answer_word(&self, place: usize) -> (&AtomicU32, u64) {
         self.word(2 * place + 1)
     }
+
+    /// All words become `value`.
+    fn set_words(&self, value: u32) {
+        for number in 0..3 * PLACES {
+            self.word(number).0.store(value, Ordering::Release);
+        }
+    }
 }
 
 fn address<T: bytemuck::Pod>(buffer: &PinnedBuffer<T>) -> u64 {
@@ -124,12 +128,41 @@ impl CudaBackend {
         self.handover.is_some()
     }
 
-    /// Copies rows of `n` floats, those of `idx` or the first ones.
+    /// Lets the words of all places begin anew, so that a pass that was recorded finds those it was recorded with.
+    pub(super) fn begin_words(&mut self) -> Result<(), BackendError> {
+        let Some(h) = self.handover.as_mut().filter(|h| h.uses != [0; PLACES] && !h.lost) else { return Ok(()) };
+        // Whatever may still wait for one of them, or write it.
+        for stream in [&self.engine.stream, &h.copies] {
+            if !stream.is_idle()? {
+                stream.synchronize()?;
+            }
+        }
+        h.set_words(0);
+        h.uses = [0; PLACES];
+        Ok(())
+    }
+
+    /// What was called has been recorded, and is about to run: places are used as often again.
+    pub(super) fn rewind_words(&mut self) {
+        if let Some(h) = &mut self.handover {
+            h.uses = [0; PLACES];
+        }
+    }
+
+    /// Copies the first rows of `n` floats, or those of them whose bits are in `only`.
     ///
     /// # Safety
-    /// Both have the rows, and `idx` is 0 or as many numbers of them, until the kernel has run.
-    unsafe fn hand_rows(&self, from: u64, to: u64, idx: u64, n: usize, rows: usize) -> Result<(), BackendError> {
-        let a = HandArgs { from, to, idx, n: n as i32, rows: rows as i32 };
+    /// Both have the rows until the kernel has run.
+    unsafe fn hand_rows(
+        &self,
+        from: u64,
+        to: u64,
+        only: Option<[u32; 8]>,
+        n: usize,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        let listed = i32::from(only.is_some());
+        let a = HandArgs { from, to, n: n as i32, rows: rows as i32, listed, only: only.unwrap_or_default() };
         let grid = (n.div_ceil(1024) as u32, rows as u32, 1);
         // SAFETY: HandArgs is what hand_rows declares; the rest is the caller's promise.
         unsafe { self.engine.launch(self.engine.kernels.hand_rows, grid, 256, 0, &a) }
@@ -148,7 +181,7 @@ impl CudaBackend {
         // SAFETY: both hold the rows, as checked above; the host reads them when the word says so, and has read the last ones of
         // this place: parts are computed in order, and there is one place more than parts that are put off.
         unsafe {
-            self.hand_rows(from, to, 0, n, rows)?;
+            self.hand_rows(from, to, None, n, rows)?;
             self.engine.stream.write_word(word, use_)
         }
     }
@@ -224,23 +257,22 @@ impl Hands for CudaBackend {
         self.engine.ws.rooms.check("rows of processors", x, (rows * n * 4) as u64)?;
         self.waiting.forget_forms();
         // SAFETY: an answer has as many rows as were given, which X has.
-        unsafe { self.hand_rows(answer, x, 0, n, rows) }
+        unsafe { self.hand_rows(answer, x, None, n, rows) }
     }
 
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
         let (n, all) = (self.dims.n_embd, self.tokens * self.dims.n_experts_used);
-        let h = self.handover.as_mut().ok_or_else(none)?;
-        if pairs.len() > h.pairs[place].as_slice().len() || pairs.iter().any(|p| *p as usize >= all) {
-            return Err(device_error(format!("{} pairs of experts are too many for processors", pairs.len())));
+        let mut only = [0u32; 8];
+        for pair in pairs {
+            let word = only.get_mut(*pair as usize / 32).filter(|_| (*pair as usize) < all);
+            *word.ok_or_else(|| device_error(format!("experts of pair {pair} are too many for processors")))? |=
+                1 << (pair % 32);
         }
-        h.pairs[place].as_mut_slice()[..pairs.len()].copy_from_slice(pairs);
-        let idx = address(&h.pairs[place]);
         let answer = self.await_answer(place)?;
         let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
         self.engine.ws.rooms.check("experts of processors", out, (all * n * 4) as u64)?;
-        // SAFETY: an answer and the outputs have a row for each pair, of which these are some, as checked above; the list is
-        // written anew for a later routing, which the host waits for, so that this has run.
-        unsafe { self.hand_rows(answer, out, idx, n, pairs.len()) }
+        // SAFETY: an answer and the outputs have a row for each pair, of which these are some, as checked above.
+        unsafe { self.hand_rows(answer, out, Some(only), n, all) }
     }
 
     fn hold_shared(
@@ -265,20 +297,20 @@ impl Hands for CudaBackend {
             return Err(device_error(format!("{rows} rows are too many for processors")));
         }
         let to = address(&h.ids[place]);
-        self.mix_at(layer, routing, |gpu| {
+        // A launch that returns when its kernel has run would wait for experts that the host brings after it.
+        let lands = rows == 1 && h.ahead;
+        let give = |gpu: &mut CudaBackend| {
             let ids = gpu.engine.ws.moe.as_ref().ok_or_else(no_experts)?.ids.addr();
             // SAFETY: both hold a word for each choice, as checked above; the host has read the last ones of this place.
-            unsafe { gpu.hand_rows(ids, to, 0, used, rows)? };
-            gpu.give_routed(place)?;
+            unsafe { gpu.hand_rows(ids, to, None, used, rows)? };
+            gpu.give_routed(place)
+        };
+        let landed = |gpu: &mut CudaBackend| {
             let h = gpu.handover.as_ref().ok_or_else(none)?;
-            // A launch that returns when its kernel has run would wait for experts that the host brings after it.
-            if rows > 1 || !h.ahead {
-                return Ok(false);
-            }
-            // SAFETY: a word of the buffer; [`Hands::fetch`] has it written, or [`Hands::answer_all`].
-            unsafe { gpu.engine.stream.await_word(h.landed_word(place).1, h.uses[place])? };
-            Ok(true)
-        })
+            // SAFETY: a word of the buffer; [`Hands::fetch`] writes it or has it written, or [`Hands::answer_all`].
+            unsafe { gpu.engine.stream.await_word(h.landed_word(place).1, h.uses[place]) }
+        };
+        self.mix_at(layer, routing, give, lands.then_some(landed))
     }
 
     fn given_routed(&mut self, place: usize) -> Result<(&[f32], &[u32]), BackendError> {
@@ -293,6 +325,10 @@ impl Hands for CudaBackend {
         let landing = &self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.landing;
         let slot = landing_slot(&self.dims);
         let h = self.handover.as_ref().ok_or_else(none)?;
+        if list.is_empty() {
+            h.landed_word(place).0.store(h.uses[place], Ordering::Release);
+            return Ok(());
+        }
         for (i, e) in (0..).zip(list) {
             let (low, bytes) = extent(e);
             if bytes > slot || i >= self.dims.n_experts_used as u64 {
@@ -306,17 +342,19 @@ impl Hands for CudaBackend {
         unsafe { h.copies.write_word(h.landed_word(place).1, h.uses[place]) }
     }
 
-    fn end_mix(&mut self, place: usize, routing: &Routing) -> Result<(), BackendError> {
-        let (n, all) = (self.dims.n_embd, self.tokens * self.dims.n_experts_used);
-        let h = self.handover.as_ref().ok_or_else(none)?;
-        let idx = address(&h.pairs[place]);
-        let answer = self.await_answer(place)?;
-        let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
-        self.engine.ws.rooms.check("experts of processors", out, (all * n * 4) as u64)?;
-        // SAFETY: an answer and the outputs have a row for each pair, and the list a word, which names one of them or none; the host
-        // writes it before the word that is waited for.
-        unsafe { self.hand_rows(answer, out, idx, n, all)? };
-        self.sum(routing)
+    fn end_mix(&mut self, layer: usize, place: usize, routing: &Routing) -> Result<(), BackendError> {
+        let answers = self.await_answer(place)?;
+        self.sum_beside(layer, routing, answers)
+    }
+
+    fn records(&self) -> bool {
+        self.recorder.records()
+    }
+
+    fn give_again(&mut self, place: usize) {
+        if let Some(h) = &mut self.handover {
+            h.uses[place] = h.uses[place].wrapping_add(1);
+        }
     }
 
     fn answer_experts(&mut self, place: usize, pairs: &[u32], rows: &[f32]) {
@@ -327,9 +365,6 @@ impl Hands for CudaBackend {
             let at = *pair as usize * n;
             to[at..at + n].copy_from_slice(&rows[at..at + n]);
         }
-        let list = h.pairs[place].as_mut_slice();
-        list[..pairs.len()].copy_from_slice(pairs);
-        list[pairs.len()..].fill(NO_PAIR);
         h.answer_word(place).0.store(h.uses[place], Ordering::Release);
     }
 
@@ -340,17 +375,16 @@ impl Hands for CudaBackend {
     }
 
     fn answer_all(&mut self) {
-        let Some(h) = &self.handover else { return };
-        for place in 0..PLACES {
-            h.answer_word(place).0.store(h.uses[place], Ordering::Release);
-            h.landed_word(place).0.store(h.uses[place], Ordering::Release);
-        }
+        let Some(h) = &mut self.handover else { return };
+        h.set_words(LET_GO);
         if h.lost {
             return;
         }
         // What is left of the pass runs out on what is there.
         let _ = self.engine.device.bind().and_then(|()| h.copies.synchronize());
         let _ = self.engine.stream.synchronize();
+        h.set_words(0);
+        h.uses = [0; PLACES];
     }
 }
 

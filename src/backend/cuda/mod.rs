@@ -414,6 +414,7 @@ impl Backend for CudaBackend {
             return Err(BackendError::Pass { backend: "cuda", what });
         };
         self.engine.device.bind()?;
+        self.begin_words()?;
         (self.tokens, self.engine.class) = (run.rows, run.class);
         self.logits_here = false;
         self.row0 = 0;
@@ -481,6 +482,9 @@ impl Backend for CudaBackend {
     }
 
     fn end_stretch(&mut self, complete: bool) -> Result<bool, BackendError> {
+        if self.recorder.records() {
+            self.rewind_words();
+        }
         self.recorder.end(&self.engine.stream, complete)
     }
 

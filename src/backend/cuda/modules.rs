@@ -162,6 +162,8 @@ pub(super) struct ExpertKernels {
     /// A matrix of bulk rows, in tiles of 16, of 48 and of 64.
     pub grouped: Vec<[Func; 3]>,
     pub sort: Func,
+    /// The sum of exact rows' choices, of which processors have computed some.
+    pub beside: Func,
     /// By type in the order of [`PLAINS`].
     pub router: Vec<Func>,
 }
@@ -243,6 +245,7 @@ impl Kernels {
                     })
                     .collect::<Result<_, BackendError>>()?,
                 sort: l.get("moe", "sort_rows")?,
+                beside: l.get("moe", "combine_beside")?,
                 router: PLAINS.iter().map(|t| l.get("moe", &format!("router_{t}"))).collect::<Result<_, _>>()?,
             },
             modules: loader.modules,

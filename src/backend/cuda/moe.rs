@@ -4,7 +4,7 @@
 //! there. Sums are made in the order of the kernels that compute one expert at a time, so a row's bits are the same
 //! where experts are streamed.
 
-use super::args::{ExpertsArgs, GroupedArgs, RouterArgs, STORE, SortArgs, XBLK_BYTES};
+use super::args::{BesideArgs, ExpertsArgs, GroupedArgs, RouterArgs, STORE, SortArgs, XBLK_BYTES};
 use super::driver::device_error;
 use super::modules::{Vectors, grid_bytes};
 use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, activation, any_index, form, plain_index};
@@ -58,9 +58,19 @@ enum SumHow {
     Add,
     /// Their sum is put there.
     Store,
-    /// Each has a row of its own, but for those of processors, which are so many 256ths of those in RAM; the others in RAM have been
-    /// brought to the landing, or are read where they are.
-    Beside { share: u32, landed: bool },
+    /// Each has a row of its own, but for those of processors, which are so many 256ths of those in RAM.
+    Beside { share: u32, which: Which },
+}
+
+/// Which of a row's experts that are not for processors a launch computes. The numbers are those of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    /// All: those in RAM are read where they are.
+    All = 0,
+    /// Those in device memory.
+    Here = 1,
+    /// Those in RAM, which have been brought to the landing.
+    Brought = 2,
 }
 
 /// The experts of a block that rest: what they have in common. Their addresses are in the tables.
@@ -360,16 +370,16 @@ impl CudaBackend {
         Ok(true)
     }
 
-    /// Chooses experts; `give` is called behind it, and says whether those in RAM come to the landing. Then those are computed that
-    /// are not for processors, into a row a choice.
+    /// Chooses experts; `give` is called behind it. Then those are computed that are not for processors, into a row a choice. With
+    /// `landed`, those in RAM come to the landing, and what is called behind it waits for them.
     pub(super) fn mix_at(
         &mut self,
         layer: usize,
         routing: &Routing,
-        give: impl FnOnce(&mut CudaBackend) -> Result<bool>,
+        give: impl FnOnce(&mut CudaBackend) -> Result,
+        landed: Option<impl FnOnce(&mut CudaBackend) -> Result>,
     ) -> Result {
-        let held = self.shared.get(layer).copied().flatten();
-        let (resting, table) = self.held_at(layer, held.map(|(r, _)| r))?;
+        let (resting, share, table) = self.shared_at(layer)?;
         match routing {
             Routing::Softmax { norm, router, params } => {
                 self.begin_experts();
@@ -378,10 +388,58 @@ impl CudaBackend {
             }
             Routing::By { w, choose, how, .. } => self.choose_by(w, *choose, *how)?,
         }
-        let landed = give(self)?;
+        give(self)?;
         let to = self.engine.moe()?.out.addr();
-        let share = held.map_or(0, |(_, share)| share.0);
-        self.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Beside { share, landed } })
+        let exact = |gpu: &CudaBackend, which| {
+            gpu.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Beside { share, which } })
+        };
+        match landed {
+            _ if share >= Share::ALL.0 => exact(self, Which::Here),
+            None => exact(self, Which::All),
+            Some(landed) => {
+                exact(self, Which::Here)?;
+                landed(self)?;
+                exact(self, Which::Brought)
+            }
+        }
+    }
+
+    /// What the experts of a block have in common that processors compute, too; the share of those; the address of their table.
+    pub(super) fn shared_at(&self, layer: usize) -> Result<(Resting, u32, u64)> {
+        let held = self.shared.get(layer).copied().flatten();
+        let (resting, table) = self.held_at(layer, held.map(|(r, _)| r))?;
+        Ok((resting, held.map_or(0, |(_, share)| share.0), table))
+    }
+
+    /// The outputs of all choices added up, those of processors from `answers`, which host memory has.
+    pub(super) fn sum_beside(&mut self, layer: usize, routing: &Routing, answers: u64) -> Result {
+        let (_, share, table) = self.shared_at(layer)?;
+        let (x, add) = match *routing {
+            Routing::Softmax { .. } => (self.x(), true),
+            Routing::By { sum: (to, add), .. } => {
+                self.waiting.written(to);
+                (self.act(to).0, add)
+            }
+        };
+        let n = self.dims.n_embd;
+        self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
+        let moe = self.engine.moe()?;
+        let a = BesideArgs {
+            table,
+            ids: moe.ids.addr(),
+            weights: moe.weights.addr(),
+            out: moe.out.addr(),
+            answers,
+            x,
+            used: self.dims.n_experts_used as i32,
+            n: n as i32,
+            share: share as i32,
+            add: i32::from(add),
+        };
+        let grid = (n.div_ceil(256) as u32, self.tokens as u32, 1);
+        // SAFETY: BesideArgs is what combine_beside declares; there is a row of outputs and of answers for each choice, and room for the
+        // sums as checked above. `resting_of` has checked that `n` is a multiple of 4 and that there are not too many choices.
+        unsafe { self.engine.launch(self.engine.kernels.experts.beside, grid, 64, 0, &a) }
     }
 
     /// Experts that are held, and the address of their table.
@@ -395,6 +453,7 @@ impl CudaBackend {
         let (ws, d, moe) = (&self.engine.ws, &self.dims, self.engine.moe()?);
         let chosen = |addr| if sum.softmax.is_none() { addr } else { 0 };
         let (how, limit) = activation(r.how);
+        let which = if let SumHow::Beside { which, .. } = sum.how { which } else { Which::All };
         Ok(ExpertsArgs {
             table,
             scores: moe.scores.addr(),
@@ -418,8 +477,9 @@ impl CudaBackend {
             limit,
             add: i32::from(sum.how == SumHow::Add),
             share: if let SumHow::Beside { share, .. } = sum.how { share as i32 } else { -1 },
-            landing: if let SumHow::Beside { landed: true, .. } = sum.how { moe.landing.addr() } else { 0 },
+            landing: if which == Which::Brought { moe.landing.addr() } else { 0 },
             slot: landing_slot(d),
+            which: which as i32,
         })
     }
 
