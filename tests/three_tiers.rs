@@ -906,17 +906,25 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
         };
         let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
         // Attention and cache in the second memory, so that no frame is used behind its release.
-        for vram in [650 << 10, 700 << 10] {
+        let mut stayed = 0;
+        for vram in [650 << 10, 700 << 10, 900 << 10] {
             let o = Options { vram: Some(vram), sites: Sites::Both, ..options() };
             let memory = Arc::new(Memory { ahead: true, shares, ..Memory::default() });
             let mut session = start(&opened, o.clone(), &memory).unwrap();
             assert!(logits(&mut session).unwrap() == want, "{vram}");
             assert!(*memory.handed.lock().unwrap() > 0, "{vram}");
             assert!((*memory.shared.lock().unwrap() > 0) == shares, "{vram}");
-            // Where no answer of a router is waited for, passes of one token are recorded, with what processors compute in them.
+            // Where nothing is brought and no answer of a router is waited for, passes of one token are recorded, with what
+            // processors compute in them.
             let repeats = || *memory.repeated.lock().unwrap();
             let first = repeats();
-            assert_eq!(first > 0, shares || path == &dense, "{vram}");
+            let in_place = |(home, unit): (&Home, &UnitSpec)| match unit.kind {
+                UnitKind::FeedForward(_) | UnitKind::Expert { .. } => *home != Home::C,
+                _ => *home == Home::A,
+            };
+            let stays = session.homes().iter().zip(&opened.model.units).all(in_place);
+            stayed += u32::from(stays);
+            assert_eq!(first > 0, stays && (shares || path == &dense), "{vram}");
             assert!(logits(&mut session).unwrap() == want, "{vram}, repeated");
             assert_eq!(repeats() - first, if first > 0 { 5 } else { 0 }, "{vram}");
             for rows in [1, 2, 3, 8] {
@@ -949,5 +957,6 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
                 assert_eq!(*memory.used.lock().unwrap(), 0, "part {part}");
             }
         }
+        assert!(stayed > 0, "{path:?}");
     }
 }

@@ -47,20 +47,23 @@ pub struct Units {
     flow: Arc<Flow>,
     frames: Vec<u64>,
     engine: Option<Arc<dyn CopyEngine>>,
-    /// What was acquired last, and whether it is in a device's frame.
-    held: Option<(Taken, bool)>,
+    /// What was acquired last.
+    held: Option<Taken>,
+    /// Frames of the device that are held.
+    on_device: Vec<usize>,
 }
 
 impl Units {
     /// Computed from frames in RAM.
     pub fn in_ram(flow: Arc<Flow>) -> Units {
         let frames = flow.addresses().collect();
-        Units { flow, frames, engine: None, held: None }
+        Units { flow, frames, engine: None, held: None, on_device: Vec::new() }
     }
 
     /// Computed from a device's frames at these addresses.
     pub fn on_device(flow: Arc<Flow>, engine: Arc<dyn CopyEngine>, frames: Vec<u64>) -> Units {
-        Units { flow, frames, engine: Some(engine), held: None }
+        let on_device = Vec::with_capacity(frames.len());
+        Units { flow, frames, engine: Some(engine), held: None, on_device }
     }
 }
 
@@ -73,30 +76,32 @@ impl Feed for Units {
         let taken = self.flow.acquire(unit)?;
         if let Some(engine) = &self.engine {
             engine.acquire(taken.frame).map_err(device)?;
+            self.on_device.push(taken.frame);
         }
-        self.held = Some((taken, self.engine.is_some()));
+        self.held = Some(taken);
         Ok(self.frames[taken.frame])
     }
 
     fn acquire_in_ram(&mut self, unit: usize) -> Result<u64, StreamError> {
         let taken = self.flow.acquire(unit)?;
-        self.held = Some((taken, false));
+        self.held = Some(taken);
         Ok(self.flow.address(taken.frame))
     }
 
     fn is_ready(&self, unit: usize) -> bool {
-        // Frames of a device are given back one by one.
-        let in_ram = self.engine.is_none() || matches!(self.held, Some((_, false)));
-        in_ram && self.flow.is_ready(unit)
+        // Half of a device's frames are left to what comes next.
+        let left = self.on_device.is_empty() || self.on_device.len() < self.frames.len() / 2;
+        left && self.flow.is_ready(unit)
     }
 
     fn release(&mut self) -> Result<(), StreamError> {
-        if let Some((taken, on_device)) = self.held.take() {
-            if let Some(engine) = self.engine.as_ref().filter(|_| on_device) {
-                engine.release(taken.frame).map_err(device)?;
+        let Some(taken) = self.held.take() else { return Ok(()) };
+        if let Some(engine) = &self.engine {
+            for frame in self.on_device.drain(..) {
+                engine.release(frame).map_err(device)?;
             }
-            self.flow.release(taken);
         }
+        self.flow.release(taken);
         Ok(())
     }
 
@@ -106,6 +111,7 @@ impl Feed for Units {
 
     fn restart(&mut self) {
         self.held = None;
+        self.on_device.clear();
         if let Some(engine) = &self.engine {
             // What the device has been given must end before its frames are filled anew; if the device is gone, so is
             // what it would have done.

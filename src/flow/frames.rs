@@ -1022,15 +1022,17 @@ impl<C: Clone> Frames<C> {
         self.counts[usize::from(passing)]
     }
 
-    /// Whether [`Frames::hold`] would hand the unit that is demanded next over at once, from a cache, whose frames may be
-    /// held many at a time.
+    /// Whether [`Frames::hold`] would hand the unit that is demanded next over at once, from a place whose frames may be held many at
+    /// a time: a cache, or a device.
     pub fn is_ready(&self, unit: usize) -> bool {
         let rank = Rank { pass: self.pass, step: self.step, nth: self.demanded.0 };
         let pool = self.pool_with(self.spec.site_of(unit), unit, rank).map(|p| &self.pools[p]);
         let want = pool.and_then(|pool| Some((pool, pool.wants[pool.position(rank)?])));
         want.is_some_and(|(pool, w)| {
-            let kept = pool.policy == Policy::Cache;
-            let has = |f: usize| matches!(pool.frames[f].content, Content::Ready { .. });
+            let kept = pool.policy == Policy::Cache || pool.place == Place::Device;
+            let has = |f: usize| {
+                matches!(pool.frames[f].content, Content::Ready { .. } | Content::Filling { queued: true, .. })
+            };
             kept && w.unit == unit && self.late.is_none() && w.frame.is_some_and(has)
         })
     }

@@ -757,7 +757,8 @@ impl<'a> Pass<'a> {
         let mut batch = SmallVec::<[(usize, Expert); BATCH]>::new();
         for &unit in &ahead {
             let (rests, wanted) = (self.source.rests(unit), chosen.binary_search(&unit).is_ok());
-            if batch.len() == BATCH || !rests {
+            // A unit that is given back takes those before it along.
+            if batch.len() == BATCH || !rests && !(wanted && self.source.is_ready(unit)) {
                 self.compute(&mut batch)?;
             }
             match (rests, wanted) {

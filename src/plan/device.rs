@@ -15,7 +15,7 @@ pub(super) fn place(units: &[UnitSize], limits: &Limits, vram: u64) -> Result<Pl
         Some(t) => by_count(units, limits, vram, t, &mut homes)?,
         None => by_room(units, limits, vram, &mut homes)?,
     };
-    Ok(finish(units, limits, homes, slots))
+    Ok(finish(units, (limits, vram), homes, slots))
 }
 
 /// Numbers of slots that room was left for.
@@ -29,6 +29,11 @@ struct Slots {
 const AHEAD_BYTES: u64 = 64 << 20;
 /// Most of the device memory for weights that is left to those: one part in so many.
 const AHEAD_PART: u64 = 16;
+
+/// Bytes of the slots of experts, where they may have more than others.
+fn ahead(limits: &Limits, vram: u64) -> u64 {
+    if limits.more_frames { AHEAD_BYTES.min(vram / AHEAD_PART) } else { 0 }
+}
 
 /// Number of device slots that hold any unit `streamed`, and the room that they leave.
 fn device_slots(
@@ -44,11 +49,10 @@ fn device_slots(
         None if needed(BUFFERS_DEFAULT) <= vram / 2 => BUFFERS_DEFAULT,
         None => BUFFERS_MIN,
     };
-    let largest = units.iter().filter(|u| streamed(u)).max_by_key(|u| u.slot_bytes);
-    let experts = limits.more_frames && largest.is_some_and(UnitSize::routed);
-    let n = if experts { n.max((AHEAD_BYTES.min(vram / AHEAD_PART) / slot_bytes) as usize) } else { n };
+    let experts = units.iter().any(|u| streamed(u) && u.routed());
+    let ahead = if experts { ahead(limits, vram) } else { 0 };
     match vram.checked_sub(needed(n)) {
-        Some(room) => Ok((n, room)),
+        Some(room) => Ok((n, room.min(vram - ahead))),
         None => Err(PlanError::DeviceSlotsTooLarge { vram, slot_bytes, n_buffers: n }),
     }
 }
@@ -223,11 +227,15 @@ fn deal(t: Tiers, stacked: bool) -> Vec<Home> {
     homes
 }
 
-fn finish(units: &[UnitSize], limits: &Limits, homes: Vec<Home>, slots: Slots) -> Plan {
+fn finish(units: &[UnitSize], (limits, vram): (&Limits, u64), homes: Vec<Home>, slots: Slots) -> Plan {
     let of = |home: Home| units.iter().zip(&homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes);
     let streamed = units.iter().zip(&homes).filter(|(_, h)| **h != Home::A).map(|(u, _)| u);
-    let on_device = slot_sizes(streamed);
-    let device_slots = if on_device.slot == 0 { 0 } else { slots.device };
+    let on_device = slot_sizes(streamed.clone());
+    let device_slots = match streamed.max_by_key(|u| u.slot_bytes) {
+        _ if on_device.slot == 0 => 0,
+        Some(largest) if largest.routed() => slots.device.max((ahead(limits, vram) / on_device.sum()) as usize),
+        _ => slots.device,
+    };
     // The largest unit that is read may have found a home in RAM since room was left for slots.
     let (_, sizes) = staging(units, limits, &homes, homes.contains(&Home::C));
     let n_slots = slots.staging;

@@ -168,6 +168,15 @@ impl CudaBackend {
         unsafe { self.engine.launch(self.engine.kernels.hand_rows, grid, 256, 0, &a) }
     }
 
+    /// Copies words of pinned host memory to the device, past the copy engine, where they would wait behind weights.
+    ///
+    /// # Safety
+    /// Both have the words, aligned to 16 bytes, until the kernel has run.
+    pub(super) unsafe fn fetch_words(&self, from: u64, to: u64, words: usize) -> Result<(), BackendError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.hand_rows(from, to, None, words, 1) }
+    }
+
     /// Rows at `from` to `place`, and the word that says so.
     fn give_rows(&mut self, place: usize, from: u64) -> Result<(), BackendError> {
         let (rows, n) = (self.tokens, self.dims.n_embd);

@@ -64,6 +64,8 @@ pub struct CudaBackend {
     expert_starts: Vec<u32>,
     /// The lists are those of the last routing.
     grouped: bool,
+    /// Words of the room for experts at hand that are taken, since then.
+    few: usize,
     /// By layer, experts whose addresses are in the tables.
     resting: Vec<Option<moe::Resting>>,
     /// Those that processors compute, too.
@@ -118,6 +120,7 @@ impl CudaBackend {
             logits_here: false,
             expert_starts: vec![0; dims.n_experts + 1],
             grouped: false,
+            few: 0,
             resting: Vec::new(),
             shared: Vec::new(),
             table: (0..dims.pages() as PageId).collect(),
@@ -383,10 +386,11 @@ impl CudaBackend {
         // Each start has moved to the next expert's: move them back.
         self.expert_starts.rotate_right(1);
         self.expert_starts[0] = 0;
-        let lists = moe.lists_host.as_slice().as_ptr().cast();
+        let (from, to) = (moe.lists_host.as_slice().as_ptr() as u64, moe.lists.addr());
+        self.few = 0;
         // SAFETY: both hold 2 * pairs words; the host side is written again only after the next
         // routing has waited for the stream.
-        unsafe { self.engine.stream.upload(lists, moe.lists.addr(), pairs * 8) }
+        unsafe { self.fetch_words(from, to, 2 * pairs) }
     }
 }
 
@@ -615,6 +619,13 @@ impl Backend for CudaBackend {
         let target = Target { stride: self.dims.n_embd, ..Target::new(&e.down, out) };
         let rows = Rows { from: 0, to: numbers_of };
         self.engine.products(&[target], n, STORE, hidden, rows)
+    }
+
+    fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+        if list.len() > 1 && self.experts_together(list)? {
+            return Ok(());
+        }
+        list.iter().try_for_each(|e| self.expert(e))
     }
 
     fn combine_experts(&mut self) -> Result<(), BackendError> {

@@ -10,7 +10,7 @@ use super::modules::{Vectors, grid_bytes};
 use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, activation, any_index, form, plain_index};
 use super::product::{quant_index, thin_bytes, unsupported};
 use super::tiling::{Product, WARPS, tiling};
-use super::workspace::{MoeBuffers, float_bytes, landing_slot, pitch, tiles_most};
+use super::workspace::{MoeBuffers, float_bytes, half_bytes, landing_slot, pitch, tiles_most};
 use super::{CombineArgs, CudaBackend, RouteArgs, no_experts};
 use crate::backend::{Activation, BackendError, Class, Expert, Norm, RouterParams, Routing, Share, Weight};
 use crate::gguf::TensorType;
@@ -86,10 +86,26 @@ pub(super) struct Resting {
     exact_down: Exact,
 }
 
+/// Tiles of rows of bulk rows' experts.
+struct Tiles {
+    /// Addresses of experts, and a list of tiles: the number of an expert among them, the first place in the lists of rows, and rows.
+    table: u64,
+    list: u64,
+    most: usize,
+    /// Which of [`TILES`] they are.
+    size: usize,
+}
+
 /// Addresses of an expert: its matrices, then the bias of each or 0.
 const TABLE: usize = 6;
 /// In the first address of an expert: it lies in RAM, which processors read.
 const IN_RAM: u64 = 1 << 63;
+
+fn addresses_of(e: &Expert) -> [u64; TABLE] {
+    let linears = [&e.gate, &e.up, &e.down];
+    let (matrices, biases) = (linears.map(|l| l.weight.addr), linears.map(|l| l.bias.map_or(0, |b| b.addr)));
+    [matrices[0], matrices[1], matrices[2], biases[0], biases[1], biases[2]]
+}
 
 /// Bytes of the addresses of a block's experts.
 fn table_bytes(experts: usize) -> u64 {
@@ -210,9 +226,7 @@ impl CudaBackend {
         for e in list {
             let row =
                 table.get_mut(e.id as usize).ok_or_else(|| device_error(format!("there is no expert {}", e.id)))?;
-            for (i, l) in [&e.gate, &e.up, &e.down].into_iter().enumerate() {
-                (row[i], row[3 + i]) = (l.weight.addr, l.bias.map_or(0, |b| b.addr));
-            }
+            *row = addresses_of(e);
             if in_ram(e.id as usize) {
                 row[0] |= IN_RAM;
             }
@@ -337,6 +351,57 @@ impl CudaBackend {
                 self.sum(routing)
             }
         }
+    }
+
+    /// Computes experts of bulk rows that are at hand together, whose rows the host has listed ([`CudaBackend::group_by_expert`]): a
+    /// row a choice. False where the kernels for that do not take them.
+    pub(super) fn experts_together(&mut self, list: &[Expert]) -> Result<bool> {
+        if self.engine.class != Class::Bulk || self.waiting.on_input || list.len() > self.dims.n_experts {
+            return Ok(false);
+        }
+        let Some(r) = self.resting_of(list) else { return Ok(false) };
+        if !self.grouped {
+            self.group_by_expert()?;
+        }
+        let used = self.dims.n_experts_used;
+        let size = self.tile_size(&r, self.tokens * used);
+        let each = TILES[size].0;
+        let first = self.few;
+        let moe = self.engine.ws.moe.as_mut().ok_or_else(no_experts)?;
+        let words = &mut moe.few_host.as_mut_slice()[first..];
+        let (mut at, mut most, mut range) = (list.len() * TABLE * 2, 0, (usize::MAX, 0));
+        for (i, e) in list.iter().enumerate() {
+            let row = &mut words[i * TABLE * 2..][..TABLE * 2];
+            for (to, address) in row.chunks_exact_mut(2).zip(addresses_of(e)) {
+                to.copy_from_slice(&[address as u32, (address >> 32) as u32]);
+            }
+            let [start, end] = [0, 1].map(|next| self.expert_starts[e.id as usize + next] as usize);
+            for from in (start..end).step_by(each) {
+                words[at..at + 3].copy_from_slice(&[i as u32, from as u32, each.min(end - from) as u32]);
+                (at, most) = (at + 3, most + 1);
+            }
+            if start < end {
+                range = (range.0.min(start), range.1.max(end));
+            }
+        }
+        if most == 0 {
+            return Ok(true);
+        }
+        let host = moe.few_host.as_slice()[first..].as_ptr() as u64;
+        let table = moe.few.addr() + 4 * first as u64;
+        let at = at.next_multiple_of(4);
+        self.few += at;
+        self.engine.ws.rooms.check("experts at hand", table, 4 * at as u64)?;
+        // SAFETY: both hold the words, as checked above; the host's are written again only after the next routing has waited for the
+        // stream.
+        unsafe { self.fetch_words(host, table, at)? };
+        let tiles = Tiles { table, list: table + (list.len() * TABLE * 8) as u64, most, size };
+        let e = &self.engine;
+        let input = Inputs { h: e.ws.halves.addr(), ..Inputs::default() };
+        e.prepare(Prep::Copy, e.ws.norm_f.addr(), 0, self.dims.n_embd, self.tokens, input)?;
+        self.waiting.forget_forms();
+        self.tiles(&r, &tiles, range)?;
+        Ok(true)
     }
 
     /// The outputs of all choices, added up.
@@ -510,20 +575,23 @@ impl CudaBackend {
         unsafe { e.launch(f, grid, DOWN_THREADS, self.down_bytes(r, each), &a) }
     }
 
-    /// The outputs of the experts of bulk rows, a row a choice.
-    fn grouped(&self, r: &Resting, table: u64) -> Result {
-        let (e, ws, moe) = (&self.engine, &self.engine.ws, self.engine.moe()?);
-        let (n, ff, experts) = (self.dims.n_embd, self.dims.n_ff_expert, self.dims.n_experts);
-        let used = self.dims.n_experts_used;
-        let pairs = self.tokens * used;
-        let shared = e.device.info.shared_bytes as usize;
-        // Tiles that hold most experts' rows, if they are about as many as the average: what a tile has is turned to halves
-        // for that tile alone.
-        let rows = pairs.div_ceil(experts);
+    /// Which of [`TILES`] holds most experts' rows, if they are about as many as the average: what a tile has is turned to halves for
+    /// that tile alone.
+    fn tile_size(&self, r: &Resting, pairs: usize) -> usize {
+        let shared = self.engine.device.info.shared_bytes as usize;
+        let rows = pairs.div_ceil(self.dims.n_experts);
         let wanted = TILES.iter().position(|(each, _)| rows * 4 <= each * 3).unwrap_or(TILES.len() - 1);
         let bytes = |ty, size| tile_bytes(ty, size) + grid_bytes(ty);
         let fits = |size: &usize| bytes(r.up, *size).max(bytes(r.down, *size)) <= shared;
-        let size = (0..=wanted).rev().find(fits).unwrap_or(0);
+        (0..=wanted).rev().find(fits).unwrap_or(0)
+    }
+
+    /// The outputs of the experts of bulk rows, a row a choice.
+    fn grouped(&self, r: &Resting, table: u64) -> Result {
+        let (e, moe) = (&self.engine, self.engine.moe()?);
+        let (experts, used) = (self.dims.n_experts, self.dims.n_experts_used);
+        let pairs = self.tokens * used;
+        let size = self.tile_size(r, pairs);
         let each = TILES[size].0;
         let most = tiles_most(pairs, experts, each);
         let sort = SortArgs {
@@ -536,16 +604,25 @@ impl CudaBackend {
             each: each as i32,
             most: most as i32,
         };
-        ws.rooms.check("tiles of experts", moe.tiles.addr(), float_bytes(most, 3))?;
+        e.ws.rooms.check("tiles of experts", moe.tiles.addr(), float_bytes(most, 3))?;
         // SAFETY: SortArgs is what sort_rows declares; the lists have room for all choices, the tiles as checked.
         unsafe { e.launch(e.kernels.experts.sort, (1, 1, 1), 1024, 12 * experts, &sort)? };
+        self.tiles(r, &Tiles { table, list: moe.tiles.addr(), most, size }, (0, pairs))
+    }
+
+    /// The outputs of the experts of some tiles, whose rows lie at these places of the lists; what lies between them of others' is
+    /// prepared in vain. Rows are in the workspace as halves.
+    fn tiles(&self, r: &Resting, tiles: &Tiles, (from, end): (usize, usize)) -> Result {
+        let (e, ws, moe) = (&self.engine, &self.engine.ws, self.engine.moe()?);
+        let (n, ff) = (self.dims.n_embd, self.dims.n_ff_expert);
+        let pairs = self.tokens * self.dims.n_experts_used;
         let [gate, up] = [ws.gate.addr(), ws.up.addr()];
         for out in [gate, up] {
             ws.rooms.check("hidden state of experts", out, float_bytes(pairs, ff))?;
         }
         let args = |rows: usize, cols: usize| GroupedArgs {
-            table,
-            tiles: moe.tiles.addr(),
+            table: tiles.table,
+            tiles: tiles.list,
             x: ws.halves.addr(),
             scale: ws.halves_scale.addr(),
             rows: rows as i32,
@@ -556,17 +633,19 @@ impl CudaBackend {
         };
         let launch = |ty, matrices: u32, a: &GroupedArgs| -> Result {
             let kind = any_index(ty).ok_or_else(|| unsupported(ty))?;
-            let grid = (most as u32, (a.rows as usize).div_ceil(THIN_ROWS) as u32, matrices);
-            // SAFETY: GroupedArgs is what grouped_* declare; tiles name rows and experts that there are, `hold` has
+            let grid = (tiles.most as u32, (a.rows as usize).div_ceil(THIN_ROWS) as u32, matrices);
+            // SAFETY: GroupedArgs is what grouped_* declare; tiles name rows and experts that there are, `resting_of` has
             // checked shapes and alignment, and results have room: gate and up as checked, those of down a row a choice.
-            unsafe { e.launch(e.kernels.experts.grouped[kind][size], grid, 512, tile_bytes(ty, size), a) }
+            unsafe { e.launch(e.kernels.experts.grouped[kind][tiles.size], grid, 512, tile_bytes(ty, tiles.size), a) }
         };
         launch(r.up, 2, &GroupedArgs { from: moe.lists.addr(), out: [gate, up], ..args(ff, n) })?;
+        let row = |base: u64| base + float_bytes(from, ff);
         let prep = match r.how {
-            Activation::Silu => Prep::Swiglu(up),
-            how => Prep::Activate(how, up),
+            Activation::Silu => Prep::Swiglu(row(up)),
+            how => Prep::Activate(how, row(up)),
         };
-        e.prepare(prep, gate, 0, ff, pairs, Inputs { h: ws.halves.addr(), ..Inputs::default() })?;
+        let hidden = Inputs { h: ws.halves.addr() + half_bytes(from, ff), h_row0: from, ..Inputs::default() };
+        e.prepare(prep, row(gate), 0, ff, end - from, hidden)?;
         let to = moe.lists.addr() + 4 * pairs as u64;
         launch(r.down, 1, &GroupedArgs { to, out: [moe.out.addr(), 0], first: 2, ..args(n, ff) })
     }

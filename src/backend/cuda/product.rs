@@ -115,6 +115,8 @@ pub(super) struct Inputs {
     pub f: u64,
     pub q: u64,
     pub h: u64,
+    /// Number of the first of its rows among the factors of all.
+    pub h_row0: usize,
     /// In place of `q`: rows that the product norms and quantises itself.
     pub raw: Raw,
 }
@@ -214,7 +216,7 @@ impl Engine {
         rooms.check("quantised input", to.q, quant_bytes(rows, n))?;
         rooms.check("input as halves", to.h, half_bytes(rows, n))?;
         if to.h != 0 {
-            rooms.check("factors of the input", self.ws.halves_scale.addr(), float_bytes(rows, 1))?;
+            rooms.check("factors of the input", self.ws.halves_scale.addr(), float_bytes(to.h_row0 + rows, 1))?;
         }
         let mut a = PrepArgs {
             x,
@@ -222,7 +224,7 @@ impl Engine {
             f: to.f,
             q: to.q,
             h: to.h,
-            scale: self.ws.halves_scale.addr(),
+            scale: self.ws.halves_scale.addr() + 4 * to.h_row0 as u64,
             n: n as i32,
             pitch: pitch(n) as i32,
             ..PrepArgs::default()

@@ -156,6 +156,9 @@ pub(super) struct MoeBuffers {
     pub tiles: DeviceBuffer,
     /// Experts that a row has chosen and that are brought, [`landing_slot`] bytes each.
     pub landing: DeviceBuffer,
+    /// Addresses of experts of bulk rows that are brought together, then their tiles; and the same in host memory.
+    pub few: DeviceBuffer,
+    pub few_host: PinnedBuffer<u32>,
 }
 
 /// Bytes of every buffer of a session in device memory.
@@ -288,7 +291,7 @@ impl Workspace {
         let moe = self
             .moe
             .iter()
-            .flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles, &m.landing]);
+            .flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles, &m.landing, &m.few]);
         let own = [
             &self.x,
             &self.q,
@@ -337,9 +340,10 @@ pub(super) fn landing_slot(d: &Dims) -> u64 {
 
 impl MoeBuffers {
     /// Words of scores, ids, weights, lists, outputs, tables, tiles and landing.
-    fn words(d: &Dims) -> [usize; 8] {
+    fn words(d: &Dims) -> [usize; 9] {
         let pairs = d.max_batch * d.n_experts_used;
         let tables = d.n_blocks * d.n_experts * 6 * 2;
+        let tiles = 3 * tiles_most(pairs, d.n_experts, 16);
         [
             d.max_batch * d.n_experts,
             pairs,
@@ -347,13 +351,15 @@ impl MoeBuffers {
             2 * pairs,
             pairs * d.n_embd,
             tables,
-            3 * tiles_most(pairs, d.n_experts, 16),
+            tiles,
             d.n_experts_used * landing_slot(d) as usize / 4,
+            // Each list of tiles begins at a multiple of four words.
+            d.n_experts * (6 * 2 + 4) + tiles,
         ]
     }
 
     fn new(device: &Arc<Device>, d: &Dims) -> Result<MoeBuffers, BackendError> {
-        let [scores, ids, weights, lists, out, tables, tiles, landing] = MoeBuffers::words(d);
+        let [scores, ids, weights, lists, out, tables, tiles, landing, few] = MoeBuffers::words(d);
         let words = |n: usize, what| device.alloc(n as u64 * 4, what);
         Ok(MoeBuffers {
             scores: words(scores, "router scores")?,
@@ -366,6 +372,8 @@ impl MoeBuffers {
             tables: words(tables, "addresses of experts")?,
             tiles: words(tiles, "tiles of experts")?,
             landing: words(landing.max(1), "experts that are brought")?,
+            few: words(few, "experts at hand")?,
+            few_host: device.alloc_pinned(few, "experts at hand")?,
         })
     }
 }
