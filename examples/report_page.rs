@@ -4,7 +4,7 @@
 //!     cargo run --example report_page page.html
 
 use nt::plan::Home;
-use nt::report_page::{Link, LinkKind, Page, Predicted, Rates, Row, Span, SpanKind, Stall, Timeline, Unit};
+use nt::report_page::{Link, LinkKind, Page, Predicted, Rates, Row, Site, Span, SpanKind, Stall, Timeline, Unit};
 
 const BLOCK: u64 = 510 << 20;
 const RAM_SLOTS: usize = 4;
@@ -106,6 +106,14 @@ fn main() -> std::io::Result<()> {
             link(LinkKind::Gpu, "RAM to VRAM", bytes(|h| h != Home::A), RATES[1]),
             link(LinkKind::Vram, "VRAM, read by the GPU", bytes(|_| true), RATES[2]),
         ],
+        sites: vec![Site {
+            name: "GPU".into(),
+            units: units.len(),
+            bytes: bytes(|_| true),
+            bytes_per_token: Some(bytes(|_| true) as f64),
+            busy: None,
+            waits: None,
+        }],
         stalls: vec![Stall {
             cause: "computing waited for the link".into(),
             seconds: Some(waited),

@@ -2,6 +2,8 @@
 //! would fit.
 
 mod common;
+#[path = "common/shapes.rs"]
+mod shapes;
 #[path = "common/skeleton.rs"]
 mod skeleton;
 
@@ -80,6 +82,51 @@ fn two_sites_are_planned_where_a_model_rests_in_ram() {
     }
     let fits = plan(&[m, "--machine", "h100"]);
     assert!(fits["site"] == "gpu" && fits["beside"].is_null(), "{fits}");
+}
+
+/// Experts that both sites compute are counted at both: bytes per link and per site.
+#[test]
+fn divided_experts_are_counted_by_site_and_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = shapes::shaped(dir.path(), "qwen3-30b-a3b-Q4_K_M");
+    let path = path.to_str().unwrap();
+    let with = |more: &[&str]| plan(&[&[path, "--machine", "h100", "--vram", "4GiB", "--ctx", "1024"], more].concat());
+    let bytes = |v: &Value, list: &str, key: &str, name: &str| {
+        let of = v[list].as_array().unwrap().iter().find(|e| e[key] == name);
+        of.map_or(0.0, |e| e["bytes_per_token"].as_f64().unwrap())
+    };
+    let both = with(&[]);
+    let one = with(&["--exact"]);
+    let part = both["beside"]["part_of_choices"].as_f64().unwrap();
+    assert!((0.5..0.8).contains(&part), "{both}");
+    let (gpu, cpu) = (bytes(&both, "sites", "site", "gpu"), bytes(&both, "sites", "site", "cpu"));
+    let all = bytes(&one, "sites", "site", "gpu");
+    assert!((gpu + cpu - all).abs() < 1.0, "a token's weights are computed once: {gpu} {cpu} {all}");
+    let (link, all_by_link) = (bytes(&both, "links", "link", "gpu"), bytes(&one, "links", "link", "gpu"));
+    assert!((link + cpu - all_by_link).abs() < 1e-3 * all_by_link, "{link} {cpu} {all_by_link}");
+    assert!((cpu / (link + cpu) - part).abs() < 1e-3, "{both}");
+    assert_eq!(bytes(&both, "links", "link", "ram"), link + cpu);
+    assert_eq!(both["roofline"]["decode"]["bound_by"], "chain");
+    assert!(both["simulated"]["busy"]["gpu"].as_f64() > Some(0.2), "{both}");
+    // Where ids are forced, each expert is computed by itself.
+    assert!(with(&["--routing", "uniform"])["beside"]["part_of_choices"].is_null());
+    let shown = nt(&["plan", path, "--machine", "h100", "--vram", "4GiB", "--ctx", "1024"]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("% of what a token chooses of") && shown.contains("bound by chain"), "{shown}");
+
+    let (timeline, html) = (dir.path().join("t.json"), dir.path().join("p.html"));
+    with(&["--timeline", timeline.to_str().unwrap(), "--html", html.to_str().unwrap()]);
+    let events: Value = serde_json::from_str(&std::fs::read_to_string(timeline).unwrap()).unwrap();
+    let count = |cat: &str| events["traceEvents"].as_array().unwrap().iter().filter(|e| e["cat"] == cat).count();
+    // Six tokens of 48 layers, each with experts at both sites.
+    assert!(
+        count("compute beside") > 6 * 48 && count("copy") > 6 * 48,
+        "{} {}",
+        count("compute beside"),
+        count("copy")
+    );
+    let html = std::fs::read_to_string(html).unwrap();
+    assert!(html.contains("<h2>Sites</h2>") && html.contains("processors beside the GPU"));
 }
 
 #[test]

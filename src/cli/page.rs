@@ -4,12 +4,12 @@ use std::path::Path;
 
 use super::Failure;
 use super::report::Report;
-use crate::engine::{Forecast, Opened, Session};
+use crate::engine::{Forecast, LinkWork, Opened, Session, SiteWork};
 use crate::machine;
 use crate::model::UnitKind;
 use crate::pipeline::Event;
-use crate::plan::{Home, LinkName, Machine, Site, format_bytes};
-use crate::report_page::{Link, LinkKind, Page, Predicted, Stall, Timeline, Unit, measured, rates};
+use crate::plan::{self, Home, LinkName, Machine, format_bytes};
+use crate::report_page::{Link, LinkKind, Page, Predicted, Site, Stall, Timeline, Unit, measured, rates};
 
 /// What was timed, for the top of the page.
 #[derive(Debug, Default)]
@@ -58,6 +58,7 @@ fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings,
         timelines: timelines(session, events, &units),
         rates: rates(events, &units, ceiling),
         stalls: stalls(session),
+        sites: sites(session, opened),
         links,
         units,
         notes: notes.to_vec(),
@@ -83,33 +84,27 @@ pub fn write_plan(path: &Path, forecast: &Forecast, machine: &Machine, opened: &
 
 fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
     let p = &f.prediction;
-    let on_device = f.site == Site::Gpu;
+    let on_device = f.site == plan::Site::Gpu;
     let units = units_at(opened, &f.plan.homes);
     let events = f.timeline(machine);
     let seconds = p.simulated.map(|s| s.seconds);
-    let busy = |name| p.simulated.and_then(|s| s.busy(name, &p.rates));
-    let link = |kind, name: &str, bytes: f64, ceiling: Option<f64>, of| Link {
-        kind,
-        name: name.into(),
-        bytes: Some(bytes as u64),
-        gb_per_s: seconds.map(|s| bytes / s / 1e9),
-        ceiling_gb_per_s: ceiling.map(|c| c / 1e9),
-        busy: busy(of),
+    let link = |l: LinkWork| {
+        let (kind, name) = match l.link {
+            LinkName::Nvme => (LinkKind::Storage, "storage to RAM"),
+            LinkName::Gpu => (LinkKind::Gpu, "RAM to VRAM"),
+            LinkName::Vram => (LinkKind::Vram, "VRAM, read by the GPU"),
+            _ => (LinkKind::Ram, "RAM, all that passes through it"),
+        };
+        Link {
+            kind,
+            name: name.into(),
+            bytes: Some(l.bytes_per_token as u64),
+            gb_per_s: seconds.map(|s| l.bytes_per_token / s / 1e9),
+            ceiling_gb_per_s: l.ceiling.map(|c| c / 1e9),
+            busy: l.busy,
+        }
     };
-    let t = &p.traffic;
-    let mut links = Vec::new();
-    if t.from_storage > 0.0 {
-        links.push(link(LinkKind::Storage, "storage to RAM", t.from_storage, p.rates.nvme, LinkName::Nvme));
-    }
-    if on_device {
-        links.push(link(LinkKind::Gpu, "RAM to VRAM", t.over_link, p.rates.gpu, LinkName::Gpu));
-        links.push(Link {
-            busy: None,
-            ..link(LinkKind::Vram, "VRAM, read by the GPU", t.all, p.rates.vram, LinkName::Vram)
-        });
-    }
-    let through_ram = t.through_ram(p.rates.copies);
-    links.push(link(LinkKind::Ram, "RAM, all that passes through it", through_ram, p.rates.ram, LinkName::Ram));
+    let links: Vec<Link> = f.links().into_iter().map(link).collect();
     let ceiling = |kind| links.iter().find(|l| l.kind == kind).and_then(|l| l.ceiling_gb_per_s);
     let stall =
         |cause: &str, s: f64| Stall { cause: cause.into(), seconds: Some(s), share: seconds.map(|all| s / all) };
@@ -117,9 +112,18 @@ fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
         vec![
             stall("a token: computing waits for storage", s.wait_nvme),
             stall("a token: computing waits for the link", s.wait_gpu),
+            stall("a token: the GPU waits for processors", s.wait_beside),
             stall("a token: between passes", s.wait_pass),
         ]
     });
+    let site = |s: SiteWork| Site {
+        name: site_name(s.site).into(),
+        units: s.units,
+        bytes: s.bytes,
+        bytes_per_token: Some(s.bytes_per_token),
+        busy: s.busy,
+        waits: s.waits,
+    };
     let simulated = |t: Timeline| Timeline { title: "Simulated".into(), ..t };
     Page {
         title: format!("{}: plan", title(opened)),
@@ -134,6 +138,7 @@ fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
         timelines: measured(&events, &units, on_device).map(simulated).into_iter().collect(),
         rates: rates(&events, &units, ceiling),
         stalls,
+        sites: f.sites().into_iter().map(site).collect(),
         links,
         units,
         notes: machine
@@ -167,7 +172,7 @@ fn plan_figures(f: &Forecast) -> Vec<(String, String)> {
     if let Some(s) = p.first_token_s {
         out.push((format!("first token after a prompt of {}", p.prompt), format!("{s:.2} s")));
     }
-    if f.site == Site::Gpu {
+    if f.site == plan::Site::Gpu {
         out.push(("VRAM for weights".into(), format_bytes(f.plan.vram_bytes)));
     }
     out.push(("RAM for weights".into(), format_bytes(f.plan.ram_bytes)));
@@ -244,7 +249,7 @@ fn links(session: &Session) -> Vec<Link> {
     }
     if l.on_device {
         out.push(link(LinkKind::Gpu, "RAM to VRAM", l.gpu_bytes, l.gpu_gb_per_s(), l.gpu_ceiling, l.gpu_busy()));
-        let vram = l.bytes_per_pass * l.passes;
+        let vram = l.bytes_per_pass.saturating_sub(l.beside_bytes_per_pass) * l.passes;
         let known = l.measured_one_token.then_some(vram).filter(|_| l.pass_s > 0.0);
         out.push(Link {
             bytes: known,
@@ -252,8 +257,44 @@ fn links(session: &Session) -> Vec<Link> {
             ..link(LinkKind::Vram, "VRAM, read by the GPU", 0, None, l.vram_ceiling, None)
         });
     }
-    let who = if l.on_device { "RAM, read for the link" } else { "RAM, read by processors" };
+    let who = match (l.on_device, l.beside_bytes > 0) {
+        (true, true) => "RAM, read for the link and by processors",
+        (true, false) => "RAM, read for the link",
+        (false, _) => "RAM, read by processors",
+    };
     out.push(link(LinkKind::Ram, who, l.ram_bytes, l.ram_gb_per_s(), l.ram_ceiling, None));
+    out
+}
+
+fn site_name(site: plan::Site) -> &'static str {
+    match site {
+        plan::Site::Gpu => "GPU",
+        plan::Site::Cpu => "processors",
+    }
+}
+
+/// The sites of a run; how long a GPU computes is not measured.
+fn sites(session: &Session, opened: &Opened) -> Vec<Site> {
+    let l = session.links();
+    let beside = session.beside().unwrap_or_default();
+    let of = |wanted: bool| {
+        let of = opened.model.units.iter().enumerate().filter(|(i, _)| (beside.get(*i) == Some(&true)) == wanted);
+        of.fold((0, 0), |(n, bytes), (_, u)| (n + 1, bytes + u.bytes()))
+    };
+    let site = |site, (units, bytes): (usize, u64), per_pass: u64, busy, waits| Site {
+        name: site_name(site).into(),
+        units,
+        bytes,
+        bytes_per_token: Some(per_pass as f64),
+        busy,
+        waits,
+    };
+    let own = if l.on_device { plan::Site::Gpu } else { plan::Site::Cpu };
+    let mut out = vec![site(own, of(false), l.bytes_per_pass.saturating_sub(l.beside_bytes_per_pass), None, None)];
+    if !beside.is_empty() {
+        let (busy, waits) = l.beside_busy().unzip();
+        out.push(site(plan::Site::Cpu, of(true), l.beside_bytes_per_pass, busy, waits));
+    }
     out
 }
 

@@ -153,6 +153,8 @@ struct Shown {
 /// Links in the order in which they are shown, with what people call them.
 const LINKS: [(LinkName, &str); 4] =
     [(LinkName::Nvme, "storage"), (LinkName::Gpu, "link"), (LinkName::Ram, "RAM"), (LinkName::Flops, "compute")];
+/// The last where processors compute beside the GPU.
+const ON_GPU: &str = "GPU";
 
 /// Changes that are worth a line.
 const CHANGE_MIN: f64 = 0.01;
@@ -202,14 +204,18 @@ impl Shown {
             json!({
                 "tokens_per_s": 1.0 / s.seconds,
                 "bound_by": s.bound_by(&p.rates),
-                "busy": { "nvme": busy(LinkName::Nvme), "gpu": busy(LinkName::Gpu), "ram": busy(LinkName::Ram), "flops": busy(LinkName::Flops) },
-                "stall": { "nvme": s.wait_nvme / s.seconds, "gpu": s.wait_gpu / s.seconds, "pass": s.wait_pass / s.seconds },
+                "busy": { "nvme": busy(LinkName::Nvme), "gpu": busy(LinkName::Gpu), "ram": busy(LinkName::Ram), "flops": busy(LinkName::Flops), "chain": busy(LinkName::Chain), "beside": s.beside() },
+                "stall": { "nvme": s.wait_nvme / s.seconds, "gpu": s.wait_gpu / s.seconds, "beside": s.wait_beside / s.seconds, "pass": s.wait_pass / s.seconds },
             })
         });
         json!({
             "machine": self.machine,
             "site": if f.beside.is_some() { json!("both") } else { json!(f.site) },
-            "beside": f.computed_beside().map(|(units, bytes)| json!({ "site": "cpu", "units": units, "bytes": bytes, "threads": f.threads })),
+            "beside": f.computed_beside().map(|(units, bytes)| json!({
+                "site": "cpu", "units": units, "bytes": bytes, "threads": f.threads, "part_of_choices": f.part_of_choices(),
+            })),
+            "sites": f.sites(),
+            "links": f.links(),
             "n_buffers": f.n_buffers(),
             "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.plan.embedding_resident },
             "memory": {
@@ -280,7 +286,24 @@ impl Shown {
         }
         if let Some((units, bytes)) = f.computed_beside() {
             let (bytes, threads) = (format_bytes(bytes), f.threads);
-            writeln!(out, "  while generating, {threads} processors compute {units} units ({bytes}) of those in RAM")?;
+            match f.part_of_choices() {
+                None => writeln!(
+                    out,
+                    "  while generating, {threads} processors compute {units} units ({bytes}) of those in RAM"
+                )?,
+                Some(part) => writeln!(
+                    out,
+                    "  while generating, {threads} processors compute {:.0} % of what a token chooses of {units} units in RAM ({bytes}); the link brings the rest",
+                    part * 100.0
+                )?,
+            }
+            for s in f.sites() {
+                let name = match s.site {
+                    Site::Gpu => "the GPU",
+                    Site::Cpu => "processors",
+                };
+                writeln!(out, "  {name:<14} {:>18} computed per token", format_bytes(s.bytes_per_token as u64))?;
+            }
         }
         let slots = |n: usize, bytes: u64, attention: u64| match (n, attention) {
             (0, _) => "no slots".into(),
@@ -338,17 +361,18 @@ impl Shown {
         let simulated = p.simulated.map_or(String::new(), |s| format!("{} tokens/s; ", speed(1.0 / s.seconds)));
         writeln!(out, "decode    {simulated}{}", roofline(p.decode, 1))?;
         if let Some(s) = p.simulated {
-            let busy = LINKS.iter().filter_map(|(l, name)| {
-                let b = s.busy(*l, &p.rates).filter(|b| *b >= 0.005)?;
-                Some(format!("{name} {:.0} %", b * 100.0))
-            });
-            writeln!(out, "busy      {}", busy.collect::<Vec<_>>().join(", "))?;
+            let told = |name: &str, b: Option<f64>| Some(format!("{name} {:.0} %", b.filter(|b| *b >= 0.005)? * 100.0));
+            let own = |l, name| if l == LinkName::Flops && s.beside().is_some() { ON_GPU } else { name };
+            let links = LINKS.iter().filter_map(|(l, name)| told(own(*l, name), s.busy(*l, &p.rates)));
+            let busy: Vec<String> = links.chain(told("processors", s.beside())).collect();
+            writeln!(out, "busy      {}", busy.join(", "))?;
             let share = |t: f64| t / s.seconds * 100.0;
             writeln!(
                 out,
-                "stall     {:.0} % for storage, {:.0} % for the link, {:.0} % between passes",
+                "stall     {:.0} % for storage, {:.0} % for the link, {}{:.0} % between passes",
                 share(s.wait_nvme),
                 share(s.wait_gpu),
+                s.beside().map_or(String::new(), |_| format!("{:.0} % for processors, ", share(s.wait_beside))),
                 share(s.wait_pass)
             )?;
         }

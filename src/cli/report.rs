@@ -27,6 +27,8 @@ pub struct Report {
     device: Option<String>,
     /// Units, bytes and threads of processors beside the device.
     beside: Option<(usize, u64, usize)>,
+    /// Of the choices that fall on experts in RAM, the part that those compute, where the link brings the others.
+    part_of_choices: Option<f64>,
     vram_bytes: Option<u64>,
     peak_rss_bytes: Option<u64>,
     notes: Vec<String>,
@@ -62,6 +64,7 @@ impl Report {
                 let of = opened.model.units.iter().zip(beside).filter(|(_, b)| *b);
                 (of.clone().count(), of.map(|(u, _)| u.bytes()).sum(), session.threads_beside())
             }),
+            part_of_choices: session.part_of_choices(),
             vram_bytes: session.vram_bytes(),
             peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
@@ -133,9 +136,14 @@ impl Report {
                 let (busy, waits) = l.beside_busy().unzip();
                 let cpu = json!({
                     "site": "cpu", "units": units, "bytes": bytes, "threads": threads, "gb_per_s": l.beside_gb_per_s(),
-                    "busy": busy, "waits_for_gpu": waits,
+                    "busy": busy, "waits_for_gpu": waits, "bytes_per_token": l.beside_bytes_per_pass,
+                    "part_of_choices": self.part_of_choices,
                 });
-                json!([site("gpu", all.0 - units, all.1 - bytes), cpu])
+                // Divided experts are units of both.
+                let (n, of_both) = if self.part_of_choices.is_some() { (0, 0) } else { (units, bytes) };
+                let mut gpu = site("gpu", all.0 - n, all.1 - of_both);
+                gpu["bytes_per_token"] = json!(l.bytes_per_pass.saturating_sub(l.beside_bytes_per_pass));
+                json!([gpu, cpu])
             }
             (Some(_), None) => json!([site("gpu", all.0, all.1)]),
             (None, _) => json!([site("cpu", all.0, all.1)]),
@@ -207,7 +215,7 @@ impl Report {
             "tokens_per_s": tokens_per_s,
             "bound_by": p.pass.bound_by(&p.rates),
             "achieved": self.decode_tokens_per_s.map(|t| t / tokens_per_s),
-            "busy": { "nvme": busy(LinkName::Nvme), "gpu": busy(LinkName::Gpu), "ram": busy(LinkName::Ram), "flops": busy(LinkName::Flops) },
+            "busy": { "nvme": busy(LinkName::Nvme), "gpu": busy(LinkName::Gpu), "ram": busy(LinkName::Ram), "flops": busy(LinkName::Flops), "chain": busy(LinkName::Chain), "beside": p.pass.beside() },
         })
     }
 
@@ -277,10 +285,18 @@ impl Report {
         )?;
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
-            write!(
-                out,
-                "sites     while generating, {threads} processors compute {units} of the units in RAM ({bytes})"
-            )?;
+            match self.part_of_choices {
+                None => write!(
+                    out,
+                    "sites     while generating, {threads} processors compute {units} of the units in RAM ({bytes})"
+                )?,
+                Some(part) => write!(
+                    out,
+                    "sites     while generating, {threads} processors compute {:.0} % of what tokens choose of {units} units in RAM ({bytes}), the GPU the rest ({} per token brought)",
+                    part * 100.0,
+                    format_bytes(self.links.gpu_bytes_per_pass)
+                )?,
+            }
             if let (Some(rate), Some((busy, waits))) = (self.links.beside_gb_per_s(), self.links.beside_busy()) {
                 let (busy, waits) = (busy * 100.0, waits * 100.0);
                 write!(out, ", {rate:.2} GB/s, busy {busy:.0} %, waiting for the GPU {waits:.0} %")?;

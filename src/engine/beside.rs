@@ -1,5 +1,6 @@
 //! Which units processors beside a device compute from RAM.
 
+use super::Options;
 use super::sizes::unit_sizes;
 use super::steps::schedule;
 use super::weights::Beside;
@@ -7,7 +8,7 @@ use crate::backend::{Class, Share};
 use crate::flow::Step;
 use crate::memory::Region;
 use crate::model::{Model, UnitKind};
-use crate::plan::{Home, Plan, SiteRates, assign};
+use crate::plan::{self, Costs, Home, Plan, SiteRates, UnitWork, assign};
 
 /// Which sites compute where a device has memory of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +39,7 @@ fn computable(model: &Model) -> Vec<bool> {
 }
 
 /// The units that processors compute; `None` if there are none.
-pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() -> SiteRates) -> Option<Vec<bool>> {
+fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() -> SiteRates) -> Option<Vec<bool>> {
     if sites == Sites::One {
         return None;
     }
@@ -71,11 +72,12 @@ pub(super) fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() 
 pub(super) fn beside(
     model: &Model,
     plan: &Plan,
-    chosen: &[bool],
+    division: &Division,
+    parts: Vec<f64>,
     in_ram: &[Option<Region>],
     apart: Vec<u64>,
-    share: Option<Share>,
 ) -> Beside {
+    let chosen = &division.units[..];
     let steps = |class: Class| {
         let rests = |u: usize| class == Class::Exact && chosen[u] && plan.homes[u] == Home::B;
         let streams = |u: usize| plan.homes[u] != Home::A && !rests(u);
@@ -91,13 +93,15 @@ pub(super) fn beside(
         steps,
         // What the flow begins with.
         class: Class::Bulk,
-        share,
+        share: division.share,
+        divided: division.divided.clone(),
+        parts,
     }
 }
 
 /// How many of a row's experts in RAM are for processors, so that they end together with a link that brings the others to the
 /// device: in steps of a twentieth, as rates are. `None` where they have none. `units` are what they can compute.
-pub(super) fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates) -> Option<Share> {
+fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates) -> Option<Share> {
     let routed = |u: &usize| matches!(model.units[*u].kind, UnitKind::Expert { .. });
     if !(0..units.len()).any(|u| units[u] && routed(&u)) {
         return None;
@@ -105,6 +109,62 @@ pub(super) fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates
     let rates = rates().rounded();
     let twentieths = (20.0 * rates.ram / (rates.ram + rates.link)).round();
     Some(Share((twentieths * 256.0 / 20.0).round() as u32))
+}
+
+/// What processors beside a device compute of a plan while tokens are generated.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Division {
+    /// By unit, whether they compute it in RAM; of divided experts, those that rest there.
+    pub units: Vec<bool>,
+    /// By unit, whether it is of a layer whose experts in RAM are divided between them and the link.
+    pub divided: Vec<bool>,
+    /// How many of a row's choices in RAM are theirs in those layers.
+    pub share: Option<Share>,
+}
+
+impl Division {
+    /// The division of a session with these options; `None` where processors have nothing to do. `rates` are asked for where it
+    /// follows from them.
+    pub fn new(model: &Model, plan: &Plan, options: &Options, rates: &dyn Fn() -> SiteRates) -> Option<Division> {
+        let units = choose(model, plan, options.sites, rates)?;
+        // A timeline shows each expert, and who is told what to choose is told it by the host: then each is computed by itself.
+        let each = options.timeline || options.routing.is_some();
+        let share = if each { None } else { share(model, &units, rates) };
+        Some(Division::of(model, plan, units, share))
+    }
+
+    /// The division where processors compute these units.
+    fn of(model: &Model, plan: &Plan, units: Vec<bool>, share: Option<Share>) -> Division {
+        let mut divided = vec![false; units.len()];
+        for stage in model.stages.iter().filter(|_| share.is_some()) {
+            let Some(experts) = &stage.experts else { continue };
+            let layer: Vec<usize> = experts.list.iter().map(|l| l[0].weight.unit).collect();
+            let in_ram = |u: &usize| plan.homes[*u] == Home::B && units[*u];
+            // All of a layer that is divided rest, and some of them in RAM.
+            let rest = layer.iter().all(|u| plan.homes[*u] == Home::A || in_ram(u));
+            if rest && layer.iter().any(in_ram) {
+                layer.iter().for_each(|u| divided[*u] = true);
+            }
+        }
+        Division { units, divided, share }
+    }
+
+    /// The division as the simulator sees it.
+    pub fn timed(&self, units: &[UnitWork], rates: &SiteRates, costs: &Costs) -> plan::Beside {
+        plan::Beside {
+            units: self.units.clone(),
+            divided: self.divided.clone(),
+            share: self.share,
+            unit_s: units.iter().map(|u| u.on_processors_s(rates.ram)).collect(),
+            hand_over_s: [costs.hand_over.s(), costs.hand_over_loaded.s()],
+        }
+    }
+
+    /// By unit, the part of its uses that processors compute.
+    pub fn parts(&self, units: &[UnitWork]) -> Vec<f64> {
+        let Division { units: of_host, divided, share } = self.clone();
+        plan::Beside { units: of_host, divided, share, ..plan::Beside::default() }.parts(units)
+    }
 }
 
 /// The plan as passes of exact rows see it: what processors compute in RAM is brought nowhere.

@@ -1,20 +1,22 @@
 //! What a model will do on a machine, from its header alone: the plan that a session would make, and the
 //! speed that the machine's rates allow.
 
+use super::beside::Division;
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of};
-use super::sizes::{unit_size, unit_sizes};
+use super::sizes::unit_sizes;
 use super::start::{Sizes, dims, make_plan, weights_room};
+use super::works::works;
 use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
 use crate::machine;
-use crate::model::{Model, Tape, UnitKind};
-use crate::pipeline::{Event, EventKind, UnitLayout};
+use crate::model::{Model, Tape};
+use crate::pipeline::{Event, EventKind};
 use crate::plan::{
-    COPY_GAP_S, Cache, Caching, HAND_OVER_S, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares,
-    SimUnit, Site, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
+    self, COPY_GAP_S, Cache, Caching, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit,
+    Site, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -36,8 +38,8 @@ pub struct Forecast {
     pub plan: Plan,
     /// The units, in the order of the plan's homes.
     pub units: Vec<UnitWork>,
-    /// Those that processors beside a GPU compute from RAM while tokens are generated; `None` for none.
-    pub beside: Option<Vec<bool>>,
+    /// What processors beside a GPU compute from RAM while tokens are generated; `None` for nothing.
+    pub beside: Option<plan::Beside>,
     /// Threads that compute on processors.
     pub threads: usize,
     /// Positions of the KV cache.
@@ -124,10 +126,13 @@ impl Forecast {
         }
         let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
         let rates = machine.site_rates(threads).filter(|_| site == Site::Gpu);
-        let beside = rates.and_then(|rates| super::beside::choose(model, &plan, options.sites, &|| rates));
-        let caching = caching(model, &plan, options.routing.as_ref(), beside.as_deref());
+        let beside = rates.zip(machine.gpu.as_ref()).and_then(|(rates, gpu)| {
+            let division = Division::new(model, &plan, options, &|| rates)?;
+            Some(division.timed(&units, &rates, &gpu.costs))
+        });
+        let caching = caching(model, &plan, options.routing.as_ref());
         let work =
-            Work { units: &units, plan: &plan, beside: beside.as_deref(), machine, site, threads, caching: &caching };
+            Work { units: &units, plan: &plan, beside: beside.as_ref(), machine, site, threads, caching: &caching };
         Ok(Forecast {
             prediction: Prediction::new(&work, prompt, options.max_batch),
             beside,
@@ -179,11 +184,10 @@ impl Forecast {
     }
 
     fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
-        let beside = self.beside.as_deref();
         Work {
             units: &self.units,
             plan: &self.plan,
-            beside,
+            beside: self.beside.as_ref(),
             machine,
             site: self.site,
             threads: self.threads,
@@ -191,10 +195,20 @@ impl Forecast {
         }
     }
 
-    /// Units that processors beside a GPU compute, and their bytes; `None` if there are none.
+    /// Units that processors beside a GPU compute, all or some of their uses, and their bytes; `None` if there are none.
     pub fn computed_beside(&self) -> Option<(usize, u64)> {
-        let of = self.units.iter().zip(self.beside.as_ref()?).filter(|(_, b)| **b);
+        let of = self.units.iter().zip(&self.beside.as_ref()?.units).filter(|(_, b)| **b);
         Some((of.clone().count(), of.map(|(u, _)| u.bytes).sum()))
+    }
+
+    /// Of the choices that fall on experts in RAM, the part that processors compute, where the link brings the others; the mean over
+    /// layers that are divided, `None` if none is.
+    pub fn part_of_choices(&self) -> Option<f64> {
+        let beside = self.beside.as_ref()?;
+        let parts = beside.parts(&self.units);
+        let of = (0..parts.len()).filter(|u| beside.divides(*u) && beside.computes(*u));
+        let (n, sum) = of.fold((0, 0.0), |(n, sum), u| (n + 1, sum + parts[u]));
+        (n > 0).then(|| sum / f64::from(n))
     }
 
     /// Slots of the caches of experts, experts that they are for, both of all layers, the caches' number, and the share of uses
@@ -268,7 +282,7 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
 struct Work<'a> {
     units: &'a [UnitWork],
     plan: &'a Plan,
-    beside: Option<&'a [bool]>,
+    beside: Option<&'a plan::Beside>,
     machine: &'a Machine,
     site: Site,
     threads: usize,
@@ -283,20 +297,17 @@ impl Work<'_> {
     /// The simulator, of passes of one token or of a prompt.
     fn setup(&self, rates: &Rates, exact: bool) -> Setup {
         let beside = self.beside.filter(|_| exact);
-        let plan = super::beside::as_exact(self.plan, beside);
+        let plan = super::beside::as_exact(self.plan, beside.map(|b| &b.units[..]));
         let both = beside.and_then(|_| self.machine.site_rates(self.threads));
         // Beside processors that read the same memory the link is slower.
         let rates = Rates { gpu: both.map(|r| r.link).or(rates.gpu), ..*rates };
-        let mut caching = self.caching.clone();
-        if !exact {
-            caching.in_ram.clear();
-        }
-        setup(self.units, &plan, &rates, self.on_device(), caching)
+        let beside = beside.cloned().unwrap_or_default();
+        Setup { beside, ..setup(self.units, &plan, &rates, self.on_device(), self.caching.clone()) }
     }
 
     /// A pass of one token.
     fn decode(&self) -> PassWork {
-        let unit_s = decode_seconds(self.units, self.beside, self.machine, self.site, self.threads);
+        let unit_s = decode_seconds(self.units, &self.plan.homes, self.beside, self.machine, self.site);
         PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1), prompt: false }
     }
 }
@@ -306,9 +317,13 @@ impl Prediction {
         let &Work { units, plan, machine, site, .. } = work;
         let rates = rates(machine);
         let on_device = work.on_device();
-        let traffic = Traffic::new(units, &plan.homes, work.beside, on_device, 1);
+        let parts = work.beside.map(|b| b.parts(units));
+        let traffic = Traffic::new(units, &plan.homes, parts.as_deref(), on_device, 1);
         let one = work.decode();
-        let compute: f64 = units.iter().zip(&one.unit_s).map(|(u, s)| s * u.share).sum();
+        let compute = match work.beside {
+            Some(beside) => beside.chain_s(units, &one.unit_s),
+            None => units.iter().zip(&one.unit_s).map(|(u, s)| s * u.share).sum(),
+        };
         let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
         let simulated = decode.map(|_| work.setup(&rates, true).settled(&one));
         let batch = prompt.clamp(1, max_batch);
@@ -333,25 +348,27 @@ impl Prediction {
     }
 }
 
-/// Seconds of each unit in a pass of one token, on the site that computes it.
+/// Seconds of each unit in a pass of one token, where the plan's own site computes it.
 pub(super) fn decode_seconds(
     units: &[UnitWork],
-    beside: Option<&[bool]>,
+    homes: &[Home],
+    beside: Option<&plan::Beside>,
     machine: &Machine,
     site: Site,
-    threads: usize,
 ) -> Vec<f64> {
-    let rates = machine.site_rates(threads);
-    // The experts of a layer are handed over together.
-    let of_expert = HAND_OVER_S / experts(units, 1).max(1) as f64;
-    let of = |(i, u): (usize, &UnitWork)| match (&rates, beside.is_some_and(|b| b[i])) {
-        (Some(rates), true) => {
-            let hand_over = if u.size.routed() { of_expert } else { HAND_OVER_S };
-            u.bytes as f64 / rates.ram + hand_over
-        }
-        _ => u.decode_s(machine, site),
-    };
-    units.iter().enumerate().map(of).collect()
+    let mut unit_s: Vec<f64> = units.iter().map(|u| u.decode_s(machine, site)).collect();
+    let Some(gpu) = machine.gpu.as_ref().filter(|_| site == Site::Gpu) else { return unit_s };
+    let used = experts(units, 1).max(1) as f64;
+    let mut first = 0;
+    for layer in units.chunk_by(|a, b| a.size.routed() && b.size.routed() && a.size.block == b.size.block) {
+        let all = first..first + layer.len();
+        first = all.end;
+        // One call computes the experts of a layer if all of them rest.
+        let whole = homes[all.clone()].iter().all(|h| *h == Home::A) || beside.is_some_and(|b| b.divides(all.start));
+        let least = if whole { gpu.costs.experts.s() / used } else { gpu.costs.expert.s() };
+        all.filter(|u| units[*u].size.routed()).for_each(|u| unit_s[u] = unit_s[u].max(least));
+    }
+    unit_s
 }
 
 /// The events of simulated passes over so many tokens each, the passes themselves among them.
@@ -381,6 +398,7 @@ pub(super) fn setup(units: &[UnitWork], plan: &Plan, rates: &Rates, on_device: b
         wrap: true,
         seed: 1,
         caching,
+        beside: plan::Beside::default(),
     }
 }
 
@@ -427,32 +445,6 @@ fn rates(machine: &Machine) -> Rates {
         nvme: machine.storage_bytes_per_s(),
         copies: machine.storage.as_ref().is_some_and(|s| s.copies),
     }
-}
-
-/// What each unit of the model asks of a pass.
-pub(super) fn works(model: &Model, layouts: &[UnitLayout]) -> Vec<UnitWork> {
-    let h = &model.hparams;
-    let of = |(u, l): (&crate::model::UnitSpec, &UnitLayout)| UnitWork {
-        size: unit_size(u, l.slot_bytes),
-        bytes: u.bytes(),
-        matrices: Vec::new(),
-        share: match u.kind {
-            UnitKind::Expert { .. } => h.n_experts_used as f64 / h.n_experts as f64,
-            _ => 1.0,
-        },
-        miss: 1.0,
-    };
-    let mut works: Vec<UnitWork> = model.units.iter().zip(layouts).map(of).collect();
-    for (_, _, t) in model.matrices() {
-        let bytes = t.rows as u64 * t.ty.row_bytes(t.cols).unwrap_or(0) as u64;
-        let elements = (t.rows * t.cols) as u64;
-        let matrices = &mut works[t.unit].matrices;
-        match matrices.iter_mut().find(|m| m.0 == t.ty) {
-            Some(m) => (m.1, m.2) = (m.1 + bytes, m.2 + elements),
-            None => matrices.push((t.ty, bytes, elements)),
-        }
-    }
-    works
 }
 
 /// Where a session of the model computes: on a GPU, if there is one that has kernels for all that a pass does.

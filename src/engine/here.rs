@@ -8,7 +8,7 @@ use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::facts::{Facts, Gpu};
 use crate::machine::probe::{self, Target};
-use crate::plan::{CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
+use crate::plan::{Costs, CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
 use crate::storage::guard::Host;
 
 /// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
@@ -187,5 +187,6 @@ fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
         link,
         link_beside: link_beside(device),
         gemm: Some(Speed { tflops, measured: false, source }),
+        costs: Costs::default(),
     }
 }

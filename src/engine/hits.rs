@@ -39,22 +39,15 @@ pub(super) fn hit_rates_of(model: &Model, plan: &Plan, routing: Option<&ForcedRo
 }
 
 /// What the simulator is to know of a plan's caches.
-pub(super) fn caching(
-    model: &Model,
-    plan: &Plan,
-    routing: Option<&Arc<ForcedRouting>>,
-    beside: Option<&[bool]>,
-) -> Caching {
+pub(super) fn caching(model: &Model, plan: &Plan, routing: Option<&Arc<ForcedRouting>>) -> Caching {
     if plan.caches.is_empty() && routing.is_none() {
         return Caching::default();
     }
     let numbers = numbers(plan, &routed(model));
     let uniform = || ForcedRouting::new(mixture(model), Routes::Uniform, 1).ok().map(Arc::new);
-    let stays = |u: usize| beside.is_some_and(|b| b[u]) && plan.homes[u] == Home::C;
     Caching {
         caches: plan.caches.iter().zip(numbers).map(|(c, number)| SimCache { slots: c.slots, number }).collect(),
         of: plan.cache_of(&unit_sizes(model)),
-        in_ram: (0..plan.homes.len()).map(stays).collect(),
         routing: routing.cloned().or_else(uniform),
     }
 }

@@ -25,6 +25,8 @@ pub struct Links {
     pub gpu_starts: Latencies,
     /// Bytes copied to the device in those passes.
     pub gpu_bytes: u64,
+    /// Of those, experts that were asked for once they were chosen; these copies are not timed.
+    pub gpu_fetched_bytes: u64,
     /// Seconds in which the link to the device was busy, of those.
     pub gpu_busy_s: f64,
     /// Whether these seconds could be measured.
@@ -100,7 +102,7 @@ impl Links {
 
     /// Share of the passes' time in which the link to the device was busy.
     pub fn gpu_busy(&self) -> Option<f64> {
-        let known = self.gpu_bytes > 0 && self.gpu_timed && self.pass_s > 0.0;
+        let known = self.gpu_bytes > 0 && self.gpu_timed && self.gpu_fetched_bytes == 0 && self.pass_s > 0.0;
         known.then(|| (self.gpu_busy_s / self.pass_s).min(1.0))
     }
 
@@ -108,14 +110,14 @@ impl Links {
     pub fn stalls(&self) -> Stalls {
         let streams = self.nvme_bytes > 0;
         let full = match (self.gpu_bytes > 0, streams) {
-            (true, _) if !self.gpu_timed => None,
+            (true, _) if !self.gpu_timed || self.gpu_fetched_bytes > 0 => None,
             (true, _) => Some(self.pass_s - self.gpu_busy_s - self.storage_wait_s),
             (false, true) if !self.on_device => Some(self.pass_s - self.nvme_busy_s),
             (false, _) => None,
         };
         Stalls {
             storage_s: streams.then_some(self.storage_wait_s),
-            link_s: (self.gpu_bytes > 0).then_some(self.link_wait_s),
+            link_s: (self.gpu_bytes > self.gpu_fetched_bytes).then_some(self.link_wait_s),
             compute_s: full.map(|s| s.max(0.0)),
         }
     }

@@ -5,6 +5,7 @@
 
 mod apart;
 mod beside;
+mod by_site;
 mod ceilings;
 pub mod constraint;
 mod dry;
@@ -32,8 +33,10 @@ mod stripes;
 mod verify;
 mod weights;
 mod window;
+mod works;
 
 pub use beside::Sites;
+pub use by_site::{LinkWork, SiteWork};
 pub use constraint::{ConstraintError, Form, Grammar, Grammars, Reasoning};
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest, refused_by_gpu};

@@ -2,16 +2,17 @@
 
 use std::time::Instant;
 
-use super::beside::as_exact;
-use super::forecast::{PASSES_SHOWN, decode_seconds, setup, with_passes, works};
+use super::beside::{Division, as_exact};
+use super::forecast::{PASSES_SHOWN, decode_seconds, setup, with_passes};
 use super::hits::caching;
 use super::start::{apart, device_slots};
-use super::{EngineError, Session};
+use super::works::works;
+use super::{EngineError, Session, here};
 use crate::backend::Class;
 use crate::flow::{Feed, Place};
 use crate::model::Outputs;
 use crate::pipeline::{Event, StreamError};
-use crate::plan::{Home, Machine, PassWork, Rates, Setup, Shares, Site, pass_s};
+use crate::plan::{self, Costs, Home, Machine, PassWork, Rates, Setup, Shares, Site, SiteRates, pass_s};
 
 /// How long computing alone is measured, and most passes of it.
 const COMPUTE_S: f64 = 0.5;
@@ -31,34 +32,64 @@ impl Session {
     /// it needs is missing.
     pub fn predicted(&self) -> Option<Predicted> {
         let rates = self.links.rates();
-        Some(Predicted { pass: self.simulator(&rates)?.settled(&self.measured_work()?), rates })
+        Some(Predicted { pass: self.measured_simulator()?.settled(&self.measured_work()?), rates })
     }
 
     /// Some one-token passes as simulated with those ceilings, for a picture; empty without them.
     pub fn simulated_events(&self) -> Vec<Event> {
-        let Some((setup, work)) = self.simulator(&self.links.rates()).zip(self.measured_work()) else {
+        let Some((setup, work)) = self.measured_simulator().zip(self.measured_work()) else {
             return Vec::new();
         };
         with_passes(setup.run(&[&work; PASSES_SHOWN]), std::iter::repeat(1))
     }
 
+    /// The simulator with the ceilings that were measured.
+    fn measured_simulator(&self) -> Option<Setup> {
+        let units = works(&self.model, &self.weights.layouts);
+        self.simulator(&self.links.rates(), self.beside_at(&units, self.slower()))
+    }
+
     /// A one-token pass whose units take shares of the measured time by their bytes.
     fn measured_work(&self) -> Option<PassWork> {
         let compute_s = self.links.compute_s?;
-        // Processors beside a device take longer for a byte than it does.
-        let slower = match (self.links.vram_ceiling, self.links.ram_ceiling) {
-            (Some(vram), Some(ram)) => vram / ram,
-            _ => 1.0,
-        };
-        let beside = self.beside().unwrap_or_default();
-        let factor = |u: usize| if beside.get(u) == Some(&true) { slower } else { 1.0 };
-        let weights: Vec<f64> = self.units_bytes().enumerate().map(|(u, b)| b * factor(u)).collect();
-        // Of experts a pass uses as many as a token chooses.
         let units = works(&self.model, &self.weights.layouts);
-        let all: f64 = weights.iter().zip(&units).map(|(w, u)| w * u.share).sum();
+        let beside = self.beside_at(&units, self.slower());
+        // What processors beside a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
+        let parts = beside.as_ref().map(|b| b.parts(&units));
+        let of_host: f64 = beside.as_ref().map_or(0.0, |b| b.chain_s(&units, &vec![0.0; units.len()]));
+        let part = |u: usize| 1.0 - parts.as_ref().map_or(0.0, |p| p[u]);
+        let all: f64 = units.iter().enumerate().map(|(i, u)| u.bytes as f64 * u.share * part(i)).sum();
         let beside_s = pass_s(self.site()).min(compute_s);
-        let unit_s = weights.iter().map(|w| (compute_s - beside_s) * w / all).collect();
+        let left = (compute_s - beside_s - of_host).max(0.0);
+        let unit_s = units.iter().map(|u| left * u.bytes as f64 / all.max(1.0)).collect();
         Some(PassWork { unit_s, beside_s, experts: self.model.hparams.n_experts_used, prompt: false })
+    }
+
+    /// Bytes a second of weights that processors beside the device compute, by the ceilings that were measured; a guess without.
+    fn slower(&self) -> f64 {
+        let l = &self.links;
+        let of_both = l.ram_and_link_ceiling.zip(l.gpu_ceiling).map(|(both, link)| both - link);
+        of_both.or(l.ram_ceiling).unwrap_or(here::site_rates(self.threads_beside()).ram)
+    }
+
+    /// What processors beside the device do, at this rate; `None` if there are none.
+    fn beside_at(&self, units: &[plan::UnitWork], ram: f64) -> Option<plan::Beside> {
+        let rates = SiteRates { ram, link: 1.0, device: 1.0 };
+        Some(self.division()?.timed(units, &rates, &Costs::default()))
+    }
+
+    /// Of the choices that fall on experts in RAM, the part that processors beside the device compute, where the link brings the others;
+    /// the mean over layers that are divided, `None` if none is.
+    pub fn part_of_choices(&self) -> Option<f64> {
+        let of = self.weights.beside.as_ref()?;
+        let divided = (0..of.parts.len()).filter(|u| of.divided[*u] && of.units[*u].is_some());
+        let (n, sum) = divided.fold((0, 0.0), |(n, sum), u| (n + 1, sum + of.parts[u]));
+        (n > 0).then(|| sum / f64::from(n))
+    }
+
+    fn division(&self) -> Option<Division> {
+        let of = self.weights.beside.as_ref()?;
+        Some(Division { units: self.beside()?, divided: of.divided.clone(), share: of.share })
     }
 
     /// The prediction from a machine's rates; `None` where one that it needs is a guess.
@@ -83,15 +114,16 @@ impl Session {
             copies: self.links.storage_copies,
         };
         let units = works(&self.model, &self.weights.layouts);
-        let beside = self.beside();
-        let unit_s = decode_seconds(&units, beside.as_deref(), machine, site, self.threads_beside());
+        let costs = gpu.map_or_else(Costs::default, |g| g.costs.clone());
+        let beside = self.division().zip(both).map(|(d, rates)| d.timed(&units, &rates, &costs));
+        let unit_s = decode_seconds(&units, &self.plan.homes, beside.as_ref(), machine, site);
         let experts = self.model.hparams.n_experts_used;
         let work = PassWork { unit_s, beside_s: pass_s(site), experts, prompt: false };
-        Some(Predicted { pass: self.simulator(&rates)?.settled(&work), rates })
+        Some(Predicted { pass: self.simulator(&rates, beside)?.settled(&work), rates })
     }
 
     /// The session's own plan for the simulator; `None` where a rate that it needs is missing.
-    fn simulator(&self, rates: &Rates) -> Option<Setup> {
+    fn simulator(&self, rates: &Rates, beside: Option<plan::Beside>) -> Option<Setup> {
         let plan = as_exact(&self.plan, self.beside().as_deref());
         let streams = |home| plan.homes.contains(&home);
         let needs_link = self.device.is_some() && (streams(Home::B) || streams(Home::C));
@@ -99,16 +131,13 @@ impl Session {
             return None;
         }
         let units = works(&self.model, &self.weights.layouts);
-        let caching = caching(&self.model, &plan, self.options.routing.as_ref(), self.beside().as_deref());
-        Some(setup(&units, &plan, rates, self.device.is_some(), caching))
+        let caching = caching(&self.model, &plan, self.options.routing.as_ref());
+        let beside = beside.unwrap_or_default();
+        Some(Setup { beside, ..setup(&units, &plan, rates, self.device.is_some(), caching) })
     }
 
     fn site(&self) -> Site {
         if self.device.is_some() { Site::Gpu } else { Site::Cpu }
-    }
-
-    fn units_bytes(&self) -> impl Iterator<Item = f64> {
-        self.model.units.iter().map(|u| u.bytes() as f64)
     }
 
     /// Times a decode pass with transfers disabled, in seconds. The slots hold stale bytes, so the logits are garbage but

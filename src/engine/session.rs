@@ -329,6 +329,7 @@ impl Session {
         let (stats, fed) = (self.weights.flow.storage(), self.weights.flow.copies());
         let before = self.backend.beside();
         let (bytes, beside_bytes) = (self.weights.bytes, self.weights.beside_bytes);
+        let fetched = self.weights.fetched_bytes;
         let (uses, caches) = (self.weights.uses, self.weights.flow.caches());
         let overflowed = self.backend.overflow().is_some();
         if let Err(e) = self.evaluate(parts, stop) {
@@ -362,7 +363,9 @@ impl Session {
             l.storage_wait_s += (after.stall - stats.stall).as_secs_f64();
             l.nvme_starts.merge(&after.starts.since(&stats.starts));
             l.gpu_starts.merge(&fed_after.starts.since(&fed.starts));
-            l.gpu_bytes += fed_after.bytes - fed.bytes;
+            let fetched = self.weights.fetched_bytes - fetched;
+            l.gpu_bytes += fed_after.bytes - fed.bytes + fetched;
+            l.gpu_fetched_bytes += fetched;
             l.gpu_busy_s += (fed_after.busy - fed.busy).as_secs_f64();
             l.link_wait_s += (fed_after.stall - fed.stall).as_secs_f64();
             l.gpu_timed = fed_after.timed;
@@ -378,7 +381,7 @@ impl Session {
                 l.caches.add(&self.weights.flow.caches().since(&caches));
             }
             l.ram_bytes += match self.device {
-                Some(_) => fed_after.bytes - fed.bytes + (self.weights.beside_bytes - beside_bytes),
+                Some(_) => fed_after.bytes - fed.bytes + fetched + (self.weights.beside_bytes - beside_bytes),
                 None => self.weights.bytes - bytes,
             };
         }

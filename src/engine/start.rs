@@ -5,11 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::apart::Apart;
+use super::beside::Division;
 use super::hits::hit_rates_of;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::sizes::{unit_size, unit_sizes};
 use super::steps::schedule;
 use super::weights::Weights;
+use super::works::works;
 use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
@@ -164,16 +166,14 @@ impl Session {
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let site_rates = |threads| rates.unwrap_or_else(|| here::site_rates(threads));
-        let chosen = backend.computes_in_ram().and_then(|threads| {
-            let units = beside::choose(&model, &plan, options.sites, &|| site_rates(threads))?;
-            let share = beside::share(&model, &units, &|| site_rates(threads));
-            Some((units, share))
-        });
+        let division = backend
+            .computes_in_ram()
+            .and_then(|threads| Division::new(&model, &plan, &options, &|| site_rates(threads)));
         notes.extend(plan.too_few_slots.map(too_few_slots));
-        let guesses = chosen.is_some() && options.sites == Sites::Auto;
+        let guesses = division.is_some() && options.sites == Sites::Auto;
         notes.extend(guesses.then(here::guessed_sites).flatten());
-        let units = chosen.as_ref().map(|(units, _)| units.as_slice());
-        let links = links(&model, &plan, units, places.device.is_some(), options.routing.as_deref());
+        let parts = division.as_ref().map(|d| d.parts(&works(&model, &sizes.layouts)));
+        let links = links(&model, &plan, parts.as_deref(), places.device.is_some(), options.routing.as_deref());
         let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
 
@@ -191,8 +191,9 @@ impl Session {
         let homes = (plan.homes.clone(), &routed[..]);
         let mut weights = Weights::new(sizes.layouts, resident, homes, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
-        weights.beside = chosen
-            .map(|(units, share)| beside::beside(&model, &plan, &units, &places.in_ram, apart.in_ram.clone(), share));
+        weights.beside = division
+            .zip(parts)
+            .map(|(d, parts)| beside::beside(&model, &plan, &d, parts, &places.in_ram, apart.in_ram.clone()));
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
         if let Some(r) = &dims.recurrent {
             pages = pages.with_states(r.sequences);
@@ -635,34 +636,35 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
 }
 
 /// Bytes that a one-token pass reads, by tier. Experts count by the share that is used, those with a cache by how
-/// often it hits.
+/// often it hits; `beside` is, by unit, the part of its uses that processors beside a device compute.
 fn links(
     model: &Model,
     plan: &Plan,
-    beside: Option<&[bool]>,
+    beside: Option<&[f64]>,
     on_device: bool,
     routing: Option<&ForcedRouting>,
 ) -> Links {
     let h = &model.hparams;
-    let of_host = |u: usize| beside.is_some_and(|b| b[u]);
+    let of_host = |u: usize| beside.map_or(0.0, |parts| parts[u]);
     let used = |u: &UnitSpec| match u.kind {
         UnitKind::Expert { .. } => u.bytes() as f64 * h.n_experts_used as f64 / h.n_experts as f64,
         _ => u.bytes() as f64,
     };
-    let bytes = |wanted: &dyn Fn(usize, Home) -> bool| {
-        let of = model.units.iter().zip(&plan.homes).enumerate().filter(|(i, (_, home))| wanted(*i, **home));
-        of.map(|(_, (u, _))| used(u)).sum::<f64>() as u64
+    let bytes = |part: &dyn Fn(usize, Home) -> f64| {
+        let of = model.units.iter().zip(&plan.homes).enumerate();
+        of.map(|(i, (u, home))| used(u) * part(i, *home)).sum::<f64>() as u64
     };
+    let all_of = |yes: bool| if yes { 1.0 } else { 0.0 };
     let cached = plan.cache_of(&unit_sizes(model));
     let rates = hit_rates_of(model, plan, routing);
     let hits = |u: usize| cached[u].map_or(0.0, |c| rates[c] * used(&model.units[u]));
     let from_caches = (0..model.units.len()).map(hits).sum::<f64>() as u64;
     Links {
         on_device,
-        bytes_per_pass: bytes(&|_, _| true),
-        gpu_bytes_per_pass: if on_device { bytes(&|u, home| home != Home::A && !of_host(u)) } else { 0 },
+        bytes_per_pass: bytes(&|_, _| 1.0),
+        gpu_bytes_per_pass: bytes(&|u, home| all_of(on_device && home != Home::A) * (1.0 - of_host(u))),
         beside_bytes_per_pass: bytes(&|u, _| of_host(u)),
-        nvme_bytes_per_pass: bytes(&|_, home| home == Home::C).saturating_sub(from_caches),
+        nvme_bytes_per_pass: bytes(&|_, home| all_of(home == Home::C)).saturating_sub(from_caches),
         ..Links::default()
     }
 }

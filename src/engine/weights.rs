@@ -40,6 +40,8 @@ pub(super) struct Weights {
     /// What processors beside a device compute, and bytes of weights that they were handed.
     pub beside: Option<Beside>,
     pub beside_bytes: u64,
+    /// Bytes of experts that were brought to a device once they were chosen, past the flow.
+    pub fetched_bytes: u64,
 }
 
 /// Units that processors beside a device compute from RAM in passes of exact rows, while prompts have them brought.
@@ -59,6 +61,10 @@ pub(super) struct Beside {
     /// How many of a row's experts in RAM processors compute, where the others are brought to the device; none where processors
     /// compute all of them.
     pub share: Option<Share>,
+    /// By unit, whether it is of a layer where that is so.
+    pub divided: Vec<bool>,
+    /// By unit, the part of its uses that processors compute, where each expert is as likely.
+    pub parts: Vec<f64>,
 }
 
 impl Weights {
@@ -92,6 +98,7 @@ impl Weights {
             apart: Vec::new(),
             beside: None,
             beside_bytes: 0,
+            fetched_bytes: 0,
         }
     }
 
@@ -240,12 +247,17 @@ impl WeightSource for Weights {
         let (all, chosen) = (self.unit_bytes[units.clone()].iter().sum::<u64>(), chosen as u64);
         self.bytes += all / n * chosen;
         if let Some(beside) = self.beside.as_ref().filter(|b| b.class == Class::Exact)
-            && let Some(share) = beside.share
+            && beside.share.is_some()
         {
             // As many of each as there are, on average.
-            let in_ram = units.filter(|u| beside.units[*u].is_some());
-            let in_ram: u64 = in_ram.map(|u| self.unit_bytes[u]).sum();
-            self.beside_bytes += in_ram / n * chosen * u64::from(share.0) / 256;
+            let (mut theirs, mut others) = (0.0, 0.0);
+            for u in units.filter(|u| beside.units[*u].is_some()) {
+                theirs += self.unit_bytes[u] as f64 * beside.parts[u];
+                others += self.unit_bytes[u] as f64 * (1.0 - beside.parts[u]);
+            }
+            let uses = chosen as f64 / n as f64;
+            self.beside_bytes += (theirs * uses) as u64;
+            self.fetched_bytes += (others * uses) as u64;
         }
     }
 }

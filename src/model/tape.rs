@@ -61,6 +61,12 @@ impl Tape {
         lacking.next()
     }
 
+    /// By unit, how many operations of its stage are no fused call.
+    pub fn operations(&self, model: &Model) -> impl Iterator<Item = (usize, usize)> {
+        let single = |calls: &Calls| calls.with.iter().chain(&calls.after).filter(|c| matches!(c, Call::Op(_))).count();
+        model.stages.iter().zip(&self.stages).map(move |(stage, calls)| (stage.unit, single(calls)))
+    }
+
     /// What a pass does that is no fused call; `None` if all is.
     pub fn beyond(&self, model: &Model) -> Option<&'static str> {
         let calls = self.stages.iter().flat_map(|s| s.with.iter().chain(&s.after));

@@ -12,6 +12,8 @@ pub enum EventKind {
     Copy,
     /// A unit was computed.
     Compute,
+    /// A unit was computed by processors beside a device.
+    Beside,
     /// The consumer waited for a unit.
     Wait,
     /// A pass, from embedding to the call of its last operation; the number of its tokens stands in place
@@ -66,8 +68,8 @@ impl Trace {
     }
 }
 
-/// Writes Chrome's trace event format: one track a slot for reads, one each for computes, waits,
-/// copies and passes. `name` names a unit.
+/// Writes Chrome's trace event format: one track a slot for reads, one each for computes, those of processors beside a device,
+/// waits, copies and passes. `name` names a unit.
 pub fn write_events(events: &[Event], out: &mut impl Write, name: impl Fn(usize) -> String) -> std::io::Result<()> {
     writeln!(out, "{{\"traceEvents\":[")?;
     for (i, e) in events.iter().enumerate() {
@@ -76,7 +78,8 @@ pub fn write_events(events: &[Event], out: &mut impl Write, name: impl Fn(usize)
             EventKind::Wait => ("wait", 1),
             EventKind::Copy => ("copy", 2),
             EventKind::Pass => ("pass", 3),
-            EventKind::Read => ("read", 4 + e.slot),
+            EventKind::Beside => ("compute beside", 4),
+            EventKind::Read => ("read", 5 + e.slot),
         };
         let of = if e.kind == EventKind::Pass { format!("of {} tokens", e.unit) } else { name(e.unit) };
         let event = serde_json::json!({

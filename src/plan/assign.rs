@@ -13,8 +13,9 @@ pub struct SiteRates {
     pub device: f64,
 }
 
-/// Seconds from the end of the device's work to the beginning of the processors', and back: measured while copies fill the link.
-pub const HAND_OVER_S: f64 = 50e-6;
+/// Seconds from the end of the device's work to the beginning of the processors', and back, by which work is divided: measured while
+/// copies fill the link. A constant, so that a division does not change with each measurement.
+const HAND_OVER_S: f64 = 50e-6;
 /// Share of what processors read of RAM at which one-token products read weights (16 processors of a Xeon).
 const PRODUCTS: f64 = 0.91;
 /// Bytes of RAM's rate that a byte of the link takes from processors, where it is not measured: all, as of memory that processors fill

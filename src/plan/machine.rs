@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{SiteRates, parse_size};
+use super::{Costs, SiteRates, parse_size};
 
 /// What a link carries.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,6 +74,9 @@ pub struct GpuSide {
     pub link_beside: Option<Rate>,
     /// Products in prefill; unknown if absent.
     pub gemm: Option<Speed>,
+    /// Times of its one-token passes that no rate tells.
+    #[serde(default)]
+    pub costs: Costs,
 }
 
 /// Memory of the processors.
@@ -170,6 +173,10 @@ impl Machine {
         if let Some(s) = gemm.into_iter().flatten().find(|s| !(s.tflops.is_finite() && s.tflops > 0.0)) {
             return Err(format!("gemm: {} TFLOPS is no speed", s.tflops));
         }
+        let times = machine.gpu.iter().flat_map(|g| g.costs.all());
+        if let Some((name, t)) = times.into_iter().find(|(_, t)| !(t.us.is_finite() && t.us >= 0.0)) {
+            return Err(format!("costs: {} us of {name} is no time", t.us));
+        }
         if machine.cpu.threads == 0 || machine.storage.as_ref().is_some_and(|s| s.drives == 0) {
             return Err("threads and drives must be at least 1".into());
         }
@@ -241,6 +248,9 @@ mod tests {
             let m = Machine::profile(name).unwrap().unwrap_or_else(|e| panic!("{name}: {e}"));
             for (what, rate) in m.rates() {
                 assert!(!rate.source.is_empty(), "{name}: {what} has no source");
+            }
+            for (what, time) in m.gpu.iter().flat_map(|g| g.costs.all()) {
+                assert!(!time.source.is_empty(), "{name}: {what} has no source");
             }
         }
         assert!(Machine::profile("no-such").is_none());

@@ -1,6 +1,8 @@
 //! Machine facts and limits to homes, buffers and predicted speed; pure functions, no I/O.
 
 mod assign;
+mod beside;
+mod costs;
 mod device;
 mod hits;
 mod machine;
@@ -10,7 +12,9 @@ mod simulate;
 mod work;
 
 pub use crate::units::{format_at_least, format_bytes, parse_size};
-pub use assign::{HAND_OVER_S, SiteRates, assign};
+pub use assign::{SiteRates, assign};
+pub use beside::Beside;
+pub use costs::{Costs, Time};
 pub use hits::{Replay, hit_rates, replay};
 pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
 pub use place::{BUFFERS_MAX, Cache, Home, Limits, Plan, PlanError, Tiers, TooFewSlots, UnitPart, UnitSize, place};

@@ -26,6 +26,8 @@ pub enum LinkName {
     Nvme,
     /// Computing.
     Flops,
+    /// Sites that compute in turn, with the hand-overs between them.
+    Chain,
 }
 
 impl LinkName {
@@ -37,6 +39,7 @@ impl LinkName {
             LinkName::Ram => "ram",
             LinkName::Nvme => "nvme",
             LinkName::Flops => "flops",
+            LinkName::Chain => "chain",
         }
     }
 }
@@ -74,22 +77,23 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Of a pass over `tokens` tokens with units at these homes, of which processors beside a GPU compute some.
-    pub fn new(units: &[UnitWork], homes: &[Home], beside: Option<&[bool]>, on_device: bool, tokens: usize) -> Traffic {
-        let of_host = beside.map_or(0.0, |beside| {
-            let of = units.iter().zip(beside).filter(|(_, b)| **b);
-            of.map(|(u, _)| u.bytes as f64 * u.used_by(tokens)).sum()
+    /// Of a pass over `tokens` tokens with units at these homes. `beside` is, by unit, the part of its uses that processors beside a
+    /// GPU compute.
+    pub fn new(units: &[UnitWork], homes: &[Home], beside: Option<&[f64]>, on_device: bool, tokens: usize) -> Traffic {
+        let of_host = beside.map_or(0.0, |parts| {
+            units.iter().zip(parts).map(|(u, part)| u.bytes as f64 * u.used_by(tokens) * part).sum()
         });
         let bytes = |wanted: &dyn Fn(Home) -> bool| {
             let of = units.iter().zip(homes).filter(|(_, h)| wanted(**h));
             of.map(|(u, _)| u.bytes as f64 * u.used_by(tokens)).sum::<f64>()
         };
         let read = units.iter().zip(homes).filter(|(_, h)| **h == Home::C);
-        let missed = read.map(|(u, _)| u.bytes as f64 * u.used_by(tokens) * u.miss).sum();
+        let missed: f64 = read.map(|(u, _)| u.bytes as f64 * u.used_by(tokens) * u.miss).sum();
         Traffic {
             all: bytes(&|_| true),
             over_link: if on_device { bytes(&|h| h != Home::A) - of_host } else { 0.0 },
-            from_storage: missed,
+            // A sum of nothing is -0.
+            from_storage: missed + 0.0,
             beside: of_host,
             on_device,
         }
@@ -101,8 +105,8 @@ impl Traffic {
         computed + if copies { COPY_TRANSFERS } else { 1.0 } * self.from_storage
     }
 
-    /// What RAM gives, to processors and the link together where both take of it.
-    fn of_ram(&self, rates: &Rates) -> Option<f64> {
+    /// Bytes a second that RAM gives, to processors and the link together where both take of it.
+    pub fn of_ram(&self, rates: &Rates) -> Option<f64> {
         let both = rates.ram_and_link.filter(|_| self.beside > 0.0 && self.over_link > 0.0);
         both.or(rates.ram)
     }
@@ -131,15 +135,16 @@ pub struct Roofline {
     pub bound_by: LinkName,
 }
 
-/// The slowest of the links and of computing (its seconds, where they are known). `None` where the rate of
-/// a link that is needed is not known.
+/// The slowest of the links and of computing (its seconds, where they are known; of sites that work in turn, those of their
+/// chain). `None` where the rate of a link that is needed is not known.
 pub fn roofline(traffic: &Traffic, rates: &Rates, compute_s: Option<f64>) -> Option<Roofline> {
     let unknown = |bytes: f64, rate: Option<f64>| bytes > 0.0 && rate.is_none();
     if unknown(traffic.from_storage, rates.nvme) || unknown(traffic.over_link, rates.gpu) {
         return None;
     }
     let mut bounds = traffic.bounds(rates);
-    bounds.extend(compute_s.map(|s| (LinkName::Flops, s)));
+    let computing = if traffic.beside > 0.0 { LinkName::Chain } else { LinkName::Flops };
+    bounds.extend(compute_s.map(|s| (computing, s)));
     let (bound_by, seconds) = bounds.into_iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
     (seconds > 0.0).then_some(Roofline { seconds, bound_by })
 }
@@ -179,6 +184,9 @@ mod tests {
         let t = Traffic { over_link: 4.0, beside: 6.0, from_storage: 0.0, ..TRAFFIC };
         assert_eq!(t.bounds(&RATES).iter().find(|b| b.0 == LinkName::Ram).unwrap().1, 0.25);
         assert_eq!(t.bounds(&RATES).iter().find(|b| b.0 == LinkName::Vram).unwrap().1, 0.04);
+        // Who computes in turn is a chain.
+        let r = roofline(&t, &RATES, Some(5.0)).unwrap();
+        assert_eq!((r.seconds, r.bound_by), (5.0, LinkName::Chain));
         let both = Rates { ram_and_link: Some(50.0), ..RATES };
         assert_eq!(t.bounds(&both).iter().find(|b| b.0 == LinkName::Ram).unwrap().1, 0.2);
     }

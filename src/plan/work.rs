@@ -1,6 +1,6 @@
 //! What a pass asks of each unit: bytes to move and time to compute.
 
-use super::{Machine, UnitPart, UnitSize};
+use super::{Machine, UnitSize};
 use crate::gguf::TensorType;
 
 /// A unit and its part of a pass.
@@ -16,6 +16,8 @@ pub struct UnitWork {
     pub share: f64,
     /// Share of its uses in which a cache in RAM has it not, where its home is storage: 1 without a cache.
     pub miss: f64,
+    /// Operations of its part that have no fused call.
+    pub operations: usize,
 }
 
 /// Share of what VRAM carries at which one-token products read weights of a type, on an H100
@@ -25,20 +27,16 @@ fn gpu_share(ty: TensorType) -> f64 {
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => 0.75,
         TensorType::Q8_0 => 0.76,
         TensorType::Q4_K | TensorType::Q5_K | TensorType::Q6_K => 0.67,
+        // gpt-oss-20b all in VRAM: what is left of its layers beside [`super::Costs`].
+        TensorType::MXFP4 => 0.36,
         _ => 0.55,
     }
 }
 
-/// Least time of a unit on a GPU: a block's kernels are launched one by one (SmolLM2, whose blocks are
-/// small, decodes at 1386 tokens/s on an H100: 30 blocks in 0.72 ms), of a dense block four for attention and two for the
-/// feed-forward part.
-fn gpu_least_s(part: UnitPart) -> f64 {
-    match part {
-        UnitPart::Attention => 16e-6,
-        UnitPart::FeedForward => 9e-6,
-        UnitPart::Shared | UnitPart::Head => 25e-6,
-        UnitPart::Expert => 0.0,
-    }
+/// How fast processors compute weights of a type, beside those that memory binds: gpt-oss-20b on 16 processors, 44 GB/s of MXFP4
+/// (docs/benchmarks.md).
+fn cpu_share(ty: TensorType) -> f64 {
+    if ty == TensorType::MXFP4 { 0.5 } else { 1.0 }
 }
 
 /// Fixed overhead per pass on a GPU, excluding units: logits to the host, and the next token's row back.
@@ -67,16 +65,22 @@ pub fn pass_s(site: Site) -> f64 {
 }
 
 impl UnitWork {
-    /// Seconds of computing it for one token.
+    /// Seconds of computing it for one token; of an expert, as its bytes take.
     pub fn decode_s(&self, machine: &Machine, site: Site) -> f64 {
         match (site, &machine.gpu) {
             (Site::Gpu, Some(gpu)) => {
                 let v = gpu.memory.bytes_per_s();
                 let s: f64 = self.matrices.iter().map(|&(ty, bytes, _)| bytes as f64 / (v * gpu_share(ty))).sum();
-                s.max(gpu_least_s(self.size.part))
+                s.max(gpu.costs.least_s(self.size.part, self.operations))
             }
-            _ => self.bytes as f64 / cpu_decode_bytes_per_s(machine),
+            _ => self.on_processors_s(cpu_decode_bytes_per_s(machine)),
         }
+    }
+
+    /// Seconds of computing it for one token on processors that compute so many bytes of weights a second.
+    pub fn on_processors_s(&self, bytes_per_s: f64) -> f64 {
+        let slower = |&(ty, bytes, _): &(TensorType, u64, u64)| bytes as f64 * (1.0 / cpu_share(ty) - 1.0);
+        (self.bytes as f64 + self.matrices.iter().map(slower).sum::<f64>()) / bytes_per_s
     }
 
     /// Seconds of computing it for those of `tokens` tokens that use it, if any does; `None` if the speed
@@ -110,6 +114,7 @@ pub fn cpu_decode_bytes_per_s(machine: &Machine) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::UnitPart;
 
     fn machine(name: &str) -> Machine {
         Machine::profile(name).unwrap().unwrap()
@@ -122,7 +127,14 @@ mod tests {
             Some(_) => UnitPart::FeedForward,
         };
         let size = UnitSize { slot_bytes: bytes, block, part };
-        UnitWork { size, bytes, matrices: vec![(TensorType::Q8_0, bytes, bytes * 32 / 34)], share, miss: 1.0 }
+        UnitWork {
+            size,
+            bytes,
+            matrices: vec![(TensorType::Q8_0, bytes, bytes * 32 / 34)],
+            share,
+            miss: 1.0,
+            operations: 0,
+        }
     }
 
     #[test]
@@ -130,7 +142,10 @@ mod tests {
         let m = machine("h100");
         let s = unit(1 << 30, 1.0, Some(0)).decode_s(&m, Site::Gpu);
         assert!((s - (1u64 << 30) as f64 / (2985e9 * gpu_share(TensorType::Q8_0))).abs() < 1e-9);
-        assert_eq!(unit(1000, 1.0, Some(0)).decode_s(&m, Site::Gpu), gpu_least_s(UnitPart::FeedForward));
+        let small = unit(1000, 1.0, Some(0));
+        let least = m.gpu.as_ref().unwrap().costs.feed_forward.s();
+        assert_eq!(small.decode_s(&m, Site::Gpu), least);
+        assert!(UnitWork { operations: 3, ..small }.decode_s(&m, Site::Gpu) > least);
     }
 
     #[test]

@@ -33,6 +33,7 @@ fn kind_class(kind: SpanKind) -> &'static str {
         SpanKind::Read => "storage",
         SpanKind::Copy => "gpu",
         SpanKind::Compute => "compute",
+        SpanKind::Beside => "beside",
         SpanKind::Wait => "wait",
     }
 }
@@ -41,7 +42,7 @@ fn kind_name(kind: SpanKind) -> &'static str {
     match kind {
         SpanKind::Read => "read",
         SpanKind::Copy => "copy",
-        SpanKind::Compute => "compute",
+        SpanKind::Compute | SpanKind::Beside => "compute",
         SpanKind::Wait => "wait for",
     }
 }
@@ -95,6 +96,7 @@ pub fn tier_map(units: &[Unit]) -> String {
 fn row_name(row: Row) -> String {
     match row {
         Row::Resident => "resident".into(),
+        Row::Processors => "processors".into(),
         Row::VramSlot(i) => format!("VRAM slot {i}"),
         Row::RamSlot(i) => format!("RAM slot {i}"),
         Row::Waiting => "waiting".into(),

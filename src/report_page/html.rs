@@ -23,6 +23,7 @@ impl Page {
         for part in [self.facts(), self.headline(), self.map(), self.passes(), self.curves(), self.link_table()] {
             out.push_str(&part);
         }
+        out.push_str(&self.site_table());
         out.push_str(&self.stall_table());
         out.push_str(&self.remarks());
         let _ = writeln!(out, "</main><script>{SCRIPT}</script></body></html>");
@@ -111,6 +112,7 @@ impl Page {
                 (SpanKind::Read, "storage", "read from storage"),
                 (SpanKind::Copy, "gpu", "copy to VRAM"),
                 (SpanKind::Compute, "compute", "compute"),
+                (SpanKind::Beside, "beside", "compute, processors beside the GPU"),
                 (SpanKind::Wait, "wait", "computing waits"),
             ] {
                 if t.spans.iter().any(|s| s.kind == kind) {
@@ -177,6 +179,29 @@ impl Page {
         )
     }
 
+    fn site_table(&self) -> String {
+        if self.sites.is_empty() {
+            return String::new();
+        }
+        let mut rows = String::new();
+        for s in &self.sites {
+            let _ = write!(
+                rows,
+                "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+                escape(&s.name),
+                s.units,
+                format_bytes(s.bytes),
+                s.bytes_per_token.map_or("–".into(), |b| format_bytes(b as u64)),
+                percent(s.busy),
+                percent(s.waits)
+            );
+        }
+        format!(
+            "<section><h2>Sites</h2><div class=\"scroll\"><table><thead><tr><th>site</th><th>units</th><th>bytes</th>\
+             <th>per token</th><th>busy</th><th>waits for the other</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+        )
+    }
+
     fn stall_table(&self) -> String {
         if self.stalls.is_empty() {
             return String::new();
@@ -215,7 +240,7 @@ fn percent(share: Option<f64>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Link, LinkKind, Predicted, Rates, Row, Span, Stall, Timeline, Unit};
+    use super::super::{Link, LinkKind, Predicted, Rates, Row, Site, Span, Stall, Timeline, Unit};
     use super::*;
 
     fn page() -> Page {
@@ -234,6 +259,14 @@ mod tests {
                 gb_per_s: Some(1.0),
                 ceiling_gb_per_s: Some(2.0),
                 busy: None,
+            }],
+            sites: vec![Site {
+                name: evil.into(),
+                units: 3,
+                bytes: 5 << 20,
+                bytes_per_token: Some(7.0 * 1024.0),
+                busy: Some(0.42),
+                waits: None,
             }],
             stalls: vec![Stall { cause: evil.into(), seconds: None, share: Some(0.25) }],
             timelines: vec![Timeline {
@@ -269,7 +302,7 @@ mod tests {
     #[test]
     fn it_says_what_was_measured_and_what_was_not() {
         let html = page().html();
-        for text in ["0.9 tok/s", "90 % of predicted", "50 %", "25 %", "read ", "–"] {
+        for text in ["0.9 tok/s", "90 % of predicted", "50 %", "25 %", "42 %", "7.00 KiB", "read ", "–"] {
             assert!(html.contains(text), "{text}");
         }
     }

@@ -30,6 +30,8 @@ pub struct Page {
     pub units: Vec<Unit>,
     /// Every link.
     pub links: Vec<Link>,
+    /// Every site that computes.
+    pub sites: Vec<Site>,
     /// Where time went that nothing was computed in.
     pub stalls: Vec<Stall>,
     /// Timelines, for example measured and simulated.
@@ -94,6 +96,23 @@ pub struct Link {
     pub busy: Option<f64>,
 }
 
+/// What a site computes.
+#[derive(Clone, Debug)]
+pub struct Site {
+    /// Its name for people.
+    pub name: String,
+    /// Units that it computes, all or some of their uses.
+    pub units: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes of weights that it computes for a token.
+    pub bytes_per_token: Option<f64>,
+    /// Share of the passes' time in which it computed, 0 to 1.
+    pub busy: Option<f64>,
+    /// Share of the passes' time in which it waited for the other site, 0 to 1.
+    pub waits: Option<f64>,
+}
+
 /// Time lost to one cause.
 #[derive(Clone, Debug)]
 pub struct Stall {
@@ -114,6 +133,8 @@ pub enum SpanKind {
     Copy,
     /// A unit is computed.
     Compute,
+    /// A unit is computed by processors beside a device.
+    Beside,
     /// Computing waits for a unit.
     Wait,
 }
@@ -123,6 +144,8 @@ pub enum SpanKind {
 pub enum Row {
     /// Units at home where they are computed.
     Resident,
+    /// Units that processors beside a device compute.
+    Processors,
     /// A slot in VRAM.
     VramSlot(usize),
     /// A slot in RAM.

@@ -64,6 +64,7 @@ fn spans(events: &[Event], units: &[Unit], on_device: bool) -> Vec<Span> {
             EventKind::Read => (SpanKind::Read, Row::RamSlot(e.slot)),
             EventKind::Copy => (SpanKind::Copy, Row::VramSlot(e.slot)),
             EventKind::Wait => (SpanKind::Wait, Row::Waiting),
+            EventKind::Beside => (SpanKind::Beside, Row::Processors),
             EventKind::Compute if resident => (SpanKind::Compute, Row::Resident),
             EventKind::Compute => (SpanKind::Compute, brought[e.unit].unwrap_or(Row::Resident)),
             EventKind::Pass => continue,
@@ -76,14 +77,17 @@ fn spans(events: &[Event], units: &[Unit], on_device: bool) -> Vec<Span> {
     out
 }
 
-/// Rates of storage and of the link to a device from the first one-token pass to the last, from the
-/// spans of reads and copies; each span's bytes are spread evenly over it. `ceiling` gives GB/s.
+/// Rates of storage, of the link to a device and of RAM that processors beside it compute from, from the first one-token pass to the
+/// last, from the spans of reads, copies and parts; each span's bytes are spread evenly over it. `ceiling` gives GB/s.
 pub fn rates(events: &[Event], units: &[Unit], ceiling: impl Fn(LinkKind) -> Option<f64>) -> Vec<Rates> {
     let passes = one_token_passes(events);
     let (Some(first), Some(last)) = (passes.first(), passes.last()) else { return Vec::new() };
     let (from, to) = (seconds(first.0), seconds(last.1));
-    let links =
-        [(EventKind::Read, LinkKind::Storage, "Storage to RAM"), (EventKind::Copy, LinkKind::Gpu, "RAM to VRAM")];
+    let links = [
+        (EventKind::Read, LinkKind::Storage, "Storage to RAM"),
+        (EventKind::Copy, LinkKind::Gpu, "RAM to VRAM"),
+        (EventKind::Beside, LinkKind::Ram, "RAM, computed by processors beside the GPU"),
+    ];
     let of = |(event, kind, name): (EventKind, LinkKind, &str)| {
         let mut bytes = vec![0.0; BINS];
         let width = (to - from) / BINS as f64;
@@ -153,6 +157,21 @@ mod tests {
             ]
         );
         assert!(measured(&events[..4], &units, false).is_none(), "no pass of one token");
+    }
+
+    #[test]
+    fn what_processors_beside_a_gpu_compute_has_a_row_and_a_rate() {
+        let units = [unit("a", Home::A), unit("b", Home::B)];
+        let events = [
+            event(EventKind::Compute, 0, 0, 0, 1),
+            event(EventKind::Beside, 1, 0, 1, 3),
+            event(EventKind::Pass, 1, 0, 0, 4),
+        ];
+        let t = measured(&events, &units, true).unwrap();
+        let rows: Vec<_> = t.spans.iter().map(|s| (s.kind, s.row)).collect();
+        assert_eq!(rows, [(SpanKind::Compute, Row::Resident), (SpanKind::Beside, Row::Processors)]);
+        let r = rates(&events, &units, |_| None);
+        assert_eq!((r.len(), r[0].kind), (1, LinkKind::Ram));
     }
 
     #[test]

@@ -3,14 +3,14 @@
 //! Reads end after each other at storage's rate, copies one at a time in order, computing goes unit by
 //! unit; what runs at once shares RAM and processors. No thread, no device, no chance but a seed (which
 //! experts are chosen). Frames on a device are given back when computing is called, and copies into them wait for its
-//! end.
+//! end. Processors beside a device compute what is handed to them, while the device goes on with what does not need it.
 
 mod share;
 mod world;
 
 use std::sync::Arc;
 
-use super::{Home, LinkName, Rates, UnitSize};
+use super::{Beside, Home, LinkName, Rates, UnitSize};
 use crate::model::ForcedRouting;
 use crate::pipeline::Event;
 use world::World;
@@ -41,7 +41,7 @@ pub struct Setup {
     pub device_attention: bool,
     /// Rates. A link without one takes no time.
     pub rates: Rates,
-    /// Seconds that the link rests between two copies.
+    /// Seconds that the link rests between two copies; of experts, at most [`EXPERT_GAP_S`].
     pub copy_gap_s: f64,
     /// Whether the next pass is brought while this one ends. A predecessor's did not.
     pub wrap: bool,
@@ -49,6 +49,8 @@ pub struct Setup {
     pub seed: u64,
     /// Caches of experts in RAM.
     pub caching: Caching,
+    /// Processors beside a device; those of their units that rest in RAM have no way to go: their home is A.
+    pub beside: Beside,
 }
 
 /// Frames of a layer's experts.
@@ -67,8 +69,6 @@ pub struct Caching {
     pub caches: Vec<SimCache>,
     /// By unit, the cache that it goes through; empty for none.
     pub of: Vec<Option<usize>>,
-    /// By unit, whether processors beside a device compute it from its frame in RAM; empty for none.
-    pub in_ram: Vec<bool>,
     /// What tokens choose.
     pub routing: Option<Arc<ForcedRouting>>,
 }
@@ -76,7 +76,7 @@ pub struct Caching {
 /// Seconds of computing in one pass.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PassWork {
-    /// Of each unit, when it is used.
+    /// Of each unit, when it is used and not computed by processors beside a device.
     pub unit_s: Vec<f64>,
     /// Of the pass beside its units; nothing else is computed meanwhile.
     pub beside_s: f64,
@@ -95,14 +95,22 @@ pub struct Shares {
     pub nvme_busy: f64,
     /// A copy running.
     pub gpu_busy: f64,
-    /// Computing.
+    /// Computing, on the device if there is one.
     pub compute_busy: f64,
+    /// Computing by processors beside it.
+    pub beside_busy: f64,
     /// Bytes through RAM.
     pub ram_bytes: f64,
+    /// Of those, computed by processors beside a device.
+    pub beside_bytes: f64,
+    /// Bytes over the link to the device.
+    pub gpu_bytes: f64,
     /// Computing waited for a unit that was being read.
     pub wait_nvme: f64,
     /// Computing waited for a unit that was being copied.
     pub wait_gpu: f64,
+    /// The device waited for processors beside it, hand-overs included.
+    pub wait_beside: f64,
     /// Nothing of the pass was left to compute: logits, and the next token's begin.
     pub wait_pass: f64,
 }
@@ -119,6 +127,10 @@ pub struct Outcome {
 /// How long the link rests between two copies: events and the look for the end of a copy (H100: it is
 /// busy 0.984 to 0.989 of passes that it binds, with 32 to 45 copies each; docs/benchmarks.md).
 pub const COPY_GAP_S: f64 = 65e-6;
+
+/// The same for an expert, whose copy is queued behind others of its layer (H100: copies of 1 MiB reach 47.4 GB/s and of 8 MiB
+/// 53.7; docs/benchmarks.md).
+pub const EXPERT_GAP_S: f64 = 2.7e-6;
 
 /// Passes before the ring is taken for settled, and passes that count.
 const SETTLING: usize = 4;
@@ -153,9 +165,16 @@ impl Shares {
         self
     }
 
-    fn fields(&mut self) -> [&mut f64; 8] {
-        let Shares { seconds, nvme_busy, gpu_busy, compute_busy, ram_bytes, wait_nvme, wait_gpu, wait_pass } = self;
-        [seconds, nvme_busy, gpu_busy, compute_busy, ram_bytes, wait_nvme, wait_gpu, wait_pass]
+    fn fields(&mut self) -> [&mut f64; 12] {
+        let Shares {
+            seconds, nvme_busy, gpu_busy, compute_busy, beside_busy, ram_bytes, beside_bytes, gpu_bytes, ..
+        } = self;
+        let Shares { wait_nvme, wait_gpu, wait_beside, wait_pass, .. } = self;
+        let busy = [seconds, nvme_busy, gpu_busy, compute_busy, beside_busy, ram_bytes, beside_bytes, gpu_bytes];
+        let waits = [wait_nvme, wait_gpu, wait_beside, wait_pass];
+        let [a, b, c, d, e, f, g, h] = busy;
+        let [i, j, k, l] = waits;
+        [a, b, c, d, e, f, g, h, i, j, k, l]
     }
 
     /// Share of the pass in which a link was busy; of RAM, its bytes of what it could carry.
@@ -165,14 +184,23 @@ impl Shares {
             LinkName::Nvme => rates.nvme.map(|_| share(self.nvme_busy)),
             LinkName::Gpu => rates.gpu.map(|_| share(self.gpu_busy)),
             LinkName::Flops => Some(share(self.compute_busy)),
-            LinkName::Ram => rates.ram.map(|r| (self.ram_bytes / r / self.seconds).min(1.0)),
+            LinkName::Chain => (self.beside_bytes > 0.0).then(|| share(self.compute_busy + self.wait_beside)),
+            LinkName::Ram => {
+                let both = rates.ram_and_link.filter(|_| self.beside_bytes > 0.0 && self.gpu_bytes > 0.0);
+                both.or(rates.ram).map(|r| (self.ram_bytes / r / self.seconds).min(1.0))
+            }
             LinkName::Vram => None,
         }
     }
 
+    /// Share of the pass in which processors beside a device computed; `None` if they had nothing to.
+    pub fn beside(&self) -> Option<f64> {
+        (self.beside_bytes > 0.0).then(|| (self.beside_busy / self.seconds).min(1.0))
+    }
+
     /// What is busy longest.
     pub fn bound_by(&self, rates: &Rates) -> LinkName {
-        let links = [LinkName::Nvme, LinkName::Gpu, LinkName::Ram, LinkName::Flops];
+        let links = [LinkName::Nvme, LinkName::Gpu, LinkName::Ram, LinkName::Flops, LinkName::Chain];
         let busy = |l: &LinkName| self.busy(*l, rates).unwrap_or(0.0);
         links.into_iter().max_by(|a, b| busy(a).total_cmp(&busy(b))).unwrap_or(LinkName::Flops)
     }

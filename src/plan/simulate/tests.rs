@@ -27,6 +27,7 @@ fn setup(homes: &str, on_device: bool, slots: usize, rates: Rates) -> Setup {
         wrap: true,
         seed: 1,
         caching: Caching::default(),
+        beside: Beside::default(),
     }
 }
 
@@ -113,6 +114,55 @@ fn reads_that_share_ram_slow_each_other() {
     assert!(near(slow.busy(LinkName::Ram, &short.rates).unwrap(), 12.0 / slow.seconds));
 }
 
+/// Processors beside a device for these units, each of which takes them so long.
+fn beside(setup: Setup, of_host: &[usize], each_s: f64) -> Setup {
+    let n = setup.units.len();
+    let units = (0..n).map(|u| of_host.contains(&u)).collect();
+    let beside = Beside { units, unit_s: vec![each_s; n], hand_over_s: [0.5, 1.0], ..Beside::default() };
+    Setup { beside, ..setup }
+}
+
+#[test]
+fn by_hand_two_sites_compute_in_turn_while_the_link_works_ahead() {
+    // Resident, beside, streamed, beside: the copy of 1 s is behind the first part.
+    let s = beside(setup("AABA", true, 2, RATES), &[1, 3], 2.0);
+    let p = s.settled(&work(&s, 1.0));
+    // Two computes of 1 s, two parts of 2 s, one hand-over with an idle link and one behind it; which is loaded depends on when the
+    // frame is free.
+    assert!(p.seconds >= 2.0 + 4.0 + 1.0 - 1e-9 && p.seconds <= 2.0 + 4.0 + 2.0 + 1e-9, "{p:?}");
+    assert!(near(p.beside_busy, 4.0) && near(p.compute_busy, 2.0) && near(p.wait_beside, p.seconds - 2.0), "{p:?}");
+    assert!(near(p.beside_bytes, 200.0) && near(p.gpu_bytes, 100.0) && near(p.ram_bytes, 300.0), "{p:?}");
+    assert_eq!(p.bound_by(&RATES), LinkName::Chain);
+}
+
+/// A layer of four experts that a token all chooses, in RAM: two for processors, two for the link.
+#[test]
+fn by_hand_divided_experts_are_computed_by_both_sites_at_once() {
+    let mut s = setup("AAAAA", true, 0, RATES);
+    s.units.iter_mut().for_each(|u| u.size.block = Some(0));
+    s.units[1..].iter_mut().for_each(|u| u.size.part = UnitPart::Expert);
+    let mut s = beside(s, &[1, 2, 3, 4], 3.0);
+    s.beside.divided = vec![false, true, true, true, true];
+    let pass = PassWork { experts: 4, ..work(&s, 0.25) };
+    // All are the processors': 0.25, a hand-over, 12.
+    let p = s.settled(&pass);
+    assert!(near(p.seconds, 0.25 + 0.5 + 12.0) && near(p.beside_bytes, 400.0) && p.gpu_bytes == 0.0, "{p:?}");
+    s.beside.share = Some(crate::backend::Share(128));
+    let p = s.settled(&pass);
+    // Copies of 1 s each end before two parts of 3 s do.
+    assert!(near(p.seconds, 0.25 + 1.0 + 6.0), "{p:?}");
+    assert!(near(p.beside_bytes, 200.0) && near(p.gpu_bytes, 200.0) && near(p.gpu_busy, 2.0), "{p:?}");
+    s.beside.share = Some(crate::backend::Share(0));
+    let p = s.settled(&pass);
+    // Four copies, and the last expert behind the last of them.
+    assert!(near(p.seconds, 0.25 + 1.0 + 4.0 + 0.25) && p.beside_bytes == 0.0, "{p:?}");
+    // The same without a share, one expert by itself on the device: before processors begin.
+    s.beside.units[1] = false;
+    (s.beside.divided, s.beside.share) = (Vec::new(), None);
+    let p = s.settled(&pass);
+    assert!(near(p.seconds, 0.25 + 0.25 + 0.5 + 9.0), "{p:?}");
+}
+
 /// Any mix of homes, sizes, slots and rates.
 fn random(seed: u64) -> (Setup, PassWork) {
     use rand::{RngExt, SeedableRng};
@@ -157,6 +207,7 @@ fn random(seed: u64) -> (Setup, PassWork) {
         staging_slots: slots,
         staging_attention: seed.is_multiple_of(2),
         caching: Caching::default(),
+        beside: Beside::default(),
         device_slots: slots,
         device_attention: seed.is_multiple_of(2),
         rates,
@@ -168,22 +219,40 @@ fn random(seed: u64) -> (Setup, PassWork) {
     (setup, pass)
 }
 
+/// The same, with processors beside the device for what rests in RAM, and half of a layer's experts for the link where all rest.
+fn random_beside(seed: u64) -> (Setup, PassWork) {
+    let (mut s, pass) = random(seed);
+    s.on_device = true;
+    let of_host: Vec<usize> = (0..s.units.len()).filter(|&u| s.units[u].home == Home::B).collect();
+    let block = |u: usize| (s.units[u].size.block, s.units[u].size.routed());
+    let rests = |u: usize| (0..s.units.len()).all(|v| block(u) != block(v) || s.units[v].home != Home::C);
+    let divided = (0..s.units.len()).map(|u| s.units[u].size.routed() && rests(u)).collect();
+    of_host.iter().for_each(|&u| s.units[u].home = Home::A);
+    let mut s = beside(s, &of_host, 0.3);
+    (s.beside.divided, s.beside.share) = (divided, Some(crate::backend::Share(128)));
+    (s, pass)
+}
+
 #[test]
 fn every_setup_ends_with_each_unit_computed_once_and_no_link_busy_twice() {
-    for seed in 0..300 {
-        let (setup, pass) = random(seed);
+    for seed in 0..600u64 {
+        let (setup, pass) = if seed < 300 { random(seed) } else { random_beside(seed - 300) };
         let out = setup.run(&[&pass; 3]);
         assert_eq!(out.passes.len(), 3);
         let of = |kind| out.events.iter().filter(move |e| e.kind == kind);
         let shared = setup.units.iter().filter(|u| !u.size.routed()).count();
         let blocks = setup.units.iter().filter(|u| !u.size.routed() && u.size.block.is_some()).count();
-        assert_eq!(of(EventKind::Compute).count(), 3 * (shared + blocks * pass.experts), "seed {seed}");
-        for kind in [EventKind::Read, EventKind::Copy, EventKind::Compute] {
+        assert_eq!(
+            of(EventKind::Compute).chain(of(EventKind::Beside)).count(),
+            3 * (shared + blocks * pass.experts),
+            "seed {seed}"
+        );
+        for kind in [EventKind::Read, EventKind::Copy, EventKind::Compute, EventKind::Beside] {
             let all: Vec<_> = of(kind).collect();
             assert!(all.windows(2).all(|w| w[0].end_ns <= w[1].start_ns + 1), "seed {seed}: {kind:?}");
         }
         for p in &out.passes {
-            let waited = p.wait_nvme + p.wait_gpu + p.wait_pass;
+            let waited = p.wait_nvme + p.wait_gpu + p.wait_beside + p.wait_pass;
             assert!(near(p.compute_busy + waited, p.seconds), "seed {seed}: {p:?}");
         }
     }
@@ -199,7 +268,14 @@ fn no_pass_is_faster_than_the_roofline() {
         let works: Vec<UnitWork> = setup
             .units
             .iter()
-            .map(|u| UnitWork { size: u.size, bytes: u.size.slot_bytes, matrices: vec![], share: 1.0, miss: 1.0 })
+            .map(|u| UnitWork {
+                size: u.size,
+                bytes: u.size.slot_bytes,
+                matrices: vec![],
+                share: 1.0,
+                miss: 1.0,
+                operations: 0,
+            })
             .collect();
         let homes: Vec<Home> = setup.units.iter().map(|u| u.home).collect();
         let compute = pass.unit_s.iter().sum::<f64>() + pass.beside_s;

@@ -6,7 +6,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::share::{Demand, speeds};
-use super::{Outcome, PassWork, Setup, Shares, SimCache};
+use super::{EXPERT_GAP_S, Outcome, PassWork, Setup, Shares, SimCache};
 use crate::flow::{COPIES_MAX, Frames, Hold, Move, Place, Policy, PoolSpec, Rank, Spec, Step, links};
 use crate::pipeline::{Event, EventKind};
 use crate::plan::hits::held;
@@ -42,14 +42,20 @@ struct Running {
     /// Seconds left at full speed.
     left: f64,
     demand: Demand,
+    /// Bytes of RAM a second, where they are counted and bind nothing.
+    counted: f64,
 }
 
 /// A copy that was queued on the device.
 #[derive(Clone, Copy, Debug)]
 struct Copy {
-    carries: Move,
+    unit: usize,
+    /// What it carries to a frame; none of an expert that was asked for when it was chosen, which lands apart.
+    carries: Option<Move>,
     /// It waits until so many computes have ended.
     after_computes: u64,
+    /// It waits until so many parts beside the device have ended, hand-overs among them.
+    after_beside: u64,
 }
 
 /// A compute that was called.
@@ -60,12 +66,32 @@ struct Compute {
     seconds: f64,
     /// It waits until so many copies have ended.
     after_copies: u64,
+    /// It waits until so many parts beside the device have ended.
+    after_beside: u64,
+}
+
+/// What processors beside the device do next.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    /// The unit; none for a hand-over.
+    unit: Option<usize>,
+    slot: usize,
+    /// Whether the link carries something meanwhile in any case.
+    loaded: bool,
+    /// It waits until so many computes of the device have ended.
+    after_computes: u64,
 }
 
 /// What the compute thread does next.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Do {
     Compute(usize),
+    /// Brings an expert that was chosen and computes it on the device.
+    Fetch(usize),
+    /// Hands rows to processors.
+    HandOver {
+        loaded: bool,
+    },
     /// Waits for the router, then chooses experts among the units after this one.
     Route(usize),
     /// The logits.
@@ -78,8 +104,9 @@ pub(super) struct World<'a> {
     frames: Frames<()>,
     holes: bool,
     rng: ChaCha8Rng,
-    /// Tokens so far.
+    /// Tokens so far, and whether the pass at hand is of a prompt.
     token: u64,
+    prompt: bool,
 
     /// Reads that were taken, of which one runs at a time.
     reads: VecDeque<Move>,
@@ -98,6 +125,13 @@ pub(super) struct World<'a> {
     computing: Option<Running>,
     computes_called: u64,
     computes_done: u64,
+    parts: VecDeque<Part>,
+    beside: Option<Running>,
+    parts_called: u64,
+    parts_done: u64,
+    /// Parts whose answers the device's next compute needs, and the number of the last hand-over of choices.
+    joined: u64,
+    handed: u64,
     /// The use of a frame that processors compute from.
     held: Option<Rank>,
 
@@ -120,6 +154,7 @@ impl<'a> World<'a> {
             frames,
             rng: ChaCha8Rng::seed_from_u64(setup.seed),
             token: TOKENS_BEFORE,
+            prompt: false,
             reads: VecDeque::new(),
             reading: None,
             copies: VecDeque::new(),
@@ -133,6 +168,12 @@ impl<'a> World<'a> {
             computing: None,
             computes_called: 0,
             computes_done: 0,
+            parts: VecDeque::new(),
+            beside: None,
+            parts_called: 0,
+            parts_done: 0,
+            joined: 0,
+            handed: 0,
             held: None,
             reads_left: usize::MAX,
             copies_left: usize::MAX,
@@ -148,7 +189,7 @@ impl<'a> World<'a> {
             self.begin(pass);
             loop {
                 self.settle(pass);
-                if self.program.is_empty() && self.computes_done == self.computes_called {
+                if self.program.is_empty() && self.idle() {
                     break;
                 }
                 if !self.advance() {
@@ -164,8 +205,14 @@ impl<'a> World<'a> {
         Outcome { passes: done, events: self.events }
     }
 
+    /// Whether all that was called has ended.
+    fn idle(&self) -> bool {
+        self.computes_done == self.computes_called && self.parts_done == self.parts_called
+    }
+
     fn begin(&mut self, pass: &PassWork) {
         let units = &self.setup.units;
+        self.prompt = pass.prompt;
         self.program.clear();
         for (i, _) in units.iter().enumerate().filter(|(_, u)| !u.size.routed()) {
             self.program.push_back(Do::Compute(i));
@@ -220,7 +267,8 @@ impl<'a> World<'a> {
             self.copies_left -= 1;
             self.copies_queued += 1;
             self.last_copy[m.to] = self.copies_queued;
-            self.copies.push_back(Copy { carries: m, after_computes: self.last_compute[m.to] });
+            let after_computes = self.last_compute[m.to];
+            self.copies.push_back(Copy { unit: m.unit, carries: Some(m), after_computes, after_beside: 0 });
             self.frames.queued(COPIES, m);
         }
         self.copies_queued > before
@@ -228,66 +276,101 @@ impl<'a> World<'a> {
 
     /// The compute thread (`model::forward`).
     fn compute_on(&mut self, pass: &PassWork) -> bool {
-        let idle = self.computes_done == self.computes_called;
+        let idle = self.idle();
         if idle && let Some(rank) = self.held.take() {
             self.frames.reached(rank);
             return true;
         }
-        match self.program.front().copied() {
+        let done = match self.program.front().copied() {
             None => false,
-            Some(Do::Compute(unit)) => {
-                let called = self.call_compute(unit, pass.unit_s[unit]);
-                if called {
-                    self.program.pop_front();
-                }
-                called
+            Some(Do::Compute(unit)) => self.call_compute(unit, pass.unit_s[unit]),
+            Some(Do::HandOver { loaded }) => {
+                self.push_part(Part { unit: None, slot: 0, loaded, after_computes: self.computes_called });
+                self.handed = self.parts_called;
+                true
+            }
+            Some(Do::Fetch(unit)) => {
+                self.fetch(unit, pass.unit_s[unit]);
+                true
             }
             Some(Do::Route(shared)) if idle => {
                 self.program.pop_front();
                 self.route(shared, pass);
-                true
+                return true;
             }
             Some(Do::Beside) if idle => {
-                self.program.pop_front();
-                self.push_compute(Compute { unit: None, slot: 0, seconds: pass.beside_s, after_copies: 0 });
+                self.push_compute(None, 0, pass.beside_s, 0);
                 true
             }
             Some(_) => false,
+        };
+        if done {
+            self.program.pop_front();
         }
+        done
     }
 
-    fn push_compute(&mut self, c: Compute) {
+    fn push_compute(&mut self, unit: Option<usize>, slot: usize, seconds: f64, after_copies: u64) {
+        // Experts are computed while processors compute others; whatever comes next needs the answers.
+        if unit.is_none_or(|u| !self.setup.units[u].size.routed()) {
+            self.joined = self.parts_called;
+        }
         self.computes_called += 1;
-        self.computes.push_back(c);
+        self.computes.push_back(Compute { unit, slot, seconds, after_copies, after_beside: self.joined });
+    }
+
+    fn push_part(&mut self, part: Part) {
+        self.parts_called += 1;
+        self.parts.push_back(part);
+    }
+
+    /// A unit that processors beside the device compute, behind the hand-over of what it reads.
+    fn call_part(&mut self, unit: usize, slot: usize) {
+        let after_computes = self.computes_called;
+        if !self.setup.units[unit].size.routed() {
+            self.push_part(Part { unit: None, slot: 0, loaded: false, after_computes });
+        }
+        self.push_part(Part { unit: Some(unit), slot, loaded: false, after_computes });
+    }
+
+    /// An expert in RAM that was chosen is brought, when its choice has been handed over.
+    fn fetch(&mut self, unit: usize, seconds: f64) {
+        self.copies_queued += 1;
+        self.copies.push_back(Copy { unit, carries: None, after_computes: 0, after_beside: self.handed });
+        self.push_compute(Some(unit), 0, seconds, self.copies_queued);
     }
 
     fn call_compute(&mut self, unit: usize, seconds: f64) -> bool {
-        let resident = Compute { unit: Some(unit), slot: 0, seconds, after_copies: 0 };
         // Processors compute before the call returns.
         if !self.setup.on_device && self.computes_done < self.computes_called {
             return false;
         }
+        let of_host = self.setup.beside.computes(unit);
         if !streams(self.setup, unit) {
-            self.push_compute(resident);
+            if of_host {
+                self.call_part(unit, 0)
+            } else {
+                self.push_compute(Some(unit), 0, seconds, 0)
+            }
             return true;
         }
         let Hold::Ready(slot, rank) = self.frames.hold(unit) else { return false };
-        if self.setup.caching.in_ram.get(unit) == Some(&true) {
-            // Processors beside the device; the frame stays until the next token's choice.
-            self.push_compute(Compute { slot, ..resident });
+        if of_host {
+            // The frame of a cache stays until the next token's choice.
+            self.call_part(unit, slot);
             self.frames.reached(rank);
         } else if self.setup.on_device {
-            self.push_compute(Compute { slot, after_copies: self.last_copy[slot], ..resident });
+            self.push_compute(Some(unit), slot, seconds, self.last_copy[slot]);
             self.last_compute[slot] = self.computes_called;
             self.frames.reached(rank);
         } else {
-            self.push_compute(Compute { slot, ..resident });
+            self.push_compute(Some(unit), slot, seconds, 0);
             self.held = Some(rank);
         }
         true
     }
 
-    /// Chooses experts of the block whose shared part is `shared`; resident ones are computed first.
+    /// Chooses experts of the block whose shared part is `shared`.
     fn route(&mut self, shared: usize, pass: &PassWork) {
         let (units, experts) = (&self.setup.units, pass.experts);
         let n = units[shared + 1..].iter().take_while(|u| u.size.routed()).count();
@@ -308,13 +391,46 @@ impl<'a> World<'a> {
                 of.truncate(experts.min(n));
             }
         }
-        of.sort_unstable_by_key(|&u| (streams(self.setup, u), u));
-        if self.holes {
-            let here = of.partition_point(|&u| !streams(self.setup, u));
-            self.frames.demand(&mut of[here..], pass.prompt);
+        self.call_experts(shared, of);
+    }
+
+    /// Puts chosen experts in the order in which they are called. `chosen` is in the order of choices.
+    fn call_experts(&mut self, shared: usize, chosen: Vec<usize>) {
+        let beside = &self.setup.beside;
+        let (of_host, mut of): (Vec<usize>, Vec<usize>) = chosen.into_iter().partition(|&u| beside.computes(u));
+        let theirs = beside.of_choices(shared + 1, of_host.len());
+        let (mut of_host, mut fetched) = (of_host, Vec::new());
+        if beside.divides(shared + 1) {
+            fetched = of_host.split_off(theirs);
         }
-        for u in of.into_iter().rev() {
-            self.program.push_front(Do::Compute(u));
+        let here = |of: &mut Vec<usize>, setup: &Setup| {
+            of.sort_unstable_by_key(|&u| (streams(setup, u), u));
+            of.partition_point(|&u| !streams(setup, u))
+        };
+        let at = here(&mut of, self.setup);
+        let at_host = here(&mut of_host, self.setup);
+        if self.holes {
+            let mut brought: Vec<usize> = of[at..].iter().chain(&of_host[at_host..]).copied().collect();
+            brought.sort_unstable();
+            self.frames.demand(&mut brought, self.prompt);
+            let order = |u: &usize| brought.iter().position(|b| b == u);
+            of[at..].sort_by_key(order);
+            of_host[at_host..].sort_by_key(order);
+        }
+        let handed = !of_host.is_empty() || !fetched.is_empty();
+        let hand_over = Do::HandOver { loaded: !fetched.is_empty() };
+        let (of, of_host) = (of.into_iter().map(Do::Compute), of_host.into_iter().map(Do::Compute));
+        let mut calls: Vec<Do> = Vec::new();
+        if beside.divides(shared + 1) {
+            // One call of each site, which work at once.
+            calls.extend(handed.then_some(hand_over));
+            calls.extend(of_host.chain(of).chain(fetched.into_iter().map(Do::Fetch)));
+        } else {
+            // The device's are called one by one, before processors begin.
+            calls.extend(of.chain(handed.then_some(hand_over)).chain(of_host));
+        }
+        for call in calls.into_iter().rev() {
+            self.program.push_front(call);
         }
     }
 
@@ -324,7 +440,7 @@ impl<'a> World<'a> {
         let rates = &self.setup.rates;
         let bytes = |u: usize| self.setup.units[u].size.slot_bytes as f64;
         let running = |unit, slot, carries, left: f64, demand| {
-            Some(Running { unit, slot, carries, began: self.now, left, demand })
+            Some(Running { unit, slot, carries, began: self.now, left, demand, counted: 0.0 })
         };
         if self.reading.is_none()
             && let Some(m) = self.reads.pop_front()
@@ -335,17 +451,37 @@ impl<'a> World<'a> {
             moved = true;
         }
         if self.copying.is_none()
-            && self.copies.front().is_some_and(|c| c.after_computes <= self.computes_done)
-            && let Some(Copy { carries: m, .. }) = self.copies.pop_front()
+            && self
+                .copies
+                .front()
+                .is_some_and(|c| c.after_computes <= self.computes_done && c.after_beside <= self.parts_done)
+            && let Some(Copy { unit, carries, .. }) = self.copies.pop_front()
         {
             let g = rates.gpu.unwrap_or(f64::INFINITY);
-            let seconds = bytes(m.unit) / g + self.setup.copy_gap_s;
-            let demand = finite([bytes(m.unit) / seconds, 0.0]);
-            self.copying = running(Some(m.unit), m.to, Some(m), seconds, demand);
+            let most = if self.setup.units[unit].size.routed() { EXPERT_GAP_S } else { f64::INFINITY };
+            let seconds = bytes(unit) / g + self.setup.copy_gap_s.min(most);
+            let demand = finite([bytes(unit) / seconds, 0.0]);
+            self.copying = running(Some(unit), carries.map_or(0, |m| m.to), carries, seconds, demand);
+            moved = true;
+        }
+        if self.beside.is_none()
+            && self.parts.front().is_some_and(|p| p.after_computes <= self.computes_done)
+            && let Some(p) = self.parts.pop_front()
+        {
+            let beside = &self.setup.beside;
+            let loaded = p.loaded || self.copying.is_some();
+            let seconds = p.unit.map_or(beside.hand_over_s[usize::from(loaded)], |u| beside.unit_s[u]);
+            // Their rate is the one beside a link at work.
+            let counted = p.unit.map_or(0.0, |u| bytes(u) / seconds);
+            let r = running(p.unit, p.slot, None, seconds, [0.0; 2]);
+            self.beside = r.map(|r| Running { counted, ..r });
             moved = true;
         }
         if self.computing.is_none()
-            && self.computes.front().is_some_and(|c| c.after_copies <= self.copies_done)
+            && self
+                .computes
+                .front()
+                .is_some_and(|c| c.after_copies <= self.copies_done && c.after_beside <= self.parts_done)
             && let Some(c) = self.computes.pop_front()
         {
             let on_processors = !self.setup.on_device && c.unit.is_some() && c.seconds > 0.0;
@@ -359,16 +495,17 @@ impl<'a> World<'a> {
 
     /// Lets time pass until something ends; `false` if nothing runs.
     fn advance(&mut self) -> bool {
-        let all = [self.reading, self.copying, self.computing];
+        let all = [self.reading, self.copying, self.computing, self.beside];
         let speeds = self.speeds(&all);
         let ends = |i: usize| all[i].map_or(f64::INFINITY, |r| r.left / speeds[i]);
-        let step = (0..3).map(ends).fold(f64::INFINITY, f64::min);
+        let step = (0..4).map(ends).fold(f64::INFINITY, f64::min);
         if !step.is_finite() {
             return false;
         }
         self.count(step, &all, &speeds);
         self.now += step;
-        for (i, r) in [&mut self.reading, &mut self.copying, &mut self.computing].into_iter().enumerate() {
+        let running = [&mut self.reading, &mut self.copying, &mut self.computing, &mut self.beside];
+        for (i, r) in running.into_iter().enumerate() {
             if let Some(r) = r {
                 r.left = if ends(i) <= step { 0.0 } else { r.left - step * speeds[i] };
             }
@@ -378,7 +515,7 @@ impl<'a> World<'a> {
     }
 
     /// How fast the read, the copy and the compute that run go.
-    fn speeds(&self, all: &[Option<Running>; 3]) -> [f64; 3] {
+    fn speeds(&self, all: &[Option<Running>; 4]) -> [f64; 4] {
         let mut demands = all.map(|r| r.map(|r| r.demand));
         let ram = self.setup.rates.ram.unwrap_or(f64::INFINITY);
         if self.setup.rates.copies {
@@ -397,10 +534,15 @@ impl<'a> World<'a> {
     }
 
     /// Adds `step` seconds to what they were spent on.
-    fn count(&mut self, step: f64, all: &[Option<Running>; 3], speeds: &[f64; 3]) {
+    fn count(&mut self, step: f64, all: &[Option<Running>; 4], speeds: &[f64; 4]) {
         let s = &mut self.shares;
-        let ram: f64 = all.iter().zip(speeds).map(|(r, v)| r.map_or(0.0, |r| r.demand[0] * v)).sum();
+        let ram: f64 = all.iter().zip(speeds).map(|(r, v)| r.map_or(0.0, |r| (r.demand[0] + r.counted) * v)).sum();
         s.ram_bytes += ram * step;
+        s.beside_bytes += all[3].map_or(0.0, |r| r.counted) * step;
+        s.gpu_bytes += all[1].map_or(0.0, |r| r.demand[0] * speeds[1]) * step;
+        if all[3].is_some_and(|r| r.unit.is_some()) {
+            s.beside_busy += step;
+        }
         for (busy, running) in [&mut s.nvme_busy, &mut s.gpu_busy, &mut s.compute_busy].into_iter().zip(all) {
             if running.is_some() {
                 *busy += step;
@@ -412,9 +554,12 @@ impl<'a> World<'a> {
                 s.wait_pass += step;
             }
             Some(_) => {}
+            None if all[3].is_some() => s.wait_beside += step,
             None => {
                 let copied = all[1].is_some_and(|copy| match (self.computes.front(), self.program.front()) {
-                    (Some(Compute { unit: Some(u), .. }), _) | (None, Some(Do::Compute(u))) => copy.unit == Some(*u),
+                    (Some(Compute { unit: Some(u), .. }), _) | (None, Some(Do::Compute(u) | Do::Fetch(u))) => {
+                        copy.unit == Some(*u)
+                    }
                     _ => false,
                 });
                 *if copied || all[0].is_none() { &mut s.wait_gpu } else { &mut s.wait_nvme } += step;
@@ -445,6 +590,10 @@ impl<'a> World<'a> {
         if let Some(r) = over(&mut self.computing) {
             self.computes_done += 1;
             self.events.extend(r.unit.map(|u| event(EventKind::Compute, &r, u)));
+        }
+        if let Some(r) = over(&mut self.beside) {
+            self.parts_done += 1;
+            self.events.extend(r.unit.map(|u| event(EventKind::Beside, &r, u)));
         }
     }
 
@@ -506,12 +655,18 @@ fn spec(setup: &Setup) -> Spec {
         homes: units.iter().map(|u| rests(u.home)).collect(),
         routed: units.iter().map(|u| u.size.routed()).collect(),
         site: if setup.on_device { Place::Device } else { Place::Host },
-        in_ram: setup.caching.in_ram.clone(),
+        in_ram: in_ram(setup),
         steps: schedule(setup),
         demand_max: most_experts(setup),
         pools,
         links: links(),
     }
+}
+
+/// By unit, whether processors beside a device compute it from a frame in RAM.
+fn in_ram(setup: &Setup) -> Vec<bool> {
+    let cached = |u: usize| setup.beside.computes(u) && setup.units[u].home == Home::C;
+    if setup.beside.units.is_empty() { Vec::new() } else { (0..setup.units.len()).map(cached).collect() }
 }
 
 /// Fills caches with what the tokens before would have left there.
