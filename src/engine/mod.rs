@@ -34,7 +34,7 @@ mod weights;
 mod window;
 
 pub use beside::Sites;
-pub use constraint::{ConstraintError, Form, Grammar, Grammars, Reasoning};
+pub use constraint::{ConstraintError, Form, Grammar, Grammars, Marks, Reasoning};
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest, refused_by_gpu};
 pub use generate::{Generation, Grown, Request, StopReason};

@@ -5,7 +5,7 @@ use serde_json::{Value as Json, json};
 use super::error::ApiError;
 use super::prompt::{Choice, Conversation};
 use super::served::Served;
-use super::split::Family;
+use super::split::{Family, Tags, Text};
 use crate::engine::constraint::{mark, quoted};
 use crate::engine::{Form, Reasoning};
 
@@ -55,16 +55,21 @@ pub fn form(served: &Served, c: &Conversation, one_call: bool, words: Option<&Fo
         }
         (false, None) => writer.free(family, one),
     };
-    let lark = format!("{text}{}{}", writer.shared(family), writer.rules);
+    let lark = format!("{text}{}{}", writer.shared(), writer.rules);
     Ok(Some(Form::Made { lark, parts: writer.parts }))
 }
 
-/// A keyword of a text that GLM's form of calls, which writes texts as they are, would not be held to.
+/// A keyword of a text that a family that writes texts as they are would not be held to.
 fn lost(family: Family, schema: &Json) -> Option<&'static str> {
-    const OF_TEXTS: [&str; 6] = ["pattern", "format", "minLength", "maxLength", "const", "anyOf"];
-    let texts = schema["properties"].as_object().into_iter().flatten().map(|p| p.1).filter(|p| p["type"] == "string");
-    let found = texts.filter_map(|p| OF_TEXTS.into_iter().find(|k| p.get(*k).is_some())).next();
-    found.filter(|_| family == Family::Glm)
+    const OF_TEXTS: [&str; 5] = ["pattern", "format", "minLength", "maxLength", "const"];
+    if !family.writes_texts_bare() {
+        return None;
+    }
+    let all = schema["properties"].as_object().into_iter().flatten().map(|p| p.1).filter(|p| Text::of(p).is_some());
+    let parts =
+        |p: &'_ Json| ["anyOf", "oneOf"].iter().filter_map(|k| p[*k].as_array().cloned()).flatten().collect::<Vec<_>>();
+    let found = |p: &Json| OF_TEXTS.into_iter().find(|k| p.get(*k).is_some());
+    all.filter_map(|p| found(p).or_else(|| parts(p).iter().find_map(found))).next()
 }
 
 /// The schema of a tool's arguments. One that is not strict and that nt cannot follow is any object, as a model without
@@ -104,17 +109,25 @@ impl Writer<'_> {
 
     /// Adds tool number `i` as the family writes a call of it.
     fn add(&mut self, family: Family, i: usize, name: &str, schema: Json) {
-        if family == Family::Glm {
-            return self.add_keys(i, name, &schema);
+        match family {
+            Family::Glm => return self.add_keys(i, name, &schema),
+            Family::Tagged(tags) => return self.add_tags(tags, i, name, &schema),
+            Family::Python => return self.add_python(i, name, &schema),
+            _ => {}
         }
         let part = format!("{ARGUMENTS}{i}");
         let json = |key: &str| format!("{{\"name\": {}, \"{key}\": ", json!(name));
         self.calls.push(match family {
             Family::Llama3 => format!("{} @{part} {}", quoted(&json("parameters")), quoted("}")),
             Family::Hermes => format!("{} @{part} {}", quoted(&format!("\n{}", json("arguments"))), quoted("}\n")),
-            Family::Mistral => format!("{} @{part} {}", quoted(&json("arguments")), quoted("}")),
+            Family::Mistral | Family::Granite => format!("{} @{part} {}", quoted(&json("arguments")), quoted("}")),
+            Family::Cohere => {
+                let begin =
+                    format!("    {{\"tool_call_id\": \"{i}\", \"tool_name\": {}, \"parameters\": ", json!(name));
+                format!("{} @{part} {}", quoted(&begin), quoted("}"))
+            }
             Family::MistralNamed => format!("{} {} @{part}", quoted(name), self.mark("[ARGS]")),
-            Family::Harmony | Family::Glm => {
+            Family::Harmony | Family::Glm | Family::Tagged(_) | Family::Python => {
                 let (to, kind) = (quoted(&format!("commentary to=functions.{name} ")), quoted("json"));
                 let (channel, constrain, message) =
                     (self.mark("<|channel|>"), self.mark("<|constrain|>"), self.mark("<|message|>"));
@@ -124,59 +137,110 @@ impl Writer<'_> {
         self.parts.push((part, Form::Schema(schema)));
     }
 
-    /// GLM's call: each property in its order, those that are not required or not.
+    /// GLM's call.
     fn add_keys(&mut self, i: usize, name: &str, schema: &Json) {
+        let tags = |key: &str| (format!("<arg_key>{key}</arg_key>\n<arg_value>"), "</arg_value>\n");
+        let call = format!("{} {}", quoted(&format!("{name}\n")), self.properties(i, schema, tags));
+        self.calls.push(call);
+    }
+
+    /// A function with its parameters between tags.
+    fn add_tags(&mut self, tags: &Tags, i: usize, name: &str, schema: &Json) {
+        let ((open, open_end, close), line) = (tags.parameter, if tags.lines { "\n" } else { "" });
+        let end = format!("{line}{close}\n");
+        let parameter = |key: &str| (format!("{open}{key}{open_end}{line}"), &end[..]);
+        let begin = format!("{}{name}{}\n", tags.function.0, tags.function.1);
+        let all = self.properties(i, schema, parameter);
+        let call = format!("{} {all} {}", quoted(&begin), quoted(&format!("{}\n", tags.function.2)));
+        self.calls.push(call);
+    }
+
+    /// Each property in its order, those that are not required or not, between what `tags` says of its name.
+    fn properties<'e>(&mut self, i: usize, schema: &Json, tags: impl Fn(&str) -> (String, &'e str)) -> String {
         let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
-        let mut all = quoted(&format!("{name}\n"));
+        let mut all = String::new();
         for (j, (key, value)) in schema["properties"].as_object().into_iter().flatten().enumerate() {
-            let close = "</arg_value>\n";
-            let value = match (value["type"] == "string", value["enum"].as_array()) {
-                (true, Some(texts)) => {
-                    let texts: Vec<String> = texts.iter().filter_map(Json::as_str).map(quoted).collect();
+            let (open, close) = tags(key);
+            let value = match (Text::of(value), value["enum"].as_array()) {
+                (Some(_), Some(texts)) => {
+                    let text = |t: &Json| t.as_str().map_or_else(|| quoted(&t.to_string()), quoted);
+                    let texts: Vec<String> = texts.iter().map(text).collect();
                     format!("({}) {}", texts.join(" | "), quoted(close))
                 }
                 // A text as it is, up to its end.
-                (true, None) => {
+                (Some(_), None) => {
                     let rule = format!("text_{}", letters(&[i, j]));
                     self.rules.push_str(&format!("{rule}[suffix={}]: /(?s:.*)/\n", quoted(close)));
                     rule
                 }
-                (false, _) => {
+                (None, _) => {
                     let part = format!("{ARGUMENTS}{i}-{j}");
                     self.parts.push((part.clone(), Form::Schema(with_definitions(value, schema))));
                     format!("@{part} {}", quoted(close))
                 }
             };
-            let open = quoted(&format!("<arg_key>{key}</arg_key>\n<arg_value>"));
             let optional = if required(key) { "" } else { "?" };
-            all.push_str(&format!(" ({open} {value}){optional}"));
+            all.push_str(&format!(" ({} {value}){optional}", quoted(&open)));
         }
-        self.calls.push(all);
+        all
+    }
+
+    /// A call as Python writes it, with values as JSON: each property in its order, those that are not required or not.
+    fn add_python(&mut self, i: usize, name: &str, schema: &Json) {
+        let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
+        let properties: Vec<(&String, &Json)> = schema["properties"].as_object().into_iter().flatten().collect();
+        // What may come behind property number j - 1: rule `first` where nothing came yet, `more` behind a comma.
+        let rule = |kind: &str, j: usize| format!("{kind}_{}", letters(&[i, j]));
+        for (j, (key, value)) in properties.iter().enumerate() {
+            let part = format!("{ARGUMENTS}{i}-{j}");
+            self.parts.push((part.clone(), Form::Schema(with_definitions(value, schema))));
+            let next = (rule("first", j + 1), rule("more", j + 1));
+            let this = format!("{} @{part} {}", quoted(&format!("{key}=")), next.1);
+            let (first, more) = match required(key) {
+                true => (String::new(), String::new()),
+                false => (format!(" | {}", next.0), format!(" | {}", next.1)),
+            };
+            self.rules.push_str(&format!("{}: {this}{first}\n", rule("first", j)));
+            self.rules.push_str(&format!("{}: \", \" {this}{more}\n", rule("more", j)));
+        }
+        let n = properties.len();
+        self.rules.push_str(&format!("{}: \"\"\n{}: \"\"\n", rule("first", n), rule("more", n)));
+        let call = format!("{} {} \")\"", quoted(&format!("{name}(")), rule("first", 0));
+        self.calls.push(call);
     }
 
     /// An answer that consists of calls.
     fn calls(&self, family: Family, one: bool) -> String {
+        let open = family.marks().map_or_else(String::new, |(open, _)| self.mark(open));
+        let close = family.marks().and_then(|m| m.1).map_or_else(String::new, |close| self.mark(close));
+        // Those that stand between one pair of marks, or within one list.
+        let list = |begin: &str, between: &str, end: &str| {
+            let more = if one { String::new() } else { format!("({} call)*", quoted(between)) };
+            format!("{open} {} call {more} {} {close}", quoted(begin), quoted(end))
+        };
         match family {
-            Family::Hermes | Family::Glm if one => "call".into(),
-            Family::Hermes | Family::Glm => "call (\"\\n\" call)*".into(),
-            Family::Mistral if one => format!("{} \"[\" call \"]\"", self.mark("[TOOL_CALLS]")),
-            Family::Mistral => format!("{} \"[\" call (\", \" call)* \"]\"", self.mark("[TOOL_CALLS]")),
-            Family::MistralNamed if one => format!("{} call", self.mark("[TOOL_CALLS]")),
-            Family::MistralNamed => format!("{open} call ({open} call)*", open = self.mark("[TOOL_CALLS]")),
+            Family::Mistral | Family::Granite | Family::Python => list("[", ", ", "]"),
+            Family::Cohere => list("[\n", ",\n", "\n]"),
+            Family::Tagged(tags) if tags.several => list("\n", "", ""),
+            Family::MistralNamed if one => format!("{open} call"),
+            Family::MistralNamed => format!("{open} call ({open} call)*"),
+            Family::Hermes | Family::Glm | Family::Tagged(_) => {
+                let line = if matches!(family, Family::Tagged(_)) { "\"\\n\"" } else { "" };
+                let more = if one { String::new() } else { format!("(\"\\n\" {open} {line} call {close})*") };
+                format!("{open} {line} call {close} {more}")
+            }
             Family::Llama3 | Family::Harmony => "call".into(),
         }
     }
 
     /// An answer in words that may end in calls.
     fn free(&self, family: Family, one: bool) -> String {
-        let (open, text) = match family {
-            Family::Hermes | Family::Glm => ("<tool_call>", "<tool_call>"),
-            Family::Mistral | Family::MistralNamed => ("[TOOL_CALLS]", "\\[TOOL_CALLS\\]"),
-            // An answer that begins as a call does is one.
-            Family::Llama3 => return "start: call | WORDS?\nWORDS: /[^{<\\s](?s:.*)/\n".into(),
-            Family::Harmony => {
-                return format!("start: {} WORDS? | call\nWORDS: /(?s:.)+/\n", self.header("final"));
-            }
+        let Some((open, _)) = family.marks() else {
+            return match family {
+                Family::Harmony => format!("start: {} WORDS? | call\nWORDS: /(?s:.)+/\n", self.header("final")),
+                // An answer that begins as a call does is one.
+                _ => "start: call | WORDS?\nWORDS: /[^{<\\s](?s:.*)/\n".into(),
+            };
         };
         let mark = self.mark(open);
         let calls = self.calls(family, one);
@@ -184,24 +248,20 @@ impl Writer<'_> {
             return format!("start: WORDS? ({calls})?\nWORDS: /(?s:.)+/\n");
         }
         // Words end where the mark comes first, or have none.
-        let rest = match family {
-            Family::Hermes | Family::Glm => calls.replacen("call", "rest", 1),
-            _ => calls.replacen(&mark, "", 1),
-        };
+        let rest = calls.replacen(&mark, "", 1);
+        let text = escaped(open);
         format!("start: WORDS | before {rest}\nbefore[suffix={mark}]: /(?s:.*)/\nWORDS: ~/(?s:.*{text}.*)/\n")
     }
 
-    /// The rules of calls.
-    fn shared(&self, family: Family) -> String {
-        let each = self.calls.join(" | ");
-        match family {
-            Family::Hermes | Family::Glm => {
-                let (open, close) = (self.mark("<tool_call>"), self.mark("</tool_call>"));
-                format!("call: {open} rest\nrest: ({each}) {close}\n")
-            }
-            _ => format!("call: {each}\n"),
-        }
+    /// The rule of a call.
+    fn shared(&self) -> String {
+        format!("call: {}\n", self.calls.join(" | "))
     }
+}
+
+/// A text as an expression that matches it.
+fn escaped(text: &str) -> String {
+    text.chars().flat_map(|c| "\\.+*?()|[]{}^$/".contains(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
 /// A property's schema with the definitions that it may refer to.

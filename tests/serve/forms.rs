@@ -201,7 +201,7 @@ fn is_call(call: &Json, name: Option<&str>) {
 /// Tools of which noise writes calls that end: no free texts, which would end with a mark only.
 fn tools(family: &str) -> Json {
     let mut tools = weather(false);
-    if family == "glm" {
+    if ["glm", "qwen in tags", "seed", "minimax"].contains(&family) {
         tools[0]["function"]["parameters"]["properties"]["city"] =
             json!({ "type": "string", "enum": ["Rome", "Oslo"] });
     }
@@ -221,7 +221,16 @@ fn calls_can_be_forced_in_each_familys_form() {
         ("mistral", format!("{{% if tools %}}[TOOL_CALLS]{{% endif %}}{MESSAGES}")),
         ("newer mistral", format!("{{% if tools %}}[TOOL_CALLS]f[ARGS]{{% endif %}}{MESSAGES}")),
         ("glm", format!("{{% if tools %}}<tool_call>f<arg_key>{{% endif %}}{MESSAGES}")),
-        ("gpt-oss", format!("{MESSAGES}{{% if tools %}}{{% endif %}}<|start|>assistant{{# <|channel|><|message|> #}}")),
+        ("qwen in tags", format!("{{% if tools %}}<tool_call><function=f><parameter=x>{{% endif %}}{MESSAGES}")),
+        ("seed", format!("{{% if tools %}}<seed:tool_call>{{% endif %}}{MESSAGES}")),
+        ("minimax", format!("{{% if tools %}}<minimax:tool_call>{{% endif %}}{MESSAGES}")),
+        ("lfm", format!("{{% if tools %}}<|tool_list_start|>{{% endif %}}{MESSAGES}")),
+        ("granite", format!("{{% if tools %}}<|tool_call|>{{% endif %}}{MESSAGES}")),
+        ("command", format!("{{% if tools %}}<|START_ACTION|>{{% endif %}}{MESSAGES}")),
+        (
+            "gpt-oss",
+            format!("{{% if tools %}}t{{% endif %}}{MESSAGES}<|start|>assistant{{# <|channel|><|message|> #}}"),
+        ),
     ] {
         let (_dir, server) = serve(&with_template(&template));
         let named = json!({ "type": "function", "function": { "name": "weather" } });
