@@ -22,7 +22,7 @@ const ENTRIES_MAX: usize = 2 << 20;
 /// The same where probabilities are told, which take more as text.
 const PROBABLE_MAX: usize = 256 << 10;
 /// Most tokens at each place whose probabilities are told.
-const TOP_MAX: i64 = 20;
+pub const TOP_MAX: i64 = 20;
 
 /// What both kinds of requests have.
 struct Common {
@@ -118,6 +118,8 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
 pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
     let common = common(&mut f, served)?;
     let (conversation, one_call) = conversation(&mut f, served)?;
+    f.only("echo", &[json!(false)], "the prompt of a conversation is not part of its answer; /v1/completions has it")?;
+    f.only("best_of", &[json!(1)], "the best of several answers is not chosen; n returns all of them")?;
     let wanted = f.flag("logprobs")?.unwrap_or(false);
     let top = f.whole("top_logprobs", 0, TOP_MAX)?;
     if top.is_some_and(|n| n > 0) && !wanted {
@@ -180,7 +182,10 @@ pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prep
 }
 
 /// One prompt, as text or as tokens.
-fn completion_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError> {
+///
+/// # Errors
+/// For what is neither, or too long.
+pub fn completion_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError> {
     let expected = "a text or a list of token ids";
     let n_vocab = served.opened.model.n_vocab;
     match given {
@@ -337,7 +342,7 @@ pub fn call_id(number: usize, call: &Call) -> String {
 }
 
 /// A number that JSON has: a token that is never drawn has the lowest.
-fn finite(l: f32) -> f32 {
+pub fn finite(l: f32) -> f32 {
     if l.is_finite() { l } else { -9999.0 }
 }
 

@@ -185,9 +185,14 @@ fn with_written_calls(served: &Served, messages: &[Json]) -> Vec<Json> {
         let written =
             message.get("tool_calls").and_then(Json::as_array).and_then(|calls| split::written(family, calls));
         let Some(written) = written else { continue };
-        let words = message.get("content").and_then(Json::as_str).unwrap_or("");
-        let content = format!("{words}{written}");
-        message.insert("content".into(), content.into());
+        let content = match message.remove("content") {
+            Some(Json::Array(mut parts)) => {
+                parts.push(json!({ "type": "text", "text": written }));
+                Json::Array(parts)
+            }
+            content => format!("{}{written}", content.as_ref().and_then(Json::as_str).unwrap_or("")).into(),
+        };
+        message.insert("content".into(), content);
         message.remove("tool_calls");
     }
     messages

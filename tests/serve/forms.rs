@@ -246,6 +246,18 @@ fn calls_can_be_forced_in_each_familys_form() {
                 is_call(&calls[0], name);
             }
         }
+        // A streamed call is the same one, and comes with the reason of its end.
+        let more = json!({ "tools": tools(family), "tool_choice": "required", "seed": 1, "parallel_tool_calls": false,
+            "max_tokens": 220, "logit_bias": bias(family) });
+        let whole = server.ok("/v1/chat/completions", &chat(more.clone()));
+        let mut streamed = chat(more);
+        streamed["stream"] = true.into();
+        let (events, _) = server.post("/v1/chat/completions", &streamed).events();
+        let delta = events.iter().find_map(|e| e["choices"][0]["delta"]["tool_calls"].as_array()).unwrap();
+        let function = &whole["choices"][0]["message"]["tool_calls"][0]["function"];
+        assert_eq!((&delta[0]["function"], &delta[0]["index"]), (function, &json!(0)), "{family}");
+        assert!(events.iter().any(|e| e["choices"][0]["finish_reason"] == "tool_calls"));
+        assert!(events.iter().all(|e| e["choices"][0]["delta"]["content"].as_str().unwrap_or("").is_empty()));
         if family == "gpt-oss" {
             continue;
         }

@@ -72,12 +72,19 @@ fn objects(text: &str, key: &str, tools: &[Tool]) -> Option<Vec<Call>> {
 fn object(value: &Json, name: &str, key: &str, tools: &[Tool]) -> Option<Call> {
     let name = value[name].as_str()?;
     known(name, tools)?;
-    let arguments = match value.get(key).or_else(|| value.get("arguments")).or_else(|| value.get("parameters")) {
-        None => "{}".to_owned(),
-        Some(Json::String(text)) => text.clone(),
-        Some(other) => other.to_string(),
-    };
-    Some(Call { name: name.to_owned(), arguments })
+    let given = value.get(key).or_else(|| value.get("arguments")).or_else(|| value.get("parameters"));
+    Some(Call { name: name.to_owned(), arguments: arguments(given.unwrap_or(&Json::Null))? })
+}
+
+/// The JSON of a call's arguments: those of an object, which some models write as a text; nothing is an empty one.
+pub fn arguments(given: &Json) -> Option<String> {
+    match given {
+        Json::Null => Some("{}".to_owned()),
+        Json::String(text) if text.trim().is_empty() => Some("{}".to_owned()),
+        Json::String(text) => serde_json::from_str::<Json>(text).ok().filter(Json::is_object).map(|v| v.to_string()),
+        Json::Object(_) => Some(given.to_string()),
+        _ => None,
+    }
 }
 
 /// A list of objects, which have their names under this key.
@@ -95,11 +102,7 @@ fn named(text: &str, tools: &[Tool]) -> Option<Call> {
     };
     let name = head.split_once(CALL_ID).map_or(head, |(name, _)| name).trim();
     known(name, tools)?;
-    let arguments = match arguments.trim() {
-        "" => "{}".to_owned(),
-        json => serde_json::from_str::<Json>(json).ok()?.to_string(),
-    };
-    Some(Call { name: name.to_owned(), arguments })
+    Some(Call { name: name.to_owned(), arguments: self::arguments(&Json::from(arguments))? })
 }
 
 /// GLM's form: a name, then keys and values between tags.

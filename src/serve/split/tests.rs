@@ -75,7 +75,14 @@ fn calls_of_hermes_are_found() {
     assert_eq!(parts(&looks, text), [words("I look."), call("f", r#"{"b":1,"a":[2]}"#), call("g", "{}")]);
     let one = Looks { one_call: true, ..tools(Family::Hermes) };
     assert_eq!(parts(&one, text), [words("I look."), call("f", r#"{"b":1,"a":[2]}"#)]);
-    for none in ["<tool_call>{\"name\": \"h\"}</tool_call>", "<tool_call>{nonsense", "a <tool_ca", "plain \n"] {
+    for none in [
+        "<tool_call>{\"name\": \"h\"}</tool_call>",
+        "<tool_call>{nonsense",
+        "<tool_call>{\"name\": \"f\", \"arguments\": [1]}</tool_call>",
+        "<tool_call>{\"name\": \"f\", \"arguments\": \"x\"}</tool_call>",
+        "a <tool_ca",
+        "plain \n",
+    ] {
         assert_eq!(parts(&looks, none), [words(none)]);
     }
     let thinking = Looks { thinks: Some(Marks::ALL[0]), ..looks };
