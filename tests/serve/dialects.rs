@@ -247,7 +247,7 @@ fn what_a_template_leaves_out_is_refused_or_written() {
     assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!("tools")), "{}", reply.body);
     let arguments = "{\"x\": \"y\", \"n\": [1, null]}";
     let call = json!({ "id": "c1", "type": "function", "function": { "name": "f", "arguments": arguments } });
-    let messages = json!([user, { "role": "assistant", "content": null, "tool_calls": [call, call] },
+    let messages = json!([user, { "role": "assistant", "content": "So: ", "tool_calls": [call, call] },
         { "role": "tool", "tool_call_id": "c1", "content": "5" }]);
     let list = "{\"name\": \"f\", \"arguments\": {\"x\":\"y\",\"n\":[1,null]}}";
     for (mark, written) in [
@@ -263,7 +263,7 @@ fn what_a_template_leaves_out_is_refused_or_written() {
         let (_dir, server) = serve(&template);
         let prompt = server.ok("/apply-template", &json!({ "messages": messages, "tools": [tool] }))["prompt"].clone();
         let prompt = prompt.as_str().unwrap();
-        assert!(prompt.ends_with(&format!("<user>hi<assistant>{written}<tool>5")), "{prompt}");
+        assert!(prompt.ends_with(&format!("<user>hi<assistant>So: {written}<tool>5")), "{prompt}");
     }
 }
 

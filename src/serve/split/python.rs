@@ -80,7 +80,7 @@ impl<'t> Reader<'t> {
         }
         let mut arguments = Map::new();
         while !self.takes(")") {
-            let key = self.run(|c| c.is_alphanumeric() || c == '_').to_owned();
+            let key = self.run(|c| !c.is_whitespace() && !"=(),'\"[]{}".contains(c)).to_owned();
             if key.is_empty() || !self.takes("=") {
                 return None;
             }
@@ -231,6 +231,8 @@ mod tests {
         let arguments = json!({ "a": "it's", "b": "x\né😀", "c": [1, -2500.0, true], "d": { "k": null, "1": [2] }, "e": false, "f": 1000 });
         assert_eq!(one(all), Some(json!({ "get.it-now": arguments })));
         assert_eq!(calls("[f(a=\"]\"), g(b=')')]").unwrap().len(), 2);
+        // No name in Python, but one of a tool's argument.
+        assert_eq!(one("[f(max-days=1)]"), Some(json!({ "f": { "max-days": 1 } })));
         assert_eq!(one("[f(a='''two\nlines' ''')]"), Some(json!({ "f": { "a": "two\nlines' " } })));
     }
 
@@ -264,6 +266,7 @@ mod tests {
             "[f(a=1e)]",
             "hello [f()]",
             "[f(a=nan)]",
+            "[f('a'=1)]",
             "[f(a=é)]",
         ] {
             assert_eq!(calls(text), None, "{text}");

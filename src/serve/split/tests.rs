@@ -288,3 +288,75 @@ fn calls_that_templates_write_are_read() {
     }
     assert!(read_of.len() >= 12, "{read_of:?}");
 }
+
+/// Answers of every family with pieces cut out, doubled and strewn in: nothing panics or hangs, and what is no call stays
+/// in the text.
+#[test]
+fn damaged_answers_are_read_too() {
+    use rand::{RngExt, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+    let families = [
+        Family::Hermes,
+        Family::Llama3,
+        Family::Mistral,
+        Family::MistralNamed,
+        Family::Harmony,
+        Family::Glm,
+        Family::Tagged(&family::QWEN),
+        Family::Tagged(&family::SEED),
+        Family::Tagged(&family::MINIMAX),
+        Family::Python,
+        Family::Granite,
+        Family::Cohere,
+    ];
+    let marks = family::MARKS.iter().chain(&channels::MARKS).copied();
+    let marks = marks.chain(Marks::ALL.iter().flat_map(|m| [m.open, m.close]));
+    let pieces: Vec<&str> = marks
+        .chain([
+            "f",
+            "g(x='",
+            "')]",
+            "{\"name\": \"f\", \"arguments\": {",
+            "}}",
+            "[",
+            "]",
+            "\\u12",
+            "é",
+            "\n",
+            " to=functions.f ",
+        ])
+        .chain([
+            "<function=f>",
+            "</function>",
+            "<parameter=x>",
+            "</parameter>",
+            "<invoke name=\"f\">",
+            "</invoke>",
+            "[ARGS]{",
+        ])
+        .chain(["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "1", ": ", ", ", "\"", "'"])
+        .collect();
+    for round in 0..20_000 {
+        let text: String = (0..rng.random_range(0..14)).map(|_| pieces[rng.random_range(0..pieces.len())]).collect();
+        let family = families[round % families.len()];
+        let thinks = (round % 3 == 0).then(|| Marks::ALL[rng.random_range(0..4usize)]);
+        let looks = Looks { thinks, within_thought: thinks.is_some() && round % 2 == 0, ..tools(family) };
+        let all = |chunk: usize| {
+            let mut s = Splitter::new(&looks);
+            let mut found = Vec::new();
+            for piece in text.chars().collect::<Vec<_>>().chunks(chunk) {
+                s.push(&[Bit { text: piece.iter().collect(), control: false }], &mut found);
+            }
+            s.finish(&mut found);
+            joined(found)
+        };
+        let whole = all(usize::MAX);
+        assert_eq!(all(1), whole, "{family:?} {text:?}");
+        for part in &whole {
+            if let Part::Call(call) = part {
+                let arguments: serde_json::Value = serde_json::from_str(&call.arguments).unwrap();
+                assert!(["f", "g"].contains(&&call.name[..]) && arguments.is_object(), "{text:?}: {call:?}");
+            }
+        }
+    }
+}
