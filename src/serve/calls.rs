@@ -112,7 +112,7 @@ impl Writer<'_> {
         match family {
             Family::Glm => return self.add_keys(i, name, &schema),
             Family::Tagged(tags) => return self.add_tags(tags, i, name, &schema),
-            Family::Python => return self.add_python(i, name, &schema),
+            Family::Python | Family::PythonLines => return self.add_python(i, name, &schema),
             _ => {}
         }
         let part = format!("{ARGUMENTS}{i}");
@@ -120,14 +120,16 @@ impl Writer<'_> {
         self.calls.push(match family {
             Family::Llama3 => format!("{} @{part} {}", quoted(&json("parameters")), quoted("}")),
             Family::Hermes => format!("{} @{part} {}", quoted(&format!("\n{}", json("arguments"))), quoted("}\n")),
-            Family::Mistral | Family::Granite => format!("{} @{part} {}", quoted(&json("arguments")), quoted("}")),
+            Family::Mistral | Family::Granite | Family::Hunyuan => {
+                format!("{} @{part} {}", quoted(&json("arguments")), quoted("}"))
+            }
             Family::Cohere => {
                 let begin =
                     format!("    {{\"tool_call_id\": \"{i}\", \"tool_name\": {}, \"parameters\": ", json!(name));
                 format!("{} @{part} {}", quoted(&begin), quoted("}"))
             }
             Family::MistralNamed => format!("{} {} @{part}", quoted(name), self.mark("[ARGS]")),
-            Family::Harmony | Family::Glm | Family::Tagged(_) | Family::Python => {
+            Family::Harmony | Family::Glm | Family::Tagged(_) | Family::Python | Family::PythonLines => {
                 let (to, kind) = (quoted(&format!("commentary to=functions.{name} ")), quoted("json"));
                 let (channel, constrain, message) =
                     (self.mark("<|channel|>"), self.mark("<|constrain|>"), self.mark("<|message|>"));
@@ -219,7 +221,8 @@ impl Writer<'_> {
             format!("{open} {} call {more} {} {close}", quoted(begin), quoted(end))
         };
         match family {
-            Family::Mistral | Family::Granite | Family::Python => list("[", ", ", "]"),
+            Family::Mistral | Family::Granite | Family::Hunyuan | Family::Python => list("[", ", ", "]"),
+            Family::PythonLines => list("", "\n", ""),
             Family::Cohere => list("[\n", ",\n", "\n]"),
             Family::Tagged(tags) if tags.several => list("\n", "", ""),
             Family::MistralNamed if one => format!("{open} call"),

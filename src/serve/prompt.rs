@@ -329,7 +329,7 @@ pub fn no_tools(field: &str) -> ApiError {
     ApiError::unsupported(
         field,
         format!(
-            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen, Llama 3, Mistral, gpt-oss, GLM, Seed OSS, MiniMax M2, LFM 2, Granite and Command R7B)"
+            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen, Llama 3, Mistral, gpt-oss, GLM, Seed OSS, MiniMax M2, LFM 2, Olmo 3, Hunyuan, Granite and Command R7B)"
         ),
     )
 }

@@ -225,6 +225,8 @@ fn calls_can_be_forced_in_each_familys_form() {
         ("seed", format!("{{% if tools %}}<seed:tool_call>{{% endif %}}{MESSAGES}")),
         ("minimax", format!("{{% if tools %}}<minimax:tool_call>{{% endif %}}{MESSAGES}")),
         ("lfm", format!("{{% if tools %}}<|tool_list_start|>{{% endif %}}{MESSAGES}")),
+        ("olmo", format!("{{% if tools %}}<function_calls>{{% endif %}}{MESSAGES}")),
+        ("hunyuan", format!("{{% if tools %}}<tool_calls>{{% endif %}}{MESSAGES}")),
         ("granite", format!("{{% if tools %}}<|tool_call|>{{% endif %}}{MESSAGES}")),
         ("command", format!("{{% if tools %}}<|START_ACTION|>{{% endif %}}{MESSAGES}")),
         (

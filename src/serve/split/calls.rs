@@ -17,11 +17,11 @@ pub fn read(family: Family, text: &str, tools: &[Tool]) -> Option<Vec<Call>> {
             list if list.starts_with('[') && !list.starts_with(ARGS) => array(list, "name", tools),
             named => self::named(named, tools).map(|call| vec![call]),
         },
-        Family::Granite => array(text, "name", tools),
+        Family::Granite | Family::Hunyuan => array(text, "name", tools),
         Family::Cohere => array(text, "tool_name", tools),
         Family::Glm => keys(text, tools).map(|call| vec![call]),
         Family::Tagged(tags) => tagged(text, tags, tools),
-        Family::Python => python(text, tools),
+        Family::Python | Family::PythonLines => python(text, tools),
         // Its channels say what a call is.
         Family::Harmony => None,
     }

@@ -21,8 +21,12 @@ pub enum Family {
     Tagged(&'static Tags),
     /// `<|tool_call_start|>[NAME(key="value", …), …]<|tool_call_end|>`, as Python calls functions: LFM 2.
     Python,
+    /// `<function_calls>NAME(key="value", …)</function_calls>`, each on its line: Olmo 3.
+    PythonLines,
     /// `<|tool_call|>[{"name": …, "arguments": {…}}, …]`: Granite 3.
     Granite,
+    /// `<tool_calls>[{"name": …, "arguments": {…}}, …]</tool_calls>`: Hunyuan.
+    Hunyuan,
     /// `<|START_ACTION|>[{"tool_call_id": …, "tool_name": …, "parameters": {…}}, …]<|END_ACTION|>`: Command R7B.
     Cohere,
 }
@@ -67,11 +71,13 @@ const MISTRAL: &str = "[TOOL_CALLS]";
 pub const ARG_KEY: &str = "<arg_key>";
 pub const PYTHON_TAG: &str = "<|python_tag|>";
 const PYTHON: (&str, &str) = ("<|tool_call_start|>", "<|tool_call_end|>");
+const LINES: (&str, &str) = ("<function_calls>", "</function_calls>");
 const GRANITE: &str = "<|tool_call|>";
+const HUNYUAN: (&str, &str) = ("<tool_calls>", "</tool_calls>");
 const COHERE: (&str, &str) = ("<|START_ACTION|>", "<|END_ACTION|>");
 
 /// Marks of calls that may be control tokens, which show nothing.
-pub const MARKS: [&str; 15] = [
+pub const MARKS: [&str; 19] = [
     CALL,
     CALL_END,
     PYTHON_TAG,
@@ -84,7 +90,11 @@ pub const MARKS: [&str; 15] = [
     MINIMAX.call.1,
     PYTHON.0,
     PYTHON.1,
+    LINES.0,
+    LINES.1,
     GRANITE,
+    HUNYUAN.0,
+    HUNYUAN.1,
     COHERE.0,
     COHERE.1,
 ];
@@ -111,8 +121,12 @@ impl Family {
             Some(Family::Cohere)
         } else if has(PYTHON.0) || has("<|tool_list_start|>") || has("List of tools: [") {
             Some(Family::Python)
+        } else if has(LINES.0) {
+            Some(Family::PythonLines)
         } else if has(GRANITE) {
             Some(Family::Granite)
+        } else if has(HUNYUAN.0) {
+            Some(Family::Hunyuan)
         } else if has(CALL) {
             Some(Family::Hermes)
         } else if has(PYTHON_TAG) || has("ipython") && has("\"parameters\"") {
@@ -129,7 +143,9 @@ impl Family {
             Family::Mistral | Family::MistralNamed => Some((MISTRAL, None)),
             Family::Tagged(tags) => Some((tags.call.0, Some(tags.call.1))),
             Family::Python => Some((PYTHON.0, Some(PYTHON.1))),
+            Family::PythonLines => Some((LINES.0, Some(LINES.1))),
             Family::Granite => Some((GRANITE, None)),
+            Family::Hunyuan => Some((HUNYUAN.0, Some(HUNYUAN.1))),
             Family::Cohere => Some((COHERE.0, Some(COHERE.1))),
             Family::Llama3 | Family::Harmony => None,
         }
@@ -159,7 +175,9 @@ mod tests {
             ("<seed:tool_call><function=f>", Some(Family::Tagged(&SEED))),
             ("<minimax:tool_call><invoke name=", Some(Family::Tagged(&MINIMAX))),
             ("List of tools: <|tool_list_start|>[", Some(Family::Python)),
+            ("<function_calls>", Some(Family::PythonLines)),
             ("<|tool_call|>", Some(Family::Granite)),
+            ("<tool_calls>", Some(Family::Hunyuan)),
             ("<|START_ACTION|>", Some(Family::Cohere)),
             ("", None),
         ] {

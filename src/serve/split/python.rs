@@ -12,21 +12,19 @@ pub fn value(text: &str) -> Option<Json> {
     reader.at_end().then_some(value)
 }
 
-/// A list of calls that is all of a text, `[f(key="value"), …]`, or one call: their names and arguments.
+/// A list of calls that is all of a text, `[f(key="value"), …]`, or calls on a line each: their names and arguments.
 pub fn calls(text: &str) -> Option<Vec<(String, Map<String, Json>)>> {
     let mut reader = Reader { rest: text };
     let mut found = Vec::new();
     let in_list = reader.takes("[");
     loop {
         found.push(reader.call()?);
-        if !reader.takes(",") && !reader.takes(";") {
-            break;
-        }
-        if reader.rest.trim_start().starts_with(']') {
+        let more = reader.takes(",") || reader.takes(";") || !in_list;
+        if !more || reader.at_end() || reader.rest.trim_start().starts_with(']') {
             break;
         }
     }
-    ((!in_list || reader.takes("]")) && reader.at_end()).then_some(found)
+    (reader.takes("]") == in_list && reader.at_end()).then_some(found)
 }
 
 /// A value as Python writes it.
@@ -231,6 +229,7 @@ mod tests {
         let arguments = json!({ "a": "it's", "b": "x\né😀", "c": [1, -2500.0, true], "d": { "k": null, "1": [2] }, "e": false, "f": 1000 });
         assert_eq!(one(all), Some(json!({ "get.it-now": arguments })));
         assert_eq!(calls("[f(a=\"]\"), g(b=')')]").unwrap().len(), 2);
+        assert_eq!(calls("\nf(a=1)\ng()\n").unwrap().len(), 2);
         // No name in Python, but one of a tool's argument.
         assert_eq!(one("[f(max-days=1)]"), Some(json!({ "f": { "max-days": 1 } })));
         assert_eq!(one("[f(a='''two\nlines' ''')]"), Some(json!({ "f": { "a": "two\nlines' " } })));

@@ -240,6 +240,10 @@ fn calls_of_lfm_granite_and_command_are_found() {
     let [f, g] = calls.clone();
     assert_eq!(parts(&tools(Family::Python), lfm), [f.clone(), g.clone(), words("I look.")]);
     assert_eq!(parts(&tools(Family::Granite), granite), calls);
+    let hunyuan = granite.replace("<|tool_call|>", "<tool_calls>") + "</tool_calls>";
+    assert_eq!(parts(&tools(Family::Hunyuan), &hunyuan), calls);
+    let olmo = "<function_calls>f(x='y', zip=\"1\")\ng()</function_calls>";
+    assert_eq!(parts(&tools(Family::PythonLines), olmo), calls);
     let thinking = Looks { thinks: Some(Marks::ALL[3]), ..tools(Family::Cohere) };
     assert_eq!(parts(&thinking, cohere), [Part::Thought("hm".into()), f, g]);
     for (family, none) in [
@@ -306,7 +310,9 @@ fn damaged_answers_are_read_too() {
         Family::Tagged(&family::SEED),
         Family::Tagged(&family::MINIMAX),
         Family::Python,
+        Family::PythonLines,
         Family::Granite,
+        Family::Hunyuan,
         Family::Cohere,
     ];
     let marks = family::MARKS.iter().chain(&channels::MARKS).copied();
