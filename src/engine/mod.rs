@@ -5,6 +5,7 @@
 
 mod apart;
 mod beside;
+mod budget;
 mod ceilings;
 pub mod constraint;
 mod dry;
@@ -34,6 +35,7 @@ mod weights;
 mod window;
 
 pub use beside::Sites;
+pub use budget::ThoughtBudget;
 pub use constraint::{ConstraintError, Form, Grammar, Grammars, Marks, Reasoning};
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest, refused_by_gpu};

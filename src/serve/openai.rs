@@ -111,6 +111,15 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
     Ok((Conversation { messages, tools: tools.list, variables, effort, choice }, one_call))
 }
 
+/// Tokens of reasoning at most, under llama-server's names; below 0 is no bound.
+fn budget(f: &mut Fields) -> Result<Option<(&'static str, i64)>, ApiError> {
+    let mut found = None;
+    for field in ["thinking_budget_tokens", "reasoning_budget_tokens"] {
+        found = f.whole(field, -1, i64::MAX)?.map(|tokens| (field, tokens)).or(found);
+    }
+    Ok(found)
+}
+
 /// Reads a request to `/v1/chat/completions`.
 ///
 /// # Errors
@@ -128,9 +137,13 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bo
     let logprobs = wanted.then_some(top.unwrap_or(0) as usize);
     let (stream, usage) = (common.stream, common.usage);
     let wanted = grammar::wanted(&mut f)?;
+    let budget = budget(&mut f)?;
     let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    if let Some((field, tokens)) = budget {
+        params.thought = prompt::thought(served, &prompt.text, tokens, field)?;
+    }
     grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = common.task(served, params, prompt.tokens, logprobs)?;

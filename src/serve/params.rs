@@ -9,7 +9,7 @@ use crate::engine::SamplerParams;
 
 /// Fields of all dialects that change no text: whose request it is, how it is billed, stored or cached, and which slot
 /// or preview of the answer the client would like. They may hold anything.
-pub const HARMLESS: [&str; 18] = [
+pub const HARMLESS: [&str; 22] = [
     "user",
     "metadata",
     "store",
@@ -28,6 +28,10 @@ pub const HARMLESS: [&str; 18] = [
     "keep_alive",
     "request_id",
     "priority",
+    "n_cache_reuse",
+    "sse_ping_interval",
+    "backend_sampling",
+    "verbose",
 ];
 
 /// Fields that would change the text in a way that nt does not do, and what they may hold.
@@ -41,6 +45,12 @@ fn refuse_others(f: &mut Fields) -> Result<(), ApiError> {
         &[json!(0), json!(-1)],
         "a time limit for one answer is not built; the server has --timeout",
     )?;
+    f.only(
+        "t_max_prompt_ms",
+        &[json!(0), json!(-1)],
+        "a time limit for a prompt is not built; the server has --timeout",
+    )?;
+    f.only("reasoning_budget_message", &[json!("")], "reasoning that has used its budget ends without words")?;
     f.only("lora", &[json!([])], "adapters are not built")?;
     f.only("post_sampling_probs", &[json!(false)], "probabilities are those before sampling")?;
     f.only("use_beam_search", &[json!(false)], "beam search is not built")?;

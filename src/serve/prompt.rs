@@ -7,7 +7,7 @@ use super::fields::{Fields, wrong};
 use super::job::Task;
 use super::served::Served;
 use super::split::{self, Looks};
-use crate::engine::{Marks, SamplerParams};
+use crate::engine::{Marks, Reasoning, SamplerParams, ThoughtBudget};
 use crate::tokenizer::{ChatTemplate, TokenizerError};
 
 /// A conversation that is to be answered.
@@ -393,6 +393,34 @@ pub fn looks(served: &Served, c: &Conversation, prompt: &str, one_call: bool) ->
         channels: split::in_channels(&served.template_source),
         one_call,
     }
+}
+
+/// The budget of a conversation's reasoning, for its prompt; `None` where the prompt leaves no room for any, or `tokens` is no
+/// bound.
+///
+/// # Errors
+/// Where the model's reasoning has no end that is one token.
+pub fn thought(served: &Served, prompt: &str, tokens: i64, field: &str) -> Result<Option<ThoughtBudget>, ApiError> {
+    let Ok(tokens) = usize::try_from(tokens) else { return Ok(None) };
+    let (open, marks) = match Reasoning::of(&served.template_source, prompt) {
+        Reasoning::Open(marks) => (false, marks),
+        Reasoning::Possible(marks) => (true, marks),
+        Reasoning::None if served.thinks() => return Ok(None),
+        Reasoning::None | Reasoning::Channels { .. } => {
+            let message =
+                format!("{field}: this model's chat template has no marks of reasoning that it could be ended with");
+            return Err(ApiError::unsupported(field, message));
+        }
+    };
+    let token = |mark: &str| match served.opened.tokenizer.encode(mark, false, true)[..] {
+        [id] => Ok(id),
+        _ => Err(ApiError::unsupported(
+            field,
+            format!("{field}: this model's mark of reasoning, {mark}, is no token of its own"),
+        )),
+    };
+    let open = if open { Some(token(marks.open)?) } else { None };
+    Ok(Some(ThoughtBudget { tokens, open, close: token(marks.close)? }))
 }
 
 /// A task within a context that its request wants smaller than the server's.
