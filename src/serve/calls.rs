@@ -33,7 +33,7 @@ pub fn form(served: &Served, c: &Conversation, one_call: bool, words: Option<&Fo
     if c.tools.is_empty() || !forced && words.is_none() && !c.tools.iter().any(strict) {
         return Ok(None);
     }
-    let mut writer = Writer { served, calls: Vec::new(), parts: Vec::new(), rules: String::new() };
+    let mut writer = Writer { served, calls: Vec::new(), parts: Vec::new(), rules: String::new(), left: PARTS_MAX };
     for (i, tool) in c.tools.iter().enumerate() {
         let name = tool["function"]["name"].as_str().unwrap_or_default();
         if !matches!(&c.choice, Choice::Named(wanted) if wanted != name) {
@@ -42,7 +42,13 @@ pub fn form(served: &Served, c: &Conversation, one_call: bool, words: Option<&Fo
                 let why = "of a text cannot be followed in the form that this model has for calls";
                 return Err(ApiError::unsupported(&place, format!("{place}: {keyword} {why}")));
             }
-            writer.add(family, i, name, arguments(served, tool, strict(tool)));
+            writer.add(family, i, name, arguments(served, tool, strict(tool))).map_err(|TooMuch| {
+                let place = format!("tools[{i}].function.parameters");
+                let message = format!(
+                    "{place}: its properties and what they refer to are too much to hold calls to; make it smaller"
+                );
+                ApiError::unsupported(&place, message)
+            })?;
         }
     }
     let one = one_call || matches!(c.choice, Choice::Named(_));
@@ -95,7 +101,15 @@ struct Writer<'a> {
     parts: Vec<(String, Form)>,
     /// Rules that they need.
     rules: String,
+    /// Bytes that the schemas of properties may still have.
+    left: usize,
 }
+
+/// Bytes of the schemas of all properties, each with the definitions that it may refer to.
+const PARTS_MAX: usize = 2 << 20;
+
+/// They have more.
+struct TooMuch;
 
 impl Writer<'_> {
     fn mark(&self, name: &str) -> String {
@@ -108,7 +122,7 @@ impl Writer<'_> {
     }
 
     /// Adds tool number `i` as the family writes a call of it.
-    fn add(&mut self, family: Family, i: usize, name: &str, schema: Json) {
+    fn add(&mut self, family: Family, i: usize, name: &str, schema: Json) -> Result<(), TooMuch> {
         match family {
             Family::Glm => return self.add_keys(i, name, &schema),
             Family::Tagged(tags) => return self.add_tags(tags, i, name, &schema),
@@ -137,29 +151,49 @@ impl Writer<'_> {
             }
         });
         self.parts.push((part, Form::Schema(schema)));
+        Ok(())
+    }
+
+    /// Adds the form of a property.
+    fn add_property(&mut self, part: String, schema: &Json, of: &Definitions) -> Result<(), TooMuch> {
+        let text = schema.to_string();
+        let refers = text.contains("\"$ref\"");
+        let bytes = text.len() + if refers { of.bytes } else { 0 };
+        self.left = self.left.checked_sub(bytes).ok_or(TooMuch)?;
+        let schema = if refers { of.with(schema) } else { schema.clone() };
+        self.parts.push((part, Form::Schema(schema)));
+        Ok(())
     }
 
     /// GLM's call.
-    fn add_keys(&mut self, i: usize, name: &str, schema: &Json) {
+    fn add_keys(&mut self, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
         let tags = |key: &str| (format!("<arg_key>{key}</arg_key>\n<arg_value>"), "</arg_value>\n");
-        let call = format!("{} {}", quoted(&format!("{name}\n")), self.properties(i, schema, tags));
+        let call = format!("{} {}", quoted(&format!("{name}\n")), self.properties(i, schema, tags)?);
         self.calls.push(call);
+        Ok(())
     }
 
     /// A function with its parameters between tags.
-    fn add_tags(&mut self, tags: &Tags, i: usize, name: &str, schema: &Json) {
+    fn add_tags(&mut self, tags: &Tags, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
         let ((open, open_end, close), line) = (tags.parameter, if tags.lines { "\n" } else { "" });
         let end = format!("{line}{close}\n");
         let parameter = |key: &str| (format!("{open}{key}{open_end}{line}"), &end[..]);
         let begin = format!("{}{name}{}\n", tags.function.0, tags.function.1);
-        let all = self.properties(i, schema, parameter);
+        let all = self.properties(i, schema, parameter)?;
         let call = format!("{} {all} {}", quoted(&begin), quoted(&format!("{}\n", tags.function.2)));
         self.calls.push(call);
+        Ok(())
     }
 
     /// Each property in its order, those that are not required or not, between what `tags` says of its name.
-    fn properties<'e>(&mut self, i: usize, schema: &Json, tags: impl Fn(&str) -> (String, &'e str)) -> String {
+    fn properties<'e>(
+        &mut self,
+        i: usize,
+        schema: &Json,
+        tags: impl Fn(&str) -> (String, &'e str),
+    ) -> Result<String, TooMuch> {
         let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
+        let definitions = Definitions::of(schema);
         let mut all = String::new();
         for (j, (key, value)) in schema["properties"].as_object().into_iter().flatten().enumerate() {
             let (open, close) = tags(key);
@@ -177,25 +211,26 @@ impl Writer<'_> {
                 }
                 (None, _) => {
                     let part = format!("{ARGUMENTS}{i}-{j}");
-                    self.parts.push((part.clone(), Form::Schema(with_definitions(value, schema))));
+                    self.add_property(part.clone(), value, &definitions)?;
                     format!("@{part} {}", quoted(close))
                 }
             };
             let optional = if required(key) { "" } else { "?" };
             all.push_str(&format!(" ({} {value}){optional}", quoted(&open)));
         }
-        all
+        Ok(all)
     }
 
     /// A call as Python writes it, with values as JSON: each property in its order, those that are not required or not.
-    fn add_python(&mut self, i: usize, name: &str, schema: &Json) {
+    fn add_python(&mut self, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
+        let definitions = Definitions::of(schema);
         let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
         let properties: Vec<(&String, &Json)> = schema["properties"].as_object().into_iter().flatten().collect();
         // What may come behind property number j - 1: rule `first` where nothing came yet, `more` behind a comma.
         let rule = |kind: &str, j: usize| format!("{kind}_{}", letters(&[i, j]));
         for (j, (key, value)) in properties.iter().enumerate() {
             let part = format!("{ARGUMENTS}{i}-{j}");
-            self.parts.push((part.clone(), Form::Schema(with_definitions(value, schema))));
+            self.add_property(part.clone(), value, &definitions)?;
             let next = (rule("first", j + 1), rule("more", j + 1));
             let this = format!("{} @{part} {}", quoted(&format!("{key}=")), next.1);
             let (first, more) = match required(key) {
@@ -209,6 +244,7 @@ impl Writer<'_> {
         self.rules.push_str(&format!("{}: \"\"\n{}: \"\"\n", rule("first", n), rule("more", n)));
         let call = format!("{} {} \")\"", quoted(&format!("{name}(")), rule("first", 0));
         self.calls.push(call);
+        Ok(())
     }
 
     /// An answer that consists of calls.
@@ -267,17 +303,29 @@ fn escaped(text: &str) -> String {
     text.chars().flat_map(|c| "\\.+*?()|[]{}^$/".contains(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
-/// A property's schema with the definitions that it may refer to.
-fn with_definitions(schema: &Json, root: &Json) -> Json {
-    let mut schema = schema.clone();
-    if let Json::Object(map) = &mut schema {
-        for key in ["$defs", "definitions"] {
-            if let Some(definitions) = root.get(key) {
-                map.entry(key).or_insert_with(|| definitions.clone());
+/// The definitions that properties may refer to.
+struct Definitions<'a> {
+    all: Vec<(&'static str, &'a Json)>,
+    bytes: usize,
+}
+
+impl<'a> Definitions<'a> {
+    fn of(root: &'a Json) -> Definitions<'a> {
+        let all: Vec<_> = ["$defs", "definitions"].into_iter().filter_map(|key| Some((key, root.get(key)?))).collect();
+        let bytes = all.iter().map(|(_, found)| found.to_string().len()).sum();
+        Definitions { all, bytes }
+    }
+
+    /// A property's schema with them.
+    fn with(&self, schema: &Json) -> Json {
+        let mut schema = schema.clone();
+        if let Json::Object(map) = &mut schema {
+            for (key, found) in &self.all {
+                map.entry(*key).or_insert_with(|| (*found).clone());
             }
         }
+        schema
     }
-    schema
 }
 
 /// Numbers in letters, since names in Lark have no digits.

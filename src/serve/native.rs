@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 use super::error::{ApiError, Form};
 use super::fields::Fields;
 use super::job::{Finish, Summary, TokenLogprob};
-use super::openai::{TOP_MAX, completion_prompt, finite, timings};
+use super::openai::{TOP_MAX, check_entries, completion_prompt, finite, timings};
 use super::params::{self, HARMLESS};
 use super::served::Served;
 use super::split::Looks;
@@ -42,6 +42,7 @@ pub fn completion(served: &Arc<Served>, mut f: Fields) -> Result<Prepared, ApiEr
     let settings = params.clone();
     let mut task = prompt::task(served, tokens, params, most, stops)?;
     (task.reuse, task.logprobs) = (reuse, (top > 0 || ids).then_some(top));
+    check_entries(&task)?;
     let dialect = Native {
         served: served.clone(),
         settings,

@@ -65,17 +65,27 @@ impl Common {
     ) -> Result<Task, ApiError> {
         let mut task = prompt::task(served, tokens, params, self.max_tokens, self.stops)?;
         (task.choices, task.logprobs, task.reuse) = (self.choices, logprobs, self.reuse);
-        let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(1 + logprobs.unwrap_or(0));
-        let most = if logprobs.is_some() { PROBABLE_MAX } else { ENTRIES_MAX };
-        if entries > most {
-            let message = format!(
-                "n: {} answers of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
-                task.choices, task.max_tokens
-            );
-            return Err(ApiError::field("n", message));
-        }
+        check_entries(&task)?;
         Ok(task)
     }
+}
+
+/// Refuses a task whose answers, with what is told of their tokens, are more than a client may leave in memory.
+///
+/// # Errors
+/// If they are.
+pub fn check_entries(task: &Task) -> Result<(), ApiError> {
+    let each = 1 + task.logprobs.unwrap_or(0);
+    let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(each);
+    let most = if task.logprobs.is_some() { PROBABLE_MAX } else { ENTRIES_MAX };
+    if entries <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "n: {} answers of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
+        task.choices, task.max_tokens
+    );
+    Err(ApiError::field("n", message))
 }
 
 /// The conversation of a request, and whether only one call counts.

@@ -391,3 +391,32 @@ fn hostile_forms_stop_nobody() {
     }
     server.ok("/v1/chat/completions", &chat(json!({ "max_tokens": 2 })));
 }
+
+/// Guards against a tool of many properties that each had a copy of all its definitions.
+#[test]
+fn properties_that_refer_to_much_are_refused_before_they_take_memory() {
+    let template = format!("{{% if tools %}}<tool_call><function=f><parameter=x>{{% endif %}}{MESSAGES}");
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&with_template(&template).write(dir.path(), "tiny.gguf"), &["--ctx", "4096"]);
+    let tool = |properties: usize, definitions: usize| {
+        let each = (0..properties).map(|i| (format!("p{i}"), json!({ "$ref": "#/$defs/a" })));
+        let definitions = (0..definitions).map(|i| (format!("d{i}"), json!({ "enum": [i] })));
+        let definitions: serde_json::Map<String, Json> =
+            definitions.chain([("a".to_owned(), json!({ "type": "integer", "minimum": 7, "maximum": 9 }))]).collect();
+        json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "object", "$defs": definitions,
+            "properties": each.collect::<serde_json::Map<String, Json>>(), "required": ["p0"] } } }])
+    };
+    let before = server.rss();
+    let reply =
+        server.post("/v1/chat/completions", &chat(json!({ "tools": tool(2000, 2900), "tool_choice": "required" })));
+    let error = &reply.json()["error"];
+    assert_eq!((reply.status, &error["param"]), (400, &json!("tools[0].function.parameters")), "{error}");
+    assert!(server.rss() < before + (400 << 20), "{} MiB", server.rss() >> 20);
+    // A few are followed.
+    let more =
+        json!({ "tools": tool(1, 3), "tool_choice": "required", "parallel_tool_calls": false, "max_tokens": 120 });
+    let answer = server.ok("/v1/chat/completions", &chat(more));
+    let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+    let arguments: Json = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+    assert!((7..=9).contains(&arguments["p0"].as_i64().unwrap()), "{answer}");
+}
