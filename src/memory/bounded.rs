@@ -1,9 +1,10 @@
 //! Work on outside data that may take any amount of memory and time, on a thread of its own and within limits.
 //!
 //! A thread that exceeds them can be neither ended nor unwound from outside, and an allocator must not unwind. It is
-//! asked to end first ([`is_asked_to_end`]), and left behind if it does not: it sleeps in its next allocation until the
-//! process ends, and what it held is lost. While it is asked it may have an eighth of its memory's limit more. The work is therefore given what it needs by value and
-//! must hold no lock that others wait for; where it takes long, it looks whether it is asked.
+//! asked to end first ([`is_asked_to_end`]), for which it may have an eighth of its memory's limit more, and left behind
+//! if it does not: it sleeps in its next allocation until the process ends, and what it held is lost. The work is
+//! therefore given what it needs by value and must hold no lock that others wait for; where it takes long, it looks
+//! whether it is asked.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
@@ -90,6 +91,7 @@ pub fn run<T: Send + 'static>(
     let start = Instant::now();
     loop {
         match receiver.recv_timeout(LOOK_EVERY) {
+            Ok(_) if meter.over.load(Ordering::Acquire) => return Err(Exceeded::Heap),
             Ok(result) => return thread.join().map(|()| result).map_err(|panic| Exceeded::Panicked(said(&*panic))),
             // Without a result the thread can only have panicked.
             Err(RecvTimeoutError::Disconnected) => {
@@ -176,7 +178,8 @@ impl Meter {
         let _ = self.state.compare_exchange(RUNNING, ASKED, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Takes `bytes` off what is left. Does not return where there is less, or where the thread was left behind.
+    /// Takes `bytes` off what is left. Where there is less, the thread is asked to end; does not return where it was left
+    /// behind, or takes more than it may while it is asked.
     fn take(&self, bytes: usize) {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         let before = self.left.fetch_sub(bytes, Ordering::Relaxed);

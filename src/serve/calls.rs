@@ -71,11 +71,16 @@ fn lost(family: Family, schema: &Json) -> Option<&'static str> {
     if !family.writes_texts_bare() {
         return None;
     }
-    let all = schema["properties"].as_object().into_iter().flatten().map(|p| p.1).filter(|p| Text::of(p).is_some());
-    let parts =
-        |p: &'_ Json| ["anyOf", "oneOf"].iter().filter_map(|k| p[*k].as_array().cloned()).flatten().collect::<Vec<_>>();
-    let found = |p: &Json| OF_TEXTS.into_iter().find(|k| p.get(*k).is_some());
-    all.filter_map(|p| found(p).or_else(|| parts(p).iter().find_map(found))).next()
+    let texts = schema["properties"].as_object().into_iter().flatten().map(|p| p.1).filter(|p| Text::of(p).is_some());
+    texts
+        .filter_map(|text| {
+            let found = |s: &Json| OF_TEXTS.into_iter().find(|key| s.get(*key).is_some());
+            let parts = ["anyOf", "oneOf"].into_iter().filter_map(|key| text[key].as_array()).flatten();
+            // Only texts that are a property's own are written out as choices.
+            let within = |part: &Json| found(part).or_else(|| part.get("enum").map(|_| "enum"));
+            found(text).or_else(|| parts.into_iter().find_map(within))
+        })
+        .next()
 }
 
 /// The schema of a tool's arguments. One that is not strict and that nt cannot follow is any object, as a model without
@@ -332,4 +337,25 @@ impl<'a> Definitions<'a> {
 fn letters(numbers: &[usize]) -> String {
     let digits = numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("_");
     digits.chars().map(|c| c.to_digit(10).map_or(c, |d| char::from(b'a' + d as u8))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_bare_texts_are_not_held_to_is_named() {
+        let schema = |text: Json| json!({ "properties": { "n": { "type": "integer", "format": "x" }, "t": text } });
+        for (text, keyword) in [
+            (json!({ "type": "string" }), None),
+            (json!({ "type": "string", "enum": ["a"] }), None),
+            (json!({ "anyOf": [{ "type": "string" }, { "type": "null" }] }), None),
+            (json!({ "type": ["string", "null"], "maxLength": 3 }), Some("maxLength")),
+            (json!({ "anyOf": [{ "type": "string", "enum": ["a"] }, { "type": "null" }] }), Some("enum")),
+            (json!({ "oneOf": [{ "type": "string", "pattern": "a" }] }), Some("pattern")),
+        ] {
+            assert_eq!(lost(Family::Glm, &schema(text.clone())), keyword, "{text}");
+            assert_eq!(lost(Family::Hermes, &schema(text)), None);
+        }
+    }
 }
