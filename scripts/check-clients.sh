@@ -49,7 +49,12 @@ for client in openai anthropic ollama; do
     "$venv/bin/python" "tests/clients/${client}_client.py" "$base"
 done
 end
-echo "== tools, with a template that has them"
-serve --chat-template tests/clients/hermes.jinja
-"$venv/bin/python" tests/clients/tools_client.py "$base"
-end
+# Calls as JSON, and as functions in tags.
+tools() {
+    echo "== tools, with the template ${1##*/}"
+    serve --chat-template "$1"
+    "$venv/bin/python" tests/clients/tools_client.py "$base" ${2:-}
+    end
+}
+tools tests/clients/hermes.jinja
+tools tests/fixtures/templates/Qwen3-Coder.jinja bare

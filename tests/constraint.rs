@@ -1,7 +1,7 @@
 //! Forms held to, on a tokenizer of bytes with a few longer tokens.
 
 use nt::engine::constraint::Constraint;
-use nt::engine::{ConstraintError, Form, Grammar, Grammars, Reasoning, Sampler, SamplerParams};
+use nt::engine::{ConstraintError, Form, Grammar, Grammars, Marks, Reasoning, Sampler, SamplerParams};
 use nt::gguf;
 use nt::tokenizer::Tokenizer;
 use serde_json::{Value as Json, json};
@@ -305,24 +305,26 @@ fn control_tokens_come_only_where_a_grammar_names_them() {
     assert!(!allowed.has(u32::MAX) && !allowed.has(t.vocab_size() as u32));
 }
 
+const THINK: Marks = Marks { open: "<think>", close: "</think>" };
+
 #[test]
 fn the_form_begins_behind_the_reasoning() {
     let t = tokenizer();
     let compile = |r| Grammars::new(&t).unwrap().compile(&schema(json!({ "type": "integer" })), r).unwrap();
-    let open = compile(Reasoning::Open);
+    let open = compile(Reasoning::Open(THINK));
     for yes in ["hm</think>5", "</think>\n\n12", "a <b> </thin </think>\n7"] {
         assert!(takes(&open, yes), "{yes:?}");
     }
     for no in ["5", "hm", "hm</think>", "hm</think>x", "</think>5</think>"] {
         assert!(!takes(&open, no), "{no:?}");
     }
-    let possible = compile(Reasoning::Possible);
+    let possible = compile(Reasoning::Possible(THINK));
     let in_gbnf = |r| Grammars::new(&t).unwrap().compile(&grammar("root ::= [1-9] [0-9]*"), r).unwrap();
-    for possible in [possible, in_gbnf(Reasoning::Possible)] {
+    for possible in [possible, in_gbnf(Reasoning::Possible(THINK))] {
         assert!(takes(&possible, "<think>hm</think>\n\n5") && takes(&possible, "5") && !takes(&possible, "<think>5"));
         assert!(!takes(&possible, "x</think>5"));
     }
-    let open = in_gbnf(Reasoning::Open);
+    let open = in_gbnf(Reasoning::Open(THINK));
     assert!(takes(&open, "a <<//think></thin<</think>\n7") && !takes(&open, "7") && !takes(&open, "</think>7</think>"));
 }
 
@@ -330,9 +332,11 @@ fn the_form_begins_behind_the_reasoning() {
 fn reasoning_is_known_by_the_prompt() {
     let template = "{{ '<think>' }} </think>";
     assert_eq!(Reasoning::of("plain", "a"), Reasoning::None);
-    assert_eq!(Reasoning::of(template, "user\n<think>\n"), Reasoning::Open);
+    assert_eq!(Reasoning::of(template, "user\n<think>\n"), Reasoning::Open(THINK));
     assert_eq!(Reasoning::of(template, "<think>\n\n</think>\n\n"), Reasoning::None);
-    assert_eq!(Reasoning::of(template, "<|im_start|>assistant\n"), Reasoning::Possible);
+    assert_eq!(Reasoning::of(template, "<|im_start|>assistant\n"), Reasoning::Possible(THINK));
+    let mistral = Marks { open: "[THINK]", close: "[/THINK]" };
+    assert_eq!(Reasoning::of("[THINK]x[/THINK]", "[/INST]"), Reasoning::Possible(mistral));
 }
 
 /// A bias cannot bring a token back that the grammar forbids; one that bans all that it allows ends the text with a

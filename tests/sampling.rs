@@ -337,6 +337,7 @@ fn bent_logits_and_parameters() {
             ignore_eos: false,
             seed: round,
             grammar: None,
+            thought: None,
         };
         let mut sampler = Sampler::new(p.clone(), n);
         let any = logits.iter().any(|l| l.is_finite());

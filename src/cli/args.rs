@@ -604,6 +604,7 @@ impl Sampling {
             ignore_eos: self.ignore_eos,
             seed: self.seed.given().unwrap_or_else(clock),
             grammar: None,
+            thought: None,
         })
     }
 

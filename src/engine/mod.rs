@@ -5,6 +5,7 @@
 
 mod apart;
 mod beside;
+mod budget;
 mod by_site;
 mod ceilings;
 pub mod constraint;
@@ -36,8 +37,9 @@ mod window;
 mod works;
 
 pub use beside::Sites;
+pub use budget::ThoughtBudget;
 pub use by_site::{LinkWork, SiteWork};
-pub use constraint::{ConstraintError, Form, Grammar, Grammars, Reasoning};
+pub use constraint::{ConstraintError, Form, Grammar, Grammars, Marks, Reasoning};
 pub use dry::DryParams;
 pub use forecast::{Forecast, Prediction, choose_buffers, nearest, refused_by_gpu};
 pub use generate::{Generation, Grown, Request, StopReason};

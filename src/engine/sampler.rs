@@ -6,6 +6,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::budget::{Thought, ThoughtBudget};
 use super::constraint::{Constraint, ConstraintError, Grammar};
 use super::dry::{Breakers, Dry, DryParams};
 use super::window::Window;
@@ -48,6 +49,8 @@ pub struct SamplerParams {
     pub seed: u64,
     /// What the text is held to: only its tokens are drawn, whatever is added to the logits of others.
     pub grammar: Option<Grammar>,
+    /// Where its reasoning must end.
+    pub thought: Option<ThoughtBudget>,
 }
 
 impl Default for SamplerParams {
@@ -70,6 +73,7 @@ impl Default for SamplerParams {
             ignore_eos: false,
             seed: 0,
             grammar: None,
+            thought: None,
         }
     }
 }
@@ -97,6 +101,7 @@ pub struct Sampler {
     window: Window,
     dry: Dry,
     constraint: Option<Constraint>,
+    thought: Option<Thought>,
 }
 
 impl Sampler {
@@ -124,6 +129,7 @@ impl Sampler {
             window: Window::new(last_n, n_vocab),
             dry: Dry::new(&params.dry, breakers),
             constraint: params.grammar.as_ref().map(Grammar::begin),
+            thought: params.thought.map(Thought::new),
             params,
         }
     }
@@ -135,6 +141,7 @@ impl Sampler {
         self.dry.clear();
         text.iter().for_each(|&t| self.count(t));
         self.constraint = self.params.grammar.as_ref().map(Grammar::begin);
+        self.thought = self.params.thought.map(Thought::new);
     }
 
     /// Tells the sampler of a token that was drawn: the penalties, and the grammar.
@@ -142,6 +149,9 @@ impl Sampler {
         self.count(token);
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(token);
+        }
+        if let Some(thought) = &mut self.thought {
+            thought.accept(token);
         }
     }
 
@@ -156,6 +166,9 @@ impl Sampler {
     /// If the text is held to a grammar and cannot go on in it. Without one there are none.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, ConstraintError> {
         let greedy = self.params.temp <= 0.0;
+        if let Some(token) = self.forced(logits) {
+            return Ok(token);
+        }
         if greedy && !self.edits() && self.constraint.is_none() && !self.params.drops_the_likeliest() {
             return Ok(argmax(logits.iter().copied()));
         }
@@ -173,6 +186,9 @@ impl Sampler {
     /// # Errors
     /// As [`sample`](Self::sample).
     pub fn distribution(&mut self, logits: &[f32]) -> Result<Vec<(u32, f32)>, ConstraintError> {
+        if let Some(token) = self.forced(logits) {
+            return Ok(vec![(token, 1.0)]);
+        }
         self.take(logits)?;
         self.filter();
         if self.params.temp <= 0.0 {
@@ -180,6 +196,11 @@ impl Sampler {
         }
         let total = self.exponentiate();
         Ok(self.candidates.iter().map(|c| (c.0, c.1 / total)).collect())
+    }
+
+    /// The token that ends reasoning, where that must end now.
+    fn forced(&self, logits: &[f32]) -> Option<u32> {
+        self.thought.as_ref().and_then(Thought::forced).filter(|token| (*token as usize) < logits.len())
     }
 
     fn edits(&self) -> bool {

@@ -1,15 +1,16 @@
 //! Work on outside data that may take any amount of memory and time, on a thread of its own and within limits.
 //!
 //! A thread that exceeds them can be neither ended nor unwound from outside, and an allocator must not unwind. It is
-//! asked to end first ([`is_asked_to_end`]), and left behind if it does not: it sleeps in its next allocation until the
-//! process ends, and what it held, at most the limit, is lost. The work is therefore given what it needs by value and
-//! must hold no lock that others wait for; where it takes long, it looks whether it is asked.
+//! asked to end first ([`is_asked_to_end`]), for which it may have an eighth of its memory's limit more, and left behind
+//! if it does not: it sleeps in its next allocation until the process ends, and what it held is lost. The work is
+//! therefore given what it needs by value and must hold no lock that others wait for; where it takes long, it looks
+//! whether it is asked.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -90,6 +91,7 @@ pub fn run<T: Send + 'static>(
     let start = Instant::now();
     loop {
         match receiver.recv_timeout(LOOK_EVERY) {
+            Ok(_) if meter.over.load(Ordering::Acquire) => return Err(Exceeded::Heap),
             Ok(result) => return thread.join().map(|()| result).map_err(|panic| Exceeded::Panicked(said(&*panic))),
             // Without a result the thread can only have panicked.
             Err(RecvTimeoutError::Disconnected) => {
@@ -98,7 +100,8 @@ pub fn run<T: Send + 'static>(
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if meter.state.load(Ordering::Acquire) == OVER {
+        if meter.over.load(Ordering::Acquire) {
+            end(&meter, &receiver);
             return Err(Exceeded::Heap);
         }
         if stop() {
@@ -118,9 +121,14 @@ pub fn run<T: Send + 'static>(
 
 /// Asks a thread to end, and leaves it behind if it does not.
 fn end<T>(meter: &Meter, receiver: &mpsc::Receiver<T>) {
-    meter.state.store(ASKED, Ordering::Release);
-    if let Err(RecvTimeoutError::Timeout) = receiver.recv_timeout(GRACE) {
-        meter.state.store(LEFT_BEHIND, Ordering::Release);
+    meter.ask();
+    let began = Instant::now();
+    while meter.state.load(Ordering::Acquire) == ASKED {
+        match receiver.recv_timeout(LOOK_EVERY) {
+            Err(RecvTimeoutError::Timeout) if began.elapsed() < GRACE => {}
+            Err(RecvTimeoutError::Timeout) => meter.state.store(LEFT_BEHIND, Ordering::Release),
+            _ => return,
+        }
     }
 }
 
@@ -136,9 +144,7 @@ fn said(panic: &(dyn Any + Send)) -> String {
 }
 
 const RUNNING: u8 = 0;
-/// The thread has exceeded its memory and sleeps.
-const OVER: u8 = 1;
-/// Nobody waits for the thread any more.
+/// Nobody waits for the thread any more, or it took more memory than it may while it is asked to end: it sleeps.
 const LEFT_BEHIND: u8 = 2;
 /// Nobody waits for the thread's result, but for its end.
 const ASKED: u8 = 3;
@@ -146,6 +152,10 @@ const ASKED: u8 = 3;
 /// Counts what one thread allocates.
 struct Meter {
     left: AtomicI64,
+    /// What may be taken beyond the limit while the thread is asked to end.
+    slack: i64,
+    /// Whether the limit was exceeded.
+    over: AtomicBool,
     state: AtomicU8,
     /// The kernel's number of the thread; 0 before it runs.
     thread: AtomicI32,
@@ -153,17 +163,34 @@ struct Meter {
 
 impl Meter {
     fn new(bytes: usize) -> Meter {
-        let left = AtomicI64::new(i64::try_from(bytes).unwrap_or(i64::MAX));
-        Meter { left, state: AtomicU8::new(RUNNING), thread: AtomicI32::new(0) }
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        Meter {
+            left: AtomicI64::new(bytes),
+            slack: bytes / 8,
+            over: AtomicBool::new(false),
+            state: AtomicU8::new(RUNNING),
+            thread: AtomicI32::new(0),
+        }
     }
 
-    /// Takes `bytes` off what is left. Does not return where there is less, or where the thread was left behind.
+    /// Asks the thread to end.
+    fn ask(&self) {
+        let _ = self.state.compare_exchange(RUNNING, ASKED, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Takes `bytes` off what is left. Where there is less, the thread is asked to end; does not return where it was left
+    /// behind, or takes more than it may while it is asked.
     fn take(&self, bytes: usize) {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        if self.left.fetch_sub(bytes, Ordering::Relaxed) < bytes {
-            self.state.store(OVER, Ordering::Release);
+        let before = self.left.fetch_sub(bytes, Ordering::Relaxed);
+        if before < bytes {
+            self.ask();
+            self.over.store(true, Ordering::Release);
+            if before.saturating_add(self.slack) < bytes {
+                self.state.store(LEFT_BEHIND, Ordering::Release);
+            }
         }
-        while matches!(self.state.load(Ordering::Acquire), OVER | LEFT_BEHIND) {
+        while self.state.load(Ordering::Acquire) == LEFT_BEHIND {
             std::thread::sleep(Duration::from_secs(3600));
         }
     }
@@ -313,6 +340,18 @@ mod tests {
         meter.give(50);
         meter.take(80);
         assert_eq!((meter.left.into_inner(), meter.state.into_inner()), (10, RUNNING));
+    }
+
+    /// Guards against a thread that stays behind for ever, though it would have ended had it been asked.
+    #[test]
+    fn what_takes_too_much_is_asked_to_end_and_has_room_to() {
+        let meter = Meter::new(80);
+        meter.take(85);
+        meter.take(5);
+        let state = meter.state.load(Ordering::Relaxed);
+        assert_eq!((state, meter.over.load(Ordering::Relaxed)), (ASKED, true));
+        meter.give(90);
+        assert_eq!(meter.left.into_inner(), 80);
     }
 
     #[test]

@@ -27,8 +27,19 @@ const HARMLESS: [&str; 8] = [
     "workspace_id",
 ];
 
-/// Reads the conversation of a request; the second result says that only one call counts.
-fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, Wanted), ApiError> {
+/// What a request asks for, but for sampling parameters.
+struct Asked {
+    conversation: Conversation,
+    /// Only one call counts.
+    one_call: bool,
+    /// The form of the answer.
+    wanted: Wanted,
+    /// Tokens of reasoning at most.
+    budget: Option<i64>,
+}
+
+/// Reads the conversation of a request.
+fn conversation(f: &mut Fields, served: &Served) -> Result<Asked, ApiError> {
     let mut messages = Vec::new();
     if let Some(system) = f.any("system") {
         messages.push(json!({ "role": "system", "content": texts(system, "system")? }));
@@ -46,10 +57,11 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, 
     let mut wanted = grammar::wanted_output(f, "output_format")?;
     let mut conversation =
         Conversation { messages: prompt::messages(messages, served)?, tools, choice, ..Conversation::default() };
+    let mut budget = None;
     if let Some(mut thinking) = f.object("thinking")? {
         let kind = thinking.text("type")?.unwrap_or_default();
         thinking.ignore(&["display"]);
-        thinking.only("budget_tokens", &[], "reasoning has no budget of its own here; max_tokens bounds all of it")?;
+        budget = thinking.whole("budget_tokens", 0, i64::MAX)?;
         thinking.finish()?;
         let on = kind != "disabled";
         if served.template_source.contains("enable_thinking") {
@@ -64,7 +76,7 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, 
         wanted = grammar::wanted_output(&mut output, "format")?.or(wanted);
         output.finish()?;
     }
-    Ok((conversation, one_call, wanted))
+    Ok(Asked { conversation, one_call, wanted, budget })
 }
 
 /// A text, or the texts of blocks.
@@ -197,13 +209,21 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
     let most =
         most.ok_or_else(|| ApiError::field("max_tokens", "max_tokens: a whole number was expected, found nothing"))?;
     let stops = params::stops(&mut f, "stop_sequences")?;
-    let (conversation, one_call, wanted) = conversation(&mut f, served)?;
+    let Asked { conversation, one_call, wanted, budget } = conversation(&mut f, served)?;
+    f.only(
+        "context_management",
+        &[json!({}), json!({ "edits": [] })],
+        "a conversation is not edited here; send it as it is to be",
+    )?;
     f.only("container", &[], "there are no containers here")?;
     f.only("mcp_servers", &[json!([])], "this server asks no other one")?;
     f.ignore(&HARMLESS);
     let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    if let Some(tokens) = budget {
+        params.thought = prompt::thought(served, &prompt.text, tokens, "thinking.budget_tokens")?;
+    }
     grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = prompt::task(served, prompt.tokens, params, Some(most), stops)?;
@@ -224,7 +244,7 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
 /// What is wrong with the request.
 pub fn count_tokens(served: &Served, mut f: Fields, stop: &dyn Fn() -> bool) -> Result<Json, ApiError> {
     served.check_name(f.text("model")?.as_deref())?;
-    let (conversation, _, _) = conversation(&mut f, served)?;
+    let conversation = conversation(&mut f, served)?.conversation;
     f.ignore(&HARMLESS);
     f.finish()?;
     Ok(json!({ "input_tokens": prompt::rendered(served, &conversation, stop)?.tokens.len() }))

@@ -5,7 +5,7 @@ use serde_json::{Value as Json, json};
 use super::error::ApiError;
 use super::prompt::{Choice, Conversation};
 use super::served::Served;
-use super::split::Family;
+use super::split::{Family, Tags, Text};
 use crate::engine::constraint::{mark, quoted};
 use crate::engine::{Form, Reasoning};
 
@@ -33,7 +33,7 @@ pub fn form(served: &Served, c: &Conversation, one_call: bool, words: Option<&Fo
     if c.tools.is_empty() || !forced && words.is_none() && !c.tools.iter().any(strict) {
         return Ok(None);
     }
-    let mut writer = Writer { served, calls: Vec::new(), parts: Vec::new(), rules: String::new() };
+    let mut writer = Writer { served, calls: Vec::new(), parts: Vec::new(), rules: String::new(), left: PARTS_MAX };
     for (i, tool) in c.tools.iter().enumerate() {
         let name = tool["function"]["name"].as_str().unwrap_or_default();
         if !matches!(&c.choice, Choice::Named(wanted) if wanted != name) {
@@ -42,7 +42,13 @@ pub fn form(served: &Served, c: &Conversation, one_call: bool, words: Option<&Fo
                 let why = "of a text cannot be followed in the form that this model has for calls";
                 return Err(ApiError::unsupported(&place, format!("{place}: {keyword} {why}")));
             }
-            writer.add(family, i, name, arguments(served, tool, strict(tool)));
+            writer.add(family, i, name, arguments(served, tool, strict(tool))).map_err(|TooMuch| {
+                let place = format!("tools[{i}].function.parameters");
+                let message = format!(
+                    "{place}: its properties and what they refer to are too much to hold calls to; make it smaller"
+                );
+                ApiError::unsupported(&place, message)
+            })?;
         }
     }
     let one = one_call || matches!(c.choice, Choice::Named(_));
@@ -55,16 +61,26 @@ pub fn form(served: &Served, c: &Conversation, one_call: bool, words: Option<&Fo
         }
         (false, None) => writer.free(family, one),
     };
-    let lark = format!("{text}{}{}", writer.shared(family), writer.rules);
+    let lark = format!("{text}{}{}", writer.shared(), writer.rules);
     Ok(Some(Form::Made { lark, parts: writer.parts }))
 }
 
-/// A keyword of a text that GLM's form of calls, which writes texts as they are, would not be held to.
+/// A keyword of a text that a family that writes texts as they are would not be held to.
 fn lost(family: Family, schema: &Json) -> Option<&'static str> {
-    const OF_TEXTS: [&str; 6] = ["pattern", "format", "minLength", "maxLength", "const", "anyOf"];
-    let texts = schema["properties"].as_object().into_iter().flatten().map(|p| p.1).filter(|p| p["type"] == "string");
-    let found = texts.filter_map(|p| OF_TEXTS.into_iter().find(|k| p.get(*k).is_some())).next();
-    found.filter(|_| family == Family::Glm)
+    const OF_TEXTS: [&str; 5] = ["pattern", "format", "minLength", "maxLength", "const"];
+    if !family.writes_texts_bare() {
+        return None;
+    }
+    let texts = schema["properties"].as_object().into_iter().flatten().map(|p| p.1).filter(|p| Text::of(p).is_some());
+    texts
+        .filter_map(|text| {
+            let found = |s: &Json| OF_TEXTS.into_iter().find(|key| s.get(*key).is_some());
+            let parts = ["anyOf", "oneOf"].into_iter().filter_map(|key| text[key].as_array()).flatten();
+            // Only texts that are a property's own are written out as choices.
+            let within = |part: &Json| found(part).or_else(|| part.get("enum").map(|_| "enum"));
+            found(text).or_else(|| parts.into_iter().find_map(within))
+        })
+        .next()
 }
 
 /// The schema of a tool's arguments. One that is not strict and that nt cannot follow is any object, as a model without
@@ -90,7 +106,15 @@ struct Writer<'a> {
     parts: Vec<(String, Form)>,
     /// Rules that they need.
     rules: String,
+    /// Bytes that the schemas of properties may still have.
+    left: usize,
 }
+
+/// Bytes of the schemas of all properties, each with the definitions that it may refer to.
+const PARTS_MAX: usize = 2 << 20;
+
+/// They have more.
+struct TooMuch;
 
 impl Writer<'_> {
     fn mark(&self, name: &str) -> String {
@@ -103,18 +127,28 @@ impl Writer<'_> {
     }
 
     /// Adds tool number `i` as the family writes a call of it.
-    fn add(&mut self, family: Family, i: usize, name: &str, schema: Json) {
-        if family == Family::Glm {
-            return self.add_keys(i, name, &schema);
+    fn add(&mut self, family: Family, i: usize, name: &str, schema: Json) -> Result<(), TooMuch> {
+        match family {
+            Family::Glm => return self.add_keys(i, name, &schema),
+            Family::Tagged(tags) => return self.add_tags(tags, i, name, &schema),
+            Family::Python | Family::PythonLines => return self.add_python(i, name, &schema),
+            _ => {}
         }
         let part = format!("{ARGUMENTS}{i}");
         let json = |key: &str| format!("{{\"name\": {}, \"{key}\": ", json!(name));
         self.calls.push(match family {
             Family::Llama3 => format!("{} @{part} {}", quoted(&json("parameters")), quoted("}")),
             Family::Hermes => format!("{} @{part} {}", quoted(&format!("\n{}", json("arguments"))), quoted("}\n")),
-            Family::Mistral => format!("{} @{part} {}", quoted(&json("arguments")), quoted("}")),
+            Family::Mistral | Family::Granite | Family::Hunyuan => {
+                format!("{} @{part} {}", quoted(&json("arguments")), quoted("}"))
+            }
+            Family::Cohere => {
+                let begin =
+                    format!("    {{\"tool_call_id\": \"{i}\", \"tool_name\": {}, \"parameters\": ", json!(name));
+                format!("{} @{part} {}", quoted(&begin), quoted("}"))
+            }
             Family::MistralNamed => format!("{} {} @{part}", quoted(name), self.mark("[ARGS]")),
-            Family::Harmony | Family::Glm => {
+            Family::Harmony | Family::Glm | Family::Tagged(_) | Family::Python | Family::PythonLines => {
                 let (to, kind) = (quoted(&format!("commentary to=functions.{name} ")), quoted("json"));
                 let (channel, constrain, message) =
                     (self.mark("<|channel|>"), self.mark("<|constrain|>"), self.mark("<|message|>"));
@@ -122,61 +156,135 @@ impl Writer<'_> {
             }
         });
         self.parts.push((part, Form::Schema(schema)));
+        Ok(())
     }
 
-    /// GLM's call: each property in its order, those that are not required or not.
-    fn add_keys(&mut self, i: usize, name: &str, schema: &Json) {
+    /// Adds the form of a property.
+    fn add_property(&mut self, part: String, schema: &Json, of: &Definitions) -> Result<(), TooMuch> {
+        let text = schema.to_string();
+        let refers = text.contains("\"$ref\"");
+        let bytes = text.len() + if refers { of.bytes } else { 0 };
+        self.left = self.left.checked_sub(bytes).ok_or(TooMuch)?;
+        let schema = if refers { of.with(schema) } else { schema.clone() };
+        self.parts.push((part, Form::Schema(schema)));
+        Ok(())
+    }
+
+    /// GLM's call.
+    fn add_keys(&mut self, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
+        let tags = |key: &str| (format!("<arg_key>{key}</arg_key>\n<arg_value>"), "</arg_value>\n");
+        let call = format!("{} {}", quoted(&format!("{name}\n")), self.properties(i, schema, tags)?);
+        self.calls.push(call);
+        Ok(())
+    }
+
+    /// A function with its parameters between tags.
+    fn add_tags(&mut self, tags: &Tags, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
+        let ((open, open_end, close), line) = (tags.parameter, if tags.lines { "\n" } else { "" });
+        let end = format!("{line}{close}\n");
+        let parameter = |key: &str| (format!("{open}{key}{open_end}{line}"), &end[..]);
+        let begin = format!("{}{name}{}\n", tags.function.0, tags.function.1);
+        let all = self.properties(i, schema, parameter)?;
+        let call = format!("{} {all} {}", quoted(&begin), quoted(&format!("{}\n", tags.function.2)));
+        self.calls.push(call);
+        Ok(())
+    }
+
+    /// Each property in its order, those that are not required or not, between what `tags` says of its name.
+    fn properties<'e>(
+        &mut self,
+        i: usize,
+        schema: &Json,
+        tags: impl Fn(&str) -> (String, &'e str),
+    ) -> Result<String, TooMuch> {
         let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
-        let mut all = quoted(&format!("{name}\n"));
+        let definitions = Definitions::of(schema);
+        let mut all = String::new();
         for (j, (key, value)) in schema["properties"].as_object().into_iter().flatten().enumerate() {
-            let close = "</arg_value>\n";
-            let value = match (value["type"] == "string", value["enum"].as_array()) {
-                (true, Some(texts)) => {
-                    let texts: Vec<String> = texts.iter().filter_map(Json::as_str).map(quoted).collect();
+            let (open, close) = tags(key);
+            let value = match (Text::of(value), value["enum"].as_array()) {
+                (Some(_), Some(texts)) => {
+                    let text = |t: &Json| t.as_str().map_or_else(|| quoted(&t.to_string()), quoted);
+                    let texts: Vec<String> = texts.iter().map(text).collect();
                     format!("({}) {}", texts.join(" | "), quoted(close))
                 }
                 // A text as it is, up to its end.
-                (true, None) => {
+                (Some(_), None) => {
                     let rule = format!("text_{}", letters(&[i, j]));
                     self.rules.push_str(&format!("{rule}[suffix={}]: /(?s:.*)/\n", quoted(close)));
                     rule
                 }
-                (false, _) => {
+                (None, _) => {
                     let part = format!("{ARGUMENTS}{i}-{j}");
-                    self.parts.push((part.clone(), Form::Schema(with_definitions(value, schema))));
+                    self.add_property(part.clone(), value, &definitions)?;
                     format!("@{part} {}", quoted(close))
                 }
             };
-            let open = quoted(&format!("<arg_key>{key}</arg_key>\n<arg_value>"));
             let optional = if required(key) { "" } else { "?" };
-            all.push_str(&format!(" ({open} {value}){optional}"));
+            all.push_str(&format!(" ({} {value}){optional}", quoted(&open)));
         }
-        self.calls.push(all);
+        Ok(all)
+    }
+
+    /// A call as Python writes it, with values as JSON: each property in its order, those that are not required or not.
+    fn add_python(&mut self, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
+        let definitions = Definitions::of(schema);
+        let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
+        let properties: Vec<(&String, &Json)> = schema["properties"].as_object().into_iter().flatten().collect();
+        // What may come behind property number j - 1: rule `first` where nothing came yet, `more` behind a comma.
+        let rule = |kind: &str, j: usize| format!("{kind}_{}", letters(&[i, j]));
+        for (j, (key, value)) in properties.iter().enumerate() {
+            let part = format!("{ARGUMENTS}{i}-{j}");
+            self.add_property(part.clone(), value, &definitions)?;
+            let next = (rule("first", j + 1), rule("more", j + 1));
+            let this = format!("{} @{part} {}", quoted(&format!("{key}=")), next.1);
+            let (first, more) = match required(key) {
+                true => (String::new(), String::new()),
+                false => (format!(" | {}", next.0), format!(" | {}", next.1)),
+            };
+            self.rules.push_str(&format!("{}: {this}{first}\n", rule("first", j)));
+            self.rules.push_str(&format!("{}: \", \" {this}{more}\n", rule("more", j)));
+        }
+        let n = properties.len();
+        self.rules.push_str(&format!("{}: \"\"\n{}: \"\"\n", rule("first", n), rule("more", n)));
+        let call = format!("{} {} \")\"", quoted(&format!("{name}(")), rule("first", 0));
+        self.calls.push(call);
+        Ok(())
     }
 
     /// An answer that consists of calls.
     fn calls(&self, family: Family, one: bool) -> String {
+        let open = family.marks().map_or_else(String::new, |(open, _)| self.mark(open));
+        let close = family.marks().and_then(|m| m.1).map_or_else(String::new, |close| self.mark(close));
+        // Those that stand between one pair of marks, or within one list.
+        let list = |begin: &str, between: &str, end: &str| {
+            let more = if one { String::new() } else { format!("({} call)*", quoted(between)) };
+            format!("{open} {} call {more} {} {close}", quoted(begin), quoted(end))
+        };
         match family {
-            Family::Hermes | Family::Glm if one => "call".into(),
-            Family::Hermes | Family::Glm => "call (\"\\n\" call)*".into(),
-            Family::Mistral if one => format!("{} \"[\" call \"]\"", self.mark("[TOOL_CALLS]")),
-            Family::Mistral => format!("{} \"[\" call (\", \" call)* \"]\"", self.mark("[TOOL_CALLS]")),
-            Family::MistralNamed if one => format!("{} call", self.mark("[TOOL_CALLS]")),
-            Family::MistralNamed => format!("{open} call ({open} call)*", open = self.mark("[TOOL_CALLS]")),
+            Family::Mistral | Family::Granite | Family::Hunyuan | Family::Python => list("[", ", ", "]"),
+            Family::PythonLines => list("", "\n", ""),
+            Family::Cohere => list("[\n", ",\n", "\n]"),
+            Family::Tagged(tags) if tags.several => list("\n", "", ""),
+            Family::MistralNamed if one => format!("{open} call"),
+            Family::MistralNamed => format!("{open} call ({open} call)*"),
+            Family::Hermes | Family::Glm | Family::Tagged(_) => {
+                let line = if matches!(family, Family::Tagged(_)) { "\"\\n\"" } else { "" };
+                let more = if one { String::new() } else { format!("(\"\\n\" {open} {line} call {close})*") };
+                format!("{open} {line} call {close} {more}")
+            }
             Family::Llama3 | Family::Harmony => "call".into(),
         }
     }
 
     /// An answer in words that may end in calls.
     fn free(&self, family: Family, one: bool) -> String {
-        let (open, text) = match family {
-            Family::Hermes | Family::Glm => ("<tool_call>", "<tool_call>"),
-            Family::Mistral | Family::MistralNamed => ("[TOOL_CALLS]", "\\[TOOL_CALLS\\]"),
-            // An answer that begins as a call does is one.
-            Family::Llama3 => return "start: call | WORDS?\nWORDS: /[^{<\\s](?s:.*)/\n".into(),
-            Family::Harmony => {
-                return format!("start: {} WORDS? | call\nWORDS: /(?s:.)+/\n", self.header("final"));
-            }
+        let Some((open, _)) = family.marks() else {
+            return match family {
+                Family::Harmony => format!("start: {} WORDS? | call\nWORDS: /(?s:.)+/\n", self.header("final")),
+                // An answer that begins as a call does is one.
+                _ => "start: call | WORDS?\nWORDS: /[^{<\\s](?s:.*)/\n".into(),
+            };
         };
         let mark = self.mark(open);
         let calls = self.calls(family, one);
@@ -184,41 +292,70 @@ impl Writer<'_> {
             return format!("start: WORDS? ({calls})?\nWORDS: /(?s:.)+/\n");
         }
         // Words end where the mark comes first, or have none.
-        let rest = match family {
-            Family::Hermes | Family::Glm => calls.replacen("call", "rest", 1),
-            _ => calls.replacen(&mark, "", 1),
-        };
+        let rest = calls.replacen(&mark, "", 1);
+        let text = escaped(open);
         format!("start: WORDS | before {rest}\nbefore[suffix={mark}]: /(?s:.*)/\nWORDS: ~/(?s:.*{text}.*)/\n")
     }
 
-    /// The rules of calls.
-    fn shared(&self, family: Family) -> String {
-        let each = self.calls.join(" | ");
-        match family {
-            Family::Hermes | Family::Glm => {
-                let (open, close) = (self.mark("<tool_call>"), self.mark("</tool_call>"));
-                format!("call: {open} rest\nrest: ({each}) {close}\n")
-            }
-            _ => format!("call: {each}\n"),
-        }
+    /// The rule of a call.
+    fn shared(&self) -> String {
+        format!("call: {}\n", self.calls.join(" | "))
     }
 }
 
-/// A property's schema with the definitions that it may refer to.
-fn with_definitions(schema: &Json, root: &Json) -> Json {
-    let mut schema = schema.clone();
-    if let Json::Object(map) = &mut schema {
-        for key in ["$defs", "definitions"] {
-            if let Some(definitions) = root.get(key) {
-                map.entry(key).or_insert_with(|| definitions.clone());
+/// A text as an expression that matches it.
+fn escaped(text: &str) -> String {
+    text.chars().flat_map(|c| "\\.+*?()|[]{}^$/".contains(c).then_some('\\').into_iter().chain([c])).collect()
+}
+
+/// The definitions that properties may refer to.
+struct Definitions<'a> {
+    all: Vec<(&'static str, &'a Json)>,
+    bytes: usize,
+}
+
+impl<'a> Definitions<'a> {
+    fn of(root: &'a Json) -> Definitions<'a> {
+        let all: Vec<_> = ["$defs", "definitions"].into_iter().filter_map(|key| Some((key, root.get(key)?))).collect();
+        let bytes = all.iter().map(|(_, found)| found.to_string().len()).sum();
+        Definitions { all, bytes }
+    }
+
+    /// A property's schema with them.
+    fn with(&self, schema: &Json) -> Json {
+        let mut schema = schema.clone();
+        if let Json::Object(map) = &mut schema {
+            for (key, found) in &self.all {
+                map.entry(*key).or_insert_with(|| (*found).clone());
             }
         }
+        schema
     }
-    schema
 }
 
 /// Numbers in letters, since names in Lark have no digits.
 fn letters(numbers: &[usize]) -> String {
     let digits = numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("_");
     digits.chars().map(|c| c.to_digit(10).map_or(c, |d| char::from(b'a' + d as u8))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_bare_texts_are_not_held_to_is_named() {
+        let schema = |text: Json| json!({ "properties": { "n": { "type": "integer", "format": "x" }, "t": text } });
+        for (text, keyword) in [
+            (json!({ "type": "string" }), None),
+            (json!({ "type": "string", "enum": ["a"] }), None),
+            (json!({ "anyOf": [{ "type": "string" }, { "type": "null" }] }), None),
+            (json!({ "type": ["string", "null"], "maxLength": 3 }), Some("maxLength")),
+            (json!({ "anyOf": [{ "type": "string", "enum": ["a"] }, { "type": "null" }] }), Some("enum")),
+            (json!({ "oneOf": [{ "type": "string", "pattern": "a" }] }), Some("pattern")),
+        ] {
+            assert_eq!(lost(Family::Glm, &schema(text.clone())), keyword, "{text}");
+            assert_eq!(lost(Family::Hermes, &schema(text)), None);
+        }
+    }
 }

@@ -45,7 +45,12 @@ pub fn metrics(view: &View, served: &Served) -> String {
     add("nt:requests_failed_total", "counter", "Requests that failed.", "", c.failed as f64);
     add("nt:requests_refused_total", "counter", "Requests that the full queue refused.", "", c.refused as f64);
     let cached = c.cached_tokens as f64;
+    add("vllm:gpu_cache_usage_perc", "gauge", "The same under its older name.", &model, kv);
     add("nt:prompt_tokens_cached_total", "counter", "Tokens of prompts taken from the cache.", "", cached);
+    let labels = model.trim_matches(['{', '}']);
+    let first = "Seconds from a request to its first token, waiting included.";
+    c.first_token.write("vllm:time_to_first_token_seconds", first, labels, &mut out);
+    c.token.write("vllm:time_per_output_token_seconds", "Seconds per token behind the first.", labels, &mut out);
     out
 }
 
@@ -114,7 +119,8 @@ pub fn machine(view: &View, served: &Served) -> Json {
     })
 }
 
-fn params(p: &SamplerParams) -> Json {
+/// Parameters as llama-server tells them.
+pub fn params(p: &SamplerParams) -> Json {
     let all = |n: usize| i64::try_from(n).unwrap_or(-1);
     json!({
         "temperature": p.temp,

@@ -17,8 +17,20 @@ use super::steps::{Answers, Dialect, Prepared, Step};
 use crate::engine::SamplerParams;
 
 /// Options that say where and how the model is computed, which this server was told at its start, and which change no text.
-const HARMLESS: [&str; 9] =
-    ["num_thread", "num_gpu", "main_gpu", "num_batch", "use_mmap", "use_mlock", "low_vram", "numa", "num_keep"];
+const HARMLESS: [&str; 12] = [
+    "num_thread",
+    "num_gpu",
+    "main_gpu",
+    "num_batch",
+    "use_mmap",
+    "use_mlock",
+    "low_vram",
+    "numa",
+    "num_keep",
+    "f16_kv",
+    "vocab_only",
+    "logits_all",
+];
 
 /// What `options` hold.
 struct Options {
@@ -58,8 +70,18 @@ fn options(f: &mut Fields, served: &Served) -> Result<Options, ApiError> {
     Ok(Options { params, most, stops, n_ctx })
 }
 
-/// What both kinds of requests have: whether to stream, the reasoning that is asked for, and the form of the answer.
-fn common(f: &mut Fields, served: &Served) -> Result<(bool, Conversation, Wanted), ApiError> {
+/// What both kinds of requests have.
+struct Common {
+    stream: bool,
+    /// With the reasoning that is asked for.
+    conversation: Conversation,
+    /// The form of the answer.
+    wanted: Wanted,
+    /// Whether the model is to be given up behind the answer.
+    unload: bool,
+}
+
+fn common(f: &mut Fields, served: &Served) -> Result<Common, ApiError> {
     served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(true);
     let wanted = grammar::wanted_format(f)?;
@@ -67,7 +89,7 @@ fn common(f: &mut Fields, served: &Served) -> Result<(bool, Conversation, Wanted
     f.only("top_logprobs", &[json!(0)], "probabilities are told by /v1/chat/completions")?;
     f.only("truncate", &[json!(true), json!(false)], "true or false was expected")?;
     f.only("shift", &[json!(true), json!(false)], "true or false was expected")?;
-    f.ignore(&["keep_alive"]);
+    let unload = f.any("keep_alive").is_some_and(|keep| is_nothing(&keep));
     let mut conversation = Conversation::default();
     match f.any("think") {
         None => {}
@@ -82,7 +104,15 @@ fn common(f: &mut Fields, served: &Served) -> Result<(bool, Conversation, Wanted
             return Err(ApiError::unsupported("think", message));
         }
     }
-    Ok((stream, conversation, wanted))
+    Ok(Common { stream, conversation, wanted, unload })
+}
+
+/// Whether a duration is none: a number of seconds, or a text such as `0s`.
+fn is_nothing(duration: &Json) -> bool {
+    match duration {
+        Json::String(text) => text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).parse() == Ok(0.0),
+        other => other.as_f64() == Some(0.0),
+    }
 }
 
 /// A message of Ollama's as OpenAI writes it.
@@ -111,11 +141,11 @@ fn as_openai(mut message: Json, i: usize) -> Result<Json, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let (stream, mut conversation, wanted) = common(&mut f, served)?;
+    let Common { stream, mut conversation, wanted, unload } = common(&mut f, served)?;
     let mut options = options(&mut f, served)?;
     let list = f.list("messages")?.unwrap_or_default();
     if list.is_empty() {
-        return loaded(served, f, options.params, true, stream);
+        return loaded(served, f, options.params, true, stream, unload);
     }
     prompt::check_count(list.len(), "messages", served)?;
     let list = list.into_iter().enumerate().map(|(i, m)| as_openai(m, i)).collect::<Result<Vec<_>, _>>()?;
@@ -136,7 +166,7 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
 /// # Errors
 /// What is wrong with it.
 pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let (stream, mut conversation, wanted) = common(&mut f, served)?;
+    let Common { stream, mut conversation, wanted, unload } = common(&mut f, served)?;
     let mut options = options(&mut f, served)?;
     let text = f.text("prompt")?.unwrap_or_default();
     let system = f.text("system")?.filter(|s| !s.is_empty());
@@ -146,7 +176,7 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     f.only("images", &[json!([])], "this server reads text only")?;
     f.only("context", &[json!([])], "what was said before is sent to /api/chat as messages")?;
     if text.is_empty() && system.is_none() && !raw {
-        return loaded(served, f, options.params, false, stream);
+        return loaded(served, f, options.params, false, stream, unload);
     }
     f.finish()?;
     served.check_bytes(text.len(), "prompt")?;
@@ -165,15 +195,21 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, false)), stream })
 }
 
-/// A request without words asks that the model be loaded, which it is: an answer without tokens.
+/// A request without words asks that the model be loaded, which it is: an answer without tokens. Or that it be given up.
 fn loaded(
     served: &Arc<Served>,
     f: Fields,
     params: SamplerParams,
     chat: bool,
     stream: bool,
+    unload: bool,
 ) -> Result<Prepared, ApiError> {
     f.finish()?;
+    if unload {
+        let message =
+            "keep_alive: this server has one model, which stays as long as it runs; end the server to free its memory";
+        return Err(ApiError { param: Some("keep_alive".into()), ..ApiError::not_built(message) });
+    }
     let task = prompt::task(served, served.opened.tokenizer.encode_prompt(" "), params, Some(0), Vec::new())?;
     let dialect = Ollama { load: true, ..Ollama::new(served, chat) };
     Ok(Prepared { task, looks: Looks::default(), dialect: Box::new(dialect), stream })

@@ -22,7 +22,7 @@ const ENTRIES_MAX: usize = 2 << 20;
 /// The same where probabilities are told, which take more as text.
 const PROBABLE_MAX: usize = 256 << 10;
 /// Most tokens at each place whose probabilities are told.
-const TOP_MAX: i64 = 20;
+pub const TOP_MAX: i64 = 20;
 
 /// What both kinds of requests have.
 struct Common {
@@ -65,17 +65,27 @@ impl Common {
     ) -> Result<Task, ApiError> {
         let mut task = prompt::task(served, tokens, params, self.max_tokens, self.stops)?;
         (task.choices, task.logprobs, task.reuse) = (self.choices, logprobs, self.reuse);
-        let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(1 + logprobs.unwrap_or(0));
-        let most = if logprobs.is_some() { PROBABLE_MAX } else { ENTRIES_MAX };
-        if entries > most {
-            let message = format!(
-                "n: {} answers of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
-                task.choices, task.max_tokens
-            );
-            return Err(ApiError::field("n", message));
-        }
+        check_entries(&task)?;
         Ok(task)
     }
+}
+
+/// Refuses a task whose answers, with what is told of their tokens, are more than a client may leave in memory.
+///
+/// # Errors
+/// If they are.
+pub fn check_entries(task: &Task) -> Result<(), ApiError> {
+    let each = 1 + task.logprobs.unwrap_or(0);
+    let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(each);
+    let most = if task.logprobs.is_some() { PROBABLE_MAX } else { ENTRIES_MAX };
+    if entries <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "n: {} answers of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
+        task.choices, task.max_tokens
+    );
+    Err(ApiError::field("n", message))
 }
 
 /// The conversation of a request, and whether only one call counts.
@@ -111,6 +121,15 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
     Ok((Conversation { messages, tools: tools.list, variables, effort, choice }, one_call))
 }
 
+/// Tokens of reasoning at most, under llama-server's names; below 0 is no bound.
+fn budget(f: &mut Fields) -> Result<Option<(&'static str, i64)>, ApiError> {
+    let mut found = None;
+    for field in ["thinking_budget_tokens", "reasoning_budget_tokens"] {
+        found = f.whole(field, -1, i64::MAX)?.map(|tokens| (field, tokens)).or(found);
+    }
+    Ok(found)
+}
+
 /// Reads a request to `/v1/chat/completions`.
 ///
 /// # Errors
@@ -118,6 +137,8 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
 pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
     let common = common(&mut f, served)?;
     let (conversation, one_call) = conversation(&mut f, served)?;
+    f.only("echo", &[json!(false)], "the prompt of a conversation is not part of its answer; /v1/completions has it")?;
+    f.only("best_of", &[json!(1)], "the best of several answers is not chosen; n returns all of them")?;
     let wanted = f.flag("logprobs")?.unwrap_or(false);
     let top = f.whole("top_logprobs", 0, TOP_MAX)?;
     if top.is_some_and(|n| n > 0) && !wanted {
@@ -126,9 +147,13 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bo
     let logprobs = wanted.then_some(top.unwrap_or(0) as usize);
     let (stream, usage) = (common.stream, common.usage);
     let wanted = grammar::wanted(&mut f)?;
+    let budget = budget(&mut f)?;
     let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
+    if let Some((field, tokens)) = budget {
+        params.thought = prompt::thought(served, &prompt.text, tokens, field)?;
+    }
     grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = common.task(served, params, prompt.tokens, logprobs)?;
@@ -180,7 +205,10 @@ pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prep
 }
 
 /// One prompt, as text or as tokens.
-fn completion_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError> {
+///
+/// # Errors
+/// For what is neither, or too long.
+pub fn completion_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError> {
     let expected = "a text or a list of token ids";
     let n_vocab = served.opened.model.n_vocab;
     match given {
@@ -337,7 +365,7 @@ pub fn call_id(number: usize, call: &Call) -> String {
 }
 
 /// A number that JSON has: a token that is never drawn has the lowest.
-fn finite(l: f32) -> f32 {
+pub fn finite(l: f32) -> f32 {
     if l.is_finite() { l } else { -9999.0 }
 }
 

@@ -9,7 +9,7 @@ use crate::engine::SamplerParams;
 
 /// Fields of all dialects that change no text: whose request it is, how it is billed, stored or cached, and which slot
 /// or preview of the answer the client would like. They may hold anything.
-pub const HARMLESS: [&str; 17] = [
+pub const HARMLESS: [&str; 22] = [
     "user",
     "metadata",
     "store",
@@ -27,6 +27,11 @@ pub const HARMLESS: [&str; 17] = [
     "n_discard",
     "keep_alive",
     "request_id",
+    "priority",
+    "n_cache_reuse",
+    "sse_ping_interval",
+    "backend_sampling",
+    "verbose",
 ];
 
 /// Fields that would change the text in a way that nt does not do, and what they may hold.
@@ -40,11 +45,27 @@ fn refuse_others(f: &mut Fields) -> Result<(), ApiError> {
         &[json!(0), json!(-1)],
         "a time limit for one answer is not built; the server has --timeout",
     )?;
+    f.only(
+        "t_max_prompt_ms",
+        &[json!(0), json!(-1)],
+        "a time limit for a prompt is not built; the server has --timeout",
+    )?;
+    f.only("reasoning_budget_message", &[json!("")], "reasoning that has used its budget ends without words")?;
     f.only("lora", &[json!([])], "adapters are not built")?;
     f.only("post_sampling_probs", &[json!(false)], "probabilities are those before sampling")?;
     f.only("use_beam_search", &[json!(false)], "beam search is not built")?;
     f.only("length_penalty", &[json!(1)], "beam search is not built")?;
-    f.only("bad_words", &[json!([])], "logit_bias bans tokens; words of several tokens cannot be banned")
+    f.only("bad_words", &[json!([])], "logit_bias bans tokens; words of several tokens cannot be banned")?;
+    f.only("tfs_z", &[json!(1)], "tail free sampling is not built")?;
+    // vLLM's.
+    f.only("min_tokens", &[json!(0)], "a least number of tokens is not built; ignore_eos bans all ends")?;
+    f.only("stop_token_ids", &[json!([])], "ids of tokens that end an answer are not read; stop takes texts")?;
+    f.only("include_stop_str_in_output", &[json!(false)], "a stop text is never part of the answer")?;
+    f.only("skip_special_tokens", &[json!(true)], "control tokens are never shown")?;
+    f.only("spaces_between_special_tokens", &[json!(true)], "control tokens are never shown")?;
+    f.only("truncate_prompt_tokens", &[], "a prompt that is too long is refused, not cut")?;
+    f.only("prompt_logprobs", &[json!(0)], "probabilities of the prompt's tokens are not built")?;
+    f.only("n_probs", &[json!(0)], "logprobs asks for probabilities here; /completion reads n_probs")
 }
 
 /// Reads the sampling parameters of a request.

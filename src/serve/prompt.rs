@@ -7,7 +7,7 @@ use super::fields::{Fields, wrong};
 use super::job::Task;
 use super::served::Served;
 use super::split::{self, Looks};
-use crate::engine::SamplerParams;
+use crate::engine::{Marks, Reasoning, SamplerParams, ThoughtBudget};
 use crate::tokenizer::{ChatTemplate, TokenizerError};
 
 /// A conversation that is to be answered.
@@ -86,17 +86,27 @@ pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> R
         set_effort(&mut template, effort)?;
     }
     let tools = (!c.tools.is_empty()).then_some(c.tools.as_slice());
-    let as_objects = with_arguments(&c.messages);
+    let messages = with_written_calls(served, &c.messages);
+    let as_objects = with_arguments(&messages);
     check_values(as_objects.iter().chain(&c.tools).chain(c.variables.values()), served)?;
     let prompt = template.prompt_until(&as_objects, tools, true, stop);
     let prompt = match prompt {
         // Some templates add arguments to a text, so they must be one.
-        Err(TokenizerError::Template(_)) if as_objects != c.messages => {
-            template.prompt_until(&c.messages, tools, true, stop)
+        Err(TokenizerError::Template(_)) if as_objects != messages => {
+            template.prompt_until(&messages, tools, true, stop)
         }
         other => other,
     };
     let prompt = prompt.map_err(failure)?;
+    let is_named = |tool: &Json| tool["function"]["name"].as_str().is_none_or(|name| prompt.text.contains(name));
+    if !c.tools.iter().all(is_named) {
+        // Some templates take tools under another name only.
+        let without = template.prompt_until(&as_objects, None, true, stop);
+        if without.is_ok_and(|without| without.text == prompt.text) {
+            let message = "tools: this model's chat template leaves them out, so the model would not know of them";
+            return Err(ApiError::unsupported("tools", message));
+        }
+    }
     prompt.notes.iter().for_each(|note| tracing::info!("{note}"));
     let tokens = served.opened.tokenizer.encode_rendered_until(&prompt.text, stop);
     let tokens = tokens.ok_or_else(|| failure(TokenizerError::Stopped))?;
@@ -163,6 +173,29 @@ fn set_effort(template: &mut ChatTemplate, effort: &str) -> Result<(), ApiError>
         }
         other => other,
     }
+}
+
+/// Messages whose calls are in their words, as the model writes them, where the template prints no calls.
+fn with_written_calls(served: &Served, messages: &[Json]) -> Vec<Json> {
+    let mut messages = messages.to_vec();
+    let Some(family) = served.family().filter(|_| !served.template_source.contains("tool_calls")) else {
+        return messages;
+    };
+    for message in messages.iter_mut().filter_map(Json::as_object_mut) {
+        let written =
+            message.get("tool_calls").and_then(Json::as_array).and_then(|calls| split::written(family, calls));
+        let Some(written) = written else { continue };
+        let content = match message.remove("content") {
+            Some(Json::Array(mut parts)) => {
+                parts.push(json!({ "type": "text", "text": written }));
+                Json::Array(parts)
+            }
+            content => format!("{}{written}", content.as_ref().and_then(Json::as_str).unwrap_or("")).into(),
+        };
+        message.insert("content".into(), content);
+        message.remove("tool_calls");
+    }
+    messages
 }
 
 /// Messages whose calls have arguments as objects, which most templates print as JSON.
@@ -296,7 +329,7 @@ pub fn no_tools(field: &str) -> ApiError {
     ApiError::unsupported(
         field,
         format!(
-            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen, Llama 3, Mistral, gpt-oss and GLM)"
+            "{field}: this model's chat template has no calls of tools in a form that nt reads (those of Hermes, Qwen, Llama 3, Mistral, gpt-oss, GLM, Seed OSS, MiniMax M2, LFM 2, Olmo 3, Hunyuan, Granite and Command R7B)"
         ),
     )
 }
@@ -352,14 +385,42 @@ const TOOLS_MAX: usize = 256;
 /// What is to be looked for in the answer to a conversation.
 pub fn looks(served: &Served, c: &Conversation, prompt: &str, one_call: bool) -> Looks {
     let tools = c.tools.iter().filter_map(split::Tool::of).collect();
-    let thinks = served.thinks();
+    let thinks = Marks::of(&served.template_source);
     Looks {
         thinks,
-        within_thought: thinks && split::within_thought(prompt),
+        within_thought: thinks.is_some_and(|marks| marks.opened_by(prompt)),
         tools: served.family().filter(|_| !c.tools.is_empty()).map(|family| (family, tools)),
         channels: split::in_channels(&served.template_source),
         one_call,
     }
+}
+
+/// The budget of a conversation's reasoning, for its prompt; `None` where the prompt leaves no room for any, or `tokens` is no
+/// bound.
+///
+/// # Errors
+/// Where the model's reasoning has no end that is one token.
+pub fn thought(served: &Served, prompt: &str, tokens: i64, field: &str) -> Result<Option<ThoughtBudget>, ApiError> {
+    let Ok(tokens) = usize::try_from(tokens) else { return Ok(None) };
+    let (open, marks) = match Reasoning::of(&served.template_source, prompt) {
+        Reasoning::Open(marks) => (false, marks),
+        Reasoning::Possible(marks) => (true, marks),
+        Reasoning::None if served.thinks() => return Ok(None),
+        Reasoning::None | Reasoning::Channels { .. } => {
+            let message =
+                format!("{field}: this model's chat template has no marks of reasoning that it could be ended with");
+            return Err(ApiError::unsupported(field, message));
+        }
+    };
+    let token = |mark: &str| match served.opened.tokenizer.encode(mark, false, true)[..] {
+        [id] => Ok(id),
+        _ => Err(ApiError::unsupported(
+            field,
+            format!("{field}: this model's mark of reasoning, {mark}, is no token of its own"),
+        )),
+    };
+    let open = if open { Some(token(marks.open)?) } else { None };
+    Ok(Some(ThoughtBudget { tokens, open, close: token(marks.close)? }))
 }
 
 /// A task within a context that its request wants smaller than the server's.

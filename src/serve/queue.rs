@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::ApiError;
+use super::histogram::Histogram;
 use super::job::{Client, Event, Job, Summary};
 use crate::engine::Links;
 
@@ -41,7 +42,7 @@ impl Phase {
 }
 
 /// Sums since the start, and running means.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Counters {
     /// Jobs that were done to their end.
     pub done: u64,
@@ -65,6 +66,10 @@ pub struct Counters {
     pub texts_of_passes: u64,
     /// Seconds in which tokens of answers were computed, summed over answers.
     pub decode_s: f64,
+    /// Seconds from a request to its first token.
+    pub first_token: Histogram,
+    /// Seconds per token behind the first of each request.
+    pub token: Histogram,
     /// Seconds per token of a prompt, lately.
     prompt_rate_s: Option<f64>,
     /// Seconds per pass of one token, lately.
@@ -375,6 +380,29 @@ impl State {
     }
 }
 
+impl Default for Counters {
+    fn default() -> Counters {
+        Counters {
+            done: 0,
+            cancelled: 0,
+            failed: 0,
+            refused: 0,
+            prompt_tokens: 0,
+            prompt_s: 0.0,
+            cached_tokens: 0,
+            generated: 0,
+            passes: 0,
+            texts_of_passes: 0,
+            decode_s: 0.0,
+            first_token: Histogram::FIRST_TOKEN,
+            token: Histogram::TOKEN,
+            prompt_rate_s: None,
+            decode_rate_s: None,
+            mean_generated: None,
+        }
+    }
+}
+
 impl Counters {
     fn add(&mut self, end: End, s: &Summary) {
         match end {
@@ -390,6 +418,12 @@ impl Counters {
         self.decode_s += s.decode_s;
         if end != End::Done {
             return;
+        }
+        if s.generated > 0 {
+            self.first_token.add(s.queued_s + s.prompt_s);
+        }
+        if s.passes > 0 {
+            self.token.add(s.decode_s / s.passes as f64);
         }
         let mean = |mean: &mut Option<f64>, latest: f64| {
             *mean = Some(mean.map_or(latest, |m| m + LATEST * (latest - m)));

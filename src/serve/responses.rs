@@ -32,18 +32,24 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
     f.only("max_tool_calls", &[], "this server calls no tools by itself")?;
     f.only("top_logprobs", &[json!(0)], "probabilities are told by /v1/chat/completions")?;
     f.ignore(&["include", "stream_options"]);
+    let metadata = f.any("metadata").filter(|m| m.is_object() && m.to_string().len() <= METADATA_MAX);
     f.ignore(&HARMLESS);
     let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     let prompt = prompt::rendered(served, &conversation, stop)?;
     grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
+    let (temperature, top_p) = (plain(params.temp), plain(params.top_p));
     let task = prompt::task(served, prompt.tokens, params, most, Vec::new())?;
     let dialect = Responses {
         served: served.clone(),
         id: id.to_owned(),
         created: unix_s(),
         one_call,
+        most,
+        temperature,
+        top_p,
+        metadata: metadata.unwrap_or_else(|| json!({})),
         sequence: 0,
         open: None,
         output: Vec::new(),
@@ -145,6 +151,14 @@ fn add(item: Json, i: usize, messages: &mut Vec<Json>) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Bytes of metadata that a response says again: as OpenAI's, 16 pairs of a name and half a KiB.
+const METADATA_MAX: usize = 16 << 10;
+
+/// A number as it was written, without what a float of half the size makes of it.
+fn plain(x: f32) -> Json {
+    x.to_string().parse::<f64>().map_or(Json::Null, Json::from)
+}
+
 /// The item that grows.
 enum Open {
     Message(String),
@@ -157,6 +171,11 @@ struct Responses {
     id: String,
     created: u64,
     one_call: bool,
+    /// What was asked for, which the response says again.
+    most: Option<usize>,
+    temperature: Json,
+    top_p: Json,
+    metadata: Json,
     sequence: u64,
     open: Option<Open>,
     output: Vec<Json>,
@@ -214,9 +233,10 @@ impl Responses {
             "parallel_tool_calls": !self.one_call,
             "tool_choice": "auto",
             "tools": [],
-            "metadata": {},
-            "temperature": null,
-            "top_p": null,
+            "metadata": self.metadata,
+            "max_output_tokens": self.most.filter(|most| *most < usize::MAX),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
             "store": false,
             "usage": summary.map(|s| json!({
                 "input_tokens": s.prompt,

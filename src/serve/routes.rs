@@ -29,7 +29,7 @@ use super::steps::{Prepared, Steps};
 use super::stream::{Stream, whole};
 use super::tokens::Tokens;
 use super::vectors::{self, Asked};
-use super::{anthropic, info, ollama, openai, page, responses};
+use super::{anthropic, info, native, ollama, openai, page, responses};
 
 /// The longest that a body may take to come.
 const BODY: Duration = Duration::from_secs(60);
@@ -91,6 +91,7 @@ pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router 
         .route("/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
         .route("/completions", post(completions))
+        .route("/completion", post(completion))
         .route("/metrics", get(metrics))
         .route("/slots", get(slots))
         .route("/props", get(props))
@@ -296,6 +297,10 @@ async fn chat(State(app): Shared, request: Request) -> Response {
 
 async fn completions(State(app): Shared, request: Request) -> Response {
     generate(app, request, Form::OpenAi, |served, f, id, _| openai::completions(served, f, id)).await
+}
+
+async fn completion(State(app): Shared, request: Request) -> Response {
+    generate(app, request, Form::OpenAi, |served, f, _, _| native::completion(served, f)).await
 }
 
 async fn messages(State(app): Shared, request: Request) -> Response {

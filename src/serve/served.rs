@@ -8,7 +8,7 @@ use super::disk::Shelf;
 use super::error::ApiError;
 use super::job::Pooling;
 use super::split::{self, Family};
-use crate::engine::{ConstraintError, Grammars, Opened, SamplerParams};
+use crate::engine::{ConstraintError, Grammars, Marks, Opened, SamplerParams};
 use crate::tokenizer::ChatTemplate;
 
 /// Bounds of what requests take.
@@ -123,9 +123,9 @@ impl Served {
         Family::of(&self.template_source)
     }
 
-    /// Whether the model reasons apart from its answer, between `<think>` and `</think>` or in a channel.
+    /// Whether the model reasons apart from its answer, between marks or in a channel.
     pub fn thinks(&self) -> bool {
-        split::thinks(&self.template_source) || split::in_channels(&self.template_source)
+        Marks::of(&self.template_source).is_some() || split::in_channels(&self.template_source)
     }
 }
 

@@ -2,81 +2,18 @@
 
 mod calls;
 mod channels;
+mod family;
+mod python;
+mod tool;
 
 use super::job::Bit;
+use crate::engine::Marks;
+pub use calls::written;
 use channels::Channels;
 pub use channels::of as in_channels;
-
-/// How a family of models writes calls of tools.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, once or more often: Hermes, Qwen.
-    Hermes,
-    /// The whole answer is `{"name": …, "parameters": {…}}`, also behind `<|python_tag|>`: Llama 3.
-    Llama3,
-    /// `[TOOL_CALLS][{"name": …, "arguments": {…}}]`: Mistral's older models.
-    Mistral,
-    /// `[TOOL_CALLS]NAME[ARGS]{…}`, once or more often: Mistral's newer models.
-    MistralNamed,
-    /// A message to `functions.NAME` in a channel: gpt-oss.
-    Harmony,
-    /// `<tool_call>NAME`, then `<arg_key>…</arg_key><arg_value>…</arg_value>` for each argument, `</tool_call>`: GLM.
-    Glm,
-}
-
-const CALL: &str = "<tool_call>";
-const CALL_END: &str = "</tool_call>";
-const MISTRAL: &str = "[TOOL_CALLS]";
-const ARG_KEY: &str = "<arg_key>";
-const PYTHON: &str = "<|python_tag|>";
-const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
-
-impl Family {
-    /// The family whose calls a chat template writes.
-    pub fn of(template: &str) -> Option<Family> {
-        if !template.contains("tools") {
-            None
-        } else if in_channels(template) {
-            Some(Family::Harmony)
-        } else if template.contains(ARG_KEY) {
-            Some(Family::Glm)
-        } else if template.contains(MISTRAL) {
-            Some(if template.contains("[ARGS]") { Family::MistralNamed } else { Family::Mistral })
-        } else if template.contains("<function=") {
-            // Calls as XML, of which nt reads none.
-            None
-        } else if template.contains(CALL) {
-            Some(Family::Hermes)
-        } else if template.contains(PYTHON) || template.contains("ipython") && template.contains("\"parameters\"") {
-            Some(Family::Llama3)
-        } else {
-            None
-        }
-    }
-
-    /// What a call among words begins with, and what it ends with, if anything does.
-    fn marks(self) -> Option<(&'static str, Option<&'static str>)> {
-        match self {
-            Family::Hermes | Family::Glm => Some((CALL, Some(CALL_END))),
-            Family::Mistral | Family::MistralNamed => Some((MISTRAL, None)),
-            Family::Llama3 | Family::Harmony => None,
-        }
-    }
-}
-
-/// Marks that may be control tokens, which show nothing.
-const MARKS: [&str; 8] = [CALL, CALL_END, PYTHON, THINK, THINK_END, MISTRAL, "[ARGS]", "[CALL_ID]"];
-
-/// Whether a chat template knows reasoning between `<think>` and `</think>`.
-pub fn thinks(template: &str) -> bool {
-    template.contains(THINK_END)
-}
-
-/// Whether a prompt ends within reasoning.
-pub fn within_thought(prompt: &str) -> bool {
-    prompt.trim_end().ends_with(THINK)
-}
+use family::PYTHON_TAG;
+pub use family::{Family, Tags};
+pub use tool::{Text, Tool};
 
 /// A call of a tool.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,30 +24,11 @@ pub struct Call {
     pub arguments: String,
 }
 
-/// A tool that may be called.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tool {
-    /// Its name.
-    pub name: String,
-    /// Names of arguments that are texts.
-    pub texts: Vec<String>,
-}
-
-impl Tool {
-    /// A tool as OpenAI describes it.
-    pub fn of(tool: &serde_json::Value) -> Option<Tool> {
-        let function = &tool["function"];
-        let properties = function["parameters"]["properties"].as_object();
-        let texts = properties.into_iter().flatten().filter(|(_, schema)| schema["type"] == "string");
-        Some(Tool { name: function["name"].as_str()?.to_owned(), texts: texts.map(|(key, _)| key.clone()).collect() })
-    }
-}
-
 /// What is looked for in an answer.
 #[derive(Clone, Debug, Default)]
 pub struct Looks {
-    /// Reasoning.
-    pub thinks: bool,
+    /// Reasoning, and what it stands between.
+    pub thinks: Option<Marks>,
     /// Whether the answer begins within it.
     pub within_thought: bool,
     /// Messages in channels.
@@ -197,7 +115,7 @@ impl Splitter {
             bits.iter().filter(shown).for_each(|b| channels.push(&b.text, parts));
             return;
         }
-        if !self.looks.thinks && self.looks.tools.is_none() {
+        if self.looks.thinks.is_none() && self.looks.tools.is_none() {
             // Nothing is looked for.
             let text: String = bits.iter().filter(|b| !b.control).map(|b| b.text.as_str()).collect();
             if !text.is_empty() {
@@ -206,7 +124,7 @@ impl Splitter {
             return;
         }
         for bit in bits {
-            if !bit.control || MARKS.contains(&bit.text.as_str()) {
+            if !bit.control || is_mark(&bit.text) {
                 self.held.push_str(&bit.text);
             }
         }
@@ -243,24 +161,24 @@ impl Splitter {
                 if text.is_empty() {
                     return false;
                 }
-                if self.looks.thinks && !self.thought_over {
-                    if let Some(rest) = text.strip_prefix(THINK) {
+                if let Some(marks) = self.looks.thinks.filter(|_| !self.thought_over) {
+                    if let Some(rest) = text.strip_prefix(marks.open) {
                         self.held = rest.to_owned();
                         self.mode = Mode::Thought;
                         self.trims = true;
                         return true;
                     }
-                    if THINK.starts_with(text) {
+                    if marks.open.starts_with(text) {
                         return false;
                     }
                 }
                 if family == Some(Family::Llama3) {
-                    if let Some(rest) = text.strip_prefix(PYTHON) {
+                    if let Some(rest) = text.strip_prefix(PYTHON_TAG) {
                         self.held = rest.to_owned();
                         self.mode = Mode::Call;
                         return true;
                     }
-                    if PYTHON.starts_with(text) {
+                    if PYTHON_TAG.starts_with(text) {
                         return false;
                     }
                     if text.starts_with('{') {
@@ -272,12 +190,13 @@ impl Splitter {
                 true
             }
             Mode::Thought => {
-                let found = self.held.find(THINK_END);
-                let certain = found.unwrap_or(self.held.len() - overlap(&self.held, THINK_END));
+                let close = self.looks.thinks.map_or("", |marks| marks.close);
+                let found = self.held.find(close);
+                let certain = found.unwrap_or(self.held.len() - overlap(&self.held, close));
                 let text: String = self.held.drain(..certain).collect();
                 self.thought(&text, parts);
                 if found.is_some() {
-                    self.held.drain(..THINK_END.len());
+                    self.held.drain(..close.len());
                     self.mode = Mode::Start;
                     (self.thought_over, self.trims) = (true, true);
                 }
@@ -360,197 +279,15 @@ impl Splitter {
     }
 }
 
+/// Whether a control token is one that is looked for.
+fn is_mark(text: &str) -> bool {
+    family::MARKS.contains(&text) || Marks::ALL.iter().any(|marks| [marks.open, marks.close].contains(&text))
+}
+
 /// Bytes at the end of `text` that may be the beginning of `marker`.
 fn overlap(text: &str, marker: &str) -> usize {
     (1..marker.len()).rev().find(|&n| text.ends_with(&marker[..n])).unwrap_or(0)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The same parts, however the text is cut.
-    fn parts(looks: &Looks, text: &str) -> Vec<Part> {
-        let cut = |n: usize| {
-            let mut s = Splitter::new(looks);
-            let mut parts = Vec::new();
-            let chars: Vec<char> = text.chars().collect();
-            for piece in chars.chunks(n) {
-                s.push(&[Bit { text: piece.iter().collect(), control: false }], &mut parts);
-            }
-            s.finish(&mut parts);
-            joined(parts)
-        };
-        let whole = cut(usize::MAX);
-        for n in 1..20 {
-            assert_eq!(cut(n), whole, "{text:?} in pieces of {n}");
-        }
-        // And in two, at each place.
-        for (at, _) in text.char_indices() {
-            let mut s = Splitter::new(looks);
-            let mut parts = Vec::new();
-            for piece in [&text[..at], &text[at..]] {
-                s.push(&[Bit { text: piece.into(), control: false }], &mut parts);
-            }
-            s.finish(&mut parts);
-            assert_eq!(joined(parts), whole, "{text:?} cut at {at}");
-        }
-        whole
-    }
-
-    fn joined(parts: Vec<Part>) -> Vec<Part> {
-        let mut joined: Vec<Part> = Vec::new();
-        for p in parts {
-            match (joined.last_mut(), p) {
-                (Some(Part::Words(a)), Part::Words(b)) | (Some(Part::Thought(a)), Part::Thought(b)) => a.push_str(&b),
-                (_, p) => joined.push(p),
-            }
-        }
-        joined
-    }
-
-    fn words(t: &str) -> Part {
-        Part::Words(t.into())
-    }
-
-    fn call(name: &str, arguments: &str) -> Part {
-        Part::Call(Call { name: name.into(), arguments: arguments.into() })
-    }
-
-    fn tools(family: Family) -> Looks {
-        let tool = |name: &str| Tool { name: name.into(), texts: vec!["zip".into()] };
-        let channels = family == Family::Harmony;
-        Looks { channels, tools: Some((family, vec![tool("f"), tool("g")])), ..Looks::default() }
-    }
-
-    #[test]
-    fn reasoning_is_told_apart() {
-        let looks = Looks { thinks: true, ..Looks::default() };
-        let thought = |t: &str| Part::Thought(t.into());
-        assert_eq!(parts(&looks, "<think>\nhm\n</think>\n\nyes\n"), [thought("hm\n"), words("yes\n")]);
-        assert_eq!(parts(&looks, " yes </think>"), [words(" yes </think>")]);
-        assert_eq!(parts(&looks, "<thin"), [words("<thin")]);
-        assert_eq!(parts(&looks, "<think>no end"), [thought("no end")]);
-        let within = Looks { within_thought: true, ..looks };
-        assert_eq!(parts(&within, "hm</think>yes"), [thought("hm"), words("yes")]);
-    }
-
-    #[test]
-    fn calls_of_hermes_are_found() {
-        let looks = tools(Family::Hermes);
-        let text = "I look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"b\": 1, \"a\": [2]}}\n</tool_call>\n<tool_call>{\"name\": \"g\"}</tool_call>";
-        assert_eq!(parts(&looks, text), [words("I look."), call("f", r#"{"b":1,"a":[2]}"#), call("g", "{}")]);
-        let one = Looks { one_call: true, ..tools(Family::Hermes) };
-        assert_eq!(parts(&one, text), [words("I look."), call("f", r#"{"b":1,"a":[2]}"#)]);
-        for none in ["<tool_call>{\"name\": \"h\"}</tool_call>", "<tool_call>{nonsense", "a <tool_ca", "plain \n"] {
-            assert_eq!(parts(&looks, none), [words(none)]);
-        }
-        let thinking = Looks { thinks: true, ..looks };
-        let text = format!("<think>hm</think>\n\n{}", "<tool_call>{\"name\": \"f\"}</tool_call>");
-        assert_eq!(parts(&thinking, &text), [Part::Thought("hm".into()), call("f", "{}")]);
-    }
-
-    #[test]
-    fn calls_of_llama_are_found() {
-        let looks = tools(Family::Llama3);
-        assert_eq!(parts(&looks, r#"{"name": "f", "parameters": {"x": "y"}}"#), [call("f", r#"{"x":"y"}"#)]);
-        let two = r#"<|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}"#;
-        assert_eq!(parts(&looks, two), [call("f", "{}"), call("g", "{}")]);
-        for none in [r#"{"name": "h", "parameters": {}}"#, "{\"a\"", "Hello {\"name\": \"f\"}"] {
-            assert_eq!(parts(&looks, none), [words(none)]);
-        }
-    }
-
-    #[test]
-    fn calls_of_mistral_are_found_in_both_forms() {
-        for family in [Family::Mistral, Family::MistralNamed] {
-            let looks = tools(family);
-            let old = r#"[TOOL_CALLS][{"name": "f", "arguments": {"x": [1, "]"]}, "id": "abc123XYZ"}, {"name": "g", "arguments": {}}]"#;
-            assert_eq!(parts(&looks, old), [call("f", r#"{"x":[1,"]"]}"#), call("g", "{}")]);
-            let new = r#"I look. [TOOL_CALLS]f[ARGS]{"x": "[TOOL"}[TOOL_CALLS]g[CALL_ID]abc123XYZ[ARGS]{}"#;
-            assert_eq!(parts(&looks, new), [words("I look."), call("f", r#"{"x":"[TOOL"}"#), call("g", "{}")]);
-            assert_eq!(parts(&looks, "[TOOL_CALLS]f{\"x\": 1}"), [call("f", r#"{"x":1}"#)]);
-            let one = Looks { one_call: true, ..looks.clone() };
-            assert_eq!(parts(&one, new), [words("I look."), call("f", r#"{"x":"[TOOL"}"#)]);
-            for none in [
-                "[TOOL_CALLS]h[ARGS]{}",
-                "[TOOL_CALLS]f[ARGS]{\"x\"",
-                "[TOOL_CALLS][{\"name\"",
-                "a [TOOL_CALL",
-                "[1, 2]",
-            ] {
-                assert_eq!(parts(&looks, none), [words(none)]);
-            }
-        }
-        // The marks may be control tokens.
-        let mut s = Splitter::new(&tools(Family::MistralNamed));
-        let mut found = Vec::new();
-        for (text, control) in
-            [("[TOOL_CALLS]", true), ("f", false), ("[ARGS]", true), ("{\"x\": 1}", false), ("</s>", true)]
-        {
-            s.push(&[Bit { text: text.into(), control }], &mut found);
-        }
-        s.finish(&mut found);
-        assert_eq!(found, [call("f", r#"{"x":1}"#)]);
-    }
-
-    #[test]
-    fn channels_of_gpt_oss_are_told_apart() {
-        let looks = tools(Family::Harmony);
-        let thought = |t: &str| Part::Thought(t.into());
-        let answer = "<|channel|>analysis<|message|>Hm <|en.<|end|><|start|>assistant<|channel|>final<|message|>Hello.";
-        assert_eq!(parts(&looks, answer), [thought("Hm <|en."), words("Hello.")]);
-        let calls = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"x\": 1}<|call|>";
-        assert_eq!(parts(&looks, calls), [thought("Hm"), call("f", r#"{"x":1}"#)]);
-        // The recipient may stand before the channel, and the call's own end is the token that ends the answer.
-        let before = " to=functions.g<|channel|>commentary json<|message|>{}";
-        assert_eq!(parts(&looks, before), [call("g", "{}")]);
-        let preamble = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|><|start|>assistant to=functions.g<|channel|>commentary<|message|>{}";
-        assert_eq!(parts(&looks, preamble), [words("I look."), call("f", "{}"), call("g", "{}")]);
-        let one = Looks { one_call: true, ..looks.clone() };
-        assert_eq!(parts(&one, preamble), [words("I look."), call("f", "{}")]);
-        // What is no call to a tool that there is, is words; what has no header, too.
-        assert_eq!(parts(&looks, "<|channel|>commentary to=functions.h<|message|>{}"), [words("{}")]);
-        assert_eq!(parts(&looks, "<|channel|>commentary to=functions.f<|message|>{nonsense"), [words("{nonsense")]);
-        assert_eq!(parts(&looks, "plain"), [words("plain")]);
-        assert_eq!(parts(&looks, "<|channel|>analysis<|message|>cut"), [thought("cut")]);
-        assert_eq!(parts(&looks, "<|channel|>anal"), []);
-        let no_tools = Looks { channels: true, ..Looks::default() };
-        assert_eq!(parts(&no_tools, answer), [thought("Hm <|en."), words("Hello.")]);
-    }
-
-    #[test]
-    fn calls_of_glm_are_found() {
-        let looks = Looks { thinks: true, ..tools(Family::Glm) };
-        let text = "<think>hm</think>\nI look.\n<tool_call>f\n<arg_key>zip</arg_key>\n<arg_value>01234</arg_value>\n<arg_key>n</arg_key>\n<arg_value>[1, {\"a\": 2}]</arg_value>\n<arg_key>s</arg_key>\n<arg_value>a <b> text\n</arg_value>\n</tool_call>\n<tool_call>g</tool_call>";
-        let thought = Part::Thought("hm".into());
-        let arguments = r#"{"zip":"01234","n":[1,{"a":2}],"s":"a <b> text\n"}"#;
-        assert_eq!(parts(&looks, text), [thought, words("I look."), call("f", arguments), call("g", "{}")]);
-        for none in
-            ["<tool_call>h</tool_call>", "<tool_call>f<arg_key>x</arg_key></tool_call>", "<tool_call>f\n<arg_key>x"]
-        {
-            assert_eq!(parts(&looks, none), [words(none)]);
-        }
-    }
-
-    #[test]
-    fn without_anything_to_look_for_the_text_is_the_text() {
-        let looks = Looks::default();
-        assert_eq!(parts(&looks, " <think>\n{</think> \n"), [words(" <think>\n{</think> \n")]);
-        let mut out = Vec::new();
-        Splitter::new(&looks).push(&[Bit { text: "<|im_end|>".into(), control: true }], &mut out);
-        assert_eq!(out, []);
-    }
-
-    #[test]
-    fn families_are_known_by_their_templates() {
-        assert_eq!(Family::of("{% if tools %}<tool_call>{% endif %}"), Some(Family::Hermes));
-        assert_eq!(Family::of("{% if tools %}<|python_tag|>{% endif %}"), Some(Family::Llama3));
-        assert_eq!(Family::of("{% if tools %}[TOOL_CALLS]{% endif %}"), Some(Family::Mistral));
-        assert_eq!(Family::of("{% if tools %}[TOOL_CALLS]f[ARGS]{% endif %}"), Some(Family::MistralNamed));
-        assert_eq!(Family::of("{% if tools %}<tool_call>f<arg_key>{% endif %}"), Some(Family::Glm));
-        assert_eq!(Family::of("{% if tools %}<|channel|>x<|message|>{% endif %}"), Some(Family::Harmony));
-        assert_eq!(Family::of("{% if tools %}<tool_call><function=f>{% endif %}"), None);
-        assert_eq!(Family::of("{% for m in messages %}{% endfor %}"), None);
-    }
-}
+mod tests;

@@ -9,6 +9,8 @@ use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
 
+use crate::memory::bounded;
+
 /// Nesting that `tojson` writes, more than any message has.
 const DEPTH_MAX: usize = 100;
 /// Widest indentation; real ones are 2, 4 or 8.
@@ -21,7 +23,16 @@ const BYTES_OF_AN_ELEMENT: usize = 32;
 
 /// Charges for reading so many bytes.
 fn charge(state: &State, bytes: usize) -> Result<(), Error> {
+    go_on()?;
     state.consume_fuel(bytes as u64 / BYTES_OF_A_STEP)
+}
+
+/// Ends a rendering that nobody waits for any more, so that its thread ends and its memory comes back.
+pub(super) fn go_on() -> Result<(), Error> {
+    match bounded::is_asked_to_end() {
+        true => Err(Error::new(ErrorKind::InvalidOperation, "it was asked to end")),
+        false => Ok(()),
+    }
 }
 
 /// Refuses to make a value of so many bytes that the steps left cannot pay for.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, merge_maps};
-use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja::{Environment, Error, ErrorKind, Value, context, escape_formatter};
 use serde_json::Value as Json;
 
 use super::prompt::{self, Prompt};
@@ -137,6 +137,10 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_syntax(syntax().map_err(|e| failed(&e))?);
         environment.set_unknown_method_callback(jinja::method);
+        environment.set_formatter(|out, state, value| {
+            jinja::go_on()?;
+            escape_formatter(out, state, value)
+        });
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", |format: String| strftime(now()?, format));
         environment.add_test("sequence", jinja::is_sequence);

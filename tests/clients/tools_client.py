@@ -1,11 +1,13 @@
 """Calls that must come, with `openai` and `anthropic`, against `nt serve` with a template that has tools.
 
-Usage: tools_client.py BASE_URL
+Usage: tools_client.py BASE_URL [bare]
+
+With `bare`, of a model that writes texts of arguments without quotes, which no length can be asked of.
 """
 
 import json
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import anthropic
 import openai
@@ -17,8 +19,11 @@ model = client.models.list().data[0].id
 ask = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
+City = Literal["Paris", "Oslo"] if sys.argv[2:] == ["bare"] else Annotated[str, pydantic.Field(max_length=20)]
+
+
 class weather(pydantic.BaseModel):
-    city: str = pydantic.Field(max_length=20)
+    city: City
     days: Literal[1, 2, 3]
 
 

@@ -111,8 +111,13 @@ fn chat_and_generate_of_ollama() {
     let cut = server.ok("/api/chat", &small);
     assert_eq!((&cut["eval_count"], &cut["done_reason"]), (&json!(3), &json!("length")), "{cut}");
     assert!(expected.starts_with(cut["message"]["content"].as_str().unwrap().trim_end_matches('\u{fffd}')));
-    let load = server.ok("/api/generate", &json!({ "model": "tiny", "keep_alive": 0, "stream": false }));
+    let load = server.ok("/api/generate", &json!({ "model": "tiny", "keep_alive": "5m", "stream": false }));
     assert_eq!((&load["done_reason"], &load["response"]), (&json!("load"), &json!("")));
+    // The model cannot be given up, and a client that asks for it is told.
+    for nothing in [json!(0), json!("0s")] {
+        let reply = server.post("/api/chat", &json!({ "model": "tiny", "messages": [], "keep_alive": nothing }));
+        assert!(reply.status == 501 && reply.body.contains("keep_alive"), "{}", reply.body);
+    }
     for path in ["/api/pull", "/api/delete"] {
         let reply = server.post(path, &json!({ "model": "x" }));
         assert!(reply.status == 501 && reply.json()["error"].is_string(), "{path}: {}", reply.body);
@@ -150,6 +155,7 @@ fn responses_of_openai() {
         (&whole["status"], &whole["incomplete_details"]["reason"]),
         (&json!("incomplete"), &json!("max_output_tokens"))
     );
+    request["metadata"] = json!({ "a": "b" });
     request["input"] = json!([{ "role": "user", "content": [{ "type": "input_text", "text": "hi" }] }]);
     request["stream"] = true.into();
     let events = named(&server.post("/v1/responses", &request).body);
@@ -172,7 +178,10 @@ fn responses_of_openai() {
     let streamed: String =
         events.iter().filter(|e| e.0 == "response.output_text.delta").filter_map(|e| e.1["delta"].as_str()).collect();
     assert_eq!(streamed, expected);
-    assert_eq!(events.last().unwrap().1["response"]["output"][0]["content"][0]["text"], expected);
+    let last = &events.last().unwrap().1["response"];
+    assert_eq!(last["output"][0]["content"][0]["text"], expected);
+    let said = (&last["metadata"]["a"], &last["temperature"], &last["max_output_tokens"]);
+    assert_eq!(said, (&json!("b"), &json!(0.9), &json!(8)));
     let mut refused = request.clone();
     refused["previous_response_id"] = "resp_1".into();
     assert_eq!(server.post("/v1/responses", &refused).json()["error"]["param"], "previous_response_id");
@@ -216,4 +225,106 @@ fn tools_are_given_to_a_template_that_has_them() {
     let counted = server.ok("/v1/messages/count_tokens", &json!({ "messages": blocks, "tools": tools }));
     let tokens = server.ok("/tokenize", &json!({ "content": prompt, "add_special": true }));
     assert_eq!(counted["input_tokens"].as_u64().unwrap(), tokens["tokens"].as_array().unwrap().len() as u64);
+}
+
+/// Tools that a template leaves out would be unknown to the model. Calls of earlier messages that it leaves out stand in
+/// their words, as the model writes them.
+#[test]
+fn what_a_template_leaves_out_is_refused_or_written() {
+    let serve = |template: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = model();
+        file.set("tokenizer.chat_template", V::Str(template.into()));
+        let server = Server::start(&file.write(dir.path(), "m.gguf"), &[]);
+        (dir, server)
+    };
+    let tool = json!({ "type": "function", "function": { "name": "f", "parameters": { "type": "object" } } });
+    let user = json!({ "role": "user", "content": "hi" });
+    let (_dir, server) = serve(
+        "{% if xml_tools %}{{ xml_tools }}<tool_call>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
+    );
+    let reply = server.post("/v1/chat/completions", &json!({ "messages": [user], "tools": [tool], "max_tokens": 2 }));
+    assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!("tools")), "{}", reply.body);
+    let arguments = "{\"x\": \"y\", \"n\": [1, null]}";
+    let call = json!({ "id": "c1", "type": "function", "function": { "name": "f", "arguments": arguments } });
+    let messages = json!([user, { "role": "assistant", "content": "So: ", "tool_calls": [call, call] },
+        { "role": "tool", "tool_call_id": "c1", "content": "5" }]);
+    let list = "{\"name\": \"f\", \"arguments\": {\"x\":\"y\",\"n\":[1,null]}}";
+    for (mark, written) in [
+        (
+            "<|tool_list_start|>",
+            "<|tool_call_start|>[f(x=\"y\", n=[1, None]), f(x=\"y\", n=[1, None])]<|tool_call_end|>".to_owned(),
+        ),
+        ("<|tool_call|>", format!("<|tool_call|>[{list}, {list}]")),
+    ] {
+        let template = format!(
+            "{{% if tools %}}{{{{ tools }}}}{mark}{{% endif %}}{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{{% endfor %}}"
+        );
+        let (_dir, server) = serve(&template);
+        let prompt = server.ok("/apply-template", &json!({ "messages": messages, "tools": [tool] }))["prompt"].clone();
+        let prompt = prompt.as_str().unwrap();
+        assert!(prompt.ends_with(&format!("<user>hi<assistant>So: {written}<tool>5")), "{prompt}");
+    }
+}
+
+/// llama-server's own form of a text that is continued.
+#[test]
+fn completion_of_llama_server() {
+    let (_dir, server) = served();
+    let ask = json!({ "prompt": "hi", "n_predict": 8, "seed": 5, "temperature": 0.9 });
+    let expected = server.ok("/v1/completions", &ask)["choices"][0]["text"].clone();
+    let whole = server.ok("/completion", &ask);
+    assert_eq!((&whole["content"], &whole["stop"], &whole["stop_type"]), (&expected, &json!(true), &json!("limit")));
+    assert_eq!((&whole["tokens_predicted"], &whole["tokens"]), (&json!(8), &json!([])), "{whole}");
+    assert!(whole["timings"]["predicted_n"] == 8 && whole["generation_settings"]["top_k"] == 40, "{whole}");
+    assert!(whole.get("completion_probabilities").is_none());
+    let mut more = ask.clone();
+    (more["n_probs"], more["return_tokens"], more["stream"]) = (json!(2), json!(true), json!(true));
+    let reply = server.post("/completion", &more);
+    let (events, done) = reply.events();
+    assert!(!done && reply.head.contains("text/event-stream"), "{}", reply.body);
+    let (last, pieces) = events.split_last().unwrap();
+    let text: String = pieces.iter().map(|e| e["content"].as_str().unwrap()).collect();
+    assert_eq!((json!(text), &last["stop"], &last["content"]), (expected, &json!(true), &json!("")));
+    let tokens = pieces.iter().flat_map(|e| e["tokens"].as_array().unwrap());
+    let told: Vec<&Json> = pieces.iter().flat_map(|e| e["completion_probabilities"].as_array().unwrap()).collect();
+    assert!(told.iter().all(|t| t["top_logprobs"].as_array().unwrap().len() == 2 && t["logprob"].is_number()));
+    assert!(tokens.eq(told.iter().map(|t| &t["id"])) && told.len() == 8, "{told:?}");
+    let stop = expected_stop(&text);
+    let stopped = server
+        .ok("/completion", &json!({ "prompt": "hi", "n_predict": 8, "seed": 5, "temperature": 0.9, "stop": [stop] }));
+    assert_eq!((&stopped["stop_type"], &stopped["stopping_word"]), (&json!("word"), &json!(stop)), "{stopped}");
+    for (field, value) in
+        [("n_probs", json!(99)), ("response_fields", json!(["content"])), ("n_cmpl", json!(2)), ("colour", json!(1))]
+    {
+        let mut refused = ask.clone();
+        refused[field] = value;
+        let reply = server.post("/completion", &refused);
+        assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!(field)), "{}", reply.body);
+    }
+}
+
+/// A character of a text that is whole.
+fn expected_stop(text: &str) -> String {
+    text.chars().find(|c| *c != '\u{fffd}').unwrap().to_string()
+}
+
+/// What routers scrape: times to a first token and per token, of requests that ended.
+#[test]
+fn times_are_counted() {
+    let (_dir, server) = served();
+    for n in [1, 4] {
+        server.ok("/v1/completions", &json!({ "prompt": "hi", "max_tokens": n, "ignore_eos": true }));
+    }
+    server.until("nt:requests_done_total", |n| n == 2.0);
+    let text = server.get("/metrics").body;
+    for line in [
+        "vllm:time_to_first_token_seconds_count{model_name=\"tiny\"} 2",
+        "vllm:time_to_first_token_seconds_bucket{model_name=\"tiny\",le=\"+Inf\"} 2",
+        // The answer of one token has none behind its first.
+        "vllm:time_per_output_token_seconds_count{model_name=\"tiny\"} 1",
+        "vllm:gpu_cache_usage_perc{model_name=\"tiny\"} 0",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} in {text}");
+    }
 }

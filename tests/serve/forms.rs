@@ -201,7 +201,7 @@ fn is_call(call: &Json, name: Option<&str>) {
 /// Tools of which noise writes calls that end: no free texts, which would end with a mark only.
 fn tools(family: &str) -> Json {
     let mut tools = weather(false);
-    if family == "glm" {
+    if ["glm", "qwen in tags", "seed", "minimax"].contains(&family) {
         tools[0]["function"]["parameters"]["properties"]["city"] =
             json!({ "type": "string", "enum": ["Rome", "Oslo"] });
     }
@@ -221,7 +221,18 @@ fn calls_can_be_forced_in_each_familys_form() {
         ("mistral", format!("{{% if tools %}}[TOOL_CALLS]{{% endif %}}{MESSAGES}")),
         ("newer mistral", format!("{{% if tools %}}[TOOL_CALLS]f[ARGS]{{% endif %}}{MESSAGES}")),
         ("glm", format!("{{% if tools %}}<tool_call>f<arg_key>{{% endif %}}{MESSAGES}")),
-        ("gpt-oss", format!("{MESSAGES}{{% if tools %}}{{% endif %}}<|start|>assistant{{# <|channel|><|message|> #}}")),
+        ("qwen in tags", format!("{{% if tools %}}<tool_call><function=f><parameter=x>{{% endif %}}{MESSAGES}")),
+        ("seed", format!("{{% if tools %}}<seed:tool_call>{{% endif %}}{MESSAGES}")),
+        ("minimax", format!("{{% if tools %}}<minimax:tool_call>{{% endif %}}{MESSAGES}")),
+        ("lfm", format!("{{% if tools %}}<|tool_list_start|>{{% endif %}}{MESSAGES}")),
+        ("olmo", format!("{{% if tools %}}<function_calls>{{% endif %}}{MESSAGES}")),
+        ("hunyuan", format!("{{% if tools %}}<tool_calls>{{% endif %}}{MESSAGES}")),
+        ("granite", format!("{{% if tools %}}<|tool_call|>{{% endif %}}{MESSAGES}")),
+        ("command", format!("{{% if tools %}}<|START_ACTION|>{{% endif %}}{MESSAGES}")),
+        (
+            "gpt-oss",
+            format!("{{% if tools %}}t{{% endif %}}{MESSAGES}<|start|>assistant{{# <|channel|><|message|> #}}"),
+        ),
     ] {
         let (_dir, server) = serve(&with_template(&template));
         let named = json!({ "type": "function", "function": { "name": "weather" } });
@@ -237,6 +248,18 @@ fn calls_can_be_forced_in_each_familys_form() {
                 is_call(&calls[0], name);
             }
         }
+        // A streamed call is the same one, and comes with the reason of its end.
+        let more = json!({ "tools": tools(family), "tool_choice": "required", "seed": 1, "parallel_tool_calls": false,
+            "max_tokens": 220, "logit_bias": bias(family) });
+        let whole = server.ok("/v1/chat/completions", &chat(more.clone()));
+        let mut streamed = chat(more);
+        streamed["stream"] = true.into();
+        let (events, _) = server.post("/v1/chat/completions", &streamed).events();
+        let delta = events.iter().find_map(|e| e["choices"][0]["delta"]["tool_calls"].as_array()).unwrap();
+        let function = &whole["choices"][0]["message"]["tool_calls"][0]["function"];
+        assert_eq!((&delta[0]["function"], &delta[0]["index"]), (function, &json!(0)), "{family}");
+        assert!(events.iter().any(|e| e["choices"][0]["finish_reason"] == "tool_calls"));
+        assert!(events.iter().all(|e| e["choices"][0]["delta"]["content"].as_str().unwrap_or("").is_empty()));
         if family == "gpt-oss" {
             continue;
         }
@@ -367,4 +390,33 @@ fn hostile_forms_stop_nobody() {
         }
     }
     server.ok("/v1/chat/completions", &chat(json!({ "max_tokens": 2 })));
+}
+
+/// Guards against a tool of many properties that each had a copy of all its definitions.
+#[test]
+fn properties_that_refer_to_much_are_refused_before_they_take_memory() {
+    let template = format!("{{% if tools %}}<tool_call><function=f><parameter=x>{{% endif %}}{MESSAGES}");
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&with_template(&template).write(dir.path(), "tiny.gguf"), &["--ctx", "4096"]);
+    let tool = |properties: usize, definitions: usize| {
+        let each = (0..properties).map(|i| (format!("p{i}"), json!({ "$ref": "#/$defs/a" })));
+        let definitions = (0..definitions).map(|i| (format!("d{i}"), json!({ "enum": [i] })));
+        let definitions: serde_json::Map<String, Json> =
+            definitions.chain([("a".to_owned(), json!({ "type": "integer", "minimum": 7, "maximum": 9 }))]).collect();
+        json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "object", "$defs": definitions,
+            "properties": each.collect::<serde_json::Map<String, Json>>(), "required": ["p0"] } } }])
+    };
+    let before = server.rss();
+    let reply =
+        server.post("/v1/chat/completions", &chat(json!({ "tools": tool(2000, 2900), "tool_choice": "required" })));
+    let error = &reply.json()["error"];
+    assert_eq!((reply.status, &error["param"]), (400, &json!("tools[0].function.parameters")), "{error}");
+    assert!(server.rss() < before + (400 << 20), "{} MiB", server.rss() >> 20);
+    // A few are followed.
+    let more =
+        json!({ "tools": tool(1, 3), "tool_choice": "required", "parallel_tool_calls": false, "max_tokens": 120 });
+    let answer = server.ok("/v1/chat/completions", &chat(more));
+    let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+    let arguments: Json = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+    assert!((7..=9).contains(&arguments["p0"].as_i64().unwrap()), "{answer}");
 }

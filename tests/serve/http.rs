@@ -12,8 +12,13 @@ use serde_json::Value as Json;
 
 use super::common::bin;
 
-/// The longest that anything may take.
+/// The longest that anything may take with a tiny model.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The longest that anything may take: a model that is soaked may be a large one, and many wait for it.
+fn patience() -> Duration {
+    std::env::var_os("NT_SOAK_MODEL").map_or(PATIENCE, |_| 60 * PATIENCE)
+}
 
 /// Where models are computed: on processors, unless NT_TEST_BACKEND says otherwise.
 pub fn backend() -> String {
@@ -52,7 +57,7 @@ impl Server {
         let server = Server { child, at };
         let began = Instant::now();
         while server.get("/health").status != 200 {
-            assert!(began.elapsed() < PATIENCE, "the model is not loaded");
+            assert!(began.elapsed() < patience(), "the model is not loaded");
             std::thread::sleep(Duration::from_millis(10));
         }
         server
@@ -60,10 +65,8 @@ impl Server {
 
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.at).unwrap();
-        // A model that is soaked may be a large one, and many wait for it.
-        let patience = std::env::var_os("NT_SOAK_MODEL").map_or(PATIENCE, |_| 60 * PATIENCE);
-        stream.set_read_timeout(Some(patience)).unwrap();
-        stream.set_write_timeout(Some(patience)).unwrap();
+        stream.set_read_timeout(Some(patience())).unwrap();
+        stream.set_write_timeout(Some(patience())).unwrap();
         stream
     }
 
@@ -111,7 +114,7 @@ impl Server {
             if wanted(found) {
                 return;
             }
-            assert!(began.elapsed() < PATIENCE, "{name} stays {found}");
+            assert!(began.elapsed() < patience(), "{name} stays {found}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -127,7 +130,7 @@ impl Server {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(began.elapsed() < PATIENCE, "the server does not end");
+            assert!(began.elapsed() < patience(), "the server does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -173,7 +176,7 @@ impl Client {
     pub fn post(&mut self, path: &str, body: &[u8]) -> Reply {
         let mut stream = self.stream.take().unwrap_or_else(|| {
             let stream = TcpStream::connect(self.at).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_read_timeout(Some(patience())).unwrap();
             BufReader::new(stream)
         });
         let head = format!("POST {path} HTTP/1.1\r\nHost: {}\r\nContent-Length: {}\r\n\r\n", self.at, body.len());
@@ -220,7 +223,9 @@ impl Reply {
     pub fn read(mut stream: TcpStream) -> Reply {
         let mut bytes = Vec::new();
         // A server that has refused a body may reset the connection behind its answer.
-        let _ = stream.read_to_end(&mut bytes);
+        let ended = stream.read_to_end(&mut bytes);
+        let waited = ended.is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock);
+        assert!(!waited, "nothing came for {:?}, behind {:?}", patience(), String::from_utf8_lossy(&bytes));
         Reply::parse(&bytes)
     }
 

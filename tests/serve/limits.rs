@@ -167,7 +167,7 @@ fn whole_bodies() -> Vec<(&'static str, Json)> {
         (
             "/v1/chat/completions",
             json!({ "messages": messages, "max_tokens": 2, "temperature": 0.5, "stop": ["a"], "n": 1, "stream": false,
-                "logit_bias": { "5": 1 }, "tools": [], "seed": 3, "stream_options": { "include_usage": true } }),
+                "logit_bias": { "5": 1 }, "thinking_budget_tokens": -1, "tools": [], "seed": 3, "stream_options": { "include_usage": true } }),
         ),
         (
             "/v1/completions",
@@ -176,6 +176,10 @@ fn whole_bodies() -> Vec<(&'static str, Json)> {
         (
             "/v1/completions",
             json!({ "prompt": [1, 2], "max_tokens": 3, "dry_multiplier": 1, "dry_sequence_breakers": ["a"] }),
+        ),
+        (
+            "/completion",
+            json!({ "prompt": "x", "n_predict": 3, "n_probs": 2, "return_tokens": true, "stop": ["y"], "response_fields": [] }),
         ),
         ("/tokenize", json!({ "content": "hi", "with_pieces": true, "add_special": false })),
         ("/detokenize", json!({ "tokens": [1, 2] })),
@@ -188,12 +192,12 @@ fn whole_bodies() -> Vec<(&'static str, Json)> {
         ("/v1/messages/count_tokens", json!({ "messages": messages, "thinking": { "type": "disabled" } })),
         (
             "/v1/responses",
-            json!({ "input": messages, "instructions": "i", "max_output_tokens": 2, "reasoning": { "effort": null },
+            json!({ "input": messages, "instructions": "i", "max_output_tokens": 2, "metadata": { "a": "b" }, "reasoning": { "effort": null },
                 "tools": [], "text": { "format": { "type": "text" } } }),
         ),
         (
             "/api/chat",
-            json!({ "messages": messages, "options": { "num_predict": 2, "num_ctx": 50, "stop": ["a"] }, "tools": [tool] }),
+            json!({ "messages": messages, "options": { "num_predict": 2, "num_ctx": 50, "stop": ["a"] }, "tools": [tool], "keep_alive": "0s" }),
         ),
         (
             "/api/generate",

@@ -153,6 +153,11 @@ fn what_is_not_understood_is_refused_by_name() {
         (json!({ "reasoning_effort": "high" }), "reasoning_effort"),
         (json!({ "chat_template_kwargs": { "enable_thinking": false } }), "chat_template_kwargs.enable_thinking"),
         (json!({ "mirostat": 2 }), "mirostat"),
+        (json!({ "min_tokens": 3 }), "min_tokens"),
+        (json!({ "stop_token_ids": [2] }), "stop_token_ids"),
+        (json!({ "n_probs": 3 }), "n_probs"),
+        (json!({ "echo": true }), "echo"),
+        (json!({ "best_of": 2 }), "best_of"),
         (json!({ "modalities": ["audio"] }), "modalities"),
         (json!({ "temprature": 0.5 }), "temprature"),
         (json!({ "messages": [] }), "messages"),
@@ -173,7 +178,8 @@ fn what_is_not_understood_is_refused_by_name() {
     }
     // What changes no text may hold anything; neutral values ask for nothing.
     let harmless = json!({ "user": "me", "metadata": { "a": 1 }, "store": true, "mirostat": 0, "response_format": { "type": "text" },
-        "tools": [], "tool_choice": "none", "parallel_tool_calls": true, "logit_bias": null, "stop": null, "n": 1 });
+        "tools": [], "tool_choice": "none", "parallel_tool_calls": true, "logit_bias": null, "stop": null, "n": 1, "min_tokens": 0,
+        "stop_token_ids": [], "skip_special_tokens": true, "include_stop_str_in_output": false, "echo": false, "best_of": 1 });
     server.ok("/v1/chat/completions", &chat(harmless));
 }
 

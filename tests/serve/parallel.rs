@@ -130,3 +130,68 @@ fn tokens_of_reasoning_are_counted() {
     let answer = server.ok("/v1/chat/completions", &request);
     assert_eq!(answer["usage"]["completion_tokens_details"]["reasoning_tokens"], told);
 }
+
+/// A budget of reasoning, under the names of llama-server and Anthropic: behind so many tokens the mark comes that ends it,
+/// and what follows is the answer. The marks of two families, as tokens of their own.
+#[test]
+fn reasoning_ends_where_its_budget_does() {
+    for (open, close) in [("<think>", "</think>"), ("[THINK]", "[/THINK]")] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = model();
+        // In the places of two bytes that no text has.
+        let meta = file.meta.iter_mut();
+        for (key, value) in meta {
+            match (&key[..], value) {
+                ("tokenizer.ggml.tokens", V::Strs(tokens)) => (tokens[254], tokens[255]) = (open.into(), close.into()),
+                ("tokenizer.ggml.token_type", V::I32s(kinds)) => (kinds[254], kinds[255]) = (3, 3),
+                _ => {}
+            }
+        }
+        let template = format!(
+            "{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{{% endfor %}}{open}{{# {close} #}}"
+        );
+        file.set("tokenizer.chat_template", V::Str(template));
+        let server = Server::start(&file.write(dir.path(), "m.gguf"), &[]);
+        // Noise neither ends its reasoning nor the text by itself.
+        let more = json!({ "messages": [{ "role": "user", "content": "hi" }], "seed": 5, "max_tokens": 12,
+            "logit_bias": { "257": false, "255": false, "254": false } });
+        let with = |field: &str, value: Json| {
+            let mut request = more.clone();
+            request[field] = value;
+            request
+        };
+        for budget in [0, 3] {
+            for field in ["thinking_budget_tokens", "reasoning_budget_tokens"] {
+                let answer = server.ok("/v1/chat/completions", &with(field, json!(budget)));
+                let message = &answer["choices"][0]["message"];
+                assert!(!message["content"].as_str().unwrap().is_empty(), "{answer}");
+                assert_eq!(message["reasoning_content"].is_null(), budget == 0, "{answer}");
+                // Those of the mark count too.
+                assert_eq!(answer["usage"]["completion_tokens_details"]["reasoning_tokens"], budget + 1, "{answer}");
+            }
+            let thinking = json!({ "type": "enabled", "budget_tokens": budget });
+            let message = server.ok("/v1/messages", &with("thinking", thinking));
+            let kinds: Vec<&str> =
+                message["content"].as_array().unwrap().iter().map(|b| b["type"].as_str().unwrap()).collect();
+            assert_eq!(kinds, if budget == 0 { vec!["text"] } else { vec!["thinking", "text"] }, "{message}");
+        }
+        let none = server.ok("/v1/chat/completions", &with("thinking_budget_tokens", json!(-1)));
+        assert_eq!(none["choices"][0]["message"]["content"], "", "{none}");
+        // With a form of the answer too.
+        let mut form = with("thinking_budget_tokens", json!(2));
+        form["logit_bias"] = json!({ "255": false, "254": false });
+        form["guided_choice"] = json!(["yes"]);
+        let answer = server.ok("/v1/chat/completions", &form);
+        assert_eq!(answer["choices"][0]["message"]["content"], "yes", "{answer}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&model().write(dir.path(), "m.gguf"), &[]);
+    let request = json!({ "messages": [{ "role": "user", "content": "hi" }], "thinking_budget_tokens": 3 });
+    let reply = server.post("/v1/chat/completions", &request);
+    assert_eq!(
+        (reply.status, &reply.json()["error"]["param"]),
+        (400, &json!("thinking_budget_tokens")),
+        "{}",
+        reply.body
+    );
+}

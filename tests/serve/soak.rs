@@ -35,11 +35,14 @@ fn request(rng: &mut ChaCha8Rng) -> (&'static str, Json) {
     let (seed, n) = (rng.random_range(0..3u64), 8 * rng.random_range(1..=8u64));
     let messages = json!([{ "role": "user", "content": text }]);
     let stream = rng.random_range(0..2) == 0;
-    match rng.random_range(0..6) {
+    match rng.random_range(0..7) {
         0 => ("/v1/messages", json!({ "messages": messages, "seed": seed, "max_tokens": n, "stream": stream })),
         1 => {
             let options = json!({ "seed": seed, "num_predict": n });
             ("/api/chat", json!({ "messages": messages, "options": options, "stream": stream }))
+        }
+        5 => {
+            ("/completion", json!({ "prompt": text, "seed": seed, "n_predict": n, "stream": stream, "n_probs": n % 3 }))
         }
         2 => ("/v1/embeddings", json!({ "input": [text, "x"] })),
         3 => ("/v1/responses", json!({ "input": text, "seed": seed, "max_output_tokens": n, "stream": stream })),
@@ -57,6 +60,7 @@ fn request(rng: &mut ChaCha8Rng) -> (&'static str, Json) {
 fn words(reply: &Reply) -> String {
     let each = |json: &Json, out: &mut String| {
         for at in [
+            "/content",
             "/choices/0/text",
             "/choices/0/message/content",
             "/choices/0/delta/content",

@@ -3,15 +3,47 @@
 use super::lark::quoted;
 use crate::tokenizer::Tokenizer;
 
+/// What a model's reasoning stands between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// What opens it.
+    pub open: &'static str,
+    /// What ends it.
+    pub close: &'static str,
+}
+
+impl Marks {
+    /// Those that are known.
+    pub const ALL: [Marks; 4] = [
+        Marks { open: "<think>", close: "</think>" },
+        // Mistral.
+        Marks { open: "[THINK]", close: "[/THINK]" },
+        // Seed OSS.
+        Marks { open: "<seed:think>", close: "</seed:think>" },
+        // Command R7B.
+        Marks { open: "<|START_THINKING|>", close: "<|END_THINKING|>" },
+    ];
+
+    /// Those that a chat template knows.
+    pub fn of(template: &str) -> Option<Marks> {
+        Marks::ALL.into_iter().find(|marks| template.contains(marks.close))
+    }
+
+    /// Whether a prompt ends within reasoning.
+    pub fn opened_by(self, prompt: &str) -> bool {
+        prompt.trim_end().ends_with(self.open)
+    }
+}
+
 /// Where in a text its form begins, since a model may reason before it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reasoning {
     /// At once.
     None,
-    /// Behind `</think>`: the prompt opens the reasoning.
-    Open,
-    /// Behind `</think>` where the text begins with `<think>`, else at once.
-    Possible,
+    /// Behind the mark that ends reasoning: the prompt opens it.
+    Open(Marks),
+    /// Behind that mark where the text begins with reasoning, else at once.
+    Possible(Marks),
     /// In a message of gpt-oss, perhaps behind one on its `analysis` channel.
     Channels {
         /// Whether the form itself has the message's header.
@@ -22,22 +54,25 @@ pub enum Reasoning {
 impl Reasoning {
     /// What a chat template's source and the prompt that it made say of it.
     pub fn of(template: &str, prompt: &str) -> Reasoning {
-        let end = prompt.trim_end();
         if template.contains(CHANNEL) && template.contains(MESSAGE) {
             return Reasoning::Channels { header: false };
         }
-        match template.contains(THINK_END) {
-            false => Reasoning::None,
-            true if end.ends_with(THINK) => Reasoning::Open,
+        match Marks::of(template) {
+            None => Reasoning::None,
+            Some(marks) if marks.opened_by(prompt) => Reasoning::Open(marks),
             // An empty thought stands there where reasoning is switched off.
-            true if end.ends_with(THINK_END) => Reasoning::None,
-            true => Reasoning::Possible,
+            Some(marks) if prompt.trim_end().ends_with(marks.close) => Reasoning::None,
+            Some(marks) => Reasoning::Possible(marks),
         }
+    }
+
+    /// All but `None`.
+    pub(super) fn kinds() -> impl Iterator<Item = Reasoning> {
+        let channels = [false, true].map(|header| Reasoning::Channels { header });
+        Marks::ALL.into_iter().flat_map(|marks| [Reasoning::Open(marks), Reasoning::Possible(marks)]).chain(channels)
     }
 }
 
-const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
 const CHANNEL: &str = "<|channel|>";
 const MESSAGE: &str = "<|message|>";
 
@@ -92,12 +127,14 @@ impl Before {
     pub(super) fn new(tokenizer: &Tokenizer, reasoning: Reasoning) -> Option<Before> {
         let mark = |name: &str| Piece::mark(tokenizer, name);
         let channel = |name: &str| vec![mark(CHANNEL), Piece::text(name), mark(MESSAGE)];
-        let think =
-            |open: Vec<Piece>, direct| Before { open, close: mark(THINK_END), then: vec![], direct, space: true };
+        let think = |open, marks: Marks, direct| {
+            let close = mark(marks.close);
+            Before { open, close, then: vec![], direct, space: true }
+        };
         match reasoning {
             Reasoning::None => None,
-            Reasoning::Open => Some(think(vec![], None)),
-            Reasoning::Possible => Some(think(vec![mark(THINK)], Some(vec![]))),
+            Reasoning::Open(marks) => Some(think(vec![], marks, None)),
+            Reasoning::Possible(marks) => Some(think(vec![mark(marks.open)], marks, Some(vec![]))),
             Reasoning::Channels { header } => {
                 let last = if header { vec![] } else { channel("final") };
                 let between = [mark("<|start|>"), Piece::text("assistant")].into_iter().chain(last.clone());

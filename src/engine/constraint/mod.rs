@@ -14,8 +14,8 @@ mod schema;
 mod tokens;
 mod vet;
 
-pub use before::Reasoning;
 use before::{Before, Piece};
+pub use before::{Marks, Reasoning};
 pub use lark::quoted;
 pub use live::Constraint;
 use live::Matcher;
@@ -136,13 +136,7 @@ impl Grammars {
         let mut factory = tokens::factory(tokenizer).map_err(ConstraintError::Tokens)?;
         *factory.limits_mut() = limits();
         factory.quiet();
-        let kinds = [
-            Reasoning::Open,
-            Reasoning::Possible,
-            Reasoning::Channels { header: false },
-            Reasoning::Channels { header: true },
-        ];
-        let before = kinds.into_iter().filter_map(|kind| Some((kind, Before::new(tokenizer, kind)?))).collect();
+        let before = Reasoning::kinds().filter_map(|kind| Some((kind, Before::new(tokenizer, kind)?))).collect();
         Ok(Grammars { factory: Arc::new(factory), eog: tokenizer.eog_ids().into(), before })
     }
 

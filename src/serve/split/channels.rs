@@ -4,6 +4,7 @@
 //! and what else there is, words for the user. The prompt ends with `<|start|>assistant`, so an answer begins within a
 //! header.
 
+use super::calls::arguments;
 use super::{Call, Part, Tool, overlap};
 
 const MESSAGE: &str = "<|message|>";
@@ -144,11 +145,7 @@ impl Channels {
         let Within::Call(name, text) = &mut self.within else { return };
         let (name, text) = (std::mem::take(name), std::mem::take(text));
         self.within = Within::Header;
-        let arguments = match text.trim() {
-            "" => Some("{}".to_owned()),
-            json => serde_json::from_str::<serde_json::Value>(json).ok().map(|v| v.to_string()),
-        };
-        match arguments {
+        match arguments(&text.as_str().into()) {
             Some(arguments) => {
                 self.calls += 1;
                 parts.push(Part::Call(Call { name, arguments }));
@@ -156,7 +153,7 @@ impl Channels {
                     self.within = Within::Nothing;
                 }
             }
-            // What is no JSON is no call.
+            // What is no object of JSON is no call.
             None => parts.push(Part::Words(text)),
         }
     }
