@@ -242,3 +242,64 @@ fn caches_of_experts_are_predicted() {
     let dense = tiny(2).write(d.path(), "dense.gguf");
     fails(&["plan", dense.to_str().unwrap(), "--backend", "cpu", "--routing", "uniform"], 2, &["no routed experts"]);
 }
+
+/// A plan has an id, and is made again by it or from a file; what does not fit is refused in a sentence.
+#[test]
+fn a_plan_is_saved_and_repeated() {
+    let d = tempfile::tempdir().unwrap();
+    let path = shapes::shaped(d.path(), "qwen3-30b-a3b-Q4_K_M");
+    let (path, small) = (path.to_str().unwrap(), tiny_moe(6).write(d.path(), "tiny.gguf"));
+    let file = d.path().join("plan.toml");
+    let (file, cache) = (file.to_str().unwrap(), d.path().join("cache"));
+    std::fs::create_dir(&cache).unwrap();
+    let with = |args: &[&str]| {
+        let out = std::process::Command::new(common::bin()).args(args).env("XDG_CACHE_HOME", &cache).output().unwrap();
+        (out.status.code(), out.stdout, String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let json = |args: &[&str]| -> Value {
+        let (code, out, err) = with(&[args, &["--json"]].concat());
+        assert_eq!(code, Some(0), "{args:?}: {err}");
+        serde_json::from_slice(&out).unwrap()
+    };
+    let h100 = ["plan", path, "--machine", "h100", "--ctx", "1024"];
+    let saved = json(&[&h100[..], &["--vram", "4GiB", "--save", file]].concat());
+    let id = saved["plan_id"].as_str().unwrap();
+    assert_eq!(id.len(), 12);
+    // Another context takes another workspace, and another link rate would divide otherwise.
+    let other = ["--ctx", "2048", "--link", "20"];
+    let machine = ["plan", path, "--machine", "h100"];
+    assert_ne!(json(&[&machine[..], &other, &["--vram", "4GiB"]].concat())["plan_id"], id);
+    for given in [file, id] {
+        let again = json(&[&machine[..], &other, &["--plan", given]].concat());
+        for key in ["plan_id", "plan", "beside", "site"] {
+            assert_eq!(again[key], saved[key], "{given}: {key}");
+        }
+    }
+    let refused = |args: &[&str], code, words: &[&str]| {
+        let (got, _, err) = with(args);
+        assert_eq!(got, Some(code), "{args:?}: {err}");
+        assert!(words.iter().all(|w| err.contains(w)) && err.trim().lines().count() < 6, "{args:?}: {err}");
+    };
+    let small = small.to_str().unwrap();
+    refused(&["plan", small, "--machine", "h100", "--plan", file], 4, &[id, "another shape"]);
+    refused(&["plan", path, "--machine", "cpu-only", "--plan", file], 4, &[id, "for a GPU"]);
+    refused(&["plan", path, "--machine", "h100", "--plan", "0123456789ab"], 2, &["0123456789ab", "--save"]);
+    refused(&["plan", path, "--machine", "h100", "--plan", path], 2, &["--plan"]);
+    refused(&["plan", path, "--machine", "h100", "--plan", file, "--vram", "8GiB"], 2, &["--vram"]);
+    let eight = json(&["plan", path, "--machine", "h100", "--ctx", "1024", "--vram", "60GiB", "--tiers", "20:28:0"]);
+    refused(&["plan", path, "--machine", "laptop-8gb", "--plan", eight["plan_id"].as_str().unwrap()], 4, &["of VRAM"]);
+    let text = std::fs::read_to_string(file).unwrap();
+    let edited = d.path().join("edited.toml");
+    let rate = text.split("rates = [").nth(1).and_then(|t| t.split(',').next()).unwrap();
+    std::fs::write(&edited, text.replace(rate.trim(), "7")).unwrap();
+    refused(&[&machine[..], &["--plan", edited.to_str().unwrap()]].concat(), 4, &["other units"]);
+    std::fs::write(&edited, text.replace("vram", "varm")).unwrap();
+    refused(&[&machine[..], &["--plan", edited.to_str().unwrap()]].concat(), 2, &["edited.toml", "varm"]);
+
+    // A run has one too.
+    let run = ["run", small, "-p", "x", "-n", "4", "--temp", "0", "--backend", "cpu"];
+    let first = json(&run);
+    let again = json(&[&run[..], &["--plan", first["plan_id"].as_str().unwrap()]].concat());
+    assert_eq!((&first["plan_id"], &first["tokens"]), (&again["plan_id"], &again["tokens"]));
+    refused(&["run", small, "-p", "x", "--backend", "cpu", "--plan", file], 4, &[id, "another shape"]);
+}

@@ -580,6 +580,7 @@ fn options() -> Options {
         max_batch: 16,
         outputs: 16,
         timeline: false,
+        repeat: None,
     }
 }
 
@@ -960,4 +961,66 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
         }
         assert!(stayed > 0, "{path:?}");
     }
+}
+
+/// The same id is the same sites, whatever else is free and whatever caches hold; what would give others is refused.
+#[test]
+fn a_plan_is_made_again_by_its_id() {
+    let d = tempfile::tempdir().unwrap();
+    let (dense, routed) = (tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf"));
+    let many = common::many_experts(6).write(d.path(), "c.gguf");
+    let rooms = |vram: u64, ram: u64| Options { vram: Some(vram << 10), ram: Some(ram << 10), ..options() };
+    let tiers = Options { tiers: Some(Tiers { a: 1, b: 3, c: 2 }), n_buffers: Some(3), ..options() };
+    let (mut divided, mut cached) = (0, 0);
+    for (path, o) in [
+        (&dense, rooms(700, 64 << 10)),
+        (&routed, rooms(700, 64 << 10)),
+        (&routed, rooms(800, 1200)),
+        (&dense, tiers.clone()),
+        (&routed, tiers),
+        (&many, rooms(1 << 10, 4 << 10)),
+    ] {
+        let opened = Opened::open(path).unwrap();
+        for sites in [Sites::Auto, Sites::Both] {
+            let memory = || Arc::new(Memory { shares: true, ..Memory::default() });
+            let first = memory();
+            let what = format!("{} {sites:?} {:?} {:?} {:?}", path.display(), o.tiers, o.vram, o.ram);
+            let mut session =
+                start(&opened, Options { sites, ..o.clone() }, &first).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let recipe = session.recipe().clone();
+            let of = |s: &Session| {
+                (s.recipe().id(), s.beside(), s.part_of_choices(), s.homes().to_vec(), s.caches().to_vec())
+            };
+            let (want, cold) = (of(&session), logits(&mut session).unwrap());
+            let work = |m: &Memory| (*m.handed.lock().unwrap(), *m.shared.lock().unwrap());
+            let done = work(&first);
+            assert!(logits(&mut session).unwrap() == cold, "{what}: warm");
+            // Parts that were handed over, and choices that processors had: as many with caches that are warm.
+            assert_eq!(work(&first), (2 * done.0, 2 * done.1), "{what}");
+            divided += usize::from(want.2.is_some());
+            cached += usize::from(!want.4.is_empty());
+            drop(session);
+
+            // All of the second memory is free, and RAM is what it is.
+            let again = |ram| Options { sites: Sites::Auto, repeat: Some(Arc::new(recipe.clone())), ram, ..options() };
+            for ram in [None, Some(64 << 20)] {
+                let second = memory();
+                let mut session = start(&opened, again(ram), &second).unwrap_or_else(|e| panic!("{what}: {e}"));
+                assert!(of(&session) == want, "{what}");
+                assert!(logits(&mut session).unwrap() == cold, "{what}: {ram:?}");
+                assert_eq!(work(&second), done, "{what}");
+            }
+            let refused = |o: Options, opened: &Opened, words: &str| {
+                let e = start(opened, o, &memory()).err().unwrap_or_else(|| panic!("{what}: {words}")).to_string();
+                assert!(e.contains(&want.0) && e.contains(words), "{what}: {e}");
+            };
+            refused(Options { vram: Some(560 << 10), ..again(None) }, &opened, "of VRAM");
+            let other = Opened::open(if path == &dense { &routed } else { &dense }).unwrap();
+            refused(again(None), &other, "another shape");
+            if want.2.is_some() {
+                refused(Options { timeline: true, ..again(None) }, &opened, "other units");
+            }
+        }
+    }
+    assert!(divided > 0 && cached > 0, "{divided} {cached}");
 }

@@ -360,6 +360,14 @@ pub struct Placement {
     /// Compute at one site only, so that results have the same bits wherever units live.
     #[arg(long)]
     pub exact: bool,
+    /// Make a plan again, by the id that reports and `nt plan` give or a file of `nt plan --save`: the same sites compute, so that
+    /// results have the same bits. What does not fit this model or machine is refused.
+    #[arg(
+        long,
+        value_name = "ID|FILE",
+        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers"]
+    )]
+    pub plan: Option<String>,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.
     #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]

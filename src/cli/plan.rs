@@ -49,6 +49,9 @@ pub struct PlanArgs {
     /// Write a page about the plan to FILE: what is printed, the tier map and the simulator's timeline.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write the plan to FILE, for `--plan FILE`.
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -67,7 +70,7 @@ const PROMPT_DEFAULT: usize = 512;
 /// Plans and prints.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let opened = run::open(&args.model, &args.placement)?;
-    outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
+    outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref()), ("--save", args.save.as_deref())])?;
     let mut machine = machine(args.machine.as_deref(), &opened)?;
     let given = |gb_per_s: f64| Rate { gb_per_s, measured: false, source: "as given".into() };
     if let (Some(gpu), Some(gb)) = (&mut machine.gpu, args.link) {
@@ -125,6 +128,9 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         print_line(out.trim_end())?;
     }
     let Shown { forecast, machine, opened, .. } = &shown;
+    // What is not kept can be had by --save.
+    let _ = forecast.recipe.keep();
+    args.save.as_ref().map_or(Ok(()), |path| outputs::write(path, &forecast.recipe.text()))?;
     if let Some(path) = &args.placement.timeline {
         write_timeline(path, &forecast.timeline(machine), opened).map_err(|e| outputs::failed(path, &e))?;
     }
@@ -217,6 +223,7 @@ impl Shown {
             "sites": f.sites(),
             "links": f.links(),
             "n_buffers": f.n_buffers(),
+            "plan_id": f.recipe.id(),
             "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.plan.embedding_resident },
             "memory": {
                 "vram_weights_bytes": f.plan.vram_bytes, "vram_room_bytes": f.vram_room,
@@ -275,6 +282,7 @@ impl Shown {
     fn write_memory(&self, out: &mut String) -> std::fmt::Result {
         let (f, plan) = (&self.forecast, &self.forecast.plan);
         let (blocks, attention) = (f.blocks(), f.attention());
+        writeln!(out, "plan id   {}", f.recipe.id())?;
         writeln!(out, "blocks    {}", map(&blocks))?;
         if attention != blocks {
             writeln!(out, "attention {}", map(&attention))?;

@@ -17,6 +17,7 @@ pub struct Report {
     backend: &'static str,
     reader: Option<&'static str>,
     n_buffers: usize,
+    plan_id: String,
     homes: [(usize, u64); 3],
     /// Blocks on storage, and all.
     blocks: (usize, usize),
@@ -54,6 +55,7 @@ impl Report {
             backend: session.backend_name(),
             reader: session.reader_name(),
             n_buffers: session.n_slots(),
+            plan_id: session.recipe().id(),
             homes,
             blocks: blocks_on_storage(session, opened),
             links: session.links(),
@@ -238,6 +240,7 @@ impl Report {
             "sites": self.sites_json(),
             "n_buffers": self.n_buffers,
             "plan": self.plan_json(),
+            "plan_id": self.plan_id,
             "links": self.links_json(),
             "stall": self.stall_json(),
             "experts": self.experts_json(),
@@ -283,6 +286,7 @@ impl Report {
             self.n_buffers,
             self.backend
         )?;
+        writeln!(out, "plan id   {}", self.plan_id)?;
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
             match self.part_of_choices {

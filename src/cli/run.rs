@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -15,8 +16,8 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
-    ConstraintError, EngineError, Form, Generation, Grammars, Opened, Options, Reasoning, Request, RequestError,
-    Sampler, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
+    ConstraintError, EngineError, Form, Generation, Grammars, Opened, Options, Reasoning, Recipe, Request,
+    RequestError, Sampler, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -412,6 +413,10 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         max_batch: usize::from(p.batch),
         outputs: 1,
         timeline: p.timeline.is_some(),
+        repeat: match &p.plan {
+            Some(given) => Some(Arc::new(Recipe::find(given).map_err(Failure::usage)?)),
+            None => None,
+        },
     })
 }
 
@@ -525,6 +530,8 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &W
     for note in session.notes() {
         tracing::warn!("{note}");
     }
+    // What is not kept can be had from `nt plan --save`.
+    let _ = session.recipe().keep();
     if options.vram.is_some() && session.device().is_none() {
         tracing::warn!("--vram limits nothing here: processors compute, and take what --ram gives");
     }
@@ -538,7 +545,7 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &W
 /// The number of buffers by rates that were measured, if it is not given and there are any.
 fn buffers(opened: &Opened, options: &Options) -> Option<usize> {
     let measured = crate::machine::probe::cache_file().is_some_and(|f| f.exists());
-    if options.n_buffers.is_some() || !measured {
+    if options.n_buffers.is_some() || options.repeat.is_some() || !measured {
         return None;
     }
     choose_buffers(&opened.model, &this_machine(opened, options.backend), options)
@@ -561,6 +568,7 @@ pub(super) fn failure(e: EngineError) -> Failure {
         EngineError::Gguf(_) | EngineError::Model(_) | EngineError::Tokenizer(_) => Failure::usage(e),
         EngineError::Device(ref why) if why.is_refusal() => Failure::refused(e),
         EngineError::Copy(_) | EngineError::Image(_) | EngineError::Device(_) => Failure::usage(e),
+        EngineError::Repeat { .. } => Failure::limits(e),
         EngineError::Plan(_) | EngineError::Memory(_) | EngineError::Arena(_) | EngineError::State(_) => {
             Failure::limits(e)
         }

@@ -4,8 +4,9 @@
 use super::beside::Division;
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of};
+use super::repeat::{Recipe, steady};
 use super::sizes::unit_sizes;
-use super::start::{Sizes, dims, make_plan, weights_room};
+use super::start::{Sizes, dims, make_plan, planned_room, weights_room};
 use super::works::works;
 use super::{EngineError, Options};
 use crate::backend::cpu::CpuBackend;
@@ -16,7 +17,7 @@ use crate::model::{Model, Tape};
 use crate::pipeline::{Event, EventKind};
 use crate::plan::{
     self, COPY_GAP_S, Cache, Caching, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit,
-    Site, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
+    Site, SiteRates, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -40,6 +41,8 @@ pub struct Forecast {
     pub units: Vec<UnitWork>,
     /// What processors beside a GPU compute from RAM while tokens are generated; `None` for nothing.
     pub beside: Option<plan::Beside>,
+    /// What the plan followed from, by which a session can make it again.
+    pub recipe: Recipe,
     /// Threads that compute on processors.
     pub threads: usize,
     /// Positions of the KV cache.
@@ -94,12 +97,16 @@ impl Forecast {
     pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
         let sizes = Sizes::new(model, &|_| DIRECT);
         let units = works(model, &sizes.layouts);
+        let options = &match &options.repeat {
+            Some(recipe) => recipe.applied(model, options)?,
+            None => options.clone(),
+        };
         let with = |n_buffers| {
             let options = Options { n_buffers, ..options.clone() };
             Forecast::of_units(model, machine, &options, prompt, &sizes, &units)
         };
         let first = with(options.n_buffers)?;
-        if options.n_buffers.is_some() || first.n_buffers() == 0 {
+        if options.n_buffers.is_some() || options.repeat.is_some() || first.n_buffers() == 0 {
             return Ok(first);
         }
         let seconds = |f: &Forecast| f.prediction.simulated.map(|s| s.seconds);
@@ -126,16 +133,25 @@ impl Forecast {
         }
         let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
         let rates = machine.site_rates(threads).filter(|_| site == Site::Gpu);
-        let beside = rates.zip(machine.gpu.as_ref()).and_then(|(rates, gpu)| {
-            let division = Division::new(model, &plan, options, &|| rates)?;
-            Some(division.timed(&units, &rates, &gpu.costs))
-        });
+        let repeated = options.repeat.as_ref().and_then(|r| r.rates());
+        let asked = std::cell::Cell::new(None);
+        let rounded = |rates: SiteRates| {
+            let rates = repeated.unwrap_or(rates).rounded();
+            asked.set(Some(rates));
+            rates
+        };
+        let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
+        let recipe = Recipe::new(model, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
+        let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
+        let beside = division.and_then(timed);
         let caching = caching(model, &plan, options.routing.as_ref());
         let work =
             Work { units: &units, plan: &plan, beside: beside.as_ref(), machine, site, threads, caching: &caching };
         Ok(Forecast {
             prediction: Prediction::new(&work, prompt, options.max_batch),
             beside,
+            recipe,
             threads,
             site,
             plan,
@@ -264,15 +280,19 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
     model.hparams.check_window(options.n_ctx)?;
     model.hparams.check_cache(options.kv_type)?;
     let site = site(model, machine, options)?;
-    let ram_room = options.ram.or_else(|| ram_budget(machine)).unwrap_or(0);
+    let free = |room| if site == Site::Gpu { steady(room, sizes.weights()) } else { room };
+    let ram_room = options.ram.or_else(|| ram_budget(machine).map(free)).unwrap_or(0);
     let storage = options.storage && machine.storage.is_some();
     let options = Options { ram: Some(ram_room), storage, ..options.clone() };
     let (workspace_bytes, ram_workspace_bytes, vram_room) = match site {
         Site::Gpu => {
             let workspace = workspace_bytes(model, machine, &options);
-            (workspace, 0, Some(vram_room(machine, workspace, options.vram)))
+            (workspace, 0, Some(planned_room(vram_room(machine, workspace, options.vram), sizes, &options)?))
         }
-        Site::Cpu => (0, cpu_workspace_bytes(model, &options), None),
+        Site::Cpu => {
+            options.repeat.as_ref().map_or(Ok(None), |r| r.room(None))?;
+            (0, cpu_workspace_bytes(model, &options), None)
+        }
     };
     let plan = make_plan(model, sizes, vram_room, ram_workspace_bytes, &options)?;
     Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room })

@@ -29,6 +29,14 @@ pub enum EngineError {
     /// The limits.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A plan that was to be made again.
+    #[error("plan {id} cannot be repeated: {why}")]
+    Repeat {
+        /// The plan's id.
+        id: String,
+        /// Why.
+        why: String,
+    },
     /// Memory that the plan counted on.
     #[error("{0}")]
     Memory(String),

@@ -7,7 +7,7 @@ use super::forecast::{PASSES_SHOWN, decode_seconds, setup, with_passes};
 use super::hits::caching;
 use super::start::{apart, device_slots};
 use super::works::works;
-use super::{EngineError, Session, here};
+use super::{EngineError, Recipe, Session, here};
 use crate::backend::Class;
 use crate::flow::{Feed, Place};
 use crate::model::Outputs;
@@ -85,6 +85,11 @@ impl Session {
         let divided = (0..of.parts.len()).filter(|u| of.divided[*u] && of.units[*u].is_some());
         let (n, sum) = divided.fold((0, 0.0), |(n, sum), u| (n + 1, sum + of.parts[u]));
         (n > 0).then(|| sum / f64::from(n))
+    }
+
+    /// What the session's plan followed from, by which it can be made again.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
     }
 
     fn division(&self) -> Option<Division> {

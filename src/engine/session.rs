@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{EngineError, Links, Sites};
+use super::{EngineError, Links, Recipe, Sites};
 use smallvec::SmallVec;
 
 use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
@@ -65,6 +65,8 @@ pub struct Options {
     pub outputs: usize,
     /// Keep a timeline.
     pub timeline: bool,
+    /// The plan to make again, in place of one by the limits above.
+    pub repeat: Option<Arc<Recipe>>,
 }
 
 impl Options {
@@ -98,6 +100,7 @@ impl Options {
             max_batch: Options::BATCH,
             outputs: 1,
             timeline: false,
+            repeat: None,
         }
     }
 }
@@ -133,6 +136,7 @@ pub struct Session {
     pub(super) weights: Weights,
     pub(super) backend: Box<dyn Backend>,
     pub(super) plan: Plan,
+    pub(super) recipe: Recipe,
     pub(super) options: Options,
     pub(super) reader_name: Option<&'static str>,
     pub(super) notes: Vec<String>,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::apart::Apart;
 use super::beside::Division;
 use super::hits::hit_rates_of;
+use super::repeat::{Recipe, steady};
 use super::session::{Embedding, OnDevice, stream_error};
 use super::sizes::{unit_size, unit_sizes};
 use super::steps::schedule;
@@ -101,6 +102,10 @@ impl Session {
         starting: &mut Starting<'_>,
     ) -> Result<Session, EngineError> {
         let model = opened.model.clone();
+        let options = match &options.repeat {
+            Some(recipe) => recipe.applied(&model, &options)?,
+            None => options,
+        };
         model.hparams.check_window(options.n_ctx)?;
         model.hparams.check_cache(options.kv_type)?;
         let (reader, mut notes) = source::open(&opened.gguf, &options)?;
@@ -133,12 +138,15 @@ impl Session {
         let apart = Apart::new(&model, widened, memory.as_deref())?;
         // A device's own memory holds the cache and the workspace, and has its own room.
         let workspace = if memory.is_none() { backend.workspace_bytes() + model.held_bytes() } else { 0 };
-        let options = options_within_locks(options, reader.as_ref());
-        let (plan, mut device) = match &memory {
-            None => (make_plan(&model, &sizes, None, workspace, &options)?, None),
+        let options = with_ram(options_within_locks(options, reader.as_ref()), &sizes, memory.is_some());
+        let (plan, room, mut device) = match &memory {
+            None => {
+                options.repeat.as_ref().map_or(Ok(None), |r| r.room(None))?;
+                (make_plan(&model, &sizes, None, workspace, &options)?, None, None)
+            }
             Some(memory) => {
-                let (plan, on_device) = plan_on_device(&model, &sizes, memory, &options, &mut notes)?;
-                (plan, Some(on_device))
+                let (plan, room, on_device) = plan_on_device(&model, &sizes, memory, &options, &mut notes)?;
+                (plan, Some(room), Some(on_device))
             }
         };
         refuse_what_is_not_there(&plan, workspace, reader.as_ref(), &|ram| {
@@ -165,12 +173,20 @@ impl Session {
         let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
-        let site_rates = |threads| rates.unwrap_or_else(|| here::site_rates(threads));
+        let repeated = options.repeat.as_ref().and_then(|r| r.rates());
+        let asked = std::cell::Cell::new(None);
+        let site_rates = |threads| {
+            let rates = repeated.or(rates).unwrap_or_else(|| here::site_rates(threads)).rounded();
+            asked.set(Some(rates));
+            rates
+        };
         let division = backend
             .computes_in_ram()
             .and_then(|threads| Division::new(&model, &plan, &options, &|| site_rates(threads)));
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
+        let recipe = Recipe::new(&model, &plan, &options, (room, options.ram), asked.get(), division.as_ref());
         notes.extend(plan.too_few_slots.map(too_few_slots));
-        let guesses = division.is_some() && options.sites == Sites::Auto;
+        let guesses = division.is_some() && options.sites == Sites::Auto && repeated.is_none();
         notes.extend(guesses.then(here::guessed_sites).flatten());
         let parts = division.as_ref().map(|d| d.parts(&works(&model, &sizes.layouts)));
         let links = links(&model, &plan, parts.as_deref(), places.device.is_some(), options.routing.as_deref());
@@ -217,6 +233,7 @@ impl Session {
             model,
             backend,
             plan,
+            recipe,
             options,
             reader_name,
             notes,
@@ -291,6 +308,14 @@ fn options_within_locks(options: Options, reader: &dyn Reader) -> Options {
     }
 }
 
+/// The options, with the RAM for weights of which some may stay on storage: of a plan for a GPU free RAM is rounded, since sites
+/// follow from it.
+fn with_ram(options: Options, sizes: &Sizes, on_device: bool) -> Options {
+    let budget = || machine::memory(Path::new("/")).budget();
+    let free = |room| if on_device { steady(room, sizes.weights()) } else { room };
+    Options { ram: options.ram.or_else(|| budget().map(free)), ..options }
+}
+
 /// `--ram` may ask for more than there is; the kernel would kill, or the desktop stall. `fits` says whether
 /// there is a plan within that much RAM.
 fn refuse_what_is_not_there(
@@ -321,6 +346,11 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
+    /// Bytes of all units.
+    pub fn weights(&self) -> u64 {
+        self.layouts.iter().map(|l| l.slot_bytes).sum()
+    }
+
     pub fn new(model: &Model, alignment: Alignments) -> Sizes {
         Sizes {
             layouts: model.units.iter().map(|u| layout(u, alignment)).collect(),
@@ -570,7 +600,16 @@ pub(super) fn weights_room(vram: Option<u64>, now: MemoryUse) -> u64 {
     limit.saturating_sub(now.used).min(now.free)
 }
 
-/// The plan for a device with memory of its own, and that memory: resident units and slots. Where
+/// Bytes of a device's memory that a plan counts with for weights, where there are `room`.
+pub(super) fn planned_room(room: u64, sizes: &Sizes, options: &Options) -> Result<u64, EngineError> {
+    match &options.repeat {
+        Some(recipe) => Ok(recipe.room(Some(room))?.unwrap_or(room)),
+        None if options.vram.is_none() => Ok(steady(room, sizes.weights())),
+        None => Ok(room),
+    }
+}
+
+/// The plan for a device with memory of its own, the room that it counts with, and that memory: resident units and slots. Where
 /// memory is refused that should be free, tier A shrinks.
 fn plan_on_device(
     model: &Model,
@@ -578,13 +617,13 @@ fn plan_on_device(
     memory: &Arc<dyn DeviceMemory>,
     options: &Options,
     notes: &mut Vec<String>,
-) -> Result<(Plan, (backend::DeviceAlloc, backend::DeviceAlloc)), EngineError> {
+) -> Result<(Plan, u64, (backend::DeviceAlloc, backend::DeviceAlloc)), EngineError> {
     let now = memory.memory()?;
-    let all_room = weights_room(options.vram, now);
+    let all_room = planned_room(weights_room(options.vram, now), sizes, options)?;
     let mut step = 0;
     loop {
         // Rounded down by up to 15 bytes, which no unit is smaller than.
-        let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
+        let room = if step == 0 { all_room } else { all_room / VRAM_STEPS * (VRAM_STEPS - step) };
         let plan = make_plan(model, sizes, Some(room), 0, options)?;
         let slots_bytes = plan.slots_on_device().sum::<u64>();
         let resident = memory.alloc(plan.vram_bytes - slots_bytes, "tier A");
@@ -598,9 +637,9 @@ fn plan_on_device(
                         format_bytes(all_room)
                     ));
                 }
-                return Ok((plan, both));
+                return Ok((plan, room, both));
             }
-            Err(BackendError::OutOfMemory { .. }) if step < VRAM_STEPS => step += 1,
+            Err(BackendError::OutOfMemory { .. }) if step < VRAM_STEPS && options.repeat.is_none() => step += 1,
             Err(e) => return Err(e.into()),
         }
     }
