@@ -121,7 +121,7 @@ impl DeviceMemory for Memory {
     }
 
     fn memory_rate(&self) -> Result<Option<f64>, BackendError> {
-        Ok(None)
+        Ok(Some(10e9))
     }
 }
 
@@ -791,6 +791,35 @@ fn a_device_that_vanishes_ends_every_pass_with_an_error_and_everything_is_releas
         drop(session);
         assert_eq!(*memory.used.lock().unwrap(), 0, "{calls}");
     }
+}
+
+/// What both sites compute of experts is counted at each and on the link, and the chain of sites is a bound.
+#[test]
+fn divided_experts_are_counted_and_their_chain_binds() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::tiny_moe(6).write(d.path(), "e.gguf")).unwrap();
+    let memory = Arc::new(Memory { ahead: true, shares: true, ..Memory::default() });
+    let o = Options { vram: Some(700 << 10), sites: Sites::Both, ..options() };
+    let mut session = start(&opened, o, &memory).unwrap();
+    let part = session.part_of_choices().expect("experts in RAM are divided");
+    session.start_measuring();
+    logits(&mut session).unwrap();
+    let l = session.links();
+    assert_eq!(l.passes, 5);
+    // What one pass is expected to take, of five; counted for each layer in whole bytes.
+    for (counted, expected) in [(l.beside_bytes, l.beside_bytes_per_pass), (l.gpu_fetched_bytes, l.gpu_bytes_per_pass)]
+    {
+        assert!(counted.abs_diff(5 * expected) <= 5 * 2 * 6, "{counted} of 5 * {expected}");
+    }
+    assert_eq!(l.ram_bytes, l.beside_bytes + l.gpu_bytes);
+    let of_host = l.beside_bytes as f64 / (l.beside_bytes + l.gpu_fetched_bytes) as f64;
+    assert!((of_host - part).abs() < 0.05, "{of_host} {part}");
+    let session = session.measure_ceilings().unwrap();
+    let l = session.links();
+    assert!(l.compute_s.is_none() && l.chain_s.is_some_and(|s| s > 6.0 * 30e-6), "{l:?}");
+    assert_eq!(l.roofline().map(|r| r.1), Some("chain"), "{l:?}");
+    let p = session.predicted().expect("all rates are there");
+    assert!(1.0 / p.pass.seconds <= l.roofline().unwrap().0 * 1.05 && p.pass.beside_bytes > 0.0, "{p:?}");
 }
 
 /// Guards against memory that is given back while it is copied to ([`Owned`] looks).

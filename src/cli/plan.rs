@@ -270,6 +270,15 @@ impl Shown {
             let mark = if rate.measured { "" } else { "guess: " };
             writeln!(out, "  {what:<22} {:>8.2} GB/s  {mark}{}", rate.gb_per_s, rate.source)?;
         }
+        if let (Some(gpu), Some(_)) = (&self.machine.gpu, &self.forecast.beside) {
+            let (idle, loaded) = (&gpu.costs.hand_over, &gpu.costs.hand_over_loaded);
+            let mark = if idle.measured && loaded.measured { "" } else { "guess: " };
+            writeln!(
+                out,
+                "  {:<22} {:>8.0} us    {mark}to processors and back; {:.0} us while copies fill the link",
+                "hand-over", idle.us, loaded.us
+            )?;
+        }
         if let Some(what) = &self.beyond {
             writeln!(out, "  computed on processors: the GPU has no kernels for {what}")?;
         }

@@ -47,6 +47,7 @@ impl Session {
         if self.plan.homes.contains(&Home::C) {
             self.links.nvme_ceiling = self.storage_rate()?;
         }
+        self.links.chain_s = self.chain_seconds();
         self.links.compute_s = self.compute_seconds()?;
         Ok(self)
     }
@@ -65,10 +66,12 @@ impl Session {
             && let Ok(device) = Device::open(0)
         {
             l.gpu_ceiling = recall("h2d", &machine::probe::link::identity(&device));
+            l.vram_ceiling = recall("vram", &machine::probe::link::identity(&device));
             l.ram_and_link_ceiling = ram_and_link(&device, l.ram_ceiling);
         }
         let any = l.ram_ceiling.or(l.nvme_ceiling).or(l.gpu_ceiling);
         l.ceilings_from = any.map(|_| "rates that nt probe measured before");
+        self.links.chain_s = self.chain_seconds();
     }
 
     /// Bytes per second; `None` where nothing but experts streams, whose order is not known.

@@ -16,8 +16,8 @@ use crate::machine;
 use crate::model::{Model, Tape};
 use crate::pipeline::{Event, EventKind};
 use crate::plan::{
-    self, COPY_GAP_S, Cache, Caching, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares, SimUnit,
-    Site, SiteRates, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
+    self, COPY_GAP_S, Cache, Caching, Costs, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares,
+    SimUnit, Site, SiteRates, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -376,8 +376,21 @@ pub(super) fn decode_seconds(
     machine: &Machine,
     site: Site,
 ) -> Vec<f64> {
-    let mut unit_s: Vec<f64> = units.iter().map(|u| u.decode_s(machine, site)).collect();
-    let Some(gpu) = machine.gpu.as_ref().filter(|_| site == Site::Gpu) else { return unit_s };
+    match machine.gpu.as_ref().filter(|_| site == Site::Gpu) {
+        Some(gpu) => gpu_seconds(units, homes, beside, gpu.memory.bytes_per_s(), &gpu.costs),
+        None => units.iter().map(|u| u.decode_s(machine, site)).collect(),
+    }
+}
+
+/// The same of a GPU that reads so many bytes of its memory a second.
+pub(super) fn gpu_seconds(
+    units: &[UnitWork],
+    homes: &[Home],
+    beside: Option<&plan::Beside>,
+    bytes_per_s: f64,
+    costs: &Costs,
+) -> Vec<f64> {
+    let mut unit_s: Vec<f64> = units.iter().map(|u| u.on_gpu_s(bytes_per_s, costs)).collect();
     let used = experts(units, 1).max(1) as f64;
     let mut first = 0;
     for layer in units.chunk_by(|a, b| a.size.routed() && b.size.routed() && a.size.block == b.size.block) {
@@ -385,7 +398,7 @@ pub(super) fn decode_seconds(
         first = all.end;
         // One call computes the experts of a layer if all of them rest.
         let whole = homes[all.clone()].iter().all(|h| *h == Home::A) || beside.is_some_and(|b| b.divides(all.start));
-        let least = if whole { gpu.costs.experts.s() / used } else { gpu.costs.expert.s() };
+        let least = if whole { costs.experts.s() / used } else { costs.expert.s() };
         all.filter(|u| units[*u].size.routed()).for_each(|u| unit_s[u] = unit_s[u].max(least));
     }
     unit_s

@@ -63,6 +63,9 @@ pub struct Links {
     pub ram_and_link_ceiling: Option<f64>,
     /// Measured seconds of a one-token pass that brings nothing.
     pub compute_s: Option<f64>,
+    /// Least seconds of one in which two sites compute in turn, by the ceilings and the costs of a GPU's kernels and hand-overs;
+    /// counted where that was not measured.
+    pub chain_s: Option<f64>,
     /// Experts that single tokens used, of those at home in VRAM, in RAM and on storage.
     pub expert_uses: [u64; 3],
     /// What caches in RAM had of the last.
@@ -170,10 +173,11 @@ impl Links {
         }
     }
 
-    /// Tokens per second of one-token passes that the measured ceilings and the measured time of computing allow,
+    /// Tokens per second of one-token passes that the measured ceilings and the time of computing allow,
     /// and what binds (see [`crate::plan::roofline`]).
     pub fn roofline(&self) -> Option<(f64, &'static str)> {
-        roofline(&self.traffic(), &self.rates(), self.compute_s).map(|r| (1.0 / r.seconds, r.bound_by.name()))
+        roofline(&self.traffic(), &self.rates(), self.compute_s.or(self.chain_s))
+            .map(|r| (1.0 / r.seconds, r.bound_by.name()))
     }
 }
 
@@ -216,5 +220,9 @@ mod tests {
             ..l
         };
         assert_eq!(l.roofline(), Some((0.25, "gpu")));
+        // Two sites work in turn: a chain, counted where it was not measured.
+        let l = Links { beside_bytes_per_pass: 2, chain_s: Some(8.0), ..l };
+        assert_eq!(l.roofline(), Some((0.125, "chain")));
+        assert_eq!(Links { compute_s: Some(5.0), ..l }.roofline(), Some((0.2, "chain")));
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::beside::{Division, as_exact};
-use super::forecast::{PASSES_SHOWN, decode_seconds, setup, with_passes};
+use super::forecast::{PASSES_SHOWN, decode_seconds, gpu_seconds, setup, with_passes};
 use super::hits::caching;
 use super::start::{apart, device_slots};
 use super::works::works;
@@ -49,11 +49,17 @@ impl Session {
         self.simulator(&self.links.rates(), self.beside_at(&units, self.slower()))
     }
 
-    /// A one-token pass whose units take shares of the measured time by their bytes.
+    /// A one-token pass whose units take shares of the measured time by their bytes; of two sites whose time was not measured, what the
+    /// VRAM's ceiling and the costs of kernels say.
     fn measured_work(&self) -> Option<PassWork> {
-        let compute_s = self.links.compute_s?;
         let units = works(&self.model, &self.weights.layouts);
         let beside = self.beside_at(&units, self.slower());
+        let experts = self.model.hparams.n_experts_used;
+        let Some(compute_s) = self.links.compute_s else {
+            let (vram, beside) = (self.links.vram_ceiling?, beside?);
+            let unit_s = gpu_seconds(&units, &self.plan.homes, Some(&beside), vram, &Costs::default());
+            return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false });
+        };
         // What processors beside a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
         let parts = beside.as_ref().map(|b| b.parts(&units));
         let of_host: f64 = beside.as_ref().map_or(0.0, |b| b.chain_s(&units, &vec![0.0; units.len()]));
@@ -62,7 +68,7 @@ impl Session {
         let beside_s = pass_s(self.site()).min(compute_s);
         let left = (compute_s - beside_s - of_host).max(0.0);
         let unit_s = units.iter().map(|u| left * u.bytes as f64 / all.max(1.0)).collect();
-        Some(PassWork { unit_s, beside_s, experts: self.model.hparams.n_experts_used, prompt: false })
+        Some(PassWork { unit_s, beside_s, experts, prompt: false })
     }
 
     /// Bytes a second of weights that processors beside the device compute, by the ceilings that were measured; a guess without.
@@ -85,6 +91,16 @@ impl Session {
         let divided = (0..of.parts.len()).filter(|u| of.divided[*u] && of.units[*u].is_some());
         let (n, sum) = divided.fold((0, 0.0), |(n, sum), u| (n + 1, sum + of.parts[u]));
         (n > 0).then(|| sum / f64::from(n))
+    }
+
+    /// Least seconds of a one-token pass in which processors beside the device compute in turn with it, by the ceilings of RAM and VRAM;
+    /// `None` without those processors or ceilings.
+    pub(super) fn chain_seconds(&self) -> Option<f64> {
+        let (vram, _) = (self.links.vram_ceiling?, self.links.ram_ceiling?);
+        let units = works(&self.model, &self.weights.layouts);
+        let beside = self.beside_at(&units, self.slower())?;
+        let unit_s = gpu_seconds(&units, &self.plan.homes, Some(&beside), vram, &Costs::default());
+        Some(beside.chain_s(&units, &unit_s) + pass_s(self.site()))
     }
 
     /// What the session's plan followed from, by which it can be made again.

@@ -1,6 +1,6 @@
 //! What a pass asks of each unit: bytes to move and time to compute.
 
-use super::{Machine, UnitSize};
+use super::{Costs, Machine, UnitSize};
 use crate::gguf::TensorType;
 
 /// A unit and its part of a pass.
@@ -68,13 +68,16 @@ impl UnitWork {
     /// Seconds of computing it for one token; of an expert, as its bytes take.
     pub fn decode_s(&self, machine: &Machine, site: Site) -> f64 {
         match (site, &machine.gpu) {
-            (Site::Gpu, Some(gpu)) => {
-                let v = gpu.memory.bytes_per_s();
-                let s: f64 = self.matrices.iter().map(|&(ty, bytes, _)| bytes as f64 / (v * gpu_share(ty))).sum();
-                s.max(gpu.costs.least_s(self.size.part, self.operations))
-            }
+            (Site::Gpu, Some(gpu)) => self.on_gpu_s(gpu.memory.bytes_per_s(), &gpu.costs),
             _ => self.on_processors_s(cpu_decode_bytes_per_s(machine)),
         }
+    }
+
+    /// Seconds of computing it for one token on a GPU that reads so many bytes of its memory a second.
+    pub fn on_gpu_s(&self, bytes_per_s: f64, costs: &Costs) -> f64 {
+        let read = |&(ty, bytes, _): &(TensorType, u64, u64)| bytes as f64 / (bytes_per_s * gpu_share(ty));
+        let s: f64 = self.matrices.iter().map(read).sum();
+        s.max(costs.least_s(self.size.part, self.operations))
     }
 
     /// Seconds of computing it for one token on processors that compute so many bytes of weights a second.
