@@ -8,7 +8,7 @@ use super::repeat::{Recipe, steady};
 use super::sizes::unit_sizes;
 use super::start::{Sizes, dims, make_plan, planned_room, weights_room};
 use super::works::works;
-use super::{EngineError, Options};
+use super::{EngineError, Options, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
@@ -280,7 +280,8 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
     model.hparams.check_window(options.n_ctx)?;
     model.hparams.check_cache(options.kv_type)?;
     let site = site(model, machine, options)?;
-    let free = |room| if site == Site::Gpu { steady(room, sizes.weights()) } else { room };
+    let two = site == Site::Gpu && options.sites != Sites::One;
+    let free = |room| if two { steady(room, sizes.weights()) } else { room };
     let ram_room = options.ram.or_else(|| ram_budget(machine).map(free)).unwrap_or(0);
     let storage = options.storage && machine.storage.is_some();
     let options = Options { ram: Some(ram_room), storage, ..options.clone() };

@@ -312,7 +312,8 @@ fn options_within_locks(options: Options, reader: &dyn Reader) -> Options {
 /// follow from it.
 fn with_ram(options: Options, sizes: &Sizes, on_device: bool) -> Options {
     let budget = || machine::memory(Path::new("/")).budget();
-    let free = |room| if on_device { steady(room, sizes.weights()) } else { room };
+    let two = on_device && options.sites != Sites::One;
+    let free = |room| if two { steady(room, sizes.weights()) } else { room };
     Options { ram: options.ram.or_else(|| budget().map(free)), ..options }
 }
 
@@ -604,7 +605,7 @@ pub(super) fn weights_room(vram: Option<u64>, now: MemoryUse) -> u64 {
 pub(super) fn planned_room(room: u64, sizes: &Sizes, options: &Options) -> Result<u64, EngineError> {
     match &options.repeat {
         Some(recipe) => Ok(recipe.room(Some(room))?.unwrap_or(room)),
-        None if options.vram.is_none() => Ok(steady(room, sizes.weights())),
+        None if options.vram.is_none() && options.sites != Sites::One => Ok(steady(room, sizes.weights())),
         None => Ok(room),
     }
 }
