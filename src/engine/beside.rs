@@ -96,6 +96,10 @@ pub(super) fn beside(
         share: division.share,
         divided: division.divided.clone(),
         parts,
+        each_pass_bytes: (0..chosen.len())
+            .filter(|&u| chosen[u] && !matches!(model.units[u].kind, UnitKind::Expert { .. }))
+            .map(|u| model.units[u].bytes())
+            .sum(),
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Recipe {
     caches: bool,
     /// Buffers, where they were given or chosen.
     n_buffers: Option<usize>,
+    /// Whether experts may have more.
+    more_frames: bool,
     /// Bytes a second of processors, the link and the GPU by which work was divided, in steps of a twentieth.
     rates: Option<[u64; 3]>,
     /// Which units processors beside the GPU compute; of none, empty.
@@ -118,6 +120,7 @@ impl Recipe {
             storage: options.storage,
             caches: options.caches,
             n_buffers: options.n_buffers,
+            more_frames: options.more_frames,
             rates: rates.map(|r| [r.ram, r.link, r.device].map(|rate| rate as u64)),
             divided: divided(division),
         }
@@ -207,6 +210,7 @@ impl Recipe {
             storage: self.storage && options.storage,
             caches: self.caches,
             n_buffers: self.n_buffers,
+            more_frames: self.more_frames,
             ..options.clone()
         })
     }

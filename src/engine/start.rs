@@ -601,13 +601,15 @@ pub(super) fn weights_room(vram: Option<u64>, now: MemoryUse) -> u64 {
     limit.saturating_sub(now.used).min(now.free)
 }
 
-/// Bytes of a device's memory that a plan counts with for weights, where there are `room`.
+/// Bytes of a device's memory that a plan counts with for weights, where there are `room`: rounded down by up to 15 bytes, which no unit
+/// is smaller than, so that it may shrink by steps.
 pub(super) fn planned_room(room: u64, sizes: &Sizes, options: &Options) -> Result<u64, EngineError> {
-    match &options.repeat {
-        Some(recipe) => Ok(recipe.room(Some(room))?.unwrap_or(room)),
-        None if options.vram.is_none() && options.sites != Sites::One => Ok(steady(room, sizes.weights())),
-        None => Ok(room),
-    }
+    let room = match &options.repeat {
+        Some(recipe) => recipe.room(Some(room))?.unwrap_or(room),
+        None if options.vram.is_none() && options.sites != Sites::One => steady(room, sizes.weights()),
+        None => room,
+    };
+    Ok(room / VRAM_STEPS * VRAM_STEPS)
 }
 
 /// The plan for a device with memory of its own, the room that it counts with, and that memory: resident units and slots. Where
@@ -623,8 +625,7 @@ fn plan_on_device(
     let all_room = planned_room(weights_room(options.vram, now), sizes, options)?;
     let mut step = 0;
     loop {
-        // Rounded down by up to 15 bytes, which no unit is smaller than.
-        let room = if step == 0 { all_room } else { all_room / VRAM_STEPS * (VRAM_STEPS - step) };
+        let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
         let plan = make_plan(model, sizes, Some(room), 0, options)?;
         let slots_bytes = plan.slots_on_device().sum::<u64>();
         let resident = memory.alloc(plan.vram_bytes - slots_bytes, "tier A");

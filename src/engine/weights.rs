@@ -65,6 +65,8 @@ pub(super) struct Beside {
     pub divided: Vec<bool>,
     /// By unit, the part of its uses that processors compute, where each expert is as likely.
     pub parts: Vec<f64>,
+    /// Bytes of the units that they compute in every pass: all but experts.
+    pub each_pass_bytes: u64,
 }
 
 impl Weights {
@@ -216,6 +218,7 @@ impl WeightSource for Weights {
 
     fn repeated(&mut self) {
         self.bytes += self.shared_bytes;
+        self.beside_bytes += self.of_host().map_or(0, |b| b.each_pass_bytes);
     }
 
     fn at_rest(&self, unit: usize, span: usize) -> Option<u64> {
