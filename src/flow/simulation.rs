@@ -157,8 +157,8 @@ enum Consumer {
     Waits,
     /// Computes from host frames, up to this use.
     Computes(Rank),
-    /// Calls what is to be computed from a device frame once so many copies have ended.
-    Calls(usize, usize, Rank, u64),
+    /// Calls what is to be computed from the device frames that are held, up to this use.
+    Calls(Rank),
 }
 
 struct World {
@@ -175,6 +175,8 @@ struct World {
     computes_done: u64,
     /// By device frame: number of the last copy queued to it, and of the last compute called from it.
     last_copy: Vec<u64>,
+    /// Device frames that are held: their units, and how many copies must have ended before what is computed from them.
+    calls: Vec<(usize, usize, u64)>,
     last_compute: Vec<u64>,
     consumer: Consumer,
     /// Host frames that are computed from, and their units.
@@ -215,6 +217,7 @@ impl World {
             called: 0,
             computes_done: 0,
             last_copy: vec![0; counts[1]],
+            calls: Vec::new(),
             last_compute: vec![0; counts[1]],
             consumer: Consumer::Go,
             held: Vec::new(),
@@ -328,7 +331,7 @@ impl World {
                 assert!(!to.written && to.readers == 0, "a read into frame {}, which is in use", m.to);
                 (to.written, to.unit) = (true, None);
             } else {
-                let called = matches!(self.consumer, Consumer::Calls(frame, ..) if frame == m.to);
+                let called = self.calls.iter().any(|c| c.0 == m.to);
                 assert!(!called, "a copy into frame {}, which work is being called from", m.to);
                 self.copies += 1;
                 self.last_copy[m.to] = self.copies;
@@ -424,6 +427,7 @@ impl World {
             Consumer::Computes(rank) => {
                 // Those of caches may be held together.
                 if let Some(&next) = self.todo.front()
+                    && self.in_ram(next)
                     && self.frames.is_ready(next)
                     && self.chance(0.7)
                 {
@@ -440,10 +444,20 @@ impl World {
                 self.wake();
                 return true;
             }
-            Consumer::Calls(frame, unit, rank, after) => {
-                self.called += 1;
-                self.last_compute[frame] = self.called;
-                self.computes.push_back(Compute { frame, unit, after, running: false });
+            Consumer::Calls(rank) => {
+                if let Some(&next) = self.todo.front()
+                    && !self.in_ram(next)
+                    && self.frames.is_ready(next)
+                    && self.chance(0.7)
+                {
+                    self.hold(next);
+                    return true;
+                }
+                for (frame, unit, after) in std::mem::take(&mut self.calls) {
+                    self.called += 1;
+                    self.last_compute[frame] = self.called;
+                    self.computes.push_back(Compute { frame, unit, after, running: false });
+                }
                 self.consumer = Consumer::Go;
                 self.frames.reached(rank);
                 self.wake();
@@ -493,6 +507,11 @@ impl World {
         true
     }
 
+    /// Whether a unit is used in RAM.
+    fn in_ram(&self, unit: usize) -> bool {
+        self.case.spec.site == Place::Host || self.case.spec.in_ram.get(unit) == Some(&true)
+    }
+
     fn hold(&mut self, unit: usize) {
         match self.frames.hold(unit) {
             Hold::Ready(frame, rank) => {
@@ -501,15 +520,15 @@ impl World {
                 assert!(silent.is_none(), "computed from copy {silent:?}, which failed, and nothing was said");
                 self.todo.pop_front();
                 self.handed.insert(rank);
-                let in_ram = self.case.spec.in_ram.get(unit) == Some(&true);
-                if self.case.spec.site == Place::Host || in_ram {
+                if self.in_ram(unit) {
                     let memory = &mut self.memory[0][frame];
                     assert!(memory.unit == Some(unit) && !memory.written, "frame {frame} was handed over too early");
                     memory.readers += 1;
                     self.held.push((frame, unit));
                     self.consumer = Consumer::Computes(rank);
                 } else {
-                    self.consumer = Consumer::Calls(frame, unit, rank, self.last_copy[frame]);
+                    self.calls.push((frame, unit, self.last_copy[frame]));
+                    self.consumer = Consumer::Calls(rank);
                 }
                 self.wake();
             }
@@ -540,6 +559,7 @@ impl World {
         for (frame, _) in self.held.drain(..) {
             self.memory[0][frame].readers -= 1;
         }
+        self.calls.clear();
         self.consumer = Consumer::Go;
         self.frames.give_up();
         self.wake();

@@ -758,7 +758,8 @@ impl<'a> Pass<'a> {
         for &unit in &ahead {
             let (rests, wanted) = (self.source.rests(unit), chosen.binary_search(&unit).is_ok());
             // A unit that is given back takes those before it along.
-            if batch.len() == BATCH || !rests && !(wanted && self.source.is_ready(unit)) {
+            let joins = rests || wanted && self.source.is_ready(unit);
+            if batch.len() == BATCH || !joins {
                 self.compute(&mut batch)?;
             }
             match (rests, wanted) {
