@@ -41,7 +41,7 @@ pub struct Setup {
     pub device_attention: bool,
     /// Rates. A link without one takes no time.
     pub rates: Rates,
-    /// Seconds that the link rests between two copies; of experts, at most [`EXPERT_GAP_S`].
+    /// Seconds that the link rests between two copies; of experts, at most a few microseconds.
     pub copy_gap_s: f64,
     /// Whether the next pass is brought while this one ends. A predecessor's did not.
     pub wrap: bool,
