@@ -583,7 +583,8 @@ pub trait Backend {
     /// Called once for each distinct id that `route` returned, in any order.
     fn expert(&mut self, e: &Expert) -> Result<(), BackendError>;
 
-    /// [`Backend::expert`] for several of them, at most once each; their weights are all where they stay.
+    /// [`Backend::expert`] for several of them, at most once each; their weights are all there until the call returns, or until what a device was
+    /// called has run.
     fn experts(&mut self, list: &[Expert]) -> Result<(), BackendError> {
         list.iter().try_for_each(|e| self.expert(e))
     }

@@ -30,7 +30,7 @@ pub(super) struct Weights {
     homes: Vec<Home>,
     /// Uses of experts by single tokens, of those at home in VRAM, RAM and on storage.
     pub uses: [u64; 3],
-    /// Bytes of weights handed to compute.
+    /// Bytes of weights handed to compute, also of experts that were brought ahead and that nobody chose.
     pub bytes: u64,
     /// Keep computing in the timeline.
     traced: bool,

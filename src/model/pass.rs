@@ -240,11 +240,13 @@ pub fn forward(
     }
     let called = pass.all(stop);
     let done = pass.backend.end_stretch(called.is_ok());
-    called?;
-    if done? {
-        return Ok(());
+    match (called, done) {
+        (Ok(()), Ok(true)) => return Ok(()),
+        (Ok(()), Err(e)) => return Err(e.into()),
+        // It could not be recorded, and nothing has run.
+        (Ok(()) | Err(ForwardError::Backend(_)), Ok(false)) => pass.all(stop)?,
+        (Err(e), _) => return Err(e),
     }
-    pass.all(stop)?;
     Ok(pass.backend.catch_up()?)
 }
 

@@ -130,7 +130,10 @@ impl CudaBackend {
 
     /// Lets the words of all places begin anew, so that a pass that was recorded finds those it was recorded with.
     pub(super) fn begin_words(&mut self) -> Result<(), BackendError> {
-        let Some(h) = self.handover.as_mut().filter(|h| h.uses != [0; PLACES] && !h.lost) else { return Ok(()) };
+        let Some(h) = self.handover.as_mut().filter(|h| h.lost || h.uses != [0; PLACES]) else { return Ok(()) };
+        if h.lost {
+            return Err(device_error("the GPU did not come in an earlier pass, and is not asked again"));
+        }
         // Whatever may still wait for one of them, or write it.
         for stream in [&self.engine.stream, &h.copies] {
             if !stream.is_idle()? {
@@ -272,10 +275,11 @@ impl Hands for CudaBackend {
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
         let (n, all) = (self.dims.n_embd, self.tokens * self.dims.n_experts_used);
         let mut only = [0u32; 8];
+        if all > 32 * only.len() || pairs.iter().any(|pair| *pair as usize >= all) {
+            return Err(device_error(format!("{all} pairs of experts are too many for processors")));
+        }
         for pair in pairs {
-            let word = only.get_mut(*pair as usize / 32).filter(|_| (*pair as usize) < all);
-            *word.ok_or_else(|| device_error(format!("experts of pair {pair} are too many for processors")))? |=
-                1 << (pair % 32);
+            only[*pair as usize / 32] |= 1 << (pair % 32);
         }
         let answer = self.await_answer(place)?;
         let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
@@ -361,8 +365,9 @@ impl Hands for CudaBackend {
     }
 
     fn give_again(&mut self, place: usize) {
+        let floats = self.tokens * self.dims.n_embd;
         if let Some(h) = &mut self.handover {
-            h.uses[place] = h.uses[place].wrapping_add(1);
+            (h.uses[place], h.floats[place]) = (h.uses[place].wrapping_add(1), floats);
         }
     }
 
@@ -385,12 +390,14 @@ impl Hands for CudaBackend {
 
     fn answer_all(&mut self) {
         let Some(h) = &mut self.handover else { return };
-        h.set_words(LET_GO);
         if h.lost {
+            h.set_words(LET_GO);
             return;
         }
-        // What is left of the pass runs out on what is there.
+        // A copy that ends later would write its own word over this one; it waits for nothing itself.
         let _ = self.engine.device.bind().and_then(|()| h.copies.synchronize());
+        h.set_words(LET_GO);
+        // What is left of the pass runs out on what is there.
         let _ = self.engine.stream.synchronize();
         h.set_words(0);
         h.uses = [0; PLACES];

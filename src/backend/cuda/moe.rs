@@ -1,4 +1,5 @@
-//! Routed experts that all rest in the GPU's memory: router, choice, experts and their sum, without a wait for the host.
+//! Routed experts that all rest in the GPU's memory, or in RAM beside it: router, choice, experts and their sum, without a wait for the
+//! host; and those of bulk rows that are brought, some at a time.
 //!
 //! A table in device memory has the addresses of each expert's matrices; kernels read it by the ids that the router left
 //! there. Sums are made in the order of the kernels that compute one expert at a time, so a row's bits are the same

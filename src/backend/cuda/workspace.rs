@@ -339,7 +339,7 @@ pub(super) fn landing_slot(d: &Dims) -> u64 {
 }
 
 impl MoeBuffers {
-    /// Words of scores, ids, weights, lists, outputs, tables, tiles and landing.
+    /// Words of scores, ids, weights, lists, outputs, tables, tiles, landing and experts at hand.
     fn words(d: &Dims) -> [usize; 9] {
         let pairs = d.max_batch * d.n_experts_used;
         let tables = d.n_blocks * d.n_experts * 6 * 2;
