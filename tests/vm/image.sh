@@ -1,9 +1,11 @@
 # Functions of run.sh: the suites, the kernel, the root file system, the initramfs, the boot.
 # shellcheck shell=bash
+#
+# `store` is the folder for all guests, with what was fetched; `work` that of one guest.
 
 base_modules=(crc32c_generic nvme vfio-pci vfio_iommu_type1 ext4)
 base_programs=(nvme:nvme-cli fio mke2fs sfdisk blkid)
-most_drives=26
+most_drives=14 # of a guest that suites share: two guests then take about as long as each other
 
 # declared SUITE WORD: the value of that line of the suite's first comment, nothing where there is none.
 declared() { sed -n -e '/^#/!q' -e "s/^# $2\(: *\| *$\)//p" "$here/suites/$1.sh"; }
@@ -40,7 +42,7 @@ select_suites() {
     fi
     more=$(drives_of "$name" | wc -l)
     if [ $((drives + more)) -gt $most_drives ] && [ ${#shared[@]} != 0 ]; then
-      guests+=("${shared[*]}")
+      guests=("${shared[*]}" ${guests[@]+"${guests[@]}"})
       shared=() drives=0
     fi
     shared+=("$name")
@@ -83,30 +85,30 @@ need_tools() {
   fi
   say "installing ${missing[*]}"
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } \
-    >"$work/apt.log" 2>&1 || { echo "tests/vm: skipped, since apt-get cannot install ${missing[*]} ($work/apt.log)" >&2; exit 77; }
+    >"$store/apt.log" 2>&1 || { echo "tests/vm: skipped, since apt-get cannot install ${missing[*]} ($store/apt.log)" >&2; exit 77; }
 }
 
 # Debian's kernel, unpacked and never installed.
 fetch_kernel() {
-  if [ ! -d "$work/kernel/boot" ]; then
+  if [ ! -d "$store/kernel/boot" ]; then
     local package
     package=$(apt-cache depends linux-image-amd64 | awk '/Depends: linux-image/ {print $2; exit}')
-    (cd "$work" && apt-get download "$package" >/dev/null 2>&1)
-    dpkg-deb -x "$work"/linux-image-*.deb "$work/kernel"
-    rm -f "$work"/linux-image-*.deb
+    (cd "$store" && apt-get download "$package" >/dev/null 2>&1)
+    dpkg-deb -x "$store"/linux-image-*.deb "$store/kernel"
+    rm -f "$store"/linux-image-*.deb
   fi
-  kernel_version=$(basename "$work"/kernel/lib/modules/*)
-  vmlinuz=$work/kernel/boot/vmlinuz-$kernel_version
-  [ -f "$work/kernel/lib/modules/$kernel_version/modules.dep" ] || depmod -b "$work/kernel" "$kernel_version"
+  kernel_version=$(basename "$store"/kernel/lib/modules/*)
+  vmlinuz=$store/kernel/boot/vmlinuz-$kernel_version
+  [ -f "$store/kernel/lib/modules/$kernel_version/modules.dep" ] || depmod -b "$store/kernel" "$kernel_version"
 }
 
-# fetch_package NAME: unpacks a Debian package into $work/tools, once, and never installs it.
+# fetch_package NAME: unpacks a Debian package into $store/tools, once, and never installs it.
 fetch_package() {
-  [ ! -e "$work/tools/.$1" ] || return 0
-  mkdir -p "$work/tools" "$work/debs"
-  rm -f "$work"/debs/*
-  (cd "$work/debs" && apt-get download "$1" >/dev/null 2>&1) || return 1
-  dpkg-deb -x "$work"/debs/*.deb "$work/tools" && touch "$work/tools/.$1"
+  [ ! -e "$store/tools/.$1" ] || return 0
+  mkdir -p "$store/tools" "$store/debs"
+  rm -f "$store"/debs/*
+  (cd "$store/debs" && apt-get download "$1" >/dev/null 2>&1) || return 1
+  dpkg-deb -x "$store"/debs/*.deb "$store/tools" && touch "$store/tools/.$1"
 }
 
 # find_program COMMAND: where it lies, on this machine or unpacked.
@@ -114,12 +116,12 @@ find_program() {
   local folder
   command -v "$1" && return
   for folder in usr/sbin usr/bin sbin bin; do
-    if [ -e "$work/tools/$folder/$1" ]; then echo "$work/tools/$folder/$1"; return; fi
+    if [ -e "$store/tools/$folder/$1" ]; then echo "$store/tools/$folder/$1"; return; fi
   done
   return 1
 }
 
-tool_libraries() { echo "$PWD/$work/tools/usr/lib/x86_64-linux-gnu:$PWD/$work/tools/lib/x86_64-linux-gnu:$PWD/$work/tools/usr/lib"; }
+tool_libraries() { echo "$PWD/$store/tools/usr/lib/x86_64-linux-gnu:$PWD/$store/tools/lib/x86_64-linux-gnu:$PWD/$store/tools/usr/lib"; }
 
 # need_program COMMAND[:PACKAGE]: finds it or unpacks the package and those of the libraries it misses.
 need_program() {
@@ -127,7 +129,7 @@ need_program() {
   path=$(find_program "$command") || { fetch_package "$package" && path=$(find_program "$command"); } || return 1
   while missing=$(LD_LIBRARY_PATH=$(tool_libraries) ldd "$path" 2>/dev/null | awk '/not found/ {print $1; exit}'); [ -n "$missing" ]; do
     package=$(package_of "$missing") && fetch_package "$package" || return 1
-    [ -n "$(find "$work/tools" -name "$missing")" ] || return 1
+    [ -n "$(find "$store/tools" -name "$missing")" ] || return 1
   done
 }
 
@@ -146,14 +148,14 @@ copy_program() {
   local path=$1 root=$2 to=${3:-/usr/bin/$(basename "$1")} lib
   install -D -m 755 "$(readlink -f "$path")" "$root$to"
   LD_LIBRARY_PATH=$(tool_libraries) ldd "$path" 2>/dev/null | grep -o '/[^ ]*' | while read -r lib; do
-    to=${lib#"$PWD/$work/tools"}
+    to=${lib#"$PWD/$store/tools"}
     [ -e "$root$to" ] || install -D -m 755 "$(readlink -f "$lib")" "$root$to"
   done
 }
 
 # copy_modules ROOT MODULE…
 copy_modules() {
-  local root=$1 file module base=$work/kernel
+  local root=$1 file module base=$store/kernel
   shift
   for module in "$@"; do
     modprobe -d "$base" -S "$kernel_version" --show-depends "$module" | awk '/^insmod/ {print $2}'
@@ -294,7 +296,7 @@ boot() {
     : >"$log.part"
     python3 "$here/host.py" "$log.part" "$work/qmp" ${absent[@]+"${absent[@]}"} & watcher=$!
     timeout "${NT_VM_TIMEOUT:-$limit}" qemu-system-x86_64 "${machine[@]}" -cpu max,-arch-capabilities "${smp[@]}" -m "${memory:-1024}" \
-      -nodefaults -display none -serial "file:$log.part" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot \
+      -nodefaults -display none -pidfile "$work/qemu.pid" -serial "file:$log.part" -qmp "unix:$work/qmp,server=on,wait=off" -no-reboot \
       -kernel "$vmlinuz" -initrd "$work/initramfs.gz" "${devices[@]}" \
       -append "console=ttyS0 quiet panic=-1 intel_iommu=on no_timer_check ${NT_VM_APPEND-iommu=pt} $append nt.suites=$(tr ' ' , <<<"${left[*]}") nt.step=$step nt.seed=${NT_VM_SEED:-1}" \
       2>"$work/qemu.log" || [ $? != 139 ] || crashed=1

@@ -38,14 +38,15 @@
 # `absent`), `HOST wakeup` (wakes the guest once it sleeps). `again STEP` in a suite cuts the power and boots the
 # same drives once more; the suite then runs with $step set to STEP.
 #
+# Guests run two at a time, each with a folder of its own below target/vm: NT_VM_JOBS replaces the two.
 # NT_VM_DIR replaces target/vm, NT_VM_MODEL the model, NT_VM_TIMEOUT the seconds of a guest, NT_VM_ACCEL the
 # accelerator, NT_VM_APPEND the words `iommu=pt` of the kernel's command line, NT_VM_SEED the seed of suites
 # that take one, NT_VM_STEP the step at which a suite begins (see stage_kills_all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/vm
-work=${NT_VM_DIR:-target/vm}
-mkdir -p "$work"
+store=${NT_VM_DIR:-target/vm}
+mkdir -p "$store"
 build=1
 keep=0
 chosen=()
@@ -82,19 +83,43 @@ if [ -z "$model" ]; then
   model=$smollm2
 fi
 
-status=0
-[ "$keep" = 1 ] || trap 'rm -rf "$work"/*.img "$work/model" "$work/root"' EXIT
+# Fetched here, so that no two guests unpack one package at a time.
+for suite in ${guests[*]}; do
+  for program in $(declared "$suite" programs); do need_program "$program" || true; done
+done
+for program in "${base_programs[@]}"; do need_program "$program" || true; done
+
+# guest_in_turn "SUITE…": runs that guest in a folder of its own, prints what it said once it has ended, and leaves
+# its status there.
 # QEMU 7.2 itself has been seen to end by a segmentation fault when a drive is unplugged, as often as not on some
 # machines; what the guest then was about says nothing of nt. Any other failure counts at once.
-for guest in "${guests[@]}"; do
+guest_in_turn() {
+  local attempt crashed status=1
+  work=$store/${1%% *}
+  mkdir -p "$work"
+  rm -f "$work/status" "$work/qemu.pid"
   for attempt in 1 2 3 4 5; do
     crashed=0
-    run_guest "$guest" && break
-    if [ "$crashed" = 0 ] || [ "$attempt" = 5 ]; then
-      status=1
-      break
-    fi
+    run_guest "$1" && { status=0; break; }
+    [ "$crashed" = 1 ] && [ "$attempt" != 5 ] || break
     echo "INFO the emulator crashed; once more, from fresh drives"
-  done
+  done >"$work/said" 2>&1
+  [ "$keep" = 1 ] || rm -rf "$work"/*.img "$work/model" "$work/root"
+  flock "$store" cat "$work/said"
+  echo "$status" >"$work/status"
+}
+
+# A guest in the background does not hear Ctrl-C; without its emulator it comes to its end.
+trap 'kill $(cat "$store"/*/qemu.pid 2>/dev/null) 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT TERM
+turns=${NT_VM_JOBS:-2}
+for guest in "${guests[@]}"; do
+  while [ "$(jobs -rp | wc -l)" -ge "$turns" ]; do wait -n || true; done
+  guest_in_turn "$guest" &
+done
+wait
+status=0
+for guest in "${guests[@]}"; do
+  [ "$(cat "$store/${guest%% *}/status" 2>/dev/null)" = 0 ] || { echo "tests/vm: the guest of $guest failed" >&2; status=1; }
 done
 exit $status
