@@ -31,3 +31,31 @@ extern "C" __global__ void __launch_bounds__(256) hand_rows(const __grid_constan
     }
     for (int i = 0; i < 4 && at + i < a.n; i++) to[i] = *(const volatile float*)(from + i);
 }
+
+struct ChoicesArgs {
+    u32* ids;           // n: what the rows chose
+    u32* to;            // the same for the host
+    const u32* forced;  // what they are to choose instead; null: nothing
+    const u32* slots;   // by expert, its slot or NO_SLOT; null: there are none
+    int* kept;          // n: the slot that each choice has now, or -1
+    int n;
+};
+ARGS_SIZE(ChoicesArgs, 48); ARGS_FIELD(ChoicesArgs, ids, 0); ARGS_FIELD(ChoicesArgs, to, 8); ARGS_FIELD(ChoicesArgs, forced, 16);
+ARGS_FIELD(ChoicesArgs, slots, 24); ARGS_FIELD(ChoicesArgs, kept, 32); ARGS_FIELD(ChoicesArgs, n, 40);
+
+// Hands choices to the host, and keeps which of them have slots before the host, which knows as much, gives slots to others.
+extern "C" __global__ void __launch_bounds__(256) hand_choices(const __grid_constant__ ChoicesArgs a) {
+    pdl_launch();
+    pdl_wait();
+    const int i = threadIdx.x;
+    if (i >= a.n) return;
+    u32 id;
+    if (a.forced) {
+        id = *(const volatile u32*)(a.forced + i);
+        a.ids[i] = id;
+    } else {
+        id = __ldcg(a.ids + i);
+    }
+    a.to[i] = id;
+    a.kept[i] = a.slots ? (int)*(const volatile u32*)(a.slots + id) : -1;
+}

@@ -119,11 +119,13 @@ struct ExpertsArgs {
     float limit;           // of that
     int add;               // to x, rather than in its place
     int share;             // of what is chosen in RAM 256ths are for processors; then x has a row for each choice. -1: for none
-    const u8* landing;     // where the others in RAM have been brought, in the order of choices; null: they are read in RAM
+    const u8* landing;     // where the others in RAM have been brought, in the order of choices or to slots; null: they are read in RAM
     u64 slot;              // bytes of one of them
     int which;             // WHICH_*, where some are in RAM
+    const int* kept;       // tokens × used, of those in RAM: the slot that has it, or -1; null: there are no slots, or all is in RAM
+    const u32* slots;      // by expert, its slot once all that was chosen has been brought
 };
-ARGS_SIZE(ExpertsArgs, 144); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
+ARGS_SIZE(ExpertsArgs, 160); ARGS_FIELD(ExpertsArgs, table, 0); ARGS_FIELD(ExpertsArgs, scores, 8);
 ARGS_FIELD(ExpertsArgs, q, 16); ARGS_FIELD(ExpertsArgs, f, 24); ARGS_FIELD(ExpertsArgs, hidden, 32);
 ARGS_FIELD(ExpertsArgs, x, 40); ARGS_FIELD(ExpertsArgs, ids, 48); ARGS_FIELD(ExpertsArgs, weights, 56);
 ARGS_FIELD(ExpertsArgs, experts, 64); ARGS_FIELD(ExpertsArgs, used, 68); ARGS_FIELD(ExpertsArgs, n, 72);
@@ -132,6 +134,7 @@ ARGS_FIELD(ExpertsArgs, each, 88); ARGS_FIELD(ExpertsArgs, row_room, 92); ARGS_F
 ARGS_FIELD(ExpertsArgs, scale, 100); ARGS_FIELD(ExpertsArgs, how, 104); ARGS_FIELD(ExpertsArgs, limit, 108);
 ARGS_FIELD(ExpertsArgs, add, 112); ARGS_FIELD(ExpertsArgs, share, 116);
 ARGS_FIELD(ExpertsArgs, landing, 120); ARGS_FIELD(ExpertsArgs, slot, 128); ARGS_FIELD(ExpertsArgs, which, 136);
+ARGS_FIELD(ExpertsArgs, kept, 144); ARGS_FIELD(ExpertsArgs, slots, 152);
 
 // Of a token's choices that are not for processors:
 #define WHICH_ALL 0
@@ -299,42 +302,57 @@ __device__ __forceinline__ float2 two_rows_plain(const u8* w0, const u8* w1, con
 
 #define OF_PROCESSORS (-2)
 
-// Where a choice of a token is computed: OF_PROCESSORS, which have the first ones of those in RAM; its place among those that
-// are brought; -1 in device memory. By a warp, whose lane j has the j-th choice.
+// Where a choice of a token is computed: OF_PROCESSORS, which have the last ones of those in RAM; its place among the others of
+// those; -1 in device memory. By a warp, whose lane j has the j-th choice.
 template <class Args>
 __device__ __forceinline__ int site_of(const Args& a, int id, int lane) {
     if (a.share < 0) return -1;
     const bool ram = lane < a.used && (a.table[(size_t)id * TABLE] & IN_RAM);
     const u32 all = __ballot_sync(0xffffffffu, ram);
-    const int most = (__popc(all) * a.share + 128) >> 8, mine = __popc(all & ((1u << lane) - 1));
-    return !ram ? -1 : mine < most ? OF_PROCESSORS : mine - most;
+    const int others = __popc(all) - ((__popc(all) * a.share + 128) >> 8), mine = __popc(all & ((1u << lane) - 1));
+    return !ram ? -1 : mine < others ? mine : OF_PROCESSORS;
 }
 
-// Whether a choice with this site is for this launch.
-__device__ __forceinline__ bool is_meant(const ExpertsArgs& a, int site) {
-    return site != OF_PROCESSORS && (a.which == WHICH_ALL || (site < 0) == (a.which == WHICH_HERE));
+// Where a choice lies for a launch: a place of the landing, or -1 for its address in the table.
+struct Site {
+    int at;
+    bool is_meant;
+};
+
+// That of choice `lane` of a token, the pair of this number.
+__device__ __forceinline__ Site site_for(const ExpertsArgs& a, int pair, int id, int lane) {
+    int at = site_of(a, id, lane);
+    const bool ours = at != OF_PROCESSORS;
+    bool brought = at >= 0;
+    if (brought && a.kept) {
+        at = __ldcg(a.kept + pair);
+        brought = at < 0;
+        if (brought && a.which == WHICH_BROUGHT) at = (int)__ldcg(a.slots + id);
+    }
+    return {at, ours && (a.which == WHICH_ALL || brought == (a.which == WHICH_BROUGHT))};
 }
 
 // Matrix `k` of an expert.
-__device__ __forceinline__ const u8* matrix_of(const ExpertsArgs& a, int id, int k, int site) {
+__device__ __forceinline__ const u8* matrix_of(const ExpertsArgs& a, int id, int k, int place) {
     const u64* row = a.table + (size_t)id * TABLE;
     const u64 first = row[0] & ~IN_RAM, at = k == 0 ? first : row[k];
-    if (site < 0 || !a.landing) return (const u8*)at;
+    if (place < 0 || !a.landing) return (const u8*)at;
     // As src/backend/cuda/handover.rs brings it.
     const u64 low = min(first, min(row[1], row[2])) & ~127ull;
-    return a.landing + (size_t)site * a.slot + (at - low);
+    return a.landing + (size_t)place * a.slot + (at - low);
 }
 
 // Where gate and up of a pair's expert lie, then their biases: by the first warp of a block, for all of them behind a barrier.
 // Null if it is not for this launch.
 __device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int lane, const u8** at) {
     const int j = pair % a.used;
-    int id, site = -1;
+    int id, place = -1;
     if (a.ids) {
         const int mine = lane < a.used ? (int)__ldcg(a.ids + pair - j + lane) : 0;
+        const Site site = site_for(a, pair - j + lane, mine, lane);
         id = __shfl_sync(0xffffffffu, mine, j);
-        site = __shfl_sync(0xffffffffu, site_of(a, mine, lane), j);
-        if (!is_meant(a, site)) {
+        place = __shfl_sync(0xffffffffu, site.at, j);
+        if (!__shfl_sync(0xffffffffu, (int)site.is_meant, j)) {
             if (lane < 4) at[lane] = nullptr;
             return;
         }
@@ -342,7 +360,7 @@ __device__ __forceinline__ void find_expert(const ExpertsArgs& a, int pair, int 
         const Choice c = choose(a, pair / a.used, j + 1, lane);
         id = __shfl_sync(0xffffffffu, c.id, j);
     }
-    if (lane < 2) at[lane] = matrix_of(a, id, lane, site);
+    if (lane < 2) at[lane] = matrix_of(a, id, lane, place);
     else if (lane < 4) at[lane] = (const u8*)a.table[(size_t)id * TABLE + lane + 1];
 }
 
@@ -425,16 +443,16 @@ __device__ __forceinline__ void find_experts(const ExpertsArgs& a, int t, Choice
     const int lane = threadIdx.x;
     if (lane < 32) {
         Choice mine = {0, 0.0f};
-        int site = -1;
+        Site site = {-1, true};
         if (!a.ids) {
             mine = choose(a, t, a.used, lane);
         } else if (lane < a.used) {
             mine = {(int)__ldcg(a.ids + (size_t)t * a.used + lane), __ldcg(a.weights + (size_t)t * a.used + lane)};
         }
-        if (a.ids) site = site_of(a, mine.id, lane);
+        if (a.ids) site = site_for(a, t * a.used + lane, mine.id, lane);
         if (lane < a.used) {
             const u64* row = a.table + (size_t)mine.id * TABLE;
-            c.at[lane] = is_meant(a, site) ? matrix_of(a, mine.id, 2, site) : nullptr;
+            c.at[lane] = site.is_meant ? matrix_of(a, mine.id, 2, site.at) : nullptr;
             c.bias[lane] = (const float*)row[5];
             c.weights[lane] = mine.weight;
         }

@@ -13,12 +13,12 @@ use std::time::Duration;
 use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
-    Backend, BackendError, BackendKind, Both, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert, Hands,
-    Linear, MemoryUse, Norm, Pinned, RouterParams, Routing, Run, Share, Weight,
+    Backend, BackendError, BackendKind, Both, Brought, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert,
+    Hands, Linear, MemoryUse, Norm, Pinned, RouterParams, Routing, Run, Share, SlotsAt, Weight,
 };
-use nt::engine::{EngineError, Opened, Options, Session, Sites};
+use nt::engine::{EngineError, ExpertSlots, Opened, Options, Session, Sites};
 use nt::gguf::TensorType;
-use nt::model::{Outputs, UnitKind, UnitSpec};
+use nt::model::{ForcedRouting, Outputs, Routes, UnitKind, UnitSpec};
 use nt::plan::{Home, Tiers};
 use nt::state::{PageId, StateOp};
 use nt::storage::ReaderKind;
@@ -49,6 +49,8 @@ struct Memory {
     /// Experts in RAM are computed by both sites; and (row, choice) pairs that processors had of those.
     shares: bool,
     shared: Arc<Mutex<usize>>,
+    /// Experts that came to a slot.
+    slots_filled: Arc<Mutex<u64>>,
 }
 
 struct Owned {
@@ -216,6 +218,11 @@ impl CopyEngine for Late {
     }
 }
 
+/// Where an expert begins.
+fn low_of(e: &Expert) -> u64 {
+    [&e.gate, &e.up, &e.down].map(|l| l.weight.addr()).into_iter().min().unwrap() & !127
+}
+
 type Call = Arc<dyn Fn(&mut CpuBackend) -> Result<(), BackendError>>;
 
 /// Processors that compute from the second memory. Operations of a stretch are recorded, not run, and then
@@ -234,7 +241,10 @@ struct Detached {
     queues: bool,
     queue: VecDeque<Queued>,
     /// Experts of blocks that processors compute, too, whether each lies in RAM, and their share; and choices that were given.
-    shared: Vec<(Vec<Expert>, Vec<bool>, Share)>,
+    shared: Vec<(Vec<Expert>, Vec<bool>, Share, Option<SlotsAt>)>,
+    /// By block and expert, the slot that has it; and what rows are to choose.
+    slots: Vec<Vec<Option<u32>>>,
+    forced: Vec<Vec<u32>>,
     chosen: [Vec<u32>; 2],
     answered: [Vec<u32>; 2],
     used: usize,
@@ -313,21 +323,37 @@ impl Detached {
 
     fn mix_now(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
         let Routing::Softmax { norm, router, params } = routing else { panic!("a router of another kind") };
-        let ids = self.cpu.route(norm, router, params)?.to_vec();
+        let mut ids = self.cpu.route(norm, router, params)?.to_vec();
+        if let Some(forced) = self.forced.get(layer).filter(|f| !f.is_empty()) {
+            self.cpu.choose_instead(forced)?;
+            ids.copy_from_slice(forced);
+        }
         self.given[place] = Some(self.cpu.routed_rows().to_vec());
-        let (list, in_ram, share) = &self.shared[layer];
+        let (list, in_ram, share, slots) = &self.shared[layer];
         let mut own = Vec::new();
         for row in ids.chunks(self.used) {
-            let of_host = share.of(row.iter().filter(|id| in_ram[**id as usize]).count());
+            let n = row.iter().filter(|id| in_ram[**id as usize]).count();
+            let of_device = n - share.of(n);
             let mut seen = 0;
             for id in row {
                 seen += usize::from(in_ram[*id as usize]);
-                if !in_ram[*id as usize] || seen > of_host {
+                if !in_ram[*id as usize] || seen <= of_device {
                     own.push(*id);
                 }
             }
         }
-        let own: Vec<Expert> = list.iter().filter(|e| own.contains(&e.id)).copied().collect();
+        let mut own: Vec<Expert> = list.iter().filter(|e| own.contains(&e.id)).copied().collect();
+        for e in &mut own {
+            if let (Some(at), Some(slot)) = (slots, self.slots[layer][e.id as usize]) {
+                // As it was brought there.
+                let (low, base) = (low_of(e), at.addr + u64::from(slot) * at.bytes);
+                for linear in [&mut e.gate, &mut e.up, &mut e.down] {
+                    let w = linear.weight;
+                    // SAFETY: the slot has a copy of what lies there.
+                    linear.weight = unsafe { Weight::new(base + (w.addr() - low), w.ty(), w.rows(), w.cols()) };
+                }
+            }
+        }
         self.chosen[place] = ids;
         self.cpu.experts(&own)
     }
@@ -434,6 +460,11 @@ impl Backend for Detached {
         self.cpu.choose_instead(ids)
     }
 
+    fn force(&mut self, layer: usize, ids: &[u32]) -> Result<bool, BackendError> {
+        self.forced.resize_with(self.forced.len().max(layer + 1), Vec::new);
+        self.forced[layer] = ids.to_vec();
+        Ok(true)
+    }
     fn combine_experts(&mut self) -> Result<(), BackendError> {
         self.call(CpuBackend::combine_experts)
     }
@@ -523,10 +554,32 @@ impl Hands for Detached {
         list: &[Expert],
         in_ram: &[bool],
         share: Share,
+        slots: Option<SlotsAt>,
     ) -> Result<bool, BackendError> {
-        self.shared.resize_with(self.shared.len().max(layer + 1), || (Vec::new(), Vec::new(), Share(0)));
-        self.shared[layer] = (list.to_vec(), in_ram.to_vec(), share);
+        self.shared.resize_with(self.shared.len().max(layer + 1), || (Vec::new(), Vec::new(), Share(0), None));
+        self.shared[layer] = (list.to_vec(), in_ram.to_vec(), share, slots);
+        self.slots.resize_with(self.slots.len().max(layer + 1), Vec::new);
+        self.slots[layer] = vec![None; list.len()];
         Ok(self.memory.shares)
+    }
+    fn fetch(&mut self, _place: usize, layer: usize, list: &[Brought]) -> Result<(), BackendError> {
+        let at = self.shared[layer].3;
+        for Brought { expert, given } in list {
+            let (Some(at), Some(given)) = (at, given) else { continue };
+            let bytes = |w: &Weight| (w.ty().row_bytes(w.cols()).unwrap() * w.rows()) as u64;
+            let end = [&expert.gate, &expert.up, &expert.down].map(|l| l.weight.addr() + bytes(&l.weight));
+            let (low, end) = (low_of(expert), end.into_iter().max().unwrap());
+            assert!(end - low <= at.bytes && (given.slot as usize) < at.slots);
+            if let Some(before) = given.before {
+                assert_eq!(self.slots[layer][before as usize].take(), Some(given.slot));
+            }
+            assert_eq!(self.slots[layer][expert.id as usize].replace(given.slot), None);
+            let to = (at.addr + u64::from(given.slot) * at.bytes) as *mut u8;
+            // SAFETY: the expert lies in RAM, and the slot, of the second memory, has room for it; none that this row chose is there.
+            unsafe { std::ptr::copy_nonoverlapping(low as *const u8, to, (end - low) as usize) };
+            *self.memory.slots_filled.lock().unwrap() += 1;
+        }
+        Ok(())
     }
     fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
@@ -571,6 +624,7 @@ fn options() -> Options {
         verify: false,
         kv_type: TensorType::F32,
         caches: true,
+        expert_slots: ExpertSlots::Off,
         routing: None,
         n_buffers: None,
         more_frames: false,
@@ -599,6 +653,8 @@ fn start(opened: &Opened, options: Options, memory: &Arc<Memory>) -> Result<Sess
             queues: false,
             queue: VecDeque::new(),
             shared: Vec::new(),
+            slots: Vec::new(),
+            forced: Vec::new(),
             chosen: Default::default(),
             answered: Default::default(),
             used: dims.n_experts_used,
@@ -884,6 +940,58 @@ fn two_sites() {
         }
         assert!(handed.len() > 3, "{handed:?}");
     }
+}
+
+/// A device keeps the experts that were chosen last in slots: the bits are the same with whatever there is in them, after passes that
+/// were given up at any stage, of one row and of several; and a routing that is forced is the one that is computed.
+#[test]
+fn experts_in_slots() {
+    let d = tempfile::tempdir().unwrap();
+    let opened = Opened::open(&common::many_experts(6).write(d.path(), "m.gguf")).unwrap();
+    let mixture = nt::engine::mixture(&opened.model);
+    let routing = |seed| Arc::new(ForcedRouting::new(mixture, Routes::Zipf(1.0), seed).unwrap());
+    let of_cpu = |routing: Option<Arc<ForcedRouting>>| {
+        logits(&mut Session::new(&opened, Options { routing, ..options() }, &mut |_, _| ()).unwrap()).unwrap()
+    };
+    let (free, forced) = (of_cpu(None), of_cpu(Some(routing(3))));
+    assert!(free != forced);
+    let mut kept = 0;
+    for vram in [1800, 2600, 3600, 5000].map(|kib| kib << 10) {
+        for sites in [Sites::Auto, Sites::Both] {
+            let o = Options { vram: Some(vram), sites, expert_slots: ExpertSlots::On, ..options() };
+            let memory = Arc::new(Memory { ahead: true, shares: true, ..Memory::default() });
+            let mut session = start(&opened, o.clone(), &memory).unwrap();
+            let slots = session.device_caches().to_vec();
+            kept += usize::from(!slots.is_empty());
+            assert!(slots.iter().all(|c| c.slots >= mixture.used && c.slots < mixture.experts));
+            for _ in 0..3 {
+                assert!(logits(&mut session).unwrap() == free, "{vram} {sites:?}");
+            }
+            let filled = *memory.slots_filled.lock().unwrap();
+            for after in 0..14 {
+                let asked = std::cell::Cell::new(0);
+                let stop = || asked.replace(asked.get() + 1) >= after;
+                session.truncate(3);
+                let _ = session.eval(&[7 + after], Class::Exact, Outputs::Last, &stop);
+                session.truncate(3);
+                let _ = session.eval(&[7, 9, 11 + after], Class::Exact, Outputs::Last, &|| false);
+                assert!(logits(&mut session).unwrap() == free, "{vram} {sites:?}, given up after {after}");
+            }
+            assert_eq!(
+                filled > 0,
+                !slots.is_empty() && session.part_of_choices().is_none_or(|part| part < 1.0),
+                "{vram} {sites:?}"
+            );
+            let beside = session.beside_work();
+            assert!(beside.slot_hits <= beside.slot_uses && (beside.slot_hits > 0) == (filled > 0));
+            drop(session);
+            let mut session = start(&opened, Options { routing: Some(routing(3)), ..o }, &memory).unwrap();
+            assert!(logits(&mut session).unwrap() == forced, "{vram} {sites:?}, forced");
+            drop(session);
+            assert_eq!(*memory.used.lock().unwrap(), 0);
+        }
+    }
+    assert!(kept > 2, "{kept}");
 }
 
 /// Guards against a pass that waits for ever for the rest of one that was given up.

@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cpu::CpuBackend;
+use super::reuse::Reuse;
+use super::slots::{Given, Slots, SlotsAt};
 use super::{
     Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RouterParams, Routing, Run, Share,
     Weight,
@@ -23,6 +25,15 @@ const AHEAD_MAX: usize = 64;
 
 /// Places in host memory through which rows go: one part is computed while the next is handed over.
 pub const PLACES: usize = 2;
+
+/// An expert in RAM that is brought to a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Brought {
+    /// As processors read it.
+    pub expert: Expert,
+    /// The slot that it is to stay in; none where it is there for one use.
+    pub given: Option<Given>,
+}
 
 /// A device that hands rows to the host and takes them back in the order of its operations. Rows are of class
 /// [`Class::Exact`]. None but [`Hands::given`] waits.
@@ -55,14 +66,15 @@ pub trait Hands: Backend {
     /// for every pair of the routing; operations called from here on wait for it.
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError>;
 
-    /// Keeps where the experts of block `layer` lie, in RAM those of `in_ram`, of which `share` is for processors. Returns whether
-    /// [`Hands::mix`] may be called for the block.
+    /// Keeps where the experts of block `layer` lie, in RAM those of `in_ram`, of which `share` is for processors and others may be in
+    /// `slots`, which are empty. Returns whether [`Hands::mix`] may be called for the block.
     fn hold_shared(
         &mut self,
         _layer: usize,
         _list: &[Expert],
         _in_ram: &[bool],
         _share: Share,
+        _slots: Option<SlotsAt>,
     ) -> Result<bool, BackendError> {
         Ok(false)
     }
@@ -73,9 +85,10 @@ pub trait Hands: Backend {
     /// Waits for what [`Hands::mix`] gave last at `place`, and returns it: rows, and the choices of each.
     fn given_routed(&mut self, place: usize) -> Result<(&[f32], &[u32]), BackendError>;
 
-    /// Brings the experts in RAM that a single row has chosen and that are not for processors to the device, in the order of choices:
-    /// `list` as processors read them. Called for every [`Hands::mix`] of one row once its choices are known.
-    fn fetch(&mut self, _place: usize, _list: &[Expert]) -> Result<(), BackendError> {
+    /// Brings the experts in RAM that a single row has chosen, that are not for processors and that have no slot to the device, in the
+    /// order of choices. Called for every [`Hands::mix`] of one row once its choices are known. What is in a slot afterwards is read
+    /// there by each [`Hands::mix`] that is called later.
+    fn fetch(&mut self, _place: usize, _layer: usize, _list: &[Brought]) -> Result<(), BackendError> {
         Ok(())
     }
 
@@ -151,6 +164,18 @@ pub struct Beside {
     pub waited: Duration,
     /// Parts that were computed.
     pub parts: u64,
+    /// Choices in RAM for a device that keeps some in slots.
+    pub slot_uses: u64,
+    /// Those of them that were there.
+    pub slot_hits: u64,
+}
+
+/// The experts of a block that both sites compute.
+struct SharedExperts {
+    /// Those in RAM, as processors read them.
+    in_ram: Vec<Option<Expert>>,
+    /// Which of them the device has.
+    slots: Option<Slots>,
 }
 
 /// The backend. Fields are dropped in this order.
@@ -175,14 +200,17 @@ pub struct Both {
     chosen: Vec<u32>,
     /// Which (row, choice) pairs are the host's.
     pairs: Vec<u32>,
-    /// By block: the experts that both sites compute, those in RAM as processors read them.
-    shared: Vec<Vec<Option<Expert>>>,
+    /// By block.
+    shared: Vec<Option<SharedExperts>>,
+    /// What slots hold is not known: experts could not be brought.
+    slots_lost: bool,
     share: Share,
     /// Choices of a row, and experts that processors compute for a part.
     used: usize,
     of_host: Vec<Expert>,
-    brought: Vec<Expert>,
+    brought: Vec<Brought>,
     beside: Beside,
+    reuse: Reuse,
     name: &'static str,
 }
 
@@ -210,11 +238,13 @@ impl Both {
             chosen: Vec::with_capacity(choices),
             pairs: Vec::with_capacity(choices),
             shared: Vec::new(),
+            slots_lost: false,
             share: Share(0),
             used: dims.n_experts_used,
             of_host: Vec::with_capacity(dims.n_experts),
             brought: Vec::with_capacity(dims.n_experts_used),
             beside: Beside::default(),
+            reuse: Reuse::default(),
         })
     }
 
@@ -297,26 +327,46 @@ impl Both {
         let (_, ids) = self.device.given_routed(place)?;
         let given = Instant::now();
         self.beside.waited += given - began;
-        let experts = self.shared.get(layer).map_or(&[][..], Vec::as_slice);
+        let Some(Some(SharedExperts { in_ram: experts, slots })) = self.shared.get_mut(layer) else {
+            let what = format!("the experts of block {layer} are not shared");
+            return Err(BackendError::Pass { backend: self.name, what });
+        };
+        if self.slots_lost {
+            let what = "experts could not be brought to the device in an earlier pass".into();
+            return Err(BackendError::Pass { backend: self.name, what });
+        }
         self.pairs.clear();
         self.of_host.clear();
         self.brought.clear();
         let alone = ids.len() <= self.used;
+        self.chosen.clear();
+        self.chosen.extend_from_slice(ids);
         for (row, chosen) in ids.chunks(self.used.max(1)).enumerate() {
-            let in_ram = || (0..).zip(chosen).filter_map(|(j, id)| Some((j, experts.get(*id as usize)?.as_ref()?)));
-            let most = self.share.of(in_ram().count());
-            if alone {
-                self.brought.extend(in_ram().skip(most).map(|(_, expert)| *expert));
+            let in_ram = || (0..).zip(chosen).filter_map(|(j, id)| Some((j, *experts.get(*id as usize)?.as_ref()?)));
+            let n = in_ram().count();
+            let of_device = n - self.share.of(n);
+            if let Some(slots) = slots.as_mut().filter(|_| of_device > 0) {
+                self.beside.slot_uses += of_device as u64;
+                self.beside.slot_hits += slots.chosen(in_ram().take(of_device).map(|(_, e)| e.id)) as u64;
             }
-            for (j, expert) in in_ram().take(most) {
+            for (_, expert) in in_ram().take(of_device).filter(|_| alone) {
+                match slots {
+                    Some(slots) if slots.has(expert.id) => {}
+                    Some(slots) => self.brought.push(Brought { expert, given: slots.give(expert.id) }),
+                    None => self.brought.push(Brought { expert, given: None }),
+                }
+            }
+            for (j, expert) in in_ram().skip(of_device) {
                 self.pairs.push((row * self.used) as u32 + j);
                 if !self.of_host.iter().any(|e| e.id == expert.id) {
-                    self.of_host.push(*expert);
+                    self.of_host.push(expert);
                 }
             }
         }
         if alone {
-            self.device.fetch(place, &self.brought)?;
+            let fetched = self.device.fetch(place, layer, &self.brought);
+            self.slots_lost = fetched.is_err();
+            fetched?;
         }
         if !self.pairs.is_empty() {
             let (rows, ids) = self.device.given_routed(place)?;
@@ -325,6 +375,9 @@ impl Both {
             self.beside.parts += 1;
         }
         self.device.answer_experts(place, &self.pairs, self.cpu.expert_rows());
+        if alone {
+            self.reuse.chosen(layer, &self.chosen);
+        }
         self.beside.computed += given.elapsed();
         Ok(())
     }
@@ -639,14 +692,19 @@ impl Backend for Both {
         list: &[Expert],
         of_host: &[Option<Expert>],
         share: Share,
+        slots: Option<SlotsAt>,
     ) -> Result<bool, BackendError> {
         let in_ram: Vec<bool> = of_host.iter().map(Option::is_some).collect();
-        if !self.device.hold_shared(layer, list, &in_ram, share)? {
+        // Without a queue, the device would look at a slot while another expert comes to it.
+        let slots = slots.filter(|s| self.device.works_ahead() && s.slots >= self.used);
+        if !self.device.hold_shared(layer, list, &in_ram, share, slots)? {
             return Ok(false);
         }
         self.share = share;
-        self.shared.resize_with(self.shared.len().max(layer + 1), Vec::new);
-        self.shared[layer] = of_host.to_vec();
+        self.shared.resize_with(self.shared.len().max(layer + 1), || None);
+        self.reuse.add_layer(layer, of_host.len());
+        let slots = slots.map(|s| Slots::new(s.slots, of_host.len()));
+        self.shared[layer] = Some(SharedExperts { in_ram: of_host.to_vec(), slots });
         Ok(true)
     }
 
@@ -701,6 +759,14 @@ impl Backend for Both {
             part.ids.copy_from_slice(ids);
         }
         Ok(())
+    }
+
+    fn reuse(&self) -> Option<&Reuse> {
+        Some(&self.reuse)
+    }
+
+    fn force(&mut self, layer: usize, ids: &[u32]) -> Result<bool, BackendError> {
+        self.device.force(layer, ids)
     }
 
     fn chosen(&mut self) -> &[u32] {

@@ -11,10 +11,14 @@ pub mod cuda;
 mod device;
 mod op;
 pub mod reference;
+mod reuse;
+mod slots;
 
-pub use both::{Beside, Both, Hands};
+pub use both::{Beside, Both, Brought, Hands};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
+pub use reuse::Reuse;
+pub use slots::{Given, SlotsAt};
 
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
@@ -38,6 +42,16 @@ impl Weight {
     /// run: from the ring's acquire of its unit until its release. They must not be written meanwhile.
     pub unsafe fn new(addr: u64, ty: TensorType, rows: usize, cols: usize) -> Weight {
         Weight { addr, ty, rows, cols }
+    }
+
+    /// Where it begins, in the memory of the backend that it is for.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Type of its elements.
+    pub fn ty(&self) -> TensorType {
+        self.ty
     }
 
     /// Outputs of the product.
@@ -608,19 +622,21 @@ pub trait Backend {
     }
 
     /// Keeps where the experts of block `layer` lie that both sites compute: `list` as the device reads them, all of them, and
-    /// `of_host` those in RAM as processors do. Returns whether [`Backend::shared_mixture`] may be called for the block.
+    /// `of_host` those in RAM as processors do, of which the device may keep some in `slots`. Returns whether
+    /// [`Backend::shared_mixture`] may be called for the block.
     fn share_experts(
         &mut self,
         _layer: usize,
         _list: &[Expert],
         _of_host: &[Option<Expert>],
         _share: Share,
+        _slots: Option<SlotsAt>,
     ) -> Result<bool, BackendError> {
         Ok(false)
     }
 
     /// [`Backend::mixture`] of exact rows by both sites: of a row's choices in RAM processors compute as many as [`Share`] says, the
-    /// first ones; the device the others.
+    /// last ones; the device the others.
     ///
     /// # Errors
     /// [`BackendError::Pass`] for a block whose experts are not shared.
@@ -682,6 +698,17 @@ pub trait Backend {
     /// Where a backend cannot.
     fn choose_instead(&mut self, _ids: &[u32]) -> Result<(), BackendError> {
         Err(BackendError::Beyond { backend: self.name(), what: "a routing that is forced" })
+    }
+
+    /// How soon single rows chose experts again that both sites compute.
+    fn reuse(&self) -> Option<&Reuse> {
+        None
+    }
+
+    /// The rows of the next pass choose these experts of block `layer` in [`Backend::shared_mixture`], `T` × choices, in place of what
+    /// its router chooses, with the weights of that. Called before each such pass or for none. False where it cannot be.
+    fn force(&mut self, _layer: usize, _ids: &[u32]) -> Result<bool, BackendError> {
+        Ok(false)
     }
 
     /// The experts that [`Op::Route`] has chosen, as [`Backend::route`] returns them.

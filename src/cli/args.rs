@@ -268,6 +268,17 @@ pub enum SiteArg {
     Both,
 }
 
+/// Whether a GPU keeps experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExpertCacheArg {
+    /// What is faster by the choices of earlier runs of the model, or of --routing; off where nothing is known.
+    Auto,
+    /// The experts that fit live in VRAM.
+    Off,
+    /// All live in RAM, and VRAM has slots for those of each layer that were chosen last.
+    On,
+}
+
 /// Order of the tiers over the depth of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LayoutArg {
@@ -349,6 +360,11 @@ pub struct Placement {
     /// the links.
     #[arg(long, value_name = "auto|N", default_value = "auto", env = "NT_PIPELINE_DEPTH", value_parser = auto_buffers)]
     pub n_buffers: Auto<usize>,
+    /// What VRAM that is left holds of a mixture of experts whose experts fit in RAM: some of them always, or those of each layer
+    /// that were chosen last. Models that were trained choose the same ones again soon, so that on is faster; with random weights
+    /// off is.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub expert_cache: ExpertCacheArg,
     /// Counts of blocks in VRAM, RAM and storage; the plan chooses which (default: as many as fit in VRAM, then in
     /// RAM).
     #[arg(long, value_name = "A:B:C", value_parser = tiers)]
@@ -365,7 +381,7 @@ pub struct Placement {
     #[arg(
         long,
         value_name = "ID|FILE",
-        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers"]
+        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers", "expert_cache"]
     )]
     pub plan: Option<String>,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for

@@ -24,6 +24,8 @@ pub struct Report {
     links: Links,
     /// Slots of caches, and the experts on storage that they are for, of all layers; and how many layers.
     caches: (usize, usize, usize),
+    /// Slots in VRAM of a layer's experts in RAM, and those experts.
+    slots: Option<(usize, usize)>,
     predicted: Option<Predicted>,
     device: Option<String>,
     /// Units, bytes and threads of processors beside the device.
@@ -59,6 +61,7 @@ impl Report {
             homes,
             blocks: blocks_on_storage(session, opened),
             links: session.links(),
+            slots: session.device_caches().first().map(|c| (c.slots, c.experts)),
             caches: session.caches().iter().fold((0, 0, 0), |(s, e, n), c| (s + c.slots, e + c.experts, n + 1)),
             predicted: session.predicted(),
             device: session.device(),
@@ -186,6 +189,9 @@ impl Report {
         json!({
             "uses": l.expert_uses.iter().sum::<u64>(), "vram": vram, "ram": ram, "cache": cache, "storage": storage,
             "caches": caches,
+            "slots": self.slots.map(|(slots, experts)| {
+                json!({ "slots": slots, "experts": experts, "uses": l.slot_uses, "hits": l.slot_hits, "hit_rate": of(l.slot_hits, l.slot_uses) })
+            }),
         })
     }
 
@@ -306,6 +312,14 @@ impl Report {
                 write!(out, ", {rate:.2} GB/s, busy {busy:.0} %, waiting for the GPU {waits:.0} %")?;
             }
             writeln!(out)?;
+        }
+        if let Some((slots, experts)) = self.slots {
+            let l = &self.links;
+            let rate = if l.slot_uses > 0 { l.slot_hits as f64 / l.slot_uses as f64 * 100.0 } else { 0.0 };
+            writeln!(
+                out,
+                "slots     VRAM keeps {slots} of {experts} experts of each layer, the last that were chosen: {rate:.1} % of the GPU's choices while generating were there"
+            )?;
         }
         if let Some((n_ctx, reach)) = self.beyond {
             writeln!(out, "context   {n_ctx} tokens, {reach} of them trained: text gets worse beyond")?;

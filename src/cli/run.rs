@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::args::{Auto, BackendArg, KvArg, LayoutArg, ReaderArg, SiteArg};
+use super::args::{Auto, BackendArg, ExpertCacheArg, KvArg, LayoutArg, ReaderArg, SiteArg};
 use super::failure::say;
 use super::page::{self, Timings};
 use super::report::{self, Report};
@@ -16,7 +16,7 @@ use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
-    ConstraintError, EngineError, Form, Generation, Grammars, Opened, Options, Reasoning, Recipe, Request,
+    ConstraintError, EngineError, ExpertSlots, Form, Generation, Grammars, Opened, Options, Reasoning, Recipe, Request,
     RequestError, Sampler, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
 };
 use crate::gguf::TensorType;
@@ -404,6 +404,11 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
             KvArg::Q8_0 => TensorType::Q8_0,
         },
         caches: true,
+        expert_slots: match p.expert_cache {
+            ExpertCacheArg::Auto => ExpertSlots::Auto,
+            ExpertCacheArg::On => ExpertSlots::On,
+            ExpertCacheArg::Off => ExpertSlots::Off,
+        },
         routing: None,
         n_buffers: p.n_buffers.given(),
         more_frames: p.n_buffers.given().is_none(),

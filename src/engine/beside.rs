@@ -1,10 +1,12 @@
 //! Which units processors beside a device compute from RAM.
 
 use super::Options;
+use super::hits::slot_hits;
+use super::reuse::share_beside_slots;
 use super::sizes::unit_sizes;
 use super::steps::schedule;
 use super::weights::Beside;
-use crate::backend::{Class, Share};
+use crate::backend::{Class, Share, SlotsAt};
 use crate::flow::Step;
 use crate::memory::Region;
 use crate::model::{Model, UnitKind};
@@ -76,6 +78,7 @@ pub(super) fn beside(
     parts: Vec<f64>,
     in_ram: &[Option<Region>],
     apart: Vec<u64>,
+    slots: Vec<Option<SlotsAt>>,
 ) -> Beside {
     let chosen = &division.units[..];
     let steps = |class: Class| {
@@ -96,6 +99,7 @@ pub(super) fn beside(
         share: division.share,
         divided: division.divided.clone(),
         parts,
+        slots,
         each_pass_bytes: (0..chosen.len())
             .filter(|&u| chosen[u] && !matches!(model.units[u].kind, UnitKind::Expert { .. }))
             .map(|u| model.units[u].bytes())
@@ -104,13 +108,18 @@ pub(super) fn beside(
 }
 
 /// How many of a row's experts in RAM are for processors, so that they end together with a link that brings the others to the
-/// device: in steps of a twentieth, as rates are. `None` where they have none. `units` are what they can compute.
-fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates) -> Option<Share> {
+/// device: in steps of a twentieth, as rates are. `None` where they have none. `units` are what they can compute. Where the device
+/// keeps experts in slots, the link brings those that are not there, as `hits` expects, and processors have as many whole choices
+/// as make the layer shortest.
+fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates, hits: Option<f64>) -> Option<Share> {
     let routed = |u: &usize| matches!(model.units[*u].kind, UnitKind::Expert { .. });
     if !(0..units.len()).any(|u| units[u] && routed(&u)) {
         return None;
     }
     let rates = rates().rounded();
+    if let Some(hits) = hits {
+        return Some(share_beside_slots(model, &rates, hits));
+    }
     let twentieths = (20.0 * rates.ram / (rates.ram + rates.link)).round();
     Some(Share((twentieths * 256.0 / 20.0).round() as u32))
 }
@@ -131,9 +140,10 @@ impl Division {
     /// follows from them.
     pub fn new(model: &Model, plan: &Plan, options: &Options, rates: &dyn Fn() -> SiteRates) -> Option<Division> {
         let units = choose(model, plan, options.sites, rates)?;
-        // A timeline shows each expert, and who is told what to choose is told it by the host: then each is computed by itself.
-        let each = options.timeline || options.routing.is_some();
-        let share = if each { None } else { share(model, &units, rates) };
+        // A timeline shows each expert: then each is computed by itself.
+        let hits = || slot_hits(model, plan, options.routing.as_deref());
+        let given = options.repeat.as_ref().and_then(|r| r.slot_share());
+        let share = if options.timeline { None } else { given.or_else(|| share(model, &units, rates, hits())) };
         Some(Division::of(model, plan, units, share))
     }
 
@@ -169,6 +179,34 @@ impl Division {
         let Division { units: of_host, divided, share } = self.clone();
         plan::Beside { units: of_host, divided, share, ..plan::Beside::default() }.parts(units)
     }
+}
+
+/// A plan and a division that move as many bytes and give processors as many choices as these do where a device keeps experts in
+/// slots, of which it finds `hits`: experts that are found live there.
+pub(super) fn as_living(
+    model: &Model,
+    plan: &Plan,
+    division: Option<Division>,
+    hits: Option<f64>,
+) -> (Plan, Option<Division>) {
+    let (mut plan, mut division) = (plan.clone(), division);
+    let (Some(hits), Some(d)) = (hits, &mut division) else { return (plan, division) };
+    let used = model.hparams.n_experts_used;
+    let of_host = d.share.map_or(used, |s| s.of(used)) as f64;
+    let in_ram = of_host + (used as f64 - of_host) * (1.0 - hits);
+    for stage in &model.stages {
+        let Some(experts) = &stage.experts else { continue };
+        let n = experts.list.len();
+        let rest = (n as f64 * in_ram / used.max(1) as f64).round() as usize;
+        for (i, l) in experts.list.iter().enumerate() {
+            if (i + 1) * rest / n == i * rest / n {
+                let unit = l[0].weight.unit;
+                (plan.homes[unit], d.units[unit]) = (Home::A, false);
+            }
+        }
+    }
+    d.share = Some(Share((of_host / in_ram.max(1e-9) * 256.0).round().min(256.0) as u32));
+    (plan, division)
 }
 
 /// The plan as passes of exact rows see it: what processors compute in RAM is brought nowhere.

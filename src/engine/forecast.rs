@@ -1,14 +1,14 @@
 //! What a model will do on a machine, from its header alone: the plan that a session would make, and the
 //! speed that the machine's rates allow.
 
-use super::beside::Division;
+use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
-use super::hits::{caching, hit_rates_of};
+use super::hits::{caching, hit_rates_of, slot_hits};
 use super::repeat::{Recipe, steady};
 use super::sizes::unit_sizes;
-use super::start::{Sizes, dims, make_plan, planned_room, weights_room};
+use super::start::{Sizes, dims, make_plan, planned_room, slots_or_not, weights_room};
 use super::works::works;
-use super::{EngineError, Options, Sites};
+use super::{EngineError, ExpertSlots, Options, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
@@ -59,6 +59,8 @@ pub struct Forecast {
     pub ram_room: u64,
     /// What passes take.
     pub prediction: Prediction,
+    /// The plan as the simulator sees it: experts that a GPU is expected to find in its slots live there.
+    living: Plan,
     /// Caches of experts, as the simulator sees them.
     caching: Caching,
 }
@@ -143,11 +145,12 @@ impl Forecast {
         let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
         let recipe = Recipe::new(model, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
+        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options.routing.as_deref()));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
         let caching = caching(model, &plan, options.routing.as_ref());
         let work =
-            Work { units: &units, plan: &plan, beside: beside.as_ref(), machine, site, threads, caching: &caching };
+            Work { units: &units, plan: &living, beside: beside.as_ref(), machine, site, threads, caching: &caching };
         Ok(Forecast {
             prediction: Prediction::new(&work, prompt, options.max_batch),
             beside,
@@ -155,6 +158,7 @@ impl Forecast {
             threads,
             site,
             plan,
+            living,
             caching,
             units,
             n_ctx: options.n_ctx,
@@ -202,7 +206,7 @@ impl Forecast {
     fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
         Work {
             units: &self.units,
-            plan: &self.plan,
+            plan: &self.living,
             beside: self.beside.as_ref(),
             machine,
             site: self.site,
@@ -295,6 +299,10 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
             (0, cpu_workspace_bytes(model, &options), None)
         }
     };
+    let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
+    let expert_slots = vram_room
+        .map_or(ExpertSlots::Off, |room| slots_or_not(model, sizes, room, machine.site_rates(threads), &options));
+    let options = Options { expert_slots, ..options };
     let plan = make_plan(model, sizes, vram_room, ram_workspace_bytes, &options)?;
     Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room })
 }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use super::reuse::HitCurve;
 use super::sizes::unit_sizes;
 use crate::model::{ForcedRouting, Mixture, Model, Routes, UnitKind};
-use crate::plan::{Caching, Home, Plan, SimCache, hit_rates};
+use crate::plan::{Cache, Caching, Home, Plan, SimCache, hit_rates};
 
 /// Blocks with routed experts, in their order, and the first unit of each block's experts.
 fn routed(model: &Model) -> Vec<(usize, usize)> {
@@ -36,6 +37,19 @@ pub(super) fn hit_rates_of(model: &Model, plan: &Plan, routing: Option<&ForcedRo
     let first = |block: usize| blocks.iter().find(|b| b.0 == block).map_or(0, |b| b.1);
     let cached = |block: usize, expert: usize| plan.homes[first(block) + expert] == Home::C;
     hit_rates(&plan.caches, &numbers(plan, &blocks), routing, &cached)
+}
+
+/// The share of uses that slots of a device are expected to have there, the mean over layers; `None` without slots. Where no routing
+/// is given, what is known of the model's choices; where nothing is, as if each expert were as likely.
+pub(super) fn slot_hits(model: &Model, plan: &Plan, routing: Option<&ForcedRouting>) -> Option<f64> {
+    let blocks = routed(model);
+    let number = |c: &Cache| blocks.iter().position(|b| b.0 == c.block).unwrap_or(0);
+    let numbers: Vec<usize> = plan.device_caches.iter().map(number).collect();
+    let rates = match (routing, HitCurve::known(model)) {
+        (None, Some(curve)) => plan.device_caches.iter().map(|c| curve.hits(c.slots, c.experts)).collect(),
+        _ => hit_rates(&plan.device_caches, &numbers, routing, &|_, _| true),
+    };
+    (!rates.is_empty()).then(|| rates.iter().sum::<f64>() / rates.len() as f64)
 }
 
 /// What the simulator is to know of a plan's caches.

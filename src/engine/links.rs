@@ -68,6 +68,10 @@ pub struct Links {
     pub chain_s: Option<f64>,
     /// Experts that single tokens used, of those at home in VRAM, in RAM and on storage.
     pub expert_uses: [u64; 3],
+    /// Choices of experts in RAM for a device that keeps some in slots, and those of them that were there.
+    pub slot_uses: u64,
+    /// See above.
+    pub slot_hits: u64,
     /// What caches in RAM had of the last.
     pub caches: CacheStats,
     /// Whether only passes of one token were counted.

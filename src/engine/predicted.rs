@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use super::beside::{Division, as_exact};
+use super::beside::{Division, as_exact, as_living};
 use super::forecast::{PASSES_SHOWN, decode_seconds, gpu_seconds, setup, with_passes};
-use super::hits::caching;
+use super::hits::{caching, slot_hits};
 use super::start::{apart, device_slots};
 use super::works::works;
 use super::{EngineError, Recipe, Session, here};
@@ -12,7 +12,7 @@ use crate::backend::Class;
 use crate::flow::{Feed, Place};
 use crate::model::Outputs;
 use crate::pipeline::{Event, StreamError};
-use crate::plan::{self, Costs, Home, Machine, PassWork, Rates, Setup, Shares, Site, SiteRates, pass_s};
+use crate::plan::{self, Costs, Home, Machine, PassWork, Plan, Rates, Setup, Shares, Site, SiteRates, pass_s};
 
 /// How long computing alone is measured, and most passes of it.
 const COMPUTE_S: f64 = 0.5;
@@ -57,7 +57,7 @@ impl Session {
         let experts = self.model.hparams.n_experts_used;
         let Some(compute_s) = self.links.compute_s else {
             let (vram, beside) = (self.links.vram_ceiling?, beside?);
-            let unit_s = gpu_seconds(&units, &self.plan.homes, Some(&beside), vram, &Costs::default());
+            let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
             return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false });
         };
         // What processors beside a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
@@ -81,7 +81,7 @@ impl Session {
     /// What processors beside the device do, at this rate; `None` if there are none.
     fn beside_at(&self, units: &[plan::UnitWork], ram: f64) -> Option<plan::Beside> {
         let rates = SiteRates { ram, link: 1.0, device: 1.0 };
-        Some(self.division()?.timed(units, &rates, &Costs::default()))
+        Some(self.living().1?.timed(units, &rates, &Costs::default()))
     }
 
     /// Of the choices that fall on experts in RAM, the part that processors beside the device compute, where the link brings the others;
@@ -99,13 +99,19 @@ impl Session {
         let (vram, _) = (self.links.vram_ceiling?, self.links.ram_ceiling?);
         let units = works(&self.model, &self.weights.layouts);
         let beside = self.beside_at(&units, self.slower())?;
-        let unit_s = gpu_seconds(&units, &self.plan.homes, Some(&beside), vram, &Costs::default());
+        let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
         Some(beside.chain_s(&units, &unit_s) + pass_s(self.site()))
     }
 
     /// What the session's plan followed from, by which it can be made again.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    /// The plan and the division as the simulator sees them.
+    fn living(&self) -> (Plan, Option<Division>) {
+        let hits = slot_hits(&self.model, &self.plan, self.options.routing.as_deref());
+        as_living(&self.model, &self.plan, self.division(), hits)
     }
 
     fn division(&self) -> Option<Division> {
@@ -136,8 +142,8 @@ impl Session {
         };
         let units = works(&self.model, &self.weights.layouts);
         let costs = gpu.map_or_else(Costs::default, |g| g.costs.clone());
-        let beside = self.division().zip(both).map(|(d, rates)| d.timed(&units, &rates, &costs));
-        let unit_s = decode_seconds(&units, &self.plan.homes, beside.as_ref(), machine, site);
+        let beside = self.living().1.zip(both).map(|(d, rates)| d.timed(&units, &rates, &costs));
+        let unit_s = decode_seconds(&units, &self.living().0.homes, beside.as_ref(), machine, site);
         let experts = self.model.hparams.n_experts_used;
         let work = PassWork { unit_s, beside_s: pass_s(site), experts, prompt: false };
         Some(Predicted { pass: self.simulator(&rates, beside)?.settled(&work), rates })
@@ -145,7 +151,8 @@ impl Session {
 
     /// The session's own plan for the simulator; `None` where a rate that it needs is missing.
     fn simulator(&self, rates: &Rates, beside: Option<plan::Beside>) -> Option<Setup> {
-        let plan = as_exact(&self.plan, self.beside().as_deref());
+        let (living, division) = self.living();
+        let plan = as_exact(&living, division.as_ref().map(|d| &d.units[..]));
         let streams = |home| plan.homes.contains(&home);
         let needs_link = self.device.is_some() && (streams(Home::B) || streams(Home::C));
         if streams(Home::C) && rates.nvme.is_none() || needs_link && rates.gpu.is_none() {

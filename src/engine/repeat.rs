@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::beside::Division;
-use super::{EngineError, Options, Sites};
+use super::{EngineError, ExpertSlots, Options, Sites};
+use crate::backend::Share;
 use crate::machine::probe;
 use crate::model::Model;
 use crate::plan::{Home, Plan, SiteRates, Tiers, format_bytes};
@@ -43,6 +44,10 @@ pub struct Recipe {
     /// Whether units may lie on storage, and experts there have caches.
     storage: bool,
     caches: bool,
+    /// Whether a GPU keeps experts in slots, and then how many 256ths of a row's choices are for processors.
+    #[serde(default)]
+    expert_slots: bool,
+    slot_share: Option<u32>,
     /// Buffers, where they were given or chosen.
     n_buffers: Option<usize>,
     /// Whether experts may have more.
@@ -71,7 +76,7 @@ fn digest(parts: impl IntoIterator<Item = String>) -> String {
 }
 
 /// What a plan sees of a model.
-fn structure(model: &Model) -> String {
+pub(super) fn structure(model: &Model) -> String {
     let units = model.units.iter().map(|u| format!("{} {}", u.name, u.bytes()));
     let matrices = model.matrices().into_iter().map(|(_, _, t)| format!("{} {} {} {}", t.unit, t.ty, t.rows, t.cols));
     let arch = format!("{} {}", model.hparams.arch.name, model.hparams.n_experts_used);
@@ -119,6 +124,8 @@ impl Recipe {
             stacked: options.stacked,
             storage: options.storage,
             caches: options.caches,
+            expert_slots: !plan.device_caches.is_empty(),
+            slot_share: division.and_then(|d| d.share).filter(|_| !plan.device_caches.is_empty()).map(|s| s.0),
             n_buffers: options.n_buffers,
             more_frames: options.more_frames,
             rates: rates.map(|r| [r.ram, r.link, r.device].map(|rate| rate as u64)),
@@ -209,10 +216,16 @@ impl Recipe {
             stacked: self.stacked,
             storage: self.storage && options.storage,
             caches: self.caches,
+            expert_slots: if self.expert_slots { ExpertSlots::On } else { ExpertSlots::Off },
             n_buffers: self.n_buffers,
             more_frames: self.more_frames,
             ..options.clone()
         })
+    }
+
+    /// The share of processors where a GPU keeps experts in slots.
+    pub(super) fn slot_share(&self) -> Option<Share> {
+        self.slot_share.map(Share)
     }
 
     /// The rates by which work is divided.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{EngineError, Links, Recipe, Sites};
+use super::{EngineError, Links, Recipe, Sites, reuse};
 use smallvec::SmallVec;
 
 use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
@@ -47,6 +47,8 @@ pub struct Options {
     pub sequences: usize,
     /// Whether experts that stay on storage may have caches in RAM.
     pub caches: bool,
+    /// Whether a device keeps experts that live in RAM in slots, the last used, in place of some that live in its memory.
+    pub expert_slots: ExpertSlots,
     /// The experts that tokens choose, in place of their routers' choices; for benchmarks and predictions.
     pub routing: Option<Arc<ForcedRouting>>,
     /// Slots of the ring; `None` to choose.
@@ -91,6 +93,7 @@ impl Options {
             kv_type: TensorType::F16,
             sequences: 1,
             caches: true,
+            expert_slots: ExpertSlots::Auto,
             routing: None,
             n_buffers: None,
             more_frames: true,
@@ -103,6 +106,17 @@ impl Options {
             repeat: None,
         }
     }
+}
+
+/// What the room that a device has for experts is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertSlots {
+    /// As many as fit live there.
+    Off,
+    /// All live in RAM, where they fit, and those are there that were chosen last.
+    On,
+    /// What is faster by what is known of the model's choices; off where nothing is.
+    Auto,
 }
 
 /// Tokens of one sequence in a pass, behind those that it has.
@@ -367,13 +381,18 @@ impl Session {
             l.storage_wait_s += (after.stall - stats.stall).as_secs_f64();
             l.nvme_starts.merge(&after.starts.since(&stats.starts));
             l.gpu_starts.merge(&fed_after.starts.since(&fed.starts));
-            let fetched = self.weights.fetched_bytes - fetched;
+            let beside = self.backend.beside();
+            let (slot_uses, slot_hits) = (beside.slot_uses - before.slot_uses, beside.slot_hits - before.slot_hits);
+            // What has a slot is not brought.
+            let brought = if slot_uses == 0 { 1.0 } else { 1.0 - slot_hits as f64 / slot_uses as f64 };
+            let fetched = ((self.weights.fetched_bytes - fetched) as f64 * brought) as u64;
+            l.slot_uses += slot_uses;
+            l.slot_hits += slot_hits;
             l.gpu_bytes += fed_after.bytes - fed.bytes + fetched;
             l.gpu_fetched_bytes += fetched;
             l.gpu_busy_s += (fed_after.busy - fed.busy).as_secs_f64();
             l.link_wait_s += (fed_after.stall - fed.stall).as_secs_f64();
             l.gpu_timed = fed_after.timed;
-            let beside = self.backend.beside();
             l.beside_busy_s += (beside.computed - before.computed).as_secs_f64();
             l.beside_wait_s += (beside.waited - before.waited).as_secs_f64();
             l.beside_bytes += self.weights.beside_bytes - beside_bytes;
@@ -694,6 +713,27 @@ impl Session {
     /// Caches in RAM of experts that live on storage; none where those have none.
     pub fn caches(&self) -> &[Cache] {
         &self.plan.caches
+    }
+
+    /// Slots in VRAM of experts that live in RAM; none where those have none.
+    pub fn device_caches(&self) -> &[Cache] {
+        &self.plan.device_caches
+    }
+
+    /// What processors beside a device did, and how often experts had a slot there, since the session began.
+    pub fn beside_work(&self) -> crate::backend::Beside {
+        self.backend.beside()
+    }
+
+    /// Keeps what this session has seen of the model's choices of experts, for plans to come.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn keep_reuse(&self) -> std::io::Result<()> {
+        match self.backend.reuse().filter(|_| self.options.routing.is_none()) {
+            Some(counted) => reuse::keep(&self.model, counted),
+            None => Ok(()),
+        }
     }
 
     /// The routing that is forced, if one is.

@@ -6,18 +6,19 @@ use std::sync::Arc;
 
 use super::apart::Apart;
 use super::beside::Division;
-use super::hits::hit_rates_of;
+use super::hits::{hit_rates_of, slot_hits};
 use super::repeat::{Recipe, steady};
+use super::reuse::{HitCurve, faster_in_slots};
 use super::session::{Embedding, OnDevice, stream_error};
 use super::sizes::{unit_size, unit_sizes};
 use super::steps::schedule;
 use super::weights::Weights;
 use super::works::works;
-use super::{EngineError, Links, Opened, Options, Session, Sites, beside, here, source};
+use super::{EngineError, ExpertSlots, Links, Opened, Options, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{
-    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent,
+    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent, SlotsAt,
 };
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, Policy, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
@@ -25,7 +26,10 @@ use crate::machine;
 use crate::memory::{Arena, Region};
 use crate::model::{ForcedRouting, ForwardError, HParams, Model, Scratch, Tape, UnitKind, UnitSpec, check_divisors};
 use crate::pipeline::{DeviceUnit, SpanIn, UnitLayout, load, load_to_device};
-use crate::plan::{Cache, Home, Limits, Plan, PlanError, TooFewSlots, UnitSize, format_at_least, format_bytes, place};
+use crate::plan::{
+    Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_at_least, format_bytes,
+    place,
+};
 use crate::state::Pages;
 use crate::storage::{Alignment, FileId, Reader, StorageError};
 
@@ -139,6 +143,11 @@ impl Session {
         // A device's own memory holds the cache and the workspace, and has its own room.
         let workspace = if memory.is_none() { backend.workspace_bytes() + model.held_bytes() } else { 0 };
         let options = with_ram(options_within_locks(options, reader.as_ref()), &sizes, memory.is_some());
+        let expert_slots = match &memory {
+            Some(memory) => decide_slots(&model, &sizes, memory.memory()?, rates, &options)?,
+            None => ExpertSlots::Off,
+        };
+        let options = Options { expert_slots, ..options };
         let (plan, room, mut device) = match &memory {
             None => {
                 options.repeat.as_ref().map_or(Ok(None), |r| r.room(None))?;
@@ -186,6 +195,10 @@ impl Session {
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
         let recipe = Recipe::new(&model, &plan, &options, (room, options.ram), asked.get(), division.as_ref());
         notes.extend(plan.too_few_slots.map(too_few_slots));
+        let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);
+        if options.expert_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
+            notes.push("--expert-cache on: VRAM or RAM has no room for it, or processors have no part, so that experts live where they fit".into());
+        }
         let guesses = division.is_some() && options.sites == Sites::Auto && repeated.is_none();
         notes.extend(guesses.then(here::guessed_sites).flatten());
         let parts = division.as_ref().map(|d| d.parts(&works(&model, &sizes.layouts)));
@@ -207,9 +220,11 @@ impl Session {
         let homes = (plan.homes.clone(), &routed[..]);
         let mut weights = Weights::new(sizes.layouts, resident, homes, unit_bytes, feed, flow, traced);
         weights.apart = apart.addresses.clone();
+        let slots =
+            places.device.as_ref().map_or(Vec::new(), |d| slots_on_device(&plan, &weights.layouts, d.resident.addr));
         weights.beside = division
             .zip(parts)
-            .map(|(d, parts)| beside::beside(&model, &plan, &d, parts, &places.in_ram, apart.in_ram.clone()));
+            .map(|(d, parts)| beside::beside(&model, &plan, &d, parts, &places.in_ram, apart.in_ram.clone(), slots));
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
         if let Some(r) = &dims.recurrent {
             pages = pages.with_states(r.sequences);
@@ -524,6 +539,18 @@ fn caches(model: &Model, plan: &Plan) -> Vec<PoolSpec> {
     plan.caches.iter().enumerate().map(pool).collect()
 }
 
+/// By block, the slots of its experts on a device, which lie behind the units that live there; those begin at `base`.
+fn slots_on_device(plan: &Plan, layouts: &[UnitLayout], base: u64) -> Vec<Option<SlotsAt>> {
+    let resident = layouts.iter().zip(&plan.homes).filter(|(_, home)| **home == Home::A).map(|(l, _)| l.slot_bytes);
+    let mut at = (base + resident.sum::<u64>()).next_multiple_of(SLOT_ALIGN);
+    let mut slots = vec![None; plan.device_caches.iter().map(|c| c.block + 1).max().unwrap_or(0)];
+    for c in &plan.device_caches {
+        slots[c.block] = Some(SlotsAt { addr: at, slots: c.slots, bytes: c.slot_bytes });
+        at += c.bytes();
+    }
+    slots
+}
+
 /// Addresses of the slots on a device, which begin at `base`.
 pub(super) fn device_slots(plan: &Plan, base: u64) -> Vec<u64> {
     let next = |at: &mut u64, bytes| Some(std::mem::replace(at, *at + bytes));
@@ -590,8 +617,47 @@ pub(super) fn make_plan(
         workspace,
         embedding: wants_embedding.then_some(sizes.embedding.slot_bytes),
         cached_choices: if options.caches { model.hparams.n_experts_used } else { 0 },
+        slot_choices: if options.expert_slots == ExpertSlots::On { model.hparams.n_experts_used } else { 0 },
     };
     place(&units, &limits)
+}
+
+/// Whether the device keeps experts in slots, where weights may take `room` bytes there: as is asked for, or where the choices are
+/// known to come again so soon that it is faster. Processors must be there that compute beside it, at these rates.
+pub(super) fn slots_or_not(
+    model: &Model,
+    sizes: &Sizes,
+    room: u64,
+    rates: Option<SiteRates>,
+    options: &Options,
+) -> ExpertSlots {
+    if options.sites == Sites::One {
+        return ExpertSlots::Off;
+    }
+    let with = |expert_slots| make_plan(model, sizes, Some(room), 0, &Options { expert_slots, ..options.clone() });
+    let auto = || -> Option<bool> {
+        let rates = rates.filter(|_| options.routing.is_some() || HitCurve::known(model).is_some())?;
+        let (slots, fixed) = (with(ExpertSlots::On).ok()?, with(ExpertSlots::Off).ok()?);
+        let hits = slot_hits(model, &slots, options.routing.as_deref())?;
+        Some(faster_in_slots(model, &fixed, &rates.rounded(), hits))
+    };
+    match options.expert_slots {
+        ExpertSlots::Auto if auto() == Some(true) => ExpertSlots::On,
+        ExpertSlots::Auto => ExpertSlots::Off,
+        told => told,
+    }
+}
+
+/// The same of a device whose memory is used like this.
+fn decide_slots(
+    model: &Model,
+    sizes: &Sizes,
+    now: MemoryUse,
+    rates: Option<SiteRates>,
+    options: &Options,
+) -> Result<ExpertSlots, EngineError> {
+    let room = planned_room(weights_room(options.vram, now), sizes, options)?;
+    Ok(slots_or_not(model, sizes, room, rates, options))
 }
 
 /// Bytes of a device's memory that weights may take, where `vram` is the limit given.
@@ -699,11 +765,16 @@ fn links(
     let cached = plan.cache_of(&unit_sizes(model));
     let rates = hit_rates_of(model, plan, routing);
     let hits = |u: usize| cached[u].map_or(0.0, |c| rates[c] * used(&model.units[u]));
+    let slots = slot_hits(model, plan, routing);
+    let brought = |u: usize| match slots {
+        Some(hits) if matches!(model.units[u].kind, UnitKind::Expert { .. }) => 1.0 - hits,
+        _ => 1.0,
+    };
     let from_caches = (0..model.units.len()).map(hits).sum::<f64>() as u64;
     Links {
         on_device,
         bytes_per_pass: bytes(&|_, _| 1.0),
-        gpu_bytes_per_pass: bytes(&|u, home| all_of(on_device && home != Home::A) * (1.0 - of_host(u))),
+        gpu_bytes_per_pass: bytes(&|u, home| all_of(on_device && home != Home::A) * (1.0 - of_host(u)) * brought(u)),
         beside_bytes_per_pass: bytes(&|u, _| of_host(u)),
         nvme_bytes_per_pass: bytes(&|_, home| all_of(home == Home::C)).saturating_sub(from_caches),
         ..Links::default()

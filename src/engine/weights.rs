@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Class, Share};
+use crate::backend::{Class, Share, SlotsAt};
 use crate::flow::{Feed, Flow, Place, Step};
 use crate::model::{HELD, WeightError, WeightSource};
 use crate::pipeline::{EventKind, UnitLayout};
@@ -65,6 +65,8 @@ pub(super) struct Beside {
     pub divided: Vec<bool>,
     /// By unit, the part of its uses that processors compute, where each expert is as likely.
     pub parts: Vec<f64>,
+    /// By block, where the device keeps some of its experts in RAM.
+    pub slots: Vec<Option<SlotsAt>>,
     /// Bytes of the units that they compute in every pass: all but experts.
     pub each_pass_bytes: u64,
 }
@@ -236,6 +238,10 @@ impl WeightSource for Weights {
 
     fn share(&self) -> Option<Share> {
         self.beside.as_ref()?.share
+    }
+
+    fn slots(&self, block: usize) -> Option<SlotsAt> {
+        self.beside.as_ref()?.slots.get(block).copied().flatten()
     }
 
     fn used(&mut self, units: Range<usize>, chosen: usize) {

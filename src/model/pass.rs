@@ -8,7 +8,9 @@ use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::{Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Routing, Run, Share, Weight};
+use crate::backend::{
+    Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Routing, Run, Share, SlotsAt, Weight,
+};
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -123,6 +125,11 @@ pub trait WeightSource {
         None
     }
 
+    /// Where a device keeps some of the experts in RAM of this block.
+    fn slots(&self, _block: usize) -> Option<SlotsAt> {
+        None
+    }
+
     /// As many of the experts in `units` as `chosen` were used where they rest, none of them acquired.
     fn used(&mut self, _units: Range<usize>, _chosen: usize) {}
 
@@ -219,35 +226,25 @@ pub fn forward(
     pass.hidden = batch.hidden.then_some(&mut scratch.hidden);
     pass.resting = &scratch.resting;
     pass.forced = scratch.forced.as_mut();
+    pass.force_shared()?;
     // The router's answer is waited for in the middle of a pass, except where all experts rest.
     let waits = |(stage, rest): (&Stage, &Rest)| match rest {
         Rest::Here => false,
-        Rest::Shared => pass.forced.is_some(),
+        Rest::Shared => pass.forced.is_some() && !pass.forces,
         Rest::No => stage.experts.is_some(),
     };
     let waits = model.stages.iter().zip(&scratch.resting).any(waits);
-    if !batch.is_one_token() || waits || !pass.source.stays() {
+    if batch.is_one_token() && !waits && pass.source.stays() {
+        pass.recorded(stop)?;
+    } else {
         pass.all(stop)?;
-        if let Some(forced) = &mut pass.forced {
-            forced.token += batch.tokens() as u64;
-        }
         // Whoever waits for the device next need not know of what was put off.
-        return Ok(pass.backend.catch_up()?);
+        pass.backend.catch_up()?;
     }
-    if pass.backend.begin_stretch()? {
-        pass.repeated();
-        return Ok(());
+    if let Some(forced) = &mut pass.forced {
+        forced.token += batch.tokens() as u64;
     }
-    let called = pass.all(stop);
-    let done = pass.backend.end_stretch(called.is_ok());
-    match (called, done) {
-        (Ok(()), Ok(true)) => return Ok(()),
-        (Ok(()), Err(e)) => return Err(e.into()),
-        // It could not be recorded, and nothing has run.
-        (Ok(()) | Err(ForwardError::Backend(_)), Ok(false)) => pass.all(stop)?,
-        (Err(e), _) => return Err(e),
-    }
-    Ok(pass.backend.catch_up()?)
+    Ok(())
 }
 
 /// How the experts of a stage are computed.
@@ -305,7 +302,8 @@ fn resting(
         let list: Option<Vec<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &either, &here)).collect();
         let Some(list) = list else { return Ok(Rest::No) };
         let of_host: Vec<Option<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &in_ram, &in_ram)).collect();
-        Ok(if backend.share_experts(block, &list, &of_host, share)? { Rest::Shared } else { Rest::No })
+        let slots = source.slots(block);
+        Ok(if backend.share_experts(block, &list, &of_host, share, slots)? { Rest::Shared } else { Rest::No })
     };
     stages.map(of).collect()
 }
@@ -393,6 +391,8 @@ struct Pass<'a> {
     hidden: Option<&'a mut Vec<f32>>,
     /// What tokens choose in place of their routers' choices.
     forced: Option<&'a mut Forced>,
+    /// Whether experts that both sites compute are told what rows choose.
+    forces: bool,
     /// The stage at hand, of those with experts; and the first row of the class at hand.
     routed: usize,
     first_row: usize,
@@ -438,6 +438,7 @@ impl<'a> Pass<'a> {
             resting: &[],
             hidden: None,
             forced: None,
+            forces: false,
             routed: 0,
             first_row: 0,
             of_host: None,
@@ -458,6 +459,37 @@ impl<'a> Pass<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Tells the backend what exact rows are to choose of experts that both sites compute.
+    fn force_shared(&mut self) -> Result<(), ForwardError> {
+        let Some(forced) = self.forced.as_mut().filter(|_| *self.classes == [Class::Exact]) else { return Ok(()) };
+        let n = self.rows[Class::Exact as usize] * self.model.hparams.n_experts_used;
+        let stages = self.model.stages.iter().zip(self.resting).filter(|(stage, _)| stage.experts.is_some());
+        for (routed, (stage, rest)) in stages.enumerate() {
+            if let (Some(block), Rest::Shared) = (stage.block, rest) {
+                self.forces = self.backend.force(block, forced.choose(routed, 0, n))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A pass of one token for which nothing is waited: the recording of one before is repeated, or this one is recorded.
+    fn recorded(&mut self, stop: &dyn Fn() -> bool) -> Result<(), ForwardError> {
+        if self.backend.begin_stretch()? {
+            self.repeated();
+            return Ok(());
+        }
+        let called = self.all(stop);
+        let done = self.backend.end_stretch(called.is_ok());
+        match (called, done) {
+            (Ok(()), Ok(true)) => return Ok(()),
+            (Ok(()), Err(e)) => return Err(e.into()),
+            // It could not be recorded, and nothing has run.
+            (Ok(()) | Err(ForwardError::Backend(_)), Ok(false)) => self.all(stop)?,
+            (Err(e), _) => return Err(e),
+        }
+        Ok(self.backend.catch_up()?)
     }
 
     /// All stages. Without outputs the slices of the head are still consumed, so that the cycle stays whole.
@@ -529,7 +561,7 @@ impl<'a> Pass<'a> {
         let (stage, calls) = (&self.model.stages[i], &self.tape.stages[i]);
         let rest = match self.resting.get(i).copied().unwrap_or(Rest::No) {
             // Who chooses by itself cannot be told what to choose.
-            Rest::Shared if *self.classes != [Class::Exact] || self.forced.is_some() => Rest::No,
+            Rest::Shared if *self.classes != [Class::Exact] || self.forced.is_some() && !self.forces => Rest::No,
             rest => rest,
         };
         if self.forced.is_some() {

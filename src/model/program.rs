@@ -51,6 +51,11 @@ pub struct UnitSpec {
 }
 
 impl UnitSpec {
+    /// Whether it is a routed expert.
+    pub fn is_expert(&self) -> bool {
+        matches!(self.kind, UnitKind::Expert { .. })
+    }
+
     /// Payload: bytes of all spans.
     pub fn bytes(&self) -> u64 {
         self.spans.iter().map(|s| s.bytes).sum()

@@ -23,8 +23,11 @@ struct Slots {
     device: usize,
     staging: usize,
     caches: Result<Vec<Cache>, Option<TooFewSlots>>,
+    on_device: Vec<Cache>,
 }
 
+/// Where experts' slots in VRAM begin.
+pub const SLOT_ALIGN: u64 = 256;
 /// Bytes of experts that are brought ahead of a prompt's router: what a link carries while attention is computed.
 const AHEAD_BYTES: u64 = 64 << 20;
 /// Most of the device memory for weights that is left to those: one part in so many.
@@ -61,7 +64,7 @@ fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -
     if units.iter().map(|u| u.slot_bytes).sum::<u64>() <= vram {
         homes.fill(Home::A);
         let (staging, caches) = fill_ram(units, limits, homes)?;
-        return Ok(Slots { device: 0, staging, caches });
+        return Ok(Slots { device: 0, staging, caches, on_device: Vec::new() });
     }
     // The head is read whole on every pass. Attention parts are small, and next to the KV cache here: what streams is
     // alike without them, and buffers have no slots for them.
@@ -75,9 +78,41 @@ fn by_room(units: &[UnitSize], limits: &Limits, vram: u64, homes: &mut [Home]) -
     let room = spread(units, homes, Home::A, room, of(UnitPart::Attention));
     // Every token uses the shared units, and only some experts.
     let room = spread(units, homes, Home::A, room, |u| matches!(u.part, UnitPart::FeedForward | UnitPart::Shared));
+    let on_device = experts_in_slots(units, homes, room, limits);
+    if !on_device.is_empty() {
+        let mut all = homes.to_vec();
+        let resting = |(u, home): (&UnitSize, &Home)| !u.routed() || *home == Home::B;
+        if let Ok((staging, caches)) = fill_ram(units, limits, &mut all)
+            && units.iter().zip(&all).all(resting)
+        {
+            homes.copy_from_slice(&all);
+            return Ok(Slots { device, staging, caches, on_device });
+        }
+    }
     spread(units, homes, Home::A, room, UnitSize::routed);
     let (staging, caches) = fill_ram(units, limits, homes)?;
-    Ok(Slots { device, staging, caches })
+    Ok(Slots { device, staging, caches, on_device: Vec::new() })
+}
+
+/// Slots in `room` bytes of VRAM for experts that live in RAM: of each layer the same share; none where a layer would have fewer
+/// than a token chooses, or as many as it has experts.
+fn experts_in_slots(units: &[UnitSize], homes: &[Home], room: u64, limits: &Limits) -> Vec<Cache> {
+    if limits.slot_choices == 0 || units.iter().zip(homes).any(|(u, home)| !u.routed() && *home != Home::A) {
+        return Vec::new();
+    }
+    let mut slots = Vec::new();
+    for layer in units.chunk_by(|a, b| a.block == b.block && a.routed() == b.routed()) {
+        if let (true, Some(block)) = (layer[0].routed(), layer[0].block) {
+            let slot_bytes = layer.iter().map(|u| u.slot_bytes).max().unwrap_or(0).next_multiple_of(SLOT_ALIGN);
+            slots.push(Cache { block, experts: layer.len(), slots: 0, slot_bytes });
+        }
+    }
+    let all: u64 = slots.iter().map(|c| c.experts as u64 * c.slot_bytes).sum();
+    let room = room.saturating_sub(SLOT_ALIGN);
+    for c in &mut slots {
+        c.slots = (c.experts as f64 * room as f64 / all.max(1) as f64) as usize;
+    }
+    if slots.iter().any(|c| c.slots < limits.slot_choices || c.slots >= c.experts) { Vec::new() } else { slots }
 }
 
 /// Number of the staging buffers that `homes` want, and bytes of their slots. What is loaded to VRAM goes through the
@@ -205,7 +240,7 @@ fn by_count(units: &[UnitSize], limits: &Limits, vram: u64, t: Tiers, homes: &mu
     if needed > limits.ram {
         return Err(PlanError::TiersTooLarge { a, b, c, workspace: 0, needed, ram: limits.ram });
     }
-    Ok(Slots { device: n, staging, caches: Err(None) })
+    Ok(Slots { device: n, staging, caches: Err(None), on_device: Vec::new() })
 }
 
 /// The home of each block: interleaved over the depth in proportion, or one tier after the other.
@@ -245,7 +280,10 @@ fn finish(units: &[UnitSize], (limits, vram): (&Limits, u64), homes: Vec<Home>, 
     let fits = |e: &u64| !homes.contains(&Home::C) && ram_bytes + e <= limits.ram;
     let embedding = limits.embedding.filter(fits);
     ram_bytes += embedding.unwrap_or(0);
-    let vram_bytes = of(Home::A).sum::<u64>() + device_slots as u64 * on_device.sum();
+    let kept: u64 = slots.on_device.iter().map(Cache::bytes).sum();
+    let resident = of(Home::A).sum::<u64>();
+    let resident = if kept > 0 { resident.next_multiple_of(SLOT_ALIGN) + kept } else { resident };
+    let vram_bytes = resident + device_slots as u64 * on_device.sum();
     Plan {
         n_slots,
         slot_bytes: sizes.slot,
@@ -258,6 +296,7 @@ fn finish(units: &[UnitSize], (limits, vram): (&Limits, u64), homes: Vec<Home>, 
         vram_bytes,
         homes,
         caches,
+        device_caches: slots.on_device,
         too_few_slots,
     }
 }
@@ -284,6 +323,7 @@ mod tests {
             workspace: 0,
             embedding: None,
             cached_choices: 0,
+            slot_choices: 0,
         }
     }
 

@@ -15,6 +15,7 @@ pub use crate::units::{format_at_least, format_bytes, parse_size};
 pub use assign::{SiteRates, assign};
 pub use beside::Beside;
 pub use costs::{Costs, Time};
+pub use device::SLOT_ALIGN;
 pub use hits::{Replay, hit_rates, replay};
 pub use machine::{CpuSide, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
 pub use place::{BUFFERS_MAX, Cache, Home, Limits, Plan, PlanError, Tiers, TooFewSlots, UnitPart, UnitSize, place};

@@ -101,6 +101,9 @@ pub struct Limits {
     pub embedding: Option<u64>,
     /// Experts that a token chooses in each layer, where those that stay on storage may have caches in RAM; 0 for no caches.
     pub cached_choices: usize,
+    /// Experts that a token chooses in each layer, where all live in RAM and a device keeps some in slots; 0 for those of each layer
+    /// that fit to live in VRAM.
+    pub slot_choices: usize,
 }
 
 /// Buffers when nothing else is said: one computing, one complete, one filling.
@@ -110,12 +113,12 @@ pub(super) const BUFFERS_MIN: usize = 2;
 /// Most slots that may be asked for.
 pub const BUFFERS_MAX: usize = 64;
 
-/// Frames in RAM that keep a layer's experts from pass to pass, of those whose home is storage.
+/// Frames that keep a layer's experts from pass to pass: in RAM of those whose home is storage, or in VRAM of those in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cache {
     /// The layer.
     pub block: usize,
-    /// Its experts on storage.
+    /// Its experts that live there.
     pub experts: usize,
     /// Frames, fewer than experts.
     pub slots: usize,
@@ -161,7 +164,9 @@ pub struct Plan {
     pub vram_bytes: u64,
     /// Caches in RAM of experts that live on storage, by layer; none where those have none.
     pub caches: Vec<Cache>,
-    /// Why there are none, where the room for them is too small.
+    /// Slots in VRAM of experts that live in RAM, by layer; none where those have none.
+    pub device_caches: Vec<Cache>,
+    /// Why there are none on storage, where the room for them is too small.
     pub too_few_slots: Option<TooFewSlots>,
 }
 
@@ -565,6 +570,7 @@ fn finish(
         device_attention_slot_bytes: 0,
         vram_bytes: 0,
         caches,
+        device_caches: Vec::new(),
         too_few_slots,
     }
 }
@@ -600,6 +606,7 @@ pub(super) mod tests {
             workspace: 0,
             embedding: None,
             cached_choices: 0,
+            slot_choices: 0,
         }
     }
 

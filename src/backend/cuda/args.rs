@@ -214,6 +214,17 @@ pub(super) struct HandArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ChoicesArgs {
+    pub ids: u64,
+    pub to: u64,
+    pub forced: u64,
+    pub slots: u64,
+    pub kept: u64,
+    pub n: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BesideArgs {
     pub table: u64,
     pub ids: u64,
@@ -371,6 +382,8 @@ pub(super) struct ExpertsArgs {
     pub landing: u64,
     pub slot: u64,
     pub which: i32,
+    pub kept: u64,
+    pub slots: u64,
 }
 
 /// Bulk rows by expert.
@@ -407,7 +420,7 @@ pub(super) struct GroupedArgs {
 
 layouts! {
     RouterArgs 64 { x 0, norm 8, w 16, f 24, q 32, scores 40, n 48, experts 52, eps 56 }
-    ExpertsArgs 144 { table 0, scores 8, q 16, f 24, hidden 32, x 40, ids 48, weights 56, experts 64, used 68, n 72, ff 76, row_warps 80, piece 84, each 88, row_room 92, normalize 96, scale 100, how 104, limit 108, add 112, share 116, landing 120, slot 128, which 136 }
+    ExpertsArgs 160 { table 0, scores 8, q 16, f 24, hidden 32, x 40, ids 48, weights 56, experts 64, used 68, n 72, ff 76, row_warps 80, piece 84, each 88, row_room 92, normalize 96, scale 100, how 104, limit 108, add 112, share 116, landing 120, slot 128, which 136, kept 144, slots 152 }
     SortArgs 48 { ids 0, lists 8, tiles 16, pairs 24, used 28, experts 32, each 36, most 40 }
     GroupedArgs 88 { table 0, tiles 8, x 16, scale 24, from 32, to 40, out 48, rows 64, cols 68, pitch 72, stride 76, first 80 }
     GemvArgs 184 { w 0, bias 24, out 48, rows 72, stride 84, segments 96, cols 100, tokens 104, mode 108, x 112, in_idx 120, out_idx 128, hidden_q 136, raw 144, norm 152, eps 160, row_warps 164, piece 168, stages 172, run_pitch 176 }
@@ -421,6 +434,7 @@ layouts! {
     RopeArgs 136 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112, q_when 116, k_when 120, by 124, every 128, offset 132 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
     HandArgs 64 { from 0, to 8, n 16, rows 20, listed 24, only 28 }
+    ChoicesArgs 48 { ids 0, to 8, forced 16, slots 24, kept 32, n 40 }
     BesideArgs 64 { table 0, ids 8, weights 16, out 24, answers 32, x 40, used 48, n 52, share 56, add 60 }
     CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
     ActArgs 56 { x 0, y 8, z 16, pass 24, rows 32, n 36, each 40, by 44, cap 48 }

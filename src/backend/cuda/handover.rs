@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 
-use super::args::HandArgs;
+use super::args::{ChoicesArgs, HandArgs};
 use super::driver::{Device, PinnedBuffer, Stream, check, device_error};
-use super::workspace::landing_slot;
+use super::workspace::{NO_SLOT, landing_slot};
 use super::{CudaBackend, no_experts};
-use crate::backend::both::PLACES;
-use crate::backend::{BackendError, Dims, EXACT_ROWS, Expert, Hands, Norm, RouterParams, Routing, Share, Weight};
+use crate::backend::both::{Brought, PLACES};
+use crate::backend::{
+    BackendError, Dims, EXACT_ROWS, Expert, Hands, Norm, RouterParams, Routing, Share, SlotsAt, Weight,
+};
 
 /// Words between two that are written by different sides: cache lines come in pairs.
 const APART: usize = 32;
@@ -31,6 +33,10 @@ pub(super) struct Handover {
     answers: [PinnedBuffer<f32>; PLACES],
     /// Choices of the rows that were given.
     ids: [PinnedBuffer<u32>; PLACES],
+    /// By block, what rows are to choose in place of their routers' choices; and whether they are.
+    forced: PinnedBuffer<u32>,
+    forces: bool,
+    pairs: usize,
     /// For each place: how often something was given, and answered; then how often experts were brought.
     words: PinnedBuffer<u32>,
     /// Brings experts.
@@ -60,6 +66,9 @@ impl Handover {
             given: [floats(rows)?, floats(rows)?],
             answers: [floats(rows.max(pairs))?, floats(rows.max(pairs))?],
             ids: [device.alloc_pinned(pairs, "choices")?, device.alloc_pinned(pairs, "choices")?],
+            forced: device.alloc_pinned((pairs * d.n_blocks).max(1), "forced choices")?,
+            forces: false,
+            pairs,
             words: device.alloc_pinned(3 * PLACES * APART, "words")?,
             copies: device.stream()?,
             lost: false,
@@ -198,6 +207,20 @@ impl CudaBackend {
         }
     }
 
+    /// As [`Backend::force`](crate::backend::Backend::force).
+    pub(super) fn force_choices(&mut self, layer: usize, ids: &[u32]) -> Result<bool, BackendError> {
+        let n_experts = self.dims.n_experts;
+        let Some(h) = self.handover.as_mut() else { return Ok(false) };
+        let from = layer * h.pairs;
+        let to = h.forced.as_mut_slice().get_mut(from..from + ids.len()).filter(|to| to.len() <= h.pairs);
+        let (Some(to), true) = (to, ids.iter().all(|id| (*id as usize) < n_experts)) else {
+            return Err(device_error(format!("{} choices for block {layer} are too many", ids.len())));
+        };
+        to.copy_from_slice(ids);
+        h.forces = true;
+        Ok(true)
+    }
+
     /// The stream waits for the answer at `place`.
     fn await_answer(&self, place: usize) -> Result<u64, BackendError> {
         let h = self.handover.as_ref().ok_or_else(none)?;
@@ -294,13 +317,14 @@ impl Hands for CudaBackend {
         list: &[Expert],
         in_ram: &[bool],
         share: Share,
+        slots: Option<SlotsAt>,
     ) -> Result<bool, BackendError> {
         // Experts in RAM are brought in one copy each.
-        let slot = landing_slot(&self.dims);
+        let slot = slots.map_or(landing_slot(&self.dims), |s| s.bytes);
         if list.iter().zip(in_ram).any(|(e, ram)| *ram && extent(e).1 > slot) {
             return Ok(false);
         }
-        self.hold_shared_at(layer, list, in_ram, share)
+        self.hold_shared_at(layer, list, in_ram, share, slots)
     }
 
     fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
@@ -310,12 +334,21 @@ impl Hands for CudaBackend {
             return Err(device_error(format!("{rows} rows are too many for processors")));
         }
         let to = address(&h.ids[place]);
+        let forced = if h.forces { address(&h.forced) + (layer * h.pairs * 4) as u64 } else { 0 };
+        let slots = match self.shared_at(layer)?.0.slots {
+            Some(_) => self.slots_of(layer)?,
+            None => 0,
+        };
         // A launch that returns when its kernel has run would wait for experts that the host brings after it.
         let lands = rows == 1 && h.ahead;
         let give = |gpu: &mut CudaBackend| {
-            let ids = gpu.engine.ws.moe.as_ref().ok_or_else(no_experts)?.ids.addr();
-            // SAFETY: both hold a word for each choice, as checked above; the host has read the last ones of this place.
-            unsafe { gpu.hand_rows(ids, to, None, used, rows)? };
+            let moe = gpu.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
+            let n = rows * used;
+            let a = ChoicesArgs { ids: moe.ids.addr(), to, forced, slots, kept: moe.kept.addr(), n: n as i32 };
+            gpu.engine.ws.rooms.check("choices with slots", a.kept, 4 * n as u64)?;
+            // SAFETY: ChoicesArgs is what hand_choices declares; all hold a word for each choice, as checked above and where `forced`
+            // is written, and slots one for each expert; the host has read the last choices of this place.
+            unsafe { gpu.engine.launch(gpu.engine.kernels.hand_choices, (1, 1, 1), 256, 0, &a)? };
             gpu.give_routed(place)
         };
         let landed = |gpu: &mut CudaBackend| {
@@ -334,22 +367,35 @@ impl Hands for CudaBackend {
         Ok((&h.given[place].as_slice()[..floats], &h.ids[place].as_slice()[..choices]))
     }
 
-    fn fetch(&mut self, place: usize, list: &[Expert]) -> Result<(), BackendError> {
-        let landing = &self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.landing;
-        let slot = landing_slot(&self.dims);
+    fn fetch(&mut self, place: usize, layer: usize, list: &[Brought]) -> Result<(), BackendError> {
+        let landing = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.landing.addr();
+        let room = SlotsAt { addr: landing, slots: self.dims.n_experts_used, bytes: landing_slot(&self.dims) };
+        let room = self.shared_at(layer)?.0.slots.unwrap_or(room);
+        let slots = self.slots_of(layer)?;
         let h = self.handover.as_ref().ok_or_else(none)?;
         if list.is_empty() {
             h.landed_word(place).0.store(h.uses[place], Ordering::Release);
             return Ok(());
         }
-        for (i, e) in (0..).zip(list) {
+        let word_of = |id: u32| slots + u64::from(id) * 4;
+        for (i, Brought { expert: e, given }) in list.iter().enumerate() {
             let (low, bytes) = extent(e);
-            if bytes > slot || i >= self.dims.n_experts_used as u64 {
+            let at = given.map_or(i, |given| given.slot as usize);
+            if bytes > room.bytes || at >= room.slots || e.id as usize >= self.dims.n_experts {
                 return Err(device_error(format!("expert {} of {bytes} bytes has no room", e.id)));
+            }
+            if let Some(before) = given.and_then(|given| given.before) {
+                // SAFETY: a word of the slots of this block's experts. The GPU has looked at it before the choices came, and looks
+                // again behind the word that it waits for.
+                unsafe { h.copies.write_word(word_of(before), NO_SLOT)? };
             }
             // SAFETY: the extent lies in the arena, which outlives this (`share_experts`); the slot has room, and the kernels that
             // read it wait for the word behind this copy, as this waits for the router behind those before.
-            unsafe { h.copies.upload(low as *const u8, landing.addr() + i * slot, bytes as usize)? };
+            unsafe { h.copies.upload(low as *const u8, room.addr + at as u64 * room.bytes, bytes as usize)? };
+            if let Some(given) = given {
+                // SAFETY: as above.
+                unsafe { h.copies.write_word(word_of(e.id), given.slot)? };
+            }
         }
         // SAFETY: a word of the buffer.
         unsafe { h.copies.write_word(h.landed_word(place).1, h.uses[place]) }

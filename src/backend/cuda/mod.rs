@@ -30,7 +30,7 @@ pub use transfer::Transfer;
 
 use super::{
     Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, RouterParams, Routing,
-    Run, Scores, Share, Weight,
+    Run, Scores, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
@@ -69,7 +69,7 @@ pub struct CudaBackend {
     /// By layer, experts whose addresses are in the tables.
     resting: Vec<Option<moe::Resting>>,
     /// Those that processors compute, too.
-    shared: Vec<Option<(moe::Resting, Share)>>,
+    shared: Vec<Option<moe::SharedExperts>>,
     /// Pages of the sequence at hand, as they are in the GPU's memory.
     table: Vec<PageId>,
     /// The way to processors and back, where there is one.
@@ -661,6 +661,10 @@ impl Backend for CudaBackend {
 
     fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
         self.run(op)
+    }
+
+    fn force(&mut self, layer: usize, ids: &[u32]) -> Result<bool, BackendError> {
+        self.force_choices(layer, ids)
     }
 
     fn choose_instead(&mut self, ids: &[u32]) -> Result<(), BackendError> {

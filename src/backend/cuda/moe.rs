@@ -11,9 +11,9 @@ use super::modules::{Vectors, grid_bytes};
 use super::product::{Engine, Form, Inputs, Prep, Rows, THIN_ROWS, Target, activation, any_index, form, plain_index};
 use super::product::{quant_index, thin_bytes, unsupported};
 use super::tiling::{Product, WARPS, tiling};
-use super::workspace::{MoeBuffers, float_bytes, half_bytes, landing_slot, pitch, tiles_most};
+use super::workspace::{MoeBuffers, NO_SLOT, float_bytes, half_bytes, landing_slot, pitch, tiles_most};
 use super::{CombineArgs, CudaBackend, RouteArgs, no_experts};
-use crate::backend::{Activation, BackendError, Class, Expert, Norm, RouterParams, Routing, Share, Weight};
+use crate::backend::{Activation, BackendError, Class, Expert, Norm, RouterParams, Routing, Share, SlotsAt, Weight};
 use crate::gguf::TensorType;
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
@@ -60,7 +60,7 @@ enum SumHow {
     /// Their sum is put there.
     Store,
     /// Each has a row of its own, but for those of processors, which are so many 256ths of those in RAM.
-    Beside { share: u32, which: Which },
+    Beside { share: u32, which: Which, slots: Option<(SlotsAt, u64)> },
 }
 
 /// Which of a row's experts that are not for processors a launch computes. The numbers are those of the kernels.
@@ -85,6 +85,15 @@ pub(super) struct Resting {
     down: TensorType,
     exact_up: Exact,
     exact_down: Exact,
+}
+
+/// The experts of a block of which some rest in RAM.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SharedExperts {
+    resting: Resting,
+    share: Share,
+    /// Where experts in RAM are kept from row to row.
+    pub(super) slots: Option<SlotsAt>,
 }
 
 /// Tiles of rows of bulk rows' experts.
@@ -423,16 +432,19 @@ impl CudaBackend {
         list: &[Expert],
         in_ram: &[bool],
         share: Share,
+        slots: Option<SlotsAt>,
     ) -> Result<bool> {
         if layer >= self.dims.n_blocks || list.len() != self.dims.n_experts || in_ram.len() != list.len() {
             return Ok(false);
         }
         self.shared.resize(self.dims.n_blocks, None);
-        self.shared[layer] = self.resting_of(list).map(|r| (r, share));
+        self.shared[layer] = self.resting_of(list).map(|resting| SharedExperts { resting, share, slots });
         if self.shared[layer].is_none() {
             return Ok(false);
         }
         self.write_table(layer, list, |id| in_ram[id])?;
+        let none = vec![NO_SLOT; list.len()];
+        self.engine.moe()?.slots.write((layer * list.len() * 4) as u64, &none)?;
         Ok(true)
     }
 
@@ -445,7 +457,7 @@ impl CudaBackend {
         give: impl FnOnce(&mut CudaBackend) -> Result,
         landed: Option<impl FnOnce(&mut CudaBackend) -> Result>,
     ) -> Result {
-        let (resting, share, table) = self.shared_at(layer)?;
+        let (SharedExperts { resting, share, slots }, table) = self.shared_at(layer)?;
         match routing {
             Routing::Softmax { norm, router, params } => {
                 self.begin_experts();
@@ -457,10 +469,11 @@ impl CudaBackend {
         give(self)?;
         let to = self.engine.moe()?.out.addr();
         let exact = |gpu: &CudaBackend, which| {
-            gpu.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Beside { share, which } })
+            let slots = slots.map(|s| Ok::<_, BackendError>((s, gpu.slots_of(layer)?))).transpose()?;
+            gpu.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Beside { share: share.0, which, slots } })
         };
         match landed {
-            _ if share >= Share::ALL.0 => exact(self, Which::Here),
+            _ if share.0 >= Share::ALL.0 => exact(self, Which::Here),
             None => exact(self, Which::All),
             Some(landed) => {
                 exact(self, Which::Here)?;
@@ -470,16 +483,21 @@ impl CudaBackend {
         }
     }
 
-    /// What the experts of a block have in common that processors compute, too; the share of those; the address of their table.
-    pub(super) fn shared_at(&self, layer: usize) -> Result<(Resting, u32, u64)> {
-        let held = self.shared.get(layer).copied().flatten();
-        let (resting, table) = self.held_at(layer, held.map(|(r, _)| r))?;
-        Ok((resting, held.map_or(0, |(_, share)| share.0), table))
+    /// The experts of a block that processors compute, too; the address of their table.
+    pub(super) fn shared_at(&self, layer: usize) -> Result<(SharedExperts, u64)> {
+        let shared = self.shared.get(layer).copied().flatten();
+        let shared = shared.ok_or_else(|| device_error(format!("the experts of block {layer} are not shared")))?;
+        Ok((shared, self.held_at(layer, Some(shared.resting))?.1))
+    }
+
+    /// The address of the slots of a block's experts.
+    pub(super) fn slots_of(&self, layer: usize) -> Result<u64> {
+        Ok(self.engine.moe()?.slots.addr() + (layer * self.dims.n_experts * 4) as u64)
     }
 
     /// The outputs of all choices added up, those of processors from `answers`, which host memory has.
     pub(super) fn sum_beside(&mut self, layer: usize, routing: &Routing, answers: u64) -> Result {
-        let (_, share, table) = self.shared_at(layer)?;
+        let (SharedExperts { share, .. }, table) = self.shared_at(layer)?;
         let (x, add) = match *routing {
             Routing::Softmax { .. } => (self.x(), true),
             Routing::By { sum: (to, add), .. } => {
@@ -499,7 +517,7 @@ impl CudaBackend {
             x,
             used: self.dims.n_experts_used as i32,
             n: n as i32,
-            share: share as i32,
+            share: share.0 as i32,
             add: i32::from(add),
         };
         let grid = (n.div_ceil(256) as u32, self.tokens as u32, 1);
@@ -519,7 +537,14 @@ impl CudaBackend {
         let (ws, d, moe) = (&self.engine.ws, &self.dims, self.engine.moe()?);
         let chosen = |addr| if sum.softmax.is_none() { addr } else { 0 };
         let (how, limit) = activation(r.how);
-        let which = if let SumHow::Beside { which, .. } = sum.how { which } else { Which::All };
+        let (which, slots) = match sum.how {
+            SumHow::Beside { which, slots, .. } => (which, slots),
+            _ => (Which::All, None),
+        };
+        let (landing, slot) = match slots {
+            Some((at, _)) => (at.addr, at.bytes),
+            None => (if which == Which::Brought { moe.landing.addr() } else { 0 }, landing_slot(d)),
+        };
         Ok(ExpertsArgs {
             table,
             scores: moe.scores.addr(),
@@ -543,9 +568,11 @@ impl CudaBackend {
             limit,
             add: i32::from(sum.how == SumHow::Add),
             share: if let SumHow::Beside { share, .. } = sum.how { share as i32 } else { -1 },
-            landing: if which == Which::Brought { moe.landing.addr() } else { 0 },
-            slot: landing_slot(d),
+            landing,
+            slot,
             which: which as i32,
+            kept: if slots.is_some() { moe.kept.addr() } else { 0 },
+            slots: slots.map_or(0, |(_, slots)| slots),
         })
     }
 

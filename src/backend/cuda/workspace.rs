@@ -156,6 +156,9 @@ pub(super) struct MoeBuffers {
     pub tiles: DeviceBuffer,
     /// Experts that a row has chosen and that are brought, [`landing_slot`] bytes each.
     pub landing: DeviceBuffer,
+    /// By block and expert, its slot or [`NO_SLOT`]; and the slots that choices of the rows at hand had when they were made.
+    pub slots: DeviceBuffer,
+    pub kept: DeviceBuffer,
     /// Addresses of experts of bulk rows that are brought together, then their tiles; and the same in host memory.
     pub few: DeviceBuffer,
     pub few_host: PinnedBuffer<u32>,
@@ -288,10 +291,12 @@ impl Workspace {
     }
 
     fn buffers(&self) -> impl Iterator<Item = &DeviceBuffer> {
-        let moe = self
-            .moe
-            .iter()
-            .flat_map(|m| [&m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles, &m.landing, &m.few]);
+        let moe = self.moe.iter().flat_map(|m| {
+            [
+                &m.scores, &m.ids, &m.weights, &m.lists, &m.out, &m.tables, &m.tiles, &m.landing, &m.few, &m.slots,
+                &m.kept,
+            ]
+        });
         let own = [
             &self.x,
             &self.q,
@@ -333,14 +338,17 @@ pub(super) fn cache_elem_bytes(d: &Dims) -> u64 {
     if d.kv_type == TensorType::F32 { 4 } else { 2 }
 }
 
+/// The slot of an expert that has none.
+pub(super) const NO_SLOT: u32 = u32::MAX;
+
 /// Room for an expert as it lies in RAM: three pieces, each in whole pages.
 pub(super) fn landing_slot(d: &Dims) -> u64 {
     if d.expert_bytes == 0 { 0 } else { (d.expert_bytes + LANDING_GAPS).next_multiple_of(256) }
 }
 
 impl MoeBuffers {
-    /// Words of scores, ids, weights, lists, outputs, tables, tiles, landing and experts at hand.
-    fn words(d: &Dims) -> [usize; 9] {
+    /// Words of scores, ids, weights, lists, outputs, tables, tiles, landing, experts at hand, slots and kept choices.
+    fn words(d: &Dims) -> [usize; 11] {
         let pairs = d.max_batch * d.n_experts_used;
         let tables = d.n_blocks * d.n_experts * 6 * 2;
         let tiles = 3 * tiles_most(pairs, d.n_experts, 16);
@@ -355,11 +363,13 @@ impl MoeBuffers {
             d.n_experts_used * landing_slot(d) as usize / 4,
             // Each list of tiles begins at a multiple of four words.
             d.n_experts * (6 * 2 + 4) + tiles,
+            d.n_blocks * d.n_experts,
+            pairs,
         ]
     }
 
     fn new(device: &Arc<Device>, d: &Dims) -> Result<MoeBuffers, BackendError> {
-        let [scores, ids, weights, lists, out, tables, tiles, landing, few] = MoeBuffers::words(d);
+        let [scores, ids, weights, lists, out, tables, tiles, landing, few, slots, kept] = MoeBuffers::words(d);
         let words = |n: usize, what| device.alloc(n as u64 * 4, what);
         Ok(MoeBuffers {
             scores: words(scores, "router scores")?,
@@ -372,6 +382,8 @@ impl MoeBuffers {
             tables: words(tables, "addresses of experts")?,
             tiles: words(tiles, "tiles of experts")?,
             landing: words(landing.max(1), "experts that are brought")?,
+            slots: words(slots.max(1), "slots of experts")?,
+            kept: words(kept.max(1), "choices with slots")?,
             few: words(few, "experts at hand")?,
             few_host: device.alloc_pinned(few, "experts at hand")?,
         })
