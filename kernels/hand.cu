@@ -38,24 +38,32 @@ struct ChoicesArgs {
     const u32* forced;  // what they are to choose instead; null: nothing
     const u32* slots;   // by expert, its slot or NO_SLOT; null: there are none
     int* kept;          // n: the slot that each choice has now, or -1
-    int n;
+    u32* landed;        // becomes `uses` if the first `first` choices have slots: nothing is to be brought; null: it does not
+    u32 uses;
+    int n, first;
 };
-ARGS_SIZE(ChoicesArgs, 48); ARGS_FIELD(ChoicesArgs, ids, 0); ARGS_FIELD(ChoicesArgs, to, 8); ARGS_FIELD(ChoicesArgs, forced, 16);
-ARGS_FIELD(ChoicesArgs, slots, 24); ARGS_FIELD(ChoicesArgs, kept, 32); ARGS_FIELD(ChoicesArgs, n, 40);
+ARGS_SIZE(ChoicesArgs, 64); ARGS_FIELD(ChoicesArgs, ids, 0); ARGS_FIELD(ChoicesArgs, to, 8); ARGS_FIELD(ChoicesArgs, forced, 16);
+ARGS_FIELD(ChoicesArgs, slots, 24); ARGS_FIELD(ChoicesArgs, kept, 32); ARGS_FIELD(ChoicesArgs, landed, 40);
+ARGS_FIELD(ChoicesArgs, uses, 48); ARGS_FIELD(ChoicesArgs, n, 52); ARGS_FIELD(ChoicesArgs, first, 56);
 
 // Hands choices to the host, and keeps which of them have slots before the host, which knows as much, gives slots to others.
 extern "C" __global__ void __launch_bounds__(256) hand_choices(const __grid_constant__ ChoicesArgs a) {
     pdl_launch();
     pdl_wait();
     const int i = threadIdx.x;
-    if (i >= a.n) return;
-    u32 id;
-    if (a.forced) {
-        id = *(const volatile u32*)(a.forced + i);
-        a.ids[i] = id;
-    } else {
-        id = __ldcg(a.ids + i);
+    bool there = true;
+    if (i < a.n) {
+        u32 id;
+        if (a.forced) {
+            id = *(const volatile u32*)(a.forced + i);
+            a.ids[i] = id;
+        } else {
+            id = __ldcg(a.ids + i);
+        }
+        a.to[i] = id;
+        const int slot = a.slots ? (int)*(const volatile u32*)(a.slots + id) : -1;
+        a.kept[i] = slot;
+        there = slot >= 0 || i >= a.first;
     }
-    a.to[i] = id;
-    a.kept[i] = a.slots ? (int)*(const volatile u32*)(a.slots + id) : -1;
+    if (__syncthreads_and(there) && a.landed && i == 0) *(volatile u32*)a.landed = a.uses;
 }

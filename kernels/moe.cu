@@ -117,8 +117,8 @@ struct ExpertsArgs {
     float scale;
     int how;               // ACTIVATE_*
     float limit;           // of that
-    int add;               // to x, rather than in its place
-    int share;             // of what is chosen in RAM 256ths are for processors; then x has a row for each choice. -1: for none
+    int add;               // ADD_*
+    int share;             // of what is chosen in RAM 256ths are for processors. -1: none is in RAM
     const u8* landing;     // where the others in RAM have been brought, in the order of choices or to slots; null: they are read in RAM
     u64 slot;              // bytes of one of them
     int which;             // WHICH_*, where some are in RAM
@@ -140,6 +140,12 @@ ARGS_FIELD(ExpertsArgs, kept, 144); ARGS_FIELD(ExpertsArgs, slots, 152);
 #define WHICH_ALL 0
 #define WHICH_HERE 1     // those in device memory
 #define WHICH_BROUGHT 2  // the others
+#define WHICH_ARRIVED 3  // all, those in RAM from their slots, where they are now
+
+// What becomes of the outputs of a token's choices.
+#define ADD_NOT 0    // their sum lies in x
+#define ADD_TO_X 1   // their sum is added to it
+#define ADD_APART 2  // x has a row for each
 
 #define TABLE 6  // addresses of an expert
 #define IN_RAM (1ull << 63)  // in the first of them
@@ -325,11 +331,13 @@ __device__ __forceinline__ Site site_for(const ExpertsArgs& a, int pair, int id,
     const bool ours = at != OF_PROCESSORS;
     bool brought = at >= 0;
     if (brought && a.kept) {
-        at = __ldcg(a.kept + pair);
+        const bool now = a.which == WHICH_ARRIVED;
+        at = now ? -1 : __ldcg(a.kept + pair);
         brought = at < 0;
-        if (brought && a.which == WHICH_BROUGHT) at = (int)__ldcg(a.slots + id);
+        if (brought && (now || a.which == WHICH_BROUGHT)) at = (int)__ldcg(a.slots + id);
     }
-    return {at, ours && (a.which == WHICH_ALL || brought == (a.which == WHICH_BROUGHT))};
+    const bool all = a.which == WHICH_ALL || a.which == WHICH_ARRIVED;
+    return {at, ours && (all || brought == (a.which == WHICH_BROUGHT))};
 }
 
 // Matrix `k` of an expert.
@@ -473,7 +481,7 @@ __device__ __forceinline__ void keep_pair(const ExpertsArgs& a, Choices& c, int 
 // x[t][row] += Σ weights[j] * out[j][row], or = that, in the order of `combine`; `x` is that row of the token.
 __device__ __forceinline__ void add_choices(const ExpertsArgs& a, const Choices& c, int row0, float* x) {
     const int r = threadIdx.x;
-    if (a.share >= 0) {
+    if (a.add == ADD_APART) {
         for (int i = r; i < a.used * a.each; i += DOWN_THREADS) {
             const int j = i / a.each, row = row0 + i % a.each;
             if (c.at[j] && row < a.n) x[(size_t)j * a.n + row] = c.out[i];
@@ -483,7 +491,7 @@ __device__ __forceinline__ void add_choices(const ExpertsArgs& a, const Choices&
     if (r >= a.each || row0 + r >= a.n) return;
     float s = 0.0f;
     for (int j = 0; j < a.used; j++) s = __fmaf_rn(c.weights[j], c.out[j * a.each + r], s);
-    x[row0 + r] = a.add ? x[row0 + r] + s : s;
+    x[row0 + r] = a.add == ADD_TO_X ? x[row0 + r] + s : s;
 }
 
 // A block has `each` rows of down in all experts of one token. Weights are on their way while the predecessor, `gate_up_*`,
@@ -534,7 +542,7 @@ __device__ __forceinline__ void down(const ExpertsArgs& a) {
         if (lane == 0) keep_pair(a, c, item / half, row0 + item % half * 2, c.out + 2 * item, v);
     }
     __syncthreads();
-    add_choices(a, c, row0, a.x + (size_t)t * a.n * (a.share >= 0 ? a.used : 1));
+    add_choices(a, c, row0, a.x + (size_t)t * a.n * (a.add == ADD_APART ? a.used : 1));
 }
 
 template <class P>
@@ -555,7 +563,7 @@ __device__ __forceinline__ void down_plain(const ExpertsArgs& a) {
         if (lane == 0) keep_pair(a, c, item / half, row, c.out + 2 * item, v);
     }
     __syncthreads();
-    add_choices(a, c, row0, a.x + (size_t)t * a.n * (a.share >= 0 ? a.used : 1));
+    add_choices(a, c, row0, a.x + (size_t)t * a.n * (a.add == ADD_APART ? a.used : 1));
 }
 
 #define EXACT(T, GATE_UP, DOWN)                                                                                    \

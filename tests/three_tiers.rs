@@ -241,7 +241,7 @@ struct Detached {
     queues: bool,
     queue: VecDeque<Queued>,
     /// Experts of blocks that processors compute, too, whether each lies in RAM, and their share; and choices that were given.
-    shared: Vec<(Vec<Expert>, Vec<bool>, Share, Option<SlotsAt>)>,
+    shared: Vec<OfBoth>,
     /// By block and expert, the slot that has it; and what rows are to choose.
     slots: Vec<Vec<Option<u32>>>,
     forced: Vec<Vec<u32>>,
@@ -249,6 +249,10 @@ struct Detached {
     answered: [Vec<u32>; 2],
     used: usize,
 }
+
+/// Experts of a block, whether each lies in RAM, the share of processors and the device's slots.
+#[derive(Default)]
+struct OfBoth(Vec<Expert>, Vec<bool>, Option<Share>, Option<SlotsAt>);
 
 /// An operation of a device that is called ahead.
 #[derive(Clone)]
@@ -329,7 +333,9 @@ impl Detached {
             ids.copy_from_slice(forced);
         }
         self.given[place] = Some(self.cpu.routed_rows().to_vec());
-        let (list, in_ram, share, slots) = &self.shared[layer];
+        let OfBoth(list, in_ram, Some(share), slots) = &self.shared[layer] else {
+            panic!("block {layer} is not shared")
+        };
         let mut own = Vec::new();
         for row in ids.chunks(self.used) {
             let n = row.iter().filter(|id| in_ram[**id as usize]).count();
@@ -556,8 +562,8 @@ impl Hands for Detached {
         share: Share,
         slots: Option<SlotsAt>,
     ) -> Result<bool, BackendError> {
-        self.shared.resize_with(self.shared.len().max(layer + 1), || (Vec::new(), Vec::new(), Share(0), None));
-        self.shared[layer] = (list.to_vec(), in_ram.to_vec(), share, slots);
+        self.shared.resize_with(self.shared.len().max(layer + 1), OfBoth::default);
+        self.shared[layer] = OfBoth(list.to_vec(), in_ram.to_vec(), Some(share), slots);
         self.slots.resize_with(self.slots.len().max(layer + 1), Vec::new);
         self.slots[layer] = vec![None; list.len()];
         Ok(self.memory.shares)

@@ -141,6 +141,8 @@ struct Turn {
 impl Chat<'_> {
     /// The report, and what else was asked for.
     fn finish(&mut self) -> Result<(), Failure> {
+        // What is not kept is counted again.
+        let _ = self.session.keep_reuse();
         let report = Report::new(&self.session, self.opened);
         if self.args.json {
             let mut all = json!({ "messages": self.messages, "answers": self.answered });

@@ -154,6 +154,8 @@ fn finish(
     if let Some(shard) = opened.gguf.shards.first() {
         session.recall_ceilings(&shard.path);
     }
+    // What is not kept is counted again.
+    let _ = session.keep_reuse();
     let mut report = Report::new(session, opened);
     report.warnings(warnings);
     report.warnings(pressure.as_slice());

@@ -207,6 +207,15 @@ impl CudaBackend {
         }
     }
 
+    /// The word that says that choices are at `place`, of which processors compute none.
+    fn give_no_rows(&mut self, place: usize) -> Result<(), BackendError> {
+        let floats = self.tokens * self.dims.n_embd;
+        let h = self.handover.as_mut().ok_or_else(none)?;
+        (h.floats[place], h.uses[place]) = (floats, h.uses[place].wrapping_add(1));
+        // SAFETY: a word of the buffer.
+        unsafe { self.engine.stream.write_word(h.given_word(place).1, h.uses[place]) }
+    }
+
     /// As [`Backend::force`](crate::backend::Backend::force).
     pub(super) fn force_choices(&mut self, layer: usize, ids: &[u32]) -> Result<bool, BackendError> {
         let n_experts = self.dims.n_experts;
@@ -335,21 +344,37 @@ impl Hands for CudaBackend {
         }
         let to = address(&h.ids[place]);
         let forced = if h.forces { address(&h.forced) + (layer * h.pairs * 4) as u64 } else { 0 };
-        let slots = match self.shared_at(layer)?.0.slots {
-            Some(_) => self.slots_of(layer)?,
-            None => 0,
-        };
+        let of = self.shared_at(layer)?.0;
+        let slots = if of.slots.is_some() { self.slots_of(layer)? } else { 0 };
         // A launch that returns when its kernel has run would wait for experts that the host brings after it.
         let lands = rows == 1 && h.ahead;
         let give = |gpu: &mut CudaBackend| {
             let moe = gpu.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
             let n = rows * used;
-            let a = ChoicesArgs { ids: moe.ids.addr(), to, forced, slots, kept: moe.kept.addr(), n: n as i32 };
+            let h = gpu.handover.as_ref().ok_or_else(none)?;
+            // Where all that is chosen has a slot, what waits for it goes on without the host.
+            let landed = if lands && slots != 0 { h.landed_word(place).1 } else { 0 };
+            let a = ChoicesArgs {
+                ids: moe.ids.addr(),
+                to,
+                forced,
+                slots,
+                kept: moe.kept.addr(),
+                landed,
+                uses: h.uses[place].wrapping_add(1),
+                n: n as i32,
+                first: of.of_device(used) as i32,
+            };
+            if of.alone() {
+                // No answer is waited for: the host is to have seen what was given to this place before.
+                // SAFETY: a word of the buffer; [`Hands::answer_experts`] or [`Hands::answer_all`] has written it or will.
+                unsafe { gpu.engine.stream.await_word(h.answer_word(place).1, h.uses[place])? };
+            }
             gpu.engine.ws.rooms.check("choices with slots", a.kept, 4 * n as u64)?;
             // SAFETY: ChoicesArgs is what hand_choices declares; all hold a word for each choice, as checked above and where `forced`
             // is written, and slots one for each expert; the host has read the last choices of this place.
             unsafe { gpu.engine.launch(gpu.engine.kernels.hand_choices, (1, 1, 1), 256, 0, &a)? };
-            gpu.give_routed(place)
+            if of.alone() { gpu.give_no_rows(place) } else { gpu.give_routed(place) }
         };
         let landed = |gpu: &mut CudaBackend| {
             let h = gpu.handover.as_ref().ok_or_else(none)?;
@@ -402,6 +427,9 @@ impl Hands for CudaBackend {
     }
 
     fn end_mix(&mut self, layer: usize, place: usize, routing: &Routing) -> Result<(), BackendError> {
+        if self.shared_at(layer)?.0.alone() {
+            return Ok(());
+        }
         let answers = self.await_answer(place)?;
         self.sum_beside(layer, routing, answers)
     }

@@ -50,17 +50,28 @@ struct Sum {
     /// Address of the rows.
     to: u64,
     how: SumHow,
+    /// Where some of the experts rest in RAM.
+    shared: Option<Launch>,
 }
 
-/// What becomes of the outputs of exact rows' experts.
+/// What becomes of the outputs of exact rows' experts. The numbers are those of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SumHow {
-    /// Their sum is added to what lies there.
-    Add,
     /// Their sum is put there.
-    Store,
-    /// Each has a row of its own, but for those of processors, which are so many 256ths of those in RAM.
-    Beside { share: u32, which: Which, slots: Option<(SlotsAt, u64)> },
+    Store = 0,
+    /// Their sum is added to what lies there.
+    Add = 1,
+    /// Each has a row of its own, but for those of processors.
+    Apart = 2,
+}
+
+/// A launch over experts of which some rest in RAM.
+#[derive(Clone, Copy, Debug)]
+struct Launch {
+    share: Share,
+    which: Which,
+    /// Their slots, and the address of the words that say which is whose.
+    slots: Option<(SlotsAt, u64)>,
 }
 
 /// Which of a row's experts that are not for processors a launch computes. The numbers are those of the kernels.
@@ -70,8 +81,10 @@ enum Which {
     All = 0,
     /// Those in device memory.
     Here = 1,
-    /// Those in RAM, which have been brought to the landing.
+    /// Those in RAM, which have been brought to the landing or to their slots.
     Brought = 2,
+    /// All, those in RAM from their slots, to which the last have been brought.
+    Arrived = 3,
 }
 
 /// The experts of a block that rest: what they have in common. Their addresses are in the tables.
@@ -94,6 +107,18 @@ pub(super) struct SharedExperts {
     share: Share,
     /// Where experts in RAM are kept from row to row.
     pub(super) slots: Option<SlotsAt>,
+}
+
+impl SharedExperts {
+    /// Whether processors have no part: then nothing waits for their answers, and the outputs are added up as they are made.
+    pub fn alone(&self) -> bool {
+        self.slots.is_some() && self.share == Share(0)
+    }
+
+    /// How many of a row's choices are the device's, where all rest in RAM.
+    pub fn of_device(&self, choices: usize) -> usize {
+        choices - self.share.of(choices)
+    }
 }
 
 /// Tiles of rows of bulk rows' experts.
@@ -338,7 +363,8 @@ impl CudaBackend {
             (Class::Exact, Routing::Softmax { norm, router, params }) => {
                 self.begin_experts();
                 self.score(norm, router, false)?;
-                self.exact(&resting, table, &Sum { softmax: Some(*params), to: self.x(), how: SumHow::Add })
+                let sum = Sum { softmax: Some(*params), to: self.x(), how: SumHow::Add, shared: None };
+                self.exact(&resting, table, &sum)
             }
             (Class::Exact, Routing::By { w, choose, how, sum: (to, add) }) => {
                 self.choose_by(w, *choose, *how)?;
@@ -346,7 +372,7 @@ impl CudaBackend {
                 let (x, n) = self.act(*to);
                 self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
                 let how = if *add { SumHow::Add } else { SumHow::Store };
-                self.exact(&resting, table, &Sum { softmax: None, to: x, how })
+                self.exact(&resting, table, &Sum { softmax: None, to: x, how, shared: None })
             }
             (Class::Bulk, _) => {
                 match routing {
@@ -457,7 +483,8 @@ impl CudaBackend {
         give: impl FnOnce(&mut CudaBackend) -> Result,
         landed: Option<impl FnOnce(&mut CudaBackend) -> Result>,
     ) -> Result {
-        let (SharedExperts { resting, share, slots }, table) = self.shared_at(layer)?;
+        let (of, table) = self.shared_at(layer)?;
+        let SharedExperts { resting, share, slots } = of;
         match routing {
             Routing::Softmax { norm, router, params } => {
                 self.begin_experts();
@@ -467,10 +494,18 @@ impl CudaBackend {
             Routing::By { w, choose, how, .. } => self.choose_by(w, *choose, *how)?,
         }
         give(self)?;
+        let slots = slots.map(|s| Ok::<_, BackendError>((s, self.slots_of(layer)?))).transpose()?;
+        if of.alone() {
+            let (to, how) = self.sum_at(routing)?;
+            let which = if landed.is_some() { Which::Arrived } else { Which::All };
+            landed.map_or(Ok(()), |landed| landed(self))?;
+            let shared = Some(Launch { share, which, slots });
+            return self.exact(&resting, table, &Sum { softmax: None, to, how, shared });
+        }
         let to = self.engine.moe()?.out.addr();
         let exact = |gpu: &CudaBackend, which| {
-            let slots = slots.map(|s| Ok::<_, BackendError>((s, gpu.slots_of(layer)?))).transpose()?;
-            gpu.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Beside { share: share.0, which, slots } })
+            let shared = Some(Launch { share, which, slots });
+            gpu.exact(&resting, table, &Sum { softmax: None, to, how: SumHow::Apart, shared })
         };
         match landed {
             _ if share.0 >= Share::ALL.0 => exact(self, Which::Here),
@@ -497,16 +532,8 @@ impl CudaBackend {
 
     /// The outputs of all choices added up, those of processors from `answers`, which host memory has.
     pub(super) fn sum_beside(&mut self, layer: usize, routing: &Routing, answers: u64) -> Result {
-        let (SharedExperts { share, .. }, table) = self.shared_at(layer)?;
-        let (x, add) = match *routing {
-            Routing::Softmax { .. } => (self.x(), true),
-            Routing::By { sum: (to, add), .. } => {
-                self.waiting.written(to);
-                (self.act(to).0, add)
-            }
-        };
-        let n = self.dims.n_embd;
-        self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
+        let (of, table) = self.shared_at(layer)?;
+        let (share, (x, how), n) = (of.share, self.sum_at(routing)?, self.dims.n_embd);
         let moe = self.engine.moe()?;
         let a = BesideArgs {
             table,
@@ -518,12 +545,25 @@ impl CudaBackend {
             used: self.dims.n_experts_used as i32,
             n: n as i32,
             share: share.0 as i32,
-            add: i32::from(add),
+            add: i32::from(how == SumHow::Add),
         };
         let grid = (n.div_ceil(256) as u32, self.tokens as u32, 1);
         // SAFETY: BesideArgs is what combine_beside declares; there is a row of outputs and of answers for each choice, and room for the
         // sums as checked above. `resting_of` has checked that `n` is a multiple of 4 and that there are not too many choices.
         unsafe { self.engine.launch(self.engine.kernels.experts.beside, grid, 64, 0, &a) }
+    }
+
+    /// Where the outputs of a routing's experts are added up, which is about to be written.
+    fn sum_at(&mut self, routing: &Routing) -> Result<(u64, SumHow)> {
+        let (x, add) = match *routing {
+            Routing::Softmax { .. } => (self.x(), true),
+            Routing::By { sum: (to, add), .. } => {
+                self.waiting.written(to);
+                (self.act(to).0, add)
+            }
+        };
+        self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, self.dims.n_embd))?;
+        Ok((x, if add { SumHow::Add } else { SumHow::Store }))
     }
 
     /// Experts that are held, and the address of their table.
@@ -537,10 +577,7 @@ impl CudaBackend {
         let (ws, d, moe) = (&self.engine.ws, &self.dims, self.engine.moe()?);
         let chosen = |addr| if sum.softmax.is_none() { addr } else { 0 };
         let (how, limit) = activation(r.how);
-        let (which, slots) = match sum.how {
-            SumHow::Beside { which, slots, .. } => (which, slots),
-            _ => (Which::All, None),
-        };
+        let (which, slots) = sum.shared.map_or((Which::All, None), |s| (s.which, s.slots));
         let (landing, slot) = match slots {
             Some((at, _)) => (at.addr, at.bytes),
             None => (if which == Which::Brought { moe.landing.addr() } else { 0 }, landing_slot(d)),
@@ -566,8 +603,8 @@ impl CudaBackend {
             scale: sum.softmax.map_or(1.0, |p| p.scale),
             how,
             limit,
-            add: i32::from(sum.how == SumHow::Add),
-            share: if let SumHow::Beside { share, .. } = sum.how { share as i32 } else { -1 },
+            add: sum.how as i32,
+            share: sum.shared.map_or(-1, |s| s.share.0 as i32),
             landing,
             slot,
             which: which as i32,
