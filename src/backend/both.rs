@@ -174,8 +174,14 @@ pub struct Beside {
 struct SharedExperts {
     /// Those in RAM, as processors read them.
     in_ram: Vec<Option<Expert>>,
-    /// Which of them the device has.
-    slots: Option<Slots>,
+    /// Which of them the device has, and where.
+    slots: Option<(Slots, SlotsAt)>,
+}
+
+/// Where an expert's matrices begin in RAM, on a line: what a copy of it begins with.
+pub fn low_of(e: &Expert) -> u64 {
+    let [gate, up, down] = [&e.gate, &e.up, &e.down].map(|l| l.weight.addr());
+    gate.min(up).min(down) & !127
 }
 
 /// The backend. Fields are dropped in this order.
@@ -345,14 +351,14 @@ impl Both {
             let in_ram = || (0..).zip(chosen).filter_map(|(j, id)| Some((j, *experts.get(*id as usize)?.as_ref()?)));
             let n = in_ram().count();
             let of_device = n - self.share.of(n);
-            if let Some(slots) = slots.as_mut().filter(|_| of_device > 0) {
+            if let Some((slots, _)) = slots.as_mut().filter(|_| of_device > 0) {
                 self.beside.slot_uses += of_device as u64;
                 self.beside.slot_hits += slots.chosen(in_ram().take(of_device).map(|(_, e)| e.id)) as u64;
             }
             for (_, expert) in in_ram().take(of_device).filter(|_| alone) {
                 match slots {
-                    Some(slots) if slots.has(expert.id) => {}
-                    Some(slots) => self.brought.push(Brought { expert, given: slots.give(expert.id) }),
+                    Some((slots, _)) if slots.has(expert.id) => {}
+                    Some((slots, _)) => self.brought.push(Brought { expert, given: slots.give(expert.id) }),
                     None => self.brought.push(Brought { expert, given: None }),
                 }
             }
@@ -703,7 +709,7 @@ impl Backend for Both {
         self.share = share;
         self.shared.resize_with(self.shared.len().max(layer + 1), || None);
         self.reuse.add_layer(layer, of_host.len());
-        let slots = slots.map(|s| Slots::new(s.slots, of_host.len()));
+        let slots = slots.map(|s| (Slots::new(s.slots, of_host.len()), s));
         self.shared[layer] = Some(SharedExperts { in_ram: of_host.to_vec(), slots });
         Ok(true)
     }
@@ -759,6 +765,15 @@ impl Backend for Both {
             part.ids.copy_from_slice(ids);
         }
         Ok(())
+    }
+
+    fn in_slots(&self, layer: usize, to: &mut Vec<Option<(u64, u64)>>) {
+        let Some(Some(SharedExperts { in_ram, slots: Some((slots, at)) })) = self.shared.get(layer) else { return };
+        let of = |e: &Option<Expert>| {
+            let e = e.as_ref().filter(|_| !self.slots_lost)?;
+            Some((at.addr + u64::from(slots.slot(e.id)?) * at.bytes, low_of(e)))
+        };
+        to.extend(in_ram.iter().map(of));
     }
 
     fn reuse(&self) -> Option<&Reuse> {

@@ -14,7 +14,7 @@ pub mod reference;
 mod reuse;
 mod slots;
 
-pub use both::{Beside, Both, Brought, Hands};
+pub use both::{Beside, Both, Brought, Hands, low_of};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
 pub use reuse::Reuse;
@@ -699,6 +699,10 @@ pub trait Backend {
     fn choose_instead(&mut self, _ids: &[u32]) -> Result<(), BackendError> {
         Err(BackendError::Beyond { backend: self.name(), what: "a routing that is forced" })
     }
+
+    /// By expert of block `layer`, the address of the slot that has it and the one in RAM of which the slot's first byte is; nothing
+    /// for a block without slots. They stay until the next [`Backend::shared_mixture`].
+    fn in_slots(&self, _layer: usize, _to: &mut Vec<Option<(u64, u64)>>) {}
 
     /// How soon single rows chose experts again that both sites compute.
     fn reuse(&self) -> Option<&Reuse> {

@@ -56,6 +56,11 @@ impl Slots {
         there
     }
 
+    /// The slot of an expert that is there.
+    pub fn slot(&self, id: u32) -> Option<u32> {
+        Some(self.slot_of[id as usize]).filter(|slot| *slot != NONE).map(u32::from)
+    }
+
     /// Whether an expert is there.
     pub fn has(&self, id: u32) -> bool {
         self.slot_of[id as usize] != NONE

@@ -37,6 +37,8 @@ pub(super) struct Weights {
     unit_bytes: Vec<u64>,
     /// Addresses, in the backend's memory, of vectors that are held apart from the units.
     pub apart: Vec<u64>,
+    /// Addresses of experts that the device has in slots, for passes of other rows than exact ones; empty before any.
+    lent: Vec<Option<u64>>,
     /// What processors beside a device compute, and bytes of weights that they were handed.
     pub beside: Option<Beside>,
     pub beside_bytes: u64,
@@ -100,6 +102,7 @@ impl Weights {
             traced,
             unit_bytes,
             apart: Vec::new(),
+            lent: Vec::new(),
             beside: None,
             beside_bytes: 0,
             fetched_bytes: 0,
@@ -113,7 +116,8 @@ impl Weights {
 
     /// Where a unit is computed that is not brought in the pass at hand.
     fn here(&self, unit: usize) -> Option<u64> {
-        self.resident[unit].or_else(|| self.of_host()?.units[unit])
+        let lent = || *self.lent.get(unit).filter(|_| self.class == Class::Bulk)?;
+        self.resident[unit].or_else(|| self.of_host()?.units[unit]).or_else(lent)
     }
 
     /// Whether passes like this one have holes for experts.
@@ -134,6 +138,8 @@ impl Weights {
 impl WeightSource for Weights {
     fn begin(&mut self, class: Class) -> Result<(), WeightError> {
         self.class = class;
+        // What slots hold may have changed.
+        self.lent.clear();
         if let Some(beside) = &mut self.beside
             && beside.class != class
         {
@@ -238,6 +244,16 @@ impl WeightSource for Weights {
 
     fn share(&self) -> Option<Share> {
         self.beside.as_ref()?.share
+    }
+
+    fn lend(&mut self, first: usize, lent: &[Option<(u64, u64)>]) {
+        let Some(beside) = &self.beside else { return };
+        self.lent.resize(self.resident.len(), None);
+        for (unit, at) in (first..).zip(lent) {
+            // The unit begins before what was copied of it.
+            let begin = |(slot, ram): (u64, u64)| Some(slot.wrapping_add(beside.units[unit]?.wrapping_sub(ram)));
+            self.lent[unit] = at.and_then(begin);
+        }
     }
 
     fn slots(&self, block: usize) -> Option<SlotsAt> {

@@ -26,6 +26,8 @@ pub struct Scratch {
     hidden: Vec<f32>,
     /// What tokens choose in place of their routers' choices.
     forced: Option<Forced>,
+    /// Experts of a block that a device has in slots.
+    in_slots: Vec<Option<(u64, u64)>>,
 }
 
 /// A routing that is forced.
@@ -124,6 +126,10 @@ pub trait WeightSource {
     fn share(&self) -> Option<Share> {
         None
     }
+
+    /// Experts from this unit on that a device has in slots until the next pass of exact rows: the address of each, and the one in RAM of
+    /// which its first byte is.
+    fn lend(&mut self, _first: usize, _lent: &[Option<(u64, u64)>]) {}
 
     /// Where a device keeps some of the experts in RAM of this block.
     fn slots(&self, _block: usize) -> Option<SlotsAt> {
@@ -227,6 +233,7 @@ pub fn forward(
     pass.resting = &scratch.resting;
     pass.forced = scratch.forced.as_mut();
     pass.force_shared()?;
+    pass.use_slots(&mut scratch.in_slots);
     // The router's answer is waited for in the middle of a pass, except where all experts rest.
     let waits = |(stage, rest): (&Stage, &Rest)| match rest {
         Rest::Here => false,
@@ -459,6 +466,20 @@ impl<'a> Pass<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Where rows are a prompt's, experts that a device has in slots are there for all of the pass.
+    fn use_slots(&mut self, lent: &mut Vec<Option<(u64, u64)>>) {
+        if *self.classes == [Class::Exact] {
+            return;
+        }
+        for (stage, rest) in self.model.stages.iter().zip(self.resting) {
+            if let (Some(block), Some(experts), Rest::Shared) = (stage.block, &stage.experts, rest) {
+                lent.clear();
+                self.backend.in_slots(block, lent);
+                self.source.lend(experts.list[0][0].weight.unit, lent);
+            }
+        }
     }
 
     /// Tells the backend what exact rows are to choose of experts that both sites compute.

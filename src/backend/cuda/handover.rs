@@ -12,7 +12,7 @@ use super::args::{ChoicesArgs, HandArgs};
 use super::driver::{Device, PinnedBuffer, Stream, check, device_error};
 use super::workspace::{NO_SLOT, landing_slot};
 use super::{CudaBackend, no_experts};
-use crate::backend::both::{Brought, PLACES};
+use crate::backend::both::{Brought, PLACES, low_of};
 use crate::backend::{
     BackendError, Dims, EXACT_ROWS, Expert, Hands, Norm, RouterParams, Routing, Share, SlotsAt, Weight,
 };
@@ -120,9 +120,8 @@ fn launches_ahead() -> bool {
 
 /// Where an expert's matrices begin in RAM, on a line, and the bytes from there to their end.
 fn extent(e: &Expert) -> (u64, u64) {
-    let all = [&e.gate.weight, &e.up.weight, &e.down.weight];
+    let (all, low) = ([&e.gate.weight, &e.up.weight, &e.down.weight], low_of(e));
     let bytes = |w: &Weight| w.ty.row_bytes(w.cols).unwrap_or(0) as u64 * w.rows as u64;
-    let low = all.iter().map(|w| w.addr).min().unwrap_or(0) & !127;
     let end = all.iter().map(|w| w.addr + bytes(w)).max().unwrap_or(0);
     (low, end - low)
 }
