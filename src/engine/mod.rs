@@ -33,6 +33,7 @@ mod start;
 mod steps;
 mod stop;
 mod stripes;
+mod structure;
 mod verify;
 mod weights;
 mod window;

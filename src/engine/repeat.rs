@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use super::beside::Division;
+use super::structure::{digest, structure};
 use super::{EngineError, ExpertSlots, Options, Sites};
 use crate::backend::Share;
 use crate::machine::probe;
@@ -20,8 +20,6 @@ const STEPPED_FROM: u64 = 4 << 30;
 /// Recipes that are kept, the newest; and most bytes of a file with some.
 const KEPT: usize = 64;
 const BYTES_MAX: u64 = 1 << 20;
-/// Digits of an id.
-const DIGITS: usize = 12;
 
 /// What a plan followed from, and the sites that came of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -64,23 +62,6 @@ pub struct Recipe {
 struct Kept {
     #[serde(default)]
     plan: Vec<Recipe>,
-}
-
-fn digest(parts: impl IntoIterator<Item = String>) -> String {
-    let mut sum = Sha256::new();
-    for part in parts {
-        sum.update((part.len() as u64).to_le_bytes());
-        sum.update(part);
-    }
-    sum.finalize().iter().take(DIGITS / 2).map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// What a plan sees of a model.
-pub(super) fn structure(model: &Model) -> String {
-    let units = model.units.iter().map(|u| format!("{} {}", u.name, u.bytes()));
-    let matrices = model.matrices().into_iter().map(|(_, _, t)| format!("{} {} {} {}", t.unit, t.ty, t.rows, t.cols));
-    let arch = format!("{} {}", model.hparams.arch.name, model.hparams.n_experts_used);
-    digest([arch].into_iter().chain(units).chain(matrices))
 }
 
 fn divided(division: Option<&Division>) -> String {
@@ -281,6 +262,7 @@ fn kept() -> Kept {
 
 #[cfg(test)]
 mod tests {
+    use super::super::structure::DIGITS;
     use super::*;
 
     #[test]

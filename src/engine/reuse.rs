@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::repeat::structure;
+use super::structure::structure;
 use crate::backend::{Reuse, Share};
 use crate::machine::probe;
 use crate::model::Model;

@@ -99,8 +99,10 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Keeps prompts on disk for the next server.
+    /// Keeps prompts on disk for the next server, and what it saw of the model's choices of experts.
     pub fn save(&mut self) {
+        // What is not kept is counted again.
+        let _ = self.session.keep_reuse();
         if let Some(shelf) = self.shelf {
             shelf.save(self.session, self.root, &self.kept);
         }
