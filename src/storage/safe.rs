@@ -1,7 +1,7 @@
 //! Files in places where other users may interfere: opened without blocking and only if they are of the
 //! expected kind, read up to a limit, and replaced whole, under a random name until they are complete.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -30,12 +30,22 @@ pub fn open(path: &Path) -> Result<File> {
 /// # Errors
 /// As [`open`].
 pub fn open_with(path: &Path, flags: i32) -> Result<File> {
+    open_if(path, flags, &|_| Ok(()))
+}
+
+/// As [`open_with`], of what `right` has no objection to: it is asked before the file is opened, and of what was opened.
+///
+/// # Errors
+/// As [`open`], and those of `right`.
+pub fn open_if(path: &Path, flags: i32, right: &dyn Fn(&Metadata) -> Result<()>) -> Result<File> {
     // O_PATH opens the name and not the file: the kind is known before the file's own code runs.
     let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
-    let kind = found.metadata()?.file_type();
+    let meta = found.metadata()?;
+    let kind = meta.file_type();
     if kind.is_dir() {
         return Err(Error::from(ErrorKind::IsADirectory));
     }
+    right(&meta)?;
     if !kind.is_file() && !kind.is_block_device() {
         return Err(refuse("it is neither a regular file nor a block device"));
     }
@@ -48,6 +58,7 @@ pub fn open_with(path: &Path, flags: i32) -> Result<File> {
         }
         _ => e,
     })?;
+    right(&file.metadata()?)?;
     blocking(&file)?;
     Ok(file)
 }

@@ -116,7 +116,9 @@ impl Reason {
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} ({})", self.check, self.what, self.path.display())
+        // A name that somebody else chose must not pass for a line of ours.
+        let line = format!("{}: {} ({})", self.check, self.what, self.path.display());
+        f.write_str(&line.replace('\n', "\\n"))
     }
 }
 

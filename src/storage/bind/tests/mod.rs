@@ -479,7 +479,7 @@ fn a_group_in_use_is_refused_before_anything_changes() {
     // Seen by the number of its node, whatever its name, and in a thread's own table.
     fake.put("/proc/77/comm", "qemu\n");
     fake.folder("/proc/77/task/78/fd");
-    std::os::unix::fs::symlink(fake.real("/dev/vfio/15"), fake.real("/proc/77/task/78/fd/9")).unwrap();
+    std::os::unix::fs::symlink("/dev/vfio/15", fake.real("/proc/77/task/78/fd/9")).unwrap();
     let end = fake.release("nvme1n1", None);
     words(&end, &["process 77 (qemu) uses it", "/proc/77/task/78/fd/9"]);
     let dry = fake.run(None, |m| m.release(Some("nvme1n1"), None, true, &mut |_| ()));
