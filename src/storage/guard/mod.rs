@@ -5,6 +5,7 @@
 mod age;
 pub mod allowlist;
 mod ask;
+mod attended;
 mod boot;
 pub mod claim;
 mod consent;
