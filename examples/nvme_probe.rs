@@ -50,6 +50,9 @@ enum Command {
     },
     /// Mount a file system whose program answers nobody there, until killed
     Unanswered { place: String },
+    /// Mount a file system whose program answers no write, and have a process wait for one with its memory locked,
+    /// until killed
+    Faulting { place: String },
     /// Keep the device open until killed, without the descriptors of its group and container: nobody sees in
     /// /proc which drive it has
     Keep { device: String },
@@ -116,30 +119,118 @@ fn hold(way: Way, node: &str) -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
-/// Serves FUSE (`linux/fuse.h`) as far as the kernel's first question, and no further.
-fn unanswered(place: &str) -> Result<(), Box<dyn std::error::Error>> {
-    use std::io::{Read, Write};
+/// Mounts a file system whose program holds the file that is given back.
+fn mounted(place: &str, options: &str) -> std::io::Result<std::fs::File> {
     use std::os::fd::AsRawFd;
-    let mut device = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
-    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    let device = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0{options}", device.as_raw_fd());
     let [kind, place, options] = ["fuse", place, options.as_str()].map(std::ffi::CString::new);
     let (kind, place, options) = (kind?, place?, options?);
     // SAFETY: three strings that end with a zero byte and outlive the call.
     if unsafe { libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, options.as_ptr().cast()) } != 0 {
-        return Err(std::io::Error::last_os_error().into());
+        return Err(std::io::Error::last_os_error());
     }
-    let mut question = vec![0; 1 << 17];
-    let len = device.read(&mut question)?;
-    let unique = question[..len].get(8..16).ok_or("a question of the kernel was expected")?;
-    // FUSE_INIT of version 7.31: length, no error, whose answer; version, then limits.
-    let mut answer = vec![0; 16 + 64];
-    answer[..4].copy_from_slice(&80u32.to_le_bytes());
-    answer[8..16].copy_from_slice(unique);
-    answer[16..20].copy_from_slice(&7u32.to_le_bytes());
-    answer[20..24].copy_from_slice(&31u32.to_le_bytes());
-    answer[36..40].copy_from_slice(&4096u32.to_le_bytes());
-    device.write_all(&answer)?;
+    Ok(device)
+}
+
+/// A question of FUSE's kernel side: what is asked, of which file, and its number.
+fn question(device: &mut std::fs::File, buffer: &mut [u8]) -> Result<(u32, u64, [u8; 8]), Box<dyn std::error::Error>> {
+    use std::io::Read;
+    let len = device.read(buffer)?;
+    let head = buffer[..len].get(..24).ok_or("a question of the kernel was expected")?;
+    let number = |at: usize| head[at..at + 8].try_into().map(u64::from_le_bytes);
+    Ok((number(4)? as u32, number(16)?, head[8..16].try_into()?))
+}
+
+fn answer(device: &mut std::fs::File, unique: [u8; 8], error: i32, body: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut all = (16 + body.len() as u32).to_le_bytes().to_vec();
+    all.extend(error.to_le_bytes());
+    all.extend(unique);
+    all.extend(body);
+    device.write_all(&all)
+}
+
+/// FUSE_INIT of version 7.31: version, then limits.
+fn version() -> [u8; 64] {
+    let mut body = [0; 64];
+    body[..4].copy_from_slice(&7u32.to_le_bytes());
+    body[4..8].copy_from_slice(&31u32.to_le_bytes());
+    body[16..18].copy_from_slice(&12u16.to_le_bytes());
+    body[20..24].copy_from_slice(&4096u32.to_le_bytes());
+    body
+}
+
+/// Mounts a file system that answers its first question, which is the kernel's, and no other.
+fn unanswered(place: &str) -> Result<(), Box<dyn std::error::Error>> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut device = mounted(place, ",allow_other")?;
+    let (_, _, unique) = question(&mut device, &mut [0; 1 << 17])?;
+    answer(&mut device, unique, 0, &version())?;
+    // Whoever asks what this descriptor is, asks the program.
+    let _open = std::fs::File::options().read(true).custom_flags(libc::O_PATH).open(place)?;
     println!("held");
+    loop {
+        std::thread::sleep(Duration::from_secs(1000));
+    }
+}
+
+/// Mounts a file system with one file, which answers everything but writes; a second process has a page of the file
+/// mapped, writes to it while the first write is under way, and so waits with its memory locked.
+fn faulting(place: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let mut device = mounted(place, "")?;
+    // SAFETY: this process has one thread.
+    if let nix::unistd::ForkResult::Child = unsafe { nix::unistd::fork() }? {
+        drop(device);
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        return fault(&format!("{place}/f"));
+    }
+    // `struct fuse_attr` of a file of one page, and of the folder.
+    let attributes = |inode: u64, mode: u32| {
+        let mut all = [0; 88];
+        all[..8].copy_from_slice(&inode.to_le_bytes());
+        all[8..16].copy_from_slice(&4096u64.to_le_bytes());
+        all[60..64].copy_from_slice(&mode.to_le_bytes());
+        all[64..68].copy_from_slice(&1u32.to_le_bytes());
+        all
+    };
+    let (file, folder) = (attributes(2, libc::S_IFREG | 0o666), attributes(1, libc::S_IFDIR | 0o755));
+    let mut buffer = vec![0; 1 << 17];
+    loop {
+        let (asked, inode, unique) = question(&mut device, &mut buffer)?;
+        // `enum fuse_opcode` of linux/fuse.h.
+        match asked {
+            26 => answer(&mut device, unique, 0, &version())?,
+            1 => answer(&mut device, unique, 0, &[&2u64.to_le_bytes()[..], &[0; 32], &file].concat())?,
+            3 => answer(&mut device, unique, 0, &[&[0; 16][..], if inode == 1 { &folder } else { &file }].concat())?,
+            14 => answer(&mut device, unique, 0, &[0; 16])?,
+            15 => answer(&mut device, unique, 0, &[0; 4096])?,
+            // A write; and what wants no answer: to forget, to interrupt.
+            16 | 2 | 36 | 42 => {}
+            _ => answer(&mut device, unique, -libc::ENOSYS, &[])?,
+        }
+    }
+}
+
+/// Writes to the first page of a file, again while that is under way, and changes what is mapped meanwhile.
+fn fault(path: &str) -> Result<(), Box<dyn std::error::Error>> {
+    use std::os::fd::AsRawFd;
+    let file = std::fs::File::options().read(true).write(true).open(path)?;
+    // SAFETY: the only other one that has this file answers with zeros.
+    let map = unsafe { memmap2::MmapOptions::new().len(4096).map_mut(&file)? };
+    let page = map.as_ptr() as usize;
+    std::mem::forget(map);
+    // SAFETY: the page is mapped for writing, and only the last of the three threads takes it away.
+    let write = move |value: u8| unsafe { (page as *mut u8).write_volatile(value) };
+    write(1);
+    // SAFETY: a call with numbers and an open descriptor.
+    unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 4096, libc::SYNC_FILE_RANGE_WRITE) };
+    std::thread::spawn(move || write(2));
+    std::thread::sleep(Duration::from_secs(1));
+    // SAFETY: nobody uses the page after that but the thread that waits for it.
+    std::thread::spawn(move || unsafe { libc::munmap(page as *mut libc::c_void, 4096) });
+    std::thread::sleep(Duration::from_secs(1));
+    println!("held {}", std::process::id());
     loop {
         std::thread::sleep(Duration::from_secs(1000));
     }
@@ -357,6 +448,7 @@ fn main() -> ExitCode {
         Command::Silence { device } => silence(&device),
         Command::Hold { way, node } => hold(way, &node),
         Command::Unanswered { place } => unanswered(&place),
+        Command::Faulting { place } => faulting(&place),
         Command::Keep { device } => open(&device).and_then(|_drive| {
             for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
                 let number = entry.file_name().to_string_lossy().parse::<i32>();

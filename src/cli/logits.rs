@@ -13,6 +13,7 @@ use crate::backend::Class;
 use crate::engine::{EngineError, Session};
 use crate::machine::pressure::Watch;
 use crate::model::Outputs;
+use crate::storage::safe;
 
 /// Arguments of `nt logits`.
 #[derive(Debug, Args)]
@@ -57,7 +58,7 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
     let mut session = run::start(&opened, options, false, &watch)?;
-    let file = File::create(output).map_err(|e| outputs::failed(output, &e))?;
+    let file = safe::create(output).map_err(|e| outputs::failed(output, &e))?;
     // A part of the matrix has a header that promises more: it is not left behind.
     let finite = write(&parts, &mut session, (file, output), (batch, n_vocab), &watch)
         .inspect_err(|_| outputs::forget(output))?;

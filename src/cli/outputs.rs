@@ -9,6 +9,7 @@ use nix::unistd::{AccessFlags, eaccess};
 
 use super::{Failure, Placement, run};
 use crate::engine::Opened;
+use crate::storage::safe;
 
 /// What a path leads to, whatever its spelling: device and inode, and for a file that is yet to be made those of its
 /// folder, with its name.
@@ -73,6 +74,12 @@ fn is_block_device(path: &Path) -> bool {
 /// With exit code 2, and why it cannot.
 pub(super) fn writable(option: &str, path: &Path) -> Result<(), Failure> {
     let refused = |why: String| Err(Failure::usage(format!("{option} {}: {why}", path.display())));
+    // What else is wrong with it is said below, or where it is opened.
+    if let Err(e) = safe::may_create(path)
+        && e.kind() == std::io::ErrorKind::InvalidInput
+    {
+        return refused(e.to_string());
+    }
     match std::fs::metadata(path) {
         Ok(m) if m.is_dir() => refused("it is a folder; name a file in it".into()),
         Ok(_) => eaccess(path, AccessFlags::W_OK)
@@ -104,7 +111,7 @@ pub(super) fn forget(path: &Path) {
     if !std::fs::metadata(path).is_ok_and(|m| m.is_file()) {
         return;
     }
-    let _ = std::fs::OpenOptions::new().write(true).truncate(true).open(path);
+    let _ = safe::create(path);
     if std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file()) {
         let _ = std::fs::remove_file(path);
     }
@@ -115,7 +122,8 @@ pub(super) fn forget(path: &Path) {
 /// # Errors
 /// If it cannot be written; nothing is left of it then.
 pub(super) fn write(path: &Path, contents: &str) -> Result<(), Failure> {
-    std::fs::write(path, contents).map_err(|e| failed(path, &e))
+    let written = safe::create(path).and_then(|mut file| std::io::Write::write_all(&mut file, contents.as_bytes()));
+    written.map_err(|e| failed(path, &e))
 }
 
 /// The folder that a file lies in or would be made in.

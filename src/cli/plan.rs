@@ -17,6 +17,7 @@ use crate::engine::{
 };
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
+use crate::storage::safe;
 
 /// Arguments of `nt plan`.
 #[derive(Debug, Args)]
@@ -138,7 +139,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
 }
 
 fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Result<()> {
-    let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
+    let mut out = std::io::BufWriter::new(safe::create(path)?);
     write_events(events, &mut out, |u| opened.model.units[u].name.clone())?;
     std::io::Write::flush(&mut out)
 }

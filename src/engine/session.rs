@@ -830,7 +830,7 @@ impl Session {
 
     /// Writes the timeline.
     pub fn write_timeline(&self, path: &Path) -> std::io::Result<()> {
-        let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
+        let mut out = std::io::BufWriter::new(crate::storage::safe::create(path)?);
         self.weights.flow.write_trace(&mut out)?;
         std::io::Write::flush(&mut out)
     }

@@ -1,6 +1,6 @@
 //! Files opened past the page cache where the file system allows it.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -57,7 +57,12 @@ pub struct DirectFile {
 impl DirectFile {
     /// Opens with O_DIRECT if the file system takes it, else through the page cache.
     pub fn open(path: &Path) -> Result<DirectFile, StorageError> {
-        let direct = safe::open_with(path, libc::O_DIRECT);
+        DirectFile::open_if(path, &|_| Ok(()))
+    }
+
+    /// As [`DirectFile::open`], of what `right` has no objection to, before and after it is opened.
+    fn open_if(path: &Path, right: &dyn Fn(&Metadata) -> std::io::Result<()>) -> Result<DirectFile, StorageError> {
+        let direct = safe::open_if(path, libc::O_DIRECT, right);
         if let Ok(file) = direct {
             let alignment = dio_alignment(&file).unwrap_or(Some(DIRECT_DEFAULT));
             if let Some(alignment) = alignment.filter(|a| a.memory <= ALIGNMENT_MAX && a.offset <= ALIGNMENT_MAX)
@@ -66,20 +71,18 @@ impl DirectFile {
                 return DirectFile::of(path, file, alignment);
             }
         }
-        let file = safe::open(path).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
+        let file =
+            safe::open_if(path, 0, right).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
         DirectFile::of(path, file, BUFFERED)
     }
 
-    /// As [`DirectFile::open`], of a part.
+    /// As [`DirectFile::open`], of a part. A name below /dev is what somebody made of it, and may be another drive's since
+    /// the image was found: what is no node of the number that the part names is not opened.
     pub fn open_part(part: &Part) -> Result<DirectFile, StorageError> {
-        let mut file = DirectFile::open(&part.path)?;
-        if let Some(node) = part.node {
-            // A name below /dev is what somebody made of it, and may be another drive's since the image was found.
-            let path = part.path.display().to_string();
-            let found = file.file.metadata().map(|m| guard::node::Node::of(&m));
-            let right = found.and_then(|found| node.must_be(&path, found));
-            right.map_err(|source| StorageError::Open { path: part.path.clone(), source })?;
-        }
+        let mut file = DirectFile::open_if(&part.path, &|meta| match part.node {
+            Some(node) => node.must_be(&part.path.display().to_string(), guard::node::Node::of(meta)),
+            None => Ok(()),
+        })?;
         let Some((start, len)) = part.within else { return Ok(file) };
         let fits = start.checked_add(len).is_some_and(|end| end <= file.len);
         if !fits || !start.is_multiple_of(u64::from(file.alignment.offset)) {

@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
 
-use super::bind::Bound;
+use super::bind::{self, Bound};
 use super::guard::node::Node;
 use super::guard::{Controller, Host};
 use super::vfio::VfioReader;
@@ -78,6 +78,7 @@ impl std::fmt::Display for Health {
 /// # Errors
 /// That it is in use, that this user may not open it, or what the drive answers.
 pub fn of_bound(host: &Host, drive: &Bound) -> Result<Health, String> {
+    bind::group_node_is_right(host, &drive.pci).map_err(|e| e.to_string())?;
     let node = format!("/dev/vfio/{}", drive.group);
     match File::options().read(true).write(true).open(host.real(&node)) {
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {

@@ -1,13 +1,14 @@
 //! Files in places where other users may interfere: opened without blocking and only if they are of the
 //! expected kind, read up to a limit, and replaced whole, under a random name until they are complete.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, readlinkat};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 /// Mode bits that let the group or everybody write.
 const OTHERS_WRITE: u32 = 0o022;
@@ -30,12 +31,22 @@ pub fn open(path: &Path) -> Result<File> {
 /// # Errors
 /// As [`open`].
 pub fn open_with(path: &Path, flags: i32) -> Result<File> {
+    open_if(path, flags, &|_| Ok(()))
+}
+
+/// As [`open_with`], of what `right` has no objection to: it is asked before the file is opened, and of what was opened.
+///
+/// # Errors
+/// As [`open`], and those of `right`.
+pub fn open_if(path: &Path, flags: i32, right: &dyn Fn(&Metadata) -> Result<()>) -> Result<File> {
     // O_PATH opens the name and not the file: the kind is known before the file's own code runs.
     let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
-    let kind = found.metadata()?.file_type();
+    let meta = found.metadata()?;
+    let kind = meta.file_type();
     if kind.is_dir() {
         return Err(Error::from(ErrorKind::IsADirectory));
     }
+    right(&meta)?;
     if !kind.is_file() && !kind.is_block_device() {
         return Err(refuse("it is neither a regular file nor a block device"));
     }
@@ -48,8 +59,83 @@ pub fn open_with(path: &Path, flags: i32) -> Result<File> {
         }
         _ => e,
     })?;
+    right(&file.metadata()?)?;
     blocking(&file)?;
     Ok(file)
+}
+
+/// Links followed before a name counts as a circle, as in the kernel.
+const LINKS_MAX: usize = 40;
+
+/// What lies where a file is to be written.
+enum Output {
+    /// Something that may be written, opened by its name alone.
+    There(File, Metadata),
+    /// Nothing, at this path.
+    Missing(PathBuf),
+}
+
+/// Looks what lies there, before it is opened. A block device, whose contents would be lost, is refused; for root, so is a link
+/// that somebody else laid.
+fn output(path: &Path) -> Result<Output> {
+    let mut at = path.to_path_buf();
+    for _ in 0..LINKS_MAX {
+        let look = |flags| OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC | flags).open(&at);
+        let mut found = match look(libc::O_NOFOLLOW) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Output::Missing(at)),
+            found => found?,
+        };
+        let mut meta = found.metadata()?;
+        if meta.is_symlink() {
+            if nix::unistd::geteuid().is_root() && meta.uid() != 0 {
+                return Err(refuse(format!("a link of user {} lies there, which root does not follow", meta.uid())));
+            }
+            if !fstatfs(&found).is_ok_and(|f| f.filesystem_type() == PROC_SUPER_MAGIC) {
+                let target = readlinkat(&found, c"").map_err(Error::from)?;
+                at = at.parent().unwrap_or(Path::new("/")).join(target);
+                continue;
+            }
+            // Links of /proc lead to open files, which need have no path.
+            found = look(0)?;
+            meta = found.metadata()?;
+        }
+        if meta.file_type().is_block_device() {
+            return Err(refuse("it is a block device, whose contents would be lost; name a file"));
+        }
+        return Ok(Output::There(found, meta));
+    }
+    Err(refuse("too many links lie there"))
+}
+
+/// Whether [`create`] would refuse what lies there now, which is not touched.
+///
+/// # Errors
+/// Why it would.
+pub fn may_create(path: &Path) -> Result<()> {
+    output(path).map(|_| ())
+}
+
+/// Opens a file for writing, emptied, and makes it where it is not there. What lies there is looked at before it is opened, and
+/// what is opened is what was looked at, however late it took the file's name.
+///
+/// # Errors
+/// Those of the system, that it is a block device, or, for root, a link that somebody else laid.
+pub fn create(path: &Path) -> Result<File> {
+    for _ in 0..LINKS_MAX {
+        match output(path)? {
+            Output::There(_, meta) if meta.is_dir() => return Err(Error::from(ErrorKind::IsADirectory)),
+            Output::There(found, meta) => {
+                let again = format!("/proc/self/fd/{}", found.as_raw_fd());
+                return OpenOptions::new().write(true).truncate(meta.is_file()).open(again);
+            }
+            Output::Missing(at) => match OpenOptions::new().write(true).create_new(true).open(at) {
+                // Somebody has laid something there meanwhile.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                made => return made,
+            },
+        }
+    }
+    Err(refuse("what lies there changes all the time"))
 }
 
 /// Takes O_NONBLOCK away: it was for opening alone.

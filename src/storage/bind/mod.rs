@@ -32,6 +32,8 @@ pub use record::{
     Bound, BoundNamespace, Standing, State, all as records, current as current_records, damaged as damaged_records,
 };
 
+pub use take::group_node_is_right;
+
 use record::device;
 
 /// The group whose members may use a bound drive.

@@ -253,6 +253,17 @@ pub(super) fn is_of_group(host: &Host, node: &str, number: Option<Number>) -> Re
     Node::Char(number).must_be(node, found).map_err(|e| fail(&e))
 }
 
+/// Makes sure that the node of the VFIO group of the drive at `pci` is the group's own, before anybody opens it by its name; one
+/// that is missing is left to who opens it.
+///
+/// # Errors
+/// That another device's node, or a file, lies in its place.
+pub fn group_node_is_right(host: &Host, pci: &str) -> Result<(), DeviceError> {
+    let Some(group) = host.link_name(&format!("{}/iommu_group", device(pci))) else { return Ok(()) };
+    let node = format!("/dev/vfio/{group}");
+    if host.exists(&node) { is_of_group(host, &node, number_of_group(host, &group)?) } else { Ok(()) }
+}
+
 /// Gives the drive back after a failed bind, whatever has been asked meanwhile; the error says what became
 /// of it.
 fn undo(m: &Machine<'_>, pci: &str, e: DeviceError, say: Say<'_>) -> DeviceError {

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use super::host::{Host, Unreadable};
-use super::sysfs::Controller;
+use super::sysfs::{self, Controller};
 use super::words::Words;
 use super::{Check, Reason, exports, note, open, pci, stack};
 
@@ -41,6 +41,7 @@ impl LastLook {
             note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
             note(&mut out, |out| pci::hot(host, controller, out));
             note(&mut out, |out| counted(host, controller, out));
+            note(&mut out, |out| is_same(host, controller, out));
             if out.is_empty() || left == 0 || !host.is_real() || host.is_stopped() {
                 break;
             }
@@ -74,6 +75,21 @@ pub fn counted(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> R
             );
             out.push(Reason::new(Check::Unreadable, &path, what));
         }
+    }
+    Ok(())
+}
+
+/// That the drive at the address is the one that was examined, with no other namespaces: one that came since was neither
+/// examined nor claimed. Partitions may have been forgotten meanwhile, by us.
+fn is_same(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    let now = sysfs::controllers(host)?.into_iter().find(|c| c.bdf == controller.bdf);
+    let who = |c: &Controller| {
+        let namespaces = c.namespaces.iter().map(|n| (n.whole.clone(), n.nsid, n.block_size));
+        (c.name.clone(), c.serial.clone(), c.model.clone(), namespaces.collect::<Vec<_>>(), c.hidden.len())
+    };
+    if now.as_ref().map(who) != Some(who(controller)) {
+        let what = "the drive or its namespaces changed while it was being checked; try again".into();
+        out.push(Reason::new(Check::Driver, &controller.pci_path(), what));
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 mod age;
 pub mod allowlist;
 mod ask;
+mod attended;
 mod boot;
 pub mod claim;
 mod consent;
@@ -116,7 +117,9 @@ impl Reason {
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} ({})", self.check, self.what, self.path.display())
+        // A name that somebody else chose must not pass for a line of ours.
+        let line = format!("{}: {} ({})", self.check, self.what, self.path.display());
+        f.write_str(&line.replace('\n', "\\n"))
     }
 }
 

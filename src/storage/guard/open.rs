@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::ask::Answer;
+use super::attended::{Beat, attended};
 use super::host::{Host, Unreadable};
 use super::node::{Node, compare_files, is_one_file};
 use super::nodes::Nodes;
@@ -100,6 +101,8 @@ struct Thread<'a> {
     pid: &'a str,
     /// Its folder in `/proc`.
     folder: String,
+    /// Told of each step.
+    beat: &'a Beat,
 }
 
 /// A socket with descriptors under way.
@@ -141,7 +144,18 @@ fn threads(host: &Host, pid: &str) -> Result<Vec<String>, Unreadable> {
 
 /// Everything that processes other than `own_pid` hold of the controller.
 pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let nodes = Nodes::of(host, controller)?;
+    let (nodes, host) = (Nodes::of(host, controller)?, host.clone());
+    let (reasons, ended) = attended("/proc", move |beat| {
+        let mut reasons = Vec::new();
+        let ended = search(&host, &nodes, own_pid, beat, &mut reasons);
+        (reasons, ended)
+    })?;
+    out.extend(reasons);
+    ended
+}
+
+/// The search through all processes.
+fn search(host: &Host, nodes: &Nodes, own_pid: u32, beat: &Beat, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let mut sockets = Sockets::default();
     let search = Search::begin();
     each_process(host, |pid| {
@@ -151,12 +165,13 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
         let (mut tables, mut rings, mut folders) = (Vec::new(), Vec::new(), Vec::new());
         each_thread(host, pid, |folder| {
             search.go_on(host, folder)?;
+            beat.at(folder);
             folders.push(folder.to_owned());
             let tid = folder.rsplit('/').next().unwrap_or(pid);
             if host.is_real() && is_known(&mut tables, tid) {
                 return Ok(());
             }
-            for fd in descriptors(host, &nodes, &Thread { pid, folder: folder.to_owned() }, &mut sockets, out)? {
+            for fd in descriptors(host, nodes, &Thread { pid, folder: folder.to_owned(), beat }, &mut sockets, out)? {
                 let ring = (tid.to_owned(), fd);
                 if !(host.is_real() && rings.iter().any(|other| is_one_file(other, &ring))) {
                     rings.push(ring);
@@ -164,8 +179,10 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
             }
             Ok(())
         })?;
-        mapped(host, &nodes, pid, &folders, rings.len(), out)
+        beat.at(&format!("/proc/{pid}/map_files"));
+        mapped(host, nodes, pid, &folders, rings.len(), out)
     })?;
+    beat.at("/proc");
     under_way(host, sockets, out)
 }
 
@@ -439,6 +456,7 @@ fn registered(
     out: &mut Vec<Reason>,
 ) -> Result<(), Unreadable> {
     let (path, pid) = (format!("{}/fdinfo/{fd}", thread.folder), thread.pid);
+    thread.beat.at(&path);
     let mut left = open.clone();
     let Some(files) = ring_files(host, &path)? else {
         let what = format!(

@@ -73,6 +73,16 @@ pub fn hidden(host: &Host, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     if !processes(host)?.iter().any(|pid| pid == "1") {
         add("/proc", "process 1 is not shown there: other users' processes are hidden; run as root".into());
     }
+    // The kernel's word on when the machine started is another one there, and with it the age of what exports lead to.
+    let (path, first) = ("/proc/self/ns/time", "time:[4026531834]");
+    match host.link(path) {
+        Err(e) if e.is_gone() => {}
+        found if found.as_ref().is_ok_and(|f| f.as_os_str() == first) => {}
+        found => {
+            let what = format!("nt runs in a time namespace of its own ({}); run it outside of that", found?.display());
+            add(path, what);
+        }
+    }
     mounts(host, &mut add)?;
     tables(host, &mut add)
 }

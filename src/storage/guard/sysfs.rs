@@ -228,8 +228,8 @@ fn number(text: &str, path: &str) -> Result<u64, Unreadable> {
 pub fn find<'a>(host: &Host, all: &'a [Controller], name: &str) -> Option<&'a Controller> {
     let short = node(host, name)?;
     all.iter().find(|c| {
-        c.bdf == short
-            || c.bdf.strip_prefix("0000:") == Some(&short)
+        c.bdf.eq_ignore_ascii_case(&short)
+            || c.bdf.strip_prefix("0000:").is_some_and(|bdf| bdf.eq_ignore_ascii_case(&short))
             || c.name.as_deref() == Some(&short)
             || c.owns(&short)
             || c.hidden.iter().any(|h| h.name == short)

@@ -18,11 +18,13 @@ enum Style {
     Nodes,
     /// Lines, of what the file's own name names.
     Named,
+    /// Commands of a shell or of cron, where nt's own are no reason.
+    Commands,
     /// No text.
     Binary,
 }
 
-use Style::{Binary, Lines, Named, Nodes, Unit, Whole};
+use Style::{Binary, Commands, Lines, Named, Nodes, Unit, Whole};
 
 /// What is read: the files that a pattern means (`*` is any part of one name; a folder of a pattern may
 /// have one too), how they are written, and what a mention there is.
@@ -111,6 +113,20 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/cloud/cloud.cfg", Lines, Check::Configured),
     ("/etc/cloud/cloud.cfg.d/*", Lines, Check::Configured),
     ("/etc/kdump.conf", Lines, Check::Configured),
+    // Where systems without systemd, and suspend by a program, have their devices.
+    ("/etc/uswsusp.conf", Lines, Check::Swap),
+    ("/etc/suspend.conf", Lines, Check::Swap),
+    ("/etc/conf.d/*", Lines, Check::Configured),
+    ("/etc/vdoconf.yml", Lines, Check::Configured),
+    // What root has done at a start or at times; nobody else's commands can use a drive.
+    ("/etc/rc.local", Commands, Check::Configured),
+    ("/etc/rc.d/rc.local", Commands, Check::Configured),
+    ("/etc/local.d/*", Commands, Check::Configured),
+    ("/etc/crontab", Commands, Check::Configured),
+    ("/etc/anacrontab", Commands, Check::Configured),
+    ("/etc/cron.d/*", Commands, Check::Configured),
+    ("/var/spool/cron/root", Commands, Check::Configured),
+    ("/var/spool/cron/crontabs/root", Commands, Check::Configured),
     ("/sys/module/pstore_blk/parameters/blkdev", Whole, Check::Configured),
 ];
 /// Where systemd looks for units, as `systemd-analyze unit-paths` lists it.
@@ -194,6 +210,9 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
         let lines: Vec<&str> = text.lines().filter(|l| l.contains("/dev/")).collect();
         return words.mentions(host, &lines.join("\n"), &[]);
     }
+    if style == Commands {
+        return words.mentions(host, &others_commands(text), &['#']);
+    }
     let comments: &[char] = match style {
         Lines | Named => &['#'],
         Unit => &['#', ';'],
@@ -206,6 +225,20 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
         }
     }
     Ok(found)
+}
+
+/// Programs that are nt's own, by name.
+const OWN: [&str; 3] = ["nt", "bind-vfio.sh", "release-vfio.sh"];
+
+/// The commands of a text that name a device and do not begin with nt, a line each; what stands before a program (the times
+/// of cron, `sudo`) may be anything.
+fn others_commands(text: &str) -> String {
+    let text = text.replace("\\\n", " ");
+    let names = |c: &&str| ["/dev/", "UUID=", "LABEL="].iter().any(|word| c.contains(word));
+    let is_own = |c: &str| c.split_whitespace().any(|w| OWN.contains(&w.rsplit('/').next().unwrap_or(w)));
+    let lines = text.lines().filter(|l| !l.trim_start().starts_with('#'));
+    let commands = lines.flat_map(|l| l.split([';', '&', '|']));
+    commands.filter(names).filter(|c| !is_own(c)).collect::<Vec<_>>().join("\n")
 }
 
 /// Files that a pattern means, in order.

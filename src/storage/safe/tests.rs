@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
@@ -365,5 +364,103 @@ fn race_of_a_reader_against_a_replacement() {
             assert!(texts.contains(&found), "{} bytes", found.len());
         },
         |n| replace(&target, &texts[n % 2], 0o644, ".nt-").unwrap(),
+    );
+}
+
+/// What is no file of the user's is not opened for writing, however it is named.
+#[test]
+fn a_file_is_made_or_emptied_and_no_device_is_opened() {
+    use std::io::Write;
+    use std::os::unix::fs::lchown;
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    let text = |name: &str| fs::read_to_string(at(name)).unwrap();
+    create(&at("new")).unwrap().write_all(b"ours").unwrap();
+    assert_eq!(text("new"), "ours");
+    create(&at("new")).unwrap().write_all(b"x").unwrap();
+    assert_eq!(text("new"), "x");
+    symlink("new", at("link")).unwrap();
+    symlink(at("made"), at("dangling")).unwrap();
+    create(&at("link")).unwrap().write_all(b"by a link").unwrap();
+    create(&at("dangling")).unwrap().write_all(b"made").unwrap();
+    assert_eq!((text("new").as_str(), text("made").as_str()), ("by a link", "made"));
+    assert!(at("link").is_symlink());
+    symlink("circle", at("circle")).unwrap();
+    assert!(create(&at("circle")).is_err() && create(folder.path()).is_err() && create(&at("no/folder")).is_err());
+    // Whatever stdout is, /dev/stdout leads there by a link of /proc.
+    let (mut read, write) = std::io::pipe().unwrap();
+    for name in [format!("/proc/self/fd/{}", write.as_raw_fd()), format!("/dev/fd/{}", write.as_raw_fd())] {
+        create(Path::new(&name)).unwrap().write_all(b"piped").unwrap();
+    }
+    drop(write);
+    let mut piped = String::new();
+    read.read_to_string(&mut piped).unwrap();
+    assert_eq!(piped, "pipedpiped");
+    assert!(create(Path::new("/dev/null")).unwrap().write_all(b"x").is_ok());
+    // Only root can make nodes, and has links of others before it.
+    if nix::unistd::geteuid().is_root() {
+        node(&at("disk"));
+        symlink("disk", at("to a disk")).unwrap();
+        for name in ["disk", "to a disk"] {
+            assert!(create(&at(name)).unwrap_err().to_string().contains("block device"), "{name}");
+        }
+        lchown(at("link"), Some(1000), None).unwrap();
+        let e = create(&at("link")).unwrap_err().to_string();
+        assert!(e.contains("a link of user 1000") && may_create(&at("link")).is_err(), "{e}");
+        assert_eq!(text("new"), "by a link");
+    }
+}
+
+/// A node of a block device that no driver has, so that opening it fails.
+fn node(path: &Path) {
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    mknod(path, SFlag::S_IFBLK, Mode::from_bits_truncate(0o666), makedev(240, 4095)).unwrap();
+}
+
+/// Race 10: a file that was checked long before it is written becomes a link to a block device, or not.
+#[test]
+fn race_of_a_device_against_an_output() {
+    let folder = scratch();
+    let target = folder.path().join("timeline");
+    fs::write(&target, b"").unwrap();
+    let is_root = nix::unistd::geteuid().is_root();
+    let disk = folder.path().join("disk");
+    if is_root {
+        node(&disk)
+    } else {
+        fs::create_dir(&disk).unwrap()
+    }
+    race(
+        |n| swap(|p| if n % 2 == 0 { symlink(&disk, p).unwrap() } else { fs::write(p, b"").unwrap() }, &target, n),
+        |_| match create(&target) {
+            Ok(file) => assert!(file.metadata().unwrap().is_file()),
+            // A device that was opened would have no driver.
+            Err(e) => assert_ne!(e.raw_os_error(), Some(libc::ENXIO), "the device was opened"),
+        },
+    );
+}
+
+/// Race 11: the name is that of the right file, or of another one, while it is opened as the right one.
+#[test]
+fn race_of_another_node_under_the_name() {
+    let folder = scratch();
+    let (right, target) = (folder.path().join("right"), folder.path().join("nvme1n1"));
+    fs::write(&right, b"right").unwrap();
+    fs::hard_link(&right, &target).unwrap();
+    let number = fs::metadata(&right).unwrap().ino();
+    let is_right = |meta: &Metadata| if meta.ino() == number { Ok(()) } else { Err(refuse("another one")) };
+    race(
+        |n| {
+            swap(
+                |p| if n % 2 == 0 { fs::hard_link(&right, p).unwrap() } else { fs::write(p, b"wrong").unwrap() },
+                &target,
+                n,
+            )
+        },
+        |_| {
+            if let Ok(file) = open_if(&target, 0, &is_right) {
+                assert_eq!(file.metadata().unwrap().ino(), number);
+            }
+        },
     );
 }

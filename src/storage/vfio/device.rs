@@ -18,7 +18,8 @@ use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::Registers;
 use super::removal::{self, Covered};
-use crate::storage::Bell;
+use crate::storage::guard::Host;
+use crate::storage::{Bell, bind};
 
 const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
 const VFIO_IOMMU_GET_INFO: libc::c_ulong = 0x3b70;
@@ -267,6 +268,7 @@ impl Drop for VfioNvme {
 impl Vfio {
     fn open(bdf: &str, queue_bytes: usize) -> Result<Self, OpenError> {
         let fail = |why: String| OpenError::Vfio { bdf: bdf.into(), why };
+        bind::group_node_is_right(&Host::default(), bdf).map_err(|e| fail(e.to_string()))?;
         let container = Arc::new(VfioContainer::new(None).map_err(|e| fail(e.to_string()))?);
         let path = format!("/sys/bus/pci/devices/{bdf}");
         let ops: Arc<dyn VfioOps> = container.clone();

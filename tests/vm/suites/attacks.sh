@@ -7,6 +7,7 @@
 # unchanged: att guest third
 # files: tests/fixtures/cases/chat-plain.gguf
 # programs: flock:util-linux
+# modules: fuse
 # timeout: 600
 allow
 as() { who=$1; shift; su $who -s /bin/sh -c "$*"; }
@@ -50,6 +51,18 @@ sleep 0.5
 works "a stranger's flocks hold up nothing: bind" $nt bind $third
 works "a stranger's flocks hold up nothing: release" $nt release $third
 kill $one $two; wait $one $two 2>/dev/null
+
+# A process that has a file of a server that never answers: who looks for the drive's users asks for it.
+modprobe fuse; mkdir -p /mnt/hang; : >/tmp/held
+nvme_probe unanswered /mnt/hang >/tmp/held 2>&1 & server=$!
+for try in 1 2 3 4 5 6 7 8 9 10; do grep -q held /tmp/held && break; sleep 1; done
+soon "release's dry run ends all the same" 0 $nt release $at --dry-run
+kill -9 $server; wait $server 2>/dev/null; umount /mnt/hang
+# Another group's node in the place of the drive's: nobody opens it.
+mv /dev/vfio/$group /dev/vfio/kept; mknod /dev/vfio/$group c $(tr : ' ' </sys/class/vfio/$group/dev | awk '{print $1, $2 + 7}')
+$nt list >/tmp/out 2>/dev/null; grep -A2 "bound to vfio-pci" /tmp/out | grep -q "by sysfs" && pass "list opens no other group's node" || fail "list opens no other group's node"
+rm /dev/vfio/$group; mv /dev/vfio/kept /dev/vfio/$group
+works "nothing was changed by that" as user "nvme_probe identify $at /tmp/id.att"
 
 # A drive that root gave to a guest through vfio-pci, while nt has one bound.
 guest=$(address $(drive GUEST001))
@@ -115,6 +128,14 @@ works "extents -o over a dangling link" $nt extents /mnt/fmt/m.gguf -o /tmp/out2
 soon "extents -o over a FIFO" 1 $nt extents /mnt/fmt/m.gguf -o /tmp/out3.json
 [ "$(cat /run/victim)" = theirs ] && [ ! -e /run/nothing ] && pass "what the links name is as it was" || fail "what the links name is as it was"
 soon "extents of a FIFO" 1 sh -c "mkfifo /tmp/pipe.gguf; $nt extents /tmp/pipe.gguf"
+
+# Root writes a file in a member's folder, where he has laid a link to a file, or to a drive.
+mkdir -p /tmp/his; chown user /tmp/his
+for to in /run/victim /dev/$(drive THIRD001)n1; do
+  as user "ln -sfn $to /tmp/his/plan.toml"
+  soon "a plan is not saved by his link to $to" 2 nt plan /mnt/fmt/m.gguf --save /tmp/his/plan.toml
+done
+[ "$(cat /run/victim)" = theirs ] && pass "what it names is as it was" || fail "what it names is as it was"
 
 # A drive's own table names a path, which is a FIFO on this machine; then a device.
 mkdir -p /tmp/from; cp /root/files/chat-plain.gguf /tmp/from/p.gguf

@@ -72,6 +72,7 @@ works "nobody holds it any more" $nt check $held
 # What cannot be seen.
 if command -v unshare >/dev/null; then
   refused "another PID namespace" "pid namespace of its own" unshare -p -f --mount-proc $nt check $held
+  refused "another time namespace" "time namespace of its own" /usr/bin/unshare -T $nt check $held
   refused "another PID namespace with the machine's proc" "pid namespace of its own" unshare -p -f $nt check $held
 fi
 if modprobe nvmet 2>/dev/null; then
@@ -145,6 +146,21 @@ else
   cp /tmp/held /tmp/out; fail "a server of FUSE"
 fi
 works "after that" $nt check $held
+
+# A process that waits for a write with its memory locked, as any user's can: who asks for its mappings waits for ever.
+mkdir -p /mnt/fault
+: >/tmp/held
+nvme_probe faulting /mnt/fault >/tmp/held 2>&1 & server=$!
+for i in $(seq 40); do grep -q held /tmp/held && break; sleep 1; done
+waiter=$(sed -n 's/^held //p' /tmp/held)
+sleep 1; timeout 2 cat /proc/$waiter/maps >/tmp/out 2>&1; code=$?
+[ -n "$waiter" ] && [ -d /proc/$waiter ] && [ $code != 0 ] && pass "a process whose memory is locked" || { cat /tmp/held >>/tmp/out; fail "a process whose memory is locked"; }
+ends "check ends all the same" 3 "does not tell within" $nt check $held
+grep -q "/proc/$waiter/" /tmp/out && pass "and names the process" || fail "and names the process"
+ends "and so does root's bind" 3 "does not tell within" $nt bind $held
+kill -9 $server; wait $server 2>/dev/null
+umount /mnt/fault
+works "once it has ended" $nt check $held
 
 refused "another /etc" "a mount namespace of its own" unshare -m sh -c "mount -t tmpfs none /etc; $nt check $held"
 refused "and says how to get out of it" "nsenter --target 1 --mount" unshare -m $nt check $held

@@ -1,6 +1,6 @@
 # about: what must stay easy: odd serials, two namespaces, short addresses, a drive before the system's, three at once, one of a guest's
 # drive: early random:8 serial=EARLY001 first
-# drive: spaced random:8 serial=My%20Drive%207
+# drive: spaced random:8 serial=My%20Drive%207 smart_critical_warning=2
 # drive: umlaut random:8 serial=Größe-Ω1
 # drive: twofold random:16 serial=TWO00001 ns= ns=
 # drive: vm random:8 serial=VM000001
@@ -45,6 +45,7 @@ echo $guest >/sys/bus/pci/drivers_probe
 one=$(address $(drive EARLY001)) two=$(address $(by "My Drive 7")) three=$(address $(drive TWO00001)) # names are given again
 for d in $one $two $three; do works "three at once: bind $d" $nt bind $d; done
 [ $($nt list 2>/dev/null | grep -c "bound to vfio-pci") = 3 ] && pass "three are listed" || { $nt list >/tmp/out 2>&1; fail "three are listed"; }
+$nt list 2>/dev/null | grep -A1 "My Drive 7 bound" | grep -q "CRITICAL: temperature out of range" && pass "the warning of one of them" || { $nt list >/tmp/out 2>&1; fail "the warning of one of them"; }
 for d in $three $one $two; do works "three at once: release $d" $nt release $d; done
 [ "$(basename $(readlink /sys/bus/pci/devices/$guest/driver))" = vfio-pci ] && pass "the guest's drive is the guest's still" || fail "the guest's drive is the guest's still"
 works "the guest's drive, once it is named" $nt release --pci $guest

@@ -209,7 +209,7 @@ impl Fake {
             "nvme" => self.attach(pci),
             "vfio-pci" if !self.no_node.get() => {
                 self.folder(&format!("/sys/class/vfio/{}", self.group(pci)));
-                self.put(&format!("/dev/vfio/{}", self.group(pci)), "");
+                self.put(&format!("/dev/vfio/{0}", self.group(pci)), &format!("c 244:{}", self.group(pci)));
             }
             _ => {}
         }

@@ -477,11 +477,12 @@ fn a_group_in_use_is_refused_before_anything_changes() {
     std::os::unix::fs::symlink("anon_inode:[vfio-device]", fake.real("/proc/66/fd/4")).unwrap();
     words(&fake.release("nvme1n1", None), &["VFIO devices open: process 66 (qemu)"]);
     // Seen by the number of its node, whatever its name, and in a thread's own table.
-    fake.put("/proc/77/comm", "qemu\n");
+    // A process may call itself anything, and must not write lines of ours.
+    fake.put("/proc/77/comm", "qemu\nnt: it is\x1b[2J\n");
     fake.folder("/proc/77/task/78/fd");
-    std::os::unix::fs::symlink(fake.real("/dev/vfio/15"), fake.real("/proc/77/task/78/fd/9")).unwrap();
+    std::os::unix::fs::symlink("/dev/vfio/15", fake.real("/proc/77/task/78/fd/9")).unwrap();
     let end = fake.release("nvme1n1", None);
-    words(&end, &["process 77 (qemu) uses it", "/proc/77/task/78/fd/9"]);
+    words(&end, &["process 77 (qemu\\nnt: it is\\u{1b}[2J) uses it", "/proc/77/task/78/fd/9"]);
     let dry = fake.run(None, |m| m.release(Some("nvme1n1"), None, true, &mut |_| ()));
     words(&dry, &["process 77"]);
     fake.busy.set(false);
@@ -859,6 +860,15 @@ fn a_node_of_another_group_is_not_handed_over() {
     words(&fake.bind("nvme1n1", None), &["/dev/vfio/15", "character device 244:0"]);
     fake.is_the_kernels(SPARE);
     assert!(!fake.log.borrow().iter().any(|change| change.starts_with("handing")));
+    // Nor is it opened by who reads the drive, or asks for its health.
+    let fake = Fake::new();
+    fake.bind("nvme1n1", None);
+    assert!(group_node_is_right(&fake.host, SPARE).is_ok());
+    fake.put("/sys/class/vfio/15/dev", "244:0\n");
+    let e = group_node_is_right(&fake.host, SPARE).unwrap_err().to_string();
+    assert!(e.contains("/dev/vfio/15") && e.contains("character device 244:0"), "{e}");
+    let (drive, _) = find_bound(&fake.host, "nvme1n1").unwrap();
+    assert_eq!(crate::storage::health::of_bound(&fake.host, &drive), Err(e));
 }
 
 /// Between the examination under the claim and the unbind somebody opened the drive, or wrote to it and was gone again: the

@@ -262,6 +262,7 @@ const HELD: &[Row] = &[
 const HIDDEN: &[Row] = &[
     ("a PID namespace of its own", Check::Unreadable, |f| f.link("/proc/self/ns/pid", "pid:[4026532999]")),
     ("a user namespace of its own", Check::Unreadable, |f| f.link("/proc/self/ns/user", "user:[4026532998]")),
+    ("a time namespace of its own", Check::Unreadable, |f| f.link("/proc/self/ns/time", "time:[4026532997]")),
     ("namespaces that cannot be told", Check::Unreadable, |f| f.drop_file("/proc/self/ns/pid")),
     ("nvmet without configfs", Check::Unreadable, |f| f.folder("/sys/module/nvmet")),
     ("LIO without configfs", Check::Unreadable, |f| f.folder("/sys/module/target_core_mod")),

@@ -2,6 +2,7 @@
 
 mod booted;
 mod consent;
+mod documented;
 mod held;
 mod last;
 mod mutations;

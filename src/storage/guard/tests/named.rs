@@ -334,6 +334,28 @@ const NAMED: &[(Holds, &str, &str, Check)] = &[
         "{\"storage-opts\": [\"dm.directlvm_device=/dev/nvme1n1\"]}",
         Check::Configured,
     ),
+    // Hibernation by a program, systems without systemd, commands of root's.
+    (swap, "/etc/uswsusp.conf", "resume device = /dev/nvme1n1p1\n", Check::Swap),
+    (swap, "/etc/suspend.conf", "resume device = UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\n", Check::Swap),
+    (
+        luks,
+        "/etc/conf.d/dmcrypt",
+        "target=d\nsource=UUID=\"6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\"\n",
+        Check::Configured,
+    ),
+    (nothing, "/etc/conf.d/dmcrypt", "swap=a\nsource='/dev/nvme1n1p1'\n", Check::Configured),
+    (nothing, "/etc/vdoconf.yml", "    device: /dev/nvme1n1p1\n", Check::Configured),
+    (ext4, "/etc/rc.local", "#!/bin/sh\nmount LABEL='my disk' /srv\n", Check::Configured),
+    (nothing, "/etc/rc.d/rc.local", "nt device bind nvme0n1; mount \\\n  /dev/nvme1n1 /srv\n", Check::Configured),
+    (nothing, "/etc/local.d/a.start", "swapon /dev/nvme1n1p1 && nt run m\n", Check::Configured),
+    (nothing, "/etc/crontab", "5 4 * * * root dd if=/dev/sda of=/dev/nvme1n1\n", Check::Configured),
+    (nothing, "/etc/cron.d/trim", "@daily root blkdiscard /dev/mine\n", Check::Configured),
+    (
+        ext4,
+        "/var/spool/cron/crontabs/root",
+        "@reboot mount UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\n",
+        Check::Configured,
+    ),
     // Mounts on demand.
     (nothing, "/etc/auto.misc", "data -fstype=ext4 :/dev/nvme1n1p1\n", Check::Configured),
     (
@@ -432,6 +454,9 @@ fn what_names_other_drives_is_no_reason() {
     fake.put("/etc/crypttab", &format!("# data UUID={UUID} none\n"));
     fake.put("/etc/systemd/system/a.mount", "[Mount]\n# What=/dev/nvme1n1\nWhat=tmpfs\nOptions=size=50%%\n");
     fake.put("/etc/systemd/system/nt.service", "[Service]\nExecStart=/usr/bin/nt device bind /dev/nvme1n1\n");
+    fake.put("/etc/rc.local", "# mount /dev/nvme1n1 /x\nsudo /usr/local/bin/nt device bind /dev/nvme1n1\n");
+    fake.put("/etc/cron.d/nt", "@reboot root /opt/nt/scripts/bind-vfio.sh /dev/nvme1n1 && mount /dev/nvme0n1p1 /y\n");
+    fake.put("/etc/conf.d/localmount", "no_umounts=\"/x\"\n");
     fake.link("/etc/systemd/system/tmp.mount", "/dev/null");
     fake.put("/proc/cmdline", "root=/dev/nvme0n1p1 quiet nvme_core.default_ps_max_latency_us=0 my disk\n");
     let guest = "<address type='pci' domain='0x0000' bus='0x02' slot='0x00' function='0x0'/>";
