@@ -17,7 +17,8 @@ use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
     ConstraintError, EngineError, ExpertSlots, Form, Generation, Grammars, Opened, Options, Reasoning, Recipe, Request,
-    RequestError, Sampler, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
+    RequestError, Sampler, SamplerParams, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest,
+    this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -53,6 +54,7 @@ pub struct RunArgs {
     /// (with `--ctx auto`, 4096 positions, or twice the prompt where that is more).
     #[arg(
         short = 'n',
+        alias = "predict",
         long = "n-predict",
         default_value = "256",
         value_parser = super::args::n_predict
@@ -96,7 +98,7 @@ pub struct RunArgs {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let mut params = args.sampling.params()?;
+    args.sampling.params(&SamplerParams::default())?;
     let form = form(args)?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(p), _) => p.clone(),
@@ -111,7 +113,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let opened = open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     args.sampling.check(opened.model.n_vocab)?;
-    let mut warnings = Vec::new();
+    let (mut params, mut warnings) = args.sampling.params_for(&opened.gguf.metadata)?;
+    warnings.iter().for_each(|w| tracing::warn!("{w}"));
     let (tokens, reasoning) = prompt_tokens(args, &opened, &prompt, &mut warnings)?;
     if let Some(form) = &form {
         let grammars = Grammars::new(&opened.tokenizer).map_err(|e| failure(e.into()))?;

@@ -112,6 +112,7 @@ impl Sampler {
 
     /// A sampler for a model of `n_vocab` rows of logits and this tokenizer.
     pub fn for_model(mut params: SamplerParams, n_vocab: usize, tokenizer: &Tokenizer) -> Sampler {
+        params.logit_bias.extend(tokenizer.suppressed_ids().iter().map(|&id| (id, f32::NEG_INFINITY)));
         if params.ignore_eos {
             params.logit_bias.extend(tokenizer.eog_ids().iter().map(|&id| (id, f32::NEG_INFINITY)));
         }

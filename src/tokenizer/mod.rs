@@ -132,6 +132,7 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     eog: Vec<u32>,
+    suppressed: Vec<u32>,
     special: Specials,
     warnings: Vec<String>,
 }
@@ -278,6 +279,11 @@ impl Tokenizer {
     /// All tokens that end generation, ascending.
     pub fn eog_ids(&self) -> &[u32] {
         &self.eog
+    }
+
+    /// Tokens that no text of the model may hold (`tokenizer.ggml.suppress_tokens`), such as those that stand for images.
+    pub fn suppressed_ids(&self) -> &[u32] {
+        &self.suppressed
     }
 
     /// What was missing and had to be assumed.
