@@ -258,7 +258,7 @@ pub enum BackendArg {
 /// What computes, a GPU or processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SiteArg {
-    /// A GPU that can, with processors beside it where that is faster; else processors.
+    /// A GPU that can, with processors next to it where that is faster; else processors.
     Auto,
     /// A GPU alone.
     Gpu,
@@ -322,7 +322,7 @@ pub struct Placement {
     /// Where operations run; auto is a GPU that can, else processors.
     #[arg(long, value_enum, default_value = "auto")]
     pub backend: BackendArg,
-    /// What computes. auto is a GPU, and beside it processors compute feed-forward parts and experts where they lie in RAM, while
+    /// What computes. auto is a GPU, and processors next to it compute feed-forward parts and experts where they lie in RAM, while
     /// generating, as many as rates of `nt probe` make fastest; or processors alone where no GPU can.
     #[arg(long, value_enum, default_value = "auto")]
     pub site: SiteArg,

@@ -29,7 +29,7 @@ pub struct ServeArgs {
     /// Port to listen at; 0 takes one that is free. The first line on stderr says which.
     #[arg(long, default_value_t = 8080)]
     port: u16,
-    /// File of API keys, one a line; a request must send one of them.
+    /// File of API keys, one per line; a request must send one of them.
     #[arg(long, value_name = "F")]
     api_key_file: Option<PathBuf>,
     /// Answer everybody who reaches an address that is not of this machine alone.

@@ -31,7 +31,7 @@ pub struct TemplateArgs {
     template: TemplateOptions,
 }
 
-/// Which chat template, and what it is told beside the conversation.
+/// Which chat template, and what it is told in addition to the conversation.
 #[derive(Clone, Debug, Args)]
 pub struct TemplateOptions {
     /// Chat template instead of the model's own: one of its others by name (as tool_use), a built-in one (chatml, llama2,

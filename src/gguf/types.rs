@@ -1,4 +1,4 @@
-//! Tensor types: id, name, elements a block and bytes a block, as ggml defines them.
+//! Tensor types: id, name, elements per block and bytes per block, as ggml defines them.
 
 use std::fmt;
 

@@ -113,7 +113,7 @@ pub(super) struct Mixture {
     pub shared: Option<&'static str>,
 }
 
-/// Whether the vector `exp_probs_b` chooses experts beside their scores.
+/// Whether the vector `exp_probs_b` is added to the scores that choose experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choose {
     /// No.

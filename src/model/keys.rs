@@ -172,7 +172,7 @@ pub(super) fn not_followed(m: &Metadata, arch: &Family, head_dim: usize) -> Opti
     })
 }
 
-/// Keys of the architecture that nothing reads, in file order. `follows` are those that it reads beside what all do.
+/// Keys of the architecture that nothing reads, in file order. `follows` are those that it reads in addition to what all do.
 pub(super) fn unused(m: &Metadata, arch: &str, follows: &[&str]) -> Vec<String> {
     let own = |key: &&str| {
         let name = key.strip_prefix(arch).and_then(|k| k.strip_prefix('.'));

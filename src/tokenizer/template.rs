@@ -80,7 +80,7 @@ struct Renderer {
     environment: Environment<'static>,
     bos: String,
     eos: String,
-    /// Values for the template beside the conversation.
+    /// Values for the template in addition to the conversation.
     variables: serde_json::Map<String, Json>,
     /// The file's own template for conversations with tools: there, or why it cannot be used.
     tool_use: Option<Result<(), String>>,
@@ -198,7 +198,7 @@ impl ChatTemplate {
         Ok(())
     }
 
-    /// The names of the templates that a file has besides its default one.
+    /// The names of the templates that a file has in addition to its default one.
     pub fn names_in(metadata: &Metadata) -> Vec<&str> {
         let names = metadata.iter().filter_map(|(key, _)| key.strip_prefix(KEY)?.strip_prefix('.'));
         names.filter(|name| named(metadata, name).is_some()).collect()

@@ -265,6 +265,11 @@ fn tokens_that_a_file_bans() {
     f.set("tokenizer.ggml.suppress_tokens", V::I32s(vec![greedy[0], 99_999]));
     let without: Vec<i32> = serde_json::from_str(&sampled(&f, &["--temp", "0"])).unwrap();
     assert!(!without.contains(&greedy[0]), "{greedy:?} {without:?}");
+    // With none left, token 0 was drawn for ever.
+    f.set("tokenizer.ggml.suppress_tokens", V::I32s((0..258).collect()));
+    let d = dir();
+    let m = f.write(d.path(), "m.gguf");
+    fails(&["run", m.to_str().unwrap(), "-p", "x", "-n", "2", "--temp", "0"], 1, &["all are banned"]);
 }
 
 /// A model without a template got ChatML even where its vocabulary has no token of it, but those of another template.
@@ -299,4 +304,15 @@ fn a_template_that_fits_the_vocabulary() {
     assert!(said.contains("ChatML is used"), "{said}");
     // None of them.
     assert!(prompt(&[]).0.starts_with("<|im_start|>user\nhello"));
+}
+
+/// A prompt of which no byte has a token was said to be empty.
+#[test]
+fn a_prompt_without_tokens_is_not_called_empty() {
+    let mut f = tiny(1);
+    f.set("tokenizer.ggml.tokens", V::Strs(vec!["a".into(); 258]));
+    f.set("tokenizer.ggml.add_bos_token", V::Bool(false));
+    let d = dir();
+    let m = f.write(d.path(), "m.gguf");
+    fails(&["run", m.to_str().unwrap(), "-p", "hello"], 2, &["no token for any byte of the prompt"]);
 }
