@@ -316,3 +316,23 @@ fn a_prompt_without_tokens_is_not_called_empty() {
     let m = f.write(d.path(), "m.gguf");
     fails(&["run", m.to_str().unwrap(), "-p", "hello"], 2, &["no token for any byte of the prompt"]);
 }
+
+/// Files in types that ggml has removed were refused with a list of all others, and types of later days by their number.
+#[test]
+fn types_of_other_days() {
+    for (id, bytes, words) in [
+        (31, 18, &["Q4_0_4_4", "take the model in Q4_0"][..]),
+        (4, 18, &["Q4_2"]),
+        (40, 36, &["NVFP4", "cannot"]),
+        (42, 18, &["Q2_0", "cannot"]),
+        (77, 18, &["unknown type 77"]),
+    ] {
+        let mut f = tiny(1);
+        let t = f.tensor("blk.0.attn_q.weight");
+        (t.ty, t.data) = (id, vec![0; 64 * bytes]);
+        let d = dir();
+        let m = f.write(d.path(), "m.gguf");
+        fails(&["run", m.to_str().unwrap(), "-p", "x"], 2, words);
+        fails(&["plan", m.to_str().unwrap()], 2, words);
+    }
+}
