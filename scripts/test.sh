@@ -34,3 +34,5 @@ say "fidelity against llama.cpp"
 python3 tests/fidelity/check.py target/release/nt
 say "every architecture against llama.cpp"
 python3 tests/fidelity/check_arch.py target/release/nt
+say "files of Ollama's converter"
+python3 tests/fidelity/check_forms.py target/release/nt

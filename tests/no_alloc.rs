@@ -5,6 +5,7 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use common::families;
 use nt::backend::{BackendKind, Class};
 use nt::engine::{Opened, Options, Session};
 use nt::model::Outputs;
@@ -62,7 +63,8 @@ fn decode_allocates_nothing(what: &str, session: &mut Session, tokens: impl Fn(u
     assert!(rounds.any(|allocated| allocated == 0), "{what}");
 }
 
-/// A dense model, one of experts, and one whose reads are compared with a record, each resident and streamed.
+/// A dense model, one of experts, newer architectures, and models whose reads are compared with a record, each resident
+/// and streamed.
 /// One test, since the allocator counts for the whole process.
 #[test]
 fn one_token_passes_allocate_nothing() {
@@ -70,7 +72,15 @@ fn one_token_passes_allocate_nothing() {
     let data = d.path().join("data");
     // SAFETY: this is the only test, and no thread of its own runs yet that reads the environment.
     unsafe { std::env::set_var("XDG_DATA_HOME", &data) };
-    for (name, file) in [("dense", common::tiny(6)), ("experts", common::tiny_moe(6))] {
+    let models = [
+        ("dense", common::tiny(6)),
+        ("experts", common::tiny_moe(6)),
+        ("windows", families::gemma3(6)),
+        ("experts with biases and sinks", families::gpt_oss(6)),
+        ("short convolutions", families::lfm2(6)),
+        ("delta nets", families::qwen35(6)),
+    ];
+    for (name, file) in models {
         let path = file.write(d.path(), &format!("{name}.gguf"));
         let opened = Opened::open(&path).unwrap();
         for ram in [64 << 20, 1250 << 10] {

@@ -126,7 +126,7 @@ fn divided_experts_are_counted_by_site_and_link() {
         count("copy")
     );
     let html = std::fs::read_to_string(html).unwrap();
-    assert!(html.contains("<h2>Sites</h2>") && html.contains("processors beside the GPU"));
+    assert!(html.contains("<h2>Sites</h2>") && html.contains("processors next to the GPU"));
 }
 
 #[test]

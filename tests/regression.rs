@@ -10,6 +10,8 @@ mod commands;
 mod engine;
 #[path = "regression/files.rs"]
 mod files;
+#[path = "regression/forms.rs"]
+mod forms;
 #[path = "regression/library.rs"]
 mod library;
 #[path = "regression/text.rs"]

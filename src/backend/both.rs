@@ -155,7 +155,7 @@ enum Repeated {
     Shared { place: usize, layer: usize },
 }
 
-/// How processors beside a device spent their time.
+/// How processors next to a device spent their time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beside {
     /// Computing.

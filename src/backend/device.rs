@@ -61,7 +61,7 @@ pub trait DeviceMemory: Send + Sync {
     /// Copies into `slots` slots, ordered with the backend's operations.
     fn copy_engine(&self, slots: usize) -> Result<Arc<dyn CopyEngine>, BackendError>;
 
-    /// Bytes a second that the device reads from its own memory; `None` where it was not measured.
+    /// Bytes per second that the device reads from its own memory; `None` where it was not measured.
     fn memory_rate(&self) -> Result<Option<f64>, BackendError>;
 }
 

@@ -374,7 +374,7 @@ pub enum BackendError {
         /// Its size.
         bytes: u64,
     },
-    /// Threads to compute with could not be had.
+    /// The system refused threads to compute with.
     #[error(
         "{threads} threads could not be started: {source}; give a smaller --threads, or raise the limits on processes and memory (ulimit -u, ulimit -v)"
     )]
@@ -493,7 +493,7 @@ pub trait Backend {
         None
     }
 
-    /// Processors beside the device that compute feed-forward parts and experts of exact rows from weights in RAM; `None`
+    /// Processors next to the device that compute feed-forward parts and experts of exact rows from weights in RAM; `None`
     /// where there are none.
     fn computes_in_ram(&self) -> Option<usize> {
         None

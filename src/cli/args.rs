@@ -258,7 +258,7 @@ pub enum BackendArg {
 /// What computes, a GPU or processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SiteArg {
-    /// A GPU that can, with processors beside it where that is faster; else processors.
+    /// A GPU that can, with processors next to it where that is faster; else processors.
     Auto,
     /// A GPU alone.
     Gpu,
@@ -322,7 +322,7 @@ pub struct Placement {
     /// Where operations run; auto is a GPU that can, else processors.
     #[arg(long, value_enum, default_value = "auto")]
     pub backend: BackendArg,
-    /// What computes. auto is a GPU, and beside it processors compute feed-forward parts and experts where they lie in RAM, while
+    /// What computes. auto is a GPU, and processors next to it compute feed-forward parts and experts where they lie in RAM, while
     /// generating, as many as rates of `nt probe` make fastest; or processors alone where no GPU can.
     #[arg(long, value_enum, default_value = "auto")]
     pub site: SiteArg,
@@ -386,7 +386,7 @@ pub struct Placement {
     pub plan: Option<String>,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.
-    #[arg(long, short = 'c', value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
+    #[arg(long, short = 'c', alias = "ctx-size", value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
     /// Tokens of the prompt that a pass evaluates at once, 1 to 4096: each pass brings or reads all weights once, so that more take
     /// less time for a long prompt, and more memory. The text is the same for any number.
@@ -526,22 +526,22 @@ impl OverrideArgs {
     }
 }
 
-/// How tokens are drawn.
+/// How tokens are drawn. What is not given is as the file advises (`general.sampling.*`), or llama.cpp's default.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
-    /// Temperature, up to 100; 0 or less takes the most likely token.
-    #[arg(long, value_name = "X", default_value_t = 0.8, value_parser = number)]
-    pub temp: f32,
-    /// Keep this many of the most likely tokens; 0 or less keeps all.
-    #[arg(long, value_name = "N", default_value = "40", value_parser = top_k)]
-    pub top_k: usize,
-    /// Keep the most likely tokens up to this probability mass, 0 to 1; 1 keeps all.
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = number)]
-    pub top_p: f32,
-    /// Keep tokens at least this likely relative to the likeliest, 0 to 1; 0 keeps all.
-    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = number)]
-    pub min_p: f32,
+    /// Temperature, up to 100; 0 or less takes the most likely token [default: the file's, or 0.8].
+    #[arg(long, alias = "temperature", value_name = "X", value_parser = number)]
+    pub temp: Option<f32>,
+    /// Keep this many of the most likely tokens; 0 or less keeps all [default: the file's, or 40].
+    #[arg(long, value_name = "N", value_parser = top_k)]
+    pub top_k: Option<usize>,
+    /// Keep the most likely tokens up to this probability mass, 0 to 1; 1 keeps all [default: the file's, or 0.95].
+    #[arg(long, value_name = "P", value_parser = number)]
+    pub top_p: Option<f32>,
+    /// Keep tokens at least this likely relative to the likeliest, 0 to 1; 0 keeps all [default: the file's, or 0.05].
+    #[arg(long, value_name = "P", value_parser = number)]
+    pub min_p: Option<f32>,
     /// Locally typical sampling: keep the tokens whose surprise is nearest the expected one, up to this probability
     /// mass, 0 to 1; 1 keeps all.
     #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0, value_parser = number)]
@@ -549,20 +549,21 @@ pub struct Sampling {
     /// Keep tokens whose logits lie at most this many standard deviations below the largest; -1 keeps all.
     #[arg(long, alias = "top-nsigma", value_name = "N", default_value_t = -1.0, value_parser = number)]
     pub top_n_sigma: f32,
-    /// XTC: with this probability, 0 to 1, drop all tokens above the threshold but the least likely of them; 0 is off.
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = number)]
-    pub xtc_probability: f32,
-    /// XTC: the probability from which a token counts, 0 to 1; above 0.5 is off.
-    #[arg(long, value_name = "P", default_value_t = 0.1, value_parser = number)]
-    pub xtc_threshold: f32,
+    /// XTC: with this probability, 0 to 1, drop all tokens above the threshold but the least likely of them; 0 is off
+    /// [default: the file's, or 0].
+    #[arg(long, value_name = "P", value_parser = number)]
+    pub xtc_probability: Option<f32>,
+    /// XTC: the probability from which a token counts, 0 to 1; above 0.5 is off [default: the file's, or 0.1].
+    #[arg(long, value_name = "P", value_parser = number)]
+    pub xtc_threshold: Option<f32>,
     /// Penalty for tokens among the last ones: their logits are divided by it where positive, else multiplied; 1 is
-    /// off.
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = number)]
-    pub repeat_penalty: f32,
+    /// off [default: the file's, or 1].
+    #[arg(long, value_name = "X", value_parser = number)]
+    pub repeat_penalty: Option<f32>,
     /// How many of the last tokens count for the repeat, presence and frequency penalties; -1 for the whole text, 0 is
-    /// off.
-    #[arg(long, value_name = "N", default_value = "64", value_parser = last_n)]
-    pub repeat_last_n: usize,
+    /// off [default: the file's, or 64].
+    #[arg(long, value_name = "N", value_parser = last_n)]
+    pub repeat_last_n: Option<usize>,
     /// Taken off the logit of each token among the last ones; 0 is off.
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = number)]
     pub presence_penalty: f32,
@@ -599,8 +600,14 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// The sampler's parameters, or what is wrong with them.
-    pub fn params(&self) -> Result<SamplerParams, super::Failure> {
+    /// The sampler's parameters for a file, and what it advises in vain as warnings.
+    pub fn params_for(&self, metadata: &Metadata) -> Result<(SamplerParams, Vec<String>), super::Failure> {
+        let (advised, notes) = SamplerParams::advised(metadata);
+        Ok((self.params(&advised)?, notes))
+    }
+
+    /// The sampler's parameters, those of `default` where nothing is given, or what is wrong with them.
+    pub fn params(&self, default: &SamplerParams) -> Result<SamplerParams, super::Failure> {
         let in_range = |name: &str, v: f32, from: f32, to: f32| {
             let expected = match from == f32::MIN_POSITIVE {
                 true => format!("a number above 0 and up to {to}"),
@@ -609,20 +616,31 @@ impl Sampling {
             let wrong = || super::Failure::usage(format!("{name} {v} is out of range; {expected} was expected"));
             if (from..=to).contains(&v) { Ok(v) } else { Err(wrong()) }
         };
+        let d = default;
         let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64);
         Ok(SamplerParams {
-            temp: in_range("--temp", self.temp, -100.0, 100.0)?.max(0.0),
-            top_k: self.top_k,
-            top_p: in_range("--top-p", self.top_p, 0.0, 1.0)?,
-            min_p: in_range("--min-p", self.min_p, 0.0, 1.0)?,
+            temp: in_range("--temp", self.temp.unwrap_or(d.temp), -100.0, 100.0)?.max(0.0),
+            top_k: self.top_k.unwrap_or(d.top_k),
+            top_p: in_range("--top-p", self.top_p.unwrap_or(d.top_p), 0.0, 1.0)?,
+            min_p: in_range("--min-p", self.min_p.unwrap_or(d.min_p), 0.0, 1.0)?,
             typical: in_range("--typical", self.typical, 0.0, 1.0)?,
             top_n_sigma: in_range("--top-n-sigma", self.top_n_sigma, -1.0, 1000.0)?,
-            xtc_probability: in_range("--xtc-probability", self.xtc_probability, 0.0, 1.0)?,
-            xtc_threshold: in_range("--xtc-threshold", self.xtc_threshold, 0.0, 1.0)?,
-            repeat_penalty: in_range("--repeat-penalty", self.repeat_penalty, f32::MIN_POSITIVE, 1e6)?,
+            xtc_probability: in_range(
+                "--xtc-probability",
+                self.xtc_probability.unwrap_or(d.xtc_probability),
+                0.0,
+                1.0,
+            )?,
+            xtc_threshold: in_range("--xtc-threshold", self.xtc_threshold.unwrap_or(d.xtc_threshold), 0.0, 1.0)?,
+            repeat_penalty: in_range(
+                "--repeat-penalty",
+                self.repeat_penalty.unwrap_or(d.repeat_penalty),
+                f32::MIN_POSITIVE,
+                1e6,
+            )?,
             presence_penalty: in_range("--presence-penalty", self.presence_penalty, -1e6, 1e6)?,
             frequency_penalty: in_range("--frequency-penalty", self.frequency_penalty, -1e6, 1e6)?,
-            repeat_last_n: self.repeat_last_n,
+            repeat_last_n: self.repeat_last_n.unwrap_or(d.repeat_last_n),
             dry: self.dry(in_range)?,
             logit_bias: self.logit_bias.clone(),
             ignore_eos: self.ignore_eos,
@@ -632,8 +650,13 @@ impl Sampling {
         })
     }
 
-    /// Checks the ids that were given against a vocabulary of `n_vocab` tokens.
+    /// Checks the biases that were given against a vocabulary of `n_vocab` tokens, and that each token's have a sum.
     pub fn check(&self, n_vocab: usize) -> Result<(), super::Failure> {
+        let sum = |id: u32| self.logit_bias.iter().filter(|b| b.0 == id).map(|b| b.1).sum::<f32>();
+        if let Some((id, _)) = self.logit_bias.iter().find(|(id, x)| x.is_infinite() && sum(*id).is_nan()) {
+            let what = format!("--logit-bias {id}: inf and -inf were given for that token; one of them was expected");
+            return Err(super::Failure::usage(what));
+        }
         match self.logit_bias.iter().find(|(id, _)| *id as usize >= n_vocab) {
             None => Ok(()),
             Some((id, _)) => Err(super::Failure::usage(format!(

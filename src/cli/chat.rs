@@ -11,7 +11,7 @@ use super::failure::say;
 use super::report::{self, Report};
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
-use crate::engine::{Generation, Opened, Request, Sampler, Saved, Session, StopReason, generate};
+use crate::engine::{Generation, Opened, Request, Sampler, SamplerParams, Saved, Session, StopReason, generate};
 use crate::machine::pressure::Watch;
 use crate::plan::format_bytes;
 use crate::tokenizer::ChatTemplate;
@@ -72,10 +72,12 @@ const ROOM_FOR_ANSWER: usize = 4;
 
 /// Reads messages from stdin until it ends or `/exit`.
 pub fn run(args: &ChatArgs) -> Result<(), Failure> {
-    let params = args.sampling.params()?;
+    args.sampling.params(&SamplerParams::default())?;
     let opened = run::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
+    let (params, notes) = args.sampling.params_for(&opened.gguf.metadata)?;
+    notes.iter().for_each(|note| tracing::warn!("{note}"));
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
     let mut options = run::options(&args.placement, KvArg::F16)?;
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {

@@ -112,6 +112,7 @@ fn as_json(gguf: &Gguf) -> Json {
         "unsupported": unsupported,
         "unused_tensors": unused,
         "unused_keys": unused_keys(&gguf.metadata),
+        "translated": gguf.translated,
         "types": types,
         "metadata": metadata,
         "tensors": tensors,
@@ -168,6 +169,9 @@ fn as_text(gguf: &Gguf, all_tensors: bool) -> String {
             line(format!("{} units, the largest {}", m.units.len(), format_bytes(largest)));
         }
         Err(e) => line(format!("cannot be run: {e}")),
+    }
+    if !gguf.translated.is_empty() {
+        line(format!("\nread otherwise than written, as llama.cpp has it\n  {}", gguf.translated.join("\n  ")));
     }
     if let Ok(m) = Model::read(gguf)
         && !m.unused.is_empty()

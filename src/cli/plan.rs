@@ -160,7 +160,7 @@ struct Shown {
 /// Links in the order in which they are shown, with what people call them.
 const LINKS: [(LinkName, &str); 4] =
     [(LinkName::Nvme, "storage"), (LinkName::Gpu, "link"), (LinkName::Ram, "RAM"), (LinkName::Flops, "compute")];
-/// The last where processors compute beside the GPU.
+/// The last where processors compute next to the GPU.
 const ON_GPU: &str = "GPU";
 
 /// Changes that are worth a line.
@@ -180,7 +180,7 @@ fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
     Machine::parse(&text).map_err(|e| Failure::usage(format!("--machine {given}: {e}")))
 }
 
-/// Tokens a second, with three digits at least.
+/// Tokens per second, with three digits at least.
 fn speed(tokens_per_s: f64) -> String {
     if tokens_per_s < 1.0 { format!("{tokens_per_s:.3}") } else { format!("{tokens_per_s:.2}") }
 }

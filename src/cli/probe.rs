@@ -10,7 +10,7 @@ use super::{Failure, interrupt, outputs};
 use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::probe::{self, KEPT_BLOCK_MIN, Pages, ProbeError, Rate, Target, link, memory, plot, storage};
-use crate::plan::parse_size;
+use crate::plan::{format_bytes, parse_size};
 use crate::storage::guard::Host;
 
 /// Arguments of `nt probe`.
@@ -159,12 +159,29 @@ fn probe_storage(args: &ProbeArgs, path: &Path, rates: &mut Vec<Rate>) -> Result
         depths: if depths.is_empty() { storage::DEPTHS.to_vec() } else { depths },
         sustained_s: args.seconds,
         pages: args.pages.into(),
+        memory: machine::memory(Path::new("/")).budget(),
     };
+    let small = options.blocks.iter().min().zip(options.depths.iter().min());
+    if let (Some((&block, &depth)), Some(most)) = (small, options.memory)
+        && !options.has_room(block, depth)
+    {
+        return Err(Failure::limits(format!(
+            "reads of {} with {depth} in flight take {}, but {} can be taken; a smaller --block-size or --depth was expected",
+            format_bytes(block),
+            format_bytes(block * depth as u64),
+            format_bytes(most),
+        )));
+    }
+    let (asked, room) = (options.blocks.len() * options.depths.len(), options.flying());
+    let left_out = options.blocks.iter().flat_map(|&b| options.depths.iter().map(move |&d| (b, d)));
+    let left_out = left_out.filter(|&(b, d)| !options.has_room(b, d)).count();
+    if left_out > 0 {
+        let most = format_bytes(room);
+        tracing::warn!("{left_out} of {asked} sizes and depths are left out: memory has room for {most} in flight");
+    }
     let bar = progress(options.blocks.len() * options.depths.len());
     let stop = &interrupt::interrupted;
-    let most = |v: Option<u64>| v.unwrap_or(0);
-    let flying = most(options.blocks.iter().copied().max()) * most(options.depths.iter().max().map(|d| *d as u64));
-    let bound = probe::open_bound(&Host::default(), &path.to_string_lossy(), flying).map_err(failure)?;
+    let bound = probe::open_bound(&Host::default(), &path.to_string_lossy(), options.flying()).map_err(failure)?;
     let report = match bound {
         Some(mut drive) => {
             let name = path.display().to_string();

@@ -28,7 +28,7 @@ pub struct Report {
     slots: Option<(usize, usize)>,
     predicted: Option<Predicted>,
     device: Option<String>,
-    /// Units, bytes and threads of processors beside the device.
+    /// Units, bytes and threads of processors next to the device.
     beside: Option<(usize, u64, usize)>,
     /// Of the choices that fall on experts in RAM, the part that those compute, where the link brings the others.
     part_of_choices: Option<f64>,
@@ -131,7 +131,7 @@ impl Report {
         }
     }
 
-    /// What computes which of the weights; of processors beside a device, while tokens are generated.
+    /// What computes which of the weights; of processors next to a device, while tokens are generated.
     fn sites_json(&self) -> Json {
         let all: (usize, u64) = self.homes.iter().fold((0, 0), |sum, h| (sum.0 + h.0, sum.1 + h.1));
         let site = |name, units, bytes: u64| json!({ "site": name, "units": units, "bytes": bytes });

@@ -17,7 +17,8 @@ use crate::backend::cuda::Device;
 use crate::backend::{BackendError, BackendKind, Class};
 use crate::engine::{
     ConstraintError, EngineError, ExpertSlots, Form, Generation, Grammars, Opened, Options, Reasoning, Recipe, Request,
-    RequestError, Sampler, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest, this_machine,
+    RequestError, Sampler, SamplerParams, Session, Sites, Starting, StopReason, choose_buffers, generate, nearest,
+    this_machine,
 };
 use crate::gguf::TensorType;
 use crate::machine::ollama::{self, Eviction};
@@ -53,6 +54,7 @@ pub struct RunArgs {
     /// (with `--ctx auto`, 4096 positions, or twice the prompt where that is more).
     #[arg(
         short = 'n',
+        alias = "predict",
         long = "n-predict",
         default_value = "256",
         value_parser = super::args::n_predict
@@ -96,7 +98,7 @@ pub struct RunArgs {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let mut params = args.sampling.params()?;
+    args.sampling.params(&SamplerParams::default())?;
     let form = form(args)?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(p), _) => p.clone(),
@@ -111,7 +113,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let opened = open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
     args.sampling.check(opened.model.n_vocab)?;
-    let mut warnings = Vec::new();
+    let (mut params, mut warnings) = args.sampling.params_for(&opened.gguf.metadata)?;
+    warnings.iter().for_each(|w| tracing::warn!("{w}"));
     let (tokens, reasoning) = prompt_tokens(args, &opened, &prompt, &mut warnings)?;
     if let Some(form) = &form {
         let grammars = Grammars::new(&opened.tokenizer).map_err(|e| failure(e.into()))?;
@@ -120,7 +123,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
     interrupt::install()?;
     let mut options = options(&args.placement, KvArg::F16)?;
-    options.n_ctx = context(&args.placement, &opened, tokens.len(), wished_context(tokens.len(), args.n))?;
+    options.n_ctx = context(&args.placement, &opened, tokens.len(), needed_context(tokens.len(), args.n))?;
     options.timeline |= args.html.is_some();
     let watch = prepare(&args.placement);
     let mut session = start(&opened, options, true, &watch)?;
@@ -209,7 +212,7 @@ pub(super) fn write_timeline(placement: &Placement, session: &mut Session) -> Re
     }
 }
 
-/// What is done before memory is taken: an Ollama is asked to make room where the user wishes it, and
+/// What is done before memory is taken: an Ollama is asked to make room where the user asks for it, and
 /// memory is watched from here on; should the kernel have to kill, it takes this process first.
 pub(super) fn prepare(p: &Placement) -> Watch {
     if p.evict_ollama {
@@ -264,8 +267,8 @@ pub(super) fn short_of_memory(reason: &str) -> Failure {
     ))
 }
 
-/// Positions that a run wishes for a prompt and `n` tokens behind it.
-fn wished_context(prompt: usize, n: usize) -> usize {
+/// Positions that a run needs for a prompt and `n` tokens behind it.
+fn needed_context(prompt: usize, n: usize) -> usize {
     if n == usize::MAX { CTX_UNTIL_FULL.max(prompt.saturating_mul(2)) } else { prompt.saturating_add(n) }
 }
 
@@ -312,7 +315,10 @@ fn prompt_tokens(
         opened.tokenizer.encode_prompt(prompt)
     };
     if tokens.is_empty() {
-        return Err(Failure::usage("the prompt is empty, and this model adds no BOS token"));
+        return Err(Failure::usage(match prompt.is_empty() {
+            true => "the prompt is empty, and this model adds no BOS token",
+            false => "the vocabulary has no token for any byte of the prompt, and this model adds no BOS token",
+        }));
     }
     Ok((tokens, reasoning))
 }
@@ -580,7 +586,9 @@ pub(super) fn failure(e: EngineError) -> Failure {
             Failure::limits(e)
         }
         EngineError::Request(RequestError::ContextFull { .. }) => Failure::limits(e),
-        EngineError::Constraint(ConstraintError::NothingLeft(_) | ConstraintError::Step(_)) => Failure::running(e),
+        EngineError::Constraint(
+            ConstraintError::AllBanned | ConstraintError::NothingLeft(_) | ConstraintError::Step(_),
+        ) => Failure::running(e),
         EngineError::Constraint(_) => Failure::usage(e),
         EngineError::Request(_) | EngineError::Saved(_) => Failure::usage(e),
         EngineError::Forward(ForwardError::Interrupted) => Failure::interrupted(),

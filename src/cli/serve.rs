@@ -12,7 +12,7 @@ use super::report::Report;
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
 use crate::backend::EXACT_ROWS;
-use crate::engine::Opened;
+use crate::engine::{Opened, SamplerParams};
 use crate::plan::parse_size;
 use crate::serve::{Access, Limits, Pooling, Served, Server, Shelf, unix_s};
 use crate::tokenizer::Tokenizer;
@@ -29,7 +29,7 @@ pub struct ServeArgs {
     /// Port to listen at; 0 takes one that is free. The first line on stderr says which.
     #[arg(long, default_value_t = 8080)]
     port: u16,
-    /// File of API keys, one a line; a request must send one of them.
+    /// File of API keys, one per line; a request must send one of them.
     #[arg(long, value_name = "F")]
     api_key_file: Option<PathBuf>,
     /// Answer everybody who reaches an address that is not of this machine alone.
@@ -143,11 +143,13 @@ fn body_size(text: &str) -> Result<u64, String> {
 
 /// Serves until a signal ends it.
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
-    let defaults = args.sampling.params()?;
+    args.sampling.params(&SamplerParams::default())?;
     let keys = args.api_key_file.as_deref().map(keys).transpose()?.unwrap_or_default();
     let opened = run::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
+    let (defaults, notes) = args.sampling.params_for(&opened.gguf.metadata)?;
+    notes.iter().for_each(|note| tracing::warn!("{note}"));
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
     let tool_use = opened.gguf.metadata.str("tokenizer.chat_template.tool_use").unwrap_or("");
     let template_source = format!("{}{tool_use}", template.source());

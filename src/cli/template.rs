@@ -31,12 +31,12 @@ pub struct TemplateArgs {
     template: TemplateOptions,
 }
 
-/// Which chat template, and what it is told beside the conversation.
+/// Which chat template, and what it is told in addition to the conversation.
 #[derive(Clone, Debug, Args)]
 pub struct TemplateOptions {
     /// Chat template instead of the model's own: one of its others by name (as tool_use), a built-in one (chatml, llama2,
     /// llama3, mistral-v7, gemma, phi3, zephyr, deepseek3, command-r, …; an unknown name lists all), or a file of Jinja.
-    #[arg(long, value_name = "FILE|NAME")]
+    #[arg(long, alias = "chat-template-file", value_name = "FILE|NAME")]
     chat_template: Option<String>,
     /// Set a variable of the chat template (repeat for more), as enable_thinking=false or reasoning_effort=low. VALUE is
     /// JSON (or Python's True, False, None), or else a text.
@@ -97,15 +97,26 @@ pub fn run(args: &TemplateArgs) -> Result<(), Failure> {
     let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(Failure::usage)?;
     let template = args.template.open(&gguf.metadata, &tokenizer)?;
     let messages = list(&args.messages, "messages")?;
+    let file = args.messages.display();
     if let Some(i) = messages.iter().position(|m| !m["role"].is_string()) {
-        let file = args.messages.display();
         return Err(Failure::usage(format!("{file}: message {} is no object with a role", i + 1)));
+    }
+    if let Some((i, kind)) = messages.iter().enumerate().find_map(|(i, m)| Some((i, other_part(&m["content"])?))) {
+        let what = format!("{file}: message {} has a part of type {kind}; nt reads texts only", i + 1);
+        return Err(Failure::usage(what));
     }
     let tools = args.tools.as_deref().map(|path| list(path, "tools")).transpose()?;
     let prompt = template.prompt(&messages, tools.as_deref(), !args.no_generation_prompt);
     let prompt = prompt.map_err(run::template_failure)?;
     prompt.notes.iter().for_each(|note| tracing::warn!("{note}"));
     report::print_text(&prompt.text)
+}
+
+/// The type of the first part of a content that is an image or a sound.
+fn other_part(content: &Json) -> Option<String> {
+    let types = content.as_array()?.iter().filter_map(|part| part["type"].as_str());
+    let mut others = types.filter(|ty| ["image", "audio", "video"].iter().any(|other| ty.contains(other)));
+    others.next().map(str::to_owned)
 }
 
 /// The JSON list in a file.

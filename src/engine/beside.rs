@@ -1,4 +1,4 @@
-//! Which units processors beside a device compute from RAM.
+//! Which units processors next to a device compute from RAM.
 
 use super::Options;
 use super::hits::slot_hits;
@@ -124,7 +124,7 @@ fn share(model: &Model, units: &[bool], rates: &dyn Fn() -> SiteRates, hits: Opt
     Some(Share((twentieths * 256.0 / 20.0).round() as u32))
 }
 
-/// What processors beside a device compute of a plan while tokens are generated.
+/// What processors next to a device compute of a plan while tokens are generated.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Division {
     /// By unit, whether they compute it in RAM; of divided experts, those that rest there.

@@ -27,7 +27,7 @@ pub struct LinkWork {
     pub link: LinkName,
     /// Bytes that it carries for a token.
     pub bytes_per_token: f64,
-    /// Bytes a second that it can carry.
+    /// Bytes per second that it can carry.
     pub ceiling: Option<f64>,
     /// Share of a simulated pass in which it is busy.
     pub busy: Option<f64>,

@@ -26,7 +26,7 @@ impl Session {
     /// without computing, copies, reads of memory by all threads, and one-token passes that bring nothing. The session computes no more.
     pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
         self.links.ram_ceiling =
-            Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).available));
+            Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).free()));
         self.links.ceilings_from = Some("measured after the run");
         if self.device.is_some()
             && let Ok(device) = Device::open(0)

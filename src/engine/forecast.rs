@@ -39,7 +39,7 @@ pub struct Forecast {
     pub plan: Plan,
     /// The units, in the order of the plan's homes.
     pub units: Vec<UnitWork>,
-    /// What processors beside a GPU compute from RAM while tokens are generated; `None` for nothing.
+    /// What processors next to a GPU compute from RAM while tokens are generated; `None` for nothing.
     pub beside: Option<plan::Beside>,
     /// What the plan followed from, by which a session can make it again.
     pub recipe: Recipe,
@@ -215,7 +215,7 @@ impl Forecast {
         }
     }
 
-    /// Units that processors beside a GPU compute, all or some of their uses, and their bytes; `None` if there are none.
+    /// Units that processors next to a GPU compute, all or some of their uses, and their bytes; `None` if there are none.
     pub fn computed_beside(&self) -> Option<(usize, u64)> {
         let of = self.units.iter().zip(&self.beside.as_ref()?.units).filter(|(_, b)| **b);
         Some((of.clone().count(), of.map(|(u, _)| u.bytes).sum()))

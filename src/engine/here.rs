@@ -37,7 +37,7 @@ pub(super) fn site_rates(threads: usize) -> SiteRates {
 pub(super) fn guessed_sites() -> Option<String> {
     let identity = machine::memory_identity(Path::new("/"));
     probe::measured("memory beside h2d", &identity).is_none().then(|| {
-        "how much of the work processors do beside the GPU follows from guessed rates; `nt probe memory link` measures them, once".into()
+        "how much of the work processors do next to the GPU follows from guessed rates; `nt probe memory link` measures them, once".into()
     })
 }
 

@@ -3,7 +3,7 @@
 use crate::flow::{CacheStats, Latencies};
 use crate::plan::{Rates, Traffic, roofline};
 
-/// Bytes, times and rates of a session's links. Rates are bytes a second.
+/// Bytes, times and rates of a session's links. Rates are bytes per second.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Links {
     /// Bytes read from storage while passes ran.
@@ -33,7 +33,7 @@ pub struct Links {
     pub gpu_timed: bool,
     /// Whether weights are computed from a device's own memory.
     pub on_device: bool,
-    /// Seconds in which processors beside a device computed, of those, and in which they waited for its rows.
+    /// Seconds in which processors next to a device computed, of those, and in which they waited for its rows.
     pub beside_busy_s: f64,
     /// See [`Links::beside_busy_s`].
     pub beside_wait_s: f64,
@@ -45,7 +45,7 @@ pub struct Links {
     pub bytes_per_pass: u64,
     /// Of those, over the link to the device.
     pub gpu_bytes_per_pass: u64,
-    /// Of all, computed by processors beside a device, from RAM.
+    /// Of all, computed by processors next to a device, from RAM.
     pub beside_bytes_per_pass: u64,
     /// Whether reads from storage are copies by processors ([`crate::storage::Reader::copies`]).
     pub storage_copies: bool,
@@ -61,7 +61,7 @@ pub struct Links {
     pub ram_ceiling: Option<f64>,
     /// Measured ceiling of memory where processors and the link to the device read it at once, of both together.
     pub ram_and_link_ceiling: Option<f64>,
-    /// Measured seconds of a one-token pass that brings nothing.
+    /// Measured seconds of a decode pass with transfers disabled.
     pub compute_s: Option<f64>,
     /// Least seconds of one in which two sites compute in turn, by the ceilings and the costs of a GPU's kernels and hand-overs;
     /// counted where that was not measured.
@@ -113,7 +113,7 @@ impl Links {
         known.then(|| (self.gpu_busy_s / self.pass_s).min(1.0))
     }
 
-    /// Who waited for whom.
+    /// Stall time by cause.
     pub fn stalls(&self) -> Stalls {
         let streams = self.nvme_bytes > 0;
         let full = match (self.gpu_bytes > 0, streams) {
@@ -129,7 +129,7 @@ impl Links {
         }
     }
 
-    /// GB/s of weights that processors beside a device computed, over the passes' time.
+    /// GB/s of weights that processors next to a device computed, over the passes' time.
     pub fn beside_gb_per_s(&self) -> Option<f64> {
         (self.beside_bytes > 0 && self.pass_s > 0.0).then(|| self.beside_bytes as f64 / self.pass_s / 1e9)
     }

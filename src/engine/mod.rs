@@ -3,6 +3,7 @@
 //! `Opened` is a model's header, tokenizer and structure; `Session` adds the plan, the arena, the
 //! ring and a backend; `generate` turns a prompt into text.
 
+mod advised;
 mod apart;
 mod beside;
 mod budget;

@@ -60,7 +60,7 @@ impl Session {
             let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
             return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false });
         };
-        // What processors beside a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
+        // What processors next to a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
         let parts = beside.as_ref().map(|b| b.parts(&units));
         let of_host: f64 = beside.as_ref().map_or(0.0, |b| b.chain_s(&units, &vec![0.0; units.len()]));
         let part = |u: usize| 1.0 - parts.as_ref().map_or(0.0, |p| p[u]);
@@ -71,20 +71,20 @@ impl Session {
         Some(PassWork { unit_s, beside_s, experts, prompt: false })
     }
 
-    /// Bytes a second of weights that processors beside the device compute, by the ceilings that were measured; a guess without.
+    /// Bytes per second of weights that processors next to the device compute, by the ceilings that were measured; a guess without.
     fn slower(&self) -> f64 {
         let l = &self.links;
         let of_both = l.ram_and_link_ceiling.zip(l.gpu_ceiling).map(|(both, link)| both - link);
         of_both.or(l.ram_ceiling).unwrap_or(here::site_rates(self.threads_beside()).ram)
     }
 
-    /// What processors beside the device do, at this rate; `None` if there are none.
+    /// What processors next to the device do, at this rate; `None` if there are none.
     fn beside_at(&self, units: &[plan::UnitWork], ram: f64) -> Option<plan::Beside> {
         let rates = SiteRates { ram, link: 1.0, device: 1.0 };
         Some(self.living().1?.timed(units, &rates, &Costs::default()))
     }
 
-    /// Of the choices that fall on experts in RAM, the part that processors beside the device compute, where the link brings the others;
+    /// Of the choices that fall on experts in RAM, the part that processors next to the device compute, where the link brings the others;
     /// the mean over layers that are divided, `None` if none is.
     pub fn part_of_choices(&self) -> Option<f64> {
         let of = self.weights.beside.as_ref()?;
@@ -93,7 +93,7 @@ impl Session {
         (n > 0).then(|| sum / f64::from(n))
     }
 
-    /// Least seconds of a one-token pass in which processors beside the device compute in turn with it, by the ceilings of RAM and VRAM;
+    /// Least seconds of a one-token pass in which processors next to the device compute in turn with it, by the ceilings of RAM and VRAM;
     /// `None` without those processors or ceilings.
     pub(super) fn chain_seconds(&self) -> Option<f64> {
         let (vram, _) = (self.links.vram_ceiling?, self.links.ram_ceiling?);
@@ -210,7 +210,7 @@ impl Session {
     }
 }
 
-/// A feed that brings nothing: slots in turn, as the flow would hand them over.
+/// A feed with transfers disabled: slots in turn, as the flow would hand them over.
 struct Still {
     slots: Vec<u64>,
     /// How many of them are for units that are not apart; all, if none is.

@@ -50,9 +50,9 @@ pub struct Recipe {
     n_buffers: Option<usize>,
     /// Whether experts may have more.
     more_frames: bool,
-    /// Bytes a second of processors, the link and the GPU by which work was divided, in steps of a twentieth.
+    /// Bytes per second of processors, the link and the GPU by which work was divided, in steps of a twentieth.
     rates: Option<[u64; 3]>,
-    /// Which units processors beside the GPU compute; of none, empty.
+    /// Which units processors next to the GPU compute; of none, empty.
     divided: String,
 }
 

@@ -112,6 +112,7 @@ impl Sampler {
 
     /// A sampler for a model of `n_vocab` rows of logits and this tokenizer.
     pub fn for_model(mut params: SamplerParams, n_vocab: usize, tokenizer: &Tokenizer) -> Sampler {
+        params.logit_bias.extend(tokenizer.suppressed_ids().iter().map(|&id| (id, f32::NEG_INFINITY)));
         if params.ignore_eos {
             params.logit_bias.extend(tokenizer.eog_ids().iter().map(|&id| (id, f32::NEG_INFINITY)));
         }
@@ -160,10 +161,10 @@ impl Sampler {
         self.dry.push(token);
     }
 
-    /// Draws from `logits`, one a token of the vocabulary. A logit that is no number is never drawn.
+    /// Draws from `logits`, one per token of the vocabulary. A logit that is no number is never drawn.
     ///
     /// # Errors
-    /// If the text is held to a grammar and cannot go on in it. Without one there are none.
+    /// If every token is banned, or the text is held to a grammar and cannot go on in it.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, ConstraintError> {
         let greedy = self.params.temp <= 0.0;
         if let Some(token) = self.forced(logits) {
@@ -214,7 +215,10 @@ impl Sampler {
         if self.edits() {
             self.edit();
         }
-        let Some(constraint) = &mut self.constraint else { return Ok(()) };
+        let Some(constraint) = &mut self.constraint else {
+            let banned = self.edits() && self.candidates.iter().all(|c| c.1 == f32::NEG_INFINITY);
+            return if banned { Err(ConstraintError::AllBanned) } else { Ok(()) };
+        };
         let allowed = constraint.allowed()?;
         self.candidates.retain(|c| allowed.has(c.0) && c.1 > f32::NEG_INFINITY);
         match self.candidates.is_empty() {

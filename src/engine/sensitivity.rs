@@ -10,7 +10,7 @@ use crate::plan::{Home, Machine, Rate};
 pub struct Change {
     /// What is different.
     pub what: String,
-    /// Tokens a second of decode, simulated.
+    /// Tokens per second of decode, simulated.
     pub tokens_per_s: f64,
     /// The same as a factor of the plan's own.
     pub factor: f64,
@@ -20,7 +20,7 @@ const GIB: u64 = 1 << 30;
 /// What pinned copies reach on Gen 5 x16 (docs/benchmarks.md).
 const GEN5_X16: f64 = 54e9;
 
-/// Tokens a second for each change that makes sense for `base`, the best first.
+/// Tokens per second for each change that makes sense for `base`, the best first.
 pub fn sensitivity(model: &Model, machine: &Machine, options: &Options, base: &Forecast) -> Vec<Change> {
     let Some(now) = base.prediction.simulated.map(|s| s.seconds) else { return Vec::new() };
     let seconds = |model: &Model, machine: &Machine, options: &Options| {

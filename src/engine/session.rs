@@ -698,14 +698,14 @@ impl Session {
         n
     }
 
-    /// Which units processors beside a device compute from RAM while tokens are generated; none if there are no such
+    /// Which units processors next to a device compute from RAM while tokens are generated; none if there are no such
     /// processors.
     pub fn beside(&self) -> Option<Vec<bool>> {
         let of = |(here, cached): (&Option<u64>, &bool)| here.is_some() || *cached;
         self.weights.beside.as_ref().map(|b| b.units.iter().zip(&b.cached).map(of).collect())
     }
 
-    /// Threads of processors beside a device; 0 without.
+    /// Threads of processors next to a device; 0 without.
     pub fn threads_beside(&self) -> usize {
         self.backend.computes_in_ram().unwrap_or(0)
     }
@@ -790,7 +790,7 @@ impl Session {
         self.reader_name
     }
 
-    /// What could not be had, a line each.
+    /// What fell back to something else, a line each.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }

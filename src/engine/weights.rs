@@ -39,14 +39,14 @@ pub(super) struct Weights {
     pub apart: Vec<u64>,
     /// Addresses of experts that the device has in slots, for passes of other rows than exact ones; empty before any.
     lent: Vec<Option<u64>>,
-    /// What processors beside a device compute, and bytes of weights that they were handed.
+    /// What processors next to a device compute, and bytes of weights that they were handed.
     pub beside: Option<Beside>,
     pub beside_bytes: u64,
     /// Bytes of experts that were brought to a device once they were chosen, past the flow.
     pub fetched_bytes: u64,
 }
 
-/// Units that processors beside a device compute from RAM in passes of exact rows, while prompts have them brought.
+/// Units that processors next to a device compute from RAM in passes of exact rows, while prompts have them brought.
 pub(super) struct Beside {
     /// Addresses in RAM of those that rest there; none of other units.
     pub units: Vec<Option<u64>>,
@@ -109,7 +109,7 @@ impl Weights {
         }
     }
 
-    /// What processors beside a device compute, in the pass at hand.
+    /// What processors next to a device compute, in the pass at hand.
     fn of_host(&self) -> Option<&Beside> {
         self.beside.as_ref().filter(|b| b.class == Class::Exact)
     }

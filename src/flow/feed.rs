@@ -14,7 +14,7 @@ pub trait Feed {
     /// Why it will not come; the pass is then to be given up.
     fn acquire(&mut self, unit: usize) -> Result<u64, StreamError>;
 
-    /// The same for a unit that processors beside a device use: returns its address in RAM.
+    /// The same for a unit that processors next to a device use: returns its address in RAM.
     ///
     /// # Errors
     /// As [`Feed::acquire`].

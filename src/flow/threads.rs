@@ -556,9 +556,9 @@ struct Worker {
 }
 
 /// Marks a thread as gone however it ends, so that nobody waits for it.
-struct Farewell(Arc<Shared>, usize);
+struct OnExit(Arc<Shared>, usize);
 
-impl Drop for Farewell {
+impl Drop for OnExit {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.threads[self.1].sleep = Sleep::Gone;
@@ -585,7 +585,7 @@ impl Worker {
     fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         // Dropped before the link, whose drop may take as long as a read.
-        let _farewell = Farewell(Arc::clone(&shared), self.number);
+        let _on_exit = OnExit(Arc::clone(&shared), self.number);
         let wait = if shared.alarms[self.number].bells.is_empty() { POLL } else { POLL_BELL };
         let mut state = shared.lock();
         loop {

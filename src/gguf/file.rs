@@ -54,7 +54,9 @@ pub struct Gguf {
     pub shards: Vec<Shard>,
     /// Alignment of tensor data in the first shard.
     pub alignment: u64,
-    by_name: HashMap<String, usize>,
+    /// What of the header is read otherwise than it is written, a line each: files of Ollama's own converter.
+    pub translated: Vec<String>,
+    pub(super) by_name: HashMap<String, usize>,
 }
 
 impl Gguf {
@@ -89,6 +91,7 @@ impl Gguf {
         let mut model = Gguf { version: first.version, alignment: first.alignment, ..Gguf::default() };
         if count <= 1 {
             model.metadata = model.add_shard(path, first)?;
+            model.translate();
             return Ok(model);
         }
         let stem = shard_stem(path, no, count).ok_or_else(|| {
@@ -135,6 +138,7 @@ impl Gguf {
                 model.tensors.len()
             )));
         }
+        model.translate();
         Ok(model)
     }
 
@@ -143,6 +147,7 @@ impl Gguf {
         let first = header::parse(path, input, file_len)?;
         let mut model = Gguf { version: first.version, alignment: first.alignment, ..Gguf::default() };
         model.metadata = model.add_shard(path, first)?;
+        model.translate();
         Ok(model)
     }
 

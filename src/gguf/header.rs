@@ -378,10 +378,8 @@ impl<R: Read> Cursor<'_, R> {
             (0..n_dims).map(|_| self.u64(&format!("the shape of tensor {name}"))).collect::<Result<Vec<_>, _>>()?;
         let id = self.u32(&format!("the type of tensor {name}"))?;
         let data_offset = self.u64(&format!("the offset of tensor {name}"))?;
-        let ty = TensorType::from_id(id).ok_or_else(|| {
-            let known = TensorType::ALL.iter().map(|t| t.name()).collect::<Vec<_>>().join(" ");
-            self.bad(format!("tensor {name} has the unknown type {id}; known are {known}"))
-        })?;
+        let ty = TensorType::from_id(id)
+            .ok_or_else(|| self.bad(format!("tensor {name} has {}", TensorType::unknown(id))))?;
         let bytes = tensor_bytes(ty, &shape)
             .ok_or_else(|| self.bad(format!("tensor {name} of shape {shape:?} and type {ty} has no valid size (rows must be whole blocks of {}, and the size below 2^63)", ty.block_elems())))?;
         if data_offset % alignment != 0 {

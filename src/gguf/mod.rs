@@ -6,6 +6,7 @@
 
 mod error;
 mod file;
+mod forms;
 pub(crate) mod grids;
 mod header;
 mod types;

@@ -1,4 +1,4 @@
-//! Tensor types: id, name, elements a block and bytes a block, as ggml defines them.
+//! Tensor types: id, name, elements per block and bytes per block, as ggml defines them.
 
 use std::fmt;
 
@@ -57,9 +57,39 @@ tensor_types! {
     34 TQ1_0 256 54;
     35 TQ2_0 256 66;
     39 MXFP4 32 17;
+    40 NVFP4 64 36;
+    41 Q1_0 128 18;
+    42 Q2_0 64 18;
 }
 
+/// Types that ggml has removed from files: id, name, and what to take instead.
+const REMOVED: [(u32, &str, &str); 8] = [
+    (4, "Q4_2", "another quantization"),
+    (5, "Q4_3", "another quantization"),
+    (31, "Q4_0_4_4", "Q4_0"),
+    (32, "Q4_0_4_8", "Q4_0"),
+    (33, "Q4_0_8_8", "Q4_0"),
+    (36, "IQ4_NL_4_4", "IQ4_NL"),
+    (37, "IQ4_NL_4_8", "IQ4_NL"),
+    (38, "IQ4_NL_8_8", "IQ4_NL"),
+];
+
 impl TensorType {
+    /// What to say of an id that is none of a known type.
+    pub(super) fn unknown(id: u32) -> String {
+        match REMOVED.iter().find(|r| r.0 == id) {
+            Some((_, name, instead)) => {
+                format!("type {name}, which ggml has removed from files; take the model in {instead}")
+            }
+            None => {
+                format!("the unknown type {id}; {} types of ggml up to id {} are known", Self::ALL.len(), Self::LAST)
+            }
+        }
+    }
+
+    /// The largest id.
+    const LAST: u32 = Self::ALL[Self::ALL.len() - 1].0;
+
     /// The type with ggml's `id`, if it is known.
     pub const fn from_id(id: u32) -> Option<TensorType> {
         if facts(id).is_some() { Some(TensorType(id)) } else { None }

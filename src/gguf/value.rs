@@ -142,6 +142,17 @@ impl Metadata {
         }
     }
 
+    /// Gives keys other names, unless there is such a key; their places in the order stay.
+    pub(super) fn rename(&mut self, to: impl Fn(&str) -> Option<String>) {
+        for key in &mut self.order {
+            let Some(new) = to(key).filter(|new| !self.values.contains_key(new)) else { continue };
+            if let Some(value) = self.values.remove(key) {
+                self.values.insert(new.clone(), value);
+                *key = new;
+            }
+        }
+    }
+
     /// Keys and values in the file's order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.order.iter().map(|k| (k.as_str(), &self.values[k]))

@@ -60,6 +60,11 @@ impl Memory {
         machine.into_iter().chain(cgroup).chain(address)
     }
 
+    /// Bytes that are free by the tightest bound, of the machine, a cgroup or a limit; `None` if nothing is known.
+    pub fn free(&self) -> Option<u64> {
+        self.bounds().map(|b| b.free).min()
+    }
+
     /// What may be taken; `None` if nothing is known. Of the machine's memory a reserve of max(4 GiB, 15 % of
     /// RAM) stays for everything else (three quarters of what is free where that is less), of what a cgroup or
     /// a limit leaves as much, but no more than a quarter.

@@ -113,7 +113,7 @@ pub(super) struct Mixture {
     pub shared: Option<&'static str>,
 }
 
-/// Whether the vector `exp_probs_b` chooses experts beside their scores.
+/// Whether the vector `exp_probs_b` is added to the scores that choose experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choose {
     /// No.
@@ -145,6 +145,10 @@ fn harmless(name: &str, h: &HParams) -> Option<&'static str> {
         Some("a table of rotary frequencies, which follow from the metadata")
     } else if name.ends_with(".input_scale") {
         Some("a scale of activations for engines that quantise them to 4 bits")
+    } else if ["v.", "mm.", "a."].iter().any(|part| name.starts_with(part)) {
+        Some("a part for images or sounds, which no text passes")
+    } else if name.starts_with("mtp.") {
+        Some("a part that predicts further tokens, which takes no part in the next one's logits")
     } else if name.starts_with("cls.") {
         Some("a classifier's head, which takes no part in the next token's logits")
     } else {

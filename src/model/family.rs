@@ -9,7 +9,7 @@ pub struct Family {
     pub name: &'static str,
     /// How rotary embedding pairs elements: fixed by the architecture, not by metadata.
     pub rope_kind: RopeKind,
-    /// Keys that it reads beside those that all do, or that it follows where others refuse them.
+    /// Keys that it reads in addition to those that all do, or that it follows where others refuse them.
     pub(super) follows: &'static [&'static str],
     /// Key of the norms' epsilon.
     pub(super) norm_eps: &'static str,

@@ -30,7 +30,7 @@ pub struct HParams {
     pub n_ff_expert: usize,
     /// Blocks that are dense before those with experts; all of a dense model.
     pub n_dense: usize,
-    /// FFN width of what all tokens pass beside the experts; 0 if there is nothing of the kind.
+    /// FFN width of what all tokens pass in addition to the experts; 0 if there is nothing of the kind.
     pub n_ff_shared: usize,
     /// How experts are chosen and weighed.
     pub router: Router,
@@ -307,7 +307,7 @@ impl HParams {
         Err(ModelError::Metadata { key, what })
     }
 
-    /// What all architectures read of the metadata, and the keys for what this one reads beside it.
+    /// What all architectures read of the metadata, and the keys for what this one reads in addition.
     pub(super) fn common<'a>(metadata: &'a Metadata, arch: &'static Family) -> Result<(Keys<'a>, HParams), ModelError> {
         let keys = Keys { metadata, arch };
         let n_embd = keys.required("embedding_length", limit::WIDTH)?;

@@ -56,6 +56,12 @@ const RULES: &[Rule] = &[
     rule("full_attention_interval", &[0.0, 1.0], "replaces attention by a recurrence in some blocks"),
     rule("rope.dimension_sections", &[0.0], "rotates by sections of a head"),
     rule("num_loops", &[0.0, 1.0], "runs the blocks several times"),
+    rule("n_deepstack_layers", &[0.0], "adds parts of images to the blocks' inputs"),
+    rule("swin_norm", &[0.0], "moves the norms behind each part"),
+    rule("rescale_every_n_layers", &[0.0], "halves the stream every so many blocks"),
+    rule("activation_sparsity_scale", &[0.0], "leaves out the smaller activations"),
+    rule("altup.num_inputs", &[0.0, 1.0], "runs several streams of each token"),
+    rule("experts_per_group", &[0.0], "routes by groups of experts"),
     rule("token_shift_count", &[0.0], "mixes tokens with earlier ones"),
     rule("rope.scaling.alpha", &[0.0, 1.0], "scales rotary frequencies"),
     rule("rope.scaling.yarn_log_multiplier", &[0.0], "changes YaRN's magnitude"),
@@ -94,6 +100,11 @@ const READ: &[&str] = &[
     "rope.scaling.yarn_ext_factor",
     // The vocabulary's size is the embedding's.
     "vocab_size",
+    // Where they differ from what all blocks have, the file is refused.
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "rope.dimension_count_swa",
+    "ssm.v_head_reordered",
 ];
 
 /// Whether every number of a value satisfies `is`; `false` for texts.
@@ -123,6 +134,27 @@ pub(super) fn not_followed(m: &Metadata, arch: &Family, head_dim: usize) -> Opti
         );
         (key, text)
     };
+    // Heads of blocks with windows: those of the others, or not computed.
+    let rotating = m.uint(&format!("{}.rope.dimension_count", arch.name)).map_or(head_dim as f64, |n| n as f64);
+    let of_windows = [
+        ("attention.key_length_swa", head_dim as f64, "gives heads of blocks with a window another size"),
+        ("attention.value_length_swa", head_dim as f64, "gives values of blocks with a window another size"),
+        ("rope.dimension_count_swa", rotating, "rotates other parts of heads in blocks with a window"),
+    ];
+    for (name, same, does) in of_windows {
+        if let Some((key, v)) = found(name)
+            && !all(v, &|x| x == same || x == 0.0)
+        {
+            return Some(what(key, v, does, &format!("int:{same}")));
+        }
+    }
+    // The order that the architecture's own conversion has.
+    let reordered = arch.name != "qwen3next";
+    if let Some((key, v)) = found("ssm.v_head_reordered")
+        && !all(v, &|x| (x != 0.0) == reordered)
+    {
+        return Some(what(key, v, "orders the heads of values otherwise", &format!("bool:{reordered}")));
+    }
     let own = 1.0 / (head_dim as f64).sqrt();
     if let Some((key, v)) = found("attention.scale")
         && !all(v, &|x| x == 0.0 || (x / own - 1.0).abs() < 1e-5)
@@ -140,7 +172,7 @@ pub(super) fn not_followed(m: &Metadata, arch: &Family, head_dim: usize) -> Opti
     })
 }
 
-/// Keys of the architecture that nothing reads, in file order. `follows` are those that it reads beside what all do.
+/// Keys of the architecture that nothing reads, in file order. `follows` are those that it reads in addition to what all do.
 pub(super) fn unused(m: &Metadata, arch: &str, follows: &[&str]) -> Vec<String> {
     let own = |key: &&str| {
         let name = key.strip_prefix(arch).and_then(|k| k.strip_prefix('.'));

@@ -66,7 +66,7 @@ pub enum ModelError {
     UnusedTensors {
         /// The first of them in file order.
         first: String,
-        /// How many there are beside it.
+        /// How many more there are.
         more: usize,
         /// The architecture.
         arch: &'static str,

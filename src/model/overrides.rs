@@ -81,6 +81,7 @@ impl Overrides {
             let why = match key.as_str() {
                 "general.alignment" => "changes nothing: tensors lie where the file has them",
                 k if k == size => "changes nothing: the embedding's rows are the vocabulary",
+                k if k.starts_with("general.sampling.") => return None,
                 k if READ.contains(&k) || k.starts_with("tokenizer.chat_template") => return None,
                 k if k.starts_with(&own) && !unused.iter().any(|u| u == k) => return None,
                 k if k.starts_with("tokenizer.ggml.") && names_a_token_or_says_whether(k) => return None,

@@ -80,7 +80,7 @@ pub trait WeightSource {
         Ok(())
     }
 
-    /// Whether `unit` is computed from RAM by processors beside a device, in the pass at hand.
+    /// Whether `unit` is computed from RAM by processors next to a device, in the pass at hand.
     fn in_ram(&self, _unit: usize) -> bool {
         false
     }
@@ -116,7 +116,7 @@ pub trait WeightSource {
         None
     }
 
-    /// Address in RAM of a span of a unit that processors beside a device compute where it rests, in passes of exact rows; with
+    /// Address in RAM of a span of a unit that processors next to a device compute where it rests, in passes of exact rows; with
     /// [`super::HELD`] of a vector that is held apart.
     fn at_rest_in_ram(&self, _unit: usize, _span: usize) -> Option<u64> {
         None
@@ -261,7 +261,7 @@ enum Rest {
     No,
     /// By one call: all rest in the backend's memory.
     Here,
-    /// Exact rows by one call: all rest, some of them in RAM, which processors beside a device read.
+    /// Exact rows by one call: all rest, some of them in RAM, which processors next to a device read.
     Shared,
 }
 
@@ -403,7 +403,7 @@ struct Pass<'a> {
     /// The stage at hand, of those with experts; and the first row of the class at hand.
     routed: usize,
     first_row: usize,
-    /// An expert for processors beside a device that is held until they have computed it, with those before it.
+    /// An expert for processors next to a device that is held until they have computed it, with those before it.
     of_host: Option<usize>,
 }
 
@@ -831,7 +831,7 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// Hands an expert to processors beside a device.
+    /// Hands an expert to processors next to a device.
     fn expert_in_ram(&mut self, experts: &Experts, unit: usize, first_unit: usize) -> Result<(), ForwardError> {
         let rests = self.source.rests(unit);
         if !rests && !self.source.is_ready(unit) {

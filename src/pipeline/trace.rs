@@ -12,7 +12,7 @@ pub enum EventKind {
     Copy,
     /// A unit was computed.
     Compute,
-    /// A unit was computed by processors beside a device.
+    /// A unit was computed by processors next to a device.
     Beside,
     /// The consumer waited for a unit.
     Wait,
@@ -68,7 +68,7 @@ impl Trace {
     }
 }
 
-/// Writes Chrome's trace event format: one track a slot for reads, one each for computes, those of processors beside a device,
+/// Writes Chrome's trace event format: one track a slot for reads, one each for computes, those of processors next to a device,
 /// waits, copies and passes. `name` names a unit.
 pub fn write_events(events: &[Event], out: &mut impl Write, name: impl Fn(usize) -> String) -> std::io::Result<()> {
     writeln!(out, "{{\"traceEvents\":[")?;

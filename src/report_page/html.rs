@@ -112,7 +112,7 @@ impl Page {
                 (SpanKind::Read, "storage", "read from storage"),
                 (SpanKind::Copy, "gpu", "copy to VRAM"),
                 (SpanKind::Compute, "compute", "compute"),
-                (SpanKind::Beside, "beside", "compute, processors beside the GPU"),
+                (SpanKind::Beside, "beside", "compute, processors next to the GPU"),
                 (SpanKind::Wait, "wait", "computing waits"),
             ] {
                 if t.spans.iter().any(|s| s.kind == kind) {

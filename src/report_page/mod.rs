@@ -20,9 +20,9 @@ pub struct Page {
     pub title: String,
     /// What was run or predicted: name and value, in order (model, machine, device, command, day).
     pub facts: Vec<(String, String)>,
-    /// Tokens a second of decoding, measured.
+    /// Tokens per second of decoding, measured.
     pub achieved_tokens_per_s: Option<f64>,
-    /// Tokens a second that are predicted, and the link that binds.
+    /// Tokens per second that are predicted, and the link that binds.
     pub predicted: Option<Predicted>,
     /// More figures for the top: name, value with its unit.
     pub figures: Vec<(String, String)>,
@@ -45,7 +45,7 @@ pub struct Page {
 /// A prediction.
 #[derive(Clone, Debug)]
 pub struct Predicted {
-    /// Tokens a second of decoding.
+    /// Tokens per second of decoding.
     pub tokens_per_s: f64,
     /// The link that binds.
     pub bound_by: String,
@@ -133,7 +133,7 @@ pub enum SpanKind {
     Copy,
     /// A unit is computed.
     Compute,
-    /// A unit is computed by processors beside a device.
+    /// A unit is computed by processors next to a device.
     Beside,
     /// Computing waits for a unit.
     Wait,
@@ -144,7 +144,7 @@ pub enum SpanKind {
 pub enum Row {
     /// Units at home where they are computed.
     Resident,
-    /// Units that processors beside a device compute.
+    /// Units that processors next to a device compute.
     Processors,
     /// A slot in VRAM.
     VramSlot(usize),

@@ -86,7 +86,7 @@ pub fn rates(events: &[Event], units: &[Unit], ceiling: impl Fn(LinkKind) -> Opt
     let links = [
         (EventKind::Read, LinkKind::Storage, "Storage to RAM"),
         (EventKind::Copy, LinkKind::Gpu, "RAM to VRAM"),
-        (EventKind::Beside, LinkKind::Ram, "RAM, computed by processors beside the GPU"),
+        (EventKind::Beside, LinkKind::Ram, "RAM, computed by processors next to the GPU"),
     ];
     let of = |(event, kind, name): (EventKind, LinkKind, &str)| {
         let mut bytes = vec![0.0; BINS];

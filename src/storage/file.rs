@@ -110,7 +110,7 @@ impl DirectFile {
         self.alignment != BUFFERED
     }
 
-    /// What could not be had, for the user.
+    /// What the system refused, for the user.
     pub fn note(&self) -> Option<String> {
         let path = self.path.display();
         (!self.is_direct())

@@ -4,7 +4,7 @@ use super::bpe::BpeBuilder;
 use super::pretokenize::{self, PreTokenizer};
 use super::vocab::{Kind, Vocab, special_id};
 use super::{Algorithm, Tokenizer, TokenizerError, eog, special, spm};
-use crate::gguf::{Metadata, StringArray};
+use crate::gguf::{Array, Metadata, StringArray, Value};
 
 fn bad(key: &str, what: impl Into<String>) -> TokenizerError {
     TokenizerError::Metadata { key: format!("tokenizer.ggml.{key}"), what: what.into() }
@@ -50,10 +50,22 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         add_bos: m.bool("tokenizer.ggml.add_bos_token").unwrap_or(add_bos),
         add_eos: m.bool("tokenizer.ggml.add_eos_token").unwrap_or(false),
         eog,
+        suppressed: suppressed(m, n)?,
         special: special::find(m, &vocab)?,
         warnings,
         vocab,
     })
+}
+
+/// Tokens that are never drawn; ids beyond the vocabulary are none, as in llama.cpp.
+fn suppressed(m: &Metadata, n: usize) -> Result<Vec<u32>, TokenizerError> {
+    let Some(value) = m.get("tokenizer.ggml.suppress_tokens") else { return Ok(Vec::new()) };
+    let ids = match value {
+        Value::Array(Array::Int(ids)) => ids,
+        Value::Array(a) if a.is_empty() => return Ok(Vec::new()),
+        other => return Err(bad("suppress_tokens", format!("an array of ids was expected, found {other}"))),
+    };
+    Ok(ids.iter().filter_map(|&id| u32::try_from(id).ok()).filter(|&id| (id as usize) < n).collect())
 }
 
 /// The family of pre-tokenizer that the metadata name.

@@ -132,6 +132,7 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     eog: Vec<u32>,
+    suppressed: Vec<u32>,
     special: Specials,
     warnings: Vec<String>,
 }
@@ -142,19 +143,19 @@ impl Tokenizer {
         load::load(metadata)
     }
 
-    /// Ids of a text that is to be continued: BOS as the model wishes, control tokens read as such, and no EOS
+    /// Ids of a text that is to be continued: BOS as the model asks for it, control tokens read as such, and no EOS
     /// behind it, which would end what is to be continued.
     pub fn encode_prompt(&self, text: &str) -> Vec<u32> {
         self.behind_bos(self.encode(text, false, true))
     }
 
-    /// Ids of a text that is to be measured: BOS as the model wishes, no EOS behind it, and nothing in it is read as a
+    /// Ids of a text that is to be measured: BOS as the model asks for it, no EOS behind it, and nothing in it is read as a
     /// control token.
     pub fn encode_text(&self, text: &str) -> Vec<u32> {
         self.behind_bos(self.encode(text, false, false))
     }
 
-    /// BOS as the model wishes, then `ids`.
+    /// BOS as the model asks for it, then `ids`.
     fn behind_bos(&self, mut ids: Vec<u32>) -> Vec<u32> {
         if self.add_bos
             && let Some(bos) = self.bos
@@ -186,7 +187,7 @@ impl Tokenizer {
         Some(ids)
     }
 
-    /// Ids of `text`. `add_special` adds BOS and EOS as the model wishes; `parse_special` reads
+    /// Ids of `text`. `add_special` adds BOS and EOS as the model asks for it; `parse_special` reads
     /// control tokens in the text as such (user-defined ones always are).
     pub fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Vec<u32> {
         self.encode_until(text, add_special, parse_special, &Stop::new(&|| false)).unwrap_or_default()
@@ -278,6 +279,11 @@ impl Tokenizer {
     /// All tokens that end generation, ascending.
     pub fn eog_ids(&self) -> &[u32] {
         &self.eog
+    }
+
+    /// Tokens that no text of the model may hold (`tokenizer.ggml.suppress_tokens`), such as those that stand for images.
+    pub fn suppressed_ids(&self) -> &[u32] {
+        &self.suppressed
     }
 
     /// What was missing and had to be assumed.

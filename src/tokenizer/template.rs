@@ -48,6 +48,23 @@ const KEY: &str = "tokenizer.chat_template";
 /// Variables that no caller may set: they are the conversation.
 const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 
+/// Built-in templates and the tokens that mark turns in each, for models without a template.
+const MARKS: [(&str, &[&str]); 7] = [
+    ("chatml", &["<|im_start|>", "<|im_end|>"]),
+    ("gpt-oss", &["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]),
+    ("gemma", &["<start_of_turn>", "<end_of_turn>"]),
+    ("llama3", &["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    ("llama4", &["<|header_start|>", "<|header_end|>", "<|eot|>"]),
+    ("mistral-v7-tekken", &["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]),
+    ("command-r", &["<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>"]),
+];
+
+/// The first built-in template all of whose marks are tokens of the vocabulary; ChatML, as llama.cpp, if none is.
+fn fitting(tokenizer: &Tokenizer) -> &'static str {
+    let is_token = |mark: &&str| tokenizer.encode(mark, false, true).len() == 1;
+    MARKS.iter().find(|(_, marks)| marks.iter().all(is_token)).map_or("chatml", |(name, _)| name)
+}
+
 /// A model's chat template.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
@@ -63,7 +80,7 @@ struct Renderer {
     environment: Environment<'static>,
     bos: String,
     eos: String,
-    /// Values for the template beside the conversation.
+    /// Values for the template in addition to the conversation.
     variables: serde_json::Map<String, Json>,
     /// The file's own template for conversations with tools: there, or why it cannot be used.
     tool_use: Option<Result<(), String>>,
@@ -77,14 +94,19 @@ struct Conversation {
 }
 
 impl ChatTemplate {
-    /// The template in `tokenizer.chat_template`, with tools the one in `tokenizer.chat_template.tool_use`; ChatML,
-    /// as llama.cpp, if there is none or it is blank.
+    /// The template in `tokenizer.chat_template`, with tools the one in `tokenizer.chat_template.tool_use`. If there is
+    /// none or it is blank, a built-in one whose marks the vocabulary has, or else ChatML, as llama.cpp.
     pub fn from_metadata(metadata: &Metadata, tokenizer: &Tokenizer) -> Result<ChatTemplate, TokenizerError> {
         let source = metadata.str(KEY).filter(|s| !s.trim().is_empty()).or_else(|| named(metadata, "default"));
         let mut template = match source {
             Some(source) => ChatTemplate::for_model(source, tokenizer)?,
             None => {
-                let mut chatml = ChatTemplate::from_name(metadata, tokenizer, "chatml")?;
+                let name = fitting(tokenizer);
+                let mut chosen = ChatTemplate::from_name(metadata, tokenizer, name)?;
+                let used = match name {
+                    "chatml" => "ChatML is used".to_owned(),
+                    name => format!("{name} is used, whose marks are in its vocabulary"),
+                };
                 let state = if metadata.get(KEY).is_some() {
                     "the model's chat template is empty"
                 } else {
@@ -96,8 +118,8 @@ impl ChatTemplate {
                 } else {
                     format!(" (the file also has {})", others.join(", "))
                 };
-                chatml.notes.push(format!("{state}; ChatML is used{others}; --chat-template names another"));
-                chatml
+                chosen.notes.push(format!("{state}; {used}{others}; --chat-template names another"));
+                chosen
             }
         };
         if let Some(source) = named(metadata, "tool_use") {
@@ -176,7 +198,7 @@ impl ChatTemplate {
         Ok(())
     }
 
-    /// The names of the templates that a file has besides its default one.
+    /// The names of the templates that a file has in addition to its default one.
     pub fn names_in(metadata: &Metadata) -> Vec<&str> {
         let names = metadata.iter().filter_map(|(key, _)| key.strip_prefix(KEY)?.strip_prefix('.'));
         names.filter(|name| named(metadata, name).is_some()).collect()

@@ -1,6 +1,8 @@
 //! A small GGUF writer and a tiny model, so that black-box tests need no download.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod families;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

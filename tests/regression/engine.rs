@@ -335,3 +335,30 @@ fn a_cgroup_that_holds_too_little_is_a_refusal() {
         assert_eq!(out.status.code(), Some(4), "{command:?}: {:?} {}", out.status, stderr(&out));
     }
 }
+
+/// A benchmark's probe of memory took 512 MiB whatever a cgroup left, and the kernel killed it when its work was done; so
+/// did a probe of storage with much in flight.
+#[test]
+fn probes_keep_to_the_limit_of_a_cgroup() {
+    let d = tempfile::tempdir().unwrap();
+    let m = larger_than_a_cgroup(d.path());
+    let Some(cgroup) = Cgroup::new("probe") else { return };
+    cgroup.limit(CGROUP_BYTES);
+    let out = cgroup.nt(&["bench", arg(&m), "-p", "4", "-n", "2", "-r", "1", "--backend", "cpu"]);
+    assert!(out.status.success(), "{:?} {}", out.status, stderr(&out));
+    let sizes = ["--block-size", "1MiB,16MiB", "--depth", "1,32", "--seconds", "0"];
+    let out = cgroup.nt(&[&["probe", "storage", arg(&m)][..], &sizes].concat());
+    assert!(out.status.success(), "{:?} {}", out.status, stderr(&out));
+    assert!(stderr(&out).contains("are left out"), "{}", stderr(&out));
+    let out = cgroup.nt(&["probe", "storage", arg(&m), "--block-size", "16MiB", "--depth", "32", "--seconds", "0"]);
+    assert_eq!(out.status.code(), Some(4), "{:?} {}", out.status, stderr(&out));
+}
+
+/// The same took more address space than there was, and ended in an abort.
+#[test]
+fn a_benchmark_keeps_to_a_limit_of_address_space() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(2).write(d.path(), "m.gguf");
+    let out = limited("-v 300000", &["bench", arg(&m), "-p", "4", "-n", "2", "-r", "1", "--backend", "cpu"]);
+    assert!(out.status.success(), "{:?} {}", out.status, stderr(&out));
+}

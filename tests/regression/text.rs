@@ -958,7 +958,13 @@ fn options_of_llama_cpp() {
     for (options, words) in [
         (&["-ngl", "99"][..], "--vram"),
         (&["--n-cpu-moe", "3"], "each expert is a unit"),
-        (&["-hf", "some/one"], "nothing is downloaded"),
+        (&["-hf", "some/one"], "nt pull"),
+        (&["--reverse-prompt", "User:"], "--stop"),
+        (&["--mirostat", "2"], "not built"),
+        (&["--chat-template-kwargs", "{}"], "--template-var"),
+        (&["--spec-draft-n-max", "4"], "speculative"),
+        (&["--image", "x.png"], "texts only"),
+        (&["--color"], "stdout has the text alone"),
         (&["-ctk", "q8_0"], "--kv f16"),
         (&["-sys", "Be brief."], "--system"),
         (&["-ts", "1,1"], "one GPU"),
@@ -969,6 +975,9 @@ fn options_of_llama_cpp() {
         let err = text(&out.stderr);
         assert!(out.status.code() == Some(2) && err.contains(words) && err.contains(options[0]), "{options:?}: {err}");
     }
+    // These mean the same here.
+    let same = ["--ctx-size", "64", "--predict", "2", "--temperature", "0", "--chat-template-file", "chatml"];
+    stdout(&[&["run", m, "-p", "hello"][..], &same].concat());
     let file = dir().path().join("p.txt");
     assert_eq!(run_json(&model, &["-p", "hello", "-s", "3", "-n", "2", "--temp", "1"])["generated_tokens"], 2);
     let out = nt(&["run", m, "-f", file.to_str().unwrap()]);
@@ -1321,4 +1330,23 @@ fn an_empty_variable_is_none() {
     nt.arg("run").arg(model).args(["-p", "x", "-n", "1", "--backend", "cpu"]).env("NT_PIPELINE_DEPTH", "");
     let out = nt.output().unwrap();
     assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+}
+
+/// An image in a message came out as a dictionary of Python's, which a model would have read as words.
+#[test]
+fn images_in_messages_are_refused() {
+    let parts =
+        json!([{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": "x"}]}]);
+    let out = template(&case("chat-plain.gguf"), parts, &[]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(2) && err.contains("message 1 has a part of type image_url"), "{err}");
+}
+
+/// Biases whose sum is no number drew any token.
+#[test]
+fn biases_that_cancel_are_refused() {
+    let model = case("chat-plain.gguf");
+    let args = ["run", model.to_str().unwrap(), "-p", "x", "--logit-bias", "5:inf", "--logit-bias", "5:-inf"];
+    let out = nt(&args);
+    assert!(out.status.code() == Some(2) && text(&out.stderr).contains("--logit-bias 5"), "{}", text(&out.stderr));
 }

@@ -20,7 +20,7 @@ mod workspace;
 
 use std::sync::Arc;
 
-/// Bytes a second that `device` reads from its own memory; `None` if they could not be measured.
+/// Bytes per second that `device` reads from its own memory; `None` if they could not be measured.
 pub fn memory_rate(device: &Arc<Device>) -> Result<Option<f64>, BackendError> {
     memory::CudaMemory::new(device, &Arc::new(device.stream()?)).memory_rate()
 }

@@ -451,7 +451,7 @@ impl CudaBackend {
         }
     }
 
-    /// The experts of a block that processors beside this device compute, too. Rows are exact ones.
+    /// The experts of a block that processors next to this device compute, too. Rows are exact ones.
     pub(super) fn hold_shared_at(
         &mut self,
         layer: usize,

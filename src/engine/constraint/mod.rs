@@ -58,6 +58,9 @@ pub enum ConstraintError {
         /// What was wrong with it.
         why: String,
     },
+    /// All tokens are banned, without a schema or grammar.
+    #[error("no token is left to draw: all are banned (logit_bias, ignore_eos, the file's suppress_tokens)")]
+    AllBanned,
     /// No token may follow.
     #[error("no token is left that the schema or grammar allows here: {0}")]
     NothingLeft(String),

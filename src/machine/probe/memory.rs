@@ -16,7 +16,7 @@ const TIME: Duration = Duration::from_millis(400);
 pub struct Cell {
     /// Threads that read, each its own part.
     pub threads: usize,
-    /// Bytes a second of all of them.
+    /// Bytes per second of all of them.
     pub bytes_per_s: f64,
 }
 
@@ -29,7 +29,7 @@ pub fn measure(threads: usize, available: Option<u64>, stop: &dyn Fn() -> bool) 
     counts.take_while(|_| !stop()).map(cell).collect()
 }
 
-/// Bytes a second that `threads` threads read together, of at most a quarter of what is available.
+/// Bytes per second that `threads` threads read together, of at most a quarter of what is available.
 pub fn rate_of(threads: usize, available: Option<u64>) -> f64 {
     read(&words(available), threads.max(1))
 }

@@ -34,6 +34,21 @@ pub struct Options {
     pub sustained_s: f64,
     /// Pages of the buffers.
     pub pages: Pages,
+    /// Bytes that buffers may take; cells that need more are left out.
+    pub memory: Option<u64>,
+}
+
+impl Options {
+    /// Whether so many bytes may be in flight.
+    pub fn has_room(&self, block_bytes: u64, depth: usize) -> bool {
+        self.memory.is_none_or(|most| block_bytes.saturating_mul(depth as u64) <= most)
+    }
+
+    /// The most bytes that a cell has in flight, of those that have room.
+    pub fn flying(&self) -> u64 {
+        let cells = self.blocks.iter().flat_map(|&b| self.depths.iter().map(move |&d| (b, d)));
+        cells.filter(|&(b, d)| self.has_room(b, d)).map(|(b, d)| b * d as u64).max().unwrap_or(0)
+    }
 }
 
 /// One cell of the sweep.
@@ -211,8 +226,8 @@ fn refused(target: &Target, options: &Options) -> Result<Option<ByReader>, Probe
     if reader.name() == "io_uring" {
         return Ok(None);
     }
-    let flying = options.blocks.iter().max().unwrap_or(&0) * options.depths.iter().max().map_or(0, |d| *d as u64);
-    let flying = flying.max(storage::CHUNK_BYTES * storage::QUEUE_DEPTH as u64);
+    let weights = storage::CHUNK_BYTES * storage::QUEUE_DEPTH as u64;
+    let flying = options.flying().max(options.memory.map_or(weights, |most| weights.min(most)));
     let reads = ByReader::new(reader, FileId(0), target.len, name, flying, storage::PREAD_THREADS)?;
     Ok(Some(if target.file.is_direct() { reads } else { reads.in_order() }))
 }
@@ -249,7 +264,8 @@ fn sweep(
 ) -> Result<Report, ProbeError> {
     let mut cells = Vec::new();
     for &block_bytes in &options.blocks {
-        for &depth in options.depths.iter().filter(|d| reads.fits(block_bytes, **d)).collect::<Vec<_>>() {
+        let fits = |d: &&usize| reads.fits(block_bytes, **d) && options.has_room(block_bytes, **d);
+        for &depth in options.depths.iter().filter(fits).collect::<Vec<_>>() {
             let mut latencies = Latencies::default();
             let span = reads.run((block_bytes, depth), CELL_TIME, CELL_TIME, stop, &mut |_| {}, &mut latencies)?;
             let (reads, latency) = (latencies.reads(), latencies.summary());
@@ -262,7 +278,8 @@ fn sweep(
     let knee = knee(&cells);
     let sustained = match knee {
         Some(k) if options.sustained_s > 0.0 => {
-            let at = reads.as_weights().unwrap_or((k.block_bytes, k.depth));
+            let weights = reads.as_weights().filter(|&(block, depth)| options.has_room(block, depth));
+            let at = weights.unwrap_or((k.block_bytes, k.depth));
             Some(sustain(reads, at, options.sustained_s, stop)?)
         }
         _ => None,
@@ -408,8 +425,13 @@ mod tests {
         std::io::Write::write_all(&mut f, &data).unwrap();
         f.as_file().sync_all().unwrap();
         let target = Target::open(f.path()).unwrap();
-        let options =
-            Options { blocks: vec![64 << 10, 16 << 20], depths: vec![1, 4], sustained_s: 0.2, pages: Pages::Small };
+        let options = Options {
+            blocks: vec![64 << 10, 16 << 20],
+            depths: vec![1, 4],
+            sustained_s: 0.2,
+            pages: Pages::Small,
+            memory: None,
+        };
         let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
         assert_eq!(report.cells.len(), 2, "a block larger than the file is left out");
         for c in &report.cells {
@@ -431,7 +453,8 @@ mod tests {
         if !target.file.copies {
             return eprintln!("skipped: {} is no memory file system", folder.display());
         }
-        let options = Options { blocks: vec![64 << 10], depths: vec![2], sustained_s: 0.05, pages: Pages::Small };
+        let options =
+            Options { blocks: vec![64 << 10], depths: vec![2], sustained_s: 0.05, pages: Pages::Small, memory: None };
         let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
         assert_eq!(report.threads, 2, "each read in flight has a thread of its own");
         let s = report.sustained.unwrap();
@@ -448,8 +471,13 @@ mod tests {
         std::thread::spawn(move || {
             storage::refuse_io_uring().unwrap();
             let target = Target::open(&path).unwrap();
-            let options =
-                Options { blocks: vec![64 << 10], depths: vec![2, 32], sustained_s: 0.05, pages: Pages::Small };
+            let options = Options {
+                blocks: vec![64 << 10],
+                depths: vec![2, 32],
+                sustained_s: 0.05,
+                pages: Pages::Small,
+                memory: None,
+            };
             let report = measure(&target, &options, &|| false, &mut |_| {}).unwrap();
             assert_eq!((report.through, report.cells.len()), ("pread", 2));
             assert!((1..=storage::PREAD_THREADS).contains(&report.threads) && report.sustained.is_some());
@@ -463,7 +491,8 @@ mod tests {
         let f = tempfile::NamedTempFile::new().unwrap();
         f.as_file().set_len(8 << 20).unwrap();
         let target = Target::open(f.path()).unwrap();
-        let options = Options { blocks: vec![64 << 10], depths: vec![4], sustained_s: 0.0, pages: Pages::Huge };
+        let options =
+            Options { blocks: vec![64 << 10], depths: vec![4], sustained_s: 0.0, pages: Pages::Huge, memory: None };
         let r = measure(&target, &options, &|| true, &mut |_| {});
         assert!(matches!(r, Err(ProbeError::Interrupted)));
     }

@@ -61,7 +61,7 @@ fn lead(device: &impl AsRawFd, kind: u32, event: &EventFd) -> io::Result<()> {
     }
 }
 
-/// The kernel's wish to have the drive back: it is being taken out or unbound, and whoever asked for that
+/// The kernel's request to have the drive back: it is being taken out or unbound, and whoever asked for that
 /// waits until this process closes the drive.
 #[derive(Debug)]
 pub(super) struct Wanted(EventFd);
