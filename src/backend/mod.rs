@@ -14,7 +14,7 @@ pub mod reference;
 
 pub use both::{Beside, Both, Hands};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
-pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
+pub use op::{Act, Activation, DeltaNet, Gating, KvShape, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
 
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
@@ -166,6 +166,11 @@ pub struct Dims {
     pub n_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// Heads of each layer with a cache, where layers differ; `n_kv_heads` and `head_dim` are the largest then. Empty where
+    /// all are alike.
+    pub shapes: Vec<KvShape>,
+    /// Elements of [`Act::PerBlock`]; 0 for none.
+    pub n_per_block: usize,
     /// Largest FFN width of a dense block (0 if all blocks are mixtures of experts).
     pub n_ff: usize,
     /// Experts (0 for dense models).
@@ -241,10 +246,24 @@ impl Dims {
         &self.ropes[0]
     }
 
-    /// Bytes that the cache takes for the key of a head at a position, and for its value.
-    pub fn kv_bytes(&self) -> usize {
+    /// Heads of a layer with a cache.
+    pub fn shape(&self, layer: usize) -> KvShape {
+        self.shapes.get(layer).copied().unwrap_or(KvShape { heads: self.n_kv_heads, dim: self.head_dim })
+    }
+
+    /// Bytes that the cache takes for the key of a head of so many elements at a position, and for its value.
+    pub fn kv_bytes(&self, dim: usize) -> usize {
         let ty = self.kv_type;
-        self.head_dim.div_ceil(ty.block_elems()).saturating_mul(ty.block_bytes())
+        dim.div_ceil(ty.block_elems()).saturating_mul(ty.block_bytes())
+    }
+
+    /// Bytes that the cache takes for the keys of the first `layers` layers at a position, and for their values.
+    pub fn kv_bytes_before(&self, layers: usize) -> usize {
+        let of = |s: KvShape| s.heads.saturating_mul(self.kv_bytes(s.dim));
+        match self.shapes.is_empty() {
+            true => layers.saturating_mul(of(self.shape(0))),
+            false => self.shapes[..layers].iter().fold(0, |sum, s| sum.saturating_add(of(*s))),
+        }
     }
 
     /// Pages of the cache.
@@ -546,6 +565,14 @@ pub trait Backend {
     /// `X[t] = dequantised rows[t]`. `rows` is in host memory: a row of `ty` for each row of the pass, of all classes, back
     /// to back.
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError>;
+
+    /// `PerBlock[t] = dequantised rows[t]`, as [`Backend::embed`] does X.
+    ///
+    /// # Errors
+    /// [`BackendError::Beyond`] where there are none.
+    fn embed_per_block(&mut self, _rows: &[u8], _ty: TensorType) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "embeddings for each block" })
+    }
 
     /// `Q, K, V = W · norm(X) + bias`, then the optional per-head norms of Q and K, then rotary
     /// embedding of both, then K and V are stored to the cache of `layer` at the pass's positions.

@@ -32,6 +32,18 @@ pub enum Act {
     Beta,
     /// How fast a recurrence forgets, by head.
     Alpha,
+    /// What each block is given beside X, [`super::Dims::n_per_block`] wide: a part for each. As X, it lasts from one unit
+    /// to the next.
+    PerBlock,
+}
+
+/// Heads of the keys and values of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// How many; divides the query heads.
+    pub heads: usize,
+    /// Elements of each, and of a query head.
+    pub dim: usize,
 }
 
 /// What a norm divides by.
@@ -172,12 +184,35 @@ pub enum Op<W> {
         /// The norm.
         norm: NormOf<W>,
     },
-    /// The norm of each head of Q or K by itself.
+    /// From here on heads have this shape, where a model has several.
+    Shape(KvShape),
+    /// The norm of each head of Q, K or V by itself, or of each part of Mix that is as wide as the norm.
     HeadNorm {
-        /// Q or K.
+        /// What is normed.
         act: Act,
-        /// The norm, `head_dim` wide.
+        /// The norm; `head_dim` wide where it has no weight.
         norm: NormOf<W>,
+    },
+    /// `to = from`, which are as wide.
+    Copy {
+        /// Written.
+        to: Act,
+        /// Read.
+        from: Act,
+    },
+    /// `act *= by`, a vector as wide or one number.
+    Multiply {
+        /// What is multiplied.
+        act: Act,
+        /// One F32 row.
+        by: W,
+    },
+    /// `Up` = the part of PerBlock that a block is given.
+    TakePart {
+        /// Which one, in parts of `width`.
+        part: usize,
+        /// Columns.
+        width: usize,
     },
     /// `to = weight · from + bias`, or added to `to`.
     Linear {
@@ -288,9 +323,14 @@ pub enum Op<W> {
         /// The rest.
         how: Router,
     },
+    /// The weights of the experts that [`Op::Route`] has chosen are multiplied by these.
+    WeighExperts {
+        /// One F32 an expert.
+        by: W,
+    },
     /// `to = Σ weight * output` of the experts, or added to it, in the order of choices.
     Combine {
-        /// X or Out.
+        /// X, Out or H.
         to: Act,
         /// Whether it is added.
         add: bool,
@@ -329,7 +369,11 @@ impl<W: Copy> Op<W> {
     pub fn map<V>(&self, f: &mut impl FnMut(W) -> V) -> Op<V> {
         match *self {
             Op::Norm { to, from, ref norm } => Op::Norm { to, from, norm: norm.map(f) },
+            Op::Shape(shape) => Op::Shape(shape),
             Op::HeadNorm { act, ref norm } => Op::HeadNorm { act, norm: norm.map(f) },
+            Op::Copy { to, from } => Op::Copy { to, from },
+            Op::Multiply { act, by } => Op::Multiply { act, by: f(by) },
+            Op::TakePart { part, width } => Op::TakePart { part, width },
             Op::Linear { to, from, ref w, add } => Op::Linear { to, from, w: w.map(f), add },
             Op::Rope { act, rope } => Op::Rope { act, rope },
             Op::ScaleByPosition { act, by, every, offset } => Op::ScaleByPosition { act, by, every, offset },
@@ -354,6 +398,7 @@ impl<W: Copy> Op<W> {
                 let w = w.map(&mut *f);
                 Op::Route { w, choose: choose.map(f), how }
             }
+            Op::WeighExperts { by } => Op::WeighExperts { by: f(by) },
             Op::Combine { to, add } => Op::Combine { to, add },
             Op::Outputs => Op::Outputs,
             Op::Head { ref w, first_row, scale, cap } => Op::Head { w: w.map(f), first_row, scale, cap },
@@ -367,7 +412,12 @@ impl<W: Copy> Op<W> {
             Op::Norm { to: Act::Q | Act::K, .. } => "norms of all heads together",
             Op::Norm { to: Act::Out, .. } | Op::AddNormed { .. } => "norms behind the parts of a block",
             Op::Norm { .. } => "parts without a norm before them, or side by side",
+            Op::Shape(_) => "heads of several sizes",
+            Op::HeadNorm { act: Act::V, .. } => "norms of values",
             Op::HeadNorm { .. } => "norms of heads behind the rotary embedding",
+            Op::Copy { .. } => "keys that are values",
+            Op::Multiply { .. } => "outputs of blocks that are scaled by tensors",
+            Op::TakePart { .. } => "embeddings for each block",
             Op::Linear { .. } => "parts of blocks of this make",
             Op::Rope { rope: 0, .. } | Op::Store { .. } => "blocks without rotary embedding",
             Op::Rope { .. } => "rotary embeddings that differ between blocks",
@@ -384,6 +434,7 @@ impl<W: Copy> Op<W> {
             Op::Route { choose: Some(_), .. } => "routers with biases",
             Op::Route { how, .. } if how.gating == Gating::Softmax => "experts that all tokens pass",
             Op::Route { .. } => "routers other than softmax",
+            Op::WeighExperts { .. } => "experts with scales of their own",
             Op::Combine { .. } => "sums of experts' outputs before they are added",
             Op::Head { .. } => "scaled or capped logits",
         }

@@ -45,6 +45,10 @@ pub(super) struct Attention {
     pub sinks: bool,
     /// Whether queries come with gates of the output, in each head of `attn_q`.
     pub gated: bool,
+    /// Whether values are normed, without weights, and are the keys as they come where the file has no others.
+    pub norms_values: bool,
+    /// Block whose keys and values it attends to, in place of its own.
+    pub shared: Option<usize>,
     /// Name of the norm of its output.
     pub post_norm: Option<&'static str>,
     /// Whether its output is added to X by the feed-forward part, which reads X without it.
@@ -59,6 +63,8 @@ pub(super) const ATTENTION: Attention = Attention {
     by_position: true,
     sinks: false,
     gated: false,
+    norms_values: false,
+    shared: None,
     post_norm: None,
     deferred: false,
 };
@@ -141,6 +147,10 @@ fn harmless(name: &str, h: &HParams) -> Option<&'static str> {
     let number = of_block.and_then(|(i, _)| i.parse::<usize>().ok());
     if number.is_some_and(|i| (h.n_layers..h.n_layers + h.n_next).contains(&i)) {
         Some("a block that predicts further tokens, which takes no part in the next one's logits")
+    } else if number.is_some_and(|i| i < h.n_layers && i + h.n_sharing >= h.n_layers)
+        && block.is_some_and(|b| ["attn_k.weight", "attn_v.weight", "attn_k_norm.weight"].contains(&b))
+    {
+        Some("keys and values of a block that attends to those of another one")
     } else if block == Some("attn_rot_embd.weight") {
         Some("a table of rotary frequencies, which follow from the metadata")
     } else if name.ends_with(".input_scale") {
@@ -165,6 +175,7 @@ pub(super) struct Builder<'a> {
     divisors: Vec<TensorInfo>,
     widened: Vec<TensorInfo>,
     held: Vec<Held>,
+    per_block: Option<TensorInfo>,
     /// What is done with embeddings before the first stage's own operations.
     start: Vec<Op<TensorRef>>,
     /// Names of the tensors that the structure uses.
@@ -186,6 +197,7 @@ impl<'a> Builder<'a> {
             divisors: Vec::new(),
             widened: Vec::new(),
             held: Vec::new(),
+            per_block: None,
             start: Vec::new(),
             taken: RefCell::default(),
         };
@@ -217,7 +229,7 @@ impl<'a> Builder<'a> {
         let (head, tied) = self.head(n_vocab)?;
         self.check_next()?;
         let unused = self.unused();
-        let Builder { h, units, stages, blocks, cached, states, ropes, divisors, widened, held, .. } = self;
+        let Builder { h, units, stages, blocks, cached, states, ropes, divisors, widened, held, per_block, .. } = self;
         let hparams = h.clone();
         Ok(Model {
             hparams,
@@ -226,6 +238,7 @@ impl<'a> Builder<'a> {
             stages,
             blocks,
             cached,
+            per_block,
             states,
             head,
             embedding,
@@ -339,17 +352,33 @@ impl<'a> Builder<'a> {
         Ok(TensorRef { unit: HELD, span: self.held.len() - 1, ty: TensorType::F32, rows: 1, cols: len })
     }
 
-    fn vector(&mut self, unit: usize, name: &str, len: usize) -> Result<TensorRef, ModelError> {
+    pub fn vector(&mut self, unit: usize, name: &str, len: usize) -> Result<TensorRef, ModelError> {
         let t = self.check(self.find(name)?, &[len as u64])?;
         self.put_vector(unit, t, 0, len)
     }
 
-    fn optional_vector(&mut self, unit: usize, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
+    pub fn optional_vector(&mut self, unit: usize, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
         if self.has(name) { self.vector(unit, name, len).map(Some) } else { Ok(None) }
     }
 
+    /// A vector that is held apart, for what is done when its unit has been given back; `None` if the file has none.
+    pub fn held_vector(&mut self, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
+        if !self.has(name) {
+            return Ok(None);
+        }
+        let t = self.check(self.find(name)?, &[len as u64])?;
+        self.hold(t, 0, len).map(Some)
+    }
+
+    /// The same of a norm without bias, which the file must have.
+    pub fn held_norm(&mut self, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
+        let t = self.check(self.find(&format!("{prefix}.weight"))?, &[len as u64])?;
+        let weight = Some(self.hold(t, 0, len)?);
+        Ok(NormOf { kind: self.h.norm, weight, bias: None, eps: self.h.norm_eps })
+    }
+
     /// A norm of the architecture's kind: a weight, and a bias if the file has one.
-    fn norm(&mut self, unit: usize, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
+    pub fn norm(&mut self, unit: usize, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
         let weight = Some(self.vector(unit, &format!("{prefix}.weight"), len)?);
         let name = format!("{prefix}.bias");
         let bias = match self.h.norm_biases {
@@ -367,7 +396,7 @@ impl<'a> Builder<'a> {
         Ok(self.put(unit, t, 0, rows))
     }
 
-    fn linear(&mut self, unit: usize, prefix: &str, rows: usize, cols: usize) -> Result<LinearRef, ModelError> {
+    pub fn linear(&mut self, unit: usize, prefix: &str, rows: usize, cols: usize) -> Result<LinearRef, ModelError> {
         let weight = self.matrix(unit, &format!("{prefix}.weight"), rows, cols)?;
         let name = format!("{prefix}.bias");
         let bias = match self.h.arch.biases {
@@ -393,10 +422,18 @@ impl<'a> Builder<'a> {
 
     /// Divisors of rotary frequencies, one a pair, if the file has them: their number.
     pub fn divisors(&mut self, name: &str) -> Result<Option<usize>, ModelError> {
-        let Some(t) = self.optional(name) else { return Ok(None) };
+        if !self.has(name) {
+            return Ok(None);
+        }
+        self.needed_divisors(name).map(Some)
+    }
+
+    /// As [`Builder::divisors`], of a file that must have them.
+    pub fn needed_divisors(&mut self, name: &str) -> Result<usize, ModelError> {
+        let t = self.find(name)?;
         self.widenable(self.check(t, &[self.h.n_rot as u64 / 2])?)?;
         self.divisors.push(t.clone());
-        Ok(Some(self.divisors.len() - 1))
+        Ok(self.divisors.len() - 1)
     }
 }
 
@@ -407,7 +444,7 @@ impl<'a> Builder<'a> {
         self.stages.push(Stage { unit, block, ops: Vec::new(), experts: None });
     }
 
-    fn op(&mut self, op: Op<TensorRef>) {
+    pub fn op(&mut self, op: Op<TensorRef>) {
         if let Some(stage) = self.stages.last_mut() {
             stage.ops.push(op);
         }
@@ -447,9 +484,9 @@ impl<'a> Builder<'a> {
 
     /// The projections of queries, keys and values: three tensors, or the rows of one after the other in
     /// `attn_qkv`. One matrix may come with three biases, as llama.cpp allows.
-    fn qkv(&mut self, unit: usize, p: &str) -> Result<[LinearRef; 3], ModelError> {
-        let h = self.h;
-        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim);
+    fn qkv(&mut self, unit: usize, i: usize, p: &str) -> Result<[LinearRef; 3], ModelError> {
+        let (h, shape) = (self.h, self.h.shape(i));
+        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * shape.dim, shape.heads * shape.dim);
         let parts = [("attn_q", 0, q_dim), ("attn_k", q_dim, kv_dim), ("attn_v", q_dim + kv_dim, kv_dim)];
         let all = q_dim + 2 * kv_dim;
         let fused = format!("{p}.attn_qkv.weight");
@@ -546,10 +583,13 @@ impl<'a> Builder<'a> {
 
     /// The attention part of block `i`, in a unit of its own, or in that of what all tokens share.
     pub fn attention(&mut self, i: usize, a: &Attention) -> Result<(), ModelError> {
-        let h = self.h;
-        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim);
+        let (h, shape) = (self.h, self.h.shape(i));
+        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * shape.dim, shape.heads * shape.dim);
         let p = format!("blk.{i}");
         let u = self.begin(i);
+        if i == 0 && h.n_per_block > 0 {
+            self.inputs_of_blocks(u)?;
+        }
         let from = match a.norm {
             Some(name) => {
                 let norm = self.norm(u, &format!("{p}.{name}"), d)?;
@@ -558,23 +598,36 @@ impl<'a> Builder<'a> {
             }
             None => Act::X,
         };
-        if a.gated {
+        if !h.shapes.is_empty() {
+            self.op(Op::Shape(shape));
+        }
+        if a.shared.is_some() {
+            let q = self.linear(u, &format!("{p}.attn_q"), q_dim, d)?;
+            self.products(from, [(Act::Q, q)]);
+        } else if a.norms_values && [".attn_v", ".attn_qkv"].iter().all(|t| !self.has(&format!("{p}{t}.weight"))) {
+            let q = self.linear(u, &format!("{p}.attn_q"), q_dim, d)?;
+            let k = self.linear(u, &format!("{p}.attn_k"), kv_dim, d)?;
+            self.products(from, [(Act::Q, q), (Act::K, k)]);
+            self.op(Op::Copy { to: Act::V, from: Act::K });
+        } else if a.gated {
             let both = self.linear(u, &format!("{p}.attn_q"), 2 * q_dim, d)?;
             let k = self.linear(u, &format!("{p}.attn_k"), kv_dim, d)?;
             let v = self.linear(u, &format!("{p}.attn_v"), kv_dim, d)?;
             self.products(from, [(Act::Mix, both), (Act::K, k), (Act::V, v)]);
             self.op(Op::SplitHeads);
         } else {
-            let [q, k, v] = self.qkv(u, &p)?;
+            let [q, k, v] = self.qkv(u, i, &p)?;
             self.products(from, [(Act::Q, q), (Act::K, k), (Act::V, v)]);
         }
+        // Keys that others have made are normed and rotated already.
+        let own = 2 - usize::from(a.shared.is_some());
         let names = [(Act::Q, format!("{p}.attn_q_norm"), q_dim), (Act::K, format!("{p}.attn_k_norm"), kv_dim)];
         let norms = match a.head_norms {
             HeadNorms::EachIfThere if !self.has(&format!("{}.weight", names[0].1)) => HeadNorms::No,
             other => other,
         };
         let mut each = Vec::new();
-        for (act, name, width) in names {
+        for (act, name, width) in names.into_iter().take(own) {
             match norms {
                 HeadNorms::No => {}
                 HeadNorms::PlainAfterRope => {
@@ -586,15 +639,19 @@ impl<'a> Builder<'a> {
                     each.push(Op::Norm { to: act, from: act, norm });
                 }
                 HeadNorms::Each | HeadNorms::EachIfThere | HeadNorms::EachAfterRope => {
-                    let norm = self.norm(u, &name, h.head_dim)?;
+                    let norm = self.norm(u, &name, shape.dim)?;
                     each.push(Op::HeadNorm { act, norm });
                 }
             }
         }
+        if a.norms_values && a.shared.is_none() {
+            let norm = NormOf { kind: h.norm, weight: None, bias: None, eps: h.norm_eps };
+            each.push(Op::HeadNorm { act: Act::V, norm });
+        }
         let rope = h.rope_of(i);
         let mut turn = Vec::new();
         if a.rotates && h.rotates {
-            turn.extend([Act::Q, Act::K].map(|act| Op::Rope { act, rope }));
+            turn.extend([Act::Q, Act::K].into_iter().take(own).map(|act| Op::Rope { act, rope }));
         }
         if matches!(norms, HeadNorms::EachAfterRope | HeadNorms::PlainAfterRope) {
             std::mem::swap(&mut each, &mut turn);
@@ -603,9 +660,15 @@ impl<'a> Builder<'a> {
         if let Some((by, every, offset)) = h.by_position.filter(|_| a.by_position) {
             self.op(Op::ScaleByPosition { act: Act::Q, by, every, offset });
         }
-        let layer = self.cached.len();
-        self.cached.push(i);
-        self.op(Op::Store { layer });
+        let layer = match a.shared.and_then(|block| self.cached.iter().position(|c| *c == block)) {
+            Some(layer) => layer,
+            None => {
+                self.cached.push(i);
+                let layer = self.cached.len() - 1;
+                self.op(Op::Store { layer });
+                layer
+            }
+        };
         let sinks = if a.sinks { Some(self.vector(u, &format!("{p}.attn_sinks.weight"), h.n_heads)?) } else { None };
         let scores = Scores { mask: h.mask(i), ..h.scores };
         self.op(Op::Attend { layer, scores, sinks });
@@ -639,13 +702,14 @@ impl<'a> Builder<'a> {
         if f.adds_attention {
             self.op(Op::Add { to: Act::X, from: Act::Out });
         }
-        self.hidden(u, &p, "", from, self.h.n_ff, f)?;
-        let down = self.linear(u, &format!("{p}.ffn_down"), self.h.n_embd, self.h.n_ff)?;
+        let width = self.h.width(i);
+        self.hidden(u, &p, "", from, width, f)?;
+        let down = self.linear(u, &format!("{p}.ffn_down"), self.h.n_embd, width)?;
         self.output(Act::Hidden, down, f.post_norm.map(|n| (u, format!("{p}.{n}"))), false)
     }
 
     /// The hidden state of a feed-forward part whose tensors end in `ending`.
-    fn hidden(
+    pub fn hidden(
         &mut self,
         unit: usize,
         p: &str,
@@ -713,16 +777,49 @@ impl<'a> Builder<'a> {
             Choose::ByBias => Some(self.vector(u, &name, n)?),
         };
         self.op(Op::Route { w, choose, how: h.router });
-        let list = self.experts(i, m.biases)?;
         let mut after =
             vec![Op::Combine { to: if scaled { Act::Out } else { Act::X }, add: !scaled || m.shared.is_some() }];
         if scaled {
             after.push(Op::Scale { act: Act::Out, by: h.residual_scale });
             after.push(Op::Add { to: Act::X, from: Act::Out });
         }
+        let list = self.experts(i, m.biases)?;
+        self.end_stage(Experts { list, how: m.how, after });
+        Ok(())
+    }
+
+    fn end_stage(&mut self, experts: Experts) {
         if let Some(stage) = self.stages.last_mut() {
-            stage.experts = Some(Experts { list, how: m.how, after });
+            stage.experts = Some(experts);
         }
+    }
+
+    /// Ends the operations with a unit by the experts of block `i`, which it has routed to, and what becomes of them.
+    pub fn end_with_experts(&mut self, i: usize, how: Activation, after: Vec<Op<TensorRef>>) -> Result<(), ModelError> {
+        let list = self.experts(i, false)?;
+        self.end_stage(Experts { list, how, after });
+        Ok(())
+    }
+
+    /// The unit of the feed-forward part of the block that was begun last, or of what all tokens share of it.
+    pub fn ffn_unit(&self) -> usize {
+        self.blocks.last().map_or(0, |b| b.ffn_unit)
+    }
+
+    /// What each block is given beside X: a projection of the token's embedding, and a row of a second one.
+    fn inputs_of_blocks(&mut self, unit: usize) -> Result<(), ModelError> {
+        let (d, each, all) = (self.h.n_embd, self.h.n_per_block, self.h.n_per_block * self.h.n_layers);
+        let table = self.find("per_layer_token_embd.weight")?;
+        let rows = self.find("token_embd.weight")?.shape[1];
+        self.per_block = Some(self.widenable(self.check(table, &[all as u64, rows])?)?.clone());
+        let w = self.linear(unit, "per_layer_model_proj", all, d)?;
+        self.op(Op::Linear { to: Act::Mix, from: Act::X, w, add: false });
+        self.op(Op::Scale { act: Act::Mix, by: 1.0 / (d as f32).sqrt() });
+        let norm = self.norm(unit, "per_layer_proj_norm", each)?;
+        self.op(Op::HeadNorm { act: Act::Mix, norm });
+        self.op(Op::Scale { act: Act::PerBlock, by: (each as f32).sqrt() });
+        self.op(Op::Add { to: Act::PerBlock, from: Act::Mix });
+        self.op(Op::Scale { act: Act::PerBlock, by: std::f32::consts::FRAC_1_SQRT_2 });
         Ok(())
     }
 

@@ -171,6 +171,8 @@ pub struct Batch<'a> {
     pub runs: &'a [Run<'a>],
     /// Embedding rows of their tokens, raw, back to back.
     pub rows: &'a [u8],
+    /// The same of what each block is given beside X; empty where there is nothing of the kind.
+    pub per_block: &'a [u8],
     /// Rows whose logits are computed, ascending, of the exact rows and of the bulk ones; each counts from the first row of
     /// its class.
     pub outputs: [&'a [usize]; 2],
@@ -209,7 +211,7 @@ pub fn forward(
 ) -> Result<(), ForwardError> {
     source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
-    backend.embed(batch.rows, model.embedding.ty)?;
+    embed(model, backend, batch)?;
     scratch.hidden.clear();
     if scratch.resting.is_empty() {
         scratch.resting = resting((model, tape), backend, source)?;
@@ -248,6 +250,14 @@ pub fn forward(
         (Err(e), _) => return Err(e),
     }
     Ok(pass.backend.catch_up()?)
+}
+
+fn embed(model: &Model, backend: &mut dyn Backend, batch: &Batch) -> Result<(), BackendError> {
+    backend.embed(batch.rows, model.embedding.ty)?;
+    match &model.per_block {
+        Some(t) => backend.embed_per_block(batch.per_block, t.ty),
+        None => Ok(()),
+    }
 }
 
 /// How the experts of a stage are computed.
@@ -350,7 +360,7 @@ pub fn first_not_finite(
 ) -> Result<NotFinite, ForwardError> {
     source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
-    backend.embed(batch.rows, model.embedding.ty)?;
+    embed(model, backend, batch)?;
     let (mut demanded, mut ahead) = (Vec::new(), Vec::new());
     let mut pass = Pass::new((model, tape), backend, source, batch, (&mut demanded, &mut ahead));
     if !pass.finite()? {

@@ -5,7 +5,7 @@
 //! The embedding is no unit: a pass needs one row of it per token.
 
 use super::{HParams, RopeSpec};
-use crate::backend::{Act, Activation, LinearOf, NormOf, Op};
+use crate::backend::{Act, Activation, KvShape, LinearOf, NormOf, Op};
 use crate::gguf::{TensorInfo, TensorType};
 
 /// What a unit is.
@@ -172,6 +172,8 @@ pub struct Model {
     pub blocks: Vec<Block>,
     /// Blocks that have a cache of keys and values, by its number.
     pub cached: Vec<usize>,
+    /// `per_layer_token_embd.weight`, where each block is given an embedding of the token: a row of a part for each block.
+    pub per_block: Option<TensorInfo>,
     /// Blocks that have a recurrent state.
     pub states: usize,
     /// The head's slices, in row order. The first one's unit also holds the norm before the head.
@@ -216,6 +218,11 @@ impl Model {
     /// Bytes of the vectors that are held apart, as F32.
     pub fn held_bytes(&self) -> u64 {
         self.widened.iter().map(|t| t.shape.iter().product::<u64>() * 4).sum()
+    }
+
+    /// Heads of each cache of keys and values, by its number.
+    pub fn cache_shapes(&self) -> impl Iterator<Item = KvShape> {
+        self.cached.iter().map(|i| self.hparams.shape(*i))
     }
 
     /// Units in the order in which a pass consumes them, routed experts apart.

@@ -39,7 +39,7 @@ GENERATED = 4
 GELU = ("gemma", "starcoder2", "falcon", "gptneox", "gpt2")
 # For a quantised type, so many times llama.cpp's own distance from the exact logits.
 PEER_FACTOR = 4
-REFUSED = ("qwen3next-packed", "gemma4", "deepseek2", "mamba2", "nemotron_h")
+REFUSED = ("qwen3next-packed", "deepseek2", "mamba2", "nemotron_h")
 
 
 # Tensors that an architecture cannot do without, though others can.
@@ -49,6 +49,12 @@ NEEDED = [
     ("gpt2", "blk.0.attn_qkv.bias"),
     ("falcon", "output_norm.bias"),
     ("gpt-oss", "output.weight"),
+    ("gemma4", "rope_freqs.weight"),
+    ("gemma4", "per_layer_token_embd.weight"),
+    ("gemma4", "blk.0.inp_gate.weight"),
+    ("gemma4-31b", "blk.3.attn_k.weight"),
+    ("gemma4-moe", "blk.0.ffn_gate_inp.scale"),
+    ("gemma4-moe", "blk.3.post_ffw_norm_2.weight"),
     ("qwen35-mtp", "blk.4.nextn.eh_proj.weight"),
 ]
 

@@ -5,6 +5,7 @@
 mod cohere;
 mod exaone;
 mod gemma;
+mod gemma4;
 mod glm;
 mod gpt;
 mod gpt_oss;
@@ -50,6 +51,7 @@ pub(super) static ALL: &[&Architecture] = &[
     &gpt_oss::GPT_OSS,
     &gemma::GEMMA2,
     &gemma::GEMMA3,
+    &gemma4::GEMMA4,
     &glm::GLM4,
     &glm::GLM4MOE,
     &mistral::MISTRAL3,

@@ -77,6 +77,8 @@ fn dims(c: &Case) -> Dims {
         n_heads: c.heads,
         n_kv_heads: c.kv_heads,
         head_dim: c.head_dim,
+        shapes: Vec::new(),
+        n_per_block: 0,
         n_ff: N_FF,
         n_experts: c.experts,
         n_experts_used: if c.experts > 0 { USED } else { 0 },

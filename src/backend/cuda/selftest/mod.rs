@@ -86,6 +86,8 @@ fn product_dims() -> Dims {
         n_heads: 4,
         n_kv_heads: 1,
         head_dim: 64,
+        shapes: Vec::new(),
+        n_per_block: 0,
         n_ff: 4352,
         n_experts: 0,
         n_experts_used: 0,

@@ -118,6 +118,8 @@ fn dims() -> Dims {
         n_heads: HEADS,
         n_kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
+        shapes: Vec::new(),
+        n_per_block: 0,
         n_ff: N_FF,
         n_experts: EXPERTS,
         n_experts_used: USED,
