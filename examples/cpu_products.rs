@@ -22,6 +22,8 @@ fn dims(n_embd: usize, n_ff: usize) -> Dims {
         n_heads: 1,
         n_kv_heads: 1,
         head_dim: 64,
+        shapes: Vec::new(),
+        n_per_block: 0,
         n_ff,
         n_experts: 0,
         n_experts_used: 0,

@@ -153,6 +153,8 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         n_heads: s.heads,
         n_kv_heads: s.kv_heads,
         head_dim: 128,
+        shapes: Vec::new(),
+        n_per_block: 0,
         n_ff: s.ff,
         n_experts: 0,
         n_experts_used: 0,
