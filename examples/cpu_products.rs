@@ -24,6 +24,7 @@ fn dims(n_embd: usize, n_ff: usize) -> Dims {
         head_dim: 64,
         shapes: Vec::new(),
         n_per_block: 0,
+        value_of_latent: 0,
         n_ff,
         n_experts: 0,
         n_experts_used: 0,

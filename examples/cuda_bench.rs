@@ -155,6 +155,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         head_dim: 128,
         shapes: Vec::new(),
         n_per_block: 0,
+        value_of_latent: 0,
         n_ff: s.ff,
         n_experts: 0,
         n_experts_used: 0,

@@ -14,7 +14,9 @@ pub mod reference;
 
 pub use both::{Beside, Both, Hands};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
-pub use op::{Act, Activation, DeltaNet, Gating, KvShape, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
+pub use op::{
+    Act, Activation, DeltaNet, Gating, KvShape, Latent, LinearOf, Mask, NormKind, NormOf, Op, Router, Scan, Scores,
+};
 
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
@@ -171,6 +173,8 @@ pub struct Dims {
     pub shapes: Vec<KvShape>,
     /// Elements of [`Act::PerBlock`]; 0 for none.
     pub n_per_block: usize,
+    /// Elements of the values that latent vectors are expanded to; 0 without such.
+    pub value_of_latent: usize,
     /// Largest FFN width of a dense block (0 if all blocks are mixtures of experts).
     pub n_ff: usize,
     /// Experts (0 for dense models).
@@ -221,6 +225,8 @@ pub struct Recurrent {
     pub n_values: usize,
     /// Elements of a head.
     pub dim: usize,
+    /// Numbers of the state for each of them: as many with a delta net.
+    pub state: usize,
 }
 
 impl Recurrent {
@@ -231,7 +237,7 @@ impl Recurrent {
 
     /// Floats of the state of a layer's heads.
     pub fn matrices(&self) -> usize {
-        self.n_values * self.dim * self.dim
+        self.n_values * self.dim * self.state
     }
 
     /// Floats of one copy of a state, of all layers.
@@ -248,7 +254,7 @@ impl Dims {
 
     /// Heads of a layer with a cache.
     pub fn shape(&self, layer: usize) -> KvShape {
-        self.shapes.get(layer).copied().unwrap_or(KvShape { heads: self.n_kv_heads, dim: self.head_dim })
+        self.shapes.get(layer).copied().unwrap_or(KvShape::new(self.n_kv_heads, self.head_dim))
     }
 
     /// Bytes that the cache takes for the key of a head of so many elements at a position, and for its value.
@@ -258,12 +264,14 @@ impl Dims {
     }
 
     /// Bytes that the cache takes for the keys of the first `layers` layers at a position, and for their values.
-    pub fn kv_bytes_before(&self, layers: usize) -> usize {
+    pub fn kv_bytes_before(&self, layers: usize) -> [usize; 2] {
         let of = |s: KvShape| s.heads.saturating_mul(self.kv_bytes(s.dim));
-        match self.shapes.is_empty() {
-            true => layers.saturating_mul(of(self.shape(0))),
-            false => self.shapes[..layers].iter().fold(0, |sum, s| sum.saturating_add(of(*s))),
+        if self.shapes.is_empty() {
+            return [layers.saturating_mul(of(self.shape(0))); 2];
         }
+        let sum = |sum: usize, s: &KvShape| sum.saturating_add(of(*s));
+        let shapes = &self.shapes[..layers];
+        [shapes.iter().fold(0, sum), shapes.iter().filter(|s| s.of_keys == 0).fold(0, sum)]
     }
 
     /// Pages of the cache.

@@ -505,8 +505,9 @@ fn ram_budget(machine: &Machine) -> Option<u64> {
 
 /// Bytes of the KV cache.
 fn kv_bytes(model: &Model, options: &Options) -> u64 {
-    let row = |s: KvShape| (s.heads * options.kv_type.row_bytes(s.dim).unwrap_or(0)) as u64;
-    model.cache_shapes().map(row).sum::<u64>().saturating_mul(2).saturating_mul(options.n_ctx as u64)
+    let rows = |s: KvShape| s.heads * if s.of_keys > 0 { 1 } else { 2 };
+    let bytes = |s: KvShape| (rows(s) * options.kv_type.row_bytes(s.dim).unwrap_or(0)) as u64;
+    model.cache_shapes().map(bytes).sum::<u64>().saturating_mul(options.n_ctx as u64)
 }
 
 fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {

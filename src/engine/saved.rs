@@ -246,9 +246,12 @@ impl Session {
         }
         // A page is rows of positions, one for each head of each layer's keys, and then of its values.
         let ty = self.options.kv_type;
-        let heads: Vec<usize> = self.model.cache_shapes().flat_map(|s| std::iter::repeat_n(s.dim, s.heads)).collect();
+        let heads = |values: bool| {
+            let shapes = self.model.cache_shapes().filter(move |s| !values || s.of_keys == 0);
+            shapes.flat_map(|s| std::iter::repeat_n(s.dim, s.heads))
+        };
         let (mut a, mut b) = (&here[..], &page[..]);
-        for each in heads.iter().chain(&heads).map(|dim| ty.row_bytes(*dim).unwrap_or(0)) {
+        for each in heads(false).chain(heads(true)).map(|dim| ty.row_bytes(dim).unwrap_or(0)) {
             let (ours, theirs) = (a.split_off(..PAGE * each), b.split_off(..PAGE * each));
             if ours.zip(theirs).is_none_or(|(a, b)| a[..first * each] != b[..first * each]) {
                 return Ok(false);

@@ -221,6 +221,28 @@ impl Session {
         Ok(())
     }
 
+    /// Evaluates the prompt `tokens` with a final hidden state of another model for each, `n_embd` floats: that of the position
+    /// before. Only for a model that takes them ([`Model::takes_hidden`]).
+    ///
+    /// # Errors
+    /// As [`Session::eval`].
+    ///
+    /// # Panics
+    /// If there are not as many hidden states as tokens, or more tokens than a pass carries.
+    pub fn eval_behind(
+        &mut self,
+        tokens: &[u32],
+        hidden: &[f32],
+        outputs: Outputs,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), EngineError> {
+        assert!(self.model.takes_hidden() && hidden.len() == tokens.len() * self.n_embd(), "a hidden state for each");
+        assert!(tokens.len() <= self.max_batch(), "one pass");
+        self.rows_per_block.clear();
+        self.rows_per_block.extend(hidden.iter().flat_map(|x| x.to_le_bytes()));
+        self.eval(tokens, Class::Bulk, outputs, stop)
+    }
+
     /// Evaluates tokens of several sequences in one pass, generated ones first. [`Session::logits`] has the rows of
     /// outputs in the same order.
     ///

@@ -682,6 +682,7 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         head_dim: h.head_dim,
         shapes: if h.shapes.is_empty() { Vec::new() } else { model.cache_shapes().collect() },
         n_per_block: h.n_per_block * h.n_layers,
+        value_of_latent: h.latent.map_or(0, |l| l.value),
         n_ff: model.n_ff(),
         n_experts: h.n_experts,
         n_experts_used: h.n_experts_used,

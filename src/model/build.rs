@@ -8,8 +8,8 @@ use std::collections::HashSet;
 
 use super::program::{Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Span, Stage, TensorRef};
 use super::program::{UnitKind, UnitSpec};
-use super::{HParams, ModelError, RopeSpec};
-use crate::backend::{Act, Activation, DeltaNet, NormOf, Op, Recurrent, Scores, computable, reference};
+use super::{HParams, LatentSizes, ModelError, RopeSpec};
+use crate::backend::{Act, Activation, DeltaNet, Latent, NormOf, Op, Recurrent, Scan, Scores, computable, reference};
 use crate::gguf::{Gguf, TensorInfo, TensorType};
 
 /// Head slices are no larger than this, nor than the largest other unit.
@@ -176,6 +176,8 @@ pub(super) struct Builder<'a> {
     widened: Vec<TensorInfo>,
     held: Vec<Held>,
     per_block: Option<TensorInfo>,
+    /// Number in the file of the first block.
+    first: usize,
     /// What is done with embeddings before the first stage's own operations.
     start: Vec<Op<TensorRef>>,
     /// Names of the tensors that the structure uses.
@@ -198,6 +200,7 @@ impl<'a> Builder<'a> {
             widened: Vec::new(),
             held: Vec::new(),
             per_block: None,
+            first: 0,
             start: Vec::new(),
             taken: RefCell::default(),
         };
@@ -207,9 +210,30 @@ impl<'a> Builder<'a> {
         b
     }
 
+    /// A builder of the block that predicts the token behind the next one, which comes behind the others.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn next(gguf: &'a Gguf, h: &'a HParams) -> Result<Builder<'a>, ModelError> {
+        let b = Builder { first: h.n_layers, start: Vec::new(), ..Builder::new(gguf, h) };
+        b.find(&b.of_next("eh_proj"))?;
+        Ok(b)
+    }
+
+    /// A tensor of the block that predicts further tokens.
+    fn of_next(&self, name: &str) -> String {
+        format!("blk.{}.nextn.{name}.weight", self.first)
+    }
+
+    /// Name of one that the block may share with the model.
+    fn or_shared(&self, name: &str, shared: &str) -> String {
+        let own = self.of_next(name);
+        if self.first > 0 && self.has(&own) { own } else { format!("{shared}.weight") }
+    }
+
     /// The embedding and its rows.
     pub fn embedding(&self) -> Result<(TensorInfo, usize), ModelError> {
-        let t = self.computable(self.find("token_embd.weight")?)?;
+        let t = self.computable(self.find(&self.or_shared("embed_tokens", "token_embd"))?)?;
         let n_embd = self.h.n_embd as u64;
         match t.shape[..] {
             [cols, rows] if cols == n_embd && rows < 1 << 31 => Ok((t.clone(), rows as usize)),
@@ -226,11 +250,20 @@ impl<'a> Builder<'a> {
         if let Some(first) = self.stages.first_mut() {
             first.ops.splice(0..0, start);
         }
-        let (head, tied) = self.head(n_vocab)?;
+        let (head, tied) = self.head(&embedding, n_vocab)?;
         self.check_next()?;
         let unused = self.unused();
-        let Builder { h, units, stages, blocks, cached, states, ropes, divisors, widened, held, per_block, .. } = self;
-        let hparams = h.clone();
+        let Builder { h, first, units, stages, blocks, cached, states, ropes, divisors, widened, .. } = self;
+        let (held, per_block) = (self.held, self.per_block);
+        let hparams = match first {
+            0 => h.clone(),
+            first => {
+                let n_dense = usize::from(!h.is_routed(first));
+                let (attends, masks) = (Vec::new(), Vec::new());
+                let (n_layers, n_next, n_per_block) = (1, 0, h.n_embd);
+                HParams { n_layers, n_next, n_per_block, n_dense, attends, masks, expert_step: 1, ..h.clone() }
+            }
+        };
         Ok(Model {
             hparams,
             n_vocab,
@@ -513,27 +546,54 @@ impl<'a> Builder<'a> {
     }
 
     /// Begins block `i`: the unit of its attention part, or of what all tokens share.
-    fn begin(&mut self, i: usize) -> usize {
+    fn begin(&mut self, i: usize) -> Result<usize, ModelError> {
+        let block = i - self.first;
         let u = match self.h.is_routed(i) {
-            false => self.unit(UnitKind::Attention(i), format!("blk.{i} attention")),
-            true => self.unit(UnitKind::Shared(i), format!("blk.{i}")),
+            false => self.unit(UnitKind::Attention(block), format!("blk.{i} attention")),
+            true => self.unit(UnitKind::Shared(block), format!("blk.{i}")),
         };
-        self.stage(u, Some(i));
+        self.stage(u, Some(block));
         self.blocks.push(Block { unit: u, ffn_unit: u });
-        u
+        match (block, self.first) {
+            (0, 0) if self.h.n_per_block > 0 => self.inputs_of_blocks(u)?,
+            (0, first) if first > 0 => self.input_of_next(u)?,
+            _ => {}
+        }
+        Ok(u)
+    }
+
+    /// X becomes a projection of the token's embedding and the final hidden state of the model at the position before.
+    fn input_of_next(&mut self, unit: usize) -> Result<(), ModelError> {
+        let d = self.h.n_embd;
+        let p = format!("blk.{}.nextn", self.first);
+        let norm = self.norm(unit, &format!("{p}.enorm"), d)?;
+        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let norm = self.norm(unit, &format!("{p}.hnorm"), d)?;
+        self.op(Op::Norm { to: Act::PerBlock, from: Act::PerBlock, norm });
+        self.op(Op::Join);
+        let w = self.linear(unit, &format!("{p}.eh_proj"), d, 2 * d)?;
+        self.op(Op::Linear { to: Act::X, from: Act::Mix, w, add: false });
+        Ok(())
     }
 
     /// A gated delta net in place of attention in block `i`. `tiled`: see [`DeltaNet`].
     pub fn delta_net(&mut self, i: usize, r: &Recurrent, tiled: bool) -> Result<(), ModelError> {
         let d = self.h.n_embd;
         let p = format!("blk.{i}");
-        let u = self.begin(i);
+        let u = self.begin(i)?;
         let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
         self.op(Op::Norm { to: Act::H, from: Act::X, norm });
         let (inner, heads) = (r.n_values * r.dim, r.n_values);
-        let mix = self.linear(u, &format!("{p}.attn_qkv"), r.channels, d)?;
-        let gates = self.linear(u, &format!("{p}.attn_gate"), inner, d)?;
-        self.products(Act::H, [(Act::Mix, mix), (Act::Gates, gates)]);
+        let packed = format!("{p}.ssm_in");
+        if !tiled && self.has(&format!("{packed}.weight")) {
+            let all = self.linear(u, &packed, r.channels + inner, d)?;
+            self.products(Act::H, [(Act::Mix, all)]);
+            self.op(Op::SplitGroups);
+        } else {
+            let mix = self.linear(u, &format!("{p}.attn_qkv"), r.channels, d)?;
+            let gates = self.linear(u, &format!("{p}.attn_gate"), inner, d)?;
+            self.products(Act::H, [(Act::Mix, mix), (Act::Gates, gates)]);
+        }
         if tiled {
             let beta = self.linear(u, &format!("{p}.ssm_beta"), heads, d)?;
             let alpha = self.linear(u, &format!("{p}.ssm_alpha"), heads, d)?;
@@ -546,7 +606,7 @@ impl<'a> Builder<'a> {
         self.states += 1;
         let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
         let w = self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels as u64])?, 0, r.taps * r.channels)?;
-        self.op(Op::Conv { state, w });
+        self.op(Op::Conv { state, w, bias: None });
         let decay = self.vector(u, &format!("{p}.ssm_a"), heads)?;
         let bias = self.vector(u, &format!("{p}.ssm_dt.bias"), heads)?;
         let norm = self.norm(u, &format!("{p}.ssm_norm"), r.dim)?;
@@ -559,11 +619,54 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// A state space in place of attention in block `i`, of so many groups.
+    pub fn state_space(&mut self, i: usize, r: &Recurrent, groups: usize) -> Result<(), ModelError> {
+        let d = self.h.n_embd;
+        let p = format!("blk.{i}");
+        let u = self.begin(i)?;
+        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
+        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let (inner, heads) = (r.n_values * r.dim, r.n_values);
+        let name = format!("{p}.ssm_in.weight");
+        let all = (inner + r.channels + heads) as u64;
+        let t = self.computable(self.check(self.find(&name)?, &[d as u64, all])?)?;
+        let parts = [(0, inner), (inner, r.channels), (inner + r.channels, heads)];
+        let [gates, mix, rates] =
+            parts.map(|(first, rows)| LinearRef { weight: self.put(u, t, first, rows), bias: None });
+        self.products(Act::H, [(Act::Gates, gates), (Act::Mix, mix), (Act::Alpha, rates)]);
+        let state = self.states;
+        self.states += 1;
+        let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
+        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels as u64])?, 0, r.taps * r.channels)?;
+        let bias = Some(self.vector(u, &format!("{p}.ssm_conv1d.bias"), r.channels)?);
+        self.op(Op::Conv { state, w, bias });
+        let [decay, skip] = ["ssm_a", "ssm_d"].map(|name| self.column(u, &format!("{p}.{name}"), heads));
+        let (decay, skip) = (decay?, skip?);
+        let bias = self.vector(u, &format!("{p}.ssm_dt.bias"), heads)?;
+        let t = self.find(&format!("{p}.ssm_norm.weight"))?;
+        let t = self.check(t, &[(inner / groups) as u64, groups as u64])?;
+        let weight = Some(self.put_vector(u, t, 0, inner)?);
+        let norm = NormOf { kind: self.h.norm, weight, bias: None, eps: self.h.norm_eps };
+        self.op(Op::Scan(Scan { state, groups, decay, bias, skip, norm }));
+        let w = self.linear(u, &format!("{p}.ssm_out"), d, inner)?;
+        self.output(Act::Attn, w, None, false)?;
+        if i + 1 == self.h.n_layers {
+            self.op(Op::Keep);
+        }
+        Ok(())
+    }
+
+    /// A vector that files have as a matrix of one column.
+    fn column(&mut self, unit: usize, name: &str, len: usize) -> Result<TensorRef, ModelError> {
+        let t = self.check(self.find(name)?, &[1, len as u64])?;
+        self.put_vector(unit, t, 0, len)
+    }
+
     /// A short convolution in place of attention in block `i`.
     pub fn short_conv(&mut self, i: usize, r: &Recurrent) -> Result<(), ModelError> {
         let d = self.h.n_embd;
         let p = format!("blk.{i}");
-        let u = self.begin(i);
+        let u = self.begin(i)?;
         let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
         self.op(Op::Norm { to: Act::H, from: Act::X, norm });
         let mix = self.linear(u, &format!("{p}.shortconv.in_proj"), 3 * d, d)?;
@@ -586,10 +689,7 @@ impl<'a> Builder<'a> {
         let (h, shape) = (self.h, self.h.shape(i));
         let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * shape.dim, shape.heads * shape.dim);
         let p = format!("blk.{i}");
-        let u = self.begin(i);
-        if i == 0 && h.n_per_block > 0 {
-            self.inputs_of_blocks(u)?;
-        }
+        let u = self.begin(i)?;
         let from = match a.norm {
             Some(name) => {
                 let norm = self.norm(u, &format!("{p}.{name}"), d)?;
@@ -663,7 +763,7 @@ impl<'a> Builder<'a> {
         let layer = match a.shared.and_then(|block| self.cached.iter().position(|c| *c == block)) {
             Some(layer) => layer,
             None => {
-                self.cached.push(i);
+                self.cached.push(i - self.first);
                 let layer = self.cached.len() - 1;
                 self.op(Op::Store { layer });
                 layer
@@ -682,13 +782,75 @@ impl<'a> Builder<'a> {
         self.output(Act::Attn, output, a.post_norm.map(|n| (u, format!("{p}.{n}"))), a.deferred)
     }
 
+    /// Attention of block `i` to latent vectors.
+    pub fn latent_attention(&mut self, i: usize, l: &LatentSizes) -> Result<(), ModelError> {
+        let h = self.h;
+        let (d, heads, rot) = (h.n_embd, h.n_heads, h.n_rot);
+        let p = format!("blk.{i}");
+        let u = self.begin(i)?;
+        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
+        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let query = heads * (l.nope + rot);
+        if l.query_rank > 0 {
+            let w = self.linear(u, &format!("{p}.attn_q_a"), l.query_rank, d)?;
+            self.products(Act::H, [(Act::Hidden, w)]);
+            let norm = self.norm(u, &format!("{p}.attn_q_a_norm"), l.query_rank)?;
+            self.op(Op::Norm { to: Act::Hidden, from: Act::Hidden, norm });
+            let w = self.linear(u, &format!("{p}.attn_q_b"), query, l.query_rank)?;
+            self.products(Act::Hidden, [(Act::Mix, w)]);
+        } else {
+            let w = self.linear(u, &format!("{p}.attn_q"), query, d)?;
+            self.products(Act::H, [(Act::Mix, w)]);
+        }
+        let name = format!("{p}.attn_kv_a_mqa.weight");
+        let both = self.computable(self.check(self.find(&name)?, &[d as u64, (l.rank + rot) as u64])?)?;
+        let latent = LinearRef { weight: self.put(u, both, 0, l.rank), bias: None };
+        let turning = LinearRef { weight: self.put(u, both, l.rank, rot), bias: None };
+        self.products(Act::H, [(Act::Up, latent), (Act::Hidden, turning)]);
+        let norm = self.norm(u, &format!("{p}.attn_kv_a_norm"), l.rank)?;
+        self.op(Op::Norm { to: Act::Up, from: Act::Up, norm });
+        let (absorbed, w) = if l.absorbed {
+            let keys = self.of_heads(u, &format!("{p}.attn_k_b.weight"), l.rank, l.nope)?;
+            (Some(keys), Some(self.of_heads(u, &format!("{p}.attn_v_b.weight"), l.value, l.rank)?))
+        } else {
+            let w = self.linear(u, &format!("{p}.attn_kv_b"), heads * (l.nope + l.value), l.rank)?;
+            self.products(Act::Up, [(Act::Gates, w)]);
+            (None, None)
+        };
+        self.op(Op::Latent(Latent { rank: l.rank, nope: l.nope, rope: h.rope_of(i), absorbed }));
+        let layer = self.cached.len();
+        self.cached.push(i - self.first);
+        self.op(Op::Store { layer });
+        self.op(Op::Attend { layer, scores: h.scores, sinks: None });
+        if i + 1 == h.n_layers {
+            self.op(Op::Keep);
+        }
+        self.op(Op::OfLatent { width: l.value, w });
+        let w = self.linear(u, &format!("{p}.attn_output"), d, heads * l.value)?;
+        self.output(Act::Mix, w, None, false)
+    }
+
+    /// A matrix for each head, one behind the other.
+    fn of_heads(&mut self, unit: usize, name: &str, rows: usize, cols: usize) -> Result<TensorRef, ModelError> {
+        let heads = self.h.n_heads;
+        let t = self.computable(self.check(self.find(name)?, &[cols as u64, rows as u64, heads as u64])?)?;
+        Ok(self.put(unit, t, 0, heads * rows))
+    }
+
     /// The feed-forward part of a dense block, in a unit of its own.
     pub fn feed_forward(&mut self, i: usize, f: &FeedForward) -> Result<(), ModelError> {
         let p = format!("blk.{i}");
-        let u = self.unit(UnitKind::FeedForward(i), format!("{p} feed-forward"));
-        self.stage(u, Some(i));
-        if let Some(block) = self.blocks.last_mut() {
-            block.ffn_unit = u;
+        let u = self.unit(UnitKind::FeedForward(i - self.first), format!("{p} feed-forward"));
+        self.stage(u, Some(i - self.first));
+        match self.blocks.get_mut(i - self.first) {
+            Some(block) => block.ffn_unit = u,
+            // A block without any other part.
+            None => {
+                self.blocks.push(Block { unit: u, ffn_unit: u });
+                if i + 1 == self.h.n_layers {
+                    self.op(Op::Keep);
+                }
+            }
         }
         let from = match f.reads {
             Reads::Norm(name) => {
@@ -838,7 +1000,7 @@ impl<'a> Builder<'a> {
         }
         let mut list = Vec::with_capacity(n);
         for e in 0..n {
-            let u = self.unit(UnitKind::Expert { layer: i, expert: e }, format!("{p} expert {e}"));
+            let u = self.unit(UnitKind::Expert { layer: i - self.first, expert: e }, format!("{p} expert {e}"));
             let mut each = Vec::with_capacity(3);
             for (s, bias) in &stacks {
                 let weight = self.put(u, s.tensors[e % s.tensors.len()], s.first(e), s.rows);
@@ -883,9 +1045,13 @@ impl<'a> Builder<'a> {
     }
 
     /// The norm before the head, and the head in slices of rows.
-    fn head(&mut self, n_vocab: usize) -> Result<(Vec<HeadSlice>, bool), ModelError> {
+    fn head(&mut self, embedding: &TensorInfo, n_vocab: usize) -> Result<(Vec<HeadSlice>, bool), ModelError> {
         let tied = self.h.arch.tied || !self.has("output.weight") && !self.h.arch.own_head;
-        let t = self.find(if tied { "token_embd.weight" } else { "output.weight" })?;
+        let name = self.or_shared("shared_head_head", if tied { "token_embd" } else { "output" });
+        let t = self.find(&name)?;
+        let tied = t.name == embedding.name;
+        let output_norm = self.or_shared("shared_head_norm", self.h.arch.output_norm);
+        let output_norm = output_norm.trim_end_matches(".weight");
         let t = self.computable(self.check(t, &[self.h.n_embd as u64, n_vocab as u64])?)?;
         let bias = match self.optional("output.bias") {
             Some(b) => Some(self.check(b, &[n_vocab as u64])?),
@@ -901,7 +1067,10 @@ impl<'a> Builder<'a> {
             let u = self.unit(UnitKind::Head(i), format!("output rows from {first_row}"));
             self.stage(u, None);
             if i == 0 {
-                let norm = self.norm(u, self.h.arch.output_norm, self.h.n_embd)?;
+                let norm = self.norm(u, output_norm, self.h.n_embd)?;
+                if self.first > 0 {
+                    self.op(Op::Keep);
+                }
                 self.op(Op::Outputs);
                 self.op(Op::Norm { to: Act::H, from: Act::X, norm });
             }

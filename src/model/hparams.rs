@@ -22,6 +22,8 @@ pub struct HParams {
     pub head_dim: usize,
     /// Heads of keys by block, where blocks differ; `n_kv_heads` and `head_dim` are the largest then.
     pub shapes: Vec<KvShape>,
+    /// Sizes of latent vectors that keys and values are made of, where they are.
+    pub latent: Option<LatentSizes>,
     /// FFN width of a dense block.
     pub n_ff: usize,
     /// The same by block, where blocks differ; `n_ff` is the largest then.
@@ -98,6 +100,21 @@ pub struct HParams {
     pub rope_base: f32,
     /// Their scaling.
     pub rope_scaling: RopeScaling,
+}
+
+/// Sizes of keys and values that are made of latent vectors.
+#[derive(Clone, Copy, Debug)]
+pub struct LatentSizes {
+    /// Elements of a latent vector.
+    pub rank: usize,
+    /// The same of queries; 0 where these are made of X alone.
+    pub query_rank: usize,
+    /// Elements of a query head that do not rotate.
+    pub nope: usize,
+    /// Elements of a value.
+    pub value: usize,
+    /// Whether queries are taken to latent vectors, so that these alone are kept.
+    pub absorbed: bool,
 }
 
 /// Upper limits; real models stay far below each.
@@ -226,6 +243,11 @@ impl Keys<'_> {
         }
     }
 
+    /// Tokens of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.metadata.strings("tokenizer.ggml.tokens").map_or(0, |t| t.len())
+    }
+
     /// Whether the file has the key.
     pub fn has(&self, name: &str) -> bool {
         self.metadata.get(&self.key(name)).is_some()
@@ -295,7 +317,7 @@ impl HParams {
 
     /// Heads of the keys and values of block `i`.
     pub fn shape(&self, i: usize) -> KvShape {
-        self.shapes.get(i).copied().unwrap_or(KvShape { heads: self.n_kv_heads, dim: self.head_dim })
+        self.shapes.get(i).copied().unwrap_or(KvShape::new(self.n_kv_heads, self.head_dim))
     }
 
     /// FFN width of block `i`, which is dense.
@@ -353,8 +375,12 @@ impl HParams {
     pub(super) fn common<'a>(metadata: &'a Metadata, arch: &'static Family) -> Result<(Keys<'a>, HParams), ModelError> {
         let keys = Keys { metadata, arch };
         let n_embd = keys.required("embedding_length", limit::WIDTH)?;
-        let n_heads = keys.required("attention.head_count", limit::HEADS)?;
-        let (n_kv_heads, attends) = keys.heads("attention.head_count_kv")?;
+        // Buffers of one head cost little where none attends.
+        let n_heads = if arch.attends { keys.required("attention.head_count", limit::HEADS)? } else { 1 };
+        let (n_kv_heads, attends) = match arch.attends {
+            true => keys.heads("attention.head_count_kv")?,
+            false => (Some(1), Vec::new()),
+        };
         let n_kv_heads = n_kv_heads.unwrap_or(n_heads);
         if n_heads % n_kv_heads != 0 {
             return Err(keys
@@ -370,7 +396,8 @@ impl HParams {
                 ));
             }
         };
-        if let Some(v) = keys.size("attention.value_length", limit::HEAD_DIM)?.filter(|&v| v != head_dim) {
+        let value = keys.size("attention.value_length", limit::HEAD_DIM)?;
+        if let Some(v) = value.filter(|&v| v != head_dim && !keys.follows("attention.value_length")) {
             return Err(keys.error(
                 "attention.value_length",
                 format!("{v} differs from the key length {head_dim}, which is not supported"),
@@ -384,7 +411,10 @@ impl HParams {
         }
         let n_experts = keys.count("expert_count", limit::EXPERTS)?;
         let n_experts_used = if n_experts == 0 { 0 } else { keys.required("expert_used_count", n_experts)? };
-        let n_ff = keys.size("feed_forward_length", limit::FF)?;
+        let n_ff = match arch.varies {
+            true => Some(keys.count("feed_forward_length", limit::FF)?),
+            false => keys.size("feed_forward_length", limit::FF)?,
+        };
         let n_ff_expert = keys.size("expert_feed_forward_length", limit::FF)?.unwrap_or(0);
         let n_ctx_train = keys.required("context_length", limit::CTX)?;
         let norm_eps =
@@ -403,6 +433,7 @@ impl HParams {
             n_kv_heads,
             head_dim,
             shapes: Vec::new(),
+            latent: None,
             n_ff: n_ff.unwrap_or(0),
             widths: Vec::new(),
             n_sharing: 0,

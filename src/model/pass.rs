@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backend::{Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Routing, Run, Share, Weight};
+use crate::gguf::TensorType;
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -171,7 +172,8 @@ pub struct Batch<'a> {
     pub runs: &'a [Run<'a>],
     /// Embedding rows of their tokens, raw, back to back.
     pub rows: &'a [u8],
-    /// The same of what each block is given beside X; empty where there is nothing of the kind.
+    /// The same of what each block is given beside X, or final hidden states of another model; empty where there is nothing of
+    /// the kind.
     pub per_block: &'a [u8],
     /// Rows whose logits are computed, ascending, of the exact rows and of the bulk ones; each counts from the first row of
     /// its class.
@@ -256,6 +258,7 @@ fn embed(model: &Model, backend: &mut dyn Backend, batch: &Batch) -> Result<(), 
     backend.embed(batch.rows, model.embedding.ty)?;
     match &model.per_block {
         Some(t) => backend.embed_per_block(batch.per_block, t.ty),
+        None if model.takes_hidden() => backend.embed_per_block(batch.per_block, TensorType::F32),
         None => Ok(()),
     }
 }

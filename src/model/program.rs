@@ -225,6 +225,11 @@ impl Model {
         self.cached.iter().map(|i| self.hparams.shape(*i))
     }
 
+    /// Whether a pass needs final hidden states of another model for each token, as one that predicts further tokens does.
+    pub fn takes_hidden(&self) -> bool {
+        self.hparams.n_per_block > 0 && self.per_block.is_none()
+    }
+
     /// Units in the order in which a pass consumes them, routed experts apart.
     pub fn pass_order(&self) -> impl Iterator<Item = usize> {
         self.units.iter().enumerate().filter(|(_, u)| !matches!(u.kind, UnitKind::Expert { .. })).map(|(i, _)| i)
@@ -276,6 +281,9 @@ impl Model {
             Op::Linear { to, w, .. } if *to == act => w.weight.rows,
             // Half of the heads' rows are gates.
             Op::SplitHeads if act == Act::Gates => self.hparams.n_heads * self.hparams.head_dim,
+            Op::OfLatent { width, .. } if act == Act::Mix => self.hparams.n_heads * width,
+            Op::Join if act == Act::Mix => 2 * self.hparams.n_embd,
+            Op::SplitGroups if act == Act::Gates => self.hparams.recurrent.map_or(0, |r| r.n_values * r.dim),
             Op::ShortConv { .. } if act == Act::Gates => self.hparams.n_embd,
             _ => 0,
         });

@@ -33,7 +33,7 @@ pub(super) struct Lens {
     pub states: usize,
     pub logits: usize,
     /// Bytes of the keys of all layers, and of the values.
-    pub cache: usize,
+    pub cache: [usize; 2],
     pub rotary: usize,
     pub scratch_each: usize,
     pub scratch: usize,
@@ -96,7 +96,7 @@ impl Lens {
             states: d.recurrent.map_or(0, |r| product(&[2, r.sequences, r.floats()])),
             expert_up: if d.beyond.is_some() { product(&[t, d.n_ff_expert]) } else { 0 },
             logits: product(&[d.max_outputs.max(1), d.n_vocab]),
-            cache: product(&[d.places(), d.kv_bytes_before(d.n_layers)]),
+            cache: d.kv_bytes_before(d.n_layers).map(|bytes| product(&[d.places(), bytes])),
             rotary: product(&[t, d.ropes.iter().map(|r| r.freqs.len()).sum()]),
             scratch_each,
             scratch: product(&[scratch_each, threads]),
@@ -157,7 +157,8 @@ impl Lens {
             of(l.expert_row, size_of::<Activation>() + size_of::<Paired>()),
             of(l.expert_quantised, size_of::<Activation>()),
             of(l.panels, size_of::<Panel>()),
-            of(l.cache, 2),
+            of(l.cache[0], 1),
+            of(l.cache[1], 1),
         ];
         floats.iter().map(|n| of(*n, size_of::<f32>())).chain(others).fold(0, u64::saturating_add)
     }
@@ -181,6 +182,7 @@ mod tests {
             head_dim: 16,
             shapes: Vec::new(),
             n_per_block: 0,
+            value_of_latent: 0,
             n_ff: 200,
             n_experts,
             n_experts_used: n_experts.min(2),

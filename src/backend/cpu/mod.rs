@@ -8,6 +8,7 @@ mod attention;
 mod buf;
 mod isa;
 mod kernel;
+mod latent;
 mod lens;
 mod ops;
 mod panel;
@@ -32,7 +33,7 @@ use super::{
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
-use attention::{Attend, Cache, TILE};
+use attention::{Attend, Cache, TILE, heads_of_task};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Paired, Quantise, Rows, Then, dispatch};
 use lens::Lens;
@@ -91,6 +92,8 @@ pub struct CpuBackend {
     beta: Buf<f32>,
     alpha: Buf<f32>,
     per_block: Buf<f32>,
+    /// A row of Mix whose parts change places.
+    mix_row: Vec<f32>,
     /// Heads of the layer at hand.
     shape: KvShape,
     /// Recurrent states: `[state][layer]`, the last inputs of convolutions and then the heads' matrices.
@@ -324,13 +327,14 @@ impl CpuBackend {
             alpha: Buf::new(l.heads, "activations")?,
             per_block: Buf::new(l.per_block, "embeddings for each block")?,
             shape: dims.shape(0),
+            mix_row: Vec::with_capacity(dims.n_mix),
             states: Buf::new(l.states, "recurrent states")?,
             runs: Vec::with_capacity(dims.max_batch),
             part: Buf::new(l.part, "activations")?,
             ready: None,
             logits: Buf::new(l.logits, "logits")?,
-            cache_k: Buf::new(l.cache, "KV cache")?,
-            cache_v: Buf::new(l.cache, "KV cache")?,
+            cache_k: Buf::new(l.cache[0], "KV cache")?,
+            cache_v: Buf::new(l.cache[1], "KV cache")?,
             cos: Buf::new(l.rotary, "rotary table")?,
             sin: Buf::new(l.rotary, "rotary table")?,
             scratch: Buf::new(l.scratch, "scratch")?,
@@ -574,20 +578,21 @@ impl CpuBackend {
 
     fn cache(&mut self, layer: usize) -> Cache {
         let d = &self.dims;
-        let (at, KvShape { dim: head_dim, .. }) = (d.kv_bytes_before(layer) * d.places(), d.shape(layer));
+        let ([at_k, at_v], shape) = (d.kv_bytes_before(layer).map(|bytes| bytes * d.places()), d.shape(layer));
         // SAFETY: the buffers hold `n_layers` such parts.
-        let (k, v) = unsafe { (self.cache_k.ptr().add(at), self.cache_v.ptr().add(at)) };
-        let (ty, each) = (d.kv_type, d.kv_bytes(head_dim));
-        Cache { k, v, ty, each, places: d.places(), table: self.tables.as_ptr(), head_dim }
+        let (k, v) = unsafe { (self.cache_k.ptr().add(at_k), self.cache_v.ptr().add(at_v)) };
+        let (ty, each, head_dim) = (d.kv_type, d.kv_bytes(shape.dim), shape.dim);
+        Cache { k, v, ty, each, places: d.places(), table: self.tables.as_ptr(), head_dim, of_keys: shape.of_keys }
     }
 
-    /// Where the first position of a page lies in the cache, and the bytes of each position, of each head of each layer.
-    fn page_rows(&self, page: PageId) -> Vec<(usize, usize)> {
+    /// Where the first position of a page lies in the cache, and the bytes of each position, of each head of each layer's keys,
+    /// or of its values.
+    fn page_rows(&self, page: PageId, values: bool) -> Vec<(usize, usize)> {
         let d = &self.dims;
         assert!((page as usize) < d.pages(), "page {page} of {}", d.pages());
         let mut rows = Vec::new();
         let mut at = 0;
-        for shape in (0..d.n_layers).map(|layer| d.shape(layer)) {
+        for shape in (0..d.n_layers).map(|layer| d.shape(layer)).filter(|s| !values || s.of_keys == 0) {
             let each = d.kv_bytes(shape.dim);
             for _ in 0..shape.heads {
                 rows.push((at + page as usize * PAGE * each, each));
@@ -603,22 +608,32 @@ impl CpuBackend {
         let (cache, scratch) = (self.cache(layer), self.scratch());
         let d = &self.dims;
         let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
-        let KvShape { heads: n_kv, dim } = d.shape(layer);
+        let (n_kv, dim) = (d.shape(layer).heads, d.shape(layer).value_dim());
         let (n_heads, first) = (d.n_heads, self.first());
         let isa = self.isa;
         // Exact rows go on quantised, where heads of a group are whole groups of a scale.
         let width = n_heads / n_kv * dim;
         let cols = n_heads * dim;
-        let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
-        let rotation = self.rotation.take();
+        let group = n_heads / n_kv;
+        let each = heads_of_task(group);
+        let parts = group.div_ceil(each);
+        let onward = if width.is_multiple_of(SUB) && parts == 1 { self.onward(out, cols) } else { None };
+        let mut rotation = self.rotation.take();
         assert!(rotation.is_none_or(|r| r.layer == layer), "attention of block {layer} behind the queries of another");
         let (overflow, places) = (&self.overflow, &self.places[first..]);
+        if let Some(r) = rotation.take_if(|_| parts > 1) {
+            // A head of keys is several tasks', and is to be stored before all of them.
+            let n_tokens = self.parts[self.class as usize];
+            self.pool.run(n_tokens * n_kv, &|_, task| r.run(isa, task / n_kv, task % n_kv, overflow));
+        }
         let exact = self.tiles.partition_point(|t| t.class == Class::Exact);
         let (exact, bulk) = self.tiles.split_at(exact);
         let class = self.class;
         let tiles = if self.class == Class::Exact { exact } else { bulk };
-        self.pool.run(tiles.len() * n_kv, &|thread, task| {
+        self.pool.run(tiles.len() * n_kv * parts, &|thread, task| {
+            let (task, part) = (task / parts, task % parts);
             let (tile, kv_head) = (&tiles[task / n_kv], task % n_kv);
+            let first_head = kv_head * group + part * each;
             // SAFETY: each thread has its own part of the scratch.
             let (scratch, _) = unsafe { scratch.of(thread) };
             let tokens = tile.rows.clone();
@@ -629,7 +644,6 @@ impl CpuBackend {
             let Place { position: first_pos, table } = places[tokens.start];
             // SAFETY: the table of the run begins there.
             let cache = unsafe { cache.of(table) };
-            let group = n_heads / n_kv;
             let sinks = sinks.get().cast_const();
             let tokens_ = tokens.clone();
             let attend = Attend {
@@ -638,7 +652,8 @@ impl CpuBackend {
                 q,
                 out,
                 n_heads,
-                group,
+                first_head,
+                group: each.min(group - part * each),
                 kv_head,
                 tokens: tokens_,
                 first_pos,
@@ -750,7 +765,8 @@ impl Body for Rotate<'_> {
                 rotate(x, of.kind, cos, sin);
             }
         }
-        for (from, to) in [(of.k, of.cache.k), (of.v, of.cache.v)] {
+        let stored = if of.cache.of_keys > 0 { 1 } else { 2 };
+        for (from, to) in [(of.k, of.cache.k), (of.v, of.cache.v)].into_iter().take(stored) {
             // SAFETY: the position of token t of the head belongs to this task and has a page (checked in `begin`).
             unsafe {
                 let place = *of.places.add(t);
@@ -927,7 +943,7 @@ impl Backend for CpuBackend {
     }
 
     fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
-        let (d, q_dim, first) = (self.dims.n_embd, self.dims.n_heads * self.shape.dim, self.first());
+        let (d, q_dim, first) = (self.dims.n_embd, self.dims.n_heads * self.shape.value_dim(), self.first());
         let given = self.dims.n_per_block;
         for (to, from) in rows.iter().enumerate() {
             self.x.copy_within((first + from) * d..(first + from + 1) * d, (first + to) * d);
@@ -1146,41 +1162,45 @@ impl Backend for CpuBackend {
                 return Ok(());
             }
         };
-        for ((from, each), (to, _)) in self.page_rows(from).into_iter().zip(self.page_rows(to)) {
-            let bytes = positions.min(PAGE) * each;
-            self.cache_k.copy_within(from..from + bytes, to);
-            self.cache_v.copy_within(from..from + bytes, to);
+        for values in [false, true] {
+            for ((from, each), (to, _)) in self.page_rows(from, values).into_iter().zip(self.page_rows(to, values)) {
+                let bytes = positions.min(PAGE) * each;
+                let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
+                cache.copy_within(from..from + bytes, to);
+            }
         }
         Ok(())
     }
 
     fn page_bytes(&self) -> usize {
         let d = &self.dims;
-        2 * PAGE * d.kv_bytes_before(d.n_layers)
+        PAGE * d.kv_bytes_before(d.n_layers).iter().sum::<usize>()
     }
 
     fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
         assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
-        let (keys, values) = to.split_at_mut(to.len() / 2);
         let mut first = 0;
-        for (at, each) in self.page_rows(page) {
-            let part = first..first + PAGE * each;
-            keys[part.clone()].copy_from_slice(&self.cache_k[at..at + part.len()]);
-            values[part.clone()].copy_from_slice(&self.cache_v[at..at + part.len()]);
-            first = part.end;
+        for values in [false, true] {
+            let cache = if values { &self.cache_v } else { &self.cache_k };
+            for (at, each) in self.page_rows(page, values) {
+                let part = first..first + PAGE * each;
+                to[part.clone()].copy_from_slice(&cache[at..at + part.len()]);
+                first = part.end;
+            }
         }
         Ok(())
     }
 
     fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
         assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
-        let (keys, values) = from.split_at(from.len() / 2);
         let mut first = 0;
-        for (at, each) in self.page_rows(page) {
-            let part = first..first + PAGE * each;
-            self.cache_k[at..at + part.len()].copy_from_slice(&keys[part.clone()]);
-            self.cache_v[at..at + part.len()].copy_from_slice(&values[part.clone()]);
-            first = part.end;
+        for values in [false, true] {
+            for (at, each) in self.page_rows(page, values) {
+                let part = first..first + PAGE * each;
+                let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
+                cache[at..at + part.len()].copy_from_slice(&from[part.clone()]);
+                first = part.end;
+            }
         }
         Ok(())
     }

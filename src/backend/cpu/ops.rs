@@ -17,6 +17,9 @@ impl CpuBackend {
             Op::Shape(shape) => self.shape = shape,
             Op::HeadNorm { act, norm } => self.head_norm(act, norm),
             Op::Copy { to, from } => self.copy(to, from),
+            Op::Latent(ref l) => self.latent(l),
+            Op::OfLatent { width, w } => self.of_latent(width, w),
+            Op::Join => self.join(),
             Op::Multiply { act, by } => self.multiply(act, by),
             Op::TakePart { part, width } => self.take_part(part, width),
             Op::Linear { to, from, w, add } => self.linear(to, from, &w, add),
@@ -24,9 +27,11 @@ impl CpuBackend {
             Op::ScaleByPosition { act, by, every, offset } => self.scale_by_position(act, by, every, offset),
             Op::AddPosition { table } => self.add_position(table),
             Op::SplitHeads => self.split_heads(),
+            Op::SplitGroups => self.split_groups(),
             Op::GateAttn => self.gate_attn(),
             Op::GateOut => self.gate_out(),
-            Op::Conv { state, w } => self.conv(state, w),
+            Op::Conv { state, w, bias } => self.conv(state, w, bias),
+            Op::Scan(ref s) => self.scan(s),
             Op::ShortConv { state, w } => self.short_conv(state, w),
             Op::DeltaNet(ref net) => self.delta_net(net),
             Op::Store { layer } => self.store(layer),
@@ -51,6 +56,7 @@ impl CpuBackend {
     /// Where the rows of the class at hand begin, and how wide they are. Hidden states are as wide as the operation says.
     fn rows_of(&mut self, act: Act) -> (Shared<f32>, usize) {
         let (d, shape) = (&self.dims, self.shape);
+        let attn = d.n_heads * shape.value_dim();
         let (n_embd, q, kv, n_ff) = (d.n_embd, d.n_heads * shape.dim, shape.heads * shape.dim, d.n_ff);
         let given = d.n_per_block;
         let (first, first_given) = (self.first() * n_embd, self.first() * given);
@@ -61,7 +67,7 @@ impl CpuBackend {
             Act::Q => (Shared(self.q.ptr()), q),
             Act::K => (Shared(self.k.ptr()), kv),
             Act::V => (Shared(self.v.ptr()), kv),
-            Act::Attn => (Shared(self.attn.ptr()), q),
+            Act::Attn => (Shared(self.attn.ptr()), attn),
             Act::Hidden => (Shared(self.hidden.ptr()), n_ff),
             Act::Up => (Shared(self.up.ptr()), n_ff),
             Act::Mix => (Shared(self.mix.ptr()), self.dims.n_mix),
@@ -74,6 +80,7 @@ impl CpuBackend {
 
     fn norm(&mut self, to: Act, from: Act, norm: NormOf<Weight>) {
         let ((x, width), (out, _)) = (self.rows_of(from), self.rows_of(to));
+        let width = norm.weight.map_or(width, |w| w.cols());
         let isa = self.isa;
         self.pool.run(self.n_tokens(), &|_, t| {
             // SAFETY: task t reads and writes row t alone; both buffers have rows of this width.
@@ -181,6 +188,19 @@ impl CpuBackend {
             // SAFETY: as in `add`.
             row.copy_from_slice(unsafe { std::slice::from_raw_parts(from.get().add(t * width), width) });
         });
+    }
+
+    fn join(&mut self) {
+        let d = self.dims.n_embd;
+        for (part, act) in [Act::H, Act::PerBlock].into_iter().enumerate() {
+            let (from, width) = self.rows_of(act);
+            assert_eq!(width, d, "rows that are joined");
+            for t in 0..self.n_tokens() {
+                // SAFETY: the row is there, in another buffer than Mix.
+                let from = unsafe { std::slice::from_raw_parts(from.get().add(t * d), d) };
+                self.mix[(2 * t + part) * d..(2 * t + part + 1) * d].copy_from_slice(from);
+            }
+        }
     }
 
     fn multiply(&mut self, act: Act, by: Weight) {
@@ -322,13 +342,15 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
             Some(act)
         }
         Op::Copy { to, .. } => Some(to),
+        Op::Join | Op::OfLatent { .. } => Some(Act::Mix),
+        Op::Latent(_) => Some(Act::Q),
         Op::Multiply { act, .. } => Some(act),
         Op::TakePart { .. } => Some(Act::Up),
         Op::AddPosition { .. } | Op::AddNormed { .. } => Some(Act::X),
-        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) | Op::ShortConv { .. } => Some(Act::Attn),
+        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) | Op::Scan(_) | Op::ShortConv { .. } => Some(Act::Attn),
         Op::SplitHeads => Some(Act::Q),
         Op::GateOut => Some(Act::Out),
-        Op::Conv { .. } => Some(Act::Mix),
+        Op::Conv { .. } | Op::SplitGroups => Some(Act::Mix),
         Op::Activate { .. } => Some(Act::Hidden),
         Op::Shape(_) | Op::Store { .. } | Op::Keep | Op::Route { .. } | Op::WeighExperts { .. } | Op::Outputs => None,
         Op::Head { .. } => None,
@@ -354,11 +376,11 @@ fn alone(how: Activation, x: f32) -> f32 {
 }
 
 /// A row of `width` floats normed to `out`, which may be the same.
-struct Normed {
-    x: *const f32,
-    out: *mut f32,
-    width: usize,
-    norm: NormOf<Weight>,
+pub(super) struct Normed {
+    pub x: *const f32,
+    pub out: *mut f32,
+    pub width: usize,
+    pub norm: NormOf<Weight>,
 }
 
 impl Body for Normed {

@@ -73,7 +73,7 @@ fn shapes(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     }
     let dim = |i: usize| if h.mask(i) == Mask::Full { full } else { windowed };
     let mut shapes: Vec<KvShape> =
-        heads.into_iter().enumerate().map(|(i, heads)| KvShape { heads, dim: dim(i) }).collect();
+        heads.into_iter().enumerate().map(|(i, heads)| KvShape::new(heads, dim(i))).collect();
     h.n_sharing = keys.count(SHARING, limit::LAYERS)?;
     for i in h.n_layers.saturating_sub(h.n_sharing)..h.n_layers {
         let from = h.shares(i).filter(|from| h.rope_of(*from) == h.rope_of(i));

@@ -79,6 +79,7 @@ fn dims(c: &Case) -> Dims {
         head_dim: c.head_dim,
         shapes: Vec::new(),
         n_per_block: 0,
+        value_of_latent: 0,
         n_ff: N_FF,
         n_experts: c.experts,
         n_experts_used: if c.experts > 0 { USED } else { 0 },

@@ -88,6 +88,7 @@ fn product_dims() -> Dims {
         head_dim: 64,
         shapes: Vec::new(),
         n_per_block: 0,
+        value_of_latent: 0,
         n_ff: 4352,
         n_experts: 0,
         n_experts_used: 0,
