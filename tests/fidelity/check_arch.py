@@ -120,6 +120,10 @@ def check(nt, goldens, case, backend, extra):
             return ok, f"{'ok  ' if ok else 'FAIL'} {name:18} {error or 'is computed'}"[:160]
         if whole is None:
             return False, f"FAIL {name:18} {error}"
+        if name.startswith(ON_PROCESSORS):
+            error = refused_on_gpu(nt, runs.model)
+            if error:
+                return False, f"FAIL {name:18} {error}"
         wrong = runs.placed(whole, *["1:1:" + str(runs.hparams()["n_layers"] - 2)] * (backend == "cuda"))
         if wrong:
             return False, f"FAIL {name:18} {wrong}"
@@ -151,6 +155,18 @@ def check(nt, goldens, case, backend, extra):
     shown = "".join(text for _, text in checks)
     line = f"{name:18} prompt {exact:.1e}  generated {decoded:.1e}  limit {limit + peer:.0e}{further or ''}{shown}"
     return ok, f"{'ok  ' if ok else 'FAIL'} {line}"
+
+
+def refused_on_gpu(nt, model):
+    """What is wrong with a plan on a GPU that has no kernels for the model; nothing if it is refused, and processors take it."""
+    plan = [nt, "plan", model, "--machine", f"{HERE}/../../profiles/h100.toml"]
+    asked = subprocess.run([*plan, "--backend", "cuda"], capture_output=True, text=True)
+    if asked.returncode == 0 or "cuda has no kernels for" not in asked.stderr:
+        return f"is not refused on a GPU: {asked.stderr.strip()}"
+    auto = subprocess.run(plan, capture_output=True, text=True)
+    if auto.returncode != 0 or "computed on processors" not in auto.stdout + auto.stderr:
+        return f"is not left to processors: {auto.stderr.strip()}"
+    return ""
 
 
 def check_beside(runs, case, whole, d):
