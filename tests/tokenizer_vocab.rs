@@ -46,6 +46,11 @@ fn llama_spm() {
     check("ggml-vocab-llama-spm.gguf");
 }
 
+#[test]
+fn gemma_4() {
+    check("ggml-vocab-gemma-4.gguf");
+}
+
 #[derive(serde::Deserialize)]
 struct Golden {
     texts: Vec<String>,

@@ -600,6 +600,10 @@ impl Backend for Both {
         self.device.embed(rows, ty)
     }
 
+    fn embed_per_block(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        self.device.embed_per_block(rows, ty)
+    }
+
     fn qkv(
         &mut self,
         layer: usize,

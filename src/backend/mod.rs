@@ -16,7 +16,9 @@ mod slots;
 
 pub use both::{Beside, Both, Brought, Hands, low_of};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
-pub use op::{Act, Activation, DeltaNet, Gating, LinearOf, Mask, NormKind, NormOf, Op, Router, Scores};
+pub use op::{
+    Act, Activation, DeltaNet, Gating, KvShape, Latent, LinearOf, Mask, NormKind, NormOf, Op, Router, Scan, Scores,
+};
 pub use reuse::Reuse;
 pub use slots::{Given, SlotsAt};
 
@@ -180,6 +182,13 @@ pub struct Dims {
     pub n_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// Heads of each layer with a cache, where layers differ; `n_kv_heads` and `head_dim` are the largest then. Empty where
+    /// all are alike.
+    pub shapes: Vec<KvShape>,
+    /// Elements of [`Act::PerBlock`]; 0 for none.
+    pub n_per_block: usize,
+    /// Elements of the values that latent vectors are expanded to; 0 without such.
+    pub value_of_latent: usize,
     /// Largest FFN width of a dense block (0 if all blocks are mixtures of experts).
     pub n_ff: usize,
     /// Experts (0 for dense models).
@@ -230,6 +239,8 @@ pub struct Recurrent {
     pub n_values: usize,
     /// Elements of a head.
     pub dim: usize,
+    /// Numbers of the state for each of them: as many with a delta net.
+    pub state: usize,
 }
 
 impl Recurrent {
@@ -240,7 +251,7 @@ impl Recurrent {
 
     /// Floats of the state of a layer's heads.
     pub fn matrices(&self) -> usize {
-        self.n_values * self.dim * self.dim
+        self.n_values * self.dim * self.state
     }
 
     /// Floats of one copy of a state, of all layers.
@@ -255,10 +266,26 @@ impl Dims {
         &self.ropes[0]
     }
 
-    /// Bytes that the cache takes for the key of a head at a position, and for its value.
-    pub fn kv_bytes(&self) -> usize {
+    /// Heads of a layer with a cache.
+    pub fn shape(&self, layer: usize) -> KvShape {
+        self.shapes.get(layer).copied().unwrap_or(KvShape::new(self.n_kv_heads, self.head_dim))
+    }
+
+    /// Bytes that the cache takes for the key of a head of so many elements at a position, and for its value.
+    pub fn kv_bytes(&self, dim: usize) -> usize {
         let ty = self.kv_type;
-        self.head_dim.div_ceil(ty.block_elems()).saturating_mul(ty.block_bytes())
+        dim.div_ceil(ty.block_elems()).saturating_mul(ty.block_bytes())
+    }
+
+    /// Bytes that the cache takes for the keys of the first `layers` layers at a position, and for their values.
+    pub fn kv_bytes_before(&self, layers: usize) -> [usize; 2] {
+        let of = |s: KvShape| s.heads.saturating_mul(self.kv_bytes(s.dim));
+        if self.shapes.is_empty() {
+            return [layers.saturating_mul(of(self.shape(0))); 2];
+        }
+        let sum = |sum: usize, s: &KvShape| sum.saturating_add(of(*s));
+        let shapes = &self.shapes[..layers];
+        [shapes.iter().fold(0, sum), shapes.iter().filter(|s| s.of_keys == 0).fold(0, sum)]
     }
 
     /// Pages of the cache.
@@ -560,6 +587,14 @@ pub trait Backend {
     /// `X[t] = dequantised rows[t]`. `rows` is in host memory: a row of `ty` for each row of the pass, of all classes, back
     /// to back.
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError>;
+
+    /// `PerBlock[t] = dequantised rows[t]`, as [`Backend::embed`] does X.
+    ///
+    /// # Errors
+    /// [`BackendError::Beyond`] where there are none.
+    fn embed_per_block(&mut self, _rows: &[u8], _ty: TensorType) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "embeddings for each block" })
+    }
 
     /// `Q, K, V = W · norm(X) + bias`, then the optional per-head norms of Q and K, then rotary
     /// embedding of both, then K and V are stored to the cache of `layer` at the pass's positions.

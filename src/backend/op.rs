@@ -32,6 +32,48 @@ pub enum Act {
     Beta,
     /// How fast a recurrence forgets, by head.
     Alpha,
+    /// What each block is given beside X, [`super::Dims::n_per_block`] wide: a part for each. As X, it lasts from one unit
+    /// to the next.
+    PerBlock,
+}
+
+/// Heads of the keys and values of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// How many; divides the query heads.
+    pub heads: usize,
+    /// Elements of each, and of a query head.
+    pub dim: usize,
+    /// Elements at the beginning of keys that are the values, of which none are stored then; 0 where values are of their own.
+    pub of_keys: usize,
+}
+
+impl KvShape {
+    /// Values are as wide as keys, and stored like them.
+    pub const fn new(heads: usize, dim: usize) -> KvShape {
+        KvShape { heads, dim, of_keys: 0 }
+    }
+
+    /// Elements of a value.
+    pub fn value_dim(self) -> usize {
+        if self.of_keys > 0 { self.of_keys } else { self.dim }
+    }
+}
+
+/// Keys and values that are made of one latent vector a token, in Up, and of elements that rotate and all heads share, in
+/// Hidden. Of each query head in Mix the first `nope` elements do not rotate, and the others do.
+#[derive(Clone, Copy, Debug)]
+pub struct Latent<W> {
+    /// Elements of the latent vector.
+    pub rank: usize,
+    /// Elements of a query head that do not rotate.
+    pub nope: usize,
+    /// Which of [`super::Dims::ropes`].
+    pub rope: usize,
+    /// A matrix for each head, one behind the other, `rank` × `nope`, that takes queries to latent vectors: `K = [latent |
+    /// rotated]`, `Q = [matrix · first elements | rotated]`. Where there is none, Gates holds the expanded keys and values of
+    /// each head, and `K = [its first nope elements | rotated]`, `V = [the others | zeros]`.
+    pub absorbed: Option<W>,
 }
 
 /// What a norm divides by.
@@ -160,6 +202,25 @@ pub struct DeltaNet<W> {
     pub tiled: bool,
 }
 
+/// A selective state space (Mamba 2, arXiv 2405.21060): for each head, `S ← exp(rate decay) S + rate x Bᵀ; y = S C + skip x` with
+/// `rate = softplus(Alpha + bias)`, then `y * silu(Gates)`, then the norm of each group by itself. Mix holds x of all heads, B and
+/// C of all groups.
+#[derive(Clone, Copy, Debug)]
+pub struct Scan<W> {
+    /// Which of the model's states.
+    pub state: usize,
+    /// Groups of heads, which share B and C.
+    pub groups: usize,
+    /// One F32 a head, negative.
+    pub decay: W,
+    /// One F32 a head.
+    pub bias: W,
+    /// One F32 a head.
+    pub skip: W,
+    /// Weights for all heads.
+    pub norm: NormOf<W>,
+}
+
 /// An operation. Weights are rows back to back; vectors are F32.
 #[derive(Clone, Copy, Debug)]
 pub enum Op<W> {
@@ -172,12 +233,37 @@ pub enum Op<W> {
         /// The norm.
         norm: NormOf<W>,
     },
-    /// The norm of each head of Q or K by itself.
+    /// From here on heads have this shape, where a model has several.
+    Shape(KvShape),
+    /// The norm of each head of Q, K or V by itself, or of each part of Mix that is as wide as the norm.
     HeadNorm {
-        /// Q or K.
+        /// What is normed.
         act: Act,
-        /// The norm, `head_dim` wide.
+        /// The norm; `head_dim` wide where it has no weight.
         norm: NormOf<W>,
+    },
+    /// `to = from`, which are as wide.
+    Copy {
+        /// Written.
+        to: Act,
+        /// Read.
+        from: Act,
+    },
+    /// `Mix = [H | PerBlock]`, both `n_embd` wide.
+    Join,
+    /// `act *= by`, a vector as wide or one number.
+    Multiply {
+        /// What is multiplied.
+        act: Act,
+        /// One F32 row.
+        by: W,
+    },
+    /// `Up` = the part of PerBlock that a block is given.
+    TakePart {
+        /// Which one, in parts of `width`.
+        part: usize,
+        /// Columns.
+        width: usize,
     },
     /// `to = weight · from + bias`, or added to `to`.
     Linear {
@@ -215,6 +301,9 @@ pub enum Op<W> {
     },
     /// Of each head of Mix, the first half becomes Q and the second one Gates.
     SplitHeads,
+    /// Mix holds the parts of each key head of a delta net in turn, which are its queries, keys, values and gates: becomes
+    /// the queries, keys and values of all heads, and Gates the gates.
+    SplitGroups,
     /// `Attn *= sigmoid(Gates)`.
     GateAttn,
     /// `Out *= sigmoid(Beta)`, which is one number a row.
@@ -225,6 +314,8 @@ pub enum Op<W> {
         state: usize,
         /// So many F32 of each channel, the newest input's last.
         w: W,
+        /// One F32 a channel.
+        bias: Option<W>,
     },
     /// `Attn = c * conv(b * x)` of the three parts b, c and x of Mix, channel by channel.
     ShortConv {
@@ -233,8 +324,20 @@ pub enum Op<W> {
         /// So many F32 of each channel, the newest input's last.
         w: W,
     },
+    /// `Attn = scan of Mix, Alpha and Gates`.
+    Scan(Scan<W>),
     /// `Attn = delta net of Mix (queries, keys, values), Beta, Alpha and Gates`.
     DeltaNet(DeltaNet<W>),
+    /// Q, K and V of latent vectors.
+    Latent(Latent<W>),
+    /// `Mix` = the values that attention has mixed, of each head: a matrix for each, one behind the other, times Attn; or the
+    /// first elements of Attn.
+    OfLatent {
+        /// Elements of a value.
+        width: usize,
+        /// The matrices, `width` × `rank`.
+        w: Option<W>,
+    },
     /// Stores K and V to the cache of a layer.
     Store {
         /// The layer.
@@ -288,9 +391,14 @@ pub enum Op<W> {
         /// The rest.
         how: Router,
     },
+    /// The weights of the experts that [`Op::Route`] has chosen are multiplied by these.
+    WeighExperts {
+        /// One F32 an expert.
+        by: W,
+    },
     /// `to = Σ weight * output` of the experts, or added to it, in the order of choices.
     Combine {
-        /// X or Out.
+        /// X, Out or H.
         to: Act,
         /// Whether it is added.
         add: bool,
@@ -329,20 +437,37 @@ impl<W: Copy> Op<W> {
     pub fn map<V>(&self, f: &mut impl FnMut(W) -> V) -> Op<V> {
         match *self {
             Op::Norm { to, from, ref norm } => Op::Norm { to, from, norm: norm.map(f) },
+            Op::Shape(shape) => Op::Shape(shape),
             Op::HeadNorm { act, ref norm } => Op::HeadNorm { act, norm: norm.map(f) },
+            Op::Copy { to, from } => Op::Copy { to, from },
+            Op::Join => Op::Join,
+            Op::Multiply { act, by } => Op::Multiply { act, by: f(by) },
+            Op::TakePart { part, width } => Op::TakePart { part, width },
             Op::Linear { to, from, ref w, add } => Op::Linear { to, from, w: w.map(f), add },
             Op::Rope { act, rope } => Op::Rope { act, rope },
             Op::ScaleByPosition { act, by, every, offset } => Op::ScaleByPosition { act, by, every, offset },
             Op::AddPosition { table } => Op::AddPosition { table: f(table) },
             Op::SplitHeads => Op::SplitHeads,
+            Op::SplitGroups => Op::SplitGroups,
             Op::GateAttn => Op::GateAttn,
             Op::GateOut => Op::GateOut,
-            Op::Conv { state, w } => Op::Conv { state, w: f(w) },
+            Op::Conv { state, w, bias } => {
+                let w = f(w);
+                Op::Conv { state, w, bias: bias.map(f) }
+            }
+            Op::Scan(Scan { state, groups, decay, bias, skip, ref norm }) => {
+                let (decay, bias, skip) = (f(decay), f(bias), f(skip));
+                Op::Scan(Scan { state, groups, decay, bias, skip, norm: norm.map(f) })
+            }
             Op::ShortConv { state, w } => Op::ShortConv { state, w: f(w) },
             Op::DeltaNet(DeltaNet { state, decay, bias, ref norm, tiled }) => {
                 let (decay, bias) = (f(decay), f(bias));
                 Op::DeltaNet(DeltaNet { state, decay, bias, norm: norm.map(f), tiled })
             }
+            Op::Latent(Latent { rank, nope, rope, absorbed }) => {
+                Op::Latent(Latent { rank, nope, rope, absorbed: absorbed.map(f) })
+            }
+            Op::OfLatent { width, w } => Op::OfLatent { width, w: w.map(f) },
             Op::Store { layer } => Op::Store { layer },
             Op::Attend { layer, scores, sinks } => Op::Attend { layer, scores, sinks: sinks.map(f) },
             Op::Keep => Op::Keep,
@@ -354,6 +479,7 @@ impl<W: Copy> Op<W> {
                 let w = w.map(&mut *f);
                 Op::Route { w, choose: choose.map(f), how }
             }
+            Op::WeighExperts { by } => Op::WeighExperts { by: f(by) },
             Op::Combine { to, add } => Op::Combine { to, add },
             Op::Outputs => Op::Outputs,
             Op::Head { ref w, first_row, scale, cap } => Op::Head { w: w.map(f), first_row, scale, cap },
@@ -367,13 +493,23 @@ impl<W: Copy> Op<W> {
             Op::Norm { to: Act::Q | Act::K, .. } => "norms of all heads together",
             Op::Norm { to: Act::Out, .. } | Op::AddNormed { .. } => "norms behind the parts of a block",
             Op::Norm { .. } => "parts without a norm before them, or side by side",
+            Op::Shape(_) => "heads of several sizes",
+            Op::HeadNorm { act: Act::V, .. } => "norms of values",
+            Op::HeadNorm { act: Act::Mix, .. } => "embeddings for each block",
             Op::HeadNorm { .. } => "norms of heads behind the rotary embedding",
+            Op::Copy { .. } => "keys that are values",
+            Op::Latent(_) | Op::OfLatent { .. } => "keys and values of latent vectors (MLA)",
+            Op::Join => "blocks that predict further tokens",
+            Op::Multiply { .. } => "outputs of blocks that are scaled by tensors",
+            Op::TakePart { .. } => "embeddings for each block",
             Op::Linear { .. } => "parts of blocks of this make",
             Op::Rope { rope: 0, .. } | Op::Store { .. } => "blocks without rotary embedding",
             Op::Rope { .. } => "rotary embeddings that differ between blocks",
             Op::ScaleByPosition { .. } => "queries scaled by position",
             Op::AddPosition { .. } => "embeddings of positions",
+            Op::SplitGroups => "delta nets with one projection",
             Op::SplitHeads | Op::GateAttn | Op::GateOut => "gates of attention and of shared experts",
+            Op::Scan(_) | Op::Conv { bias: Some(_), .. } => "state spaces (Mamba 2)",
             Op::Conv { .. } | Op::DeltaNet(_) => "delta nets",
             Op::ShortConv { .. } => "short convolutions",
             Op::Attend { sinks: Some(_), .. } => "attention sinks",
@@ -384,6 +520,7 @@ impl<W: Copy> Op<W> {
             Op::Route { choose: Some(_), .. } => "routers with biases",
             Op::Route { how, .. } if how.gating == Gating::Softmax => "experts that all tokens pass",
             Op::Route { .. } => "routers other than softmax",
+            Op::WeighExperts { .. } => "experts with scales of their own",
             Op::Combine { .. } => "sums of experts' outputs before they are added",
             Op::Head { .. } => "scaled or capped logits",
         }

@@ -9,10 +9,11 @@ use clap::Args;
 
 use super::args::KvArg;
 use super::{Failure, ModelArg, Placement, npy, outputs, run};
-use crate::backend::Class;
-use crate::engine::{EngineError, Session};
+use crate::backend::{Class, EXACT_ROWS};
+use crate::engine::{EngineError, Opened, Options, Part, Session};
 use crate::machine::pressure::Watch;
 use crate::model::Outputs;
+use crate::state::{PAGE, Pages, SeqId};
 use crate::storage::safe;
 
 /// Arguments of `nt logits`.
@@ -27,6 +28,13 @@ pub struct LogitsArgs {
     /// all are a prompt.
     #[arg(long, value_name = "N[,N…]", value_delimiter = ',')]
     parts: Option<Vec<NonZeroUsize>>,
+    /// Evaluate so many sequences side by side: the tokens, and turned lists of them, whose logits are not written.
+    #[arg(long, value_name = "N", default_value = "1")]
+    sequences: NonZeroUsize,
+    /// The logits of the block that predicts the token behind the next one (MTP, `nextn`): at each position it reads the token
+    /// there and the final hidden state of the position before, and predicts the token behind.
+    #[arg(long, conflicts_with_all = ["parts", "sequences"])]
+    mtp: bool,
     /// The file: float32, tokens × vocabulary; - is stdout.
     #[arg(short, long, value_name = "OUT.npy")]
     output: PathBuf,
@@ -55,15 +63,94 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let mut options = run::options(&args.placement, KvArg::F32)?;
     options.n_ctx = run::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
     options.outputs = Session::outputs_at_once(n_vocab);
+    options.sequences = args.sequences.get();
+    if options.sequences > 1 {
+        // Each has as many pages as the tokens take.
+        options.n_ctx = Pages::of(options.n_ctx).saturating_mul(PAGE).saturating_mul(options.sequences);
+    }
     let batch = options.max_batch.min(options.outputs);
     let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, false, &watch)?;
+    let (mut session, hidden) = match args.mtp {
+        true => {
+            let hidden = hidden(&opened, options.clone(), &args.tokens, &watch)?;
+            // Counts of blocks per tier are those of the model.
+            let next = opened.into_next().map_err(run::failure)?;
+            let options = Options { tiers: None, ..options };
+            (run::start(&next, options, false, &watch)?, Some(hidden))
+        }
+        false => (run::start(&opened, options, false, &watch)?, None),
+    };
+    let others = turned(&mut session, args)?;
     let file = safe::create(output).map_err(|e| outputs::failed(output, &e))?;
+    let from = Evaluation { parts: &parts, others: &others, hidden: hidden.as_deref(), batch };
     // A part of the matrix has a header that promises more: it is not left behind.
-    let finite = write(&parts, &mut session, (file, output), (batch, n_vocab), &watch)
-        .inspect_err(|_| outputs::forget(output))?;
+    let finite =
+        write(&from, &mut session, (file, output), n_vocab, &watch).inspect_err(|_| outputs::forget(output))?;
     run::write_timeline(&args.placement, &mut session)?;
     finite.map_err(run::failure)
+}
+
+/// What the block for further tokens reads at each position: the final hidden state of the one before, zeros at the first.
+fn hidden(opened: &Opened, options: Options, tokens: &[u32], watch: &Watch) -> Result<Vec<f32>, Failure> {
+    let batch = options.max_batch;
+    let mut session = run::start(opened, options, false, watch)?;
+    let (seq, width) = (session.sequence(), session.n_embd());
+    let mut hidden = vec![0.0; width];
+    for chunk in tokens.chunks(batch) {
+        let rows = session.hidden(seq, chunk, &|| run::to_stop(watch)).map_err(|e| run::stopped(e, watch))?;
+        hidden.extend_from_slice(rows);
+    }
+    hidden.truncate(tokens.len() * width);
+    Ok(hidden)
+}
+
+/// Further sequences, each with the tokens turned by another number of places.
+fn turned(session: &mut Session, args: &LogitsArgs) -> Result<Vec<(SeqId, Vec<u32>)>, Failure> {
+    let other = |i: usize| {
+        let mut tokens = args.tokens.clone();
+        tokens.rotate_left(i % args.tokens.len());
+        Ok((session.fork_at(0).map_err(run::failure)?, tokens))
+    };
+    (1..args.sequences.get()).map(other).collect()
+}
+
+/// What is evaluated.
+struct Evaluation<'a> {
+    /// The tokens, with their class.
+    parts: &'a [(&'a [u32], Class)],
+    /// Other sequences.
+    others: &'a [(SeqId, Vec<u32>)],
+    /// A final hidden state for each token, where the model takes such.
+    hidden: Option<&'a [f32]>,
+    /// Most tokens at once.
+    batch: usize,
+}
+
+impl Evaluation<'_> {
+    /// Tokens `at..at + chunk.len()` of each sequence.
+    fn evaluate(
+        &self,
+        session: &mut Session,
+        (chunk, class, at): (&[u32], Class, usize),
+        watch: &Watch,
+    ) -> Result<(), Failure> {
+        let (seq, width, stop) = (session.sequence(), session.n_embd(), || run::to_stop(watch));
+        if let Some(hidden) = self.hidden {
+            let hidden = &hidden[at * width..(at + chunk.len()) * width];
+            return session.eval_behind(chunk, hidden, Outputs::All, &stop).map_err(|e| run::stopped(e, watch));
+        }
+        let mut parts = vec![Part { seq, class, tokens: chunk, outputs: Outputs::All }];
+        parts.extend(self.others.iter().map(|(seq, tokens)| {
+            let tokens = &tokens[at..at + chunk.len()];
+            Part { seq: *seq, class, tokens, outputs: Outputs::None }
+        }));
+        let rows = parts.len() * chunk.len();
+        let together = parts.len() <= session.parts_max()
+            && rows <= if class == Class::Exact { EXACT_ROWS } else { session.max_batch() };
+        // The first one comes last, so that its logits are those of the last pass.
+        let each: Vec<&[Part<'_>]> = if together { vec![&parts] } else { parts.chunks(1).rev().collect() };
+        each.into_iter().try_for_each(|parts| session.eval_parts(parts, &stop)).map_err(|e| run::stopped(e, watch))
+    }
 }
 
 /// The tokens as they are evaluated, with their class.
@@ -84,19 +171,22 @@ fn parts(args: &LogitsArgs) -> Result<Vec<(&[u32], Class)>, Failure> {
 
 /// Evaluates the tokens and writes their logits; also returns the first that is not finite, since those are written too.
 fn write(
-    parts: &[(&[u32], Class)],
+    from: &Evaluation<'_>,
     session: &mut Session,
     (file, output): (File, &Path),
-    (batch, n_vocab): (usize, usize),
+    n_vocab: usize,
     watch: &Watch,
 ) -> Result<Result<(), EngineError>, Failure> {
     let failed = |e: std::io::Error| outputs::failed(output, &e);
     let mut out = BufWriter::new(file);
-    npy::write_header(&mut out, parts.iter().map(|p| p.0.len()).sum(), n_vocab).map_err(failed)?;
+    npy::write_header(&mut out, from.parts.iter().map(|p| p.0.len()).sum(), n_vocab).map_err(failed)?;
     // Logits that are not finite are written too: who compares them wants to see which.
     let mut finite = Ok(());
-    for (chunk, class) in parts.iter().flat_map(|(part, class)| part.chunks(batch).map(|chunk| (chunk, *class))) {
-        run::evaluate(session, chunk, class, Outputs::All, watch)?;
+    let mut at = 0;
+    let chunks = from.parts.iter().flat_map(|(part, class)| part.chunks(from.batch).map(|chunk| (chunk, *class)));
+    for (chunk, class) in chunks {
+        from.evaluate(session, (chunk, class, at), watch)?;
+        at += chunk.len();
         npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
         finite = finite.and_then(|()| session.check_finite());
     }

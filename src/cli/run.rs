@@ -251,7 +251,7 @@ pub(super) fn to_stop(watch: &Watch) -> bool {
 }
 
 /// An engine's error with its exit code; if the watch of memory has interrupted the run, that of memory.
-fn stopped(e: EngineError, watch: &Watch) -> Failure {
+pub(super) fn stopped(e: EngineError, watch: &Watch) -> Failure {
     match (e, watch.reason()) {
         (EngineError::Forward(ForwardError::Interrupted), Some(why)) if !interrupt::interrupted() => {
             short_of_memory(&why)

@@ -11,7 +11,7 @@ use super::works::works;
 use super::{EngineError, ExpertSlots, Options, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
+use crate::backend::{BackendError, BackendKind, Dims, KvShape, MemoryUse};
 use crate::machine;
 use crate::model::{Model, Tape};
 use crate::pipeline::{Event, EventKind};
@@ -513,10 +513,9 @@ fn ram_budget(machine: &Machine) -> Option<u64> {
 
 /// Bytes of the KV cache.
 fn kv_bytes(model: &Model, options: &Options) -> u64 {
-    let h = &model.hparams;
-    let row = options.kv_type.row_bytes(h.head_dim).unwrap_or(0);
-    let factors = [2, model.cached.len(), options.n_ctx, h.n_kv_heads, row];
-    factors.into_iter().fold(1, |bytes, f| bytes.saturating_mul(f as u64))
+    let rows = |s: KvShape| s.heads * if s.of_keys > 0 { 1 } else { 2 };
+    let bytes = |s: KvShape| (rows(s) * options.kv_type.row_bytes(s.dim).unwrap_or(0)) as u64;
+    model.cache_shapes().map(bytes).sum::<u64>().saturating_mul(options.n_ctx as u64)
 }
 
 fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {

@@ -110,6 +110,14 @@ impl Opened {
         Ok(Opened { warnings, ..Opened::from_header(gguf)? })
     }
 
+    /// The block of this model that predicts the token behind the next one, in place of the model.
+    ///
+    /// # Errors
+    /// As [`Model::next`].
+    pub fn into_next(self) -> Result<Opened, EngineError> {
+        Ok(Opened { model: Model::next(&self.gguf)?, ..self })
+    }
+
     /// The model that a header describes.
     ///
     /// # Errors

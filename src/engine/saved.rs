@@ -244,11 +244,18 @@ impl Session {
         if !saved.page(&mut page)? {
             return Ok(false);
         }
-        // A page is rows of positions, two for each head of each layer.
-        let row = bytes / (2 * self.model.cached.len() * self.model.hparams.n_kv_heads);
-        let same = row / PAGE * first;
-        if here.chunks_exact(row).zip(page.chunks_exact(row)).any(|(a, b)| a[..same] != b[..same]) {
-            return Ok(false);
+        // A page is rows of positions, one for each head of each layer's keys, and then of its values.
+        let ty = self.options.kv_type;
+        let heads = |values: bool| {
+            let shapes = self.model.cache_shapes().filter(move |s| !values || s.of_keys == 0);
+            shapes.flat_map(|s| std::iter::repeat_n(s.dim, s.heads))
+        };
+        let (mut a, mut b) = (&here[..], &page[..]);
+        for each in heads(false).chain(heads(true)).map(|dim| ty.row_bytes(dim).unwrap_or(0)) {
+            let (ours, theirs) = (a.split_off(..PAGE * each), b.split_off(..PAGE * each));
+            if ours.zip(theirs).is_none_or(|(a, b)| a[..first * each] != b[..first * each]) {
+                return Ok(false);
+            }
         }
         self.truncate(0);
         self.make_room(self.seq, n)?;

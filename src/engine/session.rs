@@ -156,7 +156,10 @@ pub struct Session {
     pub(super) notes: Vec<String>,
     pub(super) fallback: Option<String>,
     pub(super) embedding: Embedding,
+    /// Embeddings for each block, where there are such.
+    pub(super) per_block: Option<Embedding>,
     pub(super) rows: Vec<u8>,
+    pub(super) rows_per_block: Vec<u8>,
     pub(super) row_offsets: Vec<u64>,
     pub(super) tape: Tape,
     pub(super) scratch: Scratch,
@@ -230,6 +233,28 @@ impl Session {
             self.pass(&[self.part(chunk, class, outputs)], stop)?;
         }
         Ok(())
+    }
+
+    /// Evaluates the prompt `tokens` with a final hidden state of another model for each, `n_embd` floats: that of the position
+    /// before. Only for a model that takes them ([`Model::takes_hidden`]).
+    ///
+    /// # Errors
+    /// As [`Session::eval`].
+    ///
+    /// # Panics
+    /// If there are not as many hidden states as tokens, or more tokens than a pass carries.
+    pub fn eval_behind(
+        &mut self,
+        tokens: &[u32],
+        hidden: &[f32],
+        outputs: Outputs,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), EngineError> {
+        assert!(self.model.takes_hidden() && hidden.len() == tokens.len() * self.n_embd(), "a hidden state for each");
+        assert!(tokens.len() <= self.max_batch(), "one pass");
+        self.rows_per_block.clear();
+        self.rows_per_block.extend(hidden.iter().flat_map(|x| x.to_le_bytes()));
+        self.eval(tokens, Class::Bulk, outputs, stop)
     }
 
     /// Evaluates tokens of several sequences in one pass, generated ones first. [`Session::logits`] has the rows of
@@ -436,7 +461,8 @@ impl Session {
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
         let [exact, bulk] = &self.wanted;
-        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [exact, bulk], hidden: self.wants_hidden };
+        let (rows, per_block) = (&self.rows, &self.rows_per_block);
+        let batch = Batch { runs: &runs, rows, per_block, outputs: [exact, bulk], hidden: self.wants_hidden };
         let (backend, weights) = (self.backend.as_mut(), &mut self.weights);
         Ok(forward((&self.model, &self.tape), backend, weights, &batch, &mut self.scratch, stop)?)
     }
@@ -460,47 +486,53 @@ impl Session {
     /// Brings the embedding rows of the pass's tokens to `rows`.
     fn fetch_last_rows(&mut self) -> Result<(), EngineError> {
         let tokens = std::mem::take(&mut self.last);
-        let fetched = self.fetch_rows(&tokens);
+        let mut rows = std::mem::take(&mut self.rows);
+        rows.resize(tokens.len() * self.embedding.row_bytes, 0);
+        let mut fetched = match tokens[..] {
+            [token] if self.embedding.resident.is_none() && self.copy_from_head(token as usize, &mut rows) => Ok(()),
+            _ => self.fetch_rows(self.embedding, &tokens, &mut rows),
+        };
+        self.rows = rows;
+        if let (Some(table), Ok(())) = (self.per_block, &fetched) {
+            let mut rows = std::mem::take(&mut self.rows_per_block);
+            rows.resize(tokens.len() * table.row_bytes, 0);
+            fetched = self.fetch_rows(table, &tokens, &mut rows);
+            self.rows_per_block = rows;
+        }
         self.last = tokens;
         fetched
     }
 
-    /// Brings the embedding rows of `tokens` to `rows`, back to back.
-    fn fetch_rows(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
-        let e = self.embedding;
-        self.rows.resize(tokens.len() * e.row_bytes, 0);
+    /// Brings the rows of `tokens` to `rows`, back to back.
+    fn fetch_rows(&mut self, e: Embedding, tokens: &[u32], rows: &mut [u8]) -> Result<(), EngineError> {
         if let Some((region, at)) = e.resident {
-            for (t, row) in tokens.iter().zip(self.rows.chunks_exact_mut(e.row_bytes)) {
+            for (t, row) in tokens.iter().zip(rows.chunks_exact_mut(e.row_bytes)) {
                 let from = at as usize + *t as usize * e.row_bytes;
-                // SAFETY: the region holds the whole embedding from `at` on, the token is below its
+                // SAFETY: the region holds the whole table from `at` on, the token is below its
                 // row count (checked by `eval`), and nobody writes there.
                 unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), e.row_bytes) };
             }
             return Ok(());
         }
-        if self.model.tied
-            && let [token] = tokens
-            && self.copy_from_head(*token as usize)
-        {
-            return Ok(());
-        }
         self.row_offsets.clear();
         self.row_offsets.extend(tokens.iter().map(|&t| e.offset + u64::from(t) * e.row_bytes as u64));
-        self.weights.flow.read_rows(e.file, &self.row_offsets, e.row_bytes, &mut self.rows).map_err(stream_error)
+        self.weights.flow.read_rows(e.file, &self.row_offsets, e.row_bytes, rows).map_err(stream_error)
     }
 
-    /// Copies a row of a tied head from a resident slice; `false` if its slice is streamed.
-    fn copy_from_head(&mut self, token: usize) -> bool {
+    /// Copies a row of a tied head from a resident slice; `false` if its slice is streamed, or the head is no embedding.
+    fn copy_from_head(&self, token: usize, row: &mut [u8]) -> bool {
+        if !self.model.tied {
+            return false;
+        }
         let slice = self.model.head.iter().rev().find(|s| s.first_row <= token);
         let Some(slice) = slice else { return false };
         let Some(region) = self.in_ram[slice.weight.unit] else { return false };
         let at = self.weights.layouts[slice.weight.unit].span_offsets[slice.weight.span] as usize;
         let from = at + (token - slice.first_row) * self.embedding.row_bytes;
+        assert_eq!(row.len(), self.embedding.row_bytes, "one row");
         // SAFETY: the slice holds rows `first_row..first_row + rows` from `at` on, and the token is one
         // of them; resident units are never written after loading.
-        unsafe {
-            std::ptr::copy_nonoverlapping(region.addr().add(from), self.rows.as_mut_ptr(), self.embedding.row_bytes)
-        };
+        unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), row.len()) };
         true
     }
 
@@ -559,7 +591,8 @@ impl Session {
         }
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
-        let batch = Batch { runs: &runs, rows: &self.rows, outputs: [&[], &[]], hidden: false };
+        let (rows, per_block) = (&self.rows, &self.rows_per_block);
+        let batch = Batch { runs: &runs, rows, per_block, outputs: [&[], &[]], hidden: false };
         let found = first_not_finite((&self.model, &self.tape), self.backend.as_mut(), &mut self.weights, &batch);
         self.backend.abandon();
         self.weights.restart();

@@ -163,7 +163,7 @@ impl Session {
             make_plan(&model, &sizes, vram, workspace, &Options { ram: Some(ram), ..options.clone() }).is_ok()
         })?;
         notes.extend(memory.as_ref().and_then(|_| larger_batch(&model, &plan, &options)));
-        let mut places = Places::take(&plan, &sizes)?;
+        let mut places = Places::take(&plan, &sizes, own_embedding(&model, memory.is_some()))?;
         let mut reader = reader;
         // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the flow.
         unsafe { reader.attach(places.arena.base(), places.arena.len() as usize) }?;
@@ -208,12 +208,15 @@ impl Session {
 
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
         let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
-        let embedding = Embedding {
-            file: FileId(model.embedding.shard as u16),
-            offset: model.embedding.offset,
-            row_bytes: (model.embedding.bytes / model.n_vocab as u64) as usize,
-            resident: places.embedding.map(|r| (r, sizes.embedding.span_offsets[0])),
+        let table = |t: &TensorInfo, place: Option<Region>, layout: &UnitLayout| Embedding {
+            file: FileId(t.shard as u16),
+            offset: t.offset,
+            row_bytes: (t.bytes / model.n_vocab as u64) as usize,
+            resident: place.map(|r| (r, layout.span_offsets[0])),
         };
+        let embedding = table(&model.embedding, places.embedding, &sizes.embedding);
+        let per_block = model.per_block.as_ref().zip(sizes.per_block.as_ref());
+        let per_block = per_block.map(|(t, layout)| table(t, places.per_block, layout));
         notes.dedup();
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
@@ -238,6 +241,8 @@ impl Session {
             links,
             weights,
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
+            rows_per_block: Vec::with_capacity(options.max_batch * per_block.map_or(0, |t| t.row_bytes)),
+            per_block,
             row_offsets: Vec::with_capacity(options.max_batch),
             last: Vec::with_capacity(options.max_batch),
             last_parts: Vec::with_capacity(EXACT_ROWS),
@@ -357,6 +362,8 @@ pub(super) type Alignments<'a> = &'a dyn Fn(FileId) -> Alignment;
 pub(super) struct Sizes {
     pub layouts: Arc<[UnitLayout]>,
     embedding: UnitLayout,
+    /// Of the embeddings for each block, where there are such.
+    per_block: Option<UnitLayout>,
     /// Bytes of the region that rows of the embedding are read to.
     rows: u64,
 }
@@ -371,7 +378,8 @@ impl Sizes {
         Sizes {
             layouts: model.units.iter().map(|u| layout(u, alignment)).collect(),
             embedding: tensor_layout(&model.embedding, alignment),
-            rows: rows_region_bytes(model, alignment(FileId(model.embedding.shard as u16))),
+            per_block: model.per_block.as_ref().map(|t| tensor_layout(t, alignment)),
+            rows: rows_region_bytes(model, alignment),
         }
     }
 }
@@ -386,10 +394,12 @@ struct Places {
     caches: Vec<Region>,
     in_ram: Vec<Option<Region>>,
     embedding: Option<Region>,
+    per_block: Option<Region>,
 }
 
 impl Places {
-    fn take(plan: &Plan, sizes: &Sizes) -> Result<Places, EngineError> {
+    /// `own_embedding`: whether the embedding has a place of its own.
+    fn take(plan: &Plan, sizes: &Sizes, own_embedding: bool) -> Result<Places, EngineError> {
         let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
         let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
         let rows = take(sizes.rows)?;
@@ -398,9 +408,12 @@ impl Places {
         for (l, home) in sizes.layouts.iter().zip(&plan.homes) {
             in_ram.push(if *home == Home::B { Some(take(l.slot_bytes)?) } else { None });
         }
-        let embedding = if plan.embedding_resident { Some(take(sizes.embedding.slot_bytes)?) } else { None };
+        let own = (plan.embedding_resident && own_embedding).then_some(sizes.embedding.slot_bytes);
+        let embedding = own.map(&mut take).transpose()?;
+        let of_blocks = sizes.per_block.as_ref().filter(|_| plan.embedding_resident).map(|l| l.slot_bytes);
+        let per_block = of_blocks.map(&mut take).transpose()?;
         let caches = plan.cache_slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
-        Ok(Places { arena, rows, slots, caches, in_ram, embedding, device: None })
+        Ok(Places { arena, rows, slots, caches, in_ram, embedding, per_block, device: None })
     }
 }
 
@@ -437,6 +450,7 @@ unsafe fn load_resident(
         }
     }
     to_ram.extend(places.embedding.map(|r| (&sizes.embedding, r, "token_embd.weight")));
+    to_ram.extend(sizes.per_block.as_ref().zip(places.per_block).map(|(l, r)| (l, r, "per_layer_token_embd.weight")));
     let bytes = to_ram.iter().map(|(l, ..)| l.read_bytes()).sum::<u64>();
     let total = bytes + to_device.iter().map(|u| u.layout.read_bytes()).sum::<u64>();
     // SAFETY: the plan gave each unit a region of its own; the rest is the caller's promise.
@@ -586,10 +600,18 @@ fn tensor_layout(t: &TensorInfo, alignment: Alignments) -> UnitLayout {
     UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], alignment)
 }
 
-fn rows_region_bytes(model: &Model, alignment: Alignment) -> u64 {
-    let row = model.embedding.bytes / model.n_vocab as u64;
-    let align = u64::from(alignment.offset);
-    (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
+fn rows_region_bytes(model: &Model, alignment: Alignments) -> u64 {
+    let tables = [Some(&model.embedding), model.per_block.as_ref()];
+    let bytes = tables.into_iter().flatten().map(|t| {
+        let (row, align) = (t.bytes / model.n_vocab as u64, u64::from(alignment(FileId(t.shard as u16)).offset));
+        (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
+    });
+    bytes.max().unwrap_or(0)
+}
+
+/// Whether the embedding has a place of its own in RAM: a tied head there serves its rows too.
+fn own_embedding(model: &Model, on_device: bool) -> bool {
+    !model.tied || on_device
 }
 
 /// The plan, for `vram` bytes of device memory if weights are computed there; `workspace` bytes of RAM are the
@@ -603,8 +625,8 @@ pub(super) fn make_plan(
 ) -> Result<Plan, PlanError> {
     let units: Vec<UnitSize> =
         model.units.iter().zip(sizes.layouts.iter()).map(|(u, l)| unit_size(u, l.slot_bytes)).collect();
-    // A tied head in RAM serves the embedding's rows too.
-    let wants_embedding = !model.tied || vram.is_some();
+    let own = own_embedding(model, vram.is_some()).then_some(sizes.embedding.slot_bytes);
+    let tables = [own, sizes.per_block.as_ref().map(|l| l.slot_bytes)];
     let limits = Limits {
         ram: options.ram.or_else(|| machine::memory(Path::new("/")).budget()).unwrap_or(u64::MAX / 4),
         vram,
@@ -615,7 +637,7 @@ pub(super) fn make_plan(
         storage: options.storage,
         reserved: sizes.rows,
         workspace,
-        embedding: wants_embedding.then_some(sizes.embedding.slot_bytes),
+        embedding: tables.into_iter().flatten().reduce(u64::saturating_add),
         cached_choices: if options.caches { model.hparams.n_experts_used } else { 0 },
         slot_choices: if options.expert_slots == ExpertSlots::On { model.hparams.n_experts_used } else { 0 },
     };
@@ -724,6 +746,9 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         n_heads: h.n_heads,
         n_kv_heads: h.n_kv_heads,
         head_dim: h.head_dim,
+        shapes: if h.shapes.is_empty() { Vec::new() } else { model.cache_shapes().collect() },
+        n_per_block: h.n_per_block * h.n_layers,
+        value_of_latent: h.latent.map_or(0, |l| l.value),
         n_ff: model.n_ff(),
         n_experts: h.n_experts,
         n_experts_used: h.n_experts_used,

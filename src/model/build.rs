@@ -3,13 +3,15 @@
 //! The parts that blocks are made of, for the architectures in `arch` to put together. Each tensor that is taken is
 //! marked; what is left over is an error.
 
+mod mixers;
+
 use std::cell::RefCell;
 use std::collections::HashSet;
 
 use super::program::{Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Span, Stage, TensorRef};
 use super::program::{UnitKind, UnitSpec};
 use super::{HParams, ModelError, RopeSpec};
-use crate::backend::{Act, Activation, DeltaNet, NormOf, Op, Recurrent, Scores, computable, reference};
+use crate::backend::{Act, Activation, NormOf, Op, Scores, computable, reference};
 use crate::gguf::{Gguf, TensorInfo, TensorType};
 
 /// Head slices are no larger than this, nor than the largest other unit.
@@ -45,6 +47,10 @@ pub(super) struct Attention {
     pub sinks: bool,
     /// Whether queries come with gates of the output, in each head of `attn_q`.
     pub gated: bool,
+    /// Whether values are normed, without weights, and are the keys as they come where the file has no others.
+    pub norms_values: bool,
+    /// Block whose keys and values it attends to, in place of its own.
+    pub shared: Option<usize>,
     /// Name of the norm of its output.
     pub post_norm: Option<&'static str>,
     /// Whether its output is added to X by the feed-forward part, which reads X without it.
@@ -59,6 +65,8 @@ pub(super) const ATTENTION: Attention = Attention {
     by_position: true,
     sinks: false,
     gated: false,
+    norms_values: false,
+    shared: None,
     post_norm: None,
     deferred: false,
 };
@@ -141,6 +149,10 @@ fn harmless(name: &str, h: &HParams) -> Option<&'static str> {
     let number = of_block.and_then(|(i, _)| i.parse::<usize>().ok());
     if number.is_some_and(|i| (h.n_layers..h.n_layers + h.n_next).contains(&i)) {
         Some("a block that predicts further tokens, which takes no part in the next one's logits")
+    } else if number.is_some_and(|i| i < h.n_layers && i + h.n_sharing >= h.n_layers)
+        && block.is_some_and(|b| ["attn_k.weight", "attn_v.weight", "attn_k_norm.weight"].contains(&b))
+    {
+        Some("keys and values of a block that attends to those of another one")
     } else if block == Some("attn_rot_embd.weight") {
         Some("a table of rotary frequencies, which follow from the metadata")
     } else if name.ends_with(".input_scale") {
@@ -169,6 +181,9 @@ pub(super) struct Builder<'a> {
     divisors: Vec<TensorInfo>,
     widened: Vec<TensorInfo>,
     held: Vec<Held>,
+    per_block: Option<TensorInfo>,
+    /// Number in the file of the first block.
+    first: usize,
     /// What is done with embeddings before the first stage's own operations.
     start: Vec<Op<TensorRef>>,
     /// Names of the tensors that the structure uses.
@@ -190,6 +205,8 @@ impl<'a> Builder<'a> {
             divisors: Vec::new(),
             widened: Vec::new(),
             held: Vec::new(),
+            per_block: None,
+            first: 0,
             start: Vec::new(),
             taken: RefCell::default(),
         };
@@ -199,9 +216,30 @@ impl<'a> Builder<'a> {
         b
     }
 
+    /// A builder of the block that predicts the token behind the next one, which comes behind the others.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn next(gguf: &'a Gguf, h: &'a HParams) -> Result<Builder<'a>, ModelError> {
+        let b = Builder { first: h.n_layers, start: Vec::new(), ..Builder::new(gguf, h) };
+        b.find(&b.of_next("eh_proj"))?;
+        Ok(b)
+    }
+
+    /// A tensor of the block that predicts further tokens.
+    fn of_next(&self, name: &str) -> String {
+        format!("blk.{}.nextn.{name}.weight", self.first)
+    }
+
+    /// Name of one that the block may share with the model.
+    fn or_shared(&self, name: &str, shared: &str) -> String {
+        let own = self.of_next(name);
+        if self.first > 0 && self.has(&own) { own } else { format!("{shared}.weight") }
+    }
+
     /// The embedding and its rows.
     pub fn embedding(&self) -> Result<(TensorInfo, usize), ModelError> {
-        let t = self.computable(self.find("token_embd.weight")?)?;
+        let t = self.computable(self.find(&self.or_shared("embed_tokens", "token_embd"))?)?;
         let n_embd = self.h.n_embd as u64;
         match t.shape[..] {
             [cols, rows] if cols == n_embd && rows < 1 << 31 => Ok((t.clone(), rows as usize)),
@@ -218,11 +256,20 @@ impl<'a> Builder<'a> {
         if let Some(first) = self.stages.first_mut() {
             first.ops.splice(0..0, start);
         }
-        let (head, tied) = self.head(n_vocab)?;
+        let (head, tied) = self.head(&embedding, n_vocab)?;
         self.check_next()?;
         let unused = self.unused();
-        let Builder { h, units, stages, blocks, cached, states, ropes, divisors, widened, held, .. } = self;
-        let hparams = h.clone();
+        let Builder { h, first, units, stages, blocks, cached, states, ropes, divisors, widened, .. } = self;
+        let (held, per_block) = (self.held, self.per_block);
+        let hparams = match first {
+            0 => h.clone(),
+            first => {
+                let n_dense = usize::from(!h.is_routed(first));
+                let (attends, masks) = (Vec::new(), Vec::new());
+                let (n_layers, n_next, n_per_block) = (1, 0, h.n_embd);
+                HParams { n_layers, n_next, n_per_block, n_dense, attends, masks, expert_step: 1, ..h.clone() }
+            }
+        };
         Ok(Model {
             hparams,
             n_vocab,
@@ -230,6 +277,7 @@ impl<'a> Builder<'a> {
             stages,
             blocks,
             cached,
+            per_block,
             states,
             head,
             embedding,
@@ -343,17 +391,33 @@ impl<'a> Builder<'a> {
         Ok(TensorRef { unit: HELD, span: self.held.len() - 1, ty: TensorType::F32, rows: 1, cols: len })
     }
 
-    fn vector(&mut self, unit: usize, name: &str, len: usize) -> Result<TensorRef, ModelError> {
+    pub fn vector(&mut self, unit: usize, name: &str, len: usize) -> Result<TensorRef, ModelError> {
         let t = self.check(self.find(name)?, &[len as u64])?;
         self.put_vector(unit, t, 0, len)
     }
 
-    fn optional_vector(&mut self, unit: usize, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
+    pub fn optional_vector(&mut self, unit: usize, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
         if self.has(name) { self.vector(unit, name, len).map(Some) } else { Ok(None) }
     }
 
+    /// A vector that is held apart, for what is done when its unit has been given back; `None` if the file has none.
+    pub fn held_vector(&mut self, name: &str, len: usize) -> Result<Option<TensorRef>, ModelError> {
+        if !self.has(name) {
+            return Ok(None);
+        }
+        let t = self.check(self.find(name)?, &[len as u64])?;
+        self.hold(t, 0, len).map(Some)
+    }
+
+    /// The same of a norm without bias, which the file must have.
+    pub fn held_norm(&mut self, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
+        let t = self.check(self.find(&format!("{prefix}.weight"))?, &[len as u64])?;
+        let weight = Some(self.hold(t, 0, len)?);
+        Ok(NormOf { kind: self.h.norm, weight, bias: None, eps: self.h.norm_eps })
+    }
+
     /// A norm of the architecture's kind: a weight, and a bias if the file has one.
-    fn norm(&mut self, unit: usize, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
+    pub fn norm(&mut self, unit: usize, prefix: &str, len: usize) -> Result<NormRef, ModelError> {
         let weight = Some(self.vector(unit, &format!("{prefix}.weight"), len)?);
         let name = format!("{prefix}.bias");
         let bias = match self.h.norm_biases {
@@ -371,7 +435,7 @@ impl<'a> Builder<'a> {
         Ok(self.put(unit, t, 0, rows))
     }
 
-    fn linear(&mut self, unit: usize, prefix: &str, rows: usize, cols: usize) -> Result<LinearRef, ModelError> {
+    pub fn linear(&mut self, unit: usize, prefix: &str, rows: usize, cols: usize) -> Result<LinearRef, ModelError> {
         let weight = self.matrix(unit, &format!("{prefix}.weight"), rows, cols)?;
         let name = format!("{prefix}.bias");
         let bias = match self.h.arch.biases {
@@ -397,10 +461,18 @@ impl<'a> Builder<'a> {
 
     /// Divisors of rotary frequencies, one a pair, if the file has them: their number.
     pub fn divisors(&mut self, name: &str) -> Result<Option<usize>, ModelError> {
-        let Some(t) = self.optional(name) else { return Ok(None) };
+        if !self.has(name) {
+            return Ok(None);
+        }
+        self.needed_divisors(name).map(Some)
+    }
+
+    /// As [`Builder::divisors`], of a file that must have them.
+    pub fn needed_divisors(&mut self, name: &str) -> Result<usize, ModelError> {
+        let t = self.find(name)?;
         self.widenable(self.check(t, &[self.h.n_rot as u64 / 2])?)?;
         self.divisors.push(t.clone());
-        Ok(Some(self.divisors.len() - 1))
+        Ok(self.divisors.len() - 1)
     }
 }
 
@@ -411,7 +483,7 @@ impl<'a> Builder<'a> {
         self.stages.push(Stage { unit, block, ops: Vec::new(), experts: None });
     }
 
-    fn op(&mut self, op: Op<TensorRef>) {
+    pub fn op(&mut self, op: Op<TensorRef>) {
         if let Some(stage) = self.stages.last_mut() {
             stage.ops.push(op);
         }
@@ -451,9 +523,9 @@ impl<'a> Builder<'a> {
 
     /// The projections of queries, keys and values: three tensors, or the rows of one after the other in
     /// `attn_qkv`. One matrix may come with three biases, as llama.cpp allows.
-    fn qkv(&mut self, unit: usize, p: &str) -> Result<[LinearRef; 3], ModelError> {
-        let h = self.h;
-        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim);
+    fn qkv(&mut self, unit: usize, i: usize, p: &str) -> Result<[LinearRef; 3], ModelError> {
+        let (h, shape) = (self.h, self.h.shape(i));
+        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * shape.dim, shape.heads * shape.dim);
         let parts = [("attn_q", 0, q_dim), ("attn_k", q_dim, kv_dim), ("attn_v", q_dim + kv_dim, kv_dim)];
         let all = q_dim + 2 * kv_dim;
         let fused = format!("{p}.attn_qkv.weight");
@@ -480,80 +552,42 @@ impl<'a> Builder<'a> {
     }
 
     /// Begins block `i`: the unit of its attention part, or of what all tokens share.
-    fn begin(&mut self, i: usize) -> usize {
+    fn begin(&mut self, i: usize) -> Result<usize, ModelError> {
+        let block = i - self.first;
         let u = match self.h.is_routed(i) {
-            false => self.unit(UnitKind::Attention(i), format!("blk.{i} attention")),
-            true => self.unit(UnitKind::Shared(i), format!("blk.{i}")),
+            false => self.unit(UnitKind::Attention(block), format!("blk.{i} attention")),
+            true => self.unit(UnitKind::Shared(block), format!("blk.{i}")),
         };
-        self.stage(u, Some(i));
+        self.stage(u, Some(block));
         self.blocks.push(Block { unit: u, ffn_unit: u });
-        u
+        match (block, self.first) {
+            (0, 0) if self.h.n_per_block > 0 => self.inputs_of_blocks(u)?,
+            (0, first) if first > 0 => self.input_of_next(u)?,
+            _ => {}
+        }
+        Ok(u)
     }
 
-    /// A gated delta net in place of attention in block `i`. `tiled`: see [`DeltaNet`].
-    pub fn delta_net(&mut self, i: usize, r: &Recurrent, tiled: bool) -> Result<(), ModelError> {
+    /// X becomes a projection of the token's embedding and the final hidden state of the model at the position before.
+    fn input_of_next(&mut self, unit: usize) -> Result<(), ModelError> {
         let d = self.h.n_embd;
-        let p = format!("blk.{i}");
-        let u = self.begin(i);
-        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
+        let p = format!("blk.{}.nextn", self.first);
+        let norm = self.norm(unit, &format!("{p}.enorm"), d)?;
         self.op(Op::Norm { to: Act::H, from: Act::X, norm });
-        let (inner, heads) = (r.n_values * r.dim, r.n_values);
-        let mix = self.linear(u, &format!("{p}.attn_qkv"), r.channels, d)?;
-        let gates = self.linear(u, &format!("{p}.attn_gate"), inner, d)?;
-        self.products(Act::H, [(Act::Mix, mix), (Act::Gates, gates)]);
-        if tiled {
-            let beta = self.linear(u, &format!("{p}.ssm_beta"), heads, d)?;
-            let alpha = self.linear(u, &format!("{p}.ssm_alpha"), heads, d)?;
-            self.products(Act::H, [(Act::Beta, beta), (Act::Alpha, alpha)]);
-        } else {
-            let both = self.linear(u, &format!("{p}.ssm_ba"), 2 * heads, d)?;
-            self.products(Act::H, [(Act::Beta, both)]);
-        }
-        let state = self.states;
-        self.states += 1;
-        let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
-        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels as u64])?, 0, r.taps * r.channels)?;
-        self.op(Op::Conv { state, w });
-        let decay = self.vector(u, &format!("{p}.ssm_a"), heads)?;
-        let bias = self.vector(u, &format!("{p}.ssm_dt.bias"), heads)?;
-        let norm = self.norm(u, &format!("{p}.ssm_norm"), r.dim)?;
-        self.op(Op::DeltaNet(DeltaNet { state, decay, bias, norm, tiled }));
-        let w = self.linear(u, &format!("{p}.ssm_out"), d, inner)?;
-        self.output(Act::Attn, w, None, false)?;
-        if i + 1 == self.h.n_layers {
-            self.op(Op::Keep);
-        }
-        Ok(())
-    }
-
-    /// A short convolution in place of attention in block `i`.
-    pub fn short_conv(&mut self, i: usize, r: &Recurrent) -> Result<(), ModelError> {
-        let d = self.h.n_embd;
-        let p = format!("blk.{i}");
-        let u = self.begin(i);
-        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
-        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
-        let mix = self.linear(u, &format!("{p}.shortconv.in_proj"), 3 * d, d)?;
-        self.products(Act::H, [(Act::Mix, mix)]);
-        let state = self.states;
-        self.states += 1;
-        let taps = self.find(&format!("{p}.shortconv.conv.weight"))?;
-        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, d as u64])?, 0, r.taps * d)?;
-        self.op(Op::ShortConv { state, w });
-        let w = self.linear(u, &format!("{p}.shortconv.out_proj"), d, d)?;
-        self.output(Act::Attn, w, None, false)?;
-        if i + 1 == self.h.n_layers {
-            self.op(Op::Keep);
-        }
+        let norm = self.norm(unit, &format!("{p}.hnorm"), d)?;
+        self.op(Op::Norm { to: Act::PerBlock, from: Act::PerBlock, norm });
+        self.op(Op::Join);
+        let w = self.linear(unit, &format!("{p}.eh_proj"), d, 2 * d)?;
+        self.op(Op::Linear { to: Act::X, from: Act::Mix, w, add: false });
         Ok(())
     }
 
     /// The attention part of block `i`, in a unit of its own, or in that of what all tokens share.
     pub fn attention(&mut self, i: usize, a: &Attention) -> Result<(), ModelError> {
-        let h = self.h;
-        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim);
+        let (h, shape) = (self.h, self.h.shape(i));
+        let (d, q_dim, kv_dim) = (h.n_embd, h.n_heads * shape.dim, shape.heads * shape.dim);
         let p = format!("blk.{i}");
-        let u = self.begin(i);
+        let u = self.begin(i)?;
         let from = match a.norm {
             Some(name) => {
                 let norm = self.norm(u, &format!("{p}.{name}"), d)?;
@@ -562,23 +596,36 @@ impl<'a> Builder<'a> {
             }
             None => Act::X,
         };
-        if a.gated {
+        if !h.shapes.is_empty() {
+            self.op(Op::Shape(shape));
+        }
+        if a.shared.is_some() {
+            let q = self.linear(u, &format!("{p}.attn_q"), q_dim, d)?;
+            self.products(from, [(Act::Q, q)]);
+        } else if a.norms_values && [".attn_v", ".attn_qkv"].iter().all(|t| !self.has(&format!("{p}{t}.weight"))) {
+            let q = self.linear(u, &format!("{p}.attn_q"), q_dim, d)?;
+            let k = self.linear(u, &format!("{p}.attn_k"), kv_dim, d)?;
+            self.products(from, [(Act::Q, q), (Act::K, k)]);
+            self.op(Op::Copy { to: Act::V, from: Act::K });
+        } else if a.gated {
             let both = self.linear(u, &format!("{p}.attn_q"), 2 * q_dim, d)?;
             let k = self.linear(u, &format!("{p}.attn_k"), kv_dim, d)?;
             let v = self.linear(u, &format!("{p}.attn_v"), kv_dim, d)?;
             self.products(from, [(Act::Mix, both), (Act::K, k), (Act::V, v)]);
             self.op(Op::SplitHeads);
         } else {
-            let [q, k, v] = self.qkv(u, &p)?;
+            let [q, k, v] = self.qkv(u, i, &p)?;
             self.products(from, [(Act::Q, q), (Act::K, k), (Act::V, v)]);
         }
+        // Keys that others have made are normed and rotated already.
+        let own = 2 - usize::from(a.shared.is_some());
         let names = [(Act::Q, format!("{p}.attn_q_norm"), q_dim), (Act::K, format!("{p}.attn_k_norm"), kv_dim)];
         let norms = match a.head_norms {
             HeadNorms::EachIfThere if !self.has(&format!("{}.weight", names[0].1)) => HeadNorms::No,
             other => other,
         };
         let mut each = Vec::new();
-        for (act, name, width) in names {
+        for (act, name, width) in names.into_iter().take(own) {
             match norms {
                 HeadNorms::No => {}
                 HeadNorms::PlainAfterRope => {
@@ -590,15 +637,19 @@ impl<'a> Builder<'a> {
                     each.push(Op::Norm { to: act, from: act, norm });
                 }
                 HeadNorms::Each | HeadNorms::EachIfThere | HeadNorms::EachAfterRope => {
-                    let norm = self.norm(u, &name, h.head_dim)?;
+                    let norm = self.norm(u, &name, shape.dim)?;
                     each.push(Op::HeadNorm { act, norm });
                 }
             }
         }
+        if a.norms_values && a.shared.is_none() {
+            let norm = NormOf { kind: h.norm, weight: None, bias: None, eps: h.norm_eps };
+            each.push(Op::HeadNorm { act: Act::V, norm });
+        }
         let rope = h.rope_of(i);
         let mut turn = Vec::new();
         if a.rotates && h.rotates {
-            turn.extend([Act::Q, Act::K].map(|act| Op::Rope { act, rope }));
+            turn.extend([Act::Q, Act::K].into_iter().take(own).map(|act| Op::Rope { act, rope }));
         }
         if matches!(norms, HeadNorms::EachAfterRope | HeadNorms::PlainAfterRope) {
             std::mem::swap(&mut each, &mut turn);
@@ -607,9 +658,15 @@ impl<'a> Builder<'a> {
         if let Some((by, every, offset)) = h.by_position.filter(|_| a.by_position) {
             self.op(Op::ScaleByPosition { act: Act::Q, by, every, offset });
         }
-        let layer = self.cached.len();
-        self.cached.push(i);
-        self.op(Op::Store { layer });
+        let layer = match a.shared.and_then(|block| self.cached.iter().position(|c| *c == block)) {
+            Some(layer) => layer,
+            None => {
+                self.cached.push(i - self.first);
+                let layer = self.cached.len() - 1;
+                self.op(Op::Store { layer });
+                layer
+            }
+        };
         let sinks = if a.sinks { Some(self.vector(u, &format!("{p}.attn_sinks.weight"), h.n_heads)?) } else { None };
         let scores = Scores { mask: h.mask(i), ..h.scores };
         self.op(Op::Attend { layer, scores, sinks });
@@ -626,10 +683,17 @@ impl<'a> Builder<'a> {
     /// The feed-forward part of a dense block, in a unit of its own.
     pub fn feed_forward(&mut self, i: usize, f: &FeedForward) -> Result<(), ModelError> {
         let p = format!("blk.{i}");
-        let u = self.unit(UnitKind::FeedForward(i), format!("{p} feed-forward"));
-        self.stage(u, Some(i));
-        if let Some(block) = self.blocks.last_mut() {
-            block.ffn_unit = u;
+        let u = self.unit(UnitKind::FeedForward(i - self.first), format!("{p} feed-forward"));
+        self.stage(u, Some(i - self.first));
+        match self.blocks.get_mut(i - self.first) {
+            Some(block) => block.ffn_unit = u,
+            // A block without any other part.
+            None => {
+                self.blocks.push(Block { unit: u, ffn_unit: u });
+                if i + 1 == self.h.n_layers {
+                    self.op(Op::Keep);
+                }
+            }
         }
         let from = match f.reads {
             Reads::Norm(name) => {
@@ -643,13 +707,14 @@ impl<'a> Builder<'a> {
         if f.adds_attention {
             self.op(Op::Add { to: Act::X, from: Act::Out });
         }
-        self.hidden(u, &p, "", from, self.h.n_ff, f)?;
-        let down = self.linear(u, &format!("{p}.ffn_down"), self.h.n_embd, self.h.n_ff)?;
+        let width = self.h.width(i);
+        self.hidden(u, &p, "", from, width, f)?;
+        let down = self.linear(u, &format!("{p}.ffn_down"), self.h.n_embd, width)?;
         self.output(Act::Hidden, down, f.post_norm.map(|n| (u, format!("{p}.{n}"))), false)
     }
 
     /// The hidden state of a feed-forward part whose tensors end in `ending`.
-    fn hidden(
+    pub fn hidden(
         &mut self,
         unit: usize,
         p: &str,
@@ -717,16 +782,49 @@ impl<'a> Builder<'a> {
             Choose::ByBias => Some(self.vector(u, &name, n)?),
         };
         self.op(Op::Route { w, choose, how: h.router });
-        let list = self.experts(i, m.biases)?;
         let mut after =
             vec![Op::Combine { to: if scaled { Act::Out } else { Act::X }, add: !scaled || m.shared.is_some() }];
         if scaled {
             after.push(Op::Scale { act: Act::Out, by: h.residual_scale });
             after.push(Op::Add { to: Act::X, from: Act::Out });
         }
+        let list = self.experts(i, m.biases)?;
+        self.end_stage(Experts { list, how: m.how, after });
+        Ok(())
+    }
+
+    fn end_stage(&mut self, experts: Experts) {
         if let Some(stage) = self.stages.last_mut() {
-            stage.experts = Some(Experts { list, how: m.how, after });
+            stage.experts = Some(experts);
         }
+    }
+
+    /// Ends the operations with a unit by the experts of block `i`, which it has routed to, and what becomes of them.
+    pub fn end_with_experts(&mut self, i: usize, how: Activation, after: Vec<Op<TensorRef>>) -> Result<(), ModelError> {
+        let list = self.experts(i, false)?;
+        self.end_stage(Experts { list, how, after });
+        Ok(())
+    }
+
+    /// The unit of the feed-forward part of the block that was begun last, or of what all tokens share of it.
+    pub fn ffn_unit(&self) -> usize {
+        self.blocks.last().map_or(0, |b| b.ffn_unit)
+    }
+
+    /// What each block is given beside X: a projection of the token's embedding, and a row of a second one.
+    fn inputs_of_blocks(&mut self, unit: usize) -> Result<(), ModelError> {
+        let (d, each, all) = (self.h.n_embd, self.h.n_per_block, self.h.n_per_block * self.h.n_layers);
+        let table = self.find("per_layer_token_embd.weight")?;
+        let rows = self.find("token_embd.weight")?.shape[1];
+        self.per_block = Some(self.widenable(self.check(table, &[all as u64, rows])?)?.clone());
+        let w = self.linear(unit, "per_layer_model_proj", all, d)?;
+        self.op(Op::Linear { to: Act::Mix, from: Act::X, w, add: false });
+        self.op(Op::Scale { act: Act::Mix, by: 1.0 / (d as f32).sqrt() });
+        let norm = self.norm(unit, "per_layer_proj_norm", each)?;
+        self.op(Op::HeadNorm { act: Act::Mix, norm });
+        self.op(Op::Scale { act: Act::PerBlock, by: (each as f32).sqrt() });
+        self.op(Op::Add { to: Act::PerBlock, from: Act::Mix });
+        self.op(Op::Scale { act: Act::PerBlock, by: std::f32::consts::FRAC_1_SQRT_2 });
         Ok(())
     }
 
@@ -745,7 +843,7 @@ impl<'a> Builder<'a> {
         }
         let mut list = Vec::with_capacity(n);
         for e in 0..n {
-            let u = self.unit(UnitKind::Expert { layer: i, expert: e }, format!("{p} expert {e}"));
+            let u = self.unit(UnitKind::Expert { layer: i - self.first, expert: e }, format!("{p} expert {e}"));
             let mut each = Vec::with_capacity(3);
             for (s, bias) in &stacks {
                 let weight = self.put(u, s.tensors[e % s.tensors.len()], s.first(e), s.rows);
@@ -790,9 +888,13 @@ impl<'a> Builder<'a> {
     }
 
     /// The norm before the head, and the head in slices of rows.
-    fn head(&mut self, n_vocab: usize) -> Result<(Vec<HeadSlice>, bool), ModelError> {
+    fn head(&mut self, embedding: &TensorInfo, n_vocab: usize) -> Result<(Vec<HeadSlice>, bool), ModelError> {
         let tied = self.h.arch.tied || !self.has("output.weight") && !self.h.arch.own_head;
-        let t = self.find(if tied { "token_embd.weight" } else { "output.weight" })?;
+        let name = self.or_shared("shared_head_head", if tied { "token_embd" } else { "output" });
+        let t = self.find(&name)?;
+        let tied = t.name == embedding.name;
+        let output_norm = self.or_shared("shared_head_norm", self.h.arch.output_norm);
+        let output_norm = output_norm.trim_end_matches(".weight");
         let t = self.computable(self.check(t, &[self.h.n_embd as u64, n_vocab as u64])?)?;
         let bias = match self.optional("output.bias") {
             Some(b) => Some(self.check(b, &[n_vocab as u64])?),
@@ -808,7 +910,10 @@ impl<'a> Builder<'a> {
             let u = self.unit(UnitKind::Head(i), format!("output rows from {first_row}"));
             self.stage(u, None);
             if i == 0 {
-                let norm = self.norm(u, self.h.arch.output_norm, self.h.n_embd)?;
+                let norm = self.norm(u, output_norm, self.h.n_embd)?;
+                if self.first > 0 {
+                    self.op(Op::Keep);
+                }
                 self.op(Op::Outputs);
                 self.op(Op::Norm { to: Act::H, from: Act::X, norm });
             }

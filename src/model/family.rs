@@ -21,6 +21,10 @@ pub struct Family {
     pub(super) output_norm: &'static str,
     /// Whether the head is the embedding, whatever the file has.
     pub(super) tied: bool,
+    /// Whether some block attends.
+    pub(super) attends: bool,
+    /// Whether heads of keys and widths of feed-forward parts may differ between blocks: the common ones are the largest.
+    pub(super) varies: bool,
 }
 
 /// Llama's.
@@ -33,4 +37,6 @@ pub(super) const LLAMA: Family = Family {
     own_head: false,
     output_norm: "output_norm",
     tied: false,
+    attends: true,
+    varies: false,
 };

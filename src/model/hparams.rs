@@ -2,7 +2,7 @@
 
 use super::family::Family;
 use super::{ModelError, RopeScaling};
-use crate::backend::{Mask, NormKind, Recurrent, Router, Scores};
+use crate::backend::{KvShape, Mask, NormKind, Recurrent, Router, Scores};
 use crate::gguf::{Array, Metadata, TensorType, Value};
 
 /// What the metadata say of a model.
@@ -20,8 +20,18 @@ pub struct HParams {
     pub n_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// Heads of keys by block, where blocks differ; `n_kv_heads` and `head_dim` are the largest then.
+    pub shapes: Vec<KvShape>,
+    /// Sizes of latent vectors that keys and values are made of, where they are.
+    pub latent: Option<LatentSizes>,
     /// FFN width of a dense block.
     pub n_ff: usize,
+    /// The same by block, where blocks differ; `n_ff` is the largest then.
+    pub widths: Vec<usize>,
+    /// Blocks at the end that have no keys and values, but attend to those of earlier ones.
+    pub n_sharing: usize,
+    /// Elements that each block is given beside X; 0 for none.
+    pub n_per_block: usize,
     /// Experts a block; 0 if dense.
     pub n_experts: usize,
     /// Experts a token is routed to.
@@ -46,6 +56,8 @@ pub struct HParams {
     pub n_next: usize,
     /// Base and scaling of the rotary frequencies of blocks with windows, where they have their own.
     pub window_rope: Option<(f32, RopeScaling)>,
+    /// Elements of a head that rotate in such blocks, where an architecture tells them apart.
+    pub window_rot: usize,
     /// Multiplies sine and cosine, beside what scaling does.
     pub rope_magnitude: f32,
     /// Whether queries and keys rotate.
@@ -90,6 +102,21 @@ pub struct HParams {
     pub rope_scaling: RopeScaling,
 }
 
+/// Sizes of keys and values that are made of latent vectors.
+#[derive(Clone, Copy, Debug)]
+pub struct LatentSizes {
+    /// Elements of a latent vector.
+    pub rank: usize,
+    /// The same of queries; 0 where these are made of X alone.
+    pub query_rank: usize,
+    /// Elements of a query head that do not rotate.
+    pub nope: usize,
+    /// Elements of a value.
+    pub value: usize,
+    /// Whether queries are taken to latent vectors, so that these alone are kept.
+    pub absorbed: bool,
+}
+
 /// Upper limits; real models stay far below each.
 pub(super) mod limit {
     pub const LAYERS: usize = 1024;
@@ -124,6 +151,9 @@ impl Keys<'_> {
     pub fn size(&self, name: &str, max: usize) -> Result<Option<usize>, ModelError> {
         let value = match self.metadata.get(&self.key(name)) {
             None => return Ok(None),
+            Some(Value::Array(Array::Int(v))) if self.arch.varies => {
+                v.iter().max().and_then(|n| u64::try_from(*n).ok())
+            }
             Some(Value::Array(Array::Int(v))) => match v.split_first() {
                 Some((first, rest)) if rest.iter().all(|x| x == first) => u64::try_from(*first).ok(),
                 _ => return Err(self.error(name, "differs from block to block, which is not supported".into())),
@@ -195,6 +225,29 @@ impl Keys<'_> {
         }
     }
 
+    /// A number for each of `n` blocks, from 0 to `max`: by an array, or the same for all; `default` where there is none.
+    ///
+    /// # Errors
+    /// Where the array has fewer, or one is out of bounds.
+    pub fn each(&self, name: &str, default: usize, max: usize, n: usize) -> Result<Vec<usize>, ModelError> {
+        let Some(Value::Array(Array::Int(v))) = self.metadata.get(&self.key(name)) else {
+            return Ok(vec![self.size(name, max)?.unwrap_or(default); n]);
+        };
+        let all: Option<Vec<usize>> = v.iter().map(|x| usize::try_from(*x).ok().filter(|x| *x <= max)).collect();
+        match all {
+            Some(mut all) if all.len() >= n => {
+                all.truncate(n);
+                Ok(all)
+            }
+            _ => Err(self.error(name, format!("{n} integers from 0 to {max} were expected, one for each block"))),
+        }
+    }
+
+    /// Tokens of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.metadata.strings("tokenizer.ggml.tokens").map_or(0, |t| t.len())
+    }
+
     /// Whether the file has the key.
     pub fn has(&self, name: &str) -> bool {
         self.metadata.get(&self.key(name)).is_some()
@@ -262,6 +315,16 @@ impl HParams {
         self.n_experts > 0 && i >= self.n_dense && (i + 1).is_multiple_of(self.expert_step)
     }
 
+    /// Heads of the keys and values of block `i`.
+    pub fn shape(&self, i: usize) -> KvShape {
+        self.shapes.get(i).copied().unwrap_or(KvShape::new(self.n_kv_heads, self.head_dim))
+    }
+
+    /// FFN width of block `i`, which is dense.
+    pub fn width(&self, i: usize) -> usize {
+        self.widths.get(i).copied().unwrap_or(self.n_ff)
+    }
+
     /// Number of the rotary embedding of block `i`.
     pub fn rope_of(&self, i: usize) -> usize {
         usize::from(self.window_rope.is_some() && self.mask(i) != Mask::Full)
@@ -298,11 +361,12 @@ impl HParams {
     /// # Errors
     /// With the key and a type that is possible.
     pub fn check_cache(&self, ty: TensorType) -> Result<(), ModelError> {
-        if ty.row_bytes(self.head_dim).is_some() {
+        let others = self.shapes.iter().map(|s| s.dim);
+        let Some(head) = others.chain([self.head_dim]).find(|dim| ty.row_bytes(*dim).is_none()) else {
             return Ok(());
-        }
+        };
         let key = format!("{}.attention.key_length", self.arch.name);
-        let (head, block) = (self.head_dim, ty.block_elems());
+        let block = ty.block_elems();
         let what = format!("makes heads of {head}, but a KV cache of {ty} has blocks of {block}; give --kv f16");
         Err(ModelError::Metadata { key, what })
     }
@@ -311,8 +375,12 @@ impl HParams {
     pub(super) fn common<'a>(metadata: &'a Metadata, arch: &'static Family) -> Result<(Keys<'a>, HParams), ModelError> {
         let keys = Keys { metadata, arch };
         let n_embd = keys.required("embedding_length", limit::WIDTH)?;
-        let n_heads = keys.required("attention.head_count", limit::HEADS)?;
-        let (n_kv_heads, attends) = keys.heads("attention.head_count_kv")?;
+        // Buffers of one head cost little where none attends.
+        let n_heads = if arch.attends { keys.required("attention.head_count", limit::HEADS)? } else { 1 };
+        let (n_kv_heads, attends) = match arch.attends {
+            true => keys.heads("attention.head_count_kv")?,
+            false => (Some(1), Vec::new()),
+        };
         let n_kv_heads = n_kv_heads.unwrap_or(n_heads);
         if n_heads % n_kv_heads != 0 {
             return Err(keys
@@ -328,7 +396,8 @@ impl HParams {
                 ));
             }
         };
-        if let Some(v) = keys.size("attention.value_length", limit::HEAD_DIM)?.filter(|&v| v != head_dim) {
+        let value = keys.size("attention.value_length", limit::HEAD_DIM)?;
+        if let Some(v) = value.filter(|&v| v != head_dim && !keys.follows("attention.value_length")) {
             return Err(keys.error(
                 "attention.value_length",
                 format!("{v} differs from the key length {head_dim}, which is not supported"),
@@ -342,7 +411,10 @@ impl HParams {
         }
         let n_experts = keys.count("expert_count", limit::EXPERTS)?;
         let n_experts_used = if n_experts == 0 { 0 } else { keys.required("expert_used_count", n_experts)? };
-        let n_ff = keys.size("feed_forward_length", limit::FF)?;
+        let n_ff = match arch.varies {
+            true => Some(keys.count("feed_forward_length", limit::FF)?),
+            false => keys.size("feed_forward_length", limit::FF)?,
+        };
         let n_ff_expert = keys.size("expert_feed_forward_length", limit::FF)?.unwrap_or(0);
         let n_ctx_train = keys.required("context_length", limit::CTX)?;
         let norm_eps =
@@ -360,7 +432,12 @@ impl HParams {
             n_heads,
             n_kv_heads,
             head_dim,
+            shapes: Vec::new(),
+            latent: None,
             n_ff: n_ff.unwrap_or(0),
+            widths: Vec::new(),
+            n_sharing: 0,
+            n_per_block: 0,
             n_experts,
             n_experts_used,
             n_ff_expert,
@@ -372,6 +449,7 @@ impl HParams {
             window: if keys.follows(WINDOW) { None } else { window(&keys, n_ctx_train)? },
             n_next: 0,
             window_rope: None,
+            window_rot: n_rot,
             rope_magnitude: 1.0,
             rotates: true,
             n_ctx_original: n_ctx_train,

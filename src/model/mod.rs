@@ -18,7 +18,7 @@ mod routing;
 mod tape;
 
 pub use family::Family;
-pub use hparams::HParams;
+pub use hparams::{HParams, LatentSizes};
 pub use overrides::{Overrides, RopeType};
 pub use pass::{
     Batch, ForwardError, NotFinite, Outputs, Scratch, WeightError, WeightSource, first_not_finite, forward,

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::backend::{
     Act, Backend, BackendError, Class, Expert, Linear, Norm, Op, Routing, Run, Share, SlotsAt, Weight,
 };
+use crate::gguf::TensorType;
 
 /// Why weights could not be brought, with its own sources.
 pub type WeightError = Box<dyn std::error::Error + Send + Sync>;
@@ -184,6 +185,9 @@ pub struct Batch<'a> {
     pub runs: &'a [Run<'a>],
     /// Embedding rows of their tokens, raw, back to back.
     pub rows: &'a [u8],
+    /// The same of what each block is given beside X, or final hidden states of another model; empty where there is nothing of
+    /// the kind.
+    pub per_block: &'a [u8],
     /// Rows whose logits are computed, ascending, of the exact rows and of the bulk ones; each counts from the first row of
     /// its class.
     pub outputs: [&'a [usize]; 2],
@@ -222,7 +226,7 @@ pub fn forward(
 ) -> Result<(), ForwardError> {
     source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
-    backend.embed(batch.rows, model.embedding.ty)?;
+    embed(model, backend, batch)?;
     scratch.hidden.clear();
     if scratch.resting.is_empty() {
         scratch.resting = resting((model, tape), backend, source)?;
@@ -252,6 +256,15 @@ pub fn forward(
         forced.token += batch.tokens() as u64;
     }
     Ok(())
+}
+
+fn embed(model: &Model, backend: &mut dyn Backend, batch: &Batch) -> Result<(), BackendError> {
+    backend.embed(batch.rows, model.embedding.ty)?;
+    match &model.per_block {
+        Some(t) => backend.embed_per_block(batch.per_block, t.ty),
+        None if model.takes_hidden() => backend.embed_per_block(batch.per_block, TensorType::F32),
+        None => Ok(()),
+    }
 }
 
 /// How the experts of a stage are computed.
@@ -355,7 +368,7 @@ pub fn first_not_finite(
 ) -> Result<NotFinite, ForwardError> {
     source.begin(batch.class()).map_err(ForwardError::Weights)?;
     backend.begin(batch.runs)?;
-    backend.embed(batch.rows, model.embedding.ty)?;
+    embed(model, backend, batch)?;
     let (mut demanded, mut ahead) = (Vec::new(), Vec::new());
     let mut pass = Pass::new((model, tape), backend, source, batch, (&mut demanded, &mut ahead));
     if !pass.finite()? {

@@ -5,7 +5,7 @@
 //! The embedding is no unit: a pass needs one row of it per token.
 
 use super::{HParams, RopeSpec};
-use crate::backend::{Act, Activation, LinearOf, NormOf, Op};
+use crate::backend::{Act, Activation, KvShape, LinearOf, NormOf, Op};
 use crate::gguf::{TensorInfo, TensorType};
 
 /// What a unit is.
@@ -177,6 +177,8 @@ pub struct Model {
     pub blocks: Vec<Block>,
     /// Blocks that have a cache of keys and values, by its number.
     pub cached: Vec<usize>,
+    /// `per_layer_token_embd.weight`, where each block is given an embedding of the token: a row of a part for each block.
+    pub per_block: Option<TensorInfo>,
     /// Blocks that have a recurrent state.
     pub states: usize,
     /// The head's slices, in row order. The first one's unit also holds the norm before the head.
@@ -221,6 +223,16 @@ impl Model {
     /// Bytes of the vectors that are held apart, as F32.
     pub fn held_bytes(&self) -> u64 {
         self.widened.iter().map(|t| t.shape.iter().product::<u64>() * 4).sum()
+    }
+
+    /// Heads of each cache of keys and values, by its number.
+    pub fn cache_shapes(&self) -> impl Iterator<Item = KvShape> {
+        self.cached.iter().map(|i| self.hparams.shape(*i))
+    }
+
+    /// Whether a pass needs final hidden states of another model for each token, as one that predicts further tokens does.
+    pub fn takes_hidden(&self) -> bool {
+        self.hparams.n_per_block > 0 && self.per_block.is_none()
     }
 
     /// Units in the order in which a pass consumes them, routed experts apart.
@@ -274,6 +286,9 @@ impl Model {
             Op::Linear { to, w, .. } if *to == act => w.weight.rows,
             // Half of the heads' rows are gates.
             Op::SplitHeads if act == Act::Gates => self.hparams.n_heads * self.hparams.head_dim,
+            Op::OfLatent { width, .. } if act == Act::Mix => self.hparams.n_heads * width,
+            Op::Join if act == Act::Mix => 2 * self.hparams.n_embd,
+            Op::SplitGroups if act == Act::Gates => self.hparams.recurrent.map_or(0, |r| r.n_values * r.dim),
             Op::ShortConv { .. } if act == Act::Gates => self.hparams.n_embd,
             _ => 0,
         });

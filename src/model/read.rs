@@ -59,6 +59,29 @@ impl Model {
         }
     }
 
+    /// The block of `gguf` that predicts the token behind the next one, as a model of one block: what it reads next to tokens
+    /// are final hidden states ([`Model::takes_hidden`]), of the position before each.
+    ///
+    /// # Errors
+    /// As [`Model::new`]; or if there is no such block, or more than one.
+    pub fn next(gguf: &Gguf) -> Result<Model, ModelError> {
+        let arch = architecture(&gguf.metadata)?;
+        let hparams = HParams::from_metadata(&gguf.metadata)?;
+        if hparams.n_next != 1 {
+            let what = match hparams.n_next {
+                0 => "is missing or 0, or is not read: nt knows no block of this model that predicts further tokens"
+                    .into(),
+                n => format!("is {n}; one block that predicts further tokens is supported"),
+            };
+            return Err(ModelError::Metadata { key: format!("{}.nextn_predict_layers", arch.family.name), what });
+        }
+        let mut b = Builder::next(gguf, &hparams)?;
+        let (embedding, n_vocab) = b.embedding()?;
+        (arch.ropes)(&mut b)?;
+        (arch.block)(&mut b, hparams.n_layers)?;
+        b.finish(embedding, n_vocab)
+    }
+
     /// As [`Model::new`], with the tensors that would be left out listed in [`Model::unused`].
     ///
     /// # Errors

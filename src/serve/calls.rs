@@ -5,7 +5,7 @@ use serde_json::{Value as Json, json};
 use super::error::ApiError;
 use super::prompt::{Choice, Conversation};
 use super::served::Served;
-use super::split::{Family, Tags, Text};
+use super::split::{Family, GEMMA_QUOTE, Tags, Text};
 use crate::engine::constraint::{mark, quoted};
 use crate::engine::{Form, Reasoning};
 
@@ -131,7 +131,7 @@ impl Writer<'_> {
         match family {
             Family::Glm => return self.add_keys(i, name, &schema),
             Family::Tagged(tags) => return self.add_tags(tags, i, name, &schema),
-            Family::Python | Family::PythonLines => return self.add_python(i, name, &schema),
+            Family::Python | Family::PythonLines | Family::Gemma => return self.add_listed(family, i, name, &schema),
             _ => {}
         }
         let part = format!("{ARGUMENTS}{i}");
@@ -148,7 +148,12 @@ impl Writer<'_> {
                 format!("{} @{part} {}", quoted(&begin), quoted("}"))
             }
             Family::MistralNamed => format!("{} {} @{part}", quoted(name), self.mark("[ARGS]")),
-            Family::Harmony | Family::Glm | Family::Tagged(_) | Family::Python | Family::PythonLines => {
+            Family::Harmony
+            | Family::Glm
+            | Family::Tagged(_)
+            | Family::Python
+            | Family::PythonLines
+            | Family::Gemma => {
                 let (to, kind) = (quoted(&format!("commentary to=functions.{name} ")), quoted("json"));
                 let (channel, constrain, message) =
                     (self.mark("<|channel|>"), self.mark("<|constrain|>"), self.mark("<|message|>"));
@@ -226,28 +231,48 @@ impl Writer<'_> {
         Ok(all)
     }
 
-    /// A call as Python writes it, with values as JSON: each property in its order, those that are not required or not.
-    fn add_python(&mut self, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
+    /// A call as Python or Gemma 4 writes it, with values as JSON, but texts between Gemma's quotes: each property in its order,
+    /// those that are not required or not.
+    fn add_listed(&mut self, family: Family, i: usize, name: &str, schema: &Json) -> Result<(), TooMuch> {
+        let gemma = family == Family::Gemma;
+        let (begin, is, comma, end) =
+            if gemma { (format!("call:{name}{{"), ":", ",", "}") } else { (format!("{name}("), "=", ", ", ")") };
         let definitions = Definitions::of(schema);
         let required = |key: &str| schema["required"].as_array().is_some_and(|r| r.iter().any(|k| k == key));
         let properties: Vec<(&String, &Json)> = schema["properties"].as_object().into_iter().flatten().collect();
         // What may come behind property number j - 1: rule `first` where nothing came yet, `more` behind a comma.
         let rule = |kind: &str, j: usize| format!("{kind}_{}", letters(&[i, j]));
         for (j, (key, value)) in properties.iter().enumerate() {
-            let part = format!("{ARGUMENTS}{i}-{j}");
-            self.add_property(part.clone(), value, &definitions)?;
+            let quote = quoted(GEMMA_QUOTE);
+            let form = match (Text::of(value).filter(|_| gemma), value["enum"].as_array()) {
+                (Some(_), Some(texts)) => {
+                    let text = |t: &Json| t.as_str().map_or_else(|| quoted(&t.to_string()), quoted);
+                    let texts: Vec<String> = texts.iter().map(text).collect();
+                    format!("{quote} ({}) {quote}", texts.join(" | "))
+                }
+                (Some(_), None) => {
+                    let text = rule("text", j);
+                    self.rules.push_str(&format!("{text}[suffix={quote}]: /(?s:.*)/\n"));
+                    format!("{quote} {text}")
+                }
+                (None, _) => {
+                    let part = format!("{ARGUMENTS}{i}-{j}");
+                    self.add_property(part.clone(), value, &definitions)?;
+                    format!("@{part}")
+                }
+            };
             let next = (rule("first", j + 1), rule("more", j + 1));
-            let this = format!("{} @{part} {}", quoted(&format!("{key}=")), next.1);
+            let this = format!("{} {form} {}", quoted(&format!("{key}{is}")), next.1);
             let (first, more) = match required(key) {
                 true => (String::new(), String::new()),
                 false => (format!(" | {}", next.0), format!(" | {}", next.1)),
             };
             self.rules.push_str(&format!("{}: {this}{first}\n", rule("first", j)));
-            self.rules.push_str(&format!("{}: \", \" {this}{more}\n", rule("more", j)));
+            self.rules.push_str(&format!("{}: {} {this}{more}\n", rule("more", j), quoted(comma)));
         }
         let n = properties.len();
         self.rules.push_str(&format!("{}: \"\"\n{}: \"\"\n", rule("first", n), rule("more", n)));
-        let call = format!("{} {} \")\"", quoted(&format!("{name}(")), rule("first", 0));
+        let call = format!("{} {} {}", quoted(&begin), rule("first", 0), quoted(end));
         self.calls.push(call);
         Ok(())
     }
@@ -273,6 +298,8 @@ impl Writer<'_> {
                 let more = if one { String::new() } else { format!("(\"\\n\" {open} {line} call {close})*") };
                 format!("{open} {line} call {close} {more}")
             }
+            Family::Gemma if one => format!("{open} call {close}"),
+            Family::Gemma => format!("{open} call {close} ({open} call {close})*"),
             Family::Llama3 | Family::Harmony => "call".into(),
         }
     }

@@ -3,6 +3,7 @@
 mod calls;
 mod channels;
 mod family;
+mod gemma;
 mod python;
 mod tool;
 
@@ -12,7 +13,7 @@ pub use calls::written;
 use channels::Channels;
 pub use channels::of as in_channels;
 use family::PYTHON_TAG;
-pub use family::{Family, Tags};
+pub use family::{Family, GEMMA_QUOTE, Tags};
 pub use tool::{Text, Tool};
 
 /// A call of a tool.

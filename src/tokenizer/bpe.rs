@@ -1,4 +1,5 @@
-//! Byte-level BPE: the pair with the lowest rank merges first, the leftmost of equals.
+//! BPE: the pair with the lowest rank merges first, the leftmost of equals. It begins with bytes; or, where the vocabulary is
+//! written in characters, with these, and a character that it lacks is written in tokens of bytes.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -13,6 +14,8 @@ use super::vocab::{Index, Vocab};
 pub(super) struct Bpe {
     pre: PreTokenizer,
     ignore_merges: bool,
+    /// Characters that occur in merges, where it begins with characters.
+    chars: Option<HashMap<char, u32>>,
     /// (left, right) to (rank, merged).
     merges: HashMap<u64, (u32, u32)>,
     byte_symbols: Vec<u32>,
@@ -62,7 +65,22 @@ impl<'a> BpeBuilder<'a> {
     pub fn build(mut self, pre: PreTokenizer, ignore_merges: bool) -> Bpe {
         let byte_symbols = (0..=255u8).map(|b| self.symbol(&[b])).collect();
         self.merges.shrink_to_fit();
-        Bpe { pre, ignore_merges, merges: self.merges, byte_symbols, n_tokens: self.vocab.len() as u32 }
+        Bpe { pre, ignore_merges, chars: None, merges: self.merges, byte_symbols, n_tokens: self.vocab.len() as u32 }
+    }
+
+    /// As [`BpeBuilder::build`], of a vocabulary that is written in characters.
+    pub fn build_of_chars(self, pre: PreTokenizer) -> Bpe {
+        let n_tokens = self.vocab.len() as u32;
+        let one = |text: &[u8]| {
+            let mut chars = std::str::from_utf8(text).ok()?.chars();
+            chars.next().filter(|_| chars.as_str().is_empty())
+        };
+        let tokens = (0..n_tokens).filter_map(|id| one(self.vocab.bytes(id)));
+        let mut known: HashMap<char, u32> =
+            tokens.filter_map(|c| Some((c, self.vocab.find(c.encode_utf8(&mut [0; 4]).as_bytes())?))).collect();
+        known.extend((n_tokens..).zip(&self.extra).filter_map(|(id, text)| Some((one(text)?, id))));
+        let byte_symbols = Vec::new();
+        Bpe { pre, ignore_merges: false, chars: Some(known), merges: self.merges, byte_symbols, n_tokens }
     }
 }
 
@@ -82,6 +100,8 @@ struct Node {
 
 const NONE: u32 = u32::MAX;
 const GONE: u32 = u32::MAX;
+/// A character that is in no token and no merge.
+const UNKNOWN: u32 = u32::MAX - 1;
 
 impl Bpe {
     /// Appends the ids of `text`; `None` if `stop` says so.
@@ -89,26 +109,35 @@ impl Bpe {
         let mut work = Work::default();
         for word in self.pre.split(text, stop)? {
             stop.check()?;
-            if self.ignore_merges
-                && let Some(id) = vocab.find(word.as_bytes())
-            {
+            // A run of line feeds that is a token is one, where a text is cut at them alone.
+            let whole = self.ignore_merges || self.chars.is_some() && word.bytes().all(|b| b == b'\n');
+            if whole && let Some(id) = vocab.find(word.as_bytes()) {
                 ids.push(id);
                 continue;
             }
-            self.word(vocab, word.as_bytes(), &mut work, stop, ids)?;
+            self.word(vocab, word, &mut work, stop, ids)?;
         }
         Some(())
     }
 
-    fn word(&self, vocab: &Vocab, bytes: &[u8], work: &mut Work, stop: &Stop, ids: &mut Vec<u32>) -> Option<()> {
+    fn word(&self, vocab: &Vocab, word: &str, work: &mut Work, stop: &Stop, ids: &mut Vec<u32>) -> Option<()> {
         work.nodes.clear();
         work.heap.clear();
-        for (i, &b) in bytes.iter().enumerate() {
-            let i = i as u32;
-            let next = if i as usize + 1 == bytes.len() { NONE } else { i + 1 };
-            work.nodes.push(Node { id: self.byte_symbols[usize::from(b)], prev: i.wrapping_sub(1), next, len: 1 });
+        let bytes = word.as_bytes();
+        let mut push = |id: u32, len: usize| {
+            let i = work.nodes.len() as u32;
+            work.nodes.push(Node { id, prev: i.wrapping_sub(1), next: i + 1, len: len as u32 });
+        };
+        match &self.chars {
+            None => bytes.iter().for_each(|b| push(self.byte_symbols[usize::from(*b)], 1)),
+            Some(known) => {
+                word.chars().for_each(|c| push(known.get(&c).copied().unwrap_or(UNKNOWN), c.len_utf8()));
+            }
         }
-        for i in 0..bytes.len() as u32 {
+        if let Some(last) = work.nodes.last_mut() {
+            last.next = NONE;
+        }
+        for i in 0..work.nodes.len() as u32 {
             stop.check()?;
             self.propose(work, i);
         }
@@ -132,16 +161,19 @@ impl Bpe {
             }
         }
         let mut at = 0;
-        for (i, node) in work.nodes.iter().enumerate().filter(|(_, n)| n.id != GONE) {
-            debug_assert_eq!(at, i);
+        for node in work.nodes.iter().filter(|n| n.id != GONE) {
             stop.check()?;
+            let end = at + node.len as usize;
             if node.id < self.n_tokens {
                 ids.push(node.id);
+            } else if self.chars.is_some() {
+                ids.extend(bytes[at..end].iter().filter_map(|&b| vocab.byte_tokens[usize::from(b)]));
             } else {
-                ids.extend(bytes[i..i + node.len as usize].iter().filter_map(|&b| vocab.find(&[b])));
+                ids.extend(bytes[at..end].iter().filter_map(|&b| vocab.find(&[b])));
             }
-            at = i + node.len as usize;
+            at = end;
         }
+        debug_assert_eq!(at, bytes.len());
         Some(())
     }
 

@@ -12,9 +12,10 @@ fn bad(key: &str, what: impl Into<String>) -> TokenizerError {
 
 pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
     let model = m.str("tokenizer.ggml.model").ok_or_else(|| bad("model", "is missing"))?;
-    let bpe = match model {
-        "gpt2" => true,
-        "llama" => false,
+    let (bpe, chars) = match model {
+        "gpt2" => (true, false),
+        "llama" => (false, false),
+        "gemma4" => (true, true),
         other => return Err(TokenizerError::UnknownModel { found: other.to_owned() }),
     };
     let tokens = m.strings("tokenizer.ggml.tokens").ok_or_else(|| bad("tokens", "is missing or no list of strings"))?;
@@ -23,8 +24,13 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
     }
     let n = tokens.len();
     let mut warnings = Vec::new();
-    let family = if bpe { Some(family(m, &mut warnings)?) } else { None };
+    let family = match (bpe, chars) {
+        (true, true) => Some(&pretokenize::LINES),
+        (true, false) => Some(family(m, &mut warnings)?),
+        (false, _) => None,
+    };
     let (default_bos, default_eos) = match family {
+        Some(_) if chars => (None, None),
         Some(f) if f.no_bos => (None, Some(11)),
         Some(_) => (Some(11), Some(11)),
         None => (Some(1), Some(2)),
@@ -34,20 +40,26 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
     let eos = special_id(m, "eos_token_id", n, in_range(default_eos), &mut warnings);
     let mut kinds = kinds(m, n)?;
     let eog = eog::collect(m, tokens, eos, &mut kinds, &mut warnings);
-    let vocab = vocab(m, tokens, kinds, bpe)?;
-    warnings.extend(lost_bytes(&vocab, bpe));
+    let in_bytes = bpe && !chars;
+    let vocab = vocab(m, tokens, kinds, in_bytes, !bpe)?;
+    warnings.extend(lost_bytes(&vocab, in_bytes));
     let (algorithm, add_bos) = match family {
+        Some(f) if chars => (Algorithm::Chars { bpe: merges_of_chars(m, &vocab, f)?, shown: shown(&vocab) }, f.add_bos),
         Some(f) => (Algorithm::Bpe(merges(m, &vocab, f)?), f.add_bos),
         None => {
             let add_space_prefix = m.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
             (Algorithm::Spm { add_space_prefix, shown: shown(&vocab) }, true)
         }
     };
+    let asked = m.bool("tokenizer.ggml.add_bos_token");
+    if chars && asked == Some(false) {
+        warnings.push("tokenizer.ggml.add_bos_token is false, but Gemma 4 needs BOS, which is added".to_owned());
+    }
     Ok(Tokenizer {
         algorithm,
         bos,
         eos,
-        add_bos: m.bool("tokenizer.ggml.add_bos_token").unwrap_or(add_bos),
+        add_bos: chars || asked.unwrap_or(add_bos),
         add_eos: m.bool("tokenizer.ggml.add_eos_token").unwrap_or(false),
         eog,
         suppressed: suppressed(m, n)?,
@@ -94,14 +106,21 @@ fn kinds(m: &Metadata, n: usize) -> Result<Vec<Kind>, TokenizerError> {
     Ok(types.iter().take(n).map(kind).collect())
 }
 
-fn vocab(m: &Metadata, tokens: &StringArray, kinds: Vec<Kind>, bpe: bool) -> Result<Vocab, TokenizerError> {
+/// `in_bytes`: tokens are written in the stand-ins of bytes. `scored`: pairs merge by scores.
+fn vocab(
+    m: &Metadata,
+    tokens: &StringArray,
+    kinds: Vec<Kind>,
+    in_bytes: bool,
+    scored: bool,
+) -> Result<Vocab, TokenizerError> {
     let n = tokens.len();
     let alphabet = alphabet();
     let mut vocab = Vocab::default();
     // Texts that are not written in the alphabet are never the outcome of merging.
     let mut out_of_reach = vec![false; n];
     for ((token, kind), out) in tokens.iter().zip(kinds).zip(&mut out_of_reach) {
-        if !bpe {
+        if !in_bytes {
             vocab.push(token, kind);
         } else if matches!(kind, Kind::Control | Kind::UserDefined | Kind::Unknown) {
             *out = !token.iter().all(u8::is_ascii_graphic);
@@ -114,8 +133,10 @@ fn vocab(m: &Metadata, tokens: &StringArray, kinds: Vec<Kind>, bpe: bool) -> Res
     }
     vocab.shrink();
     vocab.build_index(|id| !out_of_reach[id as usize]);
-    if !bpe {
+    if scored {
         vocab.scores = scores(m, n)?;
+    }
+    if !in_bytes {
         vocab.byte_tokens =
             (0..=255u8).map(|b| vocab.find(format!("<0x{b:02X}>").as_bytes()).or_else(|| vocab.find(&[b]))).collect();
     }
@@ -124,12 +145,12 @@ fn vocab(m: &Metadata, tokens: &StringArray, kinds: Vec<Kind>, bpe: bool) -> Res
 
 /// Says which bytes of texts have no token: they are left out, as llama.cpp does. With SentencePiece they count only
 /// where a character has no token of its own, and some vocabularies have none of them.
-fn lost_bytes(vocab: &Vocab, bpe: bool) -> Option<String> {
+fn lost_bytes(vocab: &Vocab, in_bytes: bool) -> Option<String> {
     // The others are in no UTF-8, begin characters that are not assigned (0xF1, 0xF2) or for private use (0xF4), or are
     // control characters, which vocabularies of real models lack, too.
     let written = |b: &u8| !b.is_ascii_control() || matches!(b, b'\t' | b'\n' | b'\r');
     let in_texts = (0..=0xF3u8).filter(|b| written(b) && !matches!(b, 0xC0 | 0xC1 | 0xF1 | 0xF2));
-    let has = |b: u8| match bpe {
+    let has = |b: u8| match in_bytes {
         true => vocab.find(&[b]).is_some(),
         false => vocab.byte_tokens[usize::from(b)].is_some(),
     };
@@ -154,16 +175,34 @@ fn scores(m: &Metadata, n: usize) -> Result<Vec<f32>, TokenizerError> {
     Ok(scores)
 }
 
+/// The two sides of a merge: the first space after the first character parts them.
+fn sides(rank: usize, merge: &[u8]) -> Result<(&[u8], &[u8]), TokenizerError> {
+    match merge.iter().skip(1).position(|&b| b == b' ') {
+        Some(at) => Ok((&merge[..=at], &merge[at + 2..])),
+        None => Err(bad("merges", format!("entry {rank} ({:?}) is no pair", String::from_utf8_lossy(merge)))),
+    }
+}
+
+fn merge_list(m: &Metadata) -> Result<&StringArray, TokenizerError> {
+    m.strings("tokenizer.ggml.merges").ok_or_else(|| bad("merges", "is missing or no list of strings"))
+}
+
+fn merges_of_chars(m: &Metadata, vocab: &Vocab, family: &pretokenize::Family) -> Result<super::Bpe, TokenizerError> {
+    let merges = merge_list(m)?;
+    let mut builder = BpeBuilder::new(vocab, merges.len());
+    for (rank, merge) in merges.iter().enumerate() {
+        let (left, right) = sides(rank, merge)?;
+        builder.merge(left, right, rank as u32);
+    }
+    Ok(builder.build_of_chars(PreTokenizer::new(family)?))
+}
+
 fn merges(m: &Metadata, vocab: &Vocab, family: &pretokenize::Family) -> Result<super::Bpe, TokenizerError> {
-    let merges = m.strings("tokenizer.ggml.merges").ok_or_else(|| bad("merges", "is missing or no list of strings"))?;
+    let merges = merge_list(m)?;
     let alphabet = alphabet();
     let mut builder = BpeBuilder::new(vocab, merges.len());
     for (rank, merge) in merges.iter().enumerate() {
-        // The first space after the first character parts the two sides.
-        let Some(at) = merge.iter().skip(1).position(|&b| b == b' ') else {
-            return Err(bad("merges", format!("entry {rank} ({:?}) is no pair", String::from_utf8_lossy(merge))));
-        };
-        let (left, right) = (&merge[..=at], &merge[at + 2..]);
+        let (left, right) = sides(rank, merge)?;
         // A side that is not written in the alphabet occurs in no text.
         if let (Some(left), Some(right)) = (unmap(left, &alphabet), unmap(right, &alphabet)) {
             builder.merge(&left, &right, rank as u32);

@@ -1,6 +1,6 @@
 //! Vocabulary and merges from GGUF metadata, pre-tokenizers, chat templates.
 //!
-//! Two families: byte-level BPE (`tokenizer.ggml.model = gpt2`) and SentencePiece-style score
+//! Two families: BPE, of bytes (`tokenizer.ggml.model = gpt2`) or of characters (`gemma4`), and SentencePiece-style score
 //! merging (`llama`). Ids are those of llama.cpp; what it would guess is an error here.
 
 mod automaton;
@@ -54,7 +54,7 @@ pub enum TokenizerError {
         nearest: String,
     },
     /// A tokenizer model that is not known.
-    #[error("tokenizer model {found} (tokenizer.ggml.model) is not supported; gpt2 and llama are")]
+    #[error("tokenizer model {found} (tokenizer.ggml.model) is not supported; gpt2, llama and gemma4 are")]
     UnknownModel {
         /// Its name.
         found: String,
@@ -115,6 +115,12 @@ pub enum TokenizerError {
 #[derive(Debug)]
 enum Algorithm {
     Bpe(Bpe),
+    /// Of characters, with U+2581 for spaces.
+    Chars {
+        bpe: Bpe,
+        /// As below.
+        shown: StringArray,
+    },
     Spm {
         add_space_prefix: bool,
         /// What tokens stand for, with spaces where the vocabulary has U+2581.
@@ -208,6 +214,9 @@ impl Tokenizer {
                 Piece::Text(t) => {
                     match &self.algorithm {
                         Algorithm::Bpe(bpe) => bpe.encode(&self.vocab, t, stop, &mut ids)?,
+                        Algorithm::Chars { bpe, .. } => {
+                            bpe.encode(&self.vocab, &t.replace(' ', spm::SPACE), stop, &mut ids)?
+                        }
                         Algorithm::Spm { add_space_prefix, .. } => {
                             spm::encode(&self.vocab, t, *add_space_prefix && after_special, stop, &mut ids)?
                         }
@@ -226,7 +235,9 @@ impl Tokenizer {
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         match (self.vocab.kind(id), &self.algorithm) {
             (Some(Kind::Byte), _) => load::byte_of(self.vocab.bytes(id)),
-            (_, Algorithm::Spm { shown, .. }) => shown.get(id as usize).unwrap_or_default(),
+            (_, Algorithm::Spm { shown, .. } | Algorithm::Chars { shown, .. }) => {
+                shown.get(id as usize).unwrap_or_default()
+            }
             (_, Algorithm::Bpe(_)) => self.vocab.bytes(id),
         }
     }

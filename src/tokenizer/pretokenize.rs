@@ -140,6 +140,9 @@ const GRANITE: &str = concat!(
 /// Everything up to punctuation; the parenthesis and the bar in the class are llama.cpp's.
 const BLOOM: &str = " ?[^(\\s|.,!?\u{2026}\u{3002}\u{ff0c}\u{3001}\u{964}\u{6d4}\u{60c})]+";
 
+/// Gemma 4's: text is cut at line feeds alone.
+pub(super) const LINES: Family = Family { names: &["gemma4"], regexes: &[r"[^\n]+|\n+"], add_bos: true, ..PLAIN };
+
 /// What llama.cpp falls back to where a file names no pre-tokenizer.
 const DEFAULT: Family =
     Family { names: &["default"], regexes: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..PLAIN };

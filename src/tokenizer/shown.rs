@@ -88,7 +88,7 @@ fn forms(text: &str) -> [String; 4] {
 }
 
 /// What closes the reasoning that comes before an answer.
-const REASONING_ENDS: [&str; 8] = [
+const REASONING_ENDS: [&str; 9] = [
     "</think>",
     "</thinking>",
     "</thought>",
@@ -97,9 +97,10 @@ const REASONING_ENDS: [&str; 8] = [
     "</seed:think>",
     "[/THINK]",
     "<|message|>",
+    "<channel|>",
 ];
 /// What opens it; without its end all that follows is reasoning.
-const REASONING_BEGINS: [&str; 4] = ["<think>", "<thinking>", "<seed:think>", "[THINK]"];
+const REASONING_BEGINS: [&str; 5] = ["<think>", "<thinking>", "<seed:think>", "[THINK]", "<|channel>"];
 
 /// An answer without the reasoning before it.
 fn without_reasoning(answer: &str) -> &str {

@@ -46,6 +46,50 @@ fn merges_and_special_tokens() {
     assert_eq!((t.vocab_size(), t.token_bytes(9999)), (262, &b""[..]));
 }
 
+/// Gemma 4's: `<bos>`, 256 bytes, then `▁`, `a`, `b`, `▁a`, `ab`, one line feed and two, and a control token.
+fn of_chars() -> gguf::Metadata {
+    use gguf::{Array, Metadata, StringArray, Value};
+    let strings = |items: &[String]| {
+        let mut out = StringArray::default();
+        items.iter().for_each(|item| out.push(item.as_bytes()));
+        Value::Array(Array::Str(out))
+    };
+    let mut tokens = vec!["<bos>".to_owned()];
+    tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
+    tokens.extend(["▁", "a", "b", "▁a", "ab", "\n", "\n\n", "<turn|>"].map(String::from));
+    let mut types = vec![3];
+    types.extend([6; 256]);
+    types.extend([1; 7]);
+    types.push(3);
+    let mut m = Metadata::default();
+    m.insert("tokenizer.ggml.model".into(), Value::Str("gemma4".into()));
+    m.insert("tokenizer.ggml.tokens".into(), strings(&tokens));
+    m.insert("tokenizer.ggml.token_type".into(), Value::Array(Array::Int(types)));
+    m.insert("tokenizer.ggml.merges".into(), strings(&["a b", "▁ a"].map(String::from)));
+    m.insert("tokenizer.ggml.bos_token_id".into(), Value::Int(0));
+    m.insert("tokenizer.ggml.add_bos_token".into(), Value::Bool(false));
+    m
+}
+
+#[test]
+fn characters_merge_within_lines_where_the_vocabulary_is_written_in_them() {
+    let t = Tokenizer::from_metadata(&of_chars()).unwrap();
+    let [space, a, b, space_a, ab, line, lines, turn] = [257, 258, 259, 260, 261, 262, 263, 264];
+    for (text, ids) in [
+        ("ab a", &[ab, space_a][..]),
+        ("a\n\nb", &[a, lines, b]),
+        // No token is three line feeds, and these do not merge.
+        ("a\n\n\n b", &[a, line, line, line, space, b]),
+        ("bé▁", &[b, 1 + 0xc3, 1 + 0xa9, space]),
+        ("a<turn|>", &[a, turn]),
+    ] {
+        assert_eq!(t.encode(text, false, true), ids, "{text:?}");
+        assert_eq!(decode(&t, ids), text.replace('▁', " ").replace("<turn|>", ""), "{text:?}");
+    }
+    assert_eq!(t.encode_prompt("a"), [0, a], "BOS is forced");
+    assert!(t.is_eog(turn) && t.warnings().iter().any(|w| w.contains("add_bos_token")), "{:?}", t.warnings());
+}
+
 #[test]
 fn phi_3_swallows_white_space_after_special_tokens() {
     let t = Tokenizer::from_metadata(&byte_level("Phi-3 mini", "gpt-2")).unwrap();

@@ -2,10 +2,10 @@
 """Compares nt's logits with llama.cpp's over a tiny model of every architecture, and its own over placements.
 
 For each case of arch/goldens.npz: the prompt in one pass, in chunks of 7 with all weights on storage and two buffers
-(the same bits), and in parts whose last tokens are generated ones, all against llama.cpp's logits at three positions.
-Architectures that nt does not compute must be refused by name, and so must files without a tensor that the architecture
-has. The model in Q8_0 is compared with itself in F32. On a GPU (`--backend cuda`) every position is compared with
-processors', too.
+(the same bits), and in parts whose last tokens are generated ones, alone and as one of three sequences (the same bits), all
+against llama.cpp's logits at three positions; and those of the block that predicts further tokens, where there is one.
+Files without a tensor that the architecture has must be refused by name. The model in Q8_0 is compared with itself in F32.
+On a GPU (`--backend cuda`) every position is compared with processors', too, and what has no kernels there must be refused.
 
     pip install gguf==0.19.0 numpy
     tests/fidelity/check_arch.py target/release/nt [--only NAME] [--backend cpu|cuda] [--extra "-t 4"] [--jobs N]
@@ -39,8 +39,10 @@ GENERATED = 4
 GELU = ("gemma", "starcoder2", "falcon", "gptneox", "gpt2")
 # For a quantised type, so many times llama.cpp's own distance from the exact logits.
 PEER_FACTOR = 4
-REFUSED = ("qwen3next-packed", "gemma4", "deepseek2", "mamba2", "nemotron_h")
-
+# Longer prompts are computed alone.
+SEQUENCES_TOKENS_MAX = 1000
+# What a GPU has no kernels for.
+ON_PROCESSORS = ("gemma4", "qwen3next-packed", "deepseek2", "mamba2", "nemotron_h")
 
 # Tensors that an architecture cannot do without, though others can.
 NEEDED = [
@@ -49,6 +51,18 @@ NEEDED = [
     ("gpt2", "blk.0.attn_qkv.bias"),
     ("falcon", "output_norm.bias"),
     ("gpt-oss", "output.weight"),
+    ("qwen3next-packed", "blk.0.ssm_ba.weight"),
+    ("deepseek2", "blk.0.attn_v_b.weight"),
+    ("deepseek2-kvb", "blk.0.attn_kv_b.weight"),
+    ("deepseek2-mtp", "blk.4.nextn.eh_proj.weight"),
+    ("mamba2", "blk.0.ssm_conv1d.bias"),
+    ("nemotron_h", "blk.0.ssm_norm.weight"),
+    ("gemma4", "rope_freqs.weight"),
+    ("gemma4", "per_layer_token_embd.weight"),
+    ("gemma4", "blk.0.inp_gate.weight"),
+    ("gemma4-31b", "blk.3.attn_k.weight"),
+    ("gemma4-moe", "blk.0.ffn_gate_inp.scale"),
+    ("gemma4-moe", "blk.3.post_ffw_norm_2.weight"),
     ("qwen35-mtp", "blk.4.nextn.eh_proj.weight"),
 ]
 
@@ -101,17 +115,32 @@ def check(nt, goldens, case, backend, extra):
             if hashlib.sha256(f.read()).hexdigest() != case["sha256"]:
                 return False, f"FAIL {name:18} the model has other bytes than llama.cpp had"
         whole, error = runs.logits()
-        if name.startswith(REFUSED):
-            ok = whole is None and ("is not supported" in error or "is missing" in error)
-            return ok, f"{'ok  ' if ok else 'FAIL'} {name:18} {error or 'is computed, but counted as refused'}"[:160]
+        if backend == "cuda" and name.startswith(ON_PROCESSORS):
+            ok = whole is None and "cuda has no kernels for" in error
+            return ok, f"{'ok  ' if ok else 'FAIL'} {name:18} {error or 'is computed'}"[:160]
         if whole is None:
             return False, f"FAIL {name:18} {error}"
+        if name.startswith(ON_PROCESSORS):
+            error = refused_on_gpu(nt, runs.model)
+            if error:
+                return False, f"FAIL {name:18} {error}"
         wrong = runs.placed(whole, *["1:1:" + str(runs.hparams()["n_layers"] - 2)] * (backend == "cuda"))
         if wrong:
             return False, f"FAIL {name:18} {wrong}"
         parts, error = runs.logits("--parts", ",".join(map(str, case["parts"])))
         if parts is None:
             return False, f"FAIL {name:18} in parts: {error}"
+        if len(golden["tokens"]) <= SEQUENCES_TOKENS_MAX:
+            beside, error = runs.logits("--parts", ",".join(map(str, case["parts"])), "--sequences", "3")
+            if beside is None or not np.array_equal(parts, beside):
+                return False, f"FAIL {name:18} as one of three sequences: {error or 'other bits than alone'}"
+        further = goldens.get(f"{name}.mtp") if backend == "cpu" else None
+        if further is not None:
+            rows, error = runs.logits("--mtp")
+            off = np.inf if rows is None else nmse(rows[golden["positions"]], further)
+            if not off < NMSE_MAX:
+                return False, f"FAIL {name:18} further tokens: {error or off}"
+            further = f"  further {off:.1e}"
         depth = runs.depth()
         checks = [check_quantised(runs, case, whole, parts, d)] if case["type"] == "F32" else []
         checks += [check_beside(runs, case, whole, d), check_both(runs, case, parts, d)] if backend == "cuda" else []
@@ -124,8 +153,20 @@ def check(nt, goldens, case, backend, extra):
     ok = exact < limit + peer and decoded < limit * (2 if backend == "cuda" else 1) + peer
     ok &= bool(np.isfinite(whole).all()) and all(fine for fine, _ in checks)
     shown = "".join(text for _, text in checks)
-    line = f"{name:18} prompt {exact:.1e}  generated {decoded:.1e}  limit {limit + peer:.0e}{shown}"
+    line = f"{name:18} prompt {exact:.1e}  generated {decoded:.1e}  limit {limit + peer:.0e}{further or ''}{shown}"
     return ok, f"{'ok  ' if ok else 'FAIL'} {line}"
+
+
+def refused_on_gpu(nt, model):
+    """What is wrong with a plan on a GPU that has no kernels for the model; nothing if it is refused, and processors take it."""
+    plan = [nt, "plan", model, "--machine", f"{HERE}/../../profiles/h100.toml"]
+    asked = subprocess.run([*plan, "--backend", "cuda"], capture_output=True, text=True)
+    if asked.returncode == 0 or "cuda has no kernels for" not in asked.stderr:
+        return f"is not refused on a GPU: {asked.stderr.strip()}"
+    auto = subprocess.run(plan, capture_output=True, text=True)
+    if auto.returncode != 0 or "computed on processors" not in auto.stdout + auto.stderr:
+        return f"is not left to processors: {auto.stderr.strip()}"
+    return ""
 
 
 def check_beside(runs, case, whole, d):

@@ -31,6 +31,8 @@ pub(super) struct Cache {
     /// The page of each [`PAGE`] positions.
     pub table: *const PageId,
     pub head_dim: usize,
+    /// Elements at the beginning of keys that are the values; 0 where these are of their own.
+    pub of_keys: usize,
 }
 
 // SAFETY: addresses only; see `Attend`.
@@ -147,6 +149,8 @@ pub(super) struct Attend<'a> {
     pub q: *const f32,
     pub out: *mut f32,
     pub n_heads: usize,
+    /// Query heads of the task, from the first on, which share a head of keys.
+    pub first_head: usize,
     pub group: usize,
     pub kv_head: usize,
     /// Tokens of the tile.
@@ -168,8 +172,17 @@ fn first_seen(mask: Mask, position: usize) -> usize {
     }
 }
 
-/// Floats of scratch that a task needs.
+/// Query heads of a task, of so many that share a head of keys: few where these are many, so that there is work for all
+/// threads.
+pub(super) fn heads_of_task(group: usize) -> usize {
+    /// Most of them.
+    const MAX: usize = 16;
+    group.clamp(1, MAX)
+}
+
+/// Floats of scratch that a task needs, where so many query heads share a head of keys.
 pub(super) fn scratch_len(head_dim: usize, group: usize) -> usize {
+    let group = heads_of_task(group);
     3 * BLOCK * head_dim + TILE * group * (head_dim + 2 + BLOCK)
 }
 
@@ -177,7 +190,7 @@ impl Attend<'_> {
     /// Query `i` of the tile: `[token][head of the group]`.
     #[inline(always)]
     fn query(&self, i: usize) -> &[f32] {
-        let (token, head) = (self.tokens.start + i / self.group, self.kv_head * self.group + i % self.group);
+        let (token, head) = (self.tokens.start + i / self.group, self.first_head + i % self.group);
         let hd = self.cache.head_dim;
         // SAFETY: queries of every token and head of the pass are there.
         unsafe { std::slice::from_raw_parts(self.q.add((token * self.n_heads + head) * hd), hd) }
@@ -216,18 +229,18 @@ fn scores_of<D: Dot, const N: usize>(q: [&[f32]; N], keys: &[f32], scale: f32) -
 
 /// Adds the values of some positions, each times its weight, to `acc`; an element is summed over the positions in order.
 #[inline(always)]
-fn mix<D: Dot>(weights: &[f32], values: &[f32], acc: &mut [f32]) {
-    let hd = acc.len();
+fn mix<D: Dot>(weights: &[f32], values: &[f32], hd: usize, acc: &mut [f32]) {
+    let len = acc.len();
     let mut at = 0;
-    while at + 64 <= hd {
+    while at + 64 <= len {
         part::<D, 64>(weights, values, hd, at, acc);
         at += 64;
     }
-    while at + 16 <= hd {
+    while at + 16 <= len {
         part::<D, 16>(weights, values, hd, at, acc);
         at += 16;
     }
-    for at in at..hd {
+    for at in at..len {
         part::<D, 1>(weights, values, hd, at, acc);
     }
 }
@@ -249,11 +262,12 @@ impl Body for Attend<'_> {
     #[inline(always)]
     fn run<D: Dot>(mut self) {
         let scratch = std::mem::take(&mut self.scratch);
-        let (hd, group) = (self.cache.head_dim, self.group);
+        let (hd, group, of_keys) = (self.cache.head_dim, self.group, self.cache.of_keys);
+        let vd = if of_keys > 0 { of_keys } else { hd };
         let n = self.tokens.len() * group;
         let (keys, rest) = scratch.split_at_mut(BLOCK * hd);
         let (values, rest) = rest.split_at_mut(BLOCK * hd);
-        let (acc, rest) = rest.split_at_mut(n * hd);
+        let (acc, rest) = rest.split_at_mut(n * vd);
         let (max, rest) = rest.split_at_mut(n);
         let (sum, rest) = rest.split_at_mut(n);
         let (turned, rest) = rest.split_at_mut(BLOCK * hd);
@@ -269,8 +283,11 @@ impl Body for Attend<'_> {
             // SAFETY: positions below `end` have been stored.
             unsafe {
                 self.cache.load(self.cache.k, self.kv_head, from, len, keys);
-                self.cache.load(self.cache.v, self.kv_head, from, len, values);
+                if of_keys == 0 {
+                    self.cache.load(self.cache.v, self.kv_head, from, len, values);
+                }
             }
+            let values = if of_keys > 0 { &*keys } else { &*values };
             if self.class == Class::Bulk {
                 D::turn(keys, hd, turned);
                 self.scores_of_all::<D>(turned, n, scale, scores);
@@ -295,7 +312,7 @@ impl Body for Attend<'_> {
                     }
                     block_max = block_max.max(*s);
                 }
-                let acc = &mut acc[i * hd..(i + 1) * hd];
+                let acc = &mut acc[i * vd..(i + 1) * vd];
                 if block_max > max[i] {
                     let shrink = exp::<D>(max[i] - block_max);
                     let shrink = if max[i] == f32::NEG_INFINITY { 0.0 } else { shrink };
@@ -307,23 +324,23 @@ impl Body for Attend<'_> {
                     *s = exp::<D>(*s - block_max);
                 }
                 sum[i] = scores[hidden..visible].iter().fold(sum[i], |sum, s| sum + s);
-                mix::<D>(&scores[hidden..visible], &values[hidden * hd..], acc);
+                mix::<D>(&scores[hidden..visible], &values[hidden * hd..], hd, acc);
             }
         }
         for i in 0..n {
-            let (token, head) = (self.tokens.start + i / group, self.kv_head * group + i % group);
+            let (token, head) = (self.tokens.start + i / group, self.first_head + i % group);
             // SAFETY: as for the queries; each output belongs to one task.
-            let out = unsafe { std::slice::from_raw_parts_mut(self.out.add((token * self.n_heads + head) * hd), hd) };
+            let out = unsafe { std::slice::from_raw_parts_mut(self.out.add((token * self.n_heads + head) * vd), vd) };
             if !self.sinks.is_null() {
                 // SAFETY: there is a sink for each query head, at any alignment.
                 let sink = unsafe { self.sinks.add(head).read_unaligned() };
                 let most = max[i].max(sink);
                 let shrink = (max[i] - most).exp();
-                acc[i * hd..(i + 1) * hd].iter_mut().for_each(|a| *a *= shrink);
+                acc[i * vd..(i + 1) * vd].iter_mut().for_each(|a| *a *= shrink);
                 sum[i] = sum[i] * shrink + (sink - most).exp();
             }
             let inverse = 1.0 / sum[i];
-            out.iter_mut().zip(&acc[i * hd..]).for_each(|(o, a)| *o = a * inverse);
+            out.iter_mut().zip(&acc[i * vd..]).for_each(|(o, a)| *o = a * inverse);
         }
     }
 }

@@ -7,7 +7,7 @@ use super::panel::Panel;
 #[cfg(target_arch = "x86_64")]
 use super::x86::amx;
 use super::{EXPERTS_AT_ONCE, attention, packets};
-use crate::backend::{Dims, EXACT_ROWS};
+use crate::backend::{Dims, EXACT_ROWS, KvShape};
 
 /// Elements of each buffer. Products that exceed the address space saturate: no such buffer can be had.
 #[derive(Clone, Copy, Debug)]
@@ -27,11 +27,13 @@ pub(super) struct Lens {
     pub mix: usize,
     pub gates: usize,
     pub heads: usize,
+    /// What each block is given beside X.
+    pub per_block: usize,
     /// Recurrent states, each twice.
     pub states: usize,
     pub logits: usize,
     /// Bytes of the keys of all layers, and of the values.
-    pub cache: usize,
+    pub cache: [usize; 2],
     pub rotary: usize,
     pub scratch_each: usize,
     pub scratch: usize,
@@ -59,10 +61,13 @@ impl Lens {
         let t = d.max_batch.max(1);
         let threads = threads.max(1);
         let exact = t.min(EXACT_ROWS);
-        let (q_dim, kv_dim) = (product(&[d.n_heads, d.head_dim]), product(&[d.n_kv_heads, d.head_dim]));
+        let shapes = || d.shapes.iter().copied().chain(d.shapes.is_empty().then(|| d.shape(0)));
+        let most = |of: &dyn Fn(KvShape) -> usize| shapes().map(of).max().unwrap_or(0);
+        let (q_dim, kv_dim) = (product(&[d.n_heads, d.head_dim]), most(&|s| product(&[s.heads, s.dim])));
         let widest = d.n_embd.max(q_dim).max(d.n_ff).max(d.n_attn);
-        let group = d.n_heads / d.n_kv_heads.max(1);
-        let scratch_each = attention::scratch_len(d.head_dim, group).max(widest).max(d.n_ff_expert);
+        let mixes = d.n_mix > 0;
+        let attending = most(&|s| attention::scratch_len(s.dim, d.n_heads / s.heads.max(1)));
+        let scratch_each = attending.max(widest).max(d.n_ff_expert);
         let mut panels_each = kernel::panel_scratch(widest.max(d.n_ff_expert));
         let mut quantised = product(&[t, packets(widest)]);
         let mut task_rows = 0;
@@ -85,12 +90,13 @@ impl Lens {
             up: if d.beyond.is_some() { product(&[t, d.n_ff]) } else { 0 },
             part: if d.beyond.is_some() { product(&[t, d.n_embd]) } else { 0 },
             mix: product(&[t, d.n_mix]),
-            gates: if d.n_mix > 0 { product(&[t, d.n_attn]) } else { 0 },
-            heads: if d.n_mix > 0 { product(&[t, d.recurrent.map_or(1, |r| 2 * r.n_values)]) } else { 0 },
+            gates: if mixes { product(&[t, d.n_attn]) } else { 0 },
+            per_block: product(&[t, d.n_per_block]),
+            heads: if mixes { product(&[t, d.recurrent.map_or(1, |r| 2 * r.n_values)]) } else { 0 },
             states: d.recurrent.map_or(0, |r| product(&[2, r.sequences, r.floats()])),
             expert_up: if d.beyond.is_some() { product(&[t, d.n_ff_expert]) } else { 0 },
             logits: product(&[d.max_outputs.max(1), d.n_vocab]),
-            cache: product(&[d.n_layers, d.n_kv_heads, d.places(), d.kv_bytes()]),
+            cache: d.kv_bytes_before(d.n_layers).map(|bytes| product(&[d.places(), bytes])),
             rotary: product(&[t, d.ropes.iter().map(|r| r.freqs.len()).sum()]),
             scratch_each,
             scratch: product(&[scratch_each, threads]),
@@ -130,6 +136,7 @@ impl Lens {
             l.gates,
             l.heads,
             l.heads,
+            l.per_block,
             l.states,
             l.logits,
             l.rotary,
@@ -150,7 +157,8 @@ impl Lens {
             of(l.expert_row, size_of::<Activation>() + size_of::<Paired>()),
             of(l.expert_quantised, size_of::<Activation>()),
             of(l.panels, size_of::<Panel>()),
-            of(l.cache, 2),
+            of(l.cache[0], 1),
+            of(l.cache[1], 1),
         ];
         floats.iter().map(|n| of(*n, size_of::<f32>())).chain(others).fold(0, u64::saturating_add)
     }
@@ -172,6 +180,9 @@ mod tests {
             n_heads: 6,
             n_kv_heads: 2,
             head_dim: 16,
+            shapes: Vec::new(),
+            n_per_block: 0,
+            value_of_latent: 0,
             n_ff: 200,
             n_experts,
             n_experts_used: n_experts.min(2),

@@ -8,6 +8,7 @@ mod attention;
 mod buf;
 mod isa;
 mod kernel;
+mod latent;
 mod lens;
 mod ops;
 mod panel;
@@ -27,12 +28,12 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{
-    Activation as HowActivated, Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, Linear, Norm, Op, RopeKind,
-    RouterParams, Run, Scores, Weight, reference,
+    Activation as HowActivated, Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, KvShape, Linear, Norm, Op,
+    RopeKind, RouterParams, Run, Scores, Weight, reference,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
-use attention::{Attend, Cache, TILE};
+use attention::{Attend, Cache, TILE, heads_of_task};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Paired, Quantise, Rows, Then, dispatch};
 use lens::Lens;
@@ -90,6 +91,11 @@ pub struct CpuBackend {
     gates: Buf<f32>,
     beta: Buf<f32>,
     alpha: Buf<f32>,
+    per_block: Buf<f32>,
+    /// A row of Mix whose parts change places.
+    mix_row: Vec<f32>,
+    /// Heads of the layer at hand.
+    shape: KvShape,
     /// Recurrent states: `[state][layer]`, the last inputs of convolutions and then the heads' matrices.
     states: Buf<f32>,
     /// Runs of the pass.
@@ -319,13 +325,16 @@ impl CpuBackend {
             gates: Buf::new(l.gates, "activations")?,
             beta: Buf::new(l.heads, "activations")?,
             alpha: Buf::new(l.heads, "activations")?,
+            per_block: Buf::new(l.per_block, "embeddings for each block")?,
+            shape: dims.shape(0),
+            mix_row: Vec::with_capacity(dims.n_mix),
             states: Buf::new(l.states, "recurrent states")?,
             runs: Vec::with_capacity(dims.max_batch),
             part: Buf::new(l.part, "activations")?,
             ready: None,
             logits: Buf::new(l.logits, "logits")?,
-            cache_k: Buf::new(l.cache, "KV cache")?,
-            cache_v: Buf::new(l.cache, "KV cache")?,
+            cache_k: Buf::new(l.cache[0], "KV cache")?,
+            cache_v: Buf::new(l.cache[1], "KV cache")?,
             cos: Buf::new(l.rotary, "rotary table")?,
             sin: Buf::new(l.rotary, "rotary table")?,
             scratch: Buf::new(l.scratch, "scratch")?,
@@ -569,20 +578,28 @@ impl CpuBackend {
 
     fn cache(&mut self, layer: usize) -> Cache {
         let d = &self.dims;
-        let at = layer * d.n_kv_heads * d.places() * d.kv_bytes();
+        let ([at_k, at_v], shape) = (d.kv_bytes_before(layer).map(|bytes| bytes * d.places()), d.shape(layer));
         // SAFETY: the buffers hold `n_layers` such parts.
-        let (k, v) = unsafe { (self.cache_k.ptr().add(at), self.cache_v.ptr().add(at)) };
-        let (ty, each) = (d.kv_type, d.kv_bytes());
-        Cache { k, v, ty, each, places: d.places(), table: self.tables.as_ptr(), head_dim: d.head_dim }
+        let (k, v) = unsafe { (self.cache_k.ptr().add(at_k), self.cache_v.ptr().add(at_v)) };
+        let (ty, each, head_dim) = (d.kv_type, d.kv_bytes(shape.dim), shape.dim);
+        Cache { k, v, ty, each, places: d.places(), table: self.tables.as_ptr(), head_dim, of_keys: shape.of_keys }
     }
 
-    /// Where the first position of a page lies in the cache, of each head of each layer.
-    fn page_rows(&self, page: PageId) -> impl Iterator<Item = usize> + use<> {
+    /// Where the first position of a page lies in the cache, and the bytes of each position, of each head of each layer's keys,
+    /// or of its values.
+    fn page_rows(&self, page: PageId, values: bool) -> Vec<(usize, usize)> {
         let d = &self.dims;
         assert!((page as usize) < d.pages(), "page {page} of {}", d.pages());
-        let each = d.kv_bytes();
-        let (first, pitch) = (page as usize * PAGE * each, d.places() * each);
-        (0..d.n_layers * d.n_kv_heads).map(move |row| row * pitch + first)
+        let mut rows = Vec::new();
+        let mut at = 0;
+        for shape in (0..d.n_layers).map(|layer| d.shape(layer)).filter(|s| !values || s.of_keys == 0) {
+            let each = d.kv_bytes(shape.dim);
+            for _ in 0..shape.heads {
+                rows.push((at + page as usize * PAGE * each, each));
+                at += d.places() * each;
+            }
+        }
+        rows
     }
 
     /// Attention of a layer; `sinks` are one score a query head.
@@ -591,21 +608,32 @@ impl CpuBackend {
         let (cache, scratch) = (self.cache(layer), self.scratch());
         let d = &self.dims;
         let (q, out) = (Shared(self.q.ptr()), Shared(self.attn.ptr()));
-        let (n_heads, n_kv, first) = (d.n_heads, d.n_kv_heads, self.first());
+        let (n_kv, dim) = (d.shape(layer).heads, d.shape(layer).value_dim());
+        let (n_heads, first) = (d.n_heads, self.first());
         let isa = self.isa;
         // Exact rows go on quantised, where heads of a group are whole groups of a scale.
-        let width = n_heads / n_kv * d.head_dim;
-        let cols = n_heads * d.head_dim;
-        let onward = if width.is_multiple_of(SUB) { self.onward(out, cols) } else { None };
-        let rotation = self.rotation.take();
+        let width = n_heads / n_kv * dim;
+        let cols = n_heads * dim;
+        let group = n_heads / n_kv;
+        let each = heads_of_task(group);
+        let parts = group.div_ceil(each);
+        let onward = if width.is_multiple_of(SUB) && parts == 1 { self.onward(out, cols) } else { None };
+        let mut rotation = self.rotation.take();
         assert!(rotation.is_none_or(|r| r.layer == layer), "attention of block {layer} behind the queries of another");
         let (overflow, places) = (&self.overflow, &self.places[first..]);
+        if let Some(r) = rotation.take_if(|_| parts > 1) {
+            // A head of keys is several tasks', and is to be stored before all of them.
+            let n_tokens = self.parts[self.class as usize];
+            self.pool.run(n_tokens * n_kv, &|_, task| r.run(isa, task / n_kv, task % n_kv, overflow));
+        }
         let exact = self.tiles.partition_point(|t| t.class == Class::Exact);
         let (exact, bulk) = self.tiles.split_at(exact);
         let class = self.class;
         let tiles = if self.class == Class::Exact { exact } else { bulk };
-        self.pool.run(tiles.len() * n_kv, &|thread, task| {
+        self.pool.run(tiles.len() * n_kv * parts, &|thread, task| {
+            let (task, part) = (task / parts, task % parts);
             let (tile, kv_head) = (&tiles[task / n_kv], task % n_kv);
+            let first_head = kv_head * group + part * each;
             // SAFETY: each thread has its own part of the scratch.
             let (scratch, _) = unsafe { scratch.of(thread) };
             let tokens = tile.rows.clone();
@@ -616,7 +644,6 @@ impl CpuBackend {
             let Place { position: first_pos, table } = places[tokens.start];
             // SAFETY: the table of the run begins there.
             let cache = unsafe { cache.of(table) };
-            let group = n_heads / n_kv;
             let sinks = sinks.get().cast_const();
             let tokens_ = tokens.clone();
             let attend = Attend {
@@ -625,7 +652,8 @@ impl CpuBackend {
                 q,
                 out,
                 n_heads,
-                group,
+                first_head,
+                group: each.min(group - part * each),
                 kv_head,
                 tokens: tokens_,
                 first_pos,
@@ -662,7 +690,7 @@ impl CpuBackend {
             sin: self.sin[first * pairs..].as_ptr(),
             pairs,
             kind: d.rope().kind,
-            heads: [d.n_heads, d.n_kv_heads],
+            heads: [d.n_heads, d.shape(layer).heads],
             places: self.places[first..].as_ptr(),
         }
     }
@@ -737,7 +765,8 @@ impl Body for Rotate<'_> {
                 rotate(x, of.kind, cos, sin);
             }
         }
-        for (from, to) in [(of.k, of.cache.k), (of.v, of.cache.v)] {
+        let stored = if of.cache.of_keys > 0 { 1 } else { 2 };
+        for (from, to) in [(of.k, of.cache.k), (of.v, of.cache.v)].into_iter().take(stored) {
             // SAFETY: the position of token t of the head belongs to this task and has a page (checked in `begin`).
             unsafe {
                 let place = *of.places.add(t);
@@ -832,6 +861,7 @@ impl Backend for CpuBackend {
         self.head_ready = [false; 2];
         self.attn_ready = false;
         self.rotation = None;
+        self.shape = self.dims.shape(0);
         self.places.clear();
         self.tiles.clear();
         self.tables.clear();
@@ -867,15 +897,11 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
-        let d = self.dims.n_embd;
-        let row_bytes = ty.row_bytes(d).unwrap_or(0);
-        for (row, x) in rows.chunks_exact(row_bytes).zip(self.x.chunks_exact_mut(d)) {
-            if !reference::dequantize(ty, row, x) {
-                let supported = kernel::TYPES.map(|t| t.name()).join(", ");
-                return Err(BackendError::UnsupportedType { ty, backend: "cpu", supported });
-            }
-        }
-        Ok(())
+        dequantize_rows(rows, ty, &mut self.x, self.dims.n_embd)
+    }
+
+    fn embed_per_block(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        dequantize_rows(rows, ty, &mut self.per_block, self.dims.n_per_block)
     }
 
     fn qkv(
@@ -917,13 +943,15 @@ impl Backend for CpuBackend {
     }
 
     fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {
-        let (d, q_dim, first) = (self.dims.n_embd, self.dims.n_heads * self.dims.head_dim, self.first());
+        let (d, q_dim, first) = (self.dims.n_embd, self.dims.n_heads * self.shape.value_dim(), self.first());
+        let given = self.dims.n_per_block;
         for (to, from) in rows.iter().enumerate() {
             self.x.copy_within((first + from) * d..(first + from + 1) * d, (first + to) * d);
             if self.dims.beyond.is_some() {
                 // A feed-forward part may read what attention has read.
                 self.input.copy_within((first + from) * d..(first + from + 1) * d, (first + to) * d);
             }
+            self.per_block.copy_within((first + from) * given..(first + from + 1) * given, (first + to) * given);
             self.attn.copy_within(from * q_dim..(from + 1) * q_dim, to * q_dim);
             if self.attn_ready {
                 let (each, row) = (packets(q_dim), &mut self.rows[self.row]);
@@ -1134,37 +1162,45 @@ impl Backend for CpuBackend {
                 return Ok(());
             }
         };
-        let bytes = positions.min(PAGE) * self.dims.kv_bytes();
-        for (from, to) in self.page_rows(from).zip(self.page_rows(to)) {
-            self.cache_k.copy_within(from..from + bytes, to);
-            self.cache_v.copy_within(from..from + bytes, to);
+        for values in [false, true] {
+            for ((from, each), (to, _)) in self.page_rows(from, values).into_iter().zip(self.page_rows(to, values)) {
+                let bytes = positions.min(PAGE) * each;
+                let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
+                cache.copy_within(from..from + bytes, to);
+            }
         }
         Ok(())
     }
 
     fn page_bytes(&self) -> usize {
         let d = &self.dims;
-        2 * d.n_layers * d.n_kv_heads * PAGE * d.kv_bytes()
+        PAGE * d.kv_bytes_before(d.n_layers).iter().sum::<usize>()
     }
 
     fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
         assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
-        let (keys, values) = to.split_at_mut(to.len() / 2);
-        let each = PAGE * self.dims.kv_bytes();
-        for ((at, k), v) in self.page_rows(page).zip(keys.chunks_exact_mut(each)).zip(values.chunks_exact_mut(each)) {
-            k.copy_from_slice(&self.cache_k[at..at + each]);
-            v.copy_from_slice(&self.cache_v[at..at + each]);
+        let mut first = 0;
+        for values in [false, true] {
+            let cache = if values { &self.cache_v } else { &self.cache_k };
+            for (at, each) in self.page_rows(page, values) {
+                let part = first..first + PAGE * each;
+                to[part.clone()].copy_from_slice(&cache[at..at + part.len()]);
+                first = part.end;
+            }
         }
         Ok(())
     }
 
     fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
         assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
-        let (keys, values) = from.split_at(from.len() / 2);
-        let each = PAGE * self.dims.kv_bytes();
-        for ((at, k), v) in self.page_rows(page).zip(keys.chunks_exact(each)).zip(values.chunks_exact(each)) {
-            self.cache_k[at..at + each].copy_from_slice(k);
-            self.cache_v[at..at + each].copy_from_slice(v);
+        let mut first = 0;
+        for values in [false, true] {
+            for (at, each) in self.page_rows(page, values) {
+                let part = first..first + PAGE * each;
+                let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
+                cache[at..at + part.len()].copy_from_slice(&from[part.clone()]);
+                first = part.end;
+            }
         }
         Ok(())
     }
@@ -1184,6 +1220,7 @@ impl Backend for CpuBackend {
             &self.gates,
             &self.beta,
             &self.alpha,
+            &self.per_block,
             &self.states,
             &self.part,
             &self.logits,
@@ -1202,6 +1239,18 @@ impl Backend for CpuBackend {
             + self.cache_k.bytes()
             + self.cache_v.bytes()
     }
+}
+
+/// Rows of `width` elements of `ty` as floats.
+fn dequantize_rows(rows: &[u8], ty: TensorType, out: &mut [f32], width: usize) -> Result<(), BackendError> {
+    let row_bytes = ty.row_bytes(width).unwrap_or(0);
+    for (row, x) in rows.chunks_exact(row_bytes).zip(out.chunks_exact_mut(width)) {
+        if !reference::dequantize(ty, row, x) {
+            let supported = kernel::TYPES.map(|t| t.name()).join(", ");
+            return Err(BackendError::UnsupportedType { ty, backend: "cpu", supported });
+        }
+    }
+    Ok(())
 }
 
 /// Softmax over all experts, then the largest ones; ties go to the lower id. Scores that are no numbers are never

@@ -14,15 +14,24 @@ impl CpuBackend {
         self.attn_ready &= to != Some(Act::Attn);
         match *op {
             Op::Norm { to, from, norm } => self.norm(to, from, norm),
+            Op::Shape(shape) => self.shape = shape,
             Op::HeadNorm { act, norm } => self.head_norm(act, norm),
+            Op::Copy { to, from } => self.copy(to, from),
+            Op::Latent(ref l) => self.latent(l),
+            Op::OfLatent { width, w } => self.of_latent(width, w),
+            Op::Join => self.join(),
+            Op::Multiply { act, by } => self.multiply(act, by),
+            Op::TakePart { part, width } => self.take_part(part, width),
             Op::Linear { to, from, w, add } => self.linear(to, from, &w, add),
             Op::Rope { act, rope } => self.rope(act, rope),
             Op::ScaleByPosition { act, by, every, offset } => self.scale_by_position(act, by, every, offset),
             Op::AddPosition { table } => self.add_position(table),
             Op::SplitHeads => self.split_heads(),
+            Op::SplitGroups => self.split_groups(),
             Op::GateAttn => self.gate_attn(),
             Op::GateOut => self.gate_out(),
-            Op::Conv { state, w } => self.conv(state, w),
+            Op::Conv { state, w, bias } => self.conv(state, w, bias),
+            Op::Scan(ref s) => self.scan(s),
             Op::ShortConv { state, w } => self.short_conv(state, w),
             Op::DeltaNet(ref net) => self.delta_net(net),
             Op::Store { layer } => self.store(layer),
@@ -36,6 +45,7 @@ impl CpuBackend {
             Op::Scale { act, by } => self.scale(act, by),
             Op::Activate { how, gated, width } => self.activate_hidden(how, gated, width),
             Op::Route { w, choose, how } => self.route_by(&w, choose, how),
+            Op::WeighExperts { by } => self.weigh_experts(by),
             Op::Combine { to, add } => self.combine(to, add),
             Op::Outputs => self.begin_outputs()?,
             Op::Head { w, first_row, scale, cap } => self.head_by(&w, first_row, scale, cap),
@@ -45,9 +55,11 @@ impl CpuBackend {
 
     /// Where the rows of the class at hand begin, and how wide they are. Hidden states are as wide as the operation says.
     fn rows_of(&mut self, act: Act) -> (Shared<f32>, usize) {
-        let d = &self.dims;
-        let (n_embd, q, kv, n_ff) = (d.n_embd, d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim, d.n_ff);
-        let first = self.first() * n_embd;
+        let (d, shape) = (&self.dims, self.shape);
+        let attn = d.n_heads * shape.value_dim();
+        let (n_embd, q, kv, n_ff) = (d.n_embd, d.n_heads * shape.dim, shape.heads * shape.dim, d.n_ff);
+        let given = d.n_per_block;
+        let (first, first_given) = (self.first() * n_embd, self.first() * given);
         match act {
             Act::X => (Shared(self.x[first..].as_mut_ptr()), n_embd),
             Act::H => (Shared(self.input[first..].as_mut_ptr()), n_embd),
@@ -55,18 +67,20 @@ impl CpuBackend {
             Act::Q => (Shared(self.q.ptr()), q),
             Act::K => (Shared(self.k.ptr()), kv),
             Act::V => (Shared(self.v.ptr()), kv),
-            Act::Attn => (Shared(self.attn.ptr()), q),
+            Act::Attn => (Shared(self.attn.ptr()), attn),
             Act::Hidden => (Shared(self.hidden.ptr()), n_ff),
             Act::Up => (Shared(self.up.ptr()), n_ff),
             Act::Mix => (Shared(self.mix.ptr()), self.dims.n_mix),
             Act::Gates => (Shared(self.gates.ptr()), self.dims.n_attn),
             Act::Beta => (Shared(self.beta.ptr()), 0),
             Act::Alpha => (Shared(self.alpha.ptr()), 0),
+            Act::PerBlock => (Shared(self.per_block[first_given..].as_mut_ptr()), given),
         }
     }
 
     fn norm(&mut self, to: Act, from: Act, norm: NormOf<Weight>) {
         let ((x, width), (out, _)) = (self.rows_of(from), self.rows_of(to));
+        let width = norm.weight.map_or(width, |w| w.cols());
         let isa = self.isa;
         self.pool.run(self.n_tokens(), &|_, t| {
             // SAFETY: task t reads and writes row t alone; both buffers have rows of this width.
@@ -76,7 +90,8 @@ impl CpuBackend {
     }
 
     fn head_norm(&mut self, act: Act, norm: NormOf<Weight>) {
-        let ((x, width), each) = (self.rows_of(act), self.dims.head_dim);
+        let (x, width) = self.rows_of(act);
+        let each = norm.weight.map_or(self.shape.dim, |w| w.cols());
         let isa = self.isa;
         self.pool.run(self.n_tokens(), &|_, t| {
             for head in (0..width).step_by(each) {
@@ -99,7 +114,7 @@ impl CpuBackend {
     }
 
     fn rope(&mut self, act: Act, rope: usize) {
-        let ((x, width), each) = (self.rows_of(act), self.dims.head_dim);
+        let ((x, width), each) = (self.rows_of(act), self.shape.dim);
         let before: usize = self.dims.ropes[..rope].iter().map(|r| r.freqs.len()).sum();
         let (kind, pairs) = (self.dims.ropes[rope].kind, self.dims.ropes[rope].freqs.len());
         let first = self.dims.max_batch.max(1) * before + self.first() * pairs;
@@ -165,6 +180,54 @@ impl CpuBackend {
             let from = unsafe { std::slice::from_raw_parts(from.get().add(t * width), width) };
             row.iter_mut().zip(from).for_each(|(x, y)| *x += y);
         });
+    }
+
+    fn copy(&mut self, to: Act, from: Act) {
+        let (from, width) = self.rows_of(from);
+        self.each_row(to, |t, row| {
+            // SAFETY: as in `add`.
+            row.copy_from_slice(unsafe { std::slice::from_raw_parts(from.get().add(t * width), width) });
+        });
+    }
+
+    fn join(&mut self) {
+        let d = self.dims.n_embd;
+        for (part, act) in [Act::H, Act::PerBlock].into_iter().enumerate() {
+            let (from, width) = self.rows_of(act);
+            assert_eq!(width, d, "rows that are joined");
+            for t in 0..self.n_tokens() {
+                // SAFETY: the row is there, in another buffer than Mix.
+                let from = unsafe { std::slice::from_raw_parts(from.get().add(t * d), d) };
+                self.mix[(2 * t + part) * d..(2 * t + part + 1) * d].copy_from_slice(from);
+            }
+        }
+    }
+
+    fn multiply(&mut self, act: Act, by: Weight) {
+        let at = by.addr as *const f32;
+        let last = by.cols() - 1;
+        self.each_row(act, |_, row| {
+            // One number stands for a vector of it.
+            row.iter_mut().enumerate().for_each(|(i, x)| *x *= bias_of(at, i.min(last)));
+        });
+    }
+
+    fn take_part(&mut self, part: usize, width: usize) {
+        let (from, all) = self.rows_of(Act::PerBlock);
+        assert!((part + 1) * width <= all, "part {part} of {all} elements");
+        for t in 0..self.n_tokens() {
+            // SAFETY: the row has the part, as asserted, and lies in another buffer.
+            let from = unsafe { std::slice::from_raw_parts(from.get().add(t * all + part * width), width) };
+            self.up[t * width..(t + 1) * width].copy_from_slice(from);
+        }
+    }
+
+    fn weigh_experts(&mut self, by: Weight) {
+        let choices = self.choices();
+        let e = &mut self.experts;
+        for (weight, id) in e.weights[choices.clone()].iter_mut().zip(&e.ids[choices]) {
+            *weight *= bias_of(by.addr as *const f32, *id as usize);
+        }
     }
 
     fn scale(&mut self, act: Act, by: f32) {
@@ -278,13 +341,19 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
         Op::HeadNorm { act, .. } | Op::Rope { act, .. } | Op::ScaleByPosition { act, .. } | Op::Scale { act, .. } => {
             Some(act)
         }
+        Op::Copy { to, .. } => Some(to),
+        Op::Join | Op::OfLatent { .. } => Some(Act::Mix),
+        Op::Latent(_) => Some(Act::Q),
+        Op::Multiply { act, .. } => Some(act),
+        Op::TakePart { .. } => Some(Act::Up),
         Op::AddPosition { .. } | Op::AddNormed { .. } => Some(Act::X),
-        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) | Op::ShortConv { .. } => Some(Act::Attn),
+        Op::Attend { .. } | Op::GateAttn | Op::DeltaNet(_) | Op::Scan(_) | Op::ShortConv { .. } => Some(Act::Attn),
         Op::SplitHeads => Some(Act::Q),
         Op::GateOut => Some(Act::Out),
-        Op::Conv { .. } => Some(Act::Mix),
+        Op::Conv { .. } | Op::SplitGroups => Some(Act::Mix),
         Op::Activate { .. } => Some(Act::Hidden),
-        Op::Store { .. } | Op::Keep | Op::Route { .. } | Op::Outputs | Op::Head { .. } => None,
+        Op::Shape(_) | Op::Store { .. } | Op::Keep | Op::Route { .. } | Op::WeighExperts { .. } | Op::Outputs => None,
+        Op::Head { .. } => None,
     }
 }
 
@@ -307,11 +376,11 @@ fn alone(how: Activation, x: f32) -> f32 {
 }
 
 /// A row of `width` floats normed to `out`, which may be the same.
-struct Normed {
-    x: *const f32,
-    out: *mut f32,
-    width: usize,
-    norm: NormOf<Weight>,
+pub(super) struct Normed {
+    pub x: *const f32,
+    pub out: *mut f32,
+    pub width: usize,
+    pub norm: NormOf<Weight>,
 }
 
 impl Body for Normed {

@@ -2,14 +2,19 @@
 //! how it is cut.
 
 use super::kernel::{Body, Dot, dispatch, dot_f32};
+use super::ops::Normed;
 use super::{CpuBackend, RunRows, Shared, norm_scale};
-use crate::backend::{DeltaNet, Weight};
+use crate::backend::{DeltaNet, NormOf, Scan, Weight};
 
 /// Channels of a task of a convolution.
 const CHANNELS: usize = 64;
 
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
+}
+
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
 fn silu(x: f32) -> f32 {
@@ -24,6 +29,32 @@ impl CpuBackend {
             let (from, to) = (2 * i * each, i * each);
             self.q[to..to + each].copy_from_slice(&self.mix[from..from + each]);
             self.gates[to..to + each].copy_from_slice(&self.mix[from + each..from + 2 * each]);
+        }
+    }
+
+    /// Of each row of Mix, the parts of each key head to where those of all heads lie, and to Gates.
+    pub(super) fn split_groups(&mut self) {
+        let Some(r) = self.dims.recurrent else { return };
+        let (keys, values) = (r.dim, r.n_values / r.n_keys * r.dim);
+        let group = 2 * (keys + values);
+        let (from, gates) = (r.n_keys * group, r.n_values * r.dim);
+        for t in 0..self.n_tokens() {
+            // Rows get narrower: those that follow are not overwritten.
+            self.mix_row.clear();
+            self.mix_row.extend_from_slice(&self.mix[t * from..(t + 1) * from]);
+            let to = &mut self.mix[t * r.channels..(t + 1) * r.channels];
+            let (queries, rest) = to.split_at_mut(r.n_keys * keys);
+            let (to_keys, to_values) = rest.split_at_mut(r.n_keys * keys);
+            let to_gates = &mut self.gates[t * gates..(t + 1) * gates];
+            for (i, group) in self.mix_row.chunks_exact(group).enumerate() {
+                let (q, rest) = group.split_at(keys);
+                let (k, rest) = rest.split_at(keys);
+                let (v, z) = rest.split_at(values);
+                queries[i * keys..(i + 1) * keys].copy_from_slice(q);
+                to_keys[i * keys..(i + 1) * keys].copy_from_slice(k);
+                to_values[i * values..(i + 1) * values].copy_from_slice(v);
+                to_gates[i * values..(i + 1) * values].copy_from_slice(z);
+            }
         }
     }
 
@@ -53,12 +84,18 @@ impl CpuBackend {
         (r.class == self.class).then_some((r, from, to))
     }
 
-    pub(super) fn conv(&mut self, layer: usize, w: Weight) {
+    pub(super) fn conv(&mut self, layer: usize, w: Weight, bias: Option<Weight>) {
         let width = self.dims.recurrent.map_or(0, |r| r.channels);
         let mix = Shared(self.mix.ptr());
         // SAFETY: Mix has these rows and channels; a channel is read and written by its task alone.
         let x = move |t: usize, c: usize| unsafe { &mut *mix.get().add(t * width + c) };
-        self.convolve(layer, w, &|t, c| *x(t, c), &|t, c, y| *x(t, c) = silu(y));
+        let bias = Shared(bias.map_or(std::ptr::null_mut(), |w| w.addr as *mut f32));
+        let bias = move |c: usize| match bias.get().is_null() {
+            true => 0.0,
+            // SAFETY: there is a bias for each channel, at any alignment, where there are any.
+            false => unsafe { bias.get().add(c).read_unaligned() },
+        };
+        self.convolve(layer, w, &|t, c| *x(t, c), &|t, c, y| *x(t, c) = silu(y + bias(c)));
     }
 
     pub(super) fn short_conv(&mut self, layer: usize, w: Weight) {
@@ -103,6 +140,61 @@ impl CpuBackend {
                 }
             });
         }
+    }
+
+    pub(super) fn scan(&mut self, s: &Scan<Weight>) {
+        let Some(sizes) = self.dims.recurrent else { return };
+        let (heads, dim, n, inputs) = (sizes.n_values, sizes.dim, sizes.state, sizes.inputs());
+        let (inner, width) = (heads * dim, sizes.channels);
+        let isa = self.isa;
+        let states = Shared(self.states.ptr());
+        let (mix, gates, out) = (Shared(self.mix.ptr()), Shared(self.gates.ptr()), Shared(self.attn.ptr()));
+        let rates = Shared(self.alpha.ptr());
+        let vectors = [s.decay, s.bias, s.skip].map(|w| Shared(w.addr as *mut f32));
+        let (groups, norm) = (s.groups, s.norm);
+        for i in 0..self.runs.len() {
+            let Some((run, from, to)) = self.run_here(i, s.state) else { continue };
+            let (rows, first) = (run.rows.clone(), run.first);
+            self.pool.run(heads, &|_, head| {
+                let group = head * groups / heads;
+                let at = inputs + head * dim * n;
+                // SAFETY: this task alone has the head in the state that is written and in Attn; all else is read. Vectors have
+                // an element for each head, at any alignment.
+                unsafe {
+                    let [decay, bias, skip] = vectors.map(|v| v.get().add(head).read_unaligned());
+                    let step = Space {
+                        dim,
+                        n,
+                        width,
+                        x: head * dim,
+                        b: inner + group * n,
+                        c: inner + (groups + group) * n,
+                        mix: mix.get(),
+                        rows: rows.clone(),
+                        old: if first { std::ptr::null() } else { states.get().add(from + at) },
+                        state: states.get().add(to + at),
+                        rates: rates.get().add(head),
+                        heads,
+                        decay,
+                        bias,
+                        skip,
+                        gates: gates.get().add(head * dim),
+                        out: out.get().add(head * dim),
+                    };
+                    dispatch(isa, step);
+                }
+            });
+        }
+        let each = inner / groups;
+        let weights = norm.weight.map(|w| w.addr);
+        let like = s.decay;
+        self.pool.run(self.n_tokens() * groups, &|_, task| {
+            let group = task % groups;
+            let weight = weights.map(|addr| Weight { addr: addr + (4 * group * each) as u64, cols: each, ..like });
+            // SAFETY: the groups of a row lie one behind the other, and their weights too; each is its task's alone.
+            let x = unsafe { out.get().add(task / groups * inner + group * each) };
+            dispatch(isa, Normed { x, out: x, width: each, norm: NormOf { weight, ..norm } });
+        });
     }
 
     pub(super) fn delta_net(&mut self, net: &DeltaNet<Weight>) {
@@ -201,6 +293,68 @@ impl Convolution {
     }
 }
 
+/// One head of a state space over the rows of a run.
+struct Space {
+    /// Elements of the head, and numbers of the state for each.
+    dim: usize,
+    n: usize,
+    /// Columns of Mix, and where the head's parts begin in a row.
+    width: usize,
+    x: usize,
+    b: usize,
+    c: usize,
+    mix: *const f32,
+    rows: std::ops::Range<usize>,
+    /// The state before, `[element][number]`; null for zeros.
+    old: *const f32,
+    state: *mut f32,
+    rates: *const f32,
+    /// From one row of rates to the next; of Gates and Attn, times the elements.
+    heads: usize,
+    decay: f32,
+    bias: f32,
+    skip: f32,
+    gates: *const f32,
+    out: *mut f32,
+}
+
+impl Body for Space {
+    #[inline(always)]
+    fn run<D: Dot>(self) {
+        let (dim, n) = (self.dim, self.n);
+        // SAFETY: the caller gives addresses of rows and of a state that this task alone writes.
+        let state = unsafe { std::slice::from_raw_parts_mut(self.state, dim * n) };
+        if self.old.is_null() {
+            state.fill(0.0);
+        } else {
+            // SAFETY: the other copy of the state is as long, and is not this one.
+            state.copy_from_slice(unsafe { std::slice::from_raw_parts(self.old, dim * n) });
+        }
+        for t in self.rows.clone() {
+            // SAFETY: Mix, Gates and Attn have these rows, Alpha an entry for each.
+            let (x, b, c, gates, out, rate) = unsafe {
+                let row = self.mix.add(t * self.width);
+                let at = t * self.heads * dim;
+                (
+                    std::slice::from_raw_parts(row.add(self.x), dim),
+                    std::slice::from_raw_parts(row.add(self.b), n),
+                    std::slice::from_raw_parts(row.add(self.c), n),
+                    std::slice::from_raw_parts(self.gates.add(at), dim),
+                    std::slice::from_raw_parts_mut(self.out.add(at), dim),
+                    *self.rates.add(t * self.heads),
+                )
+            };
+            let rate = softplus(rate + self.bias);
+            let keep = (rate * self.decay).exp();
+            for (((s, x), gate), out) in state.chunks_exact_mut(n).zip(x).zip(gates).zip(out) {
+                let new = rate * x;
+                s.iter_mut().zip(b).for_each(|(s, b)| *s = D::fma(new, *b, *s * keep));
+                *out = (dot_f32::<D>(s, c) + self.skip * x) * silu(*gate);
+            }
+        }
+    }
+}
+
 /// One value head of a delta net over the rows of a run.
 struct Head {
     dim: usize,
@@ -260,9 +414,7 @@ impl Body for Head {
                 )
             };
             let (q_unit, k_unit) = (unit(q), unit(k));
-            let x = alpha + self.bias;
-            // softplus
-            let rate = if x > 20.0 { x } else { x.exp().ln_1p() };
+            let rate = softplus(alpha + self.bias);
             let keep = (self.decay * rate).exp();
             delta.fill(0.0);
             for (row, k) in state.chunks_exact_mut(dim).zip(k) {

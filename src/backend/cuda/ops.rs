@@ -134,7 +134,10 @@ impl CudaBackend {
     pub fn can<W>(op: &Op<W>) -> bool {
         match op {
             Op::HeadNorm { act: Act::Q | Act::K, norm } => norm.kind == NormKind::Rms && norm.bias.is_none(),
-            Op::HeadNorm { .. } => false,
+            Op::HeadNorm { .. } | Op::Shape(_) | Op::Copy { .. } | Op::Multiply { .. } => false,
+            Op::TakePart { .. } | Op::WeighExperts { .. } | Op::SplitGroups | Op::Join => false,
+            Op::Latent(_) | Op::OfLatent { .. } | Op::Scan(_) | Op::Conv { bias: Some(_), .. } => false,
+            Op::Combine { to, .. } => matches!(to, Act::X | Act::Out),
             Op::Rope { act, .. } => matches!(act, Act::Q | Act::K),
             Op::ScaleByPosition { act, .. } => *act == Act::Q,
             _ => true,
@@ -213,9 +216,21 @@ impl CudaBackend {
                 self.wait_for_choices()?;
             }
             Op::Combine { to, add } => self.sum_experts(to, add)?,
+            Op::Shape(_)
+            | Op::Copy { .. }
+            | Op::Multiply { .. }
+            | Op::TakePart { .. }
+            | Op::SplitGroups
+            | Op::Latent(_)
+            | Op::Scan(_)
+            | Op::OfLatent { .. }
+            | Op::Join
+            | Op::WeighExperts { .. } => {
+                return Err(BackendError::Beyond { backend: "cuda", what: op.what() });
+            }
             Op::Outputs => self.check_outputs()?,
             Op::Head { ref w, first_row, scale, cap } => self.head_by(w, first_row, scale, cap)?,
-            Op::Conv { state, w } => self.convolve(state, w, false)?,
+            Op::Conv { state, w, .. } => self.convolve(state, w, false)?,
             Op::ShortConv { state, w } => self.convolve(state, w, true)?,
             Op::DeltaNet(ref net) => self.delta_net(net)?,
             // Above.
@@ -246,6 +261,8 @@ impl CudaBackend {
             Act::Gates => (ws.acts.gates.addr(), d.n_attn),
             Act::Beta => (ws.acts.beta.addr(), 0),
             Act::Alpha => (ws.acts.alpha.addr(), 0),
+            // Whatever has such is refused ([`CudaBackend::can`]).
+            Act::PerBlock => (0, 0),
         }
     }
 
@@ -666,6 +683,7 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
 mod tests {
     use super::super::product::activation;
     use super::*;
+    use crate::backend::KvShape;
 
     /// Guards against a router or an activation that the two sides number differently.
     #[test]
@@ -693,7 +711,11 @@ mod tests {
         let layer = NormOf { kind: NormKind::Layer, ..plain };
         assert!(!CudaBackend::can(&Op::HeadNorm { act: Act::Q, norm: layer }));
         assert!(!CudaBackend::can(&Op::<usize>::ScaleByPosition { act: Act::K, by: 1.0, every: 1.0, offset: 0.0 }));
-        let sizes = Recurrent { layers: 1, sequences: 1, taps: 4, channels: 512, n_keys: 1, n_values: 2, dim: 128 };
+        let shape = KvShape::new(1, 32);
+        assert!(!CudaBackend::can(&Op::<usize>::Shape(shape)) && !CudaBackend::can(&Op::WeighExperts { by: 0 }));
+        assert!(!CudaBackend::can(&Op::<usize>::Combine { to: Act::H, add: false }));
+        let sizes =
+            Recurrent { layers: 1, sequences: 1, taps: 4, channels: 512, n_keys: 1, n_values: 2, dim: 128, state: 128 };
         assert_eq!(refuses(&sizes), None);
         assert!(refuses(&Recurrent { dim: 48, ..sizes }).is_some_and(|what| what.contains("delta nets")));
         assert!(refuses(&Recurrent { taps: 9, ..sizes }).is_some_and(|what| what.contains("convolutions")));

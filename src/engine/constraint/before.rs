@@ -14,7 +14,7 @@ pub struct Marks {
 
 impl Marks {
     /// Those that are known.
-    pub const ALL: [Marks; 4] = [
+    pub const ALL: [Marks; 5] = [
         Marks { open: "<think>", close: "</think>" },
         // Mistral.
         Marks { open: "[THINK]", close: "[/THINK]" },
@@ -22,6 +22,8 @@ impl Marks {
         Marks { open: "<seed:think>", close: "</seed:think>" },
         // Command R7B.
         Marks { open: "<|START_THINKING|>", close: "<|END_THINKING|>" },
+        // Gemma 4.
+        Marks { open: "<|channel>thought", close: "<channel|>" },
     ];
 
     /// Those that a chat template knows.

@@ -49,7 +49,8 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
         return Err(keys.error(HEADS, what));
     }
     let taps = keys.required(TAPS, 64)?;
-    h.recurrent = Some(Recurrent { layers: 0, sequences: 0, taps, channels: h.n_embd, n_keys: 0, n_values: 0, dim: 0 });
+    let channels = h.n_embd;
+    h.recurrent = Some(Recurrent { layers: 0, sequences: 0, taps, channels, n_keys: 0, n_values: 0, dim: 0, state: 0 });
     Ok(())
 }
 

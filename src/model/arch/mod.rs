@@ -3,14 +3,17 @@
 //! Sources: the forward passes of llama.cpp (`src/models`), with whose logits each is compared.
 
 mod cohere;
+mod deepseek2;
 mod exaone;
 mod gemma;
+mod gemma4;
 mod glm;
 mod gpt;
 mod gpt_oss;
 mod granite;
 mod lfm2;
 mod llama;
+mod mamba;
 mod mistral;
 mod mixtures;
 mod olmo;
@@ -50,8 +53,10 @@ pub(super) static ALL: &[&Architecture] = &[
     &gpt_oss::GPT_OSS,
     &gemma::GEMMA2,
     &gemma::GEMMA3,
+    &gemma4::GEMMA4,
     &glm::GLM4,
     &glm::GLM4MOE,
+    &deepseek2::DEEPSEEK2,
     &mistral::MISTRAL3,
     &mixtures::MINIMAX_M2,
     &mixtures::ERNIE,
@@ -76,6 +81,8 @@ pub(super) static ALL: &[&Architecture] = &[
     &qwen35::QWEN3NEXT,
     &lfm2::LFM2,
     &lfm2::LFM2MOE,
+    &mamba::MAMBA2,
+    &mamba::NEMOTRON_H,
 ];
 
 /// The rotary embedding that the metadata describe, with the divisors of `rope_freqs.weight` if there are any; and that

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value as Json};
 
 use super::family::{ARG_KEY, Tags};
-use super::{Call, Family, Tool, python};
+use super::{Call, Family, Tool, gemma, python};
 
 const ARGS: &str = "[ARGS]";
 const CALL_ID: &str = "[CALL_ID]";
@@ -22,6 +22,7 @@ pub fn read(family: Family, text: &str, tools: &[Tool]) -> Option<Vec<Call>> {
         Family::Glm => keys(text, tools).map(|call| vec![call]),
         Family::Tagged(tags) => tagged(text, tags, tools),
         Family::Python | Family::PythonLines => python(text, tools),
+        Family::Gemma => gemma::call(text, tools).map(|call| vec![call]),
         // Its channels say what a call is.
         Family::Harmony => None,
     }
@@ -49,7 +50,7 @@ pub fn written(family: Family, calls: &[Json]) -> Option<String> {
     Some(format!("{open}[{}]{}", calls.iter().map(one).collect::<Vec<_>>().join(", "), close.unwrap_or("")))
 }
 
-fn known<'t>(name: &str, tools: &'t [Tool]) -> Option<&'t Tool> {
+pub(super) fn known<'t>(name: &str, tools: &'t [Tool]) -> Option<&'t Tool> {
     tools.iter().find(|t| t.name == name)
 }
 
@@ -123,7 +124,7 @@ fn keys(text: &str, tools: &[Tool]) -> Option<Call> {
     }
 }
 
-fn call(tool: &Tool, arguments: Map<String, Json>) -> Call {
+pub(super) fn call(tool: &Tool, arguments: Map<String, Json>) -> Call {
     Call { name: tool.name.clone(), arguments: Json::Object(arguments).to_string() }
 }
 

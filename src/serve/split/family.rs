@@ -29,6 +29,8 @@ pub enum Family {
     Hunyuan,
     /// `<|START_ACTION|>[{"tool_call_id": …, "tool_name": …, "parameters": {…}}, …]<|END_ACTION|>`: Command R7B.
     Cohere,
+    /// `<|tool_call>call:NAME{key:<|"|>value<|"|>, …}<tool_call|>`, once or more often: Gemma 4.
+    Gemma,
 }
 
 /// The tags of a family that writes calls as functions with parameters.
@@ -75,9 +77,12 @@ const LINES: (&str, &str) = ("<function_calls>", "</function_calls>");
 const GRANITE: &str = "<|tool_call|>";
 const HUNYUAN: (&str, &str) = ("<tool_calls>", "</tool_calls>");
 const COHERE: (&str, &str) = ("<|START_ACTION|>", "<|END_ACTION|>");
+const GEMMA: (&str, &str) = ("<|tool_call>", "<tool_call|>");
+/// What Gemma 4 writes for a quote.
+pub const GEMMA_QUOTE: &str = "<|\"|>";
 
 /// Marks of calls that may be control tokens, which show nothing.
-pub const MARKS: [&str; 19] = [
+pub const MARKS: [&str; 22] = [
     CALL,
     CALL_END,
     PYTHON_TAG,
@@ -97,6 +102,9 @@ pub const MARKS: [&str; 19] = [
     HUNYUAN.1,
     COHERE.0,
     COHERE.1,
+    GEMMA.0,
+    GEMMA.1,
+    GEMMA_QUOTE,
 ];
 
 impl Family {
@@ -119,6 +127,8 @@ impl Family {
             (has(CALL) && has(QWEN.parameter.0)).then_some(Family::Tagged(&QWEN))
         } else if has(COHERE.0) {
             Some(Family::Cohere)
+        } else if has(GEMMA.0) && has(GEMMA_QUOTE) {
+            Some(Family::Gemma)
         } else if has(PYTHON.0) || has("<|tool_list_start|>") || has("List of tools: [") {
             Some(Family::Python)
         } else if has(LINES.0) {
@@ -147,13 +157,14 @@ impl Family {
             Family::Granite => Some((GRANITE, None)),
             Family::Hunyuan => Some((HUNYUAN.0, Some(HUNYUAN.1))),
             Family::Cohere => Some((COHERE.0, Some(COHERE.1))),
+            Family::Gemma => Some((GEMMA.0, Some(GEMMA.1))),
             Family::Llama3 | Family::Harmony => None,
         }
     }
 
     /// Whether texts of arguments are written as they are, without quotes.
     pub fn writes_texts_bare(self) -> bool {
-        matches!(self, Family::Glm | Family::Tagged(_))
+        matches!(self, Family::Glm | Family::Tagged(_) | Family::Gemma)
     }
 }
 
@@ -179,6 +190,7 @@ mod tests {
             ("<|tool_call|>", Some(Family::Granite)),
             ("<tool_calls>", Some(Family::Hunyuan)),
             ("<|START_ACTION|>", Some(Family::Cohere)),
+            ("<|tool_call>call:f{x:<|\"|>", Some(Family::Gemma)),
             ("", None),
         ] {
             assert_eq!(Family::of(&format!("{{% if tools %}}{template}{{% endif %}}")), family, "{template}");

@@ -252,6 +252,7 @@ fn calls_of_lfm_granite_and_command_are_found() {
         (Family::Granite, "<|tool_call|>[{\"name\": \"h\"}]"),
         (Family::Granite, "<|tool_call|>[]"),
         (Family::Cohere, "<|START_ACTION|>[{\"name\": \"f\"}]<|END_ACTION|>"),
+        (Family::Gemma, "<|tool_call>call:f{x:a}<tool_call|>"),
     ] {
         assert_eq!(parts(&tools(family), none), [words(none)]);
     }
@@ -314,6 +315,7 @@ fn damaged_answers_are_read_too() {
         Family::Granite,
         Family::Hunyuan,
         Family::Cohere,
+        Family::Gemma,
     ];
     let marks = family::MARKS.iter().chain(&channels::MARKS).copied();
     let marks = marks.chain(Marks::ALL.iter().flat_map(|m| [m.open, m.close]));

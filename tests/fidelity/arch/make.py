@@ -2,7 +2,8 @@
 """Makes goldens.npz of files that hold llama.cpp's logits of the models of synth_arch.py.
 
     make.py FOLDER      # has cases.txt (NAME PRESET TYPE SEED N_TOKENS [SHAPE]) and for each case NAME.npz with tokens,
-                        # positions, exact and in_parts [positions, vocabulary], parts, peer_nmse, sha256 of the model
+                        # positions, exact and in_parts [positions, vocabulary], parts, peer_nmse, sha256 of the model;
+                        # and mtp [positions, vocabulary], where a block predicts further tokens
 
 Three positions of each case are kept, the last among them.
 """
@@ -30,5 +31,7 @@ for line in open(f"{folder}/cases.txt"):
     kept[f"{name}.tokens"] = golden["tokens"].astype(np.uint16)
     kept[f"{name}.positions"] = golden["positions"][at]
     kept[f"{name}.exact"] = golden["exact"][at]
+    if "mtp" in golden:
+        kept[f"{name}.mtp"] = golden["mtp"][at]
     kept[f"{name}.in_parts"] = golden["in_parts"][-1:]
 np.savez_compressed(os.path.join(os.path.dirname(__file__), "goldens.npz"), cases=json.dumps(cases), **kept)

@@ -118,6 +118,9 @@ fn dims() -> Dims {
         n_heads: HEADS,
         n_kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
+        shapes: Vec::new(),
+        n_per_block: 0,
+        value_of_latent: 0,
         n_ff: N_FF,
         n_experts: EXPERTS,
         n_experts_used: USED,
@@ -255,7 +258,8 @@ fn delta_net(ty: TensorType, dim: usize, tiled: bool) -> Program {
     let mut p = Program::new(&format!("delta net of {dim}, tiled {tiled}"), ty);
     let (n_keys, n_values) = (2, 4);
     let channels = (2 * n_keys + n_values) * dim;
-    p.dims.recurrent = Some(Recurrent { layers: 2, sequences: 1, taps: 4, channels, n_keys, n_values, dim });
+    p.dims.recurrent =
+        Some(Recurrent { layers: 2, sequences: 1, taps: 4, channels, n_keys, n_values, dim, state: dim });
     (p.dims.n_mix, p.dims.n_attn) = (channels, n_values * dim);
     p.normed(NormKind::Rms);
     let of_heads = if tiled { n_values } else { 2 * n_values };
@@ -268,7 +272,7 @@ fn delta_net(ty: TensorType, dim: usize, tiled: bool) -> Program {
         }
     }
     let w = p.weight(F32, channels, 4, 0.8);
-    p.op(Op::Conv { state: 1, w });
+    p.op(Op::Conv { state: 1, w, bias: None });
     let (decay, bias) = (p.below_zero(n_values, -1.5), p.vector(n_values));
     let norm = p.norm(NormKind::Rms, dim, false);
     p.op(Op::DeltaNet(DeltaNet { state: 1, decay, bias, norm, tiled }));
@@ -279,7 +283,8 @@ fn delta_net(ty: TensorType, dim: usize, tiled: bool) -> Program {
 
 fn short_conv(ty: TensorType) -> Program {
     let mut p = Program::new("short convolution", ty);
-    let sizes = Recurrent { layers: 2, sequences: 1, taps: 3, channels: N_EMBD, n_keys: 0, n_values: 0, dim: 0 };
+    let sizes =
+        Recurrent { layers: 2, sequences: 1, taps: 3, channels: N_EMBD, n_keys: 0, n_values: 0, dim: 0, state: 0 };
     p.dims.recurrent = Some(sizes);
     p.normed(NormKind::Rms);
     let w = p.linear(3 * N_EMBD, N_EMBD);
