@@ -34,22 +34,21 @@ sanitize() {
   echo "@@ code $code" >> "$log"
 }
 
-# passes TOOL DIR: passes over many, few and one token, of a dense model and one of experts, in every kind of placement.
+# passes TOOL DIR NAME: passes over many, few and one token of a model, in every kind of placement.
 passes() {
-  local tool=$1 dir=$2 until=$((SECONDS + ${PASSES_MAX_S:-150})) name tiers tokens
-  for name in dense experts; do
-    for tiers in 3:0:0 0:3:0 0:0:3 1:1:1; do
-      for tokens in 40 5 1; do
-        [ $SECONDS -lt $until ] || { echo "@@ cut" >> "$dir/$tool.passes"; return; }
-        sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q logits "$work/$name.gguf" --tokens "$(seq -s, 1 7 $((7 * tokens)))" \
-          -o "$work/$tool.npy" --backend cuda --tiers "$tiers"
-      done
-      # Tools that let a launch return when its kernel has run would wait for an answer that comes after it.
-      CUDA_LAUNCH_BLOCKING=1 sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q run "$work/$name.gguf" -p "one two" -n 3 --temp 0 \
-        --site both --tiers "$tiers"
-      # Some passes of one token after each other: recorded, and repeated from the recording.
-      sanitize 60 "$tool" "$dir/$tool.passes" "$nt" -q run "$work/$name.gguf" -p "one two" -n 4 --temp 0 --backend cuda --exact --tiers "$tiers"
+  local tool=$1 dir=$2 name=$3 until=$((SECONDS + ${PASSES_MAX_S:-150})) tiers tokens log
+  log=$dir/$tool.passes-$name
+  for tiers in 3:0:0 0:3:0 0:0:3 1:1:1; do
+    for tokens in 40 5 1; do
+      [ $SECONDS -lt $until ] || { echo "@@ cut" >> "$log"; return; }
+      sanitize 60 "$tool" "$log" "$nt" -q logits "$work/$name.gguf" --tokens "$(seq -s, 1 7 $((7 * tokens)))" \
+        -o "$work/$tool-$name.npy" --backend cuda --tiers "$tiers"
     done
+    # Tools that let a launch return when its kernel has run would wait for an answer that comes after it.
+    CUDA_LAUNCH_BLOCKING=1 sanitize 60 "$tool" "$log" "$nt" -q run "$work/$name.gguf" -p "one two" -n 3 --temp 0 \
+      --site both --tiers "$tiers"
+    # Some passes of one token after each other: recorded, and repeated from the recording.
+    sanitize 60 "$tool" "$log" "$nt" -q run "$work/$name.gguf" -p "one two" -n 4 --temp 0 --backend cuda --exact --tiers "$tiers"
   done
 }
 
@@ -87,7 +86,7 @@ for log in sorted(pathlib.Path(sys.argv[1]).glob("*.*")):
     more = "".join(f", {n} in {k}" for k, n in hazards.items())
     more += "".join(f", {n} in {k} ordered by mbarriers" for k, n in known.items())
     more += f", {failed} runs failed" * (failed > 0) + ", cut off by its time" * (cut > 0)
-    print(f"{'ok   ' if ok else 'FAIL '} {tool:<10} {part:<9} {runs:>3} runs, {errors} errors{more}")
+    print(f"{'ok   ' if ok else 'FAIL '} {tool:<10} {part:<14} {runs:>3} runs, {errors} errors{more}")
 sys.exit(bad > 0)
 PY
 }
@@ -99,17 +98,21 @@ sanitizers() {
     [ -z "$only" ] || failed=1
     return
   fi
-  local dir=${OUT:-$work}/sanitizers tool
+  local dir=${OUT:-$work}/sanitizers tool part name parts=4
   rm -rf "$dir"
   mkdir -p "$dir"
   "$sanitizer" --version | tail -1
   python3 tests/fidelity/synth_gguf.py qwen2-tiny Q4_K_M "$work/dense.gguf" --seed 5 > /dev/null
   python3 tests/fidelity/synth_gguf.py qwen3moe-tiny Q8_0 "$work/experts.gguf" --seed 5 > /dev/null
   for tool in memcheck racecheck initcheck synccheck; do
-    sanitize "${SELFTEST_MAX_S:-300}" "$tool" "$dir/$tool.selftest" "$nt" selftest --backend cuda &
+    for part in $(seq "$parts"); do
+      sanitize "${SELFTEST_MAX_S:-300}" "$tool" "$dir/$tool.selftest-$part" "$nt" selftest --backend cuda --part "$part/$parts" &
+    done
   done
   wait
-  for tool in memcheck racecheck initcheck synccheck; do passes "$tool" "$dir" & done
+  for tool in memcheck racecheck initcheck synccheck; do
+    for name in dense experts; do passes "$tool" "$dir" "$name" & done
+  done
   wait
   count_findings "$dir" || failed=1
 }
@@ -183,6 +186,24 @@ sys.exit(not ok)
 PY
   done
 done
+
+echo "== experts in slots: the same bits cold and warm, read from RAM by kernels, and as the GPU's where it computes all"
+python3 tests/fidelity/synth_gguf.py qwen3-30b-a3b Q4_K_M "$work/m.gguf" --layers 8 > /dev/null
+tokens=$(seq 1 80 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7919 % 150000 }')
+parts=20$(printf ',1%.0s' $(seq 30))$(printf ',3%.0s' $(seq 5))$(printf ',1%.0s' $(seq 15))
+for vram in 3000MB 3940MB; do
+  logits() { "$nt" -q logits "$work/m.gguf" --tokens "$tokens" --parts "$parts" --backend cuda --vram $vram "$@"; }
+  logits --site gpu -o "$work/want.npy"
+  logits --expert-cache on -o "$work/first.npy"
+  logits --expert-cache on -o "$work/again.npy"
+  CUDA_LAUNCH_BLOCKING=1 logits --expert-cache on -o "$work/in-ram.npy"
+  told=$("$nt" run "$work/m.gguf" -p "one two" -n 40 --temp 0 --backend cuda --vram $vram --expert-cache on 2>&1 | grep -E '^(sites|slots)' || true)
+  check grep -q '^slots' <<< "$told"
+  check cmp "$work/first.npy" "$work/again.npy"
+  check cmp "$work/first.npy" "$work/in-ram.npy"
+  if grep -q 'compute 0 %' <<< "$told"; then check cmp "$work/first.npy" "$work/want.npy"; fi
+done
+rm "$work/m.gguf"
 
 if [ -n "$model" ]; then
   echo "== a real model"

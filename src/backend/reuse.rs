@@ -8,6 +8,7 @@ pub struct Reuse {
     lists: Vec<Vec<u16>>,
     /// By how many others were used since, choices of experts.
     counts: Vec<u64>,
+    /// Choices of experts that were chosen before: the first one of each says nothing of slots that are warm.
     uses: u64,
     rows: u64,
 }
@@ -24,12 +25,12 @@ impl Reuse {
     pub fn chosen(&mut self, layer: usize, ids: &[u32]) {
         let Some(list) = self.lists.get_mut(layer) else { return };
         self.rows += 1;
-        self.uses += ids.len() as u64;
         for &id in ids {
             if let Some(at) = list.iter().position(|held| u32::from(*held) == id)
                 && let Some(count) = self.counts.get_mut(at)
             {
                 *count += 1;
+                self.uses += 1;
             }
         }
         for &id in ids {
@@ -45,7 +46,7 @@ impl Reuse {
         self.rows
     }
 
-    /// The share of the choices that were among the `slots` experts of their layer that were chosen last; 0 before any.
+    /// The share of the choices, but the first of each expert, that were among the `slots` experts of their layer that were chosen last; 0 before any.
     pub fn hits(&self, slots: usize) -> f64 {
         let hits: u64 = self.counts.iter().take(slots).sum();
         if self.uses == 0 { 0.0 } else { hits as f64 / self.uses as f64 }
@@ -66,7 +67,7 @@ mod tests {
         let mut all: Vec<(Slots, u64)> = (used..experts).map(|n| (Slots::new(n, experts), 0)).collect();
         let mut x = 7u64;
         let mut uses = 0;
-        for row in 0..500u64 {
+        for row in 0..3000u64 {
             let mut ids = Vec::new();
             while ids.len() < used {
                 x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

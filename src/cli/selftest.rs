@@ -10,6 +10,18 @@ pub struct SelftestArgs {
     /// Whose kernels: of processors, on each instruction set there is, or of the GPU.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: SelftestBackend,
+    /// Of the GPU's checks, the Kth of N parts: several processes share them under tools that make each slow.
+    #[arg(long, value_name = "K/N", default_value = "1/1", value_parser = part, hide_default_value = true)]
+    part: (usize, usize),
+}
+
+/// Reads `K/N`, 1 to N of at most 64.
+fn part(s: &str) -> Result<(usize, usize), String> {
+    let read = |s: &str| s.parse::<usize>().ok();
+    let found = s.split_once('/').and_then(|(k, n)| Some((read(k)?, read(n)?)));
+    found
+        .filter(|(k, n)| (1..=64).contains(n) && (1..=*n).contains(k))
+        .ok_or_else(|| format!("{s:?} is no part such as 2/4"))
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -27,18 +39,21 @@ pub fn run(args: &SelftestArgs) -> Result<(), Failure> {
         }
     };
     let result = match args.backend {
+        SelftestBackend::Cpu if args.part != (1, 1) => {
+            return Err(Failure::usage("--part is for --backend cuda: the checks of processors take seconds"));
+        }
         SelftestBackend::Cpu => crate::backend::cpu::selftest(&mut line),
-        SelftestBackend::Cuda => cuda(),
+        SelftestBackend::Cuda => cuda(args.part),
     };
     printed?;
     result.map_err(Failure::running)
 }
 
 /// The kernels of the first GPU.
-fn cuda() -> Result<(), String> {
+fn cuda(part: (usize, usize)) -> Result<(), String> {
     use crate::backend::cuda::{Device, selftest};
     let device = Device::open(0).map_err(|e| e.to_string())?;
-    let failed = selftest::selftest(&device, &mut std::io::LineWriter::new(super::streams::Stdout))
+    let failed = selftest::selftest(&device, part, &mut std::io::LineWriter::new(super::streams::Stdout))
         .map_err(|e| e.to_string())?;
     if failed > 0 { Err(format!("{failed} kernels are out of their bounds")) } else { Ok(()) }
 }

@@ -42,9 +42,18 @@ struct Report<'a> {
     out: &'a mut dyn Write,
     failed: usize,
     checks: usize,
+    /// Groups of checks that were come to, and which of them are run: those whose number leaves the first when divided by the second.
+    groups: usize,
+    part: (usize, usize),
 }
 
 impl Report<'_> {
+    /// Whether the group of checks that comes next is one of this part.
+    fn is_mine(&mut self) -> bool {
+        self.groups += 1;
+        self.groups % self.part.1 == self.part.0 % self.part.1
+    }
+
     fn check(&mut self, what: &str, error: f64, bound: f64) {
         self.checks += 1;
         let ok = error <= bound;
@@ -57,17 +66,22 @@ impl Report<'_> {
     }
 }
 
-/// Runs every check on `device`; writes one line each to `out`. Returns the number that failed.
-pub fn selftest(device: &Arc<Device>, out: &mut dyn Write) -> Result<usize> {
-    let mut report = Report { out, failed: 0, checks: 0 };
+/// Runs the checks of part `(k, n)` on `device`, all of part (1, 1); writes one line each to `out`. Returns the number that failed.
+pub fn selftest(device: &Arc<Device>, part: (usize, usize), out: &mut dyn Write) -> Result<usize> {
+    let mut report = Report { out, failed: 0, checks: 0, groups: 0, part };
     let mut backend = CudaBackend::new(device, &product_dims())?;
     let mut wide = CudaBackend::new(device, &wide_dims())?;
     for ty in QUANTS.iter().chain(&PLAINS) {
+        if !report.is_mine() {
+            continue;
+        }
         check_type(device, &mut backend, *ty, &mut report)?;
         // Rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
         check_swiglu(device, &mut wide, *ty, (256, 28672), &[1, 2, 8], &mut report)?;
     }
-    check_room(device, &mut backend, &mut report)?;
+    if report.is_mine() {
+        check_room(device, &mut backend, &mut report)?;
+    }
     drop(wide);
     layer::check_layers(device, &mut report)?;
     single::check_single(device, &mut report)?;

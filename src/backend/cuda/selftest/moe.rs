@@ -94,6 +94,9 @@ fn router(device: &Arc<Device>, c: &Case, norm: &Matrix) -> Result<Matrix> {
 }
 
 fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
+    if !report.is_mine() {
+        return Ok(());
+    }
     let d = dims(c);
     let mut g = CudaBackend::new(device, &d)?;
     let weight = Matrix::random(device, TensorType::F32, 1, c.n, 3)?;

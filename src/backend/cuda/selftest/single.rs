@@ -416,12 +416,17 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
     let mut backends = Backends(Vec::new());
     for ty in [F32, TensorType::Q8_0, TensorType::MXFP4] {
         for p in programs(ty) {
+            if !report.is_mine() {
+                continue;
+            }
             let there = Bound::on_device(&p, device)?;
             let g = backends.of(device, &p.dims)?;
             check_program(g, &there, &p, &PASSES, report)?;
             check_cuts(g, &there, &p, report)?;
         }
-        check_head(device, ty, backends.of(device, &dims())?, report)?;
+        if report.is_mine() {
+            check_head(device, ty, backends.of(device, &dims())?, report)?;
+        }
     }
     for (head_dim, mask) in [
         (16, Mask::Window(20)),
@@ -431,6 +436,9 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         (128, Mask::Window(100)),
         (256, Mask::Window(70)),
     ] {
+        if !report.is_mine() {
+            continue;
+        }
         let wide = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, ..dims() };
         let p = attention_of(wide, F32, mask, if head_dim == 80 { 8.0 } else { 0.0 }, head_dim != 96);
         let there = Bound::on_device(&p, device)?;
@@ -440,6 +448,9 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
     }
     // Long enough for ranges of keys of several sizes.
     for mask in [Mask::Window(100), Mask::Chunk(1500)] {
+        if !report.is_mine() {
+            continue;
+        }
         let mut p = attention(F32, mask, 0.0, true);
         (p.dims.n_ctx, p.name) = (5000, format!("{}, long", p.name));
         let there = Bound::on_device(&p, device)?;

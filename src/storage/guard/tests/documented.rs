@@ -26,13 +26,8 @@ fn quoted(line: &str, mark: char) -> impl Iterator<Item = &str> {
 }
 
 /// Words with two underscores that are the kernel's and not a test's.
-const KERNELS: [&str; 5] = [
-    "vfio_iommu_type1",
-    "allow_unsafe_interrupts",
-    "broken_parity_status",
-    "g_mass_storage",
-    "logical_block_size",
-];
+const KERNELS: [&str; 5] =
+    ["vfio_iommu_type1", "allow_unsafe_interrupts", "broken_parity_status", "g_mass_storage", "logical_block_size"];
 
 #[test]
 fn every_test_that_is_named_is_there() {
