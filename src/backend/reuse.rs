@@ -92,6 +92,6 @@ mod tests {
             // Choices of one row are used at once, of which either order may evict another one.
             assert!((want - is).abs() < 0.02, "{n} slots: {want} of them, {is} told");
         }
-        assert_eq!((reuse.rows(), Reuse::default().hits(8)), (500, 0.0));
+        assert_eq!((reuse.rows(), Reuse::default().hits(8)), (3000, 0.0));
     }
 }

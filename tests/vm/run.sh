@@ -110,7 +110,12 @@ guest_in_turn() {
 }
 
 # A guest in the background does not hear Ctrl-C; without its emulator it comes to its end.
-trap 'kill $(cat "$store"/*/qemu.pid 2>/dev/null) 2>/dev/null || true; wait' EXIT
+end_guests() {
+  local guest
+  for guest in "${guests[@]}"; do kill "$(cat "$store/${guest%% *}/qemu.pid" 2>/dev/null)" 2>/dev/null || true; done
+  wait
+}
+trap end_guests EXIT
 trap 'exit 130' INT TERM
 turns=${NT_VM_JOBS:-2}
 for guest in "${guests[@]}"; do
