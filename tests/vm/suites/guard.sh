@@ -166,7 +166,7 @@ ends "check ends all the same" 3 "does not tell within" $nt check $held
 grep -q "/proc/$waiter/" /tmp/out && pass "and names the process" || fail "and names the process"
 ends "and so does root's bind" 3 "does not tell within" $nt bind $held
 kill -9 $server; wait $server 2>/dev/null
-umount /mnt/fault
+unmount /mnt/fault
 works "once it has ended" $nt check $held
 
 refused "another /etc" "a mount namespace of its own" unshare -m sh -c "mount -t tmpfs none /etc; $nt check $held"

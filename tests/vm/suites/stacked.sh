@@ -63,7 +63,7 @@ works "free before device mapper" $nt check $n
 
 echo "0 $sectors linear /tmp/other 0" | dmsetup create --noudevsync a
 used "a linear device over another node" "carries dm-"
-echo "0 2048 linear /dev/mapper/a 0" | dmsetup create --noudevsync b
+echo "0 2048 linear $(cat /sys/block/dm-0/dev) 0" | dmsetup create --noudevsync b
 used "two devices, one over the other" "carries dm-"
 dmsetup remove --noudevsync b; dmsetup remove --noudevsync a
 modprobe loop max_loop=8; losetup /dev/loop0 /tmp/other
