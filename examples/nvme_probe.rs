@@ -222,14 +222,19 @@ fn fault(path: &str) -> Result<(), Box<dyn std::error::Error>> {
     std::mem::forget(map);
     // SAFETY: the page is mapped for writing, and only the last of the three threads takes it away.
     let write = move |value: u8| unsafe { (page as *mut u8).write_volatile(value) };
+    // Begun before, since nothing can be mapped any more once the second write waits.
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(1));
+        write(2);
+    });
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(2));
+        // SAFETY: nobody uses the page after that but the thread that waits for it.
+        unsafe { libc::munmap(page as *mut libc::c_void, 4096) }
+    });
     write(1);
     // SAFETY: a call with numbers and an open descriptor.
     unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 4096, libc::SYNC_FILE_RANGE_WRITE) };
-    std::thread::spawn(move || write(2));
-    std::thread::sleep(Duration::from_secs(1));
-    // SAFETY: nobody uses the page after that but the thread that waits for it.
-    std::thread::spawn(move || unsafe { libc::munmap(page as *mut libc::c_void, 4096) });
-    std::thread::sleep(Duration::from_secs(1));
     println!("held {}", std::process::id());
     loop {
         std::thread::sleep(Duration::from_secs(1000));

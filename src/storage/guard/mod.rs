@@ -156,6 +156,7 @@ pub fn examine(
     note(&mut out, |out| nodes::Nodes::of(host, controller)?.are_right(host, out));
     note(&mut out, |out| mounts::mounted(host, controller, out));
     note(&mut out, |out| mounts::swap(host, controller, out));
+    note(&mut out, |out| opinions::hibernated(host, controller, out));
     for device in controller.devices() {
         note(&mut out, |out| stack::holders(host, device, out));
     }

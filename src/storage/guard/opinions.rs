@@ -5,11 +5,12 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::host::Host;
+use super::host::{Host, Unreadable};
 use super::nodes::Nodes;
 use super::signatures::Place;
 use super::superblocks::{Said, Sort};
-use super::sysfs::{BlockDevice, Controller, Namespace};
+use super::sysfs::{Controller, Namespace};
+use super::{Check, Reason};
 
 /// Where `blkid` may lie; `PATH` is not asked.
 const BLKID: [&str; 4] = ["/usr/sbin/blkid", "/sbin/blkid", "/usr/bin/blkid", "/bin/blkid"];
@@ -105,7 +106,7 @@ pub fn said(host: &Host, controller: &Controller) -> Vec<(String, Said)> {
         }
     }
     for device in controller.devices() {
-        for (key, value) in notes(host, device) {
+        for (key, value) in notes(host, &device.number) {
             if let Some((_, sort)) = KEYS.iter().find(|(k, _)| *k == key) {
                 out.push((device.name.clone(), Said { sort: *sort, text: super::words::hexadecimal(&value) }));
             }
@@ -114,27 +115,49 @@ pub fn said(host: &Host, controller: &Controller) -> Vec<(String, Said)> {
     out
 }
 
-/// Keys and values that udev noted of a device.
-fn notes(host: &Host, device: &BlockDevice) -> Vec<(String, String)> {
-    let text = host.read_if_there(&notes_path(device)).ok().flatten().unwrap_or_default();
+/// Keys and values that udev noted of the block device with this number.
+fn notes(host: &Host, number: &str) -> Vec<(String, String)> {
+    let text = host.read_if_there(&notes_at(number)).ok().flatten().unwrap_or_default();
     let pairs = text.lines().filter_map(|l| l.strip_prefix("E:")?.split_once('='));
     pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
 }
 
-fn notes_path(device: &BlockDevice) -> String {
-    format!("/run/udev/data/b{}", device.number)
+fn notes_at(number: &str) -> String {
+    format!("/run/udev/data/b{number}")
 }
 
 /// Partitions that udev knows as ones to boot from.
 pub fn boot_types(host: &Host, namespace: &Namespace) -> Vec<BootType> {
     let mut out = Vec::new();
     for device in namespace.devices() {
-        for (_, value) in notes(host, device).iter().filter(|(k, _)| k == "ID_PART_ENTRY_TYPE") {
+        for (_, value) in notes(host, &device.number).iter().filter(|(k, _)| k == "ID_PART_ENTRY_TYPE") {
             let known = BOOT_TYPES.iter().find(|(kind, _)| kind.eq_ignore_ascii_case(value));
-            out.extend(known.map(|(_, what)| BootType { device: device.name.clone(), path: notes_path(device), what }));
+            out.extend(known.map(|(_, what)| BootType {
+                device: device.name.clone(),
+                path: notes_at(&device.number),
+                what,
+            }));
         }
     }
     out
+}
+
+/// Hibernated systems that wait on other drives, by udev's word: each may have this drive mounted, and goes on writing to it
+/// when it is started again.
+pub fn hibernated(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
+    for name in host.list("/sys/class/block")?.iter().filter(|name| !controller.owns(name)) {
+        let Some(number) = host.read_if_there(&format!("/sys/class/block/{name}/dev"))? else { continue };
+        let path = notes_at(&number);
+        let is =
+            |(key, value): &(String, String)| key == "ID_FS_TYPE" && matches!(value.as_str(), "swsuspend" | "suspend");
+        if notes(host, &number).iter().any(is) {
+            let what = format!(
+                "a hibernated system waits on {name} and may have this drive mounted; start it and shut it down first, or give it up (`mkswap /dev/{name}`)"
+            );
+            out.push(Reason::new(Check::Swap, &path, what));
+        }
+    }
+    Ok(())
 }
 
 /// What `blkid -p` finds on a device of this machine, or at a place of it; nothing where it is not installed, fails or

@@ -130,6 +130,9 @@ const ROWS: &[Row] = &[
     ("a table of more entries than are read", Check::Unreadable, |f| f.stamp(DISK, 512 + 80, &[0xff; 4])),
     ("a hibernated system", Check::Swap, |f| f.stamp("/dev/nvme1n1p1", 4086, b"S1SUSPEND\0")),
     ("a hibernated system in larger pages", Check::Swap, |f| f.stamp("/dev/nvme1n1p1", 65526, b"LINHIB0001")),
+    ("a hibernated system on another drive, which may have this one mounted", Check::Swap, |f| {
+        f.put("/run/udev/data/b259:1", "E:ID_FS_USAGE=other\nE:ID_FS_TYPE=swsuspend\n");
+    }),
 ];
 
 #[test]

@@ -456,6 +456,8 @@ fn what_names_other_drives_is_no_reason() {
     fake.put("/etc/systemd/system/nt.service", "[Service]\nExecStart=/usr/bin/nt device bind /dev/nvme1n1\n");
     fake.put("/etc/rc.local", "# mount /dev/nvme1n1 /x\nsudo /usr/local/bin/nt device bind /dev/nvme1n1\n");
     fake.put("/etc/cron.d/nt", "@reboot root /opt/nt/scripts/bind-vfio.sh /dev/nvme1n1 && mount /dev/nvme0n1p1 /y\n");
+    // Nobody but root can use a drive by what is in his.
+    fake.put("/var/spool/cron/crontabs/user", "@reboot mount /dev/nvme1n1 /x\n");
     fake.put("/etc/conf.d/localmount", "no_umounts=\"/x\"\n");
     fake.link("/etc/systemd/system/tmp.mount", "/dev/null");
     fake.put("/proc/cmdline", "root=/dev/nvme0n1p1 quiet nvme_core.default_ps_max_latency_us=0 my disk\n");
