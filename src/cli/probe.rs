@@ -142,6 +142,7 @@ fn failure(e: ProbeError) -> Failure {
     match e {
         ProbeError::Interrupted => Failure::interrupted(),
         ProbeError::Target { .. } => Failure::usage(e),
+        ProbeError::Room { .. } => Failure::limits(e),
         e => Failure::running(e),
     }
 }
@@ -296,7 +297,7 @@ fn by_threads(threads: usize) -> String {
 fn probe_memory(args: &ProbeArgs, rates: &mut Vec<Rate>) -> Result<Json, Failure> {
     let threads = machine::n_cpus();
     let facts = machine::memory(Path::new("/"));
-    let cells = memory::measure(threads, facts.budget(), &interrupt::interrupted);
+    let cells = memory::measure(threads, facts.budget(), &interrupt::interrupted).map_err(failure)?;
     if interrupt::interrupted() {
         return Err(Failure::interrupted());
     }

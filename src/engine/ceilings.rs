@@ -25,8 +25,8 @@ impl Session {
     /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
     /// without computing, copies, reads of memory by all threads, and one-token passes that bring nothing. The session computes no more.
     pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
-        self.links.ram_ceiling =
-            Some(machine::probe::memory::rate_of(self.options.threads, machine::memory(Path::new("/")).free()));
+        let free = machine::memory(Path::new("/")).free();
+        self.links.ram_ceiling = machine::probe::memory::rate_of(self.options.threads, free).ok();
         self.links.ceilings_from = Some("measured after the run");
         if self.device.is_some()
             && let Ok(device) = Device::open(0)

@@ -350,6 +350,14 @@ fn probes_keep_to_the_limit_of_a_cgroup() {
     let out = cgroup.nt(&[&["probe", "storage", arg(&m)][..], &sizes].concat());
     assert!(out.status.success(), "{:?} {}", out.status, stderr(&out));
     assert!(stderr(&out).contains("are left out"), "{}", stderr(&out));
+    // What is left fits a cache, whose rate is not kept as that of RAM.
+    let out = cgroup.nt(&["probe", "memory"]);
+    assert!(
+        out.status.code() == Some(4) && stderr(&out).contains("no cache holds"),
+        "{:?} {}",
+        out.status,
+        stderr(&out)
+    );
     let out = cgroup.nt(&["probe", "storage", arg(&m), "--block-size", "16MiB", "--depth", "32", "--seconds", "0"]);
     assert_eq!(out.status.code(), Some(4), "{:?} {}", out.status, stderr(&out));
 }

@@ -188,7 +188,7 @@ pub fn with_memory(device: &Arc<Device>, threads: usize, available: Option<u64>)
             (0..parts).map(|i| (&stream, unsafe { host.add(i * bytes) }, gpu.addr(), Way::ToGpu)).collect();
         // SAFETY: as above; one stream does its copies in order, so that they may share the GPU's buffer.
         let each = unsafe { timed_until(&copies, bytes, &|_| over.load(Ordering::Relaxed)) };
-        let memory = reads.join().map_err(|_| ProbeError::Interrupted)?;
+        let memory = reads.join().map_err(|_| ProbeError::Interrupted)??;
         Ok(Beside { h2d: each? * parts as f64, memory, threads })
     })
 }

@@ -5,10 +5,14 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::rate;
+use super::{ProbeError, rate};
 
 /// Memory that is read; well beyond any cache of an ordinary machine.
 const BYTES: usize = 512 << 20;
+/// The least: less may lie in a cache, and its rate would not be RAM's.
+const BYTES_MIN: usize = 64 << 20;
+/// Of what is free, one part in so many is taken.
+const PART: u64 = 4;
 const TIME: Duration = Duration::from_millis(400);
 
 /// One count of threads.
@@ -21,22 +25,31 @@ pub struct Cell {
 }
 
 /// Rates by threads: all counts up to four, then powers of two, then `threads` itself; fewer where `stop` says so.
-pub fn measure(threads: usize, available: Option<u64>, stop: &dyn Fn() -> bool) -> Vec<Cell> {
+///
+/// # Errors
+/// If a quarter of `available` bytes is less than what surely lies in no cache.
+pub fn measure(threads: usize, available: Option<u64>, stop: &dyn Fn() -> bool) -> Result<Vec<Cell>, ProbeError> {
     let threads = threads.max(1);
-    let memory = words(available);
+    let memory = words(available)?;
     let cell = |n: usize| Cell { threads: n, bytes_per_s: read(&memory, n) };
     let counts = (1..=threads).filter(|&n| n <= 4 || n.is_power_of_two() || n == threads);
-    counts.take_while(|_| !stop()).map(cell).collect()
+    Ok(counts.take_while(|_| !stop()).map(cell).collect())
 }
 
 /// Bytes per second that `threads` threads read together, of at most a quarter of what is available.
-pub fn rate_of(threads: usize, available: Option<u64>) -> f64 {
-    read(&words(available), threads.max(1))
+///
+/// # Errors
+/// As of [`measure`].
+pub fn rate_of(threads: usize, available: Option<u64>) -> Result<f64, ProbeError> {
+    Ok(read(&words(available)?, threads.max(1)))
 }
 
-fn words(available: Option<u64>) -> Vec<u64> {
-    let bytes = available.map_or(BYTES, |a| BYTES.min((a / 4) as usize)).max(1 << 20);
-    (0..bytes as u64 / 8).collect()
+fn words(available: Option<u64>) -> Result<Vec<u64>, ProbeError> {
+    let bytes = available.map_or(BYTES as u64, |a| a / PART).min(BYTES as u64);
+    if bytes < BYTES_MIN as u64 {
+        return Err(ProbeError::Room { free: available.unwrap_or(0), needed: BYTES_MIN as u64 * PART });
+    }
+    Ok((0..bytes / 8).collect())
 }
 
 fn read(memory: &[u64], threads: usize) -> f64 {
@@ -90,9 +103,14 @@ mod tests {
 
     #[test]
     fn each_count_of_threads_is_measured_once() {
-        let cells = measure(2, Some(64 << 20), &|| false);
+        let cells = measure(2, Some(256 << 20), &|| false).unwrap();
         assert_eq!(cells.iter().map(|c| c.threads).collect::<Vec<_>>(), [1, 2]);
         assert!(cells.iter().all(|c| c.bytes_per_s > 0.0));
-        assert!(measure(2, Some(64 << 20), &|| true).is_empty());
+        assert!(measure(2, Some(256 << 20), &|| true).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_fits_a_cache_is_not_measured() {
+        assert!(matches!(rate_of(2, Some(255 << 20)), Err(ProbeError::Room { .. })));
     }
 }

@@ -20,6 +20,8 @@ pub use latency::{Latencies, Latency};
 pub use queue::{Pages, Span};
 pub use target::Target;
 
+use crate::units::format_bytes;
+
 /// Why a link could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
@@ -52,6 +54,14 @@ pub enum ProbeError {
     /// The GPU's driver refused.
     #[error(transparent)]
     Gpu(#[from] crate::backend::BackendError),
+    /// Too little is free.
+    #[error("the rate of RAM is read from memory that no cache holds, for which {} must be free, but {} are", format_bytes(*.needed), format_bytes(*.free))]
+    Room {
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes that must be.
+        needed: u64,
+    },
     /// The probe was interrupted.
     #[error("interrupted")]
     Interrupted,
