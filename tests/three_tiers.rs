@@ -639,6 +639,7 @@ fn options() -> Options {
         n_ctx: 64,
         max_batch: 16,
         outputs: 16,
+        requant: None,
         timeline: false,
         repeat: None,
     }

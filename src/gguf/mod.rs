@@ -8,10 +8,12 @@ mod error;
 mod file;
 pub(crate) mod grids;
 mod header;
+mod retype;
 mod types;
 mod value;
 
 pub use error::GgufError;
 pub use file::{Gguf, Shard, Source, TensorInfo};
+pub use retype::retyped;
 pub use types::TensorType;
 pub use value::{Array, Metadata, StringArray, Value};

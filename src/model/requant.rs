@@ -118,9 +118,9 @@ impl Requantised {
         if model.tied
             && let Some(head) = small.head.first().filter(|h| h.weight.ty != model.embedding.ty)
         {
-            small.embedding.ty = head.weight.ty;
-            let turn = Turn { from: model.embedding.ty, to: ty, cols: model.hparams.n_embd };
+            let turn = Turn { from: model.embedding.ty, to: head.weight.ty, cols: model.hparams.n_embd };
             small.embedding.bytes = turn.bytes(model.embedding.bytes);
+            small.embedding.ty = turn.to;
         }
         Ok(Requantised { ty, file: model.clone(), small, turns })
     }
@@ -147,6 +147,12 @@ impl Requantised {
         };
         model.for_each_matrix(&mut |t| as_in_file(t));
         model
+    }
+
+    /// What becomes of the embedding's rows, where that is the head too.
+    pub fn embedding(&self) -> Option<Turn> {
+        let (from, to) = (self.file.embedding.ty, self.small.embedding.ty);
+        (from != to).then_some(Turn { from, to, cols: self.file.hparams.n_embd })
     }
 
     /// What becomes of each span of a unit; `None` for those that stay.

@@ -144,7 +144,7 @@ const SIX: f32 = 32.0;
 /// The sums of least squares for a scale of sixteen elements, weighed: element by code, and code by code.
 #[inline(always)]
 fn sums(x: &[f32; 16], w: &[f32; 16], inverse: f32) -> (f32, f32) {
-    let l: [f32; 16] = of(|i| nearest(inverse * x[i]).max(-SIX).min(SIX - 1.0));
+    let l: [f32; 16] = of(|i| nearest(inverse * x[i]).clamp(-SIX, SIX - 1.0));
     let wl: [f32; 16] = of(|i| w[i] * l[i]);
     (sum(of::<16>(|i| wl[i] * x[i])), sum(of::<16>(|i| wl[i] * l[i])))
 }
@@ -196,7 +196,7 @@ pub(super) fn q6_k(x: &[f32], b: &mut [u8]) -> bool {
         b[192 + j] = scale as i8 as u8;
         let scale = d.half.to_f32() * scale;
         if scale != 0.0 {
-            let code = |x: f32| (nearest(x / scale).max(-32.0).min(31.0) + 32.0) as u8;
+            let code = |x: f32| (nearest(x / scale).clamp(-SIX, SIX - 1.0) + SIX) as u8;
             x.iter().zip(codes).for_each(|(x, c)| *c = code(*x));
         }
     }
