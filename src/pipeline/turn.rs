@@ -389,3 +389,98 @@ impl<'a, 'r> Loading<'a, 'r> {
         Ok(piece.rows * piece.span.row_bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Arena;
+    use crate::storage::{Script, ScriptedReader};
+    use std::ops::ControlFlow;
+
+    const COLS: usize = 64;
+    const ROWS: usize = 9000;
+
+    /// A file of floats, and its spans: some bytes as they are between two matrices.
+    fn file() -> (Vec<u8>, Vec<TurnedSpan>) {
+        let floats = (0..2 * ROWS * COLS).map(|i| ((i as f32 * 0.37).sin() * 3.0).to_le_bytes());
+        let mut bytes: Vec<u8> = floats.flatten().collect();
+        bytes.extend([7; 1000]);
+        let (matrix, small) = ((ROWS * COLS * 4) as u64, (ROWS * COLS / 32 * 18) as u64);
+        let turn = Some((TensorType::F32, TensorType::Q4_0, COLS));
+        let of = |offset, bytes| SpanIn { file: FileId(0), offset, bytes };
+        let spans = vec![
+            TurnedSpan { span: of(matrix, matrix), to: 0, turn },
+            TurnedSpan { span: of(2 * matrix, 1000), to: small, turn: None },
+            TurnedSpan { span: of(0, matrix), to: small + 1024, turn },
+        ];
+        (bytes, spans)
+    }
+
+    /// What loading three units leaves of the second, whose memory is filled with a mark before.
+    fn load(
+        bytes: Vec<u8>,
+        script: Script,
+        threads: usize,
+        stop_at: usize,
+    ) -> (Result<(), StreamError>, Vec<u8>, usize) {
+        let (_, spans) = file();
+        let frame = (2 * ROWS * COLS / 32 * 18 + 1024) as u64;
+        let (n, most) = staging(spans.iter(), threads, |_| Alignment { memory: 1, offset: 1 });
+        let mut arena = Arena::new(3 * frame.next_multiple_of(4096) + n as u64 * most).unwrap();
+        let places: Vec<Region> = (0..3).map(|_| arena.take(frame).unwrap()).collect();
+        let regions: Vec<Region> = (0..n).map(|_| arena.take(most).unwrap()).collect();
+        let mut reader = ScriptedReader::new(vec![bytes], script);
+        let names = ["a", "b", "c"];
+        let units: Vec<TurnedUnit<'_>> = (places.iter().zip(names))
+            .map(|(r, name)| TurnedUnit { spans: &spans, rest: Rest::Ram(*r), name })
+            .collect();
+        let mut calls = 0;
+        let mut progress = |_| {
+            calls += 1;
+            if calls > stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        // SAFETY: every region is its own, and the arena outlives the reader.
+        let result = unsafe { load_turned(&mut reader, &units, &regions, None, threads, &mut progress) };
+        drop(reader);
+        // SAFETY: all threads have ended.
+        let made = unsafe { std::slice::from_raw_parts(places[1].addr(), frame as usize) }.to_vec();
+        (result, made, calls)
+    }
+
+    #[test]
+    fn units_are_made_row_by_row_in_any_order_of_reads() {
+        let (bytes, spans) = file();
+        let mut want = vec![0; 2 * ROWS * COLS / 32 * 18 + 1024];
+        for s in &spans {
+            let from = &bytes[s.span.offset as usize..][..s.span.bytes as usize];
+            match s.turn {
+                None => want[s.to as usize..][..1000].copy_from_slice(from),
+                Some((_, ty, _)) => {
+                    let floats: Vec<f32> =
+                        from.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                    quantise(ty, &floats, &mut want[s.to as usize..][..ROWS * COLS / 32 * 18]).unwrap();
+                }
+            }
+        }
+        for (threads, delay_max) in [(1, 0), (2, 5), (7, 3)] {
+            let script = Script { delay_max, seed: threads as u64, ..Script::default() };
+            let (result, made, _) = load(bytes.clone(), script, threads, usize::MAX);
+            assert!(result.is_ok() && made == want, "{threads} threads: {result:?}");
+        }
+    }
+
+    #[test]
+    fn a_stop_ends_it_at_the_next_look_and_a_failed_read_names_its_unit() {
+        let (bytes, _) = file();
+        for at in [0, 1, 3] {
+            let (result, _, calls) = load(bytes.clone(), Script { delay_max: 3, ..Script::default() }, 2, at);
+            assert!(matches!(result, Err(StreamError::Interrupted)) && calls == at + 1, "{at}: {result:?}");
+        }
+        let (result, ..) = load(bytes.clone(), Script { fail: 1.0, ..Script::default() }, 2, usize::MAX);
+        assert!(matches!(&result, Err(StreamError::Unit { unit, .. }) if unit == "a"), "{result:?}");
+        let mut broken = bytes;
+        broken[4 * 77..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let (result, ..) = load(broken, Script::default(), 2, usize::MAX);
+        assert!(matches!(&result, Err(StreamError::Unfit(what)) if what.contains("not finite")), "{result:?}");
+    }
+}
