@@ -760,9 +760,10 @@ fn requantised() {
             assert!(carried <= all && all < opened.model.units.iter().map(|u| u.bytes()).sum::<u64>() / 5, "{i}");
         }
         // What a third of the blocks are read as stays as it is.
-        let mixed = Options { tiers: Some(Tiers { a: 0, b: 4, c: 2 }), ..turned.clone() };
+        let stacked = Options { stacked: true, ..turned.clone() };
+        let mixed = Options { tiers: Some(Tiers { a: 0, b: 4, c: 2 }), ..stacked.clone() };
         let want = logits(&mut Session::new(&opened, mixed, &mut |_, _| ()).unwrap()).unwrap();
-        let mixed = Options { tiers: Some(Tiers { a: 4, b: 0, c: 2 }), ..turned.clone() };
+        let mixed = Options { tiers: Some(Tiers { a: 4, b: 0, c: 2 }), ..stacked };
         let memory = Arc::new(Memory::default());
         let mut session = start(&opened, mixed, &memory).unwrap();
         let homes: Vec<bool> = session.homes().iter().map(|h| *h == nt::plan::Home::C).collect();
