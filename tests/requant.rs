@@ -11,7 +11,7 @@ use std::process::Command;
 use common::{File, V, bin, fails, nt, sized, tiny, tiny_moe};
 use nt::backend::{quantise, reference};
 use nt::gguf::{Gguf, TensorType};
-use nt::storage::image::{Drive, Identity, Staging, Steps};
+use nt::storage::image::{Content as _, Drive, Identity, Staging, Steps};
 
 /// The file with the matrices that `turns` names as `ty`, made by this test.
 fn as_type(file: &File, ty: TensorType, turns: impl Fn(&str) -> bool) -> File {
@@ -128,7 +128,6 @@ fn a_staged_model_is_the_one_that_is_requantised_on_load() {
     let d = tempfile::tempdir().unwrap();
     let mut file = tiny_moe(4);
     file.set("general.file_type", V::U32(0));
-    // Space between the header and the first tensor, as some writers leave.
     let model = file.write(d.path(), "m.gguf");
     let (gguf, sources) = nt::storage::source::model(&model).unwrap();
     let files = nt::engine::smaller_files(&gguf, sources, TensorType::Q4_0, 3).unwrap();
@@ -173,6 +172,37 @@ fn a_staged_model_is_the_one_that_is_requantised_on_load() {
     let run = run.unwrap();
     let out = String::from_utf8_lossy(&run.stdout);
     assert!(run.status.success() && out.contains("requantised to Q4_0") && out.contains("all as recorded"), "{out}");
+}
+
+/// Each shard becomes a file of its own, whose name keeps its number.
+#[test]
+fn shards_become_shards() {
+    let d = tempfile::tempdir().unwrap();
+    let file = tiny(2);
+    let (first, second) = file.tensors.split_at(7);
+    let shard = |no: u32, tensors: &[common::T]| {
+        let mut meta = if no == 0 { file.meta.clone() } else { Vec::new() };
+        meta.extend([("split.no".into(), V::U32(no)), ("split.count".into(), V::U32(2))]);
+        let f = File { meta, tensors: tensors.to_vec(), ..file.clone() };
+        f.write(d.path(), &format!("m-0000{}-of-00002.gguf", no + 1))
+    };
+    let model = shard(0, first);
+    shard(1, second);
+    let (gguf, sources) = nt::storage::source::model(&model).unwrap();
+    let small = d.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    for f in nt::engine::smaller_files(&gguf, sources, TensorType::Q5_1, 2).unwrap() {
+        // In pieces that are no whole rows.
+        let mut bytes = vec![0; f.size() as usize];
+        for (i, piece) in bytes.chunks_mut(1000).enumerate() {
+            f.read_at(piece, 1000 * i as u64).unwrap();
+        }
+        std::fs::write(small.join(f.names().unwrap().0), bytes).unwrap();
+    }
+    let turned = logits(&model, d.path(), &["--requant", "q5_1"]);
+    assert!(turned == logits(&small.join("m.q5_1-00001-of-00002.gguf"), d.path(), &[]));
+    let one = whole(&file, TensorType::Q5_1).write(d.path(), "one.gguf");
+    assert!(turned == logits(&one, d.path(), &[]));
 }
 
 #[test]

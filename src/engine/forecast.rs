@@ -106,9 +106,12 @@ impl Forecast {
         };
         let requant = requantised(model, options)?;
         let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
+        // Of a model that is requantised, what units are follows from their homes.
+        let units = requant.is_none().then(|| works(model, &sizes.layouts));
         let with = |n_buffers| {
             let options = Options { n_buffers, ..options.clone() };
-            Forecast::of_sizes((model, requant.as_ref()), machine, &options, prompt, &sizes)
+            let model = (model, requant.as_ref());
+            Forecast::of_sizes(model, machine, &options, prompt, (&sizes, units.as_deref()))
         };
         let first = with(options.n_buffers)?;
         if options.n_buffers.is_some() || options.repeat.is_some() || first.n_buffers() == 0 {
@@ -126,12 +129,16 @@ impl Forecast {
         machine: &Machine,
         options: &Options,
         prompt: usize,
-        sizes: &Sizes,
+        (sizes, units): (&Sizes, Option<&[UnitWork]>),
     ) -> Result<Forecast, EngineError> {
         let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
             planned(file, machine, options, sizes)?;
-        let model = &settled(file, requant, &plan.homes);
-        let mut units = works(model, &sizes.layouts_at(&plan.homes));
+        let mixed = requant.map(|r| settled(file, Some(r), &plan.homes));
+        let model = mixed.as_ref().unwrap_or(file);
+        let mut units = match units {
+            Some(units) => units.to_vec(),
+            None => works(model, &sizes.layouts_at(&plan.homes)),
+        };
         let rates = hit_rates_of(model, &plan, options.routing.as_deref());
         for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
             u.miss = cache.map_or(1.0, |c| 1.0 - rates[c]);
