@@ -87,6 +87,14 @@ pub(super) fn structure(model: &Model) -> String {
     digest([arch].into_iter().chain(units).chain(matrices))
 }
 
+/// What a model is whatever its types are, so that requantising changes nothing of it.
+pub(super) fn shape(model: &Model) -> String {
+    let units = model.units.iter().map(|u| u.name.clone());
+    let matrices = model.matrices().into_iter().map(|(_, _, t)| format!("{} {} {}", t.unit, t.rows, t.cols));
+    let arch = format!("{} {}", model.hparams.arch.name, model.hparams.n_experts_used);
+    digest([arch].into_iter().chain(units).chain(matrices))
+}
+
 fn divided(division: Option<&Division>) -> String {
     division.map_or(String::new(), |d| {
         let flags = |of: &[bool]| of.iter().map(|b| if *b { '1' } else { '0' }).collect::<String>();
