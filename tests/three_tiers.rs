@@ -639,6 +639,7 @@ fn options() -> Options {
         n_ctx: 64,
         max_batch: 16,
         outputs: 16,
+        requant: None,
         timeline: false,
         repeat: None,
     }
@@ -731,6 +732,45 @@ fn dense() {
 fn experts() {
     let d = tempfile::tempdir().unwrap();
     same_bits(&common::tiny_moe(6).write(d.path(), "moe.gguf"), false);
+}
+
+/// Requantised units are where the smaller type has room for them, with the bits of processors that requantise the same ones: in
+/// the second memory, and in RAM on their way there.
+#[test]
+fn requantised() {
+    let d = tempfile::tempdir().unwrap();
+    for (file, routed) in [(tiny(6), false), (common::tiny_moe(6), true)] {
+        let opened = Opened::open(&file.write(d.path(), "m.gguf")).unwrap();
+        let turned = Options { requant: Some(TensorType::Q4_0), ..options() };
+        let want = logits(&mut Session::new(&opened, turned.clone(), &mut |_, _| ()).unwrap()).unwrap();
+        let tiers =
+            |a, b, n: usize| Options { tiers: Some(Tiers { a, b, c: 0 }), n_buffers: Some(n), ..turned.clone() };
+        let tight = |vram: u64| Options { vram: Some(vram << 10), ..turned.clone() };
+        let all = [tiers(6, 0, 2), tiers(0, 6, 2), tiers(3, 3, 3), tight(300), tight(100), turned.clone()];
+        for (i, o) in all.into_iter().enumerate() {
+            let memory = Arc::new(Memory::default());
+            let vram = o.vram;
+            let mut session = start(&opened, o, &memory).unwrap_or_else(|e| panic!("{i}: {e}"));
+            assert!(logits(&mut session).unwrap() == want, "{i} {routed}");
+            assert!(vram.is_none_or(|v| *memory.used.lock().unwrap() <= v), "{i}");
+            let r = session.requant().unwrap();
+            assert!(r.left == (0, 0) && r.turned[0].after < r.turned[0].before / 7, "{i}: {r:?}");
+            let carried = session.links().gpu_bytes_per_pass;
+            let all: u64 = session.model().units.iter().map(|u| u.bytes()).sum();
+            assert!(carried <= all && all < opened.model.units.iter().map(|u| u.bytes()).sum::<u64>() / 5, "{i}");
+        }
+        // What a third of the blocks are read as stays as it is.
+        let stacked = Options { stacked: true, ..turned.clone() };
+        let mixed = Options { tiers: Some(Tiers { a: 0, b: 4, c: 2 }), ..stacked.clone() };
+        let want = logits(&mut Session::new(&opened, mixed, &mut |_, _| ()).unwrap()).unwrap();
+        let mixed = Options { tiers: Some(Tiers { a: 4, b: 0, c: 2 }), ..stacked };
+        let memory = Arc::new(Memory::default());
+        let mut session = start(&opened, mixed, &memory).unwrap();
+        let homes: Vec<bool> = session.homes().iter().map(|h| *h == nt::plan::Home::C).collect();
+        assert!(homes.contains(&true) && session.requant().unwrap().left.0 > 0);
+        let same = logits(&mut session).unwrap() == want;
+        assert!(same, "routed {routed}");
+    }
 }
 
 /// Experts on storage with caches in RAM, as many slots as the room allows.

@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod cuda;
 mod device;
 mod op;
+pub mod quantise;
 pub mod reference;
 mod reuse;
 mod slots;

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::backend::quantise;
 use crate::engine::{DryParams, Options, SamplerParams};
-use crate::gguf::{Metadata, Value};
+use crate::gguf::{Metadata, TensorType, Value};
 use crate::library;
 use crate::model::{HParams, Overrides, RopeType};
 use crate::plan::{BUFFERS_MAX, Tiers, parse_size};
@@ -240,6 +241,15 @@ pub(super) fn stop_text(text: &str) -> Result<String, String> {
     }
 }
 
+/// A type that matrices can be requantised to.
+pub(super) fn requant(text: &str) -> Result<TensorType, String> {
+    let found = quantise::TYPES.iter().copied().find(|ty| ty.name().eq_ignore_ascii_case(text));
+    found.ok_or_else(|| {
+        let all = quantise::TYPES.iter().map(|ty| ty.name().to_lowercase()).collect::<Vec<_>>().join(", ");
+        format!("one of {all} was expected")
+    })
+}
+
 fn tiers(text: &str) -> Result<Tiers, String> {
     text.parse()
 }
@@ -400,6 +410,14 @@ pub struct Placement {
         value_parser = batch
     )]
     pub batch: u16,
+    /// Requantise matrices with more bits to TYPE while they are loaded, so that more of the model fits and less is carried: q8_0,
+    /// q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl or mxfp4. What is read from storage stays as the file has it
+    /// (`nt stage --requant` makes a drive with smaller ones); `nt perplexity --kl` says how much a text's probabilities change.
+    #[arg(long, value_name = "TYPE", value_parser = requant)]
+    pub requant: Option<TensorType>,
+    /// The same as `--requant q4_k`.
+    #[arg(long, hide = true, conflicts_with = "requant")]
+    pub requant_q4k: bool,
     /// Ask an Ollama on this machine (OLLAMA_HOST, or 127.0.0.1:11434) to unload its models first.
     #[arg(long)]
     pub evict_ollama: bool,
@@ -412,6 +430,11 @@ pub struct Placement {
 }
 
 impl Placement {
+    /// The type that `--requant` asks for.
+    pub fn requant(&self) -> Option<TensorType> {
+        self.requant.or(self.requant_q4k.then_some(TensorType::Q4_K))
+    }
+
     /// `--ctx`, where 0 stands for the positions that the model was trained on.
     pub fn ctx(&self, hparams: &HParams) -> Auto<usize> {
         match self.ctx {

@@ -6,7 +6,7 @@ use super::Failure;
 use super::report::Report;
 use crate::engine::{Forecast, LinkWork, Opened, Session, SiteWork};
 use crate::machine;
-use crate::model::UnitKind;
+use crate::model::{Model, UnitKind, UnitSpec};
 use crate::pipeline::Event;
 use crate::plan::{self, Home, LinkName, Machine, format_bytes};
 use crate::report_page::{Link, LinkKind, Page, Predicted, Site, Stall, Timeline, Unit, measured, rates};
@@ -41,7 +41,7 @@ pub fn write(
 }
 
 fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings, notes: &[String]) -> Page {
-    let units = units_at(opened, session.homes());
+    let units = units_at(session.model(), session.homes(), |u| session.model().units[u].bytes());
     let links = links(session);
     let ceiling = |kind| links.iter().find(|l| l.kind == kind).and_then(|l| l.ceiling_gb_per_s);
     let l = session.links();
@@ -58,7 +58,7 @@ fn page(session: &Session, opened: &Opened, events: &[Event], timings: &Timings,
         timelines: timelines(session, events, &units),
         rates: rates(events, &units, ceiling),
         stalls: stalls(session),
-        sites: sites(session, opened),
+        sites: sites(session),
         links,
         units,
         notes: notes.to_vec(),
@@ -85,7 +85,7 @@ pub fn write_plan(path: &Path, forecast: &Forecast, machine: &Machine, opened: &
 fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
     let p = &f.prediction;
     let on_device = f.site == plan::Site::Gpu;
-    let units = units_at(opened, &f.plan.homes);
+    let units = units_at(&opened.model, &f.plan.homes, |u| f.units[u].bytes);
     let events = f.timeline(machine);
     let seconds = p.simulated.map(|s| s.seconds);
     let link = |l: LinkWork| {
@@ -216,11 +216,11 @@ fn figures(session: &Session, t: &Timings) -> Vec<(String, String)> {
     out
 }
 
-fn units_at(opened: &Opened, homes: &[Home]) -> Vec<Unit> {
-    let unit = |(u, home): (&crate::model::UnitSpec, &Home)| Unit {
+fn units_at(model: &Model, homes: &[Home], bytes: impl Fn(usize) -> u64) -> Vec<Unit> {
+    let unit = |(i, (u, home)): (usize, (&UnitSpec, &Home))| Unit {
         name: u.name.clone(),
         home: *home,
-        bytes: u.bytes(),
+        bytes: bytes(i),
         block: match u.kind {
             UnitKind::Attention(i)
             | UnitKind::FeedForward(i)
@@ -229,7 +229,7 @@ fn units_at(opened: &Opened, homes: &[Home]) -> Vec<Unit> {
             UnitKind::Head(_) => None,
         },
     };
-    opened.model.units.iter().zip(homes).map(unit).collect()
+    model.units.iter().zip(homes).enumerate().map(unit).collect()
 }
 
 fn links(session: &Session) -> Vec<Link> {
@@ -274,11 +274,11 @@ fn site_name(site: plan::Site) -> &'static str {
 }
 
 /// The sites of a run; how long a GPU computes is not measured.
-fn sites(session: &Session, opened: &Opened) -> Vec<Site> {
+fn sites(session: &Session) -> Vec<Site> {
     let l = session.links();
     let beside = session.beside().unwrap_or_default();
     let of = |wanted: bool| {
-        let of = opened.model.units.iter().enumerate().filter(|(i, _)| (beside.get(*i) == Some(&true)) == wanted);
+        let of = session.model().units.iter().enumerate().filter(|(i, _)| (beside.get(*i) == Some(&true)) == wanted);
         of.fold((0, 0), |(n, bytes), (_, u)| (n + 1, bytes + u.bytes()))
     };
     let site = |site, (units, bytes): (usize, u64), per_pass: u64, busy, waits| Site {

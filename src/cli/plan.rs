@@ -8,12 +8,12 @@ use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
 use super::page;
-use super::report::print_line;
+use super::report::{print_line, requant_json};
 use super::routing::RoutingArg;
 use super::{Failure, ModelArg, Placement, outputs, run};
 use crate::backend::{BackendError, BackendKind};
 use crate::engine::{
-    Change, Forecast, Opened, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
+    Change, Forecast, Opened, Options, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
 };
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
@@ -103,6 +103,11 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let forecast = Forecast::new(&opened.model, &machine, &options, n_prompt.max(1))
         .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
+    // Of a plan that is made again, its own type counts.
+    let before = forecast.requant.as_ref().map(|_| {
+        let options = Options { requant: None, repeat: None, ..options.clone() };
+        Forecast::new(&opened.model, &machine, &options, n_prompt.max(1)).ok()
+    });
     let shown = Shown {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
         changes: sensitivity(&opened.model, &machine, &options, &forecast),
@@ -115,6 +120,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             _ => None,
         },
         routing,
+        before: before.flatten(),
         forecast,
         machine,
         opened,
@@ -150,6 +156,8 @@ struct Shown {
     beyond: Option<String>,
     /// What experts are counted with.
     routing: String,
+    /// The same without requantising, where the plan requantises and it fits without.
+    before: Option<Forecast>,
     forecast: Forecast,
     machine: Machine,
     opened: Opened,
@@ -183,6 +191,24 @@ fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
 /// Tokens per second, with three digits at least.
 fn speed(tokens_per_s: f64) -> String {
     if tokens_per_s < 1.0 { format!("{tokens_per_s:.3}") } else { format!("{tokens_per_s:.2}") }
+}
+
+/// Bytes that a token uses of weights in VRAM, in RAM and on storage.
+fn per_token(f: &Forecast) -> [f64; 3] {
+    [Home::A, Home::B, Home::C].map(|home| {
+        let of = f.units.iter().zip(&f.plan.homes).filter(|(_, h)| **h == home);
+        of.map(|(u, _)| u.bytes as f64 * u.share).sum()
+    })
+}
+
+/// What is compared of a plan with requantising and without.
+fn won(f: &Forecast) -> Json {
+    let ([a, b, c], p) = (per_token(f).map(|bytes| bytes as u64), &f.prediction);
+    json!({
+        "bytes_per_token": { "a": a, "b": b, "c": c, "link": p.traffic.over_link as u64, "storage": p.traffic.from_storage as u64 },
+        "units": { "a": f.tier(Home::A).0, "b": f.tier(Home::B).0, "c": f.tier(Home::C).0 },
+        "tokens_per_s": p.simulated.map(|s| 1.0 / s.seconds),
+    })
 }
 
 /// Homes as letters.
@@ -237,6 +263,12 @@ impl Shown {
                 "layers": layers, "slots": slots, "experts": experts, "bytes": f.plan.cache_bytes(), "routing": self.routing,
                 "hit_rate": hits, "misses_per_layer": f.misses_per_layer(),
             })),
+            "requant": f.requant.as_ref().map(|r| {
+                let mut requant = requant_json(Some(r), None);
+                requant["before"] = self.before.as_ref().map_or(Json::Null, won);
+                requant["after"] = won(f);
+                requant
+            }),
             "storage_bytes_per_token": p.traffic.from_storage,
             "roofline": {
                 "decode": roofline(p.decode, 1),
@@ -252,6 +284,7 @@ impl Shown {
         self.write_machine(out)?;
         self.write_memory(out)?;
         self.write_speed(out)?;
+        self.write_requant(out)?;
         for (i, c) in self.changes.iter().filter(|c| (c.factor - 1.0).abs() >= CHANGE_MIN).enumerate() {
             let head = if i == 0 { "changes" } else { "" };
             writeln!(
@@ -368,6 +401,29 @@ impl Shown {
         }
         let fits = self.ctx_max.map_or(String::new(), |n| format!(", at most {n} would fit"));
         writeln!(out, "context   {} of {} trained{fits}", f.n_ctx, self.opened.model.hparams.n_ctx_train)
+    }
+
+    /// What requantising wins.
+    fn write_requant(&self, out: &mut String) -> std::fmt::Result {
+        let Some(requant) = &self.forecast.requant else { return Ok(()) };
+        writeln!(out, "requant   {}", requant.line())?;
+        if let Some(note) = requant.note() {
+            writeln!(out, "  {note}")?;
+        }
+        let line = |f: &Forecast| {
+            let [a, b, c] = per_token(f).map(|bytes| format_bytes(bytes as u64));
+            let vram = if f.site == Site::Gpu { format!("{a} in VRAM, ") } else { String::new() };
+            let carried = match f.prediction.traffic.over_link {
+                0.0 => String::new(),
+                bytes => format!(", {} carried to the GPU", format_bytes(bytes as u64)),
+            };
+            let rate =
+                f.prediction.simulated.map_or(String::new(), |s| format!("; {} tokens/s", speed(1.0 / s.seconds)));
+            format!("{vram}{b} in RAM, {c} on storage{carried}{rate}")
+        };
+        let before = self.before.as_ref().map_or_else(|| "it would not fit".into(), line);
+        writeln!(out, "  a token before       {before}")?;
+        writeln!(out, "  a token requantised  {}", line(&self.forecast))
     }
 
     fn write_speed(&self, out: &mut String) -> std::fmt::Result {

@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 use super::Failure;
 use super::printable::{Shown, printable};
 use super::streams::{Stderr, Stdout};
-use crate::engine::{Generation, Links, Opened, Predicted, Session};
+use crate::engine::{Generation, Links, Opened, Predicted, RequantReport, Session};
 use crate::flow::Latencies;
 use crate::machine;
 use crate::plan::{Home, LinkName, format_bytes};
@@ -35,6 +35,7 @@ pub struct Report {
     vram_bytes: Option<u64>,
     peak_rss_bytes: Option<u64>,
     notes: Vec<String>,
+    requant: Option<RequantReport>,
     /// Positions of the context, and those that the model was trained on, where those are fewer.
     beyond: Option<(usize, usize)>,
     fallback: Option<String>,
@@ -48,7 +49,7 @@ impl Report {
     /// Figures of the session so far.
     pub fn new(session: &Session, opened: &Opened) -> Report {
         let homes = [Home::A, Home::B, Home::C].map(|home| {
-            let of = session.homes().iter().zip(&opened.model.units).filter(|(h, _)| **h == home);
+            let of = session.homes().iter().zip(&session.model().units).filter(|(h, _)| **h == home);
             (of.clone().count(), of.map(|(_, u)| u.bytes()).sum())
         });
         let mut notes: Vec<String> = opened.tokenizer.warnings().iter().chain(&opened.warnings).cloned().collect();
@@ -66,13 +67,14 @@ impl Report {
             predicted: session.predicted(),
             device: session.device(),
             beside: session.beside().map(|beside| {
-                let of = opened.model.units.iter().zip(beside).filter(|(_, b)| *b);
+                let of = session.model().units.iter().zip(beside).filter(|(_, b)| *b);
                 (of.clone().count(), of.map(|(u, _)| u.bytes()).sum(), session.threads_beside())
             }),
             part_of_choices: session.part_of_choices(),
             vram_bytes: session.vram_bytes(),
             peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
+            requant: session.requant().cloned(),
             beyond: Some((session.n_ctx(), opened.model.hparams.n_ctx_reach)).filter(|(n, reach)| n > reach),
             fallback: session.fallback().map(str::to_owned),
             decode_tokens_per_s: None,
@@ -255,6 +257,7 @@ impl Report {
             "peak_rss_bytes": self.peak_rss_bytes,
             "vram_bytes": self.vram_bytes,
             "fallback": self.fallback,
+            "requant": requant_json(self.requant.as_ref(), None),
             "warnings": self.notes,
         })
     }
@@ -320,6 +323,9 @@ impl Report {
                 out,
                 "slots     VRAM keeps {slots} of {experts} experts of each layer, the last that were chosen: {rate:.1} % of the GPU's choices while generating were there"
             )?;
+        }
+        if let Some(requant) = &self.requant {
+            writeln!(out, "requant   {}", requant.line())?;
         }
         if let Some((n_ctx, reach)) = self.beyond {
             writeln!(out, "context   {n_ctx} tokens, {reach} of them trained: text gets worse beyond")?;
@@ -445,6 +451,20 @@ fn blocks_on_storage(session: &Session, opened: &Opened) -> (usize, usize) {
 fn start_us(starts: &Latencies) -> Json {
     let us = |share| starts.quantile(share).map(|d| d.as_secs_f64() * 1e6);
     json!({ "n": starts.count(), "p50": us(0.5), "p99": us(0.99) })
+}
+
+/// Which types became what, and how much a text's probabilities change where that was measured; null without `--requant`.
+pub(super) fn requant_json(requant: Option<&RequantReport>, kl: Option<f64>) -> Json {
+    let Some(r) = requant else { return Json::Null };
+    let turned = r.turned.iter().map(|t| {
+        json!({ "from": t.from.name(), "to": r.ty.name(), "matrices": t.matrices, "bytes_before": t.before, "bytes_after": t.after })
+    });
+    json!({
+        "type": r.ty.name(),
+        "turned": turned.collect::<Vec<_>>(),
+        "left": { "units": r.left.0, "bytes": r.left.1 },
+        "kl_divergence": kl,
+    })
 }
 
 fn gb(bytes_per_s: f64) -> f64 {

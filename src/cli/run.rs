@@ -425,6 +425,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         n_ctx: 0,
         max_batch: usize::from(p.batch),
         outputs: 1,
+        requant: p.requant(),
         timeline: p.timeline.is_some(),
         repeat: match &p.plan {
             Some(given) => Some(Arc::new(Recipe::find(given).map_err(Failure::usage)?)),

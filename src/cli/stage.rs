@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{Failure, ModelArg, interrupt};
+use crate::engine::{self, SmallerFile};
+use crate::gguf::TensorType;
+use crate::machine;
 use crate::storage::bind;
 use crate::storage::guard::{Allowlist, Host, allowlist};
-use crate::storage::image::{ImageError, Source, Staging, Steps};
+use crate::storage::image::{Content, ImageError, Source, Staging, Steps};
 use crate::storage::library::{Library, Recorded};
 use crate::storage::source;
 
@@ -29,6 +32,10 @@ pub struct StageArgs {
     /// The drive's PCI address as well, where another drive may have the same serial number
     #[arg(long, value_name = "ADDRESS")]
     pci: Option<String>,
+    /// Requantise matrices with more bits to TYPE (q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl or mxfp4) while they are
+    /// written; the model is then called MODEL.TYPE
+    #[arg(long, value_name = "TYPE", value_parser = super::args::requant)]
+    requant: Option<TensorType>,
     /// The list of drives that may be used, a TOML file
     #[arg(long, default_value = allowlist::DEFAULT_PATH)]
     allow: PathBuf,
@@ -37,13 +44,29 @@ pub struct StageArgs {
 /// Writes the model, reads it back, records it.
 pub fn run(args: &StageArgs) -> Result<(), Failure> {
     let (gguf, sources) = source::model(args.model.path()).map_err(Failure::usage)?;
+    match args.requant {
+        None => {
+            let starts: Vec<u64> = (0..sources.len()).map(|i| gguf.data_start(i)).collect();
+            stage(args, &sources, &|i, source: &Source| source.head(starts[i]).map_err(|e| e.to_string()))
+        }
+        Some(ty) => {
+            let files = engine::smaller_files(&gguf, sources, ty, machine::n_cpus()).map_err(super::run::failure)?;
+            stage(args, &files, &|_, file: &SmallerFile| Ok(file.header().to_vec()))
+        }
+    }
+}
+
+/// The first bytes of a file that is staged, up to the tensors' data.
+type HeaderOf<'a, S> = &'a dyn Fn(usize, &S) -> Result<Vec<u8>, String>;
+
+fn stage<S: Content>(args: &StageArgs, sources: &[S], header: HeaderOf<'_, S>) -> Result<(), Failure> {
     interrupt::install_for_changes()?;
     let host = Host::default().until(interrupt::interrupted);
     let allowed = Allowlist::load(&args.allow);
     let claim = bind::claim_to_write(&host, &args.tier_c, &args.serial, args.pci.as_deref(), &allowed);
     let claim = claim.map_err(|e| if interrupt::interrupted() { untouched(args) } else { e.into() })?;
     let mut drive = claim.drive();
-    let staging = Staging::plan(&mut drive, &sources, &claim.identity(), &claim.partitions()).map_err(unplanned)?;
+    let staging = Staging::plan(&mut drive, sources, &claim.identity(), &claim.partitions()).map_err(unplanned)?;
     claim.forget_partitions()?;
     claim.last_look(&host).map_err(|e| if interrupt::interrupted() { untouched(args) } else { e.into() })?;
     let bar = if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
@@ -61,13 +84,15 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
     claim.reread_partitions();
     let manifests = manifests.map_err(|e| unfinished(args, &e))?;
     let mut records = Vec::new();
-    for (i, (manifest, source)) in manifests.into_iter().zip(&sources).enumerate() {
-        let header = source.head(gguf.data_start(i)).map_err(|e| e.to_string());
-        let saved = header.and_then(|header| Library::default().save(&Recorded { manifest, header }));
+    for (i, (manifest, source)) in manifests.into_iter().zip(sources).enumerate() {
+        let saved = header(i, source).and_then(|header| Library::default().save(&Recorded { manifest, header }));
         records.push(saved.map_err(|why| unrecorded(args, source, &why))?);
     }
     // Whatever becomes of stdout, the drive is staged, and the user reads so.
     super::failure::say(&format!("staged; `sudo nt device bind {}` hands the drive to nt", args.tier_c));
+    if let Some(Ok((name, _))) = sources.first().filter(|s| s.requant().is_some()).map(Content::names) {
+        super::failure::say(&format!("the requantised model is `nt run {name} --tier-c {}`", args.tier_c));
+    }
     records.iter().try_for_each(|record| super::report::print_line(&record.display().to_string())).map_err(unprinted)
 }
 
@@ -92,7 +117,7 @@ fn untouched(args: &StageArgs) -> Failure {
 }
 
 /// The drive is whole; only the record on this machine is not.
-fn unrecorded(args: &StageArgs, source: &Source, why: &str) -> Failure {
+fn unrecorded(args: &StageArgs, source: &impl Content, why: &str) -> Failure {
     Failure::running(format!(
         "the model is staged: drive {} holds it, read back and compared; but {} could not be recorded on this machine: {why}; without the record, `nt run NAME --tier-c {}` still finds the model on the drive itself",
         args.serial,
@@ -113,6 +138,9 @@ fn unfinished(args: &StageArgs, e: &ImageError) -> Failure {
         quoted(&args.tier_c),
         quoted(&args.serial)
     );
+    if let Some(ty) = args.requant {
+        again += &format!(" --requant {}", ty.name().to_lowercase());
+    }
     if let Some(pci) = &args.pci {
         again += &format!(" --pci {}", quoted(pci));
     }

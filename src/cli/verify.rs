@@ -47,6 +47,10 @@ pub fn run(args: &VerifyArgs, verbose: bool) -> Result<(), Failure> {
     let (tensors, files) = (found.gguf.tensors.len(), found.gguf.shards.len());
     let all =
         format!("{tensors} tensors, {} in {files} file{}", format_bytes(bytes), if files == 1 { "" } else { "s" });
+    let all = match &found.requant {
+        Some(ty) => format!("{all}, requantised to {ty} when it was staged"),
+        None => all,
+    };
     let Some(first) = found.corrupt.first() else {
         return report::print_line(&format!("{all}, read through {}: all as recorded", found.reader));
     };

@@ -5,15 +5,16 @@ use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of, slot_hits};
 use super::repeat::{Recipe, steady};
+use super::requant::{RequantReport, settled};
 use super::sizes::unit_sizes;
-use super::start::{Sizes, dims, make_plan, planned_room, slots_or_not, weights_room};
+use super::start::{Sizes, dims, make_plan, planned_room, requantised, slots_or_not, weights_room};
 use super::works::works;
 use super::{EngineError, ExpertSlots, Options, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, KvShape, MemoryUse};
 use crate::machine;
-use crate::model::{Model, Tape};
+use crate::model::{Model, Requantised, Tape};
 use crate::pipeline::{Event, EventKind};
 use crate::plan::{
     self, COPY_GAP_S, Cache, Caching, Costs, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares,
@@ -43,6 +44,8 @@ pub struct Forecast {
     pub beside: Option<plan::Beside>,
     /// What the plan followed from, by which a session can make it again.
     pub recipe: Recipe,
+    /// What requantising would do, where it is asked for.
+    pub requant: Option<RequantReport>,
     /// Threads that compute on processors.
     pub threads: usize,
     /// Positions of the KV cache.
@@ -97,15 +100,18 @@ impl Forecast {
     /// # Errors
     /// Where nothing fits the limits, or a GPU is asked for that is not there.
     pub fn new(model: &Model, machine: &Machine, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
-        let sizes = Sizes::new(model, &|_| DIRECT);
-        let units = works(model, &sizes.layouts);
         let options = &match &options.repeat {
             Some(recipe) => recipe.applied(model, options)?,
             None => options.clone(),
         };
+        let requant = requantised(model, options)?;
+        let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
+        // Of a model that is requantised, what units are follows from their homes.
+        let units = requant.is_none().then(|| works(model, &sizes.layouts));
         let with = |n_buffers| {
             let options = Options { n_buffers, ..options.clone() };
-            Forecast::of_units(model, machine, &options, prompt, &sizes, &units)
+            let model = (model, requant.as_ref());
+            Forecast::of_sizes(model, machine, &options, prompt, (&sizes, units.as_deref()))
         };
         let first = with(options.n_buffers)?;
         if options.n_buffers.is_some() || options.repeat.is_some() || first.n_buffers() == 0 {
@@ -118,17 +124,21 @@ impl Forecast {
         Ok(near.unwrap_or(first))
     }
 
-    fn of_units(
-        model: &Model,
+    fn of_sizes(
+        (file, requant): (&Model, Option<&Requantised>),
         machine: &Machine,
         options: &Options,
         prompt: usize,
-        sizes: &Sizes,
-        units: &[UnitWork],
+        (sizes, units): (&Sizes, Option<&[UnitWork]>),
     ) -> Result<Forecast, EngineError> {
         let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
-            planned(model, machine, options, sizes)?;
-        let mut units = units.to_vec();
+            planned(file, machine, options, sizes)?;
+        let mixed = requant.map(|r| settled(file, Some(r), &plan.homes));
+        let model = mixed.as_ref().unwrap_or(file);
+        let mut units = match units {
+            Some(units) => units.to_vec(),
+            None => works(model, &sizes.layouts_at(&plan.homes)),
+        };
         let rates = hit_rates_of(model, &plan, options.routing.as_deref());
         for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
             u.miss = cache.map_or(1.0, |c| 1.0 - rates[c]);
@@ -144,7 +154,7 @@ impl Forecast {
         };
         let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
-        let recipe = Recipe::new(model, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
+        let recipe = Recipe::new(file, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
         let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options.routing.as_deref()));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
@@ -155,6 +165,7 @@ impl Forecast {
             prediction: Prediction::new(&work, prompt, options.max_batch),
             beside,
             recipe,
+            requant: requant.map(|r| RequantReport::new(r, &plan.homes)),
             threads,
             site,
             plan,
@@ -549,7 +560,8 @@ const RAM_ADVISED_MAX: u64 = 1 << 30;
 
 /// What would fit in place of options that do not, as a sentence; `None` if nothing was found.
 pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<String> {
-    let sizes = Sizes::new(model, &|_| DIRECT);
+    let requant = requantised(model, options).ok()?;
+    let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
     let mut tight = machine.clone();
     tight.ram.budget = ram_budget(machine).map(|b| b / 100 * ADVICE_SHARE);
     let plan = |o: &Options| planned(model, &tight, o, &sizes).ok().map(|p| p.plan);
@@ -627,7 +639,8 @@ fn homes_of(units: &[UnitWork], homes: &[Home], parts: &[UnitPart]) -> Vec<Home>
 impl Forecast {
     /// The largest context up to what the model was trained on with which everything still fits.
     pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
-        let sizes = Sizes::new(model, &|_| DIRECT);
+        let requant = requantised(model, options).ok()?;
+        let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
         let fits = |n_ctx| planned(model, machine, &Options { n_ctx, ..options.clone() }, &sizes).is_ok();
         let (mut low, mut high) = (0, model.hparams.n_ctx_reach);
         if fits(high) {

@@ -9,6 +9,7 @@ use super::beside::Division;
 use super::structure::{digest, structure};
 use super::{EngineError, ExpertSlots, Options, Sites};
 use crate::backend::Share;
+use crate::gguf::TensorType;
 use crate::machine::probe;
 use crate::model::Model;
 use crate::plan::{Home, Plan, SiteRates, Tiers, format_bytes};
@@ -54,6 +55,9 @@ pub struct Recipe {
     rates: Option<[u64; 3]>,
     /// Which units processors next to the GPU compute; of none, empty.
     divided: String,
+    /// The type that larger matrices got, by its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    requant: Option<String>,
 }
 
 /// Recipes in a file.
@@ -111,6 +115,7 @@ impl Recipe {
             more_frames: options.more_frames,
             rates: rates.map(|r| [r.ram, r.link, r.device].map(|rate| rate as u64)),
             divided: divided(division),
+            requant: options.requant.map(|ty| ty.name().into()),
         }
     }
 
@@ -139,7 +144,12 @@ impl Recipe {
     }
 
     fn known(&self) -> bool {
-        self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok()) && self.by_name().is_some()
+        let requant = self.requant.is_none() || self.requant().is_some();
+        self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok()) && self.by_name().is_some() && requant
+    }
+
+    fn requant(&self) -> Option<TensorType> {
+        TensorType::ALL.iter().copied().find(|ty| self.requant.as_deref() == Some(ty.name()))
     }
 
     fn by_name(&self) -> Option<Sites> {
@@ -190,6 +200,14 @@ impl Recipe {
         if self.model != structure(model) {
             return Err(self.refused("it was made for a model of another shape"));
         }
+        if let (Some(ty), of) = (options.requant, self.requant())
+            && of != Some(ty)
+        {
+            return Err(self.refused(&match of {
+                Some(of) => format!("it requantises to {of}, not to {ty}"),
+                None => "it requantises nothing; leave --requant away".into(),
+            }));
+        }
         Ok(Options {
             sites: self.by_name().unwrap_or(options.sites),
             ram: self.ram.or(options.ram),
@@ -200,6 +218,7 @@ impl Recipe {
             expert_slots: if self.expert_slots { ExpertSlots::On } else { ExpertSlots::Off },
             n_buffers: self.n_buffers,
             more_frames: self.more_frames,
+            requant: self.requant(),
             ..options.clone()
         })
     }

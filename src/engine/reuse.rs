@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::structure::structure;
+use super::structure::shape;
 use crate::backend::{Reuse, Share};
 use crate::machine::probe;
 use crate::model::Model;
@@ -53,8 +53,8 @@ fn kept() -> Kept {
 impl HitCurve {
     /// The curve that was kept of a model.
     pub fn known(model: &Model) -> Option<HitCurve> {
-        let structure = structure(model);
-        kept().experts.into_iter().find(|c| c.model == structure && c.is_one())
+        let shape = shape(model);
+        kept().experts.into_iter().find(|c| c.model == shape && c.is_one())
     }
 
     fn is_one(&self) -> bool {
@@ -67,7 +67,7 @@ impl HitCurve {
         let tokens = reuse.rows() / layers.max(1);
         let experts = model.hparams.n_experts;
         let hits = (1..=PARTS).map(|part| reuse.hits(experts * part / PARTS)).collect();
-        (tokens >= ROWS_MIN).then(|| HitCurve { model: structure(model), tokens, hits })
+        (tokens >= ROWS_MIN).then(|| HitCurve { model: shape(model), tokens, hits })
     }
 
     /// This one and what was known before, each by its tokens.

@@ -42,7 +42,8 @@ pub fn sensitivity(model: &Model, machine: &Machine, options: &Options, base: &F
     }
     let smaller = q4_k_m(model);
     let bytes = |m: &Model| m.units.iter().map(|u| u.bytes()).sum::<u64>() as f64;
-    if bytes(&smaller) < bytes(model) * 0.95 {
+    // Beside what is requantised that is hardly less.
+    if options.requant.is_none() && bytes(&smaller) < bytes(model) * 0.95 {
         add("the model in Q4_K_M".into(), seconds(&smaller, machine, options));
     }
     changes.sort_by(|a, b| b.factor.total_cmp(&a.factor));

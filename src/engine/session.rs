@@ -8,11 +8,15 @@ use super::weights::Weights;
 use super::{EngineError, Links, Recipe, Sites, reuse};
 use smallvec::SmallVec;
 
-use crate::backend::{Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite};
+use crate::backend::quantise::quantise;
+use crate::backend::{
+    Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite, reference,
+};
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region};
 use crate::model::{
-    Batch, ForcedRouting, ForwardError, Model, NotFinite, Outputs, Scratch, Tape, first_not_finite, forward,
+    Batch, ForcedRouting, ForwardError, Model, ModelError, NotFinite, Outputs, Scratch, Tape, Turn, first_not_finite,
+    forward,
 };
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Cache, Home, Plan, Tiers};
@@ -65,6 +69,8 @@ pub struct Options {
     pub max_batch: usize,
     /// Rows of logits a pass may ask for.
     pub outputs: usize,
+    /// The type that larger matrices get while they are loaded; `None` to leave all as the file has them.
+    pub requant: Option<TensorType>,
     /// Keep a timeline.
     pub timeline: bool,
     /// The plan to make again, in place of one by the limits above.
@@ -102,6 +108,7 @@ impl Options {
             n_ctx,
             max_batch: Options::BATCH,
             outputs: 1,
+            requant: None,
             timeline: false,
             repeat: None,
         }
@@ -160,6 +167,11 @@ pub struct Session {
     pub(super) per_block: Option<Embedding>,
     pub(super) rows: Vec<u8>,
     pub(super) rows_per_block: Vec<u8>,
+    /// Rows as the file has them, and one as floats, where they get another type.
+    pub(super) stored_rows: Vec<u8>,
+    pub(super) floats: Vec<f32>,
+    /// What requantising did, where it was asked for.
+    pub(super) requant: Option<super::requant::RequantReport>,
     pub(super) row_offsets: Vec<u64>,
     pub(super) tape: Tape,
     pub(super) scratch: Scratch,
@@ -200,8 +212,12 @@ pub(super) struct OnDevice {
 pub(super) struct Embedding {
     pub file: FileId,
     pub offset: u64,
+    /// Bytes of a row as it is computed with, and as the file and memory have it.
     pub row_bytes: usize,
+    pub stored_bytes: usize,
     pub resident: Option<(Region, u64)>,
+    /// What becomes of a row.
+    pub turn: Option<Turn>,
 }
 
 impl Session {
@@ -503,20 +519,42 @@ impl Session {
         fetched
     }
 
-    /// Brings the rows of `tokens` to `rows`, back to back.
+    /// Brings the rows of `tokens` of a table to `rows`, back to back.
     fn fetch_rows(&mut self, e: Embedding, tokens: &[u32], rows: &mut [u8]) -> Result<(), EngineError> {
+        let Some(turn) = e.turn else { return self.fetch_stored_rows(e, tokens, rows) };
+        let mut stored = std::mem::take(&mut self.stored_rows);
+        stored.resize(tokens.len() * e.stored_bytes, 0);
+        let fetched = self.fetch_stored_rows(e, tokens, &mut stored);
+        self.stored_rows = stored;
+        fetched?;
+        let rows = rows.chunks_exact_mut(e.row_bytes).zip(self.stored_rows.chunks_exact(e.stored_bytes));
+        for ((to, from), token) in rows.zip(tokens) {
+            let (name, row) = ("token_embd.weight".to_owned(), &mut self.floats);
+            let whole = reference::dequantize(turn.from, from, row);
+            let turned =
+                if whole { quantise(turn.to, row, to).map_err(|e| e.to_string()) } else { Err("is no row".into()) };
+            turned.map_err(|why| ModelError::Values {
+                name,
+                what: format!("row {token} cannot be requantised: {why}"),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Brings the rows of `tokens` of a table to `to`, as the file has them.
+    fn fetch_stored_rows(&mut self, e: Embedding, tokens: &[u32], to: &mut [u8]) -> Result<(), EngineError> {
         if let Some((region, at)) = e.resident {
-            for (t, row) in tokens.iter().zip(rows.chunks_exact_mut(e.row_bytes)) {
-                let from = at as usize + *t as usize * e.row_bytes;
+            for (t, row) in tokens.iter().zip(to.chunks_exact_mut(e.stored_bytes)) {
+                let from = at as usize + *t as usize * e.stored_bytes;
                 // SAFETY: the region holds the whole table from `at` on, the token is below its
                 // row count (checked by `eval`), and nobody writes there.
-                unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), e.row_bytes) };
+                unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), e.stored_bytes) };
             }
             return Ok(());
         }
         self.row_offsets.clear();
-        self.row_offsets.extend(tokens.iter().map(|&t| e.offset + u64::from(t) * e.row_bytes as u64));
-        self.weights.flow.read_rows(e.file, &self.row_offsets, e.row_bytes, rows).map_err(stream_error)
+        self.row_offsets.extend(tokens.iter().map(|&t| e.offset + u64::from(t) * e.stored_bytes as u64));
+        self.weights.flow.read_rows(e.file, &self.row_offsets, e.stored_bytes, to).map_err(stream_error)
     }
 
     /// Copies a row of a tied head from a resident slice; `false` if its slice is streamed, or the head is no embedding.
@@ -610,6 +648,16 @@ impl Session {
             cures.push(format!("metadata {}.rope.freq_base is {} (--rope-freq-base)", h.arch.name, h.rope_base));
         }
         Ok((what, cures.join("; ")))
+    }
+
+    /// The model as it is computed: requantised where that was asked for.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// What requantising did; `None` where it was not asked for.
+    pub fn requant(&self) -> Option<&super::requant::RequantReport> {
+        self.requant.as_ref()
     }
 
     /// Tokens in the cache, of the sequence that passes go on with.

@@ -12,7 +12,7 @@ pub(super) fn unit_size(unit: &UnitSpec, slot_bytes: u64) -> UnitSize {
         UnitKind::Expert { layer, .. } => (Some(layer), UnitPart::Expert),
         UnitKind::Head(_) => (None, UnitPart::Head),
     };
-    UnitSize { slot_bytes, block, part }
+    UnitSize::new(slot_bytes, block, part)
 }
 
 /// All units of a model, each with the bytes of its tensors alone.

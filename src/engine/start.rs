@@ -8,6 +8,7 @@ use super::apart::Apart;
 use super::beside::Division;
 use super::hits::{hit_rates_of, slot_hits};
 use super::repeat::{Recipe, steady};
+use super::requant::{RequantReport, settled, turned};
 use super::reuse::{HitCurve, faster_in_slots};
 use super::session::{Embedding, OnDevice, stream_error};
 use super::sizes::{unit_size, unit_sizes};
@@ -24,8 +25,13 @@ use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, Policy, Poo
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
 use crate::memory::{Arena, Region};
-use crate::model::{ForcedRouting, ForwardError, HParams, Model, Scratch, Tape, UnitKind, UnitSpec, check_divisors};
-use crate::pipeline::{DeviceUnit, SpanIn, UnitLayout, load, load_to_device};
+use crate::model::{
+    ForcedRouting, ForwardError, HParams, Model, ModelError, Requantised, Scratch, Tape, UnitKind, UnitSpec,
+    check_divisors,
+};
+use crate::pipeline::{
+    DeviceUnit, Rest, SpanIn, TurnedSpan, TurnedUnit, UnitLayout, load, load_to_device, load_turned, staging,
+};
 use crate::plan::{
     Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_at_least, format_bytes,
     place,
@@ -125,12 +131,14 @@ impl Session {
         // Before the backend takes memory, of which a rate that is not known yet is measured, once.
         let both = options.sites != Sites::One && options.backend != BackendKind::Cpu;
         let rates = both.then(|| here::site_rates(here::threads_beside(options.threads)));
+        let requant = requantised(&model, &options)?;
         let tape = Tape::new(&model);
         let dims = dims(&model, &tape, &options, &divisors);
-        let sizes = Sizes::new(&model, &|f| reader.alignment(f));
+        let sizes = Sizes::new(&model, requant.as_ref(), options.threads, &|f| reader.alignment(f));
         starting.go_on()?;
         let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
         check_types(&model, backend.as_ref())?;
+        requant.as_ref().map_or(Ok(()), |r| check_types(r.whole(), backend.as_ref()))?;
         if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
             let why = "--site both: this GPU's driver has no waits for words in memory, so that it cannot wait for processors";
             return Err(EngineError::Memory(format!("{why}; --site gpu computes on the GPU alone")));
@@ -162,6 +170,11 @@ impl Session {
             let vram = memory.is_some().then_some(plan.vram_bytes);
             make_plan(&model, &sizes, vram, workspace, &Options { ram: Some(ram), ..options.clone() }).is_ok()
         })?;
+        let recipe_of = model;
+        let (model, sizes) = (settled(&recipe_of, requant.as_ref(), &plan.homes), sizes.at(&plan.homes));
+        let tape = if requant.is_some() { Tape::new(&model) } else { tape };
+        let requanted = requant.as_ref().map(|r| RequantReport::new(r, &plan.homes));
+        notes.extend(requanted.as_ref().and_then(RequantReport::note));
         notes.extend(memory.as_ref().and_then(|_| larger_batch(&model, &plan, &options)));
         let mut places = Places::take(&plan, &sizes, own_embedding(&model, memory.is_some()))?;
         let mut reader = reader;
@@ -179,7 +192,8 @@ impl Session {
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
         // SAFETY: `reader` was bound anew after the places, so an early return drops it before their arena;
         // later it is the flow's, which the session drops before the arena.
-        let resident = unsafe { load_resident(&plan, &sizes, &places, &names, reader.as_mut(), starting) }?;
+        let resident =
+            unsafe { load_resident(&plan, &sizes, &places, (&names, options.threads), reader.as_mut(), starting) }?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let repeated = options.repeat.as_ref().and_then(|r| r.rates());
@@ -193,7 +207,7 @@ impl Session {
             .computes_in_ram()
             .and_then(|threads| Division::new(&model, &plan, &options, &|| site_rates(threads)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
-        let recipe = Recipe::new(&model, &plan, &options, (room, options.ram), asked.get(), division.as_ref());
+        let recipe = Recipe::new(&recipe_of, &plan, &options, (room, options.ram), asked.get(), division.as_ref());
         notes.extend(plan.too_few_slots.map(too_few_slots));
         let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);
         if options.expert_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
@@ -212,9 +226,15 @@ impl Session {
             file: FileId(t.shard as u16),
             offset: t.offset,
             row_bytes: (t.bytes / model.n_vocab as u64) as usize,
+            stored_bytes: (t.bytes / model.n_vocab as u64) as usize,
             resident: place.map(|r| (r, layout.span_offsets[0])),
+            turn: None,
         };
-        let embedding = table(&model.embedding, places.embedding, &sizes.embedding);
+        let embedding = Embedding {
+            stored_bytes: (recipe_of.embedding.bytes / model.n_vocab as u64) as usize,
+            turn: requant.as_ref().and_then(Requantised::embedding),
+            ..table(&model.embedding, places.embedding, &sizes.embedding)
+        };
         let per_block = model.per_block.as_ref().zip(sizes.per_block.as_ref());
         let per_block = per_block.map(|(t, layout)| table(t, places.per_block, layout));
         notes.dedup();
@@ -243,6 +263,9 @@ impl Session {
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
             rows_per_block: Vec::with_capacity(options.max_batch * per_block.map_or(0, |t| t.row_bytes)),
             per_block,
+            stored_rows: Vec::with_capacity(embedding.turn.map_or(0, |_| options.max_batch * embedding.stored_bytes)),
+            floats: embedding.turn.map_or(Vec::new(), |t| vec![0.0; t.cols]),
+            requant: requanted,
             row_offsets: Vec::with_capacity(options.max_batch),
             last: Vec::with_capacity(options.max_batch),
             last_parts: Vec::with_capacity(EXACT_ROWS),
@@ -358,9 +381,22 @@ fn refuse_what_is_not_there(
 /// Alignment of reads of each file.
 pub(super) type Alignments<'a> = &'a dyn Fn(FileId) -> Alignment;
 
+/// The model with smaller matrices, where the options ask for one.
+pub(super) fn requantised(model: &Model, options: &Options) -> Result<Option<Requantised>, EngineError> {
+    let of = options.requant.map(|ty| Requantised::new(model, ty)).transpose();
+    of.map_err(|e| ModelError::from(e).into())
+}
+
 /// What the reader's alignment makes of the model's units.
 pub(super) struct Sizes {
+    /// As they rest; once homes are known ([`Sizes::at`]), as they are in RAM or in VRAM.
     pub layouts: Arc<[UnitLayout]>,
+    /// As they are read from storage.
+    stored: Arc<[UnitLayout]>,
+    /// By unit, what becomes of the spans of one that is requantised where it rests; else nothing.
+    turned: Vec<Vec<TurnedSpan>>,
+    /// Regions that those are read to while they are loaded: how many, and the bytes of each.
+    turning: (usize, u64),
     embedding: UnitLayout,
     /// Of the embeddings for each block, where there are such.
     per_block: Option<UnitLayout>,
@@ -374,13 +410,43 @@ impl Sizes {
         self.layouts.iter().map(|l| l.slot_bytes).sum()
     }
 
-    pub fn new(model: &Model, alignment: Alignments) -> Sizes {
+    /// Of a model as the file has it, which `threads` threads requantise where that is asked for.
+    pub fn new(model: &Model, requant: Option<&Requantised>, threads: usize, alignment: Alignments) -> Sizes {
+        let stored: Arc<[UnitLayout]> = model.units.iter().map(|u| layout(u, alignment)).collect();
+        let mut layouts = Arc::clone(&stored);
+        let mut spans = vec![Vec::new(); stored.len()];
+        if let Some(requant) = requant {
+            let turned = |u: usize| turned(requant, u).unwrap_or_else(|| (stored[u].clone(), Vec::new()));
+            let (new, of): (Vec<_>, Vec<_>) = (0..stored.len()).map(turned).unzip();
+            (layouts, spans) = (new.into(), of);
+        }
+        let turning = staging(spans.iter().flatten(), threads, alignment);
         Sizes {
-            layouts: model.units.iter().map(|u| layout(u, alignment)).collect(),
+            layouts,
+            stored,
+            turned: spans,
+            turning,
             embedding: tensor_layout(&model.embedding, alignment),
             per_block: model.per_block.as_ref().map(|t| tensor_layout(t, alignment)),
             rows: rows_region_bytes(model, alignment),
         }
+    }
+
+    /// With the layouts that units have at their homes.
+    fn at(mut self, homes: &[Home]) -> Sizes {
+        self.layouts = self.layouts_at(homes).into();
+        self
+    }
+
+    /// Those layouts.
+    pub fn layouts_at(&self, homes: &[Home]) -> Vec<UnitLayout> {
+        let of = |u: usize| if homes[u] == Home::C { &self.stored[u] } else { &self.layouts[u] };
+        (0..homes.len()).map(|u| of(u).clone()).collect()
+    }
+
+    /// Bytes of RAM that are taken beside units and slots.
+    fn reserved(&self) -> u64 {
+        self.rows + self.turning.0 as u64 * self.turning.1
     }
 }
 
@@ -390,6 +456,7 @@ struct Places {
     device: Option<OnDevice>,
     arena: Arena,
     rows: Region,
+    turning: Vec<Region>,
     slots: Vec<Region>,
     caches: Vec<Region>,
     in_ram: Vec<Option<Region>>,
@@ -403,6 +470,7 @@ impl Places {
         let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
         let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
         let rows = take(sizes.rows)?;
+        let turning = (0..sizes.turning.0).map(|_| take(sizes.turning.1)).collect::<Result<Vec<_>, _>>()?;
         let slots = plan.slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
         let mut in_ram = Vec::with_capacity(plan.homes.len());
         for (l, home) in sizes.layouts.iter().zip(&plan.homes) {
@@ -413,11 +481,11 @@ impl Places {
         let of_blocks = sizes.per_block.as_ref().filter(|_| plan.embedding_resident).map(|l| l.slot_bytes);
         let per_block = of_blocks.map(&mut take).transpose()?;
         let caches = plan.cache_slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
-        Ok(Places { arena, rows, slots, caches, in_ram, embedding, per_block, device: None })
+        Ok(Places { arena, rows, turning, slots, caches, in_ram, embedding, per_block, device: None })
     }
 }
 
-/// Loads tiers A and B and the embedding; returns where resident units lie in the backend's memory.
+/// Loads tiers A and B and the embedding; returns where resident units lie in the backend's memory. `threads` requantise what is to be.
 ///
 /// # Safety
 /// The reader is dropped before the arena of `places`.
@@ -425,24 +493,34 @@ unsafe fn load_resident(
     plan: &Plan,
     sizes: &Sizes,
     places: &Places,
-    names: &[String],
+    (names, threads): (&[String], usize),
     reader: &mut dyn Reader,
     starting: &mut Starting<'_>,
 ) -> Result<Vec<Option<u64>>, EngineError> {
     let mut to_ram: Vec<(&UnitLayout, Region, &str)> = Vec::new();
     let mut to_device: Vec<DeviceUnit> = Vec::new();
+    let mut to_turn: Vec<TurnedUnit> = Vec::new();
     let mut resident = vec![None; plan.homes.len()];
     let mut next = places.device.as_ref().map_or(0, |d| d.resident.addr);
     for (u, home) in plan.homes.iter().enumerate() {
-        let (layout, name) = (&sizes.layouts[u], names[u].as_str());
+        let (layout, name, spans) = (&sizes.layouts[u], names[u].as_str(), &sizes.turned[u][..]);
         match (home, places.in_ram[u]) {
             (Home::A, _) => {
-                to_device.push(DeviceUnit { layout, addr: next, name });
+                match spans.is_empty() {
+                    true => to_device.push(DeviceUnit { layout, addr: next, name }),
+                    false => {
+                        let rest = Rest::Device(next, layout.slot_bytes as usize);
+                        to_turn.push(TurnedUnit { spans, rest, name });
+                    }
+                }
                 resident[u] = Some(next);
                 next += layout.slot_bytes;
             }
             (Home::B, Some(region)) => {
-                to_ram.push((layout, region, name));
+                match spans.is_empty() {
+                    true => to_ram.push((layout, region, name)),
+                    false => to_turn.push(TurnedUnit { spans, rest: Rest::Ram(region), name }),
+                }
                 // A device streams from RAM; processors compute there.
                 resident[u] = places.device.is_none().then_some(region.addr() as u64);
             }
@@ -451,17 +529,29 @@ unsafe fn load_resident(
     }
     to_ram.extend(places.embedding.map(|r| (&sizes.embedding, r, "token_embd.weight")));
     to_ram.extend(sizes.per_block.as_ref().zip(places.per_block).map(|(l, r)| (l, r, "per_layer_token_embd.weight")));
-    let bytes = to_ram.iter().map(|(l, ..)| l.read_bytes()).sum::<u64>();
-    let total = bytes + to_device.iter().map(|u| u.layout.read_bytes()).sum::<u64>();
+    let in_ram = to_ram.iter().map(|(l, ..)| l.read_bytes()).sum::<u64>();
+    let on_device = to_device.iter().map(|u| u.layout.read_bytes()).sum::<u64>();
+    let turned: u64 = to_turn.iter().flat_map(|u| u.spans).map(|s| s.span.bytes).sum();
+    let total = in_ram + on_device + turned;
     // SAFETY: the plan gave each unit a region of its own; the rest is the caller's promise.
     unsafe { load(reader, &to_ram, &mut |done| starting.loaded(done, total)) }.map_err(stream_error)?;
-    if let (Some(device), false) = (&places.device, to_device.is_empty()) {
-        // Those behind are for attention parts alone.
-        let staging = &places.slots[..plan.n_slots];
-        let engine = device.memory.copy_engine(staging.len())?;
-        let mut progress = |done| starting.loaded(bytes + done, total);
+    // Those behind are for attention parts alone.
+    let slots = &places.slots[..plan.n_slots];
+    let engine = match &places.device {
+        Some(device) if plan.homes.contains(&Home::A) => Some(device.memory.copy_engine(slots.len())?),
+        _ => None,
+    };
+    if let (Some(engine), false) = (&engine, to_device.is_empty()) {
+        let mut progress = |done| starting.loaded(in_ram + done, total);
         // SAFETY: nothing streams yet, so the slots are free; units lie one after the other in the allocation.
-        unsafe { load_to_device(reader, &to_device, staging, engine.as_ref(), &mut progress) }.map_err(stream_error)?;
+        unsafe { load_to_device(reader, &to_device, slots, engine.as_ref(), &mut progress) }.map_err(stream_error)?;
+    }
+    if !to_turn.is_empty() {
+        let device = engine.as_deref().map(|engine| (engine, slots));
+        let mut progress = |done| starting.loaded(in_ram + on_device + done, total);
+        // SAFETY: as above; the regions for turning are nobody else's.
+        unsafe { load_turned(reader, &to_turn, &places.turning, device, threads, &mut progress) }
+            .map_err(stream_error)?;
     }
     Ok(resident)
 }
@@ -623,8 +713,12 @@ pub(super) fn make_plan(
     workspace: u64,
     options: &Options,
 ) -> Result<Plan, PlanError> {
+    let size = |((u, l), stored): ((&UnitSpec, &UnitLayout), &UnitLayout)| UnitSize {
+        stored_bytes: stored.slot_bytes,
+        ..unit_size(u, l.slot_bytes)
+    };
     let units: Vec<UnitSize> =
-        model.units.iter().zip(sizes.layouts.iter()).map(|(u, l)| unit_size(u, l.slot_bytes)).collect();
+        model.units.iter().zip(sizes.layouts.iter()).zip(sizes.stored.iter()).map(size).collect();
     let own = own_embedding(model, vram.is_some()).then_some(sizes.embedding.slot_bytes);
     let tables = [own, sizes.per_block.as_ref().map(|l| l.slot_bytes)];
     let limits = Limits {
@@ -635,7 +729,7 @@ pub(super) fn make_plan(
         tiers: options.tiers,
         stacked: options.stacked,
         storage: options.storage,
-        reserved: sizes.rows,
+        reserved: sizes.reserved(),
         workspace,
         embedding: tables.into_iter().flatten().reduce(u64::saturating_add),
         cached_choices: if options.caches { model.hparams.n_experts_used } else { 0 },

@@ -24,3 +24,11 @@ pub(super) fn structure(model: &Model) -> String {
     let arch = format!("{} {}", model.hparams.arch.name, model.hparams.n_experts_used);
     digest([arch].into_iter().chain(units).chain(matrices))
 }
+
+/// What a model is whatever its types are, so that requantising changes nothing of it.
+pub(super) fn shape(model: &Model) -> String {
+    let units = model.units.iter().map(|u| u.name.clone());
+    let matrices = model.matrices().into_iter().map(|(_, _, t)| format!("{} {} {}", t.unit, t.rows, t.cols));
+    let arch = format!("{} {}", model.hparams.arch.name, model.hparams.n_experts_used);
+    digest([arch].into_iter().chain(units).chain(matrices))
+}

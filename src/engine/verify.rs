@@ -14,6 +14,8 @@ pub struct Verified {
     pub gguf: Gguf,
     /// How it was read.
     pub reader: &'static str,
+    /// The type that larger matrices were requantised to when the model was staged.
+    pub requant: Option<String>,
     /// Every chunk that differs.
     pub corrupt: Vec<Corruption>,
     /// Files whose length differs from the recorded one: path, length and recorded length.
@@ -53,6 +55,7 @@ pub fn verify(
         (shard.len != r.manifest.size).then(|| (shard.path.clone(), shard.len, r.manifest.size))
     };
     let mut corrupt = Vec::new();
+    let requant = source.copies.iter().flat_map(|c| &c.records).find_map(|r| r.manifest.requant.clone());
     let n = source.copies.len() as u64;
     let (mut reader, mut lengths) = ("", Vec::new());
     // Several copies, each with its record, are each read whole; striped, half of each would be.
@@ -61,7 +64,7 @@ pub fn verify(
         reader = if i == 0 || reader == name { name } else { "mixed" };
         lengths.extend(copy.records.iter().enumerate().filter_map(differs));
         if !lengths.is_empty() {
-            return Ok(Verified { gguf, reader, corrupt: Vec::new(), lengths });
+            return Ok(Verified { gguf, reader, requant, corrupt: Vec::new(), lengths });
         }
         let mut all = |done, total| progress(i as u64 * total + done, n * total);
         corrupt.extend(storage::verify(copy.reader, &copy.records, &mut all).map_err(|e| match e {
@@ -69,5 +72,5 @@ pub fn verify(
             VerifyError::Memory(e) => EngineError::Arena(e),
         })?);
     }
-    Ok(Verified { gguf, reader, corrupt, lengths })
+    Ok(Verified { gguf, reader, requant, corrupt, lengths })
 }

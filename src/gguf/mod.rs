@@ -9,10 +9,12 @@ mod file;
 mod forms;
 pub(crate) mod grids;
 mod header;
+mod retype;
 mod types;
 mod value;
 
 pub use error::GgufError;
 pub use file::{Gguf, Shard, Source, TensorInfo};
+pub use retype::retyped;
 pub use types::TensorType;
 pub use value::{Array, Metadata, StringArray, Value};

@@ -13,6 +13,7 @@ mod overrides;
 mod pass;
 mod program;
 mod read;
+mod requant;
 mod rope;
 mod routing;
 mod tape;
@@ -27,6 +28,7 @@ pub use program::{
     Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,
 };
 pub use read::unused_keys;
+pub use requant::{RequantError, Requantised, Turn, Turned};
 pub use rope::{RopeScaling, RopeSpec, check_divisors};
 pub use routing::{ForcedRouting, Mixture, Routes, RoutingError};
 pub use tape::Tape;
@@ -73,6 +75,9 @@ pub enum ModelError {
         /// Blocks that the metadata name.
         n_layers: usize,
     },
+    /// Matrices cannot be requantised as asked.
+    #[error(transparent)]
+    Requant(#[from] RequantError),
     /// A tensor has another shape than the metadata imply.
     #[error("tensor {name} has shape {found:?}, expected {expected:?}")]
     Shape {

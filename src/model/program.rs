@@ -268,6 +268,12 @@ impl Model {
         model
     }
 
+    /// Shows every matrix that a pass multiplies with wherever the model names it, the head's slices included.
+    pub(super) fn for_each_matrix(&mut self, f: &mut dyn FnMut(&mut TensorRef)) {
+        visit(&mut self.stages, &mut |_, _, t| f(t));
+        self.head.iter_mut().for_each(|h| f(&mut h.weight));
+    }
+
     /// The widest hidden state of a feed-forward part that is no expert; 0 if there is none.
     pub fn n_ff(&self) -> usize {
         self.width(Act::Hidden).max(self.width(Act::Up))

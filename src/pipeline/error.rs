@@ -21,6 +21,12 @@ pub enum StreamError {
     /// The thread of a link ended.
     #[error("the reading thread ended unexpectedly")]
     ThreadGone,
+    /// A thread could not be started.
+    #[error("a thread that requantises could not be started: {0}")]
+    Thread(Arc<std::io::Error>),
+    /// Numbers of a unit that its new type does not hold.
+    #[error("{0}; `nt verify` shows whether the file is damaged")]
+    Unfit(String),
     /// Loading was stopped.
     #[error("the pass was given up")]
     Interrupted,

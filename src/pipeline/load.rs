@@ -11,7 +11,7 @@ use crate::memory::Region;
 use crate::storage::{Completion, ReadRequest, Reader};
 
 /// How long a wait for reads may last before it is asked whether to go on.
-const POLL: Duration = Duration::from_millis(2);
+pub(super) const POLL: Duration = Duration::from_millis(2);
 /// Units that are read at once.
 const LANES: usize = 4;
 
@@ -58,11 +58,11 @@ pub unsafe fn load(
     Ok(())
 }
 
-fn named(unit: &str, source: crate::storage::ReadError) -> StreamError {
+pub(super) fn named(unit: &str, source: crate::storage::ReadError) -> StreamError {
     StreamError::Unit { unit: unit.to_owned(), source }
 }
 
-fn go_on(answer: ControlFlow<()>) -> Result<(), StreamError> {
+pub(super) fn go_on(answer: ControlFlow<()>) -> Result<(), StreamError> {
     if answer.is_break() { Err(StreamError::Interrupted) } else { Ok(()) }
 }
 

@@ -10,6 +10,18 @@ const LOADING_SLOTS: usize = 2;
 
 /// Places the units where `vram` bytes of device memory are for weights: resident ones and slots.
 pub(super) fn place(units: &[UnitSize], limits: &Limits, vram: u64) -> Result<Plan, PlanError> {
+    // Where nothing is read, no frame need hold what units have on storage; else any may.
+    if units.iter().any(|u| u.stored_bytes > u.slot_bytes) {
+        let resting: Vec<UnitSize> = units.iter().map(|u| UnitSize { stored_bytes: u.slot_bytes, ..*u }).collect();
+        match place_as(&resting, limits, vram) {
+            Ok(plan) if !plan.homes.contains(&Home::C) => return Ok(plan),
+            _ => {}
+        }
+    }
+    place_as(units, limits, vram)
+}
+
+fn place_as(units: &[UnitSize], limits: &Limits, vram: u64) -> Result<Plan, PlanError> {
     let mut homes = vec![Home::C; units.len()];
     let slots = match limits.tiers {
         Some(t) => by_count(units, limits, vram, t, &mut homes)?,
@@ -45,7 +57,8 @@ fn device_slots(
     vram: u64,
     streamed: impl Fn(&UnitSize) -> bool,
 ) -> Result<(usize, u64), PlanError> {
-    let slot_bytes = slot_sizes(units.iter().filter(|u| streamed(u))).sum();
+    let streamed_units = units.iter().filter(|u| streamed(u));
+    let slot_bytes = slot_sizes(streamed_units.map(|u| (u, u.slot_bytes.max(u.stored_bytes)))).sum();
     let needed = |n: usize| n as u64 * slot_bytes;
     let n = match limits.n_buffers {
         Some(n) => n,
@@ -121,8 +134,8 @@ fn staging(units: &[UnitSize], limits: &Limits, homes: &[Home], from_storage: bo
     let (mut others, mut attention) = (0, 0);
     for (u, home) in units.iter().zip(homes) {
         match home {
-            Home::C if from_storage && u.part == UnitPart::Attention => attention = u.slot_bytes.max(attention),
-            Home::C if from_storage => others = u.slot_bytes.max(others),
+            Home::C if from_storage && u.part == UnitPart::Attention => attention = u.stored_bytes.max(attention),
+            Home::C if from_storage => others = u.stored_bytes.max(others),
             Home::A => others = u.slot_bytes.max(others),
             _ => {}
         }
@@ -264,11 +277,11 @@ fn deal(t: Tiers, stacked: bool) -> Vec<Home> {
 
 fn finish(units: &[UnitSize], (limits, vram): (&Limits, u64), homes: Vec<Home>, slots: Slots) -> Plan {
     let of = |home: Home| units.iter().zip(&homes).filter(move |(_, h)| **h == home).map(|(u, _)| u.slot_bytes);
-    let streamed = units.iter().zip(&homes).filter(|(_, h)| **h != Home::A).map(|(u, _)| u);
+    let streamed = units.iter().zip(&homes).filter(|(_, h)| **h != Home::A).map(|(u, h)| (u, u.frame_bytes(*h)));
     let on_device = slot_sizes(streamed.clone());
-    let device_slots = match streamed.max_by_key(|u| u.slot_bytes) {
+    let device_slots = match streamed.max_by_key(|(_, bytes)| *bytes) {
         _ if on_device.slot == 0 => 0,
-        Some(largest) if largest.routed() => slots.device.max((ahead(limits, vram) / on_device.sum()) as usize),
+        Some((largest, _)) if largest.routed() => slots.device.max((ahead(limits, vram) / on_device.sum()) as usize),
         _ => slots.device,
     };
     // The largest unit that is read may have found a home in RAM since room was left for slots.
@@ -391,20 +404,25 @@ mod tests {
             };
             let n = 4 + random(30) as usize;
             let in_parts = random(2) == 0;
-            let mut part = |i, part| UnitSize { slot_bytes: 50 + random(200), block: Some(i), part };
+            // Some are smaller where they rest.
+            let most = 1 + random(2) * 150;
+            let mut part = |i, part| {
+                let bytes = 50 + random(200);
+                UnitSize { stored_bytes: bytes + random(most), ..UnitSize::new(bytes, Some(i), part) }
+            };
             let mut units = Vec::new();
             for i in 0..n {
                 units.extend(in_parts.then(|| part(i, UnitPart::Attention)));
                 units.push(part(i, UnitPart::FeedForward));
             }
-            units.extend((0..3).map(|_| UnitSize { slot_bytes: 20 + random(200), block: None, part: UnitPart::Head }));
+            units.extend((0..3).map(|_| UnitSize::new(20 + random(200), None, UnitPart::Head)));
             let l = Limits { storage: random(4) > 0, ..limits(random(5000), random(5000)) };
             if let Ok(p) = place(&units, &l) {
                 assert!(p.ram_bytes <= l.ram && Some(p.vram_bytes) <= l.vram, "seed {seed}: {p:?}");
                 for (u, home) in units.iter().zip(&p.homes) {
                     let held = |n: usize, slot: u64, attention: u64| {
                         let is_kept = u.part == UnitPart::Attention && attention > 0;
-                        n > 1 && u.slot_bytes <= if is_kept { attention } else { slot }
+                        n > 1 && u.frame_bytes(*home) <= if is_kept { attention } else { slot }
                     };
                     let staged = held(p.n_slots, p.slot_bytes, p.attention_slot_bytes);
                     let loaded = p.n_slots > 1 && u.slot_bytes <= p.slot_bytes;

@@ -23,6 +23,8 @@ pub enum Home {
 pub struct UnitSize {
     /// Bytes it takes in memory, alignment included.
     pub slot_bytes: u64,
+    /// Bytes it takes in a frame that it is read to from storage: more, where it is requantised only if it rests.
+    pub stored_bytes: u64,
     /// The block it belongs to; `None` for slices of the head.
     pub block: Option<usize>,
     /// What it is.
@@ -45,6 +47,16 @@ pub enum UnitPart {
 }
 
 impl UnitSize {
+    /// A unit that takes as many bytes wherever it lives.
+    pub fn new(slot_bytes: u64, block: Option<usize>, part: UnitPart) -> UnitSize {
+        UnitSize { slot_bytes, stored_bytes: slot_bytes, block, part }
+    }
+
+    /// Bytes it takes in a frame, by its home.
+    pub(super) fn frame_bytes(&self, home: Home) -> u64 {
+        if home == Home::C { self.stored_bytes } else { self.slot_bytes }
+    }
+
     /// Whether only some tokens use it.
     pub fn routed(&self) -> bool {
         self.part == UnitPart::Expert
@@ -229,7 +241,7 @@ pub(super) fn caches(
         layer.0 += 1;
         if *home == Home::C {
             layer.1 += 1;
-            layer.2 = layer.2.max(u.slot_bytes);
+            layer.2 = layer.2.max(u.stored_bytes);
         }
     }
     let all: u64 = layers.iter().map(|l| l.1 as u64 * l.2).sum();
@@ -461,13 +473,13 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
     Ok(finish(units, homes, n_slots, limits, Err(None)))
 }
 
-/// Bytes of the slots that a buffer has for `streamed` units: one for attention parts (0 where there are none, or nothing
-/// else), and one for all others.
-pub(super) fn slot_sizes<'a>(streamed: impl Iterator<Item = &'a UnitSize>) -> SlotSizes {
+/// Bytes of the slots that a buffer has for `streamed` units, each with the bytes that it takes there: one for attention parts
+/// (0 where there are none, or nothing else), and one for all others.
+pub(super) fn slot_sizes<'a>(streamed: impl Iterator<Item = (&'a UnitSize, u64)>) -> SlotSizes {
     let (mut others, mut attention) = (0, 0);
-    for u in streamed {
+    for (u, bytes) in streamed {
         let most = if u.part == UnitPart::Attention { &mut attention } else { &mut others };
-        *most = u.slot_bytes.max(*most);
+        *most = bytes.max(*most);
     }
     SlotSizes::new(others, attention)
 }
@@ -496,7 +508,7 @@ impl SlotSizes {
 
 /// Number and size of the buffers that hold any of `streamed`.
 fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> Result<(usize, u64), PlanError> {
-    let buffer = slot_sizes(streamed).sum();
+    let buffer = slot_sizes(streamed.map(|u| (u, u.stored_bytes))).sum();
     let needed = |n: usize| limits.reserved + n as u64 * buffer;
     let n = match limits.n_buffers {
         Some(n) => n,
@@ -550,7 +562,7 @@ fn finish(
     let sum =
         |home: Home| units.iter().zip(&homes).filter(|(_, h)| **h == home).map(|(u, _)| u.slot_bytes).sum::<u64>();
     let streamed = units.iter().zip(&homes).filter(|(_, h)| **h == Home::C);
-    let sizes = slot_sizes(streamed.map(|(u, _)| u));
+    let sizes = slot_sizes(streamed.map(|(u, _)| (u, u.stored_bytes)));
     let n_slots = if sizes.slot == 0 { 0 } else { n_slots };
     let (caches, too_few_slots) = caches.map_or_else(|few| (Vec::new(), few), |caches| (caches, None));
     let cached: u64 = caches.iter().map(Cache::bytes).sum();
@@ -581,14 +593,14 @@ pub(super) mod tests {
 
     /// Units of so many blocks and slices of the head.
     pub fn model(blocks: usize, block_bytes: u64, slices: usize, slice_bytes: u64) -> Vec<UnitSize> {
-        let block = |i| UnitSize { slot_bytes: block_bytes, block: Some(i), part: UnitPart::FeedForward };
-        let slice = UnitSize { slot_bytes: slice_bytes, block: None, part: UnitPart::Head };
+        let block = |i| UnitSize::new(block_bytes, Some(i), UnitPart::FeedForward);
+        let slice = UnitSize::new(slice_bytes, None, UnitPart::Head);
         (0..blocks).map(block).chain((0..slices).map(|_| slice)).collect()
     }
 
     /// Blocks of two parts: `attention` and `ffn` bytes each.
     pub fn in_parts(blocks: usize, attention: u64, ffn: u64) -> Vec<UnitSize> {
-        let part = |i, slot_bytes, part| UnitSize { slot_bytes, block: Some(i), part };
+        let part = |i, slot_bytes, part| UnitSize::new(slot_bytes, Some(i), part);
         let of = |i| [part(i, attention, UnitPart::Attention), part(i, ffn, UnitPart::FeedForward)];
         (0..blocks).flat_map(of).collect()
     }
@@ -615,6 +627,24 @@ pub(super) mod tests {
         let p = place(&model(4, 100, 2, 50), &limits(500)).unwrap();
         assert_eq!((p.n_slots, p.ram_bytes), (0, 500));
         assert!(p.homes.iter().all(|&h| h == Home::B));
+    }
+
+    /// Units that are smaller where they rest: as many rest as fit by that size, and slots are as large as what is read.
+    #[test]
+    fn slots_hold_what_is_read_and_homes_count_what_rests() {
+        let units: Vec<UnitSize> =
+            model(30, 100, 0, 0).into_iter().map(|u| UnitSize { stored_bytes: 150, ..u }).collect();
+        assert_eq!(place(&units, &limits(3000)).unwrap().n_slots, 0);
+        let p = place(&units, &limits(2999)).unwrap();
+        assert_eq!((p.n_slots, p.slot_bytes), (3, 150));
+        assert_eq!(p.homes.iter().filter(|h| **h == Home::B).count(), 25);
+        // With VRAM as well, frames there are small where all is in RAM, and large where something is read.
+        let vram = |ram| Limits { vram: Some(1000), ..limits(ram) };
+        let p = place(&units, &vram(10_000)).unwrap();
+        assert_eq!((p.device_slots, p.device_slot_bytes, p.n_slots, p.slot_bytes), (3, 100, 2, 100));
+        let p = place(&units, &vram(1500)).unwrap();
+        assert_eq!((p.device_slots, p.device_slot_bytes, p.n_slots, p.slot_bytes), (3, 150, 3, 150));
+        assert!(p.vram_bytes <= 1000 && p.ram_bytes <= 1500);
     }
 
     #[test]
@@ -668,7 +698,7 @@ pub(super) mod tests {
     #[test]
     fn experts_come_after_what_every_token_uses() {
         let mut units = model(4, 100, 1, 50);
-        units.extend((0..16).map(|i| UnitSize { slot_bytes: 40, block: Some(i / 4), part: UnitPart::Expert }));
+        units.extend((0..16).map(|i| UnitSize::new(40, Some(i / 4), UnitPart::Expert)));
         let p = place(&units, &limits(300 + 450 + 100)).unwrap();
         assert!(p.homes[..5].iter().all(|&h| h == Home::B));
         assert!(p.homes[5..].contains(&Home::B) && p.homes[5..].contains(&Home::C));
@@ -678,8 +708,8 @@ pub(super) mod tests {
     /// 64 experts of which a token chooses 4 in each of 4 blocks, 40 bytes each.
     fn routed() -> Vec<UnitSize> {
         let of = |i| {
-            let shared = UnitSize { slot_bytes: 100, block: Some(i), part: UnitPart::Shared };
-            let expert = UnitSize { slot_bytes: 40, block: Some(i), part: UnitPart::Expert };
+            let shared = UnitSize::new(100, Some(i), UnitPart::Shared);
+            let expert = UnitSize::new(40, Some(i), UnitPart::Expert);
             std::iter::once(shared).chain(std::iter::repeat_n(expert, 64))
         };
         (0..4).flat_map(of).collect()

@@ -129,7 +129,7 @@ mod tests {
             Some(_) if share < 1.0 => UnitPart::Expert,
             Some(_) => UnitPart::FeedForward,
         };
-        let size = UnitSize { slot_bytes: bytes, block, part };
+        let size = UnitSize::new(bytes, block, part);
         UnitWork {
             size,
             bytes,

@@ -246,6 +246,7 @@ mod tests {
             namespace: 1,
             extents: vec![(0, 1 << 20, (2 * CHUNK) as u64), ((2 * CHUNK) as u64, 8 << 20, (4 * CHUNK) as u64)],
             crc32c: extents::sums(&data()[..]).unwrap(),
+            requant: None,
         };
         let half = 3 * CHUNK as u64;
         let tensors = vec![(100, half - 100, "a".into()), (half, SIZE as u64 - half, "b".into())];

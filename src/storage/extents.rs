@@ -57,6 +57,9 @@ pub struct Manifest {
     pub extents: Vec<(u64, u64, u64)>,
     /// CRC-32C of each [`CHUNK`] of the file.
     pub crc32c: Vec<u32>,
+    /// The type that the file's larger matrices were requantised to when it was staged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requant: Option<String>,
 }
 
 impl Manifest {
@@ -161,6 +164,7 @@ fn of(host: &Host, source: &Source) -> Result<Manifest, DeviceError> {
         namespace: namespace.nsid,
         extents,
         crc32c,
+        requant: None,
     })
 }
 

@@ -272,6 +272,7 @@ mod tests {
             namespace: 1,
             extents: vec![(0, 4096, 4096)],
             crc32c: vec![7],
+            requant: None,
         };
         Recorded { manifest, header: b"head".to_vec() }
     }

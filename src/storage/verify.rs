@@ -120,6 +120,7 @@ mod tests {
                 namespace: 1,
                 extents: vec![(0, 1 << 20, (data.len() as u64).next_multiple_of(4096))],
                 crc32c: sums(data).unwrap(),
+                requant: None,
             },
             tensors: vec![(0, data.len() as u64, "t".into())],
         };

@@ -266,6 +266,7 @@ pub fn record(model: &Path, data: &Path) {
         namespace: 1,
         extents: vec![(0, 1 << 20, size.next_multiple_of(4096))],
         crc32c: sums(&bytes[..]).unwrap(),
+        requant: None,
     };
     Library::at(vec![data.join("nt")]).save(&Recorded { manifest, header: bytes[..4096].to_vec() }).unwrap();
 }

@@ -5,7 +5,7 @@ use crate::plan::{Traffic, UnitWork, roofline};
 
 fn unit(bytes: u64, home: Home, block: Option<usize>) -> SimUnit {
     let part = if block.is_some() { UnitPart::FeedForward } else { UnitPart::Head };
-    SimUnit { size: UnitSize { slot_bytes: bytes, block, part }, home }
+    SimUnit { size: UnitSize::new(bytes, block, part), home }
 }
 
 /// Blocks at these homes, each of 100 bytes.

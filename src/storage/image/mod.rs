@@ -5,6 +5,7 @@
 //! partitions in the last write, after everything was read back and compared: a drive with that table and a superblock
 //! holds what its table of manifests says.
 
+mod content;
 mod drive;
 pub mod mark;
 mod old;
@@ -23,6 +24,7 @@ use super::extents::{CHUNK, Manifest, crc32c};
 use super::gpt;
 
 pub use super::source::Source;
+pub use content::Content;
 pub use drive::{Drive, Medium, Node, Target};
 pub use write::{Identity, Staging, Steps};
 

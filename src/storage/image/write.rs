@@ -2,11 +2,10 @@
 //! read back and compared, the superblock, the table of partitions, its first block last.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 use super::super::extents::{CHUNK, Manifest, crc32c};
 use super::super::gpt;
-use super::super::source::Source;
+use super::content::Content;
 use super::drive::Target;
 use super::wipe::Wipe;
 use super::{ALIGN, ImageError, SUPERBLOCK, TABLE_MAX, io, mark, old, read, superblock};
@@ -53,7 +52,7 @@ impl std::fmt::Debug for Steps<'_> {
 /// What will be written to a drive and wiped on it. Nothing of that has happened yet.
 #[derive(Debug)]
 pub struct Staging<'a> {
-    sources: &'a [Source],
+    sources: Vec<&'a dyn Content>,
     /// One for each source, without checksums.
     manifests: Vec<Manifest>,
     wipe: Wipe,
@@ -69,11 +68,12 @@ impl<'a> Staging<'a> {
     /// [`ImageError::TooLarge`], [`ImageError::Unfit`].
     pub fn plan(
         drive: &mut dyn Target,
-        sources: &'a [Source],
+        sources: &'a [impl Content],
         identity: &Identity,
         kernel: &[Range<u64>],
     ) -> Result<Staging<'a>, ImageError> {
-        let manifests: Result<Vec<_>, _> = sources.iter().map(|s| manifest(s, identity)).collect();
+        let sources: Vec<&dyn Content> = sources.iter().map(|s| s as &dyn Content).collect();
+        let manifests: Result<Vec<_>, _> = sources.iter().map(|s| manifest(*s, identity)).collect();
         let mut manifests = manifests?;
         let (starts, needed) = places(&manifests)?;
         if needed > drive.size() {
@@ -93,7 +93,7 @@ impl<'a> Staging<'a> {
     /// # Errors
     /// [`ImageError::Stopped`] before anything was written; else [`ImageError::Erased`] with the reason.
     pub fn write(&self, drive: &mut dyn Target, steps: &mut Steps<'_>) -> Result<Vec<Manifest>, ImageError> {
-        steps.total = self.wipe.bytes() + 2 * self.sources.iter().map(Source::size).sum::<u64>();
+        steps.total = self.wipe.bytes() + 2 * self.sources.iter().map(|s| s.size()).sum::<u64>();
         steps.done(0)?;
         self.replace(drive, steps).map_err(|e| ImageError::Erased(Box::new(e)))
     }
@@ -110,9 +110,9 @@ impl<'a> Staging<'a> {
         }
         let mut manifests = self.manifests.clone();
         for (source, manifest) in self.sources.iter().zip(&mut manifests) {
-            manifest.crc32c = copy(drive, source, manifest.extents[0].1, steps)?;
-            if !source.is_unchanged().map_err(io(shown(source)))? {
-                return Err(ImageError::Changed { file: shown(source) });
+            manifest.crc32c = copy(drive, *source, manifest.extents[0].1, steps)?;
+            if !source.is_unchanged().map_err(io(shown(*source)))? {
+                return Err(ImageError::Changed { file: shown(*source) });
             }
         }
         let table = serde_json::to_vec(&manifests).map_err(|e| ImageError::None(e.to_string()))?;
@@ -138,12 +138,12 @@ impl<'a> Staging<'a> {
     }
 }
 
-fn shown(source: &Source) -> String {
+fn shown(source: &dyn Content) -> String {
     source.path().display().to_string()
 }
 
 /// The manifest of a file before anything is known of its bytes and its place.
-fn manifest(source: &Source, identity: &Identity) -> Result<Manifest, ImageError> {
+fn manifest(source: &dyn Content, identity: &Identity) -> Result<Manifest, ImageError> {
     let (file, path) = source.names().map_err(|why| ImageError::Unfit { file: shown(source), why })?;
     Ok(Manifest {
         file,
@@ -154,6 +154,7 @@ fn manifest(source: &Source, identity: &Identity) -> Result<Manifest, ImageError
         namespace: identity.namespace,
         extents: vec![(0, u64::MAX, u64::MAX)],
         crc32c: Vec::new(),
+        requant: source.requant(),
     })
 }
 
@@ -180,13 +181,18 @@ fn places(manifests: &[Manifest]) -> Result<(Vec<u64>, u64), ImageError> {
 }
 
 /// Copies a file to the drive; gives the checksums of its chunks.
-fn copy(drive: &mut dyn Target, source: &Source, start: u64, steps: &mut Steps<'_>) -> Result<Vec<u32>, ImageError> {
+fn copy(
+    drive: &mut dyn Target,
+    source: &dyn Content,
+    start: u64,
+    steps: &mut Steps<'_>,
+) -> Result<Vec<u32>, ImageError> {
     let mut sums = Vec::new();
     let mut buffer = vec![0u8; ALIGN as usize];
     let mut at = 0;
     while at < source.size() {
         let n = (source.size() - at).min(ALIGN) as usize;
-        source.file().read_exact_at(&mut buffer[..n], at).map_err(io(shown(source)))?;
+        source.read_at(&mut buffer[..n], at).map_err(io(shown(source)))?;
         sums.extend(buffer[..n].chunks(CHUNK).map(crc32c));
         buffer[n..].fill(0);
         // Whole MiB, so that no other data lies between the end of a file and the next multiple.
