@@ -108,8 +108,8 @@ fn divided_experts_are_counted_by_site_and_link() {
     assert_eq!(bytes(&both, "links", "link", "ram"), link + cpu);
     assert_eq!(both["roofline"]["decode"]["bound_by"], "chain");
     assert!(both["simulated"]["busy"]["gpu"].as_f64() > Some(0.2), "{both}");
-    // Where ids are forced, each expert is computed by itself.
-    assert!(with(&["--routing", "uniform"])["beside"]["part_of_choices"].is_null());
+    // So are those whose ids are forced.
+    assert_eq!(with(&["--routing", "uniform"])["beside"]["part_of_choices"], both["beside"]["part_of_choices"]);
     let shown = nt(&["plan", path, "--machine", "h100", "--vram", "4GiB", "--ctx", "1024"]);
     let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
     assert!(shown.contains("% of what a token chooses of") && shown.contains("bound by chain"), "{shown}");

@@ -8,11 +8,9 @@ mod shapes;
 mod skeleton;
 
 use std::path::Path;
-use std::sync::Arc;
 
 use nt::backend::BackendKind;
-use nt::engine::{Forecast, Opened, Options, Sites, mixture};
-use nt::model::{ForcedRouting, Routes};
+use nt::engine::{Forecast, Opened, Options, Sites};
 use nt::plan::{Machine, Rate, StorageSide, Time, parse_size};
 use serde_json::Value;
 use shapes::shaped;
@@ -151,10 +149,8 @@ fn sites_and_experts_are_predicted() {
                 "--threads" => o.threads = value().parse().unwrap(),
                 "--exact" => o.sites = Sites::One,
                 "--cpu" => o.backend = BackendKind::Cpu,
-                // Where ids are forced, processors compute all that a token chooses of experts in RAM.
-                "--undivided" => {
-                    o.routing = ForcedRouting::new(mixture(&opened.model), Routes::Uniform, 1).ok().map(Arc::new);
-                }
+                // A timeline shows each expert: processors compute all that a token chooses of those in RAM.
+                "--undivided" => o.timeline = true,
                 other => panic!("{other}"),
             }
         }

@@ -277,9 +277,8 @@ const ABSENT: &[Absent] = &[
             "--kl-divergence*",
             "--save-all-logits",
             "--ppl-*",
-            "--chunks",
         ],
-        "`nt perplexity` measures perplexity alone",
+        "`nt perplexity` measures perplexity, and with --requant TYPE --kl how far fewer bits lead from the file's",
     ),
 ];
 
