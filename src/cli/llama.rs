@@ -270,14 +270,7 @@ const ABSENT: &[Absent] = &[
         "`nt serve` has nothing like it (docs/clients.md); a proxy before it adds TLS and paths",
     ),
     absent(
-        &[
-            "--hellaswag*",
-            "--winogrande*",
-            "--multiple-choice*",
-            "--kl-divergence*",
-            "--save-all-logits",
-            "--ppl-*",
-        ],
+        &["--hellaswag*", "--winogrande*", "--multiple-choice*", "--kl-divergence*", "--save-all-logits", "--ppl-*"],
         "`nt perplexity` measures perplexity, and with --requant TYPE --kl how far fewer bits lead from the file's",
     ),
 ];
