@@ -1031,9 +1031,19 @@ fn experts_in_slots() {
             let beside = session.beside_work();
             assert!(beside.slot_hits <= beside.slot_uses && (beside.slot_hits > 0) == (filled > 0));
             drop(session);
-            let mut session = start(&opened, Options { routing: Some(routing(3)), ..o }, &memory).unwrap();
+            let mut session = start(&opened, Options { routing: Some(routing(3)), ..o.clone() }, &memory).unwrap();
             assert!(logits(&mut session).unwrap() == forced, "{vram} {sites:?}, forced");
             drop(session);
+            // Slots are for experts that both sites compute; where there are none, it is said.
+            for o in [Options { timeline: true, ..o.clone() }, Options { sites: Sites::One, ..o }] {
+                let session = start(&opened, o, &memory).unwrap();
+                let said = session.notes().iter().any(|n| n.contains("--expert-cache on"));
+                assert!(session.device_caches().is_empty());
+                assert_eq!(
+                    said,
+                    session.homes().iter().zip(&opened.model.units).any(|(h, u)| *h != Home::A && u.is_expert())
+                );
+            }
             assert_eq!(*memory.used.lock().unwrap(), 0);
         }
     }

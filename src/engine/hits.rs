@@ -49,7 +49,9 @@ pub(super) fn slot_hits(model: &Model, plan: &Plan, routing: Option<&ForcedRouti
         (None, Some(curve)) => plan.device_caches.iter().map(|c| curve.hits(c.slots, c.experts)).collect(),
         _ => hit_rates(&plan.device_caches, &numbers, routing, &|_, _| true),
     };
-    (!rates.is_empty()).then(|| rates.iter().sum::<f64>() / rates.len() as f64)
+    // In steps of a fiftieth, so that a plan does not change with each run that a curve grows by.
+    let mean = || rates.iter().sum::<f64>() / rates.len() as f64;
+    (!rates.is_empty()).then(|| (mean() * 50.0).round() / 50.0)
 }
 
 /// What the simulator is to know of a plan's caches.

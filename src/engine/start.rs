@@ -151,6 +151,7 @@ impl Session {
         // A device's own memory holds the cache and the workspace, and has its own room.
         let workspace = if memory.is_none() { backend.workspace_bytes() + model.held_bytes() } else { 0 };
         let options = with_ram(options_within_locks(options, reader.as_ref()), &sizes, memory.is_some());
+        let asked_slots = options.expert_slots;
         let expert_slots = match &memory {
             Some(memory) => decide_slots(&model, &sizes, memory.memory()?, rates, &options)?,
             None => ExpertSlots::Off,
@@ -210,8 +211,8 @@ impl Session {
         let recipe = Recipe::new(&recipe_of, &plan, &options, (room, options.ram), asked.get(), division.as_ref());
         notes.extend(plan.too_few_slots.map(too_few_slots));
         let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);
-        if options.expert_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
-            notes.push("--expert-cache on: VRAM or RAM has no room for it, or processors have no part, so that experts live where they fit".into());
+        if asked_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
+            notes.push("--expert-cache on: there is no GPU, VRAM or RAM has no room, no processors work next to it (--site gpu, --exact), or each expert is shown (--timeline), so that experts live where they fit".into());
         }
         let guesses = division.is_some() && options.sites == Sites::Auto && repeated.is_none();
         notes.extend(guesses.then(here::guessed_sites).flatten());
@@ -747,7 +748,8 @@ pub(super) fn slots_or_not(
     rates: Option<SiteRates>,
     options: &Options,
 ) -> ExpertSlots {
-    if options.sites == Sites::One {
+    // A timeline shows each expert, so that none is divided, and slots are for those that are.
+    if options.sites == Sites::One || options.timeline {
         return ExpertSlots::Off;
     }
     let with = |expert_slots| make_plan(model, sizes, Some(room), 0, &Options { expert_slots, ..options.clone() });

@@ -469,9 +469,20 @@ impl Hands for CudaBackend {
         }
         // A copy that ends later would write its own word over this one; it waits for nothing itself.
         let _ = self.engine.device.bind().and_then(|()| h.copies.synchronize());
-        h.set_words(LET_GO);
-        // What is left of the pass runs out on what is there.
-        let _ = self.engine.stream.synchronize();
+        // What is left of the pass runs out on what is there. Its kernels write words, too (`hand_choices`), so that all are let go
+        // until it has.
+        let began = Instant::now();
+        loop {
+            h.set_words(LET_GO);
+            if !matches!(self.engine.stream.is_idle(), Ok(false)) {
+                break;
+            }
+            if began.elapsed() > WAIT_MAX {
+                h.lost = true;
+                return;
+            }
+            std::thread::yield_now();
+        }
         h.set_words(0);
         h.uses = [0; PLACES];
     }
