@@ -2,8 +2,10 @@
 // context. The query heads that share one key/value head are computed together: row m of a tile
 // is token m / group, head m % group of the group.
 //
-// prefill: four warps, 16 rows each, share tiles of keys. decode: one tile of 16 rows; four warps
-// take 16 keys each of a tile, and blocks take ranges of keys; `attn_merge` adds the ranges up.
+// prefill: four warps, 16 rows each, share tiles of keys. Keys fall into ranges, whose results are added one after the
+// other, by the block itself; where rows are so few that blocks would be, each range has a block, and `attn_join` adds
+// them up in the same way. decode: one tile of 16 rows; four warps take 16 keys each of a tile, and blocks take ranges
+// of keys; `attn_merge` adds the ranges up.
 // Tiles and ranges begin at fixed positions, so that a token's result does not depend on the tokens next to it,
 // nor on how many there are: keys that it does not see add zero.
 #include "common.cuh"
@@ -12,9 +14,9 @@ struct AttnArgs {
     const float* q;   // tokens × n_heads × HD, rotated
     const void* k;    // n_kv_heads × n_places × HD
     const void* v;
-    float* out;       // prefill: tokens × n_heads × HD; decode: ranges × tokens × n_heads × HD,
+    float* out;       // prefill: tokens × n_heads × HD; in ranges: ranges × tokens × n_heads × HD,
                       // not divided by the sum
-    float2* ml;       // decode: ranges × tokens × n_heads (largest score in base 2, sum)
+    float2* ml;       // in ranges: ranges × tokens × n_heads (largest score in base 2, sum)
     int n_heads, n_kv_heads, n_places;
     int tokens;
     const int* pass;  // see first_position
@@ -23,12 +25,14 @@ struct AttnArgs {
     float cap;             // scores become cap * tanh(score / cap), times log2(e); 0 for none
     const float* sinks;    // a score of each query head that takes part in the sum and has no value, or null
     int window, chunk;     // see first_seen
+    int skip;              // tokens of the pass before the first of these
 };
-ARGS_SIZE(AttnArgs, 88); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
+ARGS_SIZE(AttnArgs, 96); ARGS_FIELD(AttnArgs, q, 0); ARGS_FIELD(AttnArgs, k, 8); ARGS_FIELD(AttnArgs, v, 16);
 ARGS_FIELD(AttnArgs, out, 24); ARGS_FIELD(AttnArgs, ml, 32); ARGS_FIELD(AttnArgs, n_heads, 40);
 ARGS_FIELD(AttnArgs, n_kv_heads, 44); ARGS_FIELD(AttnArgs, n_places, 48); ARGS_FIELD(AttnArgs, tokens, 52);
 ARGS_FIELD(AttnArgs, pass, 56); ARGS_FIELD(AttnArgs, scale, 64); ARGS_FIELD(AttnArgs, cap, 68);
 ARGS_FIELD(AttnArgs, sinks, 72); ARGS_FIELD(AttnArgs, window, 80); ARGS_FIELD(AttnArgs, chunk, 84);
+ARGS_FIELD(AttnArgs, skip, 88);
 
 #define LOG2_E 1.4426950408889634f
 
@@ -53,7 +57,36 @@ __device__ __forceinline__ int range_of(int key) {
     return 32 + 16 * k + (key - (2048 << k)) / (128 << k);
 }
 
+// Ranges of prompts are eight times as long.
+#define LONGER 8
+__device__ __forceinline__ int bulk_begin(int i) { return LONGER * range_begin(i); }
+__device__ __forceinline__ int bulk_range_of(int key) { return range_of(key / LONGER); }
+
 #define NEG_BIG (-1e30f)
+
+// What rows have found in ranges of keys so far: the largest score in base 2 and the sum, of the ranges' own results
+// multiplied by `was` and `by` when the next one is added.
+struct Found {
+    float most, sum;
+    __device__ __forceinline__ Found() : most(NEG_BIG), sum(0.0f) {}
+    __device__ __forceinline__ void add(float m, float s, float& was, float& by) {
+        const float now = fmaxf(most, m);
+        was = exp2f(most - now);
+        by = exp2f(m - now);
+        sum = __fmaf_rn(s, by, sum * was);
+        most = now;
+    }
+};
+__device__ __forceinline__ float joined(float before, float was, float v, float by) {
+    return __fmaf_rn(v, by, before * was);
+}
+// By what a row's result is multiplied; the sink, if there is one, takes part in the sum.
+__device__ __forceinline__ float one_over(float most, float sum, const float* sinks, int head) {
+    if (!sinks) return 1.0f / sum;
+    const float sink = sinks[head] * LOG2_E, big = fmaxf(most, sink);
+    const float f = exp2f(most - big);
+    return f / __fmaf_rn(sum, f, exp2f(sink - big));
+}
 
 // A tile of keys, the first of them at element `base`; a tile lies in one page.
 template <int HD, bool F32, int KT>
@@ -101,13 +134,14 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     const int m0 = tile * BM, kvh = blockIdx.y;
     const int last_t = (min(m0 + BM, rows) - 1) / group;
     // Written before the first kernel of the pass: nothing to wait for.
-    const int first_pos = first_position(a.pass);
+    const int first_pos = first_position(a.pass) + a.skip;
     // The last ranges are the longest: start them first.
     const int range = gridDim.z - 1 - blockIdx.z;
+    const bool split = !DECODE && gridDim.z > 1;
     const int seen = first_pos + last_t + 1;
     const int unhidden = BY ? first_seen(first_pos + m0 / group, a.window, a.chunk) / KT * KT : 0;
-    const int begin = max(DECODE ? range_begin(range) : 0, unhidden);
-    const int end = DECODE ? min(range_begin(range + 1), seen) : seen;
+    const int begin = max(DECODE ? range_begin(range) : split ? bulk_begin(range) : 0, unhidden);
+    const int end = DECODE ? min(range_begin(range + 1), seen) : split ? min(bulk_begin(range + 1), seen) : seen;
     static_assert(PAGE % KT == 0, "tiles lie in one page");
     auto base = [&](int place) { return ((size_t)kvh * a.n_places + place) * HD; };
     // Known before anything is waited for, and then a tile ahead.
@@ -115,6 +149,7 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     const int row_w = DECODE ? 0 : warp * 16, key_w = DECODE ? warp * 16 : 0;
     pdl_launch();
     if (DECODE && (begin >= first_pos + a.tokens || (BY && begin >= range_begin(range + 1)))) return;
+    if (split && begin >= end) return;
     pdl_wait();
 
     for (int c = tid; c < BM * (HD / 4); c += 128) {
@@ -134,6 +169,43 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
 #pragma unroll
         for (int e = 0; e < 4; e++) o[i][e] = 0.0f;
     float mx[2] = {NEG_BIG, NEG_BIG}, sum[2] = {0.0f, 0.0f};
+    // Prompts: what the ranges up to this one have found, with their results in `out` while this one is computed.
+    Found found[2];
+    bool first = true;
+    int bulk = DECODE ? 0 : bulk_range_of(begin);
+    auto each_row = [&](auto f) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int m = m0 + row_w + (lane >> 2) + 8 * h;
+            if (m < rows) f(h, a.out + ((size_t)(m / group) * a.n_heads + kvh * group + m % group) * HD + (lane & 3) * 2, m);
+        }
+    };
+    auto sum_lanes = [&]() {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+            sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+        }
+    };
+    // Adds a range that has ended to those before it; `o` is the result of all then.
+    auto add_range = [&]() {
+        sum_lanes();
+        each_row([&](int h, const float* dst, int) {
+            float was, by;
+            found[h].add(mx[h], sum[h], was, by);
+#pragma unroll
+            for (int i = 0; i < HD / 8; i++) {
+                const float2 before = first ? make_float2(0.0f, 0.0f) : *(const float2*)(dst + i * 8);
+                o[i][2 * h] = joined(before.x, was, o[i][2 * h], by);
+                o[i][2 * h + 1] = joined(before.y, was, o[i][2 * h + 1], by);
+            }
+        });
+    };
+    auto put = [&](int h, float* dst, float by) {
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+            *(float2*)(dst + i * 8) = make_float2(o[i][2 * h] * by, o[i][2 * h + 1] * by);
+    };
     int pos[2], low[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -219,32 +291,37 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
                 mma_f16(o[2 * i + 1], fp, fv[2], fv[3]);
             }
         }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
-        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-    }
-
-    if (!DECODE) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int m = m0 + row_w + (lane >> 2) + 8 * h;
-            if (m >= rows) continue;
-            float inv = 1.0f / sum[h];
-            if (BY && a.sinks) {
-                const float sink = a.sinks[kvh * group + m % group] * LOG2_E, most = fmaxf(mx[h], sink);
-                const float f = exp2f(mx[h] - most);
-                inv = f / __fmaf_rn(sum[h], f, exp2f(sink - most));
-            }
-            float* dst = a.out + ((size_t)(m / group) * a.n_heads + kvh * group + m % group) * HD;
+        if (!DECODE && k0 + KT < end && k0 + KT == bulk_begin(bulk + 1)) {
+            add_range();
+            each_row([&](int h, float* dst, int) { put(h, dst, 1.0f); });
 #pragma unroll
             for (int i = 0; i < HD / 8; i++)
-                *(float2*)(dst + i * 8 + (lane & 3) * 2) =
-                    make_float2(o[i][2 * h] * inv, o[i][2 * h + 1] * inv);
+#pragma unroll
+                for (int e = 0; e < 4; e++) o[i][e] = 0.0f;
+            mx[0] = mx[1] = NEG_BIG;
+            sum[0] = sum[1] = 0.0f;
+            first = false;
+            bulk++;
         }
+    }
+
+    if (split) {
+        sum_lanes();
+        each_row([&](int h, float* dst, int m) {
+            put(h, dst + (size_t)range * a.tokens * a.n_heads * HD, 1.0f);
+            const size_t head = ((size_t)range * a.tokens + m / group) * a.n_heads + kvh * group + m % group;
+            if ((lane & 3) == 0) a.ml[head] = make_float2(mx[h], sum[h]);
+        });
         return;
     }
+    if (!DECODE) {
+        add_range();
+        each_row([&](int h, float* dst, int m) {
+            put(h, dst, one_over(found[h].most, found[h].sum, BY ? a.sinks : nullptr, kvh * group + m % group));
+        });
+        return;
+    }
+    sum_lanes();
 
     // Adds up the four warps: their results lie over the tiles, which nobody reads any more.
     __shared__ float wm[4][16], ws[4][16];
@@ -310,12 +387,13 @@ struct MergeArgs {
     int tokens, width, head_dim;
     const int* pass;
     const float* sinks;  // as in AttnArgs
-    int window, chunk;
+    int window, chunk, skip;
 };
-ARGS_SIZE(MergeArgs, 72); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
+ARGS_SIZE(MergeArgs, 80); ARGS_FIELD(MergeArgs, part, 0); ARGS_FIELD(MergeArgs, ml, 8);
 ARGS_FIELD(MergeArgs, out, 16); ARGS_FIELD(MergeArgs, q, 24); ARGS_FIELD(MergeArgs, tokens, 32);
 ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIELD(MergeArgs, pass, 48);
 ARGS_FIELD(MergeArgs, sinks, 56); ARGS_FIELD(MergeArgs, window, 64); ARGS_FIELD(MergeArgs, chunk, 68);
+ARGS_FIELD(MergeArgs, skip, 72);
 
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
 extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
@@ -350,4 +428,23 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
     }
     if (!a.q) return;
     quantise_lanes(v, a.q + item, lane);
+}
+
+// Adds the ranges of keys of prompts up, as blocks do that have all of them: one thread an element.
+extern "C" __global__ void __launch_bounds__(128) attn_join(const __grid_constant__ MergeArgs a) {
+    const int item = blockIdx.x * 128 + threadIdx.x;
+    pdl_launch();
+    pdl_wait();
+    if (item >= a.tokens * a.width) return;
+    const int t = item / a.width, h = item % a.width / a.head_dim, n_heads = a.width / a.head_dim;
+    const int pos = first_position(a.pass) + a.skip + t;
+    Found found;
+    float v = 0.0f;
+    for (int s = bulk_range_of(first_seen(pos, a.window, a.chunk)); bulk_begin(s) <= pos; s++) {
+        const float2 ml = a.ml[((size_t)s * a.tokens + t) * n_heads + h];
+        float was, by;
+        found.add(ml.x, ml.y, was, by);
+        v = joined(v, was, a.part[(size_t)s * a.tokens * a.width + item], by);
+    }
+    a.out[item] = v * one_over(found.most, found.sum, a.sinks, h);
 }

@@ -106,6 +106,7 @@ pub(super) struct AttnArgs {
     pub sinks: u64,
     pub window: i32,
     pub chunk: i32,
+    pub skip: i32,
 }
 
 #[repr(C)]
@@ -122,6 +123,7 @@ pub(super) struct MergeArgs {
     pub sinks: u64,
     pub window: i32,
     pub chunk: i32,
+    pub skip: i32,
 }
 
 #[repr(C)]
@@ -431,8 +433,8 @@ layouts! {
     PlainArgs 72 { w 0, bias 8, out 16, x 24, in_idx 32, out_idx 40, rows 48, cols 52, stride 56, tokens 60, mode 64, vector 68 }
     DequantArgs 32 { w 0, out 8, rows 16, cols 20, pitch 24 }
     GemmArgs 72 { x 0, w 8, scale 16, bias 24, out 32, out_idx 40, tokens 48, rows 52, pitch 56, stride 60, mode 64, cols 68 }
-    AttnArgs 88 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_places 48, tokens 52, pass 56, scale 64, cap 68, sinks 72, window 80, chunk 84 }
-    MergeArgs 72 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, pass 48, sinks 56, window 64, chunk 68 }
+    AttnArgs 96 { q 0, k 8, v 16, out 24, ml 32, n_heads 40, n_kv_heads 44, n_places 48, tokens 52, pass 56, scale 64, cap 68, sinks 72, window 80, chunk 84, skip 88 }
+    MergeArgs 80 { part 0, ml 8, out 16, q 24, tokens 32, width 36, head_dim 40, pass 48, sinks 56, window 64, chunk 68, skip 72 }
     PrepArgs 120 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72, limit 76, b 80, by 88, by_idx 96, how 104, layer 108, add 112 }
     RopeArgs 136 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112, q_when 116, k_when 120, by 124, every 128, offset 132 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }

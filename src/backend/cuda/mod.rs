@@ -4,6 +4,7 @@
 //! so results do not depend on placement.
 
 mod args;
+mod attention;
 mod driver;
 mod graph;
 mod handover;
@@ -34,14 +35,14 @@ use super::{
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
-use args::{ADD, AttnArgs, CombineArgs, MergeArgs, RopeArgs, RouteArgs, STORE};
+use args::{ADD, CombineArgs, RopeArgs, RouteArgs, STORE};
 use driver::{RowsOf, device_error};
 use graph::Recorder;
 use handover::Handover;
 use modules::{HEAD_DIMS, Kernels};
-use ops::{Heads, Waiting, lengths};
+use ops::{Heads, Waiting};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target};
-use workspace::{Workspace, cache_elem_bytes, key_ranges};
+use workspace::{Workspace, cache_elem_bytes};
 
 /// Heads without attention kernels; see [`HEAD_DIMS`].
 const OTHER_HEADS: &str = "heads of other sizes than 16, 32, 64, 80, 96, 128 and 256 elements";
@@ -53,6 +54,10 @@ pub struct CudaBackend {
     engine: Engine,
     dims: Dims,
     tokens: usize,
+    /// Position of the pass's first row.
+    first_pos: usize,
+    /// A block of attention of prompts takes one range of keys where blocks are few. Only the self-test says no.
+    divide_keys: bool,
     /// First row of X and Attn that is still wanted ([`Backend::keep`]).
     row0: usize,
     /// What operations leave to later ones, and the forms in which activations lie.
@@ -114,6 +119,8 @@ impl CudaBackend {
             engine: Engine::new(Arc::clone(device), stream, kernels, ws),
             dims: dims.clone(),
             tokens: 0,
+            first_pos: 0,
+            divide_keys: true,
             row0: 0,
             waiting: Waiting::default(),
             rows_sent: device.event(false)?,
@@ -262,88 +269,6 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a) }
     }
 
-    fn attn_args(&self, layer: usize, scores: &Scores, sinks: u64) -> AttnArgs {
-        use std::f32::consts::LOG2_E;
-        let (d, ws) = (&self.dims, &self.engine.ws);
-        let (window, chunk) = lengths(scores.mask);
-        let offset = self.cache_offset(layer);
-        AttnArgs {
-            q: ws.q.addr(),
-            k: ws.k_cache.addr() + offset,
-            v: ws.v_cache.addr() + offset,
-            out: ws.attn.addr(),
-            ml: ws.partial_ml.addr(),
-            n_heads: d.n_heads as i32,
-            n_kv_heads: d.n_kv_heads as i32,
-            n_places: d.places() as i32,
-            tokens: self.tokens as i32,
-            pass: ws.pass.addr(),
-            scale: scores.scale.map_or(LOG2_E / (d.head_dim as f32).sqrt(), |s| LOG2_E * s),
-            cap: LOG2_E * scores.cap,
-            sinks,
-            window,
-            chunk,
-        }
-    }
-
-    /// The kernel of this cache, of decoding (0) or of prompts (1).
-    fn attn_kernel(&self, a: &AttnArgs, which: usize) -> modules::Func {
-        let k = &self.engine.kernels;
-        let plain = a.cap == 0.0 && a.sinks == 0 && a.window == 0 && a.chunk == 0;
-        (if plain { &k.attn } else { &k.attn_by })[self.cache_kind()][which]
-    }
-
-    fn attend_prefill(&self, layer: usize, scores: &Scores, sinks: u64) -> Result<(), BackendError> {
-        let d = &self.dims;
-        let a = self.attn_args(layer, scores, sinks);
-        let rows = self.tokens * (d.n_heads / d.n_kv_heads);
-        let keys = if d.head_dim == 256 { 32 } else { 64 };
-        let shared = (64 + 2 * keys) * (d.head_dim + 8) * 2;
-        let f = self.attn_kernel(&a, 1);
-        let grid = (rows.div_ceil(64) as u32, d.n_kv_heads as u32, 1);
-        // SAFETY: AttnArgs is what attn_prefill_* declare; the cache holds all positions.
-        unsafe { self.engine.launch(f, grid, 128, shared, &a) }
-    }
-
-    /// Keys are divided into ranges at fixed positions, a block each; those beyond the pass's keys end at once.
-    fn attend_decode(&mut self, layer: usize, scores: &Scores, sinks: u64) -> Result<(), BackendError> {
-        let d = &self.dims;
-        let tiles = (self.tokens * (d.n_heads / d.n_kv_heads)).div_ceil(16);
-        let ranges = key_ranges(d.n_ctx);
-        let ws = &self.engine.ws;
-        let a = AttnArgs { out: ws.partial.addr(), ..self.attn_args(layer, scores, sinks) };
-        let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
-        let f = self.attn_kernel(&a, 0);
-        let grid = (tiles as u32, d.n_kv_heads as u32, ranges as u32);
-        // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for all ranges of up to
-        // EXACT_ROWS tokens, and `begin` has checked their number.
-        unsafe { self.engine.launch(f, grid, 128, shared, &a)? };
-        let width = self.heads_width();
-        let quantises = width.is_multiple_of(32);
-        self.waiting.quantised = quantises.then_some(Act::Attn);
-        let m = MergeArgs {
-            part: ws.partial.addr(),
-            ml: ws.partial_ml.addr(),
-            out: ws.attn.addr(),
-            q: if quantises { ws.input_q.addr() } else { 0 },
-            tokens: self.tokens as i32,
-            width: width as i32,
-            head_dim: d.head_dim as i32,
-            pass: ws.pass.addr(),
-            sinks,
-            window: a.window,
-            chunk: a.chunk,
-        };
-        let warps = self.tokens * width.div_ceil(32);
-        let f = self.engine.kernels.attn_merge;
-        // SAFETY: MergeArgs is what attn_merge declares.
-        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m) }
-    }
-
-    fn cache_kind(&self) -> usize {
-        usize::from(self.dims.kv_type == TensorType::F32)
-    }
-
     /// Brings the choices of a router to the host, and groups them.
     fn wait_for_choices(&mut self) -> Result<(), BackendError> {
         let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
@@ -419,7 +344,7 @@ impl Backend for CudaBackend {
         };
         self.engine.device.bind()?;
         self.begin_words()?;
-        (self.tokens, self.engine.class) = (run.rows, run.class);
+        (self.tokens, self.first_pos, self.engine.class) = (run.rows, run.first_pos, run.class);
         self.logits_here = false;
         self.row0 = 0;
         self.waiting = Waiting::default();
@@ -531,10 +456,7 @@ impl Backend for CudaBackend {
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {
         self.waiting.forget_forms();
-        match self.engine.class {
-            Class::Exact => self.attend_decode(layer, &Scores::PLAIN, 0),
-            Class::Bulk => self.attend_prefill(layer, &Scores::PLAIN, 0),
-        }
+        self.attend_scores(layer, &Scores::PLAIN, 0)
     }
 
     fn keep(&mut self, rows: &[usize]) -> Result<(), BackendError> {

@@ -102,6 +102,7 @@ pub(super) struct Kernels {
     /// The same with caps of scores, windows and sinks.
     pub attn_by: [[Func; 2]; 2],
     pub attn_merge: Func,
+    pub attn_join: Func,
     pub prep_copy: Func,
     pub prep_norm: Func,
     pub prep_swiglu: Func,
@@ -224,6 +225,7 @@ impl Kernels {
             attn: attn("")?,
             attn_by: attn("_by")?,
             attn_merge: l.get("attn", "attn_merge")?,
+            attn_join: l.get("attn", "attn_join")?,
             prep_copy: l.get("ops", "prep_copy")?,
             prep_norm: l.get("ops", "prep_norm")?,
             prep_swiglu: l.get("ops", "prep_swiglu")?,

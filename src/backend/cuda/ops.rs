@@ -452,10 +452,7 @@ impl CudaBackend {
 
     fn attend_by(&mut self, layer: usize, scores: &Scores, sinks: u64) -> Result {
         self.waiting.written(Act::Attn);
-        match self.engine.class {
-            Class::Exact => self.attend_decode(layer, scores, sinks),
-            Class::Bulk => self.attend_prefill(layer, scores, sinks),
-        }
+        self.attend_scores(layer, scores, sinks)
     }
 
     fn route_by(&mut self, w: &Linear, choose: Option<Weight>, how: Router) -> Result {

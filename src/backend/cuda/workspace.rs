@@ -18,6 +18,11 @@ pub(super) fn key_ranges(keys: usize) -> usize {
     ranges
 }
 
+/// Ranges into which those of prompts divide them: each is eight times as long.
+pub(super) fn prompt_ranges(keys: usize) -> usize {
+    key_ranges(keys.div_ceil(8))
+}
+
 /// Most bytes between the pieces of an expert in RAM.
 const LANDING_GAPS: u64 = 64 << 10;
 /// Room for weights as halves, the unit of the tensor-core products: at least the first, and up to
@@ -402,6 +407,7 @@ mod tests {
             assert!(begin(n - 1) < keys && begin(n) >= keys, "{keys}: {n}");
         }
         assert_eq!(key_ranges(131_072), 128);
+        assert_eq!([1, 512, 513, 16_384, 16_385, 131_072].map(prompt_ranges), [1, 1, 2, 32, 33, 80]);
     }
 
     /// Guards against kernels that write behind a buffer which was sized for fewer rows or columns: the two forms

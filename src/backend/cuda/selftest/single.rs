@@ -457,6 +457,41 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let passes: Vec<usize> = std::iter::repeat_n(200, 22).chain([1, 5, 97, 1, 8]).collect();
         check_program(&mut CudaBackend::new(device, &p.dims)?, &there, &p, &passes, report)?;
     }
+    for (head_dim, mask, sinks) in [(64, Mask::Full, false), (128, Mask::Full, true), (128, Mask::Window(900), false)] {
+        if !report.is_mine() {
+            continue;
+        }
+        let long = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, n_ctx: 5000, ..dims() };
+        let p = attention_of(long, F32, mask, 0.0, sinks);
+        check_divided(&mut CudaBackend::new(device, &p.dims)?, &Bound::on_device(&p, device)?, &p, report)?;
+    }
+    Ok(())
+}
+
+/// A block of attention may have all keys or one range of them: the same bits, in passes of any size.
+fn check_divided(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Report) -> Result {
+    const ROWS: usize = 2600;
+    let x = random_rows(F32, ROWS * N_EMBD, 1.5, 12);
+    let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
+    let mut bits = |divided: bool, each: usize| -> Result<Vec<u32>> {
+        g.divide_keys = divided;
+        let mut out = Vec::new();
+        for pos in (0..ROWS).step_by(each) {
+            let rows = each.min(ROWS - pos);
+            g.begin(&[Run { class: Class::Bulk, first_pos: pos, rows, table: &table, state: 0 }])?;
+            g.embed(&x[pos * N_EMBD * 4..(pos + rows) * N_EMBD * 4], F32)?;
+            there.run(p, g)?;
+            out.extend(hidden(g, rows)?.iter().map(|v| v.to_bits()));
+        }
+        Ok(out)
+    };
+    let want = bits(false, 200)?;
+    for (divided, each) in [(true, 200), (true, 61), (true, 7), (false, 33)] {
+        let other = bits(divided, each)?.iter().zip(&want).filter(|(a, b)| a != b).count();
+        let how = if divided { "divided" } else { "whole" };
+        report.check(&format!("{}: other bits in passes of {each}, keys {how}", p.name), other as f64, 0.0);
+    }
+    g.divide_keys = true;
     Ok(())
 }
 
