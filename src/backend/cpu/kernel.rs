@@ -29,6 +29,45 @@ unsafe impl bytemuck::Zeroable for Activation {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for Activation {}
 
+/// An [`Activation`] as blocks of 32 with nibbles take it, four at once: the first halves of blocks 0 to 3, their second
+/// halves, and the same of blocks 4 to 7.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(super) struct Quads {
+    pub q: [[i8; 64]; 4],
+    pub rest: [[i8; 64]; 4],
+    /// The scale of each four of them.
+    pub scale: [[f32; 16]; 4],
+    /// Of each block zero and scale times sum, of the first half and of the second one.
+    pub sum: [[f32; 16]; 2],
+}
+
+// SAFETY: arrays of plain numbers without padding; all zeroes is a value.
+unsafe impl bytemuck::Zeroable for Quads {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Quads {}
+
+impl Quads {
+    /// Writes group `g` of 16.
+    ///
+    /// # Safety
+    /// `to` may be written, and nobody else writes or reads this group.
+    #[inline(always)]
+    unsafe fn put(to: *mut Quads, g: usize, q: [i8; SUB], rest: Option<[i8; SUB]>, scale: f32, sum: f32) {
+        let (block, second) = (g / 2, g % 2);
+        let (part, lane) = (2 * (block / 4) + second, block % 4);
+        // SAFETY: the caller's contract; `g` is below 16, so that all indices lie within the arrays.
+        unsafe {
+            (&raw mut (*to).q[part][SUB * lane]).cast::<[i8; SUB]>().write_unaligned(q);
+            if let Some(rest) = rest {
+                (&raw mut (*to).rest[part][SUB * lane]).cast::<[i8; SUB]>().write_unaligned(rest);
+            }
+            (&raw mut (*to).scale[part][4 * lane]).cast::<[f32; 4]>().write_unaligned([scale; 4]);
+            (&raw mut (*to).sum[second][2 * block + 1]).write(sum);
+        }
+    }
+}
+
 /// The quants of an [`Activation`] in the order in which the nibbles of 64 bytes of a k-quant come: of each half, 32
 /// elements from 0, from 64, from 32 and from 96.
 #[repr(C, align(64))]
@@ -36,6 +75,7 @@ unsafe impl bytemuck::Pod for Activation {}
 pub(super) struct Paired {
     pub q: [i8; PACKET],
     pub rest: [i8; PACKET],
+    pub quads: Quads,
 }
 
 // SAFETY: arrays of plain numbers without padding; all zeroes is a value.
@@ -95,6 +135,21 @@ pub(super) trait Dot: Sized {
         _pairs: *const Paired,
         _cols: usize,
     ) -> Option<f32> {
+        None
+    }
+
+    /// The same for four rows of weights, `stride` bytes apart, whose results are those that [`Dot::row`] gives.
+    ///
+    /// # Safety
+    /// As there, for each row.
+    #[inline(always)]
+    unsafe fn four_rows<const FINE: bool>(
+        _ty: TensorType,
+        _rows: *const u8,
+        _stride: usize,
+        _pairs: *const Paired,
+        _cols: usize,
+    ) -> Option<[f32; 4]> {
         None
     }
 
@@ -351,6 +406,21 @@ unsafe fn exact<D: Dot, const WIDE: bool, const FINE: bool>(j: &Job, from: usize
     let unpacked = &mut bytemuck::cast_slice_mut::<Panel, Packet>(scratch)[..AHEAD];
     // Weights set out before the activations are looked at, which other threads have just written.
     D::ask(j.row(from), j.row(to) as usize - j.row(from) as usize);
+    let stride = j.row(1) as usize - j.row(0) as usize;
+    let mut from = from;
+    'fours: while from + 4 <= to {
+        for t in 0..j.tokens {
+            // SAFETY: as below, for four rows.
+            unsafe {
+                let pairs = j.pairs.add(t * packets);
+                let Some(v) = D::four_rows::<FINE>(j.ty, j.row(from), stride, pairs, j.cols) else { break 'fours };
+                for (i, v) in v.into_iter().enumerate() {
+                    put::<D>(j, from + i, t, v);
+                }
+            }
+        }
+        from += 4;
+    }
     for r in from..to {
         for t in 0..j.tokens {
             // SAFETY: `rows`' contract; the caller enabled the instruction set; each token has `packets` packets in
@@ -654,6 +724,7 @@ impl Body for Quantise {
                     if self.fine {
                         (&raw mut (*pairs).rest[paired_at(at)]).cast::<[i8; SUB]>().write_unaligned(rest);
                     }
+                    Quads::put(&raw mut (*pairs).quads, at, q, self.fine.then_some(rest), scale, sum);
                 }
             }
         }

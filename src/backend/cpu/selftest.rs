@@ -112,6 +112,11 @@ impl Case {
 
     /// Products of all rows with tokens `which`: `[token][row]`.
     fn products(&self, isa: Isa, class: Class, which: std::ops::Range<usize>) -> Vec<f32> {
+        self.products_in_tasks(isa, class, which, self.rows)
+    }
+
+    /// The same, so many rows of weights at a time.
+    fn products_in_tasks(&self, isa: Isa, class: Class, which: std::ops::Range<usize>, each: usize) -> Vec<f32> {
         let (cols, tokens, fine) = (self.cols, which.len(), self.fine);
         let x = &self.x[which.start * cols..which.end * cols];
         let packets = cols.div_ceil(PACKET);
@@ -150,7 +155,10 @@ impl Case {
             then: Then::Store,
         };
         let scratch = &mut vec![0.0; cols];
-        dispatch(isa, Rows { job: &job, from: 0, to: self.rows, scratch, panels: &mut panels });
+        for from in (0..self.rows).step_by(each) {
+            let to = self.rows.min(from + each);
+            dispatch(isa, Rows { job: &job, from, to, scratch, panels: &mut panels });
+        }
         out
     }
 }
@@ -210,6 +218,28 @@ mod tests {
                         let case = Case::new(ty, rows, cols, 19, fine);
                         rows_are_alone(&case, isa, Class::Exact, EXACT_ROWS);
                         rows_are_alone(&case, isa, Class::Bulk, 19);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Guards against rows of weights that are computed together, and otherwise where a task begins with another row.
+    #[test]
+    fn a_row_of_weights_gives_the_same_bits_in_every_task() {
+        for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
+            for ty in TYPES {
+                for fine in [false, true] {
+                    for blocks in [1, 18, 21] {
+                        let case = Case::new(ty, 11, blocks * ty.block_elems().max(32), 2, fine);
+                        let bits = |each| {
+                            let sums = case.products_in_tasks(isa, Class::Exact, 0..2, each);
+                            sums.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                        };
+                        let want = bits(11);
+                        for each in [1, 2, 5, 7] {
+                            assert!(bits(each) == want, "{} {ty} fine {fine}, {each} rows at once", isa.name());
+                        }
                     }
                 }
             }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::super::kernel::{Activation, Paired, REST};
 use super::super::unpack::PACKET;
-use super::{ask_ahead, supers};
+use super::{ask_ahead, avx512_nibbles as nibbles, supers};
 use crate::gguf::TensorType;
 
 /// Dot product of a row of `cols` weights with `x`; `None` for types that have no such kernel. `FINE`: with what
@@ -25,9 +25,9 @@ pub(super) unsafe fn row<const FINE: bool>(
     // SAFETY: passed on to the caller.
     unsafe {
         Some(match ty {
-            TensorType::Q4_0 => blocks32::<18, 2, 8, false, FINE>(row, x, cols),
-            TensorType::Q4_1 => blocks32::<20, 4, 0, true, FINE>(row, x, cols),
-            TensorType::Q8_0 => blocks32::<34, 2, 128, false, FINE>(row, x, cols),
+            TensorType::Q4_0 => nibbles::rows::<18, 1, FINE>(row, 0, pairs, cols)[0],
+            TensorType::Q4_1 => nibbles::rows::<20, 1, FINE>(row, 0, pairs, cols)[0],
+            TensorType::Q8_0 => q8_0::<FINE>(row, x, cols),
             TensorType::Q4_K => k4::<144, false, FINE>(row, x, pairs, cols),
             TensorType::Q5_K => k4::<176, true, FINE>(row, x, pairs, cols),
             TensorType::Q6_K => q6_k::<FINE>(row, x, cols),
@@ -77,113 +77,51 @@ pub(super) unsafe fn lanes(first: i32, skip: i32) -> __m512i {
     unsafe { _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, first, first, first, first) }
 }
 
-/// Quants of a block of 32, as bytes without a sign.
+/// Bytes of a block of Q8_0: a scale and 32 quants.
+const Q8_0: usize = 34;
+
+/// Quants of a block of Q8_0 plus 128, as bytes without a sign.
 #[inline(always)]
-unsafe fn quants32<const QS: usize, const BIAS: i32>(block: *const u8) -> __m256i {
+unsafe fn quants8(block: *const u8) -> __m256i {
     // SAFETY: the caller's contract: a whole block is readable.
-    unsafe {
-        if BIAS == 128 {
-            _mm256_xor_si256(_mm256_loadu_si256(block.add(QS).cast()), _mm256_set1_epi8(-128))
-        } else {
-            let q = _mm_loadu_si128(block.add(QS).cast());
-            _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16::<4>(q), q), _mm256_set1_epi8(15))
-        }
-    }
+    unsafe { _mm256_xor_si256(_mm256_loadu_si256(block.add(2).cast()), _mm256_set1_epi8(-128)) }
 }
 
-/// Blocks of 32: `BYTES` each, quants (4 or 8 bits) from `QS`, offset by `BIAS` or with a min.
+/// A row of Q8_0.
 #[inline(always)]
-unsafe fn blocks32<const BYTES: usize, const QS: usize, const BIAS: i32, const MIN: bool, const FINE: bool>(
-    row: *const u8,
-    x: *const Activation,
-    cols: usize,
-) -> f32 {
-    let mut acc = Blocks32 { even: zero(), odd: zero(), offset: zero() };
+unsafe fn q8_0<const FINE: bool>(row: *const u8, x: *const Activation, cols: usize) -> f32 {
+    let mut acc = Sums8 { even: zero(), odd: zero(), offset: zero() };
     let (whole, left) = (cols / PACKET, cols % PACKET / 32);
     for p in 0..whole {
         // SAFETY: the caller's contract: eight more blocks of the row, and their activations, are there.
-        unsafe { acc.packet::<BYTES, QS, BIAS, MIN, FINE, 8>(row.add(8 * p * BYTES), &*x.add(p), 8) };
+        unsafe { acc.packet::<FINE, 8>(row.add(8 * p * Q8_0), &*x.add(p), 8) };
     }
     if left > 0 {
         // SAFETY: as above, with `left` blocks.
-        unsafe { acc.packet::<BYTES, QS, BIAS, MIN, FINE, 0>(row.add(8 * whole * BYTES), &*x.add(whole), left) };
+        unsafe { acc.packet::<FINE, 0>(row.add(8 * whole * Q8_0), &*x.add(whole), left) };
     }
     // SAFETY: the caller vouches for AVX-512.
     unsafe {
         let sum = _mm512_add_ps(acc.even, acc.odd);
-        let sum = match MIN {
-            true => _mm512_add_ps(sum, acc.offset),
-            false => _mm512_fnmadd_ps(acc.offset, _mm512_set1_ps(BIAS as f32), sum),
-        };
-        _mm512_reduce_add_ps(sum)
+        _mm512_reduce_add_ps(_mm512_fnmadd_ps(acc.offset, _mm512_set1_ps(128.0), sum))
     }
 }
 
-/// A half-precision field of each of `n` blocks of 32, twice: for the two halves that have scales of their own. Zero for
-/// blocks that are not there. (No closure: one that is called twice is compiled by itself, without the instruction set.)
+/// The scale of each of `n` blocks of Q8_0, twice: for the two halves that have scales of their own. Zero for blocks that
+/// are not there. (No closure: one that is called twice is compiled by itself, without the instruction set.)
 #[inline(always)]
-unsafe fn field<const BYTES: usize>(first: *const u8, at: usize, n: usize) -> __m512 {
+unsafe fn scales8(first: *const u8, n: usize) -> __m512 {
     // SAFETY: the caller vouches for AVX-512 and for `n` blocks.
     unsafe {
         let mut h = [0i16; 8];
         for (b, h) in h.iter_mut().enumerate() {
             if b < n {
-                *h = first.add(b * BYTES + at).cast::<i16>().read_unaligned();
+                *h = first.add(b * Q8_0).cast::<i16>().read_unaligned();
             }
         }
         let h = _mm_set_epi16(h[7], h[6], h[5], h[4], h[3], h[2], h[1], h[0]);
         let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_cvtph_ps(h)))
-    }
-}
-
-/// Where [`fields`] finds the scales of blocks of `BYTES` bytes, and what lies behind each, in 16-bit words.
-const fn places<const BYTES: usize>(from: usize) -> [i16; 32] {
-    let mut at = [0; 32];
-    let mut b = 0;
-    while b < 8 {
-        // Words before `from` are another register's.
-        let word = b * BYTES / 2;
-        at[b] = word.wrapping_sub(from) as i16;
-        at[8 + b] = (word + 1).wrapping_sub(from) as i16;
-        b += 1;
-    }
-    at
-}
-
-/// Which of the places that [`places`] names lie in the third register.
-const fn in_third<const BYTES: usize>() -> u32 {
-    let mut mask = 0;
-    let mut b = 0;
-    while b < 8 {
-        let word = b * BYTES / 2;
-        mask |= ((word >= 64) as u32) << b | ((word + 1 >= 64) as u32) << (8 + b);
-        b += 1;
-    }
-    mask
-}
-
-/// The first two half-precision fields of each of `n` blocks of 18 or 20 bytes, each twice as [`field`] gives one: all of
-/// them from three loads.
-#[inline(always)]
-unsafe fn fields<const BYTES: usize>(first: *const u8, n: usize) -> (__m512, __m512) {
-    const { assert!(BYTES == 18 || BYTES == 20) };
-    // What is masked is not read.
-    let words = (1u128 << (n * BYTES / 2)) - 1;
-    // SAFETY: the caller vouches for AVX-512 and for `n` blocks.
-    unsafe {
-        let at = |i: usize| first.add(64 * i).cast::<i16>();
-        let a = _mm512_maskz_loadu_epi16(words as u32, at(0));
-        let b = _mm512_maskz_loadu_epi16((words >> 32) as u32, at(1));
-        let c = _mm512_maskz_loadu_epi16((words >> 64) as u32, at(2));
-        let index = |of: &[i16; 32]| _mm512_loadu_epi16(of.as_ptr());
-        let h = _mm512_permutex2var_epi16(a, index(const { &places::<BYTES>(0) }), b);
-        let third = const { in_third::<BYTES>() };
-        let h = _mm512_mask_permutexvar_epi16(h, third, index(const { &places::<BYTES>(64) }), c);
-        let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        let wide = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
-        let again = _mm512_add_epi32(twice, _mm512_set1_epi32(8));
-        (_mm512_permutexvar_ps(twice, wide), _mm512_permutexvar_ps(again, wide))
     }
 }
 
@@ -193,48 +131,27 @@ fn zero() -> __m512 {
     unsafe { std::mem::zeroed() }
 }
 
-/// Sums of a row of blocks of 32. Two accumulators, so that additions wait less for each other.
-struct Blocks32 {
+/// Sums of a row of Q8_0. Two accumulators, so that additions wait less for each other.
+struct Sums8 {
     even: __m512,
     odd: __m512,
-    /// Mins, or scales that the bias multiplies, times sums of activations.
+    /// Scales, which the bias multiplies, times sums of activations.
     offset: __m512,
 }
 
-impl Blocks32 {
+impl Sums8 {
     /// `n` blocks of a packet; `ALL` is 8 where that many are known to be there.
     #[inline(always)]
-    unsafe fn packet<
-        const BYTES: usize,
-        const QS: usize,
-        const BIAS: i32,
-        const MIN: bool,
-        const FINE: bool,
-        const ALL: usize,
-    >(
-        &mut self,
-        first: *const u8,
-        a: &Activation,
-        n: usize,
-    ) {
+    unsafe fn packet<const FINE: bool, const ALL: usize>(&mut self, first: *const u8, a: &Activation, n: usize) {
         let n = if ALL == 8 { 8 } else { n };
         if ALL == 8 {
-            // A packet of any of these types has at most 272 bytes.
-            match BYTES {
-                34 => ask_ahead::<272>(first),
-                _ => ask_ahead::<160>(first),
-            }
+            ask_ahead::<{ 8 * Q8_0 }>(first);
         }
         // SAFETY: `row`'s contract: `n` blocks are readable.
         unsafe {
-            let (d, min) = match BYTES {
-                18 => fields::<18>(first, n),
-                20 => fields::<20>(first, n),
-                _ => (field::<BYTES>(first, 0, n), zero()),
-            };
+            let d = scales8(first, n);
             let scale = _mm512_mul_ps(d, _mm512_loadu_ps(a.scale.as_ptr()));
-            let factor = if MIN { min } else { d };
-            self.offset = _mm512_fmadd_ps(factor, _mm512_loadu_ps(a.sum.as_ptr()), self.offset);
+            self.offset = _mm512_fmadd_ps(d, _mm512_loadu_ps(a.sum.as_ptr()), self.offset);
             for i in 0..4 {
                 if 2 * i >= n {
                     break;
@@ -242,8 +159,8 @@ impl Blocks32 {
                 // The last quarter's second half may be missing: its scale is zero then.
                 let second = if 2 * i + 1 < n { 2 * i + 1 } else { 2 * i };
                 let q = _mm512_inserti64x4::<1>(
-                    _mm512_castsi256_si512(quants32::<QS, BIAS>(first.add(2 * i * BYTES))),
-                    quants32::<QS, BIAS>(first.add(second * BYTES)),
+                    _mm512_castsi256_si512(quants8(first.add(2 * i * Q8_0))),
+                    quants8(first.add(second * Q8_0)),
                 );
                 let sums = products::<FINE>(q, a.q.as_ptr().add(64 * i), a.rest.as_ptr().add(64 * i));
                 let scale = _mm512_permutexvar_ps(lanes(4 * i as i32, 0), scale);

@@ -4,6 +4,7 @@
 pub(super) mod amx;
 mod avx2_panel;
 mod avx2_row;
+mod avx512_nibbles;
 mod avx512_panel;
 mod avx512_row;
 mod supers;
@@ -219,6 +220,24 @@ impl Dot for Avx512 {
     ) -> Option<f32> {
         // SAFETY: passed on to the caller.
         unsafe { avx512_row::row::<FINE>(ty, row, x, pairs, cols) }
+    }
+
+    #[inline(always)]
+    unsafe fn four_rows<const FINE: bool>(
+        ty: TensorType,
+        rows: *const u8,
+        stride: usize,
+        pairs: *const Paired,
+        cols: usize,
+    ) -> Option<[f32; 4]> {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match ty {
+                TensorType::Q4_0 => Some(avx512_nibbles::rows::<18, 4, FINE>(rows, stride, pairs, cols)),
+                TensorType::Q4_1 => Some(avx512_nibbles::rows::<20, 4, FINE>(rows, stride, pairs, cols)),
+                _ => None,
+            }
+        }
     }
 
     #[inline(always)]
