@@ -6,7 +6,8 @@
 
 use half::slice::HalfFloatSliceExt;
 
-use super::kernel::{Body, Dot, exp};
+use super::isa::Isa;
+use super::kernel::{Body, Dot, LANES, exp, exp_lanes};
 use super::unpack::f16;
 use crate::backend::{Class, Mask, Scores};
 use crate::gguf::TensorType;
@@ -67,15 +68,14 @@ impl Cache {
 
     /// Positions `from..from + n` of a head, which lie in one page, in single precision.
     #[inline(always)]
-    unsafe fn load(&self, base: *const u8, head: usize, from: usize, n: usize, out: &mut [f32]) {
+    unsafe fn load<D: Dot>(&self, base: *const u8, head: usize, from: usize, n: usize, out: &mut [f32]) {
         let out = &mut out[..n * self.head_dim];
         // SAFETY: the caller asks for positions that the cache holds.
         unsafe {
             let from = base.add(self.at(head, from));
             match self.ty {
                 TensorType::F16 => {
-                    let x = std::slice::from_raw_parts(from.cast::<u16>(), out.len());
-                    out.iter_mut().zip(x).for_each(|(o, h)| *o = f16(*h));
+                    D::widen(std::slice::from_raw_parts(from.cast::<u16>(), out.len()), out);
                 }
                 TensorType::Q8_0 => {
                     let (blocks, _) = std::slice::from_raw_parts(from, n * self.each).as_chunks::<Q8_BYTES>();
@@ -199,63 +199,159 @@ impl Attend<'_> {
     /// Scores of `n` queries with a block of keys: `[dimension][position]`.
     #[inline(always)]
     fn scores_of_all<D: Dot>(&self, keys: &[f32], n: usize, scale: f32, scores: &mut [[f32; BLOCK]]) {
-        /// Queries that meet a key while it is in registers.
-        const AT_ONCE: usize = 4;
         let mut i = 0;
-        while i + AT_ONCE <= n {
-            let q: [_; AT_ONCE] = std::array::from_fn(|j| self.query(i + j));
-            scores[i..i + AT_ONCE].copy_from_slice(&scores_of::<D, AT_ONCE>(q, keys, scale));
-            i += AT_ONCE;
+        while D::ISA != Isa::Avx2 && i + SEVERAL <= n {
+            let q: [_; SEVERAL] = std::array::from_fn(|j| self.query(i + j));
+            scores_of::<D, SEVERAL>(q, keys, scale, &mut scores[i..]);
+            i += SEVERAL;
         }
-        for (i, scores) in scores.iter_mut().enumerate().take(n).skip(i) {
-            [*scores] = scores_of::<D, 1>([self.query(i)], keys, scale);
+        // Sixteen registers hold the sums of two.
+        while i + 2 <= n {
+            scores_of::<D, 2>([self.query(i), self.query(i + 1)], keys, scale, &mut scores[i..]);
+            i += 2;
+        }
+        for i in i..n {
+            scores_of::<D, 1>([self.query(i)], keys, scale, &mut scores[i..]);
         }
     }
 }
+
+/// Queries that meet a key or a value while it is in registers.
+const SEVERAL: usize = 4;
 
 /// Scores of some queries with a block of keys; a score is summed over the dimensions in order.
 #[inline(always)]
-fn scores_of<D: Dot, const N: usize>(q: [&[f32]; N], keys: &[f32], scale: f32) -> [[f32; BLOCK]; N] {
-    let mut sums = [[0.0; BLOCK]; N];
-    for (d, keys) in keys.as_chunks::<BLOCK>().0.iter().enumerate() {
-        for (q, sums) in q.iter().zip(&mut sums) {
-            for (s, k) in sums.iter_mut().zip(keys) {
-                *s = D::fma(q[d], *k, *s);
+fn scores_of<D: Dot, const N: usize>(q: [&[f32]; N], keys: &[f32], scale: f32, scores: &mut [[f32; BLOCK]]) {
+    let (keys, scores) = (keys.as_chunks::<BLOCK>().0, &mut scores[..N]);
+    // SAFETY: `D` is an instruction set that the machine has; a block is two times 16 floats.
+    unsafe {
+        let mut sums = [[D::splat(0.0); 2]; N];
+        for (d, keys) in keys.iter().enumerate() {
+            let k = [D::load(keys.as_ptr()), D::load(keys.as_ptr().add(LANES))];
+            for (q, sums) in q.iter().zip(&mut sums) {
+                let q = D::splat(q[d]);
+                *sums = [D::mul_add(q, k[0], sums[0]), D::mul_add(q, k[1], sums[1])];
+            }
+        }
+        let scale = D::splat(scale);
+        for (sums, scores) in sums.into_iter().zip(scores) {
+            D::store(D::mul(sums[0], scale), scores.as_mut_ptr());
+            D::store(D::mul(sums[1], scale), scores.as_mut_ptr().add(LANES));
+        }
+    }
+}
+
+/// Adds the values of some positions, each times its weight, to the results of `N` queries, `acc.len() / N` elements each;
+/// an element is summed over the positions in order.
+#[inline(always)]
+fn mix<D: Dot, const N: usize>(weights: [&[f32]; N], values: &[f32], hd: usize, acc: &mut [f32]) {
+    let (len, positions) = (acc.len() / N, weights.iter().fold(values.len() / hd, |n, w| n.min(w.len())));
+    let mut at = 0;
+    while at + LANES <= len {
+        // Sixteen registers hold 16 elements of four sums.
+        let two = at + 2 * LANES <= len && !(N > 2 && D::ISA == Isa::Avx2);
+        // SAFETY: `D` is an instruction set that the machine has; each of the `N` results has 16 elements from `at` on, or
+        // 32, and so has the value at each position.
+        unsafe {
+            let acc = acc.as_mut_ptr().add(at);
+            let values = values.as_ptr().add(at);
+            if two {
+                in_registers::<D, N, 2>(&weights, positions, values, hd, acc, len);
+            } else {
+                in_registers::<D, N, 1>(&weights, positions, values, hd, acc, len);
+            }
+        }
+        at += if two { 2 * LANES } else { LANES };
+    }
+    for at in at..len {
+        for (weights, acc) in weights.iter().zip(acc.chunks_exact_mut(len)) {
+            for (w, v) in weights.iter().zip(values.chunks_exact(hd)) {
+                acc[at] = D::fma(*w, v[at], acc[at]);
             }
         }
     }
-    sums.map(|sums| sums.map(|s| s * scale))
 }
 
-/// Adds the values of some positions, each times its weight, to `acc`; an element is summed over the positions in order.
+/// 16 times `V` elements of [`mix`].
+///
+/// # Safety
+/// The instruction set must be there, and these elements of results `len` apart and of values `hd` apart.
 #[inline(always)]
-fn mix<D: Dot>(weights: &[f32], values: &[f32], hd: usize, acc: &mut [f32]) {
-    let len = acc.len();
-    let mut at = 0;
-    while at + 64 <= len {
-        part::<D, 64>(weights, values, hd, at, acc);
-        at += 64;
-    }
-    while at + 16 <= len {
-        part::<D, 16>(weights, values, hd, at, acc);
-        at += 16;
-    }
-    for at in at..len {
-        part::<D, 1>(weights, values, hd, at, acc);
-    }
-}
-
-/// `N` elements of [`mix`], in registers.
-#[inline(always)]
-fn part<D: Dot, const N: usize>(weights: &[f32], values: &[f32], hd: usize, at: usize, acc: &mut [f32]) {
-    let Some(to) = acc[at..].first_chunk_mut::<N>() else { return };
-    let mut sums = *to;
-    for (w, v) in weights.iter().zip(values.chunks_exact(hd)) {
-        for (s, v) in sums.iter_mut().zip(&v[at..at + N]) {
-            *s = D::fma(*w, *v, *s);
+unsafe fn in_registers<D: Dot, const N: usize, const V: usize>(
+    weights: &[&[f32]; N],
+    positions: usize,
+    values: *const f32,
+    hd: usize,
+    acc: *mut f32,
+    len: usize,
+) {
+    // SAFETY: the caller's promise; weights are there for all positions.
+    unsafe {
+        let mut sums = [[D::splat(0.0); V]; N];
+        for (n, sums) in sums.iter_mut().enumerate() {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = D::load(acc.add(n * len + LANES * i));
+            }
+        }
+        for p in 0..positions {
+            let mut v = [D::splat(0.0); V];
+            for (i, v) in v.iter_mut().enumerate() {
+                *v = D::load(values.add(p * hd + LANES * i));
+            }
+            for (weights, sums) in weights.iter().zip(&mut sums) {
+                let w = D::splat(*weights.get_unchecked(p));
+                for (v, sum) in v.iter().zip(sums) {
+                    *sum = D::mul_add(w, *v, *sum);
+                }
+            }
+        }
+        for (n, sums) in sums.iter().enumerate() {
+            for (i, sum) in sums.iter().enumerate() {
+                D::store(*sum, acc.add(n * len + LANES * i));
+            }
         }
     }
-    *to = sums;
+}
+
+/// The largest of a block's scores and of `than`; what is no number counts as nothing.
+#[inline(always)]
+fn largest<D: Dot>(scores: &[f32; BLOCK], than: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    // SAFETY: `D` is an instruction set that the machine has; a block is two times 16 floats.
+    unsafe {
+        let most = D::larger(D::load(scores.as_ptr()), D::splat(than));
+        let most = D::larger(D::load(scores.as_ptr().add(LANES)), most);
+        D::store(most, lanes.as_mut_ptr());
+    }
+    lanes.iter().fold(than, |most, l| if *l > most { *l } else { most })
+}
+
+/// Scores to weights: their exponentials, less the largest one.
+#[inline(always)]
+fn weigh<D: Dot>(scores: &mut [f32; BLOCK], largest: f32) {
+    for half in scores.as_chunks_mut::<LANES>().0 {
+        // SAFETY: `D` is an instruction set that the machine has; these are 16 floats.
+        unsafe {
+            let x = D::add(D::load(half.as_ptr()), D::splat(-largest));
+            D::store(exp_lanes::<D>(x), half.as_mut_ptr());
+        }
+    }
+}
+
+/// The sum of a block's weights, in one order whatever is hidden.
+#[inline(always)]
+fn total<D: Dot>(weights: &[f32; BLOCK]) -> f32 {
+    let mut sums = [0.0; LANES];
+    // SAFETY: as in `largest`.
+    unsafe { D::store(D::add(D::load(weights.as_ptr()), D::load(weights.as_ptr().add(LANES))), sums.as_mut_ptr()) };
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            sums[l] += sums[l + width];
+        }
+        width /= 2;
+    }
+    sums[0]
 }
 
 impl Body for Attend<'_> {
@@ -282,9 +378,9 @@ impl Body for Attend<'_> {
             let len = (end - from).min(BLOCK);
             // SAFETY: positions below `end` have been stored.
             unsafe {
-                self.cache.load(self.cache.k, self.kv_head, from, len, keys);
+                self.cache.load::<D>(self.cache.k, self.kv_head, from, len, keys);
                 if of_keys == 0 {
-                    self.cache.load(self.cache.v, self.kv_head, from, len, values);
+                    self.cache.load::<D>(self.cache.v, self.kv_head, from, len, values);
                 }
             }
             let values = if of_keys > 0 { &*keys } else { &*values };
@@ -292,26 +388,30 @@ impl Body for Attend<'_> {
                 D::turn(keys, hd, turned);
                 self.scores_of_all::<D>(turned, n, scale, scores);
             }
-            for (i, scores) in scores[..n].iter_mut().enumerate() {
+            let seen = |i: usize| {
                 let position = self.first_pos + i / group;
                 let visible = (position + 1).saturating_sub(from).min(len);
-                let hidden = first_seen(self.scores.mask, position).saturating_sub(from);
-                if visible <= hidden {
+                first_seen(self.scores.mask, position).saturating_sub(from).min(visible)..visible
+            };
+            for (i, scores) in scores[..n].iter_mut().enumerate() {
+                let seen = seen(i);
+                if seen.is_empty() {
                     continue;
                 }
                 if self.class == Class::Exact {
                     let q = self.query(i);
-                    for (s, k) in scores[hidden..visible].iter_mut().zip(keys[hidden * hd..].chunks_exact(hd)) {
+                    for (s, k) in scores[seen.clone()].iter_mut().zip(keys[seen.start * hd..].chunks_exact(hd)) {
                         *s = super::kernel::dot_f32::<D>(q, k) * scale;
                     }
                 }
-                let mut block_max = max[i];
-                for s in &mut scores[hidden..visible] {
-                    if self.scores.cap != 0.0 {
+                if self.scores.cap != 0.0 {
+                    for s in &mut scores[seen.clone()] {
                         *s = self.scores.cap * (*s / self.scores.cap).tanh();
                     }
-                    block_max = block_max.max(*s);
                 }
+                scores[..seen.start].fill(f32::NEG_INFINITY);
+                scores[seen.end..].fill(f32::NEG_INFINITY);
+                let block_max = largest::<D>(scores, max[i]);
                 let acc = &mut acc[i * vd..(i + 1) * vd];
                 if block_max > max[i] {
                     let shrink = exp::<D>(max[i] - block_max);
@@ -320,11 +420,23 @@ impl Body for Attend<'_> {
                     acc.iter_mut().for_each(|a| *a *= shrink);
                     max[i] = block_max;
                 }
-                for s in &mut scores[hidden..visible] {
-                    *s = exp::<D>(*s - block_max);
+                weigh::<D>(scores, block_max);
+                scores[..seen.start].fill(0.0);
+                scores[seen.end..].fill(0.0);
+                sum[i] += total::<D>(scores);
+            }
+            let mut i = 0;
+            while i < n {
+                let acc = &mut acc[i * vd..];
+                if i + SEVERAL <= n && (i..i + SEVERAL).all(|i| seen(i) == (0..BLOCK)) {
+                    let weights: [&[f32]; SEVERAL] = std::array::from_fn(|j| &scores[i + j][..]);
+                    mix::<D, SEVERAL>(weights, values, hd, &mut acc[..SEVERAL * vd]);
+                    i += SEVERAL;
+                } else {
+                    let seen = seen(i);
+                    mix::<D, 1>([&scores[i][seen.clone()]], &values[seen.start * hd..], hd, &mut acc[..vd]);
+                    i += 1;
                 }
-                sum[i] = scores[hidden..visible].iter().fold(sum[i], |sum, s| sum + s);
-                mix::<D>(&scores[hidden..visible], &values[hidden * hd..], hd, acc);
             }
         }
         for i in 0..n {

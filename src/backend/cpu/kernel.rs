@@ -181,6 +181,55 @@ pub(super) trait Dot: Sized {
         bytemuck::cast_slice_mut(std::slice::from_mut(to)).copy_from_slice(rows);
     }
 
+    /// Sixteen floats.
+    type Lanes: Copy;
+    /// The same in all.
+    ///
+    /// # Safety
+    /// The instruction set must be there; so for all operations on lanes.
+    unsafe fn splat(x: f32) -> Self::Lanes;
+    /// Sixteen of memory, at any alignment.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load(from: *const f32) -> Self::Lanes;
+    /// To memory, at any alignment.
+    ///
+    /// # Safety
+    /// They can be written.
+    unsafe fn store(x: Self::Lanes, to: *mut f32);
+    /// `a + b`.
+    ///
+    /// # Safety
+    /// See [`Dot::splat`].
+    unsafe fn add(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// `a * b`.
+    ///
+    /// # Safety
+    /// See [`Dot::splat`].
+    unsafe fn mul(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// `a * b + c`, rounded as [`Dot::fma`] does.
+    ///
+    /// # Safety
+    /// See [`Dot::splat`].
+    unsafe fn mul_add(a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
+    /// `a` where it is larger than `b`, else `b`.
+    ///
+    /// # Safety
+    /// See [`Dot::splat`].
+    unsafe fn larger(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// Two to the power of the integers in the last bits of `x`, sums with [`ROUND`].
+    ///
+    /// # Safety
+    /// See [`Dot::splat`].
+    unsafe fn power(x: Self::Lanes) -> Self::Lanes;
+
+    /// Halves in single precision.
+    #[inline(always)]
+    fn widen(from: &[u16], to: &mut [f32]) {
+        to.iter_mut().zip(from).for_each(|(o, h)| *o = unpack::f16(*h));
+    }
+
     /// Brings a block of keys, `hd` floats each, to the order `[dimension][position]`.
     #[inline(always)]
     fn turn(keys: &[f32], hd: usize, to: &mut [f32]) {
@@ -233,7 +282,54 @@ impl Dot for Scalar {
     unsafe fn sum(acc: f32) -> f32 {
         acc
     }
+
+    type Lanes = [f32; LANES];
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Lanes {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Lanes {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[f32; LANES]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: Self::Lanes, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    unsafe fn larger(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    unsafe fn power(x: Self::Lanes) -> Self::Lanes {
+        x.map(power)
+    }
 }
+
+/// Floats of [`Dot::Lanes`].
+pub(super) const LANES: usize = 16;
 
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
@@ -299,21 +395,54 @@ pub(super) fn silu<D: Dot>(x: f32) -> f32 {
     x / (1.0 + exp::<D>(-x))
 }
 
-/// exp with a relative error of about 2e-7; 0 below -87, saturated above 88.
+/// 1.5 * 2^23: in the last bits of the sum with a value below 2^22 is the nearest integer.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
+/// The coefficients of `exp` between the powers of two.
+const EXP: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5];
+/// What `exp` may be taken of.
+const EXP_FROM: f32 = -87.3;
+const EXP_TO: f32 = 88.3;
+
+/// exp with a relative error of about 2e-7; 1e-38 below -87.3, saturated above 88.3.
 #[inline(always)]
 pub(super) fn exp<D: Dot>(x: f32) -> f32 {
-    let x = x.clamp(-87.3, 88.3);
-    // Round by adding and taking away 1.5 * 2^23.
-    let n = D::fma(x, std::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
+    let x = x.clamp(EXP_FROM, EXP_TO);
+    let rounded = D::fma(x, std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
     let r = D::fma(n, -0.693_359_4, x);
     let r = D::fma(n, 2.121_944_4e-4, r);
-    let mut p = D::fma(1.987_569_1e-4, r, 1.398_199_9e-3);
-    p = D::fma(p, r, 8.333_452e-3);
-    p = D::fma(p, r, 4.166_579_6e-2);
-    p = D::fma(p, r, 0.166_666_65);
-    p = D::fma(p, r, 0.5);
-    p = D::fma(p, r * r, r + 1.0);
-    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    let p = EXP[1..].iter().fold(EXP[0], |p, c| D::fma(p, r, *c));
+    D::fma(p, r * r, r + 1.0) * power(rounded)
+}
+
+/// Two to the power of the integer in the last bits of a sum with [`ROUND`].
+#[inline(always)]
+fn power(rounded: f32) -> f32 {
+    f32::from_bits(rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23)
+}
+
+/// [`exp`] of sixteen.
+///
+/// # Safety
+/// The instruction set must be there.
+#[inline(always)]
+pub(super) unsafe fn exp_lanes<D: Dot>(x: D::Lanes) -> D::Lanes {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // What is no number stays so: it is not larger than anything, nor is anything larger.
+        let minus = D::mul(D::larger(D::splat(EXP_FROM), x), D::splat(-1.0));
+        let x = D::mul(D::larger(D::splat(-EXP_TO), minus), D::splat(-1.0));
+        let rounded = D::mul_add(x, D::splat(std::f32::consts::LOG2_E), D::splat(ROUND));
+        let n = D::add(rounded, D::splat(-ROUND));
+        let r = D::mul_add(n, D::splat(-0.693_359_4), x);
+        let r = D::mul_add(n, D::splat(2.121_944_4e-4), r);
+        let mut p = D::splat(EXP[0]);
+        for c in &EXP[1..] {
+            p = D::mul_add(p, r, D::splat(*c));
+        }
+        D::mul(D::mul_add(p, D::mul(r, r), D::add(r, D::splat(1.0))), D::power(rounded))
+    }
 }
 
 /// Writes an output.
@@ -550,19 +679,19 @@ impl Float for Bf16 {
 }
 
 /// Sums side by side, so that additions do not wait for each other.
-const LANES: usize = 32;
+const SUMS: usize = 32;
 
 #[inline(always)]
 pub(super) fn dot_f32<D: Dot>(a: &[f32], b: &[f32]) -> f32 {
-    let mut acc = [0.0f32; LANES];
-    let (a8, b8) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let mut acc = [0.0f32; SUMS];
+    let (a8, b8) = (a.chunks_exact(SUMS), b.chunks_exact(SUMS));
     let tail: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
     for (x, y) in a8.zip(b8) {
-        for l in 0..LANES {
+        for l in 0..SUMS {
             acc[l] = D::fma(x[l], y[l], acc[l]);
         }
     }
-    let mut width = LANES / 2;
+    let mut width = SUMS / 2;
     while width > 0 {
         for l in 0..width {
             acc[l] += acc[l + width];
@@ -757,10 +886,9 @@ fn quantise_group(x: &[f32; SUB], q: &mut [i8; SUB], rest: &mut [i8; SUB], fine:
     (d, d * (total as f32 + total_rest as f32 * REST))
 }
 
-/// The nearest integer of a value below 2^22: in the last bits of its sum with 1.5 * 2^23. Any integer for others.
+/// The nearest integer of a value below 2^22; any integer for others.
 #[inline(always)]
 fn nearest(v: f32) -> i32 {
-    const ROUND: f32 = 12_582_912.0;
     ((v + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32)
 }
 

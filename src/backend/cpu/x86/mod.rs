@@ -12,9 +12,9 @@ mod supers;
 use std::arch::x86_64::*;
 
 use super::isa::Isa;
-use super::kernel::{Activation, Dot, Paired, REST};
+use super::kernel::{Activation, Dot, Paired, REST, ROUND};
 use super::panel::{Panel, ROWS};
-use super::unpack::Packet;
+use super::unpack::{Packet, f16};
 use crate::gguf::TensorType;
 
 /// How far ahead of the block at hand weights are asked for, in bytes. Rows lie back to back, so this reaches the next
@@ -118,6 +118,76 @@ impl Dot for Avx2 {
         ask_first(at, bytes);
     }
 
+    type Lanes = [__m256; 2];
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Lanes {
+        // SAFETY: the caller vouches for AVX.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Lanes {
+        // SAFETY: the caller vouches for AVX and sixteen floats.
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: Self::Lanes, to: *mut f32) {
+        // SAFETY: as for `load`.
+        unsafe {
+            _mm256_storeu_ps(to, x[0]);
+            _mm256_storeu_ps(to.add(8), x[1]);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
+        // SAFETY: the caller vouches for AVX.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
+        // SAFETY: the caller vouches for AVX.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes {
+        // SAFETY: the caller vouches for FMA.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn larger(a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
+        // SAFETY: the caller vouches for AVX.
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn power(x: Self::Lanes) -> Self::Lanes {
+        // SAFETY: the caller vouches for AVX2.
+        unsafe {
+            let less = _mm256_set1_epi32(127 - ROUND.to_bits() as i32);
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_castps_si256(x[0]), less))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_castps_si256(x[1]), less))),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn widen(from: &[u16], to: &mut [f32]) {
+        let (halves, last) = from.as_chunks::<8>();
+        let (floats, rest) = to.as_chunks_mut::<8>();
+        for (h, f) in halves.iter().zip(floats) {
+            // SAFETY: this set is chosen where the machine has F16C; both have eight elements.
+            unsafe { _mm256_storeu_ps(f.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(h.as_ptr().cast()))) };
+        }
+        rest.iter_mut().zip(last).for_each(|(o, h)| *o = f16(*h));
+    }
+
     #[inline(always)]
     unsafe fn row<const FINE: bool>(
         ty: TensorType,
@@ -181,6 +251,70 @@ impl Dot for Avx512 {
             }
             acc
         }
+    }
+
+    type Lanes = __m512;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512 and sixteen floats.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: __m512, to: *mut f32) {
+        // SAFETY: as for `load`.
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn larger(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn power(x: __m512) -> __m512 {
+        // SAFETY: the caller vouches for AVX-512.
+        unsafe {
+            let n = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(127 - ROUND.to_bits() as i32));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(n))
+        }
+    }
+
+    #[inline(always)]
+    fn widen(from: &[u16], to: &mut [f32]) {
+        let (halves, last) = from.as_chunks::<16>();
+        let (floats, rest) = to.as_chunks_mut::<16>();
+        for (h, f) in halves.iter().zip(floats) {
+            // SAFETY: this set is chosen where the machine has AVX-512; both have sixteen elements.
+            unsafe { _mm512_storeu_ps(f.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(h.as_ptr().cast()))) };
+        }
+        rest.iter_mut().zip(last).for_each(|(o, h)| *o = f16(*h));
     }
 
     #[inline(always)]
