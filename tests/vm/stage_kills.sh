@@ -24,6 +24,13 @@ before() {
   sgdisk -n 1:2048:+30M -n 2:0:+20M /dev/$n && parts 2 && mke2fs -q -F -t ext4 /dev/${n}p1
 }
 
+# The mark of a staging that was cut off stands in the first block.
+is_marked() { [ "$(dd if=/dev/$n bs=8 count=1 2>/dev/null | tr -d '\000')" = NTSTAGE1 ]; }
+# is_as_before: nothing was written: there is no mark, which goes first, and the ext4 of before
+is_as_before() { ! is_marked && [ "$(dd if=/dev/$n bs=2 skip=524828 count=1 2>/dev/null | od -An -tx1)" = " 53 ef" ]; }
+# Sectors that the kernel has written to the drive. Whoever opens it to look would have a stage refuse it.
+written() { awk '{print $7}' /sys/block/$n/stat; }
+
 # recovered NAME: the same command stages the drive, with nothing done to it or to the list
 recovered() {
   give $d # what the kill left is nobody's but nt's
@@ -53,5 +60,16 @@ killed() {
       ;;
     *) echo "exit $ended" >>/tmp/out; fail "$name: ends with 130" ;;
   esac
+  # Change 1 is the first write: before it the drive is as it was, and what it holds still needs consent.
+  if [ $2:$1 = SIGKILL:1 ]; then
+    is_as_before && pass "$name: nothing is written" || fail "$name: nothing is written"
+    give $d
+    still="$name: what was there still counts"
+    refused "$still" "contents: it holds ext4" stage
+    give $d gpt ext4 "unknown data"
+    works "$still: the partitions are shown again" parts 2
+    works "$still: staged with consent" stage
+    return
+  fi
   recovered "$name"
 }

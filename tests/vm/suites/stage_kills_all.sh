@@ -1,4 +1,4 @@
-# about: nt stage ended by each signal at every change, and by a reboot and a power cut at some: an hour
+# about: nt stage ended by each signal at every change, and by a reboot and a power cut at some: two hours
 # long
 # drives: source
 # drive: killed blank:64 serial=KILLED01 discard
@@ -7,7 +7,7 @@
 # programs: mdadm cryptsetup:cryptsetup-bin lvm:lvm2 wipefs:util-linux sgdisk:gdisk
 # modules: dm-mod
 # guest: own
-# timeout: 7200
+# timeout: 14400
 . /root/stage_kills.sh
 # NT_VM_STEP=51 begins at change 51, with one signal for each change, then the next for each.
 # Five boots: after a kill at changes spread over all, and with the power cut while the drive is written.
@@ -16,11 +16,23 @@ case ${step:-0} in
     reboots=${step:-0}
     if [ $reboots = 0 ]; then prepare; else
       prepare_again
+      case $reboots in
+        2 | 4) is_marked && pass "the power was cut while the drive was written ($reboots)" || fail "the power was cut while the drive was written ($reboots)" ;;
+      esac
       recovered "after boot $reboots"
     fi
     case $reboots in
       0 | 2 | 4) killed_only $((2 + reboots * 15)) SIGKILL ;;
-      *) before >/dev/null 2>&1; { stage >/tmp/out 2>&1 & sleep $reboots; } ;;
+      *)
+        # The power goes at once, so what `again` prints is printed before.
+        before >/tmp/out 2>&1; give $d gpt ext4 "unknown data"; sync
+        echo "AGAIN $suite $((reboots + 1))"; sleep 1
+        sectors=$(written)
+        stage >/tmp/out 2>&1 &
+        for try in $(seq 3000); do [ $(written) = $sectors ] || break; done
+        [ $(written) = $sectors ] && fail "the power is cut while the drive is written"
+        usleep $((reboots * 50000)); echo b >/proc/sysrq-trigger; sleep 60
+        ;;
     esac
     again $((reboots + 1))
     ;;
