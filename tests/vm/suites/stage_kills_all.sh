@@ -1,4 +1,4 @@
-# about: nt stage ended by each signal at every change, and by a reboot and a power cut at some: two hours
+# about: nt stage ended by each signal at every change, and by a reboot and a power cut at some: 75 minutes and more
 # long
 # drives: source
 # drive: killed blank:64 serial=KILLED01 discard
