@@ -20,7 +20,8 @@ if [ "${1:-}" = --remove ]; then
   rm -f "$rules" "$program" "$limits"
   rmdir /var/lib/nt/system /var/lib/nt 2>/dev/null || true
   if [ -d /var/lib/nt ]; then echo "kept: /var/lib/nt holds records"; fi
-  if [ -f "$list" ] && ! grep -q '^\[\[drive\]\]' "$list"; then rm -f "$list"; fi
+  # Whatever stands there besides comments and blanks is the owner's.
+  if [ -f "$list" ] && ! grep -q '^[[:space:]]*[^#[:space:]]' "$list"; then rm -f "$list"; fi
   if [ -f "$made" ]; then
     if getent group nt >/dev/null; then groupdel nt; fi
     rm -f "$made"
@@ -36,6 +37,11 @@ install -d -o root -g root -m 755 "$(dirname "$limits")" /etc/nt
 if ! getent group nt >/dev/null; then
   groupadd --system nt
   : >"$made"
+elif [ ! -f "$made" ]; then
+  # It may have been made for something else.
+  gid=$(getent group nt | cut -d: -f3)
+  who=$({ getent group nt | cut -d: -f4 | tr , '\n'; getent passwd | awk -F: -v gid="$gid" '$4 == gid {print $1}'; } | sort -u | xargs)
+  echo "the group nt was there before: whoever is in it may use every drive that is bound (${who:-nobody is in it now})" >&2
 fi
 install -D -o root -g root -m 755 "$here/udev/nt-vfio-group" "$program"
 install -D -o root -g root -m 644 "$here/udev/70-nt-vfio.rules" "$rules"
@@ -52,8 +58,10 @@ cat >"$limits" <<LIMITS
 # Memory that a drive writes to is locked. Members of nt may lock all of it; nt keeps to its plan.
 @nt - memlock unlimited
 LIMITS
+# Entries that others could have written are not to be believed because root owns the file from now on.
 if [ -e "$list" ] && [ -n "$(find "$list" -prune \( ! -user 0 -o -perm /022 \))" ]; then
-  echo "$list was not root's alone: look through its entries, which others could have written" >&2
+  mv "$list" "$list.others"
+  echo "$list was not root's alone and is now $list.others: look through its entries, which others could have written, and put those back that are yours" >&2
 fi
 [ -f "$list" ] || echo "# Drives that nt may take; \`nt device list\` prints the lines." >"$list"
 chown root:root "$list"

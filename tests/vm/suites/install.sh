@@ -54,8 +54,10 @@ works "remove again" inside sh /root/scripts/install.sh --remove
 # What is the owner's stays: a list with entries, records, a group that was there before.
 machine
 inside groupadd --system nt
+sed -i 's/^nt:.*/&user,other/' $m/etc/group; echo "nt:x:998:$(inside getent group nt | cut -d: -f3)::/:/bin/sh" >>$m/etc/passwd
 works "install where the group is there" inside sh /root/scripts/install.sh
-printf '[[drive]]\npci = "0000:02:00.0"\nserial = "S"\nmodel = "M"\nnamespace = 1\nsize = 1\n' >>$m/etc/nt/drives.toml
+grep -q "was there before: .*(nt other user)" /tmp/out && pass "and says who may use drives now" || fail "and says who may use drives now"
+printf '  [[drive]] # mine\npci = "0000:02:00.0"\nserial = "S"\nmodel = "M"\nnamespace = 1\nsize = 1\n' >>$m/etc/nt/drives.toml
 mkdir -p $m/var/lib/nt/system/S; echo {} >$m/var/lib/nt/system/S/m.gguf.json
 cp $m/etc/nt/drives.toml /tmp/list.kept
 works "install again over a list" inside sh /root/scripts/install.sh
@@ -69,6 +71,7 @@ machine
 mkdir -p $m/etc/nt; echo '# by a member' >$m/etc/nt/drives.toml; chmod 666 $m/etc/nt/drives.toml
 works "install over a list that others could write" inside sh /root/scripts/install.sh
 grep -q "look through its entries" /tmp/out && pass "it says so" || fail "it says so"
+grep -q "by a member" $m/etc/nt/drives.toml.others && ! grep -q "by a member" $m/etc/nt/drives.toml && pass "and believes none of them" || fail "and believes none of them"
 mode etc/nt/drives.toml 644
 for plant in "ln -s /etc $m/var/lib/nt/system" "ln -s /nothing $m/var/lib/nt/system" "install -d -o 1000 $m/var/lib/nt/system" "touch $m/var/lib/nt/system"; do
   machine
