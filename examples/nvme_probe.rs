@@ -65,6 +65,8 @@ enum Way {
     Mapped,
     /// By a message in a socket alone
     Socket,
+    /// By a message in a connection that nobody accepts
+    Waiting,
     /// By a thread with a table of its own
     Thread,
     /// By a thread whose process's first thread has ended
@@ -93,6 +95,15 @@ fn hold(way: Way, node: &str) -> Result<(), Box<dyn std::error::Error>> {
             let (from, _to) = std::os::unix::net::UnixStream::pair()?;
             send(&from, file.as_raw_fd())?;
             drop(file);
+            wait()
+        }
+        Way::Waiting => {
+            use std::os::unix::net::{UnixListener, UnixStream};
+            let path = std::env::temp_dir().join(format!("waiting.{}", std::process::id()));
+            let _nobody_accepts = UnixListener::bind(&path)?;
+            let from = UnixStream::connect(&path)?;
+            send(&from, file.as_raw_fd())?;
+            drop((from, file));
             wait()
         }
         Way::Thread | Way::Ended => {

@@ -1,19 +1,14 @@
 //! What a drive says of its health: temperature, wear, spare blocks, warnings. Of a bound drive through VFIO, of
-//! another through the kernel's ioctl for admin commands, which sends Get Log Page and Identify here and nothing else.
+//! another by Get Log Page through the kernel.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind};
-use std::os::fd::AsRawFd;
 
+use super::admin::{self, LOG_BYTES};
 use super::bind::{self, Bound};
 use super::guard::node::Node;
 use super::guard::{Controller, Host};
 use super::vfio::VfioReader;
-
-/// Bytes of the health log.
-pub const LOG_BYTES: usize = 512;
-/// Bytes that Identify answers.
-pub const IDENTIFY_BYTES: usize = 4096;
 
 /// The part of the SMART / Health Information log that is shown. NVMe Base 2.0 §5.16.1.3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +98,7 @@ pub fn of_bound(host: &Host, drive: &Bound) -> Result<Health, String> {
 pub fn of_kernel(host: &Host, drive: &Controller) -> Result<String, String> {
     let name = drive.name.as_deref().ok_or("the kernel's driver does not hold it")?;
     let node = format!("/dev/{name}");
-    let asked = open_controller(host, name).and_then(|file| log_page(&file));
+    let asked = open_controller(host, name).and_then(|file| admin::health_log(&file));
     match asked {
         Ok(log) => Health::parse(&log).map(|h| h.to_string()).ok_or_else(|| "the log is short".into()),
         Err(e) if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::NotFound) => {
@@ -119,60 +114,6 @@ fn open_controller(host: &Host, name: &str) -> std::io::Result<File> {
     let number = host.read(&format!("/sys/class/nvme/{name}/dev")).map_err(|e| Error::new(e.kind, e))?;
     let number = number.parse().map_err(|()| Error::other(format!("sysfs gives it the number {number:?}")))?;
     host.open_node(&format!("/dev/{name}"), Node::Char(number), OpenOptions::new().read(true))
-}
-
-/// `struct nvme_admin_cmd` of `linux/nvme_ioctl.h`.
-#[repr(C)]
-#[derive(Default)]
-struct AdminCommand {
-    opcode: u8,
-    flags: u8,
-    reserved: u16,
-    nsid: u32,
-    cdw2: u32,
-    cdw3: u32,
-    metadata: u64,
-    addr: u64,
-    metadata_len: u32,
-    data_len: u32,
-    cdw10: u32,
-    cdw11: u32,
-    cdw12: u32,
-    cdw13: u32,
-    cdw14: u32,
-    cdw15: u32,
-    timeout_ms: u32,
-    result: u32,
-}
-const _: () = assert!(size_of::<AdminCommand>() == 72);
-
-/// Sends Get Log Page 02h (opcode 02h, which reads) to the controller whose character device is open.
-fn log_page(file: &File) -> std::io::Result<[u8; LOG_BYTES]> {
-    let cdw10 = 0x02 | (LOG_BYTES as u32 / 4 - 1) << 16;
-    ask(file, AdminCommand { opcode: 0x02, nsid: u32::MAX, cdw10, ..AdminCommand::default() })
-}
-
-/// Sends Identify Controller (opcode 06h, CNS 01h, which reads) to the controller whose character device is open.
-///
-/// # Errors
-/// What the system or the drive answers.
-pub fn identify(file: &File) -> std::io::Result<[u8; IDENTIFY_BYTES]> {
-    ask(file, AdminCommand { opcode: 0x06, cdw10: 1, ..AdminCommand::default() })
-}
-
-/// Sends a command whose answer is `N` bytes.
-fn ask<const N: usize>(file: &File, command: AdminCommand) -> std::io::Result<[u8; N]> {
-    const NVME_IOCTL_ADMIN_CMD: libc::c_ulong = 0xc048_4e41;
-    let mut answer = [0u8; N];
-    let (addr, data_len) = (answer.as_mut_ptr() as u64, N as u32);
-    let mut command = AdminCommand { addr, data_len, timeout_ms: 5000, ..command };
-    // SAFETY: the structure is the ioctl's own, and the buffer it names is as long as it says and outlives
-    // the call, which returns when the command has ended.
-    match unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ADMIN_CMD, &raw mut command) } {
-        0 => Ok(answer),
-        status if status > 0 => Err(std::io::Error::other(format!("the drive answered with status {status:#x}"))),
-        _ => Err(std::io::Error::last_os_error()),
-    }
 }
 
 /// Degrees Celsius by sysfs.

@@ -5,6 +5,7 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+mod admin;
 mod bell;
 pub mod bind;
 mod checked;
@@ -15,6 +16,7 @@ pub mod guard;
 pub mod health;
 pub mod image;
 pub mod library;
+mod locks;
 mod pread;
 pub mod safe;
 #[cfg(test)]

@@ -11,9 +11,11 @@ pub mod claim;
 mod consent;
 mod exports;
 mod fat;
+mod firmware;
 pub mod host;
 mod identity;
 mod last;
+mod locked;
 mod mounts;
 pub mod node;
 mod nodes;
@@ -24,6 +26,7 @@ mod pci;
 mod records;
 mod sight;
 pub(super) mod signatures;
+mod sockets;
 mod stack;
 mod superblocks;
 pub mod sysfs;
@@ -166,6 +169,11 @@ pub fn examine(
     note(&mut out, |out| stack::zfs(host, controller, out));
     note(&mut out, |out| boot::root(host, controller, out));
     note(&mut out, |out| open::opened(host, controller, std::process::id(), out));
+    // Whether its data can be seen at all, and overwritten.
+    note(&mut out, |out| locked::locked(host, controller, out));
+    if purpose == Purpose::Erase {
+        note(&mut out, |out| locked::protected(host, controller, out));
+    }
     // What it says of itself, and who names it by that.
     let mut said = opinions::said(host, controller);
     for namespace in &controller.namespaces {
@@ -182,6 +190,7 @@ pub fn examine(
         note(&mut out, |out| format(host, namespace, out));
         note(&mut out, |out| boot::hibernated(host, namespace, &tables, out));
         boot::partitions(host, namespace, &tables, &mut out);
+        note(&mut out, |out| firmware::boots(host, namespace, &tables, out));
         let name = &namespace.whole.name;
         said.extend(words::of_tables(&tables).into_iter().map(|s| (name.clone(), s)));
     }

@@ -10,15 +10,10 @@ use super::attended::{Beat, attended};
 use super::host::{Host, Unreadable};
 use super::node::{Node, compare_files, is_one_file};
 use super::nodes::Nodes;
+use super::sockets::Sockets;
 use super::sysfs::Controller;
 use super::{Check, Reason};
 
-/// How long descriptors may be under way, in all sockets together, before they count as stuck.
-const UNDER_WAY: Duration = Duration::from_millis(500);
-/// Time between two looks at them.
-const UNDER_WAY_PAUSE: Duration = Duration::from_millis(50);
-/// Most sockets that are looked at again.
-const UNDER_WAY_MAX: usize = 256;
 /// How long all processes may take: any user can have many, with many files.
 const SEARCH: Duration = Duration::from_secs(120);
 /// What the link of an io_uring's descriptor says.
@@ -105,23 +100,6 @@ struct Thread<'a> {
     beat: &'a Beat,
 }
 
-/// A socket with descriptors under way.
-struct Socket {
-    pid: String,
-    /// What the kernel tells of it.
-    path: String,
-    /// How many, at the last look.
-    number: String,
-}
-
-/// Sockets with descriptors under way, as far as they are remembered.
-#[derive(Default)]
-struct Sockets {
-    list: Vec<Socket>,
-    /// Whether there were more.
-    more: bool,
-}
-
 /// Processes by number, sorted as text.
 pub fn processes(host: &Host) -> Result<Vec<String>, Unreadable> {
     let mut names = host.must_list("/proc")?;
@@ -156,7 +134,7 @@ pub fn opened(host: &Host, controller: &Controller, own_pid: u32, out: &mut Vec<
 
 /// The search through all processes.
 fn search(host: &Host, nodes: &Nodes, own_pid: u32, beat: &Beat, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let mut sockets = Sockets::default();
+    let mut sockets = Sockets::of(host)?;
     let search = Search::begin();
     each_process(host, |pid| {
         if pid == own_pid.to_string() {
@@ -167,6 +145,7 @@ fn search(host: &Host, nodes: &Nodes, own_pid: u32, beat: &Beat, out: &mut Vec<R
             search.go_on(host, folder)?;
             beat.at(folder);
             folders.push(folder.to_owned());
+            sockets.look_at_network(host, pid, folder)?;
             let tid = folder.rsplit('/').next().unwrap_or(pid);
             if host.is_real() && is_known(&mut tables, tid) {
                 return Ok(());
@@ -183,7 +162,7 @@ fn search(host: &Host, nodes: &Nodes, own_pid: u32, beat: &Beat, out: &mut Vec<R
         mapped(host, nodes, pid, &folders, rings.len(), out)
     })?;
     beat.at("/proc");
-    under_way(host, sockets, out)
+    sockets.judge(host, out)
 }
 
 /// Whether a thread has the table of descriptors of one in `tables`, which is in the kernel's order; if not, it joins
@@ -239,7 +218,7 @@ fn descriptors(
         }
         names.add(&link);
         if link.starts_with("socket:") {
-            look_at_socket(host, thread, &fd, sockets)?;
+            sockets.look_at(host, thread.pid, &format!("{}/fdinfo/{fd}", thread.folder))?;
         } else {
             // Pipes and the like have no path.
             if link.starts_with('/') {
@@ -287,7 +266,7 @@ fn held(answer: Answer) -> Result<Option<Node>, Unreadable> {
 }
 
 /// Adds a reason that is not there yet: threads repeat each other.
-fn push(out: &mut Vec<Reason>, reason: Reason) {
+pub fn push(out: &mut Vec<Reason>, reason: Reason) {
     if !out.iter().any(|r| r.check == reason.check && r.what == reason.what) {
         out.push(reason);
     }
@@ -437,7 +416,7 @@ fn ring_files(host: &Host, path: &str) -> Result<Option<Vec<String>>, Unreadable
 }
 
 /// Whether the running kernel has this version or a later one.
-fn is_kernel_since(host: &Host, version: (u32, u32)) -> Result<bool, Unreadable> {
+pub fn is_kernel_since(host: &Host, version: (u32, u32)) -> Result<bool, Unreadable> {
     let release = host.read_if_there("/proc/sys/kernel/osrelease")?.unwrap_or_default();
     let mut parts = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().ok());
     let found = parts.next().flatten().zip(parts.next().flatten());
@@ -490,53 +469,6 @@ fn registered(
             }
             None => {}
         }
-    }
-    Ok(())
-}
-
-/// Remembers a socket if descriptors are under way in it.
-fn look_at_socket(host: &Host, thread: &Thread<'_>, fd: &str, sockets: &mut Sockets) -> Result<(), Unreadable> {
-    let path = format!("{}/fdinfo/{fd}", thread.folder);
-    let Some(number) = number_under_way(host, &path)? else { return Ok(()) };
-    if sockets.list.len() == UNDER_WAY_MAX {
-        sockets.more = true;
-    } else {
-        sockets.list.push(Socket { pid: thread.pid.to_owned(), path, number });
-    }
-    Ok(())
-}
-
-/// How many descriptors were sent through a UNIX socket and not yet received (`scm_fds`, since Linux 5.9), unless none.
-fn number_under_way(host: &Host, path: &str) -> Result<Option<String>, Unreadable> {
-    let text = match host.read(path) {
-        Err(e) if e.is_gone() => return Ok(None),
-        text => text?,
-    };
-    let number = text.lines().find_map(|l| l.strip_prefix("scm_fds:")).map(|n| n.trim().to_owned());
-    Ok(number.filter(|n| n != "0"))
-}
-
-/// Descriptors under way in a socket are in no process's table, and the kernel tells only their number; ones that stay
-/// there are a reason.
-fn under_way(host: &Host, mut sockets: Sockets, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
-    let end = Instant::now() + UNDER_WAY;
-    while host.is_real() && !sockets.list.is_empty() && !sockets.more && !host.is_stopped() && Instant::now() < end {
-        std::thread::sleep(UNDER_WAY_PAUSE);
-        for mut socket in std::mem::take(&mut sockets.list) {
-            if let Some(number) = number_under_way(host, &socket.path)? {
-                socket.number = number;
-                sockets.list.push(socket);
-            }
-        }
-    }
-    if sockets.more {
-        let what = format!("descriptors are under way in more than {UNDER_WAY_MAX} sockets, which cannot be told");
-        out.push(Reason::new(Check::Unreadable, "/proc", what));
-    }
-    for Socket { pid, path, number } in sockets.list {
-        let what =
-            format!("process {pid} has {number} descriptors under way in a socket, which cannot be told; end it");
-        push(out, Reason::new(Check::Unreadable, &path, what));
     }
     Ok(())
 }

@@ -20,11 +20,13 @@ enum Style {
     Named,
     /// Commands of a shell or of cron, where nt's own are no reason.
     Commands,
+    /// Rules of udev, of which those matter that start something or give a device to a user.
+    Rules,
     /// No text.
     Binary,
 }
 
-use Style::{Binary, Commands, Lines, Named, Nodes, Unit, Whole};
+use Style::{Binary, Commands, Lines, Named, Nodes, Rules, Unit, Whole};
 
 /// What is read: the files that a pattern means (`*` is any part of one name; a folder of a pattern may
 /// have one too), how they are written, and what a mention there is.
@@ -34,6 +36,8 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/fstab.d/*", Lines, Check::Configured),
     ("/etc/crypttab", Lines, Check::Configured),
     ("/etc/crypttab.initramfs", Lines, Check::Configured),
+    ("/etc/veritytab", Lines, Check::Configured),
+    ("/etc/integritytab", Lines, Check::Configured),
     ("/etc/initramfs-tools/conf.d/*", Lines, Check::Boot),
     ("/etc/initramfs-tools/initramfs.conf", Lines, Check::Boot),
     ("/etc/initcpio/*", Lines, Check::Boot),
@@ -59,6 +63,14 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/boot/extlinux/*.conf", Lines, Check::Boot),
     ("/boot/syslinux/*.cfg", Lines, Check::Boot),
     ("/boot/refind_linux.conf", Lines, Check::Boot),
+    ("/boot/efi/EFI/*/refind.conf", Lines, Check::Boot),
+    ("/efi/EFI/*/refind.conf", Lines, Check::Boot),
+    ("/boot/EFI/*/refind.conf", Lines, Check::Boot),
+    ("/boot/limine.c*", Lines, Check::Boot),
+    ("/boot/limine/limine.c*", Lines, Check::Boot),
+    ("/boot/efi/EFI/*/limine.c*", Lines, Check::Boot),
+    ("/efi/EFI/*/limine.c*", Lines, Check::Boot),
+    ("/boot/EFI/*/limine.c*", Lines, Check::Boot),
     ("/etc/lilo.conf", Lines, Check::Boot),
     ("/var/cache/debconf/config.dat", Nodes, Check::Boot),
     ("/etc/mdadm.conf", Lines, Check::Configured),
@@ -85,10 +97,8 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/iet/ietd.conf", Lines, Check::Exported),
     ("/etc/nbd-server/config", Lines, Check::Exported),
     ("/etc/nbd-server/conf.d/*", Lines, Check::Exported),
-    ("/etc/libvirt/qemu/*.xml", Whole, Check::Configured),
-    ("/etc/libvirt/storage/*.xml", Whole, Check::Configured),
-    ("/run/libvirt/qemu/*.xml", Whole, Check::Configured),
-    ("/run/libvirt/storage/*.xml", Whole, Check::Configured),
+    ("/etc/libvirt/*/*.xml", Whole, Check::Configured),
+    ("/run/libvirt/*/*.xml", Whole, Check::Configured),
     ("/etc/pve/qemu-server/*.conf", Lines, Check::Configured),
     ("/etc/pve/nodes/*/qemu-server/*.conf", Lines, Check::Configured),
     ("/etc/pve/nodes/*/lxc/*.conf", Lines, Check::Configured),
@@ -100,15 +110,26 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/security/pam_mount.conf.xml", Whole, Check::Configured),
     ("/var/lib/lxc/*/config", Lines, Check::Configured),
     ("/etc/xen/*.cfg", Lines, Check::Configured),
+    ("/etc/xen/auto/*", Lines, Check::Configured),
     ("/etc/systemd/nspawn/*.nspawn", Lines, Check::Configured),
     ("/etc/ceph/osd/*.json", Whole, Check::Configured),
     ("/var/lib/pacemaker/cib/cib.xml", Whole, Check::Configured),
+    ("/etc/cluster/cluster.conf", Whole, Check::Configured),
     ("/etc/sysconfig/sbd", Lines, Check::Configured),
     ("/etc/default/sbd", Lines, Check::Configured),
     ("/etc/docker/daemon.json", Whole, Check::Configured),
     ("/etc/containers/storage.conf", Lines, Check::Configured),
     ("/etc/systemd/zram-generator.conf", Lines, Check::Configured),
     ("/etc/systemd/zram-generator.conf.d/*", Lines, Check::Configured),
+    // Modules that open a device that their options name, as block2mtd and g_mass_storage do.
+    ("/etc/modprobe.d/*", Lines, Check::Configured),
+    ("/run/modprobe.d/*", Lines, Check::Configured),
+    ("/etc/udev/rules.d/*", Rules, Check::Configured),
+    ("/run/udev/rules.d/*", Rules, Check::Configured),
+    // Where backups go, which mount the drive when their time comes.
+    ("/etc/timeshift/timeshift.json", Whole, Check::Configured),
+    ("/etc/timeshift.json", Whole, Check::Configured),
+    ("/etc/rear/*.conf", Lines, Check::Configured),
     // What formats a disk when the machine starts, and what writes to one when it crashes.
     ("/etc/cloud/cloud.cfg", Lines, Check::Configured),
     ("/etc/cloud/cloud.cfg.d/*", Lines, Check::Configured),
@@ -125,6 +146,10 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/crontab", Commands, Check::Configured),
     ("/etc/anacrontab", Commands, Check::Configured),
     ("/etc/cron.d/*", Commands, Check::Configured),
+    ("/etc/cron.hourly/*", Commands, Check::Configured),
+    ("/etc/cron.daily/*", Commands, Check::Configured),
+    ("/etc/cron.weekly/*", Commands, Check::Configured),
+    ("/etc/cron.monthly/*", Commands, Check::Configured),
     ("/var/spool/cron/root", Commands, Check::Configured),
     ("/var/spool/cron/crontabs/root", Commands, Check::Configured),
     ("/sys/module/pstore_blk/parameters/blkdev", Whole, Check::Configured),
@@ -213,6 +238,9 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
     if style == Commands {
         return words.mentions(host, &others_commands(text), &['#']);
     }
+    if style == Rules {
+        return words.mentions(host, &rules_that_use(text), &['#']);
+    }
     let comments: &[char] = match style {
         Lines | Named => &['#'],
         Unit => &['#', ';'],
@@ -227,18 +255,56 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
     Ok(found)
 }
 
-/// Programs that are nt's own, by name.
-const OWN: [&str; 3] = ["nt", "bind-vfio.sh", "release-vfio.sh"];
+/// Scripts that are nt's own, by name.
+const SCRIPTS: [&str; 2] = ["bind-vfio.sh", "release-vfio.sh"];
+/// What nt may be told to do with a drive.
+const NTS: [&str; 13] = [
+    "bench",
+    "chat",
+    "device",
+    "inspect",
+    "list",
+    "logits",
+    "perplexity",
+    "plan",
+    "probe",
+    "run",
+    "serve",
+    "stage",
+    "verify",
+];
 
-/// The commands of a text that name a device and do not begin with nt, a line each; what stands before a program (the times
+/// The commands of a text that name a device and are not nt's, a line each; what stands before a program (the times
 /// of cron, `sudo`) may be anything.
 fn others_commands(text: &str) -> String {
     let text = text.replace("\\\n", " ");
     let names = |c: &&str| ["/dev/", "UUID=", "LABEL="].iter().any(|word| c.contains(word));
-    let is_own = |c: &str| c.split_whitespace().any(|w| OWN.contains(&w.rsplit('/').next().unwrap_or(w)));
     let lines = text.lines().filter(|l| !l.trim_start().starts_with('#'));
     let commands = lines.flat_map(|l| l.split([';', '&', '|']));
-    commands.filter(names).filter(|c| !is_own(c)).collect::<Vec<_>>().join("\n")
+    commands.filter(names).filter(|c| !is_nts(c)).collect::<Vec<_>>().join("\n")
+}
+
+/// Whether a command is nt's: its program, or one of its scripts, stands before any device. A folder or a label may have
+/// nt's name too (`mount /dev/x /mnt/nt`), so what it is told to do must follow.
+fn is_nts(command: &str) -> bool {
+    let words: Vec<&str> = command.split_whitespace().take_while(|w| !w.contains("/dev/")).collect();
+    let last = |word: &str| word.rsplit('/').next().unwrap_or_default().to_owned();
+    words.iter().any(|w| SCRIPTS.contains(&last(w).as_str()))
+        || words.iter().enumerate().any(|(i, w)| {
+            let told = words[i + 1..].iter().find(|w| !w.starts_with('-'));
+            last(w) == "nt" && told.is_some_and(|told| NTS.contains(told))
+        })
+}
+
+/// The rules of udev that have something done with the devices that they name, or give them to a user, a line each.
+fn rules_that_use(text: &str) -> String {
+    let text = text.replace("\\\n", " ");
+    let uses = |l: &&str| {
+        let plain: String = l.chars().filter(|c| !c.is_whitespace()).collect();
+        ["RUN+=", "RUN=", "RUN:=", "RUN{", "SYSTEMD_WANTS", "SYSTEMD_USER_WANTS"].iter().any(|w| plain.contains(w))
+            || plain.contains("OWNER") && !plain.contains("\"root\"") && !plain.contains("\"0\"")
+    };
+    text.lines().filter(uses).collect::<Vec<_>>().join("\n")
 }
 
 /// Files that a pattern means, in order.

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use super::super::health::{Health, LOG_BYTES};
+use super::super::admin::LOG_BYTES;
+use super::super::health::Health;
 use super::command::Command;
 use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};

@@ -38,7 +38,7 @@ mkdir -p /tmp/jail/dev; mknod /tmp/jail/dev/ng c $(tr : ' ' </sys/class/nvme-gen
 sleep 1000 </tmp/jail/dev/ng & holder=$!
 refused "open for commands through another node" "open as /tmp/jail/dev/ng" $nt check $held
 kill $holder; wait $holder 2>/dev/null
-for way in mapped socket thread ended ring; do
+for way in mapped socket waiting thread ended ring; do
   mknod /tmp/other b $(number $held)
   : >/tmp/held # what the last one said is no word of this one, which may begin late
   nvme_probe hold $way /tmp/other >/tmp/held 2>&1 & holder=$!
@@ -47,6 +47,7 @@ for way in mapped socket thread ended ring; do
   case $way in
     mapped) refused "held by a mapping alone" "mapped into its memory" $nt check $held ;;
     socket) refused "held by a socket alone" "under way in a socket" $nt check $held ;;
+    waiting) refused "held by a connection that nobody accepts" "wait for a program that does not accept them" $nt check $held ;;
     thread) refused "held by a thread with a table of its own" "open as /tmp/other" $nt check $held ;;
     ended) refused "held by a thread whose first one ended" "open as /tmp/other" $nt check $held ;;
     ring) refused "held by an io_uring alone" "in an io_uring" $nt check $held ;;

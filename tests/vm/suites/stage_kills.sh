@@ -39,6 +39,15 @@ works "and the drive is whole" nt verify tiny --tier-c $n
 [ $code = 1 ] && grep -q "the model is staged and recorded.*No space left" /tmp/out && pass "stdout is full" || fail "stdout is full"
 works "and the drive is whole again" nt verify tiny --tier-c $n
 
+# Without stdin, stdout and stderr the first files that are opened would be those, and messages go to a drive.
+stage <&- >&- 2>&-; code=$?
+[ $code = 0 ] && pass "all three closed" || { echo "exit $code" >/tmp/out; fail "all three closed"; }
+works "no message was written to the drive" nt verify tiny --tier-c $n
+blockdev --setro /dev/$n
+refused "write protected" "blockdev --setrw /dev/$n" stage
+works "which is no obstacle to reading" $nt check $n
+blockdev --setrw /dev/$n
+
 # Somebody who writes and is gone again, over and over: the drive is not touched while he does.
 dd if=/dev/$n of=/tmp/before bs=1M count=8 2>/dev/null
 (while :; do echo mine | dd of=/dev/$n bs=512 seek=120000 count=1 conv=notrunc 2>/dev/null; done) & writer=$!

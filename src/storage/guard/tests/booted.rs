@@ -47,10 +47,40 @@ fn entries_at(f: &Fake, block: u64, kind: [u8; 16]) {
     f.stamp(DISK, 512 + 72, &block.to_le_bytes());
 }
 
+/// A boot entry of the firmware whose path has a PCI node and this partition's.
+fn entry(f: &Fake, name: &str, kind: u8, signature: &[u8], number: u8) {
+    let mut drive = vec![4, 1, 42, 0, number, 0, 0, 0];
+    drive.extend(2048u64.to_le_bytes());
+    drive.extend(2048u64.to_le_bytes());
+    drive.extend(signature);
+    drive.resize(40, 0);
+    drive.extend([kind, kind]);
+    let path = [&[1, 1, 6, 0, 0, 2][..], &drive, &[4, 4, 8, 0, b'x', 0, 0, 0], &[0x7f, 0xff, 4, 0]].concat();
+    let mut option = vec![7, 0, 0, 0, 1, 0, 0, 0];
+    option.extend((path.len() as u16).to_le_bytes());
+    option.extend("nt\0".encode_utf16().flat_map(u16::to_le_bytes));
+    option.extend(path);
+    option.extend([1, 2, 3]);
+    let at = format!("sys/firmware/efi/efivars/{name}-8be4df61-93ca-11d2-aa0d-00e098032b8c");
+    f.folder("/sys/firmware/efi/efivars");
+    fs::write(f.dir.path().join(at), option).unwrap();
+}
+
+/// The GUID of the drive's first partition, as it lies there.
+fn first_partition(f: &Fake) -> Vec<u8> {
+    fs::read(f.dir.path().join(&DISK[1..])).unwrap()[1024 + 16..1024 + 32].to_vec()
+}
+
 type Spoil = fn(&Fake);
 type Row = (&'static str, Check, Spoil);
 
 const ROWS: &[Row] = &[
+    ("the firmware's boot entry names a partition of data", BOOT, |f| entry(f, "Boot0003", 2, &first_partition(f), 1)),
+    ("the firmware's boot entry names a partition of an MBR", BOOT, |f| {
+        only_mbr(f, 0, 0x83);
+        f.stamp(DISK, 440, &[0x78, 0x56, 0x34, 0x12]);
+        entry(f, "Boot00AF", 1, &[0x78, 0x56, 0x34, 0x12], 1);
+    }),
     ("entries past 1 MiB, where the header says", BOOT, |f| entries_at(f, 3000, ESP)),
     ("only the backup has it", BOOT, |f| f.stamp(DISK, (2 << 20) - 33 * 512, &ESP)),
     ("the first header is gone", BOOT, |f| {
@@ -176,6 +206,28 @@ fn tables_of_data_pass() {
         let fake = clean();
         make(&fake);
         assert_eq!(fake.reasons(&accepting()), vec![], "{name}");
+    }
+}
+
+/// Entries of other drives, of partitions that are gone, and damaged ones are no reason; none panics.
+#[test]
+fn boot_entries_of_others_are_no_reason() {
+    let fake = clean();
+    let own = first_partition(&fake);
+    entry(&fake, "Boot0001", 2, &[9; 16], 1);
+    entry(&fake, "Boot0002", 1, &own, 1);
+    entry(&fake, "Boot0004", 0, &own, 1);
+    entry(&fake, "BootOrder", 2, &own, 1);
+    entry(&fake, "Boot00005", 2, &own, 1);
+    fake.put("/sys/firmware/efi/efivars/Boot0006-8be4df61-93ca-11d2-aa0d-00e098032b8c", "");
+    fake.put("/sys/firmware/efi/efivars/Boot0007-00000000-0000-0000-0000-000000000000", "x");
+    assert_eq!(fake.reasons(&accepting()), vec![]);
+    let at = fake.dir.path().join("sys/firmware/efi/efivars/Boot0003-8be4df61-93ca-11d2-aa0d-00e098032b8c");
+    entry(&fake, "Boot0003", 2, &own, 1);
+    let whole = fs::read(&at).unwrap();
+    for len in 0..whole.len() {
+        fs::write(&at, &whole[..len]).unwrap();
+        fake.reasons(&accepting());
     }
 }
 

@@ -15,6 +15,12 @@ fn thread(f: &Fake, tid: u32) -> String {
     folder
 }
 
+/// Sockets of a machine at rest: one that listens, one that is connected, one that is not.
+const UNIX: &str = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+    0000000000000000: 00000002 00000000 00010000 0001 01 17842 /run/x\n\
+    0000000000000000: 00000003 00000000 00000000 0001 03 22002\n\
+    0000000000000000: 00000002 00000000 00000000 0002 01 20202 @02 0\n";
+
 const HELD: &[Row] = &[
     ("open through a node of another name", Check::Open, |f| {
         f.put("/tmp/other", "b 259:11");
@@ -47,6 +53,20 @@ const HELD: &[Row] = &[
         f.put("/proc/78/map_files/7f0000000000-7f0000001000", "b 259:11");
         fs::rename(f.dir.path().join("proc/78"), f.dir.path().join("proc/78x")).unwrap();
         f.link("/proc/78", "78x");
+    }),
+    ("descriptors in a connection that nobody accepted", Check::Unreadable, |f| {
+        f.put("/proc/sys/kernel/osrelease", "6.1.0-56-amd64\n");
+        f.put(
+            "/proc/77/net/unix",
+            &format!("{UNIX}0000000000000000: 00000003 00000000 00000000 0001 02     0 /run/x\n"),
+        );
+    }),
+    ("and in the network of a thread alone", Check::Unreadable, |f| {
+        let folder = thread(f, 78);
+        f.put("/proc/77/task/77/net/unix", UNIX);
+        f.link("/proc/77/task/77/ns/net", "net:[1]");
+        f.put(&format!("{folder}/net/unix"), &format!("{UNIX}0: 00000003 00000000 00000000 0005 02 0\n"));
+        f.link(&format!("{folder}/ns/net"), "net:[2]");
     }),
     ("io_uring with a node of another name", Check::Open, |f| {
         f.put("/tmp/other", "b 259:11");
@@ -358,6 +378,20 @@ fn sockets_with_descriptors_under_way_are_few_reasons() {
 }
 
 /// Empty places say nothing: of a kernel that leaves them out, and of rings that have none.
+/// Where the kernel counts what waits with the socket that listens, connections are no reason; nor is a machine at rest.
+#[test]
+fn connections_that_wait_are_no_reason_where_the_kernel_counts_them() {
+    let fake = clean();
+    fake.put("/proc/77/net/unix", UNIX);
+    assert_eq!(fake.reasons(&list()), vec![]);
+    fake.put("/proc/77/net/unix", &format!("{UNIX}0: 00000003 00000000 00000000 0001 02 0\n"));
+    assert_eq!(fake.reasons(&list()).iter().map(|r| r.check).collect::<Vec<_>>(), [Check::Unreadable]);
+    for release in ["6.3.0", "6.12.9-arch1-1", "7.0.1"] {
+        fake.put("/proc/sys/kernel/osrelease", release);
+        assert_eq!(fake.reasons(&list()), vec![], "{release}");
+    }
+}
+
 #[test]
 fn an_io_uring_without_files_is_no_reason() {
     let fake = clean();

@@ -145,6 +145,19 @@ impl Fake {
         file.unwrap().write_all_at(magic, at as u64).unwrap();
     }
 
+    /// What the drive answers to Identify Controller, to the list of security protocols, and to Level 0 Discovery with
+    /// these bits of locking.
+    fn encrypts_itself(&self, bits: u8) {
+        let mut answers = vec![0; 4096 + 512 + 2048];
+        answers[256] = 1;
+        // Two protocols, the list's own and TCG's.
+        answers[4096 + 7..][..3].copy_from_slice(&[2, 0, 1]);
+        // A header of 48 bytes, and the locking feature of 12 more than its head.
+        answers[4608 + 3] = 44 + 16;
+        answers[4608 + 48..][..5].copy_from_slice(&[0, 2, 0x10, 12, bits]);
+        fs::write(self.dir.path().join("dev/nvme1"), answers).unwrap();
+    }
+
     /// What the drive answers to Identify Controller.
     fn identifies(&self, cmic: u8) {
         let mut answer = vec![0; 4096];
@@ -379,6 +392,62 @@ fn a_drive_that_sysfs_cannot_tell_of_is_asked() {
             let checks: Vec<_> = fake.reasons(&list()).iter().map(|r| r.check).collect();
             assert_eq!(checks, [Check::Shared], "{name}: {cmic}");
         }
+    }
+}
+
+/// A drive whose data cannot be seen looks empty: a shadow MBR stands before it, or what is locked reads as zeros.
+#[test]
+fn a_drive_that_hides_its_data_is_neither_bound_nor_erased() {
+    let both = [Purpose::Read, Purpose::Erase];
+    let told = |fake: &Fake, purpose| {
+        let list = Allowlist::parse(
+            "[[drive]]\npci = \"0000:02:00.0\"\nserial = \"EXP\"\nmodel = \"Model X\"\nnamespace = 1\nsize = 2097152\nholds = [\"gpt\"]\nerase = [\"gpt\"]\n",
+        );
+        fake.reasons_for(&list, purpose)
+    };
+    for (bits, word) in [(0b1111, "is locked"), (0b0001_1011, "shadow MBR")] {
+        for purpose in both {
+            let fake = clean();
+            fake.encrypts_itself(bits);
+            let reasons = told(&fake, purpose);
+            assert!(
+                matches!(&reasons[..], [r] if r.check == Check::Unreadable && r.what.contains(word)),
+                "{reasons:?}"
+            );
+        }
+    }
+    for bits in [0, 0b1, 0b1001, 0b1011, 0b0011_1011] {
+        for purpose in both {
+            let fake = clean();
+            fake.encrypts_itself(bits);
+            assert_eq!(told(&fake, purpose), vec![], "{bits:b}");
+        }
+    }
+    // It has security commands and gives no answer to them.
+    let fake = clean();
+    let mut answer = vec![0; 4096];
+    answer[256] = 1;
+    fs::write(fake.dir.path().join("dev/nvme1"), answer).unwrap();
+    for purpose in both {
+        let reasons = told(&fake, purpose);
+        assert!(matches!(&reasons[..], [r] if r.check == Check::Unreadable && r.what.contains("without an answer")));
+    }
+}
+
+/// Write protection is no obstacle to reading; who protects one partition does not want the drive erased.
+#[test]
+fn what_is_write_protected_is_not_erased() {
+    for device in ["nvme1n1", "nvme1n1p1"] {
+        let fake = clean();
+        let mut list = list().unwrap();
+        list.drive[0].erase = vec!["gpt".into()];
+        let list = Ok(list);
+        fake.put(&format!("/sys/class/block/{device}/ro"), "0\n");
+        assert_eq!(fake.reasons_for(&list, Purpose::Erase), vec![], "{device}");
+        fake.put(&format!("/sys/class/block/{device}/ro"), "1\n");
+        assert_eq!(fake.reasons_for(&list, Purpose::Read), vec![], "{device}");
+        let reasons = fake.reasons_for(&list, Purpose::Erase);
+        assert!(matches!(&reasons[..], [r] if r.check == Check::Format && r.what.contains("--setrw")), "{reasons:?}");
     }
 }
 

@@ -356,6 +356,66 @@ const NAMED: &[(Holds, &str, &str, Check)] = &[
         "@reboot mount UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\n",
         Check::Configured,
     ),
+    // A folder, a label, a user of nt's name does not make a command nt's.
+    (nothing, "/etc/crontab", "@reboot root mount /dev/nvme1n1p1 /mnt/nt\n", Check::Configured),
+    (nothing, "/etc/cron.d/a", "@daily nt dd if=/dev/zero of=/dev/nvme1n1p1\n", Check::Configured),
+    (nothing, "/etc/rc.local", "mkfs.ext4 -L nt /dev/nvme1n1p1\n", Check::Configured),
+    (nothing, "/etc/rc.local", "cp /opt/nt /x && cp device /dev/nvme1n1p1\n", Check::Configured),
+    (ext4, "/etc/local.d/a.start", "mount LABEL='my disk' /srv/nt\n", Check::Configured),
+    (nothing, "/etc/cron.daily/backup", "#!/bin/sh\nmount /dev/nvme1n1p1 /backup\n", Check::Configured),
+    (ext4, "/etc/cron.weekly/b", "mount UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f /b\n", Check::Configured),
+    (
+        ext4,
+        "/etc/timeshift/timeshift.json",
+        "{\"backup_device_uuid\" : \"6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\"}",
+        Check::Configured,
+    ),
+    (ext4, "/etc/rear/local.conf", "OUTPUT_URL=usb:///dev/disk/by-label/my\\x20disk\n", Check::Configured),
+    // Other tables of systemd and of modules, other guests, other loaders.
+    (nothing, "/etc/veritytab", "usr /dev/nvme1n1p1 /dev/sda2 00ff\n", Check::Configured),
+    (nothing, "/etc/veritytab", "usr /dev/sda1 PARTLABEL=\"nt models\" 00ff\n", Check::Configured),
+    (luks, "/etc/integritytab", "a UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f -\n", Check::Configured),
+    (nothing, "/etc/modprobe.d/a.conf", "options block2mtd block2mtd=/dev/nvme1n1,65536\n", Check::Configured),
+    (nothing, "/run/modprobe.d/a.conf", "options g_mass_storage file=/dev/nvme1n1 removable=1\n", Check::Configured),
+    (nothing, "/etc/libvirt/libxl/vm.xml", "<source dev='/dev/nvme1n1'/>", Check::Configured),
+    (nothing, "/etc/libvirt/lxc/box.xml", "<source><block>/dev/nvme1n1p1</block></source>", Check::Configured),
+    (nothing, "/run/libvirt/ch/vm.xml", "<source dev='/dev/mine'/>", Check::Configured),
+    (nothing, "/etc/xen/auto/a", "disk = [ 'phy:/dev/nvme1n1,xvda,w' ]\n", Check::Configured),
+    (nothing, "/etc/cluster/cluster.conf", "<quorumd device=\"/dev/nvme1n1p1\"/>\n", Check::Configured),
+    (ext4, "/boot/limine.conf", "    cmdline: root=UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f rw\n", Check::Boot),
+    (
+        ext4,
+        "/efi/EFI/limine/limine.cfg",
+        "path: fslabel(my disk):/x\npath: uuid(6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f):/x\n",
+        Check::Boot,
+    ),
+    (ext4, "/boot/efi/EFI/refind/refind.conf", "volume 6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\n", Check::Boot),
+    (nothing, "/proc/cmdline", "root=/dev/sda1 dm-mod.create=\"v,,,ro,0 8 linear /dev/nvme1n1p1 0\"\n", Check::Boot),
+    // Rules of udev that mount, start a unit, or give a drive to a database.
+    (
+        nothing,
+        "/etc/udev/rules.d/99-backup.rules",
+        "ACTION==\"add\", KERNEL==\"nvme1n1p1\", RUN+=\"/usr/local/bin/backup\"\n",
+        Check::Configured,
+    ),
+    (
+        ext4,
+        "/etc/udev/rules.d/9.rules",
+        "ENV{ID_FS_UUID}==\"6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\", \\\n  RUN{program} += \"/bin/x\"\n",
+        Check::Configured,
+    ),
+    (
+        nothing,
+        "/run/udev/rules.d/9.rules",
+        "ATTRS{wwid}==\"eui.0025385b91d0e2f1\", ENV{SYSTEMD_WANTS}+=\"a.service\"\n",
+        Check::Configured,
+    ),
+    (
+        nothing,
+        "/etc/udev/rules.d/asm.rules",
+        "KERNEL==\"nvme1n1p1\", SYMLINK+=\"asm1\", OWNER=\"grid\", MODE=\"0660\"\n",
+        Check::Configured,
+    ),
     // Mounts on demand.
     (nothing, "/etc/auto.misc", "data -fstype=ext4 :/dev/nvme1n1p1\n", Check::Configured),
     (
@@ -458,6 +518,12 @@ fn what_names_other_drives_is_no_reason() {
     fake.put("/etc/cron.d/nt", "@reboot root /opt/nt/scripts/bind-vfio.sh /dev/nvme1n1 && mount /dev/nvme0n1p1 /y\n");
     // Nobody but root can use a drive by what is in his.
     fake.put("/var/spool/cron/crontabs/user", "@reboot mount /dev/nvme1n1 /x\n");
+    fake.put("/etc/cron.daily/nt", "#!/bin/sh\nsudo nt -v verify m --tier-c /dev/nvme1n1\nnt stage m --tier-c /dev/nvme1n1 --erase --serial EXP\n/opt/nt/nt run m --tier-c=/dev/nvme1n1\n");
+    // Rules that only name it, or lead nowhere.
+    let rules = "KERNEL==\"nvme1n1\", ATTR{queue/scheduler}=\"none\"\nKERNEL==\"nvme1n1\", OWNER=\"root\", SYMLINK+=\"spare\"\n\
+         # KERNEL==\"nvme1n1\", RUN+=\"/bin/x\"\nKERNEL==\"nvme0n1\", RUN+=\"/bin/x\"\n";
+    fake.put("/etc/udev/rules.d/60.rules", rules);
+    fake.put("/etc/modprobe.d/vfio.conf", "options vfio-pci ids=144d:a808\nblacklist nvme1n1x\n");
     fake.put("/etc/conf.d/localmount", "no_umounts=\"/x\"\n");
     fake.link("/etc/systemd/system/tmp.mount", "/dev/null");
     fake.put("/proc/cmdline", "root=/dev/nvme0n1p1 quiet nvme_core.default_ps_max_latency_us=0 my disk\n");
