@@ -162,17 +162,20 @@ pub fn identify(file: &File) -> std::io::Result<[u8; IDENTIFY_BYTES]> {
 
 /// Sends a command whose answer is `N` bytes.
 fn ask<const N: usize>(file: &File, command: AdminCommand) -> std::io::Result<[u8; N]> {
-    const NVME_IOCTL_ADMIN_CMD: libc::c_ulong = 0xc048_4e41;
     let mut answer = [0u8; N];
     let (addr, data_len) = (answer.as_mut_ptr() as u64, N as u32);
     let mut command = AdminCommand { addr, data_len, timeout_ms: 5000, ..command };
     // SAFETY: the structure is the ioctl's own, and the buffer it names is as long as it says and outlives
     // the call, which returns when the command has ended.
-    match unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ADMIN_CMD, &raw mut command) } {
+    match unsafe { ioctl::admin_command(file.as_raw_fd(), &raw mut command)? } {
         0 => Ok(answer),
-        status if status > 0 => Err(std::io::Error::other(format!("the drive answered with status {status:#x}"))),
-        _ => Err(std::io::Error::last_os_error()),
+        status => Err(std::io::Error::other(format!("the drive answered with status {status:#x}"))),
     }
+}
+
+/// `linux/nvme_ioctl.h`.
+mod ioctl {
+    nix::ioctl_readwrite!(admin_command, b'N', 0x41, super::AdminCommand);
 }
 
 /// Degrees Celsius by sysfs.
