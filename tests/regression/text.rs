@@ -299,7 +299,7 @@ fn template_without_tools() {
     let model = templated(dir.path(), &[("", "{{ messages[0].content }}{{ tools | length if shown }}")]);
     let with = ["--tools", tools.to_str().unwrap()];
     let out = template(&model, user("hi"), &with);
-    assert!(out.status.success() && text(&out.stdout) == "hi", "{out:?}");
+    assert!(out.status.success() && text(&out.stdout) == "hi\n", "{out:?}");
     assert!(text(&out.stderr).contains("leaves out the tools"), "{}", text(&out.stderr));
     let out = template(&model, user("hi"), &[&with[..], &["--template-var", "shown=true"]].concat());
     assert!(!text(&out.stderr).contains("leaves out the tools"), "{}", text(&out.stderr));
