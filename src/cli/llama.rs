@@ -73,7 +73,7 @@ const ABSENT: &[Absent] = &[
         &["-sys", "--system-prompt", "-sysf", "--system-prompt-file"],
         "--system TEXT; of a file, --system \"$(cat FILE)\"",
     ),
-    absent(&["--reverse-prompt"], "--stop TEXT ends the text there"),
+    absent(&["--reverse-prompt"], REVERSE_PROMPT),
     absent(&["-e", "--escape", "--no-escape"], "a prompt is taken as it is; $'a\\nb' has the shell write a newline"),
     absent(&["-ub"], "--batch N (or --ubatch-size N) is how many tokens of a prompt a pass evaluates"),
     absent(&["-tb", "--threads-batch"], "-t sets the threads of prompt and answer"),
@@ -275,15 +275,24 @@ const ABSENT: &[Absent] = &[
     ),
 ];
 
+/// What `-r` and its long name are here.
+const REVERSE_PROMPT: &str = "--stop TEXT ends the text there";
+
 /// The first of the arguments that is llama.cpp's alone, as a sentence.
 pub(super) fn explained(args: impl IntoIterator<Item = OsString>) -> Option<Failure> {
-    let words = args.into_iter().filter_map(|a| a.into_string().ok()).take_while(|a| a != "--");
-    let find = |word: String| {
-        let name = word.split_once('=').map_or(&*word, |(name, _)| name).to_owned();
-        let found = ABSENT.iter().find(|a| a.is(&name))?;
-        Some(Failure::usage(format!("{name} is an option of llama.cpp, not of nt: {}", found.instead)))
+    let words: Vec<String> = args.into_iter().filter_map(|a| a.into_string().ok()).take_while(|a| a != "--").collect();
+    // `nt bench` has an -r of its own.
+    let talks = words.iter().any(|w| w == "run" || w == "chat") && !words.iter().any(|w| w == "bench");
+    let find = |word: &String| {
+        let name = word.split_once('=').map_or(&**word, |(name, _)| name);
+        let instead = match ABSENT.iter().find(|a| a.is(name)) {
+            Some(found) => found.instead,
+            None if name == "-r" && talks => REVERSE_PROMPT,
+            None => return None,
+        };
+        Some(Failure::usage(format!("{name} is an option of llama.cpp, not of nt: {instead}")))
     };
-    words.into_iter().find_map(find)
+    words.iter().find_map(find)
 }
 
 #[cfg(test)]
@@ -300,6 +309,8 @@ mod tests {
         assert!(told(&["nt", "run", "m", "-ngl", "99"]).is_some_and(|t| t.contains("--vram")));
         assert!(told(&["nt", "run", "m", "--n-gpu-layers=99"]).is_some_and(|t| t.starts_with("--n-gpu-layers is")));
         assert_eq!(told(&["nt", "run", "m", "-n", "gl", "--", "-ngl"]), None);
+        assert!(told(&["nt", "run", "m", "-r", "User:"]).is_some_and(|t| t.contains("--stop")));
+        assert_eq!(told(&["nt", "bench", "m", "-r", "x"]), None);
     }
 
     /// What nt has itself is not explained away.

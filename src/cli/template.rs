@@ -109,6 +109,12 @@ pub fn run(args: &TemplateArgs) -> Result<(), Failure> {
     let prompt = template.prompt(&messages, tools.as_deref(), !args.no_generation_prompt);
     let prompt = prompt.map_err(run::template_failure)?;
     prompt.notes.iter().for_each(|note| tracing::warn!("{note}"));
+    if tools.is_some_and(|tools| !tools.is_empty()) {
+        let without = template.prompt(&messages, None, !args.no_generation_prompt);
+        if without.is_ok_and(|without| without.text == prompt.text) {
+            tracing::warn!("the chat template leaves out the tools; --chat-template names another template");
+        }
+    }
     report::print_text(&prompt.text)
 }
 

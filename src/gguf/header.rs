@@ -9,6 +9,8 @@ use std::io::{BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::memory::bounded::may_fail;
+
 use super::value::{Array, Metadata, StringArray, Value};
 use super::{GgufError, TensorType};
 
@@ -254,7 +256,7 @@ impl<R: Read> Cursor<'_, R> {
         let n = self.count(&format!("length of {what}"), max, 1)?;
         self.keep(n, 1, what)?;
         let start = out.len();
-        out.try_reserve(n).map_err(|_| self.bad(format!("{what} of {n} bytes does not fit in memory")))?;
+        may_fail(|| out.try_reserve(n)).map_err(|_| self.bad(format!("{what} of {n} bytes does not fit in memory")))?;
         out.resize(start + n, 0);
         let mut slice = std::mem::take(out);
         let result = self.fill(&mut slice[start..], what);
@@ -350,7 +352,7 @@ impl<R: Read> Cursor<'_, R> {
         self.keep(n, size_of::<T>(), key)?;
         let mut out = Vec::new();
         // The count was checked against the bytes left, so this is at most a few times the file.
-        out.try_reserve_exact(n)
+        may_fail(|| out.try_reserve_exact(n))
             .map_err(|_| self.bad(format!("metadata {key} of {n} elements does not fit in memory")))?;
         for _ in 0..n {
             out.push(read(self)?);

@@ -238,17 +238,62 @@ fn meter() -> Option<&'static Meter> {
     unsafe { meter.as_ref() }
 }
 
-/// The system's allocator, which counts for the threads of [`run`] and passes everything on.
+thread_local! {
+    /// Whether this thread's allocations may fail, since their caller deals with it.
+    static MAY_FAIL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls `allocate`, whose allocations may fail: with [`Metered`] as its allocator, the process otherwise ends at one
+/// that does. For `try_reserve` and its like.
+pub fn may_fail<T>(allocate: impl FnOnce() -> T) -> T {
+    let before = MAY_FAIL.replace(true);
+    let result = allocate();
+    MAY_FAIL.set(before);
+    result
+}
+
+/// The exit code of the contract for what does not fit the limits.
+const EXIT_LIMITS: i32 = 4;
+
+/// Ends the process where there is no memory for `bytes`, in one sentence and with exit code 4. Rust's own answer to a
+/// failed allocation is SIGABRT and a backtrace. Returns `memory` where it is there, or where its caller can do without.
+fn or_end(memory: *mut u8, bytes: usize) -> *mut u8 {
+    if memory.is_null() && !MAY_FAIL.try_with(Cell::get).unwrap_or(false) {
+        end_for_want_of(bytes);
+    }
+    memory
+}
+
+#[cold]
+fn end_for_want_of(bytes: usize) -> ! {
+    use std::io::Write as _;
+    let mut text = [0; 256];
+    let mut rest = &mut text[..];
+    // Allocates nothing; what does not fit is cut off.
+    let _ = writeln!(
+        rest,
+        "nt: memory ran out: {bytes} bytes could not be allocated; free memory, or raise the limit on this process's \
+         memory (ulimit -v, ulimit -d)"
+    );
+    let left = rest.len();
+    let _ = nix::unistd::write(std::io::stderr(), &text[..text.len() - left]);
+    // SAFETY: ends the process at once, without handlers, destructors or a look at any memory, as `abort` does.
+    unsafe { libc::_exit(EXIT_LIMITS) }
+}
+
+/// The system's allocator. It counts for the threads of [`run`], and ends the process with a sentence where memory runs
+/// out ([`may_fail`] has the exception).
 pub struct Metered;
 
-// SAFETY: every call is passed on to the system's allocator unchanged; counting allocates nothing and does not unwind.
+// SAFETY: every call is passed on to the system's allocator unchanged; counting allocates nothing and does not unwind, and
+// neither does the end of the process.
 unsafe impl GlobalAlloc for Metered {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if let Some(meter) = meter() {
             meter.take(layout.size());
         }
         // SAFETY: the caller's contract.
-        unsafe { System.alloc(layout) }
+        or_end(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
@@ -256,7 +301,7 @@ unsafe impl GlobalAlloc for Metered {
             meter.take(layout.size());
         }
         // SAFETY: the caller's contract.
-        unsafe { System.alloc_zeroed(layout) }
+        or_end(unsafe { System.alloc_zeroed(layout) }, layout.size())
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
@@ -273,7 +318,7 @@ unsafe impl GlobalAlloc for Metered {
             meter.give(layout.size());
         }
         // SAFETY: the caller's contract.
-        unsafe { System.realloc(ptr, layout, new_size) }
+        or_end(unsafe { System.realloc(ptr, layout, new_size) }, new_size)
     }
 }
 

@@ -165,6 +165,7 @@ impl Keys<'_> {
             _ => Err(self.error(
                 name,
                 match self.metadata.get(&self.key(name)) {
+                    Some(Value::Float(v)) => format!("an integer from 1 to {max} was expected, found the float {v}"),
                     Some(found) => format!("an integer from 1 to {max} was expected, found {found}"),
                     None => format!("an integer from 1 to {max} was expected"),
                 },

@@ -75,14 +75,17 @@ fn told(answer: Answer) -> Result<()> {
 
 /// Sends a command that fills `to`.
 fn send(file: &File, command: AdminCommand, to: &mut [u8]) -> Result<Answer> {
-    const NVME_IOCTL_ADMIN_CMD: libc::c_ulong = 0xc048_4e41;
     let (addr, data_len) = (to.as_mut_ptr() as u64, to.len() as u32);
     let mut command = AdminCommand { addr, data_len, timeout_ms: 5000, ..command };
     // SAFETY: the structure is the ioctl's own, and the buffer it names is as long as it says and outlives
     // the call, which returns when the command has ended.
-    match unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ADMIN_CMD, &raw mut command) } {
-        0 => Ok(Ok(())),
-        status if status > 0 => Ok(Err(status as u16)),
-        _ => Err(Error::last_os_error()),
-    }
+    Ok(match unsafe { ioctl::admin_command(file.as_raw_fd(), &raw mut command)? } {
+        0 => Ok(()),
+        status => Err(status as u16),
+    })
+}
+
+/// `linux/nvme_ioctl.h`.
+mod ioctl {
+    nix::ioctl_readwrite!(admin_command, b'N', 0x41, super::AdminCommand);
 }

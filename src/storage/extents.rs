@@ -18,7 +18,12 @@ use super::library::Recorded;
 use super::source::Source;
 use super::vfio::reader::Span;
 
-const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
+/// `linux/fs.h`.
+mod ioctl {
+    // Its size is the header's; extents follow it.
+    nix::ioctl_readwrite!(fs_ioc_fiemap, b'f', 11, [u64; 4]);
+}
+
 const FLAG_SYNC: u32 = 1;
 const LAST: u32 = 1;
 const BATCH: usize = 128;
@@ -201,9 +206,7 @@ fn fiemap(file: &File) -> std::io::Result<Vec<Raw>> {
         words[2] = u64::from(FLAG_SYNC);
         words[3] = BATCH as u64;
         // SAFETY: the buffer holds the header and as many extents as its count says.
-        if unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, words.as_mut_ptr()) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        unsafe { ioctl::fs_ioc_fiemap(file.as_raw_fd(), words.as_mut_ptr().cast())? };
         let mapped = ((words[2] >> 32) as usize).min(BATCH);
         for e in words[4..].as_chunks::<7>().0.iter().take(mapped) {
             out.push(Raw { logical: e[0], physical: e[1], len: e[2], flags: e[5] as u32 });

@@ -47,11 +47,11 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         Some(f) if chars => (Algorithm::Chars { bpe: merges_of_chars(m, &vocab, f)?, shown: shown(&vocab) }, f.add_bos),
         Some(f) => (Algorithm::Bpe(merges(m, &vocab, f)?), f.add_bos),
         None => {
-            let add_space_prefix = m.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+            let add_space_prefix = flag(m, "add_space_prefix")?.unwrap_or(true);
             (Algorithm::Spm { add_space_prefix, shown: shown(&vocab) }, true)
         }
     };
-    let asked = m.bool("tokenizer.ggml.add_bos_token");
+    let asked = flag(m, "add_bos_token")?;
     if chars && asked == Some(false) {
         warnings.push("tokenizer.ggml.add_bos_token is false, but Gemma 4 needs BOS, which is added".to_owned());
     }
@@ -60,13 +60,22 @@ pub(super) fn load(m: &Metadata) -> Result<Tokenizer, TokenizerError> {
         bos,
         eos,
         add_bos: chars || asked.unwrap_or(add_bos),
-        add_eos: m.bool("tokenizer.ggml.add_eos_token").unwrap_or(false),
+        add_eos: flag(m, "add_eos_token")?.unwrap_or(false),
         eog,
         suppressed: suppressed(m, n)?,
         special: special::find(m, &vocab)?,
         warnings,
         vocab,
     })
+}
+
+/// A bool, and no other value: without it a text would have other tokens.
+fn flag(m: &Metadata, key: &str) -> Result<Option<bool>, TokenizerError> {
+    match m.get(&format!("tokenizer.ggml.{key}")) {
+        None => Ok(None),
+        Some(Value::Bool(v)) => Ok(Some(*v)),
+        Some(found) => Err(bad(key, format!("true or false was expected, found {found}"))),
+    }
 }
 
 /// Tokens that are never drawn; ids beyond the vocabulary are none, as in llama.cpp.
@@ -82,8 +91,12 @@ fn suppressed(m: &Metadata, n: usize) -> Result<Vec<u32>, TokenizerError> {
 
 /// The family of pre-tokenizer that the metadata name.
 fn family(m: &Metadata, warnings: &mut Vec<String>) -> Result<&'static pretokenize::Family, TokenizerError> {
-    // llama.cpp takes an empty name for none.
-    let pre = m.str("tokenizer.ggml.pre").filter(|p| !p.is_empty());
+    let pre = match m.get("tokenizer.ggml.pre") {
+        // llama.cpp takes an empty name for none.
+        None => None,
+        Some(Value::Str(name)) => Some(name.as_str()).filter(|p| !p.is_empty()),
+        Some(found) => return Err(bad("pre", format!("a name was expected, found {found}"))),
+    };
     if pre.is_none() {
         warnings.push("tokenizer.ggml.pre is missing; the default pre-tokenizer is used, and the text may be worse for it: convert the model anew".to_owned());
     }
@@ -91,7 +104,11 @@ fn family(m: &Metadata, warnings: &mut Vec<String>) -> Result<&'static pretokeni
 }
 
 fn kinds(m: &Metadata, n: usize) -> Result<Vec<Kind>, TokenizerError> {
-    let Some(types) = m.ints("tokenizer.ggml.token_type") else { return Ok(vec![Kind::Normal; n]) };
+    let types = match m.get("tokenizer.ggml.token_type") {
+        None => return Ok(vec![Kind::Normal; n]),
+        Some(Value::Array(Array::Int(types))) => types,
+        Some(found) => return Err(bad("token_type", format!("an array of integers was expected, found {found}"))),
+    };
     if types.len() < n {
         return Err(bad("token_type", format!("has {} entries for {n} tokens", types.len())));
     }

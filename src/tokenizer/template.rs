@@ -14,7 +14,7 @@ use serde_json::Value as Json;
 
 use super::prompt::{self, Prompt};
 use super::{Tokenizer, TokenizerError, builtin, jinja, rewrite};
-use crate::gguf::Metadata;
+use crate::gguf::{self, Metadata};
 use crate::memory::bounded::{self, Exceeded, Limits};
 
 /// Steps that every template has; real ones take a few thousand. One also pays for 64 bytes of values.
@@ -107,10 +107,10 @@ impl ChatTemplate {
                     "chatml" => "ChatML is used".to_owned(),
                     name => format!("{name} is used, whose marks are in its vocabulary"),
                 };
-                let state = if metadata.get(KEY).is_some() {
-                    "the model's chat template is empty"
-                } else {
-                    "the model has no chat template"
+                let state = match metadata.get(KEY) {
+                    None => "the model has no chat template",
+                    Some(gguf::Value::Str(_)) => "the model's chat template is empty",
+                    Some(_) => "the model's chat template is no text",
                 };
                 let others = ChatTemplate::names_in(metadata);
                 let others = if others.is_empty() {

@@ -362,3 +362,13 @@ fn a_probe_of_small_reads_is_not_what_plans_count_with() {
         assert_eq!(text(&out.stderr).contains("is not kept for plans"), !kept, "{}", text(&out.stderr));
     }
 }
+
+/// llama.cpp's `-r` was an "unexpected argument" though README's table has it; `nt bench` has one of its own.
+#[test]
+fn a_reverse_prompt_is_explained() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(1).write(d.path(), "m.gguf");
+    fails(&run(&model, &["-r", "User:"]), 2, &["-r is an option of llama.cpp", "--stop"]);
+    let out = nt(&["bench", arg(&model), "-p", "1", "-n", "0", "-r", "none"]);
+    assert!(!text(&out.stderr).contains("llama.cpp"), "{}", text(&out.stderr));
+}

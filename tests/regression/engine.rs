@@ -222,6 +222,34 @@ fn a_budget_beyond_the_address_space_is_refused_with_one_that_works() {
     assert!(out.status.success(), "{advice:?}: {}", stderr(&out));
 }
 
+/// Memory that ran out was SIGABRT and a backtrace, whatever the command. Below some limit the system's loader gives up
+/// before any code of nt runs.
+#[test]
+fn no_command_aborts_for_want_of_address_space() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(2).write(d.path(), "m.gguf");
+    let messages = d.path().join("messages.json");
+    std::fs::write(&messages, r#"[{"role":"user","content":"x"}]"#).unwrap();
+    let commands: [&[&str]; 3] = [
+        &["run", arg(&m), "-p", "x", "-n", "1", "--chat", "--backend", "cpu", "--threads", "2"],
+        &["template", arg(&m), "--messages", arg(&messages)],
+        &["--help"],
+    ];
+    let mut ran_out = 0;
+    for args in commands {
+        for kib in (20_000..80_000).step_by(400).rev() {
+            let out = limited(&format!("-v {kib}"), args);
+            let err = stderr(&out);
+            if out.status.code() == Some(127) && err.contains("loading shared libraries") {
+                break;
+            }
+            assert!(matches!(out.status.code(), Some(0 | 4)), "{args:?}, {kib} KiB: {:?}: {err}", out.status);
+            ran_out += usize::from(err.contains("nt: memory ran out: "));
+        }
+    }
+    assert!(ran_out > 0, "no allocation failed");
+}
+
 /// Threads that cannot be had are a sentence and exit code 4.
 #[test]
 fn threads_that_cannot_be_had_are_refused() {

@@ -1019,3 +1019,35 @@ fn a_context_too_short_to_measure() {
     let args = ["perplexity", model.to_str().unwrap(), "--file", words.to_str().unwrap(), "--ctx", "2"];
     fails(&args, 2, &["--ctx 2 is too short"]);
 }
+
+/// A key of the tokenizer whose value was of another type counted as absent: other tokens, without a word. llama.cpp
+/// refuses them.
+#[test]
+fn a_tokenizer_key_of_another_type_is_refused() {
+    let d = dir();
+    for (key, value, words) in [
+        ("add_bos_token", V::U32(1), "true or false was expected, found 1"),
+        ("add_bos_token", V::Str("false".into()), "found \"false\""),
+        ("add_eos_token", V::F32(1.5), "true or false was expected, found 1.5"),
+        ("pre", V::U32(7), "a name was expected, found 7"),
+        ("token_type", V::Strs(vec!["a".into()]), "an array of integers was expected, found an array of 1"),
+        ("token_type", V::U32(3), "an array of integers was expected, found 3"),
+    ] {
+        let mut f = tiny(1);
+        let key = format!("tokenizer.ggml.{key}");
+        f.set(&key, value);
+        let m = f.write(d.path(), "m.gguf");
+        fails(&["run", m.to_str().unwrap(), "-p", "x", "-n", "1", "--backend", "cpu"], 2, &[&key, words]);
+        fails(&["tokenize", m.to_str().unwrap(), "x"], 2, &[&key, words]);
+    }
+}
+
+/// A count that was a float was refused as "an integer was expected, found 2".
+#[test]
+fn a_float_in_place_of_a_count_is_called_one() {
+    let d = dir();
+    let mut f = tiny(2);
+    f.set("llama.block_count", V::F32(2.0));
+    let m = f.write(d.path(), "m.gguf");
+    fails(&["plan", m.to_str().unwrap()], 2, &["llama.block_count", "an integer", "found the float 2"]);
+}

@@ -290,6 +290,24 @@ fn template_for_tools() {
     assert_eq!(prompt(&model, user("hi"), &[]), "plain hi");
 }
 
+/// Tools that a template does not print were left out without a word.
+#[test]
+fn template_without_tools() {
+    let dir = dir();
+    let tools = dir.path().join("t.json");
+    std::fs::write(&tools, r#"[{"type": "function", "function": {"name": "add"}}]"#).unwrap();
+    let model = templated(dir.path(), &[("", "{{ messages[0].content }}{{ tools | length if shown }}")]);
+    let with = ["--tools", tools.to_str().unwrap()];
+    let out = template(&model, user("hi"), &with);
+    assert!(out.status.success() && text(&out.stdout) == "hi\n", "{out:?}");
+    assert!(text(&out.stderr).contains("leaves out the tools"), "{}", text(&out.stderr));
+    let out = template(&model, user("hi"), &[&with[..], &["--template-var", "shown=true"]].concat());
+    assert!(!text(&out.stderr).contains("leaves out the tools"), "{}", text(&out.stderr));
+    std::fs::write(&tools, "[]").unwrap();
+    let out = template(&model, user("hi"), &with);
+    assert!(!text(&out.stderr).contains("leaves out the tools"), "{}", text(&out.stderr));
+}
+
 /// A template of the file by its name, one that is built in, and one of another file.
 #[test]
 fn template_by_name_and_by_file() {

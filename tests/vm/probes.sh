@@ -20,11 +20,16 @@ near() {
 beside() {
   nt probe storage $2 --block-size $3KiB --depth $4 --seconds 6 --json >/tmp/nt.json 2>/tmp/out
   # fio's main process stands still while its job reads, so that on one processor neither of its threads, which wake some
-  # 110 and 5 times per second, is counted as the drive's latency.
+  # 110 and 5 times per second, is counted as the drive's latency. It must have started the job before; where fio is read
+  # from a drive for the first time, that takes more than a second.
   fio --name=f --filename=$2 --readonly --rw=randread --direct=1 --ioengine=io_uring --time_based --ramp_time=1 --runtime=6 --bs=$3k \
     --iodepth=$4 --eta=never --disk_util=0 --lat_percentiles=1 --clat_percentiles=0 --percentile_list=50:99:99.9 --output-format=json >/tmp/fio.json 2>>/tmp/out &
   fio=$!
-  sleep 1
+  for _ in $(seq 100); do
+    [ "$(ps | grep -c '[f]io --name=f ')" -lt 2 ] || break
+    sleep 0.1
+  done
+  sleep 0.5
   kill -STOP $fio
   sleep 7
   kill -CONT $fio

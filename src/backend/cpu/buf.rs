@@ -4,6 +4,7 @@ use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use crate::backend::BackendError;
+use crate::memory::bounded::may_fail;
 
 /// A fixed array of plain numbers, zero at first, aligned to 64 bytes.
 ///
@@ -28,7 +29,7 @@ impl<T: bytemuck::Pod> Buf<T> {
         let total = bytes.and_then(|b| b.checked_add(128)).ok_or_else(fail)?;
         let layout = Layout::from_size_align(total, 8).map_err(|_| fail())?;
         // SAFETY: the size is not zero.
-        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(fail)?;
+        let base = NonNull::new(may_fail(|| unsafe { std::alloc::alloc_zeroed(layout) })).ok_or_else(fail)?;
         let skip = base.as_ptr().align_offset(64);
         // SAFETY: `skip` is below 64 and 128 bytes were added to the size.
         let data = unsafe { base.as_ptr().add(skip) }.cast::<T>();

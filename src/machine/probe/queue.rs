@@ -2,9 +2,11 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use io_uring::IoUring;
+use nix::sys::mman::{MmapAdvise, madvise};
 use serde::Serialize;
 
 use super::latency::Latencies;
@@ -113,9 +115,10 @@ impl<'t> Queue<'t> {
         let bytes = block * depth as u64;
         let mut arena = Arena::new(if pages == Pages::Huge { bytes.max(ARENA_MIN) } else { bytes })?;
         if pages == Pages::Small {
+            let base = NonNull::new(arena.base().cast());
             // SAFETY: advice on the arena's own mapping, none of which was touched; a refusal changes
             // nothing that correctness needs.
-            unsafe { libc::madvise(arena.base().cast(), arena.len() as usize, libc::MADV_NOHUGEPAGE) };
+            base.map(|base| unsafe { madvise(base, arena.len() as usize, MmapAdvise::MADV_NOHUGEPAGE) });
         }
         let buffers = (0..depth).map(|_| arena.take(block)).collect::<Result<Vec<_>, _>>()?;
         for b in &buffers {

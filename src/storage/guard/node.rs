@@ -14,6 +14,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use nix::errno::Errno;
+
 use super::ask::{self, Answer};
 use super::host::{Host, Unreadable};
 
@@ -258,14 +260,19 @@ struct LoopInfo {
 
 const _: () = assert!(size_of::<LoopInfo>() == 232);
 
+/// `linux/loop.h`.
+mod ioctl {
+    nix::ioctl_read_bad!(loop_get_status64, 0x4c05, super::LoopInfo);
+}
+
 fn loop_status(file: &File) -> io::Result<Option<Backing>> {
-    const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
     let mut info = LoopInfo { device: 0, inode: 0, rdevice: 0, rest: [0; 208] };
     // SAFETY: the call writes one `struct loop_info64`, whose size is asserted above, to `info`.
-    if unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) } != 0 {
-        let e = io::Error::last_os_error();
+    match unsafe { ioctl::loop_get_status64(file.as_raw_fd(), &raw mut info) } {
+        Ok(_) => {}
         // No file is set up.
-        return if e.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(e) };
+        Err(Errno::ENXIO) => return Ok(None),
+        Err(e) => return Err(e.into()),
     }
     let number = |n: u64| Number { major: libc::major(n), minor: libc::minor(n) };
     Ok(Some(Backing { on: number(info.device), device: number(info.rdevice) }))

@@ -1,19 +1,22 @@
 //! What an image is written to and read from: block devices, files, drives bound to vfio-pci.
 
 use std::fs::File;
-use std::io::Error;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::super::safe;
 use super::{ImageError, io};
 
-/// BLKDISCARD of `linux/fs.h`.
-const BLKDISCARD: libc::c_ulong = 0x1277;
+/// `linux/fs.h`.
+mod ioctl {
+    // First byte and bytes.
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+}
 
 /// What an image is read from.
 pub trait Medium {
@@ -90,12 +93,9 @@ impl Target for Drive<'_> {
         about_to_change();
         let range = [bytes.start, bytes.end - bytes.start];
         // SAFETY: the ioctl reads two 64-bit numbers at the pointer, which `range` holds, and the descriptor is open.
-        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } == 0 {
-            return Ok(true);
-        }
+        let Err(e) = (unsafe { ioctl::blkdiscard(self.file.as_raw_fd(), &range) }) else { return Ok(true) };
         // It was only a hint: every place is read again, and written with zeros if need be.
-        let e = Error::last_os_error();
-        if !matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL)) {
+        if !matches!(e, Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::EINVAL) {
             tracing::warn!("the drive does not discard {} bytes at {}: {e}", range[1], range[0]);
         }
         Ok(false)

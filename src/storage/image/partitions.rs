@@ -6,9 +6,15 @@ use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-/// `linux/fs.h`, `linux/blkpg.h`.
-const BLKRRPART: libc::c_ulong = 0x125f;
-const BLKPG: libc::c_ulong = 0x1269;
+use nix::errno::Errno;
+
+/// `linux/fs.h`.
+mod ioctl {
+    nix::ioctl_none!(blkrrpart, 0x12, 95);
+    nix::ioctl_write_ptr_bad!(blkpg, nix::request_code_none!(0x12, 105), super::Argument);
+}
+
+/// `linux/blkpg.h`.
 const DELETE: libc::c_int = 2;
 /// Somebody who only looks at a partition, as udev does, is done within this time.
 const TRIES: u32 = 50;
@@ -60,7 +66,8 @@ fn delete(whole: &File, number: u32) -> Result<()> {
     let argument = Argument { operation: DELETE, flags: 0, len, data: &mut partition };
     // SAFETY: the ioctl reads an `Argument` at the pointer and a `Partition` at its `data`; both are of the kernel's
     // layout, which is asserted above, and live until it returns. The descriptor is open.
-    if unsafe { libc::ioctl(whole.as_raw_fd(), BLKPG, &argument) } == 0 { Ok(()) } else { Err(Error::last_os_error()) }
+    unsafe { ioctl::blkpg(whole.as_raw_fd(), &argument)? };
+    Ok(())
 }
 
 /// Has the kernel read the table of partitions of the drive that `whole` is open on.
@@ -70,13 +77,11 @@ fn delete(whole: &File, number: u32) -> Result<()> {
 pub fn reread(whole: &File) -> Result<()> {
     for _ in 1..TRIES {
         // SAFETY: an ioctl without argument on an open device.
-        if unsafe { libc::ioctl(whole.as_raw_fd(), BLKRRPART) } == 0 {
-            return Ok(());
-        }
-        match Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(PAUSE),
-            e => return Err(e),
+        match unsafe { ioctl::blkrrpart(whole.as_raw_fd()) } {
+            Ok(_) => return Ok(()),
+            Err(Errno::EBUSY) => std::thread::sleep(PAUSE),
+            Err(e) => return Err(e.into()),
         }
     }
-    Err(Error::from_raw_os_error(libc::EBUSY))
+    Err(Errno::EBUSY.into())
 }

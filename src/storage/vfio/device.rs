@@ -1,11 +1,15 @@
 //! The hardware side: a drive bound to vfio-pci, its registers mapped, memory mapped for its DMA.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, RawFd};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use nix::sys::uio::{pread, pwrite};
 use nix::time::ClockId;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
@@ -21,9 +25,14 @@ use super::removal::{self, Covered};
 use crate::storage::guard::Host;
 use crate::storage::{Bell, bind};
 
-const VFIO_DEVICE_RESET: libc::c_ulong = 0x3b6f;
-const VFIO_IOMMU_GET_INFO: libc::c_ulong = 0x3b70;
 const HUGE: u64 = 2 << 20;
+
+/// `linux/vfio.h`.
+mod ioctl {
+    nix::ioctl_none_bad!(device_reset, 0x3b6f);
+    // A `vfio_iommu_type1_info` and its capabilities; the first word is the length of all.
+    nix::ioctl_readwrite_bad!(iommu_get_info, 0x3b70, u64);
+}
 
 /// Why a bound drive could not be opened or used.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +85,7 @@ pub enum OpenError {
 /// BAR 0 of a drive.
 #[derive(Debug)]
 pub struct Bar {
-    base: *mut u8,
+    base: NonNull<u8>,
     len: usize,
     /// Dropped before the mapping goes.
     covered: Option<Covered>,
@@ -96,7 +105,7 @@ impl Registers for Bar {
             return super::regs::GONE;
         }
         // SAFETY: in bounds of the mapping that lives as long as self; registers are 4-byte aligned.
-        unsafe { self.base.add(at).cast::<u32>().read_volatile() }
+        unsafe { self.base.add(at).cast::<u32>().as_ptr().read_volatile() }
     }
 
     fn write32(&self, offset: u32, value: u32) {
@@ -104,7 +113,7 @@ impl Registers for Bar {
         debug_assert!(at + 4 <= self.len, "register {offset:#x} is not mapped");
         if at + 4 <= self.len {
             // SAFETY: as in `read32`.
-            unsafe { self.base.add(at).cast::<u32>().write_volatile(value) }
+            unsafe { self.base.add(at).cast::<u32>().as_ptr().write_volatile(value) }
         }
     }
 
@@ -127,7 +136,7 @@ impl Drop for Bar {
     fn drop(&mut self) {
         self.covered = None;
         // SAFETY: base and len are what mmap returned, and nothing else refers to them.
-        unsafe { libc::munmap(self.base.cast(), self.len) };
+        let _ = unsafe { munmap(self.base.cast(), self.len) };
     }
 }
 
@@ -162,7 +171,7 @@ struct Vfio {
 
 /// Anonymous, page-aligned memory.
 struct Anonymous {
-    ptr: *mut u8,
+    ptr: NonNull<u8>,
     len: usize,
 }
 
@@ -170,24 +179,21 @@ struct Anonymous {
 unsafe impl Send for Anonymous {}
 
 impl Anonymous {
-    fn new(len: usize) -> std::io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+    fn new(len: NonZeroUsize) -> nix::Result<Self> {
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE;
         // SAFETY: a fresh anonymous mapping touches no memory of ours.
-        let ptr = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-        if ptr == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error());
-        }
+        let ptr = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)? };
         // SAFETY: the range was mapped just now; a copy-on-write after fork would leave the
         // device writing to the other process's page.
-        unsafe { libc::madvise(ptr, len, libc::MADV_DONTFORK) };
-        Ok(Self { ptr: ptr.cast(), len })
+        let _ = unsafe { madvise(ptr, len.get(), MmapAdvise::MADV_DONTFORK) };
+        Ok(Self { ptr: ptr.cast(), len: len.get() })
     }
 }
 
 impl Drop for Anonymous {
     fn drop(&mut self) {
         // SAFETY: what mmap returned; the owner unmaps it from the device first.
-        unsafe { libc::munmap(self.ptr.cast(), self.len) };
+        let _ = unsafe { munmap(self.ptr.cast(), self.len) };
     }
 }
 
@@ -198,7 +204,7 @@ impl VfioNvme {
     /// If VFIO, the memory limit or the controller say no; the controller is off then.
     pub fn open(bdf: &str, nsid: u32, entries: u16) -> Result<Self, OpenError> {
         let mut vfio = Vfio::open(bdf, memory_needed(entries))?;
-        let (ptr, len) = (vfio.queues.ptr, vfio.queues.len);
+        let (ptr, len) = (vfio.queues.ptr.as_ptr(), vfio.queues.len);
         // SAFETY: the queue memory is owned by `vfio`, page aligned, and unmapped in its Drop.
         let iova = unsafe { vfio.map(bdf, ptr, len)? };
         // SAFETY: as above; only the driver touches it from here on.
@@ -273,13 +279,12 @@ impl Vfio {
         let path = format!("/sys/bus/pci/devices/{bdf}");
         let ops: Arc<dyn VfioOps> = container.clone();
         let device = VfioDevice::new(Path::new(&path), ops, false).map_err(|e| fail(format!("{e} ({e:?})")))?;
-        // SAFETY: an ioctl without argument on an open device.
-        if unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_RESET) } != 0 {
-            tracing::debug!("{bdf}: no function reset: {}", std::io::Error::last_os_error());
+        if let Err(e) = reset(&device) {
+            tracing::debug!("{bdf}: no function reset: {e}");
         }
-        let windows =
-            windows(container.as_raw_fd()).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
-        let queues = Anonymous::new(queue_bytes.next_multiple_of(4096)).map_err(|e| fail(e.to_string()))?;
+        let windows = windows(&container).map_err(|e| fail(format!("the IOMMU's windows cannot be read: {e}")))?;
+        let queue_bytes = NonZeroUsize::new(queue_bytes.next_multiple_of(4096)).unwrap_or(NonZeroUsize::MIN);
+        let queues = Anonymous::new(queue_bytes).map_err(|e| fail(e.to_string()))?;
         let mut vfio =
             Self { device, container, windows, next: HUGE, queues, quirks: Quirks::default(), interrupt: None };
         let ids = vfio.pci_ids().map_err(|e| fail(format!("its configuration space cannot be read: {e}")))?;
@@ -298,8 +303,7 @@ impl Vfio {
     }
 
     fn silence(&self) -> Silence {
-        // SAFETY: an ioctl without argument on an open device.
-        let reset = unsafe { libc::ioctl(self.device.as_raw_fd(), VFIO_DEVICE_RESET) } == 0;
+        let reset = reset(&self.device).is_ok();
         let bus_master_off = self.pci_command(|word| word & !4).is_ok_and(|word| word & 4 == 0);
         tracing::warn!("the drive was silenced; function reset: {reset}, bus master off: {bus_master_off}");
         Silence { reset, bus_master_off }
@@ -309,31 +313,19 @@ impl Vfio {
     fn pci_ids(&self) -> std::io::Result<(u16, u16)> {
         let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX);
         let mut ids = [0u8; 4];
-        // SAFETY: a read of four bytes into four bytes.
-        if unsafe { libc::pread(self.device.as_raw_fd(), ids.as_mut_ptr().cast(), 4, at as libc::off_t) } != 4 {
-            return Err(std::io::Error::last_os_error());
-        }
+        whole(pread(open(&self.device), &mut ids, at as libc::off_t), ids.len())?;
         Ok((u16::from_le_bytes([ids[0], ids[1]]), u16::from_le_bytes([ids[2], ids[3]])))
     }
 
     /// Changes the PCI command register; returns what it reads as afterwards.
     fn pci_command(&self, change: impl Fn(u16) -> u16) -> std::io::Result<u16> {
-        let at = self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX) + 4;
+        let at = (self.device.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX) + 4) as libc::off_t;
         let mut word = [0u8; 2];
-        let fd = self.device.as_raw_fd();
-        // SAFETY: a read of two bytes into two bytes.
-        if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
-            return Err(std::io::Error::last_os_error());
-        }
+        let device = open(&self.device);
+        whole(pread(device, &mut word, at), word.len())?;
         let changed = change(u16::from_le_bytes(word)).to_le_bytes();
-        // SAFETY: a write of two bytes from two bytes.
-        if unsafe { libc::pwrite(fd, changed.as_ptr().cast(), 2, at as libc::off_t) } != 2 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: as the first read.
-        if unsafe { libc::pread(fd, word.as_mut_ptr().cast(), 2, at as libc::off_t) } != 2 {
-            return Err(std::io::Error::last_os_error());
-        }
+        whole(pwrite(device, &changed, at), changed.len())?;
+        whole(pread(device, &mut word, at), word.len())?;
         Ok(u16::from_le_bytes(word))
     }
 
@@ -345,20 +337,16 @@ impl Vfio {
             return Err(fail(format!("its registers cannot be mapped (flags {flags:#x}, {len} bytes)")));
         }
         let offset = self.device.get_region_offset(VFIO_PCI_BAR0_REGION_INDEX) as libc::off_t;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let len = super::regs::MAPPED as usize;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        const LEN: NonZeroUsize = NonZeroUsize::new(super::regs::MAPPED as usize).unwrap();
         // SAFETY: a new mapping of the device's region; it is released by Bar.
-        let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, self.device.as_raw_fd(), offset)
-        };
-        if base == libc::MAP_FAILED {
-            return Err(fail(format!("its registers cannot be mapped: {}", std::io::Error::last_os_error())));
-        }
+        let base = unsafe { mmap(None, LEN, protection, MapFlags::MAP_SHARED, open(&self.device), offset) };
+        let base = base.map_err(|e| fail(format!("its registers cannot be mapped: {e}")))?;
         let wanted = Wanted::watch(&self.device);
         let wanted = wanted.inspect_err(|e| tracing::debug!("{bdf}: a removal will not be announced: {e}")).ok();
-        let mut bar = Bar { base: base.cast(), len, covered: None, wanted };
+        let mut bar = Bar { base: base.cast(), len: LEN.get(), covered: None, wanted };
         // SAFETY: the registers that were mapped just now; `bar` uncovers them before it unmaps them.
-        let covered = unsafe { removal::cover(bar.base, bar.len) };
+        let covered = unsafe { removal::cover(bar.base.as_ptr(), bar.len) };
         bar.covered = Some(covered.map_err(|e| fail(format!("its removal could not be survived: {e}")))?);
         Ok(bar)
     }
@@ -384,15 +372,33 @@ fn place(windows: &[(u64, u64)], from: u64, len: u64) -> Option<u64> {
     })
 }
 
+/// The descriptor of an open device, for nix.
+fn open(device: &VfioDevice) -> BorrowedFd<'_> {
+    // SAFETY: the device closes its descriptor when it is dropped, and is borrowed until then.
+    unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) }
+}
+
+/// Resets the function.
+fn reset(device: &VfioDevice) -> nix::Result<()> {
+    // SAFETY: an ioctl without argument on an open device.
+    unsafe { ioctl::device_reset(device.as_raw_fd()) }.map(|_| ())
+}
+
+/// Checks that a transfer moved all of its `len` bytes.
+fn whole(moved: nix::Result<usize>, len: usize) -> std::io::Result<()> {
+    match moved? {
+        n if n == len => Ok(()),
+        n => Err(std::io::Error::other(format!("{n} of {len} bytes were moved"))),
+    }
+}
+
 /// Usable I/O address windows, first and last byte. `linux/vfio.h`, `vfio_iommu_type1_info`.
-fn windows(fd: RawFd) -> std::io::Result<Vec<(u64, u64)>> {
+fn windows(container: &VfioContainer) -> nix::Result<Vec<(u64, u64)>> {
     let mut buffer = vec![0u64; 512];
     let bytes = (buffer.len() * 8) as u32;
     buffer[0] = u64::from(bytes);
     // SAFETY: the buffer is as long as its first word (argsz) says.
-    if unsafe { libc::ioctl(fd, VFIO_IOMMU_GET_INFO, buffer.as_mut_ptr()) } != 0 {
-        return Err(std::io::Error::last_os_error());
-    }
+    unsafe { ioctl::iommu_get_info(container.as_raw_fd(), buffer.as_mut_ptr())? };
     let info: Vec<u8> = buffer.iter().flat_map(|w| w.to_ne_bytes()).collect();
     Ok(parse_windows(&info))
 }

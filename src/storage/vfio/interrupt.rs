@@ -20,7 +20,11 @@ use vfio_bindings::bindings::vfio::{
 
 use crate::storage::Bell;
 
-const VFIO_DEVICE_SET_IRQS: libc::c_ulong = 0x3b6e;
+/// `linux/vfio.h`.
+mod ioctl {
+    // A `vfio_irq_set` as words.
+    nix::ioctl_write_ptr_bad!(device_set_irqs, 0x3b6e, [u32; 6]);
+}
 
 /// The drive's interrupt. It stays on until the device is closed.
 #[derive(Debug)]
@@ -55,10 +59,8 @@ fn lead(device: &impl AsRawFd, kind: u32, event: &EventFd) -> io::Result<()> {
     // `vfio_irq_set` of linux/vfio.h: length, flags, index, first, count, then one descriptor.
     let set = [24, flags, kind, 0, 1, event.as_fd().as_raw_fd() as u32];
     // SAFETY: the structure is as long as its first word says.
-    match unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_SET_IRQS, set.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    unsafe { ioctl::device_set_irqs(device.as_raw_fd(), &set)? };
+    Ok(())
 }
 
 /// The kernel's request to have the drive back: it is being taken out or unbound, and whoever asked for that
