@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use nt::storage::bind::find_bound;
-use nt::storage::extents::{CHUNK, Manifest};
+use nt::storage::checksum::CHUNK;
 use nt::storage::guard::Host;
-use nt::storage::vfio::{Limits, VfioReader, reader::Span};
+use nt::storage::manifest::{Manifest, Span};
+use nt::storage::vfio::{Limits, VfioReader};
 use nt::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 use rand::{RngExt, SeedableRng};
 

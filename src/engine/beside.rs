@@ -1,27 +1,16 @@
 //! Which units processors next to a device compute from RAM.
 
-use super::Options;
 use super::hits::slot_hits;
 use super::reuse::share_beside_slots;
 use super::sizes::unit_sizes;
 use super::steps::schedule;
 use super::weights::Beside;
+use super::{Options, Sites};
 use crate::backend::{Class, Share, SlotsAt};
 use crate::flow::Step;
 use crate::memory::Region;
 use crate::model::{Model, UnitKind};
 use crate::plan::{self, Costs, Home, Plan, SiteRates, UnitWork, assign};
-
-/// Which sites compute where a device has memory of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sites {
-    /// The device, and processors beside it where that is faster.
-    Auto,
-    /// The device alone: a text does not depend on where weights rest.
-    One,
-    /// Both: processors compute whatever they can of what rests in RAM, if that is faster or not.
-    Both,
-}
 
 /// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, or an expert.
 fn computable(model: &Model) -> Vec<bool> {

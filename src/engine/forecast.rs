@@ -4,12 +4,12 @@
 use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of, slot_hits};
-use super::repeat::{Recipe, steady};
+use super::repeat::steady;
 use super::requant::{RequantReport, settled};
 use super::sizes::unit_sizes;
 use super::start::{Sizes, dims, make_plan, planned_room, requantised, slots_or_not, weights_room};
 use super::works::works;
-use super::{EngineError, ExpertSlots, Options, Sites};
+use super::{EngineError, ExpertSlots, LackError, Options, Recipe, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, KvShape, MemoryUse};
@@ -506,7 +506,7 @@ fn site(model: &Model, machine: &Machine, options: &Options) -> Result<Site, Eng
         (BackendKind::Cpu, ..) | (BackendKind::Auto, None, _) | (BackendKind::Auto, _, Some(_)) => Ok(Site::Cpu),
         (_, Some(_), None) => Ok(Site::Gpu),
         (BackendKind::Cuda, Some(_), Some(why)) => Err(why.into()),
-        (BackendKind::Cuda, None, _) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
+        (BackendKind::Cuda, None, _) => Err(LackError::Gpu { machine: machine.name.clone() }.into()),
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use super::apart::Apart;
 use super::beside::Division;
+use super::error::LackError;
 use super::hits::{hit_rates_of, slot_hits};
-use super::repeat::{Recipe, steady};
+use super::repeat::steady;
 use super::requant::{RequantReport, settled, turned};
 use super::reuse::{HitCurve, faster_in_slots};
 use super::session::{Embedding, OnDevice, stream_error};
@@ -15,7 +16,7 @@ use super::sizes::{unit_size, unit_sizes};
 use super::steps::schedule;
 use super::weights::Weights;
 use super::works::works;
-use super::{EngineError, ExpertSlots, Links, Opened, Options, Session, Sites, beside, here, source};
+use super::{EngineError, ExpertSlots, Links, Opened, Options, Recipe, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{
@@ -24,7 +25,7 @@ use crate::backend::{
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, Policy, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
-use crate::memory::{Arena, Region};
+use crate::memory::{Arena, ArenaError, Region};
 use crate::model::{
     ForcedRouting, ForwardError, HParams, Model, ModelError, Requantised, Scratch, Tape, UnitKind, UnitSpec,
     check_divisors,
@@ -33,8 +34,7 @@ use crate::pipeline::{
     DeviceUnit, Rest, SpanIn, TurnedSpan, TurnedUnit, UnitLayout, load, load_to_device, load_turned, staging,
 };
 use crate::plan::{
-    Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_at_least, format_bytes,
-    place,
+    Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_bytes, place,
 };
 use crate::state::Pages;
 use crate::storage::{Alignment, FileId, Reader, StorageError};
@@ -122,7 +122,7 @@ impl Session {
         notes.extend(beyond_training(&model.hparams, options.n_ctx));
         let vectors: Vec<&TensorInfo> = model.divisors.iter().chain(&model.widened).collect();
         let bytes = vectors.iter().map(|t| tensor_layout(t, &|f| reader.alignment(f)).slot_bytes).sum();
-        let mut small = Arena::new(bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+        let mut small = Arena::new(bytes)?;
         // Bound anew so that an early return drops it before the memory.
         let mut reader = reader;
         let mut divisors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?;
@@ -140,8 +140,7 @@ impl Session {
         check_types(&model, backend.as_ref())?;
         requant.as_ref().map_or(Ok(()), |r| check_types(r.whole(), backend.as_ref()))?;
         if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
-            let why = "--site both: this GPU's driver has no waits for words in memory, so that it cannot wait for processors";
-            return Err(EngineError::Memory(format!("{why}; --site gpu computes on the GPU alone")));
+            return Err(LackError::Waits.into());
         }
         starting.go_on()?;
 
@@ -371,12 +370,9 @@ fn refuse_what_is_not_there(
 ) -> Result<(), EngineError> {
     let memory = machine::memory(Path::new("/"));
     let lock = memory.lock_refusal(plan.ram_bytes).filter(|_| locks(reader));
-    let Some(why) = memory.refusal(plan.ram_bytes.saturating_add(workspace)).or(lock) else { return Ok(()) };
-    let smaller = if workspace > 0 { ", or give a smaller --ctx" } else { "" };
-    Err(EngineError::Memory(match memory.safe_budget().filter(|ram| fits(*ram)) {
-        Some(ram) => format!("{why}; --ram {} would fit", format_at_least(ram)),
-        None => format!("{why}; end what else takes memory{smaller}"),
-    }))
+    let Some(source) = memory.refusal(plan.ram_bytes.saturating_add(workspace)).or(lock) else { return Ok(()) };
+    let fits = memory.safe_budget().filter(|ram| fits(*ram));
+    Err(LackError::Memory { source, fits, smaller_ctx: workspace > 0 }.into())
 }
 
 /// Alignment of reads of each file.
@@ -468,10 +464,10 @@ struct Places {
 impl Places {
     /// `own_embedding`: whether the embedding has a place of its own.
     fn take(plan: &Plan, sizes: &Sizes, own_embedding: bool) -> Result<Places, EngineError> {
-        let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
-        let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
+        let mut arena = Arena::new(plan.ram_bytes)?;
+        let mut take = |bytes: u64| arena.take(bytes);
         let rows = take(sizes.rows)?;
-        let turning = (0..sizes.turning.0).map(|_| take(sizes.turning.1)).collect::<Result<Vec<_>, _>>()?;
+        let turning = (0..sizes.turning.0).map(|_| take(sizes.turning.1)).collect::<Result<Vec<_>, ArenaError>>()?;
         let slots = plan.slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
         let mut in_ram = Vec::with_capacity(plan.homes.len());
         for (l, home) in sizes.layouts.iter().zip(&plan.homes) {
@@ -916,7 +912,7 @@ fn read_vectors(
     let mut layouts = Vec::with_capacity(tensors.len());
     for t in tensors {
         let l = tensor_layout(t, &|f| reader.alignment(f));
-        let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+        let region = arena.take(l.slot_bytes)?;
         layouts.push((l, region));
     }
     // SAFETY: the arena begins at a page; the caller drops the reader before it.
@@ -932,10 +928,9 @@ fn read_vectors(
         let bytes =
             unsafe { std::slice::from_raw_parts(region.addr().add(l.span_offsets[0] as usize), t.bytes as usize) };
         let mut out = vec![0.0; t.shape.iter().product::<u64>() as usize];
-        // The type was checked when the structure was built.
         match backend::reference::dequantize(t.ty, bytes, &mut out) {
             true => Ok(out),
-            false => Err(EngineError::Memory(format!("tensor {} of type {} cannot be widened", t.name, t.ty))),
+            false => Err(ModelError::Unwidened { tensor: t.name.clone(), ty: t.ty }.into()),
         }
     };
     units.iter().zip(tensors).map(floats).collect()

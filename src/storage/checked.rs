@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::extents::{CHUNK, Manifest, crc32c};
+use super::checksum::{CHUNK, crc32c};
+use super::manifest::Manifest;
 use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
 
 /// What is known of one file: its manifest, and which tensor lies where.
@@ -228,7 +229,7 @@ impl Reader for Checked {
 mod tests {
     use super::*;
     use crate::memory::Arena;
-    use crate::storage::{Script, ScriptedReader, extents};
+    use crate::storage::{Script, ScriptedReader, checksum};
 
     const SIZE: usize = 5 * CHUNK + 777;
 
@@ -245,7 +246,7 @@ mod tests {
             model: "M".into(),
             namespace: 1,
             extents: vec![(0, 1 << 20, (2 * CHUNK) as u64), ((2 * CHUNK) as u64, 8 << 20, (4 * CHUNK) as u64)],
-            crc32c: extents::sums(&data()[..]).unwrap(),
+            crc32c: checksum::sums(&data()[..]).unwrap(),
             requant: None,
         };
         let half = 3 * CHUNK as u64;

@@ -1,77 +1,14 @@
-//! What a drive says of its health: temperature, wear, spare blocks, warnings. Of a bound drive through VFIO, of
-//! another through the kernel's ioctl for admin commands, which sends Get Log Page and Identify here and nothing else.
+//! What a drive says of its health: a bound one through VFIO, another through the kernel's driver.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind};
-use std::os::fd::AsRawFd;
 
+use super::admin::log_page;
 use super::bind::{self, Bound};
 use super::guard::node::Node;
 use super::guard::{Controller, Host};
+use super::smart::Health;
 use super::vfio::VfioReader;
-
-/// Bytes of the health log.
-pub const LOG_BYTES: usize = 512;
-/// Bytes that Identify answers.
-pub const IDENTIFY_BYTES: usize = 4096;
-
-/// The part of the SMART / Health Information log that is shown. NVMe Base 2.0 §5.16.1.3.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Health {
-    /// Critical warnings, one per bit.
-    pub critical_warning: u8,
-    /// Composite temperature, kelvin; 0 if it is not told.
-    pub temperature_k: u16,
-    /// Spare blocks that are left, percent.
-    pub spare: u8,
-    /// Spare below which a warning is due, percent.
-    pub spare_threshold: u8,
-    /// Part of its life that is used, percent; may pass 100.
-    pub used: u8,
-}
-
-const WARNINGS: [&str; 6] = [
-    "spare below its threshold",
-    "temperature out of range",
-    "reliability degraded",
-    "read-only",
-    "backup of its memory failed",
-    "persistent memory read-only",
-];
-
-impl Health {
-    /// Reads the log page. `None` unless there are 512 bytes.
-    pub fn parse(log: &[u8]) -> Option<Health> {
-        let log = log.get(..LOG_BYTES)?;
-        Some(Health {
-            critical_warning: log[0],
-            temperature_k: u16::from_le_bytes([log[1], log[2]]),
-            spare: log[3],
-            spare_threshold: log[4],
-            used: log[5],
-        })
-    }
-
-    /// The critical warnings in words.
-    pub fn warnings(&self) -> Vec<String> {
-        let set = (0..8).filter(|bit| self.critical_warning >> bit & 1 == 1);
-        set.map(|bit| WARNINGS.get(bit).map_or_else(|| format!("bit {bit}"), |w| (*w).to_owned())).collect()
-    }
-}
-
-impl std::fmt::Display for Health {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.temperature_k {
-            0 => write!(f, "temperature not told")?,
-            kelvin => write!(f, "{} °C", i32::from(kelvin) - 273)?,
-        }
-        write!(f, ", {} % of its life used, {} % spare", self.used, self.spare)?;
-        match self.warnings() {
-            none if none.is_empty() => write!(f, ", no critical warning"),
-            some => write!(f, ", CRITICAL: {}", some.join(", ")),
-        }
-    }
-}
 
 /// The health of a bound drive. The drive is opened for a moment, unless somebody uses it.
 ///
@@ -121,60 +58,6 @@ fn open_controller(host: &Host, name: &str) -> std::io::Result<File> {
     host.open_node(&format!("/dev/{name}"), Node::Char(number), OpenOptions::new().read(true))
 }
 
-/// `struct nvme_admin_cmd` of `linux/nvme_ioctl.h`.
-#[repr(C)]
-#[derive(Default)]
-struct AdminCommand {
-    opcode: u8,
-    flags: u8,
-    reserved: u16,
-    nsid: u32,
-    cdw2: u32,
-    cdw3: u32,
-    metadata: u64,
-    addr: u64,
-    metadata_len: u32,
-    data_len: u32,
-    cdw10: u32,
-    cdw11: u32,
-    cdw12: u32,
-    cdw13: u32,
-    cdw14: u32,
-    cdw15: u32,
-    timeout_ms: u32,
-    result: u32,
-}
-const _: () = assert!(size_of::<AdminCommand>() == 72);
-
-/// Sends Get Log Page 02h (opcode 02h, which reads) to the controller whose character device is open.
-fn log_page(file: &File) -> std::io::Result<[u8; LOG_BYTES]> {
-    let cdw10 = 0x02 | (LOG_BYTES as u32 / 4 - 1) << 16;
-    ask(file, AdminCommand { opcode: 0x02, nsid: u32::MAX, cdw10, ..AdminCommand::default() })
-}
-
-/// Sends Identify Controller (opcode 06h, CNS 01h, which reads) to the controller whose character device is open.
-///
-/// # Errors
-/// What the system or the drive answers.
-pub fn identify(file: &File) -> std::io::Result<[u8; IDENTIFY_BYTES]> {
-    ask(file, AdminCommand { opcode: 0x06, cdw10: 1, ..AdminCommand::default() })
-}
-
-/// Sends a command whose answer is `N` bytes.
-fn ask<const N: usize>(file: &File, command: AdminCommand) -> std::io::Result<[u8; N]> {
-    const NVME_IOCTL_ADMIN_CMD: libc::c_ulong = 0xc048_4e41;
-    let mut answer = [0u8; N];
-    let (addr, data_len) = (answer.as_mut_ptr() as u64, N as u32);
-    let mut command = AdminCommand { addr, data_len, timeout_ms: 5000, ..command };
-    // SAFETY: the structure is the ioctl's own, and the buffer it names is as long as it says and outlives
-    // the call, which returns when the command has ended.
-    match unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ADMIN_CMD, &raw mut command) } {
-        0 => Ok(answer),
-        status if status > 0 => Err(std::io::Error::other(format!("the drive answered with status {status:#x}"))),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
 /// Degrees Celsius by sysfs.
 fn temperature(host: &Host, name: &str) -> Option<i64> {
     let class = format!("/sys/class/nvme/{name}");
@@ -189,21 +72,6 @@ fn temperature(host: &Host, name: &str) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_log_is_told_in_words() {
-        let mut log = [0u8; LOG_BYTES];
-        log[..6].copy_from_slice(&[0, 0x37, 0x01, 100, 10, 3]);
-        let health = Health::parse(&log).unwrap();
-        assert_eq!(health.to_string(), "38 °C, 3 % of its life used, 100 % spare, no critical warning");
-        log[0] = 0x83;
-        (log[1], log[2]) = (0, 0);
-        assert_eq!(
-            Health::parse(&log).unwrap().to_string(),
-            "temperature not told, 3 % of its life used, 100 % spare, CRITICAL: spare below its threshold, temperature out of range, bit 7"
-        );
-        assert_eq!(Health::parse(&log[..511]), None);
-    }
 
     #[test]
     fn a_plain_user_is_told_the_temperature() {

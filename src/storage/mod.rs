@@ -5,9 +5,11 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
+pub mod admin;
 mod bell;
 pub mod bind;
 mod checked;
+pub mod checksum;
 pub mod extents;
 mod file;
 pub mod gpt;
@@ -15,10 +17,12 @@ pub mod guard;
 pub mod health;
 pub mod image;
 pub mod library;
+pub mod manifest;
 mod pread;
 pub mod safe;
 #[cfg(test)]
 mod scripted;
+pub mod smart;
 pub mod source;
 mod split;
 mod striped;

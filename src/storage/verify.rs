@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::extents::CHUNK;
+use super::checksum::CHUNK;
 use super::{CHUNK_BYTES, Corruption, Extent, FileId, ReadRequest, Reader, Record, StorageError};
 use crate::memory::{Arena, ArenaError, Region};
 
@@ -103,7 +103,8 @@ fn submit(reader: &mut dyn Reader, slot: usize, piece: &Piece, to: &Region) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::extents::{Manifest, sums};
+    use crate::storage::checksum::sums;
+    use crate::storage::manifest::Manifest;
     use crate::storage::{Script, ScriptedReader};
 
     #[test]

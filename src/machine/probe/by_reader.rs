@@ -11,8 +11,8 @@ use super::walk::Walk;
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::guard::Host;
+use crate::storage::manifest::Span as Place;
 use crate::storage::vfio::VfioReader;
-use crate::storage::vfio::reader::Span as Place;
 use crate::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 
 /// Bytes in flight at most: all of them are pinned, and charged against the locked-memory limit.

@@ -7,7 +7,7 @@ use super::host::Unreadable;
 use super::node::Node;
 use super::sysfs::Controller;
 use super::{Allowlist, Check, Host, Reason, allowlist, nodes};
-use crate::storage::health;
+use crate::storage::admin;
 
 /// Where Identify Controller has the bits on several paths, and two of those. NVMe Base 2.0, figure 275.
 const CMIC: usize = 76;
@@ -165,10 +165,10 @@ fn several(host: &Host, name: &str, out: &mut Vec<Reason>) -> Result<(), Unreada
     let number = nodes::number(&host.read(&path)?, &path)?;
     let asked = host.open_node(&node, Node::Char(number), OpenOptions::new().read(true));
     let asked = asked.and_then(|mut file| match host.is_real() {
-        true => health::identify(&file),
+        true => admin::identify(&file),
         // In a picture of a machine (tests) the node holds the answer.
         false => {
-            let mut answer = [0; health::IDENTIFY_BYTES];
+            let mut answer = [0; admin::IDENTIFY_BYTES];
             file.read_exact(&mut answer).map(|()| answer)
         }
     });

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::super::health::{Health, LOG_BYTES};
+use super::super::smart::{Health, LOG_BYTES};
 use super::command::Command;
 use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};

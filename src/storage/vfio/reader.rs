@@ -9,18 +9,8 @@ use super::device::{OpenError, Silence, VfioNvme};
 use super::io::{Read, ReadDone};
 use super::pace::Pace;
 use crate::storage::bind::{Bound, BoundNamespace};
+use crate::storage::manifest::Span;
 use crate::storage::{Alignment, Bell, Completion, FileId, ReadError, ReadRequest, Reader, StorageError};
-
-/// Where bytes of a file lie on the drive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// First byte in the file.
-    pub file_offset: u64,
-    /// First byte on the namespace.
-    pub device_offset: u64,
-    /// Bytes.
-    pub len: u64,
-}
 
 struct File {
     name: String,
