@@ -35,6 +35,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
             ExpertCacheArg::Off => ExpertSlots::Off,
         },
         routing: None,
+        curve: None,
         n_buffers: p.n_buffers.given(),
         more_frames: p.n_buffers.given().is_none(),
         tiers: p.tiers,

@@ -75,7 +75,8 @@ pub(super) fn beside(
         let streams = |u: usize| plan.homes[u] != Home::A && !rests(u);
         schedule(model, &streams)
     };
-    let address = |(region, chosen): (&Option<Region>, &bool)| region.filter(|_| *chosen).map(|r| r.addr() as u64);
+    let address =
+        |(region, chosen): (&Option<Region>, &bool)| region.as_ref().filter(|_| *chosen).map(|r| r.addr() as u64);
     let steps = [steps(Class::Exact), steps(Class::Bulk)];
     Beside {
         units: in_ram.iter().zip(chosen).map(address).collect(),
@@ -130,7 +131,7 @@ impl Division {
     pub fn new(model: &Model, plan: &Plan, options: &Options, rates: &dyn Fn() -> SiteRates) -> Option<Division> {
         let units = choose(model, plan, options.sites, rates)?;
         // A timeline shows each expert: then each is computed by itself.
-        let hits = || slot_hits(model, plan, options.routing.as_deref());
+        let hits = || slot_hits(model, plan, options);
         let given = options.repeat.as_ref().and_then(|r| r.slot_share());
         let share = if options.timeline { None } else { given.or_else(|| share(model, &units, rates, hits())) };
         Some(Division::of(model, plan, units, share))

@@ -103,7 +103,8 @@ impl Forecast {
         let options = &match &options.repeat {
             Some(recipe) => recipe.applied(model, options)?,
             None => options.clone(),
-        };
+        }
+        .with_curve(model);
         let requant = requantised(model, options)?;
         let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
         // Of a model that is requantised, what units are follows from their homes.
@@ -155,7 +156,7 @@ impl Forecast {
         let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
         let recipe = Recipe::new(file, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
-        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options.routing.as_deref()));
+        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
         let caching = caching(model, &plan, options.routing.as_ref());

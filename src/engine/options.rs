@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{ExpertSlots, Recipe, Sites};
+use super::{ExpertSlots, HitCurve, Recipe, Sites};
 use crate::backend::BackendKind;
 use crate::gguf::TensorType;
-use crate::model::ForcedRouting;
+use crate::model::{ForcedRouting, Model};
 use crate::plan::Tiers;
 use crate::storage::ReaderKind;
 
@@ -42,6 +42,9 @@ pub struct Options {
     pub expert_slots: ExpertSlots,
     /// The experts that tokens choose, in place of their routers' choices; for benchmarks and predictions.
     pub routing: Option<Arc<ForcedRouting>>,
+    /// How often slots of experts hit, as earlier runs of the model have counted; `None` to look it up once, for a session or a
+    /// forecast.
+    pub curve: Option<Arc<HitCurve>>,
     /// Slots of the ring; `None` to choose.
     pub n_buffers: Option<usize>,
     /// Whether experts may have more frames on a device than that, so that a prompt's are brought while its attention is computed.
@@ -88,6 +91,7 @@ impl Options {
             caches: true,
             expert_slots: ExpertSlots::Auto,
             routing: None,
+            curve: None,
             n_buffers: None,
             more_frames: true,
             tiers: None,
@@ -99,5 +103,10 @@ impl Options {
             timeline: false,
             repeat: None,
         }
+    }
+    /// With what earlier runs of this model have counted of its choices.
+    pub(super) fn with_curve(self, model: &Model) -> Options {
+        let curve = self.curve.clone().or_else(|| HitCurve::known(model).map(Arc::new));
+        Options { curve, ..self }
     }
 }
