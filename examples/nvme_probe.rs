@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use nt::memory::{Arena, Region};
 use nt::storage::bind::find_bound;
 use nt::storage::checksum::CHUNK;
 use nt::storage::guard::Host;
@@ -269,18 +270,17 @@ struct Open {
     reader: VfioReader,
     file: FileId,
     arena: *mut u8,
+    _memory: Region,
     size: u64,
 }
 
 fn open(name: &str) -> Result<Open, Box<dyn std::error::Error>> {
     let (drive, namespace) = find_bound(&Host::default(), name)?;
-    let map = memmap2::MmapMut::map_anon(ARENA)?;
-    let arena = Box::leak(Box::new(map)).as_mut_ptr();
+    let memory = Arena::new(ARENA as u64)?.whole();
     let mut reader = VfioReader::open_bound(&drive, &namespace)?;
-    // SAFETY: the mapping is leaked, so it outlives the reader, and only raw pointers touch it.
-    unsafe { reader.attach(arena, ARENA)? };
+    reader.attach(&memory)?;
     let file = reader.add_file(name, vec![Span { file_offset: 0, device_offset: 0, len: namespace.size }]);
-    Ok(Open { reader, file, arena, size: namespace.size })
+    Ok(Open { reader, file, arena: memory.addr(), _memory: memory, size: namespace.size })
 }
 
 impl Open {

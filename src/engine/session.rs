@@ -89,8 +89,6 @@ pub struct Session {
     pub(super) in_ram: Vec<Option<Region>>,
     pub(super) device: Option<OnDevice>,
     pub(super) arena: Arena,
-    /// What was read before the plan was made.
-    pub(super) _small: Arena,
     /// Vectors that no unit holds.
     pub(super) _apart: super::apart::Apart,
 }
@@ -100,12 +98,12 @@ pub(super) struct OnDevice {
     pub memory: Arc<dyn DeviceMemory>,
     pub resident: DeviceAlloc,
     pub slots: DeviceAlloc,
-    /// The arena's registration, given back before the arena.
+    /// The arena's registration.
     pub _pinned: Pinned,
 }
 
 /// Where rows of the embedding come from.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Embedding {
     pub file: FileId,
     pub offset: u64,
@@ -403,13 +401,13 @@ impl Session {
         rows.resize(tokens.len() * self.embedding.row_bytes, 0);
         let mut fetched = match tokens[..] {
             [token] if self.embedding.resident.is_none() && self.copy_from_head(token as usize, &mut rows) => Ok(()),
-            _ => self.fetch_rows(self.embedding, &tokens, &mut rows),
+            _ => self.fetch_rows(&self.embedding.clone(), &tokens, &mut rows),
         };
         self.rows = rows;
-        if let (Some(table), Ok(())) = (self.per_block, &fetched) {
+        if let (Some(table), Ok(())) = (self.per_block.clone(), &fetched) {
             let mut rows = std::mem::take(&mut self.rows_per_block);
             rows.resize(tokens.len() * table.row_bytes, 0);
-            fetched = self.fetch_rows(table, &tokens, &mut rows);
+            fetched = self.fetch_rows(&table, &tokens, &mut rows);
             self.rows_per_block = rows;
         }
         self.last = tokens;
@@ -417,7 +415,7 @@ impl Session {
     }
 
     /// Brings the rows of `tokens` of a table to `rows`, back to back.
-    fn fetch_rows(&mut self, e: Embedding, tokens: &[u32], rows: &mut [u8]) -> Result<(), EngineError> {
+    fn fetch_rows(&mut self, e: &Embedding, tokens: &[u32], rows: &mut [u8]) -> Result<(), EngineError> {
         let Some(turn) = e.turn else { return self.fetch_stored_rows(e, tokens, rows) };
         let mut stored = std::mem::take(&mut self.stored_rows);
         stored.resize(tokens.len() * e.stored_bytes, 0);
@@ -439,10 +437,10 @@ impl Session {
     }
 
     /// Brings the rows of `tokens` of a table to `to`, as the file has them.
-    fn fetch_stored_rows(&mut self, e: Embedding, tokens: &[u32], to: &mut [u8]) -> Result<(), EngineError> {
-        if let Some((region, at)) = e.resident {
+    fn fetch_stored_rows(&mut self, e: &Embedding, tokens: &[u32], to: &mut [u8]) -> Result<(), EngineError> {
+        if let Some((region, at)) = &e.resident {
             for (t, row) in tokens.iter().zip(to.chunks_exact_mut(e.stored_bytes)) {
-                let from = at as usize + *t as usize * e.stored_bytes;
+                let from = *at as usize + *t as usize * e.stored_bytes;
                 // SAFETY: the region holds the whole table from `at` on, the token is below its
                 // row count (checked by `eval`), and nobody writes there.
                 unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), e.stored_bytes) };
@@ -461,7 +459,7 @@ impl Session {
         }
         let slice = self.model.head.iter().rev().find(|s| s.first_row <= token);
         let Some(slice) = slice else { return false };
-        let Some(region) = self.in_ram[slice.weight.unit] else { return false };
+        let Some(region) = &self.in_ram[slice.weight.unit] else { return false };
         let at = self.weights.layouts[slice.weight.unit].span_offsets[slice.weight.span] as usize;
         let from = at + (token - slice.first_row) * self.embedding.row_bytes;
         assert_eq!(row.len(), self.embedding.row_bytes, "one row");

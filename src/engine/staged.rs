@@ -17,7 +17,7 @@ use crate::storage::image::{self, ImageError, Medium, Node, Staged};
 use crate::storage::library::Recorded;
 use crate::storage::manifest::{Manifest, Span};
 use crate::storage::vfio::VfioReader;
-use crate::storage::{Extent, FileId, ReadRequest, Reader, StorageError};
+use crate::storage::{Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
 
 /// Bytes that a bound drive is asked for at once.
 const READ_BYTES: u64 = 1 << 20;
@@ -131,13 +131,12 @@ pub fn staged_drives(host: &Host) -> Vec<StagedDrive> {
     found
 }
 
-/// The logical blocks of a bound drive. The reader is dropped before the memory it reads to.
+/// The logical blocks of a bound drive.
 struct Blocks {
     reader: VfioReader,
     file: FileId,
     size: u64,
     buffer: Region,
-    _arena: Arena,
 }
 
 impl Blocks {
@@ -147,24 +146,23 @@ impl Blocks {
         let mut reader = VfioReader::open_bound(drive, namespace).map_err(StorageError::from)?;
         let span = Span { file_offset: 0, device_offset: 0, len: namespace.size };
         let file = reader.add_file(&namespace.name, vec![span]);
-        // SAFETY: the arena begins at a page, and the reader is dropped before it, here or with `self`.
-        unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
-        Ok(Blocks { reader, file, size: namespace.size, buffer, _arena: arena })
+        reader.attach(&arena.whole())?;
+        Ok(Blocks { reader, file, size: namespace.size, buffer })
     }
 
     /// Reads whole blocks to the buffer.
-    fn fill(&mut self, offset: u64, len: u64) -> Result<(), String> {
+    fn fill(&mut self, offset: u64, len: u64) -> Result<(), ReadError> {
         let extents = [Extent { file: self.file, offset, len, dst_offset: 0 }];
         let (dst, dst_len) = (self.buffer.addr(), self.buffer.len());
         let request = ReadRequest { tag: 0, extents: &extents, dst, urgent: false, dst_len };
         // SAFETY: the buffer is this reader's alone and outlives it; it is looked at when the read,
         // which is waited for, has ended.
-        unsafe { self.reader.submit(&request) }.map_err(|e| e.to_string())?;
+        unsafe { self.reader.submit(&request) }?;
         let mut done = Vec::new();
         while done.is_empty() {
-            self.reader.poll(&mut done, Some(Duration::from_millis(100))).map_err(|e| e.to_string())?;
+            self.reader.poll(&mut done, Some(Duration::from_millis(100)))?;
         }
-        done.into_iter().try_for_each(|c| c.result.map(|_| ()).map_err(|e| e.to_string()))
+        done.into_iter().try_for_each(|c| c.result.map(|_| ()))
     }
 }
 
@@ -182,9 +180,9 @@ impl Medium for Blocks {
         while next < end {
             let from = next / block * block;
             let to = (from + READ_BYTES).min(end.next_multiple_of(block));
-            self.fill(from, to - from).map_err(|why| ImageError::Io {
+            self.fill(from, to - from).map_err(|e| ImageError::Io {
                 what: format!("reading {len} bytes at {at}"),
-                source: std::io::Error::other(why),
+                source: std::io::Error::other(e),
             })?;
             // SAFETY: the read has ended, and its length fits the buffer.
             let read = unsafe { std::slice::from_raw_parts(self.buffer.addr(), (to - from) as usize) };

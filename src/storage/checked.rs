@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::checksum::{CHUNK, crc32c};
 use super::manifest::Manifest;
 use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
+use crate::memory::Region;
 
 /// What is known of one file: its manifest, and which tensor lies where.
 #[derive(Clone, Debug)]
@@ -179,9 +180,8 @@ impl Reader for Checked {
         self.inner.bells(to);
     }
 
-    unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.attach(memory, len) }
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        self.inner.attach(memory)
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {

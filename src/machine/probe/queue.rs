@@ -42,8 +42,6 @@ pub struct Queue<'t> {
     n_flying: usize,
     /// Goes on between runs, so that no run finds in a drive's cache what the last one read.
     walk: Walk,
-    /// Held for the buffers: dropped after the ring, which waits for reads in flight.
-    _arena: Arena,
 }
 
 /// Bytes and seconds.
@@ -115,7 +113,7 @@ impl<'t> Queue<'t> {
         if pages == Pages::Small {
             // SAFETY: advice on the arena's own mapping, none of which was touched; a refusal changes
             // nothing that correctness needs.
-            unsafe { libc::madvise(arena.base().cast(), arena.len() as usize, libc::MADV_NOHUGEPAGE) };
+            unsafe { libc::madvise(arena.whole().addr().cast(), arena.len() as usize, libc::MADV_NOHUGEPAGE) };
         }
         let buffers = (0..depth).map(|_| arena.take(block)).collect::<Result<Vec<_>, _>>()?;
         for b in &buffers {
@@ -135,7 +133,6 @@ impl<'t> Queue<'t> {
             buffers,
             n_flying: 0,
             walk: Walk::new(target.len, block, target.file.is_direct(), read),
-            _arena: arena,
         })
     }
 
