@@ -633,6 +633,7 @@ fn options() -> Options {
         caches: true,
         expert_slots: ExpertSlots::Off,
         routing: None,
+        curve: None,
         n_buffers: None,
         more_frames: false,
         tiers: None,

@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_row_of_weights_gives_the_same_bits_in_every_task() {
         for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
-            for ty in TYPES {
+            for ty in reference::TYPES {
                 for fine in [false, true] {
                     for blocks in [1, 18, 21] {
                         let case = Case::new(ty, 11, blocks * ty.block_elems().max(32), 2, fine);
