@@ -35,8 +35,14 @@ enum Command {
     Identify { device: String, prefix: String },
     /// A file by its manifest, against a copy
     File { device: String, manifest: String, copy: String },
-    /// Time reads
-    Bench { device: String },
+    /// Time reads, random ones of each KIB:DEPTH, for so many seconds each
+    Bench {
+        device: String,
+        #[arg(default_values = ["4:1", "4:32", "128:1", "128:32", "1024:1", "1024:32"])]
+        cases: Vec<String>,
+        #[arg(long, default_value = "1.5")]
+        seconds: f64,
+    },
     /// Read 8 MiB with this many seconds for each command
     Late { device: String, seconds: u64 },
     /// Take the last step against a drive that would not stop, with reads under way: nothing may be written
@@ -433,10 +439,11 @@ fn main() -> ExitCode {
             Ok(())
         }),
         Command::File { device, manifest, copy } => whole_file(&device, &manifest, &copy),
-        Command::Bench { device } => open(&device).and_then(|mut drive| {
-            for (bytes, depth) in [(4096, 1), (4096, 32), (128 << 10, 1), (128 << 10, 32), (1 << 20, 1), (1 << 20, 32)]
-            {
-                let (rate, mb, us) = drive.bench(bytes, depth, 1.5)?;
+        Command::Bench { device, cases, seconds } => open(&device).and_then(|mut drive| {
+            for case in cases {
+                let (kib, depth) = case.split_once(':').ok_or("KIB:DEPTH was expected")?;
+                let (bytes, depth) = (kib.parse::<u64>()? << 10, depth.parse()?);
+                let (rate, mb, us) = drive.bench(bytes, depth, seconds)?;
                 println!("bs={bytes} depth={depth}: {rate:.0} reads/s {mb:.1} MB/s {us:.1} us CPU a read");
             }
             Ok(())

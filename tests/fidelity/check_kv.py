@@ -3,7 +3,8 @@
 
 Weights are F32, so that the cache alone rounds. Each program's logits are held against its own with an F16 cache; nt's may
 lie 1.25 times as far apart as llama.cpp's do (goldens_kv.json, by make_kv.py), and at least a hundredth as far, or the
-option did nothing. The first half of the tokens is a prompt, the others are evaluated one by one.
+option did nothing. Of models with a router the median row counts: one that flips near a tie changes a whole row. The first
+half of the tokens is a prompt, the others are evaluated one by one.
 
     pip install gguf==0.19.0 numpy
     tests/fidelity/check_kv.py target/release/nt
@@ -37,6 +38,13 @@ def synth(case, path):
     subprocess.run(cmd, check=True)
 
 
+def distance(case, a, b):
+    """NMSE of logits `a` against `b`, or of the median row."""
+    if "moe" not in case[0]:
+        return nmse(a, b)
+    return float(np.median(((a - b) ** 2).sum(1) / (b**2).sum(1)))
+
+
 def check(nt, case, golden):
     with tempfile.TemporaryDirectory() as d:
         path, out = f"{d}/m.gguf", f"{d}/o.npy"
@@ -48,7 +56,7 @@ def check(nt, case, golden):
             return logits(nt, path, tokens, out, ["--backend", "cpu", "--kv", kv, "--parts", parts])
 
         plain, ours = run("f16"), run("q8_0")
-        ours, peer = nmse(ours, plain), golden["peer_nmse"]
+        ours, peer = distance(case, ours, plain), golden["peer_nmse"]
         ok = LEAST * peer <= ours <= PEER_FACTOR * peer
         line = f"{C.name(*case[:3]):24} nt {ours:.2e}  llama.cpp {peer:.2e}  ratio {ours / peer:.2f}"
         return ok, f"{'ok  ' if ok else 'FAIL'} {line}"

@@ -8,8 +8,8 @@ import json
 import tempfile
 
 import cases as C
-from check_kv import CASES, HERE, synth
-from make_goldens import logits, nmse
+from check_kv import CASES, HERE, distance, synth
+from make_goldens import logits
 
 # `enum ggml_type`.
 F16, Q8_0 = 1, 8
@@ -24,7 +24,7 @@ def main():
             tokens = C.tokens(case[2], case[3])
             plain, rounded = (logits(path, tokens, kv) for kv in (F16, Q8_0))
             name = C.name(*case[:3])
-            goldens[name] = {"peer_nmse": nmse(rounded, plain)}
+            goldens[name] = {"peer_nmse": distance(case, rounded, plain)}
             print(f"{name:24} {goldens[name]['peer_nmse']:.3e}", flush=True)
     with open(f"{HERE}/goldens_kv.json", "w") as f:
         json.dump(goldens, f, indent=0)
