@@ -5,10 +5,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use nt::memory::{Arena, Region};
 use nt::storage::bind::find_bound;
-use nt::storage::extents::{CHUNK, Manifest};
+use nt::storage::checksum::CHUNK;
 use nt::storage::guard::Host;
-use nt::storage::vfio::{Limits, VfioReader, reader::Span};
+use nt::storage::manifest::{Manifest, Span};
+use nt::storage::vfio::{Limits, VfioReader};
 use nt::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 use rand::{RngExt, SeedableRng};
 
@@ -33,8 +35,14 @@ enum Command {
     Identify { device: String, prefix: String },
     /// A file by its manifest, against a copy
     File { device: String, manifest: String, copy: String },
-    /// Time reads
-    Bench { device: String },
+    /// Time reads, random ones of each KIB:DEPTH, for so many seconds each
+    Bench {
+        device: String,
+        #[arg(default_values = ["4:1", "4:32", "128:1", "128:32", "1024:1", "1024:32"])]
+        cases: Vec<String>,
+        #[arg(long, default_value = "1.5")]
+        seconds: f64,
+    },
     /// Read 8 MiB with this many seconds for each command
     Late { device: String, seconds: u64 },
     /// Take the last step against a drive that would not stop, with reads under way: nothing may be written
@@ -279,18 +287,17 @@ struct Open {
     reader: VfioReader,
     file: FileId,
     arena: *mut u8,
+    _memory: Region,
     size: u64,
 }
 
 fn open(name: &str) -> Result<Open, Box<dyn std::error::Error>> {
     let (drive, namespace) = find_bound(&Host::default(), name)?;
-    let map = memmap2::MmapMut::map_anon(ARENA)?;
-    let arena = Box::leak(Box::new(map)).as_mut_ptr();
+    let memory = Arena::new(ARENA as u64)?.whole();
     let mut reader = VfioReader::open_bound(&drive, &namespace)?;
-    // SAFETY: the mapping is leaked, so it outlives the reader, and only raw pointers touch it.
-    unsafe { reader.attach(arena, ARENA)? };
+    reader.attach(&memory)?;
     let file = reader.add_file(name, vec![Span { file_offset: 0, device_offset: 0, len: namespace.size }]);
-    Ok(Open { reader, file, arena, size: namespace.size })
+    Ok(Open { reader, file, arena: memory.addr(), _memory: memory, size: namespace.size })
 }
 
 impl Open {
@@ -443,10 +450,11 @@ fn main() -> ExitCode {
             Ok(())
         }),
         Command::File { device, manifest, copy } => whole_file(&device, &manifest, &copy),
-        Command::Bench { device } => open(&device).and_then(|mut drive| {
-            for (bytes, depth) in [(4096, 1), (4096, 32), (128 << 10, 1), (128 << 10, 32), (1 << 20, 1), (1 << 20, 32)]
-            {
-                let (rate, mb, us) = drive.bench(bytes, depth, 1.5)?;
+        Command::Bench { device, cases, seconds } => open(&device).and_then(|mut drive| {
+            for case in cases {
+                let (kib, depth) = case.split_once(':').ok_or("KIB:DEPTH was expected")?;
+                let (bytes, depth) = (kib.parse::<u64>()? << 10, depth.parse()?);
+                let (rate, mb, us) = drive.bench(bytes, depth, seconds)?;
                 println!("bs={bytes} depth={depth}: {rate:.0} reads/s {mb:.1} MB/s {us:.1} us CPU a read");
             }
             Ok(())

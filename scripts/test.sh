@@ -32,6 +32,7 @@ NT_VM_MODEL=$smollm2 tests/vm/run.sh || status=$?
 [ "$status" = 0 ] || [ "$status" = 77 ] || die "the checks in the virtual machine failed"
 say "fidelity against llama.cpp"
 python3 tests/fidelity/check.py target/release/nt
+python3 tests/fidelity/check_kv.py target/release/nt
 say "every architecture against llama.cpp"
 python3 tests/fidelity/check_arch.py target/release/nt
 say "files of Ollama's converter"

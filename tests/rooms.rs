@@ -25,14 +25,6 @@ const ROOMS: [&str; 17] = [
     "units",
 ];
 
-/// Parts of rooms that use each other in a circle still, as room and parts (none: any of it); each is to go.
-const CIRCLES: [(&str, &[&str]); 4] = [
-    ("cli", &[]),
-    ("engine", &["places", "source", "stripes"]),
-    ("plan", &["device", "place"]),
-    ("storage", &["bind", "extents", "guard", "health", "image", "library", "vfio"]),
-];
-
 fn files(folder: &Path, out: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -44,23 +36,50 @@ fn files(folder: &Path, out: &mut Vec<PathBuf>) {
     }
 }
 
-/// Rooms that a file names behind `crate::`, comments aside.
-fn rooms_used(text: &str) -> Vec<String> {
-    let code: Vec<&str> = text.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
-    let code = code.join("\n");
-    let mut used = Vec::new();
-    for (at, _) in code.match_indices("crate::") {
-        if code[..at].ends_with(is_name) {
+/// The code of a file: without its tests and its comments.
+fn code(text: &str) -> String {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+    code.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+fn is_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_'
+}
+
+/// The list that begins behind a brace, up to the brace that ends it.
+fn list(text: &str) -> &str {
+    let mut open = 1;
+    let end = text.find(|c| {
+        open += i32::from(c == '{') - i32::from(c == '}');
+        open == 0
+    });
+    &text[..end.unwrap_or(text.len())]
+}
+
+/// The first names of a list's paths: of `a::{B, C}, d` those are `a` and `d`.
+fn heads(list: &str) -> Vec<&str> {
+    let mut depth = 0;
+    let parts = list.split(|c| {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        depth == 0 && c == ','
+    });
+    parts.map(|p| p.trim().split(|c| !is_name(c)).next().unwrap()).filter(|n| !n.is_empty()).collect()
+}
+
+/// What stands behind a path such as `super::` or `crate::`: a name, or those of a list.
+fn names_behind<'a>(code: &'a str, path: &str) -> Vec<&'a str> {
+    let mut names = Vec::new();
+    for (at, _) in code.match_indices(path) {
+        if code[..at].ends_with(|c| is_name(c) || c == ':') {
             continue;
         }
-        let rest = &code[at + "crate::".len()..];
-        let (names, _) = match rest.strip_prefix('{') {
-            Some(list) => list.split_once('}').unwrap_or((list, "")),
-            None => rest.split_once(|c| !is_name(c)).unwrap_or((rest, "")),
-        };
-        used.extend(names.split(',').map(|n| n.trim().chars().take_while(|c| is_name(*c)).collect::<String>()));
+        let rest = &code[at + path.len()..];
+        match rest.strip_prefix('{') {
+            Some(rest) => names.extend(heads(list(rest))),
+            None => names.extend(rest.split(|c| !is_name(c)).next().filter(|n| !n.is_empty())),
+        }
     }
-    used
+    names
 }
 
 #[test]
@@ -80,9 +99,11 @@ fn arrows_between_rooms_point_downwards() {
             }
             continue;
         };
-        for used in rooms_used(&std::fs::read_to_string(path).unwrap()) {
-            if floor(&used).is_some_and(|there| there < here) {
-                upwards.push((file.clone(), used));
+        // Tests may look up; nothing that is shipped may.
+        let code = code(&std::fs::read_to_string(path).unwrap());
+        for used in names_behind(&code, "crate::") {
+            if floor(used).is_some_and(|there| there < here) {
+                upwards.push((file.clone(), used.to_owned()));
             }
         }
     }
@@ -90,30 +111,24 @@ fn arrows_between_rooms_point_downwards() {
     assert!(upwards.is_empty(), "arrows that point upwards: {upwards:?}");
 }
 
-fn is_name(c: char) -> bool {
-    c.is_ascii_alphanumeric() || c == '_'
-}
-
-/// What stands behind a path such as `super::`: a name, or those of a list.
-fn names_behind<'a>(code: &'a str, path: &str) -> Vec<&'a str> {
-    let mut names = Vec::new();
-    for (at, _) in code.match_indices(path) {
-        if code[..at].ends_with(|c| is_name(c) || c == ':') {
-            continue;
-        }
-        let rest = &code[at + path.len()..];
-        let list = rest.strip_prefix('{').map(|list| list.split_once('}').map_or(list, |l| l.0));
-        match list {
-            Some(list) => names.extend(list.split(|c| !is_name(c)).filter(|n| !n.is_empty())),
-            None => names.extend(rest.split(|c| !is_name(c)).next()),
-        }
+/// By name, the part that a room's `mod.rs` takes it from: `use a::{B, C}` gives B and C to `a`.
+fn taken_from(folder: &Path) -> BTreeMap<String, String> {
+    let code = code(&std::fs::read_to_string(folder.join("mod.rs")).unwrap_or_default());
+    let mut from = BTreeMap::new();
+    for statement in code.split(';') {
+        let Some((_, path)) = statement.split_once("use ") else { continue };
+        let Some((part, names)) = path.trim().split_once("::") else { continue };
+        let names = names.split(|c| !is_name(c)).filter(|n| !n.is_empty());
+        from.extend(names.map(|n| (n.to_owned(), part.to_owned())));
     }
-    names
+    from
 }
 
-/// For each part of a room (a file or folder in it), which others it names, tests aside.
+/// For each part of a room (a file or folder in it), which others it names, by themselves or by what the room's `mod.rs`
+/// takes from them; tests aside.
 fn parts(folder: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let room = folder.file_name().unwrap().to_str().unwrap();
+    let from = taken_from(folder);
     let mut all = Vec::new();
     files(folder, &mut all);
     let mut parts: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -125,13 +140,14 @@ fn parts(folder: &Path) -> BTreeMap<String, BTreeSet<String>> {
         if depth == 0 {
             continue;
         }
-        let text = std::fs::read_to_string(path).unwrap();
-        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-        let code: Vec<&str> = code.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
-        let code = code.join("\n");
+        if inside.iter().any(|c| matches!(*c, "tests" | "tests.rs")) {
+            continue;
+        }
+        let code = code(&std::fs::read_to_string(path).unwrap());
         let mut used = names_behind(&code, &"super::".repeat(depth));
         used.extend(names_behind(&code, &format!("crate::{room}::")));
-        parts.entry(part).or_default().extend(used.into_iter().map(str::to_owned));
+        let named = |name: &str| from.get(name).map_or_else(|| name.to_owned(), String::clone);
+        parts.entry(part).or_default().extend(used.into_iter().map(named));
     }
     let names: BTreeSet<String> = parts.keys().cloned().collect();
     for (part, used) in &mut parts {
@@ -156,16 +172,28 @@ fn no_part_of_a_room_uses_itself_by_way_of_others() {
             }
             seen
         };
-        let known = CIRCLES.iter().find(|c| c.0 == *room);
-        let is_known = |part: &String| known.is_some_and(|c| c.1.is_empty() || c.1.contains(&part.as_str()));
-        let round = parts.keys().filter(|p| reached(p).contains(p) && !is_known(p));
+        let round = parts.keys().filter(|p| reached(p).contains(p));
         found.extend(round.map(|part| format!("{room}::{part}")));
     }
     assert!(found.is_empty(), "these use themselves by way of others of their room: {found:?}");
 }
 
 #[test]
-fn names_behind_crate_are_read() {
-    let text = "use crate::a::B;\n// crate::no\nuse crate::{b::C, d};\nlet x = crate::e::f();\npub(crate) use x;\n";
-    assert_eq!(rooms_used(text), ["a", "b", "d", "e"]);
+fn names_behind_a_path_are_read() {
+    let text = "use crate::a::B;\n// crate::no\nuse crate::{b::{C, x::Y}, d};\nlet x = crate::e::f();\npub(crate) use x;\n\
+                #[cfg(test)]\nmod tests {\n    use crate::tests;\n";
+    assert_eq!(names_behind(&code(text), "crate::"), ["a", "b", "d", "e"]);
+}
+
+/// Guards against a reading that finds no circle since it finds nothing.
+#[test]
+fn a_circle_is_seen_by_way_of_what_a_room_shows() {
+    let room = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| std::fs::write(room.path().join(name), text).unwrap();
+    put("mod.rs", "mod a;\nmod b;\n\npub use a::{One, Two};\n");
+    put("a.rs", "use super::b::Three;\n");
+    put("b.rs", "use super::{Other, Two};\n");
+    let parts = parts(room.path());
+    let of = |part: &str| parts[part].iter().map(String::as_str).collect::<Vec<_>>();
+    assert_eq!((of("a"), of("b")), (vec!["b"], vec!["a"]));
 }

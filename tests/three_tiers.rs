@@ -18,6 +18,7 @@ use nt::backend::{
 };
 use nt::engine::{EngineError, ExpertSlots, Opened, Options, Session, Sites};
 use nt::gguf::TensorType;
+use nt::memory::Region;
 use nt::model::{ForcedRouting, Outputs, Routes, UnitKind, UnitSpec};
 use nt::plan::{Home, Tiers};
 use nt::state::{PageId, StateOp};
@@ -93,8 +94,8 @@ impl DeviceMemory for Memory {
         ))
     }
 
-    unsafe fn pin(&self, _addr: *mut u8, _len: usize) -> Result<Pinned, BackendError> {
-        Ok(Pinned::new(()))
+    fn pin(&self, memory: &Region) -> Result<Pinned, BackendError> {
+        Ok(Pinned::new(memory, ()))
     }
 
     fn copy_engine(&self, slots: usize) -> Result<Arc<dyn CopyEngine>, BackendError> {
@@ -632,6 +633,7 @@ fn options() -> Options {
         caches: true,
         expert_slots: ExpertSlots::Off,
         routing: None,
+        curve: None,
         n_buffers: None,
         more_frames: false,
         tiers: None,

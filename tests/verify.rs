@@ -3,8 +3,9 @@
 mod common;
 
 use common::{record, tiny};
-use nt::storage::extents::{CHUNK, Manifest};
+use nt::storage::checksum::CHUNK;
 use nt::storage::image::{Drive, Identity, Source, Staging, Steps};
+use nt::storage::manifest::Manifest;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};

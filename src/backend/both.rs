@@ -297,15 +297,11 @@ impl Both {
     fn compute_recorded(&mut self) -> Result<(), BackendError> {
         for i in 0..self.recorded.len() {
             let part = Arc::clone(&self.recorded[i]);
+            let (Repeated::Calls { place, .. } | Repeated::Shared { place, .. }) = *part;
+            self.device.give_again(place);
             let computed = match *part {
-                Repeated::Calls { place, ref calls } => {
-                    self.device.give_again(place);
-                    self.compute_calls(place, calls)
-                }
-                Repeated::Shared { place, layer } => {
-                    self.device.give_again(place);
-                    self.compute_shared(layer, place)
-                }
+                Repeated::Calls { ref calls, .. } => self.compute_calls(place, calls),
+                Repeated::Shared { layer, .. } => self.compute_shared(layer, place),
             };
             if computed.is_err() {
                 self.device.answer_all();

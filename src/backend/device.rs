@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::BackendError;
+use crate::memory::Region;
 
 /// Device memory, given back on drop.
 pub struct DeviceAlloc {
@@ -23,12 +24,14 @@ impl DeviceAlloc {
 /// Host memory that copies run from at the link's speed, as long as this lives.
 pub struct Pinned {
     _owner: Box<dyn Send + Sync>,
+    /// Dropped behind the registration.
+    _memory: Region,
 }
 
 impl Pinned {
-    /// Pinned by `owner`.
-    pub fn new(owner: impl Send + Sync + 'static) -> Pinned {
-        Pinned { _owner: Box::new(owner) }
+    /// Memory that `owner` has pinned.
+    pub fn new(memory: &Region, owner: impl Send + Sync + 'static) -> Pinned {
+        Pinned { _owner: Box::new(owner), _memory: memory.clone() }
     }
 }
 
@@ -52,11 +55,8 @@ pub trait DeviceMemory: Send + Sync {
     /// Allocates memory for `what`.
     fn alloc(&self, bytes: u64, what: &'static str) -> Result<DeviceAlloc, BackendError>;
 
-    /// Pins host memory.
-    ///
-    /// # Safety
-    /// `len` bytes at `addr` stay mapped until the result is dropped.
-    unsafe fn pin(&self, addr: *mut u8, len: usize) -> Result<Pinned, BackendError>;
+    /// Pins host memory, which stays mapped until the result is dropped.
+    fn pin(&self, memory: &Region) -> Result<Pinned, BackendError>;
 
     /// Copies into `slots` slots, ordered with the backend's operations.
     fn copy_engine(&self, slots: usize) -> Result<Arc<dyn CopyEngine>, BackendError>;

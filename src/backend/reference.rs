@@ -4,11 +4,8 @@ use half::{bf16, f16};
 
 use crate::gguf::{TensorType, grids};
 
-/// The types whose rows can be dequantised.
-pub const TYPES: &[TensorType] = &[
-    TensorType::F32,
-    TensorType::F16,
-    TensorType::BF16,
+/// The quantised types, in the order of the kernels' tables.
+pub const QUANTS: [TensorType; 20] = [
     TensorType::Q8_0,
     TensorType::Q4_0,
     TensorType::Q4_1,
@@ -30,6 +27,15 @@ pub const TYPES: &[TensorType] = &[
     TensorType::IQ3_XXS,
     TensorType::IQ3_S,
 ];
+
+/// The types whose rows can be dequantised: floats, and all of [`QUANTS`].
+pub const TYPES: [TensorType; 23] = {
+    let mut all = [TensorType::F32; 23];
+    (all[1], all[2]) = (TensorType::F16, TensorType::BF16);
+    let (_, quants) = all.split_at_mut(3);
+    quants.copy_from_slice(&QUANTS);
+    all
+};
 
 /// The sixteen values of IQ4_NL and IQ4_XS.
 pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];

@@ -18,7 +18,7 @@ use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::{Report, print_line};
 use super::routing::RoutingArg;
-use super::{Failure, ModelArg, Placement, interrupt, outputs, run};
+use super::{Failure, ModelArg, Placement, codes, interrupt, options, outputs, start};
 use crate::backend::{Class, EXACT_ROWS};
 use crate::engine::{Opened, Part, Session};
 use crate::machine;
@@ -164,9 +164,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         return Err(Failure::usage("there is nothing to measure: -p and -n are both 0"));
     }
     interrupt::install()?;
-    let opened = run::open(&args.model, &args.placement)?;
+    let opened = start::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref())])?;
-    let mut options = run::options(&args.placement, KvArg::F16)?;
+    let mut options = options::options(&args.placement, KvArg::F16)?;
     options.sequences += args.parallel.0.iter().max().copied().unwrap_or(1);
     let (kv, threads) = (options.kv_type, options.threads);
     options.timeline |= args.html.is_some();
@@ -183,8 +183,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         Auto::Given(n) => n,
         Auto::Auto => needed,
     };
-    let watch = run::prepare(&args.placement);
-    let mut session = run::start(&opened, options, true, &watch)?;
+    let watch = start::prepare(&args.placement);
+    let mut session = start::start(&opened, options, true, &watch)?;
     let (texts, most) = (session.max_outputs(), session.parts_max());
     if texts > most {
         let why = format!("--parallel {texts}: a pass carries tokens of {most} texts at most");
@@ -217,7 +217,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     // Laps of the storage probe are no part of the run.
     let events = if args.html.is_some() { session.events() } else { Vec::new() };
     if ended.is_ok() {
-        session = session.measure_ceilings().map_err(run::failure)?;
+        session = session.measure_ceilings().map_err(codes::failure)?;
         keep_compute_rate(&session);
     }
     Outcome { args, session, opened, all, peak_rss_bytes, events }.write().and(ended)
@@ -234,13 +234,13 @@ fn measure(
     session.truncate(0);
     let (before, tokens) = tokens.split_at(test.depth);
     if !before.is_empty() {
-        run::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
+        start::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
     }
     let began_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut measured = Measured { test, began_unix_s, ..Measured::default() };
     for round in 0..=repetitions {
         if session.truncate(test.depth) < before.len() {
-            run::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
+            start::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
         }
         if test.generated > 0 && test.texts() == 1 && round > 0 {
             session.start_measuring();
@@ -261,22 +261,22 @@ fn measure(
 /// Evaluates tokens one at a time in `n` texts at once, and waits for the logits of each pass.
 fn at_once(session: &mut Session, n: usize, tokens: &[u32], watch: &Watch) -> Result<(), Failure> {
     let depth = session.position();
-    let forks = (0..n).map(|_| session.fork_at(depth)).collect::<Result<Vec<_>, _>>().map_err(run::failure)?;
+    let forks = (0..n).map(|_| session.fork_at(depth)).collect::<Result<Vec<_>, _>>().map_err(codes::failure)?;
     let evaluated = tokens.iter().try_for_each(|token| {
         let tokens = std::slice::from_ref(token);
         let part = |&seq: &SeqId| Part { seq, class: Class::Exact, tokens, outputs: Outputs::Last };
         let parts: Vec<Part<'_>> = forks.iter().map(part).collect();
-        session.eval_parts(&parts, &|| run::to_stop(watch)).map_err(run::failure)?;
-        session.logits().map(|_| ()).map_err(run::failure)
+        session.eval_parts(&parts, &|| start::to_stop(watch)).map_err(codes::failure)?;
+        session.logits().map(|_| ()).map_err(codes::failure)
     });
-    forks.into_iter().try_for_each(|seq| session.close(seq)).map_err(run::failure)?;
+    forks.into_iter().try_for_each(|seq| session.close(seq)).map_err(codes::failure)?;
     evaluated
 }
 
 /// Evaluates tokens and waits for the logits, as sampling does.
 fn evaluate(session: &mut Session, tokens: &[u32], class: Class, watch: &Watch) -> Result<(), Failure> {
-    run::evaluate(session, tokens, class, Outputs::Last, watch)?;
-    session.logits().map(|_| ()).map_err(run::failure)
+    start::evaluate(session, tokens, class, Outputs::Last, watch)?;
+    session.logits().map(|_| ()).map_err(codes::failure)
 }
 
 /// Keeps how fast processors compute weights, for later plans. A small model says little of others.

@@ -10,7 +10,7 @@ use super::entry::{Entries, Entry};
 use super::failure::say;
 use super::report::{self, Report};
 use super::template::TemplateOptions;
-use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
+use super::{Failure, ModelArg, Placement, Sampling, codes, interrupt, options, outputs, start, text};
 use crate::engine::{Generation, Opened, Request, Sampler, SamplerParams, Saved, Session, StopReason, generate};
 use crate::machine::pressure::Watch;
 use crate::plan::format_bytes;
@@ -73,21 +73,21 @@ const ROOM_FOR_ANSWER: usize = 4;
 /// Reads messages from stdin until it ends or `/exit`.
 pub fn run(args: &ChatArgs) -> Result<(), Failure> {
     args.sampling.params(&SamplerParams::default())?;
-    let opened = run::open(&args.model, &args.placement)?;
+    let opened = start::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
     let (params, notes) = args.sampling.params_for(&opened.gguf.metadata)?;
     notes.iter().for_each(|note| tracing::warn!("{note}"));
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
-    let mut options = run::options(&args.placement, KvArg::F16)?;
+    let mut options = options::options(&args.placement, KvArg::F16)?;
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
     };
     // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
     interrupt::install()?;
-    let watch = run::prepare(&args.placement);
-    let session = run::start(&opened, options, true, &watch)?;
+    let watch = start::prepare(&args.placement);
+    let session = start::start(&opened, options, true, &watch)?;
     let mut chat = Chat {
         args,
         opened: &opened,
@@ -155,7 +155,7 @@ impl Chat<'_> {
         } else {
             report.print();
         }
-        run::write_timeline(&self.args.placement, &mut self.session)
+        start::write_timeline(&self.args.placement, &mut self.session)
     }
 
     fn talk(&mut self) -> Result<(), Failure> {
@@ -209,7 +209,7 @@ impl Chat<'_> {
         let path = std::path::Path::new(name);
         let done = if verb == "/save" { self.save(path) } else { self.load(path) };
         match done {
-            Err(why) if run::to_stop(&self.watch) => {
+            Err(why) if start::to_stop(&self.watch) => {
                 self.refuse(why);
                 self.interrupted()
             }
@@ -225,7 +225,7 @@ impl Chat<'_> {
     }
 
     fn save(&mut self, path: &std::path::Path) -> Result<String, Failure> {
-        let bytes = self.session.save(path, &self.messages, &self.cached, self.prompt).map_err(run::failure)?;
+        let bytes = self.session.save(path, &self.messages, &self.cached, self.prompt).map_err(codes::failure)?;
         Ok(format!(
             "saved: {} messages, {} tokens of the cache, {}",
             self.messages.len(),
@@ -235,14 +235,14 @@ impl Chat<'_> {
     }
 
     fn load(&mut self, path: &std::path::Path) -> Result<String, Failure> {
-        let saved = Saved::open(path).map_err(|e| run::failure(e.into()))?;
+        let saved = Saved::open(path).map_err(|e| codes::failure(e.into()))?;
         self.messages = saved.messages().to_vec();
         self.cached.clear();
         self.told.clear();
         let (tokens, prompt) = saved.tokens();
         let (tokens, n) = (tokens.to_vec(), self.messages.len());
         let watch = &self.watch;
-        Ok(if self.session.load(saved, &|| run::to_stop(watch)).map_err(run::failure)? {
+        Ok(if self.session.load(saved, &|| start::to_stop(watch)).map_err(codes::failure)? {
             (self.cached, self.prompt) = (tokens, prompt);
             format!("loaded: {n} messages, {} tokens of the cache", self.cached.len())
         } else {
@@ -277,7 +277,7 @@ impl Chat<'_> {
     fn answer(&mut self, messages: Vec<Json>) -> Result<(), Failure> {
         let turn = match self.fitting(messages) {
             Ok(turn) => turn,
-            Err(_) if run::to_stop(&self.watch) => {
+            Err(_) if start::to_stop(&self.watch) => {
                 say(TAKEN_BACK);
                 return self.interrupted();
             }
@@ -314,7 +314,7 @@ impl Chat<'_> {
             return Err(Failure::interrupted());
         }
         if let Some(why) = self.watch.reason().filter(|_| !interrupt::interrupted()) {
-            return Err(run::short_of_memory(&why));
+            return Err(start::short_of_memory(&why));
         }
         interrupt::rearm()
     }
@@ -359,9 +359,9 @@ impl Chat<'_> {
     /// What there is to say of the prompt of `messages`, and its tokens. Ends soon after a signal or a shortage of
     /// memory.
     fn rendered(&self, messages: &[Json]) -> Result<(Vec<String>, Vec<u32>), Failure> {
-        let stop = || run::to_stop(&self.watch);
-        let prompt = self.template.prompt_until(messages, None, true, &stop).map_err(run::template_failure)?;
-        run::check_size("the message with what the template adds", prompt.text.len())?;
+        let stop = || start::to_stop(&self.watch);
+        let prompt = self.template.prompt_until(messages, None, true, &stop).map_err(codes::template_failure)?;
+        text::check_size("the message with what the template adds", prompt.text.len())?;
         let tokens = self.opened.tokenizer.encode_rendered_until(&prompt.text, &stop);
         Ok((prompt.notes, tokens.ok_or_else(Failure::interrupted)?))
     }
@@ -390,7 +390,7 @@ impl Chat<'_> {
                 }
             },
         )
-        .map_err(run::failure)?;
+        .map_err(codes::failure)?;
         out.map_or(Ok(()), report::Text::end)?;
         Ok(g)
     }

@@ -1,9 +1,9 @@
 //! `nt completions`.
 
-use clap::{Args, CommandFactory};
+use clap::Args;
 use clap_complete::Shell;
 
-use super::{Cli, Failure};
+use super::Failure;
 
 /// Arguments of `nt completions`.
 #[derive(Debug, Args)]
@@ -13,9 +13,9 @@ pub struct CompletionsArgs {
     shell: Shell,
 }
 
-/// Prints the script.
-pub fn run(args: &CompletionsArgs) -> Result<(), Failure> {
+/// Prints the script for a command line.
+pub fn run(args: &CompletionsArgs, command: &mut clap::Command) -> Result<(), Failure> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "nt", &mut script);
+    clap_complete::generate(args.shell, command, "nt", &mut script);
     std::io::Write::write_all(&mut super::streams::Stdout, &script).map_err(|e| Failure::output("stdout", &e))
 }

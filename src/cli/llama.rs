@@ -316,7 +316,7 @@ mod tests {
     /// What nt has itself is not explained away.
     #[test]
     fn nothing_that_nt_has_is_in_the_list() {
-        for command in super::super::args::Cli::command().get_subcommands() {
+        for command in super::super::Cli::command().get_subcommands() {
             for argument in command.get_arguments() {
                 let names = argument.get_long().map(|l| format!("--{l}")).into_iter();
                 let names: Vec<String> = names.chain(argument.get_short().map(|s| format!("-{s}"))).collect();

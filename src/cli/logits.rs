@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::args::KvArg;
-use super::{Failure, ModelArg, Placement, npy, outputs, run};
+use super::{Failure, ModelArg, Placement, codes, npy, options, outputs, start};
 use crate::backend::{Class, EXACT_ROWS};
 use crate::engine::{EngineError, Opened, Options, Part, Session};
 use crate::machine::pressure::Watch;
@@ -52,7 +52,7 @@ const STDOUT: &str = "/dev/stdout";
 /// Writes the file. The KV cache is F32 unless `--kv` says otherwise.
 pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     super::interrupt::install()?;
-    let opened = run::open(&args.model, &args.placement)?;
+    let opened = start::open(&args.model, &args.placement)?;
     let output = if args.output == Path::new("-") { Path::new(STDOUT) } else { &args.output };
     outputs::check(&opened, &args.placement, &[("-o", Some(output))])?;
     let n_vocab = opened.model.n_vocab;
@@ -60,8 +60,8 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
         return Err(Failure::usage(format!("--tokens: {t} is no token of this vocabulary of {n_vocab}")));
     }
     let parts = parts(args)?;
-    let mut options = run::options(&args.placement, KvArg::F32)?;
-    options.n_ctx = run::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
+    let mut options = options::options(&args.placement, KvArg::F32)?;
+    options.n_ctx = options::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
     options.outputs = Session::outputs_at_once(n_vocab);
     options.sequences = args.sequences.get();
     if options.sequences > 1 {
@@ -69,16 +69,16 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
         options.n_ctx = Pages::of(options.n_ctx).saturating_mul(PAGE).saturating_mul(options.sequences);
     }
     let batch = options.max_batch.min(options.outputs);
-    let watch = run::prepare(&args.placement);
+    let watch = start::prepare(&args.placement);
     let (mut session, hidden) = match args.mtp {
         true => {
             let hidden = hidden(&opened, options.clone(), &args.tokens, &watch)?;
             // Counts of blocks per tier are those of the model.
-            let next = opened.into_next().map_err(run::failure)?;
+            let next = opened.into_next().map_err(codes::failure)?;
             let options = Options { tiers: None, ..options };
-            (run::start(&next, options, false, &watch)?, Some(hidden))
+            (start::start(&next, options, false, &watch)?, Some(hidden))
         }
-        false => (run::start(&opened, options, false, &watch)?, None),
+        false => (start::start(&opened, options, false, &watch)?, None),
     };
     let others = turned(&mut session, args)?;
     let file = safe::create(output).map_err(|e| outputs::failed(output, &e))?;
@@ -86,18 +86,18 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     // A part of the matrix has a header that promises more: it is not left behind.
     let finite =
         write(&from, &mut session, (file, output), n_vocab, &watch).inspect_err(|_| outputs::forget(output))?;
-    run::write_timeline(&args.placement, &mut session)?;
-    finite.map_err(run::failure)
+    start::write_timeline(&args.placement, &mut session)?;
+    finite.map_err(codes::failure)
 }
 
 /// What the block for further tokens reads at each position: the final hidden state of the one before, zeros at the first.
 fn hidden(opened: &Opened, options: Options, tokens: &[u32], watch: &Watch) -> Result<Vec<f32>, Failure> {
     let batch = options.max_batch;
-    let mut session = run::start(opened, options, false, watch)?;
+    let mut session = start::start(opened, options, false, watch)?;
     let (seq, width) = (session.sequence(), session.n_embd());
     let mut hidden = vec![0.0; width];
     for chunk in tokens.chunks(batch) {
-        let rows = session.hidden(seq, chunk, &|| run::to_stop(watch)).map_err(|e| run::stopped(e, watch))?;
+        let rows = session.hidden(seq, chunk, &|| start::to_stop(watch)).map_err(|e| start::stopped(e, watch))?;
         hidden.extend_from_slice(rows);
     }
     hidden.truncate(tokens.len() * width);
@@ -109,7 +109,7 @@ fn turned(session: &mut Session, args: &LogitsArgs) -> Result<Vec<(SeqId, Vec<u3
     let other = |i: usize| {
         let mut tokens = args.tokens.clone();
         tokens.rotate_left(i % args.tokens.len());
-        Ok((session.fork_at(0).map_err(run::failure)?, tokens))
+        Ok((session.fork_at(0).map_err(codes::failure)?, tokens))
     };
     (1..args.sequences.get()).map(other).collect()
 }
@@ -134,10 +134,10 @@ impl Evaluation<'_> {
         (chunk, class, at): (&[u32], Class, usize),
         watch: &Watch,
     ) -> Result<(), Failure> {
-        let (seq, width, stop) = (session.sequence(), session.n_embd(), || run::to_stop(watch));
+        let (seq, width, stop) = (session.sequence(), session.n_embd(), || start::to_stop(watch));
         if let Some(hidden) = self.hidden {
             let hidden = &hidden[at * width..(at + chunk.len()) * width];
-            return session.eval_behind(chunk, hidden, Outputs::All, &stop).map_err(|e| run::stopped(e, watch));
+            return session.eval_behind(chunk, hidden, Outputs::All, &stop).map_err(|e| start::stopped(e, watch));
         }
         let mut parts = vec![Part { seq, class, tokens: chunk, outputs: Outputs::All }];
         parts.extend(self.others.iter().map(|(seq, tokens)| {
@@ -149,7 +149,7 @@ impl Evaluation<'_> {
             && rows <= if class == Class::Exact { EXACT_ROWS } else { session.max_batch() };
         // The first one comes last, so that its logits are those of the last pass.
         let each: Vec<&[Part<'_>]> = if together { vec![&parts] } else { parts.chunks(1).rev().collect() };
-        each.into_iter().try_for_each(|parts| session.eval_parts(parts, &stop)).map_err(|e| run::stopped(e, watch))
+        each.into_iter().try_for_each(|parts| session.eval_parts(parts, &stop)).map_err(|e| start::stopped(e, watch))
     }
 }
 
@@ -187,7 +187,7 @@ fn write(
     for (chunk, class) in chunks {
         from.evaluate(session, (chunk, class, at), watch)?;
         at += chunk.len();
-        npy::write_values(&mut out, session.any_logits().map_err(run::failure)?).map_err(failed)?;
+        npy::write_values(&mut out, session.any_logits().map_err(codes::failure)?).map_err(failed)?;
         finite = finite.and_then(|()| session.check_finite());
     }
     out.flush().map_err(failed)?;

@@ -3,6 +3,8 @@
 mod args;
 mod bench;
 mod chat;
+mod codes;
+mod command;
 mod completions;
 pub mod device;
 mod doctor;
@@ -14,6 +16,7 @@ mod list;
 mod llama;
 mod logits;
 mod npy;
+mod options;
 mod outputs;
 mod page;
 mod perplexity;
@@ -27,18 +30,21 @@ mod run;
 mod selftest;
 mod serve;
 mod stage;
+mod start;
 mod streams;
 mod template;
+mod text;
 mod tokenize;
 mod verify;
 
-pub use args::{Cli, ModelArg, Placement, Sampling};
+pub use args::{ModelArg, Placement, Sampling};
+pub use command::Cli;
 pub use failure::Failure;
 
 use std::process::ExitCode;
 
-use args::Command;
 use clap::{CommandFactory, FromArgMatches};
+use command::{Command, taking_negatives};
 use nix::sys::resource::{Resource, getrlimit};
 
 /// Stack of the thread that everything starts from.
@@ -64,7 +70,7 @@ pub fn main() -> ExitCode {
 
 /// Parses and runs a command.
 fn command() -> ExitCode {
-    let parsed = args::taking_negatives(Cli::command()).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
+    let parsed = taking_negatives(Cli::command()).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
     let mut cli = match parsed {
         Ok(cli) => cli,
         Err(e) => match llama::explained(std::env::args_os()) {
@@ -96,7 +102,7 @@ fn command() -> ExitCode {
         Command::Device(args) => device::run(args),
         Command::Probe(args) => probe::run(&args),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Completions(args) => completions::run(&args),
+        Command::Completions(args) => completions::run(&args, &mut Cli::command()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::unistd::{AccessFlags, eaccess};
 
-use super::{Failure, Placement, run};
+use super::{Failure, Placement, options};
 use crate::engine::Opened;
 use crate::storage::safe;
 
@@ -21,7 +21,7 @@ type Identity = (u64, u64, Option<OsString>);
 /// With exit code 2 if one is a file of the model or a copy of it, a block device, or the file of another option, or
 /// cannot be written.
 pub(super) fn check(opened: &Opened, placement: &Placement, others: &[(&str, Option<&Path>)]) -> Result<(), Failure> {
-    let copies = run::named_places(placement)?;
+    let copies = options::named_places(placement)?;
     let model = opened.gguf.shards.iter().map(|s| &s.path).chain(&copies);
     let model: Vec<Identity> = model.filter_map(|path| identity(path)).collect();
     let outputs = [("--timeline", placement.timeline.as_deref())];

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::args::{Auto, KvArg};
 use super::report::requant_json;
-use super::{Failure, ModelArg, Placement, outputs, run};
+use super::{Failure, ModelArg, Placement, codes, options, outputs, start, text};
 use crate::backend::Class;
 use crate::engine::{Opened, Options, Session, argmax};
 use crate::machine::pressure::Watch;
@@ -50,10 +50,10 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     if args.chunks == 0 {
         return Err(Failure::usage("--chunks 0 scores nothing; a number from 1, or -1 for all, was expected"));
     }
-    let opened = run::open(&args.model, &args.placement)?;
+    let opened = start::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[])?;
     let tokenizer = &opened.tokenizer;
-    let text = run::read_text(&args.file)?;
+    let text = text::read_text(&args.file)?;
     let mut tokens = tokenizer.encode_text(&text);
     // Until here nothing asks whether to stop, and nothing is half done: a signal ends the process.
     super::interrupt::install()?;
@@ -72,26 +72,26 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
             2 * n_ctx
         )));
     }
-    let mut options = run::options(&args.placement, KvArg::F16)?;
+    let mut options = options::options(&args.placement, KvArg::F16)?;
     options.n_ctx = n_ctx;
     options.outputs = Session::outputs_at_once(opened.model.n_vocab);
     if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
         tokens.chunks_exact_mut(n_ctx).for_each(|chunk| chunk[0] = bos);
     }
-    let watch = run::prepare(&args.placement);
+    let watch = start::prepare(&args.placement);
     let mut n_chunks = (tokens.len() / n_ctx).min(args.chunks);
     let mut before = None;
     if args.kl {
         n_chunks = n_chunks.min(kept_chunks(&options, &opened)?);
         let plain = Options { requant: None, repeat: None, ..options.clone() };
-        let mut session = run::start(&opened, plain, false, &watch)?;
+        let mut session = start::start(&opened, plain, false, &watch)?;
         let mut kept = Vec::new();
         let text = Text { tokens: &tokens, n_ctx, n_chunks };
         let (scored, ended) = text.score(&mut session, &watch, &mut |row, _| kept.extend_from_slice(row));
         ended?;
         before = Some((scored, kept));
     }
-    let mut session = run::start(&opened, options, false, &watch)?;
+    let mut session = start::start(&opened, options, false, &watch)?;
     let text = Text { tokens: &tokens, n_ctx, n_chunks };
     let mut kl = Divergence::default();
     let (scored, ended) = text.score(&mut session, &watch, &mut |row, i| {
@@ -130,7 +130,7 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
         out
     };
     super::report::print_line(&line)?;
-    ended.and(run::write_timeline(&args.placement, &mut session))
+    ended.and(start::write_timeline(&args.placement, &mut session))
 }
 
 /// Chunks whose logits are kept at once.
@@ -194,12 +194,12 @@ impl Text<'_> {
             session.truncate(0);
             for (c, part) in chunk.chunks(batch).enumerate() {
                 let start = c * batch;
-                if let Err(e) = run::evaluate(session, part, Class::Bulk, Outputs::All, watch) {
+                if let Err(e) = start::evaluate(session, part, Class::Bulk, Outputs::All, watch) {
                     return (whole, Err(e));
                 }
                 let logits = match session.logits() {
                     Ok(logits) => logits,
-                    Err(e) => return (whole, Err(run::failure(e))),
+                    Err(e) => return (whole, Err(codes::failure(e))),
                 };
                 for (i, row) in logits.chunks_exact(n_vocab).enumerate() {
                     let at = start + i;

@@ -10,7 +10,7 @@ use super::args::{Auto, KvArg};
 use super::page;
 use super::report::{print_line, requant_json};
 use super::routing::RoutingArg;
-use super::{Failure, ModelArg, Placement, outputs, run};
+use super::{Failure, ModelArg, Placement, codes, options, outputs, start, text};
 use crate::backend::{BackendError, BackendKind};
 use crate::engine::{
     Change, Forecast, Opened, Options, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
@@ -70,7 +70,7 @@ const PROMPT_DEFAULT: usize = 512;
 
 /// Plans and prints.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let opened = run::open(&args.model, &args.placement)?;
+    let opened = start::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[("--html", args.html.as_deref()), ("--save", args.save.as_deref())])?;
     let mut machine = machine(args.machine.as_deref(), &opened)?;
     let given = |gb_per_s: f64| Rate { gb_per_s, measured: false, source: "as given".into() };
@@ -80,7 +80,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     if let (Some(storage), Some(gb)) = (&mut machine.storage, args.drive) {
         storage.read = given(gb);
     }
-    let mut options = run::options(&args.placement, KvArg::F16)?;
+    let mut options = options::options(&args.placement, KvArg::F16)?;
     options.routing = args.routing.as_ref().map(|r| r.of(&opened)).transpose()?;
     let routing = options.routing.as_ref().map_or_else(|| "each expert as likely".into(), |r| r.describe());
     let trained = opened.model.hparams.n_ctx_reach;
@@ -101,7 +101,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         tracing::warn!("{beyond}");
     }
     let forecast = Forecast::new(&opened.model, &machine, &options, n_prompt.max(1))
-        .map_err(|e| run::refusal(e, &opened, || machine.clone(), &options))?;
+        .map_err(|e| codes::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
     // Of a plan that is made again, its own type counts.
     let before = forecast.requant.as_ref().map(|_| {
@@ -184,7 +184,7 @@ fn machine(given: Option<&str>, opened: &Opened) -> Result<Machine, Failure> {
         let names = PROFILES.map(|p| p.0).join(", ");
         return Err(Failure::usage(format!("--machine {given}: no such file; give a TOML file or one of {names}")));
     }
-    let text = run::read_text(Path::new(given))?;
+    let text = text::read_text(Path::new(given))?;
     Machine::parse(&text).map_err(|e| Failure::usage(format!("--machine {given}: {e}")))
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{Failure, run};
+use super::{Failure, text};
 use crate::engine::{Opened, mixture};
 use crate::model::{ForcedRouting, Routes};
 
@@ -43,7 +43,7 @@ impl RoutingArg {
             RoutingArg::Uniform => ForcedRouting::new(mixture, Routes::Uniform, SEED),
             RoutingArg::Zipf(s) => ForcedRouting::new(mixture, Routes::Zipf(*s), SEED),
             RoutingArg::Trace(path) => {
-                let text = run::read_text(path)?;
+                let text = text::read_text(path)?;
                 ForcedRouting::parse_trace(&text, mixture.used)
                     .and_then(|routes| ForcedRouting::new(mixture, routes, SEED))
             }

@@ -10,7 +10,7 @@ use super::args::{Auto, KvArg};
 use super::failure::say;
 use super::report::Report;
 use super::template::TemplateOptions;
-use super::{Failure, ModelArg, Placement, Sampling, interrupt, outputs, run};
+use super::{Failure, ModelArg, Placement, Sampling, interrupt, options, outputs, start};
 use crate::backend::EXACT_ROWS;
 use crate::engine::{Opened, SamplerParams};
 use crate::plan::parse_size;
@@ -145,7 +145,7 @@ fn body_size(text: &str) -> Result<u64, String> {
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     args.sampling.params(&SamplerParams::default())?;
     let keys = args.api_key_file.as_deref().map(keys).transpose()?.unwrap_or_default();
-    let opened = run::open(&args.model, &args.placement)?;
+    let opened = start::open(&args.model, &args.placement)?;
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
     let (defaults, notes) = args.sampling.params_for(&opened.gguf.metadata)?;
@@ -153,7 +153,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let template = args.template.open(&opened.gguf.metadata, &opened.tokenizer)?;
     let tool_use = opened.gguf.metadata.str("tokenizer.chat_template.tool_use").unwrap_or("");
     let template_source = format!("{}{tool_use}", template.source());
-    let mut options = run::options(&args.placement, KvArg::F16)?;
+    let mut options = options::options(&args.placement, KvArg::F16)?;
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),
@@ -203,8 +203,8 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
 /// Loads the model and answers requests.
 fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> Result<(), Failure> {
     let opened = &server.served().opened;
-    let watch = run::prepare(&args.placement);
-    let mut session = run::start(opened, options, true, &watch)?;
+    let watch = start::prepare(&args.placement);
+    let mut session = start::start(opened, options, true, &watch)?;
     let report = Report::new(&session, opened);
     let _ = server.served().session.set(report.session_json());
     report.print();
@@ -212,9 +212,9 @@ fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> 
     let most = if opened.model.hparams.recurrent.is_some() { PARALLEL_RECURRENT } else { PARALLEL_DEFAULT };
     let slots = args.parallel.given().unwrap_or_else(|| session.parts_max().min(most));
     let cut_off = server.serve(&mut session, slots, &interrupt::interrupted, &|| watch.tripped());
-    run::write_timeline(&args.placement, &mut session)?;
+    start::write_timeline(&args.placement, &mut session)?;
     match watch.reason() {
-        Some(why) if !interrupt::interrupted() => Err(run::short_of_memory(&why)),
+        Some(why) if !interrupt::interrupted() => Err(start::short_of_memory(&why)),
         _ if cut_off => Err(Failure::interrupted()),
         _ => Ok(()),
     }

@@ -50,7 +50,7 @@ pub fn run(args: &StageArgs) -> Result<(), Failure> {
             stage(args, &sources, &|i, source: &Source| source.head(starts[i]).map_err(|e| e.to_string()))
         }
         Some(ty) => {
-            let files = engine::smaller_files(&gguf, sources, ty, machine::n_cpus()).map_err(super::run::failure)?;
+            let files = engine::smaller_files(&gguf, sources, ty, machine::n_cpus()).map_err(super::codes::failure)?;
             stage(args, &files, &|_, file: &SmallerFile| Ok(file.header().to_vec()))
         }
     }

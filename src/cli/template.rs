@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value as Json;
 
 use super::args::OverrideArgs;
-use super::{Failure, ModelArg, report, run};
+use super::{Failure, ModelArg, codes, report, text};
 use crate::gguf::{Gguf, Metadata};
 use crate::tokenizer::{ChatTemplate, Tokenizer, TokenizerError};
 
@@ -57,15 +57,15 @@ impl TemplateOptions {
             Some("default") => ChatTemplate::from_metadata(metadata, tokenizer),
             Some(given) => match ChatTemplate::from_name(metadata, tokenizer, given) {
                 Err(TokenizerError::UnknownTemplate { .. }) if Path::new(given).exists() => {
-                    let source = run::read_text(Path::new(given))?;
+                    let source = text::read_text(Path::new(given))?;
                     ChatTemplate::for_model(&source, tokenizer)
                 }
                 other => other,
             },
         };
-        let mut template = template.map_err(run::template_failure)?;
+        let mut template = template.map_err(codes::template_failure)?;
         for (name, value) in &self.template_var {
-            template.set_variable(name, value.clone()).map_err(run::template_failure)?;
+            template.set_variable(name, value.clone()).map_err(codes::template_failure)?;
         }
         template.notes().iter().for_each(|note| tracing::warn!("{note}"));
         Ok(template)
@@ -107,7 +107,7 @@ pub fn run(args: &TemplateArgs) -> Result<(), Failure> {
     }
     let tools = args.tools.as_deref().map(|path| list(path, "tools")).transpose()?;
     let prompt = template.prompt(&messages, tools.as_deref(), !args.no_generation_prompt);
-    let prompt = prompt.map_err(run::template_failure)?;
+    let prompt = prompt.map_err(codes::template_failure)?;
     prompt.notes.iter().for_each(|note| tracing::warn!("{note}"));
     if tools.is_some_and(|tools| !tools.is_empty()) {
         let without = template.prompt(&messages, None, !args.no_generation_prompt);
@@ -128,7 +128,7 @@ fn other_part(content: &Json) -> Option<String> {
 /// The JSON list in a file.
 fn list(path: &Path, of: &str) -> Result<Vec<Json>, Failure> {
     let file = path.display();
-    match serde_json::from_str(&run::read_text(path)?) {
+    match serde_json::from_str(&text::read_text(path)?) {
         Ok(Json::Array(items)) => Ok(items),
         Ok(_) => Err(Failure::usage(format!("{file}: a JSON list of {of} was expected"))),
         Err(e) => Err(Failure::usage(format!("{file} is not JSON: {e}"))),

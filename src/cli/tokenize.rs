@@ -41,7 +41,7 @@ pub fn run(args: &TokenizeArgs) -> Result<(), Failure> {
     }
     let text = match (&args.text, &args.file) {
         (Some(t), _) => t.clone(),
-        (None, Some(f)) => super::run::read_text(f)?,
+        (None, Some(f)) => super::text::read_text(f)?,
         (None, None) => String::new(),
     };
     let ids = tokenizer.encode(&text, !args.no_special, !args.no_special);

@@ -3,7 +3,8 @@
 use clap::Args;
 
 use super::args::ReaderArg;
-use super::run::{failure, places, reader_kind};
+use super::codes::failure;
+use super::options::{places, reader_kind};
 use super::{Failure, ModelArg, report};
 use crate::engine::{self, Verified};
 use crate::plan::format_bytes;

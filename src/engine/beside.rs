@@ -1,27 +1,16 @@
 //! Which units processors next to a device compute from RAM.
 
-use super::Options;
 use super::hits::slot_hits;
 use super::reuse::share_beside_slots;
 use super::sizes::unit_sizes;
 use super::steps::schedule;
 use super::weights::Beside;
+use super::{Options, Sites};
 use crate::backend::{Class, Share, SlotsAt};
 use crate::flow::Step;
 use crate::memory::Region;
 use crate::model::{Model, UnitKind};
 use crate::plan::{self, Costs, Home, Plan, SiteRates, UnitWork, assign};
-
-/// Which sites compute where a device has memory of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sites {
-    /// The device, and processors beside it where that is faster.
-    Auto,
-    /// The device alone: a text does not depend on where weights rest.
-    One,
-    /// Both: processors compute whatever they can of what rests in RAM, if that is faster or not.
-    Both,
-}
 
 /// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, or an expert.
 fn computable(model: &Model) -> Vec<bool> {
@@ -86,7 +75,8 @@ pub(super) fn beside(
         let streams = |u: usize| plan.homes[u] != Home::A && !rests(u);
         schedule(model, &streams)
     };
-    let address = |(region, chosen): (&Option<Region>, &bool)| region.filter(|_| *chosen).map(|r| r.addr() as u64);
+    let address =
+        |(region, chosen): (&Option<Region>, &bool)| region.as_ref().filter(|_| *chosen).map(|r| r.addr() as u64);
     let steps = [steps(Class::Exact), steps(Class::Bulk)];
     Beside {
         units: in_ram.iter().zip(chosen).map(address).collect(),
@@ -141,7 +131,7 @@ impl Division {
     pub fn new(model: &Model, plan: &Plan, options: &Options, rates: &dyn Fn() -> SiteRates) -> Option<Division> {
         let units = choose(model, plan, options.sites, rates)?;
         // A timeline shows each expert: then each is computed by itself.
-        let hits = || slot_hits(model, plan, options.routing.as_deref());
+        let hits = || slot_hits(model, plan, options);
         let given = options.repeat.as_ref().and_then(|r| r.slot_share());
         let share = if options.timeline { None } else { given.or_else(|| share(model, &units, rates, hits())) };
         Some(Division::of(model, plan, units, share))

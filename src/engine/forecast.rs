@@ -4,12 +4,12 @@
 use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of, slot_hits};
-use super::repeat::{Recipe, steady};
+use super::repeat::steady;
 use super::requant::{RequantReport, settled};
 use super::sizes::unit_sizes;
 use super::start::{Sizes, dims, make_plan, planned_room, requantised, slots_or_not, weights_room};
 use super::works::works;
-use super::{EngineError, ExpertSlots, Options, Sites};
+use super::{EngineError, ExpertSlots, LackError, Options, Recipe, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, KvShape, MemoryUse};
@@ -103,7 +103,8 @@ impl Forecast {
         let options = &match &options.repeat {
             Some(recipe) => recipe.applied(model, options)?,
             None => options.clone(),
-        };
+        }
+        .with_curve(model);
         let requant = requantised(model, options)?;
         let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
         // Of a model that is requantised, what units are follows from their homes.
@@ -155,7 +156,7 @@ impl Forecast {
         let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
         let recipe = Recipe::new(file, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
-        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options.routing.as_deref()));
+        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
         let caching = caching(model, &plan, options.routing.as_ref());
@@ -506,7 +507,7 @@ fn site(model: &Model, machine: &Machine, options: &Options) -> Result<Site, Eng
         (BackendKind::Cpu, ..) | (BackendKind::Auto, None, _) | (BackendKind::Auto, _, Some(_)) => Ok(Site::Cpu),
         (_, Some(_), None) => Ok(Site::Gpu),
         (BackendKind::Cuda, Some(_), Some(why)) => Err(why.into()),
-        (BackendKind::Cuda, None, _) => Err(EngineError::Memory(format!("{} has no GPU", machine.name))),
+        (BackendKind::Cuda, None, _) => Err(LackError::Gpu { machine: machine.name.clone() }.into()),
     }
 }
 

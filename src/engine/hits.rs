@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::reuse::HitCurve;
+use super::Options;
 use super::sizes::unit_sizes;
 use crate::model::{ForcedRouting, Mixture, Model, Routes, UnitKind};
 use crate::plan::{Cache, Caching, Home, Plan, SimCache, hit_rates};
@@ -41,13 +41,13 @@ pub(super) fn hit_rates_of(model: &Model, plan: &Plan, routing: Option<&ForcedRo
 
 /// The share of uses that slots of a device are expected to have there, the mean over layers; `None` without slots. Where no routing
 /// is given, what is known of the model's choices; where nothing is, as if each expert were as likely.
-pub(super) fn slot_hits(model: &Model, plan: &Plan, routing: Option<&ForcedRouting>) -> Option<f64> {
+pub(super) fn slot_hits(model: &Model, plan: &Plan, options: &Options) -> Option<f64> {
     let blocks = routed(model);
     let number = |c: &Cache| blocks.iter().position(|b| b.0 == c.block).unwrap_or(0);
     let numbers: Vec<usize> = plan.device_caches.iter().map(number).collect();
-    let rates = match (routing, HitCurve::known(model)) {
+    let rates = match (options.routing.as_deref(), &options.curve) {
         (None, Some(curve)) => plan.device_caches.iter().map(|c| curve.hits(c.slots, c.experts)).collect(),
-        _ => hit_rates(&plan.device_caches, &numbers, routing, &|_, _| true),
+        (routing, _) => hit_rates(&plan.device_caches, &numbers, routing, &|_, _| true),
     };
     // In steps of a fiftieth, so that a plan does not change with each run that a curve grows by.
     let mean = || rates.iter().sum::<f64>() / rates.len() as f64;

@@ -4,84 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::backend::{BackendError, reference};
-use crate::gguf::{Gguf, GgufError, TensorInfo};
-use crate::memory::ArenaError;
-use crate::model::{ForwardError, Model, ModelError, Overrides, check_divisors};
-use crate::plan::PlanError;
-use crate::storage::StorageError;
-use crate::storage::bind::DeviceError;
-use crate::storage::image::ImageError;
-use crate::tokenizer::{Tokenizer, TokenizerError};
-
-/// Why a session cannot start or go on.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The file.
-    #[error(transparent)]
-    Gguf(#[from] GgufError),
-    /// The model in it.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// Its tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
-    /// The limits.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// A plan that was to be made again.
-    #[error("plan {id} cannot be repeated: {why}")]
-    Repeat {
-        /// The plan's id.
-        id: String,
-        /// Why.
-        why: String,
-    },
-    /// Memory that the plan counted on.
-    #[error("{0}")]
-    Memory(String),
-    /// Memory that the system refuses.
-    #[error(transparent)]
-    Arena(#[from] ArenaError),
-    /// What `--tier-c` names.
-    #[error("{0}")]
-    Copy(String),
-    /// The staged drive that it names.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// The bound drive that it names.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The backend.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// Reading weights.
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-    /// What a session was asked for.
-    #[error(transparent)]
-    Request(#[from] super::session::RequestError),
-    /// Sequences and their pages.
-    #[error(transparent)]
-    State(#[from] crate::state::StateError),
-    /// A conversation in a file.
-    #[error(transparent)]
-    Saved(#[from] super::saved::SavedError),
-    /// A pass.
-    #[error(transparent)]
-    Forward(#[from] ForwardError),
-    /// What a text is held to.
-    #[error(transparent)]
-    Constraint(#[from] super::constraint::ConstraintError),
-    /// A pass whose numbers are not all finite.
-    #[error("the numbers of this pass are not finite: {what}; {cure}")]
-    NotFinite {
-        /// Where the computation stops being finite.
-        what: String,
-        /// What may help.
-        cure: String,
-    },
-}
+use super::EngineError;
+use crate::backend::reference;
+use crate::gguf::{Gguf, TensorInfo};
+use crate::model::{Model, ModelError, Overrides, check_divisors};
+use crate::tokenizer::Tokenizer;
 
 /// A model's header, tokenizer and structure.
 #[derive(Debug)]

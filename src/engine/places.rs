@@ -4,14 +4,13 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::EngineError;
-use super::source::{fail, not_bound};
+use super::error::{CopyError, Differs, EngineError, NoCopy};
 use super::staged::Image;
 use crate::gguf::Gguf;
 use crate::storage::Part;
-use crate::storage::extents::Manifest;
 use crate::storage::guard::node::{Node, Number};
 use crate::storage::guard::{Controller, Host, sysfs};
+use crate::storage::manifest::Manifest;
 use crate::storage::safe;
 
 /// Where a copy of the model lies that the kernel reads.
@@ -56,32 +55,28 @@ pub(super) fn locate(host: &Host, gguf: &Gguf, target: &Path) -> Result<Located,
                 on_drive: false,
                 manifests: Vec::new(),
             }),
-            Some(gone) => Err(fail(format!("auto: {} is not there", gone.path.display()))),
+            Some(gone) => Err(CopyError::Gone(gone.path.clone()).into()),
         };
     }
     if let Some(drive) = kernel_drive(host, &name)? {
-        let why = match copy_on_drive(host, &drive, gguf) {
+        let source = match copy_on_drive(host, &drive, gguf) {
             Ok(paths) => {
                 return Ok(Located { parts: whole(paths), on_drive: true, manifests: Vec::new() });
             }
-            Err(why) => why,
+            Err(source) => source,
         };
         let mut unstaged = Vec::new();
         for namespace in sysfs::namespaces(host, &drive, &name) {
             let path = PathBuf::from(format!("/dev/{}", namespace.whole.name));
             match Image::on_namespace(host, namespace) {
                 Ok(image) => return on_image(&image, (&path, namespace.whole.number.parse().ok()), gguf, true),
-                Err(e) => unstaged.push(format!("{}: {e}", path.display())),
+                Err(e) => unstaged.push((path, e)),
             }
         }
-        return Err(fail(format!(
-            "--tier-c {name}: {why}; {}; and {} to read a model recorded there",
-            unstaged.join("; "),
-            not_bound(&name)
-        )));
+        return Err(CopyError::NotOnDrive { name: name.into_owned(), source, unstaged }.into());
     }
     if !target.exists() {
-        return Err(fail(format!("--tier-c {name}: no such drive, file or directory")));
+        return Err(CopyError::NoSuchPlace(name.into_owned()).into());
     }
     if !target.is_dir()
         && let Ok(image) = Image::on_node(target)
@@ -102,22 +97,20 @@ fn on_image(
     let mut located = Located { parts: Vec::new(), manifests: Vec::new(), on_drive };
     for (i, shard) in gguf.shards.iter().enumerate() {
         let found = image.recorded(&shard.path, gguf.data_start(i))?;
-        let differs = |what: &str| {
-            let (path, node) = (shard.path.display(), node.display());
-            fail(format!("{path} has another {what} than what was staged under its name on {node}; it is no copy"))
-        };
+        let differs =
+            |what| EngineError::from(CopyError::OtherStaged { own: shard.path.clone(), what, node: node.into() });
         if found.manifest.size != shard.len {
-            return Err(differs("length"));
+            return Err(differs(Differs::Length));
         }
         let mut own = vec![0; found.header.len()];
         if let Ok(mut file) = safe::open(&shard.path) {
-            file.read_exact(&mut own).map_err(|e| fail(format!("{}: {e}", shard.path.display())))?;
+            file.read_exact(&mut own).map_err(io(&shard.path))?;
             if own != found.header {
-                return Err(differs("header"));
+                return Err(differs(Differs::Header));
             }
         }
         let &[(0, start, _)] = &found.manifest.extents[..] else {
-            return Err(fail(format!("{} lies in several pieces on {}", found.manifest.file, node.display())));
+            return Err(CopyError::Pieces { file: found.manifest.file, node: node.into() }.into());
         };
         let within = Some((start, found.manifest.size));
         located.parts.push(Part { path: node.into(), within, node: number.map(Node::Block) });
@@ -126,16 +119,21 @@ fn on_image(
     Ok(located)
 }
 
+/// The error of a file that cannot be read.
+fn io(path: &Path) -> impl Fn(std::io::Error) -> EngineError + '_ {
+    |source| CopyError::Io { path: path.into(), source }.into()
+}
+
 /// The kernel's NVMe drive of that name, if it is one.
 fn kernel_drive(host: &Host, name: &str) -> Result<Option<Controller>, EngineError> {
-    let all = sysfs::controllers(host).map_err(|e| fail(e.to_string()))?;
+    let all = sysfs::controllers(host).map_err(CopyError::from)?;
     Ok(sysfs::find(host, &all, name).cloned())
 }
 
 /// The model's files on a mounted file system of the drive: its own if they lie there, else files
 /// of the same names and lengths at the top of one.
-fn copy_on_drive(host: &Host, drive: &Controller, gguf: &Gguf) -> Result<Vec<PathBuf>, String> {
-    let text = host.read("/proc/self/mountinfo").map_err(|e| e.to_string())?;
+fn copy_on_drive(host: &Host, drive: &Controller, gguf: &Gguf) -> Result<Vec<PathBuf>, NoCopy> {
+    let text = host.read("/proc/self/mountinfo")?;
     let mut folders: Vec<PathBuf> =
         gguf.shards.first().and_then(|s| s.path.parent()).map(Path::to_path_buf).into_iter().collect();
     let mut mounts = Vec::new();
@@ -147,7 +145,7 @@ fn copy_on_drive(host: &Host, drive: &Controller, gguf: &Gguf) -> Result<Vec<Pat
         }
     }
     if mounts.is_empty() {
-        return Err("no file system on it is mounted".into());
+        return Err(NoCopy::NotMounted);
     }
     folders.extend(mounts.iter().cloned());
     let here = |p: &PathBuf| {
@@ -163,7 +161,7 @@ fn copy_on_drive(host: &Host, drive: &Controller, gguf: &Gguf) -> Result<Vec<Pat
         }
     }
     let points = mounts.iter().map(|m| m.display().to_string()).collect::<Vec<_>>().join(", ");
-    Err(format!("no copy of the model lies on it or at the top of {points}"))
+    Err(NoCopy::NotThere(points))
 }
 
 /// A path of `mountinfo`, where white space and backslashes are octal.
@@ -188,22 +186,13 @@ fn copy_paths(gguf: &Gguf, copy: &Path) -> Result<Vec<PathBuf>, EngineError> {
             Some(name) if copy.is_dir() => copy.join(name),
             _ if gguf.shards.len() == 1 => copy.to_path_buf(),
             _ => {
-                return Err(fail(format!(
-                    "{}: a directory with all {} shards was expected",
-                    copy.display(),
-                    gguf.shards.len()
-                )));
+                return Err(CopyError::NoFolder { copy: copy.into(), shards: gguf.shards.len() }.into());
             }
         };
-        let (len, is_device) = length(&path).map_err(|e| fail(format!("{}: {e}", path.display())))?;
+        let (len, is_device) = length(&path).map_err(io(&path))?;
         // A device has whole sectors.
         if len < shard.len || !is_device && len != shard.len {
-            return Err(fail(format!(
-                "{} has {len} bytes, but {} has {}; it is no copy",
-                path.display(),
-                shard.path.display(),
-                shard.len
-            )));
+            return Err(CopyError::OtherLength { copy: path, len, own: shard.path.clone(), expected: shard.len }.into());
         }
         same_start(&shard.path, &path, gguf.data_start(paths.len()))?;
         paths.push(path);
@@ -219,10 +208,10 @@ fn same_start(own: &Path, copy: &Path, len: u64) -> Result<(), EngineError> {
     let start = |path: &Path| {
         let mut bytes = Vec::new();
         let read = safe::open(path).and_then(|f| f.take(len).read_to_end(&mut bytes));
-        read.map(|_| bytes).map_err(|e| fail(format!("{}: {e}", path.display())))
+        read.map(|_| bytes).map_err(io(path))
     };
     if start(own)? == start(copy)? {
         return Ok(());
     }
-    Err(fail(format!("{} has another header than {}; it is no copy", copy.display(), own.display())))
+    Err(CopyError::OtherHeader { copy: copy.into(), own: own.into() }.into())
 }

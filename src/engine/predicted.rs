@@ -110,7 +110,7 @@ impl Session {
 
     /// The plan and the division as the simulator sees them.
     fn living(&self) -> (Plan, Option<Division>) {
-        let hits = slot_hits(&self.model, &self.plan, self.options.routing.as_deref());
+        let hits = slot_hits(&self.model, &self.plan, &self.options);
         as_living(&self.model, &self.plan, self.division(), hits)
     }
 

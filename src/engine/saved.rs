@@ -14,11 +14,11 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use super::{EngineError, Session};
+use super::{EngineError, RequestError, SavedError, Session};
 use crate::backend::Class;
 use crate::model::Outputs;
 use crate::state::{PAGE, Pages};
-use crate::storage::extents::crc32c;
+use crate::storage::checksum::crc32c;
 
 /// The first bytes of such a file, and the version of what follows.
 const MAGIC: &[u8; 16] = b"nt conversation\n";
@@ -40,30 +40,6 @@ struct Description {
     /// The type of the cache; files of earlier versions do not say it.
     #[serde(default)]
     kv: Option<String>,
-}
-
-/// Why a conversation could not be saved or loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum SavedError {
-    /// The file system.
-    #[error("the conversation {path} cannot be read or written: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// The system's words.
-        source: std::io::Error,
-    },
-    /// A file that is there and is something else.
-    #[error("{0} is there and is no conversation that nt saved: it is not replaced")]
-    InTheWay(String),
-    /// Not such a file, or a damaged one.
-    #[error("{path} is no conversation that nt saved: {what}")]
-    Damaged {
-        /// The file.
-        path: String,
-        /// What is wrong.
-        what: String,
-    },
 }
 
 /// A conversation that was read from a file.
@@ -163,7 +139,7 @@ impl Session {
     /// If another file is in the way, it cannot be written, or pages cannot be read.
     pub fn save(&mut self, path: &Path, messages: &[Json], tokens: &[u32], prompt: usize) -> Result<u64, EngineError> {
         if self.pages.recurrent() {
-            return Err(super::session::RequestError::NotKept.into());
+            return Err(RequestError::NotKept.into());
         }
         let name = path.display().to_string();
         let io = |source| SavedError::Io { path: name.clone(), source: own_words(source) };

@@ -1,11 +1,11 @@
 //! A model that is ready to compute: plan carried out, resident units loaded, ring turning.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{EngineError, Links, Recipe, Sites, reuse};
+use super::{EngineError, Links, Options, Recipe, RequestError, reuse};
 use smallvec::SmallVec;
 
 use crate::backend::quantise::quantise;
@@ -19,112 +19,9 @@ use crate::model::{
     forward,
 };
 use crate::pipeline::{Event, EventKind, StreamError};
-use crate::plan::{Cache, Home, Plan, Tiers};
+use crate::plan::{Cache, Home, Plan};
 use crate::state::{Pages, SeqId, StateOp};
-use crate::storage::{FileId, ReaderKind};
-
-/// What a session is started with.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Where operations run.
-    pub backend: BackendKind,
-    /// Bytes to take of a GPU's memory, everything counted; `None` for what is free, less a margin.
-    pub vram: Option<u64>,
-    /// Which sites compute, where the backend is a device with memory of its own.
-    pub sites: Sites,
-    /// Threads that compute.
-    pub threads: usize,
-    /// Bytes that weights may take in RAM; `None` for what the machine can spare.
-    pub ram: Option<u64>,
-    /// Whether weights may stay on storage.
-    pub storage: bool,
-    /// Where to read weights from: a drive, or copies of the model (files or directories); none for
-    /// where it lies.
-    pub copies: Vec<PathBuf>,
-    /// How storage is read.
-    pub reader: ReaderKind,
-    /// Compare each read with what is recorded of the model, not only the first from a bound drive.
-    pub verify: bool,
-    /// Element type of the KV cache.
-    pub kv_type: TensorType,
-    /// Sequences that may have tokens at once, where each has a recurrent state.
-    pub sequences: usize,
-    /// Whether experts that stay on storage may have caches in RAM.
-    pub caches: bool,
-    /// Whether a device keeps experts that live in RAM in slots, the last used, in place of some that live in its memory.
-    pub expert_slots: ExpertSlots,
-    /// The experts that tokens choose, in place of their routers' choices; for benchmarks and predictions.
-    pub routing: Option<Arc<ForcedRouting>>,
-    /// Slots of the ring; `None` to choose.
-    pub n_buffers: Option<usize>,
-    /// Whether experts may have more frames on a device than that, so that a prompt's are brought while its attention is computed.
-    pub more_frames: bool,
-    /// Counts of blocks per tier; `None` to choose.
-    pub tiers: Option<Tiers>,
-    /// Tiers one after the other instead of interleaved, where their counts are given.
-    pub stacked: bool,
-    /// Positions of the KV cache.
-    pub n_ctx: usize,
-    /// Tokens a pass may carry.
-    pub max_batch: usize,
-    /// Rows of logits a pass may ask for.
-    pub outputs: usize,
-    /// The type that larger matrices get while they are loaded; `None` to leave all as the file has them.
-    pub requant: Option<TensorType>,
-    /// Keep a timeline.
-    pub timeline: bool,
-    /// The plan to make again, in place of one by the limits above.
-    pub repeat: Option<Arc<Recipe>>,
-}
-
-impl Options {
-    /// Tokens of a pass unless told: results do not depend on how a prompt is cut.
-    pub const BATCH: usize = 512;
-    /// Most tokens of a pass.
-    pub const MAX_BATCH: usize = 4096;
-
-    /// A context of `n_ctx` positions and one row of logits on a backend, all else as the machine and the planner
-    /// choose; no timeline.
-    pub fn new(backend: BackendKind, n_ctx: usize) -> Options {
-        Options {
-            backend,
-            vram: None,
-            sites: Sites::Auto,
-            threads: crate::machine::n_cpus(),
-            ram: None,
-            storage: true,
-            copies: Vec::new(),
-            reader: ReaderKind::Auto,
-            verify: false,
-            kv_type: TensorType::F16,
-            sequences: 1,
-            caches: true,
-            expert_slots: ExpertSlots::Auto,
-            routing: None,
-            n_buffers: None,
-            more_frames: true,
-            tiers: None,
-            stacked: false,
-            n_ctx,
-            max_batch: Options::BATCH,
-            outputs: 1,
-            requant: None,
-            timeline: false,
-            repeat: None,
-        }
-    }
-}
-
-/// What the room that a device has for experts is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExpertSlots {
-    /// As many as fit live there.
-    Off,
-    /// All live in RAM, where they fit, and those are there that were chosen last.
-    On,
-    /// What is faster by what is known of the model's choices; off where nothing is.
-    Auto,
-}
+use crate::storage::FileId;
 
 /// Tokens of one sequence in a pass, behind those that it has.
 #[derive(Clone, Copy, Debug)]
@@ -192,8 +89,6 @@ pub struct Session {
     pub(super) in_ram: Vec<Option<Region>>,
     pub(super) device: Option<OnDevice>,
     pub(super) arena: Arena,
-    /// What was read before the plan was made.
-    pub(super) _small: Arena,
     /// Vectors that no unit holds.
     pub(super) _apart: super::apart::Apart,
 }
@@ -203,12 +98,12 @@ pub(super) struct OnDevice {
     pub memory: Arc<dyn DeviceMemory>,
     pub resident: DeviceAlloc,
     pub slots: DeviceAlloc,
-    /// The arena's registration, given back before the arena.
+    /// The arena's registration.
     pub _pinned: Pinned,
 }
 
 /// Where rows of the embedding come from.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Embedding {
     pub file: FileId,
     pub offset: u64,
@@ -506,13 +401,13 @@ impl Session {
         rows.resize(tokens.len() * self.embedding.row_bytes, 0);
         let mut fetched = match tokens[..] {
             [token] if self.embedding.resident.is_none() && self.copy_from_head(token as usize, &mut rows) => Ok(()),
-            _ => self.fetch_rows(self.embedding, &tokens, &mut rows),
+            _ => self.fetch_rows(&self.embedding.clone(), &tokens, &mut rows),
         };
         self.rows = rows;
-        if let (Some(table), Ok(())) = (self.per_block, &fetched) {
+        if let (Some(table), Ok(())) = (self.per_block.clone(), &fetched) {
             let mut rows = std::mem::take(&mut self.rows_per_block);
             rows.resize(tokens.len() * table.row_bytes, 0);
-            fetched = self.fetch_rows(table, &tokens, &mut rows);
+            fetched = self.fetch_rows(&table, &tokens, &mut rows);
             self.rows_per_block = rows;
         }
         self.last = tokens;
@@ -520,7 +415,7 @@ impl Session {
     }
 
     /// Brings the rows of `tokens` of a table to `rows`, back to back.
-    fn fetch_rows(&mut self, e: Embedding, tokens: &[u32], rows: &mut [u8]) -> Result<(), EngineError> {
+    fn fetch_rows(&mut self, e: &Embedding, tokens: &[u32], rows: &mut [u8]) -> Result<(), EngineError> {
         let Some(turn) = e.turn else { return self.fetch_stored_rows(e, tokens, rows) };
         let mut stored = std::mem::take(&mut self.stored_rows);
         stored.resize(tokens.len() * e.stored_bytes, 0);
@@ -542,10 +437,10 @@ impl Session {
     }
 
     /// Brings the rows of `tokens` of a table to `to`, as the file has them.
-    fn fetch_stored_rows(&mut self, e: Embedding, tokens: &[u32], to: &mut [u8]) -> Result<(), EngineError> {
-        if let Some((region, at)) = e.resident {
+    fn fetch_stored_rows(&mut self, e: &Embedding, tokens: &[u32], to: &mut [u8]) -> Result<(), EngineError> {
+        if let Some((region, at)) = &e.resident {
             for (t, row) in tokens.iter().zip(to.chunks_exact_mut(e.stored_bytes)) {
-                let from = at as usize + *t as usize * e.stored_bytes;
+                let from = *at as usize + *t as usize * e.stored_bytes;
                 // SAFETY: the region holds the whole table from `at` on, the token is below its
                 // row count (checked by `eval`), and nobody writes there.
                 unsafe { std::ptr::copy_nonoverlapping(region.addr().add(from), row.as_mut_ptr(), e.stored_bytes) };
@@ -564,7 +459,7 @@ impl Session {
         }
         let slice = self.model.head.iter().rev().find(|s| s.first_row <= token);
         let Some(slice) = slice else { return false };
-        let Some(region) = self.in_ram[slice.weight.unit] else { return false };
+        let Some(region) = &self.in_ram[slice.weight.unit] else { return false };
         let at = self.weights.layouts[slice.weight.unit].span_offsets[slice.weight.span] as usize;
         let from = at + (token - slice.first_row) * self.embedding.row_bytes;
         assert_eq!(row.len(), self.embedding.row_bytes, "one row");
@@ -915,65 +810,6 @@ impl Session {
         self.weights.flow.write_trace(&mut out)?;
         std::io::Write::flush(&mut out)
     }
-}
-
-/// A request that a session cannot serve.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RequestError {
-    /// A token that the model has no row for.
-    #[error("token {token} is not in the vocabulary, which ends at {}", n_vocab - 1)]
-    NoSuchToken {
-        /// The token.
-        token: u32,
-        /// Tokens there are.
-        n_vocab: usize,
-    },
-    /// More tokens than the KV cache has room for.
-    #[error(
-        "{tokens} tokens do not fit the context: {position} of its {n_ctx} positions are taken; give a larger --ctx"
-    )]
-    ContextFull {
-        /// Tokens to be evaluated.
-        tokens: usize,
-        /// Positions taken.
-        position: usize,
-        /// Positions there are.
-        n_ctx: usize,
-    },
-    /// More tokens than a pass carries.
-    #[error(
-        "{tokens} tokens of {parts} sequences were given to one pass, which carries {max} of such, of at most {most} sequences"
-    )]
-    TooManyRows {
-        /// Tokens to be evaluated.
-        tokens: usize,
-        /// Tokens that a pass carries.
-        max: usize,
-        /// Sequences.
-        parts: usize,
-        /// Most sequences of a pass.
-        most: usize,
-    },
-    /// Parts of a pass that are none.
-    #[error("each sequence is once in a pass, with a token or more, and generated tokens come before prompts")]
-    Parts,
-    /// A text whose tokens have all been evaluated: nothing says what comes next.
-    #[error("no token of the text is left to evaluate, so that nothing says what comes next")]
-    NothingLeft,
-    /// A conversation with a recurrent state.
-    #[error("this architecture has a recurrent state, which files do not keep: its conversations cannot be saved")]
-    NotKept,
-    /// The sequence that passes go on with cannot end.
-    #[error("passes go on with this sequence: it cannot end before another one takes its place")]
-    InUse,
-    /// More rows of logits than the session was started for.
-    #[error("logits of {tokens} tokens were asked for at once, but the session holds {max} rows of them")]
-    TooManyOutputs {
-        /// Tokens to be evaluated.
-        tokens: usize,
-        /// Rows there are.
-        max: usize,
-    },
 }
 
 /// What a backend is told of the parts of a pass.

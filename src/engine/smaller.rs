@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::EngineError;
+use super::error::{CopyError, EngineError};
 use crate::backend::quantise::quantise;
 use crate::backend::reference;
 use crate::gguf::{Gguf, TensorType, retyped};
@@ -66,9 +66,7 @@ pub fn smaller_files(
         }
     }
     if turns.iter().all(Option::is_none) {
-        return Err(EngineError::Copy(format!(
-            "--requant {ty}: no matrix of the model is larger than that; leave --requant away"
-        )));
+        return Err(CopyError::NothingLarger(ty).into());
     }
     let file = |(shard, source): (usize, Source)| SmallerFile::new(gguf, shard, source, &turns, ty, threads);
     sources.into_iter().enumerate().map(file).collect()
@@ -83,10 +81,10 @@ impl SmallerFile {
         ty: TensorType,
         threads: usize,
     ) -> Result<SmallerFile, EngineError> {
-        let fail = |why: &str| EngineError::Copy(format!("{}: {why}", source.path().display()));
+        let failed = |e| CopyError::Io { path: source.path().into(), source: e };
         let start = gguf.data_start(shard);
         // Each shard has an alignment of its own.
-        let (input, len) = source.input().map_err(|e| fail(&e.to_string()))?;
+        let (input, len) = source.input().map_err(failed)?;
         let alignment = Gguf::parse(source.path(), input, len)?.alignment.max(1);
         let mut of: Vec<usize> = (0..gguf.tensors.len()).filter(|t| gguf.tensors[*t].shard == shard).collect();
         of.sort_unstable_by_key(|t| gguf.tensors[*t].offset);
@@ -97,13 +95,13 @@ impl SmallerFile {
             parts.push(Part { name: t.name.clone(), from: t.offset, to: next, bytes, turn });
             next = (next + bytes).next_multiple_of(alignment);
         }
-        let head = source.head(start).map_err(|e| fail(&e.to_string()))?;
+        let head = source.head(start).map_err(failed)?;
         let new = |name: &str| {
             let part = parts.iter().find(|p| p.name == name)?;
             let ty = part.turn.map_or_else(|| gguf.tensor(name).map(|t| t.ty), |turn| Some(turn.to))?;
             Some((ty, part.to))
         };
-        let header = retyped(&head, alignment, ty, new).ok_or_else(|| fail("its header cannot be written anew"))?;
+        let header = retyped(&head, alignment, ty, new).ok_or_else(|| CopyError::Header(source.path().into()))?;
         Ok(SmallerFile { source, ty, header, size: next, parts, threads, window: RefCell::default() })
     }
 

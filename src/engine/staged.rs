@@ -8,24 +8,19 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::EngineError;
+use super::error::{CopyError, EngineError};
 use crate::gguf::{Gguf, GgufError};
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, Bound, BoundNamespace, DeviceError};
-use crate::storage::extents::Manifest;
 use crate::storage::guard::{Host, Namespace, sysfs};
 use crate::storage::image::{self, ImageError, Medium, Node, Staged};
 use crate::storage::library::Recorded;
+use crate::storage::manifest::{Manifest, Span};
 use crate::storage::vfio::VfioReader;
-use crate::storage::vfio::reader::Span;
-use crate::storage::{Extent, FileId, ReadRequest, Reader, StorageError};
+use crate::storage::{Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
 
 /// Bytes that a bound drive is asked for at once.
 const READ_BYTES: u64 = 1 << 20;
-
-fn fail(what: impl ToString) -> EngineError {
-    EngineError::Copy(what.to_string())
-}
 
 /// The staged models of one drive.
 pub(super) struct Image {
@@ -41,7 +36,7 @@ pub(super) fn open(host: &Host, target: &Path) -> Result<Image, EngineError> {
         Err(DeviceError::NotBound(_)) => {}
         Err(e) => return Err(e.into()),
     }
-    let all = sysfs::controllers(host).map_err(fail)?;
+    let all = sysfs::controllers(host).map_err(CopyError::from)?;
     let Some(drive) = sysfs::find(host, &all, &name) else { return Image::on_node(target) };
     match sysfs::namespaces(host, drive, &name).first() {
         Some(namespace) => Image::on_namespace(host, namespace),
@@ -59,8 +54,9 @@ impl Image {
     /// be another drive's node or a file.
     pub(super) fn on_namespace(host: &Host, namespace: &Namespace) -> Result<Image, EngineError> {
         let whole = &namespace.whole;
-        let file = host.open_block(&whole.name, &whole.number, OpenOptions::new().read(true)).map_err(fail)?;
-        Image::new(Node::of(file).map_err(fail)?)
+        let file =
+            host.open_block(&whole.name, &whole.number, OpenOptions::new().read(true)).map_err(CopyError::Node)?;
+        Image::new(Node::of(file)?)
     }
 
     /// On a block device or in a file that the user named by its path.
@@ -81,8 +77,8 @@ impl Image {
     fn named(&self, path: &Path) -> Result<&Manifest, EngineError> {
         image::named(&self.manifests, path).ok_or_else(|| {
             let held = self.manifests.iter().map(|m| m.file.as_str()).collect::<Vec<_>>().join(", ");
-            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-            fail(format!("no {name} is staged there; the drive holds {held}"))
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            CopyError::NotStaged { name, held }.into()
         })
     }
 
@@ -104,7 +100,7 @@ impl Image {
     pub(super) fn recorded(&self, path: &Path, header: u64) -> Result<Recorded, EngineError> {
         let manifest = self.named(path)?.clone();
         let mut bytes = Vec::new();
-        self.stream(&manifest).take(header).read_to_end(&mut bytes).map_err(fail)?;
+        self.stream(&manifest).take(header).read_to_end(&mut bytes).map_err(CopyError::Node)?;
         Ok(Recorded { manifest, header: bytes })
     }
 }
@@ -135,13 +131,12 @@ pub fn staged_drives(host: &Host) -> Vec<StagedDrive> {
     found
 }
 
-/// The logical blocks of a bound drive. The reader is dropped before the memory it reads to.
+/// The logical blocks of a bound drive.
 struct Blocks {
     reader: VfioReader,
     file: FileId,
     size: u64,
     buffer: Region,
-    _arena: Arena,
 }
 
 impl Blocks {
@@ -151,24 +146,23 @@ impl Blocks {
         let mut reader = VfioReader::open_bound(drive, namespace).map_err(StorageError::from)?;
         let span = Span { file_offset: 0, device_offset: 0, len: namespace.size };
         let file = reader.add_file(&namespace.name, vec![span]);
-        // SAFETY: the arena begins at a page, and the reader is dropped before it, here or with `self`.
-        unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
-        Ok(Blocks { reader, file, size: namespace.size, buffer, _arena: arena })
+        reader.attach(&arena.whole())?;
+        Ok(Blocks { reader, file, size: namespace.size, buffer })
     }
 
     /// Reads whole blocks to the buffer.
-    fn fill(&mut self, offset: u64, len: u64) -> Result<(), String> {
+    fn fill(&mut self, offset: u64, len: u64) -> Result<(), ReadError> {
         let extents = [Extent { file: self.file, offset, len, dst_offset: 0 }];
         let (dst, dst_len) = (self.buffer.addr(), self.buffer.len());
         let request = ReadRequest { tag: 0, extents: &extents, dst, urgent: false, dst_len };
         // SAFETY: the buffer is this reader's alone and outlives it; it is looked at when the read,
         // which is waited for, has ended.
-        unsafe { self.reader.submit(&request) }.map_err(|e| e.to_string())?;
+        unsafe { self.reader.submit(&request) }?;
         let mut done = Vec::new();
         while done.is_empty() {
-            self.reader.poll(&mut done, Some(Duration::from_millis(100))).map_err(|e| e.to_string())?;
+            self.reader.poll(&mut done, Some(Duration::from_millis(100)))?;
         }
-        done.into_iter().try_for_each(|c| c.result.map(|_| ()).map_err(|e| e.to_string()))
+        done.into_iter().try_for_each(|c| c.result.map(|_| ()))
     }
 }
 
@@ -186,9 +180,9 @@ impl Medium for Blocks {
         while next < end {
             let from = next / block * block;
             let to = (from + READ_BYTES).min(end.next_multiple_of(block));
-            self.fill(from, to - from).map_err(|why| ImageError::Io {
+            self.fill(from, to - from).map_err(|e| ImageError::Io {
                 what: format!("reading {len} bytes at {at}"),
-                source: std::io::Error::other(why),
+                source: std::io::Error::other(e),
             })?;
             // SAFETY: the read has ended, and its length fits the buffer.
             let read = unsafe { std::slice::from_raw_parts(self.buffer.addr(), (to - from) as usize) };

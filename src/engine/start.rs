@@ -6,16 +6,17 @@ use std::sync::Arc;
 
 use super::apart::Apart;
 use super::beside::Division;
+use super::error::LackError;
 use super::hits::{hit_rates_of, slot_hits};
-use super::repeat::{Recipe, steady};
+use super::repeat::steady;
 use super::requant::{RequantReport, settled, turned};
-use super::reuse::{HitCurve, faster_in_slots};
+use super::reuse::faster_in_slots;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::sizes::{unit_size, unit_sizes};
 use super::steps::schedule;
 use super::weights::Weights;
 use super::works::works;
-use super::{EngineError, ExpertSlots, Links, Opened, Options, Session, Sites, beside, here, source};
+use super::{EngineError, ExpertSlots, Links, Opened, Options, Recipe, Session, Sites, beside, here, source};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{
@@ -24,17 +25,15 @@ use crate::backend::{
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, Policy, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::machine;
-use crate::memory::{Arena, Region};
+use crate::memory::{Arena, ArenaError, Region};
 use crate::model::{
-    ForcedRouting, ForwardError, HParams, Model, ModelError, Requantised, Scratch, Tape, UnitKind, UnitSpec,
-    check_divisors,
+    ForwardError, HParams, Model, ModelError, Requantised, Scratch, Tape, UnitKind, UnitSpec, check_divisors,
 };
 use crate::pipeline::{
     DeviceUnit, Rest, SpanIn, TurnedSpan, TurnedUnit, UnitLayout, load, load_to_device, load_turned, staging,
 };
 use crate::plan::{
-    Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_at_least, format_bytes,
-    place,
+    Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_bytes, place,
 };
 use crate::state::Pages;
 use crate::storage::{Alignment, FileId, Reader, StorageError};
@@ -115,15 +114,15 @@ impl Session {
         let options = match &options.repeat {
             Some(recipe) => recipe.applied(&model, &options)?,
             None => options,
-        };
+        }
+        .with_curve(&model);
         model.hparams.check_window(options.n_ctx)?;
         model.hparams.check_cache(options.kv_type)?;
         let (reader, mut notes) = source::open(&opened.gguf, &options)?;
         notes.extend(beyond_training(&model.hparams, options.n_ctx));
         let vectors: Vec<&TensorInfo> = model.divisors.iter().chain(&model.widened).collect();
         let bytes = vectors.iter().map(|t| tensor_layout(t, &|f| reader.alignment(f)).slot_bytes).sum();
-        let mut small = Arena::new(bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
-        // Bound anew so that an early return drops it before the memory.
+        let mut small = Arena::new(bytes)?;
         let mut reader = reader;
         let mut divisors = read_vectors(reader.as_mut(), &vectors, &mut small, starting)?;
         let widened = divisors.split_off(model.divisors.len());
@@ -140,8 +139,7 @@ impl Session {
         check_types(&model, backend.as_ref())?;
         requant.as_ref().map_or(Ok(()), |r| check_types(r.whole(), backend.as_ref()))?;
         if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
-            let why = "--site both: this GPU's driver has no waits for words in memory, so that it cannot wait for processors";
-            return Err(EngineError::Memory(format!("{why}; --site gpu computes on the GPU alone")));
+            return Err(LackError::Waits.into());
         }
         starting.go_on()?;
 
@@ -178,23 +176,17 @@ impl Session {
         notes.extend(requanted.as_ref().and_then(RequantReport::note));
         notes.extend(memory.as_ref().and_then(|_| larger_batch(&model, &plan, &options)));
         let mut places = Places::take(&plan, &sizes, own_embedding(&model, memory.is_some()))?;
-        let mut reader = reader;
-        // SAFETY: the arena begins at a page; the reader is dropped before it, here or with the flow.
-        unsafe { reader.attach(places.arena.base(), places.arena.len() as usize) }?;
+        reader.attach(&places.arena.whole())?;
         if let (Some(memory), Some((resident, slots))) = (&memory, device.take()) {
             if !places.arena.populate(machine::n_cpus(), starting.stop) {
                 return Err(ForwardError::Interrupted.into());
             }
-            // SAFETY: the registration is dropped before the arena (see `Session`'s fields).
-            let pinned = unsafe { memory.pin(places.arena.base(), places.arena.len() as usize) }?;
+            let pinned = memory.pin(&places.arena.whole())?;
             let memory = Arc::clone(memory);
             places.device = Some(OnDevice { memory, resident, slots, _pinned: pinned });
         }
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
-        // SAFETY: `reader` was bound anew after the places, so an early return drops it before their arena;
-        // later it is the flow's, which the session drops before the arena.
-        let resident =
-            unsafe { load_resident(&plan, &sizes, &places, (&names, options.threads), reader.as_mut(), starting) }?;
+        let resident = load_resident(&plan, &sizes, &places, (&names, options.threads), reader.as_mut(), starting)?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let repeated = options.repeat.as_ref().and_then(|r| r.rates());
@@ -217,27 +209,27 @@ impl Session {
         let guesses = division.is_some() && options.sites == Sites::Auto && repeated.is_none();
         notes.extend(guesses.then(here::guessed_sites).flatten());
         let parts = division.as_ref().map(|d| d.parts(&works(&model, &sizes.layouts)));
-        let links = links(&model, &plan, parts.as_deref(), places.device.is_some(), options.routing.as_deref());
+        let links = links(&model, &plan, parts.as_deref(), places.device.is_some(), &options);
         let links = Links { storage_copies: reader.copies(), ..links };
         let (flow, feed) = streams.start(&places, reader, opened.gguf.shards.len())?;
 
         let routed: Vec<bool> = model.units.iter().map(|u| matches!(u.kind, UnitKind::Expert { .. })).collect();
         let unit_bytes: Vec<u64> = model.units.iter().map(UnitSpec::bytes).collect();
-        let table = |t: &TensorInfo, place: Option<Region>, layout: &UnitLayout| Embedding {
+        let table = |t: &TensorInfo, place: Option<&Region>, layout: &UnitLayout| Embedding {
             file: FileId(t.shard as u16),
             offset: t.offset,
             row_bytes: (t.bytes / model.n_vocab as u64) as usize,
             stored_bytes: (t.bytes / model.n_vocab as u64) as usize,
-            resident: place.map(|r| (r, layout.span_offsets[0])),
+            resident: place.map(|r| (r.clone(), layout.span_offsets[0])),
             turn: None,
         };
         let embedding = Embedding {
             stored_bytes: (recipe_of.embedding.bytes / model.n_vocab as u64) as usize,
             turn: requant.as_ref().and_then(Requantised::embedding),
-            ..table(&model.embedding, places.embedding, &sizes.embedding)
+            ..table(&model.embedding, places.embedding.as_ref(), &sizes.embedding)
         };
         let per_block = model.per_block.as_ref().zip(sizes.per_block.as_ref());
-        let per_block = per_block.map(|(t, layout)| table(t, places.per_block, layout));
+        let per_block = per_block.map(|(t, layout)| table(t, places.per_block.as_ref(), layout));
         notes.dedup();
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
@@ -262,7 +254,7 @@ impl Session {
             links,
             weights,
             rows: Vec::with_capacity(options.max_batch * embedding.row_bytes),
-            rows_per_block: Vec::with_capacity(options.max_batch * per_block.map_or(0, |t| t.row_bytes)),
+            rows_per_block: Vec::with_capacity(options.max_batch * per_block.as_ref().map_or(0, |t| t.row_bytes)),
             per_block,
             stored_rows: Vec::with_capacity(embedding.turn.map_or(0, |_| options.max_batch * embedding.stored_bytes)),
             floats: embedding.turn.map_or(Vec::new(), |t| vec![0.0; t.cols]),
@@ -291,7 +283,6 @@ impl Session {
             in_ram: places.in_ram,
             device: places.device,
             arena: places.arena,
-            _small: small,
             _apart: apart,
         })
     }
@@ -371,12 +362,9 @@ fn refuse_what_is_not_there(
 ) -> Result<(), EngineError> {
     let memory = machine::memory(Path::new("/"));
     let lock = memory.lock_refusal(plan.ram_bytes).filter(|_| locks(reader));
-    let Some(why) = memory.refusal(plan.ram_bytes.saturating_add(workspace)).or(lock) else { return Ok(()) };
-    let smaller = if workspace > 0 { ", or give a smaller --ctx" } else { "" };
-    Err(EngineError::Memory(match memory.safe_budget().filter(|ram| fits(*ram)) {
-        Some(ram) => format!("{why}; --ram {} would fit", format_at_least(ram)),
-        None => format!("{why}; end what else takes memory{smaller}"),
-    }))
+    let Some(source) = memory.refusal(plan.ram_bytes.saturating_add(workspace)).or(lock) else { return Ok(()) };
+    let fits = memory.safe_budget().filter(|ram| fits(*ram));
+    Err(LackError::Memory { source, fits, smaller_ctx: workspace > 0 }.into())
 }
 
 /// Alignment of reads of each file.
@@ -453,7 +441,6 @@ impl Sizes {
 
 /// The arena, cut up as planned.
 struct Places {
-    /// Dropped before the arena, which it has registered.
     device: Option<OnDevice>,
     arena: Arena,
     rows: Region,
@@ -468,10 +455,10 @@ struct Places {
 impl Places {
     /// `own_embedding`: whether the embedding has a place of its own.
     fn take(plan: &Plan, sizes: &Sizes, own_embedding: bool) -> Result<Places, EngineError> {
-        let mut arena = Arena::new(plan.ram_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
-        let mut take = |bytes: u64| arena.take(bytes).map_err(|e| EngineError::Memory(e.to_string()));
+        let mut arena = Arena::new(plan.ram_bytes)?;
+        let mut take = |bytes: u64| arena.take(bytes);
         let rows = take(sizes.rows)?;
-        let turning = (0..sizes.turning.0).map(|_| take(sizes.turning.1)).collect::<Result<Vec<_>, _>>()?;
+        let turning = (0..sizes.turning.0).map(|_| take(sizes.turning.1)).collect::<Result<Vec<_>, ArenaError>>()?;
         let slots = plan.slots().map(&mut take).collect::<Result<Vec<_>, _>>()?;
         let mut in_ram = Vec::with_capacity(plan.homes.len());
         for (l, home) in sizes.layouts.iter().zip(&plan.homes) {
@@ -487,10 +474,7 @@ impl Places {
 }
 
 /// Loads tiers A and B and the embedding; returns where resident units lie in the backend's memory. `threads` requantise what is to be.
-///
-/// # Safety
-/// The reader is dropped before the arena of `places`.
-unsafe fn load_resident(
+fn load_resident(
     plan: &Plan,
     sizes: &Sizes,
     places: &Places,
@@ -505,7 +489,7 @@ unsafe fn load_resident(
     let mut next = places.device.as_ref().map_or(0, |d| d.resident.addr);
     for (u, home) in plan.homes.iter().enumerate() {
         let (layout, name, spans) = (&sizes.layouts[u], names[u].as_str(), &sizes.turned[u][..]);
-        match (home, places.in_ram[u]) {
+        match (home, &places.in_ram[u]) {
             (Home::A, _) => {
                 match spans.is_empty() {
                     true => to_device.push(DeviceUnit { layout, addr: next, name }),
@@ -519,8 +503,8 @@ unsafe fn load_resident(
             }
             (Home::B, Some(region)) => {
                 match spans.is_empty() {
-                    true => to_ram.push((layout, region, name)),
-                    false => to_turn.push(TurnedUnit { spans, rest: Rest::Ram(region), name }),
+                    true => to_ram.push((layout, region.clone(), name)),
+                    false => to_turn.push(TurnedUnit { spans, rest: Rest::Ram(region.clone()), name }),
                 }
                 // A device streams from RAM; processors compute there.
                 resident[u] = places.device.is_none().then_some(region.addr() as u64);
@@ -528,13 +512,19 @@ unsafe fn load_resident(
             _ => {}
         }
     }
-    to_ram.extend(places.embedding.map(|r| (&sizes.embedding, r, "token_embd.weight")));
-    to_ram.extend(sizes.per_block.as_ref().zip(places.per_block).map(|(l, r)| (l, r, "per_layer_token_embd.weight")));
+    to_ram.extend(places.embedding.iter().map(|r| (&sizes.embedding, r.clone(), "token_embd.weight")));
+    to_ram.extend(
+        sizes
+            .per_block
+            .as_ref()
+            .zip(places.per_block.as_ref())
+            .map(|(l, r)| (l, r.clone(), "per_layer_token_embd.weight")),
+    );
     let in_ram = to_ram.iter().map(|(l, ..)| l.read_bytes()).sum::<u64>();
     let on_device = to_device.iter().map(|u| u.layout.read_bytes()).sum::<u64>();
     let turned: u64 = to_turn.iter().flat_map(|u| u.spans).map(|s| s.span.bytes).sum();
     let total = in_ram + on_device + turned;
-    // SAFETY: the plan gave each unit a region of its own; the rest is the caller's promise.
+    // SAFETY: the plan gave each unit a region of its own.
     unsafe { load(reader, &to_ram, &mut |done| starting.loaded(done, total)) }.map_err(stream_error)?;
     // Those behind are for attention parts alone.
     let slots = &places.slots[..plan.n_slots];
@@ -590,13 +580,13 @@ impl Streams<'_> {
                 true => [&places.slots[..], &places.caches].concat(),
                 false => Vec::new(),
             },
-            rows: places.rows,
+            rows: places.rows.clone(),
             trace_events: if self.options.timeline { TRACE_EVENTS } else { 0 },
             n_files,
             device,
         };
-        // SAFETY: the session drops the flow before the arena and the device's memory, from which the regions and
-        // frames are; the plan made them large enough, and nothing else uses them.
+        // SAFETY: the session drops the flow before the device's memory, from which its frames are; the plan made regions
+        // and frames large enough, and nothing else uses them.
         let flow = unsafe { Flow::start(config, reader) };
         let flow = Arc::new(flow.map_err(StorageError::Threads)?);
         let units = match on_device {
@@ -754,9 +744,9 @@ pub(super) fn slots_or_not(
     }
     let with = |expert_slots| make_plan(model, sizes, Some(room), 0, &Options { expert_slots, ..options.clone() });
     let auto = || -> Option<bool> {
-        let rates = rates.filter(|_| options.routing.is_some() || HitCurve::known(model).is_some())?;
+        let rates = rates.filter(|_| options.routing.is_some() || options.curve.is_some())?;
         let (slots, fixed) = (with(ExpertSlots::On).ok()?, with(ExpertSlots::Off).ok()?);
-        let hits = slot_hits(model, &slots, options.routing.as_deref())?;
+        let hits = slot_hits(model, &slots, options)?;
         Some(faster_in_slots(model, &fixed, &rates.rounded(), hits))
     };
     match options.expert_slots {
@@ -865,13 +855,7 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
 
 /// Bytes that a one-token pass reads, by tier. Experts count by the share that is used, those with a cache by how
 /// often it hits; `beside` is, by unit, the part of its uses that processors beside a device compute.
-fn links(
-    model: &Model,
-    plan: &Plan,
-    beside: Option<&[f64]>,
-    on_device: bool,
-    routing: Option<&ForcedRouting>,
-) -> Links {
+fn links(model: &Model, plan: &Plan, beside: Option<&[f64]>, on_device: bool, options: &Options) -> Links {
     let h = &model.hparams;
     let of_host = |u: usize| beside.map_or(0.0, |parts| parts[u]);
     let used = |u: &UnitSpec| match u.kind {
@@ -884,9 +868,9 @@ fn links(
     };
     let all_of = |yes: bool| if yes { 1.0 } else { 0.0 };
     let cached = plan.cache_of(&unit_sizes(model));
-    let rates = hit_rates_of(model, plan, routing);
+    let rates = hit_rates_of(model, plan, options.routing.as_deref());
     let hits = |u: usize| cached[u].map_or(0.0, |c| rates[c] * used(&model.units[u]));
-    let slots = slot_hits(model, plan, routing);
+    let slots = slot_hits(model, plan, options);
     let brought = |u: usize| match slots {
         Some(hits) if matches!(model.units[u].kind, UnitKind::Expert { .. }) => 1.0 - hits,
         _ => 1.0,
@@ -902,8 +886,7 @@ fn links(
     }
 }
 
-/// Reads small tensors by way of `arena`, which has room for them and outlives the reader, and turns them to
-/// floats.
+/// Reads small tensors by way of `arena`, which has room for them, and turns them to floats.
 fn read_vectors(
     reader: &mut dyn Reader,
     tensors: &[&TensorInfo],
@@ -916,15 +899,15 @@ fn read_vectors(
     let mut layouts = Vec::with_capacity(tensors.len());
     for t in tensors {
         let l = tensor_layout(t, &|f| reader.alignment(f));
-        let region = arena.take(l.slot_bytes).map_err(|e| EngineError::Memory(e.to_string()))?;
+        let region = arena.take(l.slot_bytes)?;
         layouts.push((l, region));
     }
-    // SAFETY: the arena begins at a page; the caller drops the reader before it.
-    unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
-    let units: Vec<_> = layouts.iter().zip(tensors).map(|((l, region), t)| (l, *region, t.name.as_str())).collect();
+    reader.attach(&arena.whole())?;
+    let units: Vec<_> =
+        layouts.iter().zip(tensors).map(|((l, region), t)| (l, region.clone(), t.name.as_str())).collect();
     let stop = starting.stop;
     let mut go_on = |_| if stop() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-    // SAFETY: each region is its tensor's; the caller drops the reader before the arena.
+    // SAFETY: each region is its tensor's.
     unsafe { load(reader, &units, &mut go_on) }.map_err(stream_error)?;
     let floats = |((l, region, _), t): (&(&UnitLayout, Region, &str), &&TensorInfo)| {
         // SAFETY: the tensor's bytes were read to this offset of the region, whose length the reader has
@@ -932,10 +915,9 @@ fn read_vectors(
         let bytes =
             unsafe { std::slice::from_raw_parts(region.addr().add(l.span_offsets[0] as usize), t.bytes as usize) };
         let mut out = vec![0.0; t.shape.iter().product::<u64>() as usize];
-        // The type was checked when the structure was built.
         match backend::reference::dequantize(t.ty, bytes, &mut out) {
             true => Ok(out),
-            false => Err(EngineError::Memory(format!("tensor {} of type {} cannot be widened", t.name, t.ty))),
+            false => Err(ModelError::Unwidened { tensor: t.name.clone(), ty: t.ty }.into()),
         }
     };
     units.iter().zip(tensors).map(floats).collect()

@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::EngineError;
+use super::copies::{Copy, Opened, Place, Source, bound, kernel, vfio};
+use super::error::{CopyError, EngineError};
 use super::places::{Located, locate};
-use super::source::{Copy, Opened, Place, Source, bound, fail, kernel, vfio};
 use crate::gguf::Gguf;
 use crate::storage::ReaderKind;
 use crate::storage::bind::{Bound, BoundNamespace};
@@ -57,23 +57,19 @@ impl Target {
 /// Deals reads over several places, each of which holds the whole model.
 pub(super) fn striped(host: &Host, gguf: &Gguf, options: &Place<'_>, targets: &[PathBuf]) -> Opened {
     let all = targets.iter().map(|t| t.to_string_lossy()).collect::<Vec<_>>().join(",");
-    let wrong = |what: String| fail(format!("--tier-c {all}: {what}"));
+    let wrong = |e| EngineError::from(CopyError::At { places: all.clone(), source: Box::new(e) });
     let mut found: Vec<Target> = Vec::new();
     for target in targets {
-        let next = Target::find(host, gguf, target).map_err(|e| wrong(e.to_string()))?;
-        if let Some((first, both)) = found.iter().find_map(|f| Some((f, f.same(&next)?))) {
-            let (a, b) = (first.shown(), next.shown());
-            return Err(wrong(format!("{a} and {b} are {both}; each place needs its own copy")));
+        let next = Target::find(host, gguf, target).map_err(wrong)?;
+        if let Some((first, same)) = found.iter().find_map(|f| Some((f, f.same(&next)?))) {
+            return Err(CopyError::Same { places: all, a: first.shown(), b: next.shown(), same }.into());
         }
         found.push(next);
     }
     let files: Vec<&Located> =
         found.iter().filter_map(|t| if let Target::Kernel(l) = t { Some(l) } else { None }).collect();
     if let (ReaderKind::Vfio, Some(file)) = (options.reader, files.first()) {
-        return Err(fail(format!(
-            "--reader vfio: {} is read through the kernel; of places that are striped, as {all} are, each must be a drive bound to vfio-pci",
-            file.shown()
-        )));
+        return Err(CopyError::ThroughKernel { file: file.shown(), places: all }.into());
     }
     if files.len() == found.len() {
         let mut source = kernel(&files, gguf, options)?;
@@ -84,15 +80,11 @@ pub(super) fn striped(host: &Host, gguf: &Gguf, options: &Place<'_>, targets: &[
     }
     let (mut copies, mut notes, mut places) = (Vec::<Copy>::new(), Vec::new(), Vec::new());
     for target in &found {
-        let source = target.open(gguf, options).map_err(|e| wrong(e.to_string()))?;
+        let source = target.open(gguf, options).map_err(wrong)?;
         for copy in source.copies {
             places.push(format!("{} (through {})", target.shown(), copy.reader.name()));
             if let Some(i) = copies.iter().position(|c| differs(c, &copy)) {
-                return Err(wrong(format!(
-                    "other bytes are recorded for {} than for {}",
-                    target.shown(),
-                    found[i].shown()
-                )));
+                return Err(CopyError::OtherBytes { places: all, a: target.shown(), b: found[i].shown() }.into());
             }
             copies.push(copy);
         }

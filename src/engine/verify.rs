@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::EngineError;
-use super::source::{self, Place, STRIPED};
+use super::copies::{Place, STRIPED};
+use super::source;
 use crate::gguf::{Gguf, TensorInfo};
 use crate::storage::{self, Corruption, ReaderKind, VerifyError};
 

@@ -29,8 +29,8 @@ impl ReaderLink {
     /// Reads through `reader` to frames and a region for rows.
     ///
     /// # Safety
-    /// The regions are used by nothing else, and stay mapped until the link is dropped. Nobody looks at a frame or at
-    /// the rows between the start of a read to them and its end.
+    /// The regions are used by nothing else: nobody looks at a frame or at the rows between the start of a read to them and
+    /// its end.
     pub unsafe fn new(
         reader: Box<dyn Reader>,
         layouts: Arc<[UnitLayout]>,
@@ -51,7 +51,7 @@ impl Link for ReaderLink {
         if self.room() == 0 || self.flying[m.to].is_some() {
             return Err(Refusal::Busy);
         }
-        let to = self.frames[m.to];
+        let to = &self.frames[m.to];
         let (extents, urgent) = (&self.layouts[m.unit].extents, m.urgent);
         let request = ReadRequest { tag: m.to as u64, extents, dst: to.addr(), urgent, dst_len: to.len() };
         // SAFETY: the frame is this link's until the move has ended (`new`), and no other read to it is in flight.
@@ -61,7 +61,7 @@ impl Link for ReaderLink {
     }
 
     fn start_rows(&mut self, extents: &[Extent]) -> Result<(), Cause> {
-        let to = self.rows;
+        let to = &self.rows;
         let request = ReadRequest { tag: ROWS, extents, dst: to.addr(), urgent: true, dst_len: to.len() };
         // SAFETY: rows are asked for one request at a time, and the region is nobody else's meanwhile (`new`).
         unsafe { self.reader.submit(&request) }.map_err(Cause::Read)

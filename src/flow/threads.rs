@@ -286,7 +286,7 @@ impl Flow {
         let alignments = (0..config.n_files).map(|i| reader.alignment(FileId(i as u16))).collect();
         let unit_bytes = config.layouts.iter().map(|l| l.slot_bytes).collect();
         // SAFETY: the caller's promise; rows and frames are looked at when their reads have ended.
-        let storage = unsafe { ReaderLink::new(reader, config.layouts, config.frames.clone(), config.rows) };
+        let storage = unsafe { ReaderLink::new(reader, config.layouts, config.frames.clone(), config.rows.clone()) };
         let mut links: Vec<Box<dyn Link>> = vec![Box::new(storage)];
         if let Some(d) = config.device {
             let units = Uploads { unit_bytes, resting: d.resting, from: config.frames.clone(), to: d.frames };

@@ -149,6 +149,10 @@ impl Reader for Dies {
         self.inner.alignment(file)
     }
 
+    fn attach(&mut self, memory: &crate::memory::Region) -> Result<(), crate::storage::StorageError> {
+        self.inner.attach(memory)
+    }
+
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
         // SAFETY: the caller's promise.
         unsafe { self.inner.submit(request) }

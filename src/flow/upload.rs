@@ -114,8 +114,8 @@ impl Link for UploadLink {
             return Err(Refusal::Busy);
         }
         let from = match m.from {
-            Some(frame) => Some(self.units.from[frame]),
-            None => self.units.resting[m.unit],
+            Some(frame) => Some(&self.units.from[frame]),
+            None => self.units.resting[m.unit].as_ref(),
         };
         let Some(from) = from else { unreachable!("unit {} rests nowhere in RAM", m.unit) };
         let bytes = self.units.unit_bytes[m.unit] as usize;

@@ -19,7 +19,7 @@ pub(super) fn scan(catalog: &mut Catalog) {
         let m = match m {
             Ok(m) => m,
             Err(why) => {
-                catalog.notes.push(printable(&why));
+                catalog.notes.push(printable(&why.to_string()));
                 continue;
             }
         };

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 pub use lookup::{LookupError, find, is_bare};
 pub use pull::{Progress, PullError, Pulled, PulledFile, Request as PullRequest, pull};
 
-use crate::engine::{self, EngineError};
+use crate::engine::{self, CopyError, EngineError};
 use crate::gguf::{Gguf, GgufError};
 
 /// Directory entries of one place that are looked at.
@@ -91,7 +91,7 @@ impl Entry {
     /// The entry's fault, or what is wrong with the header.
     pub fn open(&self) -> Result<Gguf, EngineError> {
         if let Some(fault) = &self.fault {
-            return Err(EngineError::Copy(format!("{}: {fault}", self.path.display())));
+            return Err(CopyError::Entry { path: self.path.clone(), fault: fault.clone() }.into());
         }
         match &self.header {
             Header::File => Ok(Gguf::open_with(&self.path, &mut source)?),

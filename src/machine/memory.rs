@@ -81,26 +81,47 @@ impl Memory {
 
     /// Why `need` bytes cannot be taken without bringing the machine to its knees; `None` if they can, or
     /// if nothing is known.
-    pub fn refusal(&self, need: u64) -> Option<String> {
+    pub fn refusal(&self, need: u64) -> Option<Shortage> {
         let short = self.bounds().find(|b| need.saturating_add(b.keep) > b.free)?;
-        Some(format!(
-            "weights, KV cache and buffers would take {}, but {} {} of memory free, of which {} stay for everything else",
-            format_bytes(need),
-            short.who,
-            format_bytes(short.free),
-            format_bytes(short.keep),
-        ))
+        Some(Shortage::Free { need, who: short.who, free: short.free, keep: short.keep })
     }
 
     /// Why `need` bytes cannot be locked; `None` if they can, or if nothing is known.
-    pub fn lock_refusal(&self, need: u64) -> Option<String> {
+    pub fn lock_refusal(&self, need: u64) -> Option<Shortage> {
         let left = self.lock_left.filter(|left| need > *left)?;
-        Some(format!(
-            "reading a bound drive locks {} of memory, but the limit on locked memory (ulimit -l) leaves {}; `nt doctor` says how to raise it",
-            format_bytes(need),
-            format_bytes(left)
-        ))
+        Some(Shortage::Locked { need, left })
     }
+}
+
+/// Memory that is not there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Shortage {
+    /// Too little is free.
+    #[error(
+        "weights, KV cache and buffers would take {}, but {who} {} of memory free, of which {} stay for everything else",
+        format_bytes(*.need), format_bytes(*.free), format_bytes(*.keep)
+    )]
+    Free {
+        /// Bytes that are needed.
+        need: u64,
+        /// Who has too few, with a verb.
+        who: &'static str,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes of those that stay for others.
+        keep: u64,
+    },
+    /// Too little may be locked.
+    #[error(
+        "reading a bound drive locks {} of memory, but the limit on locked memory (ulimit -l) leaves {}; `nt doctor` says how to raise it",
+        format_bytes(*.need), format_bytes(*.left)
+    )]
+    Locked {
+        /// Bytes that are needed.
+        need: u64,
+        /// Bytes that may be locked still.
+        left: u64,
+    },
 }
 
 /// The least memory that must stay available on a machine with `total` bytes, or it stalls.
@@ -318,11 +339,11 @@ mod tests {
     fn what_does_not_fit_is_refused_and_the_budget_is_not() {
         let small = Memory { total: Some(2 << 30), available: Some(1800 << 20), ..Memory::default() };
         assert_eq!(small.refusal(1 << 30), None);
-        let why = small.refusal(8 << 30).unwrap();
+        let why = small.refusal(8 << 30).unwrap().to_string();
         assert!(why.contains("8.00 GiB") && why.contains("this machine"), "{why}");
         assert_eq!(small.budget(), Some(450 << 20));
         let boxed = Memory { cgroup_left: Some(1 << 30), ..small };
-        assert!(boxed.refusal(1 << 30).unwrap().contains("cgroup"));
+        assert!(boxed.refusal(1 << 30).unwrap().to_string().contains("cgroup"));
         assert_eq!(Memory::default().refusal(u64::MAX), None);
     }
 
@@ -419,8 +440,8 @@ mod tests {
         let d = tree(&[("proc/self/limits", limits), ("proc/self/status", status)]);
         let m = memory(d.path());
         assert_eq!((m.address_left, m.lock_left), (Some(700_000 - 102_400), Some(4096)));
-        assert!(m.lock_refusal(5000).unwrap().contains("ulimit -l") && m.lock_refusal(4096).is_none());
-        assert!(m.refusal(1 << 20).unwrap().contains("ulimit -v"));
+        assert!(m.lock_refusal(5000).unwrap().to_string().contains("ulimit -l") && m.lock_refusal(4096).is_none());
+        assert!(m.refusal(1 << 20).unwrap().to_string().contains("ulimit -v"));
         std::fs::write(d.path().join("proc/self/status"), status.replace("0000\n", "4000\n")).unwrap();
         assert_eq!(memory(d.path()).lock_left, None);
         std::fs::write(d.path().join("proc/self/limits"), limits.replace("700000", "unlimited")).unwrap();

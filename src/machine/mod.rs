@@ -10,7 +10,7 @@ pub mod ollama;
 pub mod pressure;
 pub mod probe;
 
-pub use memory::{Memory, memory};
+pub use memory::{Memory, Shortage, memory};
 
 use std::num::NonZero;
 

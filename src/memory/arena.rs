@@ -5,6 +5,7 @@
 
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -44,61 +45,68 @@ pub enum ArenaError {
     },
 }
 
-/// A part of an arena: an address and a length.
-///
-/// A region does not keep its arena alive. Functions that read or write regions on their own are `unsafe`
-/// and ask their callers for that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The mapping itself, unmapped when the last region is gone.
+#[derive(Debug)]
+struct Mapping {
+    map: NonNull<u8>,
+    map_len: usize,
+    /// Where regions begin, from the start on.
+    skip: usize,
+}
+
+// SAFETY: a mapping is an address and a length; it is only ever unmapped, once.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn base(&self) -> *mut u8 {
+        self.map.as_ptr().wrapping_add(self.skip)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `Arena::new` and is unmapped once, behind all regions and the readers that
+        // were told of one.
+        let _ = unsafe { munmap(self.map.cast(), self.map_len) };
+    }
+}
+
+/// A part of an arena: an address and a length. It stays mapped as long as the region or a copy of it lives; whose turn
+/// it is to read or write it is said by whoever handed it out.
+#[derive(Clone, Debug)]
 pub struct Region {
-    addr: *mut u8,
+    mapping: Arc<Mapping>,
+    /// From the mapping's base on.
+    at: usize,
     len: usize,
 }
 
-// SAFETY: a region is an address; dereferencing it is unsafe and argued where it happens.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
-
 impl Region {
-    /// The region of `len` bytes at `addr`.
-    ///
-    /// # Safety
-    /// `addr .. + len` must be one allocation, and stay mapped and writable for as long as the region or a
-    /// copy of it is used.
-    pub unsafe fn new(addr: *mut u8, len: usize) -> Region {
-        Region { addr, len }
-    }
-
     /// Address of the first byte.
-    pub fn addr(self) -> *mut u8 {
-        self.addr
+    pub fn addr(&self) -> *mut u8 {
+        self.mapping.base().wrapping_add(self.at)
     }
 
     /// Bytes.
-    pub fn len(self) -> usize {
+    pub fn len(&self) -> usize {
         self.len
     }
 
     /// Whether it has no byte.
-    pub fn is_empty(self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 }
 
-/// The mapping.
+/// The mapping, and how much of it is taken.
 #[derive(Debug)]
 pub struct Arena {
-    map: NonNull<u8>,
-    map_len: usize,
-    base: *mut u8,
+    mapping: Arc<Mapping>,
     len: u64,
     used: u64,
 }
-
-// SAFETY: the arena owns its mapping; its methods only compute addresses.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
 
 impl Arena {
     /// Maps `len` bytes. Pages take memory when first touched.
@@ -118,8 +126,8 @@ impl Arena {
         let map = unsafe { mmap_anonymous(None, map_len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) };
         let map = map.map_err(|e| fail(e.into()))?.cast::<u8>();
         let skip = map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
-        // SAFETY: `skip` is at most HUGE_PAGE, and the mapping is that much longer than `want`.
-        let base = unsafe { map.add(skip) };
+        let mapping = Mapping { map, map_len: map_len.get(), skip };
+        let base = NonNull::new(mapping.base()).ok_or_else(too_large)?;
         // A whole huge page would be resident for its first byte: only large arenas take them.
         let huge = if want >= 16 * HUGE_PAGE { MmapAdvise::MADV_HUGEPAGE } else { MmapAdvise::MADV_NOHUGEPAGE };
         for advice in [huge, MmapAdvise::MADV_DONTFORK] {
@@ -127,7 +135,7 @@ impl Arena {
             // nothing that correctness needs.
             let _ = unsafe { madvise(base.cast(), want, advice) };
         }
-        Ok(Arena { map, map_len: map_len.get(), base: base.as_ptr(), len: want as u64, used: 0 })
+        Ok(Arena { mapping: Arc::new(mapping), len: want as u64, used: 0 })
     }
 
     /// Takes the next `bytes`.
@@ -140,21 +148,19 @@ impl Arena {
         let Some(end) = padded.and_then(|b| self.used.checked_add(b)).filter(|&e| e <= self.len) else {
             return Err(full);
         };
-        // SAFETY: `used..end` lies within the mapping.
-        let addr = unsafe { self.base.add(self.used as usize) };
-        self.used = end;
-        Ok(Region { addr, len: bytes as usize })
+        let at = std::mem::replace(&mut self.used, end) as usize;
+        Ok(Region { mapping: Arc::clone(&self.mapping), at, len: bytes as usize })
     }
 
     /// All of it, whatever was taken.
     pub fn whole(&self) -> Region {
-        Region { addr: self.base, len: self.len as usize }
+        Region { mapping: Arc::clone(&self.mapping), at: 0, len: self.len as usize }
     }
 
     /// Brings every page into memory now, by `threads` threads; `false` if `stop` said so before the end.
     /// Where the kernel cannot (before Linux 5.14), pages come when they are first touched.
     pub fn populate(&self, threads: usize, stop: &dyn Fn() -> bool) -> bool {
-        let base = self.base.expose_provenance();
+        let base = self.mapping.base().expose_provenance();
         let len = self.len as usize;
         let (next, stopped, running) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         let step = || {
@@ -193,12 +199,7 @@ impl Arena {
         !stopped.load(Ordering::Relaxed) && next.load(Ordering::Relaxed) >= len
     }
 
-    /// First byte.
-    pub fn base(&self) -> *mut u8 {
-        self.base
-    }
-
-    /// Bytes from [`Arena::base`] on.
+    /// Bytes of all regions together.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -206,14 +207,6 @@ impl Arena {
     /// Whether it has no byte.
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` and is unmapped once. The flow drops its reader,
-        // which waits for reads in flight, before the arena.
-        let _ = unsafe { munmap(self.map.cast(), self.map_len) };
     }
 }
 
@@ -225,8 +218,8 @@ mod tests {
     fn regions_are_aligned_and_disjoint() {
         let mut a = Arena::new(3 * 4096).unwrap();
         let (x, y) = (a.take(5000).unwrap(), a.take(4096).unwrap());
-        assert_eq!(x.addr as usize % 4096, 0);
-        assert_eq!(y.addr as usize - x.addr as usize, 8192);
+        assert_eq!(x.addr() as usize % 4096, 0);
+        assert_eq!(y.addr() as usize - x.addr() as usize, 8192);
         assert!(matches!(a.take(1), Err(ArenaError::Full { used: 12288, bytes: 1, .. })));
     }
 
@@ -235,6 +228,19 @@ mod tests {
         for bytes in [u64::MAX / 2, u64::MAX] {
             assert!(matches!(Arena::new(bytes), Err(ArenaError::Map { .. })));
         }
+    }
+
+    #[test]
+    fn a_region_outlives_its_arena() {
+        let mut a = Arena::new(4096).unwrap();
+        let region = a.take(8).unwrap();
+        drop(a);
+        // SAFETY: the region is this test's alone.
+        let bytes = unsafe {
+            region.addr().write_bytes(7, region.len());
+            std::slice::from_raw_parts(region.addr(), region.len())
+        };
+        assert_eq!(bytes, [7; 8]);
     }
 
     /// Guards against a population that only ends with the last page: it is the stretch in which memory runs out.

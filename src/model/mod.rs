@@ -36,6 +36,14 @@ pub use tape::Tape;
 /// Why a GGUF file holds no model that nt can run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// A vector of a type that cannot be made floats of.
+    #[error("tensor {tensor} of type {ty} cannot be widened")]
+    Unwidened {
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        ty: crate::gguf::TensorType,
+    },
     /// An architecture without a forward pass here.
     #[error("architecture {found} is not supported; supported are {supported}")]
     Architecture {

@@ -157,7 +157,7 @@ pub trait WeightSource {
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// Weights could not be brought.
-    #[error("{0}")]
+    #[error(transparent)]
     Weights(WeightError),
     /// The backend failed.
     #[error(transparent)]

@@ -22,8 +22,8 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
 /// Reads whole units into regions, four at a time, before streaming starts.
 ///
 /// # Safety
-/// Each region belongs to its unit alone, and stays mapped until the reader is dropped: after an error or an
-/// interruption, reads may still be in flight.
+/// Each region lies in memory that the reader was told of, and belongs to its unit alone until the reader is dropped: after
+/// an error or an interruption, reads may still be in flight.
 ///
 /// # Errors
 /// The first read that failed, by the name of its unit; [`StreamError::Interrupted`] if `progress` broke off.
@@ -81,8 +81,8 @@ pub struct DeviceUnit<'a> {
 /// device. Slot `i` of `engine` goes with `staging[i]`.
 ///
 /// # Safety
-/// The staging regions are used by nothing else, and stay mapped until the reader is dropped. Each unit has
-/// `slot_bytes` bytes of its own at its address on the device.
+/// The staging regions lie in memory that the reader was told of, and are used by nothing else until it is dropped. Each
+/// unit has `slot_bytes` bytes of its own at its address on the device.
 ///
 /// # Errors
 /// As [`load`], and those of the device.
@@ -169,6 +169,10 @@ mod tests {
 
         fn alignment(&self, file: FileId) -> Alignment {
             self.inner.alignment(file)
+        }
+
+        fn attach(&mut self, memory: &crate::memory::Region) -> Result<(), crate::storage::StorageError> {
+            self.inner.attach(memory)
         }
 
         unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {

@@ -33,7 +33,7 @@ pub struct TurnedSpan {
 }
 
 /// Where a unit comes to rest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Rest {
     /// In RAM.
     Ram(Region),
@@ -90,7 +90,7 @@ pub fn staging<'a>(
 }
 
 /// A piece on its way.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Piece<'a> {
     unit: usize,
     span: &'a TurnedSpan,
@@ -145,8 +145,8 @@ impl Drop for Closing<'_, '_> {
 /// file that were turned.
 ///
 /// # Safety
-/// The regions are used by nothing else, and stay mapped until the reader is dropped: after an error or an interruption, reads
-/// may still be in flight. Each unit has a place of its own, large enough for its spans.
+/// The regions lie in memory that the reader was told of, and are used by nothing else until it is dropped: after an error or
+/// an interruption, reads may still be in flight. Each unit has a place of its own, large enough for its spans.
 ///
 /// # Errors
 /// The first read that failed, by the name of its unit; numbers that the type does not hold; those of the device;
@@ -265,18 +265,18 @@ impl<'a, 'r> Loading<'a, 'r> {
             let (unit, span, pieces) = &mut self.next;
             let u = self.units.get(*unit)?;
             if self.to.is_none() {
-                self.to = Some(match u.rest {
-                    Rest::Ram(region) => region,
+                self.to = Some(match &u.rest {
+                    Rest::Ram(region) => region.clone(),
                     Rest::Device(..) => {
                         let slot = self.slots.pop()?;
                         self.state[*unit].1 = Some(slot);
-                        self.device?.1[slot]
+                        self.device?.1[slot].clone()
                     }
                 });
                 *span = 0;
                 *pieces = Box::new(u.spans.first().into_iter().flat_map(TurnedSpan::pieces));
             }
-            if let (Some((first, rows)), Some(to)) = (pieces.next(), self.to) {
+            if let (Some((first, rows)), Some(to)) = (pieces.next(), self.to.clone()) {
                 return Some(Piece { unit: *unit, span: &u.spans[*span], first, rows, at: 0, to });
             }
             *span += 1;
@@ -302,7 +302,7 @@ impl<'a, 'r> Loading<'a, 'r> {
         let offset = first / align * align;
         piece.at = first - offset;
         let extents = [Extent { file: s.span.file, offset, len: end.next_multiple_of(align) - offset, dst_offset: 0 }];
-        let to = self.staging[region];
+        let to = &self.staging[region];
         let request =
             ReadRequest { tag: region as u64, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
         // SAFETY: the region is free; the rest is the caller's promise.
@@ -340,9 +340,9 @@ impl<'a, 'r> Loading<'a, 'r> {
             }
             for c in done.drain(..) {
                 let region = c.tag as usize;
-                let Some(piece) = self.pieces[region] else { continue };
+                let Some(piece) = self.pieces[region].clone() else { continue };
                 c.result.map_err(|e| named(self.units[piece.unit].name, e))?;
-                queue.push((region, self.staging[region], piece));
+                queue.push((region, self.staging[region].clone(), piece));
                 self.turning += 1;
             }
             let mut wait = self.reader.outstanding() == 0 && self.turning > 0;
@@ -376,7 +376,7 @@ impl<'a, 'r> Loading<'a, 'r> {
         let state = &mut self.state[piece.unit];
         state.0 -= 1;
         if let (0, Some(slot)) = *state
-            && let (Rest::Device(addr, bytes), Some((engine, slots))) = (unit.rest, self.device)
+            && let (&Rest::Device(addr, bytes), Some((engine, slots))) = (&unit.rest, self.device)
         {
             state.1 = None;
             let failed = |e: BackendError| StreamError::Device(Arc::new(e));
@@ -432,7 +432,7 @@ mod tests {
         let mut reader = ScriptedReader::new(vec![bytes], script);
         let names = ["a", "b", "c"];
         let units: Vec<TurnedUnit<'_>> = (places.iter().zip(names))
-            .map(|(r, name)| TurnedUnit { spans: &spans, rest: Rest::Ram(*r), name })
+            .map(|(r, name)| TurnedUnit { spans: &spans, rest: Rest::Ram(r.clone()), name })
             .collect();
         let mut calls = 0;
         let mut progress = |_| {

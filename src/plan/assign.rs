@@ -1,6 +1,6 @@
 //! Who computes what rests in RAM beside a device: processors where it lies, or the device, to which a link brings it.
 
-use super::machine::{RamSide, Rate};
+use super::machine::{Machine, RamSide, Rate};
 
 /// What the division follows from: rates while both work.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,6 +63,14 @@ impl SiteRates {
         let on_device = (here + carried) as f64 / self.device;
         let chain = computed as f64 / self.ram + on_device + parts as f64 * HAND_OVER_S;
         chain.max(carried as f64 / self.link)
+    }
+}
+
+impl Machine {
+    /// The rates by which work is divided between the GPU and `threads` processors; `None` without a GPU.
+    pub fn site_rates(&self, threads: usize) -> Option<SiteRates> {
+        let gpu = self.gpu.as_ref()?;
+        Some(SiteRates::of(&self.ram, (self.cpu.threads, threads), &gpu.memory, &gpu.link, gpu.link_beside.as_ref()))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Placement for a backend with memory of its own: homes A, B and C.
 
-use super::place::{
+use super::homes::{
     BUFFERS_DEFAULT, BUFFERS_MIN, Cache, Home, Limits, Plan, PlanError, SlotSizes, Tiers, TooFewSlots, UnitPart,
     UnitSize, caches, slot_sizes, spread,
 };

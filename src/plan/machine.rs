@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{Costs, SiteRates, parse_size};
+use super::{Costs, parse_size};
 
 /// What a link carries.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -196,12 +196,6 @@ impl Machine {
         let storage = self.storage.iter().map(|s| ("storage", &s.read));
         let decode = self.cpu.decode.iter().map(|r| ("decode by processors", r));
         gpu.chain(storage).chain([("RAM", &self.ram.read)]).chain(decode).chain(link_beside).chain(beside).collect()
-    }
-
-    /// The rates by which work is divided between the GPU and `threads` processors; `None` without a GPU.
-    pub fn site_rates(&self, threads: usize) -> Option<SiteRates> {
-        let gpu = self.gpu.as_ref()?;
-        Some(SiteRates::of(&self.ram, (self.cpu.threads, threads), &gpu.memory, &gpu.link, gpu.link_beside.as_ref()))
     }
 
     /// Bytes a second that processors and the link to the GPU read of RAM at once; `None` where they were not measured together.

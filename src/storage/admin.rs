@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{Error, Result};
 use std::os::fd::AsRawFd;
 
-/// Bytes of the health log.
-pub const LOG_BYTES: usize = 512;
+use super::smart::LOG_BYTES;
+
 /// Bytes that Identify answers.
 pub const IDENTIFY_BYTES: usize = 4096;
 

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::extents::{CHUNK, Manifest, crc32c};
+use super::checksum::{CHUNK, crc32c};
+use super::manifest::Manifest;
 use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
+use crate::memory::Region;
 
 /// What is known of one file: its manifest, and which tensor lies where.
 #[derive(Clone, Debug)]
@@ -178,9 +180,8 @@ impl Reader for Checked {
         self.inner.bells(to);
     }
 
-    unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.attach(memory, len) }
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        self.inner.attach(memory)
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
@@ -228,7 +229,7 @@ impl Reader for Checked {
 mod tests {
     use super::*;
     use crate::memory::Arena;
-    use crate::storage::{Script, ScriptedReader, extents};
+    use crate::storage::{Script, ScriptedReader, checksum};
 
     const SIZE: usize = 5 * CHUNK + 777;
 
@@ -245,7 +246,7 @@ mod tests {
             model: "M".into(),
             namespace: 1,
             extents: vec![(0, 1 << 20, (2 * CHUNK) as u64), ((2 * CHUNK) as u64, 8 << 20, (4 * CHUNK) as u64)],
-            crc32c: extents::sums(&data()[..]).unwrap(),
+            crc32c: checksum::sums(&data()[..]).unwrap(),
             requant: None,
         };
         let half = 3 * CHUNK as u64;

@@ -2,21 +2,19 @@
 //! system is unmounted. `Documentation/filesystems/fiemap.rst`.
 //!
 //! The map is only as good as the moment it was made: a file that is edited or moved later makes it
-//! wrong, and only the checksums, one for each [`CHUNK`], can see that.
+//! wrong, and only the checksums, one for each [`super::checksum::CHUNK`], can see that.
 
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-
-use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 use super::bind::DeviceError;
+use super::checksum::sums;
 use super::guard::{Host, sysfs};
 use super::library::Recorded;
+use super::manifest::Manifest;
 use super::source::Source;
-use super::vfio::reader::Span;
 
 /// `linux/fs.h`.
 mod ioctl {
@@ -27,8 +25,6 @@ mod ioctl {
 const FLAG_SYNC: u32 = 1;
 const LAST: u32 = 1;
 const BATCH: usize = 128;
-/// Bytes that one checksum covers.
-pub const CHUNK: usize = 64 << 10;
 
 /// Flags of an extent that make its bytes unreadable by block, with their names.
 const UNUSABLE: &[(u32, &str)] = &[
@@ -42,66 +38,6 @@ const UNUSABLE: &[(u32, &str)] = &[
     (0x800, "it is allocated and not written"),
     (0x2000, "it is shared with another file and may move"),
 ];
-
-/// A file's place on a drive.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Name of the file.
-    pub file: String,
-    /// Where it was when it was recorded.
-    pub path: PathBuf,
-    /// Bytes.
-    pub size: u64,
-    /// Serial of the drive.
-    pub serial: String,
-    /// Model of the drive.
-    pub model: String,
-    /// Namespace.
-    pub namespace: u32,
-    /// (first byte in the file, first byte on the namespace, bytes).
-    pub extents: Vec<(u64, u64, u64)>,
-    /// CRC-32C of each [`CHUNK`] of the file.
-    pub crc32c: Vec<u32>,
-    /// The type that the file's larger matrices were requantised to when it was staged.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub requant: Option<String>,
-}
-
-impl Manifest {
-    /// The extents for [`super::vfio::VfioReader::add_file`].
-    pub fn spans(&self) -> Vec<Span> {
-        self.extents.iter().map(|&(file_offset, device_offset, len)| Span { file_offset, device_offset, len }).collect()
-    }
-
-    /// True if `data` is what the file holds in its chunk number `chunk`.
-    pub fn holds(&self, chunk: usize, data: &[u8]) -> bool {
-        self.crc32c.get(chunk) == Some(&crc32c(data))
-    }
-
-    /// The byte of the namespace that holds byte `offset` of the file.
-    pub fn place(&self, offset: u64) -> Option<u64> {
-        let span = self.extents.iter().find(|e| (e.0..e.0.saturating_add(e.2)).contains(&offset))?;
-        Some(span.1 + (offset - span.0))
-    }
-
-    /// What makes a manifest unusable, if anything: extents must follow one another and cover the
-    /// file, with a checksum for each chunk.
-    pub fn fault(&self) -> Option<String> {
-        let mut next = 0;
-        for &(file, device, len) in &self.extents {
-            if file != next || len == 0 || file.checked_add(len).is_none() || device.checked_add(len).is_none() {
-                return Some(format!("the extent at byte {file} does not follow the one before, which ends at {next}"));
-            }
-            next = file + len;
-        }
-        if next < self.size {
-            return Some(format!("its extents end at byte {next}, the file has {}", self.size));
-        }
-        let chunks = self.size.div_ceil(CHUNK as u64);
-        (self.crc32c.len() as u64 != chunks)
-            .then(|| format!("it has {} checksums, the file has {chunks} chunks", self.crc32c.len()))
-    }
-}
 
 /// One extent as the kernel tells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,20 +109,6 @@ fn of(host: &Host, source: &Source) -> Result<Manifest, DeviceError> {
     })
 }
 
-/// CRC-32C of each [`CHUNK`] of what `input` holds.
-pub fn sums(mut input: impl Read) -> std::io::Result<Vec<u32>> {
-    let mut found = Vec::new();
-    let mut buffer = Vec::with_capacity(CHUNK);
-    loop {
-        buffer.clear();
-        (&mut input).take(CHUNK as u64).read_to_end(&mut buffer)?;
-        if buffer.is_empty() {
-            return Ok(found);
-        }
-        found.push(crc32c(&buffer));
-    }
-}
-
 fn file_system(host: &Host, number: &str) -> Result<String, String> {
     let text = host.read("/proc/self/mountinfo").map_err(|e| e.to_string())?;
     let line = text.lines().find(|l| l.split(' ').nth(2) == Some(number));
@@ -241,58 +163,12 @@ fn place(raw: &[Raw], size: u64, start: u64, device: u64) -> Result<Vec<(u64, u6
     }
 }
 
-/// CRC-32C (Castagnoli), RFC 3720 appendix B.4.
-pub fn crc32c(data: &[u8]) -> u32 {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("sse4.2") {
-        // SAFETY: the processor has the instruction, as was asked just now.
-        return unsafe { crc32c_sse42(data) };
-    }
-    crc32c_table(data)
-}
-
-/// By the processor's own instruction, several GB/s.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "sse4.2")]
-fn crc32c_sse42(data: &[u8]) -> u32 {
-    use std::arch::x86_64::{_mm_crc32_u8, _mm_crc32_u64};
-    let (words, rest) = data.as_chunks::<8>();
-    let crc = words.iter().fold(u64::from(!0u32), |c, w| _mm_crc32_u64(c, u64::from_le_bytes(*w)));
-    !rest.iter().fold(crc as u32, |c, b| _mm_crc32_u8(c, *b))
-}
-
-fn crc32c_table(data: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0u32; 256];
-        let mut i = 0;
-        while i < 256 {
-            let mut c = i as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                c = if c & 1 == 1 { c >> 1 ^ 0x82f6_3b78 } else { c >> 1 };
-                bit += 1;
-            }
-            table[i] = c;
-            i += 1;
-        }
-        table
-    };
-    !data.iter().fold(!0, |c: u32, b| c >> 8 ^ TABLE[((c ^ u32::from(*b)) & 0xff) as usize])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn raw(logical: u64, physical: u64, len: u64, flags: u32) -> Raw {
         Raw { logical, physical, len, flags }
-    }
-
-    #[test]
-    fn the_checksum_is_castagnolis() {
-        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
-        let data: Vec<u8> = (0..1003u32).map(|i| (i * 37) as u8).collect();
-        assert!((0..1003).all(|n| crc32c(&data[n..]) == crc32c_table(&data[n..])));
     }
 
     #[test]

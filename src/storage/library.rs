@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 
-use super::extents::{CHUNK, Manifest, crc32c};
+use super::checksum::{CHUNK, crc32c};
+use super::manifest::Manifest;
 use super::safe;
 
 /// Where root records for all users: folders of root's alone, each with the one before as its parent.
@@ -70,6 +71,41 @@ fn existing(path: &Path) -> Option<&Path> {
     path.ancestors().find(|p| p.exists())
 }
 
+/// A record that is there and cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {source}", path.display())]
+pub struct Unusable {
+    /// Its path.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub source: RecordError,
+}
+
+/// What is wrong with a record.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// It cannot be read.
+    #[error("{name}: {source}")]
+    Io {
+        /// The file's name.
+        name: String,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// Neither root nor this user alone could have written it.
+    #[error("{0}: others could have written it, so it is not used; record the model again")]
+    Untrusted(String),
+    /// It is no JSON of the form that is expected.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// Places or checksums that contradict each other: a sentence.
+    #[error("{0}")]
+    Manifest(String),
+    /// The header that is kept with it.
+    #[error("its copy of the header is damaged; record the model again")]
+    Header,
+}
+
 impl Library {
     /// A library in these folders.
     pub fn at(folders: Vec<PathBuf>) -> Library {
@@ -92,15 +128,15 @@ impl Library {
     }
 
     /// Every manifest, folder by folder; one that cannot be read is an error with its path.
-    pub fn all(&self) -> Vec<Result<Manifest, String>> {
-        let mut found: Vec<Result<Manifest, String>> = Vec::new();
+    pub fn all(&self) -> Vec<Result<Manifest, Unusable>> {
+        let mut found: Vec<Result<Manifest, Unusable>> = Vec::new();
         for (folder, owned) in self.folders() {
             let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
             let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
             paths.retain(|p| p.extension().is_some_and(|e| e == "json"));
             paths.sort();
             for path in paths {
-                let next = load(&path, owned).map(|r| r.manifest).map_err(|e| format!("{}: {e}", path.display()));
+                let next = load(&path, owned).map(|r| r.manifest).map_err(|source| Unusable { path, source });
                 let known = next.as_ref().is_ok_and(|n| found.iter().flatten().any(|f| same(f, n)));
                 if !known {
                     found.push(next);
@@ -121,7 +157,7 @@ impl Library {
     ///
     /// # Errors
     /// If none is found, but one that matches by its own name cannot be used.
-    pub fn find(&self, model: &Path, serial: Option<&str>) -> Result<Vec<Recorded>, String> {
+    pub fn find(&self, model: &Path, serial: Option<&str>) -> Result<Vec<Recorded>, Unusable> {
         let Some(wanted) = model.file_name().map(|n| n.to_string_lossy().into_owned()) else { return Ok(Vec::new()) };
         let named_only = model.components().count() == 1;
         let full = std::path::absolute(model).unwrap_or_else(|_| model.to_path_buf());
@@ -135,9 +171,10 @@ impl Library {
                 }
                 let recorded = match load(&path, owned) {
                     Ok(recorded) => recorded,
-                    Err(e) => {
-                        let e = format!("{}: {e}", path.display());
-                        match strangers(&path) {
+                    Err(source) => {
+                        let others = strangers(&path);
+                        let e = Unusable { path, source };
+                        match others {
                             true => tracing::debug!("{e}"),
                             false => fault = fault.or(Some(e)),
                         }
@@ -213,24 +250,27 @@ fn save(shelf: &Path, recorded: &Recorded) -> std::io::Result<PathBuf> {
 }
 
 /// Reads a record. `owned`: root (or this user) must have written it, in a folder that others cannot write.
-fn load(path: &Path, owned: bool) -> Result<Recorded, String> {
-    let read = |path: &Path, limit: u64| -> Result<Vec<u8>, String> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let found = safe::read(path, limit).map_err(|e| format!("{name}: {e}"))?;
+fn load(path: &Path, owned: bool) -> Result<Recorded, RecordError> {
+    let read = |path: &Path, limit: u64| -> Result<Vec<u8>, RecordError> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let found = match safe::read(path, limit) {
+            Ok(found) => found,
+            Err(source) => return Err(RecordError::Io { name, source }),
+        };
         let trusted = |uid: u32| uid == 0 || uid == geteuid().as_raw();
         let folder = path.parent().and_then(|f| f.symlink_metadata().ok());
         let closed = folder.is_some_and(|m| m.is_dir() && trusted(m.uid()) && m.mode() & 0o022 == 0);
         if owned && !(trusted(found.uid) && !found.others_write && closed) {
-            return Err(format!("{name}: others could have written it, so it is not used; record the model again"));
+            return Err(RecordError::Untrusted(name));
         }
         Ok(found.bytes)
     };
-    let manifest: Manifest = serde_json::from_slice(&read(path, MANIFEST_MAX)?).map_err(|e| e.to_string())?;
+    let manifest: Manifest = serde_json::from_slice(&read(path, MANIFEST_MAX)?)?;
     if let Some(fault) = manifest.fault() {
-        return Err(fault);
+        return Err(RecordError::Manifest(fault));
     }
     let header = opened(read(&path.with_extension("header"), HEADER_MAX)?, &manifest);
-    let header = header.ok_or("its copy of the header is damaged; record the model again")?;
+    let header = header.ok_or(RecordError::Header)?;
     Ok(Recorded { manifest, header })
 }
 
@@ -302,7 +342,7 @@ mod tests {
         let mut bad = recorded("S", "/mnt/m.gguf");
         bad.manifest.extents[0].2 = 3;
         let path = library.save(&bad).unwrap();
-        let e = library.find(Path::new("m.gguf"), None).unwrap_err();
+        let e = library.find(Path::new("m.gguf"), None).unwrap_err().to_string();
         assert!(e.contains("extents end at byte 3") && e.contains(path.to_str().unwrap()), "{e}");
     }
 

@@ -5,10 +5,11 @@
 //! completions in any order. It splits, aligns, keeps its own queue depth, and re-issues short
 //! reads; it knows nothing of layers.
 
-mod admin;
+pub mod admin;
 mod bell;
 pub mod bind;
 mod checked;
+pub mod checksum;
 pub mod extents;
 mod file;
 pub mod gpt;
@@ -17,10 +18,12 @@ pub mod health;
 pub mod image;
 pub mod library;
 mod locks;
+pub mod manifest;
 mod pread;
 pub mod safe;
 #[cfg(test)]
 mod scripted;
+pub mod smart;
 pub mod source;
 mod split;
 mod striped;
@@ -45,6 +48,8 @@ pub use verify::{VerifyError, verify};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use crate::memory::Region;
 
 /// A file or device that a reader has opened, by index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -145,14 +150,11 @@ pub trait Reader: Send {
         false
     }
 
-    /// Announces a memory area that reads will go to, before the first of them. Readers that can read
-    /// to anywhere do nothing.
+    /// Announces memory that reads will go to, before the first of them. The reader keeps it mapped until it is dropped.
     ///
-    /// # Safety
-    /// `memory .. + len` must be page aligned and stay mapped until the reader is dropped.
-    unsafe fn attach(&mut self, _memory: *mut u8, _len: usize) -> Result<(), StorageError> {
-        Ok(())
-    }
+    /// # Errors
+    /// If the drive cannot be given access to it.
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError>;
 
     /// Adds the bells that end a wait in [`Reader::poll`] early, with nothing: all are rung where there is something
     /// else to submit. A reader without bells is not to be waited for longer than a new request may wait.
@@ -164,8 +166,9 @@ pub trait Reader: Send {
     /// Whatever goes wrong later is the completion's error, or [`Reader::poll`]'s.
     ///
     /// # Safety
-    /// `request.dst .. + dst_len` must stay mapped, and must not be read or written by anyone else,
-    /// until the request's completion has been returned by [`Reader::poll`] or the reader dropped.
+    /// `request.dst .. + dst_len` must lie in memory that was announced ([`Reader::attach`]), or stay mapped otherwise, and
+    /// must not be read or written by anyone else, until the request's completion has been returned by [`Reader::poll`] or
+    /// the reader dropped.
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError>;
 
     /// Appends completions to `out`; waits up to `wait` for the first one if there is none yet.

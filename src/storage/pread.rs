@@ -7,7 +7,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::split::{Chunk, Requests};
-use super::{Alignment, Bell, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader};
+use super::{Alignment, Bell, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader, StorageError};
+use crate::memory::Region;
 
 /// Threads per copy, and so reads in flight.
 pub(crate) const THREADS: usize = 8;
@@ -24,6 +25,8 @@ pub struct PreadReader {
     threads: Vec<JoinHandle<()>>,
     n_flying: usize,
     bell: Arc<Bell>,
+    /// What reads go to.
+    memory: Vec<Region>,
 }
 
 impl PreadReader {
@@ -51,7 +54,7 @@ impl PreadReader {
             return Err(refused.unwrap_or_else(|| std::io::Error::other("no thread could be started")));
         }
         let requests = Requests::over(files.len(), copies);
-        Ok(PreadReader { files, requests, jobs: Some(jobs), outcomes, threads, n_flying: 0, bell })
+        Ok(PreadReader { files, requests, jobs: Some(jobs), outcomes, threads, n_flying: 0, bell, memory: Vec::new() })
     }
 
     fn issue(&mut self) {
@@ -111,6 +114,11 @@ impl Reader for PreadReader {
 
     fn copies(&self) -> bool {
         self.files.iter().any(|f| f.copies)
+    }
+
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        self.memory.push(memory.clone());
+        Ok(())
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {

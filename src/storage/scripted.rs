@@ -5,7 +5,8 @@ use std::time::Duration;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader};
+use super::{Alignment, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
+use crate::memory::Region;
 
 /// What goes wrong, as shares of requests (0 to 1).
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,6 +36,7 @@ pub struct ScriptedReader {
     script: Script,
     rng: ChaCha8Rng,
     pending: Vec<Pending>,
+    memory: Vec<Region>,
 }
 
 // SAFETY: the addresses are only written during `poll`, under the contract of `Reader::submit`.
@@ -43,7 +45,13 @@ unsafe impl Send for ScriptedReader {}
 impl ScriptedReader {
     /// A reader over files that are held in memory.
     pub fn new(files: Vec<Vec<u8>>, script: Script) -> ScriptedReader {
-        ScriptedReader { files, script, rng: ChaCha8Rng::seed_from_u64(script.seed), pending: Vec::new() }
+        ScriptedReader {
+            files,
+            script,
+            rng: ChaCha8Rng::seed_from_u64(script.seed),
+            pending: Vec::new(),
+            memory: Vec::new(),
+        }
     }
 
     fn complete(&mut self, p: &Pending) -> Result<u64, ReadError> {
@@ -84,6 +92,11 @@ impl Reader for ScriptedReader {
 
     fn alignment(&self, _: FileId) -> Alignment {
         Alignment { memory: 1, offset: 1 }
+    }
+
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        self.memory.push(memory.clone());
+        Ok(())
     }
 
     unsafe fn submit(&mut self, r: &ReadRequest<'_>) -> Result<(), ReadError> {

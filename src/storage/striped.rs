@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError};
+use crate::memory::Region;
 
 /// One reader is waited for no longer than this before the others are looked at. Drives have many times
 /// that in their queues.
@@ -134,13 +135,8 @@ impl Reader for Striped {
         self.copies.iter().for_each(|c| c.reader.bells(to));
     }
 
-    unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
-        for copy in &mut self.copies {
-            // SAFETY: the caller's promise, which holds for as long as any of the readers, all dropped
-            // with `self`.
-            unsafe { copy.reader.attach(memory, len) }?;
-        }
-        Ok(())
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        self.copies.iter_mut().try_for_each(|copy| copy.reader.attach(memory))
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {
@@ -283,6 +279,10 @@ mod tests {
 
         fn alignment(&self, _: FileId) -> Alignment {
             Alignment { memory: 4, offset: 4096 }
+        }
+
+        fn attach(&mut self, _: &crate::memory::Region) -> Result<(), crate::storage::StorageError> {
+            Ok(())
         }
 
         unsafe fn submit(&mut self, _: &ReadRequest<'_>) -> Result<(), ReadError> {

@@ -13,7 +13,10 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::split::{Chunk, Requests};
-use super::{Alignment, Bell, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader};
+use super::{
+    Alignment, Bell, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader, StorageError,
+};
+use crate::memory::Region;
 
 /// How often, a millisecond apart, the end of reads in flight is asked for when the kernel refuses to
 /// wait for it.
@@ -124,6 +127,8 @@ pub struct UringReader {
     ringing: Ringing,
     /// What the kernel said when a request was submitted: the request was taken all the same.
     broken: Option<ReadError>,
+    /// What reads go to, dropped behind the ring.
+    memory: Vec<Region>,
 }
 
 impl UringReader {
@@ -149,6 +154,7 @@ impl UringReader {
             ring,
             files: files.to_vec(),
             requests: Requests::over(files.len(), copies),
+            memory: Vec::new(),
             flying: vec![None; depth],
             n_flying: 0,
             ringing: Ringing {
@@ -261,6 +267,11 @@ impl Reader for UringReader {
 
     fn copies(&self) -> bool {
         self.files.iter().any(|f| f.copies)
+    }
+
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        self.memory.push(memory.clone());
+        Ok(())
     }
 
     unsafe fn submit(&mut self, request: &ReadRequest<'_>) -> Result<(), ReadError> {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::extents::CHUNK;
+use super::checksum::CHUNK;
 use super::{CHUNK_BYTES, Corruption, Extent, FileId, ReadRequest, Reader, Record, StorageError};
 use crate::memory::{Arena, ArenaError, Region};
 
@@ -37,8 +37,7 @@ pub fn verify(
     let slots = (0..READS).map(|_| arena.take(READ_BYTES)).collect::<Result<Vec<_>, _>>()?;
     // Bound anew so that every way out drops it, and waits for its reads, before the memory.
     let mut reader = reader;
-    // SAFETY: the arena begins at a page and outlives the reader.
-    unsafe { reader.attach(arena.base(), arena.len() as usize) }?;
+    reader.attach(&arena.whole())?;
     let total = records.iter().map(|r| r.manifest.size).sum();
     let mut todo = records.iter().enumerate().flat_map(|(i, r)| pieces(i, r.manifest.size));
     let mut free: Vec<usize> = (0..READS).collect();
@@ -103,7 +102,8 @@ fn submit(reader: &mut dyn Reader, slot: usize, piece: &Piece, to: &Region) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::extents::{Manifest, sums};
+    use crate::storage::checksum::sums;
+    use crate::storage::manifest::Manifest;
     use crate::storage::{Script, ScriptedReader};
 
     #[test]

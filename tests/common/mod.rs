@@ -253,8 +253,9 @@ pub fn fails<S: AsRef<std::ffi::OsStr> + std::fmt::Debug>(args: &[S], code: i32,
 
 /// Records the model as it is now, as if it lay on a drive; `data` is the folder of records (`$XDG_DATA_HOME`).
 pub fn record(model: &Path, data: &Path) {
-    use nt::storage::extents::{Manifest, sums};
+    use nt::storage::checksum::sums;
     use nt::storage::library::{Library, Recorded};
+    use nt::storage::manifest::Manifest;
     let bytes = std::fs::read(model).unwrap();
     let size = bytes.len() as u64;
     let manifest = Manifest {

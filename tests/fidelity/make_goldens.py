@@ -24,8 +24,9 @@ from to_f32 import to_f32
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def logits(path, tokens):
-    """All logits of one pass on the CPU, with an F32 cache and no flash attention."""
+def logits(path, tokens, kv=0):
+    """All logits of one pass on the CPU, with a cache of type `kv` (`enum ggml_type`: F32). Caches of other types are read by
+    flash attention, as values of Q8_0 can be by nothing else."""
     mp = L.llama_model_default_params()
     mp.n_gpu_layers = 0
     mp.use_extra_bufts = False  # no repacking, which rounds in another way
@@ -34,8 +35,8 @@ def logits(path, tokens):
     cp = L.llama_context_default_params()
     cp.n_ctx = cp.n_batch = cp.n_ubatch = 1024
     cp.n_threads = cp.n_threads_batch = 2
-    cp.type_k = cp.type_v = 0
-    cp.flash_attn_type = 0
+    cp.type_k = cp.type_v = kv
+    cp.flash_attn_type = int(kv != 0)
     ctx = L.llama_init_from_model(model, cp)
     n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
     batch = L.llama_batch_init(len(tokens), 0, 1)

@@ -732,33 +732,6 @@ unsafe fn any<D: Dot>(j: &Job, from: usize, to: usize, scratch: &mut [f32], pane
     }
 }
 
-/// Types with kernels.
-pub(super) const TYPES: [TensorType; 23] = [
-    TensorType::F32,
-    TensorType::F16,
-    TensorType::BF16,
-    TensorType::Q4_0,
-    TensorType::Q4_1,
-    TensorType::Q5_0,
-    TensorType::Q5_1,
-    TensorType::Q8_0,
-    TensorType::Q2_K,
-    TensorType::Q3_K,
-    TensorType::Q4_K,
-    TensorType::Q5_K,
-    TensorType::Q6_K,
-    TensorType::IQ4_NL,
-    TensorType::IQ4_XS,
-    TensorType::MXFP4,
-    TensorType::IQ1_S,
-    TensorType::IQ1_M,
-    TensorType::IQ2_XXS,
-    TensorType::IQ2_XS,
-    TensorType::IQ2_S,
-    TensorType::IQ3_XXS,
-    TensorType::IQ3_S,
-];
-
 /// A body that is compiled for each instruction set.
 pub(super) trait Body {
     /// Runs it.

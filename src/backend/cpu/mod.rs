@@ -356,7 +356,7 @@ impl CpuBackend {
 
     /// Whether matrices of this type can be computed.
     pub fn supports_type(ty: TensorType) -> bool {
-        kernel::TYPES.contains(&ty)
+        reference::TYPES.contains(&ty)
     }
 
     /// Rows of the class at hand.
@@ -1246,7 +1246,7 @@ fn dequantize_rows(rows: &[u8], ty: TensorType, out: &mut [f32], width: usize) -
     let row_bytes = ty.row_bytes(width).unwrap_or(0);
     for (row, x) in rows.chunks_exact(row_bytes).zip(out.chunks_exact_mut(width)) {
         if !reference::dequantize(ty, row, x) {
-            let supported = kernel::TYPES.map(|t| t.name()).join(", ");
+            let supported = reference::TYPES.map(|t| t.name()).join(", ");
             return Err(BackendError::UnsupportedType { ty, backend: "cpu", supported });
         }
     }

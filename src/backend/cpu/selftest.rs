@@ -4,7 +4,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::isa::Isa;
-use super::kernel::{Activation, Job, Paired, Quantise, Rows, TYPES, Then, dispatch, panel_scratch};
+use super::kernel::{Activation, Job, Paired, Quantise, Rows, Then, dispatch, panel_scratch};
 use super::panel::Panel;
 use super::unpack::{PACKET, SUBS};
 #[cfg(target_arch = "x86_64")]
@@ -23,7 +23,7 @@ const FLOAT_BOUND: f64 = 2e-6;
 pub fn selftest(out: &mut dyn FnMut(&str)) -> Result<(), String> {
     let mut failed = 0;
     for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
-        for ty in TYPES {
+        for ty in reference::TYPES {
             let bounds: &[(bool, f64)] = match ty.block_elems() {
                 1 => &[(false, FLOAT_BOUND)],
                 _ => &[(false, QUANTISED_BOUND), (true, FINE_BOUND)],
@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn a_row_of_activations_gives_the_same_bits_alone_and_among_others() {
         for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
-            for ty in TYPES {
+            for ty in reference::TYPES {
                 for fine in [false, true] {
                     for (rows, blocks) in [(3, 1), (37, 9)] {
                         let cols = blocks * ty.block_elems().max(32);
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_row_of_weights_gives_the_same_bits_in_every_task() {
         for isa in Isa::ALL.into_iter().filter(|&i| i <= Isa::detect()) {
-            for ty in TYPES {
+            for ty in reference::TYPES {
                 for fine in [false, true] {
                     for blocks in [1, 18, 21] {
                         let case = Case::new(ty, 11, blocks * ty.block_elems().max(32), 2, fine);

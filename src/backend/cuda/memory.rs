@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::driver::{Device, Stream};
 use super::transfer::Transfer;
 use crate::backend::{BackendError, CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
+use crate::memory::Region;
 
 /// Bytes that are copied to measure the memory: several times what caches hold.
 const PROBE_BYTES: u64 = 256 << 20;
@@ -41,9 +42,9 @@ impl DeviceMemory for CudaMemory {
         Ok(DeviceAlloc::new(buffer.addr(), bytes, buffer))
     }
 
-    unsafe fn pin(&self, addr: *mut u8, len: usize) -> Result<Pinned, BackendError> {
-        // SAFETY: the caller vouches for the memory.
-        Ok(Pinned::new(unsafe { self.device.register_host(addr, len)? }))
+    fn pin(&self, memory: &Region) -> Result<Pinned, BackendError> {
+        // SAFETY: what is given back holds the region longer than its registration.
+        Ok(Pinned::new(memory, unsafe { self.device.register_host(memory.addr(), memory.len())? }))
     }
 
     fn copy_engine(&self, slots: usize) -> Result<Arc<dyn CopyEngine>, BackendError> {

@@ -12,6 +12,7 @@ use cudarc::nvrtc::sys as nvrtc;
 
 use super::driver::{Device, Stream, check, device_error};
 use crate::backend::BackendError;
+pub(super) use crate::backend::reference::QUANTS;
 use crate::gguf::TensorType;
 use crate::storage::safe;
 
@@ -22,30 +23,6 @@ mod embedded {
     #![allow(missing_docs, clippy::all, reason = "written by build.rs")]
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
-
-/// Quantised types with kernels, in the order of their tables.
-pub(super) const QUANTS: [TensorType; 20] = [
-    TensorType::Q8_0,
-    TensorType::Q4_0,
-    TensorType::Q4_1,
-    TensorType::Q5_0,
-    TensorType::Q5_1,
-    TensorType::Q2_K,
-    TensorType::Q3_K,
-    TensorType::Q4_K,
-    TensorType::Q5_K,
-    TensorType::Q6_K,
-    TensorType::IQ4_NL,
-    TensorType::IQ4_XS,
-    TensorType::MXFP4,
-    TensorType::IQ1_S,
-    TensorType::IQ1_M,
-    TensorType::IQ2_XXS,
-    TensorType::IQ2_XS,
-    TensorType::IQ2_S,
-    TensorType::IQ3_XXS,
-    TensorType::IQ3_S,
-];
 
 /// Shared memory that a kernel of this type declares for the type's grid and a word behind it, as `blocks.cuh`.
 pub(super) fn grid_bytes(ty: TensorType) -> usize {

@@ -11,8 +11,8 @@ use super::walk::Walk;
 use crate::memory::{Arena, Region};
 use crate::storage::bind::{self, DeviceError};
 use crate::storage::guard::Host;
+use crate::storage::manifest::Span as Place;
 use crate::storage::vfio::VfioReader;
-use crate::storage::vfio::reader::Span as Place;
 use crate::storage::{Completion, Extent, FileId, ReadRequest, Reader};
 
 /// Bytes in flight at most: all of them are pinned, and charged against the locked-memory limit.
@@ -21,7 +21,6 @@ const POLL: Duration = Duration::from_millis(2);
 
 /// Reads one file of a reader, all of it and again.
 pub struct ByReader {
-    /// Dropped before the memory that it reads to.
     reader: Box<dyn Reader>,
     file: FileId,
     len: u64,
@@ -31,7 +30,6 @@ pub struct ByReader {
     read: u64,
     buffers: Region,
     threads: usize,
-    _arena: Arena,
 }
 
 impl ByReader {
@@ -52,10 +50,8 @@ impl ByReader {
         let buffers = arena.take(flying.min(FLYING_MAX))?;
         // SAFETY: a region of the arena made above, which nobody else knows yet.
         unsafe { buffers.addr().write_bytes(1, buffers.len()) };
-        // SAFETY: the arena begins at a page, and is dropped after the reader.
-        unsafe { reader.attach(arena.base(), arena.len() as usize) }
-            .map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
-        Ok(ByReader { reader, file, len, name, scatter: true, read: 0, buffers, threads, _arena: arena })
+        reader.attach(&arena.whole()).map_err(|e| ProbeError::Target { path: name.clone(), why: e.to_string() })?;
+        Ok(ByReader { reader, file, len, name, scatter: true, read: 0, buffers, threads })
     }
 
     /// The same with small blocks in the file's order too, for files that come through the page cache.

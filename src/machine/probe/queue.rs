@@ -44,8 +44,6 @@ pub struct Queue<'t> {
     n_flying: usize,
     /// Goes on between runs, so that no run finds in a drive's cache what the last one read.
     walk: Walk,
-    /// Held for the buffers: dropped after the ring, which waits for reads in flight.
-    _arena: Arena,
 }
 
 /// Bytes and seconds.
@@ -115,7 +113,7 @@ impl<'t> Queue<'t> {
         let bytes = block * depth as u64;
         let mut arena = Arena::new(if pages == Pages::Huge { bytes.max(ARENA_MIN) } else { bytes })?;
         if pages == Pages::Small {
-            let base = NonNull::new(arena.base().cast());
+            let base = NonNull::new(arena.whole().addr().cast());
             // SAFETY: advice on the arena's own mapping, none of which was touched; a refusal changes
             // nothing that correctness needs.
             base.map(|base| unsafe { madvise(base, arena.len() as usize, MmapAdvise::MADV_NOHUGEPAGE) });
@@ -138,7 +136,6 @@ impl<'t> Queue<'t> {
             buffers,
             n_flying: 0,
             walk: Walk::new(target.len, block, target.file.is_direct(), read),
-            _arena: arena,
         })
     }
 

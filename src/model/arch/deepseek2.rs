@@ -1,7 +1,7 @@
 //! DeepSeek V2 and V3, and who took them over: attention to latent vectors, dense blocks first, then routed experts beside shared
 //! ones.
 
-use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, plain_betas, set_blocks_apart};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, joined, plain_betas, set_blocks_apart};
 use crate::backend::{Gating, KvShape, Scores};
 use crate::model::build::{Builder, Choose, FEED_FORWARD, MIXTURE, Mixture};
 use crate::model::hparams::{Keys, LatentSizes, limit};
@@ -19,20 +19,10 @@ const GLM_FLASH: usize = 154_880;
 pub(super) const DEEPSEEK2: Architecture = Architecture {
     family: Family {
         name: "deepseek2",
-        follows: &[
-            ROUTER_KEYS[0],
-            ROUTER_KEYS[1],
-            ROUTER_KEYS[2],
-            ROUTER_KEYS[3],
-            ROUTER_KEYS[4],
-            "nextn_predict_layers",
-            RANK,
-            QUERY_RANK,
-            VALUE,
-            KEY_OF_HEAD,
-            VALUE_OF_HEAD,
-            MULTIPLIER,
-        ],
+        follows: &joined::<12>(
+            &ROUTER_KEYS,
+            &["nextn_predict_layers", RANK, QUERY_RANK, VALUE, KEY_OF_HEAD, VALUE_OF_HEAD, MULTIPLIER],
+        ),
         ..PLAIN.family
     },
     settle,

@@ -1,7 +1,7 @@
 //! GLM 4: norms before and behind each part, gate and up in one matrix. GLM 4.5 to 4.7: routed experts beside a shared
 //! one, dense blocks first.
 
-use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, set_blocks_apart};
+use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, joined, set_blocks_apart};
 use crate::backend::{Gating, RopeKind};
 use crate::model::ModelError;
 use crate::model::build::{
@@ -21,16 +21,8 @@ pub(super) const GLM4MOE: Architecture = Architecture {
     family: Family {
         name: "glm4moe",
         rope_kind: RopeKind::Neox,
-        follows: &[
-            ROUTER_KEYS[0],
-            ROUTER_KEYS[1],
-            ROUTER_KEYS[2],
-            ROUTER_KEYS[3],
-            ROUTER_KEYS[4],
-            "nextn_predict_layers",
-            // Of text, all sections count the same positions.
-            "rope.dimension_sections",
-        ],
+        // Of text, all sections count the same positions.
+        follows: &joined::<7>(&ROUTER_KEYS, &["nextn_predict_layers", "rope.dimension_sections"]),
         ..PLAIN.family
     },
     settle: |keys, h| {

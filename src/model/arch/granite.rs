@@ -1,6 +1,6 @@
 //! Granite 3 and 4: llama's block with four factors.
 
-use super::{Architecture, Family, PLAIN, ROUTER_KEYS, experts_as_wide_as_ff, ropes};
+use super::{Architecture, Family, PLAIN, SHARED_WIDTH, experts_as_wide_as_ff, ropes};
 use crate::backend::Router;
 use crate::model::build::{ATTENTION, Builder, FEED_FORWARD, MIXTURE, Mixture};
 use crate::model::hparams::{Keys, limit};
@@ -24,7 +24,7 @@ pub(super) const GRANITEMOE: Architecture = Architecture {
     ropes,
     family: Family {
         name: "granitemoe",
-        follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", ROUTER_KEYS[5]],
+        follows: &["attention.scale", "logit_scale", "residual_scale", "embedding_scale", SHARED_WIDTH],
         ..PLAIN.family
     },
     settle: |keys, h| {

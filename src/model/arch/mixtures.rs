@@ -1,6 +1,8 @@
 //! Mixtures of experts that differ in their routers and in what all tokens pass.
 
-use super::{Architecture, Family, PLAIN, ROUTER_KEYS, deepseek_router, experts_as_wide_as_ff, gating};
+use super::{
+    Architecture, Family, PLAIN, ROUTER_KEYS, SHARED_WIDTH, deepseek_router, experts_as_wide_as_ff, gating, joined,
+};
 use crate::backend::{Gating, RopeKind, Router};
 use crate::model::ModelError;
 use crate::model::build::{ATTENTION, Attention, Builder, Choose, FEED_FORWARD, HeadNorms, MIXTURE, Mixture};
@@ -27,7 +29,7 @@ pub(super) const MINIMAX_M2: Architecture = Architecture {
 
 /// Ernie 4.5 with experts: dense blocks first.
 pub(super) const ERNIE: Architecture = Architecture {
-    family: Family { name: "ernie4_5-moe", follows: &[ROUTER_KEYS[3], ROUTER_KEYS[4], ROUTER_KEYS[5]], ..PLAIN.family },
+    family: Family { name: "ernie4_5-moe", follows: &[ROUTER_KEYS[3], ROUTER_KEYS[4], SHARED_WIDTH], ..PLAIN.family },
     settle: |keys, h| {
         some_experts(keys, h.n_experts)?;
         h.n_dense = keys.count("leading_dense_block_count", limit::LAYERS)?.min(h.n_layers);
@@ -44,7 +46,7 @@ pub(super) const HUNYUAN: Architecture = Architecture {
     family: Family {
         name: "hunyuan-moe",
         rope_kind: RopeKind::Neox,
-        follows: &[ROUTER_KEYS[3], ROUTER_KEYS[5]],
+        follows: &[ROUTER_KEYS[3], SHARED_WIDTH],
         ..PLAIN.family
     },
     settle: |keys, h| {
@@ -64,7 +66,7 @@ pub(super) const BAILING: Architecture = Architecture {
         name: "bailingmoe2",
         own_head: true,
         rope_kind: RopeKind::Neox,
-        follows: &ROUTER_KEYS,
+        follows: &joined::<6>(&ROUTER_KEYS, &[SHARED_WIDTH]),
         ..PLAIN.family
     },
     settle: |keys, h| {

@@ -167,14 +167,27 @@ fn gating(keys: &Keys<'_>, default: Option<Gating>) -> Result<Gating, ModelError
 }
 
 /// Keys of [`deepseek_router`].
-const ROUTER_KEYS: [&str; 6] = [
+const ROUTER_KEYS: [&str; 5] = [
     "expert_gating_func",
     "expert_group_count",
     "expert_group_used_count",
     "expert_shared_count",
     "leading_dense_block_count",
-    "expert_shared_feed_forward_length",
 ];
+/// The width of experts that all tokens share.
+const SHARED_WIDTH: &str = "expert_shared_feed_forward_length";
+
+/// Two lists of keys as one, of `N`.
+const fn joined<const N: usize>(a: &[&'static str], b: &[&'static str]) -> [&'static str; N] {
+    assert!(a.len() + b.len() == N);
+    let mut all = [""; N];
+    let mut i = 0;
+    while i < N {
+        all[i] = if i < a.len() { a[i] } else { b[i - a.len()] };
+        i += 1;
+    }
+    all
+}
 
 /// The router of DeepSeek and those who took it over: function, normalisation, scale and groups by keys, dense blocks
 /// before the others.

@@ -9,10 +9,7 @@ impl Builder<'_> {
     /// A gated delta net in place of attention in block `i`. `tiled`: see [`DeltaNet`].
     pub fn delta_net(&mut self, i: usize, r: &Recurrent, tiled: bool) -> Result<(), ModelError> {
         let d = self.h.n_embd;
-        let p = format!("blk.{i}");
-        let u = self.begin(i)?;
-        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
-        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let (u, p) = self.begin_mixer(i)?;
         let (inner, heads) = (r.n_values * r.dim, r.n_values);
         let packed = format!("{p}.ssm_in");
         if !tiled && self.has(&format!("{packed}.weight")) {
@@ -32,30 +29,19 @@ impl Builder<'_> {
             let both = self.linear(u, &format!("{p}.ssm_ba"), 2 * heads, d)?;
             self.products(Act::H, [(Act::Beta, both)]);
         }
-        let state = self.states;
-        self.states += 1;
-        let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
-        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels as u64])?, 0, r.taps * r.channels)?;
+        let (state, w) = self.taps(u, &format!("{p}.ssm_conv1d"), r.taps, r.channels)?;
         self.op(Op::Conv { state, w, bias: None });
         let decay = self.vector(u, &format!("{p}.ssm_a"), heads)?;
         let bias = self.vector(u, &format!("{p}.ssm_dt.bias"), heads)?;
         let norm = self.norm(u, &format!("{p}.ssm_norm"), r.dim)?;
         self.op(Op::DeltaNet(DeltaNet { state, decay, bias, norm, tiled }));
-        let w = self.linear(u, &format!("{p}.ssm_out"), d, inner)?;
-        self.output(Act::Attn, w, None, false)?;
-        if i + 1 == self.h.n_layers {
-            self.op(Op::Keep);
-        }
-        Ok(())
+        self.end_mixer(i, u, &format!("{p}.ssm_out"), inner)
     }
 
     /// A state space in place of attention in block `i`, of so many groups.
     pub fn state_space(&mut self, i: usize, r: &Recurrent, groups: usize) -> Result<(), ModelError> {
         let d = self.h.n_embd;
-        let p = format!("blk.{i}");
-        let u = self.begin(i)?;
-        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
-        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let (u, p) = self.begin_mixer(i)?;
         let (inner, heads) = (r.n_values * r.dim, r.n_values);
         let name = format!("{p}.ssm_in.weight");
         let all = (inner + r.channels + heads) as u64;
@@ -64,10 +50,7 @@ impl Builder<'_> {
         let [gates, mix, rates] =
             parts.map(|(first, rows)| LinearRef { weight: self.put(u, t, first, rows), bias: None });
         self.products(Act::H, [(Act::Gates, gates), (Act::Mix, mix), (Act::Alpha, rates)]);
-        let state = self.states;
-        self.states += 1;
-        let taps = self.find(&format!("{p}.ssm_conv1d.weight"))?;
-        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, r.channels as u64])?, 0, r.taps * r.channels)?;
+        let (state, w) = self.taps(u, &format!("{p}.ssm_conv1d"), r.taps, r.channels)?;
         let bias = Some(self.vector(u, &format!("{p}.ssm_conv1d.bias"), r.channels)?);
         self.op(Op::Conv { state, w, bias });
         let [decay, skip] = ["ssm_a", "ssm_d"].map(|name| self.column(u, &format!("{p}.{name}"), heads));
@@ -78,12 +61,40 @@ impl Builder<'_> {
         let weight = Some(self.put_vector(u, t, 0, inner)?);
         let norm = NormOf { kind: self.h.norm, weight, bias: None, eps: self.h.norm_eps };
         self.op(Op::Scan(Scan { state, groups, decay, bias, skip, norm }));
-        let w = self.linear(u, &format!("{p}.ssm_out"), d, inner)?;
+        self.end_mixer(i, u, &format!("{p}.ssm_out"), inner)
+    }
+
+    /// Begins block `i` with the norm of X; gives its unit, and what its tensors' names begin with.
+    fn begin_mixer(&mut self, i: usize) -> Result<(usize, String), ModelError> {
+        let p = format!("blk.{i}");
+        let u = self.begin(i)?;
+        let norm = self.norm(u, &format!("{p}.attn_norm"), self.h.n_embd)?;
+        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        Ok((u, p))
+    }
+
+    /// Ends block `i` with the product that adds to X, of `cols` columns.
+    fn end_mixer(&mut self, i: usize, unit: usize, name: &str, cols: usize) -> Result<(), ModelError> {
+        let w = self.linear(unit, name, self.h.n_embd, cols)?;
         self.output(Act::Attn, w, None, false)?;
         if i + 1 == self.h.n_layers {
             self.op(Op::Keep);
         }
         Ok(())
+    }
+
+    /// The weights of a convolution, (channels, taps), and the state that it keeps.
+    fn taps(
+        &mut self,
+        unit: usize,
+        name: &str,
+        taps: usize,
+        channels: usize,
+    ) -> Result<(usize, TensorRef), ModelError> {
+        let state = self.states;
+        self.states += 1;
+        let t = self.check(self.find(&format!("{name}.weight"))?, &[taps as u64, channels as u64])?;
+        Ok((state, self.put_vector(unit, t, 0, taps * channels)?))
     }
 
     /// A vector that files have as a matrix of one column.
@@ -95,33 +106,19 @@ impl Builder<'_> {
     /// A short convolution in place of attention in block `i`.
     pub fn short_conv(&mut self, i: usize, r: &Recurrent) -> Result<(), ModelError> {
         let d = self.h.n_embd;
-        let p = format!("blk.{i}");
-        let u = self.begin(i)?;
-        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
-        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let (u, p) = self.begin_mixer(i)?;
         let mix = self.linear(u, &format!("{p}.shortconv.in_proj"), 3 * d, d)?;
         self.products(Act::H, [(Act::Mix, mix)]);
-        let state = self.states;
-        self.states += 1;
-        let taps = self.find(&format!("{p}.shortconv.conv.weight"))?;
-        let w = self.put_vector(u, self.check(taps, &[r.taps as u64, d as u64])?, 0, r.taps * d)?;
+        let (state, w) = self.taps(u, &format!("{p}.shortconv.conv"), r.taps, d)?;
         self.op(Op::ShortConv { state, w });
-        let w = self.linear(u, &format!("{p}.shortconv.out_proj"), d, d)?;
-        self.output(Act::Attn, w, None, false)?;
-        if i + 1 == self.h.n_layers {
-            self.op(Op::Keep);
-        }
-        Ok(())
+        self.end_mixer(i, u, &format!("{p}.shortconv.out_proj"), d)
     }
 
     /// Attention of block `i` to latent vectors.
     pub fn latent_attention(&mut self, i: usize, l: &LatentSizes) -> Result<(), ModelError> {
         let h = self.h;
         let (d, heads, rot) = (h.n_embd, h.n_heads, h.n_rot);
-        let p = format!("blk.{i}");
-        let u = self.begin(i)?;
-        let norm = self.norm(u, &format!("{p}.attn_norm"), d)?;
-        self.op(Op::Norm { to: Act::H, from: Act::X, norm });
+        let (u, p) = self.begin_mixer(i)?;
         let query = heads * (l.nope + rot);
         if l.query_rank > 0 {
             let w = self.linear(u, &format!("{p}.attn_q_a"), l.query_rank, d)?;

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::super::extents::crc32c;
+use super::super::checksum::crc32c;
 
 /// First bytes of a mark.
 pub const MAGIC: &[u8; 8] = b"NTSTAGE1";

@@ -20,8 +20,9 @@ use std::io::{Cursor, Read};
 use std::path::Path;
 use std::rc::Rc;
 
-use super::extents::{CHUNK, Manifest, crc32c};
+use super::checksum::{CHUNK, crc32c};
 use super::gpt;
+use super::manifest::Manifest;
 
 pub use super::source::Source;
 pub use content::Content;

@@ -3,8 +3,9 @@
 
 use std::ops::Range;
 
-use super::super::extents::{CHUNK, Manifest, crc32c};
+use super::super::checksum::{CHUNK, crc32c};
 use super::super::gpt;
+use super::super::manifest::Manifest;
 use super::content::Content;
 use super::drive::Target;
 use super::wipe::Wipe;

@@ -3,8 +3,7 @@
 
 use std::time::Duration;
 
-use super::super::admin::LOG_BYTES;
-use super::super::health::Health;
+use super::super::smart::{Health, LOG_BYTES};
 use super::command::Command;
 use super::deadline::{Limits, Watch};
 use super::identify::{self, ControllerInfo, NamespaceInfo};

@@ -8,19 +8,10 @@ use super::deadline::Limits;
 use super::device::{OpenError, Silence, VfioNvme};
 use super::io::{Read, ReadDone};
 use super::pace::Pace;
+use crate::memory::Region;
 use crate::storage::bind::{Bound, BoundNamespace};
+use crate::storage::manifest::Span;
 use crate::storage::{Alignment, Bell, Completion, FileId, ReadError, ReadRequest, Reader, StorageError};
-
-/// Where bytes of a file lie on the drive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// First byte in the file.
-    pub file_offset: u64,
-    /// First byte on the namespace.
-    pub device_offset: u64,
-    /// Bytes.
-    pub len: u64,
-}
 
 struct File {
     name: String,
@@ -41,6 +32,8 @@ pub struct VfioReader {
     files: Vec<File>,
     // Start here, length, address on the drive's side.
     mapped: Vec<(usize, usize, u64)>,
+    // Dropped behind the drive, which reads to it.
+    memory: Vec<Region>,
     waiting: VecDeque<Read>,
     // The first of `waiting` that go before the others, as they came.
     urgent: usize,
@@ -69,6 +62,7 @@ impl VfioReader {
             drive,
             files: Vec::new(),
             mapped: Vec::new(),
+            memory: Vec::new(),
             waiting: VecDeque::with_capacity(WAITING),
             urgent: 0,
             requests: HashMap::with_capacity(WAITING),
@@ -279,10 +273,11 @@ impl Reader for VfioReader {
         Alignment { memory: 4, offset: self.drive.controller.namespace.block_size() }
     }
 
-    unsafe fn attach(&mut self, memory: *mut u8, len: usize) -> Result<(), StorageError> {
-        // SAFETY: the caller's promise.
-        let iova = unsafe { self.drive.map(memory, len)? };
-        self.mapped.push((memory as usize, len, iova));
+    fn attach(&mut self, memory: &Region) -> Result<(), StorageError> {
+        // SAFETY: the region is held as long as the drive is open: it is a field behind it.
+        let iova = unsafe { self.drive.map(memory.addr(), memory.len())? };
+        self.mapped.push((memory.addr() as usize, memory.len(), iova));
+        self.memory.push(memory.clone());
         Ok(())
     }
 

@@ -1,0 +1,112 @@
+//! What a session is started with.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{ExpertSlots, HitCurve, Recipe, Sites};
+use crate::backend::BackendKind;
+use crate::gguf::TensorType;
+use crate::model::{ForcedRouting, Model};
+use crate::plan::Tiers;
+use crate::storage::ReaderKind;
+
+/// What a session is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where operations run.
+    pub backend: BackendKind,
+    /// Bytes to take of a GPU's memory, everything counted; `None` for what is free, less a margin.
+    pub vram: Option<u64>,
+    /// Which sites compute, where the backend is a device with memory of its own.
+    pub sites: Sites,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Bytes that weights may take in RAM; `None` for what the machine can spare.
+    pub ram: Option<u64>,
+    /// Whether weights may stay on storage.
+    pub storage: bool,
+    /// Where to read weights from: a drive, or copies of the model (files or directories); none for
+    /// where it lies.
+    pub copies: Vec<PathBuf>,
+    /// How storage is read.
+    pub reader: ReaderKind,
+    /// Compare each read with what is recorded of the model, not only the first from a bound drive.
+    pub verify: bool,
+    /// Element type of the KV cache.
+    pub kv_type: TensorType,
+    /// Sequences that may have tokens at once, where each has a recurrent state.
+    pub sequences: usize,
+    /// Whether experts that stay on storage may have caches in RAM.
+    pub caches: bool,
+    /// Whether a device keeps experts that live in RAM in slots, the last used, in place of some that live in its memory.
+    pub expert_slots: ExpertSlots,
+    /// The experts that tokens choose, in place of their routers' choices; for benchmarks and predictions.
+    pub routing: Option<Arc<ForcedRouting>>,
+    /// How often slots of experts hit, as earlier runs of the model have counted; `None` to look it up once, for a session or a
+    /// forecast.
+    pub curve: Option<Arc<HitCurve>>,
+    /// Slots of the ring; `None` to choose.
+    pub n_buffers: Option<usize>,
+    /// Whether experts may have more frames on a device than that, so that a prompt's are brought while its attention is computed.
+    pub more_frames: bool,
+    /// Counts of blocks per tier; `None` to choose.
+    pub tiers: Option<Tiers>,
+    /// Tiers one after the other instead of interleaved, where their counts are given.
+    pub stacked: bool,
+    /// Positions of the KV cache.
+    pub n_ctx: usize,
+    /// Tokens a pass may carry.
+    pub max_batch: usize,
+    /// Rows of logits a pass may ask for.
+    pub outputs: usize,
+    /// The type that larger matrices get while they are loaded; `None` to leave all as the file has them.
+    pub requant: Option<TensorType>,
+    /// Keep a timeline.
+    pub timeline: bool,
+    /// The plan to make again, in place of one by the limits above.
+    pub repeat: Option<Arc<Recipe>>,
+}
+
+impl Options {
+    /// Tokens of a pass unless told: results do not depend on how a prompt is cut.
+    pub const BATCH: usize = 512;
+    /// Most tokens of a pass.
+    pub const MAX_BATCH: usize = 4096;
+
+    /// A context of `n_ctx` positions and one row of logits on a backend, all else as the machine and the planner
+    /// choose; no timeline.
+    pub fn new(backend: BackendKind, n_ctx: usize) -> Options {
+        Options {
+            backend,
+            vram: None,
+            sites: Sites::Auto,
+            threads: crate::machine::n_cpus(),
+            ram: None,
+            storage: true,
+            copies: Vec::new(),
+            reader: ReaderKind::Auto,
+            verify: false,
+            kv_type: TensorType::F16,
+            sequences: 1,
+            caches: true,
+            expert_slots: ExpertSlots::Auto,
+            routing: None,
+            curve: None,
+            n_buffers: None,
+            more_frames: true,
+            tiers: None,
+            stacked: false,
+            n_ctx,
+            max_batch: Options::BATCH,
+            outputs: 1,
+            requant: None,
+            timeline: false,
+            repeat: None,
+        }
+    }
+    /// With what earlier runs of this model have counted of its choices.
+    pub(super) fn with_curve(self, model: &Model) -> Options {
+        let curve = self.curve.clone().or_else(|| HitCurve::known(model).map(Arc::new));
+        Options { curve, ..self }
+    }
+}
