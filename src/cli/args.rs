@@ -73,7 +73,6 @@ impl Command {
         Some(match self {
             Command::Run(a) => &mut a.model,
             Command::Chat(a) => &mut a.model,
-            Command::Serve(a) => &mut a.model,
             Command::Inspect(a) => &mut a.model,
             Command::Verify(a) => &mut a.model,
             Command::Tokenize(a) => &mut a.model,
@@ -83,7 +82,9 @@ impl Command {
             Command::Plan(a) => &mut a.model,
             Command::Bench(a) => &mut a.model,
             Command::Stage(a) => &mut a.model,
-            Command::List(_)
+            // It has several.
+            Command::Serve(_)
+            | Command::List(_)
             | Command::Pull(_)
             | Command::Selftest(_)
             | Command::Probe(_)
@@ -132,6 +133,26 @@ impl ModelArg {
     /// Whether the model is a bare name for which neither a file nor an entry of the library was found.
     pub(super) fn is_unknown(&self) -> bool {
         !self.path().exists() && library::is_bare(self.path())
+    }
+}
+
+/// One or more models, as arguments or with `-m`.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// GGUF file, or any shard of a sharded one, or a folder with one model; or a name that `nt list` shows,
+    /// such as Ollama's qwen2.5:14b; or the name of one that `nt device extents` recorded.
+    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
+    models: Vec<PathBuf>,
+    /// The same, as an option.
+    #[arg(short = 'm', long = "model", value_name = "MODEL", id = "model_option", conflicts_with = "models")]
+    model_option: Vec<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Each of them.
+    pub fn all(&self) -> impl Iterator<Item = ModelArg> {
+        let all = self.models.iter().chain(&self.model_option);
+        all.map(|path| ModelArg { model: Some(path.clone()), model_option: None })
     }
 }
 
@@ -667,6 +688,8 @@ impl Sampling {
             dry: self.dry(in_range)?,
             logit_bias: self.logit_bias.clone(),
             ignore_eos: self.ignore_eos,
+            ends: Vec::new(),
+            min_tokens: 0,
             seed: self.seed.given().unwrap_or_else(clock),
             grammar: None,
             thought: None,

@@ -32,7 +32,7 @@ mod template;
 mod tokenize;
 mod verify;
 
-pub use args::{Cli, ModelArg, Placement, Sampling};
+pub use args::{Cli, ModelArg, ModelArgs, Placement, Sampling};
 pub use failure::Failure;
 
 use std::process::ExitCode;
