@@ -298,7 +298,11 @@ impl Loading<'_> {
 
 impl Loader for Loading<'_> {
     fn load(&mut self, model: usize, stop: &dyn Fn() -> bool) -> Result<Loaded, NotLoaded> {
-        self.start(model, stop).map_err(|e| if stop() { NotLoaded::Stopped } else { NotLoaded::Failed(e.to_string()) })
+        let is_stopped = || stop() || interrupt::interrupted();
+        self.start(model, stop).map_err(|e| match is_stopped() {
+            true => NotLoaded::Stopped,
+            false => NotLoaded::Failed(e.to_string()),
+        })
     }
 
     fn unload(&mut self, _: usize, mut session: Session) {

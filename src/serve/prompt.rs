@@ -132,6 +132,7 @@ pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> R
     }
     let tools = (!c.tools.is_empty()).then_some(c.tools.as_slice());
     // SmolLM3's template takes them under another name only.
+    let bare = template.clone();
     if !c.tools.is_empty() && ![XML_TOOLS, PYTHON_TOOLS].iter().any(|name| c.variables.contains_key(*name)) {
         set_if_read(&mut template, XML_TOOLS, Json::from(c.tools.clone()), served)?;
     }
@@ -156,7 +157,7 @@ pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> R
         tool["function"]["name"].as_str().is_none_or(|name| prompt.text.contains(name) && !said.contains(name))
     };
     if !c.tools.iter().all(is_told) {
-        let without = template.prompt_until(&as_objects, None, opened, stop);
+        let without = bare.prompt_until(&as_objects, None, opened, stop);
         if without.is_ok_and(|without| without.text == prompt.text) {
             let message = "tools: this model's chat template leaves them out, so the model would not know of them";
             return Err(ApiError::unsupported("tools", message));

@@ -183,7 +183,7 @@ fn a_model_that_cannot_be_loaded_is_its_requests_error() {
     assert_eq!(server.ok("/v1/completions", &body("a", 1, 2))["model"], "a");
     assert_eq!(server.post("/v1/completions", &body("b", 1, 2)).status, 503);
     assert_eq!(state(&server, "a"), "loaded");
-    // A stream that has begun says it in its way.
+    // A stream is refused before it begins.
     let request = json!({ "model": "b", "prompt": "x", "stream": true });
     assert_eq!(server.post("/v1/completions", &request).status, 503);
 }
