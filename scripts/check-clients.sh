@@ -49,6 +49,14 @@ for client in openai anthropic ollama; do
     "$venv/bin/python" "tests/clients/${client}_client.py" "$base"
 done
 end
+# Two models, the same file under two names.
+second=$(mktemp -d)
+trap 'kill $server 2>/dev/null || true; wait $server 2>/dev/null || true; rm -rf "$log" "$second"' EXIT
+ln -s "$(realpath "$model")" "$second/second.gguf"
+echo "== two models"
+serve "$second/second.gguf"
+"$venv/bin/python" tests/clients/models_client.py "$base"
+end
 # Calls as JSON, and as functions in tags.
 tools() {
     echo "== tools, with the template ${1##*/}"

@@ -327,6 +327,8 @@ fn bent_logits_and_parameters() {
             presence_penalty: pick(&[0.0, 1e6, -1e6]),
             frequency_penalty: pick(&[0.0, 1e6, -1e6]),
             repeat_last_n: pick(&[0.0, 3.0, 1e18]) as usize,
+            ends: Vec::new(),
+            min_tokens: pick(&[0.0, 2.0]) as usize,
             dry: DryParams {
                 multiplier: pick(&[0.0, 1e6]),
                 base: pick(&[1.0, 1e6]),

@@ -15,12 +15,16 @@ mod hostile;
 mod http;
 #[path = "serve/limits.rs"]
 mod limits;
+#[path = "serve/models.rs"]
+mod models;
 #[path = "serve/openai.rs"]
 mod openai;
 #[path = "serve/page.rs"]
 mod page;
 #[path = "serve/parallel.rs"]
 mod parallel;
+#[path = "serve/prompts.rs"]
+mod prompts;
 #[path = "serve/recurrent.rs"]
 mod recurrent;
 #[path = "serve/same_text.rs"]

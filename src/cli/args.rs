@@ -52,6 +52,26 @@ impl ModelArg {
     }
 }
 
+/// One or more models, as arguments or with `-m`.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// GGUF file, or any shard of a sharded one, or a folder with one model; or a name that `nt list` shows,
+    /// such as Ollama's qwen2.5:14b; or the name of one that `nt device extents` recorded.
+    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
+    models: Vec<PathBuf>,
+    /// The same, as an option.
+    #[arg(short = 'm', long = "model", value_name = "MODEL", id = "model_option", conflicts_with = "models")]
+    model_option: Vec<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Each of them.
+    pub fn all(&self) -> impl Iterator<Item = ModelArg> {
+        let all = self.models.iter().chain(&self.model_option);
+        all.map(|path| ModelArg { model: Some(path.clone()), model_option: None })
+    }
+}
+
 /// `auto` or a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Auto<T> {
@@ -573,6 +593,8 @@ impl Sampling {
             dry: self.dry(in_range)?,
             logit_bias: self.logit_bias.clone(),
             ignore_eos: self.ignore_eos,
+            ends: Vec::new(),
+            min_tokens: 0,
             seed: self.seed.given().unwrap_or_else(clock),
             grammar: None,
             thought: None,

@@ -66,7 +66,6 @@ impl Command {
         Some(match self {
             Command::Run(a) => &mut a.model,
             Command::Chat(a) => &mut a.model,
-            Command::Serve(a) => &mut a.model,
             Command::Inspect(a) => &mut a.model,
             Command::Verify(a) => &mut a.model,
             Command::Tokenize(a) => &mut a.model,
@@ -76,7 +75,9 @@ impl Command {
             Command::Plan(a) => &mut a.model,
             Command::Bench(a) => &mut a.model,
             Command::Stage(a) => &mut a.model,
-            Command::List(_)
+            // It has several.
+            Command::Serve(_)
+            | Command::List(_)
             | Command::Pull(_)
             | Command::Selftest(_)
             | Command::Probe(_)

@@ -37,7 +37,7 @@ mod text;
 mod tokenize;
 mod verify;
 
-pub use args::{ModelArg, Placement, Sampling};
+pub use args::{ModelArg, ModelArgs, Placement, Sampling};
 pub use command::Cli;
 pub use failure::Failure;
 

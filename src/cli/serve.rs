@@ -1,5 +1,7 @@
-//! `nt serve`: a model for programs that speak HTTP.
+//! `nt serve`: models for programs that speak HTTP.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
 use std::net::{TcpListener, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -10,11 +12,12 @@ use super::args::{Auto, KvArg};
 use super::failure::say;
 use super::report::Report;
 use super::template::TemplateOptions;
-use super::{Failure, ModelArg, Placement, Sampling, interrupt, options, outputs, start};
+use super::{Failure, ModelArg, ModelArgs, Placement, Sampling, interrupt, options, outputs, start};
 use crate::backend::EXACT_ROWS;
-use crate::engine::{Opened, SamplerParams};
+use crate::engine::{Opened, Options, SamplerParams, Session};
+use crate::machine::pressure::Watch;
 use crate::plan::parse_size;
-use crate::serve::{Access, Limits, Pooling, Served, Server, Shelf, unix_s};
+use crate::serve::{Access, Keep, Limits, Loaded, Loader, Models, NotLoaded, Pooling, Served, Server, Shelf, unix_s};
 use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt serve`.
@@ -22,7 +25,7 @@ use crate::tokenizer::Tokenizer;
 #[command(after_help = EXITS)]
 pub struct ServeArgs {
     #[command(flatten)]
-    pub(super) model: ModelArg,
+    models: ModelArgs,
     /// Address to listen at. Any other than one of this machine alone needs --api-key-file, or --no-key.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     host: String,
@@ -35,13 +38,17 @@ pub struct ServeArgs {
     /// Answer everybody who reaches an address that is not of this machine alone.
     #[arg(long, conflicts_with = "api_key_file")]
     no_key: bool,
-    /// Name that requests may call the model by (repeat for more); the first stands in answers (default: that of the
-    /// file).
-    #[arg(long, value_name = "NAME")]
+    /// Names that requests may call the model by, between commas (or repeat it); the first stands in answers (default: that
+    /// of the file). With several models, --alias comes once for each, in their order.
+    #[arg(long, value_name = "NAME[,NAME]…")]
     alias: Vec<String>,
+    /// How long a model stays in memory behind the last request of it, as 300, 5m or 1h30m; requests to Ollama's paths may
+    /// say otherwise (keep_alive). -1 is until another is asked for.
+    #[arg(long, value_name = "TIME", default_value = "-1", value_parser = keep)]
+    keep_alive: Keep,
     #[command(flatten)]
     template: TemplateOptions,
-    /// Requests that are computed at once at most, a token of each in every pass; they share the positions of --ctx. auto is as
+    /// Requests of a model that are computed at once at most, a token of each in every pass; they share the positions of --ctx. auto is as
     /// many as the backend takes in one pass, up to 4 (2 of an architecture with recurrent states). Where that is 1, as on a GPU, they take turns.
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = parallel)]
     parallel: Auto<usize>,
@@ -49,8 +56,8 @@ pub struct ServeArgs {
     /// one. auto is what the model's metadata says (pooling_type), else the mean.
     #[arg(long, value_name = "auto|mean|last", default_value = "auto", value_parser = pooling)]
     pooling: Auto<Pooling>,
-    /// Folder in which prompts are kept when the server ends, so that the next one need not compute them again; for its
-    /// owner alone.
+    /// Folder in which prompts are kept when the server ends or loads another model, so that they need not be computed
+    /// again; for its owner alone.
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
     /// Bytes of that folder's prompts at most; those used longest ago go first.
@@ -84,7 +91,10 @@ pub struct ServeArgs {
 }
 
 /// How it ends, for the help.
-const EXITS: &str = "Sampling options are what a request gets that says nothing of them.
+const EXITS: &str = "Several models: the first is loaded, and each other one when a request names it (`model`), in place of the one before, \
+once that one's requests have ended; while both are asked for, each has its turn. One is in memory at a time, also where more would fit, so \
+--ram, --vram and the other placement options hold for each alone. A request that names none means the first.
+Sampling options are what a request gets that says nothing of them.
 Ctrl-C or SIGTERM ends the server: requests that wait and new ones are refused (503), those at hand have --grace seconds to end. The exit \
 code is 0 if they ended, 130 if one was cut off. A second signal ends the process at once.";
 
@@ -106,6 +116,10 @@ fn max_tokens(text: &str) -> Result<Auto<usize>, String> {
         "auto" | "-1" => Ok(Auto::Auto),
         other => super::args::count(other).map(Auto::Given),
     }
+}
+
+fn keep(text: &str) -> Result<Keep, String> {
+    Keep::read(text).ok_or_else(|| "a time was expected: seconds, or numbers with units, as 5m or 1h30m".to_owned())
 }
 
 fn parallel(text: &str) -> Result<Auto<usize>, String> {
@@ -145,7 +159,58 @@ fn body_size(text: &str) -> Result<u64, String> {
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     args.sampling.params(&SamplerParams::default())?;
     let keys = args.api_key_file.as_deref().map(keys).transpose()?.unwrap_or_default();
-    let opened = start::open(&args.model, &args.placement)?;
+    let models: Vec<ModelArg> = args.models.all().collect();
+    check_options(args, models.len())?;
+    let mut all = Vec::new();
+    let mut options = Vec::new();
+    for (i, model) in models.into_iter().enumerate() {
+        let (served, its) = open(args, model, i)?;
+        all.push(served);
+        options.push(its);
+    }
+    set_names(&mut all)?;
+    let models = Models::new(all).ok_or_else(|| Failure::usage("a MODEL was expected"))?;
+    let listener = listen(args, &keys)?;
+    let at = listener.local_addr().map_err(|e| Failure::running(format!("asking for the port failed: {e}")))?;
+    // Until here nothing is half done: a signal ends the process.
+    interrupt::install()?;
+    let access = Access { keys, loopback: at.ip().is_loopback(), name: hostname() };
+    let server = Server::start(listener, models, access)
+        .map_err(|e| Failure::running(format!("starting to listen at {at} failed: {e}")))?;
+    let names: Vec<&str> = server.models().all().iter().map(|served| served.name()).collect();
+    let which = if names.len() == 1 { "model" } else { "models" };
+    say(&format!("nt: listening at http://{at} ({which} {})", names.join(", ")));
+    let result = serve(args, &server, &options);
+    server.end();
+    result
+}
+
+/// Refuses options that say something of one model where there are several.
+fn check_options(args: &ServeArgs, models: usize) -> Result<(), Failure> {
+    if models == 1 {
+        return Ok(());
+    }
+    if !args.alias.is_empty() && args.alias.len() != models {
+        return Err(Failure::usage(format!(
+            "--alias comes {} times for {models} models; give it once for each of them, in their order",
+            args.alias.len()
+        )));
+    }
+    for (given, option) in
+        [(args.placement.timeline.is_some(), "--timeline"), (args.placement.plan.is_some(), "--plan")]
+    {
+        if given {
+            return Err(Failure::usage(format!("{option} is of one model, and {models} are given; serve one with it")));
+        }
+    }
+    Ok(())
+}
+
+/// A model that is to be served, and the options of its sessions.
+fn open(args: &ServeArgs, mut model: ModelArg, number: usize) -> Result<(Served, Options), Failure> {
+    model.look_up()?;
+    let unknown = model.is_unknown();
+    let opened = start::open(&model, &args.placement).map_err(|e| if unknown { e.with_library_hint() } else { e })?;
     outputs::check(&opened, &args.placement, &[])?;
     args.sampling.check(opened.model.n_vocab)?;
     let (defaults, notes) = args.sampling.params_for(&opened.gguf.metadata)?;
@@ -169,10 +234,8 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
             .map_err(|e| Failure::usage(format!("--cache-dir {}: it cannot be written to: {e}", dir.display())))
     });
     let shelf = shelf.transpose()?;
-    let listener = listen(args, &keys)?;
-    let at = listener.local_addr().map_err(|e| Failure::running(format!("asking for the port failed: {e}")))?;
     let served = Served {
-        names: names(args, &opened),
+        names: names(args, number, &opened),
         template,
         template_source,
         defaults,
@@ -186,37 +249,70 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         shelf,
         pooling: args.pooling.given().unwrap_or_else(|| own_pooling(&opened)),
         embeds: std::sync::OnceLock::new(),
-        session: std::sync::OnceLock::new(),
+        session: std::sync::RwLock::new(None),
         opened,
     };
-    // Until here nothing is half done: a signal ends the process.
-    interrupt::install()?;
-    let access = Access { keys, loopback: at.ip().is_loopback(), name: hostname() };
-    let server = Server::start(listener, served, access)
-        .map_err(|e| Failure::running(format!("starting to listen at {at} failed: {e}")))?;
-    say(&format!("nt: listening at http://{at} (model {})", server.served().name()));
-    let result = serve(args, &server, options);
-    server.end();
-    result
+    Ok((served, options))
 }
 
-/// Loads the model and answers requests.
-fn serve(args: &ServeArgs, server: &Server, options: crate::engine::Options) -> Result<(), Failure> {
-    let opened = &server.served().opened;
-    let watch = start::prepare(&args.placement);
-    let mut session = start::start(opened, options, true, &watch)?;
-    let report = Report::new(&session, opened);
-    let _ = server.served().session.set(report.session_json());
-    report.print();
-    let _ = server.served().embeds.set(session.gives_hidden());
-    let most = if opened.model.hparams.recurrent.is_some() { PARALLEL_RECURRENT } else { PARALLEL_DEFAULT };
-    let slots = args.parallel.given().unwrap_or_else(|| session.parts_max().min(most));
-    let cut_off = server.serve(&mut session, slots, &interrupt::interrupted, &|| watch.tripped());
-    start::write_timeline(&args.placement, &mut session)?;
-    match watch.reason() {
+/// Loads the first model and answers requests.
+fn serve(args: &ServeArgs, server: &Server, options: &[Options]) -> Result<(), Failure> {
+    let watch = RefCell::new(None);
+    let mut loading = Loading { args, models: server.models(), options, watch: &watch, timeline: Ok(()) };
+    let first = loading.start(0, &|| false)?;
+    let short_of_memory = || watch.borrow().as_ref().is_some_and(Watch::tripped);
+    let cut_off = server.serve(first, &mut loading, &interrupt::interrupted, &short_of_memory);
+    loading.timeline?;
+    match watch.borrow().as_ref().and_then(Watch::reason) {
         Some(why) if !interrupt::interrupted() => Err(start::short_of_memory(&why)),
         _ if cut_off => Err(Failure::interrupted()),
         _ => Ok(()),
+    }
+}
+
+/// Loads models as the command line says.
+struct Loading<'a> {
+    args: &'a ServeArgs,
+    models: &'a Models,
+    options: &'a [Options],
+    /// Watches memory while a model is there.
+    watch: &'a RefCell<Option<Watch>>,
+    /// Whether the timeline of the model that was there could be written.
+    timeline: Result<(), Failure>,
+}
+
+impl Loading<'_> {
+    fn start(&mut self, model: usize, stop: &dyn Fn() -> bool) -> Result<Loaded, Failure> {
+        let (opened, options) = (&self.models.all()[model].opened, self.options[model].clone());
+        let watch = start::prepare(&self.args.placement);
+        let session = start::start_until(opened, options, true, &watch, stop)?;
+        let report = Report::new(&session, opened);
+        report.print();
+        let most = if opened.model.hparams.recurrent.is_some() { PARALLEL_RECURRENT } else { PARALLEL_DEFAULT };
+        let slots = self.args.parallel.given().unwrap_or_else(|| session.parts_max().min(most));
+        let about = report.session_json();
+        *self.watch.borrow_mut() = Some(watch);
+        Ok(Loaded { session, slots, about })
+    }
+}
+
+impl Loader for Loading<'_> {
+    fn load(&mut self, model: usize, stop: &dyn Fn() -> bool) -> Result<Loaded, NotLoaded> {
+        let is_stopped = || stop() || interrupt::interrupted();
+        self.start(model, stop).map_err(|e| match is_stopped() {
+            true => NotLoaded::Stopped,
+            false => NotLoaded::Failed(e.to_string()),
+        })
+    }
+
+    fn unload(&mut self, _: usize, mut session: Session) {
+        self.timeline = start::write_timeline(&self.args.placement, &mut session);
+        drop(session);
+        // What was short while it was there may not be without it; but then the server has ended.
+        let tripped = self.watch.borrow().as_ref().is_some_and(Watch::tripped);
+        if !tripped {
+            *self.watch.borrow_mut() = None;
+        }
     }
 }
 
@@ -229,6 +325,7 @@ fn limits(args: &ServeArgs) -> Limits {
         ping: Duration::from_secs(args.ping.into()),
         tokens: args.max_tokens.given(),
         grace: Duration::from_secs(args.grace.into()),
+        keep: args.keep_alive.time(None),
     }
 }
 
@@ -266,9 +363,11 @@ fn keys(path: &Path) -> Result<Vec<String>, Failure> {
     Ok(keys)
 }
 
-/// What the model is called: aliases, the file's name, its own.
-fn names(args: &ServeArgs, opened: &Opened) -> Vec<String> {
-    let mut names = args.alias.clone();
+/// What a model is called: aliases, the file's name, its own.
+fn names(args: &ServeArgs, number: usize, opened: &Opened) -> Vec<String> {
+    let several = args.models.all().nth(1).is_some();
+    let given = args.alias.iter().enumerate().filter(|(i, _)| !several || *i == number);
+    let mut names: Vec<String> = given.flat_map(|(_, all)| all.split(',').map(|n| n.trim().to_owned())).collect();
     let stem = opened.gguf.shards.first().and_then(|s| s.path.file_stem()).map(|s| s.to_string_lossy().into_owned());
     let stem = stem.map(|s| s.split("-00001-of-").next().unwrap_or_default().to_owned());
     // Ollama's files are called after their checksums.
@@ -276,12 +375,31 @@ fn names(args: &ServeArgs, opened: &Opened) -> Vec<String> {
     let own = opened.gguf.metadata.str("general.name").map(str::to_owned);
     names.extend(stem.into_iter().chain(own).chain(last));
     names.retain(|n| !n.trim().is_empty());
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     names.retain(|n| seen.insert(n.clone()));
     if names.is_empty() {
         names.push("model".into());
     }
     names
+}
+
+/// Sees to it that a name means one model: each has its first one for itself, and of others that several have, the first
+/// model that has it.
+fn set_names(all: &mut [Served]) -> Result<(), Failure> {
+    let mut taken = HashSet::new();
+    for served in all.iter() {
+        if !taken.insert(served.name().to_owned()) {
+            return Err(Failure::usage(format!(
+                "two models would be called {:?}; give each a name of its own: --alias NAME, once for each, in their order",
+                served.name()
+            )));
+        }
+    }
+    for served in all {
+        let first = served.name().to_owned();
+        served.names.retain(|name| *name == first || taken.insert(name.clone()));
+    }
+    Ok(())
 }
 
 /// Bytes of the longest token.

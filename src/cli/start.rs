@@ -80,6 +80,17 @@ pub(super) fn short_of_memory(reason: &str) -> Failure {
 
 /// Starts a session, with progress on a terminal and notes on stderr. A signal or a shortage of memory ends it.
 pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &Watch) -> Result<Session, Failure> {
+    start_until(opened, options, progress, watch, &|| false)
+}
+
+/// The same; it ends as by a signal once `stop` says so.
+pub(super) fn start_until(
+    opened: &Opened,
+    options: Options,
+    progress: bool,
+    watch: &Watch,
+    stop: &dyn Fn() -> bool,
+) -> Result<Session, Failure> {
     let bar = if progress && std::io::IsTerminal::is_terminal(&std::io::stderr()) {
         indicatif::ProgressBar::new(0).with_style(
             indicatif::ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}")
@@ -93,7 +104,7 @@ pub(super) fn start(opened: &Opened, options: Options, progress: bool, watch: &W
             bar.set_length(total);
             bar.set_position(done);
         };
-        Session::start(opened, options, &mut Starting { progress: &mut progress, stop: &|| to_stop(watch) })
+        Session::start(opened, options, &mut Starting { progress: &mut progress, stop: &|| to_stop(watch) || stop() })
     };
     // Held until the session holds it: what is asked of the GPU before then shares one context with it.
     let _gpu = (options.backend != BackendKind::Cpu).then(|| Device::open(0));

@@ -99,6 +99,8 @@ pub(super) struct Text<'a> {
     decoder: Decoder<'a>,
     filter: StopFilter,
     special: bool,
+    /// Tokens to come in whose text no stop text is looked for.
+    free: usize,
     /// Bytes of the pieces so far, held back or not.
     pub(super) added: usize,
     pub(super) shown: String,
@@ -113,10 +115,16 @@ impl<'a> Text<'a> {
             decoder,
             filter,
             special: request.special,
+            free: 0,
             added: 0,
             shown: String::new(),
             plain: String::new(),
         }
+    }
+
+    /// Looks for no stop text in the first `n` tokens.
+    pub(super) fn begin_without_stops(&mut self, n: usize) {
+        self.free = n;
     }
 
     /// Adds a token; `tell` gets the pieces that are certain. Returns whether it completes a stop text.
@@ -152,7 +160,16 @@ impl<'a> Text<'a> {
 
     fn add(&mut self, text: &str, control: bool, tell: &mut dyn FnMut(Piece)) -> bool {
         self.added += text.len();
-        self.with_filter(tell, |filter, tell| filter.push(Piece { text, control }, tell))
+        let is_free = self.free > 0;
+        self.free = self.free.saturating_sub(1);
+        self.with_filter(tell, |filter, tell| match is_free {
+            true if text.is_empty() => false,
+            true => {
+                tell(Piece { text, control });
+                false
+            }
+            false => filter.push(Piece { text, control }, tell),
+        })
     }
 
     fn with_filter<T>(

@@ -125,6 +125,9 @@ impl<S: BorrowMut<Sampler>> Job<'_, S> {
             self.text.end(token, &mut |piece| tell(Grown::Piece(piece)));
             return self.end(StopReason::Eos);
         }
+        if sampler.is_end(token) {
+            return self.end(StopReason::Eos);
+        }
         g.tokens.push(token);
         tell(Grown::Token { id: token, logits, at: self.text.added });
         if self.text.push(token, &mut |piece| tell(Grown::Piece(piece))) {
@@ -219,6 +222,8 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
         sampler.borrow_mut().begin(request.text);
         let id = JobId(self.next_id);
         self.next_id += 1;
+        let mut text = Text::new(self.tokenizer, &request);
+        text.begin_without_stops(sampler.borrow().min_tokens());
         // The token that is drawn last is not evaluated.
         let positions = (position + prompt.len()).saturating_add(request.n.saturating_sub(1)).min(n_ctx);
         let pages = session.pages_needed(seq, positions)?;
@@ -230,7 +235,7 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
             id,
             seq,
             sampler,
-            text: Text::new(self.tokenizer, &request),
+            text,
             g: Generation::new(prompt.len(), request.n.min(n_ctx)),
             prompt,
             done: 0,

@@ -45,6 +45,10 @@ pub struct SamplerParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Never draw a token that ends generation.
     pub ignore_eos: bool,
+    /// Tokens that end generation besides the model's own.
+    pub ends: Vec<u32>,
+    /// Never draw a token that ends generation before so many others.
+    pub min_tokens: usize,
     /// Seed of the generator.
     pub seed: u64,
     /// What the text is held to: only its tokens are drawn, whatever is added to the logits of others.
@@ -71,6 +75,8 @@ impl Default for SamplerParams {
             dry: DryParams::default(),
             logit_bias: Vec::new(),
             ignore_eos: false,
+            ends: Vec::new(),
+            min_tokens: 0,
             seed: 0,
             grammar: None,
             thought: None,
@@ -102,6 +108,9 @@ pub struct Sampler {
     dry: Dry,
     constraint: Option<Constraint>,
     thought: Option<Thought>,
+    /// Tokens that are drawn, and those that may not be among the first ones.
+    drawn: usize,
+    not_first: Vec<u32>,
 }
 
 impl Sampler {
@@ -118,7 +127,9 @@ impl Sampler {
         }
         let breakers =
             if params.dry.is_on() { Breakers::new(tokenizer, &params.dry.breakers) } else { Breakers::default() };
-        Sampler::with_breakers(params, n_vocab, breakers)
+        let mut sampler = Sampler::with_breakers(params, n_vocab, breakers);
+        sampler.not_first.extend(tokenizer.eog_ids());
+        sampler
     }
 
     fn with_breakers(params: SamplerParams, n_vocab: usize, breakers: Breakers) -> Sampler {
@@ -131,8 +142,20 @@ impl Sampler {
             dry: Dry::new(&params.dry, breakers),
             constraint: params.grammar.as_ref().map(Grammar::begin),
             thought: params.thought.map(Thought::new),
+            drawn: 0,
+            not_first: params.ends.clone(),
             params,
         }
+    }
+
+    /// Whether a token ends generation, though the model does not say so.
+    pub fn is_end(&self, token: u32) -> bool {
+        self.params.ends.contains(&token)
+    }
+
+    /// Tokens before which none is drawn that ends generation.
+    pub fn min_tokens(&self) -> usize {
+        self.params.min_tokens
     }
 
     /// Forgets the text that the penalties know and tells them of another, a prompt. What follows it is held to the
@@ -143,11 +166,13 @@ impl Sampler {
         text.iter().for_each(|&t| self.count(t));
         self.constraint = self.params.grammar.as_ref().map(Grammar::begin);
         self.thought = self.params.thought.map(Thought::new);
+        self.drawn = 0;
     }
 
     /// Tells the sampler of a token that was drawn: the penalties, and the grammar.
     pub fn accept(&mut self, token: u32) {
         self.count(token);
+        self.drawn += 1;
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(token);
         }
@@ -205,7 +230,12 @@ impl Sampler {
     }
 
     fn edits(&self) -> bool {
-        !self.params.logit_bias.is_empty() || !self.window.is_empty() || self.params.dry.is_on()
+        !self.params.logit_bias.is_empty() || !self.window.is_empty() || self.params.dry.is_on() || self.is_early()
+    }
+
+    /// Whether no token may come yet that ends generation.
+    fn is_early(&self) -> bool {
+        self.drawn < self.params.min_tokens
     }
 
     /// Makes candidates of the logits: all, or those that the grammar allows.
@@ -261,6 +291,13 @@ impl Sampler {
             change(token, &|l| if l > 0.0 { l / repeat - taken } else { l * repeat - taken });
         });
         self.dry.penalise(&p.dry, |token, penalty| change(token, &|l| l - penalty));
+        if self.is_early() {
+            for &token in &self.not_first {
+                if let Some(candidate) = self.candidates.get_mut(token as usize) {
+                    candidate.1 = f32::NEG_INFINITY;
+                }
+            }
+        }
     }
 
     /// Top-n-sigma: what lies far below the largest logit is dropped.
@@ -412,6 +449,19 @@ mod tests {
 
     fn sampler(p: SamplerParams) -> Sampler {
         Sampler::new(p, 4)
+    }
+
+    #[test]
+    fn no_end_is_drawn_before_the_least_number_of_tokens() {
+        let mut s = sampler(SamplerParams { temp: 0.0, ends: vec![1], min_tokens: 2, ..Default::default() });
+        for _ in 0..2 {
+            s.begin(&[]);
+            for expected in [2, 2, 1] {
+                let token = s.sample(&[0.0, 4.0, 3.0, 1.0]).unwrap();
+                assert_eq!((token, s.is_end(token)), (expected, expected == 1));
+                s.accept(token);
+            }
+        }
     }
 
     #[test]

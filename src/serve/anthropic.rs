@@ -10,7 +10,7 @@ use super::grammar::{self, Wanted};
 use super::job::{Finish, Summary};
 use super::openai::call_id;
 use super::params;
-use super::prompt::{self, Choice, Conversation, Tools, no_tools};
+use super::prompt::{self, Choice, Conversation, Ending, Tools, no_tools};
 use super::served::Served;
 use super::split::Call;
 use super::steps::{Answers, Dialect, Prepared, Step, named};
@@ -46,17 +46,19 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<Asked, ApiError> {
     }
     let list = f.list("messages")?.unwrap_or_default();
     prompt::check_count(list.len(), "messages", served)?;
-    if list.last().is_some_and(|m| m["role"] == "assistant") {
-        let message = "messages: the last one is the assistant's, but a message is not continued; end with the user's";
-        return Err(ApiError::unsupported("messages", message));
-    }
+    let goes_on = list.last().is_some_and(|m| m["role"] == "assistant");
     for (i, message) in list.into_iter().enumerate() {
         turn(message, i, &mut messages)?;
     }
     let Tools { list: tools, choice, one_call } = tools(f, served)?;
     let mut wanted = grammar::wanted_output(f, "output_format")?;
-    let mut conversation =
-        Conversation { messages: prompt::messages(messages, served)?, tools, choice, ..Conversation::default() };
+    if goes_on && !prompt::may_continue(&messages) {
+        let message = "messages: the last one is the assistant's and has calls, whose results are to follow";
+        return Err(ApiError::field("messages", message));
+    }
+    let messages = prompt::messages(messages, served)?;
+    let ending = if goes_on { Ending::Continued } else { Ending::Opened };
+    let mut conversation = Conversation { messages, tools, choice, ending, ..Conversation::default() };
     let mut budget = None;
     if let Some(mut thinking) = f.object("thinking")? {
         let kind = thinking.text("type")?.unwrap_or_default();
@@ -203,7 +205,6 @@ fn tools(f: &mut Fields, served: &Served) -> Result<Tools, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(false);
     let most = params::max_tokens(&mut f, &["max_tokens"])?;
     let most =
@@ -230,12 +231,12 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
     let dialect = Anthropic {
         served: served.clone(),
         id: format!("msg_{id}"),
-        prompt: task.prompt.len(),
+        prompt: task.tokens(),
         open: None,
         blocks: 0,
         finish: None,
     };
-    Ok(Prepared { task, looks, dialect: Box::new(dialect), stream })
+    Ok(Prepared::new(task, looks, dialect, stream))
 }
 
 /// `/v1/messages/count_tokens`.
@@ -243,7 +244,6 @@ pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -
 /// # Errors
 /// What is wrong with the request.
 pub fn count_tokens(served: &Served, mut f: Fields, stop: &dyn Fn() -> bool) -> Result<Json, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let conversation = conversation(&mut f, served)?.conversation;
     f.ignore(&HARMLESS);
     f.finish()?;

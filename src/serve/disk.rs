@@ -1,5 +1,5 @@
-//! Prompts that are kept on disk while no server runs (`--cache-dir`): written when it ends, taken over when the next
-//! one begins.
+//! Prompts that are kept on disk while their model is not loaded (`--cache-dir`): written when the server ends or loads
+//! another model, taken over when it is loaded next.
 //!
 //! A file is one of `nt chat`'s saved conversations (`engine/saved`) without messages, for its owner alone. Its name
 //! says which model it is of; that its bytes are what this session would compute is shown by computing the first

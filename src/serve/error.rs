@@ -127,6 +127,13 @@ impl ApiError {
         ApiError { code: Some("not_implemented"), ..ApiError::new(501, message) }
     }
 
+    /// 501: vectors where there are no hidden states.
+    pub fn no_hidden_states() -> ApiError {
+        ApiError::not_built(
+            "vectors of texts need final hidden states, which the GPU's backend does not give; serve with --backend cpu",
+        )
+    }
+
     /// 503: not now.
     pub fn unavailable(message: impl Into<String>) -> ApiError {
         ApiError { retry_after_s: Some(1), ..ApiError::new(503, message) }

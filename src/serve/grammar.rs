@@ -219,7 +219,11 @@ pub fn hold(
         let message = format!("ignore_eos: what {field} says of the answer ends by a token that it forbids");
         return Err(ApiError::field("ignore_eos", message));
     }
-    let reasoning = match conversation.map(|_| Reasoning::of(&served.template_source, prompt)) {
+    if params.min_tokens > 0 {
+        let message = format!("min_tokens: what {field} says of the answer may end before so many tokens");
+        return Err(ApiError::field("min_tokens", message));
+    }
+    let reasoning = match conversation.map(|c| c.reasoning(served, prompt)) {
         // A call's message has another header than an answer's.
         Some(Reasoning::Channels { .. }) => Reasoning::Channels { header: own_header },
         Some(other) => other,

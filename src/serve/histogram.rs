@@ -36,16 +36,19 @@ impl Histogram {
         self.sum_s += seconds;
     }
 
-    /// It in Prometheus' text form; `labels` without brackets.
-    pub fn write(&self, name: &str, help: &str, labels: &str, out: &mut String) {
+    /// Several in Prometheus' text form, each with its labels, which have no brackets.
+    pub fn write<'h>(name: &str, help: &str, all: impl Iterator<Item = (&'h String, &'h Histogram)>, out: &mut String) {
         out.push_str(&format!("# HELP {name} {help}\n# TYPE {name} histogram\n"));
-        let mut sum = 0;
-        for (i, count) in self.counts[..=self.bounds.len()].iter().enumerate() {
-            sum += count;
-            let bound = self.bounds.get(i).map_or("+Inf".to_owned(), f64::to_string);
-            out.push_str(&format!("{name}_bucket{{{labels},le=\"{bound}\"}} {sum}\n"));
+        for (labels, histogram) in all {
+            let mut sum = 0;
+            for (i, count) in histogram.counts[..=histogram.bounds.len()].iter().enumerate() {
+                sum += count;
+                let bound = histogram.bounds.get(i).map_or("+Inf".to_owned(), f64::to_string);
+                out.push_str(&format!("{name}_bucket{{{labels},le=\"{bound}\"}} {sum}\n"));
+            }
+            let total_s = histogram.sum_s;
+            out.push_str(&format!("{name}_sum{{{labels}}} {total_s}\n{name}_count{{{labels}}} {sum}\n"));
         }
-        out.push_str(&format!("{name}_sum{{{labels}}} {}\n{name}_count{{{labels}}} {sum}\n", self.sum_s));
     }
 }
 
@@ -60,7 +63,7 @@ mod tests {
             h.add(s);
         }
         let mut out = String::new();
-        h.write("x", "Seconds.", "m=\"y\"", &mut out);
+        Histogram::write("x", "Seconds.", [(&"m=\"y\"".to_owned(), &h)].into_iter(), &mut out);
         assert!(out.starts_with("# HELP x Seconds.\n# TYPE x histogram\nx_bucket{m=\"y\",le=\"0.01\"} 2\n"), "{out}");
         assert!(out.contains("x_bucket{m=\"y\",le=\"0.025\"} 3\n") && out.contains("le=\"80\"} 3\n"), "{out}");
         assert!(

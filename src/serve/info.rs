@@ -4,58 +4,92 @@ use serde_json::{Value as Json, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, whole, wrong};
+use super::histogram::Histogram;
 use super::openai;
+use super::present::Present;
 use super::prompt;
-use super::queue::{Running, View};
-use super::served::Served;
+use super::queue::{Phase, Running, View};
+use super::served::{Models, Served};
 use crate::engine::SamplerParams;
 
-/// `/metrics` in Prometheus' text form: llama-server's names, vLLM's three gauges, and nt's own.
-pub fn metrics(view: &View, served: &Served) -> String {
+/// Whether a model is in memory, in llama-server's words.
+pub fn state(view: &View, model: usize) -> &'static str {
+    match view.present {
+        Present::Loaded { model: there, .. } if there == model => "loaded",
+        Present::Loading { model: there, .. } if there == model => "loading",
+        _ => "unloaded",
+    }
+}
+
+/// The model that is shown where there is room for one: that in memory, or the first.
+fn shown<'m>(view: &View, models: &'m Models) -> &'m Served {
+    &models.all()[view.present.model().unwrap_or(0)]
+}
+
+/// `/metrics` in Prometheus' text form: llama-server's names, vLLM's gauges and histograms for each model, and nt's own.
+pub fn metrics(view: &View, models: &Models) -> String {
     let c = &view.counters;
     let (running, waiting) = (view.running.len(), view.waiting);
     let used: usize = view.running.iter().map(|r| r.evaluated + r.generated).sum();
-    let kv = (used as f64 / served.n_ctx.max(1) as f64).min(1.0);
+    let kv = (used as f64 / shown(view, models).n_ctx.max(1) as f64).min(1.0);
     let rate = |n: u64, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
-    let model = format!("{{model_name={}}}", json!(served.name()));
     let mut out = String::new();
-    let mut add = |name: &str, kind: &str, help: &str, labels: &str, value: f64| {
-        out.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{labels} {value}\n"));
+    let mut add = |name: &str, kind: &str, help: &str, value: f64| {
+        out.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n"));
     };
-    add("llamacpp:prompt_tokens_total", "counter", "Tokens of prompts that were computed.", "", c.prompt_tokens as f64);
-    add("llamacpp:prompt_seconds_total", "counter", "Seconds for them.", "", c.prompt_s);
-    add("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "", c.generated as f64);
-    add("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds for them.", "", c.decode_s);
-    add("llamacpp:n_decode_total", "counter", "Passes.", "", c.passes as f64);
+    add("llamacpp:prompt_tokens_total", "counter", "Tokens of prompts that were computed.", c.prompt_tokens as f64);
+    add("llamacpp:prompt_seconds_total", "counter", "Seconds for them.", c.prompt_s);
+    add("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", c.generated as f64);
+    add("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds for them.", c.decode_s);
+    add("llamacpp:n_decode_total", "counter", "Passes.", c.passes as f64);
     let busy = if c.passes > 0 { c.texts_of_passes as f64 / c.passes as f64 } else { 0.0 };
-    add("llamacpp:n_busy_slots_per_decode", "gauge", "Texts that a pass had tokens of, on average.", "", busy);
+    add("llamacpp:n_busy_slots_per_decode", "gauge", "Texts that a pass had tokens of, on average.", busy);
     let prompt_rate = rate(c.prompt_tokens, c.prompt_s);
-    add("llamacpp:prompt_tokens_seconds", "gauge", "Tokens of prompts per second.", "", prompt_rate);
+    add("llamacpp:prompt_tokens_seconds", "gauge", "Tokens of prompts per second.", prompt_rate);
     let rate = rate(c.generated, c.decode_s);
-    add("llamacpp:predicted_tokens_seconds", "gauge", "Tokens generated per second.", "", rate);
-    add("llamacpp:requests_processing", "gauge", "Requests being computed.", "", running as f64);
-    add("llamacpp:requests_deferred", "gauge", "Requests that wait.", "", waiting as f64);
-    add("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the context that is in use.", "", kv);
-    add("vllm:num_requests_running", "gauge", "Requests being computed.", &model, running as f64);
-    add("vllm:num_requests_waiting", "gauge", "Requests that wait.", &model, waiting as f64);
-    add("vllm:kv_cache_usage_perc", "gauge", "Share of the context that is in use, 1 for all.", &model, kv);
-    add("nt:slots", "gauge", "Requests that are computed at once at most.", "", view.slots as f64);
-    add("nt:requests_done_total", "counter", "Requests answered.", "", c.done as f64);
-    add("nt:requests_cancelled_total", "counter", "Requests whose client went away.", "", c.cancelled as f64);
-    add("nt:requests_failed_total", "counter", "Requests that failed.", "", c.failed as f64);
-    add("nt:requests_refused_total", "counter", "Requests that the full queue refused.", "", c.refused as f64);
+    add("llamacpp:predicted_tokens_seconds", "gauge", "Tokens generated per second.", rate);
+    add("llamacpp:requests_processing", "gauge", "Requests being computed.", running as f64);
+    add("llamacpp:requests_deferred", "gauge", "Requests that wait.", waiting as f64);
+    add("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the context that is in use.", kv);
+    add("nt:slots", "gauge", "Requests that are computed at once at most.", view.slots as f64);
+    add("nt:requests_done_total", "counter", "Requests answered.", c.done as f64);
+    add("nt:requests_cancelled_total", "counter", "Requests whose client went away.", c.cancelled as f64);
+    add("nt:requests_failed_total", "counter", "Requests that failed.", c.failed as f64);
+    add("nt:requests_refused_total", "counter", "Requests that the full queue refused.", c.refused as f64);
     let cached = c.cached_tokens as f64;
-    add("vllm:gpu_cache_usage_perc", "gauge", "The same under its older name.", &model, kv);
-    add("nt:prompt_tokens_cached_total", "counter", "Tokens of prompts taken from the cache.", "", cached);
-    let labels = model.trim_matches(['{', '}']);
-    let first = "Seconds from a request to its first token, waiting included.";
-    c.first_token.write("vllm:time_to_first_token_seconds", first, labels, &mut out);
-    c.token.write("vllm:time_per_output_token_seconds", "Seconds per token behind the first.", labels, &mut out);
+    add("nt:prompt_tokens_cached_total", "counter", "Tokens of prompts taken from the cache.", cached);
+    add_of_models(view, models, kv, &mut out);
     out
 }
 
+/// vLLM's gauges and histograms, for each model.
+fn add_of_models(view: &View, models: &Models, kv: f64, out: &mut String) {
+    let labels: Vec<String> = models.all().iter().map(|s| format!("model_name={}", json!(s.name()))).collect();
+    let is_loaded = |i: usize| view.present.loaded() == Some(i);
+    let mut add = |name: &str, help: &str, value: &dyn Fn(usize) -> f64| {
+        out.push_str(&format!("# HELP {name} {help}\n# TYPE {name} gauge\n"));
+        for (i, labels) in labels.iter().enumerate() {
+            out.push_str(&format!("{name}{{{labels}}} {}\n", value(i)));
+        }
+    };
+    let running = |i| if is_loaded(i) { view.running.len() as f64 } else { 0.0 };
+    let used = |i| if is_loaded(i) { kv } else { 0.0 };
+    add("vllm:num_requests_running", "Requests being computed.", &running);
+    add("vllm:num_requests_waiting", "Requests that wait.", &|i| view.models[i].waiting as f64);
+    add("vllm:kv_cache_usage_perc", "Share of the context that is in use, 1 for all.", &used);
+    add("vllm:gpu_cache_usage_perc", "The same under its older name.", &used);
+    add("nt:model_loaded", "Whether the model is in memory.", &|i| f64::from(u8::from(is_loaded(i))));
+    let first = "Seconds from a request to its first token, waiting included.";
+    let first_token = view.models.iter().map(|m| &m.counters.first_token);
+    Histogram::write("vllm:time_to_first_token_seconds", first, labels.iter().zip(first_token), out);
+    let token = view.models.iter().map(|m| &m.counters.token);
+    let help = "Seconds per token behind the first.";
+    Histogram::write("vllm:time_per_output_token_seconds", help, labels.iter().zip(token), out);
+}
+
 /// `/slots`: one for each request that may be computed at once.
-pub fn slots(view: &View, served: &Served) -> Json {
+pub fn slots(view: &View, models: &Models) -> Json {
+    let served = shown(view, models);
     let slot = |id: usize| slot_json(id, view.running.iter().find(|r| r.slot == id), served);
     (0..view.slots).map(slot).collect()
 }
@@ -78,9 +112,15 @@ fn slot_json(id: usize, r: Option<&Running>, served: &Served) -> Json {
 }
 
 /// `/machine`: what the page at `/` shows. Bytes and sums only grow, so that whoever asks twice knows rates.
-pub fn machine(view: &View, served: &Served) -> Json {
-    let (c, l) = (&view.counters, &view.links);
-    let session = |key: &str| served.session.get().and_then(|s| s.get(key)).cloned().unwrap_or_default();
+pub fn machine(view: &View, models: &Models) -> Json {
+    let (c, l, served) = (&view.counters, &view.links, shown(view, models));
+    let loaded = view.present.loaded();
+    let session = |key: &str| loaded.map_or(Json::Null, |_| served.session(key));
+    let phase = match (view.phase, view.present) {
+        (Phase::Open, Present::Nothing) => "unloaded",
+        (Phase::Open, Present::Loading { .. }) => "loading",
+        (phase, _) => phase.name(),
+    };
     let link = |bytes: u64, per_pass: u64, busy_s: Option<f64>, ceiling: Option<f64>| json!({ "bytes": bytes, "used": per_pass > 0, "busy_s": busy_s, "ceiling_gb_per_s": ceiling.map(|c| c / 1e9) });
     let from_ram =
         l.bytes_per_pass.saturating_sub(l.nvme_bytes_per_pass) * u64::from(!l.on_device) + l.beside_bytes_per_pass;
@@ -90,8 +130,9 @@ pub fn machine(view: &View, served: &Served) -> Json {
     let at_hand = |of: fn(&Running) -> usize| view.running.iter().map(|r| of(r) as u64).sum::<u64>();
     json!({
         "model": served.name(),
+        "models": models.all().iter().map(|served| served.name()).collect::<Vec<_>>(),
         "version": concat!("nt ", env!("CARGO_PKG_VERSION")),
-        "phase": view.phase.name(),
+        "phase": phase,
         "time_s": view.up_s,
         "n_ctx": served.n_ctx,
         "backend": session("backend"),
@@ -143,14 +184,19 @@ pub fn params(p: &SamplerParams) -> Json {
     })
 }
 
-/// `/props`.
-pub fn props(view: &View, served: &Served) -> Json {
+/// `/props`: of the model in memory, or else the first, with the names of all.
+pub fn props(view: &View, models: &Models) -> Json {
+    let served = shown(view, models);
+    let all = models.all().iter().enumerate();
+    let all =
+        all.map(|(i, s)| json!({ "id": s.name(), "aliases": &s.names[1..], "status": { "value": state(view, i) } }));
     let t = &served.opened.tokenizer;
     let token = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(t.token_bytes(id)).into_owned());
     json!({
         "default_generation_settings": { "n_ctx": served.n_ctx, "params": params(&served.defaults) },
         "total_slots": view.slots,
         "model_alias": served.name(),
+        "models": all.collect::<Vec<_>>(),
         // The name alone: where the file lies is no business of a client's.
         "model_path": served.opened.gguf.shards.first().and_then(|s| s.path.file_name()).map(|n| n.to_string_lossy()),
         "chat_template": served.template_source,
@@ -176,7 +222,6 @@ pub struct Tokenized {
 /// # Errors
 /// What is wrong with the request.
 pub fn tokenize(served: &Served, mut f: Fields) -> Result<Tokenized, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let text =
         f.text("content")?.ok_or_else(|| ApiError::field("content", "content: a text was expected, found nothing"))?;
     let add = f.flag("add_special")?.unwrap_or(false);
@@ -194,7 +239,6 @@ const DETOKENIZE_MAX: usize = 1 << 17;
 /// # Errors
 /// What is wrong with the request.
 pub fn detokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let list =
         f.list("tokens")?.ok_or_else(|| ApiError::field("tokens", "tokens: a list was expected, found nothing"))?;
     f.finish()?;
@@ -216,7 +260,6 @@ pub fn detokenize(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
 /// # Errors
 /// What is wrong with the request.
 pub fn apply_template(served: &Served, mut f: Fields, stop: &dyn Fn() -> bool) -> Result<Json, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let (conversation, _) = openai::conversation(&mut f, served)?;
     f.finish()?;
     Ok(json!({ "prompt": prompt::rendered(served, &conversation, stop)?.text }))

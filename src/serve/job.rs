@@ -6,18 +6,19 @@ use std::time::{Duration, Instant};
 
 use super::error::ApiError;
 use super::outbox::{Outbox, Weighed};
+use super::present::Keep;
 use crate::engine::SamplerParams;
 
 /// What is to be generated.
 #[derive(Clone, Debug)]
 pub struct Task {
-    /// The whole text that is continued; one token or more.
-    pub prompt: Vec<u32>,
-    /// How tokens are drawn; choice number `i` has the seed and `i` more.
+    /// Each whole text that is continued; one or more, of one token or more.
+    pub prompts: Vec<Vec<u32>>,
+    /// How tokens are drawn; answer number `i` to a prompt has the seed and `i` more.
     pub params: SamplerParams,
-    /// How many answers.
+    /// How many answers to each prompt; those to the first come first.
     pub choices: usize,
-    /// Tokens of an answer at most.
+    /// Tokens of an answer at most, as far as the context has room behind its prompt.
     pub max_tokens: usize,
     /// Texts that end an answer.
     pub stops: Vec<String>,
@@ -25,6 +26,38 @@ pub struct Task {
     pub logprobs: Option<usize>,
     /// Whether what is cached of earlier prompts may be used. It changes no text.
     pub reuse: bool,
+}
+
+impl Task {
+    /// How many answers to all prompts.
+    pub fn answers(&self) -> usize {
+        self.prompts.len().saturating_mul(self.choices)
+    }
+
+    /// The prompt that an answer is to, by its number.
+    pub fn prompt_of(&self, answer: usize) -> usize {
+        answer / self.choices.max(1)
+    }
+
+    /// Which of the answers to its prompt an answer is.
+    pub fn choice_of(&self, answer: usize) -> usize {
+        answer % self.choices.max(1)
+    }
+
+    /// The text that an answer continues.
+    pub fn text_of(&self, answer: usize) -> &[u32] {
+        self.prompts.get(self.prompt_of(answer)).map_or(&[], |prompt| prompt)
+    }
+
+    /// Tokens of all prompts.
+    pub fn tokens(&self) -> usize {
+        self.prompts.iter().map(Vec::len).sum()
+    }
+
+    /// Positions that an answer may come to take.
+    pub fn positions(&self, answer: usize) -> usize {
+        self.text_of(answer).len().saturating_add(self.max_tokens.saturating_sub(1))
+    }
 }
 
 /// How the hidden states of a text become one vector.
@@ -66,7 +99,7 @@ impl Work {
     /// Tokens of prompts.
     pub fn tokens(&self) -> usize {
         match self {
-            Work::Answer(task) => task.prompt.len(),
+            Work::Answer(task) => task.tokens(),
             Work::Embed(texts) => texts.all.iter().map(Vec::len).sum(),
         }
     }
@@ -74,7 +107,7 @@ impl Work {
     /// Tokens of answers at most.
     pub fn most(&self) -> usize {
         match self {
-            Work::Answer(task) => task.max_tokens.saturating_mul(task.choices),
+            Work::Answer(task) => task.max_tokens.saturating_mul(task.answers()),
             Work::Embed(_) => 0,
         }
     }
@@ -85,6 +118,10 @@ impl Work {
 pub struct Job {
     /// Whose it is.
     pub ticket: Ticket,
+    /// The number of the model that it is for.
+    pub model: usize,
+    /// How long that one is to stay behind it.
+    pub keep: Keep,
     /// What is to be done.
     pub work: Work,
 }
@@ -177,6 +214,8 @@ pub struct Summary {
     pub generated: usize,
     /// Seconds in the queue.
     pub queued_s: f64,
+    /// Of these, seconds in which the model was being loaded.
+    pub load_s: f64,
     /// Seconds for the prompt.
     pub prompt_s: f64,
     /// Passes after the first token of each answer.
@@ -192,7 +231,7 @@ pub struct Summary {
 pub enum Event {
     /// Text of an answer that is certain, and the tokens behind it if they were asked for.
     Text {
-        /// Which answer.
+        /// Which answer, by its number among all.
         choice: usize,
         /// The text.
         bits: Vec<Bit>,

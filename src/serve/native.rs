@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 use super::error::{ApiError, Form};
 use super::fields::Fields;
 use super::job::{Finish, Summary, TokenLogprob};
-use super::openai::{TOP_MAX, check_entries, completion_prompt, finite, timings};
+use super::openai::{TOP_MAX, check_entries, finite, one_prompt, timings};
 use super::params::{self, HARMLESS};
 use super::served::Served;
 use super::split::Looks;
@@ -20,11 +20,10 @@ use crate::engine::SamplerParams;
 /// # Errors
 /// What is wrong with it.
 pub fn completion(served: &Arc<Served>, mut f: Fields) -> Result<Prepared, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(false);
     let given =
         f.any("prompt").ok_or_else(|| ApiError::field("prompt", "prompt: a text was expected, found nothing"))?;
-    let tokens = completion_prompt(given, served)?;
+    let tokens = one_prompt(given, served)?;
     let most = params::max_tokens(&mut f, &["max_tokens", "n_predict"])?;
     let stops = params::stops(&mut f, "stop")?;
     let reuse = f.flag("cache_prompt")?.unwrap_or(true);
@@ -43,16 +42,9 @@ pub fn completion(served: &Arc<Served>, mut f: Fields) -> Result<Prepared, ApiEr
     let mut task = prompt::task(served, tokens, params, most, stops)?;
     (task.reuse, task.logprobs) = (reuse, (top > 0 || ids).then_some(top));
     check_entries(&task)?;
-    let dialect = Native {
-        served: served.clone(),
-        settings,
-        ids,
-        top: top > 0,
-        prompt: task.prompt.len(),
-        told: 0,
-        finish: None,
-    };
-    Ok(Prepared { task, looks: Looks::default(), dialect: Box::new(dialect), stream })
+    let dialect =
+        Native { served: served.clone(), settings, ids, top: top > 0, prompt: task.tokens(), told: 0, finish: None };
+    Ok(Prepared::new(task, Looks::default(), dialect, stream))
 }
 
 /// llama-server's form of answers.

@@ -1,17 +1,18 @@
 //! Ollama's `/api`: chat and generate, streamed as lines of JSON, and what its clients ask of models.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value as Json, json};
 
 use super::error::{ApiError, Form};
-use super::fields::Fields;
+use super::fields::{Fields, wrong};
 use super::grammar::{self, Wanted};
 use super::job::{Finish, Summary, Task};
 use super::params;
-use super::prompt::{self, Conversation};
-use super::served::{Served, rfc3339, unix_s};
+use super::present::{Keep, Present};
+use super::prompt::{self, Conversation, Ending};
+use super::served::{Models, Served, rfc3339, unix_s};
 use super::split::{Call, Looks};
 use super::steps::{Answers, Dialect, Prepared, Step};
 use crate::engine::SamplerParams;
@@ -77,19 +78,18 @@ struct Common {
     conversation: Conversation,
     /// The form of the answer.
     wanted: Wanted,
-    /// Whether the model is to be given up behind the answer.
-    unload: bool,
+    /// How long the model is to stay behind the answer.
+    keep: Keep,
 }
 
 fn common(f: &mut Fields, served: &Served) -> Result<Common, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(true);
     let wanted = grammar::wanted_format(f)?;
     f.only("logprobs", &[json!(false)], "probabilities are told by /v1/chat/completions")?;
     f.only("top_logprobs", &[json!(0)], "probabilities are told by /v1/chat/completions")?;
     f.only("truncate", &[json!(true), json!(false)], "true or false was expected")?;
     f.only("shift", &[json!(true), json!(false)], "true or false was expected")?;
-    let unload = f.any("keep_alive").is_some_and(|keep| is_nothing(&keep));
+    let keep = keep_alive(f)?;
     let mut conversation = Conversation::default();
     match f.any("think") {
         None => {}
@@ -104,14 +104,22 @@ fn common(f: &mut Fields, served: &Served) -> Result<Common, ApiError> {
             return Err(ApiError::unsupported("think", message));
         }
     }
-    Ok(Common { stream, conversation, wanted, unload })
+    Ok(Common { stream, conversation, wanted, keep })
 }
 
-/// Whether a duration is none: a number of seconds, or a text such as `0s`.
-fn is_nothing(duration: &Json) -> bool {
-    match duration {
-        Json::String(text) => text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).parse() == Ok(0.0),
-        other => other.as_f64() == Some(0.0),
+/// How long the model is to stay: a number of seconds, or a text such as `5m`.
+///
+/// # Errors
+/// For anything else.
+pub fn keep_alive(f: &mut Fields) -> Result<Keep, ApiError> {
+    let expected = "a number of seconds, or a text such as 5m";
+    match f.any("keep_alive") {
+        None => Ok(Keep::Server),
+        Some(Json::String(text)) => Keep::read(&text).ok_or_else(|| wrong("keep_alive", expected, &Json::String(text))),
+        Some(other) => match other.as_f64() {
+            Some(seconds) => Ok(Keep::of_seconds(seconds)),
+            None => Err(wrong("keep_alive", expected, &other)),
+        },
     }
 }
 
@@ -141,15 +149,18 @@ fn as_openai(mut message: Json, i: usize) -> Result<Json, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let Common { stream, mut conversation, wanted, unload } = common(&mut f, served)?;
+    let Common { stream, mut conversation, wanted, keep } = common(&mut f, served)?;
     let mut options = options(&mut f, served)?;
     let list = f.list("messages")?.unwrap_or_default();
     if list.is_empty() {
-        return loaded(served, f, options.params, true, stream, unload);
+        return loaded(served, f, options.params, true, stream, keep);
     }
     prompt::check_count(list.len(), "messages", served)?;
     let list = list.into_iter().enumerate().map(|(i, m)| as_openai(m, i)).collect::<Result<Vec<_>, _>>()?;
     conversation.messages = prompt::messages(list, served)?;
+    if prompt::may_continue(&conversation.messages) {
+        conversation.ending = Ending::Continued;
+    }
     let tools = prompt::tools(&mut f, served)?;
     let one_call = tools.one_call;
     (conversation.tools, conversation.choice) = (tools.list, tools.choice);
@@ -158,7 +169,7 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
     grammar::hold(served, &mut options.params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
     let task = options.task(served, prompt.tokens)?;
-    Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, true)), stream })
+    Ok(Prepared { keep, ..Prepared::new(task, looks, Ollama::new(served, true), stream) })
 }
 
 /// Reads a request to `/api/generate`.
@@ -166,7 +177,7 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> boo
 /// # Errors
 /// What is wrong with it.
 pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let Common { stream, mut conversation, wanted, unload } = common(&mut f, served)?;
+    let Common { stream, mut conversation, wanted, keep } = common(&mut f, served)?;
     let mut options = options(&mut f, served)?;
     let text = f.text("prompt")?.unwrap_or_default();
     let system = f.text("system")?.filter(|s| !s.is_empty());
@@ -176,7 +187,7 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
     f.only("images", &[json!([])], "this server reads text only")?;
     f.only("context", &[json!([])], "what was said before is sent to /api/chat as messages")?;
     if text.is_empty() && system.is_none() && !raw {
-        return loaded(served, f, options.params, false, stream, unload);
+        return loaded(served, f, options.params, false, stream, keep);
     }
     f.finish()?;
     served.check_bytes(text.len(), "prompt")?;
@@ -192,41 +203,39 @@ pub fn generate(served: &Arc<Served>, mut f: Fields, _: &str, stop: &dyn Fn() ->
         (prompt.tokens, looks)
     };
     let task = options.task(served, tokens)?;
-    Ok(Prepared { task, looks, dialect: Box::new(Ollama::new(served, false)), stream })
+    Ok(Prepared { keep, ..Prepared::new(task, looks, Ollama::new(served, false), stream) })
 }
 
-/// A request without words asks that the model be loaded, which it is: an answer without tokens. Or that it be given up.
+/// A request without words asks that the model be loaded, which it is once there is an answer without tokens; or, where
+/// it is to stay for no time, that it be given up.
 fn loaded(
     served: &Arc<Served>,
     f: Fields,
     params: SamplerParams,
     chat: bool,
     stream: bool,
-    unload: bool,
+    keep: Keep,
 ) -> Result<Prepared, ApiError> {
     f.finish()?;
-    if unload {
-        let message =
-            "keep_alive: this server has one model, which stays as long as it runs; end the server to free its memory";
-        return Err(ApiError { param: Some("keep_alive".into()), ..ApiError::not_built(message) });
-    }
+    let gives_up = keep == Keep::For(Duration::ZERO);
     let task = prompt::task(served, served.opened.tokenizer.encode_prompt(" "), params, Some(0), Vec::new())?;
-    let dialect = Ollama { load: true, ..Ollama::new(served, chat) };
-    Ok(Prepared { task, looks: Looks::default(), dialect: Box::new(dialect), stream })
+    let dialect = Ollama { load: Some(if gives_up { "unload" } else { "load" }), ..Ollama::new(served, chat) };
+    Ok(Prepared { keep, gives_up, ..Prepared::new(task, Looks::default(), dialect, stream) })
 }
 
 /// Ollama's form of answers.
 struct Ollama {
     served: Arc<Served>,
     chat: bool,
-    load: bool,
+    /// What is said of a request that asks for no answer.
+    load: Option<&'static str>,
     since: Instant,
     finish: Option<Finish>,
 }
 
 impl Ollama {
     fn new(served: &Arc<Served>, chat: bool) -> Ollama {
-        Ollama { served: served.clone(), chat, load: false, since: Instant::now(), finish: None }
+        Ollama { served: served.clone(), chat, load: None, since: Instant::now(), finish: None }
     }
 
     fn object(&self, text: &str, thought: &str, calls: &[Call], done: bool) -> Json {
@@ -253,14 +262,13 @@ impl Ollama {
     fn add_figures(&self, object: &mut Json, s: &Summary) {
         let ns = |seconds: f64| (seconds * 1e9) as u64;
         let reason = match self.finish {
-            _ if self.load => "load",
+            _ if self.load.is_some() => self.load.unwrap_or_default(),
             Some(Finish::Length) => "length",
             _ => "stop",
         };
         object["done_reason"] = reason.into();
         object["total_duration"] = ns(self.since.elapsed().as_secs_f64()).into();
-        // The model was there before.
-        object["load_duration"] = 0.into();
+        object["load_duration"] = ns(s.load_s).into();
         object["prompt_eval_count"] = s.prompt.into();
         object["prompt_eval_duration"] = ns(s.prompt_s).into();
         object["eval_count"] = s.generated.into();
@@ -320,6 +328,10 @@ pub fn version() -> Json {
     json!({ "version": "0.12.0", "nt": env!("CARGO_PKG_VERSION") })
 }
 
+/// When a model is given up that stays, and that time in seconds since 1970.
+const NEVER: &str = "9999-12-31T23:59:59Z";
+const NEVER_UNIX_S: u64 = 253_402_300_799;
+
 fn details(served: &Served) -> Json {
     let m = &served.opened.gguf.metadata;
     let family = m.str("general.architecture").unwrap_or("");
@@ -345,15 +357,19 @@ fn entry(served: &Served) -> Json {
 }
 
 /// `/api/tags`.
-pub fn tags(served: &Served) -> Json {
-    json!({ "models": [entry(served)] })
+pub fn tags(models: &Models) -> Json {
+    json!({ "models": models.all().iter().map(|served| entry(served)).collect::<Vec<_>>() })
 }
 
-/// `/api/ps`: the model stays as long as the server does.
-pub fn ps(served: &Served) -> Json {
+/// `/api/ps`: the model that is loaded. Without a time at which it is given up it stays until another is asked for.
+pub fn ps(models: &Models, present: &Present) -> Json {
+    let Present::Loaded { model, until, .. } = *present else { return json!({ "models": [] }) };
+    let served = &models.all()[model];
     let mut entry = entry(served);
-    entry["expires_at"] = "9999-12-31T23:59:59Z".into();
-    entry["size_vram"] = served.plan().map_or(json!(0), |plan| plan["a"]["bytes"].clone());
+    let left = until.map(|until| until.saturating_duration_since(Instant::now()).as_secs());
+    let expires = left.and_then(|left| unix_s().checked_add(left)).filter(|unix_s| *unix_s < NEVER_UNIX_S);
+    entry["expires_at"] = expires.map_or_else(|| NEVER.to_owned(), rfc3339).into();
+    entry["size_vram"] = served.plan()["a"]["bytes"].as_u64().unwrap_or(0).into();
     entry["context_length"] = served.n_ctx.into();
     json!({ "models": [entry] })
 }
@@ -363,11 +379,6 @@ pub fn ps(served: &Served) -> Json {
 /// # Errors
 /// For another model.
 pub fn show(served: &Served, mut f: Fields) -> Result<Json, ApiError> {
-    let name = match f.text("model")? {
-        Some(name) => Some(name),
-        None => f.text("name")?,
-    };
-    served.check_name(name.as_deref())?;
     f.ignore(&["verbose", "name"]);
     f.finish()?;
     let h = &served.opened.model.hparams;

@@ -9,14 +9,19 @@ use super::fields::{Fields, whole, wrong};
 use super::grammar;
 use super::job::{Finish, Summary, Task, TokenLogprob};
 use super::params::{self, HARMLESS};
-use super::prompt::{self, Conversation};
+use super::prompt::{self, Conversation, Ending};
 use super::served::{Served, unix_s};
 use super::split::{Call, Looks};
 use super::steps::{Answer, Answers, Dialect, Prepared, Step, data};
 use crate::engine::SamplerParams;
 
-/// Most answers to one request.
+/// Most answers to a prompt.
 const CHOICES_MAX: i64 = 128;
+/// Most prompts of a request, and tokens of all of them where the context is no longer: what waits takes memory.
+const PROMPTS_MAX: usize = 1024;
+const PROMPT_TOKENS_MAX: usize = 256 << 10;
+/// Most answers of a request.
+const ANSWERS_MAX: usize = 2048;
 /// Most tokens of all answers and of their alternatives: what a client may leave in memory by reading slowly.
 const ENTRIES_MAX: usize = 2 << 20;
 /// The same where probabilities are told, which take more as text.
@@ -34,8 +39,7 @@ struct Common {
     reuse: bool,
 }
 
-fn common(f: &mut Fields, served: &Served) -> Result<Common, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
+fn common(f: &mut Fields) -> Result<Common, ApiError> {
     let stream = f.flag("stream")?.unwrap_or(false);
     let mut usage = false;
     if let Some(mut options) = f.object("stream_options")? {
@@ -60,11 +64,17 @@ impl Common {
         self,
         served: &Served,
         params: SamplerParams,
-        tokens: Vec<u32>,
+        prompts: Vec<Vec<u32>>,
         logprobs: Option<usize>,
     ) -> Result<Task, ApiError> {
-        let mut task = prompt::task(served, tokens, params, self.max_tokens, self.stops)?;
+        let mut task = prompt::task_of(served, prompts, params, self.max_tokens, self.stops)?;
         (task.choices, task.logprobs, task.reuse) = (self.choices, logprobs, self.reuse);
+        if task.answers() > ANSWERS_MAX {
+            let (n, prompts) = (task.choices, task.prompts.len());
+            let message =
+                format!("n: {n} answers to each of {prompts} prompts are more than the {ANSWERS_MAX} of a request");
+            return Err(ApiError::field("n", message));
+        }
         check_entries(&task)?;
         Ok(task)
     }
@@ -76,14 +86,15 @@ impl Common {
 /// If they are.
 pub fn check_entries(task: &Task) -> Result<(), ApiError> {
     let each = 1 + task.logprobs.unwrap_or(0);
-    let entries = task.choices.saturating_mul(task.max_tokens).saturating_mul(each);
+    let entries = task.answers().saturating_mul(task.max_tokens.max(1)).saturating_mul(each);
     let most = if task.logprobs.is_some() { PROBABLE_MAX } else { ENTRIES_MAX };
     if entries <= most {
         return Ok(());
     }
     let message = format!(
-        "n: {} answers of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
-        task.choices, task.max_tokens
+        "n: {} answers in all of up to {} tokens, with their probabilities, are more than the {most} that a request may have; lower n, max_tokens or top_logprobs",
+        task.answers(),
+        task.max_tokens
     );
     Err(ApiError::field("n", message))
 }
@@ -106,19 +117,36 @@ pub fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bo
     f.only("audio", &[], "this server writes text only")?;
     f.only("web_search_options", &[], "this server does not search the web")?;
     f.only("verbosity", &[json!("medium")], "the model has no switch for it")?;
-    f.only(
-        "continue_final_message",
-        &[json!(false)],
-        "a message of the assistant is not continued; /v1/completions continues a text",
-    )?;
-    f.only("add_generation_prompt", &[json!(true)], "the assistant's turn is always opened")?;
+    let ending = ending(f, &messages)?;
     f.only(
         "reasoning_format",
         &["auto", "deepseek"].map(Json::from),
         "reasoning is always told apart as reasoning_content",
     )?;
     let (one_call, choice) = (tools.one_call, tools.choice);
-    Ok((Conversation { messages, tools: tools.list, variables, effort, choice }, one_call))
+    Ok((Conversation { messages, tools: tools.list, variables, effort, choice, ending }, one_call))
+}
+
+/// What the prompt ends with: the last message if it is the assistant's, which goes on as at llama-server, unless vLLM's
+/// fields say otherwise.
+fn ending(f: &mut Fields, messages: &[Json]) -> Result<Ending, ApiError> {
+    let goes_on = f.flag("continue_final_message")?;
+    let opens = f.flag("add_generation_prompt")?;
+    let may = prompt::may_continue(messages);
+    match (goes_on, opens) {
+        (Some(true), Some(true)) => Err(ApiError::field(
+            "continue_final_message",
+            "continue_final_message: the last message goes on, so that no other begins; add_generation_prompt must be false",
+        )),
+        (Some(true), _) if !may => Err(ApiError::field(
+            "continue_final_message",
+            "continue_final_message: the last message is not words of the assistant's",
+        )),
+        (Some(true), _) => Ok(Ending::Continued),
+        (None, None | Some(false)) if may => Ok(Ending::Continued),
+        (_, Some(false)) => Ok(Ending::Closed),
+        _ => Ok(Ending::Opened),
+    }
 }
 
 /// Tokens of reasoning at most, under llama-server's names; below 0 is no bound.
@@ -135,7 +163,7 @@ fn budget(f: &mut Fields) -> Result<Option<(&'static str, i64)>, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    let common = common(&mut f, served)?;
+    let common = common(&mut f)?;
     let (conversation, one_call) = conversation(&mut f, served)?;
     f.only("echo", &[json!(false)], "the prompt of a conversation is not part of its answer; /v1/completions has it")?;
     f.only("best_of", &[json!(1)], "the best of several answers is not chosen; n returns all of them")?;
@@ -156,9 +184,9 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bo
     }
     grammar::hold(served, &mut params, wanted, Some((&conversation, one_call)), &prompt.text)?;
     let looks = prompt::looks(served, &conversation, &prompt.text, one_call);
-    let task = common.task(served, params, prompt.tokens, logprobs)?;
-    let dialect = OpenAi::new(served, format!("chatcmpl-{id}"), true, usage, task.choices);
-    Ok(Prepared { task, looks, dialect: Box::new(dialect), stream })
+    let task = common.task(served, params, vec![prompt.tokens], logprobs)?;
+    let dialect = OpenAi::new(served, format!("chatcmpl-{id}"), true, usage, task.answers());
+    Ok(Prepared::new(task, looks, dialect, stream))
 }
 
 /// Reads a request to `/v1/completions`.
@@ -166,10 +194,10 @@ pub fn chat(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bo
 /// # Errors
 /// What is wrong with it.
 pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prepared, ApiError> {
-    let common = common(&mut f, served)?;
+    let common = common(&mut f)?;
     let given =
         f.any("prompt").ok_or_else(|| ApiError::field("prompt", "prompt: a text was expected, found nothing"))?;
-    let tokens = completion_prompt(given, served)?;
+    let prompts = prompts(given, served)?;
     let logprobs = match f.any("logprobs") {
         None | Some(Json::Bool(false)) => None,
         Some(Json::Bool(true)) => Some(0),
@@ -196,43 +224,66 @@ pub fn completions(served: &Arc<Served>, mut f: Fields, id: &str) -> Result<Prep
     let mut params = params::sampling(&mut f, served)?;
     f.finish()?;
     grammar::hold(served, &mut params, wanted, None, "")?;
-    let task = common.task(served, params, tokens, logprobs)?;
-    let mut dialect = OpenAi::new(served, format!("cmpl-{id}"), false, usage, task.choices);
+    let task = common.task(served, params, prompts, logprobs)?;
+    let mut dialect = OpenAi::new(served, format!("cmpl-{id}"), false, usage, task.answers());
     if echo {
-        dialect.echo = served.opened.tokenizer.decode(&task.prompt, false);
+        dialect.echo = task.prompts.iter().map(|prompt| served.opened.tokenizer.decode(prompt, false)).collect();
     }
-    Ok(Prepared { task, looks: Looks::default(), dialect: Box::new(dialect), stream })
+    Ok(Prepared::new(task, Looks::default(), dialect, stream))
 }
 
 /// One prompt, as text or as tokens.
 ///
 /// # Errors
-/// For what is neither, or too long.
-pub fn completion_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError> {
-    let expected = "a text or a list of token ids";
-    let n_vocab = served.opened.model.n_vocab;
-    match given {
-        Json::String(text) => {
-            served.check_bytes(text.len(), "prompt")?;
-            Ok(served.opened.tokenizer.encode_prompt(&text))
-        }
-        Json::Array(mut items) if items.len() == 1 && !items[0].is_number() => {
-            completion_prompt(items.pop().unwrap_or_default(), served)
-        }
-        Json::Array(items) if items.first().is_some_and(Json::is_number) => {
-            prompt::check_count(items.len(), "prompt", served)?;
-            let id = |v: &Json| {
-                let id = whole(v).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < n_vocab);
-                id.ok_or_else(|| wrong("prompt", &format!("token ids from 0 to {}", n_vocab - 1), v))
-            };
-            items.iter().map(id).collect()
-        }
-        Json::Array(items) if items.len() > 1 => Err(ApiError::unsupported(
+/// For what is neither, or too long, and for several.
+pub fn one_prompt(given: Json, served: &Served) -> Result<Vec<u32>, ApiError> {
+    let mut all = prompts(given, served)?;
+    match all.len() {
+        1 => Ok(all.swap_remove(0)),
+        n => Err(ApiError::unsupported(
             "prompt",
-            format!("prompt: {} prompts were given, but a request has one; send a request for each", items.len()),
+            format!("prompt: {n} prompts were given, but a request has one here; /v1/completions takes several"),
         )),
-        other => Err(wrong("prompt", expected, &other)),
     }
+}
+
+/// The prompts of a request, each as text or as tokens.
+///
+/// # Errors
+/// For what is neither, or too long.
+fn prompts(given: Json, served: &Served) -> Result<Vec<Vec<u32>>, ApiError> {
+    let expected = "a text, a list of token ids, or a list of those";
+    let items = match given {
+        Json::Array(items) if !items.is_empty() && !items[0].is_number() => items,
+        Json::Array(items) if items.is_empty() => return Err(wrong("prompt", expected, &Json::Array(items))),
+        one => vec![one],
+    };
+    if items.len() > PROMPTS_MAX {
+        let message = format!("prompt: at most {PROMPTS_MAX} prompts were expected, found {}", items.len());
+        return Err(ApiError::field("prompt", message));
+    }
+    let mut left = PROMPT_TOKENS_MAX.max(served.n_ctx);
+    let mut all = Vec::with_capacity(items.len());
+    for item in items {
+        let tokens = match item {
+            Json::String(text) => {
+                served.check_bytes(text.len(), "prompt")?;
+                served.opened.tokenizer.encode_prompt(&text)
+            }
+            Json::Array(ids) => {
+                prompt::check_count(ids.len(), "prompt", served)?;
+                let id = |v: &Json| params::token_id(v, served).ok_or_else(|| params::not_token("prompt", served, v));
+                ids.iter().map(id).collect::<Result<_, _>>()?
+            }
+            other => return Err(wrong("prompt", expected, &other)),
+        };
+        left = left.checked_sub(tokens.len()).ok_or_else(|| {
+            let message = format!("prompt: all prompts together have more than {PROMPT_TOKENS_MAX} tokens; send fewer");
+            ApiError::field("prompt", message)
+        })?;
+        all.push(tokens);
+    }
+    Ok(all)
 }
 
 /// OpenAI's form of answers.
@@ -243,7 +294,8 @@ pub struct OpenAi {
     chat: bool,
     usage: bool,
     choices: usize,
-    echo: String,
+    /// Each prompt, if they stand before their answers.
+    echo: Vec<String>,
     /// Characters so far of each answer, where tokens of completions lie.
     offsets: Vec<usize>,
 }
@@ -251,7 +303,13 @@ pub struct OpenAi {
 impl OpenAi {
     fn new(served: &Arc<Served>, id: String, chat: bool, usage: bool, choices: usize) -> OpenAi {
         let (served, created) = (served.clone(), unix_s());
-        OpenAi { served, id, created, chat, usage, choices, echo: String::new(), offsets: vec![0; choices] }
+        OpenAi { served, id, created, chat, usage, choices, echo: Vec::new(), offsets: vec![0; choices] }
+    }
+
+    /// What stands before an answer.
+    fn echo(&self, index: usize) -> &str {
+        let each = self.choices / self.echo.len().max(1);
+        self.echo.get(index / each.max(1)).map_or("", String::as_str)
     }
 
     fn object(&self, chunk: bool) -> &'static str {
@@ -327,7 +385,7 @@ impl OpenAi {
         let logprobs = if wanted { self.logprobs(index, &answer.logprobs) } else { Json::Null };
         let finish = answer.finish.as_ref().map(|f| reason(f, !answer.calls.is_empty()));
         if !self.chat {
-            let text = format!("{}{}", self.echo, answer.text);
+            let text = format!("{}{}", self.echo(index), answer.text);
             return json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish });
         }
         json!({ "index": index, "message": message(answer), "logprobs": logprobs, "finish_reason": finish })
@@ -405,6 +463,7 @@ pub fn timings(s: &Summary, served: &Served) -> Json {
         "predicted_per_token_ms": each_ms(s.generated, s.decode_s),
         "predicted_per_second": rate(s.generated, s.decode_s),
         "queued_ms": 1e3 * s.queued_s,
+        "load_ms": 1e3 * s.load_s,
         "tiers": served.plan(),
     })
 }
@@ -415,7 +474,7 @@ impl Dialect for OpenAi {
             if self.chat {
                 self.chunk(index, json!({ "role": "assistant", "content": "" }), Json::Null, Json::Null, out);
             } else if !self.echo.is_empty() {
-                self.chunk(index, json!({ "content": self.echo }), Json::Null, Json::Null, out);
+                self.chunk(index, json!({ "content": self.echo(index) }), Json::Null, Json::Null, out);
             }
         }
     }

@@ -58,8 +58,6 @@ fn refuse_others(f: &mut Fields) -> Result<(), ApiError> {
     f.only("bad_words", &[json!([])], "logit_bias bans tokens; words of several tokens cannot be banned")?;
     f.only("tfs_z", &[json!(1)], "tail free sampling is not built")?;
     // vLLM's.
-    f.only("min_tokens", &[json!(0)], "a least number of tokens is not built; ignore_eos bans all ends")?;
-    f.only("stop_token_ids", &[json!([])], "ids of tokens that end an answer are not read; stop takes texts")?;
     f.only("include_stop_str_in_output", &[json!(false)], "a stop text is never part of the answer")?;
     f.only("skip_special_tokens", &[json!(true)], "control tokens are never shown")?;
     f.only("spaces_between_special_tokens", &[json!(true)], "control tokens are never shown")?;
@@ -114,6 +112,8 @@ pub fn sampling(f: &mut Fields, served: &Served) -> Result<SamplerParams, ApiErr
         p.dry.breakers = breakers;
     }
     p.ignore_eos = f.flag("ignore_eos")?.unwrap_or(d.ignore_eos);
+    p.min_tokens = f.whole("min_tokens", 0, i64::MAX)?.map_or(0, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    p.ends = ends(f, served)?;
     if let Some(biases) = f.any("logit_bias") {
         p.logit_bias = logit_bias(biases, served)?;
     }
@@ -127,6 +127,27 @@ pub fn sampling(f: &mut Fields, served: &Served) -> Result<SamplerParams, ApiErr
 /// A seed from the clock.
 fn clock() -> u64 {
     std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// Ids of tokens that end an answer.
+fn ends(f: &mut Fields, served: &Served) -> Result<Vec<u32>, ApiError> {
+    let name = f.name("stop_token_ids");
+    let list = f.list("stop_token_ids")?.unwrap_or_default();
+    if list.len() > STOPS_MAX {
+        let message = format!("{name}: at most {STOPS_MAX} token ids were expected, found {}", list.len());
+        return Err(ApiError::field(&name, message));
+    }
+    list.iter().map(|v| token_id(v, served).ok_or_else(|| not_token(&name, served, v))).collect()
+}
+
+/// A token of the model.
+pub fn token_id(value: &Json, served: &Served) -> Option<u32> {
+    whole(value).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < served.opened.model.n_vocab)
+}
+
+/// The error for what is none.
+pub fn not_token(name: &str, served: &Served, found: &Json) -> ApiError {
+    wrong(name, &format!("token ids from 0 to {}", served.opened.model.n_vocab - 1), found)
 }
 
 /// Biases as OpenAI writes them, `{"ID": X}`, or as llama-server does, `[[ID, X], …]` or `[["TEXT", X], …]` for each token
@@ -187,7 +208,7 @@ const BIASED_TEXT_MAX: usize = 1 << 10;
 
 /// Most texts of a request that interrupt a repetition: each is looked for in the whole vocabulary.
 const BREAKERS_MAX: usize = 16;
-/// Most stop texts of a request.
+/// Most stop texts of a request, and most tokens that end an answer.
 const STOPS_MAX: usize = 64;
 /// Bytes of a stop text at most: as much is held back and searched at each token.
 const STOP_BYTES_MAX: usize = 1 << 10;

@@ -23,6 +23,51 @@ pub struct Conversation {
     pub effort: Option<String>,
     /// Which tools it must call.
     pub choice: Choice,
+    /// What the prompt ends with.
+    pub ending: Ending,
+}
+
+/// What the prompt of a conversation ends with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ending {
+    /// The beginning of the assistant's turn.
+    #[default]
+    Opened,
+    /// The last message, which is the assistant's and goes on.
+    Continued,
+    /// The last message as it is.
+    Closed,
+}
+
+/// Whether the last message is words of the assistant, which can go on.
+pub fn may_continue(messages: &[Json]) -> bool {
+    messages.last().is_some_and(|m| m["role"] == "assistant" && m["tool_calls"].is_null())
+}
+
+impl Conversation {
+    /// Where the model may reason in the answer to this conversation, of which `prompt` was made.
+    pub fn reasoning(&self, served: &Served, prompt: &str) -> Reasoning {
+        let reasoning = Reasoning::of(&served.template_source, prompt);
+        let (Reasoning::Open(marks) | Reasoning::Possible(marks)) = reasoning else { return reasoning };
+        if self.ending != Ending::Continued || matches!(reasoning, Reasoning::Open(_)) {
+            return reasoning;
+        }
+        // Words that go on are no reasoning, unless it was begun in them and has not ended.
+        let words = self.messages.last().map_or(String::new(), |m| text(&m["content"]));
+        match (words.rfind(marks.open), words.rfind(marks.close)) {
+            (Some(open), close) if close.is_none_or(|close| close < open) => Reasoning::Open(marks),
+            _ => Reasoning::None,
+        }
+    }
+}
+
+/// The texts of a content, joined.
+fn text(content: &Json) -> String {
+    match content {
+        Json::String(text) => text.clone(),
+        Json::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+        _ => String::new(),
+    }
 }
 
 /// What an answer must call.
@@ -86,31 +131,96 @@ pub fn rendered(served: &Served, c: &Conversation, stop: &dyn Fn() -> bool) -> R
         set_effort(&mut template, effort)?;
     }
     let tools = (!c.tools.is_empty()).then_some(c.tools.as_slice());
-    let messages = with_written_calls(served, &c.messages);
+    // SmolLM3's template takes them under another name only.
+    let bare = template.clone();
+    if !c.tools.is_empty() && ![XML_TOOLS, PYTHON_TOOLS].iter().any(|name| c.variables.contains_key(*name)) {
+        set_if_read(&mut template, XML_TOOLS, Json::from(c.tools.clone()), served)?;
+    }
+    let mut messages = with_written_calls(served, &c.messages);
+    if c.ending == Ending::Continued {
+        mark_end(&mut messages, served)?;
+    }
+    let opened = c.ending == Ending::Opened;
     let as_objects = with_arguments(&messages);
     check_values(as_objects.iter().chain(&c.tools).chain(c.variables.values()), served)?;
-    let prompt = template.prompt_until(&as_objects, tools, true, stop);
-    let prompt = match prompt {
+    let render = |template: &ChatTemplate| match template.prompt_until(&as_objects, tools, opened, stop) {
         // Some templates add arguments to a text, so they must be one.
         Err(TokenizerError::Template(_)) if as_objects != messages => {
-            template.prompt_until(&messages, tools, true, stop)
+            template.prompt_until(&messages, tools, opened, stop)
         }
         other => other,
     };
-    let prompt = prompt.map_err(failure)?;
-    let is_named = |tool: &Json| tool["function"]["name"].as_str().is_none_or(|name| prompt.text.contains(name));
-    if !c.tools.iter().all(is_named) {
-        // Some templates take tools under another name only.
-        let without = template.prompt_until(&as_objects, None, true, stop);
+    let mut prompt = render(&template).map_err(failure)?;
+    // Where earlier messages name a tool, its name in the prompt says nothing.
+    let said = if c.tools.is_empty() { String::new() } else { Json::from(messages.clone()).to_string() };
+    let is_told = |tool: &Json| {
+        tool["function"]["name"].as_str().is_none_or(|name| prompt.text.contains(name) && !said.contains(name))
+    };
+    if !c.tools.iter().all(is_told) {
+        let without = bare.prompt_until(&as_objects, None, opened, stop);
         if without.is_ok_and(|without| without.text == prompt.text) {
             let message = "tools: this model's chat template leaves them out, so the model would not know of them";
             return Err(ApiError::unsupported("tools", message));
         }
     }
     prompt.notes.iter().for_each(|note| tracing::info!("{note}"));
+    if c.ending == Ending::Continued {
+        cut_at_mark(&mut prompt.text)?;
+    }
     let tokens = served.opened.tokenizer.encode_rendered_until(&prompt.text, stop);
     let tokens = tokens.ok_or_else(|| failure(TokenizerError::Stopped))?;
     Ok(Rendered { text: prompt.text, tokens })
+}
+
+/// Under which names SmolLM3's template takes tools whose calls are objects between tags, or lines of Python.
+const XML_TOOLS: &str = "xml_tools";
+const PYTHON_TOOLS: &str = "python_tools";
+
+/// Sets a variable if the template's source has its name.
+fn set_if_read(template: &mut ChatTemplate, name: &str, value: Json, served: &Served) -> Result<(), ApiError> {
+    if !served.template_source.contains(name) {
+        return Ok(());
+    }
+    template.set_variable(name, value).map_err(|e| ApiError::field("tools", e.to_string()))
+}
+
+/// Put behind the last message to find where its words end in a prompt, whatever a template puts around them.
+const END_MARK: &str = "~nt:goes-on-here~";
+
+/// Marks where the last message ends.
+fn mark_end(messages: &mut [Json], served: &Served) -> Result<(), ApiError> {
+    if split::in_channels(&served.template_source) {
+        let message =
+            "messages: this model answers in channels, in which a message of the assistant's is not continued";
+        return Err(ApiError::unsupported("messages", message));
+    }
+    let Some(message) = messages.last_mut().and_then(Json::as_object_mut) else { return Ok(()) };
+    let content = match message.remove("content") {
+        Some(Json::Array(mut parts)) => {
+            if let Some(part) = parts.last_mut() {
+                part["text"] = format!("{}{END_MARK}", part["text"].as_str().unwrap_or("")).into();
+            }
+            Json::Array(parts)
+        }
+        content => format!("{}{END_MARK}", content.as_ref().and_then(Json::as_str).unwrap_or("")).into(),
+    };
+    message.insert("content".into(), content);
+    Ok(())
+}
+
+/// Ends a prompt where the last message does.
+fn cut_at_mark(prompt: &mut String) -> Result<(), ApiError> {
+    let mut places = prompt.match_indices(END_MARK).map(|(at, _)| at);
+    match (places.next(), places.next()) {
+        (Some(at), None) => {
+            prompt.truncate(at);
+            Ok(())
+        }
+        _ => {
+            let message = "messages: this model's chat template does not put the words of the last message into the prompt once and as they are, so they cannot be continued";
+            Err(ApiError::unsupported("messages", message))
+        }
+    }
 }
 
 /// Values of JSON per token that a conversation may have, and those that it may have in any case.
@@ -385,10 +495,15 @@ const TOOLS_MAX: usize = 256;
 /// What is to be looked for in the answer to a conversation.
 pub fn looks(served: &Served, c: &Conversation, prompt: &str, one_call: bool) -> Looks {
     let tools = c.tools.iter().filter_map(split::Tool::of).collect();
-    let thinks = Marks::of(&served.template_source);
+    let reasoning = c.reasoning(served, prompt);
+    let thinks = match reasoning {
+        // Words that go on: a mark in them is one of their own.
+        Reasoning::None if c.ending == Ending::Continued => None,
+        _ => Marks::of(&served.template_source),
+    };
     Looks {
         thinks,
-        within_thought: thinks.is_some_and(|marks| marks.opened_by(prompt)),
+        within_thought: matches!(reasoning, Reasoning::Open(_)),
         tools: served.family().filter(|_| !c.tools.is_empty()).map(|family| (family, tools)),
         channels: split::in_channels(&served.template_source),
         one_call,
@@ -423,13 +538,13 @@ pub fn thought(served: &Served, prompt: &str, tokens: i64, field: &str) -> Resul
     Ok(Some(ThoughtBudget { tokens, open, close: token(marks.close)? }))
 }
 
-/// A task within a context that its request wants smaller than the server's.
+/// A task of one prompt within a context that its request wants smaller than the server's.
 ///
 /// # Errors
 /// If the prompt has no room in it.
 pub fn within(mut task: Task, n_ctx: Option<usize>, field: &str) -> Result<Task, ApiError> {
     let Some(n_ctx) = n_ctx else { return Ok(task) };
-    let n = task.prompt.len();
+    let n = task.tokens();
     if n > n_ctx {
         let message = format!("the prompt has {n} tokens, but {field} asks for a context of {n_ctx}");
         return Err(ApiError { param: Some(field.to_owned()), ..ApiError::too_long(message) });
@@ -449,7 +564,31 @@ pub fn task(
     max_tokens: Option<usize>,
     stops: Vec<String>,
 ) -> Result<Task, ApiError> {
-    let (n, n_ctx) = (prompt.len(), served.n_ctx);
+    task_of(served, vec![prompt], params, max_tokens, stops)
+}
+
+/// The same of several prompts.
+///
+/// # Errors
+/// If one has no token, or no room.
+pub fn task_of(
+    served: &Served,
+    prompts: Vec<Vec<u32>>,
+    params: SamplerParams,
+    max_tokens: Option<usize>,
+    stops: Vec<String>,
+) -> Result<Task, ApiError> {
+    prompts.iter().try_for_each(|prompt| check_length(prompt.len(), served))?;
+    let shortest = prompts.iter().map(Vec::len).min().unwrap_or(1);
+    // The last token that is drawn takes no position.
+    let room = served.n_ctx.saturating_sub(shortest) + 1;
+    let most = max_tokens.unwrap_or(usize::MAX).min(room).min(served.limits.tokens.unwrap_or(usize::MAX));
+    Ok(Task { prompts, params, choices: 1, max_tokens: most, stops, logprobs: None, reuse: true })
+}
+
+/// Refuses a prompt of no tokens, or of more than the context holds.
+fn check_length(n: usize, served: &Served) -> Result<(), ApiError> {
+    let n_ctx = served.n_ctx;
     if n == 0 {
         return Err(ApiError::request("the prompt is empty, and this model adds no BOS token"));
     }
@@ -459,7 +598,5 @@ pub fn task(
         );
         return Err(ApiError::too_long(message));
     }
-    // The last token that is drawn takes no position.
-    let most = max_tokens.unwrap_or(usize::MAX).min(n_ctx - n + 1).min(served.limits.tokens.unwrap_or(usize::MAX));
-    Ok(Task { prompt, params, choices: 1, max_tokens: most, stops, logprobs: None, reuse: true })
+    Ok(())
 }

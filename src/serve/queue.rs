@@ -1,6 +1,6 @@
 //! Jobs that wait, and what is known of their durations. Nobody waits without a bound: a full queue refuses with the time
 //! after which another attempt makes sense. Clients take turns, each with its jobs in the order in which they came, and
-//! none may have all of the queue.
+//! none may have all of the queue. Jobs are of models, of which one is loaded at a time ([`Present`]).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::error::ApiError;
 use super::histogram::Histogram;
 use super::job::{Client, Event, Job, Summary};
+use super::present::{Keep, Present, rest};
 use crate::engine::Links;
 
 /// How often a waiting worker looks whether it is to stop.
@@ -19,7 +20,7 @@ const LATEST: f64 = 0.2;
 /// Whether jobs are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// The model is being loaded.
+    /// The first model is being loaded.
     Loading,
     /// Jobs are taken and done.
     Open,
@@ -66,9 +67,9 @@ pub struct Counters {
     pub texts_of_passes: u64,
     /// Seconds in which tokens of answers were computed, summed over answers.
     pub decode_s: f64,
-    /// Seconds from a request to its first token.
+    /// Seconds from a request to its first token, of one model.
     pub first_token: Histogram,
-    /// Seconds per token behind the first of each request.
+    /// Seconds per token behind the first of each request, of one model.
     pub token: Histogram,
     /// Seconds per token of a prompt, lately.
     prompt_rate_s: Option<f64>,
@@ -95,6 +96,21 @@ pub struct Running {
     pub generated: usize,
     /// Tokens of answers at most.
     pub most: usize,
+    /// How long its model is to stay behind it.
+    keep: Keep,
+}
+
+/// A model, as the queue knows it.
+#[derive(Clone, Debug, Default)]
+pub struct Known {
+    /// Sums and means of its jobs.
+    pub counters: Counters,
+    /// Its jobs that wait.
+    pub waiting: usize,
+    /// How long loading it took last.
+    load: Option<Duration>,
+    /// Until when it is not tried again, and why it could not be loaded.
+    broken: Option<(Instant, ApiError)>,
 }
 
 /// What there is to see of a queue.
@@ -108,9 +124,13 @@ pub struct View {
     pub slots: usize,
     /// Jobs at hand.
     pub running: Vec<Running>,
-    /// Sums and means.
+    /// Sums of all models.
     pub counters: Counters,
-    /// What the links have carried.
+    /// Each model.
+    pub models: Vec<Known>,
+    /// Which of them is in memory.
+    pub present: Present,
+    /// What the links have carried for the model that is loaded.
     pub links: Links,
     /// Seconds since the start.
     pub up_s: f64,
@@ -124,7 +144,8 @@ struct State {
     phase: Phase,
     slots: usize,
     running: Vec<Running>,
-    counters: Counters,
+    models: Vec<Known>,
+    present: Present,
     links: Links,
 }
 
@@ -133,13 +154,16 @@ pub struct Queue {
     state: Mutex<State>,
     came: Condvar,
     most: usize,
+    /// How long a model stays behind a request that says nothing of it; `None` until another is asked for.
+    keep: Option<Duration>,
     phase: tokio::sync::watch::Sender<Phase>,
     since: Instant,
 }
 
 impl Queue {
-    /// A queue of at most `most` jobs, for a model that is being loaded.
-    pub fn new(most: usize) -> Queue {
+    /// A queue of at most `most` jobs for so many models, of which the first is being loaded. Behind a request that says
+    /// nothing of it, a model stays for `keep`; `None` until another is asked for.
+    pub fn new(most: usize, models: usize, keep: Option<Duration>) -> Queue {
         let state = State {
             waiting: VecDeque::with_capacity(most),
             turns: BTreeMap::new(),
@@ -147,13 +171,15 @@ impl Queue {
             phase: Phase::Loading,
             slots: 0,
             running: Vec::new(),
-            counters: Counters::default(),
+            models: vec![Known::default(); models],
+            present: Present::Loading { model: 0, since: Instant::now() },
             links: Links::default(),
         };
         Queue {
             state: Mutex::new(state),
             came: Condvar::new(),
             most,
+            keep,
             phase: tokio::sync::watch::Sender::new(Phase::Loading),
             since: Instant::now(),
         }
@@ -163,12 +189,55 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The model is loaded: jobs are taken, and so many computed at once.
-    pub fn open(&self, slots: usize) {
+    /// A model is loaded: jobs are taken, and so many of it computed at once.
+    pub fn loaded(&self, model: usize, slots: usize) {
         let mut state = self.lock();
+        let now = Instant::now();
+        let took = match state.present {
+            Present::Loading { since, .. } => now.saturating_duration_since(since),
+            _ => Duration::ZERO,
+        };
+        state.present = Present::Loaded { model, since: now, took, used: false, until: None };
+        // Whoever had it loaded may have gone.
+        state.present.stay(self.keep, now);
+        state.models[model].load = Some(took);
         state.slots = slots;
         if state.phase == Phase::Loading {
             state.phase = Phase::Open;
+        }
+    }
+
+    /// Nothing is loaded any more.
+    pub fn unloaded(&self) {
+        let mut state = self.lock();
+        (state.present, state.slots, state.links) = (Present::Nothing, 0, Links::default());
+    }
+
+    /// A model could not be loaded: tells its jobs, and refuses more of them for a while.
+    pub fn failed(&self, model: usize, why: &ApiError) {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let took = match state.present {
+            Present::Loading { since, .. } => now.saturating_duration_since(since),
+            _ => Duration::ZERO,
+        };
+        state.present = Present::Nothing;
+        state.models[model].broken = Some((now + rest(took), why.clone()));
+        let (its, others) = std::mem::take(&mut state.waiting).into_iter().partition(|job| job.model == model);
+        state.waiting = others;
+        let its: VecDeque<Job> = its;
+        state.models[model].counters.failed += its.len() as u64;
+        state.forget_turns();
+        drop(state);
+        its.iter().for_each(|job| job.ticket.out.tell(Event::Failed(why.clone())));
+    }
+
+    /// Gives a model up once its jobs have ended, if it is loaded.
+    pub fn give_up(&self, model: usize) {
+        let mut state = self.lock();
+        if state.present.loaded() == Some(model) {
+            state.present.stay(Some(Duration::ZERO), Instant::now());
+            self.came.notify_all();
         }
     }
 
@@ -209,11 +278,19 @@ impl Queue {
             Phase::Closing | Phase::Over => return Err(closing()),
             Phase::Open => {}
         }
+        let model = job.model;
+        if let Some((until, why)) = &state.models[model].broken {
+            let left = until.saturating_duration_since(Instant::now());
+            if !left.is_zero() {
+                return Err(ApiError { retry_after_s: Some(left.as_secs() + 1), ..why.clone() });
+            }
+            state.models[model].broken = None;
+        }
         if state.waiting.len() >= self.most {
             state.drop_cancelled();
         }
         if state.waiting.len() >= self.most {
-            state.counters.refused += 1;
+            state.models[model].counters.refused += 1;
             return Err(ApiError::busy(state.waiting.len(), state.until_free_s()));
         }
         let client = job.ticket.client;
@@ -223,7 +300,7 @@ impl Queue {
         }
         let waiting = own(&state);
         if waiting >= share(self.most) {
-            state.counters.refused += 1;
+            state.models[model].counters.refused += 1;
             return Err(ApiError::share(waiting, self.most, state.until_free_s()));
         }
         // Who comes anew has its turn behind those who wait.
@@ -234,7 +311,8 @@ impl Queue {
         Ok(())
     }
 
-    /// The next job whose client still waits; `None` once `stop` says so or the queue closes.
+    /// The next job of the loaded model whose client still waits; `None` once `stop` says so, the queue closes, the model
+    /// is to be given up, or only jobs of others wait.
     pub fn next(&self, stop: &dyn Fn() -> bool) -> Option<Job> {
         loop {
             // It may close the queue.
@@ -249,23 +327,64 @@ impl Queue {
             if let Some(job) = state.take() {
                 return Some(job);
             }
+            if !state.waiting.is_empty() || state.present.is_over(Instant::now()) {
+                return None;
+            }
             drop(self.came.wait_timeout(state, LOOK));
         }
     }
 
-    /// The job whose turn it is, if it `fits`, which may not ask the queue for anything.
+    /// The model that is to be loaded next, which it is from now on, as soon as somebody waits for one; `None` once `stop`
+    /// says so or the queue closes.
+    pub fn wanted(&self, stop: &dyn Fn() -> bool) -> Option<usize> {
+        loop {
+            // It may close the queue.
+            if stop() {
+                return None;
+            }
+            let mut state = self.lock();
+            state.drop_cancelled();
+            if state.phase >= Phase::Closing {
+                return None;
+            }
+            if let Some(model) = state.first(|_| true).map(|at| state.waiting[at].model) {
+                state.present = Present::Loading { model, since: Instant::now() };
+                return Some(model);
+            }
+            drop(self.came.wait_timeout(state, LOOK));
+        }
+    }
+
+    /// Whether somebody waits, but nobody for this model, which is being loaded.
+    pub fn is_abandoned(&self, model: usize) -> bool {
+        let state = self.lock();
+        let mut waiting = state.waiting.iter().filter(|job| !job.ticket.is_cancelled()).peekable();
+        waiting.peek().is_some() && waiting.all(|job| job.model != model)
+    }
+
+    /// The job of the loaded model whose turn it is, if it `fits`, which may not ask the queue for anything.
     pub fn take_if(&self, fits: &mut dyn FnMut(&Job) -> bool) -> Option<Job> {
         let mut state = self.lock();
         state.drop_cancelled();
-        match state.first().and_then(|at| state.waiting.get(at)) {
+        match state.next().and_then(|at| state.waiting.get(at)) {
             Some(job) if fits(job) => state.take(),
             _ => None,
         }
     }
 
-    /// Whether nobody waits.
+    /// Whether no job waits that the loaded model begins before it gives way to another.
     pub fn is_empty(&self) -> bool {
-        self.lock().waiting.iter().all(|job| job.ticket.is_cancelled())
+        let mut state = self.lock();
+        state.drop_cancelled();
+        state.next().is_none()
+    }
+
+    /// Seconds for which a job that came then has waited for the model that is loaded now to be loaded.
+    pub fn load_s(&self, came: Instant) -> f64 {
+        match self.lock().present {
+            Present::Loaded { since, took, .. } => since.saturating_duration_since(came).min(took).as_secs_f64(),
+            _ => 0.0,
+        }
     }
 
     /// Tells how far a job at hand has come.
@@ -277,7 +396,9 @@ impl Queue {
 
     /// Counts a pass with tokens of so many texts.
     pub fn passed(&self, texts: usize) {
-        let c = &mut self.lock().counters;
+        let mut state = self.lock();
+        let Some(model) = state.present.loaded() else { return };
+        let c = &mut state.models[model].counters;
         c.passes += 1;
         c.texts_of_passes += texts as u64;
     }
@@ -297,19 +418,31 @@ impl Queue {
     /// A job at hand has ended; `summary` says what was computed, whatever its end.
     pub fn ended(&self, id: u64, end: End, summary: &Summary) {
         let mut state = self.lock();
-        state.running.retain(|r| r.id != id);
-        state.counters.add(end, summary);
+        let Some(at) = state.running.iter().position(|r| r.id == id) else { return };
+        let keep = state.running.remove(at).keep.time(self.keep);
+        state.present.stay(keep, Instant::now());
+        if let Some(model) = state.present.loaded() {
+            state.models[model].counters.add(end, summary);
+        }
     }
 
     /// What there is to see.
     pub fn view(&self) -> View {
         let state = self.lock();
+        let mut models = state.models.clone();
+        for job in state.waiting.iter().filter(|job| !job.ticket.is_cancelled()) {
+            models[job.model].waiting += 1;
+        }
+        let mut counters = Counters::default();
+        models.iter().for_each(|known| counters.merge(&known.counters));
         View {
             phase: state.phase,
-            waiting: state.waiting.iter().filter(|job| !job.ticket.is_cancelled()).count(),
+            waiting: models.iter().map(|known| known.waiting).sum(),
             slots: state.slots,
             running: state.running.clone(),
-            counters: state.counters,
+            counters,
+            models,
+            present: state.present,
             links: state.links,
             up_s: seconds(self.since),
         }
@@ -333,10 +466,24 @@ pub enum End {
 }
 
 impl State {
-    /// Where the job is whose turn it is: the first one of the client that was served longest ago.
-    fn first(&self) -> Option<usize> {
+    /// Where the job is whose turn it is among those of some models: the first one of the client that was served longest
+    /// ago.
+    fn first(&self, of: impl Fn(usize) -> bool) -> Option<usize> {
         let turn = |job: &Job| self.turns.get(&job.ticket.client).copied().unwrap_or(0);
-        self.waiting.iter().enumerate().min_by_key(|(at, job)| (turn(job), *at)).map(|(at, _)| at)
+        let all = self.waiting.iter().enumerate().filter(|(_, job)| of(job.model));
+        all.min_by_key(|(at, job)| (turn(job), *at)).map(|(at, _)| at)
+    }
+
+    /// Where the job is that the loaded model begins next, if it does not give way to another.
+    fn next(&self) -> Option<usize> {
+        let model = self.present.loaded()?;
+        if self.gives_way() { None } else { self.first(|of| of == model) }
+    }
+
+    /// Whether the loaded model begins no more jobs, since others have waited for their turn.
+    fn gives_way(&self) -> bool {
+        let others = self.waiting.iter().filter(|job| Some(job.model) != self.present.loaded());
+        self.present.gives_way(others.map(|job| job.ticket.since).min(), Instant::now())
     }
 
     /// Forgets the turns of clients that wait for nothing.
@@ -345,38 +492,61 @@ impl State {
         self.turns.retain(|client, _| waiting.contains(client));
     }
 
-    /// Takes the job whose turn it is, to a slot.
+    /// Takes the job that is next, to a slot.
     fn take(&mut self) -> Option<Job> {
-        let job = self.waiting.remove(self.first()?)?;
+        let job = self.waiting.remove(self.next()?)?;
         self.turn += 1;
         self.turns.insert(job.ticket.client, self.turn);
         self.forget_turns();
-        let most = job.work.most();
+        self.present.begin();
+        let (most, keep) = (job.work.most(), job.keep);
         let slot = (0..).find(|slot| self.running.iter().all(|r| r.slot != *slot)).unwrap_or(0);
         let prompt = job.work.tokens();
-        self.running.push(Running { slot, id: job.ticket.id, prompt, evaluated: 0, cached: 0, generated: 0, most });
+        let running = Running { slot, id: job.ticket.id, prompt, evaluated: 0, cached: 0, generated: 0, most, keep };
+        self.running.push(running);
         Some(job)
     }
 
     fn drop_cancelled(&mut self) {
         let before = self.waiting.len();
-        self.waiting.retain(|job| !job.ticket.is_cancelled());
-        let gone = before - self.waiting.len();
-        self.counters.cancelled += gone as u64;
-        if gone > 0 {
+        let models = &mut self.models;
+        self.waiting.retain(|job| {
+            let gone = job.ticket.is_cancelled();
+            models[job.model].counters.cancelled += u64::from(gone);
+            !gone
+        });
+        if self.waiting.len() < before {
             self.forget_turns();
         }
     }
 
-    /// Seconds until the first of the jobs at hand has ended, by the rates of those before; at least 1.
+    /// Seconds until a job that waits can begin, by the rates of those before; at least 1.
     fn until_free_s(&self) -> u64 {
-        let c = &self.counters;
-        let rest = self.running.iter().map(|r| {
-            let prompt = r.prompt.saturating_sub(r.evaluated) as f64 * c.prompt_rate_s.unwrap_or(0.0);
-            let expected = c.mean_generated.unwrap_or(r.most as f64).max(r.generated as f64 + 1.0).min(r.most as f64);
-            prompt + (expected - r.generated as f64).max(0.0) * c.decode_rate_s.unwrap_or(0.0)
-        });
-        (rest.min_by(f64::total_cmp).unwrap_or(0.0).ceil() as u64).max(1)
+        let load_s = |model: usize| self.models[model].load.map_or(0.0, |load| load.as_secs_f64());
+        let next_s = || self.first(|_| true).map_or(0.0, |at| load_s(self.waiting[at].model));
+        let seconds = match self.present {
+            Present::Nothing => next_s(),
+            Present::Loading { model, since } => load_s(model) - seconds(since),
+            Present::Loaded { model, .. } => {
+                let rest = self.running.iter().map(|r| r.rest_s(&self.models[model].counters));
+                match self.next() {
+                    Some(_) => rest.min_by(f64::total_cmp).unwrap_or(0.0),
+                    // All of them end before another model is loaded.
+                    None => rest.max_by(f64::total_cmp).unwrap_or(0.0) + next_s(),
+                }
+            }
+        };
+        (seconds.ceil() as u64).max(1)
+    }
+}
+
+impl Running {
+    /// Seconds that it takes still, by the rates of those before.
+    fn rest_s(&self, c: &Counters) -> f64 {
+        let prompt = self.prompt.saturating_sub(self.evaluated) as f64 * c.prompt_rate_s.unwrap_or(0.0);
+        let usual = c.mean_generated.unwrap_or(self.most as f64);
+        let expected = usual.max(self.generated as f64 + 1.0).min(self.most as f64);
+        prompt + (expected - self.generated as f64).max(0.0) * c.decode_rate_s.unwrap_or(0.0)
     }
 }
 
@@ -404,6 +574,21 @@ impl Default for Counters {
 }
 
 impl Counters {
+    /// Adds the sums of another model.
+    fn merge(&mut self, other: &Counters) {
+        self.done += other.done;
+        self.cancelled += other.cancelled;
+        self.failed += other.failed;
+        self.refused += other.refused;
+        self.prompt_tokens += other.prompt_tokens;
+        self.prompt_s += other.prompt_s;
+        self.cached_tokens += other.cached_tokens;
+        self.generated += other.generated;
+        self.passes += other.passes;
+        self.texts_of_passes += other.texts_of_passes;
+        self.decode_s += other.decode_s;
+    }
+
     fn add(&mut self, end: End, s: &Summary) {
         match end {
             End::Done => self.done += 1,
@@ -464,9 +649,13 @@ mod tests {
     }
 
     fn job_of(id: u64, client: usize) -> (Job, Inbox<Event>) {
+        job_for(id, client, 0)
+    }
+
+    fn job_for(id: u64, client: usize, model: usize) -> (Job, Inbox<Event>) {
         let (out, heard) = outbox(&std::sync::Arc::default());
         let task = Task {
-            prompt: vec![1; 10],
+            prompts: vec![vec![1; 10]],
             params: Default::default(),
             choices: 1,
             max_tokens: 100,
@@ -476,15 +665,15 @@ mod tests {
         };
         let ticket =
             Ticket { id, client: Client::Key(client), out, since: Instant::now(), limit: Duration::from_secs(60) };
-        (Job { ticket, work: Work::Answer(task) }, heard)
+        (Job { ticket, model, keep: Keep::Server, work: Work::Answer(task) }, heard)
     }
 
     #[test]
     fn a_full_queue_refuses_with_an_estimate_and_those_who_left_make_room() {
-        let q = Queue::new(2);
+        let q = Queue::new(2, 1, None);
         let (a, b, c, d) = (job(1), job(2), job(3), job(4));
         assert_eq!(q.push(job(0).0).unwrap_err().status, 503);
-        q.open(1);
+        q.loaded(0, 1);
         q.push(a.0).unwrap();
         assert_eq!(q.next(&|| false).unwrap().ticket.id, 1);
         let done =
@@ -508,8 +697,8 @@ mod tests {
     /// Guards against a client that fills the queue, after which everybody else is refused or waits for all of it.
     #[test]
     fn clients_take_turns_and_none_has_all_of_the_queue() {
-        let q = Queue::new(8);
-        q.open(1);
+        let q = Queue::new(8, 1, None);
+        q.loaded(0, 1);
         let mut heard = Vec::new();
         let mut push = |id, client| {
             let (job, inbox) = job_of(id, client);
@@ -536,8 +725,8 @@ mod tests {
 
     #[test]
     fn a_queue_that_closes_tells_those_who_wait() {
-        let q = Queue::new(2);
-        q.open(1);
+        let q = Queue::new(2, 1, None);
+        q.loaded(0, 1);
         let (j, mut heard) = job(1);
         q.push(j).unwrap();
         q.close();

@@ -20,7 +20,6 @@ use super::steps::{Answers, Dialect, Prepared, Step, named};
 /// # Errors
 /// What is wrong with it.
 pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let stream = f.flag("stream")?.unwrap_or(false);
     let most = params::max_tokens(&mut f, &["max_output_tokens"])?;
     let (conversation, one_call, wanted) = conversation(&mut f, served)?;
@@ -55,7 +54,7 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
         output: Vec::new(),
         finish: None,
     };
-    Ok(Prepared { task, looks, dialect: Box::new(dialect), stream })
+    Ok(Prepared::new(task, looks, dialect, stream))
 }
 
 fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, Wanted), ApiError> {

@@ -24,8 +24,8 @@ use super::fields::Fields;
 use super::job::{Client, Event, Job, Ticket, Work};
 use super::outbox::outbox;
 use super::queue::{Phase, Queue, loading};
-use super::served::Served;
-use super::steps::{Prepared, Steps};
+use super::served::{Models, Served};
+use super::steps::{Answers, Prepared, Steps};
 use super::stream::{Stream, whole};
 use super::tokens::Tokens;
 use super::vectors::{self, Asked};
@@ -53,7 +53,7 @@ pub struct Access {
 
 /// What every handler has.
 pub struct App {
-    served: Arc<Served>,
+    models: Arc<Models>,
     queue: Arc<Queue>,
     access: Access,
     jobs: AtomicU64,
@@ -69,10 +69,10 @@ type Shared = State<Arc<App>>;
 type Read = fn(&Arc<Served>, Fields, &str, &dyn Fn() -> bool) -> Result<Prepared, ApiError>;
 
 /// All paths.
-pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router {
-    let bodies = usize::try_from(served.limits.body.saturating_mul(BODIES).max(BODIES_MIN)).unwrap_or(usize::MAX);
+pub fn router(models: Arc<Models>, queue: Arc<Queue>, access: Access) -> Router {
+    let bodies = usize::try_from(models.limits().body.saturating_mul(BODIES).max(BODIES_MIN)).unwrap_or(usize::MAX);
     let app = Arc::new(App {
-        served,
+        models,
         queue,
         access,
         jobs: AtomicU64::new(0),
@@ -84,9 +84,9 @@ pub fn router(served: Arc<Served>, queue: Arc<Queue>, access: Access) -> Router 
         .route("/", get(root))
         .route("/health", get(health))
         .route("/v1/health", get(health))
-        .route("/v1/models", get(models))
-        .route("/models", get(models))
-        .route("/v1/models/{*name}", get(model))
+        .route("/v1/models", get(all_models))
+        .route("/models", get(all_models))
+        .route("/v1/models/{*name}", get(one_model))
         .route("/v1/chat/completions", post(chat))
         .route("/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
@@ -262,7 +262,7 @@ async fn health(State(app): Shared) -> Response {
     }
 }
 
-fn model_json(served: &Served) -> Json {
+fn model_json(served: &Served, state: &str) -> Json {
     let h = &served.opened.model.hparams;
     json!({
         "id": served.name(),
@@ -270,6 +270,7 @@ fn model_json(served: &Served) -> Json {
         "created": served.started_unix_s,
         "owned_by": "nt",
         "aliases": &served.names[1..],
+        "status": { "value": state },
         "meta": {
             "n_vocab": served.opened.model.n_vocab,
             "n_ctx": served.n_ctx,
@@ -280,13 +281,15 @@ fn model_json(served: &Served) -> Json {
     })
 }
 
-async fn models(State(app): Shared) -> Response {
-    answer(200, &json!({ "object": "list", "data": [model_json(&app.served)] }))
+async fn all_models(State(app): Shared) -> Response {
+    let view = app.queue.view();
+    let all = app.models.all().iter().enumerate().map(|(i, served)| model_json(served, info::state(&view, i)));
+    answer(200, &json!({ "object": "list", "data": all.collect::<Vec<_>>() }))
 }
 
-async fn model(State(app): Shared, axum::extract::Path(name): axum::extract::Path<String>) -> Response {
-    match app.served.check_name(Some(&name)) {
-        Ok(()) => answer(200, &model_json(&app.served)),
+async fn one_model(State(app): Shared, axum::extract::Path(name): axum::extract::Path<String>) -> Response {
+    match app.models.find(Some(&name)) {
+        Ok(i) => answer(200, &model_json(&app.models.all()[i], info::state(&app.queue.view(), i))),
         Err(e) => failed(&e, Form::OpenAi),
     }
 }
@@ -324,11 +327,11 @@ async fn ollama_generate(State(app): Shared, request: Request) -> Response {
 }
 
 async fn ollama_tags(State(app): Shared) -> Response {
-    answer(200, &ollama::tags(&app.served))
+    answer(200, &ollama::tags(&app.models))
 }
 
 async fn ollama_ps(State(app): Shared) -> Response {
-    answer(200, &ollama::ps(&app.served))
+    answer(200, &ollama::ps(&app.models, &app.queue.view().present))
 }
 
 async fn ollama_show(State(app): Shared, request: Request) -> Response {
@@ -341,7 +344,7 @@ async fn ollama_version() -> Response {
 
 async fn ollama_library() -> Response {
     let message =
-        "this server serves the model that it was started with, and changes no files; `nt list` shows what is there";
+        "this server serves the models that it was started with, and changes no files; `nt list` shows what is there";
     failed(&ApiError::not_built(message), Form::Ollama)
 }
 
@@ -354,28 +357,28 @@ async fn ollama_embed_one(State(app): Shared, request: Request) -> Response {
 }
 
 async fn metrics(State(app): Shared) -> Response {
-    let text = info::metrics(&app.queue.view(), &app.served);
+    let text = info::metrics(&app.queue.view(), &app.models);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
 async fn slots(State(app): Shared) -> Response {
-    answer(200, &info::slots(&app.queue.view(), &app.served))
+    answer(200, &info::slots(&app.queue.view(), &app.models))
 }
 
 async fn props(State(app): Shared) -> Response {
-    answer(200, &info::props(&app.queue.view(), &app.served))
+    answer(200, &info::props(&app.queue.view(), &app.models))
 }
 
 async fn machine(State(app): Shared) -> Response {
-    answer(200, &info::machine(&app.queue.view(), &app.served))
+    answer(200, &info::machine(&app.queue.view(), &app.models))
 }
 
 async fn tokenize(State(app): Shared, request: Request) -> Response {
     let tokens = with_fields(&app, request, |served, f, _| info::tokenize(served, f)).await;
     let mut claim = app.bodies.claim();
-    let body = tokens.and_then(|tokens| {
+    let body = tokens.and_then(|(model, tokens)| {
         claim.grow(size_of_val(&tokens.ids[..]))?;
-        Ok(Body::new(Tokens::new(app.served.clone(), tokens, claim)))
+        Ok(Body::new(Tokens::new(app.models.all()[model].clone(), tokens, claim)))
     });
     match body {
         Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
@@ -392,9 +395,9 @@ async fn apply_template(State(app): Shared, request: Request) -> Response {
 }
 
 /// An answer that is there at once.
-fn told(result: Result<Json, ApiError>, form: Form) -> Response {
+fn told(result: Result<(usize, Json), ApiError>, form: Form) -> Response {
     match result {
-        Ok(json) => answer(200, &json),
+        Ok((_, json)) => answer(200, &json),
         Err(e) => failed(&e, form),
     }
 }
@@ -418,18 +421,22 @@ fn sender(request: &Request) -> (Option<Connection>, Client) {
 
 async fn generated(app: &Arc<App>, request: Request, read: Read) -> Result<Response, ApiError> {
     let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
-    let id = format!("{:x}{number:08x}", app.served.started_unix_s);
+    let id = format!("{:x}{number:08x}", app.models.all()[0].started_unix_s);
     let since = Instant::now();
     let (connection, client) = sender(&request);
-    let prepared = with_fields(app, request, move |served, f, stop| read(served, f, &id, stop)).await?;
-    let limits = app.served.limits;
+    let (model, prepared) = with_fields(app, request, move |served, f, stop| read(served, f, &id, stop)).await?;
+    let limits = app.models.limits();
     let end = (tokio::time::Instant::from_std(since) + limits.time, limits.time);
     let (out, events) = outbox(&app.unread);
-    let Prepared { task, looks, mut dialect, stream } = prepared;
-    let steps = Steps::new(&looks, task.choices);
+    let Prepared { task, looks, mut dialect, stream, keep, gives_up } = prepared;
+    if gives_up {
+        app.queue.give_up(model);
+        return Ok(answer(200, &dialect.whole(&Answers::default())));
+    }
+    let steps = Steps::new(&looks, task.answers());
     let at_work = connection.map(|c| c.at_work());
     let ticket = Ticket { id: number, client, out, since, limit: limits.time };
-    app.queue.push(Job { ticket, work: Work::Answer(task) })?;
+    app.queue.push(Job { ticket, model, keep, work: Work::Answer(task) })?;
     if !stream {
         return whole(events, steps, dialect.as_mut(), end).await.map(|json| answer(200, &json));
     }
@@ -462,21 +469,21 @@ async fn embedded(
     read: fn(&Served, Fields) -> Result<Asked, ApiError>,
 ) -> Result<String, ApiError> {
     let since = Instant::now();
-    let limits = app.served.limits;
+    let limits = app.models.limits();
     let (connection, client) = sender(&request);
-    let asked = with_fields(app, request, move |served, f, _| read(served, f)).await?;
-    if app.served.embeds.get() == Some(&false) {
-        let message = "vectors of texts need final hidden states, which the GPU's backend does not give; serve with --backend cpu";
-        return Err(ApiError::not_built(message));
+    let (model, asked) = with_fields(app, request, move |served, f, _| read(served, f)).await?;
+    let served = &app.models.all()[model];
+    if served.embeds.get() == Some(&false) {
+        return Err(ApiError::no_hidden_states());
     }
     let mut claim = app.bodies.claim();
-    claim.grow(asked.bytes(app.served.opened.model.hparams.n_embd))?;
-    let Asked { texts, written, since: read_at } = asked;
+    claim.grow(asked.bytes(served.opened.model.hparams.n_embd))?;
+    let Asked { texts, written, since: read_at, keep } = asked;
     let (out, mut events) = outbox(&app.unread);
     let _at_work = connection.map(|c| c.at_work());
     let number = app.jobs.fetch_add(1, Ordering::Relaxed) + 1;
     let ticket = Ticket { id: number, client, out, since, limit: limits.time };
-    app.queue.push(Job { ticket, work: Work::Embed(texts) })?;
+    app.queue.push(Job { ticket, model, keep, work: Work::Embed(texts) })?;
     let all = async {
         let mut found = Vec::new();
         while let Some(event) = events.hear().await {
@@ -492,17 +499,19 @@ async fn embedded(
     let end = tokio::time::Instant::from_std(since) + limits.time;
     let result = tokio::time::timeout_at(end, all).await;
     let (found, summary) = result.unwrap_or_else(|_| Err(ApiError::timed_out(limits.time.as_secs())))?;
-    Ok(vectors::answer(&found, written, read_at, &summary, &app.served))
+    Ok(vectors::answer(&found, written, read_at, &summary, served))
 }
 
-/// Reads a body and lets `work` read its fields, where it keeps nobody else from being served. The last argument of `work` says
-/// when the client has gone.
+/// Reads a body and lets `work` read its fields against the model that they name, where it keeps nobody else from being
+/// served. Returns the model's number, and what came of it. The last argument of `work` says when the client has gone.
 async fn with_fields<T: Send + 'static>(
     app: &Arc<App>,
     request: Request,
     work: impl FnOnce(&Arc<Served>, Fields, &dyn Fn() -> bool) -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    let limit = app.served.limits.body;
+) -> Result<(usize, T), ApiError> {
+    let limit = app.models.limits().body;
+    // Older clients of Ollama ask so for what is to be shown.
+    let other_name = (request.uri().path() == "/api/show").then_some("name");
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|n| n > limit) {
         return Err(ApiError::too_large(limit));
@@ -511,16 +520,21 @@ async fn with_fields<T: Send + 'static>(
     let (body, claim) = tokio::time::timeout(BODY, body).await.unwrap_or_else(|_| Err(ApiError::slow()))?;
     let place = app.readers.clone().acquire_owned().await.map_err(|e| ApiError::failed(e.to_string()))?;
     let gone = Gone::default();
-    let (flag, served) = (gone.0.clone(), app.served.clone());
+    let (flag, models) = (gone.0.clone(), app.models.clone());
     let read = tokio::task::spawn_blocking(move || {
         // Bodies of clients that are gone are held until a thread comes to them: as few as are read at once.
         let _place = place;
         if flag.load(Ordering::Relaxed) {
             return Err(ApiError::unavailable("the client is gone"));
         }
-        let fields = Fields::parse(&body)?;
+        let mut fields = Fields::parse(&body)?;
         drop((body, claim));
-        work(&served, fields, &|| flag.load(Ordering::Relaxed))
+        let mut name = fields.text("model")?;
+        if let (None, Some(other)) = (&name, other_name) {
+            name = fields.text(other)?;
+        }
+        let model = models.find(name.as_deref())?;
+        Ok((model, work(&models.all()[model], fields, &|| flag.load(Ordering::Relaxed))?))
     });
     read.await.map_err(|_| ApiError::failed("the request could not be read"))?
 }

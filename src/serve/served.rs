@@ -1,5 +1,6 @@
-//! The model that is served, and the limits of requests: what every request is read against. Nothing here changes.
+//! The models that are served, and the limits of requests: what every request is read against.
 
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use serde_json::Value as Json;
@@ -28,6 +29,51 @@ pub struct Limits {
     pub tokens: Option<usize>,
     /// Time that running requests have when the server is asked to stop.
     pub grace: Duration,
+    /// How long a model stays in memory behind a request that says nothing of it; `None` until another is asked for.
+    pub keep: Option<Duration>,
+}
+
+/// Names of models that an error lists at most.
+const LISTED: usize = 20;
+
+/// The models of a server.
+pub struct Models {
+    all: Vec<Arc<Served>>,
+}
+
+impl Models {
+    /// These, one or more; `None` for none.
+    pub fn new(all: Vec<Served>) -> Option<Models> {
+        let all: Vec<Arc<Served>> = all.into_iter().map(Arc::new).collect();
+        (!all.is_empty()).then_some(Models { all })
+    }
+
+    /// All, in the order in which they were given.
+    pub fn all(&self) -> &[Arc<Served>] {
+        &self.all
+    }
+
+    /// The limits, which all have.
+    pub fn limits(&self) -> &Limits {
+        &self.all[0].limits
+    }
+
+    /// The number of the model that a request names; where it names none, the first.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn find(&self, name: Option<&str>) -> Result<usize, ApiError> {
+        let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(0) };
+        if let Some(found) = self.all.iter().position(|served| served.has_name(name)) {
+            return Ok(found);
+        }
+        let shown: String = name.chars().take(100).collect();
+        let mut names: Vec<String> = self.all.iter().take(LISTED).map(|s| format!("{:?}", s.name())).collect();
+        names.extend((self.all.len() > LISTED).then(|| "others (GET /v1/models)".to_owned()));
+        let message =
+            format!("this server has no model {shown:?}; it serves {} (--alias gives more names)", names.join(", "));
+        Err(ApiError::model(message))
+    }
 }
 
 /// A model and how it is served.
@@ -62,8 +108,9 @@ pub struct Served {
     pub pooling: Pooling,
     /// Whether they can be made, once that is known.
     pub embeds: std::sync::OnceLock<bool>,
-    /// Where its weights lie and what computes them, once that is known: `session` of `nt run --json`.
-    pub session: std::sync::OnceLock<Json>,
+    /// Where its weights lie and what computes them, once that is known: `session` of `nt run --json`. It stays when the
+    /// model is given up, for what is told of its last requests.
+    pub session: RwLock<Option<Json>>,
 }
 
 impl Served {
@@ -72,21 +119,16 @@ impl Served {
         self.names.first().map_or("model", String::as_str)
     }
 
-    /// Checks a model that a request names; none is this one.
-    ///
-    /// # Errors
-    /// If it is another one.
-    pub fn check_name(&self, name: Option<&str>) -> Result<(), ApiError> {
-        let Some(name) = name else { return Ok(()) };
+    /// Whether requests may call it so.
+    fn has_name(&self, name: &str) -> bool {
         let plain = name.strip_suffix(":latest").unwrap_or(name);
-        if name.is_empty() || self.names.iter().any(|n| n == name || n == plain) {
-            return Ok(());
-        }
-        let shown: String = name.chars().take(100).collect();
-        Err(ApiError::model(format!(
-            "this server has no model {shown:?}; it serves {:?} (--alias gives it more names)",
-            self.name()
-        )))
+        self.names.iter().any(|n| n == name || n == plain)
+    }
+
+    /// Tells where its weights lie now, and whether vectors of texts can be made.
+    pub fn set_session(&self, about: Json, embeds: bool) {
+        *self.session.write().unwrap_or_else(PoisonError::into_inner) = Some(about);
+        let _ = self.embeds.set(embeds);
     }
 
     /// What compiles forms of answers for this model's tokens.
@@ -113,9 +155,15 @@ impl Served {
         Err(ApiError { param: Some(field.to_owned()), ..ApiError::too_long(message) })
     }
 
+    /// A part of what is known of where its weights lie and what computes them; `null` before it was loaded.
+    pub fn session(&self, key: &str) -> Json {
+        let session = self.session.read().unwrap_or_else(PoisonError::into_inner);
+        session.as_ref().and_then(|s| s.get(key)).cloned().unwrap_or_default()
+    }
+
     /// Where its weights lie, once they do.
-    pub fn plan(&self) -> Option<&Json> {
-        self.session.get()?.get("plan")
+    pub fn plan(&self) -> Json {
+        self.session("plan")
     }
 
     /// How the model writes calls of tools, if nt can read them.

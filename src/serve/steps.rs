@@ -2,6 +2,7 @@
 
 use super::error::ApiError;
 use super::job::{Event, Finish, Summary, TokenLogprob};
+use super::present::Keep;
 use super::split::{Call, Looks, Part, Splitter};
 
 /// What happens in an answer, in order.
@@ -189,6 +190,17 @@ pub struct Prepared {
     pub dialect: Box<dyn Dialect>,
     /// Whether it is told as it grows.
     pub stream: bool,
+    /// How long the model is to stay behind it.
+    pub keep: Keep,
+    /// Nothing is to be generated: the model is to be given up, if it is loaded.
+    pub gives_up: bool,
+}
+
+impl Prepared {
+    /// A request that says nothing of how long the model is to stay.
+    pub fn new(task: super::job::Task, looks: Looks, dialect: impl Dialect + 'static, stream: bool) -> Prepared {
+        Prepared { task, looks, dialect: Box::new(dialect), stream, keep: Keep::Server, gives_up: false }
+    }
 }
 
 /// An event of a stream (server-sent events), without a name.

@@ -8,7 +8,9 @@ use serde_json::{Value as Json, json};
 use super::error::ApiError;
 use super::fields::{Fields, whole, wrong};
 use super::job::{Summary, Texts};
+use super::ollama::keep_alive;
 use super::params::HARMLESS;
+use super::present::Keep;
 use super::served::Served;
 
 /// Most texts of a request.
@@ -35,6 +37,8 @@ pub struct Asked {
     pub written: Written,
     /// When it was read.
     pub since: Instant,
+    /// How long the model is to stay behind it.
+    pub keep: Keep,
 }
 
 /// Reads a request to `/v1/embeddings`.
@@ -42,7 +46,6 @@ pub struct Asked {
 /// # Errors
 /// What is wrong with it.
 pub fn openai(served: &Served, mut f: Fields) -> Result<Asked, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let written = match f.text("encoding_format")?.as_deref() {
         None | Some("float") => Written::Numbers,
         Some("base64") => Written::Base64,
@@ -62,16 +65,15 @@ pub fn openai(served: &Served, mut f: Fields) -> Result<Asked, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn ollama(served: &Served, mut f: Fields) -> Result<Asked, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let truncate = f.flag("truncate")?.unwrap_or(true);
     let width = served.opened.model.hparams.n_embd;
     f.only("dimensions", &[json!(0), json!(width)], "vectors have the model's elements; they are not cut")?;
     let n_ctx = num_ctx(&mut f, served)?;
     let all = f.texts("input")?;
-    f.ignore(&["keep_alive"]);
+    let keep = keep_alive(&mut f)?;
     f.finish()?;
     let all = all.iter().map(|text| served.opened.tokenizer.encode_prompt(text)).collect();
-    asked(served, all, Written::Ollama, n_ctx, truncate, "input")
+    Ok(Asked { keep, ..asked(served, all, Written::Ollama, n_ctx, truncate, "input")? })
 }
 
 /// Reads a request to `/api/embeddings`, which older clients of Ollama send.
@@ -79,12 +81,12 @@ pub fn ollama(served: &Served, mut f: Fields) -> Result<Asked, ApiError> {
 /// # Errors
 /// What is wrong with it.
 pub fn ollama_one(served: &Served, mut f: Fields) -> Result<Asked, ApiError> {
-    served.check_name(f.text("model")?.as_deref())?;
     let n_ctx = num_ctx(&mut f, served)?;
     let text = f.text("prompt")?.ok_or_else(|| wrong("prompt", "a text", &Json::Null))?;
-    f.ignore(&["keep_alive"]);
+    let keep = keep_alive(&mut f)?;
     f.finish()?;
-    asked(served, vec![served.opened.tokenizer.encode_prompt(&text)], Written::OllamaOne, n_ctx, true, "prompt")
+    let all = vec![served.opened.tokenizer.encode_prompt(&text)];
+    Ok(Asked { keep, ..asked(served, all, Written::OllamaOne, n_ctx, true, "prompt")? })
 }
 
 /// The context that `options` ask for; the others say how an answer is drawn, and there is none.
@@ -156,7 +158,7 @@ fn asked(
         }
         text.truncate(n_ctx);
     }
-    Ok(Asked { texts: Texts { all, pooling: served.pooling }, written, since: Instant::now() })
+    Ok(Asked { texts: Texts { all, pooling: served.pooling }, written, since: Instant::now(), keep: Keep::Server })
 }
 
 impl Asked {
@@ -188,8 +190,9 @@ pub fn answer(vectors: &[Vec<f32>], written: Written, since: Instant, summary: &
         }
         let all: Vec<String> = vectors.iter().map(|v| list(v)).collect();
         return format!(
-            "{{\"model\":{name},\"embeddings\":[{}],\"total_duration\":{ns},\"load_duration\":0,\"prompt_eval_count\":{}}}",
+            "{{\"model\":{name},\"embeddings\":[{}],\"total_duration\":{ns},\"load_duration\":{},\"prompt_eval_count\":{}}}",
             all.join(","),
+            (summary.load_s * 1e9) as u64,
             summary.prompt
         );
     }

@@ -2,8 +2,8 @@
 //! ([`Generator`]). It meets the rest of the server in [`Queue`] and in the events of a [`Job`].
 //!
 //! Each answer of a job is a text of the generator in a sequence of its own, a lane. A job has one lane, in which its
-//! answers follow each other, and more while slots and pages are idle. A job begins once the pages that its answer may
-//! come to need are free; prompts that are kept give theirs up for it.
+//! answers to a prompt follow each other, and more while slots and pages are idle. A job begins once the pages that its
+//! answer may come to need are free, and so does each next prompt of one; prompts that are kept give theirs up for it.
 
 use super::disk::Shelf;
 use super::embedding::Embedding;
@@ -18,7 +18,8 @@ use crate::engine::{
 use crate::state::{PAGE, SeqId, StateError};
 use crate::tokenizer::Tokenizer;
 
-/// Computes what is queued, until the queue closes or `stop` says so, which is asked in the middle of passes too.
+/// Computes what is queued for a model, until the queue closes, another is asked for, or `stop` says so, which is asked in
+/// the middle of passes too.
 pub struct Worker<'a> {
     session: &'a mut Session,
     tokenizer: &'a Tokenizer,
@@ -35,7 +36,7 @@ pub struct Worker<'a> {
     tellings: Vec<(TextId, Telling)>,
     /// Texts whose states are computed, in passes between the others.
     embeddings: Vec<Embedding>,
-    /// Where prompts are kept while no server runs.
+    /// Where prompts are kept while the model is not loaded.
     shelf: Option<&'a Shelf>,
 }
 
@@ -48,13 +49,16 @@ struct Active {
     next: usize,
     /// Why it ends before its end.
     fails: Option<(End, ApiError)>,
+    /// Between two prompts: whether one that waits has begun, or could have.
+    gave_way: bool,
 }
 
 /// An answer that is computed.
 struct Lane {
     text: TextId,
     job: u64,
-    choice: usize,
+    /// Its number among those of the job.
+    answer: usize,
     seq: SeqId,
     /// Whether its prompt is kept for others already.
     shared: bool,
@@ -99,7 +103,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Keeps prompts on disk for the next server, and what it saw of the model's choices of experts.
+    /// Keeps prompts on disk for when the model is loaded next, and what it saw of the model's choices of experts.
     pub fn save(&mut self) {
         // What is not kept is counted again.
         let _ = self.session.keep_reuse();
@@ -111,6 +115,7 @@ impl<'a> Worker<'a> {
     /// Works until there is to be no more.
     pub fn work(&mut self) {
         loop {
+            self.end_those_between();
             if !(self.stop)() {
                 self.take();
             }
@@ -120,6 +125,9 @@ impl<'a> Worker<'a> {
                 }
                 self.embed();
                 self.queue.carried(self.session.links());
+                continue;
+            }
+            if !self.active.is_empty() {
                 continue;
             }
             let Some(job) = self.queue.next(self.stop) else { return };
@@ -135,19 +143,50 @@ impl<'a> Worker<'a> {
         self.lanes.len() + self.embeddings.len()
     }
 
-    /// Begins jobs that wait and have room, and more answers of those at hand where slots are idle.
+    /// The first job at hand that has no lane: it is between two prompts.
+    fn between(&self) -> Option<&Active> {
+        self.active.iter().find(|a| self.lanes.iter().all(|lane| lane.job != a.ticket.id))
+    }
+
+    /// Ends the jobs between two prompts that are not to go on.
+    fn end_those_between(&mut self) {
+        while let Some(active) = self.between()
+            && ((self.stop)() || active.fails.is_some() || active.ticket.over().is_some())
+        {
+            let (id, why) = (active.ticket.id, active.ticket.why());
+            if let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) {
+                active.fails.get_or_insert((End::Cancelled, why));
+            }
+            self.end_job(id);
+        }
+    }
+
+    /// Begins jobs that wait and have room, and more answers of those at hand where slots are idle. One at hand that is
+    /// between two prompts lets one that waits begin first, so that many prompts keep nobody waiting for all of them.
     fn take(&mut self) {
-        while self.busy() < self.slots {
-            let (queue, mut place) = (self.queue, None);
-            let first = queue.take_if(&mut |job| {
-                place = self.place(&job.work).transpose();
-                place.is_some()
-            });
-            match (first, place) {
-                (Some(job), Some(place)) => self.begin(job, place),
-                _ => break,
+        while self.busy() < self.slots
+            && let Some(id) = self.between().map(|active| active.ticket.id)
+        {
+            let active = self.active.iter_mut().find(|a| a.ticket.id == id);
+            let gave_way = active.is_none_or(|active| std::mem::replace(&mut active.gave_way, true));
+            if !gave_way && self.take_next() {
+                continue;
+            }
+            match self.answer_in_place(id) {
+                Ok(true) => {}
+                // Whoever begins instead would take its room, too.
+                Ok(false) if self.busy() > 0 => return,
+                Ok(false) => {
+                    self.fail(id, &StateError::Full { positions: 1, needed: 1, free: 0 }.into());
+                    self.end_job(id);
+                }
+                Err(e) => {
+                    self.fail(id, &e);
+                    self.end_job(id);
+                }
             }
         }
+        while self.busy() < self.slots && self.take_next() {}
         while self.busy() < self.slots && self.queue.is_empty() {
             match self.spread() {
                 Ok(true) => {}
@@ -155,6 +194,18 @@ impl<'a> Worker<'a> {
                 Err(e) => return self.fail_all(&e),
             }
         }
+    }
+
+    /// Begins the job that is next, if it has room.
+    fn take_next(&mut self) -> bool {
+        let (queue, mut place) = (self.queue, None);
+        let first = queue.take_if(&mut |job| {
+            place = self.place(&job.work).transpose();
+            place.is_some()
+        });
+        let (Some(job), Some(place)) = (first, place) else { return false };
+        self.begin(job, place);
+        true
     }
 
     /// A new sequence with the first `n` tokens of another.
@@ -166,26 +217,33 @@ impl<'a> Worker<'a> {
     }
 
     /// Pages that an answer of a task may come to take in a sequence.
-    fn pages(&self, task: &Task, seq: SeqId) -> Result<usize, EngineError> {
-        let positions = task.prompt.len().saturating_add(task.max_tokens.saturating_sub(1));
-        self.session.pages_needed(seq, positions.min(self.session.n_ctx()))
+    fn pages(&self, task: &Task, answer: usize, seq: SeqId) -> Result<usize, EngineError> {
+        self.session.pages_needed(seq, task.positions(answer).min(self.session.n_ctx()))
     }
 
-    /// A sequence for a job that has as much of its prompt as is kept, if there is room for what is computed in it. The
-    /// last token of a prompt is computed in any case, for what follows it. Kept prompts make room if that is enough, or
-    /// if nobody else will.
+    /// A sequence for a job, if there is room for what is computed in it.
     fn place(&mut self, work: &Work) -> Result<Option<Place>, EngineError> {
+        match work {
+            Work::Answer(task) => self.place_of(task, 0),
+            Work::Embed(texts) => self.place_for(&[], texts.longest()),
+        }
+    }
+
+    /// The same for an answer of a task.
+    fn place_of(&mut self, task: &Task, answer: usize) -> Result<Option<Place>, EngineError> {
+        let text = task.text_of(answer);
+        // The last token of a prompt is computed in any case, for what follows it.
+        let reused = if task.reuse { &text[..text.len().saturating_sub(1)] } else { &[] };
+        self.place_for(reused, task.positions(answer).min(self.session.n_ctx()))
+    }
+
+    /// A sequence that has as much of a prompt as is kept, if there is room for so many positions in it. Kept prompts make
+    /// room if that is enough, or if nobody else will.
+    fn place_for(&mut self, prompt: &[u32], positions: usize) -> Result<Option<Place>, EngineError> {
         loop {
-            let found = match work {
-                Work::Answer(task) if task.reuse => self.kept.longest(&task.prompt[..task.prompt.len() - 1]),
-                _ => None,
-            };
-            let (from, cached) = found.unwrap_or((self.root, 0));
+            let (from, cached) = self.kept.longest(prompt).unwrap_or((self.root, 0));
             let seq = self.fork(from, cached)?;
-            let needed = match work {
-                Work::Answer(task) => self.pages(task, seq)?,
-                Work::Embed(texts) => self.session.pages_needed(seq, texts.longest())?,
-            };
+            let needed = self.session.pages_needed(seq, positions)?;
             let room = self.generator.room(self.session);
             if needed <= room {
                 return Ok(Some((seq, cached)));
@@ -202,11 +260,18 @@ impl<'a> Worker<'a> {
 
     /// Begins a job in its place.
     fn begin(&mut self, job: Job, place: Result<Place, EngineError>) {
-        let Job { ticket, work } = job;
-        let summary = Summary { queued_s: seconds(ticket.since), prompt: work.tokens(), ..Summary::default() };
+        let Job { ticket, work, .. } = job;
+        let (queued_s, load_s) = (seconds(ticket.since), self.queue.load_s(ticket.since));
+        let summary = Summary { queued_s, load_s, prompt: work.tokens(), ..Summary::default() };
         let id = ticket.id;
         let task = match work {
             Work::Answer(task) => task,
+            // Of a model that is loaded for it, nobody knew before.
+            Work::Embed(_) if !self.session.gives_hidden() => {
+                let _ = place.and_then(|(seq, _)| self.session.close(seq));
+                self.queue.ended(id, End::Failed, &summary);
+                return ticket.out.tell(Event::Failed(ApiError::no_hidden_states()));
+            }
             Work::Embed(texts) => {
                 let mut embedding = Embedding::new(ticket, texts, summary);
                 return match place.and_then(|(seq, _)| embedding.begin(self.session, seq)) {
@@ -215,54 +280,81 @@ impl<'a> Worker<'a> {
                 };
             }
         };
-        self.active.push(Active { ticket, task, summary, next: 0, fails: None });
-        let begun = place.and_then(|(seq, cached)| {
-            if let Some(active) = self.active.last_mut() {
-                active.summary.cached = cached;
-            }
-            self.queue.cached(id, cached);
-            self.lane(id, seq, cached).or_else(|e| self.session.close(seq).and(Err(e)))
-        });
-        if let Err(e) = begun {
+        self.active.push(Active { ticket, task, summary, next: 0, fails: None, gave_way: false });
+        if let Err(e) = place.and_then(|place| self.first_lane(id, place)) {
             self.fail(id, &e);
-            self.end_job(id, None);
+            self.end_job(id);
+        }
+    }
+
+    /// Begins the next answer of a job, which is the first to its prompt, in its place.
+    fn first_lane(&mut self, id: u64, (seq, cached): Place) -> Result<(), EngineError> {
+        if let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) {
+            active.summary.cached += cached;
+            active.gave_way = false;
+            self.queue.cached(id, active.summary.cached);
+        }
+        self.lane(id, seq, cached).or_else(|e| self.session.close(seq).and(Err(e)))
+    }
+
+    /// The same, if there is room for it.
+    fn answer_in_place(&mut self, id: u64) -> Result<bool, EngineError> {
+        let Some(at) = self.active.iter().position(|a| a.ticket.id == id) else { return Ok(false) };
+        // It goes back at once: its task is read while prompts make room.
+        let active = self.active.remove(at);
+        let place = self.place_of(&active.task, active.next);
+        self.active.insert(at, active);
+        match place? {
+            Some(place) => self.first_lane(id, place).map(|()| true),
+            None => Ok(false),
         }
     }
 
     /// Begins the next answer of a job in a sequence that has the first tokens of its prompt.
     fn lane(&mut self, id: u64, seq: SeqId, cached: usize) -> Result<(), EngineError> {
         let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) else { return Ok(()) };
-        let (task, choice) = (&active.task, active.next);
+        let (task, answer) = (&active.task, active.next);
+        let choice = task.choice_of(answer);
         let mut params = task.params.clone();
         params.seed = params.seed.wrapping_add(choice as u64);
         let sampler = Sampler::for_model(params, self.session.n_vocab(), self.tokenizer);
-        let request = Request { text: &task.prompt, cached, n: task.max_tokens, stops: &task.stops, special: false };
+        let text = task.text_of(answer);
+        let n = task.max_tokens.min((self.session.n_ctx() + 1).saturating_sub(text.len()));
+        let request = Request { text, cached, n, stops: &task.stops, special: false };
         let text = self.generator.add_now(self.session, seq, sampler, request)?;
         self.tellings.push((text, Telling::new(task.logprobs)));
         active.next += 1;
-        self.lanes.push(Lane { text, job: id, choice, seq, shared: choice > 0 });
+        self.lanes.push(Lane { text, job: id, answer, seq, shared: choice > 0 });
         Ok(())
     }
 
     /// Begins another answer of a job that has more to come, next to the one that is computed. False: there is none, or
     /// no room.
     fn spread(&mut self) -> Result<bool, EngineError> {
+        let has_more = |a: &&Active| a.fails.is_none() && a.next < a.task.answers();
+        // The first answer to another prompt.
+        let other = self.active.iter().filter(has_more).find(|a| a.task.choice_of(a.next) == 0).map(|a| a.ticket.id);
+        if let Some(id) = other
+            && self.answer_in_place(id)?
+        {
+            return Ok(true);
+        }
         // A state is behind all tokens of its sequence, and the last one of the prompt is computed again.
         if self.session.recurrent() {
             return Ok(false);
         }
-        let more = self.active.iter().filter(|a| a.fails.is_none() && a.next < a.task.choices);
-        let from = more.filter_map(|a| {
-            let n = a.task.prompt.len();
-            let has_all = |lane: &&Lane| lane.job == a.ticket.id && self.session.length(lane.seq).is_ok_and(|l| l >= n);
+        let mut from = self.active.iter().filter(has_more).filter_map(|a| {
+            let (n, prompt) = (a.task.text_of(a.next).len(), a.task.prompt_of(a.next));
+            let is_of_it = |lane: &&Lane| lane.job == a.ticket.id && a.task.prompt_of(lane.answer) == prompt;
+            let has_all = |lane: &&Lane| is_of_it(lane) && self.session.length(lane.seq).is_ok_and(|l| l >= n);
             self.lanes.iter().find(has_all).map(|lane| (a, lane.seq))
         });
-        let Some((active, from)) = from.into_iter().next() else { return Ok(false) };
-        let (id, cached) = (active.ticket.id, active.task.prompt.len() - 1);
+        let Some((active, from)) = from.next() else { return Ok(false) };
+        let (id, cached) = (active.ticket.id, active.task.text_of(active.next).len() - 1);
         let seq = self.fork(from, cached)?;
         let Some(active) = self.active.iter().find(|a| a.ticket.id == id) else { return Ok(false) };
         // The sequence that it is forked from may need a copy of its last page now.
-        if self.pages(&active.task, seq)? + 1 > self.generator.room(self.session) {
+        if self.pages(&active.task, active.next, seq)? + 1 > self.generator.room(self.session) {
             self.session.close(seq)?;
             return Ok(false);
         }
@@ -318,18 +410,23 @@ impl<'a> Worker<'a> {
             let telling = self.tellings.iter_mut().find(|t| t.0 == lane.text);
             let active = self.active.iter().find(|a| a.ticket.id == lane.job);
             let (Some((_, telling)), Some(active)) = (telling, active) else { continue };
-            if let Some(event) = telling.take(lane.choice) {
+            if let Some(event) = telling.take(lane.answer) {
                 active.ticket.out.tell(event);
             }
         }
         for active in &self.active {
-            let mut evaluated = 0;
+            let task = &active.task;
+            // Prompts that have begun, those at hand apart.
+            let begun = task.prompts.iter().take(active.next.div_ceil(task.choices.max(1)));
+            let mut evaluated: Vec<usize> = begun.map(Vec::len).collect();
             let mut generated = active.summary.generated;
             for lane in self.lanes.iter().filter(|lane| lane.job == active.ticket.id) {
-                evaluated = evaluated.max(self.session.length(lane.seq).unwrap_or(0).min(active.summary.prompt));
+                if let Some(evaluated) = evaluated.get_mut(task.prompt_of(lane.answer)) {
+                    *evaluated = (*evaluated).min(self.session.length(lane.seq).unwrap_or(0));
+                }
                 generated += self.tellings.iter().find(|t| t.0 == lane.text).map_or(0, |t| t.1.tokens());
             }
-            self.queue.progress(active.ticket.id, evaluated, generated);
+            self.queue.progress(active.ticket.id, evaluated.iter().sum(), generated);
         }
     }
 
@@ -339,9 +436,9 @@ impl<'a> Worker<'a> {
             return;
         }
         for i in 0..self.lanes.len() {
-            let Lane { seq, job, shared, .. } = self.lanes[i];
+            let Lane { seq, job, shared, answer, .. } = self.lanes[i];
             let Some(active) = self.active.iter().find(|a| a.ticket.id == job) else { continue };
-            let prompt = &active.task.prompt;
+            let prompt = active.task.text_of(answer);
             if shared || !self.session.length(seq).is_ok_and(|n| n >= prompt.len()) {
                 continue;
             }
@@ -378,23 +475,43 @@ impl<'a> Worker<'a> {
         }
         let alone = !self.lanes.iter().any(|other| other.job == lane.job);
         let Some(active) = self.active.iter().find(|a| a.ticket.id == lane.job) else { return };
-        let more = active.fails.is_none() && active.next < active.task.choices;
-        let begins = if self.session.recurrent() { 0 } else { active.task.prompt.len() - 1 };
-        // Others that wait come before answers next to the one that every job has.
-        if more && (alone || self.queue.is_empty()) {
+        let task = &active.task;
+        let prompt = task.prompt_of(lane.answer);
+        let begins = if self.session.recurrent() { 0 } else { task.text_of(lane.answer).len() - 1 };
+        let more = active.fails.is_none() && active.next < task.answers();
+        let is_last_of_prompt =
+            !self.lanes.iter().any(|other| other.job == lane.job && task.prompt_of(other.answer) == prompt);
+        // Others whose turn it is come before answers next to the one that every job has.
+        if more && task.prompt_of(active.next) == prompt && (alone || self.queue.is_empty()) {
             match self.again(&lane, begins, alone) {
                 Ok(true) => return,
                 Ok(false) => {}
                 Err(e) => self.fail(lane.job, &e),
             }
         }
-        let keeps = alone && finite && !self.session.recurrent();
-        if alone {
-            self.end_job(lane.job, Some(lane.seq).filter(|_| keeps));
-        }
-        if !keeps {
+        if is_last_of_prompt && finite && !self.session.recurrent() {
+            self.keep_prompt(&lane);
+        } else {
             // It is there, and is not the root.
             let _ = self.session.close(lane.seq);
+        }
+        // One with another prompt goes on with the next pages that are free.
+        let goes_on =
+            self.active.iter().any(|a| a.ticket.id == lane.job && a.fails.is_none() && a.next < a.task.answers());
+        if alone && !goes_on {
+            self.end_job(lane.job);
+        }
+    }
+
+    /// Keeps what a sequence that is done with has of its prompt.
+    fn keep_prompt(&mut self, lane: &Lane) {
+        let Some(active) = self.active.iter().find(|a| a.ticket.id == lane.job) else { return };
+        let prompt = active.task.text_of(lane.answer);
+        let n = self.session.length(lane.seq).unwrap_or(0).min(prompt.len());
+        let tokens = prompt[..n].to_vec();
+        match self.session.keep(lane.seq, n) {
+            Ok(()) => self.keep(lane.seq, tokens),
+            Err(e) => tracing::warn!("request {}: {e}", lane.job),
         }
     }
 
@@ -404,7 +521,7 @@ impl<'a> Worker<'a> {
         self.session.keep(lane.seq, begins)?;
         loop {
             let Some(active) = self.active.iter().find(|a| a.ticket.id == lane.job) else { return Ok(false) };
-            let (needed, room) = (self.pages(&active.task, lane.seq)?, self.generator.room(self.session));
+            let (needed, room) = (self.pages(&active.task, active.next, lane.seq)?, self.generator.room(self.session));
             if needed <= room {
                 break;
             }
@@ -424,7 +541,7 @@ impl<'a> Worker<'a> {
         s.generated += g.tokens.len();
         s.passes += g.decode_passes;
         s.decode_s += g.decode_s;
-        match lane.choice {
+        match active.task.choice_of(lane.answer) {
             0 => s.prompt_s += g.prefill_s,
             // The prompt's last token alone.
             _ => s.decode_s += g.prefill_s,
@@ -439,10 +556,10 @@ impl<'a> Worker<'a> {
             StopReason::Stop => Finish::Stop(g.stop_text.unwrap_or_default()),
         };
         telling.end(&finish);
-        if let Some(event) = telling.take(lane.choice) {
+        if let Some(event) = telling.take(lane.answer) {
             active.ticket.out.tell(event);
         }
-        active.ticket.out.tell(Event::Finished { choice: lane.choice, finish });
+        active.ticket.out.tell(Event::Finished { choice: lane.answer, finish });
     }
 
     /// A job ends with a failure, once its lanes have.
@@ -463,18 +580,10 @@ impl<'a> Worker<'a> {
         all.into_iter().for_each(|id| self.fail(id, e));
     }
 
-    /// A job has ended; what its last sequence has of the prompt is kept.
-    fn end_job(&mut self, id: u64, seq: Option<SeqId>) {
+    /// A job has ended.
+    fn end_job(&mut self, id: u64) {
         let Some(at) = self.active.iter().position(|a| a.ticket.id == id) else { return };
-        let Active { ticket, task, summary, fails, .. } = self.active.remove(at);
-        if let Some(seq) = seq {
-            let prompt = &task.prompt;
-            let n = self.session.length(seq).unwrap_or(0).min(prompt.len());
-            match self.session.keep(seq, n) {
-                Ok(()) => self.keep(seq, prompt[..n].to_vec()),
-                Err(e) => tracing::warn!("request {id}: {e}"),
-            }
-        }
+        let Active { ticket, summary, fails, .. } = self.active.remove(at);
         let (end, event) = match fails {
             None => (End::Done, Event::Done(summary)),
             Some((end, e)) => (end, Event::Failed(e)),

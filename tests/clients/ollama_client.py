@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import ollama
 
@@ -28,6 +29,17 @@ print("embed:", len(vectors.embeddings), "vectors of", len(vectors.embeddings[0]
 cut = client.chat(model=model, messages=ask, options={"temperature": 0, "num_ctx": whole.prompt_eval_count + 4})
 assert cut.done_reason == "length" and whole.message.content.startswith(cut.message.content)
 print("num_ctx: ends after", cut.eval_count, "tokens")
+
+gone = client.generate(model=model, keep_alive=0)
+for _ in range(100):
+    if not client.ps().models:
+        break
+    time.sleep(0.05)
+assert gone.done_reason == "unload" and not client.ps().models
+again = client.chat(model=model, messages=ask, options=options, keep_alive="5m")
+assert again.message.content == whole.message.content and again.load_duration > 0
+left = client.ps().models[0].expires_at.timestamp() - time.time()
+print("keep_alive: gone, and loaded again for", round(left / 60), "minutes")
 
 for work in [
     lambda: client.chat(model=model, messages=ask, format={"not": {}}),

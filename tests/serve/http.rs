@@ -39,9 +39,18 @@ impl Server {
 
     /// The same with variables of its environment.
     pub fn start_with(model: &Path, more: &[&str], env: &[(&str, &str)]) -> Server {
+        Server::start_all_with(&[model], more, env)
+    }
+
+    /// Serves several models; returns once the first is there.
+    pub fn start_all(models: &[&Path], more: &[&str]) -> Server {
+        Server::start_all_with(models, more, &[])
+    }
+
+    fn start_all_with(models: &[&Path], more: &[&str], env: &[(&str, &str)]) -> Server {
         let mut command = Command::new(bin());
         command.envs(env.iter().copied());
-        command.arg("serve").arg(model).args(["--port", "0", "--backend", &backend(), "--threads", "1"]).args(more);
+        command.arg("serve").args(models).args(["--port", "0", "--backend", &backend(), "--threads", "1"]).args(more);
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut said = String::new();

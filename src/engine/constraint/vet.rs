@@ -79,13 +79,15 @@ pub(super) fn vet(factory: &ParserFactory, eog: &[u32], source: &Source, stack_b
     let text = serde_json::to_string(source).map_err(|e| Refused::Nobody(e.to_string()))?;
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
+    // What compiles with one vocabulary may take too much with another.
+    let trie = factory.tok_env().tok_trie();
+    let words = trie.vocab_size() as u32;
+    (0..words).for_each(|id| trie.token(id).hash(&mut hasher));
     let hash = hasher.finish();
     let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     if known().contains(&hash) {
         return Ok(());
     }
-    let trie = factory.tok_env().tok_trie();
-    let words = trie.vocab_size() as u32;
     let header = Header { source: source.clone(), stack_bytes, eog: eog.to_vec(), words };
     match ask(&header, trie).map_err(|e| Refused::Nobody(e.to_string()))? {
         Answer::Fine => {

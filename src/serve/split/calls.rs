@@ -45,6 +45,10 @@ pub fn written(family: Family, calls: &[Json]) -> Option<String> {
             _ => format!("{{\"name\": {name}, \"arguments\": {}}}", Json::Object(object)),
         }
     };
+    if family == Family::Hermes {
+        // SmolLM3: one between tags each.
+        return Some(calls.iter().map(|call| format!("<tool_call>\n{}\n</tool_call>", one(call))).collect());
+    }
     let (Family::Python | Family::Granite) = family else { return None };
     let (open, close) = family.marks()?;
     Some(format!("{open}[{}]{}", calls.iter().map(one).collect::<Vec<_>>().join(", "), close.unwrap_or("")))
