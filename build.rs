@@ -15,9 +15,21 @@ use std::{env, fs, thread};
 const ARCHS: &[&str] = &["80", "86", "89", "90", "120"];
 /// Virtual architecture of the PTX: GPUs that are newer than all cubins compile it when loading.
 const PTX_ARCH: &str = "90";
-const HEADERS: &[&str] =
-    &["common.cuh", "grids.cuh", "blocks.cuh", "gemv.cuh", "tiles.cuh", "gemm.cuh", "plain.cuh", "thin.cuh"];
-const UNITS: &[&str] = &["bulk", "gemv", "plain", "dequant", "gemm", "thin", "attn", "ops", "hand", "acts", "moe"];
+const HEADERS: &[&str] = &[
+    "common.cuh",
+    "cache.cuh",
+    "attn.cuh",
+    "states.cuh",
+    "grids.cuh",
+    "blocks.cuh",
+    "gemv.cuh",
+    "tiles.cuh",
+    "gemm.cuh",
+    "plain.cuh",
+    "thin.cuh",
+];
+const UNITS: &[&str] =
+    &["bulk", "gemv", "plain", "dequant", "gemm", "thin", "attn", "wide", "ops", "hand", "acts", "mixers", "moe"];
 
 struct Job {
     unit: &'static str,

@@ -1,6 +1,6 @@
 // Operations on activations one by one, for what no fused kernel covers: sums, scales and gates, routers of all kinds, sums
 // of experts' outputs, convolutions and delta nets. Each row is computed in an order of its own.
-#include "common.cuh"
+#include "states.cuh"
 
 struct ActArgs {
     float* x;         // rows × n, written
@@ -8,7 +8,7 @@ struct ActArgs {
     float* z;
     const int* pass;  // see first_position
     int rows, n;
-    int each;         // act_split: elements of a head; act_logits: floats from row to row of x
+    int each;         // act_split: elements of a head; act_logits: floats from row to row of x; act_multiply: of y; act_part: the same
     float by, cap;
 };
 ARGS_SIZE(ActArgs, 56); ARGS_FIELD(ActArgs, x, 0); ARGS_FIELD(ActArgs, y, 8); ARGS_FIELD(ActArgs, z, 16);
@@ -43,6 +43,14 @@ ACT(act_gate_row, a.x[i] *= sigmoid(a.y[t]))
 // Of each head of y, the first half to x and the second one to z.
 ACT(act_split, const float* head = a.y + (size_t)t * 2 * a.n + e / a.each * 2 * a.each; a.x[i] = head[e % a.each];
     a.z[i] = head[a.each + e % a.each])
+// x = y
+ACT(act_copy, a.x[i] = a.y[i])
+// x *= y, a vector as wide or one number
+ACT(act_multiply, a.x[i] *= a.y[min(e, a.each - 1)])
+// x = the first columns of rows of y, which are `each` wide
+ACT(act_part, a.x[i] = a.y[(size_t)t * a.each + e])
+// Weights of choices x are multiplied by y of the experts whose ids are z.
+ACT(act_weigh, a.x[i] *= a.y[((const u32*)a.z)[i]])
 // x = cap * tanh(by * x / cap), or by * x
 ACT(act_logits, float* x = a.x + (size_t)t * a.each + e; const float v = *x * a.by;
     *x = a.cap != 0.0f ? a.cap * tanhf(v / a.cap) : v)
@@ -188,21 +196,6 @@ extern "C" __global__ void __launch_bounds__(256) act_sum(const __grid_constant_
     a.x[i] = a.add ? a.x[i] + s : s;
 }
 
-// Recurrences. A state has two copies: a pass reads the one whose number lies at `state`, or nothing where it begins at
-// position 0, and writes that of the number with its lowest bit turned. Each row follows from the one before.
-struct States {
-    float* all;        // copies, `floats` each
-    const int* pass;   // see first_position
-    const int* state;
-    int floats, offset;  // of a copy; where the layer's part of it begins
-    __device__ __forceinline__ const float* old() const {
-        return first_position(pass) == 0 ? nullptr : all + (size_t)*state * floats + offset;
-    }
-    __device__ __forceinline__ float* next() const { return all + (size_t)(*state ^ 1) * floats + offset; }
-};
-ARGS_SIZE(States, 32); ARGS_FIELD(States, all, 0); ARGS_FIELD(States, pass, 8); ARGS_FIELD(States, state, 16);
-ARGS_FIELD(States, floats, 24); ARGS_FIELD(States, offset, 28);
-
 struct ConvArgs {
     States states;    // [taps - 1][channels]: the last inputs
     float* mix;       // rows × channels, in place; short_conv: rows × 3 × channels, read
@@ -217,9 +210,9 @@ ARGS_FIELD(ConvArgs, taps, 64);
 #define TAPS_MAX 8
 #define ROWS_AHEAD 8
 
-// One thread a channel. SHORT: out = c * conv(b * x) of the parts b, c and x; else mix = silu(conv(mix)).
-template <bool SHORT>
-__device__ __forceinline__ void convolve(const ConvArgs& a) {
+// One thread a channel. SHORT: out = c * conv(b * x) of the parts b, c and x; else mix = silu(conv(mix) + bias), where BIASED.
+template <bool SHORT, bool BIASED>
+__device__ __forceinline__ void convolve(const ConvArgs& a, const float* bias) {
     const int c = blockIdx.x * 128 + threadIdx.x, n = a.channels;
     pdl_launch();
     pdl_wait();
@@ -258,6 +251,7 @@ __device__ __forceinline__ void convolve(const ConvArgs& a) {
             float sum = 0.0f;
 #pragma unroll
             for (int k = 0; k < TAPS_MAX; k++) sum = __fmaf_rn(window[k], w[k], sum);
+            if (BIASED) sum += bias[c];
             if (SHORT) a.out[at] = gate[i] * sum;
             else a.mix[at] = silu(sum);
         }
@@ -268,8 +262,46 @@ __device__ __forceinline__ void convolve(const ConvArgs& a) {
         if (i > shift) next[(size_t)(i - shift - 1) * n + c] = window[i];
 }
 
-extern "C" __global__ void __launch_bounds__(128) conv(const __grid_constant__ ConvArgs a) { convolve<false>(a); }
-extern "C" __global__ void __launch_bounds__(128) short_conv(const __grid_constant__ ConvArgs a) { convolve<true>(a); }
+extern "C" __global__ void __launch_bounds__(128) conv(const __grid_constant__ ConvArgs a) { convolve<false, false>(a, nullptr); }
+extern "C" __global__ void __launch_bounds__(128) short_conv(const __grid_constant__ ConvArgs a) { convolve<true, false>(a, nullptr); }
+
+struct BiasedConvArgs {
+    ConvArgs of;
+    const float* bias;  // one a channel
+};
+ARGS_SIZE(BiasedConvArgs, 80); ARGS_FIELD(BiasedConvArgs, of, 0); ARGS_FIELD(BiasedConvArgs, bias, 72);
+
+extern "C" __global__ void __launch_bounds__(128) conv_biased(const __grid_constant__ BiasedConvArgs a) {
+    convolve<false, true>(a.of, a.bias);
+}
+
+struct GroupsArgs {
+    float* mix;        // rows × channels: queries and keys of n_keys heads, then values
+    float* gates;      // rows × as many elements as values
+    const float* from; // rows × n_keys × (queries, keys, values and gates of a key head)
+    int rows, n_keys;
+    int keys, values;  // elements of a key head's queries or keys, and of its values or gates
+};
+ARGS_SIZE(GroupsArgs, 40); ARGS_FIELD(GroupsArgs, mix, 0); ARGS_FIELD(GroupsArgs, gates, 8); ARGS_FIELD(GroupsArgs, from, 16);
+ARGS_FIELD(GroupsArgs, rows, 24); ARGS_FIELD(GroupsArgs, n_keys, 28); ARGS_FIELD(GroupsArgs, keys, 32);
+ARGS_FIELD(GroupsArgs, values, 36);
+
+// One thread an element of a row.
+extern "C" __global__ void __launch_bounds__(256) split_groups(const __grid_constant__ GroupsArgs a) {
+    pdl_launch();
+    pdl_wait();
+    const int group = 2 * (a.keys + a.values), width = a.n_keys * group;
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= (size_t)a.rows * width) return;
+    const size_t t = i / width;
+    const int key = (int)(i % width) / group, e = (int)(i % width) % group;
+    float* mix = a.mix + t * a.n_keys * (2 * a.keys + a.values);
+    const float v = a.from[i];
+    if (e < a.keys) mix[key * a.keys + e] = v;
+    else if (e < 2 * a.keys) mix[(a.n_keys + key) * a.keys + e - a.keys] = v;
+    else if (e < 2 * a.keys + a.values) mix[2 * a.n_keys * a.keys + key * a.values + e - 2 * a.keys] = v;
+    else a.gates[(t * a.n_keys + key) * a.values + e - 2 * a.keys - a.values] = v;
+}
 
 struct DeltaArgs {
     States states;        // [head][key][value]

@@ -8,7 +8,7 @@
 // of keys; `attn_merge` adds the ranges up.
 // Tiles and ranges begin at fixed positions, so that a token's result does not depend on the tokens next to it,
 // nor on how many there are: keys that it does not see add zero.
-#include "common.cuh"
+#include "attn.cuh"
 
 struct AttnArgs {
     const float* q;   // tokens × n_heads × HD, rotated
@@ -34,35 +34,10 @@ ARGS_FIELD(AttnArgs, pass, 56); ARGS_FIELD(AttnArgs, scale, 64); ARGS_FIELD(Attn
 ARGS_FIELD(AttnArgs, sinks, 72); ARGS_FIELD(AttnArgs, window, 80); ARGS_FIELD(AttnArgs, chunk, 84);
 ARGS_FIELD(AttnArgs, skip, 88);
 
-#define LOG2_E 1.4426950408889634f
-
-// The first key that a position sees: all, the last `window` ones, or those since the last multiple of `chunk`.
-__device__ __forceinline__ int first_seen(int position, int window, int chunk) {
-    if (window > 0) return max(position + 1 - window, 0);
-    return chunk > 0 ? position / chunk * chunk : 0;
-}
-
-// Where range i of the keys begins: 32 ranges of 64 keys, then 16 of each size twice that before. So many blocks have
-// work soon, and the number of ranges stays small (`workspace.rs` computes the same).
-__device__ __forceinline__ int range_begin(int i) {
-    if (i < 32) return 64 * i;
-    const int k = (i - 32) >> 4;
-    return (2048 + 128 * ((i - 32) & 15)) << k;
-}
-
-// The range that holds a key.
-__device__ __forceinline__ int range_of(int key) {
-    if (key < 2048) return key / 64;
-    const int k = 31 - __clz(key >> 11);
-    return 32 + 16 * k + (key - (2048 << k)) / (128 << k);
-}
-
 // Ranges of prompts are eight times as long.
 #define LONGER 8
 __device__ __forceinline__ int bulk_begin(int i) { return LONGER * range_begin(i); }
 __device__ __forceinline__ int bulk_range_of(int key) { return range_of(key / LONGER); }
-
-#define NEG_BIG (-1e30f)
 
 // What rows have found in ranges of keys so far: the largest score in base 2 and the sum, of the ranges' own results
 // multiplied by `was` and `by` when the next one is added.

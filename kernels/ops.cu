@@ -1,7 +1,7 @@
 // The small operations between matrix products: norms and the conversion of activations to what
 // the products read, rotary embedding with the store to the KV cache, routing and combination of
 // experts.
-#include "common.cuh"
+#include "cache.cuh"
 
 struct PrepArgs {
     const float* x;    // rows × n (row idx[i] instead of i if given), stride n
@@ -165,7 +165,7 @@ struct RopeArgs {
     int n_heads, n_kv_heads, head_dim, n_rot, n_places;
     int tokens;
     int neox;          // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
-    int cache_f32;
+    int cache_f32;     // CACHE_*; of rope_store no Q8_0
     float magnitude, q_eps, k_eps;
     int q_when, k_when;   // norms: 0 none, 1 before the rotary embedding, 2 behind it
     // Queries are multiplied by 1 + by * ln(1 + floor((position + offset) / every)); 0 for none.
@@ -195,27 +195,9 @@ __device__ __forceinline__ void norm_head(float* x, const float* w, int n, float
     for (int i = lane; i < n; i += 32) x[i] = w ? x[i] * rs * w[i] : x[i] * rs;
 }
 
-// Norm of each head, rotary embedding, store to the cache: one warp a head of a token.
-extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_constant__ RopeArgs a) {
-    __shared__ float heads[4][256];
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int per_token = a.n_heads + 2 * a.n_kv_heads, hd = a.head_dim;
-    const int item = blockIdx.x * 4 + warp;
-    pdl_launch();
-    pdl_wait();
-    if (item >= a.tokens * per_token) return;
-    const int t = item / per_token, pos = first_position(a.pass) + t, place = place_of(a.pass, pos);
-    int h = item % per_token;
-    float* x = heads[warp];
-    if (h >= a.n_heads + a.n_kv_heads) {
-        h -= a.n_heads + a.n_kv_heads;
-        const float* v = a.v + ((size_t)t * a.n_kv_heads + h) * hd;
-        for (int i = lane; i < hd; i += 32)
-            cache_store(a.v_cache, ((size_t)h * a.n_places + place) * hd + i, v[i], a.cache_f32);
-        return;
-    }
-    const bool is_q = h < a.n_heads;
-    if (!is_q) h -= a.n_heads;
+// Norms and rotates a head of queries or keys, by a warp in the room of a head at x; queries go back.
+__device__ __forceinline__ void turn_head(const RopeArgs& a, float* x, int t, int pos, int h, bool is_q, int lane) {
+    const int hd = a.head_dim;
     const float* src = is_q ? a.q + ((size_t)t * a.n_heads + h) * hd
                             : a.k + ((size_t)t * a.n_kv_heads + h) * hd;
     const float* norm = is_q ? a.q_norm : a.k_norm;
@@ -252,10 +234,90 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
     if (is_q) {
         float* q = a.q + ((size_t)t * a.n_heads + h) * hd;
         for (int i = lane; i < hd; i += 32) q[i] = x[i];
-    } else {
-        for (int i = lane; i < hd; i += 32)
-            cache_store(a.k_cache, ((size_t)h * a.n_places + place) * hd + i, x[i], a.cache_f32);
     }
+}
+
+// A head to the cache, as it is stored in backend/cpu/attention.rs.
+__device__ __forceinline__ void store_head(void* cache, size_t at, const float* x, int n, int kind, int lane) {
+    if (kind != CACHE_Q8_0) {
+        for (int i = lane; i < n; i += 32) cache_store(cache, at + i, x[i], kind);
+        return;
+    }
+    for (int i = lane; i < n; i += 32) {
+        // A block is a warp's: n is a multiple of 32.
+        const float v = x[i], most = __uint_as_float(__reduce_max_sync(0xffffffffu, magnitude(v)));
+        const float d = is_finite(most) ? most / 127.0f : NO_NUMBER, inverse = d > 0.0f ? 1.0f / d : 0.0f;
+        u8* block = (u8*)cache + (at + i) / 32 * Q8_0_BYTES;
+        if (lane == 0) *(u16*)block = f2h(d);
+        block[2 + lane] = (u8)(int)roundf(v * inverse);
+    }
+}
+
+// Norm of each head, rotary embedding, store to the cache: one warp a head of a token.
+extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_constant__ RopeArgs a) {
+    __shared__ float heads[4][256];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int per_token = a.n_heads + 2 * a.n_kv_heads, hd = a.head_dim;
+    const int item = blockIdx.x * 4 + warp;
+    pdl_launch();
+    pdl_wait();
+    if (item >= a.tokens * per_token) return;
+    const int t = item / per_token, pos = first_position(a.pass) + t, place = place_of(a.pass, pos);
+    int h = item % per_token;
+    float* x = heads[warp];
+    if (h >= a.n_heads + a.n_kv_heads) {
+        h -= a.n_heads + a.n_kv_heads;
+        const float* v = a.v + ((size_t)t * a.n_kv_heads + h) * hd;
+        for (int i = lane; i < hd; i += 32)
+            cache_store(a.v_cache, ((size_t)h * a.n_places + place) * hd + i, v[i], a.cache_f32);
+        return;
+    }
+    const bool is_q = h < a.n_heads;
+    if (!is_q) h -= a.n_heads;
+    turn_head(a, x, t, pos, h, is_q, lane);
+    if (is_q) return;
+    for (int i = lane; i < hd; i += 32)
+        cache_store(a.k_cache, ((size_t)h * a.n_places + place) * hd + i, x[i], a.cache_f32);
+}
+
+struct HeadsArgs {
+    RopeArgs of;    // n_kv_heads: of keys, or 0 where none are stored
+    int v_heads;    // of values, or 0 where none are stored
+    int v_normed;   // RMS norm without a weight
+    float v_eps;
+};
+ARGS_SIZE(HeadsArgs, 152); ARGS_FIELD(HeadsArgs, of, 0); ARGS_FIELD(HeadsArgs, v_heads, 136); ARGS_FIELD(HeadsArgs, v_normed, 140);
+ARGS_FIELD(HeadsArgs, v_eps, 144);
+
+// As rope_store, of heads of any size, of which keys or values may not be there.
+extern "C" __global__ void __launch_bounds__(128) rope_heads(const __grid_constant__ HeadsArgs a) {
+    extern __shared__ float rooms[];  // a head a warp
+    const RopeArgs& r = a.of;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, hd = r.head_dim;
+    const int per_token = r.n_heads + r.n_kv_heads + a.v_heads;
+    const int item = blockIdx.x * 4 + warp;
+    pdl_launch();
+    pdl_wait();
+    if (item >= r.tokens * per_token) return;
+    const int t = item / per_token, pos = first_position(r.pass) + t, place = place_of(r.pass, pos);
+    int h = item % per_token;
+    float* x = rooms + warp * hd;
+    if (h < r.n_heads + r.n_kv_heads) {
+        const bool is_q = h < r.n_heads;
+        if (!is_q) h -= r.n_heads;
+        turn_head(r, x, t, pos, h, is_q, lane);
+        if (!is_q) store_head(r.k_cache, ((size_t)h * r.n_places + place) * hd, x, hd, r.cache_f32, lane);
+        return;
+    }
+    h -= r.n_heads + r.n_kv_heads;
+    const float* v = r.v + ((size_t)t * a.v_heads + h) * hd;
+    float s = 0.0f;
+    for (int i = lane; i < hd; i += 32) {
+        x[i] = v[i];
+        s += v[i] * v[i];
+    }
+    if (a.v_normed) norm_head(x, nullptr, hd, s, a.v_eps, lane);
+    store_head(r.v_cache, ((size_t)h * r.n_places + place) * hd, x, hd, r.cache_f32, lane);
 }
 
 struct RouteArgs {

@@ -257,6 +257,7 @@ struct OfBoth(Vec<Expert>, Vec<bool>, Option<Share>, Option<SlotsAt>);
 
 /// An operation of a device that is called ahead.
 #[derive(Clone)]
+#[expect(clippy::large_enum_variant, reason = "a queue has a few hundred, in a test")]
 enum Queued {
     Call(Call),
     Give(usize),

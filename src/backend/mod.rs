@@ -242,6 +242,8 @@ pub struct Recurrent {
     pub dim: usize,
     /// Numbers of the state for each of them: as many with a delta net.
     pub state: usize,
+    /// Whether heads are state spaces, whose groups are the key heads, rather than delta nets.
+    pub scans: bool,
 }
 
 impl Recurrent {
@@ -270,6 +272,11 @@ impl Dims {
     /// Heads of a layer with a cache.
     pub fn shape(&self, layer: usize) -> KvShape {
         self.shapes.get(layer).copied().unwrap_or(KvShape::new(self.n_kv_heads, self.head_dim))
+    }
+
+    /// Heads of all layers with a cache; those of the largest where all are alike.
+    pub fn all_shapes(&self) -> impl Iterator<Item = KvShape> {
+        self.shapes.iter().copied().chain(self.shapes.is_empty().then(|| self.shape(0)))
     }
 
     /// Bytes that the cache takes for the key of a head of so many elements at a position, and for its value.
@@ -344,6 +351,10 @@ pub enum Routing {
         choose: Option<Weight>,
         /// The rest.
         how: Router,
+        /// [`Op::WeighExperts`] behind it.
+        weigh: Option<Weight>,
+        /// The norm of X that experts read, where the router reads something else.
+        reads: Option<NormOf<Weight>>,
         /// The activations that the sum goes to, in their place or added to them.
         sum: (Act, bool),
     },

@@ -304,9 +304,10 @@ fn resting(
     let stages = model.stages.iter().zip(&tape.stages);
     let of = |(stage, calls): (&Stage, &Calls)| -> Result<Rest, ForwardError> {
         // One call makes what these would.
-        match (calls.with.last(), calls.after.first().and_then(sum_of)) {
-            (Some(Call::Route { .. }), Some((Act::X, true))) => {}
-            (Some(Call::Op(Op::Route { how, .. })), Some(_)) if !how.on_input => {}
+        match (router_of(&calls.with), calls.after.first().and_then(sum_of)) {
+            (Some((Call::Route { .. }, [])), Some((Act::X, true))) => {}
+            (Some((Call::Op(Op::Route { how, .. }), behind)), Some(_))
+                if !how.on_input && behind_router(behind).is_some() => {}
             _ => return Ok(Rest::No),
         }
         let (Some(block), Some(experts)) = (stage.block, &stage.experts) else {
@@ -326,6 +327,25 @@ fn resting(
         Ok(if backend.share_experts(block, &list, &of_host, share, slots)? { Rest::Shared } else { Rest::No })
     };
     stages.map(of).collect()
+}
+
+/// What chooses experts among calls, and the calls behind it.
+fn router_of(calls: &[Call]) -> Option<(&Call, &[Call])> {
+    let at = calls.iter().position(|c| matches!(c, Call::Route { .. } | Call::Op(Op::Route { .. })))?;
+    Some((&calls[at], &calls[at + 1..]))
+}
+
+/// What is done to weights and to what experts read behind a router; `None` if it is anything else.
+fn behind_router(calls: &[Call]) -> Option<(Option<TensorRef>, Option<NormRef>)> {
+    let (weigh, rest) = match calls {
+        [Call::Op(Op::WeighExperts { by }), rest @ ..] => (Some(*by), rest),
+        rest => (None, rest),
+    };
+    match rest {
+        [] => Some((weigh, None)),
+        [Call::Op(Op::Norm { to: Act::H, from: Act::X, norm })] => Some((weigh, Some(*norm))),
+        _ => None,
+    }
 }
 
 /// Where a call puts the sum of experts, and whether it is added there.
@@ -631,11 +651,16 @@ impl<'a> Pass<'a> {
                     }
                 }
                 let routing = if rest == Rest::No { None } else { self.routing(call, calls) };
-                match (stage.block, routing) {
-                    (Some(block), Some(routing)) if rest == Rest::Here => self.backend.mixture(block, &routing)?,
-                    (Some(block), Some(routing)) => self.backend.shared_mixture(block, &routing)?,
-                    _ => self.call(call, stage.experts.as_ref())?,
+                let (Some(block), Some(routing)) = (stage.block, routing) else {
+                    self.call(call, stage.experts.as_ref())?;
+                    continue;
+                };
+                match rest {
+                    Rest::Here => self.backend.mixture(block, &routing)?,
+                    _ => self.backend.shared_mixture(block, &routing)?,
                 }
+                // What comes behind a router is part of its call.
+                break;
             }
         }
         if in_ram {
@@ -680,12 +705,17 @@ impl<'a> Pass<'a> {
             Call::Route { norm, router, params } => {
                 Some(Routing::Softmax { norm: self.norm(norm), router: self.weight(router), params: *params })
             }
-            Call::Op(Op::Route { w, choose, how }) => Some(Routing::By {
-                w: self.linear(w),
-                choose: choose.map(|t| self.weight(&t)),
-                how: *how,
-                sum: calls.after.first().and_then(sum_of)?,
-            }),
+            Call::Op(Op::Route { w, choose, how }) => {
+                let (weigh, reads) = behind_router(router_of(&calls.with)?.1)?;
+                Some(Routing::By {
+                    w: self.linear(w),
+                    choose: choose.map(|t| self.weight(&t)),
+                    how: *how,
+                    weigh: weigh.map(|t| self.weight(&t)),
+                    reads: reads.map(|norm| norm.map(&mut |t| self.weight(&t))),
+                    sum: calls.after.first().and_then(sum_of)?,
+                })
+            }
             _ => None,
         }
     }

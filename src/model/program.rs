@@ -122,7 +122,7 @@ impl Stage {
                 Op::Linear { to, from, add, .. } => ([Some(from), add.then_some(to)], to),
                 Op::Activate { gated, .. } => ([Some(Act::Hidden), gated.then_some(Act::Up)], Act::Hidden),
                 Op::Add { to, from } => ([Some(from), Some(to)], to),
-                Op::Scale { act, .. } => ([Some(act), None], act),
+                Op::Scale { act, .. } | Op::Multiply { act, .. } => ([Some(act), None], act),
                 _ => return false,
             };
             kept &= reads.iter().flatten().all(|act| *act == Act::X || own.contains(act));

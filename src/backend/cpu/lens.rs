@@ -61,8 +61,7 @@ impl Lens {
         let t = d.max_batch.max(1);
         let threads = threads.max(1);
         let exact = t.min(EXACT_ROWS);
-        let shapes = || d.shapes.iter().copied().chain(d.shapes.is_empty().then(|| d.shape(0)));
-        let most = |of: &dyn Fn(KvShape) -> usize| shapes().map(of).max().unwrap_or(0);
+        let most = |of: &dyn Fn(KvShape) -> usize| d.all_shapes().map(of).max().unwrap_or(0);
         let (q_dim, kv_dim) = (product(&[d.n_heads, d.head_dim]), most(&|s| product(&[s.heads, s.dim])));
         let widest = d.n_embd.max(q_dim).max(d.n_ff).max(d.n_attn);
         let mixes = d.n_mix > 0;

@@ -329,6 +329,123 @@ pub(super) struct DeltaArgs {
     pub eps: f32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct WideArgs {
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub out: u64,
+    pub ml: u64,
+    pub pass: u64,
+    pub sinks: u64,
+    pub n_heads: i32,
+    pub n_kv_heads: i32,
+    pub n_places: i32,
+    pub tokens: i32,
+    pub dk: i32,
+    pub dv: i32,
+    pub scale: f32,
+    pub cap: f32,
+    pub window: i32,
+    pub chunk: i32,
+    pub apart: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct HeadsArgs {
+    pub of: RopeArgs,
+    pub v_heads: i32,
+    pub v_normed: i32,
+    pub v_eps: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct BiasedConvArgs {
+    pub of: ConvArgs,
+    pub bias: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct GroupsArgs {
+    pub mix: u64,
+    pub gates: u64,
+    pub from: u64,
+    pub rows: i32,
+    pub n_keys: i32,
+    pub keys: i32,
+    pub values: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LatentArgs {
+    pub mix: u64,
+    pub up: u64,
+    pub turning: u64,
+    pub gates: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub still: u64,
+    pub freqs: u64,
+    pub pass: u64,
+    pub rows: i32,
+    pub heads: i32,
+    pub dim: i32,
+    pub rank: i32,
+    pub nope: i32,
+    pub rot: i32,
+    pub value: i32,
+    pub neox: i32,
+    pub magnitude: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct OfHeadsArgs {
+    pub table: u64,
+    pub tiles: u64,
+    pub list: u64,
+    pub w: u64,
+    pub bytes: u64,
+    pub heads: i32,
+    pub rows: i32,
+    pub each: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ScanArgs {
+    pub states: States,
+    pub mix: u64,
+    pub rates: u64,
+    pub gates: u64,
+    pub out: u64,
+    pub decay: u64,
+    pub bias: u64,
+    pub skip: u64,
+    pub rows: i32,
+    pub channels: i32,
+    pub heads: i32,
+    pub groups: i32,
+    pub dim: i32,
+    pub n: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PartNormArgs {
+    pub x: u64,
+    pub w: u64,
+    pub n: i32,
+    pub parts: i32,
+    pub eps: f32,
+}
+
 /// Asserts size and offsets of each structure, as `ARGS_SIZE` and `ARGS_FIELD` do in `kernels/`; the table is
 /// compared with those lines by a test.
 macro_rules! layouts {
@@ -447,6 +564,14 @@ layouts! {
     States 32 { all 0, pass 8, state 16, floats 24, offset 28 }
     ConvArgs 72 { states 0, mix 32, out 40, w 48, rows 56, channels 60, taps 64 }
     DeltaArgs 128 { states 0, mix 32, beta 40, alpha 48, gates 56, out 64, decay 72, bias 80, norm 88, rows 96, channels 100, n_keys 104, n_values 108, each 112, tiled 116, eps 120 }
+    WideArgs 104 { q 0, k 8, v 16, out 24, ml 32, pass 40, sinks 48, n_heads 56, n_kv_heads 60, n_places 64, tokens 68, dk 72, dv 76, scale 80, cap 84, window 88, chunk 92, apart 96 }
+    HeadsArgs 152 { of 0, v_heads 136, v_normed 140, v_eps 144 }
+    BiasedConvArgs 80 { of 0, bias 72 }
+    GroupsArgs 40 { mix 0, gates 8, from 16, rows 24, n_keys 28, keys 32, values 36 }
+    LatentArgs 120 { mix 0, up 8, turning 16, gates 24, q 32, k 40, v 48, still 56, freqs 64, pass 72, rows 80, heads 84, dim 88, rank 92, nope 96, rot 100, value 104, neox 108, magnitude 112 }
+    OfHeadsArgs 56 { table 0, tiles 8, list 16, w 24, bytes 32, heads 40, rows 44, each 48 }
+    ScanArgs 112 { states 0, mix 32, rates 40, gates 48, out 56, decay 64, bias 72, skip 80, rows 88, channels 92, heads 96, groups 100, dim 104, n 108 }
+    PartNormArgs 32 { x 0, w 8, n 16, parts 20, eps 24 }
     SumArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32, add 36 }
 }
 
@@ -466,6 +591,9 @@ mod tests {
             include_str!("../../../kernels/dequant.cu"),
             include_str!("../../../kernels/gemm.cuh"),
             include_str!("../../../kernels/attn.cu"),
+            include_str!("../../../kernels/wide.cu"),
+            include_str!("../../../kernels/states.cuh"),
+            include_str!("../../../kernels/mixers.cu"),
             include_str!("../../../kernels/ops.cu"),
             include_str!("../../../kernels/acts.cu"),
             include_str!("../../../kernels/moe.cu"),

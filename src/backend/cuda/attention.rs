@@ -4,12 +4,13 @@ use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use super::args::{AttnArgs, MergeArgs};
+use super::driver::device_error;
+use super::heads::{WIDE_ROWS, narrow};
 use super::ops::lengths;
 use super::workspace::{key_ranges, prompt_ranges};
 use super::{CudaBackend, modules};
 use crate::backend::op::Act;
 use crate::backend::{BackendError, Class, EXACT_ROWS, Scores};
-use crate::gguf::TensorType;
 
 impl CudaBackend {
     /// Attention of the pass's rows over what they see of the cache of a layer.
@@ -23,19 +24,19 @@ impl CudaBackend {
     fn attn_args(&self, layer: usize, scores: &Scores, sinks: u64) -> AttnArgs {
         let (d, ws) = (&self.dims, &self.engine.ws);
         let (window, chunk) = lengths(scores.mask);
-        let offset = self.cache_offset(layer);
+        let (shape, [k, v]) = (d.shape(layer), self.cache_of(layer));
         AttnArgs {
             q: ws.q.addr(),
-            k: ws.k_cache.addr() + offset,
-            v: ws.v_cache.addr() + offset,
+            k,
+            v,
             out: ws.attn.addr(),
             ml: ws.partial_ml.addr(),
             n_heads: d.n_heads as i32,
-            n_kv_heads: d.n_kv_heads as i32,
+            n_kv_heads: shape.heads as i32,
             n_places: d.places() as i32,
             tokens: self.tokens as i32,
             pass: ws.pass.addr(),
-            scale: scores.scale.map_or(LOG2_E / (d.head_dim as f32).sqrt(), |s| LOG2_E * s),
+            scale: scores.scale.map_or(LOG2_E / (shape.dim as f32).sqrt(), |s| LOG2_E * s),
             cap: LOG2_E * scores.cap,
             sinks,
             window,
@@ -44,22 +45,27 @@ impl CudaBackend {
         }
     }
 
-    /// The kernel of this cache, of decoding (0) or of prompts (1).
-    fn attn_kernel(&self, a: &AttnArgs, which: usize) -> modules::Func {
-        let k = &self.engine.kernels;
+    /// The kernel of this cache for heads of this size, of decoding (0) or of prompts (1).
+    fn attn_kernel(&self, a: &AttnArgs, head_dim: usize, which: usize) -> Result<modules::Func, BackendError> {
+        let kernels = self.engine.kernels.attn.iter().find(|k| k.head_dim == head_dim);
+        let k = kernels.ok_or_else(|| device_error("heads whose kernels were not loaded"))?;
         let plain = a.cap == 0.0 && a.sinks == 0 && a.window == 0 && a.chunk == 0;
-        (if plain { &k.attn } else { &k.attn_by })[self.cache_kind()][which]
+        Ok((if plain { &k.plain } else { &k.by })[self.cache_kind()][which])
     }
 
     fn attend_prefill(&self, layer: usize, scores: &Scores, sinks: u64) -> Result<(), BackendError> {
-        let d = &self.dims;
+        let (d, shape) = (&self.dims, self.dims.shape(layer));
         let a = self.attn_args(layer, scores, sinks);
-        let keys = if d.head_dim == 256 { 32 } else { 64 };
-        let shared = (64 + 2 * keys) * (d.head_dim + 8) * 2;
-        let f = self.attn_kernel(&a, 1);
-        let grid = |tokens: usize, ranges: usize| {
-            ((tokens * (d.n_heads / d.n_kv_heads)).div_ceil(64) as u32, d.n_kv_heads as u32, ranges as u32)
+        let grid_of = |each: usize, tokens: usize, ranges: usize| {
+            ((tokens * (d.n_heads / shape.heads)).div_ceil(each) as u32, shape.heads as u32, ranges as u32)
         };
+        if !narrow(shape, self.cache_kind()) {
+            return self.attend_wide(&a, shape, 1, grid_of(WIDE_ROWS, self.tokens, 1));
+        }
+        let keys = if shape.dim == 256 { 32 } else { 64 };
+        let shared = (64 + 2 * keys) * (shape.dim + 8) * 2;
+        let f = self.attn_kernel(&a, shape.dim, 1)?;
+        let grid = |tokens: usize, ranges: usize| grid_of(64, tokens, ranges);
         let whole = grid(self.tokens, 1);
         let few_blocks = (whole.0 * whole.1) < self.engine.device.info.multiprocessors;
         // A recording is repeated at other positions.
@@ -84,7 +90,7 @@ impl CudaBackend {
                 out: a.out + from,
                 tokens: part.tokens,
                 width: width as i32,
-                head_dim: d.head_dim as i32,
+                head_dim: shape.dim as i32,
                 pass: a.pass,
                 sinks,
                 window: a.window,
@@ -116,17 +122,21 @@ impl CudaBackend {
 
     /// Keys are divided into ranges at fixed positions, a block each; those beyond the pass's keys end at once.
     fn attend_decode(&mut self, layer: usize, scores: &Scores, sinks: u64) -> Result<(), BackendError> {
-        let d = &self.dims;
-        let tiles = (self.tokens * (d.n_heads / d.n_kv_heads)).div_ceil(16);
-        let ranges = key_ranges(d.n_ctx);
+        let (d, shape) = (&self.dims, self.dims.shape(layer));
+        let rows = self.tokens * (d.n_heads / shape.heads);
+        let ranges = key_ranges(d.n_ctx) as u32;
         let ws = &self.engine.ws;
         let a = AttnArgs { out: ws.partial.addr(), ..self.attn_args(layer, scores, sinks) };
-        let shared = (16 + 2 * 64) * (d.head_dim + 8) * 2;
-        let f = self.attn_kernel(&a, 0);
-        let grid = (tiles as u32, d.n_kv_heads as u32, ranges as u32);
-        // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for all ranges of up to
-        // EXACT_ROWS tokens, and `begin` has checked their number.
-        unsafe { self.engine.launch(f, grid, 128, shared, &a)? };
+        let grid = |each: usize| (rows.div_ceil(each) as u32, shape.heads as u32, ranges);
+        if narrow(shape, self.cache_kind()) {
+            let shared = (16 + 2 * 64) * (shape.dim + 8) * 2;
+            let f = self.attn_kernel(&a, shape.dim, 0)?;
+            // SAFETY: AttnArgs is what attn_decode_* declare; partial results have room for all ranges of up to
+            // EXACT_ROWS tokens, and `begin` has checked their number.
+            unsafe { self.engine.launch(f, grid(16), 128, shared, &a)? };
+        } else {
+            self.attend_wide(&a, shape, 0, grid(WIDE_ROWS))?;
+        }
         let width = self.heads_width();
         let quantises = width.is_multiple_of(32);
         self.waiting.quantised = quantises.then_some(Act::Attn);
@@ -137,7 +147,7 @@ impl CudaBackend {
             q: if quantises { ws.input_q.addr() } else { 0 },
             tokens: self.tokens as i32,
             width: width as i32,
-            head_dim: d.head_dim as i32,
+            head_dim: shape.value_dim() as i32,
             pass: ws.pass.addr(),
             sinks,
             window: a.window,
@@ -148,10 +158,5 @@ impl CudaBackend {
         let f = self.engine.kernels.attn_merge;
         // SAFETY: MergeArgs is what attn_merge declares.
         unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m) }
-    }
-
-    /// Where the kernels of this session's cache stand in their lists.
-    fn cache_kind(&self) -> usize {
-        usize::from(self.dims.kv_type == TensorType::F32)
     }
 }

@@ -8,11 +8,14 @@ mod attention;
 mod driver;
 mod graph;
 mod handover;
+mod heads;
+mod latent;
 mod memory;
 mod modules;
 mod moe;
 mod ops;
 mod product;
+mod recurrent;
 pub mod selftest;
 mod tiling;
 mod transfer;
@@ -30,22 +33,19 @@ pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffe
 pub use transfer::Transfer;
 
 use super::{
-    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RopeKind, RouterParams, Routing,
+    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, KvShape, Linear, Norm, Op, RouterParams, Routing,
     Run, Scores, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
-use args::{ADD, CombineArgs, RopeArgs, RouteArgs, STORE};
+use args::{ADD, CombineArgs, RouteArgs, STORE};
 use driver::{RowsOf, device_error};
 use graph::Recorder;
 use handover::Handover;
-use modules::{HEAD_DIMS, Kernels};
+use modules::Kernels;
 use ops::{Heads, Waiting};
 use product::{Engine, Form, Inputs, Prep, Raw, Rows, Target};
-use workspace::{Workspace, cache_elem_bytes};
-
-/// Heads without attention kernels; see [`HEAD_DIMS`].
-const OTHER_HEADS: &str = "heads of other sizes than 16, 32, 64, 80, 96, 128 and 256 elements";
+use workspace::{Workspace, per_block_at};
 
 /// Runs the operations of a forward pass on one GPU.
 pub struct CudaBackend {
@@ -54,6 +54,8 @@ pub struct CudaBackend {
     engine: Engine,
     dims: Dims,
     tokens: usize,
+    /// Heads of the layer at hand.
+    shape: KvShape,
     /// Position of the pass's first row.
     first_pos: usize,
     /// A block of attention of prompts takes one range of keys where blocks are few. Only the self-test says no.
@@ -97,14 +99,11 @@ impl CudaBackend {
         if let Some(what) = dims.no_kernel {
             return Some(BackendError::Beyond { backend: "cuda", what });
         }
-        if let Some(what) = dims.recurrent.and_then(|r| ops::refuses(&r)) {
+        let recurrent = dims.recurrent.and_then(|r| recurrent::refuses(&r));
+        if let Some(what) = recurrent.or_else(|| heads::refuses(dims)) {
             return Some(BackendError::Beyond { backend: "cuda", what });
         }
-        if !HEAD_DIMS.contains(&dims.head_dim) {
-            return Some(BackendError::Beyond { backend: "cuda", what: OTHER_HEADS });
-        }
-        let cache = matches!(dims.kv_type, TensorType::F16 | TensorType::F32);
-        (!cache).then_some(BackendError::Cache { backend: "cuda", ty: dims.kv_type })
+        (!heads::CACHES.contains(&dims.kv_type)).then_some(BackendError::Cache { backend: "cuda", ty: dims.kv_type })
     }
 
     /// Loads the kernels and allocates every buffer of a session with these sizes.
@@ -112,13 +111,14 @@ impl CudaBackend {
         if let Some(why) = CudaBackend::refuses(dims) {
             return Err(why);
         }
-        let kernels = Kernels::load(device, dims.head_dim)?;
+        let kernels = Kernels::load(device, dims.all_shapes().map(|s| s.dim))?;
         let ws = Workspace::new(device, dims)?;
         let stream = Arc::new(device.stream()?);
         Ok(CudaBackend {
             engine: Engine::new(Arc::clone(device), stream, kernels, ws),
             dims: dims.clone(),
             tokens: 0,
+            shape: dims.shape(0),
             first_pos: 0,
             divide_keys: true,
             row0: 0,
@@ -159,8 +159,9 @@ impl CudaBackend {
         self.engine.ws.attn.addr() + (self.row0 * self.heads_width() * 4) as u64
     }
 
+    /// Elements of a row that attention leaves.
     fn heads_width(&self) -> usize {
-        self.dims.n_heads * self.dims.head_dim
+        self.dims.n_heads * self.shape.value_dim()
     }
 
     fn norm(&self, norm: &Norm, to: Inputs) -> Result<(), BackendError> {
@@ -181,17 +182,24 @@ impl CudaBackend {
         Ok(input)
     }
 
-    /// The first `positions` positions of a page, in all heads of all layers of the cache at `cache`.
-    fn page_rows(&self, cache: u64, page: PageId, positions: usize) -> RowsOf {
+    /// The first `positions` positions of a page in the cache of keys or of values: in all heads of all layers, or layer by layer
+    /// where they differ.
+    fn page_rows(&self, values: bool, page: PageId, positions: usize) -> Vec<RowsOf> {
         let d = &self.dims;
         assert!((page as usize) < d.pages() && positions <= PAGE, "page {page} of {}", d.pages());
-        let each = d.head_dim * cache_elem_bytes(d) as usize;
-        RowsOf {
-            addr: cache + (page as usize * PAGE * each) as u64,
-            width: positions * each,
-            pitch: d.places() * each,
-            rows: d.n_layers * d.n_kv_heads,
+        let mut at = if values { self.engine.ws.v_cache.addr() } else { self.engine.ws.k_cache.addr() };
+        let alike = if d.shapes.is_empty() { d.n_layers } else { 1 };
+        let mut all = Vec::with_capacity(d.n_layers / alike.max(1));
+        for shape in (0..d.n_layers).step_by(alike.max(1)).map(|layer| d.shape(layer)) {
+            if values && shape.of_keys > 0 {
+                continue;
+            }
+            let (each, rows) = (d.kv_bytes(shape.dim), alike * shape.heads);
+            let (addr, pitch) = (at + (page as usize * PAGE * each) as u64, d.places() * each);
+            all.push(RowsOf { addr, width: positions * each, pitch, rows });
+            at += (rows * pitch) as u64;
         }
+        all
     }
 
     /// Brings the pages of the sequence at hand to the GPU, as far as they are not there.
@@ -213,60 +221,27 @@ impl CudaBackend {
         sent
     }
 
+    /// Rows of `cols` elements from host memory, as floats to `out`, by way of the room at `at` of raw rows.
+    fn send_rows(&mut self, rows: &[u8], ty: TensorType, at: u64, cols: usize, out: u64) -> Result<(), BackendError> {
+        let ws = &mut self.engine.ws;
+        let host = ws
+            .rows_host
+            .as_mut_slice()
+            .get_mut(at as usize..at as usize + rows.len())
+            .ok_or_else(|| device_error(format!("{} bytes of embedding rows exceed the buffer", rows.len())))?;
+        host.copy_from_slice(rows);
+        let src = host.as_ptr();
+        let w = Weight { addr: ws.rows.addr() + at, ty, rows: self.tokens, cols };
+        // SAFETY: both buffers hold the rows (checked above for the host's, which is as large as
+        // the device's); the event keeps the host's until the copy is done.
+        unsafe { self.engine.stream.upload(src, w.addr, rows.len())? };
+        self.rows_sent.record(&self.engine.stream)?;
+        self.engine.convert(&w, out, false)
+    }
+
     /// Where kernels read which recurrent state the pass begins with.
     fn state_word(&self) -> u64 {
         self.engine.ws.pass.addr() + 4 * (1 + self.dims.pages()) as u64
-    }
-
-    fn cache_offset(&self, layer: usize) -> u64 {
-        let d = &self.dims;
-        (layer * d.places() * d.n_kv_heads * d.head_dim) as u64 * cache_elem_bytes(d)
-    }
-
-    fn rope_store(&self, layer: usize, heads: &Heads) -> Result<(), BackendError> {
-        let (d, ws) = (&self.dims, &self.engine.ws);
-        let offset = self.cache_offset(layer);
-        let [rope, of_keys] = heads.ropes;
-        if rope != of_keys {
-            return Err(device_error("queries and keys rotate differently"));
-        }
-        let before: usize = d.ropes[..rope.unwrap_or(0)].iter().map(|r| r.freqs.len()).sum();
-        let rope = rope.and_then(|i| d.ropes.get(i));
-        let [q_norm, k_norm] = heads.norms;
-        let when = |n: Option<ops::HeadNorm>| n.map_or(0, |n| 1 + i32::from(n.behind));
-        let (by, every, offset_by) = heads.scale.unwrap_or((0.0, 1.0, 0.0));
-        let a = RopeArgs {
-            q: ws.q.addr(),
-            k: ws.k.addr(),
-            v: ws.v.addr(),
-            q_norm: q_norm.map_or(0, |n| n.weight),
-            k_norm: k_norm.map_or(0, |n| n.weight),
-            freqs: ws.freqs.addr() + 4 * before as u64,
-            pass: ws.pass.addr(),
-            k_cache: ws.k_cache.addr() + offset,
-            v_cache: ws.v_cache.addr() + offset,
-            n_heads: d.n_heads as i32,
-            n_kv_heads: d.n_kv_heads as i32,
-            head_dim: d.head_dim as i32,
-            n_rot: rope.map_or(0, |r| 2 * r.freqs.len() as i32),
-            n_places: d.places() as i32,
-            tokens: self.tokens as i32,
-            neox: i32::from(rope.is_some_and(|r| r.kind == RopeKind::Neox)),
-            cache_f32: i32::from(d.kv_type == TensorType::F32),
-            magnitude: rope.map_or(1.0, |r| r.magnitude),
-            q_eps: q_norm.map_or(0.0, |n| n.eps),
-            k_eps: k_norm.map_or(0.0, |n| n.eps),
-            q_when: when(q_norm),
-            k_when: when(k_norm),
-            by,
-            every,
-            offset: offset_by,
-        };
-        let warps = self.tokens * (d.n_heads + 2 * d.n_kv_heads);
-        let f = self.engine.kernels.rope_store;
-        // SAFETY: RopeArgs is what rope_store declares; `begin` checked the positions against the
-        // cache.
-        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &a) }
     }
 
     /// Brings the choices of a router to the host, and groups them.
@@ -347,6 +322,7 @@ impl Backend for CudaBackend {
         (self.tokens, self.first_pos, self.engine.class) = (run.rows, run.first_pos, run.class);
         self.logits_here = false;
         self.row0 = 0;
+        self.shape = self.dims.shape(0);
         self.waiting = Waiting::default();
         self.send_pages(run.table)?;
         let at = self.engine.ws.pass.addr();
@@ -367,28 +343,29 @@ impl Backend for CudaBackend {
             StateOp::Copy { from, to, positions } => (from, to, positions),
             StateOp::CopyState { from, to } => return self.copy_state(from, to),
         };
-        for cache in [&self.engine.ws.k_cache, &self.engine.ws.v_cache] {
-            let rows = self.page_rows(cache.addr(), from, positions);
-            let to = self.page_rows(cache.addr(), to, positions);
-            // SAFETY: both pages lie in the cache (`page_rows` asserts it) and are not the same one, since one is shared.
-            unsafe { self.engine.stream.copy_rows(rows, to)? };
+        for values in [false, true] {
+            let (from, to) = (self.page_rows(values, from, positions), self.page_rows(values, to, positions));
+            for (from, to) in from.into_iter().zip(to) {
+                // SAFETY: both pages lie in the cache (`page_rows` asserts it) and are not the same one, since one is shared.
+                unsafe { self.engine.stream.copy_rows(from, to)? };
+            }
         }
         Ok(())
     }
 
     fn page_bytes(&self) -> usize {
-        2 * self.page_rows(0, 0, PAGE).bytes()
+        PAGE * self.dims.kv_bytes_before(self.dims.n_layers).iter().sum::<usize>()
     }
 
     fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
         assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
         self.engine.device.bind()?;
-        let half = to.len() / 2;
-        for (cache, to) in [&self.engine.ws.k_cache, &self.engine.ws.v_cache].into_iter().zip(to.chunks_exact_mut(half))
-        {
-            let rows = self.page_rows(cache.addr(), page, PAGE);
+        let mut left = to;
+        for rows in [false, true].into_iter().flat_map(|values| self.page_rows(values, page, PAGE)) {
+            let (part, rest) = left.split_at_mut(rows.bytes());
             // SAFETY: the page lies in the cache; the slice has as many bytes, and the stream is waited for below.
-            unsafe { self.engine.stream.download_rows(rows, to.as_mut_ptr())? };
+            unsafe { self.engine.stream.download_rows(rows, part.as_mut_ptr())? };
+            left = rest;
         }
         self.engine.stream.synchronize()
     }
@@ -396,12 +373,12 @@ impl Backend for CudaBackend {
     fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
         assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
         self.engine.device.bind()?;
-        let half = from.len() / 2;
-        for (cache, from) in [&self.engine.ws.k_cache, &self.engine.ws.v_cache].into_iter().zip(from.chunks_exact(half))
-        {
-            let rows = self.page_rows(cache.addr(), page, PAGE);
+        let mut left = from;
+        for rows in [false, true].into_iter().flat_map(|values| self.page_rows(values, page, PAGE)) {
+            let (part, rest) = left.split_at(rows.bytes());
             // SAFETY: as in `read_page`.
-            unsafe { self.engine.stream.upload_rows(from.as_ptr(), rows)? };
+            unsafe { self.engine.stream.upload_rows(part.as_ptr(), rows)? };
+            left = rest;
         }
         self.engine.stream.synchronize()
     }
@@ -419,20 +396,13 @@ impl Backend for CudaBackend {
 
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
         self.rows_sent.synchronize()?;
-        let ws = &mut self.engine.ws;
-        let host = ws
-            .rows_host
-            .as_mut_slice()
-            .get_mut(..rows.len())
-            .ok_or_else(|| device_error(format!("{} bytes of embedding rows exceed the buffer", rows.len())))?;
-        host.copy_from_slice(rows);
-        let src = host.as_ptr();
-        let w = Weight { addr: ws.rows.addr(), ty, rows: self.tokens, cols: self.dims.n_embd };
-        // SAFETY: both buffers hold the rows (checked above for the host's, which is as large as
-        // the device's); the event keeps the host's until the copy is done.
-        unsafe { self.engine.stream.upload(src, w.addr, rows.len())? };
-        self.rows_sent.record(&self.engine.stream)?;
-        self.engine.convert(&w, self.engine.ws.x.addr(), false)
+        self.send_rows(rows, ty, 0, self.dims.n_embd, self.engine.ws.x.addr())
+    }
+
+    fn embed_per_block(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        // The host's part of the buffer is free: `embed` has waited for what lay there.
+        let (at, to) = (per_block_at(&self.dims), self.engine.ws.acts.per_block.addr());
+        self.send_rows(rows, ty, at, self.dims.n_per_block, to)
     }
 
     fn qkv(
@@ -451,7 +421,7 @@ impl Backend for CudaBackend {
         let ws = &self.engine.ws;
         let targets = [Target::new(q, ws.q.addr()), Target::new(k, ws.k.addr()), Target::new(v, ws.v.addr())];
         self.engine.products(&targets, self.tokens, STORE, input, Rows::default())?;
-        self.rope_store(layer, &Heads::fused([q_norm, k_norm]))
+        self.rope_store(Some(layer), &Heads::fused([q_norm, k_norm]))
     }
 
     fn attend(&mut self, layer: usize) -> Result<(), BackendError> {

@@ -41,6 +41,9 @@ pub(super) const PLAINS: [TensorType; 3] = [TensorType::F32, TensorType::F16, Te
 /// Head sizes with attention kernels.
 pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
 
+/// Most numbers that a state space has for an element, by kernel.
+pub(super) const SCAN_STATES: [usize; 4] = [32, 64, 128, 256];
+
 /// Sizes of delta nets' heads with kernels, and the most inputs that a convolution sees.
 pub(super) const DELTA_DIMS: [usize; 3] = [32, 64, 128];
 pub(super) const TAPS_MAX: usize = 8;
@@ -74,16 +77,17 @@ pub(super) struct Kernels {
     pub gemm_small: Func,
     /// By type in the order of [`QUANTS`]: `thin.cu` for 16 and for 64 tokens a block.
     pub thin: Vec<[Func; 2]>,
-    /// `[f16, f32][decode, prefill]` for the session's head size.
-    pub attn: [[Func; 2]; 2],
-    /// The same with caps of scores, windows and sinks.
-    pub attn_by: [[Func; 2]; 2],
+    /// For the session's heads of sizes among [`HEAD_DIMS`].
+    pub attn: Vec<AttnKernels>,
+    /// `[f16, f32, q8_0][decode, prefill]` for heads of any size.
+    pub wide: [[Func; 2]; 3],
     pub attn_merge: Func,
     pub attn_join: Func,
     pub prep_copy: Func,
     pub prep_norm: Func,
     pub prep_swiglu: Func,
     pub rope_store: Func,
+    pub rope_heads: Func,
     pub route_topk: Func,
     pub combine: Func,
     pub hand_rows: Func,
@@ -93,6 +97,15 @@ pub(super) struct Kernels {
     pub prep_scaled: Func,
     pub acts: Acts,
     pub experts: ExpertKernels,
+}
+
+/// Those of `attn.cu` for heads of one size.
+pub(super) struct AttnKernels {
+    pub head_dim: usize,
+    /// `[f16, f32][decode, prefill]`.
+    pub plain: [[Func; 2]; 2],
+    /// The same with caps of scores, windows and sinks.
+    pub by: [[Func; 2]; 2],
 }
 
 /// Kernels of single operations.
@@ -110,11 +123,23 @@ pub(super) struct Acts {
     pub short_conv: Func,
     /// By [`DELTA_DIMS`].
     pub delta: [Func; 3],
+    pub copy: Func,
+    pub multiply: Func,
+    pub part: Func,
+    pub weigh: Func,
+    pub conv_biased: Func,
+    pub split_groups: Func,
+    pub latent: Func,
+    pub of_heads: Func,
+    /// By [`SCAN_STATES`].
+    pub scan: [Func; 4],
+    pub part_norm: Func,
 }
 
 impl Acts {
     fn load(l: &Loader) -> Result<Acts, BackendError> {
         let get = |name: &str| l.get("acts", name);
+        let mixer = |name: &str| l.get("mixers", name);
         Ok(Acts {
             add: get("act_add")?,
             scale: get("act_scale")?,
@@ -128,6 +153,16 @@ impl Acts {
             conv: get("conv")?,
             short_conv: get("short_conv")?,
             delta: [get("delta_32")?, get("delta_64")?, get("delta_128")?],
+            copy: get("act_copy")?,
+            multiply: get("act_multiply")?,
+            part: get("act_part")?,
+            weigh: get("act_weigh")?,
+            conv_biased: get("conv_biased")?,
+            split_groups: get("split_groups")?,
+            latent: mixer("latent")?,
+            of_heads: mixer("of_heads")?,
+            scan: [mixer("scan_32")?, mixer("scan_64")?, mixer("scan_128")?, mixer("scan_256")?],
+            part_norm: mixer("part_norm")?,
         })
     }
 }
@@ -151,8 +186,8 @@ pub(super) struct ExpertKernels {
 unsafe impl Send for Kernels {}
 
 impl Kernels {
-    /// Loads the kernels for `device`; `head_dim` must be one of [`HEAD_DIMS`].
-    pub fn load(device: &Arc<Device>, head_dim: usize) -> Result<Kernels, BackendError> {
+    /// Loads the kernels for `device`, those of `attn.cu` for heads of the sizes among `head_dims` that they have.
+    pub fn load(device: &Arc<Device>, head_dims: impl Iterator<Item = usize>) -> Result<Kernels, BackendError> {
         device.bind()?;
         let mut loader = Loader::new(device);
         for (unit, _) in embedded::UNITS {
@@ -182,9 +217,18 @@ impl Kernels {
                 Ok([l.get("plain", &format!("plain_{t}_1"))?, l.get("plain", &format!("plain_{t}_8"))?])
             })
             .collect::<Result<_, _>>()?;
-        let attn = |ending: &str| -> Result<[[Func; 2]; 2], BackendError> {
+        let attn_of = |head_dim: usize, ending: &str| -> Result<[[Func; 2]; 2], BackendError> {
             let get = |kind: &str| l.get("attn", &format!("attn_{kind}_{head_dim}{ending}"));
             Ok([[get("decode_f16")?, get("prefill_f16")?], [get("decode_f32")?, get("prefill_f32")?]])
+        };
+        let mut attn: Vec<AttnKernels> = Vec::new();
+        for head_dim in head_dims.filter(|dim| HEAD_DIMS.contains(dim)) {
+            if attn.iter().all(|k| k.head_dim != head_dim) {
+                attn.push(AttnKernels { head_dim, plain: attn_of(head_dim, "")?, by: attn_of(head_dim, "_by")? });
+            }
+        }
+        let wide = |ty: &str| -> Result<[Func; 2], BackendError> {
+            Ok([l.get("wide", &format!("wide_decode_{ty}"))?, l.get("wide", &format!("wide_prefill_{ty}"))?])
         };
         Ok(Kernels {
             device: Arc::clone(device),
@@ -199,14 +243,15 @@ impl Kernels {
                 .iter()
                 .map(|t| Ok([l.get("thin", &format!("thin_{t}_16"))?, l.get("thin", &format!("thin_{t}_64"))?]))
                 .collect::<Result<_, BackendError>>()?,
-            attn: attn("")?,
-            attn_by: attn("_by")?,
+            attn,
+            wide: [wide("f16")?, wide("f32")?, wide("q8")?],
             attn_merge: l.get("attn", "attn_merge")?,
             attn_join: l.get("attn", "attn_join")?,
             prep_copy: l.get("ops", "prep_copy")?,
             prep_norm: l.get("ops", "prep_norm")?,
             prep_swiglu: l.get("ops", "prep_swiglu")?,
             rope_store: l.get("ops", "rope_store")?,
+            rope_heads: l.get("ops", "rope_heads")?,
             route_topk: l.get("ops", "route_topk")?,
             combine: l.get("ops", "combine")?,
             hand_rows: l.get("hand", "hand_rows")?,

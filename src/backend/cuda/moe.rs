@@ -31,7 +31,7 @@ const GATE_UP_BLOCKS: usize = 3;
 /// Most pairs of rows of one of its warps.
 const GATE_UP_EACH: usize = 4;
 /// Rows of a tile of `grouped_*`, and chunks of them that it keeps.
-const TILES: [(usize, usize); 3] = [(16, 3), (48, 2), (64, 3)];
+pub(super) const TILES: [(usize, usize); 3] = [(16, 3), (48, 2), (64, 3)];
 
 /// How exact rows meet one matrix of an expert.
 #[derive(Clone, Copy, Debug)]
@@ -172,7 +172,7 @@ impl Engine {
 }
 
 /// Shared memory of a block of `grouped_*`, by its place in [`TILES`].
-fn tile_bytes(ty: TensorType, size: usize) -> usize {
+pub(super) fn tile_bytes(ty: TensorType, size: usize) -> usize {
     let (rows, chunks) = TILES[size];
     thin_bytes(ty, rows * chunks)
 }
@@ -366,8 +366,8 @@ impl CudaBackend {
                 let sum = Sum { softmax: Some(*params), to: self.x(), how: SumHow::Add, shared: None };
                 self.exact(&resting, table, &sum)
             }
-            (Class::Exact, Routing::By { w, choose, how, sum: (to, add) }) => {
-                self.choose_by(w, *choose, *how)?;
+            (Class::Exact, Routing::By { sum: (to, add), .. }) => {
+                self.choose_by(routing)?;
                 self.waiting.written(*to);
                 let (x, n) = self.act(*to);
                 self.engine.ws.rooms.check("outputs of experts", x, float_bytes(self.tokens, n))?;
@@ -381,7 +381,7 @@ impl CudaBackend {
                         self.score(norm, router, true)?;
                         self.pick(params, self.engine.moe()?.ids.addr())?;
                     }
-                    Routing::By { w, choose, how, .. } => self.choose_by(w, *choose, *how)?,
+                    Routing::By { .. } => self.choose_by(routing)?,
                 }
                 self.grouped(&resting, table)?;
                 self.sum(routing)
@@ -491,7 +491,7 @@ impl CudaBackend {
                 self.score(norm, router, false)?;
                 self.pick(params, self.engine.moe()?.ids.addr())?;
             }
-            Routing::By { w, choose, how, .. } => self.choose_by(w, *choose, *how)?,
+            Routing::By { .. } => self.choose_by(routing)?,
         }
         give(self)?;
         let slots = slots.map(|s| Ok::<_, BackendError>((s, self.slots_of(layer)?))).transpose()?;

@@ -6,15 +6,15 @@
 
 use smallvec::SmallVec;
 
-use super::args::{ADD, ActArgs, ConvArgs, DeltaArgs, RouteByArgs, STORE, States, SumArgs};
+use super::args::{ADD, ActArgs, RouteByArgs, STORE, SumArgs};
 use super::driver::device_error;
-use super::modules::{DELTA_DIMS, Func, TAPS_MAX};
+use super::modules::Func;
 use super::product::{Form, Inputs, Prep, Raw, Rows, Target, form};
 use super::workspace::float_bytes;
 use super::{CudaBackend, no_experts};
 use crate::backend::{
-    Act, Activation, Backend, BackendError, Class, DeltaNet, Gating, Linear, Mask, Norm, NormKind, NormOf, Op,
-    Recurrent, Router, Scores, Weight,
+    Act, Activation, Backend, BackendError, Class, Gating, Linear, Mask, Norm, NormKind, NormOf, Op, Router, Routing,
+    Weight,
 };
 use crate::gguf::TensorType;
 
@@ -81,6 +81,8 @@ pub(super) struct Heads {
     pub ropes: [Option<usize>; 2],
     /// [`Op::ScaleByPosition`] of queries: by, every, offset.
     pub scale: Option<(f32, f32, f32)>,
+    /// Added to the mean of squares in the norm of values, which has no weight, where there is one.
+    pub values: Option<f32>,
 }
 
 /// RMS norm of each head.
@@ -97,11 +99,11 @@ impl Heads {
     /// Those of [`crate::backend::Backend::qkv`].
     pub fn fused(norms: [Option<&Norm>; 2]) -> Heads {
         let norm = |n: &Norm| HeadNorm { weight: n.weight.addr, eps: n.eps, behind: false };
-        Heads { norms: norms.map(|n| n.map(norm)), ropes: [Some(0); 2], scale: None }
+        Heads { norms: norms.map(|n| n.map(norm)), ropes: [Some(0); 2], scale: None, values: None }
     }
 
-    fn is_empty(&self) -> bool {
-        matches!(self, Heads { norms: [None, None], ropes: [None, None], scale: None })
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Heads { norms: [None, None], ropes: [None, None], scale: None, values: None })
     }
 }
 
@@ -134,10 +136,13 @@ impl CudaBackend {
     pub fn can<W>(op: &Op<W>) -> bool {
         match op {
             Op::HeadNorm { act: Act::Q | Act::K, norm } => norm.kind == NormKind::Rms && norm.bias.is_none(),
-            Op::HeadNorm { .. } | Op::Shape(_) | Op::Copy { .. } | Op::Multiply { .. } => false,
-            Op::TakePart { .. } | Op::WeighExperts { .. } | Op::SplitGroups | Op::Join => false,
-            Op::Latent(_) | Op::OfLatent { .. } | Op::Scan(_) | Op::Conv { bias: Some(_), .. } => false,
-            Op::Combine { to, .. } => matches!(to, Act::X | Act::Out),
+            Op::HeadNorm { act: Act::V, norm } => {
+                norm.kind == NormKind::Rms && norm.weight.is_none() && norm.bias.is_none()
+            }
+            Op::HeadNorm { act, norm } => *act == Act::Mix && norm.weight.is_some(),
+            Op::Scan(s) => s.norm.kind == NormKind::Rms && s.norm.bias.is_none(),
+            Op::Join => false,
+            Op::Combine { to, .. } => matches!(to, Act::X | Act::Out | Act::H),
             Op::Rope { act, .. } => matches!(act, Act::Q | Act::K),
             Op::ScaleByPosition { act, .. } => *act == Act::Q,
             _ => true,
@@ -153,13 +158,22 @@ impl CudaBackend {
             }
             _ => self.settle()?,
         }
-        let of_heads =
-            matches!(op, Op::HeadNorm { .. } | Op::Rope { .. } | Op::ScaleByPosition { .. } | Op::Store { .. });
+        let of_heads = matches!(
+            op,
+            Op::HeadNorm { act: Act::Q | Act::K | Act::V, .. }
+                | Op::Rope { .. }
+                | Op::ScaleByPosition { .. }
+                | Op::Store { .. }
+                | Op::Attend { .. }
+        );
         if !of_heads && !self.waiting.heads.is_empty() {
             return Err(device_error("queries and keys that were normed or rotated were not stored"));
         }
         match *op {
             Op::Norm { to, from, norm } => self.norm_act(to, from, norm)?,
+            Op::Shape(shape) => self.shape = shape,
+            Op::HeadNorm { act: Act::Mix, norm } => self.norm_parts(norm)?,
+            Op::HeadNorm { act: Act::V, norm } => self.waiting.heads.values = Some(norm.eps),
             Op::HeadNorm { act, norm } => {
                 let i = usize::from(act == Act::K);
                 let behind = self.waiting.heads.ropes[i].is_some();
@@ -188,9 +202,18 @@ impl CudaBackend {
             }
             Op::Store { layer } => {
                 let heads = std::mem::take(&mut self.waiting.heads);
-                self.rope_store(layer, &heads)?;
+                self.rope_store(Some(layer), &heads)?;
             }
-            Op::Attend { layer, scores, sinks } => self.attend_by(layer, &scores, sinks.map_or(0, |w| w.addr))?,
+            Op::Attend { layer, scores, sinks } => {
+                let heads = std::mem::take(&mut self.waiting.heads);
+                if !heads.is_empty() {
+                    // Keys and values are those of an earlier block.
+                    self.rope_store(None, &heads)?;
+                    self.waiting.written(Act::Q);
+                }
+                self.waiting.written(Act::Attn);
+                self.attend_scores(layer, &scores, sinks.map_or(0, |w| w.addr))?;
+            }
             Op::Keep => {}
             Op::Add { to, from } => {
                 let (x, width) = self.act(to);
@@ -216,22 +239,29 @@ impl CudaBackend {
                 self.wait_for_choices()?;
             }
             Op::Combine { to, add } => self.sum_experts(to, add)?,
-            Op::Shape(_)
-            | Op::Copy { .. }
-            | Op::Multiply { .. }
-            | Op::TakePart { .. }
-            | Op::SplitGroups
-            | Op::Latent(_)
-            | Op::Scan(_)
-            | Op::OfLatent { .. }
-            | Op::Join
-            | Op::WeighExperts { .. } => {
-                return Err(BackendError::Beyond { backend: "cuda", what: op.what() });
+            Op::Copy { to, from } => {
+                let (x, width) = self.act(to);
+                self.each_of(self.engine.kernels.acts.copy, x, self.act(from).0, (self.tokens, width), 0)?;
             }
+            Op::Multiply { act, by } => {
+                let (x, width) = self.act(act);
+                self.each_of(self.engine.kernels.acts.multiply, x, by.addr, (self.tokens, width), by.cols)?;
+            }
+            Op::TakePart { part, width } => {
+                let (from, all) = self.act(Act::PerBlock);
+                let (up, from) = (self.act(Act::Up).0, from + float_bytes(1, part * width));
+                self.each_of(self.engine.kernels.acts.part, up, from, (self.tokens, width), all)?;
+            }
+            Op::WeighExperts { by } => self.weigh_experts(by)?,
+            Op::SplitGroups => self.split_groups()?,
+            Op::Latent(ref l) => self.latent(l)?,
+            Op::OfLatent { width, w } => self.of_latent(width, w)?,
+            Op::Scan(ref s) => self.scan(s)?,
+            Op::Join => return Err(BackendError::Beyond { backend: "cuda", what: op.what() }),
             Op::Outputs => self.check_outputs()?,
             Op::Head { ref w, first_row, scale, cap } => self.head_by(w, first_row, scale, cap)?,
-            Op::Conv { state, w, .. } => self.convolve(state, w, false)?,
-            Op::ShortConv { state, w } => self.convolve(state, w, true)?,
+            Op::Conv { state, w, bias } => self.convolve(state, w, bias, false)?,
+            Op::ShortConv { state, w } => self.convolve(state, w, None, true)?,
             Op::DeltaNet(ref net) => self.delta_net(net)?,
             // Above.
             Op::Linear { .. } => {}
@@ -245,15 +275,15 @@ impl CudaBackend {
     /// Where the rows at hand begin, and how wide they are. Hidden states and numbers of heads are as wide as their
     /// products say.
     pub(super) fn act(&self, act: Act) -> (u64, usize) {
-        let (d, ws) = (&self.dims, &self.engine.ws);
-        let (n_embd, heads) = (d.n_embd, self.heads_width());
+        let (d, ws, shape) = (&self.dims, &self.engine.ws, self.shape);
+        let (n_embd, kv) = (d.n_embd, shape.heads * shape.dim);
         match act {
             Act::X => (self.x(), n_embd),
             Act::H => (ws.norm_f.addr() + (self.waiting.h_row0 * n_embd * 4) as u64, n_embd),
-            Act::Q => (ws.q.addr(), heads),
-            Act::K => (ws.k.addr(), d.n_kv_heads * d.head_dim),
-            Act::V => (ws.v.addr(), d.n_kv_heads * d.head_dim),
-            Act::Attn => (self.attn(), heads),
+            Act::Q => (ws.q.addr(), d.n_heads * shape.dim),
+            Act::K => (ws.k.addr(), kv),
+            Act::V => (ws.v.addr(), kv),
+            Act::Attn => (self.attn(), self.heads_width()),
             Act::Hidden => (ws.gate.addr(), 0),
             Act::Up => (ws.up.addr(), 0),
             Act::Out => (ws.acts.out.addr(), n_embd),
@@ -261,8 +291,7 @@ impl CudaBackend {
             Act::Gates => (ws.acts.gates.addr(), d.n_attn),
             Act::Beta => (ws.acts.beta.addr(), 0),
             Act::Alpha => (ws.acts.alpha.addr(), 0),
-            // Whatever has such is refused ([`CudaBackend::can`]).
-            Act::PerBlock => (0, 0),
+            Act::PerBlock => (ws.acts.per_block.addr() + float_bytes(self.row0, d.n_per_block), d.n_per_block),
         }
     }
 
@@ -279,6 +308,19 @@ impl CudaBackend {
         let blocks = (self.tokens * width).div_ceil(256) as u32;
         // SAFETY: ActArgs is what act_* declare; there is room for the rows, as checked above.
         unsafe { self.engine.launch(f, (blocks, 1, 1), 256, 0, &a) }
+    }
+
+    /// Launches a kernel of one thread an element of `rows` × `width` floats at `x`, of which `y` is the other operand; `each` is the
+    /// kernel's.
+    ///
+    /// # Errors
+    /// If there is no room for these rows.
+    pub(super) fn each_of(&self, f: Func, x: u64, y: u64, (rows, width): (usize, usize), each: usize) -> Result {
+        self.engine.ws.rooms.check("activations", x, float_bytes(rows, width))?;
+        let pass = self.engine.ws.pass.addr();
+        let a = ActArgs { x, y, pass, rows: rows as i32, n: width as i32, each: each as i32, ..ActArgs::default() };
+        // SAFETY: ActArgs is what act_* declare; there is room for the rows, as checked above.
+        unsafe { self.engine.launch(f, ((rows * width).div_ceil(256) as u32, 1, 1), 256, 0, &a) }
     }
 
     /// The rows of `from` in the forms that weights of these types take.
@@ -401,11 +443,16 @@ impl CudaBackend {
 
     /// Norms of any kind. H comes in floats and in the form that products of the class read.
     fn norm_act(&mut self, to: Act, from: Act, norm: NormOf<Weight>) -> Result {
-        let norm = norm.map(&mut |w: Weight| w.addr);
         let (x, width) = self.act(from);
+        // Hidden states are as wide as their norm.
+        let width = norm.weight.map_or(width, |w| w.cols);
+        let norm = norm.map(&mut |w: Weight| w.addr);
         let mut forms = Inputs::default();
         if to == Act::H {
             (self.waiting.h_row0, self.waiting.h_there) = (0, true);
+        }
+        // Forms beside floats would be made of what has been written in place.
+        if to == Act::H && from != Act::H {
             match self.engine.class {
                 Class::Exact if width.is_multiple_of(32) => forms.q = self.engine.ws.input_q.addr(),
                 Class::Exact => {}
@@ -422,6 +469,15 @@ impl CudaBackend {
             self.waiting.halves = Some(to);
         }
         Ok(())
+    }
+
+    /// The norm of each part of Mix that is as wide as the norm.
+    fn norm_parts(&mut self, norm: NormOf<Weight>) -> Result {
+        let (x, width) = self.act(Act::Mix);
+        let n = norm.weight.map_or(width, |w| w.cols);
+        let norm = norm.map(&mut |w: Weight| w.addr);
+        let forms = Inputs { f: x, ..Inputs::default() };
+        self.engine.prepare(Prep::Norms(norm), x, 0, n, self.tokens * (width / n), forms)
     }
 
     /// `norm(X)` as H, in floats too, and in the forms that weights of these types want.
@@ -446,13 +502,8 @@ impl CudaBackend {
     fn split_heads(&self) -> Result {
         let (x, width) = self.act(Act::Q);
         let (y, z) = (self.act(Act::Mix).0, self.act(Act::Gates).0);
-        let a = ActArgs { x, y, z, each: self.dims.head_dim as i32, ..ActArgs::default() };
+        let a = ActArgs { x, y, z, each: self.shape.dim as i32, ..ActArgs::default() };
         self.each_element(self.engine.kernels.acts.split, a, width)
-    }
-
-    fn attend_by(&mut self, layer: usize, scores: &Scores, sinks: u64) -> Result {
-        self.waiting.written(Act::Attn);
-        self.attend_scores(layer, scores, sinks)
     }
 
     fn route_by(&mut self, w: &Linear, choose: Option<Weight>, how: Router) -> Result {
@@ -500,13 +551,29 @@ impl CudaBackend {
         unsafe { self.engine.launch(f, (self.tokens as u32, 1, 1), 32, shared, &a) }
     }
 
+    fn weigh_experts(&self, by: Weight) -> Result {
+        let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
+        let (x, z) = (moe.weights.addr(), moe.ids.addr());
+        let a = ActArgs { x, y: by.addr, z, ..ActArgs::default() };
+        self.each_element(self.engine.kernels.acts.weigh, a, self.dims.n_experts_used)
+    }
+
     /// The choices of a router of any kind to the workspace, with what experts read in the forms that the kernels of `moe.cu` want.
-    pub(super) fn choose_by(&mut self, w: &Linear, choose: Option<Weight>, how: Router) -> Result {
+    pub(super) fn choose_by(&mut self, routing: &Routing) -> Result {
+        let Routing::By { ref w, choose, how, weigh, reads, .. } = *routing else {
+            return Err(device_error("a router that norms its input itself"));
+        };
         if how.on_input {
             return Err(device_error("experts that are held, and whose inputs are weighed"));
         }
         self.settle()?;
         self.route_by(w, choose, how)?;
+        if let Some(by) = weigh {
+            self.weigh_experts(by)?;
+        }
+        if let Some(norm) = reads {
+            self.norm_act(Act::H, Act::X, norm)?;
+        }
         if self.engine.class == Class::Bulk && self.waiting.halves != Some(Act::H) {
             let (x, n) = self.act(Act::H);
             let h = self.engine.ws.halves.addr();
@@ -572,95 +639,6 @@ impl CudaBackend {
     }
 }
 
-/// Recurrences.
-impl CudaBackend {
-    pub(super) fn copy_state(&self, from: u32, to: u32) -> Result {
-        let bytes = self.dims.recurrent.map_or(0, |r| 4 * r.floats() as u64);
-        let at = |state: u32| self.engine.ws.acts.states.addr() + u64::from(state) * bytes;
-        self.engine.ws.rooms.check("a recurrent state", at(from), bytes)?;
-        self.engine.ws.rooms.check("a recurrent state", at(to), bytes)?;
-        // SAFETY: both copies lie in the buffer, as checked above, and are not the same one, since nobody reads `to` yet.
-        unsafe { self.engine.stream.copy(at(from), at(to), bytes as usize) }
-    }
-
-    /// The states as kernels of a layer see them, `inner` floats behind the beginning of its part.
-    fn states(&self, sizes: &Recurrent, layer: usize, inner: usize) -> States {
-        let ws = &self.engine.ws;
-        States {
-            all: ws.acts.states.addr(),
-            pass: ws.pass.addr(),
-            state: self.state_word(),
-            floats: sizes.floats() as i32,
-            offset: (layer * (sizes.inputs() + sizes.matrices()) + inner) as i32,
-        }
-    }
-
-    fn convolve(&mut self, layer: usize, w: Weight, short: bool) -> Result {
-        let sizes = self.dims.recurrent.ok_or_else(no_state)?;
-        let (mix, out) = (self.act(Act::Mix).0, self.act(Act::Attn).0);
-        let (channels, rooms) = (sizes.channels, &self.engine.ws.rooms);
-        let written = if short { out } else { mix };
-        rooms.check("a convolution", written, float_bytes(self.tokens, channels))?;
-        let a = ConvArgs {
-            states: self.states(&sizes, layer, 0),
-            mix,
-            out,
-            w: w.addr,
-            rows: self.tokens as i32,
-            channels: channels as i32,
-            taps: sizes.taps as i32,
-        };
-        let acts = &self.engine.kernels.acts;
-        let f = if short { acts.short_conv } else { acts.conv };
-        // SAFETY: ConvArgs is what the kernels declare; `refuses` has checked the number of inputs, `begin` the state's
-        // number, and the room for results is checked above.
-        unsafe { self.engine.launch(f, (channels.div_ceil(128) as u32, 1, 1), 128, 0, &a) }
-    }
-
-    fn delta_net(&mut self, net: &DeltaNet<Weight>) -> Result {
-        let sizes = self.dims.recurrent.ok_or_else(no_state)?;
-        let (dim, heads) = (sizes.dim, sizes.n_values);
-        let kernel = DELTA_DIMS.iter().position(|d| *d == dim).ok_or_else(no_state)?;
-        let (beta, alpha, out) = (self.act(Act::Beta).0, self.act(Act::Alpha).0, self.act(Act::Attn).0);
-        self.engine.ws.rooms.check("a delta net", out, float_bytes(self.tokens, heads * dim))?;
-        let a = DeltaArgs {
-            states: self.states(&sizes, net.state, sizes.inputs()),
-            mix: self.act(Act::Mix).0,
-            beta,
-            alpha: if net.tiled { alpha } else { beta },
-            gates: self.act(Act::Gates).0,
-            out,
-            decay: net.decay.addr,
-            bias: net.bias.addr,
-            norm: net.norm.weight.map_or(0, |w| w.addr),
-            rows: self.tokens as i32,
-            channels: sizes.channels as i32,
-            n_keys: sizes.n_keys as i32,
-            n_values: heads as i32,
-            each: if net.tiled { heads } else { 2 * heads } as i32,
-            tiled: i32::from(net.tiled),
-            eps: net.norm.eps,
-        };
-        let f = self.engine.kernels.acts.delta[kernel];
-        // SAFETY: DeltaArgs is what delta_* declare; `begin` has checked the state's number, and the room for results is
-        // checked above.
-        unsafe { self.engine.launch(f, (heads as u32, 1, 1), 4 * dim as u32, 0, &a) }
-    }
-}
-
-fn no_state() -> BackendError {
-    device_error("the model has no such recurrence")
-}
-
-/// What of a model's recurrences has no kernel.
-pub(super) fn refuses(r: &Recurrent) -> Option<&'static str> {
-    if r.taps > TAPS_MAX {
-        return Some("convolutions of more than 8 inputs");
-    }
-    let delta = r.n_values > 0 && !DELTA_DIMS.contains(&r.dim);
-    delta.then_some("delta nets with heads of other sizes than 32, 64 and 128 elements")
-}
-
 /// What an operation writes whose forms may lie somewhere; those that are written by functions above say it themselves.
 fn writes(op: &Op<Weight>) -> Option<Act> {
     match *op {
@@ -670,17 +648,21 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
         Op::GateAttn => Some(Act::Attn),
         Op::GateOut => Some(Act::Out),
         Op::SplitHeads | Op::Store { .. } => Some(Act::Q),
-        Op::Conv { .. } => Some(Act::Mix),
-        Op::ShortConv { .. } | Op::DeltaNet(_) => Some(Act::Attn),
+        Op::Conv { .. } | Op::SplitGroups | Op::OfLatent { .. } | Op::HeadNorm { act: Act::Mix, .. } => Some(Act::Mix),
+        Op::Copy { to, .. } => Some(to),
+        Op::Multiply { act, .. } => Some(act),
+        Op::TakePart { .. } => Some(Act::Up),
+        Op::Latent(_) => Some(Act::Q),
+        Op::ShortConv { .. } | Op::DeltaNet(_) | Op::Scan(_) => Some(Act::Attn),
         _ => None,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::modules::TAPS_MAX;
     use super::super::product::activation;
     use super::*;
-    use crate::backend::KvShape;
 
     /// Guards against a router or an activation that the two sides number differently.
     #[test]
@@ -708,13 +690,8 @@ mod tests {
         let layer = NormOf { kind: NormKind::Layer, ..plain };
         assert!(!CudaBackend::can(&Op::HeadNorm { act: Act::Q, norm: layer }));
         assert!(!CudaBackend::can(&Op::<usize>::ScaleByPosition { act: Act::K, by: 1.0, every: 1.0, offset: 0.0 }));
-        let shape = KvShape::new(1, 32);
-        assert!(!CudaBackend::can(&Op::<usize>::Shape(shape)) && !CudaBackend::can(&Op::WeighExperts { by: 0 }));
-        assert!(!CudaBackend::can(&Op::<usize>::Combine { to: Act::H, add: false }));
-        let sizes =
-            Recurrent { layers: 1, sequences: 1, taps: 4, channels: 512, n_keys: 1, n_values: 2, dim: 128, state: 128 };
-        assert_eq!(refuses(&sizes), None);
-        assert!(refuses(&Recurrent { dim: 48, ..sizes }).is_some_and(|what| what.contains("delta nets")));
-        assert!(refuses(&Recurrent { taps: 9, ..sizes }).is_some_and(|what| what.contains("convolutions")));
+        assert!(!CudaBackend::can(&Op::<usize>::Join));
+        assert!(!CudaBackend::can(&Op::HeadNorm { act: Act::V, norm: NormOf { weight: Some(0), ..plain } }));
+        assert!(!CudaBackend::can(&Op::<usize>::Combine { to: Act::Q, add: false }));
     }
 }

@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use super::args::XBLK_BYTES;
 use super::driver::{Device, DeviceBuffer, PinnedBuffer};
-use crate::backend::{BackendError, Dims, EXACT_ROWS};
-use crate::gguf::TensorType;
+use crate::backend::{BackendError, Dims, EXACT_ROWS, KvShape};
 
 /// Ranges into which the decoding kernels of attention divide `keys` keys, as `range_begin` of `kernels/attn.cu` lays
 /// them out: 32 of 64 keys, then 16 of each size twice that before.
@@ -90,6 +89,7 @@ pub(super) struct Workspace {
     pub scratch: DeviceBuffer,
     pub partial: DeviceBuffer,
     pub partial_ml: DeviceBuffer,
+    /// Layer by layer; each as large as its heads.
     pub k_cache: DeviceBuffer,
     pub v_cache: DeviceBuffer,
     pub freqs: DeviceBuffer,
@@ -98,7 +98,7 @@ pub(super) struct Workspace {
     pub pass: DeviceBuffer,
     pub logits: DeviceBuffer,
     pub logits_host: PinnedBuffer<f32>,
-    /// Raw rows of the embedding on their way in.
+    /// Raw rows of the embedding on their way in, and behind [`per_block_at`] those of what each block is given.
     pub rows: DeviceBuffer,
     pub rows_host: PinnedBuffer<u8>,
     pub moe: Option<MoeBuffers>,
@@ -115,21 +115,42 @@ pub(super) struct ActBuffers {
     pub alpha: DeviceBuffer,
     /// Recurrent states: `[state][layer]`, the last inputs of convolutions and then the heads' matrices.
     pub states: DeviceBuffer,
+    /// What each block is given beside X.
+    pub per_block: DeviceBuffer,
+    /// Heads of latent vectors as `of_heads` of `kernels/mixers.cu` lists them: addresses, tiles, rows.
+    pub lists: DeviceBuffer,
+}
+
+/// Where rows of what each block is given begin among raw rows: behind those of the embedding.
+pub(super) fn per_block_at(d: &Dims) -> u64 {
+    float_bytes(d.max_batch, d.n_embd).next_multiple_of(256)
+}
+
+/// Words of the addresses of the matrices of all heads, of tiles of 16 rows, and of rows by head; 0 without latent vectors.
+pub(super) fn head_lists(d: &Dims) -> [usize; 3] {
+    if d.value_of_latent == 0 {
+        return [0; 3];
+    }
+    // Each list begins at a multiple of four words.
+    [12 * d.n_heads, 3 * d.n_heads * d.max_batch.div_ceil(16), d.n_heads * d.max_batch].map(|n| n.next_multiple_of(4))
 }
 
 impl ActBuffers {
-    /// Bytes of outputs, Mix, Gates, Beta, Alpha and states.
-    fn sizes(d: &Dims) -> [u64; 6] {
+    /// Bytes of outputs, Mix, Gates, Beta, Alpha, states, what blocks are given and lists.
+    fn sizes(d: &Dims) -> [u64; 8] {
         let batch = d.max_batch;
         let rows = |wanted: bool, width| if wanted { float_bytes(batch, width) } else { 0 };
         let mixes = d.n_mix > 0;
         let numbers = rows(mixes, d.recurrent.map_or(1, |r| 2 * r.n_values.max(1)));
         let states = d.recurrent.map_or(0, |r| float_bytes(2 * r.sequences, r.floats()));
-        [rows(d.beyond.is_some(), d.n_embd), rows(mixes, d.n_mix), rows(mixes, d.n_attn), numbers, numbers, states]
+        let lists = float_bytes(1, head_lists(d).iter().sum());
+        let per_block = float_bytes(batch, d.n_per_block);
+        let [mix, gates] = [d.n_mix, d.n_attn].map(|width| rows(mixes, width));
+        [rows(d.beyond.is_some(), d.n_embd), mix, gates, numbers, numbers, states, per_block, lists]
     }
 
     fn new(device: &Arc<Device>, d: &Dims) -> Result<ActBuffers, BackendError> {
-        let [out, mix, gates, beta, alpha, states] = ActBuffers::sizes(d);
+        let [out, mix, gates, beta, alpha, states, per_block, lists] = ActBuffers::sizes(d);
         Ok(ActBuffers {
             out: device.alloc(out, "outputs of parts")?,
             mix: device.alloc(mix, "activations")?,
@@ -137,11 +158,13 @@ impl ActBuffers {
             beta: device.alloc(beta, "gates")?,
             alpha: device.alloc(alpha, "gates")?,
             states: device.alloc(states, "recurrent states")?,
+            per_block: device.alloc(per_block, "embeddings for each block")?,
+            lists: device.alloc(lists, "heads of latent vectors")?,
         })
     }
 
-    fn all(&self) -> [&DeviceBuffer; 6] {
-        [&self.out, &self.mix, &self.gates, &self.beta, &self.alpha, &self.states]
+    fn all(&self) -> [&DeviceBuffer; 8] {
+        [&self.out, &self.mix, &self.gates, &self.beta, &self.alpha, &self.states, &self.per_block, &self.lists]
     }
 }
 
@@ -183,7 +206,8 @@ struct Sizes {
     scratch: u64,
     partial: u64,
     partial_ml: u64,
-    cache: u64,
+    /// Of keys and of values.
+    cache: [u64; 2],
     freqs: u64,
     pass: u64,
     logits: u64,
@@ -193,8 +217,15 @@ struct Sizes {
 impl Sizes {
     fn new(d: &Dims, multiprocessors: usize) -> Sizes {
         let batch = d.max_batch;
-        let heads = d.n_heads * d.head_dim;
-        let kv = d.n_kv_heads * d.head_dim;
+        let most = |of: fn(KvShape) -> usize| d.all_shapes().map(of).max().unwrap_or(0);
+        let heads = d.n_heads * most(|s| s.dim);
+        let kv = most(|s| s.heads * s.dim);
+        // Latent vectors are made of a part of each head of Mix by itself.
+        let of_heads = match d.value_of_latent {
+            0 => 0,
+            _ => half_bytes(batch * d.n_heads, most(KvShape::value_dim).max(d.n_mix / d.n_heads.max(1))),
+        };
+        let still = if of_heads > 0 { d.n_mix } else { 0 };
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
         // All choices of a pass are computed at once where the experts rest.
         let pairs = batch.saturating_mul(d.n_experts_used);
@@ -205,21 +236,24 @@ impl Sizes {
         Sizes {
             x: float_bytes(batch, d.n_embd),
             q: float_bytes(batch, heads),
-            attn: float_bytes(batch, heads.max(d.n_attn)),
+            attn: float_bytes(batch, heads.max(d.n_attn).max(still)),
             kv: float_bytes(batch, kv),
             ff: float_bytes(batch, ff).max(float_bytes(pairs, d.n_ff_expert)),
             norm_f: float_bytes(batch, d.n_embd).max(float_bytes(few, wide)),
             quants: quant_bytes(few, wide),
-            halves: half_bytes(batch, wide).max(half_bytes(pairs, d.n_ff_expert)),
-            halves_scale: float_bytes(batch.max(pairs), 1),
+            halves: half_bytes(batch, wide).max(half_bytes(pairs, d.n_ff_expert)).max(of_heads),
+            halves_scale: float_bytes(batch.max(pairs).max(if of_heads > 0 { batch * d.n_heads } else { 0 }), 1),
             scratch: half_bytes(tile_rows, wide).clamp(least, most).max(half_bytes(128, wide)),
             partial: float_bytes(few * key_ranges(d.n_ctx), heads),
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
-            cache: ((d.n_layers * kv) as u64).saturating_mul(d.places() as u64).saturating_mul(cache_elem_bytes(d)),
+            cache: d.kv_bytes_before(d.n_layers).map(|bytes| (bytes as u64).saturating_mul(d.places() as u64)),
             freqs: float_bytes(1, d.ropes.iter().map(|r| r.freqs.len()).sum::<usize>().max(1)),
             pass: float_bytes(1, 2 + d.pages()),
             logits: float_bytes(d.max_outputs, d.n_vocab),
-            rows: float_bytes(batch, d.n_embd),
+            rows: match d.n_per_block {
+                0 => float_bytes(batch, d.n_embd),
+                n => per_block_at(d).saturating_add(float_bytes(batch, n)),
+            },
         }
     }
 
@@ -240,8 +274,12 @@ impl Sizes {
             self.logits,
             self.rows,
         ];
-        let pairs = [self.kv, self.ff, self.quants, self.cache];
-        once.iter().chain(&pairs).chain(&pairs).fold(0, |sum, bytes| u64::saturating_add(sum, *bytes))
+        let pairs = [self.kv, self.ff, self.quants];
+        once.iter()
+            .chain(&self.cache)
+            .chain(&pairs)
+            .chain(&pairs)
+            .fold(0, |sum, bytes| u64::saturating_add(sum, *bytes))
     }
 }
 
@@ -280,8 +318,8 @@ impl Workspace {
             scratch: device.alloc(s.scratch, "weights as halves")?,
             partial: device.alloc(s.partial, "attention partial sums")?,
             partial_ml: device.alloc(s.partial_ml, "attention partial sums")?,
-            k_cache: device.alloc(s.cache, "KV cache")?,
-            v_cache: device.alloc(s.cache, "KV cache")?,
+            k_cache: device.alloc(s.cache[0], "KV cache")?,
+            v_cache: device.alloc(s.cache[1], "KV cache")?,
             freqs,
             pass,
             logits: device.alloc(s.logits, "logits")?,
@@ -336,11 +374,6 @@ impl Workspace {
 /// Most tiles of `each` rows into which the rows of `pairs` choices fall by expert.
 pub(super) fn tiles_most(pairs: usize, experts: usize, each: usize) -> usize {
     pairs.min(pairs / each + experts)
-}
-
-/// Bytes of one element of the KV cache.
-pub(super) fn cache_elem_bytes(d: &Dims) -> u64 {
-    if d.kv_type == TensorType::F32 { 4 } else { 2 }
 }
 
 /// The slot of an expert that has none.

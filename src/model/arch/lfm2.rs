@@ -50,7 +50,17 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     }
     let taps = keys.required(TAPS, 64)?;
     let channels = h.n_embd;
-    h.recurrent = Some(Recurrent { layers: 0, sequences: 0, taps, channels, n_keys: 0, n_values: 0, dim: 0, state: 0 });
+    h.recurrent = Some(Recurrent {
+        layers: 0,
+        sequences: 0,
+        taps,
+        channels,
+        n_keys: 0,
+        n_values: 0,
+        dim: 0,
+        state: 0,
+        scans: false,
+    });
     Ok(())
 }
 

@@ -70,7 +70,8 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     let state = keys.required(STATE, limit::HEAD_DIM)?;
     let (taps, channels) = (keys.required(TAPS, 64)?, inner + 2 * n_keys * state);
     let dim = inner / n_values;
-    h.recurrent = Some(Recurrent { layers: 0, sequences: 0, taps, channels, n_keys, n_values, dim, state });
+    h.recurrent =
+        Some(Recurrent { layers: 0, sequences: 0, taps, channels, n_keys, n_values, dim, state, scans: true });
     Ok(())
 }
 

@@ -60,6 +60,7 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
         n_values: keys.required("ssm.time_step_rank", limit::HEADS)?,
         dim,
         state: dim,
+        scans: false,
     };
     let r = Recurrent { channels: (2 * r.n_keys + r.n_values) * dim, ..r };
     if !r.n_values.is_multiple_of(r.n_keys) {

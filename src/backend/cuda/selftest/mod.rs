@@ -91,6 +91,12 @@ pub fn selftest(device: &Arc<Device>, part: (usize, usize), out: &mut dyn Write)
     Ok(failed)
 }
 
+/// Sizes of a session for tests.
+#[cfg(test)]
+pub(super) fn sizes() -> Dims {
+    product_dims()
+}
+
 fn product_dims() -> Dims {
     Dims {
         n_layers: 1,

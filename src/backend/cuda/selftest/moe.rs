@@ -139,11 +139,22 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
             let norm = NormOf { kind: NormKind::Rms, weight: Some(weight.weight), bias: None, eps: 1e-5 };
             g.op(&Op::Norm { to: Act::H, from: Act::X, norm })?;
             let (w, add) = (Linear { weight: router.weight, bias: None }, by.to == Act::X);
+            // Experts with scales of their own, which read something else than the router.
+            let apart = by.how == Activation::Gelu;
+            if apart {
+                g.op(&Op::Scale { act: Act::H, by: 0.5 })?;
+            }
             if held {
-                g.mixture(1, &Routing::By { w, choose, how: by.router, sum: (by.to, add) })?;
+                let (weigh, reads) = (choose.filter(|_| apart), apart.then_some(norm));
+                let (how, sum) = (by.router, (by.to, add));
+                g.mixture(1, &Routing::By { w, choose, how, weigh, reads, sum })?;
             } else {
                 g.op(&Op::Route { w, choose, how: by.router })?;
                 ids = g.chosen().to_vec();
+                if let Some(by) = choose.filter(|_| apart) {
+                    g.op(&Op::WeighExperts { by })?;
+                    g.op(&Op::Norm { to: Act::H, from: Act::X, norm })?;
+                }
                 for e in list.iter().filter(|e| ids.contains(&e.id)) {
                     g.expert(e)?;
                 }

@@ -1,0 +1,28 @@
+// What the kernels of attention have in common: which keys a position sees, and how decoding divides them.
+#pragma once
+#include "common.cuh"
+
+#define LOG2_E 1.4426950408889634f
+
+// The first key that a position sees: all, the last `window` ones, or those since the last multiple of `chunk`.
+__device__ __forceinline__ int first_seen(int position, int window, int chunk) {
+    if (window > 0) return max(position + 1 - window, 0);
+    return chunk > 0 ? position / chunk * chunk : 0;
+}
+
+// Where range i of the keys begins: 32 ranges of 64 keys, then 16 of each size twice that before. So many blocks have
+// work soon, and the number of ranges stays small (`workspace.rs` computes the same).
+__device__ __forceinline__ int range_begin(int i) {
+    if (i < 32) return 64 * i;
+    const int k = (i - 32) >> 4;
+    return (2048 + 128 * ((i - 32) & 15)) << k;
+}
+
+// The range that holds a key.
+__device__ __forceinline__ int range_of(int key) {
+    if (key < 2048) return key / 64;
+    const int k = 31 - __clz(key >> 11);
+    return 32 + 16 * k + (key - (2048 << k)) / (128 << k);
+}
+
+#define NEG_BIG (-1e30f)
