@@ -158,9 +158,15 @@ fn plan_facts(f: &Forecast, machine: &Machine, opened: &Opened) -> Vec<(String, 
         ("buffers", f.n_buffers().to_string()),
         ("context", f.n_ctx.to_string()),
         ("day", crate::machine::probe::today()),
-        ("command", std::env::args().collect::<Vec<_>>().join(" ")),
+        ("command", command_line()),
     ];
     out.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// What was typed; a path need not be UTF-8.
+fn command_line() -> String {
+    let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    words.join(" ")
 }
 
 fn plan_figures(f: &Forecast) -> Vec<(String, String)> {
@@ -194,7 +200,7 @@ fn facts(session: &Session, opened: &Opened) -> Vec<(String, String)> {
     out.push(("buffers", session.n_slots().to_string()));
     out.extend(session.reader_name().map(|r| ("reader", r.to_owned())));
     out.push(("day", machine::probe::today()));
-    out.push(("command", std::env::args().collect::<Vec<_>>().join(" ")));
+    out.push(("command", command_line()));
     out.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 

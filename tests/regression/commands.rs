@@ -1,6 +1,7 @@
 //! The command line: options that are taken or refused in a sentence, results that no side file takes away, signals.
 
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -371,4 +372,24 @@ fn a_reverse_prompt_is_explained() {
     fails(&run(&model, &["-r", "User:"]), 2, &["-r is an option of llama.cpp", "--stop"]);
     let out = nt(&["bench", arg(&model), "-p", "1", "-n", "0", "-r", "none"]);
     assert!(!text(&out.stderr).contains("llama.cpp"), "{}", text(&out.stderr));
+}
+
+/// Guards against a panic at the end of a run whose page is wanted where some word of the command is not UTF-8.
+#[test]
+fn a_page_of_a_path_that_is_not_utf8() {
+    let d = tempfile::tempdir().unwrap();
+    let folder = d.path().join(std::ffi::OsStr::from_bytes(b"dir\xff"));
+    std::fs::create_dir(&folder).unwrap();
+    let model = tiny(1).write(&folder, "m.gguf");
+    let page = folder.join("page.html");
+    for args in
+        [&["run", "-p", "x", "-n", "1", "--backend", "cpu"][..], &["plan"], &["bench", "-p", "1", "-n", "1", "-r", "1"]]
+    {
+        let mut command = Command::new(bin());
+        let out =
+            command.args(args).args(["-m".as_ref(), model.as_os_str()]).arg("--html").arg(&page).output().unwrap();
+        assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
+        assert!(std::fs::read_to_string(&page).unwrap().contains("m.gguf"), "{args:?}");
+        std::fs::remove_file(&page).unwrap();
+    }
 }
