@@ -20,8 +20,8 @@ const ROOMS: [&str; 17] = [
     "backend",
     "state",
     "storage",
-    "memory",
     "gguf",
+    "memory",
     "units",
 ];
 
