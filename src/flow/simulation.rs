@@ -186,6 +186,8 @@ struct World {
     pass: u32,
     /// Failures that happened, by number, and those that were told.
     failures: BTreeMap<u32, Rank>,
+    /// Those of them that a change of the schedule has forgotten, with the wants of passes to come: all below this number.
+    forgotten: u32,
     told: BTreeSet<u32>,
     deaths: BTreeSet<u32>,
     /// Failed copies that this pass has computed from.
@@ -225,6 +227,7 @@ impl World {
             step: 0,
             pass: 0,
             failures: BTreeMap::new(),
+            forgotten: 0,
             told: BTreeSet::new(),
             deaths: BTreeSet::new(),
             poison: BTreeSet::new(),
@@ -573,7 +576,7 @@ impl World {
 
     fn pass_done(&mut self) {
         // Nothing that failed before a use was passed by. (Failed copies may be seen later.)
-        for (id, rank) in &self.failures {
+        for (id, rank) in self.failures.range(self.forgotten..) {
             let own = rank.nth < 1 << 30 && rank.pass == self.pass && self.case.spec.site == Place::Host;
             let first = self.links[0].ended.iter().all(|e| e.1 != Err(*id));
             let told = self.told.contains(id) || self.deaths.contains(id);
@@ -592,6 +595,7 @@ impl World {
         let Spec { site, steps, in_ram, .. } = &mut self.case.spec;
         let before = std::mem::replace(in_ram, other);
         self.frames = self.frames.rescheduled(*site, steps.clone(), in_ram.clone());
+        self.forgotten = self.failures.len() as u32;
         self.case.turns = Some(before);
         self.pass += 1;
         self.rescheduled += 1;
