@@ -55,13 +55,6 @@ struct Found {
 __device__ __forceinline__ float joined(float before, float was, float v, float by) {
     return __fmaf_rn(v, by, before * was);
 }
-// By what a row's result is multiplied; the sink, if there is one, takes part in the sum.
-__device__ __forceinline__ float one_over(float most, float sum, const float* sinks, int head) {
-    if (!sinks) return 1.0f / sum;
-    const float sink = sinks[head] * LOG2_E, big = fmaxf(most, sink);
-    const float f = exp2f(most - big);
-    return f / __fmaf_rn(sum, f, exp2f(sink - big));
-}
 
 // A tile of keys, the first of them at element `base`; a tile lies in one page.
 template <int HD, bool F32, int KT>

@@ -26,3 +26,11 @@ __device__ __forceinline__ int range_of(int key) {
 }
 
 #define NEG_BIG (-1e30f)
+
+// By what a row's result is multiplied; the sink, if there is one, takes part in the sum.
+__device__ __forceinline__ float one_over(float most, float sum, const float* sinks, int head) {
+    if (!sinks) return 1.0f / sum;
+    const float sink = sinks[head] * LOG2_E, big = fmaxf(most, sink);
+    const float f = exp2f(most - big);
+    return f / __fmaf_rn(sum, f, exp2f(sink - big));
+}

@@ -30,7 +30,7 @@ ARGS_FIELD(WideArgs, tokens, 68); ARGS_FIELD(WideArgs, dk, 72); ARGS_FIELD(WideA
 ARGS_FIELD(WideArgs, cap, 84); ARGS_FIELD(WideArgs, window, 88); ARGS_FIELD(WideArgs, chunk, 92);
 ARGS_FIELD(WideArgs, apart, 96);
 
-// src/backend/cuda/wide.rs has the same numbers.
+// src/backend/cuda/heads.rs has the same numbers.
 #define ROWS 32         // rows of a block
 #define KEYS 32         // keys of a tile
 #define WARPS 8
@@ -229,12 +229,7 @@ __device__ __forceinline__ void attend_wide(const WideArgs& a) {
     __syncthreads();
     if ((tid & 7) == 0) {
         const int m = m0 + row, h = kvh * group + m % group;
-        float inv = 1.0f / sum;
-        if (!DECODE && a.sinks && m < rows) {
-            const float sink = a.sinks[h] * LOG2_E, most = fmaxf(mx, sink), f = exp2f(mx - most);
-            inv = f / __fmaf_rn(sum, f, exp2f(sink - most));
-        }
-        factors[row] = DECODE ? 1.0f : inv;
+        factors[row] = DECODE ? 1.0f : one_over(mx, sum, m < rows ? a.sinks : nullptr, h);
         if (DECODE && m < rows) a.ml[((size_t)range * a.tokens + m / group) * a.n_heads + h] = make_float2(mx, sum);
     }
     __syncthreads();

@@ -189,6 +189,16 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The state, without jobs whose clients have gone; `None` once `stop`, which may close the queue, says so, or it closes.
+    fn open(&self, stop: &dyn Fn() -> bool) -> Option<MutexGuard<'_, State>> {
+        if stop() {
+            return None;
+        }
+        let mut state = self.lock();
+        state.drop_cancelled();
+        (state.phase < Phase::Closing).then_some(state)
+    }
+
     /// A model is loaded: jobs are taken, and so many of it computed at once.
     pub fn loaded(&self, model: usize, slots: usize) {
         let mut state = self.lock();
@@ -315,15 +325,7 @@ impl Queue {
     /// is to be given up, or only jobs of others wait.
     pub fn next(&self, stop: &dyn Fn() -> bool) -> Option<Job> {
         loop {
-            // It may close the queue.
-            if stop() {
-                return None;
-            }
-            let mut state = self.lock();
-            state.drop_cancelled();
-            if state.phase >= Phase::Closing {
-                return None;
-            }
+            let mut state = self.open(stop)?;
             if let Some(job) = state.take() {
                 return Some(job);
             }
@@ -338,15 +340,7 @@ impl Queue {
     /// says so or the queue closes.
     pub fn wanted(&self, stop: &dyn Fn() -> bool) -> Option<usize> {
         loop {
-            // It may close the queue.
-            if stop() {
-                return None;
-            }
-            let mut state = self.lock();
-            state.drop_cancelled();
-            if state.phase >= Phase::Closing {
-                return None;
-            }
+            let mut state = self.open(stop)?;
             if let Some(model) = state.first(|_| true).map(|at| state.waiting[at].model) {
                 state.present = Present::Loading { model, since: Instant::now() };
                 return Some(model);

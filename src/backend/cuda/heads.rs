@@ -175,6 +175,15 @@ mod tests {
             assert_eq!(CACHES[i].name(), name);
         }
         assert_eq!(CACHES[CACHE_Q8_0], TensorType::Q8_0);
+        let source = include_str!("../../../kernels/wide.cu");
+        let warps = WIDE_THREADS as usize / 32;
+        let numbers = [("ROWS", WIDE_ROWS), ("KEYS", WIDE_KEYS), ("WARPS", warps), ("SCORE_PITCH", SCORE_PITCH)];
+        for (name, number) in numbers.into_iter().chain([("PAIRS", WIDE.1 / 16 / warps)]) {
+            assert!(
+                source.contains(&format!("#define {name} {number} "))
+                    || source.contains(&format!("#define {name} {number}\n"))
+            );
+        }
     }
 
     #[test]
