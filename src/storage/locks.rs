@@ -60,12 +60,17 @@ pub fn of(drive: &mut impl Asked) -> Result<Vec<Lock>> {
     }
     let mut protocols = [0; PROTOCOLS_BYTES];
     // Without a list each is asked for: one that it does not know is refused by the drive.
-    let listed = known(drive.receive(LIST, 0, &mut protocols)?)?.then(|| list(&protocols));
+    // A list names itself; one that does not is none.
+    let listed =
+        known(drive.receive(LIST, 0, &mut protocols)?)?.then(|| list(&protocols)).filter(|l| l.contains(&LIST));
     let has = |protocol: u8| listed.is_none_or(|l| l.contains(&protocol));
     let mut found = Vec::new();
     let mut level_0 = [0; LEVEL_0_BYTES];
     if has(TCG) && known(drive.receive(TCG, LEVEL_0, &mut level_0)?)? {
-        found.extend(discovered(&level_0)?);
+        // Zeros of a drive that does not list the protocol are no answer; of one that does they tell nothing.
+        if listed.is_some() || level_0 != [0; LEVEL_0_BYTES] {
+            found.extend(discovered(&level_0)?);
+        }
     }
     let mut password = [0; PASSWORD_BYTES];
     if has(ATA) && known(drive.receive(ATA, 0, &mut password)?)? && waits_for_password(&password) {
@@ -100,6 +105,10 @@ fn discovered(answer: &[u8; LEVEL_0_BYTES]) -> Result<Vec<Lock>> {
     const MBR_DONE: u8 = 1 << 5;
     let stated = u32::from_be_bytes([answer[0], answer[1], answer[2], answer[3]]) as usize;
     let end = stated.saturating_add(4);
+    let short = || Error::other("what it says of its locks is too short");
+    if end < HEADER {
+        return Err(short());
+    }
     let mut at = HEADER;
     while at < end {
         let Some([code @ .., _, len]) = answer.get(at..at + 4) else {
@@ -107,7 +116,7 @@ fn discovered(answer: &[u8; LEVEL_0_BYTES]) -> Result<Vec<Lock>> {
             return Err(Error::other(why));
         };
         if code == LOCKING {
-            let Some(bits) = answer.get(at + 4).filter(|_| *len > 0) else { break };
+            let bits = answer.get(at + 4).filter(|_| *len > 0 && at + 4 < end).ok_or_else(short)?;
             let locked = (bits & LOCKED != 0).then_some(Lock::Range);
             let shadow = (bits & (MBR_ENABLED | MBR_DONE) == MBR_ENABLED).then_some(Lock::Shadow);
             return Ok(locked.into_iter().chain(shadow).collect());
@@ -236,6 +245,24 @@ mod tests {
         let answer = [header, feature.repeat(20), level_0(0b1111)[48..].to_vec()].concat();
         let why = Fake { level_0: Ok(answer), ..Fake::opal(0) }.locks().unwrap_err();
         assert!(why.contains("longer than the 2048 bytes"), "{why}");
+    }
+
+    /// Guards against answers of zeros, or cut short, that made a locked drive an unlocked one.
+    #[test]
+    fn answers_that_tell_nothing_are_errors() {
+        // A list without itself is none: all are asked for.
+        for protocols in [vec![], vec![0xee]] {
+            let mut fake = Fake { protocols: Ok(protocols), ..Fake::opal(0b1111) };
+            assert_eq!(fake.locks(), Ok(vec![Lock::Range]));
+        }
+        let no_bits = [&level_0(0)[..48], &[0, 2, 0x10, 0]].concat();
+        for answer in [vec![], vec![0; 48], level_0(0b1111)[..3].to_vec(), no_bits] {
+            let why = Fake { level_0: Ok(answer), ..Fake::opal(0) }.locks().unwrap_err();
+            assert!(why.contains("too short"), "{why}");
+        }
+        // Zeros to a protocol that nothing lists.
+        let mut fake = Fake { protocols: Err(2), level_0: Ok(vec![]), ..Fake::opal(0) };
+        assert_eq!(fake.locks(), Ok(vec![]));
     }
 
     #[test]
