@@ -59,9 +59,22 @@ cat >"$limits" <<LIMITS
 @nt - memlock unlimited
 LIMITS
 # Entries that others could have written are not to be believed because root owns the file from now on.
-if [ -e "$list" ] && [ -n "$(find "$list" -prune \( ! -user 0 -o -perm /022 \))" ]; then
-  mv "$list" "$list.others"
-  echo "$list was not root's alone and is now $list.others: look through its entries, which others could have written, and put those back that are yours" >&2
+# A link of root's to a file in a folder of root's is his own; one that leads nowhere would have that place written to.
+others=
+if [ -L "$list" ]; then
+  folder=$(dirname "$(readlink -f "$list")")
+  if [ "$(stat -c %u "$list")" != 0 ] || [ ! -f "$list" ] || [ -n "$(find "$folder" -prune \( ! -user 0 -o -perm /022 \))" ]; then others=1; fi
+fi
+if [ -e "$list" ] && [ -n "$(find -L "$list" -prune \( ! -user 0 -o -perm /022 \))" ]; then others=1; fi
+if [ -n "$others" ]; then
+  aside=$list.others
+  n=1
+  while [ -e "$aside" ] || [ -L "$aside" ]; do
+    n=$((n + 1))
+    aside=$list.others.$n
+  done
+  mv "$list" "$aside"
+  echo "$list was not root's alone and is now $aside: look through its entries, which others could have written, and put those back that are yours" >&2
 fi
 [ -f "$list" ] || echo "# Drives that nt may take; \`nt device list\` prints the lines." >"$list"
 chown root:root "$list"

@@ -76,7 +76,8 @@ fn told(answer: Answer) -> Result<()> {
 /// Sends a command that fills `to`.
 fn send(file: &File, command: AdminCommand, to: &mut [u8]) -> Result<Answer> {
     let (addr, data_len) = (to.as_mut_ptr() as u64, to.len() as u32);
-    let mut command = AdminCommand { addr, data_len, timeout_ms: 5000, ..command };
+    // No time of our own (`timeout_ms`): when it is over, the kernel resets the controller, whoever uses the drive.
+    let mut command = AdminCommand { addr, data_len, ..command };
     // SAFETY: the structure is the ioctl's own, and the buffer it names is as long as it says and outlives
     // the call, which returns when the command has ended.
     Ok(match unsafe { ioctl::admin_command(file.as_raw_fd(), &raw mut command)? } {

@@ -60,9 +60,9 @@ pub fn of(drive: &mut impl Asked) -> Result<Vec<Lock>> {
     }
     let mut protocols = [0; PROTOCOLS_BYTES];
     // Without a list each is asked for: one that it does not know is refused by the drive.
-    // A list names itself; one that does not is none.
-    let listed =
-        known(drive.receive(LIST, 0, &mut protocols)?)?.then(|| list(&protocols)).filter(|l| l.contains(&LIST));
+    // A list names itself first, and each once, in order; one that does not is none.
+    let is_list = |l: &&[u8]| l.first() == Some(&LIST) && l.is_sorted_by(|a, b| a < b);
+    let listed = known(drive.receive(LIST, 0, &mut protocols)?)?.then(|| list(&protocols)).filter(is_list);
     let has = |protocol: u8| listed.is_none_or(|l| l.contains(&protocol));
     let mut found = Vec::new();
     let mut level_0 = [0; LEVEL_0_BYTES];
@@ -126,10 +126,10 @@ fn discovered(answer: &[u8; LEVEL_0_BYTES]) -> Result<Vec<Lock>> {
     Ok(Vec::new())
 }
 
-/// Whether the drive waits for a password, SAT-4 §11.4.3: a length of 14 in byte 1, the bits in byte 9.
+/// Whether the drive waits for a password, SAT-4 §11.4.3: the bits are in byte 9, whatever length byte 1 states.
 fn waits_for_password(answer: &[u8; PASSWORD_BYTES]) -> bool {
     const LOCKED: u8 = 1 << 2;
-    answer[1] == 14 && answer[9] & LOCKED != 0
+    answer[9] & LOCKED != 0
 }
 
 #[cfg(test)]
@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn answers_that_tell_nothing_are_errors() {
         // A list without itself is none: all are asked for.
-        for protocols in [vec![], vec![0xee]] {
+        for protocols in [vec![], vec![0xee], vec![0; 200], vec![0, 2, 2], vec![0, 0xef, 0]] {
             let mut fake = Fake { protocols: Ok(protocols), ..Fake::opal(0b1111) };
             assert_eq!(fake.locks(), Ok(vec![Lock::Range]));
         }
@@ -272,6 +272,12 @@ mod tests {
         for (bits, locks) in [(0x01, vec![]), (0x03, vec![]), (0x0b, vec![]), (0x07, vec![Lock::Password])] {
             let mut fake = Fake { protocols: Ok(vec![0, 0xef]), ata: state(bits), ..Fake::opal(0) };
             assert_eq!(fake.locks(), Ok(locks), "{bits:#x}");
+        }
+        // The state counts whatever length it states.
+        for len in [0, 9, 255] {
+            let answer = vec![0, len, 0, 0, 0, 0, 0, 0, 0, 0x07];
+            let mut fake = Fake { protocols: Ok(vec![0, 0xef]), ata: Ok(answer), ..Fake::opal(0) };
+            assert_eq!(fake.locks(), Ok(vec![Lock::Password]), "{len}");
         }
     }
 

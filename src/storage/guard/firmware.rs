@@ -1,10 +1,13 @@
-//! Boot entries that a UEFI firmware keeps (`Boot0003`): one names a partition by its GUID, of whatever type that is.
+//! Boot entries that a UEFI firmware keeps (`Boot0003`, and those of drivers and of programs before and after a start that
+//! failed): one names a partition by its GUID, of whatever type that is.
 
 use super::host::{Host, Unreadable};
 use super::partitions::{Tables, guid, number};
 use super::sysfs::Namespace;
 use super::{Check, Reason};
 
+/// Beginnings of entries, UEFI 2.10 §3.3.
+const ENTRIES: [&str; 4] = ["Boot", "Driver", "SysPrep", "OsRecovery"];
 const VARIABLES: &str = "/sys/firmware/efi/efivars";
 /// The vendor of the variables that UEFI itself defines.
 const GLOBAL: &str = "-8be4df61-93ca-11d2-aa0d-00e098032b8c";
@@ -27,11 +30,13 @@ pub fn boots(host: &Host, namespace: &Namespace, tables: &Tables, out: &mut Vec<
         };
         let named = partitions(&bytes);
         if let Some(partition) = tables.partitions.iter().find(|p| named.contains(&p.uuid)) {
+            let how = match entry.strip_prefix("Boot") {
+                Some(number) => format!("`efibootmgr -B -b {number}`"),
+                None => "in the firmware's setup".to_owned(),
+            };
             let what = format!(
-                "the firmware's boot entry {entry} names the partition {} of {}; if it is stale, remove it (`efibootmgr -B -b {}`)",
-                partition.uuid,
-                namespace.whole.name,
-                entry.trim_start_matches("Boot")
+                "the firmware's boot entry {entry} names the partition {} of {}; if it is stale, remove it ({how})",
+                partition.uuid, namespace.whole.name
             );
             out.push(Reason::new(Check::Boot, &path, what));
         }
@@ -39,9 +44,10 @@ pub fn boots(host: &Host, namespace: &Namespace, tables: &Tables, out: &mut Vec<
     Ok(())
 }
 
-/// `Boot` and four hexadecimal digits.
+/// A beginning and four hexadecimal digits.
 fn is_entry(name: &str) -> bool {
-    name.strip_prefix("Boot").is_some_and(|n| n.len() == 4 && n.bytes().all(|b| b.is_ascii_hexdigit()))
+    let mut numbers = ENTRIES.iter().filter_map(|start| name.strip_prefix(start));
+    numbers.any(|n| n.len() == 4 && n.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// The partitions that a load option's paths name, as PARTUUIDs.

@@ -8,6 +8,7 @@ mod ask;
 mod attended;
 mod boot;
 pub mod claim;
+mod commands;
 mod consent;
 mod exports;
 mod fat;

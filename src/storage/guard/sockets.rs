@@ -74,11 +74,16 @@ impl Sockets {
     pub fn look_at_network(&mut self, host: &Host, pid: &str, folder: &str) -> Result<(), Unreadable> {
         let Some(networks) = &mut self.networks else { return Ok(()) };
         let namespace = host.link_name(&format!("{folder}/ns/net"));
-        if namespace.is_some_and(|namespace| !networks.insert(namespace)) {
+        if namespace.as_ref().is_some_and(|namespace| networks.contains(namespace)) {
             return Ok(());
         }
         let path = format!("{folder}/net/unix");
-        if let Some(number) = waiting(host, &path)? {
+        let number = waiting(host, &path)?;
+        // Another thread shows what one that has ended meanwhile does not.
+        if host.exists(&path) {
+            networks.extend(namespace);
+        }
+        if let Some(number) = number {
             self.waiting.push(Place { pid: pid.to_owned(), path, number });
         }
         Ok(())

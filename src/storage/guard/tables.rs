@@ -1,6 +1,7 @@
 //! The tables of a machine that may name a drive: what is mounted, decrypted, assembled, booted,
 //! exported or given to guests, now or when the machine starts.
 
+use super::commands;
 use super::host::{Host, Unreadable};
 use super::words::{Mention, Words};
 use super::{Check, Reason};
@@ -18,15 +19,17 @@ enum Style {
     Nodes,
     /// Lines, of what the file's own name names.
     Named,
-    /// Commands of a shell or of cron, where nt's own are no reason.
+    /// Commands of a shell, where nt's own are no reason.
     Commands,
+    /// Commands of cron, likewise.
+    Cron,
     /// Rules of udev, of which those matter that start something or give a device to a user.
     Rules,
     /// No text.
     Binary,
 }
 
-use Style::{Binary, Commands, Lines, Named, Nodes, Rules, Unit, Whole};
+use Style::{Binary, Commands, Cron, Lines, Named, Nodes, Rules, Unit, Whole};
 
 /// What is read: the files that a pattern means (`*` is any part of one name; a folder of a pattern may
 /// have one too), how they are written, and what a mention there is.
@@ -143,15 +146,15 @@ const TABLES: &[(&str, Style, Check)] = &[
     ("/etc/rc.local", Commands, Check::Configured),
     ("/etc/rc.d/rc.local", Commands, Check::Configured),
     ("/etc/local.d/*", Commands, Check::Configured),
-    ("/etc/crontab", Commands, Check::Configured),
-    ("/etc/anacrontab", Commands, Check::Configured),
-    ("/etc/cron.d/*", Commands, Check::Configured),
+    ("/etc/crontab", Cron, Check::Configured),
+    ("/etc/anacrontab", Cron, Check::Configured),
+    ("/etc/cron.d/*", Cron, Check::Configured),
     ("/etc/cron.hourly/*", Commands, Check::Configured),
     ("/etc/cron.daily/*", Commands, Check::Configured),
     ("/etc/cron.weekly/*", Commands, Check::Configured),
     ("/etc/cron.monthly/*", Commands, Check::Configured),
-    ("/var/spool/cron/root", Commands, Check::Configured),
-    ("/var/spool/cron/crontabs/root", Commands, Check::Configured),
+    ("/var/spool/cron/root", Cron, Check::Configured),
+    ("/var/spool/cron/crontabs/root", Cron, Check::Configured),
     ("/sys/module/pstore_blk/parameters/blkdev", Whole, Check::Configured),
 ];
 /// Where systemd looks for units, as `systemd-analyze unit-paths` lists it.
@@ -236,10 +239,13 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
         return words.mentions(host, &lines.join("\n"), &[]);
     }
     if style == Commands {
-        return words.mentions(host, &others_commands(text), &['#']);
+        return words.mentions(host, &commands::of_script(text), &[]);
+    }
+    if style == Cron {
+        return words.mentions(host, &commands::of_cron(text), &[]);
     }
     if style == Rules {
-        return words.mentions(host, &rules_that_use(text), &['#']);
+        return words.mentions(host, &commands::of_rules(text), &[]);
     }
     let comments: &[char] = match style {
         Lines | Named => &['#'],
@@ -253,58 +259,6 @@ fn text(host: &Host, words: &Words, text: &str, style: Style) -> Result<Vec<Ment
         }
     }
     Ok(found)
-}
-
-/// Scripts that are nt's own, by name.
-const SCRIPTS: [&str; 2] = ["bind-vfio.sh", "release-vfio.sh"];
-/// What nt may be told to do with a drive.
-const NTS: [&str; 13] = [
-    "bench",
-    "chat",
-    "device",
-    "inspect",
-    "list",
-    "logits",
-    "perplexity",
-    "plan",
-    "probe",
-    "run",
-    "serve",
-    "stage",
-    "verify",
-];
-
-/// The commands of a text that name a device and are not nt's, a line each; what stands before a program (the times
-/// of cron, `sudo`) may be anything.
-fn others_commands(text: &str) -> String {
-    let text = text.replace("\\\n", " ");
-    let names = |c: &&str| ["/dev/", "UUID=", "LABEL="].iter().any(|word| c.contains(word));
-    let lines = text.lines().filter(|l| !l.trim_start().starts_with('#'));
-    let commands = lines.flat_map(|l| l.split([';', '&', '|']));
-    commands.filter(names).filter(|c| !is_nts(c)).collect::<Vec<_>>().join("\n")
-}
-
-/// Whether a command is nt's: its program, or one of its scripts, stands before any device. A folder or a label may have
-/// nt's name too (`mount /dev/x /mnt/nt`), so what it is told to do must follow.
-fn is_nts(command: &str) -> bool {
-    let words: Vec<&str> = command.split_whitespace().take_while(|w| !w.contains("/dev/")).collect();
-    let last = |word: &str| word.rsplit('/').next().unwrap_or_default().to_owned();
-    words.iter().any(|w| SCRIPTS.contains(&last(w).as_str()))
-        || words.iter().enumerate().any(|(i, w)| {
-            let told = words[i + 1..].iter().find(|w| !w.starts_with('-'));
-            last(w) == "nt" && told.is_some_and(|told| NTS.contains(told))
-        })
-}
-
-/// The rules of udev that have something done with the devices that they name, or give them to a user, a line each.
-fn rules_that_use(text: &str) -> String {
-    let text = text.replace("\\\n", " ");
-    let uses = |l: &&str| {
-        let plain: String = l.chars().filter(|c| !c.is_whitespace()).collect();
-        ["RUN+=", "RUN=", "RUN:=", "RUN{", "SYSTEMD_WANTS", "SYSTEMD_USER_WANTS"].iter().any(|w| plain.contains(w))
-            || plain.contains("OWNER") && !plain.contains("\"root\"") && !plain.contains("\"0\"")
-    };
-    text.lines().filter(uses).collect::<Vec<_>>().join("\n")
 }
 
 /// Files that a pattern means, in order.
@@ -381,17 +335,9 @@ fn services(host: &Host) -> Result<Vec<String>, Unreadable> {
 fn service(host: &Host, words: &Words, path: &str, out: &mut Vec<Reason>) -> Result<(), Unreadable> {
     let text = match host.read(path) {
         Err(e) if e.is_gone() => return Ok(()),
-        text => text?.replace("\\\n", " "),
+        text => text?,
     };
-    let names = |line: &&str| ["/dev/", "UUID=", "LABEL="].iter().any(|word| line.contains(word));
-    let is_command = |line: &&str| {
-        let command =
-            line.trim_start().strip_prefix("Exec").and_then(|l| l.split_once('=')).map(|(_, c)| c.trim_start());
-        let program = command.map(|c| c.trim_start_matches(['@', '-', ':', '+', '!', '|']).split_whitespace().next());
-        program.is_some_and(|p| p.and_then(|p| p.rsplit('/').next()) != Some("nt"))
-    };
-    let commands: Vec<&str> = text.lines().filter(is_command).filter(names).collect();
-    if let Some(mention) = words.mentions(host, &commands.join("\n"), &[])?.first() {
+    if let Some(mention) = words.mentions(host, &commands::of_service(&text), &[])?.first() {
         let what = format!("{} is named there as {}", mention.device, mention.word);
         out.push(Reason::new(Check::Configured, path, what));
     }

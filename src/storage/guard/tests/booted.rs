@@ -81,6 +81,8 @@ const ROWS: &[Row] = &[
         f.stamp(DISK, 440, &[0x78, 0x56, 0x34, 0x12]);
         entry(f, "Boot00AF", 1, &[0x78, 0x56, 0x34, 0x12], 1);
     }),
+    ("an entry of a driver that the firmware loads", BOOT, |f| entry(f, "Driver0000", 2, &first_partition(f), 1)),
+    ("an entry of a program before the start", BOOT, |f| entry(f, "SysPrep0001", 2, &first_partition(f), 1)),
     ("entries past 1 MiB, where the header says", BOOT, |f| entries_at(f, 3000, ESP)),
     ("only the backup has it", BOOT, |f| f.stamp(DISK, (2 << 20) - 33 * 512, &ESP)),
     ("the first header is gone", BOOT, |f| {

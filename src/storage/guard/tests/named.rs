@@ -362,6 +362,58 @@ const NAMED: &[(Holds, &str, &str, Check)] = &[
     (nothing, "/etc/rc.local", "mkfs.ext4 -L nt /dev/nvme1n1p1\n", Check::Configured),
     (nothing, "/etc/rc.local", "cp /opt/nt /x && cp device /dev/nvme1n1p1\n", Check::Configured),
     (ext4, "/etc/local.d/a.start", "mount LABEL='my disk' /srv/nt\n", Check::Configured),
+    // A comment ends with its line, and a line of cron goes on nowhere.
+    (nothing, "/etc/cron.daily/backup", "# backup: \\\nmount /dev/nvme1n1p1 /x\n", Check::Configured),
+    (nothing, "/etc/cron.daily/backup", "nt list \\\n# x\nmount /dev/nvme1n1p1 /x\n", Check::Configured),
+    (
+        nothing,
+        "/etc/cron.d/a",
+        "0 0 * * * root nt list \\\n0 1 * * * root mount /dev/nvme1n1p1 /x\n",
+        Check::Configured,
+    ),
+    (nothing, "/etc/cron.d/a", "0 0 * * * root sh % nt list % mount /dev/nvme1n1p1 /x\n", Check::Configured),
+    (nothing, "/etc/udev/rules.d/9.rules", "# x \\\nKERNEL==\"nvme1n1\", RUN+=\"/bin/x\"\n", Check::Configured),
+    (
+        nothing,
+        "/etc/systemd/system/a.service",
+        "[Service]\n; x \\\nExecStart=/bin/mount /dev/nvme1n1p1 /x\n",
+        Check::Configured,
+    ),
+    // A command of nt's whose output goes to the drive, or which has another within it.
+    (nothing, "/etc/cron.daily/a", "nt list >/dev/nvme1n1\n", Check::Configured),
+    (nothing, "/etc/cron.daily/a", "nt list 2>/dev/null > /dev/nvme1n1 --json\n", Check::Configured),
+    (nothing, "/etc/cron.daily/a", "nt run $(mount /dev/nvme1n1p1 /m | cat)\n", Check::Configured),
+    (nothing, "/etc/cron.daily/a", "nt run `mount /dev/nvme1n1p1 /m`\n", Check::Configured),
+    (nothing, "/etc/rc.local", "mkfs.ext4 -L nt -d run /dev/nvme1n1p1\n", Check::Configured),
+    (
+        nothing,
+        "/etc/systemd/system/a.service",
+        "[Service]\nExecStart=/usr/bin/nt list ; /bin/mount /dev/nvme1n1p1 /x\n",
+        Check::Configured,
+    ),
+    // Options in place of a tag, other drivers, images of services.
+    (ext4, "/etc/cron.daily/a", "mount -U 6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f /x\n", Check::Configured),
+    (ext4, "/etc/rc.local", "mount --uuid 6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f /x\n", Check::Configured),
+    (
+        ext4,
+        "/etc/rc.local",
+        "mount -L 'my disk' /x || mount --label=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f\n",
+        Check::Configured,
+    ),
+    (nothing, "/etc/cron.d/a", "@reboot root qemu -device vfio-pci,host=02:00.0\n", Check::Configured),
+    (nothing, "/etc/rc.local", "echo 0000:02:00.0 > /sys/bus/pci/drivers/nvme/unbind\n", Check::Configured),
+    (nothing, "/etc/systemd/system/a.service", "[Service]\nRootImage=/dev/nvme1n1p1\n", Check::Configured),
+    // Rules that jump over what they do not mean, that give the drive to a group, to all, or run a program to ask.
+    (
+        nothing,
+        "/etc/udev/rules.d/9.rules",
+        "KERNEL!=\"nvme1n1\", GOTO=\"end\"\nRUN+=\"/bin/x\"\nLABEL=\"end\"\n",
+        Check::Configured,
+    ),
+    (nothing, "/etc/udev/rules.d/9.rules", "KERNEL==\"nvme1n1\", OWNER=\"grid\", GROUP=\"root\"\n", Check::Configured),
+    (nothing, "/etc/udev/rules.d/9.rules", "KERNEL==\"nvme1n1\", GROUP := \"dba\", MODE=\"0660\"\n", Check::Configured),
+    (nothing, "/etc/udev/rules.d/9.rules", "KERNEL==\"nvme1n1\", MODE=\"0666\"\n", Check::Configured),
+    (nothing, "/etc/udev/rules.d/9.rules", "KERNEL==\"nvme1n1\", PROGRAM=\"/bin/x %k\"\n", Check::Configured),
     (nothing, "/etc/cron.daily/backup", "#!/bin/sh\nmount /dev/nvme1n1p1 /backup\n", Check::Configured),
     (ext4, "/etc/cron.weekly/b", "mount UUID=6f1d2c3b-4a59-4867-96a5-b4c3d2e1f00f /b\n", Check::Configured),
     (
@@ -531,6 +583,85 @@ fn what_names_other_drives_is_no_reason() {
     fake.put("/etc/libvirt/qemu/vm.xml", guest);
     fake.put("/boot/grub/grub.cfg", "search --label --set=root other\nset gfxmode=auto\n");
     assert_eq!(fake.reasons(&accepting()), vec![]);
+}
+
+/// Tables as Debian, Ubuntu and Fedora write them, with what snap, flatpak, Docker and tools for saving power put there, and
+/// commands of nt's as somebody would write them.
+#[test]
+fn tables_of_ordinary_systems_are_no_reason() {
+    let fake = named_fake();
+    ext4(&fake);
+    for (path, text) in [
+        (
+            "/etc/fstab",
+            "# <file system> <mount point> <type> <options> <dump> <pass>\n# / was on /dev/nvme0n1p2 during installation\n\
+             UUID=1b0e4d6c-5a3f-49f3-8a8f-1f1c0b3c6d11 / ext4 errors=remount-ro 0 1\nUUID=7A3C-19F2 /boot/efi vfat umask=0077 0 1\n\
+             /swap.img none swap sw 0 0\n/dev/mapper/vg-home /home xfs defaults,x-systemd.device-timeout=0 0 0\n\
+             UUID=2c0e4d6c-5a3f-49f3-8a8f-1f1c0b3c6d12 /home btrfs subvol=home,compress=zstd:1 0 0\n/dev/sr0 /media/cdrom0 udf,iso9660 user,noauto 0 0\n",
+        ),
+        (
+            "/etc/crontab",
+            "SHELL=/bin/sh\nPATH=/usr/local/sbin:/usr/bin\n# m h dom mon dow user command\n17 *\t* * *\troot\tcd / && run-parts --report /etc/cron.hourly\n\
+             25 6\t* * *\troot\ttest -x /usr/sbin/anacron || { cd / && run-parts --report /etc/cron.daily; }\n",
+        ),
+        ("/etc/anacrontab", "RANDOM_DELAY=45\n1\t5\tcron.daily\tnice run-parts /etc/cron.daily\n"),
+        (
+            "/etc/cron.d/e2scrub_all",
+            "30 3 * * 0 root test -e /run/systemd/system || SERVICE_MODE=1 /usr/lib/x86_64-linux-gnu/e2fsprogs/e2scrub_all_cron\n",
+        ),
+        (
+            "/etc/cron.daily/man-db",
+            "#!/bin/sh\nset -e\nif [ -d /run/systemd/system ]; then\n  exit 0\nfi\nfind /var/cache/man -type f -name '*.gz' -atime +6 -print0 2>/dev/null | \\\n  xargs -r0 rm -f >/dev/null 2>&1\n",
+        ),
+        ("/etc/cron.weekly/fstrim", "#!/bin/sh\n/sbin/fstrim --fstab --verbose --quiet-unsupported || true\n"),
+        ("/etc/cron.hourly/clock", "echo 02:00 \"$(date +%H:%M)\" >>/var/log/x\n"),
+        (
+            "/etc/rc.local",
+            "#!/bin/sh -e\necho auto > /sys/bus/pci/devices/0000:02:00.0/power/control\necho none > /sys/block/nvme1n1/queue/scheduler\nexit 0\n",
+        ),
+        (
+            "/etc/udev/rules.d/70-snap.firefox.rules",
+            "# This file is automatically generated.\nKERNEL==\"fuse\", TAG+=\"snap_firefox_firefox\"\nSUBSYSTEM==\"block\", KERNEL==\"nvme[0-9]*\", TAG+=\"snap_x_x\"\n\
+             TAG==\"snap_firefox_firefox\", SUBSYSTEM!=\"module\", RUN+=\"/usr/lib/snapd/snap-device-helper $env{ACTION} snap_firefox_firefox $devpath $major:$minor\"\n",
+        ),
+        (
+            "/etc/udev/rules.d/60-scheduler.rules",
+            "ACTION==\"add|change\", KERNEL==\"nvme1n1\", ATTR{queue/scheduler}=\"none\", GROUP=\"disk\", MODE=\"0660\"\n\
+             ACTION!=\"add\", GOTO=\"end\"\nKERNEL==\"sda\", RUN+=\"/sbin/hdparm -B 254 /dev/%k\"\nLABEL=\"end\"\n",
+        ),
+        (
+            "/etc/modprobe.d/blacklist.conf",
+            "blacklist evbug\nalias net-pf-10 off\noptions nvme_core default_ps_max_latency_us=0\n",
+        ),
+        ("/etc/docker/daemon.json", "{\"data-root\": \"/var/lib/docker\", \"storage-driver\": \"overlay2\"}"),
+        (
+            "/etc/timeshift/timeshift.json",
+            "{\"backup_device_uuid\" : \"\", \"parent_device_uuid\" : \"\", \"btrfs_mode\" : \"false\"}",
+        ),
+        (
+            "/etc/systemd/system/snap-core22-1122.mount",
+            "[Unit]\nDescription=Mount unit for core22\n[Mount]\nWhat=/var/lib/snapd/snaps/core22_1122.snap\nWhere=/snap/core22/1122\nType=squashfs\nOptions=nodev,ro,x-gdu.hide\n",
+        ),
+        (
+            "/usr/lib/systemd/system/docker.service",
+            "[Service]\nExecStart=/usr/bin/dockerd -H fd:// --containerd=/run/containerd/containerd.sock\nExecReload=/bin/kill -s HUP $MAINPID\n",
+        ),
+        (
+            "/etc/systemd/system/nt-bind.service",
+            "[Service]\nExecStart=/opt/nt/scripts/bind-vfio.sh /dev/nvme1n1\nExecStop=-/usr/bin/nt device release /dev/nvme1n1\n",
+        ),
+        (
+            "/etc/cron.d/nt",
+            "@reboot root nt device bind /dev/nvme1n1 >/var/log/nt 2>&1 && echo nvme1n1 is bound\n0 3 * * 0 root nt -q verify \"$(cat /etc/m)\" --tier-c /dev/nvme1n1 2>/dev/null\n",
+        ),
+        (
+            "/etc/cron.daily/nt",
+            "#!/bin/sh\n# daily \\\n\nnt -v run m \\\n  --tier-c /dev/nvme1n1 \\\n  --prompt x >/dev/null\n",
+        ),
+    ] {
+        fake.put(path, text);
+        assert_eq!(fake.reasons(&accepting()), vec![], "{path}");
+    }
 }
 
 /// What is no regular file is not read as a table: a FIFO would make every command wait.
