@@ -41,8 +41,12 @@ impl Asked for Pictured {
     }
 }
 
-/// A drive whose data cannot be seen could hold anything, however empty it looks.
+/// A drive whose data cannot be seen could hold anything, however empty it looks. One that is in use is not asked: it is
+/// refused anyway, and one that never answers would be reset by the kernel under its users.
 pub fn locked(host: &Host, controller: &Controller, out: &mut Vec<Reason>) -> std::result::Result<(), Unreadable> {
+    if out.iter().any(|r| matches!(r.check, Check::Boot | Check::Mounted | Check::Swap | Check::Stacked)) {
+        return Ok(());
+    }
     let (Some(name), Some(namespace)) = (&controller.name, controller.namespaces.first()) else { return Ok(()) };
     let node = format!("/dev/{}", namespace.whole.name);
     let found = if host.is_real() {

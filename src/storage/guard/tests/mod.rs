@@ -423,6 +423,11 @@ fn a_drive_that_hides_its_data_is_neither_bound_nor_erased() {
             assert_eq!(told(&fake, purpose), vec![], "{bits:b}");
         }
     }
+    // One that is in use is not asked.
+    let fake = clean();
+    fake.encrypts_itself(0b1111);
+    fake.mount("30 1 259:11 / /data rw - ext4 /dev/nvme1n1p1 rw");
+    assert!(told(&fake, Purpose::Read).iter().all(|r| r.check == Check::Mounted), "{:?}", told(&fake, Purpose::Read));
     // It has security commands and gives no answer to them.
     let fake = clean();
     let mut answer = vec![0; 4096];
