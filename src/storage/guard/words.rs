@@ -16,6 +16,8 @@ use super::{identity, partitions};
 
 /// Identifiers with at least as many letters and digits are looked for inside of words.
 const LONG: usize = 16;
+/// Bytes of the longest path.
+const NAME_MAX: usize = 4096;
 /// Where links to devices lie, and the sort of name they carry.
 const LINKS: [(&str, &[Sort]); 6] = [
     ("/by-uuid/", &[Sort::Uuid]),
@@ -397,8 +399,11 @@ fn parts(line: &str) -> Vec<String> {
             // `file//dev/…`, `host_device:/dev/…`.
             out.extend(rest.find("/dev/").map(|at| rest[at..].to_owned()));
             while let Some((_, value)) = rest.split_once('=') {
-                out.push(value.to_owned());
-                out.extend(value.split([':', ',']).map(str::to_owned));
+                // What is longer is no name; the rest of it has its turn behind the next `=`.
+                let short = value.len() <= NAME_MAX;
+                let lists = if short { value } else { value.split('=').next().unwrap_or_default() };
+                out.extend(short.then(|| value.to_owned()));
+                out.extend(lists.split([':', ',']).map(str::to_owned));
                 rest = value;
             }
         }

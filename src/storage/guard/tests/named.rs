@@ -664,6 +664,20 @@ fn tables_of_ordinary_systems_are_no_reason() {
     }
 }
 
+/// A table in one line, with any number of keys: as many copies of its rest as it has keys would be more than there is memory.
+#[test]
+fn a_long_line_takes_no_more_memory_than_a_table() {
+    let fake = named_fake();
+    let keys = "a=".repeat(200_000);
+    fake.put("/etc/target/saveconfig.json", &format!("{keys}/dev/nvme0n1,{keys}b"));
+    assert_eq!(fake.reasons(&accepting()), vec![]);
+    for named in ["b=/dev/nvme1n1p1", "x:/dev/nvme1n1,y", "PARTLABEL=nt models"] {
+        fake.put("/etc/target/saveconfig.json", &format!("{keys},\"{named}\",{keys}"));
+        let reasons = fake.reasons(&accepting());
+        assert!(reasons.iter().any(|r| r.check == Check::Exported), "{named}: {reasons:?}");
+    }
+}
+
 /// What is no regular file is not read as a table: a FIFO would make every command wait.
 #[test]
 fn a_table_that_is_a_fifo_refuses_and_does_not_hang() {
