@@ -164,6 +164,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         max_batch: 512,
         max_outputs: 1,
         n_ctx: 1024,
+        recent: None,
         kv_type: TensorType::F16,
         ropes: vec![Rope {
             kind: RopeKind::Norm,

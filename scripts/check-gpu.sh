@@ -158,6 +158,22 @@ for preset in "qwen2-tiny Q4_K_M" "qwen3moe-tiny Q8_0"; do
   echo "done  $name $mix"
 done
 
+echo "== layers with windows: the same bits where they keep recent positions alone"
+tokens=$(seq 1 3000 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7 % 250 }')
+parts=2960$(printf ',1%.0s' $(seq 40))
+for arch in gemma3 gpt-oss gemma4; do
+  python3 tests/fidelity/arch/synth_arch.py "$arch" "$work/m.gguf" > /dev/null
+  logits() { "$nt" -q logits "$work/m.gguf" --tokens "$tokens" --parts "$parts" --backend cuda --exact "$@"; }
+  logits -o "$work/want.npy" --swa-full
+  for n in 1 64 200 512; do
+    logits -o "$work/got.npy" --batch $n
+    cmp -s "$work/want.npy" "$work/got.npy" || { echo "FAIL  $arch --batch $n"; failed=1; }
+  done
+  logits -o "$work/got.npy" --sequences 3
+  cmp -s "$work/want.npy" "$work/got.npy" || { echo "FAIL  $arch --sequences 3"; failed=1; }
+  echo "done  $arch"
+done
+
 echo "== two sites: generated tokens near those of the GPU alone, the same bits whenever the sites are the same"
 parts=200$(printf ',1%.0s' $(seq 20))
 tokens=$(seq 1 220 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7 % 500 }')

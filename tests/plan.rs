@@ -303,3 +303,22 @@ fn a_plan_is_saved_and_repeated() {
     assert_eq!((&first["plan_id"], &first["tokens"]), (&again["plan_id"], &again["tokens"]));
     refused(&["run", small, "-p", "x", "--backend", "cpu", "--plan", file], 4, &[id, "another shape"]);
 }
+
+/// Guards against a plan that counts all positions of layers whose windows hide all but the last ones, or too few.
+#[test]
+fn layers_with_windows_take_room_for_recent_positions() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = common::families::gemma3(6);
+    file.set("gemma3.context_length", common::V::U32(8192));
+    let model = file.write(dir.path(), "m.gguf").display().to_string();
+    let kv_bytes = |more: &[&str]| {
+        let args = ["plan", &model, "--backend", "cpu", "--ctx", "8192", "--batch", "64", "--json"];
+        let run = nt(&[&args[..], more].concat());
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let plan: Value = serde_json::from_slice(&run.stdout).unwrap();
+        plan.pointer("/memory/kv_bytes").and_then(Value::as_u64).unwrap_or_else(|| panic!("{plan:#}"))
+    };
+    // Three layers of six keep all; the others three pages: a window of 4 and a pass of 64 in two, and one more.
+    let (whole, recent) = (kv_bytes(&["--swa-full"]), kv_bytes(&[]));
+    assert_eq!(recent, whole / 2 + whole / 2 * 3 * 64 / 8192);
+}

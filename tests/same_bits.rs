@@ -2,6 +2,8 @@
 
 mod common;
 
+#[path = "same_bits/recent.rs"]
+mod recent;
 #[path = "same_bits/rows.rs"]
 mod rows;
 #[path = "same_bits/sequences.rs"]

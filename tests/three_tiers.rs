@@ -14,7 +14,7 @@ use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
     Backend, BackendError, BackendKind, Both, Brought, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert,
-    Hands, Linear, MemoryUse, Norm, Pinned, RouterParams, Routing, Run, Share, SlotsAt, Weight,
+    Hands, Layers, Linear, MemoryUse, Norm, Pinned, RouterParams, Routing, Run, Share, SlotsAt, Weight,
 };
 use nt::engine::{EngineError, ExpertSlots, Opened, Options, Session, Sites};
 use nt::gguf::TensorType;
@@ -501,14 +501,14 @@ impl Backend for Detached {
         self.finish()?;
         self.cpu.apply(op)
     }
-    fn page_bytes(&self) -> usize {
-        self.cpu.page_bytes()
+    fn page_bytes(&self, layers: Layers) -> usize {
+        self.cpu.page_bytes(layers)
     }
-    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
-        self.cpu.read_page(page, to)
+    fn read_page(&mut self, layers: Layers, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        self.cpu.read_page(layers, page, to)
     }
-    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
-        self.cpu.write_page(page, from)
+    fn write_page(&mut self, layers: Layers, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        self.cpu.write_page(layers, page, from)
     }
     fn workspace_bytes(&self) -> u64 {
         self.cpu.workspace_bytes()
@@ -621,6 +621,7 @@ impl Hands for Detached {
 fn options() -> Options {
     Options {
         sequences: 1,
+        recent: true,
         backend: BackendKind::Cpu,
         sites: Sites::One,
         vram: None,

@@ -13,8 +13,8 @@ use super::cpu::CpuBackend;
 use super::reuse::Reuse;
 use super::slots::{Given, Slots, SlotsAt};
 use super::{
-    Backend, BackendError, Class, DeviceMemory, Dims, Expert, Linear, Norm, Op, RouterParams, Routing, Run, Share,
-    Weight,
+    Backend, BackendError, Class, DeviceMemory, Dims, Expert, Layers, Linear, Norm, Op, RouterParams, Routing, Run,
+    Share, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PageId, StateOp};
@@ -814,18 +814,18 @@ impl Backend for Both {
         self.device.apply(op)
     }
 
-    fn page_bytes(&self) -> usize {
-        self.device.page_bytes()
+    fn page_bytes(&self, layers: Layers) -> usize {
+        self.device.page_bytes(layers)
     }
 
-    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+    fn read_page(&mut self, layers: Layers, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
         self.catch_up()?;
-        self.device.read_page(page, to)
+        self.device.read_page(layers, page, to)
     }
 
-    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+    fn write_page(&mut self, layers: Layers, page: PageId, from: &[u8]) -> Result<(), BackendError> {
         self.catch_up()?;
-        self.device.write_page(page, from)
+        self.device.write_page(layers, page, from)
     }
 
     fn workspace_bytes(&self) -> u64 {

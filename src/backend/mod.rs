@@ -24,7 +24,7 @@ pub use reuse::Reuse;
 pub use slots::{Given, SlotsAt};
 
 use crate::gguf::TensorType;
-use crate::state::{PAGE, PageId, Pages, StateOp};
+use crate::state::{PAGE, PageId, Pages, Recent, StateOp};
 
 /// A weight matrix where the backend can read it: `rows` × `cols`, rows back to back, from an address in the
 /// memory of the backend's device (host memory for `cpu`). No alignment beyond the file's is promised (32 bytes
@@ -106,7 +106,8 @@ pub struct Run<'a> {
     /// The pages of the cache ([`crate::state::Pages`]) that hold the sequence: positions `PAGE * i..` lie in `table[i]`.
     pub table: &'a [PageId],
     /// Where the sequence's recurrent state is read from; the state behind the run is written to this number with its
-    /// lowest bit turned. Nothing is read where `first_pos` is 0.
+    /// lowest bit turned. Nothing is read where `first_pos` is 0. The number without that bit also says which pages of recent
+    /// positions are the sequence's ([`RecentLayers`]).
     pub state: u32,
 }
 
@@ -140,6 +141,13 @@ impl Run<'_> {
             }
             if let Some(page) = r.table.iter().find(|p| **p as usize >= all) {
                 return fails(format!("page {page} of the cache does not exist; it has {all}"));
+            }
+            let sequences = dims.recent.as_ref().map_or(usize::MAX, |k| k.sequences);
+            if (r.state >> 1) as usize >= sequences {
+                return fails(format!(
+                    "there are recent positions of {sequences} sequences, and this is {}",
+                    r.state >> 1
+                ));
             }
         }
         Ok([exact, bulk])
@@ -206,6 +214,8 @@ pub struct Dims {
     pub max_outputs: usize,
     /// Positions the KV cache holds.
     pub n_ctx: usize,
+    /// Layers that keep the last positions of each sequence alone; `None` if all keep all.
+    pub recent: Option<RecentLayers>,
     /// Type of the KV cache: F16, F32 or Q8_0.
     pub kv_type: TensorType,
     /// Rotary embeddings; the first is the one of [`Backend::qkv`].
@@ -221,6 +231,26 @@ pub struct Dims {
     pub beyond: Option<&'static str>,
     /// What of it has no kernel on a GPU.
     pub no_kernel: Option<&'static str>,
+}
+
+/// Layers whose windows hide all but the last positions, so that of each sequence these alone are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecentLayers {
+    /// Which layers with a cache they are.
+    pub layers: Vec<bool>,
+    /// What they keep of a sequence.
+    pub each: Recent,
+    /// Sequences that they keep it of.
+    pub sequences: usize,
+}
+
+/// Layers with a cache whose pages are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layers {
+    /// Those that keep all positions.
+    Whole,
+    /// Those of [`Dims::recent`].
+    Recent,
 }
 
 /// Sizes of a model's recurrences, and how many states there are.
@@ -285,15 +315,38 @@ impl Dims {
         dim.div_ceil(ty.block_elems()).saturating_mul(ty.block_bytes())
     }
 
-    /// Bytes that the cache takes for the keys of the first `layers` layers at a position, and for their values.
-    pub fn kv_bytes_before(&self, layers: usize) -> [usize; 2] {
-        let of = |s: KvShape| s.heads.saturating_mul(self.kv_bytes(s.dim));
-        if self.shapes.is_empty() {
-            return [layers.saturating_mul(of(self.shape(0))); 2];
+    /// Bytes that the cache takes for the keys of a layer at a position, and for its values.
+    pub fn kv_bytes_of(&self, layer: usize) -> [usize; 2] {
+        let shape = self.shape(layer);
+        let bytes = shape.heads.saturating_mul(self.kv_bytes(shape.dim));
+        [bytes, if shape.of_keys > 0 { 0 } else { bytes }]
+    }
+
+    /// Bytes of the keys of the first `layers` layers, and of their values.
+    pub fn cache_before(&self, layers: usize) -> [usize; 2] {
+        if self.shapes.is_empty() && self.recent.is_none() {
+            return self.kv_bytes_of(0).map(|bytes| layers.saturating_mul(bytes).saturating_mul(self.places(0)));
         }
-        let sum = |sum: usize, s: &KvShape| sum.saturating_add(of(*s));
-        let shapes = &self.shapes[..layers];
-        [shapes.iter().fold(0, sum), shapes.iter().filter(|s| s.of_keys == 0).fold(0, sum)]
+        (0..layers).fold([0; 2], |[keys, values], layer| {
+            let [k, v] = self.kv_bytes_of(layer).map(|bytes| bytes.saturating_mul(self.places(layer)));
+            [keys.saturating_add(k), values.saturating_add(v)]
+        })
+    }
+
+    /// Bytes of a page of layers: keys and values.
+    pub fn page_bytes(&self, layers: Layers) -> usize {
+        PAGE * self.layers(layers).flat_map(|layer| self.kv_bytes_of(layer)).sum::<usize>()
+    }
+
+    /// Those of the layers with a cache.
+    pub fn layers(&self, layers: Layers) -> impl Iterator<Item = usize> {
+        (0..self.n_layers).filter(move |layer| self.layers_of(*layer) == layers)
+    }
+
+    /// What a layer keeps.
+    pub fn layers_of(&self, layer: usize) -> Layers {
+        let recent = self.recent.as_ref().is_some_and(|r| r.layers.get(layer) == Some(&true));
+        if recent { Layers::Recent } else { Layers::Whole }
     }
 
     /// Pages of the cache.
@@ -301,9 +354,24 @@ impl Dims {
         Pages::of(self.n_ctx)
     }
 
-    /// Positions that the pages of the cache hold: the context, in whole pages.
-    pub fn places(&self) -> usize {
-        self.pages().saturating_mul(PAGE)
+    /// Pages that layers have.
+    pub fn pages_of(&self, layers: Layers) -> usize {
+        match (layers, &self.recent) {
+            (Layers::Whole, _) => self.pages(),
+            (Layers::Recent, None) => 0,
+            (Layers::Recent, Some(r)) => r.each.pages.saturating_mul(r.sequences),
+        }
+    }
+
+    /// Words before the second position and table of a pass, of the layers with pages of recent positions: behind a position, a
+    /// table and the number of a state.
+    pub fn recent_at(&self) -> usize {
+        2 + self.pages()
+    }
+
+    /// Positions that the pages of a layer hold: the context, in whole pages, or what it keeps of all sequences.
+    pub fn places(&self, layer: usize) -> usize {
+        self.pages_of(self.layers_of(layer)).saturating_mul(PAGE)
     }
 }
 
@@ -785,14 +853,14 @@ pub trait Backend {
     /// Does to pages what a sequence needs before its next pass.
     fn apply(&mut self, op: &StateOp) -> Result<(), BackendError>;
 
-    /// Bytes of a page: keys and values of all layers, each `[layer][kv head][position][head_dim]`.
-    fn page_bytes(&self) -> usize;
+    /// Bytes of a page of layers: keys and values, each `[layer][kv head][position][head_dim]`.
+    fn page_bytes(&self, layers: Layers) -> usize;
 
     /// Copies a page of [`Backend::page_bytes`] bytes to `to`. Waits for the device.
-    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError>;
+    fn read_page(&mut self, layers: Layers, page: PageId, to: &mut [u8]) -> Result<(), BackendError>;
 
     /// Replaces a page by what [`Backend::read_page`] gave.
-    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError>;
+    fn write_page(&mut self, layers: Layers, page: PageId, from: &[u8]) -> Result<(), BackendError>;
 
     /// Bytes this backend holds on its device, weights apart.
     fn workspace_bytes(&self) -> u64;

@@ -324,6 +324,10 @@ pub struct Placement {
     /// `nt chat` and `nt plan`, 512 for `nt perplexity`; no more than the model was trained on. 0 is what it was trained on.
     #[arg(long, short = 'c', alias = "ctx-size", value_name = "auto|N", default_value = "auto", value_parser = auto_ctx)]
     pub ctx: Auto<usize>,
+    /// Keep all positions of layers whose windows hide all but the last ones, as of other layers. It takes more memory for long
+    /// contexts, and lets a conversation go back anywhere without its prompt being computed again.
+    #[arg(long)]
+    pub swa_full: bool,
     /// Tokens of the prompt that a pass evaluates at once, 1 to 4096: each pass brings or reads all weights once, so that more take
     /// less time for a long prompt, and more memory. The text is the same for any number.
     #[arg(

@@ -14,6 +14,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
     let (backend, sites) = sites(p)?;
     Ok(Options {
         sequences: 1,
+        recent: !p.swa_full,
         backend,
         sites,
         vram: p.vram.given(),

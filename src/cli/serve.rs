@@ -219,6 +219,8 @@ fn open(args: &ServeArgs, mut model: ModelArg, number: usize) -> Result<(Served,
     let tool_use = opened.gguf.metadata.str("tokenizer.chat_template.tool_use").unwrap_or("");
     let template_source = format!("{}{tool_use}", template.source());
     let mut options = options::options(&args.placement, KvArg::F16)?;
+    // Prompts are kept for others that begin alike, which may go back anywhere.
+    options.recent = false;
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) => n,
         Auto::Auto => CTX_DEFAULT.min(opened.model.hparams.n_ctx_reach),

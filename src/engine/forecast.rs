@@ -12,7 +12,7 @@ use super::works::works;
 use super::{EngineError, ExpertSlots, LackError, Options, Recipe, Sites};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{BackendError, BackendKind, Dims, KvShape, MemoryUse};
+use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
 use crate::machine;
 use crate::model::{Model, Requantised, Tape};
 use crate::pipeline::{Event, EventKind};
@@ -523,11 +523,12 @@ fn ram_budget(machine: &Machine) -> Option<u64> {
     ram.budget.or_else(|| of_size.budget())
 }
 
-/// Bytes of the KV cache.
+/// Bytes of the KV cache, up to the context alone.
 fn kv_bytes(model: &Model, options: &Options) -> u64 {
-    let rows = |s: KvShape| s.heads * if s.of_keys > 0 { 1 } else { 2 };
-    let bytes = |s: KvShape| (rows(s) * options.kv_type.row_bytes(s.dim).unwrap_or(0)) as u64;
-    model.cache_shapes().map(bytes).sum::<u64>().saturating_mul(options.n_ctx as u64)
+    let dims = dims_of(model, options);
+    let positions = |layer| dims.places(layer).min(dims.n_ctx.max(1)) as u64;
+    let bytes = |layer| dims.kv_bytes_of(layer).iter().sum::<usize>() as u64;
+    (0..dims.n_layers).map(|layer| positions(layer).saturating_mul(bytes(layer))).fold(0, u64::saturating_add)
 }
 
 fn workspace_bytes(model: &Model, machine: &Machine, options: &Options) -> u64 {

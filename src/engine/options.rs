@@ -34,8 +34,11 @@ pub struct Options {
     pub verify: bool,
     /// Element type of the KV cache.
     pub kv_type: TensorType,
-    /// Sequences that may have tokens at once, where each has a recurrent state.
+    /// Sequences that may have tokens at once, where each has a recurrent state or pages of recent positions.
     pub sequences: usize,
+    /// Whether layers with windows may keep the last positions of each sequence alone. A sequence goes back a little then, or to
+    /// its beginning.
+    pub recent: bool,
     /// Whether experts that stay on storage may have caches in RAM.
     pub caches: bool,
     /// Whether a device keeps experts that live in RAM in slots, the last used, in place of some that live in its memory.
@@ -88,6 +91,7 @@ impl Options {
             verify: false,
             kv_type: TensorType::F16,
             sequences: 1,
+            recent: true,
             caches: true,
             expert_slots: ExpertSlots::Auto,
             routing: None,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::{EngineError, RequestError, SavedError, Session};
-use crate::backend::Class;
+use crate::backend::{Class, Layers};
 use crate::model::Outputs;
 use crate::state::{PAGE, Pages};
 use crate::storage::checksum::crc32c;
@@ -40,6 +40,27 @@ struct Description {
     /// The type of the cache; files of earlier versions do not say it.
     #[serde(default)]
     kv: Option<String>,
+    /// Pages of layers that keep recent positions alone, behind the others.
+    #[serde(default)]
+    recent: Option<RecentPages>,
+}
+
+/// Pages of recent positions: the last ones of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct RecentPages {
+    window: usize,
+    pages: usize,
+    page_bytes: usize,
+    /// Positions below which the sequence had written.
+    written: usize,
+}
+
+impl RecentPages {
+    /// The pages of a sequence of `tokens` positions, by their place in it.
+    fn of(&self, tokens: usize) -> std::ops::Range<usize> {
+        let all = Pages::of(tokens);
+        all.saturating_sub(self.pages)..all
+    }
 }
 
 /// A conversation that was read from a file.
@@ -89,8 +110,11 @@ impl Saved {
             return Err(damaged(format!("it is of version {}, and this nt reads {VERSION}", d.version)));
         }
         let pages = d.tokens.len().div_ceil(d.page.max(1)) as u64;
+        let recent = d.recent.map_or(0, |r| r.of(d.tokens.len()).len() as u64);
         let of_pages = (d.page_bytes as u64).checked_add(SUM_BYTES).and_then(|n| pages.checked_mul(n));
-        let all = of_pages.and_then(|n| n.checked_add(24 + bytes));
+        let of_recent = d.recent.map_or(Some(0), |r| recent.checked_mul((r.page_bytes as u64).checked_add(SUM_BYTES)?));
+        let all = of_pages.zip(of_recent).and_then(|(a, b)| a.checked_add(b)?.checked_add(24 + bytes));
+        let pages = pages + recent;
         if d.page == 0 || d.prompt > d.tokens.len() || all != Some(kind.len()) {
             return Err(damaged(format!("it has {} bytes, which is not what it describes", kind.len())));
         }
@@ -155,7 +179,7 @@ impl Session {
             }
         }
         let tokens = &tokens[..tokens.len().min(self.position())];
-        let page_bytes = self.backend.page_bytes();
+        let page_bytes = self.backend.page_bytes(Layers::Whole);
         let description = Description {
             version: VERSION,
             messages: messages.to_vec(),
@@ -164,6 +188,7 @@ impl Session {
             page: PAGE,
             page_bytes,
             kv: Some(self.options.kv_type.to_string()),
+            recent: self.recent_pages(self.pages.written(self.seq)?),
         };
         let text = serde_json::to_vec(&description).map_err(|e| io(e.into()))?;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -176,9 +201,18 @@ impl Session {
         let (mut page, mut sums) = (vec![0; page_bytes], Vec::new());
         for i in 0..Pages::of(tokens.len()) {
             let id = self.pages.table(self.seq)?[i];
-            self.backend.read_page(id, &mut page)?;
+            self.backend.read_page(Layers::Whole, id, &mut page)?;
             out.write_all(&page).map_err(io)?;
             sums.extend(crc32c(&page).to_le_bytes());
+        }
+        if let Some((recent, of)) = self.pages.recent().zip(description.recent) {
+            page.resize(of.page_bytes, 0);
+            for i in of.of(tokens.len()) {
+                let id = recent.page(self.pages.state(self.seq)?, i);
+                self.backend.read_page(Layers::Recent, id, &mut page)?;
+                out.write_all(&page).map_err(io)?;
+                sums.extend(crc32c(&page).to_le_bytes());
+            }
         }
         out.write_all(&sums).map_err(io)?;
         out.flush().map_err(io)?;
@@ -187,6 +221,13 @@ impl Session {
         let bytes = temporary.as_file().metadata().map_err(io)?.len();
         temporary.persist(path).map_err(|e| io(e.error))?;
         Ok(bytes)
+    }
+
+    /// What is to be said of pages of recent positions, where positions below `written` have been written.
+    fn recent_pages(&self, written: usize) -> Option<RecentPages> {
+        let recent = self.pages.recent()?;
+        let page_bytes = self.backend.page_bytes(Layers::Recent);
+        Some(RecentPages { window: recent.window, pages: recent.pages, page_bytes, written })
     }
 
     /// Takes the pages of a conversation over. `false`: they are damaged, or not what this session computes, or the
@@ -205,9 +246,13 @@ impl Session {
 
     fn take_over(&mut self, saved: &mut Saved, stop: &dyn Fn() -> bool) -> Result<bool, EngineError> {
         let d = &saved.description;
-        let (n, bytes) = (d.tokens.len(), self.backend.page_bytes());
+        let (n, bytes) = (d.tokens.len(), self.backend.page_bytes(Layers::Whole));
         let known = d.tokens.iter().all(|t| (*t as usize) < self.model.n_vocab);
         let other = d.kv.as_ref().is_some_and(|ty| *ty != self.options.kv_type.to_string());
+        let recent = d.recent;
+        let other = other || recent != self.recent_pages(recent.map_or(0, |r| r.written));
+        // Further than that a sequence cannot have written and still have its last positions.
+        let other = other || recent.is_some_and(|r| !(n..=n + r.pages * PAGE).contains(&r.written));
         if other || n == 0 || d.prompt == 0 || !known || n > self.n_ctx() || (d.page, d.page_bytes) != (PAGE, bytes) {
             return Ok(false);
         }
@@ -216,14 +261,16 @@ impl Session {
         self.eval(&d.tokens[..first], Class::Bulk, Outputs::None, stop)?;
         let (mut here, mut page) = (vec![0; bytes], vec![0; bytes]);
         let id = self.pages.table(self.seq)?[0];
-        self.backend.read_page(id, &mut here)?;
+        self.backend.read_page(Layers::Whole, id, &mut here)?;
         if !saved.page(&mut page)? {
             return Ok(false);
         }
         // A page is rows of positions, one for each head of each layer's keys, and then of its values.
         let ty = self.options.kv_type;
+        let windows = self.model.windows();
         let heads = |values: bool| {
-            let shapes = self.model.cache_shapes().filter(move |s| !values || s.of_keys == 0);
+            let shapes = self.model.cache_shapes().zip(&windows).filter(|(_, w)| recent.is_none() || w.is_none());
+            let shapes = shapes.map(|(s, _)| s).filter(move |s| !values || s.of_keys == 0);
             shapes.flat_map(|s| std::iter::repeat_n(s.dim, s.heads))
         };
         let (mut a, mut b) = (&here[..], &page[..]);
@@ -240,9 +287,20 @@ impl Session {
                 return Ok(false);
             }
             let id = self.pages.table(self.seq)?[i];
-            self.backend.write_page(id, &page)?;
+            self.backend.write_page(Layers::Whole, id, &page)?;
+        }
+        if let Some((here, of)) = self.pages.recent().zip(recent) {
+            page.resize(of.page_bytes, 0);
+            for i in of.of(n) {
+                if !saved.page(&mut page)? {
+                    return Ok(false);
+                }
+                let id = here.page(self.pages.state(self.seq)?, i);
+                self.backend.write_page(Layers::Recent, id, &page)?;
+            }
+            self.pages.writes(self.seq, of.written)?;
         }
         self.pages.commit(self.seq, n)?;
-        Ok(true)
+        Ok(self.reach(n) == n)
     }
 }

@@ -368,6 +368,7 @@ impl Session {
         }
         for p in parts {
             self.make_room(p.seq, p.tokens.len())?;
+            self.pages.writes(p.seq, p.tokens.len())?;
         }
         self.fetch_last_rows()?;
         let runs = runs(&self.pages, &self.last_parts)?;
@@ -570,8 +571,7 @@ impl Session {
     /// pass still goes on with this one.
     ///
     /// # Errors
-    /// If this one has fewer tokens, or cannot go back to them (see [`Session::reach`]), or if there is no recurrent state
-    /// for one more.
+    /// If this one has fewer tokens, or cannot go back to them (see [`Session::reach`]), or if there is no state for one more.
     pub fn fork_at(&mut self, n: usize) -> Result<SeqId, EngineError> {
         let (fork, copy) = self.pages.fork_at(self.seq, n)?;
         if let Some(copy) = copy
@@ -588,7 +588,13 @@ impl Session {
         self.pages.recurrent()
     }
 
-    /// How many of the first `n` tokens this sequence can go back to: with a recurrent state all that it has, or none.
+    /// Whether layers with windows keep the last positions of each sequence alone.
+    pub fn keeps_recent(&self) -> bool {
+        self.pages.recent().is_some()
+    }
+
+    /// How many of the first `n` tokens this sequence can go back to: with a recurrent state all that it has, or none; none, too,
+    /// where layers keep recent positions alone and the last tokens before them are gone.
     pub fn reach(&self, n: usize) -> usize {
         self.pages.reach(self.seq, n).unwrap_or(0)
     }

@@ -20,7 +20,8 @@ use super::{EngineError, ExpertSlots, Links, Opened, Options, Recipe, Session, S
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{
-    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, Recurrent, SlotsAt,
+    self, Act, Backend, BackendError, BackendKind, DeviceMemory, Dims, EXACT_ROWS, MemoryUse, RecentLayers, Recurrent,
+    SlotsAt,
 };
 use crate::flow::{self, DeviceConfig, Feed, Flow, FlowConfig, Place, Policy, PoolSpec, Spec, Units};
 use crate::gguf::{TensorInfo, TensorType};
@@ -35,7 +36,7 @@ use crate::pipeline::{
 use crate::plan::{
     Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_bytes, place,
 };
-use crate::state::Pages;
+use crate::state::{Pages, Recent};
 use crate::storage::{Alignment, FileId, Reader, StorageError};
 
 /// Rows of the embedding that are read at once.
@@ -242,8 +243,9 @@ impl Session {
             .zip(parts)
             .map(|(d, parts)| beside::beside(&model, &plan, &d, parts, &places.in_ram, apart.in_ram.clone(), slots));
         let mut pages = Pages::new(Pages::of(options.n_ctx), 1);
-        if let Some(r) = &dims.recurrent {
-            pages = pages.with_states(r.sequences);
+        let recent = dims.recent.as_ref().map(|r| r.each);
+        if dims.recurrent.is_some() || recent.is_some() {
+            pages = pages.with_states(options.sequences, dims.recurrent.is_some(), recent);
         }
         let seq = pages.open();
         let mut scratch = Scratch::for_model(&model, options.max_batch);
@@ -821,6 +823,21 @@ fn plan_on_device(
     }
 }
 
+/// Layers that keep recent positions alone: those with windows, where that takes fewer pages than keeping all, and others
+/// show that a cache that was saved is this model's.
+fn recent_layers(model: &Model, options: &Options) -> Option<RecentLayers> {
+    let windows = model.windows();
+    let window = windows.iter().flatten().max()?;
+    let each = Recent::new(*window, options.max_batch.min(options.n_ctx));
+    let fewer = each.pages.saturating_mul(options.sequences) < Pages::of(options.n_ctx);
+    let layers = windows.iter().map(Option::is_some).collect();
+    (options.recent && fewer && windows.contains(&None)).then_some(RecentLayers {
+        layers,
+        each,
+        sequences: options.sequences,
+    })
+}
+
 /// The sizes of a session, whose divisors of rotary frequencies have been read; without them, sizes alone are right.
 pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Vec<f32>]) -> Dims {
     let h = &model.hparams;
@@ -843,6 +860,7 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         max_batch: options.max_batch.min(options.n_ctx),
         max_outputs: options.outputs.min(options.max_batch),
         n_ctx: options.n_ctx,
+        recent: recent_layers(model, options),
         kv_type: options.kv_type,
         ropes: model.ropes.iter().map(|r| r.rope(h.arch.rope_kind, options.n_ctx, divisors)).collect(),
         n_mix: model.width(Act::Mix),

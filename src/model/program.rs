@@ -5,7 +5,7 @@
 //! The embedding is no unit: a pass needs one row of it per token.
 
 use super::{HParams, RopeSpec};
-use crate::backend::{Act, Activation, KvShape, LinearOf, NormOf, Op};
+use crate::backend::{Act, Activation, KvShape, LinearOf, Mask, NormOf, Op};
 use crate::gguf::{TensorInfo, TensorType};
 
 /// What a unit is.
@@ -228,6 +228,22 @@ impl Model {
     /// Heads of each cache of keys and values, by its number.
     pub fn cache_shapes(&self) -> impl Iterator<Item = KvShape> {
         self.cached.iter().map(|i| self.hparams.shape(*i))
+    }
+
+    /// Positions that each cache of keys and values shows at most to a token, itself among them; `None` where it shows all.
+    pub fn windows(&self) -> Vec<Option<usize>> {
+        let mut windows = vec![Some(1); self.cached.len()];
+        for op in self.stages.iter().flat_map(|s| &s.ops) {
+            if let Op::Attend { layer, scores, .. } = op
+                && let Some(window) = windows.get_mut(*layer)
+            {
+                *window = match scores.mask {
+                    Mask::Full => None,
+                    Mask::Window(n) | Mask::Chunk(n) => window.map(|w| w.max(n)),
+                };
+            }
+        }
+        windows
     }
 
     /// Whether a pass needs final hidden states of another model for each token, as one that predicts further tokens does.

@@ -3,4 +3,4 @@
 
 mod pages;
 
-pub use pages::{PAGE, PageId, Pages, SeqId, StateError, StateOp};
+pub use pages::{PAGE, PageId, Pages, Recent, SeqId, StateError, StateOp};

@@ -3,6 +3,9 @@
 //! A page holds [`PAGE`] positions of all layers. Sequences that were forked share the pages of what they have in common,
 //! until one of them goes on in a page that another one reads too: then it gets a copy of its own. A page is counted
 //! once for each sequence that has it, and is free when none has.
+//!
+//! Layers with windows may keep the last positions of each sequence alone ([`Recent`]): in pages of the sequence's own, in
+//! turn. What lies in them of a sequence that goes back far enough is gone.
 
 /// Positions of a page: a multiple of the keys that any kernel takes at once.
 pub const PAGE: usize = 64;
@@ -26,7 +29,7 @@ pub enum StateOp {
         /// How many of its positions.
         positions: usize,
     },
-    /// Copies a recurrent state.
+    /// Copies a recurrent state, and the pages of recent positions that go with its number.
     CopyState {
         /// The state of another sequence.
         from: u32,
@@ -53,11 +56,13 @@ pub enum StateError {
     /// The sequence has ended, or is another cache's.
     #[error("sequence {0} has ended")]
     NoSuchSequence(u64),
-    /// More sequences than there are recurrent states.
-    #[error("there are recurrent states for {0} sequences, and each has one already")]
+    /// More sequences than there are states.
+    #[error("there are states for {0} sequences, and each has one already")]
     States(usize),
-    /// A sequence with a recurrent state cannot go back.
-    #[error("the sequence has a recurrent state, so of its {len} positions it keeps all or none, not {position}")]
+    /// A sequence with a recurrent state cannot go back, nor can one far whose layers keep recent positions alone.
+    #[error(
+        "the sequence has a recurrent state, or has overwritten what windows show there, so of its {len} positions it does not keep {position}"
+    )]
     Recurrent {
         /// Positions that were to be kept.
         position: usize,
@@ -74,6 +79,34 @@ pub enum StateError {
     },
 }
 
+/// How many positions layers with windows keep of each sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recent {
+    /// Positions that the longest window shows, the row's own among them.
+    pub window: usize,
+    /// Pages of a sequence: page `i` of its positions lies in number `i % pages` of them.
+    pub pages: usize,
+}
+
+impl Recent {
+    /// Room for such a window in front of passes of up to `rows` positions, wherever in a page they begin.
+    pub fn new(window: usize, rows: usize) -> Recent {
+        Recent { window, pages: Pages::of(window.saturating_add(rows)) + 1 }
+    }
+
+    /// Whether position `next` may come next to a sequence that has written the positions below `written`: what its window
+    /// shows lies in its pages still.
+    pub fn holds(self, next: usize, written: usize) -> bool {
+        let first = (next + 1).saturating_sub(self.window) / PAGE;
+        written <= next || first + self.pages > (written - 1) / PAGE
+    }
+
+    /// The page of its own in which a sequence with state `state` has page `i` of its positions.
+    pub fn page(self, state: u32, i: usize) -> PageId {
+        ((state >> 1) as usize * self.pages + i % self.pages) as PageId
+    }
+}
+
 /// Pages and who has them.
 #[derive(Debug)]
 pub struct Pages {
@@ -83,9 +116,12 @@ pub struct Pages {
     free: Vec<PageId>,
     seqs: Vec<Sequence>,
     next_id: u64,
-    /// Recurrent states, if sequences have such, and those that no sequence has.
+    /// States, if sequences have such: recurrent ones, or pages of recent positions; and those that no sequence has.
     states: usize,
     free_states: Vec<u32>,
+    /// Whether states are recurrent ones.
+    recurrent: bool,
+    recent: Option<Recent>,
 }
 
 #[derive(Debug)]
@@ -95,8 +131,10 @@ struct Sequence {
     table: Vec<PageId>,
     /// Positions that are computed.
     len: usize,
-    /// Its recurrent state: the lowest bit says which of two copies is behind those positions.
+    /// Its state: the lowest bit says which of two copies of a recurrent one is behind those positions.
     state: Option<u32>,
+    /// Positions below which passes have written, those that were given up among them.
+    written: usize,
 }
 
 impl Pages {
@@ -110,13 +148,17 @@ impl Pages {
             next_id: 0,
             states: 0,
             free_states: Vec::new(),
+            recurrent: false,
+            recent: None,
         }
     }
 
-    /// The same, for sequences with a recurrent state each, of which there are `states`.
+    /// The same, for sequences with a state each, of which there are `states`: a recurrent one, pages of recent positions, or
+    /// both.
     #[must_use]
-    pub fn with_states(self, states: usize) -> Pages {
-        Pages { states, free_states: (0..states as u32).rev().map(|s| 2 * s).collect(), ..self }
+    pub fn with_states(self, states: usize, recurrent: bool, recent: Option<Recent>) -> Pages {
+        let free_states = (0..states as u32).rev().map(|s| 2 * s).collect();
+        Pages { states, free_states, recurrent, recent, ..self }
     }
 
     /// Pages that `positions` positions take.
@@ -129,7 +171,7 @@ impl Pages {
         let id = SeqId(self.next_id);
         self.next_id += 1;
         let state = self.free_states.pop();
-        self.seqs.push(Sequence { id, table: Vec::with_capacity(self.users.len()), len: 0, state });
+        self.seqs.push(Sequence { id, table: Vec::with_capacity(self.users.len()), len: 0, state, written: 0 });
         id
     }
 
@@ -166,6 +208,25 @@ impl Pages {
         Ok(())
     }
 
+    /// A pass is about to write the next `n` positions, which room was made for.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn writes(&mut self, seq: SeqId, n: usize) -> Result<(), StateError> {
+        let at = self.find(seq)?;
+        let s = &mut self.seqs[at];
+        s.written = s.written.max(s.len + n);
+        Ok(())
+    }
+
+    /// Positions below which passes have written into a sequence, those that were given up or forgotten among them.
+    ///
+    /// # Errors
+    /// [`StateError::NoSuchSequence`].
+    pub fn written(&self, seq: SeqId) -> Result<usize, StateError> {
+        Ok(self.seqs[self.find(seq)?].written)
+    }
+
     /// Undoes what [`Pages::reserve`] did to a page of the sequence, where a backend could not follow it.
     ///
     /// # Errors
@@ -193,6 +254,7 @@ impl Pages {
             return Err(StateError::Beyond { position: s.len.saturating_add(n), len: room });
         }
         s.len += n;
+        s.written = s.written.max(s.len);
         if n > 0 {
             s.state = s.state.map(|state| state ^ 1);
         }
@@ -212,21 +274,28 @@ impl Pages {
         if n != self.reach(seq, n)? {
             return Err(StateError::Recurrent { position: n, len });
         }
-        self.seqs[at].len = n;
+        let s = &mut self.seqs[at];
+        s.len = n;
+        if n == 0 {
+            s.written = 0;
+        }
         self.shrink(at, Pages::of(n));
         Ok(())
     }
 
-    /// How many of the first `n` positions a sequence can go back to: with a recurrent state all that it has, or none.
+    /// How many of the first `n` positions a sequence can go back to: with a recurrent state all that it has, or none;
+    /// none, too, where what windows show before them has been overwritten.
     ///
     /// # Errors
     /// [`StateError::NoSuchSequence`].
     pub fn reach(&self, seq: SeqId, n: usize) -> Result<usize, StateError> {
-        let len = self.seqs[self.find(seq)?].len;
-        Ok(if self.states == 0 || n >= len { n.min(len) } else { 0 })
+        let Sequence { len, written, .. } = self.seqs[self.find(seq)?];
+        let n = n.min(len);
+        let gone = self.recurrent && n < len || self.recent.is_some_and(|r| !r.holds(n, written));
+        Ok(if gone { 0 } else { n })
     }
 
-    /// A sequence that begins with the first `n` positions of another one. No page is copied yet; a recurrent state must be
+    /// A sequence that begins with the first `n` positions of another one. No page is copied yet; a state must be
     /// at once, as the second result says.
     ///
     /// # Errors
@@ -234,7 +303,7 @@ impl Pages {
     /// [`StateError::States`] if there is no state for one more; [`StateError::NoSuchSequence`].
     pub fn fork_at(&mut self, seq: SeqId, n: usize) -> Result<(SeqId, Option<StateOp>), StateError> {
         let at = self.find(seq)?;
-        let (len, state) = (self.seqs[at].len, self.seqs[at].state);
+        let Sequence { len, state, written, .. } = self.seqs[at];
         if n > len {
             return Err(StateError::Beyond { position: n, len });
         }
@@ -252,6 +321,7 @@ impl Pages {
             self.seqs[to].table.push(page);
         }
         self.seqs[to].len = n;
+        self.seqs[to].written = if n > 0 { written } else { 0 };
         let copy = state.zip(self.seqs[to].state).filter(|_| n > 0).map(|(from, to)| StateOp::CopyState { from, to });
         Ok((fork, copy))
     }
@@ -276,7 +346,7 @@ impl Pages {
         Ok(&self.seqs[self.find(seq)?].table)
     }
 
-    /// The recurrent state of a sequence; 0 where it has none.
+    /// The state of a sequence; 0 where it has none.
     ///
     /// # Errors
     /// [`StateError::NoSuchSequence`].
@@ -286,7 +356,12 @@ impl Pages {
 
     /// Whether sequences have recurrent states.
     pub fn recurrent(&self) -> bool {
-        self.states > 0
+        self.recurrent
+    }
+
+    /// What layers with windows keep, where they keep recent positions alone.
+    pub fn recent(&self) -> Option<Recent> {
+        self.recent
     }
 
     /// Positions of a sequence.
@@ -524,7 +599,7 @@ mod tests {
     /// Guards against a sequence that goes back to a state that is gone, and against two that have one state.
     #[test]
     fn recurrent_states_belong_to_one_sequence_and_do_not_go_back() {
-        let mut pages = Pages::new(8, 4).with_states(2);
+        let mut pages = Pages::new(8, 4).with_states(2, true, None);
         let mut ops = Vec::new();
         let a = pages.open();
         pages.reserve(a, 70, &mut ops).unwrap();

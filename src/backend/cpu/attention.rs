@@ -31,6 +31,8 @@ pub(super) struct Cache {
     pub places: usize,
     /// The page of each [`PAGE`] positions.
     pub table: *const PageId,
+    /// Whether the layer keeps recent positions alone, in pages of their own.
+    pub recent: bool,
     pub head_dim: usize,
     /// Elements at the beginning of keys that are the values; 0 where these are of their own.
     pub of_keys: usize,
@@ -45,14 +47,14 @@ unsafe impl Sync for Cache {}
 const _: () = assert!(PAGE.is_multiple_of(BLOCK));
 
 impl Cache {
-    /// The cache of a sequence whose pages begin `table` further on.
+    /// The cache of a sequence whose pages begin `table` further on, and its pages of recent positions `recent` further on.
     ///
     /// # Safety
-    /// The table is that long.
+    /// The tables are that long.
     #[inline(always)]
-    pub unsafe fn of(self, table: usize) -> Cache {
+    pub unsafe fn of(self, table: usize, recent: usize) -> Cache {
         // SAFETY: the caller's promise.
-        Cache { table: unsafe { self.table.add(table) }, ..self }
+        Cache { table: unsafe { self.table.add(if self.recent { recent } else { table }) }, ..self }
     }
 
     /// Where a head has a position, in bytes.

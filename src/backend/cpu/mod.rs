@@ -28,11 +28,11 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{
-    Activation as HowActivated, Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, KvShape, Linear, Norm, Op,
-    RopeKind, RouterParams, Run, Scores, Weight, reference,
+    Activation as HowActivated, Backend, BackendError, Class, Dims, EXACT_ROWS, Expert, KvShape, Layers, Linear, Norm,
+    Op, RopeKind, RouterParams, Run, Scores, Weight, reference,
 };
 use crate::gguf::TensorType;
-use crate::state::{PAGE, PageId, StateOp};
+use crate::state::{PAGE, PageId, Pages, StateOp};
 use attention::{Attend, Cache, TILE, heads_of_task};
 use buf::Buf;
 use kernel::{Activation, Body, Dot, Job, Paired, Quantise, Rows, Then, dispatch};
@@ -125,11 +125,12 @@ pub struct CpuBackend {
     overflow: AtomicUsize,
 }
 
-/// Where a row lies: its position, and where its sequence's pages begin in `tables`.
+/// Where a row lies: its position, and where its sequence's pages begin in `tables`, and its pages of recent positions.
 #[derive(Clone, Copy)]
 struct Place {
     position: usize,
     table: usize,
+    recent: usize,
 }
 
 /// Rows of one run, which count from the first of their class, and the state behind what came before.
@@ -349,7 +350,7 @@ impl CpuBackend {
             // Behind the cache, which is refused where it is too large.
             places: Vec::with_capacity(dims.max_batch),
             tiles: Vec::with_capacity(dims.max_batch),
-            tables: Vec::with_capacity(EXACT_ROWS * dims.pages()),
+            tables: Vec::with_capacity(if dims.recent.is_some() { 2 } else { 1 } * EXACT_ROWS * dims.pages()),
             dims,
         })
     }
@@ -578,28 +579,44 @@ impl CpuBackend {
 
     fn cache(&mut self, layer: usize) -> Cache {
         let d = &self.dims;
-        let ([at_k, at_v], shape) = (d.kv_bytes_before(layer).map(|bytes| bytes * d.places()), d.shape(layer));
+        let ([at_k, at_v], shape, places) = (d.cache_before(layer), d.shape(layer), d.places(layer));
         // SAFETY: the buffers hold `n_layers` such parts.
         let (k, v) = unsafe { (self.cache_k.ptr().add(at_k), self.cache_v.ptr().add(at_v)) };
         let (ty, each, head_dim) = (d.kv_type, d.kv_bytes(shape.dim), shape.dim);
-        Cache { k, v, ty, each, places: d.places(), table: self.tables.as_ptr(), head_dim, of_keys: shape.of_keys }
+        let (table, recent) = (self.tables.as_ptr(), d.layers_of(layer) == Layers::Recent);
+        Cache { k, v, ty, each, places, table, recent, head_dim, of_keys: shape.of_keys }
     }
 
-    /// Where the first position of a page lies in the cache, and the bytes of each position, of each head of each layer's keys,
-    /// or of its values.
-    fn page_rows(&self, page: PageId, values: bool) -> Vec<(usize, usize)> {
+    /// Where the first position of a page lies in the cache, and the bytes of each position, of each head of these layers' keys,
+    /// or of their values.
+    fn page_rows(&self, layers: Layers, page: PageId, values: bool) -> Vec<(usize, usize)> {
         let d = &self.dims;
-        assert!((page as usize) < d.pages(), "page {page} of {}", d.pages());
+        assert!((page as usize) < d.pages_of(layers), "page {page} of {}", d.pages_of(layers));
         let mut rows = Vec::new();
-        let mut at = 0;
-        for shape in (0..d.n_layers).map(|layer| d.shape(layer)).filter(|s| !values || s.of_keys == 0) {
-            let each = d.kv_bytes(shape.dim);
+        for layer in d.layers(layers) {
+            let (shape, [k, v]) = (d.shape(layer), d.cache_before(layer));
+            if values && shape.of_keys > 0 {
+                continue;
+            }
+            let (each, mut at) = (d.kv_bytes(shape.dim), if values { v } else { k });
             for _ in 0..shape.heads {
                 rows.push((at + page as usize * PAGE * each, each));
-                at += d.places() * each;
+                at += d.places(layer) * each;
             }
         }
         rows
+    }
+
+    /// Copies the first `positions` positions from a page of these layers on to the places from another one on.
+    fn copy_positions(&mut self, layers: Layers, from: PageId, to: PageId, positions: usize) {
+        for values in [false, true] {
+            let to = self.page_rows(layers, to, values);
+            for ((from, each), (to, _)) in self.page_rows(layers, from, values).into_iter().zip(to) {
+                let bytes = positions * each;
+                let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
+                cache.copy_within(from..from + bytes, to);
+            }
+        }
     }
 
     /// Attention of a layer; `sinks` are one score a query head.
@@ -641,9 +658,10 @@ impl CpuBackend {
             if let Some(r) = &rotation {
                 tokens.clone().for_each(|token| r.run(isa, token, kv_head, overflow));
             }
-            let Place { position: first_pos, table } = places[tokens.start];
-            // SAFETY: the table of the run begins there.
-            let cache = unsafe { cache.of(table) };
+            let place = places[tokens.start];
+            let first_pos = place.position;
+            // SAFETY: the tables of the run begin there.
+            let cache = unsafe { cache.of(place.table, place.recent) };
             let sinks = sinks.get().cast_const();
             let tokens_ = tokens.clone();
             let attend = Attend {
@@ -770,7 +788,7 @@ impl Body for Rotate<'_> {
             // SAFETY: the position of token t of the head belongs to this task and has a page (checked in `begin`).
             unsafe {
                 let place = *of.places.add(t);
-                let at = of.cache.of(place.table).at(kv_head, place.position);
+                let at = of.cache.of(place.table, place.recent).at(kv_head, place.position);
                 let x = std::slice::from_raw_parts(from.get().add((t * of.heads[1] + kv_head) * hd), hd);
                 *over |= of.cache.store(to, at, x);
             }
@@ -872,9 +890,14 @@ impl Backend for CpuBackend {
             self.runs.push(RunRows { class: r.class, rows, first: r.first_pos == 0, state: r.state });
             let tiles = (first..first + r.rows).step_by(TILE);
             self.tiles.extend(tiles.map(|t| Tile { class: r.class, rows: t..(t + TILE).min(first + r.rows) }));
+            let end = r.first_pos + r.rows;
             let table = self.tables.len();
-            self.places.extend((r.first_pos..r.first_pos + r.rows).map(|position| Place { position, table }));
             self.tables.extend_from_slice(r.table);
+            let recent = self.tables.len();
+            if let Some(of) = self.dims.recent.as_ref() {
+                self.tables.extend((0..Pages::of(end)).map(|i| of.each.page(r.state, i)));
+            }
+            self.places.extend((r.first_pos..end).map(|position| Place { position, table, recent }));
         }
         let mut first = 0;
         for rope in &self.dims.ropes {
@@ -1159,30 +1182,27 @@ impl Backend for CpuBackend {
             StateOp::CopyState { from, to } => {
                 let each = self.dims.recurrent.map_or(0, |r| r.floats());
                 self.states.copy_within(from as usize * each..(from as usize + 1) * each, to as usize * each);
+                if let Some(recent) = self.dims.recent.as_ref().map(|r| r.each) {
+                    let (from, to) = (recent.page(from, 0), recent.page(to, 0));
+                    self.copy_positions(Layers::Recent, from, to, recent.pages * PAGE);
+                }
                 return Ok(());
             }
         };
-        for values in [false, true] {
-            for ((from, each), (to, _)) in self.page_rows(from, values).into_iter().zip(self.page_rows(to, values)) {
-                let bytes = positions.min(PAGE) * each;
-                let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
-                cache.copy_within(from..from + bytes, to);
-            }
-        }
+        self.copy_positions(Layers::Whole, from, to, positions.min(PAGE));
         Ok(())
     }
 
-    fn page_bytes(&self) -> usize {
-        let d = &self.dims;
-        PAGE * d.kv_bytes_before(d.n_layers).iter().sum::<usize>()
+    fn page_bytes(&self, layers: Layers) -> usize {
+        self.dims.page_bytes(layers)
     }
 
-    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
-        assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
+    fn read_page(&mut self, layers: Layers, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        assert_eq!(to.len(), self.page_bytes(layers), "a page's bytes");
         let mut first = 0;
         for values in [false, true] {
             let cache = if values { &self.cache_v } else { &self.cache_k };
-            for (at, each) in self.page_rows(page, values) {
+            for (at, each) in self.page_rows(layers, page, values) {
                 let part = first..first + PAGE * each;
                 to[part.clone()].copy_from_slice(&cache[at..at + part.len()]);
                 first = part.end;
@@ -1191,11 +1211,11 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
-        assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
+    fn write_page(&mut self, layers: Layers, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        assert_eq!(from.len(), self.page_bytes(layers), "a page's bytes");
         let mut first = 0;
         for values in [false, true] {
-            for (at, each) in self.page_rows(page, values) {
+            for (at, each) in self.page_rows(layers, page, values) {
                 let part = first..first + PAGE * each;
                 let cache = if values { &mut self.cache_v } else { &mut self.cache_k };
                 cache[at..at + part.len()].copy_from_slice(&from[part.clone()]);

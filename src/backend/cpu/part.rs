@@ -18,6 +18,7 @@ impl CpuBackend {
             max_batch: dims.max_batch.min(EXACT_ROWS),
             max_outputs: 1,
             n_ctx: PAGE,
+            recent: None,
             recurrent: None,
             ..dims.clone()
         };

@@ -55,7 +55,7 @@ impl CudaBackend {
     /// Where keys and values of a layer lie.
     pub(super) fn cache_of(&self, layer: usize) -> [u64; 2] {
         let (d, ws) = (&self.dims, &self.engine.ws);
-        let [k, v] = d.kv_bytes_before(layer).map(|bytes| (bytes * d.places()) as u64);
+        let [k, v] = d.cache_before(layer).map(|bytes| bytes as u64);
         [ws.k_cache.addr() + k, ws.v_cache.addr() + v]
     }
 
@@ -79,14 +79,14 @@ impl CudaBackend {
             q_norm: q_norm.map_or(0, |n| n.weight),
             k_norm: k_norm.map_or(0, |n| n.weight),
             freqs: before,
-            pass: ws.pass.addr(),
+            pass: layer.map_or(ws.pass.addr(), |layer| self.pass_of(layer)),
             k_cache,
             v_cache,
             n_heads: d.n_heads as i32,
             n_kv_heads: kv_heads as i32,
             head_dim: shape.dim as i32,
             n_rot: rope.map_or(0, |r| 2 * r.freqs.len() as i32),
-            n_places: d.places() as i32,
+            n_places: layer.map_or(0, |layer| d.places(layer)) as i32,
             tokens: self.tokens as i32,
             neox: i32::from(rope.is_some_and(|r| r.kind == RopeKind::Neox)),
             cache_f32: self.cache_kind() as i32,

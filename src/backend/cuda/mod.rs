@@ -33,8 +33,8 @@ pub use driver::{Device, DeviceBuffer, DeviceInfo, Event, PAD_BYTES, PinnedBuffe
 pub use transfer::Transfer;
 
 use super::{
-    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, KvShape, Linear, Norm, Op, RouterParams, Routing,
-    Run, Scores, Weight,
+    Act, Backend, BackendError, Class, DeviceMemory, Dims, Expert, KvShape, Layers, Linear, Norm, Op, RouterParams,
+    Routing, Run, Scores, Weight,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, StateOp};
@@ -79,6 +79,8 @@ pub struct CudaBackend {
     shared: Vec<Option<moe::SharedExperts>>,
     /// Pages of the sequence at hand, as they are in the GPU's memory.
     table: Vec<PageId>,
+    /// Whose pages of recent positions are there.
+    recent_of: u32,
     /// The way to processors and back, where there is one.
     handover: Option<Handover>,
 }
@@ -131,6 +133,7 @@ impl CudaBackend {
             resting: Vec::new(),
             shared: Vec::new(),
             table: (0..dims.pages() as PageId).collect(),
+            recent_of: 0,
             recorder: Recorder::new(),
             handover: Handover::new(device, dims)?,
         })
@@ -182,24 +185,38 @@ impl CudaBackend {
         Ok(input)
     }
 
-    /// The first `positions` positions of a page in the cache of keys or of values: in all heads of all layers, or layer by layer
-    /// where they differ.
-    fn page_rows(&self, values: bool, page: PageId, positions: usize) -> Vec<RowsOf> {
+    /// The first `positions` positions from a page of these layers on in the cache of keys or of values: in all heads of all layers,
+    /// or layer by layer where they differ.
+    fn page_rows(&self, layers: Layers, values: bool, page: PageId, positions: usize) -> Vec<RowsOf> {
         let d = &self.dims;
-        assert!((page as usize) < d.pages() && positions <= PAGE, "page {page} of {}", d.pages());
-        let mut at = if values { self.engine.ws.v_cache.addr() } else { self.engine.ws.k_cache.addr() };
-        let alike = if d.shapes.is_empty() { d.n_layers } else { 1 };
+        let places = d.pages_of(layers) * PAGE;
+        assert!(page as usize * PAGE + positions <= places, "{positions} positions from page {page} on, of {places}");
+        let cache = if values { &self.engine.ws.v_cache } else { &self.engine.ws.k_cache };
+        let alike = if d.shapes.is_empty() && d.recent.is_none() { d.n_layers } else { 1 };
         let mut all = Vec::with_capacity(d.n_layers / alike.max(1));
-        for shape in (0..d.n_layers).step_by(alike.max(1)).map(|layer| d.shape(layer)) {
+        for layer in d.layers(layers).step_by(alike.max(1)) {
+            let shape = d.shape(layer);
             if values && shape.of_keys > 0 {
                 continue;
             }
-            let (each, rows) = (d.kv_bytes(shape.dim), alike * shape.heads);
-            let (addr, pitch) = (at + (page as usize * PAGE * each) as u64, d.places() * each);
-            all.push(RowsOf { addr, width: positions * each, pitch, rows });
-            at += (rows * pitch) as u64;
+            let each = d.kv_bytes(shape.dim);
+            let at = d.cache_before(layer)[usize::from(values)] + page as usize * PAGE * each;
+            let addr = cache.addr() + at as u64;
+            all.push(RowsOf { addr, width: positions * each, pitch: places * each, rows: alike * shape.heads });
         }
         all
+    }
+
+    /// Copies the first `positions` positions from a page of these layers on to the places from another one on.
+    fn copy_positions(&self, layers: Layers, from: PageId, to: PageId, positions: usize) -> Result<(), BackendError> {
+        for values in [false, true] {
+            let to = self.page_rows(layers, values, to, positions);
+            for (from, to) in self.page_rows(layers, values, from, positions).into_iter().zip(to) {
+                // SAFETY: both lie in the cache (`page_rows` asserts it) and have nothing in common: nobody reads the second yet.
+                unsafe { self.engine.stream.copy_rows(from, to)? };
+            }
+        }
+        Ok(())
     }
 
     /// Brings the pages of the sequence at hand to the GPU, as far as they are not there.
@@ -219,6 +236,31 @@ impl CudaBackend {
             self.table.truncate(known);
         }
         sent
+    }
+
+    /// Where kernels read the pass's position, and behind it the pages of a layer.
+    fn pass_of(&self, layer: usize) -> u64 {
+        let pass = self.engine.ws.pass.addr();
+        match self.dims.layers_of(layer) {
+            Layers::Whole => pass,
+            Layers::Recent => pass + 4 * self.dims.recent_at() as u64,
+        }
+    }
+
+    /// Brings the pass's position, and the pages of the sequence's recent positions, to where layers with such read them.
+    fn send_recent(&mut self, run: &Run<'_>) -> Result<(), BackendError> {
+        let Some(recent) = self.dims.recent.as_ref().map(|r| r.each) else { return Ok(()) };
+        let (at, of) = (self.engine.ws.pass.addr() + 4 * self.dims.recent_at() as u64, run.state >> 1);
+        // SAFETY: the word is the workspace's; kernels read it in stream order.
+        unsafe { self.engine.stream.set(at, run.first_pos as u32)? };
+        if of == self.recent_of {
+            return Ok(());
+        }
+        let table: Vec<PageId> = (0..self.dims.pages()).map(|i| recent.page(run.state, i)).collect();
+        // SAFETY: as in `send_pages`.
+        unsafe { self.engine.stream.upload(table.as_ptr().cast(), at + 4, 4 * table.len())? };
+        self.recent_of = of;
+        Ok(())
     }
 
     /// Rows of `cols` elements from host memory, as floats to `out`, by way of the room at `at` of raw rows.
@@ -328,6 +370,7 @@ impl Backend for CudaBackend {
         let at = self.engine.ws.pass.addr();
         // SAFETY: the word is the workspace's; kernels read it in stream order.
         unsafe { self.engine.stream.set(at, run.first_pos as u32)? };
+        self.send_recent(run)?;
         let Some(recurrent) = self.dims.recurrent else { return Ok(()) };
         if run.state as usize >= 2 * recurrent.sequences {
             let what = format!("recurrent state {} does not exist; there are {}", run.state, 2 * recurrent.sequences);
@@ -341,27 +384,26 @@ impl Backend for CudaBackend {
         self.engine.device.bind()?;
         let (from, to, positions) = match *op {
             StateOp::Copy { from, to, positions } => (from, to, positions),
-            StateOp::CopyState { from, to } => return self.copy_state(from, to),
-        };
-        for values in [false, true] {
-            let (from, to) = (self.page_rows(values, from, positions), self.page_rows(values, to, positions));
-            for (from, to) in from.into_iter().zip(to) {
-                // SAFETY: both pages lie in the cache (`page_rows` asserts it) and are not the same one, since one is shared.
-                unsafe { self.engine.stream.copy_rows(from, to)? };
+            StateOp::CopyState { from, to } => {
+                if let Some(recent) = self.dims.recent.as_ref().map(|r| r.each) {
+                    let (from, to) = (recent.page(from, 0), recent.page(to, 0));
+                    self.copy_positions(Layers::Recent, from, to, recent.pages * PAGE)?;
+                }
+                return self.dims.recurrent.map_or(Ok(()), |_| self.copy_state(from, to));
             }
-        }
-        Ok(())
+        };
+        self.copy_positions(Layers::Whole, from, to, positions)
     }
 
-    fn page_bytes(&self) -> usize {
-        PAGE * self.dims.kv_bytes_before(self.dims.n_layers).iter().sum::<usize>()
+    fn page_bytes(&self, layers: Layers) -> usize {
+        self.dims.page_bytes(layers)
     }
 
-    fn read_page(&mut self, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
-        assert_eq!(to.len(), self.page_bytes(), "a page's bytes");
+    fn read_page(&mut self, layers: Layers, page: PageId, to: &mut [u8]) -> Result<(), BackendError> {
+        assert_eq!(to.len(), self.page_bytes(layers), "a page's bytes");
         self.engine.device.bind()?;
         let mut left = to;
-        for rows in [false, true].into_iter().flat_map(|values| self.page_rows(values, page, PAGE)) {
+        for rows in [false, true].into_iter().flat_map(|values| self.page_rows(layers, values, page, PAGE)) {
             let (part, rest) = left.split_at_mut(rows.bytes());
             // SAFETY: the page lies in the cache; the slice has as many bytes, and the stream is waited for below.
             unsafe { self.engine.stream.download_rows(rows, part.as_mut_ptr())? };
@@ -370,11 +412,11 @@ impl Backend for CudaBackend {
         self.engine.stream.synchronize()
     }
 
-    fn write_page(&mut self, page: PageId, from: &[u8]) -> Result<(), BackendError> {
-        assert_eq!(from.len(), self.page_bytes(), "a page's bytes");
+    fn write_page(&mut self, layers: Layers, page: PageId, from: &[u8]) -> Result<(), BackendError> {
+        assert_eq!(from.len(), self.page_bytes(layers), "a page's bytes");
         self.engine.device.bind()?;
         let mut left = from;
-        for rows in [false, true].into_iter().flat_map(|values| self.page_rows(values, page, PAGE)) {
+        for rows in [false, true].into_iter().flat_map(|values| self.page_rows(layers, values, page, PAGE)) {
             let (part, rest) = left.split_at(rows.bytes());
             // SAFETY: as in `read_page`.
             unsafe { self.engine.stream.upload_rows(part.as_ptr(), rows)? };

@@ -94,7 +94,7 @@ pub(super) struct Workspace {
     pub v_cache: DeviceBuffer,
     pub freqs: DeviceBuffer,
     /// Position of the pass's first token, then the page of each [`PAGE`](crate::state::PAGE) positions, then the number of
-    /// the recurrent state that is read, where kernels read them.
+    /// the recurrent state that is read, where kernels read them; then position and pages of recent positions.
     pub pass: DeviceBuffer,
     pub logits: DeviceBuffer,
     pub logits_host: PinnedBuffer<f32>,
@@ -246,9 +246,9 @@ impl Sizes {
             scratch: half_bytes(tile_rows, wide).clamp(least, most).max(half_bytes(128, wide)),
             partial: float_bytes(few * key_ranges(d.n_ctx), heads),
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
-            cache: d.kv_bytes_before(d.n_layers).map(|bytes| (bytes as u64).saturating_mul(d.places() as u64)),
+            cache: d.cache_before(d.n_layers).map(|bytes| bytes as u64),
             freqs: float_bytes(1, d.ropes.iter().map(|r| r.freqs.len()).sum::<usize>().max(1)),
-            pass: float_bytes(1, 2 + d.pages()),
+            pass: float_bytes(1, d.recent_at() + d.recent.as_ref().map_or(0, |_| 1 + d.pages())),
             logits: float_bytes(d.max_outputs, d.n_vocab),
             rows: match d.n_per_block {
                 0 => float_bytes(batch, d.n_embd),
@@ -298,8 +298,11 @@ impl Workspace {
         let all: Vec<f32> = d.ropes.iter().flat_map(|r| &r.freqs).copied().collect();
         freqs.write(0, &all)?;
         let pass = device.alloc(s.pass, "position and pages")?;
-        // Position 0, then every page in order, then state 0.
-        let words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).chain(std::iter::once(0)).collect();
+        // Position 0, then every page in order, then state 0; of recent positions the same without a state.
+        let mut words: Vec<u32> = std::iter::once(0).chain(0..d.pages() as u32).chain(std::iter::once(0)).collect();
+        if let Some(recent) = d.recent.as_ref().map(|r| r.each) {
+            words.extend(std::iter::once(0).chain((0..d.pages()).map(|i| recent.page(0, i))));
+        }
         pass.write(0, &words)?;
         let mut ws = Workspace {
             rooms: Rooms::default(),

@@ -7,7 +7,7 @@ use super::{F32, Matrix, Report, Result, Rng, nmse, random_rows, silu, values, w
 use crate::backend::cuda::graph::Recorder;
 use crate::backend::cuda::{CudaBackend, Device};
 use crate::backend::{
-    Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Norm, Rope, RopeKind, RouterParams, Routing, Run,
+    Activation, Backend, Class, Dims, EXACT_ROWS, Expert, Layers, Norm, Rope, RopeKind, RouterParams, Routing, Run,
 };
 use crate::gguf::TensorType;
 use crate::state::{PAGE, PageId, Pages, StateOp};
@@ -90,6 +90,7 @@ fn dims(c: &Case) -> Dims {
         max_batch: 200,
         max_outputs: EXACT_ROWS,
         n_ctx: 500,
+        recent: None,
         kv_type: c.kv_type,
         ropes: vec![Rope {
             kind: c.kind,
@@ -452,10 +453,10 @@ fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result<Vec<PageId>> {
     let (n, all) = (Pages::of(PROMPT) as PageId, d.pages() as PageId);
     assert!(all >= 2 * n, "{all} pages");
     let table: Vec<PageId> = (0..n).map(|i| all - 1 - i).collect();
-    let mut page = vec![0; g.page_bytes()];
+    let mut page = vec![0; g.page_bytes(Layers::Whole)];
     for i in 0..n - 1 {
-        g.read_page(i, &mut page)?;
-        g.write_page(table[i as usize], &page)?;
+        g.read_page(Layers::Whole, i, &mut page)?;
+        g.write_page(Layers::Whole, table[i as usize], &page)?;
     }
     let positions = PROMPT % PAGE;
     g.apply(&StateOp::Copy { from: n - 1, to: table[n as usize - 1], positions })?;

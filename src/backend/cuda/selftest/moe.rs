@@ -76,6 +76,7 @@ fn dims(c: &Case) -> Dims {
         n_ff_expert: c.ff,
         max_batch: 512,
         n_ctx: 512,
+        recent: None,
         beyond: c.by.map(|_| "other routers"),
         ..product_dims()
     }
