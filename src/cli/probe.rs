@@ -346,8 +346,8 @@ fn probe_link(
         let b = link::with_memory(&device, threads, machine::memory(root).budget()).map_err(failure)?;
         report.with_memory = Some(b);
         let memory = machine::memory_identity(root);
-        rates.push(Rate::now("memory beside h2d", &memory, b.memory, None, Some(b.threads)));
-        rates.push(Rate::now("h2d beside memory", &identity, b.h2d, None, None));
+        rates.push(Rate::now(link::MEMORY_BESIDE, &memory, b.memory, None, Some(b.threads)));
+        rates.push(Rate::now(link::LINK_BESIDE, &identity, b.h2d, None, None));
     }
     let mut keep = |kind: &str, rate: fn(&link::Cell) -> f64| {
         let best = report.cells.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));

@@ -457,7 +457,7 @@ fn start_us(starts: &Latencies) -> Json {
 pub(super) fn requant_json(requant: Option<&RequantReport>, kl: Option<f64>) -> Json {
     let Some(r) = requant else { return Json::Null };
     let turned = r.turned.iter().map(|t| {
-        json!({ "from": t.from.name(), "to": r.ty.name(), "matrices": t.matrices, "bytes_before": t.before, "bytes_after": t.after })
+        json!({ "from": t.from.name(), "to": t.to.name(), "matrices": t.matrices, "bytes_before": t.before, "bytes_after": t.after })
     });
     json!({
         "type": r.ty.name(),

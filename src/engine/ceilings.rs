@@ -10,6 +10,7 @@ use crate::backend::CopyEngine;
 use crate::backend::cuda::Device;
 use crate::flow::{Place, Step};
 use crate::machine;
+use crate::machine::probe::link::{LINK_BESIDE, MEMORY_BESIDE};
 use crate::memory::Region;
 use crate::plan::Home;
 
@@ -110,8 +111,8 @@ impl Session {
 /// What processors and the link read of RAM at once, as `nt probe` has measured it; no less than processors read alone.
 fn ram_and_link(device: &Device, alone: Option<f64>) -> Option<f64> {
     let rate = |kind, identity: &str| Some(machine::probe::measured(kind, identity)?.bytes_per_s);
-    let memory = rate("memory beside h2d", &machine::memory_identity(Path::new("/")))?;
-    let link = rate("h2d beside memory", &machine::probe::link::identity(device))?;
+    let memory = rate(MEMORY_BESIDE, &machine::memory_identity(Path::new("/")))?;
+    let link = rate(LINK_BESIDE, &machine::probe::link::identity(device))?;
     Some((memory + link).max(alone.unwrap_or(0.0)))
 }
 

@@ -7,6 +7,7 @@ use crate::backend::BackendKind;
 use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::facts::{Facts, Gpu};
+use crate::machine::probe::link::{LINK_BESIDE, MEMORY_BESIDE};
 use crate::machine::probe::{self, Target};
 use crate::plan::{Costs, CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
 use crate::storage::guard::Host;
@@ -20,11 +21,13 @@ pub(super) fn threads_beside(threads: usize) -> usize {
     threads.min(machine::n_cpus().saturating_sub(1)).max(1)
 }
 
-/// The rates by which work is divided between a GPU and `threads` processors: measured before, or guessed.
+/// The rates by which work is divided between a GPU and `threads` processors: measured before, or now, once; guessed where that
+/// fails.
 pub(super) fn site_rates(threads: usize) -> SiteRates {
     let guess = |rate| Rate::guess(rate, "of a common GPU");
     let (vram, link, beside) = match Device::open(0) {
         Ok(device) => {
+            measure_beside(&device);
             let facts = Facts::read(&Host::default());
             (vram_rate(&device), link(&device, &facts), link_beside(&device))
         }
@@ -33,14 +36,39 @@ pub(super) fn site_rates(threads: usize) -> SiteRates {
     SiteRates::of(&ram(), (machine::n_cpus(), threads), &vram, &link, beside.as_ref())
 }
 
+/// Measures memory and the link at the same time, unless that was done before: a second, once. By guesses processors may get a
+/// fifth of what they could do. Without a cache it is measured again the next time.
+fn measure_beside(device: &std::sync::Arc<Device>) {
+    let root = Path::new("/");
+    let (memory, link) = (machine::memory_identity(root), probe::link::identity(device));
+    if probe::measured(MEMORY_BESIDE, &memory).is_some() && probe::measured(LINK_BESIDE, &link).is_some() {
+        return;
+    }
+    let budget = machine::memory(root).budget();
+    if budget.is_some_and(|b| b < PROBED_MIN) {
+        return;
+    }
+    // One processor drives the link.
+    let threads = machine::n_cpus().saturating_sub(1).max(1);
+    if let Ok(b) = probe::link::with_memory(device, threads, budget) {
+        let rates = [
+            probe::Rate::now(MEMORY_BESIDE, &memory, b.memory, None, Some(b.threads)),
+            probe::Rate::now(LINK_BESIDE, &link, b.h2d, None, None),
+        ];
+        let _ = probe::record(&rates);
+    }
+}
+
 /// What is to be said where the division between sites counts with guesses.
 pub(super) fn guessed_sites() -> Option<String> {
     let identity = machine::memory_identity(Path::new("/"));
-    probe::measured("memory beside h2d", &identity).is_none().then(|| {
+    probe::measured(MEMORY_BESIDE, &identity).is_none().then(|| {
         "how much of the work processors do next to the GPU follows from guessed rates; `nt probe memory link` measures them, once".into()
     })
 }
 
+/// Free memory below which these are not measured, since that takes up to 1 GiB.
+const PROBED_MIN: u64 = 4 << 30;
 /// Guessed rate of memory for each thread, up to two channels' worth.
 const RAM_A_THREAD: f64 = 10e9;
 const RAM_GUESS_MAX: f64 = 40e9;
@@ -72,6 +100,7 @@ impl Here {
     pub fn new(backend: BackendKind) -> Here {
         let facts = Facts::read(&Host::default());
         let device = if backend == BackendKind::Cpu { None } else { Device::open(0).ok() };
+        device.iter().for_each(measure_beside);
         let machine = Machine {
             name: "this machine".into(),
             ram: ram(),
@@ -105,7 +134,7 @@ fn ram() -> RamSide {
         let guess = (RAM_A_THREAD * machine::n_cpus() as f64).min(RAM_GUESS_MAX);
         Rate::guess(guess, "from the number of processors; `nt probe memory` measures it")
     });
-    let beside = cached("memory beside h2d", "nt probe", &machine::memory_identity(root));
+    let beside = cached(MEMORY_BESIDE, "nt probe", &machine::memory_identity(root));
     RamSide { size: memory.total.or(available).unwrap_or(0), available, budget: memory.budget(), read, beside }
 }
 
@@ -156,7 +185,7 @@ fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
 }
 
 fn link_beside(device: &std::sync::Arc<Device>) -> Option<Rate> {
-    cached("h2d beside memory", "nt probe", &probe::link::identity(device))
+    cached(LINK_BESIDE, "nt probe", &probe::link::identity(device))
 }
 
 fn link(device: &std::sync::Arc<Device>, facts: &Facts) -> Rate {

@@ -16,7 +16,7 @@ const FRAME_ALIGN: u64 = 4096;
 pub struct RequantReport {
     /// The type that larger matrices got.
     pub ty: TensorType,
-    /// Which types became that one.
+    /// Which types became which: that one, or the next larger where its blocks do not divide a matrix's rows.
     pub turned: Vec<Turned>,
     /// Units on storage that stay as the file has them though they have larger matrices, and their bytes.
     pub left: (usize, u64),
@@ -32,7 +32,7 @@ impl RequantReport {
     pub fn line(&self) -> String {
         let one = |t: &Turned| {
             let (n, before, after) = (t.matrices, format_bytes(t.before), format_bytes(t.after));
-            format!("{} to {} ({n} matrices, {before} to {after})", t.from, self.ty)
+            format!("{} to {} ({n} matrices, {before} to {after})", t.from, t.to)
         };
         match &self.turned[..] {
             [] => format!("nothing: no matrix that rests is larger than {}", self.ty),

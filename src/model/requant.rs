@@ -18,9 +18,8 @@ pub enum RequantError {
         /// The model's type with most bits.
         largest: TensorType,
     },
-    /// Rows are no whole number of the type's blocks.
-    #[error("--requant {to}: {unit} has a matrix of {cols} columns, which blocks of {} do not divide; {}", .to.block_elems(),
-        fits(.to, *.cols))]
+    /// Of no matrix are rows a whole number of the type's blocks, nor of those of the type in its place.
+    #[error("--requant {to}: {unit} has a matrix of {cols} columns, which blocks of {} do not divide; no smaller type takes such a model", .to.block_elems())]
     Blocks {
         /// The type that was asked for.
         to: TensorType,
@@ -31,13 +30,14 @@ pub enum RequantError {
     },
 }
 
-/// What would do in place of `to`.
-fn fits(to: &TensorType, cols: usize) -> String {
-    if to.block_elems() > 32 && cols.is_multiple_of(32) {
-        let five = bits(*to) > 5.0;
-        format!("--requant {} has blocks of 32", if five { "q5_0" } else { "q4_0" })
-    } else {
-        "no smaller type takes such a model".into()
+/// The type that matrices get whose rows are no whole number of `to`'s blocks: as llama.cpp chooses, the next larger one with
+/// blocks of 32.
+fn in_place_of(to: TensorType) -> TensorType {
+    match to {
+        TensorType::Q4_K => TensorType::Q5_0,
+        TensorType::Q5_K => TensorType::Q5_1,
+        TensorType::Q6_K => TensorType::Q8_0,
+        to => to,
     }
 }
 
@@ -62,6 +62,8 @@ pub struct Turn {
 pub struct Turned {
     /// Their type in the file.
     pub from: TensorType,
+    /// The type that they got.
+    pub to: TensorType,
     /// How many: an expert's count one by one, slices of the head too.
     pub matrices: usize,
     /// Their bytes in the file.
@@ -82,13 +84,15 @@ pub struct Requantised {
 }
 
 impl Requantised {
-    /// The model with all its larger matrices as `ty`.
+    /// The model with all its larger matrices as `ty`, or, where its blocks do not divide their rows, as the next larger type
+    /// whose blocks do.
     ///
     /// # Errors
-    /// If all are smaller than that already, or the type's blocks do not divide a matrix's rows.
+    /// If all are smaller than that already, or blocks divide no matrix's rows.
     pub fn new(model: &Model, ty: TensorType) -> Result<Requantised, RequantError> {
         let mut turns: Vec<Vec<Option<Turn>>> = model.units.iter().map(|u| vec![None; u.spans.len()]).collect();
         let mut largest: Option<TensorType> = None;
+        let (mut some, mut unfit) = (false, None);
         for (role, _, t) in model.matrices() {
             if role == Role::Router || t.rows == 1 && role != Role::Head {
                 continue;
@@ -96,14 +100,19 @@ impl Requantised {
             if largest.is_none_or(|l| bits(t.ty) > bits(l)) {
                 largest = Some(t.ty);
             }
-            if bits(t.ty) <= bits(ty) {
+            let to = if ty.row_bytes(t.cols).is_some() { ty } else { in_place_of(ty) };
+            if bits(t.ty) <= bits(to) {
                 continue;
             }
-            if ty.row_bytes(t.cols).is_none() {
-                let unit = model.units[t.unit].name.clone();
-                return Err(RequantError::Blocks { to: ty, unit, cols: t.cols });
+            if to.row_bytes(t.cols).is_none() {
+                unfit.get_or_insert((t.unit, t.cols));
+                continue;
             }
-            turns[t.unit][t.span] = Some(Turn { from: t.ty, to: ty, cols: t.cols });
+            some = true;
+            turns[t.unit][t.span] = Some(Turn { from: t.ty, to, cols: t.cols });
+        }
+        if let Some((unit, cols)) = unfit.filter(|_| !some) {
+            return Err(RequantError::Blocks { to: ty, unit: model.units[unit].name.clone(), cols });
         }
         if let Some(largest) = largest.filter(|l| bits(*l) < bits(ty)) {
             return Err(RequantError::Raises { to: ty, largest });
@@ -177,8 +186,8 @@ impl Requantised {
             let spans = self.file.units[u].spans.iter().zip(&self.small.units[u].spans).zip(&self.turns[u]);
             for ((file, small), turn) in spans {
                 let Some(turn) = turn else { continue };
-                let i = all.iter().position(|t| t.from == turn.from).unwrap_or_else(|| {
-                    all.push(Turned { from: turn.from, matrices: 0, before: 0, after: 0 });
+                let i = all.iter().position(|t| (t.from, t.to) == (turn.from, turn.to)).unwrap_or_else(|| {
+                    all.push(Turned { from: turn.from, to: turn.to, matrices: 0, before: 0, after: 0 });
                     all.len() - 1
                 });
                 let t = &mut all[i];

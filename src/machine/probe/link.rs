@@ -12,6 +12,10 @@ use crate::backend::cuda::{Device, Stream};
 
 /// Sizes of one copy, in bytes.
 pub const SIZES: [usize; 6] = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20];
+/// What the cache calls the rate of memory while the link is busy.
+pub const MEMORY_BESIDE: &str = "memory beside h2d";
+/// What it calls that of the link while memory is read.
+pub const LINK_BESIDE: &str = "h2d beside memory";
 const TIME: Duration = Duration::from_millis(200);
 const TOGETHER_TIME: Duration = Duration::from_secs(2);
 /// Copies handed over before the first is waited for.
