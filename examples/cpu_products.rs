@@ -34,6 +34,7 @@ fn dims(n_embd: usize, n_ff: usize) -> Dims {
         max_outputs: 1,
         n_ctx: 1,
         recent: None,
+        bfloat: false,
         kv_type: TensorType::F32,
         ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 }],
         n_mix: 0,

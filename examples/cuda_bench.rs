@@ -165,6 +165,7 @@ fn bench(device: &Arc<Device>, s: &Shape) -> Result {
         max_outputs: 1,
         n_ctx: 1024,
         recent: None,
+        bfloat: false,
         kv_type: TensorType::F16,
         ropes: vec![Rope {
             kind: RopeKind::Norm,

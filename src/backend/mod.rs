@@ -216,6 +216,8 @@ pub struct Dims {
     pub n_ctx: usize,
     /// Layers that keep the last positions of each sequence alone; `None` if all keep all.
     pub recent: Option<RecentLayers>,
+    /// Whether processors may round bulk rows and the weights that they meet to bfloat16.
+    pub bfloat: bool,
     /// Type of the KV cache: F16, F32 or Q8_0.
     pub kv_type: TensorType,
     /// Rotary embeddings; the first is the one of [`Backend::qkv`].

@@ -86,7 +86,7 @@ fn gib(bytes: Option<u64>) -> String {
 
 fn print_facts(f: &Facts) -> Result<(), Failure> {
     let (model, n) = (f.cpu.model.as_deref().unwrap_or("?"), f.cpu.allowed.unwrap_or(0));
-    let kernels = crate::backend::cpu::Isa::choose().name();
+    let kernels = crate::backend::cpu::Isa::choose(true).name();
     print_line(&format!("cpu     {model}, {n} processors allowed, {}; kernels: {kernels}", f.cpu.features.join(" ")))?;
     let limit = f.ram.cgroup_left.map_or_else(String::new, |l| format!(", a cgroup leaves {}", gib(Some(l))));
     print_line(&format!("ram     {}, {} available{limit}", gib(f.ram.total), gib(f.ram.available)))?;

@@ -861,6 +861,7 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         max_outputs: options.outputs.min(options.max_batch),
         n_ctx: options.n_ctx,
         recent: recent_layers(model, options),
+        bfloat: model.matrices().iter().all(|(.., t)| CpuBackend::bfloat_serves(t.ty)),
         kv_type: options.kv_type,
         ropes: model.ropes.iter().map(|r| r.rope(h.arch.rope_kind, options.n_ctx, divisors)).collect(),
         n_mix: model.width(Act::Mix),

@@ -50,12 +50,11 @@ impl Isa {
         Isa::Scalar
     }
 
-    /// The set to use: the one that `NT_CPU` names, as far as the machine has it, or the largest up to AVX-512. Tiles round
-    /// weights to bfloat16, which takes some types (IQ4_NL) further from the exact logits than 1.25 times llama.cpp's own
-    /// distance: so they are used where they are asked for alone.
-    pub fn choose() -> Isa {
-        let best = Isa::detect();
+    /// The set to use: the one that `NT_CPU` names, as far as the machine has it, or the largest; up to AVX-512 where rows may
+    /// not be rounded to `bfloat`s, as AMX does.
+    pub fn choose(bfloat: bool) -> Isa {
         let wanted = std::env::var("NT_CPU").unwrap_or_default();
-        Isa::ALL.into_iter().find(|i| i.name() == wanted).unwrap_or(Isa::Avx512).min(best)
+        let largest = if bfloat { Isa::Amx } else { Isa::Avx512 };
+        Isa::ALL.into_iter().find(|i| i.name() == wanted).unwrap_or(largest).min(Isa::detect())
     }
 }

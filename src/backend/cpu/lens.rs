@@ -191,6 +191,7 @@ mod tests {
             max_outputs: 3,
             n_ctx,
             recent: None,
+            bfloat: false,
             kv_type: TensorType::F16,
             ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 8], magnitude: 1.0 }],
             n_mix: 0,

@@ -271,7 +271,14 @@ fn packets(cols: usize) -> usize {
 impl CpuBackend {
     /// Allocates every buffer. Pages of the cache take memory when positions are used.
     pub fn new(dims: Dims, threads: usize) -> Result<CpuBackend, BackendError> {
-        CpuBackend::with_isa(dims, threads, Isa::choose())
+        let isa = Isa::choose(dims.bfloat);
+        CpuBackend::with_isa(dims, threads, isa)
+    }
+
+    /// Whether a model's bulk rows may be rounded to bfloat16 if its matrices are of this type: those of the others come nearer to the
+    /// exact logits by it, but of these two further off than 1.25 times llama.cpp's own distance (tests/fidelity).
+    pub fn bfloat_serves(ty: TensorType) -> bool {
+        !matches!(ty, TensorType::Q4_0 | TensorType::IQ4_NL)
     }
 
     /// Bytes that the buffers of such a session take with so many threads, KV cache included; `u64::MAX` if they

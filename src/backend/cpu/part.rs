@@ -19,6 +19,7 @@ impl CpuBackend {
             max_outputs: 1,
             n_ctx: PAGE,
             recent: None,
+            bfloat: false,
             recurrent: None,
             ..dims.clone()
         };

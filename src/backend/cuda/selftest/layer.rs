@@ -91,6 +91,7 @@ fn dims(c: &Case) -> Dims {
         max_outputs: EXACT_ROWS,
         n_ctx: 500,
         recent: None,
+        bfloat: false,
         kv_type: c.kv_type,
         ropes: vec![Rope {
             kind: c.kind,

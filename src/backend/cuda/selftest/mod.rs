@@ -118,6 +118,7 @@ fn product_dims() -> Dims {
         max_outputs: 1,
         n_ctx: 64,
         recent: None,
+        bfloat: false,
         kv_type: TensorType::F16,
         ropes: vec![Rope { kind: RopeKind::Norm, freqs: vec![1.0; 32], magnitude: 1.0 }],
         n_mix: 0,

@@ -77,6 +77,7 @@ fn dims(c: &Case) -> Dims {
         max_batch: 512,
         n_ctx: 512,
         recent: None,
+        bfloat: false,
         beyond: c.by.map(|_| "other routers"),
         ..product_dims()
     }

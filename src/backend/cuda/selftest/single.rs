@@ -135,6 +135,7 @@ fn dims() -> Dims {
         max_outputs: EXACT_ROWS,
         n_ctx: 500,
         recent: None,
+        bfloat: false,
         kv_type: F32,
         ropes: vec![rope(RopeKind::Norm, HEAD_DIM / 2, 1.0), rope(RopeKind::Neox, HEAD_DIM / 4, 1.25)],
         n_mix: 3 * N_EMBD,
