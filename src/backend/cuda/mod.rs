@@ -636,6 +636,29 @@ impl Backend for CudaBackend {
         Ok(&self.engine.ws.logits_host.as_slice()[..n])
     }
 
+    fn gives_hidden(&self) -> bool {
+        true
+    }
+
+    fn hidden(&mut self, norm: Option<&Norm>, out: &mut Vec<f32>) -> Result<(), BackendError> {
+        self.settle()?;
+        let from = match norm {
+            Some(norm) => {
+                self.waiting.begin_fused();
+                let f = self.engine.ws.norm_f.addr();
+                self.norm(norm, Inputs { f, ..Inputs::default() })?;
+                f
+            }
+            None => self.act(Act::H).0,
+        };
+        let (first, n) = (out.len(), self.tokens * self.dims.n_embd);
+        self.engine.ws.rooms.check("final hidden states", from, 4 * n as u64)?;
+        out.resize(first + n, 0.0);
+        // SAFETY: there are as many floats, as checked above, and as many at the end of `out`, which lives beyond the wait.
+        unsafe { self.engine.stream.download(from, out[first..].as_mut_ptr().cast(), 4 * n)? };
+        self.engine.stream.synchronize()
+    }
+
     fn workspace_bytes(&self) -> u64 {
         self.engine.ws.bytes()
     }

@@ -7,7 +7,7 @@
 use smallvec::SmallVec;
 
 use super::args::{ADD, ActArgs, RouteByArgs, STORE, SumArgs};
-use super::driver::device_error;
+use super::driver::{RowsOf, device_error};
 use super::modules::Func;
 use super::product::{Form, Inputs, Prep, Raw, Rows, Target, form};
 use super::workspace::float_bytes;
@@ -141,7 +141,6 @@ impl CudaBackend {
             }
             Op::HeadNorm { act, norm } => *act == Act::Mix && norm.weight.is_some(),
             Op::Scan(s) => s.norm.kind == NormKind::Rms && s.norm.bias.is_none(),
-            Op::Join => false,
             Op::Combine { to, .. } => matches!(to, Act::X | Act::Out | Act::H),
             Op::Rope { act, .. } => matches!(act, Act::Q | Act::K),
             Op::ScaleByPosition { act, .. } => *act == Act::Q,
@@ -257,7 +256,7 @@ impl CudaBackend {
             Op::Latent(ref l) => self.latent(l)?,
             Op::OfLatent { width, w } => self.of_latent(width, w)?,
             Op::Scan(ref s) => self.scan(s)?,
-            Op::Join => return Err(BackendError::Beyond { backend: "cuda", what: op.what() }),
+            Op::Join => self.join()?,
             Op::Outputs => self.check_outputs()?,
             Op::Head { ref w, first_row, scale, cap } => self.head_by(w, first_row, scale, cap)?,
             Op::Conv { state, w, bias } => self.convolve(state, w, bias, false)?,
@@ -424,7 +423,7 @@ impl CudaBackend {
     }
 
     /// Launches what waits for products.
-    fn settle(&mut self) -> Result {
+    pub(super) fn settle(&mut self) -> Result {
         let width = self.waiting.products.first().map_or(0, |p| p.2.weight.rows);
         self.flush()?;
         match self.waiting.activation.take() {
@@ -467,6 +466,24 @@ impl CudaBackend {
         }
         if forms.h != 0 {
             self.waiting.halves = Some(to);
+        }
+        Ok(())
+    }
+
+    /// `Mix = [H | PerBlock]`.
+    fn join(&self) -> Result {
+        let width = 4 * self.dims.n_embd;
+        let to = self.act(Act::Mix).0;
+        self.engine.ws.rooms.check("activations", to, float_bytes(self.tokens, 2 * self.dims.n_embd))?;
+        for (part, act) in [Act::H, Act::PerBlock].into_iter().enumerate() {
+            let from = self.act(act);
+            if from.1 != self.dims.n_embd || act == Act::H && !self.waiting.h_there {
+                return Err(device_error("rows that are joined are not there"));
+            }
+            let rows = |addr: u64, pitch: usize| RowsOf { addr, width, pitch, rows: self.tokens };
+            let to = rows(to + (part * width) as u64, 2 * width);
+            // SAFETY: both buffers hold the pass's rows, Mix as checked above, and are not the same one.
+            unsafe { self.engine.stream.copy_rows(rows(from.0, width), to)? };
         }
         Ok(())
     }
@@ -648,7 +665,9 @@ fn writes(op: &Op<Weight>) -> Option<Act> {
         Op::GateAttn => Some(Act::Attn),
         Op::GateOut => Some(Act::Out),
         Op::SplitHeads | Op::Store { .. } => Some(Act::Q),
-        Op::Conv { .. } | Op::SplitGroups | Op::OfLatent { .. } | Op::HeadNorm { act: Act::Mix, .. } => Some(Act::Mix),
+        Op::Conv { .. } | Op::SplitGroups | Op::OfLatent { .. } | Op::Join | Op::HeadNorm { act: Act::Mix, .. } => {
+            Some(Act::Mix)
+        }
         Op::Copy { to, .. } => Some(to),
         Op::Multiply { act, .. } => Some(act),
         Op::TakePart { .. } => Some(Act::Up),
@@ -690,7 +709,6 @@ mod tests {
         let layer = NormOf { kind: NormKind::Layer, ..plain };
         assert!(!CudaBackend::can(&Op::HeadNorm { act: Act::Q, norm: layer }));
         assert!(!CudaBackend::can(&Op::<usize>::ScaleByPosition { act: Act::K, by: 1.0, every: 1.0, offset: 0.0 }));
-        assert!(!CudaBackend::can(&Op::<usize>::Join));
         assert!(!CudaBackend::can(&Op::HeadNorm { act: Act::V, norm: NormOf { weight: Some(0), ..plain } }));
         assert!(!CudaBackend::can(&Op::<usize>::Combine { to: Act::Q, add: false }));
     }
