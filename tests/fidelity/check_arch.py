@@ -130,10 +130,14 @@ def check(nt, goldens, case, backend, extra):
         further = goldens.get(f"{name}.mtp")
         if further is not None:
             rows, error = runs.logits("--mtp")
-            off = np.inf if rows is None else nmse(rows[golden["positions"]], further)
-            if not off < (NMSE_MAX_CUDA * 2 if backend == "cuda" else NMSE_MAX):
-                return False, f"FAIL {name:18} further tokens: {error or off}"
-            further = f"  further {off:.1e}"
+            if rows is None:
+                return False, f"FAIL {name:18} further tokens: {error}"
+            off = nmse(rows[golden["positions"]], further)
+            # An expert that rounding chooses may be another one on a GPU: all positions tell.
+            fine, told = (off < NMSE_MAX, "") if backend == "cpu" else check_beside(runs, case, rows, d, "--mtp")
+            if not fine:
+                return False, f"FAIL {name:18} further tokens: {off:.1e}{told}"
+            further = f"  further {off:.1e}{told}"
         depth = runs.depth()
         checks = [check_quantised(runs, case, whole, parts, d)] if case["type"] == "F32" else []
         checks += [check_beside(runs, case, whole, d), check_both(runs, case, parts, d)] if backend == "cuda" else []
@@ -150,9 +154,9 @@ def check(nt, goldens, case, backend, extra):
     return ok, f"{'ok  ' if ok else 'FAIL'} {line}"
 
 
-def check_beside(runs, case, whole, d):
+def check_beside(runs, case, whole, d, *options):
     """A GPU's logits beside those of processors, position by position."""
-    theirs, _ = Runs(runs.nt, case, case["type"], runs.tokens, d, ("--backend", "cpu")).logits()
+    theirs, _ = Runs(runs.nt, case, case["type"], runs.tokens, d, ("--backend", "cpu")).logits(*options)
     each = np.array([nmse(a, b) for a, b in zip(whole, theirs)])
     # Where two experts are nearly as good, a rounding may choose the other one.
     allowed = 1 + len(each) // 50 if runs.hparams()["n_experts"] else 0

@@ -229,7 +229,9 @@ impl Sizes {
         let ff = d.n_ff.max(d.n_ff_expert).max(1);
         // All choices of a pass are computed at once where the experts rest.
         let pairs = batch.saturating_mul(d.n_experts_used);
-        let wide = d.n_embd.max(heads).max(ff).max(d.n_attn);
+        // What a block for further tokens joins is the input of a product.
+        let joined = if d.n_per_block == d.n_embd { 2 * d.n_embd } else { 0 };
+        let wide = d.n_embd.max(heads).max(ff).max(d.n_attn).max(joined);
         let few = batch.min(EXACT_ROWS);
         let tile_rows = multiprocessors.div_ceil(batch.div_ceil(128).max(1)) * 128;
         let (least, most) = SCRATCH_BYTES;
