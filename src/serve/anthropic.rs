@@ -206,7 +206,8 @@ fn tools(f: &mut Fields, served: &Served) -> Result<Tools, ApiError> {
 /// What is wrong with it.
 pub fn messages(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
     let stream = f.flag("stream")?.unwrap_or(false);
-    let most = params::max_tokens(&mut f, &["max_tokens"])?;
+    // Required there, and no number stands for no end.
+    let most = f.whole("max_tokens", 1, i64::MAX)?.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
     let most =
         most.ok_or_else(|| ApiError::field("max_tokens", "max_tokens: a whole number was expected, found nothing"))?;
     let stops = params::stops(&mut f, "stop_sequences")?;

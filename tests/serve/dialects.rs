@@ -62,6 +62,7 @@ fn messages_of_anthropic() {
     );
     for (field, value) in [
         ("max_tokens", Json::Null),
+        ("max_tokens", json!(-1)),
         ("tools", json!([{ "name": "f", "input_schema": {} }])),
         (
             "messages",
