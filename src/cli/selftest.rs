@@ -13,6 +13,10 @@ pub struct SelftestArgs {
     /// Of the GPU's checks, the Kth of N parts: several processes share them under tools that make each slow.
     #[arg(long, value_name = "K/N", default_value = "1/1", value_parser = part, hide_default_value = true)]
     part: (usize, usize),
+    /// The GPU's checks in small shapes, which still go through every branch of every kernel: for tools that make each
+    /// access slow, such as compute-sanitizer's racecheck.
+    #[arg(long)]
+    small: bool,
 }
 
 /// Reads `K/N`, 1 to N of at most 64.
@@ -42,18 +46,22 @@ pub fn run(args: &SelftestArgs) -> Result<(), Failure> {
         SelftestBackend::Cpu if args.part != (1, 1) => {
             return Err(Failure::usage("--part is for --backend cuda: the checks of processors take seconds"));
         }
+        SelftestBackend::Cpu if args.small => {
+            return Err(Failure::usage("--small is for --backend cuda: the checks of processors take seconds"));
+        }
         SelftestBackend::Cpu => crate::backend::cpu::selftest(&mut line),
-        SelftestBackend::Cuda => cuda(args.part),
+        SelftestBackend::Cuda => cuda(args.part, args.small),
     };
     printed?;
     result.map_err(Failure::running)
 }
 
 /// The kernels of the first GPU.
-fn cuda(part: (usize, usize)) -> Result<(), String> {
+fn cuda(part: (usize, usize), small: bool) -> Result<(), String> {
     use crate::backend::cuda::{Device, selftest};
-    let device = Device::open(0).map_err(|e| e.to_string())?;
-    let failed = selftest::selftest(&device, part, &mut std::io::LineWriter::new(super::streams::Stdout))
+    let most = if small { selftest::SMALL_MULTIPROCESSORS } else { u32::MAX };
+    let device = Device::open_as(0, most).map_err(|e| e.to_string())?;
+    let failed = selftest::selftest(&device, part, small, &mut std::io::LineWriter::new(super::streams::Stdout))
         .map_err(|e| e.to_string())?;
     if failed > 0 { Err(format!("{failed} kernels are out of their bounds")) } else { Ok(()) }
 }

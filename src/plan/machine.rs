@@ -10,7 +10,7 @@ use super::{Costs, parse_size};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rate {
-    /// 10⁹ bytes a second.
+    /// 10⁹ bytes per second.
     pub gb_per_s: f64,
     /// Measured on this machine or one like it; else a guess.
     #[serde(default)]

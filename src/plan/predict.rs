@@ -44,7 +44,7 @@ impl LinkName {
     }
 }
 
-/// Rates in bytes a second, where they are known.
+/// Rates in bytes per second, where they are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rates {
     /// Reads of VRAM.

@@ -38,7 +38,7 @@ pub struct Page {
     pub timelines: Vec<Timeline>,
     /// Rates over time, a curve a link.
     pub rates: Vec<Rates>,
-    /// Lines on what could not be had.
+    /// One-line notes on fallbacks.
     pub notes: Vec<String>,
 }
 

@@ -230,7 +230,7 @@ pub const STRIPE_BYTES: u64 = 1 << 20;
 /// Reads in flight, for each copy.
 pub const QUEUE_DEPTH: usize = 16;
 
-/// Opens `files` and a reader over them. The notes say in a line each what could not be had.
+/// Opens `files` and a reader over them. Also returns a one-line note on each fallback.
 pub fn open_reader(files: &[&Path], kind: ReaderKind) -> Result<(Box<dyn Reader>, Vec<String>), StorageError> {
     open_copies(&[files.iter().map(|p| Part::whole(*p)).collect()], kind)
 }

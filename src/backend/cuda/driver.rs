@@ -84,6 +84,15 @@ impl Device {
     /// The first makes the context, which takes some 100 ms and VRAM; as long as any is held, others share it
     /// and cost next to nothing.
     pub fn open(ordinal: i32) -> Result<Arc<Device>, BackendError> {
+        Device::open_as(ordinal, u32::MAX)
+    }
+
+    /// As [`Device::open`], but says that it has no more multiprocessors than `most`: grids are cut for as many, so that
+    /// blocks come to their second tile, and to the end of their rings, in small products.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn open_as(ordinal: i32, most: u32) -> Result<Arc<Device>, BackendError> {
         // SAFETY: only tries to load the driver's library.
         if !unsafe { sys::is_culib_present() } {
             return Err(device_error("no NVIDIA driver is there (libcuda.so.1 does not load)"));
@@ -96,7 +105,8 @@ impl Device {
             unsafe { sys::cuDeviceGet(&mut dev, ordinal) },
             "no such GPU",
         )?;
-        let info = device_info(dev)?;
+        let mut info = device_info(dev)?;
+        info.multiprocessors = info.multiprocessors.min(most);
         if info.capability < (8, 0) {
             return Err(device_error(format!(
                 "{} has compute capability {}.{}; 8.0 or newer is needed",

@@ -200,6 +200,26 @@ mod tests {
         }
     }
 
+    /// Guards against a self-test of small shapes that leaves out what racecheck is to see: blocks that fill their rings
+    /// anew, and rows in pieces.
+    #[test]
+    fn small_shapes_go_round_the_rings() {
+        use crate::backend::cuda::selftest::{SMALL_MULTIPROCESSORS, WIDE, small_shapes};
+        let blocks = BLOCKS * SMALL_MULTIPROCESSORS as usize;
+        let mut in_pieces = 0;
+        for ty in QUANTS {
+            let (rows, cols) = small_shapes(ty.block_elems().max(32))[0];
+            for gpu in [H100, RTX_5060_TI].map(|(_, shared)| (SMALL_MULTIPROCESSORS as usize, shared)) {
+                let t = of(ty, cols, &[rows], false, 1, gpu);
+                assert!(t.tiles / blocks > t.stages, "{ty}: {t:?}");
+                let t = of(ty, WIDE, &[40], false, 1, gpu);
+                let pieces = WIDE.div_ceil(step(ty).0).div_ceil(t.piece);
+                in_pieces += usize::from(pieces > 1 && t.tiles * pieces / blocks > t.stages);
+            }
+        }
+        assert!(in_pieces >= 4, "{in_pieces} types in pieces");
+    }
+
     /// Guards against sums that are made in another order where there are more tokens.
     #[test]
     fn more_tokens_keep_the_tiles_of_one() {

@@ -1,6 +1,6 @@
 //! How activities that run at once share what they all use.
 
-/// What an activity takes at full speed: bytes a second of RAM, and a share of the processors.
+/// What an activity takes at full speed: bytes per second of RAM, and a share of the processors.
 pub(super) type Demand = [f64; 2];
 
 /// Speeds, each from 0 to 1, at which no resource gives more than its capacity. All grow alike; where a

@@ -109,7 +109,7 @@ fn reads_that_share_ram_slow_each_other() {
     let s = setup("BCBCBCBC", true, 4, free);
     let short = Setup { rates: Rates { ram: Some(100.0), ..free }, ..s.clone() };
     let (fast, slow) = (s.settled(&work(&s, 0.0)), short.settled(&work(&s, 0.0)));
-    // 800 bytes are copied and 400 read: at 100 bytes a second of RAM at least 12 s.
+    // 800 bytes are copied and 400 read: at 100 bytes per second of RAM at least 12 s.
     assert!(near(fast.seconds, 8.0) && slow.seconds >= 12.0 - 1e-6 && slow.seconds < 13.0, "{fast:?} {slow:?}");
     assert!(near(slow.busy(LinkName::Ram, &short.rates).unwrap(), 12.0 / slow.seconds));
 }

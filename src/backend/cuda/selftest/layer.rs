@@ -369,14 +369,16 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
 }
 
 /// Tokens of the sequence that is cut in several ways: prompt and generated ones.
-const PROMPT: usize = 150;
-const GENERATED: usize = 24;
+const SEQUENCE: [usize; 2] = [150, 24];
+const SMALL_SEQUENCE: [usize; 2] = [70, 6];
 
 /// A row's result depends on no other row of its pass: the same sequence in passes of other sizes gives the same bits.
 fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix, report: &mut Report) -> Result {
     let d = dims(c);
-    let rows = random_rows(TensorType::Q8_0, (PROMPT + GENERATED) * N_EMBD, 1.5, 11);
-    let row_bytes = rows.len() / (PROMPT + GENERATED);
+    let [of_prompt, of_answer] = if report.small { SMALL_SEQUENCE } else { SEQUENCE };
+    let all = of_prompt + of_answer;
+    let rows = random_rows(TensorType::Q8_0, all * N_EMBD, 1.5, 11);
+    let row_bytes = rows.len() / all;
     let mut repeated = 0;
     let mut logits = |prompt: usize, generated: usize, moved: bool, rest: bool| -> Result<Vec<u32>> {
         let mut g = CudaBackend::new(device, &d)?;
@@ -387,17 +389,17 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
         let mut out = Vec::new();
         let mut pos = 0;
         let mut table: Vec<PageId> = (0..d.pages() as PageId).collect();
-        while pos < PROMPT + GENERATED {
-            if moved && pos == PROMPT {
-                table = move_pages(&mut g, &d)?;
+        while pos < all {
+            if moved && pos == of_prompt {
+                table = move_pages(&mut g, &d, of_prompt)?;
             }
-            let (class, n) = match PROMPT.checked_sub(pos) {
+            let (class, n) = match of_prompt.checked_sub(pos) {
                 Some(left @ 1..) => (Class::Bulk, left.min(prompt)),
-                _ => (Class::Exact, generated.min(PROMPT + GENERATED - pos)),
+                _ => (Class::Exact, generated.min(all - pos)),
             };
             g.begin(&[Run { class, first_pos: pos, rows: n, table: &table, state: 0 }])?;
             g.embed(&rows[pos * row_bytes..(pos + n) * row_bytes], TensorType::Q8_0)?;
-            let last = pos + n >= PROMPT;
+            let last = pos + n >= of_prompt;
             let operations = |g: &mut CudaBackend| -> Result {
                 for (layer, block) in blocks.iter().enumerate() {
                     run_block(g, block, c, layer, rest)?;
@@ -431,8 +433,10 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
         }
         Ok(out)
     };
-    let want = logits(PROMPT, 1, false, false)?;
-    let cuts = [(1, 8, false), (7, 2, false), (64, 3, false), (33, 5, false), (PROMPT, 1, true), (64, 3, true)];
+    let want = logits(of_prompt, 1, false, false)?;
+    let whole = (of_prompt, 1, true);
+    let cuts = [(33, 2, false), whole, (1, 8, false), (7, 2, false), (64, 3, false), (33, 5, false), (64, 3, true)];
+    let cuts = if report.small { &cuts[..2] } else { &cuts[1..] };
     let resting = cuts.iter().map(|cut| (*cut, true)).filter(|_| c.experts > 0);
     for ((prompt, generated, moved), rest) in cuts.iter().map(|cut| (*cut, false)).chain(resting) {
         let got = logits(prompt, generated, moved, rest)?;
@@ -450,8 +454,8 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
 }
 
 /// Brings the prompt's pages to other places: whole ones by way of the host, the last one as a fork's copy.
-fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result<Vec<PageId>> {
-    let (n, all) = (Pages::of(PROMPT) as PageId, d.pages() as PageId);
+fn move_pages(g: &mut CudaBackend, d: &Dims, prompt: usize) -> Result<Vec<PageId>> {
+    let (n, all) = (Pages::of(prompt) as PageId, d.pages() as PageId);
     assert!(all >= 2 * n, "{all} pages");
     let table: Vec<PageId> = (0..n).map(|i| all - 1 - i).collect();
     let mut page = vec![0; g.page_bytes(Layers::Whole)];
@@ -459,7 +463,7 @@ fn move_pages(g: &mut CudaBackend, d: &Dims) -> Result<Vec<PageId>> {
         g.read_page(Layers::Whole, i, &mut page)?;
         g.write_page(Layers::Whole, table[i as usize], &page)?;
     }
-    let positions = PROMPT % PAGE;
+    let positions = prompt % PAGE;
     g.apply(&StateOp::Copy { from: n - 1, to: table[n as usize - 1], positions })?;
     Ok(table)
 }

@@ -45,6 +45,7 @@ struct Report<'a> {
     /// Groups of checks that were come to, and which of them are run: those whose number leaves the first when divided by the second.
     groups: usize,
     part: (usize, usize),
+    small: bool,
 }
 
 impl Report<'_> {
@@ -66,18 +67,37 @@ impl Report<'_> {
     }
 }
 
+/// Multiprocessors that [`selftest`] wants in small shapes: see [`Device::open_as`]. One head's blocks of a prompt are fewer,
+/// so that its keys are divided.
+pub const SMALL_MULTIPROCESSORS: u32 = 3;
+/// Columns of rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
+pub(super) const WIDE: usize = 28672;
+
 /// Runs the checks of part `(k, n)` on `device`, all of part (1, 1); writes one line each to `out`. Returns the number that failed.
-pub fn selftest(device: &Arc<Device>, part: (usize, usize), out: &mut dyn Write) -> Result<usize> {
-    let mut report = Report { out, failed: 0, checks: 0, groups: 0, part };
+///
+/// With `small`, on a device of [`SMALL_MULTIPROCESSORS`], every kernel and every type runs in shapes that are as small as tools
+/// want that make each access slow, and still have several tiles in each direction with a rest, blocks with more tiles than
+/// their ring has stages, rows in pieces, and keys in several tiles and ranges.
+pub fn selftest(device: &Arc<Device>, part: (usize, usize), small: bool, out: &mut dyn Write) -> Result<usize> {
+    let mut report = Report { out, failed: 0, checks: 0, groups: 0, part, small };
     let mut backend = CudaBackend::new(device, &product_dims())?;
-    let mut wide = CudaBackend::new(device, &wide_dims())?;
+    let mut wide = CudaBackend::new(device, &wide_dims(small))?;
     for ty in QUANTS.iter().chain(&PLAINS) {
         if !report.is_mine() {
             continue;
         }
         check_type(device, &mut backend, *ty, &mut report)?;
-        // Rows so wide that tiles hold pieces of two of them, and that activations are quantised in several goes.
-        check_swiglu(device, &mut wide, *ty, (256, 28672), &[1, 2, 8], &mut report)?;
+        if !small {
+            check_swiglu(device, &mut wide, *ty, (256, WIDE), &[1, 2, 8], &mut report)?;
+            continue;
+        }
+        let m = Matrix::random(device, *ty, 40, WIDE, 7)?;
+        for tokens in [1, 2, 8] {
+            check_product(&mut wide, &m, Class::Exact, tokens, &mut report)?;
+        }
+        if *ty == TensorType::Q8_0 {
+            check_swiglu(device, &mut wide, *ty, (WIDE, 32), &[1, 8], &mut report)?;
+        }
     }
     if report.is_mine() {
         check_room(device, &mut backend, &mut report)?;
@@ -190,9 +210,9 @@ fn seen_by(ty: TensorType, class: Class, x: &[f64]) -> (Vec<f64>, f64) {
 
 fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
     let unit = ty.block_elems().max(32);
-    for (rows, cols) in
-        [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit), (21, 2048 + 2 * unit)]
-    {
+    let all = [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit), (21, 2048 + 2 * unit)];
+    let (exact, bulk) = if report.small { SMALL_TOKENS } else { TOKENS };
+    for (rows, cols) in if report.small { small_shapes(unit) } else { all.to_vec() } {
         let m = Matrix::random(device, ty, rows, cols, 7 + rows as u64)?;
         let e = &b.engine;
         e.convert(&m.weight, e.ws.gate.addr(), false)?;
@@ -202,10 +222,10 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
             let want: Vec<f64> = m.values.iter().map(|v| f64::from(*v)).collect();
             report.check(&format!("{ty} {rows}x{cols} values"), nmse(&got, &want), 1e-13);
         }
-        for tokens in [1, 2, 3, 8] {
+        for &tokens in exact {
             check_product(b, &m, Class::Exact, tokens, report)?;
         }
-        for tokens in [1, 11, 33, 150] {
+        for &tokens in bulk {
             check_product(b, &m, Class::Bulk, tokens, report)?;
         }
         check_picked(device, b, &m, report)?;
@@ -216,7 +236,18 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
         check_product(b, &m, Class::Exact, 7, report)?;
         check_product(b, &m, Class::Bulk, 40, report)?;
     }
-    check_swiglu(device, b, ty, (512, 768), &[1, 5, 19, 70], report)
+    let sizes = if report.small { (256, 512) } else { (512, 768) };
+    check_swiglu(device, b, ty, sizes, &[1, 5, 19, 70], report)
+}
+
+/// Tokens of exact products and of bulk ones: a batch of each size of `bulk.cu`; both sizes of `thin.cu`, and of `gemm.cu`.
+type Tokens = (&'static [usize], &'static [usize]);
+const TOKENS: Tokens = (&[1, 2, 3, 8], &[1, 11, 33, 150]);
+const SMALL_TOKENS: Tokens = (&[1, 2, 3, 8], &[11, 33, 90, 150]);
+
+/// Rows and columns of the products of [`selftest`] with `small`. The first has more tiles than a block's ring has stages.
+pub(super) fn small_shapes(unit: usize) -> Vec<(usize, usize)> {
+    vec![(1003, unit), (33, 5 * unit), (150, 1024 + unit)]
 }
 
 /// More than the workspace was sized for is an error, not a write behind it.
@@ -233,9 +264,10 @@ fn check_room(device: &Arc<Device>, b: &mut CudaBackend, report: &mut Report) ->
     b.synchronize()
 }
 
-/// [`product_dims`] for the widest rows, and few of them.
-fn wide_dims() -> Dims {
-    Dims { n_embd: 256, n_ff: 28672, max_batch: 8, ..product_dims() }
+/// [`product_dims`] for the widest rows, and few of them: of hidden values, or, with `small`, of inputs.
+fn wide_dims(small: bool) -> Dims {
+    let dims = Dims { n_embd: 256, n_ff: WIDE, max_batch: 8, ..product_dims() };
+    if small { Dims { n_embd: WIDE, n_ff: 256, n_heads: WIDE / dims.head_dim, ..dims } } else { dims }
 }
 
 fn inputs(b: &CudaBackend, ty: TensorType, tokens: usize, cols: usize, x: &[f32]) -> Result<Inputs> {

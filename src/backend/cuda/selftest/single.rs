@@ -21,8 +21,10 @@ const HEAD_DIM: usize = 32;
 const EXPERTS: usize = 8;
 const USED: usize = 3;
 const N_FF_EXPERT: usize = 64;
-/// Rows of each pass.
+/// Rows of each pass. The first ones are all that small shapes want: three tiles of rows, two of keys with a rest, and for
+/// generated rows two ranges of keys.
 const PASSES: [usize; 7] = [70, 1, 5, 33, 1, 8, 1];
+const SMALL_PASSES: usize = 3;
 
 /// A program and its weights, in host memory and on the device. Operations name weights by number.
 struct Program {
@@ -662,14 +664,17 @@ impl Backends {
 
 pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result {
     let mut backends = Backends(Vec::new());
-    for ty in [F32, TensorType::Q8_0, TensorType::MXFP4] {
+    let passes = if report.small { &PASSES[..SMALL_PASSES] } else { &PASSES[..] };
+    // Inputs in floats and quantised ones; products of every type have been checked.
+    let types = [F32, TensorType::Q8_0, TensorType::MXFP4];
+    for &ty in if report.small { &types[..2] } else { &types[..] } {
         for p in programs(ty) {
             if !report.is_mine() {
                 continue;
             }
             let there = Bound::on_device(&p, device)?;
             let g = backends.of(device, &p.dims)?;
-            check_program(g, &there, &p, &PASSES, report)?;
+            check_program(g, &there, &p, passes, report)?;
             check_cuts(g, &there, &p, report)?;
         }
         if report.is_mine() {
@@ -694,7 +699,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let p = attention_of(wide, F32, mask, if head_dim % 80 == 0 { 8.0 } else { 0.0 }, head_dim != 96);
         let there = Bound::on_device(&p, device)?;
         let mut g = CudaBackend::new(device, &p.dims)?;
-        check_program(&mut g, &there, &p, &PASSES, report)?;
+        check_program(&mut g, &there, &p, passes, report)?;
         check_cuts(&mut g, &there, &p, report)?;
     }
     // Keys and values that are rounded twice, here and there, differ where they lie between two numbers.
@@ -706,7 +711,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let p = attention_of(sizes, F32, mask, 0.0, true);
         let there = Bound::on_device(&p, device)?;
         let mut g = CudaBackend::new(device, &p.dims)?;
-        check_program(&mut g, &there, &p, &PASSES, report)?;
+        check_program(&mut g, &there, &p, passes, report)?;
         check_cuts(&mut g, &there, &p, report)?;
     }
     // Columns that the kernels of experts do not take.
@@ -714,7 +719,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let p = latent(F32, OfLatents { rank: 32, nope: 24, rot: 16, value: 24, absorbed: true });
         let there = Bound::on_device(&p, device)?;
         let mut g = CudaBackend::new(device, &p.dims)?;
-        check_program(&mut g, &there, &p, &PASSES, report)?;
+        check_program(&mut g, &there, &p, passes, report)?;
         check_cuts(&mut g, &there, &p, report)?;
     }
     // Long enough for ranges of keys of several sizes.
@@ -724,32 +729,37 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         }
         let sizes = Dims { head_dim, n_attn: HEADS * head_dim, ..dims() };
         let mut p = attention_of(sizes, F32, mask, 0.0, true);
-        (p.dims.n_ctx, p.name) = (5000, format!("{}, long", p.name));
+        (p.dims.n_ctx, p.name) = (if report.small { SMALL_LONG } else { 5000 }, format!("{}, long", p.name));
         let there = Bound::on_device(&p, device)?;
-        let passes: Vec<usize> = std::iter::repeat_n(200, 22).chain([1, 5, 97, 1, 8]).collect();
+        let prompt = if report.small { 3 } else { 22 };
+        let passes: Vec<usize> = std::iter::repeat_n(200, prompt).chain([1, 5, 97, 1, 8]).collect();
         check_program(&mut CudaBackend::new(device, &p.dims)?, &there, &p, &passes, report)?;
     }
     for (head_dim, mask, sinks) in [(64, Mask::Full, false), (128, Mask::Full, true), (128, Mask::Window(900), false)] {
         if !report.is_mine() {
             continue;
         }
-        let long = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, n_ctx: 5000, ..dims() };
+        let n_ctx = if report.small { SMALL_LONG } else { 5000 };
+        let long = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, n_ctx, ..dims() };
         let p = attention_of(long, F32, mask, 0.0, sinks);
         check_divided(&mut CudaBackend::new(device, &p.dims)?, &Bound::on_device(&p, device)?, &p, report)?;
     }
     Ok(())
 }
 
+/// Context of the long cases in small shapes: two ranges of a prompt's keys, and a rest.
+const SMALL_LONG: usize = 800;
+
 /// A block of attention may have all keys or one range of them: the same bits, in passes of any size.
 fn check_divided(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Report) -> Result {
-    const ROWS: usize = 2600;
-    let x = random_rows(F32, ROWS * N_EMBD, 1.5, 12);
+    let all = if report.small { 620 } else { 2600 };
+    let x = random_rows(F32, all * N_EMBD, 1.5, 12);
     let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
     let mut bits = |divided: bool, each: usize| -> Result<Vec<u32>> {
         g.divide_keys = divided;
         let mut out = Vec::new();
-        for pos in (0..ROWS).step_by(each) {
-            let rows = each.min(ROWS - pos);
+        for pos in (0..all).step_by(each) {
+            let rows = each.min(all - pos);
             g.begin(&[Run { class: Class::Bulk, first_pos: pos, rows, table: &table, state: 0 }])?;
             g.embed(&x[pos * N_EMBD * 4..(pos + rows) * N_EMBD * 4], F32)?;
             there.run(p, g)?;
@@ -758,7 +768,8 @@ fn check_divided(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut R
         Ok(out)
     };
     let want = bits(false, 200)?;
-    for (divided, each) in [(true, 200), (true, 61), (true, 7), (false, 33)] {
+    let ways = [(true, 31), (true, 200), (true, 61), (true, 7), (false, 33)];
+    for &(divided, each) in if report.small { &ways[..1] } else { &ways[1..] } {
         let other = bits(divided, each)?.iter().zip(&want).filter(|(a, b)| a != b).count();
         let how = if divided { "divided" } else { "whole" };
         report.check(&format!("{}: other bits in passes of {each}, keys {how}", p.name), other as f64, 0.0);
@@ -801,19 +812,18 @@ fn check_program(g: &mut CudaBackend, there: &Bound, p: &Program, passes: &[usiz
     Ok(())
 }
 
-/// Rows of the sequence that is cut in several ways: prompt and generated ones.
-const PROMPT: usize = 150;
-const GENERATED: usize = 12;
-
 fn check_cuts(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Report) -> Result {
-    let x = random_rows(F32, (PROMPT + GENERATED) * N_EMBD, 1.5, 11);
+    // Rows of the sequence that is cut in several ways: prompt and generated ones.
+    let (of_prompt, of_answer) = if report.small { (70, 4) } else { (150, 12) };
+    let all = of_prompt + of_answer;
+    let x = random_rows(F32, all * N_EMBD, 1.5, 11);
     let table: Vec<PageId> = (0..p.dims.pages() as PageId).collect();
     let mut bits = |prompt: usize, generated: usize| -> Result<Vec<u32>> {
         let (mut out, mut pos, mut state) = (Vec::new(), 0, 0);
-        while pos < PROMPT + GENERATED {
-            let (class, rows) = match PROMPT.checked_sub(pos) {
+        while pos < all {
+            let (class, rows) = match of_prompt.checked_sub(pos) {
                 Some(left @ 1..) => (Class::Bulk, left.min(prompt)),
-                _ => (Class::Exact, generated.min(PROMPT + GENERATED - pos)),
+                _ => (Class::Exact, generated.min(all - pos)),
             };
             g.begin(&[Run { class, first_pos: pos, rows, table: &table, state }])?;
             embed(g, p, &x[pos * N_EMBD * 4..(pos + rows) * N_EMBD * 4], pos, rows)?;
@@ -823,8 +833,9 @@ fn check_cuts(g: &mut CudaBackend, there: &Bound, p: &Program, report: &mut Repo
         }
         Ok(out)
     };
-    let want = bits(PROMPT, 1)?;
-    for (prompt, generated) in [(1, 8), (7, 2), (64, 3), (33, 5)] {
+    let want = bits(of_prompt, 1)?;
+    let cuts = [(33, 3), (1, 8), (7, 2), (64, 3), (33, 5)];
+    for &(prompt, generated) in if report.small { &cuts[..1] } else { &cuts[1..] } {
         let other = bits(prompt, generated)?.iter().zip(&want).filter(|(a, b)| a != b).count();
         report.check(&format!("{}: other bits in passes of {prompt}, then {generated}", p.name), other as f64, 0.0);
     }
