@@ -281,7 +281,7 @@ fn run() -> Result {
     println!("memory {:?}", device.mem_info()?);
     if args.iter().any(|a| a == "selftest") {
         let t = Instant::now();
-        let failed = selftest::selftest(&device, (1, 1), &mut std::io::stdout())?;
+        let failed = selftest::selftest(&device, (1, 1), false, &mut std::io::stdout())?;
         println!("selftest: {failed} failed, {:.1} s", t.elapsed().as_secs_f32());
     }
     for s in &SHAPES {
