@@ -42,6 +42,7 @@ mod steps;
 mod stop;
 mod stripes;
 mod structure;
+mod unwritten;
 mod verify;
 mod weights;
 mod window;

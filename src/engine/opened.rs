@@ -33,7 +33,8 @@ impl Opened {
     /// `overrides` in place of the file's metadata.
     pub fn open_from(path: &Path, copies: &[PathBuf], overrides: &Overrides) -> Result<Opened, EngineError> {
         let mut gguf = super::source::open_header(path, copies)?;
-        let warnings = overrides.apply(&mut gguf.metadata)?;
+        let mut warnings = overrides.apply(&mut gguf.metadata)?;
+        warnings.extend(super::unwritten::unwritten(&gguf));
         Ok(Opened { warnings, ..Opened::from_header(gguf)? })
     }
 

@@ -52,6 +52,9 @@ pub enum ModelError {
         /// Those that are supported.
         supported: String,
     },
+    /// The file holds something that goes with a model.
+    #[error("the file is {0}")]
+    NoModel(&'static str),
     /// A metadata key is missing or has an unusable value.
     #[error("metadata {key}: {what}")]
     Metadata {

@@ -6,8 +6,27 @@ use super::keys;
 use super::{HParams, Model, ModelError};
 use crate::gguf::{Gguf, Metadata};
 
+/// What a GGUF file is that goes with a model; `None` for a model.
+fn beside_a_model(metadata: &Metadata) -> Option<&'static str> {
+    let is = |key: &str| metadata.str(key).unwrap_or_default();
+    match (is("general.type"), is("general.architecture")) {
+        ("adapter", _) => Some(
+            "a LoRA adapter, not a model, and nt applies none; llama.cpp's llama-export-lora merges it into its model",
+        ),
+        ("mmproj" | "clip-vision", _) | (_, "clip") => Some(
+            "the part of a model that sees or hears (mmproj), which nt does not run; name the file of the language model",
+        ),
+        ("imatrix", _) => Some("an importance matrix, for making quantised files, not a model"),
+        (_, "controlvector") => Some("a control vector, not a model, and nt applies none"),
+        _ => None,
+    }
+}
+
 /// The architecture that a file names.
 fn architecture(metadata: &Metadata) -> Result<&'static Architecture, ModelError> {
+    if let Some(what) = beside_a_model(metadata) {
+        return Err(ModelError::NoModel(what));
+    }
     let found = metadata.str("general.architecture").ok_or_else(|| ModelError::Metadata {
         key: "general.architecture".into(),
         what: "is missing; is this a language model?".into(),

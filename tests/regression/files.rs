@@ -2,10 +2,11 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::common::{File, T, V, bin, case, fails, nt, tiny, tiny_moe};
+use crate::common::{File, T, V, bin, case, fails, nt, sized, tiny, tiny_moe};
 
 const TOKENS: &str = "104,101,108,108,111,3,7,9";
 
@@ -722,6 +723,63 @@ fn files_that_are_no_model() {
     }
     std::fs::write(&path, b"\x00\x01\xfeQ and so on").unwrap();
     fails(&["inspect", path.to_str().unwrap()], 2, &["begins with \"\\x00\\x01\\xfeQ\""]);
+}
+
+/// GGUF files that go with a model were refused for the first key that a model would have.
+#[test]
+fn files_that_go_with_a_model() {
+    for (key, kind, words) in [
+        ("general.type", "adapter", ["LoRA adapter", "llama-export-lora"]),
+        ("general.type", "mmproj", ["mmproj", "language model"]),
+        ("general.architecture", "clip", ["mmproj", "language model"]),
+        ("general.type", "imatrix", ["importance matrix", "not a model"]),
+        ("general.architecture", "controlvector", ["control vector", "not a model"]),
+    ] {
+        let mut f = tiny(1);
+        f.set(key, V::Str(kind.into()));
+        refused_file(&f, &words);
+    }
+}
+
+/// What nt says of a file on stderr when it is run and planned.
+fn told(path: &Path) -> String {
+    let m = path.to_str().unwrap();
+    let outs = [works(&["run", m, "-p", "x", "-n", "1", "--backend", "cpu"]), works(&["plan", m])];
+    outs.map(|out| text(&out.stderr)).join("\n--\n")
+}
+
+/// A download that has its full length and not yet its bytes ran, and its text was wrong without a word.
+#[test]
+fn a_download_with_holes() {
+    let (d, f) = (dir(), sized(2, 256, 512));
+    let bytes = f.bytes();
+    let whole = f.write(d.path(), "whole.gguf");
+    assert!(!told(&whole).contains("has not ended"), "{}", told(&whole));
+    let path = d.path().join("holes.gguf");
+    let (from, to) = (bytes.len() / 2 / 4096 * 4096, bytes.len() / 2 / 4096 * 4096 + 16 * 4096);
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(bytes.len() as u64).unwrap();
+    file.write_all_at(&bytes[..from], 0).unwrap();
+    file.write_all_at(&bytes[to..], to as u64).unwrap();
+    drop(file);
+    let told = told(&path);
+    assert_eq!(told.matches("KiB of its weights were never written (the first of them in ").count(), 2, "{told}");
+}
+
+/// The same where the rest of the file was filled with zeros, or the middle.
+#[test]
+fn a_download_filled_with_zeros() {
+    let (d, f) = (dir(), sized(2, 256, 512));
+    let bytes = f.bytes();
+    for (name, zeros) in [("end", bytes.len() - 300_000..bytes.len()), ("middle", bytes.len() / 3..bytes.len() / 3 * 2)]
+    {
+        let mut bytes = bytes.clone();
+        bytes[zeros].fill(0);
+        let path = d.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let told = told(&path);
+        assert_eq!(told.matches("its weights are zeros at byte ").count(), 2, "{told}");
+    }
 }
 
 /// No byte of the output is a control character but newline and tab.
