@@ -134,6 +134,8 @@ impl Session {
         let requant = requantised(&model, &options)?;
         let tape = Tape::new(&model);
         let dims = dims(&model, &tape, &options, &divisors);
+        let bfloat = dims.bfloat && requant.as_ref().is_none_or(|r| serves_bfloat(r.whole()));
+        let dims = Dims { bfloat, ..dims };
         let sizes = Sizes::new(&model, requant.as_ref(), options.threads, &|f| reader.alignment(f));
         starting.go_on()?;
         let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
@@ -823,6 +825,11 @@ fn plan_on_device(
     }
 }
 
+/// Whether processors may round bulk rows of the model to bfloat16.
+fn serves_bfloat(model: &Model) -> bool {
+    model.matrices().iter().all(|(.., t)| CpuBackend::bfloat_serves(t.ty))
+}
+
 /// Layers that keep recent positions alone: those with windows, where that takes fewer pages than keeping all, and others
 /// show that a cache that was saved is this model's.
 fn recent_layers(model: &Model, options: &Options) -> Option<RecentLayers> {
@@ -861,7 +868,7 @@ pub(super) fn dims(model: &Model, tape: &Tape, options: &Options, divisors: &[Ve
         max_outputs: options.outputs.min(options.max_batch),
         n_ctx: options.n_ctx,
         recent: recent_layers(model, options),
-        bfloat: model.matrices().iter().all(|(.., t)| CpuBackend::bfloat_serves(t.ty)),
+        bfloat: serves_bfloat(model),
         kv_type: options.kv_type,
         ropes: model.ropes.iter().map(|r| r.rope(h.arch.rope_kind, options.n_ctx, divisors)).collect(),
         n_mix: model.width(Act::Mix),
