@@ -126,8 +126,12 @@ enum Call {
 #[derive(Default)]
 struct Part {
     place: usize,
+    /// The unit of its calls.
+    unit: usize,
     calls: Vec<Call>,
     experts: Vec<Expert>,
+    /// The units of its experts.
+    units: Vec<usize>,
     /// What each row has chosen, where there are experts.
     ids: Vec<u32>,
     /// Rows of experts have come, and so many of the experts are computed.
@@ -143,6 +147,7 @@ impl Part {
         self.layer = None;
         self.calls.clear();
         self.experts.clear();
+        self.units.clear();
         self.ids.clear();
         (self.begun, self.done) = (false, 0);
         self.answered = false;
@@ -151,7 +156,7 @@ impl Part {
 
 /// A part that is computed each time a recorded pass is repeated.
 enum Repeated {
-    Calls { place: usize, calls: Vec<Call> },
+    Calls { place: usize, unit: usize, calls: Vec<Call> },
     Shared { place: usize, layer: usize },
 }
 
@@ -168,6 +173,17 @@ pub struct Beside {
     pub slot_uses: u64,
     /// Those of them that were there.
     pub slot_hits: u64,
+}
+
+/// A unit that processors computed, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Worked {
+    /// The unit.
+    pub unit: usize,
+    /// When they began, its rows being there.
+    pub from: Instant,
+    /// When its rows were done.
+    pub to: Instant,
 }
 
 /// The experts of a block that both sites compute.
@@ -216,6 +232,8 @@ pub struct Both {
     of_host: Vec<Expert>,
     brought: Vec<Brought>,
     beside: Beside,
+    /// What was computed when; of no capacity where nobody asks.
+    worked: Vec<Worked>,
     reuse: Reuse,
     name: &'static str,
 }
@@ -250,6 +268,7 @@ impl Both {
             of_host: Vec::with_capacity(dims.n_experts),
             brought: Vec::with_capacity(dims.n_experts_used),
             beside: Beside::default(),
+            worked: Vec::new(),
             reuse: Reuse::default(),
         })
     }
@@ -271,11 +290,22 @@ impl Both {
             self.device.answer(part.place, self.cpu.expert_rows());
             return Ok(());
         }
-        self.compute_calls(part.place, &part.calls)
+        self.compute_calls(part.place, part.unit, &part.calls)
     }
 
-    /// Computes a feed-forward part.
-    fn compute_calls(&mut self, place: usize, calls: &[Call]) -> Result<(), BackendError> {
+    /// Keeps that these units were computed as one job, which has ended: each is shown with an equal part of its time.
+    fn add_worked(&mut self, units: &[usize], from: Instant) {
+        let room = self.worked.capacity() - self.worked.len();
+        if room > 0 {
+            let each = from.elapsed() / units.len().max(1) as u32;
+            let worked =
+                |(i, unit): (u32, &usize)| Worked { unit: *unit, from: from + each * i, to: from + each * (i + 1) };
+            self.worked.extend((0u32..).zip(units).map(worked).take(room));
+        }
+    }
+
+    /// Computes the feed-forward part of `unit`.
+    fn compute_calls(&mut self, place: usize, unit: usize, calls: &[Call]) -> Result<(), BackendError> {
         let began = Instant::now();
         let rows = self.device.given(place)?;
         let given = Instant::now();
@@ -290,6 +320,7 @@ impl Both {
         }
         self.device.answer(place, self.cpu.part());
         self.beside.computed += given.elapsed();
+        self.add_worked(&[unit], given);
         Ok(())
     }
 
@@ -300,7 +331,7 @@ impl Both {
             let (Repeated::Calls { place, .. } | Repeated::Shared { place, .. }) = *part;
             self.device.give_again(place);
             let computed = match *part {
-                Repeated::Calls { ref calls, .. } => self.compute_calls(place, calls),
+                Repeated::Calls { unit, ref calls, .. } => self.compute_calls(place, unit, calls),
                 Repeated::Shared { layer, .. } => self.compute_shared(layer, place),
             };
             if computed.is_err() {
@@ -316,7 +347,7 @@ impl Both {
         let place = part.place;
         let repeated = match part.layer {
             Some(layer) => Repeated::Shared { place, layer },
-            None => Repeated::Calls { place, calls: part.calls.clone() },
+            None => Repeated::Calls { place, unit: part.unit, calls: part.calls.clone() },
         };
         self.recorded.push(Arc::new(repeated));
         part.clear();
@@ -396,8 +427,9 @@ impl Both {
         }
         let began = Instant::now();
         self.cpu.experts(&part.experts[part.done..])?;
-        part.done = part.experts.len();
         self.beside.computed += began.elapsed();
+        self.add_worked(&part.units[part.done..], began);
+        part.done = part.experts.len();
         Ok(())
     }
 
@@ -527,8 +559,17 @@ impl Backend for Both {
         self.beside
     }
 
-    fn begin_part(&mut self) -> Result<(), BackendError> {
-        let part = self.new_part();
+    fn trace_work(&mut self, capacity: usize) {
+        self.worked = Vec::with_capacity(capacity);
+    }
+
+    fn worked(&mut self, each: &mut dyn FnMut(Worked)) {
+        self.worked.drain(..).for_each(each);
+    }
+
+    fn begin_part(&mut self, unit: usize) -> Result<(), BackendError> {
+        let mut part = self.new_part();
+        part.unit = unit;
         self.device.give(part.place)?;
         self.open = Some(part);
         Ok(())
@@ -656,7 +697,7 @@ impl Backend for Both {
         self.next()?.experts(list)
     }
 
-    fn experts_in_ram(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+    fn expert_in_ram(&mut self, unit: usize, expert: &Expert) -> Result<(), BackendError> {
         if self.open.is_none() {
             let mut part = self.new_part();
             part.ids.extend_from_slice(&self.chosen);
@@ -665,7 +706,8 @@ impl Backend for Both {
         }
         if let Some(part) = &mut self.open {
             assert!(!part.answered, "experts in RAM come before the others");
-            part.experts.extend_from_slice(list);
+            part.experts.push(*expert);
+            part.units.push(unit);
         }
         Ok(())
     }

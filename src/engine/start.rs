@@ -136,7 +136,11 @@ impl Session {
         let dims = dims(&model, &tape, &options, &divisors);
         let sizes = Sizes::new(&model, requant.as_ref(), options.threads, &|f| reader.alignment(f));
         starting.go_on()?;
-        let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
+        let (mut backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
+        if options.timeline {
+            // A pass has each unit once.
+            backend.trace_work(model.units.len());
+        }
         check_types(&model, backend.as_ref())?;
         requant.as_ref().map_or(Ok(()), |r| check_types(r.whole(), backend.as_ref()))?;
         if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
