@@ -1096,8 +1096,8 @@ fn experts_in_slots() {
             assert!(logits(&mut session).unwrap() == forced, "{vram} {sites:?}, forced");
             drop(session);
             // Slots are for experts that both sites compute; where there are none, it is said.
-            for o in [Options { timeline: true, ..o.clone() }, Options { sites: Sites::One, ..o }] {
-                let session = start(&opened, o, &memory).unwrap();
+            {
+                let session = start(&opened, Options { sites: Sites::One, ..o }, &memory).unwrap();
                 let said = session.notes().iter().any(|n| n.contains("--expert-cache on"));
                 assert!(session.device_caches().is_empty());
                 assert_eq!(
@@ -1272,9 +1272,11 @@ fn a_plan_is_made_again_by_its_id() {
             refused(Options { vram: Some(560 << 10), ..again(None) }, &opened, "of VRAM");
             let other = Opened::open(if path == &dense { &routed } else { &dense }).unwrap();
             refused(again(None), &other, "another shape");
-            if want.2.is_some() {
-                refused(Options { timeline: true, ..again(None) }, &opened, "other units");
-            }
+            // Who looks on changes nothing.
+            let second = memory();
+            let mut session = start(&opened, Options { timeline: true, ..again(None) }, &second).unwrap();
+            assert!(of(&session) == want && logits(&mut session).unwrap() == cold, "{what}: with a timeline");
+            assert_eq!(work(&second), done, "{what}: with a timeline");
         }
     }
     assert!(divided > 0 && cached > 0, "{divided} {cached}");

@@ -188,10 +188,22 @@ pub struct Worked {
 
 /// The experts of a block that both sites compute.
 struct SharedExperts {
+    /// The unit of the first.
+    first: usize,
     /// Those in RAM, as processors read them.
     in_ram: Vec<Option<Expert>>,
     /// Which of them the device has, and where.
     slots: Option<(Slots, SlotsAt)>,
+}
+
+/// Keeps that these units were computed as one job, which has ended: each is shown with an equal part of its time.
+fn add_worked(worked: &mut Vec<Worked>, units: impl ExactSizeIterator<Item = usize>, from: Instant) {
+    let room = worked.capacity() - worked.len();
+    if room > 0 {
+        let each = from.elapsed() / units.len().max(1) as u32;
+        let of = |(i, unit): (u32, usize)| Worked { unit, from: from + each * i, to: from + each * (i + 1) };
+        worked.extend((0u32..).zip(units).map(of).take(room));
+    }
 }
 
 /// Where an expert's matrices begin in RAM, on a line: what a copy of it begins with.
@@ -293,17 +305,6 @@ impl Both {
         self.compute_calls(part.place, part.unit, &part.calls)
     }
 
-    /// Keeps that these units were computed as one job, which has ended: each is shown with an equal part of its time.
-    fn add_worked(&mut self, units: &[usize], from: Instant) {
-        let room = self.worked.capacity() - self.worked.len();
-        if room > 0 {
-            let each = from.elapsed() / units.len().max(1) as u32;
-            let worked =
-                |(i, unit): (u32, &usize)| Worked { unit: *unit, from: from + each * i, to: from + each * (i + 1) };
-            self.worked.extend((0u32..).zip(units).map(worked).take(room));
-        }
-    }
-
     /// Computes the feed-forward part of `unit`.
     fn compute_calls(&mut self, place: usize, unit: usize, calls: &[Call]) -> Result<(), BackendError> {
         let began = Instant::now();
@@ -320,7 +321,7 @@ impl Both {
         }
         self.device.answer(place, self.cpu.part());
         self.beside.computed += given.elapsed();
-        self.add_worked(&[unit], given);
+        add_worked(&mut self.worked, std::iter::once(unit), given);
         Ok(())
     }
 
@@ -360,7 +361,7 @@ impl Both {
         let (_, ids) = self.device.given_routed(place)?;
         let given = Instant::now();
         self.beside.waited += given - began;
-        let Some(Some(SharedExperts { in_ram: experts, slots })) = self.shared.get_mut(layer) else {
+        let Some(Some(SharedExperts { first, in_ram: experts, slots })) = self.shared.get_mut(layer) else {
             let what = format!("the experts of block {layer} are not shared");
             return Err(BackendError::Pass { backend: self.name, what });
         };
@@ -368,6 +369,7 @@ impl Both {
             let what = "experts could not be brought to the device in an earlier pass".into();
             return Err(BackendError::Pass { backend: self.name, what });
         }
+        let first = *first;
         self.pairs.clear();
         self.of_host.clear();
         self.brought.clear();
@@ -404,8 +406,10 @@ impl Both {
         if !self.pairs.is_empty() {
             let (rows, ids) = self.device.given_routed(place)?;
             self.cpu.begin_experts(rows, ids);
+            let began = Instant::now();
             self.cpu.experts(&self.of_host)?;
             self.beside.parts += 1;
+            add_worked(&mut self.worked, self.of_host.iter().map(|e| first + e.id as usize), began);
         }
         self.device.answer_experts(place, &self.pairs, self.cpu.expert_rows());
         if alone {
@@ -428,7 +432,7 @@ impl Both {
         let began = Instant::now();
         self.cpu.experts(&part.experts[part.done..])?;
         self.beside.computed += began.elapsed();
-        self.add_worked(&part.units[part.done..], began);
+        add_worked(&mut self.worked, part.units[part.done..].iter().copied(), began);
         part.done = part.experts.len();
         Ok(())
     }
@@ -737,6 +741,7 @@ impl Backend for Both {
     fn share_experts(
         &mut self,
         layer: usize,
+        first: usize,
         list: &[Expert],
         of_host: &[Option<Expert>],
         share: Share,
@@ -752,7 +757,7 @@ impl Backend for Both {
         self.shared.resize_with(self.shared.len().max(layer + 1), || None);
         self.reuse.add_layer(layer, of_host.len());
         let slots = slots.map(|s| (Slots::new(s.slots, of_host.len()), s));
-        self.shared[layer] = Some(SharedExperts { in_ram: of_host.to_vec(), slots });
+        self.shared[layer] = Some(SharedExperts { first, in_ram: of_host.to_vec(), slots });
         Ok(true)
     }
 
@@ -810,7 +815,7 @@ impl Backend for Both {
     }
 
     fn in_slots(&self, layer: usize, to: &mut Vec<Option<(u64, u64)>>) {
-        let Some(Some(SharedExperts { in_ram, slots: Some((slots, at)) })) = self.shared.get(layer) else { return };
+        let Some(Some(SharedExperts { in_ram, slots: Some((slots, at)), .. })) = self.shared.get(layer) else { return };
         let of = |e: &Option<Expert>| {
             let e = e.as_ref().filter(|_| !self.slots_lost)?;
             Some((at.addr + u64::from(slots.slot(e.id)?) * at.bytes, low_of(e)))

@@ -745,11 +745,12 @@ pub trait Backend {
     }
 
     /// Keeps where the experts of block `layer` lie that both sites compute: `list` as the device reads them, all of them, and
-    /// `of_host` those in RAM as processors do, of which the device may keep some in `slots`. Returns whether
+    /// `of_host` those in RAM as processors do, of which the device may keep some in `slots`; `first` is the unit of the first. Returns whether
     /// [`Backend::shared_mixture`] may be called for the block.
     fn share_experts(
         &mut self,
         _layer: usize,
+        _first: usize,
         _list: &[Expert],
         _of_host: &[Option<Expert>],
         _share: Share,

@@ -324,7 +324,8 @@ fn resting(
         let Some(list) = list else { return Ok(Rest::No) };
         let of_host: Vec<Option<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &in_ram, &in_ram)).collect();
         let slots = source.slots(block);
-        Ok(if backend.share_experts(block, &list, &of_host, share, slots)? { Rest::Shared } else { Rest::No })
+        let first = experts.list[0][0].weight.unit;
+        Ok(if backend.share_experts(block, first, &list, &of_host, share, slots)? { Rest::Shared } else { Rest::No })
     };
     stages.map(of).collect()
 }

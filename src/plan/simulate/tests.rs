@@ -179,7 +179,8 @@ fn by_hand_experts_that_are_brought_ahead_come_while_attention_is_computed() {
     assert!(near(p.seconds, 3.0 + 2.0 + 0.25 + 0.25) && near(p.gpu_bytes, 400.0), "{p:?}");
     // What nobody chose is brought, too, and given back.
     let p = s.settled(&PassWork { ahead: true, experts: 2, ..pass.clone() });
-    assert!(near(p.gpu_bytes, 400.0) && near(p.compute_busy, 3.5), "{p:?}");
+    // A copy that nobody waits for may end in the next pass.
+    assert!((350.0..450.0).contains(&p.gpu_bytes) && near(p.compute_busy, 3.5), "{p:?}");
     // None comes ahead where one has to be read first.
     s.units[4].home = Home::C;
     s.staging_slots = 2;
