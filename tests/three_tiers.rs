@@ -3,6 +3,11 @@
 
 mod common;
 
+#[path = "three_tiers/aborts.rs"]
+mod aborts;
+#[path = "three_tiers/mixed.rs"]
+mod mixed;
+
 use std::collections::{HashSet, VecDeque};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,12 +19,13 @@ use common::tiny;
 use nt::backend::cpu::CpuBackend;
 use nt::backend::{
     Backend, BackendError, BackendKind, Both, Brought, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert,
-    Hands, Layers, Linear, MemoryUse, Norm, Pinned, RouterParams, Routing, Run, Share, SlotsAt, Weight,
+    Hands, Layers, Linear, MemoryUse, Norm, Op, Pinned, RouterParams, Routing, Run, Share, SlotsAt, Weight,
 };
 use nt::engine::{EngineError, ExpertSlots, Opened, Options, Session, Sites};
 use nt::gguf::TensorType;
 use nt::memory::Region;
 use nt::model::{ForcedRouting, Outputs, Routes, UnitKind, UnitSpec};
+use nt::pipeline::{Event, EventKind};
 use nt::plan::{Home, Tiers};
 use nt::state::{PageId, StateOp};
 use nt::storage::ReaderKind;
@@ -425,6 +431,21 @@ impl Backend for Detached {
     fn embed(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
         self.cpu.embed(rows, ty)
     }
+    fn embed_per_block(&mut self, rows: &[u8], ty: TensorType) -> Result<(), BackendError> {
+        self.cpu.embed_per_block(rows, ty)
+    }
+    fn op(&mut self, op: &Op<Weight>) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        if let Op::Route { .. } = op {
+            self.finish()?;
+            return self.cpu.op(op);
+        }
+        let op = *op;
+        self.call(move |cpu| cpu.op(&op))
+    }
+    fn chosen(&mut self) -> &[u32] {
+        self.cpu.chosen()
+    }
     fn qkv(
         &mut self,
         layer: usize,
@@ -544,9 +565,14 @@ impl Hands for Detached {
     fn given(&mut self, place: usize) -> Result<&[f32], BackendError> {
         there(&self.memory.gone_in)?;
         self.advance()?;
-        let mut handed = self.memory.handed.lock().unwrap();
-        *handed += 1;
-        assert!(*handed != *self.memory.panics_at.lock().unwrap(), "a processor panics");
+        let handed = {
+            let mut handed = self.memory.handed.lock().unwrap();
+            *handed += 1;
+            *handed
+        };
+        // No lock is held by who panics.
+        let panics_at = *self.memory.panics_at.lock().unwrap();
+        assert!(handed != panics_at, "a processor panics");
         Ok(self.given[place].as_ref().expect("rows that were given, before a wait for another answer"))
     }
     fn take(&mut self, place: usize) -> Result<(), BackendError> {
@@ -899,6 +925,37 @@ fn a_device_that_vanishes_ends_every_pass_with_an_error_and_everything_is_releas
     }
 }
 
+/// A measured timeline has what processors next to the device compute: each of their units once a token that is generated, within its
+/// pass and one after the other.
+#[test]
+fn a_timeline_shows_what_processors_compute() {
+    let d = tempfile::tempdir().unwrap();
+    let (dense, routed) = (tiny(6).write(d.path(), "m.gguf"), common::tiny_moe(6).write(d.path(), "e.gguf"));
+    for path in [&dense, &routed] {
+        let opened = Opened::open(path).unwrap();
+        let want = logits(&mut Session::new(&opened, options(), &mut |_, _| ()).unwrap()).unwrap();
+        for ahead in [false, true] {
+            let memory = Arc::new(Memory { ahead, shares: true, ..Memory::default() });
+            let o = Options { vram: Some(700 << 10), sites: Sites::Both, timeline: true, ..options() };
+            let mut session = start(&opened, o, &memory).unwrap();
+            assert!(logits(&mut session).unwrap() == want);
+            let events = session.events();
+            let of = |kind| events.iter().filter(move |e| e.kind == kind);
+            let theirs = session.beside().unwrap();
+            let n = theirs.iter().filter(|t| **t).count();
+            // Of experts, those that were chosen.
+            let worked: Vec<_> = of(EventKind::Beside).collect();
+            assert!(worked.iter().all(|e| theirs[e.unit]) && n > 0, "{path:?}");
+            assert!(if path == &dense { worked.len() == 5 * n } else { !worked.is_empty() }, "{} {n}", worked.len());
+            assert!(worked.windows(2).all(|w| w[0].end_ns <= w[1].start_ns), "{path:?}");
+            let passes: Vec<_> = of(EventKind::Pass).filter(|p| p.unit == 1).collect();
+            assert_eq!(passes.len(), 5);
+            let within = |e: &Event| passes.iter().any(|p| p.start_ns <= e.start_ns && e.end_ns <= p.end_ns);
+            assert!(worked.iter().all(|e| within(e)), "{path:?}");
+        }
+    }
+}
+
 /// What both sites compute of experts is counted at each and on the link, and the chain of sites is a bound.
 #[test]
 fn divided_experts_are_counted_and_their_chain_binds() {
@@ -1039,8 +1096,8 @@ fn experts_in_slots() {
             assert!(logits(&mut session).unwrap() == forced, "{vram} {sites:?}, forced");
             drop(session);
             // Slots are for experts that both sites compute; where there are none, it is said.
-            for o in [Options { timeline: true, ..o.clone() }, Options { sites: Sites::One, ..o }] {
-                let session = start(&opened, o, &memory).unwrap();
+            {
+                let session = start(&opened, Options { sites: Sites::One, ..o }, &memory).unwrap();
                 let said = session.notes().iter().any(|n| n.contains("--expert-cache on"));
                 assert!(session.device_caches().is_empty());
                 assert_eq!(
@@ -1150,8 +1207,9 @@ fn a_device_that_is_called_ahead_is_never_waited_for_in_vain() {
                     ..Memory::default()
                 });
                 let mut session = start(&opened, o.clone(), &memory).unwrap();
-                let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| logits(&mut session)));
-                assert!(panicked.is_err(), "part {part}");
+                let e = logits(&mut session).unwrap_err().to_string();
+                assert!(e.contains("a processor panics"), "part {part}: {e}");
+                assert!(logits(&mut session).unwrap() == want, "part {part}");
                 drop(session);
                 assert_eq!(*memory.used.lock().unwrap(), 0, "part {part}");
             }
@@ -1214,9 +1272,11 @@ fn a_plan_is_made_again_by_its_id() {
             refused(Options { vram: Some(560 << 10), ..again(None) }, &opened, "of VRAM");
             let other = Opened::open(if path == &dense { &routed } else { &dense }).unwrap();
             refused(again(None), &other, "another shape");
-            if want.2.is_some() {
-                refused(Options { timeline: true, ..again(None) }, &opened, "other units");
-            }
+            // Who looks on changes nothing.
+            let second = memory();
+            let mut session = start(&opened, Options { timeline: true, ..again(None) }, &second).unwrap();
+            assert!(of(&session) == want && logits(&mut session).unwrap() == cold, "{what}: with a timeline");
+            assert_eq!(work(&second), done, "{what}: with a timeline");
         }
     }
     assert!(divided > 0 && cached > 0, "{divided} {cached}");

@@ -126,8 +126,12 @@ enum Call {
 #[derive(Default)]
 struct Part {
     place: usize,
+    /// The unit of its calls.
+    unit: usize,
     calls: Vec<Call>,
     experts: Vec<Expert>,
+    /// The units of its experts.
+    units: Vec<usize>,
     /// What each row has chosen, where there are experts.
     ids: Vec<u32>,
     /// Rows of experts have come, and so many of the experts are computed.
@@ -143,6 +147,7 @@ impl Part {
         self.layer = None;
         self.calls.clear();
         self.experts.clear();
+        self.units.clear();
         self.ids.clear();
         (self.begun, self.done) = (false, 0);
         self.answered = false;
@@ -151,7 +156,7 @@ impl Part {
 
 /// A part that is computed each time a recorded pass is repeated.
 enum Repeated {
-    Calls { place: usize, calls: Vec<Call> },
+    Calls { place: usize, unit: usize, calls: Vec<Call> },
     Shared { place: usize, layer: usize },
 }
 
@@ -170,12 +175,35 @@ pub struct Beside {
     pub slot_hits: u64,
 }
 
+/// A unit that processors computed, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Worked {
+    /// The unit.
+    pub unit: usize,
+    /// When they began, its rows being there.
+    pub from: Instant,
+    /// When its rows were done.
+    pub to: Instant,
+}
+
 /// The experts of a block that both sites compute.
 struct SharedExperts {
+    /// The unit of the first.
+    first: usize,
     /// Those in RAM, as processors read them.
     in_ram: Vec<Option<Expert>>,
     /// Which of them the device has, and where.
     slots: Option<(Slots, SlotsAt)>,
+}
+
+/// Keeps that these units were computed as one job, which has ended: each is shown with an equal part of its time.
+fn add_worked(worked: &mut Vec<Worked>, units: impl ExactSizeIterator<Item = usize>, from: Instant) {
+    let room = worked.capacity() - worked.len();
+    if room > 0 {
+        let each = from.elapsed() / units.len().max(1) as u32;
+        let of = |(i, unit): (u32, usize)| Worked { unit, from: from + each * i, to: from + each * (i + 1) };
+        worked.extend((0u32..).zip(units).map(of).take(room));
+    }
 }
 
 /// Where an expert's matrices begin in RAM, on a line: what a copy of it begins with.
@@ -216,6 +244,8 @@ pub struct Both {
     of_host: Vec<Expert>,
     brought: Vec<Brought>,
     beside: Beside,
+    /// What was computed when; of no capacity where nobody asks.
+    worked: Vec<Worked>,
     reuse: Reuse,
     name: &'static str,
 }
@@ -250,6 +280,7 @@ impl Both {
             of_host: Vec::with_capacity(dims.n_experts),
             brought: Vec::with_capacity(dims.n_experts_used),
             beside: Beside::default(),
+            worked: Vec::new(),
             reuse: Reuse::default(),
         })
     }
@@ -271,11 +302,11 @@ impl Both {
             self.device.answer(part.place, self.cpu.expert_rows());
             return Ok(());
         }
-        self.compute_calls(part.place, &part.calls)
+        self.compute_calls(part.place, part.unit, &part.calls)
     }
 
-    /// Computes a feed-forward part.
-    fn compute_calls(&mut self, place: usize, calls: &[Call]) -> Result<(), BackendError> {
+    /// Computes the feed-forward part of `unit`.
+    fn compute_calls(&mut self, place: usize, unit: usize, calls: &[Call]) -> Result<(), BackendError> {
         let began = Instant::now();
         let rows = self.device.given(place)?;
         let given = Instant::now();
@@ -290,6 +321,7 @@ impl Both {
         }
         self.device.answer(place, self.cpu.part());
         self.beside.computed += given.elapsed();
+        add_worked(&mut self.worked, std::iter::once(unit), given);
         Ok(())
     }
 
@@ -300,7 +332,7 @@ impl Both {
             let (Repeated::Calls { place, .. } | Repeated::Shared { place, .. }) = *part;
             self.device.give_again(place);
             let computed = match *part {
-                Repeated::Calls { ref calls, .. } => self.compute_calls(place, calls),
+                Repeated::Calls { unit, ref calls, .. } => self.compute_calls(place, unit, calls),
                 Repeated::Shared { layer, .. } => self.compute_shared(layer, place),
             };
             if computed.is_err() {
@@ -316,7 +348,7 @@ impl Both {
         let place = part.place;
         let repeated = match part.layer {
             Some(layer) => Repeated::Shared { place, layer },
-            None => Repeated::Calls { place, calls: part.calls.clone() },
+            None => Repeated::Calls { place, unit: part.unit, calls: part.calls.clone() },
         };
         self.recorded.push(Arc::new(repeated));
         part.clear();
@@ -329,7 +361,7 @@ impl Both {
         let (_, ids) = self.device.given_routed(place)?;
         let given = Instant::now();
         self.beside.waited += given - began;
-        let Some(Some(SharedExperts { in_ram: experts, slots })) = self.shared.get_mut(layer) else {
+        let Some(Some(SharedExperts { first, in_ram: experts, slots })) = self.shared.get_mut(layer) else {
             let what = format!("the experts of block {layer} are not shared");
             return Err(BackendError::Pass { backend: self.name, what });
         };
@@ -337,6 +369,7 @@ impl Both {
             let what = "experts could not be brought to the device in an earlier pass".into();
             return Err(BackendError::Pass { backend: self.name, what });
         }
+        let first = *first;
         self.pairs.clear();
         self.of_host.clear();
         self.brought.clear();
@@ -373,8 +406,10 @@ impl Both {
         if !self.pairs.is_empty() {
             let (rows, ids) = self.device.given_routed(place)?;
             self.cpu.begin_experts(rows, ids);
+            let began = Instant::now();
             self.cpu.experts(&self.of_host)?;
             self.beside.parts += 1;
+            add_worked(&mut self.worked, self.of_host.iter().map(|e| first + e.id as usize), began);
         }
         self.device.answer_experts(place, &self.pairs, self.cpu.expert_rows());
         if alone {
@@ -396,8 +431,9 @@ impl Both {
         }
         let began = Instant::now();
         self.cpu.experts(&part.experts[part.done..])?;
-        part.done = part.experts.len();
         self.beside.computed += began.elapsed();
+        add_worked(&mut self.worked, part.units[part.done..].iter().copied(), began);
+        part.done = part.experts.len();
         Ok(())
     }
 
@@ -527,8 +563,17 @@ impl Backend for Both {
         self.beside
     }
 
-    fn begin_part(&mut self) -> Result<(), BackendError> {
-        let part = self.new_part();
+    fn trace_work(&mut self, capacity: usize) {
+        self.worked = Vec::with_capacity(capacity);
+    }
+
+    fn worked(&mut self, each: &mut dyn FnMut(Worked)) {
+        self.worked.drain(..).for_each(each);
+    }
+
+    fn begin_part(&mut self, unit: usize) -> Result<(), BackendError> {
+        let mut part = self.new_part();
+        part.unit = unit;
         self.device.give(part.place)?;
         self.open = Some(part);
         Ok(())
@@ -656,7 +701,7 @@ impl Backend for Both {
         self.next()?.experts(list)
     }
 
-    fn experts_in_ram(&mut self, list: &[Expert]) -> Result<(), BackendError> {
+    fn expert_in_ram(&mut self, unit: usize, expert: &Expert) -> Result<(), BackendError> {
         if self.open.is_none() {
             let mut part = self.new_part();
             part.ids.extend_from_slice(&self.chosen);
@@ -665,7 +710,8 @@ impl Backend for Both {
         }
         if let Some(part) = &mut self.open {
             assert!(!part.answered, "experts in RAM come before the others");
-            part.experts.extend_from_slice(list);
+            part.experts.push(*expert);
+            part.units.push(unit);
         }
         Ok(())
     }
@@ -695,6 +741,7 @@ impl Backend for Both {
     fn share_experts(
         &mut self,
         layer: usize,
+        first: usize,
         list: &[Expert],
         of_host: &[Option<Expert>],
         share: Share,
@@ -710,7 +757,7 @@ impl Backend for Both {
         self.shared.resize_with(self.shared.len().max(layer + 1), || None);
         self.reuse.add_layer(layer, of_host.len());
         let slots = slots.map(|s| (Slots::new(s.slots, of_host.len()), s));
-        self.shared[layer] = Some(SharedExperts { in_ram: of_host.to_vec(), slots });
+        self.shared[layer] = Some(SharedExperts { first, in_ram: of_host.to_vec(), slots });
         Ok(true)
     }
 
@@ -768,7 +815,7 @@ impl Backend for Both {
     }
 
     fn in_slots(&self, layer: usize, to: &mut Vec<Option<(u64, u64)>>) {
-        let Some(Some(SharedExperts { in_ram, slots: Some((slots, at)) })) = self.shared.get(layer) else { return };
+        let Some(Some(SharedExperts { in_ram, slots: Some((slots, at)), .. })) = self.shared.get(layer) else { return };
         let of = |e: &Option<Expert>| {
             let e = e.as_ref().filter(|_| !self.slots_lost)?;
             Some((at.addr + u64::from(slots.slot(e.id)?) * at.bytes, low_of(e)))

@@ -15,7 +15,7 @@ pub mod reference;
 mod reuse;
 mod slots;
 
-pub use both::{Beside, Both, Brought, Hands, low_of};
+pub use both::{Beside, Both, Brought, Hands, Worked, low_of};
 pub use device::{CopyEngine, DeviceAlloc, DeviceMemory, MemoryUse, Pinned};
 pub use op::{
     Act, Activation, DeltaNet, Gating, KvShape, Latent, LinearOf, Mask, NormKind, NormOf, Op, Router, Scan, Scores,
@@ -613,12 +613,18 @@ pub trait Backend {
         Beside::default()
     }
 
-    /// Operations called from here on, until [`Backend::end_part`], are of a feed-forward part whose weights are in RAM:
-    /// they read and write X alone, and all that they write for others is X.
+    /// Keeps when those compute which units from now on, at most `capacity` of them between two calls of [`Backend::worked`].
+    fn trace_work(&mut self, _capacity: usize) {}
+
+    /// Hands out what was kept since the last call, in the order of time.
+    fn worked(&mut self, _each: &mut dyn FnMut(Worked)) {}
+
+    /// Operations called from here on, until [`Backend::end_part`], are of a feed-forward part whose weights are in RAM, of
+    /// this unit: they read and write X alone, and all that they write for others is X.
     ///
     /// # Errors
     /// Where [`Backend::computes_in_ram`] says no.
-    fn begin_part(&mut self) -> Result<(), BackendError> {
+    fn begin_part(&mut self, _unit: usize) -> Result<(), BackendError> {
         Err(BackendError::Beyond { backend: self.name(), what: "parts in RAM" })
     }
 
@@ -739,11 +745,12 @@ pub trait Backend {
     }
 
     /// Keeps where the experts of block `layer` lie that both sites compute: `list` as the device reads them, all of them, and
-    /// `of_host` those in RAM as processors do, of which the device may keep some in `slots`. Returns whether
+    /// `of_host` those in RAM as processors do, of which the device may keep some in `slots`; `first` is the unit of the first. Returns whether
     /// [`Backend::shared_mixture`] may be called for the block.
     fn share_experts(
         &mut self,
         _layer: usize,
+        _first: usize,
         _list: &[Expert],
         _of_host: &[Option<Expert>],
         _share: Share,
@@ -765,11 +772,11 @@ pub trait Backend {
     /// rows first, with the class's slices of the head behind it.
     fn output_norm(&mut self, norm: &Norm) -> Result<(), BackendError>;
 
-    /// [`Backend::experts`] of weights in RAM, before those of the others.
+    /// [`Backend::expert`] of weights in RAM, those of this unit, before those of the others.
     ///
     /// # Errors
     /// Where [`Backend::computes_in_ram`] says no.
-    fn experts_in_ram(&mut self, _list: &[Expert]) -> Result<(), BackendError> {
+    fn expert_in_ram(&mut self, _unit: usize, _expert: &Expert) -> Result<(), BackendError> {
         Err(BackendError::Beyond { backend: self.name(), what: "experts in RAM" })
     }
 

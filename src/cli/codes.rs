@@ -53,8 +53,10 @@ pub(super) fn failure(e: EngineError) -> Failure {
         }
         EngineError::Storage(StorageError::Drive(OpenError::WrongDrive { .. })) => Failure::refused(e),
         EngineError::Storage(StorageError::NotBound(_)) => Failure::usage(e),
-        EngineError::Forward(_) | EngineError::Backend(_) | EngineError::Storage(_) | EngineError::NotFinite { .. } => {
-            Failure::running(e)
-        }
+        EngineError::Panicked { .. }
+        | EngineError::Forward(_)
+        | EngineError::Backend(_)
+        | EngineError::Storage(_)
+        | EngineError::NotFinite { .. } => Failure::running(e),
     }
 }

@@ -130,10 +130,9 @@ impl Division {
     /// follows from them.
     pub fn new(model: &Model, plan: &Plan, options: &Options, rates: &dyn Fn() -> SiteRates) -> Option<Division> {
         let units = choose(model, plan, options.sites, rates)?;
-        // A timeline shows each expert: then each is computed by itself.
         let hits = || slot_hits(model, plan, options);
         let given = options.repeat.as_ref().and_then(|r| r.slot_share());
-        let share = if options.timeline { None } else { given.or_else(|| share(model, &units, rates, hits())) };
+        let share = given.or_else(|| share(model, &units, rates, hits()));
         Some(Division::of(model, plan, units, share))
     }
 

@@ -14,7 +14,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
 use crate::machine;
-use crate::model::{Model, Requantised, Tape};
+use crate::model::{Model, Requantised, Tape, takes_nearly_all};
 use crate::pipeline::{Event, EventKind};
 use crate::plan::{
     self, COPY_GAP_S, Cache, Caching, Costs, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares,
@@ -349,7 +349,7 @@ impl Work<'_> {
     /// A pass of one token.
     fn decode(&self) -> PassWork {
         let unit_s = decode_seconds(self.units, &self.plan.homes, self.beside, self.machine, self.site);
-        PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1), prompt: false }
+        PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1), prompt: false, ahead: false }
     }
 }
 
@@ -463,9 +463,23 @@ fn experts(units: &[UnitWork], tokens: usize) -> usize {
     (of_block as f64 * e.used_by(tokens)).round() as usize
 }
 
+/// Whether a prompt of so many tokens has experts brought before they are chosen.
+fn takes_nearly_all_experts(units: &[UnitWork], tokens: usize) -> bool {
+    let Some(e) = units.iter().find(|u| u.size.routed()) else { return false };
+    let of_block = units.iter().filter(|u| u.size.routed() && u.size.block == e.size.block).count();
+    takes_nearly_all(tokens * experts(units, 1), of_block)
+}
+
 fn prefill_work(units: &[UnitWork], machine: &Machine, site: Site, tokens: usize) -> Option<PassWork> {
     let unit_s = units.iter().map(|u| u.prefill_s(machine, site, tokens)).collect::<Option<_>>()?;
-    Some(PassWork { unit_s, beside_s: pass_s(site), experts: experts(units, tokens), prompt: true })
+    let experts = experts(units, tokens);
+    Some(PassWork {
+        unit_s,
+        beside_s: pass_s(site),
+        experts,
+        prompt: true,
+        ahead: takes_nearly_all_experts(units, tokens),
+    })
 }
 
 /// Seconds from the prompt to its last pass's end.

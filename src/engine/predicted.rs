@@ -58,7 +58,7 @@ impl Session {
         let Some(compute_s) = self.links.compute_s else {
             let (vram, beside) = (self.links.vram_ceiling?, beside?);
             let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
-            return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false });
+            return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false, ahead: false });
         };
         // What processors next to a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
         let parts = beside.as_ref().map(|b| b.parts(&units));
@@ -68,7 +68,7 @@ impl Session {
         let beside_s = pass_s(self.site()).min(compute_s);
         let left = (compute_s - beside_s - of_host).max(0.0);
         let unit_s = units.iter().map(|u| left * u.bytes as f64 / all.max(1.0)).collect();
-        Some(PassWork { unit_s, beside_s, experts, prompt: false })
+        Some(PassWork { unit_s, beside_s, experts, prompt: false, ahead: false })
     }
 
     /// Bytes per second of weights that processors next to the device compute, by the ceilings that were measured; a guess without.
@@ -145,7 +145,7 @@ impl Session {
         let beside = self.living().1.zip(both).map(|(d, rates)| d.timed(&units, &rates, &costs));
         let unit_s = decode_seconds(&units, &self.living().0.homes, beside.as_ref(), machine, site);
         let experts = self.model.hparams.n_experts_used;
-        let work = PassWork { unit_s, beside_s: pass_s(site), experts, prompt: false };
+        let work = PassWork { unit_s, beside_s: pass_s(site), experts, prompt: false, ahead: false };
         Some(Predicted { pass: self.simulator(&rates, beside)?.settled(&work), rates })
     }
 

@@ -1,5 +1,7 @@
 //! A model that is ready to compute: plan carried out, resident units loaded, ring turning.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -286,7 +288,12 @@ impl Session {
         let fetched = self.weights.fetched_bytes;
         let (uses, caches) = (self.weights.uses, self.weights.flow.caches());
         let overflowed = self.backend.overflow().is_some();
-        if let Err(e) = self.evaluate(parts, stop) {
+        // A panic is a fault of this program; it ends its pass, and texts of other passes go on.
+        let evaluated = catch_unwind(AssertUnwindSafe(|| self.evaluate(parts, stop)));
+        let evaluated = evaluated.unwrap_or_else(|panic| Err(EngineError::Panicked { what: words_of(panic.as_ref()) }));
+        let flow = &self.weights.flow;
+        self.backend.worked(&mut |w| flow.trace(EventKind::Beside, w.unit, 0, w.from, w.to));
+        if let Err(e) = evaluated {
             self.backend.abandon();
             self.weights.restart();
             if !overflowed {
@@ -816,6 +823,12 @@ impl Session {
         self.weights.flow.write_trace(&mut out)?;
         std::io::Write::flush(&mut out)
     }
+}
+
+/// What a panic said.
+fn words_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word").into()
 }
 
 /// What a backend is told of the parts of a pass.

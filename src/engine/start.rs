@@ -138,7 +138,11 @@ impl Session {
         let dims = Dims { bfloat, ..dims };
         let sizes = Sizes::new(&model, requant.as_ref(), options.threads, &|f| reader.alignment(f));
         starting.go_on()?;
-        let (backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
+        let (mut backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
+        if options.timeline {
+            // A pass has each unit once.
+            backend.trace_work(model.units.len());
+        }
         check_types(&model, backend.as_ref())?;
         requant.as_ref().map_or(Ok(()), |r| check_types(r.whole(), backend.as_ref()))?;
         if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
@@ -207,7 +211,7 @@ impl Session {
         notes.extend(plan.too_few_slots.map(too_few_slots));
         let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);
         if asked_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
-            notes.push("--expert-cache on: there is no GPU, VRAM or RAM has no room, no processors work next to it (--site gpu, --exact), or each expert is shown (--timeline), so that experts live where they fit".into());
+            notes.push("--expert-cache on: there is no GPU, VRAM or RAM has no room, or no processors work next to it (--site gpu, --exact), so that experts live where they fit".into());
         }
         let guesses = division.is_some() && options.sites == Sites::Auto && repeated.is_none();
         notes.extend(guesses.then(here::guessed_sites).flatten());
@@ -742,8 +746,8 @@ pub(super) fn slots_or_not(
     rates: Option<SiteRates>,
     options: &Options,
 ) -> ExpertSlots {
-    // A timeline shows each expert, so that none is divided, and slots are for those that are.
-    if options.sites == Sites::One || options.timeline {
+    // Slots are for experts that two sites compute.
+    if options.sites == Sites::One {
         return ExpertSlots::Off;
     }
     let with = |expert_slots| make_plan(model, sizes, Some(room), 0, &Options { expert_slots, ..options.clone() });

@@ -429,6 +429,8 @@ pub struct Frames<C> {
     /// Uses before this one belong to passes that were given up, or are over.
     given_up: Rank,
     next_id: u64,
+    /// Moves with a lower number were begun before a pass was given up last.
+    stale: u64,
     unused_failures: u64,
 }
 
@@ -473,6 +475,7 @@ impl<C: Clone> Frames<C> {
             late: None,
             given_up: Rank { pass: 0, step: 0, nth: 0 },
             next_id: 0,
+            stale: 0,
             unused_failures: 0,
             spec,
         }
@@ -753,7 +756,7 @@ impl<C: Clone> Frames<C> {
     }
 
     /// A failure is told to who has been given the unit already, whoever the move was begun for; else to the want that
-    /// it was begun for, if that is still there and no guess; else it is counted. Whoever claims the frame meanwhile is
+    /// it was begun for, if that is still there and no guess, and no pass was given up since; else it is counted. Whoever claims the frame meanwhile is
     /// brought anew.
     fn failed(&mut self, m: Move, cause: C) {
         let at_site = self.pools[m.pool].place == self.spec.site_of(m.unit);
@@ -766,7 +769,7 @@ impl<C: Clone> Frames<C> {
         let here = |w: &Want| w.frame == Some(f);
         if (used || wants.iter().any(|w| here(w) && w.held)) && !mutant("used-and-silent") {
             self.late = Some(cause);
-        } else if wants.iter().any(|w| here(w) && w.rank == m.rank && !w.is_hint()) {
+        } else if wants.iter().any(|w| here(w) && w.rank == m.rank && !w.is_hint()) && m.id >= self.stale {
             frames[f].content = Content::Failed(cause);
         } else {
             self.unused_failures += 1;
@@ -989,8 +992,16 @@ impl<C: Clone> Frames<C> {
         let under_way = self.step > 0 || self.demanded.1 > 0;
         let next = if under_way { self.pass + 1 } else { self.pass };
         let begin = Rank { pass: next, step: 0, nth: 0 };
+        // The next pass is told of what fails in it: what failed for it before is brought once more.
+        self.stale = self.next_id;
         for pool in &mut self.pools {
             pool.forget_all(|w| w.rank < begin);
+            for frame in
+                pool.frames.iter_mut().filter(|f| matches!(f.content, Content::Failed(_)) && !mutant("told-again"))
+            {
+                frame.content = Content::Empty;
+                self.unused_failures += 1;
+            }
             pool.holes.retain(|hole| *hole >= begin);
             if pool.pass < next {
                 (pool.pass, pool.step) = (next, 0);

@@ -21,7 +21,7 @@ const MUTANTS: [(&str, &str); 8] = [
     ("no-stage", "Frames::want_stage: who counted on a move that was given back never gets its stage"),
     ("used-and-silent", "Frames::failed: a copy fails after its unit was handed over, and nothing says so"),
     ("evicts-what-is-wanted", "Frame::is_free: a frame is given away that waits for its use"),
-    ("told-again", "Frames::hold: a cause stays with its frame and is told again"),
+    ("told-again", "Frames::hold, Frames::give_up: a cause stays with its frame and is told again"),
 ];
 
 /// Units that rest in RAM or on storage; experts follow the dense units.

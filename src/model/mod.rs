@@ -23,6 +23,7 @@ pub use hparams::{HParams, LatentSizes};
 pub use overrides::{Overrides, RopeType};
 pub use pass::{
     Batch, ForwardError, NotFinite, Outputs, Scratch, WeightError, WeightSource, first_not_finite, forward,
+    takes_nearly_all,
 };
 pub use program::{
     Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,

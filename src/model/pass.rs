@@ -324,7 +324,8 @@ fn resting(
         let Some(list) = list else { return Ok(Rest::No) };
         let of_host: Vec<Option<Expert>> = all().map(|(id, l)| expert(id, experts.how, l, &in_ram, &in_ram)).collect();
         let slots = source.slots(block);
-        Ok(if backend.share_experts(block, &list, &of_host, share, slots)? { Rest::Shared } else { Rest::No })
+        let first = experts.list[0][0].weight.unit;
+        Ok(if backend.share_experts(block, first, &list, &of_host, share, slots)? { Rest::Shared } else { Rest::No })
     };
     stages.map(of).collect()
 }
@@ -409,6 +410,11 @@ pub fn first_not_finite(
 const BATCH: usize = 16;
 /// Choices per expert from which a prompt takes nearly all experts of a block: of random ones one in 3000 is left out.
 const ALL_FROM: usize = 8;
+
+/// Whether so many choices take nearly all of a block's experts, so that a prompt has them brought before its router has chosen.
+pub fn takes_nearly_all(choices: usize, experts: usize) -> bool {
+    choices >= ALL_FROM * experts
+}
 
 struct Pass<'a> {
     model: &'a Model,
@@ -628,7 +634,7 @@ impl<'a> Pass<'a> {
         }
         let in_ram = self.source.in_ram(stage.unit);
         if in_ram {
-            self.backend.begin_part()?;
+            self.backend.begin_part(stage.unit)?;
         }
         let of_host = |l: &[LinearRef; 3]| self.source.in_ram(l[0].weight.unit);
         if rest == Rest::No && stage.experts.as_ref().is_some_and(|e| e.list.iter().any(of_host)) {
@@ -841,7 +847,10 @@ impl<'a> Pass<'a> {
         let rows = if drops { self.outputs[Class::Bulk as usize].len() } else { self.rows[Class::Bulk as usize] };
         let choices = rows * self.model.hparams.n_experts_used;
         let near = |unit| self.source.rests(unit) || self.source.is_near(unit);
-        if choices < ALL_FROM * experts.list.len() || !units().all(near) || !units().any(|u| self.source.is_near(u)) {
+        if !takes_nearly_all(choices, experts.list.len())
+            || !units().all(near)
+            || !units().any(|u| self.source.is_near(u))
+        {
             return Ok(());
         }
         self.ahead.extend(units());
@@ -886,7 +895,7 @@ impl<'a> Pass<'a> {
         }
         self.source.acquire(unit).map_err(ForwardError::Weights)?;
         let expert = self.bind(experts, unit, first_unit);
-        self.backend.experts_in_ram(&[expert])?;
+        self.backend.expert_in_ram(unit, &expert)?;
         if rests {
             return self.release(unit);
         }

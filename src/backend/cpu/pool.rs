@@ -7,8 +7,9 @@
 //! passes. With more threads than processors nobody spins: a thread that waits would keep those from running
 //! for which it waits.
 
-use std::sync::Arc;
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
@@ -55,7 +56,9 @@ struct Shared {
     sleepers: Line<AtomicUsize>,
     /// Looks before a thread that waits gives up its processor.
     spins: u32,
+    /// A worker panicked in the job at hand, with this.
     panicked: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
     quit: AtomicBool,
 }
 
@@ -76,6 +79,7 @@ impl Pool {
             sleepers: Line::default(),
             spins: if std::thread::available_parallelism().is_ok_and(|p| n <= p.get()) { SPINS } else { 0 },
             panicked: AtomicBool::new(false),
+            panic: Mutex::new(None),
             quit: AtomicBool::new(false),
         });
         let mut pool = Pool { shared, workers: Vec::new(), jobs: 0 };
@@ -91,7 +95,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `body(thread, task)` for every task of `0..tasks` and returns when all are done.
+    /// Runs `body(thread, task)` for every task of `0..tasks` and returns when all are done. A panic of a worker goes on in the
+    /// caller; the pool stays as it was for the next job.
     pub fn run(&mut self, tasks: usize, body: Body<'_>) {
         if self.workers.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|task| body(0, task));
@@ -103,6 +108,8 @@ impl Pool {
             share.next.store(tasks * i / threads, Ordering::Relaxed);
             share.end.store(tasks * (i + 1) / threads, Ordering::Relaxed);
         }
+        // What the job before left, whose caller panicked itself.
+        s.panicked.store(false, Ordering::Relaxed);
         let mut cell = body;
         s.body.store((&raw mut cell).cast(), Ordering::Relaxed);
         self.jobs += 1;
@@ -114,7 +121,10 @@ impl Pool {
         let close = Close(s);
         s.tasks(0, body);
         drop(close);
-        assert!(!s.panicked.load(Ordering::Relaxed), "a worker thread panicked");
+        if s.panicked.load(Ordering::Relaxed) {
+            let panic = s.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+            std::panic::resume_unwind(panic.unwrap_or_else(|| Box::new("a worker thread panicked")));
+        }
     }
 
     fn wake(&self) {
@@ -189,7 +199,8 @@ impl Shared {
                 // address before it opened the job.
                 let body: Body<'_> = unsafe { *self.body.load(Ordering::Relaxed) };
                 let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.tasks(me, body)));
-                if done.is_err() {
+                if let Err(panic) = done {
+                    *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
                     self.panicked.store(true, Ordering::Relaxed);
                 }
             }
@@ -277,11 +288,16 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_goes_on_to_drop() {
+    fn a_panic_in_a_task_reaches_the_caller_with_its_words_and_the_pool_goes_on() {
         let mut pool = Pool::new(3).unwrap();
-        let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            pool.run(30, &|_, task| assert!(task != 17, "on purpose"));
-        }));
-        assert!(run.is_err());
+        for task_of_panic in 0..30 {
+            let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pool.run(30, &|_, task| assert!(task != task_of_panic, "on purpose"));
+            }));
+            assert_eq!(run.unwrap_err().downcast_ref::<&str>(), Some(&"on purpose"));
+            let done = AtomicUsize::new(0);
+            pool.run(30, &|_, _| _ = done.fetch_add(1, Ordering::Relaxed));
+            assert_eq!(done.load(Ordering::Relaxed), 30);
+        }
     }
 }

@@ -75,6 +75,12 @@ pub enum EngineError {
     /// A pass.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// A pass that panicked.
+    #[error("this pass ended by a fault of nt, which is worth a report: {what}")]
+    Panicked {
+        /// What the panic said.
+        what: String,
+    },
     /// What a text is held to.
     #[error(transparent)]
     Constraint(#[from] ConstraintError),

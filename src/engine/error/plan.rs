@@ -36,7 +36,7 @@ pub enum RepeatError {
     },
     /// Work would be divided otherwise.
     #[error(
-        "other units would be computed by processors than were (a timeline or forced routing, another GPU or drive, or a file that was changed)"
+        "other units would be computed by processors than were (forced routing, another GPU or drive, or a file that was changed)"
     )]
     OtherSites,
 }

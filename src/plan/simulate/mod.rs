@@ -84,6 +84,8 @@ pub struct PassWork {
     pub experts: usize,
     /// Whether it is of a prompt, which chooses by chance and evicts nothing from caches.
     pub prompt: bool,
+    /// Whether it takes nearly all experts of a block, so that those in RAM are brought before the router has chosen.
+    pub ahead: bool,
 }
 
 /// Where a pass's time went, in seconds.

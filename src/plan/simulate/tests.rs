@@ -32,7 +32,7 @@ fn setup(homes: &str, on_device: bool, slots: usize, rates: Rates) -> Setup {
 }
 
 fn work(setup: &Setup, each_s: f64) -> PassWork {
-    PassWork { unit_s: vec![each_s; setup.units.len()], beside_s: 0.0, experts: 0, prompt: false }
+    PassWork { unit_s: vec![each_s; setup.units.len()], beside_s: 0.0, experts: 0, prompt: false, ahead: false }
 }
 
 const RATES: Rates =
@@ -163,6 +163,30 @@ fn by_hand_divided_experts_are_computed_by_both_sites_at_once() {
     assert!(near(p.seconds, 0.25 + 0.25 + 0.5 + 9.0), "{p:?}");
 }
 
+/// A layer of four experts in RAM, all of which a prompt takes: the link need not wait for attention if they are brought ahead.
+#[test]
+fn by_hand_experts_that_are_brought_ahead_come_while_attention_is_computed() {
+    let mut s = setup("ABBBB", true, 2, RATES);
+    s.units.iter_mut().for_each(|u| u.size.block = Some(0));
+    s.units[1..].iter_mut().for_each(|u| u.size.part = UnitPart::Expert);
+    let mut pass = PassWork { experts: 4, prompt: true, ..work(&s, 0.25) };
+    pass.unit_s[0] = 3.0;
+    // Attention of 3 s, then four copies of 1 s, and the last expert behind the last of them.
+    let p = s.settled(&pass);
+    assert!(near(p.seconds, 3.0 + 4.0 + 0.25) && near(p.gpu_bytes, 400.0), "{p:?}");
+    // Two of them are there when the router has chosen.
+    let p = s.settled(&PassWork { ahead: true, ..pass.clone() });
+    assert!(near(p.seconds, 3.0 + 2.0 + 0.25 + 0.25) && near(p.gpu_bytes, 400.0), "{p:?}");
+    // What nobody chose is brought, too, and given back.
+    let p = s.settled(&PassWork { ahead: true, experts: 2, ..pass.clone() });
+    // A copy that nobody waits for may end in the next pass.
+    assert!((350.0..450.0).contains(&p.gpu_bytes) && near(p.compute_busy, 3.5), "{p:?}");
+    // None comes ahead where one has to be read first.
+    s.units[4].home = Home::C;
+    s.staging_slots = 2;
+    assert_eq!(s.settled(&PassWork { ahead: true, ..pass.clone() }), s.settled(&pass));
+}
+
 /// Any mix of homes, sizes, slots and rates.
 fn random(seed: u64) -> (Setup, PassWork) {
     use rand::{RngExt, SeedableRng};
@@ -215,7 +239,13 @@ fn random(seed: u64) -> (Setup, PassWork) {
         wrap: true,
         seed,
     };
-    let pass = PassWork { unit_s: vec![each; setup.units.len()], beside_s: 0.01, experts: experts / 2, prompt: false };
+    let pass = PassWork {
+        unit_s: vec![each; setup.units.len()],
+        beside_s: 0.01,
+        experts: experts / 2,
+        prompt: false,
+        ahead: seed.is_multiple_of(4),
+    };
     (setup, pass)
 }
 

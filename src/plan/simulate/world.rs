@@ -92,6 +92,10 @@ enum Do {
     HandOver {
         loaded: bool,
     },
+    /// Has all experts of the block with this shared part brought, before its router has chosen.
+    BringAhead(usize),
+    /// Gives an expert back that was brought and not chosen.
+    Skip(usize),
     /// Waits for the router, then chooses experts among the units after this one.
     Route(usize),
     /// The logits.
@@ -121,6 +125,8 @@ pub(super) struct World<'a> {
     last_compute: Vec<u64>,
 
     program: VecDeque<Do>,
+    /// Experts that were brought before the router has chosen, in the order in which they come.
+    ahead: Vec<usize>,
     computes: VecDeque<Compute>,
     computing: Option<Running>,
     computes_called: u64,
@@ -164,6 +170,7 @@ impl<'a> World<'a> {
             last_copy: vec![0; n],
             last_compute: vec![0; n],
             program: VecDeque::new(),
+            ahead: Vec::new(),
             computes: VecDeque::new(),
             computing: None,
             computes_called: 0,
@@ -214,9 +221,13 @@ impl<'a> World<'a> {
         let units = &self.setup.units;
         self.prompt = pass.prompt;
         self.program.clear();
+        self.ahead.clear();
         for (i, _) in units.iter().enumerate().filter(|(_, u)| !u.size.routed()) {
             self.program.push_back(Do::Compute(i));
             if units.get(i + 1).is_some_and(|next| next.size.routed()) {
+                if pass.ahead && brings_ahead(self.setup, i) {
+                    self.program.push_back(Do::BringAhead(i));
+                }
                 self.program.push_back(Do::Route(i));
             }
         }
@@ -293,6 +304,18 @@ impl<'a> World<'a> {
                 self.fetch(unit, pass.unit_s[unit]);
                 true
             }
+            Some(Do::BringAhead(shared)) => {
+                self.ahead = experts_of(self.setup, shared).filter(|&u| streams(self.setup, u)).collect();
+                self.frames.demand(&mut self.ahead, self.prompt);
+                true
+            }
+            Some(Do::Skip(unit)) => match self.frames.hold(unit) {
+                Hold::Ready(_, rank) => {
+                    self.frames.reached(rank);
+                    true
+                }
+                _ => false,
+            },
             Some(Do::Route(shared)) if idle => {
                 self.program.pop_front();
                 self.route(shared, pass);
@@ -373,8 +396,8 @@ impl<'a> World<'a> {
     /// Chooses experts of the block whose shared part is `shared`.
     fn route(&mut self, shared: usize, pass: &PassWork) {
         let (units, experts) = (&self.setup.units, pass.experts);
-        let n = units[shared + 1..].iter().take_while(|u| u.size.routed()).count();
-        let mut of: Vec<usize> = (shared + 1..=shared + n).collect();
+        let mut of: Vec<usize> = experts_of(self.setup, shared).collect();
+        let n = of.len();
         match self.setup.caching.routing.as_ref().filter(|_| !pass.prompt) {
             Some(routing) => {
                 let routed = |i: &usize| units[*i].size.routed() && !units[*i - 1].size.routed();
@@ -391,7 +414,21 @@ impl<'a> World<'a> {
                 of.truncate(experts.min(n));
             }
         }
-        self.call_experts(shared, of);
+        match self.ahead.is_empty() {
+            true => self.call_experts(shared, of),
+            false => self.call_ahead(of),
+        }
+    }
+
+    /// Puts the experts that were brought ahead in the order in which they are used or given back, behind chosen ones that rest.
+    fn call_ahead(&mut self, mut chosen: Vec<usize>) {
+        chosen.sort_unstable();
+        let ahead = std::mem::take(&mut self.ahead);
+        let resting = chosen.iter().copied().filter(|&u| !streams(self.setup, u)).map(Do::Compute);
+        let is_chosen = |u: usize| chosen.binary_search(&u).is_ok();
+        let brought = ahead.into_iter().map(|u| if is_chosen(u) { Do::Compute(u) } else { Do::Skip(u) });
+        let calls: Vec<Do> = resting.chain(brought).collect();
+        calls.into_iter().rev().for_each(|call| self.program.push_front(call));
     }
 
     /// Puts chosen experts in the order in which they are called. `chosen` is in the order of choices.
@@ -557,9 +594,8 @@ impl<'a> World<'a> {
             None if all[3].is_some() => s.wait_beside += step,
             None => {
                 let copied = all[1].is_some_and(|copy| match (self.computes.front(), self.program.front()) {
-                    (Some(Compute { unit: Some(u), .. }), _) | (None, Some(Do::Compute(u) | Do::Fetch(u))) => {
-                        copy.unit == Some(*u)
-                    }
+                    (Some(Compute { unit: Some(u), .. }), _)
+                    | (None, Some(Do::Compute(u) | Do::Skip(u) | Do::Fetch(u))) => copy.unit == Some(*u),
                     _ => false,
                 });
                 *if copied || all[0].is_none() { &mut s.wait_gpu } else { &mut s.wait_nvme } += step;
@@ -622,6 +658,20 @@ fn streams(setup: &Setup, unit: usize) -> bool {
         Home::B => setup.on_device,
         Home::C => true,
     }
+}
+
+/// The experts behind the shared part of their block.
+fn experts_of(setup: &Setup, shared: usize) -> impl Iterator<Item = usize> {
+    let n = setup.units[shared + 1..].iter().take_while(|u| u.size.routed()).count();
+    shared + 1..shared + 1 + n
+}
+
+/// Whether the experts behind a shared part can be brought to a device ahead of their choice: each is there or in RAM
+/// (`model::pass`).
+fn brings_ahead(setup: &Setup, shared: usize) -> bool {
+    let near = |u: usize| setup.units[u].home != Home::C && !setup.beside.computes(u);
+    let mut streamed = experts_of(setup, shared).filter(|&u| streams(setup, u));
+    setup.on_device && experts_of(setup, shared).all(near) && streamed.next().is_some()
 }
 
 fn streams_experts(setup: &Setup) -> bool {

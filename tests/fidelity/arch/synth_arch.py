@@ -909,7 +909,13 @@ def main():
     a.add_argument("--type", default="F32", help="type of all matrices, or EXPERTS/REST")
     a.add_argument("--jitter", type=float, default=0.0, help="relative noise on the embedding")
     a.add_argument("--list", action="store_true")
+    a.add_argument("--all", metavar="DIR", help="write a model of each preset to DIR")
     args = a.parse_args()
+    if args.all:
+        os.makedirs(args.all, exist_ok=True)
+        for name in PRESETS:
+            write(name, os.path.join(args.all, f"{name}.gguf"), args.seed, args.shape, args.type, args.jitter)
+        return 0
     if args.list or not args.out:
         for name, (arch, shape, _) in PRESETS.items():
             print(f"{name:18} {arch:14} {json.dumps({k: v for k, v in shape.items() if BASE.get(k, ...) != v})}")
