@@ -73,6 +73,15 @@ impl Failure {
         self
     }
 
+    /// Says, where an address was given as a model, what fetches it.
+    pub fn with_pull_hint(mut self) -> Failure {
+        let address = ["hf:", "http://", "https://"].iter().any(|scheme| self.message.starts_with(scheme));
+        if self.code == 2 && address && self.message.contains("No such file") {
+            self.message.push_str("; `nt pull` fetches a model into the library first");
+        }
+        self
+    }
+
     /// The same exit code without the sentence, which was printed before.
     pub fn silent(self) -> Failure {
         Failure { message: String::new(), ..self }

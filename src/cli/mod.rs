@@ -106,8 +106,8 @@ fn command() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) if unknown => failure.with_library_hint().report(),
-        Err(failure) => failure.report(),
+        Err(failure) if unknown => failure.with_library_hint().with_pull_hint().report(),
+        Err(failure) => failure.with_pull_hint().report(),
     }
 }
 

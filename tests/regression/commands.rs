@@ -208,6 +208,15 @@ fn what_is_missing_is_named() {
     }
 }
 
+/// An address given as a model was a file that is not there.
+#[test]
+fn an_address_is_no_model() {
+    for address in ["hf:owner/name:m.gguf", "https://example.com/m.gguf"] {
+        fails(&["run", address, "-p", "x"], 2, &[address, "No such file", "`nt pull` fetches"]);
+        fails(&["plan", address], 2, &["`nt pull` fetches"]);
+    }
+}
+
 /// Guards against `-q` that `RUST_LOG` overrules, a filter that is none and passed over, and help that is lost in silence.
 #[test]
 fn what_is_said_is_what_was_asked_for() {
