@@ -104,7 +104,6 @@ const ABSENT: &[Absent] = &[
             "--flash-attn",
             "--warmup",
             "--no-warmup",
-            "--swa-full",
             "-ctxcp",
             "--ctx-checkpoints",
             "--swa-checkpoints",
