@@ -393,6 +393,8 @@ fn silence(name: &str) -> Result<(), Box<dyn std::error::Error>> {
     for tag in 0..32 {
         drive.submit(tag, tag << 18, 1 << 18, (tag as usize) << 18)?;
     }
+    // They begin with a poll.
+    drive.reader.poll(&mut Vec::new(), None)?;
     let enabled = |drive: &Open| drive.reader.drive().controller.enabled();
     let before = enabled(&drive);
     let silence = drive.reader.silence();

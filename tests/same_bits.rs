@@ -34,6 +34,8 @@ fn placements() -> Vec<Vec<&'static str>> {
         vec!["--tiers", "0:2:4", "--n-buffers", "4", "--threads", "2"],
         vec!["--tiers", "0:0:6", "--n-buffers", "5"],
         vec!["--tiers", "0:0:6", "--n-buffers", "6", "--threads", "3"],
+        // More than there are units.
+        vec!["--tiers", "0:0:6", "--n-buffers", "64"],
     ]
 }
 
@@ -91,6 +93,21 @@ fn dense() {
     let resident = logits(&model, d.path(), &["--threads", "2"]);
     for p in placements() {
         assert!(logits(&model, d.path(), &p) == resident, "{p:?}");
+    }
+}
+
+/// A cache of bytes, of heads of 32 elements.
+#[test]
+fn dense_with_a_cache_of_bytes() {
+    let d = tempfile::tempdir().unwrap();
+    let model = common::sized(6, 128, 96).write(d.path(), "m.gguf");
+    let kv = ["--kv", "q8_0"];
+    let resident = logits(&model, d.path(), &[&["--threads", "2"], &kv[..]].concat());
+    assert!(resident != logits(&model, d.path(), &["--threads", "2"]));
+    for p in placements() {
+        // Its units are larger.
+        let p: Vec<&str> = p.into_iter().map(|a| if a == "1400KiB" { "2400KiB" } else { a }).collect();
+        assert!(logits(&model, d.path(), &[&p[..], &kv].concat()) == resident, "{p:?}");
     }
 }
 

@@ -360,7 +360,7 @@ impl Detached {
         for e in &mut own {
             if let (Some(at), Some(slot)) = (slots, self.slots[layer][e.id as usize]) {
                 // As it was brought there.
-                let (low, base) = (low_of(e), at.addr + u64::from(slot) * at.bytes);
+                let (low, base) = (low_of(e), at.addr() + u64::from(slot) * at.bytes());
                 for linear in [&mut e.gate, &mut e.up, &mut e.down] {
                     let w = linear.weight;
                     // SAFETY: the slot has a copy of what lies there.
@@ -603,12 +603,12 @@ impl Hands for Detached {
             let bytes = |w: &Weight| (w.ty().row_bytes(w.cols()).unwrap() * w.rows()) as u64;
             let end = [&expert.gate, &expert.up, &expert.down].map(|l| l.weight.addr() + bytes(&l.weight));
             let (low, end) = (low_of(expert), end.into_iter().max().unwrap());
-            assert!(end - low <= at.bytes && (given.slot as usize) < at.slots);
+            assert!(end - low <= at.bytes() && (given.slot as usize) < at.slots());
             if let Some(before) = given.before {
                 assert_eq!(self.slots[layer][before as usize].take(), Some(given.slot));
             }
             assert_eq!(self.slots[layer][expert.id as usize].replace(given.slot), None);
-            let to = (at.addr + u64::from(given.slot) * at.bytes) as *mut u8;
+            let to = (at.addr() + u64::from(given.slot) * at.bytes()) as *mut u8;
             // SAFETY: the expert lies in RAM, and the slot, of the second memory, has room for it; none that this row chose is there.
             unsafe { std::ptr::copy_nonoverlapping(low as *const u8, to, (end - low) as usize) };
             *self.memory.slots_filled.lock().unwrap() += 1;

@@ -42,7 +42,9 @@ impl Weight {
     ///
     /// # Safety
     /// `rows * row_bytes(cols)` bytes must be readable at `addr` until the last operation that uses the weight has
-    /// run: from the ring's acquire of its unit until its release. They must not be written meanwhile.
+    /// run: from the acquire of its unit until its release, and on a device until what was called meanwhile has run. They must not be
+    /// written meanwhile. The weight is used in operations of a backend that was opened for these rows and columns there: an
+    /// operation reads and writes as many activations as its weights say.
     pub unsafe fn new(addr: u64, ty: TensorType, rows: usize, cols: usize) -> Weight {
         Weight { addr, ty, rows, cols }
     }

@@ -9,12 +9,34 @@ const NONE: u16 = u16::MAX;
 /// Memory of a device for experts of a block whose home is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotsAt {
+    pub(super) addr: u64,
+    pub(super) slots: usize,
+    pub(super) bytes: u64,
+}
+
+impl SlotsAt {
+    /// `slots` slots of `bytes` bytes each, a multiple of 256, back to back from `addr` on.
+    ///
+    /// # Safety
+    /// They are memory of the device that they are for, which nothing else uses as long as its backend is open.
+    pub unsafe fn new(addr: u64, slots: usize, bytes: u64) -> SlotsAt {
+        SlotsAt { addr, slots, bytes }
+    }
+
     /// Address of the first.
-    pub addr: u64,
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
     /// How many; as many as a row chooses, or more.
-    pub slots: usize,
-    /// Bytes of each, a multiple of 256.
-    pub bytes: u64,
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Bytes of each.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
 }
 
 /// A slot that is given to an expert.

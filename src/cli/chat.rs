@@ -236,13 +236,16 @@ impl Chat<'_> {
 
     fn load(&mut self, path: &std::path::Path) -> Result<String, Failure> {
         let saved = Saved::open(path).map_err(|e| codes::failure(e.into()))?;
-        self.messages = saved.messages().to_vec();
-        self.cached.clear();
-        self.told.clear();
+        let messages = saved.messages().to_vec();
         let (tokens, prompt) = saved.tokens();
-        let (tokens, n) = (tokens.to_vec(), self.messages.len());
+        let (tokens, n) = (tokens.to_vec(), messages.len());
+        // Whatever comes of it, the cache has what it had no more.
+        self.cached.clear();
         let watch = &self.watch;
-        Ok(if self.session.load(saved, &|| start::to_stop(watch)).map_err(codes::failure)? {
+        let taken = self.session.load(saved, &|| start::to_stop(watch)).map_err(codes::failure)?;
+        self.messages = messages;
+        self.told.clear();
+        Ok(if taken {
             (self.cached, self.prompt) = (tokens, prompt);
             format!("loaded: {n} messages, {} tokens of the cache", self.cached.len())
         } else {

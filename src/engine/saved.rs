@@ -4,11 +4,11 @@
 //! Whether the pages are those that this session would have computed is not believed but shown: the first positions
 //! are computed anew and must come out bit for bit. Where they do not, since the model, the backend or an option is
 //! another, the messages are still of use and the pages are not. That they are those that were written is told by a
-//! checksum of each page, behind all of them.
+//! checksum of each page, behind all of them, and one of the description, which is the last.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,9 @@ use crate::storage::checksum::crc32c;
 
 /// The first bytes of such a file, and the version of what follows.
 const MAGIC: &[u8; 16] = b"nt conversation\n";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// The version before, whose description has no checksum.
+const WITHOUT_SUM: u32 = 2;
 /// Most bytes of the description behind it: a million tokens and their text.
 const DESCRIPTION_MAX: u64 = 64 << 20;
 
@@ -87,8 +89,7 @@ impl Saved {
         let name = path.display().to_string();
         let io = |source| SavedError::Io { path: name.clone(), source };
         let damaged = |what: String| SavedError::Damaged { path: name.clone(), what };
-        let file = File::open(path).map_err(io)?;
-        let kind = file.metadata().map_err(io)?;
+        let (file, kind) = opened(path).map_err(io)?;
         if !kind.is_file() {
             return Err(damaged("it is not a regular file".into()));
         }
@@ -106,22 +107,29 @@ impl Saved {
         file.read_exact(&mut text).map_err(|_| damaged("its description is cut off".into()))?;
         let d: Description =
             serde_json::from_slice(&text).map_err(|e| damaged(format!("its description cannot be read: {e}")))?;
-        if d.version != VERSION {
+        if d.version != VERSION && d.version != WITHOUT_SUM {
             return Err(damaged(format!("it is of version {}, and this nt reads {VERSION}", d.version)));
         }
         let pages = d.tokens.len().div_ceil(d.page.max(1)) as u64;
         let recent = d.recent.map_or(0, |r| r.of(d.tokens.len()).len() as u64);
         let of_pages = (d.page_bytes as u64).checked_add(SUM_BYTES).and_then(|n| pages.checked_mul(n));
         let of_recent = d.recent.map_or(Some(0), |r| recent.checked_mul((r.page_bytes as u64).checked_add(SUM_BYTES)?));
-        let all = of_pages.zip(of_recent).and_then(|(a, b)| a.checked_add(b)?.checked_add(24 + bytes));
+        let own_sum = if d.version == WITHOUT_SUM { 0 } else { SUM_BYTES };
+        let all = of_pages.zip(of_recent).and_then(|(a, b)| a.checked_add(b)?.checked_add(24 + bytes + own_sum));
         let pages = pages + recent;
         if d.page == 0 || d.prompt > d.tokens.len() || all != Some(kind.len()) {
             return Err(damaged(format!("it has {} bytes, which is not what it describes", kind.len())));
         }
-        let sums_at = kind.len() - pages * SUM_BYTES;
-        let mut sums = vec![0; (pages * SUM_BYTES) as usize];
-        file.get_ref().read_exact_at(&mut sums, sums_at).map_err(io)?;
-        let sums = sums.chunks_exact(4).map(|s| u32::from_le_bytes([s[0], s[1], s[2], s[3]])).collect();
+        let sums_bytes = pages * SUM_BYTES + own_sum;
+        let mut sums = vec![0; sums_bytes as usize];
+        file.get_ref().read_exact_at(&mut sums, kind.len() - sums_bytes).map_err(io)?;
+        let mut sums: Vec<u32> = sums.chunks_exact(4).map(|s| u32::from_le_bytes([s[0], s[1], s[2], s[3]])).collect();
+        if own_sum > 0 && sums.pop() != Some(crc32c(&text)) {
+            return Err(damaged("its description is not the one that was written".into()));
+        }
+        if let Some(i) = d.messages.iter().position(|m| !m["role"].is_string()) {
+            return Err(damaged(format!("message {} of it says nobody's role", i + 1)));
+        }
         Ok(Saved { file, path: name, description: d, sums, read: 0 })
     }
 
@@ -146,6 +154,13 @@ impl Saved {
     }
 }
 
+/// A file and what it is; a pipe or a device is not waited for.
+fn opened(path: &Path) -> std::io::Result<(File, Metadata)> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let kind = file.metadata()?;
+    Ok((file, kind))
+}
+
 /// An error without the name of the temporary file that it came from.
 fn own_words(e: std::io::Error) -> std::io::Error {
     let inner = e.get_ref().and_then(std::error::Error::source).and_then(|s| s.downcast_ref::<std::io::Error>());
@@ -167,11 +182,11 @@ impl Session {
         }
         let name = path.display().to_string();
         let io = |source| SavedError::Io { path: name.clone(), source: own_words(source) };
-        match File::open(path) {
+        match opened(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(io(e).into()),
-            Ok(_) if path.is_dir() => return Err(SavedError::InTheWay(name).into()),
-            Ok(mut there) => {
+            Ok((_, kind)) if !kind.is_file() => return Err(SavedError::InTheWay(name).into()),
+            Ok((mut there, _)) => {
                 let mut head = [0; 16];
                 if there.read_exact(&mut head).is_err() || head != *MAGIC {
                     return Err(SavedError::InTheWay(name).into());
@@ -214,6 +229,7 @@ impl Session {
                 sums.extend(crc32c(&page).to_le_bytes());
             }
         }
+        sums.extend(crc32c(&text).to_le_bytes());
         out.write_all(&sums).map_err(io)?;
         out.flush().map_err(io)?;
         drop(out);

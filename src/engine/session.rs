@@ -383,7 +383,10 @@ impl Session {
         let (rows, per_block) = (&self.rows, &self.rows_per_block);
         let batch = Batch { runs: &runs, rows, per_block, outputs: [exact, bulk], hidden: self.wants_hidden };
         let (backend, weights) = (self.backend.as_mut(), &mut self.weights);
-        Ok(forward((&self.model, &self.tape), backend, weights, &batch, &mut self.scratch, stop)?)
+        // SAFETY: a session is made of one model, its tape, weights that were laid out and loaded from it (`start`), and a backend for its
+        // sizes; none is ever replaced.
+        unsafe { forward((&self.model, &self.tape), backend, weights, &batch, &mut self.scratch, stop)? };
+        Ok(())
     }
 
     /// Makes room for `n` positions behind a sequence. If that fails, the sequence has what it had before.
@@ -534,7 +537,9 @@ impl Session {
         let runs = runs(&self.pages, &self.last_parts)?;
         let (rows, per_block) = (&self.rows, &self.rows_per_block);
         let batch = Batch { runs: &runs, rows, per_block, outputs: [&[], &[]], hidden: false };
-        let found = first_not_finite((&self.model, &self.tape), self.backend.as_mut(), &mut self.weights, &batch);
+        let (model, backend, weights) = ((&self.model, &self.tape), self.backend.as_mut(), &mut self.weights);
+        // SAFETY: as of `forward`.
+        let found = unsafe { first_not_finite(model, backend, weights, &batch) };
         self.backend.abandon();
         self.weights.restart();
         let what = match found? {

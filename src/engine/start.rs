@@ -648,7 +648,9 @@ fn slots_on_device(plan: &Plan, layouts: &[UnitLayout], base: u64) -> Vec<Option
     let mut at = (base + resident.sum::<u64>()).next_multiple_of(SLOT_ALIGN);
     let mut slots = vec![None; plan.device_caches.iter().map(|c| c.block + 1).max().unwrap_or(0)];
     for c in &plan.device_caches {
-        slots[c.block] = Some(SlotsAt { addr: at, slots: c.slots, bytes: c.slot_bytes });
+        // SAFETY: the device's memory for resident units was allocated with these behind them, by the same plan, and stays as long as
+        // the session, which has the backend; nothing else lies there.
+        slots[c.block] = Some(unsafe { SlotsAt::new(at, c.slots, c.slot_bytes) });
         at += c.bytes();
     }
     slots

@@ -216,7 +216,12 @@ impl Batch<'_> {
 }
 
 /// A pass over a batch. `stop` is asked between stages. `scratch` is that of earlier passes.
-pub fn forward(
+///
+/// # Safety
+/// `model` is as [`Model::build`] made it, and `tape` was made of it. `source` gives addresses in the memory of `backend` (where it says
+/// so, in RAM) that hold the model's spans: while a unit is held, and on a device until the operations called meanwhile have run; for good,
+/// if it says that the unit rests. `backend` was opened for the model's sizes, and `scratch` has seen no other of the four.
+pub unsafe fn forward(
     (model, tape): (&Model, &Tape),
     backend: &mut dyn Backend,
     source: &mut dyn WeightSource,
@@ -360,8 +365,8 @@ fn sum_of(call: &Call) -> Option<(Act, bool)> {
 
 /// A tensor at an address that the source gave.
 fn bound(addr: u64, t: &TensorRef) -> Weight {
-    // SAFETY: the loader has checked that the span holds the tensor's bytes. Its unit is held (`span` asserts it), and its
-    // operations are called before it is released; or it rests there as long as the backend is (`at_rest`).
+    // SAFETY: the span holds the tensor's bytes, and shapes fit the backend's sizes (`forward`'s promise, which is all that leads here).
+    // Its unit is held, and its operations are called before it is released; or it rests there as long as the backend is (`at_rest`).
     unsafe { Weight::new(addr, t.ty, t.rows, t.cols) }
 }
 
@@ -379,9 +384,12 @@ pub enum NotFinite {
 /// Repeats a pass whose logits are not finite, block by block, and says which output is the first that is not.
 /// The pass ends there: [`WeightSource`] must be restarted afterwards.
 ///
+/// # Safety
+/// As [`forward`].
+///
 /// # Errors
 /// As [`forward`].
-pub fn first_not_finite(
+pub unsafe fn first_not_finite(
     (model, tape): (&Model, &Tape),
     backend: &mut dyn Backend,
     source: &mut dyn WeightSource,

@@ -160,7 +160,8 @@ pub trait Reader: Send {
     /// else to submit. A reader without bells is not to be waited for longer than a new request may wait.
     fn bells(&self, _to: &mut Vec<Arc<Bell>>) {}
 
-    /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside.
+    /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside. It may begin with the next
+    /// [`Reader::poll`], together with those that are submitted until then.
     ///
     /// An error means that the request was not taken: nothing of it is in flight, and no completion will come.
     /// Whatever goes wrong later is the completion's error, or [`Reader::poll`]'s.

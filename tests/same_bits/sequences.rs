@@ -148,6 +148,7 @@ fn sequences_together_have_the_bits_of_each_alone() {
         check(ty, TensorType::F16, true, i as u64 + 11);
     }
     check(TensorType::Q4_K, TensorType::Q8_0, false, 21);
+    check(TensorType::Q4_K, TensorType::Q8_0, true, 31);
 }
 
 /// What cannot be one pass is refused in a sentence, and nothing has changed.

@@ -71,8 +71,8 @@ pub enum Fault {
 /// Entries of the admin queues.
 const ADMIN_ENTRIES: u16 = 16;
 const PAGE: usize = 4096;
-/// Entries of the queues for few reads, one more than those.
-const FEW_ENTRIES: u16 = 4;
+/// Entries of the queues for reads whose ends raise interrupts.
+const RAISING_ENTRIES: u16 = 64;
 /// Doorbells that lie further apart are not mapped for a second pair of I/O queues.
 const MOST_STRIDE: u32 = 256;
 
@@ -104,7 +104,7 @@ pub struct Controller<R: Registers> {
 
 /// Bytes of DMA memory that a controller with `entries` I/O queue entries needs.
 pub fn memory_needed(entries: u16) -> usize {
-    3 * PAGE + Lane::bytes(entries) + Lane::bytes(FEW_ENTRIES)
+    3 * PAGE + Lane::bytes(entries) + Lane::bytes(RAISING_ENTRIES)
 }
 
 impl<R: Registers> Controller<R> {
@@ -175,7 +175,7 @@ impl<R: Registers> Controller<R> {
         Self {
             admin: QueuePair::new(0, admin_entries, next(PAGE), next(PAGE)),
             scratch: next(PAGE),
-            lanes: [(1, entries), (2, entries.min(FEW_ENTRIES))]
+            lanes: [(1, entries), (2, entries.min(RAISING_ENTRIES))]
                 .map(|(id, entries)| Lane::new(id, entries, next(Lane::bytes(entries))))
                 .into(),
             regs,

@@ -11,6 +11,8 @@ use super::regs::Registers;
 use super::status::Status;
 
 const TRIES: u8 = 4;
+/// Small reads whose ends raise interrupts at once: looking for the end of few costs more.
+const FEW: usize = 3;
 
 /// A read of whole blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +25,20 @@ pub struct Read {
     pub blocks: u32,
     /// Where the bytes go, on the controller's side; a multiple of 4.
     pub to: u64,
+    /// Whether its end raises an interrupt.
+    pub raises: Raises,
+}
+
+/// Whether the end of a read raises an interrupt, if the drive has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Raises {
+    /// While few such reads are outstanding: an interrupt each for many costs more than looking for their ends.
+    #[default]
+    Few,
+    /// Among many others too: so many bytes take their time.
+    Many,
+    /// No: a read of the same request that does was pushed behind it.
+    Never,
 }
 
 /// A read that the controller has.
@@ -55,6 +71,8 @@ pub(super) struct Lane {
     untold: usize,
     /// The tail that the controller was shown last.
     shown: u16,
+    /// Reads in the queue, by [`Raises`].
+    count: [usize; 3],
 }
 
 impl Lane {
@@ -73,6 +91,7 @@ impl Lane {
             lists: memory.part(sq + cq, usize::from(entries) * 4096),
             untold: 0,
             shown: 0,
+            count: [0; 3],
         }
     }
 
@@ -85,8 +104,7 @@ impl Lane {
 
 impl<R: Registers> Controller<R> {
     /// Gives a read to the controller; `false` if the queue is full. The controller sees it after
-    /// [`Controller::ring`]. If there are interrupts, the ends of a few reads raise them, those of many do
-    /// not: see [`Controller::will_interrupt`].
+    /// [`Controller::ring`]. Whether its end raises an interrupt, if there are any, says [`Read::raises`].
     pub fn push(&mut self, read: Read) -> Result<bool, Fault> {
         if let Some(fault) = &self.dead {
             return Err(fault.clone());
@@ -99,18 +117,30 @@ impl<R: Registers> Controller<R> {
                 read.blocks, read.lba
             )));
         }
-        let Some((lane, slot)) = self.take_slot() else {
+        let Some((lane, slot)) = self.take_slot(read.raises) else {
             return Ok(false);
         };
         self.write(lane, slot, read, 1, Abort::NotSent)?;
         Ok(true)
     }
 
-    /// Lane and slot for the next read: in the last lane while no more are outstanding than fit there.
-    fn take_slot(&mut self) -> Option<(usize, u16)> {
+    /// Lane and slot for the next read: in the last lane if its end is to raise an interrupt, and there is room.
+    fn take_slot(&mut self, raises: Raises) -> Option<(usize, u16)> {
         let last = self.lanes.len() - 1;
-        let few = if self.lanes[0].queue.outstanding() == 0 { self.lanes[last].queue.take() } else { None };
-        few.map(|slot| (last, slot)).or_else(|| Some((0, self.lanes[0].queue.take()?)))
+        let raise = last > 0
+            && match raises {
+                Raises::Few => self.polled() == 0 && self.lanes[last].count[Raises::Few as usize] < FEW,
+                Raises::Many => true,
+                Raises::Never => false,
+            };
+        let there = if raise { self.lanes[last].queue.take() } else { None };
+        there.map(|slot| (last, slot)).or_else(|| Some((0, self.lanes[0].queue.take()?)))
+    }
+
+    /// Reads whose ends raise no interrupt and have to be looked for.
+    fn polled(&self) -> usize {
+        let lane = &self.lanes[0];
+        lane.queue.outstanding() - lane.count[Raises::Never as usize]
     }
 
     fn write(&mut self, lane: usize, slot: u16, read: Read, tries: u8, abort: Abort) -> Result<(), Fault> {
@@ -118,15 +148,13 @@ impl<R: Registers> Controller<R> {
         let lane = &mut self.lanes[lane];
         let bytes = u64::from(read.blocks) << self.namespace.block_shift;
         let list = lane.lists.part(usize::from(slot) * 4096, 4096);
-        let entry = |i: usize, address: u64| {
-            list.write32(i * 8, address as u32);
-            list.write32(i * 8 + 4, (address >> 32) as u32);
-        };
+        let entry = |i: usize, address: u64| list.write64(i * 8, address);
         let (prp1, prp2) = prp::build(read.to, bytes, list.iova, entry)
             .ok_or_else(|| Fault::Unsupported(format!("{bytes} bytes at {:#x} fit no page list", read.to)))?;
         let blocks = (read.blocks & 0xffff) as u16;
         lane.queue.push(slot, &Command::Read { nsid: self.nsid, lba: read.lba, blocks, prp1, prp2 });
         lane.pending[usize::from(slot)] = Some(Pending { read, tries, end, abort });
+        lane.count[read.raises as usize] += 1;
         self.watch.end_by(end);
         Ok(())
     }
@@ -156,10 +184,12 @@ impl<R: Registers> Controller<R> {
         self.lanes.iter().map(|lane| lane.queue.outstanding()).sum()
     }
 
-    /// True if reads are outstanding and the end of each raises an interrupt. Costly for many, but less so
-    /// than looking for the end of few.
+    /// True if the interrupt says when the next read has ended that somebody waits for: reads that raise it are outstanding, and none
+    /// that has to be looked for. Of a request that raises one, reads may end behind the one that does: the next interrupt finds them,
+    /// or a look where none is to come.
     pub fn will_interrupt(&self) -> bool {
-        self.lanes[0].queue.outstanding() == 0 && self.outstanding() > 0
+        let raise = self.lanes[1..].iter().any(|lane| lane.queue.outstanding() > 0);
+        raise && self.polled() == 0
     }
 
     /// Appends the reads that are done. After a fault the controller has been disabled and is of no
@@ -187,6 +217,7 @@ impl<R: Registers> Controller<R> {
                 let Some(pending) = lane.pending[usize::from(done.slot)].take() else {
                     continue;
                 };
+                lane.count[pending.read.raises as usize] -= 1;
                 if done.status.may_retry() && pending.tries < TRIES {
                     let slot = lane.queue.take().unwrap_or(done.slot);
                     self.write(i, slot, pending.read, pending.tries + 1, pending.abort.on_retry())?;

@@ -9,7 +9,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::bringup::{Controller, Fault, memory_needed};
-use super::io::{Read, ReadDone};
+use super::io::{Raises, Read, ReadDone};
 use super::queue::Dma;
 use super::quirks::Quirks;
 use super::regs::{self, Registers};
@@ -410,7 +410,7 @@ fn until_done(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
 }
 
 fn one(c: &mut Controller<Rc<Model>>) -> Result<Vec<ReadDone>, Fault> {
-    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA, raises: Raises::Few }).unwrap());
     c.ring();
     until_done(c)
 }
@@ -429,7 +429,7 @@ fn random_reads_return_the_right_bytes_over_many_wraps() {
                 let blocks = rng.random_range(1..=256u32);
                 let lba = rng.random_range(0..=BLOCKS - u64::from(blocks));
                 let to = DATA + i * (256 << 10) + 4 * rng.random_range(0..1024u64);
-                let read = Read { tag: i, lba, blocks, to };
+                let read = Read { tag: i, lba, blocks, to, raises: Raises::Few };
                 if !c.push(read).unwrap() {
                     break;
                 }
@@ -460,7 +460,7 @@ fn the_ends_of_few_reads_raise_interrupts() {
             let before = b.model.state.borrow().interrupts;
             let n = if few { 3 } else { 40 };
             for tag in 0..n {
-                assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096 }).unwrap());
+                assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096, raises: Raises::Few }).unwrap());
             }
             c.ring();
             assert_eq!(c.will_interrupt(), pairs == 2 && few);
@@ -469,6 +469,49 @@ fn the_ends_of_few_reads_raise_interrupts() {
             assert_eq!(tags, Vec::from_iter(0..n));
             assert_eq!(b.model.state.borrow().interrupts - before, each, "only three of many");
         }
+        c.stop().unwrap();
+    }
+}
+
+/// Large requests raise an interrupt each, however many they are, and few small reads next to them do too; more than few
+/// small ones have to be looked for.
+#[test]
+fn a_large_request_raises_one_interrupt() {
+    use Raises::{Few, Many, Never};
+    for pairs in [2, 1] {
+        let b = bench(1, Wrong::Nothing);
+        b.model.state.borrow_mut().pairs = pairs;
+        let mut c = start(&b, 64).unwrap();
+        let push = |c: &mut Controller<Rc<Model>>, n: u64, kinds: &[Raises]| {
+            for tag in 0..n {
+                for &raises in kinds {
+                    assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096, raises }).unwrap());
+                }
+            }
+            c.ring();
+        };
+        let raised = || b.model.state.borrow().interrupts;
+        for (large, small, heard, all) in [(10, 0, true, 10), (10, 3, true, 13), (10, 4, false, 13), (0, 3, true, 3)] {
+            let before = raised();
+            push(&mut c, large, &[Never, Never, Many]);
+            push(&mut c, small, &[Few]);
+            assert_eq!(c.will_interrupt(), heard && pairs == 2, "{large} and {small}");
+            assert_eq!(until_done(&mut c).unwrap().len() as u64, 3 * large + small);
+            assert!(!c.will_interrupt());
+            assert_eq!(raised() - before, if pairs == 2 { all } else { 0 }, "{large} and {small}");
+        }
+        // Nobody waits for an interrupt that does not come.
+        push(&mut c, 4, &[Never]);
+        assert!(!c.will_interrupt());
+        assert_eq!(until_done(&mut c).unwrap().len(), 4);
+        // With a read that failed in between, what is tried again counts once.
+        b.model.state.borrow_mut().statuses.extend([6, 6, 6]);
+        push(&mut c, 5, &[Never, Many]);
+        assert_eq!(until_done(&mut c).unwrap().len(), 10);
+        assert!(!c.will_interrupt());
+        push(&mut c, 4, &[Few]);
+        assert!(!c.will_interrupt());
+        assert_eq!(until_done(&mut c).unwrap().len(), 4);
         c.stop().unwrap();
     }
 }
@@ -493,7 +536,7 @@ fn short_queues_fill_and_empty() {
     b.model.state.borrow_mut().cap |= 1;
     b.model.state.borrow_mut().pairs = 1;
     let mut c = start(&b, 64).unwrap();
-    let read = Read { tag: 0, lba: 0, blocks: 1, to: DATA };
+    let read = Read { tag: 0, lba: 0, blocks: 1, to: DATA, raises: Raises::Few };
     assert!(c.push(read).unwrap());
     assert!(!c.push(read).unwrap(), "two entries hold one command");
     c.ring();
@@ -548,7 +591,7 @@ fn unknown_and_stale_identifiers_stop_the_controller() {
         b.model.state.borrow_mut().wrong = wrong;
         assert!(matches!(one(&mut c), Err(Fault::Unknown(_))));
         assert!(c.stopped, "disabled, so that no DMA follows");
-        assert!(c.push(Read { tag: 0, lba: 0, blocks: 1, to: DATA }).is_err());
+        assert!(c.push(Read { tag: 0, lba: 0, blocks: 1, to: DATA, raises: Raises::Few }).is_err());
     }
 }
 
@@ -613,7 +656,7 @@ fn aborts_keep_to_the_drives_limit() {
     let mut c = start(&b, 8).unwrap();
     b.model.state.borrow_mut().lose = 5;
     for tag in 0..5 {
-        assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096 }).unwrap());
+        assert!(c.push(Read { tag, lba: tag, blocks: 1, to: DATA + tag * 4096, raises: Raises::Few }).unwrap());
     }
     c.ring();
     let mut out = Vec::new();
@@ -634,7 +677,7 @@ fn an_answer_that_comes_late_is_no_error() {
     let mut c = start(&b, 8).unwrap();
     b.model.state.borrow_mut().wrong = Wrong::SilentReads;
     b.model.state.borrow_mut().on_abort = OnAbort::Silent;
-    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA, raises: Raises::Few }).unwrap());
     c.ring();
     let mut out = Vec::new();
     while b.model.state.borrow().aborts == 0 {
@@ -697,7 +740,7 @@ fn shared_formatting_and_erased_drives_are_refused() {
 fn removal_while_reading_is_named() {
     let b = bench(1, Wrong::Nothing);
     let mut c = start(&b, 8).unwrap();
-    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA }).unwrap());
+    assert!(c.push(Read { tag: 1, lba: 3, blocks: 1, to: DATA, raises: Raises::Few }).unwrap());
     c.ring();
     b.model.state.borrow_mut().open.clear();
     b.model.state.borrow_mut().wrong = Wrong::Gone;
@@ -765,7 +808,7 @@ fn reads_outside_the_namespace_are_never_sent() {
     let b = bench(1, Wrong::Nothing);
     let mut c = start(&b, 8).unwrap();
     for (lba, blocks) in [(BLOCKS, 1), (BLOCKS - 1, 2), (u64::MAX, 1), (0, 0), (0, 257)] {
-        assert!(c.push(Read { tag: 0, lba, blocks, to: DATA }).is_err(), "{lba} {blocks}");
+        assert!(c.push(Read { tag: 0, lba, blocks, to: DATA, raises: Raises::Few }).is_err(), "{lba} {blocks}");
     }
     assert_eq!(b.model.state.borrow().reads, 0);
 }

@@ -58,6 +58,13 @@ impl Dma {
         unsafe { self.ptr.add(at).cast::<u32>().write_volatile(value) }
     }
 
+    /// Writes the 64-bit word at byte `at`.
+    pub fn write64(&self, at: usize, value: u64) {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.len && self.ptr.addr().is_multiple_of(8));
+        // SAFETY: as in `read32`.
+        unsafe { self.ptr.add(at).cast::<u64>().write_volatile(value) }
+    }
+
     /// Sets all bytes to zero.
     pub fn clear(&self) {
         for at in (0..self.len).step_by(4) {

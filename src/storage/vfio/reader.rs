@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::deadline::Limits;
 use super::device::{OpenError, Silence, VfioNvme};
-use super::io::{Read, ReadDone};
+use super::io::{Raises, Read, ReadDone};
 use super::pace::Pace;
 use crate::memory::Region;
 use crate::storage::bind::{Bound, BoundNamespace};
@@ -50,6 +50,8 @@ pub struct VfioReader {
 
 /// Room for commands that wait, at the start.
 const WAITING: usize = 1024;
+/// Bytes of a request from which on an interrupt for all of it costs less than looking for its end.
+const LARGE: u64 = 128 << 10;
 /// Between two looks at a drive that raises no interrupt: it may be gone.
 const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 
@@ -170,7 +172,7 @@ impl VfioReader {
             if !device.is_multiple_of(block) || skip + bytes > span.len.next_multiple_of(block) {
                 return Err(format!("byte {device} of the drive is not at a block of {block} bytes"));
             }
-            out.push(Read { tag, lba: device >> shift, blocks: (bytes >> shift) as u32, to });
+            out.push(Read { tag, lba: device >> shift, blocks: (bytes >> shift) as u32, to, raises: Raises::Few });
             let step = bytes.min(len);
             (offset, to, len, done) = (offset + step, to + step, len - step, done + step);
         }
@@ -295,6 +297,10 @@ impl Reader for VfioReader {
             self.finished.push(Completion { tag: request.tag, result: Ok(0) });
             return Ok(());
         };
+        if bytes >= LARGE {
+            self.cutting.iter_mut().for_each(|read| read.raises = Raises::Never);
+            self.cutting.last_mut().into_iter().for_each(|read| read.raises = Raises::Many);
+        }
         let (file, offset, n) = (first.file, first.offset, self.cutting.len());
         if self.requests.contains_key(&request.tag) {
             let what = format!("tag {} is in use", request.tag);
@@ -307,7 +313,7 @@ impl Reader for VfioReader {
             self.waiting.make_contiguous()[self.urgent..].rotate_right(n);
             self.urgent += n;
         }
-        self.feed();
+        // The drive hears of it with the next poll, and of all that were submitted before that by one doorbell.
         Ok(())
     }
 
