@@ -114,15 +114,10 @@ impl CudaBackend {
             return Err(why);
         }
         let kernels = Kernels::load(device, dims.all_shapes().map(|s| s.dim))?;
-        CudaBackend::with_kernels(device, dims, &Arc::new(kernels))
-    }
-
-    /// As [`CudaBackend::new`], with kernels of this device that are loaded, among them those for the heads of `dims`.
-    fn with_kernels(device: &Arc<Device>, dims: &Dims, kernels: &Arc<Kernels>) -> Result<Self, BackendError> {
         let ws = Workspace::new(device, dims)?;
         let stream = Arc::new(device.stream()?);
         Ok(CudaBackend {
-            engine: Engine::new(Arc::clone(device), stream, Arc::clone(kernels), ws),
+            engine: Engine::new(Arc::clone(device), stream, kernels, ws),
             dims: dims.clone(),
             tokens: 0,
             shape: dims.shape(0),

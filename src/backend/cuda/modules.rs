@@ -184,8 +184,6 @@ pub(super) struct ExpertKernels {
 
 // SAFETY: function and module handles may be used from any thread with the context bound.
 unsafe impl Send for Kernels {}
-// SAFETY: as above; nothing changes after `load`.
-unsafe impl Sync for Kernels {}
 
 impl Kernels {
     /// Loads the kernels for `device`, those of `attn.cu` for heads of the sizes among `head_dims` that they have.

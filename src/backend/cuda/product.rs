@@ -164,7 +164,7 @@ impl Rows {
 pub(super) struct Engine {
     pub device: Arc<Device>,
     pub stream: Arc<Stream>,
-    pub kernels: Arc<Kernels>,
+    pub kernels: Kernels,
     pub ws: Workspace,
     pub(super) occupancy: HashMap<(usize, usize, u32), u32>,
     /// Class of the pass's rows.
@@ -172,7 +172,7 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub fn new(device: Arc<Device>, stream: Arc<Stream>, kernels: Arc<Kernels>, ws: Workspace) -> Engine {
+    pub fn new(device: Arc<Device>, stream: Arc<Stream>, kernels: Kernels, ws: Workspace) -> Engine {
         Engine { device, stream, kernels, ws, occupancy: HashMap::with_capacity(256), class: Class::Bulk }
     }
 

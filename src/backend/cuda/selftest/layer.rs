@@ -303,7 +303,7 @@ fn run_block(g: &mut CudaBackend, b: &Block, c: &Case, layer: usize, rest: bool)
 
 fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
     let d = dims(c);
-    let mut g = CudaBackend::with_kernels(device, &d, &report.kernels)?;
+    let mut g = CudaBackend::new(device, &d)?;
     let blocks = [Block::random(device, c, 1)?, Block::random(device, c, 2)?];
     let head = Matrix::random(device, F32, N_VOCAB, N_EMBD, 77)?;
     let mut caches = [Cache::default(), Cache::default()];
@@ -379,9 +379,9 @@ fn check_cuts(device: &Arc<Device>, c: &Case, blocks: &[Block; 2], head: &Matrix
     let all = of_prompt + of_answer;
     let rows = random_rows(TensorType::Q8_0, all * N_EMBD, 1.5, 11);
     let row_bytes = rows.len() / all;
-    let (mut repeated, kernels) = (0, Arc::clone(&report.kernels));
+    let mut repeated = 0;
     let mut logits = |prompt: usize, generated: usize, moved: bool, rest: bool| -> Result<Vec<u32>> {
-        let mut g = CudaBackend::with_kernels(device, &d, &kernels)?;
+        let mut g = CudaBackend::new(device, &d)?;
         for (layer, block) in blocks.iter().enumerate().filter(|_| rest) {
             let held = g.hold_experts(layer, &experts(block))?;
             assert!(held, "experts of {} that are not held", c.ty);

@@ -13,7 +13,7 @@ use blocks::{Rng, values};
 
 use super::args::{ADD, STORE};
 use super::driver::{Device, device_error};
-use super::modules::{HEAD_DIMS, Kernels, PLAINS, QUANTS};
+use super::modules::{PLAINS, QUANTS};
 use super::product::{Form, Inputs, Prep, Rows, Target, form};
 use super::{CudaBackend, DeviceBuffer, Dims, Linear, Weight};
 use crate::backend::{BackendError, Class, EXACT_ROWS, Rope, RopeKind};
@@ -46,8 +46,6 @@ struct Report<'a> {
     groups: usize,
     part: (usize, usize),
     small: bool,
-    /// Loaded once: tools that change a kernel's code do so each time.
-    kernels: Arc<Kernels>,
 }
 
 impl Report<'_> {
@@ -81,10 +79,9 @@ pub(super) const WIDE: usize = 28672;
 /// want that make each access slow, and still have several tiles in each direction with a rest, blocks with more tiles than
 /// their ring has stages, rows in pieces, and keys in several tiles and ranges.
 pub fn selftest(device: &Arc<Device>, part: (usize, usize), small: bool, out: &mut dyn Write) -> Result<usize> {
-    let kernels = Arc::new(Kernels::load(device, HEAD_DIMS.into_iter())?);
-    let mut report = Report { out, failed: 0, checks: 0, groups: 0, part, small, kernels };
-    let mut backend = CudaBackend::with_kernels(device, &product_dims(), &report.kernels)?;
-    let mut wide = CudaBackend::with_kernels(device, &wide_dims(small), &report.kernels)?;
+    let mut report = Report { out, failed: 0, checks: 0, groups: 0, part, small };
+    let mut backend = CudaBackend::new(device, &product_dims())?;
+    let mut wide = CudaBackend::new(device, &wide_dims(small))?;
     for ty in QUANTS.iter().chain(&PLAINS) {
         if !report.is_mine() {
             continue;
@@ -214,8 +211,8 @@ fn seen_by(ty: TensorType, class: Class, x: &[f64]) -> (Vec<f64>, f64) {
 fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report: &mut Report) -> Result {
     let unit = ty.block_elems().max(32);
     let all = [(67, unit), (33, 5 * unit), (70, 4352 / unit * unit), (130, 1024 + unit), (21, 2048 + 2 * unit)];
-    for (i, (rows, cols)) in if report.small { small_shapes(unit) } else { all.to_vec() }.into_iter().enumerate() {
-        let (exact, bulk) = if report.small { SMALL_TOKENS[i] } else { TOKENS };
+    let (exact, bulk) = if report.small { SMALL_TOKENS } else { TOKENS };
+    for (rows, cols) in if report.small { small_shapes(unit) } else { all.to_vec() } {
         let m = Matrix::random(device, ty, rows, cols, 7 + rows as u64)?;
         let e = &b.engine;
         e.convert(&m.weight, e.ws.gate.addr(), false)?;
@@ -246,8 +243,7 @@ fn check_type(device: &Arc<Device>, b: &mut CudaBackend, ty: TensorType, report:
 /// Tokens of exact products and of bulk ones: a batch of each size of `bulk.cu`; both sizes of `thin.cu`, and of `gemm.cu`.
 type Tokens = (&'static [usize], &'static [usize]);
 const TOKENS: Tokens = (&[1, 2, 3, 8], &[1, 11, 33, 150]);
-/// For each of [`small_shapes`].
-const SMALL_TOKENS: [Tokens; 3] = [(&[1, 2, 3, 8], &[33]), (&[8], &[11, 90]), (&[1, 8], &[33, 150])];
+const SMALL_TOKENS: Tokens = (&[1, 2, 3, 8], &[11, 33, 90, 150]);
 
 /// Rows and columns of the products of [`selftest`] with `small`. The first has more tiles than a block's ring has stages.
 pub(super) fn small_shapes(unit: usize) -> Vec<(usize, usize)> {
@@ -306,8 +302,7 @@ fn check_product(b: &mut CudaBackend, m: &Matrix, class: Class, tokens: usize, r
     };
     let got = product(tokens, &x)?;
     let mut other = 0;
-    let alone = [0, tokens / 2, tokens - 1];
-    for &t in if report.small { &alone[2..] } else { &alone[..] } {
+    for t in [0, tokens / 2, tokens - 1] {
         let alone = product(1, &x[t * cols..(t + 1) * cols])?;
         other += alone.iter().zip(&got[t * rows..]).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
     }

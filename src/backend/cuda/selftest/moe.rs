@@ -115,7 +115,7 @@ fn check_case(device: &Arc<Device>, c: &Case, report: &mut Report) -> Result {
         return Ok(());
     }
     let d = dims(c);
-    let mut g = CudaBackend::with_kernels(device, &d, &report.kernels)?;
+    let mut g = CudaBackend::new(device, &d)?;
     let weight = Matrix::random(device, TensorType::F32, 1, c.n, 3)?;
     let norm = Norm { weight: weight.weight, eps: 1e-5 };
     let router = router(device, c, &weight)?;

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::{F32, Report, Result, Rng, nmse, random_rows, values, widen};
 use crate::backend::cpu::CpuBackend;
-use crate::backend::cuda::modules::Kernels;
 use crate::backend::cuda::{CudaBackend, Device, DeviceBuffer};
 use crate::backend::{
     Act, Activation, Backend, Class, DeltaNet, Dims, EXACT_ROWS, Expert, Gating, KvShape, Latent, Linear, LinearOf,
@@ -646,16 +645,16 @@ fn embed(b: &mut dyn Backend, p: &Program, x: &[u8], first: usize, rows: usize) 
     Ok(())
 }
 
-/// Backends by their sizes.
+/// Backends by their sizes: loading kernels takes longer than the checks do.
 struct Backends(Vec<(String, CudaBackend)>);
 
 impl Backends {
-    fn of(&mut self, device: &Arc<Device>, dims: &Dims, kernels: &Arc<Kernels>) -> Result<&mut CudaBackend> {
+    fn of(&mut self, device: &Arc<Device>, dims: &Dims) -> Result<&mut CudaBackend> {
         let key = format!("{dims:?}");
         let at = match self.0.iter().position(|(sizes, _)| *sizes == key) {
             Some(at) => at,
             None => {
-                self.0.push((key, CudaBackend::with_kernels(device, dims, kernels)?));
+                self.0.push((key, CudaBackend::new(device, dims)?));
                 self.0.len() - 1
             }
         };
@@ -674,15 +673,12 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
                 continue;
             }
             let there = Bound::on_device(&p, device)?;
-            let g = backends.of(device, &p.dims, &report.kernels)?;
+            let g = backends.of(device, &p.dims)?;
             check_program(g, &there, &p, passes, report)?;
-            // Which rows share a pass is another matter than the form of the inputs.
-            if !report.small || ty == F32 {
-                check_cuts(g, &there, &p, report)?;
-            }
+            check_cuts(g, &there, &p, report)?;
         }
         if report.is_mine() {
-            check_head(device, ty, backends.of(device, &dims(), &report.kernels)?, report)?;
+            check_head(device, ty, backends.of(device, &dims())?, report)?;
         }
     }
     for (head_dim, mask) in [
@@ -702,7 +698,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let wide = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, ..dims() };
         let p = attention_of(wide, F32, mask, if head_dim % 80 == 0 { 8.0 } else { 0.0 }, head_dim != 96);
         let there = Bound::on_device(&p, device)?;
-        let mut g = CudaBackend::with_kernels(device, &p.dims, &report.kernels)?;
+        let mut g = CudaBackend::new(device, &p.dims)?;
         check_program(&mut g, &there, &p, passes, report)?;
         check_cuts(&mut g, &there, &p, report)?;
     }
@@ -714,7 +710,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let sizes = Dims { head_dim, kv_type: TensorType::Q8_0, n_attn: HEADS * head_dim, ..dims() };
         let p = attention_of(sizes, F32, mask, 0.0, true);
         let there = Bound::on_device(&p, device)?;
-        let mut g = CudaBackend::with_kernels(device, &p.dims, &report.kernels)?;
+        let mut g = CudaBackend::new(device, &p.dims)?;
         check_program(&mut g, &there, &p, passes, report)?;
         check_cuts(&mut g, &there, &p, report)?;
     }
@@ -722,7 +718,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
     if report.is_mine() {
         let p = latent(F32, OfLatents { rank: 32, nope: 24, rot: 16, value: 24, absorbed: true });
         let there = Bound::on_device(&p, device)?;
-        let mut g = CudaBackend::with_kernels(device, &p.dims, &report.kernels)?;
+        let mut g = CudaBackend::new(device, &p.dims)?;
         check_program(&mut g, &there, &p, passes, report)?;
         check_cuts(&mut g, &there, &p, report)?;
     }
@@ -737,8 +733,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let there = Bound::on_device(&p, device)?;
         let prompt = if report.small { 3 } else { 22 };
         let passes: Vec<usize> = std::iter::repeat_n(200, prompt).chain([1, 5, 97, 1, 8]).collect();
-        let mut g = CudaBackend::with_kernels(device, &p.dims, &report.kernels)?;
-        check_program(&mut g, &there, &p, &passes, report)?;
+        check_program(&mut CudaBackend::new(device, &p.dims)?, &there, &p, &passes, report)?;
     }
     for (head_dim, mask, sinks) in [(64, Mask::Full, false), (128, Mask::Full, true), (128, Mask::Window(900), false)] {
         if !report.is_mine() {
@@ -747,8 +742,7 @@ pub(super) fn check_single(device: &Arc<Device>, report: &mut Report) -> Result 
         let n_ctx = if report.small { SMALL_LONG } else { 5000 };
         let long = Dims { head_dim, kv_type: TensorType::F16, n_attn: HEADS * head_dim, n_ctx, ..dims() };
         let p = attention_of(long, F32, mask, 0.0, sinks);
-        let mut g = CudaBackend::with_kernels(device, &p.dims, &report.kernels)?;
-        check_divided(&mut g, &Bound::on_device(&p, device)?, &p, report)?;
+        check_divided(&mut CudaBackend::new(device, &p.dims)?, &Bound::on_device(&p, device)?, &p, report)?;
     }
     Ok(())
 }
