@@ -218,7 +218,7 @@ impl Batch<'_> {
 /// A pass over a batch. `stop` is asked between stages. `scratch` is that of earlier passes.
 ///
 /// # Safety
-/// `model` is as [`Model::build`] made it, and `tape` was made of it. `source` gives addresses in the memory of `backend` (where it says
+/// `model` is as [`Model::new`] made it, and `tape` was made of it. `source` gives addresses in the memory of `backend` (where it says
 /// so, in RAM) that hold the model's spans: while a unit is held, and on a device until the operations called meanwhile have run; for good,
 /// if it says that the unit rests. `backend` was opened for the model's sizes, and `scratch` has seen no other of the four.
 pub unsafe fn forward(
