@@ -149,8 +149,6 @@ fn sites_and_experts_are_predicted() {
                 "--threads" => o.threads = value().parse().unwrap(),
                 "--exact" => o.sites = Sites::One,
                 "--cpu" => o.backend = BackendKind::Cpu,
-                // A timeline shows each expert: processors compute all that a token chooses of those in RAM.
-                "--undivided" => o.timeline = true,
                 other => panic!("{other}"),
             }
         }
