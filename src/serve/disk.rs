@@ -8,11 +8,11 @@
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use sha2::{Digest, Sha256};
 
-use super::prefix::Kept;
+use super::prefix::{KEPT_MAX, Kept};
 use crate::engine::{EngineError, Opened, Saved, SavedError, Session};
 use crate::gguf::TensorType;
 use crate::state::SeqId;
@@ -83,29 +83,32 @@ impl Shelf {
         files
     }
 
-    /// Takes prompts over into sequences next to `root`, as long as half of the cache stays free.
+    /// Takes prompts over into sequences next to `root`, those used last first, as long as half of the cache stays free.
     pub fn load(&self, session: &mut Session, root: SeqId, kept: &mut Kept<SeqId>, stop: &dyn Fn() -> bool) {
         // A state behind all tokens is in no page.
         if session.recurrent() {
             return;
         }
         let free = session.free_pages();
+        let mut found = Vec::new();
         for file in self.files(&self.prefix(session)) {
-            if stop() || session.free_pages() < free / 2 {
-                return;
+            if stop() || session.free_pages() < free / 2 || found.len() == KEPT_MAX {
+                break;
             }
             match self.load_one(&file.path, session, root, free / 2, stop) {
-                Ok(Some((seq, tokens))) => {
-                    for gone in kept.add(seq, tokens) {
-                        let _ = session.close(gone);
-                    }
-                }
+                Ok(Some(one)) => found.push(one),
                 Ok(None) => {}
                 Err(why) => {
                     tracing::warn!("{}: {why}; the prompt in it is not taken over", file.path.display());
                     // It is one of this folder's own, by its name.
                     let _ = fs::remove_file(&file.path);
                 }
+            }
+        }
+        // What is added last counts as used last.
+        for (seq, tokens) in found.into_iter().rev() {
+            for gone in kept.add(seq, tokens) {
+                let _ = session.close(gone);
             }
         }
     }
@@ -153,12 +156,16 @@ impl Shelf {
     /// Writes the prompts that are kept, those used last first, and removes the files used longest ago beyond the bound.
     pub fn save(&self, session: &mut Session, root: SeqId, kept: &Kept<SeqId>) {
         let mut left = self.most;
+        let mut used = SystemTime::now();
         for (seq, tokens) in kept.by_use() {
             let mut sum = Sha256::new();
             tokens.iter().for_each(|t| sum.update(t.to_le_bytes()));
             let path = self.folder.join(format!("{}{}{END}", self.prefix(session), hex(sum)));
             let written = self.save_one(&path, session, seq, tokens);
             let _ = session.switch(root);
+            // The order of the files' times is that of use, not that of writing.
+            let _ = fs::File::options().append(true).open(&path).and_then(|f| f.set_modified(used));
+            used -= Duration::from_millis(1);
             match written {
                 Ok(bytes) if bytes <= left => left -= bytes,
                 // The sizes of others are no smaller than that of a page.
@@ -173,12 +180,10 @@ impl Shelf {
     }
 
     fn save_one(&self, path: &Path, session: &mut Session, seq: SeqId, tokens: &[u32]) -> Result<u64, EngineError> {
-        // It was taken from there, or another one with the same tokens was written: it counts as used now.
-        if let Ok(there) = fs::File::options().append(true).open(path)
-            && let Ok(meta) = there.metadata()
+        // It was taken from there, or another one with the same tokens was written.
+        if let Ok(meta) = fs::metadata(path)
             && Saved::open(path).is_ok()
         {
-            let _ = there.set_modified(SystemTime::now());
             return Ok(meta.len());
         }
         session.switch(seq)?;

@@ -5,7 +5,7 @@
 //! differ; where they come back as a part of the next prompt, `nt run` computes them as a prompt, and so must this.
 
 /// Prompts that are kept at most.
-const KEPT_MAX: usize = 16;
+pub const KEPT_MAX: usize = 16;
 
 /// A prompt that is kept in `S`.
 #[derive(Debug)]

@@ -217,6 +217,11 @@ impl Responses {
         })
     }
 
+    /// The state of a message that ends now: `max_tokens` or the context may have cut it.
+    fn ended(&self) -> &'static str {
+        if self.finish == Some(Finish::Length) { "incomplete" } else { "completed" }
+    }
+
     fn response(&self, status: &str, summary: Option<&Summary>) -> Json {
         let cut = self.finish == Some(Finish::Length);
         json!({
@@ -270,7 +275,7 @@ impl Responses {
                 let mut done = place.clone();
                 (done["text"], done["logprobs"]) = (text.as_str().into(), json!([]));
                 self.event("response.output_text.done", done, out);
-                let item = self.message(&text, "completed");
+                let item = self.message(&text, self.ended());
                 let mut done = place;
                 done["part"] = item["content"][0].clone();
                 self.event("response.content_part.done", done, out);
@@ -354,8 +359,8 @@ impl Dialect for Responses {
                 self.done(whole, out);
             }
             Step::Finished { finish, .. } => {
-                self.close(out);
                 self.finish = Some(finish);
+                self.close(out);
             }
             Step::Done(summary) => {
                 let response = self.response("completed", Some(&summary));
@@ -374,16 +379,18 @@ impl Dialect for Responses {
 
     fn whole(&mut self, answers: &Answers) -> Json {
         let answer = answers.all.first().cloned().unwrap_or_default();
+        self.finish = answer.finish;
         if !answer.thought.is_empty() {
             self.output.push(self.reasoning(&answer.thought));
         }
         if !answer.text.is_empty() {
-            self.output.push(self.message(&answer.text, "completed"));
+            // What calls follow was whole before them.
+            let status = if answer.calls.is_empty() { self.ended() } else { "completed" };
+            self.output.push(self.message(&answer.text, status));
         }
         for call in &answer.calls {
             self.output.push(self.call(call, &call.arguments, "completed"));
         }
-        self.finish = answer.finish;
         self.response("completed", Some(&answers.summary))
     }
 

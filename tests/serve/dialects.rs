@@ -160,6 +160,7 @@ fn responses_of_openai() {
         (&whole["status"], &whole["incomplete_details"]["reason"]),
         (&json!("incomplete"), &json!("max_output_tokens"))
     );
+    assert_eq!(whole["output"][0]["status"], "incomplete", "a message that is cut says so itself");
     request["metadata"] = json!({ "a": "b" });
     request["input"] = json!([{ "role": "user", "content": [{ "type": "input_text", "text": "hi" }] }]);
     request["stream"] = true.into();
@@ -185,6 +186,8 @@ fn responses_of_openai() {
     assert_eq!(streamed, expected);
     let last = &events.last().unwrap().1["response"];
     assert_eq!(last["output"][0]["content"][0]["text"], expected);
+    assert_eq!(last["output"], json!([events[events.len() - 2].1["item"]]));
+    assert_eq!(last["output"][0]["status"], "incomplete");
     let said = (&last["metadata"]["a"], &last["temperature"], &last["max_output_tokens"]);
     assert_eq!(said, (&json!("b"), &json!(0.9), &json!(8)));
     let mut refused = request.clone();

@@ -77,3 +77,41 @@ fn prompts_outlast_the_server_that_computed_them() {
         &["--cache-dir /proc/nt", "cannot be written"],
     );
 }
+
+/// Where there is room for some of the prompts only, those that were used last were left out or removed.
+#[test]
+fn prompts_used_last_are_the_first_to_be_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model().write(dir.path(), "m.gguf");
+    let folder = dir.path().join("cache");
+    let (at, prompts): (_, Vec<String>) =
+        (folder.to_str().unwrap(), (0..6).map(|i| format!("{i} {}", "a machine that reads ".repeat(5))).collect());
+    let ask = |server: &Server, prompt: &str| {
+        let answer = server.ok("/v1/completions", &json!({ "prompt": prompt, "max_tokens": 2, "seed": 3 }));
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let end = |mut server: Server| {
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.ended().code(), Some(0));
+    };
+    let server = Server::start(&path, &["--ctx", "2048", "--cache-dir", at]);
+    prompts.iter().for_each(|p| assert!(ask(&server, p) < 64));
+    end(server);
+    assert_eq!(files(&folder).len(), prompts.len());
+    // A server that is asked nothing leaves their order as it is.
+    end(Server::start(&path, &["--ctx", "2048", "--cache-dir", at]));
+    // Half of this context holds two of them.
+    let server = Server::start(&path, &["--ctx", "512", "--cache-dir", at]);
+    assert!(ask(&server, &prompts[5]) > 64, "the one that was used last");
+    end(server);
+    // Nor does a bound on their bytes remove the one that was used last.
+    let one = fs::metadata(&files(&folder)[0]).unwrap().len();
+    let bound = (2 * one - 1).to_string();
+    let server = Server::start(&path, &["--ctx", "512", "--cache-dir", at, "--cache-size", &bound]);
+    ask(&server, &prompts[4]);
+    ask(&server, &prompts[5]);
+    end(server);
+    assert_eq!(files(&folder).len(), 1);
+    let server = Server::start(&path, &["--ctx", "512", "--cache-dir", at]);
+    assert!(ask(&server, &prompts[5]) > 64);
+}
