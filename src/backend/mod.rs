@@ -367,12 +367,6 @@ impl Dims {
         }
     }
 
-    /// Words before the second position and table of a pass, of the layers with pages of recent positions: behind a position, a
-    /// table and the number of a state.
-    pub fn recent_at(&self) -> usize {
-        2 + self.pages()
-    }
-
     /// Positions that the pages of a layer hold: the context, in whole pages, or what it keeps of all sequences.
     pub fn places(&self, layer: usize) -> usize {
         self.pages_of(self.layers_of(layer)).saturating_mul(PAGE)

@@ -1,6 +1,5 @@
 //! A model that is ready to compute: plan carried out, resident units loaded, ring turning.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use crate::backend::{
     Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite, reference,
 };
 use crate::gguf::TensorType;
-use crate::memory::{Arena, Region};
+use crate::memory::{Arena, Region, bounded};
 use crate::model::{
     Batch, ForcedRouting, ForwardError, Model, ModelError, NotFinite, Outputs, Scratch, Tape, Turn, first_not_finite,
     forward,
@@ -290,7 +289,8 @@ impl Session {
         let overflowed = self.backend.overflow().is_some();
         // A panic is a fault of this program; it ends its pass, and texts of other passes go on.
         let evaluated = catch_unwind(AssertUnwindSafe(|| self.evaluate(parts, stop)));
-        let evaluated = evaluated.unwrap_or_else(|panic| Err(EngineError::Panicked { what: words_of(panic.as_ref()) }));
+        let evaluated =
+            evaluated.unwrap_or_else(|panic| Err(EngineError::Panicked { what: bounded::said(panic.as_ref()) }));
         let flow = &self.weights.flow;
         self.backend.worked(&mut |w| flow.trace(EventKind::Beside, w.unit, 0, w.from, w.to));
         if let Err(e) = evaluated {
@@ -828,12 +828,6 @@ impl Session {
         self.weights.flow.write_trace(&mut out)?;
         std::io::Write::flush(&mut out)
     }
-}
-
-/// What a panic said.
-fn words_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word").into()
 }
 
 /// What a backend is told of the parts of a pass.

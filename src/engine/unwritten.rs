@@ -1,11 +1,12 @@
 //! Whether a model's file is a download that has its full length and not yet its bytes.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 
 use nix::unistd::{Whence, lseek};
 
 use crate::gguf::{Gguf, TensorInfo};
+use crate::storage::safe;
 use crate::units::format_bytes;
 
 /// Bytes of a look, and the shortest stretch of zeros that counts.
@@ -25,8 +26,7 @@ const WORDS: [&str; 3] = ["token_embd.weight", "output.weight", "per_layer_token
 pub(super) fn unwritten(gguf: &Gguf) -> Option<String> {
     for (i, shard) in gguf.shards.iter().enumerate() {
         // A recorded path may have become something whose opening waits.
-        let open = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(&shard.path);
-        let Ok(file) = open else { continue };
+        let Ok(file) = safe::open(&shard.path) else { continue };
         let looked_at = |t: &&TensorInfo| t.shard == i && t.shape.len() > 1 && !WORDS.contains(&t.name.as_str());
         let matrices: Vec<&TensorInfo> = gguf.tensors.iter().filter(looked_at).collect();
         let found = of_holes(&file, shard.len, &matrices).or_else(|| of_zeros(&file, &matrices));

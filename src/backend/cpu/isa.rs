@@ -55,6 +55,11 @@ impl Isa {
     pub fn choose(bfloat: bool) -> Isa {
         let wanted = std::env::var("NT_CPU").unwrap_or_default();
         let largest = if bfloat { Isa::Amx } else { Isa::Avx512 };
-        Isa::ALL.into_iter().find(|i| i.name() == wanted).unwrap_or(largest).min(Isa::detect())
+        let named = Isa::ALL.into_iter().find(|i| i.name() == wanted);
+        if named.is_none() && !wanted.is_empty() {
+            let names = Isa::ALL.map(Isa::name).join(", ");
+            tracing::warn!("NT_CPU names no set of instructions ({names}), so that it is not followed");
+        }
+        named.unwrap_or(largest).min(Isa::detect())
     }
 }

@@ -243,14 +243,14 @@ impl CudaBackend {
         let pass = self.engine.ws.pass.addr();
         match self.dims.layers_of(layer) {
             Layers::Whole => pass,
-            Layers::Recent => pass + 4 * self.dims.recent_at() as u64,
+            Layers::Recent => pass + 4 * workspace::recent_at(&self.dims) as u64,
         }
     }
 
     /// Brings the pass's position, and the pages of the sequence's recent positions, to where layers with such read them.
     fn send_recent(&mut self, run: &Run<'_>) -> Result<(), BackendError> {
         let Some(recent) = self.dims.recent.as_ref().map(|r| r.each) else { return Ok(()) };
-        let (at, of) = (self.engine.ws.pass.addr() + 4 * self.dims.recent_at() as u64, run.state >> 1);
+        let (at, of) = (self.engine.ws.pass.addr() + 4 * workspace::recent_at(&self.dims) as u64, run.state >> 1);
         // SAFETY: the word is the workspace's; kernels read it in stream order.
         unsafe { self.engine.stream.set(at, run.first_pos as u32)? };
         if of == self.recent_of {

@@ -250,7 +250,7 @@ impl Sizes {
             partial_ml: float_bytes(few * key_ranges(d.n_ctx), d.n_heads * 2),
             cache: d.cache_before(d.n_layers).map(|bytes| bytes as u64),
             freqs: float_bytes(1, d.ropes.iter().map(|r| r.freqs.len()).sum::<usize>().max(1)),
-            pass: float_bytes(1, d.recent_at() + d.recent.as_ref().map_or(0, |_| 1 + d.pages())),
+            pass: float_bytes(1, recent_at(d) + d.recent.as_ref().map_or(0, |_| 1 + d.pages())),
             logits: float_bytes(d.max_outputs, d.n_vocab),
             rows: match d.n_per_block {
                 0 => float_bytes(batch, d.n_embd),
@@ -283,6 +283,12 @@ impl Sizes {
             .chain(&pairs)
             .fold(0, |sum, bytes| u64::saturating_add(sum, *bytes))
     }
+}
+
+/// Words of `pass` before the second position and table, of layers that keep recent positions alone: behind a position, a table
+/// and the number of a state.
+pub(super) fn recent_at(d: &Dims) -> usize {
+    2 + d.pages()
 }
 
 /// Bytes of device memory that the buffers of a session with these sizes take, weights apart, on a GPU
