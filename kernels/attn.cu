@@ -56,13 +56,14 @@ __device__ __forceinline__ float joined(float before, float was, float v, float 
     return __fmaf_rn(v, by, before * was);
 }
 
-// A tile of keys, the first of them at element `base`; a tile lies in one page.
+// Of a tile of keys, the first of them at element `base`, those in front of `known`, or those behind; a tile lies in one page.
 template <int HD, bool F32, int KT>
-__device__ __forceinline__ void load_keys(u8* dst, const void* cache, size_t base, int first,
+__device__ __forceinline__ void load_keys(u8* dst, const void* cache, size_t base, int first, int known, bool behind,
                                           int end, int tid) {
     constexpr int PITCH = (HD + 8) * 2, CH = HD / 8;
     for (int c = tid; c < KT * CH; c += 128) {
         int key = c / CH, ch = c % CH;
+        if ((first + key >= known) != behind) continue;
         bool valid = first + key < end;
         size_t at = base + (size_t)(valid ? key : 0) * HD + ch * 8;
         u8* d = dst + key * PITCH + ch * 16;
@@ -118,6 +119,12 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
     pdl_launch();
     if (DECODE && (begin >= first_pos + a.tokens || (BY && begin >= range_begin(range + 1)))) return;
     if (split && begin >= end) return;
+    // Keys and values of earlier passes are there; those of this pass are when the predecessor has ended.
+    const int known = DECODE ? first_pos : 0;
+    if (DECODE && begin < end) {
+        load_keys<HD, F32, KT>(sk, a.k, base(place), begin, known, false, end, tid);
+        load_keys<HD, F32, KT>(sv, a.v, base(place), begin, known, false, end, tid);
+    }
     pdl_wait();
 
     for (int c = tid; c < BM * (HD / 4); c += 128) {
@@ -181,11 +188,14 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
         low[h] = BY ? first_seen(pos[h], a.window, a.chunk) : 0;
     }
 
-    if (begin < end) load_keys<HD, F32, KT>(sk, a.k, base(place), begin, end, tid);
+    if (begin < end && begin + KT > known) {
+        load_keys<HD, F32, KT>(sk, a.k, base(place), begin, known, true, end, tid);
+        if (DECODE) load_keys<HD, F32, KT>(sv, a.v, base(place), begin, known, true, end, tid);
+    }
     for (int k0 = begin; k0 < end; k0 += KT) {
         cp_wait<0>();
         __syncthreads();
-        load_keys<HD, F32, KT>(sv, a.v, base(place), k0, end, tid);
+        if (!DECODE || k0 != begin) load_keys<HD, F32, KT>(sv, a.v, base(place), k0, 0, true, end, tid);
         if (k0 + KT < end) place = place_of(a.pass, k0 + KT);
 
         float s[KW / 8][4];
@@ -246,7 +256,7 @@ __device__ __forceinline__ void attend(const AttnArgs& a) {
         }
         cp_wait<0>();
         __syncthreads();
-        if (k0 + KT < end) load_keys<HD, F32, KT>(sk, a.k, base(place), k0 + KT, end, tid);
+        if (k0 + KT < end) load_keys<HD, F32, KT>(sk, a.k, base(place), k0 + KT, 0, true, end, tid);
 #pragma unroll
         for (int j = 0; j < KW / 16; j++) {
             u32 fp[4] = {p[2 * j][0], p[2 * j][1], p[2 * j + 1][0], p[2 * j + 1][1]};

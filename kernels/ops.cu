@@ -195,12 +195,21 @@ __device__ __forceinline__ void norm_head(float* x, const float* w, int n, float
     for (int i = lane; i < n; i += 32) x[i] = w ? x[i] * rs * w[i] : x[i] * rs;
 }
 
-// Norms and rotates a head of queries or keys, by a warp in the room of a head at x; queries go back.
-__device__ __forceinline__ void turn_head(const RopeArgs& a, float* x, int t, int pos, int h, bool is_q, int lane) {
+// Sine and cosine of the angle by which a pair of elements is rotated at a position.
+__device__ __forceinline__ float2 angle_of(const RopeArgs& a, int pos, int pair) {
+    float sn, cs;
+    sincosf((float)pos * a.freqs[pair], &sn, &cs);
+    return make_float2(sn * a.magnitude, cs * a.magnitude);
+}
+
+// Norms and rotates a head of queries or keys, by a warp in the room of a head at x; queries go back. `norm` is the norm's weight, or
+// null, and `angle` says what angle_of does of a pair.
+template <class Angle>
+__device__ __forceinline__ void turn_head(const RopeArgs& a, float* x, int t, int pos, int h, bool is_q, int lane, const float* norm,
+                                          Angle angle) {
     const int hd = a.head_dim;
     const float* src = is_q ? a.q + ((size_t)t * a.n_heads + h) * hd
                             : a.k + ((size_t)t * a.n_kv_heads + h) * hd;
-    const float* norm = is_q ? a.q_norm : a.k_norm;
     float s = 0.0f;
     for (int i = lane; i < hd; i += 32) {
         float v = src[i];
@@ -213,13 +222,10 @@ __device__ __forceinline__ void turn_head(const RopeArgs& a, float* x, int t, in
     __syncwarp();
     for (int i = lane; i < a.n_rot / 2; i += 32) {
         int i0 = a.neox ? i : 2 * i, i1 = a.neox ? i + a.n_rot / 2 : 2 * i + 1;
-        float sn, cs;
-        sincosf((float)pos * a.freqs[i], &sn, &cs);
-        sn *= a.magnitude;
-        cs *= a.magnitude;
+        const float2 turn = angle(i);
         float u = x[i0], v = x[i1];
-        x[i0] = u * cs - v * sn;
-        x[i1] = u * sn + v * cs;
+        x[i0] = u * turn.y - v * turn.x;
+        x[i1] = u * turn.x + v * turn.y;
     }
     __syncwarp();
     if (when == 2) {
@@ -255,16 +261,23 @@ __device__ __forceinline__ void store_head(void* cache, size_t at, const float* 
 
 // Norm of each head, rotary embedding, store to the cache: one warp a head of a token.
 extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_constant__ RopeArgs a) {
-    __shared__ float heads[4][256];
+    __shared__ float heads[4][256], weights[4][256];
+    __shared__ float2 angles[4][128];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int per_token = a.n_heads + 2 * a.n_kv_heads, hd = a.head_dim;
     const int item = blockIdx.x * 4 + warp;
     pdl_launch();
-    pdl_wait();
     if (item >= a.tokens * per_token) return;
     const int t = item / per_token, pos = first_position(a.pass) + t, place = place_of(a.pass, pos);
     int h = item % per_token;
     float* x = heads[warp];
+    // What follows from the position alone, before the predecessor has ended.
+    const float* norm = h < a.n_heads ? a.q_norm : a.k_norm;
+    if (h < a.n_heads + a.n_kv_heads) {
+        for (int i = lane; i < hd && norm; i += 32) weights[warp][i] = norm[i];
+        for (int i = lane; i < a.n_rot / 2; i += 32) angles[warp][i] = angle_of(a, pos, i);
+    }
+    pdl_wait();
     if (h >= a.n_heads + a.n_kv_heads) {
         h -= a.n_heads + a.n_kv_heads;
         const float* v = a.v + ((size_t)t * a.n_kv_heads + h) * hd;
@@ -274,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_store(const __grid_consta
     }
     const bool is_q = h < a.n_heads;
     if (!is_q) h -= a.n_heads;
-    turn_head(a, x, t, pos, h, is_q, lane);
+    turn_head(a, x, t, pos, h, is_q, lane, norm ? weights[warp] : nullptr, [&](int i) { return angles[warp][i]; });
     if (is_q) return;
     for (int i = lane; i < hd; i += 32)
         cache_store(a.k_cache, ((size_t)h * a.n_places + place) * hd + i, x[i], a.cache_f32);
@@ -305,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_heads(const __grid_consta
     if (h < r.n_heads + r.n_kv_heads) {
         const bool is_q = h < r.n_heads;
         if (!is_q) h -= r.n_heads;
-        turn_head(r, x, t, pos, h, is_q, lane);
+        turn_head(r, x, t, pos, h, is_q, lane, is_q ? r.q_norm : r.k_norm, [&](int i) { return angle_of(r, pos, i); });
         if (!is_q) store_head(r.k_cache, ((size_t)h * r.n_places + place) * hd, x, hd, r.cache_f32, lane);
         return;
     }
