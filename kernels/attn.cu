@@ -373,6 +373,42 @@ ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIEL
 ARGS_FIELD(MergeArgs, sinks, 56); ARGS_FIELD(MergeArgs, window, 64); ARGS_FIELD(MergeArgs, chunk, 68);
 ARGS_FIELD(MergeArgs, skip, 72);
 
+// Sums of a warp's elements of one head over ranges of keys from `first` on, in order, and the head's sum; not divided yet. What
+// a range has found is a lane's, and parts are fetched some at a time, so that none waits for another.
+__device__ __forceinline__ void merge_head(const MergeArgs& a, int t, int h, int n_heads, int first, int keys, const float* part, int lane,
+                                           float& v, float& total) {
+    const size_t step = (size_t)a.tokens * a.width;
+    const float2* ml = a.ml + (size_t)t * n_heads + h;
+    const float sink = a.sinks ? a.sinks[h] * LOG2_E : NEG_BIG;
+    const int end = range_of(keys - 1) + 1;
+    float2 mine = make_float2(NEG_BIG, 0.0f);
+    float big = sink;
+    for (int s0 = first; s0 < end; s0 += 32) {
+        const bool is = s0 + lane < end;
+        const float2 m = is ? ml[(size_t)(s0 + lane) * a.tokens * n_heads] : make_float2(NEG_BIG, 0.0f);
+        if (s0 == first) mine = m;
+        big = fmaxf(big, m.x);
+    }
+    big = warp_max(big);
+    for (int s0 = first; s0 < end; s0 += 32) {
+        if (s0 != first) mine = s0 + lane < end ? ml[(size_t)(s0 + lane) * a.tokens * n_heads] : make_float2(NEG_BIG, 0.0f);
+        const float f = exp2f(mine.x - big);
+        for (int s1 = s0; s1 < min(s0 + 32, end); s1 += 8) {
+            float p[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) p[i] = s1 + i < end ? part[(size_t)(s1 + i) * step] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float by = __shfl_sync(0xffffffffu, f, s1 + i - s0), sum = __shfl_sync(0xffffffffu, mine.y, s1 + i - s0);
+                if (s1 + i >= end) break;
+                total = __fmaf_rn(by, sum, total);
+                v = __fmaf_rn(by, p[i], v);
+            }
+        }
+    }
+    if (a.sinks) total += exp2f(sink - big);
+}
+
 // Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
 extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
     const int lane = threadIdx.x & 31;
@@ -386,7 +422,13 @@ extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_consta
     // What this token sees; ranges after these hold nothing for it.
     const int keys = first_position(a.pass) + t + 1;
     float v = 0.0f;
-    if (e < a.width) {
+    if (a.head_dim % 32 == 0) {
+        float total = 0.0f;
+        const int first = range_of(first_seen(keys - 1, a.window, a.chunk));
+        merge_head(a, t, e / a.head_dim, n_heads, first, keys, a.part + (size_t)t * a.width + e, lane, v, total);
+        v /= total;
+        a.out[(size_t)t * a.width + e] = v;
+    } else if (e < a.width) {
         const int h = e / a.head_dim;
         float big = NEG_BIG, total = 0.0f;
         const int first = range_of(first_seen(keys - 1, a.window, a.chunk));
