@@ -373,6 +373,8 @@ ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIEL
 ARGS_FIELD(MergeArgs, sinks, 56); ARGS_FIELD(MergeArgs, window, 64); ARGS_FIELD(MergeArgs, chunk, 68);
 ARGS_FIELD(MergeArgs, skip, 72);
 
+#define PARTS 16  // of an element that are fetched at once
+
 // Sums of a warp's elements of one head over ranges of keys from `first` on, in order, and the head's sum; not divided yet. What
 // a range has found is a lane's, and parts are fetched some at a time, so that none waits for another.
 __device__ __forceinline__ void merge_head(const MergeArgs& a, int t, int h, int n_heads, int first, int keys, const float* part, int lane,
@@ -385,20 +387,20 @@ __device__ __forceinline__ void merge_head(const MergeArgs& a, int t, int h, int
     float big = sink;
     for (int s0 = first; s0 < end; s0 += 32) {
         const bool is = s0 + lane < end;
-        const float2 m = is ? ml[(size_t)(s0 + lane) * a.tokens * n_heads] : make_float2(NEG_BIG, 0.0f);
+        const float2 m = is ? __ldcg(ml + (size_t)(s0 + lane) * a.tokens * n_heads) : make_float2(NEG_BIG, 0.0f);
         if (s0 == first) mine = m;
         big = fmaxf(big, m.x);
     }
     big = warp_max(big);
     for (int s0 = first; s0 < end; s0 += 32) {
-        if (s0 != first) mine = s0 + lane < end ? ml[(size_t)(s0 + lane) * a.tokens * n_heads] : make_float2(NEG_BIG, 0.0f);
+        if (s0 != first) mine = s0 + lane < end ? __ldcg(ml + (size_t)(s0 + lane) * a.tokens * n_heads) : make_float2(NEG_BIG, 0.0f);
         const float f = exp2f(mine.x - big);
-        for (int s1 = s0; s1 < min(s0 + 32, end); s1 += 8) {
-            float p[8];
+        for (int s1 = s0; s1 < min(s0 + 32, end); s1 += PARTS) {
+            float p[PARTS];
 #pragma unroll
-            for (int i = 0; i < 8; i++) p[i] = s1 + i < end ? part[(size_t)(s1 + i) * step] : 0.0f;
+            for (int i = 0; i < PARTS; i++) p[i] = s1 + i < end ? __ldcg(part + (size_t)(s1 + i) * step) : 0.0f;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < PARTS; i++) {
                 const float by = __shfl_sync(0xffffffffu, f, s1 + i - s0), sum = __shfl_sync(0xffffffffu, mine.y, s1 + i - s0);
                 if (s1 + i >= end) break;
                 total = __fmaf_rn(by, sum, total);
