@@ -373,78 +373,59 @@ ARGS_FIELD(MergeArgs, width, 36); ARGS_FIELD(MergeArgs, head_dim, 40); ARGS_FIEL
 ARGS_FIELD(MergeArgs, sinks, 56); ARGS_FIELD(MergeArgs, window, 64); ARGS_FIELD(MergeArgs, chunk, 68);
 ARGS_FIELD(MergeArgs, skip, 72);
 
-#define PARTS 16  // of an element that are fetched at once
+#define MERGERS 8     // warps of a block of attn_merge
+#define GROUP 16      // ranges that a warp adds up at a time
+#define GROUPS_MAX 48  // of a sequence: range_begin of GROUP times as many is beyond what an int counts
 
-// Sums of a warp's elements of one head over ranges of keys from `first` on, in order, and the head's sum; not divided yet. What
-// a range has found is a lane's, and parts are fetched some at a time, so that none waits for another.
-__device__ __forceinline__ void merge_head(const MergeArgs& a, int t, int h, int n_heads, int first, int keys, const float* part, int lane,
-                                           float& v, float& total) {
-    const size_t step = (size_t)a.tokens * a.width;
-    const float2* ml = a.ml + (size_t)t * n_heads + h;
-    const float sink = a.sinks ? a.sinks[h] * LOG2_E : NEG_BIG;
-    const int end = range_of(keys - 1) + 1;
-    float2 mine = make_float2(NEG_BIG, 0.0f);
-    float big = sink;
-    for (int s0 = first; s0 < end; s0 += 32) {
-        const bool is = s0 + lane < end;
-        const float2 m = is ? __ldcg(ml + (size_t)(s0 + lane) * a.tokens * n_heads) : make_float2(NEG_BIG, 0.0f);
-        if (s0 == first) mine = m;
-        big = fmaxf(big, m.x);
-    }
-    big = warp_max(big);
-    for (int s0 = first; s0 < end; s0 += 32) {
-        if (s0 != first) mine = s0 + lane < end ? __ldcg(ml + (size_t)(s0 + lane) * a.tokens * n_heads) : make_float2(NEG_BIG, 0.0f);
-        const float f = exp2f(mine.x - big);
-        for (int s1 = s0; s1 < min(s0 + 32, end); s1 += PARTS) {
-            float p[PARTS];
-#pragma unroll
-            for (int i = 0; i < PARTS; i++) p[i] = s1 + i < end ? __ldcg(part + (size_t)(s1 + i) * step) : 0.0f;
-#pragma unroll
-            for (int i = 0; i < PARTS; i++) {
-                const float by = __shfl_sync(0xffffffffu, f, s1 + i - s0), sum = __shfl_sync(0xffffffffu, mine.y, s1 + i - s0);
-                if (s1 + i >= end) break;
-                total = __fmaf_rn(by, sum, total);
-                v = __fmaf_rn(by, p[i], v);
-            }
-        }
-    }
-    if (a.sinks) total += exp2f(sink - big);
-}
-
-// Adds the ranges of keys up, in order, and quantises: one warp a block of 32 elements.
-extern "C" __global__ void __launch_bounds__(128) attn_merge(const __grid_constant__ MergeArgs a) {
-    const int lane = threadIdx.x & 31;
-    const int blocks = (a.width + 31) / 32;
-    const int item = blockIdx.x * 4 + (threadIdx.x >> 5);
-    pdl_launch();
-    pdl_wait();
-    if (item >= a.tokens * blocks) return;
+// Adds the ranges of keys up, in order, and quantises: a block for 32 elements of a token. Its warps add up groups of ranges, which lie
+// at fixed positions, and fetch all of a group at once; the first one then adds the groups up.
+extern "C" __global__ void __launch_bounds__(MERGERS * 32) attn_merge(const __grid_constant__ MergeArgs a) {
+    __shared__ float found[3][GROUPS_MAX][32];  // of each group the largest score, the sum and the element
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int blocks = (a.width + 31) / 32, item = blockIdx.x;
     const int t = item / blocks, e = item % blocks * 32 + lane;
-    const int n_heads = a.width / a.head_dim;
+    const int n_heads = a.width / a.head_dim, h = min(e, a.width - 1) / a.head_dim;
     // What this token sees; ranges after these hold nothing for it.
     const int keys = first_position(a.pass) + t + 1;
-    float v = 0.0f;
-    if (a.head_dim % 32 == 0) {
-        float total = 0.0f;
-        const int first = range_of(first_seen(keys - 1, a.window, a.chunk));
-        merge_head(a, t, e / a.head_dim, n_heads, first, keys, a.part + (size_t)t * a.width + e, lane, v, total);
-        v /= total;
-        a.out[(size_t)t * a.width + e] = v;
-    } else if (e < a.width) {
-        const int h = e / a.head_dim;
-        float big = NEG_BIG, total = 0.0f;
-        const int first = range_of(first_seen(keys - 1, a.window, a.chunk));
-        for (int s = first; range_begin(s) < keys; s++)
-            big = fmaxf(big, a.ml[((size_t)s * a.tokens + t) * n_heads + h].x);
-        const float sink = a.sinks ? a.sinks[h] * LOG2_E : NEG_BIG;
-        big = fmaxf(big, sink);
-        for (int s = first; range_begin(s) < keys; s++) {
-            float2 ml = a.ml[((size_t)s * a.tokens + t) * n_heads + h];
-            float f = exp2f(ml.x - big);
-            total = __fmaf_rn(f, ml.y, total);
-            v = __fmaf_rn(f, a.part[((size_t)s * a.tokens + t) * a.width + e], v);
+    const int first = range_of(first_seen(keys - 1, a.window, a.chunk)), end = range_of(keys - 1) + 1;
+    const int group0 = first / GROUP, groups = (end - 1) / GROUP - group0 + 1;
+    pdl_launch();
+    pdl_wait();
+    for (int g = warp; g < groups; g += MERGERS) {
+        float2 ml[GROUP];
+        float p[GROUP], big = NEG_BIG, total = 0.0f, v = 0.0f;
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            const int s = (group0 + g) * GROUP + i;
+            const bool is = s >= first && s < end && e < a.width;
+            const size_t row = (size_t)s * a.tokens + t;
+            ml[i] = is ? __ldcg(a.ml + row * n_heads + h) : make_float2(NEG_BIG, 0.0f);
+            p[i] = is ? __ldcg(a.part + row * a.width + e) : 0.0f;
         }
-        if (a.sinks) total += exp2f(sink - big);
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) big = fmaxf(big, ml[i].x);
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            const float f = exp2f(ml[i].x - big);
+            total = __fmaf_rn(f, ml[i].y, total);
+            v = __fmaf_rn(f, p[i], v);
+        }
+        found[0][g][lane] = big;
+        found[1][g][lane] = total;
+        found[2][g][lane] = v;
+    }
+    __syncthreads();
+    if (warp > 0) return;
+    const float sink = a.sinks ? a.sinks[h] * LOG2_E : NEG_BIG;
+    float big = sink, total = 0.0f, v = 0.0f;
+    for (int g = 0; g < groups; g++) big = fmaxf(big, found[0][g][lane]);
+    for (int g = 0; g < groups; g++) {
+        const float f = exp2f(found[0][g][lane] - big);
+        total = __fmaf_rn(f, found[1][g][lane], total);
+        v = __fmaf_rn(f, found[2][g][lane], v);
+    }
+    if (a.sinks) total += exp2f(sink - big);
+    if (e < a.width) {
         v /= total;
         a.out[(size_t)t * a.width + e] = v;
     }

@@ -10,19 +10,19 @@ __device__ __forceinline__ int first_seen(int position, int window, int chunk) {
     return chunk > 0 ? position / chunk * chunk : 0;
 }
 
-// Where range i of the keys begins: 32 ranges of 64 keys, then 16 of each size twice that before. So many blocks have
-// work soon, and the number of ranges stays small (`workspace.rs` computes the same).
+// Where range i of the keys begins: 64 ranges of 64 keys, then 32 of each size twice that before. So many blocks have
+// work soon, none has a fiftieth of it, and the number of ranges stays small (`workspace.rs` computes the same).
 __device__ __forceinline__ int range_begin(int i) {
-    if (i < 32) return 64 * i;
-    const int k = (i - 32) >> 4;
-    return (2048 + 128 * ((i - 32) & 15)) << k;
+    if (i < 64) return 64 * i;
+    const int k = (i - 64) >> 5;
+    return (4096 + 128 * ((i - 64) & 31)) << k;
 }
 
 // The range that holds a key.
 __device__ __forceinline__ int range_of(int key) {
-    if (key < 2048) return key / 64;
-    const int k = 31 - __clz(key >> 11);
-    return 32 + 16 * k + (key - (2048 << k)) / (128 << k);
+    if (key < 4096) return key / 64;
+    const int k = 31 - __clz(key >> 12);
+    return 64 + 32 * k + (key - (4096 << k)) / (128 << k);
 }
 
 #define NEG_BIG (-1e30f)

@@ -154,9 +154,9 @@ impl CudaBackend {
             chunk: a.chunk,
             skip: 0,
         };
-        let warps = self.tokens * width.div_ceil(32);
+        let blocks = self.tokens * width.div_ceil(32);
         let f = self.engine.kernels.attn_merge;
         // SAFETY: MergeArgs is what attn_merge declares.
-        unsafe { self.engine.launch(f, (warps.div_ceil(4) as u32, 1, 1), 128, 0, &m) }
+        unsafe { self.engine.launch(f, (blocks as u32, 1, 1), 256, 0, &m) }
     }
 }

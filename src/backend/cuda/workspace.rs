@@ -7,11 +7,11 @@ use super::driver::{Device, DeviceBuffer, PinnedBuffer};
 use crate::backend::{BackendError, Dims, EXACT_ROWS, KvShape};
 
 /// Ranges into which the decoding kernels of attention divide `keys` keys, as `range_begin` of `kernels/attn.cu` lays
-/// them out: 32 of 64 keys, then 16 of each size twice that before.
+/// them out: 64 of 64 keys, then 32 of each size twice that before.
 pub(super) fn key_ranges(keys: usize) -> usize {
-    let (mut ranges, mut end, mut each) = (keys.min(2048).div_ceil(64), 2048, 128);
+    let (mut ranges, mut end, mut each) = (keys.min(4096).div_ceil(64), 4096, 128);
     while end < keys {
-        ranges += (keys - end).min(16 * each).div_ceil(each);
+        ranges += (keys - end).min(32 * each).div_ceil(each);
         (end, each) = (2 * end, 2 * each);
     }
     ranges
@@ -445,13 +445,14 @@ mod tests {
 
     #[test]
     fn ranges_of_keys_are_those_of_the_kernel() {
-        let begin = |i: usize| if i < 32 { 64 * i } else { (2048 + 128 * ((i - 32) % 16)) << ((i - 32) / 16) };
+        let begin = |i: usize| if i < 64 { 64 * i } else { (4096 + 128 * ((i - 64) % 32)) << ((i - 64) / 32) };
         for keys in (1..5000).chain([8191, 8192, 8193, 40_000, 131_072, 131_073, 1 << 20]) {
             let n = key_ranges(keys);
             assert!(begin(n - 1) < keys && begin(n) >= keys, "{keys}: {n}");
         }
-        assert_eq!(key_ranges(131_072), 128);
-        assert_eq!([1, 512, 513, 16_384, 16_385, 131_072].map(prompt_ranges), [1, 1, 2, 32, 33, 80]);
+        assert_eq!(key_ranges(131_072), 224);
+        assert!(key_ranges(i32::MAX as usize) <= 16 * 48, "groups of attn_merge");
+        assert_eq!([1, 512, 513, 16_384, 16_385, 131_072].map(prompt_ranges), [1, 1, 2, 32, 33, 128]);
     }
 
     /// Guards against kernels that write behind a buffer which was sized for fewer rows or columns: the two forms
