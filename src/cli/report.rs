@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 use super::Failure;
 use super::printable::{Shown, printable};
 use super::streams::{Stderr, Stdout};
-use crate::engine::{BatchSizes, Generation, Links, Opened, Predicted, RequantReport, Session};
+use crate::engine::{BatchSizes, Generation, Links, Opened, Options, Predicted, RequantReport, Session};
 use crate::flow::Latencies;
 use crate::machine;
 use crate::plan::{Home, LinkName, format_bytes};
@@ -299,7 +299,9 @@ impl Report {
             self.backend
         )?;
         writeln!(out, "plan id   {}", self.plan_id)?;
-        writeln!(out, "prompts   {}", self.batch)?;
+        if self.batch.alone > Options::BATCH {
+            writeln!(out, "prompts   {}", self.batch)?;
+        }
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
             match self.part_of_choices {

@@ -4,7 +4,9 @@
 //! A pass carries each unit that streams once, however many tokens it has, and fills a GPU's products better; a larger one needs a
 //! larger workspace, which takes memory from weights, so that each generated token may take longer.
 
-use super::Options;
+/// Tokens of a pass unless told or chosen, and most: results do not depend on how a prompt is cut.
+pub(super) const USUAL: usize = 512;
+pub(super) const MOST: usize = 4096;
 
 /// What a size does for a prompt as long as is to be expected, all by the least times that links and products allow.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,7 +45,7 @@ impl std::fmt::Display for BatchSizes {
 /// Of a request that fills the context, tokens of the prompt for each that is generated.
 const PROMPT_PER_GENERATED: f64 = 7.0;
 /// A larger size is worth its memory if a prompt takes no more than this share of the time.
-const WORTH: f64 = 0.95;
+const WORTH: f64 = 0.92;
 /// How much longer a generated token may take because of a prompt's workspace.
 const SLOWER_MAX: f64 = 1.05;
 /// Most seconds until a request to stop is heard, unless it is so with the smallest size.
@@ -53,10 +55,10 @@ const SHARED_MAX: f64 = 1.5;
 
 /// Sizes to weigh for prompts of up to `prompt` tokens, the smallest first: each twice that before, and one that has all.
 pub(super) fn sizes(prompt: usize) -> Vec<usize> {
-    let most = prompt.min(Options::MAX_BATCH);
-    let doubled = std::iter::successors(Some(Options::BATCH), |b| Some(2 * b)).take_while(|b| *b < most);
+    let most = prompt.min(MOST);
+    let doubled = std::iter::successors(Some(USUAL), |b| Some(2 * b)).take_while(|b| *b < most);
     let mut all: Vec<usize> = doubled.collect();
-    all.push(most.max(Options::BATCH));
+    all.push(most.max(USUAL));
     all
 }
 
@@ -113,7 +115,7 @@ mod tests {
             let decode_s = move |b: usize| 0.02 * (1.0 + slower * (b as f64 / 512.0 - 1.0));
             best(&weighed(0.3, 0.3 / 4096.0, decode_s)).unwrap().alone
         };
-        assert_eq!([0.0, 0.004, 0.01, 0.02, 0.1].map(alone), [4096, 4096, 2048, 1024, 512]);
+        assert_eq!([0.0, 0.006, 0.01, 0.03, 0.1].map(alone), [4096, 4096, 2048, 1024, 512]);
         // A prompt that gains little pays for nothing.
         let of = |batch, prompt_s, decode_s| Weighed { batch, prompt_s, pass_s: 0.1, decode_s, stop_s: 0.0 };
         assert_eq!(best(&[of(512, 1e-4, 0.1), of(1024, 0.5e-4, 0.102)]).unwrap().alone, 512);

@@ -389,7 +389,7 @@ impl<'a> Subject<'a> {
         let work = based.work(self.machine);
         let seconds = |tokens| Some(work.prefill_bound(tokens)?.seconds);
         let pass_s = seconds(batch)?;
-        let rest = if prompt % batch > 0 { seconds(prompt % batch)? } else { 0.0 };
+        let rest = if prompt.is_multiple_of(batch) { 0.0 } else { seconds(prompt % batch)? };
         Some(Weighed {
             batch,
             prompt_s: ((prompt / batch) as f64 * pass_s + rest) / prompt as f64,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{ExpertSlots, HitCurve, Recipe, Sites};
+use super::{ExpertSlots, HitCurve, Recipe, Sites, batch};
 use crate::backend::BackendKind;
 use crate::gguf::TensorType;
 use crate::model::{ForcedRouting, Model};
@@ -76,9 +76,9 @@ pub struct Options {
 
 impl Options {
     /// Tokens of a pass unless told or chosen: results do not depend on how a prompt is cut.
-    pub const BATCH: usize = 512;
+    pub const BATCH: usize = batch::USUAL;
     /// Most tokens of a pass.
-    pub const MAX_BATCH: usize = 4096;
+    pub const MAX_BATCH: usize = batch::MOST;
 
     /// A context of `n_ctx` positions and one row of logits on a backend, all else as the machine and the planner
     /// choose; no timeline.

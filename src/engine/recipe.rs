@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{RecipeError, RecipeFault, RepeatError};
 use super::structure::digest;
-use super::{EngineError, Options, Sites};
+use super::{EngineError, Sites, batch};
 use crate::backend::Share;
 use crate::gguf::TensorType;
 use crate::machine::probe;
@@ -102,7 +102,7 @@ impl Recipe {
 
     fn known(&self) -> bool {
         let requant = self.requant.is_none() || self.requant().is_some();
-        let batch = self.batch.is_none_or(|b| (1..=Options::MAX_BATCH).contains(&b));
+        let batch = self.batch.is_none_or(|b| (1..=batch::MOST).contains(&b));
         self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok()) && self.by_name().is_some() && requant && batch
     }
 

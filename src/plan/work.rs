@@ -172,7 +172,12 @@ mod tests {
     fn prefill_grows_with_tokens_except_for_the_head() {
         let m = machine("h100");
         let block = unit(200 << 20, 1.0, Some(0));
-        assert!(block.prefill_s(&m, Site::Gpu, 512).unwrap() > 3.0 * block.prefill_s(&m, Site::Gpu, 128).unwrap());
+        let s = |tokens| block.prefill_s(&m, Site::Gpu, tokens).unwrap();
+        // Longer ones fill the GPU better: 8B Q8_0 at 512 and 4096 tokens per pass is 1.6 times as fast.
+        let faster = 8.0 * s(512) / s(4096);
+        assert!((1.3..1.7).contains(&faster) && s(512) > 1.5 * s(128), "{faster}");
+        let expert = unit(200 << 20, 0.5, Some(0));
+        assert!(expert.prefill_s(&m, Site::Gpu, 512).unwrap() > 1.5 * s(512));
         let head = unit(200 << 20, 1.0, None);
         assert_eq!(head.prefill_s(&m, Site::Gpu, 512), Some(head.decode_s(&m, Site::Gpu)));
         let unknown = Machine { cpu: crate::plan::CpuSide { threads: 1, decode: None, gemm: None }, ..m };
