@@ -36,12 +36,13 @@ impl Recipe {
         division: Option<&Division>,
     ) -> Recipe {
         let has = |wanted: &dyn Fn(Home) -> bool| plan.homes.iter().any(|h| wanted(*h));
+        let gpu = vram.is_some();
         let vram = vram.filter(|_| has(&|h| h != Home::A));
         let ram = ram.filter(|_| has(&|h| h == Home::C));
         let (bound, larger) = (vram.is_some() || ram.is_some(), options.max_batch > Options::BATCH);
         Recipe {
             model: structure(model),
-            gpu: vram.is_some(),
+            gpu,
             sites: name(options.sites).into(),
             vram,
             ram,
