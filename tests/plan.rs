@@ -304,6 +304,39 @@ fn a_plan_is_saved_and_repeated() {
     refused(&["run", small, "-p", "x", "--backend", "cpu", "--plan", file], 4, &[id, "another shape"]);
 }
 
+/// Guards against prompts of 512 tokens at a time where each pass carries the same experts, and against a workspace for longer
+/// ones that nobody counted or that generated tokens pay for.
+#[test]
+fn a_pass_has_as_many_tokens_of_a_prompt_as_the_plan_finds_best() {
+    let d = tempfile::tempdir().unwrap();
+    let m = shapes::shaped(d.path(), "qwen3-30b-a3b-Q4_K_M").display().to_string();
+    let of = |more: &[&str]| plan(&[&[&m[..], "--machine", "h100"], more].concat());
+    let alone = |v: &Value| v["batch"]["alone"].as_u64().unwrap();
+    let first = |v: &Value| v["first_token"]["seconds"].as_f64().unwrap();
+    let tight = ["--vram", "4GiB", "-p", "4096"];
+    let (chosen, told) = (of(&tight), of(&[&tight[..], &["-b", "512"]].concat()));
+    assert!(alone(&told) == 512 && alone(&chosen) >= 2048, "{chosen:#}");
+    assert!(first(&chosen) < first(&told) / 3.0, "{} {}", first(&chosen), first(&told));
+    assert!(speed(&chosen) > speed(&told) * 0.9, "{} {}", speed(&chosen), speed(&told));
+    let bytes = |key: &str| chosen["memory"][key].as_u64().unwrap();
+    assert!(bytes("vram_weights_bytes") + bytes("vram_session_bytes") <= 4 << 30);
+    assert!(bytes("vram_session_bytes") > told["memory"]["vram_session_bytes"].as_u64().unwrap());
+    // Without a link in the way a pass is longer the more it has: others wait for short ones.
+    let resident = of(&["-p", "4096"]);
+    assert!(alone(&resident) >= 2048 && resident["batch"]["shared"].as_u64() < Some(alone(&resident)), "{resident:#}");
+    // No prompt is longer than the context; computing alone binds processors.
+    assert_eq!(alone(&of(&["--vram", "4GiB", "--ctx", "512"])), 512);
+    assert_eq!(alone(&of(&["--backend", "cpu"])), 512);
+    let text = nt(&["plan", &m, "--machine", "h100", "--vram", "4GiB"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains(&format!("{} tokens per pass", alone(&chosen))), "{text}");
+    // A plan that is made again has its passes.
+    let file = d.path().join("p.toml").display().to_string();
+    let saved = of(&["--vram", "4GiB", "--save", &file]);
+    let again = of(&["--plan", &file]);
+    assert_eq!((&saved["plan_id"], &saved["batch"]["alone"]), (&again["plan_id"], &again["batch"]["alone"]));
+}
+
 /// Guards against a plan that counts all positions of layers whose windows hide all but the last ones, or too few.
 #[test]
 fn layers_with_windows_take_room_for_recent_positions() {

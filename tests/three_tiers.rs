@@ -668,6 +668,8 @@ fn options() -> Options {
         stacked: false,
         n_ctx: 64,
         max_batch: 16,
+        shared_batch: 16,
+        longest_prompt: None,
         outputs: 16,
         requant: None,
         timeline: false,

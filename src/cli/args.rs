@@ -328,18 +328,18 @@ pub struct Placement {
     /// contexts, and lets a conversation go back anywhere without its prompt being computed again.
     #[arg(long)]
     pub swa_full: bool,
-    /// Tokens of the prompt that a pass evaluates at once, 1 to 4096: each pass brings or reads all weights once, so that more take
-    /// less time for a long prompt, and more memory. The text is the same for any number.
+    /// Tokens of the prompt that a pass evaluates at once, 1 to 4096 (default: as the plan finds best, 512 or more): each pass brings
+    /// or reads all weights once, so that more take less time for a long prompt, and more memory. The text is the same for any
+    /// number.
     #[arg(
         long,
         short = 'b',
         visible_alias = "ubatch-size",
         alias = "batch-size",
         value_name = "N",
-        default_value_t = Options::BATCH as u16,
         value_parser = batch
     )]
-    pub batch: u16,
+    pub batch: Option<u16>,
     /// Requantise matrices with more bits to TYPE while they are loaded, so that more of the model fits and less is carried: q8_0,
     /// q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl or mxfp4. What is read from storage stays as the file has it
     /// (`nt stage --requant` makes a drive with smaller ones); `nt perplexity --kl` says how much a text's probabilities change.

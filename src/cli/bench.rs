@@ -33,7 +33,7 @@ use crate::state::{PAGE, SeqId};
 pub struct BenchArgs {
     #[command(flatten)]
     pub(super) model: ModelArg,
-    /// Tokens of the prompt, evaluated in passes of `--batch`; several between commas, or a range as 128-1024*2 or
+    /// Tokens of the prompt, evaluated in passes of `--batch` or as the plan finds best; several between commas, or a range as 128-1024*2 or
     /// 100-400+100; 0 skips prefill.
     #[arg(short = 'p', long, default_value = "512", value_name = "N[,N…]")]
     n_prompt: List,
@@ -173,6 +173,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     options.routing = args.routing.as_ref().map(|r| r.of(&opened)).transpose()?;
     let tests = tests(args);
     let needed = tests.iter().map(Test::positions).max().unwrap_or(1);
+    let longest = tests.iter().map(|t| t.prompt.max(t.depth)).max();
+    options.longest_prompt = options.longest_prompt.and(longest);
     options.outputs = tests.iter().map(Test::texts).max().unwrap_or(1);
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) if n < needed => {
@@ -380,6 +382,7 @@ impl Outcome<'_> {
             "roofline": report.roofline_json(),
             "prediction": report.prediction_json(),
             "n_buffers": s.n_slots(),
+            "batch": s.batch(),
             "backend": s.backend_name(),
             "device": device,
             "vram_bytes": vram_bytes,

@@ -63,12 +63,12 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let mut options = options::options(&args.placement, KvArg::F32)?;
     options.n_ctx = options::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
     options.outputs = Session::outputs_at_once(n_vocab);
+    options.longest_prompt = options.longest_prompt.map(|_| args.tokens.len());
     options.sequences = args.sequences.get();
     if options.sequences > 1 {
         // Each has as many pages as the tokens take.
         options.n_ctx = Pages::of(options.n_ctx).saturating_mul(PAGE).saturating_mul(options.sequences);
     }
-    let batch = options.max_batch.min(options.outputs);
     let watch = start::prepare(&args.placement);
     let (mut session, hidden) = match args.mtp {
         true => {
@@ -81,6 +81,7 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
         false => (start::start(&opened, options, false, &watch)?, None),
     };
     let others = turned(&mut session, args)?;
+    let batch = session.max_batch().min(session.max_outputs());
     let file = safe::create(output).map_err(|e| outputs::failed(output, &e))?;
     let from = Evaluation { parts: &parts, others: &others, hidden: hidden.as_deref(), batch };
     // A part of the matrix has a header that promises more: it is not left behind.
@@ -92,8 +93,8 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
 
 /// What the block for further tokens reads at each position: the final hidden state of the one before, zeros at the first.
 fn hidden(opened: &Opened, options: Options, tokens: &[u32], watch: &Watch) -> Result<Vec<f32>, Failure> {
-    let batch = options.max_batch;
     let mut session = start::start(opened, options, false, watch)?;
+    let batch = session.max_batch();
     let (seq, width) = (session.sequence(), session.n_embd());
     let mut hidden = vec![0.0; width];
     for chunk in tokens.chunks(batch) {

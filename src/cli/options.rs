@@ -12,6 +12,7 @@ use crate::storage::ReaderKind;
 /// The session's options from the command line; `n_ctx` and `outputs` are the caller's.
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
     let (backend, sites) = sites(p)?;
+    let batch = p.batch.map_or(Options::BATCH, usize::from);
     Ok(Options {
         sequences: 1,
         recent: !p.swa_full,
@@ -42,7 +43,10 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         tiers: p.tiers,
         stacked: p.layout == LayoutArg::Stacked,
         n_ctx: 0,
-        max_batch: usize::from(p.batch),
+        max_batch: batch,
+        shared_batch: batch,
+        // Commands that know their prompts say how long those are.
+        longest_prompt: p.batch.is_none().then_some(usize::MAX),
         outputs: 1,
         requant: p.requant(),
         timeline: p.timeline.is_some(),

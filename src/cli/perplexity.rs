@@ -75,6 +75,8 @@ pub fn run(args: &PerplexityArgs) -> Result<(), Failure> {
     let mut options = options::options(&args.placement, KvArg::F16)?;
     options.n_ctx = n_ctx;
     options.outputs = Session::outputs_at_once(opened.model.n_vocab);
+    // Passes with logits of all tokens carry no more than those.
+    options.longest_prompt = options.longest_prompt.map(|_| first_scored(n_ctx));
     if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
         tokens.chunks_exact_mut(n_ctx).for_each(|chunk| chunk[0] = bos);
     }
@@ -168,6 +170,11 @@ struct Scored {
     chunks: usize,
 }
 
+/// The first token of a chunk of so many that is scored: those before give it its context.
+fn first_scored(n_ctx: usize) -> usize {
+    n_ctx / 2
+}
+
 impl Scored {
     /// The perplexity and its standard error.
     fn perplexity(&self) -> (f64, f64) {
@@ -188,12 +195,20 @@ impl Text<'_> {
     ) -> (Scored, Result<(), Failure>) {
         let batch = session.max_batch().min(session.max_outputs());
         let (mut now, mut whole) = (Scored::default(), Scored::default());
-        let first_scored = self.n_ctx / 2;
+        let first_scored = first_scored(self.n_ctx);
+        // What one pass holds is not cut.
+        let silent = if self.n_ctx > batch { first_scored } else { 0 };
         let n_vocab = session.model().n_vocab;
         for chunk in self.tokens.chunks_exact(self.n_ctx).take(self.n_chunks) {
             session.truncate(0);
-            for (c, part) in chunk.chunks(batch).enumerate() {
-                let start = c * batch;
+            let (before, rest) = chunk.split_at(silent);
+            if !before.is_empty()
+                && let Err(e) = start::evaluate(session, before, Class::Bulk, Outputs::None, watch)
+            {
+                return (whole, Err(e));
+            }
+            for (c, part) in rest.chunks(batch).enumerate() {
+                let start = silent + c * batch;
                 if let Err(e) = start::evaluate(session, part, Class::Bulk, Outputs::All, watch) {
                     return (whole, Err(e));
                 }

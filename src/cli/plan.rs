@@ -104,13 +104,14 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         .map_err(|e| codes::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
     // Of a plan that is made again, its own type counts.
+    let chosen = forecast.options(&options);
     let before = forecast.requant.as_ref().map(|_| {
-        let options = Options { requant: None, repeat: None, ..options.clone() };
+        let options = Options { requant: None, repeat: None, ..chosen.clone() };
         Forecast::new(&opened.model, &machine, &options, n_prompt.max(1)).ok()
     });
     let shown = Shown {
         ctx_max: Forecast::ctx_max(&opened.model, &machine, &options),
-        changes: sensitivity(&opened.model, &machine, &options, &forecast),
+        changes: sensitivity(&opened.model, &machine, &chosen, &forecast),
         beyond: match (options.backend, &machine.gpu) {
             (BackendKind::Auto, Some(_)) => refused_by_gpu(&opened.model, &options).map(|why| match why {
                 BackendError::Beyond { what, .. } => what.to_owned(),
@@ -250,6 +251,7 @@ impl Shown {
             "sites": f.sites(),
             "links": f.links(),
             "n_buffers": f.n_buffers(),
+            "batch": f.batch,
             "plan_id": f.recipe.id(),
             "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.plan.embedding_resident },
             "memory": {
@@ -450,7 +452,8 @@ impl Shown {
                 share(s.wait_pass)
             )?;
         }
-        writeln!(out, "prefill   {}", roofline(p.prefill, p.batch).replacen("at most", "tokens/s at most", 1))?;
+        let rate = roofline(p.prefill, p.batch).replacen("at most", "tokens/s at most", 1);
+        writeln!(out, "prefill   {rate}; {}", self.forecast.batch)?;
         if let Some(s) = p.first_token_s {
             let load = p.load_s.map_or(String::new(), |l| format!(", once {l:.0} s of loading are over"));
             writeln!(out, "first     token after {s:.2} s with a prompt of {} tokens{load}", p.prompt)?;

@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 use super::Failure;
 use super::printable::{Shown, printable};
 use super::streams::{Stderr, Stdout};
-use crate::engine::{Generation, Links, Opened, Predicted, RequantReport, Session};
+use crate::engine::{BatchSizes, Generation, Links, Opened, Options, Predicted, RequantReport, Session};
 use crate::flow::Latencies;
 use crate::machine;
 use crate::plan::{Home, LinkName, format_bytes};
@@ -17,6 +17,7 @@ pub struct Report {
     backend: &'static str,
     reader: Option<&'static str>,
     n_buffers: usize,
+    batch: BatchSizes,
     plan_id: String,
     homes: [(usize, u64); 3],
     /// Blocks on storage, and all.
@@ -58,6 +59,7 @@ impl Report {
             backend: session.backend_name(),
             reader: session.reader_name(),
             n_buffers: session.n_slots(),
+            batch: session.batch(),
             plan_id: session.recipe().id(),
             homes,
             blocks: blocks_on_storage(session, opened),
@@ -247,6 +249,7 @@ impl Report {
             "site": self.site(),
             "sites": self.sites_json(),
             "n_buffers": self.n_buffers,
+            "batch": self.batch,
             "plan": self.plan_json(),
             "plan_id": self.plan_id,
             "links": self.links_json(),
@@ -296,6 +299,9 @@ impl Report {
             self.backend
         )?;
         writeln!(out, "plan id   {}", self.plan_id)?;
+        if self.batch.alone > Options::BATCH {
+            writeln!(out, "prompts   {}", self.batch)?;
+        }
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
             match self.part_of_choices {

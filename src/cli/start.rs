@@ -7,8 +7,10 @@ use super::failure::say;
 use super::options::named_places;
 use super::{Failure, ModelArg, Placement, interrupt, outputs};
 use crate::backend::cuda::Device;
-use crate::backend::{BackendKind, Class};
-use crate::engine::{EngineError, Opened, Options, Session, Starting, choose_buffers, this_machine};
+use crate::backend::{BackendError, BackendKind, Class};
+use crate::engine::{
+    EngineError, LackError, Opened, Options, Session, Starting, choose_buffers, this_machine, with_batch,
+};
 use crate::machine::ollama::{self, Eviction};
 use crate::machine::pressure::{self, Watch};
 use crate::model::{ForwardError, Outputs};
@@ -108,11 +110,12 @@ pub(super) fn start_until(
     };
     // Held until the session holds it: what is asked of the GPU before then shares one context with it.
     let _gpu = (options.backend != BackendKind::Cpu).then(|| Device::open(0));
-    let session = match buffers(opened, &options) {
+    let chosen = chosen(opened, &options);
+    let session = match &chosen {
         None => open(options.clone()),
         // What a forecast counts on may have been taken meanwhile.
-        chosen => match open(Options { n_buffers: chosen, ..options.clone() }) {
-            Err(EngineError::Plan(_)) => open(options.clone()),
+        Some(chosen) => match open(chosen.clone()) {
+            Err(e) if lacks_room(&e) => open(options.clone()),
             other => other,
         },
     };
@@ -136,13 +139,25 @@ pub(super) fn start_until(
     Ok(session)
 }
 
-/// The number of buffers by rates that were measured, if it is not given and there are any.
-fn buffers(opened: &Opened, options: &Options) -> Option<usize> {
+/// Whether a session that takes less may start where this one did not.
+fn lacks_room(e: &EngineError) -> bool {
+    use EngineError::{Arena, Backend, Lacking, Plan};
+    matches!(e, Plan(_) | Arena(_) | Backend(BackendError::OutOfMemory { .. }) | Lacking(LackError::Memory { .. }))
+}
+
+/// The options with what a forecast chooses and they leave open: tokens of a pass, where prompts may be longer than the usual one, and
+/// buffers by rates that were measured, if there are any. `None` for nothing.
+fn chosen(opened: &Opened, options: &Options) -> Option<Options> {
     let measured = crate::machine::probe::cache_file().is_some_and(|f| f.exists());
-    if options.n_buffers.is_some() || options.repeat.is_some() || !measured {
+    let buffers = options.n_buffers.is_none() && options.repeat.is_none() && measured;
+    let long = options.longest_prompt.is_some_and(|n| n.min(options.n_ctx) > Options::BATCH);
+    if !buffers && !long {
         return None;
     }
-    choose_buffers(&opened.model, &this_machine(opened, options.backend), options)
+    let (model, machine) = (&opened.model, this_machine(opened, options.backend));
+    let options = if long { with_batch(model, &machine, options) } else { options.clone() };
+    let n_buffers = options.n_buffers.or_else(|| choose_buffers(model, &machine, &options).filter(|_| buffers));
+    Some(Options { n_buffers, ..options })
 }
 
 /// Writes the timeline, if one was asked for.

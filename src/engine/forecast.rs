@@ -1,6 +1,7 @@
 //! What a model will do on a machine, from its header alone: the plan that a session would make, and the
 //! speed that the machine's rates allow.
 
+use super::batch::{self, BatchSizes, Weighed};
 use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of, slot_hits};
@@ -50,6 +51,8 @@ pub struct Forecast {
     pub threads: usize,
     /// Positions of the KV cache.
     pub n_ctx: usize,
+    /// Tokens of a pass.
+    pub batch: BatchSizes,
     /// Bytes of the KV cache.
     pub kv_bytes: u64,
     /// Bytes of VRAM that the backend takes beside weights, KV cache included; 0 without a GPU.
@@ -107,13 +110,9 @@ impl Forecast {
         .with_curve(model);
         let requant = requantised(model, options)?;
         let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
-        // Of a model that is requantised, what units are follows from their homes.
-        let units = requant.is_none().then(|| works(model, &sizes.layouts));
-        let with = |n_buffers| {
-            let options = Options { n_buffers, ..options.clone() };
-            let model = (model, requant.as_ref());
-            Forecast::of_sizes(model, machine, &options, prompt, (&sizes, units.as_deref()))
-        };
+        let subject = Subject::new(model, requant.as_ref(), &sizes, machine);
+        let options = &subject.with_batch(options);
+        let with = |n_buffers| Forecast::of(&subject, &Options { n_buffers, ..options.clone() }, prompt);
         let first = with(options.n_buffers)?;
         if options.n_buffers.is_some() || options.repeat.is_some() || first.n_buffers() == 0 {
             return Ok(first);
@@ -125,48 +124,16 @@ impl Forecast {
         Ok(near.unwrap_or(first))
     }
 
-    fn of_sizes(
-        (file, requant): (&Model, Option<&Requantised>),
-        machine: &Machine,
-        options: &Options,
-        prompt: usize,
-        (sizes, units): (&Sizes, Option<&[UnitWork]>),
-    ) -> Result<Forecast, EngineError> {
-        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } =
-            planned(file, machine, options, sizes)?;
-        let mixed = requant.map(|r| settled(file, Some(r), &plan.homes));
-        let model = mixed.as_ref().unwrap_or(file);
-        let mut units = match units {
-            Some(units) => units.to_vec(),
-            None => works(model, &sizes.layouts_at(&plan.homes)),
-        };
-        let rates = hit_rates_of(model, &plan, options.routing.as_deref());
-        for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
-            u.miss = cache.map_or(1.0, |c| 1.0 - rates[c]);
-        }
-        let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
-        let rates = machine.site_rates(threads).filter(|_| site == Site::Gpu);
-        let repeated = options.repeat.as_ref().and_then(|r| r.rates());
-        let asked = std::cell::Cell::new(None);
-        let rounded = |rates: SiteRates| {
-            let rates = repeated.unwrap_or(rates).rounded();
-            asked.set(Some(rates));
-            rates
-        };
-        let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
-        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
-        let recipe = Recipe::new(file, &plan, options, (vram_room, Some(ram_room)), asked.get(), division.as_ref());
-        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options));
-        let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
-        let beside = division.and_then(timed);
-        let caching = caching(model, &plan, options.routing.as_ref());
-        let work =
-            Work { units: &units, plan: &living, beside: beside.as_ref(), machine, site, threads, caching: &caching };
+    fn of(subject: &Subject<'_>, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
+        let based = subject.based(options)?;
+        let prediction = Prediction::new(&based.work(subject.machine), prompt, options.max_batch);
+        let Based { planned, living, units, beside, recipe, caching, threads } = based;
+        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } = planned;
         Ok(Forecast {
-            prediction: Prediction::new(&work, prompt, options.max_batch),
+            prediction,
             beside,
             recipe,
-            requant: requant.map(|r| RequantReport::new(r, &plan.homes)),
+            requant: subject.requant.map(|r| RequantReport::new(r, &plan.homes)),
             threads,
             site,
             plan,
@@ -174,12 +141,19 @@ impl Forecast {
             caching,
             units,
             n_ctx: options.n_ctx,
-            kv_bytes: kv_bytes(model, options),
+            batch: BatchSizes { alone: options.max_batch, shared: options.shared_batch.min(options.max_batch) },
+            kv_bytes: kv_bytes(subject.file, options),
             workspace_bytes,
             ram_workspace_bytes,
             vram_room,
             ram_room,
         })
+    }
+
+    /// `options`, from which this was made, with the tokens of a pass that the plan chose.
+    pub fn options(&self, options: &Options) -> Options {
+        let BatchSizes { alone, shared } = self.batch;
+        Options { max_batch: alone, shared_batch: shared, longest_prompt: None, ..options.clone() }
     }
 
     /// The same plan where each pass begins with an empty ring.
@@ -319,6 +293,129 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
     Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room })
 }
 
+/// What a forecast is of.
+struct Subject<'a> {
+    file: &'a Model,
+    requant: Option<&'a Requantised>,
+    sizes: &'a Sizes,
+    /// Of a model that is requantised what units are follows from their homes.
+    units: Option<Vec<UnitWork>>,
+    machine: &'a Machine,
+}
+
+/// A plan, and what passes over it are predicted from.
+struct Based {
+    planned: Planned,
+    living: Plan,
+    units: Vec<UnitWork>,
+    beside: Option<plan::Beside>,
+    recipe: Recipe,
+    caching: Caching,
+    threads: usize,
+}
+
+impl Based {
+    fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
+        Work {
+            units: &self.units,
+            plan: &self.living,
+            beside: self.beside.as_ref(),
+            machine,
+            site: self.planned.site,
+            threads: self.threads,
+            caching: &self.caching,
+        }
+    }
+}
+
+impl<'a> Subject<'a> {
+    fn new(file: &'a Model, requant: Option<&'a Requantised>, sizes: &'a Sizes, machine: &'a Machine) -> Subject<'a> {
+        let units = requant.is_none().then(|| works(file, &sizes.layouts));
+        Subject { file, requant, sizes, units, machine }
+    }
+
+    fn based(&self, options: &Options) -> Result<Based, EngineError> {
+        let &Subject { file, requant, sizes, ref units, machine } = self;
+        let planned = planned(file, machine, options, sizes)?;
+        let Planned { site, plan, vram_room, ram_room, .. } = &planned;
+        let mixed = requant.map(|r| settled(file, Some(r), &plan.homes));
+        let model = mixed.as_ref().unwrap_or(file);
+        let mut units = match units {
+            Some(units) => units.clone(),
+            None => works(model, &sizes.layouts_at(&plan.homes)),
+        };
+        let rates = hit_rates_of(model, plan, options.routing.as_deref());
+        for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
+            u.miss = cache.map_or(1.0, |c| 1.0 - rates[c]);
+        }
+        let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
+        let rates = machine.site_rates(threads).filter(|_| *site == Site::Gpu);
+        let repeated = options.repeat.as_ref().and_then(|r| r.rates());
+        let asked = std::cell::Cell::new(None);
+        let rounded = |rates: SiteRates| {
+            let rates = repeated.unwrap_or(rates).rounded();
+            asked.set(Some(rates));
+            rates
+        };
+        let division = rates.and_then(|rates| Division::new(model, plan, options, &|| rounded(rates)));
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
+        let recipe = Recipe::new(file, plan, options, (*vram_room, Some(*ram_room)), asked.get(), division.as_ref());
+        let (living, division) = as_living(model, plan, division, slot_hits(model, plan, options));
+        let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
+        let beside = division.and_then(timed);
+        let caching = caching(model, plan, options.routing.as_ref());
+        Ok(Based { planned, living, units, beside, recipe, caching, threads })
+    }
+
+    /// The options with the tokens of a pass that the plan chooses, where it may.
+    fn with_batch(&self, options: &Options) -> Options {
+        let Some(longest) = options.longest_prompt else { return options.clone() };
+        let prompt = longest.min(options.n_ctx);
+        let of = |max_batch| Options { max_batch, longest_prompt: None, ..options.clone() };
+        let sizes = batch::sizes(prompt);
+        let weighed: Vec<Weighed> = match sizes.len() {
+            1 => Vec::new(),
+            _ => sizes.into_iter().map_while(|batch| self.weighed(&of(batch), prompt)).collect(),
+        };
+        match batch::best(&weighed) {
+            Some(BatchSizes { alone, shared }) => Options { shared_batch: shared, ..of(alone) },
+            None => of(options.max_batch),
+        }
+    }
+
+    /// What passes of so many tokens do for a prompt; `None` where they have no room, or a rate is not known.
+    fn weighed(&self, options: &Options, prompt: usize) -> Option<Weighed> {
+        let (based, batch) = (self.based(options).ok()?, options.max_batch);
+        let work = based.work(self.machine);
+        let seconds = |tokens| Some(work.prefill_bound(tokens)?.seconds);
+        let pass_s = seconds(batch)?;
+        let rest = if prompt.is_multiple_of(batch) { 0.0 } else { seconds(prompt % batch)? };
+        Some(Weighed {
+            batch,
+            prompt_s: ((prompt / batch) as f64 * pass_s + rest) / prompt as f64,
+            pass_s,
+            decode_s: work.decode_bound().1?.seconds,
+            stop_s: work.stop_s(batch)?,
+        })
+    }
+}
+
+/// The options with the tokens of a pass that the plan for this machine chooses, where [`Options::longest_prompt`] lets it, else as they
+/// are.
+pub fn with_batch(model: &Model, machine: &Machine, options: &Options) -> Options {
+    let repeated = options.repeat.as_ref().and_then(|r| r.applied(model, options).ok());
+    let of = repeated.unwrap_or_else(|| options.clone());
+    let chosen = match of.longest_prompt.is_some().then(|| requantised(model, &of)) {
+        Some(Ok(requant)) => {
+            let sizes = Sizes::new(model, requant.as_ref(), of.threads, &|_| DIRECT);
+            Subject::new(model, requant.as_ref(), &sizes, machine).with_batch(&of.with_curve(model))
+        }
+        _ => of,
+    };
+    let Options { max_batch, shared_batch, longest_prompt, .. } = chosen;
+    Options { max_batch, shared_batch, longest_prompt, ..options.clone() }
+}
+
 /// What a prediction is made of.
 struct Work<'a> {
     units: &'a [UnitWork],
@@ -351,28 +448,55 @@ impl Work<'_> {
         let unit_s = decode_seconds(self.units, &self.plan.homes, self.beside, self.machine, self.site);
         PassWork { unit_s, beside_s: pass_s(self.site), experts: experts(self.units, 1), prompt: false, ahead: false }
     }
+
+    /// What a pass of one token moves, and its roofline.
+    fn decode_bound(&self) -> (Traffic, Option<Roofline>) {
+        let parts = self.beside.map(|b| b.parts(self.units));
+        let traffic = Traffic::new(self.units, &self.plan.homes, parts.as_deref(), self.on_device(), 1);
+        let one = self.decode();
+        let compute = match self.beside {
+            Some(beside) => beside.chain_s(self.units, &one.unit_s),
+            None => self.units.iter().zip(&one.unit_s).map(|(u, s)| s * u.share).sum(),
+        };
+        (traffic, roofline(&traffic, &rates(self.machine), Some(compute + pass_s(self.site))))
+    }
+
+    /// The roofline of a pass over so many tokens of a prompt; `None` if the speed of products is not known.
+    fn prefill_bound(&self, tokens: usize) -> Option<Roofline> {
+        let compute: f64 = self.prefill_seconds(tokens)?.sum();
+        let traffic = Traffic::new(self.units, &self.plan.homes, None, self.on_device(), tokens);
+        roofline(&traffic, &rates(self.machine), Some(compute + pass_s(self.site)))
+    }
+
+    /// Seconds of computing each unit in such a pass, by how often it is used.
+    fn prefill_seconds(&self, tokens: usize) -> Option<impl Iterator<Item = f64>> {
+        let unit_s = prefill_work(self.units, self.machine, self.site, tokens)?.unit_s;
+        Some(self.units.iter().zip(unit_s).map(move |(u, s)| s * u.used_by(tokens)))
+    }
+
+    /// Seconds of computing in such a pass from a request to stop until it is heard: on processors those of a block; a GPU has been called
+    /// ahead, up to where the next units have no frames.
+    fn stop_s(&self, tokens: usize) -> Option<f64> {
+        let all = self.prefill_seconds(tokens)?;
+        if self.on_device() {
+            let brought = self.plan.homes.iter().filter(|h| **h != Home::A).count();
+            let part = (self.plan.device_slots + 1) as f64 / brought.max(1) as f64;
+            return Some(all.sum::<f64>() * part.min(1.0));
+        }
+        let of_units: Vec<(Option<usize>, f64)> = self.units.iter().map(|u| u.size.block).zip(all).collect();
+        let blocks = of_units.chunk_by(|a, b| a.0 == b.0).map(|block| block.iter().map(|u| u.1).sum());
+        Some(blocks.fold(0.0, f64::max))
+    }
 }
 
 impl Prediction {
     fn new(work: &Work<'_>, prompt: usize, max_batch: usize) -> Prediction {
         let &Work { units, plan, machine, site, .. } = work;
         let rates = rates(machine);
-        let on_device = work.on_device();
-        let parts = work.beside.map(|b| b.parts(units));
-        let traffic = Traffic::new(units, &plan.homes, parts.as_deref(), on_device, 1);
-        let one = work.decode();
-        let compute = match work.beside {
-            Some(beside) => beside.chain_s(units, &one.unit_s),
-            None => units.iter().zip(&one.unit_s).map(|(u, s)| s * u.share).sum(),
-        };
-        let decode = roofline(&traffic, &rates, Some(compute + pass_s(site)));
-        let simulated = decode.map(|_| work.setup(&rates, true).settled(&one));
+        let (traffic, decode) = work.decode_bound();
+        let simulated = decode.map(|_| work.setup(&rates, true).settled(&work.decode()));
         let batch = prompt.clamp(1, max_batch);
-        let prefill = prefill_work(units, machine, site, batch).and_then(|work| {
-            let compute: f64 = units.iter().zip(&work.unit_s).map(|(u, s)| s * u.used_by(batch)).sum();
-            let traffic = Traffic::new(units, &plan.homes, None, on_device, batch);
-            roofline(&traffic, &rates, Some(compute + pass_s(site)))
-        });
+        let prefill = work.prefill_bound(batch);
         let resident = units.iter().zip(&plan.homes).filter(|(_, h)| **h != Home::C).map(|(u, _)| u.bytes).sum::<u64>();
         let setup = work.setup(&rates, false);
         Prediction {

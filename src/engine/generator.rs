@@ -154,7 +154,7 @@ impl<'t, S: BorrowMut<Sampler>> Generator<'t, S> {
     pub fn new(session: &Session, tokenizer: &'t Tokenizer) -> Generator<'t, S> {
         let rows = session.max_batch();
         let parts = session.parts_max().min(session.max_outputs());
-        let limits = Limits { rows, exact: rows.min(EXACT_ROWS), parts };
+        let limits = Limits { rows, shared: session.batch().shared, exact: rows.min(EXACT_ROWS), parts };
         Generator {
             tokenizer,
             scheduler: Scheduler::new(limits),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{ExpertSlots, HitCurve, Recipe, Sites};
+use super::{ExpertSlots, HitCurve, Recipe, Sites, batch};
 use crate::backend::BackendKind;
 use crate::gguf::TensorType;
 use crate::model::{ForcedRouting, Model};
@@ -60,6 +60,10 @@ pub struct Options {
     pub n_ctx: usize,
     /// Tokens a pass may carry.
     pub max_batch: usize,
+    /// Tokens of prompts in a pass while other texts wait for theirs, if that is fewer.
+    pub shared_batch: usize,
+    /// Where the plan may choose both ([`super::with_batch`]), tokens of the longest prompt to expect, or more; `None` to leave them.
+    pub longest_prompt: Option<usize>,
     /// Rows of logits a pass may ask for.
     pub outputs: usize,
     /// The type that larger matrices get while they are loaded; `None` to leave all as the file has them.
@@ -71,10 +75,10 @@ pub struct Options {
 }
 
 impl Options {
-    /// Tokens of a pass unless told: results do not depend on how a prompt is cut.
-    pub const BATCH: usize = 512;
+    /// Tokens of a pass unless told or chosen: results do not depend on how a prompt is cut.
+    pub const BATCH: usize = batch::USUAL;
     /// Most tokens of a pass.
-    pub const MAX_BATCH: usize = 4096;
+    pub const MAX_BATCH: usize = batch::MOST;
 
     /// A context of `n_ctx` positions and one row of logits on a backend, all else as the machine and the planner
     /// choose; no timeline.
@@ -102,6 +106,8 @@ impl Options {
             stacked: false,
             n_ctx,
             max_batch: Options::BATCH,
+            shared_batch: Options::BATCH,
+            longest_prompt: None,
             outputs: 1,
             requant: None,
             timeline: false,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{RecipeError, RecipeFault, RepeatError};
 use super::structure::digest;
-use super::{EngineError, Sites};
+use super::{EngineError, Sites, batch};
 use crate::backend::Share;
 use crate::gguf::TensorType;
 use crate::machine::probe;
@@ -50,6 +50,9 @@ pub struct Recipe {
     pub(super) rates: Option<[u64; 3]>,
     /// Which units processors next to the GPU compute; of none, empty.
     pub(super) divided: String,
+    /// Most tokens of a pass, where those are more than usual and their workspace takes memory from weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) batch: Option<usize>,
     /// The type that larger matrices got, by its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) requant: Option<String>,
@@ -99,7 +102,8 @@ impl Recipe {
 
     fn known(&self) -> bool {
         let requant = self.requant.is_none() || self.requant().is_some();
-        self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok()) && self.by_name().is_some() && requant
+        let batch = self.batch.is_none_or(|b| (1..=batch::MOST).contains(&b));
+        self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok()) && self.by_name().is_some() && requant && batch
     }
 
     pub(super) fn requant(&self) -> Option<TensorType> {
@@ -206,9 +210,14 @@ mod tests {
     fn what_is_no_plan_is_refused() {
         let good = Recipe { sites: "auto".into(), tiers: Some("1:2:3".into()), ..Recipe::default() }.text();
         assert!(Recipe::parse(&good).is_ok());
-        for (from, to) in
-            [("auto", "many"), ("1:2:3", "1:2"), ("gpu = false", "gpu = 3"), ("gpu", "gqu"), ("[[plan]]", "")]
-        {
+        for (from, to) in [
+            ("auto", "many"),
+            ("1:2:3", "1:2"),
+            ("gpu = false", "gpu = 3"),
+            ("gpu", "gqu"),
+            ("[[plan]]", ""),
+            ("divided", "batch = 0\ndivided"),
+        ] {
             assert!(Recipe::parse(&good.replace(from, to)).is_err(), "{from} {to}");
         }
         assert!(Recipe::parse("").is_err() && Recipe::parse(&(good.clone() + &good)).is_err());

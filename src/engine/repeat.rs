@@ -36,12 +36,16 @@ impl Recipe {
         division: Option<&Division>,
     ) -> Recipe {
         let has = |wanted: &dyn Fn(Home) -> bool| plan.homes.iter().any(|h| wanted(*h));
+        let gpu = vram.is_some();
+        let vram = vram.filter(|_| has(&|h| h != Home::A));
+        let ram = ram.filter(|_| has(&|h| h == Home::C));
+        let (bound, larger) = (vram.is_some() || ram.is_some(), options.max_batch > Options::BATCH);
         Recipe {
             model: structure(model),
-            gpu: vram.is_some(),
+            gpu,
             sites: name(options.sites).into(),
-            vram: vram.filter(|_| has(&|h| h != Home::A)),
-            ram: ram.filter(|_| has(&|h| h == Home::C)),
+            vram,
+            ram,
             tiers: options.tiers.map(|t| format!("{}:{}:{}", t.a, t.b, t.c)),
             stacked: options.stacked,
             storage: options.storage,
@@ -52,7 +56,16 @@ impl Recipe {
             more_frames: options.more_frames,
             rates: rates.map(|r| [r.ram, r.link, r.device].map(|rate| rate as u64)),
             divided: divided(division),
+            batch: (bound && larger).then_some(options.max_batch),
             requant: options.requant.map(|ty| ty.name().into()),
+        }
+    }
+
+    /// Tokens of a pass and the longest prompt for which they may be chosen, of options that leave them to the plan.
+    fn batch_of(&self, options: &Options) -> (usize, Option<usize>) {
+        match options.longest_prompt {
+            Some(_) if self.vram.is_some() || self.ram.is_some() => (self.batch.unwrap_or(Options::BATCH), None),
+            longest => (options.max_batch, longest),
         }
     }
 
@@ -72,7 +85,10 @@ impl Recipe {
                 None => RepeatError::NoType,
             }));
         }
+        let (max_batch, longest_prompt) = self.batch_of(options);
         Ok(Options {
+            max_batch,
+            longest_prompt,
             sites: self.by_name().unwrap_or(options.sites),
             ram: self.ram.or(options.ram),
             tiers: self.tiers.as_ref().and_then(|t| t.parse().ok()),

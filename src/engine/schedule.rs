@@ -15,6 +15,8 @@ pub struct JobId(pub u64);
 pub struct Limits {
     /// Rows of all classes.
     pub rows: usize,
+    /// The same of a pass for which others wait: a long prompt's would keep theirs up.
+    pub shared: usize,
     /// Rows of class [`Class::Exact`].
     pub exact: usize,
     /// Sequences; where it is 1, each pass is of one sequence and one class.
@@ -118,18 +120,19 @@ impl Scheduler {
         }
         let n = self.entries.len();
         self.turn = if n > 0 { self.turn % n } else { 0 };
+        let rows = if self.running() > 1 { self.limits.shared.min(self.limits.rows) } else { self.limits.rows };
         if self.limits.parts == 1 {
             let in_turn = (0..n).map(|i| (self.turn + i) % n).find(|&i| self.entries[i].admitted);
             if let Some(i) = in_turn {
                 let class = if self.entries[i].prompt > 0 { Class::Bulk } else { Class::Exact };
-                self.share(i, class, self.limits.rows, shares);
+                self.share(i, class, rows, shares);
                 self.turn = i + 1;
             }
             return;
         }
         let prompts = self.entries.iter().any(|e| e.admitted && e.prompt > 0);
         // Prompts get on too, however many texts are being generated.
-        let most = self.limits.exact.min(self.limits.rows).min(self.limits.parts - usize::from(prompts));
+        let most = self.limits.exact.min(rows).min(self.limits.parts - usize::from(prompts));
         let mut last = None;
         let turn = self.turn;
         for i in (0..n).map(|i| (turn + i) % n) {
@@ -142,7 +145,7 @@ impl Scheduler {
         if let Some(i) = last.filter(|_| shares.len() == most) {
             self.turn = i + 1;
         }
-        let mut room = self.limits.rows - shares.len();
+        let mut room = rows - shares.len();
         for i in 0..n {
             let e = self.entries[i];
             if e.admitted && e.prompt > 0 && room > 0 && shares.len() < self.limits.parts {
@@ -183,7 +186,8 @@ mod tests {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let mut below = |n: usize| rng.random_range(0..n);
             let rows = 1 + below(40);
-            let limits = Limits { rows, exact: 8.min(rows), parts: [1, 3, 9, 40][below(4)] };
+            let shared = 1 + below(rows);
+            let limits = Limits { rows, shared, exact: 8.min(rows), parts: [1, 3, 9, 40][below(4)] };
             let all_pages = 4 + below(20);
             let mut scheduler = Scheduler::new(limits);
             // Of each job: tokens of the prompt and to generate, pages that it has and may take, and when it was last seen.
@@ -199,7 +203,8 @@ mod tests {
                 let used: usize = jobs.values().map(|j| j.2).sum();
                 scheduler.next(all_pages - used, &mut shares);
                 assert!(!shares.is_empty() || jobs.is_empty(), "seed {seed}: nobody runs, {jobs:?}");
-                assert!(shares.iter().map(|s| s.rows).sum::<usize>() <= limits.rows && shares.len() <= limits.parts);
+                let most = if scheduler.running() > 1 { limits.shared } else { limits.rows };
+                assert!(shares.iter().map(|s| s.rows).sum::<usize>() <= most && shares.len() <= limits.parts);
                 assert!(shares.iter().filter(|s| s.class == Class::Exact).count() <= limits.exact);
                 assert!(shares.is_sorted_by_key(|s| s.class == Class::Bulk), "generated tokens come first");
                 // A pass that fails is planned again.
@@ -237,7 +242,7 @@ mod tests {
 
     #[test]
     fn a_job_waits_until_its_pages_are_free() {
-        let mut s = Scheduler::new(Limits { rows: 8, exact: 8, parts: 8 });
+        let mut s = Scheduler::new(Limits { rows: 8, shared: 8, exact: 8, parts: 8 });
         let mut shares = Vec::new();
         s.add(JobId(1), 4, 3);
         s.add(JobId(2), 4, 3);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{EngineError, Links, Options, Recipe, RequestError, reuse};
+use super::{BatchSizes, EngineError, Links, Options, Recipe, RequestError, reuse};
 use smallvec::SmallVec;
 
 use crate::backend::quantise::quantise;
@@ -762,6 +762,12 @@ impl Session {
     /// Most tokens of a pass.
     pub fn max_batch(&self) -> usize {
         self.options.max_batch.min(self.options.n_ctx)
+    }
+
+    /// Most tokens of a pass, also of one for which other texts wait.
+    pub fn batch(&self) -> BatchSizes {
+        let alone = self.max_batch();
+        BatchSizes { alone, shared: self.options.shared_batch.min(alone) }
     }
 
     /// Threads that compute.

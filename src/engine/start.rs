@@ -181,7 +181,6 @@ impl Session {
         let tape = if requant.is_some() { Tape::new(&model) } else { tape };
         let requanted = requant.as_ref().map(|r| RequantReport::new(r, &plan.homes));
         notes.extend(requanted.as_ref().and_then(RequantReport::note));
-        notes.extend(memory.as_ref().and_then(|_| larger_batch(&model, &plan, &options)));
         let mut places = Places::take(&plan, &sizes, own_embedding(&model, memory.is_some()))?;
         reader.attach(&places.arena.whole())?;
         if let (Some(memory), Some((resident, slots))) = (&memory, device.take()) {
@@ -304,18 +303,6 @@ pub fn beyond_training(h: &HParams, n_ctx: usize) -> Option<String> {
             "the context of {n_ctx} tokens is longer than the {reach} that the model was trained on: text gets worse beyond them (--rope-scaling yarn --rope-factor {} may help)",
             n_ctx.div_ceil(h.n_ctx_train)
         )
-    })
-}
-
-/// What a larger batch would gain a long prompt: every pass over one brings nearly all experts that are not in the device's memory.
-fn larger_batch(model: &Model, plan: &Plan, options: &Options) -> Option<String> {
-    let routed = |u: &UnitSpec| matches!(u.kind, UnitKind::Expert { .. });
-    let brought = plan.homes.iter().zip(&model.units).filter(|(home, u)| **home != Home::A && routed(u));
-    let bytes: u64 = brought.map(|(_, u)| u.bytes()).sum();
-    let long = options.n_ctx >= 4 * options.max_batch && options.max_batch < Options::MAX_BATCH / 2;
-    (bytes > 0 && long).then(|| {
-        let (bytes, batch) = (format_bytes(bytes), options.max_batch);
-        format!("each {batch} tokens of a prompt bring {bytes} of experts to the GPU; --batch 2048 makes long prompts faster, for some VRAM")
     })
 }
 

@@ -39,6 +39,15 @@ fn cpu_share(ty: TensorType) -> f64 {
     if ty == TensorType::MXFP4 { 0.5 } else { 1.0 }
 }
 
+/// Tokens of the passes by which the speed of a GPU's products is given, and those at which it is half of what very long ones reach:
+/// each pass turns weights to halves, and reads them, once. On an H100 two sizes of pass give 395 for 8B Q8_0 and 247 for 30B-A3B
+/// (docs/benchmarks.md, larger batches).
+const SPEED_TOKENS: f64 = 512.0;
+const HALF_SPEED_TOKENS: f64 = 300.0;
+/// The share of that speed that a GPU's products with experts reach, whose rows are few for each: 30B-A3B and gpt-oss-20b, all in an
+/// H100's VRAM (docs/benchmarks.md).
+const EXPERTS_SHARE: f64 = 0.25;
+
 /// Fixed overhead per pass on a GPU, excluding units: logits to the host, and the next token's row back.
 const GPU_PASS_S: f64 = 100e-6;
 /// The same on processors, whose threads only meet.
@@ -98,8 +107,16 @@ impl UnitWork {
             return Some(once);
         }
         let weights: u64 = self.matrices.iter().map(|m| m.2).sum();
+        let part = if site == Site::Gpu { self.share_of_speed(tokens) } else { 1.0 };
         let tokens = tokens as f64 * self.share / self.used_by(tokens);
-        Some((2.0 * weights as f64 * tokens / (speed.tflops * 1e12)).max(once))
+        Some((2.0 * weights as f64 * tokens / (speed.tflops * 1e12 * part)).max(once))
+    }
+
+    /// What a GPU's products reach of their speed in a pass of so many tokens.
+    fn share_of_speed(&self, tokens: usize) -> f64 {
+        let tokens = tokens as f64;
+        let filled = tokens / (tokens + HALF_SPEED_TOKENS) * (SPEED_TOKENS + HALF_SPEED_TOKENS) / SPEED_TOKENS;
+        filled * if self.size.routed() { EXPERTS_SHARE } else { 1.0 }
     }
 
     /// Chance that any of `tokens` tokens uses it, each choosing by itself.
@@ -155,7 +172,12 @@ mod tests {
     fn prefill_grows_with_tokens_except_for_the_head() {
         let m = machine("h100");
         let block = unit(200 << 20, 1.0, Some(0));
-        assert!(block.prefill_s(&m, Site::Gpu, 512).unwrap() > 3.0 * block.prefill_s(&m, Site::Gpu, 128).unwrap());
+        let s = |tokens| block.prefill_s(&m, Site::Gpu, tokens).unwrap();
+        // Longer ones fill the GPU better: 8B Q8_0 at 512 and 4096 tokens per pass is 1.6 times as fast.
+        let faster = 8.0 * s(512) / s(4096);
+        assert!((1.3..1.7).contains(&faster) && s(512) > 1.5 * s(128), "{faster}");
+        let expert = unit(200 << 20, 0.5, Some(0));
+        assert!(expert.prefill_s(&m, Site::Gpu, 512).unwrap() > 1.5 * s(512));
         let head = unit(200 << 20, 1.0, None);
         assert_eq!(head.prefill_s(&m, Site::Gpu, 512), Some(head.decode_s(&m, Site::Gpu)));
         let unknown = Machine { cpu: crate::plan::CpuSide { threads: 1, decode: None, gemm: None }, ..m };
