@@ -34,8 +34,8 @@ ARGS_FIELD(AttnArgs, pass, 56); ARGS_FIELD(AttnArgs, scale, 64); ARGS_FIELD(Attn
 ARGS_FIELD(AttnArgs, sinks, 72); ARGS_FIELD(AttnArgs, window, 80); ARGS_FIELD(AttnArgs, chunk, 84);
 ARGS_FIELD(AttnArgs, skip, 88);
 
-// Ranges of prompts are sixteen times as long.
-#define LONGER 16
+// Ranges of prompts are eight times as long.
+#define LONGER 8
 __device__ __forceinline__ int bulk_begin(int i) { return LONGER * range_begin(i); }
 __device__ __forceinline__ int bulk_range_of(int key) { return range_of(key / LONGER); }
 

@@ -17,9 +17,9 @@ pub(super) fn key_ranges(keys: usize) -> usize {
     ranges
 }
 
-/// Ranges into which those of prompts divide them: each is sixteen times as long.
+/// Ranges into which those of prompts divide them: each is eight times as long.
 pub(super) fn prompt_ranges(keys: usize) -> usize {
-    key_ranges(keys.div_ceil(16))
+    key_ranges(keys.div_ceil(8))
 }
 
 /// Most bytes between the pieces of an expert in RAM.
@@ -452,7 +452,7 @@ mod tests {
         }
         assert_eq!(key_ranges(131_072), 224);
         assert!(key_ranges(i32::MAX as usize) <= 16 * 48, "groups of attn_merge");
-        assert_eq!([1, 1024, 1025, 65_536, 65_537, 131_072].map(prompt_ranges), [1, 1, 2, 64, 65, 96]);
+        assert_eq!([1, 512, 513, 16_384, 16_385, 131_072].map(prompt_ranges), [1, 1, 2, 32, 33, 128]);
     }
 
     /// Guards against kernels that write behind a buffer which was sized for fewer rows or columns: the two forms
