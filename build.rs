@@ -28,8 +28,9 @@ const HEADERS: &[&str] = &[
     "plain.cuh",
     "thin.cuh",
 ];
-const UNITS: &[&str] =
-    &["bulk", "gemv", "plain", "dequant", "gemm", "thin", "attn", "wide", "ops", "hand", "acts", "mixers", "moe"];
+const UNITS: &[&str] = &[
+    "bulk", "gemv", "plain", "dequant", "gemm", "thin", "attn", "wide", "ops", "hand", "acts", "delta", "mixers", "moe",
+];
 
 struct Job {
     unit: &'static str,

@@ -326,7 +326,7 @@ pub enum Op<W> {
     },
     /// `Attn = scan of Mix, Alpha and Gates`.
     Scan(Scan<W>),
-    /// `Attn = delta net of Mix (queries, keys, values), Beta, Alpha and Gates`.
+    /// `Attn = delta net of Mix (queries, keys, values), Beta, Alpha and Gates`, of which Gates alone are left as they were.
     DeltaNet(DeltaNet<W>),
     /// Q, K and V of latent vectors.
     Latent(Latent<W>),

@@ -327,6 +327,7 @@ pub(super) struct DeltaArgs {
     pub each: i32,
     pub tiled: i32,
     pub eps: f32,
+    pub dim: i32,
 }
 
 #[repr(C)]
@@ -563,7 +564,7 @@ layouts! {
     RouteByArgs 64 { scores 0, bias 8, ids 16, weights 24, tokens 32, experts 36, used 40, gating 44, normalize 48, groups 52, kept 56, scale 60 }
     States 32 { all 0, pass 8, state 16, floats 24, offset 28 }
     ConvArgs 72 { states 0, mix 32, out 40, w 48, rows 56, channels 60, taps 64 }
-    DeltaArgs 128 { states 0, mix 32, beta 40, alpha 48, gates 56, out 64, decay 72, bias 80, norm 88, rows 96, channels 100, n_keys 104, n_values 108, each 112, tiled 116, eps 120 }
+    DeltaArgs 128 { states 0, mix 32, beta 40, alpha 48, gates 56, out 64, decay 72, bias 80, norm 88, rows 96, channels 100, n_keys 104, n_values 108, each 112, tiled 116, eps 120, dim 124 }
     WideArgs 104 { q 0, k 8, v 16, out 24, ml 32, pass 40, sinks 48, n_heads 56, n_kv_heads 60, n_places 64, tokens 68, dk 72, dv 76, scale 80, cap 84, window 88, chunk 92, apart 96 }
     HeadsArgs 152 { of 0, v_heads 136, v_normed 140, v_eps 144 }
     BiasedConvArgs 80 { of 0, bias 72 }
@@ -596,6 +597,7 @@ mod tests {
             include_str!("../../../kernels/mixers.cu"),
             include_str!("../../../kernels/ops.cu"),
             include_str!("../../../kernels/acts.cu"),
+            include_str!("../../../kernels/delta.cu"),
             include_str!("../../../kernels/moe.cu"),
         ]
         .concat();

@@ -121,8 +121,12 @@ pub(super) struct Acts {
     pub route_by: Func,
     pub conv: Func,
     pub short_conv: Func,
-    /// By [`DELTA_DIMS`].
+    /// Delta nets of exact rows, by [`DELTA_DIMS`].
     pub delta: [Func; 3],
+    /// Those of bulk rows: what a row is on its own, then by [`DELTA_DIMS`] what follows from the row before, then the norm.
+    pub delta_rows: Func,
+    pub delta_columns: [Func; 3],
+    pub delta_norm: Func,
     pub copy: Func,
     pub multiply: Func,
     pub part: Func,
@@ -140,6 +144,7 @@ impl Acts {
     fn load(l: &Loader) -> Result<Acts, BackendError> {
         let get = |name: &str| l.get("acts", name);
         let mixer = |name: &str| l.get("mixers", name);
+        let delta = |name: &str| l.get("delta", name);
         Ok(Acts {
             add: get("act_add")?,
             scale: get("act_scale")?,
@@ -152,7 +157,10 @@ impl Acts {
             route_by: get("route_by")?,
             conv: get("conv")?,
             short_conv: get("short_conv")?,
-            delta: [get("delta_32")?, get("delta_64")?, get("delta_128")?],
+            delta: [delta("delta_32")?, delta("delta_64")?, delta("delta_128")?],
+            delta_rows: delta("delta_rows")?,
+            delta_columns: [delta("delta_columns_32")?, delta("delta_columns_64")?, delta("delta_columns_128")?],
+            delta_norm: delta("delta_norm")?,
             copy: get("act_copy")?,
             multiply: get("act_multiply")?,
             part: get("act_part")?,

@@ -5,12 +5,14 @@ use super::args::{BiasedConvArgs, ConvArgs, DeltaArgs, GroupsArgs, PartNormArgs,
 use super::driver::device_error;
 use super::modules::{DELTA_DIMS, SCAN_STATES, TAPS_MAX};
 use super::workspace::float_bytes;
-use crate::backend::{Act, BackendError, DeltaNet, Recurrent, Scan, Weight};
+use crate::backend::{Act, BackendError, Class, DeltaNet, Recurrent, Scan, Weight};
 
 type Result<T = ()> = std::result::Result<T, BackendError>;
 
 /// Elements of a head that a warp of `scan_*` has.
 const SCAN_ELEMENTS: usize = 4;
+/// Columns of a state that a block of `delta_columns_*` has: `COLUMNS` of `delta.cu`.
+const DELTA_COLUMNS: usize = 32;
 
 impl CudaBackend {
     pub(super) fn copy_state(&self, from: u32, to: u32) -> Result {
@@ -86,11 +88,28 @@ impl CudaBackend {
             each: if net.tiled { heads } else { 2 * heads } as i32,
             tiled: i32::from(net.tiled),
             eps: net.norm.eps,
+            dim: dim as i32,
         };
-        let f = self.engine.kernels.acts.delta[kernel];
-        // SAFETY: DeltaArgs is what delta_* declare; `begin` has checked the state's number, and the room for results is
-        // checked above.
-        unsafe { self.engine.launch(f, (heads as u32, 1, 1), 4 * dim as u32, 0, &a) }
+        let acts = &self.engine.kernels.acts;
+        if self.engine.class == Class::Exact {
+            // SAFETY: DeltaArgs is what delta_* declare; `begin` has checked the state's number, and the room for results is
+            // checked above.
+            return unsafe { self.engine.launch(acts.delta[kernel], (heads as u32, 1, 1), 4 * dim as u32, 0, &a) };
+        }
+        let rooms = &self.engine.ws.rooms;
+        rooms.check("queries and keys of a delta net", a.mix, float_bytes(self.tokens, sizes.channels))?;
+        for numbers in [a.beta, a.alpha] {
+            rooms.check("numbers of a delta net", numbers, float_bytes(self.tokens, a.each as usize))?;
+        }
+        let of_rows = self.tokens * (2 * sizes.n_keys + heads.div_ceil(32));
+        let blocks = |warps: usize| (warps.div_ceil(8) as u32, 1, 1);
+        let slices = (heads * (dim / DELTA_COLUMNS)) as u32;
+        // SAFETY: as above; the rows of Mix, Beta and Alpha that are written are there, as just checked.
+        unsafe {
+            self.engine.launch(acts.delta_rows, blocks(of_rows), 256, 0, &a)?;
+            self.engine.launch(acts.delta_columns[kernel], (slices, 1, 1), 4 * DELTA_COLUMNS as u32, 0, &a)?;
+            self.engine.launch(acts.delta_norm, blocks(self.tokens * heads), 256, 0, &a)
+        }
     }
 
     /// A state space, and the norm of each group.
