@@ -5,6 +5,8 @@ mod common;
 
 #[path = "three_tiers/aborts.rs"]
 mod aborts;
+#[path = "three_tiers/lost.rs"]
+mod lost;
 #[path = "three_tiers/mixed.rs"]
 mod mixed;
 
@@ -152,13 +154,18 @@ struct Late {
 /// An error for ever once the countdown is over.
 fn there(gone_in: &Mutex<Option<u64>>) -> Result<(), BackendError> {
     match gone_in.lock().unwrap().as_mut() {
-        Some(0) => Err(BackendError::Device { backend: "second", what: "the device is gone".into() }),
+        Some(0) => Err(BackendError::Lost { backend: "second", what: "the device is gone".into() }),
         Some(n) => {
             *n -= 1;
             Ok(())
         }
         None => Ok(()),
     }
+}
+
+/// The same, without counting.
+fn there_still(gone_in: &Mutex<Option<u64>>) -> Result<(), BackendError> {
+    if *gone_in.lock().unwrap() == Some(0) { there(gone_in) } else { Ok(()) }
 }
 
 /// Counts down; an error when it gets to zero.
@@ -392,6 +399,9 @@ impl Detached {
 impl Backend for Detached {
     fn name(&self) -> &'static str {
         "second"
+    }
+    fn lost(&self) -> Option<BackendError> {
+        there_still(&self.memory.gone_in).err()
     }
     fn supports(&self, ty: TensorType) -> bool {
         self.cpu.supports(ty)
@@ -900,7 +910,7 @@ fn a_copy_that_fails_is_an_error_and_everything_is_released() {
         for n in 1..8 {
             *countdown.lock().unwrap() = n;
             let e = logits(&mut session).unwrap_err().to_string();
-            assert!(e.contains("the copy engine is gone"), "{e}");
+            assert!(e.contains("the copy engine is gone") && session.lost().is_none(), "{e}");
             assert!(logits(&mut session).unwrap() == want, "{n}");
         }
     }
@@ -922,6 +932,7 @@ fn a_device_that_vanishes_ends_every_pass_with_an_error_and_everything_is_releas
         let e = first.take().unwrap_or_else(|| panic!("nine passes without a device, {calls}")).to_string();
         assert!(e.contains("the device is gone"), "{calls}: {e}");
         assert!(logits(&mut session).is_err(), "{calls}: a pass after the device was gone");
+        assert!(session.lost().is_some(), "{calls}");
         drop(session);
         assert_eq!(*memory.used.lock().unwrap(), 0, "{calls}");
     }

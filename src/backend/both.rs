@@ -599,6 +599,10 @@ impl Backend for Both {
         self.forget();
     }
 
+    fn lost(&self) -> Option<BackendError> {
+        self.device.lost()
+    }
+
     fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
         Both::catch_up(self)?;
         self.device.begin(runs)

@@ -521,6 +521,16 @@ pub enum BackendError {
         /// Bytes that the buffer has from there on; 0 for an address in no buffer.
         room: u64,
     },
+    /// The device answers this process no more, whatever is asked.
+    #[error(
+        "{backend}: {what}; the GPU answers this process no more, so that nt has to be started again (`dmesg` may say why, in lines with Xid)"
+    )]
+    Lost {
+        /// The backend's name.
+        backend: &'static str,
+        /// Its words.
+        what: String,
+    },
     /// The device or its driver reported an error.
     #[error("{backend}: {what}")]
     Device {
@@ -639,6 +649,11 @@ pub trait Backend {
 
     /// The pass has failed: nothing is to wait for the rest of it.
     fn abandon(&mut self) {}
+
+    /// Why every pass will fail from now on; `None` if the next may well succeed. Asked when one has failed.
+    fn lost(&self) -> Option<BackendError> {
+        None
+    }
 
     /// Most runs that a pass may have. Where it is more than one, they may be of both classes.
     fn runs_max(&self) -> usize {

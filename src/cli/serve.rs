@@ -17,7 +17,9 @@ use crate::backend::EXACT_ROWS;
 use crate::engine::{Opened, Options, SamplerParams, Session};
 use crate::machine::pressure::Watch;
 use crate::plan::parse_size;
-use crate::serve::{Access, Keep, Limits, Loaded, Loader, Models, NotLoaded, Pooling, Served, Server, Shelf, unix_s};
+use crate::serve::{
+    Access, Keep, Limits, Loaded, Loader, Models, NotLoaded, Over, Pooling, Served, Server, Shelf, unix_s,
+};
 use crate::tokenizer::Tokenizer;
 
 /// Arguments of `nt serve`.
@@ -96,7 +98,8 @@ once that one's requests have ended; while both are asked for, each has its turn
 --ram, --vram and the other placement options hold for each alone. A request that names none means the first.
 Sampling options are what a request gets that says nothing of them.
 Ctrl-C or SIGTERM ends the server: requests that wait and new ones are refused (503), those at hand have --grace seconds to end. The exit \
-code is 0 if they ended, 130 if one was cut off. A second signal ends the process at once.";
+code is 0 if they ended, 130 if one was cut off. A second signal ends the process at once. A GPU that answers the process no more (as
+behind an Xid) ends it with code 1.";
 
 /// Positions of the KV cache where nothing else is said.
 const CTX_DEFAULT: usize = 4096;
@@ -263,12 +266,15 @@ fn serve(args: &ServeArgs, server: &Server, options: &[Options]) -> Result<(), F
     let mut loading = Loading { args, models: server.models(), options, watch: &watch, timeline: Ok(()) };
     let first = loading.start(0, &|| false)?;
     let short_of_memory = || watch.borrow().as_ref().is_some_and(Watch::tripped);
-    let cut_off = server.serve(first, &mut loading, &interrupt::interrupted, &short_of_memory);
+    let over = server.serve(first, &mut loading, &interrupt::interrupted, &short_of_memory);
     loading.timeline?;
     match watch.borrow().as_ref().and_then(Watch::reason) {
         Some(why) if !interrupt::interrupted() => Err(start::short_of_memory(&why)),
-        _ if cut_off => Err(Failure::interrupted()),
-        _ => Ok(()),
+        _ => match over {
+            Over::Ended => Ok(()),
+            Over::CutOff => Err(Failure::interrupted()),
+            Over::Lost(e) => Err(Failure::running(e)),
+        },
     }
 }
 

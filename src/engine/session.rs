@@ -122,6 +122,12 @@ impl Session {
         (LOGITS_BYTES_MAX / 4 / n_vocab.max(1)).clamp(1, Options::BATCH)
     }
 
+    /// Why every pass will fail from now on, so that the session is of no use; `None` if the next may well succeed. To be asked when
+    /// one has failed.
+    pub fn lost(&self) -> Option<EngineError> {
+        self.backend.lost().map(EngineError::from)
+    }
+
     /// Evaluates `tokens` of one class after what the cache holds: prompts are [`Class::Bulk`], in passes of at most
     /// `max_batch`, and generated tokens [`Class::Exact`], in passes of at most [`EXACT_ROWS`].
     ///

@@ -46,7 +46,7 @@ pub use present::Keep;
 pub use routes::Access;
 pub use served::{Limits, Models, Served, unix_s};
 
-use crate::engine::Session;
+use crate::engine::{EngineError, Session};
 use error::ApiError;
 use queue::Queue;
 
@@ -84,6 +84,17 @@ pub trait Loader {
 
     /// Frees a model's memory.
     fn unload(&mut self, model: usize, session: Session);
+}
+
+/// How a server has ended.
+#[derive(Debug)]
+pub enum Over {
+    /// All requests at hand ended.
+    Ended,
+    /// One was cut off.
+    CutOff,
+    /// Nothing can be computed any more, by this process.
+    Lost(EngineError),
 }
 
 /// A server that listens.
@@ -124,15 +135,15 @@ impl Server {
     }
 
     /// Answers requests with the first model, and with those that requests ask for, until `asked` says to stop, or `now`
-    /// says to stop at once. Then those that wait are refused, and those at hand have their grace. Returns whether one
-    /// was cut off.
+    /// says to stop at once. Then those that wait are refused, and those at hand have their grace. It stops by itself where
+    /// nothing can be computed any more.
     pub fn serve(
         &self,
         first: Loaded,
         loader: &mut dyn Loader,
         asked: &dyn Fn() -> bool,
         now: &dyn Fn() -> bool,
-    ) -> bool {
+    ) -> Over {
         let since = std::cell::Cell::new(None::<Instant>);
         let cut = std::cell::Cell::new(false);
         let grace = self.models.limits().grace;
@@ -148,9 +159,11 @@ impl Server {
         };
         let mut next = Some((0, first));
         while let Some((model, loaded)) = next.take().or_else(|| self.next_loaded(loader, &stop)) {
-            self.work(model, loaded, loader, &stop);
+            if let Err(e) = self.work(model, loaded, loader, &stop) {
+                return Over::Lost(e);
+            }
         }
-        cut.get()
+        if cut.get() { Over::CutOff } else { Over::Ended }
     }
 
     /// The model that is asked for next, in memory; `None` once `stop` says so or the queue closes.
@@ -172,7 +185,16 @@ impl Server {
     }
 
     /// Answers requests with a model until another is to be loaded, or none.
-    fn work(&self, model: usize, loaded: Loaded, loader: &mut dyn Loader, stop: &dyn Fn() -> bool) {
+    ///
+    /// # Errors
+    /// Why nothing can be computed any more.
+    fn work(
+        &self,
+        model: usize,
+        loaded: Loaded,
+        loader: &mut dyn Loader,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), EngineError> {
         let served = &self.models.all()[model];
         let Loaded { mut session, slots, about } = loaded;
         served.set_session(about, session.gives_hidden());
@@ -181,11 +203,14 @@ impl Server {
         let mut worker = worker::Worker::new(&mut session, tokenizer, &self.queue, stop, slots, shelf);
         worker.load();
         self.queue.loaded(model, slots);
-        worker.work();
-        worker.save();
+        let worked = worker.work();
+        if worked.is_ok() {
+            worker.save();
+        }
         drop(worker);
         self.queue.unloaded();
         loader.unload(model, session);
+        worked
     }
 
     /// Ends all connections.

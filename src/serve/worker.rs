@@ -38,6 +38,8 @@ pub struct Worker<'a> {
     embeddings: Vec<Embedding>,
     /// Where prompts are kept while the model is not loaded.
     shelf: Option<&'a Shelf>,
+    /// Why nothing can be computed any more.
+    lost: Option<EngineError>,
 }
 
 /// A job whose answers are computed.
@@ -93,6 +95,7 @@ impl<'a> Worker<'a> {
             tellings: Vec::new(),
             embeddings: Vec::new(),
             shelf,
+            lost: None,
         }
     }
 
@@ -113,8 +116,14 @@ impl<'a> Worker<'a> {
     }
 
     /// Works until there is to be no more.
-    pub fn work(&mut self) {
+    ///
+    /// # Errors
+    /// Why nothing can be computed any more, by this session or another; the queue is closed then.
+    pub fn work(&mut self) -> Result<(), EngineError> {
         loop {
+            if self.lost.is_some() {
+                self.queue.close();
+            }
             self.end_those_between();
             if !(self.stop)() {
                 self.take();
@@ -130,7 +139,7 @@ impl<'a> Worker<'a> {
             if !self.active.is_empty() {
                 continue;
             }
-            let Some(job) = self.queue.next(self.stop) else { return };
+            let Some(job) = self.queue.next(self.stop) else { return self.lost.take().map_or(Ok(()), Err) };
             let place = self.place(&job.work).transpose();
             // Nobody else has pages.
             let full = StateError::Full { positions: job.work.tokens(), needed: 1, free: 0 };
@@ -276,7 +285,10 @@ impl<'a> Worker<'a> {
                 let mut embedding = Embedding::new(ticket, texts, summary);
                 return match place.and_then(|(seq, _)| embedding.begin(self.session, seq)) {
                     Ok(()) => self.embeddings.push(embedding),
-                    Err(e) => embedding.end(self.session, self.queue, Err(e)),
+                    Err(e) => {
+                        embedding.end(self.session, self.queue, Err(e));
+                        self.look_for_loss();
+                    }
                 };
             }
         };
@@ -399,7 +411,13 @@ impl<'a> Worker<'a> {
         while i < self.embeddings.len() {
             match self.embeddings[i].step(self.session, self.stop, self.queue) {
                 Ok(false) => i += 1,
-                ended => self.embeddings.remove(i).end(self.session, self.queue, ended),
+                ended => {
+                    let failed = ended.is_err();
+                    self.embeddings.remove(i).end(self.session, self.queue, ended);
+                    if failed {
+                        self.look_for_loss();
+                    }
+                }
             }
         }
     }
@@ -562,8 +580,14 @@ impl<'a> Worker<'a> {
         active.ticket.out.tell(Event::Finished { choice: lane.answer, finish });
     }
 
+    /// Something has failed: looks whether all will.
+    fn look_for_loss(&mut self) {
+        self.lost = self.lost.take().or_else(|| self.session.lost());
+    }
+
     /// A job ends with a failure, once its lanes have.
     fn fail(&mut self, id: u64, e: &EngineError) {
+        self.look_for_loss();
         if let Some(active) = self.active.iter_mut().find(|a| a.ticket.id == id) {
             tracing::warn!("request {id}: {e}");
             let error = match e {

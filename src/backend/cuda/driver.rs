@@ -35,7 +35,30 @@ pub(super) fn check(r: sys::CUresult, what: &str) -> Result<(), BackendError> {
     } else {
         format!("{r:?}")
     };
-    Err(device_error(format!("{what}: {words}")))
+    let what = format!("{what}: {words}");
+    Err(if ends_process(r) { BackendError::Lost { backend: "cuda", what } } else { device_error(what) })
+}
+
+/// Whether the driver answers this process with the same error from now on, as its documentation says of these.
+fn ends_process(r: sys::CUresult) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        r,
+        CUDA_ERROR_DEINITIALIZED
+            | CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUDA_ERROR_ASSERT
+            | CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUDA_ERROR_INVALID_PC
+            | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_EXTERNAL_DEVICE
+    )
 }
 
 /// What is known of a GPU.

@@ -136,6 +136,11 @@ impl CudaBackend {
         self.handover.is_some()
     }
 
+    /// Whether it did not come in time for what was handed over.
+    pub(super) fn hangs(&self) -> bool {
+        self.handover.as_ref().is_some_and(|h| h.lost)
+    }
+
     /// Lets the words of all places begin anew, so that a pass that was recorded finds those it was recorded with.
     pub(super) fn begin_words(&mut self) -> Result<(), BackendError> {
         let Some(h) = self.handover.as_mut().filter(|h| h.lost || h.uses != [0; PLACES]) else { return Ok(()) };

@@ -353,6 +353,15 @@ impl Backend for CudaBackend {
         Some(Arc::new(memory::CudaMemory::new(&self.engine.device, &self.engine.stream)))
     }
 
+    fn lost(&self) -> Option<BackendError> {
+        if self.hangs() {
+            return Some(BackendError::Lost { backend: "cuda", what: "rows for processors have not come".into() });
+        }
+        // The driver says again what has ended the process's work, in any call.
+        let asked = self.engine.device.bind().and_then(|()| self.engine.stream.is_idle());
+        asked.err().filter(|e| matches!(e, BackendError::Lost { .. }))
+    }
+
     fn begin(&mut self, runs: &[Run<'_>]) -> Result<(), BackendError> {
         Run::check(runs, &self.dims, "cuda")?;
         let [run] = runs else {
