@@ -11,7 +11,7 @@ __device__ __forceinline__ int first_seen(int position, int window, int chunk) {
 }
 
 // Where range i of the keys begins: 64 ranges of 64 keys, then 32 of each size twice that before. So many blocks have
-// work soon, none has a fiftieth of it, and the number of ranges stays small (`workspace.rs` computes the same).
+// work soon, none has more than a thirty-second of a long text, and the number of ranges stays small (`workspace.rs` computes the same).
 __device__ __forceinline__ int range_begin(int i) {
     if (i < 64) return 64 * i;
     const int k = (i - 64) >> 5;
