@@ -313,11 +313,11 @@ pub struct Placement {
     #[arg(long)]
     pub exact: bool,
     /// Make a plan again, by the id that reports and `nt plan` give or a file of `nt plan --save`: the same sites compute, so that
-    /// results have the same bits. What does not fit this model or machine is refused.
+    /// results have the same bits, where --kv and what overrides the file's keys are the same too. What does not fit this model or machine is refused.
     #[arg(
         long,
         value_name = "ID|FILE",
-        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers", "expert_cache"]
+        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers", "expert_cache", "batch"]
     )]
     pub plan: Option<String>,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for

@@ -16,7 +16,7 @@ use crate::engine::{
     Change, Forecast, Opened, Options, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
 };
 use crate::pipeline::{Event, write_events};
-use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
+use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes, is_rate};
 use crate::storage::safe;
 
 /// Arguments of `nt plan`.
@@ -59,8 +59,8 @@ pub struct PlanArgs {
 }
 
 fn rate(text: &str) -> Result<f64, String> {
-    let rate = text.parse::<f64>().ok().filter(|r| r.is_finite() && *r > 0.0);
-    rate.ok_or_else(|| "a number of GB/s above 0 was expected".into())
+    let rate = text.parse::<f64>().ok().filter(|r| is_rate(*r));
+    rate.ok_or_else(|| "a number of GB/s above 0 was expected, from 0.0001 to 1000000".into())
 }
 
 /// Context where `--ctx` does not say.
@@ -91,6 +91,9 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         Auto::Auto => CTX_DEFAULT.max(args.n_prompt.unwrap_or_default()).min(trained),
     };
     let n_prompt = args.n_prompt.unwrap_or(PROMPT_DEFAULT.min(options.n_ctx));
+    // As a run with a prompt of that length would choose the tokens of a pass.
+    let given = args.n_prompt.and(options.longest_prompt).map(|_| n_prompt);
+    options.longest_prompt = given.or(options.longest_prompt);
     if n_prompt > options.n_ctx {
         return Err(Failure::limits(format!(
             "-p {n_prompt}: the context holds {} tokens (the model was trained on {trained}); give a shorter prompt or a larger --ctx",
@@ -388,7 +391,7 @@ impl Shown {
         if let Some((slots, experts, layers, hits)) = f.caches() {
             writeln!(
                 out,
-                "caches    {} of {} experts per layer ({}), hit {:.1} % with {}; {:.2} misses per layer and {} from storage per token",
+                "caches    {} of {} experts per layer ({}), hit {:.1} %, {}; {:.2} misses per layer and {} from storage per token",
                 slots / layers,
                 experts / layers,
                 format_bytes(plan.cache_bytes()),

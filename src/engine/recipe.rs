@@ -10,7 +10,7 @@ use super::{EngineError, Sites, batch};
 use crate::backend::Share;
 use crate::gguf::TensorType;
 use crate::machine::probe;
-use crate::plan::{SiteRates, Tiers};
+use crate::plan::{BUFFERS_MAX, BUFFERS_MIN, SiteRates, Tiers};
 use crate::storage::safe;
 
 /// Recipes that are kept, the newest; and most bytes of a file with some.
@@ -50,7 +50,7 @@ pub struct Recipe {
     pub(super) rates: Option<[u64; 3]>,
     /// Which units processors next to the GPU compute; of none, empty.
     pub(super) divided: String,
-    /// Most tokens of a pass, where those are more than usual and their workspace takes memory from weights.
+    /// Most tokens of a pass, where those are not the usual number and their workspace takes memory from weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) batch: Option<usize>,
     /// The type that larger matrices got, by its name.
@@ -103,7 +103,9 @@ impl Recipe {
     fn known(&self) -> bool {
         let requant = self.requant.is_none() || self.requant().is_some();
         let batch = self.batch.is_none_or(|b| (1..=batch::MOST).contains(&b));
-        self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok()) && self.by_name().is_some() && requant && batch
+        let buffers = self.n_buffers.is_none_or(|n| (BUFFERS_MIN..=BUFFERS_MAX).contains(&n));
+        let tiers = self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok());
+        tiers && self.by_name().is_some() && requant && batch && buffers
     }
 
     pub(super) fn requant(&self) -> Option<TensorType> {
@@ -217,6 +219,8 @@ mod tests {
             ("gpu", "gqu"),
             ("[[plan]]", ""),
             ("divided", "batch = 0\ndivided"),
+            ("divided", "n_buffers = 0\ndivided"),
+            ("divided", "n_buffers = 4611686018427387904\ndivided"),
         ] {
             assert!(Recipe::parse(&good.replace(from, to)).is_err(), "{from} {to}");
         }

@@ -39,7 +39,7 @@ impl Recipe {
         let gpu = vram.is_some();
         let vram = vram.filter(|_| has(&|h| h != Home::A));
         let ram = ram.filter(|_| has(&|h| h == Home::C));
-        let (bound, larger) = (vram.is_some() || ram.is_some(), options.max_batch > Options::BATCH);
+        let (bound, unusual) = (vram.is_some() || ram.is_some(), options.max_batch != Options::BATCH);
         Recipe {
             model: structure(model),
             gpu,
@@ -56,7 +56,7 @@ impl Recipe {
             more_frames: options.more_frames,
             rates: rates.map(|r| [r.ram, r.link, r.device].map(|rate| rate as u64)),
             divided: divided(division),
-            batch: (bound && larger).then_some(options.max_batch),
+            batch: (bound && unusual).then_some(options.max_batch),
             requant: options.requant.map(|ty| ty.name().into()),
         }
     }

@@ -304,6 +304,15 @@ impl<'a> Builder<'a> {
         self.optional(name).ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name })
     }
 
+    /// Makes sure that a tensor which other architectures may lack is there; it is taken by whatever reads it.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`] if it is not.
+    pub fn needs(&self, name: &str) -> Result<(), ModelError> {
+        let missing = || ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name };
+        if self.has(name) { Ok(()) } else { Err(missing()) }
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.gguf.tensor(name).is_some()
     }

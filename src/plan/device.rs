@@ -59,7 +59,7 @@ fn device_slots(
 ) -> Result<(usize, u64), PlanError> {
     let streamed_units = units.iter().filter(|u| streamed(u));
     let slot_bytes = slot_sizes(streamed_units.map(|u| (u, u.slot_bytes.max(u.stored_bytes)))).sum();
-    let needed = |n: usize| n as u64 * slot_bytes;
+    let needed = |n: usize| (n as u64).saturating_mul(slot_bytes);
     let n = match limits.n_buffers {
         Some(n) => n,
         None if needed(BUFFERS_DEFAULT) <= vram / 2 => BUFFERS_DEFAULT,

@@ -116,7 +116,7 @@ pub struct Limits {
 /// Buffers when nothing else is said: one computing, one complete, one filling.
 pub(super) const BUFFERS_DEFAULT: usize = 3;
 /// Fewest buffers that overlap reading and computing.
-pub(super) const BUFFERS_MIN: usize = 2;
+pub const BUFFERS_MIN: usize = 2;
 /// Most slots that may be asked for.
 pub const BUFFERS_MAX: usize = 64;
 
@@ -314,7 +314,7 @@ pub enum PlanError {
     /// The slots in VRAM are larger than what is left there.
     #[error(
         "VRAM is too small: {} are left for weights, but {n_buffers} buffers for the largest unit, of {} each, need {}; give a larger --vram or a smaller --ctx",
-        format_bytes(*.vram), format_bytes(*.slot_bytes), format_bytes(*.n_buffers as u64 * *.slot_bytes)
+        format_bytes(*.vram), format_bytes(*.slot_bytes), format_bytes((*.n_buffers as u64).saturating_mul(*.slot_bytes))
     )]
     DeviceSlotsTooLarge {
         /// Bytes left for weights.

@@ -165,16 +165,24 @@ impl Machine {
             format!("line {line}: {}", e.message().replace('\n', ", "))
         })?;
         for (name, rate) in machine.rates() {
-            if !(rate.gb_per_s.is_finite() && rate.gb_per_s > 0.0) {
-                return Err(format!("{name}: {} GB/s is no rate", rate.gb_per_s));
+            if !is_rate(rate.gb_per_s) {
+                return Err(format!("{name}: {} GB/s is no rate of a machine", rate.gb_per_s));
             }
         }
+        // What is measured differs from one time to the next.
+        let beyond = |beside: Option<&Rate>, alone: &Rate| beside.is_some_and(|r| r.gb_per_s > 1.5 * alone.gb_per_s);
+        if beyond(machine.ram.beside.as_ref(), &machine.ram.read) {
+            return Err("RAM beside the link is faster than RAM alone".into());
+        }
+        if machine.gpu.as_ref().is_some_and(|g| beyond(g.link_beside.as_ref(), &g.link)) {
+            return Err("the link to the GPU beside reads of RAM is faster than alone".into());
+        }
         let gemm = [machine.cpu.gemm.as_ref(), machine.gpu.as_ref().and_then(|g| g.gemm.as_ref())];
-        if let Some(s) = gemm.into_iter().flatten().find(|s| !(s.tflops.is_finite() && s.tflops > 0.0)) {
+        if let Some(s) = gemm.into_iter().flatten().find(|s| !(1e-6..1e6).contains(&s.tflops)) {
             return Err(format!("gemm: {} TFLOPS is no speed", s.tflops));
         }
         let times = machine.gpu.iter().flat_map(|g| g.costs.all());
-        if let Some((name, t)) = times.into_iter().find(|(_, t)| !(t.us.is_finite() && t.us >= 0.0)) {
+        if let Some((name, t)) = times.into_iter().find(|(_, t)| !(0.0..1e9).contains(&t.us)) {
             return Err(format!("costs: {} us of {name} is no time", t.us));
         }
         if machine.cpu.threads == 0 || machine.storage.as_ref().is_some_and(|s| s.drives == 0) {
@@ -209,6 +217,11 @@ impl Machine {
     pub fn storage_bytes_per_s(&self) -> Option<f64> {
         self.storage.as_ref().map(|s| s.read.bytes_per_s() * s.drives as f64)
     }
+}
+
+/// Whether something in a machine may be as fast as so many GB a second: with what is not, predictions are no numbers.
+pub fn is_rate(gb_per_s: f64) -> bool {
+    (1e-4..=1e6).contains(&gb_per_s)
 }
 
 fn one() -> usize {
@@ -256,6 +269,9 @@ mod tests {
         assert_eq!(Machine::parse(good).unwrap().ram.size, 8 << 30);
         for (from, to, word) in [
             ("10.0", "-1.0", "no rate"),
+            ("10.0", "5e-324", "no rate"),
+            ("10.0", "1e300", "no rate"),
+            ("10.0 }", "10.0 }\nbeside = { gb_per_s = 1000.0 }", "RAM beside the link"),
             ("8GiB", "8 parsecs", "size"),
             ("threads = 2", "threads = 0", "at least 1"),
             ("name", "nmae", "nmae"),

@@ -96,7 +96,7 @@ fn place_by_count(units: &[UnitSize], limits: &Limits, t: Tiers) -> Result<Plan,
 /// Number and size of the buffers that hold any of `streamed`.
 fn slots<'a>(streamed: impl Iterator<Item = &'a UnitSize>, limits: &Limits) -> Result<(usize, u64), PlanError> {
     let buffer = slot_sizes(streamed.map(|u| (u, u.stored_bytes))).sum();
-    let needed = |n: usize| limits.reserved + n as u64 * buffer;
+    let needed = |n: usize| limits.reserved.saturating_add((n as u64).saturating_mul(buffer));
     let n = match limits.n_buffers {
         Some(n) => n,
         None if needed(BUFFERS_DEFAULT) <= limits.ram => BUFFERS_DEFAULT,

@@ -53,6 +53,8 @@ NEEDED = [
     ("gpt2", "blk.0.attn_qkv.bias"),
     ("falcon", "output_norm.bias"),
     ("gpt-oss", "output.weight"),
+    ("gpt-oss", "blk.0.attn_q.bias"),
+    ("gpt-oss", "blk.1.ffn_gate_inp.bias"),
     ("qwen3next-packed", "blk.0.ssm_ba.weight"),
     ("deepseek2", "blk.0.attn_v_b.weight"),
     ("deepseek2-kvb", "blk.0.attn_kv_b.weight"),

@@ -101,9 +101,13 @@ fn load(path: &Path) -> Cache {
     text.and_then(|t| toml::from_str(&t).ok()).unwrap_or_default()
 }
 
-/// The last rate of a device. Those of smaller reads than weights are read in are none: older versions kept such.
+/// Bytes a second of what a machine may have.
+const RATES: std::ops::RangeInclusive<f64> = 1e5..=1e15;
+
+/// The last rate of a device. Those of smaller reads than weights are read in are none: older versions kept such. Nor are those that
+/// nothing in a machine has.
 fn find(path: &Path, kind: &str, identity: &str) -> Option<Rate> {
-    let kept = |r: &Rate| r.block_bytes.is_none_or(|b| b >= KEPT_BLOCK_MIN);
+    let kept = |r: &Rate| r.block_bytes.is_none_or(|b| b >= KEPT_BLOCK_MIN) && RATES.contains(&r.bytes_per_s);
     load(path).rate.into_iter().find(|r| r.kind == kind && r.identity == identity && kept(r))
 }
 

@@ -31,6 +31,9 @@ pub(super) const GPT_OSS: Architecture = Architecture {
 };
 
 fn block(b: &mut Builder<'_>, i: usize) -> Result<(), ModelError> {
+    for name in ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"] {
+        b.needs(&format!("blk.{i}.{name}.bias"))?;
+    }
     b.attention(i, &Attention { sinks: true, ..ATTENTION })?;
     let how = Activation::ClampedSwiglu { limit: 7.0 };
     b.mixture(i, &Mixture { norm: "post_attention_norm", how, biases: true, ..MIXTURE })
