@@ -229,18 +229,42 @@ impl Keys<'_> {
     /// A number for each of `n` blocks, from 0 to `max`: by an array, or the same for all; `default` where there is none.
     ///
     /// # Errors
-    /// Where the array has fewer, or one is out of bounds.
+    /// Where the array has fewer, more than the file counts blocks, or one is out of bounds.
     pub fn each(&self, name: &str, default: usize, max: usize, n: usize) -> Result<Vec<usize>, ModelError> {
         let Some(Value::Array(Array::Int(v))) = self.metadata.get(&self.key(name)) else {
             return Ok(vec![self.size(name, max)?.unwrap_or(default); n]);
         };
         let all: Option<Vec<usize>> = v.iter().map(|x| usize::try_from(*x).ok().filter(|x| *x <= max)).collect();
         match all {
-            Some(mut all) if all.len() >= n => {
+            Some(mut all) if self.is_each(all.len(), n) => {
                 all.truncate(n);
                 Ok(all)
             }
             _ => Err(self.error(name, format!("{n} integers from 0 to {max} were expected, one for each block"))),
+        }
+    }
+
+    /// Whether so many values are one for each of `n` blocks, or one for each that the file counts, of which `n` are computed.
+    fn is_each(&self, values: usize, n: usize) -> bool {
+        let counted = self.metadata.uint(&self.key("block_count")).and_then(|v| usize::try_from(v).ok());
+        (n..=counted.unwrap_or(n).max(n)).contains(&values)
+    }
+
+    /// Makes sure that sections of a head, which rotate by a position each, all rotate by the one that a token of a text has: of a
+    /// fourth section llama.cpp says that its position is 0.
+    ///
+    /// # Errors
+    /// Where there are others.
+    pub fn sections_of_text(&self) -> Result<(), ModelError> {
+        let name = "rope.dimension_sections";
+        let of_text =
+            |v: &[i64]| v.len() <= 4 && v.iter().all(|n| (0..=1 << 16).contains(n)) && v.get(3).is_none_or(|n| *n == 0);
+        match self.metadata.get(&self.key(name)) {
+            None => Ok(()),
+            Some(Value::Array(Array::Int(v))) if of_text(v) => Ok(()),
+            Some(found) => {
+                Err(self.error(name, format!("three integers, and a fourth that is 0, were expected, found {found}")))
+            }
         }
     }
 
@@ -283,8 +307,10 @@ impl Keys<'_> {
     pub fn windowed(&self, name: &str, default: usize, n: usize) -> Result<Vec<bool>, ModelError> {
         let every = match self.metadata.get(&self.key(name)) {
             None => default,
-            Some(Value::Array(Array::Bool(v))) if v.len() >= n => return Ok(v[..n].to_vec()),
-            Some(Value::Array(Array::Int(v))) if v.len() >= n => return Ok(v[..n].iter().map(|x| *x != 0).collect()),
+            Some(Value::Array(Array::Bool(v))) if self.is_each(v.len(), n) => return Ok(v[..n].to_vec()),
+            Some(Value::Array(Array::Int(v))) if self.is_each(v.len(), n) => {
+                return Ok(v[..n].iter().map(|x| *x != 0).collect());
+            }
             Some(found) => match self.metadata.uint(&self.key(name)).and_then(|v| usize::try_from(v).ok()) {
                 Some(every) => every,
                 None => {

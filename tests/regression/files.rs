@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use crate::common::families::{gemma3, gpt_oss, qwen35};
 use crate::common::{File, T, V, bin, case, fails, nt, sized, tiny, tiny_moe};
 
 const TOKENS: &str = "104,101,108,108,111,3,7,9";
@@ -119,6 +120,24 @@ fn refused_by_all(model: &Path, words: &[&str]) {
 fn refused_file(f: &File, words: &[&str]) {
     let d = dir();
     refused_by_all(&f.write(d.path(), "m.gguf"), words);
+}
+
+/// Biases that every such model has, and that were not there, were taken for none; values for blocks that are not there, and a section of
+/// heads that rotates by another position than a text's, for nothing.
+#[test]
+fn what_an_architecture_says_must_be_whole() {
+    for name in ["attn_v", "attn_output", "ffn_gate_inp"] {
+        let mut f = gpt_oss(2);
+        let bias = format!("blk.1.{name}.bias");
+        f.tensors.retain(|t| t.name != bias);
+        refused_file(&f, &[&bias, "missing"]);
+    }
+    let mut f = gemma3(2);
+    f.set("gemma3.attention.sliding_window_pattern", V::I32s(vec![1, 0, 1]));
+    refused_file(&f, &["sliding_window_pattern"]);
+    let mut f = qwen35(2);
+    f.set("qwen35.rope.dimension_sections", V::I32s(vec![3, 3, 1, 1]));
+    refused_file(&f, &["dimension_sections"]);
 }
 
 /// Norms of Q and K in a llama file were left out, and the text was wrong.

@@ -164,7 +164,7 @@ mod tests {
         let path = d.path().join("probe.toml");
         std::fs::write(&path, "rate = 5").unwrap();
         assert_eq!(find(&path, "storage", "a"), None);
-        store(&path, &[Rate::now("storage", "a", 1.0, None, None)]).unwrap();
+        store(&path, &[Rate::now("storage", "a", 1e9, None, None)]).unwrap();
         assert!(find(&path, "storage", "a").is_some());
     }
 
@@ -174,7 +174,7 @@ mod tests {
         let d = crate::storage::safe::tests::scratch();
         let path = d.path().join("nt/probe.toml");
         std::fs::create_dir(d.path().join("nt")).unwrap();
-        let rate = Rate::now("storage", "a", 1.0, None, None);
+        let rate = Rate::now("storage", "a", 1e9, None, None);
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
         assert_eq!(find(&path, "storage", "a"), None);
         store(&path, std::slice::from_ref(&rate)).unwrap();

@@ -21,7 +21,6 @@ pub(super) const GLM4MOE: Architecture = Architecture {
     family: Family {
         name: "glm4moe",
         rope_kind: RopeKind::Neox,
-        // Of text, all sections count the same positions.
         follows: &joined::<7>(&ROUTER_KEYS, &["nextn_predict_layers", "rope.dimension_sections"]),
         ..PLAIN.family
     },
@@ -31,6 +30,7 @@ pub(super) const GLM4MOE: Architecture = Architecture {
         }
         // The blocks that the file counts include those that predict further tokens.
         set_blocks_apart(keys, h)?;
+        keys.sections_of_text()?;
         deepseek_router(keys, h, Some(Gating::Sigmoid))?;
         h.n_ff_shared = h.n_ff_expert * keys.count("expert_shared_count", h.n_experts)?;
         Ok(())

@@ -31,7 +31,9 @@ pub(super) const GPT_OSS: Architecture = Architecture {
 };
 
 fn block(b: &mut Builder<'_>, i: usize) -> Result<(), ModelError> {
-    for name in ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"] {
+    // One matrix of all three may come with one bias of all, or three.
+    let apart = if b.has(&format!("blk.{i}.attn_qkv.weight")) { &[][..] } else { &["attn_q", "attn_k", "attn_v"] };
+    for name in apart.iter().chain(&["attn_output", "ffn_gate_inp"]) {
         b.needs(&format!("blk.{i}.{name}.bias"))?;
     }
     b.attention(i, &Attention { sinks: true, ..ATTENTION })?;

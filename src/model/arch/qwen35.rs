@@ -43,6 +43,7 @@ pub(super) const QWEN3NEXT: Architecture = Architecture {
 };
 
 fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
+    keys.sections_of_text()?;
     // The blocks that the file counts include those that predict further tokens.
     set_blocks_apart(keys, h)?;
     if h.n_experts == 0 {
