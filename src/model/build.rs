@@ -301,7 +301,7 @@ impl<'a> Builder<'a> {
     }
 
     fn find(&self, name: &str) -> Result<&'a TensorInfo, ModelError> {
-        self.optional(name).ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name })
+        self.optional(name).ok_or_else(|| self.missing(name))
     }
 
     /// Makes sure that a tensor which other architectures may lack is there; it is taken by whatever reads it.
@@ -309,8 +309,11 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// [`ModelError::MissingTensor`] if it is not.
     pub fn needs(&self, name: &str) -> Result<(), ModelError> {
-        let missing = || ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name };
-        if self.has(name) { Ok(()) } else { Err(missing()) }
+        if self.has(name) { Ok(()) } else { Err(self.missing(name)) }
+    }
+
+    fn missing(&self, name: &str) -> ModelError {
+        ModelError::MissingTensor { name: name.to_owned(), arch: self.h.arch.name }
     }
 
     pub fn has(&self, name: &str) -> bool {
