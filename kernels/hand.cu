@@ -8,9 +8,10 @@ struct HandArgs {
     int n, rows;
     int listed;   // whether only some of the rows are meant
     u32 only[8];  // which: a bit each
+    int add;      // whether they are added to what is there
 };
 ARGS_SIZE(HandArgs, 64); ARGS_FIELD(HandArgs, from, 0); ARGS_FIELD(HandArgs, to, 8); ARGS_FIELD(HandArgs, n, 16);
-ARGS_FIELD(HandArgs, rows, 20); ARGS_FIELD(HandArgs, listed, 24); ARGS_FIELD(HandArgs, only, 28);
+ARGS_FIELD(HandArgs, rows, 20); ARGS_FIELD(HandArgs, listed, 24); ARGS_FIELD(HandArgs, only, 28); ARGS_FIELD(HandArgs, add, 60);
 
 // A thread moves four floats, so that what crosses the link is on its way at once. What processors have written is read
 // past the caches. Which rows is told with the launch: a list in host memory would be read by each warp in turn, a microsecond each.
@@ -26,10 +27,17 @@ extern "C" __global__ void __launch_bounds__(256) hand_rows(const __grid_constan
         float4 v;
         asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
+        if (a.add) {
+            const float4 x = *(const float4*)to;
+            v = make_float4(x.x + v.x, x.y + v.y, x.z + v.z, x.w + v.w);
+        }
         *(float4*)to = v;
         return;
     }
-    for (int i = 0; i < 4 && at + i < a.n; i++) to[i] = *(const volatile float*)(from + i);
+    for (int i = 0; i < 4 && at + i < a.n; i++) {
+        const float v = *(const volatile float*)(from + i);
+        to[i] = a.add ? to[i] + v : v;
+    }
 }
 
 struct ChoicesArgs {

@@ -9,6 +9,8 @@ mod aborts;
 mod lost;
 #[path = "three_tiers/mixed.rs"]
 mod mixed;
+#[path = "three_tiers/slices.rs"]
+mod slices;
 
 use std::collections::{HashSet, VecDeque};
 use std::path::Path;
@@ -23,7 +25,7 @@ use nt::backend::{
     Backend, BackendError, BackendKind, Both, Brought, Class, CopyEngine, DeviceAlloc, DeviceMemory, Dims, Expert,
     Hands, Layers, Linear, MemoryUse, Norm, Op, Pinned, RouterParams, Routing, Run, Share, SlotsAt, Weight,
 };
-use nt::engine::{EngineError, ExpertSlots, Opened, Options, Session, Sites};
+use nt::engine::{EngineError, ExpertSlots, Opened, Options, Session, Sites, Slices};
 use nt::gguf::TensorType;
 use nt::memory::Region;
 use nt::model::{ForcedRouting, Outputs, Routes, UnitKind, UnitSpec};
@@ -275,6 +277,7 @@ enum Queued {
     Call(Call),
     Give(usize),
     Take(usize),
+    TakeSlice(usize),
     TakeExperts(usize, Vec<u32>),
     Mix(usize, Routing, usize),
     EndMix(usize),
@@ -313,6 +316,16 @@ impl Detached {
                     Some(rows) => self.cpu.set_rows(&rows),
                     None => {
                         self.queue.push_front(Queued::Take(place));
+                        return Ok(());
+                    }
+                },
+                Queued::TakeSlice(place) => match self.answers[place].take() {
+                    Some(rows) => {
+                        let sum: Vec<f32> = self.cpu.rows().iter().zip(&rows).map(|(x, s)| x + s).collect();
+                        self.cpu.set_rows(&sum);
+                    }
+                    None => {
+                        self.queue.push_front(Queued::TakeSlice(place));
                         return Ok(());
                     }
                 },
@@ -487,6 +500,14 @@ impl Backend for Detached {
         let (norm, gate, up, down) = (*norm, *gate, *up, *down);
         self.call(move |cpu| cpu.ffn(&norm, &gate, &up, &down))
     }
+    fn slice(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        let (norm, gate, up, down) = (*norm, *gate, *up, *down);
+        self.call(move |cpu| cpu.slice(&norm, &gate, &up, &down))
+    }
+    fn add_slice(&mut self) -> Result<(), BackendError> {
+        self.call(CpuBackend::add_slice)
+    }
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {
         self.finish()?;
         self.cpu.route(norm, router, params)
@@ -589,6 +610,10 @@ impl Hands for Detached {
         there(&self.memory.gone_in)?;
         self.hand(Queued::Take(place))
     }
+    fn take_slice(&mut self, place: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        self.hand(Queued::TakeSlice(place))
+    }
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
         self.hand(Queued::TakeExperts(place, pairs.to_vec()))
     }
@@ -670,6 +695,7 @@ fn options() -> Options {
         kv_type: TensorType::F32,
         caches: true,
         expert_slots: ExpertSlots::Off,
+        slices: Slices::Off,
         routing: None,
         curve: None,
         n_buffers: None,

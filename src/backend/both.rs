@@ -62,6 +62,9 @@ pub trait Hands: Backend {
     /// X of the rows at hand becomes the answer at `place`, for which operations called from here on wait.
     fn take(&mut self, place: usize) -> Result<(), BackendError>;
 
+    /// What is kept for [`Backend::add_slice`] is the answer at `place`, and is added: operations called from here on wait for it.
+    fn take_slice(&mut self, place: usize) -> Result<(), BackendError>;
+
     /// The outputs of experts of these (row, choice) pairs become those of the answer at `place`, which has a row of `n_embd`
     /// for every pair of the routing; operations called from here on wait for it.
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError>;
@@ -119,6 +122,7 @@ pub trait Hands: Backend {
 #[derive(Clone, Copy)]
 enum Call {
     FeedForward { norm: Norm, gate: Linear, up: Linear, down: Linear },
+    Slice { norm: Norm, gate: Linear, up: Linear, down: Linear },
     Op(Op<Weight>),
 }
 
@@ -220,6 +224,8 @@ pub struct Both {
     late: Option<Part>,
     /// The one that is being called.
     open: Option<Part>,
+    /// A slice that ended: the device takes its answer behind its own ([`Backend::add_slice`]).
+    slice: Option<Part>,
     /// Not in use, kept for their lists.
     spare: Vec<Part>,
     turn: usize,
@@ -257,7 +263,7 @@ impl Both {
     /// If memory or threads cannot be had.
     pub fn new(device: Box<dyn Hands>, dims: &Dims, threads: usize) -> Result<Both, BackendError> {
         let cpu = CpuBackend::for_parts(dims, threads)?;
-        let spare = (0..PLACES + 1).map(|_| Part::default()).collect();
+        let spare = (0..PLACES + 2).map(|_| Part::default()).collect();
         let choices = dims.n_experts_used * dims.max_batch;
         Ok(Both {
             name: device.name(),
@@ -265,6 +271,7 @@ impl Both {
             cpu,
             late: None,
             open: None,
+            slice: None,
             spare,
             turn: 0,
             expects: false,
@@ -316,10 +323,14 @@ impl Both {
         for call in calls {
             match call {
                 Call::FeedForward { norm, gate, up, down } => self.cpu.ffn(norm, gate, up, down)?,
+                Call::Slice { norm, gate, up, down } => self.cpu.slice(norm, gate, up, down)?,
                 Call::Op(op) => self.cpu.op(op)?,
             }
         }
-        self.device.answer(place, self.cpu.part());
+        match calls {
+            [Call::Slice { .. }] => self.device.answer(place, self.cpu.slice_here()),
+            _ => self.device.answer(place, self.cpu.part()),
+        }
         self.beside.computed += given.elapsed();
         add_worked(&mut self.worked, std::iter::once(unit), given);
         Ok(())
@@ -506,7 +517,7 @@ impl Both {
         (self.expects, self.records) = (false, false);
         // Also where a part was lost on its way, by a panic.
         self.device.answer_all();
-        let left = [self.late.take(), self.open.take()];
+        let left = [self.late.take(), self.open.take(), self.slice.take()];
         self.spare.extend(left.into_iter().flatten().map(|mut part| {
             part.clear();
             part
@@ -585,6 +596,10 @@ impl Backend for Both {
 
     fn end_part(&mut self) -> Result<(), BackendError> {
         match self.open.take() {
+            Some(part) if matches!(part.calls[..], [Call::Slice { .. }]) => {
+                self.slice = Some(part);
+                Ok(())
+            }
             Some(part) => self.put_off(part, |device, part| device.take(part.place)),
             None => Ok(()),
         }
@@ -679,6 +694,20 @@ impl Backend for Both {
             return Ok(());
         }
         self.next()?.ffn(norm, gate, up, down)
+    }
+
+    fn slice(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        if self.in_part(Call::Slice { norm: *norm, gate: *gate, up: *up, down: *down }) {
+            return Ok(());
+        }
+        self.next()?.slice(norm, gate, up, down)
+    }
+
+    fn add_slice(&mut self) -> Result<(), BackendError> {
+        match self.slice.take() {
+            Some(part) => self.put_off(part, |device, part| device.take_slice(part.place)),
+            None => self.next()?.add_slice(),
+        }
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {

@@ -722,6 +722,23 @@ pub trait Backend {
     /// `X += down · (silu(gate · h) * (up · h))` with `h = norm(X)`.
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError>;
 
+    /// `Slice = down · (silu(gate · h) * (up · h))` with `h = norm(X)`, which waits for [`Backend::add_slice`]: the columns of a
+    /// feed-forward part that processors next to a device have, called before the others.
+    ///
+    /// # Errors
+    /// Where a backend cannot.
+    fn slice(&mut self, _norm: &Norm, _gate: &Linear, _up: &Linear, _down: &Linear) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "slices of feed-forward parts" })
+    }
+
+    /// `X += Slice`.
+    ///
+    /// # Errors
+    /// As [`Backend::slice`].
+    fn add_slice(&mut self) -> Result<(), BackendError> {
+        Err(BackendError::Beyond { backend: self.name(), what: "slices of feed-forward parts" })
+    }
+
     /// `h = norm(X)` is kept for the experts; softmax of `router · h`, the `n_experts_used` largest
     /// (ties to the lower id) with their weights are kept for [`Backend::expert`]. Returns, for
     /// each token in order, its experts' ids (`T * n_experts_used`). Waits for the device.

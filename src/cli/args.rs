@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::backend::quantise;
-use crate::engine::{DryParams, Options, SamplerParams};
+use crate::engine::{DryParams, Options, SamplerParams, Slices};
 use crate::gguf::{Metadata, TensorType, Value};
 use crate::library;
-use crate::model::{HParams, Overrides, RopeType};
+use crate::model::{HParams, Overrides, RopeType, SLICE_PARTS};
 use crate::plan::{BUFFERS_MAX, Tiers, parse_size};
 
 /// The model, as an argument or with `-m`.
@@ -180,6 +180,18 @@ fn tiers(text: &str) -> Result<Tiers, String> {
     text.parse()
 }
 
+fn slices(text: &str) -> Result<Slices, String> {
+    let percent = |text: &str| text.strip_suffix('%').unwrap_or(text).parse::<u32>().ok().filter(|n| (1..100).contains(n));
+    match text {
+        "auto" => Ok(Slices::Auto),
+        "off" => Ok(Slices::Off),
+        _ => match percent(text) {
+            Some(n) => Ok(Slices::Of((n * SLICE_PARTS + 50) / 100)),
+            None => Err("auto, off, or the percent of each part that are for processors, 1 to 99".into()),
+        },
+    }
+}
+
 /// Where operations run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackendArg {
@@ -301,6 +313,11 @@ pub struct Placement {
     /// off is.
     #[arg(long, value_enum, default_value = "auto")]
     pub expert_cache: ExpertCacheArg,
+    /// Whether feed-forward parts of dense blocks are cut in two where not all fits in VRAM, so that the GPU and processors next to it
+    /// compute each at once: where that is faster by the rates that `nt probe memory link` has measured, or not, or with so many percent
+    /// of each for processors, if all fits in VRAM and RAM.
+    #[arg(long, value_name = "auto|off|PERCENT", default_value = "auto", value_parser = slices)]
+    pub ffn_slices: Slices,
     /// Counts of blocks in VRAM, RAM and storage; the plan chooses which (default: as many as fit in VRAM, then in
     /// RAM).
     #[arg(long, value_name = "A:B:C", value_parser = tiers)]
@@ -317,7 +334,7 @@ pub struct Placement {
     #[arg(
         long,
         value_name = "ID|FILE",
-        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers", "expert_cache", "batch"]
+        conflicts_with_all = ["vram", "ram", "tiers", "layout", "site", "exact", "n_buffers", "expert_cache", "ffn_slices", "batch"]
     )]
     pub plan: Option<String>,
     /// Positions (tokens) that the KV cache holds. auto is what the prompt and the tokens to generate need; 4096 for

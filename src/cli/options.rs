@@ -36,6 +36,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
             ExpertCacheArg::On => ExpertSlots::On,
             ExpertCacheArg::Off => ExpertSlots::Off,
         },
+        slices: p.ffn_slices,
         routing: None,
         curve: None,
         n_buffers: p.n_buffers.given(),

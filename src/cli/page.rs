@@ -231,6 +231,7 @@ fn units_at(model: &Model, homes: &[Home], bytes: impl Fn(usize) -> u64) -> Vec<
         block: match u.kind {
             UnitKind::Attention(i)
             | UnitKind::FeedForward(i)
+            | UnitKind::Slice(i)
             | UnitKind::Shared(i)
             | UnitKind::Expert { layer: i, .. } => Some(i),
             UnitKind::Head(_) => None,

@@ -12,12 +12,14 @@ use crate::memory::Region;
 use crate::model::{Model, UnitKind};
 use crate::plan::{self, Costs, Home, Plan, SiteRates, UnitWork, assign};
 
-/// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, or an expert.
+/// Whether each unit is one that processors can compute in RAM: a feed-forward part by itself, a slice of one, or an expert.
 fn computable(model: &Model) -> Vec<bool> {
     let mut of = vec![false; model.units.len()];
     for stage in &model.stages {
-        if matches!(model.units[stage.unit].kind, UnitKind::FeedForward(_)) {
-            of[stage.unit] = stage.takes_x_alone();
+        match model.units[stage.unit].kind {
+            UnitKind::FeedForward(_) => of[stage.unit] = stage.takes_x_alone(),
+            UnitKind::Slice(_) => of[stage.unit] = true,
+            _ => {}
         }
         let Some(experts) = &stage.experts else { continue };
         // What experts are handed is not weighed.
@@ -45,8 +47,9 @@ fn choose(model: &Model, plan: &Plan, sites: Sites, rates: &dyn Fn() -> SiteRate
     if sites == Sites::Auto {
         let routed = |u: usize| matches!(model.units[u].kind, UnitKind::Expert { .. });
         let bytes = |u: usize| model.units[u].bytes();
-        // Which experts a token wants is not known ahead, so that no link can bring them in time.
-        let parts: Vec<usize> = (0..chosen.len()).filter(|&u| chosen[u] && !routed(u)).collect();
+        // Which experts a token wants is not known ahead, so that no link can bring them in time; and slices were cut for processors.
+        let slice = |u: usize| matches!(model.units[u].kind, UnitKind::Slice(_));
+        let parts: Vec<usize> = (0..chosen.len()).filter(|&u| chosen[u] && !routed(u) && !slice(u)).collect();
         let sizes: Vec<u64> = parts.iter().map(|&u| bytes(u)).collect();
         let carried = |u: &usize| plan.homes[*u] != Home::A && !chosen[*u] && !routed(*u);
         let others: u64 = (0..chosen.len()).filter(carried).map(bytes).sum();

@@ -5,12 +5,14 @@ use super::batch::{self, BatchSizes, Weighed};
 use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
 use super::hits::{caching, hit_rates_of, slot_hits};
+use super::layouts::{Sizes, make_plan};
 use super::repeat::steady;
 use super::requant::{RequantReport, settled};
 use super::sizes::unit_sizes;
-use super::start::{Sizes, dims, make_plan, planned_room, requantised, slots_or_not, weights_room};
+use super::slices::{Sliced, slices_or_not};
+use super::start::{dims, planned_room, requantised, slots_or_not, weights_room};
 use super::works::works;
-use super::{EngineError, ExpertSlots, LackError, Options, Recipe, Sites};
+use super::{EngineError, ExpertSlots, LackError, Options, Recipe, Sites, Slices};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{BackendError, BackendKind, Dims, MemoryUse};
@@ -47,6 +49,8 @@ pub struct Forecast {
     pub recipe: Recipe,
     /// What requantising would do, where it is asked for.
     pub requant: Option<RequantReport>,
+    /// Parts of each feed-forward part that processors next to a GPU have, of [`crate::model::SLICE_PARTS`], where those are cut.
+    pub slices: Option<u32>,
     /// Threads that compute on processors.
     pub threads: usize,
     /// Positions of the KV cache.
@@ -128,12 +132,13 @@ impl Forecast {
         let based = subject.based(options)?;
         let prediction = Prediction::new(&based.work(subject.machine), prompt, options.max_batch);
         let Based { planned, living, units, beside, recipe, caching, threads } = based;
-        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room } = planned;
+        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room, sliced } = planned;
         Ok(Forecast {
             prediction,
             beside,
             recipe,
             requant: subject.requant.map(|r| RequantReport::new(r, &plan.homes)),
+            slices: sliced.map(|s| s.part),
             threads,
             site,
             plan,
@@ -263,6 +268,8 @@ struct Planned {
     ram_workspace_bytes: u64,
     vram_room: Option<u64>,
     ram_room: u64,
+    /// The model with its feed-forward parts cut, where the plan is of such.
+    sliced: Option<Sliced>,
 }
 
 /// The plan that a session with `options` would make on `machine`.
@@ -289,8 +296,11 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
     let expert_slots = vram_room
         .map_or(ExpertSlots::Off, |room| slots_or_not(model, sizes, room, machine.site_rates(threads), &options));
     let options = Options { expert_slots, ..options };
-    let plan = make_plan(model, sizes, vram_room, ram_workspace_bytes, &options)?;
-    Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room })
+    let rates = options.repeat.as_ref().and_then(|r| r.rates()).or(machine.site_rates(threads));
+    let sliced = vram_room.and_then(|room| slices_or_not(model, sizes, room, rates, &options, &|_| DIRECT));
+    let (of, sizes) = sliced.as_ref().map_or((model, sizes), |s| (&s.model, &s.sizes));
+    let plan = make_plan(of, sizes, vram_room, ram_workspace_bytes, &options)?;
+    Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room, sliced })
 }
 
 /// What a forecast is of.
@@ -337,12 +347,13 @@ impl<'a> Subject<'a> {
     fn based(&self, options: &Options) -> Result<Based, EngineError> {
         let &Subject { file, requant, sizes, ref units, machine } = self;
         let planned = planned(file, machine, options, sizes)?;
-        let Planned { site, plan, vram_room, ram_room, .. } = &planned;
+        let Planned { site, plan, vram_room, ram_room, sliced, .. } = &planned;
         let mixed = requant.map(|r| settled(file, Some(r), &plan.homes));
-        let model = mixed.as_ref().unwrap_or(file);
-        let mut units = match units {
-            Some(units) => units.clone(),
-            None => works(model, &sizes.layouts_at(&plan.homes)),
+        let model = sliced.as_ref().map(|s| &s.model).or(mixed.as_ref()).unwrap_or(file);
+        let mut units = match (units, sliced) {
+            (_, Some(s)) => works(model, &s.sizes.layouts),
+            (Some(units), None) => units.clone(),
+            (None, None) => works(model, &sizes.layouts_at(&plan.homes)),
         };
         let rates = hit_rates_of(model, plan, options.routing.as_deref());
         for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
@@ -359,7 +370,9 @@ impl<'a> Subject<'a> {
         };
         let division = rates.and_then(|rates| Division::new(model, plan, options, &|| rounded(rates)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
-        let recipe = Recipe::new(file, plan, options, (*vram_room, Some(*ram_room)), asked.get(), division.as_ref());
+        let slices = sliced.as_ref().map(|s| s.part);
+        let rooms = (*vram_room, Some(*ram_room));
+        let recipe = Recipe::new(file, plan, options, rooms, asked.get(), division.as_ref(), slices);
         let (living, division) = as_living(model, plan, division, slot_hits(model, plan, options));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
@@ -704,7 +717,9 @@ pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<St
     let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
     let mut tight = machine.clone();
     tight.ram.budget = ram_budget(machine).map(|b| b / 100 * ADVICE_SHARE);
-    let plan = |o: &Options| planned(model, &tight, o, &sizes).ok().map(|p| p.plan);
+    // Cut or not, as much fits.
+    let whole = |o: &Options| Options { slices: Slices::Off, ..o.clone() };
+    let plan = |o: &Options| planned(model, &tight, &whole(o), &sizes).ok().map(|p| p.plan);
     let fits = |o: &Options| plan(o).is_some();
     if options.tiers.is_some()
         && let Some(p) = plan(&Options { tiers: None, ..options.clone() })
@@ -781,7 +796,8 @@ impl Forecast {
     pub fn ctx_max(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
         let requant = requantised(model, options).ok()?;
         let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
-        let fits = |n_ctx| planned(model, machine, &Options { n_ctx, ..options.clone() }, &sizes).is_ok();
+        let of = |n_ctx| Options { n_ctx, slices: Slices::Off, ..options.clone() };
+        let fits = |n_ctx| planned(model, machine, &of(n_ctx), &sizes).is_ok();
         let (mut low, mut high) = (0, model.hparams.n_ctx_reach);
         if fits(high) {
             return Some(high);

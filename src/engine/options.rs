@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{ExpertSlots, HitCurve, Recipe, Sites, batch};
+use super::{ExpertSlots, HitCurve, Recipe, Sites, Slices, batch};
 use crate::backend::BackendKind;
 use crate::gguf::TensorType;
 use crate::model::{ForcedRouting, Model};
@@ -43,6 +43,8 @@ pub struct Options {
     pub caches: bool,
     /// Whether a device keeps experts that live in RAM in slots, the last used, in place of some that live in its memory.
     pub expert_slots: ExpertSlots,
+    /// Whether feed-forward parts of dense blocks are cut between a device and processors beside it.
+    pub slices: Slices,
     /// The experts that tokens choose, in place of their routers' choices; for benchmarks and predictions.
     pub routing: Option<Arc<ForcedRouting>>,
     /// How often slots of experts hit, as earlier runs of the model have counted; `None` to look it up once, for a session or a
@@ -98,6 +100,7 @@ impl Options {
             recent: true,
             caches: true,
             expert_slots: ExpertSlots::Auto,
+            slices: Slices::Auto,
             routing: None,
             curve: None,
             n_buffers: None,

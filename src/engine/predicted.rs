@@ -55,7 +55,8 @@ impl Session {
         let units = works(&self.model, &self.weights.layouts);
         let beside = self.beside_at(&units, self.slower());
         let experts = self.model.hparams.n_experts_used;
-        let Some(compute_s) = self.links.compute_s else {
+        // Where sites compute a part at once, what each takes of the time does not show in the whole.
+        let Some(compute_s) = self.links.compute_s.filter(|_| self.slices().is_none()) else {
             let (vram, beside) = (self.links.vram_ceiling?, beside?);
             let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
             return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false, ahead: false });
@@ -101,6 +102,11 @@ impl Session {
         let beside = self.beside_at(&units, self.slower())?;
         let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
         Some(beside.chain_s(&units, &unit_s) + pass_s(self.site()))
+    }
+
+    /// Parts of each feed-forward part that processors next to the device have, of [`crate::model::SLICE_PARTS`], where those are cut.
+    pub fn slices(&self) -> Option<u32> {
+        self.recipe.slices
     }
 
     /// What the session's plan followed from, by which it can be made again.

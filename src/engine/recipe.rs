@@ -10,6 +10,7 @@ use super::{EngineError, Sites, batch};
 use crate::backend::Share;
 use crate::gguf::TensorType;
 use crate::machine::probe;
+use crate::model::SLICE_PARTS;
 use crate::plan::{BUFFERS_MAX, BUFFERS_MIN, SiteRates, Tiers};
 use crate::storage::safe;
 
@@ -53,6 +54,9 @@ pub struct Recipe {
     /// Most tokens of a pass, where those are not the usual number and their workspace takes memory from weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) batch: Option<usize>,
+    /// Parts of each feed-forward part's hidden state that processors next to a GPU have, where those are cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) slices: Option<u32>,
     /// The type that larger matrices got, by its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) requant: Option<String>,
@@ -105,7 +109,8 @@ impl Recipe {
         let batch = self.batch.is_none_or(|b| (1..=batch::MOST).contains(&b));
         let buffers = self.n_buffers.is_none_or(|n| (BUFFERS_MIN..=BUFFERS_MAX).contains(&n));
         let tiers = self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok());
-        tiers && self.by_name().is_some() && requant && batch && buffers
+        let slices = self.slices.is_none_or(|part| (1..SLICE_PARTS).contains(&part));
+        tiers && self.by_name().is_some() && requant && batch && buffers && slices
     }
 
     pub(super) fn requant(&self) -> Option<TensorType> {
@@ -220,6 +225,7 @@ mod tests {
             ("[[plan]]", ""),
             ("divided", "batch = 0\ndivided"),
             ("divided", "n_buffers = 0\ndivided"),
+            ("divided", "slices = 256\ndivided"),
             ("divided", "n_buffers = 4611686018427387904\ndivided"),
         ] {
             assert!(Recipe::parse(&good.replace(from, to)).is_err(), "{from} {to}");

@@ -5,7 +5,7 @@ use super::beside::Division;
 use super::error::RepeatError;
 use super::recipe::name;
 use super::structure::{digest, structure};
-use super::{EngineError, ExpertSlots, Options, Recipe};
+use super::{EngineError, ExpertSlots, Options, Recipe, Slices};
 use crate::model::Model;
 use crate::plan::{Home, Plan, SiteRates};
 
@@ -34,6 +34,7 @@ impl Recipe {
         (vram, ram): (Option<u64>, Option<u64>),
         rates: Option<SiteRates>,
         division: Option<&Division>,
+        slices: Option<u32>,
     ) -> Recipe {
         let has = |wanted: &dyn Fn(Home) -> bool| plan.homes.iter().any(|h| wanted(*h));
         let gpu = vram.is_some();
@@ -57,6 +58,7 @@ impl Recipe {
             rates: rates.map(|r| [r.ram, r.link, r.device].map(|rate| rate as u64)),
             divided: divided(division),
             batch: (bound && unusual).then_some(options.max_batch),
+            slices,
             requant: options.requant.map(|ty| ty.name().into()),
         }
     }
@@ -98,6 +100,7 @@ impl Recipe {
             expert_slots: if self.expert_slots { ExpertSlots::On } else { ExpertSlots::Off },
             n_buffers: self.n_buffers,
             more_frames: self.more_frames,
+            slices: self.slices.map_or(Slices::Off, Slices::Of),
             requant: self.requant(),
             ..options.clone()
         })

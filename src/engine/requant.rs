@@ -1,15 +1,11 @@
 //! Requantising on load: how units lie that get a smaller type, and what a report says of it.
 
+use super::made::made;
 use crate::gguf::TensorType;
 use crate::model::{Model, Requantised, Turned, UnitSpec};
-use crate::pipeline::{SpanIn, TurnedSpan, UnitLayout};
+use crate::pipeline::{SpanIn, TurnedSpan, Turning, UnitLayout};
 use crate::plan::{Home, format_bytes};
 use crate::storage::FileId;
-
-/// Tensors begin at multiples of this in the frame of a requantised unit.
-const ALIGN: u64 = 256;
-/// A unit's frame is a multiple of this.
-const FRAME_ALIGN: u64 = 4096;
 
 /// What requantising did to a session's weights.
 #[derive(Clone, Debug)]
@@ -65,15 +61,9 @@ pub(super) fn turned(requant: &Requantised, unit: usize) -> Option<(UnitLayout, 
         return None;
     }
     let (file, small): (&UnitSpec, &UnitSpec) = (&requant.file().units[unit], &requant.whole().units[unit]);
-    let (mut used, mut offsets, mut spans) = (0, Vec::new(), Vec::new());
-    for ((f, s), turn) in file.spans.iter().zip(&small.spans).zip(requant.turns(unit)) {
-        let span = SpanIn { file: FileId(f.shard as u16), offset: f.offset, bytes: f.bytes };
-        spans.push(TurnedSpan { span, to: used, turn: turn.map(|t| (t.from, t.to, t.cols)) });
-        offsets.push(used);
-        used = (used + s.bytes).next_multiple_of(ALIGN);
-    }
-    // Nothing is read as the frame has it.
-    let layout =
-        UnitLayout { extents: Vec::new(), span_offsets: offsets, slot_bytes: used.next_multiple_of(FRAME_ALIGN) };
-    Some((layout, spans))
+    let parts = file.spans.iter().zip(&small.spans).zip(requant.turns(unit)).map(|((f, s), turn)| {
+        let turn = turn.map_or(Turning::None, |t| Turning::Type { from: t.from, to: t.to, cols: t.cols });
+        (SpanIn { file: FileId(f.shard as u16), offset: f.offset, bytes: f.bytes }, s.bytes, turn)
+    });
+    Some(made(parts))
 }

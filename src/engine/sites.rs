@@ -11,6 +11,17 @@ pub enum Sites {
     Both,
 }
 
+/// Whether feed-forward parts are cut, so that a device and processors beside it compute each at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slices {
+    /// They are whole.
+    Off,
+    /// They are cut where that is faster by what is known of the rates.
+    Auto,
+    /// Processors have so many of [`crate::model::SLICE_PARTS`] parts of each, where it can be cut and all rests in memory.
+    Of(u32),
+}
+
 /// What the room that a device has for experts is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExpertSlots {

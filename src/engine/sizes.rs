@@ -8,6 +8,7 @@ pub(super) fn unit_size(unit: &UnitSpec, slot_bytes: u64) -> UnitSize {
     let (block, part) = match unit.kind {
         UnitKind::Attention(i) => (Some(i), UnitPart::Attention),
         UnitKind::FeedForward(i) => (Some(i), UnitPart::FeedForward),
+        UnitKind::Slice(i) => (Some(i), UnitPart::Slice),
         UnitKind::Shared(i) => (Some(i), UnitPart::Shared),
         UnitKind::Expert { layer, .. } => (Some(layer), UnitPart::Expert),
         UnitKind::Head(_) => (None, UnitPart::Head),

@@ -8,11 +8,13 @@ use super::apart::Apart;
 use super::beside::Division;
 use super::error::LackError;
 use super::hits::{hit_rates_of, slot_hits};
+use super::layouts::{Sizes, make_plan, own_embedding, tensor_layout};
 use super::repeat::steady;
-use super::requant::{RequantReport, settled, turned};
+use super::requant::{RequantReport, settled};
 use super::reuse::faster_in_slots;
 use super::session::{Embedding, OnDevice, stream_error};
-use super::sizes::{unit_size, unit_sizes};
+use super::sizes::unit_sizes;
+use super::slices::{Sliced, slices_or_not};
 use super::steps::schedule;
 use super::weights::Weights;
 use super::works::works;
@@ -31,16 +33,14 @@ use crate::model::{
     ForwardError, HParams, Model, ModelError, Requantised, Scratch, Tape, UnitKind, UnitSpec, check_divisors,
 };
 use crate::pipeline::{
-    DeviceUnit, Rest, SpanIn, TurnedSpan, TurnedUnit, UnitLayout, load, load_to_device, load_turned, staging,
+    DeviceUnit, Rest, TurnedUnit, UnitLayout, load, load_to_device, load_turned,
 };
 use crate::plan::{
-    Cache, Home, Limits, Plan, PlanError, SLOT_ALIGN, SiteRates, TooFewSlots, UnitSize, format_bytes, place,
+    Cache, Home, Plan, SLOT_ALIGN, SiteRates, TooFewSlots, format_bytes,
 };
 use crate::state::{Pages, Recent};
-use crate::storage::{Alignment, FileId, Reader, StorageError};
+use crate::storage::{FileId, Reader, StorageError};
 
-/// Rows of the embedding that are read at once.
-const ROWS_AT_ONCE: u64 = 64;
 /// Events a timeline keeps.
 const TRACE_EVENTS: usize = 1 << 18;
 /// Most that is left free of a GPU's memory unless `--vram` says otherwise, for other programs' needs;
@@ -139,10 +139,6 @@ impl Session {
         let sizes = Sizes::new(&model, requant.as_ref(), options.threads, &|f| reader.alignment(f));
         starting.go_on()?;
         let (mut backend, fallback) = open_backend(&dims).map_err(|e| unopened(e, &model, &sizes, &dims, &options))?;
-        if options.timeline {
-            // A pass has each unit once.
-            backend.trace_work(model.units.len());
-        }
         check_types(&model, backend.as_ref())?;
         requant.as_ref().map_or(Ok(()), |r| check_types(r.whole(), backend.as_ref()))?;
         if options.sites == Sites::Both && backend.device().is_some() && backend.computes_in_ram().is_none() {
@@ -162,6 +158,22 @@ impl Session {
             None => ExpertSlots::Off,
         };
         let options = Options { expert_slots, ..options };
+        let file = model;
+        let sliced = match &memory {
+            Some(memory) => {
+                let room = planned_room(weights_room(options.vram, memory.memory()?), &sizes, &options)?;
+                let beside = backend.computes_in_ram().is_some();
+                let rates = options.repeat.as_ref().and_then(|r| r.rates()).or(rates);
+                let with = || slices_or_not(&file, &sizes, room, rates, &options, &|f| reader.alignment(f));
+                if beside { with() } else { None }
+            }
+            None => None,
+        };
+        let slices = sliced.as_ref().map(|s| s.part);
+        let (model, sizes) = match sliced {
+            Some(Sliced { model, sizes, .. }) => (model, sizes),
+            None => (file.clone(), sizes),
+        };
         let (plan, room, mut device) = match &memory {
             None => {
                 options.repeat.as_ref().map_or(Ok(None), |r| r.room(None))?;
@@ -176,9 +188,12 @@ impl Session {
             let vram = memory.is_some().then_some(plan.vram_bytes);
             make_plan(&model, &sizes, vram, workspace, &Options { ram: Some(ram), ..options.clone() }).is_ok()
         })?;
-        let recipe_of = model;
-        let (model, sizes) = (settled(&recipe_of, requant.as_ref(), &plan.homes), sizes.at(&plan.homes));
-        let tape = if requant.is_some() { Tape::new(&model) } else { tape };
+        let (model, sizes) = (settled(&model, requant.as_ref(), &plan.homes), sizes.at(&plan.homes));
+        let tape = if requant.is_some() || slices.is_some() { Tape::new(&model) } else { tape };
+        if options.timeline {
+            // A pass has each unit once.
+            backend.trace_work(model.units.len());
+        }
         let requanted = requant.as_ref().map(|r| RequantReport::new(r, &plan.homes));
         notes.extend(requanted.as_ref().and_then(RequantReport::note));
         let mut places = Places::take(&plan, &sizes, own_embedding(&model, memory.is_some()))?;
@@ -206,7 +221,7 @@ impl Session {
             .computes_in_ram()
             .and_then(|threads| Division::new(&model, &plan, &options, &|| site_rates(threads)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
-        let recipe = Recipe::new(&recipe_of, &plan, &options, (room, options.ram), asked.get(), division.as_ref());
+        let recipe = Recipe::new(&file, &plan, &options, (room, options.ram), asked.get(), division.as_ref(), slices);
         notes.extend(plan.too_few_slots.map(too_few_slots));
         let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);
         if asked_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
@@ -230,7 +245,7 @@ impl Session {
             turn: None,
         };
         let embedding = Embedding {
-            stored_bytes: (recipe_of.embedding.bytes / model.n_vocab as u64) as usize,
+            stored_bytes: (file.embedding.bytes / model.n_vocab as u64) as usize,
             turn: requant.as_ref().and_then(Requantised::embedding),
             ..table(&model.embedding, places.embedding.as_ref(), &sizes.embedding)
         };
@@ -362,76 +377,12 @@ fn refuse_what_is_not_there(
     Err(LackError::Memory { source, fits, smaller_ctx: workspace > 0 }.into())
 }
 
-/// Alignment of reads of each file.
-pub(super) type Alignments<'a> = &'a dyn Fn(FileId) -> Alignment;
+
 
 /// The model with smaller matrices, where the options ask for one.
 pub(super) fn requantised(model: &Model, options: &Options) -> Result<Option<Requantised>, EngineError> {
     let of = options.requant.map(|ty| Requantised::new(model, ty)).transpose();
     of.map_err(|e| ModelError::from(e).into())
-}
-
-/// What the reader's alignment makes of the model's units.
-pub(super) struct Sizes {
-    /// As they rest; once homes are known ([`Sizes::at`]), as they are in RAM or in VRAM.
-    pub layouts: Arc<[UnitLayout]>,
-    /// As they are read from storage.
-    stored: Arc<[UnitLayout]>,
-    /// By unit, what becomes of the spans of one that is requantised where it rests; else nothing.
-    turned: Vec<Vec<TurnedSpan>>,
-    /// Regions that those are read to while they are loaded: how many, and the bytes of each.
-    turning: (usize, u64),
-    embedding: UnitLayout,
-    /// Of the embeddings for each block, where there are such.
-    per_block: Option<UnitLayout>,
-    /// Bytes of the region that rows of the embedding are read to.
-    rows: u64,
-}
-
-impl Sizes {
-    /// Bytes of all units.
-    pub fn weights(&self) -> u64 {
-        self.layouts.iter().map(|l| l.slot_bytes).sum()
-    }
-
-    /// Of a model as the file has it, which `threads` threads requantise where that is asked for.
-    pub fn new(model: &Model, requant: Option<&Requantised>, threads: usize, alignment: Alignments) -> Sizes {
-        let stored: Arc<[UnitLayout]> = model.units.iter().map(|u| layout(u, alignment)).collect();
-        let mut layouts = Arc::clone(&stored);
-        let mut spans = vec![Vec::new(); stored.len()];
-        if let Some(requant) = requant {
-            let turned = |u: usize| turned(requant, u).unwrap_or_else(|| (stored[u].clone(), Vec::new()));
-            let (new, of): (Vec<_>, Vec<_>) = (0..stored.len()).map(turned).unzip();
-            (layouts, spans) = (new.into(), of);
-        }
-        let turning = staging(spans.iter().flatten(), threads, alignment);
-        Sizes {
-            layouts,
-            stored,
-            turned: spans,
-            turning,
-            embedding: tensor_layout(&model.embedding, alignment),
-            per_block: model.per_block.as_ref().map(|t| tensor_layout(t, alignment)),
-            rows: rows_region_bytes(model, alignment),
-        }
-    }
-
-    /// With the layouts that units have at their homes.
-    fn at(mut self, homes: &[Home]) -> Sizes {
-        self.layouts = self.layouts_at(homes).into();
-        self
-    }
-
-    /// Those layouts.
-    pub fn layouts_at(&self, homes: &[Home]) -> Vec<UnitLayout> {
-        let of = |u: usize| if homes[u] == Home::C { &self.stored[u] } else { &self.layouts[u] };
-        (0..homes.len()).map(|u| of(u).clone()).collect()
-    }
-
-    /// Bytes of RAM that are taken beside units and slots.
-    fn reserved(&self) -> u64 {
-        self.rows + self.turning.0 as u64 * self.turning.1
-    }
 }
 
 /// The arena, cut up as planned.
@@ -666,64 +617,6 @@ fn check_types(model: &Model, backend: &dyn Backend) -> Result<(), EngineError> 
             Err(BackendError::UnsupportedType { ty, backend: backend.name(), supported }.into())
         }
     }
-}
-
-fn layout(unit: &UnitSpec, alignment: Alignments) -> UnitLayout {
-    let spans: Vec<SpanIn> =
-        unit.spans.iter().map(|s| SpanIn { file: FileId(s.shard as u16), offset: s.offset, bytes: s.bytes }).collect();
-    UnitLayout::new(&spans, alignment)
-}
-
-fn tensor_layout(t: &TensorInfo, alignment: Alignments) -> UnitLayout {
-    UnitLayout::new(&[SpanIn { file: FileId(t.shard as u16), offset: t.offset, bytes: t.bytes }], alignment)
-}
-
-fn rows_region_bytes(model: &Model, alignment: Alignments) -> u64 {
-    let tables = [Some(&model.embedding), model.per_block.as_ref()];
-    let bytes = tables.into_iter().flatten().map(|t| {
-        let (row, align) = (t.bytes / model.n_vocab as u64, u64::from(alignment(FileId(t.shard as u16)).offset));
-        (row.next_multiple_of(align) + align).next_multiple_of(4096) * ROWS_AT_ONCE
-    });
-    bytes.max().unwrap_or(0)
-}
-
-/// Whether the embedding has a place of its own in RAM: a tied head there serves its rows too.
-fn own_embedding(model: &Model, on_device: bool) -> bool {
-    !model.tied || on_device
-}
-
-/// The plan, for `vram` bytes of device memory if weights are computed there; `workspace` bytes of RAM are the
-/// backend's.
-pub(super) fn make_plan(
-    model: &Model,
-    sizes: &Sizes,
-    vram: Option<u64>,
-    workspace: u64,
-    options: &Options,
-) -> Result<Plan, PlanError> {
-    let size = |((u, l), stored): ((&UnitSpec, &UnitLayout), &UnitLayout)| UnitSize {
-        stored_bytes: stored.slot_bytes,
-        ..unit_size(u, l.slot_bytes)
-    };
-    let units: Vec<UnitSize> =
-        model.units.iter().zip(sizes.layouts.iter()).zip(sizes.stored.iter()).map(size).collect();
-    let own = own_embedding(model, vram.is_some()).then_some(sizes.embedding.slot_bytes);
-    let tables = [own, sizes.per_block.as_ref().map(|l| l.slot_bytes)];
-    let limits = Limits {
-        ram: options.ram.or_else(|| machine::memory(Path::new("/")).budget()).unwrap_or(u64::MAX / 4),
-        vram,
-        n_buffers: options.n_buffers,
-        more_frames: options.more_frames,
-        tiers: options.tiers,
-        stacked: options.stacked,
-        storage: options.storage,
-        reserved: sizes.reserved(),
-        workspace,
-        embedding: tables.into_iter().flatten().reduce(u64::saturating_add),
-        cached_choices: if options.caches { model.hparams.n_experts_used } else { 0 },
-        slot_choices: if options.expert_slots == ExpertSlots::On { model.hparams.n_experts_used } else { 0 },
-    };
-    place(&units, &limits)
 }
 
 /// Whether the device keeps experts in slots, where weights may take `room` bytes there: as is asked for, or where the choices are

@@ -16,6 +16,7 @@ mod read;
 mod requant;
 mod rope;
 mod routing;
+mod slices;
 mod tape;
 
 pub use family::Family;
@@ -26,12 +27,13 @@ pub use pass::{
     takes_nearly_all,
 };
 pub use program::{
-    Block, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,
+    Block, Columns, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,
 };
 pub use read::unused_keys;
 pub use requant::{RequantError, Requantised, Turn, Turned};
 pub use rope::{RopeScaling, RopeSpec, check_divisors};
 pub use routing::{ForcedRouting, Mixture, Routes, RoutingError};
+pub use slices::SLICE_PARTS;
 pub use tape::Tape;
 
 /// Why a GGUF file holds no model that nt can run.

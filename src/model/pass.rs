@@ -752,6 +752,11 @@ impl<'a> Pass<'a> {
                 let (norm, gate, up, down) = (self.norm(norm), self.linear(gate), self.linear(up), self.linear(down));
                 self.backend.ffn(&norm, &gate, &up, &down)?;
             }
+            Call::Slice { norm, gate, up, down } => {
+                let (norm, gate, up, down) = (self.norm(norm), self.linear(gate), self.linear(up), self.linear(down));
+                self.backend.slice(&norm, &gate, &up, &down)?;
+            }
+            Call::AddSlice => self.backend.add_slice()?,
             Call::Route { norm, router, params } => {
                 let (norm, router) = (self.norm(norm), self.weight(router));
                 let ids = self.backend.route(&norm, &router, params)?;

@@ -15,6 +15,8 @@ pub enum UnitKind {
     Attention(usize),
     /// The feed-forward part of a dense block.
     FeedForward(usize),
+    /// The columns of such a part's hidden state that processors next to a device compute, where it is cut ([`Model::sliced`]).
+    Slice(usize),
     /// What all tokens share of a block with routed experts: its attention part and its router.
     Shared(usize),
     /// One routed expert.
@@ -33,9 +35,22 @@ pub enum UnitKind {
 pub struct Span {
     /// Index of the shard.
     pub shard: usize,
-    /// First byte.
+    /// First byte; of columns, the first of the whole matrix.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes that are used.
+    pub bytes: u64,
+    /// Which columns of a matrix they are, where they are not all of its rows.
+    pub columns: Option<Columns>,
+}
+
+/// Some columns of a matrix that lies by rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// Bytes of a whole row.
+    pub row_bytes: u64,
+    /// Bytes of a row before them.
+    pub before: u64,
+    /// Bytes of a row that are theirs.
     pub bytes: u64,
 }
 

@@ -12,6 +12,8 @@ pub(super) enum Call {
     Keep,
     AttnOutput { w: LinearRef },
     FeedForward { norm: NormRef, gate: LinearRef, up: LinearRef, down: LinearRef },
+    Slice { norm: NormRef, gate: LinearRef, up: LinearRef, down: LinearRef },
+    AddSlice,
     Route { norm: NormRef, router: TensorRef, params: RouterParams },
     Combine,
     OutputNorm { norm: NormRef },
@@ -107,6 +109,7 @@ fn fused(ops: &[Op<TensorRef>]) -> Option<(Call, usize)> {
         [Op::Norm { to: Act::Out, from: Act::Out, norm }, Op::Add { to: Act::X, from: Act::Out }, ..] => {
             Some((Call::Op(Op::AddNormed { norm }), 2))
         }
+        [Op::Add { to: Act::X, from: Act::Attn }, ..] => Some((Call::AddSlice, 1)),
         [Op::Combine { to: Act::X, add: true }, ..] => Some((Call::Combine, 1)),
         [Op::Head { w, first_row, scale: 1.0, cap: 0.0 }, ..] => Some((Call::Head { w, first_row }, 1)),
         [Op::Outputs, Op::Norm { to: Act::H, from: Act::X, norm }, ..] if plain(&norm) => {
@@ -151,9 +154,13 @@ fn feed_forward(norm: NormRef, ops: &[Op<TensorRef>]) -> Option<(Call, usize)> {
             Op::Linear { to: Act::Hidden, from: Act::H, w: gate, add: false },
             Op::Linear { to: Act::Up, from: Act::H, w: up, add: false },
             Op::Activate { how: Activation::Silu, gated: true, .. },
-            Op::Linear { to: Act::X, from: Act::Hidden, w: down, add: true },
+            Op::Linear { to, from: Act::Hidden, w: down, add },
             ..,
-        ] => Some((Call::FeedForward { norm, gate, up, down }, 5)),
+        ] => match (to, add) {
+            (Act::X, true) => Some((Call::FeedForward { norm, gate, up, down }, 5)),
+            (Act::Attn, false) => Some((Call::Slice { norm, gate, up, down }, 5)),
+            _ => None,
+        },
         _ => None,
     }
 }

@@ -12,5 +12,5 @@ mod unit;
 pub use error::StreamError;
 pub use load::{DeviceUnit, Progress, load, load_to_device};
 pub use trace::{Event, EventKind, Trace, write_events};
-pub use turn::{Rest, Slots, TurnedSpan, TurnedUnit, load_turned, staging};
+pub use turn::{Rest, Slots, TurnedSpan, TurnedUnit, Turning, load_turned, staging};
 pub use unit::{SpanIn, UnitLayout};

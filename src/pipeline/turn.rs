@@ -1,6 +1,6 @@
-//! Units that are requantised on their way to where they rest.
+//! Units that do not lie in the file as they are to rest: with matrices of another type, or with some columns of a matrix alone.
 //!
-//! One thread reads pieces of some rows to staging regions; others turn each piece, row by row, into the smaller type at
+//! One thread reads pieces of some rows to staging regions; others turn each piece, row by row, into what is wanted of it at
 //! its place: in RAM, or in a slot from which the whole unit is copied to the device. No unit is anywhere in its larger size.
 
 use std::collections::VecDeque;
@@ -21,15 +21,40 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// Staging regions beside one for each thread: reads in flight.
 const READS: usize = 4;
 
-/// A part of a unit: bytes that stay as they are, or rows that get another type.
+/// What becomes of the bytes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turning {
+    /// They stay as they are.
+    None,
+    /// Rows of so many columns get another type.
+    Type {
+        /// Their type in the file.
+        from: TensorType,
+        /// The type that they get.
+        to: TensorType,
+        /// Columns.
+        cols: usize,
+    },
+    /// Some columns of each row stay.
+    Columns {
+        /// Bytes of a row in the file.
+        row: usize,
+        /// Bytes before those that stay.
+        before: usize,
+        /// Bytes that stay.
+        bytes: usize,
+    },
+}
+
+/// A part of a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnedSpan {
     /// The bytes in the file.
     pub span: SpanIn,
     /// First byte in the unit's frame.
     pub to: u64,
-    /// Types and columns of rows that are turned; `None` for bytes that are copied.
-    pub turn: Option<(TensorType, TensorType, usize)>,
+    /// What becomes of them.
+    pub turn: Turning,
 }
 
 /// Where a unit comes to rest.
@@ -41,7 +66,7 @@ pub enum Rest {
     Device(u64, usize),
 }
 
-/// A unit that is requantised.
+/// A unit that is made of what is read.
 #[derive(Clone, Debug)]
 pub struct TurnedUnit<'a> {
     /// Its parts.
@@ -58,7 +83,20 @@ pub type Slots<'a> = (&'a dyn CopyEngine, &'a [Region]);
 impl TurnedSpan {
     /// Bytes of a row in the file; of bytes that are copied, one.
     fn row_bytes(&self) -> u64 {
-        self.turn.map_or(1, |(from, _, cols)| from.row_bytes(cols).unwrap_or(0).max(1) as u64)
+        match self.turn {
+            Turning::None => 1,
+            Turning::Type { from, cols, .. } => from.row_bytes(cols).unwrap_or(0).max(1) as u64,
+            Turning::Columns { row, .. } => row.max(1) as u64,
+        }
+    }
+
+    /// Bytes of what is made of a row.
+    fn row_made(&self) -> usize {
+        match self.turn {
+            Turning::None => 1,
+            Turning::Type { to, cols, .. } => to.row_bytes(cols).unwrap_or(0),
+            Turning::Columns { bytes, .. } => bytes,
+        }
     }
 
     /// Rows of a piece.
@@ -197,22 +235,27 @@ unsafe fn turn(from: Region, piece: &Piece<'_>, row: &mut Vec<f32>) -> Result<()
     let bytes = (piece.rows * s.row_bytes()) as usize;
     // SAFETY: the caller's promise; the reader has filled these bytes.
     let source = unsafe { std::slice::from_raw_parts(from.addr().add(piece.at as usize), bytes) };
-    let out_row = s.turn.map_or(1, |(_, to, cols)| to.row_bytes(cols).unwrap_or(0));
+    let out_row = s.row_made();
     let (at, len) = (s.to as usize + piece.first as usize * out_row, piece.rows as usize * out_row);
     assert!(at + len <= piece.to.len(), "a unit is larger than its place");
     // SAFETY: within the region (above), and no other piece has these rows.
     let to = unsafe { std::slice::from_raw_parts_mut(piece.to.addr().add(at), len) };
-    let Some((from, ty, cols)) = s.turn else {
-        to.copy_from_slice(source);
-        return Ok(());
-    };
-    row.resize(cols, 0.0);
-    for (source, to) in source.chunks_exact(s.row_bytes() as usize).zip(to.chunks_exact_mut(out_row)) {
-        // Types were checked when the structure was built.
-        if !reference::dequantize(from, source, row) {
-            return Err(Unfit::Blocks(cols, from));
+    let rows = source.chunks_exact(s.row_bytes() as usize);
+    match s.turn {
+        Turning::None => to.copy_from_slice(source),
+        Turning::Columns { before, bytes, .. } => {
+            rows.zip(to.chunks_exact_mut(bytes)).for_each(|(row, to)| to.copy_from_slice(&row[before..before + bytes]));
         }
-        quantise(ty, row, to)?;
+        Turning::Type { from, to: ty, cols } => {
+            row.resize(cols, 0.0);
+            for (source, to) in rows.zip(to.chunks_exact_mut(out_row)) {
+                // Types were checked when the structure was built.
+                if !reference::dequantize(from, source, row) {
+                    return Err(Unfit::Blocks(cols, from));
+                }
+                quantise(ty, row, to)?;
+            }
+        }
     }
     Ok(())
 }
@@ -406,11 +449,11 @@ mod tests {
         let mut bytes: Vec<u8> = floats.flatten().collect();
         bytes.extend([7; 1000]);
         let (matrix, small) = ((ROWS * COLS * 4) as u64, (ROWS * COLS / 32 * 18) as u64);
-        let turn = Some((TensorType::F32, TensorType::Q4_0, COLS));
+        let turn = Turning::Type { from: TensorType::F32, to: TensorType::Q4_0, cols: COLS };
         let of = |offset, bytes| SpanIn { file: FileId(0), offset, bytes };
         let spans = vec![
             TurnedSpan { span: of(matrix, matrix), to: 0, turn },
-            TurnedSpan { span: of(2 * matrix, 1000), to: small, turn: None },
+            TurnedSpan { span: of(2 * matrix, 1000), to: small, turn: Turning::None },
             TurnedSpan { span: of(0, matrix), to: small + 1024, turn },
         ];
         (bytes, spans)
@@ -454,8 +497,9 @@ mod tests {
         for s in &spans {
             let from = &bytes[s.span.offset as usize..][..s.span.bytes as usize];
             match s.turn {
-                None => want[s.to as usize..][..1000].copy_from_slice(from),
-                Some((_, ty, _)) => {
+                Turning::None => want[s.to as usize..][..1000].copy_from_slice(from),
+                Turning::Columns { .. } => unreachable!("none of this file"),
+                Turning::Type { to: ty, .. } => {
                     let floats: Vec<f32> =
                         from.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                     quantise(ty, &floats, &mut want[s.to as usize..][..ROWS * COLS / 32 * 18]).unwrap();

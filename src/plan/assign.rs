@@ -89,6 +89,28 @@ pub fn assign(sizes: &[u64], carried: u64, here: u64, rates: &SiteRates) -> Vec<
     divided(best.unwrap_or(0))
 }
 
+/// Which of `steps` parts of every feed-forward part processors are to have, where all `n` of them are cut alike, so that a pass of one
+/// row is shortest, and its seconds; `None` if there is no part to cut. The parts have `all` bytes, for `here` of which there is room in the
+/// device's memory; what else is the device's is brought to it. `others` bytes lie there in any case.
+pub fn best_slice(
+    others: u64,
+    (all, here): (u64, u64),
+    n: usize,
+    steps: u32,
+    rates: &SiteRates,
+) -> Option<(u32, f64)> {
+    let seconds = |part: u32| {
+        let computed = all as f64 * f64::from(part) / f64::from(steps);
+        let own = all as f64 - computed;
+        let carried = (own - here as f64).max(0.0);
+        // Both sites work on each part at once, and the link beside them.
+        let parts = (own / rates.device).max(computed / rates.ram + n as f64 * HAND_OVER_S);
+        (others as f64 / rates.device + parts).max(carried / rates.link)
+    };
+    let all_of_them = (1..steps).map(|part| (part, seconds(part)));
+    all_of_them.filter(|_| n > 0).min_by(|a, b| a.1.total_cmp(&b.1))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +129,27 @@ mod tests {
         let both = share(130e9, 50e9);
         assert!((30..52).contains(&both), "{both}");
         assert!(share(60e9, 50e9) < both);
+    }
+
+    /// Where a model is a little larger than a desktop's VRAM, cut parts win the time in which sites would work in turn; where the device
+    /// is as fast as a server's there is none.
+    #[test]
+    fn cut_parts_win_what_sites_would_wait_for_each_other() {
+        let (others, all, here) = (3u64 << 30, 15u64 << 30, 10u64 << 30);
+        let gain = |device: f64| {
+            let rates = SiteRates { ram: 45e9, link: 25e9, device };
+            let in_ram = vec![(all - here) / 21; 21];
+            let divided = assign(&in_ram, 0, others + here, &rates);
+            let k = divided.iter().filter(|c| **c).count();
+            let computed = k as u64 * in_ram[0];
+            let whole = rates.pass_s(computed, k, all - here - computed, others + here);
+            let (part, cut) = best_slice(others, (all, here), 64, 256, &rates).unwrap();
+            assert!((30..140).contains(&part), "{part}");
+            whole / cut
+        };
+        assert!((1.1..1.4).contains(&gain(300e9)), "{}", gain(300e9));
+        assert!(gain(2.5e12) < 1.05, "{}", gain(2.5e12));
+        assert_eq!(best_slice(1, (0, 0), 0, 256, &SiteRates { ram: 1.0, link: 1.0, device: 1.0 }), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Processors beside a GPU: which part of a plan's units they compute while tokens are generated, and what that takes.
 
-use super::UnitWork;
+use super::{UnitPart, UnitWork};
 use crate::backend::Share;
 
 /// What processors beside a GPU compute, and how long it takes them. Empty lists stand for nothing.
@@ -57,11 +57,12 @@ impl Beside {
     }
 
     /// Least seconds of the units of a one-token pass where the GPU's take `unit_s`: sites compute in turn, except that processors
-    /// compute experts while the GPU computes others of their layer.
+    /// compute experts while the GPU computes others of their layer, and their slice of a part while it computes its own.
     pub fn chain_s(&self, units: &[UnitWork], unit_s: &[f64]) -> f64 {
         let parts = self.parts(units);
         let (mut chain, mut first) = (0.0, 0);
-        for run in units.chunk_by(|a, b| a.size.routed() && b.size.routed() && a.size.block == b.size.block) {
+        let at_once = |a: &UnitWork, b: &UnitWork| a.size.routed() && b.size.routed() || a.size.part == UnitPart::Slice;
+        for run in units.chunk_by(|a, b| at_once(a, b) && a.size.block == b.size.block) {
             let all = first..first + run.len();
             first = all.end;
             let of_host = |u: usize| if self.computes(u) { self.unit_s[u] * parts[u] } else { 0.0 };

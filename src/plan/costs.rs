@@ -89,7 +89,7 @@ impl Costs {
     pub fn least_s(&self, part: UnitPart, operations: usize) -> f64 {
         let time = match part {
             UnitPart::Attention => &self.attention,
-            UnitPart::FeedForward => &self.feed_forward,
+            UnitPart::FeedForward | UnitPart::Slice => &self.feed_forward,
             UnitPart::Shared => &self.shared,
             UnitPart::Head => &self.head,
             UnitPart::Expert => return 0.0,

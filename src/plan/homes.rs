@@ -33,6 +33,8 @@ pub enum UnitPart {
     Attention,
     /// The feed-forward part of a dense block.
     FeedForward,
+    /// The columns of it that are for processors next to a device, where it is cut: it lives in RAM.
+    Slice,
     /// Attention part and router of a block with routed experts.
     Shared,
     /// A routed expert: used by some tokens only.

@@ -13,7 +13,7 @@ mod simulate;
 mod work;
 
 pub use crate::units::{format_at_least, format_bytes, parse_size};
-pub use assign::{SiteRates, assign};
+pub use assign::{SiteRates, assign, best_slice};
 pub use beside::Beside;
 pub use costs::{Costs, Time};
 pub use device::SLOT_ALIGN;

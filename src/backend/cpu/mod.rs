@@ -496,6 +496,29 @@ impl CpuBackend {
         self.prepare(x, out, self.dims.n_embd, self.n_tokens(), Some(*norm));
     }
 
+    /// `to` gets `down · (silu(gate · h) * (up · h))` with `h = norm(X)`, by `then`.
+    fn feed_forward(&mut self, norm: &Norm, [gate, up, down]: [&Linear; 3], to: *mut f32, then: Then) {
+        self.norm_input(norm);
+        let (input, hidden) = (self.input_here(), Shared(self.hidden.ptr()));
+        let jobs = [self.job(gate, input, hidden.get(), Then::Silu), self.job(up, input, hidden.get(), Then::Mul)];
+        let onward = self.onward(hidden, down.weight.cols);
+        self.jobs(&jobs, onward);
+        match onward {
+            Some(_) => self.row = 1 - self.row,
+            None => self.prepare(hidden, hidden, down.weight.cols, self.n_tokens(), None),
+        }
+        let job = self.job(down, hidden.get(), to, then);
+        self.jobs(&[job], None);
+    }
+
+    /// What slices of feed-forward parts add to X waits where attention's output lies at other times, of all classes at their rows: it is as
+    /// wide, and done with (`Model::sliced`).
+    pub(in crate::backend) fn slice_here(&mut self) -> &mut [f32] {
+        let (d, first) = (self.dims.n_embd, self.first());
+        let rows = first * d..(first + self.n_tokens()) * d;
+        &mut self.attn[rows]
+    }
+
     /// Quantises `n` rows of `cols` from `x`; with a norm, normed rows are stored to `out` first.
     fn prepare(&mut self, x: Shared<f32>, out: Shared<f32>, cols: usize, n: usize, norm: Option<Norm>) {
         (self.ready, self.attn_ready) = (None, false);
@@ -1006,17 +1029,24 @@ impl Backend for CpuBackend {
     }
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
-        self.norm_input(norm);
-        let (input, hidden, x) = (self.input_here(), Shared(self.hidden.ptr()), self.x_here());
-        let jobs = [self.job(gate, input, hidden.get(), Then::Silu), self.job(up, input, hidden.get(), Then::Mul)];
-        let onward = self.onward(hidden, down.weight.cols);
-        self.jobs(&jobs, onward);
-        match onward {
-            Some(_) => self.row = 1 - self.row,
-            None => self.prepare(hidden, hidden, down.weight.cols, self.n_tokens(), None),
+        let x = self.x_here();
+        self.feed_forward(norm, [gate, up, down], x, Then::Add);
+        Ok(())
+    }
+
+    fn slice(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        let to = self.slice_here().as_mut_ptr();
+        self.feed_forward(norm, [gate, up, down], to, Then::Store);
+        Ok(())
+    }
+
+    fn add_slice(&mut self) -> Result<(), BackendError> {
+        let (d, first) = (self.dims.n_embd, self.first());
+        let rows = first * d..(first + self.n_tokens()) * d;
+        for (x, s) in self.x[rows.clone()].iter_mut().zip(&self.attn[rows]) {
+            *x += s;
         }
-        let job = self.job(down, hidden.get(), x, Then::Add);
-        self.jobs(&[job], None);
+        self.ready = None;
         Ok(())
     }
 

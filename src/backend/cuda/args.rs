@@ -212,6 +212,7 @@ pub(super) struct HandArgs {
     pub rows: i32,
     pub listed: i32,
     pub only: [u32; 8],
+    pub add: i32,
 }
 
 #[repr(C)]

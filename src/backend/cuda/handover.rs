@@ -165,7 +165,7 @@ impl CudaBackend {
         }
     }
 
-    /// Copies the first rows of `n` floats, or those of them whose bits are in `only`.
+    /// Copies the first rows of `n` floats, or those of them whose bits are in `only`; or adds them to what is there.
     ///
     /// # Safety
     /// Both have the rows until the kernel has run.
@@ -174,11 +174,11 @@ impl CudaBackend {
         from: u64,
         to: u64,
         only: Option<[u32; 8]>,
-        n: usize,
-        rows: usize,
+        (n, rows): (usize, usize),
+        add: bool,
     ) -> Result<(), BackendError> {
-        let listed = i32::from(only.is_some());
-        let a = HandArgs { from, to, n: n as i32, rows: rows as i32, listed, only: only.unwrap_or_default() };
+        let (listed, only) = (i32::from(only.is_some()), only.unwrap_or_default());
+        let a = HandArgs { from, to, n: n as i32, rows: rows as i32, listed, only, add: i32::from(add) };
         let grid = (n.div_ceil(1024) as u32, rows as u32, 1);
         // SAFETY: HandArgs is what hand_rows declares; the rest is the caller's promise.
         unsafe { self.engine.launch(self.engine.kernels.hand_rows, grid, 256, 0, &a) }
@@ -190,7 +190,16 @@ impl CudaBackend {
     /// Both have the words, aligned to 16 bytes, until the kernel has run.
     pub(super) unsafe fn fetch_words(&self, from: u64, to: u64, words: usize) -> Result<(), BackendError> {
         // SAFETY: the caller's promise.
-        unsafe { self.hand_rows(from, to, None, words, 1) }
+        unsafe { self.hand_rows(from, to, None, (words, 1), false) }
+    }
+
+    /// Adds as many rows as there are at hand to X, from what is kept of a slice: an answer, or the output of attention.
+    pub(super) fn add_rows(&mut self, from: u64) -> Result<(), BackendError> {
+        let (x, rows, n) = (self.x(), self.tokens, self.dims.n_embd);
+        self.engine.ws.rooms.check("a slice", x, (rows * n * 4) as u64)?;
+        self.waiting.forget_forms();
+        // SAFETY: an answer has as many rows as were given, which X has, and what is kept was checked where it was made.
+        unsafe { self.hand_rows(from, x, None, (n, rows), true) }
     }
 
     /// Rows at `from` to `place`, and the word that says so.
@@ -206,7 +215,7 @@ impl CudaBackend {
         // SAFETY: both hold the rows, as checked above; the host reads them when the word says so, and has read the last ones of
         // this place: parts are computed in order, and there is one place more than parts that are put off.
         unsafe {
-            self.hand_rows(from, to, None, n, rows)?;
+            self.hand_rows(from, to, None, (n, rows), false)?;
             self.engine.stream.write_word(word, use_)
         }
     }
@@ -305,7 +314,12 @@ impl Hands for CudaBackend {
         self.engine.ws.rooms.check("rows of processors", x, (rows * n * 4) as u64)?;
         self.waiting.forget_forms();
         // SAFETY: an answer has as many rows as were given, which X has.
-        unsafe { self.hand_rows(answer, x, None, n, rows) }
+        unsafe { self.hand_rows(answer, x, None, (n, rows), false) }
+    }
+
+    fn take_slice(&mut self, place: usize) -> Result<(), BackendError> {
+        let answer = self.await_answer(place)?;
+        self.add_rows(answer)
     }
 
     fn take_experts(&mut self, place: usize, pairs: &[u32]) -> Result<(), BackendError> {
@@ -321,7 +335,7 @@ impl Hands for CudaBackend {
         let out = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?.out.addr();
         self.engine.ws.rooms.check("experts of processors", out, (all * n * 4) as u64)?;
         // SAFETY: an answer and the outputs have a row for each pair, of which these are some, as checked above.
-        unsafe { self.hand_rows(answer, out, Some(only), n, all) }
+        unsafe { self.hand_rows(answer, out, Some(only), (n, all), false) }
     }
 
     fn hold_shared(

@@ -286,6 +286,26 @@ impl CudaBackend {
         self.engine.ws.pass.addr() + 4 * (1 + self.dims.pages()) as u64
     }
 
+    /// `to` gets `down · (silu(gate · h) * (up · h))` with `h = norm(X)`: it is stored there, or added.
+    fn feed_forward(
+        &mut self,
+        norm: &Norm,
+        [gate, up, down]: [&Linear; 3],
+        to: u64,
+        mode: i32,
+    ) -> Result<(), BackendError> {
+        self.waiting.begin_fused();
+        let types = [gate.weight.ty, up.weight.ty];
+        // A router behind this part reads what it reads.
+        let input = match self.dims.beyond.is_some() && self.dims.n_experts > 0 {
+            true => self.normed_for_all(norm, &types)?,
+            false => self.normed(norm, &types)?,
+        };
+        let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
+        self.waiting.made_hidden(&hidden);
+        self.engine.products(&[Target::new(down, to)], self.tokens, mode, hidden, Rows::default())
+    }
+
     /// Brings the choices of a router to the host, and groups them.
     fn wait_for_choices(&mut self) -> Result<(), BackendError> {
         let moe = self.engine.ws.moe.as_ref().ok_or_else(no_experts)?;
@@ -509,17 +529,20 @@ impl Backend for CudaBackend {
     }
 
     fn ffn(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
-        self.waiting.begin_fused();
-        let types = [gate.weight.ty, up.weight.ty];
-        // A router behind this part reads what it reads.
-        let input = match self.dims.beyond.is_some() && self.dims.n_experts > 0 {
-            true => self.normed_for_all(norm, &types)?,
-            false => self.normed(norm, &types)?,
-        };
-        let hidden = self.engine.hidden(gate, up, down.weight.ty, self.tokens, input, 0)?;
-        self.waiting.made_hidden(&hidden);
-        let target = Target::new(down, self.x());
-        self.engine.products(&[target], self.tokens, ADD, hidden, Rows::default())
+        let x = self.x();
+        self.feed_forward(norm, [gate, up, down], x, ADD)
+    }
+
+    fn slice(&mut self, norm: &Norm, gate: &Linear, up: &Linear, down: &Linear) -> Result<(), BackendError> {
+        let kept = self.engine.ws.attn.addr();
+        self.engine.ws.rooms.check("a slice", kept, (self.tokens * self.dims.n_embd * 4) as u64)?;
+        self.feed_forward(norm, [gate, up, down], kept, STORE)?;
+        self.waiting.written(Act::Attn);
+        Ok(())
+    }
+
+    fn add_slice(&mut self) -> Result<(), BackendError> {
+        self.add_rows(self.engine.ws.attn.addr())
     }
 
     fn route(&mut self, norm: &Norm, router: &Weight, params: &RouterParams) -> Result<&[u32], BackendError> {

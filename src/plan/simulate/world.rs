@@ -334,8 +334,10 @@ impl<'a> World<'a> {
     }
 
     fn push_compute(&mut self, unit: Option<usize>, slot: usize, seconds: f64, after_copies: u64) {
-        // Experts are computed while processors compute others; whatever comes next needs the answers.
-        if unit.is_none_or(|u| !self.setup.units[u].size.routed()) {
+        // Experts are computed while processors compute others, and a part while they compute their slice of it; whatever comes next
+        // needs the answers.
+        let slice = |u: usize| u > 0 && self.setup.units[u - 1].size.part == UnitPart::Slice;
+        if unit.is_none_or(|u| !self.setup.units[u].size.routed() && !slice(u)) {
             self.joined = self.parts_called;
         }
         self.computes_called += 1;
