@@ -85,7 +85,7 @@ pub fn write_plan(path: &Path, forecast: &Forecast, machine: &Machine, opened: &
 fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
     let p = &f.prediction;
     let on_device = f.site == plan::Site::Gpu;
-    let units = units_at(&opened.model, &f.plan.homes, |u| f.units[u].bytes);
+    let units = units_at(f.model(&opened.model), &f.plan.homes, |u| f.units[u].bytes);
     let events = f.timeline(machine);
     let seconds = p.simulated.map(|s| s.seconds);
     let link = |l: LinkWork| {

@@ -8,13 +8,14 @@ use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
 use super::page;
-use super::report::{print_line, requant_json};
+use super::report::{part_of_each, print_line, requant_json};
 use super::routing::RoutingArg;
 use super::{Failure, ModelArg, Placement, codes, options, outputs, start, text};
 use crate::backend::{BackendError, BackendKind};
 use crate::engine::{
     Change, Forecast, Opened, Options, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
 };
+use crate::model::Model;
 use crate::pipeline::{Event, write_events};
 use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes, is_rate};
 use crate::storage::safe;
@@ -143,14 +144,14 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let _ = forecast.recipe.keep();
     args.save.as_ref().map_or(Ok(()), |path| outputs::write(path, &forecast.recipe.text()))?;
     if let Some(path) = &args.placement.timeline {
-        write_timeline(path, &forecast.timeline(machine), opened).map_err(|e| outputs::failed(path, &e))?;
+        write_timeline(path, &forecast.timeline(machine), forecast.model(&opened.model)).map_err(|e| outputs::failed(path, &e))?;
     }
     args.html.as_ref().map_or(Ok(()), |path| page::write_plan(path, forecast, machine, opened))
 }
 
-fn write_timeline(path: &Path, events: &[Event], opened: &Opened) -> std::io::Result<()> {
+fn write_timeline(path: &Path, events: &[Event], model: &Model) -> std::io::Result<()> {
     let mut out = std::io::BufWriter::new(safe::create(path)?);
-    write_events(events, &mut out, |u| opened.model.units[u].name.clone())?;
+    write_events(events, &mut out, |u| model.units[u].name.clone())?;
     std::io::Write::flush(&mut out)
 }
 
@@ -250,6 +251,7 @@ impl Shown {
             "site": if f.beside.is_some() { json!("both") } else { json!(f.site) },
             "beside": f.computed_beside().map(|(units, bytes)| json!({
                 "site": "cpu", "units": units, "bytes": bytes, "threads": f.threads, "part_of_choices": f.part_of_choices(),
+                "part_of_each": f.slices.map(part_of_each),
             })),
             "sites": f.sites(),
             "links": f.links(),
@@ -342,12 +344,17 @@ impl Shown {
         }
         if let Some((units, bytes)) = f.computed_beside() {
             let (bytes, threads) = (format_bytes(bytes), f.threads);
-            match f.part_of_choices() {
-                None => writeln!(
+            match (f.part_of_choices(), f.slices.map(part_of_each)) {
+                (None, Some(part)) => writeln!(
+                    out,
+                    "  while generating, {threads} processors compute {:.0} % of each feed-forward part in RAM ({bytes}), the GPU the rest at the same time",
+                    part * 100.0
+                )?,
+                (None, None) => writeln!(
                     out,
                     "  while generating, {threads} processors compute {units} units ({bytes}) of those in RAM"
                 )?,
-                Some(part) => writeln!(
+                (Some(part), _) => writeln!(
                     out,
                     "  while generating, {threads} processors compute {:.0} % of what a token chooses of {units} units in RAM ({bytes}); the link brings the rest",
                     part * 100.0

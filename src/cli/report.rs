@@ -10,6 +10,7 @@ use super::streams::{Stderr, Stdout};
 use crate::engine::{BatchSizes, Generation, Links, Opened, Options, Predicted, RequantReport, Session};
 use crate::flow::Latencies;
 use crate::machine;
+use crate::model::SLICE_PARTS;
 use crate::plan::{Home, LinkName, format_bytes};
 
 /// Figures of a session, ready to print. What was not measured is `None`.
@@ -33,6 +34,8 @@ pub struct Report {
     beside: Option<(usize, u64, usize)>,
     /// Of the choices that fall on experts in RAM, the part that those compute, where the link brings the others.
     part_of_choices: Option<f64>,
+    /// Of each feed-forward part, what they have, where those are cut.
+    part_of_each: Option<f64>,
     vram_bytes: Option<u64>,
     peak_rss_bytes: Option<u64>,
     notes: Vec<String>,
@@ -44,6 +47,11 @@ pub struct Report {
     prompt: Option<(usize, f64)>,
     generated: usize,
     first_token_s: Option<f64>,
+}
+
+/// Of each feed-forward part, what `slices` of it are.
+pub(super) fn part_of_each(slices: u32) -> f64 {
+    f64::from(slices) / f64::from(SLICE_PARTS)
 }
 
 impl Report {
@@ -62,7 +70,7 @@ impl Report {
             batch: session.batch(),
             plan_id: session.recipe().id(),
             homes,
-            blocks: blocks_on_storage(session, opened),
+            blocks: blocks_on_storage(session),
             links: session.links(),
             slots: session.device_caches().first().map(|c| (c.slots, c.experts)),
             caches: session.caches().iter().fold((0, 0, 0), |(s, e, n), c| (s + c.slots, e + c.experts, n + 1)),
@@ -73,6 +81,7 @@ impl Report {
                 (of.clone().count(), of.map(|(u, _)| u.bytes()).sum(), session.threads_beside())
             }),
             part_of_choices: session.part_of_choices(),
+            part_of_each: session.slices().map(part_of_each),
             vram_bytes: session.vram_bytes(),
             peak_rss_bytes: machine::peak_rss_bytes(),
             notes,
@@ -146,7 +155,7 @@ impl Report {
                 let cpu = json!({
                     "site": "cpu", "units": units, "bytes": bytes, "threads": threads, "gb_per_s": l.beside_gb_per_s(),
                     "busy": busy, "waits_for_gpu": waits, "bytes_per_token": l.beside_bytes_per_pass,
-                    "part_of_choices": self.part_of_choices,
+                    "part_of_choices": self.part_of_choices, "part_of_each": self.part_of_each,
                 });
                 // Divided experts are units of both.
                 let (n, of_both) = if self.part_of_choices.is_some() { (0, 0) } else { (units, bytes) };
@@ -304,12 +313,17 @@ impl Report {
         }
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
-            match self.part_of_choices {
-                None => write!(
+            match (self.part_of_choices, self.part_of_each) {
+                (None, Some(part)) => write!(
+                    out,
+                    "sites     while generating, {threads} processors compute {:.0} % of each feed-forward part in RAM ({bytes}), the GPU the rest at the same time",
+                    part * 100.0
+                )?,
+                (None, None) => write!(
                     out,
                     "sites     while generating, {threads} processors compute {units} of the units in RAM ({bytes})"
                 )?,
-                Some(part) => write!(
+                (Some(part), _) => write!(
                     out,
                     "sites     while generating, {threads} processors compute {:.0} % of what tokens choose of {units} units in RAM ({bytes}), the GPU the rest ({} per token brought)",
                     part * 100.0,
@@ -448,8 +462,8 @@ pub fn generation_json(g: &Generation) -> Json {
 }
 
 /// Blocks whose feed-forward part (or shared part) lives on storage, and blocks in all.
-fn blocks_on_storage(session: &Session, opened: &Opened) -> (usize, usize) {
-    let blocks = &opened.model.blocks;
+fn blocks_on_storage(session: &Session) -> (usize, usize) {
+    let blocks = &session.model().blocks;
     (blocks.iter().filter(|b| session.homes()[b.ffn_unit] == Home::C).count(), blocks.len())
 }
 

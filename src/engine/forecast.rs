@@ -1,6 +1,8 @@
 //! What a model will do on a machine, from its header alone: the plan that a session would make, and the
 //! speed that the machine's rates allow.
 
+use std::sync::Arc;
+
 use super::batch::{self, BatchSizes, Weighed};
 use super::beside::{Division, as_living};
 use super::here::DRIVER_BYTES;
@@ -51,6 +53,8 @@ pub struct Forecast {
     pub requant: Option<RequantReport>,
     /// Parts of each feed-forward part that processors next to a GPU have, of [`crate::model::SLICE_PARTS`], where those are cut.
     pub slices: Option<u32>,
+    /// The model with such.
+    sliced: Option<Arc<Model>>,
     /// Threads that compute on processors.
     pub threads: usize,
     /// Positions of the KV cache.
@@ -138,7 +142,8 @@ impl Forecast {
             beside,
             recipe,
             requant: subject.requant.map(|r| RequantReport::new(r, &plan.homes)),
-            slices: sliced.map(|s| s.part),
+            slices: sliced.as_ref().map(|s| s.part),
+            sliced: sliced.map(|s| Arc::new(s.model)),
             threads,
             site,
             plan,
@@ -153,6 +158,11 @@ impl Forecast {
             vram_room,
             ram_room,
         })
+    }
+
+    /// The model whose units these are, of `file`: it, or the same with its feed-forward parts cut.
+    pub fn model<'a>(&'a self, file: &'a Model) -> &'a Model {
+        self.sliced.as_deref().unwrap_or(file)
     }
 
     /// `options`, from which this was made, with the tokens of a pass that the plan chose.

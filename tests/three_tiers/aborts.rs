@@ -168,7 +168,8 @@ fn a_pass_that_is_cut_off_anywhere_is_an_error_with_its_cause_and_the_next_is_ri
     let both = |o| Options { sites: Sites::Both, ..o };
     // Model, placement, whether the device is called ahead, and whether experts are divided. What is called ahead needs attention and
     // the cache in the second memory.
-    let placements: [(bool, Options, bool, bool); 8] = [
+    let cut = |o| Options { sites: Sites::Auto, slices: Slices::Of(128), ..o };
+    let placements: [(bool, Options, bool, bool); 10] = [
         (false, tiers(3, 3, 4), false, false),
         (false, both(tiers(2, 4, 4)), false, false),
         (false, both(rooms(900)), true, false),
@@ -177,6 +178,8 @@ fn a_pass_that_is_cut_off_anywhere_is_an_error_with_its_cause_and_the_next_is_ri
         (true, both(tiers(2, 5, 3)), false, true),
         (true, both(rooms(1100)), true, false),
         (true, both(rooms(1100)), true, true),
+        (false, cut(rooms(900)), false, false),
+        (false, cut(rooms(1150)), true, false),
     ];
     let (mut met, mut longest) = ([0; FAULTS.len()], (Duration::ZERO, String::new()));
     for (i, (routed, options, ahead, shares)) in placements.into_iter().enumerate() {
@@ -185,7 +188,14 @@ fn a_pass_that_is_cut_off_anywhere_is_an_error_with_its_cause_and_the_next_is_ri
         std::fs::create_dir(&dir).unwrap();
         let path = file.write(&dir, "m.gguf");
         let opened = Opened::open(&path).unwrap();
-        let want = Arc::new(logits(&mut Session::new(&opened, super::options(), &mut |_, _| ()).unwrap()).unwrap());
+        // Cut parts add up in an order of their own.
+        let mut undisturbed = match options.slices {
+            Slices::Off => Session::new(&opened, super::options(), &mut |_, _| ()).unwrap(),
+            _ => start(&opened, options.clone(), &Arc::default()).unwrap(),
+        };
+        assert_eq!(undisturbed.slices().is_some(), options.slices != Slices::Off, "placement {i}");
+        let want = Arc::new(logits(&mut undisturbed).unwrap());
+        drop(undisturbed);
         for class in [Class::Exact, Class::Bulk] {
             let (path, options, want) = (path.clone(), options.clone(), want.clone());
             let trial = Trial { path, options, ahead, shares, class, want };

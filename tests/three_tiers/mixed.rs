@@ -83,6 +83,31 @@ struct Seen {
     ahead: usize,
     repeated: usize,
     done: usize,
+    sliced: usize,
+}
+
+/// The same mixture with feed-forward parts cut, where they can be: one cut has one result, near that of whole parts.
+fn sliced(opened: &Opened, o: &Options, want: &[f32], seen: &mut Seen, what: &str) {
+    let part = 1 + (o.max_batch as u32 * 37 + seen.done as u32 * 53) % 255;
+    let run = |o: Options| {
+        let mut session = start(opened, o, &Arc::default()).ok()?;
+        session.slices()?;
+        let batch = session.batch().alone;
+        Some(logits_in(&mut session, batch).unwrap_or_else(|e| panic!("{what}, cut: {e}")))
+    };
+    let o = Options { sites: Sites::Auto, slices: Slices::Of(part), tiers: None, ..o.clone() };
+    let Some(got) = run(Options { ram: Some(64 << 20), ..o.clone() }) else { return };
+    let square = |v: f64| v * v;
+    let errors: f64 = got.iter().zip(want).map(|(a, b)| square(f64::from(a - b))).sum();
+    let far = errors / want.iter().map(|v| square(f64::from(*v))).sum::<f64>();
+    assert!(far < 1e-8, "{what}, cut at {part}: {far}");
+    // Other rooms, buffers and chunks of the prompt.
+    let vram = o.vram.map(|v| v / 8 * 7);
+    let other = Options { ram: Some(32 << 20), vram, n_buffers: Some(4), max_batch: 5, outputs: 5, ..o };
+    if let Some(second) = run(other) {
+        assert!(second == got, "{what}, cut at {part}: other bits");
+        seen.sliced += 1;
+    }
 }
 
 fn mixed(path: &Path, seeds: u64, seen: &mut Seen) {
@@ -128,6 +153,7 @@ fn mixed(path: &Path, seeds: u64, seen: &mut Seen) {
             Err(e) => panic!("{what}: {e}"),
         };
         seen.done += 1;
+        sliced(&opened, &o, want, seen, &what);
         seen.handed += usize::from(handed > 0);
         if stays && o.sites != Sites::One {
             seen.ahead += 1;
@@ -171,5 +197,5 @@ fn every_architecture_has_its_bits_on_any_mixture() {
         mixed(path, seeds, &mut seen);
     }
     println!("{} models: {seen:?}", paths.len());
-    assert!(seen.done > seen.refused && seen.handed > 0 && seen.ahead > 0 && seen.repeated > 0, "{seen:?}");
+    assert!(seen.done > seen.refused && seen.handed > 0 && seen.ahead > 0 && seen.repeated > 0 && seen.sliced > 0, "{seen:?}");
 }

@@ -36,7 +36,7 @@ pub(super) struct About {
 impl About {
     /// Of a session.
     pub(super) fn new(session: &Session, opened: &Opened, kv: TensorType, threads: usize) -> About {
-        let blocks: Vec<Home> = opened.model.blocks.iter().map(|b| session.homes()[b.ffn_unit]).collect();
+        let blocks: Vec<Home> = session.model().blocks.iter().map(|b| session.homes()[b.ffn_unit]).collect();
         let path = opened.gguf.shards.first().map_or(Path::new(""), |s| &s.path);
         About {
             model_filename: path.display().to_string(),
