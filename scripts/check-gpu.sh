@@ -219,6 +219,40 @@ PY
   done
 done
 
+echo "== feed-forward parts cut between two sites: near whole ones, the same bits with any room, buffers and threads, recorded or not"
+parts=40$(printf ',1%.0s' $(seq 24))$(printf ',3%.0s' $(seq 4))
+tokens=$(seq 1 76 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7919 % 7900 }')
+for preset in "F16 3 2300MB 1950MB" "Q4_K_M 8 1750MB 1400MB" "Q8_0 5 1800MB 1500MB"; do
+  read -r mix layers large small <<< "$preset"
+  python3 tests/fidelity/synth_gguf.py llama3-8b "$mix" "$work/m.gguf" --layers "$layers" --shape '{"V":8000}' > /dev/null
+  logits() { "$nt" -q logits "$work/m.gguf" --tokens "$tokens" --parts "$parts" --backend cuda "$@"; }
+  logits --site gpu -o "$work/want.npy"
+  for percent in 20 60; do
+    rm -f "$work/first.npy"
+    for more in "$large" "$small" "$large --threads 3" "$small --n-buffers 2"; do
+      # shellcheck disable=SC2086 # several options
+      logits --ffn-slices $percent --vram $more -o "$work/got.npy"
+      [ -f "$work/first.npy" ] || cp "$work/got.npy" "$work/first.npy"
+      cmp -s "$work/first.npy" "$work/got.npy" || { echo "FAIL  $mix, $percent % for processors, --vram $more: other bits"; failed=1; }
+    done
+    NT_NO_CUDA_GRAPHS=1 logits --ffn-slices $percent --vram $large -o "$work/got.npy"
+    check cmp "$work/first.npy" "$work/got.npy"
+    told=$("$nt" run "$work/m.gguf" -p "one two" -n 8 --temp 0 --backend cuda --vram "$large" --ffn-slices $percent 2>&1 | grep -E '^sites' || true)
+    check grep -q "$percent % of each feed-forward part" <<< "$told"
+    python3 - "$work/want.npy" "$work/first.npy" "$mix, $percent % for processors" "$mix" << 'PY' || failed=1
+import sys
+import numpy as np
+a, b = (np.load(f).astype(np.float64) for f in sys.argv[1:3])
+rows = ((a - b) ** 2).sum(1) / (a ** 2).sum(1)
+limit = 1e-5 if sys.argv[4] == "F16" else 2e-3
+ok = 0 < np.median(rows) <= limit
+print(f"{'ok  ' if ok else 'FAIL'}  {sys.argv[3]}: NMSE of the prompt {np.median(rows[:40]):.1e}, generated {np.median(rows[40:]):.1e}, at most {rows.max():.1e}")
+sys.exit(not ok)
+PY
+  done
+done
+rm "$work/m.gguf"
+
 echo "== experts in slots: the same bits cold and warm, read from RAM by kernels, and as the GPU's where it computes all"
 python3 tests/fidelity/synth_gguf.py qwen3-30b-a3b Q4_K_M "$work/m.gguf" --layers 8 > /dev/null
 tokens=$(seq 1 80 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7919 % 150000 }')
