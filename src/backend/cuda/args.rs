@@ -557,7 +557,7 @@ layouts! {
     PrepArgs 120 { x 0, up 8, w 16, idx 24, f 32, q 40, h 48, scale 56, n 64, pitch 68, eps 72, limit 76, b 80, by 88, by_idx 96, how 104, layer 108, add 112 }
     RopeArgs 136 { q 0, k 8, v 16, q_norm 24, k_norm 32, freqs 40, pass 48, k_cache 56, v_cache 64, n_heads 72, n_kv_heads 76, head_dim 80, n_rot 84, n_places 88, tokens 92, neox 96, cache_f32 100, magnitude 104, q_eps 108, k_eps 112, q_when 116, k_when 120, by 124, every 128, offset 132 }
     RouteArgs 48 { scores 0, ids 8, weights 16, tokens 24, experts 28, used 32, normalize 36, scale 40 }
-    HandArgs 64 { from 0, to 8, n 16, rows 20, listed 24, only 28 }
+    HandArgs 64 { from 0, to 8, n 16, rows 20, listed 24, only 28, add 60 }
     ChoicesArgs 64 { ids 0, to 8, forced 16, slots 24, kept 32, landed 40, uses 48, n 52, first 56 }
     BesideArgs 64 { table 0, ids 8, weights 16, out 24, answers 32, x 40, used 48, n 52, share 56, add 60 }
     CombineArgs 40 { x 0, out 8, weights 16, tokens 24, used 28, n 32 }
