@@ -222,7 +222,7 @@ done
 echo "== feed-forward parts cut between two sites: near whole ones, the same bits with any room, buffers and threads, recorded or not"
 parts=40$(printf ',1%.0s' $(seq 24))$(printf ',3%.0s' $(seq 4))
 tokens=$(seq 1 76 | awk '{ printf "%s%d", (NR > 1 ? "," : ""), $1 * 7919 % 7900 }')
-for preset in "F16 3 2300MB 1950MB" "Q4_K_M 8 1750MB 1400MB" "Q8_0 5 1800MB 1500MB"; do
+for preset in "F16 3 2100MB 1950MB" "Q4_K_M 8 1750MB 1400MB" "Q8_0 5 1800MB 1500MB"; do
   read -r mix layers large small <<< "$preset"
   python3 tests/fidelity/synth_gguf.py llama3-8b "$mix" "$work/m.gguf" --layers "$layers" --shape '{"V":8000}' > /dev/null
   logits() { "$nt" -q logits "$work/m.gguf" --tokens "$tokens" --parts "$parts" --backend cuda "$@"; }
