@@ -78,10 +78,39 @@ fn two_sites_are_planned_where_a_model_rests_in_ram() {
         let factor = speed(&both) / speed(&one);
         assert!(factor > least, "{machine}: {factor}");
         let all = plan(&[&args[..], &["--site", "both"]].concat());
-        assert!(all["beside"]["units"].as_u64() >= both["beside"]["units"].as_u64(), "{machine}");
+        assert!(all["beside"]["bytes"].as_u64() >= both["beside"]["bytes"].as_u64(), "{machine}");
     }
     let fits = plan(&[m, "--machine", "h100"]);
     assert!(fits["site"] == "gpu" && fits["beside"].is_null(), "{fits}");
+}
+
+/// A model a little larger than a desktop's VRAM is planned with its feed-forward parts cut; a server's processors would wait.
+#[test]
+fn parts_are_cut_where_sites_would_work_in_turn() {
+    let d = tempfile::tempdir().unwrap();
+    let m = skeleton(d.path(), "32b.gguf", QWEN2_32B, "Q4_K_M");
+    let m = m.to_str().unwrap();
+    let on = |machine: &str, more: &[&str]| plan(&[&[m, "--machine", machine], more].concat());
+    let (cut, whole) = (on("rtx-5060-ti", &[]), on("rtx-5060-ti", &["--ffn-slices", "off"]));
+    let part = cut["beside"]["part_of_each"].as_f64().unwrap();
+    assert!((0.05..0.5).contains(&part) && whole["beside"]["part_of_each"].is_null(), "{part}");
+    assert!(speed(&cut) > 1.15 * speed(&whole), "{} {}", speed(&cut), speed(&whole));
+    // Sites, links and the chain count slices where they are computed.
+    let of_site = |name: &str| cut["sites"].as_array().unwrap().iter().find(|s| s["site"] == name).unwrap().clone();
+    let (gpu, cpu) = (of_site("gpu"), of_site("cpu"));
+    let bytes = |site: &Value| site["bytes_per_token"].as_f64().unwrap();
+    assert!(cpu["bytes"].as_f64() == Some(bytes(&cpu)) && bytes(&gpu) > 4.0 * bytes(&cpu), "{gpu} {cpu}");
+    assert!(speed(&cut) <= cut["decode"]["tokens_per_s"].as_f64().unwrap_or(f64::INFINITY) * 1.001, "{cut}");
+    // Told to, any machine cuts; a plan's file has it, and is the same again.
+    let told = on("h100", &["--vram", "8GB", "--ffn-slices", "40"]);
+    assert_eq!(told["beside"]["part_of_each"].as_f64(), Some(102.0 / 256.0));
+    let auto = on("h100", &["--vram", "8GB"]);
+    assert!(auto["beside"]["part_of_each"].is_null() && speed(&auto) > speed(&told), "{}", speed(&told));
+    assert_ne!(auto["plan_id"], told["plan_id"]);
+    for wrong in ["0", "100", "half", "-3", "1e1"] {
+        let output = nt(&["plan", m, "--machine", "h100", &format!("--ffn-slices={wrong}")]);
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+    }
 }
 
 /// Experts that both sites compute are counted at both: bytes per link and per site.
