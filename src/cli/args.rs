@@ -181,7 +181,8 @@ fn tiers(text: &str) -> Result<Tiers, String> {
 }
 
 fn slices(text: &str) -> Result<Slices, String> {
-    let percent = |text: &str| text.strip_suffix('%').unwrap_or(text).parse::<u32>().ok().filter(|n| (1..100).contains(n));
+    let percent =
+        |text: &str| text.strip_suffix('%').unwrap_or(text).parse::<u32>().ok().filter(|n| (1..100).contains(n));
     match text {
         "auto" => Ok(Slices::Auto),
         "off" => Ok(Slices::Off),

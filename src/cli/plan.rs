@@ -13,7 +13,8 @@ use super::routing::RoutingArg;
 use super::{Failure, ModelArg, Placement, codes, options, outputs, start, text};
 use crate::backend::{BackendError, BackendKind};
 use crate::engine::{
-    Change, Forecast, Opened, Options, beyond_training, refused_by_gpu, sensitivity, this_machine, too_few_slots,
+    Change, Forecast, Opened, Options, beyond_training, not_cut, refused_by_gpu, sensitivity, this_machine,
+    too_few_slots,
 };
 use crate::model::Model;
 use crate::pipeline::{Event, write_events};
@@ -107,6 +108,9 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let forecast = Forecast::new(&opened.model, &machine, &options, n_prompt.max(1))
         .map_err(|e| codes::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
+    if let Some(whole) = not_cut(options.slices, forecast.slices) {
+        tracing::warn!("{whole}");
+    }
     // Of a plan that is made again, its own type counts.
     let chosen = forecast.options(&options);
     let before = forecast.requant.as_ref().map(|_| {
@@ -144,7 +148,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let _ = forecast.recipe.keep();
     args.save.as_ref().map_or(Ok(()), |path| outputs::write(path, &forecast.recipe.text()))?;
     if let Some(path) = &args.placement.timeline {
-        write_timeline(path, &forecast.timeline(machine), forecast.model(&opened.model)).map_err(|e| outputs::failed(path, &e))?;
+        write_timeline(path, &forecast.timeline(machine), forecast.model(&opened.model))
+            .map_err(|e| outputs::failed(path, &e))?;
     }
     args.html.as_ref().map_or(Ok(()), |path| page::write_plan(path, forecast, machine, opened))
 }

@@ -146,4 +146,3 @@ pub(super) fn make_plan(
     };
     place(&units, &limits)
 }
-

@@ -76,6 +76,7 @@ pub use schedule::JobId;
 pub use sensitivity::{Change, sensitivity};
 pub use session::{Part, Session};
 pub use sites::{ExpertSlots, Sites, Slices};
+pub use slices::not_cut;
 pub use smaller::{SmallerFile, smaller_files};
 pub use source::open_header;
 pub use staged::{StagedDrive, staged_drives};

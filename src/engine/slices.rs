@@ -1,7 +1,7 @@
 //! Feed-forward parts cut between two sites: whether, and where.
 
-use super::sites::Sites;
 use super::layouts::{Alignments, Sizes, make_plan};
+use super::sites::Sites;
 use super::{Options, Slices};
 use crate::model::{Model, SLICE_PARTS, UnitKind, UnitSpec};
 use crate::plan::{Home, Plan, SiteRates, assign, best_slice};
@@ -9,6 +9,17 @@ use crate::plan::{Home, Plan, SiteRates, assign, best_slice};
 /// A pass must take no more than this share of its time for parts to be cut: prompts take a little longer with cut ones, and loading
 /// reads what is cut by columns twice.
 const WORTH: f64 = 0.95;
+
+/// A warning where parts were to be cut and are not.
+pub fn not_cut(asked: Slices, cut: Option<u32>) -> Option<String> {
+    let Slices::Of(part) = asked else { return None };
+    cut.is_none().then(|| {
+        format!(
+            "--ffn-slices {:.0}: parts stay whole; they are cut where a GPU and processors next to it compute (no --site gpu or --exact), not all fits in VRAM, all fits in VRAM and RAM together (no --tiers), nothing is requantised, and the model has feed-forward parts without experts, biases or other steps than SwiGLU",
+            f64::from(part) / f64::from(SLICE_PARTS) * 100.0
+        )
+    })
+}
 
 /// A model whose feed-forward parts are cut.
 pub(super) struct Sliced {
@@ -59,7 +70,8 @@ fn best(model: &Model, plan: &Plan, rates: &SiteRates) -> Option<u32> {
     if plan.homes.contains(&Home::C) || all.clone().any(|u| plan.homes[u] != Home::A && !is_part(u)) {
         return None;
     }
-    let bytes = |wanted: &dyn Fn(usize) -> bool| all.clone().filter(|u| wanted(*u)).map(|u| model.units[u].bytes()).sum();
+    let bytes =
+        |wanted: &dyn Fn(usize) -> bool| all.clone().filter(|u| wanted(*u)).map(|u| model.units[u].bytes()).sum();
     let in_ram: Vec<u64> = all.clone().filter(|&u| plan.homes[u] == Home::B).map(|u| model.units[u].bytes()).collect();
     if in_ram.is_empty() {
         return None;

@@ -14,7 +14,7 @@ use super::requant::{RequantReport, settled};
 use super::reuse::faster_in_slots;
 use super::session::{Embedding, OnDevice, stream_error};
 use super::sizes::unit_sizes;
-use super::slices::{Sliced, slices_or_not};
+use super::slices::{Sliced, not_cut, slices_or_not};
 use super::steps::schedule;
 use super::weights::Weights;
 use super::works::works;
@@ -32,12 +32,8 @@ use crate::memory::{Arena, ArenaError, Region};
 use crate::model::{
     ForwardError, HParams, Model, ModelError, Requantised, Scratch, Tape, UnitKind, UnitSpec, check_divisors,
 };
-use crate::pipeline::{
-    DeviceUnit, Rest, TurnedUnit, UnitLayout, load, load_to_device, load_turned,
-};
-use crate::plan::{
-    Cache, Home, Plan, SLOT_ALIGN, SiteRates, TooFewSlots, format_bytes,
-};
+use crate::pipeline::{DeviceUnit, Rest, TurnedUnit, UnitLayout, load, load_to_device, load_turned};
+use crate::plan::{Cache, Home, Plan, SLOT_ALIGN, SiteRates, TooFewSlots, format_bytes};
 use crate::state::{Pages, Recent};
 use crate::storage::{FileId, Reader, StorageError};
 
@@ -227,6 +223,7 @@ impl Session {
         if asked_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
             notes.push("--expert-cache on: there is no GPU, VRAM or RAM has no room, or no processors work next to it (--site gpu, --exact), so that experts live where they fit".into());
         }
+        notes.extend(not_cut(options.slices, slices));
         let guesses = division.is_some() && options.sites == Sites::Auto && repeated.is_none();
         notes.extend(guesses.then(here::guessed_sites).flatten());
         let parts = division.as_ref().map(|d| d.parts(&works(&model, &sizes.layouts)));
@@ -376,8 +373,6 @@ fn refuse_what_is_not_there(
     let fits = memory.safe_budget().filter(|ram| fits(*ram));
     Err(LackError::Memory { source, fits, smaller_ctx: workspace > 0 }.into())
 }
-
-
 
 /// The model with smaller matrices, where the options ask for one.
 pub(super) fn requantised(model: &Model, options: &Options) -> Result<Option<Requantised>, EngineError> {

@@ -389,12 +389,7 @@ impl<'a> Builder<'a> {
             return self.hold(t, first, len);
         }
         let spans = &mut self.units[unit].spans;
-        spans.push(Span {
-            shard: t.shard,
-            offset: t.offset + 4 * first as u64,
-            bytes: 4 * len as u64,
-            columns: None,
-        });
+        spans.push(Span { shard: t.shard, offset: t.offset + 4 * first as u64, bytes: 4 * len as u64, columns: None });
         Ok(TensorRef { unit, span: spans.len() - 1, ty: t.ty, rows: 1, cols: len })
     }
 

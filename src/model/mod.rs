@@ -27,7 +27,8 @@ pub use pass::{
     takes_nearly_all,
 };
 pub use program::{
-    Block, Columns, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind, UnitSpec,
+    Block, Columns, Experts, HELD, HeadSlice, Held, LinearRef, Model, NormRef, Role, Span, Stage, TensorRef, UnitKind,
+    UnitSpec,
 };
 pub use read::unused_keys;
 pub use requant::{RequantError, Requantised, Turn, Turned};

@@ -44,7 +44,13 @@ impl Whole {
     }
 
     /// Some columns of it as unit number `unit`, in place of the whole, `file`; `keeps`: what they add to X waits.
-    fn slice(&self, file: &UnitSpec, (unit, block): (usize, usize), columns: Range<usize>, keeps: bool) -> Option<Slice> {
+    fn slice(
+        &self,
+        file: &UnitSpec,
+        (unit, block): (usize, usize),
+        columns: Range<usize>,
+        keeps: bool,
+    ) -> Option<Slice> {
         let bytes = |ty: TensorType, cols: usize| Some(ty.row_bytes(cols)? as u64);
         let mut spans = Vec::new();
         let mut put = |span: Span, t: TensorRef| {

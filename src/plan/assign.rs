@@ -92,13 +92,7 @@ pub fn assign(sizes: &[u64], carried: u64, here: u64, rates: &SiteRates) -> Vec<
 /// Which of `steps` parts of every feed-forward part processors are to have, where all `n` of them are cut alike, so that a pass of one
 /// row is shortest, and its seconds; `None` if there is no part to cut. The parts have `all` bytes, for `here` of which there is room in the
 /// device's memory; what else is the device's is brought to it. `others` bytes lie there in any case.
-pub fn best_slice(
-    others: u64,
-    (all, here): (u64, u64),
-    n: usize,
-    steps: u32,
-    rates: &SiteRates,
-) -> Option<(u32, f64)> {
+pub fn best_slice(others: u64, (all, here): (u64, u64), n: usize, steps: u32, rates: &SiteRates) -> Option<(u32, f64)> {
     let seconds = |part: u32| {
         let computed = all as f64 * f64::from(part) / f64::from(steps);
         let own = all as f64 - computed;

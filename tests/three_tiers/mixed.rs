@@ -197,5 +197,8 @@ fn every_architecture_has_its_bits_on_any_mixture() {
         mixed(path, seeds, &mut seen);
     }
     println!("{} models: {seen:?}", paths.len());
-    assert!(seen.done > seen.refused && seen.handed > 0 && seen.ahead > 0 && seen.repeated > 0 && seen.sliced > 0, "{seen:?}");
+    assert!(
+        seen.done > seen.refused && seen.handed > 0 && seen.ahead > 0 && seen.repeated > 0 && seen.sliced > 0,
+        "{seen:?}"
+    );
 }

@@ -66,7 +66,10 @@ fn slices_have_the_bits_of_their_cut_and_are_near_whole_parts() {
         let got = first.unwrap_or_else(|| panic!("{part} parts fit nowhere"));
         let far = nmse(&got, &whole);
         assert!(far < 1e-10, "{part} parts: {far}");
-        assert!(carried > 0 && (repeated > 0) == (part >= 128), "{part} parts: {repeated} recordings, {carried} with copies");
+        assert!(
+            carried > 0 && (repeated > 0) == (part >= 128),
+            "{part} parts: {repeated} recordings, {carried} with copies"
+        );
         of_cuts.push(got);
     }
     assert!(of_cuts[1] != of_cuts[2], "another cut adds up in another order");
@@ -80,8 +83,12 @@ fn what_cannot_be_cut_is_whole() {
     let routed = common::tiny_moe(4).write(d.path(), "moe.gguf");
     let o = sliced(1500, 128);
     let slices = |path: &Path, o: Options| {
+        let asked = o.slices != Slices::Off;
         let mut session = start(&Opened::open(path).unwrap(), o, &Arc::default()).unwrap();
         logits(&mut session).unwrap();
+        // What was asked for and is not so is said.
+        let told = session.notes().iter().any(|n| n.contains("--ffn-slices 50: parts stay whole"));
+        assert_eq!(told, asked && session.slices().is_none());
         session.slices()
     };
     assert_eq!(slices(&path, o.clone()), Some(128));
