@@ -10,7 +10,7 @@ mod skeleton;
 use std::path::Path;
 
 use nt::backend::BackendKind;
-use nt::engine::{Forecast, Opened, Options, Sites};
+use nt::engine::{Forecast, Opened, Options, Sites, Slices};
 use nt::plan::{Fewer, Machine, Rate, StorageSide, Time, parse_size};
 use serde_json::Value;
 use shapes::shaped;
@@ -136,7 +136,9 @@ fn machine_called(name: Option<&str>) -> Machine {
 
 /// Options of runs with two sites.
 fn two_sites(args: &str, n_ctx: usize) -> Options {
-    let mut o = Options { threads: 16, ..Options::new(BackendKind::Cuda, n_ctx) };
+    // They were run before parts could be cut.
+    let slices = Slices::Off;
+    let mut o = Options { threads: 16, slices, ..Options::new(BackendKind::Cuda, n_ctx) };
     let mut words = args.split_whitespace();
     while let Some(word) = words.next() {
         let mut value = || words.next().unwrap();
@@ -193,7 +195,8 @@ fn machine_of_call(call: &Value, row: &Value) -> Machine {
     let mut m = Machine::profile("h100").unwrap().unwrap();
     let rate = |gb: &Value| Rate::measured(gb.as_f64().unwrap() * 1e9, "nt probe in the same call");
     let gpu = m.gpu.as_mut().unwrap();
-    (gpu.memory, gpu.link, gpu.link_beside) = (rate(&call["vram"]), rate(&call["link"]), Some(rate(&call["link_beside"])));
+    (gpu.memory, gpu.link, gpu.link_beside) =
+        (rate(&call["vram"]), rate(&call["link"]), Some(rate(&call["link_beside"])));
     (m.ram.read, m.ram.beside) = (rate(&call["ram"]), Some(rate(&call["beside"])));
     for few in call["fewer"].as_array().into_iter().flatten() {
         let threads = few[0].as_u64().unwrap() as usize;
@@ -205,25 +208,34 @@ fn machine_of_call(call: &Value, row: &Value) -> Machine {
     m
 }
 
-/// Placements of docs/benchmarks.md, "Two sites, placements that were never run before", each with the rates that its call measured.
-/// `planned` is what `nt plan` said then.
+/// Placements with two sites, each with the rates that its call measured; `planned` is what `nt plan` said at the time of those that were
+/// never run before (docs/benchmarks.md, "Two sites, nine placements that were never run before").
 #[test]
 fn placements_are_predicted() {
     let dir = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string("tests/data/h100-placements.json").unwrap();
     let all: Value = serde_json::from_str(&text).unwrap();
+    let (mut of_new, mut of_all) = (Vec::new(), Vec::new());
     for row in all["rows"].as_array().unwrap() {
-        let opened = model(dir.path(), row["model"].as_str().unwrap());
-        let call = row["call"].as_str().unwrap();
+        let name = row["model"].as_str().unwrap();
+        let (opened, call) = (model(dir.path(), name), row["call"].as_str().unwrap());
         let n_ctx = row["ctx"].as_u64().unwrap_or(640) as usize;
         let args = row["args"].as_str().unwrap();
-        let o = two_sites(args, n_ctx);
-        let f = Forecast::new(&opened.model, &machine_of_call(&all["calls"][call], row), &o, 512).unwrap();
-        let s = f.prediction.simulated.unwrap();
-        let predicted = 1.0 / s.seconds;
+        let machine = machine_of_call(&all["calls"][call], row);
+        let f = Forecast::new(&opened.model, &machine, &two_sites(args, n_ctx), 512).unwrap();
+        let predicted = 1.0 / f.prediction.simulated.unwrap().seconds;
         let measured = row["measured"].as_f64().unwrap();
-        let planned = row["planned"].as_f64().map_or(String::new(), |p| format!("{p}"));
-        println!("| {} | `{args}` | {call} | {planned} | {measured} | {predicted:.1} | {:.2} | ms {:.2} beside {:.2} ({:.2} GB) wait {:.2} gpu {:.2} link {:.2} ({:.2} GB) waitgpu {:.2} units {:?} buffers {}", row["model"].as_str().unwrap(), measured / predicted,
-            s.seconds*1e3, s.beside_busy * 1e3, s.beside_bytes/1e9, s.wait_beside*1e3, s.compute_busy*1e3, s.gpu_busy*1e3, s.gpu_bytes/1e9, s.wait_gpu*1e3, f.computed_beside(), f.n_buffers());
+        let planned = row["planned"].as_f64();
+        let then = planned.map_or(String::new(), |p| format!("{p} ({:.2})", measured / p));
+        println!("| {name} | `{args}` | {call} | {measured} | {then} | {predicted:.1} ({:.2}) |", measured / predicted);
+        let off = |of: f64| (measured / of).ln().abs();
+        of_all.push(off(predicted));
+        of_new.extend(planned.map(|p| (off(p), off(predicted))));
     }
+    let within = |offs: &mut dyn Iterator<Item = f64>, tenth: f64| offs.filter(|o| *o <= (1.0 + tenth).ln()).count();
+    let [then, now] = [|o: &(f64, f64)| o.0, |o: &(f64, f64)| o.1].map(|of| within(&mut of_new.iter().map(of), 0.1));
+    println!("within a tenth of what was measured: {then} of {} then, {now} now", of_new.len());
+    assert!(now > then && now + 1 >= of_new.len(), "{now} of {} within a tenth", of_new.len());
+    let near = within(&mut of_all.iter().copied(), 0.15);
+    assert!(near + 3 >= of_all.len(), "{near} of {} within 15 %", of_all.len());
 }

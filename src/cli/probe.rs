@@ -341,8 +341,7 @@ fn probe_link(
     let identity = link::identity(&device);
     if with_memory {
         let (counts, budget) = (link::counts(machine::n_cpus()), machine::memory(Path::new("/")).budget());
-        let mut measured =
-            link::with_memory(&device, &counts, budget, &interrupt::interrupted).map_err(failure)?;
+        let mut measured = link::with_memory(&device, &counts, budget, &interrupt::interrupted).map_err(failure)?;
         rates.extend(link::kept(&measured, &identity));
         report.with_memory = measured.pop();
         report.with_fewer = measured;

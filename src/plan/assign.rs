@@ -123,13 +123,7 @@ pub fn assign(sizes: &[u64], carried: u64, here: u64, rates: &SiteRates) -> Vec<
 /// Which of `steps` parts of every feed-forward part processors are to have, where all `n` of them are cut alike, so that a pass of one
 /// row is shortest, and its seconds; `None` if there is no part to cut. The parts have `all` bytes, for `here` of which there is room in the
 /// device's memory; what else is the device's is brought to it. `others` bytes lie there in any case.
-pub fn best_slice(
-    others: u64,
-    (all, here): (u64, u64),
-    n: usize,
-    steps: u32,
-    rates: &SiteRates,
-) -> Option<(u32, f64)> {
+pub fn best_slice(others: u64, (all, here): (u64, u64), n: usize, steps: u32, rates: &SiteRates) -> Option<(u32, f64)> {
     let seconds = |part: u32| {
         let computed = all as f64 * f64::from(part) / f64::from(steps);
         let own = all as f64 - computed;
@@ -199,6 +193,31 @@ mod tests {
         let count = |carried| assign(&[100 * MB; 20], carried, 0, &rates).iter().filter(|u| **u).count();
         assert!(count(3 << 30) > count(0));
         assert_eq!(count(100 << 30), 20);
+    }
+
+    fn ram(fewer: &[(usize, f64, f64)]) -> RamSide {
+        let rate = |gb: f64| Rate::measured(gb * 1e9, "a test");
+        let fewer = fewer.iter().map(|&(threads, read, link)| Fewer { threads, read: rate(read), link: rate(link) });
+        let (read, beside) = (rate(140.0), Some(rate(90.0)));
+        RamSide { size: 1 << 37, available: None, budget: None, read, beside, fewer: fewer.collect() }
+    }
+
+    #[test]
+    fn fewer_threads_have_what_was_measured_of_as_many() {
+        let (vram, link, beside) = (Rate::guess(2e12, ""), Rate::guess(55e9, ""), Rate::guess(50e9, ""));
+        let of = |ram: &RamSide, threads| SiteRates::of(ram, (16, threads), &vram, &link, Some(&beside));
+        let measured = ram(&[(8, 60.0, 53.0), (4, 36.0, 54.0)]);
+        for (threads, read, link) in
+            [(15, 90.0, 50.0), (16, 90.0, 50.0), (8, 60.0, 53.0), (6, 48.0, 53.5), (2, 18.0, 54.0)]
+        {
+            let r = of(&measured, threads);
+            assert!((r.ram / (read * 1e9 * PRODUCTS) - 1.0).abs() < 1e-9, "{threads}: {r:?}");
+            assert!((r.link / (link * 1e9 * LINK_BESIDE_PRODUCTS) - 1.0).abs() < 1e-9, "{threads}: {r:?}");
+        }
+        // Where that was not measured, each more adds less.
+        let by = |threads| of(&ram(&[]), threads).ram;
+        assert!(by(1) < by(4) && by(4) > 4.0 / 15.0 * by(15) && by(8) > 8.0 / 15.0 * by(15));
+        assert!(by(12) < by(15) && by(15) == by(16) && by(8) - by(4) > by(12) - by(8));
     }
 
     #[test]

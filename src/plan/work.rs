@@ -191,6 +191,22 @@ mod tests {
         assert!(UnitWork { operations: 3, ..small }.decode_s(&m, Site::Gpu) > least);
     }
 
+    /// 8 blocks of Llama-3-70B's shape in Q2_K took 2.04 ms a token on an H200 whose memory would have brought them in 1.5.
+    #[test]
+    fn types_of_few_bits_are_bound_by_instructions_on_fast_memory() {
+        let of = |parts: &[(TensorType, u64, f64)], bytes_per_s| {
+            let matrices = parts.iter().map(|&(ty, n, bits)| (ty, (n as f64 * bits / 8.0) as u64, n)).collect();
+            UnitWork { matrices, ..unit(1, 1.0, Some(0)) }.on_gpu_s(bytes_per_s, 132, &Costs::default())
+        };
+        let (q2, q3) = ((TensorType::Q2_K, 545_259_520, 2.625), (TensorType::Q3_K, 301_989_888, 3.4375));
+        let block = of(&[q2, q3, (TensorType::Q4_K, 8_388_608, 4.5)], 4.2e12);
+        let head = of(&[(TensorType::Q6_K, 1_050_673_152, 6.5625)], 4.2e12);
+        let ms = 1e3 * (8.0 * block + head + GPU_PASS_S);
+        assert!((1.85..2.05).contains(&ms), "{ms}");
+        // Slower memory binds first.
+        assert_eq!(of(&[q3], 4e11), (301_989_888.0 * 3.4375 / 8.0f64).floor() / (4e11 * gpu_share(TensorType::Q3_K)));
+    }
+
     #[test]
     fn prefill_grows_with_tokens_except_for_the_head() {
         let m = machine("h100");
