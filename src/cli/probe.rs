@@ -340,14 +340,11 @@ fn probe_link(
     }
     let identity = link::identity(&device);
     if with_memory {
-        // One processor drives the link.
-        let threads = (machine::n_cpus() - 1).max(1);
-        let root = Path::new("/");
-        let b = link::with_memory(&device, threads, machine::memory(root).budget()).map_err(failure)?;
-        report.with_memory = Some(b);
-        let memory = machine::memory_identity(root);
-        rates.push(Rate::now(link::MEMORY_BESIDE, &memory, b.memory, None, Some(b.threads)));
-        rates.push(Rate::now(link::LINK_BESIDE, &identity, b.h2d, None, None));
+        let (counts, budget) = (link::counts(machine::n_cpus()), machine::memory(Path::new("/")).budget());
+        let mut measured = link::with_memory(&device, &counts, budget, &interrupt::interrupted).map_err(failure)?;
+        rates.extend(link::kept(&measured, &identity));
+        report.with_memory = measured.pop();
+        report.with_fewer = measured;
     }
     let mut keep = |kind: &str, rate: fn(&link::Cell) -> f64| {
         let best = report.cells.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
@@ -373,7 +370,7 @@ fn print_link(report: &link::Report) -> Result<(), Failure> {
     }
     let (to, from) = report.both_at_once;
     print_line(&format!("  both ways at once: {} to the GPU, {} from it", gb(to), gb(from)))?;
-    if let Some(b) = report.with_memory {
+    for b in report.with_fewer.iter().chain(&report.with_memory) {
         let n = b.threads;
         print_line(&format!("  while {n} threads read memory: {} to the GPU, {} to them", gb(b.h2d), gb(b.memory)))?;
     }

@@ -163,6 +163,7 @@ impl Division {
             share: self.share,
             unit_s: units.iter().map(|u| u.on_processors_s(rates.ram)).collect(),
             hand_over_s: [costs.hand_over.s(), costs.hand_over_loaded.s()],
+            experts_s: costs.experts_beside.s(),
         }
     }
 

@@ -32,6 +32,7 @@ impl Session {
         if self.device.is_some()
             && let Ok(device) = Device::open(0)
         {
+            self.links.multiprocessors = device.info.multiprocessors as usize;
             self.links.ram_and_link_ceiling = ram_and_link(&device, self.links.ram_ceiling);
         }
         // Nothing else is carried while a link is measured.
@@ -66,6 +67,7 @@ impl Session {
         if self.device.is_some()
             && let Ok(device) = Device::open(0)
         {
+            l.multiprocessors = device.info.multiprocessors as usize;
             l.gpu_ceiling = recall("h2d", &machine::probe::link::identity(&device));
             l.vram_ceiling = recall("vram", &machine::probe::link::identity(&device));
             l.ram_and_link_ceiling = ram_and_link(&device, l.ram_ceiling);

@@ -545,20 +545,23 @@ pub(super) fn decode_seconds(
     site: Site,
 ) -> Vec<f64> {
     match machine.gpu.as_ref().filter(|_| site == Site::Gpu) {
-        Some(gpu) => gpu_seconds(units, homes, beside, gpu.memory.bytes_per_s(), &gpu.costs),
+        Some(gpu) => {
+            let gpu_is = (gpu.memory.bytes_per_s(), gpu.multiprocessors);
+            gpu_seconds(units, homes, beside, gpu_is, &gpu.costs)
+        }
         None => units.iter().map(|u| u.decode_s(machine, site)).collect(),
     }
 }
 
-/// The same of a GPU that reads so many bytes of its memory a second.
+/// The same of a GPU that reads so many bytes of its memory a second and has so many multiprocessors.
 pub(super) fn gpu_seconds(
     units: &[UnitWork],
     homes: &[Home],
     beside: Option<&plan::Beside>,
-    bytes_per_s: f64,
+    (bytes_per_s, multiprocessors): (f64, usize),
     costs: &Costs,
 ) -> Vec<f64> {
-    let mut unit_s: Vec<f64> = units.iter().map(|u| u.on_gpu_s(bytes_per_s, costs)).collect();
+    let mut unit_s: Vec<f64> = units.iter().map(|u| u.on_gpu_s(bytes_per_s, multiprocessors, costs)).collect();
     let used = experts(units, 1).max(1) as f64;
     let mut first = 0;
     for layer in units.chunk_by(|a, b| a.size.routed() && b.size.routed() && a.size.block == b.size.block) {

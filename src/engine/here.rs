@@ -1,15 +1,16 @@
 //! This machine as a plan sees it: facts, rates that were measured before, and guesses for the rest.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::Opened;
 use crate::backend::BackendKind;
 use crate::backend::cuda::Device;
 use crate::machine;
 use crate::machine::facts::{Facts, Gpu};
-use crate::machine::probe::link::{LINK_BESIDE, MEMORY_BESIDE};
+use crate::machine::probe::link::{LINK_BESIDE, MEMORY_BESIDE, by_threads};
 use crate::machine::probe::{self, Target};
-use crate::plan::{Costs, CpuSide, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
+use crate::plan::{Costs, CpuSide, Fewer, GpuSide, Machine, RamSide, Rate, SiteRates, Speed, StorageSide};
 use crate::storage::guard::Host;
 
 /// VRAM that the driver takes for a context and kernels: what an H100 showed in use beside buffers and
@@ -25,38 +26,48 @@ pub(super) fn threads_beside(threads: usize) -> usize {
 /// fails.
 pub(super) fn site_rates(threads: usize) -> SiteRates {
     let guess = |rate| Rate::guess(rate, "of a common GPU");
-    let (vram, link, beside) = match Device::open(0) {
-        Ok(device) => {
-            measure_beside(&device);
+    let device = Device::open(0).ok();
+    let (vram, link, beside) = match &device {
+        Some(device) => {
+            measure_beside(device);
             let facts = Facts::read(&Host::default());
-            (vram_rate(&device), link(&device, &facts), link_beside(&device))
+            (vram_rate(device), link(device, &facts), link_beside(device))
         }
-        Err(_) => (guess(VRAM_GUESS), guess(LINK_GUESS), None),
+        None => (guess(VRAM_GUESS), guess(LINK_GUESS), None),
     };
-    SiteRates::of(&ram(), (machine::n_cpus(), threads), &vram, &link, beside.as_ref())
+    SiteRates::of(&ram(device.as_ref()), (machine::n_cpus(), threads), &vram, &link, beside.as_ref())
 }
 
-/// Measures memory and the link at the same time, unless that was done before: a second, once. By guesses processors may get a
-/// fifth of what they could do. Without a cache it is measured again the next time.
-fn measure_beside(device: &std::sync::Arc<Device>) {
+/// Measures memory and the link at the same time, by some counts of threads, unless that was done before: two seconds, once. By guesses
+/// processors may get a fifth of what they could do. Without a cache it is measured again the next time.
+fn measure_beside(device: &Arc<Device>) {
     let root = Path::new("/");
-    let (memory, link) = (machine::memory_identity(root), probe::link::identity(device));
-    if probe::measured(MEMORY_BESIDE, &memory).is_some() && probe::measured(LINK_BESIDE, &link).is_some() {
+    let counts = probe::link::counts(machine::n_cpus());
+    let link = probe::link::identity(device);
+    let fewer = counts.split_last().map_or(0, |(_, fewer)| fewer.len());
+    let whole = probe::measured(MEMORY_BESIDE, &machine::memory_identity(root)).is_some()
+        && probe::measured(LINK_BESIDE, &link).is_some();
+    if whole && self::fewer(&link).len() == fewer {
         return;
     }
     let budget = machine::memory(root).budget();
     if budget.is_some_and(|b| b < PROBED_MIN) {
         return;
     }
-    // One processor drives the link.
-    let threads = machine::n_cpus().saturating_sub(1).max(1);
-    if let Ok(b) = probe::link::with_memory(device, threads, budget) {
-        let rates = [
-            probe::Rate::now(MEMORY_BESIDE, &memory, b.memory, None, Some(b.threads)),
-            probe::Rate::now(LINK_BESIDE, &link, b.h2d, None, None),
-        ];
-        let _ = probe::record(&rates);
+    if let Ok(measured) = probe::link::with_memory(device, &counts, budget, &|| false) {
+        let _ = probe::record(&probe::link::kept(&measured, &link));
     }
+}
+
+/// What fewer processors than all but one read beside a link that has this name, as measured before.
+fn fewer(link: &str) -> Vec<Fewer> {
+    let memory = machine::memory_identity(Path::new("/"));
+    let rates = |&threads: &usize| {
+        let rate = |kind, identity: &str| cached(&by_threads(kind, threads), "nt probe", identity);
+        Some(Fewer { threads, read: rate(MEMORY_BESIDE, &memory)?, link: rate(LINK_BESIDE, link)? })
+    };
+    let counts = probe::link::counts(machine::n_cpus());
+    counts.split_last().map_or(Vec::new(), |(_, fewer)| fewer.iter().filter_map(rates).collect())
 }
 
 /// What is to be said where the division between sites counts with guesses.
@@ -112,7 +123,7 @@ impl Here {
         device.iter().for_each(measure_beside);
         let machine = Machine {
             name: "this machine".into(),
-            ram: ram(),
+            ram: ram(device.as_ref()),
             cpu: cpu(&facts),
             storage: None,
             gpu: device.map(|d| gpu(&d, &facts)),
@@ -134,7 +145,7 @@ fn cached(kind: &str, by: &str, identity: &str) -> Option<Rate> {
     Some(Rate::measured(r.bytes_per_s, format!("{by} on {}{age}", r.date)))
 }
 
-fn ram() -> RamSide {
+fn ram(device: Option<&Arc<Device>>) -> RamSide {
     let root = Path::new("/");
     let memory = machine::memory(root);
     let bounds = [memory.cgroup_left, memory.address_left, memory.available];
@@ -144,7 +155,8 @@ fn ram() -> RamSide {
         Rate::guess(guess, "from the number of processors; `nt probe memory` measures it")
     });
     let beside = cached(MEMORY_BESIDE, "nt probe", &machine::memory_identity(root));
-    RamSide { size: memory.total.or(available).unwrap_or(0), available, budget: memory.budget(), read, beside }
+    let fewer = device.map_or(Vec::new(), |d| fewer(&probe::link::identity(d)));
+    RamSide { size: memory.total.or(available).unwrap_or(0), available, budget: memory.budget(), read, beside, fewer }
 }
 
 fn cpu(facts: &Facts) -> CpuSide {
@@ -178,7 +190,7 @@ fn storage(opened: &Opened, facts: &Facts) -> StorageSide {
 }
 
 /// Measured once: a session leaves no room for it.
-fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
+fn vram_rate(device: &Arc<Device>) -> Rate {
     let identity = probe::link::identity(device);
     if let Some(rate) = cached("vram", "copies within VRAM", &identity) {
         return rate;
@@ -193,11 +205,11 @@ fn vram_rate(device: &std::sync::Arc<Device>) -> Rate {
     }
 }
 
-fn link_beside(device: &std::sync::Arc<Device>) -> Option<Rate> {
+fn link_beside(device: &Arc<Device>) -> Option<Rate> {
     cached(LINK_BESIDE, "nt probe", &probe::link::identity(device))
 }
 
-fn link(device: &std::sync::Arc<Device>, facts: &Facts) -> Rate {
+fn link(device: &Arc<Device>, facts: &Facts) -> Rate {
     let fact: Option<&Gpu> = facts.gpus.iter().find(|g| g.pci.eq_ignore_ascii_case(&device.info.pci_address));
     cached("h2d", "nt probe", &probe::link::identity(device)).unwrap_or_else(|| {
         let (rate, source) = match fact.and_then(|f| f.link.max) {
@@ -208,7 +220,7 @@ fn link(device: &std::sync::Arc<Device>, facts: &Facts) -> Rate {
     })
 }
 
-fn gpu(device: &std::sync::Arc<Device>, facts: &Facts) -> GpuSide {
+fn gpu(device: &Arc<Device>, facts: &Facts) -> GpuSide {
     let i = &device.info;
     let (free, total) = device.mem_info().unwrap_or((i.total_bytes, i.total_bytes));
     let link = link(device, facts);

@@ -57,6 +57,8 @@ pub struct Links {
     pub gpu_ceiling: Option<f64>,
     /// Measured ceiling of reads of the device's own memory.
     pub vram_ceiling: Option<f64>,
+    /// The device's multiprocessors, which bind some types of weights; 0 before the ceilings are measured.
+    pub multiprocessors: usize,
     /// Measured ceiling of memory reads.
     pub ram_ceiling: Option<f64>,
     /// Measured ceiling of memory where processors and the link to the device read it at once, of both together.

@@ -58,7 +58,7 @@ impl Session {
         // Where sites compute a part at once, what each takes of the time does not show in the whole.
         let Some(compute_s) = self.links.compute_s.filter(|_| self.slices().is_none()) else {
             let (vram, beside) = (self.links.vram_ceiling?, beside?);
-            let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
+            let unit_s = self.on_device_s(&units, &beside, vram);
             return Some(PassWork { unit_s, beside_s: pass_s(self.site()), experts, prompt: false, ahead: false });
         };
         // What processors next to a device take is the simulator's to count; of experts a pass uses as many as a token chooses.
@@ -100,8 +100,14 @@ impl Session {
         let (vram, _) = (self.links.vram_ceiling?, self.links.ram_ceiling?);
         let units = works(&self.model, &self.weights.layouts);
         let beside = self.beside_at(&units, self.slower())?;
-        let unit_s = gpu_seconds(&units, &self.living().0.homes, Some(&beside), vram, &Costs::default());
+        let unit_s = self.on_device_s(&units, &beside, vram);
         Some(beside.chain_s(&units, &unit_s) + pass_s(self.site()))
+    }
+
+    /// By unit, seconds on the device, whose memory has this rate.
+    fn on_device_s(&self, units: &[plan::UnitWork], beside: &plan::Beside, vram: f64) -> Vec<f64> {
+        let device = (vram, self.links.multiprocessors);
+        gpu_seconds(units, &self.living().0.homes, Some(beside), device, &Costs::default())
     }
 
     /// Parts of each feed-forward part that processors next to the device have, of [`crate::model::SLICE_PARTS`], where those are cut.

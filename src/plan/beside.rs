@@ -17,6 +17,8 @@ pub struct Beside {
     pub unit_s: Vec<f64>,
     /// Seconds from the end of the GPU's work to the beginning of theirs, and back: with an idle link, and while copies fill it.
     pub hand_over_s: [f64; 2],
+    /// Seconds that a layer's experts take them in addition to `unit_s`.
+    pub experts_s: f64,
 }
 
 impl Beside {
@@ -71,6 +73,7 @@ impl Beside {
             let in_ram = all.clone().filter(|u| self.computes(*u)).count();
             let used = (run[0].share * run.len() as f64).round() as usize;
             let handed = 1.0 - chances(run.len(), in_ram, used)[0];
+            let host = host + if run[0].size.routed() { handed * self.experts_s } else { 0.0 };
             chain += host.max(gpu) + handed * self.hand_over_s[0];
         }
         chain

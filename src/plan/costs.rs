@@ -49,6 +49,9 @@ pub struct Costs {
     pub hand_over: Time,
     /// The same while copies fill the link.
     pub hand_over_loaded: Time,
+    /// What a layer's chosen experts take processors beside the GPU in addition to their bytes: threads that meet between the products, of
+    /// which each begins far from what it read before.
+    pub experts_beside: Time,
 }
 
 impl Default for Costs {
@@ -64,13 +67,14 @@ impl Default for Costs {
             expert: time(11.3),
             hand_over: time(16.0),
             hand_over_loaded: time(50.0),
+            experts_beside: time(24.0),
         }
     }
 }
 
 impl Costs {
     /// All of them, named as messages call them.
-    pub fn all(&self) -> [(&'static str, &Time); 9] {
+    pub fn all(&self) -> [(&'static str, &Time); 10] {
         [
             ("attention", &self.attention),
             ("feed_forward", &self.feed_forward),
@@ -81,6 +85,7 @@ impl Costs {
             ("expert", &self.expert),
             ("hand_over", &self.hand_over),
             ("hand_over_loaded", &self.hand_over_loaded),
+            ("experts_beside", &self.experts_beside),
         ]
     }
 

@@ -95,9 +95,24 @@ pub struct RamSide {
     pub budget: Option<u64>,
     /// Rate at which all processors read it together.
     pub read: Rate,
-    /// The same while the link to a GPU carries what it can; estimated if absent.
+    /// The same, by all processors but one, while the link to a GPU carries what it can; estimated if absent.
     #[serde(default)]
     pub beside: Option<Rate>,
+    /// What fewer processors read meanwhile; estimated if absent.
+    #[serde(default)]
+    pub fewer: Vec<Fewer>,
+}
+
+/// Some processors that read memory while the link to a GPU carries what it can.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fewer {
+    /// How many.
+    pub threads: usize,
+    /// Rate at which they read it together.
+    pub read: Rate,
+    /// What the link carries meanwhile.
+    pub link: Rate,
 }
 
 /// Storage that tier C is read from.
@@ -185,6 +200,9 @@ impl Machine {
         if let Some((name, t)) = times.into_iter().find(|(_, t)| !(0.0..1e9).contains(&t.us)) {
             return Err(format!("costs: {} us of {name} is no time", t.us));
         }
+        if let Some(f) = machine.ram.fewer.iter().find(|f| f.threads == 0 || f.threads >= machine.cpu.threads) {
+            return Err(format!("{} threads are not fewer than the processors, or none", f.threads));
+        }
         if machine.cpu.threads == 0 || machine.storage.as_ref().is_some_and(|s| s.drives == 0) {
             return Err("threads and drives must be at least 1".into());
         }
@@ -203,7 +221,11 @@ impl Machine {
         let beside = self.ram.beside.iter().map(|r| ("RAM beside the link", r));
         let storage = self.storage.iter().map(|s| ("storage", &s.read));
         let decode = self.cpu.decode.iter().map(|r| ("decode by processors", r));
-        gpu.chain(storage).chain([("RAM", &self.ram.read)]).chain(decode).chain(link_beside).chain(beside).collect()
+        let fewer = self.ram.fewer.iter();
+        let fewer =
+            fewer.flat_map(|f| [("RAM beside the link, by fewer threads", &f.read), ("link beside them", &f.link)]);
+        let alone = gpu.chain(storage).chain([("RAM", &self.ram.read)]).chain(decode);
+        alone.chain(link_beside).chain(beside).chain(fewer).collect()
     }
 
     /// Bytes a second that processors and the link to the GPU read of RAM at once; `None` where they were not measured together.
@@ -274,6 +296,11 @@ mod tests {
             ("10.0 }", "10.0 }\nbeside = { gb_per_s = 1000.0 }", "RAM beside the link"),
             ("8GiB", "8 parsecs", "size"),
             ("threads = 2", "threads = 0", "at least 1"),
+            (
+                "10.0 }",
+                "10.0 }\nfewer = [{ threads = 2, read = { gb_per_s = 9.0 }, link = { gb_per_s = 9.0 } }]",
+                "not fewer",
+            ),
             ("name", "nmae", "nmae"),
         ] {
             let e = Machine::parse(&good.replace(from, to)).unwrap_err();

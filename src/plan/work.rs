@@ -33,10 +33,28 @@ fn gpu_share(ty: TensorType) -> f64 {
     }
 }
 
-/// How fast processors compute weights of a type, beside those that memory binds: gpt-oss-20b on 16 processors, 44 GB/s of MXFP4
-/// (docs/benchmarks.md).
+/// Weights of a type that one of a GPU's multiprocessors multiplies in a nanosecond in one-token products; `None` where memory binds. An
+/// H200 with the 70B shape, all in VRAM: 4.9 and 3.7 weights a picosecond of Q2_K and Q3_K, and 5.4 of the types with grids, on 132
+/// multiprocessors (docs/benchmarks.md).
+fn gpu_weights_per_ns(ty: TensorType) -> Option<f64> {
+    use TensorType as T;
+    match ty {
+        T::Q2_K => Some(37.0),
+        T::Q3_K => Some(28.0),
+        T::IQ1_S | T::IQ1_M | T::IQ2_XXS | T::IQ2_XS | T::IQ2_S | T::IQ3_XXS | T::IQ3_S => Some(41.0),
+        _ => None,
+    }
+}
+
+/// How fast processors compute weights of a type, beside those that memory binds: K-quants keep fewer reads in flight (15 of 16 processors
+/// of an H200's machine: 82 GB/s of Q4_K_M beside 92 of Q8_0, with 12 and 8 of them 72 beside 75 and 56 beside 57), and gpt-oss-20b on 16
+/// processors came to 44 GB/s of MXFP4 (docs/benchmarks.md).
 fn cpu_share(ty: TensorType) -> f64 {
-    if ty == TensorType::MXFP4 { 0.5 } else { 1.0 }
+    match ty {
+        TensorType::Q4_K | TensorType::Q5_K | TensorType::Q6_K => 0.95,
+        TensorType::MXFP4 => 0.5,
+        _ => 1.0,
+    }
 }
 
 /// Tokens of the passes by which the speed of a GPU's products is given, and those at which it is half of what very long ones reach:
@@ -77,14 +95,19 @@ impl UnitWork {
     /// Seconds of computing it for one token; of an expert, as its bytes take.
     pub fn decode_s(&self, machine: &Machine, site: Site) -> f64 {
         match (site, &machine.gpu) {
-            (Site::Gpu, Some(gpu)) => self.on_gpu_s(gpu.memory.bytes_per_s(), &gpu.costs),
+            (Site::Gpu, Some(gpu)) => self.on_gpu_s(gpu.memory.bytes_per_s(), gpu.multiprocessors, &gpu.costs),
             _ => self.on_processors_s(cpu_decode_bytes_per_s(machine)),
         }
     }
 
-    /// Seconds of computing it for one token on a GPU that reads so many bytes of its memory a second.
-    pub fn on_gpu_s(&self, bytes_per_s: f64, costs: &Costs) -> f64 {
-        let read = |&(ty, bytes, _): &(TensorType, u64, u64)| bytes as f64 / (bytes_per_s * gpu_share(ty));
+    /// Seconds of computing it for one token on a GPU that reads so many bytes of its memory a second and has so many multiprocessors; 0
+    /// where that is not known.
+    pub fn on_gpu_s(&self, bytes_per_s: f64, multiprocessors: usize, costs: &Costs) -> f64 {
+        let read = |&(ty, bytes, weights): &(TensorType, u64, u64)| {
+            let a_ns = gpu_weights_per_ns(ty).filter(|_| multiprocessors > 0);
+            let multiplied = a_ns.map_or(0.0, |n| weights as f64 / (n * 1e9 * multiprocessors as f64));
+            (bytes as f64 / (bytes_per_s * gpu_share(ty))).max(multiplied)
+        };
         let s: f64 = self.matrices.iter().map(read).sum();
         s.max(costs.least_s(self.size.part, self.operations))
     }
@@ -166,6 +189,22 @@ mod tests {
         let least = m.gpu.as_ref().unwrap().costs.feed_forward.s();
         assert_eq!(small.decode_s(&m, Site::Gpu), least);
         assert!(UnitWork { operations: 3, ..small }.decode_s(&m, Site::Gpu) > least);
+    }
+
+    /// 8 blocks of Llama-3-70B's shape in Q2_K took 2.04 ms a token on an H200 whose memory would have brought them in 1.5.
+    #[test]
+    fn types_of_few_bits_are_bound_by_instructions_on_fast_memory() {
+        let of = |parts: &[(TensorType, u64, f64)], bytes_per_s| {
+            let matrices = parts.iter().map(|&(ty, n, bits)| (ty, (n as f64 * bits / 8.0) as u64, n)).collect();
+            UnitWork { matrices, ..unit(1, 1.0, Some(0)) }.on_gpu_s(bytes_per_s, 132, &Costs::default())
+        };
+        let (q2, q3) = ((TensorType::Q2_K, 545_259_520, 2.625), (TensorType::Q3_K, 301_989_888, 3.4375));
+        let block = of(&[q2, q3, (TensorType::Q4_K, 8_388_608, 4.5)], 4.2e12);
+        let head = of(&[(TensorType::Q6_K, 1_050_673_152, 6.5625)], 4.2e12);
+        let ms = 1e3 * (8.0 * block + head + GPU_PASS_S);
+        assert!((1.85..2.05).contains(&ms), "{ms}");
+        // Slower memory binds first.
+        assert_eq!(of(&[q3], 4e11), (301_989_888.0 * 3.4375 / 8.0f64).floor() / (4e11 * gpu_share(TensorType::Q3_K)));
     }
 
     #[test]

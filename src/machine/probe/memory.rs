@@ -44,7 +44,11 @@ pub fn rate_of(threads: usize, available: Option<u64>) -> Result<f64, ProbeError
     Ok(read(&words(available)?, threads.max(1)))
 }
 
-fn words(available: Option<u64>) -> Result<Vec<u64>, ProbeError> {
+/// Memory that [`read`] reads: at most a quarter of what is available.
+///
+/// # Errors
+/// As of [`measure`].
+pub(super) fn words(available: Option<u64>) -> Result<Vec<u64>, ProbeError> {
     let bytes = available.map_or(BYTES as u64, |a| a / PART).min(BYTES as u64);
     if bytes < BYTES_MIN as u64 {
         return Err(ProbeError::Room { free: available.unwrap_or(0), needed: BYTES_MIN as u64 * PART });
@@ -52,7 +56,8 @@ fn words(available: Option<u64>) -> Result<Vec<u64>, ProbeError> {
     Ok((0..bytes / 8).collect())
 }
 
-fn read(memory: &[u64], threads: usize) -> f64 {
+/// Bytes per second that `threads` threads, at least one, read of `memory` together.
+pub(super) fn read(memory: &[u64], threads: usize) -> f64 {
     let part = memory.len() / threads;
     let reading = |part: &[u64]| {
         let (start, mut bytes) = (Instant::now(), 0u64);

@@ -135,6 +135,21 @@ fn by_hand_two_sites_compute_in_turn_while_the_link_works_ahead() {
     assert_eq!(p.bound_by(&RATES), LinkName::Chain);
 }
 
+/// Reads that are copies by processors take time from those that compute beside the device, and RAM.
+#[test]
+fn by_hand_copies_by_processors_slow_others_beside_a_device() {
+    let rates = Rates { ram: Some(1e9), copies: true, ..RATES };
+    let s = beside(setup("AAC", true, 4, rates), &[1], 2.0);
+    let p = s.settled(&work(&s, 0.0));
+    // A read of 2 s for each pass, but a pass takes longer: the part of 2 s, slowed down while that read runs, and its hand-over.
+    let alone = Setup { rates: Rates { copies: false, ..rates }, ..s.clone() }.settled(&work(&s, 0.0));
+    assert!((2.5..3.0).contains(&alone.seconds) && near(alone.beside_busy, 2.0), "{alone:?}");
+    assert!(p.seconds > 3.0 && p.beside_busy > 2.4 && p.beside_busy <= 2.0 / 0.42 + 1e-9, "{p:?}");
+    // Memory that has little left for reads slows those.
+    let short = Setup { rates: Rates { ram: Some(100.0), ..rates }, ..s.clone() }.settled(&work(&s, 0.0));
+    assert!(short.seconds > p.seconds && short.nvme_busy > p.nvme_busy, "{short:?} {p:?}");
+}
+
 /// A layer of four experts that a token all chooses, in RAM: two for processors, two for the link.
 #[test]
 fn by_hand_divided_experts_are_computed_by_both_sites_at_once() {
@@ -147,6 +162,9 @@ fn by_hand_divided_experts_are_computed_by_both_sites_at_once() {
     // All are the processors': 0.25, a hand-over, 12.
     let p = s.settled(&pass);
     assert!(near(p.seconds, 0.25 + 0.5 + 12.0) && near(p.beside_bytes, 400.0) && p.gpu_bytes == 0.0, "{p:?}");
+    // What a layer takes them beyond its bytes.
+    let more = Setup { beside: Beside { experts_s: 2.0, ..s.beside.clone() }, ..s.clone() }.settled(&pass);
+    assert!(near(more.seconds, p.seconds + 2.0) && near(more.beside_busy, 12.0), "{more:?}");
     s.beside.share = Some(crate::backend::Share(128));
     let p = s.settled(&pass);
     // Copies of 1 s each end before two parts of 3 s do.

@@ -25,6 +25,11 @@ const COPIED_ALONE: f64 = 0.75;
 /// six blocks of an 8B in 43 ms, and do both in 111 ms instead of 121 (docs/benchmarks.md).
 const COPY_PROCESSORS: f64 = 0.85;
 
+/// Share of their rate that processors beside a device keep while others copy what is read: 40 of 97 GB/s, with 4 and with 8 of 16
+/// parts of 8B Q8_0 on /dev/shm of an H200's machine. Their threads meet after each product, so that all wait for those whose
+/// processor copies.
+const BESIDE_COPIES: f64 = 0.42;
+
 /// Most of RAM's rate that a drive may take.
 const READ_SHARE_MAX: f64 = 0.9;
 
@@ -73,8 +78,10 @@ struct Compute {
 /// What processors beside the device do next.
 #[derive(Clone, Copy, Debug)]
 struct Part {
-    /// The unit; none for a hand-over.
+    /// The unit; none for a hand-over, or what a layer's experts take in addition.
     unit: Option<usize>,
+    /// Whether it is the latter.
+    experts: bool,
     slot: usize,
     /// Whether the link carries something meanwhile in any case.
     loaded: bool,
@@ -92,6 +99,8 @@ enum Do {
     HandOver {
         loaded: bool,
     },
+    /// Processors begin with a layer's experts.
+    BeginExperts,
     /// Has all experts of the block with this shared part brought, before its router has chosen.
     BringAhead(usize),
     /// Gives an expert back that was brought and not chosen.
@@ -296,8 +305,13 @@ impl<'a> World<'a> {
             None => false,
             Some(Do::Compute(unit)) => self.call_compute(unit, pass.unit_s[unit]),
             Some(Do::HandOver { loaded }) => {
-                self.push_part(Part { unit: None, slot: 0, loaded, after_computes: self.computes_called });
+                let after_computes = self.computes_called;
+                self.push_part(Part { unit: None, experts: false, slot: 0, loaded, after_computes });
                 self.handed = self.parts_called;
+                true
+            }
+            Some(Do::BeginExperts) => {
+                self.push_part(Part { unit: None, experts: true, slot: 0, loaded: false, after_computes: 0 });
                 true
             }
             Some(Do::Fetch(unit)) => {
@@ -353,9 +367,9 @@ impl<'a> World<'a> {
     fn call_part(&mut self, unit: usize, slot: usize) {
         let after_computes = self.computes_called;
         if !self.setup.units[unit].size.routed() {
-            self.push_part(Part { unit: None, slot: 0, loaded: false, after_computes });
+            self.push_part(Part { unit: None, experts: false, slot: 0, loaded: false, after_computes });
         }
-        self.push_part(Part { unit: Some(unit), slot, loaded: false, after_computes });
+        self.push_part(Part { unit: Some(unit), experts: false, slot, loaded: false, after_computes });
     }
 
     /// An expert in RAM that was chosen is brought, when its choice has been handed over.
@@ -458,7 +472,9 @@ impl<'a> World<'a> {
         }
         let handed = !of_host.is_empty() || !fetched.is_empty();
         let hand_over = Do::HandOver { loaded: !fetched.is_empty() };
-        let (of, of_host) = (of.into_iter().map(Do::Compute), of_host.into_iter().map(Do::Compute));
+        let begin = (!of_host.is_empty()).then_some(Do::BeginExperts);
+        let of_host = begin.into_iter().chain(of_host.into_iter().map(Do::Compute));
+        let of = of.into_iter().map(Do::Compute);
         let mut calls: Vec<Do> = Vec::new();
         if beside.divides(shared + 1) {
             // One call of each site, which work at once.
@@ -509,7 +525,11 @@ impl<'a> World<'a> {
         {
             let beside = &self.setup.beside;
             let loaded = p.loaded || self.copying.is_some();
-            let seconds = p.unit.map_or(beside.hand_over_s[usize::from(loaded)], |u| beside.unit_s[u]);
+            let seconds = match p.unit {
+                Some(u) => beside.unit_s[u],
+                None if p.experts => beside.experts_s,
+                None => beside.hand_over_s[usize::from(loaded)],
+            };
             // Their rate is the one beside a link at work.
             let counted = p.unit.map_or(0.0, |u| bytes(u) / seconds);
             let r = running(p.unit, p.slot, None, seconds, [0.0; 2]);
@@ -558,7 +578,12 @@ impl<'a> World<'a> {
         let mut demands = all.map(|r| r.map(|r| r.demand));
         let ram = self.setup.rates.ram.unwrap_or(f64::INFINITY);
         if self.setup.rates.copies {
-            let mut speeds = speeds(&demands, [ram, 1.0]);
+            let beside = all[3].filter(|r| r.unit.is_some() && all[0].is_some());
+            let taken = beside.map_or(0.0, |r| r.counted * BESIDE_COPIES);
+            let mut speeds = speeds(&demands, [(ram - taken).max(ram / 4.0), 1.0]);
+            if beside.is_some() {
+                speeds[3] = BESIDE_COPIES;
+            }
             if self.setup.on_device && self.reads.is_empty() {
                 speeds[0] = speeds[0].min(COPIED_ALONE);
             }
