@@ -10,6 +10,7 @@ use super::works::works;
 use super::{EngineError, Recipe, Session, here};
 use crate::backend::Class;
 use crate::flow::{Feed, Place};
+use crate::machine;
 use crate::model::Outputs;
 use crate::pipeline::{Event, StreamError};
 use crate::plan::{self, Costs, Home, Machine, PassWork, Plan, Rates, Setup, Shares, Site, SiteRates, pass_s};
@@ -72,11 +73,13 @@ impl Session {
         Some(PassWork { unit_s, beside_s, experts, prompt: false, ahead: false })
     }
 
-    /// Bytes per second of weights that processors next to the device compute, by the ceilings that were measured; a guess without.
+    /// Bytes per second of weights that processors next to the device compute, by the ceilings that were measured, or where fewer threads
+    /// than all but one compute, as measured of such; a guess without.
     fn slower(&self) -> f64 {
-        let l = &self.links;
+        let (l, threads) = (&self.links, self.threads_beside());
         let of_both = l.ram_and_link_ceiling.zip(l.gpu_ceiling).map(|(both, link)| both - link);
-        of_both.or(l.ram_ceiling).unwrap_or(here::site_rates(self.threads_beside()).ram)
+        let of_all = of_both.or(l.ram_ceiling).filter(|_| threads == 0 || threads + 1 >= machine::n_cpus());
+        of_all.unwrap_or_else(|| here::site_rates(threads).ram)
     }
 
     /// What processors next to the device do, at this rate; `None` if there are none.
