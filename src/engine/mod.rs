@@ -58,7 +58,7 @@ pub use by_site::{LinkWork, SiteWork};
 pub use constraint::{ConstraintError, Form, Grammar, Grammars, Marks, Reasoning};
 pub use dry::DryParams;
 pub use error::{CopyError, EngineError, LackError, RecipeError, RecipeFault, RepeatError, RequestError, SavedError};
-pub use forecast::{Forecast, Prediction, choose_buffers, nearest, refused_by_gpu, with_batch};
+pub use forecast::{Based, Forecast, Prediction, choose_buffers, nearest, refused_by_gpu, with_batch};
 pub use generate::{Generation, Grown, Request, StopReason};
 pub use generator::{Ended, Generator, generate};
 pub use here::{Here, this_machine};
