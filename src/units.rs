@@ -1,4 +1,4 @@
-//! Sizes on the command line: `14GiB`, `500MB`, plain bytes.
+//! Sizes, as the command line writes them (`14GiB`, `500MB`, plain bytes), and rates.
 
 /// Parses a size in bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
@@ -31,6 +31,11 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// Whether something in a machine may carry so many bytes per second: with what may not, predictions are no numbers.
+pub fn is_rate(bytes_per_s: f64) -> bool {
+    (1e5..=1e15).contains(&bytes_per_s)
+}
+
 /// A size for people: `1.50 GiB`.
 pub fn format_bytes(bytes: u64) -> String {
     const UNITS: [(u64, &str); 4] = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
@@ -61,6 +66,12 @@ mod tests {
         for bad in ["", "GiB", "-1", "5 parsecs", "99999999999TiB", "1e9"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn rates_are_those_of_machines() {
+        assert!([1e5, 7e9, 1e15].iter().all(|r| is_rate(*r)));
+        assert!([0.0, -1.0, 9e4, 2e15, f64::NAN, f64::INFINITY].iter().all(|r| !is_rate(*r)));
     }
 
     /// Guards against advice that is rounded to less than what is needed.

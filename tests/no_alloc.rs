@@ -95,7 +95,7 @@ fn one_token_passes_allocate_nothing() {
             let mut session = Session::new(&opened, options(6 << 20), &mut |_, _| ()).unwrap();
             assert!(!session.caches().is_empty());
             decode_allocates_nothing("experts with caches", &mut session, |t| t * 37 % 258);
-            assert!(session.links().caches.counts.misses > 0);
+            assert!(session.links().experts.caches.counts.misses > 0);
         }
         common::record(&path, &data);
         // Compared reads are of whole chunks, so that the buffers alone take megabytes: the tiers are given.

@@ -268,6 +268,20 @@ fn caches_of_experts_are_predicted() {
         let args = ["plan", m.to_str().unwrap(), "--backend", "cpu", "--routing", wrong];
         fails(&args, 2, &[word]);
     }
+    // A trace of another model, and one with a fault below its header: the line is the file's.
+    let trace = d.path().join("trace.jsonl");
+    let routing = format!("trace:{}", trace.display());
+    let token = "[[0,1],[0,1],[0,1],[0,1]]";
+    for (text, words) in [
+        (
+            format!("{{\"layers\": 48, \"experts\": 16}}\n{token}\n"),
+            &["line 1", "\"layers\": 48", "the model has 4"][..],
+        ),
+        (format!("{{\"layers\": 4}}\n{token}\n\n[[0,1],[0,1],[0,1],[0,16]]\n"), &["line 4", "expert 16"]),
+    ] {
+        std::fs::write(&trace, text).unwrap();
+        fails(&["plan", m.to_str().unwrap(), "--backend", "cpu", "--routing", &routing], 2, words);
+    }
     let dense = tiny(2).write(d.path(), "dense.gguf");
     fails(&["plan", dense.to_str().unwrap(), "--backend", "cpu", "--routing", "uniform"], 2, &["no routed experts"]);
 }

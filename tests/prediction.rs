@@ -102,7 +102,7 @@ fn decode_on_an_h100_is_predicted() {
         }
         // What the driver counted for the process, within 50 MB. A plan that is free to fill a limit cuts finer than
         // when it was measured: units were whole blocks then.
-        let vram = f.plan.vram_bytes + f.workspace_bytes + DRIVER_BYTES;
+        let vram = f.based.plan.vram_bytes + f.based.workspace_bytes + DRIVER_BYTES;
         let counted = row["vram_bytes"].as_u64().unwrap();
         let args = row["args"].as_str().unwrap();
         match options(args, n_ctx) {

@@ -26,6 +26,9 @@ fn a_benchmark_tells_predicted_and_achieved_and_who_waited() {
     let all = json(&args);
     assert!(all["roofline"]["achieved"].as_f64().unwrap() > 0.0);
     assert!(all["first_token_s"].as_f64().unwrap() > 0.0);
+    // There are no caches of experts that could be empty.
+    let tests = all["tests"].as_array().unwrap();
+    assert!(tests.len() == 2 && tests.iter().all(|t| t["caches"].is_null() && t["experts"].is_null()), "{tests:?}");
     let stall = &all["stall"];
     assert!(stall["storage_s"].is_f64() && stall["compute_s"].is_f64() && stall["link_s"].is_null(), "{stall}");
     assert!(stall["storage_s"].as_f64().unwrap() <= stall["passes_s"].as_f64().unwrap());
@@ -180,4 +183,51 @@ fn a_forced_routing_hits_as_predicted() {
     let zipf = bench(&["--routing", "zipf:1.5"]);
     assert!(zipf["experts"]["caches"]["hit_rate"].as_f64().unwrap() > hit + 0.05, "{}", zipf["experts"]);
     assert!(zipf["routing"].as_str().unwrap().contains("Zipf") && bench(&[])["routing"].is_null());
+}
+
+/// Where experts have caches, a benchmark tells what its first tokens take from empty ones, and of both what the caches had; links
+/// and experts of the whole report are those of warm caches alone.
+#[test]
+fn empty_caches_stand_beside_warm_ones() {
+    let d = tempfile::tempdir().unwrap();
+    let model = common::many_experts(4).write(d.path(), "m.gguf");
+    let bench = |more: &[&str]| {
+        let args =
+            ["bench", model.to_str().unwrap(), "--backend", "cpu", "--threads", "1", "--ram", "5MiB", "-b", "16"];
+        let out = nt(&[&args[..], &["-r", "2", "--routing", "uniform"], more].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let all: Json = serde_json::from_str(&bench(&["-p", "16", "-n", "100,20", "--parallel", "1,2", "--json"])).unwrap();
+    assert_eq!(all["interrupted"], false);
+    let tests = all["tests"].as_array().unwrap();
+    let names: Vec<&str> = tests.iter().map(|t| t["test"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        ["pp16", "tg100", "tg64 cold", "tg100 x2", "tg64 x2 cold", "tg20", "tg20 cold", "tg20 x2", "tg20 x2 cold"]
+    );
+    assert!(tests[0]["caches"].is_null() && tests[0]["experts"].is_null(), "{}", tests[0]);
+    for pair in tests[1..].chunks(2) {
+        let (warm, cold) = (&pair[0], &pair[1]);
+        assert_eq!((&warm["caches"], &cold["caches"]), (&"warm".into(), &"cold".into()));
+        assert_eq!((warm["runs"].as_array().unwrap().len(), cold["runs"].as_array().unwrap().len()), (2, 1));
+        let rate = |t: &Json| t["experts"]["cache_hit_rate"].as_f64().unwrap();
+        assert!(rate(cold) < rate(warm) && rate(cold) > 0.0, "{warm} {cold}");
+        assert!(warm["experts"]["slot_hit_rate"].is_null());
+        let uses = 4 * 2 * cold["n_gen"].as_u64().unwrap() * cold["n_parallel"].as_u64().unwrap();
+        assert!(cold["experts"]["uses"].as_u64().unwrap() <= uses, "{cold}");
+    }
+    // Two tests of one text each, both of two repetitions.
+    assert_eq!(all["experts"]["uses"], 2 * 120 * 4 * 2, "{}", all["experts"]);
+    let text = bench(&["-p", "0", "-n", "70"]);
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].contains("70 tokens") && lines[0].contains("over 2 runs); caches in RAM hit "), "{text}");
+    assert!(
+        lines[1].contains("64 tokens") && lines[1].contains("(from empty caches, once); caches in RAM hit "),
+        "{text}"
+    );
+    let table = bench(&["-p", "0", "-n", "70", "-o", "md"]);
+    for word in ["experts", " cached |", "| routing", "| uniform", "tg70 |", "tg64 cold |", " RAM "] {
+        assert!(table.contains(word), "{word}: {table}");
+    }
 }

@@ -161,9 +161,24 @@ fn cached_experts() {
         for round in 0..3 {
             assert!(logits(&mut session) == want, "{ram} KiB, caches {caches}, round {round}");
         }
-        let c = session.links().caches.counts;
+        let c = session.links().experts.caches.counts;
         assert_eq!((caches, caches), (c.hits > 0, c.misses > 0), "{c:?}");
-        assert!(session.links().expert_uses[2] > 0);
+        // One token, again, and from empty caches, which have nothing of it.
+        let used = |session: &mut Session| {
+            let before = session.expert_uses();
+            session.truncate(0);
+            session.eval(&[7], Class::Exact, Outputs::Last, &|| false).unwrap();
+            let used = session.expert_uses().since(&before);
+            (used.homes[2], used.caches.counts.misses)
+        };
+        used(&mut session);
+        assert_eq!(used(&mut session).1, 0);
+        session.empty_caches().unwrap();
+        let (of_storage, misses) = used(&mut session);
+        assert!(of_storage > 0 && misses == if caches { of_storage } else { 0 }, "{of_storage} {misses}");
+        session.empty_caches().unwrap();
+        assert!(logits(&mut session) == want, "{ram} KiB, caches {caches}");
+        assert!(session.links().experts.homes[2] > 0);
     }
 }
 

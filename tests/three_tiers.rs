@@ -650,6 +650,11 @@ impl Hands for Detached {
         }
         Ok(())
     }
+    fn empty_slots_of(&mut self, layer: usize) -> Result<(), BackendError> {
+        there(&self.memory.gone_in)?;
+        self.slots[layer].fill(None);
+        Ok(())
+    }
     fn mix(&mut self, layer: usize, routing: &Routing, place: usize) -> Result<(), BackendError> {
         there(&self.memory.gone_in)?;
         self.hand(Queued::Mix(layer, *routing, place))
@@ -874,9 +879,9 @@ fn caches_of_experts() {
             match session.caches().is_empty() {
                 true => none += 1,
                 false => {
-                    let c = links.caches.counts;
+                    let c = links.experts.caches.counts;
                     assert!(c.misses > 0, "{what}: {c:?}");
-                    assert_eq!(c.hits + c.misses, links.expert_uses[2], "{what}");
+                    assert_eq!(c.hits + c.misses, links.experts.homes[2], "{what}");
                     assert!(*memory.handed.lock().unwrap() > 0 || sites == Sites::One, "{what}");
                     hits += c.hits;
                 }
@@ -898,7 +903,7 @@ fn computing_alone_is_measured_wherever_units_live() {
         let mut session = start(&opened, o, &memory).unwrap();
         logits(&mut session).unwrap();
         let links = session.links();
-        let session = session.measure_ceilings().unwrap();
+        session.measure_ceilings(&|| false).unwrap();
         assert!(session.links().compute_s.is_some_and(|s| s > 0.0), "{a}:{b}:{c}");
         // Its passes are not counted as the run's.
         assert_eq!(session.links().passes, links.passes, "{a}:{b}:{c}");
@@ -1016,7 +1021,7 @@ fn divided_experts_are_counted_and_their_chain_binds() {
     assert_eq!(l.ram_bytes, l.beside_bytes + l.gpu_bytes);
     let of_host = l.beside_bytes as f64 / (l.beside_bytes + l.gpu_fetched_bytes) as f64;
     assert!((of_host - part).abs() < 0.05, "{of_host} {part}");
-    let session = session.measure_ceilings().unwrap();
+    session.measure_ceilings(&|| false).unwrap();
     let l = session.links();
     assert!(l.compute_s.is_none() && l.chain_s.is_some_and(|s| s > 6.0 * 30e-6), "{l:?}");
     assert_eq!(l.roofline().map(|r| r.1), Some("chain"), "{l:?}");
@@ -1128,6 +1133,16 @@ fn experts_in_slots() {
                 !slots.is_empty() && session.part_of_choices().is_none_or(|part| part < 1.0),
                 "{vram} {sites:?}"
             );
+            let used = |session: &mut Session| {
+                let before = session.expert_uses();
+                assert!(logits(session).unwrap() == free, "{vram} {sites:?}");
+                session.expert_uses().since(&before)
+            };
+            let warm = used(&mut session);
+            session.empty_caches().unwrap();
+            let cold = used(&mut session);
+            assert_eq!(warm.slot_uses, cold.slot_uses);
+            assert_eq!(cold.slot_hits < warm.slot_hits, filled > 0, "{vram} {sites:?}: {warm:?} {cold:?}");
             let beside = session.beside_work();
             assert!(beside.slot_hits <= beside.slot_uses && (beside.slot_hits > 0) == (filled > 0));
             drop(session);

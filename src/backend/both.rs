@@ -95,6 +95,11 @@ pub trait Hands: Backend {
         Ok(())
     }
 
+    /// Takes all slots of a block's experts back, while nothing that was called is on its way.
+    fn empty_slots_of(&mut self, _layer: usize) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Adds the outputs of all experts of block `layer` up, the processors' from the answer at `place`, for which operations called
     /// from here on wait.
     fn end_mix(&mut self, layer: usize, place: usize, routing: &Routing) -> Result<(), BackendError>;
@@ -854,6 +859,18 @@ impl Backend for Both {
             Some((at.addr + u64::from(slots.slot(e.id)?) * at.bytes, low_of(e)))
         };
         to.extend(in_ram.iter().map(of));
+    }
+
+    fn empty_slots(&mut self) -> Result<(), BackendError> {
+        self.catch_up()?;
+        for (layer, shared) in self.shared.iter_mut().enumerate() {
+            let Some(SharedExperts { slots: Some((slots, _)), .. }) = shared else { continue };
+            slots.clear();
+            let emptied = self.device.empty_slots_of(layer);
+            self.slots_lost |= emptied.is_err();
+            emptied?;
+        }
+        Ok(())
     }
 
     fn reuse(&self) -> Option<&Reuse> {

@@ -856,6 +856,14 @@ pub trait Backend {
     /// for a block without slots. They stay until the next [`Backend::shared_mixture`].
     fn in_slots(&self, _layer: usize, _to: &mut Vec<Option<(u64, u64)>>) {}
 
+    /// Takes all slots of experts back, as when they were given, between passes.
+    ///
+    /// # Errors
+    /// If the device is gone.
+    fn empty_slots(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// How soon single rows chose experts again that both sites compute.
     fn reuse(&self) -> Option<&Reuse> {
         None

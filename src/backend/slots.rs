@@ -65,6 +65,13 @@ impl Slots {
         Slots { held: vec![(NONE, 0); slots], slot_of: vec![NONE; experts], rows: 0 }
     }
 
+    /// Takes all slots back.
+    pub fn clear(&mut self) {
+        self.held.fill((NONE, 0));
+        self.slot_of.fill(NONE);
+        self.rows = 0;
+    }
+
     /// A row has chosen these: those that are there are used, and stay while it is computed. Returns how many are there.
     pub fn chosen(&mut self, ids: impl Iterator<Item = u32>) -> usize {
         self.rows += 1;
@@ -166,5 +173,8 @@ mod tests {
         assert_eq!(s.chosen([3].into_iter()), 0);
         assert_eq!(s.give(3), Some(Given { slot: 0, before: Some(1) }));
         assert!(s.has(2) && s.has(3) && !s.has(1));
+        s.clear();
+        assert!((0..8).all(|id| !s.has(id)));
+        assert_eq!((s.chosen([2].into_iter()), s.give(2)), (0, Some(Given { slot: 0, before: None })));
     }
 }

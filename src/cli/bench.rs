@@ -1,32 +1,31 @@
 //! `nt bench`: prefill and decode speed, the rates of the links, and the roofline.
 //!
 //! `-o md|csv|jsonl` writes a row per test in the columns and field names of llama-bench, whose tests these are: `pp512`
-//! evaluates 512 tokens, `tg128` generates 128 one at a time, both behind `-d` tokens that are in the KV cache already.
+//! evaluates 512 tokens, `tg128` generates 128 one at a time, both behind `-d` tokens that are in the KV cache already. `tg64 cold`
+//! begins with empty caches of experts.
 
 mod list;
+mod measure;
 mod rows;
 
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value as Json, json};
 
 use self::list::List;
+use self::measure::{Caches, Measured, Stand, Test};
 use self::rows::{About, Rows};
 use super::args::{Auto, KvArg};
 use super::page::{self, Timings};
 use super::report::{Report, print_line};
 use super::routing::RoutingArg;
-use super::{Failure, ModelArg, Placement, codes, interrupt, options, outputs, start};
-use crate::backend::{Class, EXACT_ROWS};
-use crate::engine::{Opened, Part, Session};
+use super::{Failure, ModelArg, Placement, interrupt, options, outputs, start};
+use crate::backend::EXACT_ROWS;
+use crate::engine::{ExpertUses, Opened, Session};
 use crate::machine;
-use crate::machine::pressure::Watch;
 use crate::machine::probe::{self, Rate};
-use crate::model::Outputs;
 use crate::pipeline::Event;
-use crate::state::{PAGE, SeqId};
 
 /// Arguments of `nt bench`.
 #[derive(Debug, Args)]
@@ -37,7 +36,8 @@ pub struct BenchArgs {
     /// 100-400+100; 0 skips prefill.
     #[arg(short = 'p', long, default_value = "512", value_name = "N[,N…]")]
     n_prompt: List,
-    /// Tokens to generate, one per pass; several as for -p; 0 skips decode.
+    /// Tokens to generate, one per pass; several as for -p; 0 skips decode. Where a model has caches or slots of experts, a
+    /// second row has the first 64 at most, generated once, from empty ones.
     #[arg(short = 'n', long, default_value = "128", value_name = "N[,N…]")]
     n_gen: List,
     /// Tokens in the KV cache before each test; several as for -p.
@@ -85,61 +85,6 @@ pub(super) enum OutputArg {
 
 /// Bytes of a pass from which on its rate is kept.
 const COMPUTE_BYTES_MIN: u64 = 256 << 20;
-
-/// What is measured: `prompt` tokens at once or `gen` one at a time, in so many texts, behind `depth` others.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Test {
-    prompt: usize,
-    generated: usize,
-    depth: usize,
-    /// Texts at once; 0 is one.
-    parallel: usize,
-}
-
-/// A test and the seconds of each repetition.
-#[derive(Clone, Debug, Default)]
-struct Measured {
-    test: Test,
-    seconds: Vec<f64>,
-    /// When it began, in seconds since 1970.
-    began_unix_s: u64,
-}
-
-impl Test {
-    fn tokens(&self) -> usize {
-        self.prompt + self.generated * self.texts()
-    }
-
-    fn texts(&self) -> usize {
-        self.parallel.max(1)
-    }
-
-    /// Positions of the cache that it takes: texts share what lies before them, but for the page in which they part.
-    fn positions(&self) -> usize {
-        let each = self.prompt.saturating_add(self.generated);
-        match self.texts() {
-            1 => self.depth.saturating_add(each),
-            n => self.depth.saturating_add(each.saturating_add(2 * PAGE).saturating_mul(n)),
-        }
-    }
-
-    /// `pp512`, `tg128 @ d4096`, `tg128 x4`.
-    fn name(&self) -> String {
-        let texts = if self.texts() > 1 { format!(" x{}", self.parallel) } else { String::new() };
-        let depth = if self.depth > 0 { format!(" @ d{}", self.depth) } else { String::new() };
-        match self.prompt {
-            0 => format!("tg{}{depth}{texts}", self.generated),
-            prompt => format!("pp{prompt}{depth}"),
-        }
-    }
-}
-
-impl Measured {
-    /// Tokens per second of each repetition.
-    fn rates(&self) -> Vec<f64> {
-        self.seconds.iter().map(|s| self.test.tokens() as f64 / s).collect()
-    }
-}
 
 /// The tests, depth by depth, prompts first, as llama-bench orders them.
 fn tests(args: &BenchArgs) -> Vec<Test> {
@@ -195,90 +140,34 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
     let n_vocab = opened.model.n_vocab as u32;
     let tokens: Vec<u32> = (0..needed as u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
-    let rows = args.output.map(|format| Rows::new(format, About::new(&session, &opened, kv, threads)));
+    let about = || About::new(&session, &opened, args.routing.as_ref(), kv, threads);
+    let rows = args.output.map(|format| Rows::new(format, about()));
     let head = rows.as_ref().and_then(Rows::head);
     head.map_or(Ok(()), |h| print_line(&h))?;
     let mut all = Vec::new();
-    let mut ended = Ok(());
-    for test in tests {
-        match measure(&mut session, test, args.repetitions, &tokens, &watch) {
-            Ok(measured) => {
-                rows.as_ref().map_or(Ok(()), |r| print_line(&r.row(&measured)))?;
-                all.push(measured);
-            }
-            // What was measured before is worth a line.
-            Err(e) if !all.is_empty() => {
-                ended = Err(e);
-                break;
-            }
-            Err(e) => return Err(e),
-        }
+    let mut stand = Stand { session: &mut session, tokens: &tokens, repetitions: args.repetitions, watch: &watch };
+    let ended = tests.into_iter().try_for_each(|test| {
+        stand.measure(test, &mut |measured| {
+            rows.as_ref().map_or(Ok(()), |r| print_line(&r.row(&measured)))?;
+            all.push(measured);
+            Ok(())
+        })
+    });
+    // What was measured before a failure is told, and that nothing was before an interrupt.
+    if all.is_empty() && ended.is_err() && !interrupt::interrupted() {
+        return ended;
     }
     // The probes take memory of their own.
     let peak_rss_bytes = machine::peak_rss_bytes();
     // Laps of the storage probe are no part of the run.
     let events = if args.html.is_some() { session.events() } else { Vec::new() };
-    if ended.is_ok() {
-        session = session.measure_ceilings().map_err(codes::failure)?;
+    let ended = ended.and_then(|()| {
+        session.measure_ceilings(&|| start::to_stop(&watch)).map_err(|e| start::stopped(e, &watch))?;
         keep_compute_rate(&session);
-    }
-    Outcome { args, session, opened, all, peak_rss_bytes, events }.write().and(ended)
-}
-
-/// Repeats a test; the first time warms caches and settles the ring, and is not counted.
-fn measure(
-    session: &mut Session,
-    test: Test,
-    repetitions: u16,
-    tokens: &[u32],
-    watch: &Watch,
-) -> Result<Measured, Failure> {
-    session.truncate(0);
-    let (before, tokens) = tokens.split_at(test.depth);
-    if !before.is_empty() {
-        start::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
-    }
-    let began_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let mut measured = Measured { test, began_unix_s, ..Measured::default() };
-    for round in 0..=repetitions {
-        if session.truncate(test.depth) < before.len() {
-            start::evaluate(session, before, Class::Bulk, Outputs::None, watch)?;
-        }
-        if test.generated > 0 && test.texts() == 1 && round > 0 {
-            session.start_measuring();
-        }
-        let start = Instant::now();
-        if test.prompt > 0 {
-            evaluate(session, &tokens[..test.prompt], Class::Bulk, watch)?;
-        }
-        match test.texts() {
-            1 => tokens[..test.generated].iter().try_for_each(|&t| evaluate(session, &[t], Class::Exact, watch))?,
-            n => at_once(session, n, &tokens[..test.generated], watch)?,
-        }
-        measured.seconds.extend((round > 0).then(|| start.elapsed().as_secs_f64()));
-    }
-    Ok(measured)
-}
-
-/// Evaluates tokens one at a time in `n` texts at once, and waits for the logits of each pass.
-fn at_once(session: &mut Session, n: usize, tokens: &[u32], watch: &Watch) -> Result<(), Failure> {
-    let depth = session.position();
-    let forks = (0..n).map(|_| session.fork_at(depth)).collect::<Result<Vec<_>, _>>().map_err(codes::failure)?;
-    let evaluated = tokens.iter().try_for_each(|token| {
-        let tokens = std::slice::from_ref(token);
-        let part = |&seq: &SeqId| Part { seq, class: Class::Exact, tokens, outputs: Outputs::Last };
-        let parts: Vec<Part<'_>> = forks.iter().map(part).collect();
-        session.eval_parts(&parts, &|| start::to_stop(watch)).map_err(codes::failure)?;
-        session.logits().map(|_| ()).map_err(codes::failure)
+        Ok(())
     });
-    forks.into_iter().try_for_each(|seq| session.close(seq)).map_err(codes::failure)?;
-    evaluated
-}
-
-/// Evaluates tokens and waits for the logits, as sampling does.
-fn evaluate(session: &mut Session, tokens: &[u32], class: Class, watch: &Watch) -> Result<(), Failure> {
-    start::evaluate(session, tokens, class, Outputs::Last, watch)?;
-    session.logits().map(|_| ()).map_err(codes::failure)
+    let interrupted = ended.is_err() && interrupt::interrupted();
+    Outcome { args, session, opened, all, peak_rss_bytes, events, interrupted }.write().and(ended)
 }
 
 /// Keeps how fast processors compute weights, for later plans. A small model says little of others.
@@ -314,6 +203,7 @@ struct Outcome<'a> {
     all: Vec<Measured>,
     peak_rss_bytes: Option<u64>,
     events: Vec<Event>,
+    interrupted: bool,
 }
 
 impl Outcome<'_> {
@@ -365,7 +255,11 @@ impl Outcome<'_> {
         };
         let test = |m: &Measured| {
             let runs = m.rates();
-            json!({ "test": m.test.name(), "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth, "n_parallel": m.test.texts(), "tokens_per_s": median(&runs), "runs": runs })
+            json!({
+                "test": m.name(), "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth,
+                "n_parallel": m.test.texts(), "caches": m.caches, "experts": experts_json(&m.experts),
+                "tokens_per_s": median(&runs), "runs": runs,
+            })
         };
         let (device, vram_bytes) = report.device_json();
         let s = &self.session;
@@ -373,6 +267,7 @@ impl Outcome<'_> {
             "prefill": phase(prefill),
             "decode": phase(decode),
             "tests": self.all.iter().map(test).collect::<Vec<_>>(),
+            "interrupted": self.interrupted,
             "first_token_s": first_token_s,
             "plan": report.plan_json(),
             "links": report.links_json(),
@@ -401,8 +296,27 @@ fn line(m: &Measured) -> String {
     let depth = if m.test.depth > 0 { format!(" at depth {}", m.test.depth) } else { String::new() };
     let texts = if m.test.texts() > 1 { format!(" in {} texts", m.test.texts()) } else { String::new() };
     let (n, median) = (m.test.tokens(), median(&runs).unwrap_or(0.0));
-    format!(
-        "{name} {n:5} tokens{texts}{depth}  {median:9.2} tokens/s  ({low:.2} to {high:.2} over {} runs)",
-        runs.len()
-    )
+    let hits = hits(m).map_or(String::new(), |h| format!("; {h}"));
+    let from = match m.caches {
+        Some(Caches::Cold) => "from empty caches, once".into(),
+        _ => format!("{low:.2} to {high:.2} over {} runs", runs.len()),
+    };
+    format!("{name} {n:5} tokens{texts}{depth}  {median:9.2} tokens/s  ({from}){hits}")
+}
+
+/// What slots and caches of experts had, for people; `None` without such.
+fn hits(m: &Measured) -> Option<String> {
+    let told = |rate: Option<f64>, name| Some(format!("{name} hit {:.1} %", rate? * 100.0));
+    let of = [(m.experts.slot_hit_rate(), "slots in VRAM"), (m.experts.cache_hit_rate(), "caches in RAM")];
+    let all: Vec<String> = of.into_iter().filter_map(|(rate, name)| told(rate, name)).collect();
+    (m.caches.is_some() && !all.is_empty()).then(|| all.join(", "))
+}
+
+/// Where the experts lay that a test of generated tokens used, as shares, and what caches and slots had of them; null without any.
+fn experts_json(used: &ExpertUses) -> Json {
+    let Some([vram, ram, cache, storage]) = used.shares() else { return Json::Null };
+    json!({
+        "uses": used.homes.iter().sum::<u64>(), "vram": vram, "ram": ram, "cache": cache, "storage": storage,
+        "slot_hit_rate": used.slot_hit_rate(), "cache_hit_rate": used.cache_hit_rate(),
+    })
 }

@@ -11,7 +11,9 @@ use super::failure::say;
 use super::report::{self, Report};
 use super::template::TemplateOptions;
 use super::{Failure, ModelArg, Placement, Sampling, codes, interrupt, options, outputs, start, text};
-use crate::engine::{Generation, Opened, Request, Sampler, SamplerParams, Saved, Session, StopReason, generate};
+use crate::engine::{
+    EngineError, Generation, Opened, Request, Sampler, SamplerParams, Saved, Session, StopReason, generate,
+};
 use crate::machine::pressure::Watch;
 use crate::plan::format_bytes;
 use crate::tokenizer::ChatTemplate;
@@ -289,7 +291,10 @@ impl Chat<'_> {
                 return Ok(());
             }
         };
-        let g = self.generate(&turn.prompt)?;
+        let g = match self.generate(&turn.prompt)? {
+            Ok(g) => g,
+            Err(why) => return self.failed(why, turn.prompt),
+        };
         if self.args.json {
             self.answered.push(report::generation_json(&g));
         }
@@ -309,6 +314,21 @@ impl Chat<'_> {
         }
         // A signal that came with the answer's last token was meant for the answer too.
         if g.stop == StopReason::Interrupt || interrupt::interrupted() { self.interrupted() } else { Ok(()) }
+    }
+
+    /// An answer failed: the conversation goes on as it was before, unless nothing can be computed any more.
+    fn failed(&mut self, why: EngineError, prompt: Vec<u32>) -> Result<(), Failure> {
+        if self.session.lost().is_some() {
+            return Err(codes::failure(why));
+        }
+        // What was evaluated of the prompt is of use for the next one; of keys and values that are not finite nothing is.
+        let of_use = if matches!(why, EngineError::NotFinite { .. }) { 0 } else { prompt.len() };
+        let kept = self.session.truncate(of_use);
+        self.cached = prompt;
+        self.cached.truncate(kept);
+        self.prompt = self.prompt.min(kept);
+        self.refuse(codes::failure(why));
+        Ok(())
     }
 
     /// What ends with an answer that was interrupted: nothing else for Ctrl-C, all for SIGTERM and want of memory.
@@ -369,8 +389,8 @@ impl Chat<'_> {
         Ok((prompt.notes, tokens.ok_or_else(Failure::interrupted)?))
     }
 
-    /// Generates an answer, printing it as it comes.
-    fn generate(&mut self, prompt: &[u32]) -> Result<Generation, Failure> {
+    /// Generates an answer, printing it as it comes. The inner error is that of a pass, the outer one that of printing.
+    fn generate(&mut self, prompt: &[u32]) -> Result<Result<Generation, EngineError>, Failure> {
         // Earlier turns stay cached as far as the rendered text agrees; one token is left to evaluate.
         let agree = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         let agree = self.session.truncate(agree);
@@ -380,7 +400,7 @@ impl Chat<'_> {
         let (args, watch) = (self.args, &self.watch);
         let request = Request { text: prompt, cached: agree, n: args.n, stops: &args.stop, special: args.special };
         let mut out = (!args.json).then(report::Text::stdout);
-        let lost = Cell::new(false);
+        let (lost, begun) = (Cell::new(false), Cell::new(false));
         let g = generate(
             &mut self.session,
             &self.opened.tokenizer,
@@ -389,12 +409,13 @@ impl Chat<'_> {
             &|| interrupt::interrupted() || watch.tripped() || lost.get(),
             &mut |text| {
                 if let Some(out) = &mut out {
+                    begun.set(true);
                     lost.set(!out.piece(text));
                 }
             },
-        )
-        .map_err(codes::failure)?;
-        out.map_or(Ok(()), report::Text::end)?;
+        );
+        // An error that comes before any word ends no line.
+        out.filter(|_| g.is_ok() || begun.get()).map_or(Ok(()), report::Text::end)?;
         Ok(g)
     }
 }

@@ -129,7 +129,7 @@ fn unsupported(model: &Model) -> Option<TensorType> {
 fn is_measured(f: &Forecast, machine: &Machine) -> bool {
     let (streams, resident) = (f.tier(Home::C).0 > 0, f.tier(Home::B).0 > 0);
     let storage = !streams || machine.storage.as_ref().is_some_and(|s| s.read.measured);
-    let compute = match (f.site, &machine.gpu) {
+    let compute = match (f.based.site, &machine.gpu) {
         (Site::Gpu, Some(g)) => g.memory.measured && (g.link.measured || !streams && !resident),
         _ => machine.ram.read.measured && machine.cpu.decode.as_ref().is_some_and(|d| d.measured),
     };
@@ -174,7 +174,7 @@ fn fits(f: &Forecast) -> String {
     match (of(Home::A), of(Home::B), of(Home::C)) {
         (_, 0, 0) => "all in VRAM".into(),
         (0, _, 0) => "all in RAM".into(),
-        (a, b, c) if f.site == Site::Gpu => format!("{a} blocks in VRAM, {b} RAM, {c} storage"),
+        (a, b, c) if f.based.site == Site::Gpu => format!("{a} blocks in VRAM, {b} RAM, {c} storage"),
         (_, b, c) => format!("{b} blocks in RAM, {c} storage"),
     }
 }
@@ -239,7 +239,7 @@ impl Shown {
             "types": types,
             "runs": forecast.is_some(),
             "reason": self.forecast.as_ref().err(),
-            "site": forecast.map(|f| f.site),
+            "site": forecast.map(|f| f.based.site),
             "plan": plan,
             "predicted_tokens_per_s": forecast.and_then(|f| speed(f)),
             "bound_by": forecast.and_then(|f| f.prediction.decode.map(|d| d.bound_by)),

@@ -84,8 +84,8 @@ pub fn write_plan(path: &Path, forecast: &Forecast, machine: &Machine, opened: &
 
 fn plan_page(f: &Forecast, machine: &Machine, opened: &Opened) -> Page {
     let p = &f.prediction;
-    let on_device = f.site == plan::Site::Gpu;
-    let units = units_at(f.model(&opened.model), &f.plan.homes, |u| f.units[u].bytes);
+    let on_device = f.based.site == plan::Site::Gpu;
+    let units = units_at(f.model(&opened.model), &f.based.plan.homes, |u| f.based.units[u].bytes);
     let events = f.timeline(machine);
     let seconds = p.simulated.map(|s| s.seconds);
     let link = |l: LinkWork| {
@@ -179,10 +179,10 @@ fn plan_figures(f: &Forecast) -> Vec<(String, String)> {
     if let Some(s) = p.first_token_s {
         out.push((format!("first token after a prompt of {}", p.prompt), format!("{s:.2} s")));
     }
-    if f.site == plan::Site::Gpu {
-        out.push(("VRAM for weights".into(), format_bytes(f.plan.vram_bytes)));
+    if f.based.site == plan::Site::Gpu {
+        out.push(("VRAM for weights".into(), format_bytes(f.based.plan.vram_bytes)));
     }
-    out.push(("RAM for weights".into(), format_bytes(f.plan.ram_bytes)));
+    out.push(("RAM for weights".into(), format_bytes(f.based.plan.ram_bytes)));
     out
 }
 

@@ -18,8 +18,9 @@ use crate::engine::{
 };
 use crate::model::Model;
 use crate::pipeline::{Event, write_events};
-use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes, is_rate};
+use crate::plan::{Home, LinkName, Machine, PROFILES, Rate, Roofline, Site, format_bytes};
 use crate::storage::safe;
+use crate::units::is_rate;
 
 /// Arguments of `nt plan`.
 #[derive(Debug, Args)]
@@ -61,7 +62,7 @@ pub struct PlanArgs {
 }
 
 fn rate(text: &str) -> Result<f64, String> {
-    let rate = text.parse::<f64>().ok().filter(|r| is_rate(*r));
+    let rate = text.parse::<f64>().ok().filter(|r| is_rate(r * 1e9));
     rate.ok_or_else(|| "a number of GB/s above 0 was expected, from 0.0001 to 1000000".into())
 }
 
@@ -108,7 +109,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let forecast = Forecast::new(&opened.model, &machine, &options, n_prompt.max(1))
         .map_err(|e| codes::refusal(e, &opened, || machine.clone(), &options))?;
     let forecast = if args.no_wrap { forecast.without_wrap(&machine) } else { forecast };
-    if let Some(whole) = not_cut(options.slices, forecast.slices) {
+    if let Some(whole) = not_cut(options.slices, forecast.based.slices) {
         tracing::warn!("{whole}");
     }
     // Of a plan that is made again, its own type counts.
@@ -145,8 +146,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     }
     let Shown { forecast, machine, opened, .. } = &shown;
     // What is not kept can be had by --save.
-    let _ = forecast.recipe.keep();
-    args.save.as_ref().map_or(Ok(()), |path| outputs::write(path, &forecast.recipe.text()))?;
+    let _ = forecast.based.recipe.keep();
+    args.save.as_ref().map_or(Ok(()), |path| outputs::write(path, &forecast.based.recipe.text()))?;
     if let Some(path) = &args.placement.timeline {
         write_timeline(path, &forecast.timeline(machine), forecast.model(&opened.model))
             .map_err(|e| outputs::failed(path, &e))?;
@@ -206,7 +207,7 @@ fn speed(tokens_per_s: f64) -> String {
 /// Bytes that a token uses of weights in VRAM, in RAM and on storage.
 fn per_token(f: &Forecast) -> [f64; 3] {
     [Home::A, Home::B, Home::C].map(|home| {
-        let of = f.units.iter().zip(&f.plan.homes).filter(|(_, h)| **h == home);
+        let of = f.based.units.iter().zip(&f.based.plan.homes).filter(|(_, h)| **h == home);
         of.map(|(u, _)| u.bytes as f64 * u.share).sum()
     })
 }
@@ -253,26 +254,26 @@ impl Shown {
         });
         json!({
             "machine": self.machine,
-            "site": if f.beside.is_some() { json!("both") } else { json!(f.site) },
+            "site": if f.based.beside.is_some() { json!("both") } else { json!(f.based.site) },
             "beside": f.computed_beside().map(|(units, bytes)| json!({
-                "site": "cpu", "units": units, "bytes": bytes, "threads": f.threads, "part_of_choices": f.part_of_choices(),
-                "part_of_each": f.slices.map(part_of_each),
+                "site": "cpu", "units": units, "bytes": bytes, "threads": f.based.threads, "part_of_choices": f.part_of_choices(),
+                "part_of_each": f.based.slices.map(part_of_each),
             })),
             "sites": f.sites(),
             "links": f.links(),
             "n_buffers": f.n_buffers(),
             "batch": f.batch,
-            "plan_id": f.recipe.id(),
-            "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.plan.embedding_resident },
+            "plan_id": f.based.recipe.id(),
+            "plan": { "a": a, "b": b, "c": c, "blocks": map(&f.blocks()), "attention": map(&f.attention()), "embedding_resident": f.based.plan.embedding_resident },
             "memory": {
-                "vram_weights_bytes": f.plan.vram_bytes, "vram_room_bytes": f.vram_room,
-                "vram_session_bytes": f.workspace_bytes, "ram_weights_bytes": f.plan.ram_bytes,
-                "ram_session_bytes": f.ram_workspace_bytes, "ram_room_bytes": f.ram_room,
+                "vram_weights_bytes": f.based.plan.vram_bytes, "vram_room_bytes": f.based.vram_room,
+                "vram_session_bytes": f.based.workspace_bytes, "ram_weights_bytes": f.based.plan.ram_bytes,
+                "ram_session_bytes": f.based.ram_workspace_bytes, "ram_room_bytes": f.based.ram_room,
                 "kv_bytes": f.kv_bytes, "ctx": f.n_ctx, "ctx_max": self.ctx_max,
                 "ctx_trained": self.opened.model.hparams.n_ctx_train,
             },
             "caches": f.caches().map(|(slots, experts, layers, hits)| json!({
-                "layers": layers, "slots": slots, "experts": experts, "bytes": f.plan.cache_bytes(), "routing": self.routing,
+                "layers": layers, "slots": slots, "experts": experts, "bytes": f.based.plan.cache_bytes(), "routing": self.routing,
                 "hit_rate": hits, "misses_per_layer": f.misses_per_layer(),
             })),
             "requant": f.requant.as_ref().map(|r| {
@@ -316,7 +317,7 @@ impl Shown {
             let mark = if rate.measured { "" } else { "guess: " };
             writeln!(out, "  {what:<22} {:>8.2} GB/s  {mark}{}", rate.gb_per_s, rate.source)?;
         }
-        if let (Some(gpu), Some(_)) = (&self.machine.gpu, &self.forecast.beside) {
+        if let (Some(gpu), Some(_)) = (&self.machine.gpu, &self.forecast.based.beside) {
             let (idle, loaded) = (&gpu.costs.hand_over, &gpu.costs.hand_over_loaded);
             let mark = if idle.measured && loaded.measured { "" } else { "guess: " };
             writeln!(
@@ -335,21 +336,21 @@ impl Shown {
     }
 
     fn write_memory(&self, out: &mut String) -> std::fmt::Result {
-        let (f, plan) = (&self.forecast, &self.forecast.plan);
+        let (f, plan) = (&self.forecast, &self.forecast.based.plan);
         let (blocks, attention) = (f.blocks(), f.attention());
-        writeln!(out, "plan id   {}", f.recipe.id())?;
+        writeln!(out, "plan id   {}", f.based.recipe.id())?;
         writeln!(out, "blocks    {}", map(&blocks))?;
         if attention != blocks {
             writeln!(out, "attention {}", map(&attention))?;
         }
         let names = [(Home::A, "A, in VRAM"), (Home::B, "B, in RAM"), (Home::C, "C, on storage")];
-        for (home, name) in names.into_iter().filter(|(h, _)| *h != Home::A || f.site == Site::Gpu) {
+        for (home, name) in names.into_iter().filter(|(h, _)| *h != Home::A || f.based.site == Site::Gpu) {
             let (units, bytes) = f.tier(home);
             writeln!(out, "  {name:<14} {units:>5} units  {:>11}", format_bytes(bytes))?;
         }
         if let Some((units, bytes)) = f.computed_beside() {
-            let (bytes, threads) = (format_bytes(bytes), f.threads);
-            match (f.part_of_choices(), f.slices.map(part_of_each)) {
+            let (bytes, threads) = (format_bytes(bytes), f.based.threads);
+            match (f.part_of_choices(), f.based.slices.map(part_of_each)) {
                 (None, Some(part)) => writeln!(
                     out,
                     "  while generating, {threads} processors compute {:.0} % of each feed-forward part in RAM ({bytes}), the GPU the rest at the same time",
@@ -379,17 +380,17 @@ impl Shown {
             _ => format!("{n} slots of {} and {n} of {}", format_bytes(bytes), format_bytes(attention)),
         };
         let kv = format_bytes(f.kv_bytes);
-        if let Some(room) = f.vram_room {
+        if let Some(room) = f.based.vram_room {
             writeln!(
                 out,
                 "vram      {} of {} for weights, {}; {} for the session, of it KV cache {kv}",
                 format_bytes(plan.vram_bytes),
                 format_bytes(room),
                 slots(plan.device_slots, plan.device_slot_bytes, plan.device_attention_slot_bytes),
-                format_bytes(f.workspace_bytes)
+                format_bytes(f.based.workspace_bytes)
             )?;
         }
-        let session = match f.ram_workspace_bytes {
+        let session = match f.based.ram_workspace_bytes {
             0 => String::new(),
             bytes => format!("; {} for the session, of it KV cache {kv}", format_bytes(bytes)),
         };
@@ -397,7 +398,7 @@ impl Shown {
             out,
             "ram       {} of {} for weights, {}{session}",
             format_bytes(plan.ram_bytes),
-            format_bytes(f.ram_room.saturating_sub(f.ram_workspace_bytes)),
+            format_bytes(f.based.ram_room.saturating_sub(f.based.ram_workspace_bytes)),
             slots(plan.n_slots, plan.slot_bytes, plan.attention_slot_bytes),
         )?;
         if let Some((slots, experts, layers, hits)) = f.caches() {
@@ -429,7 +430,7 @@ impl Shown {
         }
         let line = |f: &Forecast| {
             let [a, b, c] = per_token(f).map(|bytes| format_bytes(bytes as u64));
-            let vram = if f.site == Site::Gpu { format!("{a} in VRAM, ") } else { String::new() };
+            let vram = if f.based.site == Site::Gpu { format!("{a} in VRAM, ") } else { String::new() };
             let carried = match f.prediction.traffic.over_link {
                 0.0 => String::new(),
                 bytes => format!(", {} carried to the GPU", format_bytes(bytes as u64)),

@@ -188,22 +188,22 @@ impl Report {
     /// Where the experts lay that generated tokens used, and what caches in RAM did; null without experts.
     pub fn experts_json(&self) -> Json {
         let l = &self.links;
-        let Some([vram, ram, cache, storage]) = l.expert_shares() else { return Json::Null };
-        let c = l.caches.counts;
+        let Some([vram, ram, cache, storage]) = l.experts.shares() else { return Json::Null };
+        let (used, c) = (&l.experts, l.experts.caches.counts);
         let (slots, experts, layers) = self.caches;
-        let of = |n: u64, all: u64| (all > 0).then(|| n as f64 / all as f64);
+        let misses = (c.demands > 0).then(|| c.misses as f64 / c.demands as f64);
         let caches = (layers > 0).then(|| {
             json!({
                 "layers": layers, "slots": slots, "experts": experts, "hits": c.hits, "misses": c.misses,
-                "hit_rate": of(c.hits, c.hits + c.misses), "misses_per_layer": of(c.misses, c.demands),
-                "misses_max": c.misses_max, "in_flight": l.caches.depth(),
+                "hit_rate": used.cache_hit_rate(), "misses_per_layer": misses, "misses_max": c.misses_max,
+                "in_flight": used.caches.depth(),
             })
         });
         json!({
-            "uses": l.expert_uses.iter().sum::<u64>(), "vram": vram, "ram": ram, "cache": cache, "storage": storage,
+            "uses": used.homes.iter().sum::<u64>(), "vram": vram, "ram": ram, "cache": cache, "storage": storage,
             "caches": caches,
             "slots": self.slots.map(|(slots, experts)| {
-                json!({ "slots": slots, "experts": experts, "uses": l.slot_uses, "hits": l.slot_hits, "hit_rate": of(l.slot_hits, l.slot_uses) })
+                json!({ "slots": slots, "experts": experts, "uses": used.slot_uses, "hits": used.slot_hits, "hit_rate": used.slot_hit_rate() })
             }),
         })
     }
@@ -337,8 +337,7 @@ impl Report {
             writeln!(out)?;
         }
         if let Some((slots, experts)) = self.slots {
-            let l = &self.links;
-            let rate = if l.slot_uses > 0 { l.slot_hits as f64 / l.slot_uses as f64 * 100.0 } else { 0.0 };
+            let rate = self.links.experts.slot_hit_rate().unwrap_or(0.0) * 100.0;
             writeln!(
                 out,
                 "slots     VRAM keeps {slots} of {experts} experts of each layer, the last that were chosen: {rate:.1} % of the GPU's choices while generating were there"
@@ -409,16 +408,16 @@ impl Report {
         let l = &self.links;
         let (slots, experts, layers) = self.caches;
         // Where all experts rest there is nothing to tell.
-        let Some(shares) = l.expert_shares().filter(|s| layers > 0 || s[3] > 0.0) else { return Ok(()) };
+        let Some(shares) = l.experts.shares().filter(|s| layers > 0 || s[3] > 0.0) else { return Ok(()) };
         let names = ["in VRAM", "in RAM", "in RAM's caches", "from storage"];
         let told = shares.iter().zip(names).filter(|(s, _)| **s > 0.0);
         let told: Vec<String> = told.map(|(s, name)| format!("{:.1} % {name}", s * 100.0)).collect();
         write!(out, "experts   {}", told.join(", "))?;
-        let c = l.caches.counts;
+        let c = l.experts.caches.counts;
         if layers > 0 && c.demands > 0 {
-            let rate = c.hits as f64 / (c.hits + c.misses).max(1) as f64 * 100.0;
+            let rate = l.experts.cache_hit_rate().unwrap_or(0.0) * 100.0;
             let misses = c.misses as f64 / c.demands as f64;
-            let flight = l.caches.depth().map_or(String::new(), |d| format!(", {d:.1} in flight"));
+            let flight = l.experts.caches.depth().map_or(String::new(), |d| format!(", {d:.1} in flight"));
             let (slots, experts, most) = (slots / layers, experts / layers, c.misses_max);
             write!(
                 out,

@@ -21,6 +21,16 @@ pub(super) enum RoutingArg {
     Trace(PathBuf),
 }
 
+impl std::fmt::Display for RoutingArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            RoutingArg::Uniform => f.write_str("uniform"),
+            RoutingArg::Zipf(s) => write!(f, "zipf:{s}"),
+            RoutingArg::Trace(path) => write!(f, "trace:{}", path.display()),
+        }
+    }
+}
+
 impl FromStr for RoutingArg {
     type Err = String;
 
@@ -42,11 +52,7 @@ impl RoutingArg {
         let routing = match self {
             RoutingArg::Uniform => ForcedRouting::new(mixture, Routes::Uniform, SEED),
             RoutingArg::Zipf(s) => ForcedRouting::new(mixture, Routes::Zipf(*s), SEED),
-            RoutingArg::Trace(path) => {
-                let text = text::read_text(path)?;
-                ForcedRouting::parse_trace(&text, mixture.used)
-                    .and_then(|routes| ForcedRouting::new(mixture, routes, SEED))
-            }
+            RoutingArg::Trace(path) => ForcedRouting::trace(mixture, &text::read_text(path)?),
         };
         routing.map(Arc::new).map_err(|e| Failure::usage(format!("--routing: {e}")))
     }

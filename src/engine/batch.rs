@@ -21,6 +21,8 @@ pub(super) struct Weighed {
     pub decode_s: f64,
     /// Seconds of computing from a request to stop until it is heard.
     pub stop_s: f64,
+    /// Layers whose experts have caches in RAM or slots in VRAM.
+    pub caches: usize,
 }
 
 /// Sizes that were chosen.
@@ -66,7 +68,10 @@ pub(super) fn sizes(prompt: usize) -> Vec<usize> {
 pub(super) fn best(all: &[Weighed]) -> Option<BatchSizes> {
     let (first, larger) = all.split_first()?;
     let request_s = |w: &Weighed| PROMPT_PER_GENERATED * w.prompt_s + w.decode_s;
-    let bearable = |w: &Weighed| w.decode_s <= first.decode_s * SLOWER_MAX && w.stop_s <= STOP_MAX_S.max(first.stop_s);
+    let quick_enough =
+        |w: &Weighed| w.decode_s <= first.decode_s * SLOWER_MAX && w.stop_s <= STOP_MAX_S.max(first.stop_s);
+    // A workspace that takes all the room of caches is not made up for: how often they would hit is a guess.
+    let bearable = |w: &Weighed| quick_enough(w) && w.caches >= first.caches;
     let mut best = first;
     for w in larger.iter().filter(|w| bearable(w)) {
         if w.prompt_s <= best.prompt_s * WORTH && request_s(w) <= request_s(best) {
@@ -86,7 +91,8 @@ mod tests {
     fn weighed(carried: f64, each: f64, decode_s: impl Fn(usize) -> f64) -> Vec<Weighed> {
         let of = |batch: usize| {
             let pass_s = carried.max(each * batch as f64);
-            Weighed { batch, prompt_s: pass_s / batch as f64, pass_s, decode_s: decode_s(batch), stop_s: 0.01 }
+            let (prompt_s, decode_s) = (pass_s / batch as f64, decode_s(batch));
+            Weighed { batch, prompt_s, pass_s, decode_s, stop_s: 0.01, caches: 0 }
         };
         sizes(4096).into_iter().map(of).collect()
     }
@@ -117,8 +123,18 @@ mod tests {
         };
         assert_eq!([0.0, 0.006, 0.01, 0.03, 0.1].map(alone), [4096, 4096, 2048, 1024, 512]);
         // A prompt that gains little pays for nothing.
-        let of = |batch, prompt_s, decode_s| Weighed { batch, prompt_s, pass_s: 0.1, decode_s, stop_s: 0.0 };
+        let of = |batch, prompt_s, decode_s| Weighed { batch, prompt_s, pass_s: 0.1, decode_s, stop_s: 0.0, caches: 0 };
         assert_eq!(best(&[of(512, 1e-4, 0.1), of(1024, 0.5e-4, 0.102)]).unwrap().alone, 512);
+    }
+
+    /// Guards against a prompt's workspace in place of the caches that generated tokens live on.
+    #[test]
+    fn caches_stay() {
+        let mut all = weighed(0.3, 0.3 / 4096.0, |_| 0.02);
+        all.iter_mut().for_each(|w| w.caches = if w.batch <= 1024 { 48 } else { 0 });
+        assert_eq!(best(&all).unwrap().alone, 1024);
+        all.iter_mut().for_each(|w| w.caches = if w.batch <= 512 { 0 } else { 48 });
+        assert_eq!(best(&all).unwrap().alone, 4096);
     }
 
     #[test]

@@ -37,16 +37,16 @@ impl Forecast {
     /// The sites that compute: one, or a GPU and processors beside it.
     pub fn sites(&self) -> Vec<SiteWork> {
         let p = &self.prediction;
-        let parts = self.beside.as_ref().map(|b| b.parts(&self.units));
+        let parts = self.based.beside.as_ref().map(|b| b.parts(&self.based.units));
         let part = |u: usize| parts.as_ref().map_or(0.0, |p| p[u]);
         let of = |wanted: &dyn Fn(f64) -> bool| {
-            let of = self.units.iter().enumerate().filter(|(i, _)| wanted(part(*i)));
+            let of = self.based.units.iter().enumerate().filter(|(i, _)| wanted(part(*i)));
             of.fold((0, 0), |(n, bytes), (_, u)| (n + 1, bytes + u.bytes))
         };
         let share = |s: f64| p.simulated.map(|pass| (s / pass.seconds).min(1.0));
         let (units, bytes) = of(&|part| part < 1.0);
         let own = SiteWork {
-            site: self.site,
+            site: self.based.site,
             units,
             bytes,
             bytes_per_token: p.traffic.all - p.traffic.beside,

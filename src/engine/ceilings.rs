@@ -12,6 +12,7 @@ use crate::flow::{Place, Step};
 use crate::machine;
 use crate::machine::probe::link::{LINK_BESIDE, MEMORY_BESIDE};
 use crate::memory::Region;
+use crate::model::ForwardError;
 use crate::plan::Home;
 
 /// Bytes that the storage probe reads at least.
@@ -24,8 +25,21 @@ const LINK_PROBE_TIME: Duration = Duration::from_secs(2);
 
 impl Session {
     /// Measures what storage, memory and the link to a device can carry: laps over the streamed units
-    /// without computing, copies, reads of memory by all threads, and one-token passes that bring nothing. The session computes no more.
-    pub fn measure_ceilings(mut self) -> Result<Session, EngineError> {
+    /// without computing, copies, reads of memory by all threads, and one-token passes that bring nothing. The session is to compute
+    /// no more.
+    ///
+    /// # Errors
+    /// What failed, or [`ForwardError::Interrupted`] where `stop` says so; no ceiling is known then.
+    pub fn measure_ceilings(&mut self, stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
+        let before = self.links;
+        let measured = self.measure_each(stop);
+        if measured.is_err() {
+            self.links = before;
+        }
+        measured
+    }
+
+    fn measure_each(&mut self, stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
         let free = machine::memory(Path::new("/")).free();
         self.links.ram_ceiling = machine::probe::memory::rate_of(self.options.threads, free).ok();
         self.links.ceilings_from = Some("measured after the run");
@@ -35,6 +49,7 @@ impl Session {
             self.links.multiprocessors = device.info.multiprocessors as usize;
             self.links.ram_and_link_ceiling = ram_and_link(&device, self.links.ram_ceiling);
         }
+        go_on(stop)?;
         // Nothing else is carried while a link is measured.
         self.weights.flow.reschedule(Place::Host, Vec::new(), Vec::new());
         if let Some(d) = &self.device {
@@ -46,12 +61,13 @@ impl Session {
                 self.links.gpu_ceiling = link_rate(engine.as_ref(), from, d.slots.addr, self.plan.device_slot_bytes)?;
             }
         }
+        go_on(stop)?;
         if self.plan.homes.contains(&Home::C) {
-            self.links.nvme_ceiling = self.storage_rate()?;
+            self.links.nvme_ceiling = self.storage_rate(stop)?;
         }
         self.links.chain_s = self.chain_seconds();
-        self.links.compute_s = self.compute_seconds()?;
-        Ok(self)
+        self.links.compute_s = self.compute_seconds(stop)?;
+        Ok(())
     }
 
     /// Takes the ceilings that `nt probe` has measured on this machine, where there are any, so that a run
@@ -78,7 +94,7 @@ impl Session {
     }
 
     /// Bytes per second; `None` where nothing but experts streams, whose order is not known.
-    fn storage_rate(&self) -> Result<Option<f64>, EngineError> {
+    fn storage_rate(&self, stop: &dyn Fn() -> bool) -> Result<Option<f64>, EngineError> {
         let steps = schedule(&self.model, &|u| self.plan.homes[u] == Home::C);
         let flow = &self.weights.flow;
         let lap = || -> Result<u64, EngineError> {
@@ -87,6 +103,7 @@ impl Session {
                 match step {
                     Step::Hole => flow.demand(&mut [], false),
                     Step::Unit(u) => {
+                        go_on(stop)?;
                         let taken = flow.acquire(*u).map_err(stream_error)?;
                         flow.release(taken);
                     }
@@ -108,6 +125,10 @@ impl Session {
         flow.reschedule(Place::Host, Vec::new(), Vec::new());
         Ok(Some(rate))
     }
+}
+
+fn go_on(stop: &dyn Fn() -> bool) -> Result<(), EngineError> {
+    if stop() { Err(ForwardError::Interrupted.into()) } else { Ok(()) }
 }
 
 /// What processors and the link read of RAM at once, as `nt probe` has measured it; no less than processors read alone.

@@ -39,6 +39,23 @@ const DIRECT: Alignment = Alignment { memory: 512, offset: 4096 };
 /// A plan and what it will do.
 #[derive(Clone, Debug)]
 pub struct Forecast {
+    /// The plan.
+    pub based: Based,
+    /// What requantising would do, where it is asked for.
+    pub requant: Option<RequantReport>,
+    /// Positions of the KV cache.
+    pub n_ctx: usize,
+    /// Tokens of a pass.
+    pub batch: BatchSizes,
+    /// Bytes of the KV cache.
+    pub kv_bytes: u64,
+    /// What passes take.
+    pub prediction: Prediction,
+}
+
+/// A plan, and what passes over it are predicted from.
+#[derive(Clone, Debug)]
+pub struct Based {
     /// Where weights are computed.
     pub site: Site,
     /// The plan.
@@ -49,21 +66,13 @@ pub struct Forecast {
     pub beside: Option<plan::Beside>,
     /// What the plan followed from, by which a session can make it again.
     pub recipe: Recipe,
-    /// What requantising would do, where it is asked for.
-    pub requant: Option<RequantReport>,
     /// Parts of each feed-forward part that processors next to a GPU have, of [`crate::model::SLICE_PARTS`], where those are cut.
     pub slices: Option<u32>,
     /// The model with such.
     sliced: Option<Arc<Model>>,
     /// Threads that compute on processors.
     pub threads: usize,
-    /// Positions of the KV cache.
-    pub n_ctx: usize,
-    /// Tokens of a pass.
-    pub batch: BatchSizes,
-    /// Bytes of the KV cache.
-    pub kv_bytes: u64,
-    /// Bytes of VRAM that the backend takes beside weights, KV cache included; 0 without a GPU.
+    /// Bytes of VRAM that the backend takes next to weights, KV cache included; 0 without a GPU.
     pub workspace_bytes: u64,
     /// Bytes of RAM that the backend takes next to weights, KV cache included; 0 with a GPU.
     pub ram_workspace_bytes: u64,
@@ -71,8 +80,6 @@ pub struct Forecast {
     pub vram_room: Option<u64>,
     /// Bytes of RAM that weights, and without a GPU the KV cache and workspace, may take.
     pub ram_room: u64,
-    /// What passes take.
-    pub prediction: Prediction,
     /// The plan as the simulator sees it: experts that a GPU is expected to find in its slots live there.
     living: Plan,
     /// Caches of experts, as the simulator sees them.
@@ -135,34 +142,19 @@ impl Forecast {
     fn of(subject: &Subject<'_>, options: &Options, prompt: usize) -> Result<Forecast, EngineError> {
         let based = subject.based(options)?;
         let prediction = Prediction::new(&based.work(subject.machine), prompt, options.max_batch);
-        let Based { planned, living, units, beside, recipe, caching, threads } = based;
-        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room, sliced } = planned;
         Ok(Forecast {
             prediction,
-            beside,
-            recipe,
-            requant: subject.requant.map(|r| RequantReport::new(r, &plan.homes)),
-            slices: sliced.as_ref().map(|s| s.part),
-            sliced: sliced.map(|s| Arc::new(s.model)),
-            threads,
-            site,
-            plan,
-            living,
-            caching,
-            units,
+            requant: subject.requant.map(|r| RequantReport::new(r, &based.plan.homes)),
+            based,
             n_ctx: options.n_ctx,
             batch: BatchSizes { alone: options.max_batch, shared: options.shared_batch.min(options.max_batch) },
             kv_bytes: kv_bytes(subject.file, options),
-            workspace_bytes,
-            ram_workspace_bytes,
-            vram_room,
-            ram_room,
         })
     }
 
     /// The model whose units these are, of `file`: it, or the same with its feed-forward parts cut.
     pub fn model<'a>(&'a self, file: &'a Model) -> &'a Model {
-        self.sliced.as_deref().unwrap_or(file)
+        self.based.sliced.as_deref().unwrap_or(file)
     }
 
     /// `options`, from which this was made, with the tokens of a pass that the plan chose.
@@ -174,7 +166,7 @@ impl Forecast {
     /// The same plan where each pass begins with an empty ring.
     pub fn without_wrap(mut self, machine: &Machine) -> Forecast {
         let (setup, work) = {
-            let work = self.work(machine);
+            let work = self.based.work(machine);
             (work.setup(&self.prediction.rates, true), work.decode())
         };
         let p = &mut self.prediction;
@@ -184,12 +176,12 @@ impl Forecast {
 
     /// What would happen when: the prompt's first passes from an empty ring, then some one-token passes.
     pub fn timeline(&self, machine: &Machine) -> Vec<Event> {
-        let work = self.work(machine);
+        let work = self.based.work(machine);
         let decode = work.decode();
         let batch = self.prediction.batch;
-        let prefill = prefill_work(&self.units, machine, self.site, batch);
+        let prefill = prefill_work(&self.based.units, machine, self.based.site, batch);
         let rates = &self.prediction.rates;
-        if self.beside.is_none() {
+        if self.based.beside.is_none() {
             let passes: Vec<&PassWork> = prefill.iter().chain(std::iter::repeat_n(&decode, PASSES_SHOWN)).collect();
             let tokens = prefill.iter().map(|_| batch).chain(std::iter::repeat(1));
             return with_passes(work.setup(rates, false).run(&passes), tokens);
@@ -204,29 +196,17 @@ impl Forecast {
         events
     }
 
-    fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
-        Work {
-            units: &self.units,
-            plan: &self.living,
-            beside: self.beside.as_ref(),
-            machine,
-            site: self.site,
-            threads: self.threads,
-            caching: &self.caching,
-        }
-    }
-
     /// Units that processors next to a GPU compute, all or some of their uses, and their bytes; `None` if there are none.
     pub fn computed_beside(&self) -> Option<(usize, u64)> {
-        let of = self.units.iter().zip(&self.beside.as_ref()?.units).filter(|(_, b)| **b);
+        let of = self.based.units.iter().zip(&self.based.beside.as_ref()?.units).filter(|(_, b)| **b);
         Some((of.clone().count(), of.map(|(u, _)| u.bytes).sum()))
     }
 
     /// Of the choices that fall on experts in RAM, the part that processors compute, where the link brings the others; the mean over
     /// layers that are divided, `None` if none is.
     pub fn part_of_choices(&self) -> Option<f64> {
-        let beside = self.beside.as_ref()?;
-        let parts = beside.parts(&self.units);
+        let beside = self.based.beside.as_ref()?;
+        let parts = beside.parts(&self.based.units);
         let of = (0..parts.len()).filter(|u| beside.divides(*u) && beside.computes(*u));
         let (n, sum) = of.fold((0, 0.0), |(n, sum), u| (n + 1, sum + parts[u]));
         (n > 0).then(|| sum / f64::from(n))
@@ -235,38 +215,38 @@ impl Forecast {
     /// Slots of the caches of experts, experts that they are for, both of all layers, the caches' number, and the share of uses
     /// that are expected there; `None` without caches.
     pub fn caches(&self) -> Option<(usize, usize, usize, f64)> {
-        let caches = &self.plan.caches;
+        let caches = &self.based.plan.caches;
         let sum = |of: &dyn Fn(&Cache) -> usize| caches.iter().map(of).sum::<usize>();
-        let of = self.units.iter().zip(&self.caching.of).filter(|(_, c)| c.is_some()).map(|(u, _)| u);
+        let of = self.based.units.iter().zip(&self.based.caching.of).filter(|(_, c)| c.is_some()).map(|(u, _)| u);
         let (uses, misses) = of.fold((0.0, 0.0), |(n, m), u| (n + u.share, m + u.share * u.miss));
         (!caches.is_empty()).then(|| (sum(&|c| c.slots), sum(&|c| c.experts), caches.len(), 1.0 - misses / uses))
     }
 
     /// Experts of a layer that a token chooses on storage and that no cache is expected to have; the mean over layers with caches.
     pub fn misses_per_layer(&self) -> f64 {
-        let of = self.units.iter().zip(&self.caching.of).filter(|(_, c)| c.is_some());
-        of.map(|(u, _)| u.share * u.miss).sum::<f64>() / self.plan.caches.len().max(1) as f64
+        let of = self.based.units.iter().zip(&self.based.caching.of).filter(|(_, c)| c.is_some());
+        of.map(|(u, _)| u.share * u.miss).sum::<f64>() / self.based.plan.caches.len().max(1) as f64
     }
 
     /// Units and bytes of a tier.
     pub fn tier(&self, home: Home) -> (usize, u64) {
-        let of = self.units.iter().zip(&self.plan.homes).filter(|(_, h)| **h == home);
+        let of = self.based.units.iter().zip(&self.based.plan.homes).filter(|(_, h)| **h == home);
         (of.clone().count(), of.map(|(u, _)| u.bytes).sum())
     }
 
     /// The home of each block: of its feed-forward part, or of its shared part where it has experts.
     pub fn blocks(&self) -> Vec<Home> {
-        blocks_of(&self.units, &self.plan.homes)
+        blocks_of(&self.based.units, &self.based.plan.homes)
     }
 
     /// The home of each block's attention part.
     pub fn attention(&self) -> Vec<Home> {
-        homes_of(&self.units, &self.plan.homes, &[UnitPart::Attention, UnitPart::Shared])
+        homes_of(&self.based.units, &self.based.plan.homes, &[UnitPart::Attention, UnitPart::Shared])
     }
 
     /// Slots that computation reads from.
     pub fn n_buffers(&self) -> usize {
-        if self.site == Site::Gpu { self.plan.device_slots } else { self.plan.n_slots }
+        if self.based.site == Site::Gpu { self.based.plan.device_slots } else { self.based.plan.n_slots }
     }
 }
 
@@ -302,15 +282,19 @@ fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -
             (0, cpu_workspace_bytes(model, &options), None)
         }
     };
-    let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
-    let expert_slots = vram_room
-        .map_or(ExpertSlots::Off, |room| slots_or_not(model, sizes, room, machine.site_rates(threads), &options));
+    let rates = machine.site_rates(threads(machine, &options));
+    let expert_slots = vram_room.map_or(ExpertSlots::Off, |room| slots_or_not(model, sizes, room, rates, &options));
     let options = Options { expert_slots, ..options };
-    let rates = options.repeat.as_ref().and_then(|r| r.rates()).or(machine.site_rates(threads));
+    let rates = options.repeat.as_ref().and_then(|r| r.rates()).or(rates);
     let sliced = vram_room.and_then(|room| slices_or_not(model, sizes, room, rates, &options, &|_| DIRECT));
     let (of, sizes) = sliced.as_ref().map_or((model, sizes), |s| (&s.model, &s.sizes));
     let plan = make_plan(of, sizes, vram_room, ram_workspace_bytes, &options)?;
     Ok(Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room, sliced })
+}
+
+/// Threads that compute: those of the options, but one less than the machine has at most.
+fn threads(machine: &Machine, options: &Options) -> usize {
+    options.threads.min(machine.cpu.threads.saturating_sub(1).max(1))
 }
 
 /// What a forecast is of.
@@ -323,17 +307,6 @@ struct Subject<'a> {
     machine: &'a Machine,
 }
 
-/// A plan, and what passes over it are predicted from.
-struct Based {
-    planned: Planned,
-    living: Plan,
-    units: Vec<UnitWork>,
-    beside: Option<plan::Beside>,
-    recipe: Recipe,
-    caching: Caching,
-    threads: usize,
-}
-
 impl Based {
     fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
         Work {
@@ -341,7 +314,7 @@ impl Based {
             plan: &self.living,
             beside: self.beside.as_ref(),
             machine,
-            site: self.planned.site,
+            site: self.site,
             threads: self.threads,
             caching: &self.caching,
         }
@@ -357,20 +330,20 @@ impl<'a> Subject<'a> {
     fn based(&self, options: &Options) -> Result<Based, EngineError> {
         let &Subject { file, requant, sizes, ref units, machine } = self;
         let planned = planned(file, machine, options, sizes)?;
-        let Planned { site, plan, vram_room, ram_room, sliced, .. } = &planned;
+        let Planned { site, plan, workspace_bytes, ram_workspace_bytes, vram_room, ram_room, sliced } = planned;
         let mixed = requant.map(|r| settled(file, Some(r), &plan.homes));
         let model = sliced.as_ref().map(|s| &s.model).or(mixed.as_ref()).unwrap_or(file);
-        let mut units = match (units, sliced) {
+        let mut units = match (units, &sliced) {
             (_, Some(s)) => works(model, &s.sizes.layouts),
             (Some(units), None) => units.clone(),
             (None, None) => works(model, &sizes.layouts_at(&plan.homes)),
         };
-        let rates = hit_rates_of(model, plan, options.routing.as_deref());
+        let rates = hit_rates_of(model, &plan, options.routing.as_deref());
         for (u, cache) in units.iter_mut().zip(plan.cache_of(&unit_sizes(model))) {
             u.miss = cache.map_or(1.0, |c| 1.0 - rates[c]);
         }
-        let threads = options.threads.min((machine.cpu.threads.saturating_sub(1)).max(1));
-        let rates = machine.site_rates(threads).filter(|_| *site == Site::Gpu);
+        let threads = threads(machine, options);
+        let rates = machine.site_rates(threads).filter(|_| site == Site::Gpu);
         let repeated = options.repeat.as_ref().and_then(|r| r.rates());
         let asked = std::cell::Cell::new(None);
         let rounded = |rates: SiteRates| {
@@ -378,16 +351,31 @@ impl<'a> Subject<'a> {
             asked.set(Some(rates));
             rates
         };
-        let division = rates.and_then(|rates| Division::new(model, plan, options, &|| rounded(rates)));
+        let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
         options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
         let slices = sliced.as_ref().map(|s| s.part);
-        let rooms = (*vram_room, Some(*ram_room));
-        let recipe = Recipe::new(file, plan, options, rooms, asked.get(), division.as_ref(), slices);
-        let (living, division) = as_living(model, plan, division, slot_hits(model, plan, options));
+        let rooms = (vram_room, Some(ram_room));
+        let recipe = Recipe::new(file, &plan, options, rooms, asked.get(), division.as_ref(), slices);
+        let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
-        let caching = caching(model, plan, options.routing.as_ref());
-        Ok(Based { planned, living, units, beside, recipe, caching, threads })
+        let caching = caching(model, &plan, options.routing.as_ref());
+        Ok(Based {
+            site,
+            plan,
+            units,
+            beside,
+            recipe,
+            slices,
+            sliced: sliced.map(|s| Arc::new(s.model)),
+            threads,
+            workspace_bytes,
+            ram_workspace_bytes,
+            vram_room,
+            ram_room,
+            living,
+            caching,
+        })
     }
 
     /// The options with the tokens of a pass that the plan chooses, where it may.
@@ -419,6 +407,7 @@ impl<'a> Subject<'a> {
             pass_s,
             decode_s: work.decode_bound().1?.seconds,
             stop_s: work.stop_s(batch)?,
+            caches: based.plan.caches.len() + based.plan.device_caches.len(),
         })
     }
 }
@@ -829,6 +818,6 @@ pub fn choose_buffers(model: &Model, machine: &Machine, options: &Options) -> Op
     let f = Forecast::new(model, machine, options, 1).ok()?;
     let storage = machine.storage.as_ref().is_some_and(|s| s.read.measured);
     let link = machine.gpu.as_ref().is_some_and(|g| g.link.measured && g.memory.measured);
-    let known = (f.tier(Home::C).0 == 0 || storage) && (f.site == Site::Cpu || link);
+    let known = (f.tier(Home::C).0 == 0 || storage) && (f.based.site == Site::Cpu || link);
     (known && f.n_buffers() > 0).then(|| f.n_buffers())
 }

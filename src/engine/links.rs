@@ -1,6 +1,7 @@
 //! What the links carried, and the roofline they allow.
 
-use crate::flow::{CacheStats, Latencies};
+use super::ExpertUses;
+use crate::flow::Latencies;
 use crate::plan::{Rates, Traffic, roofline};
 
 /// Bytes, times and rates of a session's links. Rates are bytes per second.
@@ -68,14 +69,8 @@ pub struct Links {
     /// Least seconds of one in which two sites compute in turn, by the ceilings and the costs of a GPU's kernels and hand-overs;
     /// counted where that was not measured.
     pub chain_s: Option<f64>,
-    /// Experts that single tokens used, of those at home in VRAM, in RAM and on storage.
-    pub expert_uses: [u64; 3],
-    /// Choices of experts in RAM for a device that keeps some in slots, and those of them that were there.
-    pub slot_uses: u64,
-    /// See above.
-    pub slot_hits: u64,
-    /// What caches in RAM had of the last.
-    pub caches: CacheStats,
+    /// Experts that single tokens used.
+    pub experts: ExpertUses,
     /// Whether only passes of one token were counted.
     pub measured_one_token: bool,
     /// Where the ceilings come from, in words.
@@ -145,15 +140,6 @@ impl Links {
     /// GB/s of weights through memory.
     pub fn ram_gb_per_s(&self) -> Option<f64> {
         (self.pass_s > 0.0).then(|| self.ram_bytes as f64 / self.pass_s / 1e9)
-    }
-
-    /// Shares of the experts that single tokens used that lay in VRAM, in RAM to stay, in RAM's caches, and on storage;
-    /// `None` before any.
-    pub fn expert_shares(&self) -> Option<[f64; 4]> {
-        let [vram, ram, storage] = self.expert_uses;
-        let cached = self.caches.counts.hits.min(storage);
-        let all = (vram + ram + storage) as f64;
-        (all > 0.0).then(|| [vram, ram, cached, storage - cached].map(|n| n as f64 / all))
     }
 
     /// Bytes of a one-token pass.

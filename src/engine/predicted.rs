@@ -186,7 +186,7 @@ impl Session {
     /// Times a decode pass with transfers disabled, in seconds. The slots hold stale bytes, so the logits are garbage but
     /// the timing is right. `None` for a mixture of experts that streams, whose router would choose by nonsense.
     /// The session is good for nothing else after this.
-    pub(super) fn compute_seconds(&mut self) -> Result<Option<f64>, EngineError> {
+    pub(super) fn compute_seconds(&mut self, stop: &dyn Fn() -> bool) -> Result<Option<f64>, EngineError> {
         let streams = self.plan.homes.iter().any(|h| *h == Home::C || *h == Home::B && self.device.is_some());
         if streams {
             if self.model.hparams.n_experts > 0 {
@@ -209,7 +209,7 @@ impl Session {
         let links = self.links;
         let mut pass = || -> Result<(), EngineError> {
             self.truncate(0);
-            self.eval(&[0], Class::Exact, Outputs::Last, &|| false)?;
+            self.eval(&[0], Class::Exact, Outputs::Last, stop)?;
             self.any_logits().map(|_| ())
         };
         pass()?;

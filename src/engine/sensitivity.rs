@@ -60,7 +60,7 @@ fn machines(machine: &Machine, base: &Forecast) -> Vec<(String, Machine)> {
         let what = if s.drives == 1 { "a second drive".into() } else { format!("{} drives", s.drives + 1) };
         all.push((what, more));
     }
-    if machine.gpu.as_ref().is_some_and(|g| g.link.bytes_per_s() < 0.9 * GEN5_X16) && base.plan.device_slots > 0 {
+    if machine.gpu.as_ref().is_some_and(|g| g.link.bytes_per_s() < 0.9 * GEN5_X16) && base.based.plan.device_slots > 0 {
         let mut wide = machine.clone();
         let link = Rate::guess(GEN5_X16, "PCIe Gen 5 x16");
         wide.gpu.iter_mut().for_each(|g| g.link = link.clone());

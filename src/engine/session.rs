@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::weights::Weights;
-use super::{BatchSizes, EngineError, Links, Options, Recipe, RequestError, reuse};
+use super::{BatchSizes, EngineError, ExpertUses, Links, Options, Recipe, RequestError, reuse};
 use smallvec::SmallVec;
 
 use crate::backend::quantise::quantise;
 use crate::backend::{
     Backend, BackendKind, Class, DeviceAlloc, DeviceMemory, EXACT_ROWS, Pinned, Run, all_finite, reference,
 };
+use crate::flow::CacheStats;
 use crate::gguf::TensorType;
 use crate::memory::{Arena, Region, bounded};
 use crate::model::{
@@ -86,6 +87,8 @@ pub struct Session {
     pub(super) wants_hidden: bool,
     pub(super) links: Links,
     pub(super) measuring: bool,
+    /// Whether passes are counted at all.
+    pub(super) counting: bool,
     /// Where units lie that are resident in RAM.
     pub(super) in_ram: Vec<Option<Region>>,
     pub(super) device: Option<OnDevice>,
@@ -291,7 +294,7 @@ impl Session {
         let before = self.backend.beside();
         let (bytes, beside_bytes) = (self.weights.bytes, self.weights.beside_bytes);
         let fetched = self.weights.fetched_bytes;
-        let (uses, caches) = (self.weights.uses, self.weights.flow.caches());
+        let used = self.expert_uses();
         let overflowed = self.backend.overflow().is_some();
         // A panic is a fault of this program; it ends its pass, and texts of other passes go on.
         let evaluated = catch_unwind(AssertUnwindSafe(|| self.evaluate(parts, stop)));
@@ -320,8 +323,13 @@ impl Session {
             self.weights.flow.trace(EventKind::Pass, n, 0, began, Instant::now());
         }
         // What is compared with the roofline is passes of one token.
-        if !self.measuring || n == 1 {
+        if self.counting && (!self.measuring || n == 1) {
             let (after, fed_after) = (self.weights.flow.storage(), self.weights.flow.copies());
+            let mut used = self.expert_uses().since(&used);
+            // Prompts pass caches by: what they read says nothing of these.
+            if parts.iter().any(|p| p.class == Class::Bulk) {
+                used.caches = CacheStats::default();
+            }
             let l = &mut self.links;
             l.passes += 1;
             l.pass_s += began.elapsed().as_secs_f64();
@@ -331,12 +339,10 @@ impl Session {
             l.nvme_starts.merge(&after.starts.since(&stats.starts));
             l.gpu_starts.merge(&fed_after.starts.since(&fed.starts));
             let beside = self.backend.beside();
-            let (slot_uses, slot_hits) = (beside.slot_uses - before.slot_uses, beside.slot_hits - before.slot_hits);
             // What has a slot is not brought.
-            let brought = if slot_uses == 0 { 1.0 } else { 1.0 - slot_hits as f64 / slot_uses as f64 };
+            let brought = 1.0 - used.slot_hit_rate().unwrap_or(0.0);
             let fetched = ((self.weights.fetched_bytes - fetched) as f64 * brought) as u64;
-            l.slot_uses += slot_uses;
-            l.slot_hits += slot_hits;
+            l.experts.add(&used);
             l.gpu_bytes += fed_after.bytes - fed.bytes + fetched;
             l.gpu_fetched_bytes += fetched;
             l.gpu_busy_s += (fed_after.busy - fed.busy).as_secs_f64();
@@ -345,13 +351,6 @@ impl Session {
             l.beside_busy_s += (beside.computed - before.computed).as_secs_f64();
             l.beside_wait_s += (beside.waited - before.waited).as_secs_f64();
             l.beside_bytes += self.weights.beside_bytes - beside_bytes;
-            for (n, (now, before)) in l.expert_uses.iter_mut().zip(self.weights.uses.iter().zip(uses)) {
-                *n += now - before;
-            }
-            // Prompts pass caches by: what they read says nothing of these.
-            if parts.iter().all(|p| p.class == Class::Exact) {
-                l.caches.add(&self.weights.flow.caches().since(&caches));
-            }
             l.ram_bytes += match self.device {
                 Some(_) => fed_after.bytes - fed.bytes + fetched + (self.weights.beside_bytes - beside_bytes),
                 None => self.weights.bytes - bytes,
@@ -725,6 +724,27 @@ impl Session {
         self.backend.beside()
     }
 
+    /// Experts that passes of generated tokens used since the session began. Passes with tokens of prompts among them take time of
+    /// [`ExpertUses::caches`], too.
+    pub fn expert_uses(&self) -> ExpertUses {
+        let beside = self.backend.beside();
+        ExpertUses {
+            homes: self.weights.uses,
+            caches: self.weights.flow.caches(),
+            slot_uses: beside.slot_uses,
+            slot_hits: beside.slot_hits,
+        }
+    }
+
+    /// Empties caches and slots of experts, as when the session began. The next tokens have the same logits.
+    ///
+    /// # Errors
+    /// If the device is gone.
+    pub fn empty_caches(&mut self) -> Result<(), EngineError> {
+        self.weights.flow.empty_caches();
+        Ok(self.backend.empty_slots()?)
+    }
+
     /// Keeps what this session has seen of the model's choices of experts, for plans to come.
     ///
     /// # Errors
@@ -827,6 +847,11 @@ impl Session {
                 ..Links::default()
             };
         }
+    }
+
+    /// Counts what links carry from here on (`true`, as at the start), or leaves passes out of [`Session::links`].
+    pub fn count(&mut self, counting: bool) {
+        self.counting = counting;
     }
 
     /// The timeline's events so far; none without [`Options::timeline`].

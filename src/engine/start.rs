@@ -299,6 +299,7 @@ impl Session {
             // A pass needs at most one copy of a page.
             ops: Vec::with_capacity(1),
             measuring: false,
+            counting: true,
             in_ram: places.in_ram,
             device: places.device,
             arena: places.arena,

@@ -26,6 +26,8 @@ pub(super) struct Weights {
     since: Instant,
     /// Class of the pass at hand.
     class: Class,
+    /// The last pass was given up.
+    given_up: bool,
     /// Home of each unit.
     homes: Vec<Home>,
     /// Uses of experts by single tokens, of those at home in VRAM, RAM and on storage.
@@ -96,6 +98,7 @@ impl Weights {
             held: None,
             since: Instant::now(),
             class: Class::Bulk,
+            given_up: false,
             homes,
             uses: [0; 3],
             bytes: 0,
@@ -131,6 +134,7 @@ impl Weights {
     /// Gives a pass up after an error.
     pub fn restart(&mut self) {
         self.held = None;
+        self.given_up = true;
         self.feed.restart();
     }
 }
@@ -138,6 +142,10 @@ impl Weights {
 impl WeightSource for Weights {
     fn begin(&mut self, class: Class) -> Result<(), WeightError> {
         self.class = class;
+        if std::mem::take(&mut self.given_up) {
+            // What was read ahead while nobody computed may have failed for the same cause, which may be gone: it is brought once more.
+            self.feed.restart();
+        }
         // What slots hold may have changed.
         self.lent.clear();
         if let Some(beside) = &mut self.beside

@@ -523,6 +523,16 @@ impl<C: Clone> Frames<C> {
         }
     }
 
+    /// Empties the caches, as before the first pass; what is used or on its way stays.
+    pub fn empty_caches(&mut self) {
+        let caches = self.pools.iter_mut().filter(|p| p.policy == Policy::Cache);
+        for frame in caches.flat_map(|p| &mut p.frames).filter(|f| f.claims == 0) {
+            if matches!(frame.content, Content::Ready { .. }) {
+                (frame.content, frame.last) = (Content::Empty, None);
+            }
+        }
+    }
+
     fn ways(&self, place: Place, unit: usize) -> Ways {
         match place {
             Place::Storage => Ways::default(),

@@ -302,3 +302,16 @@ fn a_cache_outlives_its_schedule() {
     assert_eq!(pass(&mut frames, &[8], false), [8]);
     assert_eq!(pass(&mut frames, &[5, 7], false), [0; 0], "unit 6 was used longest ago");
 }
+
+/// Caches that were emptied bring what they had once more, and what they bring then has its frame as ever.
+#[test]
+fn an_empty_cache_begins_anew() {
+    let mut frames: Frames<()> = Frames::new(with_cache(Place::Host));
+    pass(&mut frames, &[5, 6], false);
+    pass(&mut frames, &[7], false);
+    frames.empty_caches();
+    assert_eq!(pass(&mut frames, &[5, 7], false), [5, 7]);
+    assert_eq!(pass(&mut frames, &[5, 7], false), [0; 0]);
+    let c = frames.cache_counts(false);
+    assert_eq!((c.hits, c.misses), (2, 5));
+}

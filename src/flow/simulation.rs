@@ -584,6 +584,10 @@ impl World {
         }
         self.pass += 1;
         self.over |= self.pass >= self.case.passes;
+        if self.chance(0.05) {
+            self.frames.empty_caches();
+            self.wake();
+        }
         self.take_turns();
     }
 

@@ -403,6 +403,13 @@ impl Flow {
         CacheStats { counts: state.frames.cache_counts(false), ..state.caches }
     }
 
+    /// Empties caches, between passes.
+    pub fn empty_caches(&self) {
+        let mut state = self.shared.lock();
+        state.frames.empty_caches();
+        self.shared.wake(&mut state);
+    }
+
     /// Gives a pass up; the next one begins with the schedule's first unit. Nothing may use acquired frames any more.
     pub fn give_up(&self) {
         let mut state = self.shared.lock();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Catalog, ENTRIES_MAX, Entry, Header, Place, printable};
+use super::{Catalog, ENTRIES_MAX, Entry, Header, Place, entries, printable};
 
 /// Folders below a place that are looked into.
 const DEPTH_MAX: usize = 6;
@@ -39,15 +39,7 @@ fn walk(
     found: &mut BTreeMap<(PathBuf, String, u32), Files>,
     catalog: &mut Catalog,
 ) {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) => return catalog.notes.push(format!("{}: {e}", printable(&folder.to_string_lossy()))),
-    };
-    for entry in entries.flatten() {
-        if *left == 0 {
-            return;
-        }
-        *left -= 1;
+    for entry in entries(folder, left, catalog) {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
         match entry.file_type() {
             Ok(t) if t.is_dir() && !name.starts_with('.') && depth < DEPTH_MAX => {

@@ -116,6 +116,20 @@ impl Place {
     }
 }
 
+/// What a folder has, as long as `left` is above 0, which counts it; nothing and a note where it cannot be read.
+fn entries(folder: &Path, left: &mut usize, catalog: &mut Catalog) -> Vec<std::fs::DirEntry> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) => {
+            catalog.notes.push(format!("{}: {e}", printable(&folder.to_string_lossy())));
+            return Vec::new();
+        }
+    };
+    let entries: Vec<_> = entries.flatten().take(*left).collect();
+    *left -= entries.len();
+    entries
+}
+
 /// The places of this machine: `nt/models` in the user's cache, `$NT_MODELS`, and Ollama's stores.
 pub fn places() -> Vec<Place> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);

@@ -2,13 +2,12 @@
 //! `blobs/sha256-HEX` hold the models as GGUF files. The store may be another user's: nothing in it is trusted
 //! beyond what is checked here, and no link out of it is followed.
 
-use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Catalog, ENTRIES_MAX, Entry, Header, Place, open_regular, printable};
+use super::{Catalog, ENTRIES_MAX, Entry, Header, Place, entries, open_regular, printable};
 
 /// Manifests are about a kilobyte.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
@@ -51,15 +50,7 @@ pub(super) fn scan(place: &Place, catalog: &mut Catalog) {
 
 /// The four words of each manifest's path. What Ollama could not have named is passed over.
 fn walk(folder: &Path, words: &mut Vec<String>, left: &mut usize, found: &mut Vec<[String; 4]>, catalog: &mut Catalog) {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) => return catalog.notes.push(format!("{}: {e}", printable(&folder.to_string_lossy()))),
-    };
-    for entry in entries.flatten() {
-        if *left == 0 {
-            return;
-        }
-        *left -= 1;
+    for entry in entries(folder, left, catalog) {
         let Some(name) = entry.file_name().to_str().filter(|n| is_word(n)).map(str::to_owned) else { continue };
         words.push(name);
         match (entry.file_type(), <[String; 4]>::try_from(words.clone())) {
@@ -156,6 +147,8 @@ fn shorten(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

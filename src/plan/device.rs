@@ -324,20 +324,7 @@ mod tests {
     }
 
     fn limits(vram: u64, ram: u64) -> Limits {
-        Limits {
-            ram,
-            vram: Some(vram),
-            n_buffers: None,
-            more_frames: false,
-            tiers: None,
-            stacked: false,
-            storage: true,
-            reserved: 0,
-            workspace: 0,
-            embedding: None,
-            cached_choices: 0,
-            slot_choices: 0,
-        }
+        Limits { vram: Some(vram), ..place::tests::limits(ram) }
     }
 
     fn count(p: &Plan, home: Home) -> usize {

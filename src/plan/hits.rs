@@ -156,8 +156,7 @@ mod tests {
     #[test]
     fn a_trace_hits_as_often_as_a_list_of_the_last_used() {
         let mixture = Mixture { layers: 4, experts: 64, used: 6 };
-        let routes = ForcedRouting::parse_trace(TRACE, 6).unwrap();
-        let routing = ForcedRouting::new(mixture, routes, 1).unwrap();
+        let routing = ForcedRouting::trace(mixture, TRACE).unwrap();
         for line in RATES.lines().filter(|l| !l.starts_with('#')) {
             let [slots, warm, want] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };
             let (slots, warm, want): (usize, u64, f64) =
@@ -188,7 +187,7 @@ mod tests {
     fn the_list_does_what_the_machine_does() {
         let mixture = Mixture { layers: 4, experts: 64, used: 6 };
         let of = |routes| ForcedRouting::new(mixture, routes, 1).unwrap();
-        let trace = of(ForcedRouting::parse_trace(TRACE, 6).unwrap());
+        let trace = ForcedRouting::trace(mixture, TRACE).unwrap();
         for routing in [of(Routes::Uniform), of(Routes::Zipf(1.1)), trace] {
             for (layer, slots) in [(0, 18), (1, 24), (3, 40)] {
                 for cached in [&|_| true, &|e| e % 3 > 0] as [&dyn Fn(usize) -> bool; 2] {
@@ -203,8 +202,7 @@ mod tests {
     #[test]
     fn what_is_held_is_what_was_chosen_last() {
         let mixture = Mixture { layers: 1, experts: 8, used: 2 };
-        let trace = ForcedRouting::parse_trace("[[1,2]]\n[[3,1]]\n[[4,5]]", 2).unwrap();
-        let routing = ForcedRouting::new(mixture, trace, 1).unwrap();
+        let routing = ForcedRouting::trace(mixture, "[[1,2]]\n[[3,1]]\n[[4,5]]").unwrap();
         assert_eq!(held(&routing, 0, 4, 3, &|_| true), [3, 1, 4, 5]);
         assert_eq!(held(&routing, 0, 4, 3, &|e| e != 1), [2, 3, 4, 5]);
         assert_eq!(held(&routing, 0, 9, 3, &|_| true), [2, 3, 1, 4, 5]);

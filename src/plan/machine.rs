@@ -5,6 +5,7 @@
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Costs, parse_size};
+use crate::units::is_rate;
 
 /// What a link carries.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -180,7 +181,7 @@ impl Machine {
             format!("line {line}: {}", e.message().replace('\n', ", "))
         })?;
         for (name, rate) in machine.rates() {
-            if !is_rate(rate.gb_per_s) {
+            if !is_rate(rate.bytes_per_s()) {
                 return Err(format!("{name}: {} GB/s is no rate of a machine", rate.gb_per_s));
             }
         }
@@ -239,11 +240,6 @@ impl Machine {
     pub fn storage_bytes_per_s(&self) -> Option<f64> {
         self.storage.as_ref().map(|s| s.read.bytes_per_s() * s.drives as f64)
     }
-}
-
-/// Whether something in a machine may be as fast as so many GB a second: with what is not, predictions are no numbers.
-pub fn is_rate(gb_per_s: f64) -> bool {
-    (1e-4..=1e6).contains(&gb_per_s)
 }
 
 fn one() -> usize {

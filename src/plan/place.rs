@@ -168,7 +168,7 @@ pub(super) mod tests {
         (0..blocks).flat_map(of).collect()
     }
 
-    fn limits(ram: u64) -> Limits {
+    pub fn limits(ram: u64) -> Limits {
         Limits {
             ram,
             vram: None,

@@ -259,8 +259,7 @@ mod tests {
         let mut arena = Arena::new(1 << 20).unwrap();
         let region = arena.take(len).unwrap();
         let extents = [Extent { file: FileId(0), offset, len, dst_offset: 0 }];
-        let request =
-            ReadRequest { tag: 5, extents: &extents, dst: region.addr(), urgent: false, dst_len: region.len() };
+        let request = ReadRequest::to(&region, 5, &extents);
         // SAFETY: the arena outlives the read, which is waited for below.
         unsafe { reader.submit(&request) }.unwrap();
         let mut done = Vec::new();

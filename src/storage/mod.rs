@@ -84,6 +84,13 @@ pub struct ReadRequest<'a> {
     pub dst_len: usize,
 }
 
+impl<'a> ReadRequest<'a> {
+    /// A read into a region, after those that wait.
+    pub fn to(region: &Region, tag: u64, extents: &'a [Extent]) -> ReadRequest<'a> {
+        ReadRequest { tag, extents, dst: region.addr(), urgent: false, dst_len: region.len() }
+    }
+}
+
 /// The outcome of one request, all of its extents together.
 #[derive(Debug)]
 pub struct Completion {
@@ -329,7 +336,7 @@ mod tests {
             let region = arena.take(12 << 20).unwrap();
             let len = (data.len() as u64 - 8192).next_multiple_of(align);
             let extents = [Extent { file: FileId(0), offset: 8192, len, dst_offset: 0 }];
-            let r = ReadRequest { tag: 1, extents: &extents, dst: region.addr(), urgent: false, dst_len: region.len() };
+            let r = ReadRequest::to(&region, 1, &extents);
             // SAFETY: the region outlives the read, and is looked at after it has ended.
             unsafe { reader.submit(&r) }.unwrap();
             let done = wait(reader.as_mut(), 1);
@@ -352,16 +359,7 @@ mod tests {
             let region = arena.take(4 << 20).unwrap();
             let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
             // SAFETY: the region outlives the reader's use of it.
-            unsafe {
-                reader.submit(&ReadRequest {
-                    tag: 9,
-                    extents: &extents,
-                    dst: region.addr(),
-                    urgent: false,
-                    dst_len: region.len(),
-                })
-            }
-            .unwrap();
+            unsafe { reader.submit(&ReadRequest::to(&region, 9, &extents)) }.unwrap();
             let done = wait(reader.as_mut(), 1);
             assert!(matches!(done[0].result, Err(ReadError::Truncated { end: 1_048_576, .. })), "{done:?}");
         }
@@ -375,15 +373,7 @@ mod tests {
         let region = arena.take(4096).unwrap();
         let extents = [Extent { file: FileId(0), offset: 0, len: 8192, dst_offset: 0 }];
         // SAFETY: nothing is read, since the request is refused.
-        let r = unsafe {
-            reader.submit(&ReadRequest {
-                tag: 0,
-                extents: &extents,
-                dst: region.addr(),
-                urgent: false,
-                dst_len: region.len(),
-            })
-        };
+        let r = unsafe { reader.submit(&ReadRequest::to(&region, 0, &extents)) };
         assert!(r.is_err());
     }
 
@@ -396,16 +386,7 @@ mod tests {
             let (mut reader, _) = open_reader(&[f.path()], kind).unwrap();
             let extents = [Extent { file: FileId(0), offset: 0, len: 8 << 20, dst_offset: 0 }];
             // SAFETY: the reader is dropped before the arena.
-            unsafe {
-                reader.submit(&ReadRequest {
-                    tag: 0,
-                    extents: &extents,
-                    dst: region.addr(),
-                    urgent: false,
-                    dst_len: region.len(),
-                })
-            }
-            .unwrap();
+            unsafe { reader.submit(&ReadRequest::to(&region, 0, &extents)) }.unwrap();
             drop(reader);
         }
     }

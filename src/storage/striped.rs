@@ -225,7 +225,7 @@ mod tests {
                 [(7, &whole, 0, SIZE as u64 + 99), (9, &part, from, 2 * STRIPE_BYTES), (8, &part, 0, 0)]
             {
                 let extents = [Extent { file: FileId(1), offset, len, dst_offset: 0 }];
-                let r = ReadRequest { tag, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
+                let r = ReadRequest::to(to, tag, &extents);
                 // SAFETY: the arena outlives the reads, whose regions are looked at when they have ended.
                 unsafe { reader.submit(&r) }.unwrap();
             }
@@ -255,7 +255,7 @@ mod tests {
             let mut arena = Arena::new(8 << 20).unwrap();
             let to = arena.take(6 << 20).unwrap();
             let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
-            let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
+            let r = ReadRequest::to(&to, 3, &extents);
             // SAFETY: the arena outlives the reader's use of it.
             unsafe { reader.submit(&r) }.unwrap();
             let mut done = Vec::new();
@@ -307,7 +307,7 @@ mod tests {
         let mut arena = Arena::new(8 << 20).unwrap();
         let to = arena.take(6 << 20).unwrap();
         let extents = [Extent { file: FileId(0), offset: 0, len: 4 << 20, dst_offset: 0 }];
-        let r = ReadRequest { tag: 3, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
+        let r = ReadRequest::to(&to, 3, &extents);
         // SAFETY: the arena outlives the reader's use of it.
         unsafe { reader.submit(&r) }.unwrap();
         let mut done = Vec::new();

@@ -93,7 +93,7 @@ fn submit(reader: &mut dyn Reader, slot: usize, piece: &Piece, to: &Region) -> R
     let file = FileId(piece.file as u16);
     let len = piece.len.next_multiple_of(u64::from(reader.alignment(file).offset));
     let extents = [Extent { file, offset: piece.offset, len, dst_offset: 0 }];
-    let request = ReadRequest { tag: slot as u64, extents: &extents, dst: to.addr(), urgent: false, dst_len: to.len() };
+    let request = ReadRequest::to(to, slot as u64, &extents);
     // SAFETY: the slot's last read has ended; the caller keeps the arena longer than the reader, and
     // looks at the slot when this read has ended.
     Ok(unsafe { reader.submit(&request) }?)

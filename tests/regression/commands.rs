@@ -402,3 +402,37 @@ fn a_page_of_a_path_that_is_not_utf8() {
         std::fs::remove_file(&page).unwrap();
     }
 }
+
+/// Ctrl-C in a benchmark took the repetitions of its test away, and where no test had ended the JSON: what was measured is told, and
+/// that it is not all.
+#[test]
+fn an_interrupted_benchmark_tells_what_it_has() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny(2).write(d.path(), "m.gguf");
+    for (tests, measured) in [("1,400000", &[1][..]), ("200", &[200]), ("400000", &[])] {
+        let mut command = Command::new(bin());
+        command.args(["bench", arg(&model), "--backend", "cpu", "--threads", "1", "-p", "0", "-n", tests, "--json"]);
+        command.args(["-r", "1000"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        // By what it has computed, which says under any load how far it is.
+        let stat = format!("/proc/{}/stat", child.id());
+        let ticks = || {
+            let stat = std::fs::read_to_string(&stat).unwrap();
+            let after_name = stat.rsplit(") ").next().unwrap();
+            after_name.split(' ').nth(11).unwrap().parse::<u64>().unwrap()
+        };
+        while ticks() < 150 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(130), "{tests}: {}", text(&out.stderr));
+        let all: Json = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!(all["interrupted"], true, "{tests}");
+        let told = all["tests"].as_array().unwrap();
+        let sizes: Vec<u64> = told.iter().map(|t| t["n_gen"].as_u64().unwrap()).collect();
+        assert_eq!(sizes, measured, "{tests}: {told:?}");
+        assert!(told.iter().all(|t| t["tokens_per_s"].as_f64().unwrap() > 0.0), "{told:?}");
+        assert_eq!(all["decode"]["tokens_per_s"].is_null(), measured.is_empty(), "{}", all["decode"]);
+    }
+}

@@ -405,3 +405,80 @@ fn a_benchmark_keeps_to_a_limit_of_address_space() {
     let out = limited("-v 300000", &["bench", arg(&m), "-p", "4", "-n", "2", "-r", "1", "--backend", "cpu"]);
     assert!(out.status.success(), "{:?} {}", out.status, stderr(&out));
 }
+
+/// A conversation on the terminal, whose stderr tells when what was typed is done.
+struct Conversation {
+    child: Child,
+    said: std::io::BufReader<std::process::ChildStderr>,
+    /// What stderr had so far.
+    heard: String,
+}
+
+impl Conversation {
+    fn begin(model: &Path, more: &[&str]) -> Conversation {
+        let mut command = Command::new(bin());
+        command.args(["chat", arg(model), "--backend", "cpu", "--temp", "0", "-n", "4", "--threads", "1"]).args(more);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let said = std::io::BufReader::new(child.stderr.take().unwrap());
+        let mut chat = Conversation { child, said, heard: String::new() };
+        chat.say("/help");
+        chat
+    }
+
+    /// Types a line, and waits until it is done.
+    fn say(&mut self, line: &str) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        let more = if line == "/help" { "" } else { "/help\n" };
+        std::io::Write::write_all(stdin, format!("{line}\n{more}").as_bytes()).unwrap();
+        loop {
+            let before = self.heard.len();
+            let n = std::io::BufRead::read_line(&mut self.said, &mut self.heard).unwrap();
+            assert!(n > 0, "the conversation ended: {}", self.heard);
+            // The last line of the help.
+            if self.heard[before..].contains("Ctrl-C in an answer") {
+                return;
+            }
+        }
+    }
+
+    /// Its exit code, and stdout.
+    fn end(mut self) -> (Option<i32>, String) {
+        drop(self.child.stdin.take());
+        let mut rest = String::new();
+        std::io::Read::read_to_string(&mut self.said, &mut rest).unwrap();
+        let out = self.child.wait_with_output().unwrap();
+        (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+}
+
+/// A read of the drive that failed ended the whole conversation. It ends the answer, and the conversation goes on as if what was
+/// asked had not been.
+#[test]
+fn a_conversation_outlives_a_failed_read() {
+    let d = tempfile::tempdir().unwrap();
+    let path = tiny(6).write(d.path(), "m.gguf");
+    let whole = std::fs::read(&path).unwrap();
+    let streamed = ["--tiers", "0:2:4"];
+    let mut undisturbed = Conversation::begin(&path, &streamed);
+    ["hello", "and then?"].iter().for_each(|line| undisturbed.say(line));
+    let want = undisturbed.end();
+    assert_eq!(want.0, Some(0));
+
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let mut chat = Conversation::begin(&path, &streamed);
+    chat.say("hello");
+    file.set_len(whole.len() as u64 / 3).unwrap();
+    chat.say("what is lost");
+    let errors = chat.heard.lines().filter(|l| l.starts_with("nt: ")).count();
+    assert!(errors == 1 && chat.heard.contains("m.gguf"), "{}", chat.heard);
+    std::os::unix::fs::FileExt::write_all_at(&file, &whole, 0).unwrap();
+    chat.say("and then?");
+    let heard = chat.heard.clone();
+    assert_eq!(chat.end(), want, "{heard}");
+
+    // Where nothing was answered, the exit code is that of the failure.
+    let mut chat = Conversation::begin(&path, &streamed);
+    file.set_len(whole.len() as u64 / 3).unwrap();
+    chat.say("hello");
+    assert_eq!(chat.end(), (Some(1), String::new()));
+}

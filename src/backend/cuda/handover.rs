@@ -444,6 +444,15 @@ impl Hands for CudaBackend {
         unsafe { h.copies.write_word(h.landed_word(place).1, h.uses[place]) }
     }
 
+    fn empty_slots_of(&mut self, layer: usize) -> Result<(), BackendError> {
+        let h = self.handover.as_ref().ok_or_else(none)?;
+        self.engine.device.bind()?;
+        // What looks at them, and what comes to them, ends first.
+        self.engine.stream.synchronize()?;
+        h.copies.synchronize()?;
+        self.take_slots_back(layer)
+    }
+
     fn end_mix(&mut self, layer: usize, place: usize, routing: &Routing) -> Result<(), BackendError> {
         if self.shared_at(layer)?.0.alone() {
             return Ok(());

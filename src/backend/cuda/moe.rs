@@ -469,9 +469,14 @@ impl CudaBackend {
             return Ok(false);
         }
         self.write_table(layer, list, |id| in_ram[id])?;
-        let none = vec![NO_SLOT; list.len()];
-        self.engine.moe()?.slots.write((layer * list.len() * 4) as u64, &none)?;
+        self.take_slots_back(layer)?;
         Ok(true)
+    }
+
+    /// Says that no expert of a block has a slot.
+    pub(super) fn take_slots_back(&self, layer: usize) -> Result {
+        let n = self.dims.n_experts;
+        self.engine.moe()?.slots.write((layer * n * 4) as u64, &vec![NO_SLOT; n])
     }
 
     /// Chooses experts; `give` is called behind it. Then those are computed that are not for processors, into a row a choice. With

@@ -5,14 +5,17 @@ use std::path::Path;
 use serde_json::{Map, Value as Json, json};
 
 use super::super::list::count;
-use super::{Measured, OutputArg};
+use super::{Measured, OutputArg, RoutingArg};
 use crate::engine::{Opened, Session};
 use crate::gguf::{Gguf, TensorType};
 use crate::library::printable;
 use crate::machine;
 use crate::machine::facts::Facts;
-use crate::plan::Home;
+use crate::model::UnitKind;
+use crate::plan::{Cache, Home};
 use crate::storage::guard::Host;
+
+const GPU: &str = "CUDA";
 
 /// What is the same in all rows.
 pub(super) struct About {
@@ -27,16 +30,34 @@ pub(super) struct About {
     /// Most tokens of a pass.
     batch: usize,
     kv: TensorType,
-    /// Blocks in VRAM, in RAM and on storage.
+    /// Blocks in VRAM, in RAM and on storage; of those with experts, what all tokens share.
     tiers: [usize; 3],
+    /// The same of experts; `None` without any.
+    experts: Option<[usize; 3]>,
+    /// Experts of each layer that caches in RAM hold, and slots in VRAM; `None` without such.
+    cached: Option<usize>,
+    in_slots: Option<usize>,
+    /// `--routing`.
+    routing: Option<String>,
     n_buffers: usize,
     reader: &'static str,
 }
 
 impl About {
     /// Of a session.
-    pub(super) fn new(session: &Session, opened: &Opened, kv: TensorType, threads: usize) -> About {
+    pub(super) fn new(
+        session: &Session,
+        opened: &Opened,
+        routing: Option<&RoutingArg>,
+        kv: TensorType,
+        threads: usize,
+    ) -> About {
+        let by_tier = |homes: &[Home]| [Home::A, Home::B, Home::C].map(|h| homes.iter().filter(|of| **of == h).count());
         let blocks: Vec<Home> = session.model().blocks.iter().map(|b| session.homes()[b.ffn_unit]).collect();
+        let units = session.model().units.iter().zip(session.homes());
+        let experts: Vec<Home> =
+            units.filter(|(u, _)| matches!(u.kind, UnitKind::Expert { .. })).map(|(_, home)| *home).collect();
+        let slots = |caches: &[Cache]| caches.first().map(|c| c.slots);
         let path = opened.gguf.shards.first().map_or(Path::new(""), |s| &s.path);
         About {
             model_filename: path.display().to_string(),
@@ -45,19 +66,46 @@ impl About {
             model_n_params: parameters(&opened.gguf),
             cpu_info: Facts::read(&Host::default()).cpu.model.unwrap_or_default(),
             gpu_info: session.device().unwrap_or_default(),
-            backend: if session.device().is_some() { "CUDA" } else { "CPU" },
+            backend: if session.device().is_some() { GPU } else { "CPU" },
             threads,
             batch: session.max_batch(),
             kv,
-            tiers: [Home::A, Home::B, Home::C].map(|h| blocks.iter().filter(|b| **b == h).count()),
+            tiers: by_tier(&blocks),
+            experts: Some(by_tier(&experts)).filter(|_| !experts.is_empty()),
+            cached: slots(session.caches()),
+            in_slots: slots(session.device_caches()),
+            routing: routing.map(|r| printable(&r.to_string())),
             n_buffers: session.n_slots(),
             reader: session.reader_name().unwrap_or(""),
         }
     }
 
     fn tiers(&self) -> String {
-        self.tiers.map(|n| n.to_string()).join(":")
+        joined(self.tiers)
     }
+
+    fn experts(&self) -> String {
+        self.experts.map_or_else(String::new, joined)
+    }
+
+    /// Where experts rest, and how many of each layer caches and slots hold: `0:32:96, 24 cached`.
+    fn experts_and_caches(&self) -> String {
+        let of = |n: Option<usize>, what| n.map_or(String::new(), |n| format!(", {n} {what}"));
+        format!("{}{}{}", self.experts(), of(self.in_slots, "in slots"), of(self.cached, "cached"))
+    }
+}
+
+fn joined(tiers: [usize; 3]) -> String {
+    tiers.map(|n| n.to_string()).join(":")
+}
+
+/// A column of the table.
+struct Column {
+    name: &'static str,
+    width: usize,
+    /// Text stands to the left, numbers to the right.
+    is_text: bool,
+    cell: String,
 }
 
 fn parameters(gguf: &Gguf) -> u64 {
@@ -146,20 +194,13 @@ impl Rows {
                 Some(fields.keys().map(String::as_str).collect::<Vec<_>>().join(","))
             }
             OutputArg::Md => {
-                let names =
-                    self.columns(&["model", "size", "params", "backend", "ngl", "threads", "tiers", "test", "t/s"]);
-                let lines = self.columns(&[
-                    "------------------------------",
-                    "---------:",
-                    "---------:",
-                    "----------",
-                    "--:",
-                    "------:",
-                    "---------:",
-                    "--------------:",
-                    "-------------------:",
-                ]);
-                Some(format!("{names}\n{lines}"))
+                let columns = self.columns(&Measured::default());
+                let rule = |c: &Column| match c.is_text {
+                    true => "-".repeat(c.width),
+                    false => format!("{}:", "-".repeat(c.width - 1)),
+                };
+                let (names, rules) = (line(&columns, |c| c.name.into()), line(&columns, rule));
+                Some(format!("{names}\n{rules}"))
             }
         }
     }
@@ -167,7 +208,7 @@ impl Rows {
     /// The row of a test.
     pub(super) fn row(&self, m: &Measured) -> String {
         match self.format {
-            OutputArg::Md => self.markdown(m),
+            OutputArg::Md => line(&self.columns(m), |c| c.cell.clone()),
             OutputArg::Jsonl => {
                 let mut fields = self.fields(m);
                 let ns: Vec<u64> = m.seconds.iter().map(|s| (s * 1e9) as u64).collect();
@@ -178,6 +219,7 @@ impl Rows {
             OutputArg::Csv => {
                 let value = |v: &Json| match v {
                     Json::String(s) => s.replace('"', "\"\""),
+                    Json::Null => String::new(),
                     v => v.to_string(),
                 };
                 let fields = self.fields(m);
@@ -186,7 +228,9 @@ impl Rows {
         }
     }
 
-    fn markdown(&self, m: &Measured) -> String {
+    /// The columns of the table and what a test has in them. `ngl` stands for a GPU, `threads` for processors, and what a model or a run
+    /// has not has no column.
+    fn columns(&self, m: &Measured) -> Vec<Column> {
         let a = &self.about;
         let (mean, stddev) = mean_and_stddev(&m.rates());
         let (bytes, params) = (a.model_size as f64, a.model_n_params as f64);
@@ -196,25 +240,35 @@ impl Rows {
             format!("{:.2} GiB", bytes / 1024.0 / 1024.0 / 1024.0)
         };
         let params = if params < 1e9 { format!("{:.2} M", params / 1e6) } else { format!("{:.2} B", params / 1e9) };
-        let (ngl, threads) = (a.tiers[0].to_string(), a.threads.to_string());
         let rate = format!("{mean:.2} ± {stddev:.2}");
-        self.columns(&[&a.model_type, &size, &params, a.backend, &ngl, &threads, &a.tiers(), &m.test.name(), &rate])
-    }
-
-    /// A line of the table: text to the left, numbers to the right. `ngl` on a GPU, `threads` on processors.
-    fn columns(&self, cells: &[&str; 9]) -> String {
-        const WIDTHS: [usize; 9] = [30, 10, 10, 10, 3, 7, 10, 15, 20];
-        let gpu = self.about.backend == "CUDA";
-        let mut line = String::from("|");
-        for (i, (cell, width)) in cells.iter().zip(WIDTHS).enumerate() {
-            if i == 4 && !gpu || i == 5 && gpu {
-                continue;
-            }
-            let fill = " ".repeat(width.saturating_sub(cell.chars().count()));
-            let is_text = matches!(i, 0 | 3);
-            line.push_str(&if is_text { format!(" {cell}{fill} |") } else { format!(" {fill}{cell} |") });
+        let column = |name, width, is_text, cell| Column { name, width, is_text, cell };
+        let text = |name, width, cell: &str| column(name, width, true, cell.into());
+        let number = |name, width, cell: String| column(name, width, false, cell);
+        let mut all = vec![
+            text("model", 30, &a.model_type),
+            number("size", 10, size),
+            number("params", 10, params),
+            text("backend", 10, a.backend),
+        ];
+        all.push(match a.backend {
+            GPU => number("ngl", 3, a.tiers[0].to_string()),
+            _ => number("threads", 7, a.threads.to_string()),
+        });
+        all.push(number("tiers", 10, a.tiers()));
+        let caches = a.cached.is_some() || a.in_slots.is_some();
+        if a.experts.is_some() {
+            all.push(number("experts", if caches { 22 } else { 10 }, a.experts_and_caches()));
         }
-        line
+        all.extend(a.routing.as_ref().map(|r| text("routing", 10, r)));
+        all.push(number("test", 15, m.name()));
+        if caches {
+            let (vram, ram) = (m.experts.slot_hit_rate(), m.experts.cache_hit_rate());
+            let told = |tier, rate: Option<f64>| rate.map(|r| format!("{tier} {:.1} %", r * 100.0));
+            let hits: Vec<String> = [told("VRAM", vram), told("RAM", ram)].into_iter().flatten().collect();
+            all.push(number("hits", 11, hits.join(", ")));
+        }
+        all.push(number("t/s", 20, rate));
+        all
     }
 
     fn fields(&self, m: &Measured) -> Map<String, Json> {
@@ -250,6 +304,13 @@ impl Rows {
             "tiers": a.tiers(),
             "n_buffers": a.n_buffers,
             "reader": a.reader,
+            "experts": a.experts(),
+            "slots_per_layer": a.in_slots,
+            "cached_per_layer": a.cached,
+            "routing": a.routing,
+            "caches": m.caches,
+            "hit_rate_vram": m.experts.slot_hit_rate(),
+            "hit_rate_ram": m.experts.cache_hit_rate(),
         });
         match fields {
             Json::Object(fields) => fields,
@@ -258,9 +319,19 @@ impl Rows {
     }
 }
 
+/// A line of the table.
+fn line(columns: &[Column], cell: impl Fn(&Column) -> String) -> String {
+    let shown = |c: &Column| {
+        let cell = cell(c);
+        let fill = " ".repeat(c.width.saturating_sub(cell.chars().count()));
+        if c.is_text { format!(" {cell}{fill} |") } else { format!(" {fill}{cell} |") }
+    };
+    format!("|{}", columns.iter().map(shown).collect::<String>())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::Test;
+    use super::super::{Caches, Test};
     use super::*;
 
     fn rows(format: OutputArg) -> Rows {
@@ -276,6 +347,10 @@ mod tests {
             batch: 512,
             kv: TensorType::F16,
             tiers: [0, 20, 12],
+            experts: None,
+            cached: None,
+            in_slots: None,
+            routing: None,
             n_buffers: 3,
             reader: "io_uring",
         };
@@ -286,7 +361,7 @@ mod tests {
         Measured {
             test: Test { generated: 128, depth: 4096, ..Test::default() },
             seconds: vec![16.0, 32.0],
-            began_unix_s: 0,
+            ..Measured::default()
         }
     }
 
@@ -300,11 +375,41 @@ mod tests {
         assert!(head.lines().all(|l| l.chars().count() == row.chars().count()), "{head}");
     }
 
+    /// Guards against a table that says neither that experts rest on storage nor that their routing is forced, and in which
+    /// warm caches pass for cold ones.
+    #[test]
+    fn rows_tell_where_experts_rest_and_who_chose_them() {
+        let of = |format| {
+            let mut rows = rows(format);
+            rows.about.tiers = [0, 4, 0];
+            rows.about.experts = Some([0, 32, 96]);
+            rows.about.cached = Some(12);
+            rows.about.routing = Some("zipf:1.5".into());
+            rows
+        };
+        let mut cold = Measured { caches: Some(Caches::Cold), ..measured() };
+        (cold.experts.caches.counts.hits, cold.experts.caches.counts.misses) = (1, 3);
+        let table = of(OutputArg::Md);
+        let (head, row) = (table.head().unwrap(), table.row(&cold));
+        let cells = |line: &str| line.split('|').map(|c| c.trim().to_owned()).collect::<Vec<_>>();
+        let (names, cells) = (cells(head.lines().next().unwrap()), cells(&row));
+        let of_row = |name: &str| cells[names.iter().position(|n| n == name).unwrap()].as_str();
+        assert_eq!((of_row("tiers"), of_row("experts")), ("0:4:0", "0:32:96, 12 cached"));
+        assert_eq!((of_row("routing"), of_row("test")), ("zipf:1.5", "tg128 @ d4096 cold"));
+        assert_eq!((of_row("hits"), of_row("t/s")), ("RAM 25.0 %", "6.00 ± 2.83"));
+        let json: Json = serde_json::from_str(&of(OutputArg::Jsonl).row(&cold)).unwrap();
+        assert_eq!((json["experts"].as_str(), json["cached_per_layer"].as_u64()), (Some("0:32:96"), Some(12)));
+        assert_eq!((json["routing"].as_str(), json["caches"].as_str()), (Some("zipf:1.5"), Some("cold")));
+        assert_eq!((json["hit_rate_ram"].as_f64(), json["hit_rate_vram"].is_null()), (Some(0.25), true));
+        let csv = of(OutputArg::Csv).row(&cold);
+        assert!(csv.ends_with("\"zipf:1.5\",\"cold\",\"\",\"0.25\""), "{csv}");
+    }
+
     #[test]
     fn a_row_of_values_has_a_name_for_each() {
         let csv = rows(OutputArg::Csv);
         let (head, row) = (csv.head().unwrap(), csv.row(&measured()));
-        let values: Vec<&str> = row.trim_matches('"').split("\",\"").collect();
+        let values: Vec<&str> = row[1..row.len() - 1].split("\",\"").collect();
         assert_eq!(head.split(',').count(), values.len());
         let of = |name: &str| values[head.split(',').position(|n| n == name).unwrap()];
         assert_eq!((of("n_depth"), of("avg_ts"), of("model_filename")), ("4096", "6.0", "/m/a \"\"b\"\".gguf"));

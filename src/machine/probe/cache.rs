@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::storage::safe;
+use crate::units::is_rate;
 
 /// Most bytes of the cache that are read; one has a few hundred for each device.
 const CACHE_MAX: u64 = 1 << 20;
@@ -101,13 +102,10 @@ fn load(path: &Path) -> Cache {
     text.and_then(|t| toml::from_str(&t).ok()).unwrap_or_default()
 }
 
-/// Bytes a second of what a machine may have.
-const RATES: std::ops::RangeInclusive<f64> = 1e5..=1e15;
-
 /// The last rate of a device. Those of smaller reads than weights are read in are none: older versions kept such. Nor are those that
 /// nothing in a machine has.
 fn find(path: &Path, kind: &str, identity: &str) -> Option<Rate> {
-    let kept = |r: &Rate| r.block_bytes.is_none_or(|b| b >= KEPT_BLOCK_MIN) && RATES.contains(&r.bytes_per_s);
+    let kept = |r: &Rate| r.block_bytes.is_none_or(|b| b >= KEPT_BLOCK_MIN) && is_rate(r.bytes_per_s);
     load(path).rate.into_iter().find(|r| r.kind == kind && r.identity == identity && kept(r))
 }
 
