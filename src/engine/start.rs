@@ -176,7 +176,9 @@ impl Session {
                 (make_plan(&model, &sizes, None, workspace, &options)?, None, None)
             }
             Some(memory) => {
-                let (plan, room, on_device) = plan_on_device(&model, &sizes, memory, &options, &mut notes)?;
+                // Pieces of rows are on no drive, also where VRAM is refused and weights get less of it.
+                let within = Options { storage: options.storage && slices.is_none(), ..options.clone() };
+                let (plan, room, on_device) = plan_on_device(&model, &sizes, memory, &within, &mut notes)?;
                 (plan, Some(room), Some(on_device))
             }
         };

@@ -74,7 +74,9 @@ impl Beside {
             let used = (run[0].share * run.len() as f64).round() as usize;
             let handed = 1.0 - chances(run.len(), in_ram, used)[0];
             let host = host + if run[0].size.routed() { handed * self.experts_s } else { 0.0 };
-            chain += host.max(gpu) + handed * self.hand_over_s[0];
+            let handed = handed * self.hand_over_s[0];
+            // The GPU computes its own columns while a slice is handed over, too.
+            chain += if run[0].size.part == UnitPart::Slice { gpu.max(host + handed) } else { host.max(gpu) + handed };
         }
         chain
     }
