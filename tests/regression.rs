@@ -4,6 +4,8 @@
 
 mod common;
 
+#[path = "regression/changed.rs"]
+mod changed;
 #[path = "regression/commands.rs"]
 mod commands;
 #[path = "regression/engine.rs"]

@@ -257,6 +257,11 @@ pub enum Layers {
     Recent,
 }
 
+/// Most elements of a head of a delta net, and most inputs that a convolution sees: processors keep as many on their stacks.
+pub const DELTA_DIM_MAX: usize = 1024;
+/// See [`DELTA_DIM_MAX`].
+pub const TAPS_MAX: usize = 64;
+
 /// Sizes of a model's recurrences, and how many states there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recurrent {
@@ -264,7 +269,7 @@ pub struct Recurrent {
     pub layers: usize,
     /// Sequences that have a state at once; each has two copies of it, so that a pass that fails damages none.
     pub sequences: usize,
-    /// Inputs that a convolution sees, and its channels.
+    /// Inputs that a convolution sees, [`TAPS_MAX`] at most.
     pub taps: usize,
     /// Its channels; with a delta net its queries, keys and values.
     pub channels: usize,
@@ -272,7 +277,7 @@ pub struct Recurrent {
     pub n_keys: usize,
     /// Its value heads, a multiple of the key heads.
     pub n_values: usize,
-    /// Elements of a head.
+    /// Elements of a head, of a delta net [`DELTA_DIM_MAX`] at most.
     pub dim: usize,
     /// Numbers of the state for each of them: as many with a delta net.
     pub state: usize,

@@ -23,7 +23,7 @@ use crate::model::{
 use crate::pipeline::{Event, EventKind, StreamError};
 use crate::plan::{Cache, Home, Plan};
 use crate::state::{Pages, SeqId, StateOp};
-use crate::storage::FileId;
+use crate::storage::{FileId, StorageError, Watched};
 
 /// Tokens of one sequence in a pass, behind those that it has.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +59,8 @@ pub struct Session {
     pub(super) recipe: Recipe,
     pub(super) options: Options,
     pub(super) reader_name: Option<&'static str>,
+    /// The files that passes read from; none where all is in memory.
+    pub(super) watched: Vec<Watched>,
     pub(super) notes: Vec<String>,
     pub(super) fallback: Option<String>,
     pub(super) embedding: Embedding,
@@ -300,6 +302,7 @@ impl Session {
         let evaluated = catch_unwind(AssertUnwindSafe(|| self.evaluate(parts, stop)));
         let evaluated =
             evaluated.unwrap_or_else(|panic| Err(EngineError::Panicked { what: bounded::said(panic.as_ref()) }));
+        let evaluated = evaluated.and_then(|()| unchanged(&self.watched));
         let flow = &self.weights.flow;
         self.backend.worked(&mut |w| flow.trace(EventKind::Beside, w.unit, 0, w.from, w.to));
         if let Err(e) = evaluated {
@@ -865,6 +868,14 @@ impl Session {
         self.weights.flow.write_trace(&mut out)?;
         std::io::Write::flush(&mut out)
     }
+}
+
+/// Makes sure that files are what they were when they were opened.
+///
+/// # Errors
+/// If one has been written to since.
+pub(super) fn unchanged(files: &[Watched]) -> Result<(), EngineError> {
+    files.iter().try_for_each(Watched::check).map_err(|e| StorageError::from(e).into())
 }
 
 /// What a backend is told of the parts of a pass.

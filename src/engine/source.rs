@@ -14,7 +14,7 @@ use crate::gguf::{Gguf, GgufError};
 use crate::storage::bind;
 use crate::storage::guard::Host;
 use crate::storage::library::{Library, Recorded};
-use crate::storage::{Checked, Part, Reader, ReaderKind, Striped};
+use crate::storage::{Checked, Part, Reader, ReaderKind, StorageError, Striped};
 
 /// Opens the header of `path`; or, if there is no such file now, the one recorded for it, or the one
 /// on a drive of `copies` where a model of that name was staged, by whatever machine.
@@ -49,6 +49,7 @@ pub fn open_header(path: &Path, copies: &[PathBuf]) -> Result<Gguf, EngineError>
 pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<(Box<dyn Reader>, Vec<String>), EngineError> {
     let place = Place { copies: &options.copies, reader: options.reader, verify: options.verify };
     let Source { copies, notes } = open_raw(gguf, &place)?;
+    copies.iter().try_for_each(|copy| same_as_header(gguf, copy.reader.as_ref()))?;
     let checked = |copy: Copy| match copy.records.is_empty() {
         true => copy.reader,
         false => Box::new(Checked::new(copy.reader, copy.records, options.verify)),
@@ -59,6 +60,18 @@ pub(super) fn open(gguf: &Gguf, options: &Options) -> Result<(Box<dyn Reader>, V
     }
     let lens = gguf.shards.iter().map(|s| s.len).collect();
     Ok((Box::new(Striped::new(readers, lens)), notes))
+}
+
+/// Makes sure that the files whose headers were read are still the same.
+fn same_as_header(gguf: &Gguf, reader: &dyn Reader) -> Result<(), EngineError> {
+    let mut opened = Vec::new();
+    reader.watched(&mut opened);
+    for file in opened {
+        if let Some(own) = gguf.shards.iter().find(|s| s.path == file.path()) {
+            file.check_header(own.len, own.modified).map_err(StorageError::from)?;
+        }
+    }
+    Ok(())
 }
 
 /// As [`open`], with the readers and their records side by side.

@@ -12,7 +12,7 @@ use super::layouts::{Sizes, make_plan, own_embedding, tensor_layout};
 use super::repeat::steady;
 use super::requant::{RequantReport, settled};
 use super::reuse::faster_in_slots;
-use super::session::{Embedding, OnDevice, stream_error};
+use super::session::{Embedding, OnDevice, stream_error, unchanged};
 use super::sizes::unit_sizes;
 use super::slices::{Sliced, not_cut, slices_or_not};
 use super::steps::schedule;
@@ -206,6 +206,9 @@ impl Session {
         }
         let names: Arc<[String]> = model.units.iter().map(|u| u.name.clone()).collect();
         let resident = load_resident(&plan, &sizes, &places, (&names, options.threads), reader.as_mut(), starting)?;
+        let mut watched = Vec::new();
+        reader.watched(&mut watched);
+        unchanged(&watched)?;
         let streams = Streams { model: &model, plan: &plan, sizes: &sizes, names, options: &options };
         let reader_name = plan.homes.contains(&Home::C).then(|| reader.name());
         let repeated = options.repeat.as_ref().and_then(|r| r.rates());
@@ -250,6 +253,10 @@ impl Session {
         };
         let per_block = model.per_block.as_ref().zip(sizes.per_block.as_ref());
         let per_block = per_block.map(|(t, layout)| table(t, places.per_block.as_ref(), layout));
+        let tables = [Some(&embedding), per_block.as_ref()];
+        if !plan.homes.contains(&Home::C) && tables.into_iter().flatten().all(|t| t.resident.is_some()) {
+            watched.clear();
+        }
         notes.dedup();
         // Only a device's timeline has its own clock; the host's sees when operations are called.
         let traced = options.timeline && places.device.is_none();
@@ -293,6 +300,7 @@ impl Session {
             recipe,
             options,
             reader_name,
+            watched,
             notes,
             fallback,
             embedding,

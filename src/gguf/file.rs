@@ -5,6 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::header::{self, Header};
 use super::{GgufError, Metadata, TensorType};
@@ -22,6 +23,8 @@ pub struct Shard {
     pub path: PathBuf,
     /// Its length in bytes.
     pub len: u64,
+    /// When it had last been written to when its header was read; `None` where that is not of the file itself.
+    pub modified: Option<SystemTime>,
 }
 
 /// One tensor and where its bytes are.
@@ -66,7 +69,16 @@ impl Gguf {
     /// # Errors
     /// If a file cannot be read or used, or a folder holds no model or several.
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
-        Gguf::open_with(&Gguf::file_of(path)?, &mut header::source)
+        let mut times = HashMap::new();
+        let mut model = Gguf::open_with(&Gguf::file_of(path)?, &mut |path| {
+            let (file, meta) = header::file(path)?;
+            times.insert(path.to_path_buf(), meta.modified().ok());
+            Ok((file, meta.len()))
+        })?;
+        for shard in &mut model.shards {
+            shard.modified = times.get(&shard.path).copied().flatten();
+        }
+        Ok(model)
     }
 
     /// The file to open for `path`: of a folder, the one model in it.
@@ -194,7 +206,7 @@ impl Gguf {
                 self.tensors[w[0].2].name, w[0].0, w[0].1, self.tensors[w[1].2].name, w[1].0
             )));
         }
-        self.shards.push(Shard { path: path.to_path_buf(), len: h.file_len });
+        self.shards.push(Shard { path: path.to_path_buf(), len: h.file_len, modified: None });
         Ok(h.metadata)
     }
 }

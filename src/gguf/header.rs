@@ -52,8 +52,8 @@ pub(super) struct Header {
     pub file_len: u64,
 }
 
-/// A file to parse a header from, and its length.
-pub(super) fn source(path: &Path) -> Result<(Box<dyn Read>, u64), GgufError> {
+/// A file to parse a header from, and what the system says of it.
+pub(super) fn file(path: &Path) -> Result<(Box<dyn Read>, std::fs::Metadata), GgufError> {
     let io = |source| GgufError::Io { path: path.to_path_buf(), source };
     // A FIFO would wait for a writer.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io)?;
@@ -66,7 +66,7 @@ pub(super) fn source(path: &Path) -> Result<(Box<dyn Read>, u64), GgufError> {
     if let Some(what) = other {
         return Err(GgufError::Malformed { path: path.to_path_buf(), what: what.into() });
     }
-    Ok((Box::new(BufReader::with_capacity(1 << 16, file)), meta.len()))
+    Ok((Box::new(BufReader::with_capacity(1 << 16, file)), meta))
 }
 
 /// Parses a header from `input`, which holds `file_len` bytes.

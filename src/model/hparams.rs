@@ -204,6 +204,11 @@ const FACTOR: Bounds =
     Bounds { holds: |v| (1e-3..=1e6).contains(&v), words: "0 for none, or a number from 0.001 to 1000000" };
 /// Factors of YaRN's magnitude, and its rotations.
 const POSITIVE: Bounds = Bounds { holds: |v| (1e-6..=1e6).contains(&v), words: "a number from 0.000001 to 1000000" };
+/// Factors and caps that may be left out.
+const OR_NONE: Bounds = Bounds {
+    holds: |v| v == 0.0 || (1e-6..=1e6).contains(&v),
+    words: "0 for none, or a number from 0.000001 to 1000000",
+};
 /// YaRN's share of extrapolation.
 const SHARE: Bounds = Bounds { holds: |v| v <= 1.0, words: "a number from 0 to 1, or a negative one for 1" };
 
@@ -296,8 +301,27 @@ impl Keys<'_> {
     }
 
     /// A factor; 0 and no key stand for 1.
+    ///
+    /// # Errors
+    /// Below 0, and so small or large that products with it are none.
     pub fn factor(&self, name: &str) -> Result<f32, ModelError> {
-        Ok(self.float(name)?.filter(|v| *v != 0.0).unwrap_or(1.0))
+        Ok(self.or_none(name)?.unwrap_or(1.0))
+    }
+
+    /// A number that is multiplied with or divided by; 0 stands for none.
+    ///
+    /// # Errors
+    /// As [`Keys::factor`].
+    pub fn or_none(&self, name: &str) -> Result<Option<f32>, ModelError> {
+        Ok(self.bounded(name, &OR_NONE)?.filter(|v| *v != 0.0))
+    }
+
+    /// What a cap multiplies a hyperbolic tangent with; 0 for none, `default` without the key.
+    ///
+    /// # Errors
+    /// As [`Keys::factor`].
+    pub fn cap(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        Ok(self.bounded(name, &OR_NONE)?.unwrap_or(default))
     }
 
     /// Which of `n` blocks see no more than a window: by an array of bools, or all but each `n`th.

@@ -49,6 +49,11 @@ impl Fields {
         self.left.get(field).is_some_and(|v| !v.is_null())
     }
 
+    /// A field of any type, which is still to be asked for; `null` is one that is not there.
+    pub fn get(&self, field: &str) -> Option<&Json> {
+        self.left.get(field).filter(|v| !v.is_null())
+    }
+
     /// A field of any type; `null` is one that is not there.
     pub fn any(&mut self, field: &str) -> Option<Json> {
         self.left.remove(field).filter(|v| !v.is_null())

@@ -111,6 +111,18 @@ impl Work {
             Work::Embed(_) => 0,
         }
     }
+
+    /// Whether answers have as many tokens as they may.
+    pub fn is_endless(&self) -> bool {
+        matches!(self, Work::Answer(task) if task.is_endless())
+    }
+}
+
+impl Task {
+    /// Whether nothing but their number ends the tokens of an answer.
+    fn is_endless(&self) -> bool {
+        self.params.ignore_eos && self.stops.is_empty()
+    }
 }
 
 /// Work in the queue.

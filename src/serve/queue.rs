@@ -96,6 +96,8 @@ pub struct Running {
     pub generated: usize,
     /// Tokens of answers at most.
     pub most: usize,
+    /// Whether they have as many.
+    pub endless: bool,
     /// How long its model is to stay behind it.
     keep: Keep,
 }
@@ -496,7 +498,8 @@ impl State {
         let (most, keep) = (job.work.most(), job.keep);
         let slot = (0..).find(|slot| self.running.iter().all(|r| r.slot != *slot)).unwrap_or(0);
         let prompt = job.work.tokens();
-        let running = Running { slot, id: job.ticket.id, prompt, evaluated: 0, cached: 0, generated: 0, most, keep };
+        let (id, endless) = (job.ticket.id, job.work.is_endless());
+        let running = Running { slot, id, prompt, evaluated: 0, cached: 0, generated: 0, most, endless, keep };
         self.running.push(running);
         Some(job)
     }
@@ -538,7 +541,7 @@ impl Running {
     /// Seconds that it takes still, by the rates of those before.
     fn rest_s(&self, c: &Counters) -> f64 {
         let prompt = self.prompt.saturating_sub(self.evaluated) as f64 * c.prompt_rate_s.unwrap_or(0.0);
-        let usual = c.mean_generated.unwrap_or(self.most as f64);
+        let usual = c.mean_generated.filter(|_| !self.endless).unwrap_or(self.most as f64);
         let expected = usual.max(self.generated as f64 + 1.0).min(self.most as f64);
         prompt + (expected - self.generated as f64).max(0.0) * c.decode_rate_s.unwrap_or(0.0)
     }
@@ -681,11 +684,14 @@ mod tests {
         let e = q.push(job(5).0).unwrap_err();
         // 50 tokens are usual, of which 20 are done, at 1 s each.
         assert_eq!((e.status, e.retry_after_s), (429, Some(30)));
+        // Of answers that nothing ends, all 100 come.
+        q.state.lock().unwrap().running[0].endless = true;
+        assert_eq!(q.push(job(5).0).unwrap_err().retry_after_s, Some(80));
         drop(c.1);
         let (last, _heard) = job(6);
         q.push(last).unwrap();
         assert_eq!(q.next(&|| false).unwrap().ticket.id, 4);
-        assert_eq!((q.view().counters.refused, q.view().counters.cancelled), (1, 1));
+        assert_eq!((q.view().counters.refused, q.view().counters.cancelled), (2, 1));
     }
 
     /// Guards against a client that fills the queue, after which everybody else is refused or waits for all of it.

@@ -22,7 +22,7 @@ use super::steps::{Answers, Dialect, Prepared, Step, named};
 pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() -> bool) -> Result<Prepared, ApiError> {
     let stream = f.flag("stream")?.unwrap_or(false);
     let most = params::max_tokens(&mut f, &["max_output_tokens"])?;
-    let (conversation, one_call, wanted) = conversation(&mut f, served)?;
+    let (conversation, one_call, wanted, asked) = conversation(&mut f, served)?;
     f.only("previous_response_id", &[], "answers are not stored here; send the whole conversation as input")?;
     f.only("conversation", &[], "conversations are not stored here; send the whole one as input")?;
     f.only("prompt", &[], "prompts are not stored here; send it as input")?;
@@ -45,6 +45,7 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
         id: id.to_owned(),
         created: unix_s(),
         one_call,
+        asked,
         most,
         temperature,
         top_p,
@@ -57,9 +58,12 @@ pub fn responses(served: &Arc<Served>, mut f: Fields, id: &str, stop: &dyn Fn() 
     Ok(Prepared::new(task, looks, dialect, stream))
 }
 
-fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, Wanted), ApiError> {
+/// What is asked for: the conversation, whether one call may be made at most, the form of the answer, and what the
+/// response says again of it.
+fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, Wanted, Asked), ApiError> {
     let mut messages = Vec::new();
-    messages.extend(f.text("instructions")?.map(|text| json!({ "role": "system", "content": text })));
+    let mut asked = Asked { instructions: f.text("instructions")?, ..Asked::default() };
+    messages.extend(asked.instructions.iter().map(|text| json!({ "role": "system", "content": text })));
     match f.any("input") {
         Some(Json::String(text)) => messages.push(json!({ "role": "user", "content": text })),
         Some(Json::Array(items)) => {
@@ -79,16 +83,17 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, 
         if tool["type"] != "function" {
             return Err(ApiError::unsupported(&place, format!("{place}: only tools of type function can be called")));
         }
-        // What a request says nothing of is strict at OpenAI; here it must be asked for.
+        asked.tools.push(told(&tool));
         if let Json::Object(tool) = &mut tool {
             tool.remove("type");
         }
         tools.push(json!({ "type": "function", "function": tool }));
     }
+    asked.choice = f.any("tool_choice").unwrap_or_else(|| "auto".into());
     let mut both = Fields::of(
         json!({
             "tools": tools,
-            "tool_choice": f.any("tool_choice"),
+            "tool_choice": asked.choice,
             "parallel_tool_calls": f.any("parallel_tool_calls"),
         }),
         "",
@@ -100,8 +105,10 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, 
         reasoning.ignore(&["summary", "generate_summary"]);
         reasoning.finish()?;
     }
+    asked.effort = effort.clone();
     let mut wanted = Wanted::default();
     if let Some(mut text) = f.object("text")? {
+        asked.format = text.get("format").cloned();
         wanted = grammar::wanted_text(&mut text)?;
         text.only("verbosity", &[json!("medium")], "the model has no switch for it")?;
         text.finish()?;
@@ -110,7 +117,26 @@ fn conversation(f: &mut Fields, served: &Served) -> Result<(Conversation, bool, 
     let one_call = tools.one_call;
     let conversation =
         Conversation { messages, tools: tools.list, effort, choice: tools.choice, ..Conversation::default() };
-    Ok((conversation, one_call, wanted))
+    Ok((conversation, one_call, wanted, asked))
+}
+
+/// What a response says again of its request.
+#[derive(Default)]
+struct Asked {
+    instructions: Option<String>,
+    tools: Vec<Json>,
+    choice: Json,
+    effort: Option<String>,
+    format: Option<Json>,
+}
+
+/// A tool as a response tells it: with all fields. What a request says nothing of is strict at OpenAI; here it must be asked for.
+fn told(tool: &Json) -> Json {
+    let mut told = json!({ "description": null, "parameters": null, "strict": false });
+    for (name, value) in tool.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        told[name] = value.clone();
+    }
+    told
 }
 
 /// Adds an item of the input as a message.
@@ -171,6 +197,7 @@ struct Responses {
     created: u64,
     one_call: bool,
     /// What was asked for, which the response says again.
+    asked: Asked,
     most: Option<usize>,
     temperature: Json,
     top_p: Json,
@@ -231,12 +258,17 @@ impl Responses {
             "status": if cut && status == "completed" { "incomplete" } else { status },
             "incomplete_details": (cut && summary.is_some()).then(|| json!({ "reason": "max_output_tokens" })),
             "error": null,
-            "instructions": null,
+            "instructions": self.asked.instructions,
             "model": self.served.name(),
             "output": self.output,
             "parallel_tool_calls": !self.one_call,
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": self.asked.choice,
+            "tools": self.asked.tools,
+            "text": { "format": self.asked.format.as_ref().unwrap_or(&json!({ "type": "text" })) },
+            "reasoning": { "effort": self.asked.effort, "summary": null },
+            "truncation": "disabled",
+            "background": false,
+            "previous_response_id": null,
             "metadata": self.metadata,
             "max_output_tokens": self.most.filter(|most| *most < usize::MAX),
             "temperature": self.temperature,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::checksum::{CHUNK, crc32c};
 use super::manifest::Manifest;
-use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError};
+use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, StorageError, Watched};
 use crate::memory::Region;
 
 /// What is known of one file: its manifest, and which tensor lies where.
@@ -174,6 +174,10 @@ impl Reader for Checked {
 
     fn copies(&self) -> bool {
         self.inner.copies()
+    }
+
+    fn watched(&self, to: &mut Vec<Watched>) {
+        self.inner.watched(to);
     }
 
     fn bells(&self, to: &mut Vec<Arc<Bell>>) {

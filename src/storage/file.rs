@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
-use super::{Alignment, StorageError, guard, safe};
+use super::{Alignment, StorageError, Watched, guard, safe};
 
 /// What is assumed where the kernel tells nothing but takes O_DIRECT.
 const DIRECT_DEFAULT: Alignment = Alignment { memory: 4096, offset: 4096 };
@@ -52,6 +52,8 @@ pub struct DirectFile {
     /// Whether a read is a copy by a processor (memory file systems, the page cache), so that reads
     /// want several threads; a drive's reads are transfers that only want depth.
     pub copies: bool,
+    /// What tells whether it is written to; `None` of what is no file of its own.
+    pub watched: Option<Watched>,
 }
 
 impl DirectFile {
@@ -90,14 +92,16 @@ impl DirectFile {
             let source = std::io::Error::new(std::io::ErrorKind::InvalidData, why);
             return Err(StorageError::Open { path: part.path.clone(), source });
         }
-        (file.start, file.len) = (start, len);
+        (file.start, file.len, file.watched) = (start, len, None);
         Ok(file)
     }
 
     fn of(path: &Path, file: File, alignment: Alignment) -> Result<DirectFile, StorageError> {
         let len = end_of(&file).map_err(|source| StorageError::Open { path: path.to_path_buf(), source })?;
         let copies = alignment == BUFFERED || in_memory(&file);
-        Ok(DirectFile { path: path.to_path_buf(), file: Arc::new(file), alignment, start: 0, len, copies })
+        let file = Arc::new(file);
+        let watched = Watched::new(path, &file);
+        Ok(DirectFile { path: path.to_path_buf(), file, alignment, start: 0, len, copies, watched })
     }
 
     /// Length now; 0 if it cannot be told.

@@ -30,6 +30,7 @@ mod striped;
 mod uring;
 mod verify;
 pub mod vfio;
+mod watched;
 
 pub use bell::Bell;
 pub use checked::{Checked, Corruption, Record};
@@ -44,6 +45,7 @@ pub use uring::UringReader;
 pub(crate) use uring::tests::refuse_io_uring;
 pub(crate) use uring::{allow_workers, drain, read_entry, reading_threads};
 pub use verify::{VerifyError, verify};
+pub use watched::Watched;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -138,6 +140,14 @@ pub enum ReadError {
         /// Where the data ended.
         end: u64,
     },
+    /// The file was written to: what was read of it before and after is of two files.
+    #[error(
+        "{name}: the file has been written to since nt opened it, so that its weights are no longer those of one model; start again when it is whole"
+    )]
+    Changed {
+        /// The file.
+        name: String,
+    },
     /// The bytes are not those that were recorded.
     #[error(transparent)]
     Corrupt(Box<Corruption>),
@@ -166,6 +176,9 @@ pub trait Reader: Send {
     /// Adds the bells that end a wait in [`Reader::poll`] early, with nothing: all are rung where there is something
     /// else to submit. A reader without bells is not to be waited for longer than a new request may wait.
     fn bells(&self, _to: &mut Vec<Arc<Bell>>) {}
+
+    /// Adds the files that it reads from whose writers show (see [`Watched`]).
+    fn watched(&self, _to: &mut Vec<Watched>) {}
 
     /// Takes a request. Never blocks on the device; requests beyond the queue depth wait inside. It may begin with the next
     /// [`Reader::poll`], together with those that are submitted until then.

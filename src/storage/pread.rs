@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::split::{Chunk, Requests};
-use super::{Alignment, Bell, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader, StorageError};
+use super::{Alignment, Bell, Completion, DirectFile, FileId, ReadError, ReadRequest, Reader, StorageError, Watched};
 use crate::memory::Region;
 
 /// Threads per copy, and so reads in flight.
@@ -152,6 +152,10 @@ impl Reader for PreadReader {
         }
         self.requests.drain_done(out);
         Ok(())
+    }
+
+    fn watched(&self, to: &mut Vec<Watched>) {
+        to.extend(self.files.iter().filter_map(|f| f.watched.clone()));
     }
 
     fn bells(&self, to: &mut Vec<Arc<Bell>>) {

@@ -234,6 +234,7 @@ mod tests {
             start: 0,
             len,
             copies: false,
+            watched: None,
         }
     }
 

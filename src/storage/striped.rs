@@ -9,7 +9,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError};
+use super::{
+    Alignment, Bell, Completion, Extent, FileId, ReadError, ReadRequest, Reader, STRIPE_BYTES, StorageError, Watched,
+};
 use crate::memory::Region;
 
 /// One reader is waited for no longer than this before the others are looked at. Drives have many times
@@ -127,6 +129,10 @@ impl Reader for Striped {
 
     fn copies(&self) -> bool {
         self.copies.iter().any(|c| c.reader.copies())
+    }
+
+    fn watched(&self, to: &mut Vec<Watched>) {
+        self.copies.iter().for_each(|c| c.reader.watched(to));
     }
 
     /// Its own bell ends the round of turns, those of its readers end the turn of one.

@@ -14,7 +14,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::split::{Chunk, Requests};
 use super::{
-    Alignment, Bell, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader, StorageError,
+    Alignment, Bell, Completion, DirectFile, FileId, QUEUE_DEPTH, ReadError, ReadRequest, Reader, StorageError, Watched,
 };
 use crate::memory::Region;
 
@@ -302,6 +302,10 @@ impl Reader for UringReader {
         }
         self.requests.drain_done(out);
         Ok(())
+    }
+
+    fn watched(&self, to: &mut Vec<Watched>) {
+        to.extend(self.files.iter().filter_map(|f| f.watched.clone()));
     }
 
     fn bells(&self, to: &mut Vec<Arc<Bell>>) {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::common::families::{gemma3, gpt_oss, qwen35};
+use crate::common::families::{as_architecture, gemma3, gpt_oss, qwen35};
 use crate::common::{File, T, V, bin, case, fails, nt, sized, tiny, tiny_moe};
 
 const TOKENS: &str = "104,101,108,108,111,3,7,9";
@@ -138,6 +138,59 @@ fn what_an_architecture_says_must_be_whole() {
     let mut f = qwen35(2);
     f.set("qwen35.rope.dimension_sections", V::I32s(vec![3, 3, 1, 1]));
     refused_file(&f, &["dimension_sections"]);
+}
+
+/// Caps and factors below zero, and such that nothing or only infinities are left of what they multiply, were computed with; so were
+/// heads of delta nets for which processors have no room.
+#[test]
+fn numbers_of_all_architectures_are_within_bounds() {
+    let window: &[(&str, V)] = &[("attention.sliding_window", V::U32(4))];
+    let of_gemma4: &[(&str, V)] = &[
+        window[0].clone(),
+        ("attention.sliding_window_pattern", V::I32s(vec![1, 0])),
+        ("attention.key_length_swa", V::U32(16)),
+        ("rope.dimension_count_swa", V::U32(16)),
+        ("embedding_length_per_layer_input", V::U32(0)),
+    ];
+    let yarn: &[(&str, V)] = &[
+        ("rope.scaling.type", V::Str("yarn".into())),
+        ("rope.scaling.factor", V::F32(4.0)),
+        ("rope.scaling.original_context_length", V::U32(64)),
+    ];
+    for (arch, needs, key) in [
+        ("gemma2", window, "attn_logit_softcapping"),
+        ("gemma2", window, "final_logit_softcapping"),
+        ("gemma3", window, "final_logit_softcapping"),
+        ("gemma4", of_gemma4, "final_logit_softcapping"),
+        ("granite", &[], "attention.scale"),
+        ("granite", &[], "embedding_scale"),
+        ("granite", &[], "residual_scale"),
+        ("granite", &[], "logit_scale"),
+        ("cohere2", window, "logit_scale"),
+        ("phi3", &[], "rope.scaling.attn_factor"),
+        ("mistral3", yarn, "attention.temperature_scale"),
+        ("mistral3", yarn, "rope.scaling.yarn_log_multiplier"),
+        ("llama", &[], "expert_weights_scale"),
+    ] {
+        let d = dir();
+        let mut f = tiny(2);
+        as_architecture(&mut f, "llama", arch);
+        needs.iter().for_each(|(name, v)| f.set(&format!("{arch}.{name}"), v.clone()));
+        if arch == "cohere2" {
+            f.set("cohere2.attention.layer_norm_epsilon", V::F32(1e-5));
+        }
+        let key = format!("{arch}.{key}");
+        for bad in [-30.0, 1e-30, 1e30, f32::NAN, f32::INFINITY] {
+            f.set(&key, V::F32(bad));
+            let m = f.write(d.path(), "m.gguf");
+            fails(&["plan", m.to_str().unwrap(), "--backend", "cpu"], 2, &[&key, "expected"]);
+        }
+    }
+    for (key, bad) in [("state_size", 1025), ("conv_kernel", 65)] {
+        let mut f = qwen35(2);
+        f.set(&format!("qwen35.ssm.{key}"), V::U32(bad));
+        refused_file(&f, &[key, "expected"]);
+    }
 }
 
 /// Norms of Q and K in a llama file were left out, and the text was wrong.

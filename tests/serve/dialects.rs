@@ -161,6 +161,12 @@ fn responses_of_openai() {
         (&json!("incomplete"), &json!("max_output_tokens"))
     );
     assert_eq!(whole["output"][0]["status"], "incomplete", "a message that is cut says so itself");
+    assert_eq!(
+        (&whole["instructions"], &whole["tools"], &whole["tool_choice"], &whole["text"]["format"]["type"]),
+        (&json!("Be brief."), &json!([]), &json!("auto"), &json!("text")),
+    );
+    let plain = server.ok("/v1/responses", &json!({ "input": "hi", "max_output_tokens": 1 }));
+    assert!(plain["instructions"].is_null(), "{plain}");
     request["metadata"] = json!({ "a": "b" });
     request["input"] = json!([{ "role": "user", "content": [{ "type": "input_text", "text": "hi" }] }]);
     request["stream"] = true.into();
@@ -217,6 +223,25 @@ fn tools_are_given_to_a_template_that_has_them() {
     );
     let request = json!({ "messages": messages, "tools": [tool], "max_tokens": 3, "parallel_tool_calls": false });
     assert_eq!(server.post("/v1/chat/completions", &request).status, 200);
+    // A response says again what was asked for, its tools with all fields.
+    let flat = json!({ "type": "function", "name": "f", "parameters": { "type": "object" } });
+    let whole = json!({ "type": "function", "name": "f", "parameters": { "type": "object" }, "description": null, "strict": false });
+    for choice in [json!("auto"), json!("none")] {
+        let mut request = json!({ "input": "hi", "instructions": "Go.", "tools": [flat], "tool_choice": choice, "max_output_tokens": 2 });
+        let said = server.ok("/v1/responses", &request);
+        assert_eq!(
+            (&said["tools"], &said["tool_choice"], &said["instructions"]),
+            (&json!([whole]), &choice, &json!("Go."))
+        );
+        request["stream"] = true.into();
+        for (name, event) in named(&server.post("/v1/responses", &request).body) {
+            let told = &event["response"];
+            assert!(
+                told.is_null() || told["tools"] == json!([whole]) && told["instructions"] == "Go.",
+                "{name}: {event}"
+            );
+        }
+    }
     let blocks = json!([{ "role": "user", "content": "hi" },
         { "role": "assistant", "content": [{ "type": "tool_use", "id": "c1", "name": "f", "input": { "x": 1 } }] },
         { "role": "user", "content": [{ "type": "tool_result", "tool_use_id": "c1", "content": "5" }] }]);

@@ -330,3 +330,21 @@ fn each_model_has_a_context_of_its_own() {
     let reply = server.post("/v1/completions", &request("short"));
     assert_eq!((reply.status, state(&server, "a").as_str()), (400, "loaded"), "{}", reply.body);
 }
+
+/// A model that is overwritten where it streams from: its requests fail with a sentence, those of others are answered, and
+/// it is not loaded again with a header that is another file's.
+#[test]
+fn a_model_that_is_overwritten_is_not_answered_with() {
+    use std::os::unix::fs::FileExt;
+    let (_dir, [a, _], server) = served(&["--tiers", "0:1:1"]);
+    server.ok("/v1/completions", &body("a", 1, 4));
+    let file = std::fs::File::options().write(true).open(&a).unwrap();
+    file.write_all_at(&[0x3c; 64], file.metadata().unwrap().len() - 64).unwrap();
+    for turn in 0..2 {
+        for _ in 0..2 {
+            let reply = server.post("/v1/completions", &body("a", 1, 4));
+            assert!(reply.status >= 500 && reply.body.contains("has been written to since"), "{}", reply.body);
+        }
+        server.ok("/v1/completions", &body("b", turn, 4));
+    }
+}

@@ -4,7 +4,7 @@
 use super::kernel::{Body, Dot, dispatch, dot_f32};
 use super::ops::Normed;
 use super::{CpuBackend, RunRows, Shared, norm_scale};
-use crate::backend::{DeltaNet, NormOf, Scan, Weight};
+use crate::backend::{DELTA_DIM_MAX, DeltaNet, NormOf, Scan, TAPS_MAX, Weight};
 
 /// Channels of a task of a convolution.
 const CHANNELS: usize = 64;
@@ -273,7 +273,7 @@ impl Convolution {
         let before = taps - 1;
         // SAFETY: the caller's promise.
         unsafe {
-            let mut window = [0.0f32; 64];
+            let mut window = [0.0f32; TAPS_MAX];
             for (i, w) in window[..before].iter_mut().enumerate() {
                 *w = if old.is_null() { 0.0 } else { *old.add(i * width) };
             }
@@ -395,7 +395,7 @@ impl Body for Head {
             state.copy_from_slice(unsafe { std::slice::from_raw_parts(self.old, dim * dim) });
         }
         let unit = |x: &[f32]| 1.0 / (dot_f32::<D>(x, x) + self.eps).sqrt();
-        let mut delta = [0.0f32; 1024];
+        let mut delta = [0.0f32; DELTA_DIM_MAX];
         let delta = &mut delta[..dim];
         for t in self.rows.clone() {
             // SAFETY: Mix, Gates and Attn have these rows, Beta and Alpha an entry for each.

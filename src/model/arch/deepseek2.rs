@@ -68,7 +68,7 @@ fn scale(keys: &Keys<'_>, h: &mut HParams, key: usize) -> Result<f32, ModelError
     if let RopeScaling::Yarn { factor, .. } = h.rope_scaling {
         let log = factor.max(1.0).ln();
         // Files hold a tenth of the multiplier.
-        let multiplier = keys.float(MULTIPLIER)?.filter(|m| *m != 0.0);
+        let multiplier = keys.or_none(MULTIPLIER)?;
         magnitude = 1.0 + multiplier.unwrap_or(0.1) * log;
         if multiplier.is_some() {
             h.rope_magnitude = 1.0 / (1.0 + 0.1 * log);

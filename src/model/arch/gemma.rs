@@ -18,8 +18,8 @@ pub(super) const GEMMA2: Architecture = Architecture {
         let base = window_base(keys, h.rope_base)?;
         h.window_rope = (base != h.rope_base).then_some((base, h.rope_scaling));
         scale(h, 46);
-        h.scores.cap = keys.float("attn_logit_softcapping")?.unwrap_or(50.0);
-        h.logit_cap = keys.float("final_logit_softcapping")?.unwrap_or(30.0);
+        h.scores.cap = keys.cap("attn_logit_softcapping", 50.0)?;
+        h.logit_cap = keys.cap("final_logit_softcapping", 30.0)?;
         Ok(())
     },
     block: |b, i| block(b, i, HeadNorms::No),
@@ -38,7 +38,7 @@ pub(super) const GEMMA3: Architecture = Architecture {
             h.window_rope = Some((window_base(keys, 10_000.0)?, RopeScaling::None));
         }
         scale(h, 62);
-        h.logit_cap = keys.float("final_logit_softcapping")?.unwrap_or(0.0);
+        h.logit_cap = keys.cap("final_logit_softcapping", 0.0)?;
         Ok(())
     },
     block: |b, i| block(b, i, HeadNorms::Each),

@@ -49,7 +49,7 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     }
     h.embedding_scale = (h.n_embd as f32).sqrt();
     h.scores = Scores { scale: Some(1.0), ..Scores::PLAIN };
-    h.logit_cap = keys.float(CAP)?.unwrap_or(0.0);
+    h.logit_cap = keys.cap(CAP, 0.0)?;
     h.router = Router::softmax(true, 1.0);
     Ok(())
 }

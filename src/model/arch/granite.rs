@@ -43,7 +43,7 @@ fn factors(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     h.embedding_scale = keys.factor("embedding_scale")?;
     h.residual_scale = keys.factor("residual_scale")?;
     h.logit_scale = 1.0 / keys.factor("logit_scale")?;
-    h.scores.scale = keys.float("attention.scale")?.filter(|s| *s != 0.0);
+    h.scores.scale = keys.or_none("attention.scale")?;
     Ok(())
 }
 

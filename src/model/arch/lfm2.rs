@@ -1,7 +1,7 @@
 //! LFM 2: short convolutions in most blocks, attention in the others; dense, or with routed experts behind dense blocks.
 
 use super::{Architecture, Family, PLAIN, ROUTER_KEYS, WINDOW, gating};
-use crate::backend::{Mask, Recurrent, RopeKind, Router};
+use crate::backend::{Mask, Recurrent, RopeKind, Router, TAPS_MAX};
 use crate::model::build::{ATTENTION, Attention, Builder, Choose, FEED_FORWARD, HeadNorms, MIXTURE, Mixture};
 use crate::model::hparams::{Keys, limit};
 use crate::model::{HParams, ModelError};
@@ -48,7 +48,7 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
         let what = format!("an array of {} numbers was expected, 0 for blocks with a convolution", h.n_layers);
         return Err(keys.error(HEADS, what));
     }
-    let taps = keys.required(TAPS, 64)?;
+    let taps = keys.required(TAPS, TAPS_MAX)?;
     let channels = h.n_embd;
     h.recurrent = Some(Recurrent {
         layers: 0,

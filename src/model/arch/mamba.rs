@@ -1,7 +1,7 @@
 //! Mamba 2, and Nemotron H, whose blocks are a state space, attention or a feed-forward part each.
 
 use super::{Architecture, Family, PLAIN};
-use crate::backend::{Activation, Recurrent};
+use crate::backend::{Activation, Recurrent, TAPS_MAX};
 use crate::model::build::{ATTENTION, Attention, Builder, FEED_FORWARD, FeedForward, Reads};
 use crate::model::hparams::{Keys, limit};
 use crate::model::{HParams, ModelError};
@@ -68,7 +68,7 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
         return Err(keys.error(HEADS, what));
     }
     let state = keys.required(STATE, limit::HEAD_DIM)?;
-    let (taps, channels) = (keys.required(TAPS, 64)?, inner + 2 * n_keys * state);
+    let (taps, channels) = (keys.required(TAPS, TAPS_MAX)?, inner + 2 * n_keys * state);
     let dim = inner / n_values;
     h.recurrent =
         Some(Recurrent { layers: 0, sequences: 0, taps, channels, n_keys, n_values, dim, state, scans: true });

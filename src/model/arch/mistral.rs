@@ -18,12 +18,12 @@ pub(super) const MISTRAL3: Architecture = Architecture {
             h.router = Router::softmax(true, 1.0);
         }
         const ORIGINAL: &str = "rope.scaling.original_context_length";
-        if let Some(by) = keys.float("attention.temperature_scale")?.filter(|t| *t != 0.0) {
+        if let Some(by) = keys.or_none("attention.temperature_scale")? {
             let every = keys.required(ORIGINAL, limit::CTX)?;
             h.by_position = Some((by, every as f32, 0.0));
         }
         if let (RopeScaling::Yarn { factor, .. }, Some(m)) =
-            (h.rope_scaling, keys.float("rope.scaling.yarn_log_multiplier")?.filter(|m| *m != 0.0))
+            (h.rope_scaling, keys.or_none("rope.scaling.yarn_log_multiplier")?)
         {
             h.rope_magnitude = 1.0 / (1.0 + 0.1 * m * factor.max(1.0).ln());
         }

@@ -2,7 +2,7 @@
 //! with routed experts beside a gated shared one.
 
 use super::{Architecture, Family, PLAIN, set_blocks_apart};
-use crate::backend::{Recurrent, RopeKind, Router};
+use crate::backend::{DELTA_DIM_MAX, Recurrent, RopeKind, Router, TAPS_MAX};
 use crate::model::build::{
     ATTENTION, Attention, Builder, FEED_FORWARD, FeedForward, HeadNorms, MIXTURE, Mixture, Reads,
 };
@@ -51,11 +51,11 @@ fn settle(keys: &Keys<'_>, h: &mut HParams) -> Result<(), ModelError> {
     }
     let interval = keys.size(INTERVAL, limit::LAYERS)?.unwrap_or(4);
     h.attends = (0..h.n_layers).map(|i| (i + 1).is_multiple_of(interval)).collect();
-    let dim = keys.required("ssm.state_size", limit::HEAD_DIM)?;
+    let dim = keys.required("ssm.state_size", DELTA_DIM_MAX)?;
     let r = Recurrent {
         layers: 0,
         sequences: 0,
-        taps: keys.required("ssm.conv_kernel", 64)?,
+        taps: keys.required("ssm.conv_kernel", TAPS_MAX)?,
         channels: 0,
         n_keys: keys.required("ssm.group_count", limit::HEADS)?,
         n_values: keys.required("ssm.time_step_rank", limit::HEADS)?,
