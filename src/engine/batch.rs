@@ -21,7 +21,7 @@ pub(super) struct Weighed {
     pub decode_s: f64,
     /// Seconds of computing from a request to stop until it is heard.
     pub stop_s: f64,
-    /// Layers whose experts have caches in RAM or slots in VRAM.
+    /// Layers whose experts have caches in RAM or slots in VRAM; one more if parts are cut that were to be.
     pub caches: usize,
 }
 

@@ -352,8 +352,8 @@ impl<'a> Subject<'a> {
             rates
         };
         let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
-        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
         let slices = sliced.as_ref().map(|s| s.part);
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref(), slices))?;
         let rooms = (vram_room, Some(ram_room));
         let recipe = Recipe::new(file, &plan, options, rooms, asked.get(), division.as_ref(), slices);
         let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options));
@@ -397,6 +397,7 @@ impl<'a> Subject<'a> {
     /// What passes of so many tokens do for a prompt; `None` where they have no room, or a rate is not known.
     fn weighed(&self, options: &Options, prompt: usize) -> Option<Weighed> {
         let (based, batch) = (self.based(options).ok()?, options.max_batch);
+        let cut = based.slices.is_some() && matches!(options.slices, Slices::Of(_));
         let work = based.work(self.machine);
         let seconds = |tokens| Some(work.prefill_bound(tokens)?.seconds);
         let pass_s = seconds(batch)?;
@@ -407,7 +408,7 @@ impl<'a> Subject<'a> {
             pass_s,
             decode_s: work.decode_bound().1?.seconds,
             stop_s: work.stop_s(batch)?,
-            caches: based.plan.caches.len() + based.plan.device_caches.len(),
+            caches: based.plan.caches.len() + based.plan.device_caches.len() + usize::from(cut),
         })
     }
 }

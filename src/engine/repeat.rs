@@ -110,10 +110,11 @@ impl Recipe {
     ///
     /// # Errors
     /// If sites are others, so that bits would be.
-    pub(super) fn check(&self, division: Option<&Division>) -> Result<(), EngineError> {
+    pub(super) fn check(&self, division: Option<&Division>, slices: Option<u32>) -> Result<(), EngineError> {
         match self.divided == divided(division) {
-            true => Ok(()),
-            false => Err(self.refused(RepeatError::OtherSites)),
+            true if self.slices == slices => Ok(()),
+            _ if self.slices.is_some() && slices.is_none() => Err(self.refused(RepeatError::Whole)),
+            _ => Err(self.refused(RepeatError::OtherSites)),
         }
     }
 }

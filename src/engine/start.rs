@@ -155,7 +155,7 @@ impl Session {
         };
         let options = Options { expert_slots, ..options };
         let file = model;
-        let sliced = match &memory {
+        let mut sliced = match &memory {
             Some(memory) => {
                 let room = planned_room(weights_room(options.vram, memory.memory()?), &sizes, &options)?;
                 let beside = backend.computes_in_ram().is_some();
@@ -165,6 +165,17 @@ impl Session {
             }
             None => None,
         };
+        let mut planned = None;
+        if let (Some(of), Some(memory)) = (&sliced, &memory) {
+            // Pieces of rows are on no drive.
+            let in_memory = Options { storage: false, ..options.clone() };
+            match plan_on_device(&of.model, &of.sizes, memory, &in_memory, &mut notes) {
+                Ok(plan) => planned = Some(plan),
+                // VRAM that was counted with is not there, and RAM has no room for what it would have held: parts stay whole.
+                Err(EngineError::Plan(_)) if options.repeat.is_none() => sliced = None,
+                Err(e) => return Err(e),
+            }
+        }
         let slices = sliced.as_ref().map(|s| s.part);
         let (model, sizes) = match sliced {
             Some(Sliced { model, sizes, .. }) => (model, sizes),
@@ -176,9 +187,8 @@ impl Session {
                 (make_plan(&model, &sizes, None, workspace, &options)?, None, None)
             }
             Some(memory) => {
-                // Pieces of rows are on no drive, also where VRAM is refused and weights get less of it.
-                let within = Options { storage: options.storage && slices.is_none(), ..options.clone() };
-                let (plan, room, on_device) = plan_on_device(&model, &sizes, memory, &within, &mut notes)?;
+                let on_device = |notes: &mut _| plan_on_device(&model, &sizes, memory, &options, notes);
+                let (plan, room, on_device) = planned.take().map_or_else(|| on_device(&mut notes), Ok)?;
                 (plan, Some(room), Some(on_device))
             }
         };
@@ -221,7 +231,7 @@ impl Session {
         let division = backend
             .computes_in_ram()
             .and_then(|threads| Division::new(&model, &plan, &options, &|| site_rates(threads)));
-        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref()))?;
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref(), slices))?;
         let recipe = Recipe::new(&file, &plan, &options, (room, options.ram), asked.get(), division.as_ref(), slices);
         notes.extend(plan.too_few_slots.map(too_few_slots));
         let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);

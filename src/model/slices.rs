@@ -103,9 +103,7 @@ impl Model {
     /// The feed-forward parts that can be cut, by stage; none of a model whose passes have anything but fused calls, or experts.
     fn wholes(&self) -> Vec<Option<Whole>> {
         let tape = Tape::new(self);
-        let h = &self.hparams;
-        // What waits has rows as wide as X.
-        let plain = tape.beyond(self).is_none() && h.n_experts == 0 && h.n_heads * h.head_dim >= h.n_embd;
+        let plain = tape.beyond(self).is_none() && self.hparams.n_experts == 0;
         let stages = self.stages.iter().zip(&tape.stages);
         stages.map(|(stage, calls)| Whole::of(stage, calls).filter(|_| plain)).collect()
     }

@@ -16,6 +16,8 @@ pub struct SiteRates {
 /// Seconds from the end of the device's work to the beginning of the processors', and back, by which work is divided: measured while
 /// copies fill the link. A constant, so that a division does not change with each measurement.
 const HAND_OVER_S: f64 = 50e-6;
+/// The same where the link rests, and a pass is recorded.
+const HAND_OVER_IDLE_S: f64 = 16e-6;
 /// Share of what plain reads by as many threads bring beside a full link at which one-token products of Q8_0 read weights: 1.02 to 1.07 with 8,
 /// 12 and 15 threads on an H200's machine, 0.93 to 0.99 on those of three calls before (16 processors of a Xeon).
 const PRODUCTS: f64 = 1.0;
@@ -65,7 +67,7 @@ impl SiteRates {
     /// `carried`; the device has `here` bytes of its own. The sites work in turn, the link beside them.
     pub fn pass_s(&self, computed: u64, parts: usize, carried: u64, here: u64) -> f64 {
         let on_device = (here + carried) as f64 / self.device;
-        let chain = computed as f64 / self.ram + on_device + parts as f64 * HAND_OVER_S;
+        let chain = computed as f64 / self.ram + on_device + parts as f64 * hand_over_s(carried as f64);
         chain.max(carried as f64 / self.link)
     }
 }
@@ -95,6 +97,11 @@ fn between(fewer: &[Fewer], most: (usize, f64, f64), threads: usize) -> Option<(
         below = at;
     }
     Some((most.1, most.2))
+}
+
+/// Seconds of a hand-over where so many bytes are carried.
+fn hand_over_s(carried: f64) -> f64 {
+    if carried > 0.0 { HAND_OVER_S } else { HAND_OVER_IDLE_S }
 }
 
 impl Machine {
@@ -129,7 +136,7 @@ pub fn best_slice(others: u64, (all, here): (u64, u64), n: usize, steps: u32, ra
         let own = all as f64 - computed;
         let carried = (own - here as f64).max(0.0);
         // Both sites work on each part at once, and the link beside them.
-        let parts = (own / rates.device).max(computed / rates.ram + n as f64 * HAND_OVER_S);
+        let parts = (own / rates.device).max(computed / rates.ram + n as f64 * hand_over_s(carried));
         (others as f64 / rates.device + parts).max(carried / rates.link)
     };
     let all_of_them = (1..steps).map(|part| (part, seconds(part)));

@@ -101,3 +101,32 @@ fn what_cannot_be_cut_is_whole() {
     assert_eq!(slices(&path, Options { vram: None, ..o.clone() }), None, "all fits");
     assert_eq!(slices(&routed, Options { vram: Some(900 << 10), ..o }), None);
 }
+
+/// Where VRAM that was counted with is refused and RAM has no room for what it would have held, parts are whole: a drive has no pieces
+/// of rows.
+#[test]
+fn what_is_cut_is_never_read_from_storage() {
+    let d = tempfile::tempdir().unwrap();
+    let path = common::sized(6, 64, 384).write(d.path(), "m.gguf");
+    let opened = Opened::open(&path).unwrap();
+    let of = |ram: u64, refused: u64| {
+        let taken = if refused > 0 { TOTAL - ((1500 - refused) << 10) } else { 0 };
+        let o = Options { ram: Some(ram << 10), ..sliced(1500, 128) };
+        let mut session = start(&opened, o, &Arc::new(Memory { taken, ..Memory::default() })).ok()?;
+        let from_storage = session.homes().contains(&Home::C);
+        Some((session.slices().is_some(), from_storage, logits(&mut session).unwrap()))
+    };
+    let (cut, whole) = (of(4096, 0).unwrap(), of(1200, 0).unwrap());
+    assert!(cut.0 && !cut.1 && !whole.0 && whole.1);
+    let mut met = [0; 2];
+    for refused in [100, 300, 600] {
+        for ram in (2300..=2800).step_by(100) {
+            let Some((sliced, from_storage, got)) = of(ram, refused) else { continue };
+            assert!(!(sliced && from_storage), "{ram} KiB, {refused} KiB refused");
+            let far = nmse(&got, &whole.2);
+            assert!(if sliced { got == cut.2 } else { far < 1e-10 }, "{ram} KiB, {refused} KiB refused: {far}");
+            met[usize::from(sliced)] += 1;
+        }
+    }
+    assert!(met[0] > 0 && met[1] > 0, "{met:?}");
+}

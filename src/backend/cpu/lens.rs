@@ -83,7 +83,8 @@ impl Lens {
             quantised,
             task_rows,
             row: product(&[exact, packets(widest)]),
-            q: product(&[t, q_dim.max(d.n_attn)]),
+            // What slices of feed-forward parts add waits there.
+            q: product(&[t, q_dim.max(d.n_attn).max(d.n_embd)]),
             kv: product(&[t, kv_dim]),
             hidden: product(&[t, d.n_ff]),
             up: if d.beyond.is_some() { product(&[t, d.n_ff]) } else { 0 },

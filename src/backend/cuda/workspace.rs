@@ -238,7 +238,8 @@ impl Sizes {
         Sizes {
             x: float_bytes(batch, d.n_embd),
             q: float_bytes(batch, heads),
-            attn: float_bytes(batch, heads.max(d.n_attn).max(still)),
+            // What slices of feed-forward parts add waits there.
+            attn: float_bytes(batch, heads.max(d.n_attn).max(still).max(d.n_embd)),
             kv: float_bytes(batch, kv),
             ff: float_bytes(batch, ff).max(float_bytes(pairs, d.n_ff_expert)),
             norm_f: float_bytes(batch, d.n_embd).max(float_bytes(few, wide)),

@@ -39,6 +39,11 @@ pub enum RepeatError {
         "other units would be computed by processors than were (forced routing, another GPU or drive, or a file that was changed)"
     )]
     OtherSites,
+    /// Feed-forward parts would be whole.
+    #[error(
+        "its feed-forward parts are cut between a GPU and processors next to it, and here there is less VRAM or RAM than that takes, or no such processors"
+    )]
+    Whole,
 }
 
 /// Why `--plan` gives no plan.
@@ -82,7 +87,7 @@ pub enum RecipeFault {
     #[error("{}", .0.message().replace('\n', ", "))]
     Toml(#[from] toml::de::Error),
     /// Names that are none.
-    #[error("tiers or sites are no such")]
+    #[error("tiers, sites, buffers, slices or types are no such")]
     Names,
     /// Not one plan.
     #[error("it holds {0} plans in place of one")]
