@@ -345,6 +345,99 @@ fn a_plan_is_saved_and_repeated() {
     let again = json(&[&run[..], &["--plan", first["plan_id"].as_str().unwrap()]].concat());
     assert_eq!((&first["plan_id"], &first["tokens"]), (&again["plan_id"], &again["tokens"]));
     refused(&["run", small, "-p", "x", "--backend", "cpu", "--plan", file], 4, &[id, "another shape"]);
+    let id = first["plan_id"].as_str().unwrap();
+    refused(&[&run[..], &["--plan", id, "--ram", "1GiB"]].concat(), 2, &["--ram"]);
+
+    // Bits follow from the type of the cache, so that it is part of a plan, and comes with it.
+    let wide = json(&[&run[..], &["--kv", "f32"]].concat());
+    let wide_id = wide["plan_id"].as_str().unwrap();
+    assert_ne!(wide_id, id);
+    let again = json(&[&run[..], &["--plan", wide_id]].concat());
+    assert_eq!((&wide["plan_id"], &wide["tokens"]), (&again["plan_id"], &again["tokens"]));
+    refused(&[&run[..], &["--plan", id, "--kv", "f32"]].concat(), 4, &[id, "F16", "F32", "--kv"]);
+    refused(&[&run[..], &["--plan", wide_id, "--kv", "f16"]].concat(), 4, &[wide_id, "--kv"]);
+    let logits = ["logits", small, "--tokens", "1,2", "--backend", "cpu", "-o", "/dev/null", "--plan"];
+    assert_eq!(with(&[&logits[..], &[id]].concat()).0, Some(0));
+
+    // What would become another plan is not made in its place: weights of this one may lie on storage, of that one not.
+    let streams = json(&[&run[..], &["--tiers", "0:2:4"]].concat());
+    let id = streams["plan_id"].as_str().unwrap();
+    assert_eq!(json(&[&run[..], &["--plan", id]].concat())["plan_id"], id);
+    refused(&[&run[..], &["--plan", id, "--tier-c", "none"]].concat(), 4, &[]);
+    let all = json(&["plan", path, "--machine", "h100", "--ctx", "1024", "--site", "gpu", "--save", file]);
+    let id = all["plan_id"].as_str().unwrap();
+    assert_eq!(all["plan"]["b"]["units"], 0);
+    refused(&["plan", path, "--machine", "rtx-5060-ti", "--plan", file], 4, &[id, "differs in the room"]);
+}
+
+/// Guards against a plan of this machine that chooses buffers by guesses, which a run does not; and against a run that takes others once
+/// rates were measured.
+#[test]
+fn a_plan_of_this_machine_is_that_of_a_run() {
+    let d = tempfile::tempdir().unwrap();
+    let m = common::sized(4, 128, 1024).write(d.path(), "m.gguf").display().to_string();
+    let with = |args: &[&str]| -> Value {
+        let common = ["--backend", "cpu", "--tiers", "0:2:2", "--ram", "64MiB", "--ctx", "64", "--json"];
+        let args = [&[args[0], &m[..]], &args[1..], &common].concat();
+        let out =
+            std::process::Command::new(common::bin()).args(&args).env("XDG_CACHE_HOME", d.path()).output().unwrap();
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let same = || {
+        let (planned, run) = (with(&["plan"]), with(&["run", "-p", "x", "-n", "2"]));
+        for key in ["plan_id", "n_buffers"] {
+            assert_eq!(planned[key], run[key], "{key}");
+        }
+    };
+    same();
+    let mut probe = std::process::Command::new(common::bin());
+    probe.args(["probe", "storage", &m, "--seconds", "0.1", "--json"]).env("XDG_CACHE_HOME", d.path());
+    let probed = probe.output().unwrap();
+    assert!(probed.status.success(), "{}", String::from_utf8_lossy(&probed.stderr));
+    same();
+}
+
+/// A plan of a GPU with so many bytes of VRAM.
+fn with_vram(model: &str, bytes: u64, more: &[&str]) -> std::process::Output {
+    let vram = bytes.to_string();
+    let args =
+        ["plan", model, "--machine", "rtx-4090", "--backend", "cuda", "--ctx", "64", "--batch", "16", "--vram", &vram];
+    nt(&[&args[..], more].concat())
+}
+
+/// Bytes of VRAM that would do, by what the refusal of 300 MiB says.
+fn enough_vram(model: &str) -> u64 {
+    let refused = with_vram(model, 300 << 20, &[]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    let missing = said.split("; ").find_map(|part| part.strip_suffix(" more of VRAM would do"));
+    (300 << 20) + nt::plan::parse_size(&missing.unwrap_or_else(|| panic!("{said}")).replace(' ', "")).unwrap()
+}
+
+/// A refusal for want of VRAM says how much is missing.
+#[test]
+fn what_vram_lacks_is_told_in_bytes() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf").display().to_string();
+    assert!(with_vram(&m, enough_vram(&m), &[]).status.success());
+}
+
+/// Guards against a prediction that exceeds its own bound or falls where VRAM grows, by which experts few simulated passes happen to
+/// choose. Buffers are chosen to a hundredth, and what is simulated spreads still.
+#[test]
+fn predictions_keep_below_their_bounds_and_do_not_fall_with_more_vram() {
+    let d = tempfile::tempdir().unwrap();
+    let m = common::many_experts(6).write(d.path(), "m.gguf").display().to_string();
+    let enough = enough_vram(&m);
+    let mut best: f64 = 0.0;
+    for vram in (0..20).map(|i| enough + (i << 19)) {
+        let v: Value = serde_json::from_slice(&with_vram(&m, vram, &["--json"]).stdout).unwrap();
+        let most = v["roofline"]["decode"]["tokens_per_s"].as_f64().unwrap();
+        assert!(speed(&v) <= most * (1.0 + 1e-9), "{vram}: {} of {most}", speed(&v));
+        assert!(speed(&v) > best * 0.95, "{vram}: {} behind {best}", speed(&v));
+        best = best.max(speed(&v));
+    }
 }
 
 /// Guards against prompts of 512 tokens at a time where each pass carries the same experts, and against a workspace for longer

@@ -704,6 +704,8 @@ fn options() -> Options {
         routing: None,
         curve: None,
         n_buffers: None,
+        buffers_by_guess: true,
+        prompt_ctx: 0,
         more_frames: false,
         tiers: None,
         stacked: false,

@@ -300,7 +300,7 @@ pub struct Placement {
     /// first read from a bound drive).
     #[arg(long)]
     pub verify: bool,
-    /// Type of the KV cache (default: f16; f32 for `nt logits`). q8_0 takes about half of f16, on processors, and heads whose size is
+    /// Type of the KV cache (default: f16; f32 for `nt logits`; that of --plan, where one is given). q8_0 takes about half of f16, on processors, and heads whose size is
     /// a multiple of 32.
     #[arg(long, value_enum)]
     pub kv: Option<KvArg>,

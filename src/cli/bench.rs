@@ -120,6 +120,7 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let needed = tests.iter().map(Test::positions).max().unwrap_or(1);
     let longest = tests.iter().map(|t| t.prompt.max(t.depth)).max();
     options.longest_prompt = options.longest_prompt.and(longest);
+    options.prompt_ctx = needed;
     options.outputs = tests.iter().map(Test::texts).max().unwrap_or(1);
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {
         Auto::Given(n) if n < needed => {

@@ -2,9 +2,9 @@
 
 use super::Failure;
 use crate::backend::BackendError;
-use crate::engine::{ConstraintError, EngineError, Opened, Options, RequestError, nearest};
+use crate::engine::{ConstraintError, EngineError, Opened, Options, RequestError, missing_vram, nearest};
 use crate::model::ForwardError;
-use crate::plan::Machine;
+use crate::plan::{Machine, PlanError};
 use crate::storage::StorageError;
 use crate::storage::vfio::device::OpenError;
 use crate::tokenizer::TokenizerError;
@@ -19,12 +19,19 @@ pub(super) fn template_failure(e: TokenizerError) -> Failure {
 
 /// An error with what would fit instead, if it is one of the plan.
 pub(super) fn refusal(e: EngineError, opened: &Opened, machine: impl Fn() -> Machine, options: &Options) -> Failure {
-    match e {
-        EngineError::Plan(_) => match nearest(&opened.model, &machine(), options) {
-            Some(other) => Failure::limits(format!("{e}; {other}")),
-            None => failure(e),
-        },
-        e => failure(e),
+    let of_vram = match &e {
+        EngineError::Plan(PlanError::DeviceSlotsTooLarge { .. } | PlanError::TiersTooLargeForVram { .. }) => true,
+        EngineError::Backend(BackendError::OutOfMemory { backend, .. }) => *backend != "cpu",
+        EngineError::Plan(_) => false,
+        _ => return failure(e),
+    };
+    let (model, machine) = (&opened.model, machine());
+    let missing = if of_vram { missing_vram(model, &machine, options) } else { None };
+    let missing = missing.map(|bytes| format!("{} MiB more of VRAM would do", bytes.div_ceil(1 << 20)));
+    let advice: Vec<String> = missing.into_iter().chain(nearest(model, &machine, options)).collect();
+    match advice.is_empty() {
+        true => failure(e),
+        false => Failure::limits(format!("{e}; {}", advice.join("; "))),
     }
 }
 

@@ -67,7 +67,7 @@ pub fn run(args: &ListArgs) -> Result<(), Failure> {
         library::scan_drives(&mut catalog);
     }
     let here = Here::new(BackendKind::Auto);
-    let options = Options::new(BackendKind::Auto, CTX);
+    let options = Options { buffers_by_guess: false, ..Options::new(BackendKind::Auto, CTX) };
     let models: Vec<Shown> = catalog.entries.into_iter().map(|e| look(e, &here, &options)).collect();
     if args.json {
         let all = json!({

@@ -64,6 +64,7 @@ pub fn run(args: &LogitsArgs) -> Result<(), Failure> {
     options.n_ctx = options::context(&args.placement, &opened, args.tokens.len(), args.tokens.len())?;
     options.outputs = Session::outputs_at_once(n_vocab);
     options.longest_prompt = options.longest_prompt.map(|_| args.tokens.len());
+    options.prompt_ctx = args.tokens.len();
     options.sequences = args.sequences.get();
     if options.sequences > 1 {
         // Each has as many pages as the tokens take.

@@ -13,6 +13,15 @@ use crate::storage::ReaderKind;
 pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failure> {
     let (backend, sites) = sites(p)?;
     let batch = p.batch.map_or(Options::BATCH, usize::from);
+    let found = p.plan.as_deref().map(Recipe::find).transpose();
+    let repeat = found.map_err(Failure::usage)?.map(Arc::new);
+    let kv = |arg| match arg {
+        KvArg::F16 => TensorType::F16,
+        KvArg::F32 => TensorType::F32,
+        KvArg::Q8_0 => TensorType::Q8_0,
+    };
+    // A plan that is made again has a type of its own.
+    let kv_default = repeat.as_ref().map_or(kv(kv_default), |recipe| recipe.kv_type());
     Ok(Options {
         sequences: 1,
         recent: !p.swa_full,
@@ -25,11 +34,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         copies: named_places(p)?,
         reader: reader_kind(p.reader),
         verify: p.verify,
-        kv_type: match p.kv.unwrap_or(kv_default) {
-            KvArg::F16 => TensorType::F16,
-            KvArg::F32 => TensorType::F32,
-            KvArg::Q8_0 => TensorType::Q8_0,
-        },
+        kv_type: p.kv.map_or(kv_default, kv),
         caches: true,
         expert_slots: match p.expert_cache {
             ExpertCacheArg::Auto => ExpertSlots::Auto,
@@ -40,10 +45,12 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         routing: None,
         curve: None,
         n_buffers: p.n_buffers.given(),
+        buffers_by_guess: true,
         more_frames: p.n_buffers.given().is_none(),
         tiers: p.tiers,
         stacked: p.layout == LayoutArg::Stacked,
         n_ctx: 0,
+        prompt_ctx: 0,
         max_batch: batch,
         shared_batch: batch,
         // Commands that know their prompts say how long those are.
@@ -51,10 +58,7 @@ pub(super) fn options(p: &Placement, kv_default: KvArg) -> Result<Options, Failu
         outputs: 1,
         requant: p.requant(),
         timeline: p.timeline.is_some(),
-        repeat: match &p.plan {
-            Some(given) => Some(Arc::new(Recipe::find(given).map_err(Failure::usage)?)),
-            None => None,
-        },
+        repeat,
     })
 }
 

@@ -87,6 +87,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     options.routing = args.routing.as_ref().map(|r| r.of(&opened)).transpose()?;
     let routing = options.routing.as_ref().map_or_else(|| "each expert as likely".into(), |r| r.describe());
     let trained = opened.model.hparams.n_ctx_reach;
+    // On this machine a plan is what a run makes.
+    options.buffers_by_guess = args.machine.is_some() || args.link.is_some() || args.drive.is_some();
     // Of a machine that one does not have, all processors compute.
     options.threads = args.placement.threads.given().unwrap_or(machine.cpu.threads);
     options.n_ctx = match args.placement.ctx(&opened.model.hparams) {

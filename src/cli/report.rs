@@ -11,7 +11,7 @@ use crate::engine::{BatchSizes, Generation, Links, Opened, Options, Predicted, R
 use crate::flow::Latencies;
 use crate::machine;
 use crate::model::SLICE_PARTS;
-use crate::plan::{Home, LinkName, format_bytes};
+use crate::plan::{Home, LinkName, SHARE_MAX, format_bytes};
 
 /// Figures of a session, ready to print. What was not measured is `None`.
 pub struct Report {
@@ -379,19 +379,16 @@ impl Report {
         self.write_waits(out)?;
         if let Some((tokens_per_s, bound_by)) = self.links.roofline() {
             let from = self.links.ceilings_from.map_or(String::new(), |f| format!(" ({f})"));
-            let share = self
-                .decode_tokens_per_s
-                .map_or(String::new(), |t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
+            let share = self.decode_tokens_per_s.map_or(String::new(), |t| reached(t / tokens_per_s));
             writeln!(out, "roofline  {tokens_per_s:.2} tokens/s, bound by {bound_by}{share}{from}")?;
         }
         if let Some(p) = &self.predicted {
             let tokens_per_s = 1.0 / p.pass.seconds;
-            let reached = self.decode_tokens_per_s.map(|t| format!(", reached {:.0} %", t / tokens_per_s * 100.0));
+            let share = self.decode_tokens_per_s.map_or(String::new(), |t| reached(t / tokens_per_s));
             writeln!(
                 out,
-                "predicted {tokens_per_s:.2} tokens/s by the ring's simulator, most busy is {}{}",
+                "predicted {tokens_per_s:.2} tokens/s by the ring's simulator, most busy is {}{share}",
                 p.pass.bound_by(&p.rates).name(),
-                reached.unwrap_or_default()
             )?;
         }
         if let Some(rss) = self.peak_rss_bytes {
@@ -400,6 +397,14 @@ impl Report {
             writeln!(out, "memory    {} at most{vram}", format_bytes(rss))?;
         }
         Ok(())
+    }
+}
+
+/// Which share of a prediction a run reached, for the end of a line. More than [`SHARE_MAX`] says nothing of the run.
+fn reached(share: f64) -> String {
+    match share <= SHARE_MAX {
+        true => format!(", reached {:.0} %", share * 100.0),
+        false => "; the run was faster than what this counts with: if the machine was busy when `nt probe` or `nt bench` measured it, they measure it again".into(),
     }
 }
 
@@ -551,6 +556,16 @@ impl Text {
 mod tests {
     use super::*;
     use crate::engine::StopReason;
+
+    /// After a probe under load a run was said to have reached 298 % of what was predicted.
+    #[test]
+    fn a_run_that_beats_its_prediction_shows_that_this_is_wrong() {
+        assert_eq!((reached(0.934), reached(1.04)), (", reached 93 %".into(), ", reached 104 %".into()));
+        for share in [2.98, f64::INFINITY] {
+            let said = reached(share);
+            assert!(said.contains("nt probe") && !said.contains('%'), "{said}");
+        }
+    }
 
     /// A prompt that was interrupted was said to have been evaluated in 0.00 s.
     #[test]

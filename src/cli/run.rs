@@ -114,6 +114,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut options = options(&args.placement, KvArg::F16)?;
     options.n_ctx = context(&args.placement, &opened, tokens.len(), needed_context(tokens.len(), args.n))?;
     options.longest_prompt = options.longest_prompt.map(|_| tokens.len());
+    options.prompt_ctx = tokens.len();
     options.timeline |= args.html.is_some();
     let watch = prepare(&args.placement);
     let mut session = start(&opened, options, true, &watch)?;

@@ -23,7 +23,7 @@ use crate::model::{Model, Requantised, Tape, takes_nearly_all};
 use crate::pipeline::{Event, EventKind};
 use crate::plan::{
     self, COPY_GAP_S, Cache, Caching, Costs, Home, Machine, Outcome, PassWork, Plan, Rates, Roofline, Setup, Shares,
-    SimUnit, Site, SiteRates, Tiers, Traffic, UnitPart, UnitWork, format_at_least, pass_s, roofline,
+    SimUnit, Site, SiteRates, Traffic, UnitPart, UnitWork, pass_s, roofline,
 };
 use crate::storage::Alignment;
 
@@ -34,7 +34,7 @@ pub(super) const PASSES_SHOWN: usize = 6;
 /// Prefill passes that are simulated one by one.
 const PASSES_RUN: usize = 6;
 /// How direct reads are aligned on common drives.
-const DIRECT: Alignment = Alignment { memory: 512, offset: 4096 };
+pub(super) const DIRECT: Alignment = Alignment { memory: 512, offset: 4096 };
 
 /// A plan and what it will do.
 #[derive(Clone, Debug)]
@@ -113,7 +113,8 @@ pub struct Prediction {
 impl Forecast {
     /// Plans `model` on `machine` as a session with `options` would, and predicts its speed with a prompt
     /// of `prompt` tokens. Where the number of buffers is not given, it is the smallest whose pass takes
-    /// no more than a hundredth longer than with the best.
+    /// no more than a hundredth longer than with the best; what a plan has by itself where rates are guesses by which
+    /// `options` choose none.
     ///
     /// # Errors
     /// Where nothing fits the limits, or a GPU is asked for that is not there.
@@ -129,7 +130,8 @@ impl Forecast {
         let options = &subject.with_batch(options);
         let with = |n_buffers| Forecast::of(&subject, &Options { n_buffers, ..options.clone() }, prompt);
         let first = with(options.n_buffers)?;
-        if options.n_buffers.is_some() || options.repeat.is_some() || first.n_buffers() == 0 {
+        let chosen = options.n_buffers.is_some() || options.repeat.is_some() || first.n_buffers() == 0;
+        if chosen || !(options.buffers_by_guess || first.by_measured_rates(machine)) {
             return Ok(first);
         }
         let seconds = |f: &Forecast| f.prediction.simulated.map(|s| s.seconds);
@@ -155,6 +157,13 @@ impl Forecast {
     /// The model whose units these are, of `file`: it, or the same with its feed-forward parts cut.
     pub fn model<'a>(&'a self, file: &'a Model) -> &'a Model {
         self.based.sliced.as_deref().unwrap_or(file)
+    }
+
+    /// Whether the rates of all that is brought or read of VRAM were measured.
+    fn by_measured_rates(&self, machine: &Machine) -> bool {
+        let storage = machine.storage.as_ref().is_some_and(|s| s.read.measured);
+        let link = machine.gpu.as_ref().is_some_and(|g| g.link.measured && g.memory.measured);
+        (self.tier(Home::C).0 == 0 || storage) && (self.based.site == Site::Cpu || link)
     }
 
     /// `options`, from which this was made, with the tokens of a pass that the plan chose.
@@ -251,9 +260,9 @@ impl Forecast {
 }
 
 /// A plan, and the sizes that it was made for.
-struct Planned {
+pub(super) struct Planned {
     site: Site,
-    plan: Plan,
+    pub plan: Plan,
     workspace_bytes: u64,
     ram_workspace_bytes: u64,
     vram_room: Option<u64>,
@@ -263,7 +272,12 @@ struct Planned {
 }
 
 /// The plan that a session with `options` would make on `machine`.
-fn planned(model: &Model, machine: &Machine, options: &Options, sizes: &Sizes) -> Result<Planned, EngineError> {
+pub(super) fn planned(
+    model: &Model,
+    machine: &Machine,
+    options: &Options,
+    sizes: &Sizes,
+) -> Result<Planned, EngineError> {
     model.hparams.check_window(options.n_ctx)?;
     model.hparams.check_cache(options.kv_type)?;
     let site = site(model, machine, options)?;
@@ -353,9 +367,9 @@ impl<'a> Subject<'a> {
         };
         let division = rates.and_then(|rates| Division::new(model, &plan, options, &|| rounded(rates)));
         let slices = sliced.as_ref().map(|s| s.part);
-        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref(), slices))?;
         let rooms = (vram_room, Some(ram_room));
         let recipe = Recipe::new(file, &plan, options, rooms, asked.get(), division.as_ref(), slices);
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(&recipe))?;
         let (living, division) = as_living(model, &plan, division, slot_hits(model, &plan, options));
         let timed = |d: Division| Some(d.timed(&units, &rates?, &machine.gpu.as_ref()?.costs));
         let beside = division.and_then(timed);
@@ -507,7 +521,8 @@ impl Prediction {
         let &Work { units, plan, machine, site, .. } = work;
         let rates = rates(machine);
         let (traffic, decode) = work.decode_bound();
-        let simulated = decode.map(|_| work.setup(&rates, true).settled(&work.decode()));
+        let settled = |least: Roofline| work.setup(&rates, true).settled(&work.decode()).at_least(least.seconds);
+        let simulated = decode.map(settled);
         let batch = prompt.clamp(1, max_batch);
         let prefill = work.prefill_bound(batch);
         let resident = units.iter().zip(&plan.homes).filter(|(_, h)| **h != Home::C).map(|(u, _)| u.bytes).sum::<u64>();
@@ -670,7 +685,7 @@ pub fn refused_by_gpu(model: &Model, options: &Options) -> Option<BackendError> 
     CudaBackend::refuses(&dims_of(model, options))
 }
 
-fn ram_budget(machine: &Machine) -> Option<u64> {
+pub(super) fn ram_budget(machine: &Machine) -> Option<u64> {
     let ram = &machine.ram;
     let available = ram.available.unwrap_or(ram.size / 16 * 15);
     let of_size = machine::Memory { total: Some(ram.size), available: Some(available), ..machine::Memory::default() };
@@ -707,85 +722,8 @@ fn vram_room(machine: &Machine, workspace: u64, limit: Option<u64>) -> u64 {
     weights_room(limit, MemoryUse { used, free: vram.saturating_sub(taken + used) })
 }
 
-/// Of what a machine can spare, what counts for advice: by the time that it is followed, a little less may be free.
-const ADVICE_SHARE: u64 = 97;
-/// Least context that is recommended.
-const CTX_ADVISED_MIN: usize = 128;
-/// Most `--ram` that is recommended, in MiB.
-const RAM_ADVISED_MAX: u64 = 1 << 30;
-
-/// What would fit in place of options that do not, as a sentence; `None` if nothing was found.
-pub fn nearest(model: &Model, machine: &Machine, options: &Options) -> Option<String> {
-    let requant = requantised(model, options).ok()?;
-    let sizes = Sizes::new(model, requant.as_ref(), options.threads, &|_| DIRECT);
-    let mut tight = machine.clone();
-    tight.ram.budget = ram_budget(machine).map(|b| b / 100 * ADVICE_SHARE);
-    // Cut or not, as much fits.
-    let whole = |o: &Options| Options { slices: Slices::Off, ..o.clone() };
-    let plan = |o: &Options| planned(model, &tight, &whole(o), &sizes).ok().map(|p| p.plan);
-    let fits = |o: &Options| plan(o).is_some();
-    if options.tiers.is_some()
-        && let Some(p) = plan(&Options { tiers: None, ..options.clone() })
-        && let Some(t) = tiers_near(&blocks_of(&works(model, &sizes.layouts), &p.homes), &|tiers| {
-            fits(&Options { tiers: Some(tiers), ..options.clone() })
-        })
-    {
-        return Some(format!("--tiers {}:{}:{} fits", t.a, t.b, t.c));
-    }
-    if options.n_buffers.is_some_and(|n| n > 2) && fits(&Options { n_buffers: Some(2), ..options.clone() }) {
-        return Some("--n-buffers 2 fits".into());
-    }
-    let mut n_ctx = options.n_ctx;
-    while n_ctx > CTX_ADVISED_MIN {
-        n_ctx /= 2;
-        if fits(&Options { n_ctx, ..options.clone() }) {
-            return Some(format!("--ctx {n_ctx} fits"));
-        }
-    }
-    if !options.storage && fits(&Options { storage: true, ..options.clone() }) {
-        return Some("without --tier-c none it fits, with the rest on storage".into());
-    }
-    let with_ram = |mib: u64| fits(&Options { ram: Some(mib << 20), ..options.clone() });
-    if let Some(mib) = least(options.ram.unwrap_or(0) >> 20, RAM_ADVISED_MAX, with_ram) {
-        return Some(format!("--ram {} would fit", format_at_least(mib << 20)));
-    }
-    fits(&Options { backend: BackendKind::Cpu, ..options.clone() }).then(|| "--backend cpu fits".into())
-}
-
-/// Counts of blocks near those of `homes` that fit. Where the plan is free, both parts of a block may have other homes,
-/// so the counts of one part alone may be too large.
-fn tiers_near(homes: &[Home], fits: &dyn Fn(Tiers) -> bool) -> Option<Tiers> {
-    let count = |home| homes.iter().filter(|h| **h == home).count();
-    let mut t = Tiers { a: count(Home::A), b: count(Home::B), c: count(Home::C) };
-    loop {
-        if fits(t) {
-            return Some(t);
-        }
-        match &mut t {
-            Tiers { b, .. } if *b > 0 => *b -= 1,
-            Tiers { a, .. } if *a > 0 => *a -= 1,
-            _ => return None,
-        }
-        t.c += 1;
-    }
-}
-
-/// The least number above `low`, up to `high`, for which `fits` holds, which holds from there on.
-fn least(mut low: u64, high: u64, fits: impl Fn(u64) -> bool) -> Option<u64> {
-    let mut top = low.max(1);
-    while !fits(top) {
-        low = top;
-        top = top.checked_mul(2).filter(|n| *n <= high)?;
-    }
-    while top - low > 1 {
-        let mid = low + (top - low) / 2;
-        if fits(mid) { top = mid } else { low = mid }
-    }
-    Some(top)
-}
-
 /// The home of each block: of its feed-forward part, or of its shared part where it has experts.
-fn blocks_of(units: &[UnitWork], homes: &[Home]) -> Vec<Home> {
+pub(super) fn blocks_of(units: &[UnitWork], homes: &[Home]) -> Vec<Home> {
     homes_of(units, homes, &[UnitPart::FeedForward, UnitPart::Shared])
 }
 
@@ -817,8 +755,5 @@ impl Forecast {
 /// one that it needs is a guess or nothing streams.
 pub fn choose_buffers(model: &Model, machine: &Machine, options: &Options) -> Option<usize> {
     let f = Forecast::new(model, machine, options, 1).ok()?;
-    let storage = machine.storage.as_ref().is_some_and(|s| s.read.measured);
-    let link = machine.gpu.as_ref().is_some_and(|g| g.link.measured && g.memory.measured);
-    let known = (f.tier(Home::C).0 == 0 || storage) && (f.based.site == Site::Cpu || link);
-    (known && f.n_buffers() > 0).then(|| f.n_buffers())
+    (f.by_measured_rates(machine) && f.n_buffers() > 0).then(|| f.n_buffers())
 }

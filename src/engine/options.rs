@@ -52,6 +52,8 @@ pub struct Options {
     pub curve: Option<Arc<HitCurve>>,
     /// Slots of the ring; `None` to choose.
     pub n_buffers: Option<usize>,
+    /// Whether a forecast chooses them by rates that are guesses, too, which a session on this machine does not.
+    pub buffers_by_guess: bool,
     /// Whether experts may have more frames on a device than that, so that a prompt's are brought while its attention is computed.
     pub more_frames: bool,
     /// Counts of blocks per tier; `None` to choose.
@@ -60,6 +62,8 @@ pub struct Options {
     pub stacked: bool,
     /// Positions of the KV cache.
     pub n_ctx: usize,
+    /// Of these, the positions of a prompt that is known: no fewer are advised where more do not fit.
+    pub prompt_ctx: usize,
     /// Tokens a pass may carry.
     pub max_batch: usize,
     /// Tokens of prompts in a pass while other texts wait for theirs, if that is fewer.
@@ -104,10 +108,12 @@ impl Options {
             routing: None,
             curve: None,
             n_buffers: None,
+            buffers_by_guess: true,
             more_frames: true,
             tiers: None,
             stacked: false,
             n_ctx,
+            prompt_ctx: 0,
             max_batch: Options::BATCH,
             shared_batch: Options::BATCH,
             longest_prompt: None,

@@ -17,6 +17,8 @@ use crate::storage::safe;
 /// Recipes that are kept, the newest; and most bytes of a file with some.
 const KEPT: usize = 64;
 const BYTES_MAX: u64 = 1 << 20;
+/// Types that a cache's elements may have.
+const KV_TYPES: [TensorType; 3] = [TensorType::F16, TensorType::F32, TensorType::Q8_0];
 
 /// What a plan followed from, and the sites that came of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -60,6 +62,9 @@ pub struct Recipe {
     /// The type that larger matrices got, by its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) requant: Option<String>,
+    /// The type of the cache's elements, by its name, where it is not F16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) kv: Option<String>,
 }
 
 /// Recipes in a file.
@@ -106,15 +111,22 @@ impl Recipe {
 
     fn known(&self) -> bool {
         let requant = self.requant.is_none() || self.requant().is_some();
+        let kv = self.kv.is_none() || KV_TYPES.contains(&self.kv_type()) && self.kv_type() != TensorType::F16;
         let batch = self.batch.is_none_or(|b| (1..=batch::MOST).contains(&b));
         let buffers = self.n_buffers.is_none_or(|n| (BUFFERS_MIN..=BUFFERS_MAX).contains(&n));
         let tiers = self.tiers.as_ref().is_none_or(|t| t.parse::<Tiers>().is_ok());
         let slices = self.slices.is_none_or(|part| (1..SLICE_PARTS).contains(&part));
-        tiers && self.by_name().is_some() && requant && batch && buffers && slices
+        tiers && self.by_name().is_some() && requant && kv && batch && buffers && slices
     }
 
     pub(super) fn requant(&self) -> Option<TensorType> {
         TensorType::ALL.iter().copied().find(|ty| self.requant.as_deref() == Some(ty.name()))
+    }
+
+    /// The type of the cache's elements.
+    pub fn kv_type(&self) -> TensorType {
+        let named = TensorType::ALL.iter().copied().find(|ty| self.kv.as_deref() == Some(ty.name()));
+        named.unwrap_or(TensorType::F16)
     }
 
     pub(super) fn by_name(&self) -> Option<Sites> {
@@ -208,6 +220,7 @@ mod tests {
             Recipe { vram: Some(8 << 30), ..r.clone() },
             Recipe { rates: Some([1, 2, 4]), ..r.clone() },
             Recipe { divided: "x".into(), ..r.clone() },
+            Recipe { kv: Some("Q8_0".into()), ..r.clone() },
         ] {
             assert_ne!(other.id(), r.id());
         }
@@ -226,6 +239,8 @@ mod tests {
             ("divided", "batch = 0\ndivided"),
             ("divided", "n_buffers = 0\ndivided"),
             ("divided", "slices = 256\ndivided"),
+            ("divided", "kv = \"Q4_K\"\ndivided"),
+            ("divided", "kv = \"\"\ndivided"),
             ("divided", "n_buffers = 4611686018427387904\ndivided"),
         ] {
             assert!(Recipe::parse(&good.replace(from, to)).is_err(), "{from} {to}");

@@ -6,6 +6,7 @@ use super::error::RepeatError;
 use super::recipe::name;
 use super::structure::{digest, structure};
 use super::{EngineError, ExpertSlots, Options, Recipe, Slices};
+use crate::gguf::TensorType;
 use crate::model::Model;
 use crate::plan::{Home, Plan, SiteRates};
 
@@ -60,6 +61,7 @@ impl Recipe {
             batch: (bound && unusual).then_some(options.max_batch),
             slices,
             requant: options.requant.map(|ty| ty.name().into()),
+            kv: (options.kv_type != TensorType::F16).then(|| options.kv_type.name().into()),
         }
     }
 
@@ -87,6 +89,10 @@ impl Recipe {
                 None => RepeatError::NoType,
             }));
         }
+        let (of, wanted) = (self.kv_type(), options.kv_type);
+        if of != wanted {
+            return Err(self.refused(RepeatError::OtherCache { of, wanted }));
+        }
         let (max_batch, longest_prompt) = self.batch_of(options);
         Ok(Options {
             max_batch,
@@ -106,15 +112,29 @@ impl Recipe {
         })
     }
 
-    /// Compares what came of it.
+    /// Compares it with that of the plan that was made by it: ids are equal where they are.
     ///
     /// # Errors
-    /// If sites are others, so that bits would be.
-    pub(super) fn check(&self, division: Option<&Division>, slices: Option<u32>) -> Result<(), EngineError> {
-        match self.divided == divided(division) {
-            true if self.slices == slices => Ok(()),
-            _ if self.slices.is_some() && slices.is_none() => Err(self.refused(RepeatError::Whole)),
-            _ => Err(self.refused(RepeatError::OtherSites)),
+    /// If sites are others, so that bits would be, or anything else is.
+    pub(super) fn check(&self, made: &Recipe) -> Result<(), EngineError> {
+        if self.slices.is_some() && made.slices.is_none() {
+            return Err(self.refused(RepeatError::Whole));
+        }
+        if self.divided != made.divided || self.slices != made.slices {
+            return Err(self.refused(RepeatError::OtherSites));
+        }
+        let differs = [
+            (self.vram != made.vram, "the room for weights in VRAM (not all that lay there fits)"),
+            (self.ram != made.ram, "the room for weights in RAM (not all that lay in memory fits)"),
+            (self.storage != made.storage, "whether weights may lie on storage (--tier-c)"),
+            (self.expert_slots != made.expert_slots, "the experts that have slots in VRAM"),
+            (self.rates != made.rates, "the rates by which work is divided"),
+            (self.batch != made.batch, "the tokens of a pass"),
+            (self != made, "its limits"),
+        ];
+        match differs.into_iter().find(|(differs, _)| *differs) {
+            Some((_, what)) => Err(self.refused(RepeatError::Other { what })),
+            None => Ok(()),
         }
     }
 }

@@ -231,8 +231,8 @@ impl Session {
         let division = backend
             .computes_in_ram()
             .and_then(|threads| Division::new(&model, &plan, &options, &|| site_rates(threads)));
-        options.repeat.as_ref().map_or(Ok(()), |r| r.check(division.as_ref(), slices))?;
         let recipe = Recipe::new(&file, &plan, &options, (room, options.ram), asked.get(), division.as_ref(), slices);
+        options.repeat.as_ref().map_or(Ok(()), |r| r.check(&recipe))?;
         notes.extend(plan.too_few_slots.map(too_few_slots));
         let brought = plan.homes.iter().zip(&model.units).any(|(home, u)| u.is_expert() && *home != Home::A);
         if asked_slots == ExpertSlots::On && brought && (plan.device_caches.is_empty() || division.is_none()) {
@@ -685,7 +685,7 @@ pub(super) fn weights_room(vram: Option<u64>, now: MemoryUse) -> u64 {
 /// is smaller than, so that it may shrink by steps.
 pub(super) fn planned_room(room: u64, sizes: &Sizes, options: &Options) -> Result<u64, EngineError> {
     let room = match &options.repeat {
-        Some(recipe) => recipe.room(Some(room))?.unwrap_or(room),
+        Some(recipe) => return Ok(recipe.room(Some(room))?.unwrap_or(room)),
         None if options.vram.is_none() && options.sites != Sites::One => steady(room, sizes.weights()),
         None => room,
     };
@@ -705,7 +705,7 @@ fn plan_on_device(
     let all_room = planned_room(weights_room(options.vram, now), sizes, options)?;
     let mut step = 0;
     loop {
-        let room = all_room / VRAM_STEPS * (VRAM_STEPS - step);
+        let room = all_room - all_room / VRAM_STEPS * step;
         let plan = make_plan(model, sizes, Some(room), 0, options)?;
         let slots_bytes = plan.slots_on_device().sum::<u64>();
         let resident = memory.alloc(plan.vram_bytes - slots_bytes, "tier A");

@@ -242,6 +242,10 @@ impl Machine {
     }
 }
 
+/// The largest share of a prediction that the spread of rates explains. A run that exceeds it shows that the rates which the prediction
+/// counts with are not the machine's: it was busy when they were measured.
+pub const SHARE_MAX: f64 = 1.15;
+
 fn one() -> usize {
     1
 }

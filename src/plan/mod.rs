@@ -21,7 +21,7 @@ pub use hits::{Replay, hit_rates, replay};
 pub use homes::{
     BUFFERS_MAX, BUFFERS_MIN, Cache, Home, Limits, Plan, PlanError, Tiers, TooFewSlots, UnitPart, UnitSize,
 };
-pub use machine::{CpuSide, Fewer, GpuSide, Machine, PROFILES, RamSide, Rate, Speed, StorageSide};
+pub use machine::{CpuSide, Fewer, GpuSide, Machine, PROFILES, RamSide, Rate, SHARE_MAX, Speed, StorageSide};
 pub use place::place;
 pub use predict::{COPY_TRANSFERS, LinkName, Rates, Roofline, Traffic, roofline};
 pub use simulate::{COPY_GAP_S, Caching, Outcome, PassWork, Setup, Shares, SimCache, SimUnit};

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::figures::{home_class, home_name, link_class, rate_curve, tier_map, timeline};
 use super::markup::{escape, figure};
 use super::{Page, SpanKind};
-use crate::plan::{Home, format_bytes};
+use crate::plan::{Home, SHARE_MAX, format_bytes};
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -48,7 +48,10 @@ impl Page {
         let rate = |r: f64| format!("{} tok/s", figure(r));
         if let Some(a) = self.achieved_tokens_per_s {
             let share = self.predicted.as_ref().filter(|p| p.tokens_per_s > 0.0);
-            let note = share.map_or(String::new(), |p| format!("{:.0} % of predicted", a / p.tokens_per_s * 100.0));
+            let note = share.map_or(String::new(), |p| match a / p.tokens_per_s {
+                share if share <= SHARE_MAX => format!("{:.0} % of predicted", share * 100.0),
+                _ => "faster than what the prediction counts with".into(),
+            });
             add("main", "decode, achieved", &rate(a), &note);
         }
         if let Some(p) = &self.predicted {

@@ -35,12 +35,12 @@ def run(nt, backend, path, more):
     try:
         out = subprocess.run(args, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return "no end", args, ""
+        return "no end", args, "", False
     said = out.stderr.strip()
     ended = out.returncode in (0, 1, 2, 4) and "panicked" not in said and "fault of nt" not in said
     if ended and (out.returncode == 0 or said):
-        return None, args, said
-    return f"exit {out.returncode}", args, said
+        return None, args, said, out.returncode == 0
+    return f"exit {out.returncode}", args, said, False
 
 
 def sizes(name, folder):
@@ -100,9 +100,9 @@ def main():
             with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
                 tasks = [(what, pool.submit(run, a.nt, a.backend, path, more)) for what, path, more in of(name, folder)]
                 for what, task in tasks:
-                    fault, args, said = task.result()
+                    fault, args, said, has_logits = task.result()
                     n += 1
-                    computed += "error" not in said
+                    computed += has_logits
                     if a.v:
                         print(f"{what}: {fault or 'fine'}: {said[:300]}", flush=True)
                     if fault:

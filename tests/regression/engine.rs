@@ -77,6 +77,19 @@ fn a_budget_without_room_for_the_workspace_is_refused_with_one_that_works() {
     assert!(nt(&with(&run, &advice)).status.success(), "{advice:?}");
 }
 
+/// A smaller context was advised than the prompt has tokens, where smaller passes would do.
+#[test]
+fn no_context_is_advised_that_the_prompt_does_not_fit() {
+    let d = tempfile::tempdir().unwrap();
+    let m = tiny(6).write(d.path(), "m.gguf");
+    let prompt = "x".repeat(1500);
+    let run = ["run", arg(&m), "-p", &prompt, "-n", "1", "--backend", "cpu", "--threads", "1"];
+    let run = [&run[..], &["--ctx", "2048", "--batch", "2048", "--ram", "5MiB"]].concat();
+    let advice = refused(&run);
+    assert_eq!(advice[0], "--batch", "{advice:?}");
+    assert!(nt(&with(&run, &advice)).status.success(), "{advice:?}");
+}
+
 /// Guards against `nt plan` that promises what `nt run` refuses, without a stack of tiers in between.
 #[test]
 fn no_storage_and_tiers_count_the_workspace_too() {

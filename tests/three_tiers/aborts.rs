@@ -2,9 +2,10 @@
 //! every tenth step of a pass from a step that the seed says. An error with its cause, the next pass right, no wait for ever.
 
 use super::*;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 /// How long a pass that has failed may take before it counts as one that waits for ever.
 const FOR_EVER: Duration = Duration::from_secs(60);
@@ -47,11 +48,16 @@ impl Fault {
         }
     }
 
-    fn ends(self, memory: &Memory, path: &Path, file: &[u8]) {
+    fn ends(self, memory: &Memory, path: &Path, file: &[u8], of: SystemTime) {
         match self {
             Fault::Upload => *memory.fail_at.lock().unwrap() = 0,
             Fault::Copy => *memory.fail_late.lock().unwrap() = 0,
-            Fault::Storage => std::fs::write(path, file).unwrap(),
+            Fault::Storage => {
+                // As the drive had it: what is written to is another model.
+                let written = std::fs::OpenOptions::new().write(true).truncate(true).open(path).unwrap();
+                (&written).write_all(file).unwrap();
+                written.set_modified(of).unwrap();
+            }
             Fault::Panic => *memory.panics_at.lock().unwrap() = 0,
             Fault::Interrupt | Fault::Device => {}
         }
@@ -107,6 +113,7 @@ impl Trial {
     fn run(&self, fault: Fault, step: usize) -> Option<Duration> {
         let what = format!("{fault:?} at step {step} of {:?} {:?}", self.options.tiers, self.options.vram);
         let file = std::fs::read(&self.path).unwrap();
+        let modified = std::fs::metadata(&self.path).unwrap().modified().unwrap();
         let opened = Opened::open(&self.path).unwrap();
         let memory = self.memory();
         let mut session = start(&opened, self.options.clone(), &memory).unwrap();
@@ -122,7 +129,7 @@ impl Trial {
         };
         // What is brought ahead is met by a later pass.
         let met = (0..4).find_map(|_| Some((self.pass(&mut session, &at).err()?, began.get()?.elapsed())));
-        fault.ends(&memory, &self.path, &file);
+        fault.ends(&memory, &self.path, &file, modified);
         let took = met.map(|(e, took)| {
             let mut words = e.to_string();
             let mut source = std::error::Error::source(&e);

@@ -20,6 +20,14 @@ pub enum RepeatError {
     /// A type was asked for, and the plan has none.
     #[error("it requantises nothing; leave --requant away")]
     NoType,
+    /// The cache would have another type.
+    #[error("its KV cache is of {of}, not of {wanted}; leave --kv away")]
+    OtherCache {
+        /// The plan's type.
+        of: TensorType,
+        /// What was asked for.
+        wanted: TensorType,
+    },
     /// No GPU computes.
     #[error("it is one for a GPU, and processors compute here")]
     NoGpu,
@@ -44,6 +52,12 @@ pub enum RepeatError {
         "its feed-forward parts are cut between a GPU and processors next to it, and here there is less VRAM or RAM than that takes, or no such processors"
     )]
     Whole,
+    /// Something else differs.
+    #[error("the plan that is made here differs in {what}")]
+    Other {
+        /// In what.
+        what: &'static str,
+    },
 }
 
 /// Why `--plan` gives no plan.

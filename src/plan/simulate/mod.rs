@@ -137,6 +137,9 @@ pub const EXPERT_GAP_S: f64 = 2.7e-6;
 /// Passes before the ring is taken for settled, and passes that count.
 const SETTLING: usize = 4;
 const COUNTED: usize = 4;
+/// Of a mixture of experts as many more count that so many are chosen: by few choices, a pass takes up to a tenth more or less than the mean.
+const CHOICES: usize = 1536;
+const COUNTED_MAX: usize = 16;
 
 impl Setup {
     /// Runs passes one after the other from an empty ring.
@@ -146,16 +149,32 @@ impl Setup {
 
     /// A pass of a settled ring: the mean of some.
     pub fn settled(&self, pass: &PassWork) -> Shares {
-        let all = self.run(&[pass; SETTLING + COUNTED]);
+        let counted = self.counted(pass);
+        let all = self.run(&vec![pass; SETTLING + counted]);
         let mut sum = Shares::default();
         for p in &all.passes[SETTLING..] {
             sum.add(p);
         }
-        sum.scaled(1.0 / COUNTED as f64)
+        sum.scaled(1.0 / counted as f64)
+    }
+
+    /// Passes that count.
+    fn counted(&self, pass: &PassWork) -> usize {
+        let layers = self.units.chunk_by(|a, b| a.size.block == b.size.block && a.size.routed() == b.size.routed());
+        let choices = layers.filter(|layer| layer[0].size.routed()).count() * pass.experts;
+        match choices {
+            0 => COUNTED,
+            n => CHOICES.div_ceil(n).clamp(COUNTED, COUNTED_MAX),
+        }
     }
 }
 
 impl Shares {
+    /// The same where a pass takes `seconds` at least, which a few whose choices are cheaper than the mean may not.
+    pub fn at_least(self, seconds: f64) -> Shares {
+        Shares { seconds: self.seconds.max(seconds), ..self }
+    }
+
     fn add(&mut self, o: &Shares) {
         for (a, b) in self.fields().into_iter().zip({ *o }.fields()) {
             *a += *b;
