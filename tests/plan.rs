@@ -491,3 +491,25 @@ fn layers_with_windows_take_room_for_recent_positions() {
     let (whole, recent) = (kv_bytes(&["--swa-full"]), kv_bytes(&[]));
     assert_eq!(recent, whole / 2 + whole / 2 * 3 * 64 / 8192);
 }
+
+/// Guards against a prompt's workspace that takes the room of the caches of experts: where passes of 512 tokens leave room for
+/// them, those that the plan chooses do.
+#[test]
+fn a_batch_that_is_chosen_leaves_experts_their_caches() {
+    let d = tempfile::tempdir().unwrap();
+    let path = shapes::shaped(d.path(), "qwen3-30b-a3b-Q4_K_M/8");
+    let plan = |ram: u64, more: &[&str]| {
+        let ram = format!("{ram}MiB");
+        let args = ["plan", path.to_str().unwrap(), "--machine", "cpu-only", "--backend", "cpu", "--json"];
+        let out = nt(&[&args[..], &["--ctx", "8192", "-p", "8000", "--drive", "1", "--ram", &ram], more].concat());
+        assert!(out.status.success(), "{ram}: {}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice::<serde_json::Value>(&out.stdout).unwrap()
+    };
+    let mut larger = 0;
+    for ram in [1200, 1760] {
+        let (usual, chosen) = (plan(ram, &["-b", "512"]), plan(ram, &[]));
+        larger += usize::from(chosen["batch"]["alone"].as_u64().unwrap() > 512);
+        assert!(usual["caches"].is_null() || chosen["caches"].is_object(), "{ram} MiB: {} per pass", chosen["batch"]);
+    }
+    assert!(larger > 0);
+}

@@ -135,7 +135,9 @@ impl Forecast {
             return Ok(first);
         }
         let seconds = |f: &Forecast| f.prediction.simulated.map(|s| s.seconds);
-        let all: Vec<Forecast> = BUFFERS_TRIED.filter_map(|n| with(Some(n)).ok()).collect();
+        // Frames of the ring are not worth caches: how often those hit is a guess.
+        let keeps = |f: &Forecast| f.based.cached_layers() >= first.based.cached_layers();
+        let all: Vec<Forecast> = BUFFERS_TRIED.filter_map(|n| with(Some(n)).ok().filter(keeps)).collect();
         let best = all.iter().filter_map(seconds).fold(f64::INFINITY, f64::min);
         let near = all.into_iter().find(|f| seconds(f).is_some_and(|s| s <= best * 1.01));
         Ok(near.unwrap_or(first))
@@ -322,6 +324,11 @@ struct Subject<'a> {
 }
 
 impl Based {
+    /// Layers whose experts have caches in RAM or slots in VRAM.
+    fn cached_layers(&self) -> usize {
+        self.plan.caches.len() + self.plan.device_caches.len()
+    }
+
     fn work<'a>(&'a self, machine: &'a Machine) -> Work<'a> {
         Work {
             units: &self.units,
@@ -422,7 +429,7 @@ impl<'a> Subject<'a> {
             pass_s,
             decode_s: work.decode_bound().1?.seconds,
             stop_s: work.stop_s(batch)?,
-            caches: based.plan.caches.len() + based.plan.device_caches.len() + usize::from(cut),
+            caches: based.cached_layers() + usize::from(cut),
         })
     }
 }
