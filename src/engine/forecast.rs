@@ -135,8 +135,11 @@ impl Forecast {
             return Ok(first);
         }
         let seconds = |f: &Forecast| f.prediction.simulated.map(|s| s.seconds);
-        // Frames of the ring are not worth caches: how often those hit is a guess.
-        let keeps = |f: &Forecast| f.based.cached_layers() >= first.based.cached_layers();
+        // Frames of the ring are not worth caches, since how often those hit is a guess; nor a cut that was asked for.
+        let told = matches!(options.slices, Slices::Of(_)) && first.based.slices.is_some();
+        let keeps = |f: &Forecast| {
+            f.based.cached_layers() >= first.based.cached_layers() && (!told || f.based.slices.is_some())
+        };
         let all: Vec<Forecast> = BUFFERS_TRIED.filter_map(|n| with(Some(n)).ok().filter(keeps)).collect();
         let best = all.iter().filter_map(seconds).fold(f64::INFINITY, f64::min);
         let near = all.into_iter().find(|f| seconds(f).is_some_and(|s| s <= best * 1.01));
