@@ -101,6 +101,9 @@ fn parts_are_cut_where_sites_would_work_in_turn() {
     let bytes = |site: &Value| site["bytes_per_token"].as_f64().unwrap();
     assert!(cpu["bytes"].as_f64() == Some(bytes(&cpu)) && bytes(&gpu) > 4.0 * bytes(&cpu), "{gpu} {cpu}");
     assert!(speed(&cut) <= cut["roofline"]["decode"]["tokens_per_s"].as_f64().unwrap() * 1.001, "{cut}");
+    // Columns of down are read in whole rows, for both sites.
+    let load = |v: &Value| v["first_token"]["load_s"].as_f64().unwrap();
+    assert!(load(&cut) > 1.15 * load(&whole) && load(&cut) < 1.6 * load(&whole), "{} {}", load(&cut), load(&whole));
     // Told to, any machine cuts; a plan's file has it, and is the same again.
     let told = on("h100", &["--vram", "8GB", "--ffn-slices", "40"]);
     assert_eq!(told["beside"]["part_of_each"].as_f64(), Some(102.0 / 256.0));

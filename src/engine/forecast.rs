@@ -341,6 +341,7 @@ impl Based {
             site: self.site,
             threads: self.threads,
             caching: &self.caching,
+            more_read: self.sliced.as_ref().map_or(0, |m| m.units.iter().map(|u| u.read_bytes() - u.bytes()).sum()),
         }
     }
 }
@@ -462,6 +463,8 @@ struct Work<'a> {
     site: Site,
     threads: usize,
     caching: &'a Caching,
+    /// Bytes that loading reads more than units have.
+    more_read: u64,
 }
 
 impl Work<'_> {
@@ -545,7 +548,7 @@ impl Prediction {
             prompt,
             batch,
             first_token_s: prefill.and_then(|_| first_token(&setup, units, machine, site, prompt, max_batch)),
-            load_s: rates.nvme.map(|n| resident as f64 / n),
+            load_s: rates.nvme.map(|n| (resident + work.more_read) as f64 / n),
             rates,
         }
     }

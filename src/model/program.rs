@@ -71,6 +71,12 @@ impl UnitSpec {
         matches!(self.kind, UnitKind::Expert { .. })
     }
 
+    /// Bytes of the file that are read for it: of columns, all of their rows.
+    pub fn read_bytes(&self) -> u64 {
+        let of = |s: &Span| s.columns.map_or(s.bytes, |c| s.bytes / c.bytes.max(1) * c.row_bytes);
+        self.spans.iter().map(of).sum()
+    }
+
     /// Payload: bytes of all spans.
     pub fn bytes(&self) -> u64 {
         self.spans.iter().map(|s| s.bytes).sum()
