@@ -95,18 +95,26 @@ fn sliced(opened: &Opened, o: &Options, want: &[f32], seen: &mut Seen, what: &st
         let batch = session.batch().alone;
         Some(logits_in(&mut session, batch).unwrap_or_else(|e| panic!("{what}, cut: {e}")))
     };
-    let o = Options { sites: Sites::Auto, slices: Slices::Of(part), tiers: None, ..o.clone() };
-    let Some(got) = run(Options { ram: Some(64 << 20), ..o.clone() }) else { return };
+    let bytes: u64 = opened.model.units.iter().map(|u| u.bytes()).sum();
+    let o = Options { sites: Sites::Auto, slices: Slices::Of(part), tiers: None, ram: Some(64 << 20), ..o.clone() };
+    // Room for the half of it and what frames take, in steps.
+    let rooms = (4..12).map(|n| (300 << 10) + bytes * n / 12);
+    let Some((vram, got)) =
+        rooms.clone().find_map(|vram| Some((vram, run(Options { vram: Some(vram), ..o.clone() })?)))
+    else {
+        return;
+    };
     let square = |v: f64| v * v;
     let errors: f64 = got.iter().zip(want).map(|(a, b)| square(f64::from(a - b))).sum();
     let far = errors / want.iter().map(|v| square(f64::from(*v))).sum::<f64>();
     assert!(far < 1e-8, "{what}, cut at {part}: {far}");
     // Other rooms, buffers and chunks of the prompt.
-    let vram = o.vram.map(|v| v / 8 * 7);
-    let other = Options { ram: Some(32 << 20), vram, n_buffers: Some(4), max_batch: 5, outputs: 5, ..o };
-    if let Some(second) = run(other) {
-        assert!(second == got, "{what}, cut at {part}: other bits");
-        seen.sliced += 1;
+    for vram in rooms.filter(|v| *v > vram) {
+        let other = Options { vram: Some(vram), n_buffers: Some(3), max_batch: 5, outputs: 5, ..o.clone() };
+        if let Some(second) = run(other) {
+            assert!(second == got, "{what}, cut at {part}: other bits");
+            seen.sliced += 1;
+        }
     }
 }
 
