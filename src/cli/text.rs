@@ -1,9 +1,16 @@
 //! Texts that a command reads, within limits.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::Failure;
+use super::interrupt::interrupted;
 use crate::plan::format_bytes;
 
 /// Most bytes of a text: more is no prompt, and may be a device that never ends.
@@ -32,6 +39,31 @@ pub(super) fn check_size(what: impl std::fmt::Display, bytes: usize) -> Result<(
     }
 }
 
+/// Bytes that come when they come, until a signal asks to end: a pipe may wait for ever.
+struct Heard<'a, R>(R, BorrowedFd<'a>);
+
+/// How long is waited for bytes before it is asked whether to end.
+const LOOK_MS: u8 = 50;
+
+impl<R: Read> Read for Heard<'_, R> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            if interrupted() {
+                return Err(std::io::Error::other("interrupted"));
+            }
+            match poll(&mut [PollFd::new(self.1, PollFlags::POLLIN)], PollTimeout::from(LOOK_MS)) {
+                Ok(0) | Err(Errno::EINTR) => continue,
+                Ok(_) => {}
+                Err(e) => return Err(e.into()),
+            }
+            match self.0.read(bytes) {
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+        }
+    }
+}
+
 /// Reads a text file (or stdin as `-`), which must be UTF-8, not longer than [`TEXT_MAX`], and no more than the memory
 /// that is free can make tokens of.
 pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
@@ -39,10 +71,18 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
         let mut bytes = Vec::new();
         input.take(TEXT_MAX + 1).read_to_end(&mut bytes).map(|_| bytes)
     };
+    let stdin = std::io::stdin();
     let bytes = match path == Path::new("-") {
-        true => all(&mut super::streams::Stdin),
-        false => std::fs::File::open(path).and_then(|mut file| all(&mut file)),
+        true => all(&mut Heard(super::streams::Stdin, stdin.as_fd())),
+        // A pipe that nobody has opened yet is waited for below.
+        false => {
+            let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+            opened.and_then(|file| all(&mut Heard(&file, file.as_fd())))
+        }
     };
+    if bytes.is_err() && interrupted() {
+        return Err(Failure::interrupted());
+    }
     let bytes = bytes.map_err(|e| Failure::usage(format!("the text {} cannot be read: {e}", path.display())))?;
     if bytes.len() as u64 > TEXT_MAX {
         return Err(Failure::usage(format!(

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value as Json;
 
-use crate::common::{bin, case, fails, nt, tiny};
+use crate::common::{bin, case, fails, nt, tiny, tiny_moe};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -435,4 +435,37 @@ fn an_interrupted_benchmark_tells_what_it_has() {
         assert!(told.iter().all(|t| t["tokens_per_s"].as_f64().unwrap() > 0.0), "{told:?}");
         assert_eq!(all["decode"]["tokens_per_s"].is_null(), measured.is_empty(), "{}", all["decode"]);
     }
+}
+
+/// A text from a pipe that nobody writes to heard no first Ctrl-C: it ends the command, and what comes late is read all the same.
+#[test]
+fn a_pipe_that_nobody_writes_to_is_left_at_the_first_signal() {
+    let d = tempfile::tempdir().unwrap();
+    let model = tiny_moe(2).write(d.path(), "m.gguf");
+    let pipe = d.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let trace = format!("trace:{}", pipe.display());
+    let run = |args: &[&str]| {
+        let mut command = Command::new(bin());
+        command.args(args).args([arg(&model), "--backend", "cpu", "-n", "1"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let child = run(&["bench", "-p", "0", "--routing", &trace]);
+        let opened = || {
+            let fds = std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap();
+            fds.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == pipe))
+        };
+        while !opened() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(130), "{signal}: {}", text(&out.stderr));
+    }
+    let child = run(&["run", "-f", arg(&pipe)]);
+    std::fs::write(&pipe, "hello").unwrap();
+    let out = child.wait_with_output().unwrap();
+    // Its five letters, and what a text begins with.
+    assert!(out.status.success() && text(&out.stderr).contains("6 tokens"), "{}", text(&out.stderr));
 }
