@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 
 use super::args::{Auto, KvArg};
 use super::page;
-use super::report::{part_of_each, print_line, requant_json};
+use super::report::{of_each, part_of_each, print_line, requant_json};
 use super::routing::RoutingArg;
 use super::{Failure, ModelArg, Placement, codes, options, outputs, start, text};
 use crate::backend::{BackendError, BackendKind};
@@ -353,11 +353,7 @@ impl Shown {
         if let Some((units, bytes)) = f.computed_beside() {
             let (bytes, threads) = (format_bytes(bytes), f.based.threads);
             match (f.part_of_choices(), f.based.slices.map(part_of_each)) {
-                (None, Some(part)) => writeln!(
-                    out,
-                    "  while generating, {threads} processors compute {:.0} % of each feed-forward part in RAM ({bytes}), the GPU the rest at the same time",
-                    part * 100.0
-                )?,
+                (None, Some(part)) => writeln!(out, "  {}", of_each(threads, part, &bytes))?,
                 (None, None) => writeln!(
                     out,
                     "  while generating, {threads} processors compute {units} units ({bytes}) of those in RAM"

@@ -54,6 +54,14 @@ pub(super) fn part_of_each(slices: u32) -> f64 {
     f64::from(slices) / f64::from(SLICE_PARTS)
 }
 
+/// What processors next to a GPU have of feed-forward parts that are cut, as reports and plans say it.
+pub(super) fn of_each(threads: usize, part: f64, bytes: &str) -> String {
+    let percent = part * 100.0;
+    format!(
+        "while generating, {threads} processors compute {percent:.0} % of each feed-forward part in RAM ({bytes}), the GPU the rest at the same time"
+    )
+}
+
 impl Report {
     /// Figures of the session so far.
     pub fn new(session: &Session, opened: &Opened) -> Report {
@@ -314,11 +322,7 @@ impl Report {
         if let Some((units, bytes, threads)) = self.beside {
             let bytes = format_bytes(bytes);
             match (self.part_of_choices, self.part_of_each) {
-                (None, Some(part)) => write!(
-                    out,
-                    "sites     while generating, {threads} processors compute {:.0} % of each feed-forward part in RAM ({bytes}), the GPU the rest at the same time",
-                    part * 100.0
-                )?,
+                (None, Some(part)) => write!(out, "sites     {}", of_each(threads, part, &bytes))?,
                 (None, None) => write!(
                     out,
                     "sites     while generating, {threads} processors compute {units} of the units in RAM ({bytes})"

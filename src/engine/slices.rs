@@ -15,7 +15,7 @@ pub fn not_cut(asked: Slices, cut: Option<u32>) -> Option<String> {
     let Slices::Of(part) = asked else { return None };
     cut.is_none().then(|| {
         format!(
-            "--ffn-slices {:.0}: parts stay whole; they are cut where a GPU and processors next to it compute (no --site gpu or --exact), not all fits in VRAM, all fits in VRAM and RAM together (no --tiers), nothing is requantised, and the model has feed-forward parts without experts, biases or other steps than SwiGLU",
+            "--ffn-slices {:.0}: parts stay whole; they are cut where a GPU and processors next to it compute (no --site gpu or --exact), not all fits in VRAM, all fits in VRAM and RAM together (no --tiers), nothing is requantised, and the model has feed-forward parts without experts, biases or other steps than SwiGLU, of which that part is a block of columns at least",
             f64::from(part) / f64::from(SLICE_PARTS) * 100.0
         )
     })

@@ -57,7 +57,7 @@ impl Whole {
             spans.push(span);
             TensorRef { unit, span: spans.len() - 1, ..t }
         };
-        let norm = self.norm.map(&mut |t| if t.unit == unit_of(&self.down) { put(file.spans[t.span], t) } else { t });
+        let norm = self.norm.map(&mut |t| if t.unit == self.down.weight.unit { put(file.spans[t.span], t) } else { t });
         let mut rows = |l: &LinearRef| {
             let (t, whole) = (l.weight, file.spans[l.weight.span]);
             let row = bytes(t.ty, t.cols)?;
@@ -86,11 +86,6 @@ impl Whole {
         let kind = if keeps { UnitKind::Slice(block) } else { file.kind };
         Some(Slice { unit: UnitSpec { kind, name, spans }, ops })
     }
-}
-
-/// The unit of a matrix.
-fn unit_of(l: &LinearRef) -> usize {
-    l.weight.unit
 }
 
 /// A slice of a part.
